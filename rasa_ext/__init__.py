@@ -1,0 +1,46 @@
+"""RaSA (Rank-Sharing Low-Rank Adaptation, arXiv 2503.12576) for PyTorch.
+
+rasa_ext.patch_model(model, rank=8, k=1)      # then train with what you already use
+rasa_ext.save_adapter(model, "adapter")
+rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "lora")
+"""
+
+from rasa_ext._version import __version__
+from rasa_ext.checkpoint import load_adapter, save_adapter
+from rasa_ext.config import RasaConfig
+from rasa_ext.export import export_lora
+from rasa_ext.merging import (
+    delta_weight,
+    disable_adapter,
+    merge,
+    merge_and_unload,
+    unmerge,
+    unpatch,
+)
+from rasa_ext.modules import RasaLinear, RasaPool
+from rasa_ext.official import load_official
+from rasa_ext.ops import cuda_status
+from rasa_ext.patch import patch_model
+from rasa_ext.record import adapter_parameters
+from rasa_ext.report import summary
+
+__all__ = [
+    "RasaConfig",
+    "RasaLinear",
+    "RasaPool",
+    "__version__",
+    "adapter_parameters",
+    "cuda_status",
+    "delta_weight",
+    "disable_adapter",
+    "export_lora",
+    "load_adapter",
+    "load_official",
+    "merge",
+    "merge_and_unload",
+    "patch_model",
+    "save_adapter",
+    "summary",
+    "unmerge",
+    "unpatch",
+]

@@ -1,0 +1,144 @@
+"""Saving and loading adapters in the package's own format.
+
+For a layer at ``<path>``: ``base_model.model.<path>.rasa_A``, ``.rasa_B`` and ``.rasa_d``; a pool
+stands once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of its group's first layer. Trained modules
+stand under their own names. The configuration uses the field names of the published code.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext._version import __version__
+from rasa_ext.config import RasaConfig
+from rasa_ext.files import (
+    PREFIX,
+    WEIGHTS,
+    check_tensors,
+    read_config,
+    read_tensors,
+    write_adapter,
+)
+from rasa_ext.patch import apply_plan
+from rasa_ext.record import is_patched, rasa_layers, record_of, unwrap
+from rasa_ext.targets import Plan, make_plan
+
+
+def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Write the adapter of a patched model, and its ``modules_to_save``, into a directory.
+
+    The files hold every trained number once, and nothing of the base. They appear together: a crash
+    or a full disk on the way leaves what was there. A merged model saves the same adapter.
+    """
+    record = record_of(model)
+    settings = record.config.to_dict()
+    settings["base_model_name_or_path"] = base_name(model)
+    settings["fan_in_fan_out"] = any(layer.transposed for _, layer in rasa_layers(model))
+    settings["inference_mode"] = True
+    settings["rasa_ext_version"] = __version__
+    write_adapter(directory, settings, adapter_tensors(model))
+
+
+def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """Load what ``save_adapter`` wrote; an unpatched model is patched from the saved config.
+
+    Returns the model.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or does not fit the model or
+            its present patch; the message names the keys or fields, and the model is unchanged.
+        RuntimeError: the model is merged.
+    """
+    config = RasaConfig.from_dict(read_config(directory))
+    tensors = read_tensors(Path(directory) / WEIGHTS)
+    return install(model, config, tensors, str(directory))
+
+
+def install(
+    model: nn.Module, config: RasaConfig, tensors: Mapping[str, Tensor], where: str
+) -> nn.Module:
+    """Put tensors named as in the package's files into a model, patching it if need be."""
+    patched = is_patched(model)
+    if patched:
+        record = record_of(model)
+        if record.merged is not None:
+            raise RuntimeError(
+                "model: an adapter cannot be loaded while one is merged into the base weights; "
+                "call rasa_ext.unmerge(model) first."
+            )
+        if differences := record.config.differences(config):
+            raise ValueError(
+                f"{where}: the adapter's config differs from the model's patch in "
+                f"{'; '.join(differences)} (patch, adapter); call rasa_ext.unpatch(model) first."
+            )
+        plan = record.plan
+    else:
+        plan = make_plan(model, config)
+    check_tensors(tensors, _expected(unwrap(model), config, plan), where)
+    if not patched:
+        apply_plan(model, config, plan)
+    with torch.no_grad():
+        for key, tensor in adapter_tensors(model).items():
+            tensor.copy_(tensors[key])
+    return model
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live tensors of an adapter under the names they have in a file, each once."""
+    root, plan = unwrap(model), record_of(model).plan
+    layers = dict(rasa_layers(model))
+    tensors: dict[str, Tensor] = {}
+    for group in plan.groups:
+        pool = layers[group.names[0]].pool
+        if pool is not None:
+            tensors[f"{PREFIX}{group.names[0]}.rasa_pool_A"] = pool.A.detach()
+            tensors[f"{PREFIX}{group.names[0]}.rasa_pool_B"] = pool.B.detach()
+        for name in group.names:
+            layer = layers[name]
+            tensors[f"{PREFIX}{name}.rasa_A"] = layer.A.detach()
+            tensors[f"{PREFIX}{name}.rasa_B"] = layer.B.detach()
+            tensors[f"{PREFIX}{name}.rasa_d"] = layer.d.detach()
+    for key, tensor in saved_tensors(root, plan).items():
+        tensors[f"{PREFIX}{key}"] = tensor
+    return tensors
+
+
+def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """State of the modules that are trained in full; tied tensors stand under one name."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple] = set()
+    for name in plan.saved:
+        for key, tensor in root.get_submodule(name).state_dict().items():
+            mark = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if mark not in seen or not tensor.numel():
+                seen.add(mark)
+                tensors[f"{name}.{key}"] = tensor
+    return tensors
+
+
+def _expected(root: nn.Module, config: RasaConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+    expected: dict[str, tuple[int, ...]] = {}
+    own = config.rank - config.k
+    for group in plan.groups:
+        (out, width), pooled = group.shape, config.k * len(group.names)
+        if pooled:
+            expected[f"{PREFIX}{group.names[0]}.rasa_pool_A"] = (pooled, width)
+            expected[f"{PREFIX}{group.names[0]}.rasa_pool_B"] = (out, pooled)
+        for name in group.names:
+            expected[f"{PREFIX}{name}.rasa_A"] = (own, width)
+            expected[f"{PREFIX}{name}.rasa_B"] = (out, own)
+            expected[f"{PREFIX}{name}.rasa_d"] = (own + pooled,)
+    for key, tensor in saved_tensors(root, plan).items():
+        expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
+    return expected
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Where the base model came from, as far as it knows."""
+    config = getattr(unwrap(model), "config", None)
+    return getattr(config, "_name_or_path", None) or None

@@ -1,0 +1,108 @@
+"""Writing a RaSA adapter as a plain LoRA, exactly: lora_A = Ap, lora_B = Bt, scale 1, rank R."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import ops
+from rasa_ext.checkpoint import base_name, saved_tensors
+from rasa_ext.files import PREFIX, write_adapter
+from rasa_ext.record import rasa_layers, record_of, unwrap
+
+
+def export_lora(
+    model: nn.Module, directory: str | os.PathLike[str], pad_to: int | None = None
+) -> int:
+    """Write the adapter as a LoRA that PEFT, vLLM, SGLang and llama.cpp read.
+
+    Such readers know one rank and one scale, so every layer is written at the largest effective
+    rank, or at ``pad_to``, filled up with zeros, and with a scale of 1. The LoRA's product is this
+    adapter's, in float32.
+
+    Returns:
+        The rank that was written; a server's ``max_lora_rank`` must not be below it.
+
+    Raises:
+        TypeError, ValueError: ``pad_to`` is not an integer, or below the largest effective rank.
+    """
+    record, layers = record_of(model), rasa_layers(model)
+    rank = max(layer.d.shape[0] for _, layer in layers)
+    if pad_to is not None:
+        if isinstance(pad_to, bool) or not isinstance(pad_to, int):
+            raise TypeError(f"pad_to: expected an integer or None, got {pad_to!r}.")
+        if pad_to < rank:
+            raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
+        rank = pad_to
+    if any(layer.transposed for _, layer in layers):
+        warnings.warn(
+            "the model has Conv1D layers, whose LoRA PEFT reads but vLLM cannot serve; for vLLM, "
+            "save what rasa_ext.merge_and_unload(model) returns.",
+            stacklevel=2,
+        )
+    if record.plan.saved:
+        warnings.warn(
+            f"modules_to_save ({', '.join(record.plan.saved)}) are written for PEFT, but servers "
+            "refuse them; for those, save what rasa_ext.merge_and_unload(model) returns.",
+            stacklevel=2,
+        )
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers:
+        Ap, Bt = factors(layer)
+        fill = rank - Ap.shape[0]
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(Ap, (0, 0, 0, fill))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bt, (0, fill))
+    for key, tensor in saved_tensors(unwrap(model), record.plan).items():
+        tensors[f"{PREFIX}{key}"] = tensor
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if type(unwrap(model)).__name__.endswith("ForCausalLM") else None,
+        "base_model_name_or_path": base_name(model),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": suffixes([name for name, _ in layers], unwrap(model)),
+        "modules_to_save": list(record.plan.saved) or None,
+        "bias": "none",
+        "fan_in_fan_out": any(layer.transposed for _, layer in layers),
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    write_adapter(directory, settings, tensors)
+    return rank
+
+
+def factors(layer) -> tuple[Tensor, Tensor]:
+    """Ap (R, in) and Bt (out, R) of a layer in float32, without grad."""
+    with torch.no_grad():
+        return ops.pack(*layer.adapter(), torch.float32, 1)
+
+
+def suffixes(names: list[str], model: nn.Module) -> list[str]:
+    """The shortest name suffixes that match these layers and no other module of the model."""
+    adapted = set(names)
+    others = {
+        name.replace(".base_layer", "")
+        for name, _ in model.named_modules()
+        if name and not _inside(name, adapted)
+    }
+    taken: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            suffix = ".".join(parts[-length:])
+            if not any(other == suffix or other.endswith(f".{suffix}") for other in others):
+                break
+        taken[suffix] = None
+    return list(taken)
+
+
+def _inside(name: str, adapted: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in adapted for end in range(1, len(parts) + 1))

@@ -1,0 +1,224 @@
+"""RasaPool and RasaLinear: parameters and state. The maths is ``functional``'s."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import functional, ops
+from rasa_ext.config import RasaConfig
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' Conv1D: a linear layer whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_plain_gemm(base: nn.Module) -> bool:
+    """Whether calling ``base`` is just ``x W^T + bias`` with a frozen, dense weight.
+
+    Not so with hooks (offloading, pruning), a replaced ``forward``, quantized or sharded weights,
+    or a base that is being trained itself.
+    """
+    if not (type(base) is nn.Linear or is_conv1d(base)):
+        return False
+    if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
+        return False
+    weight, bias = base.weight, base.bias
+    if type(weight) is not nn.Parameter or weight.requires_grad:
+        return False
+    return bias is None or (bias.dtype == weight.dtype and not bias.requires_grad)
+
+
+def _empty_factors(rank: int, out_features: int, in_features: int, base: Tensor, dtype) -> tuple:
+    """A (rank, in) as LoRA draws it, uniform in +-1/sqrt(in), and B (out, rank) of zeros."""
+    A = torch.empty((rank, in_features), dtype=dtype, device=base.device)
+    if rank:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    B = torch.zeros((out_features, rank), dtype=dtype, device=base.device)
+    return nn.Parameter(A), nn.Parameter(B)
+
+
+class RasaPool(nn.Module):
+    """The rank pool of one group: A (L*k, in) and B (out, L*k), used by all its L layers."""
+
+    def __init__(self, A: nn.Parameter, B: nn.Parameter) -> None:
+        super().__init__()
+        self.A = A
+        self.B = B
+
+    @classmethod
+    def create(
+        cls, config: RasaConfig, layers: int, out_features: int, in_features: int, like: Tensor
+    ) -> RasaPool:
+        """A fresh pool for ``layers`` layers of (out, in), on the device of ``like``."""
+        size = layers * config.k
+        return cls(*_empty_factors(size, out_features, in_features, like, config.adapter_dtype))
+
+    def extra_repr(self) -> str:
+        """Slots of the pool."""
+        return f"slots={self.A.shape[0]}"
+
+
+class RasaLinear(nn.Module):
+    """A frozen linear layer with a RaSA adapter: ``base(x) + x dW^T``.
+
+    ``A`` (r-k, in), ``B`` (out, r-k) and ``d`` (r-k+L*k,) are the layer's own; ``pool`` is its
+    group's, or None where k = 0. The pool is a registered submodule of the group's first layer
+    only, so that no parameter stands twice in a ``state_dict``; the other layers hold a plain
+    reference, which follows through ``copy.deepcopy`` and ``torch.save``.
+
+    Without grad the pack is cached, keyed by the parameters' versions. Writing through ``.data`` is
+    invisible to that key: call ``repack()`` after it (``train()`` and ``eval()`` do as well).
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        config: RasaConfig,
+        layers: int,
+        pool: RasaPool | None,
+        owns_pool: bool,
+    ) -> None:
+        """Adapt ``base_layer``, one of ``layers`` in its group; ``pool`` is None where k = 0."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.transposed = is_conv1d(base_layer)
+        out_features, in_features = linear_shape(base_layer)
+        own = config.rank - config.k
+        weight = base_layer.weight
+        self.A, self.B = _empty_factors(
+            own, out_features, in_features, weight, config.adapter_dtype
+        )
+        self.d = nn.Parameter(config.initial_diagonal(layers).to(weight.device, self.A.dtype))
+        if owns_pool:
+            self.pool = pool
+        else:
+            self.__dict__["pool"] = pool
+        self.dropout = config.dropout
+        self.disabled = False
+        self.merged_base: Tensor | None = None
+        self._cache: tuple[Any, list[Tensor], tuple[Tensor, Tensor]] | None = None
+        self.train(base_layer.training)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.B.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, as model code that looks at its dtype or device expects it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is folded into the base's weight at present."""
+        return self.merged_base is not None
+
+    def adapter(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+        """``(A, A_pool, B, B_pool, d)``, all on this layer's device."""
+        pool, device = self.pool, self.d.device
+        if pool is None:
+            return self.A, None, self.B, None, self.d
+        return self.A, pool.A.to(device), self.B, pool.B.to(device), self.d
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in) to (..., out), in the dtype that the base layer would give."""
+        if self.merged_base is not None and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the base weights, so it would not be trained; "
+                "call rasa_ext.unmerge(model) first."
+            )
+        if self.merged_base is not None or self.disabled:
+            return self.base_layer(x, *args, **kwargs)
+        adapter = self.adapter()
+        dropping = self.dropout > 0 and self.training
+        plain = not (args or kwargs or dropping) and is_plain_gemm(self.base_layer)
+        if plain:
+            dtype = _compute_dtype(x)
+            plain = dtype == self.base_layer.weight.dtype
+        multiple = ops.rank_multiple(x.device.type)
+        with_grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(t is not None and t.requires_grad for t in adapter)
+        )
+        if with_grad:
+            self._cache = None
+        if plain:
+            x = x.to(dtype)
+            base = self.base_layer
+            weight = base.weight.t() if self.transposed else base.weight
+            if with_grad:
+                return functional.rasa_linear(x, weight, base.bias, *adapter, multiple)
+            packed = self._packed(adapter, dtype, multiple)
+            y, _ = ops.low_rank_linear(x.reshape(-1, x.shape[-1]), weight, base.bias, *packed)
+            return y.view(*x.shape[:-1], y.shape[-1])
+        y = self.base_layer(x, *args, **kwargs)
+        if dropping:
+            x = nn.functional.dropout(x, self.dropout)
+        x = x.to(y.dtype)
+        if with_grad or y.requires_grad:
+            return functional.rasa_add(y, x, *adapter, multiple)
+        packed = self._packed(adapter, y.dtype, multiple)
+        out, _ = ops.low_rank_add(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *packed)
+        return out.view(y.shape)
+
+    def repack(self) -> None:
+        """Forget the cached pack."""
+        self._cache = None
+
+    def train(self, mode: bool = True) -> RasaLinear:
+        """Switch the mode and forget the cached pack."""
+        self._cache = None
+        return super().train(mode)
+
+    def _packed(self, adapter: tuple, dtype: torch.dtype, multiple: int) -> tuple[Tensor, Tensor]:
+        """Ap, Bt without grad: from the cache while no parameter has changed."""
+        tensors = [t for t in adapter if t is not None]
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
+            return ops.pack(*adapter, dtype, multiple)
+        key = (dtype, multiple, *((id(t), t._version, t.data_ptr(), t.device) for t in tensors))
+        if self._cache is None or self._cache[0] != key:
+            with torch.no_grad():
+                # Keeping the tensors alive keeps another one from taking over an id of the key.
+                self._cache = (key, tensors, ops.pack(*adapter, dtype, multiple))
+        return self._cache[2]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": None}
+
+    def extra_repr(self) -> str:
+        """Widths and ranks."""
+        state = ", merged" if self.merged else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"private={self.A.shape[0]}, effective_rank={self.d.shape[0]}{state}"
+        )
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer or Conv1D."""
+    if is_conv1d(module):
+        return module.nf, module.weight.shape[0]
+    return module.out_features, module.in_features
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes on x: autocast's, or x's own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

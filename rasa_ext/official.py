@@ -1,0 +1,88 @@
+"""Reading checkpoints of the published RaSA code.
+
+There a layer has ``rasa_A.weight``, ``rasa_B.weight`` and ``rasa_mixing.weight`` (private entries
+first), and a module type has one ``rasa_shared_A.<path with . as __>.weight`` and ``..._B...`` under
+``base_model.``, for layers named ``layers.N.<path>``.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.checkpoint import install
+from rasa_ext.config import RasaConfig
+from rasa_ext.files import PREFIX, WEIGHTS, read_config, read_tensors
+from rasa_ext.record import is_patched, record_of
+from rasa_ext.targets import Plan, make_plan
+
+_PICKLE = "adapter_model.bin"
+_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.rasa_(?P<part>A|B|mixing)\.weight$")
+_SHARED = re.compile(r"^base_model\.rasa_shared_(?P<part>A|B)\.(?P<kind>.+)\.weight$")
+_PARTS = {"A": "rasa_A", "B": "rasa_B", "mixing": "rasa_d"}
+
+
+def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """Load a checkpoint of the published code; an unpatched model is patched from its config.
+
+    Nothing in the checkpoint can run code: a ``.bin`` is read with ``weights_only=True`` or
+    refused. Returns the model.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, unsafe or damaged, or does not fit the
+            model; the model is unchanged.
+        RuntimeError: the model is merged.
+    """
+    config = RasaConfig.from_dict(read_config(directory))
+    found = _read(Path(directory))
+    plan = record_of(model).plan if is_patched(model) else make_plan(model, config)
+    return install(model, config, _renamed(found, plan, str(directory)), str(directory))
+
+
+def _read(directory: Path) -> dict[str, Tensor]:
+    path = directory / _PICKLE
+    if (directory / WEIGHTS).is_file() or not path.is_file():
+        return read_tensors(directory / WEIGHTS)
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path}: refused, since it holds more than tensors or is damaged, and reading it could "
+            "run code; ask its author for a safetensors file. "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
+    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(data).__name__}.")
+    return data
+
+
+def _renamed(found: dict[str, Tensor], plan: Plan, where: str) -> dict[str, Tensor]:
+    """The same tensors under the names of the package's own format."""
+    pools: dict[str, str] = {}
+    for group in plan.groups:
+        kind = _kind(group.names[0])
+        if kind in pools:
+            raise ValueError(
+                f"{where}: the published format has one pool for {kind!r}, but the model has "
+                "layers of several shapes or places under that name."
+            )
+        pools[kind] = f"{PREFIX}{group.names[0]}.rasa_pool"
+    renamed = {}
+    for key, tensor in found.items():
+        if match := _LAYER.match(key):
+            renamed[f"{PREFIX}{match['path']}.{_PARTS[match['part']]}"] = tensor
+        elif (match := _SHARED.match(key)) and match["kind"] in pools:
+            renamed[f"{pools[match['kind']]}_{match['part']}"] = tensor
+        else:
+            renamed[key] = tensor  # reported as unexpected under its own name
+    return renamed
+
+
+def _kind(name: str) -> str:
+    """``model.layers.3.self_attn.q_proj`` to ``self_attn__q_proj``."""
+    return re.sub(r"^.*?\blayers\.\d+\.", "", name).replace(".", "__")

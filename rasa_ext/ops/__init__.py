@@ -1,0 +1,44 @@
+"""Operators: schema, fake kernel and PyTorch kernel side by side; compiled code only adds kernels.
+
+The functions of this module are what the package calls. Where no compiled kernel exists they run the
+PyTorch kernels without a trip through the dispatcher, which costs several microseconds an operator;
+under ``torch.compile`` they are always the operators, opaque to the compiler.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rasa_ext.ops import fake, reference
+from rasa_ext.ops.heuristics import rank_multiple
+from rasa_ext.ops.library import COMPILED, cuda_status
+from rasa_ext.ops.schemas import LIBRARY, SCHEMAS
+
+NAMES: tuple[str, ...] = tuple(schema.partition("(")[0] for schema in SCHEMAS)
+
+for _name in NAMES:
+    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"rasa_ext::{_name}", getattr(fake, _name), lib=LIBRARY)
+
+
+def _entry(name: str):
+    operator = getattr(torch.ops.rasa_ext, name).default
+    direct = getattr(reference, name)
+    if COMPILED:
+        return operator
+
+    def call(*args):
+        return operator(*args) if torch.compiler.is_compiling() else direct(*args)
+
+    call.__name__ = name
+    call.__doc__ = direct.__doc__
+    return call
+
+
+pack = _entry("pack")
+pack_backward = _entry("pack_backward")
+low_rank_linear = _entry("low_rank_linear")
+low_rank_add = _entry("low_rank_add")
+low_rank_linear_backward = _entry("low_rank_linear_backward")
+
+__all__ = [*NAMES, "NAMES", "cuda_status", "rank_multiple"]

@@ -1,0 +1,217 @@
+"""Which layers of a model are adapted, and which of them share a pool. Looks, changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from torch import Tensor, nn
+
+from rasa_ext.config import ALL_LINEAR, RasaConfig
+from rasa_ext.modules import is_conv1d, linear_shape
+
+HEADS = frozenset({"lm_head", "score", "classifier"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers that share one pool: one name pattern, one (out, in) shape."""
+
+    pattern: str
+    shape: tuple[int, int]
+    names: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What patching a model would do."""
+
+    groups: tuple[Group, ...]
+    left_out: dict[str, str]
+    """Linear layers that stay as they are, each with the reason."""
+    experts: dict[str, tuple[int, ...]]
+    """Names and shapes of 3-D expert weights, which are not linear layers and stay untouched."""
+    saved: tuple[str, ...]
+    """Names of the modules that are trained in full."""
+
+
+def make_plan(model: nn.Module, config: RasaConfig) -> Plan:
+    """Find the layers that ``config`` names in ``model``, and group them.
+
+    Raises ValueError or TypeError, naming the argument, where nothing or something impossible is
+    matched. The model is only read.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if "" in linears:
+        raise ValueError(
+            "model: expected a module that holds linear layers, got a linear layer itself, which "
+            "cannot be replaced in place; wrap it, for example in torch.nn.Sequential."
+        )
+    saved = _modules_to_save(model, config.modules_to_save)
+    obstacles = _obstacles(model, linears)
+    heads = _heads(model, linears)
+    left_out: dict[str, str] = {}
+    chosen: list[str] = []
+    explicit = config.target_modules != ALL_LINEAR
+    for name in _matched(linears, config.target_modules):
+        kept = next((s for s in saved if name == s or name.startswith(f"{s}.")), None)
+        if matches(name, config.exclude_modules):
+            left_out[name] = "named by exclude_modules"
+        elif kept is not None and explicit:
+            raise ValueError(
+                f"modules_to_save: {kept!r} is trained in full, but target_modules also adapts "
+                f"{name!r} in it; name it in one of the two, or in exclude_modules."
+            )
+        elif kept is not None:
+            left_out[name] = "trained in full, named by modules_to_save"
+        elif name in obstacles:
+            if explicit:
+                raise ValueError(f"target_modules: cannot adapt {name!r}: {obstacles[name]}.")
+            left_out[name] = obstacles[name]
+        elif not explicit and (reason := heads.get(name)):
+            left_out[name] = reason
+        else:
+            chosen.append(name)
+    if not chosen:
+        why = "".join(f" {name}: {reason}." for name, reason in list(left_out.items())[:5])
+        raise ValueError(
+            f"target_modules: expected at least one linear layer, but {config.target_modules!r} "
+            f"leaves none of the model's {len(linears)}.{why}"
+        )
+    for name in linears:
+        if name not in chosen:
+            left_out.setdefault(name, "not named by target_modules")
+    for name in chosen:
+        _check_weight(name, linears[name])
+    return Plan(_grouped(chosen, linears), left_out, _experts(model), saved)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def pattern(name: str) -> str:
+    """A module path with its layer index, the first integer in it, replaced by ``*``."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            parts[position] = "*"
+            break
+    return ".".join(parts)
+
+
+def matches(name: str, names: str | tuple[str, ...]) -> bool:
+    """Whether a name matches a regular expression as a whole, or ends in one of the suffixes."""
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == item or name.endswith(f".{item}") for item in names)
+
+
+def _matched(linears: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:
+    if targets == ALL_LINEAR:
+        return list(linears)
+    if isinstance(targets, tuple):
+        for item in targets:
+            if not any(matches(name, (item,)) for name in linears):
+                known = sorted({name.rpartition(".")[2] for name in linears})
+                raise ValueError(
+                    f"target_modules: expected names of linear layers, but no linear layer's name "
+                    f"ends in {item!r}; the model's end in {', '.join(known[:20]) or 'nothing'}."
+                )
+    return [name for name in linears if matches(name, targets)]
+
+
+def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    saved = []
+    for item in names:
+        found = [name for name, _ in model.named_modules() if name and matches(name, (item,))]
+        if not found:
+            raise ValueError(
+                f"modules_to_save: expected suffixes of module names, but no module's name ends "
+                f"in {item!r}."
+            )
+        saved += [name for name in found if name not in saved]
+    return tuple(saved)
+
+
+def _obstacles(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+    """Linear layers that cannot be adapted, with the reason."""
+    obstacles = {}
+    for parent_name, parent in model.named_modules():
+        prefix = f"{parent_name}." if parent_name else ""
+        if isinstance(parent, nn.MultiheadAttention):
+            reason = "torch.nn.MultiheadAttention reads its weight without calling it"
+        elif hasattr(parent, "base_layer"):
+            reason = f"part of {parent_name!r}, which is already adapted ({type(parent).__name__})"
+        else:
+            continue
+        obstacles.update((name, reason) for name in linears if name.startswith(prefix))
+    return obstacles
+
+
+def _heads(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+    """Linear layers that turn features into the model's answer, with the reason to think so."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    find = getattr(model, "get_output_embeddings", None)
+    output = find() if callable(find) else None
+    heads = {}
+    for name, module in linears.items():
+        if HEADS & set(name.split(".")):
+            heads[name] = "an output head"
+        elif id(module.weight) in embeddings:
+            heads[name] = "tied to an embedding"
+        elif module is output:
+            heads[name] = "the model's output embedding"
+    return heads
+
+
+def _check_weight(name: str, module: nn.Module) -> None:
+    weight = module.weight
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"target_modules: {name!r} has no weight yet (a lazy layer); run one forward first."
+        )
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(
+            f"target_modules: {name!r} has a weight of {found}, expected a floating-point weight; "
+            "leave it out with exclude_modules."
+        )
+    if 0 in linear_shape(module) or weight.numel() == 0:
+        raise ValueError(
+            f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected one "
+            "without a zero; gather sharded weights before patching, or use exclude_modules."
+        )
+
+
+def _grouped(names: list[str], linears: dict[str, nn.Module]) -> tuple[Group, ...]:
+    groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for name in names:
+        groups.setdefault((pattern(name), linear_shape(linears[name])), []).append(name)
+    return tuple(Group(key, shape, tuple(found)) for (key, shape), found in groups.items())
+
+
+def _experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """3-D parameters of modules that are not torch's own: stacked expert weights."""
+    return {
+        f"{name}.{key}".lstrip("."): tuple(parameter.shape)
+        for name, module in model.named_modules()
+        if not type(module).__module__.startswith("torch.nn")
+        for key, parameter in module.named_parameters(recurse=False)
+        if not isinstance(parameter, nn.parameter.UninitializedParameter)
+        and parameter.dim() == 3
+        and min(parameter.shape) > 1
+    }
+
+
+def places(model: nn.Module, modules: dict[nn.Module, object]) -> list[tuple[nn.Module, str]]:
+    """Every (parent, attribute) under which one of ``modules`` is registered, shared ones too."""
+    return [
+        (parent, key)
+        for parent in model.modules()
+        for key, child in parent._modules.items()
+        if child in modules
+    ]
