@@ -30,8 +30,8 @@ class RasaConfig:
     )
     k: int | None = _field(
         1,
-        "How many of the r ranks every layer gives to its group's shared pool, 0 <= k <= rank; 0 is "
-        "plain LoRA, None means max(rank // 8, 1). The effective rank is r - k + L*k for L layers.",
+        "How many of the r ranks every layer gives to its group's shared pool, 0 <= k <= rank; 0 "
+        "is plain LoRA, None max(rank // 8, 1). The effective rank is r - k + L*k for L layers.",
     )
     alpha: float = _field(
         8.0,

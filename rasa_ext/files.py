@@ -1,4 +1,4 @@
-"""Adapter directories: ``adapter_config.json`` and ``adapter_model.safetensors``, written as one."""
+"""Adapter directories: a configuration and a safetensors file, written as one."""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@
     rasa_linear(x, W, bias, ...)    -> x W^T + bias + (x Ap^T) Bt^T
     rasa_add(y, x, ...)             -> y + (x Ap^T) Bt^T
 
-Saved for the backward are x, U = x Ap^T and the parameters themselves: the pack is made again there,
-in weight space, so that no copy of the concatenated weights outlives a forward. All gradients are
-first order; differentiating twice raises.
+Saved for the backward are x, U = x Ap^T and the parameters themselves: the pack is made again
+there, in weight space, so that no copy of the concatenated weights outlives a forward. All
+gradients are first order; differentiating twice raises.
 
 Everything that is RaSA's own is in ``pack``; the linear knows only Ap and Bt.
 """
@@ -126,8 +126,8 @@ def rasa_linear(
 ) -> Tensor:
     """``x W^T + bias + x dW^T`` with dW = [B | B_pool] diag(d) [A ; A_pool].
 
-    x is (..., in), weight (out, in) with any strides and without a gradient of its own, bias (out,);
-    x, weight and bias share one dtype, in which the adapter is computed. Shapes of the adapter: see
+    x is (..., in), weight (out, in) with any strides and without a gradient of its own, bias
+    (out,); the three share one dtype, in which the adapter is computed. Shapes of the adapter: see
     ``pack``. Differentiable in x and in the adapter.
     """
     return _RasaLinear.apply(x, weight, bias, A, A_pool, B, B_pool, d, multiple)

@@ -1,8 +1,8 @@
 """Reading checkpoints of the published RaSA code.
 
 There a layer has ``rasa_A.weight``, ``rasa_B.weight`` and ``rasa_mixing.weight`` (private entries
-first), and a module type has one ``rasa_shared_A.<path with . as __>.weight`` and ``..._B...`` under
-``base_model.``, for layers named ``layers.N.<path>``.
+first), and a module type has one ``rasa_shared_A.<path with . as __>.weight`` and one
+``rasa_shared_B...`` under ``base_model.``, for layers named ``layers.N.<path>``.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def _read(directory: Path) -> dict[str, Tensor]:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path}: refused, since it holds more than tensors or is damaged, and reading it could "
-            "run code; ask its author for a safetensors file. "
+            f"{path}: refused, since it holds more than tensors or is damaged, and reading it "
+            "could run code; ask its author for a safetensors file. "
             f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from None
     if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):

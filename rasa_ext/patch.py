@@ -181,7 +181,7 @@ def _let_gradients_into_checkpoints(model: nn.Module) -> list[Any]:
 
 
 def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook: the output takes part in autograd. (A function of the module can be pickled.)"""
+    """Forward hook: let the output take part in autograd. (A module-level function pickles.)"""
     if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
         return
     if isinstance(output, Tensor) and output.is_floating_point() and output.is_leaf:

@@ -1,8 +1,8 @@
 """Operators: schema, fake kernel and PyTorch kernel side by side; compiled code only adds kernels.
 
-The functions of this module are what the package calls. Where no compiled kernel exists they run the
-PyTorch kernels without a trip through the dispatcher, which costs several microseconds an operator;
-under ``torch.compile`` they are always the operators, opaque to the compiler.
+The functions of this module are what the package calls. Where no compiled kernel exists they run
+the PyTorch kernels without a trip through the dispatcher, which costs several microseconds an
+operator; under ``torch.compile`` they are always the operators, opaque to the compiler.
 """
 
 from __future__ import annotations

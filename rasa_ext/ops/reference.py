@@ -1,4 +1,4 @@
-"""PyTorch kernels of the operators: the fallback of every device, and what kernels are held against.
+"""PyTorch kernels of the operators: the fallback of every device and what others are held to.
 
 Each function implements the operator of its name; shapes and contracts stand in ``schemas``.
 """

@@ -3,15 +3,15 @@
 Symbols: M tokens, ``in``/``out`` features, R = r - k + L*k the effective rank, Rp = R rounded up to
 ``multiple`` (pads are zero). ``x`` and ``grad`` are 2-D; flattening is the caller's.
 
-- ``pack``: ``Ap = [A ; A_pool]`` (Rp, in) and ``Bt = [B | B_pool] diag(d)`` (out, Rp), in ``dtype``.
+- ``pack``: ``Ap = [A ; A_pool]`` (Rp, in), ``Bt = [B | B_pool] diag(d)`` (out, Rp), in ``dtype``.
 - ``pack_backward``: gradients of A, A_pool, B, B_pool and d in d's dtype, from those of Ap and Bt.
 - ``low_rank_linear``: ``y = x W^T + bias + U Bt^T`` with ``U = x Ap^T`` (M, Rp), all of one dtype.
 - ``low_rank_add``: ``out = y + U Bt^T``, for bases that are not a plain GEMM.
 - ``low_rank_linear_backward``: ``dx = grad W + H Ap`` with ``H = grad Bt``, ``dAp = H^T x`` and
   ``dBt = grad^T U``; ``weight=None`` is the backward of ``low_rank_add``. dAp and dBt come in the
-  accumulation dtype (float32, or float64 for float64). dBt and pack's dB_pool are column-major, the
-  order in which the GEMM is fastest and in which a pool's L gradients are summed. What is not needed
-  comes back with no elements.
+  accumulation dtype (float32, or float64 for float64). dBt and pack_backward's dB_pool are
+  column-major, the order in which the GEMM is fastest and in which a pool's L gradients are summed.
+  What is not needed comes back with no elements.
 
 No output aliases an input or another output.
 """
