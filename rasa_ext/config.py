@@ -138,7 +138,8 @@ class RasaConfig:
         """d of a layer in a group of ``layers``: (r-k+L*k,) float32, private entries first."""
         own, pooled = self.rank - self.k, layers * self.k
         share = self.alpha if 0 in (own, pooled) else self.alpha / 2
-        return torch.tensor([share / own] * own + [share / pooled] * pooled, dtype=torch.float32)
+        values = [share / n for n in (own, pooled) for _ in range(n)]
+        return torch.tensor(values, dtype=torch.float32)
 
     def differences(self, other: RasaConfig) -> list[str]:
         """The fields in which two configs differ, as ``name: mine, theirs``."""

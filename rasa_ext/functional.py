@@ -30,24 +30,26 @@ class _Pack(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dAp, dBt):
         B, B_pool, d = ctx.saved_tensors
-        return *_adapter_grads(dAp, dBt, B, B_pool, d), None, None
+        dA, dA_pool, dB, dB_pool, dd = ops.pack_backward(dAp, dBt, B, B_pool, d)
+        if B_pool is None:
+            dA_pool = dB_pool = None
+        return dA, dA_pool, dB, dB_pool, dd, None, None
 
 
 class _RasaLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, A_pool, B, B_pool, d, multiple):
-        Ap, Bt = ops.pack(A, A_pool, B, B_pool, d, x.dtype, multiple)
-        flat = x.reshape(-1, x.shape[-1])
-        y, U = ops.low_rank_linear(flat, weight, bias, Ap, Bt)
+        Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
+        y, U = ops.low_rank_linear(_rows(x), weight, bias, Ap, Bt, rest)
         ctx.save_for_backward(x, U, weight, A, A_pool, B, B_pool, d)
         ctx.multiple = multiple
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, U, weight, *adapter = ctx.saved_tensors
-        need_x, _, _, *need = ctx.needs_input_grad
+        need_x, _, _, *need, _ = ctx.needs_input_grad
         dx, grads = _low_rank_backward(grad, x, U, weight, adapter, ctx.multiple, need_x, any(need))
         return dx, None, None, *grads, None
 
@@ -55,9 +57,8 @@ class _RasaLinear(torch.autograd.Function):
 class _RasaAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, A, A_pool, B, B_pool, d, multiple):
-        Ap, Bt = ops.pack(A, A_pool, B, B_pool, d, x.dtype, multiple)
-        flat = x.reshape(-1, x.shape[-1])
-        out, U = ops.low_rank_add(y.reshape(-1, y.shape[-1]), flat, Ap, Bt)
+        Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
+        out, U = ops.low_rank_add(_rows(y), _rows(x), Ap, Bt, rest)
         ctx.save_for_backward(x, U, A, A_pool, B, B_pool, d)
         ctx.multiple = multiple
         return out.view(y.shape)
@@ -66,34 +67,43 @@ class _RasaAdd(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, U, *adapter = ctx.saved_tensors
-        need_y, need_x, *need = ctx.needs_input_grad
+        need_y, need_x, *need, _ = ctx.needs_input_grad
         dx, grads = _low_rank_backward(grad, x, U, None, adapter, ctx.multiple, need_x, any(need))
         return grad if need_y else None, dx, *grads, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., n) as (M, n)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _packed(x, A, A_pool, B, B_pool, d, multiple):
+    """Ap, Bt in x's dtype, and the diagonal (Rp,) where it is not in them."""
+    if ops.diagonal_in_pack(x.device.type):
+        return *ops.pack(A, A_pool, B, B_pool, d, x.dtype, multiple), None
+    Ap, Bt = ops.pack(A, A_pool, B, B_pool, None, x.dtype, multiple)
+    if fill := Ap.shape[0] - d.shape[0]:
+        d = torch.nn.functional.pad(d, (0, fill))
+    return Ap, Bt, d
 
 
 def _low_rank_backward(grad, x, U, weight, adapter, multiple, need_x, need_adapter):
     """dx in x's shape, and the gradients of A, A_pool, B, B_pool, d; None where not needed."""
     A, A_pool, B, B_pool, d = adapter
-    Ap, Bt = ops.pack(A, A_pool, B, B_pool, d, x.dtype, multiple)
-    dx, dAp, dBt = ops.low_rank_linear_backward(
-        grad.reshape(-1, grad.shape[-1]),
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        U,
-        Ap,
-        Bt,
-        need_x,
-        need_adapter,
+    Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
+    dx, dAp, dBt, dd_rest = ops.low_rank_linear_backward(
+        _rows(grad), _rows(x), weight, U, Ap, Bt, rest, need_x, need_adapter
     )
-    grads = _adapter_grads(dAp, dBt, B, B_pool, d) if need_adapter else (None,) * 5
-    return dx.view(x.shape) if need_x else None, grads
-
-
-def _adapter_grads(dAp, dBt, B, B_pool, d):
-    dA, dA_pool, dB, dB_pool, dd = ops.pack_backward(dAp, dBt, B, B_pool, d)
-    if B_pool is None:
-        return dA, None, dB, None, dd
-    return dA, dA_pool, dB, dB_pool, dd
+    dx = dx.view(x.shape) if need_x else None
+    if not need_adapter:
+        return dx, (None,) * 5
+    in_pack = d if rest is None else None
+    dA, dA_pool, dB, dB_pool, dd = ops.pack_backward(dAp, dBt, B, B_pool, in_pack)
+    if rest is not None:
+        dd = dd_rest[: d.shape[0]].to(d.dtype)
+    if A_pool is None:
+        dA_pool = dB_pool = None
+    return dx, (dA, dA_pool, dB, dB_pool, dd)
 
 
 def pack(
@@ -109,6 +119,8 @@ def pack(
 
     Shapes: A (r-k, in), A_pool (L*k, in) or None, B (out, r-k), B_pool (out, L*k) or None,
     d (R,) with R = r-k+L*k; Rp is R rounded up to ``multiple`` with zeros. Differentiable.
+
+    The linears below may leave d out of their packs and apply it to U: ``ops.diagonal_in_pack``.
     """
     return _Pack.apply(A, A_pool, B, B_pool, d, dtype, multiple)
 

@@ -17,20 +17,20 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def is_plain_gemm(base: nn.Module) -> bool:
-    """Whether calling ``base`` is just ``x W^T + bias`` with a frozen, dense weight.
+def is_plain_gemm(base: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether calling ``base`` is just ``x W^T + bias`` in ``dtype`` with a frozen, dense weight.
 
     Not so with hooks (offloading, pruning), a replaced ``forward``, quantized or sharded weights,
-    or a base that is being trained itself.
+    a weight of another dtype, or a base that is being trained itself.
     """
     if not (type(base) is nn.Linear or is_conv1d(base)):
         return False
     if base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__:
         return False
-    weight, bias = base.weight, base.bias
-    if type(weight) is not nn.Parameter or weight.requires_grad:
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if type(weight) is not nn.Parameter or weight.requires_grad or weight.dtype != dtype:
         return False
-    return bias is None or (bias.dtype == weight.dtype and not bias.requires_grad)
+    return bias is None or (bias.dtype == dtype and not bias.requires_grad)
 
 
 def _empty_factors(rank: int, out_features: int, in_features: int, base: Tensor, dtype) -> tuple:
@@ -131,50 +131,65 @@ class RasaLinear(nn.Module):
 
     def adapter(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
         """``(A, A_pool, B, B_pool, d)``, all on this layer's device."""
-        pool, device = self.pool, self.d.device
+        # Straight from the dictionaries: nn.Module's attribute lookup is slow, and this runs in
+        # every forward of every layer.
+        own, pool = self._parameters, self.pool
+        A, B, d = own["A"], own["B"], own["d"]
         if pool is None:
-            return self.A, None, self.B, None, self.d
-        return self.A, pool.A.to(device), self.B, pool.B.to(device), self.d
+            return A, None, B, None, d
+        A_pool, B_pool = pool._parameters["A"], pool._parameters["B"]
+        if A_pool.device != A.device:
+            A_pool, B_pool = A_pool.to(A.device), B_pool.to(A.device)
+        return A, A_pool, B, B_pool, d
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) to (..., out), in the dtype that the base layer would give."""
+        if self.merged_base is not None or self.disabled:
+            self._refuse_training_merged()
+            return self.base_layer(x, *args, **kwargs)
+        adapter = self.adapter()
+        with_grad = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(adapter))
+        if with_grad:
+            self._cache = None
+        if args or kwargs or (self.training and self.dropout > 0):
+            return self._over_base(x, adapter, with_grad, args, kwargs)
+        base, dtype = self._modules["base_layer"], _compute_dtype(x)
+        if not is_plain_gemm(base, dtype):
+            return self._over_base(x, adapter, with_grad, args, kwargs)
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if self.transposed:
+            weight = weight.t()
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        multiple = ops.rank_multiple(x.device.type)
+        if with_grad:
+            return functional.rasa_linear(x, weight, bias, *adapter, multiple)
+        packed = self._packed(adapter, dtype, multiple)
+        if x.dim() == 2:
+            return ops.low_rank_linear(x, weight, bias, *packed)[0]
+        y = ops.low_rank_linear(x.reshape(-1, x.shape[-1]), weight, bias, *packed)[0]
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _over_base(
+        self, x: Tensor, adapter: tuple, with_grad: bool, args: tuple, kwargs: dict
+    ) -> Tensor:
+        """The adapter added to whatever the base layer makes of x."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.training and self.dropout > 0:
+            x = nn.functional.dropout(x, self.dropout)
+        x, multiple = x.to(y.dtype), ops.rank_multiple(x.device.type)
+        if with_grad or y.requires_grad:
+            return functional.rasa_add(y, x, *adapter, multiple)
+        packed = self._packed(adapter, y.dtype, multiple)
+        out = ops.low_rank_add(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *packed)[0]
+        return out.view(y.shape)
+
+    def _refuse_training_merged(self) -> None:
         if self.merged_base is not None and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "the adapter is merged into the base weights, so it would not be trained; "
                 "call rasa_ext.unmerge(model) first."
             )
-        if self.merged_base is not None or self.disabled:
-            return self.base_layer(x, *args, **kwargs)
-        adapter = self.adapter()
-        dropping = self.dropout > 0 and self.training
-        plain = not (args or kwargs or dropping) and is_plain_gemm(self.base_layer)
-        if plain:
-            dtype = _compute_dtype(x)
-            plain = dtype == self.base_layer.weight.dtype
-        multiple = ops.rank_multiple(x.device.type)
-        with_grad = torch.is_grad_enabled() and (
-            x.requires_grad or any(t is not None and t.requires_grad for t in adapter)
-        )
-        if with_grad:
-            self._cache = None
-        if plain:
-            x = x.to(dtype)
-            base = self.base_layer
-            weight = base.weight.t() if self.transposed else base.weight
-            if with_grad:
-                return functional.rasa_linear(x, weight, base.bias, *adapter, multiple)
-            packed = self._packed(adapter, dtype, multiple)
-            y, _ = ops.low_rank_linear(x.reshape(-1, x.shape[-1]), weight, base.bias, *packed)
-            return y.view(*x.shape[:-1], y.shape[-1])
-        y = self.base_layer(x, *args, **kwargs)
-        if dropping:
-            x = nn.functional.dropout(x, self.dropout)
-        x = x.to(y.dtype)
-        if with_grad or y.requires_grad:
-            return functional.rasa_add(y, x, *adapter, multiple)
-        packed = self._packed(adapter, y.dtype, multiple)
-        out, _ = ops.low_rank_add(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *packed)
-        return out.view(y.shape)
 
     def repack(self) -> None:
         """Forget the cached pack."""
@@ -222,3 +237,10 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def _any_requires_grad(adapter: tuple) -> bool:
+    A, A_pool, B, B_pool, d = adapter
+    if A.requires_grad or B.requires_grad or d.requires_grad:
+        return True
+    return A_pool is not None and (A_pool.requires_grad or B_pool.requires_grad)

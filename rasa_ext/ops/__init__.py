@@ -10,14 +10,28 @@ from __future__ import annotations
 import torch
 
 from rasa_ext.ops import fake, reference
-from rasa_ext.ops.heuristics import rank_multiple
+from rasa_ext.ops.heuristics import diagonal_in_pack, rank_multiple
 from rasa_ext.ops.library import COMPILED, cuda_status
 from rasa_ext.ops.schemas import LIBRARY, SCHEMAS
 
 NAMES: tuple[str, ...] = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
+
+def _operator_kernel(name: str):
+    """The PyTorch kernel as an operator may call it: no output shares memory with an input."""
+    direct = getattr(reference, name)
+    if name != "pack_backward":
+        return direct
+
+    def fresh(*args):
+        dA, dA_pool, dB, dB_pool, dd = direct(*args)
+        return dA, dA_pool.clone(), dB, dB_pool.clone(), dd
+
+    return fresh
+
+
 for _name in NAMES:
-    LIBRARY.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    LIBRARY.impl(_name, _operator_kernel(_name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"rasa_ext::{_name}", getattr(fake, _name), lib=LIBRARY)
 
 
@@ -40,5 +54,9 @@ pack_backward = _entry("pack_backward")
 low_rank_linear = _entry("low_rank_linear")
 low_rank_add = _entry("low_rank_add")
 low_rank_linear_backward = _entry("low_rank_linear_backward")
+pack_layers = _entry("pack_layers")
+pack_layers_backward = _entry("pack_layers_backward")
+delta_layers = _entry("delta_layers")
+merge_layers = _entry("merge_layers")
 
-__all__ = [*NAMES, "NAMES", "cuda_status", "rank_multiple"]
+__all__ = [*NAMES, "NAMES", "cuda_status", "diagonal_in_pack", "rank_multiple"]

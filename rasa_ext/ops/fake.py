@@ -13,12 +13,12 @@ def pack(
     A_pool: Tensor | None,
     B: Tensor,
     B_pool: Tensor | None,
-    d: Tensor,
+    d: Tensor | None,
     dtype: torch.dtype,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ap (Rp, in), Bt (out, Rp)."""
-    width = padded(d.shape[0], multiple)
+    width = padded(A.shape[0] + (0 if A_pool is None else A_pool.shape[0]), multiple)
     return (
         A.new_empty((width, A.shape[1]), dtype=dtype),
         A.new_empty((B.shape[0], width), dtype=dtype),
@@ -26,28 +26,35 @@ def pack(
 
 
 def pack_backward(
-    dAp: Tensor, dBt: Tensor, B: Tensor, B_pool: Tensor | None, d: Tensor
+    dAp: Tensor, dBt: Tensor, B: Tensor, B_pool: Tensor | None, d: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dA (r-k, in), dA_pool (Lk, in), dB (out, r-k), dB_pool (out, Lk) column-major, dd (R,)."""
     out, own = B.shape
-    pooled, width = d.shape[0] - own, dAp.shape[1]
+    pooled, width = 0 if B_pool is None else B_pool.shape[1], dAp.shape[1]
     return (
-        d.new_empty((own, width)),
-        d.new_empty((pooled, width)),
-        d.new_empty((out, own)),
-        d.new_empty((pooled, out)).t(),
-        d.new_empty(d.shape),
+        B.new_empty((own, width)),
+        B.new_empty((pooled, width)),
+        B.new_empty((out, own)),
+        B.new_empty((pooled, out)).t(),
+        B.new_empty((0 if d is None else own + pooled,)),
     )
 
 
 def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, Ap: Tensor, Bt: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    Ap: Tensor,
+    Bt: Tensor,
+    d: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Y (M, out), U (M, Rp)."""
     return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], Ap.shape[0]))
 
 
-def low_rank_add(y: Tensor, x: Tensor, Ap: Tensor, Bt: Tensor) -> tuple[Tensor, Tensor]:
+def low_rank_add(
+    y: Tensor, x: Tensor, Ap: Tensor, Bt: Tensor, d: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Out (M, out), U (M, Rp)."""
     return y.new_empty(y.shape), x.new_empty((x.shape[0], Ap.shape[0]))
 
@@ -59,13 +66,49 @@ def low_rank_linear_backward(
     U: Tensor,
     Ap: Tensor,
     Bt: Tensor,
+    d: Tensor | None,
     need_x: bool,
     need_adapter: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dX (M, in), dAp (Rp, in), dBt (out, Rp) column-major; no elements where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dX (M, in), dAp (Rp, in), dBt (out, Rp) column-major, dd (Rp,); empty where not needed."""
     wide = accumulation_dtype(x.dtype)
     dx = x.new_empty(x.shape if need_x else (0,))
+    dd = x.new_empty(Ap.shape[:1] if need_adapter and d is not None else (0,), dtype=wide)
     if not need_adapter:
-        return dx, x.new_empty((0,), dtype=wide), x.new_empty((0,), dtype=wide)
+        return dx, x.new_empty((0,), dtype=wide), x.new_empty((0,), dtype=wide), dd
     dAp = x.new_empty((Ap.shape[0], x.shape[1]), dtype=wide)
-    return dx, dAp, x.new_empty((Bt.shape[1], Bt.shape[0]), dtype=wide).t()
+    return dx, dAp, x.new_empty((Bt.shape[1], Bt.shape[0]), dtype=wide).t(), dd
+
+
+def pack_layers(
+    A: list[Tensor],
+    A_pool: Tensor | None,
+    B: list[Tensor],
+    B_pool: Tensor | None,
+    d: list[Tensor],
+    dtype: torch.dtype,
+    multiple: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Ap (L, Rp, in), Bt (L, out, Rp)."""
+    Ap, Bt = pack(A[0], A_pool, B[0], B_pool, d[0], dtype, multiple)
+    return Ap.new_empty((len(A), *Ap.shape)), Bt.new_empty((len(A), *Bt.shape))
+
+
+def pack_layers_backward(
+    dAp: Tensor, dBt: Tensor, B: list[Tensor], B_pool: Tensor | None, d: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dA (L, r-k, in), dA_pool (Lk, in), dB (L, out, r-k), dB_pool (out, Lk), dd (L, R)."""
+    dA, dA_pool, dB, dB_pool, dd = pack_backward(dAp[0], dBt[0], B[0], B_pool, d[0])
+    stacked = (t.new_empty((len(B), *t.shape)) for t in (dA, dB, dd))
+    dA, dB, dd = stacked
+    return dA, dA_pool, dB, dB_pool, dd
+
+
+def delta_layers(Ap: Tensor, Bt: Tensor) -> Tensor:
+    """Delta (L, out, in)."""
+    shape = (Ap.shape[0], Bt.shape[1], Ap.shape[2])
+    return Ap.new_empty(shape, dtype=accumulation_dtype(Ap.dtype))
+
+
+def merge_layers(weights: list[Tensor], Ap: Tensor, Bt: Tensor, sign: float = 1.0) -> None:
+    """Nothing: the weights are changed in place."""

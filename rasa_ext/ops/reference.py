@@ -17,66 +17,77 @@ def pack(
     A_pool: Tensor | None,
     B: Tensor,
     B_pool: Tensor | None,
-    d: Tensor,
+    d: Tensor | None,
     dtype: torch.dtype,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ap = [A ; A_pool], Bt = [B | B_pool] diag(d), cast to ``dtype`` and zero-padded."""
-    rank, own = d.numel(), A.shape[0]
-    width = padded(rank, multiple)
-    make = A.new_empty if width == rank else A.new_zeros
-    Ap = make((width, A.shape[1]), dtype=dtype)
-    Bt = make((B.shape[0], width), dtype=dtype)
-    if own:
-        Ap[:own].copy_(A)
-        torch.mul(B, d[:own], out=Bt[:, :own])
-    if A_pool is not None and B_pool is not None:
-        Ap[own:rank].copy_(A_pool)
-        torch.mul(B_pool, d[own:], out=Bt[:, own:rank])
+    if A_pool is None or B_pool is None:
+        Ap, Bt = A.to(dtype, copy=True), B
+    else:
+        Ap, Bt = torch.cat((A, A_pool)).to(dtype), torch.cat((B, B_pool), 1)
+    if d is not None:
+        Bt = Bt * d
+    Bt = Bt.to(dtype, copy=Bt is B)
+    rank = Ap.shape[0]
+    if fill := padded(rank, multiple) - rank:
+        Ap = torch.nn.functional.pad(Ap, (0, 0, 0, fill))
+        Bt = torch.nn.functional.pad(Bt, (0, fill))
     return Ap, Bt
 
 
 def pack_backward(
-    dAp: Tensor, dBt: Tensor, B: Tensor, B_pool: Tensor | None, d: Tensor
+    dAp: Tensor, dBt: Tensor, B: Tensor, B_pool: Tensor | None, d: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """With T = dBt: dB = T diag(d), dd_j = sum_n [B | B_pool][n, j] T[n, j]; dA is rows of dAp."""
-    own, rank = B.shape[1], d.numel()
-    out, dtype = B.shape[0], d.dtype
-    if dBt.dtype != dtype:
-        dBt = dBt.to(dtype)
-    dA = torch.empty((own, dAp.shape[1]), dtype=dtype, device=d.device).copy_(dAp[:own])
-    dA_pool = torch.empty((rank - own, dAp.shape[1]), dtype=dtype, device=d.device)
-    dA_pool.copy_(dAp[own:rank])
-    dd = torch.empty_like(d)
-    dB = torch.empty((out, own), dtype=dtype, device=d.device)
-    dB_pool = torch.empty((rank - own, out), dtype=dtype, device=d.device).t()
-    if own:
-        own_T = dBt[:, :own]
-        torch.mul(own_T, d[:own], out=dB)
-        torch.sum(own_T * B, 0, out=dd[:own])
-    if B_pool is not None:
-        pool_T = dBt[:, own:rank]
-        torch.mul(pool_T, d[own:], out=dB_pool)
-        torch.sum(pool_T * B_pool, 0, out=dd[own:])
-    return dA, dA_pool, dB, dB_pool, dd
+    """With T = dBt: dB = T diag(d), dd_j = sum_n [B | B_pool][n, j] T[n, j]; dA is rows of dAp.
+
+    The pool's gradients may be views of dAp and dBt, which the caller gives up; the private ones
+    are copies, so that a small gradient does not keep a large one alive.
+    """
+    own, dtype = B.shape[1], B.dtype
+    pooled = 0 if B_pool is None else B_pool.shape[1]
+    sizes = (own, pooled, dAp.shape[0] - own - pooled)
+    if d is None:
+        dd = B.new_empty(0)
+    else:
+        T = dBt[:, : own + pooled].to(dtype)
+        dd = (T * (B if B_pool is None else torch.cat((B, B_pool), 1))).sum(0)
+        dBt = dBt * torch.nn.functional.pad(d, (0, sizes[2]))
+    dA, dA_pool, _ = dAp.split(sizes)
+    dB, dB_pool, _ = dBt.split(sizes, 1)
+    return (
+        dA.to(dtype, copy=True),
+        dA_pool.to(dtype),
+        dB.to(dtype, copy=True, memory_format=torch.contiguous_format),
+        dB_pool.to(dtype),
+        dd,
+    )
 
 
 def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, Ap: Tensor, Bt: Tensor
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    Ap: Tensor,
+    Bt: Tensor,
+    d: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y = X W^T + bias + U Bt^T, U = X Ap^T."""
-    U = x @ Ap.t()
+    """Y = X W^T + bias + U diag(d) Bt^T, U = X Ap^T."""
+    U = torch.mm(x, Ap.t())
+    scaled = U if d is None else U * d.to(U.dtype)
     if adapter_first(x.device.type, x.dtype):
-        y = U @ Bt.t() if bias is None else torch.addmm(bias, U, Bt.t())
+        y = torch.mm(scaled, Bt.t()) if bias is None else torch.addmm(bias, scaled, Bt.t())
         return y.addmm_(x, weight.t()), U
     y = torch.nn.functional.linear(x, weight, bias)
-    return y.addmm_(U, Bt.t()), U
+    return y.addmm_(scaled, Bt.t()), U
 
 
-def low_rank_add(y: Tensor, x: Tensor, Ap: Tensor, Bt: Tensor) -> tuple[Tensor, Tensor]:
-    """Y + U Bt^T, U = X Ap^T."""
-    U = x @ Ap.t()
-    return torch.addmm(y, U, Bt.t()), U
+def low_rank_add(
+    y: Tensor, x: Tensor, Ap: Tensor, Bt: Tensor, d: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Y + U diag(d) Bt^T, U = X Ap^T."""
+    U = torch.mm(x, Ap.t())
+    return torch.addmm(y, U if d is None else U * d.to(U.dtype), Bt.t()), U
 
 
 def low_rank_linear_backward(
@@ -86,26 +97,77 @@ def low_rank_linear_backward(
     U: Tensor,
     Ap: Tensor,
     Bt: Tensor,
+    d: Tensor | None,
     need_x: bool,
     need_adapter: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """H = G Bt, T = G^T U; dX = G W + H Ap, dAp = H^T X, dBt = T."""
-    H = grad @ Bt
-    dx = dAp = dBt = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """H = G Bt diag(d), T = G^T U diag(d); dX = G W + H Ap, dAp = H^T X, dBt = T."""
+    wide = accumulation_dtype(x.dtype)
+    dx = dAp = dBt = dd = None
+    H = torch.mm(grad, Bt)
+    if d is not None:
+        if need_adapter:
+            dd = (U * H).sum(0, dtype=wide)
+        d = d.to(H.dtype)
+        H.mul_(d)
     if need_x:
         if weight is None:
-            dx = H @ Ap
+            dx = torch.mm(H, Ap)
         elif adapter_first(x.device.type, x.dtype):
-            dx = (H @ Ap).addmm_(grad, weight)
+            dx = torch.mm(H, Ap).addmm_(grad, weight)
         else:
-            dx = (grad @ weight).addmm_(H, Ap)
-    wide = accumulation_dtype(x.dtype)
+            dx = torch.mm(grad, weight).addmm_(H, Ap)
     if need_adapter:
+        dAp = torch.mm(H.t(), x).to(wide)
         # U^T G rather than G^T U: a third faster in float32, and each rank's gradient contiguous.
-        dAp = (H.t() @ x).to(wide)
-        dBt = (U.t() @ grad).to(wide).t()
+        scaled = U if d is None else U * d
+        dBt = torch.mm(scaled.t(), grad).to(wide).t()
     return (
         grad.new_empty(0) if dx is None else dx,
         grad.new_empty(0, dtype=wide) if dAp is None else dAp,
         grad.new_empty(0, dtype=wide) if dBt is None else dBt,
+        grad.new_empty(0, dtype=wide) if dd is None else dd,
     )
+
+
+def pack_layers(
+    A: list[Tensor],
+    A_pool: Tensor | None,
+    B: list[Tensor],
+    B_pool: Tensor | None,
+    d: list[Tensor],
+    dtype: torch.dtype,
+    multiple: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Every layer's pack, stacked."""
+    layers = zip(A, B, d, strict=True)
+    packs = (pack(a, A_pool, b, B_pool, v, dtype, multiple) for a, b, v in layers)
+    Ap, Bt = zip(*packs, strict=True)
+    return torch.stack(Ap), torch.stack(Bt)
+
+
+def pack_layers_backward(
+    dAp: Tensor, dBt: Tensor, B: list[Tensor], B_pool: Tensor | None, d: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Every layer's gradients stacked, and the pool's summed from the first layer to the last."""
+    layers = zip(dAp, dBt, B, [B_pool] * len(B), d, strict=True)
+    dA, dA_pool, dB, dB_pool, dd = zip(*(pack_backward(*layer) for layer in layers), strict=True)
+    pool_A, pool_B = dA_pool[0].clone(), dB_pool[0].t().clone(memory_format=torch.contiguous_format)
+    for a, b in zip(dA_pool[1:], dB_pool[1:], strict=True):
+        pool_A.add_(a)
+        pool_B.add_(b.t())
+    return torch.stack(dA), pool_A, torch.stack(dB), pool_B.t(), torch.stack(dd)
+
+
+def delta_layers(Ap: Tensor, Bt: Tensor) -> Tensor:
+    """Bt Ap of every layer."""
+    wide = accumulation_dtype(Ap.dtype)
+    return torch.bmm(Bt.to(wide), Ap.to(wide))
+
+
+def merge_layers(weights: list[Tensor], Ap: Tensor, Bt: Tensor, sign: float = 1.0) -> None:
+    """W += sign * Bt Ap of every layer, summed wide and rounded once."""
+    for weight, down, up in zip(weights, Ap, Bt, strict=True):
+        wide = torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(down.dtype))
+        delta = torch.mm(up.to(wide), down.to(wide))
+        weight.copy_(torch.add(weight.to(wide), delta, alpha=sign))

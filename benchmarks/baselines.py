@@ -1,0 +1,55 @@
+"""What rasa_ext is measured against, written out so that it runs in the same process."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import rasa_ext
+
+
+class OfficialLinear(nn.Module):
+    """The formula of the published code: concatenate in every forward, leave the rest to autograd.
+
+    Parameters are float32 and cast to the input's dtype, which is kinder to it than the published
+    code's own habit of computing the adapter in float32.
+    """
+
+    def __init__(self, layer: rasa_ext.RasaLinear) -> None:
+        super().__init__()
+        self.base_layer, self.A, self.B, self.d = layer.base_layer, layer.A, layer.B, layer.d
+        self.__dict__["pool"] = layer.pool
+
+    def forward(self, x):
+        result = self.base_layer(x)
+        A = torch.cat([self.A, self.pool.A], 0).to(x.dtype)
+        B = torch.cat([self.B, self.pool.B], 1).to(x.dtype)
+        result += F.linear(F.linear(x, A) * self.d.to(x.dtype), B) * 1.0
+        return result
+
+
+def swap(model: nn.Module, make) -> nn.Module:
+    """Replace every RasaLinear of a patched model by ``make(layer)``."""
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if isinstance(child, rasa_ext.RasaLinear):
+                parent._modules[key] = make(child)
+    return model
+
+
+def sharing_copy(model: nn.Module) -> nn.Module:
+    """A copy of the modules over the same parameters, so that five variants fit one base."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def lively(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a patched model's B and d values as in training; zeros would be a special case."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.02 * noise.to(parameter))
+    return model

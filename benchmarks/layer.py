@@ -1,0 +1,137 @@
+"""One adapted linear: overhead over its frozen base, ours against the official formula.
+
+    python -m benchmarks.layer [--dtype float32 bfloat16] [--rounds 40] [--shapes 512,576,1536 ...]
+
+For each (M, in, out): a training step (forward, backward, gradients dropped, so that packs go
+stale) and a forward without grad (packs cached). ``ratio`` is (ours - frozen) / (official - frozen)
+of the medians; ``gemms`` is the same for the adapter's and base's GEMMs alone, a floor. Ours and
+official are checked to be the same function before they are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+from torch import nn
+
+import rasa_ext
+from benchmarks import baselines, harness
+from rasa_ext import ops
+
+SHAPES = (
+    (1024, 1024, 1024),
+    (2048, 512, 512),
+    (512, 576, 1536),
+    (1024, 2048, 2048),
+    (256, 2048, 2048),
+    (16, 2048, 2048),
+)
+LAYERS, RANK, K = 32, 8, 1
+
+
+def layers(shape: tuple[int, int, int], dtype: torch.dtype):
+    """Input, upstream gradient and the modules: frozen, official, ours; R = 39."""
+    torch.manual_seed(0)
+    M, width, out = shape
+    stack = nn.Sequential(nn.Linear(width, out, bias=False))
+    base = stack[0].to(dtype).requires_grad_(False)
+    config = rasa_ext.RasaConfig(rank=RANK, k=K)
+    pool = rasa_ext.RasaPool.create(config, LAYERS, out, width, base.weight)
+    ours = rasa_ext.RasaLinear(base, config, LAYERS, pool, owns_pool=True)
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            if parameter is not base.weight:
+                parameter.add_(0.02 * torch.randn(parameter.shape))
+    x = torch.randn(M, width).to(dtype).requires_grad_()
+    grad = torch.randn(M, out).to(dtype)
+    return x, grad, {"frozen": base, "official": baselines.OfficialLinear(ours), "ours": ours}
+
+
+def verify(modules: dict, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        mine, theirs = modules["ours"](x), modules["official"](x)
+    error = ((mine - theirs).norm() / theirs.norm()).item()
+    if error > (1e-5 if x.dtype == torch.float32 else 1e-2):
+        raise SystemExit(f"ours and official differ by {error:.2e}")
+
+
+def gemms(x: torch.Tensor, grad: torch.Tensor, ours: rasa_ext.RasaLinear, training: bool):
+    """The GEMMs that no implementation can do without, and nothing else."""
+    x, weight = x.detach(), ours.base_layer.weight
+    with torch.no_grad():
+        Ap, Bt = ops.pack(*ours.adapter(), x.dtype, 1)
+
+    def run() -> None:
+        with torch.no_grad():
+            _, U = ops.low_rank_linear(x, weight, None, Ap, Bt)
+            if training:
+                ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bt, True, True)
+
+    return run
+
+
+def training(module: nn.Module, x: torch.Tensor, grad: torch.Tensor, parameters: tuple):
+    def step() -> None:
+        for tensor in (x, *parameters):
+            tensor.grad = None
+        module(x).backward(grad)
+
+    return step
+
+
+def forward(module: nn.Module, x: torch.Tensor):
+    def run() -> None:
+        with torch.no_grad():
+            module(x)
+
+    return run
+
+
+def compare(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, train: bool) -> float:
+    """Print one row and return the overhead ratio."""
+    x, grad, modules = layers(shape, dtype)
+    verify(modules, x)
+    parameters = modules["ours"].adapter()
+    run = {
+        name: training(module, x, grad, parameters) if train else forward(module, x)
+        for name, module in modules.items()
+    }
+    run["gemms"] = gemms(x, grad, modules["ours"], train)
+    seconds = harness.interleaved(run, rounds, warmup=5)
+    middle = {name: 1e6 * harness.quartiles(values)[1] for name, values in seconds.items()}
+    spread = [1e6 * v for v in harness.quartiles(seconds["ours"])]
+    ratio = harness.overhead_ratio(seconds, "ours", "official", "frozen")
+    floor = harness.overhead_ratio(seconds, "gemms", "official", "frozen")
+    print(
+        f"{'step' if train else 'no grad':8} {shape!s:20} {middle['frozen']:9.0f} "
+        f"{middle['official']:9.0f} {middle['ours']:9.0f} "
+        f"({spread[0]:.0f}-{spread[2]:.0f}) {ratio:6.2f} {floor:6.2f}",
+        flush=True,
+    )
+    return ratio
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, s)) for s in SHAPES])
+    arguments = parser.parse_args()
+    harness.pin_allocator()
+    shapes = [tuple(int(n) for n in text.split(",")) for text in arguments.shapes]
+    for dtype in arguments.dtype:
+        print(f"\n{dtype}, R = {RANK - K + LAYERS * K}, {harness.machine()}")
+        print("         (M, in, out)       frozen us  official      ours (quartiles) ratio  gemms")
+        for train in (True, False):
+            rows = {s: compare(s, getattr(torch, dtype), arguments.rounds, train) for s in shapes}
+            big = [ratio for (M, _, _), ratio in rows.items() if M >= 512 or not train]
+            if min(big) > 0:
+                mean = math.exp(sum(map(math.log, big)) / len(big))
+                which = "M >= 512" if train else "all shapes"
+                print(f"geometric mean over {which}: {mean:.3f}; largest {max(rows.values()):.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""A training step of a whole SmolLM2-135M: frozen base, PEFT LoRA, the official formula, ours.
+
+    python -m benchmarks.model [--dtype float32 bfloat16] [--rounds 15]
+
+A step is forward and backward (no optimiser) of batch 2 x 160 tokens with all linear layers
+adapted. The weights are random, of SmolLM2-135M's shapes, which does not change the time. Peak
+memory is that of a process of its own for each variant, above what it held before its first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import resource
+import subprocess
+import sys
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rasa_ext
+from benchmarks import baselines, harness
+
+VARIANTS = ("frozen", "peft r=8", "peft r=37", "official", "ours")
+
+
+def base_model(dtype: torch.dtype) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
+
+
+def build(name: str, base: LlamaForCausalLM):
+    """One variant over the base's own parameters, in training mode."""
+    torch.manual_seed(1)
+    model = baselines.sharing_copy(base)
+    if name.startswith("peft"):
+        rank = int(name.rpartition("=")[2])
+        model = get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear")
+        )
+    elif name in ("official", "ours"):
+        baselines.lively(rasa_ext.patch_model(model, rank=8, k=1))
+        if name == "official":
+            baselines.swap(model, baselines.OfficialLinear)
+    return model.train()
+
+
+def stepper(model, ids: torch.Tensor):
+    """Forward and backward; the embeddings take part, so that every variant has the same floor."""
+    model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
+
+    def step() -> float:
+        model.zero_grad(set_to_none=True)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return loss.item()
+
+    return step
+
+
+def verify(models: dict) -> None:
+    """Ours and the official formula must be the same function before they are timed."""
+    ids = tokens()
+    with torch.no_grad():
+        mine, theirs = (models[n](input_ids=ids).logits for n in ("ours", "official"))
+    error = ((mine - theirs).norm() / theirs.norm()).item()
+    limit = {torch.float32: 1e-5, torch.bfloat16: 5e-2}[mine.dtype]
+    if error > limit:
+        raise SystemExit(f"ours and official differ by {error:.2e}, more than {limit}")
+    print(f"verified: ours and official agree to {error:.1e} (relative)")
+
+
+def tokens() -> torch.Tensor:
+    return torch.randint(0, 49152, (2, 160), generator=torch.Generator().manual_seed(1))
+
+
+def peak_of(name: str, dtype: torch.dtype) -> None:
+    """Print the MiB that the first steps of one variant add to this process."""
+    model = build(name, base_model(dtype))
+    step = stepper(model, tokens())
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        step()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def memory(name: str, dtype: str) -> float:
+    command = [sys.executable, "-m", "benchmarks.model", "--peak", name, "--dtype", dtype]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def report(dtype: str, rounds: int) -> None:
+    base = base_model(getattr(torch, dtype))
+    models = {name: build(name, base) for name in VARIANTS}
+    print(f"\n{dtype}, {harness.machine()}")
+    verify(models)
+    steps = {name: stepper(model, tokens()) for name, model in models.items()}
+    seconds = harness.interleaved(steps, rounds)
+    floor = harness.quartiles(seconds["frozen"])[1]
+    print(f"{'variant':10} {'ms':>8} {'quartiles':>17} {'/frozen':>8} {'peak MiB':>9}")
+    for name in VARIANTS:
+        low, middle, high = (1e3 * v for v in harness.quartiles(seconds[name]))
+        print(
+            f"{name:10} {middle:8.1f} {f'{low:.1f} - {high:.1f}':>17} {middle / floor / 1e3:8.3f} "
+            f"{memory(name, dtype):9.0f}",
+            flush=True,
+        )
+    ratio = harness.overhead_ratio(seconds, "ours", "official", "frozen")
+    print(f"(ours - frozen) / (official - frozen) = {ratio:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    harness.pin_allocator()
+    for dtype in arguments.dtype:
+        if arguments.peak:
+            peak_of(arguments.peak, getattr(torch, dtype))
+        else:
+            report(dtype, arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
