@@ -24,7 +24,7 @@ from rasa_ext.files import (
     read_tensors,
     write_adapter,
 )
-from rasa_ext.patch import apply_plan
+from rasa_ext.patch import apply_plan, refuse_patched
 from rasa_ext.record import is_patched, rasa_layers, record_of, unwrap
 from rasa_ext.targets import Plan, make_plan
 
@@ -78,6 +78,7 @@ def install(
             )
         plan = record.plan
     else:
+        refuse_patched(model)
         plan = make_plan(model, config)
     check_tensors(tensors, _expected(unwrap(model), config, plan), where)
     if not patched:

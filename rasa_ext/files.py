@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -24,8 +23,10 @@ def write_adapter(
 ) -> None:
     """Write both files of an adapter directory, or leave both as they were.
 
-    Each is written beside its place and flushed to disk before either is moved there; a failure
-    until then, or in the moves, brings back the old pair.
+    Each is written beside its place and flushed to disk before either is moved there. A failure
+    until then, or in the moves, brings back the old pair; a process that dies between the two moves
+    leaves the new weights and, still beside its place, their configuration, which ``read_config``
+    then takes and the next writing puts right.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -34,48 +35,54 @@ def write_adapter(
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
         for name, t in tensors.items()
     }
-
-    def weights(path: Path) -> None:
-        save_file(ready, path, metadata={"format": "pt"})
-
-    def settings(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    _replace_together(directory, {WEIGHTS: weights, CONFIG: settings})
-
-
-def _replace_together(directory: Path, writers: Mapping[str, Any]) -> None:
-    suffix = f".{os.getpid()}"
-    fresh = {directory / name: directory / f".{name}{suffix}.new" for name in writers}
-    old = {directory / name: directory / f".{name}{suffix}.old" for name in writers}
-    done: list[Path] = []
+    _settle(directory)
+    backups = {name: directory / f".{name}.old" for name in (WEIGHTS, CONFIG)}
+    moved: list[str] = []
     try:
-        for path, write in zip(fresh.values(), writers.values(), strict=True):
-            write(path)
-            with open(path, "rb+") as file:
+        save_file(ready, _staged(directory, WEIGHTS), metadata={"format": "pt"})
+        _staged(directory, CONFIG).write_text(text, encoding="utf-8")
+        for name in (WEIGHTS, CONFIG):
+            with open(_staged(directory, name), "rb+") as file:
                 os.fsync(file.fileno())
-        for place in fresh:
-            if place.exists():
-                os.link(place, old[place])
-        for place, path in fresh.items():
-            os.replace(path, place)
-            done.append(place)
+            if (directory / name).exists():
+                os.link(directory / name, backups[name])
+        for name in (WEIGHTS, CONFIG):
+            os.replace(_staged(directory, name), directory / name)
+            moved.append(name)
     except BaseException:
-        for place in done:
-            if old[place].exists():
-                os.rename(old[place], place)
+        for name in moved:
+            if backups[name].exists():
+                os.rename(backups[name], directory / name)
             else:
-                place.unlink()
+                (directory / name).unlink()
         raise
     finally:
-        for path in (*fresh.values(), *old.values()):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+        for path in (*(_staged(directory, n) for n in backups), *backups.values()):
+            path.unlink(missing_ok=True)
+
+
+def _staged(directory: Path, name: str) -> Path:
+    return directory / f".{name}.new"
+
+
+def _half_moved(directory: Path) -> bool:
+    """Whether a writer died after it moved the weights and before it moved the configuration."""
+    return _staged(directory, CONFIG).exists() and not _staged(directory, WEIGHTS).exists()
+
+
+def _settle(directory: Path) -> None:
+    """Finish, or drop, what a writer that died left behind."""
+    if _half_moved(directory):
+        os.rename(_staged(directory, CONFIG), directory / CONFIG)
+    for name in (WEIGHTS, CONFIG):
+        _staged(directory, name).unlink(missing_ok=True)
+        (directory / f".{name}.old").unlink(missing_ok=True)
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``adapter_config.json``; FileNotFoundError or ValueError with the path."""
-    path = Path(directory) / CONFIG
+    directory = Path(directory)
+    path = _staged(directory, CONFIG) if _half_moved(directory) else directory / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
     try:

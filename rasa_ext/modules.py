@@ -131,13 +131,11 @@ class RasaLinear(nn.Module):
 
     def adapter(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
         """``(A, A_pool, B, B_pool, d)``, all on this layer's device."""
-        # Straight from the dictionaries: nn.Module's attribute lookup is slow, and this runs in
-        # every forward of every layer.
-        own, pool = self._parameters, self.pool
-        A, B, d = own["A"], own["B"], own["d"]
+        pool = self.pool
+        A, B, d = _parameter(self, "A"), _parameter(self, "B"), _parameter(self, "d")
         if pool is None:
             return A, None, B, None, d
-        A_pool, B_pool = pool._parameters["A"], pool._parameters["B"]
+        A_pool, B_pool = _parameter(pool, "A"), _parameter(pool, "B")
         if A_pool.device != A.device:
             A_pool, B_pool = A_pool.to(A.device), B_pool.to(A.device)
         return A, A_pool, B, B_pool, d
@@ -237,6 +235,15 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    """``getattr`` without nn.Module's slow lookup, since every forward of every layer does it.
+
+    Replicas of ``nn.DataParallel`` have their parameters as plain attributes.
+    """
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found
 
 
 def _any_requires_grad(adapter: tuple) -> bool:

@@ -18,14 +18,15 @@ NAMES: tuple[str, ...] = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
 
 def _operator_kernel(name: str):
-    """The PyTorch kernel as an operator may call it: no output shares memory with an input."""
+    """The PyTorch kernel with what an operator promises: strides, and memory of its own."""
     direct = getattr(reference, name)
     if name != "pack_backward":
         return direct
 
     def fresh(*args):
         dA, dA_pool, dB, dB_pool, dd = direct(*args)
-        return dA, dA_pool.clone(), dB, dB_pool.clone(), dd
+        column_major = dB_pool.t().clone(memory_format=torch.contiguous_format).t()
+        return dA, dA_pool.clone(), dB, column_major, dd
 
     return fresh
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import torch
 
 # The compiled library registers CUDA kernels for the schemas of this package when it is loaded.
 _MODULE = "rasa_ext._C"
+# Written by an install without it: why.
+_WHY_NOT = Path(__file__).parents[1] / "_no_kernels.txt"
 
 
 def _load() -> tuple[bool, str]:
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or spec.origin is None:
-        return False, "this install has no compiled kernels"
+        why = f" ({_WHY_NOT.read_text().strip()})" if _WHY_NOT.exists() else ""
+        return False, f"this install has no compiled kernels{why}"
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:

@@ -27,7 +27,8 @@ def pack(
     else:
         Ap, Bt = torch.cat((A, A_pool)).to(dtype), torch.cat((B, B_pool), 1)
     if d is not None:
-        Bt = Bt * d
+        # In the wider of the two dtypes, so that the product is rounded once.
+        Bt = Bt.to(torch.promote_types(B.dtype, dtype)) * d
     Bt = Bt.to(dtype, copy=Bt is B)
     rank = Ap.shape[0]
     if fill := padded(rank, multiple) - rank:
