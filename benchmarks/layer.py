@@ -61,13 +61,14 @@ def gemms(x: torch.Tensor, grad: torch.Tensor, ours: rasa_ext.RasaLinear, traini
     """The GEMMs that no implementation can do without, and nothing else."""
     x, weight = x.detach(), ours.base_layer.weight
     with torch.no_grad():
-        Ap, Bt = ops.pack(*ours.adapter(), x.dtype, 1)
+        multiple = ops.rank_multiple("cpu", x.dtype, ours.d.shape[0])
+        Ap, Bt = ops.pack(*ours.adapter(), x.dtype, multiple)
 
     def run() -> None:
         with torch.no_grad():
             _, U = ops.low_rank_linear(x, weight, None, Ap, Bt)
             if training:
-                ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bt, True, True)
+                ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bt, None, True, True)
 
     return run
 

@@ -159,7 +159,7 @@ class RasaLinear(nn.Module):
             weight = weight.t()
         if x.dtype != dtype:
             x = x.to(dtype)
-        multiple = ops.rank_multiple(x.device.type)
+        multiple = ops.rank_multiple(x.device.type, dtype, adapter[-1].shape[0])
         if with_grad:
             return functional.rasa_linear(x, weight, bias, *adapter, multiple)
         packed = self._packed(adapter, dtype, multiple)
@@ -175,7 +175,8 @@ class RasaLinear(nn.Module):
         y = self.base_layer(x, *args, **kwargs)
         if self.training and self.dropout > 0:
             x = nn.functional.dropout(x, self.dropout)
-        x, multiple = x.to(y.dtype), ops.rank_multiple(x.device.type)
+        x = x.to(y.dtype)
+        multiple = ops.rank_multiple(x.device.type, x.dtype, adapter[-1].shape[0])
         if with_grad or y.requires_grad:
             return functional.rasa_add(y, x, *adapter, multiple)
         packed = self._packed(adapter, y.dtype, multiple)

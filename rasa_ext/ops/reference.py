@@ -22,19 +22,21 @@ def pack(
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ap = [A ; A_pool], Bt = [B | B_pool] diag(d), cast to ``dtype`` and zero-padded."""
-    if A_pool is None or B_pool is None:
-        Ap, Bt = A.to(dtype, copy=True), B
-    else:
-        Ap, Bt = torch.cat((A, A_pool)).to(dtype), torch.cat((B, B_pool), 1)
+    rows, columns = [A], [B]
+    if A_pool is not None and B_pool is not None:
+        rows.append(A_pool)
+        columns.append(B_pool)
+    rank = sum(part.shape[0] for part in rows)
+    fill = padded(rank, multiple) - rank
+    if fill:
+        rows.append(A.new_zeros((fill, A.shape[1])))
+        columns.append(B.new_zeros((B.shape[0], fill)))
+    Ap, Bt = torch.cat(rows).to(dtype), torch.cat(columns, 1)
     if d is not None:
         # In the wider of the two dtypes, so that the product is rounded once.
-        Bt = Bt.to(torch.promote_types(B.dtype, dtype)) * d
-    Bt = Bt.to(dtype, copy=Bt is B)
-    rank = Ap.shape[0]
-    if fill := padded(rank, multiple) - rank:
-        Ap = torch.nn.functional.pad(Ap, (0, 0, 0, fill))
-        Bt = torch.nn.functional.pad(Bt, (0, fill))
-    return Ap, Bt
+        Bt = Bt.to(torch.promote_types(B.dtype, dtype))
+        Bt *= torch.nn.functional.pad(d, (0, fill)) if fill else d
+    return Ap, Bt.to(dtype)
 
 
 def pack_backward(
