@@ -120,6 +120,11 @@ class RasaConfig:
                 f"adapter_config.json: expected bias 'none', got {data['bias']!r}; trained biases "
                 "are not supported, name their modules in modules_to_save instead."
             )
+        if data.get("layers_to_transform") is not None:
+            raise ValueError(
+                "adapter_config.json: layers_to_transform is not supported; name the layers in "
+                "target_modules as a regular expression instead."
+            )
         missing = [key for key in ("r", "rasa_k", "target_modules") if data.get(key) is None]
         if missing:
             raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")

@@ -1,0 +1,255 @@
+"""What the package must compute, written out densely in float64 and sharing no code with it.
+
+Shapes: A (r-k, in), B (out, r-k), d (R,), pool A (L*k, in), pool B (out, L*k), R = r-k + L*k.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The tensors of one adapted layer; the pool's are None where k = 0."""
+
+    A: Tensor
+    A_pool: Tensor | None
+    B: Tensor
+    B_pool: Tensor | None
+    d: Tensor
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Adapter:
+        values = (getattr(self, field.name) for field in fields(self))
+        return Adapter(*(None if value is None else function(value) for value in values))
+
+    def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[A ; A_pool] (R, in), [B | B_pool] (out, R) and d (R,) in float64."""
+        wide = self.map(lambda t: t.detach().double())
+        if wide.A_pool is None:
+            return wide.A, wide.B, wide.d
+        return torch.cat([wide.A, wide.A_pool]), torch.cat([wide.B, wide.B_pool], 1), wide.d
+
+
+def delta(adapter: Adapter) -> Tensor:
+    """dW = [B | B_pool] diag(d) [A ; A_pool], (out, in)."""
+    down, up, d = adapter.stacked()
+    return up @ torch.diag(d) @ down
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
+    y = x.double() @ (weight.double() + delta(adapter)).T
+    return y if bias is None else y + bias.double()
+
+
+def linear_grads(grad: Tensor, x: Tensor, weight: Tensor, adapter: Adapter) -> dict[str, Tensor]:
+    """Gradients of x and of the adapter by the token-sized formulas; grad (M, out), x (M, in)."""
+    down, up, d = adapter.stacked()
+    G, X = grad.double(), x.double()
+    U, H = X @ down.T, G @ (up * d)
+    T = G.T @ U
+    return {
+        "x": G @ weight.double() + H @ down,
+        **_split(H.T @ X, T * d, (up * T).sum(0), adapter.A.shape[0]),
+    }
+
+
+def adapter_grads(weight_grad: Tensor, adapter: Adapter) -> dict[str, Tensor]:
+    """Gradients of the adapter from S = dL/dW of the dense weight: dAp = Bt^T S, T = S Ap^T."""
+    down, up, d = adapter.stacked()
+    S = weight_grad.double()
+    T = S @ down.T
+    return _split((up * d).T @ S, T * d, (up * T).sum(0), adapter.A.shape[0])
+
+
+def _split(down: Tensor, up: Tensor, d: Tensor, own: int) -> dict[str, Tensor]:
+    return {
+        "A": down[:own],
+        "A_pool": down[own:],
+        "B": up[:, :own],
+        "B_pool": up[:, own:],
+        "d": d,
+    }
+
+
+def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
+    """Names that share a pool: equal paths once the first integer is masked, equal (out, in)."""
+    found: dict[tuple, list[str]] = {}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        where = [i for i, part in enumerate(parts) if part.isdecimal()]
+        if where:
+            parts[where[0]] = "*"
+        found.setdefault((tuple(parts), tuple(shape)), []).append(name)
+    return list(found.values())
+
+
+def initial_d(rank: int, k: int, layers: int, alpha: float) -> Tensor:
+    if k == 0:
+        return torch.full((rank,), alpha / rank, dtype=torch.float64)
+    if k == rank:
+        return torch.full((layers * k,), alpha / (layers * k), dtype=torch.float64)
+    own = torch.full((rank - k,), alpha / 2 / (rank - k), dtype=torch.float64)
+    return torch.cat([own, torch.full((layers * k,), alpha / 2 / (layers * k)).double()])
+
+
+def trainable_count(shapes: Mapping[str, tuple[int, int]], rank: int, k: int) -> int:
+    """L*r*(in+out) + L*R summed over the groups."""
+    total = 0
+    for names in groups(shapes):
+        layers, (out, width) = len(names), shapes[names[0]]
+        total += layers * rank * (width + out) + layers * (rank - k + layers * k)
+    return total
+
+
+def lora_matrices(adapter: Adapter, width: int) -> tuple[Tensor, Tensor]:
+    """lora_A (width, in) and lora_B (out, width), zero-padded, whose product is dW at scale 1."""
+    down, up, d = adapter.stacked()
+    pad = width - d.numel()
+    return (
+        torch.cat([down, down.new_zeros(pad, down.shape[1])]),
+        torch.cat([up * d, up.new_zeros(up.shape[0], pad)], 1),
+    )
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module keeps its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D"
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in), however the module keeps its weight."""
+    first, second = module.weight.shape
+    return (second, first) if is_transposed(module) else (first, second)
+
+
+def merged_weight(module: nn.Module, adapter: Adapter) -> Tensor:
+    """W + dW in the module's own layout, float64."""
+    change = delta(adapter)
+    return module.weight.detach().double() + (change.T if is_transposed(module) else change)
+
+
+class AllInFloat64(TorchFunctionMode):
+    """Turns every request for float32 into one for float64.
+
+    Models ask for float32 inside their norms, rotary tables and softmax whatever their own dtype,
+    which would leave a float64 reference with float32 errors.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(
+            lambda v: torch.float64 if v is torch.float32 else v, (args, kwargs or {})
+        )
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        return function(*args, **kwargs)
+
+
+def dense_model(base: nn.Module, adapters: Mapping[str, Adapter]) -> nn.Module:
+    """A float64 copy of the plain model ``base`` whose weights are W + dW."""
+    model = copy.deepcopy(base).double()
+    model.requires_grad_(False)
+    for name, adapter in adapters.items():
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(merged_weight(base.get_submodule(name), adapter))
+    return model
+
+
+def model_gradients(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Adapter gradients, keyed ``<layer>.A`` and so on, from those of the dense model's weights.
+
+    Pool gradients sum over the layers of a group and stand under its first layer.
+    """
+    shapes, found = {}, {}
+    for name, adapter in adapters.items():
+        module = model.get_submodule(name)
+        S = module.weight.grad.T if is_transposed(module) else module.weight.grad
+        shapes[name] = weight_shape(module)
+        found[name] = adapter_grads(S, adapter)
+    result = {f"{name}.{field}": found[name][field] for name in found for field in ("A", "B", "d")}
+    for names in groups(shapes):
+        if adapters[names[0]].A_pool is not None:
+            for field in ("A_pool", "B_pool"):
+                result[f"{names[0]}.{field}"] = sum(found[name][field] for name in names)
+    return result
+
+
+def run_model(
+    base: nn.Module,
+    adapters: Mapping[str, Adapter],
+    loss: Callable[[nn.Module], tuple[Tensor, Tensor]],
+) -> dict[str, Tensor]:
+    """Logits (under the key ``logits``) and every adapter gradient of the float64 dense model."""
+    model = dense_model(base, adapters)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with AllInFloat64():
+            logits, value = loss(model)
+            value.backward()
+    finally:
+        torch.set_default_dtype(usual)
+    return {"logits": logits.detach(), **model_gradients(model, adapters)}
+
+
+def official_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """The published code's checkpoint: layers named ``<prefix>layers.N.<path>``."""
+    tensors = {}
+    for name, adapter in adapters.items():
+        path = name.split("layers.")[1].split(".", 1)[1].replace(".", "__")
+        key = f"base_model.model.{name}.rasa_"
+        tensors[f"{key}A.weight"] = adapter.A
+        tensors[f"{key}B.weight"] = adapter.B
+        tensors[f"{key}mixing.weight"] = adapter.d
+        if adapter.A_pool is not None:
+            tensors[f"base_model.rasa_shared_A.{path}.weight"] = adapter.A_pool
+            tensors[f"base_model.rasa_shared_B.{path}.weight"] = adapter.B_pool
+    return {key: value.detach().clone().contiguous() for key, value in tensors.items()}
+
+
+def write_official(
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    rank: int,
+    k: int,
+    alpha: float,
+    target_modules: list[str],
+    pickled: bool = False,
+) -> Path:
+    """A checkpoint directory as the published code writes it."""
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True, exist_ok=True)
+    if pickled:
+        torch.save(dict(tensors), directory / "adapter_model.bin")
+    else:
+        save_file(dict(tensors), directory / "adapter_model.safetensors", {"format": "pt"})
+    config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": "some/model",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "modules_to_save": None,
+        "peft_type": "RASA",
+        "r": rank,
+        "rasa_alpha": alpha,
+        "rasa_dropout": 0.05,
+        "rasa_k": k,
+        "revision": None,
+        "target_modules": target_modules,
+        "task_type": "CAUSAL_LM",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(config, indent=2))
+    return directory

@@ -1,0 +1,118 @@
+"""The two files of an adapter change together, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+from common import RANK, content, patched, randomize, same_adapters
+from zoo import SEQUENTIAL
+
+import rasa_ext
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with an old adapter, and a model with a larger new one."""
+    rasa_ext.save_adapter(patched(SEQUENTIAL.build(), 2, 1, seed=1), tmp_path)
+    return tmp_path, patched(SEQUENTIAL.build(), RANK, 2, seed=2)
+
+
+WRITERS = {"adapter": rasa_ext.save_adapter, "lora": rasa_ext.export_lora}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
+def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory):
+    """No file may grow beyond a share of the new weights', so that a write fails part way."""
+    directory, model = saved
+    before, elsewhere = content(directory), tmp_path_factory.mktemp("new")
+    WRITERS[writer](model, elsewhere)
+    limit = int(share * (elsewhere / WEIGHTS).stat().st_size)
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
+    try:
+        with pytest.raises(Exception, match=r"(?i)too large"):
+            WRITERS[writer](model, directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert content(directory) == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_failing_move_leaves_the_old_files(call, error, writer, saved, monkeypatch):
+    directory, model = saved
+    before, replace, calls = content(directory), os.replace, []
+
+    def failing(source, target):
+        calls.append(target)
+        if len(calls) == call:
+            raise error
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(type(error)):
+        WRITERS[writer](model, directory)
+    monkeypatch.undo()
+    assert len(calls) == call
+    assert content(directory) == before
+
+
+def no_space(*args):
+    raise OSError(errno.ENOSPC, "No space left")
+
+
+def test_a_failing_first_save_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(OSError, match="No space"):
+        rasa_ext.save_adapter(patched(SEQUENTIAL.build()), tmp_path)
+    assert content(tmp_path) == {}
+
+
+CRASH = """
+import os, sys
+sys.path[:0] = {path!r}
+import torch, rasa_ext
+from common import patched
+from zoo import SEQUENTIAL
+
+replace, calls = os.replace, []
+
+def dying(source, target):
+    calls.append(target)
+    if len(calls) == {call}:
+        os._exit(9)
+    return replace(source, target)
+
+os.replace = dying
+rasa_ext.save_adapter(patched(SEQUENTIAL.build(), {rank}, 2, seed=2), {directory!r})
+"""
+
+
+@pytest.mark.parametrize("rank", [RANK, RANK + 2])
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_process_that_dies_leaves_one_whole_adapter(call, rank, tmp_path, monkeypatch):
+    """Killed before a move, with no chance to tidy up: what loads is the old or the new adapter."""
+    old = patched(SEQUENTIAL.build(), RANK, 2, seed=1)
+    rasa_ext.save_adapter(old, tmp_path)
+    script = CRASH.format(path=sys.path, call=call, rank=rank, directory=str(tmp_path))
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
+    loaded = rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
+    new = patched(SEQUENTIAL.build(), rank, 2, seed=2)
+    assert same_adapters(loaded, old) or same_adapters(loaded, new)
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(OSError, match="No space"):
+        rasa_ext.save_adapter(old, tmp_path)
+    monkeypatch.undo()
+    assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), loaded)
+    randomize(old, 5)
+    rasa_ext.save_adapter(old, tmp_path)
+    assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), old)

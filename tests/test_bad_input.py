@@ -1,0 +1,183 @@
+"""Bad input: an error that names the argument, what was expected and what came; nothing changes."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from common import Snapshot, patched
+from torch import nn
+from zoo import LLAMA, SEQUENTIAL, TIED
+
+import rasa_ext
+from rasa_ext import RasaConfig
+
+NAN, INF = float("nan"), float("inf")
+
+# (arguments, the argument that the message names, what came)
+ARGUMENTS = [
+    ({"rank": 0}, "rank", "0"),
+    ({"rank": -3}, "rank", "-3"),
+    ({"rank": 2.5}, "rank", "2.5"),
+    ({"rank": "8"}, "rank", "'8'"),
+    ({"rank": True}, "rank", "True"),
+    ({"rank": None}, "rank", "None"),
+    ({"k": -1}, "k", "-1"),
+    ({"rank": 4, "k": 5}, "k", "5"),
+    ({"k": 1.0}, "k", "1.0"),
+    ({"dropout": -0.1}, "dropout", "-0.1"),
+    ({"dropout": 1.0}, "dropout", "1"),
+    ({"dropout": NAN}, "dropout", "nan"),
+    ({"dropout": "0.1"}, "dropout", "'0.1'"),
+    ({"alpha": NAN}, "alpha", "nan"),
+    ({"alpha": INF}, "alpha", "inf"),
+    ({"alpha": -INF}, "alpha", "-inf"),
+    ({"alpha": "8"}, "alpha", "'8'"),
+    ({"alpha": None}, "alpha", "None"),
+    ({"target_modules": 5}, "target_modules", "5"),
+    ({"target_modules": None}, "target_modules", "None"),
+    ({"target_modules": []}, "target_modules", "list"),
+    ({"target_modules": [7]}, "target_modules", "7"),
+    ({"target_modules": "(unclosed"}, "target_modules", "unclosed"),
+    ({"target_modules": ["no_such"]}, "target_modules", "no_such"),
+    ({"target_modules": ["q_proj", "no_such"]}, "target_modules", "no_such"),
+    ({"target_modules": "nothing.*"}, "target_modules", "nothing"),
+    ({"target_modules": ["input_layernorm"]}, "target_modules", "input_layernorm"),
+    ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "target_modules", "q_proj"),
+    ({"exclude_modules": 3}, "exclude_modules", "3"),
+    ({"modules_to_save": ["no_such"]}, "modules_to_save", "no_such"),
+    ({"modules_to_save": 4}, "modules_to_save", "4"),
+    ({"target_modules": ["q_proj"], "modules_to_save": ["q_proj"]}, "modules_to_save", "q_proj"),
+    ({"adapter_dtype": "float31"}, "adapter_dtype", "float31"),
+    ({"adapter_dtype": torch.int32}, "adapter_dtype", "int32"),
+    ({"config": {"rank": 4}}, "config", "dict"),
+]
+
+
+def refused(call, model, *said, kind=(ValueError, TypeError)) -> None:
+    """The call raises, its message holds every part, and the model is what it was."""
+    before = Snapshot(model)
+    with pytest.raises(kind) as caught:
+        call()
+    for part in said:
+        assert re.search(part, str(caught.value)), (part, str(caught.value))
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize(("options", "name", "came"), ARGUMENTS, ids=str)
+def test_arguments(options, name, came):
+    model = LLAMA.build()
+    call = lambda: rasa_ext.patch_model(model, **options)  # noqa: E731
+    refused(call, model, rf"\b{name}\b", re.escape(came), "expected|cannot|is trained|no ")
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "came"), [row for row in ARGUMENTS if "config" not in row[0]][:18], ids=str
+)
+def test_config_checks_alike(options, name, came):
+    with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b.*{re.escape(came)}"):
+        RasaConfig(**options)
+
+
+@pytest.mark.parametrize("thing", [None, 3, torch.zeros(2), LLAMA.build])
+def test_a_model_that_is_no_module(thing):
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got"):
+        rasa_ext.patch_model(thing)
+
+
+@pytest.mark.parametrize("model", [nn.Linear(3, 3), nn.Sequential(nn.ReLU()), nn.Embedding(4, 4)])
+def test_a_model_without_linear_layers_to_replace(model):
+    refused(lambda: rasa_ext.patch_model(model), model, "linear")
+
+
+def test_config_and_arguments_together():
+    model = LLAMA.build()
+    config = RasaConfig(rank=4)
+    refused(lambda: rasa_ext.patch_model(model, 2, config=config), model, "config", "rank")
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": ["lm_head"]}])
+def test_a_second_patch(options):
+    model = patched(LLAMA.build(), 4, 1, target_modules=["q_proj"])
+    refused(lambda: rasa_ext.patch_model(model, **options), model, "model", "unpatch")
+
+
+def test_a_part_that_is_patched():
+    model = LLAMA.build()
+    rasa_ext.patch_model(model.model.layers[1], 4, 1)
+    refused(lambda: rasa_ext.patch_model(model, 4, 1), model, "model", "layers.1", "unpatch")
+
+
+def _integer_weight() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (_integer_weight(), "int8"),
+        (nn.Linear(0, 4), r"\(4, 0\)"),
+        (nn.Linear(4, 0), r"\(0, 4\)"),
+        (nn.LazyLinear(4), "no weight yet"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+def test_weights_that_cannot_be_adapted(layer, said):
+    """Found before anything changes, although the layer in front could be adapted."""
+    model = nn.Sequential(nn.Linear(4, 4), layer)
+    places = {name: id(module) for name, module in model.named_modules()}
+    with pytest.raises((ValueError, TypeError), match=f"target_modules.*'1'.*{said}"):
+        rasa_ext.patch_model(model)
+    assert {name: id(module) for name, module in model.named_modules()} == places
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        rasa_ext.merge,
+        rasa_ext.unmerge,
+        rasa_ext.unpatch,
+        rasa_ext.merge_and_unload,
+        rasa_ext.adapter_parameters,
+        rasa_ext.summary,
+        lambda model: rasa_ext.save_adapter(model, "nowhere"),
+        lambda model: rasa_ext.export_lora(model, "nowhere"),
+        lambda model: rasa_ext.disable_adapter(model).__enter__(),
+    ],
+)
+def test_calls_that_need_a_patched_model(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = SEQUENTIAL.build()
+    refused(lambda: call(model), model, "model: expected", "patch_model", "Sequential")
+    with pytest.raises(TypeError, match="model: expected"):
+        call(3)
+    assert not list(tmp_path.iterdir())
+
+
+def test_delta_weight_of_a_plain_layer():
+    with pytest.raises(TypeError, match="layer: expected a RasaLinear, got Linear"):
+        rasa_ext.delta_weight(nn.Linear(2, 2))
+
+
+def test_an_adapter_of_another_model(tmp_path):
+    rasa_ext.save_adapter(patched(SEQUENTIAL.build(), 2, 1), tmp_path)
+    wider = nn.Sequential(*copy.deepcopy(SEQUENTIAL.build())[:-1], nn.Linear(10, 9))
+    for model, key in ((wider, r"6\.rasa_B"), (TIED.build(), r"body\.rasa_A")):
+        refused(lambda m=model: rasa_ext.load_adapter(m, tmp_path), model, key, "expected|missing")
+
+
+@pytest.mark.parametrize("rank", [-1, 3])
+@pytest.mark.parametrize("kind", [ValueError])
+def test_pad_to_below_the_rank(rank, kind, tmp_path):
+    model = patched(SEQUENTIAL.build(), 4, 0)
+    refused(
+        lambda: rasa_ext.export_lora(model, tmp_path, pad_to=rank), model, "pad_to", "4", str(rank)
+    )
+    with pytest.raises(TypeError, match="pad_to"):
+        rasa_ext.export_lora(model, tmp_path, pad_to="16")
+    assert not list(tmp_path.iterdir())

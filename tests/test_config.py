@@ -1,0 +1,216 @@
+"""RasaConfig, the choice of layers, what is frozen, and what ``summary`` tells of it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+
+import oracle
+import pytest
+import torch
+from common import RANK, rasa_layers, same_bits
+from torch import nn
+from zoo import ATTENTION, BERT, ENCODER, EVERY, EXPERTS, GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
+
+import rasa_ext
+from rasa_ext import RasaConfig
+
+
+def adapted(entry, **options) -> list[str]:
+    return list(rasa_layers(rasa_ext.patch_model(entry.build(), 2, 1, **options)))
+
+
+def llama(*suffixes: str, layers=(0, 1, 2)) -> list[str]:
+    return [f"model.layers.{i}.{suffix}" for i in layers for suffix in suffixes]
+
+
+def test_fields_are_the_arguments():
+    """The same names and defaults as patch_model's, each with a help text, and frozen."""
+    parameters = inspect.signature(rasa_ext.patch_model).parameters
+    fields = {field.name: field for field in dataclasses.fields(RasaConfig)}
+    assert list(fields) == [name for name in parameters if name not in ("model", "config")]
+    for name, field in fields.items():
+        assert field.default == parameters[name].default
+        assert len(field.metadata["help"]) > 20
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RasaConfig().rank = 4
+
+
+@pytest.mark.parametrize(
+    ("rank", "k"), [(1, 1), (4, 1), (8, 1), (15, 1), (16, 2), (32, 4), (256, 32)]
+)
+def test_k_of_none_is_the_papers_rule(rank, k):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    rasa_ext.patch_model(model, rank, None)
+    assert model[0].pool.A.shape == (2 * k, 3)
+    assert model[0].A.shape == (rank - k, 3)
+
+
+def test_config_equals_arguments():
+    options = {
+        "rank": 3,
+        "k": 2,
+        "alpha": 5.0,
+        "dropout": 0.25,
+        "target_modules": ["q_proj", "up_proj"],
+        "exclude_modules": ["layers.0.self_attn.q_proj"],
+        "modules_to_save": ["lm_head"],
+        "adapter_dtype": torch.float64,
+    }
+    models = []
+    for given in (options, {"config": RasaConfig(**options)}):
+        base = LLAMA.build()
+        torch.manual_seed(1)
+        models.append(rasa_ext.patch_model(base, **given))
+    left, right = (model.state_dict() for model in models)
+    assert left.keys() == right.keys()
+    assert all(same_bits(left[key], right[key]) for key in left)
+    flags = [[(n, p.requires_grad) for n, p in model.named_parameters()] for model in models]
+    assert flags[0] == flags[1]
+
+
+def test_patching_is_in_place():
+    model = LLAMA.build()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    base = model.model.layers[1].mlp.up_proj
+    assert rasa_ext.patch_model(model) is model
+    layer = model.model.layers[1].mlp.up_proj
+    assert layer.base_layer is base
+    assert layer.base_layer.weight is weight
+
+
+@pytest.mark.parametrize("entry", [*EVERY, EXPERTS], ids=ids)
+@pytest.mark.filterwarnings("ignore:.*3-D")
+def test_all_linear(entry):
+    assert adapted(entry) == entry.targets(entry.build())
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "expected"),
+    [
+        (LLAMA, {"target_modules": ["q_proj"]}, llama("self_attn.q_proj")),
+        (
+            LLAMA,
+            {"target_modules": ("mlp.up_proj", "k_proj")},
+            llama("self_attn.k_proj", "mlp.up_proj"),
+        ),
+        (LLAMA, {"target_modules": ["lm_head"]}, ["lm_head"]),
+        (LLAMA, {"target_modules": ["layers.1.mlp.up_proj"]}, llama("mlp.up_proj", layers=[1])),
+        (
+            LLAMA,
+            {"target_modules": r"model\.layers\.[12]\..*\.(q|up)_proj"},
+            llama("self_attn.q_proj", "mlp.up_proj", layers=[1, 2]),
+        ),
+        (
+            LLAMA,
+            {"target_modules": ["q_proj", "o_proj"], "exclude_modules": ["o_proj"]},
+            llama("self_attn.q_proj"),
+        ),
+        (
+            LLAMA,
+            {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
+            llama("self_attn.q_proj", layers=[1, 2]),
+        ),
+        (BERT, {"target_modules": ["pooler.dense"]}, ["bert.pooler.dense"]),
+        (
+            GPT2,
+            {"target_modules": ["attn.c_proj"]},
+            [f"transformer.h.{i}.attn.c_proj" for i in range(3)],
+        ),
+        (SEQUENTIAL, {"target_modules": ["2"]}, ["2"]),
+        (SEQUENTIAL, {"exclude_modules": ["2", "4"]}, ["0", "6"]),
+        (ENCODER, {"target_modules": ["linear2"]}, ["layers.0.linear2", "layers.1.linear2"]),
+    ],
+)
+def test_choosing_layers(entry, options, expected):
+    assert adapted(entry, **options) == expected
+
+
+def test_suffixes_stop_at_dots():
+    """``proj`` does not match ``q_proj``, and a regular expression matches the whole name."""
+    for target in (["proj"], ["_proj"], "q_proj", r".*\.q"):
+        with pytest.raises(ValueError, match="target_modules"):
+            adapted(LLAMA, target_modules=target)
+
+
+def test_attention_that_reads_weights_is_refused_by_name():
+    """torch's attention would go past an adapter on its ``out_proj`` without a word."""
+    with pytest.raises(ValueError, match="out_proj"):
+        adapted(ATTENTION, target_modules=["out_proj"])
+
+
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, BERT, T5, TIED], ids=ids)
+def test_only_adapters_and_modules_to_save_are_trainable(entry):
+    (head,) = entry.left_out
+    for saved in ((), (head,)):
+        model = rasa_ext.patch_model(entry.build(), 2, 1, modules_to_save=saved)
+        expected = {id(p) for p in rasa_ext.adapter_parameters(model)}
+        if saved:
+            expected |= {id(p) for p in model.get_submodule(head).parameters()}
+        assert {id(p) for p in model.parameters() if p.requires_grad} == expected
+        assert not isinstance(model.get_submodule(head), rasa_ext.RasaLinear)
+
+
+def test_modules_to_save_are_not_adapted_as_well():
+    model = rasa_ext.patch_model(BERT.build(), 2, 1, modules_to_save=["pooler", "classifier"])
+    assert "bert.pooler.dense" not in rasa_layers(model)
+    assert model.bert.pooler.dense.weight.requires_grad
+    assert model.classifier.bias.requires_grad
+
+
+def test_summary_counts():
+    base = T5.build()
+    shapes = {n: oracle.weight_shape(base.get_submodule(n)) for n in T5.targets(base)}
+    groups = oracle.groups(shapes)
+    model = rasa_ext.patch_model(base, RANK, 2)
+    rows = rasa_ext.summary(model)
+    assert len(rows) == len(groups)
+    for row, names in zip(rows, groups, strict=True):
+        out, width = shapes[names[0]]
+        effective = RANK - 2 + 2 * len(names)
+        assert row.pattern == names[0].replace(".0.", ".*.", 1)
+        assert (row.L, tuple(row.shape), row.R) == (len(names), (out, width), effective)
+        assert row.trainable == oracle.trainable_count({n: shapes[n] for n in names}, RANK, 2)
+    table = str(rows)
+    assert "encoder.block.*.layer.0.SelfAttention.q" in table
+    assert f"{oracle.trainable_count(shapes, RANK, 2):,}" in table
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "shown"),
+    [
+        (LLAMA, {}, ["lm_head"]),
+        (LLAMA, {"exclude_modules": ["down_proj"]}, ["lm_head", "model.layers.*.mlp.down_proj"]),
+        (LLAMA, {"target_modules": ["q_proj"]}, ["model.layers.*.self_attn.k_proj"]),
+        (TIED, {}, ["readout"]),
+        (ATTENTION, {}, ["attention.out_proj"]),
+        (BERT, {"modules_to_save": ["classifier"]}, ["classifier"]),
+    ],
+)
+def test_summary_shows_what_was_left_out(entry, options, shown):
+    table = str(rasa_ext.summary(rasa_ext.patch_model(entry.build(), 2, 1, **options)))
+    for name in shown:
+        assert name in table
+
+
+def test_expert_weights_are_reported_and_untouched():
+    base = EXPERTS.build()
+    model = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match=r"experts\.down_proj"):
+        rasa_ext.patch_model(model, 2, 1)
+    assert "experts.down_proj" in str(rasa_ext.summary(model))
+    assert not model.experts.down_proj.requires_grad
+    assert same_bits(model.experts.down_proj, base.experts.down_proj)
+
+
+def test_summary_of_an_unpatched_model_is_refused():
+    with pytest.raises(ValueError, match="patch_model"):
+        rasa_ext.summary(LLAMA.build())
+
+
+def test_cuda_status_is_one_sentence():
+    status = rasa_ext.cuda_status()
+    assert status.endswith(".")
+    assert "CUDA" in status
+    assert "\n" not in status

@@ -1,0 +1,166 @@
+"""An exported LoRA, loaded by PEFT onto the plain base, is the same model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import oracle
+import pytest
+import torch
+from common import RANK, adapters, patched, rasa_layers
+from safetensors.torch import load_file
+from zoo import BERT, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids
+
+import rasa_ext
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*Conv1D", "ignore:modules_to_save", "ignore:.*is_gradient_checkpointing"
+)
+
+
+def load_in_peft(base, directory):
+    """PEFT's own loader on a copy of the plain model; every key must find its place."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return PeftModel.from_pretrained(copy.deepcopy(base), directory).eval()
+
+
+def logits(entry, model):
+    with torch.no_grad():
+        return entry.loss(model, entry.inputs(0))[0]
+
+
+def assert_same_in_peft(entry, base, model, directory):
+    expected = logits(entry, model.eval())
+    loaded = load_in_peft(base, directory)
+    difference = (logits(entry, loaded) - expected).abs().max().item()
+    change = (logits(entry, base.eval()) - expected).abs().max().item()
+    assert difference <= 1e-5
+    assert change > 1e-2
+    return loaded, difference
+
+
+@pytest.mark.parametrize("k", [0, 1, RANK // 2, RANK])
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+def test_families(entry, k, tmp_path, figure):
+    base = entry.build()
+    model = patched(base, RANK, k)
+    rasa_ext.export_lora(model, tmp_path)
+    loaded, difference = assert_same_in_peft(entry, base, model, tmp_path)
+    assert {n for n, m in loaded.base_model.model.named_modules() if hasattr(m, "lora_A")} == set(
+        rasa_layers(model)
+    )
+    merged = logits(entry, loaded.merge_and_unload())
+    torch.testing.assert_close(merged, logits(entry, model), rtol=0, atol=1e-5)
+    figure(f"LoRA of {entry.name} k={k} in PEFT: largest difference of logits {difference:.1e}")
+
+
+@pytest.mark.parametrize(
+    ("entry", "options"),
+    [
+        (LLAMA, {"target_modules": ["q_proj", "lm_head"]}),
+        (LLAMA, {"exclude_modules": ["layers.1.self_attn.q_proj"]}),
+        (LLAMA, {"target_modules": r"model\.layers\.2\..*proj"}),
+        (BERT, {"target_modules": ["attention.output.dense"]}),
+        (BERT, {"target_modules": ["pooler.dense"]}),
+        (BERT, {"exclude_modules": ["pooler.dense"]}),
+        (T5, {"target_modules": r"decoder\..*\.(q|v)"}),
+        (T5, {"target_modules": ["EncDecAttention.o"]}),
+        (GPT2, {"target_modules": ["attn.c_proj"]}),
+        (VIT, {"modules_to_save": ["classifier"]}),
+        (BERT, {"modules_to_save": ["pooler", "classifier"]}),
+    ],
+    ids=lambda value: value.name if isinstance(value, Entry) else str(value),
+)
+def test_any_choice_of_layers(entry, options, tmp_path):
+    base = entry.build()
+    model = patched(base, RANK, 1, **options)
+    with torch.no_grad():
+        for name in options.get("modules_to_save", ()):
+            for parameter in model.get_submodule(
+                name if name == "classifier" else "bert.pooler"
+            ).parameters():
+                parameter.add_(0.5)
+    rasa_ext.export_lora(model, tmp_path)
+    assert_same_in_peft(entry, base, model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    trained = [name.rpartition(".")[2] for name in config["modules_to_save"] or ()]
+    assert sorted(trained) == sorted(options.get("modules_to_save", ()))
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+@pytest.mark.parametrize("pad_to", [None, 16])
+def test_files(entry, pad_to, tmp_path):
+    """One rank and one scale for every module, no patterns, and the oracle's matrices."""
+    model = patched(entry.build(), RANK, 1)
+    rasa_ext.export_lora(model, tmp_path, pad_to=pad_to)
+    found = adapters(model)
+    rank = pad_to or max(adapter.d.numel() for adapter in found.values())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    assert config["r"] == config["lora_alpha"] == rank
+    assert config["use_rslora"] is False
+    assert config["bias"] == "none"
+    assert not config.get("rank_pattern")
+    assert not config.get("alpha_pattern")
+    assert not config.get("use_dora")
+    assert config["lora_dropout"] == 0
+    assert isinstance(config["target_modules"], list)
+    assert config["fan_in_fan_out"] is (entry is GPT2)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    expected = {}
+    for name, adapter in found.items():
+        lora_A, lora_B = oracle.lora_matrices(adapter, rank)
+        expected[f"base_model.model.{name}.lora_A.weight"] = lora_A
+        expected[f"base_model.model.{name}.lora_B.weight"] = lora_B
+    assert tensors.keys() == expected.keys()
+    for key, value in expected.items():
+        assert tensors[key].dtype == torch.float32
+        torch.testing.assert_close(tensors[key].double(), value, rtol=1e-6, atol=0, msg=key)
+
+
+def test_target_modules_are_the_modules_suffixes(tmp_path):
+    rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    expected = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert sorted(config["target_modules"]) == sorted(expected)
+
+
+@pytest.mark.parametrize("pad_to", [16, 64])
+def test_padding_keeps_the_logits(pad_to, tmp_path):
+    base = LLAMA.build()
+    model = patched(base)
+    rasa_ext.export_lora(model, tmp_path, pad_to=pad_to)
+    assert_same_in_peft(LLAMA, base, model, tmp_path)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_export_leaves_the_model_alone_and_may_follow_a_merge(merged, tmp_path):
+    base = LLAMA.build()
+    model = patched(base)
+    rasa_ext.export_lora(model, tmp_path / "before")
+    if merged:
+        rasa_ext.merge(model)
+    rasa_ext.export_lora(model, tmp_path / "after")
+    left, right = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("before", "after")
+    )
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+    assert all(layer.merged == merged for layer in rasa_layers(model).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_base_exports_in_float32(dtype, tmp_path):
+    model = patched(LLAMA.build().to(dtype))
+    rasa_ext.export_lora(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name, layer in rasa_layers(model).items():
+        key = f"base_model.model.{name}.lora_"
+        product = tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+        assert product.dtype == torch.float32
+        torch.testing.assert_close(product, rasa_ext.delta_weight(layer))

@@ -1,0 +1,208 @@
+"""Logits and every gradient against the float64 oracle, measured by plain PyTorch's own error."""
+
+from __future__ import annotations
+
+import copy
+
+import oracle
+import plain
+import pytest
+import torch
+from common import (
+    FLOOR,
+    RANK,
+    Errors,
+    adapter_of,
+    adapters,
+    excesses,
+    observe,
+    patched,
+    randomize,
+    rasa_layers,
+    wide,
+)
+from torch import nn
+from zoo import ENCODER, FAMILIES, GPT2, LLAMA, OTHERS, SEQUENTIAL, T5, ids
+
+import rasa_ext
+
+DRAWS = 16
+SPLITS = (0, 1, RANK // 2, RANK)
+
+
+def compare(entry, base, model, device="cpu"):
+    """Errors of the patched model and of plain PyTorch, over several adapters and inputs."""
+    dtype = next(base.parameters()).dtype
+    ours, theirs = Errors(), Errors()
+    for draw in range(DRAWS):
+        randomize(model, draw)
+        found = adapters(model)
+        copies = plain.leaves(found)
+        inputs = entry.inputs(draw, dtype, device)
+        reference = oracle.run_model(
+            base, copies, lambda dense, inputs=inputs: entry.loss(dense, wide(inputs))
+        )
+        ours.add(observe(model, found, entry, inputs), reference)
+        theirs.add(observe(plain.plain_model(base, copies), copies, entry, inputs), reference)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", SPLITS)
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+def test_families(entry, k, dtype, device, figure):
+    base = entry.build().to(device, dtype)
+    model = patched(base, RANK, k)
+    assert list(rasa_layers(model)) == entry.targets(base)
+    ours, theirs = compare(entry, base, model, device)
+    bad, worst = excesses(ours, theirs, FLOOR.get(dtype, 0.0))
+    largest = max(ours.relative().values())
+    figure(
+        f"{entry.name} k={k} {dtype} {device}: largest error {largest:.1e} "
+        f"(plain PyTorch {max(theirs.relative().values()):.1e}), worst ratio {worst:.2f}"
+    )
+    assert not bad
+
+
+@pytest.mark.parametrize("entry", OTHERS, ids=ids)
+def test_other_models(entry):
+    base = entry.build()
+    model = patched(base)
+    assert list(rasa_layers(model)) == entry.targets(base)
+    bad, _ = excesses(*compare(entry, base, model), FLOOR[torch.float32])
+    assert not bad
+
+
+@pytest.mark.parametrize("entry", [LLAMA, T5, SEQUENTIAL], ids=ids)
+def test_float64_agrees_to_float64_rounding(entry):
+    base = entry.build().double()
+    model = patched(base, adapter_dtype=torch.float64)
+    ours, theirs = compare(entry, base, model)
+    worst = max(theirs.relative().values())
+    assert max(ours.relative().values()) <= max(2 * worst, FLOOR[torch.float64])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("entry", [*FAMILIES, SEQUENTIAL], ids=ids)
+def test_patching_keeps_the_output(entry, dtype):
+    """B is zero at first, so that only the last rounding may differ from the base's."""
+    base = entry.build().to(dtype)
+    model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1)
+    inputs = entry.inputs(0, dtype)
+    reference = oracle.run_model(base, adapters(model), lambda m: entry.loss(m, wide(inputs)))
+    before = entry.loss(base, inputs)[0]
+    after = entry.loss(model, inputs)[0]
+    with torch.no_grad():
+        quiet = entry.loss(model.eval(), inputs)[0]
+    ours, theirs = Errors(), Errors()
+    theirs.add(
+        {"trained": before, "quiet": before},
+        dict.fromkeys(("trained", "quiet"), reference["logits"]),
+    )
+    ours.add(
+        {"trained": after, "quiet": quiet}, dict.fromkeys(("trained", "quiet"), reference["logits"])
+    )
+    assert not excesses(ours, theirs, FLOOR.get(dtype, 0.0))[0]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_transformer_encoder_fast_path(padded):
+    """Its eval path reads ``linear1.weight`` itself, which would bypass the adapters."""
+    base = ENCODER.build()
+    model = patched(base).eval()
+    inputs = ENCODER.inputs(0)
+    kept = torch.ones(3, 6, dtype=torch.bool)
+    if padded:
+        kept[1, 4:] = kept[2, 2:] = False
+        inputs["src_key_padding_mask"] = ~kept
+    with torch.no_grad():
+        got = ENCODER.call(model, **inputs)
+        without = ENCODER.call(base.eval(), **inputs)
+    dense = oracle.dense_model(base, adapters(model)).train()
+    expected = ENCODER.call(dense, **{**inputs, "x": inputs["x"].double()})
+    assert not torch.allclose(without[kept], got[kept], atol=0.1)
+    torch.testing.assert_close(got[kept].double(), expected[kept], rtol=1e-5, atol=1e-5)
+
+
+def layer_case(dtype, bias=True, k=1, **options):
+    """One adapted layer in a list of three, its base and a plain copy of the latter."""
+    torch.manual_seed(4)
+    stack = nn.Sequential(*(nn.Linear(9, 7, bias=bias) for _ in range(3))).to(dtype)
+    model = patched(stack, RANK, k, **options)
+    return stack[1], model[1]
+
+
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 3, 9), (2, 1, 2, 9), (0, 9), (2, 0, 9)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mode", ["train", "no_grad", "inference"])
+def test_input_shapes(shape, bias, mode):
+    base, layer = layer_case(torch.float64, bias, adapter_dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64)
+    contexts = {
+        "train": torch.enable_grad,
+        "no_grad": torch.no_grad,
+        "inference": torch.inference_mode,
+    }
+    with contexts[mode]():
+        y = layer(x)
+    torch.testing.assert_close(y, oracle.linear(x, base.weight, base.bias, adapter_of(layer)))
+    if mode == "train":
+        y.sum().backward()
+        assert layer.A.grad.shape == layer.A.shape
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, ::2],
+        lambda x: x[:1].expand(5, -1, -1),
+        lambda x: x.flip(-1)[..., :],
+    ],
+)
+def test_views_of_inputs_and_gradients(view):
+    base, layer = layer_case(torch.float64, adapter_dtype=torch.float64)
+    storage = torch.randn(4, 6, 9, dtype=torch.float64, requires_grad=True)
+    x = view(storage)
+    x.retain_grad()
+    y = layer(x)
+    grad = torch.randn(y.shape[::-1], dtype=torch.float64).permute(*reversed(range(y.ndim)))
+    y.backward(grad)
+    expected = oracle.linear_grads(
+        grad.reshape(-1, 7), x.reshape(-1, 9), base.weight, adapter_of(layer)
+    )
+    torch.testing.assert_close(x.grad.reshape(-1, 9), expected["x"])
+    for field in ("A", "B", "d"):
+        torch.testing.assert_close(getattr(layer, field).grad, expected[field])
+    torch.testing.assert_close(layer.pool.A.grad, expected["A_pool"])
+    torch.testing.assert_close(layer.pool.B.grad, expected["B_pool"])
+
+
+def test_dropout_is_on_the_adapters_input_alone():
+    """With dW = I, y - base(x) shows the mask itself; the backward must use the same one."""
+    base = nn.Sequential(nn.Linear(6, 6))
+    model = rasa_ext.patch_model(copy.deepcopy(base), 6, 0, dropout=0.5)
+    with torch.no_grad():
+        for parameter, value in ((model[0].A, torch.eye(6)), (model[0].B, torch.eye(6))):
+            parameter.copy_(value)
+        model[0].d.fill_(1)
+    x = torch.full((200, 6), 2.0, requires_grad=True)
+    y = model.train()(x)
+    change = (y - base(x)).detach()
+    kept = change > 1
+    torch.testing.assert_close(change, 4.0 * kept)
+    assert 0.4 < kept.float().mean() < 0.6
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, base[0].weight.detach().sum(0) + 2.0 * kept)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), base(x) + x)
+
+
+@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
+def test_nothing_but_the_adapters_gets_a_gradient(entry):
+    base = entry.build()
+    model = patched(base)
+    entry.loss(model, entry.inputs(0))[1].backward()
+    trained = {id(parameter) for parameter in rasa_ext.adapter_parameters(model)}
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (id(parameter) in trained), name

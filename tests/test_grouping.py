@@ -1,0 +1,204 @@
+"""Which layers share a pool, how the tensors are shaped and drawn, and who owns them."""
+
+from __future__ import annotations
+
+import copy
+
+import oracle
+import pytest
+import torch
+from common import RANK, rasa_layers
+from torch import nn
+from zoo import EVERY, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
+
+import rasa_ext
+
+SPLITS = [0, 1, RANK // 2, RANK]
+_LLAMA_8B = {
+    f"model.layers.{layer}.{path}": shape
+    for layer in range(32)
+    for path, shape in {
+        "self_attn.q_proj": (4096, 4096),
+        "self_attn.k_proj": (1024, 4096),
+        "self_attn.v_proj": (1024, 4096),
+        "self_attn.o_proj": (4096, 4096),
+        "mlp.gate_proj": (14336, 4096),
+        "mlp.up_proj": (14336, 4096),
+        "mlp.down_proj": (4096, 14336),
+    }.items()
+}
+
+
+def nested(shapes: dict[str, tuple[int, int]], device: str = "cpu") -> nn.Module:
+    """A tree of modules with linear layers (out, in) at the given paths."""
+    root = nn.Module()
+    for name, (out, width) in shapes.items():
+        *path, last = name.split(".")
+        parent = root
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]
+        parent.add_module(last, nn.Linear(width, out, device=device))
+    return root
+
+
+def pools_of(model: nn.Module) -> list[list[str]]:
+    """Names by the pool that they hold, in order."""
+    found: dict[int, list[str]] = {}
+    for name, layer in rasa_layers(model).items():
+        found.setdefault(id(layer.pool), []).append(name)
+    return list(found.values())
+
+
+def plain_shapes(model: nn.Module, names) -> dict[str, tuple[int, int]]:
+    return {name: oracle.weight_shape(model.get_submodule(name)) for name in names}
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+def test_models(entry):
+    base = entry.build()
+    model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1)
+    assert pools_of(model) == oracle.groups(plain_shapes(base, entry.targets(base)))
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["h.0.c", "h.1.c", "h.11.c"], [["h.0.c", "h.1.c", "h.11.c"]]),
+        (["0", "1"], [["0", "1"]]),
+        (
+            ["block.0.layer.0.q", "block.0.layer.1.q"],
+            [["block.0.layer.0.q"], ["block.0.layer.1.q"]],
+        ),
+        (["block.0.layer.1.q", "block.1.layer.1.q"], [["block.0.layer.1.q", "block.1.layer.1.q"]]),
+        (["encoder.0.q", "decoder.0.q"], [["encoder.0.q"], ["decoder.0.q"]]),
+        (["head", "body"], [["head"], ["body"]]),
+        (["layer1.fc", "layer2.fc"], [["layer1.fc"], ["layer2.fc"]]),
+        (["m.0.w1", "m.0.w2", "m.1.w1"], [["m.0.w1", "m.1.w1"], ["m.0.w2"]]),
+    ],
+)
+def test_names(names, expected):
+    shapes = dict.fromkeys(names, (4, 4))
+    assert sorted(oracle.groups(shapes)) == sorted(expected)
+    model = rasa_ext.patch_model(nested(shapes), 2, 1)
+    assert sorted(map(sorted, pools_of(model))) == sorted(expected)
+
+
+def test_unequal_shapes_split_a_pattern():
+    shapes = {"l.0.up": (4, 6), "l.1.up": (4, 6), "l.2.up": (8, 6), "l.3.up": (4, 8)}
+    model = rasa_ext.patch_model(nested(shapes), 2, 1)
+    assert pools_of(model) == [["l.0.up", "l.1.up"], ["l.2.up"], ["l.3.up"]]
+    assert model.l._modules["0"].up.pool.A.shape == (2, 6)
+    assert model.l._modules["3"].up.pool.B.shape == (4, 1)
+
+
+@pytest.mark.parametrize("k", SPLITS)
+@pytest.mark.parametrize("entry", [LLAMA, T5, SEQUENTIAL], ids=ids)
+def test_shapes_and_counts(entry, k):
+    base = entry.build()
+    shapes = plain_shapes(base, entry.targets(base))
+    model = rasa_ext.patch_model(base, RANK, k)
+    layers = rasa_layers(model)
+    for names in oracle.groups(shapes):
+        out, width = shapes[names[0]]
+        pooled = len(names) * k
+        for layer in map(layers.get, names):
+            assert layer.A.shape == (RANK - k, width)
+            assert layer.B.shape == (out, RANK - k)
+            assert layer.d.shape == (RANK - k + pooled,)
+            if k == 0:
+                assert layer.pool is None
+            else:
+                assert layer.pool.A.shape == (pooled, width)
+                assert layer.pool.B.shape == (out, pooled)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in rasa_ext.adapter_parameters(model)}
+    assert sum(p.numel() for p in trainable) == oracle.trainable_count(shapes, RANK, k)
+
+
+@pytest.mark.parametrize(
+    ("rank", "k", "published"), [(8, 1, 20_980_256), (16, 2, 41_960_512), (32, 4, 83_921_024)]
+)
+def test_published_counts_of_an_8b_model(rank, k, published):
+    assert oracle.trainable_count(_LLAMA_8B, rank, k) == published
+    model = rasa_ext.patch_model(nested(_LLAMA_8B, "meta"), rank, k)
+    assert sum(p.numel() for p in rasa_ext.adapter_parameters(model)) == published
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("alpha", [8.0, 32.0, -1.5])
+@pytest.mark.parametrize("k", SPLITS)
+def test_initial_values(k, alpha):
+    base = nested({f"l.{i}.fc": (50, 400) for i in range(3)})
+    model = rasa_ext.patch_model(base, RANK, k, alpha=alpha)
+    expected = oracle.initial_d(RANK, k, 3, alpha)
+    bound = 400**-0.5
+    for layer in rasa_layers(model).values():
+        torch.testing.assert_close(layer.d.double(), expected, rtol=1e-6, atol=0)
+        factors = [(layer.A, layer.B)]
+        if layer.pool is not None:
+            factors.append((layer.pool.A, layer.pool.B))
+        for A, B in factors:
+            assert not B.any()
+            if A.numel():
+                assert 0.9 * bound < A.abs().max() <= bound
+                assert abs(A.std() / (bound / 3**0.5) - 1) < 0.1
+    drawn = [p for p in rasa_ext.adapter_parameters(model) if p.any() and p.ndim == 2]
+    assert len({p.flatten()[0].item() for p in drawn}) == len(drawn)
+
+
+def test_the_seed_decides_the_draw():
+    models = []
+    for seed in (5, 5, 6):
+        base = LLAMA.build()
+        torch.manual_seed(seed)
+        models.append(rasa_ext.adapter_parameters(rasa_ext.patch_model(base, RANK, 1)))
+    for first, same, other in zip(*models, strict=True):
+        assert torch.equal(first, same)
+        drawn = first.ndim == 2 and bool(first.any())
+        assert torch.equal(first, other) != drawn
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+def test_every_parameter_has_one_place(entry):
+    """The pool is registered on the first layer of its group, and nowhere else."""
+    model = rasa_ext.patch_model(entry.build(), RANK, 2)
+    named = list(model.named_parameters(remove_duplicate=False))
+    modules = {id(m): n for n, m in model.named_modules()}
+    for parameter in rasa_ext.adapter_parameters(model):
+        places = [name for name, other in named if other is parameter]
+        owners = {id(model.get_submodule(name.rpartition(".")[0])) for name in places}
+        assert len(owners) == 1
+        assert places
+    for name, layer in rasa_layers(model).items():
+        first = next(n for n, other in rasa_layers(model).items() if other.pool is layer.pool)
+        assert modules[id(layer.pool)] == f"{first}.pool"
+        assert ("pool" in layer._modules) == (name == first)
+    assert isinstance(layer.pool, rasa_ext.RasaPool)
+
+
+def test_adapter_parameters_are_listed_once():
+    model = rasa_ext.patch_model(LLAMA.build(), RANK, 1, modules_to_save=["lm_head"])
+    listed = rasa_ext.adapter_parameters(model)
+    assert isinstance(listed, list)
+    assert len({id(p) for p in listed}) == len(listed)
+    names = {name for name, p in model.named_parameters() if any(p is q for q in listed)}
+    assert len(names) == len(listed) == 21 * 3 + 7 * 2
+    assert not any("lm_head" in name for name in names)
+
+
+def test_a_module_with_two_names_is_one_layer():
+    model = rasa_ext.patch_model(TWO_NAMES.build(), RANK, 1)
+    assert model.first is model.second
+    assert isinstance(model.first, rasa_ext.RasaLinear)
+    assert model.first.d.shape == (RANK,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_adapter_dtype_is_its_own(base_dtype, dtype):
+    base = SEQUENTIAL.build().to(base_dtype)
+    model = rasa_ext.patch_model(base, RANK, 1, adapter_dtype=dtype)
+    assert {p.dtype for p in rasa_ext.adapter_parameters(model)} == {dtype}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {base_dtype}

@@ -1,0 +1,242 @@
+"""Saving and loading: round trips, sizes, strictness, and two files that change together."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+import pytest
+import torch
+from common import (
+    RANK,
+    Snapshot,
+    adapters,
+    content,
+    patched,
+    rasa_layers,
+    same_adapters,
+    same_bits,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+from zoo import BERT, EVERY, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
+
+import rasa_ext
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("k", [0, 1, RANK // 2, RANK])
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+def test_round_trip(entry, k, tmp_path):
+    base = entry.build()
+    model = patched(base, RANK, k, dropout=0.1, alpha=3.0)
+    assert rasa_ext.save_adapter(model, tmp_path) is None
+    fresh = copy.deepcopy(base)
+    assert rasa_ext.load_adapter(fresh, tmp_path) is fresh
+    assert same_adapters(model, fresh)
+    assert {p.requires_grad for p in rasa_ext.adapter_parameters(fresh)} == {True}
+    assert {layer.dropout for layer in rasa_layers(fresh).values()} == {0.1}
+    inputs = entry.inputs(0)
+    assert torch.equal(entry.loss(model.eval(), inputs)[0], entry.loss(fresh.eval(), inputs)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "mlp.up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]},
+        {"target_modules": r"model\.layers\.[02]\..*", "exclude_modules": r".*mlp.*"},
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens", "layers.0.input_layernorm"]},
+        {"adapter_dtype": torch.float64},
+        {"adapter_dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+def test_round_trip_of_options(options, tmp_path):
+    base = LLAMA.build()
+    model = patched(base, RANK, 1, **options)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(parameter.requires_grad * 0.25)
+    rasa_ext.save_adapter(model, tmp_path)
+    assert same_adapters(model, rasa_ext.load_adapter(copy.deepcopy(base), tmp_path))
+
+
+def test_loading_into_a_patched_model(tmp_path):
+    """The same config overwrites; another config is refused, and says in what it differs."""
+    base = LLAMA.build()
+    model = patched(base, seed=1)
+    rasa_ext.save_adapter(model, tmp_path)
+    same = patched(base, seed=2)
+    identities = [id(p) for p in same.parameters()]
+    rasa_ext.load_adapter(same, tmp_path)
+    assert same_adapters(model, same)
+    assert [id(p) for p in same.parameters()] == identities
+    other = patched(base, RANK, 2)
+    before = Snapshot(other)
+    with pytest.raises(ValueError, match=r"k: 2, 1.*unpatch"):
+        rasa_ext.load_adapter(other, tmp_path)
+    before.assert_unchanged()
+
+
+def test_loading_shows_in_a_cached_eval_forward(tmp_path):
+    base = LLAMA.build()
+    model = patched(base, seed=1).eval()
+    rasa_ext.save_adapter(model, tmp_path)
+    other = patched(base, seed=2).eval()
+    inputs = LLAMA.inputs(0)
+    with torch.no_grad():
+        stale = LLAMA.loss(other, inputs)[0]
+        rasa_ext.load_adapter(other, tmp_path)
+        assert torch.equal(LLAMA.loss(other, inputs)[0], LLAMA.loss(model, inputs)[0])
+        assert not torch.equal(LLAMA.loss(other, inputs)[0], stale)
+
+
+@pytest.mark.parametrize("k", [0, 1, RANK])
+@pytest.mark.parametrize("entry", [*EVERY], ids=ids)
+def test_every_number_is_written_once(entry, k, tmp_path):
+    """The file is its numbers, 4 bytes each, and a header; names are as documented."""
+    model = patched(entry.build(), RANK, k)
+    rasa_ext.save_adapter(model, tmp_path)
+    assert sorted(content(tmp_path)) == [CONFIG, WEIGHTS]
+    expected, pools = {}, set()
+    for name, adapter in adapters(model).items():
+        prefix = f"base_model.model.{name}.rasa_"
+        expected |= {f"{prefix}{field}": getattr(adapter, field) for field in ("A", "B", "d")}
+        if k and id(adapter.A_pool) not in pools:
+            pools.add(id(adapter.A_pool))
+            expected |= {f"{prefix}pool_A": adapter.A_pool, f"{prefix}pool_B": adapter.B_pool}
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert tensors.keys() == expected.keys()
+    assert all(same_bits(tensors[key], value.detach()) for key, value in expected.items())
+    file = (tmp_path / WEIGHTS).read_bytes()
+    numbers = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
+    assert len(file) == 4 * numbers + 8 + int.from_bytes(file[:8], "little")
+
+
+def test_modules_to_save_are_written_under_their_names(tmp_path):
+    model = patched(BERT.build(), RANK, 1, modules_to_save=["classifier", "pooler"])
+    rasa_ext.save_adapter(model, tmp_path)
+    extra = {k: v for k, v in load_file(tmp_path / WEIGHTS).items() if ".rasa_" not in k}
+    expected = {
+        f"base_model.model.{name}.{kind}": getattr(model.get_submodule(name), kind)
+        for name in ("classifier", "bert.pooler.dense")
+        for kind in ("weight", "bias")
+    }
+    assert extra.keys() == expected.keys()
+    assert all(torch.equal(extra[key], value) for key, value in expected.items())
+
+
+def test_tied_modules_to_save_are_written_once(tmp_path):
+    model = patched(TIED.build(), RANK, 1, modules_to_save=["embed", "readout"])
+    rasa_ext.save_adapter(model, tmp_path)
+    saved = [key for key in load_file(tmp_path / WEIGHTS) if key.endswith(".weight")]
+    assert len(saved) == 1
+    fresh = rasa_ext.load_adapter(TIED.build(), tmp_path)
+    assert fresh.embed.weight is fresh.readout.weight
+    assert same_adapters(model, fresh)
+
+
+def test_config_file(tmp_path):
+    options = {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]}
+    saved = ["lm_head"]
+    model = patched(LLAMA.build(), 6, 2, alpha=5.0, dropout=0.1, modules_to_save=saved, **options)
+    rasa_ext.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    expected = {
+        "peft_type": "RASA",
+        "r": 6,
+        "rasa_k": 2,
+        "rasa_alpha": 5.0,
+        "rasa_dropout": 0.1,
+        "modules_to_save": saved,
+        **options,
+    }
+    assert {key: config[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize("entry", [LLAMA, TWO_NAMES], ids=ids)
+def test_saving_while_merged(entry, tmp_path):
+    model = patched(entry.build())
+    rasa_ext.save_adapter(model, tmp_path / "free")
+    rasa_ext.merge(model)
+    rasa_ext.save_adapter(model, tmp_path / "merged")
+    assert content(tmp_path / "free") == content(tmp_path / "merged")
+    before = Snapshot(model)
+    with pytest.raises(RuntimeError, match="unmerge"):
+        rasa_ext.load_adapter(model, tmp_path / "free")
+    before.assert_unchanged()
+
+
+def _edit(change):
+    def edit(directory):
+        tensors = load_file(directory / WEIGHTS)
+        change(tensors)
+        save_file(tensors, directory / WEIGHTS)
+
+    return edit
+
+
+def _config(**values):
+    def edit(directory):
+        config = json.loads((directory / CONFIG).read_text())
+        (directory / CONFIG).write_text(json.dumps({**config, **values}))
+
+    return edit
+
+
+KEY = "base_model.model.model.layers.1.self_attn.k_proj.rasa_"
+FIRST = "base_model.model.model.layers.0.self_attn.k_proj.rasa_pool_"
+
+
+@pytest.mark.parametrize("prepatched", [False, True])
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_edit(lambda t: t.pop(f"{KEY}A")), rf"missing: {KEY}A"),
+        (_edit(lambda t: t.pop(f"{FIRST}B")), rf"missing: {FIRST}B"),
+        (_edit(lambda t: t.pop("base_model.model.lm_head.weight")), "missing.*lm_head"),
+        (_edit(lambda t: t.update(stray=torch.zeros(1))), "unexpected: stray"),
+        (
+            _edit(lambda t: t.update({KEY.replace("1", "7") + "A": t[f"{KEY}A"].clone()})),
+            r"unexpected: .*layers\.7",
+        ),
+        (
+            _edit(lambda t: t.update({f"{KEY}d": torch.zeros(9)})),
+            rf"{KEY}d \(expected \(6,\), got \(9,\)\)",
+        ),
+        (
+            _edit(lambda t: t.update({f"{KEY}B": t[f"{KEY}B"].T.contiguous()})),
+            rf"{KEY}B \(expected \(12, 3\), got \(3, 12\)\)",
+        ),
+        (lambda d: (d / WEIGHTS).write_bytes(b"12345678 nonsense"), "safetensors"),
+        (lambda d: os.truncate(d / WEIGHTS, 700), "safetensors"),
+        (lambda d: (d / CONFIG).write_text("{"), rf"{CONFIG}.*JSON"),
+        (lambda d: (d / CONFIG).write_text("[]"), rf"{CONFIG}.*object"),
+        (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
+        (_config(r=0), "rank.*0"),
+        (_config(r=None), r"\br\b"),
+        (_config(rasa_dropout=7), "dropout.*7"),
+        (lambda d: (d / WEIGHTS).unlink(), WEIGHTS),
+        (lambda d: (d / CONFIG).unlink(), CONFIG),
+    ],
+)
+def test_damaged_files_are_refused(damage, said, prepatched, tmp_path):
+    """The message names what is wrong, and the model is what it was."""
+    options = {"target_modules": ["k_proj", "up_proj"], "modules_to_save": ["lm_head"]}
+    rasa_ext.save_adapter(patched(LLAMA.build(), seed=1, **options), tmp_path)
+    damage(tmp_path)
+    model = patched(LLAMA.build(), seed=2, **options) if prepatched else LLAMA.build()
+    before = Snapshot(model)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        rasa_ext.load_adapter(model, tmp_path)
+    before.assert_unchanged()
+
+
+def test_a_pickle_in_the_place_of_the_weights_is_refused(tmp_path):
+    rasa_ext.save_adapter(patched(SEQUENTIAL.build()), tmp_path)
+    torch.save({"weight": nn.Linear(2, 2)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="safetensors"):
+        rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)

@@ -1,0 +1,266 @@
+"""merge, unmerge, merge_and_unload, unpatch and disable_adapter."""
+
+from __future__ import annotations
+
+import copy
+
+import oracle
+import plain
+import pytest
+import torch
+from common import (
+    RANK,
+    Errors,
+    Snapshot,
+    adapters,
+    assert_matches_oracle,
+    excesses,
+    observe,
+    patched,
+    rasa_layers,
+    same_bits,
+    wide,
+)
+from torch import nn
+from zoo import BERT, EVERY, FAMILIES, GPT2, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
+
+import rasa_ext
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def logits(entry, model, dtype=torch.float32):
+    with torch.no_grad():
+        return entry.loss(model, entry.inputs(0, dtype))[0]
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {n: m.base_layer.weight.detach().clone() for n, m in rasa_layers(model).items()}
+
+
+def largest_change(model) -> float:
+    return max(oracle.delta(adapter).abs().max().item() for adapter in adapters(model).values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [0, 1, RANK])
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, SEQUENTIAL], ids=ids)
+def test_merged_weights(entry, k, dtype):
+    """W + dW summed in float32 (or wider) and rounded once; the returned figure is max |dW|."""
+    base = entry.build().to(dtype)
+    model = patched(base, RANK, k)
+    largest = rasa_ext.merge(model)
+    assert isinstance(largest, float)
+    assert largest == pytest.approx(largest_change(model), rel=1e-5)
+    rounding = 1.01 * max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
+    for name, adapter in adapters(model).items():
+        module = base.get_submodule(name)
+        expected = oracle.merged_weight(module, adapter)
+        got = model.get_submodule(name).base_layer.weight
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+@pytest.mark.parametrize("k", [1, RANK // 2])
+def test_merging_keeps_the_output_and_unmerging_the_weights(entry, k):
+    base = entry.build()
+    model = patched(base, RANK, k).eval()
+    found, before, free = adapters(model), weights(model), logits(entry, model)
+    rasa_ext.merge(model)
+    merged = logits(entry, model)
+    rasa_ext.unmerge(model)
+    inputs = wide(entry.inputs(0))
+    reference = oracle.run_model(base, found, lambda m: entry.loss(m, inputs))["logits"]
+    simple = logits(entry, plain.plain_model(base, found))
+    ours, theirs = Errors(), Errors()
+    ours.add({"merged": merged, "free": free}, {"merged": reference, "free": reference})
+    theirs.add({"merged": simple, "free": simple}, {"merged": reference, "free": reference})
+    assert not excesses(ours, theirs, 1e-6)[0]
+    assert all(same_bits(value, before[name]) for name, value in weights(model).items())
+    assert torch.equal(logits(entry, model), free)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unmerge_is_exact_in_every_dtype(dtype):
+    model = patched(LLAMA.build().to(dtype))
+    before = Snapshot(model)
+    for _ in range(3):
+        rasa_ext.merge(model)
+        rasa_ext.unmerge(model)
+    before.assert_unchanged()
+
+
+def test_merging_twice_and_unmerging_nothing():
+    model = patched(LLAMA.build())
+    rasa_ext.unmerge(model)
+    first = rasa_ext.merge(model)
+    once = weights(model)
+    assert rasa_ext.merge(model) == first
+    assert all(same_bits(value, once[name]) for name, value in weights(model).items())
+    rasa_ext.unmerge(model)
+    rasa_ext.unmerge(model)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload])
+@pytest.mark.parametrize("k", [0, 1])
+def test_results_that_are_not_finite_are_refused(bad, call, k):
+    """In the last layer, after all others would have been merged."""
+    model = patched(LLAMA.build().half(), RANK, k)
+    name = list(rasa_layers(model))[-1]
+    with torch.no_grad():
+        rasa_layers(model)[name].d[0] = bad
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=rf"finite.*{name}.*float16"):
+        call(model)
+    before.assert_unchanged()
+    assert not any(layer.merged for layer in rasa_layers(model).values())
+
+
+def test_a_change_that_overflows_the_weights_dtype_is_refused():
+    model = patched(SEQUENTIAL.build().half())
+    with torch.no_grad():
+        model[6].d.mul_(1e6)
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match="float16"):
+        rasa_ext.merge(model)
+    before.assert_unchanged()
+
+
+def test_training_while_merged_is_refused():
+    model = patched(LLAMA.build())
+    inputs = LLAMA.inputs(0)
+    rasa_ext.merge(model)
+    model.train()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        LLAMA.loss(model, inputs)
+    with torch.no_grad():
+        LLAMA.loss(model, inputs)
+    LLAMA.loss(model.eval(), inputs)
+    rasa_ext.unmerge(model)
+    model.train()
+    observed = observe(model, adapters(model), LLAMA, inputs)
+    assert_matches_oracle(LLAMA, LLAMA.build(), model, observed, inputs)
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_merge_and_unload_gives_a_plain_model(entry, merged_before):
+    base = entry.build()
+    model = patched(base)
+    dense = oracle.dense_model(base, adapters(model)).state_dict()
+    if merged_before:
+        rasa_ext.merge(model)
+    assert rasa_ext.merge_and_unload(model) is model
+    assert [(n, type(m)) for n, m in model.named_modules(remove_duplicate=False)] == [
+        (n, type(m)) for n, m in base.named_modules(remove_duplicate=False)
+    ]
+    state = model.state_dict()
+    assert state.keys() == base.state_dict().keys()
+    for key, value in state.items():
+        torch.testing.assert_close(value.double(), dense[key].double(), rtol=1e-6, atol=1e-6)
+    rasa_ext.patch_model(model, 2, 1)
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+@pytest.mark.parametrize("merged", [False, True])
+def test_unpatch_restores_everything(entry, merged):
+    model = entry.build()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(index % 3 != 1)
+    before = Snapshot(model)
+    rasa_ext.patch_model(model, RANK, 1)
+    for parameter in rasa_ext.adapter_parameters(model):
+        nn.init.normal_(parameter)
+    if merged:
+        rasa_ext.merge(model)
+    assert rasa_ext.unpatch(model) is model
+    before.assert_unchanged()
+
+
+def test_unpatch_keeps_what_modules_to_save_learned():
+    model = BERT.build()
+    model.classifier.weight.requires_grad_(False)
+    rasa_ext.patch_model(model, RANK, 1, modules_to_save=["classifier"])
+    with torch.no_grad():
+        model.classifier.weight.fill_(7)
+    rasa_ext.unpatch(model)
+    assert (model.classifier.weight == 7).all()
+    assert not model.classifier.weight.requires_grad
+    assert model.classifier.bias.requires_grad
+
+
+def test_a_model_can_be_patched_again_after_unpatch():
+    base = LLAMA.build()
+    model = rasa_ext.unpatch(patched(base, 2, 1))
+    rasa_ext.patch_model(model, RANK, 2)
+    assert {layer.d.numel() for layer in rasa_layers(model).values()} == {RANK - 2 + 3 * 2}
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+def test_disable_adapter(entry, merged):
+    base = entry.build().eval().requires_grad_(False)  # torch's matmul looks at that flag
+    model = patched(base).eval()
+    if merged:
+        rasa_ext.merge(model)
+    adapted = logits(entry, model)
+    with rasa_ext.disable_adapter(model):
+        assert torch.equal(logits(entry, model), logits(entry, base))
+    assert torch.equal(logits(entry, model), adapted)
+    assert all(layer.merged == merged for layer in rasa_layers(model).values())
+
+
+def test_disable_adapter_ends_with_an_exception():
+    model = patched(LLAMA.build()).eval()
+    adapted = logits(LLAMA, model)
+    with pytest.raises(KeyError), rasa_ext.disable_adapter(model):
+        raise KeyError
+    with rasa_ext.disable_adapter(model):
+        with rasa_ext.disable_adapter(model):
+            pass
+        assert not torch.equal(logits(LLAMA, model), adapted)
+    assert torch.equal(logits(LLAMA, model), adapted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k", [0, 1, RANK])
+@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
+def test_delta_weight(entry, k, dtype):
+    """(out, in) in float32 whatever the base's dtype and layout, and detached."""
+    model = patched(entry.build().to(dtype), RANK, k)
+    for name, layer in rasa_layers(model).items():
+        change = rasa_ext.delta_weight(layer)
+        assert change.dtype == torch.float32
+        assert not change.requires_grad
+        torch.testing.assert_close(
+            change.double(), oracle.delta(adapters(model)[name]), rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_module_with_two_names_is_merged_once():
+    base = TWO_NAMES.build()
+    model = patched(base)
+    expected = oracle.merged_weight(base.first, adapters(model)["first"])
+    rasa_ext.merge_and_unload(model)
+    assert model.first is model.second
+    torch.testing.assert_close(model.first.weight.double(), expected)
+
+
+def test_a_tied_weight_is_not_merged():
+    """The embedding that shares the head's weight would change with it."""
+    model = patched(TIED.build(), RANK, 1, target_modules=["readout"])
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"readout.*shared with.*embed"):
+        rasa_ext.merge(model)
+    before.assert_unchanged()
+
+
+def test_merging_leaves_a_copy_alone():
+    model = patched(LLAMA.build())
+    twin = copy.deepcopy(model)
+    before = Snapshot(twin)
+    rasa_ext.merge(model)
+    before.assert_unchanged()
+    assert not any(layer.merged for layer in rasa_layers(twin).values())

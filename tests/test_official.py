@@ -1,0 +1,206 @@
+"""Checkpoints of the published RaSA code."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+
+import oracle
+import plain
+import pytest
+import torch
+from common import (
+    RANK,
+    Snapshot,
+    adapters,
+    assert_matches_oracle,
+    observe,
+    patched,
+    rasa_layers,
+    same_bits,
+)
+from torch import nn
+from zoo import LLAMA
+
+import rasa_ext
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def write(directory, k=1, targets=ALL, change=lambda tensors: None, **options):
+    """A checkpoint with lively adapters, and those adapters by layer."""
+    found = plain.leaves(adapters(patched(LLAMA.build(), RANK, k, target_modules=targets)))
+    tensors = oracle.official_tensors(found)
+    change(tensors)
+    oracle.write_official(
+        directory, tensors, rank=RANK, k=k, alpha=8, target_modules=targets, **options
+    )
+    return found
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("targets", [ALL, ["q_proj", "down_proj"]], ids=len)
+@pytest.mark.parametrize("k", [1, RANK // 2, RANK])
+def test_load(k, targets, pickled, tmp_path):
+    """Every tensor in its place, logits and gradients those of the published formula."""
+    found = write(tmp_path, k, targets, pickled=pickled)
+    base = LLAMA.build()
+    model = copy.deepcopy(base)
+    assert rasa_ext.load_official(model, tmp_path) is model
+    assert adapters(model).keys() == found.keys()
+    for name, adapter in adapters(model).items():
+        for field in ("A", "A_pool", "B", "B_pool", "d"):
+            assert torch.equal(getattr(adapter, field), getattr(found[name], field))
+    model.eval()  # the checkpoint's dropout is for training
+    observed = observe(model, adapters(model), LLAMA, LLAMA.inputs(0))
+    assert_matches_oracle(LLAMA, base, model, observed, LLAMA.inputs(0))
+
+
+def test_the_config_is_taken_over(tmp_path):
+    write(tmp_path, k=2)
+    model = rasa_ext.load_official(LLAMA.build(), tmp_path)
+    layer = model.model.layers[0].mlp.up_proj
+    assert layer.A.shape[0] == RANK - 2
+    assert layer.dropout == 0.05
+    rasa_ext.save_adapter(model, tmp_path / "ours")
+    config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
+    official = json.loads((tmp_path / "adapter_config.json").read_text())
+    for field in ("peft_type", "r", "rasa_k", "rasa_alpha", "rasa_dropout", "bias"):
+        assert config[field] == official[field]
+    assert sorted(config["target_modules"]) == sorted(official["target_modules"])
+    again = rasa_ext.load_adapter(LLAMA.build(), tmp_path / "ours")
+    left, right = again.state_dict(), model.state_dict()
+    assert all(same_bits(left[key], right[key]) for key in right)
+
+
+def test_half_precision_checkpoints_become_float32(tmp_path):
+    def halve(tensors):
+        tensors.update({key: value.bfloat16() for key, value in tensors.items()})
+
+    found = write(tmp_path, change=halve)
+    model = rasa_ext.load_official(LLAMA.build().bfloat16(), tmp_path)
+    for name, layer in rasa_layers(model).items():
+        assert layer.A.dtype == torch.float32
+        assert torch.equal(layer.A, found[name].A.bfloat16().float())
+
+
+def _drop(key):
+    return lambda tensors: tensors.pop(key)
+
+
+def _add(key):
+    return lambda tensors: tensors.update({key: torch.zeros(2)})
+
+
+def _shorten(key):
+    return lambda tensors: tensors.update({key: tensors[key][1:].clone()})
+
+
+_LAYER = "base_model.model.model.layers.1.mlp.up_proj.rasa_"
+_POOL = "base_model.rasa_shared_A.mlp__up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (_drop(f"{_LAYER}A.weight"), "up_proj"),
+        (_drop(f"{_LAYER}mixing.weight"), "up_proj"),
+        (_drop(_POOL), "up_proj"),
+        (_add("base_model.model.model.layers.9.mlp.up_proj.rasa_A.weight"), "layers.9"),
+        (_add("base_model.rasa_shared_A.nothing.weight"), "nothing"),
+        (_add("stray"), "stray"),
+        (_shorten(f"{_LAYER}B.weight"), r"up_proj.*\(39, 3\)"),
+        (_shorten(_POOL), r"up_proj.*\(2, 24\)"),
+    ],
+)
+def test_strict(change, named, tmp_path):
+    write(tmp_path, change=change)
+    model = LLAMA.build()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=named):
+        rasa_ext.load_official(model, tmp_path)
+    before.assert_unchanged()
+
+
+class Runs:
+    """Unpickles by running a function."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("inside", ["a dictionary", "the file"])
+def test_a_pickle_that_runs_code_is_refused(inside, tmp_path):
+    directory, trap = tmp_path / "adapter", tmp_path / "ran"
+    write(directory, pickled=True)
+    file = directory / "adapter_model.bin"
+    tensors = torch.load(file, weights_only=True)
+    torch.save({**tensors, "extra": Runs(trap)} if inside == "a dictionary" else Runs(trap), file)
+    model = LLAMA.build()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: refused.* could run code"):
+        rasa_ext.load_official(model, directory)
+    before.assert_unchanged()
+    assert not trap.exists()
+    torch.load(file, weights_only=False)
+    assert trap.exists()  # so the trap works
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"PK\x03\x04 not a zip"])
+def test_damaged_pickles_are_refused(content, tmp_path):
+    write(tmp_path, pickled=True)
+    (tmp_path / "adapter_model.bin").write_bytes(content)
+    model = LLAMA.build()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=r"adapter_model\.bin"):
+        rasa_ext.load_official(model, tmp_path)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"a": "text"}, torch.zeros(2)], ids=str)
+def test_pickles_of_other_things_are_refused(content, tmp_path):
+    write(tmp_path, pickled=True)
+    torch.save(content, tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin: expected a dictionary of tensors"):
+        rasa_ext.load_official(LLAMA.build(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("peft_type", "LORA", "peft_type.*RASA.*LORA"),
+        ("bias", "all", "bias.*none.*all"),
+        ("layers_to_transform", [0, 1], "layers_to_transform"),
+        ("r", None, r"\br\b"),
+        ("rasa_k", RANK + 1, r"\bk\b"),
+        ("target_modules", ["no_such"], "no_such"),
+    ],
+)
+def test_configs_that_cannot_be_honoured(field, value, said, tmp_path):
+    write(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    model = LLAMA.build()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=said):
+        rasa_ext.load_official(model, tmp_path)
+    before.assert_unchanged()
+
+
+def test_into_a_patched_model(tmp_path):
+    found = write(tmp_path)
+    same = rasa_ext.load_official(LLAMA.build(), tmp_path)
+    for parameter in rasa_ext.adapter_parameters(same):
+        nn.init.zeros_(parameter)
+    rasa_ext.load_official(same, tmp_path)
+    layer = same.model.layers[0].mlp.up_proj
+    assert torch.equal(layer.A, found["model.layers.0.mlp.up_proj"].A)
+    other = patched(LLAMA.build(), RANK, 2)
+    before = Snapshot(other)
+    with pytest.raises(ValueError, match="k: 2, 1"):
+        rasa_ext.load_official(other, tmp_path)
+    before.assert_unchanged()

@@ -1,0 +1,267 @@
+"""Training as users do it: every combination must leave the gradients those of the oracle."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import oracle
+import plain
+import pytest
+import torch
+from common import (
+    RANK,
+    Errors,
+    Snapshot,
+    adapters,
+    assert_matches_oracle,
+    check_step,
+    clear_gradients,
+    excesses,
+    gradients,
+    observe,
+    patched,
+    randomize,
+    rasa_layers,
+    wide,
+)
+from zoo import FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, Checkpointed, ids
+
+import rasa_ext
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+def test_gradient_checkpointing(entry, use_reentrant):
+    base = entry.build()
+    model = patched(base).train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    check_step(entry, base, model)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_of_ones_own(use_reentrant):
+    base = Checkpointed(use_reentrant)
+    model = patched(base)
+    inputs = {"x": torch.randint(0, 32, (4, 5))}
+    observed = observe(model, adapters(model), SEQUENTIAL, inputs)
+    base.use_reentrant = False  # the plain model has nothing that lets gradients in
+    assert_matches_oracle(SEQUENTIAL, base, model, observed, inputs)
+
+
+@pytest.mark.parametrize("entry", [LLAMA, TWO_NAMES], ids=ids)
+def test_gradient_accumulation(entry):
+    base = entry.build()
+    model = patched(base)
+    found, copies = adapters(model), plain.leaves(adapters(model))
+    ours, theirs, total = Errors(by_kind=True), Errors(by_kind=True), {}
+    simple = plain.plain_model(base, copies)
+    for seed in range(3):
+        inputs = entry.inputs(seed)
+        for each in (model, simple):
+            entry.loss(each, inputs)[1].backward()
+        step = oracle.run_model(base, copies, lambda m, i=inputs: entry.loss(m, wide(i)))
+        total = {k: v + total.get(k, 0) for k, v in step.items() if k != "logits"}
+    ours.add(gradients(found), total)
+    theirs.add(gradients(copies), total)
+    assert not excesses(ours, theirs, 1e-6)[0]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_forwards_before_one_backward(order):
+    base = LLAMA.build()
+    model = patched(base)
+    found = adapters(model)
+    losses = [LLAMA.loss(model, LLAMA.inputs(seed)) for seed in (0, 1)]
+    for seed in order:
+        clear_gradients(found)
+        losses[seed][1].backward()
+        observed = {"logits": losses[seed][0].detach(), **gradients(found)}
+        assert_matches_oracle(LLAMA, base, model, observed, LLAMA.inputs(seed))
+
+
+def test_the_sum_of_two_forwards():
+    base = LLAMA.build()
+    model = patched(base)
+    expected = {}
+    for seed in (0, 1):
+        for key, value in observe(model, adapters(model), LLAMA, LLAMA.inputs(seed)).items():
+            expected[key] = value + expected.get(key, 0)
+    clear_gradients(adapters(model))
+    sum(LLAMA.loss(model, LLAMA.inputs(seed))[1] for seed in (0, 1)).backward()
+    for key, value in gradients(adapters(model)).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+OPTIMISERS = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.1),
+    "AdamW": lambda p: torch.optim.AdamW(p, 0.05),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, 0.05, foreach=True),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, 0.05, fused=True),
+}
+
+
+@pytest.mark.parametrize("switch", [True, False], ids=["eval()", "no_grad alone"])
+@pytest.mark.parametrize("optimiser", OPTIMISERS)
+def test_eval_between_steps(optimiser, switch):
+    """A pack cached by one evaluation must not be seen by the next step or evaluation."""
+    base = LLAMA.build()
+    model = patched(base)
+    step = OPTIMISERS[optimiser](rasa_ext.adapter_parameters(model))
+    inputs = LLAMA.inputs(0)
+    for _ in range(3):
+        for _ in range(2):  # the second is served from the cache
+            model.train(not switch)
+            with torch.no_grad():
+                quiet = LLAMA.loss(model, inputs)[0]
+        model.train()
+        observed = observe(model, adapters(model), LLAMA, inputs)
+        assert_matches_oracle(LLAMA, base, model, observed, inputs)
+        torch.testing.assert_close(quiet, observed["logits"], rtol=1e-5, atol=1e-5)
+        if switch:
+            with torch.no_grad():
+                LLAMA.loss(model.eval(), inputs)  # cached once more, right before the step
+        step.step()
+
+
+def test_changes_in_place_after_a_cached_forward():
+    model = patched(SEQUENTIAL.build()).eval()
+    inputs = SEQUENTIAL.inputs(0)
+    parameters = rasa_ext.adapter_parameters(model)
+    with torch.no_grad():
+        for parameter in parameters:
+            before = model(inputs["x"])
+            parameter.mul_(1.5)
+            after = model(inputs["x"])
+            assert not torch.equal(before, after)
+            fresh = copy.deepcopy(model)(inputs["x"])
+            assert torch.equal(after, fresh)
+        model.load_state_dict(patched(SEQUENTIAL.build(), seed=9).state_dict())
+        expected = patched(SEQUENTIAL.build(), seed=9).eval()(inputs["x"])
+        assert torch.equal(model(inputs["x"]), expected)
+
+
+@pytest.mark.parametrize("k", [0, 1, RANK])
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, T5, TWO_NAMES], ids=ids)
+def test_a_deep_copy_trains_on_its_own(entry, k):
+    base = entry.build()
+    model = patched(base, RANK, k)
+    twin = copy.deepcopy(model)
+    before = Snapshot(model)
+    mine = {id(p) for p in model.parameters()}
+    assert not mine & {id(p) for p in twin.parameters()}
+    assert not mine & {id(p) for p in rasa_ext.adapter_parameters(twin)}
+    pools = [{id(a.A_pool) for a in adapters(m).values()} for m in (model, twin)]
+    assert len(pools[0]) == len(pools[1])
+    randomize(twin, 8)
+    check_step(entry, base, twin)
+    before.assert_unchanged()
+    assert all(p.grad is None for p in model.parameters())
+    check_step(entry, base, model, seed=1)
+    rasa_ext.unpatch(twin)
+    assert rasa_layers(model)
+    assert not rasa_layers(twin)
+
+
+@pytest.mark.parametrize("move", ["dtype", "double and back", "to_empty"])
+def test_moving_after_patching(move):
+    base = LLAMA.build()
+    model = patched(base)
+    if move == "dtype":
+        model, base = model.to(torch.bfloat16), base.to(torch.bfloat16)
+    elif move == "double and back":
+        model = model.double().float()
+    else:
+        state = copy.deepcopy(model.state_dict())
+        tables = dict(model.named_buffers())
+        model.to("meta").to_empty(device="cpu").load_state_dict(state)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(tables[name])
+    assert {id(p) for p in rasa_ext.adapter_parameters(model)} == {
+        id(p) for p in model.parameters() if p.requires_grad
+    }
+    check_step(LLAMA, base, model)
+
+
+@pytest.mark.gpu
+def test_moving_to_a_gpu_and_back():
+    base = LLAMA.build()
+    model = patched(base).cuda()
+    assert {p.device.type for p in rasa_ext.adapter_parameters(model)} == {"cuda"}
+    check_step(LLAMA, base, model.cpu())
+
+
+def written(model) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("entry", [*FAMILIES, TWO_NAMES], ids=ids)
+def test_saving_the_whole_model(entry):
+    """Shared pools stay shared, and what an evaluation cached is not written."""
+    base = entry.build()
+    model = patched(base)
+    size = len(written(model))
+    with torch.no_grad():
+        entry.loss(model, entry.inputs(0))
+    assert abs(len(written(model)) - size) < 1000
+    again = torch.load(io.BytesIO(written(model)), weights_only=False)
+    assert {id(p) for p in rasa_ext.adapter_parameters(again)} == {
+        id(p) for p in again.parameters() if p.requires_grad
+    }
+    check_step(entry, base, again)
+    rasa_ext.merge(again)
+    rasa_ext.unmerge(again)
+    rasa_ext.unpatch(again)
+    assert again.state_dict().keys() == base.state_dict().keys()
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(base_dtype, adapter_dtype):
+    """Error within twice that of plain PyTorch under the same autocast; gradients keep dtypes."""
+    base = LLAMA.build().to(base_dtype)
+    model = patched(base, adapter_dtype=adapter_dtype)
+    found, copies = adapters(model), plain.leaves(adapters(model))
+    inputs = LLAMA.inputs(0)
+    reference = oracle.run_model(base, copies, lambda m: LLAMA.loss(m, inputs))
+    ours, theirs = Errors(), Errors()
+    with torch.autocast("cpu", torch.bfloat16):
+        observed = observe(model, found, LLAMA, inputs)
+        theirs.add(observe(plain.plain_model(base, copies), copies, LLAMA, inputs), reference)
+    ours.add(observed, reference)
+    assert {v.dtype for k, v in observed.items() if k != "logits"} == {adapter_dtype}
+    largest = max(theirs.relative().values())
+    assert max(ours.relative().values()) <= 2 * largest
+    assert largest < 0.1
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 24)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_dtypes(base_dtype, adapter_dtype):
+    base = LLAMA.build().to(base_dtype)
+    model = patched(base, adapter_dtype=adapter_dtype)
+    check_step(LLAMA, base, model)
+    assert LLAMA.loss(model, LLAMA.inputs(0))[0].dtype == base_dtype
+
+
+def test_a_few_steps_fit_a_teacher():
+    """The loss of a patched model falls to a small part when its teacher is within reach."""
+    base = SEQUENTIAL.build()
+    teacher, student = patched(base, 2, 1), rasa_ext.patch_model(copy.deepcopy(base), 4, 1)
+    x = torch.randn(64, 6)
+    with torch.no_grad():
+        target = teacher(x)
+    optimiser = torch.optim.Adam(rasa_ext.adapter_parameters(student), 0.02)
+    losses = []
+    for _ in range(150):
+        loss = (student(x) - target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.05 * losses[0]

@@ -1,0 +1,299 @@
+"""Small models of many kinds, built from configurations: factory, inputs and loss of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model with something to feed it.
+
+    ``left_out`` names the linear layers that "all-linear" must not touch; ``build`` is
+    deterministic; every dropout of the model is 0, so train and eval agree.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    draw: Callable[[torch.Generator], dict[str, Tensor]]
+    call: Callable[..., Tensor]
+    left_out: tuple[str, ...] = ()
+
+    def build(self) -> nn.Module:
+        torch.manual_seed(0)
+        model = self.make()
+        enliven(model, torch.Generator().manual_seed(1))
+        return model
+
+    def inputs(self, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
+        drawn = self.draw(torch.Generator().manual_seed(seed))
+        return {
+            key: value.to(device, dtype if value.is_floating_point() else None)
+            for key, value in drawn.items()
+        }
+
+    def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits and their product with a fixed probe, which every dtype holds exactly."""
+        logits = self.call(model, **inputs)
+        generator = torch.Generator().manual_seed(2)
+        probe = torch.randint(-8, 9, logits.shape, generator=generator) / 8
+        return logits, (logits * probe.to(logits)).sum()
+
+    def targets(self, model: nn.Module) -> list[str]:
+        """The layers that "all-linear" must adapt in a plain ``model``."""
+        return [
+            name
+            for name, module in model.named_modules()
+            if type(module).__name__ in ("Linear", "Conv1D") and name not in self.left_out
+        ]
+
+
+def enliven(model: nn.Module, generator: torch.Generator) -> None:
+    """Weights large enough for every layer to matter, small enough for a stable gradient."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if id(parameter) in embeddings:
+                parameter.copy_(noise * 0.5)
+            elif parameter.ndim > 1:
+                parameter.copy_(noise * 0.5 * parameter[0].numel() ** -0.5)
+            elif name.endswith("bias"):
+                parameter.copy_(noise * 0.1)
+            else:
+                parameter.copy_(1 + noise * 0.1)
+
+
+def _tokens(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    return lambda generator: torch.randint(0, 32, shape, generator=generator)
+
+
+def _sixteenths(*shape: int) -> Callable[[torch.Generator], Tensor]:
+    """Multiples of 1/16 in [-2, 2], exact in every dtype."""
+    return lambda generator: torch.randint(-32, 33, shape, generator=generator) / 16
+
+
+def _inputs(**draws: Callable[[torch.Generator], Tensor]):
+    return lambda generator: {key: draw(generator) for key, draw in draws.items()}
+
+
+def _logits(model: nn.Module, **inputs: Tensor) -> Tensor:
+    return model(**inputs).logits
+
+
+def _positional(model: nn.Module, x: Tensor, **others: Tensor) -> Tensor:
+    return model(x, **others)
+
+
+def _llama() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32,
+            use_cache=False,
+        )
+    )
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=32,
+            n_embd=24,
+            n_layer=3,
+            n_head=4,
+            n_inner=40,
+            n_positions=32,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+            use_cache=False,
+        )
+    )
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=32,
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=3,
+        )
+    )
+
+
+def _t5(feed_forward: str) -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    return T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=32,
+            d_model=24,
+            d_kv=8,
+            d_ff=40,
+            num_heads=4,
+            num_layers=2,
+            num_decoder_layers=2,
+            feed_forward_proj=feed_forward,
+            dropout_rate=0.0,
+            use_cache=False,
+        )
+    )
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(
+        ViTConfig(
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=12,
+            patch_size=4,
+            num_labels=3,
+        )
+    )
+
+
+def _sequential() -> nn.Module:
+    layers = [nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 10), nn.Tanh(), nn.Linear(10, 10)]
+    return nn.Sequential(*layers, nn.Tanh(), nn.Linear(10, 5, bias=False))
+
+
+def _encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2)
+
+
+class AttentionHolder(nn.Module):
+    """nn.MultiheadAttention reads ``out_proj.weight`` itself and never calls the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+        self.project = nn.Linear(12, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(x + self.attention(x, x, x, need_weights=False)[0])
+
+
+class TwoNames(nn.Module):
+    """One linear layer, registered under two names and called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = self.first
+        self.last = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.second(torch.tanh(self.first(x))))
+
+
+class TiedHead(nn.Module):
+    """A head that shares the embedding's weight under a name that no list would hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(32, 12)
+        self.body = nn.Linear(12, 12)
+        self.readout = nn.Linear(12, 32, bias=False)
+        self.readout.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(torch.tanh(self.body(self.embed(x))))
+
+
+class Experts(nn.Module):
+    """Expert weights in one 3-D parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.zeros(4, 8, 8))
+
+    def forward(self, x: Tensor, gates: Tensor) -> Tensor:
+        return torch.einsum("...e,...i,eio->...o", gates, x, self.down_proj)
+
+
+class Mixture(nn.Module):
+    """Experts next to an ordinary linear layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(8, 4)
+        self.experts = Experts()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.experts(x, self.router(x).softmax(-1))
+
+
+class Checkpointed(nn.Module):
+    """A model of the user's own: frozen embedding, then checkpointed blocks."""
+
+    def __init__(self, use_reentrant: bool):
+        super().__init__()
+        self.embed = nn.Embedding(32, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return x
+
+
+_BATCH = {"input_ids": _tokens(8, 7)}
+
+LLAMA = Entry("llama", _llama, _inputs(**_BATCH), _logits, ("lm_head",))
+GPT2 = Entry("gpt2", _gpt2, _inputs(**_BATCH), _logits, ("lm_head",))
+BERT = Entry("bert", _bert, _inputs(**_BATCH), _logits, ("classifier",))
+_PAIR = {"input_ids": _tokens(8, 7), "decoder_input_ids": _tokens(8, 5)}
+T5 = Entry("t5", lambda: _t5("gated-gelu"), _inputs(**_PAIR), _logits, ("lm_head",))
+T5_UNGATED = Entry("t5-ungated", lambda: _t5("gelu"), _inputs(**_PAIR), _logits, ("lm_head",))
+VIT = Entry("vit", _vit, _inputs(pixel_values=_sixteenths(8, 3, 12, 12)), _logits, ("classifier",))
+
+SEQUENTIAL = Entry("sequential", _sequential, _inputs(x=_sixteenths(5, 6)), _positional)
+ENCODER = Entry(
+    "encoder",
+    _encoder,
+    _inputs(x=_sixteenths(3, 6, 16)),
+    _positional,
+)
+ATTENTION = Entry("attention", AttentionHolder, _inputs(x=_sixteenths(2, 5, 12)), _positional)
+TWO_NAMES = Entry("two-names", TwoNames, _inputs(x=_sixteenths(5, 8)), _positional)
+TIED = Entry("tied", TiedHead, _inputs(x=_tokens(8, 7)), _positional, ("readout",))
+EXPERTS = Entry("experts", Mixture, _inputs(x=_sixteenths(2, 8)), _positional)
+
+FAMILIES = (LLAMA, GPT2, BERT, T5, T5_UNGATED, VIT)
+OTHERS = (SEQUENTIAL, ENCODER, ATTENTION, TWO_NAMES, TIED)
+EVERY = (*FAMILIES, *OTHERS)
+
+
+def ids(entry: Entry) -> str:
+    return entry.name
