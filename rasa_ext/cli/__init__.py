@@ -1,0 +1,23 @@
+"""The command ``rasa-ext``. `main` is its entry point; the commands need the extra ``[train]``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+NEEDED = ("typer", "rich", "yaml", "transformers", "accelerate", "matplotlib")
+
+
+def main() -> None:
+    """Run the command, or say in one line how to install what it needs (exit code 1)."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f'rasa-ext needs {", ".join(missing)}: pip install "rasa-ext[train]" '
+            '(from a source checkout: pip install ".[train]")',
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+    from rasa_ext.cli.app import app
+
+    app()

@@ -1,0 +1,70 @@
+"""``rasa-ext merge | export-lora | import-official``: an adapter and its base in, files out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rasa_ext.cli.output import command, console
+
+_Adapter = Annotated[Path, typer.Argument(help="Adapter directory.", show_default=False)]
+_Output = Annotated[Path, typer.Option(help="Directory to write.", show_default=False)]
+_Base = Annotated[
+    str | None,
+    typer.Option(
+        "--model", help="Base model: hub id, directory or .gguf. [default: as the adapter says]"
+    ),
+]
+_Dtype = Annotated[
+    str, typer.Option(help="Of the base: float32, bfloat16, float16, or auto, as it is stored.")
+]
+
+
+@command
+def merge(adapter: _Adapter, output: _Output, model: _Base = None, dtype: _Dtype = "auto") -> None:
+    """Fold an adapter into its base model and write a standalone model."""
+    from rasa_ext.train.convert import merge_adapter
+
+    change = merge_adapter(adapter, output, base=model, dtype=dtype)
+    console.print(f"Merged model in {output}; the largest change of a weight is {change:.3g}.")
+
+
+@command
+def export_lora(
+    adapter: _Adapter,
+    output: _Output,
+    model: _Base = None,
+    pad_to: Annotated[
+        int | None, typer.Option(help="Rank to write. [default: the largest effective rank]")
+    ] = None,
+) -> None:
+    """Write an adapter as an exact plain LoRA for PEFT, vLLM, SGLang and llama.cpp."""
+    from rasa_ext.train.convert import export_adapter
+    from rasa_ext.train.serving import VLLM_RANKS, vllm_command
+
+    base, rank = export_adapter(adapter, output, base=model, pad_to=pad_to)
+    console.print(f"LoRA of rank {rank} in {output}.")
+    serve = vllm_command(base, output, rank)
+    if serve is None:
+        console.print(
+            f"vLLM serves ranks up to {VLLM_RANKS[-1]}; for this adapter use `rasa-ext merge`."
+        )
+    else:
+        console.print(f"Serve it with vLLM:\n  {serve}", markup=False)
+
+
+@command
+def import_official(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint of the published RaSA code.", show_default=False)
+    ],
+    output: _Output,
+    model: _Base = None,
+) -> None:
+    """Turn a checkpoint of the published RaSA code into an adapter of this package."""
+    from rasa_ext.train.convert import import_checkpoint
+
+    import_checkpoint(checkpoint, output, base=model)
+    console.print(f"Adapter in {output}.")

@@ -1,0 +1,41 @@
+"""The commands, put together. Each parses its options and prints; the work is in rasa_ext.train."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from rasa_ext import __version__
+from rasa_ext.cli.adapters import export_lora, import_official, merge
+from rasa_ext.cli.demo import demo
+from rasa_ext.cli.environment import env
+from rasa_ext.cli.finetune import finetune
+from rasa_ext.cli.inspection import inspect
+
+app = typer.Typer(
+    name="rasa-ext",
+    help="Fine-tune language models with RaSA (Rank-Sharing Low-Rank Adaptation).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for _command in (finetune, merge, export_lora, import_official, inspect, env, demo):
+    app.command()(_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_print_version, help="Print and exit."),
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,99 @@
+"""``rasa-ext inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from rasa_ext.cli.output import command, console
+
+
+@command
+def inspect(
+    target: Annotated[
+        str, typer.Argument(help="Adapter directory, or a model.", show_default=False)
+    ],
+    rank: Annotated[int, typer.Option(help="For a model: the rank to plan with.")] = 8,
+    k: Annotated[
+        int | None, typer.Option(help="For a model: ranks to share. [default: rank // 8]")
+    ] = None,
+    target_modules: Annotated[
+        str, typer.Option(help="For a model: as in `rasa-ext finetune`.")
+    ] = "all-linear",
+) -> None:
+    """Show an adapter's config, groups and size; or what an adapter of a model would be."""
+    from rasa_ext.train.inspection import is_adapter
+
+    if is_adapter(Path(target)):
+        _show_adapter(Path(target))
+    else:
+        _show_plan(target, rank, k, target_modules)
+
+
+def _show_adapter(directory: Path) -> None:
+    from rasa_ext.train.inspection import read_adapter
+
+    contents = read_adapter(directory)
+    settings = Table(show_header=False, box=None, pad_edge=False)
+    for key, value in contents.config.items():
+        if value not in (None, [], {}):
+            settings.add_row(key, _text(value))
+    console.print(settings)
+    if contents.groups:
+        table = _table("group", "L", "out x in", "private", "pooled", "R", "numbers")
+        for group in contents.groups:
+            table.add_row(
+                group.pattern,
+                str(group.layers),
+                f"{group.shape[0]} x {group.shape[1]}",
+                str(group.private),
+                str(group.pooled),
+                str(group.private + group.pooled),
+                f"{group.numbers:,}",
+            )
+        console.print(table)
+    if contents.other:
+        names = list(contents.other)
+        shown = ", ".join(f"{name} {contents.other[name]}" for name in names[:4])
+        more = f", and {len(names) - 4} more" if len(names) > 4 else ""
+        console.print(f"other tensors: {shown}{more}", markup=False)
+    console.print(
+        f"{contents.numbers:,} numbers, {contents.file_bytes:,} bytes "
+        f"({contents.file_bytes / 2**20:.2f} MiB)"
+    )
+
+
+def _show_plan(name: str, rank: int, k: int | None, target_modules: str) -> None:
+    from rasa_ext import patch_model, summary
+    from rasa_ext.train.model_loading import load_skeleton
+    from rasa_ext.train.options import parse_targets
+
+    model = load_skeleton(name)
+    patch_model(model, rank=rank, k=k, target_modules=parse_targets(target_modules))
+    report = summary(model)
+    table = _table("group", "L", "out x in", "R", "trainable")
+    for row in report:
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        table.add_row(row.pattern, str(row.L), shape, str(row.R), f"{row.trainable:,}")
+    console.print(table)
+    console.print(
+        f"{report.trainable:,} of {report.total:,} numbers would be trained "
+        f"({100 * report.trainable / report.total:.3f} %), an adapter file of "
+        f"{4 * report.adapter / 2**20:.1f} MiB"
+    )
+    for layer, reason in report.left_out.items():
+        console.print(f"left out: {layer}: {reason}", markup=False)
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(first, box=None, pad_edge=False)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

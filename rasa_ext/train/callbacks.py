@@ -1,0 +1,187 @@
+"""Trainer callbacks: the live progress line, metrics.jsonl, and a stop that can be resumed."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+
+class TrainingDiverged(ValueError):
+    """The loss is no longer a number."""
+
+
+class MetricsCallback(TrainerCallback):
+    """Appends a JSON object to metrics.jsonl for every step and every evaluation.
+
+    A step has `step`, `epoch`, `loss`, `lr`, `grad_norm` and `tokens_per_s` (tokens without
+    padding, since the previous step, evaluation left out); an evaluation has `step`, `eval_loss`.
+    On a resume, lines after the checkpoint's step are dropped first.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.seconds = 0.0
+        """Time in training steps so far, of this process."""
+        self.tokens = 0
+        """Tokens without padding so far, of this process."""
+        self._began = 0.0
+        self._seen = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Keep what an earlier part of this run wrote up to here."""
+        if state.global_step and self.path.is_file():
+            self.rows = [r for r in read_metrics(self.path) if r["step"] <= state.global_step]
+        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        self.path.write_text(text, encoding="utf-8")
+        self._seen = state.num_input_tokens_seen
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the step's clock."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Stop the step's clock."""
+        self._step_seconds = time.perf_counter() - self._began
+        self._step_tokens = state.num_input_tokens_seen - self._seen
+        self._seen = state.num_input_tokens_seen
+        self.seconds += self._step_seconds
+        self.tokens += self._step_tokens
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write what Trainer logged under our names."""
+        logs = logs or {}
+        row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
+        if "loss" in logs:
+            row |= {
+                "loss": logs["loss"],
+                "lr": logs.get("learning_rate"),
+                "grad_norm": logs.get("grad_norm"),
+                "tokens_per_s": self._step_tokens / max(self._step_seconds, 1e-9),
+            }
+        elif "eval_loss" in logs:
+            row["eval_loss"] = logs["eval_loss"]
+        else:
+            return
+        if not math.isfinite(row.get("loss", 0.0)):
+            raise TrainingDiverged(
+                f"lr: the loss became {row['loss']} at step {state.global_step}; lower --lr "
+                f"(now {args.learning_rate:g}) or use --dtype float32."
+            )
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class ProgressCallback(TrainerCallback):
+    """A live line with loss, lr and tokens/s on a terminal; a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console, metrics: MetricsCallback) -> None:
+        self.console = console
+        self.metrics = metrics
+        self._bar: Progress | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the line."""
+        self._every = max(1, state.max_steps // 10)
+        if not self.console.is_terminal:
+            return
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._bar.add_task(
+            "", total=state.max_steps, completed=state.global_step, text=""
+        )
+        self._bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Show the newest row of the metrics, which come first in the list of callbacks."""
+        row = self.metrics.rows[-1] if self.metrics.rows else {}
+        step = state.global_step
+        if "eval_loss" in (logs or {}):
+            self.console.print(f"step {step}: held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in (logs or {}):
+            text = (
+                f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
+            )
+            if self._bar is not None:
+                self._bar.update(self._task, completed=step, text=text)
+            elif step == 1 or step % self._every == 0 or step == state.max_steps:
+                self.console.print(f"step {step}/{state.max_steps}: {text}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Close the line."""
+        self.close()
+
+    def close(self) -> None:
+        """Give the terminal back; safe to call more than once."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+class InterruptCallback(TrainerCallback):
+    """Turns Ctrl-C into a checkpoint at the end of the step, and a second one into a plain stop.
+
+    Use it as a context manager around `Trainer.train`; it restores the previous handler.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> InterruptCallback:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, signum: int, frame: Any) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.console.print("Stopping after this step, with a checkpoint; Ctrl-C again to drop it.")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save and stop at a step's end."""
+        return self._stop(control)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Save and stop after an evaluation, which lies between two steps."""
+        return self._stop(control)
+
+    def _stop(self, control: Any) -> Any:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl; a line that a crash cut off is skipped."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows

@@ -1,0 +1,100 @@
+"""What an adapter directory holds, read from its config and file header: no base model needed."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from rasa_ext.files import CONFIG, PREFIX, WEIGHTS, read_config
+from rasa_ext.targets import pattern
+
+
+@dataclass(frozen=True)
+class AdapterGroup:
+    """Layers that share a pool."""
+
+    pattern: str
+    layers: int
+    shape: tuple[int, int]
+    """(out, in)"""
+    private: int
+    """Ranks of each layer's own."""
+    pooled: int
+    """Ranks in the pool."""
+    numbers: int
+    """Trained numbers of the group."""
+
+
+@dataclass(frozen=True)
+class AdapterContents:
+    """An adapter directory."""
+
+    config: dict[str, Any]
+    groups: list[AdapterGroup]
+    other: dict[str, tuple[int, ...]]
+    """Tensors that are not RaSA's: fully trained modules, or another kind of adapter."""
+    numbers: int
+    """All numbers in the file."""
+    file_bytes: int
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a path is an adapter directory of some kind."""
+    return (path / CONFIG).is_file()
+
+
+def read_adapter(directory: Path) -> AdapterContents:
+    """Read config and shapes. Raises FileNotFoundError or ValueError as `load_adapter` does."""
+    config = read_config(directory)
+    path = directory / WEIGHTS
+    if not path.is_file():
+        raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file ({error}).") from None
+    groups, used = _groups(shapes)
+    return AdapterContents(
+        config=config,
+        groups=groups,
+        other={key: shape for key, shape in shapes.items() if key not in used},
+        numbers=sum(_count(shape) for shape in shapes.values()),
+        file_bytes=path.stat().st_size,
+    )
+
+
+def _groups(shapes: dict[str, tuple[int, ...]]) -> tuple[list[AdapterGroup], set[str]]:
+    layers = [key.removesuffix(".rasa_A") for key in shapes if key.endswith(".rasa_A")]
+    members: dict[tuple[str, int, int], list[str]] = defaultdict(list)
+    for layer in layers:
+        name = layer.removeprefix(PREFIX)
+        out, width = shapes[f"{layer}.rasa_B"][0], shapes[f"{layer}.rasa_A"][1]
+        members[pattern(name), out, width].append(layer)
+    groups, used = [], set()
+    for (kind, out, width), names in members.items():
+        keys = [
+            f"{name}.rasa_{part}"
+            for name in names
+            for part in ("A", "B", "d", "pool_A", "pool_B")
+            if f"{name}.rasa_{part}" in shapes
+        ]
+        used.update(keys)
+        private = shapes[f"{names[0]}.rasa_A"][0]
+        effective = shapes[f"{names[0]}.rasa_d"][0]
+        numbers = sum(_count(shapes[key]) for key in keys)
+        groups.append(
+            AdapterGroup(kind, len(names), (out, width), private, effective - private, numbers)
+        )
+    return groups, used
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,137 @@
+"""Models by name: a hub id, a local directory, or a .gguf file; and how they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+import io
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says which and what to do."""
+
+
+def load_model(name: str, dtype: str = "auto") -> Any:
+    """Load a causal language model in eval mode, on the CPU.
+
+    Args:
+        name: hub id, local directory, or path of a .gguf file, whose weights are de-quantized.
+        dtype: one of `DTYPES`; "auto" is the dtype the weights are stored in, and float32 for
+            a .gguf file.
+
+    Raises ModelError where there is no such model, or `gguf` is not installed.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+    where = _locate(name)
+    if "gguf_file" in where:
+        wanted: Any = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed
+            where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        # A .gguf is de-quantized behind a progress bar that no setting turns off.
+        with contextlib.redirect_stderr(io.StringIO() if "gguf_file" in where else sys.stderr):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=wanted, output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(name, error)) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(  # transformers would go on with random numbers
+            f"model: {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); is it a causal language model, and whole?"
+        )
+    if "gguf_file" in where:
+        model = _without_quantizer(model)
+    model.config._name_or_path = name
+    return model.eval()
+
+
+def load_skeleton(name: str) -> Any:
+    """The model's modules on the meta device: names and shapes, no weights."""
+    where = _locate(name)
+    try:
+        config = AutoConfig.from_pretrained(**where)
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(name, error)) from error
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def load_tokenizer(name: str) -> Any:
+    """The model's tokenizer; where it has no padding token, the end-of-sequence token pads."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**_locate(name))
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(name, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"model: the tokenizer of {name!r} has neither a padding nor an end-of-sequence "
+            "token; set one in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a plain model and its tokenizer into a directory `from_pretrained` reads."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _locate(name: str) -> dict[str, Any]:
+    """The keyword arguments by which `from_pretrained` finds a model."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model: the file {name} does not exist.")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError(f"model: reading {path.name} needs the package gguf: pip install gguf")
+        return {
+            "pretrained_model_name_or_path": str(path.resolve().parent),
+            "gguf_file": path.name,
+        }
+    if path.is_dir():
+        return {"pretrained_model_name_or_path": str(path)}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model: the directory {name} does not exist.")
+    return {"pretrained_model_name_or_path": name}
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    return (
+        f"model: {name!r} is neither a local model directory, nor a .gguf file, nor a hub model "
+        f"that can be loaded from here: {error}"
+    )
+
+
+def _without_quantizer(model: Any) -> Any:
+    """A de-quantized model as an ordinary one, which can be trained and saved.
+
+    Most releases of transformers return one; some leave marks that `save_pretrained` refuses.
+    """
+    if not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer"):
+        return model
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain

