@@ -1,7 +1,61 @@
-"""Build script. The metadata lives in pyproject.toml; compiled parts are declared here."""
+"""Build script. The metadata lives in pyproject.toml; the compiled part is declared here.
+
+The CUDA kernels of csrc/ attach themselves to operator schemas that the Python package defines, so
+an install without them is complete: every operator has a PyTorch kernel. They are compiled when the
+environment has a CUDA build of torch and nvcc; no GPU need be there. Environment variables:
+
+- RASA_EXT_CUDA: ``auto`` (the default), ``1`` to fail where they cannot be compiled, ``0`` to skip.
+- TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX: as torch.utils.cpp_extension reads them.
+"""
+
+import os
+import sys
+from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
-# The CUDA kernels of csrc/ attach themselves to operator schemas that the Python package
-# defines, so an install without them is complete: every operator has a PyTorch kernel.
-setup(ext_modules=[])
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from build_support import extension, toolchain  # noqa: E402
+
+# setup.py also runs to answer questions about metadata, which need no look at any toolchain.
+BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
+
+
+class BuildWithReason(build_py):
+    """Leaves the reason of an install without kernels where ``cuda_status`` reads it."""
+
+    reason = ""
+
+    def run(self) -> None:
+        """Copies the package, and writes the reason into the copy."""
+        super().run()
+        if self.reason and not self.editable_mode:
+            (Path(self.build_lib) / "rasa_ext" / "_no_kernels.txt").write_text(self.reason + "\n")
+
+
+def arguments() -> dict:
+    """What ``setup`` is told beyond pyproject.toml."""
+    mode = os.environ.get("RASA_EXT_CUDA", "auto")
+    if mode not in ("0", "1", "auto"):
+        raise SystemExit(f"RASA_EXT_CUDA: expected 0, 1 or auto, got {mode!r}.")
+    if not BUILDING.intersection(sys.argv):
+        return {}
+    try:
+        if mode == "0":
+            raise toolchain.Missing("RASA_EXT_CUDA=0 was set")
+        found = toolchain.find()
+    except toolchain.Missing as missing:
+        if mode == "1":
+            message = f"RASA_EXT_CUDA=1, but CUDA kernels cannot be built: {missing}."
+            raise SystemExit(message) from None
+        print(f"rasa_ext: installing without CUDA kernels: {missing}.")
+        BuildWithReason.reason = str(missing)
+        return {"cmdclass": {"build_py": BuildWithReason}}
+    print(f"rasa_ext: compiling CUDA kernels for torch {found.torch} with {found.cuda_home}.")
+    return extension.arguments(found, ROOT)
+
+
+setup(**arguments())

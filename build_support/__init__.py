@@ -1,0 +1,1 @@
+"""Build-time code: never installed, never imported by the package."""

@@ -1,0 +1,144 @@
+"""Finds what the CUDA kernels are compiled with: the torch to build for, nvcc and cuBLAS.
+
+Nothing here imports torch, needs a GPU or downloads anything; whatever is missing is said in a
+``Missing`` with one sentence.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+MIN_TORCH = (2, 10)
+
+
+class Missing(Exception):
+    """Something the kernels need is not there; the message is one sentence without a full stop."""
+
+
+@dataclass(frozen=True)
+class Toolchain:
+    """What a build uses."""
+
+    site_packages: Path  # where the torch to build for is installed
+    torch: str  # its version, such as 2.11.0+cu130
+    cuda_home: Path
+    cublas_include: Path
+    cublas_library: Path
+
+
+def find() -> Toolchain:
+    """The toolchain for this environment, or ``Missing``."""
+    site_packages = _torch_site()
+    version, cuda = _torch_version(site_packages)
+    if cuda is None:
+        raise Missing(f"torch {version} is built without CUDA")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
+        raise Missing(f"torch {version} is older than {'.'.join(map(str, MIN_TORCH))}")
+    home = _cuda_home(site_packages)
+    release = _release(home)
+    if release.partition(".")[0] != cuda.partition(".")[0]:
+        raise Missing(f"nvcc is of CUDA {release} and torch {version} of CUDA {cuda}")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        raise Missing(f"there is no C++ compiler ({compiler})")
+    # Wheels of torch bring cuBLAS as a package of its own; toolkits often come without it.
+    packages = sorted(site_packages.glob("nvidia/*"))
+    header = _first((home, *packages), ("include", "targets/*/include"), "cublas_v2.h")
+    library = _first((home, *packages), ("lib64", "lib", "targets/*/lib"), "libcublas.so*")
+    return Toolchain(site_packages, version, home, header.parent, library)
+
+
+def supported_archs(home: Path, wanted: tuple[str, ...]) -> list[str]:
+    """Those of ``wanted`` (such as "9.0") that the nvcc of ``home`` can compile for."""
+    listed = _output([str(home / "bin" / "nvcc"), "--list-gpu-arch"])
+    known = set(re.findall(r"compute_(\d+)", listed))
+    return [arch for arch in wanted if arch.replace(".", "") in known] or list(wanted[:1])
+
+
+def _torch_site() -> Path:
+    """The site-packages directory of the torch to build for.
+
+    A build front end hides the target environment's packages from an isolated build, but runs it
+    with that environment's interpreter (pip), or under its VIRTUAL_ENV or CONDA_PREFIX (others).
+    """
+    seen = list(dict.fromkeys(path for path in _candidates() if path.is_dir()))
+    for path in seen:
+        if (path / "torch" / "version.py").is_file():
+            return path
+    raise Missing("no torch is installed in this environment")
+
+
+def _candidates() -> Iterator[Path]:
+    yield from (Path(entry) for entry in sys.path if entry)
+    yield from (Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+    libs = f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        if variable in os.environ:
+            yield Path(os.environ[variable]) / libs
+    if site.ENABLE_USER_SITE:
+        yield Path(site.getusersitepackages())
+    config = Path(sys.prefix) / "pyvenv.cfg"
+    outer = config.is_file() and re.search(r"system-site-packages\s*=\s*true", config.read_text())
+    if outer or sys.prefix == sys.base_prefix:
+        yield from (Path(path) for path in site.getsitepackages([sys.base_prefix]))
+
+
+def _torch_version(site_packages: Path) -> tuple[str, str | None]:
+    """Version and CUDA version of a torch that is installed but need not be importable here."""
+    text = (site_packages / "torch" / "version.py").read_text()
+
+    def value(name: str) -> str | None:
+        found = re.search(rf"^{name}\b[^=\n]*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
+        return found and found[1]
+
+    return value("__version__") or "of unknown version", value("cuda")
+
+
+def _cuda_home(site_packages: Path) -> Path:
+    """The toolkit's root. An nvcc on PATH may be a script elsewhere, so nvcc itself is asked."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            home = Path(os.environ[variable])
+            if (home / "bin" / "nvcc").is_file():
+                return home
+            raise Missing(f"{variable} is {home}, which holds no bin/nvcc")
+    nvcc = shutil.which("nvcc") or next(map(str, site_packages.glob("nvidia/*/bin/nvcc")), None)
+    if nvcc is None:
+        raise Missing("there is no nvcc on PATH, and CUDA_HOME is not set")
+    top = re.search(r"TOP=(.+)", _output([nvcc, "--dryrun", "-x", "cu", os.devnull]))
+    home = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent
+    if not (home / "bin" / "nvcc").is_file():
+        raise Missing(f"{nvcc} names no toolkit; set CUDA_HOME")
+    return home.resolve()
+
+
+def _release(home: Path) -> str:
+    found = re.search(r"release (\d+\.\d+)", _output([str(home / "bin" / "nvcc"), "--version"]))
+    if found is None:
+        raise Missing(f"{home}/bin/nvcc does not say its version")
+    return found[1]
+
+
+def _first(roots: tuple[Path, ...], folders: tuple[str, ...], name: str) -> Path:
+    for root in roots:
+        for folder in folders:
+            for path in sorted(root.glob(f"{folder}/{name}")):
+                return path
+    raise Missing(f"{name} is neither in {roots[0]} nor beside torch")
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise Missing(f"{command[0]} does not run ({error})") from None
+    return done.stdout + done.stderr

@@ -1,0 +1,51 @@
+// Launchers of decode.cuh.
+#include "decode.cuh"
+
+#include "switches.cuh"
+
+namespace rasa_ext {
+namespace {
+
+unsigned ceil_div(int a, int b) { return static_cast<unsigned>((a + b - 1) / b); }
+
+bool at_16_bytes(const void* pointer, int row, DType dtype) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row * size_of(dtype) % 16 == 0;
+}
+
+template <typename T, int tokens>
+void launch(const DecodeParams& params, Stream stream) {
+  const DecodeCall& call = params.call;
+  const unsigned tiles = ceil_div(call.M, tokens);
+  const int rows = kDecodeThreads / kWarp * kShrinkRows;
+  const dim3 shrink_grid(ceil_div(call.Rp, rows), static_cast<unsigned>(params.splits), tiles);
+  RASA_LAUNCH((shrink_kernel<T, tokens>), shrink_grid, kDecodeThreads, 0, stream, params);
+  // A call without outputs still wants its U, which the first block writes.
+  const unsigned blocks = ceil_div(call.out, kDecodeThreads / kExpandLanes);
+  const dim3 expand_grid(blocks != 0 ? blocks : 1, tiles);
+  const size_t shared = sizeof(float) * tokens * call.Rp;
+  RASA_LAUNCH((expand_kernel<T, tokens>), expand_grid, kDecodeThreads, shared, stream, params);
+}
+
+}  // namespace
+
+bool decode_fits(int M, int Rp, DType dtype) {
+  return dtype != DType::kFloat64 && M <= kDecodeTokens && token_tile(M, Rp) > 0;
+}
+
+size_t decode_workspace(int M, int in, int Rp) {
+  return sizeof(float) * static_cast<size_t>(decode_splits(in)) * M * Rp;
+}
+
+void launch_decode(const DecodeCall& call, DType dtype, Stream stream) {
+  if (call.M == 0 || call.Rp == 0) return;
+  DecodeParams params{call, decode_splits(call.in), decode_part(call.in), false, false};
+  params.whole_in = at_16_bytes(call.x, call.in, dtype) && at_16_bytes(call.Ap, call.in, dtype);
+  params.whole_rank = at_16_bytes(call.Bt, call.Rp, dtype);
+  with_single_or_half(dtype, [&](auto t) {
+    with_token_tile(token_tile(call.M, call.Rp), [&](auto tokens) {
+      launch<TypeOf<decltype(t)>, decltype(tokens)::value>(params, stream);
+    });
+  });
+}
+
+}  // namespace rasa_ext

@@ -1,0 +1,75 @@
+// From run-time values to template arguments.
+#pragma once
+
+#include <stdexcept>
+#include <type_traits>
+
+#include "dtype.h"
+#include "platform.cuh"
+
+namespace rasa_ext {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+template <typename Tag>
+using TypeOf = typename Tag::type;
+
+// Calls body(Type<T>{}) with the type of a dtype.
+template <typename Body>
+void with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(Type<float>{});
+    case DType::kFloat64:
+      return body(Type<double>{});
+    case DType::kFloat16:
+      return body(Type<float16>{});
+    case DType::kBFloat16:
+      return body(Type<bfloat16>{});
+  }
+}
+
+// The same without float64.
+template <typename Body>
+void with_single_or_half(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(Type<float>{});
+    case DType::kFloat16:
+      return body(Type<float16>{});
+    case DType::kBFloat16:
+      return body(Type<bfloat16>{});
+    default:
+      throw std::invalid_argument("dtype: expected float32, float16 or bfloat16, got float64");
+  }
+}
+
+// Calls body(Type<P>{}, Type<T>{}): both float64, or neither.
+template <typename Body>
+void with_types(DType param, DType dtype, const Body& body) {
+  if (param == DType::kFloat64 && dtype == DType::kFloat64) {
+    return body(Type<double>{}, Type<double>{});
+  }
+  with_single_or_half(param,
+                      [&](auto p) { with_single_or_half(dtype, [&](auto t) { body(p, t); }); });
+}
+
+// Calls body with a std::integral_constant: the tokens that a thread of decode sums.
+template <typename Body>
+void with_token_tile(int tokens, const Body& body) {
+  switch (tokens) {
+    case 1:
+      return body(std::integral_constant<int, 1>{});
+    case 4:
+      return body(std::integral_constant<int, 4>{});
+    case 8:
+      return body(std::integral_constant<int, 8>{});
+    default:
+      throw std::invalid_argument(
+          "decode: expected a call that decode_fits, got M or Rp too large");
+  }
+}
+
+}  // namespace rasa_ext

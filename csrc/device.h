@@ -1,0 +1,36 @@
+// Where one operator runs: the device of its tensors, and torch's current stream there.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstddef>
+
+namespace rasa_ext {
+
+// Makes the tensor's device current for its own lifetime.
+class Device {
+ public:
+  explicit Device(const torch::stable::Tensor& tensor);
+  ~Device();
+  Device(const Device&) = delete;
+  Device& operator=(const Device&) = delete;
+
+  // A cudaStream_t.
+  void* stream() const { return stream_; }
+
+  // A cublasHandle_t on that stream.
+  void* blas() const;
+
+  // A copy of host memory on the device, in the order of the stream and waited for by nobody.
+  torch::stable::Tensor upload(const torch::stable::Tensor& like, const void* host,
+                               size_t bytes) const;
+
+  // Throws if the launch before it failed; `kernel` names it.
+  void check_launch(const char* kernel) const;
+
+ private:
+  void* guard_ = nullptr;
+  void* stream_ = nullptr;
+};
+
+}  // namespace rasa_ext

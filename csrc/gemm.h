@@ -1,0 +1,55 @@
+// A matrix product as cuBLAS takes it, worked out from views of memory. No torch and no CUDA here.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace rasa_ext {
+
+// A view of memory as a matrix: element (i, j) is data[i * row_stride + j * col_stride].
+struct Matrix {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t row_stride = 0;
+  int64_t col_stride = 0;
+
+  Matrix t() const { return {data, dtype, cols, rows, col_stride, row_stride}; }
+};
+
+// Whether a GEMM can read the view as it lies: the elements of each row, or of each column, are
+// neighbours, and no two elements share a place.
+bool is_gemm_operand(const Matrix& matrix);
+
+// C = alpha * op(A) op(B) + beta * C in cuBLAS's terms: all column-major, op(A) is m x k.
+struct GemmCall {
+  bool trans_a = false, trans_b = false;
+  int m = 0, n = 0, k = 0;
+  double alpha = 1, beta = 0;
+  const void* a = nullptr;
+  const void* b = nullptr;
+  void* c = nullptr;
+  int lda = 1, ldb = 1, ldc = 1;
+  DType in = DType::kFloat32;   // of A and B
+  DType out = DType::kFloat32;  // of C
+  bool allow_tf32 = true;       // if torch's flag does
+  // For a batch: the distances in elements between one product's matrices and the next one's. A
+  // batch given by pointers has no distances; its a, b and c are arrays of `batch` pointers.
+  int batch = 1;
+  int64_t stride_a = 0, stride_b = 0, stride_c = 0;
+
+  bool empty() const { return m == 0 || n == 0 || batch == 0; }
+};
+
+// The call for C (M, N) = A (M, K) B (K, N) + beta * C. A and B share a dtype; C has it too or is
+// float32. Throws std::invalid_argument, with what was expected and what came, where shapes do not
+// fit, a view is no GEMM operand, or a size does not fit cuBLAS's int.
+GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& c, double beta);
+
+// The same for `batch` products whose matrices lie at fixed distances; 0 repeats a matrix.
+GemmCall multiply_strided(const Matrix& a, const Matrix& b, const Matrix& c, double beta, int batch,
+                          int64_t stride_a, int64_t stride_b, int64_t stride_c);
+
+}  // namespace rasa_ext

@@ -1,0 +1,31 @@
+#include "linear_plan.h"
+
+namespace rasa_ext {
+
+std::vector<GemmCall> plan_forward(const LinearForward& forward) {
+  std::vector<GemmCall> calls;
+  calls.push_back(multiply(forward.x, forward.Ap.t(), forward.U, 0));
+  calls.push_back(multiply(forward.U, forward.Bt.t(), forward.y, forward.y_is_set ? 1 : 0));
+  if (forward.weight.data != nullptr) {
+    calls.push_back(multiply(forward.x, forward.weight.t(), forward.y, 1));
+  }
+  return calls;
+}
+
+std::vector<GemmCall> plan_backward(const LinearBackward& backward) {
+  std::vector<GemmCall> calls;
+  calls.push_back(multiply(backward.grad, backward.Bt, backward.H, 0));
+  if (backward.dx.data != nullptr) {
+    calls.push_back(multiply(backward.H, backward.Ap, backward.dx, 0));
+    if (backward.weight.data != nullptr) {
+      calls.push_back(multiply(backward.grad, backward.weight, backward.dx, 1));
+    }
+  }
+  if (backward.dAp.data != nullptr) {
+    calls.push_back(multiply(backward.H.t(), backward.x, backward.dAp, 0));
+    calls.push_back(multiply(backward.grad.t(), backward.U, backward.dBt, 0));
+  }
+  return calls;
+}
+
+}  // namespace rasa_ext

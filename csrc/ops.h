@@ -1,0 +1,53 @@
+// The operators' host functions. Shapes and contracts: rasa_ext/ops/schemas.py.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+namespace rasa_ext {
+
+using torch::stable::Tensor;
+
+std::tuple<Tensor, Tensor> pack(const Tensor& A, const std::optional<Tensor>& A_pool,
+                                const Tensor& B, const std::optional<Tensor>& B_pool,
+                                const std::optional<Tensor>& d, torch::headeronly::ScalarType dtype,
+                                int64_t multiple);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_backward(
+    const Tensor& dAp, const Tensor& dBt, const Tensor& B, const std::optional<Tensor>& B_pool,
+    const std::optional<Tensor>& d);
+
+std::tuple<Tensor, Tensor> pack_layers(const std::vector<Tensor>& A,
+                                       const std::optional<Tensor>& A_pool,
+                                       const std::vector<Tensor>& B,
+                                       const std::optional<Tensor>& B_pool,
+                                       const std::vector<Tensor>& d,
+                                       torch::headeronly::ScalarType dtype, int64_t multiple);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_layers_backward(
+    const Tensor& dAp, const Tensor& dBt, const std::vector<Tensor>& B,
+    const std::optional<Tensor>& B_pool, const std::vector<Tensor>& d);
+
+std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
+                                           const std::optional<Tensor>& bias, const Tensor& Ap,
+                                           const Tensor& Bt, const std::optional<Tensor>& d);
+
+std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
+                                        const Tensor& Bt, const std::optional<Tensor>& d);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
+    const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& U,
+    const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& d, bool need_x,
+    bool need_adapter);
+
+Tensor delta_layers(const Tensor& Ap, const Tensor& Bt);
+
+void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bt,
+                  double sign);
+
+}  // namespace rasa_ext

@@ -1,0 +1,22 @@
+// Attaches the kernels to the schemas of rasa_ext/ops/schemas.py, which must be loaded before.
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+// Tests put the same host code under another name, on CPU tensors.
+#ifndef RASA_EXT_NAMESPACE
+#define RASA_EXT_NAMESPACE rasa_ext
+#define RASA_EXT_DISPATCH_KEY CUDA
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(RASA_EXT_NAMESPACE, RASA_EXT_DISPATCH_KEY, m) {
+  m.impl("pack", TORCH_BOX(&rasa_ext::pack));
+  m.impl("pack_backward", TORCH_BOX(&rasa_ext::pack_backward));
+  m.impl("pack_layers", TORCH_BOX(&rasa_ext::pack_layers));
+  m.impl("pack_layers_backward", TORCH_BOX(&rasa_ext::pack_layers_backward));
+  m.impl("low_rank_linear", TORCH_BOX(&rasa_ext::low_rank_linear));
+  m.impl("low_rank_add", TORCH_BOX(&rasa_ext::low_rank_add));
+  m.impl("low_rank_linear_backward", TORCH_BOX(&rasa_ext::low_rank_linear_backward));
+  m.impl("delta_layers", TORCH_BOX(&rasa_ext::delta_layers));
+  m.impl("merge_layers", TORCH_BOX(&rasa_ext::merge_layers));
+}

@@ -1,0 +1,87 @@
+// Checks, views and allocation over torch's stable ABI, shared by the operators.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "dtype.h"
+#include "gemm.h"
+
+namespace rasa_ext {
+
+using torch::stable::Tensor;
+
+// The checks of one operator. Messages read "rasa_ext::op: name: expected ..., got ...".
+class Checks {
+ public:
+  // The other tensors of a computation are held against the dtype and device of `first`.
+  Checks(const char* op, const char* name, const Tensor& first);
+
+  // sizes: -1 stands for any.
+  void shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const;
+  void dtype(const char* name, const Tensor& tensor) const;
+  void device(const char* name, const Tensor& tensor) const;
+  // All three.
+  void like(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const;
+
+  [[noreturn]] void refuse(const char* name, const std::string& expected,
+                           const std::string& actual) const;
+
+ private:
+  const char* op_;
+  const char* first_name_;
+  int32_t dtype_;
+  std::string device_;
+};
+
+// The tensor's dtype; throws where no kernel computes in it.
+DType dtype_of(const Tensor& tensor);
+DType dtype_of(torch::headeronly::ScalarType dtype);
+
+// A size as kernels take it; throws where it does not fit.
+int to_int(const char* name, int64_t size);
+
+// A 2-D tensor as it lies in memory.
+Matrix matrix_of(const Tensor& tensor);
+
+// The tensor if a GEMM can read it as it lies, else a contiguous copy.
+Tensor gemm_operand(const Tensor& tensor);
+
+// The tensor if it has the dtype and its elements lie one after the other, else a copy.
+Tensor dense(const Tensor& tensor, DType dtype);
+
+// A view of a matrix with rows and columns exchanged.
+Tensor transposed(const Tensor& matrix);
+
+// stacked[layer], a view.
+Tensor layer_of(const Tensor& stacked, int64_t layer);
+
+// One tensor per layer in each list, and as many layers as one launch takes.
+void check_layers(const char* op, size_t layers, size_t others);
+
+// Uninitialised, on the device of `like`, one row after the other.
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
+
+// Uninitialised (rows, cols), one column after the other.
+Tensor empty_by_columns(const Tensor& like, int64_t rows, int64_t cols, DType dtype);
+
+// Uninitialised memory of at least so many bytes.
+Tensor empty_bytes(const Tensor& like, size_t bytes);
+
+// An operator's result where none is needed.
+inline Tensor nothing(const Tensor& like, DType dtype) { return empty(like, {0}, dtype); }
+
+Tensor ones(const Tensor& like, int64_t size, DType dtype);
+
+void fill_zero(Tensor& tensor);
+
+// Every row of y (M, out) becomes `row` (out,).
+void fill_rows(Tensor& y, const Tensor& row);
+
+// y becomes a copy of source, of the same shape.
+void copy(Tensor& y, const Tensor& source);
+
+}  // namespace rasa_ext

@@ -1,0 +1,222 @@
+"""Builds the compiled library once and holds that file against every torch and Python it is for.
+
+    python tests/build/check_build.py [--envs DIR] [--env PYTHON=TORCH ...]
+
+Environments are made in DIR where they are missing (about 5 GB each, from the package index); the
+first one is what is built against. No GPU is needed and nothing is launched. Checked are: the build
+takes less than its budget; every operator has a CUDA kernel under every torch and Python; the file
+needs no symbols but those of libc, libstdc++, CUDA and torch's C shims; and no kernel has a stack
+frame or spills registers on any architecture. The exit status is 1 where one of these fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DEFAULT_ENVS = (f"{sys.executable}=2.11.0", "python3.13=2.12.0")
+BUDGET_S = 180
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120")
+SOURCES = (
+    "build_support",
+    "csrc",
+    "rasa_ext",
+    "setup.py",
+    "pyproject.toml",
+    "LICENSE",
+    "README.md",
+)
+
+# Symbols of other libraries carry the version of their library; torch's and CUDA's have prefixes.
+SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
+PREFIXES = ("aoti_torch_", "torch_", "cuda", "__cuda", "cublas")
+
+PROBE = """
+import platform, torch
+from rasa_ext import ops
+from rasa_ext.ops import library
+assert library.COMPILED, ops.cuda_status()
+has = torch._C._dispatch_has_kernel_for_dispatch_key
+missing = [name for name in ops.NAMES if not has("rasa_ext::" + name, "CUDA")]
+print(platform.python_version(), torch.__version__, len(ops.NAMES), ",".join(missing) or "none")
+"""
+
+
+@dataclass
+class Report:
+    """Lines as they come, and what failed."""
+
+    failures: list[str] = field(default_factory=list)
+
+    def check(self, good: bool, text: str) -> None:
+        print(f"{'ok  ' if good else 'FAIL'}  {text}", flush=True)
+        if not good:
+            self.failures.append(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--envs", type=Path, default=ROOT / "build" / "envs")
+    parser.add_argument("--env", action="append", metavar="PYTHON=TORCH")
+    options = parser.parse_args()
+    report = Report()
+    pythons = [make_env(options.envs, *env.split("=")) for env in options.env or DEFAULT_ENVS]
+    with tempfile.TemporaryDirectory() as scratch:
+        wheel, log, seconds = build(pythons[0], Path(scratch))
+        report.check(seconds < BUDGET_S, f"build: {wheel.name} in {seconds:.0f} s (< {BUDGET_S} s)")
+        report.check("-cp310-abi3-" in wheel.name, "the wheel serves every Python from 3.10 on")
+        unpacked = Path(scratch) / "unpacked"
+        zipfile.ZipFile(wheel).extractall(unpacked)
+        check_symbols(report, unpacked / "rasa_ext" / "_C.abi3.so")
+        check_kernels(report, log)
+        for python in pythons:
+            check_import(report, python, unpacked)
+    print(f"{len(report.failures)} checks failed" if report.failures else "all checks passed")
+    return 1 if report.failures else 0
+
+
+def make_env(folder: Path, python: str, torch: str) -> Path:
+    """The interpreter of an environment with this Python and torch."""
+    if Path(python).is_dir():  # an environment that exists
+        return Path(python) / "bin" / "python"
+    found = shutil.which(python)
+    if found is None:
+        raise SystemExit(f"--env: expected a Python interpreter, got {python!r}; install it.")
+    env = folder / f"{Path(found).name}-torch{torch}"
+    interpreter = env / "bin" / "python"
+    if not (env / "complete").exists():
+        start = time.monotonic()
+        run([found, "-m", "venv", "--clear", str(env)])
+        install = [str(interpreter), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+        run([*install, f"torch=={torch}", "numpy", "safetensors"])
+        (env / "complete").touch()
+        print(f"made {env} in {time.monotonic() - start:.0f} s", flush=True)
+    return interpreter
+
+
+def build(python: Path, scratch: Path) -> tuple[Path, str, float]:
+    """The wheel, what the build printed, and its seconds; in a copy, under build isolation."""
+    source = scratch / "source"
+    source.mkdir()
+    for name in SOURCES:
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=shutil.ignore_patterns("*.so", "*.pyc"))
+        elif path.exists():
+            shutil.copy(path, source)
+    command = [str(python), "-m", "pip", "wheel", "-v", "--no-deps", "--no-cache-dir"]
+    start = time.monotonic()
+    log = run(
+        [*command, "--disable-pip-version-check", "-w", str(scratch / "wheels"), str(source)],
+        env=os.environ | {"RASA_EXT_CUDA": "1"},
+    )
+    return next((scratch / "wheels").glob("*.whl")), log, time.monotonic() - start
+
+
+def check_symbols(report: Report, library: Path) -> None:
+    listing = run(["nm", "-D", "--undefined-only", str(library)])
+    # torch exports some of libstdc++'s templates as its own, and the linker then binds to either.
+    standard = run([os.environ.get("CXX", "c++"), "-print-file-name=libstdc++.so.6"]).strip()
+    defined = {
+        line.split()[-1].partition("@")[0]
+        for line in run(["nm", "-D", standard]).split("\n")
+        if line
+    }
+    counts: dict[str, int] = defaultdict(int)
+    strangers = []
+    for line in listing.splitlines():
+        kind, symbol = line.split()[-2:]
+        name, _, version = symbol.partition("@")
+        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
+        if version.lstrip("@").startswith(SYSTEM_VERSIONS) or kind == "w" or name in defined:
+            counts["system libraries"] += 1
+        elif prefix is not None:
+            counts[prefix + "*"] += 1
+        else:
+            strangers.append(symbol)
+    found = ", ".join(f"{count} of {group}" for group, count in sorted(counts.items()))
+    report.check(not strangers, f"undefined symbols: {found}; others: {strangers or 'none'}")
+
+
+def check_kernels(report: Report, log: str) -> None:
+    """ptxas's words about every kernel on every architecture."""
+    kernels = list(read_ptxas(log))
+    print(f"      {'':8} kernels  registers (most)  stack frames  spills")
+    for arch in ARCHS:
+        mine = [kernel for kernel in kernels if kernel.arch == arch]
+        stacks = [kernel.name for kernel in mine if kernel.stack]
+        spills = [kernel.name for kernel in mine if kernel.spills]
+        most = max((kernel.registers for kernel in mine), default=0)
+        text = f"{arch:8} {len(mine):7}  {most:16}  {len(stacks):12}  {len(spills):6}"
+        report.check(bool(mine) and not stacks and not spills, text)
+        for name in dict.fromkeys(stacks + spills):
+            print(f"      {name}")
+
+
+@dataclass
+class Kernel:
+    """One kernel on one architecture; stack and spills in bytes."""
+
+    name: str
+    arch: str
+    stack: int = 0
+    spills: int = 0
+    registers: int = 0
+
+
+def read_ptxas(log: str) -> Iterator[Kernel]:
+    kernel = None
+    for line in log.splitlines():
+        if entry := re.search(r"Compiling entry function '(\S+)' for '(sm_\d+)", line):
+            kernel = Kernel(entry[1], entry[2])
+        elif kernel and (frame := re.search(r"(\d+) bytes stack frame", line)):
+            kernel.stack = int(frame[1])
+            kernel.spills = sum(map(int, re.findall(r"(\d+) bytes spill", line)))
+        elif kernel and (used := re.search(r"Used (\d+) registers", line)):
+            kernel.registers = int(used[1])
+            yield kernel
+            kernel = None
+
+
+def check_import(report: Report, python: Path, unpacked: Path) -> None:
+    done = subprocess.run(
+        [str(python), "-c", PROBE],
+        env=os.environ | {"PYTHONPATH": str(unpacked)},
+        cwd=unpacked,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        report.check(False, f"{python}: {done.stderr.strip().splitlines()[-1]}")
+        return
+    version, torch, count, missing = done.stdout.split()
+    report.check(
+        missing == "none",
+        f"Python {version}, torch {torch}: {count} operators, without a CUDA kernel: {missing}",
+    )
+
+
+def run(command: list[str], env: dict[str, str] | None = None) -> str:
+    done = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

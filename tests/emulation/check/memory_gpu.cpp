@@ -1,0 +1,33 @@
+// The arrays' memory on a GPU, where the host sees it as well.
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+#include "arrays.h"
+
+namespace check {
+namespace {
+
+void expect_success(cudaError_t status) {
+  if (status != cudaSuccess) fail(std::string("CUDA: ") + cudaGetErrorString(status));
+}
+
+}  // namespace
+
+void* allocate(size_t bytes) {
+  void* memory = nullptr;
+  expect_success(cudaMallocManaged(&memory, bytes + 1));
+  return memory;
+}
+
+void release(void* memory) { cudaFree(memory); }
+
+void finish() {
+  expect_success(cudaGetLastError());
+  expect_success(cudaDeviceSynchronize());
+}
+
+// The GPU has its own.
+void set_schedule(uint64_t) {}
+
+}  // namespace check

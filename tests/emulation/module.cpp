@@ -1,0 +1,132 @@
+// The emulated launchers for Python. Pointers are integers: Tensor.data_ptr().
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "emulation.h"
+#include "launchers.h"
+
+namespace py = pybind11;
+using namespace rasa_ext;
+
+namespace {
+
+using Address = uintptr_t;
+
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
+// The table as the device has it: other memory than the host's.
+template <typename Layer>
+std::unique_ptr<Layer[]> on_device(const std::vector<Layer>& host) {
+  std::unique_ptr<Layer[]> device(new Layer[host.size()]);
+  std::copy(host.begin(), host.end(), device.get());
+  return device;
+}
+
+void bind_pack(py::module_& module) {
+  py::class_<PackLayer>(module, "PackLayer")
+      .def(py::init([](Address A, Address A_pool, Address B, Address B_pool, Address d, Address Ap,
+                       Address Bt, int in, int out, int own, int pooled, int Rp) {
+        return PackLayer{pointer(A),
+                         pointer(A_pool),
+                         pointer(B),
+                         pointer(B_pool),
+                         pointer(d),
+                         pointer(Ap),
+                         pointer(Bt),
+                         in,
+                         out,
+                         own,
+                         pooled,
+                         Rp,
+                         0};
+      }));
+  module.def("pack", [](const PackLayer& layer, DType param, DType dtype) {
+    launch_pack(layer, param, dtype, nullptr);
+  });
+  module.def("pack_layers", [](const std::vector<PackLayer>& layers, DType param, DType dtype) {
+    launch_pack_layers(layers.data(), on_device(layers).get(), static_cast<int>(layers.size()),
+                       param, dtype, nullptr);
+  });
+}
+
+void bind_pack_backward(py::module_& module) {
+  py::class_<PackBackwardLayer>(module, "PackBackwardLayer")
+      .def(py::init([](Address dAp, Address dBt, Address B, Address B_pool, Address d, Address dA,
+                       Address dB, Address dd, int in, int out, int own, int pooled) {
+        return PackBackwardLayer{pointer(dAp), pointer(dBt), pointer(B),  pointer(B_pool),
+                                 pointer(d),   pointer(dA),  pointer(dB), pointer(dd),
+                                 in,           out,          own,         pooled};
+      }));
+  module.def("pack_backward_workspace", &pack_backward_workspace);
+  module.def("pack_backward", [](const PackBackwardLayer& layer, Address dA_pool, Address dB_pool,
+                                 Address workspace, DType param) {
+    launch_pack_backward(layer, {pointer(dA_pool), pointer(dB_pool)}, pointer(workspace), param,
+                         nullptr);
+  });
+  module.def("pack_layers_backward",
+             [](const std::vector<PackBackwardLayer>& layers, Address dA_pool, Address dB_pool,
+                Address workspace, DType param) {
+               launch_pack_layers_backward(
+                   layers.data(), on_device(layers).get(), static_cast<int>(layers.size()),
+                   {pointer(dA_pool), pointer(dB_pool)}, pointer(workspace), param, nullptr);
+             });
+}
+
+void bind_decode(py::module_& module) {
+  module.def("decode_fits", &decode_fits);
+  module.def("decode_workspace", &decode_workspace);
+  module.def("decode", [](Address x, Address Ap, Address Bt, Address U, Address y,
+                          Address workspace, int M, int in, int out, int Rp, DType dtype) {
+    launch_decode({pointer(x), pointer(Ap), pointer(Bt), pointer(U), pointer(y), pointer(workspace),
+                   M, in, out, Rp},
+                  dtype, nullptr);
+  });
+}
+
+void bind_dropout(py::module_& module) {
+  module.def("dropout_mask_bytes", &dropout_mask_bytes);
+  module.def("dropout_draws", &dropout_draws);
+  module.def("dropout", [](Address x, Address x_drop, Address mask, int64_t n, uint64_t seed,
+                           uint64_t offset, double p, DType dtype) {
+    const uint64_t words[] = {seed, offset};
+    launch_dropout(pointer(x), pointer(x_drop), static_cast<uint8_t*>(pointer(mask)), n, {words, p},
+                   dtype, nullptr);
+  });
+  module.def("dropout_backward", [](Address dx_drop, Address dx, Address mask, int64_t n,
+                                    uint64_t seed, uint64_t offset, double p, DType dtype) {
+    const uint64_t words[] = {seed, offset};
+    launch_dropout_backward(pointer(dx_drop), pointer(dx), static_cast<uint8_t*>(pointer(mask)), n,
+                            {words, p}, dtype, nullptr);
+  });
+}
+
+// Bits of float16 or bfloat16 and back, for a test of the emulation's own types.
+void bind_half_types(py::module_& module) {
+  module.def("to_float16", [](float value) { return emulation::as_float16(value).bits; });
+  module.def("to_bfloat16", [](float value) { return emulation::as_bfloat16(value).bits; });
+  module.def("from_float16",
+             [](uint16_t bits) { return emulation::as_float(emulation::float16{bits}); });
+  module.def("from_bfloat16",
+             [](uint16_t bits) { return emulation::as_float(emulation::bfloat16{bits}); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(rasa_emulated, module) {
+  py::enum_<DType>(module, "DType")
+      .value("float32", DType::kFloat32)
+      .value("float64", DType::kFloat64)
+      .value("float16", DType::kFloat16)
+      .value("bfloat16", DType::kBFloat16);
+  module.def("set_schedule", &emulation::set_schedule);
+  module.def("counts", [] {
+    const emulation::Counts now = emulation::counts();
+    return py::dict(py::arg("launches") = now.launches, py::arg("blocks") = now.blocks,
+                    py::arg("barriers") = now.barriers, py::arg("shuffles") = now.shuffles);
+  });
+  bind_pack(module);
+  bind_pack_backward(module);
+  bind_decode(module);
+  bind_dropout(module);
+  bind_half_types(module);
+}

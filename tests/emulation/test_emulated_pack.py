@@ -1,0 +1,118 @@
+"""pack and pack_layers against the zero-padded LoRA matrices of the oracle."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from emulated import (
+    PAIRS,
+    RANKS,
+    SIZES,
+    Memory,
+    address,
+    assert_within,
+    dtype_of,
+    epsilon,
+    name,
+    padded,
+    random_adapter,
+    run,
+)
+from oracle import Adapter
+
+from rasa_ext.ops import reference
+
+
+class Packed:
+    """One layer in guarded memory, with its outputs."""
+
+    def __init__(self, memory: Memory, adapter: Adapter, dtype: torch.dtype, multiple: int):
+        self.adapter = adapter
+        self.rank = adapter.d.numel()
+        self.width = padded(self.rank, multiple)
+        self.inputs = adapter.map(memory.read)
+        self.Ap = memory.written((self.width, adapter.A.shape[1]), dtype)
+        self.Bt = memory.written((adapter.B.shape[0], self.width), dtype)
+
+    def layer(self, kernels):
+        own = self.adapter.A.shape[0]
+        tensors = [getattr(self.inputs, field) for field in ("A", "A_pool", "B", "B_pool", "d")]
+        return kernels.PackLayer(
+            *map(address, tensors),
+            address(self.Ap),
+            address(self.Bt),
+            self.Ap.shape[1],
+            self.Bt.shape[0],
+            own,
+            self.rank - own,
+            self.width,
+        )
+
+    def assert_right(self) -> None:
+        Ap, Bt = oracle.lora_matrices(self.adapter, self.width)
+        once = epsilon(self.Ap.dtype)
+        least = 2.0**-24  # the step of float16 near 0
+        assert_within(self.Ap, Ap, Ap.abs() * once + least * (self.Ap.dtype == torch.float16))
+        product = epsilon(self.adapter.d.dtype) if self.adapter.d.dtype == torch.float64 else 2**-24
+        bound = Bt.abs() * (once + product) * 1.001
+        assert_within(self.Bt, Bt, bound + least * (self.Bt.dtype == torch.float16))
+        assert not self.Ap[self.rank :].any()
+        assert not self.Bt[:, self.rank :].any()
+
+
+@pytest.mark.parametrize(("param", "dtype"), PAIRS, ids=lambda dtype: name(dtype))
+@pytest.mark.parametrize("rank", RANKS)
+def test_pack(kernels, rank, param, dtype):
+    for size in SIZES:
+        for multiple, offset in ((16, 0), (16, 1), (1, 0)):
+            memory = Memory(offset)
+            packed = Packed(memory, random_adapter(*RANKS[rank], size, param), dtype, multiple)
+            layer = packed.layer(kernels)
+            types = dtype_of(kernels, param), dtype_of(kernels, dtype)
+            run(kernels, memory, lambda layer=layer, types=types: kernels.pack(layer, *types))
+            packed.assert_right()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=name)
+@pytest.mark.parametrize(("own", "pooled"), [(0, 8), (7, 32), (3, 1100)])
+def test_pack_gives_the_bits_of_the_pytorch_kernel(kernels, own, pooled, dtype):
+    memory = Memory()
+    adapter = random_adapter(own, pooled, (40, 300), torch.float32)
+    packed = Packed(memory, adapter, dtype, 16)
+    types = dtype_of(kernels, torch.float32), dtype_of(kernels, dtype)
+    run(kernels, memory, lambda: kernels.pack(packed.layer(kernels), *types))
+    A, A_pool, B, B_pool, d = vars(adapter).values()
+    Ap, Bt = reference.pack(A, A_pool, B, B_pool, d, dtype, 16)
+    assert torch.equal(packed.Ap, Ap)
+    assert torch.equal(packed.Bt, Bt)
+
+
+@pytest.mark.parametrize(("param", "dtype"), PAIRS, ids=lambda dtype: name(dtype))
+def test_pack_layers_of_different_shapes(kernels, param, dtype):
+    memory = Memory()
+    shapes = [(RANKS[39], (64, 40)), (RANKS[1], (5, 3)), (RANKS[156], (33, 131)), ((0, 6), (9, 80))]
+    layers = [
+        Packed(memory, random_adapter(*rank, size, param), dtype, 16) for rank, size in shapes
+    ]
+    table = [packed.layer(kernels) for packed in layers]
+    launches = kernels.counts()["launches"]
+    types = dtype_of(kernels, param), dtype_of(kernels, dtype)
+    run(kernels, memory, lambda: kernels.pack_layers(table, *types))
+    assert kernels.counts()["launches"] == launches + 3  # one for each schedule
+    for packed in layers:
+        packed.assert_right()
+
+
+def test_nothing_to_pack(kernels):
+    launches = kernels.counts()["launches"]
+    kernels.pack_layers([], kernels.DType.float32, kernels.DType.bfloat16)
+    kernels.pack(kernels.PackLayer(*[0] * 7, 4, 4, 0, 0, 0), *[kernels.DType.float32] * 2)
+    assert kernels.counts()["launches"] == launches
+
+
+def test_float64_does_not_mix(kernels):
+    memory = Memory()
+    packed = Packed(memory, random_adapter(3, 2, (8, 8), torch.float64), torch.float32, 16)
+    with pytest.raises(ValueError, match="expected float32, float16 or bfloat16, got float64"):
+        kernels.pack(packed.layer(kernels), kernels.DType.float64, kernels.DType.float32)

@@ -1,0 +1,137 @@
+// Runs the threads of a block as threads of the system, two blocks at a time: slow, and for
+// ThreadSanitizer, which sees what fibers cannot: two threads that touch one place without a
+// barrier between them, in shared memory or, across blocks, in global memory.
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "schedule.h"
+
+namespace emulation {
+namespace {
+
+struct Gave {};  // thrown in threads that wait in vain
+
+// A meeting of a fixed number of threads, again and again.
+struct Meeting {
+  int expected = 0, arrived = 0;
+  int64_t generation = 0;
+  int site = 0;  // where those that have arrived came from
+};
+
+struct Warp {
+  Meeting meeting;
+  uint64_t bits[2][kLanes];  // of this meeting and of the one before, which may still be read
+};
+
+struct Block {
+  std::mutex mutex;
+  std::condition_variable changed;
+  Meeting all;
+  std::vector<Warp> warps;
+  std::string error;
+  int gone = 0;
+};
+
+thread_local Place place_now;
+thread_local Block* block_now = nullptr;
+
+void fail(Block& block, const std::string& error) {
+  if (block.error.empty()) block.error = error;
+  block.changed.notify_all();
+  throw Gave{};
+}
+
+// Waits until all have come.
+void meet(Block& block, std::unique_lock<std::mutex>& lock, Meeting& meeting, int site,
+          const char* what) {
+  if (meeting.arrived > 0 && meeting.site != site) fail(block, std::string(what) + ": several");
+  meeting.site = site;
+  if (++meeting.arrived == meeting.expected) {
+    meeting.arrived = 0;
+    ++meeting.generation;
+    block.changed.notify_all();
+    return;
+  }
+  const int64_t generation = meeting.generation;
+  while (meeting.generation == generation) {
+    if (block.gone > 0 && &meeting == &block.all) {
+      fail(block, "threads left the kernel while others wait at a barrier");
+    }
+    if (!block.error.empty()) throw Gave{};
+    block.changed.wait(lock);
+  }
+}
+
+void run_thread(Block& block, Place place, const std::function<void()>& kernel) {
+  place_now = place;
+  block_now = &block;
+  std::string error;
+  try {
+    kernel();
+  } catch (const Gave&) {
+  } catch (const std::exception& thrown) {
+    error = thrown.what();
+  }
+  const std::lock_guard<std::mutex> lock(block.mutex);
+  ++block.gone;
+  if (!error.empty() && block.error.empty()) block.error = error;
+  block.changed.notify_all();
+}
+
+}  // namespace
+
+const Place& place() { return place_now; }
+
+void barrier(const char*, int line) {
+  std::unique_lock<std::mutex> lock(block_now->mutex);
+  meet(*block_now, lock, block_now->all, line, "barrier");
+}
+
+uint64_t exchange(uint64_t bits, int lanes) {
+  const int thread = static_cast<int>(place_now.thread.x);
+  Warp& warp = block_now->warps[thread / kLanes];
+  std::unique_lock<std::mutex> lock(block_now->mutex);
+  uint64_t (&slots)[kLanes] = warp.bits[warp.meeting.generation % 2];
+  slots[thread % kLanes] = bits;
+  meet(*block_now, lock, warp.meeting, lanes, "shuffle");
+  return slots[(thread ^ lanes) % kLanes];
+}
+
+void launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& kernel) {
+  constexpr size_t kAtOnce = 2;
+  check_launch(grid, block_dim, shared_bytes);
+  ++mutable_counts().launches;
+  const std::vector<dim3> indices = shuffled_blocks(grid);
+  for (size_t first = 0; first < indices.size(); first += kAtOnce) {
+    const size_t count = std::min(kAtOnce, indices.size() - first);
+    std::vector<Block> blocks(count);
+    std::vector<std::unique_ptr<SharedMemory>> shared;
+    std::vector<std::thread> threads;
+    for (size_t b = 0; b < count; ++b) {
+      blocks[b].all.expected = static_cast<int>(block_dim.x);
+      blocks[b].warps.resize(block_dim.x / kLanes);
+      for (Warp& warp : blocks[b].warps) warp.meeting.expected = kLanes;
+      shared.push_back(std::make_unique<SharedMemory>(shared_bytes));
+      shared.back()->poison();
+      ++mutable_counts().blocks;
+    }
+    std::vector<int> order(count * block_dim.x);
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
+    std::shuffle(order.begin(), order.end(), random_source());
+    for (const int i : order) {
+      const size_t b = i / block_dim.x;
+      const Place place{dim3(i % block_dim.x, 0, 0), indices[first + b], block_dim, grid,
+                        shared[b]->data()};
+      threads.emplace_back(run_thread, std::ref(blocks[b]), place, std::cref(kernel));
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (const Block& block : blocks) {
+      if (!block.error.empty()) throw std::logic_error(block.error);
+    }
+  }
+}
+
+}  // namespace emulation

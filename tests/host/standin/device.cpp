@@ -1,0 +1,45 @@
+// A device that is the CPU, and memory that comes full of NaN, so that reading it shows.
+#include "device.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstring>
+
+#include "tensors.h"
+
+namespace rasa_ext {
+
+Device::Device(const torch::stable::Tensor&) {}
+Device::~Device() = default;
+void* Device::blas() const { return nullptr; }
+torch::stable::Tensor Device::upload(const torch::stable::Tensor& like, const void* host,
+                                     size_t bytes) const {
+  const torch::stable::Tensor result = empty_bytes(like, bytes);
+  std::memcpy(result.data_ptr(), host, bytes);
+  return result;
+}
+
+void Device::check_launch(const char*) const {}
+
+}  // namespace rasa_ext
+
+extern "C" AOTITorchError __real_aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes,
+                                                          const int64_t* strides, int32_t dtype,
+                                                          int32_t device_type, int32_t device_index,
+                                                          AtenTensorHandle* made);
+
+// The linker sends the library's allocations here.
+extern "C" AOTITorchError __wrap_aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes,
+                                                          const int64_t* strides, int32_t dtype,
+                                                          int32_t device_type, int32_t device_index,
+                                                          AtenTensorHandle* made) {
+  const AOTITorchError error =
+      __real_aoti_torch_empty_strided(ndim, sizes, strides, dtype, device_type, device_index, made);
+  void* data = nullptr;
+  int64_t bytes = 0;
+  if (error == 0 && aoti_torch_get_data_ptr(*made, &data) == 0 &&
+      aoti_torch_get_storage_size(*made, &bytes) == 0 && bytes > 0) {
+    std::memset(data, 0xff, static_cast<size_t>(bytes));
+  }
+  return error;
+}

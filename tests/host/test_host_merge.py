@@ -1,0 +1,141 @@
+"""dW of all layers of a group, and adding it to their weights: batches by stride and by pointer."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (layers, in, out, rank)
+SHAPES = ((1, 9, 7, 3), (3, 5, 6, 4), (2, 1, 8, 1), (4, 16, 1, 7), (2, 31, 18, 39))
+
+
+def draw_packs(shape, dtype, by_columns=False):
+    layers, width, out, rank = shape
+    if by_columns:
+        Ap = torch.randn(layers, width, rank).to(dtype).transpose(1, 2)
+        return Ap, torch.randn(layers, rank, out).to(dtype).transpose(1, 2)
+    return torch.randn(layers, rank, width).to(dtype), torch.randn(layers, out, rank).to(dtype)
+
+
+def products(Ap, Bt):
+    """Bt Ap in float64, and the same of the magnitudes."""
+    return Bt.double() @ Ap.double(), Bt.double().abs() @ Ap.double().abs()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_delta_layers(host, dtype):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    for shape, by_columns in itertools.product(SHAPES, (False, True)):
+        Ap, Bt = draw_packs(shape, dtype, by_columns)
+        delta = host.ops.delta_layers(Ap, Bt)
+        expected, size = products(Ap, Bt)
+        assert delta.dtype == wide
+        assert delta.is_contiguous()
+        assert ((delta.double() - expected).abs() <= 4 * torch.finfo(wide).eps * size).all()
+
+
+def test_delta_of_one_pack_in_every_layer(host):
+    """A pool's factors repeat with stride 0."""
+    Ap, Bt = draw_packs((1, 9, 7, 3), torch.float32)
+    delta = host.ops.delta_layers(Ap.expand(4, -1, -1), Bt.expand(4, -1, -1))
+    assert torch.equal(delta, (host.ops.delta_layers(Ap, Bt)).expand(4, -1, -1))
+
+
+def as_rows(weight):
+    return weight.contiguous()
+
+
+def as_columns(weight):
+    return weight.t().contiguous().t()
+
+
+def as_every_other(weight):
+    out = weight.new_zeros(weight.shape[0], 2 * weight.shape[1])[:, ::2]
+    return out.copy_(weight)
+
+
+def as_part(weight):
+    return torch.cat((weight, weight), 1)[:, : weight.shape[1]]
+
+
+@pytest.mark.parametrize("layout", [as_rows, as_columns, as_part, as_every_other])
+@pytest.mark.parametrize("packed", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge_layers(host, dtype, packed, layout):
+    """Rounded once: within half a unit of the exact sum, beyond what float32 sums lose."""
+    for shape, sign in itertools.product(SHAPES, (1.0, -1.0)):
+        Ap, Bt = draw_packs(shape, packed)
+        weights = [layout(torch.randn(shape[2], shape[1]).to(dtype)) for _ in Ap]
+        delta, size = products(Ap, Bt)
+        expected = [w.double() + sign * change for w, change in zip(weights, delta, strict=True)]
+        strides, pointers = weights[0].stride(), [w.data_ptr() for w in weights]
+        assert host.ops.merge_layers(weights, Ap, Bt, sign) is None
+        assert weights[0].stride() == strides
+        assert [w.data_ptr() for w in weights] == pointers
+        for weight, value, bound in zip(weights, expected, size, strict=True):
+            sums = 4 * torch.finfo(torch.float32).eps * (bound + value.abs())
+            if torch.float64 in (dtype, packed):
+                sums = 4 * torch.finfo(torch.float64).eps * (bound + value.abs())
+            rounding = torch.finfo(dtype).eps * value.abs()  # half a unit, with a margin of 2
+            assert ((weight.double() - value).abs() <= rounding + sums).all()
+
+
+def test_products(host):
+    """float32 weights take one product by pointers, without TF32; others go through float32."""
+    Ap, Bt = draw_packs((3, 5, 6, 4), torch.float32)
+    weights = [torch.randn(6, 5) for _ in range(3)]
+    host.reset()
+    host.ops.merge_layers(weights, Ap, Bt)
+    host.ops.merge_layers([w.bfloat16() for w in weights], Ap, Bt)
+    host.ops.delta_layers(Ap, Bt)
+    rest = "m=5 n=6 k=4 batch=3 beta={} out=4 math=16"
+    assert host.calls() == [
+        "GemmBatchedEx " + rest.format(1),
+        "GemmStridedBatchedEx " + rest.format(1),
+        "GemmStridedBatchedEx " + rest.format(0),
+    ]
+
+
+@pytest.mark.parametrize("other", [as_columns, as_part])
+def test_merge_of_weights_that_lie_differently(host, other):
+    Ap, Bt = draw_packs((2, 5, 6, 4), torch.float32)
+    weights = [as_rows(torch.randn(6, 5)), other(torch.randn(6, 5))]
+    expected = [w + d for w, d in zip(weights, host.ops.delta_layers(Ap, Bt), strict=True)]
+    host.ops.merge_layers(weights, Ap, Bt)
+    torch.testing.assert_close(weights, expected)
+
+
+def test_merge_in_steps(host):
+    """Sums of large layers stand in memory one after the other, not all at once."""
+    Ap, Bt = draw_packs((2, 8192, 4500, 1), torch.float32)
+    weights = [torch.zeros(4500, 8192, dtype=torch.bfloat16) for _ in range(2)]
+    host.reset()
+    host.ops.merge_layers(weights, Ap, Bt)
+    assert len(host.calls()) == 2
+    for weight, down, up in zip(weights, Ap, Bt, strict=True):
+        assert torch.equal(weight, (up @ down).bfloat16())
+
+
+def test_opcheck(host):
+    for shape in SHAPES[:3]:
+        packs = draw_packs(shape, torch.float32)
+        torch.library.opcheck(host.ops.delta_layers.default, packs)
+        for dtype in (torch.float32, torch.bfloat16):
+            weights = [torch.randn(shape[2], shape[1]).to(dtype) for _ in range(shape[0])]
+            torch.library.opcheck(host.ops.merge_layers.default, (weights, *packs))
+
+
+def test_refusals(host):
+    Ap, Bt = draw_packs((2, 5, 6, 4), torch.float32)
+    weights = [torch.randn(6, 5) for _ in range(2)]
+    with pytest.raises(RuntimeError, match=r"Bt: expected shape \(2, \*, 4\), got"):
+        host.ops.delta_layers(Ap, Bt[:, :, :3])
+    with pytest.raises(RuntimeError, match="expected lists of one length, got 1 and 2"):
+        host.ops.merge_layers(weights[:1], Ap, Bt)
+    with pytest.raises(RuntimeError, match=r"weights: expected shape \(6, 5\), got shape \(5, 6\)"):
+        host.ops.merge_layers([weights[0], weights[1].t()], Ap, Bt)
+    with pytest.raises(RuntimeError, match="weights: expected the dtype of"):
+        host.ops.merge_layers([weights[0], weights[1].half()], Ap, Bt)

@@ -1,0 +1,92 @@
+"""A patched model over the compiled operators, as on a GPU, against the PyTorch kernels."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from rasa_ext import functional, modules, ops
+
+
+class Blocks(nn.Module):
+    """Three layers: one projection with a bias, one without, one whose base is no plain GEMM."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for _ in range(3):
+            block = nn.ModuleDict(
+                {"wide": nn.Linear(9, 21), "narrow": nn.Linear(21, 9, bias=False)}
+            )
+            block["hooked"] = nn.Linear(9, 9)
+            block["hooked"].register_forward_hook(lambda module, args, output: output)
+            self.layers.append(block)
+
+    def forward(self, x):
+        for block in self.layers:
+            x = x + block["hooked"](block["narrow"](torch.tanh(block["wide"](x))))
+        return x
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    model = rasa_ext.patch_model(Blocks(), 4, 1)
+    for parameter in rasa_ext.adapter_parameters(model):
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+@pytest.fixture
+def on_host(host, monkeypatch):
+    """The package's operators become the compiled ones, with a GPU's heuristics."""
+    compiled = {name: getattr(host.ops, name) for name in ops.NAMES}
+    gpu = SimpleNamespace(
+        **compiled,
+        rank_multiple=lambda *_: ops.rank_multiple("cuda", torch.float32, 6),
+        diagonal_in_pack=lambda _: ops.diagonal_in_pack("cuda"),
+    )
+
+    def switch() -> None:
+        monkeypatch.setattr(functional, "ops", gpu)
+        monkeypatch.setattr(modules, "ops", gpu)
+
+    return switch
+
+
+def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = model(x)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {**found, "y": y.detach(), "x": x.grad}
+
+
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (3, 11, 9), (0, 9)], ids=str)
+def test_training_step(model, on_host, host, shape):
+    x = torch.randn(shape)
+    expected = step(copy.deepcopy(model), x)
+    on_host()
+    host.reset()
+    found = step(model, x)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)
+    assert bool(host.calls()) == (x.numel() > 0)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_without_grad(model, on_host, tokens):
+    """Twice: the second time packs are cached."""
+    x = torch.randn(tokens, 9)
+    with torch.no_grad():
+        expected = model(x)
+        model.apply(lambda m: m.repack() if isinstance(m, rasa_ext.RasaLinear) else None)
+        on_host()
+        torch.testing.assert_close(model(x), expected, rtol=2e-4, atol=2e-5)
+        torch.testing.assert_close(model(x), expected, rtol=2e-4, atol=2e-5)
