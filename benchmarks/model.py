@@ -10,10 +10,11 @@ memory is that of a process of its own for each variant, above what it held befo
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -90,10 +91,19 @@ def peak_of(name: str, dtype: torch.dtype) -> None:
     model = build(name, base_model(dtype))
     step = stepper(model, tokens())
     gc.collect()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ctypes.CDLL(None).malloc_trim(0)
+    # Building the model peaked higher; "5" makes the kernel count its high-water mark anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """MiB of this process: VmRSS at present, VmHWM at most (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def memory(name: str, dtype: str) -> float:
