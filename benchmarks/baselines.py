@@ -53,3 +53,32 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.02 * noise.to(parameter))
     return model
+
+
+class _LowRankAddmm(torch.autograd.Function):
+    """y = x W^T + (x Ap^T) Bt^T, the base first and every product accumulated in place."""
+
+    @staticmethod
+    def forward(ctx, x, weight, Ap, Bt):
+        U = x @ Ap.t()
+        ctx.save_for_backward(x, U, weight, Ap, Bt)
+        return F.linear(x, weight).addmm_(U, Bt.t())
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, U, weight, Ap, Bt = ctx.saved_tensors
+        H = grad @ Bt
+        dx = (grad @ weight).addmm_(H, Ap) if ctx.needs_input_grad[0] else None
+        return dx, None, H.t() @ x, grad.t() @ U
+
+
+class AddmmLinear(OfficialLinear):
+    """The same function with one autograd node and ``addmm_`` a linear, as fast LoRA code has it.
+
+    Concatenation, casts and d are left to autograd, in weight space. x is (M, in); no bias.
+    """
+
+    def forward(self, x):
+        Ap = torch.cat([self.A, self.pool.A], 0).to(x.dtype)
+        Bt = (torch.cat([self.B, self.pool.B], 1) * self.d).to(x.dtype)
+        return _LowRankAddmm.apply(x, self.base_layer.weight, Ap, Bt)

@@ -1,11 +1,15 @@
 """Timing for every benchmark: variants interleaved in one process, medians with quartiles.
 
 Ratios are taken between variants of the same run, since machines drift; nothing here judges.
+
+On a CUDA device a call is timed by events on its stream. Before each one the L2 cache is
+overwritten and the device is idle, so that launches which the host cannot make in time count.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import random
 import statistics
@@ -29,18 +33,62 @@ def pin_allocator() -> None:
 
 
 def interleaved(
-    variants: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 3, seed: int = 0
+    variants: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 3,
+    seed: int = 0,
+    *,
+    device: str = "cpu",
+    at_most: float = math.inf,
+    hide_launches: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; every round runs all of them in a random order."""
+    """Seconds of each variant in each round; every round runs all of them in a random order.
+
+    After ``at_most`` seconds no further round begins, save one to warm up and two to time. On a
+    CUDA device ``hide_launches`` keeps the device waiting while the host launches, for the time of
+    the kernels alone.
+    """
     order, generator = list(variants), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
+    timed = _cuda_timer(hide_launches) if device.startswith("cuda") else _wall_seconds
+    end = time.perf_counter() + at_most
     for done in range(warmup + rounds):
+        late = time.perf_counter() > end
+        if late and 1 <= done < warmup:
+            continue
+        if late and done >= warmup + 2:
+            break
         generator.shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            variants[name]()
+            took = timed(variants[name])
             if done >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
+    return seconds
+
+
+def _wall_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_timer(hide_launches: bool) -> Callable[[Callable[[], object]], float]:
+    size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
+    cache = torch.empty(max(size, 1 << 20), dtype=torch.int8, device="cuda")
+
+    def seconds(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        cache.zero_()
+        if hide_launches:
+            # In clock cycles: about a millisecond, longer than the launches of a few operators.
+            torch.cuda._sleep(2_000_000)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
     return seconds
 
 

@@ -1,6 +1,7 @@
 """One adapted linear: overhead over its frozen base, ours against the official formula.
 
     python -m benchmarks.layer [--dtype float32 bfloat16] [--rounds 40] [--shapes 512,576,1536 ...]
+                               [--device cpu] [--json FILE]
 
 For each (M, in, out): a training step (forward, backward, gradients dropped, so that packs go
 stale) and a forward without grad (packs cached). ``ratio`` is (ours - frozen) / (official - frozen)
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 
 import rasa_ext
-from benchmarks import baselines, harness
+from benchmarks import baselines, harness, records
 from rasa_ext import ops
 
 SHAPES = (
@@ -31,7 +33,7 @@ SHAPES = (
 LAYERS, RANK, K = 32, 8, 1
 
 
-def layers(shape: tuple[int, int, int], dtype: torch.dtype):
+def layers(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu"):
     """Input, upstream gradient and the modules: frozen, official, ours; R = 39."""
     torch.manual_seed(0)
     M, width, out = shape
@@ -44,8 +46,9 @@ def layers(shape: tuple[int, int, int], dtype: torch.dtype):
         for parameter in ours.parameters():
             if parameter is not base.weight:
                 parameter.add_(0.02 * torch.randn(parameter.shape))
-    x = torch.randn(M, width).to(dtype).requires_grad_()
-    grad = torch.randn(M, out).to(dtype)
+    ours.to(device)
+    x = torch.randn(M, width).to(device, dtype).requires_grad_()
+    grad = torch.randn(M, out).to(device, dtype)
     return x, grad, {"frozen": base, "official": baselines.OfficialLinear(ours), "ours": ours}
 
 
@@ -61,7 +64,7 @@ def gemms(x: torch.Tensor, grad: torch.Tensor, ours: rasa_ext.RasaLinear, traini
     """The GEMMs that no implementation can do without, and nothing else."""
     x, weight = x.detach(), ours.base_layer.weight
     with torch.no_grad():
-        multiple = ops.rank_multiple("cpu", x.dtype, ours.d.shape[0])
+        multiple = ops.rank_multiple(x.device.type, x.dtype, ours.d.shape[0])
         Ap, Bt = ops.pack(*ours.adapter(), x.dtype, multiple)
 
     def run() -> None:
@@ -90,9 +93,16 @@ def forward(module: nn.Module, x: torch.Tensor):
     return run
 
 
-def compare(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, train: bool) -> float:
-    """Print one row and return the overhead ratio."""
-    x, grad, modules = layers(shape, dtype)
+def compare(
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    rounds: int,
+    train: bool,
+    device: str = "cpu",
+    rows: list[dict] | None = None,
+) -> float:
+    """Print one row, add it to ``rows``, and return the overhead ratio."""
+    x, grad, modules = layers(shape, dtype, device)
     verify(modules, x)
     parameters = modules["ours"].adapter()
     run = {
@@ -100,7 +110,7 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, train:
         for name, module in modules.items()
     }
     run["gemms"] = gemms(x, grad, modules["ours"], train)
-    seconds = harness.interleaved(run, rounds, warmup=5)
+    seconds = harness.interleaved(run, rounds, warmup=5, device=device)
     middle = {name: 1e6 * harness.quartiles(values)[1] for name, values in seconds.items()}
     spread = [1e6 * v for v in harness.quartiles(seconds["ours"])]
     ratio = harness.overhead_ratio(seconds, "ours", "official", "frozen")
@@ -111,7 +121,22 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, rounds: int, train:
         f"({spread[0]:.0f}-{spread[2]:.0f}) {ratio:6.2f} {floor:6.2f}",
         flush=True,
     )
+    if rows is not None:
+        row = {"what": "step" if train else "no grad", "dtype": str(dtype).removeprefix("torch.")}
+        row |= dict(zip(("M", "in", "out"), shape, strict=True))
+        row |= {
+            f"{name}_us": quartiles for name, quartiles in sorted(microseconds(seconds).items())
+        }
+        rows.append({**row, "ratio": ratio, "gemms": floor})
     return ratio
+
+
+def microseconds(seconds: dict[str, list[float]]) -> dict[str, tuple[float, ...]]:
+    """Quartiles of each variant."""
+    return {
+        name: tuple(1e6 * value for value in harness.quartiles(values))
+        for name, values in seconds.items()
+    }
 
 
 def main() -> None:
@@ -119,19 +144,28 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, s)) for s in SHAPES])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", metavar="FILE", type=Path)
     arguments = parser.parse_args()
+    rows: list[dict] = []
     harness.pin_allocator()
     shapes = [tuple(int(n) for n in text.split(",")) for text in arguments.shapes]
     for dtype in arguments.dtype:
         print(f"\n{dtype}, R = {RANK - K + LAYERS * K}, {harness.machine()}")
         print("         (M, in, out)       frozen us  official      ours (quartiles) ratio  gemms")
         for train in (True, False):
-            rows = {s: compare(s, getattr(torch, dtype), arguments.rounds, train) for s in shapes}
-            big = [ratio for (M, _, _), ratio in rows.items() if M >= 512 or not train]
+            how = (getattr(torch, dtype), arguments.rounds, train, arguments.device, rows)
+            ratios = {shape: compare(shape, *how) for shape in shapes}
+            big = [ratio for (M, _, _), ratio in ratios.items() if M >= 512 or not train]
             if min(big) > 0:
                 mean = math.exp(sum(map(math.log, big)) / len(big))
                 which = "M >= 512" if train else "all shapes"
-                print(f"geometric mean over {which}: {mean:.3f}; largest {max(rows.values()):.2f}")
+                print(
+                    f"geometric mean over {which}: {mean:.3f}; largest {max(ratios.values()):.2f}"
+                )
+    if arguments.json:
+        head = records.environment(arguments.device)
+        records.write_json(arguments.json, {"machine": head, "rows": rows})
 
 
 if __name__ == "__main__":

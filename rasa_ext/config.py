@@ -155,6 +155,11 @@ class RasaConfig:
         ]
 
 
+RasaConfig.__doc__ = f"{RasaConfig.__doc__}\n    Fields:\n" + "".join(
+    f"        {field.name}: {field.metadata['help']}\n" for field in dataclasses.fields(RasaConfig)
+)
+
+
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__}).")

@@ -1,0 +1,139 @@
+"""Calls of operators: their arguments, the work in them, checked and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, roofline
+from benchmarks.shapes import Linear
+from rasa_ext import ops
+from rasa_ext.ops import reference
+
+
+@dataclass
+class Call:
+    """An operator with its arguments; ``flops`` of all of it."""
+
+    name: str
+    args: tuple
+    flops: float = 0.0
+
+    def work(self, results) -> roofline.Work:
+        # What is changed in place is read and written.
+        twice = self.args[0] if self.name == "merge_layers" else []
+        return roofline.Work(nbytes(self.args) + nbytes(results) + nbytes(twice), self.flops)
+
+
+def nbytes(value) -> int:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return sum(map(nbytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def adapters(linear: Linear, layers: int, rank: int, k: int, device: str):
+    """A, A_pool, B, B_pool, d of every layer of a group, in float32."""
+    own, pooled = rank - k, layers * k
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device) / shape[-1] ** 0.5
+
+    A = [draw(own, linear.in_features) for _ in range(layers)]
+    B = [draw(linear.out_features, own) for _ in range(layers)]
+    d = [draw(own + pooled) for _ in range(layers)]
+    return A, draw(pooled, linear.in_features), B, draw(linear.out_features, pooled), d
+
+
+def one_linear(linear: Linear, adapter, M: int, dtype: torch.dtype, device: str) -> list[Call]:
+    """The calls of a training step of one linear."""
+    A, A_pool, B, B_pool, d = adapter
+    single = (A[0], A_pool, B[0], B_pool, d[0])
+    multiple = ops.rank_multiple(device, dtype, d[0].numel())
+    Ap, Bt = ops.pack(*single, dtype, multiple)
+    width, out, rank = linear.in_features, linear.out_features, d[0].numel()
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    x, weight, grad = draw(M, width), draw(out, width) / width**0.5, draw(M, out)
+    U = torch.mm(x, Ap.t())
+    dAp, dBt = torch.randn_like(Ap, dtype=torch.float32), draw(Ap.shape[0], out).float().t()
+    base, low = 2 * M * width * out, 2 * M * rank * (width + out)
+    return [
+        Call("pack", (*single, dtype, multiple)),
+        Call("pack_backward", (dAp, dBt, B[0], B_pool, d[0])),
+        Call("low_rank_linear", (x, weight, None, Ap, Bt), base + low),
+        Call("low_rank_add", (grad, x, Ap, Bt), low),
+        Call(
+            "low_rank_linear_backward",
+            (grad, x, weight, U, Ap, Bt, None, True, True),
+            base + 2 * low,
+        ),
+    ]
+
+
+def packing(linear: Linear, adapter, dtype: torch.dtype, device: str) -> list[Call]:
+    """A group's packs, and their backward."""
+    _, _, B, B_pool, d = adapter
+    layers = len(B)
+    multiple = ops.rank_multiple(device, dtype, d[0].numel())
+    width = -(-d[0].numel() // multiple) * multiple
+    dAp = torch.randn(layers, width, linear.in_features, device=device)
+    dBt = torch.randn(layers, width, linear.out_features, device=device).transpose(1, 2)
+    return [
+        Call("pack_layers", (*adapter, dtype, multiple)),
+        Call("pack_layers_backward", (dAp, dBt, B, B_pool, d)),
+    ]
+
+
+def merging(linear: Linear, adapter, dtype: torch.dtype, device: str) -> Call:
+    """A group's adapters into its weights."""
+    layers, rank = len(adapter[0]), adapter[-1][0].numel()
+    width, out = linear.in_features, linear.out_features
+    Ap, Bt = ops.pack_layers(*adapter, dtype, ops.rank_multiple(device, dtype, rank))
+    weights = [torch.randn(out, width, device=device).to(dtype) for _ in range(layers)]
+    # Small changes, so that weights to which they are added again and again stay finite.
+    return Call("merge_layers", (weights, Ap, Bt * 1e-3), 2 * layers * rank * width * out)
+
+
+def verify(call: Call, dtype: torch.dtype):
+    """The results, if they agree with the PyTorch kernel's."""
+    function, plain = getattr(ops, call.name), getattr(reference, call.name)
+    if call.name == "merge_layers":
+        weights, *rest = call.args
+        mine, theirs = weights[0].clone(), weights[0].clone()
+        function([mine], *(t[:1] for t in rest))
+        plain([theirs], *(t[:1] for t in rest))
+        found, expected = (mine,), (theirs,)
+        answer = ()
+    else:
+        answer = function(*call.args)
+        # PyTorch's pack_backward may return views of what it is given.
+        found, expected = answer, plain(*call.args)
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(found, expected, strict=True):
+        error = (mine.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
+        if not error.item() <= limit:
+            raise RuntimeError(f"{call.name} and its PyTorch kernel differ by {error.item():.2e}")
+    return answer
+
+
+def measure(
+    calls: list[Call], dtype: torch.dtype, device: str, rounds: int, seconds: float
+) -> tuple[dict[str, list[float]], roofline.Work]:
+    """Times of the calls one after the other, ours and PyTorch's, and of a copy of their bytes."""
+    work = roofline.Work(0)
+    for call in calls:
+        work += call.work(verify(call, dtype))
+    source = torch.ones(int(work.bytes // 2), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    runs: dict[str, Callable[[], object]] = {
+        "ours": lambda: [getattr(ops, c.name)(*c.args) for c in calls],
+        "pytorch": lambda: [getattr(reference, c.name)(*c.args) for c in calls],
+        "copy": lambda: target.copy_(source),
+    }
+    times = harness.interleaved(runs, rounds, device=device, at_most=seconds, hide_launches=True)
+    return times, work

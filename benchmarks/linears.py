@@ -1,0 +1,167 @@
+"""The linears of one decoder layer in every variant that is compared, all over the same weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import rasa_ext
+from benchmarks import baselines
+from benchmarks.shapes import Block
+
+SAME_FUNCTION = ("official", "addmm", "ours", "compiled")
+
+
+class Linears(nn.Module):
+    """A block's linears side by side: those that read the same tensor get the same tensor."""
+
+    def __init__(self, block: Block, modules: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.reads = {linear.name: linear.reads for linear in block.linears}
+        self.projections = nn.ModuleDict(modules)
+
+    def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """Inputs (M, in) by what is read; outputs (M, out) in the block's order."""
+        return [module(inputs[self.reads[name]]) for name, module in self.projections.items()]
+
+
+class Case:
+    """Inputs, upstream gradients and variants of a block at one M and one rank."""
+
+    def __init__(
+        self, block: Block, M: int, rank: int, k: int, dtype: torch.dtype, device: str
+    ) -> None:
+        torch.manual_seed(0)
+        self.block, self.M, self.rank, self.k = block, M, rank, k
+        self.R = block.effective_rank(rank, k)
+        self.dtype, self.device = dtype, device
+        self.weights = {
+            each.name: self._random(each.out_features, each.in_features).div_(each.in_features**0.5)
+            for each in block.linears
+        }
+        widths = {each.reads: each.in_features for each in block.linears}
+        self.inputs = {name: self._random(M, n).requires_grad_() for name, n in widths.items()}
+        self.grads = [self._random(M, each.out_features) for each in block.linears]
+        self.adapted = {name: self._ours(base) for name, base in self._frozen().items()}
+        self.compiled: nn.Module | None = None
+
+    def variants(self, compiled: bool = False) -> dict[str, Linears | nn.Module]:
+        """Frozen, official, addmm, PEFT LoRA at r = 8 and r = R, ours; compiled where asked."""
+        official = {name: baselines.OfficialLinear(m) for name, m in self.adapted.items()}
+        made: dict[str, nn.Module] = {
+            "frozen": Linears(self.block, self._frozen()),
+            "official": Linears(self.block, official),
+            "addmm": Linears(
+                self.block, {n: baselines.AddmmLinear(m) for n, m in self.adapted.items()}
+            ),
+            "ours": Linears(self.block, self.adapted),
+        }
+        for rank in (8, self.R):
+            lora = self._peft(rank)
+            if lora is not None:
+                made[f"peft r={rank}"] = lora
+        if compiled:
+            made["compiled"] = torch.compile(Linears(self.block, official), dynamic=False)
+        return made
+
+    def adapter_rank(self, variant: str) -> int:
+        """The rank that a variant computes with, for its roofline."""
+        if variant == "frozen":
+            return 0
+        return int(variant.partition("=")[2]) if variant.startswith("peft") else self.R
+
+    def step(self, module: nn.Module):
+        """Forward and backward; gradients are dropped before, so that packs go stale."""
+        trained = self._trained(module)
+
+        def run() -> None:
+            for tensor in trained:
+                tensor.grad = None
+            torch.autograd.backward(module(self.inputs), self.grads)
+
+        return run
+
+    def drop_gradients(self, module: nn.Module) -> None:
+        """As before the first step."""
+        for tensor in self._trained(module):
+            tensor.grad = None
+
+    def forward(self, module: nn.Module):
+        """A forward without grad, as in decoding."""
+
+        def run() -> list[Tensor]:
+            with torch.no_grad():
+                return module(self.inputs)
+
+        return run
+
+    def verify(self, variants: dict[str, nn.Module]) -> None:
+        """Outputs and gradients of the variants that are one function agree, or RuntimeError."""
+        limit = 2e-5 if self.dtype == torch.float32 else 3e-2
+        expected = self._answers(variants["official"])
+        for name in SAME_FUNCTION[1:]:
+            for key, found in self._answers(variants[name]).items() if name in variants else ():
+                value = expected[key].float()
+                error = (found.float() - value).norm() / value.norm().clamp_min(1e-30)
+                if not error.item() <= limit:
+                    raise RuntimeError(f"{name} and official differ in {key} by {error.item():.2e}")
+
+    def _answers(self, module: nn.Module) -> dict[str, Tensor]:
+        """Outputs with and without grad, and gradients of all that they depend on."""
+        self.drop_gradients(module)
+        alone = self.forward(module)()
+        outputs = module(self.inputs)
+        torch.autograd.backward(outputs, self.grads)
+        found = {f"y of {n}": y for n, y in zip(self.adapted, outputs, strict=True)}
+        found |= {f"y without grad of {n}": y for n, y in zip(self.adapted, alone, strict=True)}
+        found |= {f"dx of {name}": x.grad for name, x in self.inputs.items()}
+        fields = ("A", "A_pool", "B", "B_pool", "d")
+        for name, layer in self.adapted.items():
+            for field, parameter in zip(fields, layer.adapter(), strict=True):
+                # None, of one that is not part of the computation, must not pass for agreement.
+                grad = parameter.grad
+                found[f"d{field} of {name}"] = torch.zeros_like(parameter) if grad is None else grad
+        self.drop_gradients(module)
+        return {name: tensor.detach() for name, tensor in found.items()}
+
+    def parameters(self, module: nn.Module) -> list[Tensor]:
+        """The module's, and the adapters with their pools, which not every variant registers."""
+        shared = (t for layer in self.adapted.values() for t in layer.adapter())
+        return [*shared, *module.parameters()]
+
+    def _trained(self, module: nn.Module) -> list[Tensor]:
+        return [*self.inputs.values(), *self.parameters(module)]
+
+    def _random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype)
+
+    def _frozen(self) -> dict[str, nn.Linear]:
+        made = {}
+        for name, weight in self.weights.items():
+            made[name] = nn.Linear(*weight.t().shape, bias=False, device="meta")
+            made[name].weight = nn.Parameter(weight, requires_grad=False)
+        return made
+
+    def _ours(self, base: nn.Linear) -> rasa_ext.RasaLinear:
+        config = rasa_ext.RasaConfig(rank=self.rank, k=self.k)
+        shape, layers = base.weight.shape, self.block.layers
+        pool = rasa_ext.RasaPool.create(config, layers, *shape, base.weight)
+        return _lively(rasa_ext.RasaLinear(base, config, layers, pool, owns_pool=True))
+
+    def _peft(self, rank: int) -> nn.Module | None:
+        """The real PEFT, its adapters in the base's dtype, which is the faster of its ways."""
+        try:
+            import peft
+        except ImportError:
+            return None
+        config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=list(self.weights))
+        return _lively(peft.inject_adapter_in_model(config, Linears(self.block, self._frozen())))
+
+
+def _lively(module: nn.Module) -> nn.Module:
+    """Adapters as in training; zeros would be a special case."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return module

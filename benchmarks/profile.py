@@ -1,0 +1,199 @@
+"""Where a training step of a decoder layer's linears goes: frozen, official formula, ours.
+
+    python -m benchmarks.profile [--device cuda] [--out DIR]     (or benchmarks/profile.sh)
+
+Writes for each variant torch.profiler's table (.txt) and chrome trace (.trace.json), and of all of
+them the parts of a step as .json and as stacked bars (.png). Operators of rasa_ext are ranges of
+their names, also for nsys, under which ``--nsys`` runs the steps with NVTX ranges and nothing else.
+
+Parts are told apart by the shapes of an operation's arguments: a product one of whose sides is the
+rank is the adapter's; what else has a side of M passes over tokens; the rest is weight space.
+Compiled kernels do base and adapter in one operator, which is then a part of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks import harness, records
+from benchmarks.linears import Case
+from benchmarks.shapes import BLOCKS, RANKS, default_blocks
+from rasa_ext import ops
+
+VARIANTS = ("frozen", "official", "ours")
+PARTS = (
+    "base products",
+    "base and adapter in one operator",
+    "adapter products",
+    "passes over tokens",
+    "weight space: concatenate, cast, scale, sum",
+)
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linear")
+
+
+@contextlib.contextmanager
+def named_ranges() -> Iterator[None]:
+    """Each call of an operator of rasa_ext within the context is a range of its name."""
+    before = {name: getattr(ops, name) for name in ops.NAMES}
+
+    def ranged(name: str, function):
+        def call(*args):
+            with torch.profiler.record_function(f"rasa_ext.{name}"):
+                return function(*args)
+
+        return call
+
+    try:
+        for name, function in before.items():
+            setattr(ops, name, ranged(name, function))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(ops, name, function)
+
+
+def part(name: str, shapes: list, M: int, ranks: set[int]) -> str:
+    """Which of PARTS an operation belongs to."""
+    sides = {n for shape in shapes if isinstance(shape, list | tuple) for n in shape}
+    if name.startswith("rasa_ext::low_rank"):
+        return PARTS[1]
+    if name in PRODUCTS:
+        return PARTS[2] if sides & ranks else PARTS[0]
+    return PARTS[3] if M in sides else PARTS[4]
+
+
+def profiled(run, device: str, steps: int):
+    """torch.profiler over ``steps`` steps, after two to warm up."""
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.startswith("cuda"):
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    for _ in range(2):
+        run()
+    with (
+        named_ranges(),
+        torch.profiler.profile(activities=kinds, record_shapes=True) as profile,
+    ):
+        for _ in range(steps):
+            with torch.profiler.record_function("step"):
+                run()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+    return profile
+
+
+def parts_of(profile, case: Case, steps: int) -> dict[str, float]:
+    """Microseconds a step by part: of kernels on a GPU, of operations' own time on a CPU."""
+    cuda = case.device.startswith("cuda")
+    padded = ops.rank_multiple(case.device, case.dtype, case.R)
+    ranks = {case.R, -(-case.R // padded) * padded}
+    found: dict[str, float] = defaultdict(float)
+    for event in profile.events():
+        # Autograd's own events hold what Python does, which is no operation.
+        if not event.name.startswith(("aten::", "rasa_ext::")):
+            continue
+        took = event.self_device_time_total if cuda else event.self_cpu_time_total
+        if took:
+            found[part(event.name, event.input_shapes or [], case.M, ranks)] += took / steps
+    return {name: found.get(name, 0.0) for name in PARTS}
+
+
+def draw(
+    parts: dict[str, dict[str, float]], wall: dict[str, float], title: str, path: Path
+) -> None:
+    """One bar a variant, its parts stacked; a dash where the step's measured time is."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 5), layout="constrained")
+    names, below = list(parts), dict.fromkeys(parts, 0.0)
+    for label in PARTS:
+        heights = [parts[name][label] / 1e3 for name in names]
+        if any(heights):
+            axes.bar(names, heights, bottom=[below[name] for name in names], label=label, width=0.6)
+        for name, height in zip(names, heights, strict=True):
+            below[name] += height
+    times = [1e3 * wall[name] for name in names]
+    axes.scatter(names, times, marker="_", s=900, color="black", label="step, not profiled")
+    axes.set(ylabel="milliseconds a step", title=title)
+    axes.title.set_size(8)
+    axes.legend(fontsize=8, markerscale=0.4, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def nsys_steps(runs: dict, steps: int) -> None:
+    """Steps under NVTX ranges for an nsys around this process."""
+    for run in runs.values():
+        run()
+    torch.cuda.synchronize()
+    with named_ranges(), torch.autograd.profiler.emit_nvtx():
+        for name, run in runs.items():
+            for _ in range(steps):
+                with torch.profiler.record_function(f"step {name}"):
+                    run()
+    torch.cuda.synchronize()
+
+
+def profile_all(runs: dict, case: Case, steps: int, out: Path) -> None:
+    """Tables, traces, parts and picture of every variant."""
+    cuda = case.device.startswith("cuda")
+    times = harness.interleaved(runs, rounds=max(steps, 2), device=case.device)
+    wall = {name: statistics.median(values) for name, values in times.items()}
+    parts: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():
+        profile = profiled(run, case.device, steps)
+        parts[name] = parts_of(profile, case, steps)
+        order = "self_device_time_total" if cuda else "self_cpu_time_total"
+        averages = profile.key_averages()
+        (out / f"{name}.txt").write_text(averages.table(sort_by=order, row_limit=40))
+        profile.export_chrome_trace(str(out / f"{name}.trace.json"))
+    head = records.environment(case.device)
+    rows = [{"variant": name, "step_us": 1e6 * wall[name], **parts[name]} for name in parts]
+    case_of = f"{case.block.name}, M={case.M}, R={case.R}, {case.dtype}".replace("torch.", "")
+    records.write_json(out / "profile.json", {"machine": head, "case": case_of, "rows": rows})
+    print(case_of, records.table(rows), sep="\n\n")
+    title = f"Linears of a layer of {case_of}\n{head['card'] or head['host']}"
+    try:
+        draw(parts, wall, title, out / "step.png")
+    except ImportError as missing:
+        print(f"no picture: {missing}")
+
+
+def main() -> None:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--block", choices=list(BLOCKS))
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--dtype")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("build/profile"))
+    parser.add_argument("--nsys", action="store_true", help="only run steps, for an nsys around it")
+    given = parser.parse_args()
+    on_gpu = given.device.startswith("cuda")
+    block: str = given.block or default_blocks(given.device, quick=False)[0]
+    dtype = getattr(torch, given.dtype or ("bfloat16" if on_gpu else "float32"))
+    tokens = given.tokens or (8192 if on_gpu else 512)
+    case = Case(BLOCKS[block], tokens, *RANKS[0], dtype, given.device)
+    variants: dict[str, nn.Module] = case.variants()
+    case.verify(variants)
+    runs = {name: case.step(variants[name]) for name in VARIANTS}
+    given.out.mkdir(parents=True, exist_ok=True)
+    if given.nsys:
+        nsys_steps(runs, given.steps)
+    else:
+        profile_all(runs, case, given.steps, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Rows of figures as JSON, CSV and markdown, and what a report says about its machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import rasa_ext
+from benchmarks import harness
+from rasa_ext import ops
+
+PACKAGES = ("torch", "peft", "transformers", "triton", "nvidia-cublas")
+
+
+class Results:
+    """Rows that are in their file as soon as they are added, so that a cut loses none.
+
+    ``path`` ends in .json (the machine and the rows) or .csv (the rows); None keeps them in memory.
+    """
+
+    def __init__(self, path: Path | str | None, device: str) -> None:
+        self.path = None if path is None else Path(path)
+        self.head = environment(device)
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, **row: Any) -> None:
+        """Keep a row, show it, and write all of them."""
+        self.rows.append(row)
+        print("  ".join(f"{key}={shown(value)}" for key, value in row.items()), flush=True)
+        if self.path is None:
+            return
+        if self.path.suffix == ".csv":
+            write_csv(self.path, self.rows)
+        else:
+            write_json(self.path, {"machine": self.head, "rows": self.rows})
+
+
+def write_json(path: Path, value: Any) -> None:
+    """All of it or nothing: a reader never sees half a file."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=columns(rows))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every key of every row, in the order of first sight."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+def tables(rows: list[dict[str, Any]]) -> str:
+    """A markdown table for each kind of rows, those with the same keys."""
+    kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row), []).append(row)
+    return "\n\n".join(table(kind) for kind in kinds.values())
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A markdown table; rows need not all have the same keys."""
+    names = columns(rows)
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+    for row in rows:
+        cells = (shown(row.get(name)).replace("|", "\\|").replace("\n", " ") for name in names)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    """A figure with four digits that matter; a dash for what was not measured."""
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Card, driver and versions: what a figure is worth nothing without."""
+    found: dict[str, Any] = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": device,
+        "card": None,
+        "driver": None,
+        "host": harness.machine(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda,
+        "rasa_ext": rasa_ext.__version__,
+        "commit": _output("git", "describe", "--always", "--dirty"),
+        "kernels": ops.cuda_status(),
+        "operators with a CUDA kernel": f"{_attached()} of {len(ops.NAMES)}",
+    }
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if device.startswith("cuda") and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["card"] = (
+            f"{properties.name}, {properties.multi_processor_count} SMs, "
+            f"{properties.total_memory / 2**30:.0f} GiB, sm_{properties.major}{properties.minor}"
+        )
+        query = ("--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader")
+        found["driver"] = _output("nvidia-smi", *query)
+        found["nvcc"] = (_output("nvcc", "--version") or "-").splitlines()[-1]
+    return found
+
+
+def _attached() -> int:
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return sum(has(f"rasa_ext::{name}", "CUDA") for name in ops.NAMES)
+
+
+def _output(*command: str) -> str | None:
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that benchmarks have in common."""
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    made.add_argument("--json", metavar="FILE", help="where rows go as they come; or a .csv")
+    made.add_argument("--seconds", type=float, default=120, help="begin nothing new after them")
+    made.add_argument("--quick", action="store_true", help="tiny shapes: a test of the benchmark")
+    return made
+
+
+class Budget:
+    """Seconds, shared evenly by what is still to come."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def share(self, parts: float) -> float:
+        return max(self.left(), 0.0) / max(parts, 1)
+
+
+def main() -> None:
+    """Print the machine as JSON: ``python -m benchmarks.records cpu``."""
+    print(json.dumps(environment(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The least time that work can take: its bytes at copy speed, or its FLOPs at a large GEMM's speed.
+
+Both speeds are measured on the device at hand, so that the bound holds for the card, clocks and
+power limit of the run. ``time / bound`` is 1 for work that is as fast as the device allows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from benchmarks import harness
+
+
+@dataclass(frozen=True)
+class Work:
+    """Bytes that have to cross the memory bus once, and floating-point operations."""
+
+    bytes: float
+    flops: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.bytes + other.bytes, self.flops + other.flops)
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Bytes and floating-point operations a second."""
+
+    bandwidth: float
+    flops: float
+
+    def bound(self, work: Work) -> float:
+        """Seconds."""
+        return max(work.bytes / self.bandwidth, work.flops / self.flops)
+
+
+def measure(device: str, dtype: torch.dtype, quick: bool = False) -> Peaks:
+    """Copy bandwidth (reads and writes counted) and GEMM rate in ``dtype``; upper quartiles."""
+    cuda = device.startswith("cuda")
+    size = (1 << 20) if quick else (1 << 28) if cuda else (1 << 26)
+    width = 256 if quick else 8192 if cuda and dtype.itemsize < 4 else 4096 if cuda else 1024
+    source = torch.ones(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(left)
+    seconds = harness.interleaved(
+        {"copy": lambda: target.copy_(source), "gemm": lambda: torch.mm(left, right, out=product)},
+        rounds=5 if quick else 20,
+        device=device,
+        hide_launches=True,
+    )
+    best = {name: harness.quartiles(values)[0] for name, values in seconds.items()}
+    return Peaks(2 * size / best["copy"], 2 * width**3 / best["gemm"])
+
+
+def linear_forward(M: int, width: int, out: int, rank: int, size: int) -> Work:
+    """y = x W^T + (x Ap^T) Bt^T; x, W and the factors are read, y is written; U stays on chip."""
+    numbers = M * (width + out) + width * out + rank * (width + out)
+    return Work(size * numbers, 2 * M * width * out + 2 * M * rank * (width + out))
+
+
+def linear_step(M: int, width: int, out: int, rank: int, size: int) -> Work:
+    """Forward, dx, and gradients of a rank-``rank`` adapter in float32 (rank 0: no adapter)."""
+    numbers = M * (width + out) + width * out + (M * width if rank else 0)
+    factors = rank * (width + out)
+    backward = Work(
+        size * (numbers + factors) + 4 * factors,
+        2 * M * width * out + 4 * M * rank * (width + out),
+    )
+    return linear_forward(M, width, out, rank, size) + backward
