@@ -83,7 +83,7 @@ def _packed(x, A, A_pool, B, B_pool, d, multiple):
         return *ops.pack(A, A_pool, B, B_pool, d, x.dtype, multiple), None
     Ap, Bt = ops.pack(A, A_pool, B, B_pool, None, x.dtype, multiple)
     if fill := Ap.shape[0] - d.shape[0]:
-        d = torch.nn.functional.pad(d, (0, fill))
+        d = torch.constant_pad_nd(d, (0, fill))
     return Ap, Bt, d
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rasa_ext.ops.heuristics import adapter_first
-from rasa_ext.ops.schemas import accumulation_dtype, padded
+from rasa_ext.ops.schemas import accumulation_dtype
 
 
 def pack(
@@ -22,12 +22,12 @@ def pack(
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ap = [A ; A_pool], Bt = [B | B_pool] diag(d), cast to ``dtype`` and zero-padded."""
-    rows, columns = [A], [B]
+    rows, columns, rank = [A], [B], A.shape[0]
     if A_pool is not None and B_pool is not None:
         rows.append(A_pool)
         columns.append(B_pool)
-    rank = sum(part.shape[0] for part in rows)
-    fill = padded(rank, multiple) - rank
+        rank += A_pool.shape[0]
+    fill = -rank % multiple
     if fill:
         rows.append(A.new_zeros((fill, A.shape[1])))
         columns.append(B.new_zeros((B.shape[0], fill)))
@@ -49,20 +49,18 @@ def pack_backward(
     """
     own, dtype = B.shape[1], B.dtype
     pooled = 0 if B_pool is None else B_pool.shape[1]
-    sizes = (own, pooled, dAp.shape[0] - own - pooled)
     if d is None:
         dd = B.new_empty(0)
     else:
         T = dBt[:, : own + pooled].to(dtype)
         dd = (T * (B if B_pool is None else torch.cat((B, B_pool), 1))).sum(0)
-        dBt = dBt * torch.nn.functional.pad(d, (0, sizes[2]))
-    dA, dA_pool, _ = dAp.split(sizes)
-    dB, dB_pool, _ = dBt.split(sizes, 1)
+        dBt = dBt * torch.nn.functional.pad(d, (0, dBt.shape[1] - own - pooled))
+    dB = torch.empty(B.shape, dtype=dtype, device=B.device)
     return (
-        dA.to(dtype, copy=True),
-        dA_pool.to(dtype),
-        dB.to(dtype, copy=True, memory_format=torch.contiguous_format),
-        dB_pool.to(dtype),
+        dAp.narrow(0, 0, own).to(dtype, copy=True),
+        dAp.narrow(0, own, pooled).to(dtype),
+        dB.copy_(dBt.narrow(1, 0, own)),
+        dBt.narrow(1, own, pooled).to(dtype),
         dd,
     )
 
