@@ -20,6 +20,15 @@ of a device whose packs carry the diagonal may refuse it in the linear.
   order in which the GEMM is fastest and in which a pool's L gradients are summed. What is not
   needed comes back with no elements.
 
+Over the L layers of one group, which share A_pool and B_pool, results stacked along a new first
+dimension:
+
+- ``pack_layers``: ``pack`` of every layer; Ap (L, Rp, in), Bt (L, out, Rp).
+- ``pack_layers_backward``: ``pack_backward`` of every layer; the pool's gradients summed over the
+  layers in their order, dA_pool (Lk, in) and dB_pool (out, Lk).
+- ``delta_layers``: ``Bt Ap`` of every layer, (L, out, in) in the accumulation dtype.
+- ``merge_layers``: ``W += sign * Bt Ap`` in place, summed wide and rounded once.
+
 No output of an operator aliases an input or another output.
 """
 
