@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 
-import torch
 from torch import Tensor, nn
 
-from rasa_ext import ops
 from rasa_ext.checkpoint import base_name, saved_tensors
 from rasa_ext.files import PREFIX, write_adapter
 from rasa_ext.record import rasa_layers, record_of, unwrap
@@ -51,7 +49,7 @@ def export_lora(
         )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers:
-        Ap, Bt = factors(layer)
+        Ap, Bt = layer.factors()
         fill = rank - Ap.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(Ap, (0, 0, 0, fill))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bt, (0, fill))
@@ -76,12 +74,6 @@ def export_lora(
     }
     write_adapter(directory, settings, tensors)
     return rank
-
-
-def factors(layer) -> tuple[Tensor, Tensor]:
-    """Ap (R, in) and Bt (out, R) of a layer in float32, without grad."""
-    with torch.no_grad():
-        return ops.pack(*layer.adapter(), torch.float32, 1)
 
 
 def suffixes(names: list[str], model: nn.Module) -> list[str]:

@@ -40,7 +40,7 @@ class _RasaLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, A, A_pool, B, B_pool, d, multiple):
         Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
-        y, U = ops.low_rank_linear(_rows(x), weight, bias, Ap, Bt, rest)
+        y, U = ops.low_rank_linear(rows(x), weight, bias, Ap, Bt, rest)
         ctx.save_for_backward(x, U, weight, A, A_pool, B, B_pool, d)
         ctx.multiple = multiple
         return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -58,7 +58,7 @@ class _RasaAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, A, A_pool, B, B_pool, d, multiple):
         Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
-        out, U = ops.low_rank_add(_rows(y), _rows(x), Ap, Bt, rest)
+        out, U = ops.low_rank_add(rows(y), rows(x), Ap, Bt, rest)
         ctx.save_for_backward(x, U, A, A_pool, B, B_pool, d)
         ctx.multiple = multiple
         return out.view(y.shape)
@@ -72,7 +72,7 @@ class _RasaAdd(torch.autograd.Function):
         return grad if need_y else None, dx, *grads, None
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows(x: Tensor) -> Tensor:
     """x (..., n) as (M, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
@@ -92,7 +92,7 @@ def _low_rank_backward(grad, x, U, weight, adapter, multiple, need_x, need_adapt
     A, A_pool, B, B_pool, d = adapter
     Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
     dx, dAp, dBt, dd_rest = ops.low_rank_linear_backward(
-        _rows(grad), _rows(x), weight, U, Ap, Bt, rest, need_x, need_adapter
+        rows(grad), rows(x), weight, U, Ap, Bt, rest, need_x, need_adapter
     )
     dx = dx.view(x.shape) if need_x else None
     if not need_adapter:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import ops
 from rasa_ext.modules import RasaLinear
 from rasa_ext.patch import remove_layers
 from rasa_ext.record import rasa_layers, record_of, unwrap
@@ -133,9 +132,8 @@ def _merged_weight(layer: RasaLinear) -> tuple[Tensor, float]:
 
 
 def _delta(layer: RasaLinear, dtype: torch.dtype) -> Tensor:
-    with torch.no_grad():
-        Ap, Bt = ops.pack(*layer.adapter(), dtype, 1)
-        return Bt @ Ap
+    Ap, Bt = layer.factors(dtype)
+    return Bt @ Ap
 
 
 def _refuse_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> None:

@@ -163,10 +163,8 @@ class RasaLinear(nn.Module):
         if with_grad:
             return functional.rasa_linear(x, weight, bias, *adapter, multiple)
         packed = self._packed(adapter, dtype, multiple)
-        if x.dim() == 2:
-            return ops.low_rank_linear(x, weight, bias, *packed)[0]
-        y = ops.low_rank_linear(x.reshape(-1, x.shape[-1]), weight, bias, *packed)[0]
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y, _ = ops.low_rank_linear(functional.rows(x), weight, bias, *packed)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     def _over_base(
         self, x: Tensor, adapter: tuple, with_grad: bool, args: tuple, kwargs: dict
@@ -180,7 +178,7 @@ class RasaLinear(nn.Module):
         if with_grad or y.requires_grad:
             return functional.rasa_add(y, x, *adapter, multiple)
         packed = self._packed(adapter, y.dtype, multiple)
-        out = ops.low_rank_add(y.reshape(-1, y.shape[-1]), x.reshape(-1, x.shape[-1]), *packed)[0]
+        out, _ = ops.low_rank_add(functional.rows(y), functional.rows(x), *packed)
         return out.view(y.shape)
 
     def _refuse_training_merged(self) -> None:
@@ -189,6 +187,11 @@ class RasaLinear(nn.Module):
                 "the adapter is merged into the base weights, so it would not be trained; "
                 "call rasa_ext.unmerge(model) first."
             )
+
+    @torch.no_grad()
+    def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Ap (R, in) and Bt (out, R) in ``dtype``, unpadded and without grad: dW = Bt Ap."""
+        return ops.pack(*self.adapter(), dtype, 1)
 
     def repack(self) -> None:
         """Forget the cached pack."""
