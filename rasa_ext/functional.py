@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from rasa_ext import ops
 
+_unsafe_view = torch.ops.aten._unsafe_view.default
+
 
 class _Pack(torch.autograd.Function):
     @staticmethod
@@ -43,7 +45,7 @@ class _RasaLinear(torch.autograd.Function):
         y, U = ops.low_rank_linear(rows(x), weight, bias, Ap, Bt, rest)
         ctx.save_for_backward(x, U, weight, A, A_pool, B, B_pool, d)
         ctx.multiple = multiple
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return shaped_like(y, x)
 
     @staticmethod
     @once_differentiable
@@ -61,7 +63,7 @@ class _RasaAdd(torch.autograd.Function):
         out, U = ops.low_rank_add(rows(y), rows(x), Ap, Bt, rest)
         ctx.save_for_backward(x, U, A, A_pool, B, B_pool, d)
         ctx.multiple = multiple
-        return out.view(y.shape)
+        return shaped_like(out, y)
 
     @staticmethod
     @once_differentiable
@@ -75,6 +77,14 @@ class _RasaAdd(torch.autograd.Function):
 def rows(x: Tensor) -> Tensor:
     """x (..., n) as (M, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def shaped_like(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, n), which the caller gives up, as (..., n) with x's leading dimensions.
+
+    Not a view to autograd: what a Function returns as one could not be modified in place.
+    """
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _packed(x, A, A_pool, B, B_pool, d, multiple):

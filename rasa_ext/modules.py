@@ -164,7 +164,7 @@ class RasaLinear(nn.Module):
             return functional.rasa_linear(x, weight, bias, *adapter, multiple)
         packed = self._packed(adapter, dtype, multiple)
         y, _ = ops.low_rank_linear(functional.rows(x), weight, bias, *packed)
-        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return functional.shaped_like(y, x)
 
     def _over_base(
         self, x: Tensor, adapter: tuple, with_grad: bool, args: tuple, kwargs: dict
@@ -179,7 +179,7 @@ class RasaLinear(nn.Module):
             return functional.rasa_add(y, x, *adapter, multiple)
         packed = self._packed(adapter, y.dtype, multiple)
         out, _ = ops.low_rank_add(functional.rows(y), functional.rows(x), *packed)
-        return out.view(y.shape)
+        return functional.shaped_like(out, y)
 
     def _refuse_training_merged(self) -> None:
         if self.merged_base is not None and self.training and torch.is_grad_enabled():

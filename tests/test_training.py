@@ -265,3 +265,18 @@ def test_a_few_steps_fit_a_teacher():
         optimiser.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
+
+
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6)], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 1e-9])
+def test_outputs_can_be_modified_in_place(shape, dropout):
+    """As those of nn.Linear can, whichever path made them."""
+    model = patched(torch.nn.Sequential(torch.nn.Linear(6, 4)), dropout=dropout).train()
+    x = torch.randn(shape)
+    grads = []
+    for in_place in (False, True):
+        y = model(x)
+        y = y.mul_(2).relu_() if in_place else (y * 2).relu()
+        grads.append(torch.autograd.grad(y.square().sum(), rasa_ext.adapter_parameters(model)))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
