@@ -11,6 +11,7 @@ from rasa_ext.config import RasaConfig
 from rasa_ext.export import export_lora
 from rasa_ext.merging import (
     delta_weight,
+    delta_weights,
     disable_adapter,
     merge,
     merge_and_unload,
@@ -32,6 +33,7 @@ __all__ = [
     "adapter_parameters",
     "cuda_status",
     "delta_weight",
+    "delta_weights",
     "disable_adapter",
     "export_lora",
     "load_adapter",

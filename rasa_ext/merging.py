@@ -1,4 +1,7 @@
-"""Folding adapters into the base weights, and taking them out again: W += dW = Bt Ap."""
+"""Folding adapters into the base weights, and taking them out again: W += dW = Bt Ap.
+
+Layers that are alike go through the operators over whole groups together, a chunk at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,34 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from rasa_ext import ops
 from rasa_ext.modules import RasaLinear
 from rasa_ext.patch import remove_layers
 from rasa_ext.record import rasa_layers, record_of, unwrap
+
+# Bytes of dW, in the dtype of the sums, that stand beside the model at a time. 64 MiB are 16
+# million numbers in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
+# little beside a model whose layers are worth taking together. A larger layer goes alone.
+CHUNK_BYTES = 64 << 20
 
 
 def delta_weight(layer: RasaLinear) -> Tensor:
     """dW = [B | B_pool] diag(d) [A ; A_pool] of one layer: (out, in), float32, without grad."""
     if not isinstance(layer, RasaLinear):
         raise TypeError(f"layer: expected a RasaLinear, got {type(layer).__name__}.")
-    return _delta(layer, torch.float32)
+    return _deltas([layer], torch.float32)[0]
+
+
+def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """``(name, dW)`` of every adapted layer, as ``delta_weight`` gives it.
+
+    Layers of one group come one after the other. They are computed in chunks of at most 64 MiB of
+    dW (or one layer), each one product; a dW is a view of its chunk, which lives as long.
+    """
+    record_of(model)
+    for chunk in _chunks(rasa_layers(model), torch.float32):
+        deltas = _deltas([layer for _, layer in chunk], torch.float32)
+        yield from ((name, delta) for (name, _), delta in zip(chunk, deltas, strict=True))
 
 
 def merge(model: nn.Module) -> float:
@@ -96,44 +117,85 @@ def _merge(model: nn.Module, keep_base: bool) -> float:
         return record.merged
     layers = rasa_layers(model)
     _refuse_shared(model, layers)
-    largest = 0.0
+    chunks = list(_chunks(layers))
     with torch.no_grad():
-        # One pass to look and one to write, rather than one that holds every new weight.
-        for name, layer in layers:
-            merged, change = _merged_weight(layer)
-            if not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"model: expected finite merged weights, but {name!r} would hold values that "
-                    f"are not finite in {merged.dtype}; nothing was merged."
-                )
-            largest = max(largest, change)
+        if not keep_base:
+            # Nothing could be undone: look at the results in copies before the first is written.
+            for chunk in chunks:
+                _merge_chunk(chunk, [_weight(layer).clone() for _, layer in chunk])
         try:
-            for _, layer in layers:
-                weight = layer.base_layer.weight
-                merged, _ = _merged_weight(layer)
-                if keep_base:
-                    layer.merged_base = weight.detach().clone()
-                weight.copy_(merged)
-        except BaseException:  # out of memory, or an interrupt: all layers or none
+            largest = 0.0
+            for chunk in chunks:
+                for _, layer in chunk:
+                    if keep_base:
+                        layer.merged_base = layer.base_layer.weight.detach().clone()
+                change = _merge_chunk(chunk, [_weight(layer) for _, layer in chunk])
+                largest = max(largest, change)
+        except BaseException:  # not finite, out of memory, or an interrupt: all layers or none
             unmerge(model)
             raise
     record.merged = largest
     return largest
 
 
-def _merged_weight(layer: RasaLinear) -> tuple[Tensor, float]:
-    """W + dW in W's dtype and orientation, and max |dW|."""
-    weight = layer.base_layer.weight
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    delta = _delta(layer, wide)
-    change = delta.abs().max().item()
-    delta = delta.t() if layer.transposed else delta
-    return delta.add_(weight).to(weight.dtype), change
+Chunk = list[tuple[str, RasaLinear]]
 
 
-def _delta(layer: RasaLinear, dtype: torch.dtype) -> Tensor:
-    Ap, Bt = layer.factors(dtype)
-    return Bt @ Ap
+def _chunks(layers: Chunk, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
+    """``layers`` cut into those that one product takes, alike and of at most CHUNK_BYTES of dW.
+
+    ``dtype`` is that of dW, the one in which weights are summed unless given.
+    """
+    alike: dict[tuple, Chunk] = {}
+    for name, layer in layers:
+        weight = layer.base_layer.weight
+        base = (weight.dtype, weight.device, layer.transposed)
+        adapter = (id(layer.pool), layer.A.shape, layer.B.shape, layer.A.dtype, layer.A.device)
+        alike.setdefault((*base, *adapter), []).append((name, layer))
+    for found in alike.values():
+        first = found[0][1]
+        wide = dtype or ops.accumulation_dtype(first.base_layer.weight.dtype)
+        size = first.in_features * first.out_features * wide.itemsize
+        step = max(1, CHUNK_BYTES // max(size, 1))
+        yield from (found[begin : begin + step] for begin in range(0, len(found), step))
+
+
+def _merge_chunk(chunk: Chunk, weights: list[Tensor]) -> float:
+    """W += dW in ``weights``, each (out, in); max |dW|. ValueError where a sum is not finite."""
+    layers = [layer for _, layer in chunk]
+    packs = _packs(layers, ops.accumulation_dtype(weights[0].dtype))
+    low, high = ops.delta_layers(*packs).aminmax()
+    ops.merge_layers(weights, *packs)
+    # A compiled operator writes without autograd's knowledge; a backward through the old values
+    # must still be refused.
+    torch.autograd.graph.increment_version(weights)
+    finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
+    for (name, _), good in zip(chunk, finite, strict=True):
+        if not good:
+            raise ValueError(
+                f"model: expected finite merged weights, but {name!r} would hold values that "
+                f"are not finite in {weights[0].dtype}; nothing was merged."
+            )
+    return max(-low.item(), high.item())
+
+
+def _weight(layer: RasaLinear) -> Tensor:
+    """The base's weight as (out, in), however it lies."""
+    weight = layer.base_layer.weight.detach()
+    return weight.t() if layer.transposed else weight
+
+
+@torch.no_grad()
+def _packs(layers: list[RasaLinear], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Ap (L, R, in) and Bt (L, out, R) of layers of one pool and shape, on one device."""
+    _, A_pool, _, B_pool, _ = layers[0].adapter()  # on the layers' device, once for all of them
+    A, B, d = ([getattr(layer, name) for layer in layers] for name in ("A", "B", "d"))
+    return ops.pack_layers(A, A_pool, B, B_pool, d, dtype, 1)
+
+
+def _deltas(layers: list[RasaLinear], dtype: torch.dtype) -> Tensor:
+    """dW of layers of one pool and shape: (L, out, in)."""
+    return ops.delta_layers(*_packs(layers, dtype))
 
 
 def _refuse_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> None:

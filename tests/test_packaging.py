@@ -21,6 +21,7 @@ PUBLIC = {
     "adapter_parameters",
     "cuda_status",
     "delta_weight",
+    "delta_weights",
     "disable_adapter",
     "export_lora",
     "load_adapter",

@@ -12,7 +12,7 @@ import torch
 from rasa_ext.ops import fake, reference
 from rasa_ext.ops.heuristics import diagonal_in_pack, rank_multiple
 from rasa_ext.ops.library import COMPILED, cuda_status
-from rasa_ext.ops.schemas import LIBRARY, SCHEMAS
+from rasa_ext.ops.schemas import LIBRARY, SCHEMAS, accumulation_dtype
 
 NAMES: tuple[str, ...] = tuple(schema.partition("(")[0] for schema in SCHEMAS)
 
@@ -60,4 +60,11 @@ pack_layers_backward = _entry("pack_layers_backward")
 delta_layers = _entry("delta_layers")
 merge_layers = _entry("merge_layers")
 
-__all__ = [*NAMES, "NAMES", "cuda_status", "diagonal_in_pack", "rank_multiple"]
+__all__ = [
+    *NAMES,
+    "NAMES",
+    "accumulation_dtype",
+    "cuda_status",
+    "diagonal_in_pack",
+    "rank_multiple",
+]

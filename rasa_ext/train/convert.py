@@ -18,11 +18,7 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None, dtype: str) 
     """
     _refuse_same(adapter, output)
     name, model = _load(adapter, base, dtype)
-    change = max(
-        rasa_ext.delta_weight(layer).abs().max().item()
-        for layer in model.modules()
-        if isinstance(layer, rasa_ext.RasaLinear)
-    )
+    change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(model))
     save_model(rasa_ext.merge_and_unload(model), load_tokenizer(name), output)
     return change
 

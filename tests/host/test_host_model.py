@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import rasa_ext
-from rasa_ext import functional, modules, ops
+from rasa_ext import functional, merging, modules, ops
 
 
 class Blocks(nn.Module):
@@ -50,11 +50,13 @@ def on_host(host, monkeypatch):
         **compiled,
         rank_multiple=lambda *_: ops.rank_multiple("cuda", torch.float32, 6),
         diagonal_in_pack=lambda _: ops.diagonal_in_pack("cuda"),
+        accumulation_dtype=ops.accumulation_dtype,
     )
 
     def switch() -> None:
         monkeypatch.setattr(functional, "ops", gpu)
         monkeypatch.setattr(modules, "ops", gpu)
+        monkeypatch.setattr(merging, "ops", gpu)
 
     return switch
 
@@ -90,3 +92,23 @@ def test_without_grad(model, on_host, tokens):
         on_host()
         torch.testing.assert_close(model(x), expected, rtol=2e-4, atol=2e-5)
         torch.testing.assert_close(model(x), expected, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_merge(model, on_host, host, dtype):
+    """One product for the layers of a group, where each weight lies, and autograd learns of it."""
+    model.to(dtype)
+    expected = copy.deepcopy(model)
+    largest = rasa_ext.merge(expected)
+    y = model.layers[0]["wide"](torch.randn(3, 9, dtype=dtype, requires_grad=True))
+    on_host()
+    host.reset()
+    assert rasa_ext.merge(model) == pytest.approx(largest, rel=1e-5)
+    merged = [call for call in host.calls() if "beta=1" in call]
+    assert len(merged) == 3
+    assert all("batch=3" in call for call in merged)
+    assert all(("GemmBatchedEx" in call) == (dtype == torch.float32) for call in merged)
+    for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
