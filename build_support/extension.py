@@ -19,17 +19,22 @@ DEFINES = [f"-DTORCH_TARGET_VERSION={TARGET}", "-DUSE_CUDA"]
 PYTHON = "cp310"
 
 
+def sources(root: Path) -> list[str]:
+    """Every file that is compiled, relative to ``root``; build.toml lists the same."""
+    # Paths must be relative to setup.py, or they end up in the build folder's layout.
+    found = [*root.glob("csrc/*.cpp"), *root.glob("csrc/*.cu"), *root.glob("csrc/cuda/*.cu")]
+    return sorted(str(path.relative_to(root)) for path in found)
+
+
 def arguments(found: Toolchain, root: Path) -> dict:
     """``ext_modules``, ``cmdclass`` and ``options`` for ``setup``, run from ``root``."""
     _use(found)
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
-    # Paths must be relative to setup.py, or they end up in the build folder's layout.
-    sources = [*root.glob("csrc/*.cpp"), *root.glob("csrc/*.cu"), *root.glob("csrc/cuda/*.cu")]
     warnings = ["-Wall", "-Wextra", "-Wno-unused-parameter"]
     library = CUDAExtension(
         "rasa_ext._C",
-        sorted(str(path.relative_to(root)) for path in sources),
+        sources(root),
         include_dirs=[str(root / "csrc")],
         depends=sorted(str(path) for path in root.glob("csrc/**/*.*h")),
         extra_compile_args={
