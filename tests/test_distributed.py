@@ -1,0 +1,88 @@
+"""Two processes on this machine against one process that sees the same global batches."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rasa_ext
+
+WORKERS = Path(__file__).parent / "workers"
+sys.path.insert(0, str(WORKERS))
+
+import trainer  # noqa: E402
+import training  # noqa: E402
+
+PARITY = 1e-6
+
+
+def launch(launcher: str, worker: str, directory: Path, *options: str) -> None:
+    """Two processes of a worker script, which meet on a free port of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-m", launcher, *options, str(port), WORKERS / worker, directory],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def difference(one: Path, two: Path) -> float:
+    """Largest difference of any number of two adapters, whose files agree in all else."""
+    config = "adapter_config.json"
+    assert (one / config).read_bytes() == (two / config).read_bytes()
+    a, b = (load_file(directory / "adapter_model.safetensors") for directory in (one, two))
+    assert a.keys() == b.keys()
+    assert all(a[key].dtype == b[key].dtype for key in a)
+    return max((a[key] - b[key]).abs().max().item() for key in a)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """What torchrun left: one directory for each recipe and case."""
+    directory = tmp_path_factory.mktemp("trained")
+    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
+    launch("torch.distributed.run", "training.py", directory, *meet)
+    return directory
+
+
+@pytest.mark.parametrize("case", training.CASES)
+@pytest.mark.parametrize("recipe", training.RECIPES)
+def test_two_processes_train_as_one(recipe, case, trained, tmp_path, figure):
+    model, losses = training.train(training.CASES[case])
+    rasa_ext.save_adapter(model, tmp_path)
+    there = trained / f"{recipe}-{case}"
+    adapters = difference(tmp_path, there)
+    apart = (torch.load(there / "losses.pt") - losses).abs().max().item()
+    figure(f"{recipe}, {case}: two processes differ by {apart:.1e} (losses), {adapters:.1e}")
+    assert losses[0] > losses[-1]
+    assert apart <= PARITY
+    assert adapters <= PARITY
+
+
+def test_accelerate_launch_with_trainer(tmp_path, figure):
+    """--multi_gpu is how accelerate names several processes; the script asks for CPUs."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    meet = ("--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port")
+    launch("accelerate.commands.launch", "trainer.py", two, *options.split(), *meet)
+    trainer.train(one, processes=1)
+    losses = [torch.tensor(json.loads((d / "losses.json").read_text())) for d in (one, two)]
+    apart = (losses[0] - losses[1]).abs().max().item()
+    adapters = difference(one, two)
+    figure(f"accelerate, Trainer: two processes differ by {apart:.1e} (losses), {adapters:.1e}")
+    assert len(losses[0]) == 4
+    assert apart <= PARITY
+    assert adapters <= PARITY

@@ -1,0 +1,57 @@
+"""transformers' Trainer over a patched model, in one process or under `accelerate launch`.
+
+accelerate launch ... tests/workers/trainer.py DIRECTORY writes an adapter and the logged losses.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+
+from common import patched  # noqa: E402
+from zoo import LLAMA  # noqa: E402
+
+import rasa_ext  # noqa: E402
+
+GLOBAL_BATCH = 8
+
+
+def train(directory: Path, processes: int) -> None:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    data = [{"input_ids": torch.randint(0, 32, (9,), generator=generator)} for _ in range(32)]
+    for row in data:
+        row["labels"] = row["input_ids"]
+    model = patched(LLAMA.build())
+    arguments = TrainingArguments(
+        directory,
+        max_steps=4,
+        logging_steps=1,
+        learning_rate=0.001,
+        per_device_train_batch_size=GLOBAL_BATCH // 2 // processes,
+        gradient_accumulation_steps=2,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    assert trainer.accelerator.num_processes == processes
+    if trainer.is_world_process_zero():
+        rasa_ext.save_adapter(trainer.model, directory)
+        losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        (directory / "losses.json").write_text(json.dumps(losses))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # leaves the process group
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), processes=2)
