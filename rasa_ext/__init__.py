@@ -8,6 +8,7 @@ rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint import load_adapter, save_adapter
 from rasa_ext.config import RasaConfig
+from rasa_ext.decomposition import Decomposition, decompose
 from rasa_ext.export import export_lora
 from rasa_ext.merging import (
     delta_weight,
@@ -26,12 +27,14 @@ from rasa_ext.record import adapter_parameters
 from rasa_ext.report import summary
 
 __all__ = [
+    "Decomposition",
     "RasaConfig",
     "RasaLinear",
     "RasaPool",
     "__version__",
     "adapter_parameters",
     "cuda_status",
+    "decompose",
     "delta_weight",
     "delta_weights",
     "disable_adapter",

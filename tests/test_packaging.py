@@ -14,12 +14,14 @@ from zoo import FAMILIES, SEQUENTIAL, ids
 import rasa_ext
 
 PUBLIC = {
+    "Decomposition",
     "RasaConfig",
     "RasaLinear",
     "RasaPool",
     "__version__",
     "adapter_parameters",
     "cuda_status",
+    "decompose",
     "delta_weight",
     "delta_weights",
     "disable_adapter",

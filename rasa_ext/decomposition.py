@@ -1,0 +1,176 @@
+"""decompose: the RaSA factors that come closest to given weight changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rasa_ext.config import RasaConfig
+from rasa_ext.descent import Descent
+from rasa_ext.lowrank import Components, Matrix, factored, leading
+
+Delta = Tensor | tuple[Tensor, Tensor]
+"""A weight change (out, in), or a pair (B, A) of (out, s) and (s, in) whose product it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decomposition:
+    """Factors of one group of L layers: dW_i = [B_i | pool_B] diag(d_i) [A_i ; pool_A].
+
+    A[i] is (r-k, in), B[i] (out, r-k), d[i] (r-k+L*k,), its first r-k entries one; pool_A is
+    (L*k, in) with rows, pool_B (out, L*k) with columns of length one (or zero). All are in the
+    dtype of the computation, on the device of the weight changes.
+    """
+
+    A: list[Tensor]
+    B: list[Tensor]
+    d: list[Tensor]
+    pool_A: Tensor
+    pool_B: Tensor
+    errors: list[float]
+    """sum ||M - M^||^2 / sum ||M||^2 of the start and after every iteration; 0 for zero targets."""
+    lora_error: float
+    """The same for LoRA's best approximation, rank r for every layer."""
+
+    def delta(self, i: int) -> Tensor:
+        """The approximation of layer i's weight change, (out, in)."""
+        Bt = torch.cat([self.B[i], self.pool_B], 1) * self.d[i]
+        return Bt @ torch.cat([self.A[i], self.pool_A])
+
+
+@torch.no_grad()
+def decompose(
+    deltas: Sequence[Delta],
+    rank: int,
+    k: int,
+    *,
+    iterations: int = 50,
+    init: str = "svd",
+    dtype: torch.dtype = torch.float64,
+    tol: float = 0.0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decomposition:
+    """Approximate the weight changes of one group of layers by RaSA factors, rank r with k shared.
+
+    Coordinate descent (arXiv 2503.12576, section 3 and appendix A; the half-steps are in
+    ``rasa_ext.descent``), none of whose steps raises the error. From ``init="svd"`` it starts at
+    LoRA's minimum, so the result is never worse than LoRA's at the same rank, for any k.
+
+    Args:
+        deltas: for every layer its weight change (out, in), or factors (B, A) of it, (out, s) and
+            (s, in), whose product is then never formed. All of one shape and on one device.
+        rank: ranks r that every layer pays for.
+        k: how many of them go to the pool, 0 <= k <= rank.
+        iterations: rounds of the four half-steps.
+        init: "svd", the theorem's start, or "random", drawn from torch's global generator.
+        dtype: float64 or float32, of the computation and of the result.
+        tol: stop once an iteration lowers the error by no more than this; 0 runs all iterations.
+        progress: called with (iterations done, iterations) after each.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    config = RasaConfig(rank=rank, k=k)
+    rank, k = config.rank, config.k
+    _check_options(iterations, init, dtype, tol)
+    targets, norm = _targets(deltas, dtype)
+    layers = len(targets)
+    descent = Descent(targets, rank - k, layers * k)
+    components = [_leading(target, rank) for target in targets]
+    lora_error = sum(
+        max(t.squared_norm() - c.S.square().sum().item(), 0.0)
+        for t, c in zip(targets, components, strict=True)
+    )
+    if init == "svd":
+        descent.start_from_theorem(components, k)
+    else:
+        descent.start_at_random()
+    errors = [descent.error()]
+    for done in range(1, iterations + 1):
+        descent.update()
+        errors.append(descent.error())
+        if progress is not None:
+            progress(done, iterations)
+        if tol and errors[-2] - errors[-1] <= tol:
+            break
+    descent.normalize_pool()
+    ones = descent.d.new_ones(rank - k)
+    return Decomposition(
+        A=[A * norm**0.5 for A in descent.A],
+        B=[B * norm**0.5 for B in descent.B],
+        d=[torch.cat([ones, d * norm]) for d in descent.d],
+        pool_A=descent.pool_A,
+        pool_B=descent.pool_B,
+        errors=errors,
+        lora_error=lora_error,
+    )
+
+
+def _leading(target: Matrix, rank: int) -> Components:
+    if target.right is not None:
+        U, S, V = factored(target.left, target.right)
+        return Components(U[:, :rank], S[:rank], V[:rank])
+    return leading(target, rank, torch.Generator().manual_seed(0))
+
+
+def _targets(deltas: Sequence[Delta], dtype: torch.dtype) -> tuple[list[Matrix], float]:
+    """The targets over their common norm, and the norm (1 for zero targets)."""
+    if isinstance(deltas, Tensor) or not isinstance(deltas, Sequence):
+        raise TypeError(
+            "deltas: expected a sequence of weight changes, one per layer, got "
+            f"{type(deltas).__name__}."
+        )
+    if not deltas:
+        raise ValueError("deltas: expected at least one weight change, got none.")
+    targets = []
+    for i, delta in enumerate(deltas):
+        factors = check_delta(f"deltas[{i}]", delta)
+        targets.append(Matrix(*(t.detach().to(dtype) for t in factors)))
+        if targets[i].shape != targets[0].shape or factors[0].device != targets[0].left.device:
+            raise ValueError(
+                f"deltas[{i}]: expected the shape and device of deltas[0], "
+                f"{targets[0].shape} on {targets[0].left.device}, got {targets[i].shape} on "
+                f"{factors[0].device}; decompose each group by itself."
+            )
+    norm = sum(target.squared_norm() for target in targets) ** 0.5 or 1.0
+    return [Matrix(target.left / norm, target.right) for target in targets], norm
+
+
+def check_delta(name: str, delta: Any) -> tuple[Tensor, ...]:
+    """(dW,) or (B, A) of one weight change; TypeError or ValueError naming it."""
+    factors = tuple(delta) if isinstance(delta, tuple | list) else (delta,)
+    if len(factors) > 2 or not all(isinstance(t, Tensor) for t in factors):
+        kinds = ", ".join(type(t).__name__ for t in factors)
+        raise TypeError(f"{name}: expected a tensor or a pair (B, A) of tensors, got {kinds}.")
+    shapes = " and ".join(str(tuple(t.shape)) for t in factors)
+    fits = all(t.dim() == 2 for t in factors) and (
+        len(factors) == 1 or factors[0].shape[1] == factors[1].shape[0]
+    )
+    if not fits or 0 in (factors[0].shape[0], factors[-1].shape[1]):
+        raise ValueError(
+            f"{name}: expected (out, in), or (out, s) and (s, in), without a zero side, "
+            f"got {shapes}."
+        )
+    for tensor in factors:
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected floating-point numbers, got {tensor.dtype}.")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}: expected finite numbers, got some that are not.")
+    return factors
+
+
+def _check_options(iterations: int, init: str, dtype: torch.dtype, tol: float) -> None:
+    if isinstance(iterations, bool) or not isinstance(iterations, int):
+        raise TypeError(f"iterations: expected an integer, got {iterations!r}.")
+    if iterations < 0:
+        raise ValueError(f"iterations: expected 0 or more, got {iterations}.")
+    if init not in ("svd", "random"):
+        raise ValueError(f"init: expected 'svd' or 'random', got {init!r}.")
+    if dtype not in (torch.float64, torch.float32):
+        raise ValueError(f"dtype: expected torch.float64 or torch.float32, got {dtype}.")
+    if not isinstance(tol, int | float) or not tol >= 0:
+        raise ValueError(f"tol: expected a number, 0 or more, got {tol!r}.")

@@ -1,0 +1,148 @@
+"""Leading singular components of matrices that are only multiplied with, never formed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+EXACT = 128
+"""Up to this smaller side a dense SVD is the fastest and is taken."""
+
+_OVERSAMPLING = 8
+_ROUNDS = 100
+_GAIN = 1e-12
+"""A subspace is final once another round adds no more than this share of what it holds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Matrix:
+    """``left @ right - minus_left @ minus_right``, (out, in); a missing factor is left out.
+
+    left (out, s) and right (s, in), or left (out, in) alone; minus_left (out, K), minus_right
+    (K, in).
+    """
+
+    left: Tensor
+    right: Tensor | None = None
+    minus_left: Tensor | None = None
+    minus_right: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
+
+    def minus(self, left: Tensor, right: Tensor) -> Matrix:
+        """This matrix less ``left @ right``."""
+        return dataclasses.replace(self, minus_left=left, minus_right=right)
+
+    def times(self, x: Tensor) -> Tensor:
+        """Its product with x (in, n): (out, n)."""
+        y = self.left @ (x if self.right is None else self.right @ x)
+        return y if self.minus_left is None else y - self.minus_left @ (self.minus_right @ x)
+
+    def transposed_times(self, x: Tensor) -> Tensor:
+        """The product of its transpose with x (out, n): (in, n)."""
+        y = self.left.t() @ x
+        y = y if self.right is None else self.right.t() @ y
+        return (
+            y if self.minus_left is None else y - self.minus_right.t() @ (self.minus_left.t() @ x)
+        )
+
+    def squared_norm(self) -> float:
+        """||left right||^2; what is subtracted does not count."""
+        if self.right is None:
+            return self.left.double().square().sum().item()
+        left, right = self.left.double(), self.right.double()
+        return ((left.t() @ left) * (right @ right.t())).sum().item()
+
+    def dense(self) -> Tensor:
+        """Itself, (out, in)."""
+        y = self.left if self.right is None else self.left @ self.right
+        return y if self.minus_left is None else y - self.minus_left @ self.minus_right
+
+
+class Components(NamedTuple):
+    """U (out, n) and V (n, in) orthonormal, S (n,) falling: U diag(S) V."""
+
+    U: Tensor
+    S: Tensor
+    V: Tensor
+
+
+def factored(B: Tensor, A: Tensor) -> Components:
+    """The exact SVD of B (out, s) times A (s, in), by the QR of each factor."""
+    Q, R = torch.linalg.qr(B)
+    P, T = torch.linalg.qr(A.t())
+    U, S, V = torch.linalg.svd(R @ T.t(), full_matrices=False)
+    return Components(Q @ U, S, V @ P.t())
+
+
+def leading(
+    matrix: Matrix, rank: int, generator: torch.Generator, start: Tensor | None = None
+) -> Components:
+    """The ``rank`` leading singular components; fewer where the smaller side is below ``rank``.
+
+    Small matrices are decomposed densely. Others by a block Krylov iteration over the matrix and
+    its transpose (Musco and Musco, arXiv 1504.05477), until another round no longer helps. It
+    begins with the row space ``start`` (n, in), n <= rank, and never ends up holding less of the
+    matrix than that row space does; from nothing, it is a randomized SVD.
+    """
+    if min(matrix.shape) <= EXACT:
+        U, S, V = torch.linalg.svd(matrix.dense(), full_matrices=False)
+        return Components(U[:, :rank], S[:rank], V[:rank])
+    width = min(rank + _OVERSAMPLING, *matrix.shape)
+    given = matrix.left.new_zeros(matrix.shape[1], 0) if start is None else start.t()
+    fresh = _random((matrix.shape[1], width - given.shape[1]), given, generator)
+    basis = torch.linalg.qr(torch.cat([given, fresh], 1)).Q
+    held = 0.0
+    for _ in range(_ROUNDS):
+        Y = matrix.times(basis)
+        held = max(held, Y[:, :rank].square().sum().item())
+        Z = torch.linalg.qr(matrix.transposed_times(torch.linalg.qr(Y).Q)).Q
+        Q = torch.linalg.qr(torch.cat([Y, matrix.times(Z)], 1)).Q
+        W, S, V = torch.linalg.svd(matrix.transposed_times(Q).t(), full_matrices=False)
+        now = S[:rank].square().sum().item()
+        basis = V[:width].t()
+        if now - held <= _GAIN * now:
+            break
+        held = now
+    return Components(Q @ W[:, :rank], S[:rank], V[:rank])
+
+
+def fill_up(found: Components, rank: int, generator: torch.Generator) -> Components:
+    """At least ``rank`` components: random unit vectors with singular value zero are added."""
+    U, S, V = found
+    missing = rank - S.shape[0]
+    if missing <= 0:
+        return found
+    more_U = normalize(_random((U.shape[0], missing), U, generator), dim=0)
+    more_V = normalize(_random((missing, V.shape[1]), V, generator), dim=1)
+    return Components(
+        torch.cat([U, more_U], 1), torch.cat([S, S.new_zeros(missing)]), torch.cat([V, more_V])
+    )
+
+
+def solve_normal(N: Tensor, rhs: Tensor) -> Tensor:
+    """A least-squares solution X of N X = rhs for a symmetric, positive semi-definite N (n, n).
+
+    N is first scaled to a unit diagonal, so that unequal scales are no singularity; eigenvalues
+    up to n * eps of the largest then count as zero, and X has nothing in their directions.
+    """
+    if not N.numel():
+        return rhs.clone()
+    scale = N.diagonal().clamp_min(0).sqrt()
+    scale = torch.where(scale > 0, 1 / scale, 0)
+    values, vectors = torch.linalg.eigh(N * scale[:, None] * scale)
+    kept = values > N.shape[0] * torch.finfo(N.dtype).eps * values.max()
+    inverse = torch.where(kept, 1 / values, 0)
+    return scale[:, None] * (vectors @ (inverse[:, None] * (vectors.t() @ (scale[:, None] * rhs))))
+
+
+def _random(shape: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers, drawn on the CPU, so that every device has the same."""
+    return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)
