@@ -47,18 +47,29 @@ def saved_bytes(case: Case, module: nn.Module, run) -> int:
     return sum(kept.values())
 
 
-def peak_bytes(case: Case, module: nn.Module, run) -> int | None:
-    """Device memory that a step adds at its peak, gradients included; not known on a CPU."""
-    if not case.device.startswith("cuda"):
-        return None
+def peak_bytes(case: Case, module: nn.Module, run) -> int:
+    """Memory that a step adds at its peak, gradients included."""
     run()
     case.drop_gradients(module)
+    if not case.device.startswith("cuda"):
+        return cpu_peak_bytes(run)
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def cpu_peak_bytes(run) -> int:
+    """The most that one call has allocated at a time, from the profiler's list of allocations."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    # profile.events() has lost those that happened within an operator.
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return max(itertools.accumulate((e.nbytes() for e in changes), initial=0))
 
 
 def kernel_count(run, device: str) -> int | None:
@@ -137,7 +148,7 @@ def step(case: Case, results: Results, peaks, seconds: float, rounds: int, what:
         }
         for name, run in runs.items()
     }
-    times = harness.interleaved(runs, rounds, device=case.device, at_most=budget.left())
+    times = harness.interleaved(runs, rounds, device=case.device, at_most=budget.left(), cold=True)
     bounds = {name: bound(case, name, peaks, train=True) for name in runs}
     add_times(results, times, bounds, extra, **row)
 
@@ -155,7 +166,7 @@ def decode(case: Case, results: Results, peaks, seconds: float, rounds: int) -> 
 
         runs = without_broken(case, make, variants, results, **row)
         share = seconds / (1 + cuda)
-        times = harness.interleaved(runs, rounds, device=case.device, at_most=share)
+        times = harness.interleaved(runs, rounds, device=case.device, at_most=share, cold=True)
         bounds = {name: bound(case, name, peaks, train=False) for name in runs}
         add_times(results, times, bounds, {}, **row)
 

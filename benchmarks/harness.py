@@ -4,12 +4,14 @@ Ratios are taken between variants of the same run, since machines drift; nothing
 
 On a CUDA device a call is timed by events on its stream. Before each one the L2 cache is
 overwritten and the device is idle, so that launches which the host cannot make in time count.
+On a CPU the caches are overwritten where that is asked for (``cold``).
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+import os
 import platform
 import random
 import statistics
@@ -41,16 +43,17 @@ def interleaved(
     device: str = "cpu",
     at_most: float = math.inf,
     hide_launches: bool = False,
+    cold: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round; every round runs all of them in a random order.
 
     After ``at_most`` seconds no further round begins, save one to warm up and two to time. On a
     CUDA device ``hide_launches`` keeps the device waiting while the host launches, for the time of
-    the kernels alone.
+    the kernels alone. ``cold`` has every call on a CPU find its caches overwritten.
     """
     order, generator = list(variants), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    timed = _cuda_timer(hide_launches) if device.startswith("cuda") else _wall_seconds
+    timed = _cuda_timer(hide_launches) if device.startswith("cuda") else _wall_timer(cold)
     end = time.perf_counter() + at_most
     for done in range(warmup + rounds):
         late = time.perf_counter() > end
@@ -66,10 +69,24 @@ def interleaved(
     return seconds
 
 
-def _wall_seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _wall_timer(cold: bool) -> Callable[[Callable[[], object]], float]:
+    cache = torch.empty(2 * _last_cache_bytes(), dtype=torch.int8) if cold else None
+
+    def seconds(call: Callable[[], object]) -> float:
+        if cache is not None:
+            cache.zero_()
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return seconds
+
+
+def _last_cache_bytes() -> int:
+    """Of the CPU's last cache; 32 MiB where the system does not say."""
+    names = ("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE")
+    known = [os.sysconf(name) for name in names if name in os.sysconf_names]
+    return max((size for size in known if size > 0), default=32 << 20)
 
 
 def _cuda_timer(hide_launches: bool) -> Callable[[Callable[[], object]], float]:

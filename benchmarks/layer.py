@@ -1,12 +1,13 @@
 """One adapted linear: overhead over its frozen base, ours against the official formula.
 
     python -m benchmarks.layer [--dtype float32 bfloat16] [--rounds 40] [--shapes 512,576,1536 ...]
-                               [--device cpu] [--json FILE]
+                               [--device cpu] [--json FILE] [--seconds S]
 
 For each (M, in, out): a training step (forward, backward, gradients dropped, so that packs go
 stale) and a forward without grad (packs cached). ``ratio`` is (ours - frozen) / (official - frozen)
 of the medians; ``gemms`` is the same for the adapter's and base's GEMMs alone, a floor. Ours and
-official are checked to be the same function before they are timed.
+official are checked to be the same function before they are timed. Caches are left as they are: the
+variants take turns in a random order.
 """
 
 from __future__ import annotations
@@ -100,6 +101,7 @@ def compare(
     train: bool,
     device: str = "cpu",
     rows: list[dict] | None = None,
+    at_most: float = math.inf,
 ) -> float:
     """Print one row, add it to ``rows``, and return the overhead ratio."""
     x, grad, modules = layers(shape, dtype, device)
@@ -110,7 +112,7 @@ def compare(
         for name, module in modules.items()
     }
     run["gemms"] = gemms(x, grad, modules["ours"], train)
-    seconds = harness.interleaved(run, rounds, warmup=5, device=device)
+    seconds = harness.interleaved(run, rounds, warmup=5, device=device, at_most=at_most)
     middle = {name: 1e6 * harness.quartiles(values)[1] for name, values in seconds.items()}
     spread = [1e6 * v for v in harness.quartiles(seconds["ours"])]
     ratio = harness.overhead_ratio(seconds, "ours", "official", "frozen")
@@ -146,23 +148,30 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, s)) for s in SHAPES])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all rounds together")
     arguments = parser.parse_args()
     rows: list[dict] = []
     harness.pin_allocator()
+    budget = records.Budget(arguments.seconds)
+    cases = 2 * len(arguments.shapes) * len(arguments.dtype)
     shapes = [tuple(int(n) for n in text.split(",")) for text in arguments.shapes]
     for dtype in arguments.dtype:
         print(f"\n{dtype}, R = {RANK - K + LAYERS * K}, {harness.machine()}")
         print("         (M, in, out)       frozen us  official      ours (quartiles) ratio  gemms")
         for train in (True, False):
             how = (getattr(torch, dtype), arguments.rounds, train, arguments.device, rows)
-            ratios = {shape: compare(shape, *how) for shape in shapes}
+            ratios = {}
+            for shape in shapes:
+                ratios[shape] = compare(shape, *how, budget.share(cases))
+                cases -= 1
             big = [ratio for (M, _, _), ratio in ratios.items() if M >= 512 or not train]
-            if min(big) > 0:
+            if big and min(big) > 0:
                 mean = math.exp(sum(map(math.log, big)) / len(big))
                 which = "M >= 512" if train else "all shapes"
-                print(
-                    f"geometric mean over {which}: {mean:.3f}; largest {max(ratios.values()):.2f}"
-                )
+                largest = max(ratios.values())
+                print(f"geometric mean over {which}: {mean:.3f}; largest {largest:.2f}")
+                summary = {"what": "step" if train else "no grad", "dtype": dtype, "over": which}
+                rows.append({**summary, "geometric_mean": mean, "largest": largest})
     if arguments.json:
         head = records.environment(arguments.device)
         records.write_json(arguments.json, {"machine": head, "rows": rows})

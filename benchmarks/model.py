@@ -1,6 +1,6 @@
 """A training step of a whole SmolLM2-135M: frozen base, PEFT LoRA, the official formula, ours.
 
-    python -m benchmarks.model [--dtype float32 bfloat16] [--rounds 15]
+    python -m benchmarks.model [--dtype float32 bfloat16] [--rounds 15] [--json FILE] [--seconds S]
 
 A step is forward and backward (no optimiser) of batch 2 x 160 tokens with all linear layers
 adapted. The weights are random, of SmolLM2-135M's shapes, which does not change the time. Peak
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import math
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
-from benchmarks import baselines, harness
+from benchmarks import baselines, harness, records
 
 VARIANTS = ("frozen", "peft r=8", "peft r=37", "official", "ours")
 
@@ -112,26 +113,32 @@ def memory(name: str, dtype: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def report(dtype: str, rounds: int) -> None:
+def report(dtype: str, rounds: int, seconds_left: float) -> list[dict]:
+    """Print a table and return its rows; ``seconds_left`` are those for the rounds."""
     base = base_model(getattr(torch, dtype))
     models = {name: build(name, base) for name in VARIANTS}
     print(f"\n{dtype}, {harness.machine()}")
     verify(models)
     steps = {name: stepper(model, tokens()) for name, model in models.items()}
-    seconds = harness.interleaved(steps, rounds)
+    seconds = harness.interleaved(steps, rounds, at_most=seconds_left)
     floor = harness.quartiles(seconds["frozen"])[1]
     print(f"{'variant':10} {'ms':>8} {'quartiles':>17} {'/frozen':>8} {'peak MiB':>9}")
+    rows = []
     for name in VARIANTS:
         low, middle, high = (1e3 * v for v in harness.quartiles(seconds[name]))
+        over, peak = middle / floor / 1e3, memory(name, dtype)
         print(
-            f"{name:10} {middle:8.1f} {f'{low:.1f} - {high:.1f}':>17} {middle / floor / 1e3:8.3f} "
-            f"{memory(name, dtype):9.0f}",
+            f"{name:10} {middle:8.1f} {f'{low:.1f} - {high:.1f}':>17} {over:8.3f} {peak:9.0f}",
             flush=True,
         )
+        row = {"dtype": dtype, "variant": name, "ms": (low, middle, high)}
+        row |= {"rounds": len(seconds[name]), "over_frozen": over, "peak_mib": peak}
+        rows.append(row)
     ratio = harness.overhead_ratio(seconds, "ours", "official", "frozen")
-    rounds = zip(*(seconds[name] for name in ("frozen", "official", "ours")), strict=True)
-    paired = statistics.median((mine - low) / (theirs - low) for low, theirs, mine in rounds)
+    by_round = zip(*(seconds[name] for name in ("frozen", "official", "ours")), strict=True)
+    paired = statistics.median((mine - low) / (theirs - low) for low, theirs, mine in by_round)
     print(f"(ours - frozen) / (official - frozen) = {ratio:.3f}, median by rounds {paired:.3f}")
+    return [*rows, {"dtype": dtype, "ratio": ratio, "median_by_rounds": paired}]
 
 
 def main() -> None:
@@ -139,13 +146,21 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all together")
     arguments = parser.parse_args()
     harness.pin_allocator()
-    for dtype in arguments.dtype:
-        if arguments.peak:
-            peak_of(arguments.peak, getattr(torch, dtype))
-        else:
-            report(dtype, arguments.rounds)
+    if arguments.peak:
+        peak_of(arguments.peak, getattr(torch, arguments.dtype[0]))
+        return
+    budget, rows = records.Budget(arguments.seconds), []
+    for index, dtype in enumerate(arguments.dtype):
+        # About half of the time is for the processes that measure memory.
+        share = budget.share(len(arguments.dtype) - index) / 2
+        rows += report(dtype, arguments.rounds, share)
+        if arguments.json:
+            head = records.environment("cpu")
+            records.write_json(arguments.json, {"machine": head, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -88,11 +88,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A figure with four digits that matter; a dash for what was not measured."""
+    """A figure with four digits that matter, quartiles around it; a dash where there is none."""
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, list | tuple):  # lower quartile, median, upper quartile
+        low, middle, high = map(shown, value)
+        return f"{middle} ({low}-{high})"
     return str(value)
 
 

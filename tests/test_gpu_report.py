@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report, harness, linears, records, shapes
+from benchmarks import gpu_report, harness, linears, records, shapes, staged
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", "benchmarks.gpu_report", "--device", "cpu", "--quick")
@@ -34,8 +34,8 @@ def read(out: Path) -> dict:
     return json.loads((out / "report.json").read_text())
 
 
-def python(code: str, budget: float = 60, **more) -> gpu_report.Stage:
-    return gpu_report.Stage("a stage", (sys.executable, "-c", code), budget, **more)
+def python(code: str, budget: float = 60, **more) -> staged.Stage:
+    return staged.Stage("a stage", (sys.executable, "-c", code), budget, **more)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,8 @@ def test_the_matrix_holds_every_baseline_and_column(whole):
     for row in rows:
         assert row["us_low"] <= row["us"] <= row["us_high"]
         assert row["roofline"] > 0
-        assert row["peak"] is row["kernels"] is None  # not known on a CPU
+        assert row["peak"] > 0
+        assert row["kernels"] is None  # not known on a CPU
 
 
 def test_the_machine_is_named(whole):
@@ -113,7 +114,7 @@ def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path):
         "print(child.pid, flush=True)\n"
         "child.wait()"
     )
-    record = gpu_report.run(python(code), 3.0, tmp_path)
+    record = staged.run(python(code), 3.0, tmp_path)
     assert record["status"] == "out of time"
     child = int(record["tail"])
     for _ in range(100):
@@ -127,12 +128,12 @@ def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path):
 
 def test_rows_of_a_benchmark_that_is_cut_are_kept(tmp_path):
     records.Results(tmp_path / "a.json", "cpu").add(us=1.5)
-    record = gpu_report.run(python("import time; time.sleep(600)", rows="a.json"), 1.0, tmp_path)
+    record = staged.run(python("import time; time.sleep(600)", rows="a.json"), 1.0, tmp_path)
     assert (record["status"], record["rows"]) == ("cut", [{"us": 1.5}])
 
 
 def test_a_program_that_is_not_there_skips_the_stage(tmp_path):
-    record = gpu_report.run(python("", needs="no-such-program"), 5.0, tmp_path)
+    record = staged.run(python("", needs="no-such-program"), 5.0, tmp_path)
     assert (record["status"], record["tail"]) == ("skipped", "no-such-program is not on PATH")
 
 

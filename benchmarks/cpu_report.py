@@ -1,0 +1,88 @@
+"""One command for a CPU: every benchmark, as one JSON, one markdown table and one picture.
+
+    python -m benchmarks.cpu_report --out benchmarks/results [--minutes 14]
+
+Writes DIR/cpu-NAME.json, .md and .png; NAME is the date unless --name gives another. The machine
+should have nothing else to do. Single linears and a whole model come first, as the README shows
+them; then the linears of a decoder layer: steps, growth with L and k, decoding, packing and
+merging of all layers, each operator, where a step goes, and the official formula under
+torch.compile.
+``benchmarks.staged`` says how stages share the time.
+
+The exit status is 0 only if no stage failed. ``--quick`` is the same path with tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import shutil
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from benchmarks import staged
+from benchmarks.staged import MEASURE, PYTHON, Stage
+
+BOTH = ("--dtype", "float32", "bfloat16")
+
+
+def stages(quick: bool, out: Path) -> list[Stage]:
+    """What there is to do, in order; budgets are seconds out of a run of 840."""
+    bench = partial(staged.bench, out, device="cpu", quick=quick)
+
+    def whole(name: str, budget: float, *arguments: str) -> Stage:
+        """Of a module with its own arguments, of the same name as the stage."""
+        given = ("--json", str(out / f"{name}.json"), "--seconds", MEASURE)
+        command = (PYTHON, "-m", f"benchmarks.{name}", *arguments, *given)
+        return Stage(name, command, budget, f"{name}.json")
+
+    few = ("--shapes", "24,32,48", "--rounds", "2") if quick else ("--rounds", "60")
+    found = [whole("layer", 150, *few)]
+    if not quick:  # its model has one size
+        found.append(whole("model", 210, "--rounds", "12"))
+    return [
+        *found,
+        bench("step", "block", 150, "step", *BOTH),
+        bench("growth", "block", 60, "growth"),
+        bench("decode", "block", 40, "decode", *BOTH),
+        bench("all layers", "ops", 50, "model"),
+        bench("one linear", "ops", 40, "one"),
+        staged.profile(out, 30, device="cpu", quick=quick),
+        bench("compiled", "block", 70, "compiled", "--dtype", "float32"),
+    ]
+
+
+def collect(work: Path, out: Path, name: str) -> None:
+    """The report's files under their names, the picture linked from the text."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = (work / "report.md").read_text(encoding="utf-8")
+    if (work / "step.png").exists():
+        shutil.copy(work / "step.png", out / f"{name}.png")
+        text += f"\n## Where a step goes\n\n![parts of a step, stacked]({name}.png)\n"
+    (out / f"{name}.md").write_text(text, encoding="utf-8")
+    shutil.copy(work / "report.json", out / f"{name}.json")
+    print(f"copied to {out / name}.json and .md")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default=datetime.date.today().isoformat())
+    parser.add_argument("--minutes", type=float, default=14, help="for everything together")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: a test of the report")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="leave all others out")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        planned = staged.chosen(stages(given.quick, work), given.only)
+        code = staged.produce(planned, given.minutes, work, "cpu", given.quick)
+        collect(work, given.out, f"cpu-{given.name}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

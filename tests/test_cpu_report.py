@@ -1,0 +1,66 @@
+"""The report for a CPU, run with tiny shapes. No time is judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cpu_report, harness, records
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_it_leaves_json_text_and_a_picture(tmp_path):
+    command = (sys.executable, "-m", "benchmarks.cpu_report", "--quick", "--out", str(tmp_path))
+    done = subprocess.run(
+        [*command, "--name", "here", "--only", "layer", "profile"],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "cpu-here.json").read_text())
+    assert report["complete"]
+    layer, profile = report["stages"]
+    low, middle, high = layer["rows"][0]["ours_us"]
+    assert 0 < low <= middle <= high
+    assert {row["variant"] for row in profile["rows"]} == {"frozen", "official", "ours"}
+    text = (tmp_path / "cpu-here.md").read_text()
+    assert "its times say nothing" in text
+    assert "(cpu-here.png)" in text
+    assert (tmp_path / "cpu-here.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_plan_fits_a_quarter_of_an_hour(tmp_path):
+    planned = cpu_report.stages(False, tmp_path)
+    names = {stage.name for stage in planned}
+    assert {"layer", "model", "step", "growth", "decode", "all layers", "compiled"} < names
+    assert sum(stage.budget for stage in planned) <= 14 * 60
+
+
+def test_an_unknown_stage_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cpu_report", "--out", str(tmp_path), "--only", "nothing"])
+    with pytest.raises(SystemExit, match=r"--only: expected some of .*'layer'.*got .*'nothing'"):
+        cpu_report.main()
+
+
+def test_a_cold_call_finds_the_caches_overwritten(monkeypatch):
+    """Whatever the size of the caches is, as many bytes are written before each call."""
+    written = []
+    monkeypatch.setattr(harness, "_last_cache_bytes", lambda: 1 << 10)
+    zero = harness.torch.Tensor.zero_
+    monkeypatch.setattr(
+        harness.torch.Tensor, "zero_", lambda t: written.append(t.nbytes) or zero(t)
+    )
+    harness.interleaved({"a": lambda: None}, 2, warmup=1, cold=True)
+    assert written == [2 << 10] * 3
+
+
+def test_quartiles_are_shown_around_the_median():
+    assert records.shown([1.0, 2.0, 3.0]) == "2 (1-3)"
