@@ -164,6 +164,7 @@ def main() -> None:
             for shape in shapes:
                 ratios[shape] = compare(shape, *how, budget.share(cases))
                 cases -= 1
+                write(arguments, rows)
             big = [ratio for (M, _, _), ratio in ratios.items() if M >= 512 or not train]
             if big and min(big) > 0:
                 mean = math.exp(sum(map(math.log, big)) / len(big))
@@ -172,6 +173,11 @@ def main() -> None:
                 print(f"geometric mean over {which}: {mean:.3f}; largest {largest:.2f}")
                 summary = {"what": "step" if train else "no grad", "dtype": dtype, "over": which}
                 rows.append({**summary, "geometric_mean": mean, "largest": largest})
+    write(arguments, rows)
+
+
+def write(arguments: argparse.Namespace, rows: list[dict]) -> None:
+    """All rows so far, so that a cut loses none."""
     if arguments.json:
         head = records.environment(arguments.device)
         records.write_json(arguments.json, {"machine": head, "rows": rows})
