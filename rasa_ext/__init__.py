@@ -10,6 +10,7 @@ from rasa_ext.checkpoint import load_adapter, save_adapter
 from rasa_ext.config import RasaConfig
 from rasa_ext.decomposition import Decomposition, decompose
 from rasa_ext.export import export_lora
+from rasa_ext.fitting import fit
 from rasa_ext.merging import (
     delta_weight,
     delta_weights,
@@ -39,6 +40,7 @@ __all__ = [
     "delta_weights",
     "disable_adapter",
     "export_lora",
+    "fit",
     "load_adapter",
     "load_official",
     "merge",

@@ -26,6 +26,7 @@ PUBLIC = {
     "delta_weights",
     "disable_adapter",
     "export_lora",
+    "fit",
     "load_adapter",
     "load_official",
     "merge",

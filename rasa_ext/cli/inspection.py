@@ -23,11 +23,27 @@ def inspect(
     target_modules: Annotated[
         str, typer.Option(help="For a model: as in `rasa-ext finetune`.")
     ] = "all-linear",
+    spectrum: Annotated[
+        bool,
+        typer.Option(
+            "--spectrum",
+            help="For an adapter: its layers' effective ranks and use of the pool instead, with "
+            "pictures.",
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for the pictures of --spectrum. [default: the adapter's]",
+        ),
+    ] = None,
 ) -> None:
     """Show an adapter's config, groups and size; or what an adapter of a model would be."""
     from rasa_ext.train.inspection import is_adapter
 
-    if is_adapter(Path(target)):
+    if spectrum:
+        _show_spectrum(Path(target), Path(target) if output is None else output)
+    elif is_adapter(Path(target)):
         _show_adapter(Path(target))
     else:
         _show_plan(target, rank, k, target_modules)
@@ -66,6 +82,42 @@ def _show_adapter(directory: Path) -> None:
     )
 
 
+def _show_spectrum(directory: Path, output: Path) -> None:
+    from rasa_ext.analysis import analyze_adapter
+    from rasa_ext.train.plots import plot_pool_use, plot_spectra
+
+    groups = analyze_adapter(directory)
+    table = _table(
+        "group", "L", "out x in", "R", "effective rank", "private", "slots used", "||dW||"
+    )
+    for group in groups:
+        layers = group.layers
+        ranks = [layer.effective_rank for layer in layers]
+        slots = group.pool_use.shape[1]
+        table.add_row(
+            group.pattern,
+            str(len(layers)),
+            f"{group.shape[0]} x {group.shape[1]}",
+            str(len(layers[0].singular_values)),
+            f"{_mean(ranks):.1f} ({min(ranks):.1f}-{max(ranks):.1f})",
+            f"{_mean([layer.private_share for layer in layers]):.0%}",
+            f"{_mean([layer.slots_used for layer in layers]):.1f} of {slots}",
+            f"{_mean([layer.norm for layer in layers]):.3g}",
+        )
+    console.print(table)
+    output.mkdir(parents=True, exist_ok=True)
+    plot_spectra(groups, output / "spectrum.png")
+    pictures = [str(output / "spectrum.png")]
+    if any(group.pool_use.numel() for group in groups):
+        plot_pool_use(groups, output / "pool.png")
+        pictures.append(str(output / "pool.png"))
+    console.print(f"Means over layers. Pictures: {', '.join(pictures)}", markup=False)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
 def _show_plan(name: str, rank: int, k: int | None, target_modules: str) -> None:
     from rasa_ext import patch_model, summary
     from rasa_ext.train.model_loading import load_skeleton
@@ -89,7 +141,8 @@ def _show_plan(name: str, rank: int, k: int | None, target_modules: str) -> None
 
 
 def _table(first: str, *numbers: str) -> Table:
-    table = Table(first, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, overflow="fold")
     for name in numbers:
         table.add_column(name, justify="right")
     return table

@@ -1,4 +1,4 @@
-"""The picture of a run: its loss over steps."""
+"""Pictures: the loss of a run, and what an adapter does to each layer."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from rasa_ext.analysis import GroupAnalysis
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -18,8 +22,7 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     steps = [row["step"] for row in rows if "loss" in row]
     losses = [row["loss"] for row in rows if "loss" in row]
     held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)  # no display, and nothing global as pyplot would leave
+    figure = new_figure(7, 4)
     axes = figure.add_subplot()
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
     axes.plot(
@@ -35,6 +38,49 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)
+
+
+def plot_spectra(groups: Sequence[GroupAnalysis], path: Path) -> None:
+    """Draw every layer's singular values into a PNG, a panel per group, early layers dark."""
+    figure, panels = panels_for(len(groups))
+    for axes, group in zip(panels, groups, strict=True):
+        for i, layer in enumerate(group.layers):
+            color = colormaps["viridis"](i / max(len(group.layers) - 1, 1))
+            values = layer.singular_values.numpy()
+            axes.semilogy(range(1, len(values) + 1), values, color=color, linewidth=0.8)
+        mean = sum(layer.effective_rank for layer in group.layers) / len(group.layers)
+        axes.set_title(f"{group.pattern}\neffective rank {mean:.1f}", fontsize=8)
+        axes.set(xlabel="component", ylabel="singular value of dW")
+    figure.savefig(path)
+
+
+def plot_pool_use(groups: Sequence[GroupAnalysis], path: Path) -> None:
+    """Draw |d| of layers x slots into a PNG, a heat map per group: who uses whose rank."""
+    groups = [group for group in groups if group.pool_use.numel()]
+    figure, panels = panels_for(len(groups))
+    for axes, group in zip(panels, groups, strict=True):
+        use = group.pool_use.numpy()
+        image = axes.imshow(use, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
+        private = sum(layer.private_share for layer in group.layers) / len(group.layers)
+        axes.set_title(f"{group.pattern}\n{private:.0%} private", fontsize=8)
+        axes.set(xlabel="slot of the pool", ylabel="layer")
+        figure.colorbar(image, ax=axes)
+    figure.savefig(path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure without a display, and without anything global as pyplot would leave."""
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def panels_for(count: int) -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` panels, up to four in a row."""
+    columns = min(max(count, 1), 4)
+    rows = max(-(-count // columns), 1)
+    figure = new_figure(3.6 * columns, 3 * rows)
+    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:

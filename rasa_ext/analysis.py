@@ -1,0 +1,161 @@
+"""What an adapter does to each layer: effective ranks, and who uses whose rank of the pool.
+
+Everything comes from the factors, by the QR of each: no (out, in) matrix is formed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.files import PREFIX, WEIGHTS, read_config, read_tensors
+from rasa_ext.record import rasa_layers, record_of
+from rasa_ext.targets import pattern
+
+_Factors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]
+"""A, pool A, B, pool B, d: as ``RasaLinear.adapter()`` gives them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerAnalysis:
+    """One layer's change dW = [B | B_pool] diag(d) [A ; A_pool]."""
+
+    name: str
+    singular_values: Tensor
+    """(min(R, in, out),) float64, falling."""
+    effective_rank: float
+    """exp of the entropy of the singular values over their sum (Roy and Vetterli, 2007); 0 for
+    no change."""
+    private_share: float
+    """||private part||^2 / (||private part||^2 + ||pooled part||^2)."""
+    pool_use: Tensor
+    """(L*k,) float64: |d_j| times the lengths of the slot's two vectors, that is, the norm of what
+    the slot adds to this layer, and |d_j| itself where those lengths are one."""
+
+    @property
+    def norm(self) -> float:
+        """||dW||."""
+        return self.singular_values.norm().item()
+
+    @property
+    def slots_used(self) -> float:
+        """exp of the entropy of the squared pool use: how many slots carry this layer's part."""
+        return _entropy_rank(self.pool_use.square())
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupAnalysis:
+    """The layers that share a pool, in the order of the model."""
+
+    pattern: str
+    shape: tuple[int, int]
+    """(out, in)"""
+    layers: tuple[LayerAnalysis, ...]
+
+    @property
+    def pool_use(self) -> Tensor:
+        """(L, L*k): every layer's use of every slot."""
+        return torch.stack([layer.pool_use for layer in self.layers])
+
+
+def analyze(model: nn.Module) -> list[GroupAnalysis]:
+    """Analyze the adapter of a patched model. Raises ValueError for an unpatched one."""
+    plan, layers = record_of(model).plan, dict(rasa_layers(model))
+    return [
+        GroupAnalysis(
+            group.pattern,
+            group.shape,
+            tuple(_analyze_layer(name, layers[name].adapter()) for name in group.names),
+        )
+        for group in plan.groups
+    ]
+
+
+def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
+    """Analyze what ``save_adapter`` wrote; no base model is needed.
+
+    Raises FileNotFoundError or ValueError where it is not a RaSA adapter of this package.
+    """
+    read_config(directory)
+    tensors = read_tensors(Path(directory) / WEIGHTS)
+    keys = [key.removesuffix(".rasa_A") for key in tensors if key.endswith(".rasa_A")]
+    if not keys:
+        raise ValueError(
+            f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no rasa_A "
+            "in its weights; import other formats first."
+        )
+    groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
+    for key in sorted(keys, key=_in_model_order):
+        shape = tensors[f"{key}.rasa_B"].shape[0], tensors[f"{key}.rasa_A"].shape[1]
+        groups.setdefault((pattern(key.removeprefix(PREFIX)), shape), []).append(key)
+    return [
+        GroupAnalysis(
+            kind,
+            shape,
+            tuple(
+                _analyze_layer(key.removeprefix(PREFIX), _factors(tensors, key, members))
+                for key in members
+            ),
+        )
+        for (kind, shape), members in groups.items()
+    ]
+
+
+def _factors(tensors: Mapping[str, Tensor], key: str, members: list[str]) -> _Factors:
+    """A layer's tensors; its group's pool stands under one of the members."""
+    owner = next((m for m in members if f"{m}.rasa_pool_A" in tensors), None)
+    A_pool = None if owner is None else tensors[f"{owner}.rasa_pool_A"]
+    B_pool = None if owner is None else tensors[f"{owner}.rasa_pool_B"]
+    return (
+        tensors[f"{key}.rasa_A"],
+        A_pool,
+        tensors[f"{key}.rasa_B"],
+        B_pool,
+        tensors[f"{key}.rasa_d"],
+    )
+
+
+@torch.no_grad()
+def _analyze_layer(name: str, factors: _Factors) -> LayerAnalysis:
+    A, A_pool, B, B_pool, d = (None if t is None else t.double() for t in factors)
+    own = A.shape[0]
+    private = _singular_values(B * d[:own], A).square().sum().item()
+    if A_pool is None:
+        return _result(name, _singular_values(B * d, A), private, 0.0, d.new_zeros(0))
+    use = d[own:].abs() * A_pool.norm(dim=1) * B_pool.norm(dim=0)
+    pooled = _singular_values(B_pool * d[own:], A_pool).square().sum().item()
+    whole = _singular_values(torch.cat([B, B_pool], 1) * d, torch.cat([A, A_pool]))
+    return _result(name, whole, private, pooled, use)
+
+
+def _result(name: str, S: Tensor, private: float, pooled: float, use: Tensor) -> LayerAnalysis:
+    share = private / (private + pooled) if private + pooled else 0.0
+    return LayerAnalysis(name, S.cpu(), _entropy_rank(S), share, use.cpu())
+
+
+def _singular_values(left: Tensor, right: Tensor) -> Tensor:
+    """Those of left (out, n) times right (n, in)."""
+    R, T = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.t(), mode="r").R
+    return torch.linalg.svdvals(R @ T.t())
+
+
+def _entropy_rank(values: Tensor) -> float:
+    """exp of the entropy of values >= 0 over their sum; 0 where there are none."""
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    p = values / total
+    return math.exp(-torch.special.xlogy(p, p).sum().item())
+
+
+def _in_model_order(name: str) -> list[tuple[int, str]]:
+    """A key under which layer 10 comes after layer 9."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

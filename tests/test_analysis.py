@@ -1,0 +1,127 @@
+"""Spectra and use of the pool, against the dense weight change and by hand."""
+
+from __future__ import annotations
+
+import math
+
+import oracle
+import pytest
+import torch
+from common import adapters, patched
+from typer.testing import CliRunner
+from zoo import FAMILIES, LLAMA, ids
+
+import rasa_ext
+from rasa_ext.analysis import analyze, analyze_adapter
+from rasa_ext.cli.app import app
+
+WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
+
+
+@pytest.mark.parametrize("k", [0, 1, 4])
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+def test_agrees_with_the_dense_changes(entry, k, tmp_path):
+    model = patched(entry.build(), 4, k)
+    rasa_ext.save_adapter(model, tmp_path)
+    found = adapters(model)
+    groups = analyze(model)
+    assert [layer.name for g in groups for layer in g.layers if g.pattern] != []
+    assert {layer.name for g in groups for layer in g.layers} == set(found)
+    for group in groups:
+        for i, layer in enumerate(group.layers):
+            adapter = found[layer.name]
+            down, up, d = adapter.stacked()
+            change = oracle.delta(adapter)
+            assert group.shape == tuple(change.shape)
+            S = torch.linalg.svdvals(change)[: len(layer.singular_values)]
+            assert len(S) == min(len(d), *change.shape)
+            torch.testing.assert_close(layer.singular_values, S)
+            assert layer.norm == pytest.approx(change.norm().item())
+            p = S / S.sum()
+            p = p[p > 0]
+            assert layer.effective_rank == pytest.approx(math.exp(-(p * p.log()).sum().item()))
+            own = adapter.A.shape[0]
+            private = ((up[:, :own] * d[:own]) @ down[:own]).square().sum()
+            pooled = ((up[:, own:] * d[own:]) @ down[own:]).square().sum()
+            assert layer.private_share == pytest.approx((private / (private + pooled)).item())
+            one_by_one = [(up[:, [j]] * d[j] @ down[[j]]).norm().item() for j in range(own, len(d))]
+            assert layer.pool_use.tolist() == pytest.approx(one_by_one)
+            assert group.pool_use[i].tolist() == layer.pool_use.tolist()
+    of_file = {layer.name: layer for g in analyze_adapter(tmp_path) for layer in g.layers}
+    for layer in (layer for g in groups for layer in g.layers):
+        assert torch.equal(of_file[layer.name].singular_values, layer.singular_values)
+        assert torch.equal(of_file[layer.name].pool_use, layer.pool_use)
+
+
+def test_layers_of_a_file_stand_in_the_models_order(tmp_path):
+    layers = [torch.nn.Linear(3, 3) for _ in range(12)]
+    model = patched(torch.nn.Sequential(*layers), 2, 1)
+    rasa_ext.save_adapter(model, tmp_path)
+    (group,) = analyze_adapter(tmp_path)
+    assert [layer.name for layer in group.layers] == [str(i) for i in range(12)]
+    assert torch.equal(group.pool_use, analyze(model)[0].pool_use)
+
+
+def test_effective_rank_and_slots_by_hand():
+    model = rasa_ext.patch_model(
+        torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(2)]), 3, 1
+    )
+    one, two = model
+    with torch.no_grad():
+        for layer in model:
+            layer.A.copy_(torch.eye(6)[:2])
+            layer.B.copy_(torch.eye(6)[:, :2])
+        one.pool.A.copy_(2 * torch.eye(6)[2:4])
+        one.pool.B.copy_(torch.eye(6)[:, 2:4])
+        one.d.copy_(torch.tensor([1.0, 1.0, 0.5, -0.5]))
+        two.d.copy_(torch.tensor([0.0, 0.0, 3.0, 0.0]))
+    (group,) = analyze(model)
+    first, second = group.layers
+    assert first.effective_rank == pytest.approx(4)
+    assert first.private_share == pytest.approx(0.5)
+    assert first.slots_used == pytest.approx(2)
+    assert second.effective_rank == pytest.approx(1)
+    assert second.private_share == 0
+    assert second.slots_used == pytest.approx(1)
+    assert group.pool_use.tolist() == [[1.0, 1.0], [6.0, 0.0]]
+
+
+def test_an_untrained_adapter_has_rank_zero():
+    for layer in analyze(rasa_ext.patch_model(LLAMA.build(), 4, 1))[0].layers:
+        assert (layer.effective_rank, layer.private_share, layer.slots_used) == (0, 0, 0)
+        assert layer.norm == 0
+
+
+def test_no_out_x_in_matrix_is_formed(monkeypatch):
+    base = torch.nn.Sequential(*[torch.nn.Linear(300, 400) for _ in range(2)])
+    model = patched(base, 3, 1)
+    shapes = []
+    svdvals = torch.linalg.svdvals
+    monkeypatch.setattr(torch.linalg, "svdvals", lambda t: shapes.append(t.shape) or svdvals(t))
+    analyze(model)
+    assert shapes
+    assert max(max(shape) for shape in shapes) <= 4
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_the_command_prints_a_table_and_writes_pictures(k, tmp_path):
+    rasa_ext.save_adapter(patched(LLAMA.build(), 4, k), tmp_path / "a")
+    result = CliRunner().invoke(app, ["inspect", "--spectrum", str(tmp_path / "a")], env=WIDE)
+    assert result.exit_code == 0, result.output
+    assert "model.layers.*.self_attn.q_proj" in result.output
+    assert f"of {3 * k}" in result.output
+    assert (tmp_path / "a" / "spectrum.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a" / "pool.png").exists() == (k > 0)
+    words = ["inspect", str(tmp_path / "a"), "--spectrum", "--output", str(tmp_path / "pictures")]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert (tmp_path / "pictures" / "spectrum.png").exists()
+
+
+def test_what_is_not_an_adapter(tmp_path):
+    result = CliRunner().invoke(app, ["inspect", "--spectrum", str(tmp_path)])
+    assert result.exit_code == 1
+    rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
+    with pytest.raises(ValueError, match="expected an adapter that"):
+        analyze_adapter(tmp_path)
+    with pytest.raises(ValueError, match="unpatched"):
+        analyze(LLAMA.build())
