@@ -3,6 +3,7 @@
     pack(A, A_pool, B, B_pool, d)   -> Ap (R, in), Bt (out, R)
     rasa_linear(x, W, bias, ...)    -> x W^T + bias + (x Ap^T) Bt^T
     rasa_add(y, x, ...)             -> y + (x Ap^T) Bt^T
+    rasa_siblings(x, Ws, ...)       -> rasa_linear of every layer that reads the same x
 
 Saved for the backward are x, U = x Ap^T and the parameters themselves: the pack is made again
 there, in weight space, so that no copy of the concatenated weights outlives a forward. All
@@ -12,6 +13,8 @@ Everything that is RaSA's own is in ``pack``; the linear knows only Ap and Bt.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -74,6 +77,66 @@ class _RasaAdd(torch.autograd.Function):
         return grad if need_y else None, dx, *grads, None
 
 
+class _RasaSiblings(torch.autograd.Function):
+    """``tensors`` are n weights, n biases, and n of each of A, A_pool, B, B_pool and d."""
+
+    @staticmethod
+    def forward(ctx, x, multiple, *tensors):
+        n = len(tensors) // 7
+        weights, biases, adapters = tensors[:n], tensors[n : 2 * n], tensors[2 * n :]
+        Ap, Bt, d = _packed_siblings(x, adapters, n, multiple)
+        y, U = ops.siblings_linear(rows(x), weights, given(biases), Ap, Bt, d)
+        ctx.save_for_backward(x, U, *weights, *adapters)
+        ctx.multiple = multiple
+        return tuple(shaped_like(t, x) for t in y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, U, *tensors = ctx.saved_tensors
+        n = len(grads)
+        weights, adapters = tensors[:n], tensors[n:]
+        need_x, _, *need = ctx.needs_input_grad
+        Ap, Bt, d = _packed_siblings(x, adapters, n, ctx.multiple)
+        grads = [rows(grad) for grad in grads]
+        dx, dAp, dBt, dd = ops.siblings_linear_backward(
+            grads, rows(x), weights, U, Ap, Bt, d, need_x, any(need)
+        )
+        dx = dx.view(x.shape) if need_x else None
+        if not any(need):
+            return dx, *(None,) * (1 + 7 * n)
+        own = []
+        for i, (low, up) in enumerate(zip(_rows_of(dAp, Bt), dBt, strict=True)):
+            in_linear = None if d is None else dd[sum(t.shape[1] for t in Bt[:i]) :]
+            own.append(_adapter_grads(low, up, adapters[i::n], in_linear))
+        by_name = (grad for kind in zip(*own, strict=True) for grad in kind)
+        return dx, None, *(None,) * (2 * n), *by_name
+
+
+def _rows_of(dAp: Tensor, Bt: list[Tensor]) -> tuple[Tensor, ...]:
+    """Each sibling's rows of dAp (Rp, in)."""
+    return dAp.split([up.shape[1] for up in Bt])
+
+
+def _packed_siblings(x, adapters, n, multiple):
+    """Ap of all, Bt of each in x's dtype, and the padded diagonals where they are not in them."""
+    A, A_pool, B, B_pool, d = (adapters[i * n : (i + 1) * n] for i in range(5))
+    A_pool, B_pool = given(A_pool), given(B_pool)
+    if ops.diagonal_in_pack(x.device.type):
+        return *ops.pack_siblings(A, A_pool, B, B_pool, d, x.dtype, multiple), None
+    Ap, Bt = ops.pack_siblings(A, A_pool, B, B_pool, [], x.dtype, multiple)
+    fills = [up.shape[1] - own.shape[0] for up, own in zip(Bt, d, strict=True)]
+    if any(fills):
+        d = [torch.constant_pad_nd(own, (0, fill)) for own, fill in zip(d, fills, strict=True)]
+    return Ap, Bt, torch.cat(d)
+
+
+def given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """For an operator's list: nothing where nobody has one, else one without elements for None."""
+    some = next((t for t in tensors if t is not None), None)
+    return [] if some is None else [some.new_empty(0) if t is None else t for t in tensors]
+
+
 def rows(x: Tensor) -> Tensor:
     """x (..., n) as (M, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -107,13 +170,19 @@ def _low_rank_backward(grad, x, U, weight, adapter, multiple, need_x, need_adapt
     dx = dx.view(x.shape) if need_x else None
     if not need_adapter:
         return dx, (None,) * 5
-    in_pack = d if rest is None else None
+    return dx, _adapter_grads(dAp, dBt, adapter, None if rest is None else dd_rest)
+
+
+def _adapter_grads(dAp, dBt, adapter, dd_linear):
+    """Gradients of A, A_pool, B, B_pool, d; ``dd_linear`` begins with d's if the linear had d."""
+    _, A_pool, B, B_pool, d = adapter
+    in_pack = d if dd_linear is None else None
     dA, dA_pool, dB, dB_pool, dd = ops.pack_backward(dAp, dBt, B, B_pool, in_pack)
-    if rest is not None:
-        dd = dd_rest[: d.shape[0]].to(d.dtype)
+    if dd_linear is not None:
+        dd = dd_linear[: d.shape[0]].to(d.dtype)
     if A_pool is None:
         dA_pool = dB_pool = None
-    return dx, (dA, dA_pool, dB, dB_pool, dd)
+    return dA, dA_pool, dB, dB_pool, dd
 
 
 def pack(
@@ -153,6 +222,24 @@ def rasa_linear(
     ``pack``. Differentiable in x and in the adapter.
     """
     return _RasaLinear.apply(x, weight, bias, A, A_pool, B, B_pool, d, multiple)
+
+
+def rasa_siblings(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    adapters: Sequence[tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]],
+    multiple: int = 1,
+) -> tuple[Tensor, ...]:
+    """``rasa_linear`` of n layers that read the same x, with one down-projection for all.
+
+    One ``(A, A_pool, B, B_pool, d)`` a layer, of any ranks and output widths; either every layer
+    has a pool or none has. In the backward the layers' gradients with respect to x add up inside
+    the products. Differentiable in x and in the adapters.
+    """
+    return _RasaSiblings.apply(
+        x, multiple, *weights, *biases, *(t for kind in zip(*adapters, strict=True) for t in kind)
+    )
 
 
 def rasa_add(

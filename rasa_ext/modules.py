@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import functional, ops
+from rasa_ext import functional, ops, siblings
 from rasa_ext.config import RasaConfig
+from rasa_ext.pack_cache import PackCache
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -72,7 +73,9 @@ class RasaLinear(nn.Module):
     reference, which follows through ``copy.deepcopy`` and ``torch.save``.
 
     Without grad the pack is cached, keyed by the parameters' versions. Writing through ``.data`` is
-    invisible to that key: call ``repack()`` after it (``train()`` and ``eval()`` do as well).
+    invisible to that key: call ``repack()`` after it (``train()`` and ``eval()`` forget it, too).
+
+    ``siblings``, where not None, is shared with the layers that may read the same inputs.
     """
 
     def __init__(
@@ -101,7 +104,8 @@ class RasaLinear(nn.Module):
         self.dropout = config.dropout
         self.disabled = False
         self.merged_base: Tensor | None = None
-        self._cache: tuple[Any, list[Tensor], tuple[Tensor, Tensor]] | None = None
+        self.siblings: siblings.Siblings | None = None
+        self._cache = PackCache()
         self.train(base_layer.training)
 
     @property
@@ -129,6 +133,10 @@ class RasaLinear(nn.Module):
         """Whether the adapter is folded into the base's weight at present."""
         return self.merged_base is not None
 
+    def versions(self) -> tuple[int, ...]:
+        """How often A, B and d were written to."""
+        return tuple(_parameter(self, name)._version for name in ("A", "B", "d"))
+
     def adapter(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
         """``(A, A_pool, B, B_pool, d)``, all on this layer's device."""
         pool = self.pool
@@ -148,13 +156,16 @@ class RasaLinear(nn.Module):
         adapter = self.adapter()
         with_grad = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(adapter))
         if with_grad:
-            self._cache = None
-        if args or kwargs or (self.training and self.dropout > 0):
+            self._forget_pack()
+        dtype = _compute_dtype(x)
+        part = None if args or kwargs else self.part(dtype, adapter)
+        if part is None:
             return self._over_base(x, adapter, with_grad, args, kwargs)
-        base, dtype = self._modules["base_layer"], _compute_dtype(x)
-        if not is_plain_gemm(base, dtype):
-            return self._over_base(x, adapter, with_grad, args, kwargs)
-        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        if self.siblings is not None and siblings.wanted(x):
+            y = self.siblings.output(self, part, x, dtype, with_grad)
+            if y is not None:
+                return y
+        weight, bias, _ = part
         if self.transposed:
             weight = weight.t()
         if x.dtype != dtype:
@@ -165,6 +176,19 @@ class RasaLinear(nn.Module):
         packed = self._packed(adapter, dtype, multiple)
         y, _ = ops.low_rank_linear(functional.rows(x), weight, bias, *packed)
         return functional.shaped_like(y, x)
+
+    def part(self, dtype: torch.dtype, adapter: tuple | None = None) -> siblings.Part | None:
+        """The layer as one GEMM in ``dtype`` with an adapter, or None where it is more than that.
+
+        ``adapter``, where given, is ``adapter()``.
+        """
+        if self.merged_base is not None or self.disabled or (self.training and self.dropout > 0):
+            return None
+        base = self._modules["base_layer"]
+        if not is_plain_gemm(base, dtype):
+            return None
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
+        return siblings.Part(weight, bias, self.adapter() if adapter is None else adapter)
 
     def _over_base(
         self, x: Tensor, adapter: tuple, with_grad: bool, args: tuple, kwargs: dict
@@ -191,31 +215,40 @@ class RasaLinear(nn.Module):
     @torch.no_grad()
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Ap (R, in) and Bt (out, R) in ``dtype``, unpadded and without grad: dW = Bt Ap."""
-        return ops.pack(*self.adapter(), dtype, 1)
+        return self._pack(dtype, 1)
 
     def repack(self) -> None:
-        """Forget the cached pack."""
-        self._cache = None
+        """Forget the cached pack, and fill again what captured CUDA graphs read of it."""
+        self._cache.refresh(self._pack)
+        if self.siblings is not None:
+            self.siblings.repack()
 
     def train(self, mode: bool = True) -> RasaLinear:
         """Switch the mode and forget the cached pack."""
-        self._cache = None
+        self._cache.drop()
+        if self.siblings is not None:
+            self.siblings.forget()
         return super().train(mode)
+
+    def drop_pack(self) -> None:
+        """Forget the cached pack of this layer alone."""
+        self._cache.drop()
+
+    def _forget_pack(self) -> None:
+        self._cache.drop()
+        if self.siblings is not None:
+            self.siblings.drop_pack()
+
+    @torch.no_grad()
+    def _pack(self, dtype: torch.dtype, multiple: int) -> tuple[Tensor, Tensor]:
+        return ops.pack(*self.adapter(), dtype, multiple)
 
     def _packed(self, adapter: tuple, dtype: torch.dtype, multiple: int) -> tuple[Tensor, Tensor]:
         """Ap, Bt without grad: from the cache while no parameter has changed."""
         tensors = [t for t in adapter if t is not None]
         if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
             return ops.pack(*adapter, dtype, multiple)
-        key = (dtype, multiple, *((id(t), t._version, t.data_ptr(), t.device) for t in tensors))
-        if self._cache is None or self._cache[0] != key:
-            with torch.no_grad():
-                # Keeping the tensors alive keeps another one from taking over an id of the key.
-                self._cache = (key, tensors, ops.pack(*adapter, dtype, multiple))
-        return self._cache[2]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return self._cache.get(tensors, dtype, multiple, self._pack)
 
     def extra_repr(self) -> str:
         """Widths and ranks."""

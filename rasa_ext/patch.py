@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rasa_ext.config import ALL_LINEAR, RasaConfig
 from rasa_ext.modules import RasaLinear, RasaPool
 from rasa_ext.record import Record, rasa_layers, record_of, set_record, unwrap
+from rasa_ext.siblings import Siblings
 from rasa_ext.targets import Plan, make_plan, places
 
 
@@ -111,6 +112,7 @@ def apply_plan(model: nn.Module, config: RasaConfig, plan: Plan) -> None:
     model.requires_grad_(False)
     for parent, key in places(model, wrapped):
         parent._modules[key] = wrapped[parent._modules[key]]
+    _introduce_siblings(model)
     for layer in wrapped.values():
         for parameter in (layer.A, layer.B, layer.d):
             parameter.requires_grad_(True)
@@ -121,6 +123,20 @@ def apply_plan(model: nn.Module, config: RasaConfig, plan: Plan) -> None:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     set_record(model, record)
+
+
+def _introduce_siblings(model: nn.Module) -> None:
+    """Let the layers of one parent that read inputs of one width find out who reads the same."""
+    for parent in model.modules():
+        by_width: dict[int, list[RasaLinear]] = {}
+        for child in dict.fromkeys(parent.children()):
+            if isinstance(child, RasaLinear):
+                by_width.setdefault(child.in_features, []).append(child)
+        for layers in by_width.values():
+            if len(layers) > 1:
+                together = Siblings()
+                for layer in layers:
+                    layer.siblings = together
 
 
 def remove_layers(model: nn.Module) -> nn.Module:

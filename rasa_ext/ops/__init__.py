@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from rasa_ext.ops import fake, reference
-from rasa_ext.ops.heuristics import diagonal_in_pack, rank_multiple
+from rasa_ext.ops.heuristics import diagonal_in_pack, rank_multiple, share_siblings
 from rasa_ext.ops.library import COMPILED, cuda_status
 from rasa_ext.ops.schemas import LIBRARY, SCHEMAS, accumulation_dtype
 
@@ -55,6 +55,9 @@ pack_backward = _entry("pack_backward")
 low_rank_linear = _entry("low_rank_linear")
 low_rank_add = _entry("low_rank_add")
 low_rank_linear_backward = _entry("low_rank_linear_backward")
+pack_siblings = _entry("pack_siblings")
+siblings_linear = _entry("siblings_linear")
+siblings_linear_backward = _entry("siblings_linear_backward")
 pack_layers = _entry("pack_layers")
 pack_layers_backward = _entry("pack_layers_backward")
 delta_layers = _entry("delta_layers")
@@ -67,4 +70,5 @@ __all__ = [
     "cuda_status",
     "diagonal_in_pack",
     "rank_multiple",
+    "share_siblings",
 ]

@@ -80,6 +80,60 @@ def low_rank_linear_backward(
     return dx, dAp, x.new_empty((Bt.shape[1], Bt.shape[0]), dtype=wide).t(), dd
 
 
+def pack_siblings(
+    A: list[Tensor],
+    A_pool: list[Tensor],
+    B: list[Tensor],
+    B_pool: list[Tensor],
+    d: list[Tensor],
+    dtype: torch.dtype,
+    multiple: int = 1,
+) -> tuple[Tensor, list[Tensor]]:
+    """Ap (Rp, in) of all, Bt (out_i, Rp_i) of each."""
+    widths = [padded(a.shape[0], multiple) for a in A]
+    if A_pool:
+        ranks = (a.shape[0] + pool.shape[0] for a, pool in zip(A, A_pool, strict=True))
+        widths = [padded(rank, multiple) for rank in ranks]
+    Ap = A[0].new_empty((sum(widths), A[0].shape[1]), dtype=dtype)
+    Bt = [b.new_empty((b.shape[0], width), dtype=dtype) for b, width in zip(B, widths, strict=True)]
+    return Ap, Bt
+
+
+def siblings_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    Ap: Tensor,
+    Bt: list[Tensor],
+    d: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Y (M, out_i) of each, U (M, Rp)."""
+    y = [x.new_empty((x.shape[0], weight.shape[0])) for weight in weights]
+    return y, x.new_empty((x.shape[0], Ap.shape[0]))
+
+
+def siblings_linear_backward(
+    grads: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    U: Tensor,
+    Ap: Tensor,
+    Bt: list[Tensor],
+    d: Tensor | None,
+    need_x: bool,
+    need_adapter: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """dX (M, in), dAp (Rp, in), dBt (out_i, Rp_i) column-major, dd (Rp,); as the single one."""
+    wide = accumulation_dtype(x.dtype)
+    dx = x.new_empty(x.shape if need_x else (0,))
+    dd = x.new_empty(Ap.shape[:1] if need_adapter and d is not None else (0,), dtype=wide)
+    if not need_adapter:
+        return dx, x.new_empty((0,), dtype=wide), [], dd
+    dAp = x.new_empty((Ap.shape[0], x.shape[1]), dtype=wide)
+    dBt = [x.new_empty((up.shape[1], up.shape[0]), dtype=wide).t() for up in Bt]
+    return dx, dAp, dBt, dd
+
+
 def pack_layers(
     A: list[Tensor],
     A_pool: Tensor | None,

@@ -31,12 +31,16 @@ def pack(
     if fill:
         rows.append(A.new_zeros((fill, A.shape[1])))
         columns.append(B.new_zeros((B.shape[0], fill)))
-    Ap, Bt = torch.cat(rows).to(dtype), torch.cat(columns, 1)
+    return torch.cat(rows).to(dtype), _scaled(torch.cat(columns, 1), d, fill, dtype)
+
+
+def _scaled(Bt: Tensor, d: Tensor | None, fill: int, dtype: torch.dtype) -> Tensor:
+    """Bt diag(d), which the caller gives up, in ``dtype``; the last ``fill`` columns are a pad."""
     if d is not None:
         # In the wider of the two dtypes, so that the product is rounded once.
-        Bt = Bt.to(torch.promote_types(B.dtype, dtype))
+        Bt = Bt.to(torch.promote_types(Bt.dtype, dtype))
         Bt *= torch.nn.functional.pad(d, (0, fill)) if fill else d
-    return Ap, Bt.to(dtype)
+    return Bt.to(dtype)
 
 
 def pack_backward(
@@ -129,6 +133,105 @@ def low_rank_linear_backward(
         grad.new_empty(0, dtype=wide) if dBt is None else dBt,
         grad.new_empty(0, dtype=wide) if dd is None else dd,
     )
+
+
+def pack_siblings(
+    A: list[Tensor],
+    A_pool: list[Tensor],
+    B: list[Tensor],
+    B_pool: list[Tensor],
+    d: list[Tensor],
+    dtype: torch.dtype,
+    multiple: int = 1,
+) -> tuple[Tensor, list[Tensor]]:
+    """[A_1 ; A_pool_1 ; A_2 ; ...] with each one's pad, and every [B_i | B_pool_i] diag(d_i)."""
+    rows, ups = [], []
+    for i, (down, up) in enumerate(zip(A, B, strict=True)):
+        rows.append(down)
+        columns, rank = [up], down.shape[0]
+        if A_pool:
+            rows.append(A_pool[i])
+            columns.append(B_pool[i])
+            rank += A_pool[i].shape[0]
+        fill = -rank % multiple
+        if fill:
+            rows.append(down.new_zeros((fill, down.shape[1])))
+            columns.append(up.new_zeros((up.shape[0], fill)))
+        ups.append(_scaled(torch.cat(columns, 1), d[i] if d else None, fill, dtype))
+    return torch.cat(rows).to(dtype), ups
+
+
+def siblings_linear(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    Ap: Tensor,
+    Bt: list[Tensor],
+    d: Tensor | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """U = X Ap^T once; Y_i = X W_i^T + bias_i + U_i diag(d_i) Bt_i^T."""
+    U = torch.mm(x, Ap.t())
+    scaled = U if d is None else U * d.to(U.dtype)
+    first = adapter_first(x.device.type, x.dtype)
+    y = []
+    for i, (weight, up, u) in enumerate(zip(weights, Bt, _columns(scaled, Bt), strict=True)):
+        bias = biases[i] if biases and biases[i].numel() else None
+        if first:
+            out = torch.mm(u, up.t()) if bias is None else torch.addmm(bias, u, up.t())
+            y.append(out.addmm_(x, weight.t()))
+        else:
+            out = torch.nn.functional.linear(x, weight, bias)
+            y.append(out.addmm_(u, up.t()))
+    return y, U
+
+
+def siblings_linear_backward(
+    grads: list[Tensor],
+    x: Tensor,
+    weights: list[Tensor],
+    U: Tensor,
+    Ap: Tensor,
+    Bt: list[Tensor],
+    d: Tensor | None,
+    need_x: bool,
+    need_adapter: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor]:
+    """H_i = G_i Bt_i diag(d_i) side by side; dX = sum_i G_i W_i + H Ap, dAp = H^T X."""
+    wide = accumulation_dtype(x.dtype)
+    dx = dAp = dd = None
+    dBt = []
+    H = torch.empty_like(U)
+    for grad, up, h in zip(grads, Bt, _columns(H, Bt), strict=True):
+        torch.mm(grad, up, out=h)
+    if d is not None:
+        if need_adapter:
+            dd = (U * H).sum(0, dtype=wide)
+        d = d.to(H.dtype)
+        H.mul_(d)
+    if need_x:
+        # Every product adds to the sum of those before it: no pass over dX of its own.
+        first = adapter_first(x.device.type, x.dtype)
+        dx = torch.mm(H, Ap) if first else torch.mm(grads[0], weights[0])
+        for grad, weight in zip(grads[not first :], weights[not first :], strict=True):
+            dx.addmm_(grad, weight)
+        if not first:
+            dx.addmm_(H, Ap)
+    if need_adapter:
+        dAp = torch.mm(H.t(), x).to(wide)
+        scaled = U if d is None else U * d
+        for grad, u in zip(grads, _columns(scaled, Bt), strict=True):
+            dBt.append(torch.mm(u.t(), grad).to(wide).t())
+    return (
+        x.new_empty(0) if dx is None else dx,
+        x.new_empty(0, dtype=wide) if dAp is None else dAp,
+        dBt,
+        x.new_empty(0, dtype=wide) if dd is None else dd,
+    )
+
+
+def _columns(U: Tensor, Bt: list[Tensor]) -> tuple[Tensor, ...]:
+    """Each sibling's columns of U (M, Rp)."""
+    return U.split([up.shape[1] for up in Bt], 1)
 
 
 def pack_layers(

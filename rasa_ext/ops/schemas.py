@@ -20,6 +20,16 @@ of a device whose packs carry the diagonal may refuse it in the linear.
   order in which the GEMM is fastest and in which a pool's L gradients are summed. What is not
   needed comes back with no elements.
 
+Over n siblings, layers that read the same x, with their ranks side by side: Rp = sum of Rp_i. Lists
+have one entry a sibling, or none where nobody has such a tensor; a bias without elements is none.
+
+- ``pack_siblings``: one Ap (Rp, in) with the siblings' rows in their order, and each one's
+  Bt_i (out_i, Rp_i).
+- ``siblings_linear``: ``y_i = x W_i^T + bias_i + U_i diag(d_i) Bt_i^T`` with one U = x Ap^T
+  (M, Rp), of which U_i are the sibling's columns; d (Rp,) is every sibling's, padded as Ap is.
+- ``siblings_linear_backward``: ``dx = sum_i grad_i W_i + H Ap``, ``dAp = H^T x``,
+  ``dBt_i = grad_i^T U_i diag(d_i)`` and dd, as above.
+
 Over the L layers of one group, which share A_pool and B_pool, results stacked along a new first
 dimension:
 
@@ -48,6 +58,13 @@ SCHEMAS: tuple[str, ...] = (
     "low_rank_linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor U, Tensor Ap, "
     "Tensor Bt, Tensor? d, bool need_x, bool need_adapter) -> "
     "(Tensor dx, Tensor dAp, Tensor dBt, Tensor dd)",
+    "pack_siblings(Tensor[] A, Tensor[] A_pool, Tensor[] B, Tensor[] B_pool, Tensor[] d, "
+    "ScalarType dtype, int multiple=1) -> (Tensor Ap, Tensor[] Bt)",
+    "siblings_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor Ap, Tensor[] Bt, "
+    "Tensor? d=None) -> (Tensor[] y, Tensor U)",
+    "siblings_linear_backward(Tensor[] grads, Tensor x, Tensor[] weights, Tensor U, Tensor Ap, "
+    "Tensor[] Bt, Tensor? d, bool need_x, bool need_adapter) -> "
+    "(Tensor dx, Tensor dAp, Tensor[] dBt, Tensor dd)",
     "pack_layers(Tensor[] A, Tensor? A_pool, Tensor[] B, Tensor? B_pool, Tensor[] d, "
     "ScalarType dtype, int multiple=1) -> (Tensor Ap, Tensor Bt)",
     "pack_layers_backward(Tensor dAp, Tensor dBt, Tensor[] B, Tensor? B_pool, Tensor[] d) -> "
