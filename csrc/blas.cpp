@@ -103,6 +103,16 @@ void gemm_strided(void* handle, const GemmCall& call) {
         "cublasGemmStridedBatchedEx", call);
 }
 
+void gemms(void* handle, const std::vector<GemmCall>& calls) {
+  for (const GemmCall& call : calls) {
+    if (call.batch == 1) {
+      gemm(handle, call);
+    } else {
+      gemm_strided(handle, call);
+    }
+  }
+}
+
 void gemm_pointers(void* handle, const GemmCall& call) {
   if (call.empty()) return;
   const auto blas = static_cast<cublasHandle_t>(handle);

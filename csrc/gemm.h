@@ -17,6 +17,12 @@ struct Matrix {
   int64_t col_stride = 0;
 
   Matrix t() const { return {data, dtype, cols, rows, col_stride, row_stride}; }
+
+  // `count` columns from the given one on.
+  Matrix columns(int64_t first, int64_t count) const {
+    char* start = static_cast<char*>(data) + first * col_stride * size_of(dtype);
+    return {start, dtype, rows, count, row_stride, col_stride};
+  }
 };
 
 // Whether a GEMM can read the view as it lies: the elements of each row, or of each column, are

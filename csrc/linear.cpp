@@ -10,16 +10,6 @@
 namespace rasa_ext {
 namespace {
 
-// On this device the pack carries d, so that no tensor of tokens is scaled.
-void refuse_diagonal(const Checks& checks, const std::optional<Tensor>& d) {
-  if (d) checks.refuse("d", "None on a GPU, where the pack carries the diagonal", "a tensor");
-}
-
-void run(const Device& device, const std::vector<GemmCall>& calls) {
-  void* handle = device.blas();
-  for (const GemmCall& call : calls) gemm(handle, call);
-}
-
 // U = x Ap^T, y += U Bt^T, for few tokens.
 void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tensor& Bt,
             const Tensor& U, const Tensor& y) {
@@ -44,7 +34,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   checks.like("weight", weight, {-1, x.size(1)});
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bt", Bt, {weight.size(0), Ap.size(0)});
-  refuse_diagonal(checks, d);
+  checks.no_diagonal(d);
   if (bias) checks.like("bias", *bias, {weight.size(0)});
 
   const int64_t tokens = x.size(0);
@@ -62,8 +52,8 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
     return {y, U};
   }
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bt);
-  run(device, plan_forward({matrix_of(rows), matrix_of(base), matrix_of(down), matrix_of(up),
-                            matrix_of(U), matrix_of(y), bias.has_value()}));
+  gemms(device.blas(), plan_forward({matrix_of(rows), matrix_of(base), matrix_of(down),
+                                     matrix_of(up), matrix_of(U), matrix_of(y), bias.has_value()}));
   return {y, U};
 }
 
@@ -74,7 +64,7 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   checks.like("y", y, {x.size(0), -1});
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bt", Bt, {y.size(1), Ap.size(0)});
-  refuse_diagonal(checks, d);
+  checks.no_diagonal(d);
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -87,8 +77,8 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
     return {out, U};
   }
   const Tensor rows = gemm_operand(x), down = gemm_operand(Ap), up = gemm_operand(Bt);
-  run(device, plan_forward({matrix_of(rows), Matrix{}, matrix_of(down), matrix_of(up), matrix_of(U),
-                            matrix_of(out), true}));
+  gemms(device.blas(), plan_forward({matrix_of(rows), Matrix{}, matrix_of(down), matrix_of(up),
+                                     matrix_of(U), matrix_of(out), true}));
   return {out, U};
 }
 
@@ -103,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("U", U, {x.size(0), Ap.size(0)});
   checks.like("Bt", Bt, {grad.size(1), Ap.size(0)});
-  refuse_diagonal(checks, d);
+  checks.no_diagonal(d);
 
   const DType dtype = dtype_of(x), wide = accumulation(dtype);
   const int64_t tokens = x.size(0), rank = Ap.size(0);
@@ -141,7 +131,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     backward.dAp = matrix_of(dAp);
     backward.dBt = matrix_of(dBt);
   }
-  run(device, plan_backward(backward));
+  gemms(device.blas(), plan_backward(backward));
   return {dx, dAp, dBt, dd};
 }
 

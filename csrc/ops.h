@@ -45,6 +45,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& d, bool need_x,
     bool need_adapter);
 
+std::tuple<Tensor, std::vector<Tensor>> pack_siblings(
+    const std::vector<Tensor>& A, const std::vector<Tensor>& A_pool, const std::vector<Tensor>& B,
+    const std::vector<Tensor>& B_pool, const std::vector<Tensor>& d,
+    torch::headeronly::ScalarType dtype, int64_t multiple);
+
+std::tuple<std::vector<Tensor>, Tensor> siblings_linear(
+    const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+    const Tensor& Ap, const std::vector<Tensor>& Bt, const std::optional<Tensor>& d);
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> siblings_linear_backward(
+    const std::vector<Tensor>& grads, const Tensor& x, const std::vector<Tensor>& weights,
+    const Tensor& U, const Tensor& Ap, const std::vector<Tensor>& Bt,
+    const std::optional<Tensor>& d, bool need_x, bool need_adapter);
+
 Tensor delta_layers(const Tensor& Ap, const Tensor& Bt);
 
 void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bt,

@@ -138,4 +138,44 @@ std::tuple<Tensor, Tensor> pack_layers(
   return delivered(Ap, Bt, asked);
 }
 
+std::tuple<Tensor, std::vector<Tensor>> pack_siblings(
+    const std::vector<Tensor>& A, const std::vector<Tensor>& A_pool, const std::vector<Tensor>& B,
+    const std::vector<Tensor>& B_pool, const std::vector<Tensor>& d,
+    torch::headeronly::ScalarType scalar_type, int64_t multiple) {
+  const char* op = "pack_siblings";
+  check_layers(op, A.size(), B.size());
+  for (const auto* list : {&A_pool, &B_pool, &d}) {
+    if (!list->empty()) check_layers(op, A.size(), list->size());
+  }
+  const DType asked = dtype_of(scalar_type), param = param_for(dtype_of(A[0]), asked);
+  const DType dtype = param == DType::kFloat64 ? param : asked;
+  const Device device(A[0]);
+  const Checks checks(op, "A[0]", A[0]);
+  const auto at = [](const std::vector<Tensor>& list, size_t i) {
+    return list.empty() ? std::nullopt : std::optional<Tensor>(list[i]);
+  };
+  std::vector<Adapter> adapters;
+  std::vector<int> widths;
+  int64_t total = 0;
+  for (size_t i = 0; i < A.size(); ++i) {
+    checks.like("A[i]", A[i], {-1, A[0].size(1)});
+    adapters.push_back(checked(op, A[i], at(A_pool, i), B[i], at(B_pool, i), at(d, i), param));
+    widths.push_back(padded(op, adapters[i], multiple));
+    total += widths[i];
+  }
+  // A launch for each, with no table to upload: there are two or three.
+  const Tensor Ap = empty(A[0], {to_int("padded rank", total), adapters[0].in}, dtype);
+  std::vector<Tensor> Bt;
+  int64_t row = 0;
+  for (size_t i = 0; i < A.size(); ++i) {
+    const Tensor up = empty(A[0], {adapters[i].out, widths[i]}, dtype);
+    void* down = matrix_of(Ap).t().columns(row, widths[i]).data;
+    launch_pack(entry(adapters[i], down, up.data_ptr(), widths[i]), param, dtype, device.stream());
+    device.check_launch(op);
+    Bt.push_back(dense(up, asked));
+    row += widths[i];
+  }
+  return {dense(Ap, asked), Bt};
+}
+
 }  // namespace rasa_ext

@@ -17,6 +17,9 @@ STABLE_TORCH_LIBRARY_IMPL(RASA_EXT_NAMESPACE, RASA_EXT_DISPATCH_KEY, m) {
   m.impl("low_rank_linear", TORCH_BOX(&rasa_ext::low_rank_linear));
   m.impl("low_rank_add", TORCH_BOX(&rasa_ext::low_rank_add));
   m.impl("low_rank_linear_backward", TORCH_BOX(&rasa_ext::low_rank_linear_backward));
+  m.impl("pack_siblings", TORCH_BOX(&rasa_ext::pack_siblings));
+  m.impl("siblings_linear", TORCH_BOX(&rasa_ext::siblings_linear));
+  m.impl("siblings_linear_backward", TORCH_BOX(&rasa_ext::siblings_linear_backward));
   m.impl("delta_layers", TORCH_BOX(&rasa_ext::delta_layers));
   m.impl("merge_layers", TORCH_BOX(&rasa_ext::merge_layers));
 }

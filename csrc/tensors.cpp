@@ -90,6 +90,10 @@ Tensor view_of(const Tensor& tensor, const std::vector<int64_t>& sizes,
 Checks::Checks(const char* op, const char* name, const Tensor& first)
     : op_(op), first_name_(name), dtype_(raw_dtype(first)), device_(device_name(first)) {}
 
+void Checks::no_diagonal(const std::optional<Tensor>& d) const {
+  if (d) refuse("d", "None on a GPU, where the pack carries the diagonal", "a tensor");
+}
+
 void Checks::refuse(const char* name, const std::string& expected,
                     const std::string& actual) const {
   throw std::runtime_error("rasa_ext::" + std::string(op_) + ": " + name + ": expected " +

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "dtype.h"
@@ -26,6 +27,9 @@ class Checks {
   void device(const char* name, const Tensor& tensor) const;
   // All three.
   void like(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const;
+
+  // On this device the pack carries d, so that no tensor of tokens is scaled.
+  void no_diagonal(const std::optional<Tensor>& d) const;
 
   [[noreturn]] void refuse(const char* name, const std::string& expected,
                            const std::string& actual) const;

@@ -24,7 +24,7 @@ from rasa_ext.modules import RasaLinear, RasaPool
 from rasa_ext.official import load_official
 from rasa_ext.ops import cuda_status
 from rasa_ext.patch import patch_model
-from rasa_ext.record import adapter_parameters
+from rasa_ext.record import adapter_parameters, repack
 from rasa_ext.report import summary
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "patch_model",
+    "repack",
     "save_adapter",
     "summary",
     "unmerge",

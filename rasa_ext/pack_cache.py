@@ -33,7 +33,7 @@ class PackCache:
     ) -> Sequence[Tensor]:
         """``make(dtype, multiple)``, a pack of ``tensors``, unless it is here already."""
         device = tensors[0].device
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        capturing = _is_capturing(device)
         form = (dtype, multiple, device)
         key = (form, *((id(t), t._version, t.data_ptr(), t.device) for t in tensors))
         if self._key != key:
@@ -66,6 +66,10 @@ class PackCache:
 
     def __reduce__(self) -> tuple:
         return type(self), ()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _fill(into: Sequence[Tensor], pack: Sequence[Tensor]) -> Sequence[Tensor]:

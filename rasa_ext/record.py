@@ -80,6 +80,18 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     return list(found.values())
 
 
+def repack(model: nn.Module) -> None:
+    """Forget cached packs, and bring those that captured CUDA graphs read up to date, in place.
+
+    Forwards see every change of a parameter by themselves, except one through ``.data``. A CUDA
+    graph captured after a forward without grad replays over the packs of that time: call this
+    after training on, before the next replay.
+    """
+    record_of(model)
+    for _, layer in rasa_layers(model):
+        layer.repack()
+
+
 def set_record(model: nn.Module, record: Record | None) -> None:
     """Mark a module as patched, or with None as unpatched."""
     if record is None:

@@ -32,6 +32,7 @@ PUBLIC = {
     "merge",
     "merge_and_unload",
     "patch_model",
+    "repack",
     "save_adapter",
     "summary",
     "unmerge",

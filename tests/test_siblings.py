@@ -163,7 +163,9 @@ def test_copies_learn_on_their_own(how, log):
     assert sorted(log.take()) == sorted(GROUPS["llama"])
     check_step(LLAMA, base, model)
     assert sorted(log.take()) == sorted(GROUPS["llama"])
-    mine, theirs = ({id(layer.siblings) for layer in rasa_layers(m).values()} for m in (model, twin))
+    mine, theirs = (
+        {id(layer.siblings) for layer in rasa_layers(m).values()} for m in (model, twin)
+    )
     assert not mine & theirs - {id(None)}
 
 

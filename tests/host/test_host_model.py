@@ -10,18 +10,22 @@ import torch
 from torch import nn
 
 import rasa_ext
-from rasa_ext import functional, merging, modules, ops
+from rasa_ext import functional, merging, modules, ops, siblings
 
 
 class Blocks(nn.Module):
-    """Three layers: one projection with a bias, one without, one whose base is no plain GEMM."""
+    """In each block two projections of one x, one without bias, one whose base is no plain GEMM."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList()
         for _ in range(3):
             block = nn.ModuleDict(
-                {"wide": nn.Linear(9, 21), "narrow": nn.Linear(21, 9, bias=False)}
+                {
+                    "wide": nn.Linear(9, 21),
+                    "gate": nn.Linear(9, 21),
+                    "narrow": nn.Linear(21, 9, bias=False),
+                }
             )
             block["hooked"] = nn.Linear(9, 9)
             block["hooked"].register_forward_hook(lambda module, args, output: output)
@@ -29,7 +33,8 @@ class Blocks(nn.Module):
 
     def forward(self, x):
         for block in self.layers:
-            x = x + block["hooked"](block["narrow"](torch.tanh(block["wide"](x))))
+            inner = torch.tanh(block["wide"](x)) * block["gate"](x)
+            x = x + block["hooked"](block["narrow"](inner))
         return x
 
 
@@ -54,8 +59,8 @@ def on_host(host, monkeypatch):
     )
 
     def switch() -> None:
-        monkeypatch.setattr(functional, "ops", gpu)
-        monkeypatch.setattr(modules, "ops", gpu)
+        for module in (functional, modules, siblings):
+            monkeypatch.setattr(module, "ops", gpu)
         monkeypatch.setattr(merging, "ops", gpu)
 
     return switch
@@ -69,13 +74,24 @@ def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**found, "y": y.detach(), "x": x.grad}
 
 
+@pytest.fixture(params=[False, True], ids=["alone", "siblings"])
+def together(request, monkeypatch) -> bool:
+    monkeypatch.setattr(siblings, "ENABLED", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize("shape", [(9,), (4, 9), (3, 11, 9), (0, 9)], ids=str)
-def test_training_step(model, on_host, host, shape):
+def test_training_step(model, on_host, host, shape, together):
     x = torch.randn(shape)
     expected = step(copy.deepcopy(model), x)
     on_host()
+    step(model, x)
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            parameter.mul_(1).grad = None  # after a step siblings know each other
     host.reset()
     found = step(model, x)
+    assert any("Batched" in call for call in host.calls()) == (together and x.numel() > 0)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)
@@ -83,8 +99,8 @@ def test_training_step(model, on_host, host, shape):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17])
-def test_without_grad(model, on_host, tokens):
-    """Twice: the second time packs are cached."""
+def test_without_grad(model, on_host, tokens, together):
+    """Twice: the second time packs are cached, and siblings know each other."""
     x = torch.randn(tokens, 9)
     with torch.no_grad():
         expected = model(x)
@@ -105,7 +121,7 @@ def test_merge(model, on_host, host, dtype):
     host.reset()
     assert rasa_ext.merge(model) == pytest.approx(largest, rel=1e-5)
     merged = [call for call in host.calls() if "beta=1" in call]
-    assert len(merged) == 3
+    assert len(merged) == 4
     assert all("batch=3" in call for call in merged)
     assert all(("GemmBatchedEx" in call) == (dtype == torch.float32) for call in merged)
     for mine, theirs in zip(model.parameters(), expected.parameters(), strict=True):
