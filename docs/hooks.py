@@ -1,0 +1,41 @@
+"""What mkdocs adds while it builds the site: pictures, error messages, the fields of RasaConfig."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import errors  # noqa: E402
+import pictures  # noqa: E402
+
+from rasa_ext import RasaConfig  # noqa: E402
+
+FIELDS_MARK = "<!-- fields of RasaConfig -->"
+
+
+def on_files(files, config):
+    """Draws every picture into ``pictures/`` of the site."""
+    for name, svg in pictures.draw_all().items():
+        files.append(File.generated(config, f"pictures/{name}.svg", content=svg))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    """Puts in what is generated, where a page has its mark."""
+    if errors.MARK in markdown:
+        markdown = markdown.replace(errors.MARK, errors.listed(HERE.parent / "rasa_ext"))
+    return markdown.replace(FIELDS_MARK, config_fields())
+
+
+def config_fields() -> str:
+    """Markdown: a table of the choices, their defaults and help texts."""
+    lines = ["| field | default | |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(RasaConfig):
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |")
+    return "\n".join(lines)

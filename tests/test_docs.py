@@ -1,0 +1,210 @@
+"""README and docs: code blocks run, commands and options exist, quoted errors are the package's.
+
+Blocks of a page run in order, in one namespace and one folder, on tiny models: whatever name
+``from_pretrained`` is given that is no folder stands for a two-layer model of random numbers. A
+Python block whose first line names a file (``# train.py``) becomes that file, and a shell command
+that starts it is run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import oracle
+import plain
+import pytest
+import tiny_lm
+import typer
+from common import adapters, patched
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rasa_ext
+from rasa_ext.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import errors  # noqa: E402
+import pictures  # noqa: E402
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^( *)```(python|bash)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+SCRIPT = re.compile(r"# (\w+\.py)\n")
+COMMANDS = typer.main.get_command(app).commands
+
+
+def blocks(page: Path, language: str | None = None) -> list[tuple[str, str, int]]:
+    """(language, text, line) of the fenced code blocks of a page."""
+    text, found = page.read_text(), []
+    for match in BLOCK.finditer(text):
+        if language in (None, match[2]):
+            code = re.sub(f"^{match[1]}", "", match[3], flags=re.MULTILINE)
+            found.append((match[2], code, text.count("\n", 0, match.start(3))))
+    return found
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command of a shell block, environment variables before it left out."""
+    lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
+    split = [shlex.split(line, comments=True) for line in lines]
+    return [words for words in map(without_variables, split) if words]
+
+
+def without_variables(words: list[str]) -> list[str]:
+    start = next((i for i, word in enumerate(words) if not re.match(r"[A-Z_0-9]+=", word)), 0)
+    return words[start:]
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch) -> Path:
+    """A folder to run a page in: hub names stand for a tiny model; files that pages read exist."""
+    tiny = tiny_lm.save_base(tmp_path / "tiny")
+    for kind in (AutoModelForCausalLM, AutoTokenizer):
+        real = kind.from_pretrained
+
+        def load(name, *args, real=real, **options):
+            return real(name if Path(name).is_dir() else tiny, *args, **options)
+
+        monkeypatch.setattr(kind, "from_pretrained", staticmethod(load))
+    found = plain.leaves(adapters(patched(tiny_lm.make_model(), 8, 1)))
+    targets = sorted({name.rpartition(".")[2] for name in found})
+    oracle.write_official(
+        tmp_path / "checkpoint",
+        oracle.official_tensors(found),
+        rank=8,
+        k=1,
+        alpha=8,
+        target_modules=targets,
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
+def test_code_runs(page, offline):
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for language, text, line in blocks(page):
+        if language == "bash":
+            run_scripts(text, offline)
+        elif script := SCRIPT.match(text):
+            (offline / script[1]).write_text(text)
+        else:
+            # Blank lines before it, so that a traceback names the line of the page.
+            exec(compile("\n" * line + text, str(page), "exec"), namespace)
+
+
+def run_scripts(text: str, folder: Path) -> None:
+    """Run those commands that start a script of the page."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+    with socket.create_server(("localhost", 0)) as free:  # another run may have torchrun's own
+        variables["PET_MASTER_PORT"] = str(free.getsockname()[1])
+    for words in commands(text):
+        if any((folder / word).is_file() for word in words if word.endswith(".py")):
+            done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True)
+            assert done.returncode == 0, done.stdout + done.stderr
+
+
+WITH_SHELL = [page for page in PAGES if blocks(page, "bash")]
+
+
+@pytest.mark.parametrize("page", WITH_SHELL, ids=lambda page: page.name)
+def test_commands_exist(page):
+    for _, text, _ in blocks(page, "bash"):
+        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for words in commands(text):
+            check(words)
+
+
+def check(words: list[str]) -> None:
+    """A command's parts that this repository decides: subcommands, options, modules, extras."""
+    program, *rest = words
+    if program == "rasa-ext":
+        assert rest[0] in COMMANDS, words
+        known = {option for each in COMMANDS[rest[0]].params for option in each.opts}
+        given = {word.partition("=")[0] for word in rest if word.startswith("-")}
+        assert given <= known | {"--help"}, (words, given - known)
+    elif program.startswith("python") and rest[:1] == ["-m"] and rest[1] not in ("venv", "pip"):
+        assert importlib.util.find_spec(rest[1]), words
+    elif "/" in program:
+        assert os.access(ROOT / program, os.X_OK), words
+    elif program == "pip":
+        for extra in re.findall(r"\.\[([\w,]+)\]", " ".join(rest)):
+            assert set(extra.split(",")) <= extras(), words
+
+
+@functools.cache
+def extras() -> set[str]:
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return set(re.findall(r"^(\w+) = ", section, re.MULTILINE))
+
+
+def test_the_checks_notice():
+    for line in (
+        "rasa-ext nothing",
+        "rasa-ext merge adapter --nothing",
+        "python -m benchmarks.nothing",
+        "benchmarks/nothing.sh",
+        'pip install ".[nothing]"',
+    ):
+        with pytest.raises(AssertionError):
+            check(commands(line)[0])
+    assert commands('A=1 x \\\n "b c" && y  # z') == [["x", "b c"], ["y"]]
+
+
+def test_quoted_errors_are_raised():
+    """Every quoted message begins one that the package raises."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    raised = [" ".join(each.text.split()) for each in errors.messages(ROOT / "rasa_ext")]
+    quoted = re.findall(r"^#### `([^`]+)`$", page, re.MULTILINE)
+    assert len(quoted) > 10
+    for text in quoted:
+        parts = [re.escape(part) for part in text.split(errors.VALUE)]
+        assert any(re.match(".*".join(parts), message) for message in raised), text
+    assert errors.MARK in page
+
+
+def test_every_message_is_listed():
+    """Every ``raise`` with a text of its own, whatever the form of the text."""
+    listed = errors.listed(ROOT / "rasa_ext")
+    assert "- ValueError: ``rank: expected an integer >= 1, got ….``" in listed
+    for path in (ROOT / "rasa_ext").rglob("*.py"):
+        for start in re.findall(r"raise \w+Error\(\s*f?\"(\w[\w' ,:-]*)", path.read_text()):
+            assert start.strip() in listed, (path, start)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_pictures_use_the_package_s_numbers(k):
+    layers, rank, side = 6, 4, 16
+    stack = nn.Sequential(*(nn.Linear(side, side) for _ in range(layers)))
+    (row,) = rasa_ext.summary(rasa_ext.patch_model(stack, rank, k))
+    assert pictures.effective_rank(layers, rank, k) == row.R
+    assert pictures.trained_numbers(layers, rank, k, side, side) == row.trainable
+
+
+def test_pictures_are_drawn_the_same_every_time():
+    drawn = pictures.draw_all()
+    assert drawn == pictures.draw_all()
+    assert all(ElementTree.fromstring(svg).tag.endswith("svg") for svg in drawn.values())
+    pages = "".join(page.read_text() for page in PAGES)
+    assert set(re.findall(r"pictures/(\w+)\.svg", pages)) == set(drawn)
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}
