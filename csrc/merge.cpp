@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "batch.h"
 #include "blas.h"
 #include "device.h"
 #include "ops.h"
@@ -10,67 +11,30 @@
 namespace rasa_ext {
 namespace {
 
-// Of a stack of matrices: the first one, and the distance between neighbours.
-struct Stack {
-  Tensor tensor;
-  Matrix first() const { return matrix_of(layer_of(tensor, 0)); }
-  int64_t stride() const { return tensor.stride(0); }
-};
-
-Stack stack_of(const Tensor& stacked, DType dtype) {
-  const bool usable =
-      dtype_of(stacked) == dtype && is_gemm_operand(matrix_of(layer_of(stacked, 0)));
-  return {usable ? stacked : dense(stacked, dtype)};
-}
-
 void check_stacks(const Checks& checks, const Tensor& Ap, const Tensor& Bt) {
   checks.shape("Ap", Ap, {-1, -1, -1});
   checks.like("Bt", Bt, {Ap.size(0), -1, Ap.size(1)});
 }
 
-// C_i = alpha * Bt_i Ap_i + beta * C_i for `count` layers from `begin` on.
-void multiply_layers(const Device& device, const Stack& Bt, const Stack& Ap, const Tensor& C,
-                     int64_t begin, int count, double alpha, double beta) {
-  Matrix a = Bt.first(), b = Ap.first();
-  a.data = static_cast<char*>(a.data) + begin * Bt.stride() * size_of(a.dtype);
-  b.data = static_cast<char*>(b.data) + begin * Ap.stride() * size_of(b.dtype);
-  GemmCall call = multiply_strided(a, b, matrix_of(layer_of(C, 0)), beta, count, Bt.stride(),
-                                   Ap.stride(), C.stride(0));
+// What is merged is kept: its precision is not a matter of speed.
+GemmCall exact(GemmCall call, double alpha) {
   call.alpha = alpha;
-  call.allow_tf32 = false;  // what is merged is kept: its precision is not a matter of speed
-  gemm_strided(device.blas(), call);
+  call.allow_tf32 = false;
+  return call;
 }
 
 // Whether the weights can be added to where they lie: of the dtype of the sums, all lying alike.
 bool can_add_in_place(const std::vector<Tensor>& weights, DType wide) {
-  const Matrix first = matrix_of(weights[0]);
-  return first.dtype == wide && is_gemm_operand(first) &&
-         std::all_of(weights.begin(), weights.end(), [&](const Tensor& weight) {
-           return weight.stride(0) == first.row_stride && weight.stride(1) == first.col_stride;
-         });
+  return dtype_of(weights[0]) == wide && lie_alike(weights);
 }
 
-void add_in_place(const Device& device, const std::vector<Tensor>& weights, const Stack& Bt,
-                  const Stack& Ap, double sign) {
-  const int64_t count = static_cast<int64_t>(weights.size());
-  // Three arrays of pointers, one after the other.
-  std::vector<void*> table(3 * weights.size());
-  for (int64_t i = 0; i < count; ++i) {
-    table[i] = layer_of(Bt.tensor, i).data_ptr();
-    table[count + i] = layer_of(Ap.tensor, i).data_ptr();
-    table[2 * count + i] = weights[i].data_ptr();
-  }
-  const Tensor uploaded = device.upload(weights[0], table.data(), table.size() * sizeof(void*));
-  void** pointers = static_cast<void**>(uploaded.data_ptr());
-  Matrix a = Bt.first(), b = Ap.first(), c = matrix_of(weights[0]);
-  a.data = pointers;
-  b.data = pointers + count;
-  c.data = pointers + 2 * count;
-  GemmCall call = multiply(a, b, c, 1);
-  call.batch = static_cast<int>(count);
-  call.alpha = sign;
-  call.allow_tf32 = false;
-  gemm_pointers(device.blas(), call);
+void add_in_place(const Device& device, const std::vector<Tensor>& weights, const Tensor& Bt,
+                  const Tensor& Ap, double sign) {
+  const int layers = static_cast<int>(weights.size());
+  std::optional<Tensor> table;
+  const GemmCall call = multiply(device, weights[0], scattered(layers_of(Bt), layers),
+                                 scattered(layers_of(Ap), layers), scattered(weights), 1, table);
+  gemm_pointers(device.blas(), exact(call, sign));
 }
 
 // How many layers' weights stand beside the model at a time: as many as 256 MiB hold, so that a
@@ -89,8 +53,10 @@ Tensor delta_layers(const Tensor& Ap, const Tensor& Bt) {
   const Device device(Ap);
   const Tensor delta = empty(Ap, {Ap.size(0), Bt.size(1), Ap.size(2)}, accumulation(dtype));
   if (delta.numel() == 0) return delta;
-  multiply_layers(device, stack_of(Bt, dtype), stack_of(Ap, dtype), delta, 0,
-                  to_int("layers", Ap.size(0)), 1, 0);
+  const Tensor up = batch_operand(Bt, dtype), down = batch_operand(Ap, dtype);
+  const GemmCall call =
+      multiply(layers_of(up), layers_of(down), layers_of(delta), 0, to_int("layers", Ap.size(0)));
+  gemm_strided(device.blas(), exact(call, 1));
   return delta;
 }
 
@@ -108,7 +74,7 @@ void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Te
       dtype_of(weights[0]) == DType::kFloat64 || dtype_of(Ap) == DType::kFloat64;
   const DType wide = any_float64 ? DType::kFloat64 : DType::kFloat32;
   const Device device(Ap);
-  const Stack up = stack_of(Bt, wide), down = stack_of(Ap, wide);
+  const Tensor up = batch_operand(Bt, wide), down = batch_operand(Ap, wide);
   if (can_add_in_place(weights, wide)) {
     add_in_place(device, weights, up, down, sign);
     return;
@@ -122,7 +88,9 @@ void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Te
       Tensor sum = layer_of(sums, i);
       copy(sum, weights[begin + i]);
     }
-    multiply_layers(device, up, down, sums, begin, count, sign, 1);
+    const GemmCall call =
+        multiply(layers_of(up).from(begin), layers_of(down).from(begin), layers_of(sums), 1, count);
+    gemm_strided(device.blas(), exact(call, sign));
     for (int i = 0; i < count; ++i) {
       Tensor weight = weights[begin + i];
       copy(weight, layer_of(sums, i));

@@ -64,4 +64,15 @@ Tensor delta_layers(const Tensor& Ap, const Tensor& Bt);
 void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bt,
                   double sign);
 
+std::tuple<Tensor, Tensor, Tensor> linear_layers(
+    const Tensor& x, const std::vector<Tensor>& weights, const std::optional<Tensor>& bias,
+    const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& Ap_pool,
+    const std::optional<Tensor>& Bt_pool, const std::optional<Tensor>& d_pool);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_layers_backward(
+    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& U,
+    const Tensor& V, const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& Ap_pool,
+    const std::optional<Tensor>& Bt_pool, const std::optional<Tensor>& d_pool, bool need_x,
+    bool need_adapter);
+
 }  // namespace rasa_ext

@@ -22,4 +22,6 @@ STABLE_TORCH_LIBRARY_IMPL(RASA_EXT_NAMESPACE, RASA_EXT_DISPATCH_KEY, m) {
   m.impl("siblings_linear_backward", TORCH_BOX(&rasa_ext::siblings_linear_backward));
   m.impl("delta_layers", TORCH_BOX(&rasa_ext::delta_layers));
   m.impl("merge_layers", TORCH_BOX(&rasa_ext::merge_layers));
+  m.impl("linear_layers", TORCH_BOX(&rasa_ext::linear_layers));
+  m.impl("linear_layers_backward", TORCH_BOX(&rasa_ext::linear_layers_backward));
 }

@@ -75,6 +75,13 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
   return Tensor(made);
 }
 
+// Elementwise, broadcast. The stable ABI has no function for it, but reaches every operator.
+Tensor product(const Tensor& a, const Tensor& b) {
+  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The memory of `tensor` from `offset` elements after its first one on.
 Tensor view_of(const Tensor& tensor, const std::vector<int64_t>& sizes,
                const std::vector<int64_t>& strides, int64_t offset) {
@@ -185,6 +192,16 @@ Tensor transposed(const Tensor& matrix) {
   return view_of(matrix, {matrix.size(1), matrix.size(0)}, {matrix.stride(1), matrix.stride(0)}, 0);
 }
 
+Tensor transposed_layers(const Tensor& stacked) {
+  const auto sizes = stacked.sizes(), strides = stacked.strides();
+  return view_of(stacked, {sizes[0], sizes[2], sizes[1]}, {strides[0], strides[2], strides[1]}, 0);
+}
+
+Tensor all_rows(const Tensor& stacked) {
+  const std::vector<int64_t> sizes = {stacked.size(0) * stacked.size(1), stacked.size(2)};
+  return view_of(stacked, sizes, strides_of(sizes), 0);
+}
+
 Tensor layer_of(const Tensor& stacked, int64_t layer) {
   const auto sizes = stacked.sizes(), strides = stacked.strides();
   return view_of(stacked, {sizes.begin() + 1, sizes.end()}, {strides.begin() + 1, strides.end()},
@@ -224,6 +241,23 @@ void fill_zero(Tensor& tensor) { torch::stable::zero_(tensor); }
 
 void fill_rows(Tensor& y, const Tensor& row) {
   copy(y, view_of(row, {y.size(0), y.size(1)}, {0, row.stride(0)}, 0));
+}
+
+void fill_rows_of_layers(Tensor& y, const Tensor& rows) {
+  const std::vector<int64_t> sizes = {y.size(0), y.size(1), y.size(2)};
+  copy(y, view_of(rows, sizes, {rows.stride(0), 0, rows.stride(1)}, 0));
+}
+
+Tensor scale_columns(const Tensor& V, const Tensor& d) {
+  return product(V, view_of(d, {d.size(0), 1, d.size(1)}, {d.stride(0), 0, d.stride(1)}, 0));
+}
+
+Tensor sum_of_products(const Tensor& V, const Tensor& K, DType dtype) {
+  const int64_t tokens = 1;
+  return torch::stable::sum(product(V, K), torch::headeronly::IntHeaderOnlyArrayRef(&tokens, 1),
+                            false,
+                            dtype == DType::kFloat64 ? torch::headeronly::ScalarType::Double
+                                                     : torch::headeronly::ScalarType::Float);
 }
 
 void copy(Tensor& y, const Tensor& source) { torch::stable::copy_(y, source); }

@@ -63,6 +63,12 @@ Tensor transposed(const Tensor& matrix);
 // stacked[layer], a view.
 Tensor layer_of(const Tensor& stacked, int64_t layer);
 
+// A view of (L, rows, cols) as (L, cols, rows).
+Tensor transposed_layers(const Tensor& stacked);
+
+// A dense (L, rows, cols) as (L * rows, cols).
+Tensor all_rows(const Tensor& stacked);
+
 // One tensor per layer in each list, and as many layers as one launch takes.
 void check_layers(const char* op, size_t layers, size_t others);
 
@@ -84,6 +90,15 @@ void fill_zero(Tensor& tensor);
 
 // Every row of y (M, out) becomes `row` (out,).
 void fill_rows(Tensor& y, const Tensor& row);
+
+// The same for every layer of y (L, M, out) and rows (L, out).
+void fill_rows_of_layers(Tensor& y, const Tensor& rows);
+
+// V (L, M, P) with column j of layer l multiplied by d[l, j], d (L, P) of V's dtype.
+Tensor scale_columns(const Tensor& V, const Tensor& d);
+
+// sum over m of V[l, m, j] * K[l, m, j]: (L, P), summed in `dtype`.
+Tensor sum_of_products(const Tensor& V, const Tensor& K, DType dtype);
 
 // y becomes a copy of source, of the same shape.
 void copy(Tensor& y, const Tensor& source);

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from rasa_ext.ops import fake, reference
-from rasa_ext.ops.heuristics import diagonal_in_pack, rank_multiple, share_siblings
+from rasa_ext.ops.heuristics import diagonal_in_pack, pool_in_packs, rank_multiple, share_siblings
 from rasa_ext.ops.library import COMPILED, cuda_status
 from rasa_ext.ops.schemas import LIBRARY, SCHEMAS, accumulation_dtype
 
@@ -62,6 +62,8 @@ pack_layers = _entry("pack_layers")
 pack_layers_backward = _entry("pack_layers_backward")
 delta_layers = _entry("delta_layers")
 merge_layers = _entry("merge_layers")
+linear_layers = _entry("linear_layers")
+linear_layers_backward = _entry("linear_layers_backward")
 
 __all__ = [
     *NAMES,
@@ -69,6 +71,7 @@ __all__ = [
     "accumulation_dtype",
     "cuda_status",
     "diagonal_in_pack",
+    "pool_in_packs",
     "rank_multiple",
     "share_siblings",
 ]

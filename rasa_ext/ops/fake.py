@@ -166,3 +166,54 @@ def delta_layers(Ap: Tensor, Bt: Tensor) -> Tensor:
 
 def merge_layers(weights: list[Tensor], Ap: Tensor, Bt: Tensor, sign: float = 1.0) -> None:
     """Nothing: the weights are changed in place."""
+
+
+def linear_layers(
+    x: Tensor,
+    weights: list[Tensor],
+    bias: Tensor | None,
+    Ap: Tensor,
+    Bt: Tensor,
+    Ap_pool: Tensor | None,
+    Bt_pool: Tensor | None,
+    d_pool: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y (L, M, out), U (L, M, Rp), V (L, M, P)."""
+    stack = x.shape[:2]
+    V = (0,) if Ap_pool is None else (*stack, Ap_pool.shape[0])
+    return (
+        x.new_empty((*stack, Bt.shape[1])),
+        x.new_empty((*stack, Ap.shape[1])),
+        x.new_empty(V),
+    )
+
+
+def linear_layers_backward(
+    grad: Tensor,
+    x: Tensor,
+    weights: list[Tensor],
+    U: Tensor,
+    V: Tensor,
+    Ap: Tensor,
+    Bt: Tensor,
+    Ap_pool: Tensor | None,
+    Bt_pool: Tensor | None,
+    d_pool: Tensor | None,
+    need_x: bool,
+    need_adapter: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As of one layer: dBt (L, out, Rp) and dBt_pool (out, P) have columns of neighbours."""
+    wide = accumulation_dtype(x.dtype)
+    (layers, out, rank), width = Bt.shape, x.shape[2]
+    pooled = 0 if Ap_pool is None else Ap_pool.shape[0]
+    dx = x.new_empty(x.shape if need_x else (0,))
+    if not need_adapter:
+        return dx, *(x.new_empty((0,), dtype=wide) for _ in range(5))
+    return (
+        dx,
+        x.new_empty((layers, rank, width), dtype=wide),
+        x.new_empty((layers, rank, out), dtype=wide).transpose(1, 2),
+        x.new_empty((pooled, width), dtype=wide),
+        x.new_empty((pooled, out), dtype=wide).t(),
+        x.new_empty((layers, pooled), dtype=wide),
+    )

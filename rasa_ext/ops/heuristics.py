@@ -26,6 +26,18 @@ def diagonal_in_pack(device_type: str) -> bool:
     return device_type != "cpu"
 
 
+def pool_in_packs(tokens: int, pooled: int) -> bool:
+    """Whether a stack of layers packs the pool into every layer, rather than reading one pool.
+
+    A pool of its own costs a layer of n to n features another pass over its tokens: 3 M n numbers
+    read and written in the forward and 5 M n in the backward. In the packs it costs a copy for
+    each layer, with its diagonal folded in: 4 P n numbers to write and read, twice, and 8 P n for
+    the copy's gradients in float32. So a copy is cheaper from two tokens a pooled rank on, by
+    count of bytes and not by measurement.
+    """
+    return tokens > 2 * pooled
+
+
 def rank_multiple(device_type: str, dtype: torch.dtype, rank: int) -> int:
     """The multiple to which a pack's rank is padded with zeros.
 

@@ -38,6 +38,14 @@ dimension:
   layers in their order, dA_pool (Lk, in) and dB_pool (out, Lk).
 - ``delta_layers``: ``Bt Ap`` of every layer, (L, out, in) in the accumulation dtype.
 - ``merge_layers``: ``W += sign * Bt Ap`` in place, summed wide and rounded once.
+- ``linear_layers``: L low-rank linears on given activations, x (L, M, in) to y (L, M, out), with
+  ``y_l = x_l W_l^T + bias_l + U_l Bt_l^T + V_l diag(d_l) Bt_pool^T``, ``U_l = x_l Ap_l^T``
+  (L, M, Rp) and ``V_l = x_l Ap_pool^T`` (L, M, P). Ap (L, Rp, in) and Bt (L, out, Rp) are packs,
+  bias is (L, out), and Ap_pool (P, in), Bt_pool (out, P) a pack of a pool, read by all layers and
+  nowhere repeated; d_pool (L, P) in any dtype, for it would have to be repeated to be folded. All
+  three are None where there is no pool or it stands in the packs, and V then has no elements.
+- ``linear_layers_backward``: dx, dAp (L, Rp, in) and dBt (L, out, Rp) as above, those of the
+  pool's pack summed over the layers (one product over all tokens of all layers), dd_pool (L, P).
 
 No output of an operator aliases an input or another output.
 """
@@ -71,6 +79,12 @@ SCHEMAS: tuple[str, ...] = (
     "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)",
     "delta_layers(Tensor Ap, Tensor Bt) -> Tensor",
     "merge_layers(Tensor(a!)[] weights, Tensor Ap, Tensor Bt, float sign=1.0) -> ()",
+    "linear_layers(Tensor x, Tensor[] weights, Tensor? bias, Tensor Ap, Tensor Bt, "
+    "Tensor? Ap_pool, Tensor? Bt_pool, Tensor? d_pool) -> (Tensor y, Tensor U, Tensor V)",
+    "linear_layers_backward(Tensor grad, Tensor x, Tensor[] weights, Tensor U, Tensor V, "
+    "Tensor Ap, Tensor Bt, Tensor? Ap_pool, Tensor? Bt_pool, Tensor? d_pool, bool need_x, "
+    "bool need_adapter) -> (Tensor dx, Tensor dAp, Tensor dBt, Tensor dAp_pool, Tensor dBt_pool, "
+    "Tensor dd_pool)",
 )
 
 LIBRARY = torch.library.Library("rasa_ext", "DEF")

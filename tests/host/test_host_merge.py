@@ -92,10 +92,11 @@ def test_products(host):
     host.ops.merge_layers([w.bfloat16() for w in weights], Ap, Bt)
     host.ops.delta_layers(Ap, Bt)
     rest = "m=5 n=6 k=4 batch=3 beta={} out=4 math=16"
+    strides = " strides=20,24,30"
     assert host.calls() == [
         "GemmBatchedEx " + rest.format(1),
-        "GemmStridedBatchedEx " + rest.format(1),
-        "GemmStridedBatchedEx " + rest.format(0),
+        "GemmStridedBatchedEx " + rest.format(1) + strides,
+        "GemmStridedBatchedEx " + rest.format(0) + strides,
     ]
 
 

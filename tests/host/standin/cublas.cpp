@@ -118,6 +118,8 @@ cublasStatus_t cublasGemmStridedBatchedEx(
   const Product p{transa, transb, m,     n,   k,   alpha, beta,
                   Atype,  Btype,  Ctype, lda, ldb, ldc,   computeType};
   record("GemmStridedBatchedEx", p, batchCount);
+  calls.back() += " strides=" + std::to_string(strideA) + "," + std::to_string(strideB) + "," +
+                  std::to_string(strideC);
   const cublasStatus_t status = judge(p);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
   for (int64_t i = 0; i < batchCount; ++i) {

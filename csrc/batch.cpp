@@ -1,0 +1,64 @@
+#include "batch.h"
+
+#include <algorithm>
+
+namespace rasa_ext {
+
+Batch Batch::from(int64_t layer) const {
+  Batch result = *this;
+  result.first.data =
+      static_cast<char*>(first.data) + layer * stride * static_cast<int64_t>(size_of(first.dtype));
+  return result;
+}
+
+Batch layers_of(const Tensor& stacked) {
+  return {matrix_of(layer_of(stacked, 0)), stacked.stride(0)};
+}
+
+Tensor batch_operand(const Tensor& stacked, DType dtype) {
+  const bool usable =
+      dtype_of(stacked) == dtype && is_gemm_operand(matrix_of(layer_of(stacked, 0)));
+  return usable ? stacked : dense(stacked, dtype);
+}
+
+GemmCall multiply(const Batch& a, const Batch& b, const Batch& c, double beta, int layers) {
+  return multiply_strided(a.first, b.first, c.first, beta, layers, a.stride, b.stride, c.stride);
+}
+
+bool lie_alike(const std::vector<Tensor>& matrices) {
+  const Matrix first = matrix_of(matrices[0]);
+  return is_gemm_operand(first) &&
+         std::all_of(matrices.begin(), matrices.end(), [&](const Tensor& matrix) {
+           return matrix.stride(0) == first.row_stride && matrix.stride(1) == first.col_stride;
+         });
+}
+
+Scattered scattered(const std::vector<Tensor>& matrices) {
+  Scattered result{matrix_of(matrices[0]), {}};
+  for (const Tensor& matrix : matrices) result.pointers.push_back(matrix.data_ptr());
+  return result;
+}
+
+Scattered scattered(const Batch& batch, int layers) {
+  Scattered result{batch.first, {}};
+  for (int i = 0; i < layers; ++i) result.pointers.push_back(batch.from(i).first.data);
+  return result;
+}
+
+GemmCall multiply(const Device& device, const Tensor& on, const Scattered& a, const Scattered& b,
+                  const Scattered& c, double beta, std::optional<Tensor>& table) {
+  std::vector<void*> pointers;  // three arrays, one after the other
+  for (const Scattered* each : {&a, &b, &c}) {
+    pointers.insert(pointers.end(), each->pointers.begin(), each->pointers.end());
+  }
+  table = device.upload(on, pointers.data(), pointers.size() * sizeof(void*));
+  Matrix left = a.like, right = b.like, result = c.like;
+  left.data = table->data_ptr();
+  right.data = static_cast<void**>(left.data) + a.pointers.size();
+  result.data = static_cast<void**>(right.data) + b.pointers.size();
+  GemmCall call = multiply(left, right, result, beta);
+  call.batch = static_cast<int>(a.pointers.size());
+  return call;
+}
+
+}  // namespace rasa_ext

@@ -1,0 +1,57 @@
+// Products of all layers of a group in one call: batches by stride and by pointer.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "device.h"
+#include "gemm.h"
+#include "tensors.h"
+
+namespace rasa_ext {
+
+// One matrix a layer at a fixed distance; at distance 0 one matrix that all layers read.
+struct Batch {
+  Matrix first;
+  int64_t stride = 0;
+
+  Batch t() const { return {first.t(), stride}; }
+  // The same from layer `layer` on.
+  Batch from(int64_t layer) const;
+};
+
+// The layers of a (L, rows, cols) tensor.
+Batch layers_of(const Tensor& stacked);
+
+// A (rows, cols) tensor for every layer.
+inline Batch for_all_layers(const Tensor& matrix) { return {matrix_of(matrix), 0}; }
+
+// The stacked tensor if GEMMs can read its layers as they lie in the dtype, else a copy.
+Tensor batch_operand(const Tensor& stacked, DType dtype);
+
+// C_l = A_l B_l + beta * C_l for `layers` layers.
+GemmCall multiply(const Batch& a, const Batch& b, const Batch& c, double beta, int layers);
+
+// One matrix a layer, anywhere in memory, all lying like the first one.
+struct Scattered {
+  Matrix like;
+  std::vector<void*> pointers;
+
+  Scattered t() const { return {like.t(), pointers}; }
+};
+
+// Whether a GEMM can read or write all matrices, and they lie alike.
+bool lie_alike(const std::vector<Tensor>& matrices);
+
+// Expects lie_alike.
+Scattered scattered(const std::vector<Tensor>& matrices);
+
+// The layers of a batch.
+Scattered scattered(const Batch& batch, int layers);
+
+// The call for C_l = A_l B_l + beta * C_l, for gemm_pointers. Its pointers stand in `table`, on the
+// device of `on`, which the caller keeps until the call is made.
+GemmCall multiply(const Device& device, const Tensor& on, const Scattered& a, const Scattered& b,
+                  const Scattered& c, double beta, std::optional<Tensor>& table);
+
+}  // namespace rasa_ext
