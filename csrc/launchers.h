@@ -3,7 +3,7 @@
 // Symbols: M tokens, `in`/`out` features, own = r - k private ranks, pooled = L*k pooled ranks,
 // R = own + pooled, Rp >= R the padded rank (on a GPU a multiple of 16; any works). Shapes stand
 // after the pointers; everything is dense, one row after the other, and no output overlaps
-// anything. A pointer of a tensor without elements may be null.
+// anything unless it says so. A pointer of a tensor without elements may be null.
 //
 // Pointers are device pointers unless they say otherwise. Launchers return at once, allocate
 // nothing, wait for nothing and are safe under graph capture; errors of a launch are left to
@@ -105,31 +105,22 @@ size_t decode_workspace(int M, int in, int Rp);
 // Expects decode_fits.
 void launch_decode(const DecodeCall& call, DType dtype, Stream stream);
 
-// ---- dropout: mask from Philox 4x32-10, scale 1 / (1 - p) ----
+// ---- dropout: a mask of bits from Philox 4x32-10, and what it leaves ----
 
-// The mask of one draw: element e is kept where word e % 4 of Philox block offset + e / 4 under the
-// key `seed` is at least p * 2^32.
-struct DropoutDraw {
-  const uint64_t* seed_offset;  // (2,): seed, offset; on the device, for nothing to wait for
-  double p;                     // in [0, 1]; at 1 everything becomes 0
-};
+// Bytes of a mask of n elements: bit e % 8 of byte e / 8 says whether e is kept. Bits from n on
+// mean nothing.
+inline int64_t dropout_mask_bytes(int64_t n) { return (n + 7) / 8; }
 
-// Bytes of a mask of n elements: bit e % 8 of byte e / 8 says whether e is kept, unused bits are 0.
-inline size_t dropout_mask_bytes(int64_t n) { return static_cast<size_t>((n + 7) / 8); }
+// Element e is kept where the 16-bit word e % 8 of Philox block offset + e / 8 under the key is at
+// least p * 2^16, rounded.
+void launch_dropout_mask(const uint64_t* noise,  // (2,): key, offset
+                         uint8_t* mask,          // (dropout_mask_bytes(n),), written
+                         int64_t n, double p, Stream stream);
 
-// How far a draw of n elements moves the offset.
-inline uint64_t dropout_draws(int64_t n) { return static_cast<uint64_t>((n + 3) / 4); }
-
-// x_drop = mask * x / (1 - p).
-void launch_dropout(const void* x,  // (n,) dtype
-                    void* x_drop,   // (n,) dtype, written
-                    uint8_t* mask,  // (dropout_mask_bytes(n),), written; null: not wanted
-                    int64_t n, const DropoutDraw& draw, DType dtype, Stream stream);
-
-// dx += mask * dx_drop / (1 - p).
-void launch_dropout_backward(const void* dx_drop,  // (n,) dtype
-                             void* dx,             // (n,) dtype, added to
-                             const uint8_t* mask,  // as launch_dropout wrote it; null: drawn again
-                             int64_t n, const DropoutDraw& draw, DType dtype, Stream stream);
+// kept = x where the mask says so, else 0 whatever x is. kept may be x.
+void launch_dropout(const void* x,        // (n,) dtype
+                    const uint8_t* mask,  // (dropout_mask_bytes(n),)
+                    void* kept,           // (n,) dtype, written
+                    int64_t n, DType dtype, Stream stream);
 
 }  // namespace rasa_ext

@@ -1,6 +1,7 @@
 // y = x W^T + bias + U Bt^T with U = x Ap^T, and its backward, as cuBLAS products.
 #include "blas.h"
 #include "device.h"
+#include "dropout.h"
 #include "heuristics.h"
 #include "launchers.h"
 #include "linear_plan.h"
@@ -28,7 +29,8 @@ void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tenso
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bt, const std::optional<Tensor>& d) {
+                                           const Tensor& Bt, const std::optional<Tensor>& d,
+                                           const std::optional<Tensor>& mask, double scale) {
   const Checks checks("low_rank_linear", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("weight", weight, {-1, x.size(1)});
@@ -36,6 +38,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   checks.like("Bt", Bt, {weight.size(0), Ap.size(0)});
   checks.no_diagonal(d);
   if (bias) checks.like("bias", *bias, {weight.size(0)});
+  check_mask(checks, mask, x);
 
   const int64_t tokens = x.size(0);
   const DType dtype = dtype_of(x);
@@ -45,26 +48,29 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   if (tokens == 0) return {y, U};
   if (bias) fill_rows(y, *bias);
   const Tensor rows = gemm_operand(x), base = gemm_operand(weight);
-  if (use_decode(tokens, Ap.size(0), dtype)) {
+  if (!mask && use_decode(tokens, Ap.size(0), dtype)) {
     const Matrix result = matrix_of(y);
     gemm(device.blas(), multiply(matrix_of(rows), matrix_of(base).t(), result, bias ? 1 : 0));
     decode(device, x, Ap, Bt, U, y);
     return {y, U};
   }
-  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bt);
-  gemms(device.blas(), plan_forward({matrix_of(rows), matrix_of(base), matrix_of(down),
-                                     matrix_of(up), matrix_of(U), matrix_of(y), bias.has_value()}));
+  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bt), kept = kept_of(device, rows, mask);
+  gemms(device.blas(), plan_forward({matrix_of(rows), matrix_of(kept), matrix_of(base),
+                                     matrix_of(down), matrix_of(up), matrix_of(U), matrix_of(y),
+                                     bias.has_value(), mask ? scale : 1}));
   return {y, U};
 }
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bt, const std::optional<Tensor>& d) {
+                                        const Tensor& Bt, const std::optional<Tensor>& d,
+                                        const std::optional<Tensor>& mask, double scale) {
   const Checks checks("low_rank_add", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("y", y, {x.size(0), -1});
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bt", Bt, {y.size(1), Ap.size(0)});
   checks.no_diagonal(d);
+  check_mask(checks, mask, x);
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -72,20 +78,22 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   Tensor U = empty(x, {x.size(0), Ap.size(0)}, dtype);
   if (x.size(0) == 0) return {out, U};
   copy(out, y);
-  if (use_decode(x.size(0), Ap.size(0), dtype)) {
+  if (!mask && use_decode(x.size(0), Ap.size(0), dtype)) {
     decode(device, x, Ap, Bt, U, out);
     return {out, U};
   }
-  const Tensor rows = gemm_operand(x), down = gemm_operand(Ap), up = gemm_operand(Bt);
-  gemms(device.blas(), plan_forward({matrix_of(rows), Matrix{}, matrix_of(down), matrix_of(up),
-                                     matrix_of(U), matrix_of(out), true}));
+  const Tensor kept = kept_of(device, x, mask);
+  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bt);
+  gemms(device.blas(),
+        plan_forward({Matrix{}, matrix_of(kept), Matrix{}, matrix_of(down), matrix_of(up),
+                      matrix_of(U), matrix_of(out), true, mask ? scale : 1}));
   return {out, U};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& U,
     const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& d, bool need_x,
-    bool need_adapter) {
+    bool need_adapter, const std::optional<Tensor>& mask, double scale) {
   const Checks checks("low_rank_linear_backward", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("grad", grad, {x.size(0), -1});
@@ -94,6 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
   checks.like("U", U, {x.size(0), Ap.size(0)});
   checks.like("Bt", Bt, {grad.size(1), Ap.size(0)});
   checks.no_diagonal(d);
+  check_mask(checks, mask, x);
 
   const DType dtype = dtype_of(x), wide = accumulation(dtype);
   const int64_t tokens = x.size(0), rank = Ap.size(0);
@@ -110,28 +119,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
   if (tokens == 0 || !(need_x || need_adapter)) return {dx, dAp, dBt, dd};
 
   Tensor H = empty(x, {tokens, rank}, dtype);
-  const Tensor rows = gemm_operand(x), outer = gemm_operand(grad), inner = gemm_operand(U);
+  const Tensor outer = gemm_operand(grad), inner = gemm_operand(U);
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bt);
   LinearBackward backward;
   backward.grad = matrix_of(outer);
-  backward.x = matrix_of(rows);
   backward.U = matrix_of(inner);
   backward.Ap = matrix_of(down);
   backward.Bt = matrix_of(up);
   backward.H = matrix_of(H);
-  std::optional<Tensor> base;
-  if (need_x) {
-    backward.dx = matrix_of(dx);
-    if (weight) {
-      base = gemm_operand(*weight);
-      backward.weight = matrix_of(*base);
-    }
-  }
+  backward.scale = mask ? scale : 1;
+  if (need_x) backward.dx = matrix_of(dx);
+  std::optional<Tensor> kept;
   if (need_adapter) {
+    kept = kept_of(device, x, mask);
+    backward.kept = matrix_of(*kept);
     backward.dAp = matrix_of(dAp);
     backward.dBt = matrix_of(dBt);
   }
   gemms(device.blas(), plan_backward(backward));
+  if (need_x && mask) keep_in_place(device, dx, *mask);
+  if (need_x && weight) {
+    const Tensor base = gemm_operand(*weight);
+    gemm(device.blas(), multiply(matrix_of(outer), matrix_of(base), matrix_of(dx), 1));
+  }
   return {dx, dAp, dBt, dd};
 }
 

@@ -35,15 +35,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_layers_backward(
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bt, const std::optional<Tensor>& d);
+                                           const Tensor& Bt, const std::optional<Tensor>& d,
+                                           const std::optional<Tensor>& mask, double scale);
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bt, const std::optional<Tensor>& d);
+                                        const Tensor& Bt, const std::optional<Tensor>& d,
+                                        const std::optional<Tensor>& mask, double scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& U,
     const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& d, bool need_x,
-    bool need_adapter);
+    bool need_adapter, const std::optional<Tensor>& mask, double scale);
+
+Tensor dropout_mask(const Tensor& noise, const Tensor& x, double p);
 
 std::tuple<Tensor, std::vector<Tensor>> pack_siblings(
     const std::vector<Tensor>& A, const std::vector<Tensor>& A_pool, const std::vector<Tensor>& B,

@@ -20,6 +20,7 @@ STABLE_TORCH_LIBRARY_IMPL(RASA_EXT_NAMESPACE, RASA_EXT_DISPATCH_KEY, m) {
   m.impl("pack_siblings", TORCH_BOX(&rasa_ext::pack_siblings));
   m.impl("siblings_linear", TORCH_BOX(&rasa_ext::siblings_linear));
   m.impl("siblings_linear_backward", TORCH_BOX(&rasa_ext::siblings_linear_backward));
+  m.impl("dropout_mask", TORCH_BOX(&rasa_ext::dropout_mask));
   m.impl("delta_layers", TORCH_BOX(&rasa_ext::delta_layers));
   m.impl("merge_layers", TORCH_BOX(&rasa_ext::merge_layers));
   m.impl("linear_layers", TORCH_BOX(&rasa_ext::linear_layers));

@@ -65,12 +65,12 @@ std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
 }
 
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
-                     const std::vector<int64_t>& strides, DType dtype) {
+                     const std::vector<int64_t>& strides, int32_t dtype) {
   int32_t device_type = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), raw_dtype(dtype), device_type,
+                                                  strides.data(), dtype, device_type,
                                                   like.get_device_index(), &made));
   return Tensor(made);
 }
@@ -134,6 +134,16 @@ void Checks::device(const char* name, const Tensor& tensor) const {
   }
 }
 
+void Checks::integers(const char* name, const Tensor& tensor, int64_t size,
+                      torch::headeronly::ScalarType type) const {
+  shape(name, tensor, {size});
+  const auto actual = tensor.scalar_type();
+  if (actual != type) {
+    refuse(name, torch::headeronly::toString(type), torch::headeronly::toString(actual));
+  }
+  device(name, tensor);
+}
+
 void Checks::like(const char* name, const Tensor& tensor,
                   std::initializer_list<int64_t> sizes) const {
   shape(name, tensor, sizes);
@@ -183,7 +193,7 @@ Tensor dense(const Tensor& tensor, DType dtype) {
   if (tensor.is_contiguous() && raw_dtype(tensor) == raw_dtype(dtype)) return tensor;
   const auto sizes = tensor.sizes();
   const std::vector<int64_t> shape(sizes.begin(), sizes.end());
-  Tensor result = empty_strided(tensor, shape, strides_of(shape), dtype);
+  Tensor result = empty_strided(tensor, shape, strides_of(shape), raw_dtype(dtype));
   copy(result, tensor);
   return result;
 }
@@ -221,15 +231,19 @@ void check_layers(const char* op, size_t layers, size_t others) {
 }
 
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype) {
-  return empty_strided(like, sizes, strides_of(sizes), dtype);
+  return empty_strided(like, sizes, strides_of(sizes), raw_dtype(dtype));
 }
 
 Tensor empty_by_columns(const Tensor& like, int64_t rows, int64_t cols, DType dtype) {
-  return empty_strided(like, {rows, cols}, {1, std::max<int64_t>(rows, 1)}, dtype);
+  return empty_strided(like, {rows, cols}, {1, std::max<int64_t>(rows, 1)}, raw_dtype(dtype));
 }
 
 Tensor empty_bytes(const Tensor& like, size_t bytes) {
   return empty(like, {static_cast<int64_t>((bytes + 3) / 4)}, DType::kFloat32);
+}
+
+Tensor empty_mask(const Tensor& like, int64_t bytes) {
+  return empty_strided(like, {bytes}, {1}, aoti_torch_dtype_uint8());
 }
 
 Tensor ones(const Tensor& like, int64_t size, DType dtype) {

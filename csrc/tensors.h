@@ -31,6 +31,10 @@ class Checks {
   // On this device the pack carries d, so that no tensor of tokens is scaled.
   void no_diagonal(const std::optional<Tensor>& d) const;
 
+  // One row of integers of a type, on the same device.
+  void integers(const char* name, const Tensor& tensor, int64_t size,
+                torch::headeronly::ScalarType type) const;
+
   [[noreturn]] void refuse(const char* name, const std::string& expected,
                            const std::string& actual) const;
 
@@ -80,6 +84,9 @@ Tensor empty_by_columns(const Tensor& like, int64_t rows, int64_t cols, DType dt
 
 // Uninitialised memory of at least so many bytes.
 Tensor empty_bytes(const Tensor& like, size_t bytes);
+
+// Uninitialised uint8.
+Tensor empty_mask(const Tensor& like, int64_t bytes);
 
 // An operator's result where none is needed.
 inline Tensor nothing(const Tensor& like, DType dtype) { return empty(like, {0}, dtype); }

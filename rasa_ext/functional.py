@@ -7,8 +7,8 @@
     rasa_layers(x, W, bias, ...)    -> rasa_linear of L layers on L given inputs
 
 Saved for the backward are x, U = x Ap^T and the parameters themselves: the pack is made again
-there, in weight space, so that no copy of the concatenated weights outlives a forward. All
-gradients are first order; differentiating twice raises.
+there, in weight space, so that no copy of the concatenated weights outlives a forward. Dropout adds
+its mask, a bit for each element of x. All gradients are first order; differentiating twice raises.
 
 Everything that is RaSA's own is in ``pack``; the linear knows only Ap and Bt.
 """
@@ -44,38 +44,36 @@ class _Pack(torch.autograd.Function):
 
 class _RasaLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, A, A_pool, B, B_pool, d, multiple):
+    def forward(ctx, x, weight, bias, A, A_pool, B, B_pool, d, multiple, mask, scale):
         Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
-        y, U = ops.low_rank_linear(rows(x), weight, bias, Ap, Bt, rest)
-        ctx.save_for_backward(x, U, weight, A, A_pool, B, B_pool, d)
-        ctx.multiple = multiple
+        y, U = ops.low_rank_linear(rows(x), weight, bias, Ap, Bt, rest, mask, scale)
+        ctx.save_for_backward(x, U, mask, weight, A, A_pool, B, B_pool, d)
+        ctx.multiple, ctx.scale = multiple, scale
         return shaped_like(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, U, weight, *adapter = ctx.saved_tensors
-        need_x, _, _, *need, _ = ctx.needs_input_grad
-        dx, grads = _low_rank_backward(grad, x, U, weight, adapter, ctx.multiple, need_x, any(need))
-        return dx, None, None, *grads, None
+        need_x, _, _, *need, _, _, _ = ctx.needs_input_grad
+        dx, grads = _low_rank_backward(ctx, grad, need_x, any(need))
+        return dx, None, None, *grads, None, None, None
 
 
 class _RasaAdd(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, A, A_pool, B, B_pool, d, multiple):
+    def forward(ctx, y, x, A, A_pool, B, B_pool, d, multiple, mask, scale):
         Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
-        out, U = ops.low_rank_add(rows(y), rows(x), Ap, Bt, rest)
-        ctx.save_for_backward(x, U, A, A_pool, B, B_pool, d)
-        ctx.multiple = multiple
+        out, U = ops.low_rank_add(rows(y), rows(x), Ap, Bt, rest, mask, scale)
+        ctx.save_for_backward(x, U, mask, None, A, A_pool, B, B_pool, d)
+        ctx.multiple, ctx.scale = multiple, scale
         return shaped_like(out, y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, U, *adapter = ctx.saved_tensors
-        need_y, need_x, *need, _ = ctx.needs_input_grad
-        dx, grads = _low_rank_backward(grad, x, U, None, adapter, ctx.multiple, need_x, any(need))
-        return grad if need_y else None, dx, *grads, None
+        need_y, need_x, *need, _, _, _ = ctx.needs_input_grad
+        dx, grads = _low_rank_backward(ctx, grad, need_x, any(need))
+        return grad if need_y else None, dx, *grads, None, None, None
 
 
 class _RasaSiblings(torch.autograd.Function):
@@ -218,12 +216,13 @@ def _packed_layers(x, A, A_pool, B, B_pool, d, multiple):
     return pack, (Ap_pool, Bt_pool, d_pool)
 
 
-def _low_rank_backward(grad, x, U, weight, adapter, multiple, need_x, need_adapter):
+def _low_rank_backward(ctx, grad, need_x, need_adapter):
     """dx in x's shape, and the gradients of A, A_pool, B, B_pool, d; None where not needed."""
-    A, A_pool, B, B_pool, d = adapter
-    Ap, Bt, rest = _packed(x, A, A_pool, B, B_pool, d, multiple)
+    x, U, mask, weight, *adapter = ctx.saved_tensors
+    Ap, Bt, rest = _packed(x, *adapter, ctx.multiple)
+    need = need_x, need_adapter
     dx, dAp, dBt, dd_rest = ops.low_rank_linear_backward(
-        rows(grad), rows(x), weight, U, Ap, Bt, rest, need_x, need_adapter
+        rows(grad), rows(x), weight, U, Ap, Bt, rest, *need, mask, ctx.scale
     )
     dx = dx.view(x.shape) if need_x else None
     if not need_adapter:
@@ -241,6 +240,20 @@ def _adapter_grads(dAp, dBt, adapter, dd_linear):
     if A_pool is None:
         dA_pool = dB_pool = None
     return dA, dA_pool, dB, dB_pool, dd
+
+
+def dropout(x: Tensor, p: float) -> tuple[Tensor | None, float]:
+    """What dropout leaves of x (any shape): a mask of bits for the linears below, and 1 / (1 - p).
+
+    The mask, uint8 (ceil(x.numel() / 8),) or None where p is 0, is drawn from torch's generator of
+    x's device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce it.
+    Nothing waits for the device. p is in [0, 1); ValueError or RuntimeError where it is not.
+    """
+    if p == 0:
+        return None, 1.0
+    words = ops.noise_words(x.device.type, x.numel())
+    noise = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=x.device)
+    return ops.dropout_mask(noise, x.detach(), p), 1 / (1 - p)
 
 
 def pack(
@@ -272,14 +285,17 @@ def rasa_linear(
     B_pool: Tensor | None,
     d: Tensor,
     multiple: int = 1,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """``x W^T + bias + x dW^T`` with dW = [B | B_pool] diag(d) [A ; A_pool].
 
     x is (..., in), weight (out, in) with any strides and without a gradient of its own, bias
     (out,); the three share one dtype, in which the adapter is computed. Shapes of the adapter: see
-    ``pack``. Differentiable in x and in the adapter.
+    ``pack``. Differentiable in x and in the adapter. With ``mask`` and ``scale`` from ``dropout``
+    the x beside dW is what that left.
     """
-    return _RasaLinear.apply(x, weight, bias, A, A_pool, B, B_pool, d, multiple)
+    return _RasaLinear.apply(x, weight, bias, A, A_pool, B, B_pool, d, multiple, mask, scale)
 
 
 def rasa_siblings(
@@ -309,12 +325,15 @@ def rasa_add(
     B_pool: Tensor | None,
     d: Tensor,
     multiple: int = 1,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """``y + x dW^T``: the adapter over the output (..., out) of a base that is not a plain GEMM.
 
     x is (..., in) in y's dtype. Differentiable in y, x and the adapter; y is left as it was.
+    ``mask`` and ``scale`` as for ``rasa_linear``.
     """
-    return _RasaAdd.apply(y, x, A, A_pool, B, B_pool, d, multiple)
+    return _RasaAdd.apply(y, x, A, A_pool, B, B_pool, d, multiple, mask, scale)
 
 
 def rasa_layers(

@@ -161,7 +161,8 @@ class RasaLinear(nn.Module):
         part = None if args or kwargs else self.part(dtype, adapter)
         if part is None:
             return self._over_base(x, adapter, with_grad, args, kwargs)
-        if self.siblings is not None and siblings.wanted(x):
+        drop_p = self.dropout_now()
+        if drop_p == 0 and self.siblings is not None and siblings.wanted(x):
             y = self.siblings.output(self, part, x, dtype, with_grad)
             if y is not None:
                 return y
@@ -171,18 +172,23 @@ class RasaLinear(nn.Module):
         if x.dtype != dtype:
             x = x.to(dtype)
         multiple = ops.rank_multiple(x.device.type, dtype, adapter[-1].shape[0])
+        drop = functional.dropout(x, drop_p)
         if with_grad:
-            return functional.rasa_linear(x, weight, bias, *adapter, multiple)
+            return functional.rasa_linear(x, weight, bias, *adapter, multiple, *drop)
         packed = self._packed(adapter, dtype, multiple)
-        y, _ = ops.low_rank_linear(functional.rows(x), weight, bias, *packed)
+        y, _ = ops.low_rank_linear(functional.rows(x), weight, bias, *packed, None, *drop)
         return functional.shaped_like(y, x)
+
+    def dropout_now(self) -> float:
+        """The probability with which an element of the adapter's input is dropped at present."""
+        return self.dropout if self.training else 0.0
 
     def part(self, dtype: torch.dtype, adapter: tuple | None = None) -> siblings.Part | None:
         """The layer as one GEMM in ``dtype`` with an adapter, or None where it is more than that.
 
         ``adapter``, where given, is ``adapter()``.
         """
-        if self.merged_base is not None or self.disabled or (self.training and self.dropout > 0):
+        if self.merged_base is not None or self.disabled:
             return None
         base = self._modules["base_layer"]
         if not is_plain_gemm(base, dtype):
@@ -195,14 +201,13 @@ class RasaLinear(nn.Module):
     ) -> Tensor:
         """The adapter added to whatever the base layer makes of x."""
         y = self.base_layer(x, *args, **kwargs)
-        if self.training and self.dropout > 0:
-            x = nn.functional.dropout(x, self.dropout)
         x = x.to(y.dtype)
         multiple = ops.rank_multiple(x.device.type, x.dtype, adapter[-1].shape[0])
+        drop = functional.dropout(x, self.dropout_now())
         if with_grad or y.requires_grad:
-            return functional.rasa_add(y, x, *adapter, multiple)
+            return functional.rasa_add(y, x, *adapter, multiple, *drop)
         packed = self._packed(adapter, y.dtype, multiple)
-        out, _ = ops.low_rank_add(functional.rows(y), functional.rows(x), *packed)
+        out, _ = ops.low_rank_add(functional.rows(y), functional.rows(x), *packed, None, *drop)
         return functional.shaped_like(out, y)
 
     def _refuse_training_merged(self) -> None:

@@ -136,7 +136,9 @@ class Siblings:
     ) -> Tensor | None:
         """The first member's output; those of the others wait."""
         layers = [member() for member in mode.members]
-        parts = [None if each is None else each.part(dtype) for each in layers]
+        parts = [
+            None if each is None or each.dropout_now() > 0 else each.part(dtype) for each in layers
+        ]
         if not all(
             part is not None and part.is_on(x.device, each.pool)
             for part, each in zip(parts, layers, strict=True)

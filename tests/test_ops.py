@@ -12,7 +12,10 @@ from oracle import Adapter
 
 from rasa_ext import functional, ops
 
-NAMES = ("pack", "pack_backward", "low_rank_linear", "low_rank_add", "low_rank_linear_backward")
+NAMES = (
+    "pack", "pack_backward", "low_rank_linear", "low_rank_add", "low_rank_linear_backward",
+    "dropout_mask",
+)  # fmt: skip
 FIELDS = ("A", "A_pool", "B", "B_pool", "d")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOOR = {torch.float64: 1e-14, torch.float32: 1e-6}
@@ -69,6 +72,11 @@ def case(shape, dtype, device, bias=True):
     return draw(tokens, width), draw(out, width), draw(out) if bias else None, adapter
 
 
+def random_mask(x):
+    """A bit for each element of x, as dropout's."""
+    return torch.randint(256, (-(-x.numel() // 8),), dtype=torch.uint8, device=x.device)
+
+
 def sample_calls(device, dtype=torch.float32):
     """Arguments for every operator, with each optional argument present and not."""
     for shape, bias, folded in itertools.product(SHAPES[:4], (True, False), FOLDS[device]):
@@ -80,11 +88,14 @@ def sample_calls(device, dtype=torch.float32):
         yield "pack", (*factors, d if folded else None, dtype, multiple)
         grads = torch.randn_like(Ap.float()), torch.randn_like(Bt.float())
         yield "pack_backward", (*grads, adapter.B, adapter.B_pool, d if folded else None)
-        yield "low_rank_linear", (x, weight, b, Ap, Bt, rest)
-        yield "low_rank_add", (grad, x, Ap, Bt, rest)
+        noise = torch.randint(2**62, (ops.noise_words(device, x.numel()),), device=device)
+        yield "dropout_mask", (noise, x, 0.3)
+        drop = (random_mask(x), 1.25) if bias == folded else ()
+        yield "low_rank_linear", (x, weight, b, Ap, Bt, rest, *drop)
+        yield "low_rank_add", (grad, x, Ap, Bt, rest, *drop)
         for need in itertools.product((True, False), repeat=2):
             base = weight if bias else None
-            yield "low_rank_linear_backward", (grad, x, base, U, Ap, Bt, rest, *need)
+            yield "low_rank_linear_backward", (grad, x, base, U, Ap, Bt, rest, *need, *drop)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,8 +1,4 @@
-// dropout: a mask drawn from a counter, so that it can be drawn again instead of being kept.
-//
-//     x_drop = mask * x / (1 - p)        dx += mask * dx_drop / (1 - p)
-//
-// A dropped element is 0 whatever it was.
+// dropout: a mask of bits drawn from a counter, and what a mask leaves of a tensor.
 #pragma once
 
 #include "heuristics.cuh"
@@ -10,93 +6,52 @@
 
 namespace rasa_ext {
 
-template <typename W>
-struct DropoutParams {
-  const uint64_t* seed_offset;  // (2,)
-  int64_t n;
-  uint32_t threshold;  // a word below it drops
-  W scale;             // 1 / (1 - p)
-};
+static_assert(kDropoutElements == 8, "a Philox block of 16-bit words is a byte of the mask");
 
-// Bit v of the result says whether element 8 * byte + v is kept; 0 from element n on.
-template <typename W>
-__device__ __forceinline__ unsigned draw_byte(const DropoutParams<W>& params, int64_t byte) {
-  const uint64_t key = params.seed_offset[0];
-  const uint64_t counter = params.seed_offset[1] + 2 * static_cast<uint64_t>(byte);
-  const Words low = philox(key, counter), high = philox(key, counter + 1);
+// One byte of the mask to a thread. Sixteen bits an element are enough for any p that is used, and
+// with 32 the kernel would take twice as long: it waits for multiplications, not for memory.
+inline __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
+    dropout_mask_kernel(const uint64_t* noise,  // (2,): key, offset
+                        uint8_t* mask,          // (bytes,)
+                        int64_t bytes,
+                        uint32_t threshold) {  // a 16-bit word below it drops
+  const int64_t byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (byte >= bytes) return;
+  const Words words = philox(noise[0], noise[1] + static_cast<uint64_t>(byte));
   unsigned bits = 0;
 #pragma unroll
-  for (int v = 0; v < 4; ++v) {
-    bits |= static_cast<unsigned>(low.at[v] >= params.threshold) << v;
-    bits |= static_cast<unsigned>(high.at[v] >= params.threshold) << (4 + v);
+  for (int v = 0; v < kDropoutElements; ++v) {
+    const uint32_t word = words.at[v / 2] >> (v % 2 * 16) & 0xffff;
+    bits |= static_cast<unsigned>(word >= threshold) << v;
   }
-  const int64_t left = params.n - byte * kDropoutElements;
-  return left < kDropoutElements ? bits & ((1u << left) - 1) : bits;
+  mask[byte] = static_cast<uint8_t>(bits);
 }
 
-// Calls body(i, v) for the elements i = 8 * byte + v of one byte, v < 8, and leaves out those from
-// n on.
-template <typename T>
-__device__ __forceinline__ Vector<T, kDropoutElements> load_some(const T* from, int n) {
-  constexpr int N = kDropoutElements;
-  if (n == N && is_aligned(from)) return load<N>(from);
-  Vector<T, N> value;
-#pragma unroll
-  for (int v = 0; v < N; ++v) value.at[v] = v < n ? from[v] : narrow<T>(0);
-  return value;
-}
-
-template <typename T>
-__device__ __forceinline__ void store_some(T* to, int n, const Vector<T, kDropoutElements>& value) {
-  constexpr int N = kDropoutElements;
-  if (n == N && is_aligned(to)) return store(to, value);
-#pragma unroll
-  for (int v = 0; v < N; ++v) {
-    if (v < n) to[v] = value.at[v];
-  }
-}
-
-// x_drop = mask * x / (1 - p); eight elements and a byte of the mask to a thread.
+// kept = x where the mask says so, else 0 whatever x is; eight elements to a thread, which reads
+// them before it writes, so that kept may be x.
 template <typename T>
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    dropout_kernel(const T* x,     // (n,)
-                   T* x_drop,      // (n,)
-                   uint8_t* mask,  // ((n + 7) / 8,) or null
-                   DropoutParams<Wide<T>> params) {
+    dropout_kernel(const T* x,           // (n,)
+                   const uint8_t* mask,  // ((n + 7) / 8,)
+                   T* kept,              // (n,)
+                   int64_t n) {
+  constexpr int N = kDropoutElements;
   const int64_t byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t first = byte * kDropoutElements;
-  if (first >= params.n) return;
-  const int n = static_cast<int>(min(params.n - first, static_cast<int64_t>(kDropoutElements)));
-  const unsigned kept = draw_byte(params, byte);
-  if (mask != nullptr) mask[byte] = static_cast<uint8_t>(kept);
-  Vector<T, kDropoutElements> value = load_some(x + first, n);
+  const int64_t first = byte * N;
+  if (first >= n) return;
+  const unsigned bits = mask[byte];
+  if (first + N <= n && is_aligned(x + first) && is_aligned(kept + first)) {
+    Vector<T, N> value = load<N>(x + first);
 #pragma unroll
-  for (int v = 0; v < kDropoutElements; ++v) {
-    value.at[v] = narrow<T>(kept >> v & 1 ? widen(value.at[v]) * params.scale : Wide<T>(0));
+    for (int v = 0; v < N; ++v) {
+      if (!(bits >> v & 1)) value.at[v] = narrow<T>(0);
+    }
+    return store(kept + first, value);
   }
-  store_some(x_drop + first, n, value);
-}
-
-// dx += mask * dx_drop / (1 - p).
-template <typename T>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    dropout_backward_kernel(const T* dx_drop,     // (n,)
-                            T* dx,                // (n,)
-                            const uint8_t* mask,  // ((n + 7) / 8,); null: drawn again
-                            DropoutParams<Wide<T>> params) {
-  const int64_t byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t first = byte * kDropoutElements;
-  if (first >= params.n) return;
-  const int n = static_cast<int>(min(params.n - first, static_cast<int64_t>(kDropoutElements)));
-  const unsigned kept = mask != nullptr ? mask[byte] : draw_byte(params, byte);
-  const Vector<T, kDropoutElements> grad = load_some(dx_drop + first, n);
-  Vector<T, kDropoutElements> value = load_some(dx + first, n);
-#pragma unroll
-  for (int v = 0; v < kDropoutElements; ++v) {
-    const Wide<T> added = kept >> v & 1 ? widen(grad.at[v]) * params.scale : Wide<T>(0);
-    value.at[v] = narrow<T>(widen(value.at[v]) + added);
+  const int64_t end = min(first + N, n);
+  for (int64_t i = first; i < end; ++i) {
+    kept[i] = bits >> (i - first) & 1 ? x[i] : narrow<T>(0);
   }
-  store_some(dx + first, n, value);
 }
 
 }  // namespace rasa_ext

@@ -86,7 +86,7 @@ inline int decode_part(int in) {
   return (part + 7) / 8 * 8;
 }
 
-// Elements that a thread of dropout handles: two Philox blocks, one byte of the mask, 16 bytes in
+// Elements that a thread of dropout handles: one Philox block, one byte of the mask, 16 bytes in
 // half precision.
 constexpr int kDropoutElements = 8;
 

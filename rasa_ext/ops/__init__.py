@@ -10,7 +10,13 @@ from __future__ import annotations
 import torch
 
 from rasa_ext.ops import fake, reference
-from rasa_ext.ops.heuristics import diagonal_in_pack, pool_in_packs, rank_multiple, share_siblings
+from rasa_ext.ops.heuristics import (
+    diagonal_in_pack,
+    noise_words,
+    pool_in_packs,
+    rank_multiple,
+    share_siblings,
+)
 from rasa_ext.ops.library import COMPILED, cuda_status
 from rasa_ext.ops.schemas import LIBRARY, SCHEMAS, accumulation_dtype
 
@@ -58,6 +64,7 @@ low_rank_linear_backward = _entry("low_rank_linear_backward")
 pack_siblings = _entry("pack_siblings")
 siblings_linear = _entry("siblings_linear")
 siblings_linear_backward = _entry("siblings_linear_backward")
+dropout_mask = _entry("dropout_mask")
 pack_layers = _entry("pack_layers")
 pack_layers_backward = _entry("pack_layers_backward")
 delta_layers = _entry("delta_layers")
@@ -71,6 +78,7 @@ __all__ = [
     "accumulation_dtype",
     "cuda_status",
     "diagonal_in_pack",
+    "noise_words",
     "pool_in_packs",
     "rank_multiple",
     "share_siblings",

@@ -47,13 +47,21 @@ def low_rank_linear(
     Ap: Tensor,
     Bt: Tensor,
     d: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y (M, out), U (M, Rp)."""
     return x.new_empty((x.shape[0], weight.shape[0])), x.new_empty((x.shape[0], Ap.shape[0]))
 
 
 def low_rank_add(
-    y: Tensor, x: Tensor, Ap: Tensor, Bt: Tensor, d: Tensor | None = None
+    y: Tensor,
+    x: Tensor,
+    Ap: Tensor,
+    Bt: Tensor,
+    d: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Out (M, out), U (M, Rp)."""
     return y.new_empty(y.shape), x.new_empty((x.shape[0], Ap.shape[0]))
@@ -69,6 +77,8 @@ def low_rank_linear_backward(
     d: Tensor | None,
     need_x: bool,
     need_adapter: bool,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dX (M, in), dAp (Rp, in), dBt (out, Rp) column-major, dd (Rp,); empty where not needed."""
     wide = accumulation_dtype(x.dtype)
@@ -132,6 +142,11 @@ def siblings_linear_backward(
     dAp = x.new_empty((Ap.shape[0], x.shape[1]), dtype=wide)
     dBt = [x.new_empty((up.shape[1], up.shape[0]), dtype=wide).t() for up in Bt]
     return dx, dAp, dBt, dd
+
+
+def dropout_mask(noise: Tensor, x: Tensor, p: float) -> Tensor:
+    """Mask (ceil(x.numel() / 8),)."""
+    return noise.new_empty(((x.numel() + 7) // 8,), dtype=torch.uint8)
 
 
 def pack_layers(

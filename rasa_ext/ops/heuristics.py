@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from rasa_ext.ops.library import COMPILED
+
 
 def adapter_first(device_type: str, dtype: torch.dtype) -> bool:
     """Whether the adapter's product is computed first and the base's GEMM accumulates into it.
@@ -61,3 +63,14 @@ def share_siblings(device_type: str) -> bool:
     therefore not the default there.
     """
     return device_type == "cpu"
+
+
+def noise_words(device_type: str, elements: int) -> int:
+    """How many int64 of noise ``dropout_mask`` takes for x of so many elements.
+
+    The compiled kernel draws from a counter under two of them, a key and an offset. The PyTorch
+    one takes 16 bits an element, a byte of the mask at a time.
+    """
+    if COMPILED and device_type == "cuda":
+        return 2
+    return 2 * -(-elements // 8)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rasa_ext.ops import masks
 from rasa_ext.ops.heuristics import adapter_first
+from rasa_ext.ops.masks import dropout_mask as dropout_mask
 from rasa_ext.ops.schemas import accumulation_dtype
 
 
@@ -76,9 +78,11 @@ def low_rank_linear(
     Ap: Tensor,
     Bt: Tensor,
     d: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T + bias + U diag(d) Bt^T, U = X Ap^T."""
-    U = torch.mm(x, Ap.t())
+    U = masks.project(x, Ap, mask, scale)
     scaled = U if d is None else U * d.to(U.dtype)
     if adapter_first(x.device.type, x.dtype):
         y = torch.mm(scaled, Bt.t()) if bias is None else torch.addmm(bias, scaled, Bt.t())
@@ -88,10 +92,16 @@ def low_rank_linear(
 
 
 def low_rank_add(
-    y: Tensor, x: Tensor, Ap: Tensor, Bt: Tensor, d: Tensor | None = None
+    y: Tensor,
+    x: Tensor,
+    Ap: Tensor,
+    Bt: Tensor,
+    d: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y + U diag(d) Bt^T, U = X Ap^T."""
-    U = torch.mm(x, Ap.t())
+    U = masks.project(x, Ap, mask, scale)
     return torch.addmm(y, U if d is None else U * d.to(U.dtype), Bt.t()), U
 
 
@@ -105,6 +115,8 @@ def low_rank_linear_backward(
     d: Tensor | None,
     need_x: bool,
     need_adapter: bool,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """H = G Bt diag(d), T = G^T U diag(d); dX = G W + H Ap, dAp = H^T X, dBt = T."""
     wide = accumulation_dtype(x.dtype)
@@ -115,15 +127,23 @@ def low_rank_linear_backward(
             dd = (U * H).sum(0, dtype=wide)
         d = d.to(H.dtype)
         H.mul_(d)
+    kept = None
+    if mask is not None:
+        H.mul_(scale)
+        kept = masks.unpacked(mask, x)
     if need_x:
-        if weight is None:
+        if weight is None or kept is not None:
             dx = torch.mm(H, Ap)
+            if kept is not None:
+                masks.integers(dx).bitwise_and_(kept)
+            if weight is not None:
+                dx.addmm_(grad, weight)
         elif adapter_first(x.device.type, x.dtype):
             dx = torch.mm(H, Ap).addmm_(grad, weight)
         else:
             dx = torch.mm(grad, weight).addmm_(H, Ap)
     if need_adapter:
-        dAp = torch.mm(H.t(), x).to(wide)
+        dAp = torch.mm(H.t(), x if kept is None else masks.keep(x, kept)).to(wide)
         # U^T G rather than G^T U: a third faster in float32, and each rank's gradient contiguous.
         scaled = U if d is None else U * d
         dBt = torch.mm(scaled.t(), grad).to(wide).t()

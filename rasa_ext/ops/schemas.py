@@ -20,6 +20,16 @@ of a device whose packs carry the diagonal may refuse it in the linear.
   order in which the GEMM is fastest and in which a pool's L gradients are summed. What is not
   needed comes back with no elements.
 
+Dropout is on the adapter's input alone. ``mask`` of the three linears holds a bit for each element
+of x, whether the adapter sees it, and ``scale`` is what the rest is multiplied with: wherever x
+stands beside Ap it is ``scale * (x where kept, else 0)``. That is folded into U and H, so that in
+low precision no element of x is rounded again. U includes it.
+
+- ``dropout_mask``: uint8 (ceil(x.numel() / 8),); bit e % 8 of byte e // 8 says whether element e of
+  x, counted along its rows, is kept, which has the probability 1 - p in steps of 2^-16. Bits behind
+  the last element mean nothing. ``noise`` is int64 of uniformly distributed bits, as many as
+  ``heuristics.noise_words`` says; of x only the shape matters.
+
 Over n siblings, layers that read the same x, with their ranks side by side: Rp = sum of Rp_i. Lists
 have one entry a sibling, or none where nobody has such a tensor; a bias without elements is none.
 
@@ -60,12 +70,13 @@ SCHEMAS: tuple[str, ...] = (
     "pack_backward(Tensor dAp, Tensor dBt, Tensor B, Tensor? B_pool, Tensor? d) -> "
     "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)",
     "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor Ap, Tensor Bt, "
-    "Tensor? d=None) -> (Tensor y, Tensor U)",
-    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bt, Tensor? d=None) -> "
-    "(Tensor out, Tensor U)",
+    "Tensor? d=None, Tensor? mask=None, float scale=1.0) -> (Tensor y, Tensor U)",
+    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bt, Tensor? d=None, Tensor? mask=None, "
+    "float scale=1.0) -> (Tensor out, Tensor U)",
     "low_rank_linear_backward(Tensor grad, Tensor x, Tensor? weight, Tensor U, Tensor Ap, "
-    "Tensor Bt, Tensor? d, bool need_x, bool need_adapter) -> "
-    "(Tensor dx, Tensor dAp, Tensor dBt, Tensor dd)",
+    "Tensor Bt, Tensor? d, bool need_x, bool need_adapter, Tensor? mask=None, "
+    "float scale=1.0) -> (Tensor dx, Tensor dAp, Tensor dBt, Tensor dd)",
+    "dropout_mask(Tensor noise, Tensor x, float p) -> Tensor",
     "pack_siblings(Tensor[] A, Tensor[] A_pool, Tensor[] B, Tensor[] B_pool, Tensor[] d, "
     "ScalarType dtype, int multiple=1) -> (Tensor Ap, Tensor[] Bt)",
     "siblings_linear(Tensor x, Tensor[] weights, Tensor[] biases, Tensor Ap, Tensor[] Bt, "

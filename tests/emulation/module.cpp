@@ -85,18 +85,13 @@ void bind_decode(py::module_& module) {
 
 void bind_dropout(py::module_& module) {
   module.def("dropout_mask_bytes", &dropout_mask_bytes);
-  module.def("dropout_draws", &dropout_draws);
-  module.def("dropout", [](Address x, Address x_drop, Address mask, int64_t n, uint64_t seed,
-                           uint64_t offset, double p, DType dtype) {
-    const uint64_t words[] = {seed, offset};
-    launch_dropout(pointer(x), pointer(x_drop), static_cast<uint8_t*>(pointer(mask)), n, {words, p},
-                   dtype, nullptr);
+  module.def("dropout_mask", [](uint64_t key, uint64_t offset, Address mask, int64_t n, double p) {
+    const uint64_t noise[] = {key, offset};
+    launch_dropout_mask(noise, static_cast<uint8_t*>(pointer(mask)), n, p, nullptr);
   });
-  module.def("dropout_backward", [](Address dx_drop, Address dx, Address mask, int64_t n,
-                                    uint64_t seed, uint64_t offset, double p, DType dtype) {
-    const uint64_t words[] = {seed, offset};
-    launch_dropout_backward(pointer(dx_drop), pointer(dx), static_cast<uint8_t*>(pointer(mask)), n,
-                            {words, p}, dtype, nullptr);
+  module.def("dropout", [](Address x, Address mask, Address kept, int64_t n, DType dtype) {
+    launch_dropout(pointer(x), static_cast<const uint8_t*>(pointer(mask)), pointer(kept), n, dtype,
+                   nullptr);
   });
 }
 

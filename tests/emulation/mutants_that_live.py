@@ -26,14 +26,7 @@ REASONS: list[tuple[str, str, str, str]] = [
     ("pack_backward.cu", "std::max(shape.in, shape.out)", "+ 1)", EXTRA_BLOCK),
     ("decode.cuh", "m < tokens", "m <= tokens", GUARDED),
     ("decode.cuh", "if (m >= live)", "if (m > live)", "that token's sum is not written"),
-    ("dropout.cuh", "left < kDropoutElements", "left <= kDropoutElements", "all 8 bits stay"),
-    ("dropout.cuh", "v < N; ++v", "v <= N", GUARDED),
-    (
-        "dropout.cu",
-        "draw.p < 1",
-        "draw.p <= 1",
-        "at p = 1 one word in 2^32 would be kept, times inf",
-    ),
+    ("dropout.cuh", "first + N <= n", "first + N < n", "the last eight, one by one"),
     ("collective.cuh", "i < done", "i + 1 < done", TWO_STEPS),
 ]
 

@@ -56,6 +56,7 @@ def on_host(host, monkeypatch):
         rank_multiple=lambda *_: ops.rank_multiple("cuda", torch.float32, 6),
         diagonal_in_pack=lambda _: ops.diagonal_in_pack("cuda"),
         accumulation_dtype=ops.accumulation_dtype,
+        noise_words=lambda *_: 2,
     )
 
     def switch() -> None:
@@ -96,6 +97,25 @@ def test_training_step(model, on_host, host, shape, together):
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)
     assert bool(host.calls()) == (x.numel() > 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 11, 9), (0, 9)], ids=str)
+def test_training_step_with_dropout(model, on_host, host, monkeypatch, shape):
+    """Under the mask that the compiled operator draws from torch's seed, again and again."""
+    for module in model.modules():
+        if isinstance(module, rasa_ext.RasaLinear):
+            module.dropout = 0.3
+    monkeypatch.setattr(ops, "dropout_mask", host.ops.dropout_mask)
+    monkeypatch.setattr(ops, "noise_words", lambda *_: 2)
+    x = torch.randn(shape)
+    steps = [copy.deepcopy(model).train() for _ in range(3)]
+    torch.manual_seed(5)
+    expected = step(steps[0], x)
+    on_host()
+    for again in steps[1:]:
+        torch.manual_seed(5)
+        for name, value in step(again, x).items():
+            torch.testing.assert_close(value, expected[name], rtol=2e-4, atol=2e-5, msg=name)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17])

@@ -1,0 +1,53 @@
+// The mask of dropout, and what it leaves.
+#include "dropout.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <string>
+
+#include "launchers.h"
+#include "ops.h"
+
+namespace rasa_ext {
+namespace {
+
+void launch(const Device& device, const Tensor& x, const Tensor& mask, const Tensor& kept) {
+  const Tensor bits = torch::stable::contiguous(mask);
+  launch_dropout(x.data_ptr(), static_cast<const uint8_t*>(bits.data_ptr()), kept.data_ptr(),
+                 x.numel(), dtype_of(x), device.stream());
+  device.check_launch("dropout");
+}
+
+}  // namespace
+
+Tensor dropout_mask(const Tensor& noise, const Tensor& x, double p) {
+  const Checks checks("dropout_mask", "x", x);
+  checks.integers("noise", noise, 2, torch::headeronly::ScalarType::Long);
+  if (!(p >= 0 && p < 1)) checks.refuse("p", "a number in [0, 1)", std::to_string(p));
+  const Device device(x);
+  const Tensor mask = empty_mask(x, dropout_mask_bytes(x.numel()));
+  const Tensor words = torch::stable::contiguous(noise);
+  launch_dropout_mask(static_cast<const uint64_t*>(words.data_ptr()),
+                      static_cast<uint8_t*>(mask.data_ptr()), x.numel(), p, device.stream());
+  device.check_launch("dropout_mask");
+  return mask;
+}
+
+void check_mask(const Checks& checks, const std::optional<Tensor>& mask, const Tensor& x) {
+  if (!mask) return;
+  checks.integers("mask", *mask, dropout_mask_bytes(x.numel()),
+                  torch::headeronly::ScalarType::Byte);
+}
+
+Tensor kept_of(const Device& device, const Tensor& x, const std::optional<Tensor>& mask) {
+  if (!mask) return gemm_operand(x);
+  const Tensor source = dense(x, dtype_of(x)), kept = empty(x, {x.size(0), x.size(1)}, dtype_of(x));
+  launch(device, source, *mask, kept);
+  return kept;
+}
+
+void keep_in_place(const Device& device, Tensor& x, const Tensor& mask) {
+  launch(device, x, mask, x);
+}
+
+}  // namespace rasa_ext
