@@ -26,7 +26,7 @@ from rasa_ext.files import (
 )
 from rasa_ext.patch import apply_plan, refuse_patched
 from rasa_ext.record import is_patched, rasa_layers, record_of, unwrap
-from rasa_ext.targets import Plan, make_plan
+from rasa_ext.targets import Plan, make_plan, settled
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -37,7 +37,9 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     record = record_of(model)
     settings = record.config.to_dict()
+    settings["modules_to_save"] = list(record.plan.saved) or None
     settings["base_model_name_or_path"] = base_name(model)
+    settings["task_type"] = task_type(model)
     settings["fan_in_fan_out"] = any(layer.transposed for _, layer in rasa_layers(model))
     settings["inference_mode"] = True
     settings["rasa_ext_version"] = __version__
@@ -63,6 +65,7 @@ def install(
     model: nn.Module, config: RasaConfig, tensors: Mapping[str, Tensor], where: str
 ) -> nn.Module:
     """Put tensors named as in the package's files into a model, patching it if need be."""
+    config = settled(unwrap(model), config)
     patched = is_patched(model)
     if patched:
         record = record_of(model)
@@ -71,7 +74,7 @@ def install(
                 "model: an adapter cannot be loaded while one is merged into the base weights; "
                 "call rasa_ext.unmerge(model) first."
             )
-        if differences := record.config.differences(config):
+        if differences := settled(unwrap(model), record.config).differences(config):
             raise ValueError(
                 f"{where}: the adapter's config differs from the model's patch in "
                 f"{'; '.join(differences)} (patch, adapter); call rasa_ext.unpatch(model) first."
@@ -137,6 +140,11 @@ def _expected(root: nn.Module, config: RasaConfig, plan: Plan) -> dict[str, tupl
     for key, tensor in saved_tensors(root, plan).items():
         expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
     return expected
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's word for what the model does, where that decides how PEFT loads the adapter."""
+    return "CAUSAL_LM" if type(unwrap(model)).__name__.endswith("ForCausalLM") else None
 
 
 def base_name(model: nn.Module) -> str | None:

@@ -7,7 +7,7 @@ import warnings
 
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint import base_name, saved_tensors
+from rasa_ext.checkpoint import base_name, saved_tensors, task_type
 from rasa_ext.files import PREFIX, write_adapter
 from rasa_ext.record import rasa_layers, record_of, unwrap
 
@@ -57,7 +57,7 @@ def export_lora(
         tensors[f"{PREFIX}{key}"] = tensor
     settings = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(unwrap(model)).__name__.endswith("ForCausalLM") else None,
+        "task_type": task_type(model),
         "base_model_name_or_path": base_name(model),
         "inference_mode": True,
         "r": rank,

@@ -34,7 +34,7 @@ def is_plain_gemm(base: nn.Module, dtype: torch.dtype) -> bool:
     return bias is None or (bias.dtype == dtype and not bias.requires_grad)
 
 
-def _empty_factors(rank: int, out_features: int, in_features: int, base: Tensor, dtype) -> tuple:
+def empty_factors(rank: int, out_features: int, in_features: int, base: Tensor, dtype) -> tuple:
     """A (rank, in) as LoRA draws it, uniform in +-1/sqrt(in), and B (out, rank) of zeros."""
     A = torch.empty((rank, in_features), dtype=dtype, device=base.device)
     if rank:
@@ -57,20 +57,17 @@ class RasaPool(nn.Module):
     ) -> RasaPool:
         """A fresh pool for ``layers`` layers of (out, in), on the device of ``like``."""
         size = layers * config.k
-        return cls(*_empty_factors(size, out_features, in_features, like, config.adapter_dtype))
+        return cls(*empty_factors(size, out_features, in_features, like, config.adapter_dtype))
 
     def extra_repr(self) -> str:
         """Slots of the pool."""
         return f"slots={self.A.shape[0]}"
 
 
-class RasaLinear(nn.Module):
-    """A frozen linear layer with a RaSA adapter: ``base(x) + x dW^T``.
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with one adapter over it: ``base(x) + x dW^T``.
 
-    ``A`` (r-k, in), ``B`` (out, r-k) and ``d`` (r-k+L*k,) are the layer's own; ``pool`` is its
-    group's, or None where k = 0. The pool is a registered submodule of the group's first layer
-    only, so that no parameter stands twice in a ``state_dict``; the other layers hold a plain
-    reference, which follows through ``copy.deepcopy`` and ``torch.save``.
+    Who owns the adapter's parameters is a subclass's affair; it answers ``tensors()``.
 
     Without grad the pack is cached, keyed by the parameters' versions. Writing through ``.data`` is
     invisible to that key: call ``repack()`` after it (``train()`` and ``eval()`` forget it, too).
@@ -78,75 +75,35 @@ class RasaLinear(nn.Module):
     ``siblings``, where not None, is shared with the layers that may read the same inputs.
     """
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        config: RasaConfig,
-        layers: int,
-        pool: RasaPool | None,
-        owns_pool: bool,
-    ) -> None:
-        """Adapt ``base_layer``, one of ``layers`` in its group; ``pool`` is None where k = 0."""
+    dropout: float
+
+    def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
-        out_features, in_features = linear_shape(base_layer)
-        own = config.rank - config.k
-        weight = base_layer.weight
-        self.A, self.B = _empty_factors(
-            own, out_features, in_features, weight, config.adapter_dtype
-        )
-        self.d = nn.Parameter(config.initial_diagonal(layers).to(weight.device, self.A.dtype))
-        if owns_pool:
-            self.pool = pool
-        else:
-            self.__dict__["pool"] = pool
-        self.dropout = config.dropout
         self.disabled = False
         self.merged_base: Tensor | None = None
         self.siblings: siblings.Siblings | None = None
         self._cache = PackCache()
-        self.train(base_layer.training)
 
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return self.A.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Width of the output."""
-        return self.B.shape[0]
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, as model code that looks at its dtype or device expects it."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        return self.base_layer.bias
-
-    @property
-    def merged(self) -> bool:
-        """Whether the adapter is folded into the base's weight at present."""
-        return self.merged_base is not None
-
-    def versions(self) -> tuple[int, ...]:
-        """How often A, B and d were written to."""
-        return tuple(_parameter(self, name)._version for name in ("A", "B", "d"))
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+        """``(A, A_pool, B, B_pool, d)``, wherever they lie."""
+        raise NotImplementedError
 
     def adapter(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
         """``(A, A_pool, B, B_pool, d)``, all on this layer's device."""
-        pool = self.pool
-        A, B, d = _parameter(self, "A"), _parameter(self, "B"), _parameter(self, "d")
-        if pool is None:
-            return A, None, B, None, d
-        A_pool, B_pool = _parameter(pool, "A"), _parameter(pool, "B")
-        if A_pool.device != A.device:
-            A_pool, B_pool = A_pool.to(A.device), B_pool.to(A.device)
-        return A, A_pool, B, B_pool, d
+        return beside_each_other(*self.tensors())
+
+    def versions(self) -> tuple[int, ...]:
+        """How often A, B and d were written to."""
+        A, _, B, _, d = self.tensors()
+        return A._version, B._version, d._version
+
+    def is_on(self, device: torch.device) -> bool:
+        """Whether the base, the adapter and its pool all lie on ``device``."""
+        A, A_pool, *_ = self.tensors()
+        found = (self.base_layer.weight, A, *(() if A_pool is None else (A_pool,)))
+        return all(tensor.device == device for tensor in found)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) to (..., out), in the dtype that the base layer would give."""
@@ -154,7 +111,7 @@ class RasaLinear(nn.Module):
             self._refuse_training_merged()
             return self.base_layer(x, *args, **kwargs)
         adapter = self.adapter()
-        with_grad = torch.is_grad_enabled() and (x.requires_grad or _any_requires_grad(adapter))
+        with_grad = torch.is_grad_enabled() and (x.requires_grad or any_requires_grad(adapter))
         if with_grad:
             self._forget_pack()
         dtype = _compute_dtype(x)
@@ -228,7 +185,7 @@ class RasaLinear(nn.Module):
         if self.siblings is not None:
             self.siblings.repack()
 
-    def train(self, mode: bool = True) -> RasaLinear:
+    def train(self, mode: bool = True) -> AdaptedLinear:
         """Switch the mode and forget the cached pack."""
         self._cache.drop()
         if self.siblings is not None:
@@ -255,6 +212,71 @@ class RasaLinear(nn.Module):
             return ops.pack(*adapter, dtype, multiple)
         return self._cache.get(tensors, dtype, multiple, self._pack)
 
+
+class RasaLinear(AdaptedLinear):
+    """A frozen linear layer with a RaSA adapter: ``base(x) + x dW^T``.
+
+    ``A`` (r-k, in), ``B`` (out, r-k) and ``d`` (r-k+L*k,) are the layer's own; ``pool`` is its
+    group's, or None where k = 0. The pool is a registered submodule of the group's first layer
+    only, so that no parameter stands twice in a ``state_dict``; the other layers hold a plain
+    reference, which follows through ``copy.deepcopy`` and ``torch.save``.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        config: RasaConfig,
+        layers: int,
+        pool: RasaPool | None,
+        owns_pool: bool,
+    ) -> None:
+        """Adapt ``base_layer``, one of ``layers`` in its group; ``pool`` is None where k = 0."""
+        super().__init__(base_layer)
+        out_features, in_features = linear_shape(base_layer)
+        own = config.rank - config.k
+        weight = base_layer.weight
+        self.A, self.B = empty_factors(own, out_features, in_features, weight, config.adapter_dtype)
+        self.d = nn.Parameter(config.initial_diagonal(layers).to(weight.device, self.A.dtype))
+        if owns_pool:
+            self.pool = pool
+        else:
+            self.__dict__["pool"] = pool
+        self.dropout = config.dropout
+        self.train(base_layer.training)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.B.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's weight, as model code that looks at its dtype or device expects it."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias."""
+        return self.base_layer.bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is folded into the base's weight at present."""
+        return self.merged_base is not None
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+        """``(A, A_pool, B, B_pool, d)``, wherever they lie."""
+        pool = self.pool
+        A, B, d = parameter_of(self, "A"), parameter_of(self, "B"), parameter_of(self, "d")
+        if pool is None:
+            return A, None, B, None, d
+        return A, parameter_of(pool, "A"), B, parameter_of(pool, "B"), d
+
     def extra_repr(self) -> str:
         """Widths and ranks."""
         state = ", merged" if self.merged else ""
@@ -262,6 +284,15 @@ class RasaLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"private={self.A.shape[0]}, effective_rank={self.d.shape[0]}{state}"
         )
+
+
+def beside_each_other(
+    A: Tensor, A_pool: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+    """The same with the pool on the layer's device."""
+    if A_pool is not None and A_pool.device != A.device:
+        A_pool, B_pool = A_pool.to(A.device), B_pool.to(A.device)
+    return A, A_pool, B, B_pool, d
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -279,7 +310,7 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _parameter(module: nn.Module, name: str) -> Tensor:
+def parameter_of(module: nn.Module, name: str) -> Tensor:
     """``getattr`` without nn.Module's slow lookup, since every forward of every layer does it.
 
     Replicas of ``nn.DataParallel`` have their parameters as plain attributes.
@@ -288,7 +319,8 @@ def _parameter(module: nn.Module, name: str) -> Tensor:
     return getattr(module, name) if found is None else found
 
 
-def _any_requires_grad(adapter: tuple) -> bool:
+def any_requires_grad(adapter: tuple) -> bool:
+    """Whether one of an adapter's tensors, as ``adapter()`` gives them, is being trained."""
     A, A_pool, B, B_pool, d = adapter
     if A.requires_grad or B.requires_grad or d.requires_grad:
         return True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -62,16 +63,24 @@ def _read(directory: Path) -> dict[str, Tensor]:
 
 
 def _renamed(found: dict[str, Tensor], plan: Plan, where: str) -> dict[str, Tensor]:
-    """The same tensors under the names of the package's own format."""
+    return own_names(found, [f"{PREFIX}{group.names[0]}" for group in plan.groups], where)
+
+
+def own_names(found: Mapping[str, Tensor], owners: Iterable[str], where: str) -> dict[str, Tensor]:
+    """Tensors under the published names, under those of the package's own format.
+
+    ``owners`` are the first layers of all groups, with the prefix of keys; others keep their names.
+    ValueError, beginning with ``where``, where two of them would share a published pool.
+    """
     pools: dict[str, str] = {}
-    for group in plan.groups:
-        kind = _kind(group.names[0])
+    for owner in owners:
+        kind = _kind(owner)
         if kind in pools:
             raise ValueError(
                 f"{where}: the published format has one pool for {kind!r}, but the model has "
                 "layers of several shapes or places under that name."
             )
-        pools[kind] = f"{PREFIX}{group.names[0]}.rasa_pool"
+        pools[kind] = f"{owner}.rasa_pool"
     renamed = {}
     for key, tensor in found.items():
         if match := _LAYER.match(key):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.config import ALL_LINEAR, RasaConfig
-from rasa_ext.modules import RasaLinear, RasaPool
+from rasa_ext.modules import AdaptedLinear, RasaLinear, RasaPool
 from rasa_ext.record import Record, rasa_layers, record_of, set_record, unwrap
 from rasa_ext.siblings import Siblings
 from rasa_ext.targets import Plan, make_plan, places
@@ -106,13 +106,13 @@ def apply_plan(model: nn.Module, config: RasaConfig, plan: Plan) -> None:
         config=config,
         plan=plan,
         trainable_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
-        attributes_before=_skip_fast_paths(model, wrapped),
+        attributes_before=skip_fast_paths(model, wrapped),
         hooks=_let_gradients_into_checkpoints(model),
     )
     model.requires_grad_(False)
     for parent, key in places(model, wrapped):
         parent._modules[key] = wrapped[parent._modules[key]]
-    _introduce_siblings(model)
+    introduce_siblings(model)
     for layer in wrapped.values():
         for parameter in (layer.A, layer.B, layer.d):
             parameter.requires_grad_(True)
@@ -125,12 +125,12 @@ def apply_plan(model: nn.Module, config: RasaConfig, plan: Plan) -> None:
     set_record(model, record)
 
 
-def _introduce_siblings(model: nn.Module) -> None:
+def introduce_siblings(model: nn.Module) -> None:
     """Let the layers of one parent that read inputs of one width find out who reads the same."""
     for parent in model.modules():
-        by_width: dict[int, list[RasaLinear]] = {}
+        by_width: dict[int, list[AdaptedLinear]] = {}
         for child in dict.fromkeys(parent.children()):
-            if isinstance(child, RasaLinear):
+            if isinstance(child, AdaptedLinear):
                 by_width.setdefault(child.in_features, []).append(child)
         for layers in by_width.values():
             if len(layers) > 1:
@@ -155,7 +155,7 @@ def remove_layers(model: nn.Module) -> nn.Module:
     return model
 
 
-def _skip_fast_paths(model: nn.Module, wrapped: dict) -> list[tuple[nn.Module, str, Any]]:
+def skip_fast_paths(model: nn.Module, wrapped: dict) -> list[tuple[nn.Module, str, Any]]:
     """Keep torch's fused encoder from reading an adapted layer's base weight behind its back.
 
     ``nn.TransformerEncoderLayer`` does so in eval without grad; clearing the attribute that says

@@ -20,7 +20,7 @@ from rasa_ext import functional, ops
 from rasa_ext.pack_cache import Make, PackCache
 
 if TYPE_CHECKING:
-    from rasa_ext.modules import RasaLinear, RasaPool
+    from rasa_ext.modules import AdaptedLinear
 
 ENABLED: bool | None = None
 """Whether siblings are computed together: True or False, or None for ``ops.share_siblings``."""
@@ -33,11 +33,6 @@ class Part(NamedTuple):
     bias: Tensor | None
     adapter: tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]
 
-    def is_on(self, device: torch.device, pool: RasaPool | None) -> bool:
-        """Whether nothing lies elsewhere, ``pool``, the layer's, included."""
-        tensors = (self.weight, self.adapter[0], *(() if pool is None else (pool.A,)))
-        return all(t.device == device for t in tensors)
-
     def stamp(self) -> tuple[tuple[int, int], ...]:
         """Changes where a tensor was replaced or written to."""
         tensors = (self.weight, self.bias, *self.adapter)
@@ -47,7 +42,7 @@ class Part(NamedTuple):
 class _Round:
     """One x, the layers that have read it, and the outputs that wait for others."""
 
-    def __init__(self, x: Tensor, dtype: torch.dtype, layer: RasaLinear) -> None:
+    def __init__(self, x: Tensor, dtype: torch.dtype, layer: AdaptedLinear) -> None:
         self.x = weakref.ref(x)
         self.state = _state(x, dtype)
         self.versions = layer.versions()
@@ -109,7 +104,7 @@ class Siblings:
         self._cache = PackCache()
 
     def output(
-        self, layer: RasaLinear, part: Part, x: Tensor, dtype: torch.dtype, with_grad: bool
+        self, layer: AdaptedLinear, part: Part, x: Tensor, dtype: torch.dtype, with_grad: bool
     ) -> Tensor | None:
         """The layer's output for x (..., in) computed in ``dtype``, or None: compute it alone."""
         mode, me = self._modes[with_grad], weakref.ref(layer)
@@ -140,7 +135,7 @@ class Siblings:
             None if each is None or each.dropout_now() > 0 else each.part(dtype) for each in layers
         ]
         if not all(
-            part is not None and part.is_on(x.device, each.pool)
+            part is not None and each.is_on(x.device)
             for part, each in zip(parts, layers, strict=True)
         ):
             return None

@@ -35,22 +35,27 @@ class Plan:
     """Names of the modules that are trained in full."""
 
 
-def make_plan(model: nn.Module, config: RasaConfig) -> Plan:
+def make_plan(
+    model: nn.Module, config: RasaConfig, linears: dict[str, nn.Module] | None = None
+) -> Plan:
     """Find the layers that ``config`` names in ``model``, and group them.
+
+    ``linears`` are those to choose from, by name: every linear layer of the model unless given.
 
     Raises ValueError or TypeError, naming the argument, where nothing or something impossible is
     matched. The model is only read.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    if linears is None:
+        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
     if "" in linears:
         raise ValueError(
             "model: expected a module that holds linear layers, got a linear layer itself, which "
             "cannot be replaced in place; wrap it, for example in torch.nn.Sequential."
         )
     saved = _modules_to_save(model, config.modules_to_save)
-    obstacles = _obstacles(model, linears)
+    hindered = obstacles(model, linears)
     heads = _heads(model, linears)
     left_out: dict[str, str] = {}
     chosen: list[str] = []
@@ -66,10 +71,10 @@ def make_plan(model: nn.Module, config: RasaConfig) -> Plan:
             )
         elif kept is not None:
             left_out[name] = "trained in full, named by modules_to_save"
-        elif name in obstacles:
+        elif name in hindered:
             if explicit:
-                raise ValueError(f"target_modules: cannot adapt {name!r}: {obstacles[name]}.")
-            left_out[name] = obstacles[name]
+                raise ValueError(f"target_modules: cannot adapt {name!r}: {hindered[name]}.")
+            left_out[name] = hindered[name]
         elif not explicit and (reason := heads.get(name)):
             left_out[name] = reason
         else:
@@ -85,7 +90,22 @@ def make_plan(model: nn.Module, config: RasaConfig) -> Plan:
             left_out.setdefault(name, "not named by target_modules")
     for name in chosen:
         _check_weight(name, linears[name])
-    return Plan(_grouped(chosen, linears), left_out, _experts(model), saved)
+    return Plan(grouped(chosen, linears), left_out, _experts(model), saved)
+
+
+def settled(model: nn.Module, config: RasaConfig) -> RasaConfig:
+    """``config`` with the names in its lists that no module of ``model`` bears left out.
+
+    ``modules_to_save`` become whole names. For configs from files: PEFT takes lists that name
+    layers of several kinds of models.
+    """
+    modules = [name for name, _ in model.named_modules() if name]
+    targets = config.target_modules
+    if not isinstance(targets, str):
+        known = (item for item in targets if any(matches(name, (item,)) for name in modules))
+        targets = tuple(known) or targets
+    saved = tuple(name for name in modules if matches(name, config.modules_to_save))
+    return dataclasses.replace(config, target_modules=targets, modules_to_save=saved)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -137,9 +157,9 @@ def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...
     return tuple(saved)
 
 
-def _obstacles(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+def obstacles(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
     """Linear layers that cannot be adapted, with the reason."""
-    obstacles = {}
+    hindered = {}
     for parent_name, parent in model.named_modules():
         prefix = f"{parent_name}." if parent_name else ""
         if isinstance(parent, nn.MultiheadAttention):
@@ -148,8 +168,8 @@ def _obstacles(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str
             reason = f"part of {parent_name!r}, which is already adapted ({type(parent).__name__})"
         else:
             continue
-        obstacles.update((name, reason) for name in linears if name.startswith(prefix))
-    return obstacles
+        hindered.update((name, reason) for name in linears if name.startswith(prefix))
+    return hindered
 
 
 def _heads(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
@@ -187,7 +207,8 @@ def _check_weight(name: str, module: nn.Module) -> None:
         )
 
 
-def _grouped(names: list[str], linears: dict[str, nn.Module]) -> tuple[Group, ...]:
+def grouped(names: list[str], linears: dict[str, nn.Module]) -> tuple[Group, ...]:
+    """Layers by name pattern and shape, in the order in which ``names`` begins each group."""
     groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for name in names:
         groups.setdefault((pattern(name), linear_shape(linears[name])), []).append(name)

@@ -15,40 +15,43 @@ from torch import Tensor, nn
 from zoo import Entry
 
 import rasa_ext
-from rasa_ext import RasaLinear
+from rasa_ext.modules import AdaptedLinear
 
 RANK = 4
 
 
 def patched(base: nn.Module, *args, seed: int = 3, **options) -> nn.Module:
     """A patched copy of ``base`` whose adapters are far from their initial zeros."""
-    model = rasa_ext.patch_model(copy.deepcopy(base), *(args or (RANK, 1)), **options)
+    default = () if "config" in options else (RANK, 1)
+    model = rasa_ext.patch_model(copy.deepcopy(base), *(args or default), **options)
     randomize(model, seed)
     return model
 
 
 def randomize(model: nn.Module, seed: int) -> None:
     """Draws every adapter tensor, such that dW is about as large as the zoo's W."""
+    randomize_adapters(adapters(model), seed)
+
+
+def randomize_adapters(found: Mapping[str, Adapter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for layer in rasa_layers(model).values():
-            rank = layer.d.numel()
-            drawn = [(layer.A, layer.A.shape[1]), (layer.B, 4 * rank), (layer.d, 9)]
-            if layer.pool is not None:
-                drawn += [(layer.pool.A, layer.A.shape[1]), (layer.pool.B, 4 * rank)]
+        for adapter in found.values():
+            width, rank = adapter.A.shape[1], adapter.d.numel()
+            drawn = [(adapter.A, width), (adapter.B, 4 * rank), (adapter.d, 9)]
+            if adapter.A_pool is not None:
+                drawn += [(adapter.A_pool, width), (adapter.B_pool, 4 * rank)]
             for parameter, fan in drawn:
                 noise = torch.randn(parameter.shape, generator=generator) * fan**-0.5
                 parameter.copy_(noise + (parameter.ndim == 1))
 
 
-def rasa_layers(model: nn.Module) -> dict[str, RasaLinear]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, RasaLinear)}
+def rasa_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
 
 
-def adapter_of(layer: RasaLinear) -> Adapter:
-    if layer.pool is None:
-        return Adapter(layer.A, None, layer.B, None, layer.d)
-    return Adapter(layer.A, layer.pool.A, layer.B, layer.pool.B, layer.d)
+def adapter_of(layer: AdaptedLinear) -> Adapter:
+    return Adapter(*layer.adapter())
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:

@@ -1,0 +1,22 @@
+"""RaSA as a method of PEFT (0.20 or newer): importing this registers it.
+
+import rasa_ext.peft
+model = peft.get_peft_model(model, rasa_ext.peft.RasaConfig(r=8))
+"""
+
+try:
+    import peft  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "rasa_ext.peft: expected PEFT 0.20 or newer, found none; pip install 'rasa-ext[peft]'."
+    ) from error
+
+from rasa_ext.peft.register import register
+
+register()
+
+from rasa_ext.peft.config import RasaConfig  # noqa: E402
+from rasa_ext.peft.layer import RasaPeftLinear  # noqa: E402
+from rasa_ext.peft.model import RasaModel  # noqa: E402
+
+__all__ = ["RasaConfig", "RasaModel", "RasaPeftLinear"]

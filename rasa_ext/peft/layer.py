@@ -1,0 +1,214 @@
+"""One adapted layer under PEFT: parameters under adapter names, the maths of ``AdaptedLinear``."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from rasa_ext import functional, ops
+from rasa_ext.config import RasaConfig
+from rasa_ext.modules import (
+    AdaptedLinear,
+    beside_each_other,
+    empty_factors,
+    linear_shape,
+    parameter_of,
+)
+from rasa_ext.siblings import Part
+
+
+class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
+    """A frozen linear layer with any number of named RaSA adapters.
+
+    The pool of an adapter is owned, as ``rasa_pool_A`` and ``rasa_pool_B``, by the first layer of
+    its group; the others know that layer, unregistered, and look the pool up in each forward. So
+    every number stands once in a ``state_dict``, and whatever replaces a parameter (loading with
+    ``assign``, moving, casting) is seen by all layers. Less the adapter's name, parameters are
+    named as in the package's own files.
+    """
+
+    adapter_layer_names = ("rasa_A", "rasa_B", "rasa_d", "rasa_pool_A", "rasa_pool_B")
+    other_param_names = ("configs", "pool_owners")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ParameterDict())
+        self.configs: dict[str, RasaConfig] = {}
+        self.pool_owners: dict[str, RasaPeftLinear] = {}
+        self.merged_adapters: list[str] = []
+        self.train(base_layer.training)
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: RasaConfig,
+        layers: int,
+        owner: RasaPeftLinear,
+        init_weights: bool = True,
+    ) -> None:
+        """Add an adapter to this layer, one of ``layers`` in a group whose first is ``owner``."""
+        out_features, in_features = linear_shape(self.base_layer)
+        like, dtype = self.get_base_layer().weight, config.adapter_dtype
+        parts = [("rasa_A", "rasa_B", config.rank - config.k)]
+        if config.k:
+            self.pool_owners[adapter_name] = owner
+            if owner is self:
+                parts.append(("rasa_pool_A", "rasa_pool_B", layers * config.k))
+        for name_A, name_B, rank in parts:
+            A, B = empty_factors(rank, out_features, in_features, like, dtype)
+            if not init_weights and rank:
+                nn.init.kaiming_uniform_(B, a=5**0.5)
+            getattr(self, name_A)[adapter_name] = A
+            getattr(self, name_B)[adapter_name] = B
+        d = config.initial_diagonal(layers).to(like.device, dtype)
+        self.rasa_d[adapter_name] = nn.Parameter(d)
+        self.configs[adapter_name] = config
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return linear_shape(self.base_layer)[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return linear_shape(self.base_layer)[0]
+
+    @property
+    def dropout(self) -> float:
+        """That of the adapter which goes through ``AdaptedLinear.forward``: the first active."""
+        return self.configs[self._active()[0]].dropout
+
+    def tensors(
+        self, adapter_name: str | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+        """``(A, A_pool, B, B_pool, d)`` of one adapter, the first active one unless named."""
+        name = self._active()[0] if adapter_name is None else adapter_name
+        parts = self._modules
+        A, B, d = (parameter_of(parts[part], name) for part in ("rasa_A", "rasa_B", "rasa_d"))
+        owner = self.pool_owners.get(name)
+        if owner is None:
+            return A, None, B, None, d
+        pools = owner._modules["rasa_pool_A"], owner._modules["rasa_pool_B"]
+        return A, parameter_of(pools[0], name), B, parameter_of(pools[1], name), d
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in) to (..., out): the base's output and that of every active adapter."""
+        if self._disable_adapters and self.merged:
+            self.unmerge()
+        names = self._live()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        y = super().forward(x, *args, **kwargs)
+        for name in names[1:]:
+            y = self._added(y, x, name)
+        return y
+
+    def part(self, dtype: torch.dtype, adapter: tuple | None = None) -> Part | None:
+        """As ``AdaptedLinear.part``, for the adapter that goes through it."""
+        return super().part(dtype, adapter) if self._live() else None
+
+    def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
+        """``y + x dW^T`` of one more adapter."""
+        adapter, dropout = beside_each_other(*self.tensors(name)), self.configs[name].dropout
+        if self.training and dropout > 0:
+            x = nn.functional.dropout(x, dropout)
+        multiple = ops.rank_multiple(y.device.type, y.dtype, adapter[-1].shape[0])
+        return functional.rasa_add(y, x.to(y.dtype), *adapter, multiple)
+
+    def _active(self) -> list[str]:
+        """The active adapters that this layer has."""
+        return [name for name in self.active_adapters if name in self.configs]
+
+    def _live(self) -> list[str]:
+        """Those that the forward adds to the base."""
+        return [] if self._disable_adapters or self.merged else self._active()
+
+    @torch.no_grad()
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW of an adapter in its base weight's orientation: float32, or float64 over float64."""
+        dtype = ops.accumulation_dtype(self.get_base_layer().weight.dtype)
+        Ap, Bt = ops.pack(*beside_each_other(*self.tensors(adapter)), dtype, 1)
+        delta = Bt @ Ap
+        return delta.t() if self.transposed else delta
+
+    @torch.no_grad()
+    def merged_weight(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> Tensor:
+        """The base weight with its merged adapters and the named ones: one sum, rounded once.
+
+        Raises ValueError, with ``safe_merge``, where it is not finite.
+        """
+        base = self.get_base_layer().weight if self.merged_base is None else self.merged_base
+        names = self.active_adapters if adapter_names is None else adapter_names
+        merged = base.to(ops.accumulation_dtype(base.dtype), copy=True)
+        for name in dict.fromkeys([*self.merged_adapters, *names]):
+            if name in self.configs:
+                merged += self.get_delta_weight(name)
+        merged = merged.to(base.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"safe_merge: expected finite merged weights, but with {', '.join(names)} some are "
+                f"not finite in {base.dtype}; nothing was merged."
+            )
+        return merged
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight, and keep the weight as it was for ``unmerge``.
+
+        Raises as ``merged_weight`` does.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.configs]
+        if not names:
+            return
+        merged, weight = self.merged_weight(names, safe_merge), self.get_base_layer().weight
+        if self.merged_base is None:
+            self.merged_base = weight.detach().clone()
+        weight.copy_(merged)
+        self.merged_adapters = [*self.merged_adapters, *names]
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give the base weight back the exact values it had before the first ``merge``."""
+        if self.merged_base is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().weight.copy_(self.merged_base)
+        self.merged_base, self.merged_adapters = None, []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """RaSA adds dW to its base, so PEFT can turn it into a LoRA."""
+        return True
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """As PEFT's, but the dtype stays: that of an adapter is its config's, not its base's."""
+        device = self.get_base_layer().weight.device if device is None else device
+        self._change(adapter_name, lambda tensor: tensor.to(device))
+
+    def cast_adapter(self, adapter_name: str) -> None:
+        """Give an adapter's numbers the dtype of its config, whatever a file had."""
+        if adapter_name in self.configs:
+            dtype = self.configs[adapter_name].adapter_dtype
+            self._change(adapter_name, lambda tensor: tensor.to(dtype))
+
+    def _change(self, adapter_name: str, change: Any) -> None:
+        for name in self.adapter_layer_names:
+            parameter = getattr(self, name)._parameters.get(adapter_name)
+            if parameter is not None and not parameter.is_meta:
+                parameter.data = change(parameter.data)
+        self.drop_pack()
+
+    def extra_repr(self) -> str:
+        """Effective ranks by adapter."""
+        ranks = {name: d.shape[0] for name, d in self.rasa_d.items()}
+        return f"effective_rank={ranks}{', merged' if self.merged else ''}"

@@ -1,0 +1,184 @@
+"""RaSA as a PEFT tuner: which layers it adapts, and which of them share a pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from rasa_ext.config import ALL_LINEAR
+from rasa_ext.export import suffixes
+from rasa_ext.modules import is_conv1d
+from rasa_ext.patch import introduce_siblings, skip_fast_paths
+from rasa_ext.peft.layer import RasaPeftLinear
+from rasa_ext.peft.published import from_published, published_names_hook
+from rasa_ext.targets import Group, grouped, is_linear, make_plan, obstacles, places, settled
+
+
+class RasaModel(BaseTuner):
+    """PEFT's tuner for RaSA; ``peft.get_peft_model`` makes it, not its users."""
+
+    prefix = "rasa_"
+    tuner_layer_cls = RasaPeftLinear
+    target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["_attributes_before"]: list[tuple[nn.Module, str, Any]] = []
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_pre_hook(published_names_hook)
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Adapt the layers that the adapter's config names; see PEFT's ``inject_adapter``.
+
+        Raises ValueError, naming the layer, where one is not linear or cannot be adapted; the
+        modules of the model are then what they were.
+        """
+        keys = kwargs.get("state_dict")
+        self._groups: dict[str, Group] | None = None
+        self._given = None if keys is None else {_layer_of(key) for key in keys}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        introduce_siblings(model)
+        peft_config = self.peft_config[adapter_name]
+        if peft_config.modules_to_save:  # as they are, so that every reader finds the same ones
+            peft_config.modules_to_save = [
+                name
+                for name, module in model.named_modules()
+                if isinstance(module, ModulesToSaveWrapper)
+                and adapter_name in module.modules_to_save
+            ]
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        """Settle 'all-linear' as ``patch_model`` does, which is more careful than PEFT."""
+        if peft_config.target_modules in (None, ALL_LINEAR):
+            config = settled(self.model, peft_config.core())
+            plan = make_plan(self.model, config, _linears(self.model))
+            names = [name for group in plan.groups for name in group.names]
+            peft_config.target_modules = set(suffixes(names, self.model))
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if self._groups is None:  # the adapter's first layer: PEFT has settled the targets by now
+            self._groups = self._find_groups(peft_config)
+        group = self._groups[current_key]
+        if not isinstance(target, RasaPeftLinear):
+            found = places(self.model, {target: None})
+            target = RasaPeftLinear(target)
+            for holder, key in found:  # a module may be registered twice
+                holder._modules[key] = target
+        owner = self.model.get_submodule(group.names[0])
+        target.update_layer(
+            adapter_name, peft_config.core(), len(group.names), owner, peft_config.init_weights
+        )
+
+    def _find_groups(self, peft_config: PeftConfig) -> dict[str, Group]:
+        """The group of every layer that PEFT is about to adapt, by the layer's name."""
+        linears = _linears(self.model)
+        hindered = obstacles(self.model, linears)
+        inside: tuple[str, ...] = ()
+        names = []
+        for name, module in self.model.named_modules():
+            if not name or name.startswith(inside) or not self._is_target(peft_config, name):
+                continue
+            if name in hindered:
+                raise ValueError(f"target_modules: cannot adapt {name!r}: {hindered[name]}.")
+            if name not in linears:
+                raise ValueError(
+                    f"target_modules: expected linear layers, but {name!r} is a "
+                    f"{type(module).__name__}; leave it out with exclude_modules."
+                )
+            if isinstance(module, RasaPeftLinear):
+                inside += (f"{name}.",)
+            names.append(name)
+        bases = dict.fromkeys(linears[name] for name in names)
+        self._attributes_before += skip_fast_paths(self.model, bases)
+        peft_config.fan_in_fan_out = any(map(is_conv1d, bases))
+        return {name: group for group in grouped(names, linears) for name in group.names}
+
+    def _is_target(self, peft_config: PeftConfig, name: str) -> bool:
+        if self._given is not None:
+            return name in self._given
+        return bool(self._check_target_module_exists(peft_config, name))
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """The dtype of an adapter is its config's, whatever the base's and the file's."""
+        for layer in self._layers():
+            layer.cast_adapter(adapter_name)
+
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """PEFT's, but ``safe_merge`` looks at every layer before it merges the first."""
+        self._refuse_unsafe_merge(safe_merge, adapter_names)
+        super().merge_adapter(adapter_names=adapter_names)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        self._refuse_unsafe_merge(merge and safe_merge, adapter_names)
+        model = super()._unload_and_optionally_merge(
+            merge=merge, progressbar=progressbar, adapter_names=adapter_names
+        )
+        bases = {layer: layer.get_base_layer() for layer in self._layers()}
+        for holder, key in places(model, bases):  # second names, which PEFT does not visit
+            holder._modules[key] = bases[holder._modules[key]]
+        for module, name, value in reversed(self._attributes_before):
+            setattr(module, name, value)
+        return model
+
+    def _refuse_unsafe_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        if safe_merge:
+            for layer in self._layers():
+                layer.merged_weight(adapter_names, safe_merge=True)
+
+    def _layers(self) -> list[RasaPeftLinear]:
+        return [module for module in self.model.modules() if isinstance(module, RasaPeftLinear)]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT 0.21: from a checkpoint's names, the published code's too, to the model's."""
+        state_dict = from_published(state_dict, model, adapter_name)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _layer_of(key: str) -> str:
+    """The layer that a tensor of an adapter belongs to, as PEFT reads it off its name."""
+    return key.rsplit(f".{RasaModel.prefix}", 1)[0].removeprefix("_orig_mod.")
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model by name, those inside adapted layers under the latters' names.
+
+    What PEFT trains in full is left out.
+    """
+    found: dict[str, nn.Module] = {}
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, RasaPeftLinear | AuxiliaryTrainingWrapper):
+            inside += (f"{name}.",)
+        if isinstance(module, RasaPeftLinear):
+            found[name] = module.base_layer
+        elif is_linear(module):
+            found[name] = module
+    return found

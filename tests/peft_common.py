@@ -1,0 +1,65 @@
+"""What the PEFT tests share: small models with lively adapters."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from common import RANK, adapters, randomize
+from oracle import Adapter
+from peft import PeftModel, get_peft_model
+from tiny_lm import make_model
+from torch import Tensor, nn
+
+from rasa_ext import siblings
+from rasa_ext.peft import RasaConfig, RasaPeftLinear
+
+__all__ = ["adapters"]
+
+
+def adapted(base: nn.Module, seed: int = 3, adapter_name: str = "default", **options) -> PeftModel:
+    """A PEFT model over a copy of ``base``, with adapters far from their initial zeros."""
+    config = RasaConfig(**{"r": RANK, "rasa_k": 1, **options})
+    model = get_peft_model(copy.deepcopy(base), config, adapter_name=adapter_name)
+    randomize(model, seed)
+    return model
+
+
+def tiny(seed: int = 3, **options) -> PeftModel:
+    """A tiny Llama with a lively adapter."""
+    return adapted(make_model(), seed, **{"task_type": "CAUSAL_LM", **options})
+
+
+def plain(model: PeftModel) -> nn.Module:
+    """The model inside, whose layers have the names that they have without PEFT."""
+    return model.get_base_model()
+
+
+def layers(model: nn.Module) -> dict[str, RasaPeftLinear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, RasaPeftLinear)}
+
+
+def named(model: PeftModel, adapter: str) -> dict[str, Adapter]:
+    """The live tensors of one adapter by layer, active or not."""
+    found = layers(plain(model)).items()
+    return {n: Adapter(*layer.tensors(adapter)) for n, layer in found if adapter in layer.configs}
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
+    """In eval without grad, every layer by itself; by default of a few fixed tokens.
+
+    Layers that are computed together, once they have learned who reads what they read, round
+    differently from those of a model that has not run yet.
+    """
+    inputs = {"input_ids": torch.arange(24).view(2, 12)} if inputs is None else inputs
+    before, siblings.ENABLED = siblings.ENABLED, False
+    try:
+        return model.eval()(**inputs).logits
+    finally:
+        siblings.ENABLED = before

@@ -1,0 +1,85 @@
+"""RasaConfig in PEFT's form."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftConfig
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig
+
+
+def test_defaults():
+    config = RasaConfig()
+    assert (config.r, config.rasa_k, config.rasa_alpha, config.rasa_dropout) == (8, 1, 8.0, 0.0)
+    assert config.target_modules == "all-linear"
+    assert config.peft_type.value == "RASA"
+    assert config.core() == rasa_ext.RasaConfig()
+
+
+@pytest.mark.parametrize(("r", "k"), [(1, 1), (8, 1), (15, 1), (16, 2), (32, 4)])
+def test_k_follows_the_papers_rule(r, k):
+    assert RasaConfig(r=r).rasa_k == k
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"r": 0}, ValueError, "^r: expected an integer >= 1, got 0"),
+        ({"r": "8"}, TypeError, "^r: expected an integer, got '8'"),
+        ({"rasa_k": 9}, ValueError, "^rasa_k: expected 0 <= k <= rank .rank is 8., got 9"),
+        ({"rasa_alpha": 0}, ValueError, "^rasa_alpha: expected a finite number"),
+        ({"rasa_dropout": 1.0}, ValueError, r"^rasa_dropout: expected a number in \[0, 1\)"),
+        ({"target_modules": []}, ValueError, "^target_modules: expected"),
+        ({"target_modules": "(" }, ValueError, "^target_modules: expected a regular expression"),
+        ({"adapter_dtype": "int8"}, ValueError, "^adapter_dtype: expected one of"),
+        ({"bias": "all"}, ValueError, "^bias: expected 'none', got 'all'"),
+        ({"layers_to_transform": [0]}, ValueError, "^layers_to_transform: works with"),
+        ({"layers_pattern": "h"}, ValueError, "^layers_pattern: 'h' says nothing without"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        RasaConfig(**options)
+
+
+def test_a_published_config_parses(tmp_path, recwarn):
+    """Field by field what the published code writes."""
+    published = {
+        "auto_mapping": None,
+        "base_model_name_or_path": "some/model",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": [0, 1],
+        "modules_to_save": None,
+        "peft_type": "RASA",
+        "r": 32,
+        "rasa_alpha": 32,
+        "rasa_dropout": 0.05,
+        "rasa_k": 4,
+        "revision": None,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(published))
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(config, RasaConfig)
+    assert (config.r, config.rasa_k, config.rasa_alpha, config.rasa_dropout) == (32, 4, 32, 0.05)
+    assert config.target_modules == {"q_proj", "v_proj"}
+    assert config.layers_to_transform == [0, 1]
+    assert not [w for w in recwarn if "Unexpected keyword" in str(w.message)]
+
+
+def test_round_trip(tmp_path):
+    config = RasaConfig(r=16, rasa_k=3, exclude_modules=["head"], adapter_dtype=torch.bfloat16)
+    config.save_pretrained(tmp_path)
+    again = RasaConfig.from_pretrained(tmp_path)
+    assert again == config
+    assert again.core().adapter_dtype == torch.bfloat16
+    assert again.rasa_ext_version == rasa_ext.__version__

@@ -1,0 +1,240 @@
+"""get_peft_model: which layers, whose pool, and the published formula's numbers."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import oracle
+import pytest
+import torch
+import zoo
+from common import RANK, Snapshot, adapters, check_step, rasa_layers, same_bits
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft_common import adapted, layers, plain, tiny, trained
+from tiny_lm import make_model
+from torch import nn
+from zoo import ATTENTION, ENCODER, EVERY, GPT2, LLAMA, SEQUENTIAL
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig, RasaModel
+
+TOKENS = torch.arange(24).view(2, 12)
+
+
+@pytest.mark.parametrize("k", [0, 1, RANK])
+@pytest.mark.parametrize("entry", EVERY, ids=zoo.ids)
+def test_a_step_is_the_published_formulas(entry, k):
+    base = entry.build()
+    model = adapted(base, rasa_k=k)
+    check_step(entry, base, plain(model), model)
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=zoo.ids)
+def test_the_layers_and_pools_are_those_of_patch_model(entry):
+    model, ours = adapted(entry.build()), rasa_ext.patch_model(entry.build(), rank=RANK)
+    found, expected = layers(plain(model)), rasa_layers(ours)
+    assert found.keys() == expected.keys()
+    for name, layer in found.items():
+        for mine, theirs in zip(layer.adapter(), expected[name].adapter(), strict=True):
+            assert mine.shape == theirs.shape
+            assert mine.dtype == theirs.dtype == torch.float32
+    for name, layer in found.items():
+        for other in found:
+            shared = layer.adapter()[1] is found[other].adapter()[1]
+            assert shared == (expected[name].pool is expected[other].pool)
+
+
+def test_it_begins_as_the_base():
+    base = make_model()
+    model = get_peft_model(copy.deepcopy(base), RasaConfig(r=RANK, rasa_alpha=3))
+    assert torch.equal(model(TOKENS).logits, base(TOKENS).logits)
+    for layer in layers(model).values():
+        A, A_pool, *_, d = layer.adapter()
+        torch.testing.assert_close(d.double(), oracle.initial_d(RANK, 1, 2, 3))
+        for factor in (A, A_pool):
+            assert 0.5 < factor.abs().max() * layer.base_layer.in_features**0.5 <= 1
+
+
+def test_init_weights_false_begins_elsewhere():
+    base = make_model()
+    model = get_peft_model(copy.deepcopy(base), RasaConfig(r=RANK, init_weights=False))
+    assert (model(TOKENS).logits - base(TOKENS).logits).abs().max() > 1e-3
+
+
+def test_what_is_trained_is_the_adapter_and_each_number_counts_once(capsys):
+    model = tiny(r=8, rasa_k=None)
+    shapes = {n: tuple(m.base_layer.weight.shape) for n, m in layers(plain(model)).items()}
+    expected = oracle.trainable_count(shapes, 8, 1)
+    every = sum(p.numel() for p in model.parameters())
+    assert model.get_nb_trainable_parameters() == (expected, every)
+    model.print_trainable_parameters()
+    assert f"trainable params: {expected:,} || all params: {every:,}" in capsys.readouterr().out
+    assert sum(t.numel() for k, t in model.state_dict().items() if "rasa_" in k) == expected
+    assert all(".rasa_" in name for name in trained(model))
+    pointers = [p.data_ptr() for p in trained(model).values()]
+    assert len(set(pointers)) == len(pointers)
+
+
+def test_status_reports_of_peft():
+    model = tiny()
+    status = model.get_model_status()
+    assert (status.enabled, status.active_adapters, status.merged_adapters) == (
+        True,
+        ["default"],
+        [],
+    )
+    assert status.trainable_params == model.get_nb_trainable_parameters()[0]
+    assert status.num_adapter_layers == len(layers(model))
+    assert "effective_rank={'default': 5}" in repr(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"target_modules": ["q_proj", "mlp.up_proj"]}, {"q_proj", "up_proj"}),
+        ({"target_modules": r".*\.(k|v)_proj"}, {"k_proj", "v_proj"}),
+        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]}, {"q_proj"}),
+        (
+            {"exclude_modules": r".*_proj", "target_modules": "all-linear", "refused": True},
+            set(),
+        ),
+    ],
+)
+def test_targets(options, names):
+    if options.pop("refused", False):
+        with pytest.raises(ValueError, match="leaves none"):
+            tiny(**options)
+        return
+    model = tiny(**options)
+    found = layers(plain(model))
+    assert {name.rpartition(".")[2] for name in found} == names
+    assert len(found) == 2 * len(names)
+
+
+def test_layers_to_transform_makes_smaller_pools():
+    base = LLAMA.build()
+    model = adapted(base, target_modules=["q_proj"], layers_to_transform=[0, 2])
+    found = layers(plain(model))
+    assert list(found) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)]
+    assert all(layer.adapter()[1].shape[0] == 2 for layer in found.values())
+    check_step(LLAMA, base, plain(model), model)
+
+
+def test_conv1d_is_seen():
+    model = adapted(GPT2.build(), target_modules=["c_attn"])
+    assert model.peft_config["default"].fan_in_fan_out is True
+    assert adapted(LLAMA.build()).peft_config["default"].fan_in_fan_out is False
+
+
+@pytest.mark.parametrize(
+    ("entry", "options", "message"),
+    [
+        (LLAMA, {"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens.* is a Embedding"),
+        (LLAMA, {"target_modules": ["nothing"]}, "nothing"),
+        (ATTENTION, {"target_modules": ["out_proj", "project"]}, "out_proj.*without calling"),
+        (SEQUENTIAL, {"exclude_modules": ["0", "2", "4", "7", "6"]}, "leaves none"),
+    ],
+)
+def test_what_cannot_be_adapted_is_named_and_nothing_changes(entry, options, message):
+    model = entry.build()
+    before = Snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, RasaConfig(r=RANK, **options))
+    before.assert_unchanged()
+
+
+def test_bfloat16_bases_keep_float32_numbers():
+    """Without a rounding on the way: bfloat16 could not hold the initial diagonal."""
+    model = get_peft_model(make_model().bfloat16(), RasaConfig(r=RANK, rasa_alpha=3))
+    for p in trained(model).values():
+        assert p.dtype == torch.float32
+    assert torch.equal(
+        next(iter(layers(model).values())).adapter()[-1],
+        torch.tensor([0.5, 0.5, 0.5, 0.75, 0.75]),
+    )
+    assert model(TOKENS).logits.dtype == torch.bfloat16
+
+
+def test_adapter_dtype_holds_whatever_peft_would_cast_to():
+    model = get_peft_model(make_model(), RasaConfig(r=RANK, adapter_dtype="bfloat16"))
+    assert {p.dtype for p in trained(model).values()} == {torch.bfloat16}
+    assert model(TOKENS).logits.dtype == torch.float32
+
+
+def test_dropout_is_on_the_adapters_input_in_training_only():
+    model = tiny(rasa_dropout=0.5)
+    model.eval()
+    still = model(TOKENS).logits
+    assert torch.equal(model(TOKENS).logits, still)
+    model.train()
+    assert not torch.equal(model(TOKENS).logits, model(TOKENS).logits)
+    with model.disable_adapter():
+        assert torch.equal(model(TOKENS).logits, make_model()(TOKENS).logits)
+
+
+def test_torchs_fused_encoder_does_not_pass_the_adapter_by():
+    """In eval without grad it reads weights of layers without calling them."""
+    base = ENCODER.build().eval()
+    x = ENCODER.inputs(0)["x"]
+    model = adapted(base).eval()
+    with torch.no_grad():
+        y = model(x)
+    torch.testing.assert_close(y, model(x).detach())
+    assert (y - base(x)).abs().max() > 1e-2
+    back = model.unload()
+    assert back.layers[0].activation_relu_or_gelu == base.layers[0].activation_relu_or_gelu
+
+
+def test_copies_and_pickles_hold_their_own_pool():
+    model = tiny().eval()
+    expected = model(TOKENS).logits
+    copied = copy.deepcopy(model)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copied, torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(TOKENS).logits, expected)
+        with torch.no_grad():
+            for p in trained(other).values():
+                p.zero_()
+        assert torch.equal(other(TOKENS).logits, make_model()(TOKENS).logits)
+        assert torch.equal(model(TOKENS).logits, expected)
+
+
+def test_inject_adapter_in_model():
+    """No tuner survives the injection, so whatever an adapter needs must live in its layers."""
+    source = tiny()
+    state = get_peft_model_state_dict(source)
+    model = inject_adapter_in_model(RasaConfig(r=RANK, rasa_k=1), make_model())
+    assert not isinstance(model, PeftModel)
+    loaded = set_peft_model_state_dict(model, state)
+    assert not loaded.unexpected_keys
+    assert torch.equal(model(TOKENS).logits, source(TOKENS).logits)
+    again = get_peft_model_state_dict(model)
+    assert {f"base_model.model.{key}" for key in again} == state.keys()
+    assert all(same_bits(value, state[f"base_model.model.{key}"]) for key, value in again.items())
+
+
+def test_inject_adapter_in_model_by_the_names_of_tensors():
+    source = tiny(target_modules=["q_proj", "up_proj"])
+    state = get_peft_model_state_dict(source)
+    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    config = RasaConfig(r=RANK, rasa_k=1, target_modules=["q_proj", "up_proj"])
+    model = inject_adapter_in_model(config, make_model(), state_dict=state)
+    set_peft_model_state_dict(model, state)
+    assert adapters(model).keys() == adapters(plain(source)).keys()
+    assert torch.equal(model(TOKENS).logits, source(TOKENS).logits)
+
+
+def test_a_model_of_ones_own():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = get_peft_model(net, RasaConfig(r=2, target_modules=["0", "2"]))
+    assert isinstance(model.base_model, RasaModel)
+    assert [layer.adapter()[1].shape[0] for layer in layers(model).values()] == [1, 1]

@@ -1,0 +1,82 @@
+"""Making RaSA known to PEFT, whose list of methods is closed."""
+
+from __future__ import annotations
+
+import enum
+import json
+import pickle
+
+import peft
+import pytest
+from peft.mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from peft.utils import PeftType
+
+import rasa_ext.peft
+from rasa_ext.peft.register import extend_enum, register
+
+MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
+
+
+class Kind(str, enum.Enum):  # as PeftType is, and as Python 3.10 knows it
+    """A closed list to extend."""
+
+    FIRST = "FIRST"
+
+
+def test_a_new_member_is_like_any_other():
+    before = list(Kind)
+    member = extend_enum(Kind, "RASA")
+    assert [*before, member] == list(Kind)
+    assert Kind.RASA is Kind("RASA") is Kind["RASA"] is member
+    assert isinstance(member, Kind)
+    assert (member.name, member.value, member) == ("RASA", "RASA", "RASA")
+    assert repr(member) == repr(Kind.FIRST).replace("FIRST", "RASA")
+    assert {"RASA": 1}[member] == 1
+    assert member in Kind.__members__.values()
+    assert pickle.loads(pickle.dumps(member)) is member
+    assert json.dumps({"kind": member}) == '{"kind": "RASA"}'
+    with pytest.raises(AttributeError):
+        Kind.RASA = "OTHER"
+    assert extend_enum(Kind, "RASA") is member
+    assert len(Kind) == 2
+
+
+def test_what_the_list_has_stays():
+    assert extend_enum(PeftType, "LORA") is PeftType.LORA
+    assert PeftType.LORA.value == "LORA"
+
+
+def test_importing_registers():
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RASA] is rasa_ext.peft.RasaConfig
+    assert PEFT_TYPE_TO_TUNER_MAPPING["RASA"] is rasa_ext.peft.RasaModel
+    assert PEFT_TYPE_TO_PREFIX_MAPPING[PeftType.RASA] == "rasa_"
+    config = peft.get_peft_config({"peft_type": "RASA", "r": 16})
+    assert isinstance(config, rasa_ext.peft.RasaConfig)
+    assert config.rasa_k == 2
+
+
+def test_registering_twice_changes_nothing():
+    before = [dict(mapping) for mapping in MAPPINGS]
+    register()
+    assert [dict(mapping) for mapping in MAPPINGS] == before
+
+
+def test_a_peft_that_only_lists_the_name(monkeypatch):
+    for mapping in MAPPINGS:
+        monkeypatch.delitem(mapping, PeftType.RASA)
+    register()
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RASA] is rasa_ext.peft.RasaConfig
+
+
+def test_a_peft_with_a_rasa_of_its_own_is_left_alone(monkeypatch):
+    class RasaConfig(peft.LoraConfig):
+        """PEFT's own, one day."""
+
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.RASA, RasaConfig)
+    with pytest.raises(ImportError, match=r"already .*RasaConfig.*patch_model"):
+        register()
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RASA] is RasaConfig

@@ -1,0 +1,112 @@
+"""A PEFT model in transformers' Trainer."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from common import patched, same_bits
+from peft import PeftModel
+from peft_common import logits, named, tiny, trained
+from safetensors.torch import load_file
+from tiny_lm import make_model
+from transformers import Trainer, TrainingArguments
+
+import rasa_ext
+
+CHECKPOINTING = [None, True, False]
+
+
+def rows() -> list[dict]:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(1, 320, (16, 10), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def train(model, directory, reentrant=None, resume=None, **options):
+    """The losses of six steps; ``reentrant`` is the kind of checkpointing, None for none."""
+    settings = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,  # a norm over all gradients depends on their order
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "gradient_checkpointing": reentrant is not None,
+        "gradient_checkpointing_kwargs": {"use_reentrant": bool(reentrant)},
+        **options,
+    }
+    trainer = Trainer(model, TrainingArguments(str(directory), **settings), train_dataset=rows())
+    trainer.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("reentrant", CHECKPOINTING)
+def test_the_same_losses_and_adapters_as_patch_model(reentrant, tmp_path):
+    """Bit for bit: there is one implementation under both."""
+    ours = patched(make_model())
+    rasa_ext.save_adapter(ours, tmp_path / "start")
+    model = PeftModel.from_pretrained(make_model(), tmp_path / "start", is_trainable=True)
+    base = {k: v.clone() for k, v in model.state_dict().items() if "rasa_" not in k}
+    losses = train(model, tmp_path / "a", reentrant)
+    assert losses == train(ours, tmp_path / "b", reentrant)
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.equal(logits(model), logits(ours))
+    state = model.state_dict()
+    assert all(same_bits(state[key], base[key]) for key in base)
+
+
+def test_checkpointing_changes_nothing(tmp_path):
+    models = {kind: tiny() for kind in CHECKPOINTING}
+    losses = {kind: train(model, tmp_path, kind) for kind, model in models.items()}
+    for kind in (True, False):
+        assert losses[kind] == pytest.approx(losses[None], rel=1e-4)
+
+
+def test_every_number_of_the_adapter_is_trained(tmp_path):
+    model = tiny(modules_to_save=["lm_head"])
+    before = copy.deepcopy(trained(model))
+    train(model, tmp_path)
+    assert before.keys() == trained(model).keys()
+    for name, parameter in trained(model).items():
+        assert not torch.equal(parameter, before[name]), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_a_resumed_run_has_identical_losses(reentrant, dropout, tmp_path):
+    """Interrupted after three of six steps: losses and numbers as if it had not been."""
+    options = {"rasa_dropout": dropout, "modules_to_save": ["lm_head"]}
+    whole, resumed = tiny(**options), tiny(seed=4, **options)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    losses = train(whole, tmp_path, reentrant, **saving)
+    checkpoint = tmp_path / "checkpoint-3"
+    assert {path.name for path in checkpoint.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    again = train(resumed, tmp_path / "resumed", reentrant, resume=str(checkpoint), **saving)
+    assert again == losses
+    assert torch.equal(logits(resumed), logits(whole))
+    for name, adapter in named(whole, "default").items():
+        other = named(resumed, "default")[name]
+        assert same_bits(adapter.d.detach(), other.d.detach())
+    left, right = (
+        load_file(place / "checkpoint-6" / "adapter_model.safetensors")
+        for place in (tmp_path, tmp_path / "resumed")
+    )
+    assert left.keys() == right.keys()
+    assert all(same_bits(left[key], right[key]) for key in left)
+
+
+def test_a_checkpoint_of_the_trainer_loads_everywhere(tmp_path):
+    model = tiny()
+    train(model, tmp_path, save_strategy="steps", save_steps=6)
+    checkpoint = tmp_path / "checkpoint-6"
+    expected = logits(model)
+    assert torch.equal(logits(PeftModel.from_pretrained(make_model(), checkpoint)), expected)
+    assert torch.equal(logits(rasa_ext.load_adapter(make_model(), checkpoint)), expected)
