@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import rasa_ext
+from rasa_ext import ops, siblings
 
 
 class OfficialLinear(nn.Module):
@@ -43,6 +46,44 @@ def swap(model: nn.Module, make) -> nn.Module:
 def sharing_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules over the same parameters, so that five variants fit one base."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+@contextlib.contextmanager
+def siblings_are(enabled: bool | None) -> Iterator[None]:
+    """Within the context layers that read one input are computed together, or each alone."""
+    before, siblings.ENABLED = siblings.ENABLED, enabled
+    try:
+        yield
+    finally:
+        siblings.ENABLED = before
+
+
+class WithSiblings(nn.Module):
+    """A model whose siblings are on or off, whatever the default is."""
+
+    def __init__(self, model: nn.Module, enabled: bool) -> None:
+        super().__init__()
+        self.model, self.enabled = model, enabled
+
+    def forward(self, *args, **kwargs):
+        with siblings_are(self.enabled):
+            return self.model(*args, **kwargs)
+
+
+def other_siblings(device: str) -> tuple[str, bool]:
+    """The variant of ours in which siblings are not as they are by default: name and switch."""
+    enabled = not ops.share_siblings(torch.device(device).type)
+    return f"ours, siblings {'on' if enabled else 'off'}", enabled
+
+
+def meet_siblings(step: Callable[[], object], parameters: Iterable[nn.Parameter]) -> None:
+    """Two steps with written parameters between them, from which siblings learn to go together."""
+    for _ in range(2):
+        with siblings_are(True):
+            step()
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0)
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:

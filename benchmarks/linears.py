@@ -8,8 +8,16 @@ from torch import Tensor, nn
 import rasa_ext
 from benchmarks import baselines
 from benchmarks.shapes import Block
+from rasa_ext.patch import introduce_siblings
 
-SAME_FUNCTION = ("official", "addmm", "ours", "compiled")
+SAME_FUNCTION = (
+    "official",
+    "addmm",
+    "ours",
+    "ours, siblings on",
+    "ours, siblings off",
+    "compiled",
+)
 
 
 class Linears(nn.Module):
@@ -46,7 +54,10 @@ class Case:
         self.compiled: nn.Module | None = None
 
     def variants(self, compiled: bool = False) -> dict[str, Linears | nn.Module]:
-        """Frozen, official, addmm, PEFT LoRA at r = 8 and r = R, ours; compiled where asked."""
+        """Frozen, official, addmm, PEFT LoRA at r = 8 and r = R, ours; compiled where asked.
+
+        Ours comes twice, with siblings as by default and the other way.
+        """
         official = {name: baselines.OfficialLinear(m) for name, m in self.adapted.items()}
         made: dict[str, nn.Module] = {
             "frozen": Linears(self.block, self._frozen()),
@@ -56,6 +67,13 @@ class Case:
             ),
             "ours": Linears(self.block, self.adapted),
         }
+        ours = made["ours"]
+        for reads in self.inputs:
+            same = {each.name for each in self.block.linears if each.reads == reads}
+            introduce_siblings(nn.ModuleDict({name: self.adapted[name] for name in same}))
+        baselines.meet_siblings(self.step(ours), self._adapter())
+        name, enabled = baselines.other_siblings(self.device)
+        made[name] = baselines.WithSiblings(ours, enabled)
         for rank in (8, self.R):
             lora = self._peft(rank)
             if lora is not None:
@@ -126,8 +144,10 @@ class Case:
 
     def parameters(self, module: nn.Module) -> list[Tensor]:
         """The module's, and the adapters with their pools, which not every variant registers."""
-        shared = (t for layer in self.adapted.values() for t in layer.adapter())
-        return [*shared, *module.parameters()]
+        return [*self._adapter(), *module.parameters()]
+
+    def _adapter(self) -> list[Tensor]:
+        return [tensor for layer in self.adapted.values() for tensor in layer.adapter()]
 
     def _trained(self, module: nn.Module) -> list[Tensor]:
         return [*self.inputs.values(), *self.parameters(module)]

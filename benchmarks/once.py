@@ -45,6 +45,20 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
     )
     found |= {"linear": (y, U), "backward": (dx, dAp, dBt)}
     found["add"] = functions.low_rank_add(grad, x, Ap, Bt)[0]
+    dropped = tensors["mask"], 1.25
+    found["masked"] = functions.low_rank_linear(x, weight, None, Ap, Bt, None, *dropped)
+    found["masked_backward"] = functions.low_rank_linear_backward(
+        grad, x, weight, tensors.get("U", U), Ap, Bt, None, True, True, *dropped
+    )[:3]
+    both = [A[:2], [A_pool] * 2, B[:2], [B_pool] * 2, d[:2]]
+    found["pack_siblings"] = functions.pack_siblings(*both, dtype, 16)
+    wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bt, Bt], [weight, weight]
+    outputs, wide_U = functions.siblings_linear(x, weights, [], wide_Ap, ups)
+    found["siblings"] = (*outputs, wide_U)
+    wide_U = torch.cat([tensors["U"], tensors["U"]], 1) if "U" in tensors else wide_U
+    found["siblings_backward"] = functions.siblings_linear_backward(
+        [grad, grad], x, weights, wide_U, wide_Ap, ups, None, True, True
+    )[:3]
     wide = tensors["dAp"], tensors["dBt"]
     found["pack_backward"] = functions.pack_backward(
         wide[0][0].clone(), wide[1][0].clone(), B[0], B_pool, d[0]
@@ -53,6 +67,13 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
     found["pack_layers_backward"] = functions.pack_layers_backward(*wide, B, B_pool, d)
     stacked = tensors["stacked_Ap"], tensors["stacked_Bt"]
     found["delta_layers"] = functions.delta_layers(*stacked)
+    xs, grads, Us = (torch.stack([t] * LAYERS) for t in (x, grad, tensors.get("U", U)))
+    pool = (Ap, Bt, torch.stack([d[0].new_ones(Ap.shape[0])] * LAYERS))
+    weights = [weight] * LAYERS
+    found["layers"] = functions.linear_layers(xs, weights, None, *stacked, *pool)
+    found["layers_backward"] = functions.linear_layers_backward(
+        grads, xs, weights, Us, Us, *stacked, *pool, True, True
+    )
     weights = [weight.clone() for _ in range(LAYERS)]
     functions.merge_layers(weights, *stacked, 0.5)
     found["merge_layers"] = weights
@@ -60,9 +81,9 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
 
 
 def moved(value, device: str, dtype: torch.dtype | None = None):
-    """Tensors, alone or in lists and tuples, on a device and, where given, in a dtype."""
+    """Tensors, alone or in lists and tuples, on a device; numbers, where given, in a dtype."""
     if isinstance(value, Tensor):
-        return value.to(device, dtype or value.dtype)
+        return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
     return type(value)(moved(each, device, dtype) for each in value)
 
 
@@ -88,12 +109,14 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> int:
         "adapter": made,
         "dAp": torch.randn(LAYERS, padded, width),
         "dBt": torch.randn(LAYERS, padded, out).transpose(1, 2),
+        "mask": torch.randint(256, (-(-tokens * width // 8),), dtype=torch.uint8),
     }
     packs = reference.pack(made[0][0], made[1], made[2][0], made[3], made[4][0], dtype, 16)
     here = {name: moved(value, device) for name, value in (low | high).items()}
     exact = {name: moved(value, "cpu", torch.float64) for name, value in (low | high).items()}
     found = chain(ops, shape, dtype, here, moved(packs, device))
     truth = chain(reference, shape, torch.float64, exact, moved(packs, "cpu", torch.float64))
+    draw_mask(here["x"])
     compared = 0
     for name, expected in truth.items():
         for mine, value in zip(flat(found[name]), flat(expected), strict=True):
@@ -104,6 +127,15 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> int:
                     f"{name} of {shape} in {dtype} is off by {error / value.norm():.2e}"
                 )
     return compared
+
+
+def draw_mask(x: Tensor) -> None:
+    """Dropout's bits, which every device draws in its own way, are as many as there should be."""
+    words = ops.noise_words(x.device.type, x.numel())
+    noise = torch.randint(2**62, (words,), device=x.device)
+    found = ops.dropout_mask(noise, x, 0.5)
+    if found.shape != (-(-x.numel() // 8),):
+        raise SystemExit(f"dropout_mask of {tuple(x.shape)} has the shape {tuple(found.shape)}")
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ def named_ranges() -> Iterator[None]:
 def part(name: str, shapes: list, M: int, ranks: set[int]) -> str:
     """Which of PARTS an operation belongs to."""
     sides = {n for shape in shapes if isinstance(shape, list | tuple) for n in shape}
-    if name.startswith("rasa_ext::low_rank"):
+    if name.startswith(("rasa_ext::low_rank", "rasa_ext::siblings")):
         return PARTS[1]
     if name in PRODUCTS:
         return PARTS[2] if sides & ranks else PARTS[0]
@@ -94,6 +94,7 @@ def parts_of(profile, case: Case, steps: int) -> dict[str, float]:
     cuda = case.device.startswith("cuda")
     padded = ops.rank_multiple(case.device, case.dtype, case.R)
     ranks = {case.R, -(-case.R // padded) * padded}
+    ranks |= {n * rank for rank in ranks for n in (2, 3)}  # of gate and up; of q, k and v
     found: dict[str, float] = defaultdict(float)
     for event in profile.events():
         # Autograd's own events hold what Python does, which is no operation.

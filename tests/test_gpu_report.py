@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_report, harness, linears, records, shapes, staged
+from benchmarks import baselines, gpu_report, harness, linears, once, records, shapes, staged
+from rasa_ext import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", "benchmarks.gpu_report", "--device", "cpu", "--quick")
+OFF, _ = baselines.other_siblings("cpu")
 BENCHMARKS = ("step", "all layers", "decode", "one linear", "growth", "profile")
 
 
@@ -63,11 +65,11 @@ def test_every_stage_runs_and_leaves_its_rows(whole):
 def test_the_matrix_holds_every_baseline_and_column(whole):
     (rows,) = (stage["rows"] for stage in read(whole)["stages"] if stage["name"] == "step")
     first = {row["variant"]: row for row in rows if row["R"] == rows[0]["R"]}
-    assert {"frozen", "official", "addmm", "ours", "peft r=8", "peft r=11"} == set(first)
+    assert {"frozen", "official", "addmm", "ours", OFF, "peft r=8", "peft r=11"} == set(first)
     assert first["frozen"]["over_frozen"] == 1
     assert first["official"]["removed"] == 0
     assert first["frozen"]["saved"] == 0
-    assert first["ours"]["saved"] < first["official"]["saved"]
+    assert first["ours"]["saved"] <= first[OFF]["saved"] < first["official"]["saved"]
     for row in rows:
         assert row["us_low"] <= row["us"] <= row["us_high"]
         assert row["roofline"] > 0
@@ -172,6 +174,34 @@ def test_variants_that_should_be_one_function_are_checked():
     variants["ours"].projections["k_proj"] = variants["frozen"].projections["k_proj"]
     with pytest.raises(RuntimeError, match="ours and official differ in y of k_proj"):
         case.verify(variants)
+
+
+def test_every_operator_is_called_once(monkeypatch):
+    """By what runs under compute-sanitizer."""
+    called = set()
+
+    class Recorder:
+        def __getattr__(self, name):
+            called.add(name)
+            return getattr(ops, name)
+
+    monkeypatch.setattr(once, "ops", Recorder())
+    assert once.check(once.SHAPES[0], torch.float32, "cpu") > 0
+    assert called >= set(ops.NAMES)
+
+
+def test_siblings_are_on_and_off(monkeypatch):
+    """q, k, v and gate, up go together in the variant that says so, and in no other."""
+    together = []
+    plain = ops.siblings_linear
+    monkeypatch.setattr(
+        ops, "siblings_linear", lambda x, *a: together.append(len(a[0])) or plain(x, *a)
+    )
+    case = linears.Case(shapes.BLOCKS["tiny"], 6, 8, 1, torch.float32, "cpu")
+    for name, module in case.variants().items():
+        together.clear()
+        case.step(module)()
+        assert together == ([3, 2] if name == "ours" else []), name
 
 
 def test_rows_as_csv_and_as_tables(tmp_path):
