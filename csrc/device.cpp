@@ -3,13 +3,9 @@
 #include <cuda_runtime_api.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
-#include <torch/csrc/stable/ops.h>
 
-#include <cstring>
 #include <stdexcept>
 #include <string>
-
-#include "tensors.h"
 
 namespace rasa_ext {
 
@@ -33,20 +29,6 @@ void* Device::blas() const {
   void* handle = nullptr;
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
   return handle;
-}
-
-torch::stable::Tensor Device::upload(const torch::stable::Tensor& like, const void* host,
-                                     size_t bytes) const {
-  torch::stable::Tensor result = empty_bytes(like, bytes);
-  const int64_t size = result.numel(), stride = 1;
-  AtenTensorHandle pinned = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided_pinned(
-      1, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &pinned));
-  const torch::stable::Tensor staging(pinned);
-  std::memcpy(staging.data_ptr(), host, bytes);
-  // Torch keeps the staging memory until the copy has run.
-  torch::stable::copy_(result, staging, /*non_blocking=*/true);
-  return result;
 }
 
 void Device::check_launch(const char* kernel) const {

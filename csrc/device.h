@@ -21,7 +21,8 @@ class Device {
   // A cublasHandle_t on that stream.
   void* blas() const;
 
-  // A copy of host memory on the device, in the order of the stream and waited for by nobody.
+  // A small table of host memory, whole 8-byte words, on the device: in the order of the stream,
+  // waited for by nobody, and safe under graph capture (table.cpp). `host` may change at once.
   torch::stable::Tensor upload(const torch::stable::Tensor& like, const void* host,
                                size_t bytes) const;
 

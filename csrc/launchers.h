@@ -24,6 +24,14 @@ namespace rasa_ext {
 
 using Stream = void*;  // a cudaStream_t
 
+// ---- tables ----
+
+// device[i] = host[i] for i < words. The words travel as kernel parameters, about 4 KB to a launch:
+// the host's are read before the call returns, also while a graph is captured.
+void launch_write_table(const void* host,  // (words,) of 8 bytes
+                        void* device,      // (words,), aligned to 8 bytes, written
+                        size_t words, Stream stream);
+
 // ---- pack: Ap = [A ; A_pool], Bt = [B | B_pool] diag(d), cast, zero from R to Rp ----
 
 struct PackLayer {

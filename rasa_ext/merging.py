@@ -54,13 +54,19 @@ def merge(model: nn.Module) -> float:
     Raises:
         ValueError: a merged weight would not be finite, or a weight is shared with another module.
             No layer is then merged.
+        RuntimeError: a CUDA graph is being captured.
     """
     return _merge(model, keep_base=True)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Give every base weight back the exact values it had before ``merge``; else do nothing."""
+    """Give every base weight back the exact values it had before ``merge``; else do nothing.
+
+    RuntimeError where there is something to give back and a CUDA graph is being captured.
+    """
     record = record_of(model)
+    if record.merged is not None:
+        _refuse_capture()
     with torch.no_grad():
         for _, layer in rasa_layers(model):
             if layer.merged_base is not None:
@@ -115,6 +121,7 @@ def _merge(model: nn.Module, keep_base: bool) -> float:
     record = record_of(model)
     if record.merged is not None:
         return record.merged
+    _refuse_capture()
     layers = rasa_layers(model)
     _refuse_shared(model, layers)
     chunks = list(_chunks(layers))
@@ -196,6 +203,19 @@ def _packs(layers: list[RasaLinear], dtype: torch.dtype) -> tuple[Tensor, Tensor
 def _deltas(layers: list[RasaLinear], dtype: torch.dtype) -> Tensor:
     """dW of layers of one pool and shape: (L, out, in)."""
     return ops.delta_layers(*_packs(layers, dtype))
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _refuse_capture() -> None:
+    """What a capture records has not happened yet; the model would only believe that it has."""
+    if _is_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured: merging reads its results back, and nothing that is "
+            "captured happens before a replay; merge and unmerge before the capture or after it."
+        )
 
 
 def _refuse_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> None:

@@ -37,7 +37,9 @@ class PackCache:
         form = (dtype, multiple, device)
         key = (form, *((id(t), t._version, t.data_ptr(), t.device) for t in tensors))
         if self._key != key:
-            pack = make(dtype, multiple)
+            # Made under inference_mode, it could not be filled again outside.
+            with torch.inference_mode(False):
+                pack = make(dtype, multiple)
             if capturing:
                 return pack
             if form in self._captured:

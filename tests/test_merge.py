@@ -31,7 +31,9 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def logits(entry, model, dtype=torch.float32):
+    """Of a second forward: siblings learn from a first one, and round differently together."""
     with torch.no_grad():
+        entry.loss(model, entry.inputs(0, dtype))
         return entry.loss(model, entry.inputs(0, dtype))[0]
 
 
@@ -336,6 +338,41 @@ def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
         call(model)
     before.assert_unchanged()
     assert not any(layer.merged for layer in model)
+
+
+def disabled(model):
+    with rasa_ext.disable_adapter(model):
+        return model(torch.ones(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("merged", "call"),
+    [
+        (False, rasa_ext.merge),
+        (False, rasa_ext.merge_and_unload),
+        (True, rasa_ext.unmerge),
+        (True, rasa_ext.unpatch),
+        (True, disabled),
+    ],
+)
+def test_weights_are_not_changed_while_a_graph_is_captured(merged, call, monkeypatch):
+    model = patched(nn.Sequential(nn.Linear(8, 6)))
+    if merged:
+        rasa_ext.merge(model)
+    before = Snapshot(model)
+    monkeypatch.setattr(merging, "_is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+        call(model)
+    before.assert_unchanged()
+    assert model[0].merged == merged
+    assert not model[0].disabled
+
+
+def test_what_changes_no_weight_may_be_captured(monkeypatch):
+    model = patched(nn.Sequential(nn.Linear(8, 6)))
+    monkeypatch.setattr(merging, "_is_capturing", lambda: True)
+    rasa_ext.unmerge(model)
+    disabled(model)
 
 
 def test_a_backward_through_weights_from_before_a_merge_is_refused():

@@ -85,6 +85,18 @@ def test_a_graph_reads_the_cached_memory_for_good(capturing):
     assert torch.equal(read[0], torch.full((2,), 10.0))
 
 
+def test_a_pack_of_inference_mode_can_be_filled_again_outside(capturing):
+    cache, source = PackCache(), Source()
+    with torch.inference_mode():
+        source.get(cache)
+        capturing(True)
+        read = source.get(cache)
+    capturing(False)
+    source.tensors[0].mul_(5)
+    cache.refresh(source.make)
+    assert torch.equal(read[0], torch.full((2,), 5.0))
+
+
 def test_without_a_cached_pack_packing_is_part_of_the_graph(capturing):
     cache, source = PackCache(), Source()
     capturing(True)

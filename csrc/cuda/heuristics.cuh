@@ -9,6 +9,9 @@ namespace rasa_ext {
 // blocks still fit on a multiprocessor.
 constexpr int kStreamThreads = 256;
 
+// Threads of the block that writes a table: four words each at most, read one after the other.
+constexpr int kTableThreads = 128;
+
 // Blocks of them that must fit on a multiprocessor: 64 registers a thread. Left to itself ptxas
 // aims at more blocks on some architectures (40 registers, or 32) and spills one register or two
 // for it.

@@ -73,6 +73,7 @@ T shuffle_xor(T value, int lanes) {
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __syncthreads() emulation::barrier(__FILE__, __LINE__)
 #define threadIdx (emulation::place().thread)

@@ -22,6 +22,12 @@ std::unique_ptr<Layer[]> on_device(const std::vector<Layer>& host) {
   return device;
 }
 
+void bind_table(py::module_& module) {
+  module.def("write_table", [](const std::vector<uint64_t>& words, Address to) {
+    launch_write_table(words.data(), pointer(to), words.size(), nullptr);
+  });
+}
+
 void bind_pack(py::module_& module) {
   py::class_<PackLayer>(module, "PackLayer")
       .def(py::init([](Address A, Address A_pool, Address B, Address B_pool, Address d, Address Ap,
@@ -119,6 +125,7 @@ PYBIND11_MODULE(rasa_emulated, module) {
     return py::dict(py::arg("launches") = now.launches, py::arg("blocks") = now.blocks,
                     py::arg("barriers") = now.barriers, py::arg("shuffles") = now.shuffles);
   });
+  bind_table(module);
   bind_pack(module);
   bind_pack_backward(module);
   bind_decode(module);

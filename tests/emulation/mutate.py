@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-w", "-fsanitize=address", f"-I{HERE}"]
-KERNELS = ("dropout", "pack", "pack_backward", "decode")
+KERNELS = ("dropout", "pack", "pack_backward", "decode", "table")
 PATIENCE = 4  # times what the unbroken kernel takes; a loop that never ends is noticed, too
 
 # What of a file a mutant can break; what several include breaks them all.
@@ -48,6 +48,8 @@ FILES = {
     "dropout.cuh": ("dropout",),
     "dropout.cu": ("dropout",),
     "philox.cuh": ("dropout",),
+    "table.cuh": ("table",),
+    "table.cu": ("table",),
     "collective.cuh": ("pack", "pack_backward", "decode"),
 }
 

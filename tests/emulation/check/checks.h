@@ -8,5 +8,6 @@ void check_pack();
 void check_pack_backward();
 void check_decode();
 void check_dropout();
+void check_table();
 
 }  // namespace check

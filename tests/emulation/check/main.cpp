@@ -34,10 +34,9 @@ int main(int count, char** arguments) {
 #ifndef RASA_ON_GPU
       {"machine", check::check_machine},
 #endif
-      {"pack", check::check_pack},
-      {"pack_backward", check::check_pack_backward},
-      {"decode", check::check_decode},
-      {"dropout", check::check_dropout}};
+      {"pack", check::check_pack},       {"pack_backward", check::check_pack_backward},
+      {"decode", check::check_decode},   {"dropout", check::check_dropout},
+      {"table", check::check_table}};
   std::vector<std::string> wanted;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--small") == 0) {

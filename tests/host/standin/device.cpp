@@ -5,20 +5,11 @@
 
 #include <cstring>
 
-#include "tensors.h"
-
 namespace rasa_ext {
 
 Device::Device(const torch::stable::Tensor&) {}
 Device::~Device() = default;
 void* Device::blas() const { return nullptr; }
-torch::stable::Tensor Device::upload(const torch::stable::Tensor& like, const void* host,
-                                     size_t bytes) const {
-  const torch::stable::Tensor result = empty_bytes(like, bytes);
-  std::memcpy(result.data_ptr(), host, bytes);
-  return result;
-}
-
 void Device::check_launch(const char*) const {}
 
 }  // namespace rasa_ext

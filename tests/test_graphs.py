@@ -1,0 +1,190 @@
+"""CUDA graphs: captured once, replayed with other inputs and other weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from common import Snapshot, patched, randomize
+from torch import Tensor, nn
+
+import rasa_ext
+from rasa_ext import functional, ops
+
+pytestmark = pytest.mark.gpu
+
+DEVICE = "cuda"
+DTYPES = [torch.float32, torch.bfloat16]
+WIDTH, LAYERS = 64, 4
+
+
+class Captured:
+    """``run()`` as a graph. Its results are the graph's own memory."""
+
+    def __init__(
+        self, run: Callable[[], list[Tensor]], before: Callable[[], None] = lambda: None
+    ) -> None:
+        # What a first call allocates for good, such as cuBLAS's workspace, must not be the graph's.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        before()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = run()
+
+    def replay(self) -> list[Tensor]:
+        """The results of a replay, when what stood in memory that torch has ready is gone."""
+        spoil_memory()
+        with torch.no_grad():
+            for result in self.results:
+                result.fill_(float("nan"))
+        self.graph.replay()
+        return [result.detach().clone() for result in self.results]
+
+
+def spoil_memory() -> None:
+    """Fills free blocks of torch's allocators, pinned ones and the device's, with ones."""
+    for size in (64, 512, 4096, 1 << 16):
+        pinned = [torch.full((size,), 255, dtype=torch.uint8).pin_memory() for _ in range(32)]
+        device = [part.to(DEVICE, non_blocking=True) for part in pinned]
+        torch.cuda.synchronize()
+        del pinned, device
+
+
+def model_of(dtype: torch.dtype) -> nn.Module:
+    return patched(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))).to(
+        DEVICE, dtype
+    )
+
+
+def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    """To a few roundings; what is stale or torn is off by as much as it is large."""
+    for mine, theirs in zip(found, expected, strict=True):
+        tolerance = 32 * torch.finfo(theirs.dtype).eps * theirs.abs().max().item()
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
+
+
+def forward(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(x)]
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    y = model(x)
+    parameters = rasa_ext.adapter_parameters(model)
+    return [y, *torch.autograd.grad(y.float().square().mean(), [x, *parameters])]
+
+
+def draw(x: Tensor) -> None:
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(dtype, tokens, cached):
+    """Up to 16 tokens the hand-written pair. Cached packs are filled again by ``repack``."""
+    model, x = model_of(dtype).eval(), torch.randn(tokens, WIDTH, device=DEVICE, dtype=dtype)
+    graph = Captured(lambda: forward(model, x), lambda: None if cached else model.apply(drop_pack))
+    assert_close(graph.replay(), forward(copy.deepcopy(model), x))
+    for seed in (7, 8):
+        draw(x)
+        randomize(model, seed)
+        if cached:
+            rasa_ext.repack(model)
+        assert_close(graph.replay(), forward(copy.deepcopy(model), x))
+
+
+def drop_pack(module: nn.Module) -> None:
+    if isinstance(module, rasa_ext.RasaLinear):
+        module.drop_pack()
+
+
+def test_a_training_step_outside_leaves_the_cached_packs_of_a_graph_alone():
+    """It forgets them, but their memory must stay what it is."""
+    model, x = model_of(torch.bfloat16), torch.randn(4, WIDTH, device=DEVICE).bfloat16()
+    graph = Captured(lambda: forward(model, x))
+    expected = graph.replay()
+    step(model, x.detach().clone().requires_grad_())
+    assert all(map(torch.equal, graph.replay(), expected))
+
+
+@pytest.mark.parametrize("tokens", [16, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_training_step(dtype, tokens):
+    model = model_of(dtype).train()
+    x = torch.randn(tokens, WIDTH, device=DEVICE, dtype=dtype, requires_grad=True)
+    graph = Captured(lambda: step(model, x))
+    for seed in (7, 8):
+        draw(x)
+        randomize(model, seed)
+        assert_close(graph.replay(), step(model, x))
+
+
+# The tables of 60 layers are more than one kernel's parameters.
+@pytest.mark.parametrize("layers", [1, LAYERS, 60])
+def test_operators_over_a_group(layers):
+    own, pooled, width, out = 3, 6, 40, 24
+
+    def random(*size):
+        return torch.randn(size, device=DEVICE)
+
+    A, B = ([random(*s) for _ in range(layers)] for s in ((own, width), (out, own)))
+    d, weights = [random(own + pooled) for _ in A], [random(out, width) for _ in A]
+    A_pool, B_pool = random(pooled, width), random(out, pooled)
+
+    def run():
+        Ap, Bt = ops.pack_layers(A, A_pool, B, B_pool, d, torch.float32, 16)
+        grads = ops.pack_layers_backward(2 * Ap, 3 * Bt, B, B_pool, d)
+        merged = [weight.clone() for weight in weights]
+        ops.merge_layers(merged, Ap, Bt)
+        halves = [weight.bfloat16() for weight in weights]
+        ops.merge_layers(halves, Ap, Bt, -1.0)
+        return [Ap, Bt, *grads, ops.delta_layers(Ap, Bt), *merged, *halves]
+
+    graph = Captured(run)
+    for _ in range(2):
+        for tensor in (*A, *B, *d, *weights, A_pool, B_pool):
+            draw(tensor)
+        assert_close(graph.replay(), run())
+
+
+@pytest.mark.parametrize("tokens", [4, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_on_given_inputs(dtype, tokens):
+    """With the pool read by all layers, and packed into each of them."""
+    model = model_of(dtype)
+    parameters = rasa_ext.adapter_parameters(model)
+    pool = model[0].pool
+    x = torch.randn(LAYERS, tokens, WIDTH, device=DEVICE, dtype=dtype, requires_grad=True)
+
+    def run():
+        lists = ([getattr(layer, name) for layer in model] for name in ("weight", "bias"))
+        A, B, d = ([getattr(layer, name) for layer in model] for name in ("A", "B", "d"))
+        y = functional.rasa_layers(x, *lists, A, pool.A, B, pool.B, d, 16)
+        return [y, *torch.autograd.grad(y.float().square().mean(), [x, *parameters])]
+
+    graph = Captured(run)
+    for seed in (7, 8):
+        draw(x)
+        randomize(model, seed)
+        assert_close(graph.replay(), run())
+
+
+def test_merging_refuses_to_be_captured():
+    model, x = model_of(torch.float32), torch.ones(3, device=DEVICE)
+    before = Snapshot(model)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x += 1  # a graph of nothing would only warn
+        with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+            rasa_ext.merge(model)
+    before.assert_unchanged()
+    largest = rasa_ext.merge(model)
+    assert largest > 0
