@@ -178,7 +178,7 @@ class Siblings:
     def repack(self) -> None:
         """Forget the cached pack, and fill again what captured CUDA graphs read of it."""
         layers = [member() for member in self._modes[False].members]
-        if layers and all(each is not None for each in layers):
+        if self._cache.captured and all(each is not None for each in layers):
             self._cache.refresh(_packing([each.adapter() for each in layers]))
         else:
             self._cache.drop()

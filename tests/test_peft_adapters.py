@@ -195,3 +195,24 @@ def test_delta_weight_is_the_oracles():
             delta = layer.get_delta_weight("default")
             assert delta.shape == layer.base_layer.weight.shape
             torch.testing.assert_close(delta.double(), exact, rtol=0, atol=1e-6, msg=name)
+
+
+def test_siblings_that_lose_their_adapter():
+    """q, k and v computed together, then an adapter of q alone, then none on k and v at all."""
+    model = two().train()
+    model.set_adapter("default")
+    for _ in range(3):
+        model(TOKENS).logits.sum().backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.mul_(1)  # as a step of an optimiser: what was learned is taken up
+    for names in (["second"], ["default"], ["second"]):
+        model.set_adapter(names[0])
+        for grad in (True, False, True):
+            with torch.set_grad_enabled(grad):
+                close(model(TOKENS).logits, dense(model, *names))
+    model.delete_adapter("default")
+    model.set_adapter("second")
+    for _ in range(2):
+        close(model(TOKENS).logits, dense(model, "second"))

@@ -82,7 +82,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     @property
     def dropout(self) -> float:
         """That of the adapter which goes through ``AdaptedLinear.forward``: the first active."""
-        return self.configs[self._active()[0]].dropout
+        return next((self.configs[name].dropout for name in self._active()), 0.0)
 
     def tensors(
         self, adapter_name: str | None = None
@@ -112,6 +112,10 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def part(self, dtype: torch.dtype, adapter: tuple | None = None) -> Part | None:
         """As ``AdaptedLinear.part``, for the adapter that goes through it."""
         return super().part(dtype, adapter) if self._live() else None
+
+    def versions(self) -> tuple[int, ...]:
+        """As ``AdaptedLinear.versions``; nothing where no adapter is active."""
+        return super().versions() if self._live() else ()
 
     def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         """``y + x dW^T`` of one more adapter."""
