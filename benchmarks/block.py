@@ -197,13 +197,15 @@ def describe(case: Case) -> dict:
 def cases(what: list[str], device: str, quick: bool, blocks: list[str]) -> list[tuple]:
     """(what, block, M, rank, k): the largest M and smallest rank of each block first."""
     named = [BLOCKS[name] for name in blocks]
-    # A CPU takes seconds for a step of the largest M.
-    tokens = (2, 5, 40) if quick else TOKENS if device.startswith("cuda") else TOKENS[:-1]
+    # A CPU takes seconds for a step of the largest M, and nearly one for the next.
+    cuda = device.startswith("cuda")
+    tokens = (2, 5, 40) if quick else TOKENS if cuda else TOKENS[:-1]
     found: list[tuple[str, Block, int, int, int]] = []
     for kind in [kind for kind in ("step", "decode") if kind in what]:
         fitting = [M for M in tokens if (M > 16) == (kind == "step")]
         for (rank, k), M, block in itertools.product(RANKS, sorted(fitting, reverse=True), named):
-            found.append((kind, block, M, rank, k))
+            if cuda or quick or M < max(tokens) or (rank, k) == RANKS[0]:
+                found.append((kind, block, M, rank, k))
     found = found[: 2 if quick else None]
     if "compiled" in what:
         found += [("compiled", block, max(tokens), *RANKS[0]) for block in named]

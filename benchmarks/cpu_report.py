@@ -45,7 +45,7 @@ def stages(quick: bool, out: Path) -> list[Stage]:
     return [
         *found,
         bench("step", "block", 150, "step", *BOTH),
-        bench("growth", "block", 60, "growth"),
+        bench("growth", "block", 60, "growth", "--dtype", "float32"),
         bench("decode", "block", 40, "decode", *BOTH),
         bench("all layers", "ops", 50, "model"),
         bench("one linear", "ops", 40, "one"),
