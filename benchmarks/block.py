@@ -204,7 +204,7 @@ def cases(what: list[str], device: str, quick: bool, blocks: list[str]) -> list[
     for kind in [kind for kind in ("step", "decode") if kind in what]:
         fitting = [M for M in tokens if (M > 16) == (kind == "step")]
         for (rank, k), M, block in itertools.product(RANKS, sorted(fitting, reverse=True), named):
-            if cuda or quick or M < max(tokens) or (rank, k) == RANKS[0]:
+            if cuda or quick or (rank, k) == RANKS[0] or max(tokens) > M:
                 found.append((kind, block, M, rank, k))
     found = found[: 2 if quick else None]
     if "compiled" in what:
