@@ -179,6 +179,20 @@ def test_quoted_errors_are_raised():
     assert errors.MARK in page
 
 
+# What was expected, or what to do.
+CURE = re.compile(r"expected|;|\b(call|check|choose|install|load|name|pass|use)\b")
+
+
+def test_every_message_has_a_cure():
+    """In its own words, or as a heading of the page on troubleshooting."""
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    entries = re.findall(r"^#### `(.+)`$", page, re.MULTILINE)
+    for message in errors.messages(ROOT / "rasa_ext"):
+        text = " ".join(message.text.split())
+        if re.search("[a-z]{3}", text) and not CURE.search(text):
+            assert any(text.startswith(entry) for entry in entries), text
+
+
 def test_every_message_is_listed():
     """Every ``raise`` with a text of its own, whatever the form of the text."""
     listed = errors.listed(ROOT / "rasa_ext")
