@@ -31,6 +31,7 @@ from test_ops import (
 from torch import Tensor, nn
 from zoo import GPT2, LLAMA, SEQUENTIAL, Checkpointed, ids
 
+from benchmarks import dropout
 from rasa_ext import functional, ops
 
 P = 0.25
@@ -317,3 +318,41 @@ def test_eval_is_without_dropout():
     model = with_dropout(base).eval()
     inputs = SEQUENTIAL.inputs(0, torch.float64)
     assert_matches_oracle(SEQUENTIAL, base, model, step(model, SEQUENTIAL), inputs)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_anew():
+    """Each replay has a mask of its own, from torch's generator, and gradients under it."""
+    _, layer = layer_of(torch.float32)
+    layer.cuda()
+    x = torch.randn(64, 9, device="cuda", requires_grad=True)
+    inputs = x, *layer.adapter()
+
+    def step():
+        y = layer(x)
+        return y, *torch.autograd.grad(y.sum(), inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    replays = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        graph.replay()
+        replays.append([t.clone() for t in captured])
+    assert all(map(torch.equal, replays[0], replays[1]))
+    assert not torch.equal(replays[0][0], replays[2][0])
+    torch.manual_seed(1)
+    for found, expected in zip(replays[0], step(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_benchmark_counts_what_is_kept(capsys):
+    """A bit for each element of x, against a dropped copy and a mask in x's dtype instead of x."""
+    dropout.compare((16, 32, 24), torch.float32, P, 2, "cpu")
+    *_, mine, theirs = capsys.readouterr().out.split()
+    assert (mine, theirs) == (str(16 * 32 // 8), f"{16 * 32 * 4:,}")

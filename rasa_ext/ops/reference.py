@@ -132,16 +132,18 @@ def low_rank_linear_backward(
         H.mul_(scale)
         kept = masks.unpacked(mask, x)
     if need_x:
-        if weight is None or kept is not None:
+        if weight is None or adapter_first(x.device.type, x.dtype):
             dx = torch.mm(H, Ap)
             if kept is not None:
                 masks.integers(dx).bitwise_and_(kept)
             if weight is not None:
                 dx.addmm_(grad, weight)
-        elif adapter_first(x.device.type, x.dtype):
-            dx = torch.mm(H, Ap).addmm_(grad, weight)
         else:
-            dx = torch.mm(grad, weight).addmm_(H, Ap)
+            dx = torch.mm(grad, weight)
+            if kept is None:
+                dx.addmm_(H, Ap)
+            else:
+                dx.add_(masks.keep(torch.mm(H, Ap), kept))
     if need_adapter:
         dAp = torch.mm(H.t(), x if kept is None else masks.keep(x, kept)).to(wide)
         # U^T G rather than G^T U: a third faster in float32, and each rank's gradient contiguous.

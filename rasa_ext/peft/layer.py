@@ -119,11 +119,10 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
 
     def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         """``y + x dW^T`` of one more adapter."""
-        adapter, dropout = beside_each_other(*self.tensors(name)), self.configs[name].dropout
-        if self.training and dropout > 0:
-            x = nn.functional.dropout(x, dropout)
+        adapter, x = beside_each_other(*self.tensors(name)), x.to(y.dtype)
+        drop = functional.dropout(x, self.configs[name].dropout if self.training else 0.0)
         multiple = ops.rank_multiple(y.device.type, y.dtype, adapter[-1].shape[0])
-        return functional.rasa_add(y, x.to(y.dtype), *adapter, multiple)
+        return functional.rasa_add(y, x, *adapter, multiple, *drop)
 
     def _active(self) -> list[str]:
         """The active adapters that this layer has."""
