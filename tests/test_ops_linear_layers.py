@@ -12,7 +12,7 @@ from oracle import Adapter
 from plain import PlainRasa
 from torch import Tensor, nn
 
-from rasa_ext import functional, ops
+from rasa_ext import functional, functional_layers, ops
 
 FIELDS = ("A", "A_pool", "B", "B_pool", "d")
 POOL = ("A_pool", "B_pool")
@@ -236,7 +236,7 @@ def sample_calls(device, dtype=torch.float32):
     """Arguments for both operators: every shape once, and what is needed in every combination."""
     for shape, bias in zip(SHAPES[:6], itertools.cycle((True, False))):
         case = Case(shape, dtype, device, bias)
-        pack, pool = functional._packed_layers(case.x, *case.lists(), 1 if bias else 4)
+        pack, pool = functional_layers._packed_layers(case.x, *case.lists(), 1 if bias else 4)
         stacked = None if case.bias is None else torch.stack(case.bias)
         yield "linear_layers", (case.x, case.weights, stacked, *pack, *pool)
         _, U, V = ops.linear_layers(case.x, case.weights, stacked, *pack, *pool)

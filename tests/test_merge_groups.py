@@ -1,0 +1,160 @@
+"""Merging takes the layers of a group together: in chunks, whatever they are, all or none."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from common import Snapshot, adapters, patched, rasa_layers, same_bits
+from torch import nn
+from zoo import GPT2, LLAMA, TWO_NAMES, ids
+
+import rasa_ext
+from rasa_ext import merging
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, TWO_NAMES], ids=ids)
+def test_delta_weights(entry):
+    model = patched(entry.build())
+    found, layers = dict(rasa_ext.delta_weights(model)), rasa_layers(model)
+    assert found.keys() == layers.keys()
+    for name, change in found.items():
+        assert not change.requires_grad
+        torch.testing.assert_close(change, rasa_ext.delta_weight(layers[name]))
+    with pytest.raises(ValueError, match=r"expected a model that rasa_ext\.patch_model patched"):
+        next(rasa_ext.delta_weights(entry.build()))
+
+
+def watched(monkeypatch) -> list[int]:
+    """From now on, how many layers each product of dW takes."""
+    counts, direct = [], merging.ops.delta_layers
+
+    def counting(Ap, Bt):
+        counts.append(len(Ap))
+        return direct(Ap, Bt)
+
+    monkeypatch.setattr(merging.ops, "delta_layers", counting)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("size", "counts"),
+    [(0, [1] * 5), (4 * 48, [1] * 5), (8 * 48 - 1, [1] * 5), (8 * 48, [2, 2, 1]), (1 << 20, [5])],
+)
+def test_layers_are_merged_in_chunks(size, counts, monkeypatch):
+    """As many as CHUNK_BYTES of dW in float32 hold, at least one, with the same bits."""
+    base = nn.Sequential(*(nn.Linear(8, 6) for _ in range(5))).bfloat16()
+    alone, model = patched(base), patched(base)
+    monkeypatch.setattr(merging, "CHUNK_BYTES", 0)
+    largest = rasa_ext.merge(alone)
+    monkeypatch.setattr(merging, "CHUNK_BYTES", size)
+    found = watched(monkeypatch)
+    assert rasa_ext.merge(model) == pytest.approx(largest, rel=1e-6)
+    assert found == counts
+    for mine, theirs in zip(model, alone, strict=True):
+        assert same_bits(mine.base_layer.weight, theirs.base_layer.weight)
+    rasa_ext.unmerge(model)
+    assert all(
+        same_bits(mine.base_layer.weight, b.weight) for mine, b in zip(model, base, strict=True)
+    )
+
+
+def base_weights(model) -> dict[str, torch.Tensor]:
+    return {n: m.base_layer.weight.detach().clone() for n, m in rasa_layers(model).items()}
+
+
+def mixed_group() -> nn.Module:
+    """One group by names and shapes, of every dtype and both layouts."""
+    layers = [kind().to(dtype) for dtype in DTYPES for kind in (lambda: nn.Linear(6, 6), conv1d)]
+    return nn.Sequential(*layers, nn.Linear(6, 6), nn.Linear(6, 2))
+
+
+def conv1d() -> nn.Module:
+    return GPT2.build().transformer.h[0].mlp.c_proj.__class__(6, 6)
+
+
+@pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload])
+def test_layers_of_a_group_may_differ(call, monkeypatch):
+    base = mixed_group()
+    model = patched(base)
+    assert len({id(layer.pool) for layer in model}) == 2
+    found = adapters(model)
+    before, counts = base_weights(model), watched(monkeypatch)
+    expected = [oracle.merged_weight(b, found[str(i)]) for i, b in enumerate(base)]
+    call(model)
+    looks = 1 if call is rasa_ext.merge else 2
+    assert sorted(counts) == [1] * 8 * looks + [2] * looks
+    for layer, value in zip(model, expected, strict=True):
+        weight = getattr(layer, "base_layer", layer).weight
+        rounding = max(torch.finfo(weight.dtype).eps / 2, torch.finfo(torch.float32).eps)
+        torch.testing.assert_close(weight.double(), value, rtol=1.01 * rounding, atol=1e-6)
+    if call is rasa_ext.merge:
+        rasa_ext.unmerge(model)
+        assert all(same_bits(value, before[name]) for name, value in base_weights(model).items())
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("when", [1, 2, 3])
+@pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload])
+def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
+    """merge puts back what it has written; merge_and_unload has looked at copies up to there."""
+    model = patched(nn.Sequential(*(nn.Linear(8, 6) for _ in range(3))))
+    before, direct, calls = Snapshot(model), merging.ops.merge_layers, []
+
+    def failing(*args):
+        direct(*args)
+        calls.append(args)
+        if len(calls) == when:
+            raise error
+
+    monkeypatch.setattr(merging, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(merging.ops, "merge_layers", failing)
+    with pytest.raises(error):
+        call(model)
+    before.assert_unchanged()
+    assert not any(layer.merged for layer in model)
+
+
+def disabled(model):
+    with rasa_ext.disable_adapter(model):
+        return model(torch.ones(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("merged", "call"),
+    [
+        (False, rasa_ext.merge),
+        (False, rasa_ext.merge_and_unload),
+        (True, rasa_ext.unmerge),
+        (True, rasa_ext.unpatch),
+        (True, disabled),
+    ],
+)
+def test_weights_are_not_changed_while_a_graph_is_captured(merged, call, monkeypatch):
+    model = patched(nn.Sequential(nn.Linear(8, 6)))
+    if merged:
+        rasa_ext.merge(model)
+    before = Snapshot(model)
+    monkeypatch.setattr(merging, "_is_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+        call(model)
+    before.assert_unchanged()
+    assert model[0].merged == merged
+    assert not model[0].disabled
+
+
+def test_what_changes_no_weight_may_be_captured(monkeypatch):
+    model = patched(nn.Sequential(nn.Linear(8, 6)))
+    monkeypatch.setattr(merging, "_is_capturing", lambda: True)
+    rasa_ext.unmerge(model)
+    disabled(model)
+
+
+def test_a_backward_through_weights_from_before_a_merge_is_refused():
+    model = patched(nn.Sequential(nn.Linear(8, 6)))
+    y = model(torch.randn(3, 8, requires_grad=True))
+    rasa_ext.merge(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
