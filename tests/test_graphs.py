@@ -58,9 +58,8 @@ def spoil_memory() -> None:
 
 
 def model_of(dtype: torch.dtype) -> nn.Module:
-    return patched(nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))).to(
-        DEVICE, dtype
-    )
+    base = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    return patched(base.to(DEVICE, dtype))
 
 
 def assert_close(found: list[Tensor], expected: list[Tensor]) -> None:

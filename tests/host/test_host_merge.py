@@ -100,6 +100,14 @@ def test_products(host):
     ]
 
 
+def test_more_layers_than_a_table_of_one_launch(host):
+    Ap, Bt = draw_packs((200, 5, 6, 4), torch.float32)
+    weights = [torch.randn(6, 5) for _ in range(200)]
+    expected = [w + d for w, d in zip(weights, host.ops.delta_layers(Ap, Bt), strict=True)]
+    host.ops.merge_layers(weights, Ap, Bt)
+    torch.testing.assert_close(weights, expected)
+
+
 @pytest.mark.parametrize("other", [as_columns, as_part])
 def test_merge_of_weights_that_lie_differently(host, other):
     Ap, Bt = draw_packs((2, 5, 6, 4), torch.float32)

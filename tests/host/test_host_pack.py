@@ -91,6 +91,21 @@ def test_pack_layers(host, param, dtype):
             check_pack(Ap[layer], Bt[layer], group, layer, dtype)
 
 
+def test_tables_of_several_launches(host):
+    """Of 120 layers, more words than one kernel takes as parameters."""
+    group = Group((9, 7, 3, 6), 120, torch.float32)
+    lists = (group.A, group.A_pool, group.B, group.B_pool, group.d)
+    Ap, Bt = host.ops.pack_layers(*lists, torch.float32, 16)
+    for layer in range(120):
+        check_pack(Ap[layer], Bt[layer], group, layer, torch.float32)
+    _, _, dB, _, dd = host.ops.pack_layers_backward(Ap, Bt, group.B, group.B_pool, group.d)
+    for layer in range(120):
+        expected = gradients(group, Ap[layer], Bt[layer], layer)
+        bound = sizes(group, Ap[layer], Bt[layer], layer)
+        assert close(dB[layer], expected["dB"], torch.float32, bound["dB"])
+        assert close(dd[layer], expected["dd"], torch.float32, bound["dd"])
+
+
 def gradients(group: Group, dAp: Tensor, dBt: Tensor, layer: int) -> dict[str, Tensor]:
     """The formulas in float64."""
     _, up, d = group.stacked(layer)
