@@ -1,0 +1,1 @@
+"""Methods trained alike, each at rates of its own."""

@@ -1,0 +1,164 @@
+"""Tables and pictures of the comparison: python -m experiments.compare.report > tables.md"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from benchmarks.records import table as markdown
+from experiments.compare.config import (
+    BASE,
+    CONFIG,
+    RESULTS,
+    Config,
+    best,
+    key_of,
+    number,
+    of_config,
+    read_config,
+)
+from experiments.compare.run import COLUMNS
+from experiments.table import Table
+from rasa_ext.train.plots import new_figure
+
+Row = Mapping[str, str]
+
+
+def methods_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
+    """A row a method: its best rate so far by the loss to choose by, and what that reached.
+
+    Means over seeds with the standard deviation, where there are several. "rates" says how much of
+    the sweep is done; before it is complete, the best rate may be another.
+    """
+    rows = of_config(config, rows)
+    base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
+    result = []
+    if base is not None:
+        result.append({"method": "before training", **_figures([base], base)})
+    for method, spec in config.methods.items():
+        runs = [r for r in rows if r["task"] == task and r["method"] == method]
+        first = [r for r in runs if int(r["seed"]) == config.seeds[0]]
+        if not first:
+            continue
+        lr = _best_rate(config, runs, task, method)
+        chosen = [r for r in runs if float(r["lr"]) == lr]
+        result.append(
+            {
+                "method": method,
+                "trained numbers": f"{int(first[0]['trainable']):,}",
+                "rates": f"{len(first)} of {len(spec['rates'])}",
+                "best": f"{lr:g}",
+                "seeds": len(chosen),
+                **_figures(chosen, base),
+            }
+        )
+    return result
+
+
+def sweep_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
+    """Loss on the rows to choose by, at the first seed, by method and rate."""
+    have = {key_of(row): row for row in of_config(config, rows)}
+    rates = sorted({float(lr) for spec in config.methods.values() for lr in spec["rates"]})
+    result = []
+    for method in config.methods:
+        row: dict[str, object] = {"method": method}
+        for lr in rates:
+            found = have.get((task, method, lr, config.seeds[0]))
+            if found is not None:
+                row[f"{lr:g}"] = number(found["dev_loss"])
+        if len(row) > 1:
+            result.append(row)
+    columns = ["method", *(f"{lr:g}" for lr in rates if any(f"{lr:g}" in r for r in result))]
+    return [{name: row.get(name) for name in columns} for row in result]
+
+
+def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
+    """Loss against rate, and loss against what was forgotten, a row of panels a task."""
+    rows = [row for row in of_config(config, rows) if row["test_loss"]]
+    tasks = [task for task in config.tasks if any(row["task"] == task for row in rows)]
+    figure = new_figure(11, 4 * max(len(tasks), 1))
+    for place, task in enumerate(tasks):
+        left = figure.add_subplot(len(tasks), 2, 2 * place + 1)
+        right = figure.add_subplot(len(tasks), 2, 2 * place + 2)
+        base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
+        for method in config.methods:
+            runs = [r for r in rows if r["task"] == task and r["method"] == method]
+            by_rate: dict[float, list[float]] = {}
+            for run in runs:
+                by_rate.setdefault(float(run["lr"]), []).append(float(run["test_loss"]))
+            points = sorted((lr, statistics.mean(found)) for lr, found in by_rate.items())
+            left.plot(*zip(*points, strict=True), "o-", label=method) if points else None
+            if base is not None:
+                forgot = [
+                    float(r["other_text_loss"]) - float(base["other_text_loss"]) for r in runs
+                ]
+                right.plot(forgot, [float(r["test_loss"]) for r in runs], "o", label=method)
+        left.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=task)
+        right.set(xlabel="loss gained on other text", ylabel="held-out loss", title=task)
+        for axes in (left, right):
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3, which="both")
+        left.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def _best_rate(config: Config, runs: list[Row], task: str, method: str) -> float:
+    """By the sweep, or what there is of it; of two rates with several seeds, by their mean."""
+    have = {key_of(row): row for row in runs}
+    pair = best(config, have, task, method)
+    several = {
+        lr: [number(r["dev_loss"]) for r in runs if float(r["lr"]) == lr]
+        for lr in (pair or {float(r["lr"]) for r in runs})
+    }
+    # A rate is not preferred for a seed that the other has not had.
+    seeds = min(len(found) for found in several.values())
+    return min(several, key=lambda lr: statistics.mean(several[lr][:seeds]))
+
+
+def _figures(rows: list[Row], base: Row | None) -> dict[str, object]:
+    right = [100 * float(row["exact_match"]) for row in rows if row["exact_match"]]
+    figures = {"held-out loss": _spread([number(row["test_loss"]) for row in rows], 3)}
+    if right:
+        figures["exact match, %"] = _spread(right)
+    forgot = [number(r["other_text_loss"]) for r in rows]
+    if base is not None:
+        forgot = [loss - number(base["other_text_loss"]) for loss in forgot]
+    figures["loss gained on other text"] = _spread(forgot, 3)
+    return figures
+
+
+def _spread(values: list[float], digits: int = 0) -> str | None:
+    if not values:
+        return None
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def main() -> None:
+    """Draw, and print the tables as markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of runs.csv")
+    given = parser.parse_args()
+    config = read_config(given.config)
+    rows = Table(given.results / "runs.csv", COLUMNS).rows()
+    if not of_config(config, rows):
+        raise SystemExit(f"{given.results / 'runs.csv'} has no run of this config yet")
+    for task in config.tasks:
+        if any(row["task"] == task for row in of_config(config, rows)):
+            print(f"### {task}\n")
+            print(markdown(methods_table(config, rows, task)), end="\n\n")
+            sweep = sweep_table(config, rows, task)
+            if sweep:
+                print("Loss to choose by, first seed, by rate:\n")
+                print(markdown(sweep), end="\n\n")
+    draw(config, rows, given.results / "runs.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Train SmolLM2-135M-Instruct by every method, at every rate, and write what came of it.
+
+    python -m experiments.compare.run [--minutes M]     # results/runs.csv, a row a finished run
+    python -m experiments.compare.report                # tables and pictures of it
+
+Started again, it goes on with the runs that the table lacks. ``--minutes`` ends after the run
+during which they pass; a run that is cut leaves no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import machine
+from experiments.compare.config import BASE, CONFIG, RESULTS, Config, Key, pending, read_config
+from experiments.compare.methods import prepared
+from experiments.table import Table
+from experiments.tasks import Task, make_task, other_text, solved
+from experiments.training import Recipe, Row, Run, mean_loss
+from rasa_ext.train.demo import find_model
+from rasa_ext.train.model_loading import load_model, load_tokenizer
+
+COLUMNS = (
+    *("task", "method", "lr", "seed", "steps", "settings"),
+    *("dev_loss", "test_loss", "exact_match", "other_text_loss", "last_training_loss"),
+    *("trainable", "seconds_per_step", "timing", "date", "machine", "system"),
+)
+
+
+class Bench:
+    """The model, the tasks and the text that is measured for forgetting."""
+
+    def __init__(self, config: Config, base: Any, tokenizer: Any) -> None:
+        """``base`` is float32 and stays as it is."""
+        self.config, self.base, self.tokenizer = config, base, tokenizer
+        self.other = other_text(tokenizer, config.other_text)
+        self._tasks: dict[str, Task] = {}
+
+    def task(self, name: str) -> Task:
+        """A task, made when it is first needed."""
+        if name not in self._tasks:
+            sizes = {"train": self.config.train, "dev": self.config.dev, "test": self.config.test}
+            self._tasks[name] = make_task(name, self.tokenizer, **sizes)
+        return self._tasks[name]
+
+    def do(self, key: Key) -> dict[str, Any]:
+        """Train and measure one run; its row. A run that diverged has no losses."""
+        config, task, row = self.config, self.task(key.task), _head(self.config, key)
+        if key.method == BASE:
+            model = self.base.requires_grad_(False)
+            return row | {"steps": 0, "trainable": 0, **self._measured(model, task)}
+        spec = config.methods[key.method]
+        model = prepared(self.base, spec, key.seed, bfloat16=config.bfloat16)
+        recipe = Recipe(
+            config.steps, config.batch_size, key.lr, seed=key.seed, bfloat16=config.bfloat16
+        )
+        run = Run(model, task.train, self.tokenizer.pad_token_id, recipe)
+        while run.going:
+            run.advance()
+        row |= {"steps": run.step, "trainable": run.trainable, **_timing(run)}
+        if run.diverged:
+            return row
+        last = run.losses[-max(1, run.step // 10) :]
+        row["last_training_loss"] = _shown(sum(last) / len(last))
+        return row | self._measured(model, task)
+
+    def _measured(self, model: Any, task: Task) -> dict[str, str]:
+        def loss(rows: list[Row]) -> str:
+            pad = self.tokenizer.pad_token_id
+            return _shown(mean_loss(model, rows, pad, bfloat16=self.config.bfloat16))
+
+        right = solved(model, self.tokenizer, task, bfloat16=self.config.bfloat16)
+        return {
+            "dev_loss": loss(task.dev),
+            "test_loss": loss(task.test),
+            "exact_match": "" if right is None else _shown(right),
+            "other_text_loss": loss(self.other),
+        }
+
+
+def _head(config: Config, key: Key) -> dict[str, Any]:
+    return {
+        **key._asdict(),
+        "lr": repr(key.lr),
+        "settings": config.settings(key.method),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": machine(),
+        "system": platform.platform(),
+    }
+
+
+def _timing(run: Run) -> dict[str, str]:
+    """The median step, and whether something else kept the machine busy at the end."""
+    others = os.getloadavg()[0] - torch.get_num_threads()
+    seconds = run.seconds[min(3, len(run.seconds) - 1) :]
+    return {
+        "seconds_per_step": f"{statistics.median(seconds):.3f}",
+        "timing": "under load" if others > 0.5 else "quiet",
+    }
+
+
+def _shown(value: float) -> str:
+    return f"{value:.5f}"
+
+
+def main() -> None:
+    """Run the command above."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for runs.csv")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--list", action="store_true", help="show what is to be done, do nothing")
+    given = parser.parse_args()
+    config = read_config(given.config)
+    table = Table(given.results / "runs.csv", COLUMNS)
+    if given.list:
+        print("\n".join(map(str, pending(config, table.rows()))))
+        return
+    name, end = find_model(), time.monotonic() + 60 * given.minutes
+    bench = Bench(config, load_model(name, "float32"), load_tokenizer(name))
+    while (left := pending(config, table.rows())) and time.monotonic() < end:
+        began = time.monotonic()
+        row = bench.do(left[0])
+        table.append([row])
+        shown = {name: row.get(name) for name in ("dev_loss", "exact_match", "other_text_loss")}
+        seconds = time.monotonic() - began
+        print(f"{left[0]}: {shown}, {seconds:.0f} s; {len(left) - 1} left", flush=True)
+    print("done" if not left else f"{len(left)} runs are known to be left")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""RaSA's entry for PEFT's MetaMathQA benchmark."""

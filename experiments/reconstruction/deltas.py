@@ -1,0 +1,30 @@
+"""The change of every linear weight between two models, by groups that would share a pool."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from rasa_ext.config import RasaConfig
+from rasa_ext.targets import make_plan
+
+
+def deltas_of(base: Any, tuned: Any) -> dict[str, list[Tensor]]:
+    """The layers' weight changes, (out, in) float32 each, by the last name of their module.
+
+    Groups and their order are those of ``rasa_ext.patch_model`` with all linear layers.
+
+    Raises ValueError where the two models do not have the same layers.
+    """
+    before, after = dict(base.named_modules()), dict(tuned.named_modules())
+    found = {}
+    for group in make_plan(base, RasaConfig()).groups:
+        for name in group.names:
+            if name not in after or after[name].weight.shape != before[name].weight.shape:
+                raise ValueError(f"tuned: expected the base's layer {name} in its size, got none.")
+        found[group.names[0].rpartition(".")[2]] = [
+            after[name].weight.detach().float() - before[name].weight.detach().float()
+            for name in group.names
+        ]
+    return found

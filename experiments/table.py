@@ -1,0 +1,64 @@
+"""CSV files that grow by whole runs, so that work can be cut anywhere and go on from there."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import io
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+class Table:
+    """A CSV file of fixed columns. Values come back as strings, the empty string for nothing."""
+
+    def __init__(self, path: Path | str, columns: Sequence[str]) -> None:
+        """Name the file, which need not exist yet.
+
+        Raises ValueError where it exists with other columns: rows of two kinds do not mix.
+        """
+        self.path = Path(path)
+        self.columns = list(columns)
+        if self.path.is_file():
+            with self.path.open(encoding="utf-8", newline="") as file:
+                found = next(csv.reader(file), [])
+            if found != self.columns:
+                raise ValueError(
+                    f"{self.path}: expected the columns {', '.join(self.columns)}, got "
+                    f"{', '.join(found) or 'none'}; move the file away or adapt it."
+                )
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows so far."""
+        if not self.path.is_file():
+            return []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add the rows of one run: all of them or, if the process dies, none.
+
+        The file is written anew beside its place and moved there; a lock on the folder keeps two
+        processes from losing each other's rows.
+        """
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        for row in rows:
+            writer.writerow(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            before = ",".join(self.columns) + "\n"
+            if self.path.is_file():
+                before = self.path.read_text(encoding="utf-8")
+            beside = self.path.with_name(self.path.name + ".part")
+            with beside.open("w", encoding="utf-8", newline="") as file:
+                file.write(before + text.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
+        finally:
+            os.close(folder)
