@@ -7,10 +7,13 @@ rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "
 
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint import load_adapter, save_adapter
+from rasa_ext.checkpoint_weights import SafetensorsFolder
+from rasa_ext.compression import Compressed, compress
 from rasa_ext.config import RasaConfig
 from rasa_ext.decomposition import Decomposition, decompose
 from rasa_ext.export import export_lora
 from rasa_ext.fitting import fit
+from rasa_ext.importing import import_lora
 from rasa_ext.merging import (
     delta_weight,
     delta_weights,
@@ -28,12 +31,15 @@ from rasa_ext.record import adapter_parameters, repack
 from rasa_ext.report import summary
 
 __all__ = [
+    "Compressed",
     "Decomposition",
     "RasaConfig",
     "RasaLinear",
     "RasaPool",
+    "SafetensorsFolder",
     "__version__",
     "adapter_parameters",
+    "compress",
     "cuda_status",
     "decompose",
     "delta_weight",
@@ -41,6 +47,7 @@ __all__ = [
     "disable_adapter",
     "export_lora",
     "fit",
+    "import_lora",
     "load_adapter",
     "load_official",
     "merge",

@@ -24,6 +24,7 @@ from rasa_ext.files import (
     read_tensors,
     write_adapter,
 )
+from rasa_ext.modules import is_conv1d
 from rasa_ext.patch import apply_plan, refuse_patched
 from rasa_ext.record import is_patched, rasa_layers, record_of, unwrap
 from rasa_ext.targets import Plan, make_plan, settled
@@ -36,14 +37,30 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     or a full disk on the way leaves what was there. A merged model saves the same adapter.
     """
     record = record_of(model)
-    settings = record.config.to_dict()
-    settings["modules_to_save"] = list(record.plan.saved) or None
+    write_tensors(unwrap(model), directory, record.config, record.plan, adapter_tensors(model))
+
+
+def write_tensors(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    config: RasaConfig,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Write an adapter for ``model``, patched or not, whose tensors are named as in its file."""
+    settings = config.to_dict()
+    settings["modules_to_save"] = list(plan.saved) or None
     settings["base_model_name_or_path"] = base_name(model)
     settings["task_type"] = task_type(model)
-    settings["fan_in_fan_out"] = any(layer.transposed for _, layer in rasa_layers(model))
+    settings["fan_in_fan_out"] = any(_transposed(model, g.names[0]) for g in plan.groups)
     settings["inference_mode"] = True
     settings["rasa_ext_version"] = __version__
-    write_adapter(directory, settings, adapter_tensors(model))
+    write_adapter(directory, settings, tensors)
+
+
+def _transposed(model: nn.Module, name: str) -> bool:
+    module = model.get_submodule(name)
+    return is_conv1d(getattr(module, "base_layer", module))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
@@ -117,11 +134,12 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     seen: set[tuple] = set()
     for name in plan.saved:
-        for key, tensor in root.get_submodule(name).state_dict().items():
-            mark = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        for key, tensor in root.get_submodule(name).state_dict(keep_vars=True).items():
+            where = id(tensor) if tensor.is_meta else tensor.data_ptr()
+            mark = (where, tensor.shape, tensor.stride(), tensor.dtype)
             if mark not in seen or not tensor.numel():
                 seen.add(mark)
-                tensors[f"{name}.{key}"] = tensor
+                tensors[f"{name}.{key}"] = tensor.detach()
     return tensors
 
 

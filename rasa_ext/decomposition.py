@@ -35,6 +35,8 @@ class Decomposition:
     """sum ||M - M^||^2 / sum ||M||^2 of the start and after every iteration; 0 for zero targets."""
     lora_error: float
     """The same for LoRA's best approximation, rank r for every layer."""
+    norm: float
+    """(sum ||M||^2)^(1/2) of the targets."""
 
     def delta(self, i: int) -> Tensor:
         """The approximation of layer i's weight change, (out, in)."""
@@ -107,6 +109,7 @@ def decompose(
         pool_B=descent.pool_B,
         errors=errors,
         lora_error=lora_error,
+        norm=norm if any(descent.norms) else 0.0,
     )
 
 

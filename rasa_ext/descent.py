@@ -39,7 +39,7 @@ class Descent:
         self.pool_A = new(pooled, width)
         self.pool_B = new(out, pooled)
         self._generator = torch.Generator().manual_seed(0)
-        self._norms = [target.squared_norm() for target in targets]
+        self.norms = [target.squared_norm() for target in targets]
 
     def start_from_theorem(self, found: list[Components], k: int) -> None:
         """Components 1..r-k of every target are private, r-k+1..r in the layer's own slots.
@@ -63,7 +63,7 @@ class Descent:
         (K, width), out = self.pool_A.shape, self.pool_B.shape[0]
         self.pool_A = torch.randn_like(self.pool_A) / width**0.5
         self.pool_B = torch.randn_like(self.pool_B) / out**0.5
-        scales = self.d.new_tensor(self._norms).sqrt() / max(K, 1) ** 0.5
+        scales = self.d.new_tensor(self.norms).sqrt() / max(K, 1) ** 0.5
         self.d = torch.randn_like(self.d) * scales[:, None]
 
     def update_private(self) -> None:
@@ -114,7 +114,7 @@ class Descent:
             Ap = torch.cat([self.A[i], self.pool_A])
             with_target = (target.times(Ap.t()) * Bt).sum()
             with_itself = ((Bt.t() @ Bt) * (Ap @ Ap.t())).sum()
-            total += max(self._norms[i] - (2 * with_target - with_itself).item(), 0.0)
+            total += max(self.norms[i] - (2 * with_target - with_itself).item(), 0.0)
         return total
 
     def normalize_pool(self) -> None:

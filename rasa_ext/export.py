@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint import base_name, saved_tensors, task_type
 from rasa_ext.files import PREFIX, write_adapter
+from rasa_ext.modules import RasaLinear
 from rasa_ext.record import rasa_layers, record_of, unwrap
 
 
@@ -35,18 +37,8 @@ def export_lora(
         if pad_to < rank:
             raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
         rank = pad_to
-    if any(layer.transposed for _, layer in layers):
-        warnings.warn(
-            "the model has Conv1D layers, whose LoRA PEFT reads but vLLM cannot serve; for vLLM, "
-            "save what rasa_ext.merge_and_unload(model) returns.",
-            stacklevel=2,
-        )
-    if record.plan.saved:
-        warnings.warn(
-            f"modules_to_save ({', '.join(record.plan.saved)}) are written for PEFT, but servers "
-            "refuse them; for those, save what rasa_ext.merge_and_unload(model) returns.",
-            stacklevel=2,
-        )
+    for message in _limits(model, layers, record.plan.saved):
+        warnings.warn(message, stacklevel=2)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers:
         Ap, Bt = layer.factors()
@@ -74,6 +66,41 @@ def export_lora(
     }
     write_adapter(directory, settings, tensors)
     return rank
+
+
+def _limits(
+    model: nn.Module, layers: list[tuple[str, RasaLinear]], saved: tuple[str, ...]
+) -> Iterator[str]:
+    """What PEFT reads and some server does not, and what to do about it."""
+    instead = "save what rasa_ext.merge_and_unload(model) returns"
+    if any(layer.transposed for _, layer in layers):
+        yield (
+            "the model has Conv1D layers, whose LoRA PEFT reads but vLLM cannot serve; for vLLM, "
+            f"{instead}."
+        )
+    if saved:
+        yield (
+            f"modules_to_save ({', '.join(saved)}) are written for PEFT, but servers refuse them; "
+            f"for those, {instead}."
+        )
+    names = {name for name, _ in layers}
+    for part, other in (("q_proj", "v_proj"), ("k_proj", "q_proj"), ("gate_proj", "up_proj")):
+        alone = [
+            n for n in names if n.endswith(f".{part}") and n[: -len(part)] + other not in names
+        ]
+        if alone:
+            yield (
+                f"{part} is adapted without {other} in {len(alone)} layers, which SGLang refuses, "
+                f"as it computes them together; for SGLang, adapt both, or {instead}."
+            )
+            break
+    embeddings = {id(m.weight) for m in unwrap(model).modules() if isinstance(m, nn.Embedding)}
+    tied = [name for name, layer in layers if id(layer.weight) in embeddings]
+    if tied:
+        yield (
+            f"{tied[0]} is tied to the embedding, and llama.cpp refuses its LoRA; for llama.cpp, "
+            "leave it out of target_modules, or untie the two and merge."
+        )
 
 
 def suffixes(names: list[str], model: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 
 
@@ -102,6 +104,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file ({error}).") from None
+
+
+def read_either(directory: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's safetensors file or, where there is none, of its ``.bin``.
+
+    Nothing in a ``.bin`` can run code: it is read with ``weights_only=True``, or refused.
+    """
+    path = directory / PICKLE
+    if (directory / WEIGHTS).is_file() or not path.is_file():
+        return read_tensors(directory / WEIGHTS)
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{path}: refused, since it holds more than tensors or is damaged, and reading it "
+            "could run code; ask its author for a safetensors file. "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
+    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(data).__name__}.")
+    return data
 
 
 def check_tensors(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.checkpoint import adapter_tensors
 from rasa_ext.config import RasaConfig
 from rasa_ext.decomposition import Decomposition, Delta, check_delta, decompose
 from rasa_ext.export import suffixes
-from rasa_ext.modules import linear_shape
+from rasa_ext.files import PREFIX
+from rasa_ext.modules import empty_factors, linear_shape
 from rasa_ext.patch import apply_plan, refuse_patched
-from rasa_ext.record import rasa_layers
 from rasa_ext.targets import Group, Plan, is_linear, make_plan
 
 
@@ -50,35 +52,67 @@ def fit(
     """
     config = RasaConfig(rank=rank, k=k)
     _check_deltas(model, deltas)
-    config, plan = _plan_for(model, config, deltas)
-    found = {
-        group: decompose(
-            [deltas[name] for name in group.names],
-            config.rank,
-            config.k,
-            iterations=iterations,
-            init=init,
-            dtype=dtype,
-            tol=tol,
-            progress=_for_group(progress, group),
-        )
-        for group in plan.groups
-    }
+    config, plan = plan_for(model, config, deltas)
+    solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
+    found, tensors = solver.approximate(config, plan, deltas)
     apply_plan(model, config, plan)
-    layers = dict(rasa_layers(model))
     with torch.no_grad():
-        for group, result in found.items():
-            for i, name in enumerate(group.names):
-                layer = layers[name]
-                # A rank that the target does not need keeps its fresh A, so that it can be trained.
-                needed = result.A[i].any(dim=1, keepdim=True)
-                layer.A.copy_(torch.where(needed, result.A[i], layer.A.to(result.A[i])))
-                layer.B.copy_(result.B[i])
-                layer.d.copy_(result.d[i])
-            if layer.pool is not None:
-                layer.pool.A.copy_(result.pool_A)
-                layer.pool.B.copy_(result.pool_B)
+        for key, tensor in adapter_tensors(model).items():
+            tensor.copy_(tensors[key])
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """How ``decompose`` is to run, for each group of a plan."""
+
+    iterations: int = 50
+    init: str = "svd"
+    dtype: torch.dtype = torch.float64
+    tol: float = 0.0
+    progress: Callable[[Group, int, int], None] | None = None
+
+    def approximate(
+        self, config: RasaConfig, plan: Plan, deltas: Mapping[str, Delta]
+    ) -> tuple[dict[Group, Decomposition], dict[str, Tensor]]:
+        """Every group's decomposition, and all factors under the names of an adapter's file.
+
+        The weight changes of one group are held at a time, if ``deltas`` makes them when asked.
+        """
+        found: dict[Group, Decomposition] = {}
+        tensors: dict[str, Tensor] = {}
+        for group in plan.groups:
+            found[group] = decompose(
+                [deltas[name] for name in group.names],
+                config.rank,
+                config.k,
+                iterations=self.iterations,
+                init=self.init,
+                dtype=self.dtype,
+                tol=self.tol,
+                progress=_for_group(self.progress, group),
+            )
+            tensors.update(group_tensors(group, found[group], config.adapter_dtype))
+        return found, tensors
+
+
+def group_tensors(group: Group, result: Decomposition, dtype: torch.dtype) -> dict[str, Tensor]:
+    """One group's factors under the names of an adapter's file, in ``dtype``.
+
+    A rank that the target does not need has zeros for both factors; it gets a fresh A, as a new
+    adapter has, so that it can be trained.
+    """
+    tensors: dict[str, Tensor] = {}
+    if result.pool_A.shape[0]:
+        tensors[f"{PREFIX}{group.names[0]}.rasa_pool_A"] = result.pool_A
+        tensors[f"{PREFIX}{group.names[0]}.rasa_pool_B"] = result.pool_B
+    for i, name in enumerate(group.names):
+        A = result.A[i]
+        fresh, _ = empty_factors(A.shape[0], *group.shape, A, A.dtype)
+        tensors[f"{PREFIX}{name}.rasa_A"] = torch.where(A.any(1, keepdim=True), A, fresh.detach())
+        tensors[f"{PREFIX}{name}.rasa_B"] = result.B[i]
+        tensors[f"{PREFIX}{name}.rasa_d"] = result.d[i]
+    return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
 def _check_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -92,29 +126,35 @@ def _check_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
         )
     if not deltas:
         raise ValueError("deltas: expected at least one weight change, got none.")
-    modules = dict(model.named_modules())
+    shapes = {}
     for name, delta in deltas.items():
+        factors = check_delta(f"deltas[{name!r}]", delta)
+        shapes[name] = factors[0].shape[0], factors[-1].shape[1]
+    check_names(model, shapes, "deltas")
+
+
+def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, int]], where: str) -> None:
+    """ValueError, beginning with ``where``, unless all are linear layers of these (out, in)."""
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
         if name not in modules or not is_linear(modules[name]):
             got = type(modules[name]).__name__ if name in modules else "no such module"
-            raise ValueError(f"deltas: expected names of linear layers; {name!r} is {got}.")
-        factors = check_delta(f"deltas[{name!r}]", delta)
-        shape = factors[0].shape[0], factors[-1].shape[1]
+            raise ValueError(f"{where}: expected names of linear layers; {name!r} is {got}.")
         if shape != linear_shape(modules[name]):
             raise ValueError(
-                f"deltas[{name!r}]: expected the layer's (out, in) {linear_shape(modules[name])}, "
-                f"got {shape}."
+                f"{where}: expected {name!r} of the layer's (out, in) "
+                f"{linear_shape(modules[name])}, got {shape}."
             )
 
 
-def _plan_for(
-    model: nn.Module, config: RasaConfig, deltas: Mapping[str, Tensor]
-) -> tuple[RasaConfig, Plan]:
-    """The config, and its plan, that adapts just the layers of these names."""
-    exact = "|".join(re.escape(name) for name in deltas)
-    for targets in (tuple(suffixes(list(deltas), model)), exact):
-        chosen = RasaConfig(rank=config.rank, k=config.k, target_modules=targets)
+def plan_for(model: nn.Module, config: RasaConfig, names: Iterable[str]) -> tuple[RasaConfig, Plan]:
+    """``config``, its targets replaced, and its plan, such that just these layers are adapted."""
+    names = list(names)
+    exact = "|".join(re.escape(name) for name in names)
+    for targets in (tuple(suffixes(names, model)), exact):
+        chosen = dataclasses.replace(config, target_modules=targets)
         plan = make_plan(model, chosen)
-        if {name for group in plan.groups for name in group.names} == set(deltas):
+        if {name for group in plan.groups for name in group.names} == set(names):
             break
     return chosen, plan
 

@@ -8,21 +8,18 @@ first), and a module type has one ``rasa_shared_A.<path with . as __>.weight`` a
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint import install
 from rasa_ext.config import RasaConfig
-from rasa_ext.files import PREFIX, WEIGHTS, read_config, read_tensors
+from rasa_ext.files import PREFIX, read_config, read_either
 from rasa_ext.record import is_patched, record_of
 from rasa_ext.targets import Plan, make_plan
 
-_PICKLE = "adapter_model.bin"
 _LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.rasa_(?P<part>A|B|mixing)\.weight$")
 _SHARED = re.compile(r"^base_model\.rasa_shared_(?P<part>A|B)\.(?P<kind>.+)\.weight$")
 _PARTS = {"A": "rasa_A", "B": "rasa_B", "mixing": "rasa_d"}
@@ -40,26 +37,9 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
         RuntimeError: the model is merged.
     """
     config = RasaConfig.from_dict(read_config(directory))
-    found = _read(Path(directory))
+    found = read_either(Path(directory))
     plan = record_of(model).plan if is_patched(model) else make_plan(model, config)
     return install(model, config, _renamed(found, plan, str(directory)), str(directory))
-
-
-def _read(directory: Path) -> dict[str, Tensor]:
-    path = directory / _PICKLE
-    if (directory / WEIGHTS).is_file() or not path.is_file():
-        return read_tensors(directory / WEIGHTS)
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path}: refused, since it holds more than tensors or is damaged, and reading it "
-            "could run code; ask its author for a safetensors file. "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from None
-    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors, got {type(data).__name__}.")
-    return data
 
 
 def _renamed(found: dict[str, Tensor], plan: Plan, where: str) -> dict[str, Tensor]:

@@ -12,6 +12,8 @@ import plain
 import torch
 from oracle import Adapter
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from zoo import Entry
 
 import rasa_ext
@@ -146,6 +148,18 @@ def check_step(entry, base, model, run=None, seed=0):
 
 def wide(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+
+
+class LargestTensor(TorchDispatchMode):
+    """While entered: the elements of the largest tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        return result
 
 
 class Snapshot:

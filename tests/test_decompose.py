@@ -6,10 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from common import LargestTensor
 from tiny_lm import make_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import rasa_ext
 from rasa_ext import lowrank
@@ -249,16 +248,6 @@ def test_factors_of_less_than_the_rank(s):
     assert found.lora_error == pytest.approx(tail([B @ A for B, A in pairs], 4), abs=1e-6)
     assert found.errors[-1] < found.lora_error
     assert all(b <= a + NOISE for a, b in pairwise(found.errors))
-
-
-class LargestTensor(TorchDispatchMode):
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
-        self.numel = max(self.numel, *sizes, 0)
-        return result
 
 
 @pytest.mark.parametrize("init", ["svd", "random"])

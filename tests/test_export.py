@@ -16,7 +16,10 @@ from zoo import BERT, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids
 import rasa_ext
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*Conv1D", "ignore:modules_to_save", "ignore:.*is_gradient_checkpointing"
+    "ignore:.*Conv1D",
+    "ignore:modules_to_save",
+    "ignore:.*which SGLang refuses",
+    "ignore:.*is_gradient_checkpointing",
 )
 
 

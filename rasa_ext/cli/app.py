@@ -8,6 +8,7 @@ import typer
 
 from rasa_ext import __version__
 from rasa_ext.cli.adapters import export_lora, import_official, merge
+from rasa_ext.cli.compress import compress, import_lora
 from rasa_ext.cli.demo import demo
 from rasa_ext.cli.environment import env
 from rasa_ext.cli.finetune import finetune
@@ -21,7 +22,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (finetune, merge, export_lora, import_official, inspect, env, demo):
+_COMMANDS = (
+    finetune,
+    merge,
+    export_lora,
+    import_lora,
+    import_official,
+    compress,
+    inspect,
+    env,
+    demo,
+)
+for _command in _COMMANDS:
     app.command()(_command)
 
 

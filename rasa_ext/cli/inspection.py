@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from rasa_ext.cli.output import command, console
+from rasa_ext.cli.output import command, console, table_of
 
 
 @command
@@ -59,7 +59,7 @@ def _show_adapter(directory: Path) -> None:
             settings.add_row(key, _text(value))
     console.print(settings)
     if contents.groups:
-        table = _table("group", "L", "out x in", "private", "pooled", "R", "numbers")
+        table = table_of("group", "L", "out x in", "private", "pooled", "R", "numbers")
         for group in contents.groups:
             table.add_row(
                 group.pattern,
@@ -87,7 +87,7 @@ def _show_spectrum(directory: Path, output: Path) -> None:
     from rasa_ext.train.plots import plot_pool_use, plot_spectra
 
     groups = analyze_adapter(directory)
-    table = _table(
+    table = table_of(
         "group", "L", "out x in", "R", "effective rank", "private", "slots used", "||dW||"
     )
     for group in groups:
@@ -126,7 +126,7 @@ def _show_plan(name: str, rank: int, k: int | None, target_modules: str) -> None
     model = load_skeleton(name)
     patch_model(model, rank=rank, k=k, target_modules=parse_targets(target_modules))
     report = summary(model)
-    table = _table("group", "L", "out x in", "R", "trainable")
+    table = table_of("group", "L", "out x in", "R", "trainable")
     for row in report:
         shape = f"{row.shape[0]} x {row.shape[1]}"
         table.add_row(row.pattern, str(row.L), shape, str(row.R), f"{row.trainable:,}")
@@ -138,14 +138,6 @@ def _show_plan(name: str, rank: int, k: int | None, target_modules: str) -> None
     )
     for layer, reason in report.left_out.items():
         console.print(f"left out: {layer}: {reason}", markup=False)
-
-
-def _table(first: str, *numbers: str) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column(first, overflow="fold")
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What the commands share: the console, and errors as one sentence instead of a traceback."""
+"""What the commands share: the console, tables, and errors as one sentence, not a traceback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import ParamSpec
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -39,6 +40,15 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapped
+
+
+def table_of(first: str, *numbers: str) -> Table:
+    """An empty table: a column of names that may wrap, and columns of numbers."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
 
 
 def _quiet() -> None:

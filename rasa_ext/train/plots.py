@@ -1,4 +1,4 @@
-"""Pictures: the loss of a run, and what an adapter does to each layer."""
+"""Pictures: the loss of a run, what an adapter does to each layer, and the solver's errors."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rasa_ext.analysis import GroupAnalysis
+from rasa_ext.decomposition import Decomposition
+from rasa_ext.targets import Group
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -65,6 +67,18 @@ def plot_pool_use(groups: Sequence[GroupAnalysis], path: Path) -> None:
         axes.set_title(f"{group.pattern}\n{private:.0%} private", fontsize=8)
         axes.set(xlabel="slot of the pool", ylabel="layer")
         figure.colorbar(image, ax=axes)
+    figure.savefig(path)
+
+
+def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
+    """Draw error against iteration into a PNG, a panel per group, beside LoRA's minimum."""
+    figure, panels = panels_for(len(groups))
+    for axes, (group, result) in zip(panels, groups.items(), strict=True):
+        axes.plot(result.errors, color="tab:blue", label="RaSA")
+        axes.axhline(result.lora_error, color="tab:orange", linestyle="--", label="LoRA's minimum")
+        axes.set_title(f"{group.pattern}\n{result.errors[-1]:.3g} of ||dW||\u00b2", fontsize=8)
+        axes.set(xlabel="iteration", ylabel="error")
+        axes.legend(fontsize=7)
     figure.savefig(path)
 
 

@@ -1,0 +1,195 @@
+"""Full checkpoints, read one tensor at a time, under the parameter names of a model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rasa_ext.modules import is_conv1d
+
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_CHUNK = 1 << 24
+
+
+class SafetensorsFolder(Mapping[str, Tensor]):
+    """The tensors of a model directory's safetensors files, each read when it is asked for.
+
+    Raises FileNotFoundError or ValueError, with the path, where they are missing or damaged.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        """Read the names: of ``model.safetensors``, or of its shards by their index."""
+        directory = Path(directory)
+        if (directory / _INDEX).is_file():
+            shards = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+            self._files = {key: directory / file for key, file in shards.items()}
+        elif (directory / _SINGLE).is_file():
+            with _opened(directory / _SINGLE) as file:
+                self._files = dict.fromkeys(file.keys(), directory / _SINGLE)
+        else:
+            raise FileNotFoundError(
+                f"directory: expected {_SINGLE} or {_INDEX} in {directory}, but neither is there."
+            )
+
+    def __getitem__(self, key: str) -> Tensor:
+        """The tensor, on the CPU."""
+        with _opened(self._files[key]) as file:
+            return file.get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the files' tensors."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """How many tensors there are."""
+        return len(self._files)
+
+
+class ParameterWeights(Mapping[str, Tensor]):
+    """``stored`` under the names of a model's parameters, tied ones under their first.
+
+    A checkpoint may leave out the model's prefix (``transformer.``), or have it too much, and keep
+    tied parameters under either name. What belongs to no parameter is left out.
+    """
+
+    def __init__(self, model: nn.Module, stored: Mapping[str, Tensor], where: str) -> None:
+        """Find every parameter's key; ValueError, beginning with ``where``, if one has none."""
+        self._stored, self._where = stored, where
+        self._prefix = getattr(model, "base_model_prefix", "")
+        self._keys: dict[str, str] = {}
+        self._first: dict[str, str] = {}
+        names: dict[int, list[str]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        missing = []
+        for aliases in names.values():
+            self._first.update(dict.fromkeys(aliases, aliases[0]))
+            keys = [key for key in map(self._find, aliases) if key is not None]
+            if keys:
+                self._keys[aliases[0]] = keys[0]
+                self._check_tied(keys)
+            else:
+                missing.append(aliases[0])
+        if missing:
+            raise ValueError(
+                f"{where}: expected the weights of this model, but {len(missing)} are missing: "
+                f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}."
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The parameter's stored value."""
+        return self._stored[self._keys[self.first(name)]]
+
+    def __iter__(self) -> Iterator[str]:
+        """The parameters' names."""
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        """How many parameters there are."""
+        return len(self._keys)
+
+    def first(self, name: str) -> str:
+        """The first of the names that a parameter has."""
+        return self._first.get(name, name)
+
+    def value(self, name: str) -> Tensor:
+        """A parameter's, or a buffer's, stored value; ValueError where there is none."""
+        if self.first(name) in self._keys:
+            return self[name]
+        key = self._find(name)
+        if key is None:
+            raise ValueError(f"{self._where}: expected a value for {name}, but it is missing.")
+        return self._stored[key]
+
+    def _find(self, name: str) -> str | None:
+        spelled = [name]
+        if self._prefix:
+            spelled += [name.removeprefix(f"{self._prefix}."), f"{self._prefix}.{name}"]
+        return next((key for key in spelled if key in self._stored), None)
+
+    def _check_tied(self, keys: list[str]) -> None:
+        for other in dict.fromkeys(keys[1:]):
+            if other != keys[0] and not _same(self._stored[keys[0]], self._stored[other]):
+                raise ValueError(
+                    f"{self._where}: expected equal weights for {keys[0]} and {other}, which are "
+                    "one in the model, but they differ; is tie_word_embeddings set alike in both "
+                    "models' config.json?"
+                )
+
+
+class Changes(Mapping[str, Tensor]):
+    """``finetuned - base`` of linear layers by name, (out, in), made when it is asked for."""
+
+    def __init__(
+        self,
+        linears: Mapping[str, nn.Module],
+        base: Mapping[str, Tensor],
+        finetuned: Mapping[str, Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        """Of the layers ``linears``, whose weights have their parameters' names; in ``dtype``."""
+        self._linears, self._base, self._finetuned, self._dtype = linears, base, finetuned, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The layer's weight change."""
+        before, after = pair(f"{name}.weight", self._base, self._finetuned)
+        change = after.to(self._dtype) - before.to(self._dtype)
+        return change.t() if is_conv1d(self._linears[name]) else change
+
+    def __iter__(self) -> Iterator[str]:
+        """The layers' names."""
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        """How many layers there are."""
+        return len(self._linears)
+
+
+def pair(
+    name: str, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """One parameter of both checkpoints; ValueError or TypeError where they cannot be compared."""
+    before, after = base[name], finetuned[name]
+    if before.shape != after.shape:
+        raise ValueError(
+            f"finetuned: expected {name} of the base's shape {tuple(before.shape)}, got "
+            f"{tuple(after.shape)}; if tokens were added, give the base as many (with "
+            "resize_token_embeddings) and save it."
+        )
+    for which, tensor in (("base", before), ("finetuned", after)):
+        if not tensor.is_floating_point():
+            raise TypeError(
+                f"{which}: expected floating-point weights, but {name} is {tensor.dtype}; "
+                "de-quantize it first."
+            )
+    return before, after
+
+
+def squared_change(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """||after - before||^2 and ||before||^2, in float64 by pieces."""
+    change = total = 0.0
+    pieces = zip(before.flatten().split(_CHUNK), after.flatten().split(_CHUNK), strict=True)
+    for old, new in pieces:
+        old = old.double()
+        change += (new.double() - old).square().sum().item()
+        total += old.square().sum().item()
+    return change, total
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.data_ptr() == right.data_ptr() or torch.equal(left, right)
+
+
+def _opened(path: Path) -> safe_open:
+    if not path.is_file():
+        raise FileNotFoundError(f"directory: expected the weights in {path}, but it is missing.")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file ({error}).") from None

@@ -1,0 +1,196 @@
+"""``rasa-ext compress | import-lora``: a full fine-tuning or a LoRA in, a RaSA adapter out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rasa_ext.cli.output import command, console, table_of
+
+if TYPE_CHECKING:
+    from rasa_ext.compression import Compressed
+    from rasa_ext.fitting import Solver
+    from rasa_ext.targets import Group
+
+PICTURE = "errors.png"
+
+_Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Directory to write.", show_default=False)
+]
+_Iterations = Annotated[int, typer.Option(help="Rounds of the solver.")]
+_Dtype = Annotated[
+    str, typer.Option(help="Of the computation: float64, or float32 for half the memory.")
+]
+
+
+@command
+def compress(
+    output: _Output,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Model before fine-tuning: hub id, directory or .gguf. [default: for --lora, as "
+            "it says]"
+        ),
+    ] = None,
+    finetuned: Annotated[
+        str | None, typer.Option(help="The same model, fine-tuned in full.", show_default=False)
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Or a LoRA in PEFT's format.", show_default=False)
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Ranks that every layer pays for.")] = 8,
+    k: Annotated[int, typer.Option(help="How many of them go to the shared pool.")] = 1,
+    target_modules: Annotated[
+        str, typer.Option(help="With --finetuned: layers to adapt, as in `rasa-ext finetune`.")
+    ] = "all-linear",
+    modules_to_save: Annotated[
+        str,
+        typer.Option(
+            help="With --finetuned: name suffixes, with commas, of modules to keep in full; or "
+            "`changed`, all that changed and are not adapted."
+        ),
+    ] = "",
+    iterations: _Iterations = 50,
+    dtype: _Dtype = "float64",
+) -> None:
+    """Find the RaSA adapter that comes closest to a full fine-tuning, or to a larger LoRA."""
+    from rasa_ext.train.compress import compress_finetuned, compress_lora
+    from rasa_ext.train.options import parse_targets
+
+    if (finetuned is None) == (lora is None):
+        raise ValueError("finetuned: expected either --finetuned or --lora, got both or neither.")
+    with _progress() as bar:
+        solver = _solver(bar, iterations, dtype)
+        if lora is not None:
+            read, found = compress_lora(lora, output, rank, k, base=base, solver=solver)
+        elif base is None:
+            raise ValueError("base: expected --base, the model before --finetuned, got none.")
+        else:
+            names = [name.strip() for name in modules_to_save.split(",") if name.strip()]
+            found = compress_finetuned(
+                base,
+                finetuned,
+                output,
+                rank,
+                k,
+                target_modules=parse_targets(target_modules),
+                modules_to_save="changed" if names == ["changed"] else names,
+                solver=solver,
+            )
+    if lora is not None:
+        console.print(f"The LoRA has {read.numbers:,} numbers, at rank {read.rank}.")
+    _show(found, output)
+    _show_lost(found)
+
+
+@command
+def import_lora(
+    lora: Annotated[Path, typer.Argument(help="A LoRA in PEFT's format.", show_default=False)],
+    output: _Output,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model: hub id, directory or .gguf. [default: as the LoRA says]"),
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the adapter. [default: the LoRA's own]")
+    ] = None,
+    k: Annotated[int, typer.Option(help="How many ranks to share; 0 is a plain LoRA.")] = 0,
+    iterations: _Iterations = 50,
+    dtype: _Dtype = "float64",
+) -> None:
+    """Turn a LoRA into a RaSA adapter: exactly, or with --rank or --k the nearest one."""
+    from rasa_ext.train.compress import compress_lora
+
+    with _progress() as bar:
+        solver = _solver(bar, iterations, dtype)
+        read, found = compress_lora(lora, output, rank, k, base=model, solver=solver)
+    if found.groups:
+        _show(found, output)
+    else:
+        console.print(
+            f"The same adapter, of k = 0 and rank {read.rank}, for {len(read.factors)} layers in "
+            f"{output}.",
+            markup=False,
+        )
+
+
+def _show(found: Compressed, output: Path) -> None:
+    """Errors beside LoRA's, as a table and a picture."""
+    from rasa_ext.train.plots import plot_errors
+
+    rank, k = found.config.rank, found.config.k
+    table = table_of("group", "L", "out x in", "||dW||", "error", "LoRA", "ratio")
+    for group, result in found.groups.items():
+        table.add_row(
+            group.pattern,
+            str(len(group.names)),
+            f"{group.shape[0]} x {group.shape[1]}",
+            f"{result.norm:.3g}",
+            *_errors(result.errors[-1], result.lora_error),
+        )
+    table.add_row("all", "", "", "", *_errors(found.error, found.lora_error))
+    console.print(table)
+    console.print(
+        "Errors are ||dW - adapter||\u00b2 / ||dW||\u00b2; LoRA's is the least of its rank. "
+        f"RaSA r={rank} k={k} has {found.numbers:,} numbers, a LoRA of rank {rank} "
+        f"{found.lora_numbers:,} ({found.numbers / found.lora_numbers - 1:+.1%})."
+    )
+    plot_errors(found.groups, output / PICTURE)
+    console.print(f"Adapter in {output}; picture: {output / PICTURE}", markup=False)
+
+
+def _errors(error: float, lora: float) -> tuple[str, str, str]:
+    return f"{error:.4f}", f"{lora:.4f}", f"{error / lora:.3f}" if lora > 1e-12 else "-"
+
+
+def _show_lost(found: Compressed) -> None:
+    if found.plan.saved:
+        console.print(f"kept in full: {', '.join(found.plan.saved)}", markup=False)
+    if not found.lost:
+        return
+    from rasa_ext.targets import pattern
+
+    console.print(
+        f"Lost: {found.lost_share:.2%} of the squared change is in parameters that are neither "
+        "adapted nor kept (--modules-to-save):"
+    )
+    kinds: dict[str, list[tuple[float, float]]] = {}
+    for name, each in found.lost.items():
+        kinds.setdefault(pattern(name), []).append((each.change**2, each.base**2))
+    for kind, squares in kinds.items():
+        change, base = (sum(column) ** 0.5 for column in zip(*squares, strict=True))
+        relative = f", {change / base:.2%} of its norm" if base else ""
+        console.print(f"  {kind} ({len(squares)}): changed by {change:.3g}{relative}", markup=False)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _solver(bar: Progress, iterations: int, dtype: str) -> Solver:
+    """A solver that shows each group's iterations in the bar."""
+    import torch
+
+    from rasa_ext.fitting import Solver
+
+    if dtype not in ("float64", "float32"):
+        raise ValueError(f"dtype: expected float64 or float32, got {dtype!r}.")
+    tasks = {}
+
+    def progress(group: Group, done: int, total: int) -> None:
+        if group not in tasks:
+            tasks[group] = bar.add_task(group.pattern, total=total)
+        bar.update(tasks[group], completed=done)
+
+    return Solver(iterations=iterations, dtype=getattr(torch, dtype), progress=progress)

@@ -1,0 +1,179 @@
+"""compress: what a full fine-tuning changed, as the RaSA adapter that comes closest to it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.checkpoint import install, saved_tensors, write_tensors
+from rasa_ext.checkpoint_weights import Changes, ParameterWeights, pair, squared_change
+from rasa_ext.config import ALL_LINEAR, RasaConfig
+from rasa_ext.decomposition import Decomposition
+from rasa_ext.files import PREFIX
+from rasa_ext.fitting import Solver
+from rasa_ext.patch import refuse_patched
+from rasa_ext.targets import Group, Plan, make_plan
+
+CHANGED = "changed"
+"""In place of names: whatever changed outside the adapted layers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Lost:
+    """A parameter that changed, but which the adapter does not carry."""
+
+    change: float
+    """||finetuned - base||."""
+    base: float
+    """||base||."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Compressed:
+    """An adapter, not yet in a model or a file, and how close it comes to what it stands for."""
+
+    config: RasaConfig
+    plan: Plan
+    groups: dict[Group, Decomposition]
+    """Of every group that the solver approximated; empty where the adapter is exact."""
+    tensors: dict[str, Tensor]
+    """Under the names of an adapter's file."""
+    lost: dict[str, Lost] = dataclasses.field(default_factory=dict)
+    """Parameters that changed outside the adapted layers and ``modules_to_save``."""
+
+    @property
+    def error(self) -> float:
+        """sum ||M - M^||^2 / sum ||M||^2 over the adapted layers; 0 for zero changes."""
+        return self._total(lambda result: result.errors[-1])
+
+    @property
+    def lora_error(self) -> float:
+        """The same for LoRA's best approximation of the same rank."""
+        return self._total(lambda result: result.lora_error)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of the adapter, ``modules_to_save`` left out."""
+        return sum(t.numel() for key, t in self.tensors.items() if ".rasa_" in key)
+
+    @property
+    def lora_numbers(self) -> int:
+        """Those of a LoRA of the same rank on the same layers."""
+        return sum(self.config.rank * len(g.names) * sum(g.shape) for g in self.plan.groups)
+
+    @property
+    def lost_share(self) -> float:
+        """The part of the squared change, over all parameters, that ``lost`` holds."""
+        lost = sum(each.change**2 for each in self.lost.values())
+        total = lost + sum(result.norm**2 for result in self.groups.values())
+        return lost / total if total else 0.0
+
+    def save(self, model: nn.Module, directory: str | os.PathLike[str]) -> None:
+        """Write the adapter's directory, as ``save_adapter`` does; of ``model`` only names count.
+
+        Loaded by ``load_adapter``.
+        """
+        write_tensors(model, directory, self.config, self.plan, self.tensors)
+
+    def install(self, model: nn.Module) -> nn.Module:
+        """Patch a model with the adapter, in place, and return it."""
+        return install(model, self.config, self.tensors, "compress")
+
+    def _total(self, error: Callable[[Decomposition], float]) -> float:
+        total = sum(result.norm**2 for result in self.groups.values())
+        found = sum(error(result) * result.norm**2 for result in self.groups.values())
+        return found / total if total else 0.0
+
+
+@torch.no_grad()
+def compress(
+    model: nn.Module,
+    base: Mapping[str, Tensor],
+    finetuned: Mapping[str, Tensor],
+    rank: int = 8,
+    k: int = 1,
+    *,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    exclude_modules: str | Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+    iterations: int = 50,
+    init: str = "svd",
+    dtype: torch.dtype = torch.float64,
+    tol: float = 0.0,
+    progress: Callable[[Group, int, int], None] | None = None,
+) -> Compressed:
+    """The RaSA adapter that comes closest to a full fine-tuning, without loading either model.
+
+    Weights are read when they are needed, and those of one group of layers are held at a time.
+
+    Args:
+        model: an unpatched model of this kind, for names and shapes; it may lie on the meta device,
+            and is not changed.
+        base, finetuned: the weights before and after, under the names of ``model``'s parameters:
+            a ``state_dict()``, or ``SafetensorsFolder(directory)``.
+        rank, k, target_modules, exclude_modules, modules_to_save: as in ``patch_model``. What
+            ``modules_to_save`` names is stored in full, as ``finetuned`` has it; "changed" names
+            every module that changed and is not adapted.
+        iterations, init, dtype, tol: as in ``decompose``.
+        progress: called with (group, iterations done, iterations) after each.
+
+    Returns:
+        The adapter, its errors beside LoRA's, and the parameters that changed but are in neither
+        the adapted layers nor ``modules_to_save``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    refuse_patched(model)
+    saved = () if modules_to_save == CHANGED else modules_to_save
+    config = RasaConfig(
+        rank=rank,
+        k=k,
+        target_modules=target_modules,  # type: ignore[arg-type]
+        exclude_modules=exclude_modules,  # type: ignore[arg-type]
+        modules_to_save=saved,  # type: ignore[arg-type]
+    )
+    plan = make_plan(model, config)
+    before = ParameterWeights(model, base, "base")
+    after = ParameterWeights(model, finetuned, "finetuned")
+    lost = _lost(before, after, _carried(model, plan, after))
+    if modules_to_save == CHANGED:
+        config = dataclasses.replace(config, modules_to_save=_owners(lost, plan))
+        plan = make_plan(model, config)
+        carried = _carried(model, plan, after)
+        lost = {name: each for name, each in lost.items() if name not in carried}
+    linears = {name: model.get_submodule(name) for g in plan.groups for name in g.names}
+    solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
+    groups, tensors = solver.approximate(config, plan, Changes(linears, before, after, dtype))
+    names = saved_tensors(model, plan)
+    tensors.update((f"{PREFIX}{name}", after.value(name)) for name in names)
+    return Compressed(config, plan, groups, tensors, lost)
+
+
+def _carried(model: nn.Module, plan: Plan, weights: ParameterWeights) -> set[str]:
+    """The parameters that an adapter of this plan changes or holds, each by its first name."""
+    adapted = [f"{name}.weight" for group in plan.groups for name in group.names]
+    return {weights.first(name) for name in (*adapted, *saved_tensors(model, plan))}
+
+
+def _owners(lost: Mapping[str, Lost], plan: Plan) -> tuple[str, ...]:
+    """The modules that hold these parameters, but for adapted layers: biases cannot be saved."""
+    adapted = {name for group in plan.groups for name in group.names}
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in lost)
+    return tuple(name for name in owners if name and name not in adapted)
+
+
+def _lost(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], carried: set[str]
+) -> dict[str, Lost]:
+    lost = {}
+    for name in before:
+        if name not in carried:
+            change, base = squared_change(*pair(name, before, after))
+            if change:
+                lost[name] = Lost(change**0.5, base**0.5)
+    return lost

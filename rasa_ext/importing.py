@@ -1,0 +1,127 @@
+"""import_lora: a LoRA that PEFT wrote as a RaSA adapter, exactly or in fewer numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.checkpoint import saved_tensors
+from rasa_ext.compression import Compressed
+from rasa_ext.config import RasaConfig
+from rasa_ext.files import PREFIX, check_tensors
+from rasa_ext.fitting import Solver, check_names, plan_for
+from rasa_ext.lora import Lora, read_lora
+from rasa_ext.modules import empty_factors
+from rasa_ext.patch import refuse_patched
+from rasa_ext.targets import Group, Plan, matches
+
+
+def import_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    rank: int | None = None,
+    k: int = 0,
+    *,
+    iterations: int = 50,
+    init: str = "svd",
+    dtype: torch.dtype = torch.float64,
+    tol: float = 0.0,
+    progress: Callable[[Group, int, int], None] | None = None,
+) -> Compressed:
+    """Patch a model, in place, with a LoRA that PEFT wrote.
+
+    Without ``rank`` and ``k`` the adapter is the LoRA, exactly: RaSA of k = 0, its diagonals the
+    LoRA's scale, its rank the largest of any layer. With them it is the nearest adapter of that
+    rank with k ranks shared, found by ``decompose`` from the LoRA's factors.
+
+    Modules that were trained in full come along as ``modules_to_save``; the LoRA's dropout, too.
+
+    Args:
+        model: an unpatched base model.
+        directory: what PEFT's ``save_pretrained`` wrote.
+        rank: of the adapter; the LoRA's own if None.
+        k: how many ranks to share, 0 <= k <= rank.
+        iterations, init, dtype, tol: as in ``decompose``.
+        progress: called with (group, iterations done, iterations) after each.
+
+    Returns:
+        The adapter, with its errors beside LoRA's where it is not exact.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: a file is missing or damaged, does not fit the
+            model, or is not a plain LoRA; the message says what to do, and the model is unchanged.
+    """
+    solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
+    found = convert_lora(model, read_lora(directory), str(directory), rank, k, solver)
+    found.install(model)
+    return found
+
+
+@torch.no_grad()
+def convert_lora(
+    model: nn.Module, lora: Lora, where: str, rank: int | None, k: int, solver: Solver
+) -> Compressed:
+    """The adapter for ``model``, which only gives names and shapes and may be on the meta device.
+
+    Errors begin with ``where``.
+    """
+    refuse_patched(model)
+    shapes = {name: (B.shape[0], A.shape[1]) for name, (B, A) in lora.factors.items()}
+    check_names(model, shapes, where)
+    exact = k == 0 and (rank is None or rank == lora.rank)
+    config = RasaConfig(
+        rank=lora.rank if rank is None else rank,
+        k=k,
+        alpha=_alpha(lora),
+        dropout=lora.config.get("lora_dropout") or 0.0,
+        modules_to_save=_saved_modules(model, lora, where),
+    )
+    config, plan = plan_for(model, config, shapes)
+    if exact:
+        groups, tensors = {}, _exact(lora, plan)
+    else:
+        scaled = {name: (lora.scales[name] * B, A) for name, (B, A) in lora.factors.items()}
+        groups, tensors = solver.approximate(config, plan, scaled)
+    expected = {name: t.shape for name, t in saved_tensors(model, plan).items()}
+    check_tensors(lora.saved, expected, where)
+    tensors.update((f"{PREFIX}{name}", lora.saved[name]) for name in expected)
+    return Compressed(config, plan, groups, tensors)
+
+
+def _exact(lora: Lora, plan: Plan) -> dict[str, Tensor]:
+    """The LoRA's factors, filled up to one rank: a fresh A beside a B of zeros changes nothing."""
+    tensors = {}
+    for group in plan.groups:
+        for name in group.names:
+            B, A = (factor.float() for factor in lora.factors[name])
+            own = A.shape[0]
+            fresh, zeros = empty_factors(lora.rank - own, *group.shape, A, A.dtype)
+            tensors[f"{PREFIX}{name}.rasa_A"] = torch.cat([A, fresh])
+            tensors[f"{PREFIX}{name}.rasa_B"] = torch.cat([B, zeros], 1)
+            tensors[f"{PREFIX}{name}.rasa_d"] = A.new_full((lora.rank,), lora.scales[name])
+    return tensors
+
+
+def _alpha(lora: Lora) -> float:
+    """One under which a new adapter of k = 0 would begin with the LoRA's scale, if that is one."""
+    scales = set(lora.scales.values())
+    scale = scales.pop() if len(scales) == 1 else 0.0
+    return scale * lora.rank or 8.0
+
+
+def _saved_modules(model: nn.Module, lora: Lora, where: str) -> tuple[str, ...]:
+    """Names of the modules that the LoRA's file holds in full."""
+    modules = {name for name, _ in model.named_modules() if name}
+    listed = [m for m in modules if matches(m, tuple(lora.config.get("modules_to_save") or ()))]
+    found: dict[str, None] = {}
+    for key in lora.saved:
+        owner = next((m for m in listed if key.startswith(f"{m}.")), key.rpartition(".")[0])
+        if owner not in modules:
+            raise ValueError(
+                f"{where}: expected tensors of this model, which has no {owner!r} for {key}."
+            )
+        found[owner] = None
+    return tuple(found)

@@ -1,0 +1,138 @@
+"""Reading a LoRA that PEFT wrote: factors and scale of every layer, or why it is no plain LoRA."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rasa_ext.files import PREFIX, read_config, read_either
+
+_FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight$")
+_MERGE = "merge it with PEFT's merge_and_unload instead, and use `rasa-ext compress --finetuned`"
+
+# Settings under which an adapter is more, or something else, than W + scale * B A.
+_VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "target_parameters",
+    "trainable_token_indices",
+    "layer_replication",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "monteclora_config",
+    "kasa_config",
+)
+
+# Ways to begin that take the first B A away from the base's weights.
+_MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """A plain LoRA: layer ``name`` is changed by ``scales[name] * B A``."""
+
+    factors: dict[str, tuple[Tensor, Tensor]]
+    """(B, A) of (out, r) and (r, in), by the layer's name in the model."""
+    scales: dict[str, float]
+    saved: dict[str, Tensor]
+    """Parameters of the modules that were trained in full, by their names in the model."""
+    config: dict[str, Any]
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any layer."""
+        return max(A.shape[0] for _, A in self.factors.values())
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of all factors."""
+        return sum(B.numel() + A.numel() for B, A in self.factors.values())
+
+
+def read_lora(directory: str | os.PathLike[str]) -> Lora:
+    """Read the directory of a LoRA in PEFT's format.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, unsafe or damaged, or holds what is not a
+            plain LoRA of linear layers; the message says what to do.
+    """
+    config = read_config(directory)
+    _check_config(config, str(directory))
+    parts: dict[str, dict[str, Tensor]] = {}
+    saved = {}
+    for key, tensor in read_either(Path(directory)).items():
+        match = _FACTOR.match(key)
+        if match:
+            parts.setdefault(match["name"].removeprefix(PREFIX), {})[match["part"]] = tensor
+        elif re.search(r"\.(lora_|token_adapter\.)", key):
+            raise ValueError(
+                f"{directory}: expected lora_A and lora_B of linear layers only, got {key}; "
+                f"{_MERGE}."
+            )
+        elif ".base_layer." not in key:  # the base's own weight, which PEFT writes for heads
+            saved[key.removeprefix(PREFIX).replace(".modules_to_save.", ".")] = tensor
+    if not parts:
+        raise ValueError(f"{directory}: expected lora_A and lora_B of some layers, found none.")
+    factors = {name: _factors(name, found, str(directory)) for name, found in parts.items()}
+    scales = {name: _scale(name, A.shape[0], config) for name, (_, A) in factors.items()}
+    return Lora(factors, scales, saved, config)
+
+
+def _check_config(config: Mapping[str, Any], where: str) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{where}: expected peft_type 'LORA' in adapter_config.json, got "
+            f"{config.get('peft_type')!r}."
+        )
+    for name in _VARIANTS:
+        if config.get(name):
+            raise ValueError(
+                f"{where}: expected a plain LoRA, but adapter_config.json has {name} "
+                f"{config[name]!r}; {_MERGE}."
+            )
+    if config.get("bias", "none") != "none":
+        raise ValueError(
+            f"{where}: expected bias 'none', got {config['bias']!r}, and an adapter has no place "
+            f"for trained biases; {_MERGE}."
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_MOVED_BASES):
+        raise ValueError(
+            f"{where}: expected a LoRA for the base's own weights, but init_lora_weights {start!r} "
+            "changes them; save it with PEFT's path_initial_model_for_weight_conversion, or "
+            f"{_MERGE}."
+        )
+
+
+def _factors(name: str, found: Mapping[str, Tensor], where: str) -> tuple[Tensor, Tensor]:
+    missing = {"A", "B"} - set(found)
+    if missing:
+        raise ValueError(
+            f"{where}: expected both factors of {name}, but lora_{missing.pop()} is missing."
+        )
+    B, A = found["B"], found["A"]
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+        raise ValueError(
+            f"{where}: expected lora_A (r, in) and lora_B (out, r) of {name}, got "
+            f"{tuple(A.shape)} and {tuple(B.shape)}; convolutions are not supported."
+        )
+    return B, A
+
+
+def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """alpha / r, or alpha / sqrt(r) in rank-stabilized LoRA; r is that of the layer."""
+    alpha = config.get("lora_alpha", 8)
+    for key, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({key})$", name):
+            alpha = value
+            break
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,90 @@
+"""From models and LoRAs by name to RaSA adapters in a directory, without loading the models."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from rasa_ext.checkpoint_weights import ParameterWeights, SafetensorsFolder
+from rasa_ext.compression import Compressed, compress
+from rasa_ext.fitting import Solver
+from rasa_ext.importing import convert_lora
+from rasa_ext.lora import Lora, read_lora
+from rasa_ext.train.convert import base_of, refuse_same
+from rasa_ext.train.model_loading import load_model, load_skeleton
+
+
+def compress_finetuned(
+    base: str,
+    finetuned: str,
+    output: Path,
+    rank: int,
+    k: int,
+    *,
+    target_modules: str | Sequence[str],
+    modules_to_save: str | Sequence[str],
+    solver: Solver,
+) -> Compressed:
+    """Write the RaSA adapter that comes closest to a full fine-tuning of ``base``.
+
+    Raises ValueError or FileNotFoundError where a model cannot be read or the two do not match.
+    """
+    refuse_same(Path(base), output)
+    refuse_same(Path(finetuned), output)
+    model = _skeleton(base)
+    before, after = _weights(base, model), _weights(finetuned, model)
+
+    options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver)}
+    found = compress(
+        model,
+        before,
+        after,
+        rank,
+        k,
+        target_modules=target_modules,
+        modules_to_save=modules_to_save,
+        **options,
+    )
+    found.save(model, output)
+    return found
+
+
+def compress_lora(
+    lora: Path, output: Path, rank: int | None, k: int, *, base: str | None, solver: Solver
+) -> tuple[Lora, Compressed]:
+    """Write a LoRA as a RaSA adapter: exactly without rank and k, else the nearest one.
+
+    Raises ValueError or FileNotFoundError where the LoRA or its base's configuration cannot be
+    read, or do not fit each other.
+    """
+    refuse_same(lora, output)
+    read = read_lora(lora)
+    model = _skeleton(base_of(lora, base))
+    found = convert_lora(model, read, str(lora), rank, k, solver)
+    found.save(model, output)
+    return read, found
+
+
+def _skeleton(name: str) -> Any:
+    model = load_skeleton(name)
+    model.config._name_or_path = name
+    return model
+
+
+def _weights(name: str, model: Any) -> Mapping[str, Tensor]:
+    """A model's weights, from its safetensors files one by one if they have the model's names."""
+    try:
+        folder = Path(name).expanduser()
+        if not folder.exists():
+            patterns = ["*.safetensors", "*.safetensors.index.json"]
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+        stored = SafetensorsFolder(folder)
+        ParameterWeights(model, stored, name)
+    except (OSError, ValueError):  # .gguf, .bin, or names that transformers translates
+        return load_model(name).state_dict()
+    return stored

@@ -1,0 +1,183 @@
+"""The commands compress and import-lora: tables, pictures, adapters that load."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_lm import make_model, save_base
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import rasa_ext
+from rasa_ext.cli.app import app
+
+TOKENS = torch.arange(24).view(2, 12) * 11 % 320
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("compress") / "base")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> Path:
+    """The base after a few real steps on all its weights."""
+    model = make_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(10):
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    directory = tmp_path_factory.mktemp("compress") / "tuned"
+    model.save_pretrained(directory, max_shard_size="50KB")
+    assert (directory / "model.safetensors.index.json").exists()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def lora(base, tmp_path_factory) -> Path:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(load(base), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    directory = tmp_path_factory.mktemp("compress") / "lora"
+    model.save_pretrained(directory)
+    return directory
+
+
+def load(directory: Path):
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+def invoke(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
+    assert result.exit_code == code, (result.output, result.exception)
+    return " ".join(result.output.split())
+
+
+def test_compress_a_fine_tuning(base, tuned, tmp_path):
+    out = tmp_path / "out"
+    words = ["compress", "--base", base, "--finetuned", tuned, "--rank", 4, "--k", 1]
+    text = invoke(*words, "-o", out, "--iterations", 5)
+    expected = rasa_ext.compress(
+        load(base), load(base).state_dict(), load(tuned).state_dict(), 4, 1, iterations=5
+    )
+    for group, result in expected.groups.items():
+        error, lora = f"{result.errors[-1]:.4f}", f"{result.lora_error:.4f}"
+        assert re.search(
+            rf"{re.escape(group.pattern)} 2 \d+ x \d+ \S+ {error} {lora} [01]\.\d+", text
+        )
+    assert f"all {expected.error:.4f} {expected.lora_error:.4f}" in text
+    assert f"{expected.numbers:,} numbers, a LoRA of rank 4 {expected.lora_numbers:,}" in text
+    assert f"Lost: {expected.lost_share:.2%} of the squared change" in text
+    assert "model.layers.*.input_layernorm.weight (2): changed by" in text
+    assert (out / "errors.png").read_bytes().startswith(b"\x89PNG")
+    model = rasa_ext.load_adapter(load(base), out)
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base
+    )
+    with torch.no_grad():
+        before, near = (m(input_ids=TOKENS, labels=TOKENS).loss.item() for m in (load(base), model))
+    assert near < before - 0.5
+
+
+def test_compress_keeps_what_else_changed(base, tuned, tmp_path):
+    words = ["compress", "--base", base, "--finetuned", tuned, "--iterations", 2]
+    text = invoke(*words, "-o", tmp_path, "--rank", 32, "--k", 1, "--modules-to-save", "changed")
+    assert "kept in full: model.embed_tokens, " in text
+    assert "Lost:" not in text
+    model = rasa_ext.load_adapter(load(base), tmp_path)
+    torch.testing.assert_close(logits(model.eval()), logits(load(tuned)), rtol=1e-3, atol=1e-3)
+    text = invoke(*words, "-o", tmp_path, "--modules-to-save", "embed_tokens, norm")
+    assert "kept in full: model.embed_tokens, model.norm" in text
+    assert "Lost:" in text
+
+
+def test_compress_a_checkpoint_that_is_no_safetensors_folder(base, tuned, tmp_path):
+    """What transformers can read, it reads, in full."""
+    model = load(tuned)
+    (tmp_path / "pickled").mkdir()
+    model.config.save_pretrained(tmp_path / "pickled")
+    torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
+    words = ["compress", "--base", base, "--iterations", 1, "--rank", 2]
+    texts = [
+        invoke(*words, "--finetuned", directory, "-o", tmp_path / "out")
+        for directory in (tuned, tmp_path / "pickled")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_compress_a_lora(base, lora, tmp_path):
+    text = invoke("compress", "--lora", lora, "--rank", 3, "--k", 1, "-o", tmp_path)
+    assert "The LoRA has 1,728 numbers, at rank 6" in text  # 2 x 6 x (32 + 32 + 32 + 48)
+    assert "model.layers.*.mlp.down_proj 2 32 x 48" in text
+    numbers = re.search(r"RaSA r=3 k=1 has ([\d,]+) numbers, a LoRA of rank 3 864", text)
+    assert int(numbers[1].replace(",", "")) == 864 + 2 * 2 * 4  # and L*R for each of two groups
+    assert (tmp_path / "errors.png").exists()
+    adapted = logits(rasa_ext.load_adapter(load(base), tmp_path).eval())
+    peft = pytest.importorskip("peft")
+    theirs, plain = logits(peft.PeftModel.from_pretrained(load(base), lora)), logits(load(base))
+    assert (adapted - theirs).norm() < (plain - theirs).norm()
+
+
+@pytest.mark.parametrize("words", [[], ["--rank", 2, "--k", 1]])
+def test_import_lora(base, lora, words, tmp_path):
+    text = invoke("import-lora", lora, "--output", tmp_path, *words)
+    model = rasa_ext.load_adapter(load(base), tmp_path).eval()
+    if words:
+        assert "RaSA r=2 k=1" in text
+        return
+    assert f"of k = 0 and rank 6, for 4 layers in {tmp_path}" in text
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(load(base), lora).eval()
+    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+def test_import_lora_for_another_base(lora, tmp_path):
+    other = save_base(tmp_path / "other", head_dim=16)
+    text = invoke("import-lora", lora, "--model", other, "--output", tmp_path / "o", code=1)
+    assert "of the layer's (out, in) (64, 32), got (32, 32)" in text
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--base", "B"], "expected either --finetuned or --lora"),
+        (["--base", "B", "--finetuned", "B", "--lora", "L"], "expected either --finetuned or"),
+        (["--finetuned", "B"], "base: expected --base"),
+        (["--base", "./nowhere", "--finetuned", "B"], "the directory ./nowhere does not exist"),
+        (["--base", "B", "--finetuned", "B", "--dtype", "half"], "dtype: expected float64 or"),
+        (["--lora", "B"], "adapter_config.json is missing"),
+        (["--base", "B", "--finetuned", "B", "--rank", "0"], "rank: expected an integer >= 1"),
+    ],
+)
+def test_bad_options(base, lora, words, message, tmp_path):
+    places = {"B": base, "L": lora}
+    words = [places.get(word, word) for word in words]
+    text = invoke("compress", *words, "-o", tmp_path / "out", code=1)
+    assert text.startswith("Error: ")
+    assert message in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_written_over_what_is_read(base, tuned, lora):
+    for words in (
+        ["compress", "--base", base, "--finetuned", tuned, "-o", tuned],
+        ["compress", "--lora", lora, "-o", lora],
+        ["import-lora", lora, "-o", lora],
+    ):
+        assert "output: expected another directory" in invoke(*words, code=1)

@@ -1,0 +1,261 @@
+"""import_lora: what PEFT saved, as a RaSA adapter that computes the same, or nearly."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import oracle
+import pytest
+import torch
+from common import LargestTensor, Snapshot, adapters, rasa_layers
+from safetensors.torch import load_file, save_file
+from zoo import BERT, FAMILIES, GPT2, LLAMA, ids
+
+import rasa_ext
+from rasa_ext.fitting import Solver
+from rasa_ext.importing import convert_lora
+from rasa_ext.lora import read_lora
+
+peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*fan_in_fan_out", "ignore:.*tied", "ignore:.*embedding", "ignore:.*is_gradient_c"
+)
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def trained(entry, directory, **options):
+    """A LoRA that PEFT made, drew and saved; returns the base and PEFT's model."""
+    base = entry.build()
+    names = sorted({name.rpartition(".")[2] for name in entry.targets(base)})
+    config = peft.LoraConfig(**{"r": 5, "target_modules": names, "lora_dropout": 0.0, **options})
+    model = peft.get_peft_model(copy.deepcopy(base), config)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=g) * 0.2)
+    model.save_pretrained(directory)
+    return base, model.eval()
+
+
+def logits(entry, model):
+    with torch.no_grad():
+        return entry.loss(model, entry.inputs(0))[0]
+
+
+def changes(model):
+    """PEFT's own weight changes, (out, in)."""
+    found = {}
+    for name, module in model.base_model.model.named_modules():
+        if hasattr(module, "get_delta_weight") and module.lora_A:
+            delta = module.get_delta_weight("default").detach().double()
+            transposed = oracle.is_transposed(module.get_base_layer())
+            found[name] = delta.T if transposed else delta
+    return found
+
+
+def set_config(directory, **values):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+PATTERNS = {
+    "plain": {},
+    "scaled": {"lora_alpha": 20},
+    "rslora": {"use_rslora": True, "lora_alpha": 6},
+    "alpha pattern": {"alpha_pattern": {"q_proj": 3, r".*\.layers\.1\.mlp\.up_proj": 30}},
+    "rank pattern": {"rank_pattern": {"layers.0.self_attn.v_proj": 2, "o_proj": 9}},
+    "all patterns": {
+        "use_rslora": True,
+        "rank_pattern": {"o_proj": 9},
+        "alpha_pattern": {"o_proj": 3, "q_proj": 0},
+    },
+    "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "the head too": {"target_modules": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("options", PATTERNS.values(), ids=PATTERNS)
+def test_a_lora_is_imported_exactly(options, tmp_path, figure):
+    base, theirs = trained(LLAMA, tmp_path / "lora", **options)
+    before, expected = logits(LLAMA, base.eval()), logits(LLAMA, theirs)
+    found = rasa_ext.import_lora(base, tmp_path / "lora")
+    difference = (logits(LLAMA, base.eval()) - expected).abs().max().item()
+    assert difference <= 1e-5
+    assert (expected - before).abs().max() > 1e-2
+    assert not found.groups
+    deltas = changes(theirs)
+    assert set(rasa_layers(base)) == set(deltas)
+    for name, adapter in adapters(base).items():
+        torch.testing.assert_close(oracle.delta(adapter), deltas[name], rtol=1e-5, atol=1e-6)
+    rasa_ext.save_adapter(base, tmp_path / "again")
+    again = rasa_ext.load_adapter(LLAMA.build(), tmp_path / "again")
+    torch.testing.assert_close(logits(LLAMA, again.eval()), expected, rtol=1e-5, atol=1e-5)
+    figure(f"LoRA imported, {sorted(options)}: largest difference of logits {difference:.1e}")
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+def test_families(entry, tmp_path):
+    base, theirs = trained(entry, tmp_path, fan_in_fan_out=entry is GPT2, use_rslora=True)
+    expected = logits(entry, theirs)
+    rasa_ext.import_lora(base, tmp_path)
+    difference = (logits(entry, base.eval()) - expected).norm() / expected.norm()
+    assert difference <= 1e-5
+
+
+def test_factors_dropout_and_scale_come_along(tmp_path):
+    base, _ = trained(LLAMA, tmp_path, lora_dropout=0.25, lora_alpha=20)
+    rasa_ext.import_lora(base, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    for name, adapter in adapters(base).items():
+        assert torch.equal(adapter.A, stored[f"base_model.model.{name}.lora_A.weight"])
+        assert torch.equal(adapter.B, stored[f"base_model.model.{name}.lora_B.weight"])
+        assert adapter.d.tolist() == [4.0] * 5
+    assert {layer.dropout for layer in rasa_layers(base).values()} == {0.25}
+    again = rasa_ext.patch_model(LLAMA.build(), 5, 0, alpha=20)
+    assert {tuple(a.d.tolist()) for a in adapters(again).values()} == {(4.0,) * 5}
+
+
+def test_ranks_that_fill_up_can_be_trained(tmp_path):
+    base, _ = trained(LLAMA, tmp_path, rank_pattern={"q_proj": 2})
+    rasa_ext.import_lora(base, tmp_path)
+    LLAMA.loss(base.train(), LLAMA.inputs(0))[1].backward()
+    layer = base.model.layers[0].self_attn.q_proj
+    assert layer.B.shape[1] == 5
+    assert layer.B.grad.abs().amax(0).min() > 0
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_other_files(half, tmp_path):
+    """A .bin, names with the adapter's in them, and half precision."""
+    base, _ = trained(LLAMA, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    if half:
+        stored = {key: tensor.bfloat16() for key, tensor in stored.items()}
+    (tmp_path / WEIGHTS).unlink()
+    renamed = {key.replace(".weight", ".default.weight"): t for key, t in stored.items()}
+    torch.save(renamed, tmp_path / "adapter_model.bin")
+    rasa_ext.import_lora(base, tmp_path)
+    for name, adapter in adapters(base).items():
+        B, A = (stored[f"base_model.model.{name}.lora_{p}.weight"].double() for p in "BA")
+        torch.testing.assert_close(oracle.delta(adapter), B @ A * (8 / 5), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rank", "k"), [(3, 1), (3, 0), (5, 2), (None, 1), (7, 0)])
+def test_fewer_numbers_by_the_solver(rank, k, tmp_path):
+    base, theirs = trained(LLAMA, tmp_path, rank_pattern={"o_proj": 9}, modules_to_save=["norm"])
+    deltas = changes(theirs)
+    found = rasa_ext.import_lora(base, tmp_path, rank, k, iterations=8)
+    assert (found.config.rank, found.config.k) == (rank or 9, k)
+    for group, result in found.groups.items():
+        targets = [deltas[name] for name in group.names]
+        total = sum(d.square().sum() for d in targets)
+        tail = sum(torch.linalg.svdvals(d)[rank or 9 :].square().sum() for d in targets)
+        assert result.lora_error == pytest.approx((tail / total).item(), abs=1e-6)
+        assert result.errors[-1] <= result.lora_error + 1e-12
+        made = [oracle.delta(adapters(base)[name]) for name in group.names]
+        rest = sum((m - d).square().sum() for m, d in zip(made, targets, strict=True))
+        assert result.errors[-1] == pytest.approx((rest / total).item(), abs=1e-6)
+    norm = base.get_submodule("model.norm").weight
+    saved = load_file(tmp_path / WEIGHTS)["base_model.model.model.norm.weight"]
+    assert torch.equal(norm, saved)
+
+
+def test_no_out_x_in_matrix_is_formed(tmp_path):
+    """A model of 300 x 400 layers, on the meta device."""
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*[torch.nn.Linear(400, 300) for _ in range(3)])
+    tensors = {}
+    for i in range(3):
+        tensors[f"base_model.model.{i}.lora_A.weight"] = torch.randn(5, 400)
+        tensors[f"base_model.model.{i}.lora_B.weight"] = torch.randn(300, 5)
+    save_file(tensors, tmp_path / WEIGHTS)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 5}')
+    with LargestTensor() as seen:
+        found = convert_lora(model, read_lora(tmp_path), "x", 3, 1, Solver(iterations=2))
+        found.save(model, tmp_path / "out")
+    assert 0 < seen.numel <= 400 * 2 * (3 + 8)
+
+
+VARIANTS = {
+    "use_dora": True,
+    "lora_bias": True,
+    "target_parameters": ["experts.gate_up_proj"],
+    "trainable_token_indices": [1],
+    "layer_replication": [[0, 2], [1, 3]],
+    "alora_invocation_tokens": [1, 2],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 1},
+    "kasa_config": {"beta": 1e-3},
+    "monteclora_config": {"use_entropy": True},
+}
+
+
+@pytest.mark.parametrize(("name", "value"), VARIANTS.items(), ids=list(VARIANTS))
+def test_variants_are_refused_with_what_to_do(name, value, tmp_path):
+    base, _ = trained(LLAMA, tmp_path)
+    set_config(tmp_path, **{name: value})
+    refuse(base, tmp_path, rf"plain LoRA, but .*{name}.*merge_and_unload")
+
+
+def refuse(base, directory, message, error=ValueError, **options):
+    before = Snapshot(base)
+    with pytest.raises(error, match=message):
+        rasa_ext.import_lora(base, directory, **options)
+    before.assert_unchanged()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "VERA"}, "expected peft_type 'LORA' .* got 'VERA'"),
+        ({"bias": "lora_only"}, "expected bias 'none', got 'lora_only'.*merge_and_unload"),
+        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+    ],
+)
+def test_other_configs_that_are_refused(values, message, tmp_path):
+    base, _ = trained(LLAMA, tmp_path)
+    set_config(tmp_path, **values)
+    refuse(base, tmp_path, message)
+
+
+def test_tensors_that_are_refused(tmp_path):
+    base, _ = trained(LLAMA, tmp_path)
+    stored = load_file(tmp_path / WEIGHTS)
+    first = next(iter(stored)).rpartition(".lora_")[0]
+    A, B = f"{first}.lora_A.weight", f"{first}.lora_B.weight"
+    elsewhere = {key.replace("layers", "blocks"): t for key, t in stored.items()}
+    for spoil, message in [
+        (stored | {f"{first}.lora_magnitude_vector": torch.ones(3)}, "lora_A and lora_B of linear"),
+        (stored | {f"{first}.lora_embedding_A": torch.ones(3)}, "lora_A and lora_B of linear"),
+        ({key: t for key, t in stored.items() if key != B}, "lora_B is missing"),
+        (stored | {A: torch.ones(5, 24, 1, 1)}, "convolutions are not supported"),
+        (stored | {A: torch.ones(4, 24)}, r"lora_A \(r, in\) and lora_B"),
+        (stored | {A: torch.ones(5, 23)}, r"the layer's \(out, in\) \(\d+, \d+\), got \(\d+, 23\)"),
+        (elsewhere, "no such module"),
+        ({"base_model.model.model.norm.weight": torch.ones(24)}, "found none"),
+        (stored | {"base_model.model.model.gone.weight": torch.ones(2)}, "has no 'model.gone'"),
+        (stored | {"base_model.model.model.norm.weight": torch.ones(2)}, "of another shape"),
+    ]:
+        save_file(spoil, tmp_path / WEIGHTS)
+        refuse(base, tmp_path, message)
+    (tmp_path / WEIGHTS).unlink()
+    refuse(base, tmp_path, "missing", FileNotFoundError)
+
+
+def test_bad_ranks(tmp_path):
+    base, _ = trained(LLAMA, tmp_path)
+    refuse(base, tmp_path, "rank: expected an integer >= 1", rank=0)
+    refuse(base, tmp_path, "k: expected 0 <= k <= rank", k=6)
+
+
+def test_a_bert_head_that_was_trained_in_full(tmp_path):
+    base, theirs = trained(BERT, tmp_path, task_type="SEQ_CLS")
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"]
+    expected = logits(BERT, theirs)
+    rasa_ext.import_lora(base, tmp_path)
+    torch.testing.assert_close(logits(BERT, base.eval()), expected, rtol=1e-5, atol=1e-5)

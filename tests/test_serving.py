@@ -1,0 +1,174 @@
+"""Exported LoRAs under the rules of vLLM, SGLang and llama.cpp that serving_rules.py has."""
+
+from __future__ import annotations
+
+import copy
+
+import oracle
+import pytest
+import torch
+from common import RANK, adapters, patched
+from serving_rules import READERS, VLLM_RANKS, Refused, read, vllm
+from zoo import GPT2, LLAMA
+
+import rasa_ext
+from rasa_ext.train import serving
+
+BASE = LLAMA.build()
+
+
+def export(directory, model=None, **options):
+    rasa_ext.export_lora(patched(BASE) if model is None else model, directory, **options)
+    return read(directory)
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("k", [0, 1, RANK])
+def test_every_reader_computes_the_adapter(reader, k, tmp_path):
+    model = patched(BASE, RANK, k)
+    config, tensors = export(tmp_path, model)
+    limit = next(rank for rank in VLLM_RANKS if rank >= config["r"])
+    found = READERS[reader](config, tensors, BASE, limit)
+    expected = adapters(model)
+    assert found.keys() == expected.keys()
+    for name, delta in found.items():
+        torch.testing.assert_close(
+            delta.double(), oracle.delta(expected[name]), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_groups_of_different_ranks_are_written_at_one(reader, tmp_path):
+    """Layers that share with fewer others have a lower effective rank."""
+    model = patched(BASE, RANK, 2, exclude_modules=["layers.1.mlp.down_proj"])
+    assert len({adapter.d.numel() for adapter in adapters(model).values()}) == 2
+    config, tensors = export(tmp_path, model)
+    found = READERS[reader](config, tensors, BASE, 16)
+    for name, adapter in adapters(model).items():
+        torch.testing.assert_close(
+            found[name].double(), oracle.delta(adapter), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("bucket", [rank for rank in VLLM_RANKS if rank >= 8])
+def test_padding_to_every_rank_bucket(bucket, tmp_path):
+    model = patched(BASE)
+    config, tensors = export(tmp_path, model, pad_to=bucket)
+    assert config["r"] == bucket
+    for reader in READERS.values():
+        found = reader(config, tensors, BASE, bucket)
+        for name, adapter in adapters(model).items():
+            torch.testing.assert_close(
+                found[name].double(), oracle.delta(adapter), rtol=1e-5, atol=1e-6
+            )
+
+
+def test_the_command_knows_the_rank_buckets():
+    assert serving.VLLM_RANKS == VLLM_RANKS
+
+
+def test_half_precision_bases(tmp_path):
+    """Factors are float32 whatever the base is, and so is their product."""
+    model = patched(copy.deepcopy(BASE).bfloat16())
+    config, tensors = export(tmp_path, model)
+    for name, delta in vllm(config, tensors, BASE, 16).items():
+        assert delta.dtype == torch.float32
+        assert delta.isfinite().all(), name
+
+
+NO_SERVER = "save what rasa_ext.merge_and_unload"
+
+
+@pytest.mark.parametrize(
+    ("model", "readers", "warning"),
+    [
+        (lambda: patched(GPT2.build()), ["vllm"], f"Conv1D .* vLLM cannot.*{NO_SERVER}"),
+        (
+            lambda: patched(BASE, modules_to_save=["norm"]),
+            ["vllm", "llama.cpp", "sglang"],
+            rf"modules_to_save \(model\.norm\) .*{NO_SERVER}",
+        ),
+        (
+            lambda: patched(BASE, target_modules=["q_proj", "o_proj"]),
+            ["sglang"],
+            f"q_proj is adapted without v_proj in 3 layers, which SGLang.*{NO_SERVER}",
+        ),
+        (
+            lambda: patched(BASE, target_modules=["k_proj", "v_proj"]),
+            ["sglang"],
+            "k_proj is adapted without q_proj",
+        ),
+        (
+            lambda: patched(BASE, target_modules=["gate_proj"]),
+            ["sglang"],
+            "gate_proj is adapted without up_proj",
+        ),
+        (
+            lambda: patched(tied(), target_modules=["q_proj", "v_proj", "lm_head"]),
+            ["llama.cpp"],
+            "lm_head is tied to the embedding, and llama.cpp refuses",
+        ),
+    ],
+    ids=["Conv1D", "modules_to_save", "q alone", "k without q", "gate alone", "tied head"],
+)
+def test_what_a_reader_refuses_is_warned_of(model, readers, warning, tmp_path):
+    model = model()
+    with pytest.warns(UserWarning, match=warning):
+        config, tensors = export(tmp_path, model)
+    for reader in readers:
+        with pytest.raises(Refused):
+            READERS[reader](config, tensors, rasa_ext.unpatch(copy.deepcopy(model)), 16)
+
+
+def tied():
+    from transformers import LlamaForCausalLM
+
+    config = copy.deepcopy(BASE.config)
+    config.tie_word_embeddings = True
+    return LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]]
+)
+def test_what_every_reader_takes_is_not_warned_of(targets, tmp_path, recwarn):
+    model = patched(BASE, target_modules=targets)
+    config, tensors = export(tmp_path, model)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+    for reader in READERS.values():
+        assert reader(config, tensors, BASE, 16)
+
+
+@pytest.mark.parametrize(
+    ("reader", "change"),
+    [
+        *(("vllm", {name: None}) for name in ("r", "lora_alpha", "target_modules")),
+        ("vllm", {"use_dora": True}),
+        ("vllm", {"bias": "all"}),
+        ("vllm", {"modules_to_save": ["norm"]}),
+        ("vllm", {"r": 17}),
+        ("vllm", {"target_modules": "all-linear"}),
+        ("vllm", {"target_modules": ["wq"]}),
+        ("sglang", {"peft_type": "RASA"}),
+        ("sglang", {"target_modules": "q_proj"}),
+        ("sglang", {"r": 8}),
+        ("llama.cpp", {"lora_alpha": None}),
+    ],
+    ids=str,
+)
+def test_the_rules_refuse_other_configs(reader, change, tmp_path):
+    config, tensors = export(tmp_path)
+    changed = {key: value for key, value in {**config, **change}.items() if change.get(key, 1)}
+    with pytest.raises(Refused):
+        READERS[reader](changed, tensors, BASE, 16)
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"lora_alpha": 3}])
+@pytest.mark.parametrize("reader", READERS)
+def test_the_rules_notice_another_scale(reader, change, tmp_path):
+    model = patched(BASE)
+    config, tensors = export(tmp_path, model)
+    found = READERS[reader]({**config, **change}, tensors, BASE, 16)
+    name, adapter = next(iter(adapters(model).items()))
+    same = torch.allclose(found[name].double(), oracle.delta(adapter), atol=1e-5)
+    assert same == ("use_rslora" in change and reader != "vllm")
