@@ -238,23 +238,27 @@ def test_reconstruction_resumes_and_draws(deltas, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(reconstruct, "RANKS", (4, 6))
     monkeypatch.setattr(reconstruct, "KS", (2, 0))
     monkeypatch.setattr(reconstruct, "SWEEP", 3)
-    for name in ("CURVE", "RANKS", "SWEEP"):
+    monkeypatch.setattr(reconstruct, "LONG", (("b", "not there"), 9))
+    for name in ("CURVE", "RANKS", "SWEEP", "LONG"):
         monkeypatch.setattr(figures, name, getattr(reconstruct, name))
     monkeypatch.setattr(figures, "_COLOURS", {4: "tab:blue", 6: "tab:green"})
     table = Table(tmp_path / "errors.csv", reconstruct.COLUMNS)
     runs = reconstruct.planned(deltas)
-    assert len(runs) == 4 + 2 * 2 * 2 * 2
+    assert len(runs) == 4 + 2 * 2 * 2 * 2 + 2
     assert reconstruct.fill(table, deltas, seconds=-1) == len(runs)
     assert reconstruct.fill(table, deltas, runs=runs[:3], dtype=torch.float64) == 0
     early = table.rows()
     assert reconstruct.fill(table, deltas, dtype=torch.float64) == 0
     rows = table.rows()
     assert rows[: len(early)] == early
+    assert len({tuple(row.values())[:5] for row in rows}) == len(rows)
     assert reconstruct.fill(table, {"a": [], "b": []}) == 0  # nothing is done twice
     assert rows == table.rows()
 
     found, lora = figures.curves(rows)
-    assert {key: len(errors) - 1 for key, errors in found.items()} == dict(runs)
+    assert {key: len(errors) - 1 for key, errors in found.items()} == dict(
+        sorted(runs, key=lambda run: run[1])
+    )
     for (module, rank), minimum in lora.items():
         squares = [torch.linalg.svdvals(d.double()).square() for d in deltas[module]]
         dense = sum(s[rank:].sum() for s in squares) / sum(s.sum() for s in squares)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.records import table as markdown
 from experiments.reconstruction.finetune import RESULTS
-from experiments.reconstruction.reconstruct import COLUMNS, CURVE, INITS, RANKS, SWEEP, Key
+from experiments.reconstruction.reconstruct import COLUMNS, CURVE, INITS, LONG, RANKS, SWEEP, Key
 from experiments.table import Table
 from rasa_ext.train.plots import panels_for
 
@@ -43,7 +43,7 @@ def against_k(found: Curves, module: str, rank: int, init: str) -> dict[int, flo
 
 def draw_iterations(found: Curves, lora: Mapping[tuple[str, int], float], path: Path) -> None:
     """Error against iteration, a panel a module type."""
-    rank, k, _ = CURVE
+    rank, k, last = CURVE
     modules = [m for m in _modules(found) if any((m, rank, k, i) in found for i in INITS)]
     figure, panels = panels_for(len(modules))
     for axes, module in zip(panels, modules, strict=True):
@@ -52,6 +52,7 @@ def draw_iterations(found: Curves, lora: Mapping[tuple[str, int], float], path: 
             axes.plot(*_points(errors), line, color=colour, label=f"RaSA, {init}")
         axes.axhline(lora[module, rank], color="black", linewidth=0.8, label="LoRA's minimum")
         # A random start begins above 1; the part that tells the starts apart is further down.
+        axes.set_xlim(0, last)
         axes.set_ylim(top=min(1.0, 1.15 * lora[module, rank]))
         axes.set(title=f"{module}, r={rank}, k={k}", xlabel="iteration", ylabel="relative error")
         axes.legend(fontsize=7)
@@ -107,7 +108,7 @@ def by_iteration(found: Curves, lora: Mapping[tuple[str, int], float]) -> list[d
                 continue
             row: dict[str, object] = {"module": module, "start": init}
             row["LoRA's minimum"] = f"{lora[module, rank]:.4f}"
-            for iteration in (0, 1, 5, 15, last):
+            for iteration in (0, 1, 5, 15, last, LONG[1]):
                 if iteration in errors:
                     row[f"after {iteration}"] = f"{errors[iteration] / lora[module, rank]:.4f}"
             rows.append(row)

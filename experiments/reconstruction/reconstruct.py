@@ -4,10 +4,11 @@
     python -m experiments.reconstruction.reconstruct     # results/errors.csv, as runs finish
     python -m experiments.reconstruction.figures         # results/*.png and tables
 
-Every run is ``rasa_ext.decompose`` on one module type: all layers, rank r, k shared, one of the two
-starts. First come the runs of error against iteration (r = 8, k = 1, 50 iterations), then those of
-error against k (0, 1, 2, 4, 6, 8 at r = 8, 16, 32; 15 iterations). A run that is in the table is
-not done again; ``--minutes`` ends after the run during which they pass.
+Every run is ``rasa_ext.decompose`` on one module type: all layers, rank r, k shared, one of two
+starts. First come runs of error against iteration (r = 8, k = 1, 50 iterations; the two cheapest
+module types also for 400), then those of error against k (0, 1, 2, 4, 6, 8 at r = 8, 16, 32; 15
+iterations). A run that is in the table is not done again; ``--minutes`` ends after the run during
+which they pass.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ CURVE = (8, 1, 50)
 """r, k and iterations of error against iteration."""
 RANKS, KS, SWEEP = (8, 16, 32), (1, 2, 4, 8, 6, 0), 15
 """Of error against k; k in the order of running, and the iterations."""
+LONG = ("k_proj", "v_proj"), 400
+"""Module types that are run further at the curve's r and k, and how far: a random start is slow."""
 INITS = ("svd", "random")
 
 
@@ -55,6 +58,10 @@ def planned(modules: Iterable[str]) -> list[tuple[Key, int]]:
     modules = list(modules)
     rank, k, iterations = CURVE
     runs = [(Key(m, rank, k, init), iterations) for m, init in itertools.product(modules, INITS)]
+    further, iterations = LONG
+    for module, init in itertools.product(further, INITS):
+        if module in modules:
+            runs.append((Key(module, rank, k, init), iterations))
     for rank, k, module, init in itertools.product(RANKS, KS, modules, INITS):
         runs.append((Key(module, rank, k, init), SWEEP if k else 1))
     return runs
@@ -103,13 +110,14 @@ def fill(
     end = time.monotonic() + seconds
     runs = planned(deltas) if runs is None else runs
     for number, (key, iterations) in enumerate(runs, start=1):
-        if done(table.rows()).get(key, -1) >= iterations:
+        have = done(table.rows()).get(key, -1)
+        if have >= iterations:
             continue
         if time.monotonic() > end:
             break
         began = time.monotonic()
         rows = reconstruct(key, deltas[key.module], iterations, dtype)
-        table.append(rows)
+        table.append(rows[have + 1 :])
         print(
             f"{number}/{len(runs)} {key.module} r={key.rank} k={key.k} {key.init}: error "
             f"{rows[-1]['error']}, LoRA's {rows[-1]['lora_error']}, "
