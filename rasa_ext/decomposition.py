@@ -130,17 +130,23 @@ def _targets(deltas: Sequence[Delta], dtype: torch.dtype) -> tuple[list[Matrix],
     if not deltas:
         raise ValueError("deltas: expected at least one weight change, got none.")
     targets = []
-    for i, delta in enumerate(deltas):
-        factors = check_delta(f"deltas[{i}]", delta)
-        targets.append(Matrix(*(t.detach().to(dtype) for t in factors)))
-        if targets[i].shape != targets[0].shape or factors[0].device != targets[0].left.device:
+    for i in range(len(deltas)):
+        targets.append(_target(f"deltas[{i}]", deltas[i], dtype))
+        first, now = targets[0], targets[i]
+        if now.shape != first.shape or now.left.device != first.left.device:
             raise ValueError(
-                f"deltas[{i}]: expected the shape and device of deltas[0], "
-                f"{targets[0].shape} on {targets[0].left.device}, got {targets[i].shape} on "
-                f"{factors[0].device}; decompose each group by itself."
+                f"deltas[{i}]: expected the shape and device of deltas[0], {first.shape} on "
+                f"{first.left.device}, got {now.shape} on {now.left.device}; decompose each group "
+                "by itself."
             )
     norm = sum(target.squared_norm() for target in targets) ** 0.5 or 1.0
-    return [Matrix(target.left / norm, target.right) for target in targets], norm
+    for i, target in enumerate(targets):  # one by one, so that there are never two copies of all
+        targets[i] = Matrix(target.left / norm, target.right)
+    return targets, norm
+
+
+def _target(name: str, delta: Any, dtype: torch.dtype) -> Matrix:
+    return Matrix(*(t.detach().to(dtype) for t in check_delta(name, delta)))
 
 
 def check_delta(name: str, delta: Any) -> tuple[Tensor, ...]:

@@ -43,6 +43,8 @@ def write_adapter(
     try:
         save_file(ready, _staged(directory, WEIGHTS), metadata={"format": "pt"})
         _staged(directory, CONFIG).write_text(text, encoding="utf-8")
+        # Some releases of safetensors write files that only their owner may read.
+        os.chmod(_staged(directory, WEIGHTS), _staged(directory, CONFIG).stat().st_mode)
         for name in (WEIGHTS, CONFIG):
             with open(_staged(directory, name), "rb+") as file:
                 os.fsync(file.fileno())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +83,7 @@ class Solver:
         tensors: dict[str, Tensor] = {}
         for group in plan.groups:
             found[group] = decompose(
-                [deltas[name] for name in group.names],
+                _InOrder(deltas, group.names),
                 config.rank,
                 config.k,
                 iterations=self.iterations,
@@ -94,6 +94,19 @@ class Solver:
             )
             tensors.update(group_tensors(group, found[group], config.adapter_dtype))
         return found, tensors
+
+
+class _InOrder(Sequence[Delta]):
+    """The values of some keys, none of them held here."""
+
+    def __init__(self, values: Mapping[str, Delta], keys: Sequence[str]) -> None:
+        self._values, self._keys = values, keys
+
+    def __getitem__(self, i):
+        return self._values[self._keys[i]]
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def group_tensors(group: Group, result: Decomposition, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -45,6 +45,17 @@ def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory
     assert content(directory) == before
 
 
+@pytest.mark.parametrize("writer", WRITERS)
+def test_both_files_may_be_read_by_whom_the_umask_lets(writer, saved):
+    directory, model = saved
+    usual = os.umask(0o022)
+    try:
+        WRITERS[writer](model, directory)
+    finally:
+        os.umask(usual)
+    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o644}
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("writer", WRITERS)

@@ -71,14 +71,19 @@ def plot_pool_use(groups: Sequence[GroupAnalysis], path: Path) -> None:
 
 
 def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
-    """Draw error against iteration into a PNG, a panel per group, beside LoRA's minimum."""
+    """Draw error over LoRA's minimum against iteration into a PNG, a panel per group."""
     figure, panels = panels_for(len(groups))
     for axes, (group, result) in zip(panels, groups.items(), strict=True):
-        axes.plot(result.errors, color="tab:blue", label="RaSA")
-        axes.axhline(result.lora_error, color="tab:orange", linestyle="--", label="LoRA's minimum")
-        axes.set_title(f"{group.pattern}\n{result.errors[-1]:.3g} of ||dW||\u00b2", fontsize=8)
-        axes.set(xlabel="iteration", ylabel="error")
-        axes.legend(fontsize=7)
+        scale = result.lora_error or 1.0
+        ratios = [error / scale for error in result.errors]
+        axes.plot(ratios, color="tab:blue")
+        axes.axhline(1, color="tab:orange", linestyle="--", linewidth=1)
+        # Never a closer look than a fiftieth, so that what is equal looks equal.
+        axes.set_ylim(min(*ratios, 0.985) - 0.005, max(*ratios, 1.0) + 0.005)
+        title = f"{result.errors[-1]:.4f} of ||dW||\u00b2, LoRA {result.lora_error:.4f}"
+        axes.set_title(f"{group.pattern}\n{title}", fontsize=8)
+        axes.set(xlabel="iteration", ylabel="error / LoRA's minimum")
+        axes.grid(alpha=0.3)
     figure.savefig(path)
 
 
