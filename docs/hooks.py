@@ -1,4 +1,4 @@
-"""What mkdocs adds while it builds the site: pictures, error messages, the fields of RasaConfig."""
+"""What mkdocs adds while it builds the site: pictures, error messages, the fields of configs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ sys.path.insert(0, str(HERE))
 import errors  # noqa: E402
 import pictures  # noqa: E402
 
-from rasa_ext import RasaConfig  # noqa: E402
+import rasa_ext.peft  # noqa: E402
 
-FIELDS_MARK = "<!-- fields of RasaConfig -->"
+FIELDS = {
+    "<!-- fields of RasaConfig -->": rasa_ext.RasaConfig,
+    "<!-- fields of peft.RasaConfig -->": rasa_ext.peft.RasaConfig,
+}
 
 
 def on_files(files, config):
@@ -30,12 +33,17 @@ def on_page_markdown(markdown, page, config, files):
     """Puts in what is generated, where a page has its mark."""
     if errors.MARK in markdown:
         markdown = markdown.replace(errors.MARK, errors.listed(HERE.parent / "rasa_ext"))
-    return markdown.replace(FIELDS_MARK, config_fields())
+    for mark, choices in FIELDS.items():
+        if mark in markdown:
+            markdown = markdown.replace(mark, config_fields(choices))
+    return markdown
 
 
-def config_fields() -> str:
-    """Markdown: a table of the choices, their defaults and help texts."""
+def config_fields(choices: type) -> str:
+    """Markdown: a table of the choices that the class adds, their defaults and help texts."""
     lines = ["| field | default | |", "| --- | --- | --- |"]
-    for field in dataclasses.fields(RasaConfig):
+    for field in dataclasses.fields(choices):
+        if field.name not in choices.__annotations__:
+            continue
         lines.append(f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |")
     return "\n".join(lines)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
+import oracle
 import torch
-from common import RANK, adapters, randomize
+from common import RANK, adapters, randomize, randomize_adapters
 from oracle import Adapter
 from peft import PeftModel, get_peft_model
 from tiny_lm import make_model
@@ -16,6 +17,8 @@ from rasa_ext import siblings
 from rasa_ext.peft import RasaConfig, RasaPeftLinear
 
 __all__ = ["adapters"]
+
+TOKENS = torch.arange(24).view(2, 12)
 
 
 def adapted(base: nn.Module, seed: int = 3, adapter_name: str = "default", **options) -> PeftModel:
@@ -29,6 +32,29 @@ def adapted(base: nn.Module, seed: int = 3, adapter_name: str = "default", **opt
 def tiny(seed: int = 3, **options) -> PeftModel:
     """A tiny Llama with a lively adapter."""
     return adapted(make_model(), seed, **{"task_type": "CAUSAL_LM", **options})
+
+
+def two(**options) -> PeftModel:
+    """A tiny Llama with adapters of different rank, k and targets; "default" is active."""
+    model = tiny(**options)
+    second = RasaConfig(r=6, rasa_k=3, target_modules=["q_proj", "down_proj"])
+    model.add_adapter("second", second)
+    randomize_adapters(named(model, "second"), 9)
+    return model.eval()
+
+
+def dense(model: PeftModel, *adapter_names: str) -> Tensor:
+    """The oracle's float64 logits of TOKENS: the base with these adapters' dW added."""
+    base = make_model().double().requires_grad_(False)
+    for adapter in adapter_names:
+        for name, tensors in named(model, adapter).items():
+            base.get_submodule(name).weight.add_(oracle.delta(tensors))
+    return base(TOKENS).logits
+
+
+def close(logits: Tensor, expected: Tensor) -> None:
+    """Whether a float32 model's logits are the oracle's."""
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def plain(model: PeftModel) -> nn.Module:
@@ -57,7 +83,7 @@ def logits(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tens
     Layers that are computed together, once they have learned who reads what they read, round
     differently from those of a model that has not run yet.
     """
-    inputs = {"input_ids": torch.arange(24).view(2, 12)} if inputs is None else inputs
+    inputs = {"input_ids": TOKENS} if inputs is None else inputs
     before, siblings.ENABLED = siblings.ENABLED, False
     try:
         return model.eval()(**inputs).logits

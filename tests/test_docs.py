@@ -219,6 +219,31 @@ def test_pictures_are_drawn_the_same_every_time():
     assert set(re.findall(r"pictures/(\w+)\.svg", pages)) == set(drawn)
 
 
+def test_the_table_of_what_works_with_peft_names_tests():
+    """Each row names tests, all of which exist; every PEFT test file of the suite appears."""
+    page = (ROOT / "docs" / "peft.md").read_text()
+    table = page.partition("| feature | shown by |\n")[2].partition("\n\n")[0].splitlines()[1:]
+    assert len(table) > 30
+    files = set()
+    for row in table:
+        named = re.findall(r"`(test_peft_\w+\.py)::(test_\w+)`", row.split(" | ")[-1])
+        assert named, row
+        for file, test in named:
+            text = (ROOT / "tests" / file).read_text()
+            assert re.search(rf"^def {test}\(", text, re.MULTILINE), (file, test)
+            files.add(file)
+    without = {"test_peft_config.py", "test_peft_register.py"}  # of no feature by themselves
+    assert files | without == {path.name for path in (ROOT / "tests").glob("test_peft_*.py")}
+
+
+def test_the_oldest_versions_are_those_of_the_ci():
+    page = (ROOT / "docs" / "peft.md").read_text()
+    pinned = (ROOT / "tests" / "requirements" / "peft-minimum.txt").read_text()
+    for package, version in re.findall(r"^(\w+)==(\S+)$", pinned, re.MULTILINE):
+        row = re.search(rf"^\| {package} \| (\S+) \|", page, re.MULTILINE | re.IGNORECASE)
+        assert row[1] == version, package
+
+
 def test_every_page_is_in_the_navigation():
     listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}

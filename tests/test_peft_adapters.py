@@ -8,38 +8,14 @@ import oracle
 import pytest
 import torch
 import zoo
-from common import randomize_adapters, same_bits
+from common import same_bits
 from oracle import Adapter
 from peft import get_peft_model
-from peft_common import adapted, layers, named, plain, tiny, trained
+from peft_common import TOKENS, adapted, close, dense, layers, named, plain, tiny, trained, two
 from tiny_lm import make_model
 from zoo import EVERY, LLAMA
 
 from rasa_ext.peft import RasaConfig
-
-TOKENS = torch.arange(24).view(2, 12)
-
-
-def two(**options):
-    """Adapters of different rank, k and targets; "default" is active."""
-    model = tiny(**options)
-    second = RasaConfig(r=6, rasa_k=3, target_modules=["q_proj", "down_proj"])
-    model.add_adapter("second", second)
-    randomize_adapters(named(model, "second"), 9)
-    return model.eval()
-
-
-def dense(model, *adapter_names):
-    """The oracle's float64 logits of the base with these adapters' dW added."""
-    base = make_model().double().requires_grad_(False)
-    for adapter in adapter_names:
-        for name, tensors in named(model, adapter).items():
-            base.get_submodule(name).weight.add_(oracle.delta(tensors))
-    return base(TOKENS).logits
-
-
-def close(logits, expected):
-    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_each_adapter_has_its_own_ranks_pool_and_layers():

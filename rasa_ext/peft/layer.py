@@ -18,6 +18,7 @@ from rasa_ext.modules import (
     linear_shape,
     parameter_of,
 )
+from rasa_ext.peft.mixed import Rows
 from rasa_ext.siblings import Part
 
 
@@ -41,6 +42,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         self.configs: dict[str, RasaConfig] = {}
         self.pool_owners: dict[str, RasaPeftLinear] = {}
         self.merged_adapters: list[str] = []
+        self.rows: Rows | None = None  # set for the time of a forward with adapter_names
         self.train(base_layer.training)
 
     def update_layer(
@@ -101,6 +103,8 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         """x (..., in) to (..., out): the base's output and that of every active adapter."""
         if self._disable_adapters and self.merged:
             self.unmerge()
+        if self.rows is not None and not self._disable_adapters:
+            return self._row_by_row(x, self.rows, *args, **kwargs)
         names = self._live()
         if not names:
             return self.base_layer(x, *args, **kwargs)
@@ -117,6 +121,17 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         """As ``AdaptedLinear.versions``; nothing where no adapter is active."""
         return super().versions() if self._live() else ()
 
+    def _row_by_row(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output, and to each of its rows that of the row's own adapter."""
+        y = self.base_layer(x, *args, **kwargs)
+        names = rows.of(len(x))
+        for name in dict.fromkeys(names):
+            if name in self.configs:
+                chosen = [row for row, its in enumerate(names) if its == name]
+                index = torch.tensor(chosen, device=x.device)
+                y = y.index_copy(0, index, self._added(y[index], x[index], name))
+        return y
+
     def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
         """``y + x dW^T`` of one more adapter."""
         adapter, x = beside_each_other(*self.tensors(name)), x.to(y.dtype)
@@ -129,8 +144,10 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         return [name for name in self.active_adapters if name in self.configs]
 
     def _live(self) -> list[str]:
-        """Those that the forward adds to the base."""
-        return [] if self._disable_adapters or self.merged else self._active()
+        """Those that the forward adds to all rows of the base's output."""
+        if self._disable_adapters or self.merged or self.rows is not None:
+            return []
+        return self._active()
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig
@@ -14,6 +16,7 @@ from rasa_ext.export import suffixes
 from rasa_ext.modules import is_conv1d
 from rasa_ext.patch import introduce_siblings, skip_fast_paths
 from rasa_ext.peft.layer import RasaPeftLinear
+from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.published import from_published, published_names_hook
 from rasa_ext.targets import Group, grouped, is_linear, make_plan, obstacles, places, settled
 
@@ -113,9 +116,25 @@ class RasaModel(BaseTuner):
             return name in self._given
         return bool(self._check_target_module_exists(peft_config, name))
 
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around a forward and ``generate``, which have their ``adapter_names``."""
+        names = kwargs.get("adapter_names")
+        beams = kwargs.get("num_beams") or 1
+        with contextlib.nullcontext() if names is None else rows_through(self, names, beams):
+            yield
+
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Not for RaSA: raises NotImplementedError."""
+        raise NotImplementedError(
+            "add_weighted_adapter: not supported for RaSA; activate several adapters together "
+            "with model.base_model.set_adapter([...]), or export each as a LoRA "
+            "(rasa-ext export-lora DIR) and combine those."
+        )
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """The dtype of an adapter is its config's, whatever the base's and the file's."""
-        for layer in self._layers():
+        for layer in self.layers():
             layer.cast_adapter(adapter_name)
 
     def merge_adapter(
@@ -136,7 +155,7 @@ class RasaModel(BaseTuner):
         model = super()._unload_and_optionally_merge(
             merge=merge, progressbar=progressbar, adapter_names=adapter_names
         )
-        bases = {layer: layer.get_base_layer() for layer in self._layers()}
+        bases = {layer: layer.get_base_layer() for layer in self.layers()}
         for holder, key in places(model, bases):  # second names, which PEFT does not visit
             holder._modules[key] = bases[holder._modules[key]]
         for module, name, value in reversed(self._attributes_before):
@@ -145,10 +164,11 @@ class RasaModel(BaseTuner):
 
     def _refuse_unsafe_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         if safe_merge:
-            for layer in self._layers():
+            for layer in self.layers():
                 layer.merged_weight(adapter_names, safe_merge=True)
 
-    def _layers(self) -> list[RasaPeftLinear]:
+    def layers(self) -> list[RasaPeftLinear]:
+        """The adapted layers, in the model's order."""
         return [module for module in self.model.modules() if isinstance(module, RasaPeftLinear)]
 
     @classmethod

@@ -1,0 +1,179 @@
+"""What else people do with PEFT's adapters: it works with RaSA, or says why not."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from common import RANK, same_bits
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora.conversion import convert_to_lora
+from peft.utils.hotswap import hotswap_adapter
+from peft_common import TOKENS, close, dense, layers, logits, named, tiny, trained, two
+from safetensors.torch import load_file
+from tiny_lm import make_model
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def test_saving_some_of_the_adapters(tmp_path):
+    model = two()
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+    assert not (tmp_path / WEIGHTS).exists()
+    saved = load_file(tmp_path / "second" / WEIGHTS)
+    assert sum(tensor.numel() for tensor in saved.values()) == sum(
+        p.numel() for key, p in model.named_parameters() if key.endswith(".second")
+    )
+    again = PeftModel.from_pretrained(make_model(), tmp_path / "second").eval()
+    close(again(TOKENS).logits, dense(model, "second"))
+    with pytest.raises(ValueError, match="third"):
+        model.save_pretrained(tmp_path, selected_adapters=["third"])
+
+
+def test_pickled_adapters_are_read(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "adapter_model.bin").exists()
+    assert torch.equal(logits(PeftModel.from_pretrained(make_model(), tmp_path)), logits(model))
+
+
+def test_status_by_layer():
+    model = two()
+    model.base_model.set_adapter(["default", "second"])
+    status = {each.name: each for each in model.get_layer_status()}
+    assert len(status) == len(layers(model))
+    q = status["model.model.layers.0.self_attn.q_proj"]
+    assert q.active_adapters == ["default", "second"]
+    assert q.available_adapters == ["default", "second"]
+    assert q.requires_grad == {"default": True, "second": True}
+    assert status["model.model.layers.0.mlp.up_proj"].available_adapters == ["default"]
+    assert not q.merged_adapters
+    model.merge_adapter(["second"])
+    assert model.get_model_status().merged_adapters == ["second"]
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_configs_dtype_holds_whatever_peft_is_asked_for(autocast, tmp_path):
+    base = make_model().bfloat16()
+    model = get_peft_model(base, RasaConfig(r=RANK), autocast_adapter_dtype=autocast)
+    model.add_adapter("second", RasaConfig(r=2, adapter_dtype="bfloat16"))
+    dtypes = {"default": torch.float32, "second": torch.bfloat16}
+    for key, parameter in model.named_parameters():
+        if ".rasa_" in key:
+            assert parameter.dtype == dtypes[key.rpartition(".")[2]], key
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(
+        make_model().bfloat16(), tmp_path, autocast_adapter_dtype=autocast
+    )
+    assert {p.dtype for key, p in again.named_parameters() if ".rasa_" in key} == {torch.float32}
+
+
+def test_as_a_lora_of_its_effective_rank():
+    """PEFT's own conversion, by SVD; of rank R it is exact."""
+    model = tiny().eval()
+    rank = next(iter(layers(model).values())).rasa_d["default"].shape[0]
+    config, state = convert_to_lora(model, rank=rank)
+    lora = get_peft_model(make_model(), config).eval()
+    set_peft_model_state_dict(lora, state)
+    assert isinstance(config, LoraConfig)
+    close(lora(TOKENS).logits, dense(model, "default"))
+
+
+def test_transformers_own_adapters():
+    """A transformers model injects what it is given; nothing of PEFT surrounds it."""
+    source = tiny()
+    model = make_model()
+    model.add_adapter(RasaConfig(r=RANK, rasa_k=1))
+    assert set(trained(model)) == {key.removeprefix("base_model.model.") for key in trained(source)}
+    set_peft_model_state_dict(
+        model, {key.rpartition(".")[0]: p for key, p in trained(source).items()}
+    )
+    close(model(TOKENS).logits, dense(source, "default"))
+    model.disable_adapters()
+    assert torch.equal(model(TOKENS).logits, make_model()(TOKENS).logits)
+    model.enable_adapters()
+    state = model.get_adapter_state_dict()
+    assert {f"base_model.model.{key}.default" for key in state} == set(trained(source))
+
+
+def test_transformers_own_loading(tmp_path):
+    source = tiny()
+    source.save_pretrained(tmp_path)
+    model = make_model()
+    model.load_adapter(str(tmp_path))
+    close(model(TOKENS).logits, dense(source, "default"))
+    model.save_pretrained(tmp_path / "again")
+    ours = rasa_ext.load_adapter(make_model(), tmp_path / "again").eval()
+    close(ours(TOKENS).logits, dense(source, "default"))
+
+
+def test_adapters_of_adapters_are_not_combined():
+    model = two()
+    with pytest.raises(NotImplementedError, match=r"^add_weighted_adapter: .*set_adapter"):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "third")
+    assert list(model.peft_config) == ["default", "second"]
+
+
+def test_adapters_are_not_swapped_in_place(tmp_path):
+    """PEFT swaps LoRA only, and says so; nothing has changed by then."""
+    tiny(seed=5).save_pretrained(tmp_path)
+    model = tiny()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"only supports .*LORA.* but RASA"):
+        hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
+    assert all(same_bits(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_adapters_of_several_methods_are_not_mixed():
+    with pytest.raises(ValueError, match=r"RASA.* not compatible"):
+        get_peft_model(make_model(), RasaConfig(r=2), mixed=True)
+    model = tiny()
+    with pytest.raises(ValueError, match=r"RASA.*LORA|LORA.*RASA"):
+        model.add_adapter("lora", LoraConfig(r=2, target_modules=["q_proj"]))
+    assert list(model.peft_config) == ["default"]
+
+
+def test_several_active_adapters_by_a_list():
+    """PEFT takes a list at the tuner; a name that no adapter has is refused there or ignored."""
+    model = two()
+    model.base_model.set_adapter(["second", "default"])
+    close(model(TOKENS).logits, dense(model, "default", "second"))
+    assert model.active_adapters == ["second", "default"]
+    model.base_model.set_adapter(["second"])
+    close(model(TOKENS).logits, dense(model, "second"))
+
+
+def test_freezing_one_of_two():
+    model = two()
+    model.base_model.set_adapter(["default", "second"])
+    for tensors in named(model, "default").values():
+        tensors.map(lambda t: t.requires_grad_(False))
+    model(TOKENS).logits.square().sum().backward()
+    grads = {key: p.grad for key, p in model.named_parameters() if ".rasa_" in key}
+    assert all((grad is not None) == key.endswith(".second") for key, grad in grads.items())
+
+
+def test_compile():
+    """One graph, also where PEFT wraps the forward; the numbers are read anew."""
+    torch._dynamo.reset()
+    model = tiny().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    close(compiled(TOKENS).logits, dense(model, "default"))
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.mul_(0.5)
+    close(compiled(TOKENS).logits, dense(model, "default"))
+    compiled(TOKENS).logits.sum().backward()
+    assert all(p.grad is not None for p in trained(model).values())
+
+
+def test_loading_warns_of_nothing(tmp_path):
+    model = tiny(modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftModel.from_pretrained(make_model(), tmp_path)

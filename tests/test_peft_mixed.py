@@ -1,0 +1,117 @@
+"""Batches whose rows go through adapters of their own: ``adapter_names`` in forward, generate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft_common import TOKENS, adapted, close, dense, named, two
+from tiny_lm import make_model
+from zoo import T5
+
+from rasa_ext.peft import RasaConfig
+from rasa_ext.peft.mixed import Rows
+
+ROWS = torch.cat([TOKENS, TOKENS.flip(0)])
+NAMES = ["second", "default", "__base__", "second"]
+
+
+def test_each_row_goes_through_its_own_adapter():
+    """Row by row the oracle's logits, for adapters of different ranks and layers, and for none."""
+    model = two()
+    expected = {"default": dense(model, "default"), "second": dense(model, "second")}
+    expected["__base__"] = dense(model)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            found = model(input_ids=ROWS, adapter_names=NAMES).logits
+        for row, (name, source) in enumerate(zip(NAMES, [0, 1, 1, 0], strict=True)):
+            close(found[row], expected[name][source])
+    assert (expected["default"] - expected["second"]).abs().max() > 1e-2
+    close(model(TOKENS).logits, expected["default"])  # and afterwards as before
+
+
+def test_the_active_adapter_does_not_matter():
+    model = two()
+    before = model(input_ids=ROWS, adapter_names=NAMES).logits
+    model.set_adapter("second")
+    assert torch.equal(model(input_ids=ROWS, adapter_names=NAMES).logits, before)
+
+
+def test_disabled_adapters_stay_disabled():
+    model = two()
+    with model.disable_adapter():
+        logits = model(input_ids=ROWS, adapter_names=NAMES).logits
+    assert torch.equal(logits, make_model()(ROWS).logits)
+
+
+def test_a_module_trained_in_full_goes_with_its_adapter():
+    """And where an adapter has none, rows see the base's."""
+    model = two(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    found = model(input_ids=ROWS, adapter_names=NAMES).logits
+    close(found[1], 1.5 * dense(model, "default")[1])
+    close(found[2], dense(model)[1])
+    close(found[0], dense(model, "second")[0])
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generate(beams):
+    model = two()
+    options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "num_beams": beams}
+    prompt = ROWS[:, :4]
+    together = model.generate(input_ids=prompt, adapter_names=NAMES, **options)
+    for row, name in enumerate(NAMES):
+        if name == "__base__":
+            with model.disable_adapter():
+                alone = model.generate(input_ids=prompt[row : row + 1], **options)
+        else:
+            model.set_adapter(name)
+            alone = model.generate(input_ids=prompt[row : row + 1], **options)
+        length = alone.shape[1]
+        assert torch.equal(together[row, :length], alone[0])
+        assert not together[row, length:].any()  # padding
+
+
+def test_beams_of_an_encoder_and_decoder():
+    """The encoder sees each row once, the decoder once a beam."""
+    model = adapted(T5.build()).eval()
+    model.add_adapter("second", RasaConfig(r=2, target_modules=["q"], init_weights=False))
+    ids = torch.arange(10).view(2, 5) + 1
+    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    together = model.generate(input_ids=ids, adapter_names=["default", "second"], **options)
+    for row, name in enumerate(["default", "second"]):
+        model.set_adapter(name)
+        alone = model.generate(input_ids=ids[row : row + 1], **options)
+        assert torch.equal(together[row, : alone.shape[1]], alone[0])
+    assert len(named(model, "second")) < len(named(model, "default"))
+
+
+def test_names_by_rows():
+    rows = Rows(("a", "b"), beams=2)
+    assert rows.of(2) == ["a", "b"]
+    assert rows.of(4) == ["a", "a", "b", "b"]
+    with pytest.raises(ValueError, match=r"^adapter_names: expected one name for each row"):
+        rows.of(3)
+
+
+@pytest.mark.parametrize(
+    ("names", "prepare", "error", "message"),
+    [
+        ("default", None, TypeError, "expected a list with a name for each row, got 'default'"),
+        ([None] * 4, None, TypeError, "expected a list with a name for each row"),
+        (["third"] * 4, None, ValueError, "expected some of __base__, default, second, got third"),
+        (["second"] * 3, None, ValueError, "got 3 names for 4 rows"),
+        (NAMES, "train", ValueError, "is for inference; call model.eval"),
+        (NAMES, "merge_adapter", ValueError, "is merged.*call model.unmerge_adapter"),
+    ],
+)
+def test_what_does_not_fit_is_refused(names, prepare, error, message):
+    model = two()
+    expected = dense(model, "default")
+    if prepare:
+        getattr(model, prepare)()
+    with pytest.raises(error, match=f"^adapter_names: .*{message}"):
+        model(input_ids=ROWS, adapter_names=names)
+    close(model.eval()(TOKENS).logits, expected)
