@@ -50,7 +50,8 @@ BATCH, LENGTH = 2, 160
 WARM_UP = 3
 """Steps of the first round: layers that read one input are computed together from the second on."""
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Largest relative difference between forms of RaSA, of logits and of losses."""
+"""Largest relative difference between logits of two forms of RaSA. Ten times as much is let pass
+between losses: Adam's first steps are signs of gradients, which rounding flips next to zero."""
 
 
 class StepTimer(TrainerCallback):
@@ -208,7 +209,7 @@ def report(dtype: str, steps: int, rounds: int, seconds: float, quick: bool) -> 
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: make_trainer(found[name], data, steps, folder) for name in VARIANTS}
         took, losses = measure(trainers, steps, rounds, seconds)
-    agree(losses, LIMITS[dtype], "losses")
+    agree(losses, 10 * LIMITS[dtype], "losses")
     made = summary(dtype, took)
     print(f"{'variant':16} {'ms a step':>10} {'quartiles':>17} {'/LoRA':>7}   by rounds")
     for row in made:

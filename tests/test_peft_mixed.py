@@ -79,7 +79,7 @@ def test_beams_of_an_encoder_and_decoder():
     model = adapted(T5.build()).eval()
     model.add_adapter("second", RasaConfig(r=2, target_modules=["q"], init_weights=False))
     ids = torch.arange(10).view(2, 5) + 1
-    options = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    options = {"max_new_tokens": 4, "num_beams": 2, "decoder_start_token_id": 0}
     together = model.generate(input_ids=ids, adapter_names=["default", "second"], **options)
     for row, name in enumerate(["default", "second"]):
         model.set_adapter(name)
