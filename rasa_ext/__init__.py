@@ -5,6 +5,7 @@ rasa_ext.save_adapter(model, "adapter")
 rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "lora")
 """
 
+from rasa_ext import distributed
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint import load_adapter, save_adapter
 from rasa_ext.checkpoint_weights import SafetensorsFolder
@@ -45,6 +46,7 @@ __all__ = [
     "delta_weight",
     "delta_weights",
     "disable_adapter",
+    "distributed",
     "export_lora",
     "fit",
     "import_lora",

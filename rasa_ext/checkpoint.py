@@ -24,9 +24,10 @@ from rasa_ext.files import (
     read_tensors,
     write_adapter,
 )
-from rasa_ext.modules import is_conv1d
+from rasa_ext.modules import RasaLinear, RasaPool, is_conv1d
 from rasa_ext.patch import apply_plan, refuse_patched
 from rasa_ext.record import is_patched, rasa_layers, record_of, unwrap
+from rasa_ext.sharding import CURE, is_dtensor, is_emptied, sharded_modules, what_is_here
 from rasa_ext.targets import Plan, make_plan, settled
 
 
@@ -111,8 +112,9 @@ def install(
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of an adapter under the names they have in a file, each once."""
-    root, plan = unwrap(model), record_of(model).plan
-    layers = dict(rasa_layers(model))
+    root, record = unwrap(model), record_of(model)
+    plan, layers = record.plan, dict(rasa_layers(model))
+    _refuse_moved(plan, layers)
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
         pool = layers[group.names[0]].pool
@@ -126,7 +128,46 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
             tensors[f"{PREFIX}{name}.rasa_d"] = layer.d.detach()
     for key, tensor in saved_tensors(root, plan).items():
         tensors[f"{PREFIX}{key}"] = tensor
+    _refuse_sharded(root, plan, tensors, _expected(root, record.config, plan))
     return tensors
+
+
+def _refuse_moved(plan: Plan, layers: Mapping[str, RasaLinear]) -> None:
+    """ValueError where something was put between the model and its adapted layers."""
+    for name in (name for group in plan.groups for name in group.names):
+        if name not in layers:
+            now = next((each for each in layers if each.endswith(name.rpartition(".")[2])), None)
+            raise ValueError(
+                f"model: expected the adapted layer {name!r} where patch_model put it, but it is "
+                f"not there (one is {now!r}); wrap the whole model and no part of it, or, for "
+                "FullyShardedDataParallel, use rasa_ext.distributed.shard_model(model, mesh)."
+            )
+
+
+def _refuse_sharded(
+    root: nn.Module,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+) -> None:
+    """ValueError where a tensor of the adapter, or of a saved module, is not whole here."""
+    for key, tensor in tensors.items():
+        if is_dtensor(tensor) or tuple(tensor.shape) != tuple(expected[key]):
+            raise ValueError(
+                f"model: expected an adapter of whole tensors, but {key} is "
+                f"{what_is_here(tensor)}; {CURE}."
+            )
+    sharded = sharded_modules(root)
+    for name, module in root.named_modules():
+        saved = any(f"{name}.".startswith(f"{each}.") for each in plan.saved)
+        emptied = saved and any(map(is_emptied, module.parameters(recurse=False)))
+        if emptied or (
+            id(module) in sharded and (saved or isinstance(module, (RasaLinear, RasaPool)))
+        ):
+            raise ValueError(
+                f"model: expected trained modules that are whole on every process, but {name!r} is "
+                f"sharded; {CURE}."
+            )
 
 
 def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:

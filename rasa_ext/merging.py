@@ -15,6 +15,7 @@ from rasa_ext import ops
 from rasa_ext.modules import RasaLinear
 from rasa_ext.patch import remove_layers
 from rasa_ext.record import rasa_layers, record_of, unwrap
+from rasa_ext.sharding import refuse_sharded_base
 
 # Bytes of dW, in the dtype of the sums, that stand beside the model at a time. 64 MiB are 16
 # million numbers in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
@@ -52,8 +53,8 @@ def merge(model: nn.Module) -> float:
         max |dW| over all layers. Merging a merged model changes nothing and returns the same.
 
     Raises:
-        ValueError: a merged weight would not be finite, or a weight is shared with another module.
-            No layer is then merged.
+        ValueError: a merged weight would not be finite, or a weight is shared with another module
+            or sharded over processes. No layer is then merged.
         RuntimeError: a CUDA graph is being captured.
     """
     return _merge(model, keep_base=True)
@@ -123,6 +124,7 @@ def _merge(model: nn.Module, keep_base: bool) -> float:
         return record.merged
     _refuse_capture()
     layers = rasa_layers(model)
+    refuse_sharded_base(model, {name: layer.base_layer for name, layer in layers})
     _refuse_shared(model, layers)
     chunks = list(_chunks(layers))
     with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rasa_ext import functional, ops, siblings
 from rasa_ext.config import RasaConfig
 from rasa_ext.pack_cache import PackCache
+from rasa_ext.sharding import is_whole, refuse_pieces
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -289,7 +290,9 @@ class RasaLinear(AdaptedLinear):
 def beside_each_other(
     A: Tensor, A_pool: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-    """The same with the pool on the layer's device."""
+    """The same with the pool on the layer's device; RuntimeError where they are pieces."""
+    if not is_whole(A) or (A_pool is not None and not is_whole(A_pool)):
+        refuse_pieces(A, A_pool)
     if A_pool is not None and A_pool.device != A.device:
         A_pool, B_pool = A_pool.to(A.device), B_pool.to(A.device)
     return A, A_pool, B, B_pool, d

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rasa_ext.config import ALL_LINEAR, RasaConfig
 from rasa_ext.modules import is_conv1d, linear_shape
+from rasa_ext.sharding import is_dtensor
 
 HEADS = frozenset({"lm_head", "score", "classifier"})
 
@@ -199,6 +200,11 @@ def _check_weight(name: str, module: nn.Module) -> None:
         raise TypeError(
             f"target_modules: {name!r} has a weight of {found}, expected a floating-point weight; "
             "leave it out with exclude_modules."
+        )
+    if is_dtensor(weight):
+        raise ValueError(
+            f"target_modules: {name!r} has a weight that is sharded over processes, expected a "
+            "whole one; patch first, then call rasa_ext.distributed.shard_model(model, mesh)."
         )
     if 0 in linear_shape(module) or weight.numel() == 0:
         raise ValueError(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import oracle
 import plain
+import pytest
 import torch
 from oracle import Adapter
 from torch import Tensor, nn
@@ -182,6 +184,16 @@ class Snapshot:
             assert same_bits(value, self.values[key]), key
         assert self.model.training == self.training
         assert hook_counts(self.model) == self.hooks
+
+
+def refused(call: Callable, model: nn.Module, *said: str, kind=(ValueError, TypeError)) -> None:
+    """The call raises, its message holds every part, and the model is what it was."""
+    before = Snapshot(model)
+    with pytest.raises(kind) as caught:
+        call()
+    for part in said:
+        assert re.search(part, str(caught.value)), (part, str(caught.value))
+    before.assert_unchanged()
 
 
 def named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:

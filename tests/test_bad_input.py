@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from common import Snapshot, patched
+from common import patched, refused
 from torch import nn
 from zoo import LLAMA, SEQUENTIAL, TIED
 
@@ -54,16 +54,6 @@ ARGUMENTS = [
     ({"adapter_dtype": torch.int32}, "adapter_dtype", "int32"),
     ({"config": {"rank": 4}}, "config", "dict"),
 ]
-
-
-def refused(call, model, *said, kind=(ValueError, TypeError)) -> None:
-    """The call raises, its message holds every part, and the model is what it was."""
-    before = Snapshot(model)
-    with pytest.raises(kind) as caught:
-        call()
-    for part in said:
-        assert re.search(part, str(caught.value)), (part, str(caught.value))
-    before.assert_unchanged()
 
 
 @pytest.mark.parametrize(("options", "name", "came"), ARGUMENTS, ids=str)

@@ -20,6 +20,7 @@ sys.path.insert(0, str(WORKERS))
 
 import trainer  # noqa: E402
 import training  # noqa: E402
+from zoo import LLAMA  # noqa: E402
 
 PARITY = 1e-6
 
@@ -61,15 +62,44 @@ def trained(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("case", training.CASES)
 @pytest.mark.parametrize("recipe", training.RECIPES)
 def test_two_processes_train_as_one(recipe, case, trained, tmp_path, figure):
-    model, losses = training.train(training.CASES[case])
+    model, losses, norms = training.train(training.alone(training.CASES[case]))
     rasa_ext.save_adapter(model, tmp_path)
     there = trained / f"{recipe}-{case}"
     adapters = difference(tmp_path, there)
-    apart = (torch.load(there / "losses.pt") - losses).abs().max().item()
-    figure(f"{recipe}, {case}: two processes differ by {apart:.1e} (losses), {adapters:.1e}")
+    losses_there, norms_there = torch.load(there / "steps.pt")
+    apart = (losses_there - losses).abs().max().item()
+    norms_apart = (norms_there / norms - 1).abs().max().item()
+    figure(
+        f"{recipe}, {case}: two processes differ by {apart:.1e} (losses), {adapters:.1e} (adapter)"
+        f", {norms_apart:.1e} (gradient norms, relative)"
+    )
     assert losses[0] > losses[-1]
+    assert norms.max() > training.CLIP
     assert apart <= PARITY
     assert adapters <= PARITY
+    assert norms_apart <= PARITY
+
+
+def test_an_adapter_from_one_process_in_a_sharded_model(trained, figure):
+    assert difference(trained / "start", trained / "again") == 0
+    model = rasa_ext.load_adapter(LLAMA.build(), trained / "again").eval()
+    with torch.no_grad():
+        logits = LLAMA.call(model, **LLAMA.inputs(0))
+    apart = (torch.load(trained / "logits.pt") - logits).abs().max().item()
+    figure(f"fsdp2, loaded: logits of two processes differ by {apart:.1e}")
+    assert apart <= PARITY
+
+
+def test_layers_that_some_processes_do_not_use(trained):
+    """What a process does not use counts as zero in the mean; what nobody uses stays without."""
+    there = torch.load(trained / "unused1.pt")
+    runs = [training.gradients(training.branches(), both) for both in (True, False)]
+    assert any(grad is None for grad in there.values())
+    for name, grad in there.items():
+        parts = [run[name] for run in runs if run[name] is not None]
+        assert (grad is None) == (not parts), name
+        if parts:
+            torch.testing.assert_close(grad, sum(parts) / 2)
 
 
 def test_accelerate_launch_with_trainer(tmp_path, figure):

@@ -1,26 +1,29 @@
 """Training small models in one process or in several, each taking its part of the same batches.
 
-torchrun --nproc-per-node N tests/workers/training.py DIRECTORY trains every case by every recipe
-of RECIPES and leaves an adapter and its losses in DIRECTORY/RECIPE-CASE.
+torchrun --nproc-per-node 2 tests/workers/training.py DIRECTORY trains every case by every recipe of
+RECIPES and leaves an adapter, its losses and gradient norms in DIRECTORY/RECIPE-CASE; beside these,
+what ``loaded`` and ``unused`` say.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS.parent), str(TESTS)]
 
-from common import patched  # noqa: E402
+from common import patched, randomize  # noqa: E402
 from zoo import GPT2, LLAMA, TIED, Entry  # noqa: E402
 
 import rasa_ext  # noqa: E402
@@ -36,56 +39,83 @@ class Case:
     use_reentrant: bool | None = None
     """The kind of gradient checkpointing, None for none."""
     saved: tuple[str, ...] = ()
+    dtype: torch.dtype = torch.float32
+    """The base's."""
+    mesh: tuple[int, ...] = (2,)
+    """For FSDP2: (processes that share a base,), or before it how many such groups there are."""
+    options: dict[str, object] = field(default_factory=dict)
+    """For fully_shard."""
 
 
 CASES = {
     "llama": Case(LLAMA),
-    "conv1d": Case(GPT2),
-    "tied": Case(TIED),
+    "conv1d": Case(GPT2, options={"reshard_after_forward": False}),
+    "tied": Case(TIED, mesh=(2, 1)),
     "accumulation": Case(LLAMA, micro=2),
     "checkpointing": Case(LLAMA, micro=2, use_reentrant=False),
     "re-entrant": Case(LLAMA, micro=2, use_reentrant=True),
     "saved": Case(LLAMA, saved=("lm_head", "norm")),
+    "bfloat16": Case(LLAMA, use_reentrant=False, dtype=torch.bfloat16),
 }
+CLIP = 0.01
 
 Wrap = Callable[[nn.Module, Case], nn.Module]
 
 
 def build(case: Case) -> nn.Module:
-    model = patched(case.entry.build(), modules_to_save=case.saved).train()
+    model = patched(case.entry.build().to(case.dtype), modules_to_save=case.saved).train()
     if case.use_reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": case.use_reentrant})
     return model
 
 
-def train(case: Case, wrap: Wrap = lambda model, case: model) -> tuple[nn.Module, Tensor]:
-    """The model after three steps, and the loss of each of their batches over all processes."""
+def alone(case: Case) -> Case:
+    """What a single process does for the same numbers.
+
+    In bfloat16, where a sum over twice the rows rounds otherwise, it takes the rows of one process
+    at a time; in float32 it takes them all.
+    """
+    return replace(case, micro=2 * case.micro) if case.dtype == torch.bfloat16 else case
+
+
+def train(case: Case, wrap: Wrap = lambda model, case: model) -> tuple[nn.Module, Tensor, Tensor]:
+    """The model after three steps; of each step the loss over all processes, the gradient's norm.
+
+    The norm does not forgive what AdamW does, a gradient that is too large by a factor.
+    """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = wrap(build(case), case)
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
-    losses = torch.zeros(3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(trained, 0.01)
+    losses, norms = torch.zeros(2, 3)
     for step in range(len(losses)):
-        ((field, tokens),) = case.entry.inputs(step).items()
+        ((name, tokens),) = case.entry.inputs(step).items()
         for number, part in enumerate(tokens.chunk(case.micro)):
             mine = part.chunk(size)[rank]
             last = number == case.micro - 1
             with contextlib.nullcontext() if last else quiet(model, case):
-                logits = case.entry.call(model, **{field: mine})
+                logits = case.entry.call(model, **{name: mine}).float()
                 loss = nn.functional.cross_entropy(logits.flatten(0, 1), mine.flatten())
                 (loss / case.micro).backward()
             losses[step] += loss.detach() / (case.micro * size)
+        norms[step] = nn.utils.clip_grad_norm_(trained, CLIP)
         optimiser.step()
         optimiser.zero_grad()
     if size > 1:
         dist.all_reduce(losses)
-    return model, losses
+    return model, losses, norms
 
 
 def quiet(model: nn.Module, case: Case) -> contextlib.AbstractContextManager:
-    """DDP may be told which backwards a step does not follow, but for a static graph."""
-    if case.use_reentrant or not isinstance(model, DistributedDataParallel):
-        return contextlib.nullcontext()
-    return model.no_sync()
+    """Backwards that no step follows need not communicate; DDP's static graph insists.
+
+    FSDP2's cases with checkpoints average after each of them, with the same result.
+    """
+    if isinstance(model, FSDPModule) and case.use_reentrant is None:
+        return rasa_ext.distributed.no_sync(model)
+    if isinstance(model, DistributedDataParallel) and not case.use_reentrant:
+        return model.no_sync()
+    return contextlib.nullcontext()
 
 
 def ddp(model: nn.Module, case: Case) -> nn.Module:
@@ -93,7 +123,66 @@ def ddp(model: nn.Module, case: Case) -> nn.Module:
     return DistributedDataParallel(model, static_graph=bool(case.use_reentrant))
 
 
-RECIPES: dict[str, Wrap] = {"ddp": ddp}
+def fsdp2(model: nn.Module, case: Case) -> nn.Module:
+    randomize(model, 3 + dist.get_rank())  # the first process's is the one that counts
+    names = ("replicate", "shard")[-len(case.mesh) :]
+    mesh = init_device_mesh("cpu", case.mesh, mesh_dim_names=names)
+    return rasa_ext.distributed.shard_model(model, mesh, **case.options)
+
+
+RECIPES: dict[str, Wrap] = {"ddp": ddp, "fsdp2": fsdp2}
+
+
+def loaded(directory: Path) -> None:
+    """What one process wrote, read by two that share a base, run, and written again."""
+    if dist.get_rank() == 0:
+        rasa_ext.save_adapter(patched(LLAMA.build(), seed=7), directory / "start")
+    dist.barrier()
+    model = fsdp2(patched(LLAMA.build()), Case(LLAMA)).eval()
+    with torch.no_grad():
+        LLAMA.call(model, **LLAMA.inputs(0))  # leaves packs of another adapter
+        rasa_ext.load_adapter(model, directory / "start")
+        logits = LLAMA.call(model, **LLAMA.inputs(0))
+    if dist.get_rank() == 0:
+        torch.save(logits, directory / "logits.pt")
+        rasa_ext.save_adapter(model, directory / "again")
+
+
+class Branches(nn.Module):
+    """A process may use the second layer or not; nobody uses the third."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor, both: bool) -> Tensor:
+        y = self.first(x)
+        return y + self.second(x) if both else y
+
+
+def branches() -> nn.Module:
+    torch.manual_seed(0)
+    return patched(Branches(), 2, 1)
+
+
+def gradients(model: nn.Module, both: bool) -> dict[str, Tensor | None]:
+    model(torch.ones(3, 4), both).sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def unused(directory: Path) -> None:
+    """Gradients where the first process uses one layer more than the second."""
+    found = gradients(fsdp2(branches(), Case(LLAMA)), both=dist.get_rank() == 0)
+    assert_alike(grad for grad in found.values() if grad is not None)
+    torch.save(found, directory / f"unused{dist.get_rank()}.pt")
+
+
+def assert_alike(tensors: Iterable[Tensor]) -> None:
+    """The same bits on every process."""
+    for tensor in tensors:
+        first = tensor.detach().clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, tensor.detach())
 
 
 def main(directory: Path) -> None:
@@ -101,10 +190,13 @@ def main(directory: Path) -> None:
     torch.set_num_threads(1)
     for recipe, wrap in RECIPES.items():
         for name, case in CASES.items():
-            model, losses = train(case, wrap)
+            model, *steps = train(case, wrap)
+            assert_alike(p for p in model.parameters() if p.requires_grad)
             if dist.get_rank() == 0:
                 rasa_ext.save_adapter(model, directory / f"{recipe}-{name}")
-                torch.save(losses, directory / f"{recipe}-{name}" / "losses.pt")
+                torch.save(steps, directory / f"{recipe}-{name}" / "steps.pt")
+    loaded(directory)
+    unused(directory)
     dist.barrier()
     dist.destroy_process_group()
 

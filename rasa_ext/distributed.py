@@ -1,0 +1,267 @@
+"""Many processes: the base sharded, the adapter whole on each.
+
+An adapter is small and its pools belong to many layers, so ``shard_model`` replicates all that is
+trained and lets ``fully_shard`` (FSDP2) have the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from rasa_ext.modules import AdaptedLinear
+from rasa_ext.record import is_patched, record_of, unwrap
+from rasa_ext.sharding import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+__all__ = ["no_sync", "shard_model"]
+
+
+def shard_model(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    blocks: Sequence[nn.Module] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Shard a patched model's base over the processes of a mesh, and keep its adapter whole.
+
+    Frozen parameters are sharded by ``fully_shard``, block by block, and gathered while their block
+    runs. What is trained (A, B, d, pools, ``modules_to_save``) stays on every process: it is moved
+    to the mesh's device, made equal to the first process's, and at the end of every backward its
+    gradients are averaged over the mesh. So clipping, optimisers, ``save_adapter`` and
+    ``load_adapter`` work as in a single process. Every process must have built the same base.
+
+    Args:
+        model: what ``patch_model`` patched, or a PEFT model with RaSA adapters, not wrapped. It may
+            lie on the CPU: parts are moved to the mesh's device as they are sharded.
+        mesh: from ``torch.distributed.init_device_mesh``; with two dimensions, the base is
+            replicated over the first and sharded over the second.
+        blocks: the modules that are gathered as one each; unless given, the outermost items of the
+            model's ``ModuleList`` and ``Sequential`` that hold an adapted layer. All else is
+            gathered with the model itself.
+        options: for ``fully_shard``: ``reshard_after_forward``, ``mp_policy``, ``offload_policy``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the model is not patched, is wrapped, sharded or
+            merged already, or its adapter is on the meta device. The model is then unchanged.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not isinstance(mesh, DeviceMesh):
+        raise TypeError(
+            f"mesh: expected a DeviceMesh, got {type(mesh).__name__}; make one with "
+            "torch.distributed.init_device_mesh."
+        )
+    _check(model)
+    chosen = blocks_of(model) if blocks is None else _ordered(model, blocks)
+    replicated = _replicated(model)
+    _place(replicated, mesh)
+    for module in (*chosen, model):
+        fully_shard(module, mesh=mesh, ignored_params=set(replicated), **options)
+    averaging = _Averaging(replicated, mesh)
+    hooks = averaging.attach(model)
+    if is_patched(model):
+        record_of(model).hooks.extend(hooks)
+    _AVERAGING[model] = averaging
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.repack()
+    return model
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Backwards in this context leave the adapter's gradients as they are on each process.
+
+    For gradient accumulation: the first backward after it averages what has accumulated, so only
+    the last backward before an optimiser's step need communicate. Without it the result is the
+    same: averages are averaged again.
+    """
+    averaging = _AVERAGING.get(model)
+    if averaging is None:
+        raise ValueError(
+            "model: expected what rasa_ext.distributed.shard_model returned, got "
+            f"{type(model).__name__}; for DistributedDataParallel, use its own no_sync()."
+        )
+    before, averaging.wanted = averaging.wanted, False
+    try:
+        yield
+    finally:
+        averaging.wanted = before
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The outermost items of lists and sequences of modules that hold an adapted layer."""
+    found: dict[nn.Module, None] = {}
+    lists = (nn.ModuleList, nn.ModuleDict)  # which are not run as a whole
+    waiting = [model]
+    while waiting:
+        parent = waiting.pop(0)
+        for child in parent.children():
+            item = isinstance(parent, (nn.ModuleList, nn.Sequential))
+            if item and not isinstance(child, lists) and _adapted(child):
+                found[child] = None
+            else:
+                waiting.append(child)
+    return list(found)
+
+
+def _adapted(module: nn.Module) -> bool:
+    return any(isinstance(each, AdaptedLinear) for each in module.modules())
+
+
+def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The given blocks, inner ones first, as ``fully_shard`` wants them."""
+    inner_first = dict.fromkeys(reversed(list(model.modules())))
+    for block in blocks:
+        if block is model or block not in inner_first:
+            raise ValueError(
+                "blocks: expected modules inside the model, got "
+                f"{type(block).__name__}, which is not; the model itself need not be named."
+            )
+    return [module for module in inner_first if module in set(blocks)]
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module) or not _adapted(model):
+        record_of(model)  # raises
+    if unwrap(model) is not model:
+        raise ValueError(
+            f"model: expected the patched model itself, got {type(model).__name__} around it; "
+            "shard first, then compile; DistributedDataParallel is not needed."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear) and module.merged:
+            raise RuntimeError(
+                f"model: the adapter of {name!r} is merged into a weight that would be sharded; "
+                "call rasa_ext.unmerge(model) first."
+            )
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter):
+            raise ValueError(
+                f"model: expected a model that is not sharded, but {name!r} is a DTensor; call "
+                "shard_model once, on the patched model, in place of fully_shard."
+            )
+    for parameter in _replicated(model):
+        if parameter.is_meta:
+            raise ValueError(
+                "model: expected an adapter with values, got one on the meta device; patch a base "
+                "with values, or initialise the adapter after model.to_empty(device=...)."
+            )
+
+
+def _replicated(model: nn.Module) -> list[nn.Parameter]:
+    """Every parameter that is trained, or an adapter's, or a saved module's; each once."""
+    found = [p for p in model.parameters() if p.requires_grad]
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            base = set(module.base_layer.parameters())
+            found += [p for p in module.parameters() if p not in base]
+    if is_patched(model):
+        for name in record_of(model).plan.saved:
+            found += model.get_submodule(name).parameters()
+    return list(dict.fromkeys(found))
+
+
+@torch.no_grad()
+def _place(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
+    """Move parameters to the mesh's device, with the values of its first process."""
+    device = torch.device(mesh.device_type)
+    if device.type != "cpu":
+        device = torch.device(device.type, torch.get_device_module(device).current_device())
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device)
+        for dim in range(mesh.ndim):
+            group = mesh.get_group(dim)
+            dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group)
+
+
+class _Averaging:
+    """Averages gradients over a mesh, once at the end of each backward.
+
+    All that has accumulated is averaged, not the last backward's contribution: what earlier
+    backwards left is either equal everywhere, and stays what it is, or was not averaged yet.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
+        self.parameters = parameters
+        self.mesh = mesh
+        self.wanted = True
+        self._queued = False
+
+    def attach(self, model: nn.Module) -> list[Any]:
+        """Hooks by which a backward through ``model``, or a part of it, calls ``average``."""
+        return [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._watch),
+            *(
+                p.register_post_accumulate_grad_hook(self._queue)
+                for p in self.parameters
+                if p.requires_grad
+            ),
+        ]
+
+    def _begin(self, *_: Any) -> None:
+        """No backward is on its way; one that was broken off has left its mark."""
+        self._queued = False
+
+    def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Gradients of the outputs arrive first, and in the outermost backward.
+
+        A parameter's own hook would do, but for re-entrant checkpoints: each runs a backward
+        within the backward, and at the end of each would be an average.
+        """
+        if torch.is_grad_enabled():
+            for tensor in tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(self._queue)
+
+    def _queue(self, _: Tensor) -> None:
+        if self.wanted and not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.average)
+
+    @torch.no_grad()
+    def average(self) -> None:
+        """Replace every gradient by its mean over the mesh, in one all-reduce.
+
+        A gradient that only other processes have counts as zero here, and is made.
+        """
+        self._queued = False
+        trained = [p for p in self.parameters if p.requires_grad]
+        if not trained:
+            return
+        here = [p.grad is not None for p in trained]
+        dtypes = {p.dtype for p in trained}
+        wide = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        device = trained[0].device
+        parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
+        flags = torch.tensor(here, dtype=wide, device=device)
+        flat = torch.cat([*(part.reshape(-1).to(wide) for part in parts), flags])
+        for dim in range(self.mesh.ndim):
+            dist.all_reduce(flat, group=self.mesh.get_group(dim))
+        flat /= self.mesh.size()
+        *means, counts = flat.split([*(p.numel() for p in trained), len(here)])
+        # Reading the counts waits for the device, so only where one of them is in question.
+        somewhere = here if all(here) else counts.gt(0).tolist()
+        for parameter, part, mean, found in zip(trained, parts, means, somewhere, strict=True):
+            if found:
+                parameter.grad = part.copy_(mean.view(part.shape))
+
+
+_AVERAGING: weakref.WeakKeyDictionary[nn.Module, _Averaging] = weakref.WeakKeyDictionary()

@@ -1,0 +1,81 @@
+"""Adapters and bases that something has cut into pieces: seen here, so that they can be refused.
+
+Layers share their pool, so a process needs all of it whichever layer runs. ``fully_shard`` and
+``FullyShardedDataParallel`` over an adapter, and ZeRO-3, gather a parameter only while the module
+that owns it runs; ``rasa_ext.distributed.shard_model`` shards the base alone.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+CURE = (
+    "shard with rasa_ext.distributed.shard_model(model, mesh), which leaves the adapter whole on "
+    "every process, in place of fully_shard or FullyShardedDataParallel over it, or of ZeRO-3"
+)
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, asked without importing that class."""
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+
+
+def is_whole(matrix: Tensor) -> bool:
+    """Whether a matrix is all here: a DTensor is not, nor what FSDP1 and ZeRO-3 leave (1-D)."""
+    return matrix.dim() == 2 and not is_dtensor(matrix)
+
+
+def is_emptied(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 has taken a parameter's elements away for the time being."""
+    return hasattr(parameter, "ds_id") and parameter.numel() == 0
+
+
+def what_is_here(tensor: Tensor) -> str:
+    """Words for the piece of a tensor that this process has."""
+    if is_dtensor(tensor):
+        return f"a DTensor, placed as {tuple(map(str, tensor.placements))}"
+    if tensor.numel() == 0:
+        return "without any element here, as ZeRO-3 leaves it"
+    return f"of shape {tuple(tensor.shape)} here"
+
+
+def refuse_pieces(A: Tensor, A_pool: Tensor | None) -> None:
+    """RuntimeError where an adapter's matrices are, in a forward, not all here."""
+    for name, matrix in (("A", A), ("pool", A_pool)):
+        if matrix is not None and not is_whole(matrix):
+            raise RuntimeError(
+                f"expected an adapter that is whole on every process, but its {name} is "
+                f"{what_is_here(matrix)}; {CURE}."
+            )
+
+
+def sharded_modules(model: nn.Module) -> set[int]:
+    """Ids of the modules of which ``fully_shard`` shards a parameter, gathered now or not.
+
+    A gathered parameter looks like any other, and holds what it was before the optimiser's step.
+    """
+    found: set[int] = set()
+    for module in model.modules():
+        if not hasattr(module, "_get_fsdp_state"):
+            continue
+        state = module._get_fsdp_state()
+        groups = getattr(state, "_fsdp_param_groups", None)
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            for parameter in group.fsdp_params if group else ():
+                info = parameter._module_info
+                found.update(map(id, (info.module, *info.shared_modules)))
+    return found
+
+
+def refuse_sharded_base(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """ValueError where base layers have weights that a merge could not change for good."""
+    sharded = sharded_modules(model)
+    for name, base in layers.items():
+        weight = base.weight
+        if id(base) in sharded or is_dtensor(weight) or weight.dim() < 2 or is_emptied(weight):
+            raise ValueError(
+                f"model: expected whole base weights to merge into, but the one of {name!r} is "
+                "sharded; save the adapter, load it into a model that is not sharded, and merge "
+                "there."
+            )

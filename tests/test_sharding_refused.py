@@ -1,0 +1,180 @@
+"""What would break an adapter, or lose what a call did, is refused with a word on what to do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from common import patched, refused
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from zoo import LLAMA, SEQUENTIAL
+
+import rasa_ext
+from rasa_ext.distributed import no_sync, shard_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def call(model: nn.Module) -> torch.Tensor:
+    return LLAMA.call(model, **LLAMA.inputs(0))
+
+
+def test_a_mesh_that_is_none(mesh):
+    model = patched(LLAMA.build())
+    refused(lambda: shard_model(model, 2), model, "mesh: expected a DeviceMesh, got int")
+
+
+def test_models_that_are_not_patched(mesh):
+    model = SEQUENTIAL.build()
+    refused(lambda: shard_model(model, mesh), model, "model: expected", "patch_model", "Sequential")
+    with pytest.raises(TypeError, match="model: expected"):
+        shard_model(3, mesh)
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, torch.compile])
+def test_models_that_are_wrapped(wrap, mesh):
+    model = wrap(patched(LLAMA.build()))
+    kind = type(model).__name__
+    refused(lambda: shard_model(model, mesh), model, f"model: expected.*itself, got {kind}")
+
+
+def test_a_merged_model(mesh):
+    model = patched(LLAMA.build())
+    rasa_ext.merge(model)
+    call = lambda: shard_model(model, mesh)  # noqa: E731
+    refused(call, model, r"merged", r"rasa_ext\.unmerge", kind=RuntimeError)
+
+
+def test_an_adapter_without_values(mesh):
+    with torch.device("meta"):
+        model = rasa_ext.patch_model(LLAMA.make(), 4, 1)
+    with pytest.raises(ValueError, match=r"model: expected an adapter with values.*to_empty"):
+        shard_model(model, mesh)
+
+
+def test_blocks_from_elsewhere(mesh):
+    model = patched(LLAMA.build())
+    for block in (nn.Linear(2, 2), model):
+        call = lambda block=block: shard_model(model, mesh, blocks=[block])  # noqa: E731
+        refused(call, model, f"blocks: expected.*inside.*got {type(block).__name__}")
+
+
+def test_sharding_twice(mesh):
+    model = shard_model(patched(SEQUENTIAL.build()), mesh)
+    with pytest.raises(ValueError, match=r"model: expected.*not sharded, but '0\.base_layer\.wei"):
+        shard_model(model, mesh)
+
+
+def test_no_sync_of_another_model():
+    model = patched(LLAMA.build())
+    refused(lambda: no_sync(model).__enter__(), model, "model: expected.*shard_model.*got Llama")
+
+
+def test_patching_a_sharded_base(mesh):
+    model = fully_shard(SEQUENTIAL.build(), mesh=mesh)
+    with pytest.raises(ValueError, match=r"target_modules: '0'.*sharded.*shard_model"):
+        rasa_ext.patch_model(model)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("merge", [rasa_ext.merge, rasa_ext.merge_and_unload])
+def test_merging_into_a_sharded_base(merge, gathered, mesh):
+    """Also where its weights are gathered: what is written to those is lost."""
+    model = shard_model(patched(LLAMA.build()), mesh, reshard_after_forward=False)
+    with torch.no_grad():
+        if gathered:
+            before = call(model)
+    with pytest.raises(ValueError, match=r"model: expected whole base.*q_proj.*save the adapter"):
+        merge(model)
+    with torch.no_grad():
+        after = call(model)
+    if gathered:
+        torch.testing.assert_close(before, after)
+
+
+def by_block(model: nn.Module, wrap) -> nn.Module:
+    for position, layer in enumerate(model.model.layers):
+        model.model.layers[position] = wrap(layer)
+    return wrap(model)
+
+
+def test_fully_shard_over_the_adapter(mesh, tmp_path):
+    model = by_block(patched(LLAMA.build()), lambda module: fully_shard(module, mesh=mesh))
+    said = r"pool is a DTensor, placed as.*shard_model"
+    with pytest.raises(RuntimeError, match=f"expected an adapter that is whole.*{said}"):
+        call(model)
+    for write in (rasa_ext.save_adapter, rasa_ext.load_adapter):
+        model = by_block(patched(LLAMA.build()), lambda module: fully_shard(module, mesh=mesh))
+        rasa_ext.save_adapter(patched(LLAMA.build()), tmp_path / "there")
+        with pytest.raises(ValueError, match=r"model: expected an adapter of whole.*a DTensor"):
+            write(model, tmp_path / "there")
+
+
+@pytest.mark.parametrize("saved", [(), ("lm_head",)])
+def test_fully_shard_over_everything_at_once(saved, mesh, tmp_path):
+    """The forward works. What it leaves gathered is not what an optimiser's step changes."""
+    model = patched(LLAMA.build(), modules_to_save=saved)
+    mine = {p for p in model.parameters() if p.requires_grad}
+    mine -= set(model.lm_head.parameters())
+    fully_shard(model, mesh=mesh, ignored_params=mine if saved else set())
+    torch.testing.assert_close(call(model), call(patched(LLAMA.build())))
+    name = "lm_head" if saved else "q_proj"
+    with pytest.raises(ValueError, match=f"model: expected .*{name}.*shard_model"):
+        rasa_ext.save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrappers_around_parts(tmp_path):
+    """As FullyShardedDataParallel is by block, which needs an accelerator."""
+    model = patched(LLAMA.build())
+    model.model.layers[0] = nn.Sequential(model.model.layers[0])
+    with pytest.raises(ValueError, match=r"model: expected the adapted layer.*shard_model"):
+        rasa_ext.save_adapter(model, tmp_path / "adapter")
+
+
+def emptied(model: nn.Module, *names: str) -> nn.Module:
+    """Parameters as ZeRO-3 leaves them between uses."""
+    for number, name in enumerate(names):
+        parameter = model.get_parameter(name)
+        parameter.data, parameter.ds_id = torch.empty(0), number
+    return model
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.pool.B", "mlp.up_proj.A", "mlp.up_proj.d"])
+def test_zero_3_on_saving(name, tmp_path):
+    model = emptied(patched(LLAMA.build()), f"model.layers.0.{name}")
+    key = name.rpartition(".")[2]
+    with pytest.raises(ValueError, match=f"model: expected.*{key} is without any.*ZeRO-3.*shard"):
+        rasa_ext.save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_3_over_a_trained_module(tmp_path):
+    model = emptied(patched(LLAMA.build(), modules_to_save=["lm_head"]), "lm_head.weight")
+    with pytest.raises(ValueError, match=r"model: expected trained modules.*'lm_head'"):
+        rasa_ext.save_adapter(model, tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_3_in_a_forward_and_a_merge():
+    pool = "model.layers.0.self_attn.q_proj.pool.A"
+    with pytest.raises(RuntimeError, match="its pool is without any element"):
+        call(emptied(patched(LLAMA.build()), pool))
+    weight = "model.layers.1.mlp.up_proj.base_layer.weight"
+    with pytest.raises(ValueError, match=r"whole base weights.*layers\.1\.mlp\.up_proj"):
+        rasa_ext.merge(emptied(patched(LLAMA.build()), weight))
+
+
+def test_an_adapter_without_own_ranks_is_whole(tmp_path):
+    """Matrices without elements that are meant to have none."""
+    model = patched(LLAMA.build(), 2, 2)
+    rasa_ext.save_adapter(model, tmp_path)
+    assert rasa_ext.load_adapter(LLAMA.build(), tmp_path)
