@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,29 +112,31 @@ class AdaptedLinear(nn.Module):
         if self.merged_base is not None or self.disabled:
             self._refuse_training_merged()
             return self.base_layer(x, *args, **kwargs)
-        adapter = self.adapter()
-        with_grad = torch.is_grad_enabled() and (x.requires_grad or any_requires_grad(adapter))
+        tensors = self.tensors()
+        with_grad = torch.is_grad_enabled() and (x.requires_grad or any_requires_grad(tensors))
         if with_grad:
             self._forget_pack()
         dtype = _compute_dtype(x)
-        part = None if args or kwargs else self.part(dtype, adapter)
-        if part is None:
-            return self._over_base(x, adapter, with_grad, args, kwargs)
+        base = self._modules["base_layer"]
+        if args or kwargs or not is_plain_gemm(base, dtype):
+            return self._over_base(x, tensors, with_grad, args, kwargs)
         drop_p = self.dropout_now()
         if drop_p == 0 and self.siblings is not None and siblings.wanted(x):
+            part = self.part(dtype, beside_each_other(*tensors))
             y = self.siblings.output(self, part, x, dtype, with_grad)
             if y is not None:
                 return y
-        weight, bias, _ = part
+        weight, bias = base._parameters["weight"], base._parameters["bias"]
         if self.transposed:
             weight = weight.t()
         if x.dtype != dtype:
             x = x.to(dtype)
-        multiple = ops.rank_multiple(x.device.type, dtype, adapter[-1].shape[0])
+        multiple = ops.rank_multiple(x.device.type, dtype, tensors[-1].shape[0])
         drop = functional.dropout(x, drop_p)
         if with_grad:
+            adapter = beside_each_other(*tensors)
             return functional.rasa_linear(x, weight, bias, *adapter, multiple, *drop)
-        packed = self._packed(adapter, dtype, multiple)
+        packed = self._packed(tensors, dtype, multiple)
         y, _ = ops.low_rank_linear(functional.rows(x), weight, bias, *packed, None, *drop)
         return functional.shaped_like(y, x)
 
@@ -155,16 +158,16 @@ class AdaptedLinear(nn.Module):
         return siblings.Part(weight, bias, self.adapter() if adapter is None else adapter)
 
     def _over_base(
-        self, x: Tensor, adapter: tuple, with_grad: bool, args: tuple, kwargs: dict
+        self, x: Tensor, tensors: tuple, with_grad: bool, args: tuple, kwargs: dict
     ) -> Tensor:
         """The adapter added to whatever the base layer makes of x."""
         y = self.base_layer(x, *args, **kwargs)
         x = x.to(y.dtype)
-        multiple = ops.rank_multiple(x.device.type, x.dtype, adapter[-1].shape[0])
+        multiple = ops.rank_multiple(x.device.type, x.dtype, tensors[-1].shape[0])
         drop = functional.dropout(x, self.dropout_now())
         if with_grad or y.requires_grad:
-            return functional.rasa_add(y, x, *adapter, multiple, *drop)
-        packed = self._packed(adapter, y.dtype, multiple)
+            return functional.rasa_add(y, x, *beside_each_other(*tensors), multiple, *drop)
+        packed = self._packed(tensors, y.dtype, multiple)
         out, _ = ops.low_rank_add(functional.rows(y), functional.rows(x), *packed, None, *drop)
         return functional.shaped_like(out, y)
 
@@ -206,11 +209,19 @@ class AdaptedLinear(nn.Module):
     def _pack(self, dtype: torch.dtype, multiple: int) -> tuple[Tensor, Tensor]:
         return ops.pack(*self.adapter(), dtype, multiple)
 
-    def _packed(self, adapter: tuple, dtype: torch.dtype, multiple: int) -> tuple[Tensor, Tensor]:
-        """Ap, Bt without grad: from the cache while no parameter has changed."""
-        tensors = [t for t in adapter if t is not None]
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in tensors):
-            return ops.pack(*adapter, dtype, multiple)
+    def _packed(self, tensors: tuple, dtype: torch.dtype, multiple: int) -> Sequence[Tensor]:
+        """Ap, Bt without grad: from the cache while no parameter has changed.
+
+        ``tensors`` is ``tensors()``, wherever they lie: bringing them together, and looking whether
+        they are all here, waits until they are packed.
+        """
+        if torch.compiler.is_compiling():
+            return ops.pack(*beside_each_other(*tensors), dtype, multiple)
+        found = self._cache.find(tensors, dtype, multiple)
+        if found is not None:
+            return found
+        if any(t is not None and t.is_inference() for t in tensors):
+            return self._pack(dtype, multiple)
         return self._cache.get(tensors, dtype, multiple, self._pack)
 
 
@@ -272,7 +283,7 @@ class RasaLinear(AdaptedLinear):
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
         """``(A, A_pool, B, B_pool, d)``, wherever they lie."""
-        pool = self.pool
+        pool = self._modules.get("pool") or self.__dict__.get("pool")  # as parameter_of
         A, B, d = parameter_of(self, "A"), parameter_of(self, "B"), parameter_of(self, "d")
         if pool is None:
             return A, None, B, None, d
