@@ -1,6 +1,7 @@
 """Folding adapters into the base weights, and taking them out again: W += dW = Bt Ap.
 
-Layers that are alike go through the operators over whole groups together, a chunk at a time.
+Layers that are alike go through the operators over whole groups together, a chunk at a time. Those
+over a quantized base go one by one, and become dense: ``densify``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
+from rasa_ext.densify import Densified, dense_dtype, model_dtype, put_dense, take_back, tell
 from rasa_ext.modules import RasaLinear
 from rasa_ext.patch import remove_layers
+from rasa_ext.quantized import forget_quantizer, format_of
 from rasa_ext.record import rasa_layers, record_of, unwrap
 from rasa_ext.sharding import refuse_sharded_base
 
@@ -21,6 +24,8 @@ from rasa_ext.sharding import refuse_sharded_base
 # million numbers in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
 # little beside a model whose layers are worth taking together. A larger layer goes alone.
 CHUNK_BYTES = 64 << 20
+
+Chunk = list[tuple[str, RasaLinear]]
 
 
 def delta_weight(layer: RasaLinear) -> Tensor:
@@ -42,22 +47,29 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, delta) for (name, _), delta in zip(chunk, deltas, strict=True))
 
 
-def merge(model: nn.Module) -> float:
+def merge(model: nn.Module, dtype: torch.dtype | None = None) -> float:
     """Fold every adapter into its base weight, so that the model runs at its base's speed.
 
     The sum is taken in float32 (float64 for float64 weights) and rounded once. The weights as they
     were are kept beside the merged ones, so that ``unmerge`` restores them exactly; use
-    ``merge_and_unload`` where that memory matters.
+    ``merge_and_unload`` where that memory matters. A quantized layer becomes a dense one, with a
+    warning that tells by how much its output is off.
+
+    Args:
+        model: a patched model.
+        dtype: that of the dense weights which quantized ones become; unless given, that of the
+            model's first float parameter, which is usually the embedding.
 
     Returns:
         max |dW| over all layers. Merging a merged model changes nothing and returns the same.
 
     Raises:
+        TypeError, ValueError: ``dtype`` is no float dtype, or no adapted layer is quantized.
         ValueError: a merged weight would not be finite, or a weight is shared with another module
             or sharded over processes. No layer is then merged.
-        RuntimeError: a CUDA graph is being captured.
+        RuntimeError: a CUDA graph is being captured, or a quantized weight cannot be read.
     """
-    return _merge(model, keep_base=True)
+    return _merge(model, dtype, keep_base=True)
 
 
 def unmerge(model: nn.Module) -> None:
@@ -70,22 +82,24 @@ def unmerge(model: nn.Module) -> None:
         _refuse_capture()
     with torch.no_grad():
         for _, layer in rasa_layers(model):
-            if layer.merged_base is not None:
+            if isinstance(layer.merged_base, nn.Module):
+                take_back(layer)
+            elif layer.merged_base is not None:
                 layer.base_layer.weight.copy_(layer.merged_base)
                 layer.merged_base = None
     record.merged = None
 
 
-def merge_and_unload(model: nn.Module) -> nn.Module:
+def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold every adapter into its base weight and take the adapters off: a plain model.
 
-    Needs no second copy of the weights. Raises as ``merge`` does, and the model is then unchanged.
-    Returns the model.
+    Needs no second copy of the weights, save that quantized ones are let go at the end. ``dtype``
+    and what is raised: as for ``merge``; after an error the model is unchanged. Returns the model.
     """
-    _merge(model, keep_base=False)
+    _merge(model, dtype, keep_base=False)
     for _, layer in rasa_layers(model):
         layer.merged_base = None
-    return remove_layers(model)
+    return forget_quantizer(remove_layers(model))
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -103,7 +117,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Merged weights are unmerged for its duration.
     """
-    merged = record_of(model).merged is not None
+    record = record_of(model)
+    merged, dtype = record.merged is not None, record.dense_dtype
     layers = [layer for _, layer in rasa_layers(model)]
     before = [layer.disabled for layer in layers]
     unmerge(model)
@@ -115,25 +130,32 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         for layer, value in zip(layers, before, strict=True):
             layer.disabled = value
         if merged:
-            merge(model)
+            _merge(model, dtype, keep_base=True, quiet=True)
 
 
-def _merge(model: nn.Module, keep_base: bool) -> float:
+def _merge(
+    model: nn.Module, dtype: torch.dtype | None, keep_base: bool, quiet: bool = False
+) -> float:
     record = record_of(model)
     if record.merged is not None:
         return record.merged
     _refuse_capture()
-    layers = rasa_layers(model)
-    refuse_sharded_base(model, {name: layer.base_layer for name, layer in layers})
+    every = rasa_layers(model)
+    refuse_sharded_base(model, {name: layer.base_layer for name, layer in every})
+    quantized = [(name, each) for name, each in every if format_of(each.base_layer) is not None]
+    _check_dtype(dtype, quantized)
+    layers = [(name, each) for name, each in every if format_of(each.base_layer) is None]
     _refuse_shared(model, layers)
     chunks = list(_chunks(layers))
+    changes: list[Densified] = []
     with torch.no_grad():
         if not keep_base:
             # Nothing could be undone: look at the results in copies before the first is written.
             for chunk in chunks:
                 _merge_chunk(chunk, [_weight(layer).clone() for _, layer in chunk])
         try:
-            largest = 0.0
+            wanted = dtype or model_dtype(unwrap(model))
+            largest = _merge_quantized(quantized, wanted, changes)
             for chunk in chunks:
                 for _, layer in chunk:
                     if keep_base:
@@ -143,11 +165,32 @@ def _merge(model: nn.Module, keep_base: bool) -> float:
         except BaseException:  # not finite, out of memory, or an interrupt: all layers or none
             unmerge(model)
             raise
-    record.merged = largest
+    record.merged, record.dense_dtype = largest, dtype
+    if not quiet:
+        tell(changes, stacklevel=3)
     return largest
 
 
-Chunk = list[tuple[str, RasaLinear]]
+def _merge_quantized(layers: Chunk, dtype: torch.dtype | None, changes: list[Densified]) -> float:
+    """Make each dense with its adapter in it, in ``dtype`` or what it was; max |dW|."""
+    largest = 0.0
+    for name, layer in layers:
+        delta = _deltas([layer], torch.float32)[0]
+        largest = max(largest, delta.abs().max().item())
+        changes.append(put_dense(layer, name, delta, dense_dtype(layer.base_layer, dtype)))
+    return largest
+
+
+def _check_dtype(dtype: torch.dtype | None, quantized: Chunk) -> None:
+    if dtype is None:
+        return
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}.")
+    if not quantized:
+        raise ValueError(
+            f"dtype: {dtype} is for layers that are quantized, and no adapted layer is; "
+            "model.to(dtype) converts the others."
+        )
 
 
 def _chunks(layers: Chunk, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
@@ -223,9 +266,12 @@ def _refuse_capture() -> None:
 def _refuse_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> None:
     """A weight that stands elsewhere too cannot take one layer's change."""
     root = unwrap(model)
+    # Those of torchao have no storage of their own, and thus all the same address.
+    wrappers = {id(m.weight) for m in root.modules() if format_of(m) is not None}
     users: dict[int, list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
-        users.setdefault(parameter.data_ptr(), []).append(name)
+        if id(parameter) not in wrappers:
+            users.setdefault(parameter.data_ptr(), []).append(name)
     for name, layer in layers:
         # A module registered under several names is one layer; only other modules count.
         others = [

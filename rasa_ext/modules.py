@@ -84,7 +84,8 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
         self.disabled = False
-        self.merged_base: Tensor | None = None
+        # While merged: the weight as it was, or the quantized layer whose place a dense one took.
+        self.merged_base: Tensor | nn.Module | None = None
         self.siblings: siblings.Siblings | None = None
         self._cache = PackCache()
 
@@ -111,7 +112,7 @@ class AdaptedLinear(nn.Module):
         """x (..., in) to (..., out), in the dtype that the base layer would give."""
         if self.merged_base is not None or self.disabled:
             self._refuse_training_merged()
-            return self.base_layer(x, *args, **kwargs)
+            return self._base_alone(x, args, kwargs)
         tensors = self.tensors()
         with_grad = torch.is_grad_enabled() and (x.requires_grad or any_requires_grad(tensors))
         if with_grad:
@@ -170,6 +171,13 @@ class AdaptedLinear(nn.Module):
         packed = self._packed(tensors, y.dtype, multiple)
         out, _ = ops.low_rank_add(functional.rows(y), functional.rows(x), *packed, None, *drop)
         return functional.shaped_like(out, y)
+
+    def _base_alone(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """What the base makes of x, in the dtype in which it did so before it became dense."""
+        dtype = self.base_layer.weight.dtype
+        if not isinstance(self.merged_base, nn.Module) or _compute_dtype(x) in (dtype, None):
+            return self.base_layer(x, *args, **kwargs)
+        return self.base_layer(x.to(dtype), *args, **kwargs).to(x.dtype)
 
     def _refuse_training_merged(self) -> None:
         if self.merged_base is not None and self.training and torch.is_grad_enabled():

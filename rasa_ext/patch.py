@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rasa_ext.config import ALL_LINEAR, RasaConfig
 from rasa_ext.modules import AdaptedLinear, RasaLinear, RasaPool
+from rasa_ext.quantized import keep_trainable
 from rasa_ext.record import Record, rasa_layers, record_of, set_record, unwrap
 from rasa_ext.siblings import Siblings
 from rasa_ext.targets import Plan, make_plan, places
@@ -106,7 +107,7 @@ def apply_plan(model: nn.Module, config: RasaConfig, plan: Plan) -> None:
         config=config,
         plan=plan,
         trainable_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
-        attributes_before=skip_fast_paths(model, wrapped),
+        attributes_before=skip_fast_paths(model, wrapped) + keep_trainable(model, mark=True),
         hooks=_let_gradients_into_checkpoints(model),
     )
     model.requires_grad_(False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from torch import nn
 
 from rasa_ext.config import RasaConfig
@@ -26,6 +27,8 @@ class Record:
     hooks: list[Any]
     merged: float | None = None
     """The largest change of any weight while merged, None while not."""
+    dense_dtype: torch.dtype | None = None
+    """What the last merge was asked to make of quantized weights."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:

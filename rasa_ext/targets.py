@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rasa_ext.config import ALL_LINEAR, RasaConfig
 from rasa_ext.modules import is_conv1d, linear_shape
+from rasa_ext.quantized import format_of, refuse_packed
 from rasa_ext.sharding import is_dtensor
 
 HEADS = frozenset({"lm_head", "score", "classifier"})
@@ -55,6 +56,7 @@ def make_plan(
             "model: expected a module that holds linear layers, got a linear layer itself, which "
             "cannot be replaced in place; wrap it, for example in torch.nn.Sequential."
         )
+    refuse_packed(model)
     saved = _modules_to_save(model, config.modules_to_save)
     hindered = obstacles(model, linears)
     heads = _heads(model, linears)
@@ -110,7 +112,10 @@ def settled(model: nn.Module, config: RasaConfig) -> RasaConfig:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D."""
+    """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D.
+
+    Those of bitsandbytes are nn.Linear too, and torchao's only have another weight.
+    """
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
@@ -195,7 +200,9 @@ def _check_weight(name: str, module: nn.Module) -> None:
         raise ValueError(
             f"target_modules: {name!r} has no weight yet (a lazy layer); run one forward first."
         )
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if (form := format_of(module)) is not None:
+        form.check(name, module)
+    elif not isinstance(weight, Tensor) or not weight.is_floating_point():
         found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(
             f"target_modules: {name!r} has a weight of {found}, expected a floating-point weight; "

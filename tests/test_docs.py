@@ -68,7 +68,9 @@ def without_variables(words: list[str]) -> list[str]:
 @pytest.fixture
 def offline(tmp_path, monkeypatch) -> Path:
     """A folder to run a page in: hub names stand for a tiny model; files that pages read exist."""
-    tiny = tiny_lm.save_base(tmp_path / "tiny")
+    # Widths of whole blocks of 64, which quantized bases want.
+    widths = {"hidden_size": 64, "intermediate_size": 128}
+    tiny = tiny_lm.save_base(tmp_path / "tiny", **widths)
     for kind in (AutoModelForCausalLM, AutoTokenizer):
         real = kind.from_pretrained
 
@@ -76,7 +78,7 @@ def offline(tmp_path, monkeypatch) -> Path:
             return real(name if Path(name).is_dir() else tiny, *args, **options)
 
         monkeypatch.setattr(kind, "from_pretrained", staticmethod(load))
-    found = plain.leaves(adapters(patched(tiny_lm.make_model(), 8, 1)))
+    found = plain.leaves(adapters(patched(tiny_lm.make_model(**widths), 8, 1)))
     targets = sorted({name.rpartition(".")[2] for name in found})
     oracle.write_official(
         tmp_path / "checkpoint",

@@ -37,8 +37,8 @@ def make_model(seed: int = 0, **options: Any) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=options.pop("hidden_size", 32),
+        intermediate_size=options.pop("intermediate_size", 48),
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

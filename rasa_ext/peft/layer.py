@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rasa_ext import functional, ops
 from rasa_ext.config import RasaConfig
+from rasa_ext.densify import Densified, dense_dtype, put_dense, take_back
 from rasa_ext.modules import (
     AdaptedLinear,
     beside_each_other,
@@ -19,6 +20,7 @@ from rasa_ext.modules import (
     parameter_of,
 )
 from rasa_ext.peft.mixed import Rows
+from rasa_ext.quantized import format_of
 from rasa_ext.siblings import Part
 
 
@@ -35,8 +37,12 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     adapter_layer_names = ("rasa_A", "rasa_B", "rasa_d", "rasa_pool_A", "rasa_pool_B")
     other_param_names = ("configs", "pool_owners")
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, backend: Any = None) -> None:
+        """Over ``base_layer``; ``backend`` is PEFT's for it, where it is quantized."""
         super().__init__(base_layer)
+        self._backend = backend
+        self.dense_dtype: torch.dtype | None = None  # of a dense base in a quantized one's place
+        self.densified: Densified | None = None
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ParameterDict())
         self.configs: dict[str, RasaConfig] = {}
@@ -80,6 +86,11 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def out_features(self) -> int:
         """Width of the output."""
         return linear_shape(self.base_layer)[0]
+
+    @property
+    def quantization_backend(self) -> Any:
+        """PEFT's way to a quantized base's weight; None over a dense base, as while merged."""
+        return None if isinstance(self.merged_base, nn.Module) else self._backend
 
     @property
     def dropout(self) -> float:
@@ -163,37 +174,61 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     ) -> Tensor:
         """The base weight with its merged adapters and the named ones: one sum, rounded once.
 
-        Raises ValueError, with ``safe_merge``, where it is not finite.
+        A quantized one is dense then, in ``dense_dtype``. Raises ValueError, with ``safe_merge``,
+        where it is not finite.
         """
-        base = self.get_base_layer().weight if self.merged_base is None else self.merged_base
         names = self.active_adapters if adapter_names is None else adapter_names
+        form = format_of(self._unmerged())
+        base = self._unmerged_weight() if form is None else form.dequantized(self._unmerged())
+        dtype = base.dtype if form is None else dense_dtype(self._unmerged(), self.dense_dtype)
         merged = base.to(ops.accumulation_dtype(base.dtype), copy=True)
-        for name in dict.fromkeys([*self.merged_adapters, *names]):
-            if name in self.configs:
-                merged += self.get_delta_weight(name)
-        merged = merged.to(base.dtype)
+        for name in self._with_merged(names):
+            merged += self.get_delta_weight(name)
+        merged = merged.to(dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(
                 f"safe_merge: expected finite merged weights, but with {', '.join(names)} some are "
-                f"not finite in {base.dtype}; nothing was merged."
+                f"not finite in {dtype}; nothing was merged."
             )
         return merged
+
+    def _unmerged(self) -> nn.Module:
+        """The base layer, or the quantized one whose place a dense one took."""
+        kept = self.merged_base
+        return kept if isinstance(kept, nn.Module) else self.get_base_layer()
+
+    def _unmerged_weight(self) -> Tensor:
+        return self.get_base_layer().weight if self.merged_base is None else self.merged_base
+
+    def _with_merged(self, adapter_names: list[str]) -> list[str]:
+        """The merged adapters and the named ones that this layer has, each once."""
+        names = dict.fromkeys([*self.merged_adapters, *adapter_names])
+        return [name for name in names if name in self.configs]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weight, and keep the weight as it was for ``unmerge``.
 
-        Raises as ``merged_weight`` does.
+        A quantized base becomes dense; ``densified`` tells what that cost. Raises as
+        ``merged_weight`` does.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.configs]
         if not names:
             return
-        merged, weight = self.merged_weight(names, safe_merge), self.get_base_layer().weight
-        if self.merged_base is None:
-            self.merged_base = weight.detach().clone()
-        weight.copy_(merged)
+        if format_of(self._unmerged()) is not None:
+            self._merge_quantized(names)
+        else:
+            merged, weight = self.merged_weight(names, safe_merge), self.get_base_layer().weight
+            if self.merged_base is None:
+                self.merged_base = weight.detach().clone()
+            weight.copy_(merged)
         self.merged_adapters = [*self.merged_adapters, *names]
+
+    def _merge_quantized(self, names: list[str]) -> None:
+        delta = sum(self.get_delta_weight(name) for name in self._with_merged(names))
+        dtype = dense_dtype(self._unmerged(), self.dense_dtype)
+        self.densified = put_dense(self, type(self).__name__, delta, dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -201,8 +236,12 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         if self.merged_base is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight.copy_(self.merged_base)
-        self.merged_base, self.merged_adapters = None, []
+        if isinstance(self.merged_base, nn.Module):
+            take_back(self)
+        else:
+            self.get_base_layer().weight.copy_(self.merged_base)
+            self.merged_base = None
+        self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """RaSA adds dW to its base, so PEFT can turn it into a LoRA."""

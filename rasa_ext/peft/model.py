@@ -12,12 +12,15 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rasa_ext.config import ALL_LINEAR
+from rasa_ext.densify import model_dtype, tell
 from rasa_ext.export import suffixes
 from rasa_ext.modules import is_conv1d
 from rasa_ext.patch import introduce_siblings, skip_fast_paths
+from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.published import from_published, published_names_hook
+from rasa_ext.quantized import forget_quantizer, format_of, keep_trainable, refuse_packed
 from rasa_ext.targets import Group, grouped, is_linear, make_plan, obstacles, places, settled
 
 
@@ -79,7 +82,7 @@ class RasaModel(BaseTuner):
         group = self._groups[current_key]
         if not isinstance(target, RasaPeftLinear):
             found = places(self.model, {target: None})
-            target = RasaPeftLinear(target)
+            target = RasaPeftLinear(target, backend_of(target, self.model))
             for holder, key in found:  # a module may be registered twice
                 holder._modules[key] = target
         owner = self.model.get_submodule(group.names[0])
@@ -89,6 +92,7 @@ class RasaModel(BaseTuner):
 
     def _find_groups(self, peft_config: PeftConfig) -> dict[str, Group]:
         """The group of every layer that PEFT is about to adapt, by the layer's name."""
+        refuse_packed(self.model)
         linears = _linears(self.model)
         hindered = obstacles(self.model, linears)
         inside: tuple[str, ...] = ()
@@ -105,9 +109,12 @@ class RasaModel(BaseTuner):
                 )
             if isinstance(module, RasaPeftLinear):
                 inside += (f"{name}.",)
+            elif (form := format_of(module)) is not None:
+                form.check(name, module)
             names.append(name)
         bases = dict.fromkeys(linears[name] for name in names)
         self._attributes_before += skip_fast_paths(self.model, bases)
+        self._attributes_before += keep_trainable(self.model, mark=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, bases))
         return {name: group for group in grouped(names, linears) for name in group.names}
 
@@ -142,7 +149,8 @@ class RasaModel(BaseTuner):
     ) -> None:
         """PEFT's, but ``safe_merge`` looks at every layer before it merges the first."""
         self._refuse_unsafe_merge(safe_merge, adapter_names)
-        super().merge_adapter(adapter_names=adapter_names)
+        with self._telling(stacklevel=2):
+            super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(
         self,
@@ -152,15 +160,25 @@ class RasaModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         self._refuse_unsafe_merge(merge and safe_merge, adapter_names)
-        model = super()._unload_and_optionally_merge(
-            merge=merge, progressbar=progressbar, adapter_names=adapter_names
-        )
+        with self._telling(stacklevel=3):
+            model = super()._unload_and_optionally_merge(
+                merge=merge, progressbar=progressbar, adapter_names=adapter_names
+            )
         bases = {layer: layer.get_base_layer() for layer in self.layers()}
         for holder, key in places(model, bases):  # second names, which PEFT does not visit
             holder._modules[key] = bases[holder._modules[key]]
         for module, name, value in reversed(self._attributes_before):
             setattr(module, name, value)
-        return model
+        return forget_quantizer(model)
+
+    @contextlib.contextmanager
+    def _telling(self, stacklevel: int) -> Iterator[None]:
+        """Merges within make quantized bases dense in the model's dtype; a warning tells of it."""
+        layers, dtype = self.layers(), model_dtype(self.model)
+        for layer in layers:
+            layer.dense_dtype, layer.densified = dtype, None
+        yield
+        tell([each.densified for each in layers if each.densified is not None], stacklevel + 2)
 
     def _refuse_unsafe_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         if safe_merge:

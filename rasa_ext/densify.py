@@ -1,0 +1,155 @@
+"""A quantized base made dense while an adapter is merged into it, and what that costs.
+
+A change as small as an adapter's is mostly lost when the sum is quantized again, so merging makes
+the layer dense: the quantized weight as numbers, plus dW, rounded once. The quantized layer itself
+is kept beside it and put back unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.modules import AdaptedLinear
+from rasa_ext.quantized import format_of, stored_bytes
+
+PROBES = 32
+"""Rows of random input on which a merged layer is compared with what it was, and of its weight
+that are quantized again to see what that would lose."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Densified:
+    """What became of one layer."""
+
+    name: str
+    format: str
+    dtype: torch.dtype
+    before: int
+    """Bytes of the quantized weight, its scales included."""
+    after: int
+    """Bytes of the dense one."""
+    error: float
+    """Norm of what the merged layer's output is off, of the output's own norm."""
+    again: float | None
+    """The same of the merged weight, were it quantized again; None where unknown."""
+
+
+@torch.no_grad()
+def put_dense(layer: AdaptedLinear, name: str, delta: Tensor, dtype: torch.dtype) -> Densified:
+    """Replace a layer's quantized base by a dense one that holds W + delta (out, in), in ``dtype``.
+
+    ``layer.merged_base`` keeps the quantized one. ValueError where the sum is not finite, and
+    RuntimeError where the weight cannot be read; the layer is then unchanged.
+    """
+    base = layer.base_layer if layer.merged_base is None else layer.merged_base
+    form = format_of(base)
+    try:
+        numbers = form.dequantized(base)
+    except (NotImplementedError, RuntimeError) as error:
+        raise RuntimeError(
+            f"model: the weight of {name!r} ({form.name}) cannot be turned into numbers here, "
+            f"which a merge needs: {error}; nothing was merged, export the adapter instead."
+        ) from error
+    merged = (numbers.to(delta.dtype) + delta).to(dtype)
+    if not merged.isfinite().all():
+        raise ValueError(
+            f"model: expected finite merged weights, but {name!r} would hold values that "
+            f"are not finite in {dtype}; nothing was merged."
+        )
+    dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta", dtype=dtype)
+    dense.weight = nn.Parameter(merged, requires_grad=False)
+    if base.bias is not None:
+        dense.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)
+    dense.train(base.training)
+    rows = merged[:PROBES].to(delta.dtype)
+    again = form.again(base, rows)
+    done = Densified(
+        name,
+        form.name,
+        dtype,
+        stored_bytes(base.weight),
+        merged.nbytes,
+        _output_error(base, dense, delta),
+        None if again is None else _relative(again, rows),
+    )
+    layer.__dict__["merged_base"] = base  # kept, but not as a submodule
+    layer.base_layer = dense
+    return done
+
+
+def take_back(layer: AdaptedLinear) -> None:
+    """Put the quantized base back, the very same one, on the device where the dense one is now."""
+    base, device = layer.merged_base, layer.base_layer.weight.device
+    layer.base_layer = base if base.weight.device == device else base.to(device)
+    layer.merged_base = None
+
+
+def tell(changes: Sequence[Densified], stacklevel: int) -> None:
+    """Warn of layers that became dense, with the largest errors among them."""
+    if not changes:
+        return
+    kinds = Counter((change.format, change.dtype) for change in changes)
+    what = " and ".join(f"{n} of {form} in {dtype}" for (form, dtype), n in kinds.items())
+    before, after = (sum(getattr(c, f) for c in changes) / 2**20 for f in ("before", "after"))
+    again = max((c.again for c in changes if c.again is not None), default=None)
+    lost = "" if again is None else f" Quantized again, weights would be off by {again:.1e}."
+    warnings.warn(
+        f"merging into a dequantised weight: relative error of a layer's output at most "
+        f"{max(change.error for change in changes):.1e}. Layers made dense: {what}; "
+        f"{after:.1f} MiB instead of {before:.1f}.{lost}",
+        stacklevel=stacklevel + 1,
+    )
+
+
+def model_dtype(model: nn.Module) -> torch.dtype | None:
+    """The dtype of the first float parameter outside adapted layers: in models, the embedding's.
+
+    That is what reaches a linear layer. None where there is no such parameter.
+    """
+    for child in model.children():
+        if isinstance(child, AdaptedLinear):
+            continue
+        own = (p.dtype for p in child.parameters(recurse=False) if p.is_floating_point())
+        found = next(own, None) or model_dtype(child)
+        if found is not None:
+            return found
+    return None
+
+
+def dense_dtype(base: nn.Module, wanted: torch.dtype | None) -> torch.dtype:
+    """``wanted``, or else what the layer itself tells of the dtype it had before."""
+    if wanted is not None:
+        return wanted
+    if base.bias is not None:
+        return base.bias.dtype
+    return format_of(base).original_dtype(base) or torch.float32
+
+
+def _output_error(base: nn.Module, dense: nn.Module, delta: Tensor) -> float:
+    """How far apart the two layers' outputs are, the adapter's added to the first one's."""
+    device, dtype = dense.weight.device, dense.weight.dtype
+    generator = torch.Generator().manual_seed(0)  # torch's own generator stays as it is
+    x = torch.randn(PROBES, base.in_features, generator=generator).to(device, dtype)
+    before = _without_trace(base)(x).to(delta.dtype) + x.to(delta.dtype) @ delta.t()
+    return _relative(dense(x).to(delta.dtype), before)
+
+
+def _without_trace(base: nn.Module) -> nn.Module:
+    """The layer as another object: Linear4bit keeps the dtype of its first input, its bias too."""
+    probe = copy.copy(base)
+    probe._parameters = dict(base._parameters)
+    if base.bias is not None:
+        probe._parameters["bias"] = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
+    return probe
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    scale = expected.norm().item()
+    return (found - expected).norm().item() / scale if scale else 0.0

@@ -1,0 +1,34 @@
+"""PEFT's own backends for quantized bases, as other PEFT methods carry them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from rasa_ext.quantized import format_of
+
+try:
+    from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+except ImportError:  # PEFT 0.20 has none
+    resolve_quantization_backend = None
+
+
+def backend_of(base: nn.Module, model: nn.Module) -> Any:
+    """PEFT's backend for a layer of ``model``, or None where the layer is not quantized.
+
+    It is what PEFT's reports name, and what reads and writes the quantized weight for others.
+    Merging needs it not: see ``densify``.
+    """
+    if resolve_quantization_backend is None or format_of(base) is None:
+        return None
+    given = get_quantization_kwargs(model)
+    given.setdefault("get_apply_tensor_subclass", _unknown)
+    return resolve_quantization_backend(base, **given)
+
+
+def _unknown() -> Any:
+    raise NotImplementedError(
+        "torchao: how the model was quantized is known only where transformers did it, from a "
+        "TorchAoConfig; load the model so to quantize a changed weight again."
+    )

@@ -1,0 +1,239 @@
+"""Bases whose weight is quantized: bitsandbytes' 4 and 8 bit layers, and torchao's tensors.
+
+They are no plain GEMM: the base runs first, by its library's kernels, and the adapter adds to its
+output. Here is what patching and merging need to know beyond that: which layers are quantized, and
+what their weights are as numbers.
+
+Neither library is imported here. A layer of theirs can only exist where it was imported before.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+# What transformers writes on a model that it quantized; and a flag of bitsandbytes' Linear4bit.
+_MARKS = (
+    "hf_quantizer",
+    "quantization_method",
+    "is_quantized",
+    "is_loaded_in_4bit",
+    "is_loaded_in_8bit",
+    "_weight_conversions",
+)
+_PACKS = "support_avx512bf16_for_cpu"
+
+_READ_AT_ONCE = 1024
+"""Columns of a weight that are read off its layer in one forward."""
+
+
+class Format:
+    """One way of storing a quantized weight; ``base`` is always a layer that has it."""
+
+    name: str
+
+    def check(self, name: str, base: nn.Module) -> None:
+        """ValueError where the layer called ``name`` cannot be adapted as it is."""
+
+    def original_dtype(self, base: nn.Module) -> torch.dtype | None:
+        """The dtype from which the weight was quantized; None where that is not known."""
+        return None
+
+    def dequantized(self, base: nn.Module) -> Tensor:
+        """The weight as numbers (out, in), in whatever float dtype the library gives."""
+        raise NotImplementedError
+
+    def again(self, base: nn.Module, weight: Tensor) -> Tensor | None:
+        """``weight`` (rows, in) quantized as the base's is, as numbers; None where unknown."""
+        return None
+
+
+class Bits4(Format):
+    """bitsandbytes' Linear4bit: nf4 or fp4 in blocks, packed two a byte."""
+
+    def __init__(self, kind: str) -> None:
+        self.name = f"bitsandbytes {kind}"
+
+    def check(self, name: str, base: nn.Module) -> None:
+        """It is quantized as it is moved to a device, and on a CPU rows must be whole blocks."""
+        state = getattr(base.weight, "quant_state", None)
+        if state is None:
+            _refuse_unquantized(name, self.name)
+        if base.weight.device.type == "cpu" and base.in_features % state.blocksize:
+            raise ValueError(
+                f"target_modules: {name!r} ({self.name}) has {base.in_features} inputs, expected a "
+                f"multiple of its block size, {state.blocksize}: on a CPU bitsandbytes gives wrong "
+                "values for others; do not quantize this layer, or use a GPU."
+            )
+
+    def original_dtype(self, base: nn.Module) -> torch.dtype | None:
+        """See ``Format``."""
+        return base.weight.quant_state.dtype
+
+    def dequantized(self, base: nn.Module) -> Tensor:
+        """See ``Format``."""
+        weight = base.weight
+        return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+
+    def again(self, base: nn.Module, weight: Tensor) -> Tensor:
+        """See ``Format``."""
+        functional, own = _bitsandbytes().functional, base.weight
+        packed, state = functional.quantize_4bit(
+            weight.contiguous(),
+            blocksize=own.blocksize,
+            compress_statistics=own.compress_statistics,
+            quant_type=own.quant_type,
+        )
+        return functional.dequantize_4bit(packed, state)
+
+
+class Bits8(Format):
+    """bitsandbytes' Linear8bitLt: int8 with a scale for each row."""
+
+    name = "bitsandbytes int8"
+
+    def check(self, name: str, base: nn.Module) -> None:
+        """It is quantized as it is moved to a device, unless it is to keep float weights."""
+        if base.weight.dtype != torch.int8 and not base.state.has_fp16_weights:
+            _refuse_unquantized(name, self.name)
+
+    def dequantized(self, base: nn.Module) -> Tensor:
+        """See ``Format``."""
+        weight = base.weight
+        if weight.dtype != torch.int8:
+            return weight.data
+        # Before the first forward the scales lie on the weight, afterwards on the state.
+        scales = base.state.SCB if weight.SCB is None else weight.SCB
+        return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
+
+    def again(self, base: nn.Module, weight: Tensor) -> Tensor:
+        """See ``Format``."""
+        scales = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+        return torch.round(weight.float() / scales) * scales
+
+
+def _refuse_unquantized(name: str, form: str) -> NoReturn:
+    raise ValueError(
+        f"target_modules: {name!r} ({form}) is not quantized yet, which happens as it is moved to "
+        "its device; call model.to(device) before patching."
+    )
+
+
+class TorchaoTensor(Format):
+    """nn.Linear over one of torchao's tensors, which stand for the numbers they were made from."""
+
+    def __init__(self, kind: str) -> None:
+        self.name = f"torchao {kind}"
+
+    def dequantized(self, base: nn.Module) -> Tensor:
+        """By the tensor's own means, or where it has none, from what the layer makes of ones."""
+        try:
+            return base.weight.dequantize()
+        except (AttributeError, NotImplementedError):
+            return _read_off(base)
+
+    def original_dtype(self, base: nn.Module) -> torch.dtype | None:
+        """The one that the tensor claims to have."""
+        return base.weight.dtype
+
+
+def format_of(module: nn.Module) -> Format | None:
+    """How the weight of a linear layer is quantized, or None where it is not."""
+    library = getattr(_bitsandbytes(), "nn", None)
+    if isinstance(module, getattr(library, "Linear4bit", ())):
+        return Bits4(getattr(module.weight, "quant_type", "4 bit"))
+    if isinstance(module, getattr(library, "Linear8bitLt", ())):
+        return Bits8()
+    kinds = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", ())
+    if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), kinds):
+        return TorchaoTensor(type(module.weight).__name__)
+    return None
+
+
+def _bitsandbytes() -> Any:
+    """The library where somebody imported it, else None."""
+    return sys.modules.get("bitsandbytes")
+
+
+def stored_bytes(weight: Tensor) -> int:
+    """Bytes of a quantized weight and of what belongs to it."""
+    names = getattr(type(weight), "tensor_data_names", None)
+    if names is not None:
+        optional = getattr(type(weight), "optional_tensor_data_names", ())
+        parts = [getattr(weight, name, None) for name in (*names, *optional)]
+    else:
+        state = getattr(weight, "quant_state", None)
+        nested = getattr(state, "state2", None)
+        parts = [weight.data, getattr(weight, "SCB", None)]
+        parts += [getattr(each, "absmax", None) for each in (state, nested)]
+    return sum(part.nbytes for part in parts if isinstance(part, Tensor))
+
+
+def _read_off(base: nn.Module) -> Tensor:
+    """W (out, in) from what the layer makes of the rows of an identity matrix."""
+    weight, columns = base.weight, []
+    for begin in range(0, base.in_features, _READ_AT_ONCE):
+        count = min(_READ_AT_ONCE, base.in_features - begin)
+        ones = torch.zeros(count, base.in_features, dtype=weight.dtype, device=weight.device)
+        ones[range(count), range(begin, begin + count)] = 1
+        columns.append(nn.functional.linear(ones, weight).t())
+    return torch.cat(columns, 1)
+
+
+def forget_quantizer(model: nn.Module) -> nn.Module:
+    """Take transformers' marks of a quantized model off one that has no quantized layer any more.
+
+    They would be saved with it, and loading would quantize again. Returns the model.
+    """
+    modules = list(model.modules())
+    if not any(getattr(module, "is_quantized", False) for module in modules):
+        return model
+    if any(format_of(module) is not None for module in modules):
+        return model
+    for module in modules:
+        for name in _MARKS:
+            module.__dict__.pop(name, None)
+        config = module.__dict__.get("config")
+        for name in ("quantization_config", "_is_quantized"):
+            getattr(config, "__dict__", {}).pop(name, None)
+    return model
+
+
+def refuse_packed(model: nn.Module) -> None:
+    """ValueError where a Linear4bit of ``model`` has rearranged its weight, see ``keep_trainable``.
+
+    The library's way back rounds the scales, so that the weight would not be what it was.
+    """
+    for name, module in model.named_modules():
+        form = format_of(module)
+        if isinstance(form, Bits4) and getattr(
+            module.weight.quant_state, "packing_format_for_cpu", False
+        ):
+            raise ValueError(
+                f"model: {name!r} ({form.name}) has rearranged its weight for evaluation, as "
+                "bitsandbytes does in a first forward without gradients on some CPUs, and gives no "
+                "gradient to its input any more; load the model again and patch it before it is "
+                "evaluated."
+            )
+
+
+def keep_trainable(model: nn.Module, mark: bool) -> list[tuple[nn.Module, str, Any]]:
+    """Let gradients through quantized layers, adapted or not: (module, attribute, value before).
+
+    Where a CPU has AVX512-BF16, bitsandbytes' Linear4bit rearranges its weight in the first forward
+    without grad in eval mode, and from then on gives no gradient to its input, in silence. With
+    ``mark`` the model does not call itself quantized: transformers' Trainer would think that it has
+    no adapter.
+    """
+    quantized = [module for module in model.modules() if format_of(module) is not None]
+    changed = [(module, _PACKS) for module in quantized if getattr(module, _PACKS, False)]
+    if quantized and mark:
+        marked = (m for m in model.modules() if m.__dict__.get("is_quantized", False))
+        changed += [(module, "is_quantized") for module in marked]
+    before = [(module, name, getattr(module, name)) for module, name in changed]
+    for module, name in changed:
+        setattr(module, name, False)
+    return before

@@ -1,0 +1,105 @@
+"""Layers and models of every quantized format, and what they hold as numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import bitsandbytes
+import tiny_lm
+import torch
+from torch import Tensor, nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+WIDTH, OUT = 64, 128
+
+
+def make_model() -> nn.Module:
+    """The tiny model in the smallest widths that bitsandbytes' CPU kernels take: 64 and 128."""
+    return tiny_lm.make_model(hidden_size=WIDTH, intermediate_size=OUT)
+
+
+def bits4(linear: nn.Linear, kind: str = "nf4", nested: bool = False) -> nn.Module:
+    size = linear.in_features, linear.out_features, linear.bias is not None
+    made = bitsandbytes.nn.Linear4bit(*size, quant_type=kind, compress_statistics=nested)
+    return _loaded(made, linear)
+
+
+def bits8(linear: nn.Linear) -> nn.Module:
+    size = linear.in_features, linear.out_features, linear.bias is not None
+    return _loaded(bitsandbytes.nn.Linear8bitLt(*size, has_fp16_weights=False), linear)
+
+
+def _loaded(made: nn.Module, linear: nn.Linear) -> nn.Module:
+    made.to(dtype=linear.weight.dtype)
+    made.load_state_dict(linear.state_dict())
+    return made.to("cpu")  # which quantizes
+
+
+def torchao8(linear: nn.Linear) -> nn.Module:
+    made = copy.deepcopy(linear)
+    quantize_(made, Int8WeightOnlyConfig())
+    return made
+
+
+FORMATS: dict[str, Callable[[nn.Linear], nn.Module]] = {
+    "nf4": bits4,
+    "nf4 nested": lambda linear: bits4(linear, nested=True),
+    "fp4": lambda linear: bits4(linear, "fp4"),
+    "int8": bits8,
+    "torchao int8": torchao8,
+}
+
+
+def numbers(module: nn.Module) -> Tensor:
+    """The weight of a quantized layer in float64, from its stored parts alone."""
+    weight = module.weight
+    if isinstance(module, bitsandbytes.nn.Linear4bit):
+        state = weight.quant_state
+        absmax = state.absmax.double()
+        if state.nested:
+            inner = state.state2
+            steps = inner.code.double()[state.absmax.long()]
+            absmax = steps * inner.absmax.double().repeat_interleave(inner.blocksize)[: len(steps)]
+            absmax = absmax + state.offset.double()
+        packed = weight.data.view(-1).long()
+        codes = torch.stack([packed >> 4, packed & 15], 1).view(-1)
+        scales = absmax.repeat_interleave(state.blocksize)[: codes.numel()]
+        return (state.code.double()[codes] * scales).view(state.shape)
+    if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+        scales = module.state.SCB if weight.SCB is None else weight.SCB
+        return weight.data.double() * scales.double()[:, None] / 127
+    return weight.qdata.double() * weight.scale.double().view(len(weight.qdata), -1)
+
+
+def linears(count: int = 3, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
+    """A stack of layers of two shapes, one after the other."""
+    torch.manual_seed(5)
+    shapes = [(WIDTH, OUT), (OUT, WIDTH)] * count
+    return nn.Sequential(*(nn.Linear(*shape, bias=bias) for shape in shapes)).to(dtype)
+
+
+def quantized(model: nn.Module, form: str, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
+    """A copy of a model with its linear layers in one of ``FORMATS``."""
+    model = copy.deepcopy(model).requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if type(child) is nn.Linear and name not in skip:
+                parent._modules[name] = FORMATS[form](child)
+    return model
+
+
+def dense(model: nn.Module) -> nn.Module:
+    """A float64 copy of a quantized model, with the numbers of its weights in plain layers."""
+    model = copy.deepcopy(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if isinstance(child, nn.Linear) and type(child.weight) is not nn.Parameter:
+                plain = nn.Linear(
+                    child.in_features, child.out_features, child.bias is not None
+                ).double()
+                plain.weight = nn.Parameter(numbers(child))
+                if child.bias is not None:
+                    plain.bias = nn.Parameter(child.bias.detach().double())
+                parent._modules[name] = plain
+    return model.double()

@@ -1,0 +1,291 @@
+"""patch_model over quantized bases: forward, backward, files. Merging has a file of its own."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import bitsandbytes
+import oracle
+import plain
+import pytest
+import torch
+from common import (
+    RANK,
+    Errors,
+    adapters,
+    excesses,
+    gradients,
+    patched,
+    randomize,
+    rasa_layers,
+    same_adapters,
+    same_bits,
+)
+from quantized_common import FORMATS, OUT, WIDTH, dense, linears, make_model, numbers, quantized
+from safetensors.torch import load_file
+from torch import nn
+
+import rasa_ext
+from rasa_ext import siblings
+from rasa_ext.quantized import format_of
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOKENS = torch.arange(48).view(2, 24) * 7 % 320
+
+
+def observe(layer, x, adapter, grad) -> dict[str, torch.Tensor]:
+    """Output and gradients of one step of a layer over ``adapter``."""
+    adapter.map(lambda t: setattr(t, "grad", None))
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.backward(grad)
+    found = {"y": y.detach(), "x": x.grad}
+    fields = ("A", "A_pool", "B", "B_pool", "d")
+    return found | {field: getattr(adapter, field).grad for field in fields}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_numbers(form, dtype):
+    """What the package takes a weight for, against the format's formula over its stored parts."""
+    (base, *_) = quantized(linears(dtype=dtype), form)
+    found = format_of(base).dequantized(base).double()
+    expected = numbers(base)
+    eps = torch.finfo(torch.float32 if form == "int8" else dtype).eps
+    torch.testing.assert_close(found, expected, rtol=2 * eps, atol=eps * expected.abs().max())
+    original = linears(dtype=dtype)[0].weight.double()
+    assert (found - original).norm() < (0.2 if "4" in form else 0.02) * original.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_forward_and_backward(form, dtype):
+    """base(x) + x dW^T, and G W + H Ap for x, with the quantized weight as numbers."""
+    model = quantized(linears(dtype=dtype), form)
+    base, layer = model[2], patched(model)[2]
+    adapter = oracle.Adapter(*layer.adapter())
+    ours, theirs = Errors(), Errors()
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(33, WIDTH, generator=generator).to(dtype)
+        grad = torch.randn(33, OUT, generator=generator).to(dtype)
+        with torch.no_grad():
+            alone = base.train()(x).double()
+        wanted = oracle.linear_grads(grad, x, numbers(base), adapter)
+        wanted["y"] = alone + x.double() @ oracle.delta(adapter).T
+        leaf = plain.leaves({"": adapter})[""]
+        ours.add(observe(layer.train(), x, adapter, grad), wanted)
+        theirs.add(observe(plain.PlainRasa(base, leaf), x, leaf, grad), wanted)
+    bad, _ = excesses(ours, theirs, 1e-6 if dtype == torch.float32 else 0.0)
+    assert not bad
+    assert all(error < 0.05 for error in theirs.relative().values())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_groups_are_of_the_layers_shapes_not_of_the_packed_ones(form):
+    model = rasa_ext.patch_model(quantized(linears(), form), RANK, 1)
+    rows = rasa_ext.summary(model)
+    assert [(row.L, row.shape) for row in rows] == [(3, (OUT, WIDTH)), (3, (WIDTH, OUT))]
+    assert model[0].pool is model[2].pool
+    assert model[0].A.shape == (RANK - 1, WIDTH)
+    assert not any(p.requires_grad for p in model[0].base_layer.parameters())
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_model_and_its_gradients(form):
+    """A whole model, its siblings and its tied head, against the same model over numbers."""
+    base = quantized(make_model(), form)
+    model, reference = patched(base, seed=4), patched(dense(base).float(), seed=4)
+    limit = 0.05 if form == "int8" else 2e-4  # bitsandbytes' int8 rounds the activations, too
+    for _ in range(3):  # siblings would learn from the first steps
+        steps = []
+        for each in (model, reference):
+            found = adapters(each)
+            for adapter in found.values():
+                adapter.map(lambda t: setattr(t, "grad", None))
+            each.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            steps.append(gradients(found))
+        errors = Errors(by_kind=True)
+        errors.add(*steps)
+        assert max(errors.relative().values()) < limit, errors.relative()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_siblings_go_alone_and_agree(form):
+    base = quantized(make_model(), form)
+    model = patched(base).eval()
+    with torch.no_grad():
+        together = [model(input_ids=TOKENS).logits for _ in range(3)][-1]
+        siblings.ENABLED = False
+        try:
+            alone = model(input_ids=TOKENS).logits
+        finally:
+            siblings.ENABLED = None
+    assert torch.equal(together, alone)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_evaluation_before_training_takes_no_gradient_away(form):
+    """Some layers rearrange their weight in a forward without grad, when in eval mode."""
+    base = quantized(linears(), form)
+    x = torch.randn(8, WIDTH)
+    model = patched(base)
+
+    def gradient() -> torch.Tensor:
+        leaf = x.clone().requires_grad_()
+        model.train()(leaf).sum().backward()
+        return leaf.grad
+
+    first = gradient()
+    with torch.no_grad():
+        model.eval()(x)
+    assert torch.equal(gradient(), first)
+    pairs = zip(base, adapters(model).values(), strict=True)
+    oracles = [numbers(each) + oracle.delta(adapter) for each, adapter in pairs]
+    expected = torch.ones(8, WIDTH).double()
+    for weight in reversed(oracles):
+        expected = expected @ weight
+    assert (first - expected).norm() < (0.05 if form == "int8" else 1e-4) * expected.norm()
+
+
+@pytest.mark.parametrize("target", ["0", "1"])
+def test_no_4_bit_layer_rearranges_its_weight_while_patched(target):
+    """Those beside the adapted ones neither: gradients must come through them."""
+    base = quantized(linears(1), "nf4")
+    for layer in base:
+        layer.support_avx512bf16_for_cpu = True
+    model = rasa_ext.patch_model(base, RANK, None, target_modules=[target])
+    assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
+    with torch.no_grad():
+        model.eval()(torch.randn(8, WIDTH))
+    rasa_ext.unpatch(model)
+    assert all(layer.support_avx512bf16_for_cpu for layer in model)
+
+
+@pytest.mark.parametrize("target", ["0", "1"])
+def test_a_weight_rearranged_for_evaluation(target):
+    """As bitsandbytes does on CPUs with AVX512-BF16; its way back changes the scales."""
+    model = quantized(linears(1), "nf4")
+    weight = model[0].weight
+    weight.data, weight.quant_state = bitsandbytes.functional._convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )
+    with pytest.raises(ValueError, match=r"model: '0' \(bitsandbytes nf4\) has rearranged"):
+        rasa_ext.patch_model(model, RANK, None, target_modules=[target])
+    assert [type(layer).__name__ for layer in model] == ["Linear4bit"] * 2
+
+
+def test_rows_that_are_no_whole_blocks():
+    """bitsandbytes' CPU kernels are wrong there, which is why it is refused."""
+    layer = FORMATS["nf4"](nn.Linear(WIDTH // 2, OUT))
+    found = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    assert (found - numbers(layer)).norm() > 1e-3 * found.norm()
+    with pytest.raises(ValueError, match=r"target_modules: '0' .*32 inputs.* block size, 64"):
+        rasa_ext.patch_model(nn.Sequential(layer), RANK, 1)
+    rasa_ext.patch_model(nn.Sequential(FORMATS["int8"](nn.Linear(WIDTH // 2, OUT))), RANK, 1)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("form", ["nf4", "int8", "torchao int8"])
+def test_checkpointing(form, reentrant):
+    base = quantized(make_model(), form)
+    results = []
+    for checkpointed in (False, True):
+        model = patched(base).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        results.append(gradients(adapters(model)))
+    if not reentrant:
+        assert all(torch.equal(results[0][key], found) for key, found in results[1].items())
+    # The re-entrant kind runs forward without grad first: another kernel, whose last bits differ
+    # (relative 3.8e-6 at most, over a dense float32 base; no more over these).
+    errors = Errors()
+    errors.add(*results)
+    assert max(errors.relative().values()) < 2e-5
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_copies_and_files(form, tmp_path):
+    base = quantized(make_model(), form)
+    model = patched(base)
+    rasa_ext.save_adapter(model, tmp_path)
+    size = sum(t.nbytes for t in load_file(tmp_path / "adapter_model.safetensors").values())
+    assert size == sum(p.nbytes for p in rasa_ext.adapter_parameters(model))
+    loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        outputs = [each.eval()(input_ids=TOKENS).logits for each in (model, loaded, copied)]
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+    randomize(copied, 9)
+    with torch.no_grad():  # with grad, other kernels run
+        assert not torch.equal(copied(input_ids=TOKENS).logits, outputs[0])
+        assert torch.equal(model(input_ids=TOKENS).logits, outputs[0])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_lora_is_the_same_adapter(form, tmp_path):
+    model = patched(quantized(make_model(), form))
+    rasa_ext.export_lora(model, tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    for name, adapter in adapters(model).items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{side}.weight"].double() for side in "AB")
+        torch.testing.assert_close(B @ A, oracle.delta(adapter), rtol=1e-5, atol=1e-6)
+
+
+def test_unpatching_gives_the_very_layers_back():
+    base = quantized(linears(), "nf4")
+    before = [(each, each.support_avx512bf16_for_cpu) for each in base]
+    bits = [each.weight.data.clone() for each in base]
+    rasa_ext.unpatch(patched_in_place := rasa_ext.patch_model(base, RANK, 1))
+    assert [(each, each.support_avx512bf16_for_cpu) for each in patched_in_place] == before
+    assert all(same_bits(each.weight.data, was) for each, was in zip(base, bits, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
+def test_a_layer_that_is_not_quantized_yet(kind):
+    options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
+    model = nn.Sequential(getattr(bitsandbytes.nn, kind)(WIDTH, OUT, **options))
+    with pytest.raises(ValueError, match=r"target_modules: '0' .*call model.to\(device\)"):
+        rasa_ext.patch_model(model, RANK, 1)
+    assert type(model[0]).__name__ == kind
+    rasa_ext.patch_model(model.to("cpu"), RANK, 1)
+
+
+def test_float_weights_under_int8_are_adapted_too():
+    """bitsandbytes' layer for training keeps float weights and quantizes them in every forward."""
+    made = bitsandbytes.nn.Linear8bitLt(WIDTH, OUT)
+    weight = made.weight.detach().clone()
+    model = patched(nn.Sequential(made.to("cpu")))
+    adapter = adapters(model)["0"]
+    with pytest.warns(UserWarning, match="merging into a dequantised weight"):
+        merged = rasa_ext.merge_and_unload(model)[0].weight
+    torch.testing.assert_close(
+        merged.double(), weight.double() + oracle.delta(adapter), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_neither_library_is_imported_by_the_package():
+    program = (
+        "import sys, torch, rasa_ext; from torch import nn;"
+        "rasa_ext.merge_and_unload(rasa_ext.patch_model(nn.Sequential(nn.Linear(4, 4)), 2, 1));"
+        "print(*(m for m in ('bitsandbytes', 'torchao') if m in sys.modules))"
+    )
+    root = Path(rasa_ext.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
+    )
+    assert run.stdout.split() == []
+
+
+def test_layers_are_recognised():
+    model = quantized(linears(), "nf4")
+    assert all(format_of(layer) is not None for layer in model)
+    assert format_of(nn.Linear(3, 4)) is None
+    assert format_of(nn.Embedding(3, 4)) is None
+    assert set(rasa_layers(patched(model))) == {str(i) for i in range(6)}
+    assert same_adapters(model, model)

@@ -1,0 +1,216 @@
+"""merge, unmerge and merge_and_unload over quantized bases: dense weights, told what they cost."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+
+import oracle
+import pytest
+import torch
+from common import adapters, patched, rasa_layers, same_bits
+from quantized_common import FORMATS, WIDTH, linears, make_model, numbers, quantized
+from torch import nn
+
+import rasa_ext
+from rasa_ext.quantized import format_of
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOKENS = torch.arange(48).view(2, 24) * 7 % 320
+WARNING = re.compile(
+    r"merging into a dequantised weight: relative error of a layer's output at most (\S+)\. "
+    r"Layers made dense: (\d+) of (.+) in (torch\.\w+); (\S+) MiB instead of (\S+)\.( .*)?$"
+)
+
+
+def merged(call, model, *args) -> re.Match:
+    """Run a merge and return what its one warning says."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call(model, *args)
+    said = [str(w.message) for w in caught if "merging into" in str(w.message)]
+    assert len(said) == 1, said
+    return WARNING.match(said[0])
+
+
+def held(model) -> list[torch.Tensor]:
+    """Everything that quantized layers store, as it is."""
+    state = model.state_dict().values()
+    parts = []
+    for value in state:
+        inner = getattr(type(value), "tensor_data_names", None)
+        parts += [getattr(value, n).clone() for n in inner] if inner else [value.clone()]
+    return [part for part in parts if part is not None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_merged_weight(form, dtype):
+    """The numbers of the quantized weight and dW, in float32 and rounded once."""
+    base = quantized(linears(dtype=dtype), form)
+    model = patched(base)
+    before = held(model)
+    bases = [layer.base_layer for layer in rasa_layers(model).values()]
+    said = merged(rasa_ext.merge, model)
+    kept = torch.float32 if form == "int8" else dtype  # what dequantizing itself rounds to
+    eps = max(torch.finfo(kept).eps, torch.finfo(dtype).eps)
+    for (name, adapter), layer in zip(adapters(model).items(), bases, strict=True):
+        found = model.get_submodule(name).base_layer
+        assert type(found) is nn.Linear
+        assert found.weight.dtype == dtype
+        assert not found.weight.requires_grad
+        wanted = numbers(layer) + oracle.delta(adapter)
+        torch.testing.assert_close(found.weight.double(), wanted, rtol=eps, atol=2 * eps)
+        torch.testing.assert_close(found.bias, layer.bias)
+    assert int(said[2]) == len(bases)
+    assert said[4] == str(dtype)
+    rasa_ext.unmerge(model)
+    assert [layer.base_layer for layer in rasa_layers(model).values()] == bases
+    assert all(same_bits(a, b) for a, b in zip(held(model), before, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_warning_tells_what_was_measured(form):
+    """Its error bounds that of other inputs; its second one is what quantizing again would lose."""
+    base = quantized(linears(), form)
+    model = patched(base)
+    x = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        layer = model[0].eval()
+        before = layer(x)
+        said = merged(rasa_ext.merge, model)
+        error = ((layer(x) - before).norm() / before.norm()).item()
+    told = float(said[1])
+    assert error < 2 * told + 1e-7
+    assert told < (0.05 if form == "int8" else 1e-6)
+    assert (told > 1e-3) == (form == "int8")  # whose kernel rounds the activations
+    weight = layer.base_layer.weight
+    if form.startswith("torchao"):
+        assert said[7] is None
+    else:
+        lost = float(re.search(r"Quantized again, weights would be off by (\S+)\.$", said[7])[1])
+        again = FORMATS[form](linear_over(weight))
+        own = (numbers(again) - weight.double()).norm() / weight.double().norm()
+        assert own < 1.5 * lost
+        assert lost < 3 * own
+
+
+def linear_over(weight: torch.Tensor) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+    return made
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMATS)
+def test_unloading_leaves_a_plain_model(form, dtype):
+    base = quantized(make_model().to(dtype), form)
+    model = patched(base).eval()
+    with torch.no_grad():
+        before = model(input_ids=TOKENS).logits
+        merged(rasa_ext.merge_and_unload, model)
+        after = model(input_ids=TOKENS).logits
+    assert not any(format_of(module) is not None for module in model.modules())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    error = (after - before).float().norm() / before.float().norm()
+    assert error < (0.1 if form == "int8" or dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("asked", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_dtype_can_be_asked_for(asked):
+    model = patched(quantized(linears(dtype=torch.bfloat16), "nf4"))
+    assert merged(rasa_ext.merge_and_unload, model, asked)[4] == str(asked)
+    assert {layer.weight.dtype for layer in model} == {asked}
+
+
+def test_a_merged_layer_takes_the_inputs_that_it_took_before():
+    """Linear4bit computes in its own dtype, whatever comes in."""
+    model = patched(quantized(linears(), "nf4"))
+    merged(rasa_ext.merge, model, torch.bfloat16)
+    assert model.eval()(torch.randn(4, WIDTH)).dtype == torch.float32
+
+
+def test_the_model_s_dtype_is_that_of_what_reaches_its_layers():
+    base = quantized(make_model(), "int8").bfloat16()
+    model = patched(base)
+    assert merged(rasa_ext.merge, model)[4] == "torch.bfloat16"
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_disabling_within_a_merge(form):
+    """The quantized base answers, and the merge comes back without being told of again."""
+    model = patched(quantized(linears(dtype=torch.bfloat16), form)).eval()
+    x = torch.randn(4, WIDTH).bfloat16()
+    base = copy.deepcopy(model)
+    with torch.no_grad(), rasa_ext.disable_adapter(base):
+        alone = base(x)
+    merged(rasa_ext.merge, model, torch.float32)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        there = model(x)
+        with rasa_ext.disable_adapter(model):
+            assert torch.equal(model(x), alone)
+        assert torch.equal(model(x), there)
+    assert model[0].base_layer.weight.dtype == torch.float32
+
+
+def test_a_merge_leaves_no_trace_on_the_quantized_layer():
+    """A Linear4bit computes in the dtype of its first input, which a merge must not choose."""
+    model = patched(quantized(linears(dtype=torch.bfloat16), "nf4"))
+    merged(rasa_ext.merge, model, torch.float32)
+    rasa_ext.unmerge(model)
+    assert not any(layer.base_layer.compute_type_is_set for layer in model)
+    assert {layer.base_layer.bias.dtype for layer in model} == {torch.bfloat16}
+
+
+def test_a_mixture_of_dense_and_quantized_layers():
+    base = quantized(linears(), "nf4")
+    base[1] = linears()[1].requires_grad_(False)
+    model = patched(base)
+    weight = model[1].base_layer.weight.clone()
+    assert merged(rasa_ext.merge, model)[2] == "5"
+    assert type(model[1].merged_base) is torch.Tensor
+    rasa_ext.unmerge(model)
+    assert torch.equal(model[1].base_layer.weight, weight)
+    assert format_of(model[0].base_layer) is not None
+
+
+@pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload])
+def test_a_result_that_is_not_finite_merges_nothing(call):
+    model = patched(quantized(linears(), "nf4"))
+    with torch.no_grad():
+        model[5].d[0] = float("inf")
+    bases = [layer.base_layer for layer in model]
+    with pytest.raises(ValueError, match=r"expected finite merged weights, but '5'"):
+        call(model)
+    assert [layer.base_layer for layer in model] == bases
+    assert not any(layer.merged for layer in model)
+
+
+def test_a_weight_that_cannot_be_read_merges_nothing(monkeypatch):
+    model = patched(quantized(linears(), "nf4"))
+    kind = type(format_of(model[0].base_layer))
+
+    def fails(self, base):
+        raise NotImplementedError("no kernel")
+
+    monkeypatch.setattr(kind, "dequantized", fails)
+    with pytest.raises(RuntimeError, match=r"weight of '0' \(bitsandbytes nf4\) cannot.*no kernel"):
+        rasa_ext.merge(model)
+    assert not any(layer.merged for layer in model)
+
+
+@pytest.mark.parametrize("wrong", [torch.int8, "bfloat16"])
+def test_dtypes_that_are_none(wrong):
+    model = patched(quantized(linears(), "nf4"))
+    with pytest.raises(TypeError, match=r"dtype: expected a floating-point torch.dtype or None"):
+        rasa_ext.merge(model, wrong)
+
+
+def test_a_dtype_for_nothing():
+    model = patched(linears())
+    with pytest.raises(ValueError, match=r"dtype: .* no adapted layer is"):
+        rasa_ext.merge_and_unload(model, torch.float32)
+    assert rasa_layers(model)

@@ -1,0 +1,82 @@
+"""Models that transformers quantized as it loaded them: Trainer, saving what was merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from common import patched, rasa_layers
+from quantized_common import make_model
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    TorchAoConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+import rasa_ext
+from rasa_ext.quantized import format_of
+
+TOKENS = torch.arange(48).view(2, 24) * 7 % 320
+CONFIGS = {
+    "nf4": lambda: BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    ),
+    "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "torchao int8": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
+}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request, tmp_path):
+    make_model().bfloat16().save_pretrained(tmp_path / "base")
+    return AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=CONFIGS[request.param](), dtype=torch.bfloat16
+    )
+
+
+def test_trainer(model, tmp_path):
+    rasa_ext.patch_model(model, 4, 1)
+    rows = [{"input_ids": row, "labels": row} for row in TOKENS.tolist()]
+    arguments = TrainingArguments(
+        tmp_path / "out",
+        learning_rate=1e-2,
+        max_steps=6,
+        per_device_train_batch_size=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert all(format_of(layer.base_layer) for layer in rasa_layers(model).values())
+
+
+def test_what_was_merged_is_a_plain_model_also_to_transformers(model, tmp_path):
+    copied = patched(model).eval()
+    with torch.no_grad():
+        before = copied(input_ids=TOKENS).logits
+        with pytest.warns(UserWarning, match="merging into a dequantised weight"):
+            rasa_ext.merge_and_unload(copied)
+        after = copied(input_ids=TOKENS).logits
+    assert (after - before).float().norm() < 0.1 * before.float().norm()
+    copied.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=TOKENS).logits, after)
+    assert not hasattr(again.config, "quantization_config")
+    copied.half()  # which transformers refuses a quantized model
+
+
+def test_unpatching_leaves_a_quantized_model(model):
+    rasa_ext.unpatch(rasa_ext.patch_model(model, 4, 1))
+    assert model.is_quantized
+    with pytest.raises(ValueError, match="not supported for quantized"):
+        model.half()

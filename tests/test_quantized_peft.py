@@ -1,0 +1,189 @@
+"""The PEFT plug-in over quantized bases, with PEFT's own backends for them."""
+
+from __future__ import annotations
+
+import warnings
+
+import bitsandbytes
+import oracle
+import pytest
+import torch
+from common import adapters, randomize
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft_common import adapted, layers, named, plain
+from quantized_common import FORMATS, dense, make_model, numbers, quantized
+from torch import nn
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig
+from rasa_ext.quantized import format_of
+
+TOKENS = torch.arange(48).view(2, 24) * 7 % 320
+BACKENDS = {
+    "nf4": "bnb 4bit",
+    "nf4 nested": "bnb 4bit",
+    "fp4": "bnb 4bit",
+    "int8": "bnb 8bit",
+    "torchao int8": "torchao",
+}
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).double().norm() / expected.double().norm()).item()
+
+
+def limit(form: str) -> float:
+    """bitsandbytes' int8 rounds activations, too, which a dense layer does not."""
+    return 0.1 if form == "int8" else 1e-5
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_the_same_as_patch_model(form):
+    base = quantized(make_model(), form)
+    model = adapted(base, seed=3, task_type="CAUSAL_LM")
+    other = rasa_ext.patch_model(quantized(make_model(), form), 4, 1)
+    randomize(other, 3)
+    assert torch.equal(logits(model), logits(other))
+    for each in (model, other):
+        each.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    theirs = adapters(other)
+    for name, mine in adapters(plain(model)).items():
+        assert torch.equal(mine.A.grad, theirs[name].A.grad)
+        assert torch.equal(mine.d.grad, theirs[name].d.grad)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_peft_knows_the_backend(form):
+    model = adapted(quantized(make_model(), form))
+    assert model.get_model_status().quantization_backend == BACKENDS[form]
+    layer = next(iter(layers(model).values()))
+    found = layer.get_base_weight()
+    torch.testing.assert_close(
+        found.double(), numbers(layer.base_layer), rtol=1e-6, atol=1e-6 * found.abs().max().item()
+    )
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_merging_and_unmerging(form):
+    model = adapted(quantized(make_model(), form))
+    before, bases = logits(model), [layer.base_layer for layer in layers(model).values()]
+    with pytest.warns(UserWarning, match="merging into a dequantised weight") as caught:
+        model.merge_adapter()
+    assert len([w for w in caught if "merging into" in str(w.message)]) == 1
+    for (name, adapter), base in zip(named(model, "default").items(), bases, strict=True):
+        weight = layers(plain(model))[name].base_layer.weight
+        assert weight.dtype == torch.float32
+        wanted = numbers(base) + oracle.delta(adapter)
+        torch.testing.assert_close(weight.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert model.get_model_status().quantization_backend is None
+    assert off(logits(model), before) < limit(form)
+    model.unmerge_adapter()
+    assert [layer.base_layer for layer in layers(model).values()] == bases
+    assert model.get_model_status().quantization_backend == BACKENDS[form]
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("form", FORMATS)
+def test_unloading(form, safe):
+    model = adapted(quantized(make_model(), form))
+    before = logits(model)
+    with pytest.warns(UserWarning, match="merging into a dequantised weight"):
+        merged = model.merge_and_unload(safe_merge=safe)
+    assert not any(format_of(module) is not None for module in merged.modules())
+    assert off(logits(merged), before) < limit(form)
+
+
+def test_two_adapters_in_one_dense_weight():
+    model = adapted(quantized(make_model(), "nf4"))
+    model.add_adapter("other", RasaConfig(r=2, rasa_k=1))
+    model.set_adapter("other")
+    randomize(plain(model), 8)
+    model.base_model.set_adapter(["default", "other"])
+    before = logits(model)
+    bases = [layer.base_layer for layer in layers(model).values()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.base_model.merge_adapter(["default"])
+        model.base_model.merge_adapter(["other"])
+    assert off(logits(model), before) < 1e-5
+    model.unmerge_adapter()
+    assert [layer.base_layer for layer in layers(model).values()] == bases
+    assert torch.equal(logits(model), before)
+
+
+def test_safe_merge_looks_at_every_layer_first():
+    model = adapted(quantized(make_model(), "nf4"))
+    last = list(layers(model).values())[-1]
+    with torch.no_grad():
+        last.rasa_d["default"][0] = float("nan")
+    with pytest.raises(ValueError, match="safe_merge: expected finite merged weights"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in layers(model).values())
+
+
+def test_files(tmp_path):
+    base = quantized(make_model(), "nf4")
+    model = adapted(base, task_type="CAUSAL_LM")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(quantized(make_model(), "nf4"), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    ours = rasa_ext.load_adapter(quantized(make_model(), "nf4"), tmp_path)
+    assert torch.equal(logits(ours), logits(model))
+
+
+def test_prepared_for_kbit_training():
+    """PEFT's usual preparation: float32 norms and embeddings, checkpointing, inputs with grad."""
+    base = quantized(make_model().bfloat16(), "nf4")
+    base.is_loaded_in_4bit = True
+    model = get_peft_model(
+        prepare_model_for_kbit_training(base), RasaConfig(r=4, task_type="CAUSAL_LM")
+    )
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    losses = []
+    for _ in range(4):
+        loss = model.train()(input_ids=TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with pytest.warns(UserWarning, match="in torch.float32"):
+        merged = model.merge_and_unload()
+    assert merged.model.layers[0].mlp.up_proj.weight.dtype == torch.float32
+
+
+def test_a_layer_that_is_not_quantized_yet():
+    model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, quant_type="nf4"))
+    with pytest.raises(ValueError, match=r"target_modules: '0' .*call model.to\(device\)"):
+        get_peft_model(model, RasaConfig(r=4, target_modules=["0"]))
+
+
+def test_a_weight_rearranged_for_evaluation():
+    model = nn.Sequential(FORMATS["nf4"](nn.Linear(64, 64)), nn.Linear(64, 64))
+    weight = model[0].weight
+    weight.data, weight.quant_state = bitsandbytes.functional._convert_weight_packed_for_cpu(
+        weight.data, weight.quant_state
+    )
+    with pytest.raises(ValueError, match=r"model: '0' .*patch it before it is evaluated"):
+        get_peft_model(model, RasaConfig(r=4, target_modules=["1"]))
+
+
+def test_a_merged_model_is_that_of_the_numbers():
+    base = quantized(make_model(), "nf4")
+    model = adapted(base)
+    reference = adapted(dense(base).float())
+    assert off(logits(model), logits(reference)) < 1e-5
+
+
+def test_peft_cannot_quantize_again_what_it_did_not_see_quantized():
+    model = adapted(quantized(make_model(), "torchao int8"))
+    layer = next(iter(layers(model).values()))
+    weight = numbers(layer.base_layer).float()
+    with pytest.raises(NotImplementedError, match="torchao: how the model was quantized is known"):
+        layer.quantization_backend.set_base_weight(layer, weight)
