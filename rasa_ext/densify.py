@@ -135,9 +135,10 @@ def dense_dtype(base: nn.Module, wanted: torch.dtype | None) -> torch.dtype:
 def _output_error(base: nn.Module, dense: nn.Module, delta: Tensor) -> float:
     """How far apart the two layers' outputs are, the adapter's added to the first one's."""
     device, dtype = dense.weight.device, dense.weight.dtype
+    own = format_of(base).original_dtype(base) or dtype  # torchao's layers take no other
     generator = torch.Generator().manual_seed(0)  # torch's own generator stays as it is
-    x = torch.randn(PROBES, base.in_features, generator=generator).to(device, dtype)
-    before = _without_trace(base)(x).to(delta.dtype) + x.to(delta.dtype) @ delta.t()
+    x = torch.randn(PROBES, base.in_features, generator=generator).to(device, own).to(dtype)
+    before = _without_trace(base)(x.to(own)).to(delta.dtype) + x.to(delta.dtype) @ delta.t()
     return _relative(dense(x).to(delta.dtype), before)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rasa_ext import functional, ops, siblings
 from rasa_ext.config import RasaConfig
 from rasa_ext.pack_cache import PackCache
+from rasa_ext.quantized import refuse_without_gradient
 from rasa_ext.sharding import is_whole, refuse_pieces
 
 
@@ -162,6 +163,8 @@ class AdaptedLinear(nn.Module):
         self, x: Tensor, tensors: tuple, with_grad: bool, args: tuple, kwargs: dict
     ) -> Tensor:
         """The adapter added to whatever the base layer makes of x."""
+        if x.requires_grad and torch.is_grad_enabled():
+            refuse_without_gradient(self.base_layer)
         y = self.base_layer(x, *args, **kwargs)
         x = x.to(y.dtype)
         multiple = ops.rank_multiple(x.device.type, x.dtype, tensors[-1].shape[0])

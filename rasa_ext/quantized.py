@@ -26,6 +26,9 @@ _MARKS = (
 )
 _PACKS = "support_avx512bf16_for_cpu"
 
+_FORWARD_ONLY = frozenset({"Int4OpaqueTensor"})
+"""torchao's tensors whose product with an input has no derivative."""
+
 _READ_AT_ONCE = 1024
 """Columns of a weight that are read off its layer in one forward."""
 
@@ -37,6 +40,9 @@ class Format:
 
     def check(self, name: str, base: nn.Module) -> None:
         """ValueError where the layer called ``name`` cannot be adapted as it is."""
+
+    def check_gradient(self, base: nn.Module) -> None:
+        """RuntimeError where the layer's kernels give no gradient to its input."""
 
     def original_dtype(self, base: nn.Module) -> torch.dtype | None:
         """The dtype from which the weight was quantized; None where that is not known."""
@@ -128,6 +134,15 @@ class TorchaoTensor(Format):
     def __init__(self, kind: str) -> None:
         self.name = f"torchao {kind}"
 
+    def check_gradient(self, base: nn.Module) -> None:
+        """Its packed int4 for CPUs runs by an operator of torch's that has no backward."""
+        if type(base.weight).__name__ in _FORWARD_ONLY:
+            raise RuntimeError(
+                f"{self.name} gives no gradient to its input, so nothing below it can be trained; "
+                "quantize with torchao's IntxWeightOnlyConfig(weight_dtype=torch.int4) to train, "
+                "or call the model under torch.no_grad()."
+            )
+
     def dequantized(self, base: nn.Module) -> Tensor:
         """By the tensor's own means, or where it has none, from what the layer makes of ones."""
         try:
@@ -151,6 +166,13 @@ def format_of(module: nn.Module) -> Format | None:
     if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), kinds):
         return TorchaoTensor(type(module.weight).__name__)
     return None
+
+
+def refuse_without_gradient(base: nn.Module) -> None:
+    """RuntimeError where ``base`` is quantized so that it gives no gradient to its input."""
+    form = format_of(base)
+    if form is not None:
+        form.check_gradient(base)
 
 
 def _bitsandbytes() -> Any:

@@ -9,7 +9,8 @@ import bitsandbytes
 import tiny_lm
 import torch
 from torch import Tensor, nn
-from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
+from torchao.quantization.granularity import PerGroup
 
 WIDTH, OUT = 64, 128
 
@@ -42,12 +43,19 @@ def torchao8(linear: nn.Linear) -> nn.Module:
     return made
 
 
+def torchao4(linear: nn.Linear) -> nn.Module:
+    made = copy.deepcopy(linear)
+    quantize_(made, IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    return made
+
+
 FORMATS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "nf4": bits4,
     "nf4 nested": lambda linear: bits4(linear, nested=True),
     "fp4": lambda linear: bits4(linear, "fp4"),
     "int8": bits8,
     "torchao int8": torchao8,
+    "torchao int4": torchao4,
 }
 
 
@@ -69,7 +77,15 @@ def numbers(module: nn.Module) -> Tensor:
     if isinstance(module, bitsandbytes.nn.Linear8bitLt):
         scales = module.state.SCB if weight.SCB is None else weight.SCB
         return weight.data.double() * scales.double()[:, None] / 127
-    return weight.qdata.double() * weight.scale.double().view(len(weight.qdata), -1)
+    codes = weight.qdata.double()
+
+    def spread(each: Tensor) -> Tensor:
+        """One number a row, or a group of a row, to all that it is for."""
+        each = each.double().view(len(codes), -1)
+        return each.repeat_interleave(codes.shape[1] // each.shape[1], 1)
+
+    zero = getattr(weight, "zero_point", None)
+    return (codes if zero is None else codes - spread(zero)) * spread(weight.scale)
 
 
 def linears(count: int = 3, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:

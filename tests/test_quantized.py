@@ -27,6 +27,8 @@ from common import (
 from quantized_common import FORMATS, OUT, WIDTH, dense, linears, make_model, numbers, quantized
 from safetensors.torch import load_file
 from torch import nn
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import quantize_
 
 import rasa_ext
 from rasa_ext import siblings
@@ -225,6 +227,25 @@ def test_copies_and_files(form, tmp_path):
     with torch.no_grad():  # with grad, other kernels run
         assert not torch.equal(copied(input_ids=TOKENS).logits, outputs[0])
         assert torch.equal(model(input_ids=TOKENS).logits, outputs[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_without_a_backward(dtype):
+    """torchao's packed int4 for CPUs: it runs and merges; training is refused in clear words."""
+    base = linears(dtype=dtype)
+    quantize_(base, PrototypeInt4WeightOnlyConfig(group_size=32))
+    model = patched(base)
+    x = torch.randn(5, WIDTH, dtype=dtype)
+    with pytest.raises(RuntimeError, match=r"Int4OpaqueTensor gives no gradient .*Intx"):
+        model.train()(x)
+    with torch.no_grad():
+        before = model(x)
+        with pytest.warns(UserWarning, match="merging into a dequantised weight"):
+            rasa_ext.merge(model)
+        error = (model(x) - before).norm() / before.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+        rasa_ext.unmerge(model)
+        assert torch.equal(model(x), before)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -25,6 +25,7 @@ BACKENDS = {
     "fp4": "bnb 4bit",
     "int8": "bnb 8bit",
     "torchao int8": "torchao",
+    "torchao int4": "torchao",
 }
 
 
