@@ -9,8 +9,9 @@ checkpointing. Each round runs all variants in a random order, each for so many 
 and the first step of every other one are not timed. The base is random, of SmolLM2-135M's shapes,
 which does not change the time. "official" is the published formula in a patched model.
 
-Before the first step the three forms of RaSA must compute the same logits, and after the last one
-must have had the same losses. ``--quick`` is the same path with a tiny model.
+Before the first step the three forms of RaSA must compute the same logits, and in the first round
+have the same losses; how far rounding drives them apart until the end is printed. ``--quick`` is
+the same path with a tiny model.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ BATCH, LENGTH = 2, 160
 WARM_UP = 3
 """Steps of the first round: layers that read one input are computed together from the second on."""
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Largest relative difference between logits of two forms of RaSA. Ten times as much is let pass
-between losses: Adam's first steps are signs of gradients, which rounding flips next to zero."""
+"""Largest relative difference of logits and of first losses between two forms of RaSA. Later losses
+are not held to it: Adam's steps are signs of gradients, which rounding flips next to zero."""
 
 
 class StepTimer(TrainerCallback):
@@ -209,7 +210,9 @@ def report(dtype: str, steps: int, rounds: int, seconds: float, quick: bool) -> 
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: make_trainer(found[name], data, steps, folder) for name in VARIANTS}
         took, losses = measure(trainers, steps, rounds, seconds)
-    agree(losses, 10 * LIMITS[dtype], "losses")
+    agree({n: each[:WARM_UP] for n, each in losses.items()}, LIMITS[dtype], "first losses")
+    drift = (losses[OFFICIAL] - losses[PATCHED]).norm() / losses[PATCHED].norm()
+    print(f"over all {len(losses[PATCHED])} steps the losses of {OFFICIAL} drift by {drift:.1e}")
     made = summary(dtype, took)
     print(f"{'variant':16} {'ms a step':>10} {'quartiles':>17} {'/LoRA':>7}   by rounds")
     for row in made:
