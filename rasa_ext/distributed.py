@@ -50,7 +50,8 @@ def shard_model(
         blocks: the modules that are gathered as one each; unless given, the outermost items of the
             model's ``ModuleList`` and ``Sequential`` that hold an adapted layer. All else is
             gathered with the model itself.
-        options: for ``fully_shard``: ``reshard_after_forward``, ``mp_policy``, ``offload_policy``.
+        options: for ``fully_shard``, such as ``reshard_after_forward``; not ``mp_policy``: give the
+            base its dtype before it is patched.
 
     Returns:
         The same object.
@@ -66,6 +67,11 @@ def shard_model(
         raise TypeError(
             f"mesh: expected a DeviceMesh, got {type(mesh).__name__}; make one with "
             "torch.distributed.init_device_mesh."
+        )
+    if options.get("mp_policy") is not None:
+        raise ValueError(
+            "mp_policy: expected none, got one, which would cast what passes between the base and "
+            "its float32 adapter; call model.to(torch.bfloat16) before patching, or use autocast."
         )
     _check(model)
     chosen = blocks_of(model) if blocks is None else _ordered(model, blocks)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from common import patched, refused
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from zoo import LLAMA, SEQUENTIAL
 
@@ -30,6 +30,12 @@ def call(model: nn.Module) -> torch.Tensor:
 def test_a_mesh_that_is_none(mesh):
     model = patched(LLAMA.build())
     refused(lambda: shard_model(model, 2), model, "mesh: expected a DeviceMesh, got int")
+
+
+def test_a_policy_of_mixed_precision(mesh):
+    model = patched(LLAMA.build())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    refused(lambda: shard_model(model, mesh, mp_policy=policy), model, "mp_policy: expected none")
 
 
 def test_models_that_are_not_patched(mesh):
