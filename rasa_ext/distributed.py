@@ -77,8 +77,9 @@ def shard_model(
     chosen = blocks_of(model) if blocks is None else _ordered(model, blocks)
     replicated = _replicated(model)
     _place(replicated, mesh)
+    ignored = set(replicated)
     for module in (*chosen, model):
-        fully_shard(module, mesh=mesh, ignored_params=set(replicated), **options)
+        fully_shard(module, mesh=mesh, ignored_params=ignored, **options)
     averaging = _Averaging(replicated, mesh)
     hooks = averaging.attach(model)
     if is_patched(model):
@@ -133,14 +134,14 @@ def _adapted(module: nn.Module) -> bool:
 
 def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
     """The given blocks, inner ones first, as ``fully_shard`` wants them."""
-    inner_first = dict.fromkeys(reversed(list(model.modules())))
+    inner_first, wanted = dict.fromkeys(reversed(list(model.modules()))), set(blocks)
     for block in blocks:
         if block is model or block not in inner_first:
             raise ValueError(
                 "blocks: expected modules inside the model, got "
                 f"{type(block).__name__}, which is not; the model itself need not be named."
             )
-    return [module for module in inner_first if module in set(blocks)]
+    return [module for module in inner_first if module in wanted]
 
 
 def _check(model: nn.Module) -> None:
