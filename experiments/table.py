@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import fcntl
 import io
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +64,19 @@ class Table:
             os.replace(beside, self.path)
         finally:
             os.close(folder)
+
+    @contextlib.contextmanager
+    def claim(self, run: str) -> Iterator[bool]:
+        """Whether this process has ``run`` to itself for as long as the context lasts.
+
+        A byte of a file beside the table is locked; the system gives it back when the process ends
+        in whatever way. Claims are between processes: one process is not kept from its own.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(self.path.name + ".lock").open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(run.encode()))
+            except OSError:
+                yield False
+            else:
+                yield True

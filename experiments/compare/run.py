@@ -3,8 +3,8 @@
     python -m experiments.compare.run [--minutes M]     # results/runs.csv, a row a finished run
     python -m experiments.compare.report                # tables and pictures of it
 
-Started again, it goes on with the runs that the table lacks. ``--minutes`` ends after the run
-during which they pass; a run that is cut leaves no row.
+Started again, it goes on with the runs that the table lacks; started twice, the two share them.
+``--minutes`` ends after the run during which they pass; a run that is cut leaves no row.
 """
 
 from __future__ import annotations
@@ -87,6 +87,23 @@ class Bench:
         }
 
 
+def advance(bench: Any, table: Table) -> bool:
+    """Do the first run that the table lacks and no other process is at; False without any."""
+    for key in pending(bench.config, table.rows()):
+        with table.claim(repr(key)) as mine:
+            # Another process may have finished it since the table was read.
+            if not mine or key not in pending(bench.config, table.rows()):
+                continue
+            began = time.monotonic()
+            row = bench.do(key)
+            table.append([row])
+        left = len(pending(bench.config, table.rows()))
+        shown = {name: row.get(name) for name in ("dev_loss", "exact_match", "other_text_loss")}
+        print(f"{key}: {shown}, {time.monotonic() - began:.0f} s; {left} left", flush=True)
+        return True
+    return False
+
+
 def _head(config: Config, key: Key) -> dict[str, Any]:
     return {
         **key._asdict(),
@@ -130,13 +147,9 @@ def main() -> None:
     name, end = find_model(), time.monotonic() + 60 * given.minutes
     bench = Bench(config, load_model(name, "float32"), load_tokenizer(name))
     while (left := pending(config, table.rows())) and time.monotonic() < end:
-        began = time.monotonic()
-        row = bench.do(left[0])
-        table.append([row])
-        shown = {name: row.get(name) for name in ("dev_loss", "exact_match", "other_text_loss")}
-        seconds = time.monotonic() - began
-        print(f"{left[0]}: {shown}, {seconds:.0f} s; {len(left) - 1} left", flush=True)
-    print("done" if not left else f"{len(left)} runs are known to be left")
+        if not advance(bench, table):
+            time.sleep(5)  # others are at all that is known; what they find may bring more
+    print(f"{len(left)} runs are known to be left" if left else "done")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def finetune(
         run.load_state_dict(stored)
         say(f"going on after step {run.step}")
     else:
-        before = _scores(model, tokenizer, task, recipe.bfloat16)
+        before = scores(model, tokenizer, task, recipe.bfloat16)
         say(f"before: {_shown(before)}")
     while run.going:
         run.advance()
@@ -71,7 +71,7 @@ def finetune(
             os.replace(beside, state)
     if run.diverged:
         raise ValueError(f"lr: the loss is no longer a number at {recipe.lr:g}; take a lower one.")
-    after = _scores(model, tokenizer, task, recipe.bfloat16)
+    after = scores(model, tokenizer, task, recipe.bfloat16)
     say(f"after: {_shown(after)}")
     save_model(model, tokenizer, weights / "tuned")
     state.unlink(missing_ok=True)
@@ -90,17 +90,18 @@ def finetune(
     }
 
 
-def _scores(model: Any, tokenizer: Any, task: Task, bfloat16: bool) -> dict[str, float | None]:
+def scores(model: Any, tokenizer: Any, task: Task, bfloat16: bool) -> dict[str, float | None]:
+    """Loss on the rows to judge by, and the share of problems solved."""
     return {
         "loss": mean_loss(model, task.test, tokenizer.pad_token_id, bfloat16=bfloat16),
         "exact_match": solved(model, tokenizer, task, bfloat16=bfloat16),
     }
 
 
-def _shown(scores: dict[str, float | None]) -> str:
-    found = f"held-out loss {scores['loss']:.4f} per solution token"
-    if scores["exact_match"] is not None:
-        found += f", exact match {scores['exact_match']:.0%}"
+def _shown(figures: dict[str, float | None]) -> str:
+    found = f"held-out loss {figures['loss']:.4f} per solution token"
+    if figures["exact_match"] is not None:
+        found += f", exact match {figures['exact_match']:.0%}"
     return found
 
 

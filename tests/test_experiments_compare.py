@@ -1,0 +1,268 @@
+"""The comparison on a tiny model: its plan, that it resumes and is shared, and its report."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_lm import make_model, make_tokenizer, save_base, sums
+
+from experiments.compare import config as compare_config
+from experiments.compare import report, run, step_time
+from experiments.compare.config import BASE, Key, pending, read_config
+from experiments.compare.methods import prepared
+from experiments.metamathqa import run as metamathqa
+from experiments.table import Table
+from experiments.training import Recipe, Run
+from rasa_ext.train.data import parse_example
+from rasa_ext.train.encoding import Collator, encode_all
+
+pytest.importorskip("peft")
+
+PAD = 0
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def rows():
+    examples = [parse_example(pair, "here") for pair in sums(12)]
+    return encode_all(examples, make_tokenizer(), 64).rows
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A comparison of seconds, in a file."""
+    given = {
+        "steps": 2,
+        "batch_size": 2,
+        "train": 6,
+        "dev": 2,
+        "test": 3,
+        "other_text": 1,
+        "bfloat16": False,
+        "tasks": ["maths"],
+        "seeds": [0, 5],
+        "methods": {
+            "rasa": {"kind": "rasa", "rank": 4, "k": 1, "alpha": 4, "rates": [1e-3, 1e-2]},
+            "lora": {"kind": "lora", "rank": 4, "alpha": 4, "rates": [1e-2]},
+            "vera": {"kind": "vera", "rank": 8, "rates": [1e-2]},
+            "full": {"kind": "full", "rates": [1e-3]},
+        },
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+    return path
+
+
+def test_the_shipped_config_is_valid_and_covers_what_it_should():
+    config = read_config()
+    kinds = [spec["kind"] for spec in config.methods.values()]
+    assert set(kinds) == {"lora", "rasa", "vera", "full"}
+    assert all(len(spec["rates"]) >= 4 for spec in config.methods.values())
+    assert len(config.seeds) >= 3
+    assert len(config.tasks) == 2
+    assert {spec["k"] for spec in config.methods.values() if spec["kind"] == "rasa"} == {1, 2, 4}
+    todo = pending(config, [])
+    assert len(todo) == 2 * (1 + sum(len(spec["rates"]) for spec in config.methods.values()))
+    assert [key.method for key in todo[:3]] == [BASE, "rasa-r8-k1", "lora-r8"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tasks": ["chess"]}, "tasks: expected some of maths, docstrings, got 'chess'"),
+        ({"methods": {"x": {"kind": "dora", "rates": [1]}}}, "methods: x: expected a kind"),
+        ({"methods": {"x": {"kind": "lora", "rates": [1]}}}, "methods: x: expected alpha, kind"),
+        ({"stepz": 1}, "expected the keys"),
+    ],
+)
+def test_a_wrong_config_is_named(small, change, message):
+    small.write_text(yaml.safe_dump(yaml.safe_load(small.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        read_config(small)
+
+
+def row(key: Key, config, loss: float | str) -> dict[str, str]:
+    same = {"exact_match": "0.5", "other_text_loss": "3", "trainable": "7", "steps": "2"}
+    values = {
+        "dev_loss": str(loss),
+        "test_loss": str(loss),
+        "settings": config.settings(key.method),
+    }
+    return {**{name: str(value) for name, value in key._asdict().items()}, **same, **values}
+
+
+def test_further_seeds_go_to_the_best_two_rates_of_complete_sweeps(small):
+    given = yaml.safe_load(small.read_text())
+    given["methods"] = {"lora": {"kind": "lora", "rank": 4, "alpha": 4, "rates": [1, 2, 3, 4]}}
+    small.write_text(yaml.safe_dump(given))
+    config = read_config(small)
+    rows = [row(Key("maths", BASE, 0.0, 0), config, 9)]
+    for lr, loss in ((1.0, 0.5), (2.0, ""), (3.0, 0.2)):
+        rows.append(row(Key("maths", "lora", lr, 0), config, loss))
+    assert pending(config, rows) == [Key("maths", "lora", 4.0, 0)]
+    rows.append(row(Key("maths", "lora", 4.0, 0), config, 0.6))
+    assert pending(config, rows) == [Key("maths", "lora", lr, 5) for lr in (3.0, 1.0)]
+    rows.append(row(Key("maths", "lora", 3.0, 5), config, 0.4))
+    assert pending(config, rows) == [Key("maths", "lora", 1.0, 5)]
+    # Another number of steps: none of these rows counts.
+    small.write_text(yaml.safe_dump(given | {"steps": 3}))
+    assert len(pending(read_config(small), rows)) == 5
+
+    line = report.methods_table(config, rows, "maths")[1]
+    assert (line["best"], line["seeds"], line["rates"]) == ("3", 2, "4 of 4")
+    assert line["held-out loss"] == "0.300 ± 0.141"
+    assert line["loss gained on other text"] == "0.000 ± 0.000"
+    assert report.sweep_table(config, rows, "maths") == [
+        {"method": "lora", "1": 0.5, "2": math.inf, "3": 0.2, "4": 0.6}
+    ]
+
+
+def test_the_comparison_runs_resumes_and_is_reported(small, tmp_path, monkeypatch, capsys):
+    base = str(save_base(tmp_path / "base"))
+    monkeypatch.setattr(run, "find_model", lambda: base)
+    words = ["run", "--config", str(small), "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*words, "--minutes", "0"])
+    run.main()
+    assert not (tmp_path / "runs.csv").exists()
+    monkeypatch.setattr("sys.argv", words)
+    real, calls = run.Bench.do, []
+
+    def stop_after_two(self, key):
+        calls.append(key)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, key)
+
+    monkeypatch.setattr(run.Bench, "do", stop_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    monkeypatch.setattr(run.Bench, "do", real)
+    run.main()
+    rows = Table(tmp_path / "runs.csv", run.COLUMNS).rows()
+    config = read_config(small)
+    assert [compare_config.key_of(r) for r in rows[:3]] == calls
+    assert len(rows) == 1 + 5 + 5  # the base, the sweep, the other seed at every rate
+    assert pending(config, rows) == []
+    for found in rows:
+        assert 0 <= float(found["exact_match"]) <= 1
+        assert all(float(found[n]) > 0 for n in ("dev_loss", "test_loss", "other_text_loss"))
+        assert found["timing"] in ("quiet", "under load") or found["method"] == BASE
+    trained = {found["method"]: int(found["trainable"]) for found in rows}
+    shapes = {"q": (32, 32), "k": (16, 32), "v": (16, 32), "o": (32, 32)}
+    shapes |= {"gate": (48, 32), "up": (48, 32), "down": (32, 48)}
+    lora = sum(2 * 4 * (out + width) for out, width in shapes.values())
+    assert trained["lora"] == lora
+    assert trained["rasa"] == lora + 7 * 2 * (4 - 1 + 2 * 1)
+    assert trained["vera"] == sum(2 * (8 + out) for out, _ in shapes.values())
+    assert trained["full"] == make_model().num_parameters()
+    assert trained[BASE] == 0
+
+    monkeypatch.setattr("sys.argv", ["report", *words[1:]])
+    report.main()
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    assert "| before training |" in capsys.readouterr().out
+
+
+def test_processes_share_the_runs(small, tmp_path):
+    """A run that another process is at is left out until that process ends, finished or not."""
+    config, done = read_config(small), []
+    first, second = pending(config, [])[:2]
+
+    class Bench:
+        def __init__(self):
+            self.config = config
+
+        def do(self, key):
+            done.append(key)
+            return row(key, config, 1)
+
+    table = Table(tmp_path / "runs.csv", list(row(first, config, 1)))
+    holder = (
+        "import sys\nfrom experiments.table import Table\n"
+        "with Table(sys.argv[1], ['x']).claim(sys.argv[2]) as mine:\n"
+        "    print(mine, flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", holder, str(table.path), repr(first)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as other:
+        assert other.stdout.readline() == "True\n"
+        assert run.advance(Bench(), table)
+        other.kill()
+    assert done == [second]
+    while run.advance(Bench(), table):
+        pass
+    assert done[1] == first
+    assert len(done) == len(set(done))
+    assert pending(config, table.rows()) == []
+
+
+def test_methods_begin_where_the_base_is_and_leave_it_alone(small, rows):
+    base, batch = make_model(), Collator(PAD)(rows[:2])
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    expected = base(**batch).logits
+    for spec in read_config(small).methods.values():
+        model = prepared(base, spec, 1, bfloat16=False)
+        torch.testing.assert_close(model(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+        one = Run(model, rows, PAD, Recipe(2, 4, 1e-2, bfloat16=True))
+        one.advance()
+        one.advance()
+        assert (model(**batch).logits - expected).abs().max() > 1e-4
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+def test_steps_of_all_methods_are_timed_together(small, rows):
+    runs = step_time.make_runs(
+        make_model(), rows, PAD, read_config(small).methods, Recipe(5, 2, 1e-4, bfloat16=False)
+    )
+    found = step_time.measure(runs, rounds=2)
+    assert [line["method"] for line in found] == ["rasa", "lora", "vera", "full"]
+    assert found[0][f"over_{step_time.REFERENCE}"] == "1.000"
+    assert all(one.step == 5 for one in runs.values())
+
+
+# PEFT's benchmark
+
+
+def test_pefts_runner_is_started_with_rasa_registered(tmp_path):
+    folder = tmp_path / "method_comparison" / "MetaMathQA"
+    folder.mkdir(parents=True)
+    (folder / "utils.py").write_text("ANSWER = 42\n")
+    (folder / "run.py").write_text(
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "from peft import PeftConfig\n"
+        "from utils import ANSWER\n"
+        "assert __name__ == '__main__' and sys.argv[1] == '-v' and ANSWER == 42\n"
+        "assert len(sys.argv[2].split('/')) == 3\n"
+        "config = PeftConfig.from_pretrained(sys.argv[2])\n"
+        "out = {'type': type(config).__module__, 'r': config.r, 'k': config.rasa_k}\n"
+        "(Path(__file__).parent / 'found.json').write_text(json.dumps(out))\n"
+    )
+    names = metamathqa.entries()
+    assert "experiments/rasa/llama-3.2-3B-rank32-k4" in names
+    metamathqa.run(tmp_path, names[0])
+    found = json.loads((folder / "found.json").read_text())
+    assert found == {"type": "rasa_ext.peft.config", "r": 32, "k": 4}
+    with pytest.raises(ValueError, match="entry: expected one of"):
+        metamathqa.run(tmp_path, "experiments/rasa/none")
+    with pytest.raises(ValueError, match="PEFT_CHECKOUT: expected a clone"):
+        metamathqa.run(tmp_path / "nowhere", names[0])
+
+
+def test_the_entries_have_all_fields_of_the_config():
+    from rasa_ext.peft import RasaConfig
+
+    for name in metamathqa.entries():
+        given = json.loads((metamathqa.HERE / name / "adapter_config.json").read_text())
+        known = set(RasaConfig().to_dict())
+        assert set(given) <= known
+        assert {"r", "rasa_k", "rasa_alpha", "rasa_dropout", "target_modules"} <= set(given)
