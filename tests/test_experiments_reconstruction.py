@@ -9,13 +9,14 @@ import torch
 from tiny_lm import make_model, make_tokenizer, save_base
 
 import rasa_ext
-from experiments.reconstruction import compress, figures, reconstruct
+from experiments.reconstruction import compress, figures, half_steps, reconstruct
 from experiments.reconstruction.compress import ADAPTER, BASE, LAYERS, WHOLE, Judge, Key
 from experiments.reconstruction.deltas import deltas_of
 from experiments.reconstruction.finetune import finetune
 from experiments.table import Table
 from experiments.tasks import make_task
 from experiments.training import Recipe, Run, mean_loss
+from rasa_ext import decompose
 
 
 def test_a_cut_fine_tune_ends_up_with_the_same_weights(tmp_path, monkeypatch):
@@ -122,6 +123,38 @@ def test_a_random_start_depends_on_its_run_alone(deltas):
     first = reconstruct.reconstruct(key, deltas["a"], 2, torch.float32)
     torch.randn(5)
     assert reconstruct.reconstruct(key, deltas["a"], 2, torch.float32) == first
+
+
+def test_half_steps_are_checked_on_real_changes(tmp_path, monkeypatch, capsys):
+    base, tuned = make_model(), make_model()
+    with torch.no_grad():
+        for weight in tuned.parameters():
+            weight += 0.05 * torch.randn(weight.shape)
+    base.save_pretrained(tmp_path / "base")
+    tuned.save_pretrained(tmp_path / "tuned")
+    monkeypatch.setattr(half_steps, "find_model", lambda: str(tmp_path / "base"))
+    words = ["half_steps", "--weights", str(tmp_path), "--results", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*words, "--iterations", "3"])
+    half_steps.main()
+    rows = Table(tmp_path / "half_steps.csv", half_steps.COLUMNS).rows()
+    assert len(rows) == 7 * 3 * 2
+    changes = deltas_of(base, tuned)
+    for row in rows:
+        assert row["half_steps"] == "12"
+        assert float(row["last"]) < float(row["first"])
+        found = decompose(changes[row["module"]], 8, int(row["k"]), iterations=3)
+        assert float(row["lora_error"]) == pytest.approx(found.lora_error, abs=2e-8)
+        if row["start"] == "svd":
+            assert float(row["last"]) == pytest.approx(found.errors[-1], abs=2e-8)
+
+    def worse(self):
+        self.d = self.d * 1.5
+
+    monkeypatch.setattr(half_steps.Descent, "update_d", worse)
+    with pytest.raises(SystemExit, match="q_proj k=1 svd: a half-step raised the error by"):
+        half_steps.main()
+    last = {"start": "svd", "largest_rise": "0", "last": "0.5", "lora_error": "0.4"}
+    assert "above LoRA's minimum" in half_steps.broken(last)
 
 
 # Compress

@@ -1,0 +1,112 @@
+"""What the theorem and the descent promise, checked on the fine-tune's weight changes in float64.
+
+    python -m experiments.reconstruction.finetune       # once: the weight changes
+    python -m experiments.reconstruction.half_steps     # results/half_steps.csv, and its table
+
+For every module type, k and start the error is taken after each of the four half-steps of every
+iteration. No half-step may raise it, and from the theorem's start it may not be above LoRA's
+minimum, which is taken from dense singular values here. The command fails where one does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.records import table as markdown
+from experiments.reconstruction.deltas import deltas_of
+from experiments.reconstruction.finetune import RESULTS, WEIGHTS
+from experiments.table import Table
+from rasa_ext.descent import Descent
+from rasa_ext.lowrank import Matrix, leading
+from rasa_ext.train.demo import find_model
+from rasa_ext.train.model_loading import load_model
+
+COLUMNS = (
+    *("module", "rank", "k", "start", "half_steps", "largest_rise"),
+    *("first", "last", "lora_error"),
+)
+STEPS = ("update_private", "update_pool_B", "update_pool_A", "update_d")
+RANK, KS, ITERATIONS = 8, (1, 4, 8), 5
+ROUNDING = 1e-12
+"""Errors are sums of float64 squares over a total of one."""
+
+
+def check(
+    module: str, deltas: Sequence[Tensor], rank: int, k: int, start: str, iterations: int
+) -> dict[str, Any]:
+    """The row of one run. Errors are relative to the squared norm of all changes."""
+    norm = sum(delta.double().square().sum().item() for delta in deltas) ** 0.5
+    targets = [delta.double() / norm for delta in deltas]
+    descent = Descent([Matrix(target) for target in targets], rank - k, k * len(targets))
+    if start == "svd":
+        generator = torch.Generator().manual_seed(0)
+        descent.start_from_theorem([leading(Matrix(t), rank, generator) for t in targets], k)
+    else:
+        torch.manual_seed(0)
+        descent.start_at_random()
+    errors = [descent.error()]
+    for _ in range(iterations):
+        for step in STEPS:
+            getattr(descent, step)()
+            errors.append(descent.error())
+    rises = [after - before for before, after in pairwise(errors)]
+    lora = sum(torch.linalg.svdvals(t)[rank:].square().sum().item() for t in targets)
+    return {
+        "module": module,
+        "rank": rank,
+        "k": k,
+        "start": start,
+        "half_steps": len(rises),
+        "largest_rise": f"{max(rises):.2e}",
+        "first": f"{errors[0]:.8f}",
+        "last": f"{errors[-1]:.8f}",
+        "lora_error": f"{lora:.8f}",
+    }
+
+
+def broken(row: dict[str, Any]) -> str | None:
+    """What a row says against the theorem or the descent."""
+    if float(row["largest_rise"]) > ROUNDING:
+        return f"a half-step raised the error by {row['largest_rise']}"
+    if row["start"] == "svd" and float(row["last"]) > float(row["lora_error"]) + 1e-8:
+        return f"the error {row['last']} is above LoRA's minimum {row['lora_error']}"
+    return None
+
+
+def main() -> None:
+    """Run the command above."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where finetune wrote")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for half_steps.csv")
+    parser.add_argument("--iterations", type=int, default=ITERATIONS)
+    given = parser.parse_args()
+    base = load_model(find_model(), "float32")
+    deltas = deltas_of(base, load_model(str(given.weights / "tuned"), "float32"))
+    del base
+    path = given.results / "half_steps.csv"
+    path.unlink(missing_ok=True)
+    table, wrong = Table(path, COLUMNS), []
+    for module, changes in deltas.items():
+        for k in KS:
+            for start in ("svd", "random"):
+                row = check(module, changes, RANK, k, start, given.iterations)
+                table.append([row])
+                print(row, flush=True)
+                if why := broken(row):
+                    wrong.append(f"{module} k={k} {start}: {why}")
+    print(markdown(table.rows()))
+    if wrong:
+        raise SystemExit("\n".join(wrong))
+
+
+if __name__ == "__main__":
+    main()
