@@ -68,6 +68,15 @@ def export_lora(
     return rank
 
 
+_TOGETHER = (
+    ("q_proj", "v_proj"),
+    ("k_proj", "q_proj"),
+    ("v_proj", "q_proj"),
+    ("up_proj", "gate_proj"),
+)
+"""Layers that SGLang computes together, where it has no use for the first without the second."""
+
+
 def _limits(
     model: nn.Module, layers: list[tuple[str, RasaLinear]], saved: tuple[str, ...]
 ) -> Iterator[str]:
@@ -84,14 +93,15 @@ def _limits(
             f"for those, {instead}."
         )
     names = {name for name, _ in layers}
-    for part, other in (("q_proj", "v_proj"), ("k_proj", "q_proj"), ("gate_proj", "up_proj")):
-        alone = [
-            n for n in names if n.endswith(f".{part}") and n[: -len(part)] + other not in names
-        ]
+    modules = {name for name, _ in unwrap(model).named_modules()}
+    for part, other in _TOGETHER:
+        beside = {n: n[: -len(part)] + other for n in names if n.endswith(f".{part}")}
+        alone = [name for name, its in beside.items() if its in modules and its not in names]
         if alone:
             yield (
-                f"{part} is adapted without {other} in {len(alone)} layers, which SGLang refuses, "
-                f"as it computes them together; for SGLang, adapt both, or {instead}."
+                f"{part} is adapted without {other} in {len(alone)} layers. SGLang computes them "
+                f"together and refuses such a LoRA, or leaves {part} out of it with no more than a "
+                f"line in its log; for SGLang, adapt both, or {instead}."
             )
             break
     embeddings = {id(m.weight) for m in unwrap(model).modules() if isinstance(m, nn.Embedding)}

@@ -1,10 +1,10 @@
 """What readers of LoRA directories accept and what they then compute, written from their sources.
 
-vLLM (lora/peft_helper.py, lora/utils.py, config/lora.py), SGLang (srt/lora/lora.py and
-lora_config.py) and llama.cpp (convert_lora_to_gguf.py, and the adapter's scale in llama-graph),
-as they stood in 2026. Each reader takes the configuration and the tensors of a directory and gives
-the weight change (out, in) of every module, or raises Refused. Nothing here knows how the package
-writes its files.
+vLLM (lora/peft_helper.py, lora/utils.py, config/lora.py), SGLang (srt/lora/lora.py,
+lora_config.py, mem_pool.py) and llama.cpp (convert_lora_to_gguf.py, and the adapter's scale in
+llama-graph), as they stood in 2026. Each reader takes the configuration and the tensors of a
+directory and gives the weight change (out, in) of every module, or raises Refused. Nothing here
+knows how the package writes its files.
 """
 
 from __future__ import annotations
@@ -66,7 +66,12 @@ def vllm(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int)
 
 
 def sglang(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int) -> dict:
-    """One rank and alpha / r, whatever use_rslora says; q, k, v and gate, up are stacked."""
+    """One rank and alpha / r, whatever use_rslora says; q, k, v and gate, up are stacked.
+
+    Stacking begins with q and with gate: k and up may be missing, and are zeros then, but v may
+    not. What is left unstacked has no buffer: older versions refuse it, newer ones log a warning
+    and serve the rest, which is another function. Both count as refusing here.
+    """
     need(str(config.get("peft_type")).lower() == "lora", "peft_type is not LORA")
     for field in ("r", "lora_alpha", "target_modules"):
         need(field in config, f"{field} is missing")
@@ -74,12 +79,17 @@ def sglang(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: in
     need(config["r"] <= max_lora_rank, "r is above max_lora_rank")
     pairs = _pairs(tensors, lambda name: name.removeprefix("base_model.model."))
     for name, (A, _) in pairs.items():
-        need(re.search(r"layers\.\d+\.", name), f"{name} is in no layer")
+        in_layer = re.search(r"layers\.\d+\.", name)
+        need(in_layer or "embed_tokens" in name or "lm_head" in name, f"{name} is in no layer")
         need(A.shape[0] == config["r"], f"{name} is of another rank")
+    modules = {name for name, _ in model.named_modules()}
     for name in pairs:
-        for part, other in (("k_proj", "q_proj"), ("q_proj", "v_proj"), ("gate_proj", "up_proj")):
-            if name.endswith(part):
-                need(name.replace(part, other) in pairs, f"{name} without {other}")
+        if name.endswith("q_proj"):
+            need(name.replace("q_proj", "v_proj") in pairs, f"{name} without v_proj")
+        for part, first in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
+            its = name.replace(part, first)
+            if name.endswith(part) and its in modules:
+                need(its in pairs, f"{name} without {first} has no buffer")
     scale = config["lora_alpha"] / config["r"]
     return {name: scale * B @ A for name, (A, B) in pairs.items()}
 

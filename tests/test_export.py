@@ -18,7 +18,7 @@ import rasa_ext
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Conv1D",
     "ignore:modules_to_save",
-    "ignore:.*which SGLang refuses",
+    "ignore:.*SGLang computes them together",
     "ignore:.*is_gradient_checkpointing",
 )
 

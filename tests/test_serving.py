@@ -91,7 +91,7 @@ NO_SERVER = "save what rasa_ext.merge_and_unload"
         (
             lambda: patched(BASE, target_modules=["q_proj", "o_proj"]),
             ["sglang"],
-            f"q_proj is adapted without v_proj in 3 layers, which SGLang.*{NO_SERVER}",
+            rf"q_proj is adapted without v_proj in 3 layers\. SGLang.*{NO_SERVER}",
         ),
         (
             lambda: patched(BASE, target_modules=["k_proj", "v_proj"]),
@@ -99,9 +99,14 @@ NO_SERVER = "save what rasa_ext.merge_and_unload"
             "k_proj is adapted without q_proj",
         ),
         (
-            lambda: patched(BASE, target_modules=["gate_proj"]),
+            lambda: patched(BASE, target_modules=["v_proj", "o_proj"]),
             ["sglang"],
-            "gate_proj is adapted without up_proj",
+            "v_proj is adapted without q_proj .* or leaves v_proj out",
+        ),
+        (
+            lambda: patched(BASE, target_modules=["up_proj"]),
+            ["sglang"],
+            "up_proj is adapted without gate_proj",
         ),
         (
             lambda: patched(tied(), target_modules=["q_proj", "v_proj", "lm_head"]),
@@ -109,7 +114,15 @@ NO_SERVER = "save what rasa_ext.merge_and_unload"
             "lm_head is tied to the embedding, and llama.cpp refuses",
         ),
     ],
-    ids=["Conv1D", "modules_to_save", "q alone", "k without q", "gate alone", "tied head"],
+    ids=[
+        "Conv1D",
+        "modules_to_save",
+        "q alone",
+        "k without q",
+        "v without q",
+        "up alone",
+        "tied head",
+    ],
 )
 def test_what_a_reader_refuses_is_warned_of(model, readers, warning, tmp_path):
     model = model()
@@ -129,7 +142,15 @@ def tied():
 
 
 @pytest.mark.parametrize(
-    "targets", ["all-linear", ["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj"]]
+    "targets",
+    [
+        "all-linear",
+        ["q_proj", "v_proj"],
+        ["q_proj", "k_proj", "v_proj"],
+        ["gate_proj"],
+        ["down_proj"],
+    ],
+    ids=str,
 )
 def test_what_every_reader_takes_is_not_warned_of(targets, tmp_path, recwarn):
     model = patched(BASE, target_modules=targets)
