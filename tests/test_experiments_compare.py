@@ -219,7 +219,7 @@ def test_methods_begin_where_the_base_is_and_leave_it_alone(small, rows):
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
-def test_steps_of_all_methods_are_timed_together(small, rows):
+def test_steps_of_all_methods_are_timed_together(small, rows, tmp_path):
     runs = step_time.make_runs(
         make_model(), rows, PAD, read_config(small).methods, Recipe(5, 2, 1e-4, bfloat16=False)
     )
@@ -227,6 +227,13 @@ def test_steps_of_all_methods_are_timed_together(small, rows):
     assert [line["method"] for line in found] == ["rasa", "lora", "vera", "full"]
     assert found[0][f"over_{step_time.REFERENCE}"] == "1.000"
     assert all(one.step == 5 for one in runs.values())
+    assert report.step_table(tmp_path / "step_time.csv") == []
+    step_time.write(tmp_path / "step_time.csv", found)
+    shown = report.step_table(tmp_path / "step_time.csv")
+    assert {line["method"] for line in shown} == {"rasa", "lora", "vera", "full"}
+    times = [float(line["seconds a step (quartiles)"].split()[0]) for line in shown]
+    assert times == sorted(times)
+    assert next(line for line in shown if line["method"] == "rasa")["/ rasa-r8-k1"] == "1.000"
 
 
 # PEFT's benchmark

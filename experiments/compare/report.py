@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -73,6 +74,27 @@ def sweep_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str
             result.append(row)
     columns = ["method", *(f"{lr:g}" for lr in rates if any(f"{lr:g}" in r for r in result))]
     return [{name: row.get(name) for name in columns} for row in result]
+
+
+def step_table(path: Path) -> list[dict[str, object]]:
+    """What ``step_time`` measured, the quickest method first; empty where it has not been run."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: float(row["seconds"]))
+    over = next((name for name in rows[0] if name.startswith("over_")), "") if rows else ""
+    return [
+        {
+            "method": row["method"],
+            "seconds a step (quartiles)": (
+                f"{float(row['seconds']):.3f} ({float(row['seconds_low']):.3f}-"
+                f"{float(row['seconds_high']):.3f})"
+            ),
+            f"/ {over.removeprefix('over_')}": row[over],
+            "trained numbers": f"{int(row['trainable']):,}",
+        }
+        for row in rows
+    ]
 
 
 def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
@@ -157,6 +179,9 @@ def main() -> None:
             if sweep:
                 print("Loss to choose by, first seed, by rate:\n")
                 print(markdown(sweep), end="\n\n")
+    steps = step_table(given.results / "step_time.csv")
+    if steps:
+        print(f"### Step times\n\n{markdown(steps)}\n")
     draw(config, rows, given.results / "runs.png")
 
 

@@ -87,11 +87,16 @@ def main() -> None:
     print(markdown(found))
     if load > 0.5:
         print(f"\nThe machine was not idle (load {load:.2f}): no figure to quote.")
-    given.results.mkdir(parents=True, exist_ok=True)
-    with (given.results / "step_time.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*found[0], *same])
+    write(given.results / "step_time.csv", [{**row, **same} for row in found])
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The table, anew: times of different runs of this command do not mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
-        writer.writerows({**row, **same} for row in found)
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
