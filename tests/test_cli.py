@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_common import invoke, load, logits
 from safetensors.torch import load_file, save_file
 from tiny_lm import make_model, save_base, sums, write_jsonl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import rasa_ext
 from rasa_ext.cli import main
 from rasa_ext.cli.app import app
-
-TOKENS = torch.arange(24).view(2, 12) * 11 % 320
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +40,12 @@ def tuned(base, tmp_path_factory) -> Path:
     return directory
 
 
-def load(directory: Path):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=TOKENS).logits
-
-
 @pytest.fixture(scope="module")
 def expected(base, tuned) -> torch.Tensor:
     model = rasa_ext.load_adapter(load(base), tuned)
     result = logits(model)
     assert (result - logits(load(base))).abs().max() > 0.1
     return result
-
-
-def invoke(*words: object, code: int = 0) -> str:
-    """Run the command; its whole output on one line, since a terminal wraps where it likes."""
-    result = CliRunner().invoke(app, [str(word) for word in words])
-    assert result.exit_code == code, (result.output, result.exception)
-    return " ".join(result.output.split())
 
 
 def test_merge_writes_a_standalone_model(base, tuned, expected, tmp_path):

@@ -8,14 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from cli_common import TOKENS, invoke, load, logits
 from tiny_lm import make_model, save_base
-from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import rasa_ext
-from rasa_ext.cli.app import app
-
-TOKENS = torch.arange(24).view(2, 12) * 11 % 320
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +47,6 @@ def lora(base, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("compress") / "lora"
     model.save_pretrained(directory)
     return directory
-
-
-def load(directory: Path):
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def logits(model) -> torch.Tensor:
-    return model(input_ids=TOKENS).logits
-
-
-def invoke(*words: object, code: int = 0) -> str:
-    result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
-    assert result.exit_code == code, (result.output, result.exception)
-    return " ".join(result.output.split())
 
 
 def test_compress_a_fine_tuning(base, tuned, tmp_path):
