@@ -9,7 +9,7 @@ import torch
 from tiny_lm import make_model, make_tokenizer, save_base
 
 import rasa_ext
-from experiments.reconstruction import compress, figures, half_steps, reconstruct
+from experiments.reconstruction import compress, equal_numbers, figures, half_steps, reconstruct
 from experiments.reconstruction.compress import ADAPTER, BASE, LAYERS, WHOLE, Judge, Key
 from experiments.reconstruction.deltas import deltas_of
 from experiments.reconstruction.finetune import finetune
@@ -155,6 +155,35 @@ def test_half_steps_are_checked_on_real_changes(tmp_path, monkeypatch, capsys):
         half_steps.main()
     last = {"start": "svd", "largest_rise": "0", "last": "0.5", "lora_error": "0.4"}
     assert "above LoRA's minimum" in half_steps.broken(last)
+
+
+def test_lora_at_the_same_numbers(deltas):
+    """A LoRA with one rank more in as many layers as the diagonals pay for, on the average."""
+    values = [torch.linalg.svdvals(delta.double()).square() for delta in deltas["a"]]
+    total = sum(v.sum() for v in values)
+
+    def lora(ranks):
+        return (sum(v[r:].sum() for v, r in zip(values, ranks, strict=True)) / total).item()
+
+    spectrum = equal_numbers.spectrum(deltas["a"])
+    at, equal = equal_numbers.lora_errors(spectrum, 4, 1.0)
+    assert at == pytest.approx(lora([4, 4, 4]), rel=1e-5)
+    assert equal == pytest.approx(lora([5, 5, 5]), rel=1e-5)
+    third = sum(lora([4 + (i == j) for i in range(3)]) for j in range(3)) / 3
+    assert equal_numbers.lora_errors(spectrum, 4, 1 / 3)[1] == pytest.approx(third, rel=1e-5)
+    assert equal_numbers.lora_errors(spectrum, 4, 2.5)[1] == pytest.approx(
+        (lora([6, 6, 6]) + lora([7, 7, 7])) / 2, rel=1e-5
+    )
+    rows = equal_numbers.compare("a", deltas["a"], {4: {0: 0.9, 2: 0.5}, 6: {1: 0.3}})
+    assert [(row["rank"], row["k"]) for row in rows] == [(4, 2), (6, 1)]
+    for row, numbers in zip(rows, (4 - 2 + 3 * 2, 6 - 1 + 3), strict=True):
+        adapter = rasa_ext.decompose(deltas["a"], row["rank"], row["k"], iterations=0)
+        assert adapter.d[0].numel() == numbers
+        assert float(row["extra_ranks"]) == pytest.approx(numbers / (20 + 16), abs=1e-4)
+    assert equal_numbers.shown(rows) == [
+        {"module": "a", "r": 4, "k=2": f"{0.5 / float(rows[0]['lora_error_equal']):.4f}"},
+        {"module": "a", "r": 6, "k=1": f"{0.3 / float(rows[1]['lora_error_equal']):.4f}"},
+    ]
 
 
 # Compress
