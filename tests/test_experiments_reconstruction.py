@@ -252,7 +252,7 @@ def test_compress_resumes_and_prints(judge, tmp_path, monkeypatch, capsys):
     folder = save_base(tmp_path / "base")
     judge.tuned.save_pretrained(tmp_path / "tuned")
     monkeypatch.setattr(compress, "find_model", lambda: str(folder))
-    monkeypatch.setattr(compress, "RANKS", (4,))
+    monkeypatch.setattr(compress, "RANKS", (8,))
     words = ["compress", "--weights", str(tmp_path), "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*words, "--held-out", "3"])
     real, calls = Judge.row, []
@@ -270,5 +270,5 @@ def test_compress_resumes_and_prints(judge, tmp_path, monkeypatch, capsys):
     assert calls[5:] == compress.planned()[4:]
     assert [key.k for key in compress.planned()[3:]] == [0, 1, 2]
     printed = capsys.readouterr().out
-    for name in (BASE, WHOLE, LAYERS, "LoRA r=4, truncated SVD", "RaSA r=4 k=2"):
+    for name in (BASE, WHOLE, LAYERS, "LoRA r=8, truncated SVD", "RaSA r=8 k=2"):
         assert f"| {name} |" in printed
