@@ -56,6 +56,11 @@ class Compressed:
         return self._total(lambda result: result.lora_error)
 
     @property
+    def lora_error_equal(self) -> float:
+        """The same for LoRA with as many numbers as this adapter; see ``Decomposition``."""
+        return self._total(lambda result: result.lora_error_equal)
+
+    @property
     def numbers(self) -> int:
         """Numbers of the adapter, ``modules_to_save`` left out."""
         return sum(t.numel() for key, t in self.tensors.items() if ".rasa_" in key)

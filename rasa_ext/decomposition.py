@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,6 +36,10 @@ class Decomposition:
     """sum ||M - M^||^2 / sum ||M||^2 of the start and after every iteration; 0 for zero targets."""
     lora_error: float
     """The same for LoRA's best approximation, rank r for every layer."""
+    lora_error_equal: float
+    """LoRA's with as many numbers as this adapter: what the diagonals take, r-k+L*k a layer, pays
+    for one rank more in some layers, and the error falls linearly between whole ranks. At k = 0,
+    which is LoRA, the same as ``lora_error``."""
     norm: float
     """(sum ||M||^2)^(1/2) of the targets."""
 
@@ -82,13 +87,11 @@ def decompose(
     targets, norm = _targets(deltas, dtype)
     layers = len(targets)
     descent = Descent(targets, rank - k, layers * k)
-    components = [_leading(target, rank) for target in targets]
-    lora_error = sum(
-        max(t.squared_norm() - c.S.square().sum().item(), 0.0)
-        for t, c in zip(targets, components, strict=True)
-    )
+    more = (rank - k + layers * k) / sum(targets[0].shape) if k else 0.0
+    components = [_leading(target, math.ceil(rank + more)) for target in targets]
+    lora_error = _lora_error(targets, components, rank)
     if init == "svd":
-        descent.start_from_theorem(components, k)
+        descent.start_from_theorem([_first(c, rank) for c in components], k)
     else:
         descent.start_at_random()
     errors = [descent.error()]
@@ -109,15 +112,31 @@ def decompose(
         pool_B=descent.pool_B,
         errors=errors,
         lora_error=lora_error,
+        lora_error_equal=_lora_error(targets, components, rank + more),
         norm=norm if any(descent.norms) else 0.0,
     )
 
 
 def _leading(target: Matrix, rank: int) -> Components:
     if target.right is not None:
-        U, S, V = factored(target.left, target.right)
-        return Components(U[:, :rank], S[:rank], V[:rank])
+        return _first(factored(target.left, target.right), rank)
     return leading(target, rank, torch.Generator().manual_seed(0))
+
+
+def _first(components: Components, rank: int) -> Components:
+    U, S, V = components
+    return Components(U[:, :rank], S[:rank], V[:rank])
+
+
+def _lora_error(targets: list[Matrix], components: list[Components], rank: float) -> float:
+    """LoRA's minimum, linear between whole ranks."""
+    whole = int(rank)
+    total = 0.0
+    for target, (_, S, _) in zip(targets, components, strict=True):
+        squares = S.square()
+        held = squares[:whole].sum() + (rank - whole) * squares[whole : whole + 1].sum()
+        total += max(target.squared_norm() - held.item(), 0.0)
+    return total
 
 
 def _targets(deltas: Sequence[Delta], dtype: torch.dtype) -> tuple[list[Matrix], float]:

@@ -57,11 +57,12 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
         load(base), load(base).state_dict(), load(tuned).state_dict(), 4, 1, iterations=5
     )
     for group, result in expected.groups.items():
-        error, lora = f"{result.errors[-1]:.4f}", f"{result.lora_error:.4f}"
-        assert re.search(
-            rf"{re.escape(group.pattern)} 2 \d+ x \d+ \S+ {error} {lora} [01]\.\d+", text
-        )
-    assert f"all {expected.error:.4f} {expected.lora_error:.4f}" in text
+        error, lora, equal = result.errors[-1], result.lora_error, result.lora_error_equal
+        figures = f"{error:.4f} {lora:.4f} {error / lora:.4f} {equal:.4f} {error / equal:.4f}"
+        assert re.search(rf"{re.escape(group.pattern)} 2 \d+ x \d+ \S+ {figures}", text)
+    error, lora, equal = expected.error, expected.lora_error, expected.lora_error_equal
+    figures = f"{error:.4f} {lora:.4f} {error / lora:.4f} {equal:.4f} {error / equal:.4f}"
+    assert f"all {figures}" in text
     assert f"{expected.numbers:,} numbers, a LoRA of rank 4 {expected.lora_numbers:,}" in text
     assert f"Lost: {expected.lost_share:.2%} of the squared change" in text
     assert "model.layers.*.input_layernorm.weight (2): changed by" in text

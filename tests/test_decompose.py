@@ -192,6 +192,29 @@ def test_large_matrices_take_another_way_to_the_same_result(factors, monkeypatch
     assert max(falls) <= NOISE
 
 
+@pytest.mark.parametrize("exact", [lowrank.EXACT, 0], ids=["dense svd", "krylov"])
+@pytest.mark.parametrize("factors", [False, True])
+@pytest.mark.parametrize(
+    ("layers", "out", "width", "r", "k"),
+    [(4, 20, 28, 4, 1), (5, 20, 12, 5, 3), (6, 10, 9, 4, 4), (1, 9, 11, 3, 1), (3, 16, 16, 4, 0)],
+)
+def test_lora_with_as_many_numbers(layers, out, width, r, k, factors, exact, monkeypatch):
+    """LoRAs that spend a budget evenly over the layers, in every way, on the average."""
+    monkeypatch.setattr(lowrank, "EXACT", exact)
+    targets = random_deltas(layers, out, width)
+    given = [(M, torch.eye(width, dtype=M.dtype)) for M in targets] if factors else targets
+    found = rasa_ext.decompose(given, r, k, iterations=0)
+    lora = layers * r * (out + width)
+    more = sum(d.numel() for d in found.d) / layers / (out + width) if k else 0
+    low = r + int(more)
+    expected = (1 - more % 1) * tail(targets, low) + (more % 1) * tail(targets, low + 1)
+    assert found.lora_error_equal == pytest.approx(expected, abs=1e-8)
+    assert (found.lora_error_equal < found.lora_error) == bool(k)
+    tensors = [*found.A, *found.B, found.pool_A, found.pool_B, *found.d]
+    numbers = sum(t.numel() for t in tensors) if k else lora
+    assert numbers == pytest.approx(lora + layers * more * (out + width))
+
+
 @pytest.mark.parametrize("r", [1, 4])
 def test_never_worse_than_lora_and_monotone_on_random_deltas(r):
     targets = random_deltas(5)

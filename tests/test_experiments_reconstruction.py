@@ -179,6 +179,7 @@ def test_lora_at_the_same_numbers(deltas):
     for row, numbers in zip(rows, (4 - 2 + 3 * 2, 6 - 1 + 3), strict=True):
         adapter = rasa_ext.decompose(deltas["a"], row["rank"], row["k"], iterations=0)
         assert adapter.d[0].numel() == numbers
+        assert float(row["lora_error_equal"]) == pytest.approx(adapter.lora_error_equal, abs=1e-5)
         assert float(row["extra_ranks"]) == pytest.approx(numbers / (20 + 16), abs=1e-4)
     assert equal_numbers.shown(rows) == [
         {"module": "a", "r": 4, "k=2": f"{0.5 / float(rows[0]['lora_error_equal']):.4f}"},

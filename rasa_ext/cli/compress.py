@@ -123,28 +123,44 @@ def _show(found: Compressed, output: Path) -> None:
     from rasa_ext.train.plots import plot_errors
 
     rank, k = found.config.rank, found.config.k
-    table = table_of("group", "L", "out x in", "||dW||", "error", "LoRA", "ratio")
+    table = table_of(
+        "group",
+        "L",
+        "out x in",
+        "||dW||",
+        "error",
+        f"LoRA r={rank}",
+        "ratio",
+        "equal LoRA",
+        "ratio",
+    )
     for group, result in found.groups.items():
         table.add_row(
             group.pattern,
             str(len(group.names)),
             f"{group.shape[0]} x {group.shape[1]}",
             f"{result.norm:.3g}",
-            *_errors(result.errors[-1], result.lora_error),
+            *_errors(result.errors[-1], result.lora_error, result.lora_error_equal),
         )
-    table.add_row("all", "", "", "", *_errors(found.error, found.lora_error))
+    errors = _errors(found.error, found.lora_error, found.lora_error_equal)
+    table.add_row("all", "", "", "", *errors)
     console.print(table)
     console.print(
-        "Errors are ||dW - adapter||\u00b2 / ||dW||\u00b2; LoRA's is the least of its rank. "
-        f"RaSA r={rank} k={k} has {found.numbers:,} numbers, a LoRA of rank {rank} "
-        f"{found.lora_numbers:,} ({found.numbers / found.lora_numbers - 1:+.1%})."
+        "Errors are ||dW - adapter||\u00b2 / ||dW||\u00b2; LoRA's are the least there are. RaSA "
+        f"r={rank} k={k} has {found.numbers:,} numbers, a LoRA of rank {rank} "
+        f"{found.lora_numbers:,} ({found.numbers / found.lora_numbers - 1:+.1%}); the equal LoRA "
+        "has as many as RaSA, by a rank more in some layers."
     )
     plot_errors(found.groups, output / PICTURE)
     console.print(f"Adapter in {output}; picture: {output / PICTURE}", markup=False)
 
 
-def _errors(error: float, lora: float) -> tuple[str, str, str]:
-    return f"{error:.4f}", f"{lora:.4f}", f"{error / lora:.3f}" if lora > 1e-12 else "-"
+def _errors(error: float, *loras: float) -> list[str]:
+    """An error and, for each of LoRA's, that one and the ratio to it."""
+    cells = [f"{error:.4f}"]
+    for lora in loras:
+        cells += [f"{lora:.4f}", f"{error / lora:.4f}" if lora > 1e-12 else "-"]
+    return cells
 
 
 def _show_lost(found: Compressed) -> None:
