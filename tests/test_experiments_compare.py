@@ -80,6 +80,7 @@ def test_the_shipped_config_is_valid_and_covers_what_it_should():
         ({"methods": {"x": {"kind": "dora", "rates": [1]}}}, "methods: x: expected a kind"),
         ({"methods": {"x": {"kind": "lora", "rates": [1]}}}, "methods: x: expected alpha, kind"),
         ({"stepz": 1}, "expected the keys"),
+        ({"steps": {"docstrings": 3}}, "steps: expected a number, or one for each of maths, got"),
     ],
 )
 def test_a_wrong_config_is_named(small, change, message):
@@ -93,7 +94,7 @@ def row(key: Key, config, loss: float | str) -> dict[str, str]:
     values = {
         "dev_loss": str(loss),
         "test_loss": str(loss),
-        "settings": config.settings(key.method),
+        "settings": config.settings(key.task, key.method),
     }
     return {**{name: str(value) for name, value in key._asdict().items()}, **same, **values}
 
@@ -168,6 +169,19 @@ def test_the_comparison_runs_resumes_and_is_reported(small, tmp_path, monkeypatc
     report.main()
     assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
     assert "| before training |" in capsys.readouterr().out
+
+
+def test_other_steps_of_one_task_leave_the_other_tasks_rows(small):
+    given = yaml.safe_load(small.read_text()) | {"tasks": ["maths", "docstrings"]}
+    rows, left = [], []
+    for docstrings in (2, 3):
+        small.write_text(yaml.safe_dump(given | {"steps": {"maths": 2, "docstrings": docstrings}}))
+        config = read_config(small)
+        rows = rows or [row(key, config, 1) for key in pending(config, [])]
+        left += [{key.task for key in pending(config, rows)}]
+    assert left[0] == {"maths", "docstrings"}  # the seeds to come
+    done = {key.task for key in map(compare_config.key_of, compare_config.of_config(config, rows))}
+    assert done == {"maths"}
 
 
 def test_processes_share_the_runs(small, tmp_path):

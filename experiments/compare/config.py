@@ -26,7 +26,8 @@ BEST = 2
 class Config:
     """The choices of a comparison; see ``config.yaml``."""
 
-    steps: int
+    steps: Mapping[str, int]
+    """Of every task."""
     batch_size: int
     train: int
     dev: int
@@ -37,10 +38,11 @@ class Config:
     seeds: tuple[int, ...]
     methods: Mapping[str, Mapping[str, Any]]
 
-    def settings(self, method: str) -> str:
+    def settings(self, task: str, method: str) -> str:
         """A short mark of all that makes runs of a method comparable, rate and seed left out."""
         left_out = ("tasks", "seeds", "methods")
         same = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        same["steps"] = self.steps[task]
         if method != BASE:
             spec = self.methods[method]
             same["method"] = {k: v for k, v in spec.items() if k != "rates"}
@@ -80,7 +82,14 @@ def read_config(path: Path | str = CONFIG) -> Config:
                 f"methods: {name}: expected {', '.join(sorted(needed))}, got "
                 f"{', '.join(sorted(spec))}."
             )
-    return Config(**given | {"tasks": tuple(given["tasks"]), "seeds": tuple(given["seeds"])})
+    tasks, steps = tuple(given["tasks"]), given["steps"]
+    if isinstance(steps, int):
+        steps = dict.fromkeys(tasks, steps)
+    if set(steps) != set(tasks):
+        raise ValueError(
+            f"steps: expected a number, or one for each of {', '.join(tasks)}, got {steps}."
+        )
+    return Config(**given | {"tasks": tasks, "seeds": tuple(given["seeds"]), "steps": steps})
 
 
 def pending(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Key]:
@@ -121,8 +130,12 @@ def best(
 
 def of_config(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
     """The rows whose settings are those of ``config``."""
-    marks = {method: config.settings(method) for method in (*config.methods, BASE)}
-    return [row for row in rows if marks.get(row["method"]) == row["settings"]]
+    marks = {
+        (task, method): config.settings(task, method)
+        for task in config.tasks
+        for method in (*config.methods, BASE)
+    }
+    return [row for row in rows if marks.get((row["task"], row["method"])) == row["settings"]]
 
 
 def key_of(row: Mapping[str, str]) -> Key:

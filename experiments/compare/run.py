@@ -61,7 +61,11 @@ class Bench:
         spec = config.methods[key.method]
         model = prepared(self.base, spec, key.seed, bfloat16=config.bfloat16)
         recipe = Recipe(
-            config.steps, config.batch_size, key.lr, seed=key.seed, bfloat16=config.bfloat16
+            config.steps[key.task],
+            config.batch_size,
+            key.lr,
+            seed=key.seed,
+            bfloat16=config.bfloat16,
         )
         run = Run(model, task.train, self.tokenizer.pad_token_id, recipe)
         while run.going:
@@ -108,7 +112,7 @@ def _head(config: Config, key: Key) -> dict[str, Any]:
     return {
         **key._asdict(),
         "lr": repr(key.lr),
-        "settings": config.settings(key.method),
+        "settings": config.settings(key.task, key.method),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": machine(),
         "system": platform.platform(),
