@@ -125,6 +125,28 @@ def test_further_seeds_go_to_the_best_two_rates_of_complete_sweeps(small):
     ]
 
 
+def test_differences_are_taken_seed_by_seed(small, monkeypatch):
+    monkeypatch.setattr(report, "REFERENCE", "lora")
+    config = read_config(small)
+    rows = [row(key, config, 1) for key in pending(config, [])]
+    assert report.paired_table(config, rows, "maths") == []  # one seed each
+    rows += [row(key, config, 1) for key in pending(config, rows)]
+    losses = {("lora", "0"): 0.5, ("lora", "5"): 0.9, ("rasa", "0"): 0.6, ("rasa", "5"): 1.2}
+    for each in rows:
+        if each["lr"] != "0.001" or each["method"] == "full":  # rasa's other rate stays at 1
+            each["test_loss"] = str(losses.get((each["method"], each["seed"]), 1))
+        each["dev_loss"] = "0.1" if each["lr"] == "0.01" else "0.2"
+        if each["method"] == "vera":
+            each["exact_match"] = ""
+    found = {line["method"]: line for line in report.paired_table(config, rows, "maths")}
+    assert set(found) == {"rasa", "vera", "full"}
+    assert found["rasa"]["seeds"] == 2
+    assert found["rasa"]["held-out loss"] == "+0.200 ± 0.141"
+    assert found["rasa"]["exact match, %"] == "+0 ± 0"
+    assert found["vera"]["held-out loss"] == "+0.300 ± 0.283"
+    assert "exact match, %" not in found["vera"]
+
+
 def test_the_comparison_runs_resumes_and_is_reported(small, tmp_path, monkeypatch, capsys):
     base = str(save_base(tmp_path / "base"))
     monkeypatch.setattr(run, "find_model", lambda: base)

@@ -26,6 +26,13 @@ from experiments.table import Table
 from rasa_ext.train.plots import new_figure
 
 Row = Mapping[str, str]
+REFERENCE = "lora-r8"
+_DIFFERENCES = {
+    "held-out loss": ("test_loss", 1, 3),
+    "exact match, %": ("exact_match", 100, 0),
+    "loss on other text": ("other_text_loss", 1, 3),
+}
+"""Column of the runs, factor and digits, by the title of the differences' column."""
 
 
 def methods_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
@@ -56,6 +63,36 @@ def methods_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[s
                 **_figures(chosen, base),
             }
         )
+    return result
+
+
+def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
+    """Each method at its best rate less `REFERENCE` at its own, seed by seed: mean and deviation.
+
+    Runs of one seed meet the same rows in the same order, so that these differences are steadier
+    than the figures themselves. Methods with fewer than two seeds in common are left out.
+    """
+    rows = [row for row in of_config(config, rows) if row["task"] == task and row["test_loss"]]
+    chosen: dict[str, dict[str, Row]] = {}
+    for method in config.methods:
+        runs = [row for row in rows if row["method"] == method]
+        if any(int(row["seed"]) == config.seeds[0] for row in runs):
+            lr = _best_rate(config, runs, task, method)
+            chosen[method] = {row["seed"]: row for row in runs if float(row["lr"]) == lr}
+    reference, result = chosen.get(REFERENCE, {}), []
+    for method, runs in chosen.items():
+        seeds = sorted(runs.keys() & reference.keys())
+        if method == REFERENCE or len(seeds) < 2:
+            continue
+        line: dict[str, object] = {"method": method, "seeds": len(seeds)}
+        for title, (column, factor, digits) in _DIFFERENCES.items():
+            pairs = [(runs[seed][column], reference[seed][column]) for seed in seeds]
+            if all(map(all, pairs)):
+                found = [factor * (float(ours) - float(theirs)) for ours, theirs in pairs]
+                line[title] = (
+                    f"{statistics.mean(found):+.{digits}f} ± {statistics.stdev(found):.{digits}f}"
+                )
+        result.append(line)
     return result
 
 
@@ -175,6 +212,9 @@ def main() -> None:
         if any(row["task"] == task for row in of_config(config, rows)):
             print(f"### {task}\n")
             print(markdown(methods_table(config, rows, task)), end="\n\n")
+            paired = paired_table(config, rows, task)
+            if paired:
+                print(f"Less {REFERENCE}, seed by seed:\n\n{markdown(paired)}\n")
             sweep = sweep_table(config, rows, task)
             if sweep:
                 print("Loss to choose by, first seed, by rate:\n")
