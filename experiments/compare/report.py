@@ -160,6 +160,7 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
         for axes in (left, right):
             axes.set_yscale("log")
             axes.grid(alpha=0.3, which="both")
+        right.set_xscale("symlog", linthresh=0.1)  # a rate that is too high forgets by whole nats
         left.legend(fontsize=7)
     figure.savefig(path)
 
