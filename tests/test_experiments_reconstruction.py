@@ -10,6 +10,7 @@ from tiny_lm import make_model, make_tokenizer, save_base
 
 import rasa_ext
 from experiments.reconstruction import compress, equal_numbers, figures, half_steps, reconstruct
+from experiments.reconstruction import deltas as deltas_module
 from experiments.reconstruction.compress import ADAPTER, BASE, LAYERS, WHOLE, Judge, Key
 from experiments.reconstruction.deltas import deltas_of
 from experiments.reconstruction.finetune import finetune
@@ -132,7 +133,7 @@ def test_half_steps_are_checked_on_real_changes(tmp_path, monkeypatch, capsys):
             weight += 0.05 * torch.randn(weight.shape)
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    monkeypatch.setattr(half_steps, "find_model", lambda: str(tmp_path / "base"))
+    monkeypatch.setattr(deltas_module, "find_model", lambda: str(tmp_path / "base"))
     words = ["half_steps", "--weights", str(tmp_path), "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*words, "--iterations", "3"])
     half_steps.main()

@@ -46,19 +46,13 @@ def methods_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[s
     result = []
     if base is not None:
         result.append({"method": "before training", **_figures([base], base)})
-    for method, spec in config.methods.items():
-        runs = [r for r in rows if r["task"] == task and r["method"] == method]
-        first = [r for r in runs if int(r["seed"]) == config.seeds[0]]
-        if not first:
-            continue
-        lr = _best_rate(config, runs, task, method)
-        chosen = [r for r in runs if float(r["lr"]) == lr]
+    for method, (swept, chosen) in _at_best_rates(config, rows, task).items():
         result.append(
             {
                 "method": method,
-                "trained numbers": f"{int(first[0]['trainable']):,}",
-                "rates": f"{len(first)} of {len(spec['rates'])}",
-                "best": f"{lr:g}",
+                "trained numbers": f"{int(chosen[0]['trainable']):,}",
+                "rates": f"{swept} of {len(config.methods[method]['rates'])}",
+                "best": f"{float(chosen[0]['lr']):g}",
                 "seeds": len(chosen),
                 **_figures(chosen, base),
             }
@@ -72,13 +66,10 @@ def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[st
     Runs of one seed meet the same rows in the same order, so that these differences are steadier
     than the figures themselves. Methods with fewer than two seeds in common are left out.
     """
-    rows = [row for row in of_config(config, rows) if row["task"] == task and row["test_loss"]]
-    chosen: dict[str, dict[str, Row]] = {}
-    for method in config.methods:
-        runs = [row for row in rows if row["method"] == method]
-        if any(int(row["seed"]) == config.seeds[0] for row in runs):
-            lr = _best_rate(config, runs, task, method)
-            chosen[method] = {row["seed"]: row for row in runs if float(row["lr"]) == lr}
+    chosen = {
+        method: {row["seed"]: row for row in runs if row["test_loss"]}
+        for method, (_, runs) in _at_best_rates(config, of_config(config, rows), task).items()
+    }
     reference, result = chosen.get(REFERENCE, {}), []
     for method, runs in chosen.items():
         seeds = sorted(runs.keys() & reference.keys())
@@ -89,9 +80,7 @@ def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[st
             pairs = [(runs[seed][column], reference[seed][column]) for seed in seeds]
             if all(map(all, pairs)):
                 found = [factor * (float(ours) - float(theirs)) for ours, theirs in pairs]
-                line[title] = (
-                    f"{statistics.mean(found):+.{digits}f} ± {statistics.stdev(found):.{digits}f}"
-                )
+                line[title] = _spread(found, digits, "+")
         result.append(line)
     return result
 
@@ -165,6 +154,20 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
     figure.savefig(path)
 
 
+def _at_best_rates(
+    config: Config, rows: Iterable[Row], task: str
+) -> dict[str, tuple[int, list[Row]]]:
+    """Of every method in ``rows``: how many rates are swept, and its runs at the best of them."""
+    rows, result = list(rows), {}
+    for method in config.methods:
+        runs = [row for row in rows if row["task"] == task and row["method"] == method]
+        swept = sum(int(row["seed"]) == config.seeds[0] for row in runs)
+        if swept:
+            lr = _best_rate(config, runs, task, method)
+            result[method] = swept, [row for row in runs if float(row["lr"]) == lr]
+    return result
+
+
 def _best_rate(config: Config, runs: list[Row], task: str, method: str) -> float:
     """By the sweep, or what there is of it; of two rates with several seeds, by their mean."""
     have = {key_of(row): row for row in runs}
@@ -190,12 +193,12 @@ def _figures(rows: list[Row], base: Row | None) -> dict[str, object]:
     return figures
 
 
-def _spread(values: list[float], digits: int = 0) -> str | None:
+def _spread(values: list[float], digits: int = 0, sign: str = "-") -> str | None:
     if not values:
         return None
     if not all(map(math.isfinite, values)):
         return "diverged"
-    mean = f"{statistics.mean(values):.{digits}f}"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 

@@ -18,14 +18,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.records import table as markdown
-from experiments.reconstruction.deltas import deltas_of
+from experiments.reconstruction.deltas import tuned_deltas
 from experiments.reconstruction.figures import against_k, curves
 from experiments.reconstruction.finetune import RESULTS, WEIGHTS
 from experiments.reconstruction.reconstruct import COLUMNS as ERRORS
 from experiments.reconstruction.reconstruct import RANKS
 from experiments.table import Table
-from rasa_ext.train.demo import find_model
-from rasa_ext.train.model_loading import load_model
 
 COLUMNS = ("module", "rank", "k", "extra_ranks", "error", "lora_error", "lora_error_equal")
 
@@ -90,8 +88,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of errors.csv")
     given = parser.parse_args()
     found, _ = curves(Table(given.results / "errors.csv", ERRORS).rows())
-    base = load_model(find_model(), "float32")
-    deltas = deltas_of(base, load_model(str(given.weights / "tuned"), "float32"))
+    deltas = tuned_deltas(given.weights)
     path = given.results / "equal_numbers.csv"
     path.unlink(missing_ok=True)
     table = Table(path, COLUMNS)

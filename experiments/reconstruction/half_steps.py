@@ -20,13 +20,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.records import table as markdown
-from experiments.reconstruction.deltas import deltas_of
+from experiments.reconstruction.deltas import tuned_deltas
+from experiments.reconstruction.equal_numbers import spectrum
 from experiments.reconstruction.finetune import RESULTS, WEIGHTS
 from experiments.table import Table
 from rasa_ext.descent import Descent
 from rasa_ext.lowrank import Matrix, leading
-from rasa_ext.train.demo import find_model
-from rasa_ext.train.model_loading import load_model
 
 COLUMNS = (
     *("module", "rank", "k", "start", "half_steps", "largest_rise"),
@@ -39,15 +38,15 @@ ROUNDING = 1e-12
 
 
 def check(
-    module: str, deltas: Sequence[Tensor], rank: int, k: int, start: str, iterations: int
+    module: str, deltas: Sequence[Tensor], lora: float, k: int, start: str, iterations: int
 ) -> dict[str, Any]:
-    """The row of one run. Errors are relative to the squared norm of all changes."""
+    """The row of one run; ``lora`` is LoRA's minimum. Errors are relative to the squared norm."""
     norm = sum(delta.double().square().sum().item() for delta in deltas) ** 0.5
     targets = [delta.double() / norm for delta in deltas]
-    descent = Descent([Matrix(target) for target in targets], rank - k, k * len(targets))
+    descent = Descent([Matrix(target) for target in targets], RANK - k, k * len(targets))
     if start == "svd":
         generator = torch.Generator().manual_seed(0)
-        descent.start_from_theorem([leading(Matrix(t), rank, generator) for t in targets], k)
+        descent.start_from_theorem([leading(Matrix(t), RANK, generator) for t in targets], k)
     else:
         torch.manual_seed(0)
         descent.start_at_random()
@@ -57,10 +56,9 @@ def check(
             getattr(descent, step)()
             errors.append(descent.error())
     rises = [after - before for before, after in pairwise(errors)]
-    lora = sum(torch.linalg.svdvals(t)[rank:].square().sum().item() for t in targets)
     return {
         "module": module,
-        "rank": rank,
+        "rank": RANK,
         "k": k,
         "start": start,
         "half_steps": len(rises),
@@ -89,16 +87,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for half_steps.csv")
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     given = parser.parse_args()
-    base = load_model(find_model(), "float32")
-    deltas = deltas_of(base, load_model(str(given.weights / "tuned"), "float32"))
-    del base
+    deltas = tuned_deltas(given.weights)
     path = given.results / "half_steps.csv"
     path.unlink(missing_ok=True)
     table, wrong = Table(path, COLUMNS), []
     for module, changes in deltas.items():
+        lora = spectrum([change.double() for change in changes])[RANK:].sum().item()
         for k in KS:
             for start in ("svd", "random"):
-                row = check(module, changes, RANK, k, start, given.iterations)
+                row = check(module, changes, lora, k, start, given.iterations)
                 table.append([row])
                 print(row, flush=True)
                 if why := broken(row):

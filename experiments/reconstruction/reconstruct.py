@@ -24,12 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from experiments.reconstruction.deltas import deltas_of
+from experiments.reconstruction.deltas import tuned_deltas
 from experiments.reconstruction.finetune import RESULTS, WEIGHTS
 from experiments.table import Table
 from rasa_ext import decompose
-from rasa_ext.train.demo import find_model
-from rasa_ext.train.model_loading import load_model
 
 COLUMNS = (
     *("module", "rank", "k", "init", "iteration", "error", "lora_error"),
@@ -138,9 +136,7 @@ def main() -> None:
     parser.add_argument("--float64", action="store_true", help="see the README on precision")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     given = parser.parse_args()
-    base = load_model(find_model(), "float32")
-    deltas = deltas_of(base, load_model(str(given.weights / "tuned"), "float32"))
-    del base
+    deltas = tuned_deltas(given.weights)
     table = Table(given.results / "errors.csv", COLUMNS)
     dtype = torch.float64 if given.float64 else torch.float32
     left = fill(table, deltas, dtype=dtype, seconds=60 * given.minutes)
