@@ -17,17 +17,6 @@ def adapter_first(device_type: str, dtype: torch.dtype) -> bool:
     return device_type != "cpu" or dtype in (torch.float32, torch.float64)
 
 
-def diagonal_in_pack(device_type: str) -> bool:
-    """Whether a pack made with grad carries the diagonal, rather than the linear's U.
-
-    A GPU's pack kernel folds it in for nothing, and no token-sized tensor is touched. On a CPU the
-    pack's scaling, its repetition in the backward and the reduction for d's gradient over
-    (out, R) cost more than the same over (M, R): 4 to 8 % of the adapter's time in a step.
-    Without grad packs are cached and always carry it.
-    """
-    return device_type != "cpu"
-
-
 def pool_in_packs(tokens: int, pooled: int) -> bool:
     """Whether a stack of layers packs the pool into every layer, rather than reading one pool.
 
@@ -55,11 +44,11 @@ def rank_multiple(device_type: str, dtype: torch.dtype, rank: int) -> int:
     return 1
 
 
-def share_siblings(device_type: str) -> bool:
+def fuse_projections(device_type: str) -> bool:
     """Whether layers that read one x (q, k and v; gate and up) are computed together.
 
-    On a CPU one down-projection three times as wide, and no sum over the siblings' dx in passes of
-    its own, take a tenth to a quarter of the adapters' time away. Not measured on a GPU yet, and
+    On a CPU one down-projection three times as wide, and no sum over the projections' dx in passes
+    of its own, take a tenth to a quarter of the adapters' time away. Not measured on a GPU yet, and
     therefore not the default there.
     """
     return device_type == "cpu"

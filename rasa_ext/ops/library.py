@@ -1,16 +1,67 @@
-"""Finds the compiled kernels, and says in one sentence whether they are in use."""
+"""The library of operators, and the compiled kernels that attach themselves to it."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
+
+LIBRARY = torch.library.Library("rasa_ext", "DEF")
+OPERATORS: dict[str, tuple[str, Callable]] = {}
+"""Of every operator its schema and its PyTorch kernel, which is also its fake kernel."""
 
 # The compiled library registers CUDA kernels for the schemas of this package when it is loaded.
 _MODULE = "rasa_ext._C"
 # Written by an install without it: why.
 _WHY_NOT = Path(__file__).parents[1] / "_no_kernels.txt"
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def operator(
+    schema: str, kernel: Callable | None = None
+) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
+    """Define an operator from its PyTorch kernel; what stands under that name calls the operator.
+
+    Where no compiled kernel exists the call skips the dispatcher, which costs several microseconds
+    an operator; under ``torch.compile`` it is always the operator, opaque to the compiler. The
+    PyTorch kernel serves every device and, run on fake tensors, says shapes, dtypes and strides.
+
+    Args:
+        schema: name, arguments and results as ``torch.library`` takes them.
+        kernel: what is registered, where the function itself gives views for speed, which no
+            result of an operator may be.
+    """
+    name = schema.partition("(")[0]
+
+    def define(direct: Callable[_P, _R]) -> Callable[_P, _R]:
+        registered = direct if kernel is None else kernel
+        OPERATORS[name] = schema, registered
+        LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        LIBRARY.impl(name, registered, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{LIBRARY.ns}::{name}", registered, lib=LIBRARY)
+        overload = getattr(getattr(torch.ops, LIBRARY.ns), name).default
+        if COMPILED:
+            return overload
+
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+            if torch.compiler.is_compiling():
+                return overload(*args, **kwargs)
+            return direct(*args, **kwargs)
+
+        call.__name__, call.__doc__ = name, direct.__doc__
+        return call
+
+    return define
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which weight gradients of a computation in ``dtype`` are returned."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _load() -> tuple[bool, str]:

@@ -1,4 +1,4 @@
-"""Dropout's masks of bits in PyTorch operations: drawn, unpacked, put on tensors.
+"""Dropout's masks of bits: the operator that draws them, and what puts them on tensors.
 
 Masks are put on by the bits of numbers, as integers of their width: a tenth of the time of
 ``torch.where`` on a CPU, and zero for whatever is dropped, not-a-numbers included.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rasa_ext.ops.library import operator
+
 _INTEGERS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -17,8 +19,14 @@ _INTEGERS = {
 }
 
 
+@operator("dropout_mask(Tensor noise, Tensor x, float p) -> Tensor")
 def dropout_mask(noise: Tensor, x: Tensor, p: float) -> Tensor:
-    """Element e is kept where the e-th 16 bits of the noise are at least p * 2^16.
+    """A mask of bits, uint8 (ceil(x.numel() / 8),): which elements of x dropout keeps.
+
+    Bit e % 8 of byte e // 8 is element e's, counted along x's rows, kept with the probability 1 - p
+    in steps of 2^-16; bits behind the last element mean nothing. ``noise`` is int64 of uniformly
+    distributed bits, as many as ``heuristics.noise_words`` says; of x only the shape matters. Here
+    element e is kept where the e-th 16 bits of the noise are at least p * 2^16.
 
     Words of 16 bits are compared and packed eight at a time, which takes a tenth of the time in
     which the noise is drawn; ``bernoulli_`` alone takes five times as long as that.
@@ -37,13 +45,13 @@ def dropout_mask(noise: Tensor, x: Tensor, p: float) -> Tensor:
     return (kept.to(torch.int8).view(torch.int64).mul_(0x0102040810204080) >> 56).to(torch.uint8)
 
 
-def unpacked(mask: Tensor, like: Tensor) -> Tensor:
-    """The mask in the shape of ``like``, as integers of its width: all bits set, or none."""
+def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, int]) -> Tensor:
+    """The mask in ``shape``, as integers of the width of ``like``: all bits set, or none."""
     # Every byte eight times, its k-th bit in the k-th of them, and that moved to the sign.
     spread = mask.to(torch.int64).mul_(0x0101010101010101)
     spread = spread.bitwise_and_(0x8040201008040201 - 2**64).add_(0x7F7F7F7F7F7F7F7F)
-    kept = spread.view(torch.int8).bitwise_right_shift_(7)[: like.numel()]
-    return kept.to(_INTEGERS[like.dtype]).view(like.shape)
+    kept = spread.view(torch.int8).bitwise_right_shift_(7)[: shape[0] * shape[1]]
+    return kept.to(_INTEGERS[like.dtype]).view(shape)
 
 
 def integers(x: Tensor) -> Tensor:
@@ -57,7 +65,7 @@ def keep(x: Tensor, kept: Tensor) -> Tensor:
 
 
 def project(x: Tensor, Ap: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """U = X Ap^T, of what dropout leaves of X."""
+    """U = X Ap^T (M, Rp), of what dropout leaves of X."""
     if mask is None:
         return torch.mm(x, Ap.t())
-    return torch.mm(keep(x, unpacked(mask, x)), Ap.t()).mul_(scale)
+    return torch.mm(keep(x, unpacked(mask, x, x.shape)), Ap.t()).mul_(scale)

@@ -1,0 +1,124 @@
+"""Low-rank linears of n projections that read the same x, such as q, k and v, computed together.
+
+Their ranks stand side by side: Rp = sum of Rp_i. Lists have one entry a projection, or none where
+no projection has such a tensor; a bias without elements is none. See ``pack`` and ``linear`` for
+one of them, dropout included: all share one mask.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rasa_ext.ops.dropout import keep, project, unpacked
+from rasa_ext.ops.heuristics import adapter_first
+from rasa_ext.ops.library import accumulation_dtype, operator
+from rasa_ext.ops.linear import input_grad
+from rasa_ext.ops.pack import pack_into, padded
+
+
+@operator(
+    "pack_projections(Tensor[] A, Tensor[] A_pool, Tensor[] B, Tensor[] B_pool, Tensor[] d, "
+    "ScalarType dtype, int multiple=1) -> (Tensor Ap, Tensor[] Bp)"
+)
+def pack_projections(
+    A: list[Tensor],
+    A_pool: list[Tensor],
+    B: list[Tensor],
+    B_pool: list[Tensor],
+    d: list[Tensor],
+    dtype: torch.dtype,
+    multiple: int = 1,
+) -> tuple[Tensor, list[Tensor]]:
+    """One Ap (Rp, in) with the projections' rows in order, and the Bp (Rp_i, out_i) of each."""
+    ranks = [a.shape[0] for a in A]
+    if A_pool:
+        ranks = [rank + pool.shape[0] for rank, pool in zip(ranks, A_pool, strict=True)]
+    widths = [padded(rank, multiple) for rank in ranks]
+    Ap = A[0].new_empty((sum(widths), A[0].shape[1]), dtype=dtype)
+    Bp = [b.new_empty((width, b.shape[0]), dtype=dtype) for b, width in zip(B, widths, strict=True)]
+    for i, down in enumerate(Ap.split_with_sizes(widths)):
+        pools = (A_pool[i], B_pool[i]) if A_pool else (None, None)
+        pack_into(down, Bp[i], A[i], pools[0], B[i], pools[1], d[i])
+    return Ap, Bp
+
+
+@operator(
+    "linear_projections(Tensor x, Tensor[] weights, Tensor[] biases, Tensor Ap, Tensor[] Bp, "
+    "Tensor? mask=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
+)
+def linear_projections(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    Ap: Tensor,
+    Bp: list[Tensor],
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[list[Tensor], Tensor]:
+    """Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of one U = X Ap^T (M, Rp)."""
+    U = project(x, Ap, mask, scale)
+    first = adapter_first(x.device.type, x.dtype)
+    y = []
+    for i, (weight, up, u) in enumerate(zip(weights, Bp, _columns(U, Bp), strict=True)):
+        bias = biases[i] if biases and biases[i].numel() else None
+        if first:
+            out = torch.mm(u, up) if bias is None else torch.addmm(bias, u, up)
+            y.append(out.addmm_(x, weight.t()))
+        else:
+            y.append(torch.nn.functional.linear(x, weight, bias).addmm_(u, up))
+    return y, U
+
+
+@operator(
+    "linear_projections_backward(Tensor[] grads, Tensor? x, Tensor[] weights, Tensor? U, "
+    "Tensor Ap, Tensor[] Bp, bool need_x, bool need_A, bool need_B, Tensor? mask=None, "
+    "float scale=1.0) -> (Tensor dx, Tensor dAp, Tensor[] dBp)"
+)
+def linear_projections_backward(
+    grads: list[Tensor],
+    x: Tensor | None,
+    weights: list[Tensor],
+    U: Tensor | None,
+    Ap: Tensor,
+    Bp: list[Tensor],
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """dX = sum_i G_i W_i + H Ap, dAp = H^T X and dBp_i = U_i^T G_i, with H_i = G_i Bp_i^T.
+
+    H (M, Rp) has the H_i side by side. Needs and dtypes as in ``low_rank_linear_backward``; dBp is
+    an empty list where not needed.
+    """
+    like = grads[0]
+    wide = accumulation_dtype(like.dtype)
+    dx = dAp = None
+    dBp: list[Tensor] = []
+    if need_B and U is not None:
+        for grad, u in zip(grads, _columns(U, Bp), strict=True):
+            dBp.append(torch.mm(u.t(), grad).to(wide))
+    if need_x or need_A:
+        H = like.new_empty((like.shape[0], Ap.shape[0]))
+        for grad, up, h in zip(grads, Bp, _columns(H, Bp), strict=True):
+            torch.mm(grad, up.t(), out=h)
+        kept = None
+        if mask is not None:
+            H.mul_(scale)
+            kept = unpacked(mask, like, (like.shape[0], Ap.shape[1]))
+        if need_A and x is not None:
+            dAp = torch.mm(H.t(), x if kept is None else keep(x, kept)).to(wide)
+        if need_x:
+            dx = input_grad(grads, weights, H, Ap, kept)
+    return (
+        like.new_empty(0) if dx is None else dx,
+        like.new_empty(0, dtype=wide) if dAp is None else dAp,
+        dBp,
+    )
+
+
+def _columns(U: Tensor, Bp: list[Tensor]) -> tuple[Tensor, ...]:
+    """Each projection's columns of U (M, Rp)."""
+    return U.split_with_sizes([up.shape[0] for up in Bp], 1)

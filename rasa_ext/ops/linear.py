@@ -1,0 +1,125 @@
+"""The low-rank linear over a pack, and its backward.
+
+Symbols: M tokens, ``in``/``out`` features, Rp the pack's rows. x and grad are 2-D; flattening is
+the caller's. Within one call all tensors but the mask are of one dtype.
+
+Dropout is on the adapter's input alone. ``mask`` holds a bit for each element of x, whether the
+adapter sees it (see ``dropout``), and ``scale`` is what the rest is multiplied with: wherever x
+stands beside Ap it is ``scale * (x where kept, else 0)``. That is folded into U and H, so that in
+low precision no element of x is rounded again. U includes it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rasa_ext.ops.dropout import integers, keep, project, unpacked
+from rasa_ext.ops.heuristics import adapter_first
+from rasa_ext.ops.library import accumulation_dtype, operator
+
+
+@operator(
+    "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor Ap, Tensor Bp, "
+    "Tensor? mask=None, float scale=1.0) -> (Tensor y, Tensor U)"
+)
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    Ap: Tensor,
+    Bp: Tensor,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Y = X W^T + bias + U Bp (M, out) with U = X Ap^T (M, Rp)."""
+    U = project(x, Ap, mask, scale)
+    if adapter_first(x.device.type, x.dtype):
+        y = torch.mm(U, Bp) if bias is None else torch.addmm(bias, U, Bp)
+        return y.addmm_(x, weight.t()), U
+    return torch.nn.functional.linear(x, weight, bias).addmm_(U, Bp), U
+
+
+@operator(
+    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? mask=None, "
+    "float scale=1.0) -> (Tensor out, Tensor U)"
+)
+def low_rank_add(
+    y: Tensor,
+    x: Tensor,
+    Ap: Tensor,
+    Bp: Tensor,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Y + U Bp (M, out) with U = X Ap^T (M, Rp), over a base that is not a plain GEMM."""
+    U = project(x, Ap, mask, scale)
+    return torch.addmm(y, U, Bp), U
+
+
+@operator(
+    "low_rank_linear_backward(Tensor grad, Tensor? x, Tensor? weight, Tensor? U, Tensor Ap, "
+    "Tensor Bp, bool need_x, bool need_A, bool need_B, Tensor? mask=None, float scale=1.0) -> "
+    "(Tensor dx, Tensor dAp, Tensor dBp)"
+)
+def low_rank_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    U: Tensor | None,
+    Ap: Tensor,
+    Bp: Tensor,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dX = G W + H Ap, dAp = H^T X and dBp = U^T G, with H = G Bp^T.
+
+    ``weight=None`` is the backward of ``low_rank_add``. x is wanted for dAp alone, and U for dBp.
+    dAp (Rp, in) and dBp (Rp, out) come in the accumulation dtype: float32, or float64 for float64.
+    What is not needed comes back with no elements.
+    """
+    wide = accumulation_dtype(grad.dtype)
+    dx = dAp = dBp = None
+    if need_B and U is not None:
+        dBp = torch.mm(U.t(), grad).to(wide)
+    if need_x or need_A:
+        H = torch.mm(grad, Bp.t())
+        kept = None
+        if mask is not None:
+            H.mul_(scale)
+            kept = unpacked(mask, grad, (grad.shape[0], Ap.shape[1]))
+        if need_A and x is not None:
+            dAp = torch.mm(H.t(), x if kept is None else keep(x, kept)).to(wide)
+        if need_x:
+            dx = input_grad([grad], None if weight is None else [weight], H, Ap, kept)
+    return (
+        grad.new_empty(0) if dx is None else dx,
+        grad.new_empty(0, dtype=wide) if dAp is None else dAp,
+        grad.new_empty(0, dtype=wide) if dBp is None else dBp,
+    )
+
+
+def input_grad(
+    grads: list[Tensor],
+    weights: list[Tensor] | None,
+    H: Tensor,
+    Ap: Tensor,
+    kept: Tensor | None,
+) -> Tensor:
+    """dX = sum_i G_i W_i + H Ap, the latter where ``kept``, accumulated inside the products."""
+    if weights is None or adapter_first(H.device.type, H.dtype):
+        dx = torch.mm(H, Ap)
+        if kept is not None:
+            integers(dx).bitwise_and_(kept)
+        for grad, weight in zip(grads, weights or (), strict=weights is not None):
+            dx.addmm_(grad, weight)
+        return dx
+    dx = torch.mm(grads[0], weights[0])
+    for grad, weight in zip(grads[1:], weights[1:], strict=True):
+        dx.addmm_(grad, weight)
+    if kept is None:
+        return dx.addmm_(H, Ap)
+    return dx.add_(keep(torch.mm(H, Ap), kept))

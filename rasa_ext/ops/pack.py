@@ -1,0 +1,136 @@
+"""Packs: an adapter's parameters as the two matrices that a low-rank linear reads.
+
+Symbols: ``in``/``out`` features, R = r - k + L*k the effective rank, Rp = R rounded up to
+``multiple`` (the rows beyond R are zero).
+
+Every rank is a row: A (r-k, in) and A_pool (L*k, in) lie so, and B (out, r-k) and B_pool
+(out, L*k) are best stored by ranks, as the transposed view of an (r-k, out) tensor. Other strides
+are correct and slower. A_pool and B_pool are both None, or neither is; d = None stands for ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rasa_ext.ops.library import operator
+
+
+def padded(rank: int, multiple: int) -> int:
+    """``rank`` rounded up to a multiple of ``multiple``."""
+    return -(-rank // multiple) * multiple
+
+
+@operator(
+    "pack(Tensor A, Tensor? A_pool, Tensor B, Tensor? B_pool, Tensor? d, ScalarType dtype, "
+    "int multiple=1) -> (Tensor Ap, Tensor Bp)"
+)
+def pack(
+    A: Tensor,
+    A_pool: Tensor | None,
+    B: Tensor,
+    B_pool: Tensor | None,
+    d: Tensor | None,
+    dtype: torch.dtype,
+    multiple: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Ap = [A ; A_pool] (Rp, in), Bp = diag(d) [B | B_pool]^T (Rp, out), both in ``dtype``."""
+    rank = A.shape[0] + (0 if A_pool is None else A_pool.shape[0])
+    Rp = padded(rank, multiple)
+    Ap = A.new_empty((Rp, A.shape[1]), dtype=dtype)
+    Bp = B.new_empty((Rp, B.shape[0]), dtype=dtype)
+    pack_into(Ap, Bp, A, A_pool, B, B_pool, d)
+    return Ap, Bp
+
+
+def pack_into(
+    Ap: Tensor,
+    Bp: Tensor,
+    A: Tensor,
+    A_pool: Tensor | None,
+    B: Tensor,
+    B_pool: Tensor | None,
+    d: Tensor | None,
+) -> None:
+    """Write a pack into Ap (Rp, in) and Bp (Rp, out); d B is rounded once, to Bp's dtype."""
+    own, pooled = A.shape[0], 0 if A_pool is None else A_pool.shape[0]
+    sizes = (own, pooled, Ap.shape[0] - own - pooled)
+    down, down_pool, down_fill = Ap.split_with_sizes(sizes)
+    up, up_pool, up_fill = Bp.split_with_sizes(sizes)
+    down.copy_(A)
+    if A_pool is not None:
+        down_pool.copy_(A_pool)
+    if d is None:
+        up.copy_(B.t())
+        if B_pool is not None:
+            up_pool.copy_(B_pool.t())
+    else:
+        # In the wider of the two dtypes, so that the product is rounded once.
+        scales = d.to(torch.promote_types(d.dtype, Bp.dtype)).unsqueeze(1)
+        scale, scale_pool = scales.split_with_sizes(sizes[:2])
+        torch.mul(B.t(), scale, out=up)
+        if B_pool is not None:
+            torch.mul(B_pool.t(), scale_pool, out=up_pool)
+    if sizes[2]:
+        down_fill.zero_()
+        up_fill.zero_()
+
+
+def _pack_backward_owned(
+    dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The same with memory of its own for every result, and dAp and dBp left as they are."""
+    own = None if dBp is None else dBp.clone()
+    dA, dA_pool, dB, dB_pool, dd = _pack_backward(dAp, own, B, B_pool, d)
+    return dA, dA_pool.clone(), dB, dB_pool.t().clone().t(), dd
+
+
+@operator(
+    "pack_backward(Tensor? dAp, Tensor? dBp, Tensor B, Tensor? B_pool, Tensor? d) -> "
+    "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)",
+    kernel=_pack_backward_owned,
+)
+def pack_backward(
+    dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ``pack``'s parameters, in B's dtype, from those of its results.
+
+    dA (r-k, in) and dA_pool (L*k, in) are rows of dAp (Rp, in); dB (out, r-k) and dB_pool
+    (out, L*k), stored by ranks, are diag(d) dBp, with dBp (Rp, out); dd_j = <B[:, j], dBp[j]>.
+    Results have no elements where dAp or dBp, from which they come, is None, dd also where d is.
+
+    dAp and dBp are given up: the pool's gradients may be views of them. The private ones are
+    copies, so that a small gradient does not keep a large one alive.
+    """
+    return _pack_backward(dAp, dBp, B, B_pool, d)
+
+
+def _pack_backward(
+    dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    own, pooled = B.shape[1], 0 if B_pool is None else B_pool.shape[1]
+    dA = dA_pool = dB = dB_pool = dd = None
+    if dAp is not None:
+        dA = dAp.narrow(0, 0, own).to(B.dtype, copy=True)
+        dA_pool = dAp.narrow(0, own, pooled).to(B.dtype)
+    if dBp is not None:
+        up, up_pool = dBp.narrow(0, 0, own), dBp.narrow(0, own, pooled)
+        if d is None:
+            dB, dB_pool = up.to(B.dtype, copy=True), up_pool.to(B.dtype)
+        else:
+            dd = B.new_empty((own + pooled,))
+            scale, scale_pool = d.unsqueeze(1).split_with_sizes((own, pooled))
+            torch.sum(up * B.t(), 1, out=dd.narrow(0, 0, own))
+            dB = (up * scale).to(B.dtype)
+            if B_pool is not None:
+                torch.sum(up_pool * B_pool.t(), 1, out=dd.narrow(0, own, pooled))
+                up_pool.mul_(scale_pool)
+            dB_pool = up_pool.to(B.dtype)
+    nothing = B.new_empty(0)
+    return (
+        nothing if dA is None else dA,
+        nothing.clone() if dA_pool is None else dA_pool,
+        nothing.clone() if dB is None else dB.t(),
+        nothing.clone() if dB_pool is None else dB_pool.t(),
+        nothing.clone() if dd is None else dd,
+    )
