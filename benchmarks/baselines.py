@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import rasa_ext
-from rasa_ext import ops, siblings
+from rasa_ext.nn import fused_projections as siblings
+from rasa_ext import ops
 
 
 class OfficialLinear(nn.Module):
@@ -72,7 +73,7 @@ class WithSiblings(nn.Module):
 
 def other_siblings(device: str) -> tuple[str, bool]:
     """The variant of ours in which siblings are not as they are by default: name and switch."""
-    enabled = not ops.share_siblings(torch.device(device).type)
+    enabled = not ops.fuse_projections(torch.device(device).type)
     return f"ours, siblings {'on' if enabled else 'off'}", enabled
 
 

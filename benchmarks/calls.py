@@ -24,7 +24,7 @@ class Call:
 
     def work(self, results) -> roofline.Work:
         # What is changed in place is read and written.
-        twice = self.args[0] if self.name == "merge_layers" else []
+        twice = self.args[0] if self.name == "merge_group" else []
         return roofline.Work(nbytes(self.args) + nbytes(results) + nbytes(twice), self.flops)
 
 
@@ -84,8 +84,8 @@ def packing(linear: Linear, adapter, dtype: torch.dtype, device: str) -> list[Ca
     dAp = torch.randn(layers, width, linear.in_features, device=device)
     dBt = torch.randn(layers, width, linear.out_features, device=device).transpose(1, 2)
     return [
-        Call("pack_layers", (*adapter, dtype, multiple)),
-        Call("pack_layers_backward", (dAp, dBt, B, B_pool, d)),
+        Call("pack_group", (*adapter, dtype, multiple)),
+        Call("pack_group_backward", (dAp, dBt, B, B_pool, d)),
     ]
 
 
@@ -93,16 +93,16 @@ def merging(linear: Linear, adapter, dtype: torch.dtype, device: str) -> Call:
     """A group's adapters into its weights."""
     layers, rank = len(adapter[0]), adapter[-1][0].numel()
     width, out = linear.in_features, linear.out_features
-    Ap, Bt = ops.pack_layers(*adapter, dtype, ops.rank_multiple(device, dtype, rank))
+    Ap, Bt = ops.pack_group(*adapter, dtype, ops.rank_multiple(device, dtype, rank))
     weights = [torch.randn(out, width, device=device).to(dtype) for _ in range(layers)]
     # Small changes, so that weights to which they are added again and again stay finite.
-    return Call("merge_layers", (weights, Ap, Bt * 1e-3), 2 * layers * rank * width * out)
+    return Call("merge_group", (weights, Ap, Bt * 1e-3), 2 * layers * rank * width * out)
 
 
 def verify(call: Call, dtype: torch.dtype):
     """The results, if they agree with the PyTorch kernel's."""
     function, plain = getattr(ops, call.name), getattr(reference, call.name)
-    if call.name == "merge_layers":
+    if call.name == "merge_group":
         weights, *rest = call.args
         mine, theirs = weights[0].clone(), weights[0].clone()
         function([mine], *(t[:1] for t in rest))

@@ -18,7 +18,8 @@ from torch import nn
 
 import rasa_ext
 from benchmarks import harness, layer
-from rasa_ext import functional, ops
+from rasa_ext.nn import functional
+from rasa_ext import ops
 
 
 class Naive(nn.Module):
@@ -33,7 +34,7 @@ class Naive(nn.Module):
         y, x = self.ours.base_layer(x), nn.functional.dropout(x, self.p)
         adapter = self.ours.adapter()
         multiple = ops.rank_multiple(x.device.type, x.dtype, adapter[-1].shape[0])
-        return functional.rasa_add(y, x, *adapter, multiple)
+        return functional.adapted_add(y, x, *adapter, multiple)
 
 
 def kept(module: nn.Module, x: torch.Tensor) -> int:

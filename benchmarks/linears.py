@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import rasa_ext
 from benchmarks import baselines
 from benchmarks.shapes import Block
-from rasa_ext.patch import introduce_siblings
+from rasa_ext.patching.swap import link_fused_projections
 
 SAME_FUNCTION = (
     "official",
@@ -70,7 +70,7 @@ class Case:
         ours = made["ours"]
         for reads in self.inputs:
             same = {each.name for each in self.block.linears if each.reads == reads}
-            introduce_siblings(nn.ModuleDict({name: self.adapted[name] for name in same}))
+            link_fused_projections(nn.ModuleDict({name: self.adapted[name] for name in same}))
         baselines.meet_siblings(self.step(ours), self._adapter())
         name, enabled = baselines.other_siblings(self.device)
         made[name] = baselines.WithSiblings(ours, enabled)

@@ -51,32 +51,32 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
         grad, x, weight, tensors.get("U", U), Ap, Bt, None, True, True, *dropped
     )[:3]
     both = [A[:2], [A_pool] * 2, B[:2], [B_pool] * 2, d[:2]]
-    found["pack_siblings"] = functions.pack_siblings(*both, dtype, 16)
+    found["pack_projections"] = functions.pack_projections(*both, dtype, 16)
     wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bt, Bt], [weight, weight]
-    outputs, wide_U = functions.siblings_linear(x, weights, [], wide_Ap, ups)
+    outputs, wide_U = functions.linear_projections(x, weights, [], wide_Ap, ups)
     found["siblings"] = (*outputs, wide_U)
     wide_U = torch.cat([tensors["U"], tensors["U"]], 1) if "U" in tensors else wide_U
-    found["siblings_backward"] = functions.siblings_linear_backward(
+    found["siblings_backward"] = functions.linear_projections_backward(
         [grad, grad], x, weights, wide_U, wide_Ap, ups, None, True, True
     )[:3]
     wide = tensors["dAp"], tensors["dBt"]
     found["pack_backward"] = functions.pack_backward(
         wide[0][0].clone(), wide[1][0].clone(), B[0], B_pool, d[0]
     )
-    found["pack_layers"] = functions.pack_layers(*tensors["adapter"], dtype, 16)
-    found["pack_layers_backward"] = functions.pack_layers_backward(*wide, B, B_pool, d)
+    found["pack_group"] = functions.pack_group(*tensors["adapter"], dtype, 16)
+    found["pack_group_backward"] = functions.pack_group_backward(*wide, B, B_pool, d)
     stacked = tensors["stacked_Ap"], tensors["stacked_Bt"]
-    found["delta_layers"] = functions.delta_layers(*stacked)
+    found["delta_group"] = functions.delta_group(*stacked)
     xs, grads, Us = (torch.stack([t] * LAYERS) for t in (x, grad, tensors.get("U", U)))
     pool = (Ap, Bt, torch.stack([d[0].new_ones(Ap.shape[0])] * LAYERS))
     weights = [weight] * LAYERS
-    found["layers"] = functions.linear_layers(xs, weights, None, *stacked, *pool)
-    found["layers_backward"] = functions.linear_layers_backward(
+    found["layers"] = functions.linear_group(xs, weights, None, *stacked, *pool)
+    found["layers_backward"] = functions.linear_group_backward(
         grads, xs, weights, Us, Us, *stacked, *pool, True, True
     )
     weights = [weight.clone() for _ in range(LAYERS)]
-    functions.merge_layers(weights, *stacked, 0.5)
-    found["merge_layers"] = weights
+    functions.merge_group(weights, *stacked, 0.5)
+    found["merge_group"] = weights
     return found
 
 

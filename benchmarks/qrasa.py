@@ -27,7 +27,7 @@ from torch import nn
 import rasa_ext
 from benchmarks import harness
 from benchmarks.model import resident
-from rasa_ext.quantized import format_of, stored_bytes
+from rasa_ext.base_layers.quantized import format_of, stored_bytes
 from rasa_ext.train.data import Example
 from rasa_ext.train.demo import INSTRUCTION, find_model
 from rasa_ext.train.encoding import Collator, encode_all

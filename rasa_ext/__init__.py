@@ -7,15 +7,13 @@ rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "
 
 from rasa_ext import distributed
 from rasa_ext._version import __version__
-from rasa_ext.checkpoint import load_adapter, save_adapter
-from rasa_ext.checkpoint_weights import SafetensorsFolder
-from rasa_ext.compression import Compressed, compress
+from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
+from rasa_ext.checkpoint.lora_export import export_lora
+from rasa_ext.checkpoint.official import load_official
 from rasa_ext.config import RasaConfig
-from rasa_ext.decomposition import Decomposition, decompose
-from rasa_ext.export import export_lora
-from rasa_ext.fitting import fit
-from rasa_ext.importing import import_lora
-from rasa_ext.merging import (
+from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.ops import cuda_status
+from rasa_ext.patching.merge import (
     delta_weight,
     delta_weights,
     disable_adapter,
@@ -24,15 +22,17 @@ from rasa_ext.merging import (
     unmerge,
     unpatch,
 )
-from rasa_ext.modules import RasaLinear, RasaPool
-from rasa_ext.official import load_official
-from rasa_ext.ops import cuda_status
-from rasa_ext.patch import patch_model
-from rasa_ext.record import adapter_parameters, repack
-from rasa_ext.report import summary
+from rasa_ext.patching.patch import patch_model
+from rasa_ext.patching.state import adapter_parameters
+from rasa_ext.patching.summary import summary
+from rasa_ext.solver.compress import CompressedAdapter, compress
+from rasa_ext.solver.decompose import Decomposition, decompose
+from rasa_ext.solver.fit import fit
+from rasa_ext.solver.import_lora import import_lora
+from rasa_ext.solver.weights import SafetensorsFolder
 
 __all__ = [
-    "Compressed",
+    "CompressedAdapter",
     "Decomposition",
     "RasaConfig",
     "RasaLinear",
@@ -55,7 +55,6 @@ __all__ = [
     "merge",
     "merge_and_unload",
     "patch_model",
-    "repack",
     "save_adapter",
     "summary",
     "unmerge",

@@ -15,12 +15,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.files import PREFIX, WEIGHTS, read_config, read_tensors
-from rasa_ext.record import rasa_layers, record_of
-from rasa_ext.targets import pattern
-
-_Factors = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]
-"""A, pool A, B, pool B, d: as ``RasaLinear.adapter()`` gives them."""
+from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
+from rasa_ext.ops import Factors
+from rasa_ext.patching.state import adapted_layers, patch_state
+from rasa_ext.patching.targets import pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +65,12 @@ class GroupAnalysis:
 
 def analyze(model: nn.Module) -> list[GroupAnalysis]:
     """Analyze the adapter of a patched model. Raises ValueError for an unpatched one."""
-    plan, layers = record_of(model).plan, dict(rasa_layers(model))
+    plan, layers = patch_state(model).plan, dict(adapted_layers(model))
     return [
         GroupAnalysis(
             group.pattern,
             group.shape,
-            tuple(_analyze_layer(name, layers[name].adapter()) for name in group.names),
+            tuple(_analyze_layer(name, layers[name].adapter().factors()) for name in group.names),
         )
         for group in plan.groups
     ]
@@ -108,12 +106,12 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
     ]
 
 
-def _factors(tensors: Mapping[str, Tensor], key: str, members: list[str]) -> _Factors:
+def _factors(tensors: Mapping[str, Tensor], key: str, members: list[str]) -> Factors:
     """A layer's tensors; its group's pool stands under one of the members."""
     owner = next((m for m in members if f"{m}.rasa_pool_A" in tensors), None)
     A_pool = None if owner is None else tensors[f"{owner}.rasa_pool_A"]
     B_pool = None if owner is None else tensors[f"{owner}.rasa_pool_B"]
-    return (
+    return Factors(
         tensors[f"{key}.rasa_A"],
         A_pool,
         tensors[f"{key}.rasa_B"],
@@ -123,8 +121,8 @@ def _factors(tensors: Mapping[str, Tensor], key: str, members: list[str]) -> _Fa
 
 
 @torch.no_grad()
-def _analyze_layer(name: str, factors: _Factors) -> LayerAnalysis:
-    A, A_pool, B, B_pool, d = (None if t is None else t.double() for t in factors)
+def _analyze_layer(name: str, factors: Factors) -> LayerAnalysis:
+    A, A_pool, B, B_pool, d = factors.map(Tensor.double)
     own = A.shape[0]
     private = _singular_values(B * d[:own], A).square().sum().item()
     if A_pool is None:

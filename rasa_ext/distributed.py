@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from rasa_ext.modules import AdaptedLinear
-from rasa_ext.record import is_patched, record_of, unwrap
-from rasa_ext.sharding import is_dtensor
+from rasa_ext.base_layers.sharded import is_dtensor
+from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.patching.state import is_patched, patch_state, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -83,11 +83,11 @@ def shard_model(
     averaging = _Averaging(replicated, mesh)
     hooks = averaging.attach(model)
     if is_patched(model):
-        record_of(model).hooks.extend(hooks)
+        patch_state(model).hooks.extend(hooks)
     _AVERAGING[model] = averaging
     for module in model.modules():
         if isinstance(module, AdaptedLinear):
-            module.repack()
+            module.drop_pack()
     return model
 
 
@@ -146,7 +146,7 @@ def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
 
 def _check(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or not _adapted(model):
-        record_of(model)  # raises
+        patch_state(model)  # raises
     if unwrap(model) is not model:
         raise ValueError(
             f"model: expected the patched model itself, got {type(model).__name__} around it; "
@@ -180,7 +180,7 @@ def _replicated(model: nn.Module) -> list[nn.Parameter]:
             base = set(module.base_layer.parameters())
             found += [p for p in module.parameters() if p not in base]
     if is_patched(model):
-        for name in record_of(model).plan.saved:
+        for name in patch_state(model).plan.modules_to_save:
             found += model.get_submodule(name).parameters()
     return list(dict.fromkeys(found))
 

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from zoo import Entry
 
 import rasa_ext
-from rasa_ext.modules import AdaptedLinear
+from rasa_ext.nn.adapted_linear import AdaptedLinear
 
 RANK = 4
 
@@ -50,17 +50,17 @@ def randomize_adapters(found: Mapping[str, Adapter], seed: int) -> None:
                 parameter.copy_(noise + (parameter.ndim == 1))
 
 
-def rasa_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLinear)}
 
 
 def adapter_of(layer: AdaptedLinear) -> Adapter:
-    return Adapter(*layer.adapter())
+    return Adapter(*layer.adapter().factors())
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The live parameters of every adapted layer, under its name in the plain model."""
-    return {name: adapter_of(layer) for name, layer in rasa_layers(model).items()}
+    return {name: adapter_of(layer) for name, layer in adapted_layers(model).items()}
 
 
 def gradients(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
@@ -213,8 +213,8 @@ def hook_counts(model: nn.Module) -> dict[str, int]:
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.dtype == right.dtype and torch.equal(
-        left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and torch.equal(
+        left.reshape(-1).clone().view(torch.uint8), right.reshape(-1).clone().view(torch.uint8)
     )
 
 

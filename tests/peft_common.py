@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from tiny_lm import make_model
 from torch import Tensor, nn
 
-from rasa_ext import siblings
+from rasa_ext.nn import fused_projections as siblings
 from rasa_ext.peft import RasaConfig, RasaPeftLinear
 
 __all__ = ["adapters"]

@@ -64,7 +64,7 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
     figures = f"{error:.4f} {lora:.4f} {error / lora:.4f} {equal:.4f} {error / equal:.4f}"
     assert f"all {figures}" in text
     assert f"{expected.numbers:,} numbers, a LoRA of rank 4 {expected.lora_numbers:,}" in text
-    assert f"Lost: {expected.lost_share:.2%} of the squared change" in text
+    assert f"Lost: {expected.residual_share:.2%} of the squared change" in text
     assert "model.layers.*.input_layernorm.weight (2): changed by" in text
     assert (out / "errors.png").read_bytes().startswith(b"\x89PNG")
     model = rasa_ext.load_adapter(load(base), out)

@@ -91,7 +91,7 @@ def test_it_is_the_fit_of_the_changes_and_tells_what_is_lost(entry, k, tmp_path)
     lost = outside(entry, base, changed)
     assert {name: each.change for name, each in found.lost.items()} == pytest.approx(lost, rel=1e-4)
     squares = sum(change**2 for change in lost.values())
-    assert found.lost_share == pytest.approx(squares / (squares + total), rel=1e-4)
+    assert found.residual_share == pytest.approx(squares / (squares + total), rel=1e-4)
     assert found.numbers == sum(p.numel() for p in rasa_ext.adapter_parameters(model))
     plain = rasa_ext.patch_model(copy.deepcopy(base), 4, 0)
     without_d = (p for p in rasa_ext.adapter_parameters(plain) if p.dim() == 2)
@@ -110,7 +110,7 @@ def test_with_what_else_changed_the_adapter_is_the_whole_fine_tuning(entry, tmp_
     weights = base.state_dict(), changed.state_dict()
     found = rasa_ext.compress(on_meta(entry), *weights, 4, 1, modules_to_save="changed")
     assert not found.lost
-    assert found.lost_share == 0
+    assert found.residual_share == 0
     assert found.error < 1e-10
     found.save(on_meta(entry), tmp_path)
     loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path)
@@ -300,7 +300,7 @@ def test_a_saved_module_without_a_value():
 def test_a_fine_tuning_that_changed_nothing(tmp_path):
     base = LLAMA.build()
     found = rasa_ext.compress(base, base.state_dict(), base.state_dict(), 2, 1, iterations=2)
-    assert (found.error, found.lora_error, found.lost, found.lost_share) == (0, 0, {}, 0)
+    assert (found.error, found.lora_error, found.lost, found.residual_share) == (0, 0, {}, 0)
     found.save(base, tmp_path)
     assert all(
         t.isfinite().all() for t in load_file(tmp_path / "adapter_model.safetensors").values()

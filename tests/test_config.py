@@ -9,7 +9,7 @@ import inspect
 import oracle
 import pytest
 import torch
-from common import RANK, rasa_layers, same_bits
+from common import RANK, adapted_layers, same_bits
 from torch import nn
 from zoo import ATTENTION, BERT, ENCODER, EVERY, EXPERTS, GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
 
@@ -18,7 +18,7 @@ from rasa_ext import RasaConfig
 
 
 def adapted(entry, **options) -> list[str]:
-    return list(rasa_layers(rasa_ext.patch_model(entry.build(), 2, 1, **options)))
+    return list(adapted_layers(rasa_ext.patch_model(entry.build(), 2, 1, **options)))
 
 
 def llama(*suffixes: str, layers=(0, 1, 2)) -> list[str]:
@@ -154,7 +154,7 @@ def test_only_adapters_and_modules_to_save_are_trainable(entry):
 
 def test_modules_to_save_are_not_adapted_as_well():
     model = rasa_ext.patch_model(BERT.build(), 2, 1, modules_to_save=["pooler", "classifier"])
-    assert "bert.pooler.dense" not in rasa_layers(model)
+    assert "bert.pooler.dense" not in adapted_layers(model)
     assert model.bert.pooler.dense.weight.requires_grad
     assert model.classifier.bias.requires_grad
 

@@ -11,9 +11,9 @@ from tiny_lm import make_model
 from torch import Tensor
 
 import rasa_ext
-from rasa_ext import lowrank
-from rasa_ext.descent import Descent
-from rasa_ext.lowrank import Matrix
+from rasa_ext.solver import low_rank as lowrank
+from rasa_ext.solver.coordinate_descent import Descent
+from rasa_ext.solver.low_rank import Matrix
 
 NOISE = 1e-12
 """Errors are sums of float64 squares over a total of one."""

@@ -182,7 +182,7 @@ def test_quoted_errors_are_raised():
 
 
 # What was expected, or what to do.
-CURE = re.compile(r"expected|;|\b(call|check|choose|install|load|name|pass|use)\b")
+SHARDING_HINT = re.compile(r"expected|;|\b(call|check|choose|install|load|name|pass|use)\b")
 
 
 def test_every_message_has_a_cure():
@@ -191,7 +191,7 @@ def test_every_message_has_a_cure():
     entries = re.findall(r"^#### `(.+)`$", page, re.MULTILINE)
     for message in errors.messages(ROOT / "rasa_ext"):
         text = " ".join(message.text.split())
-        if re.search("[a-z]{3}", text) and not CURE.search(text):
+        if re.search("[a-z]{3}", text) and not SHARDING_HINT.search(text):
             assert any(text.startswith(entry) for entry in entries), text
 
 

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from zoo import GPT2, LLAMA, SEQUENTIAL, Checkpointed, ids
 
 from benchmarks import dropout
-from rasa_ext import functional, ops
+from rasa_ext.nn import functional
+from rasa_ext import ops
 
 P = 0.25
 
@@ -174,12 +175,12 @@ def test_what_is_dropped_is_zero_whatever_it_was(device):
 
 
 @pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
-@pytest.mark.parametrize("form", [functional.rasa_linear, functional.rasa_add])
+@pytest.mark.parametrize("form", [functional.adapted_linear, functional.adapted_add])
 def test_gradcheck(form, shape, device):
     x, weight, bias, _ = case(shape, torch.float64, device)
     adapter = differentiable(make_adapter(*shape[1:], device, torch.float64))
     y = (x @ weight.T).requires_grad_()
-    head = (x.requires_grad_(), weight, bias) if form is functional.rasa_linear else (y, x)
+    head = (x.requires_grad_(), weight, bias) if form is functional.adapted_linear else (y, x)
     args = (*head, *as_args(adapter), 1, random_mask(x), 1 / (1 - P))
     assert torch.autograd.gradcheck(form, args)
 

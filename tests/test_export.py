@@ -9,7 +9,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from common import RANK, adapters, patched, rasa_layers
+from common import RANK, adapters, patched, adapted_layers
 from safetensors.torch import load_file
 from zoo import BERT, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids
 
@@ -55,7 +55,7 @@ def test_families(entry, k, tmp_path, figure):
     rasa_ext.export_lora(model, tmp_path)
     loaded, difference = assert_same_in_peft(entry, base, model, tmp_path)
     assert {n for n, m in loaded.base_model.model.named_modules() if hasattr(m, "lora_A")} == set(
-        rasa_layers(model)
+        adapted_layers(model)
     )
     merged = logits(entry, loaded.merge_and_unload())
     torch.testing.assert_close(merged, logits(entry, model), rtol=0, atol=1e-5)
@@ -154,7 +154,7 @@ def test_export_leaves_the_model_alone_and_may_follow_a_merge(merged, tmp_path):
     )
     assert left.keys() == right.keys()
     assert all(torch.equal(left[key], right[key]) for key in left)
-    assert all(layer.merged == merged for layer in rasa_layers(model).values())
+    assert all(layer.merged == merged for layer in adapted_layers(model).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -162,7 +162,7 @@ def test_half_precision_base_exports_in_float32(dtype, tmp_path):
     model = patched(LLAMA.build().to(dtype))
     rasa_ext.export_lora(model, tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
-    for name, layer in rasa_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         key = f"base_model.model.{name}.lora_"
         product = tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
         assert product.dtype == torch.float32

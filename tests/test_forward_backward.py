@@ -18,7 +18,7 @@ from common import (
     observe,
     patched,
     randomize,
-    rasa_layers,
+    adapted_layers,
     wide,
 )
 from torch import nn
@@ -53,7 +53,7 @@ def compare(entry, base, model, device="cpu"):
 def test_families(entry, k, dtype, device, figure):
     base = entry.build().to(device, dtype)
     model = patched(base, RANK, k)
-    assert list(rasa_layers(model)) == entry.targets(base)
+    assert list(adapted_layers(model)) == entry.targets(base)
     ours, theirs = compare(entry, base, model, device)
     bad, worst = excesses(ours, theirs, FLOOR.get(dtype, 0.0))
     largest = max(ours.relative().values())
@@ -68,7 +68,7 @@ def test_families(entry, k, dtype, device, figure):
 def test_other_models(entry):
     base = entry.build()
     model = patched(base)
-    assert list(rasa_layers(model)) == entry.targets(base)
+    assert list(adapted_layers(model)) == entry.targets(base)
     bad, _ = excesses(*compare(entry, base, model), FLOOR[torch.float32])
     assert not bad
 

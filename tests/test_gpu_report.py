@@ -193,9 +193,9 @@ def test_every_operator_is_called_once(monkeypatch):
 def test_siblings_are_on_and_off(monkeypatch):
     """q, k, v and gate, up go together in the variant that says so, and in no other."""
     together = []
-    plain = ops.siblings_linear
+    plain = ops.linear_projections
     monkeypatch.setattr(
-        ops, "siblings_linear", lambda x, *a: together.append(len(a[0])) or plain(x, *a)
+        ops, "linear_projections", lambda x, *a: together.append(len(a[0])) or plain(x, *a)
     )
     case = linears.Case(shapes.BLOCKS["tiny"], 6, 8, 1, torch.float32, "cpu")
     for name, module in case.variants().items():

@@ -11,7 +11,8 @@ from common import Snapshot, patched, randomize
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext import functional, ops
+from rasa_ext.nn import functional
+from rasa_ext import ops
 
 pytestmark = pytest.mark.gpu
 
@@ -140,13 +141,13 @@ def test_operators_over_a_group(layers):
     A_pool, B_pool = random(pooled, width), random(out, pooled)
 
     def run():
-        Ap, Bt = ops.pack_layers(A, A_pool, B, B_pool, d, torch.float32, 16)
-        grads = ops.pack_layers_backward(2 * Ap, 3 * Bt, B, B_pool, d)
+        Ap, Bt = ops.pack_group(A, A_pool, B, B_pool, d, torch.float32, 16)
+        grads = ops.pack_group_backward(2 * Ap, 3 * Bt, B, B_pool, d)
         merged = [weight.clone() for weight in weights]
-        ops.merge_layers(merged, Ap, Bt)
+        ops.merge_group(merged, Ap, Bt)
         halves = [weight.bfloat16() for weight in weights]
-        ops.merge_layers(halves, Ap, Bt, -1.0)
-        return [Ap, Bt, *grads, ops.delta_layers(Ap, Bt), *merged, *halves]
+        ops.merge_group(halves, Ap, Bt, -1.0)
+        return [Ap, Bt, *grads, ops.delta_group(Ap, Bt), *merged, *halves]
 
     graph = Captured(run)
     for _ in range(2):
@@ -167,7 +168,7 @@ def test_layers_on_given_inputs(dtype, tokens):
     def run():
         lists = ([getattr(layer, name) for layer in model] for name in ("weight", "bias"))
         A, B, d = ([getattr(layer, name) for layer in model] for name in ("A", "B", "d"))
-        y = functional.rasa_layers(x, *lists, A, pool.A, B, pool.B, d, 16)
+        y = functional.adapted_layers(x, *lists, A, pool.A, B, pool.B, d, 16)
         return [y, *torch.autograd.grad(y.float().square().mean(), [x, *parameters])]
 
     graph = Captured(run)

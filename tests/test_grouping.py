@@ -7,7 +7,7 @@ import copy
 import oracle
 import pytest
 import torch
-from common import RANK, rasa_layers
+from common import RANK, adapted_layers
 from torch import nn
 from zoo import EVERY, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
 
@@ -46,7 +46,7 @@ def nested(shapes: dict[str, tuple[int, int]], device: str = "cpu") -> nn.Module
 def pools_of(model: nn.Module) -> list[list[str]]:
     """Names by the pool that they hold, in order."""
     found: dict[int, list[str]] = {}
-    for name, layer in rasa_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         found.setdefault(id(layer.pool), []).append(name)
     return list(found.values())
 
@@ -99,7 +99,7 @@ def test_shapes_and_counts(entry, k):
     base = entry.build()
     shapes = plain_shapes(base, entry.targets(base))
     model = rasa_ext.patch_model(base, RANK, k)
-    layers = rasa_layers(model)
+    layers = adapted_layers(model)
     for names in oracle.groups(shapes):
         out, width = shapes[names[0]]
         pooled = len(names) * k
@@ -134,7 +134,7 @@ def test_initial_values(k, alpha):
     model = rasa_ext.patch_model(base, RANK, k, alpha=alpha)
     expected = oracle.initial_d(RANK, k, 3, alpha)
     bound = 400**-0.5
-    for layer in rasa_layers(model).values():
+    for layer in adapted_layers(model).values():
         torch.testing.assert_close(layer.d.double(), expected, rtol=1e-6, atol=0)
         factors = [(layer.A, layer.B)]
         if layer.pool is not None:
@@ -171,8 +171,8 @@ def test_every_parameter_has_one_place(entry):
         owners = {id(model.get_submodule(name.rpartition(".")[0])) for name in places}
         assert len(owners) == 1
         assert places
-    for name, layer in rasa_layers(model).items():
-        first = next(n for n, other in rasa_layers(model).items() if other.pool is layer.pool)
+    for name, layer in adapted_layers(model).items():
+        first = next(n for n, other in adapted_layers(model).items() if other.pool is layer.pool)
         assert modules[id(layer.pool)] == f"{first}.pool"
         assert ("pool" in layer._modules) == (name == first)
     assert isinstance(layer.pool, rasa_ext.RasaPool)

@@ -8,14 +8,14 @@ import json
 import oracle
 import pytest
 import torch
-from common import LargestTensor, Snapshot, adapters, rasa_layers
+from common import LargestTensor, Snapshot, adapters, adapted_layers
 from safetensors.torch import load_file, save_file
 from zoo import BERT, FAMILIES, GPT2, LLAMA, ids
 
 import rasa_ext
-from rasa_ext.fitting import Solver
-from rasa_ext.importing import convert_lora
-from rasa_ext.lora import read_lora
+from rasa_ext.solver.fit import Solver
+from rasa_ext.solver.import_lora import convert_lora
+from rasa_ext.checkpoint.lora import read_lora
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(
@@ -88,7 +88,7 @@ def test_a_lora_is_imported_exactly(options, tmp_path, figure):
     assert (expected - before).abs().max() > 1e-2
     assert not found.groups
     deltas = changes(theirs)
-    assert set(rasa_layers(base)) == set(deltas)
+    assert set(adapted_layers(base)) == set(deltas)
     for name, adapter in adapters(base).items():
         torch.testing.assert_close(oracle.delta(adapter), deltas[name], rtol=1e-5, atol=1e-6)
     rasa_ext.save_adapter(base, tmp_path / "again")
@@ -114,7 +114,7 @@ def test_factors_dropout_and_scale_come_along(tmp_path):
         assert torch.equal(adapter.A, stored[f"base_model.model.{name}.lora_A.weight"])
         assert torch.equal(adapter.B, stored[f"base_model.model.{name}.lora_B.weight"])
         assert adapter.d.tolist() == [4.0] * 5
-    assert {layer.dropout for layer in rasa_layers(base).values()} == {0.25}
+    assert {layer.dropout for layer in adapted_layers(base).values()} == {0.25}
     again = rasa_ext.patch_model(LLAMA.build(), 5, 0, alpha=20)
     assert {tuple(a.d.tolist()) for a in adapters(again).values()} == {(4.0,) * 5}
 

@@ -12,7 +12,7 @@ from torch import nn
 from zoo import GPT2
 
 import rasa_ext
-from rasa_ext.pack_cache import PackCache
+from rasa_ext.nn.pack_cache import PackCache
 
 TOKENS, WIDTH, OUT, LAYERS = 256, 512, 384, 32
 

@@ -17,7 +17,7 @@ from common import (
     excesses,
     observe,
     patched,
-    rasa_layers,
+    adapted_layers,
     same_bits,
     wide,
 )
@@ -37,7 +37,7 @@ def logits(entry, model, dtype=torch.float32):
 
 
 def weights(model) -> dict[str, torch.Tensor]:
-    return {n: m.base_layer.weight.detach().clone() for n, m in rasa_layers(model).items()}
+    return {n: m.base_layer.weight.detach().clone() for n, m in adapted_layers(model).items()}
 
 
 def largest_change(model) -> float:
@@ -110,14 +110,14 @@ def test_merging_twice_and_unmerging_nothing():
 def test_results_that_are_not_finite_are_refused(bad, call, k):
     """In the last layer, after all others would have been merged."""
     model = patched(LLAMA.build().half(), RANK, k)
-    name = list(rasa_layers(model))[-1]
+    name = list(adapted_layers(model))[-1]
     with torch.no_grad():
-        rasa_layers(model)[name].d[0] = bad
+        adapted_layers(model)[name].d[0] = bad
     before = Snapshot(model)
     with pytest.raises(ValueError, match=rf"finite.*{name}.*float16"):
         call(model)
     before.assert_unchanged()
-    assert not any(layer.merged for layer in rasa_layers(model).values())
+    assert not any(layer.merged for layer in adapted_layers(model).values())
 
 
 def test_a_change_that_overflows_the_weights_dtype_is_refused():
@@ -197,7 +197,7 @@ def test_a_model_can_be_patched_again_after_unpatch():
     base = LLAMA.build()
     model = rasa_ext.unpatch(patched(base, 2, 1))
     rasa_ext.patch_model(model, RANK, 2)
-    assert {layer.d.numel() for layer in rasa_layers(model).values()} == {RANK - 2 + 3 * 2}
+    assert {layer.d.numel() for layer in adapted_layers(model).values()} == {RANK - 2 + 3 * 2}
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -211,7 +211,7 @@ def test_disable_adapter(entry, merged):
     with rasa_ext.disable_adapter(model):
         assert torch.equal(logits(entry, model), logits(entry, base))
     assert torch.equal(logits(entry, model), adapted)
-    assert all(layer.merged == merged for layer in rasa_layers(model).values())
+    assert all(layer.merged == merged for layer in adapted_layers(model).values())
 
 
 def test_disable_adapter_ends_with_an_exception():
@@ -232,7 +232,7 @@ def test_disable_adapter_ends_with_an_exception():
 def test_delta_weight(entry, k, dtype):
     """(out, in) in float32 whatever the base's dtype and layout, and detached."""
     model = patched(entry.build().to(dtype), RANK, k)
-    for name, layer in rasa_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         change = rasa_ext.delta_weight(layer)
         assert change.dtype == torch.float32
         assert not change.requires_grad
@@ -265,4 +265,4 @@ def test_merging_leaves_a_copy_alone():
     before = Snapshot(twin)
     rasa_ext.merge(model)
     before.assert_unchanged()
-    assert not any(layer.merged for layer in rasa_layers(twin).values())
+    assert not any(layer.merged for layer in adapted_layers(twin).values())

@@ -5,12 +5,12 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from common import Snapshot, adapters, patched, rasa_layers, same_bits
+from common import Snapshot, adapters, patched, adapted_layers, same_bits
 from torch import nn
 from zoo import GPT2, LLAMA, TWO_NAMES, ids
 
 import rasa_ext
-from rasa_ext import merging
+from rasa_ext.patching import merge as merging
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -18,7 +18,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, TWO_NAMES], ids=ids)
 def test_delta_weights(entry):
     model = patched(entry.build())
-    found, layers = dict(rasa_ext.delta_weights(model)), rasa_layers(model)
+    found, layers = dict(rasa_ext.delta_weights(model)), adapted_layers(model)
     assert found.keys() == layers.keys()
     for name, change in found.items():
         assert not change.requires_grad
@@ -29,13 +29,13 @@ def test_delta_weights(entry):
 
 def watched(monkeypatch) -> list[int]:
     """From now on, how many layers each product of dW takes."""
-    counts, direct = [], merging.ops.delta_layers
+    counts, direct = [], merging.ops.delta_group
 
     def counting(Ap, Bt):
         counts.append(len(Ap))
         return direct(Ap, Bt)
 
-    monkeypatch.setattr(merging.ops, "delta_layers", counting)
+    monkeypatch.setattr(merging.ops, "delta_group", counting)
     return counts
 
 
@@ -62,7 +62,7 @@ def test_layers_are_merged_in_chunks(size, counts, monkeypatch):
 
 
 def base_weights(model) -> dict[str, torch.Tensor]:
-    return {n: m.base_layer.weight.detach().clone() for n, m in rasa_layers(model).items()}
+    return {n: m.base_layer.weight.detach().clone() for n, m in adapted_layers(model).items()}
 
 
 def mixed_group() -> nn.Module:
@@ -101,7 +101,7 @@ def test_layers_of_a_group_may_differ(call, monkeypatch):
 def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
     """merge puts back what it has written; merge_and_unload has looked at copies up to there."""
     model = patched(nn.Sequential(*(nn.Linear(8, 6) for _ in range(3))))
-    before, direct, calls = Snapshot(model), merging.ops.merge_layers, []
+    before, direct, calls = Snapshot(model), merging.ops.merge_group, []
 
     def failing(*args):
         direct(*args)
@@ -110,7 +110,7 @@ def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
             raise error
 
     monkeypatch.setattr(merging, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(merging.ops, "merge_layers", failing)
+    monkeypatch.setattr(merging.ops, "merge_group", failing)
     with pytest.raises(error):
         call(model)
     before.assert_unchanged()

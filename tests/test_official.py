@@ -17,7 +17,7 @@ from common import (
     assert_matches_oracle,
     observe,
     patched,
-    rasa_layers,
+    adapted_layers,
     same_bits,
 )
 from torch import nn
@@ -80,7 +80,7 @@ def test_half_precision_checkpoints_become_float32(tmp_path):
 
     found = write(tmp_path, change=halve)
     model = rasa_ext.load_official(LLAMA.build().bfloat16(), tmp_path)
-    for name, layer in rasa_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         assert layer.A.dtype == torch.float32
         assert torch.equal(layer.A, found[name].A.bfloat16().float())
 

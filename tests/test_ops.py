@@ -10,7 +10,8 @@ import torch
 from common import Errors, excesses
 from oracle import Adapter
 
-from rasa_ext import functional, ops
+from rasa_ext.nn import functional
+from rasa_ext import ops
 
 NAMES = (
     "pack", "pack_backward", "low_rank_linear", "low_rank_add", "low_rank_linear_backward",
@@ -286,10 +287,10 @@ def test_gradcheck(shape, form, device):
         assert torch.autograd.gradcheck(functional.pack, (*as_args(adapter), torch.float64))
     elif form == "add":
         y = (x.detach() @ weight.T).requires_grad_()
-        assert torch.autograd.gradcheck(functional.rasa_add, (y, x, *as_args(adapter)))
+        assert torch.autograd.gradcheck(functional.adapted_add, (y, x, *as_args(adapter)))
     else:
         args = (x, weight, bias, *as_args(adapter))
-        assert torch.autograd.gradcheck(functional.rasa_linear, args)
+        assert torch.autograd.gradcheck(functional.adapted_linear, args)
 
 
 @pytest.mark.parametrize("frozen", ["x", *FIELDS])
@@ -299,7 +300,7 @@ def test_each_input_may_be_frozen(frozen, device):
     x.requires_grad_()
     (x if frozen == "x" else getattr(adapter, frozen)).requires_grad_(False)
     grad = torch.randn(x.shape[0], weight.shape[0], dtype=x.dtype, device=device)
-    functional.rasa_linear(x, weight, bias, *as_args(adapter)).backward(grad)
+    functional.adapted_linear(x, weight, bias, *as_args(adapter)).backward(grad)
     for field, value in oracle.linear_grads(grad, x, weight, adapter).items():
         tensor = x if field == "x" else getattr(adapter, field)
         if field == frozen:
@@ -313,7 +314,7 @@ def test_no_dx_is_computed_where_x_needs_none(device):
     tokens, width, out, padded_rank = 64, 320, 480, 16
     x, weight, bias, _ = case((tokens, width, out, 2, 2), torch.float32, device)
     adapter = differentiable(make_adapter(width, out, 2, 2, device))
-    y = functional.rasa_linear(x, weight, bias, *as_args(adapter))
+    y = functional.adapted_linear(x, weight, bias, *as_args(adapter))
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         y.sum().backward()
     assert counter.get_total_flops() <= 2 * tokens * padded_rank * (width + 2 * out)
@@ -322,7 +323,7 @@ def test_no_dx_is_computed_where_x_needs_none(device):
 def test_a_second_derivative_is_refused(device):
     x, weight, bias, _ = case(SHAPES[0], torch.float64, device)
     adapter = differentiable(make_adapter(*SHAPES[0][1:], device, torch.float64))
-    y = functional.rasa_linear(x.requires_grad_(), weight, bias, *as_args(adapter))
+    y = functional.adapted_linear(x.requires_grad_(), weight, bias, *as_args(adapter))
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
         first.sum().backward()

@@ -11,7 +11,7 @@ from oracle import Adapter
 
 from rasa_ext import ops
 
-NAMES = ("pack_layers", "pack_layers_backward", "delta_layers", "merge_layers")
+NAMES = ("pack_group", "pack_group_backward", "delta_group", "merge_group")
 # (layers, in, out, private ranks, pool ranks)
 SHAPES = ((3, 9, 7, 3, 6), (1, 17, 2, 0, 5), (2, 6, 4, 2, None))
 
@@ -45,12 +45,12 @@ def backward_args(adapters, dAp, dBt) -> tuple:
 def sample_calls(device):
     for shape, multiple in itertools.product(SHAPES, (1, 4)):
         adapters = group(shape, device)
-        Ap, Bt = ops.pack_layers(*forward_args(adapters), torch.float32, multiple)
+        Ap, Bt = ops.pack_group(*forward_args(adapters), torch.float32, multiple)
         weights = [torch.randn(shape[2], shape[1], device=device) for _ in adapters]
-        yield "pack_layers", (*forward_args(adapters), torch.bfloat16, multiple)
-        yield "pack_layers_backward", backward_args(adapters, torch.randn_like(Ap), Bt)
-        yield "delta_layers", (Ap, Bt)
-        yield "merge_layers", (weights, Ap, Bt, -1.0)
+        yield "pack_group", (*forward_args(adapters), torch.bfloat16, multiple)
+        yield "pack_group_backward", backward_args(adapters, torch.randn_like(Ap), Bt)
+        yield "delta_group", (Ap, Bt)
+        yield "merge_group", (weights, Ap, Bt, -1.0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -67,7 +67,7 @@ def test_opcheck(name, device):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packs_are_those_of_single_layers(shape, dtype, multiple, device):
     adapters = group(shape, device)
-    Ap, Bt = ops.pack_layers(*forward_args(adapters), dtype, multiple)
+    Ap, Bt = ops.pack_group(*forward_args(adapters), dtype, multiple)
     assert Ap.shape[0] == Bt.shape[0] == shape[0]
     for index, each in enumerate(adapters):
         args = (each.A, each.A_pool, each.B, each.B_pool, each.d)
@@ -80,10 +80,10 @@ def test_packs_are_those_of_single_layers(shape, dtype, multiple, device):
 def test_pool_gradients_sum_over_layers(shape, multiple, device):
     """From dL/dW = S of every layer: dAp = Bt^T S, dBt = S Ap^T."""
     adapters = group(shape, device, torch.float64)
-    Ap, Bt = ops.pack_layers(*forward_args(adapters), torch.float64, multiple)
+    Ap, Bt = ops.pack_group(*forward_args(adapters), torch.float64, multiple)
     S = torch.randn(shape[0], shape[2], shape[1], dtype=torch.float64, device=device)
     dAp, dBt = Bt.transpose(1, 2) @ S, S @ Ap.transpose(1, 2)
-    dA, dA_pool, dB, dB_pool, dd = ops.pack_layers_backward(*backward_args(adapters, dAp, dBt))
+    dA, dA_pool, dB, dB_pool, dd = ops.pack_group_backward(*backward_args(adapters, dAp, dBt))
     expected = [oracle.adapter_grads(s, each) for s, each in zip(S, adapters, strict=True)]
     for index, each in enumerate(expected):
         torch.testing.assert_close(dA[index], each["A"])
@@ -98,8 +98,8 @@ def test_pool_gradients_sum_over_layers(shape, multiple, device):
 def test_delta(shape, dtype, device):
     """In the accumulation dtype, whatever the pack's."""
     adapters = group(shape, device, torch.float64)
-    Ap, Bt = ops.pack_layers(*forward_args(adapters), dtype)
-    found = ops.delta_layers(Ap, Bt)
+    Ap, Bt = ops.pack_group(*forward_args(adapters), dtype)
+    found = ops.delta_group(Ap, Bt)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert found.dtype == wide
     eps = torch.finfo(wide).eps
@@ -116,12 +116,12 @@ def test_delta(shape, dtype, device):
 def test_merge(dtype, transposed, sign, device):
     """In place, summed wide and rounded once, into weights of either layout."""
     adapters = group(SHAPES[0], device)
-    Ap, Bt = ops.pack_layers(*forward_args(adapters), torch.float32)
+    Ap, Bt = ops.pack_group(*forward_args(adapters), torch.float32)
     weights = [torch.randn(7, 9, device=device).to(dtype) for _ in adapters]
     if transposed:
         weights = [weight.T.contiguous().T for weight in weights]
     before = [weight.clone() for weight in weights]
-    assert ops.merge_layers(weights, Ap, Bt, sign) is None
+    assert ops.merge_group(weights, Ap, Bt, sign) is None
     rounding = max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
     for weight, old, each in zip(weights, before, adapters, strict=True):
         expected = old.double() + sign * oracle.delta(each)

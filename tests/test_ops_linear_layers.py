@@ -1,4 +1,4 @@
-"""Low-rank linears of several layers on given inputs: the operators and ``rasa_layers``."""
+"""Low-rank linears of several layers on given inputs: the operators and ``adapted_layers``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from oracle import Adapter
 from plain import PlainRasa
 from torch import Tensor, nn
 
-from rasa_ext import functional, functional_layers, ops
+from rasa_ext.nn import functional
+from rasa_ext import functional_layers, ops
 
 FIELDS = ("A", "A_pool", "B", "B_pool", "d")
 POOL = ("A_pool", "B_pool")
@@ -95,7 +96,7 @@ class Case:
                     found[f"0.{field}"] = found.get(f"0.{field}", 0) + grads[field]
         return {**found, "x": torch.stack(found["x"]), "y": torch.stack(ys)}
 
-    def observed(self, run=functional.rasa_layers, multiple=1) -> dict[str, Tensor]:
+    def observed(self, run=functional.adapted_layers, multiple=1) -> dict[str, Tensor]:
         leaves = self.leaves()
         y = run(*self.args(), multiple)
         grads = torch.autograd.grad(y, list(leaves.values()), self.grad)
@@ -202,7 +203,7 @@ def test_gradcheck(shape, device):
         given = dict(zip(leaves, values, strict=True))
         pool = [given.get(f"0.{field}") for field in POOL]
         A, B, d = ([given[f"{i}.{f}"] for i in range(shape[0])] for f in ("A", "B", "d"))
-        return functional.rasa_layers(
+        return functional.adapted_layers(
             given["x"], case.weights, case.bias, A, pool[0], B, pool[1], d
         )
 
@@ -217,7 +218,7 @@ def test_each_input_may_be_frozen(frozen, device):
     still = [name for name in leaves if name.rpartition(".")[2] == frozen]
     for name in still:
         leaves[name].requires_grad_(False)
-    functional.rasa_layers(*case.args()).backward(case.grad)
+    functional.adapted_layers(*case.args()).backward(case.grad)
     for name, value in case.expected().items():
         if name in still:
             assert leaves[name].grad is None
@@ -238,15 +239,15 @@ def sample_calls(device, dtype=torch.float32):
         case = Case(shape, dtype, device, bias)
         pack, pool = functional_layers._packed_layers(case.x, *case.lists(), 1 if bias else 4)
         stacked = None if case.bias is None else torch.stack(case.bias)
-        yield "linear_layers", (case.x, case.weights, stacked, *pack, *pool)
-        _, U, V = ops.linear_layers(case.x, case.weights, stacked, *pack, *pool)
+        yield "linear_group", (case.x, case.weights, stacked, *pack, *pool)
+        _, U, V = ops.linear_group(case.x, case.weights, stacked, *pack, *pool)
         needs = list(itertools.product((True, False), repeat=2))
         for need in needs if shape is SHAPES[0] else needs[:1]:
             args = (case.grad, case.x, case.weights, U, V, *pack, *pool, *need)
-            yield "linear_layers_backward", args
+            yield "linear_group_backward", args
 
 
-@pytest.mark.parametrize("name", ["linear_layers", "linear_layers_backward"])
+@pytest.mark.parametrize("name", ["linear_group", "linear_group_backward"])
 def test_opcheck(name, device):
     """Schema (nothing mutated, nothing aliased), fake kernel and compilation."""
     operator = getattr(torch.ops.rasa_ext, name).default
@@ -261,7 +262,7 @@ def test_opcheck(name, device):
 def test_compile(shape, device):
     torch._dynamo.reset()
     case = Case(shape, torch.float32, device).require_grad()
-    compiled = torch.compile(functional.rasa_layers, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(functional.adapted_layers, fullgraph=True, backend="aot_eager")
     found, expected = case.observed(compiled), case.expected()
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-4, msg=name)
@@ -269,7 +270,7 @@ def test_compile(shape, device):
 
 def test_a_second_derivative_is_refused(device):
     case = Case(SHAPES[0], torch.float64, device).require_grad()
-    y = functional.rasa_layers(*case.args())
+    y = functional.adapted_layers(*case.args())
     (first,) = torch.autograd.grad(y.square().sum(), case.x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
         first.sum().backward()
@@ -290,4 +291,4 @@ def test_refusals(place, change, message):
     args = list(Case(SHAPES[0], torch.float32).args())
     args[place] = change(args[place])
     with pytest.raises(ValueError, match=message):
-        functional.rasa_layers(*args)
+        functional.adapted_layers(*args)

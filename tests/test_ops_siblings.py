@@ -20,9 +20,10 @@ from test_ops import (
     places,
 )
 
-from rasa_ext import functional, ops
+from rasa_ext.nn import functional
+from rasa_ext import ops
 
-NAMES = ("pack_siblings", "siblings_linear", "siblings_linear_backward")
+NAMES = ("pack_projections", "linear_projections", "linear_projections_backward")
 # (tokens, in, ((out, private ranks, pool ranks), ...)): grouped-query attention, no private ranks,
 # no tokens, no pools, one sibling, ranks that differ.
 SHAPES = (
@@ -63,7 +64,7 @@ class Case:
     def packed(self, multiple=1, in_pack=True):
         """Ap, Bt, and the padded diagonals where they are left to the linear."""
         *factors, d = self.lists()
-        Ap, Bt = ops.pack_siblings(*factors, d if in_pack else [], self.x.dtype, multiple)
+        Ap, Bt = ops.pack_projections(*factors, d if in_pack else [], self.x.dtype, multiple)
         pads = (
             torch.nn.functional.pad(v, (0, u.shape[1] - len(v))) for v, u in zip(d, Bt, strict=True)
         )
@@ -74,13 +75,13 @@ def sample_calls(device, dtype=torch.float32):
     for shape, bias, folded in itertools.product(SHAPES, (True, False), FOLDS[device]):
         case, multiple = Case(shape, dtype, device, bias), 4 if bias else 1
         *factors, d = case.lists()
-        yield "pack_siblings", (*factors, d if folded else [], dtype, multiple)
+        yield "pack_projections", (*factors, d if folded else [], dtype, multiple)
         Ap, Bt, rest = case.packed(multiple, folded)
-        yield "siblings_linear", (case.x, case.weights, case.biases, Ap, Bt, rest)
+        yield "linear_projections", (case.x, case.weights, case.biases, Ap, Bt, rest)
         U = case.x @ Ap.T
         for need in itertools.product((True, False), repeat=2):
             args = (case.grads, case.x, case.weights, U, Ap, Bt, rest, *need)
-            yield "siblings_linear_backward", args
+            yield "linear_projections_backward", args
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -128,8 +129,8 @@ def single(case, multiple, in_pack):
 
 def together(case, multiple, in_pack):
     Ap, Bt, rest = case.packed(multiple, in_pack)
-    y, U = ops.siblings_linear(case.x, case.weights, case.biases, Ap, Bt, rest)
-    dx, dAp, dBt, dd = ops.siblings_linear_backward(
+    y, U = ops.linear_projections(case.x, case.weights, case.biases, Ap, Bt, rest)
+    dx, dAp, dBt, dd = ops.linear_projections_backward(
         case.grads, case.x, case.weights, U, Ap, Bt, rest, True, True
     )
     widths = [up.shape[1] for up in Bt]
@@ -194,7 +195,7 @@ def exact(case, in_pack):
 def test_only_what_is_needed_comes_back(need_x, need_adapter, in_pack, device):
     case = Case(SHAPES[0], torch.float32, device)
     Ap, Bt, rest = case.packed(1, in_pack)
-    dx, dAp, dBt, dd = torch.ops.rasa_ext.siblings_linear_backward(
+    dx, dAp, dBt, dd = torch.ops.rasa_ext.linear_projections_backward(
         case.grads, case.x, case.weights, case.x @ Ap.T, Ap, Bt, rest, need_x, need_adapter
     )
     assert bool(dx.numel()) == need_x
@@ -205,7 +206,7 @@ def test_only_what_is_needed_comes_back(need_x, need_adapter, in_pack, device):
 def call(case, multiple=1):
     biases = [case.bias(i) for i in range(len(case.weights))]
     adapters = [as_args(adapter) for adapter in case.adapters]
-    return functional.rasa_siblings(case.x, case.weights, biases, adapters, multiple)
+    return functional.adapted_projections(case.x, case.weights, biases, adapters, multiple)
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
@@ -240,7 +241,7 @@ def test_gradcheck(device):
     def run(x, *tensors):
         n = len(FIELDS)
         split = [tensors[i * n : (i + 1) * n] for i in range(3)]
-        return functional.rasa_siblings(x.view(1, *x.shape), case.weights, biases, split)
+        return functional.adapted_projections(x.view(1, *x.shape), case.weights, biases, split)
 
     flat = [t for adapter in adapters for t in adapter]
     assert torch.autograd.gradcheck(run, (case.x.requires_grad_(), *flat))

@@ -14,7 +14,7 @@ from zoo import FAMILIES, SEQUENTIAL, ids
 import rasa_ext
 
 PUBLIC = {
-    "Compressed",
+    "CompressedAdapter",
     "Decomposition",
     "RasaConfig",
     "RasaLinear",
@@ -46,7 +46,7 @@ PUBLIC = {
 OPTIONAL = ("transformers", "peft", "typer", "rich", "accelerate", "matplotlib", "yaml", "gguf")
 
 
-@pytest.mark.parametrize("module", ["rasa_ext", "rasa_ext.functional", "rasa_ext.ops"])
+@pytest.mark.parametrize("module", ["rasa_ext", "rasa_ext.nn.functional", "rasa_ext.ops"])
 def test_importing_needs_only_torch_and_safetensors(module):
     program = f"import {module}, sys; print(*(m for m in {OPTIONAL!r} if m in sys.modules))"
     root = Path(rasa_ext.__file__).parents[1]

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import zoo
-from common import RANK, Snapshot, adapters, check_step, rasa_layers, same_bits
+from common import RANK, Snapshot, adapters, check_step, adapted_layers, same_bits
 from peft import (
     PeftModel,
     get_peft_model,
@@ -39,7 +39,7 @@ def test_a_step_is_the_published_formulas(entry, k):
 @pytest.mark.parametrize("entry", EVERY, ids=zoo.ids)
 def test_the_layers_and_pools_are_those_of_patch_model(entry):
     model, ours = adapted(entry.build()), rasa_ext.patch_model(entry.build(), rank=RANK)
-    found, expected = layers(plain(model)), rasa_layers(ours)
+    found, expected = layers(plain(model)), adapted_layers(ours)
     assert found.keys() == expected.keys()
     for name, layer in found.items():
         for mine, theirs in zip(layer.adapter(), expected[name].adapter(), strict=True):

@@ -20,7 +20,7 @@ from common import (
     gradients,
     patched,
     randomize,
-    rasa_layers,
+    adapted_layers,
     same_adapters,
     same_bits,
 )
@@ -31,8 +31,8 @@ from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import quantize_
 
 import rasa_ext
-from rasa_ext import siblings
-from rasa_ext.quantized import format_of
+from rasa_ext.nn import fused_projections as siblings
+from rasa_ext.base_layers.quantized import format_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
@@ -308,5 +308,5 @@ def test_layers_are_recognised():
     assert all(format_of(layer) is not None for layer in model)
     assert format_of(nn.Linear(3, 4)) is None
     assert format_of(nn.Embedding(3, 4)) is None
-    assert set(rasa_layers(patched(model))) == {str(i) for i in range(6)}
+    assert set(adapted_layers(patched(model))) == {str(i) for i in range(6)}
     assert same_adapters(model, model)

@@ -9,12 +9,12 @@ import warnings
 import oracle
 import pytest
 import torch
-from common import adapters, patched, rasa_layers, same_bits
+from common import adapters, patched, adapted_layers, same_bits
 from quantized_common import FORMATS, WIDTH, linears, make_model, numbers, quantized
 from torch import nn
 
 import rasa_ext
-from rasa_ext.quantized import format_of
+from rasa_ext.base_layers.quantized import format_of
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
@@ -51,7 +51,7 @@ def test_the_merged_weight(form, dtype):
     base = quantized(linears(dtype=dtype), form)
     model = patched(base)
     before = held(model)
-    bases = [layer.base_layer for layer in rasa_layers(model).values()]
+    bases = [layer.base_layer for layer in adapted_layers(model).values()]
     said = merged(rasa_ext.merge, model)
     kept = torch.float32 if form == "int8" else dtype  # what dequantizing itself rounds to
     eps = max(torch.finfo(kept).eps, torch.finfo(dtype).eps)
@@ -66,7 +66,7 @@ def test_the_merged_weight(form, dtype):
     assert int(said[2]) == len(bases)
     assert said[4] == str(dtype)
     rasa_ext.unmerge(model)
-    assert [layer.base_layer for layer in rasa_layers(model).values()] == bases
+    assert [layer.base_layer for layer in adapted_layers(model).values()] == bases
     assert all(same_bits(a, b) for a, b in zip(held(model), before, strict=True))
 
 
@@ -213,4 +213,4 @@ def test_a_dtype_for_nothing():
     model = patched(linears())
     with pytest.raises(ValueError, match=r"dtype: .* no adapted layer is"):
         rasa_ext.merge_and_unload(model, torch.float32)
-    assert rasa_layers(model)
+    assert adapted_layers(model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import patched, rasa_layers
+from common import patched, adapted_layers
 from quantized_common import make_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import rasa_ext
-from rasa_ext.quantized import format_of
+from rasa_ext.base_layers.quantized import format_of
 
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 CONFIGS = {
@@ -56,7 +56,7 @@ def test_trainer(model, tmp_path):
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    assert all(format_of(layer.base_layer) for layer in rasa_layers(model).values())
+    assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
 
 
 def test_what_was_merged_is_a_plain_model_also_to_transformers(model, tmp_path):

@@ -16,7 +16,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
-from rasa_ext.quantized import format_of
+from rasa_ext.base_layers.quantized import format_of
 
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 BACKENDS = {

@@ -9,12 +9,14 @@ import weakref
 
 import pytest
 import torch
-from common import adapters, assert_matches_oracle, check_step, observe, patched, rasa_layers
+from common import adapters, assert_matches_oracle, check_step, observe, patched, adapted_layers
 from torch import nn
 from zoo import BERT, GPT2, LLAMA, T5, VIT, Entry, ids
 
 import rasa_ext
-from rasa_ext import functional, ops, siblings
+from rasa_ext.nn import functional
+from rasa_ext.nn import fused_projections as siblings
+from rasa_ext import ops
 
 # How many groups of siblings one forward of the model computes together, and of how many layers.
 GROUPS = {
@@ -44,7 +46,7 @@ def _on(monkeypatch):
 @pytest.fixture
 def log(monkeypatch) -> Log:
     found = Log()
-    with_grad, without = functional.rasa_siblings, ops.siblings_linear
+    with_grad, without = functional.adapted_projections, ops.linear_projections
 
     def training(x, weights, *args):
         found.append(len(weights))
@@ -55,10 +57,10 @@ def log(monkeypatch) -> Log:
             found.append(len(weights))
         return without(x, weights, *args)
 
-    monkeypatch.setattr(functional, "rasa_siblings", training)
-    monkeypatch.setattr(ops, "siblings_linear", quiet)
+    monkeypatch.setattr(functional, "adapted_projections", training)
+    monkeypatch.setattr(ops, "linear_projections", quiet)
     # Function.forward runs without grad as well: the operator must not be counted twice there.
-    monkeypatch.setattr(functional, "ops", _Without(ops, siblings_linear=without))
+    monkeypatch.setattr(functional, "ops", _Without(ops, linear_projections=without))
     return found
 
 
@@ -164,7 +166,7 @@ def test_copies_learn_on_their_own(how, log):
     check_step(LLAMA, base, model)
     assert sorted(log.take()) == sorted(GROUPS["llama"])
     mine, theirs = (
-        {id(layer.siblings) for layer in rasa_layers(m).values()} for m in (model, twin)
+        {id(layer.siblings) for layer in adapted_layers(m).values()} for m in (model, twin)
     )
     assert not mine & theirs - {id(None)}
 
@@ -397,7 +399,7 @@ def test_unpatch_and_merge(log):
         rasa_ext.unmerge(model)
         torch.testing.assert_close(LLAMA.loss(model, inputs)[0], adapted, rtol=1e-5, atol=1e-5)
     rasa_ext.unpatch(model)
-    assert not rasa_layers(model)
+    assert not adapted_layers(model)
 
 
 @pytest.mark.parametrize("entry", [LLAMA, T5], ids=ids)
@@ -416,7 +418,7 @@ def test_gradient_accumulation_and_two_forwards(log):
     losses = [LLAMA.loss(model, LLAMA.inputs(seed))[1] for seed in (0, 1)]
     model.zero_grad()
     sum(losses).backward()
-    for name, layer in rasa_layers(model).items():
+    for name, layer in adapted_layers(model).items():
         total = one[f"{name}.d"] + two[f"{name}.d"]
         torch.testing.assert_close(layer.d.grad, total, rtol=1e-4, atol=1e-5)
     assert sorted(log) == sorted(GROUPS["llama"] * 4)

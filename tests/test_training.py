@@ -22,7 +22,7 @@ from common import (
     observe,
     patched,
     randomize,
-    rasa_layers,
+    adapted_layers,
     wide,
 )
 from zoo import FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, Checkpointed, ids
@@ -159,8 +159,8 @@ def test_a_deep_copy_trains_on_its_own(entry, k):
     assert all(p.grad is None for p in model.parameters())
     check_step(entry, base, model, seed=1)
     rasa_ext.unpatch(twin)
-    assert rasa_layers(model)
-    assert not rasa_layers(twin)
+    assert adapted_layers(model)
+    assert not adapted_layers(twin)
 
 
 @pytest.mark.parametrize("move", ["dtype", "double and back", "to_empty"])

@@ -28,8 +28,8 @@ from benchmarks.records import table as markdown
 from experiments.reconstruction.finetune import RESULTS, WEIGHTS, scores
 from experiments.table import Table
 from experiments.tasks import Task, make_task
-from rasa_ext.files import WEIGHTS as FILE
-from rasa_ext.targets import make_plan
+from rasa_ext.checkpoint.files import WEIGHTS as FILE
+from rasa_ext.patching.targets import make_plan
 from rasa_ext.train.demo import find_model
 from rasa_ext.train.model_loading import load_model, load_tokenizer
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rasa_ext.config import RasaConfig
-from rasa_ext.targets import make_plan
+from rasa_ext.patching.targets import make_plan
 from rasa_ext.train.demo import find_model
 from rasa_ext.train.model_loading import load_model
 

@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rasa_ext.cli.output import command, console, table_of
 
 if TYPE_CHECKING:
-    from rasa_ext.compression import Compressed
-    from rasa_ext.fitting import Solver
-    from rasa_ext.targets import Group
+    from rasa_ext.patching.targets import Group
+    from rasa_ext.solver.compress import CompressedAdapter
+    from rasa_ext.solver.fit import Solver
 
 PICTURE = "errors.png"
 
@@ -118,7 +118,7 @@ def import_lora(
         )
 
 
-def _show(found: Compressed, output: Path) -> None:
+def _show(found: CompressedAdapter, output: Path) -> None:
     """Errors beside LoRA's, as a table and a picture."""
     from rasa_ext.train.plots import plot_errors
 
@@ -163,15 +163,15 @@ def _errors(error: float, *loras: float) -> list[str]:
     return cells
 
 
-def _show_lost(found: Compressed) -> None:
-    if found.plan.saved:
-        console.print(f"kept in full: {', '.join(found.plan.saved)}", markup=False)
+def _show_lost(found: CompressedAdapter) -> None:
+    if found.plan.modules_to_save:
+        console.print(f"kept in full: {', '.join(found.plan.modules_to_save)}", markup=False)
     if not found.lost:
         return
-    from rasa_ext.targets import pattern
+    from rasa_ext.patching.targets import pattern
 
     console.print(
-        f"Lost: {found.lost_share:.2%} of the squared change is in parameters that are neither "
+        f"Lost: {found.residual_share:.2%} of the squared change is in parameters that are neither "
         "adapted nor kept (--modules-to-save):"
     )
     kinds: dict[str, list[tuple[float, float]]] = {}
@@ -198,7 +198,7 @@ def _solver(bar: Progress, iterations: int, dtype: str) -> Solver:
     """A solver that shows each group's iterations in the bar."""
     import torch
 
-    from rasa_ext.fitting import Solver
+    from rasa_ext.solver.fit import Solver
 
     if dtype not in ("float64", "float32"):
         raise ValueError(f"dtype: expected float64 or float32, got {dtype!r}.")

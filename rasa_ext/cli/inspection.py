@@ -136,7 +136,7 @@ def _show_plan(name: str, rank: int, k: int | None, target_modules: str) -> None
         f"({100 * report.trainable / report.total:.3f} %), an adapter file of "
         f"{4 * report.adapter / 2**20:.1f} MiB"
     )
-    for layer, reason in report.left_out.items():
+    for layer, reason in report.skipped.items():
         console.print(f"left out: {layer}: {reason}", markup=False)
 
 

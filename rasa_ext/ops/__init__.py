@@ -9,7 +9,13 @@ from rasa_ext.ops.fused_projections import (
     linear_projections_backward,
     pack_projections,
 )
-from rasa_ext.ops.heuristics import fuse_projections, noise_words, pool_in_packs, rank_multiple
+from rasa_ext.ops.heuristics import (
+    fuse_projections,
+    keep_pack,
+    noise_words,
+    pool_in_packs,
+    rank_multiple,
+)
 from rasa_ext.ops.layers import (
     delta_group,
     linear_group,
@@ -20,16 +26,19 @@ from rasa_ext.ops.layers import (
 )
 from rasa_ext.ops.library import COMPILED, OPERATORS, accumulation_dtype, cuda_status
 from rasa_ext.ops.linear import low_rank_add, low_rank_linear, low_rank_linear_backward
-from rasa_ext.ops.pack import pack, pack_backward
+from rasa_ext.ops.pack import Factors, Pack, pack, pack_backward
 
 __all__ = [
     "COMPILED",
     "OPERATORS",
+    "Factors",
+    "Pack",
     "accumulation_dtype",
     "cuda_status",
     "delta_group",
     "dropout_mask",
     "fuse_projections",
+    "keep_pack",
     "linear_group",
     "linear_group_backward",
     "linear_projections",

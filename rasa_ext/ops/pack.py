@@ -10,10 +10,41 @@ are correct and slower. A_pool and B_pool are both None, or neither is; d = None
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from rasa_ext.ops.library import operator
+
+
+class Factors(NamedTuple):
+    """A layer's adapter: dW = [B | B_pool] diag(d) [A ; A_pool]; d = None stands for ones."""
+
+    A: Tensor
+    A_pool: Tensor | None
+    B: Tensor
+    B_pool: Tensor | None
+    d: Tensor | None
+
+    @property
+    def rank(self) -> int:
+        """R, the effective rank."""
+        return self.A.shape[0] + (0 if self.A_pool is None else self.A_pool.shape[0])
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
+        """Every tensor of it through ``function``."""
+        return Factors(*(None if t is None else function(t) for t in self))
+
+
+class Pack(NamedTuple):
+    """All that a low-rank linear knows of an adapter: dW = Bp^T Ap."""
+
+    Ap: Tensor
+    """(Rp, in)"""
+    Bp: Tensor
+    """(Rp, out)"""
 
 
 def padded(rank: int, multiple: int) -> int:

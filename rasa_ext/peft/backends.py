@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from rasa_ext.quantized import format_of
+from rasa_ext.base_layers.quantized import format_of
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend

@@ -9,19 +9,17 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from rasa_ext import functional, ops
-from rasa_ext.config import RasaConfig
-from rasa_ext.densify import Densified, dense_dtype, put_dense, take_back
-from rasa_ext.modules import (
-    AdaptedLinear,
-    beside_each_other,
-    empty_factors,
-    linear_shape,
-    parameter_of,
+from rasa_ext import ops
+from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.methods.base import AdapterConfig, Place
+from rasa_ext.nn.adapted_linear import AdaptedLinear, Adapter
+from rasa_ext.patching.merge_quantized import (
+    Dequantized,
+    dense_dtype,
+    dequantize_and_merge,
+    restore_quantized,
 )
 from rasa_ext.peft.mixed import Rows
-from rasa_ext.quantized import format_of
-from rasa_ext.siblings import Part
 
 
 class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
@@ -35,17 +33,18 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     """
 
     adapter_layer_names = ("rasa_A", "rasa_B", "rasa_d", "rasa_pool_A", "rasa_pool_B")
-    other_param_names = ("configs", "pool_owners")
+    other_param_names = ("configs", "places", "pool_owners")
 
     def __init__(self, base_layer: nn.Module, backend: Any = None) -> None:
         """Over ``base_layer``; ``backend`` is PEFT's for it, where it is quantized."""
         super().__init__(base_layer)
         self._backend = backend
         self.dense_dtype: torch.dtype | None = None  # of a dense base in a quantized one's place
-        self.densified: Densified | None = None
+        self.densified: Dequantized | None = None
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ParameterDict())
-        self.configs: dict[str, RasaConfig] = {}
+        self.configs: dict[str, AdapterConfig] = {}
+        self.places: dict[str, Place] = {}
         self.pool_owners: dict[str, RasaPeftLinear] = {}
         self.merged_adapters: list[str] = []
         self.rows: Rows | None = None  # set for the time of a forward with adapter_names
@@ -54,61 +53,50 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def update_layer(
         self,
         adapter_name: str,
-        config: RasaConfig,
-        layers: int,
+        config: AdapterConfig,
+        places: list[Place],
+        index: int,
         owner: RasaPeftLinear,
         init_weights: bool = True,
     ) -> None:
-        """Add an adapter to this layer, one of ``layers`` in a group whose first is ``owner``."""
-        out_features, in_features = linear_shape(self.base_layer)
-        like, dtype = self.get_base_layer().weight, config.adapter_dtype
-        parts = [("rasa_A", "rasa_B", config.rank - config.k)]
+        """Add an adapter to this layer; ``owner`` is the first of its group."""
+        place = places[index]
+        self._add(adapter_name, "rasa_", config.own(place), init_weights)
+        tensors = config.pool(places) if owner is self or index == 0 else {}
+        if index == 0:
+            self._add(adapter_name, "rasa_pool_", tensors, init_weights)
         if config.k:
             self.pool_owners[adapter_name] = owner
-            if owner is self:
-                parts.append(("rasa_pool_A", "rasa_pool_B", layers * config.k))
-        for name_A, name_B, rank in parts:
-            A, B = empty_factors(rank, out_features, in_features, like, dtype)
-            if not init_weights and rank:
-                nn.init.kaiming_uniform_(B, a=5**0.5)
-            getattr(self, name_A)[adapter_name] = A
-            getattr(self, name_B)[adapter_name] = B
-        d = config.initial_diagonal(layers).to(like.device, dtype)
-        self.rasa_d[adapter_name] = nn.Parameter(d)
-        self.configs[adapter_name] = config
+        self.configs[adapter_name], self.places[adapter_name] = config, place
 
-    @property
-    def in_features(self) -> int:
-        """Width of the input."""
-        return linear_shape(self.base_layer)[1]
-
-    @property
-    def out_features(self) -> int:
-        """Width of the output."""
-        return linear_shape(self.base_layer)[0]
+    def _add(
+        self, adapter_name: str, prefix: str, tensors: dict[str, Tensor], init_weights: bool
+    ) -> None:
+        for name, tensor in tensors.items():
+            if name == "B" and not init_weights and tensor.numel():
+                nn.init.kaiming_uniform_(tensor, a=5**0.5)
+            getattr(self, f"{prefix}{name}")[adapter_name] = tensor
 
     @property
     def quantization_backend(self) -> Any:
         """PEFT's way to a quantized base's weight; None over a dense base, as while merged."""
         return None if isinstance(self.merged_base, nn.Module) else self._backend
 
-    @property
-    def dropout(self) -> float:
-        """That of the adapter which goes through ``AdaptedLinear.forward``: the first active."""
-        return next((self.configs[name].dropout for name in self._active()), 0.0)
-
-    def tensors(
-        self, adapter_name: str | None = None
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-        """``(A, A_pool, B, B_pool, d)`` of one adapter, the first active one unless named."""
-        name = self._active()[0] if adapter_name is None else adapter_name
+    def adapter(self, adapter_name: str | None = None) -> Adapter | None:
+        """An adapter by its name, or the first that the forward adds to all rows, if any."""
+        if adapter_name is None:
+            names = self._live()
+            if not names:
+                return None
+            adapter_name = names[0]
         parts = self._modules
-        A, B, d = (parameter_of(parts[part], name) for part in ("rasa_A", "rasa_B", "rasa_d"))
-        owner = self.pool_owners.get(name)
-        if owner is None:
-            return A, None, B, None, d
-        pools = owner._modules["rasa_pool_A"], owner._modules["rasa_pool_B"]
-        return A, parameter_of(pools[0], name), B, parameter_of(pools[1], name), d
+        own = {field: parameter_of(parts[f"rasa_{field}"], adapter_name) for field in "ABd"}
+        pool = {}
+        owner = self.pool_owners.get(adapter_name)
+        if owner is not None:
+            pools = owner._modules
+            pool = {f: parameter_of(pools[f"rasa_pool_{f}"], adapter_name) for f in "AB"}
+        return Adapter(self.configs[adapter_name], own, pool, self.places[adapter_name])
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) to (..., out): the base's output and that of every active adapter."""
@@ -116,21 +104,10 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             self.unmerge()
         if self.rows is not None and not self._disable_adapters:
             return self._row_by_row(x, self.rows, *args, **kwargs)
-        names = self._live()
-        if not names:
-            return self.base_layer(x, *args, **kwargs)
         y = super().forward(x, *args, **kwargs)
-        for name in names[1:]:
-            y = self._added(y, x, name)
+        for name in self._live()[1:]:
+            y = self._added(y, x, self.adapter(name))
         return y
-
-    def part(self, dtype: torch.dtype, adapter: tuple | None = None) -> Part | None:
-        """As ``AdaptedLinear.part``, for the adapter that goes through it."""
-        return super().part(dtype, adapter) if self._live() else None
-
-    def versions(self) -> tuple[int, ...]:
-        """As ``AdaptedLinear.versions``; nothing where no adapter is active."""
-        return super().versions() if self._live() else ()
 
     def _row_by_row(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output, and to each of its rows that of the row's own adapter."""
@@ -140,15 +117,11 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             if name in self.configs:
                 chosen = [row for row, its in enumerate(names) if its == name]
                 index = torch.tensor(chosen, device=x.device)
-                y = y.index_copy(0, index, self._added(y[index], x[index], name))
+                y = y.index_copy(0, index, self._added(y[index], x[index], self.adapter(name)))
         return y
 
-    def _added(self, y: Tensor, x: Tensor, name: str) -> Tensor:
-        """``y + x dW^T`` of one more adapter."""
-        adapter, x = beside_each_other(*self.tensors(name)), x.to(y.dtype)
-        drop = functional.dropout(x, self.configs[name].dropout if self.training else 0.0)
-        multiple = ops.rank_multiple(y.device.type, y.dtype, adapter[-1].shape[0])
-        return functional.rasa_add(y, x, *adapter, multiple, *drop)
+    def _base_alone(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        return self.base_layer(x, *args, **kwargs)
 
     def _active(self) -> list[str]:
         """The active adapters that this layer has."""
@@ -164,8 +137,8 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """dW of an adapter in its base weight's orientation: float32, or float64 over float64."""
         dtype = ops.accumulation_dtype(self.get_base_layer().weight.dtype)
-        Ap, Bt = ops.pack(*beside_each_other(*self.tensors(adapter)), dtype, 1)
-        delta = Bt @ Ap
+        Ap, Bp = ops.pack(*self.adapter(adapter).factors(), dtype, 1)
+        delta = Bp.t() @ Ap
         return delta.t() if self.transposed else delta
 
     @torch.no_grad()
@@ -228,7 +201,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def _merge_quantized(self, names: list[str]) -> None:
         delta = sum(self.get_delta_weight(name) for name in self._with_merged(names))
         dtype = dense_dtype(self._unmerged(), self.dense_dtype)
-        self.densified = put_dense(self, type(self).__name__, delta, dtype)
+        self.densified = dequantize_and_merge(self, type(self).__name__, delta, dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -237,7 +210,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if isinstance(self.merged_base, nn.Module):
-            take_back(self)
+            restore_quantized(self)
         else:
             self.get_base_layer().weight.copy_(self.merged_base)
             self.merged_base = None
@@ -271,3 +244,9 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         """Effective ranks by adapter."""
         ranks = {name: d.shape[0] for name, d in self.rasa_d.items()}
         return f"effective_rank={ranks}{', merged' if self.merged else ''}"
+
+
+def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """``getattr`` without nn.Module's slow lookup, since every forward of every layer does it."""
+    found = module._parameters.get(name)
+    return getattr(module, name) if found is None else found

@@ -11,17 +11,28 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from rasa_ext.config import ALL_LINEAR
-from rasa_ext.densify import model_dtype, tell
-from rasa_ext.export import suffixes
-from rasa_ext.modules import is_conv1d
-from rasa_ext.patch import introduce_siblings, skip_fast_paths
+from rasa_ext.base_layers.linear import is_conv1d, is_linear
+from rasa_ext.base_layers.quantized import (
+    check_not_repacked,
+    disable_cpu_repacking,
+    forget_quantizer,
+    format_of,
+)
+from rasa_ext.methods.base import ALL_LINEAR, group_places
+from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
+from rasa_ext.patching.swap import disable_fused_encoder, link_fused_projections, registrations_of
+from rasa_ext.patching.targets import (
+    Group,
+    grouped,
+    make_plan,
+    resolve_config,
+    suffixes,
+    unadaptable,
+)
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.published import from_published, published_names_hook
-from rasa_ext.quantized import forget_quantizer, format_of, keep_trainable, refuse_packed
-from rasa_ext.targets import Group, grouped, is_linear, make_plan, obstacles, places, settled
 
 
 class RasaModel(BaseTuner):
@@ -48,7 +59,7 @@ class RasaModel(BaseTuner):
         self._groups: dict[str, Group] | None = None
         self._given = None if keys is None else {_layer_of(key) for key in keys}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        introduce_siblings(model)
+        link_fused_projections(model, RasaPeftLinear)
         peft_config = self.peft_config[adapter_name]
         if peft_config.modules_to_save:  # as they are, so that every reader finds the same ones
             peft_config.modules_to_save = [
@@ -61,7 +72,7 @@ class RasaModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Settle 'all-linear' as ``patch_model`` does, which is more careful than PEFT."""
         if peft_config.target_modules in (None, ALL_LINEAR):
-            config = settled(self.model, peft_config.core())
+            config = resolve_config(self.model, peft_config.core())
             plan = make_plan(self.model, config, _linears(self.model))
             names = [name for group in plan.groups for name in group.names]
             peft_config.target_modules = set(suffixes(names, self.model))
@@ -81,20 +92,26 @@ class RasaModel(BaseTuner):
             self._groups = self._find_groups(peft_config)
         group = self._groups[current_key]
         if not isinstance(target, RasaPeftLinear):
-            found = places(self.model, {target: None})
+            found = registrations_of(self.model, {target: None})
             target = RasaPeftLinear(target, backend_of(target, self.model))
             for holder, key in found:  # a module may be registered twice
                 holder._modules[key] = target
         owner = self.model.get_submodule(group.names[0])
+        places = group_places([self.model.get_submodule(name) for name in group.names])
         target.update_layer(
-            adapter_name, peft_config.core(), len(group.names), owner, peft_config.init_weights
+            adapter_name,
+            peft_config.core(),
+            places,
+            group.names.index(current_key),
+            owner,
+            peft_config.init_weights,
         )
 
     def _find_groups(self, peft_config: PeftConfig) -> dict[str, Group]:
         """The group of every layer that PEFT is about to adapt, by the layer's name."""
-        refuse_packed(self.model)
+        check_not_repacked(self.model)
         linears = _linears(self.model)
-        hindered = obstacles(self.model, linears)
+        hindered = unadaptable(self.model, linears)
         inside: tuple[str, ...] = ()
         names = []
         for name, module in self.model.named_modules():
@@ -113,8 +130,8 @@ class RasaModel(BaseTuner):
                 form.check(name, module)
             names.append(name)
         bases = dict.fromkeys(linears[name] for name in names)
-        self._attributes_before += skip_fast_paths(self.model, bases)
-        self._attributes_before += keep_trainable(self.model, mark=False)
+        self._attributes_before += disable_fused_encoder(self.model, bases)
+        self._attributes_before += disable_cpu_repacking(self.model, mark=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, bases))
         return {name: group for group in grouped(names, linears) for name in group.names}
 
@@ -148,7 +165,7 @@ class RasaModel(BaseTuner):
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
         """PEFT's, but ``safe_merge`` looks at every layer before it merges the first."""
-        self._refuse_unsafe_merge(safe_merge, adapter_names)
+        self._check_safe_merge(safe_merge, adapter_names)
         with self._telling(stacklevel=2):
             super().merge_adapter(adapter_names=adapter_names)
 
@@ -159,13 +176,15 @@ class RasaModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._refuse_unsafe_merge(merge and safe_merge, adapter_names)
+        self._check_safe_merge(merge and safe_merge, adapter_names)
         with self._telling(stacklevel=3):
             model = super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
         bases = {layer: layer.get_base_layer() for layer in self.layers()}
-        for holder, key in places(model, bases):  # second names, which PEFT does not visit
+        for holder, key in registrations_of(
+            model, bases
+        ):  # second names, which PEFT does not visit
             holder._modules[key] = bases[holder._modules[key]]
         for module, name, value in reversed(self._attributes_before):
             setattr(module, name, value)
@@ -178,9 +197,11 @@ class RasaModel(BaseTuner):
         for layer in layers:
             layer.dense_dtype, layer.densified = dtype, None
         yield
-        tell([each.densified for each in layers if each.densified is not None], stacklevel + 2)
+        warn_dequantized(
+            [each.densified for each in layers if each.densified is not None], stacklevel + 2
+        )
 
-    def _refuse_unsafe_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    def _check_safe_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         if safe_merge:
             for layer in self.layers():
                 layer.merged_weight(adapter_names, safe_merge=True)

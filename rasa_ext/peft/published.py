@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rasa_ext.files import PREFIX
-from rasa_ext.official import own_names
+from rasa_ext.checkpoint.files import PREFIX
+from rasa_ext.checkpoint.official import own_names
 from rasa_ext.peft.layer import RasaPeftLinear
 
 # A published key into which PEFT 0.20 has put the adapter's name.

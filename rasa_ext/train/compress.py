@@ -10,12 +10,12 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from rasa_ext.checkpoint_weights import ParameterWeights, SafetensorsFolder
-from rasa_ext.compression import Compressed, compress
-from rasa_ext.fitting import Solver
-from rasa_ext.importing import convert_lora
-from rasa_ext.lora import Lora, read_lora
-from rasa_ext.train.convert import base_of, refuse_same
+from rasa_ext.checkpoint.lora import Lora, read_lora
+from rasa_ext.solver.compress import CompressedAdapter, compress
+from rasa_ext.solver.fit import Solver
+from rasa_ext.solver.import_lora import convert_lora
+from rasa_ext.solver.weights import ParameterWeights, SafetensorsFolder
+from rasa_ext.train.convert import base_of, check_differs
 from rasa_ext.train.model_loading import load_model, load_skeleton
 
 
@@ -29,13 +29,13 @@ def compress_finetuned(
     target_modules: str | Sequence[str],
     modules_to_save: str | Sequence[str],
     solver: Solver,
-) -> Compressed:
+) -> CompressedAdapter:
     """Write the RaSA adapter that comes closest to a full fine-tuning of ``base``.
 
     Raises ValueError or FileNotFoundError where a model cannot be read or the two do not match.
     """
-    refuse_same(Path(base), output)
-    refuse_same(Path(finetuned), output)
+    check_differs(Path(base), output)
+    check_differs(Path(finetuned), output)
     model = _skeleton(base)
     before, after = _weights(base, model), _weights(finetuned, model)
 
@@ -56,13 +56,13 @@ def compress_finetuned(
 
 def compress_lora(
     lora: Path, output: Path, rank: int | None, k: int, *, base: str | None, solver: Solver
-) -> tuple[Lora, Compressed]:
+) -> tuple[Lora, CompressedAdapter]:
     """Write a LoRA as a RaSA adapter: exactly without rank and k, else the nearest one.
 
     Raises ValueError or FileNotFoundError where the LoRA or its base's configuration cannot be
     read, or do not fit each other.
     """
-    refuse_same(lora, output)
+    check_differs(lora, output)
     read = read_lora(lora)
     model = _skeleton(base_of(lora, base))
     found = convert_lora(model, read, str(lora), rank, k, solver)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import rasa_ext
-from rasa_ext.files import read_config
+from rasa_ext.checkpoint.files import read_config
 from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
 
 
@@ -16,7 +16,7 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None, dtype: str) 
     Returns the largest change of any weight. Raises FileNotFoundError or ValueError where the
     adapter or the base cannot be read, or do not fit each other; nothing is written then.
     """
-    refuse_same(adapter, output)
+    check_differs(adapter, output)
     name, model = _load(adapter, base, dtype)
     change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(model))
     save_model(rasa_ext.merge_and_unload(model), load_tokenizer(name), output)
@@ -27,14 +27,14 @@ def export_adapter(
     adapter: Path, output: Path, *, base: str | None, pad_to: int | None
 ) -> tuple[str, int]:
     """Write the adapter as a plain LoRA. Returns the base's name and the rank written."""
-    refuse_same(adapter, output)
+    check_differs(adapter, output)
     name, model = _load(adapter, base, "auto")
     return name, rasa_ext.export_lora(model, output, pad_to=pad_to)
 
 
 def import_checkpoint(checkpoint: Path, output: Path, *, base: str | None) -> None:
     """Write a checkpoint of the published RaSA code as an adapter of this package."""
-    refuse_same(checkpoint, output)
+    check_differs(checkpoint, output)
     model = load_model(base_of(checkpoint, base))
     rasa_ext.load_official(model, checkpoint)
     rasa_ext.save_adapter(model, output)
@@ -56,7 +56,7 @@ def _load(adapter: Path, base: str | None, dtype: str) -> tuple[str, Any]:
     return name, rasa_ext.load_adapter(load_model(name, dtype), adapter)
 
 
-def refuse_same(source: Path, output: Path) -> None:
+def check_differs(source: Path, output: Path) -> None:
     """Raise ValueError where the output would be written over what it is made from."""
     if source.resolve() == output.resolve():
         raise ValueError(f"output: expected another directory than the adapter's, got {output}.")

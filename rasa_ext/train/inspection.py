@@ -9,8 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rasa_ext.files import CONFIG, PREFIX, WEIGHTS, read_config
-from rasa_ext.targets import pattern
+from rasa_ext.checkpoint.files import CONFIG, PREFIX, WEIGHTS, read_config
+from rasa_ext.patching.targets import pattern
 
 
 @dataclass(frozen=True)

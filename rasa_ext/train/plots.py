@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rasa_ext.analysis import GroupAnalysis
-from rasa_ext.decomposition import Decomposition
-from rasa_ext.targets import Group
+from rasa_ext.patching.targets import Group
+from rasa_ext.solver.decompose import Decomposition
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

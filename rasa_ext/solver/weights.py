@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rasa_ext.modules import is_conv1d
+from rasa_ext.base_layers.linear import is_conv1d
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _CHUNK = 1 << 24

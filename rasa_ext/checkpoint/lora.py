@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rasa_ext.files import PREFIX, read_config, read_either
+from rasa_ext.checkpoint.files import PREFIX, read_config, read_either
 
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight$")
 _MERGE = "merge it with PEFT's merge_and_unload instead, and use `rasa-ext compress --finetuned`"

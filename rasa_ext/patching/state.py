@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from rasa_ext.config import RasaConfig
-from rasa_ext.modules import RasaLinear
-from rasa_ext.targets import Plan
+from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.nn.rasa import RasaLinear
+from rasa_ext.patching.targets import Plan
 
-_RECORD = "_rasa_ext"
+_STATE = "_rasa_ext"
 
 
 @dataclasses.dataclass
-class Record:
+class PatchState:
     """What a patched model remembers of its patch: enough to report it and to undo it."""
 
-    config: RasaConfig
+    config: AdapterConfig
     plan: Plan
     trainable_before: frozenset[str]
     attributes_before: list[tuple[nn.Module, str, Any]]
@@ -33,7 +33,7 @@ class Record:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The patched module inside the wrappers of torch.compile and data parallelism."""
-    while isinstance(model, nn.Module) and _RECORD not in model.__dict__:
+    while isinstance(model, nn.Module) and _STATE not in model.__dict__:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             break
@@ -43,23 +43,23 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether ``patch_model`` or ``load_adapter`` has patched this very module."""
-    return isinstance(model, nn.Module) and _RECORD in unwrap(model).__dict__
+    return isinstance(model, nn.Module) and _STATE in unwrap(model).__dict__
 
 
-def record_of(model: nn.Module) -> Record:
+def patch_state(model: nn.Module) -> PatchState:
     """The record of a patched model; ValueError where there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    record = unwrap(model).__dict__.get(_RECORD)
-    if record is None:
+    state = unwrap(model).__dict__.get(_STATE)
+    if state is None:
         raise ValueError(
             "model: expected a model that rasa_ext.patch_model patched, got an unpatched "
             f"{type(model).__name__}; if only a part of it was patched, pass that part."
         )
-    return record
+    return state
 
 
-def rasa_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:
+def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:
     """``(name, layer)`` of every RasaLinear, each once, in module order."""
     return [
         (name, module)
@@ -69,35 +69,35 @@ def rasa_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """A, B and d of every layer and A and B of every pool, each once.
+    """Every trainable parameter of the adapter, each once: A, B and d of layers, A and B of pools.
 
-    What optimisers take, unless ``modules_to_save`` are trained too: then take every parameter
+    What optimizers take, unless ``modules_to_save`` are trained too: then take every parameter
     with ``requires_grad``.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        The parameters, in the order of the model's layers.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or not patched.
+
+    Example:
+        >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
     """
-    record_of(model)
+    patch_state(model)
     found: dict[int, nn.Parameter] = {}
-    for _, layer in rasa_layers(model):
-        pool = () if layer.pool is None else (layer.pool.A, layer.pool.B)
-        for parameter in (layer.A, layer.B, layer.d, *pool):
-            found.setdefault(id(parameter), parameter)
+    for _, layer in adapted_layers(model):
+        for tensor in (*layer.own_tensors().values(), *layer.pool_tensors().values()):
+            if isinstance(tensor, nn.Parameter):
+                found.setdefault(id(tensor), tensor)
     return list(found.values())
 
 
-def repack(model: nn.Module) -> None:
-    """Forget cached packs, and bring those that captured CUDA graphs read up to date, in place.
-
-    Forwards see every change of a parameter by themselves, except one through ``.data``. A CUDA
-    graph captured after a forward without grad replays over the packs of that time: call this
-    after training on, before the next replay.
-    """
-    record_of(model)
-    for _, layer in rasa_layers(model):
-        layer.repack()
-
-
-def set_record(model: nn.Module, record: Record | None) -> None:
+def set_patch_state(model: nn.Module, state: PatchState | None) -> None:
     """Mark a module as patched, or with None as unpatched."""
-    if record is None:
-        del model.__dict__[_RECORD]
+    if state is None:
+        del model.__dict__[_STATE]
     else:
-        model.__dict__[_RECORD] = record
+        model.__dict__[_STATE] = state

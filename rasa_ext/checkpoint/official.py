@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint import install
+from rasa_ext.checkpoint.adapter import load_tensors_into
+from rasa_ext.checkpoint.files import PREFIX, read_config, read_either
 from rasa_ext.config import RasaConfig
-from rasa_ext.files import PREFIX, read_config, read_either
-from rasa_ext.record import is_patched, record_of
-from rasa_ext.targets import Plan, make_plan
+from rasa_ext.patching.state import is_patched, patch_state
+from rasa_ext.patching.targets import Plan, make_plan
 
 _LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.rasa_(?P<part>A|B|mixing)\.weight$")
 _SHARED = re.compile(r"^base_model\.rasa_shared_(?P<part>A|B)\.(?P<kind>.+)\.weight$")
@@ -38,8 +38,8 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
     """
     config = RasaConfig.from_dict(read_config(directory))
     found = read_either(Path(directory))
-    plan = record_of(model).plan if is_patched(model) else make_plan(model, config)
-    return install(model, config, _renamed(found, plan, str(directory)), str(directory))
+    plan = patch_state(model).plan if is_patched(model) else make_plan(model, config)
+    return load_tensors_into(model, config, _renamed(found, plan, str(directory)), str(directory))
 
 
 def _renamed(found: dict[str, Tensor], plan: Plan, where: str) -> dict[str, Tensor]:

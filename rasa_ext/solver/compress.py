@@ -9,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint import install, saved_tensors, write_tensors
-from rasa_ext.checkpoint_weights import Changes, ParameterWeights, pair, squared_change
+from rasa_ext.checkpoint.adapter import load_tensors_into, saved_tensors, write_tensors
+from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.config import ALL_LINEAR, RasaConfig
-from rasa_ext.decomposition import Decomposition
-from rasa_ext.files import PREFIX
-from rasa_ext.fitting import Solver
-from rasa_ext.patch import refuse_patched
-from rasa_ext.targets import Group, Plan, make_plan
+from rasa_ext.patching.patch import check_unpatched
+from rasa_ext.patching.targets import Group, Plan, make_plan
+from rasa_ext.solver.decompose import Decomposition
+from rasa_ext.solver.fit import Solver
+from rasa_ext.solver.weights import Changes, ParameterWeights, pair, squared_change
 
 CHANGED = "changed"
 """In place of names: whatever changed outside the adapted layers."""
@@ -33,7 +33,7 @@ class Lost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compressed:
+class CompressedAdapter:
     """An adapter, not yet in a model or a file, and how close it comes to what it stands for."""
 
     config: RasaConfig
@@ -71,7 +71,7 @@ class Compressed:
         return sum(self.config.rank * len(g.names) * sum(g.shape) for g in self.plan.groups)
 
     @property
-    def lost_share(self) -> float:
+    def residual_share(self) -> float:
         """The part of the squared change, over all parameters, that ``lost`` holds."""
         lost = sum(each.change**2 for each in self.lost.values())
         total = lost + sum(result.norm**2 for result in self.groups.values())
@@ -86,7 +86,7 @@ class Compressed:
 
     def install(self, model: nn.Module) -> nn.Module:
         """Patch a model with the adapter, in place, and return it."""
-        return install(model, self.config, self.tensors, "compress")
+        return load_tensors_into(model, self.config, self.tensors, "compress")
 
     def _total(self, error: Callable[[Decomposition], float]) -> float:
         total = sum(result.norm**2 for result in self.groups.values())
@@ -110,7 +110,7 @@ def compress(
     dtype: torch.dtype = torch.float64,
     tol: float = 0.0,
     progress: Callable[[Group, int, int], None] | None = None,
-) -> Compressed:
+) -> CompressedAdapter:
     """The RaSA adapter that comes closest to a full fine-tuning, without loading either model.
 
     Weights are read when they are needed, and those of one group of layers are held at a time.
@@ -133,7 +133,7 @@ def compress(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    refuse_patched(model)
+    check_unpatched(model)
     saved = () if modules_to_save == CHANGED else modules_to_save
     config = RasaConfig(
         rank=rank,
@@ -156,7 +156,7 @@ def compress(
     groups, tensors = solver.approximate(config, plan, Changes(linears, before, after, dtype))
     names = saved_tensors(model, plan)
     tensors.update((f"{PREFIX}{name}", after.value(name)) for name in names)
-    return Compressed(config, plan, groups, tensors, lost)
+    return CompressedAdapter(config, plan, groups, tensors, lost)
 
 
 def _carried(model: nn.Module, plan: Plan, weights: ParameterWeights) -> set[str]:

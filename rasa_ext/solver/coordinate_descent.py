@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rasa_ext.lowrank import Components, Matrix, fill_up, leading, solve_normal
+from rasa_ext.solver.low_rank import Components, Matrix, fill_up, leading, solve_normal
 
 
 class Descent:

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.modules import AdaptedLinear
-from rasa_ext.quantized import format_of, stored_bytes
+from rasa_ext.base_layers.quantized import format_of, stored_bytes
+from rasa_ext.nn.adapted_linear import AdaptedLinear
 
 PROBES = 32
 """Rows of random input on which a merged layer is compared with what it was, and of its weight
@@ -25,7 +25,7 @@ that are quantized again to see what that would lose."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Densified:
+class Dequantized:
     """What became of one layer."""
 
     name: str
@@ -37,12 +37,14 @@ class Densified:
     """Bytes of the dense one."""
     error: float
     """Norm of what the merged layer's output is off, of the output's own norm."""
-    again: float | None
+    requantized_error: float | None
     """The same of the merged weight, were it quantized again; None where unknown."""
 
 
 @torch.no_grad()
-def put_dense(layer: AdaptedLinear, name: str, delta: Tensor, dtype: torch.dtype) -> Densified:
+def dequantize_and_merge(
+    layer: AdaptedLinear, name: str, delta: Tensor, dtype: torch.dtype
+) -> Dequantized:
     """Replace a layer's quantized base by a dense one that holds W + delta (out, in), in ``dtype``.
 
     ``layer.merged_base`` keeps the quantized one. ValueError where the sum is not finite, and
@@ -69,8 +71,8 @@ def put_dense(layer: AdaptedLinear, name: str, delta: Tensor, dtype: torch.dtype
         dense.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)
     dense.train(base.training)
     rows = merged[:PROBES].to(delta.dtype)
-    again = form.again(base, rows)
-    done = Densified(
+    again = form.requantize(base, rows)
+    done = Dequantized(
         name,
         form.name,
         dtype,
@@ -84,21 +86,23 @@ def put_dense(layer: AdaptedLinear, name: str, delta: Tensor, dtype: torch.dtype
     return done
 
 
-def take_back(layer: AdaptedLinear) -> None:
+def restore_quantized(layer: AdaptedLinear) -> None:
     """Put the quantized base back, the very same one, on the device where the dense one is now."""
     base, device = layer.merged_base, layer.base_layer.weight.device
     layer.base_layer = base if base.weight.device == device else base.to(device)
     layer.merged_base = None
 
 
-def tell(changes: Sequence[Densified], stacklevel: int) -> None:
+def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
     """Warn of layers that became dense, with the largest errors among them."""
     if not changes:
         return
     kinds = Counter((change.format, change.dtype) for change in changes)
     what = " and ".join(f"{n} of {form} in {dtype}" for (form, dtype), n in kinds.items())
     before, after = (sum(getattr(c, f) for c in changes) / 2**20 for f in ("before", "after"))
-    again = max((c.again for c in changes if c.again is not None), default=None)
+    again = max(
+        (c.requantized_error for c in changes if c.requantized_error is not None), default=None
+    )
     lost = "" if again is None else f" Quantized again, weights would be off by {again:.1e}."
     warnings.warn(
         f"merging into a dequantised weight: relative error of a layer's output at most "

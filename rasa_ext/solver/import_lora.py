@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint import saved_tensors
-from rasa_ext.compression import Compressed
+from rasa_ext.checkpoint.adapter import own_key, saved_tensors
+from rasa_ext.checkpoint.files import PREFIX, check_tensors
+from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.config import RasaConfig
-from rasa_ext.files import PREFIX, check_tensors
-from rasa_ext.fitting import Solver, check_names, plan_for
-from rasa_ext.lora import Lora, read_lora
-from rasa_ext.modules import empty_factors
-from rasa_ext.patch import refuse_patched
-from rasa_ext.targets import Group, Plan, matches
+from rasa_ext.methods.base import Place, fresh_A, fresh_B
+from rasa_ext.patching.patch import check_unpatched
+from rasa_ext.patching.targets import Group, Plan, matches
+from rasa_ext.solver.compress import CompressedAdapter
+from rasa_ext.solver.fit import Solver, check_names, plan_for
 
 
 def import_lora(
@@ -30,7 +30,7 @@ def import_lora(
     dtype: torch.dtype = torch.float64,
     tol: float = 0.0,
     progress: Callable[[Group, int, int], None] | None = None,
-) -> Compressed:
+) -> CompressedAdapter:
     """Patch a model, in place, with a LoRA that PEFT wrote.
 
     Without ``rank`` and ``k`` the adapter is the LoRA, exactly: RaSA of k = 0, its diagonals the
@@ -63,12 +63,12 @@ def import_lora(
 @torch.no_grad()
 def convert_lora(
     model: nn.Module, lora: Lora, where: str, rank: int | None, k: int, solver: Solver
-) -> Compressed:
+) -> CompressedAdapter:
     """The adapter for ``model``, which only gives names and shapes and may be on the meta device.
 
     Errors begin with ``where``.
     """
-    refuse_patched(model)
+    check_unpatched(model)
     shapes = {name: (B.shape[0], A.shape[1]) for name, (B, A) in lora.factors.items()}
     check_names(model, shapes, where)
     exact = k == 0 and (rank is None or rank == lora.rank)
@@ -88,7 +88,7 @@ def convert_lora(
     expected = {name: t.shape for name, t in saved_tensors(model, plan).items()}
     check_tensors(lora.saved, expected, where)
     tensors.update((f"{PREFIX}{name}", lora.saved[name]) for name in expected)
-    return Compressed(config, plan, groups, tensors)
+    return CompressedAdapter(config, plan, groups, tensors)
 
 
 def _exact(lora: Lora, plan: Plan) -> dict[str, Tensor]:
@@ -98,10 +98,11 @@ def _exact(lora: Lora, plan: Plan) -> dict[str, Tensor]:
         for name in group.names:
             B, A = (factor.float() for factor in lora.factors[name])
             own = A.shape[0]
-            fresh, zeros = empty_factors(lora.rank - own, *group.shape, A, A.dtype)
-            tensors[f"{PREFIX}{name}.rasa_A"] = torch.cat([A, fresh])
-            tensors[f"{PREFIX}{name}.rasa_B"] = torch.cat([B, zeros], 1)
-            tensors[f"{PREFIX}{name}.rasa_d"] = A.new_full((lora.rank,), lora.scales[name])
+            place = Place(0, len(group.names), *group.shape, A.device)
+            fresh, zeros = (make(lora.rank - own, place, A.dtype) for make in (fresh_A, fresh_B))
+            tensors[own_key(name, "A")] = torch.cat([A, fresh])
+            tensors[own_key(name, "B")] = torch.cat([B, zeros], 1)
+            tensors[own_key(name, "d")] = A.new_full((lora.rank,), lora.scales[name])
     return tensors
 
 

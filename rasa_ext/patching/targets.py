@@ -7,12 +7,12 @@ import re
 
 from torch import Tensor, nn
 
-from rasa_ext.config import ALL_LINEAR, RasaConfig
-from rasa_ext.modules import is_conv1d, linear_shape
-from rasa_ext.quantized import format_of, refuse_packed
-from rasa_ext.sharding import is_dtensor
+from rasa_ext.base_layers.linear import is_linear, linear_shape
+from rasa_ext.base_layers.quantized import check_not_repacked, format_of
+from rasa_ext.base_layers.sharded import is_dtensor
+from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig
 
-HEADS = frozenset({"lm_head", "score", "classifier"})
+OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +29,16 @@ class Plan:
     """What patching a model would do."""
 
     groups: tuple[Group, ...]
-    left_out: dict[str, str]
+    skipped: dict[str, str]
     """Linear layers that stay as they are, each with the reason."""
-    experts: dict[str, tuple[int, ...]]
+    stacked_experts: dict[str, tuple[int, ...]]
     """Names and shapes of 3-D expert weights, which are not linear layers and stay untouched."""
-    saved: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     """Names of the modules that are trained in full."""
 
 
 def make_plan(
-    model: nn.Module, config: RasaConfig, linears: dict[str, nn.Module] | None = None
+    model: nn.Module, config: AdapterConfig, linears: dict[str, nn.Module] | None = None
 ) -> Plan:
     """Find the layers that ``config`` names in ``model``, and group them.
 
@@ -56,47 +56,47 @@ def make_plan(
             "model: expected a module that holds linear layers, got a linear layer itself, which "
             "cannot be replaced in place; wrap it, for example in torch.nn.Sequential."
         )
-    refuse_packed(model)
+    check_not_repacked(model)
     saved = _modules_to_save(model, config.modules_to_save)
-    hindered = obstacles(model, linears)
+    hindered = unadaptable(model, linears)
     heads = _heads(model, linears)
-    left_out: dict[str, str] = {}
+    skipped: dict[str, str] = {}
     chosen: list[str] = []
     explicit = config.target_modules != ALL_LINEAR
     for name in _matched(linears, config.target_modules):
         kept = next((s for s in saved if name == s or name.startswith(f"{s}.")), None)
         if matches(name, config.exclude_modules):
-            left_out[name] = "named by exclude_modules"
+            skipped[name] = "named by exclude_modules"
         elif kept is not None and explicit:
             raise ValueError(
                 f"modules_to_save: {kept!r} is trained in full, but target_modules also adapts "
                 f"{name!r} in it; name it in one of the two, or in exclude_modules."
             )
         elif kept is not None:
-            left_out[name] = "trained in full, named by modules_to_save"
+            skipped[name] = "trained in full, named by modules_to_save"
         elif name in hindered:
             if explicit:
                 raise ValueError(f"target_modules: cannot adapt {name!r}: {hindered[name]}.")
-            left_out[name] = hindered[name]
+            skipped[name] = hindered[name]
         elif not explicit and (reason := heads.get(name)):
-            left_out[name] = reason
+            skipped[name] = reason
         else:
             chosen.append(name)
     if not chosen:
-        why = "".join(f" {name}: {reason}." for name, reason in list(left_out.items())[:5])
+        why = "".join(f" {name}: {reason}." for name, reason in list(skipped.items())[:5])
         raise ValueError(
             f"target_modules: expected at least one linear layer, but {config.target_modules!r} "
             f"leaves none of the model's {len(linears)}.{why}"
         )
     for name in linears:
         if name not in chosen:
-            left_out.setdefault(name, "not named by target_modules")
+            skipped.setdefault(name, "not named by target_modules")
     for name in chosen:
         _check_weight(name, linears[name])
-    return Plan(grouped(chosen, linears), left_out, _experts(model), saved)
+    return Plan(grouped(chosen, linears), skipped, _experts(model), saved)
 
 
-def settled(model: nn.Module, config: RasaConfig) -> RasaConfig:
+def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """``config`` with the names in its lists that no module of ``model`` bears left out.
 
     ``modules_to_save`` become whole names. For configs from files: PEFT takes lists that name
@@ -109,14 +109,6 @@ def settled(model: nn.Module, config: RasaConfig) -> RasaConfig:
         targets = tuple(known) or targets
     saved = tuple(name for name in modules if matches(name, config.modules_to_save))
     return dataclasses.replace(config, target_modules=targets, modules_to_save=saved)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D.
-
-    Those of bitsandbytes are nn.Linear too, and torchao's only have another weight.
-    """
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def pattern(name: str) -> str:
@@ -163,7 +155,7 @@ def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...
     return tuple(saved)
 
 
-def obstacles(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
+def unadaptable(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
     """Linear layers that cannot be adapted, with the reason."""
     hindered = {}
     for parent_name, parent in model.named_modules():
@@ -185,7 +177,7 @@ def _heads(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
     output = find() if callable(find) else None
     heads = {}
     for name, module in linears.items():
-        if HEADS & set(name.split(".")):
+        if OUTPUT_HEADS & set(name.split(".")):
             heads[name] = "an output head"
         elif id(module.weight) in embeddings:
             heads[name] = "tied to an embedding"
@@ -241,11 +233,25 @@ def _experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
-def places(model: nn.Module, modules: dict[nn.Module, object]) -> list[tuple[nn.Module, str]]:
-    """Every (parent, attribute) under which one of ``modules`` is registered, shared ones too."""
-    return [
-        (parent, key)
-        for parent in model.modules()
-        for key, child in parent._modules.items()
-        if child in modules
-    ]
+def suffixes(names: list[str], model: nn.Module) -> list[str]:
+    """The shortest name suffixes that match these layers and no other module of the model."""
+    adapted = set(names)
+    others = {
+        name.replace(".base_layer", "")
+        for name, _ in model.named_modules()
+        if name and not _inside(name, adapted)
+    }
+    taken: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        for length in range(1, len(parts) + 1):
+            suffix = ".".join(parts[-length:])
+            if not any(other == suffix or other.endswith(f".{suffix}") for other in others):
+                break
+        taken[suffix] = None
+    return list(taken)
+
+
+def _inside(name: str, adapted: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:end]) in adapted for end in range(1, len(parts) + 1))

@@ -52,12 +52,12 @@ class Format:
         """The weight as numbers (out, in), in whatever float dtype the library gives."""
         raise NotImplementedError
 
-    def again(self, base: nn.Module, weight: Tensor) -> Tensor | None:
+    def requantize(self, base: nn.Module, weight: Tensor) -> Tensor | None:
         """``weight`` (rows, in) quantized as the base's is, as numbers; None where unknown."""
         return None
 
 
-class Bits4(Format):
+class BnbLinear4bit(Format):
     """bitsandbytes' Linear4bit: nf4 or fp4 in blocks, packed two a byte."""
 
     def __init__(self, kind: str) -> None:
@@ -67,7 +67,7 @@ class Bits4(Format):
         """It is quantized as it is moved to a device, and on a CPU rows must be whole blocks."""
         state = getattr(base.weight, "quant_state", None)
         if state is None:
-            _refuse_unquantized(name, self.name)
+            _raise_unquantized(name, self.name)
         if base.weight.device.type == "cpu" and base.in_features % state.blocksize:
             raise ValueError(
                 f"target_modules: {name!r} ({self.name}) has {base.in_features} inputs, expected a "
@@ -84,7 +84,7 @@ class Bits4(Format):
         weight = base.weight
         return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
 
-    def again(self, base: nn.Module, weight: Tensor) -> Tensor:
+    def requantize(self, base: nn.Module, weight: Tensor) -> Tensor:
         """See ``Format``."""
         functional, own = _bitsandbytes().functional, base.weight
         packed, state = functional.quantize_4bit(
@@ -96,7 +96,7 @@ class Bits4(Format):
         return functional.dequantize_4bit(packed, state)
 
 
-class Bits8(Format):
+class BnbLinear8bit(Format):
     """bitsandbytes' Linear8bitLt: int8 with a scale for each row."""
 
     name = "bitsandbytes int8"
@@ -104,7 +104,7 @@ class Bits8(Format):
     def check(self, name: str, base: nn.Module) -> None:
         """It is quantized as it is moved to a device, unless it is to keep float weights."""
         if base.weight.dtype != torch.int8 and not base.state.has_fp16_weights:
-            _refuse_unquantized(name, self.name)
+            _raise_unquantized(name, self.name)
 
     def dequantized(self, base: nn.Module) -> Tensor:
         """See ``Format``."""
@@ -115,13 +115,13 @@ class Bits8(Format):
         scales = base.state.SCB if weight.SCB is None else weight.SCB
         return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
 
-    def again(self, base: nn.Module, weight: Tensor) -> Tensor:
+    def requantize(self, base: nn.Module, weight: Tensor) -> Tensor:
         """See ``Format``."""
         scales = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
         return torch.round(weight.float() / scales) * scales
 
 
-def _refuse_unquantized(name: str, form: str) -> NoReturn:
+def _raise_unquantized(name: str, form: str) -> NoReturn:
     raise ValueError(
         f"target_modules: {name!r} ({form}) is not quantized yet, which happens as it is moved to "
         "its device; call model.to(device) before patching."
@@ -159,16 +159,16 @@ def format_of(module: nn.Module) -> Format | None:
     """How the weight of a linear layer is quantized, or None where it is not."""
     library = getattr(_bitsandbytes(), "nn", None)
     if isinstance(module, getattr(library, "Linear4bit", ())):
-        return Bits4(getattr(module.weight, "quant_type", "4 bit"))
+        return BnbLinear4bit(getattr(module.weight, "quant_type", "4 bit"))
     if isinstance(module, getattr(library, "Linear8bitLt", ())):
-        return Bits8()
+        return BnbLinear8bit()
     kinds = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", ())
     if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), kinds):
         return TorchaoTensor(type(module.weight).__name__)
     return None
 
 
-def refuse_without_gradient(base: nn.Module) -> None:
+def check_gradient(base: nn.Module) -> None:
     """RuntimeError where ``base`` is quantized so that it gives no gradient to its input."""
     form = format_of(base)
     if form is not None:
@@ -224,14 +224,15 @@ def forget_quantizer(model: nn.Module) -> nn.Module:
     return model
 
 
-def refuse_packed(model: nn.Module) -> None:
-    """ValueError where a Linear4bit of ``model`` has rearranged its weight, see ``keep_trainable``.
+def check_not_repacked(model: nn.Module) -> None:
+    """ValueError where a Linear4bit of ``model`` has rearranged its weight.
 
-    The library's way back rounds the scales, so that the weight would not be what it was.
+    See ``disable_cpu_repacking``. The library's way back rounds the scales, so that the weight
+    would not be what it was.
     """
     for name, module in model.named_modules():
         form = format_of(module)
-        if isinstance(form, Bits4) and getattr(
+        if isinstance(form, BnbLinear4bit) and getattr(
             module.weight.quant_state, "packing_format_for_cpu", False
         ):
             raise ValueError(
@@ -242,7 +243,7 @@ def refuse_packed(model: nn.Module) -> None:
             )
 
 
-def keep_trainable(model: nn.Module, mark: bool) -> list[tuple[nn.Module, str, Any]]:
+def disable_cpu_repacking(model: nn.Module, mark: bool) -> list[tuple[nn.Module, str, Any]]:
     """Let gradients through quantized layers, adapted or not: (module, attribute, value before).
 
     Where a CPU has AVX512-BF16, bitsandbytes' Linear4bit rearranges its weight in the first forward

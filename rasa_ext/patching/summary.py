@@ -7,8 +7,8 @@ from collections import Counter
 
 from torch import nn
 
-from rasa_ext.record import adapter_parameters, rasa_layers, record_of, unwrap
-from rasa_ext.targets import pattern
+from rasa_ext.patching.state import adapted_layers, adapter_parameters, patch_state, unwrap
+from rasa_ext.patching.targets import pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,24 +24,24 @@ class Row:
     R: int
     """Effective rank, r - k + L*k."""
     trainable: int
-    """Trained numbers of the group, its pool counted once."""
+    """Trainable parameters of the group, its pool counted once."""
 
 
 class Summary(list[Row]):
     """The rows, one per group; ``str()`` and ``print`` give a table."""
 
-    left_out: dict[str, str]
+    skipped: dict[str, str]
     """Linear layers that stay as they are, each with the reason."""
-    experts: dict[str, tuple[int, ...]]
+    stacked_experts: dict[str, tuple[int, ...]]
     """3-D expert weights, which stay untouched, with their shapes."""
-    saved: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
     """Modules that are trained in full."""
     adapter: int
-    """Numbers of the adapter."""
+    """Parameters of the adapter."""
     trainable: int
-    """All trained numbers, those of ``saved`` included."""
+    """All trainable parameters, those of ``modules_to_save`` included."""
     total: int
-    """All numbers of the model, the adapter included."""
+    """All parameters of the model, the adapter included."""
 
     def __str__(self) -> str:
         head = ("group", "L", "out x in", "R", "trainable")
@@ -62,15 +62,15 @@ class Summary(list[Row]):
             f"trainable: {self.trainable:,} of {self.total:,} "
             f"({100 * self.trainable / self.total:.3f} %), {self.adapter:,} of them the adapter's"
         )
-        if self.saved:
-            lines.append(f"trained in full: {', '.join(self.saved)}")
-        counts = Counter((pattern(name), reason) for name, reason in self.left_out.items())
+        if self.modules_to_save:
+            lines.append(f"trained in full: {', '.join(self.modules_to_save)}")
+        counts = Counter((pattern(name), reason) for name, reason in self.skipped.items())
         lines += [
             f"left out: {name}{f' ({count} layers)' if count > 1 else ''}: {reason}"
             for (name, reason), count in counts.items()
         ]
-        if self.experts:
-            kinds = Counter((pattern(name), shape) for name, shape in self.experts.items())
+        if self.stacked_experts:
+            kinds = Counter((pattern(name), shape) for name, shape in self.stacked_experts.items())
             lines += [
                 f"untouched: {name} {shape}{f' ({count} layers)' if count > 1 else ''}: "
                 "stacked (3-D) weights are not linear layers"
@@ -82,20 +82,24 @@ class Summary(list[Row]):
 def summary(model: nn.Module) -> Summary:
     """One row per group of layers: pattern, L, shape (out, in), R, trainable.
 
-    What was left out and why is in ``.left_out``, ``.experts`` and ``.saved``, and in the table.
+    What was left out and why is in ``.skipped``, ``.stacked_experts`` and ``.modules_to_save``,
+    and in the table.
     """
-    plan, layers = record_of(model).plan, dict(rasa_layers(model))
+    plan, layers = patch_state(model).plan, dict(adapted_layers(model))
     rows = []
     for group in plan.groups:
         members = [layers[name] for name in group.names]
-        pool = members[0].pool
-        numbers = sum(m.A.numel() + m.B.numel() + m.d.numel() for m in members)
-        if pool is not None:
-            numbers += pool.A.numel() + pool.B.numel()
-        effective = members[0].d.numel()
-        rows.append(Row(group.pattern, len(members), group.shape, effective, numbers))
+        tensors = [*members[0].pool_tensors().values()]
+        tensors += [tensor for member in members for tensor in member.own_tensors().values()]
+        trainable = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
+        effective = members[0].effective_rank
+        rows.append(Row(group.pattern, len(members), group.shape, effective, trainable))
     result = Summary(rows)
-    result.left_out, result.experts, result.saved = plan.left_out, plan.experts, plan.saved
+    result.skipped, result.stacked_experts, result.modules_to_save = (
+        plan.skipped,
+        plan.stacked_experts,
+        plan.modules_to_save,
+    )
     result.adapter = sum(p.numel() for p in adapter_parameters(model))
     parameters = list(unwrap(model).parameters())
     result.trainable = sum(p.numel() for p in parameters if p.requires_grad)

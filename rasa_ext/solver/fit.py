@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint import adapter_tensors
+from rasa_ext.base_layers.linear import is_linear, linear_shape
+from rasa_ext.checkpoint.adapter import adapter_tensors, own_key, pool_key
 from rasa_ext.config import RasaConfig
-from rasa_ext.decomposition import Decomposition, Delta, check_delta, decompose
-from rasa_ext.export import suffixes
-from rasa_ext.files import PREFIX
-from rasa_ext.modules import empty_factors, linear_shape
-from rasa_ext.patch import apply_plan, refuse_patched
-from rasa_ext.targets import Group, Plan, is_linear, make_plan
+from rasa_ext.methods.base import Place, fresh_A
+from rasa_ext.patching.patch import apply_plan, check_unpatched
+from rasa_ext.patching.targets import Group, Plan, make_plan, suffixes
+from rasa_ext.solver.decompose import Decomposition, Delta, check_delta, decompose
 
 
 def fit(
@@ -117,21 +116,21 @@ def group_tensors(group: Group, result: Decomposition, dtype: torch.dtype) -> di
     """
     tensors: dict[str, Tensor] = {}
     if result.pool_A.shape[0]:
-        tensors[f"{PREFIX}{group.names[0]}.rasa_pool_A"] = result.pool_A
-        tensors[f"{PREFIX}{group.names[0]}.rasa_pool_B"] = result.pool_B
+        tensors[pool_key(group.names[0], "A")] = result.pool_A
+        tensors[pool_key(group.names[0], "B")] = result.pool_B
     for i, name in enumerate(group.names):
         A = result.A[i]
-        fresh, _ = empty_factors(A.shape[0], *group.shape, A, A.dtype)
-        tensors[f"{PREFIX}{name}.rasa_A"] = torch.where(A.any(1, keepdim=True), A, fresh.detach())
-        tensors[f"{PREFIX}{name}.rasa_B"] = result.B[i]
-        tensors[f"{PREFIX}{name}.rasa_d"] = result.d[i]
+        fresh = fresh_A(A.shape[0], Place(i, len(group.names), *group.shape, A.device), A.dtype)
+        tensors[own_key(name, "A")] = torch.where(A.any(1, keepdim=True), A, fresh.detach())
+        tensors[own_key(name, "B")] = result.B[i]
+        tensors[own_key(name, "d")] = result.d[i]
     return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
 def _check_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    refuse_patched(model)
+    check_unpatched(model)
     if not isinstance(deltas, Mapping):
         raise TypeError(
             "deltas: expected a mapping of module names to weight changes, got "

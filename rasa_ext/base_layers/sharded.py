@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-CURE = (
+SHARDING_HINT = (
     "shard with rasa_ext.distributed.shard_model(model, mesh), which leaves the adapter whole on "
     "every process, in place of fully_shard or FullyShardedDataParallel over it, or of ZeRO-3"
 )
@@ -40,13 +40,13 @@ def what_is_here(tensor: Tensor) -> str:
     return f"of shape {tuple(tensor.shape)} here"
 
 
-def refuse_pieces(A: Tensor, A_pool: Tensor | None) -> None:
+def check_whole(A: Tensor, A_pool: Tensor | None) -> None:
     """RuntimeError where an adapter's matrices are, in a forward, not all here."""
     for name, matrix in (("A", A), ("pool", A_pool)):
         if matrix is not None and not is_whole(matrix):
             raise RuntimeError(
                 f"expected an adapter that is whole on every process, but its {name} is "
-                f"{what_is_here(matrix)}; {CURE}."
+                f"{what_is_here(matrix)}; {SHARDING_HINT}."
             )
 
 
@@ -68,7 +68,7 @@ def sharded_modules(model: nn.Module) -> set[int]:
     return found
 
 
-def refuse_sharded_base(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+def check_base_whole(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     """ValueError where base layers have weights that a merge could not change for good."""
     sharded = sharded_modules(model)
     for name, base in layers.items():

@@ -1,7 +1,7 @@
-"""Folding adapters into the base weights, and taking them out again: W += dW = Bt Ap.
+"""Folding adapters into the base weights, and taking them out again: W += dW = Bp^T Ap.
 
 Layers that are alike go through the operators over whole groups together, a chunk at a time. Those
-over a quantized base go one by one, and become dense: ``densify``.
+over a quantized base go one by one, and become dense: ``merge_quantized``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
-from rasa_ext.densify import Densified, dense_dtype, model_dtype, put_dense, take_back, tell
-from rasa_ext.modules import RasaLinear
-from rasa_ext.patch import remove_layers
-from rasa_ext.quantized import forget_quantizer, format_of
-from rasa_ext.record import rasa_layers, record_of, unwrap
-from rasa_ext.sharding import refuse_sharded_base
+from rasa_ext.base_layers.quantized import forget_quantizer, format_of
+from rasa_ext.base_layers.sharded import check_base_whole
+from rasa_ext.nn.rasa import RasaLinear
+from rasa_ext.patching.merge_quantized import (
+    Dequantized,
+    dense_dtype,
+    dequantize_and_merge,
+    model_dtype,
+    restore_quantized,
+    warn_dequantized,
+)
+from rasa_ext.patching.patch import remove_layers
+from rasa_ext.patching.state import adapted_layers, patch_state, unwrap
 
 # Bytes of dW, in the dtype of the sums, that stand beside the model at a time. 64 MiB are 16
 # million numbers in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
@@ -41,8 +48,8 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     Layers of one group come one after the other. They are computed in chunks of at most 64 MiB of
     dW (or one layer), each one product; a dW is a view of its chunk, which lives as long.
     """
-    record_of(model)
-    for chunk in _chunks(rasa_layers(model), torch.float32):
+    patch_state(model)
+    for chunk in _chunks(adapted_layers(model), torch.float32):
         deltas = _deltas([layer for _, layer in chunk], torch.float32)
         yield from ((name, delta) for (name, _), delta in zip(chunk, deltas, strict=True))
 
@@ -77,17 +84,17 @@ def unmerge(model: nn.Module) -> None:
 
     RuntimeError where there is something to give back and a CUDA graph is being captured.
     """
-    record = record_of(model)
-    if record.merged is not None:
-        _refuse_capture()
+    state = patch_state(model)
+    if state.merged is not None:
+        _check_not_capturing()
     with torch.no_grad():
-        for _, layer in rasa_layers(model):
+        for _, layer in adapted_layers(model):
             if isinstance(layer.merged_base, nn.Module):
-                take_back(layer)
+                restore_quantized(layer)
             elif layer.merged_base is not None:
                 layer.base_layer.weight.copy_(layer.merged_base)
                 layer.merged_base = None
-    record.merged = None
+    state.merged = None
 
 
 def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -97,7 +104,7 @@ def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
     and what is raised: as for ``merge``; after an error the model is unchanged. Returns the model.
     """
     _merge(model, dtype, keep_base=False)
-    for _, layer in rasa_layers(model):
+    for _, layer in adapted_layers(model):
         layer.merged_base = None
     return forget_quantizer(remove_layers(model))
 
@@ -117,9 +124,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
     Merged weights are unmerged for its duration.
     """
-    record = record_of(model)
-    merged, dtype = record.merged is not None, record.dense_dtype
-    layers = [layer for _, layer in rasa_layers(model)]
+    state = patch_state(model)
+    merged, dtype = state.merged is not None, state.dense_dtype
+    layers = [layer for _, layer in adapted_layers(model)]
     before = [layer.disabled for layer in layers]
     unmerge(model)
     try:
@@ -136,18 +143,18 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 def _merge(
     model: nn.Module, dtype: torch.dtype | None, keep_base: bool, quiet: bool = False
 ) -> float:
-    record = record_of(model)
-    if record.merged is not None:
-        return record.merged
-    _refuse_capture()
-    every = rasa_layers(model)
-    refuse_sharded_base(model, {name: layer.base_layer for name, layer in every})
+    state = patch_state(model)
+    if state.merged is not None:
+        return state.merged
+    _check_not_capturing()
+    every = adapted_layers(model)
+    check_base_whole(model, {name: layer.base_layer for name, layer in every})
     quantized = [(name, each) for name, each in every if format_of(each.base_layer) is not None]
     _check_dtype(dtype, quantized)
     layers = [(name, each) for name, each in every if format_of(each.base_layer) is None]
-    _refuse_shared(model, layers)
+    _check_not_shared(model, layers)
     chunks = list(_chunks(layers))
-    changes: list[Densified] = []
+    changes: list[Dequantized] = []
     with torch.no_grad():
         if not keep_base:
             # Nothing could be undone: look at the results in copies before the first is written.
@@ -165,19 +172,21 @@ def _merge(
         except BaseException:  # not finite, out of memory, or an interrupt: all layers or none
             unmerge(model)
             raise
-    record.merged, record.dense_dtype = largest, dtype
+    state.merged, state.dense_dtype = largest, dtype
     if not quiet:
-        tell(changes, stacklevel=3)
+        warn_dequantized(changes, stacklevel=3)
     return largest
 
 
-def _merge_quantized(layers: Chunk, dtype: torch.dtype | None, changes: list[Densified]) -> float:
+def _merge_quantized(layers: Chunk, dtype: torch.dtype | None, changes: list[Dequantized]) -> float:
     """Make each dense with its adapter in it, in ``dtype`` or what it was; max |dW|."""
     largest = 0.0
     for name, layer in layers:
         delta = _deltas([layer], torch.float32)[0]
         largest = max(largest, delta.abs().max().item())
-        changes.append(put_dense(layer, name, delta, dense_dtype(layer.base_layer, dtype)))
+        changes.append(
+            dequantize_and_merge(layer, name, delta, dense_dtype(layer.base_layer, dtype))
+        )
     return largest
 
 
@@ -202,8 +211,8 @@ def _chunks(layers: Chunk, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
     for name, layer in layers:
         weight = layer.base_layer.weight
         base = (weight.dtype, weight.device, layer.transposed)
-        adapter = (id(layer.pool), layer.A.shape, layer.B.shape, layer.A.dtype, layer.A.device)
-        alike.setdefault((*base, *adapter), []).append((name, layer))
+        adapter = [(t.shape, t.dtype, t.device) for t in layer.own_tensors().values()]
+        alike.setdefault((*base, id(layer.pool), *adapter), []).append((name, layer))
     for found in alike.values():
         first = found[0][1]
         wide = dtype or ops.accumulation_dtype(first.base_layer.weight.dtype)
@@ -216,8 +225,8 @@ def _merge_chunk(chunk: Chunk, weights: list[Tensor]) -> float:
     """W += dW in ``weights``, each (out, in); max |dW|. ValueError where a sum is not finite."""
     layers = [layer for _, layer in chunk]
     packs = _packs(layers, ops.accumulation_dtype(weights[0].dtype))
-    low, high = ops.delta_layers(*packs).aminmax()
-    ops.merge_layers(weights, *packs)
+    low, high = ops.delta_group(*packs).aminmax()
+    ops.merge_group(weights, *packs)
     # A compiled operator writes without autograd's knowledge; a backward through the old values
     # must still be refused.
     torch.autograd.graph.increment_version(weights)
@@ -239,22 +248,22 @@ def _weight(layer: RasaLinear) -> Tensor:
 
 @torch.no_grad()
 def _packs(layers: list[RasaLinear], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Ap (L, R, in) and Bt (L, out, R) of layers of one pool and shape, on one device."""
-    _, A_pool, _, B_pool, _ = layers[0].adapter()  # on the layers' device, once for all of them
-    A, B, d = ([getattr(layer, name) for layer in layers] for name in ("A", "B", "d"))
-    return ops.pack_layers(A, A_pool, B, B_pool, d, dtype, 1)
+    """Ap (L, R, in) and Bp (L, R, out) of layers of one pool and shape, on one device."""
+    A, A_pool, B, B_pool, d = zip(*(layer.adapter().factors() for layer in layers), strict=True)
+    # The pool, brought to the layers' device, is the same for all of them.
+    return ops.pack_group(A, A_pool[0], B, B_pool[0], d, dtype, 1)
 
 
 def _deltas(layers: list[RasaLinear], dtype: torch.dtype) -> Tensor:
     """dW of layers of one pool and shape: (L, out, in)."""
-    return ops.delta_layers(*_packs(layers, dtype))
+    return ops.delta_group(*_packs(layers, dtype))
 
 
 def _is_capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-def _refuse_capture() -> None:
+def _check_not_capturing() -> None:
     """What a capture records has not happened yet; the model would only believe that it has."""
     if _is_capturing():
         raise RuntimeError(
@@ -263,7 +272,7 @@ def _refuse_capture() -> None:
         )
 
 
-def _refuse_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> None:
+def _check_not_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> None:
     """A weight that stands elsewhere too cannot take one layer's change."""
     root = unwrap(model)
     # Those of torchao have no storage of their own, and thus all the same address.

@@ -1,4 +1,4 @@
-"""Writing a RaSA adapter as a plain LoRA, exactly: lora_A = Ap, lora_B = Bt, scale 1, rank R."""
+"""Writing a RaSA adapter as a plain LoRA, exactly: lora_A = Ap, lora_B = Bp^T, scale 1, rank R."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint import base_name, saved_tensors, task_type
-from rasa_ext.files import PREFIX, write_adapter
-from rasa_ext.modules import RasaLinear
-from rasa_ext.record import rasa_layers, record_of, unwrap
+from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
+from rasa_ext.checkpoint.files import PREFIX, write_adapter
+from rasa_ext.nn.rasa import RasaLinear
+from rasa_ext.patching.state import adapted_layers, patch_state, unwrap
+from rasa_ext.patching.targets import suffixes
 
 
 def export_lora(
@@ -29,23 +30,23 @@ def export_lora(
     Raises:
         TypeError, ValueError: ``pad_to`` is not an integer, or below the largest effective rank.
     """
-    record, layers = record_of(model), rasa_layers(model)
-    rank = max(layer.d.shape[0] for _, layer in layers)
+    state, layers = patch_state(model), adapted_layers(model)
+    rank = max(layer.effective_rank for _, layer in layers)
     if pad_to is not None:
         if isinstance(pad_to, bool) or not isinstance(pad_to, int):
             raise TypeError(f"pad_to: expected an integer or None, got {pad_to!r}.")
         if pad_to < rank:
             raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
         rank = pad_to
-    for message in _limits(model, layers, record.plan.saved):
+    for message in _limits(model, layers, state.plan.modules_to_save):
         warnings.warn(message, stacklevel=2)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers:
-        Ap, Bt = layer.factors()
+        Ap, Bp = layer.packed_factors()
         fill = rank - Ap.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(Ap, (0, 0, 0, fill))
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bt, (0, fill))
-    for key, tensor in saved_tensors(unwrap(model), record.plan).items():
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bp.t(), (0, fill))
+    for key, tensor in saved_tensors(unwrap(model), state.plan).items():
         tensors[f"{PREFIX}{key}"] = tensor
     settings = {
         "peft_type": "LORA",
@@ -56,7 +57,7 @@ def export_lora(
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "target_modules": suffixes([name for name, _ in layers], unwrap(model)),
-        "modules_to_save": list(record.plan.saved) or None,
+        "modules_to_save": list(state.plan.modules_to_save) or None,
         "bias": "none",
         "fan_in_fan_out": any(layer.transposed for _, layer in layers),
         "use_rslora": False,
@@ -68,7 +69,7 @@ def export_lora(
     return rank
 
 
-_TOGETHER = (
+_SGLANG_STACKED = (
     ("q_proj", "v_proj"),
     ("k_proj", "q_proj"),
     ("v_proj", "q_proj"),
@@ -94,7 +95,7 @@ def _limits(
         )
     names = {name for name, _ in layers}
     modules = {name for name, _ in unwrap(model).named_modules()}
-    for part, other in _TOGETHER:
+    for part, other in _SGLANG_STACKED:
         beside = {n: n[: -len(part)] + other for n in names if n.endswith(f".{part}")}
         alone = [name for name, its in beside.items() if its in modules and its not in names]
         if alone:
@@ -111,27 +112,3 @@ def _limits(
             f"{tied[0]} is tied to the embedding, and llama.cpp refuses its LoRA; for llama.cpp, "
             "leave it out of target_modules, or untie the two and merge."
         )
-
-
-def suffixes(names: list[str], model: nn.Module) -> list[str]:
-    """The shortest name suffixes that match these layers and no other module of the model."""
-    adapted = set(names)
-    others = {
-        name.replace(".base_layer", "")
-        for name, _ in model.named_modules()
-        if name and not _inside(name, adapted)
-    }
-    taken: dict[str, None] = {}
-    for name in names:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            suffix = ".".join(parts[-length:])
-            if not any(other == suffix or other.endswith(f".{suffix}") for other in others):
-                break
-        taken[suffix] = None
-    return list(taken)
-
-
-def _inside(name: str, adapted: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:end]) in adapted for end in range(1, len(parts) + 1))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rasa_ext.config import RasaConfig
-from rasa_ext.descent import Descent
-from rasa_ext.lowrank import Components, Matrix, factored, leading
+from rasa_ext.solver.coordinate_descent import Descent
+from rasa_ext.solver.low_rank import Components, Matrix, factored, leading
 
 Delta = Tensor | tuple[Tensor, Tensor]
 """A weight change (out, in), or a pair (B, A) of (out, s) and (s, in) whose product it is."""

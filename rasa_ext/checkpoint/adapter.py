@@ -15,8 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext._version import __version__
-from rasa_ext.config import RasaConfig
-from rasa_ext.files import (
+from rasa_ext.base_layers.linear import is_conv1d
+from rasa_ext.base_layers.sharded import (
+    SHARDING_HINT,
+    is_dtensor,
+    is_emptied,
+    sharded_modules,
+    what_is_here,
+)
+from rasa_ext.checkpoint.files import (
     PREFIX,
     WEIGHTS,
     check_tensors,
@@ -24,11 +31,22 @@ from rasa_ext.files import (
     read_tensors,
     write_adapter,
 )
-from rasa_ext.modules import RasaLinear, RasaPool, is_conv1d
-from rasa_ext.patch import apply_plan, refuse_patched
-from rasa_ext.record import is_patched, rasa_layers, record_of, unwrap
-from rasa_ext.sharding import CURE, is_dtensor, is_emptied, sharded_modules, what_is_here
-from rasa_ext.targets import Plan, make_plan, settled
+from rasa_ext.methods.base import AdapterConfig, Place
+from rasa_ext.methods.rasa import RasaConfig
+from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.patching.patch import apply_plan, check_unpatched
+from rasa_ext.patching.state import adapted_layers, is_patched, patch_state, unwrap
+from rasa_ext.patching.targets import Plan, make_plan, resolve_config
+
+
+def own_key(name: str, field: str) -> str:
+    """The key in a file of a tensor that the layer ``name`` owns: ``field`` is A, B, d, ..."""
+    return f"{PREFIX}{name}.rasa_{field}"
+
+
+def pool_key(first: str, field: str) -> str:
+    """Likewise of one that a group owns whose first layer is ``first``."""
+    return f"{PREFIX}{first}.rasa_pool_{field}"
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -37,20 +55,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     The files hold every trained number once, and nothing of the base. They appear together: a crash
     or a full disk on the way leaves what was there. A merged model saves the same adapter.
     """
-    record = record_of(model)
-    write_tensors(unwrap(model), directory, record.config, record.plan, adapter_tensors(model))
+    state = patch_state(model)
+    write_tensors(unwrap(model), directory, state.config, state.plan, adapter_tensors(model))
 
 
 def write_tensors(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    config: RasaConfig,
+    config: AdapterConfig,
     plan: Plan,
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write an adapter for ``model``, patched or not, whose tensors are named as in its file."""
     settings = config.to_dict()
-    settings["modules_to_save"] = list(plan.saved) or None
+    settings["modules_to_save"] = list(plan.modules_to_save) or None
     settings["base_model_name_or_path"] = base_name(model)
     settings["task_type"] = task_type(model)
     settings["fan_in_fan_out"] = any(_transposed(model, g.names[0]) for g in plan.groups)
@@ -76,30 +94,30 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     """
     config = RasaConfig.from_dict(read_config(directory))
     tensors = read_tensors(Path(directory) / WEIGHTS)
-    return install(model, config, tensors, str(directory))
+    return load_tensors_into(model, config, tensors, str(directory))
 
 
-def install(
-    model: nn.Module, config: RasaConfig, tensors: Mapping[str, Tensor], where: str
+def load_tensors_into(
+    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], where: str
 ) -> nn.Module:
     """Put tensors named as in the package's files into a model, patching it if need be."""
-    config = settled(unwrap(model), config)
+    config = resolve_config(unwrap(model), config)
     patched = is_patched(model)
     if patched:
-        record = record_of(model)
-        if record.merged is not None:
+        state = patch_state(model)
+        if state.merged is not None:
             raise RuntimeError(
                 "model: an adapter cannot be loaded while one is merged into the base weights; "
                 "call rasa_ext.unmerge(model) first."
             )
-        if differences := settled(unwrap(model), record.config).differences(config):
+        if differences := resolve_config(unwrap(model), state.config).differences(config):
             raise ValueError(
                 f"{where}: the adapter's config differs from the model's patch in "
                 f"{'; '.join(differences)} (patch, adapter); call rasa_ext.unpatch(model) first."
             )
-        plan = record.plan
+        plan = state.plan
     else:
-        refuse_patched(model)
+        check_unpatched(model)
         plan = make_plan(model, config)
     check_tensors(tensors, _expected(unwrap(model), config, plan), where)
     if not patched:
@@ -112,27 +130,23 @@ def install(
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of an adapter under the names they have in a file, each once."""
-    root, record = unwrap(model), record_of(model)
-    plan, layers = record.plan, dict(rasa_layers(model))
-    _refuse_moved(plan, layers)
+    root, state = unwrap(model), patch_state(model)
+    plan, layers = state.plan, dict(adapted_layers(model))
+    _check_in_place(plan, layers)
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
-        pool = layers[group.names[0]].pool
-        if pool is not None:
-            tensors[f"{PREFIX}{group.names[0]}.rasa_pool_A"] = pool.A.detach()
-            tensors[f"{PREFIX}{group.names[0]}.rasa_pool_B"] = pool.B.detach()
+        for field, tensor in layers[group.names[0]].pool_tensors().items():
+            tensors[pool_key(group.names[0], field)] = tensor.detach()
         for name in group.names:
-            layer = layers[name]
-            tensors[f"{PREFIX}{name}.rasa_A"] = layer.A.detach()
-            tensors[f"{PREFIX}{name}.rasa_B"] = layer.B.detach()
-            tensors[f"{PREFIX}{name}.rasa_d"] = layer.d.detach()
+            for field, tensor in layers[name].own_tensors().items():
+                tensors[own_key(name, field)] = tensor.detach()
     for key, tensor in saved_tensors(root, plan).items():
         tensors[f"{PREFIX}{key}"] = tensor
-    _refuse_sharded(root, plan, tensors, _expected(root, record.config, plan))
+    _check_unsharded(root, plan, tensors, _expected(root, state.config, plan))
     return tensors
 
 
-def _refuse_moved(plan: Plan, layers: Mapping[str, RasaLinear]) -> None:
+def _check_in_place(plan: Plan, layers: Mapping[str, RasaLinear]) -> None:
     """ValueError where something was put between the model and its adapted layers."""
     for name in (name for group in plan.groups for name in group.names):
         if name not in layers:
@@ -144,7 +158,7 @@ def _refuse_moved(plan: Plan, layers: Mapping[str, RasaLinear]) -> None:
             )
 
 
-def _refuse_sharded(
+def _check_unsharded(
     root: nn.Module,
     plan: Plan,
     tensors: Mapping[str, Tensor],
@@ -155,18 +169,18 @@ def _refuse_sharded(
         if is_dtensor(tensor) or tuple(tensor.shape) != tuple(expected[key]):
             raise ValueError(
                 f"model: expected an adapter of whole tensors, but {key} is "
-                f"{what_is_here(tensor)}; {CURE}."
+                f"{what_is_here(tensor)}; {SHARDING_HINT}."
             )
     sharded = sharded_modules(root)
     for name, module in root.named_modules():
-        saved = any(f"{name}.".startswith(f"{each}.") for each in plan.saved)
+        saved = any(f"{name}.".startswith(f"{each}.") for each in plan.modules_to_save)
         emptied = saved and any(map(is_emptied, module.parameters(recurse=False)))
         if emptied or (
             id(module) in sharded and (saved or isinstance(module, (RasaLinear, RasaPool)))
         ):
             raise ValueError(
                 f"model: expected trained modules that are whole on every process, but {name!r} is "
-                f"sharded; {CURE}."
+                f"sharded; {SHARDING_HINT}."
             )
 
 
@@ -174,7 +188,7 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """State of the modules that are trained in full; tied tensors stand under one name."""
     tensors: dict[str, Tensor] = {}
     seen: set[tuple] = set()
-    for name in plan.saved:
+    for name in plan.modules_to_save:
         for key, tensor in root.get_submodule(name).state_dict(keep_vars=True).items():
             where = id(tensor) if tensor.is_meta else tensor.data_ptr()
             mark = (where, tensor.shape, tensor.stride(), tensor.dtype)
@@ -184,18 +198,19 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return tensors
 
 
-def _expected(root: nn.Module, config: RasaConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in the file of an adapter for ``root``, patched or not."""
     expected: dict[str, tuple[int, ...]] = {}
-    own = config.rank - config.k
     for group in plan.groups:
-        (out, width), pooled = group.shape, config.k * len(group.names)
-        if pooled:
-            expected[f"{PREFIX}{group.names[0]}.rasa_pool_A"] = (pooled, width)
-            expected[f"{PREFIX}{group.names[0]}.rasa_pool_B"] = (out, pooled)
-        for name in group.names:
-            expected[f"{PREFIX}{name}.rasa_A"] = (own, width)
-            expected[f"{PREFIX}{name}.rasa_B"] = (out, own)
-            expected[f"{PREFIX}{name}.rasa_d"] = (own + pooled,)
+        places = [
+            Place(index, len(group.names), *group.shape, torch.device("meta"))
+            for index in range(len(group.names))
+        ]
+        for field, tensor in config.pool(places).items():
+            expected[pool_key(group.names[0], field)] = tuple(tensor.shape)
+        for name, place in zip(group.names, places, strict=True):
+            for field, tensor in config.own(place).items():
+                expected[own_key(name, field)] = tuple(tensor.shape)
     for key, tensor in saved_tensors(root, plan).items():
         expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
     return expected

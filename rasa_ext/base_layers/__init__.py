@@ -1,0 +1,1 @@
+"""What an adapter may lie over; knows nothing of adapters."""

@@ -1,0 +1,1 @@
+"""Adapter directories: this package's, those of the official code, and plain LoRAs."""

@@ -1,0 +1,242 @@
+"""AdapterConfig: what one method is, told by its config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.base_layers.linear import linear_shape
+from rasa_ext.ops import Factors
+
+ALL_LINEAR = "all-linear"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Names = str | tuple[str, ...]
+Self = TypeVar("Self", bound="AdapterConfig")
+
+
+class Place(NamedTuple):
+    """Where an adapter's layer stands in its group, and what its base looks like."""
+
+    index: int
+    """0 for the first layer of the group, which owns its pool."""
+    num_layers: int
+    out_features: int
+    in_features: int
+    device: torch.device
+
+
+def group_places(bases: Sequence[nn.Module]) -> list[Place]:
+    """The places of a group's layers, given its base layers in order."""
+    return [
+        Place(index, len(bases), *linear_shape(base), base.weight.device)
+        for index, base in enumerate(bases)
+    ]
+
+
+def option(default: Any, text: str) -> Any:
+    """A field of a config, with the help text that ``metadata["help"]`` gives."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """What every method's config has. ``metadata["help"]`` of each field says what it does.
+
+    A method is a subclass that says which tensors a layer owns, which it gives to its group, and
+    how they make up the factors of dW = [B | B_pool] diag(d) [A ; A_pool].
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+    """
+
+    peft_type: ClassVar[str]
+    """The method's name in ``adapter_config.json``."""
+
+    dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
+    target_modules: Names = option(
+        ALL_LINEAR,
+        "'all-linear' (every linear layer but output heads), a sequence of name suffixes, or a "
+        "string: a regular expression that matches whole module names.",
+    )
+    exclude_modules: Names = option(
+        (), "Layers to leave out of the targets: name suffixes, or a regular expression."
+    )
+    modules_to_save: tuple[str, ...] = option(
+        (), "Name suffixes of modules that are trained in full and saved with the adapter."
+    )
+    adapter_dtype: torch.dtype = option(
+        torch.float32,
+        "Dtype of the trainable parameters. Computation casts them to the activations' dtype; "
+        "bfloat16 here saves memory but rounds away small optimizer steps.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field and bring it into its canonical form."""
+        dropout = checked_number("dropout", self.dropout)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}.")
+        targets = _names("target_modules", self.target_modules, regex=True)
+        if not targets:
+            raise ValueError(
+                "target_modules: expected 'all-linear', a sequence of name suffixes or a regular "
+                f"expression, got an empty {type(self.target_modules).__name__}."
+            )
+        saved = self.modules_to_save
+        self._set(
+            dropout=dropout,
+            target_modules=targets,
+            exclude_modules=_names("exclude_modules", self.exclude_modules, regex=True),
+            modules_to_save=_names(
+                "modules_to_save", (saved,) if isinstance(saved, str) else saved
+            ),
+            adapter_dtype=_dtype("adapter_dtype", self.adapter_dtype),
+        )
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        """One layer's tensors by name: Parameters, which are trained, and buffers.
+
+        Every shape depends on ``place`` alone, whose device may be meta.
+        """
+        raise NotImplementedError
+
+    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Likewise those of a group, which its first layer owns; none unless overridden."""
+        return {}
+
+    def factors(
+        self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Place
+    ) -> Factors:
+        """The factors of one layer, differentiable in ``own`` and ``pool``.
+
+        As they stand, under the names A, B and d, unless overridden.
+        """
+        return Factors(own["A"], pool.get("A"), own["B"], pool.get("B"), own.get("d"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as the JSON values of ``adapter_config.json``."""
+        return {
+            "peft_type": self.peft_type,
+            "target_modules": _listed(self.target_modules),
+            "exclude_modules": _listed(self.exclude_modules) or None,
+            "modules_to_save": _listed(self.modules_to_save) or None,
+            "bias": "none",
+            "adapter_dtype": str(self.adapter_dtype).removeprefix("torch."),
+        }
+
+    @classmethod
+    def common_from_dict(cls, data: Mapping[str, Any]) -> dict[str, Any]:
+        """The common fields of what ``to_dict`` wrote, but for dropout.
+
+        Raises ValueError where the file is another method's or asks for a trained bias.
+        """
+        kind = data.get("peft_type")
+        if kind != cls.peft_type:
+            raise ValueError(
+                f"adapter_config.json: expected peft_type {cls.peft_type!r}, got {kind!r}."
+            )
+        if data.get("bias", "none") != "none":
+            raise ValueError(
+                f"adapter_config.json: expected bias 'none', got {data['bias']!r}; trained biases "
+                "are not supported, name their modules in modules_to_save instead."
+            )
+        if data.get("layers_to_transform") is not None:
+            raise ValueError(
+                "adapter_config.json: layers_to_transform is not supported; name the layers in "
+                "target_modules as a regular expression instead."
+            )
+        return {
+            "target_modules": data.get("target_modules") or ALL_LINEAR,
+            "exclude_modules": data.get("exclude_modules") or (),
+            "modules_to_save": data.get("modules_to_save") or (),
+            "adapter_dtype": data.get("adapter_dtype", torch.float32),
+        }
+
+    def differences(self, other: AdapterConfig) -> list[str]:
+        """The fields in which two configs differ, as ``name: mine, theirs``."""
+        if type(self) is not type(other):
+            return [f"method: {type(self).__name__}, {type(other).__name__}"]
+        return [
+            f"{field.name}: {getattr(self, field.name)!r}, {getattr(other, field.name)!r}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(other, field.name)
+        ]
+
+
+def document_fields(config: type[AdapterConfig]) -> None:
+    """Put every field's help text into the class's docstring."""
+    lines = (f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(config))
+    config.__doc__ = f"{config.__doc__}\n    Fields:\n" + "".join(lines)
+
+
+def fresh_A(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:
+    """A (rank, in) as LoRA draws it: uniform in +-1/sqrt(in)."""
+    A = torch.empty((rank, place.in_features), dtype=dtype, device=place.device)
+    if rank:
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+    return nn.Parameter(A)
+
+
+def fresh_B(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:
+    """B (out, rank) of zeros, stored by ranks, so that packing it copies rows."""
+    return nn.Parameter(
+        torch.zeros((rank, place.out_features), dtype=dtype, device=place.device).t()
+    )
+
+
+def checked_integer(name: str, value: Any) -> int:
+    """``value``, or TypeError where it is no integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__}).")
+    return value
+
+
+def checked_number(name: str, value: Any) -> float:
+    """``value`` as a float, or TypeError where it is no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}).")
+    return float(value)
+
+
+def _names(name: str, value: Any, regex: bool = False) -> str | tuple[str, ...]:
+    if isinstance(value, str) and regex:
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise ValueError(
+                f"{name}: expected a regular expression, got {value!r} ({error})."
+            ) from None
+        return value
+    kinds = "a string or a sequence of strings" if regex else "a sequence of strings"
+    if not isinstance(value, Iterable) or isinstance(value, str | bytes):
+        raise TypeError(f"{name}: expected {kinds}, got {value!r} ({type(value).__name__}).")
+    value = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    for item in value:
+        if not isinstance(item, str) or not item:
+            raise TypeError(f"{name}: expected {kinds}, got the item {item!r}.")
+    return value
+
+
+def _dtype(name: str, value: Any) -> torch.dtype:
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {value!r} ({type(value).__name__}).")
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: expected one of {', '.join(str(d) for d in _DTYPES)}, got {dtype}."
+        )
+    return dtype
+
+
+def _listed(value: str | tuple[str, ...]) -> str | list[str]:
+    return value if isinstance(value, str) else list(value)

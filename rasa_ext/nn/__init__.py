@@ -1,0 +1,1 @@
+"""Autograd and modules: packs, the low-rank linear, the adapted layers."""

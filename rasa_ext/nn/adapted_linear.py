@@ -1,0 +1,234 @@
+"""AdaptedLinear: a frozen linear layer with an adapter over it, whatever the adapter's method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import ops
+from rasa_ext.base_layers.linear import as_plain_gemm, is_conv1d, linear_shape
+from rasa_ext.base_layers.quantized import check_gradient
+from rasa_ext.base_layers.sharded import check_whole, is_whole
+from rasa_ext.nn import functional
+from rasa_ext.nn.fused_projections import FusedProjections, Projection
+from rasa_ext.nn.pack_cache import PackCache
+from rasa_ext.ops import Factors, Pack
+
+
+class Method(Protocol):
+    """What a layer asks of its adapter's config: see ``methods.base.AdapterConfig``."""
+
+    dropout: float
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+        """The factors of one layer, from what it and its group own."""
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer: its method, its tensors by name, and its place in its group."""
+
+    config: Method
+    own: Mapping[str, Tensor]
+    pool: Mapping[str, Tensor]
+    place: Any
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """What its factors are made of, in a fixed order, wherever it lies: keys the pack cache."""
+        return (*self.own.values(), *self.pool.values())
+
+    def factors(self) -> Factors:
+        """Its factors on the layer's device, differentiable.
+
+        Raises:
+            RuntimeError: they are sharded over processes, and this one has only pieces.
+        """
+        factors = self.config.factors(self.own, self.pool, self.place)
+        A, A_pool, B, B_pool, d = factors
+        if A_pool is None:
+            if not is_whole(A):
+                check_whole(A, None)
+            return factors
+        if not (is_whole(A) and is_whole(A_pool)):
+            check_whole(A, A_pool)
+        if A_pool.device != A.device:
+            return Factors(A, A_pool.to(A.device), B, B_pool.to(A.device), d)
+        return factors
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with one adapter over it: ``base(x) + x dW^T``.
+
+    Who owns the adapter's tensors is a subclass's affair; it answers ``adapter()``.
+
+    Without grad the pack is cached, keyed by identity and version of the adapter's tensors. Writing
+    through ``.data`` is invisible to that key; ``train()``, ``eval()`` and any forward with grad
+    forget the pack.
+
+    ``fused``, where not None, is shared with the projections that read the same inputs.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.transposed = is_conv1d(base_layer)
+        self.disabled = False
+        # While merged: the weight as it was, or the quantized layer whose place a dense one took.
+        self.merged_base: Tensor | nn.Module | None = None
+        self.fused: FusedProjections | None = None
+        self._cache = PackCache()
+
+    def adapter(self) -> Adapter | None:
+        """The adapter that a forward adds to the base's output; None where there is none."""
+        raise NotImplementedError
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return linear_shape(self.base_layer)[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return linear_shape(self.base_layer)[0]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in) to (..., out), in the dtype that the base layer would give."""
+        adapter = self._active_adapter()
+        if adapter is None:
+            return self._base_alone(x, args, kwargs)
+        sources = adapter.sources()
+        with_grad = torch.is_grad_enabled() and (
+            x.requires_grad or any(source.requires_grad for source in sources)
+        )
+        if with_grad:
+            self._cache.drop()
+        dtype = _compute_dtype(x)
+        plain = None
+        if not (args or kwargs):
+            plain = as_plain_gemm(self._modules["base_layer"], dtype)
+        if plain is None:
+            return self._over_base(x, adapter, sources, with_grad, args, kwargs)
+        if with_grad and self.fused is not None and ops.fuse_projections(x):
+            y = self.fused.output(self, x, dtype)
+            if y is not None:
+                return y
+        if x.dtype != dtype:
+            x = x.to(dtype)
+        drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
+        if with_grad:
+            factors = adapter.factors()
+            multiple = ops.rank_multiple(x.device.type, dtype, factors.rank)
+            return functional.adapted_linear(x, *plain, factors, multiple, *drop)
+        pack = self._packed(adapter, sources, dtype, x.device)
+        y, _ = ops.low_rank_linear(functional.flatten_tokens(x), *plain, *pack, *drop)
+        return functional.unflatten_like(y, x)
+
+    def projection(self, dtype: torch.dtype) -> Projection | None:
+        """The layer as one of several that read the same input, computed in ``dtype`` together.
+
+        None where it is more than a GEMM with an adapter.
+        """
+        adapter = self._active_adapter()
+        plain = None if adapter is None else as_plain_gemm(self._modules["base_layer"], dtype)
+        if adapter is None or plain is None:
+            return None
+        dropout = adapter.config.dropout if self.training else 0.0
+        return Projection(*plain, adapter.sources(), adapter.factors, dropout)
+
+    def _active_adapter(self) -> Adapter | None:
+        """``adapter()``, unless it is disabled or merged."""
+        if self.merged_base is not None or self.disabled:
+            return None
+        return self.adapter()
+
+    def _over_base(
+        self,
+        x: Tensor,
+        adapter: Adapter,
+        sources: tuple[Tensor, ...],
+        with_grad: bool,
+        args: tuple,
+        kwargs: dict,
+    ) -> Tensor:
+        """The adapter added to whatever the base layer makes of x."""
+        if x.requires_grad and torch.is_grad_enabled():
+            check_gradient(self.base_layer)
+        y = self.base_layer(x, *args, **kwargs)
+        if with_grad or y.requires_grad:
+            return self._added(y, x, adapter)
+        x = x.to(y.dtype)
+        drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
+        pack = self._packed(adapter, sources, y.dtype, y.device)
+        rows = functional.flatten_tokens(y), functional.flatten_tokens(x)
+        out, _ = ops.low_rank_add(*rows, *pack, *drop)
+        return functional.unflatten_like(out, y)
+
+    def _added(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
+        """``y + x dW^T``, differentiable."""
+        x = x.to(y.dtype)
+        drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
+        factors = adapter.factors()
+        multiple = ops.rank_multiple(y.device.type, y.dtype, factors.rank)
+        return functional.adapted_add(y, x, factors, multiple, *drop)
+
+    def _base_alone(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """What the base makes of x, in the dtype in which it did so before it became dense."""
+        if self.merged_base is not None and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the base weights, so it would not be trained; "
+                "call rasa_ext.unmerge(model) first."
+            )
+        dtype = self.base_layer.weight.dtype
+        if not isinstance(self.merged_base, nn.Module) or _compute_dtype(x) in (dtype, None):
+            return self.base_layer(x, *args, **kwargs)
+        return self.base_layer(x.to(dtype), *args, **kwargs).to(x.dtype)
+
+    @torch.no_grad()
+    def packed_factors(self, dtype: torch.dtype = torch.float32) -> Pack:
+        """Ap (R, in) and Bp (R, out) in ``dtype``, unpadded and without grad: dW = Bp^T Ap."""
+        return Pack(*ops.pack(*self.adapter().factors(), dtype, 1))
+
+    def train(self, mode: bool = True) -> AdaptedLinear:
+        """Switch the mode and forget the cached pack."""
+        self.drop_pack()
+        return super().train(mode)
+
+    def drop_pack(self) -> None:
+        """Forget the cached pack."""
+        self._cache.drop()
+        if self.fused is not None:
+            self.fused.forget()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> AdaptedLinear:
+        """Moving and casting may replace a parameter's memory behind its identity."""
+        self.drop_pack()
+        return super()._apply(*args, **kwargs)
+
+    def _packed(
+        self,
+        adapter: Adapter,
+        sources: tuple[Tensor, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[Tensor, ...]:
+        """Ap and Bp without grad: from the cache while no source has changed."""
+
+        def make() -> tuple[Tensor, ...]:
+            factors = adapter.factors()
+            multiple = ops.rank_multiple(device.type, dtype, factors.rank)
+            return ops.pack(*factors, dtype, multiple)
+
+        if torch.compiler.is_compiling():
+            return make()
+        return self._cache.get(sources, (dtype, device), make)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes on x: autocast's, or x's own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype

@@ -1,0 +1,400 @@
+"""The only autograd code: packs, and low-rank linears over adapters.
+
+    pack(factors)                     -> Pack: Ap (R, in), Bp (R, out)
+    adapted_linear(x, W, bias, ...)   -> x W^T + bias + (x Ap^T) Bp
+    adapted_add(y, x, ...)            -> y + (x Ap^T) Bp
+    adapted_projections(x, Ws, ...)   -> adapted_linear of every layer that reads the same x
+    adapted_group(x, Ws, bias, ...)   -> adapted_linear of L layers on L given inputs
+
+Saved for the backward are x, U = x Ap^T and the parameters themselves: x only where an A is
+trained, U only where a B or d is. The pack is made again there, in weight space, unless
+``ops.keep_pack`` says that keeping it is worth its memory. Dropout adds its mask, a bit for each
+element of x. All gradients are first order; differentiating twice raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rasa_ext import ops
+from rasa_ext.ops import Factors, Pack
+
+_unsafe_view = torch.ops.aten._unsafe_view.default
+_NO_GRADS = (None,) * 5
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, dtype, multiple, *factors):
+        _, _, B, B_pool, d = factors
+        ctx.save_for_backward(B, B_pool, d)
+        return ops.pack(*factors, dtype, multiple)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dAp, dBp):
+        # What a hook or another user of the gradients holds is not to be written to.
+        return None, None, *_factor_grads(dAp, dBp.clone(), *ctx.saved_tensors)
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """``y`` is None, or else the output of a base that is no plain GEMM, and ``weight`` is."""
+
+    @staticmethod
+    def forward(ctx, y, x, weight, bias, multiple, mask, scale, *factors):
+        pack = ops.pack(*factors, x.dtype, multiple)
+        x_rows = flatten_tokens(x)
+        if weight is None:
+            out, U = ops.low_rank_add(flatten_tokens(y), x_rows, *pack, mask, scale)
+        else:
+            out, U = ops.low_rank_linear(x_rows, weight, bias, *pack, mask, scale)
+        need_A, need_B = _needs(ctx.needs_input_grad[7:])
+        kept = pack if ops.keep_pack(x.device.type, x_rows.shape[0], *pack) else (None, None)
+        ctx.save_for_backward(
+            x if need_A else None, U if need_B else None, weight, mask, *kept, *factors
+        )
+        ctx.multiple, ctx.scale, ctx.width = multiple, scale, x.shape[-1]
+        return unflatten_like(out, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, U, weight, mask, Ap, Bp, *factors = ctx.saved_tensors
+        need_y, need_x, *_ = ctx.needs_input_grad
+        need_A, need_B = _needs(ctx.needs_input_grad[7:])
+        if Ap is None:
+            Ap, Bp = ops.pack(*factors, grad.dtype, ctx.multiple)
+        dx, dAp, dBp = ops.low_rank_linear_backward(
+            flatten_tokens(grad),
+            None if x is None else flatten_tokens(x),
+            weight,
+            U,
+            Ap,
+            Bp,
+            need_x,
+            need_A,
+            need_B,
+            mask,
+            ctx.scale,
+        )
+        dx = dx.view(*grad.shape[:-1], ctx.width) if need_x else None
+        grads = _factor_grads(dAp if need_A else None, dBp if need_B else None, *factors[2:])
+        return grad if need_y else None, dx, None, None, None, None, None, *grads
+
+
+class _AdaptedProjections(torch.autograd.Function):
+    """``tensors`` are n weights, n biases, and the factors of each of n layers."""
+
+    @staticmethod
+    def forward(ctx, x, n, multiple, mask, scale, *tensors):
+        weights, biases, factors = tensors[:n], tensors[n : 2 * n], _by_layer(tensors[2 * n :])
+        Ap, Bp = pack_projections(factors, x.dtype, multiple)
+        x_rows = flatten_tokens(x)
+        y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, mask, scale)
+        ctx.needs = _needs(ctx.needs_input_grad[5 + 2 * n :])
+        kept = (Ap, *Bp) if ops.keep_pack(x.device.type, x_rows.shape[0], Ap, *Bp) else ()
+        ctx.save_for_backward(
+            x if ctx.needs[0] else None,
+            U if ctx.needs[1] else None,
+            mask,
+            *weights,
+            *tensors[2 * n :],
+            *kept,
+        )
+        ctx.multiple, ctx.scale, ctx.width = multiple, scale, x.shape[-1]
+        return tuple(unflatten_like(t, x) for t in y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        x, U, mask, *tensors = ctx.saved_tensors
+        n = len(grads)
+        weights, factors, kept = tensors[:n], _by_layer(tensors[n : 6 * n]), tensors[6 * n :]
+        need_x, (need_A, need_B) = ctx.needs_input_grad[0], ctx.needs
+        Ap, *Bp = kept or _flat(pack_projections(factors, grads[0].dtype, ctx.multiple))
+        shape = (*grads[0].shape[:-1], ctx.width)
+        dx, dAp, dBp = ops.linear_projections_backward(
+            [flatten_tokens(grad) for grad in grads],
+            None if x is None else flatten_tokens(x),
+            weights,
+            U,
+            Ap,
+            Bp,
+            need_x,
+            need_A,
+            need_B,
+            mask,
+            ctx.scale,
+        )
+        downs = dAp.split([up.shape[0] for up in Bp]) if need_A else (None,) * n
+        ups = dBp if need_B else (None,) * n
+        own = [
+            _factor_grads(down, up, *its[2:])
+            for down, up, its in zip(downs, ups, factors, strict=True)
+        ]
+        dx = dx.view(shape) if need_x else None
+        return dx, None, None, None, None, *(None,) * (2 * n), *(g for each in own for g in each)
+
+
+class _AdaptedGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, A_pool, B_pool, multiple, layers, *tensors):
+        weights, A, B, d = _lists(tensors, layers)
+        pack, pool = _pack_group(x, A, A_pool, B, B_pool, d, multiple)
+        y, U, V = ops.linear_group(x, weights, bias, *pack, *pool)
+        ctx.save_for_backward(x, U, V, A_pool, B_pool, *tensors)
+        ctx.multiple, ctx.layers = multiple, layers
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, U, V, A_pool, B_pool, *tensors = ctx.saved_tensors
+        weights, A, B, d = _lists(tensors, ctx.layers)
+        need_x, _, *need = ctx.needs_input_grad
+        pack, pool = _pack_group(x, A, A_pool, B, B_pool, d, ctx.multiple)
+        dx, dAp, dBp, dAp_pool, dBp_pool, dd_pool = ops.linear_group_backward(
+            grad, x, weights, U, V, *pack, *pool, need_x, any(need)
+        )
+        dx = dx if need_x else None
+        frozen = (None,) * ctx.layers
+        if not any(need):
+            return dx, None, None, None, None, None, *frozen * 4
+        dA_pool = dB_pool = None
+        if pool[0] is None:
+            dA, dA_pool, dB, dB_pool, dd = ops.pack_group_backward(dAp, dBp, B, B_pool, d)
+        else:
+            own, pooled = B[0].shape[1], B_pool.shape[1]
+            d_own = [v[:own] for v in d]
+            dA, _, dB, _, dd = ops.pack_group_backward(dAp, dBp, B, None, d_own)
+            dA_pool, _, dB_pool, _, _ = ops.pack_backward(dAp_pool, dBp_pool, B_pool, None, None)
+            dd = torch.cat((dd, dd_pool[:, :pooled].to(dd.dtype)), 1)
+        if A_pool is None:
+            dA_pool = dB_pool = None
+        return dx, None, dA_pool, dB_pool, None, None, *frozen, *dA, *dB, *dd
+
+
+def pack(factors: Factors, dtype: torch.dtype, multiple: int = 1) -> Pack:
+    """Ap = [A ; A_pool] (Rp, in) and Bp = diag(d) [B | B_pool]^T (Rp, out); differentiable.
+
+    Args:
+        factors: A (r-k, in), A_pool (L*k, in) or None, B (out, r-k), B_pool (out, L*k) or None and
+            d (R,) with R = r-k+L*k, or None for ones. B is best stored by ranks.
+        dtype: of the pack.
+        multiple: Rp is R rounded up to it, with rows of zeros.
+    """
+    return Pack(*_Pack.apply(dtype, multiple, *factors))
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Factors,
+    multiple: int = 1,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """``x W^T + bias + x dW^T`` with dW = Bp^T Ap, the pack of ``factors``.
+
+    Differentiable in x and in the factors.
+
+    Args:
+        x: (..., in).
+        weight: (out, in) with any strides, without a gradient of its own.
+        bias: (out,), likewise, or None. x, weight and bias share one dtype, in which the adapter
+            is computed.
+        factors: see ``pack``.
+        multiple: see ``pack``.
+        mask, scale: from ``dropout``, where the x beside dW is what that left.
+
+    Returns:
+        (..., out).
+    """
+    return _AdaptedLinear.apply(None, x, weight, bias, multiple, mask, scale, *factors)
+
+
+def adapted_add(
+    y: Tensor,
+    x: Tensor,
+    factors: Factors,
+    multiple: int = 1,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """``y + x dW^T``: the adapter over the output (..., out) of a base that is not a plain GEMM.
+
+    x is (..., in) in y's dtype. Differentiable in y, x and the factors; y is left as it was.
+    Other arguments as for ``adapted_linear``.
+    """
+    return _AdaptedLinear.apply(y, x, None, None, multiple, mask, scale, *factors)
+
+
+def adapted_projections(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    factors: Sequence[Factors],
+    multiple: int = 1,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, ...]:
+    """``adapted_linear`` of n layers that read the same x, with one down-projection for all.
+
+    One ``Factors`` a layer, of any ranks and output widths; either every layer has a pool or none
+    has. In the backward the layers' gradients with respect to x add up inside the products.
+    Differentiable in x and in the factors. Other arguments as for ``adapted_linear``.
+    """
+    tensors = (*weights, *biases, *(t for each in factors for t in each))
+    return _AdaptedProjections.apply(x, len(weights), multiple, mask, scale, *tensors)
+
+
+def adapted_group(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    bias: Sequence[Tensor] | None,
+    A: Sequence[Tensor],
+    A_pool: Tensor | None,
+    B: Sequence[Tensor],
+    B_pool: Tensor | None,
+    d: Sequence[Tensor],
+    multiple: int = 1,
+) -> Tensor:
+    """``adapted_linear`` of the L layers of one group, each on its own x.
+
+    For layers whose inputs are given at once: distillation, layerwise reconstruction, experts. The
+    products of all layers are batches, so that layers with few tokens fill a device together; with
+    few tokens the pool is read as it is and not repeated (``ops.pool_in_packs``). The pool's
+    gradients are summed over the layers.
+
+    Args:
+        x: (L, M, in).
+        weights: one (out, in) a layer, with any strides, without gradients of their own.
+        bias: one (out,) a layer, or None.
+        A, B, d: one tensor a layer, of the shapes of ``pack``; A_pool and B_pool are the group's.
+        multiple: see ``pack``.
+
+    Returns:
+        (L, M, out). Differentiable in x and in the factors.
+
+    Raises:
+        ValueError: x is not (L, M, in) with one tensor a layer in each list.
+    """
+    lists = {"weights": weights, "A": A, "B": B, "d": d}
+    if bias is not None:
+        lists["bias"] = bias
+    if x.dim() != 3 or x.shape[0] == 0:
+        raise ValueError(
+            "x: expected (L, M, in) for at least one layer, stacked as torch.stack does, got "
+            f"shape {tuple(x.shape)}."
+        )
+    for name, tensors in lists.items():
+        if len(tensors) != x.shape[0]:
+            raise ValueError(
+                f"{name}: expected one tensor for each of x's {x.shape[0]} layers, got "
+                f"{len(tensors)}."
+            )
+    stacked = None if bias is None else torch.stack(list(bias)).detach()
+    layers = len(weights)
+    return _AdaptedGroup.apply(x, stacked, A_pool, B_pool, multiple, layers, *weights, *A, *B, *d)
+
+
+def dropout(x: Tensor, p: float) -> tuple[Tensor | None, float]:
+    """What dropout leaves of x (any shape): a mask of bits for the linears, and 1 / (1 - p).
+
+    The mask, uint8 (ceil(x.numel() / 8),) or None where p is 0, is drawn from torch's generator of
+    x's device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce it.
+    Nothing waits for the device. p is in [0, 1); ValueError or RuntimeError where it is not.
+    """
+    if p == 0:
+        return None, 1.0
+    words = ops.noise_words(x.device.type, x.numel())
+    noise = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=x.device)
+    return ops.dropout_mask(noise, x.detach(), p), 1 / (1 - p)
+
+
+def pack_projections(
+    factors: Sequence[Factors], dtype: torch.dtype, multiple: int
+) -> tuple[Tensor, list[Tensor]]:
+    """One Ap for all, and each one's Bp; without a gradient."""
+    A, A_pool, B, B_pool, d = zip(*factors, strict=True)
+    if any(v is None for v in d):
+        d = [
+            torch.ones_like(f.A[:, 0]) if v is None else v for f, v in zip(factors, d, strict=True)
+        ]
+    return ops.pack_projections(A, as_op_list(A_pool), B, as_op_list(B_pool), d, dtype, multiple)
+
+
+def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """An operator's list, which cannot hold None: [] if all are, else empty tensors for them."""
+    some = next((t for t in tensors if t is not None), None)
+    return [] if some is None else [some.new_empty(0) if t is None else t for t in tensors]
+
+
+def flatten_tokens(x: Tensor) -> Tensor:
+    """x (..., n) as (M, n)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def unflatten_like(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, n), which the caller gives up, as (..., n) with x's leading dimensions.
+
+    Not a view to autograd: what a Function returns as one could not be modified in place.
+    """
+    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+
+
+def _needs(needs: Sequence[bool]) -> tuple[bool, bool]:
+    """Whether an A, and whether a B or d, of factors one after the other is trained."""
+    return any(needs[0::5]) or any(needs[1::5]), any(map(any, (needs[i::5] for i in (2, 3, 4))))
+
+
+def _factor_grads(
+    dAp: Tensor | None,
+    dBp: Tensor | None,
+    B: Tensor,
+    B_pool: Tensor | None,
+    d: Tensor | None,
+) -> tuple[Any, ...]:
+    """Gradients of A, A_pool, B, B_pool and d from those of a pack, which are given up."""
+    if dAp is None and dBp is None:
+        return _NO_GRADS
+    dA, dA_pool, dB, dB_pool, dd = ops.pack_backward(dAp, dBp, B, B_pool, d)
+    if dAp is None:
+        dA = dA_pool = None
+    if dBp is None:
+        dB = dB_pool = dd = None
+    if B_pool is None:
+        dA_pool = dB_pool = None
+    return dA, dA_pool, dB, dB_pool, None if d is None else dd
+
+
+def _by_layer(tensors: Sequence[Tensor | None]) -> list[Factors]:
+    return [Factors(*tensors[at : at + 5]) for at in range(0, len(tensors), 5)]
+
+
+def _flat(packed: tuple[Tensor, list[Tensor]]) -> tuple[Tensor, ...]:
+    return packed[0], *packed[1]
+
+
+def _lists(tensors: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
+    """Tensors one kind after the other, as a list of each kind."""
+    return [list(tensors[at : at + layers]) for at in range(0, len(tensors), layers)]
+
+
+def _pack_group(x, A, A_pool, B, B_pool, d, multiple):
+    """Ap, Bp of every layer in x's dtype, and (Ap_pool, Bp_pool, d_pool) or three None."""
+    if A_pool is None or ops.pool_in_packs(x.shape[1], A_pool.shape[0]):
+        return ops.pack_group(A, A_pool, B, B_pool, d, x.dtype, multiple), (None,) * 3
+    own = A[0].shape[0]
+    pack = ops.pack_group(A, None, B, None, [v[:own] for v in d], x.dtype, multiple)
+    Ap_pool, Bp_pool = ops.pack(A_pool, None, B_pool, None, None, x.dtype, multiple)
+    d_pool = torch.stack([v[own:] for v in d])
+    if fill := Ap_pool.shape[0] - d_pool.shape[1]:
+        d_pool = torch.constant_pad_nd(d_pool, (0, fill))
+    return pack, (Ap_pool, Bp_pool, d_pool)

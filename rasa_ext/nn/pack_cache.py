@@ -1,0 +1,59 @@
+"""Packs made without grad, kept while no parameter has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Form = tuple[torch.dtype, torch.device]
+"""Of a pack."""
+Made = Sequence[Tensor]
+
+
+class PackCache:
+    """The last pack, keyed by the identity and version of what it was made from.
+
+    While a CUDA graph is captured nothing is taken from here or put here: packing becomes part of
+    the graph, whose replays then see new parameters. Copies and pickles are empty.
+    """
+
+    def __init__(self) -> None:
+        self._form: Form | None = None
+        # Keeping the tensors alive keeps their identities from being taken over by others.
+        self._sources: Sequence[Tensor] = ()
+        self._versions: Sequence[int] = ()
+        self._made: Made = ()
+
+    def get(self, sources: Sequence[Tensor], form: Form, make: Callable[[], Made]) -> Made:
+        """What was made of ``sources`` in ``form``, or else ``make()``, which is kept.
+
+        Every forward of every layer asks this while decoding, where microseconds count: hence one
+        loop over plain comparisons.
+        """
+        if self._form == form and len(self._sources) == len(sources):
+            known = zip(sources, self._sources, self._versions, strict=True)
+            for source, its, version in known:
+                if source is not its or source._version != version:
+                    break
+            else:
+                if not _is_capturing(form[1]):
+                    return self._made
+        made = make()
+        if not (_is_capturing(form[1]) or any(source.is_inference() for source in sources)):
+            self._form, self._sources, self._made = form, tuple(sources), made
+            self._versions = [source._version for source in sources]
+        return made
+
+    def drop(self) -> None:
+        """Forget the pack."""
+        if self._form is not None:
+            self._form, self._sources, self._versions, self._made = None, (), (), ()
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

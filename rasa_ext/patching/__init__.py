@@ -1,0 +1,1 @@
+"""A model in place: finding its layers, swapping them, merging, taking the patch off again."""

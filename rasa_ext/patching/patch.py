@@ -1,0 +1,147 @@
+"""Patching a model in place, and taking the patch off again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from rasa_ext.base_layers.quantized import disable_cpu_repacking
+from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, group_places
+from rasa_ext.methods.rasa import RasaConfig
+from rasa_ext.nn.fused_projections import link_fused_projections
+from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.patching.state import PatchState, adapted_layers, patch_state, set_patch_state, unwrap
+from rasa_ext.patching.swap import (
+    disable_fused_encoder,
+    enable_input_require_grads,
+    registrations_of,
+)
+from rasa_ext.patching.targets import Plan, make_plan
+
+
+def patch_model(
+    model: nn.Module,
+    rank: int = 8,
+    k: int | None = 1,
+    *,
+    alpha: float = 8.0,
+    dropout: float = 0.0,
+    target_modules: str | Sequence[str] = ALL_LINEAR,
+    exclude_modules: str | Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
+    adapter_dtype: torch.dtype = torch.float32,
+    config: AdapterConfig | None = None,
+) -> nn.Module:
+    """Give a model's linear layers RaSA adapters, in place, and freeze everything else.
+
+    The output stays what it was until training begins, since every B starts at zero. Which layers
+    are adapted, how they are grouped and what was left out is in ``summary(model)``.
+
+    Args:
+        model: any module that holds ``nn.Linear`` or transformers ``Conv1D`` layers.
+        rank, k, alpha, dropout, target_modules, exclude_modules, modules_to_save, adapter_dtype:
+            the fields of ``RasaConfig``, whose help texts say what each does and costs.
+        config: all of them at once; the others must then be left at their defaults.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came. The model is
+            then unchanged.
+    """
+    given = RasaConfig(
+        rank=rank,
+        k=k,
+        alpha=alpha,
+        dropout=dropout,
+        target_modules=target_modules,  # type: ignore[arg-type]
+        exclude_modules=exclude_modules,  # type: ignore[arg-type]
+        modules_to_save=modules_to_save,  # type: ignore[arg-type]
+        adapter_dtype=adapter_dtype,
+    )
+    if config is None:
+        config = given
+    elif not isinstance(config, AdapterConfig):
+        raise TypeError(f"config: expected an AdapterConfig, got {type(config).__name__}.")
+    elif given != RasaConfig():
+        raise ValueError(
+            "config: expected either config or the single arguments, got both; "
+            f"single arguments, default: {'; '.join(given.differences(RasaConfig()))}."
+        )
+    check_unpatched(model)
+    apply_plan(model, config, make_plan(model, config))
+    return model
+
+
+def check_unpatched(model: nn.Module) -> None:
+    """Raise ValueError where a model carries RaSA layers already."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    for name, module in modules:
+        if isinstance(module, RasaLinear):
+            raise ValueError(
+                f"model: expected an unpatched model, but {name!r} is a RasaLinear already; "
+                "call rasa_ext.unpatch(model) or rasa_ext.merge_and_unload(model) first."
+            )
+
+
+def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
+    """Carry out a plan that ``make_plan`` made for this model and config."""
+    if plan.stacked_experts:
+        shown = ", ".join(
+            f"{name} {shape}" for name, shape in list(plan.stacked_experts.items())[:3]
+        )
+        warnings.warn(
+            f"{len(plan.stacked_experts)} stacked (3-D) weights are not linear layers and stay "
+            f"untouched, among them {shown}.",
+            stacklevel=3,
+        )
+    # Everything that can fail, running out of memory included, happens before the model changes.
+    modules = dict(model.named_modules())
+    wrapped: dict[nn.Module, RasaLinear] = {}
+    for group in plan.groups:
+        places = group_places([modules[name] for name in group.names])
+        tensors = config.pool(places)
+        pool = RasaPool(tensors) if tensors else None
+        for name, place in zip(group.names, places, strict=True):
+            wrapped[modules[name]] = RasaLinear(modules[name], config, place, pool)
+    state = PatchState(
+        config=config,
+        plan=plan,
+        trainable_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
+        attributes_before=disable_fused_encoder(model, wrapped)
+        + disable_cpu_repacking(model, mark=True),
+        hooks=enable_input_require_grads(model),
+    )
+    model.requires_grad_(False)
+    for parent, key in registrations_of(model, wrapped):
+        parent._modules[key] = wrapped[parent._modules[key]]
+    link_fused_projections(model, RasaLinear)
+    for layer in wrapped.values():
+        for tensor in (*layer.own_tensors().values(), *layer.pool_tensors().values()):
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(True)
+    for name in plan.modules_to_save:
+        for parameter in modules[name].parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    set_patch_state(model, state)
+
+
+def remove_layers(model: nn.Module) -> nn.Module:
+    """Put every base layer, with the weights it has now, back in its place."""
+    root, state = unwrap(model), patch_state(model)
+    layers = {layer: layer.base_layer for _, layer in adapted_layers(root)}
+    for parent, key in registrations_of(root, layers):
+        parent._modules[key] = layers[parent._modules[key]]
+    for name, parameter in root.named_parameters():
+        parameter.requires_grad_(name in state.trainable_before)
+    for module, name, value in state.attributes_before:
+        setattr(module, name, value)
+    for hook in state.hooks:
+        hook.remove()
+    set_patch_state(root, None)
+    return model

@@ -1,0 +1,1 @@
+"""Factors nearest to given weight changes."""
