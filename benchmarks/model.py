@@ -60,16 +60,12 @@ def build(name: str, base: LlamaForCausalLM):
         elif name == "ours alone":
             for module in model.modules():
                 if isinstance(module, rasa_ext.RasaLinear):
-                    module.siblings = None
+                    module.fused = None
     return model.train()
 
 
 def stepper(model, ids: torch.Tensor):
-    """Forward and backward; the embeddings take part, so that every variant has the same floor.
-
-    As in training, the parameters have been written to after a first step: layers that read one
-    input are computed together from then on.
-    """
+    """Forward and backward; the embeddings take part, so that every variant has the same floor."""
     model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
 
     def step() -> float:
@@ -78,12 +74,6 @@ def stepper(model, ids: torch.Tensor):
         loss.backward()
         return loss.item()
 
-    step()
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1)
     return step
 
 
