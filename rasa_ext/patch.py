@@ -156,6 +156,10 @@ def remove_layers(model: nn.Module) -> nn.Module:
     return model
 
 
+FAST_PATH = "activation_relu_or_gelu"
+"""The attribute by which ``nn.TransformerEncoderLayer`` knows that its fused path may be taken."""
+
+
 def skip_fast_paths(model: nn.Module, wrapped: dict) -> list[tuple[nn.Module, str, Any]]:
     """Keep torch's fused encoder from reading an adapted layer's base weight behind its back.
 
@@ -168,7 +172,7 @@ def skip_fast_paths(model: nn.Module, wrapped: dict) -> list[tuple[nn.Module, st
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             child in wrapped for child in module.modules()
         ):
-            changed.append((module, "activation_relu_or_gelu", 0))
+            changed.append((module, FAST_PATH, 0))
         elif isinstance(module, nn.TransformerEncoder) and any(
             child in wrapped for child in module.modules()
         ):
