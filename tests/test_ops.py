@@ -7,7 +7,7 @@ import itertools
 import oracle
 import pytest
 import torch
-from common import Errors, excesses
+from common import Errors, excesses, opcheck
 from oracle import Adapter
 
 from rasa_ext import functional, ops
@@ -106,7 +106,7 @@ def test_opcheck(name, dtype, device):
     calls = [args for called, args in sample_calls(device, dtype) if called == name]
     assert calls
     for args in calls:
-        torch.library.opcheck(operator, args)
+        opcheck(operator, args)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,7 +7,7 @@ import itertools
 import oracle
 import pytest
 import torch
-from common import Errors, excesses
+from common import Errors, excesses, opcheck
 from oracle import Adapter
 from plain import PlainRasa
 from torch import Tensor, nn
@@ -252,7 +252,7 @@ def test_opcheck(name, device):
     operator = getattr(torch.ops.rasa_ext, name).default
     for called, args in sample_calls(device):
         if called == name:
-            torch.library.opcheck(operator, args)
+            opcheck(operator, args)
             pairs = zip(getattr(ops, name)(*args), operator(*args), strict=True)
             assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 

@@ -7,6 +7,7 @@ import itertools
 import oracle
 import pytest
 import torch
+from common import opcheck
 from test_ops import (
     DTYPES,
     FIELDS,
@@ -89,7 +90,7 @@ def test_opcheck(name, device):
     calls = [args for called, args in sample_calls(device) if called == name]
     assert calls
     for args in calls:
-        torch.library.opcheck(operator, args)
+        opcheck(operator, args)
 
 
 @places

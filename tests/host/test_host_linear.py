@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from common import opcheck
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -173,10 +174,10 @@ def test_opcheck(host, dtype):
         case = Case(tokens, widths, dtype, (contiguous,))
         ops, pack = host.ops, (case.Ap, case.Bt)
         backward = (case.grad, case.x, case.weight, case.U, *pack)
-        torch.library.opcheck(ops.low_rank_linear.default, (case.x, case.weight, case.bias, *pack))
-        torch.library.opcheck(ops.low_rank_add.default, (case.grad, case.x, *pack))
+        opcheck(ops.low_rank_linear.default, (case.x, case.weight, case.bias, *pack))
+        opcheck(ops.low_rank_add.default, (case.grad, case.x, *pack))
         for need in itertools.product((True, False), repeat=2):
-            torch.library.opcheck(ops.low_rank_linear_backward.default, (*backward, None, *need))
+            opcheck(ops.low_rank_linear_backward.default, (*backward, None, *need))
 
 
 def test_products(host):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from common import opcheck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (layers, in, out, rank)
@@ -131,10 +132,10 @@ def test_merge_in_steps(host):
 def test_opcheck(host):
     for shape in SHAPES[:3]:
         packs = draw_packs(shape, torch.float32)
-        torch.library.opcheck(host.ops.delta_layers.default, packs)
+        opcheck(host.ops.delta_layers.default, packs)
         for dtype in (torch.float32, torch.bfloat16):
             weights = [torch.randn(shape[2], shape[1]).to(dtype) for _ in range(shape[0])]
-            torch.library.opcheck(host.ops.merge_layers.default, (weights, *packs))
+            opcheck(host.ops.merge_layers.default, (weights, *packs))
 
 
 def test_refusals(host):

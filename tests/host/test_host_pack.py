@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from common import opcheck
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -187,12 +188,10 @@ def test_opcheck(host, param):
         dAp, dBt = draw_grads(shape, group.rank, 2, torch.float32, True)
         lists = (group.A, group.A_pool, group.B, group.B_pool, group.d)
         back = (group.B, group.B_pool, group.d)
-        torch.library.opcheck(host.ops.pack.default, (*group.adapter(0), torch.bfloat16, 4))
-        torch.library.opcheck(
-            host.ops.pack_backward.default, (dAp[0], dBt[0], *group.adapter(0)[2:])
-        )
-        torch.library.opcheck(host.ops.pack_layers.default, (*lists, torch.bfloat16, 4))
-        torch.library.opcheck(host.ops.pack_layers_backward.default, (dAp, dBt, *back))
+        opcheck(host.ops.pack.default, (*group.adapter(0), torch.bfloat16, 4))
+        opcheck(host.ops.pack_backward.default, (dAp[0], dBt[0], *group.adapter(0)[2:]))
+        opcheck(host.ops.pack_layers.default, (*lists, torch.bfloat16, 4))
+        opcheck(host.ops.pack_layers_backward.default, (dAp, dBt, *back))
 
 
 def test_refusals(host):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from common import opcheck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (in, ((out, private ranks, pooled ranks), ...))
@@ -136,14 +137,14 @@ def test_opcheck(host, dtype):
     for shape, tokens in itertools.product(SHAPES, (0, 5)):
         case = Case(shape, tokens, dtype)
         ops = host.ops
-        torch.library.opcheck(ops.pack_siblings.default, (*case.lists(), dtype, 16))
+        opcheck(ops.pack_siblings.default, (*case.lists(), dtype, 16))
         Ap, Bt = ops.pack_siblings(*case.lists(), dtype, 16)
         args = (case.x, case.weights, case.biases, Ap, Bt, None)
-        torch.library.opcheck(ops.siblings_linear.default, args)
+        opcheck(ops.siblings_linear.default, args)
         U = ops.siblings_linear(*args)[1]
         for need in itertools.product((True, False), repeat=2):
             args = (case.grads, case.x, case.weights, U, Ap, Bt, None, *need)
-            torch.library.opcheck(ops.siblings_linear_backward.default, args)
+            opcheck(ops.siblings_linear_backward.default, args)
 
 
 @pytest.mark.parametrize("descending", [False, True])
