@@ -152,6 +152,32 @@ def wide(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
+_traced: set[tuple] = set()
+
+
+def opcheck(operator: torch._ops.OpOverload, args: tuple) -> None:
+    """torch.library.opcheck, but one trace under dynamic shapes for calls of one form.
+
+    That trace is nine tenths of the time. It sees neither sizes nor dtypes, only which arguments
+    are given, of how many dimensions, whether they are empty, and flags. What the fake kernel says
+    of sizes, strides and dtypes, and the schema, are checked of every call.
+    """
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    traced = (operator, _form(args))
+    if traced not in _traced:
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, args, test_utils=checks)
+    _traced.add(traced)  # only now: it has passed
+
+
+def _form(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.ndim, value.numel() == 0
+    if isinstance(value, list | tuple):
+        return tuple(map(_form, value))
+    return value if isinstance(value, bool) else type(value)
+
+
 class LargestTensor(TorchDispatchMode):
     """While entered: the elements of the largest tensor that any operation made."""
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True)
@@ -145,18 +144,25 @@ class AllInFloat64(TorchFunctionMode):
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map(
-            lambda v: torch.float64 if v is torch.float32 else v, (args, kwargs or {})
-        )
+        kwargs = kwargs or {}
+        if any(v is torch.float32 for v in (*args, *kwargs.values())):
+            args = [torch.float64 if v is torch.float32 else v for v in args]
+            kwargs = {k: torch.float64 if v is torch.float32 else v for k, v in kwargs.items()}
         if function is torch.Tensor.float:
             function = torch.Tensor.double
         return function(*args, **kwargs)
 
 
-def dense_model(base: nn.Module, adapters: Mapping[str, Adapter]) -> nn.Module:
-    """A float64 copy of the plain model ``base`` whose weights are W + dW."""
-    model = copy.deepcopy(base).double()
-    model.requires_grad_(False)
+def dense_model(
+    base: nn.Module, adapters: Mapping[str, Adapter], model: nn.Module | None = None
+) -> nn.Module:
+    """A float64 copy of the plain model ``base`` whose weights are W + dW.
+
+    ``model`` is an earlier such copy, which gets other weights.
+    """
+    if model is None:
+        model = copy.deepcopy(base).double()
+        model.requires_grad_(False)
     for name, adapter in adapters.items():
         module = model.get_submodule(name)
         module.weight = nn.Parameter(merged_weight(base.get_submodule(name), adapter))
@@ -186,9 +192,13 @@ def run_model(
     base: nn.Module,
     adapters: Mapping[str, Adapter],
     loss: Callable[[nn.Module], tuple[Tensor, Tensor]],
+    model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Logits (under the key ``logits``) and every adapter gradient of the float64 dense model."""
-    model = dense_model(base, adapters)
+    """Logits (under the key ``logits``) and every adapter gradient of the float64 dense model.
+
+    ``model`` is an earlier copy, as in ``dense_model``.
+    """
+    model = dense_model(base, adapters, model)
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

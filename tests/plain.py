@@ -6,6 +6,7 @@ Its error against the float64 oracle is what every tolerance is measured by.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -44,6 +45,16 @@ def leaves(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
         return seen[id(tensor)]
 
     return {name: adapter.map(leaf) for name, adapter in adapters.items()}
+
+
+def refresh(leaves: Mapping[str, Adapter], adapters: Mapping[str, Adapter]) -> None:
+    """Give the copies that ``leaves`` made the values that ``adapters`` have by now."""
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            for field in dataclasses.fields(adapter):
+                value = getattr(adapter, field.name)
+                if value is not None:
+                    getattr(leaves[name], field.name).copy_(value)
 
 
 def plain_model(base: nn.Module, adapters: Mapping[str, Adapter]) -> nn.Module:

@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from zoo import GPT2, LLAMA, SEQUENTIAL, Checkpointed, ids
 
 from benchmarks import dropout
-from rasa_ext.nn import functional
 from rasa_ext import ops
+from rasa_ext.nn import functional
 
 P = 0.25
 

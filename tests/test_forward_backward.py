@@ -12,13 +12,13 @@ from common import (
     FLOOR,
     RANK,
     Errors,
+    adapted_layers,
     adapter_of,
     adapters,
     excesses,
     observe,
     patched,
     randomize,
-    adapted_layers,
     wide,
 )
 from torch import nn
@@ -34,16 +34,19 @@ def compare(entry, base, model, device="cpu"):
     """Errors of the patched model and of plain PyTorch, over several adapters and inputs."""
     dtype = next(base.parameters()).dtype
     ours, theirs = Errors(), Errors()
+    found = adapters(model)
+    copies = plain.leaves(found)
+    # Copies of a whole model take longer than its steps, so that each is made once.
+    simple, dense = plain.plain_model(base, copies), oracle.dense_model(base, copies)
     for draw in range(DRAWS):
         randomize(model, draw)
-        found = adapters(model)
-        copies = plain.leaves(found)
+        plain.refresh(copies, found)
         inputs = entry.inputs(draw, dtype, device)
         reference = oracle.run_model(
-            base, copies, lambda dense, inputs=inputs: entry.loss(dense, wide(inputs))
+            base, copies, lambda m, inputs=inputs: entry.loss(m, wide(inputs)), dense
         )
         ours.add(observe(model, found, entry, inputs), reference)
-        theirs.add(observe(plain.plain_model(base, copies), copies, entry, inputs), reference)
+        theirs.add(observe(simple, copies, entry, inputs), reference)
     return ours, theirs
 
 

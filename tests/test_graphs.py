@@ -11,8 +11,8 @@ from common import Snapshot, patched, randomize
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext.nn import functional
 from rasa_ext import ops
+from rasa_ext.nn import functional
 
 pytestmark = pytest.mark.gpu
 

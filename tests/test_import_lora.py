@@ -8,14 +8,14 @@ import json
 import oracle
 import pytest
 import torch
-from common import LargestTensor, Snapshot, adapters, adapted_layers
+from common import LargestTensor, Snapshot, adapted_layers, adapters
 from safetensors.torch import load_file, save_file
 from zoo import BERT, FAMILIES, GPT2, LLAMA, ids
 
 import rasa_ext
+from rasa_ext.checkpoint.lora import read_lora
 from rasa_ext.solver.fit import Solver
 from rasa_ext.solver.import_lora import convert_lora
-from rasa_ext.checkpoint.lora import read_lora
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(

@@ -12,12 +12,12 @@ from common import (
     RANK,
     Errors,
     Snapshot,
+    adapted_layers,
     adapters,
     assert_matches_oracle,
     excesses,
     observe,
     patched,
-    adapted_layers,
     same_bits,
     wide,
 )

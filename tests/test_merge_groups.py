@@ -5,7 +5,7 @@ from __future__ import annotations
 import oracle
 import pytest
 import torch
-from common import Snapshot, adapters, patched, adapted_layers, same_bits
+from common import Snapshot, adapted_layers, adapters, patched, same_bits
 from torch import nn
 from zoo import GPT2, LLAMA, TWO_NAMES, ids
 

@@ -13,11 +13,11 @@ import torch
 from common import (
     RANK,
     Snapshot,
+    adapted_layers,
     adapters,
     assert_matches_oracle,
     observe,
     patched,
-    adapted_layers,
     same_bits,
 )
 from torch import nn

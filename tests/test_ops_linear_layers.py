@@ -7,13 +7,13 @@ import itertools
 import oracle
 import pytest
 import torch
-from common import Errors, excesses
+from common import Errors, excesses, opcheck
 from oracle import Adapter
 from plain import PlainRasa
 from torch import Tensor, nn
 
-from rasa_ext.nn import functional
 from rasa_ext import functional_layers, ops
+from rasa_ext.nn import functional
 
 FIELDS = ("A", "A_pool", "B", "B_pool", "d")
 POOL = ("A_pool", "B_pool")
@@ -253,7 +253,7 @@ def test_opcheck(name, device):
     operator = getattr(torch.ops.rasa_ext, name).default
     for called, args in sample_calls(device):
         if called == name:
-            torch.library.opcheck(operator, args)
+            opcheck(operator, args)
             pairs = zip(getattr(ops, name)(*args), operator(*args), strict=True)
             assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 

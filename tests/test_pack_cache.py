@@ -11,8 +11,8 @@ from common import patched
 from zoo import LLAMA, SEQUENTIAL
 
 import rasa_ext
-from rasa_ext.nn import pack_cache
 from rasa_ext.nn import fused_projections as siblings
+from rasa_ext.nn import pack_cache
 from rasa_ext.nn.pack_cache import PackCache
 
 

@@ -9,7 +9,7 @@ import oracle
 import pytest
 import torch
 import zoo
-from common import RANK, Snapshot, adapters, check_step, adapted_layers, same_bits
+from common import RANK, Snapshot, adapted_layers, adapters, check_step, same_bits
 from peft import (
     PeftModel,
     get_peft_model,

@@ -15,12 +15,12 @@ import torch
 from common import (
     RANK,
     Errors,
+    adapted_layers,
     adapters,
     excesses,
     gradients,
     patched,
     randomize,
-    adapted_layers,
     same_adapters,
     same_bits,
 )
@@ -31,8 +31,8 @@ from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import quantize_
 
 import rasa_ext
-from rasa_ext.nn import fused_projections as siblings
 from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.nn import fused_projections as siblings
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320

@@ -9,7 +9,7 @@ import warnings
 import oracle
 import pytest
 import torch
-from common import adapters, patched, adapted_layers, same_bits
+from common import adapted_layers, adapters, patched, same_bits
 from quantized_common import FORMATS, WIDTH, linears, make_model, numbers, quantized
 from torch import nn
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import patched, adapted_layers
+from common import adapted_layers, patched
 from quantized_common import make_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (

@@ -15,8 +15,8 @@ from quantized_common import FORMATS, dense, make_model, numbers, quantized
 from torch import nn
 
 import rasa_ext
-from rasa_ext.peft import RasaConfig
 from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.peft import RasaConfig
 
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 BACKENDS = {

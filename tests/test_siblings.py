@@ -9,14 +9,14 @@ import weakref
 
 import pytest
 import torch
-from common import adapters, assert_matches_oracle, check_step, observe, patched, adapted_layers
+from common import adapted_layers, adapters, assert_matches_oracle, check_step, observe, patched
 from torch import nn
 from zoo import BERT, GPT2, LLAMA, T5, VIT, Entry, ids
 
 import rasa_ext
+from rasa_ext import ops
 from rasa_ext.nn import functional
 from rasa_ext.nn import fused_projections as siblings
-from rasa_ext import ops
 
 # How many groups of siblings one forward of the model computes together, and of how many layers.
 GROUPS = {

@@ -13,6 +13,7 @@ from common import (
     RANK,
     Errors,
     Snapshot,
+    adapted_layers,
     adapters,
     assert_matches_oracle,
     check_step,
@@ -22,7 +23,6 @@ from common import (
     observe,
     patched,
     randomize,
-    adapted_layers,
     wide,
 )
 from zoo import FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, Checkpointed, ids

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
 import pickle
@@ -10,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+DIGEST = "sha256"
+"""The entry of a safetensors file's metadata that `digest` fills."""
 
 
 def write_adapter(
@@ -41,7 +45,7 @@ def write_adapter(
     backups = {name: directory / f".{name}.old" for name in (WEIGHTS, CONFIG)}
     moved: list[str] = []
     try:
-        save_file(ready, _staged(directory, WEIGHTS), metadata={"format": "pt"})
+        _save(ready, _staged(directory, WEIGHTS))
         _staged(directory, CONFIG).write_text(text, encoding="utf-8")
         # Some releases of safetensors write files that only their owner may read.
         os.chmod(_staged(directory, WEIGHTS), _staged(directory, CONFIG).stat().st_mode)
@@ -63,6 +67,29 @@ def write_adapter(
     finally:
         for path in (*(_staged(directory, n) for n in backups), *backups.values()):
             path.unlink(missing_ok=True)
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all names, dtypes, shapes and bytes, in the order of names; on the CPU."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.contiguous()
+        # Read in place: numpy, whose arrays hashlib would take, need not be installed.
+        total.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
+    return total.hexdigest()
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with its digest: the same bytes for the same tensors."""
+    sha = digest(tensors)
+    save_file(dict(tensors), path, metadata={"format": "pt", DIGEST: sha})
+    first, second = b'"format":"pt"', f'"{DIGEST}":"{sha}"'.encode()
+    with open(path, "rb+") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8)
+        # safetensors leaves the order of the two to chance.
+        file.write(header.replace(second + b"," + first, first + b"," + second))
 
 
 def _staged(directory: Path, name: str) -> Path:
@@ -99,13 +126,25 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU."""
+    """Every tensor of a safetensors file, on the CPU.
+
+    ValueError where the file is damaged: it does not parse, or tells another digest than its
+    tensors have. Files of other writers tell none, and are taken as they are.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            told = (file.metadata() or {}).get(DIGEST)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file ({error}).") from None
+    if told is not None and told != (found := digest(tensors)):
+        raise ValueError(
+            f"{path}: expected tensors of the SHA-256 that the file tells, {told}, got {found}; "
+            "the file was damaged or edited since it was written, so take a whole copy of it."
+        )
+    return tensors
 
 
 def read_either(directory: Path) -> dict[str, Tensor]:

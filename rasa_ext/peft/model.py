@@ -88,7 +88,9 @@ class RasaModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if self._groups is None:  # the adapter's first layer: PEFT has settled the targets by now
+        if (
+            self._groups is None
+        ):  # the adapter's first layer: PEFT has resolve_config the targets by now
             self._groups = self._find_groups(peft_config)
         group = self._groups[current_key]
         if not isinstance(target, RasaPeftLinear):

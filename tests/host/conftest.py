@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from rasa_ext.ops.schemas import SCHEMAS
 
 from rasa_ext.ops import fake
-from rasa_ext.ops.schemas import SCHEMAS
 
 HERE = Path(__file__).resolve().parent
 
