@@ -126,8 +126,8 @@ def _limits(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> Iterator[
         )
     if state.plan.modules_to_save:
         yield (
-            f"modules_to_save ({', '.join(state.plan.modules_to_save)}) are written for PEFT; vLLM refuses "
-            f"them, and llama.cpp those that are no norms; for servers, {_INSTEAD}."
+            f"modules_to_save ({', '.join(state.plan.modules_to_save)}) are written for PEFT; vLLM "
+            f"refuses them, and llama.cpp those that are no norms; for servers, {_INSTEAD}."
         )
     if alone := _alone("q_proj", "v_proj", root, [name for name, _ in layers]):
         yield (

@@ -19,8 +19,9 @@ from rasa_ext.base_layers.quantized import (
     format_of,
 )
 from rasa_ext.methods.base import ALL_LINEAR, group_places
+from rasa_ext.nn.fused_projections import link_fused_projections
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
-from rasa_ext.patching.swap import disable_fused_encoder, link_fused_projections, registrations_of
+from rasa_ext.patching.swap import disable_fused_encoder, registrations_of
 from rasa_ext.patching.targets import (
     Group,
     grouped,
@@ -88,9 +89,7 @@ class RasaModel(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if (
-            self._groups is None
-        ):  # the adapter's first layer: PEFT has resolve_config the targets by now
+        if self._groups is None:  # the adapter's first layer: PEFT has settled the targets by now
             self._groups = self._find_groups(peft_config)
         group = self._groups[current_key]
         if not isinstance(target, RasaPeftLinear):
