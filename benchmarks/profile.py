@@ -42,7 +42,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linea
 @contextlib.contextmanager
 def named_ranges() -> Iterator[None]:
     """Each call of an operator of rasa_ext within the context is a range of its name."""
-    before = {name: getattr(ops, name) for name in ops.NAMES}
+    before = {name: getattr(ops, name) for name in ops.OPERATORS}
 
     def ranged(name: str, function):
         def call(*args):

@@ -13,7 +13,6 @@ from peft import PeftModel, get_peft_model
 from tiny_lm import make_model
 from torch import Tensor, nn
 
-from rasa_ext.nn import fused_projections as siblings
 from rasa_ext.peft import RasaConfig, RasaPeftLinear
 
 __all__ = ["adapters"]
@@ -78,14 +77,5 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-    """In eval without grad, every layer by itself; by default of a few fixed tokens.
-
-    Layers that are computed together, once they have learned who reads what they read, round
-    differently from those of a model that has not run yet.
-    """
-    inputs = {"input_ids": TOKENS} if inputs is None else inputs
-    before, siblings.ENABLED = siblings.ENABLED, False
-    try:
-        return model.eval()(**inputs).logits
-    finally:
-        siblings.ENABLED = before
+    """In eval without grad; by default of a few fixed tokens."""
+    return model.eval()(**({"input_ids": TOKENS} if inputs is None else inputs)).logits

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
-from common import RANK, content, patched, randomize, same_adapters
+from common import RANK, content, patched
 from zoo import SEQUENTIAL
 
 import rasa_ext
@@ -87,67 +84,3 @@ def test_a_failing_first_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         rasa_ext.save_adapter(patched(SEQUENTIAL.build()), tmp_path)
     assert content(tmp_path) == {}
-
-
-RANKS, CALLS = (RANK, RANK + 2), (1, 2)
-# One process imports torch, and forks before each death.
-CRASHES = """
-import itertools, os, sys
-sys.path[:0] = {path!r}
-import torch, rasa_ext
-from common import patched
-from zoo import SEQUENTIAL
-
-def die_in(call, rank):
-    replace, calls = os.replace, []
-
-    def dying(source, target):
-        calls.append(target)
-        if len(calls) == call:
-            os._exit(9)
-        return replace(source, target)
-
-    os.replace = dying
-    model = patched(SEQUENTIAL.build(), rank, 2, seed=2)
-    rasa_ext.save_adapter(model, os.path.join({directory!r}, f"{{call}}-{{rank}}"))
-
-for call, rank in itertools.product({calls!r}, {ranks!r}):
-    child = os.fork()
-    if child == 0:
-        try:
-            die_in(call, rank)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, (call, rank)
-"""
-
-
-@pytest.fixture(scope="module")
-def crashed(tmp_path_factory):
-    """Adapters over which a process wrote others and died, in folders CALL-RANK."""
-    directory = tmp_path_factory.mktemp("crashed")
-    for call, rank in itertools.product(CALLS, RANKS):
-        old = patched(SEQUENTIAL.build(), RANK, 2, seed=1)
-        rasa_ext.save_adapter(old, directory / f"{call}-{rank}")
-    script = CRASHES.format(path=sys.path, directory=str(directory), calls=CALLS, ranks=RANKS)
-    subprocess.run([sys.executable, "-c", script], check=True)
-    return directory
-
-
-@pytest.mark.parametrize("rank", RANKS)
-@pytest.mark.parametrize("call", CALLS)
-def test_a_process_that_dies_leaves_one_whole_adapter(call, rank, crashed, monkeypatch):
-    """Killed before a move, with no chance to tidy up: what loads is the old or the new adapter."""
-    tmp_path = crashed / f"{call}-{rank}"
-    old = patched(SEQUENTIAL.build(), RANK, 2, seed=1)
-    loaded = rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
-    new = patched(SEQUENTIAL.build(), rank, 2, seed=2)
-    assert same_adapters(loaded, old) or same_adapters(loaded, new)
-    monkeypatch.setattr(os, "replace", no_space)
-    with pytest.raises(OSError, match="No space"):
-        rasa_ext.save_adapter(old, tmp_path)
-    monkeypatch.undo()
-    assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), loaded)
-    randomize(old, 5)
-    rasa_ext.save_adapter(old, tmp_path)
-    assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), old)

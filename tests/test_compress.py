@@ -130,7 +130,7 @@ def test_some_of_what_changed_is_kept():
     changed = finetuned(LLAMA, base)
     weights = base.state_dict(), changed.state_dict()
     found = rasa_ext.compress(base, *weights, 4, 1, modules_to_save=["norm"], iterations=0)
-    assert found.plan.saved == ("model.norm",)
+    assert found.plan.modules_to_save == ("model.norm",)
     assert torch.equal(
         found.tensors["base_model.model.model.norm.weight"], changed.model.norm.weight
     )

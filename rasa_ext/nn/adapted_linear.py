@@ -85,6 +85,12 @@ class AdaptedLinear(nn.Module):
         raise NotImplementedError
 
     @property
+    def dropout(self) -> float:
+        """The probability with which an element of the adapter's input is dropped in training."""
+        adapter = self.adapter()
+        return 0.0 if adapter is None else adapter.config.dropout
+
+    @property
     def in_features(self) -> int:
         """Width of the input."""
         return linear_shape(self.base_layer)[1]
