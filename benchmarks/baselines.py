@@ -14,9 +14,9 @@ from rasa_ext.methods.base import group_places
 
 
 class OfficialLinear(nn.Module):
-    """The formula of the published code: concatenate in every forward, leave the rest to autograd.
+    """The formula of the official code: concatenate in every forward, leave the rest to autograd.
 
-    Parameters are float32 and cast to the input's dtype, which is kinder to it than the published
+    Parameters are float32 and cast to the input's dtype, which is kinder to it than the official
     code's own habit of computing the adapter in float32.
     """
 
@@ -24,7 +24,7 @@ class OfficialLinear(nn.Module):
         super().__init__()
         self.base_layer, self.A, self.d = layer.base_layer, layer.A, layer.d
         self.A_pool = layer.pool.A
-        # (out, r) as the published code stores it, one for all layers of a pool.
+        # (out, r) as the official code stores it, one for all layers of a pool.
         self.B = nn.Parameter(layer.B.detach().contiguous())
         shared = layer.pool.__dict__
         if "contiguous_B" not in shared:

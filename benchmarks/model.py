@@ -2,7 +2,7 @@
 
     python -m benchmarks.model [--dtype float32 bfloat16] [--rounds 15] [--json FILE] [--seconds S]
 
-A step is forward and backward (no optimiser) of batch 2 x 160 tokens with all linear layers
+A step is forward and backward (no optimizer) of batch 2 x 160 tokens with all linear layers
 adapted. The weights are random, of SmolLM2-135M's shapes, which does not change the time. "ours
 alone" computes every layer on its own, also those that read the same input. Peak
 memory is that of a process of its own for each variant, above what it held before its first step.

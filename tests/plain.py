@@ -1,4 +1,4 @@
-"""Plain PyTorch's own RaSA: the published formula, swapped into the same places of a model.
+"""Plain PyTorch's own RaSA: the official formula, swapped into the same places of a model.
 
 Its error against the float64 oracle is what every tolerance is measured by.
 """

@@ -122,7 +122,7 @@ def test_export_lora_refuses_what_a_reader_would_drop(base, tmp_path):
 
 
 def test_import_official(base, tuned, expected, tmp_path):
-    """The published layout, written out here by hand from the adapter's own tensors."""
+    """The official layout, written out here by hand from the adapter's own tensors."""
     official = tmp_path / "official"
     official.mkdir()
     model = rasa_ext.load_adapter(load(base), tuned)

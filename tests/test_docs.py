@@ -174,7 +174,7 @@ def test_pictures_use_the_package_s_numbers(k):
     stack = nn.Sequential(*(nn.Linear(side, side) for _ in range(layers)))
     (row,) = rasa_ext.summary(rasa_ext.patch_model(stack, rank, k))
     assert pictures.effective_rank(layers, rank, k) == row.R
-    assert pictures.trained_numbers(layers, rank, k, side, side) == row.trainable
+    assert pictures.trainable_parameters(layers, rank, k, side, side) == row.trainable
 
 
 def test_pictures_are_drawn_the_same_every_time():

@@ -1,4 +1,4 @@
-"""Checkpoints of the published RaSA code."""
+"""Checkpoints of the official RaSA code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(directory, k=1, targets=ALL, change=lambda tensors: None, **options):
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "down_proj"]], ids=len)
 @pytest.mark.parametrize("k", [1, RANK // 2, RANK])
 def test_load(k, targets, pickled, tmp_path):
-    """Every tensor in its place, logits and gradients those of the published formula."""
+    """Every tensor in its place, logits and gradients those of the official formula."""
     found = write(tmp_path, k, targets, pickled=pickled)
     base = LLAMA.build()
     model = copy.deepcopy(base)

@@ -1,4 +1,4 @@
-"""get_peft_model: which layers, whose pool, and the published formula's numbers."""
+"""get_peft_model: which layers, whose pool, and the official formula's numbers."""
 
 from __future__ import annotations
 

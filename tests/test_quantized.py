@@ -225,7 +225,7 @@ def test_a_base_without_a_backward(dtype):
         model.train()(x)
     with torch.no_grad():
         before = model(x)
-        with pytest.warns(UserWarning, match="merging into a dequantised weight"):
+        with pytest.warns(UserWarning, match="merging into a dequantized weight"):
             rasa_ext.merge(model)
         error = (model(x) - before).norm() / before.norm()
         assert error < (1e-5 if dtype == torch.float32 else 1e-2)
@@ -268,7 +268,7 @@ def test_float_weights_under_int8_are_adapted_too():
     weight = made.weight.detach().clone()
     model = patched(nn.Sequential(made.to("cpu")))
     adapter = adapters(model)["0"]
-    with pytest.warns(UserWarning, match="merging into a dequantised weight"):
+    with pytest.warns(UserWarning, match="merging into a dequantized weight"):
         merged = rasa_ext.merge_and_unload(model)[0].weight
     torch.testing.assert_close(
         merged.double(), weight.double() + oracle.delta(adapter), rtol=1e-5, atol=1e-6

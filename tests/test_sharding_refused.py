@@ -126,7 +126,7 @@ def test_fully_shard_over_the_adapter(mesh, tmp_path):
 
 @pytest.mark.parametrize("saved", [(), ("lm_head",)])
 def test_fully_shard_over_everything_at_once(saved, mesh, tmp_path):
-    """The forward works. What it leaves gathered is not what an optimiser's step changes."""
+    """The forward works. What it leaves gathered is not what an optimizer's step changes."""
     model = patched(LLAMA.build(), modules_to_save=saved)
     mine = {p for p in model.parameters() if p.requires_grad}
     mine -= set(model.lm_head.parameters())

@@ -70,7 +70,7 @@ class _Without:
 
 
 def touch(model: nn.Module) -> None:
-    """What an optimiser's step looks like from outside, with no change."""
+    """What an optimizer's step looks like from outside, with no change."""
     with torch.no_grad():
         for parameter in rasa_ext.adapter_parameters(model):
             parameter.mul_(1)
@@ -133,7 +133,7 @@ def test_a_checkpoint_between_the_first_two_steps(log):
     base = LLAMA.build()
     model = patched(base).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    for seed in range(3):  # without an optimiser's step between them
+    for seed in range(3):  # without an optimizer's step between them
         check_step(LLAMA, base, model, seed=seed)
     assert not log
 

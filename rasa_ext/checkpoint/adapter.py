@@ -2,7 +2,7 @@
 
 For a layer at ``<path>``: ``base_model.model.<path>.rasa_A``, ``.rasa_B`` and ``.rasa_d``; a pool
 stands once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of its group's first layer. Trained modules
-stand under their own names. The configuration uses the field names of the published code.
+stand under their own names. The configuration uses the field names of the official code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the published RaSA code.
+"""Reading checkpoints of the official RaSA code.
 
 There a layer has ``rasa_A.weight``, ``rasa_B.weight`` and ``rasa_mixing.weight`` (private entries
 first), and a module type has one ``rasa_shared_A.<path with . as __>.weight`` and one
@@ -26,7 +26,7 @@ _PARTS = {"A": "rasa_A", "B": "rasa_B", "mixing": "rasa_d"}
 
 
 def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint of the published code; an unpatched model is patched from its config.
+    """Load a checkpoint of the official code; an unpatched model is patched from its config.
 
     Nothing in the checkpoint can run code: a ``.bin`` is read with ``weights_only=True`` or
     refused. Returns the model.
@@ -47,17 +47,17 @@ def _renamed(found: dict[str, Tensor], plan: Plan, where: str) -> dict[str, Tens
 
 
 def own_names(found: Mapping[str, Tensor], owners: Iterable[str], where: str) -> dict[str, Tensor]:
-    """Tensors under the published names, under those of the package's own format.
+    """Tensors under the official names, under those of the package's own format.
 
     ``owners`` are the first layers of all groups, with the prefix of keys; others keep their names.
-    ValueError, beginning with ``where``, where two of them would share a published pool.
+    ValueError, beginning with ``where``, where two of them would share a official pool.
     """
     pools: dict[str, str] = {}
     for owner in owners:
         kind = _kind(owner)
         if kind in pools:
             raise ValueError(
-                f"{where}: the published format has one pool for {kind!r}, but the model has "
+                f"{where}: the official format has one pool for {kind!r}, but the model has "
                 "layers of several shapes or places under that name."
             )
         pools[kind] = f"{owner}.rasa_pool"

@@ -58,12 +58,12 @@ def export_lora(
 @command
 def import_official(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint of the published RaSA code.", show_default=False)
+        Path, typer.Argument(help="Checkpoint of the official RaSA code.", show_default=False)
     ],
     output: _Output,
     model: _Base = None,
 ) -> None:
-    """Turn a checkpoint of the published RaSA code into an adapter of this package."""
+    """Turn a checkpoint of the official RaSA code into an adapter of this package."""
     from rasa_ext.train.convert import import_checkpoint
 
     import_checkpoint(checkpoint, output, base=model)

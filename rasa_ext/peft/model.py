@@ -33,7 +33,7 @@ from rasa_ext.patching.targets import (
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.mixed import rows_through
-from rasa_ext.peft.published import from_published, published_names_hook
+from rasa_ext.peft.official import from_official, official_names_hook
 
 
 class RasaModel(BaseTuner):
@@ -46,7 +46,7 @@ class RasaModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_attributes_before"]: list[tuple[nn.Module, str, Any]] = []
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(published_names_hook)
+        self.register_load_state_dict_pre_hook(official_names_hook)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -215,8 +215,8 @@ class RasaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT 0.21: from a checkpoint's names, the published code's too, to the model's."""
-        state_dict = from_published(state_dict, model, adapter_name)
+        """PEFT 0.21: from a checkpoint's names, the official code's too, to the model's."""
+        state_dict = from_official(state_dict, model, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

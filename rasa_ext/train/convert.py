@@ -46,7 +46,7 @@ def export_adapter(
 
 
 def import_checkpoint(checkpoint: Path, output: Path, *, base: str | None) -> None:
-    """Write a checkpoint of the published RaSA code as an adapter of this package."""
+    """Write a checkpoint of the official RaSA code as an adapter of this package."""
     check_differs(checkpoint, output)
     model = load_model(base_of(checkpoint, base))
     rasa_ext.load_official(model, checkpoint)

@@ -24,7 +24,7 @@ class AdapterGroup:
     pooled: int
     """Ranks in the pool."""
     numbers: int
-    """Trained numbers of the group."""
+    """Trainable parameters of the group."""
 
 
 @dataclass(frozen=True)
