@@ -68,7 +68,11 @@ def layers(model: nn.Module) -> dict[str, RasaPeftLinear]:
 def named(model: PeftModel, adapter: str) -> dict[str, Adapter]:
     """The live tensors of one adapter by layer, active or not."""
     found = layers(plain(model)).items()
-    return {n: Adapter(*layer.tensors(adapter)) for n, layer in found if adapter in layer.configs}
+    return {
+        n: Adapter(*layer.adapter(adapter).factors())
+        for n, layer in found
+        if adapter in layer.configs
+    }
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

@@ -63,9 +63,8 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
     error, lora, equal = expected.error, expected.lora_error, expected.lora_error_equal
     figures = f"{error:.4f} {lora:.4f} {error / lora:.4f} {equal:.4f} {error / equal:.4f}"
     assert f"all {figures}" in text
-    assert (
-        f"{expected.num_parameters:,} parameters, a LoRA of rank 4 {expected.lora_num_parameters:,}" in text
-    )
+    ours, loras = expected.num_parameters, expected.lora_num_parameters
+    assert f"{ours:,} parameters, a LoRA of rank 4 {loras:,}" in text
     assert f"Lost: {expected.residual_share:.2%} of the squared change" in text
     assert "model.layers.*.input_layernorm.weight (2): changed by" in text
     assert (out / "errors.png").read_bytes().startswith(b"\x89PNG")

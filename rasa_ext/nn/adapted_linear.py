@@ -102,7 +102,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) to (..., out), in the dtype that the base layer would give."""
-        adapter = self._active_adapter()
+        adapter = self._live_adapter()
         if adapter is None:
             return self._base_alone(x, args, kwargs)
         sources = adapter.sources()
@@ -137,14 +137,14 @@ class AdaptedLinear(nn.Module):
 
         None where it is more than a GEMM with an adapter.
         """
-        adapter = self._active_adapter()
+        adapter = self._live_adapter()
         plain = None if adapter is None else as_plain_gemm(self._modules["base_layer"], dtype)
         if adapter is None or plain is None:
             return None
         dropout = adapter.config.dropout if self.training else 0.0
         return Projection(*plain, adapter.sources(), adapter.factors, dropout)
 
-    def _active_adapter(self) -> Adapter | None:
+    def _live_adapter(self) -> Adapter | None:
         """``adapter()``, unless it is disabled or merged."""
         if self.merged_base is not None or self.disabled:
             return None
