@@ -23,6 +23,9 @@ from rasa_ext.peft.published import from_published, published_names_hook
 from rasa_ext.quantized import forget_quantizer, format_of, keep_trainable, refuse_packed
 from rasa_ext.targets import Group, grouped, is_linear, make_plan, obstacles, places, settled
 
+REFERENCE, POLICY = "ref", "default"
+"""TRL's names: its trainers add the first as a copy of the second, to hold the policy against."""
+
 
 class RasaModel(BaseTuner):
     """PEFT's tuner for RaSA; ``peft.get_peft_model`` makes it, not its users."""
@@ -57,6 +60,21 @@ class RasaModel(BaseTuner):
                 if isinstance(module, ModulesToSaveWrapper)
                 and adapter_name in module.modules_to_save
             ]
+        if adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY):
+            self._copy_policy()
+
+    def _copy_policy(self) -> None:
+        """Give the reference the policy's numbers.
+
+        TRL adds the adapter with the policy's very config, and then copies every parameter whose
+        name has ".default." in it. Ours end in the adapter's name, as PEFT has it for parameters
+        that are no module's weight, and as the files and transformers' own loading need it; so
+        nothing would be copied, and the reference would be the bare base.
+        """
+        for layer in self.layers():
+            for part in (getattr(layer, name) for name in layer.adapter_layer_names):
+                if POLICY in part:
+                    part[REFERENCE].data.copy_(part[POLICY].data)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Settle 'all-linear' as ``patch_model`` does, which is more careful than PEFT."""
