@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -109,6 +110,11 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             return A, None, B, None, d
         pools = owner._modules["rasa_pool_A"], owner._modules["rasa_pool_B"]
         return A, parameter_of(pools[0], name), B, parameter_of(pools[1], name), d
+
+    def trained(self) -> Iterator[tuple[tuple[Tensor | None, ...], torch.dtype]]:
+        """As in ``AdaptedLinear``."""
+        for name, config in self.configs.items():
+            yield self.tensors(name), config.adapter_dtype
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) to (..., out): the base's output and that of every active adapter."""
