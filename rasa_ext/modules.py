@@ -15,6 +15,7 @@ from rasa_ext.pack_cache import PackCache
 from rasa_ext.precision import HALVES, is_sharing, restored
 from rasa_ext.quantized import refuse_without_gradient
 from rasa_ext.sharding import is_whole, refuse_pieces
+from rasa_ext.subtraction import Rest
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -86,8 +87,9 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
         self.disabled = False
-        # While merged: the weight as it was, or the quantized layer whose place a dense one took.
-        self.merged_base: Tensor | nn.Module | None = None
+        # While merged: the weight as it was, or what subtracting would not give back of it, or the
+        # quantized layer whose place a dense one took.
+        self.merged_base: Tensor | Rest | nn.Module | None = None
         self.siblings: siblings.Siblings | None = None
         self._cache = PackCache()
 

@@ -34,9 +34,9 @@ def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
             parameter.grad = parameter.grad.to(dtype)
     if coarse:
         warnings.warn(
-            f"an adapter that is trained was cast to {before}, in which steps of its diagonal would "
-            f"be lost; it is {dtype} again, the adapter_dtype of its config. An optimizer that has "
-            "copied the numbers, and DistributedDataParallel, must come after that: call "
+            f"an adapter that is trained was cast to {before}, in which steps of its diagonal "
+            f"would be lost; it is {dtype} again, the adapter_dtype of its config. An optimizer "
+            "that has copied the numbers, and DistributedDataParallel, must come after that: call "
             "model.train() first.",
             stacklevel=1,  # one place, so that it is said once
         )

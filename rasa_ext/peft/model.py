@@ -33,6 +33,7 @@ class RasaModel(BaseTuner):
     prefix = "rasa_"
     tuner_layer_cls = RasaPeftLinear
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
+    _subtracts = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_attributes_before"]: list[tuple[nn.Module, str, Any]] = []
@@ -162,6 +163,16 @@ class RasaModel(BaseTuner):
         for layer in self.layers():
             layer.cast_adapter(adapter_name)
 
+    def unmerge_by_subtracting(self, enabled: bool = True) -> None:
+        """Let later merges keep no copy of the base's weights: unmerging subtracts what was added.
+
+        Whoever merges obeys it, such as a trainer that merges to hand the weights on. Unmerging
+        still gives the exact weights back: entries that subtracting does not, which are few where
+        dW is small beside W, are kept. An adapter that is merged must not be changed meanwhile;
+        ``unmerge_adapter`` raises RuntimeError then. A quantized base needs no copy anyway.
+        """
+        self._subtracts = enabled
+
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
@@ -194,7 +205,7 @@ class RasaModel(BaseTuner):
         """Merges within make quantized bases dense in the model's dtype; a warning tells of it."""
         layers, dtype = self.layers(), model_dtype(self.model)
         for layer in layers:
-            layer.dense_dtype, layer.densified = dtype, None
+            layer.dense_dtype, layer.densified, layer.subtracts = dtype, None, self._subtracts
         yield
         tell([each.densified for each in layers if each.densified is not None], stacklevel + 2)
 
