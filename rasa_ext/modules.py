@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from rasa_ext import functional, ops, siblings
 from rasa_ext.config import RasaConfig
 from rasa_ext.pack_cache import PackCache
+from rasa_ext.precision import HALVES, is_sharing, restored
 from rasa_ext.quantized import refuse_without_gradient
 from rasa_ext.sharding import is_whole, refuse_pieces
+from rasa_ext.subtraction import Rest
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -85,13 +87,18 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
         self.disabled = False
-        # While merged: the weight as it was, or the quantized layer whose place a dense one took.
-        self.merged_base: Tensor | nn.Module | None = None
+        # While merged: the weight as it was, or what subtracting would not give back of it, or the
+        # quantized layer whose place a dense one took.
+        self.merged_base: Tensor | Rest | nn.Module | None = None
         self.siblings: siblings.Siblings | None = None
         self._cache = PackCache()
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
         """``(A, A_pool, B, B_pool, d)``, wherever they lie."""
+        raise NotImplementedError
+
+    def trained(self) -> Iterator[tuple[tuple[Tensor | None, ...], torch.dtype]]:
+        """Every adapter's ``tensors()``, and the dtype in which they are trained."""
         raise NotImplementedError
 
     def adapter(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
@@ -118,6 +125,8 @@ class AdaptedLinear(nn.Module):
         with_grad = torch.is_grad_enabled() and (x.requires_grad or any_requires_grad(tensors))
         if with_grad:
             self._forget_pack()
+            if tensors[-1].dtype in HALVES:
+                self._restore_together()
         dtype = _compute_dtype(x)
         base = self._modules["base_layer"]
         if args or kwargs or not is_plain_gemm(base, dtype):
@@ -200,12 +209,35 @@ class AdaptedLinear(nn.Module):
         if self.siblings is not None:
             self.siblings.repack()
 
+    def restore(self) -> None:
+        """Give trained numbers that were cast to a coarser dtype that of their config again."""
+        for tensors, dtype in self.trained():
+            if restored(tensors, dtype):
+                self._forget_pack()
+
+    def _restore_together(self) -> None:
+        """``restore`` in a forward, with the layers that are computed together with this one.
+
+        What is half there may also be what FSDP computes with, whose numbers lie elsewhere.
+        """
+        if torch.compiler.is_compiling() or is_sharing():
+            return
+        for each in (self, *(() if self.siblings is None else self.siblings.layers())):
+            each.restore()
+
     def train(self, mode: bool = True) -> AdaptedLinear:
-        """Switch the mode and forget the cached pack."""
+        """Switch the mode and forget the cached pack; for training, ``restore``."""
+        if mode:
+            self.restore()
         self._cache.drop()
         if self.siblings is not None:
             self.siblings.forget()
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As of any module, but nothing is rounded on its way into numbers that are trained."""
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def drop_pack(self) -> None:
         """Forget the cached pack of this layer alone."""
@@ -265,6 +297,7 @@ class RasaLinear(AdaptedLinear):
         else:
             self.__dict__["pool"] = pool
         self.dropout = config.dropout
+        self.adapter_dtype = config.adapter_dtype
         self.train(base_layer.training)
 
     @property
@@ -299,6 +332,10 @@ class RasaLinear(AdaptedLinear):
         if pool is None:
             return A, None, B, None, d
         return A, parameter_of(pool, "A"), B, parameter_of(pool, "B"), d
+
+    def trained(self) -> Iterator[tuple[tuple[Tensor | None, ...], torch.dtype]]:
+        """As in ``AdaptedLinear``."""
+        yield self.tensors(), self.adapter_dtype
 
     def extra_repr(self) -> str:
         """Widths and ranks."""

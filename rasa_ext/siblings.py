@@ -165,6 +165,11 @@ class Siblings:
         outputs, _ = ops.siblings_linear(rows, weights, biases, Ap, Bt)
         return [functional.shaped_like(y, x) for y in outputs]
 
+    def layers(self) -> list[AdaptedLinear]:
+        """Those that a forward with grad computes together."""
+        found = [member() for member in self._modes[True].members]
+        return [layer for layer in found if layer is not None]
+
     def drop_pack(self) -> None:
         """Forget the cached pack of all."""
         self._cache.drop()
