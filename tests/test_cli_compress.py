@@ -65,7 +65,7 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
     assert f"all {figures}" in text
     ours, loras = expected.num_parameters, expected.lora_num_parameters
     assert f"{ours:,} parameters, a LoRA of rank 4 {loras:,}" in text
-    assert f"Lost: {expected.residual_share:.2%} of the squared change" in text
+    assert f"Not carried: {expected.residual_share:.2%} of the squared change" in text
     assert "model.layers.*.input_layernorm.weight (2): changed by" in text
     assert (out / "errors.png").read_bytes().startswith(b"\x89PNG")
     model = rasa_ext.load_adapter(load(base), out)

@@ -104,17 +104,19 @@ _POOL = "base_model.rasa_shared_A.mlp__up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (_drop(f"{_LAYER}A.weight"), "up_proj"),
-        (_drop(f"{_LAYER}mixing.weight"), "up_proj"),
-        (_drop(_POOL), "up_proj"),
+        (_drop(f"{_LAYER}A.weight"), f"1 missing: {_LAYER}A.weight"),
+        (_drop(f"{_LAYER}mixing.weight"), f"1 missing: {_LAYER}mixing.weight"),
+        (_drop(_POOL), f"1 missing: {_POOL}"),
         (_add("base_model.model.model.layers.9.mlp.up_proj.rasa_A.weight"), "layers.9"),
         (_add("base_model.rasa_shared_A.nothing.weight"), "nothing"),
         (_add("stray"), "stray"),
-        (_shorten(f"{_LAYER}B.weight"), r"up_proj.*\(39, 3\)"),
-        (_shorten(_POOL), r"up_proj.*\(2, 24\)"),
+        (_shorten(f"{_LAYER}B.weight"), rf"{_LAYER}B.weight \(.*\(39, 3\)"),
+        (_shorten(f"{_LAYER}mixing.weight"), rf"{_LAYER}mixing.weight \(expected"),
+        (_shorten(_POOL), rf"{_POOL} \(.*\(2, 24\)"),
     ],
 )
 def test_strict(change, named, tmp_path):
+    """What is wrong is said under the names that the file has."""
     write(tmp_path, change=change)
     model = LLAMA.build()
     before = Snapshot(model)

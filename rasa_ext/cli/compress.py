@@ -172,8 +172,8 @@ def _show_lost(found: CompressedAdapter) -> None:
     from rasa_ext.patching.targets import pattern
 
     console.print(
-        f"Lost: {found.residual_share:.2%} of the squared change is in parameters that are neither "
-        "adapted nor kept (--modules-to-save):"
+        f"Not carried: {found.residual_share:.2%} of the squared change is in parameters that are "
+        "neither adapted nor kept (--modules-to-save):"
     )
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, each in found.lost.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from rasa_ext.base_layers.sharded import check_whole, is_whole
 from rasa_ext.nn import functional
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
 from rasa_ext.nn.pack_cache import PackCache
+from rasa_ext.nn.precision import HALVES, is_sharing, restored
 from rasa_ext.ops import Factors, Pack
 
 
@@ -22,6 +23,7 @@ class Method(Protocol):
     """What a layer asks of its adapter's config: see ``methods.base.AdapterConfig``."""
 
     dropout: float
+    adapter_dtype: torch.dtype
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
         """The factors of one layer, from what it and its group own."""
@@ -75,13 +77,18 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
         self.disabled = False
-        # While merged: the weight as it was, or the quantized layer whose place a dense one took.
-        self.merged_base: Tensor | nn.Module | None = None
+        # While merged: the weight as it was, or what subtracting would not give back of it, or the
+        # quantized layer whose place a dense one took.
+        self.merged_base: Any = None
         self.fused: FusedProjections | None = None
         self._cache = PackCache()
 
     def adapter(self) -> Adapter | None:
         """The adapter that a forward adds to the base's output; None where there is none."""
+        raise NotImplementedError
+
+    def adapters(self) -> Iterator[Adapter]:
+        """Every adapter of the layer, whether a forward adds it or not."""
         raise NotImplementedError
 
     @property
@@ -111,6 +118,8 @@ class AdaptedLinear(nn.Module):
         )
         if with_grad:
             self._cache.drop()
+            if sources[0].dtype in HALVES:
+                self._restore_together()
         dtype = _compute_dtype(x)
         plain = None
         if not (args or kwargs):
@@ -197,10 +206,33 @@ class AdaptedLinear(nn.Module):
         """Ap (R, in) and Bp (R, out) in ``dtype``, unpadded and without grad: dW = Bp^T Ap."""
         return Pack(*ops.pack(*self.adapter().factors(), dtype, 1))
 
+    def restore(self) -> None:
+        """Give trainable parameters that were cast to a coarser dtype their config's again."""
+        for adapter in self.adapters():
+            if restored(adapter.sources(), adapter.config.adapter_dtype):
+                self.drop_pack()
+
+    def _restore_together(self) -> None:
+        """``restore`` in a forward, with the layers that are computed together with this one.
+
+        What is half there may also be what FSDP computes with, whose parameters lie elsewhere.
+        """
+        if torch.compiler.is_compiling() or is_sharing():
+            return
+        for each in (self, *(() if self.fused is None else self.fused.layers())):
+            each.restore()
+
     def train(self, mode: bool = True) -> AdaptedLinear:
-        """Switch the mode and forget the cached pack."""
+        """Switch the mode and forget the cached pack; for training, ``restore``."""
+        if mode:
+            self.restore()
         self.drop_pack()
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As of any module, but nothing is rounded on its way into trainable parameters."""
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def drop_pack(self) -> None:
         """Forget the cached pack."""
