@@ -9,10 +9,10 @@ import subprocess
 import sys
 
 import pytest
-from common import RANK, content, patched, randomize, same_adapters
-from zoo import SEQUENTIAL
 
 import rasa_ext
+from tests.helpers.adapters import RANK, content, patched, randomize, same_adapters
+from tests.helpers.models import SEQUENTIAL
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -92,8 +92,8 @@ CRASH = """
 import os, sys
 sys.path[:0] = {path!r}
 import torch, rasa_ext
-from common import patched
-from zoo import SEQUENTIAL
+from tests.helpers.adapters import patched
+from tests.helpers.models import SEQUENTIAL
 
 replace, calls = os.replace, []
 

@@ -8,21 +8,21 @@ import os
 
 import pytest
 import torch
-from common import (
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import rasa_ext
+from tests.helpers.adapters import (
     RANK,
-    Snapshot,
+    adapted_layers,
     adapters,
     content,
     patched,
-    adapted_layers,
     same_adapters,
     same_bits,
 )
-from safetensors.torch import load_file, save_file
-from torch import nn
-from zoo import BERT, EVERY, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
-
-import rasa_ext
+from tests.helpers.models import BERT, EVERY, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
+from tests.helpers.refusals import Snapshot
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

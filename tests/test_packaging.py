@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import RANK
-from zoo import FAMILIES, SEQUENTIAL, ids
 
 import rasa_ext
+from tests.helpers.adapters import RANK
+from tests.helpers.models import FAMILIES, SEQUENTIAL, ids
 
 PUBLIC = {
     "CompressedAdapter",

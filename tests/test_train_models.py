@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_lm import make_model, make_tokenizer, save_base
 from transformers import AutoModelForCausalLM
 
 import rasa_ext
 from rasa_ext.train.evaluate import exact_match, greedy_answers, last_number
 from rasa_ext.train.model_loading import ModelError, load_model, load_skeleton, load_tokenizer
 from rasa_ext.train.serving import vllm_command
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
-from oracle import Adapter
 from torch import Tensor
+
+from tests.helpers.oracle import Adapter
 
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*HALF_AND_SINGLE, torch.float64]

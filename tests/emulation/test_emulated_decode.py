@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from emulated import (
@@ -17,7 +16,9 @@ from emulated import (
     rms,
     run,
 )
-from oracle import Adapter
+
+from tests.helpers import oracle
+from tests.helpers.oracle import Adapter
 
 SIZES = [(64, 40), (33, 17), (1544, 36), (1051, 5)]  # in, out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from emulated import (
@@ -19,9 +18,10 @@ from emulated import (
     random_adapter,
     run,
 )
-from oracle import Adapter
 
 from rasa_ext.ops import reference
+from tests.helpers import oracle
+from tests.helpers.oracle import Adapter
 
 
 class Packed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
 from emulated import (
@@ -19,10 +18,11 @@ from emulated import (
     random_adapter,
     run,
 )
-from oracle import Adapter
 from torch import Tensor
 
 from rasa_ext.ops import reference
+from tests.helpers import oracle
+from tests.helpers.oracle import Adapter
 
 ORACLE = 1e-13  # the relative error of the oracle's own sums, which matters in float64 alone
 

@@ -7,13 +7,13 @@ import pickle
 
 import pytest
 import torch
-from common import patched
-from zoo import LLAMA, SEQUENTIAL
 
 import rasa_ext
-from rasa_ext.nn import pack_cache
 from rasa_ext.nn import fused_projections as siblings
+from rasa_ext.nn import pack_cache
 from rasa_ext.nn.pack_cache import PackCache
+from tests.helpers.adapters import patched
+from tests.helpers.models import LLAMA, SEQUENTIAL
 
 
 class Source:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
-from common import Snapshot, adapters, patched, adapted_layers, same_bits
 from torch import nn
-from zoo import GPT2, LLAMA, TWO_NAMES, ids
 
 import rasa_ext
 from rasa_ext.patching import merge as merging
+from tests.helpers import oracle
+from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
+from tests.helpers.models import GPT2, LLAMA, TWO_NAMES, ids
+from tests.helpers.refusals import Snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -4,18 +4,8 @@ from __future__ import annotations
 
 import copy
 
-import oracle
 import pytest
 import torch
-from common import (
-    Errors,
-    adapter_of,
-    adapters,
-    assert_matches_oracle,
-    excesses,
-    observe,
-    patched,
-)
 from test_ops import (
     DTYPES,
     FLOOR,
@@ -29,11 +19,21 @@ from test_ops import (
     random_mask,
 )
 from torch import Tensor, nn
-from zoo import GPT2, LLAMA, SEQUENTIAL, Checkpointed, ids
 
 from benchmarks import dropout
-from rasa_ext.nn import functional
 from rasa_ext import ops
+from rasa_ext.nn import functional
+from tests.helpers import oracle
+from tests.helpers.adapters import (
+    Errors,
+    adapter_of,
+    adapters,
+    assert_matches_oracle,
+    excesses,
+    observe,
+    patched,
+)
+from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, Checkpointed, ids
 
 P = 0.25
 

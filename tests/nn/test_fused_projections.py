@@ -9,14 +9,21 @@ import weakref
 
 import pytest
 import torch
-from common import adapters, assert_matches_oracle, check_step, observe, patched, adapted_layers
 from torch import nn
-from zoo import BERT, GPT2, LLAMA, T5, VIT, Entry, ids
 
 import rasa_ext
+from rasa_ext import ops
 from rasa_ext.nn import functional
 from rasa_ext.nn import fused_projections as siblings
-from rasa_ext import ops
+from tests.helpers.adapters import (
+    adapted_layers,
+    adapters,
+    assert_matches_oracle,
+    check_step,
+    observe,
+    patched,
+)
+from tests.helpers.models import BERT, GPT2, LLAMA, T5, VIT, Entry, ids
 
 # How many groups of siblings one forward of the model computes together, and of how many layers.
 GROUPS = {

@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common import Snapshot, patched, randomize
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext.nn import functional
 from rasa_ext import ops
+from rasa_ext.nn import functional
+from tests.helpers.adapters import patched, randomize
+from tests.helpers.refusals import Snapshot
 
 pytestmark = pytest.mark.gpu
 

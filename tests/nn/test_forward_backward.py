@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import copy
 
-import oracle
-import plain
 import pytest
 import torch
-from common import (
+from torch import nn
+
+import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import (
     FLOOR,
     RANK,
     Errors,
+    adapted_layers,
     adapter_of,
     adapters,
     excesses,
     observe,
     patched,
+    plain_model,
     randomize,
-    adapted_layers,
+    trainable_copies,
     wide,
 )
-from torch import nn
-from zoo import ENCODER, FAMILIES, GPT2, LLAMA, OTHERS, SEQUENTIAL, T5, ids
-
-import rasa_ext
+from tests.helpers.models import ENCODER, FAMILIES, GPT2, LLAMA, OTHERS, SEQUENTIAL, T5, ids
 
 DRAWS = 16
 SPLITS = (0, 1, RANK // 2, RANK)
@@ -37,13 +38,13 @@ def compare(entry, base, model, device="cpu"):
     for draw in range(DRAWS):
         randomize(model, draw)
         found = adapters(model)
-        copies = plain.leaves(found)
+        copies = trainable_copies(found)
         inputs = entry.inputs(draw, dtype, device)
         reference = oracle.run_model(
             base, copies, lambda dense, inputs=inputs: entry.loss(dense, wide(inputs))
         )
         ours.add(observe(model, found, entry, inputs), reference)
-        theirs.add(observe(plain.plain_model(base, copies), copies, entry, inputs), reference)
+        theirs.add(observe(plain_model(base, copies), copies, entry, inputs), reference)
     return ours, theirs
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import plain
 import pytest
 import torch
-from common import RANK, adapter_of, patched, randomize
 from torch import nn
-from zoo import GPT2
 
 import rasa_ext
 from rasa_ext.nn.pack_cache import PackCache
+from tests.helpers.adapters import RANK, PlainRasa, adapter_of, patched, randomize
+from tests.helpers.models import GPT2
 
 TOKENS, WIDTH, OUT, LAYERS = 256, 512, 384, 32
 
@@ -83,7 +82,7 @@ def test_against_the_published_formula(rank, k, dtype, figure):
     x = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
     mine, _ = kept(lambda: layer(x))
     leaves = adapter_of(layer).map(lambda t: t.detach().to(dtype).requires_grad_())
-    theirs, _ = kept(lambda: plain.PlainRasa(base, leaves)(x))
+    theirs, _ = kept(lambda: PlainRasa(base, leaves)(x))
     fields = (leaves.A, leaves.A_pool, leaves.B, leaves.B_pool, leaves.d)
     there = addresses(x, base.weight, base.bias, *fields)
     ours = sum(size for address, size in mine.items() if address not in existing(layer, x))

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import adapters, assert_matches_oracle, check_step, observe, patched, randomize
-from zoo import BERT, GPT2, LLAMA, SEQUENTIAL, T5, VIT, Checkpointed
+
+from tests.helpers.adapters import (
+    adapters,
+    assert_matches_oracle,
+    check_step,
+    observe,
+    patched,
+    randomize,
+)
+from tests.helpers.models import BERT, GPT2, LLAMA, SEQUENTIAL, T5, VIT, Checkpointed
 
 COMPILED = [(LLAMA, "eager"), *((entry, "aot_eager") for entry in (LLAMA, GPT2, BERT, T5, VIT))]
 
