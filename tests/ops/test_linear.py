@@ -100,13 +100,13 @@ def test_only_what_is_needed_is_read_and_comes_back(dropout, device):
     x, weight, _, Ap, Bp, grad = tensors
     mask = (random_mask(x), 1 / (1 - 0.25)) if dropout else ()
     expected = formulas(*tensors, unpacked(mask[0], x.shape) if dropout else None)
-    U = expected["U"]
+    U, names = expected["U"], ("dx", "dAp", "dBp")
     for need_x, need_A, need_B in NEEDS:
         found = torch.ops.rasa_ext.low_rank_linear_backward(
             grad, x if need_A else None, weight, U if need_B else None, Ap, Bp,
             need_x, need_A, need_B, *mask,
         )  # fmt: skip
-        for name, got, needed in zip(("dx", "dAp", "dBp"), found, (need_x, need_A, need_B)):
+        for name, got, needed in zip(names, found, (need_x, need_A, need_B), strict=True):
             if needed:
                 torch.testing.assert_close(got, expected[name], msg=name)
             else:
