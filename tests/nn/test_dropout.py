@@ -1,4 +1,4 @@
-"""Dropout on the adapter's input: its mask, the linears under it, and whole models in training."""
+"""Dropout on the adapter's input, in layers and in whole models that train."""
 
 from __future__ import annotations
 
@@ -6,22 +6,10 @@ import copy
 
 import pytest
 import torch
-from test_ops import (
-    DTYPES,
-    FLOOR,
-    SHAPES,
-    as_args,
-    case,
-    differentiable,
-    make_adapter,
-    packed,
-    places,
-    random_mask,
-)
 from torch import Tensor, nn
 
+import rasa_ext
 from benchmarks import dropout
-from rasa_ext import ops
 from rasa_ext.nn import functional
 from tests.helpers import oracle
 from tests.helpers.adapters import (
@@ -34,158 +22,17 @@ from tests.helpers.adapters import (
     patched,
 )
 from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, Checkpointed, ids
-
-P = 0.25
-
-
-def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
-    """The bits of a mask as booleans."""
-    bits = mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
-    return bits.reshape(-1)[: shape.numel()].view(shape).bool()
+from tests.helpers.operators import P, drop, unpacked
 
 
-def drawn(seed: int, shape: tuple, p: float, device: str = "cpu") -> Tensor:
+def drawn(seed: int, shape: tuple) -> Tensor:
     """The mask of one draw under a seed, as booleans."""
     torch.manual_seed(seed)
-    mask, scale = functional.dropout(torch.empty(shape, device=device), p)
-    assert scale == 1 / (1 - p)
+    mask, _ = functional.dropout(torch.empty(shape), P)
     return unpacked(mask, torch.Size(shape))
 
 
-@pytest.mark.parametrize("p", [2**-16, 0.05, 0.5, 0.9])
-def test_share_of_the_dropped(p, device):
-    """At each of the eight places of a byte, within five standard deviations."""
-    kept = drawn(0, (1000, 640), p, device)
-    dropped = (~kept).view(-1, 8).sum(0)
-    count, rate = kept.numel() / 8, round(p * 2**16) / 2**16
-    assert ((dropped - count * rate).abs() <= 5 * (count * rate * (1 - rate)) ** 0.5).all()
-
-
-def test_elements_are_independent(device):
-    """Rows, columns, neighbours, layers and seeds do not correlate."""
-    size, p = 512, 0.3
-    first, other = drawn(1, (size, size), p, device), drawn(2, (size, size), p, device)
-    again = unpacked(
-        functional.dropout(torch.empty(size, size, device=device), p)[0], torch.Size((size, size))
-    )
-    z, z_other, z_again = (
-        (kept.double() - (1 - p)) / (p * (1 - p)) ** 0.5 for kept in (first, other, again)
-    )
-    for rows in (z, z.T):
-        correlation = rows @ rows.T / size**0.5
-        # The largest of 131,000 normal numbers is above 6 once in 4,000 draws.
-        assert correlation.fill_diagonal_(0).abs().max() < 6
-    flat = z.flatten()
-    for shifted in (
-        *(flat.roll(n) for n in (1, 2, 8, 16, 64, 4096)),
-        z_other.ravel(),
-        z_again.ravel(),
-    ):
-        assert (flat @ shifted).abs() / size < 5
-
-
-def test_the_mask_follows_the_seed(device):
-    same, other = (drawn(seed, (33, 17), P, device) for seed in (3, 4))
-    assert torch.equal(drawn(3, (33, 17), P, device), same)
-    assert not torch.equal(same, other)
-
-
-def test_nothing_is_drawn_where_nothing_is_dropped():
-    model = patched(nn.Sequential(nn.Linear(4, 4)), dropout=0.5).eval()
-    plain = copy.deepcopy(model)
-    plain[0].dropout = 0.0
-    state = torch.get_rng_state()
-    assert functional.dropout(torch.ones(2, 4), 0.0) == (None, 1.0)
-    assert torch.equal(model(torch.ones(2, 4)), plain.train()(torch.ones(2, 4)))
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.0, 1.5, float("nan")])
-def test_bad_probabilities(p, device):
-    with pytest.raises((ValueError, RuntimeError), match=r"p: expected a number in \[0, 1\), got"):
-        functional.dropout(torch.ones(3, 5, device=device), p)
-
-
-@pytest.mark.parametrize("noise", [torch.ones(5, dtype=torch.int64), torch.ones(4)])
-def test_bad_noise(noise, device):
-    with pytest.raises((ValueError, RuntimeError), match="noise: expected"):
-        ops.dropout_mask(noise.to(device), torch.ones(3, 5, device=device), P)
-
-
-@places
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values(shape, dtype, in_pack, device):
-    """Against float64, within twice the error of the same formula in plain PyTorch."""
-    ours, theirs = Errors(), Errors()
-    for _ in range(32):
-        x, weight, bias, adapter = case(shape, dtype, device)
-        mask = random_mask(x)
-        x[unpacked(mask, x.shape).logical_not()] *= 1e3  # what is dropped must not be seen
-        kept = unpacked(mask, x.shape)
-        grad = torch.randn(x.shape[0], weight.shape[0], dtype=dtype, device=device)
-        tensors = (x, weight, bias, *packed(adapter, dtype, in_pack=in_pack), grad)
-        found = run_ops(*tensors, mask)
-        wide = (None if t is None else t.double() for t in tensors)
-        reference = formulas(*wide, kept)
-        ours.add(found, reference)
-        theirs.add(formulas(*tensors, kept), reference)
-    assert not excesses(ours, theirs, FLOOR.get(dtype, torch.finfo(dtype).eps))[0]
-
-
-def run_ops(x, weight, bias, Ap, Bt, d, grad, mask) -> dict[str, Tensor]:
-    drop = mask, 1 / (1 - P)
-    y, U = ops.low_rank_linear(x, weight, bias, Ap, Bt, d, *drop)
-    added, _ = ops.low_rank_add(grad, x, Ap, Bt, d, *drop)
-    backward = ops.low_rank_linear_backward
-    dx, dAp, dBt, dd = backward(grad, x, weight, U, Ap, Bt, d, True, True, *drop)
-    dx_add = backward(grad, x, None, U, Ap, Bt, d, True, False, *drop)[0]
-    found = {"y": y, "U": U, "added": added, "dx": dx, "dx_add": dx_add}
-    return {**found, "dAp": dAp, "dBt": dBt, "dd": dd}
-
-
-def formulas(x, weight, bias, Ap, Bt, d, grad, kept) -> dict[str, Tensor]:
-    def drop(tensor):
-        return torch.where(kept, tensor / (1 - P), 0)
-
-    U, H = drop(x) @ Ap.T, grad @ Bt
-    scale = torch.ones_like(U[:1]) if d is None else d.to(x.dtype)
-    dx = drop((H * scale) @ Ap)
-    return {
-        "y": x @ weight.T + bias + (U * scale) @ Bt.T,
-        "U": U,
-        "added": grad + (U * scale) @ Bt.T,
-        "dx": grad @ weight + dx,
-        "dx_add": dx,
-        "dAp": (H * scale).T @ drop(x),
-        "dBt": grad.T @ (U * scale),
-        "dd": grad.new_empty(0) if d is None else (U * H).sum(0),
-    }
-
-
-def test_what_is_dropped_is_zero_whatever_it_was(device):
-    """Not-a-numbers where the adapter does not look do not reach it."""
-    x = torch.full((6, 9), float("nan"), device=device)
-    mask = torch.zeros(7, dtype=torch.uint8, device=device)
-    y = torch.ones(6, 4, device=device)
-    Ap, Bt = torch.ones(3, 9, device=device), torch.ones(4, 3, device=device)
-    added, U = ops.low_rank_add(y, x, Ap, Bt, None, mask, 2.0)
-    assert torch.equal(added, y)
-    assert not U.any()
-
-
-@pytest.mark.parametrize("shape", SHAPES[:5], ids=str)
-@pytest.mark.parametrize("form", [functional.adapted_linear, functional.adapted_add])
-def test_gradcheck(form, shape, device):
-    x, weight, bias, _ = case(shape, torch.float64, device)
-    adapter = differentiable(make_adapter(*shape[1:], device, torch.float64))
-    y = (x @ weight.T).requires_grad_()
-    head = (x.requires_grad_(), weight, bias) if form is functional.adapted_linear else (y, x)
-    args = (*head, *as_args(adapter), 1, random_mask(x), 1 / (1 - P))
-    assert torch.autograd.gradcheck(form, args)
-
-
-def layer_of(dtype=torch.float64, hooked=False, base=None, **options):
+def layer_of(dtype=torch.float64, hooked=False, **options):
     """One adapted layer of (9, 7) with dropout, whose base is a plain GEMM unless hooked."""
     stack = nn.Sequential(*(nn.Linear(9, 7) for _ in range(3))).to(dtype)
     if hooked:
@@ -201,11 +48,11 @@ def test_a_layer(needs_dx, hooked, shape):
     """Output and gradients, given the mask; without grad the same under the same seed."""
     base, layer = layer_of(hooked=hooked, adapter_dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64).requires_grad_(needs_dx)
-    kept = drawn(7, shape, P).view(-1, 9)
+    kept = drawn(7, shape).view(-1, 9)
     torch.manual_seed(7)
     y = layer(x)
     flat = x.detach().view(-1, 9)
-    dropped = torch.where(kept, flat, 0) / (1 - P)
+    dropped = drop(flat, kept)
     adapter, nothing = adapter_of(layer), torch.zeros_like(base.weight)
     expected = flat @ base.weight.T + base.bias + oracle.linear(dropped, nothing, None, adapter)
     torch.testing.assert_close(y.view(-1, 7), expected)
@@ -216,7 +63,7 @@ def test_a_layer(needs_dx, hooked, shape):
     for field in ("A", "B", "d", "A_pool", "B_pool"):
         torch.testing.assert_close(getattr(adapter, field).grad, wanted[field], msg=field)
     if needs_dx:
-        wanted_x = G @ base.weight + torch.where(kept, wanted["x"], 0) / (1 - P)
+        wanted_x = G @ base.weight + drop(wanted["x"], kept)
         torch.testing.assert_close(x.grad.view(-1, 9), wanted_x)
     with torch.no_grad():
         torch.manual_seed(7)
@@ -237,7 +84,7 @@ def test_autocast(base_dtype, hooked):
             torch.manual_seed(seed)
             y = layer(x)
         assert y.dtype == torch.bfloat16
-        dropped = torch.where(drawn(seed, (64, 9), P), x, 0) / (1 - P)
+        dropped = drop(x, drawn(seed, (64, 9)))
         weight, bias = base.weight.bfloat16(), base.bias.bfloat16()
         plain = nn.functional.linear(x.bfloat16(), weight, bias)
         plain = plain + ((dropped.bfloat16() @ down.T) * d) @ up.T
@@ -246,6 +93,26 @@ def test_autocast(base_dtype, hooked):
         ours.add({"y": y}, {"y": wide.detach()})
         theirs.add({"y": plain}, {"y": wide.detach()})
     assert not excesses(ours, theirs, 0.0)[0]
+
+
+def test_it_is_on_the_adapters_input_alone():
+    """With dW = I, y - base(x) shows the mask itself; the backward must use the same one."""
+    base = nn.Sequential(nn.Linear(6, 6))
+    model = rasa_ext.patch_model(copy.deepcopy(base), 6, 0, dropout=0.5)
+    with torch.no_grad():
+        for parameter, value in ((model[0].A, torch.eye(6)), (model[0].B, torch.eye(6))):
+            parameter.copy_(value)
+        model[0].d.fill_(1)
+    x = torch.full((200, 6), 2.0, requires_grad=True)
+    y = model.train()(x)
+    change = (y - base(x)).detach()
+    kept = change > 1
+    torch.testing.assert_close(change, 4.0 * kept)
+    assert 0.4 < kept.float().mean() < 0.6
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, base[0].weight.detach().sum(0) + 2.0 * kept)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), base(x) + x)
 
 
 def step(model: nn.Module, entry, seed: int = 11, run=None) -> dict[str, Tensor]:
@@ -285,14 +152,6 @@ def test_compile():
         assert_same(step(model, LLAMA, run=compiled), expected)
 
 
-def test_the_mask_under_inductor():
-    """Which draws from a generator of its own: the shares are those of any."""
-    torch._dynamo.reset()
-    draw = torch.compile(lambda x: functional.dropout(x, 0.05)[0], fullgraph=True)
-    dropped = (~unpacked(draw(torch.empty(80_000)), torch.Size([80_000]))).view(-1, 8).sum(0)
-    assert ((dropped - 500).abs() < 5 * (500 * 0.95) ** 0.5).all()
-
-
 def test_compile_with_checkpointing():
     torch._dynamo.reset()
     model = with_dropout(Checkpointed(use_reentrant=False))
@@ -327,7 +186,7 @@ def test_a_captured_graph_draws_anew():
     _, layer = layer_of(torch.float32)
     layer.cuda()
     x = torch.randn(64, 9, device="cuda", requires_grad=True)
-    inputs = x, *layer.adapter()
+    inputs = x, *adapter_of(layer)
 
     def step():
         y = layer(x)
