@@ -58,12 +58,16 @@ class _Round:
     """One x, and the outputs that wait for the layers which are still to read it."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype, leader: Projected, stamp: list[int]) -> None:
-        self.x, self.form = weakref.ref(x), (x._version, x.requires_grad, dtype)
+        self.x, self.form = weakref.ref(x), self._form(x, dtype)
         self.leader, self.stamp = weakref.ref(leader), stamp
         self.waiting: dict[int, tuple[Tensor | None, list[int]]] = {}
 
     def is_of(self, x: Tensor, dtype: torch.dtype) -> bool:
-        return self.x() is x and self.form == (x._version, x.requires_grad, dtype)
+        return self.x() is x and self.form == self._form(x, dtype)
+
+    @staticmethod
+    def _form(x: Tensor, dtype: torch.dtype) -> tuple[int, bool, bool, torch.dtype]:
+        return x._version, x.requires_grad, torch.is_grad_enabled(), dtype
 
     def drop_in_backward(self, y: Tensor) -> None:
         """Let go of outputs in a backward through y, which frees what they share with it."""
@@ -81,7 +85,8 @@ class _Round:
 class FusedProjections:
     """Shared by the layers of one parent that may read one input; holds none of them alive.
 
-    For forwards with grad: ``ops.fuse_projections`` says where they gain by it.
+    For forwards with grad, ``ops.fuse_projections`` says where they gain by it, and all with
+    dropout, whose mask they share.
     """
 
     def __init__(self, layers: Iterable[Projected]) -> None:

@@ -194,6 +194,17 @@ def test_dropout_is_one_mask_for_all(log):
         torch.testing.assert_close(mine, theirs)
 
 
+def test_with_and_without_grad_do_not_mix():
+    """With dropout, layers go together without grad as well."""
+    _, a, b, _ = pair(dropout=0.5)
+    x = torch.randn(3, 6)
+    a(x)
+    with torch.no_grad():
+        assert b(x).grad_fn is None
+        a(x)
+    assert b(x).grad_fn is not None
+
+
 def test_the_same_input_again_is_computed_again(log):
     model, a, b, _ = pair()
     x = torch.randn(3, 6)
