@@ -85,8 +85,8 @@ class _Round:
 class FusedProjections:
     """Shared by the layers of one parent that may read one input; holds none of them alive.
 
-    For forwards with grad, ``ops.fuse_projections`` says where they gain by it, and all with
-    dropout, whose mask they share.
+    For forwards with grad, where ``ops.fuse_projections`` says that they gain by it, and for those
+    with dropout, whose mask they share.
     """
 
     def __init__(self, layers: Iterable[Projected]) -> None:

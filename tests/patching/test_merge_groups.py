@@ -32,9 +32,9 @@ def watched(monkeypatch) -> list[int]:
     """From now on, how many layers each product of dW takes."""
     counts, direct = [], merging.ops.delta_group
 
-    def counting(Ap, Bt):
+    def counting(Ap, Bp):
         counts.append(len(Ap))
-        return direct(Ap, Bt)
+        return direct(Ap, Bp)
 
     monkeypatch.setattr(merging.ops, "delta_group", counting)
     return counts
