@@ -11,7 +11,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # models this small only lose time to waiting threads
 
-pytest.register_assert_rewrite("common")
+pytest.register_assert_rewrite("tests.helpers")
 
 _FIGURE = "figure"
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
 import torch
-from common import adapters, patched
 from typer.testing import CliRunner
-from zoo import FAMILIES, LLAMA, ids
 
 import rasa_ext
 from rasa_ext.analysis import analyze, analyze_adapter
 from rasa_ext.cli.app import app
+from tests.helpers import oracle
+from tests.helpers.adapters import adapters, patched
+from tests.helpers.models import FAMILIES, LLAMA, ids
 
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 

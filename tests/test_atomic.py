@@ -7,10 +7,10 @@ import os
 import resource
 
 import pytest
-from common import RANK, content, patched
-from zoo import SEQUENTIAL
 
 import rasa_ext
+from tests.helpers.adapters import RANK, content, patched
+from tests.helpers.models import SEQUENTIAL
 
 WEIGHTS = "adapter_model.safetensors"
 

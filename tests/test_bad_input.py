@@ -7,12 +7,13 @@ import re
 
 import pytest
 import torch
-from common import patched, refused
 from torch import nn
-from zoo import LLAMA, SEQUENTIAL, TIED
 
 import rasa_ext
 from rasa_ext import RasaConfig
+from tests.helpers.adapters import patched
+from tests.helpers.models import LLAMA, SEQUENTIAL, TIED
+from tests.helpers.refusals import refused
 
 NAN, INF = float("nan"), float("inf")
 
@@ -59,7 +60,10 @@ ARGUMENTS = [
 @pytest.mark.parametrize(("options", "name", "came"), ARGUMENTS, ids=str)
 def test_arguments(options, name, came):
     model = LLAMA.build()
-    call = lambda: rasa_ext.patch_model(model, **options)  # noqa: E731
+
+    def call():
+        return rasa_ext.patch_model(model, **options)
+
     refused(call, model, rf"\b{name}\b", re.escape(came), "expected|cannot|is trained|no ")
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_common import invoke, load, logits
 from safetensors.torch import load_file, save_file
-from tiny_lm import make_model, save_base, sums, write_jsonl
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import rasa_ext
 from rasa_ext.cli import main
 from rasa_ext.cli.app import app
+from tests.helpers.cli import invoke, load, logits
+from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
 
 @pytest.fixture(scope="module")

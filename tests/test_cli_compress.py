@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_common import TOKENS, invoke, load, logits
-from tiny_lm import make_model, save_base
 
 import rasa_ext
+from tests.helpers.cli import TOKENS, invoke, load, logits
+from tests.helpers.tiny_lm import make_model, save_base
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,16 @@ import copy
 import weakref
 from collections.abc import Mapping
 
-import oracle
 import pytest
 import torch
-from common import adapters
 from safetensors.torch import load_file, save_file
 from torch import nn
-from zoo import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, TIED, ids
 
 import rasa_ext
 from rasa_ext import SafetensorsFolder
+from tests.helpers import oracle
+from tests.helpers.adapters import adapters
+from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, TIED, ids
 
 
 def finetuned(entry, base, others=True, rank=3, seed=0):

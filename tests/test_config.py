@@ -6,15 +6,27 @@ import copy
 import dataclasses
 import inspect
 
-import oracle
 import pytest
 import torch
-from common import RANK, adapted_layers, same_bits
 from torch import nn
-from zoo import ATTENTION, BERT, ENCODER, EVERY, EXPERTS, GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
 
 import rasa_ext
 from rasa_ext import RasaConfig
+from tests.helpers import oracle
+from tests.helpers.adapters import RANK, adapted_layers, same_bits
+from tests.helpers.models import (
+    ATTENTION,
+    BERT,
+    ENCODER,
+    EVERY,
+    EXPERTS,
+    GPT2,
+    LLAMA,
+    SEQUENTIAL,
+    T5,
+    TIED,
+    ids,
+)
 
 
 def adapted(entry, **options) -> list[str]:

@@ -6,14 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from common import LargestTensor
-from tiny_lm import make_model
 from torch import Tensor
 
 import rasa_ext
 from rasa_ext.solver import low_rank as lowrank
 from rasa_ext.solver.coordinate_descent import CoordinateDescent
 from rasa_ext.solver.low_rank import Matrix
+from tests.helpers.adapters import LargestTensor
+from tests.helpers.tiny_lm import make_model
 
 NOISE = 1e-12
 """Errors are sums of float64 squares over a total of one."""

@@ -20,7 +20,8 @@ sys.path.insert(0, str(WORKERS))
 
 import trainer  # noqa: E402
 import training  # noqa: E402
-from zoo import LLAMA  # noqa: E402
+
+from tests.helpers.models import LLAMA  # noqa: E402
 
 PARITY = 1e-6
 

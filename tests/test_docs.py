@@ -19,17 +19,15 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-import oracle
-import plain
 import pytest
-import tiny_lm
 import typer
-from common import adapters, patched
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rasa_ext
 from rasa_ext.cli.app import app
+from tests.helpers import oracle, tiny_lm
+from tests.helpers.adapters import adapters, patched, trainable_copies
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -77,7 +75,7 @@ def offline(tmp_path, monkeypatch) -> Path:
             return real(name if Path(name).is_dir() else tiny, *args, **options)
 
         monkeypatch.setattr(kind, "from_pretrained", staticmethod(load))
-    found = plain.leaves(adapters(patched(tiny_lm.make_model(**widths), 8, 1)))
+    found = trainable_copies(adapters(patched(tiny_lm.make_model(**widths), 8, 1)))
     targets = sorted({name.rpartition(".")[2] for name in found})
     oracle.write_official(
         tmp_path / "checkpoint",

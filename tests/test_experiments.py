@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_lm import make_model, make_tokenizer, sums
 
 from experiments import docstrings
 from experiments.table import Table
@@ -12,6 +11,7 @@ from experiments.tasks import make_task, other_text
 from experiments.training import Recipe, Run, batches, mean_loss, trained_losses
 from rasa_ext.train.data import parse_example
 from rasa_ext.train.encoding import Collator, encode_all
+from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
 
 PAD = 0
 

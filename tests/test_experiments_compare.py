@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_lm import make_model, make_tokenizer, save_base, sums
 
 from experiments.compare import config as compare_config
 from experiments.compare import report, run, step_time
@@ -18,6 +17,7 @@ from experiments.table import Table
 from experiments.training import Recipe, Run
 from rasa_ext.train.data import parse_example
 from rasa_ext.train.encoding import Collator, encode_all
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
 
 pytest.importorskip("peft")
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_lm import make_model, make_tokenizer, save_base
 
 import rasa_ext
 from experiments.reconstruction import compress, equal_numbers, figures, half_steps, reconstruct
@@ -18,6 +17,7 @@ from experiments.table import Table
 from experiments.tasks import make_task
 from experiments.training import Recipe, Run, mean_loss
 from rasa_ext import decompose
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 
 
 def test_a_cut_fine_tune_ends_up_with_the_same_weights(tmp_path, monkeypatch):

@@ -6,15 +6,15 @@ import copy
 import json
 import warnings
 
-import oracle
 import pytest
 import torch
-from common import RANK, adapted_layers, adapters, patched
 from safetensors.torch import load_file
 from torch import nn
-from zoo import BERT, ENCODER, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids
 
 import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import RANK, adapted_layers, adapters, patched
+from tests.helpers.models import BERT, ENCODER, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Conv1D",

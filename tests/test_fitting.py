@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
-from common import Snapshot, adapters
-from zoo import FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
 
 import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import adapters
+from tests.helpers.models import FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
+from tests.helpers.refusals import Snapshot
 
 
 def changes(base, names, seed=0):

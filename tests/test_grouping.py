@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 
-import oracle
 import pytest
 import torch
-from common import RANK, adapted_layers
 from torch import nn
-from zoo import EVERY, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
 
 import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import RANK, adapted_layers
+from tests.helpers.models import EVERY, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
 
 SPLITS = [0, 1, RANK // 2, RANK]
 _LLAMA_8B = {

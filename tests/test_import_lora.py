@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import json
 
-import oracle
 import pytest
 import torch
-from common import LargestTensor, Snapshot, adapted_layers, adapters
 from safetensors.torch import load_file, save_file
-from zoo import BERT, FAMILIES, GPT2, LLAMA, ids
 
 import rasa_ext
 from rasa_ext.checkpoint.lora import read_lora
 from rasa_ext.solver.fit import Solver
 from rasa_ext.solver.import_lora import convert_lora
+from tests.helpers import oracle
+from tests.helpers.adapters import LargestTensor, adapted_layers, adapters
+from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, ids
+from tests.helpers.refusals import Snapshot
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(

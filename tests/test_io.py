@@ -9,9 +9,16 @@ import random
 
 import pytest
 import torch
-from common import (
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import rasa_ext
+from rasa_ext.analysis import analyze_adapter
+from rasa_ext.checkpoint.files import digest
+from rasa_ext.train.inspection import read_adapter
+from tests.helpers.adapters import (
     RANK,
-    Snapshot,
     adapted_layers,
     adapters,
     content,
@@ -19,15 +26,8 @@ from common import (
     same_adapters,
     same_bits,
 )
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
-from zoo import BERT, EVERY, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
-
-import rasa_ext
-from rasa_ext.analysis import analyze_adapter
-from rasa_ext.checkpoint.files import digest
-from rasa_ext.train.inspection import read_adapter
+from tests.helpers.models import BERT, EVERY, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
+from tests.helpers.refusals import Snapshot
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

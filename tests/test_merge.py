@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import copy
 
-import oracle
-import plain
 import pytest
 import torch
-from common import (
+from torch import nn
+
+import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import (
     RANK,
     Errors,
-    Snapshot,
     adapted_layers,
     adapters,
     assert_matches_oracle,
     excesses,
     observe,
     patched,
+    plain_model,
     same_bits,
     wide,
 )
-from torch import nn
-from zoo import BERT, EVERY, FAMILIES, GPT2, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
-
-import rasa_ext
+from tests.helpers.models import (
+    BERT,
+    EVERY,
+    FAMILIES,
+    GPT2,
+    LLAMA,
+    SEQUENTIAL,
+    TIED,
+    TWO_NAMES,
+    ids,
+)
+from tests.helpers.refusals import Snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -72,7 +82,7 @@ def test_merging_keeps_the_output_and_unmerging_the_weights(entry, k):
     rasa_ext.unmerge(model)
     inputs = wide(entry.inputs(0))
     reference = oracle.run_model(base, found, lambda m: entry.loss(m, inputs))["logits"]
-    simple = logits(entry, plain.plain_model(base, found))
+    simple = logits(entry, plain_model(base, found))
     ours, theirs = Errors(), Errors()
     ours.add({"merged": merged, "free": free}, {"merged": reference, "free": reference})
     theirs.add({"merged": simple, "free": simple}, {"merged": reference, "free": reference})

@@ -6,31 +6,31 @@ import copy
 import json
 import os
 
-import oracle
-import plain
 import pytest
 import torch
-from common import (
+from torch import nn
+
+import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import (
     RANK,
-    Snapshot,
     adapted_layers,
     adapters,
     assert_matches_oracle,
     observe,
     patched,
     same_bits,
+    trainable_copies,
 )
-from torch import nn
-from zoo import LLAMA
-
-import rasa_ext
+from tests.helpers.models import LLAMA
+from tests.helpers.refusals import Snapshot
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def write(directory, k=1, targets=ALL, change=lambda tensors: None, **options):
     """A checkpoint with lively adapters, and those adapters by layer."""
-    found = plain.leaves(adapters(patched(LLAMA.build(), RANK, k, target_modules=targets)))
+    found = trainable_copies(adapters(patched(LLAMA.build(), RANK, k, target_modules=targets)))
     tensors = oracle.official_tensors(found)
     change(tensors)
     oracle.write_official(

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import RANK
-from zoo import FAMILIES, SEQUENTIAL, ids
 
 import rasa_ext
+from tests.helpers.adapters import RANK
+from tests.helpers.models import FAMILIES, SEQUENTIAL, ids
 
 MODULES = ("rasa_ext", "rasa_ext.nn.functional", "rasa_ext.ops")
 OPTIONAL = ("transformers", "peft", "typer", "rich", "accelerate", "matplotlib", "yaml", "gguf")

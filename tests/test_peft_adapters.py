@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import copy
 
-import oracle
 import pytest
 import torch
-import zoo
-from common import same_bits
-from oracle import Adapter
 from peft import get_peft_model
-from peft_common import TOKENS, adapted, close, dense, layers, named, plain, tiny, trained, two
-from tiny_lm import make_model
-from zoo import EVERY, LLAMA
 
 from rasa_ext.peft import RasaConfig
+from tests.helpers import models, oracle
+from tests.helpers.adapters import same_bits
+from tests.helpers.models import EVERY, LLAMA
+from tests.helpers.oracle import Adapter
+from tests.helpers.peft import (
+    TOKENS,
+    adapted,
+    close,
+    dense,
+    layers,
+    named,
+    plain,
+    tiny,
+    trained,
+    two,
+)
+from tests.helpers.tiny_lm import make_model
 
 
 def test_each_adapter_has_its_own_ranks_pool_and_layers():
@@ -89,7 +99,7 @@ def test_a_failed_addition_leaves_the_model():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("entry", EVERY, ids=zoo.ids)
+@pytest.mark.parametrize("entry", EVERY, ids=models.ids)
 def test_merged_weights_are_the_oracles_rounded_once(entry, dtype):
     base = entry.build().to(dtype)
     model = adapted(base)
@@ -163,7 +173,7 @@ def test_safe_merge_of_a_sound_adapter_is_a_merge():
 
 
 def test_delta_weight_is_the_oracles():
-    for entry in (LLAMA, zoo.GPT2):
+    for entry in (LLAMA, models.GPT2):
         model = adapted(entry.build())
         for name, layer in layers(plain(model)).items():
             exact = oracle.delta(Adapter(*layer.adapter("default").factors()))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from common import same_bits
 from peft import AutoPeftModel, AutoPeftModelForSeq2SeqLM, PeftModel
-from peft_common import adapted, trained
 from torch import Tensor, nn
 
 import rasa_ext
 from rasa_ext.nn import fused_projections as siblings
+from tests.helpers.adapters import same_bits
+from tests.helpers.peft import adapted, trained
 
 SMALL = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "decoder_start_token_id": 1}
 SMALL |= {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}

@@ -6,16 +6,16 @@ import warnings
 
 import pytest
 import torch
-from common import RANK, same_bits
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils.hotswap import hotswap_adapter
-from peft_common import TOKENS, close, dense, layers, logits, named, tiny, trained, two
 from safetensors.torch import load_file
-from tiny_lm import make_model
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import RANK, same_bits
+from tests.helpers.peft import TOKENS, close, dense, layers, logits, named, tiny, trained, two
+from tests.helpers.tiny_lm import make_model
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -5,25 +5,25 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
-from common import RANK, patched, same_bits
 from peft import (
     AutoPeftModelForCausalLM,
     PeftModel,
     PeftModelForCausalLM,
     PeftModelForSequenceClassification,
 )
-from peft_common import adapted, layers, logits, named, tiny, trained
 from safetensors.torch import load_file
-from tiny_lm import make_model, save_base
 from torch import nn
-from zoo import GPT2, LLAMA, T5
 
 import rasa_ext
 import rasa_ext.peft
 from rasa_ext.peft import RasaConfig
+from tests.helpers import oracle
+from tests.helpers.adapters import RANK, patched, same_bits
+from tests.helpers.models import GPT2, LLAMA, T5
+from tests.helpers.peft import adapted, layers, logits, named, tiny, trained
+from tests.helpers.tiny_lm import make_model, save_base
 
 TOKENS = torch.arange(24).view(2, 12)
 WEIGHTS = "adapter_model.safetensors"

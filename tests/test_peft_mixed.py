@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft_common import TOKENS, adapted, close, dense, named, two
-from tiny_lm import make_model
-from zoo import T5
 
 from rasa_ext.peft import RasaConfig
 from rasa_ext.peft.mixed import Rows
+from tests.helpers.models import T5
+from tests.helpers.peft import TOKENS, adapted, close, dense, named, two
+from tests.helpers.tiny_lm import make_model
 
 ROWS = torch.cat([TOKENS, TOKENS.flip(0)])
 NAMES = ["second", "default", "__base__", "second"]

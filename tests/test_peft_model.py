@@ -5,11 +5,8 @@ from __future__ import annotations
 import copy
 import io
 
-import oracle
 import pytest
 import torch
-import zoo
-from common import RANK, Snapshot, adapted_layers, adapters, check_step, same_bits
 from peft import (
     PeftModel,
     get_peft_model,
@@ -17,26 +14,29 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from peft_common import adapted, layers, plain, tiny, trained
-from tiny_lm import make_model
 from torch import nn
-from zoo import ATTENTION, ENCODER, EVERY, GPT2, LLAMA, SEQUENTIAL
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig, RasaModel
+from tests.helpers import models, oracle
+from tests.helpers.adapters import RANK, adapted_layers, adapters, check_step, same_bits
+from tests.helpers.models import ATTENTION, ENCODER, EVERY, GPT2, LLAMA, SEQUENTIAL
+from tests.helpers.peft import adapted, layers, plain, tiny, trained
+from tests.helpers.refusals import Snapshot
+from tests.helpers.tiny_lm import make_model
 
 TOKENS = torch.arange(24).view(2, 12)
 
 
 @pytest.mark.parametrize("k", [0, 1, RANK])
-@pytest.mark.parametrize("entry", EVERY, ids=zoo.ids)
+@pytest.mark.parametrize("entry", EVERY, ids=models.ids)
 def test_a_step_is_the_published_formulas(entry, k):
     base = entry.build()
     model = adapted(base, rasa_k=k)
     check_step(entry, base, plain(model), model)
 
 
-@pytest.mark.parametrize("entry", EVERY, ids=zoo.ids)
+@pytest.mark.parametrize("entry", EVERY, ids=models.ids)
 def test_the_layers_and_pools_are_those_of_patch_model(entry):
     model, ours = adapted(entry.build()), rasa_ext.patch_model(entry.build(), rank=RANK)
     found, expected = layers(plain(model)), adapted_layers(ours)

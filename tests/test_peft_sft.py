@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from common import same_bits
 from peft import PeftModel
-from peft_common import layers, logits, tiny
-from tiny_lm import make_model, make_tokenizer, sums
 
 from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import same_bits
+from tests.helpers.peft import layers, logits, tiny
+from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")

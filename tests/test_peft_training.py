@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from common import patched, same_bits
 from peft import PeftModel
-from peft_common import logits, named, tiny, trained
 from safetensors.torch import load_file
-from tiny_lm import make_model
 from transformers import Trainer, TrainingArguments
 
 import rasa_ext
+from tests.helpers.adapters import patched, same_bits
+from tests.helpers.peft import logits, named, tiny, trained
+from tests.helpers.tiny_lm import make_model
 
 CHECKPOINTING = [None, True, False]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import patched, same_bits
-from peft_common import TOKENS, tiny, trained
-from tiny_lm import make_model
 
 import rasa_ext
+from tests.helpers.adapters import patched, same_bits
+from tests.helpers.peft import TOKENS, tiny, trained
+from tests.helpers.tiny_lm import make_model
 
 CAST = "cast to torch.bfloat16.* is torch.float32 again"
 

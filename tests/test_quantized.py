@@ -8,13 +8,20 @@ import sys
 from pathlib import Path
 
 import bitsandbytes
-import oracle
-import plain
 import pytest
 import torch
-from common import (
+from safetensors.torch import load_file
+from torch import nn
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import quantize_
+
+import rasa_ext
+from rasa_ext.base_layers.quantized import format_of
+from tests.helpers import oracle
+from tests.helpers.adapters import (
     RANK,
     Errors,
+    PlainRasa,
     adapted_layers,
     adapters,
     excesses,
@@ -23,15 +30,18 @@ from common import (
     randomize,
     same_adapters,
     same_bits,
+    trainable_copies,
 )
-from quantized_common import FORMATS, OUT, WIDTH, dense, linears, make_model, numbers, quantized
-from safetensors.torch import load_file
-from torch import nn
-from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
-from torchao.quantization import quantize_
-
-import rasa_ext
-from rasa_ext.base_layers.quantized import format_of
+from tests.helpers.quantized import (
+    FORMATS,
+    OUT,
+    WIDTH,
+    dense,
+    linears,
+    make_model,
+    numbers,
+    quantized,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
@@ -77,9 +87,9 @@ def test_forward_and_backward(form, dtype):
             alone = base.train()(x).double()
         wanted = oracle.linear_grads(grad, x, numbers(base), adapter)
         wanted["y"] = alone + x.double() @ oracle.delta(adapter).T
-        leaf = plain.leaves({"": adapter})[""]
+        leaf = trainable_copies({"": adapter})[""]
         ours.add(observe(layer.train(), x, adapter, grad), wanted)
-        theirs.add(observe(plain.PlainRasa(base, leaf), x, leaf, grad), wanted)
+        theirs.add(observe(PlainRasa(base, leaf), x, leaf, grad), wanted)
     bad, _ = excesses(ours, theirs, 1e-6 if dtype == torch.float32 else 0.0)
     assert not bad
     assert all(error < 0.05 for error in theirs.relative().values())

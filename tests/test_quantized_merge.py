@@ -6,15 +6,15 @@ import copy
 import re
 import warnings
 
-import oracle
 import pytest
 import torch
-from common import adapted_layers, adapters, patched, same_bits
-from quantized_common import FORMATS, WIDTH, linears, make_model, numbers, quantized
 from torch import nn
 
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
+from tests.helpers import oracle
+from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
+from tests.helpers.quantized import FORMATS, WIDTH, linears, make_model, numbers, quantized
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import adapted_layers, patched
-from quantized_common import make_model
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -17,6 +15,8 @@ from transformers import (
 
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
+from tests.helpers.adapters import adapted_layers, patched
+from tests.helpers.quantized import make_model
 
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 CONFIGS = {

@@ -5,18 +5,18 @@ from __future__ import annotations
 import warnings
 
 import bitsandbytes
-import oracle
 import pytest
 import torch
-from common import adapters, randomize
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from peft_common import adapted, layers, named, plain
-from quantized_common import FORMATS, dense, make_model, numbers, quantized
 from torch import nn
 
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.peft import RasaConfig
+from tests.helpers import oracle
+from tests.helpers.adapters import adapters, randomize
+from tests.helpers.peft import adapted, layers, named, plain
+from tests.helpers.quantized import FORMATS, dense, make_model, numbers, quantized
 
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 BACKENDS = {

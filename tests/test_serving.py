@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 
-import oracle
 import pytest
 import torch
-from common import RANK, adapters, patched
-from serving_rules import READERS, VLLM_RANKS, Refused, read, vllm
-from zoo import GPT2, LLAMA
 
 import rasa_ext
 from rasa_ext.train import serving
+from tests.helpers import oracle
+from tests.helpers.adapters import RANK, adapters, patched
+from tests.helpers.models import GPT2, LLAMA
+from tests.helpers.serving_rules import READERS, VLLM_RANKS, Refused, read, vllm
 
 BASE = LLAMA.build()
 

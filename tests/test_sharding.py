@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from common import content, patched
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from zoo import GPT2, LLAMA, SEQUENTIAL, T5, Entry
 
 import rasa_ext
 from rasa_ext.distributed import blocks_of, no_sync, shard_model
+from tests.helpers.adapters import content, patched
+from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, T5, Entry
 
 
 @pytest.fixture(scope="module", autouse=True)

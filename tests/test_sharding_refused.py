@@ -5,15 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from common import patched, refused
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from zoo import LLAMA, SEQUENTIAL
 
 import rasa_ext
 from rasa_ext.distributed import no_sync, shard_model
+from tests.helpers.adapters import patched
+from tests.helpers.models import LLAMA, SEQUENTIAL
+from tests.helpers.refusals import refused
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +56,10 @@ def test_models_that_are_wrapped(wrap, mesh):
 def test_a_merged_model(mesh):
     model = patched(LLAMA.build())
     rasa_ext.merge(model)
-    call = lambda: shard_model(model, mesh)  # noqa: E731
+
+    def call():
+        return shard_model(model, mesh)
+
     refused(call, model, r"merged", r"rasa_ext\.unmerge", kind=RuntimeError)
 
 
@@ -69,7 +73,10 @@ def test_an_adapter_without_values(mesh):
 def test_blocks_from_elsewhere(mesh):
     model = patched(LLAMA.build())
     for block in (nn.Linear(2, 2), model):
-        call = lambda block=block: shard_model(model, mesh, blocks=[block])  # noqa: E731
+
+        def call(block=block):
+            return shard_model(model, mesh, blocks=[block])
+
         refused(call, model, f"blocks: expected.*inside.*got {type(block).__name__}")
 
 

@@ -6,15 +6,15 @@ import functools
 
 import pytest
 import torch
-from common import patched, same_bits
-from peft_common import adapted, close, dense, layers, logits, tiny, trained, two
-from quantized_common import make_model as quantizable
-from quantized_common import quantized
-from tiny_lm import make_model
-from zoo import GPT2, SEQUENTIAL
 
 import rasa_ext
 from rasa_ext.patching.subtraction import Rest, rest
+from tests.helpers.adapters import patched, same_bits
+from tests.helpers.models import GPT2, SEQUENTIAL
+from tests.helpers.peft import adapted, close, dense, layers, logits, tiny, trained, two
+from tests.helpers.quantized import make_model as quantizable
+from tests.helpers.quantized import quantized
+from tests.helpers.tiny_lm import make_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CASES = [(SEQUENTIAL, dtype) for dtype in DTYPES] + [(GPT2, torch.bfloat16)]

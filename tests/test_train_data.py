@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from tiny_lm import make_model, make_tokenizer, sums, write_jsonl
 from tokenizers import processors
 
 from rasa_ext.train import data
 from rasa_ext.train.data import DataError, Example, parse_example, read_examples
 from rasa_ext.train.encoding import IGNORE, Collator, encode, encode_all
 from rasa_ext.train.evaluate import completion_loss
+from tests.helpers.tiny_lm import make_model, make_tokenizer, sums, write_jsonl
 
 USER = {"role": "user", "content": "what is 2 plus 2?"}
 FOUR = {"role": "assistant", "content": "4"}

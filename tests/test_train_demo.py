@@ -8,7 +8,6 @@ import io
 import pytest
 import torch
 from rich.console import Console
-from tiny_lm import save_base
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -18,6 +17,7 @@ from rasa_ext.train import demo
 from rasa_ext.train.data import read_examples
 from rasa_ext.train.model_loading import ModelError, load_model
 from rasa_ext.train.problems import make_problems
+from tests.helpers.tiny_lm import save_base
 
 pytest.importorskip("peft")
 

@@ -16,7 +16,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny_lm import make_model, save_base, sums, write_jsonl
 
 import rasa_ext
 from rasa_ext.train import callbacks
@@ -24,6 +23,7 @@ from rasa_ext.train.callbacks import read_metrics
 from rasa_ext.train.finetune import finetune, total_steps
 from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.trainer import checkpoints_in
+from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_lm import make_model, make_tokenizer, save_base
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rasa_ext
@@ -22,6 +21,7 @@ from rasa_ext.train.model_loading import (
     save_model,
 )
 from rasa_ext.train.serving import serving_help, vllm_command
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
 

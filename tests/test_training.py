@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import io
 
-import oracle
-import plain
 import pytest
 import torch
-from common import (
+
+import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import (
     RANK,
     Errors,
-    Snapshot,
     adapted_layers,
     adapters,
     assert_matches_oracle,
@@ -22,12 +22,13 @@ from common import (
     gradients,
     observe,
     patched,
+    plain_model,
     randomize,
+    trainable_copies,
     wide,
 )
-from zoo import FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, Checkpointed, ids
-
-import rasa_ext
+from tests.helpers.models import FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, Checkpointed, ids
+from tests.helpers.refusals import Snapshot
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -53,9 +54,9 @@ def test_checkpointing_of_ones_own(use_reentrant):
 def test_gradient_accumulation(entry):
     base = entry.build()
     model = patched(base)
-    found, copies = adapters(model), plain.leaves(adapters(model))
+    found, copies = adapters(model), trainable_copies(adapters(model))
     ours, theirs, total = Errors(by_kind=True), Errors(by_kind=True), {}
-    simple = plain.plain_model(base, copies)
+    simple = plain_model(base, copies)
     for seed in range(3):
         inputs = entry.inputs(seed)
         for each in (model, simple):
@@ -223,13 +224,13 @@ def test_autocast(base_dtype, adapter_dtype):
     """Error within twice that of plain PyTorch under the same autocast; gradients keep dtypes."""
     base = LLAMA.build().to(base_dtype)
     model = patched(base, adapter_dtype=adapter_dtype)
-    found, copies = adapters(model), plain.leaves(adapters(model))
+    found, copies = adapters(model), trainable_copies(adapters(model))
     inputs = LLAMA.inputs(0)
     reference = oracle.run_model(base, copies, lambda m: LLAMA.loss(m, inputs))
     ours, theirs = Errors(), Errors()
     with torch.autocast("cpu", torch.bfloat16):
         observed = observe(model, found, LLAMA, inputs)
-        theirs.add(observe(plain.plain_model(base, copies), copies, LLAMA, inputs), reference)
+        theirs.add(observe(plain_model(base, copies), copies, LLAMA, inputs), reference)
     ours.add(observed, reference)
     assert {v.dtype for k, v in observed.items() if k != "logits"} == {adapter_dtype}
     largest = max(theirs.relative().values())

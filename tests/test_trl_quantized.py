@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from common import same_bits
 from peft import get_peft_model
-from peft_common import trained
-from quantized_common import make_model, quantized
-from tiny_lm import make_tokenizer, sums
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import same_bits
+from tests.helpers.peft import trained
+from tests.helpers.quantized import make_model, quantized
+from tests.helpers.tiny_lm import make_tokenizer, sums
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")

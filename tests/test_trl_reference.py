@@ -9,8 +9,9 @@ import copy
 
 import pytest
 import torch
-from peft_common import close, dense, logits, tiny
-from tiny_lm import make_tokenizer, sums
+
+from tests.helpers.peft import close, dense, logits, tiny
+from tests.helpers.tiny_lm import make_tokenizer, sums
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")

@@ -126,13 +126,15 @@ class AdaptedLinear(nn.Module):
             plain = as_plain_gemm(self._modules["base_layer"], dtype)
         if plain is None:
             return self._over_base(x, adapter, sources, with_grad, args, kwargs)
-        if with_grad and self.fused is not None and ops.fuse_projections(x):
+        p = adapter.config.dropout if self.training else 0.0
+        # With dropout also without grad: a re-entrant checkpoint must draw the same masks twice.
+        if (with_grad or p) and self.fused is not None and ops.fuse_projections(x):
             y = self.fused.output(self, x, dtype)
             if y is not None:
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
+        drop = functional.dropout(x, p)
         if with_grad:
             factors = adapter.factors()
             multiple = ops.rank_multiple(x.device.type, dtype, factors.rank)

@@ -324,9 +324,7 @@ def pack_projections(
     """One Ap for all, and each one's Bp; without a gradient."""
     A, A_pool, B, B_pool, d = zip(*factors, strict=True)
     if any(v is None for v in d):
-        d = [
-            torch.ones_like(f.A[:, 0]) if v is None else v for f, v in zip(factors, d, strict=True)
-        ]
+        d = [each.A.new_ones(each.rank) if each.d is None else each.d for each in factors]
     return ops.pack_projections(A, as_op_list(A_pool), B, as_op_list(B_pool), d, dtype, multiple)
 
 

@@ -42,8 +42,9 @@ class Projection(NamedTuple):
 
     def stamp(self) -> list[int]:
         """Differs where a tensor was replaced or written to; all of them are alive."""
+        base = (self.weight,) if self.bias is None else (self.weight, self.bias)
         versions = [n for t in self.sources for n in (id(t), t._version)]
-        return [self.weight.data_ptr(), self.weight._version, *versions]
+        return [*versions, *(n for t in base for n in (t.data_ptr(), t._version))]
 
 
 class Projected(Protocol):
@@ -57,18 +58,35 @@ class _Round:
     """One x, and the outputs that wait for the layers which are still to read it."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype, leader: Projected, stamp: list[int]) -> None:
-        self.x, self.version, self.dtype = weakref.ref(x), x._version, dtype
+        self.x, self.form = weakref.ref(x), self._form(x, dtype)
         self.leader, self.stamp = weakref.ref(leader), stamp
-        self.waiting: dict[int, tuple[Tensor, list[int]]] = {}
+        self.waiting: dict[int, tuple[Tensor | None, list[int]]] = {}
 
     def is_of(self, x: Tensor, dtype: torch.dtype) -> bool:
-        return self.x() is x and self.version == x._version and self.dtype == dtype
+        return self.x() is x and self.form == self._form(x, dtype)
+
+    @staticmethod
+    def _form(x: Tensor, dtype: torch.dtype) -> tuple[int, bool, bool, torch.dtype]:
+        return x._version, x.requires_grad, torch.is_grad_enabled(), dtype
+
+    def drop_in_backward(self, y: Tensor) -> None:
+        """Let go of outputs in a backward through y, which frees what they share with it."""
+        current = weakref.ref(self)
+
+        def drop(grads: tuple[Tensor | None, ...]) -> None:
+            its = current()
+            if its is not None:
+                its.waiting = {key: (None, stamp) for key, (_, stamp) in its.waiting.items()}
+
+        if y.grad_fn is not None:
+            y.grad_fn.register_prehook(drop)
 
 
 class FusedProjections:
     """Shared by the layers of one parent that may read one input; holds none of them alive.
 
-    For forwards with grad: ``ops.fuse_projections`` says where they gain by it.
+    For forwards with grad, where ``ops.fuse_projections`` says that they gain by it, and for those
+    with dropout, whose mask they share.
     """
 
     def __init__(self, layers: Iterable[Projected]) -> None:
@@ -82,7 +100,7 @@ class FusedProjections:
             if current.is_of(x, dtype) and id(layer) in current.waiting:
                 y, stamp = current.waiting.pop(id(layer))
                 part = layer.projection(dtype)
-                return y if part is not None and part.stamp() == stamp else None
+                return None if part is None or part.stamp() != stamp else y
             if current.waiting:
                 self._part(current, dtype)
         return self._compute(layer, x, dtype)
@@ -131,6 +149,7 @@ class FusedProjections:
         self._round = _Round(x, dtype, leader, first.stamp())
         for each, part, y in zip(layers[1:], parts[1:], outputs[1:], strict=True):
             self._round.waiting[id(each)] = y, part.stamp()
+        self._round.drop_in_backward(outputs[0])
         return outputs[0]
 
     def forget(self) -> None:

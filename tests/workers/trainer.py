@@ -12,13 +12,11 @@ from pathlib import Path
 import torch
 from transformers import Trainer, TrainingArguments
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import patched  # noqa: E402
-from zoo import LLAMA  # noqa: E402
-
-import rasa_ext  # noqa: E402
+import rasa_ext
+from tests.helpers.adapters import patched
+from tests.helpers.models import LLAMA
 
 GLOBAL_BATCH = 8
 

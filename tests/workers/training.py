@@ -20,13 +20,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS.parent), str(TESTS)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from common import patched, randomize  # noqa: E402
-from zoo import GPT2, LLAMA, TIED, Entry  # noqa: E402
-
-import rasa_ext  # noqa: E402
+import rasa_ext
+from tests.helpers.adapters import patched, randomize
+from tests.helpers.models import GPT2, LLAMA, TIED, Entry
 
 
 @dataclass(frozen=True)

@@ -8,34 +8,32 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """The tensors of one adapted layer; the pool's are None where k = 0."""
+class Adapter(NamedTuple):
+    """The tensors of one adapted layer; the pool's are None where k = 0, and d = None is ones."""
 
     A: Tensor
     A_pool: Tensor | None
     B: Tensor
     B_pool: Tensor | None
-    d: Tensor
+    d: Tensor | None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Adapter:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Adapter(*(None if value is None else function(value) for value in values))
+        return Adapter(*(None if value is None else function(value) for value in self))
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
         """[A ; A_pool] (R, in), [B | B_pool] (out, R) and d (R,) in float64."""
-        wide = self.map(lambda t: t.detach().double())
-        if wide.A_pool is None:
-            return wide.A, wide.B, wide.d
-        return torch.cat([wide.A, wide.A_pool]), torch.cat([wide.B, wide.B_pool], 1), wide.d
+        A, A_pool, B, B_pool, d = self.map(lambda t: t.detach().double())
+        if A_pool is not None:
+            A, B = torch.cat([A, A_pool]), torch.cat([B, B_pool], 1)
+        return A, B, torch.ones_like(A[:, 0]) if d is None else d
 
 
 def delta(adapter: Adapter) -> Tensor:
@@ -62,7 +60,7 @@ def linear_grads(grad: Tensor, x: Tensor, weight: Tensor, adapter: Adapter) -> d
 
 
 def adapter_grads(weight_grad: Tensor, adapter: Adapter) -> dict[str, Tensor]:
-    """Gradients of the adapter from S = dL/dW of the dense weight: dAp = Bt^T S, T = S Ap^T."""
+    """Gradients of the adapter from S = dL/dW of the dense weight: T = S [A ; A_pool]^T."""
     down, up, d = adapter.stacked()
     S = weight_grad.double()
     T = S @ down.T

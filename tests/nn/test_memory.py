@@ -1,18 +1,21 @@
-"""What one adapted linear layer keeps for its backward: x, U, and what exists anyway."""
+"""What one adapted linear layer keeps for its backward: x, U, and what exists anyway.
+
+``ops.keep_pack`` may keep the pack as well, where it gains by that.
+"""
 
 from __future__ import annotations
 
 import copy
 
-import plain
 import pytest
 import torch
-from common import RANK, adapter_of, patched, randomize
 from torch import nn
-from zoo import GPT2
 
 import rasa_ext
+from rasa_ext import ops
 from rasa_ext.nn.pack_cache import PackCache
+from tests.helpers.adapters import RANK, PlainRasa, adapter_of, patched, randomize
+from tests.helpers.models import GPT2
 
 TOKENS, WIDTH, OUT, LAYERS = 256, 512, 384, 32
 
@@ -54,9 +57,13 @@ def layer_of(rank, k, dtype=torch.float32, bias=True, **options):
 
 
 def existing(layer, x) -> set[int]:
-    adapter, base = adapter_of(layer), layer.base_layer
-    fields = (adapter.A, adapter.A_pool, adapter.B, adapter.B_pool, adapter.d)
-    return addresses(x, base.weight, base.bias, *fields)
+    base = layer.base_layer
+    return addresses(x, base.weight, base.bias, *adapter_of(layer))
+
+
+@pytest.fixture(autouse=True)
+def _packs_again(monkeypatch):
+    monkeypatch.setattr(ops, "keep_pack", lambda *_: False)
 
 
 @pytest.mark.parametrize("needs_dx", [True, False])
@@ -83,9 +90,8 @@ def test_against_the_published_formula(rank, k, dtype, figure):
     x = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
     mine, _ = kept(lambda: layer(x))
     leaves = adapter_of(layer).map(lambda t: t.detach().to(dtype).requires_grad_())
-    theirs, _ = kept(lambda: plain.PlainRasa(base, leaves)(x))
-    fields = (leaves.A, leaves.A_pool, leaves.B, leaves.B_pool, leaves.d)
-    there = addresses(x, base.weight, base.bias, *fields)
+    theirs, _ = kept(lambda: PlainRasa(base, leaves)(x))
+    there = addresses(x, base.weight, base.bias, *leaves)
     ours = sum(size for address, size in mine.items() if address not in existing(layer, x))
     published = sum(size for address, size in theirs.items() if address not in there)
     figure(
@@ -117,6 +123,31 @@ def test_dropout_adds_a_bit_for_each_element_of_x(hooked):
     mask, u = sorted(s for address, s in storages.items() if address not in existing(layer, x))
     assert mask == TOKENS * WIDTH // 8
     assert_is_u(u, layer, TOKENS, x.dtype)
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_a_kept_pack_is_made_once_and_gives_the_same_gradients(tokens, monkeypatch):
+    """Beside x, U and the parameters there is the pack, (R, in) and (R, out)."""
+    _, layer = layer_of(8, 1)
+    x = torch.randn(tokens, WIDTH)
+    made, direct = [], ops.pack
+    monkeypatch.setattr(ops, "keep_pack", lambda *_: True)
+    monkeypatch.setattr(ops, "pack", lambda *args: made.append(1) or direct(*args))
+
+    def gradients():
+        made.clear()
+        storages, y = kept(lambda: layer(x))
+        parameters = [t for t in adapter_of(layer) if t is not None]
+        grads = torch.autograd.grad(y.square().sum(), parameters)
+        new = [size for address, size in storages.items() if address not in existing(layer, x)]
+        return len(new), len(made), grads
+
+    kept_tensors, packed, grads = gradients()
+    assert (kept_tensors, packed) == (3, 1)
+    monkeypatch.setattr(ops, "keep_pack", lambda *_: False)
+    kept_tensors, packed, others = gradients()
+    assert (kept_tensors, packed) == (1, 2)
+    assert all(map(torch.equal, grads, others))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import oracle
-import plain
 import pytest
 import torch
-from common import (
+from torch import nn
+
+import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import (
     FLOOR,
     RANK,
     Errors,
@@ -18,13 +20,13 @@ from common import (
     excesses,
     observe,
     patched,
+    plain_model,
     randomize,
+    refresh,
+    trainable_copies,
     wide,
 )
-from torch import nn
-from zoo import ENCODER, FAMILIES, GPT2, LLAMA, OTHERS, SEQUENTIAL, T5, ids
-
-import rasa_ext
+from tests.helpers.models import ENCODER, FAMILIES, GPT2, LLAMA, OTHERS, SEQUENTIAL, T5, ids
 
 DRAWS = 16
 SPLITS = (0, 1, RANK // 2, RANK)
@@ -35,12 +37,12 @@ def compare(entry, base, model, device="cpu"):
     dtype = next(base.parameters()).dtype
     ours, theirs = Errors(), Errors()
     found = adapters(model)
-    copies = plain.leaves(found)
+    copies = trainable_copies(found)
     # Copies of a whole model take longer than its steps, so that each is made once.
-    simple, dense = plain.plain_model(base, copies), oracle.dense_model(base, copies)
+    simple, dense = plain_model(base, copies), oracle.dense_model(base, copies)
     for draw in range(DRAWS):
         randomize(model, draw)
-        plain.refresh(copies, found)
+        refresh(copies, found)
         inputs = entry.inputs(draw, dtype, device)
         reference = oracle.run_model(
             base, copies, lambda m, inputs=inputs: entry.loss(m, wide(inputs)), dense
@@ -179,26 +181,6 @@ def test_views_of_inputs_and_gradients(view):
         torch.testing.assert_close(getattr(layer, field).grad, expected[field])
     torch.testing.assert_close(layer.pool.A.grad, expected["A_pool"])
     torch.testing.assert_close(layer.pool.B.grad, expected["B_pool"])
-
-
-def test_dropout_is_on_the_adapters_input_alone():
-    """With dW = I, y - base(x) shows the mask itself; the backward must use the same one."""
-    base = nn.Sequential(nn.Linear(6, 6))
-    model = rasa_ext.patch_model(copy.deepcopy(base), 6, 0, dropout=0.5)
-    with torch.no_grad():
-        for parameter, value in ((model[0].A, torch.eye(6)), (model[0].B, torch.eye(6))):
-            parameter.copy_(value)
-        model[0].d.fill_(1)
-    x = torch.full((200, 6), 2.0, requires_grad=True)
-    y = model.train()(x)
-    change = (y - base(x)).detach()
-    kept = change > 1
-    torch.testing.assert_close(change, 4.0 * kept)
-    assert 0.4 < kept.float().mean() < 0.6
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, base[0].weight.detach().sum(0) + 2.0 * kept)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), base(x) + x)
 
 
 @pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)

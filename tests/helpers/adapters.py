@@ -1,25 +1,26 @@
-"""What several test files share: patching with lively adapters, reading them, comparing models."""
+"""Patching with randomized adapters, reading them, and comparing models with the oracle.
+
+Every tolerance is measured by the error of ``PlainRasa``, plain PyTorch's own RaSA.
+"""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import oracle
-import plain
-import pytest
 import torch
-from oracle import Adapter
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from zoo import Entry
 
 import rasa_ext
 from rasa_ext.nn.adapted_linear import AdaptedLinear
+from tests.helpers import oracle
+from tests.helpers.models import Entry
+from tests.helpers.oracle import Adapter
 
 RANK = 4
 
@@ -33,7 +34,7 @@ def patched(base: nn.Module, *args, seed: int = 3, **options) -> nn.Module:
 
 
 def randomize(model: nn.Module, seed: int) -> None:
-    """Draws every adapter tensor, such that dW is about as large as the zoo's W."""
+    """Draws every adapter tensor, such that dW is about as large as a model's W."""
     randomize_adapters(adapters(model), seed)
 
 
@@ -132,11 +133,11 @@ def assert_matches_oracle(
     entry: Entry, base: nn.Module, model: nn.Module, observed: Mapping[str, Tensor], inputs
 ) -> None:
     """One observation of ``model`` against the oracle, measured by the official formula."""
-    found = plain.leaves(adapters(model))
+    found = trainable_copies(adapters(model))
     reference = oracle.run_model(base, found, lambda dense: entry.loss(dense, wide(inputs)))
     ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
     ours.add(observed, reference)
-    theirs.add(observe(plain.plain_model(base, found), found, entry, inputs), reference)
+    theirs.add(observe(plain_model(base, found), found, entry, inputs), reference)
     bad, _ = excesses(ours, theirs, FLOOR.get(next(base.parameters()).dtype, 0.0))
     assert not bad
 
@@ -152,32 +153,6 @@ def wide(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
 
 
-_traced: set[tuple] = set()
-
-
-def opcheck(operator: torch._ops.OpOverload, args: tuple) -> None:
-    """torch.library.opcheck, but one trace under dynamic shapes for calls of one form.
-
-    That trace is nine tenths of the time. It sees neither sizes nor dtypes, only which arguments
-    are given, of how many dimensions, whether they are empty, and flags. What the fake kernel says
-    of sizes, strides and dtypes, and the schema, are checked of every call.
-    """
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    traced = (operator, _form(args))
-    if traced not in _traced:
-        checks.append("test_aot_dispatch_dynamic")
-    torch.library.opcheck(operator, args, test_utils=checks)
-    _traced.add(traced)  # only now: it has passed
-
-
-def _form(value: object) -> object:
-    if isinstance(value, Tensor):
-        return value.ndim, value.numel() == 0
-    if isinstance(value, list | tuple):
-        return tuple(map(_form, value))
-    return value if isinstance(value, bool) else type(value)
-
-
 class LargestTensor(TorchDispatchMode):
     """While entered: the elements of the largest tensor that any operation made."""
 
@@ -188,54 +163,6 @@ class LargestTensor(TorchDispatchMode):
         sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
         self.numel = max(self.numel, *sizes, 0)
         return result
-
-
-class Snapshot:
-    """Everything about a model that a refused call must leave alone."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.modules = {name: id(module) for name, module in named_modules(model)}
-        self.parameters = named_flags(model)
-        self.values = {key: value.clone() for key, value in model.state_dict().items()}
-        self.training = model.training
-        self.hooks = hook_counts(model)
-
-    def assert_unchanged(self) -> None:
-        assert {name: id(module) for name, module in named_modules(self.model)} == self.modules
-        assert named_flags(self.model) == self.parameters
-        state = self.model.state_dict()
-        assert state.keys() == self.values.keys()
-        for key, value in state.items():
-            assert same_bits(value, self.values[key]), key
-        assert self.model.training == self.training
-        assert hook_counts(self.model) == self.hooks
-
-
-def refused(call: Callable, model: nn.Module, *said: str, kind=(ValueError, TypeError)) -> None:
-    """The call raises, its message holds every part, and the model is what it was."""
-    before = Snapshot(model)
-    with pytest.raises(kind) as caught:
-        call()
-    for part in said:
-        assert re.search(part, str(caught.value)), (part, str(caught.value))
-    before.assert_unchanged()
-
-
-def named_modules(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    return model.named_modules(remove_duplicate=False)
-
-
-def named_flags(model: nn.Module) -> dict[str, tuple[int, bool]]:
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: (id(parameter), parameter.requires_grad) for name, parameter in named}
-
-
-def hook_counts(model: nn.Module) -> dict[str, int]:
-    return {
-        name: len(module._forward_hooks) + len(module._forward_pre_hooks)
-        for name, module in named_modules(model)
-    }
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:
@@ -252,3 +179,59 @@ def same_adapters(left: nn.Module, right: nn.Module) -> bool:
 def content(directory: Path) -> dict[str, bytes]:
     """The bytes of every file of a directory, hidden ones included."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+class PlainRasa(nn.Module):
+    """base(x) + ((x [A ; A_pool]^T) * d) [B | B_pool]^T, the adapter cast to x's dtype."""
+
+    def __init__(self, base: nn.Module, adapter: Adapter):
+        super().__init__()
+        self.base, self.adapter = base, adapter
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = self.base(x)
+        cast = self.adapter.map(lambda t: t.to(result.dtype))
+        down, up = cast.A, cast.B
+        if cast.A_pool is not None:
+            down, up = torch.cat([down, cast.A_pool]), torch.cat([up, cast.B_pool], dim=1)
+        return result + F.linear(F.linear(x.to(result.dtype), down) * cast.d, up)
+
+
+def trainable_copies(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
+    """Copies that require grad; tensors shared between layers stay shared."""
+    seen: dict[int, Tensor] = {}
+
+    def leaf(tensor: Tensor) -> Tensor:
+        if id(tensor) not in seen:
+            seen[id(tensor)] = copy.copy(tensor.detach().clone()).requires_grad_()
+        return seen[id(tensor)]
+
+    return {name: adapter.map(leaf) for name, adapter in adapters.items()}
+
+
+def refresh(copies: Mapping[str, Adapter], adapters: Mapping[str, Adapter]) -> None:
+    """Give ``trainable_copies`` the values that ``adapters`` have by now."""
+    with torch.no_grad():
+        for name, adapter in adapters.items():
+            for mine, theirs in zip(copies[name], adapter, strict=True):
+                if theirs is not None:
+                    mine.copy_(theirs)
+
+
+def plain_model(base: nn.Module, adapters: Mapping[str, Adapter]) -> nn.Module:
+    """A copy of ``base`` with PlainRasa in place of every layer that ``adapters`` names."""
+    model = copy.deepcopy(base)
+    model.requires_grad_(False)
+    modules = {}  # one wrapper per module, also where the model registers it under two names
+    for name, adapter in adapters.items():
+        module = model.get_submodule(name)
+        modules[id(module)] = PlainRasa(module, adapter)
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if id(child) in modules and not isinstance(parent, PlainRasa):
+                setattr(parent, key, modules[id(child)])
+    return model

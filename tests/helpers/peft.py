@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
-import oracle
 import torch
-from common import RANK, adapters, randomize, randomize_adapters
-from oracle import Adapter
 from peft import PeftModel, get_peft_model
-from tiny_lm import make_model
 from torch import Tensor, nn
 
 from rasa_ext.peft import RasaConfig, RasaPeftLinear
+from tests.helpers import oracle
+from tests.helpers.adapters import RANK, adapters, randomize, randomize_adapters
+from tests.helpers.oracle import Adapter
+from tests.helpers.tiny_lm import make_model
 
 __all__ = ["adapters"]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
-from common import Snapshot, adapted_layers, adapters, patched, same_bits
 from torch import nn
-from zoo import GPT2, LLAMA, TWO_NAMES, ids
 
 import rasa_ext
 from rasa_ext.patching import merge as merging
+from tests.helpers import oracle
+from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
+from tests.helpers.models import GPT2, LLAMA, TWO_NAMES, ids
+from tests.helpers.refusals import Snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -31,9 +32,9 @@ def watched(monkeypatch) -> list[int]:
     """From now on, how many layers each product of dW takes."""
     counts, direct = [], merging.ops.delta_group
 
-    def counting(Ap, Bt):
+    def counting(Ap, Bp):
         counts.append(len(Ap))
-        return direct(Ap, Bt)
+        return direct(Ap, Bp)
 
     monkeypatch.setattr(merging.ops, "delta_group", counting)
     return counts

@@ -26,7 +26,7 @@ class Entry:
     def build(self) -> nn.Module:
         torch.manual_seed(0)
         model = self.make()
-        enliven(model, torch.Generator().manual_seed(1))
+        randomize_weights(model, torch.Generator().manual_seed(1))
         return model
 
     def inputs(self, seed: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict:
@@ -52,7 +52,7 @@ class Entry:
         ]
 
 
-def enliven(model: nn.Module, generator: torch.Generator) -> None:
+def randomize_weights(model: nn.Module, generator: torch.Generator) -> None:
     """Weights large enough for every layer to matter, small enough for a stable gradient."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     with torch.no_grad():

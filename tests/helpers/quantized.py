@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable
 
 import bitsandbytes
-import tiny_lm
 import torch
 from torch import Tensor, nn
 from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig, quantize_
 from torchao.quantization.granularity import PerGroup
+
+from tests.helpers import tiny_lm
 
 WIDTH, OUT = 64, 128
 

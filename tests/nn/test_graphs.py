@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from common import Snapshot, patched, randomize
 from torch import Tensor, nn
 
 import rasa_ext
 from rasa_ext import ops
 from rasa_ext.nn import functional
+from tests.helpers.adapters import patched, randomize
+from tests.helpers.operators import draw_adapter
+from tests.helpers.refusals import Snapshot
 
 pytestmark = pytest.mark.gpu
 
@@ -24,9 +26,7 @@ WIDTH, LAYERS = 64, 4
 class Captured:
     """``run()`` as a graph. Its results are the graph's own memory."""
 
-    def __init__(
-        self, run: Callable[[], list[Tensor]], before: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, run: Callable[[], list[Tensor]]) -> None:
         # What a first call allocates for good, such as cuBLAS's workspace, must not be the graph's.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -34,7 +34,6 @@ class Captured:
             for _ in range(3):
                 run()
         torch.cuda.current_stream().wait_stream(side)
-        before()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.results = run()
@@ -86,34 +85,20 @@ def draw(x: Tensor) -> None:
         x.copy_(torch.randn_like(x))
 
 
-@pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(dtype, tokens, cached):
-    """Up to 16 tokens the hand-written pair. Cached packs are filled again by ``repack``."""
+def test_forward_sees_new_weights(dtype, tokens):
+    """Though packs were cached before: up to 16 tokens by the hand-written pair of kernels."""
     model, x = model_of(dtype).eval(), torch.randn(tokens, WIDTH, device=DEVICE, dtype=dtype)
-    graph = Captured(lambda: forward(model, x), lambda: None if cached else model.apply(drop_pack))
+    forward(model, x)
+    graph = Captured(lambda: forward(model, x))
     assert_close(graph.replay(), forward(copy.deepcopy(model), x))
     for seed in (7, 8):
         draw(x)
         randomize(model, seed)
-        if cached:
-            rasa_ext.repack(model)
         assert_close(graph.replay(), forward(copy.deepcopy(model), x))
-
-
-def drop_pack(module: nn.Module) -> None:
-    if isinstance(module, rasa_ext.RasaLinear):
-        module.drop_pack()
-
-
-def test_a_training_step_outside_leaves_the_cached_packs_of_a_graph_alone():
-    """It forgets them, but their memory must stay what it is."""
-    model, x = model_of(torch.bfloat16), torch.randn(4, WIDTH, device=DEVICE).bfloat16()
-    graph = Captured(lambda: forward(model, x))
-    expected = graph.replay()
     step(model, x.detach().clone().requires_grad_())
-    assert all(map(torch.equal, graph.replay(), expected))
+    assert_close(graph.replay(), forward(copy.deepcopy(model), x))
 
 
 @pytest.mark.parametrize("tokens", [16, 256])
@@ -131,23 +116,19 @@ def test_training_step(dtype, tokens):
 # The tables of 60 layers are more than one kernel's parameters.
 @pytest.mark.parametrize("layers", [1, LAYERS, 60])
 def test_operators_over_a_group(layers):
-    own, pooled, width, out = 3, 6, 40, 24
-
-    def random(*size):
-        return torch.randn(size, device=DEVICE)
-
-    A, B = ([random(*s) for _ in range(layers)] for s in ((own, width), (out, own)))
-    d, weights = [random(own + pooled) for _ in A], [random(out, width) for _ in A]
-    A_pool, B_pool = random(pooled, width), random(out, pooled)
+    drawn = [draw_adapter(40, 24, 3, 6, DEVICE) for _ in range(layers)]
+    A, _, B, _, d = map(list, zip(*drawn, strict=True))
+    _, A_pool, _, B_pool, _ = drawn[0]
+    weights = [torch.randn(24, 40, device=DEVICE) for _ in A]
 
     def run():
-        Ap, Bt = ops.pack_group(A, A_pool, B, B_pool, d, torch.float32, 16)
-        grads = ops.pack_group_backward(2 * Ap, 3 * Bt, B, B_pool, d)
+        Ap, Bp = ops.pack_group(A, A_pool, B, B_pool, d, torch.float32, 16)
+        grads = ops.pack_group_backward(2 * Ap, 3 * Bp, B, B_pool, d)
         merged = [weight.clone() for weight in weights]
-        ops.merge_group(merged, Ap, Bt)
+        ops.merge_group(merged, Ap, Bp)
         halves = [weight.bfloat16() for weight in weights]
-        ops.merge_group(halves, Ap, Bt, -1.0)
-        return [Ap, Bt, *grads, ops.delta_group(Ap, Bt), *merged, *halves]
+        ops.merge_group(halves, Ap, Bp)
+        return [Ap, Bp, *grads, ops.delta_group(Ap, Bp), *merged, *halves]
 
     graph = Captured(run)
     for _ in range(2):
@@ -168,7 +149,7 @@ def test_layers_on_given_inputs(dtype, tokens):
     def run():
         lists = ([getattr(layer, name) for layer in model] for name in ("weight", "bias"))
         A, B, d = ([getattr(layer, name) for layer in model] for name in ("A", "B", "d"))
-        y = functional.adapted_layers(x, *lists, A, pool.A, B, pool.B, d, 16)
+        y = functional.adapted_group(x, *lists, A, pool.A, B, pool.B, d, 16)
         return [y, *torch.autograd.grad(y.float().square().mean(), [x, *parameters])]
 
     graph = Captured(run)

@@ -1,0 +1,96 @@
+"""What the operators' tests share: drawn adapters, and the checks of every operator."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from rasa_ext import ops
+from tests.helpers.oracle import Adapter
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+P = 0.25
+
+
+def floor(dtype: torch.dtype) -> float:
+    """An error that no sum in ``dtype`` is asked to stay below."""
+    known = {torch.float64: 1e-14, torch.float32: 1e-6}
+    return known.get(dtype, torch.finfo(dtype).eps)
+
+
+def draw_adapter(width, out, own, pooled, device="cpu", dtype=torch.float32) -> Adapter:
+    """B is stored by ranks; ``pooled`` is None where there is no pool."""
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    pools = (None, None) if pooled is None else (draw(pooled, width), draw(pooled, out).t())
+    return Adapter(
+        draw(own, width), pools[0], draw(own, out).t(), pools[1], draw(own + (pooled or 0))
+    )
+
+
+def random_mask(x: Tensor) -> Tensor:
+    """A bit for each element of x, as dropout's."""
+    return torch.randint(256, (-(-x.numel() // 8),), dtype=torch.uint8, device=x.device)
+
+
+def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
+    """The bits of a mask as booleans."""
+    bits = mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    return bits.reshape(-1)[: shape.numel()].view(shape).bool()
+
+
+def drop(x: Tensor, kept: Tensor | None, p: float = P) -> Tensor:
+    """Dropout by its definition; ``kept`` None is none."""
+    return x if kept is None else torch.where(kept, x / (1 - p), 0)
+
+
+def check_operator(name: str, *args) -> None:
+    """Schema (nothing is mutated or aliased unsaid), fake kernel and compilation of an operator.
+
+    What the package calls gives the same results, strides included.
+    """
+    operator = getattr(torch.ops.rasa_ext, name).default
+    opcheck(operator, args)
+    if name.startswith("merge"):
+        return
+    direct = tree_leaves(getattr(ops, name)(*_copied(args)))
+    registered = tree_leaves(operator(*args))
+    for mine, theirs in zip(direct, registered, strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+        if mine.numel():
+            assert mine.stride() == theirs.stride()
+
+
+def _copied(args: tuple) -> tuple:
+    """Callables may write to what operators leave alone."""
+    return tree_map(lambda v: v.clone() if isinstance(v, Tensor) else v, args)
+
+
+_traced: set[tuple] = set()
+
+
+def opcheck(operator: torch._ops.OpOverload, args: tuple) -> None:
+    """torch.library.opcheck, but one trace under dynamic shapes for calls of one form.
+
+    That trace is nine tenths of the time, and sees which arguments are given, of how many
+    dimensions. What the fake kernel says of sizes, strides and dtypes, and the schema, are checked
+    of every call.
+    """
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    traced = (operator, _form(args))
+    if traced not in _traced:
+        checks.append("test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, args, test_utils=checks)
+    _traced.add(traced)  # only now: it has passed
+
+
+def _form(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.ndim
+    if isinstance(value, list | tuple):
+        return tuple(map(_form, value))
+    return type(value)

@@ -1,0 +1,173 @@
+"""A group's low-rank linears at once: what the host code hands to cuBLAS, and how it lies."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from rasa_ext import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# (layers, tokens, in, out, rank of the packs, rank of the pool or None)
+SHAPES = (
+    (1, 1, 1, 1, 1, 1), (3, 5, 9, 7, 3, 6), (2, 17, 16, 24, 16, 32), (2, 3, 6, 4, 0, 5),
+    (2, 4, 5, 6, 3, None), (2, 3, 4, 5, 2, 0), (2, 0, 6, 4, 2, 4), (1, 3, 4, 2, 0, None),
+)  # fmt: skip
+RESULTS = ("y", "U", "V", "dx", "dAp", "dBp", "dAp_pool", "dBp_pool", "dd_pool")
+
+
+def as_rows(t):
+    return t.contiguous()
+
+
+def as_columns(t):
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def as_part(t):
+    return torch.cat((t, t), -1)[..., : t.shape[-1]]
+
+
+def as_every_other(t):
+    return torch.stack([t, t], -1)[..., 0]
+
+
+def as_one(t):
+    """One matrix for all layers; what is no stack is one already."""
+    return t[:1].expand_as(t) if t.dim() == 3 else t
+
+
+LAYOUTS = (as_rows, as_columns, as_part, as_every_other, as_one)
+
+
+class Case:
+    def __init__(self, shape, dtype, layouts=(as_rows,), bias=True) -> None:
+        layers, tokens, width, out, own, pooled = shape
+        layout = itertools.cycle(layouts)
+
+        def draw(*size):
+            return next(layout)(torch.randn(size).to(dtype))
+
+        self.x, self.grad = draw(layers, tokens, width), draw(layers, tokens, out)
+        self.Ap, self.Bp = draw(layers, own, width), draw(layers, own, out)
+        self.weights = [draw(out, width) for _ in range(layers)]
+        self.pool = (None, None, None)
+        if pooled is not None:
+            d = torch.randn(layers, pooled)
+            self.pool = (draw(pooled, width), draw(pooled, out), d)
+        self.bias = torch.randn(layers, 2 * out).to(dtype)[:, ::2] if bias else None
+
+    def run(self, ops) -> dict[str, torch.Tensor]:
+        pack = (self.Ap, self.Bp, *self.pool)
+        y, U, V = ops.linear_group(self.x, self.weights, self.bias, *pack)
+        grads = ops.linear_group_backward(self.grad, self.x, self.weights, U, V, *pack, True, True)
+        return dict(zip(RESULTS, (y, U, V, *grads), strict=True))
+
+    def each(self, change) -> Case:
+        """The same with every tensor changed."""
+        result = object.__new__(Case)
+        for name, value in vars(self).items():
+            if isinstance(value, list | tuple):
+                changed = type(value)(None if t is None else change(t) for t in value)
+            else:
+                changed = None if value is None else change(value)
+            setattr(result, name, changed)
+        return result
+
+
+def check(host, case: Case, dtype) -> None:
+    """Within a few roundings of float64, measured by the same formulas over the magnitudes."""
+    found = case.run(host.ops)
+    expected = case.each(lambda t: t.double()).run(ops)
+    sizes = case.each(lambda t: t.double().abs()).run(ops)
+    for name, value in found.items():
+        assert value.shape == expected[name].shape, name
+        error = (value.double() - expected[name]).abs()
+        assert (error <= 8 * torch.finfo(dtype).eps * sizes[name] + 1e-300).all(), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values(host, dtype):
+    for shape, bias in itertools.product(SHAPES, (True, False)):
+        check(host, Case(shape, dtype, bias=bias), dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+def test_layouts(host, layout):
+    """Each tensor in turn in the layout, the others contiguous; and all of them."""
+    for shape in SHAPES[1:5]:
+        for place in range(9):
+            layouts = [as_rows] * 9
+            layouts[place] = layout
+            check(host, Case(shape, torch.float32, layouts), torch.float32)
+        check(host, Case(shape, torch.float32, (layout,)), torch.float32)
+
+
+def test_products(host):
+    """The pool is one operand of each batch, and all of its gradient one product."""
+    case = Case((3, 17, 9, 7, 2, 6), torch.bfloat16)
+    pack = (case.Ap, case.Bp, *case.pool)
+    host.reset()
+    _, U, V = host.ops.linear_group(case.x, case.weights, case.bias, *pack)
+    # Row-major results are cuBLAS's transposes: m is the width, n the tokens. The strides are those
+    # of its operands A and B and of the result.
+    batch = "GemmStridedBatchedEx m={} n={} k={} batch=3 beta={} out={} math=19 strides={}"
+    assert host.calls() == [
+        batch.format(6, 17, 9, 0, 2, "0,153,102"),
+        batch.format(7, 17, 6, 1, 2, "0,102,119"),
+        batch.format(2, 17, 9, 0, 2, "18,153,34"),
+        batch.format(7, 17, 2, 1, 2, "14,34,119"),
+        "GemmBatchedEx m=7 n=17 k=9 batch=3 beta=1 out=2 math=19",
+    ]
+    args = (case.grad, case.x, case.weights, U, V, *pack)
+    host.reset()
+    host.ops.linear_group_backward(*args, True, True)
+    assert host.calls() == [
+        batch.format(6, 17, 7, 0, 2, "0,119,102"),
+        "GemmEx m=7 n=6 k=51 batch=1 beta=0 out=4 math=19",
+        "GemmEx m=9 n=6 k=51 batch=1 beta=0 out=4 math=19",
+        batch.format(9, 17, 6, 0, 2, "0,102,153"),
+        batch.format(2, 17, 7, 0, 2, "14,119,34"),
+        batch.format(7, 2, 17, 0, 4, "119,34,14"),
+        batch.format(9, 2, 17, 0, 4, "153,34,18"),
+        batch.format(9, 17, 2, 1, 2, "18,34,153"),
+        "GemmBatchedEx m=9 n=17 k=7 batch=3 beta=1 out=2 math=19",
+    ]
+    counts = {(True, False): 5, (False, True): 6, (False, False): 0}
+    for need, count in counts.items():
+        host.reset()
+        host.ops.linear_group_backward(*args, *need)
+        assert len(host.calls()) == count, need
+    assert host.math_mode() == 3, "torch's math mode is put back"
+
+
+def test_opcheck(host):
+    for shape in (SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[6]):
+        case = Case(shape, torch.bfloat16)
+        pack = (case.Ap, case.Bp, *case.pool)
+        args = (case.x, case.weights, case.bias, *pack)
+        torch.library.opcheck(host.ops.linear_group.default, args)
+        _, U, V = host.ops.linear_group(*args)
+        for need in ((True, True), (False, False)):
+            args = (case.grad, case.x, case.weights, U, V, *pack, *need)
+            torch.library.opcheck(host.ops.linear_group_backward.default, args)
+
+
+def test_refusals(host):
+    case = Case(SHAPES[1], torch.float32)
+    call, (down, up, d) = host.ops.linear_group, case.pool
+    start = (case.x, case.weights, case.bias)
+    with pytest.raises(RuntimeError, match=r"linear_group: Bp: expected shape \(3, 3, \*\), got"):
+        call(*start, case.Ap, case.Bp[:, :2], down, up, d)
+    with pytest.raises(RuntimeError, match=r"Bp_pool: expected shape \(6, 7\), got shape \(5, 7\)"):
+        call(*start, case.Ap, case.Bp, down, up[:5], d)
+    with pytest.raises(RuntimeError, match="expected Ap_pool, Bp_pool and d_pool, or none of them"):
+        call(*start, case.Ap, case.Bp, down, up, None)
+    with pytest.raises(RuntimeError, match="expected lists of one length, got 2 and 3"):
+        call(case.x, case.weights[:2], case.bias, case.Ap, case.Bp, down, up, d)
+    with pytest.raises(RuntimeError, match=r"weights: expected shape \(7, 9\), got shape \(9, 7\)"):
+        call(case.x, [w.t() for w in case.weights], case.bias, case.Ap, case.Bp, down, up, d)
+    with pytest.raises(RuntimeError, match=r"bias: expected shape \(3, 7\), got shape \(7\)"):
+        call(case.x, case.weights, case.bias[0], case.Ap, case.Bp, down, up, d)

@@ -1,0 +1,221 @@
+"""Dropout on the adapter's input, in layers and in whole models that train."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rasa_ext
+from benchmarks import dropout
+from rasa_ext.nn import functional
+from tests.helpers import oracle
+from tests.helpers.adapters import (
+    Errors,
+    adapter_of,
+    adapters,
+    assert_matches_oracle,
+    excesses,
+    observe,
+    patched,
+)
+from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, T5, Checkpointed, ids
+from tests.helpers.operators import P, drop, unpacked
+
+
+def drawn(seed: int, shape: tuple) -> Tensor:
+    """The mask of one draw under a seed, as booleans."""
+    torch.manual_seed(seed)
+    mask, _ = functional.dropout(torch.empty(shape), P)
+    return unpacked(mask, torch.Size(shape))
+
+
+def layer_of(dtype=torch.float64, hooked=False, **options):
+    """One adapted layer of (9, 7) with dropout, whose base is a plain GEMM unless hooked."""
+    stack = nn.Sequential(*(nn.Linear(9, 7) for _ in range(3))).to(dtype)
+    if hooked:
+        stack[1].register_forward_hook(lambda module, args, output: output)
+    model = patched(stack, 4, 1, dropout=P, **options).train()
+    return stack[1], model[1]
+
+
+@pytest.mark.parametrize("shape", [(9,), (4, 9), (2, 3, 9), (0, 9)], ids=str)
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("needs_dx", [False, True])
+def test_a_layer(needs_dx, hooked, shape):
+    """Output and gradients, given the mask; without grad the same under the same seed."""
+    base, layer = layer_of(hooked=hooked, adapter_dtype=torch.float64)
+    x = torch.randn(shape, dtype=torch.float64).requires_grad_(needs_dx)
+    kept = drawn(7, shape).view(-1, 9)
+    torch.manual_seed(7)
+    y = layer(x)
+    flat = x.detach().view(-1, 9)
+    dropped = drop(flat, kept)
+    adapter, nothing = adapter_of(layer), torch.zeros_like(base.weight)
+    expected = flat @ base.weight.T + base.bias + oracle.linear(dropped, nothing, None, adapter)
+    torch.testing.assert_close(y.view(-1, 7), expected)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    G = grad.view(-1, 7)
+    wanted = oracle.linear_grads(G, dropped, nothing, adapter)
+    for field in ("A", "B", "d", "A_pool", "B_pool"):
+        torch.testing.assert_close(getattr(adapter, field).grad, wanted[field], msg=field)
+    if needs_dx:
+        wanted_x = G @ base.weight + drop(wanted["x"], kept)
+        torch.testing.assert_close(x.grad.view(-1, 9), wanted_x)
+    with torch.no_grad():
+        torch.manual_seed(7)
+        torch.testing.assert_close(layer(x), y)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(base_dtype, hooked):
+    """In autocast's dtype, as good as plain PyTorch in it; x may come in another."""
+    ours, theirs = Errors(), Errors()
+    base, layer = layer_of(base_dtype, hooked)
+    adapter = adapter_of(layer)
+    down, up, d = (t.bfloat16() for t in adapter.stacked())
+    for seed in range(8):
+        x = torch.randn(64, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.manual_seed(seed)
+            y = layer(x)
+        assert y.dtype == torch.bfloat16
+        dropped = drop(x, drawn(seed, (64, 9)))
+        weight, bias = base.weight.bfloat16(), base.bias.bfloat16()
+        plain = nn.functional.linear(x.bfloat16(), weight, bias)
+        plain = plain + ((dropped.bfloat16() @ down.T) * d) @ up.T
+        wide = x.double() @ base.weight.double().T + base.bias.double()
+        wide = wide + oracle.linear(dropped, torch.zeros_like(weight), None, adapter)
+        ours.add({"y": y}, {"y": wide.detach()})
+        theirs.add({"y": plain}, {"y": wide.detach()})
+    assert not excesses(ours, theirs, 0.0)[0]
+
+
+def test_it_is_on_the_adapters_input_alone():
+    """With dW = I, y - base(x) shows the mask itself; the backward must use the same one."""
+    base = nn.Sequential(nn.Linear(6, 6))
+    model = rasa_ext.patch_model(copy.deepcopy(base), 6, 0, dropout=0.5)
+    with torch.no_grad():
+        for parameter, value in ((model[0].A, torch.eye(6)), (model[0].B, torch.eye(6))):
+            parameter.copy_(value)
+        model[0].d.fill_(1)
+    x = torch.full((200, 6), 2.0, requires_grad=True)
+    y = model.train()(x)
+    change = (y - base(x)).detach()
+    kept = change > 1
+    torch.testing.assert_close(change, 4.0 * kept)
+    assert 0.4 < kept.float().mean() < 0.6
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, base[0].weight.detach().sum(0) + 2.0 * kept)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), base(x) + x)
+
+
+def step(model: nn.Module, entry, seed: int = 11, run=None) -> dict[str, Tensor]:
+    """Logits and gradients in float64, of ``run`` where given, under a seed."""
+    inputs = entry.inputs(0, torch.float64)
+    torch.manual_seed(seed)
+    return observe(model if run is None else run, adapters(model), entry, inputs)
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def with_dropout(base: nn.Module) -> nn.Module:
+    return patched(base.double(), dropout=P, adapter_dtype=torch.float64).train()
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, T5], ids=ids)
+def test_gradient_checkpointing(entry, use_reentrant):
+    """Restores the generator's state, and so draws the same masks again."""
+    model = with_dropout(entry.build())
+    expected = step(model, entry)
+    assert not torch.allclose(step(model, entry, 12)["logits"], expected["logits"])
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same(step(model, entry), expected)
+
+
+def test_compile():
+    """As one graph; backends that keep torch's generators give the same masks.
+
+    Compiled, projections of one input do not share theirs: the model has none.
+    """
+    torch._dynamo.reset()
+    model = with_dropout(GPT2.build())
+    expected = step(model, GPT2)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        assert_same(step(model, GPT2, run=compiled), expected)
+
+
+def test_compile_with_checkpointing():
+    torch._dynamo.reset()
+    model = with_dropout(Checkpointed(use_reentrant=False))
+    inputs = {"x": torch.randint(0, 32, (4, 5))}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(11)
+    expected = observe(model, adapters(model), SEQUENTIAL, inputs)
+    torch.manual_seed(11)
+    assert_same(observe(compiled, adapters(model), SEQUENTIAL, inputs), expected)
+
+
+def test_deep_copies_and_steps():
+    """Equal under equal seeds, and no two steps alike."""
+    model = with_dropout(SEQUENTIAL.build())
+    twin = copy.deepcopy(model)
+    expected = step(model, SEQUENTIAL)
+    assert_same(step(twin, SEQUENTIAL), expected)
+    following = observe(model, adapters(model), SEQUENTIAL, SEQUENTIAL.inputs(0, torch.float64))
+    assert not torch.equal(following["logits"], expected["logits"])
+
+
+def test_eval_is_without_dropout():
+    base = SEQUENTIAL.build().double()
+    model = with_dropout(base).eval()
+    inputs = SEQUENTIAL.inputs(0, torch.float64)
+    assert_matches_oracle(SEQUENTIAL, base, model, step(model, SEQUENTIAL), inputs)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_anew():
+    """Each replay has a mask of its own, from torch's generator, and gradients under it."""
+    _, layer = layer_of(torch.float32)
+    layer.cuda()
+    x = torch.randn(64, 9, device="cuda", requires_grad=True)
+    inputs = x, *adapter_of(layer)
+
+    def step():
+        y = layer(x)
+        return y, *torch.autograd.grad(y.sum(), inputs)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    replays = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        graph.replay()
+        replays.append([t.clone() for t in captured])
+    assert all(map(torch.equal, replays[0], replays[1]))
+    assert not torch.equal(replays[0][0], replays[2][0])
+    torch.manual_seed(1)
+    for found, expected in zip(replays[0], step(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_benchmark_counts_what_is_kept(capsys):
+    """A bit for each element of x, against a dropped copy and a mask in x's dtype instead of x."""
+    dropout.compare((16, 32, 24), torch.float32, P, 2, "cpu")
+    *_, mine, theirs = capsys.readouterr().out.split()
+    assert (mine, theirs) == (str(16 * 32 // 8), f"{16 * 32 * 4:,}")

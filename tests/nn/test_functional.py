@@ -1,0 +1,213 @@
+"""The autograd functions: gradients, frozen inputs, and what the backward computes and saves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rasa_ext.nn import functional
+from rasa_ext.ops import Factors
+from tests.helpers import oracle
+from tests.helpers.operators import P, draw_adapter, random_mask
+from tests.helpers.oracle import Adapter
+
+FIELDS = Adapter._fields
+# (tokens, in, out, private ranks, pool ranks): odd, k = r, no tokens, k = 0, one.
+SHAPES = ((5, 9, 7, 3, 6), (3, 17, 2, 0, 5), (0, 6, 4, 2, 4), (8, 16, 24, 4, None), (1, 1, 1, 1, 1))
+
+
+def draw(shape, device, dtype=torch.float64, layers=1):
+    """x, and of every layer weight, bias, adapter and grad."""
+    M, width, out, own, pooled = shape
+
+    def random(*size):
+        return torch.randn(*size, dtype=dtype, device=device)
+
+    drawn = [
+        (random(out, width), random(out), draw_adapter(width, out, own, pooled, device, dtype))
+        for _ in range(layers)
+    ]
+    return random(M, width), *map(list, zip(*drawn, strict=True)), [random(M, out)] * layers
+
+
+def trainable(adapter: Adapter) -> Adapter:
+    return adapter.map(lambda t: t.requires_grad_())
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("form", ["linear", "add", "projections", "pack"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_gradcheck(shape, form, dropout, device):
+    x, (weight, other), (bias, _), adapters, _ = draw(shape, device, layers=2)
+    x = x[None].requires_grad_()
+    first, second = map(trainable, adapters)
+    mask = (random_mask(x), 1 / (1 - P)) if dropout else (None, 1.0)
+
+    def run(*values):
+        if form == "pack":
+            return functional.pack(Factors(*values[1:6]), torch.float64, 4)
+        if form == "add":
+            return functional.adapted_add(x @ weight.T, values[0], Factors(*values[1:6]), 1, *mask)
+        if form == "linear":
+            args = values[0], weight, bias, Factors(*values[1:6]), 4
+            return functional.adapted_linear(*args, *mask)
+        factors = [Factors(*values[1:6]), Factors(*values[6:])]
+        args = values[0], (weight, other), (bias, None), factors, 1
+        return functional.adapted_projections(*args, *mask)
+
+    values = (x, *first, *(second if form == "projections" else ()))
+    assert torch.autograd.gradcheck(run, values, fast_mode=shape[1] == 16)
+
+
+def test_d_of_none_stands_for_ones(device):
+    x, weights, _, adapters, _ = draw(SHAPES[0], device, layers=2)
+    plain = [trainable(each._replace(d=None)) for each in adapters]
+    ones = [trainable(each._replace(d=torch.ones_like(each.d))) for each in adapters]
+    leaves = [list(each[:4]) for each in (*plain, *ones)]
+
+    def run(factors):
+        alone = functional.adapted_linear(x, weights[0], None, Factors(*factors[0]))
+        both = functional.adapted_projections(
+            x, weights, (None, None), [Factors(*f) for f in factors]
+        )
+        return alone.square().sum() + sum(y.square().sum() for y in both)
+
+    mine = torch.autograd.grad(run(plain), leaves[0] + leaves[1])
+    theirs = torch.autograd.grad(run(ones), leaves[2] + leaves[3])
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("frozen", ["x", *FIELDS, "A and A_pool", "B, B_pool and d"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_is_frozen_gets_no_gradient_and_the_others_theirs(layers, frozen, device):
+    x, weights, biases, adapters, grads = draw(SHAPES[0], device, layers=layers)
+    names = frozen.replace(" and ", ", ").split(", ")
+    x.requires_grad_("x" not in names)
+    for each in adapters:
+        trainable(each)
+    for name in set(names) - {"x"}:
+        getattr(adapters[-1], name).requires_grad_(False)
+    factors = [Factors(*each) for each in adapters]
+    if layers == 1:
+        y = [functional.adapted_linear(x, weights[0], biases[0], factors[0])]
+    else:
+        y = functional.adapted_projections(x, weights, biases, factors)
+    torch.autograd.backward(y, grads)
+    total = 0
+    for each, weight, grad in zip(adapters, weights, grads, strict=True):
+        expected = oracle.linear_grads(grad, x.detach(), weight, each)
+        total = total + expected.pop("x")
+        for field, value in expected.items():
+            found = getattr(each, field).grad
+            if each is adapters[-1] and field in names:
+                assert found is None
+            else:
+                torch.testing.assert_close(found, value, msg=field)
+    assert x.grad is None if "x" in names else torch.allclose(x.grad, total)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_output_that_nobody_used_counts_as_zero(layers, device):
+    x, weights, biases, adapters, grads = draw(SHAPES[0], device, layers=3)
+    factors = [Factors(*trainable(each)) for each in adapters]
+    y = functional.adapted_projections(x.requires_grad_(), weights, biases, factors)
+    torch.autograd.backward(y[:layers], grads[:layers])
+    parts = zip(adapters, weights, grads, strict=True)
+    expected = [oracle.linear_grads(g, x.detach(), w, a) for a, w, g in parts]
+    torch.testing.assert_close(x.grad, sum(each["x"] for each in expected[:layers]))
+    for i, each in enumerate(adapters):
+        torch.testing.assert_close(each.B.grad, expected[i]["B"] * (i < layers))
+        torch.testing.assert_close(each.A.grad, expected[i]["A"] * (i < layers))
+
+
+TOKENS, WIDTH, OUT, RANK = 64, 320, 480, 8
+
+
+class Products(TorchDispatchMode):
+    """While entered: the multiplications of all matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.count += left.numel() * right.shape[1]
+        return function(*args, **(kwargs or {}))
+
+
+def step(frozen: str, layers: int, add: bool = False):
+    """The multiplications of a backward, and whether x and U were saved for it."""
+    x, weights, _, adapters, _ = draw((TOKENS, WIDTH, OUT, 4, 4), "cpu", torch.float32, layers)
+    for each in adapters:
+        trainable(each)
+        for name in set(frozen.split()) - {"x"}:
+            getattr(each, name).requires_grad_(False)
+    factors = [Factors(*each) for each in adapters]
+    saved = []
+    x.requires_grad_("x" not in frozen.split())
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        if layers > 1:
+            y = functional.adapted_projections(x, weights, [None] * layers, factors)
+        elif add:
+            y = (functional.adapted_add(x @ weights[0].T, x, factors[0]),)
+        else:
+            y = (functional.adapted_linear(x, weights[0], None, factors[0]),)
+    with Products() as products:
+        torch.autograd.backward(y, [torch.ones_like(t) for t in y])
+    is_x = any(t.data_ptr() == x.data_ptr() for t in saved)
+    is_U = any(t.shape == (TOKENS, RANK * layers) for t in saved)
+    return products.count, is_x, is_U
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_only_what_is_needed_is_saved_and_computed(layers):
+    """x is kept for dAp alone, U for dBp and dd; the frozen weight takes part in dx alone."""
+    M, R = TOKENS, RANK * layers
+    dBp = H = M * R * OUT
+    dAp = dx_low = M * R * WIDTH
+    dx_base = layers * M * WIDTH * OUT
+    all_of_it = dBp + H + dAp + dx_low + dx_base
+    assert step("", layers) == (all_of_it, True, True)
+    assert step("x", layers) == (dBp + H + dAp, True, True)
+    assert step("A A_pool", layers) == (all_of_it - dAp, False, True)
+    assert step("B B_pool d", layers) == (all_of_it - dBp, True, False)
+    assert step("x A A_pool", layers) == (dBp, False, True)
+    assert step("x B B_pool d", layers) == (H + dAp, True, False)
+    assert step(" ".join(FIELDS), layers) == (H + dx_low + dx_base, False, False)
+    assert step("A", layers) == step("B", layers) == step("d", layers) == (all_of_it, True, True)
+
+
+def test_over_a_base_that_is_no_plain_gemm_only_what_is_needed_is_saved():
+    assert step("A A_pool", 1, add=True)[1:] == (False, True)
+    assert step("B B_pool d", 1, add=True)[1:] == (True, False)
+
+
+def test_gradients_of_B_have_its_strides_and_are_not_copied():
+    """So that autograd keeps the tensor that the backward made."""
+    x, weights, _, (adapter,), _ = draw(SHAPES[0], "cpu", torch.float32)
+    made = []
+    trainable(adapter)
+    for t in adapter:
+        t.register_hook(lambda grad: made.append(grad.data_ptr()))
+    y = functional.adapted_linear(x, weights[0], None, Factors(*adapter))
+    y.sum().backward()
+    kept = {t.grad.data_ptr() for t in adapter}
+    assert kept == set(made)
+    for t in adapter:
+        assert t.grad.stride() == t.stride()
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_second_derivative_is_refused(layers, device):
+    x, weights, biases, adapters, _ = draw(SHAPES[0], device, layers=layers)
+    factors = [Factors(*trainable(each)) for each in adapters]
+    x.requires_grad_()
+    if layers == 1:
+        y = functional.adapted_linear(x, weights[0], biases[0], factors[0])
+    else:
+        y = functional.adapted_projections(x, weights, biases, factors)[1]
+    (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        first.sum().backward()

@@ -1,0 +1,212 @@
+"""adapted_group: the layers of one group on inputs that are given at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import ops
+from rasa_ext.nn import functional
+from tests.helpers import oracle
+from tests.helpers.adapters import Errors, PlainRasa, excesses
+from tests.helpers.operators import DTYPES, draw_adapter, floor
+from tests.helpers.oracle import Adapter
+
+POOL = ("A_pool", "B_pool")
+# (layers, tokens, in, out, private ranks, pool ranks): odd, one, none, k = 0, and with so many
+# tokens that the pool is packed into every layer.
+SHAPES = (
+    (3, 5, 9, 7, 3, 6),
+    (1, 3, 17, 2, 0, 5),
+    (2, 0, 6, 4, 2, 4),
+    (4, 8, 16, 24, 4, None),
+    (2, 40, 33, 31, 7, 16),
+)
+
+
+class Case:
+    """Inputs, weights and the adapters of one group, which share their pool."""
+
+    def __init__(self, shape, dtype=torch.float64, device="cpu", bias=True, stored=None) -> None:
+        layers, tokens, width, out, *ranks = shape
+        stored = stored or (dtype if dtype == torch.float64 else torch.float32)
+
+        def draw(*size):
+            return torch.randn(*size, dtype=dtype, device=device)
+
+        self.x, self.grad = draw(layers, tokens, width), draw(layers, tokens, out)
+        self.weights = [draw(out, width) for _ in range(layers)]
+        self.bias = [draw(out) for _ in range(layers)] if bias else None
+        drawn = [draw_adapter(width, out, *ranks, device, stored) for _ in range(layers)]
+        pool = {field: getattr(drawn[0], field) for field in POOL}
+        self.adapters: list[Adapter] = [each._replace(**pool) for each in drawn]
+
+    def args(self) -> tuple:
+        A, _, B, _, d = map(list, zip(*self.adapters, strict=True))
+        first = self.adapters[0]
+        return self.x, self.weights, self.bias, A, first.A_pool, B, first.B_pool, d
+
+    def leaves(self) -> dict[str, Tensor]:
+        """x and every parameter, each once, under its name."""
+        found = {"x": self.x}
+        for i, each in enumerate(self.adapters):
+            fields = ("A", "B", "d") if i or each.A_pool is None else Adapter._fields
+            found |= {f"{i}.{field}": getattr(each, field) for field in fields}
+        for leaf in found.values():
+            leaf.requires_grad_()
+        return found
+
+    def expected(self) -> dict[str, Tensor]:
+        """y and every gradient in float64, layer by layer."""
+        found, ys, dx = {}, [], []
+        for i, each in enumerate(self.adapters):
+            x, weight = self.x[i].detach(), self.weights[i]
+            ys.append(oracle.linear(x, weight, self.bias and self.bias[i], each))
+            grads = oracle.linear_grads(self.grad[i], x, weight, each)
+            dx.append(grads["x"])
+            found |= {f"{i}.{field}": grads[field] for field in ("A", "B", "d")}
+            if each.A_pool is not None:
+                for field in POOL:
+                    found[f"0.{field}"] = found.get(f"0.{field}", 0) + grads[field]
+        return {**found, "x": torch.stack(dx), "y": torch.stack(ys)}
+
+    def observed(self, run=functional.adapted_group, multiple=1) -> dict[str, Tensor]:
+        leaves = self.leaves()
+        y = run(*self.args(), multiple)
+        grads = torch.autograd.grad(y, list(leaves.values()), self.grad)
+        return {"y": y, **dict(zip(leaves, grads, strict=True))}
+
+    def plain(self) -> dict[str, Tensor]:
+        """The official formula, one layer after the other."""
+
+        def run(x, weights, bias, *_):
+            ys = []
+            for i, each in enumerate(self.adapters):
+                base = nn.Linear(1, 1, bias=bias is not None)
+                base.weight = nn.Parameter(weights[i], requires_grad=False)
+                if bias is not None:
+                    base.bias = nn.Parameter(bias[i], requires_grad=False)
+                ys.append(PlainRasa(base, each)(x[i]))
+            return torch.stack(ys)
+
+        return self.observed(run)
+
+    def check(self, found=None) -> None:
+        found = self.observed() if found is None else found
+        for name, value in self.expected().items():
+            torch.testing.assert_close(found[name], value, msg=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(shape, dtype, device):
+    """Against float64, within twice the error of the official formula at that dtype."""
+    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
+    for turn in range(8):  # pooled, since one rounding of a single number says little
+        case = Case(shape, dtype, device, bias=bool(turn % 2))
+        found, expected = case.observed(), case.expected()
+        assert found["y"].dtype == found["x"].dtype == dtype
+        ours.add(found, expected)
+        theirs.add(case.plain(), expected)
+    assert not excesses(ours, theirs, floor(dtype))[0]
+
+
+@pytest.mark.parametrize("in_packs", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_padding_and_the_place_of_the_pool_change_nothing(shape, in_packs, device, monkeypatch):
+    monkeypatch.setattr(ops, "pool_in_packs", lambda *_: in_packs)
+    for multiple in (1, 16):
+        case = Case(shape, device=device)
+        case.check(case.observed(multiple=multiple))
+
+
+@pytest.mark.parametrize("place", ["x", "grad", "weights", "B"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]], ids=str)
+def test_any_strides(shape, place, device):
+    """One input for all layers, transposed weights, weights and adapters that lie differently."""
+    layouts = (
+        lambda t: t[:1].expand_as(t),
+        lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+        lambda t: torch.stack([t, t], -1)[..., 0],
+        lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+    )
+    for layout in layouts:
+        case = Case(shape, device=device)
+        if place == "weights":
+            stacked = layout(torch.stack(case.weights))
+            case.weights = [*stacked[:-1], stacked[-1].contiguous()]
+        elif place == "B":
+            stacked = layout(torch.stack([each.B for each in case.adapters]))
+            changed = zip(case.adapters, stacked, strict=True)
+            case.adapters = [each._replace(B=B.detach()) for each, B in changed]
+        else:
+            setattr(case, place, layout(getattr(case, place)))
+        case.check()
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64], ids=str)
+def test_adapters_of_other_dtypes(stored, device):
+    case = Case(SHAPES[0], torch.float32, device, stored=stored)
+    found = case.observed()
+    for name, value in case.expected().items():
+        accuracy = 8 * max(torch.finfo(found[name].dtype).eps, torch.finfo(torch.float32).eps)
+        assert (found[name].double() - value).norm() <= accuracy * value.norm(), name
+        assert found[name].dtype == (torch.float32 if name in ("x", "y") else stored)
+
+
+@pytest.mark.parametrize("frozen", ["x", *Adapter._fields])
+def test_each_input_may_be_frozen(frozen, device):
+    case = Case(SHAPES[0], device=device)
+    leaves = case.leaves()
+    still = [name for name in leaves if name.rpartition(".")[2] == frozen]
+    for name in still:
+        leaves[name].requires_grad_(False)
+    functional.adapted_group(*case.args()).backward(case.grad)
+    for name, value in case.expected().items():
+        if name in still:
+            assert leaves[name].grad is None
+        elif name != "y":
+            torch.testing.assert_close(leaves[name].grad, value, msg=name)
+
+
+def test_equal_runs_give_equal_bits(device):
+    """The pool's sums over layers have one order."""
+    case = Case((4, 33, 64, 48, 3, 32), torch.bfloat16, device)
+    first, second = case.observed(), case.observed()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
+def test_compiles_as_one_graph(shape, device):
+    torch._dynamo.reset()
+    case = Case(shape, device=device)
+    compiled = torch.compile(functional.adapted_group, fullgraph=True, backend="aot_eager")
+    case.check(case.observed(compiled))
+
+
+def test_a_second_derivative_is_refused(device):
+    case = Case(SHAPES[0], device=device)
+    case.leaves()
+    y = functional.adapted_group(*case.args())
+    (first,) = torch.autograd.grad(y.square().sum(), case.x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "message"),
+    [
+        (0, lambda x: x[0], r"x: expected \(L, M, in\).*got shape \(5, 9\)"),
+        (0, lambda x: x[:0], r"x: expected \(L, M, in\) for at least one layer.*\(0, 5, 9\)"),
+        (1, lambda weights: weights[:2], r"weights: expected one tensor.*x's 3 layers, got 2"),
+        (2, lambda bias: bias[:1], r"bias: expected one tensor.*got 1"),
+        (3, lambda A: [*A, A[0]], r"A: expected one tensor.*got 4"),
+        (7, lambda d: d[:2], r"d: expected one tensor.*got 2"),
+    ],
+)
+def test_lists_of_other_lengths_are_refused(place, change, message):
+    args = list(Case(SHAPES[0]).args())
+    args[place] = change(args[place])
+    with pytest.raises(ValueError, match=message):
+        functional.adapted_group(*args)

@@ -1,0 +1,169 @@
+"""Packs made without grad: kept while nothing changes, made again after any change."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from rasa_ext import ops
+from rasa_ext.nn import pack_cache
+from rasa_ext.nn.pack_cache import PackCache
+from tests.helpers.adapters import patched
+
+CPU = torch.device("cpu")
+CONFIGS = [rasa_ext.RasaConfig(rank=4, k=k) for k in (0, 1, 4)]
+
+
+class Source:
+    """A pack that counts how often it is made."""
+
+    def __init__(self):
+        self.tensors = [torch.ones(2), torch.ones(3)]
+        self.made = 0
+
+    def make(self):
+        self.made += 1
+        return tuple(t * 3 for t in self.tensors)
+
+    def get(self, cache, dtype=torch.float32):
+        return cache.get(self.tensors, (dtype, CPU), self.make)
+
+
+def test_kept_while_nothing_changes():
+    cache, source = PackCache(), Source()
+    assert source.get(cache) is source.get(cache)
+    assert source.made == 1
+
+
+@pytest.mark.parametrize("change", ["value", "tensor", "number", "form", "dropped"])
+def test_made_again_after_a_change(change):
+    cache, source = PackCache(), Source()
+    source.get(cache)
+    if change == "value":
+        source.tensors[1].mul_(2)
+    elif change == "tensor":
+        source.tensors[0] = torch.ones(2)
+    elif change == "number":
+        source.tensors.pop()
+    elif change == "dropped":
+        cache.drop()
+    source.get(cache, torch.float64 if change == "form" else torch.float32)
+    assert source.made == 2
+    source.get(cache, torch.float64 if change == "form" else torch.float32)
+    assert source.made == 2
+
+
+def test_a_capture_packs_and_neither_reads_nor_keeps(monkeypatch):
+    cache, source = PackCache(), Source()
+    before = source.get(cache)
+    monkeypatch.setattr(pack_cache, "_is_capturing", lambda device: True)
+    captured = source.get(cache)
+    source.tensors[0].mul_(2)
+    assert source.get(cache) is not captured
+    assert source.made == 3
+    monkeypatch.undo()
+    source.tensors[0] = source.tensors[0] / 2
+    assert source.get(cache) is not captured
+    assert source.made == 4
+    assert all(map(torch.equal, source.get(cache), before))
+
+
+def test_inference_tensors_have_no_version_and_are_not_kept():
+    cache, source = PackCache(), Source()
+    with torch.inference_mode():
+        source.tensors[1] = torch.ones(3)
+    source.get(cache)
+    source.get(cache)
+    assert source.made == 2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))])
+def test_copies_are_empty(copied):
+    cache, source = PackCache(), Source()
+    source.get(cache)
+    source.get(copied(cache))
+    assert source.made == 2
+
+
+@pytest.fixture
+def packs(monkeypatch) -> list:
+    """Grows with every pack that is made."""
+    made, direct = [], ops.pack
+
+    def counting(*args):
+        made.append(args)
+        return direct(*args)
+
+    monkeypatch.setattr(ops, "pack", counting)
+    return made
+
+
+def layers(config, hooked=False, frozen=False) -> nn.Sequential:
+    """Two layers of one group; over a base that is no plain GEMM if hooked; A as buffers."""
+    model = patched(nn.Sequential(nn.Linear(9, 7), nn.Linear(9, 7)), config=config)
+    for layer in model:
+        if hooked:
+            layer.base_layer.register_forward_hook(lambda module, args, y: y)
+        if frozen:
+            for owner in (layer, layer.pool) if layer.place.index == 0 and layer.pool else (layer,):
+                owner._buffers["A"] = owner._parameters.pop("A").data
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"k={config.k}")
+def test_a_write_to_any_source_is_seen_and_without_one_a_layer_packs_once(
+    config, frozen, hooked, packs
+):
+    """Of whatever method, whether the source is trained or not, its own or the group's."""
+    model = layers(config, hooked, frozen)
+    x = torch.randn(3, 9)
+    sources = model[1].adapter().sources()
+    assert len(sources) == (3 if config.k == 0 else 5)
+    assert {t.requires_grad for t in sources} == {True, False} if frozen else {True}
+    for source in sources:
+        before = model[1](x)
+        packs.clear()
+        assert torch.equal(model[1](x), before)
+        assert not packs
+        if not source.numel():
+            continue
+        source.mul_(1.5)
+        after = model[1](x)
+        assert len(packs) == 1
+        assert torch.equal(model[1](x), after)
+        assert len(packs) == 1
+        assert not torch.allclose(after, before)
+        assert torch.equal(after, copy.deepcopy(model)[1](x))
+
+
+@pytest.mark.parametrize("way", ["grad", "train", "eval", "to", "dtype", "replaced", "autocast"])
+def test_what_a_layer_forgets_its_pack_by(way, packs):
+    """Writing through .data is invisible; everything else that may follow it is not."""
+    layer = layers(CONFIGS[1])[1]
+    x = torch.randn(3, 9)
+    with torch.no_grad():
+        layer(x)
+        layer.B.data.mul_(2)
+    if way == "grad":
+        layer(x)
+    elif way in ("train", "eval"):
+        getattr(layer, way)()
+    elif way == "to":
+        layer.to("cpu")
+    elif way == "dtype":
+        layer, x = layer.double(), x.double()
+    elif way == "replaced":
+        layer.d = nn.Parameter(layer.d.clone())
+    packs.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
+        found = layer(x)
+        assert len(packs) == 1
+        assert torch.equal(found, copy.deepcopy(layer)(x))
