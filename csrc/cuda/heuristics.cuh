@@ -31,6 +31,10 @@ __host__ __device__ __forceinline__ constexpr int pieces_of(int width) {
 // needs no second kernel to add up what several have found.
 constexpr int kDotBytes = 64;
 
+// Blocks of pack_backward that must fit on a multiprocessor: 80 registers a thread, since with 64
+// the numbers in flight are spilled in float64.
+constexpr int kGradBlocks = 3;
+
 // Tokens that decode takes.
 constexpr int kDecodeTokens = 16;
 

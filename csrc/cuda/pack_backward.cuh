@@ -81,11 +81,11 @@ template <int N, typename P>
 __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int first, int last,
                                           bool up, int j, int begin, P* to) {
   using W = Wide<P>;
-  constexpr int kCount = kPiece / kWarp / N;
+  constexpr int kCount = kPiece / kWarp / N, kAhead = kPer16Bytes<W>;  // layers read at a time
   const int width = up ? params.group.out : params.group.in, n = min(kPiece, width - begin);
   const int lane = threadIdx.x % kWarp;
   Vector<W, N> sum[kCount] = {};
-#pragma unroll 4
+#pragma unroll kAhead
   for (int i = first; i < last; ++i) {
     const PackBackwardLayer layer = layer_of(params, i);
     const W* from = global<const W>(up ? layer.dBp : layer.dAp);  // (Rp, width)
@@ -106,7 +106,7 @@ __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int 
 // The first blocks take a row of dBp each, of one layer after the other. The warps of the others
 // take pieces of rows: of every layer's dA, of dA_pool, and of several layers' dB_pool.
 template <typename P>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
+__global__ void __launch_bounds__(kStreamThreads, kGradBlocks)
     pack_backward_kernel(const __grid_constant__ PackBackwardParams params) {
   constexpr int N = kPer16Bytes<Wide<P>>;
   const PackBackwardGroup& group = params.group;
