@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 
 import torch
-from oracle import Adapter
 from torch import Tensor
+
+from tests.helpers.oracle import Adapter
 
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
 DTYPES = [*HALF_AND_SINGLE, torch.float64]
@@ -107,6 +108,12 @@ def random_adapter(own: int, pooled: int, size: tuple[int, int], dtype: torch.dt
     pool = (A[own:], B[:, own:]) if pooled else (None, None)
     adapter = Adapter(A[:own], pool[0], B[:, :own], pool[1], d)
     return adapter.map(lambda t: t.to(dtype).contiguous())
+
+
+def by_ranks(adapter: Adapter) -> Adapter:
+    """With B and B_pool as the kernels read them: a row for each rank."""
+    pool = None if adapter.B_pool is None else adapter.B_pool.T
+    return Adapter(adapter.A, adapter.A_pool, adapter.B.T, pool, adapter.d)
 
 
 def padded(rank: int, multiple: int) -> int:

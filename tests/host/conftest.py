@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rasa_ext.ops.schemas import SCHEMAS
 
-from rasa_ext.ops import fake
+from rasa_ext.ops import OPERATORS
 
 HERE = Path(__file__).resolve().parent
 
@@ -22,12 +21,9 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = torch.library.Library("rasa_ext_host", "DEF")
-        for schema in SCHEMAS:
-            name = schema.partition("(")[0]
+        for name, (schema, kernel) in OPERATORS.items():
             self.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(
-                f"rasa_ext_host::{name}", getattr(fake, name), lib=self.library
-            )
+            torch.library.register_fake(f"rasa_ext_host::{name}", kernel, lib=self.library)
         torch.ops.load_library(str(path))
         self.ops = torch.ops.rasa_ext_host
         self._standin = ctypes.CDLL(str(path))
