@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from rasa_ext.ops import OPERATORS
-
-HERE = Path(__file__).resolve().parent
+from tests.helpers import compiled
 
 
 class Host:
@@ -40,12 +36,5 @@ class Host:
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory) -> Host:
-    if shutil.which("cmake") is None or shutil.which("c++") is None:
-        pytest.skip("the host code is compiled with cmake and a C++ compiler")
-    build = tmp_path_factory.mktemp("host")
-    configure = ["cmake", "-S", HERE, "-B", build, f"-DPython3_EXECUTABLE={sys.executable}"]
-    for command in (configure, ["cmake", "--build", build, "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return Host(build / "librasa_host_ops.so")
+def host() -> Host:
+    return Host(compiled.build("rasa_host_ops") / "tests" / "host" / "librasa_host_ops.so")

@@ -9,6 +9,8 @@ import torch
 from test_host_linear import DTYPES, LAYOUTS, WIDTHS, Case, assert_close, contiguous
 from torch import Tensor
 
+from tests.helpers.operators import opcheck
+
 SCALE = 1.375
 
 
@@ -84,10 +86,10 @@ def test_opcheck(host):
         noise = torch.randint(2**62, (2,))
         forward = (case.x, case.weight, None, *pack, *drop)
         backward = (case.grad, case.x, case.weight, case.U, *pack, True, True, True, *drop)
-        torch.library.opcheck(host.ops.dropout_mask.default, (noise, case.x, 0.5))
-        torch.library.opcheck(host.ops.low_rank_linear.default, forward)
-        torch.library.opcheck(host.ops.low_rank_add.default, (case.grad, case.x, *pack, *drop))
-        torch.library.opcheck(host.ops.low_rank_linear_backward.default, backward)
+        opcheck(host.ops.dropout_mask.default, (noise, case.x, 0.5))
+        opcheck(host.ops.low_rank_linear.default, forward)
+        opcheck(host.ops.low_rank_add.default, (case.grad, case.x, *pack, *drop))
+        opcheck(host.ops.low_rank_linear_backward.default, backward)
 
 
 def test_the_mask_comes_from_both_words(host):

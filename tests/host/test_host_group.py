@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rasa_ext import ops
+from tests.helpers.operators import opcheck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (layers, tokens, in, out, rank of the packs, rank of the pool or None)
@@ -148,11 +149,11 @@ def test_opcheck(host):
         case = Case(shape, torch.bfloat16)
         pack = (case.Ap, case.Bp, *case.pool)
         args = (case.x, case.weights, case.bias, *pack)
-        torch.library.opcheck(host.ops.linear_group.default, args)
+        opcheck(host.ops.linear_group.default, args)
         _, U, V = host.ops.linear_group(*args)
         for need in ((True, True), (False, False)):
             args = (case.grad, case.x, case.weights, U, V, *pack, *need)
-            torch.library.opcheck(host.ops.linear_group_backward.default, args)
+            opcheck(host.ops.linear_group_backward.default, args)
 
 
 def test_refusals(host):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.operators import opcheck
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOKENS = (0, 1, 3, 17, 64)
 # (in, out, padded rank)
@@ -165,10 +167,10 @@ def test_opcheck(host, dtype):
         case = Case(tokens, widths, dtype, (contiguous,))
         ops, pack = host.ops, (case.Ap, case.Bp)
         backward = (case.grad, case.x, case.weight, case.U, *pack)
-        torch.library.opcheck(ops.low_rank_linear.default, (case.x, case.weight, case.bias, *pack))
-        torch.library.opcheck(ops.low_rank_add.default, (case.grad, case.x, *pack))
+        opcheck(ops.low_rank_linear.default, (case.x, case.weight, case.bias, *pack))
+        opcheck(ops.low_rank_add.default, (case.grad, case.x, *pack))
         for need in itertools.product((True, False), repeat=3):
-            torch.library.opcheck(ops.low_rank_linear_backward.default, (*backward, *need))
+            opcheck(ops.low_rank_linear_backward.default, (*backward, *need))
 
 
 def test_products(host):

@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 
+from tests.helpers.operators import opcheck
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (layers, in, out, rank)
 SHAPES = ((1, 9, 7, 3), (3, 5, 6, 4), (2, 1, 8, 1), (4, 16, 1, 7), (2, 31, 18, 39))
@@ -132,10 +134,10 @@ def test_merge_in_steps(host):
 def test_opcheck(host):
     for shape in SHAPES[:3]:
         packs = draw_packs(shape, torch.float32)
-        torch.library.opcheck(host.ops.delta_group.default, packs)
+        opcheck(host.ops.delta_group.default, packs)
         for dtype in (torch.float32, torch.bfloat16):
             weights = [torch.randn(shape[2], shape[1]).to(dtype) for _ in range(shape[0])]
-            torch.library.opcheck(host.ops.merge_group.default, (weights, *packs))
+            opcheck(host.ops.merge_group.default, (weights, *packs))
 
 
 def test_refusals(host):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.operators import opcheck
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (in, out, private ranks, pooled ranks, or None for no pool)
 SHAPES = ((9, 7, 3, 6), (1, 1, 1, 0), (17, 2, 0, 5), (6, 4, 2, None), (33, 18, 7, 32))
@@ -193,14 +195,12 @@ def test_opcheck(host, param):
         dAp, dBp = draw_grads(shape, group.rank, 2, torch.float32, False)
         lists = (group.A, group.A_pool, group.B, group.B_pool, group.d)
         back = (group.B, group.B_pool, group.d)
-        torch.library.opcheck(host.ops.pack.default, (*group.adapter(0), torch.bfloat16, 4))
-        torch.library.opcheck(
-            host.ops.pack_backward.default, (dAp[0], dBp[0], *group.adapter(0)[2:])
-        )
+        opcheck(host.ops.pack.default, (*group.adapter(0), torch.bfloat16, 4))
+        opcheck(host.ops.pack_backward.default, (dAp[0], dBp[0], *group.adapter(0)[2:]))
         for given in ((dAp[0], None), (None, dBp[0])):
-            torch.library.opcheck(host.ops.pack_backward.default, (*given, *group.adapter(0)[2:]))
-        torch.library.opcheck(host.ops.pack_group.default, (*lists, torch.bfloat16, 4))
-        torch.library.opcheck(host.ops.pack_group_backward.default, (dAp, dBp, *back))
+            opcheck(host.ops.pack_backward.default, (*given, *group.adapter(0)[2:]))
+        opcheck(host.ops.pack_group.default, (*lists, torch.bfloat16, 4))
+        opcheck(host.ops.pack_group_backward.default, (dAp, dBp, *back))
 
 
 def test_refusals(host):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from test_host_dropout import SCALE, kept, random_mask
 
+from tests.helpers.operators import opcheck
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (in, ((out, private ranks, pooled ranks), ...))
 SHAPES = (
@@ -162,16 +164,16 @@ def test_opcheck(host, dtype):
     for shape, tokens in itertools.product(SHAPES, (0, 5)):
         case = Case(shape, tokens, dtype)
         ops = host.ops
-        torch.library.opcheck(ops.pack_projections.default, (*case.lists(), dtype, 16))
+        opcheck(ops.pack_projections.default, (*case.lists(), dtype, 16))
         Ap, Bp = ops.pack_projections(*case.lists(), dtype, 16)
         args = (case.x, case.weights, case.biases, Ap, Bp)
-        torch.library.opcheck(ops.linear_projections.default, args)
+        opcheck(ops.linear_projections.default, args)
         U = ops.linear_projections(*args)[1]
         mask = random_mask(case.x)
-        torch.library.opcheck(ops.linear_projections.default, (*args, mask, SCALE))
+        opcheck(ops.linear_projections.default, (*args, mask, SCALE))
         for need in itertools.product((True, False), repeat=3):
             args = (case.grads, case.x, case.weights, U, Ap, Bp, *need)
-            torch.library.opcheck(ops.linear_projections_backward.default, args)
+            opcheck(ops.linear_projections_backward.default, args)
 
 
 @pytest.mark.parametrize("descending", [False, True])
