@@ -119,3 +119,17 @@ def test_loading_does_not_round(build):
     with pytest.warns(UserWarning, match=CAST):
         model.load_state_dict(state)
     assert all(same_bits(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_several_processes_are_refused(build, monkeypatch):
+    """DistributedDataParallel would no longer average the gradients of what it has wrapped."""
+    model = build().eval()
+    cast(model)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"cast to torch.bfloat16.* before any process wraps"):
+        model.train()
+    for parameter in trained(model).values():
+        parameter.data = parameter.data.float()
+    model.train()
+    assert dtypes(model) == {torch.float32}

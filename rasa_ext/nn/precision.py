@@ -17,16 +17,25 @@ from rasa_ext.base_layers.sharded import is_dtensor
 
 HALVES = frozenset({torch.bfloat16, torch.float16})
 
-# Set where FSDP or DeepSpeed holds the numbers, in a dtype of its own, and this is its copy.
-_COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping")
+# Set where FSDP, DeepSpeed or DistributedDataParallel's mixed precision holds the numbers, in a
+# dtype of its own, and this is its copy.
+_COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping", "_mp_param")
 
 
 def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
     """Whether trained parameters were of a coarser dtype than ``dtype``, which they now have.
 
     It happens in place, so that an optimizer finds what it was given; a warning tells of it.
+    RuntimeError where several processes train: DistributedDataParallel would no longer average the
+    gradients of what it has wrapped, and whether it has cannot be seen from here.
     """
     coarse = [each for each in tensors if each is not None and _is_coarse(each, dtype)]
+    if coarse and is_sharing() and dist.get_world_size() > 1:
+        raise RuntimeError(
+            f"an adapter that is trained was cast to {coarse[0].dtype}, in which steps of its "
+            f"diagonal would be lost; before any process wraps the model, call p.data = "
+            f"p.data.to({dtype}) for every p of model.parameters() that requires a gradient."
+        )
     for parameter in coarse:
         before = parameter.dtype
         parameter.data = parameter.data.to(dtype)
@@ -36,8 +45,7 @@ def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
         warnings.warn(
             f"an adapter that is trained was cast to {before}, in which steps of its diagonal "
             f"would be lost; it is {dtype} again, the adapter_dtype of its config. An optimizer "
-            "that has copied the numbers, and DistributedDataParallel, must come after that: call "
-            "model.train() first.",
+            "that has copied the numbers must be made after that: call model.train() first.",
             stacklevel=1,  # one place, so that it is said once
         )
     return bool(coarse)
