@@ -12,7 +12,7 @@ from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.official import own_names
 from rasa_ext.peft.layer import RasaPeftLinear
 
-# A official key into which PEFT 0.20 has put the adapter's name.
+# An official key into which PEFT 0.20 has put the adapter's name.
 _NAMED = re.compile(
     r"^(?P<head>.+\.rasa_(?:A|B|mixing|shared_A|shared_B))\.(?P<adapter>[^.]+)"
     r"\.(?P<tail>(?:[^.]+\.)?weight)$"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import rasa_ext
 
-WORKERS = Path(__file__).parent / "workers"
+WORKERS = Path(__file__).parents[1] / "workers"
 sys.path.insert(0, str(WORKERS))
 
 import trainer  # noqa: E402

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import cpu_report, harness, records
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_it_leaves_json_text_and_a_picture(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 pytest_plugins = "pytester"
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / ".ci" / "readme_commands.py"
 README = (ROOT / "README.md").read_text()
 read = runpy.run_path(str(SCRIPT))["read"]

@@ -29,7 +29,7 @@ from rasa_ext.cli.app import app
 from tests.helpers import oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import pictures  # noqa: E402

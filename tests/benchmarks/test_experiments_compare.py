@@ -22,7 +22,7 @@ from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
 pytest.importorskip("peft")
 
 PAD = 0
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

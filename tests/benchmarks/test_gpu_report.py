@@ -17,7 +17,7 @@ import torch
 from benchmarks import gpu_report, harness, linears, once, records, shapes, staged
 from rasa_ext import ops
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "benchmarks.gpu_report", "--device", "cpu", "--quick")
 OFF = "ours, each alone"
 BENCHMARKS = ("step", "all layers", "decode", "one linear", "growth", "profile")
