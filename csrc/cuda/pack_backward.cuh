@@ -81,11 +81,11 @@ template <int N, typename P>
 __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int first, int last,
                                           bool up, int j, int begin, P* to) {
   using W = Wide<P>;
-  constexpr int kCount = kPiece / kWarp / N, kAhead = kPer16Bytes<W>;  // layers read at a time
+  constexpr int kCount = kPiece / kWarp / N;
   const int width = up ? params.group.out : params.group.in, n = min(kPiece, width - begin);
   const int lane = threadIdx.x % kWarp;
   Vector<W, N> sum[kCount] = {};
-#pragma unroll kAhead
+#pragma unroll 4
   for (int i = first; i < last; ++i) {
     const PackBackwardLayer layer = layer_of(params, i);
     const W* from = global<const W>(up ? layer.dBp : layer.dAp);  // (Rp, width)
