@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import rasa_ext
-from rasa_ext.nn import fused_projections as siblings
 from rasa_ext import ops
+from rasa_ext.methods.base import group_places
 
 
 class OfficialLinear(nn.Module):
-    """The formula of the published code: concatenate in every forward, leave the rest to autograd.
+    """The formula of the official code: concatenate in every forward, leave the rest to autograd.
 
-    Parameters are float32 and cast to the input's dtype, which is kinder to it than the published
+    Parameters are float32 and cast to the input's dtype, which is kinder to it than the official
     code's own habit of computing the adapter in float32.
     """
 
     def __init__(self, layer: rasa_ext.RasaLinear) -> None:
         super().__init__()
-        self.base_layer, self.A, self.B, self.d = layer.base_layer, layer.A, layer.B, layer.d
-        self.__dict__["pool"] = layer.pool
+        self.base_layer, self.A, self.d = layer.base_layer, layer.A, layer.d
+        self.A_pool = layer.pool.A
+        # (out, r) as the official code stores it, one for all layers of a pool.
+        self.B = nn.Parameter(layer.B.detach().contiguous())
+        shared = layer.pool.__dict__
+        if "contiguous_B" not in shared:
+            shared["contiguous_B"] = nn.Parameter(layer.pool.B.detach().contiguous())
+        self.B_pool = shared["contiguous_B"]
+
+    def factors(self):
+        return self.A, self.A_pool, self.B, self.B_pool, self.d
 
     def forward(self, x):
         result = self.base_layer(x)
-        A = torch.cat([self.A, self.pool.A], 0).to(x.dtype)
-        B = torch.cat([self.B, self.pool.B], 1).to(x.dtype)
+        A = torch.cat([self.A, self.A_pool], 0).to(x.dtype)
+        B = torch.cat([self.B, self.B_pool], 1).to(x.dtype)
         result += F.linear(F.linear(x, A) * self.d.to(x.dtype), B) * 1.0
         return result
 
@@ -49,42 +56,26 @@ def sharing_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-@contextlib.contextmanager
-def siblings_are(enabled: bool | None) -> Iterator[None]:
-    """Within the context layers that read one input are computed together, or each alone."""
-    before, siblings.ENABLED = siblings.ENABLED, enabled
-    try:
-        yield
-    finally:
-        siblings.ENABLED = before
+def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ext.RasaLinear:
+    """``base`` adapted as the first of a group of so many layers."""
+    place = group_places([base])[0]._replace(num_layers=layers)
+    pool = config.pool([place._replace(index=index) for index in range(layers)])
+    return rasa_ext.RasaLinear(base, config, place, rasa_ext.RasaPool(pool))
 
 
-class WithSiblings(nn.Module):
-    """A model whose siblings are on or off, whatever the default is."""
+class Alone(nn.Module):
+    """A model whose projections of one input are computed each on its own, or together."""
 
-    def __init__(self, model: nn.Module, enabled: bool) -> None:
+    def __init__(self, model: nn.Module, fused: bool) -> None:
         super().__init__()
-        self.model, self.enabled = model, enabled
+        self.model, self.fused = model, fused
 
     def forward(self, *args, **kwargs):
-        with siblings_are(self.enabled):
+        before, ops.fuse_projections = ops.fuse_projections, lambda x: self.fused
+        try:
             return self.model(*args, **kwargs)
-
-
-def other_siblings(device: str) -> tuple[str, bool]:
-    """The variant of ours in which siblings are not as they are by default: name and switch."""
-    enabled = not ops.fuse_projections(torch.device(device).type)
-    return f"ours, siblings {'on' if enabled else 'off'}", enabled
-
-
-def meet_siblings(step: Callable[[], object], parameters: Iterable[nn.Parameter]) -> None:
-    """Two steps with written parameters between them, from which siblings learn to go together."""
-    for _ in range(2):
-        with siblings_are(True):
-            step()
-        with torch.no_grad():
-            for parameter in parameters:
-                parameter.add_(0)
+        finally:
+            ops.fuse_projections = before
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -121,6 +112,6 @@ class AddmmLinear(OfficialLinear):
     """
 
     def forward(self, x):
-        Ap = torch.cat([self.A, self.pool.A], 0).to(x.dtype)
-        Bt = (torch.cat([self.B, self.pool.B], 1) * self.d).to(x.dtype)
+        Ap = torch.cat([self.A, self.A_pool], 0).to(x.dtype)
+        Bt = (torch.cat([self.B, self.B_pool], 1) * self.d).to(x.dtype)
         return _LowRankAddmm.apply(x, self.base_layer.weight, Ap, Bt)

@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 
 import torch
 from torch import nn
 
 import rasa_ext
 from benchmarks import harness, layer
-from rasa_ext.nn import functional
 from rasa_ext import ops
+from rasa_ext.nn import functional
 
 
 class Naive(nn.Module):
@@ -32,9 +33,9 @@ class Naive(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (M, in) to (M, out)."""
         y, x = self.ours.base_layer(x), nn.functional.dropout(x, self.p)
-        adapter = self.ours.adapter()
-        multiple = ops.rank_multiple(x.device.type, x.dtype, adapter[-1].shape[0])
-        return functional.adapted_add(y, x, *adapter, multiple)
+        factors = self.ours.adapter().factors()
+        multiple = ops.rank_multiple(x.device.type, x.dtype, factors.rank)
+        return functional.adapted_add(y, x, factors, multiple)
 
 
 def kept(module: nn.Module, x: torch.Tensor) -> int:
@@ -57,11 +58,11 @@ def compare(shape: tuple[int, int, int], dtype: torch.dtype, p: float, rounds: i
     layer.verify(modules, x)
     without = modules["ours"].train()
     dropped = copy.deepcopy(without, {id(t): t for t in without.parameters()})
-    dropped.dropout = p
+    dropped.config = dataclasses.replace(without.config, dropout=p)
     variants = {
         "frozen": modules["frozen"], "p = 0": without, "ours": dropped, "naive": Naive(without, p),
     }  # fmt: skip
-    parameters = without.adapter()
+    parameters = without.adapter().sources()
     steps = {name: layer.training(m, x, grad, parameters) for name, m in variants.items()}
     seconds = harness.interleaved(steps, rounds, warmup=5, device=device)
     us = {name: 1e6 * harness.quartiles(values)[1] for name, values in seconds.items()}

@@ -41,8 +41,7 @@ def layers(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu")
     stack = nn.Sequential(nn.Linear(width, out, bias=False))
     base = stack[0].to(dtype).requires_grad_(False)
     config = rasa_ext.RasaConfig(rank=RANK, k=K)
-    pool = rasa_ext.RasaPool.create(config, LAYERS, out, width, base.weight)
-    ours = rasa_ext.RasaLinear(base, config, LAYERS, pool, owns_pool=True)
+    ours = baselines.one_of(base, config, LAYERS)
     with torch.no_grad():
         for parameter in ours.parameters():
             if parameter is not base.weight:
@@ -65,14 +64,14 @@ def gemms(x: torch.Tensor, grad: torch.Tensor, ours: rasa_ext.RasaLinear, traini
     """The GEMMs that no implementation can do without, and nothing else."""
     x, weight = x.detach(), ours.base_layer.weight
     with torch.no_grad():
-        multiple = ops.rank_multiple(x.device.type, x.dtype, ours.d.shape[0])
-        Ap, Bt = ops.pack(*ours.adapter(), x.dtype, multiple)
+        multiple = ops.rank_multiple(x.device.type, x.dtype, ours.effective_rank)
+        pack = ops.pack(*ours.adapter().factors(), x.dtype, multiple)
 
     def run() -> None:
         with torch.no_grad():
-            _, U = ops.low_rank_linear(x, weight, None, Ap, Bt)
+            _, U = ops.low_rank_linear(x, weight, None, *pack)
             if training:
-                ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bt, None, True, True)
+                ops.low_rank_linear_backward(grad, x, weight, U, *pack, True, True, True)
 
     return run
 
@@ -106,7 +105,7 @@ def compare(
     """Print one row, add it to ``rows``, and return the overhead ratio."""
     x, grad, modules = layers(shape, dtype, device)
     verify(modules, x)
-    parameters = modules["ours"].adapter()
+    parameters = (*modules["ours"].adapter().sources(), *modules["official"].parameters())
     run = {
         name: training(module, x, grad, parameters) if train else forward(module, x)
         for name, module in modules.items()

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 import rasa_ext
 from benchmarks import baselines
 from benchmarks.shapes import Block
-from rasa_ext.patching.swap import link_fused_projections
+from rasa_ext import ops
+from rasa_ext.nn.fused_projections import FusedProjections
 
 SAME_FUNCTION = (
     "official",
     "addmm",
     "ours",
-    "ours, siblings on",
-    "ours, siblings off",
+    "ours, fused",
+    "ours, each alone",
     "compiled",
 )
 
@@ -56,7 +57,7 @@ class Case:
     def variants(self, compiled: bool = False) -> dict[str, Linears | nn.Module]:
         """Frozen, official, addmm, PEFT LoRA at r = 8 and r = R, ours; compiled where asked.
 
-        Ours comes twice, with siblings as by default and the other way.
+        Ours comes twice, with projections of one input fused as by default and the other way.
         """
         official = {name: baselines.OfficialLinear(m) for name, m in self.adapted.items()}
         made: dict[str, nn.Module] = {
@@ -69,11 +70,13 @@ class Case:
         }
         ours = made["ours"]
         for reads in self.inputs:
-            same = {each.name for each in self.block.linears if each.reads == reads}
-            link_fused_projections(nn.ModuleDict({name: self.adapted[name] for name in same}))
-        baselines.meet_siblings(self.step(ours), self._adapter())
-        name, enabled = baselines.other_siblings(self.device)
-        made[name] = baselines.WithSiblings(ours, enabled)
+            same = [each.name for each in self.block.linears if each.reads == reads]
+            fused = FusedProjections([self.adapted[name] for name in same])
+            for name in same:
+                self.adapted[name].fused = fused
+        by_default = ops.fuse_projections(next(iter(self.inputs.values())))
+        name = f"ours, {'each alone' if by_default else 'fused'}"
+        made[name] = baselines.Alone(ours, not by_default)
         for rank in (8, self.R):
             lora = self._peft(rank)
             if lora is not None:
@@ -134,20 +137,29 @@ class Case:
         found |= {f"y without grad of {n}": y for n, y in zip(self.adapted, alone, strict=True)}
         found |= {f"dx of {name}": x.grad for name, x in self.inputs.items()}
         fields = ("A", "A_pool", "B", "B_pool", "d")
-        for name, layer in self.adapted.items():
-            for field, parameter in zip(fields, layer.adapter(), strict=True):
+        for name, factors in self._factors(module).items():
+            for field, parameter in zip(fields, factors, strict=True):
                 # None, of one that is not part of the computation, must not pass for agreement.
                 grad = parameter.grad
                 found[f"d{field} of {name}"] = torch.zeros_like(parameter) if grad is None else grad
         self.drop_gradients(module)
         return {name: tensor.detach() for name, tensor in found.items()}
 
+    def _factors(self, module: nn.Module) -> dict[str, tuple]:
+        """A, A_pool, B, B_pool, d of every layer, the very parameters that a variant trains."""
+        made = dict(getattr(module, "projections", nn.ModuleDict()).items())
+        official = {n: m for n, m in made.items() if isinstance(m, baselines.OfficialLinear)}
+        return {
+            name: official[name].factors() if name in official else layer.adapter().factors()
+            for name, layer in self.adapted.items()
+        }
+
     def parameters(self, module: nn.Module) -> list[Tensor]:
         """The module's, and the adapters with their pools, which not every variant registers."""
         return [*self._adapter(), *module.parameters()]
 
     def _adapter(self) -> list[Tensor]:
-        return [tensor for layer in self.adapted.values() for tensor in layer.adapter()]
+        return [tensor for layer in self.adapted.values() for tensor in layer.adapter().sources()]
 
     def _trained(self, module: nn.Module) -> list[Tensor]:
         return [*self.inputs.values(), *self.parameters(module)]
@@ -164,9 +176,7 @@ class Case:
 
     def _ours(self, base: nn.Linear) -> rasa_ext.RasaLinear:
         config = rasa_ext.RasaConfig(rank=self.rank, k=self.k)
-        shape, layers = base.weight.shape, self.block.layers
-        pool = rasa_ext.RasaPool.create(config, layers, *shape, base.weight)
-        return _lively(rasa_ext.RasaLinear(base, config, layers, pool, owns_pool=True))
+        return _lively(baselines.one_of(base, config, self.block.layers))
 
     def _peft(self, rank: int) -> nn.Module | None:
         """The real PEFT, its adapters in the base's dtype, which is the faster of its ways."""

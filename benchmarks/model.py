@@ -2,7 +2,7 @@
 
     python -m benchmarks.model [--dtype float32 bfloat16] [--rounds 15] [--json FILE] [--seconds S]
 
-A step is forward and backward (no optimiser) of batch 2 x 160 tokens with all linear layers
+A step is forward and backward (no optimizer) of batch 2 x 160 tokens with all linear layers
 adapted. The weights are random, of SmolLM2-135M's shapes, which does not change the time. "ours
 alone" computes every layer on its own, also those that read the same input. Peak
 memory is that of a process of its own for each variant, above what it held before its first step.
@@ -60,16 +60,12 @@ def build(name: str, base: LlamaForCausalLM):
         elif name == "ours alone":
             for module in model.modules():
                 if isinstance(module, rasa_ext.RasaLinear):
-                    module.siblings = None
+                    module.fused = None
     return model.train()
 
 
 def stepper(model, ids: torch.Tensor):
-    """Forward and backward; the embeddings take part, so that every variant has the same floor.
-
-    As in training, the parameters have been written to after a first step: layers that read one
-    input are computed together from then on.
-    """
+    """Forward and backward; the embeddings take part, so that every variant has the same floor."""
     model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
 
     def step() -> float:
@@ -78,12 +74,6 @@ def stepper(model, ids: torch.Tensor):
         loss.backward()
         return loss.item()
 
-    step()
-    model.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.mul_(1)
     return step
 
 

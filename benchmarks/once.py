@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
 from rasa_ext import ops
-from rasa_ext.ops import reference
+
+PYTORCH = SimpleNamespace(**{name: kernel for name, (_, kernel) in ops.OPERATORS.items()})
 
 # (tokens, in, out, private ranks, pool ranks): odd, unaligned, decoding's few tokens, k = r.
 SHAPES = ((3, 40, 24, 7, 32), (17, 33, 9, 3, 6), (64, 128, 72, 0, 8), (1, 257, 130, 8, 0))
@@ -26,9 +28,9 @@ LAYERS = 3
 def adapter(shape: tuple[int, ...]) -> tuple:
     """A, A_pool, B, B_pool, d of LAYERS layers, in float32 on the CPU."""
     _, width, out, own, pooled = shape
-    A, B = torch.randn(LAYERS, own, width), torch.randn(LAYERS, out, own)
+    A, B = torch.randn(LAYERS, own, width), torch.randn(LAYERS, own, out).transpose(1, 2)
     d = torch.randn(LAYERS, own + pooled)
-    return list(A), torch.randn(pooled, width), list(B), torch.randn(out, pooled), list(d)
+    return list(A), torch.randn(pooled, width), list(B), torch.randn(pooled, out).t(), list(d)
 
 
 def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> dict[str, object]:
@@ -38,44 +40,44 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
     single = (A[0], A_pool, B[0], B_pool, d[0])
     found: dict[str, object] = {"pack": functions.pack(*single, dtype, 16)}
     # The products start from the same packs, so that only their own rounding is compared.
-    Ap, Bt = packs or found["pack"]
-    y, U = functions.low_rank_linear(x, weight, None, Ap, Bt)
-    dx, dAp, dBt, _ = functions.low_rank_linear_backward(
-        grad, x, weight, tensors.get("U", U), Ap, Bt, None, True, True
+    Ap, Bp = packs or found["pack"]
+    y, U = functions.low_rank_linear(x, weight, None, Ap, Bp)
+    dx, dAp, dBp = functions.low_rank_linear_backward(
+        grad, x, weight, tensors.get("U", U), Ap, Bp, True, True, True
     )
-    found |= {"linear": (y, U), "backward": (dx, dAp, dBt)}
-    found["add"] = functions.low_rank_add(grad, x, Ap, Bt)[0]
+    found |= {"linear": (y, U), "backward": (dx, dAp, dBp)}
+    found["add"] = functions.low_rank_add(grad, x, Ap, Bp)[0]
     dropped = tensors["mask"], 1.25
-    found["masked"] = functions.low_rank_linear(x, weight, None, Ap, Bt, None, *dropped)
+    found["masked"] = functions.low_rank_linear(x, weight, None, Ap, Bp, *dropped)
     found["masked_backward"] = functions.low_rank_linear_backward(
-        grad, x, weight, tensors.get("U", U), Ap, Bt, None, True, True, *dropped
-    )[:3]
+        grad, x, weight, tensors.get("U", U), Ap, Bp, True, True, True, *dropped
+    )
     both = [A[:2], [A_pool] * 2, B[:2], [B_pool] * 2, d[:2]]
     found["pack_projections"] = functions.pack_projections(*both, dtype, 16)
-    wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bt, Bt], [weight, weight]
+    wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bp, Bp], [weight, weight]
     outputs, wide_U = functions.linear_projections(x, weights, [], wide_Ap, ups)
-    found["siblings"] = (*outputs, wide_U)
+    found["projections"] = (*outputs, wide_U)
     wide_U = torch.cat([tensors["U"], tensors["U"]], 1) if "U" in tensors else wide_U
-    found["siblings_backward"] = functions.linear_projections_backward(
-        [grad, grad], x, weights, wide_U, wide_Ap, ups, None, True, True
-    )[:3]
-    wide = tensors["dAp"], tensors["dBt"]
+    found["projections_backward"] = functions.linear_projections_backward(
+        [grad, grad], x, weights, wide_U, wide_Ap, ups, True, True, True
+    )
+    wide = tensors["dAp"], tensors["dBp"]
     found["pack_backward"] = functions.pack_backward(
         wide[0][0].clone(), wide[1][0].clone(), B[0], B_pool, d[0]
     )
     found["pack_group"] = functions.pack_group(*tensors["adapter"], dtype, 16)
     found["pack_group_backward"] = functions.pack_group_backward(*wide, B, B_pool, d)
-    stacked = tensors["stacked_Ap"], tensors["stacked_Bt"]
+    stacked = tensors["stacked_Ap"], tensors["stacked_Bp"]
     found["delta_group"] = functions.delta_group(*stacked)
     xs, grads, Us = (torch.stack([t] * LAYERS) for t in (x, grad, tensors.get("U", U)))
-    pool = (Ap, Bt, torch.stack([d[0].new_ones(Ap.shape[0])] * LAYERS))
+    pool = (Ap, Bp, torch.stack([d[0].new_ones(Ap.shape[0])] * LAYERS))
     weights = [weight] * LAYERS
     found["layers"] = functions.linear_group(xs, weights, None, *stacked, *pool)
     found["layers_backward"] = functions.linear_group_backward(
         grads, xs, weights, Us, Us, *stacked, *pool, True, True
     )
     weights = [weight.clone() for _ in range(LAYERS)]
-    functions.merge_group(weights, *stacked, 0.5)
+    functions.merge_group(weights, *stacked)
     found["merge_group"] = weights
     return found
 
@@ -102,20 +104,20 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> int:
         "grad": torch.randn(tokens, out),
         "U": torch.randn(tokens, padded),
         "stacked_Ap": torch.randn(LAYERS, padded, width),
-        "stacked_Bt": torch.randn(LAYERS, out, padded),
+        "stacked_Bp": torch.randn(LAYERS, padded, out),
     }
     low = {name: tensor.to(dtype) for name, tensor in low.items()}
     high = {
         "adapter": made,
         "dAp": torch.randn(LAYERS, padded, width),
-        "dBt": torch.randn(LAYERS, padded, out).transpose(1, 2),
+        "dBp": torch.randn(LAYERS, padded, out),
         "mask": torch.randint(256, (-(-tokens * width // 8),), dtype=torch.uint8),
     }
-    packs = reference.pack(made[0][0], made[1], made[2][0], made[3], made[4][0], dtype, 16)
+    packs = ops.pack(made[0][0], made[1], made[2][0], made[3], made[4][0], dtype, 16)
     here = {name: moved(value, device) for name, value in (low | high).items()}
     exact = {name: moved(value, "cpu", torch.float64) for name, value in (low | high).items()}
     found = chain(ops, shape, dtype, here, moved(packs, device))
-    truth = chain(reference, shape, torch.float64, exact, moved(packs, "cpu", torch.float64))
+    truth = chain(PYTORCH, shape, torch.float64, exact, moved(packs, "cpu", torch.float64))
     draw_mask(here["x"])
     compared = 0
     for name, expected in truth.items():

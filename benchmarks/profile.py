@@ -42,7 +42,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linea
 @contextlib.contextmanager
 def named_ranges() -> Iterator[None]:
     """Each call of an operator of rasa_ext within the context is a range of its name."""
-    before = {name: getattr(ops, name) for name in ops.NAMES}
+    before = {name: getattr(ops, name) for name in ops.OPERATORS}
 
     def ranged(name: str, function):
         def call(*args):
@@ -63,7 +63,7 @@ def named_ranges() -> Iterator[None]:
 def part(name: str, shapes: list, M: int, ranks: set[int]) -> str:
     """Which of PARTS an operation belongs to."""
     sides = {n for shape in shapes if isinstance(shape, list | tuple) for n in shape}
-    if name.startswith(("rasa_ext::low_rank", "rasa_ext::siblings")):
+    if name.startswith(("rasa_ext::low_rank", "rasa_ext::linear_projections")):
         return PARTS[1]
     if name in PRODUCTS:
         return PARTS[2] if sides & ranks else PARTS[0]

@@ -113,7 +113,7 @@ def environment(device: str) -> dict[str, Any]:
         "rasa_ext": rasa_ext.__version__,
         "commit": _output("git", "describe", "--always", "--dirty"),
         "kernels": ops.cuda_status(),
-        "operators with a CUDA kernel": f"{_attached()} of {len(ops.NAMES)}",
+        "operators with a CUDA kernel": f"{_attached()} of {len(ops.OPERATORS)}",
     }
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -132,7 +132,7 @@ def environment(device: str) -> dict[str, Any]:
 
 def _attached() -> int:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return sum(has(f"rasa_ext::{name}", "CUDA") for name in ops.NAMES)
+    return sum(has(f"rasa_ext::{name}", "CUDA") for name in ops.OPERATORS)
 
 
 def _output(*command: str) -> str | None:

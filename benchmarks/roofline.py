@@ -56,7 +56,7 @@ def measure(device: str, dtype: torch.dtype, quick: bool = False) -> Peaks:
 
 
 def linear_forward(M: int, width: int, out: int, rank: int, size: int) -> Work:
-    """y = x W^T + (x Ap^T) Bt^T; x, W and the factors are read, y is written; U stays on chip."""
+    """y = x W^T + (x Ap^T) Bp^T; x, W and the factors are read, y is written; U stays on chip."""
     numbers = M * (width + out) + width * out + rank * (width + out)
     return Work(size * numbers, 2 * M * width * out + 2 * M * rank * (width + out))
 

@@ -3,11 +3,11 @@
     python -m benchmarks.sft [--steps 6] [--rounds 6] [--dtype float32] [--json FILE] [--seconds S]
 
 A step is what lies between a callback's on_step_begin and on_step_end: forward, TRL's metrics,
-backward, clipping, the optimiser. Every variant has a trainer of its own over the same base weights
+backward, clipping, the optimizer. Every variant has a trainer of its own over the same base weights
 and trains on the same batches of 2 x 160 tokens, all linear layers adapted, no dropout, no gradient
 checkpointing. Each round runs all variants in a random order, each for so many steps; a first round
 and the first step of every other one are not timed. The base is random, of SmolLM2-135M's shapes,
-which does not change the time. "official" is the published formula in a patched model.
+which does not change the time. "official" is the official formula in a patched model.
 
 Before the first step the three forms of RaSA must compute the same logits, and in the first round
 have the same losses; how far rounding drives them apart until the end is printed. ``--quick`` is

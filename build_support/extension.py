@@ -20,7 +20,7 @@ PYTHON = "cp310"
 
 
 def sources(root: Path) -> list[str]:
-    """Every file that is compiled, relative to ``root``; build.toml lists the same."""
+    """Every file that is compiled, relative to ``root``."""
     # Paths must be relative to setup.py, or they end up in the build folder's layout.
     found = [*root.glob("csrc/*.cpp"), *root.glob("csrc/*.cu"), *root.glob("csrc/cuda/*.cu")]
     return sorted(str(path.relative_to(root)) for path in found)

@@ -33,10 +33,9 @@ Tensor dropout_mask(const Tensor& noise, const Tensor& x, double p) {
   return mask;
 }
 
-void check_mask(const Checks& checks, const std::optional<Tensor>& mask, const Tensor& x) {
+void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements) {
   if (!mask) return;
-  checks.integers("mask", *mask, dropout_mask_bytes(x.numel()),
-                  torch::headeronly::ScalarType::Byte);
+  checks.integers("mask", *mask, dropout_mask_bytes(elements), torch::headeronly::ScalarType::Byte);
 }
 
 Tensor kept_of(const Device& device, const Tensor& x, const std::optional<Tensor>& mask) {

@@ -10,8 +10,8 @@
 
 namespace rasa_ext {
 
-// A mask is for the elements of x; none is always right.
-void check_mask(const Checks& checks, const std::optional<Tensor>& mask, const Tensor& x);
+// A mask is for so many elements, those of x; none is always right.
+void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements);
 
 // What the mask leaves of x; all of it without a mask. A GEMM can read it.
 Tensor kept_of(const Device& device, const Tensor& x, const std::optional<Tensor>& mask);

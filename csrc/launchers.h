@@ -8,8 +8,10 @@
 // Pointers are device pointers unless they say otherwise. Launchers return at once, allocate
 // nothing, wait for nothing and are safe under graph capture; errors of a launch are left to
 // cudaGetLastError. Work over nothing (M = 0, no layers) launches nothing. Sums run in fixed order:
-// equal inputs give equal bits. 16-byte accesses are used where addresses allow, so alignment is
-// a matter of speed alone.
+// equal inputs that lie alike give equal bits. 16-byte accesses are used where all rows begin at 16
+// bytes, so alignment is a matter of speed, and of the order of a sum.
+//
+// Every rank is a row: B (own, out) and B_pool (pooled, out) here are what users see transposed.
 //
 // Dtypes: `param` of A, A_pool, B, B_pool, d and of their gradients, `dtype` of what is computed
 // in. Both are any of float32, float16 and bfloat16; or both are float64, except in decode.
@@ -32,72 +34,65 @@ void launch_write_table(const void* host,  // (words,) of 8 bytes
                         void* device,      // (words,), aligned to 8 bytes, written
                         size_t words, Stream stream);
 
-// ---- pack: Ap = [A ; A_pool], Bt = [B | B_pool] diag(d), cast, zero from R to Rp ----
+// ---- pack: Ap = [A ; A_pool], Bp = diag(d) [B ; B_pool], cast, zero from R to Rp ----
 
 struct PackLayer {
   const void* A;       // (own, in) param
   const void* A_pool;  // (pooled, in) param
-  const void* B;       // (out, own) param
-  const void* B_pool;  // (out, pooled) param
-  const void* d;       // (own + pooled,) param
+  const void* B;       // (own, out) param
+  const void* B_pool;  // (pooled, out) param
+  const void* d;       // (own + pooled,) param; null stands for ones
   void* Ap;            // (Rp, in) dtype, written
-  void* Bt;            // (out, Rp) dtype, written
+  void* Bp;            // (Rp, out) dtype, written
   int in, out;
   int own, pooled;
   int Rp;
   int reserved;  // 0
 };
 
-// The layer is passed by value: no table.
-void launch_pack(const PackLayer& layer, DType param, DType dtype, Stream stream);
+// Up to so many layers travel as parameters of the kernel, which may take 4096 bytes: those of a
+// group of an 8B model. More need a table in device memory.
+constexpr int kLayersByValue = 32;
 
-// `count` layers of any shapes, at most 65535, in one launch. `host` and `device` are the same
-// table in host and in device memory; the host's is read before the call returns.
-void launch_pack_layers(const PackLayer* host, const PackLayer* device, int count, DType param,
-                        DType dtype, Stream stream);
+// `count` layers of any shapes, at most 65535, in one launch. `host` is read before the call
+// returns; `device` is the same table in device memory, null up to kLayersByValue layers.
+void launch_pack(const PackLayer* host, const PackLayer* device, int count, DType param,
+                 DType dtype, Stream stream);
 
-// ---- pack_backward: with T = dBt, dB = T diag(d), dd_j = sum_n [B | B_pool][n, j] T[n, j],
-// ---- dA and dA_pool rows of dAp ----
+// ---- pack_backward, row by row: dB = diag(d) dBp, dd_j = <[B ; B_pool]_j, dBp_j>, dA and dA_pool
+// ---- are rows of dAp ----
 
 struct PackBackwardLayer {
-  const void* dAp;     // (Rp, in) accumulation(param): float32, or float64 where param is
-  const void* dBt;     // (Rp, out) accumulation(param): dBt (out, Rp) by columns
-  const void* B;       // (out, own) param
-  const void* B_pool;  // (out, pooled) param
-  const void* d;       // (own + pooled,) param
-  void* dA;            // (own, in) param, written
-  void* dB;            // (out, own) param, written
-  void* dd;            // (own + pooled,) param, written
+  const void* dAp;  // (Rp, in) accumulation(param): float32, or float64 where param is
+  const void* dBp;  // (Rp, out) accumulation(param)
+  const void* B;    // (own, out) param
+  const void* d;    // (own + pooled,) param; null stands for ones
+  void* dA;         // (own, in) param, written
+  void* dB;         // (own, out) param, written
+  void* dd;         // (own + pooled,) param, written; null in all layers where it is not wanted
+};
+
+// The layers of one group: all of one shape, with one pool. Where dAp is not given, in is 0; where
+// dBp is not, out is 0 and dd null.
+struct PackBackwardGroup {
+  const void* B_pool;  // (pooled, out) param
+  void* dA_pool;       // (pooled, in) param, written: summed over the layers, in their order
+  void* dB_pool;       // (pooled, out) param, written: summed likewise
+  int count;
   int in, out;
   int own, pooled;
 };
 
-// The pool's gradients.
-struct PoolGrads {
-  void* dA_pool;  // (pooled, in) param, written
-  void* dB_pool;  // (pooled, out) param, written: dB_pool (out, pooled) by columns
-};
+// In one launch. Tables as for launch_pack.
+void launch_pack_backward(const PackBackwardGroup& group, const PackBackwardLayer* host,
+                          const PackBackwardLayer* device, DType param, Stream stream);
 
-// What the launchers below need as workspace: uninitialised device memory, aligned to 16 bytes,
-// free again when the work is done. 0 is possible, and then the workspace may be null.
-size_t pack_backward_workspace(int count, int out, int own, int pooled, DType param);
-
-void launch_pack_backward(const PackBackwardLayer& layer, const PoolGrads& pool, void* workspace,
-                          DType param, Stream stream);
-
-// The `count` layers of one group, at most 65535, all of the shape of host[0], whose pooled is at
-// most 65535; the pool's gradients are summed over the layers in the order of the table. Tables as
-// for launch_pack_layers.
-void launch_pack_layers_backward(const PackBackwardLayer* host, const PackBackwardLayer* device,
-                                 int count, const PoolGrads& pool, void* workspace, DType param,
-                                 Stream stream);
-
-// ---- decode: U = x Ap^T, y += U Bt^T, for few tokens ----
+// ---- decode: U = x Ap^T, y += U Bp, for few tokens ----
 
 struct DecodeCall {
   const void* x;    // (M, in) dtype
   const void* Ap;   // (Rp, in) dtype
-  const void* Bt;   // (out, Rp) dtype
+  const void* Bp;   // (Rp, out) dtype
   void* U;          // (M, Rp) dtype, written; null where it is not wanted
   void* y;          // (M, out) dtype, added to: read, added in float32, rounded once
   void* workspace;  // decode_workspace(...) bytes

@@ -1,4 +1,4 @@
-// y = x W^T + bias + U Bt^T with U = x Ap^T, and its backward, as cuBLAS products.
+// y = x W^T + bias + U Bp with U = x Ap^T, and its backward, as cuBLAS products.
 #include "blas.h"
 #include "device.h"
 #include "dropout.h"
@@ -11,13 +11,13 @@
 namespace rasa_ext {
 namespace {
 
-// U = x Ap^T, y += U Bt^T, for few tokens.
-void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tensor& Bt,
+// U = x Ap^T, y += U Bp, for few tokens.
+void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tensor& Bp,
             const Tensor& U, const Tensor& y) {
   const DType dtype = dtype_of(x);
-  const Tensor inputs[] = {dense(x, dtype), dense(Ap, dtype), dense(Bt, dtype)};
+  const Tensor inputs[] = {dense(x, dtype), dense(Ap, dtype), dense(Bp, dtype)};
   const int tokens = to_int("tokens", x.size(0)), in = to_int("in_features", x.size(1));
-  const int out = to_int("out_features", Bt.size(0)), rank = to_int("rank", Ap.size(0));
+  const int out = to_int("out_features", Bp.size(1)), rank = to_int("rank", Ap.size(0));
   const Tensor workspace = empty_bytes(x, decode_workspace(tokens, in, rank));
   launch_decode({inputs[0].data_ptr(), inputs[1].data_ptr(), inputs[2].data_ptr(), U.data_ptr(),
                  y.data_ptr(), workspace.data_ptr(), tokens, in, out, rank},
@@ -29,16 +29,15 @@ void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tenso
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bt, const std::optional<Tensor>& d,
-                                           const std::optional<Tensor>& mask, double scale) {
+                                           const Tensor& Bp, const std::optional<Tensor>& mask,
+                                           double scale) {
   const Checks checks("low_rank_linear", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("weight", weight, {-1, x.size(1)});
   checks.like("Ap", Ap, {-1, x.size(1)});
-  checks.like("Bt", Bt, {weight.size(0), Ap.size(0)});
-  checks.no_diagonal(d);
+  checks.like("Bp", Bp, {Ap.size(0), weight.size(0)});
   if (bias) checks.like("bias", *bias, {weight.size(0)});
-  check_mask(checks, mask, x);
+  check_mask(checks, mask, x.numel());
 
   const int64_t tokens = x.size(0);
   const DType dtype = dtype_of(x);
@@ -51,10 +50,10 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   if (!mask && use_decode(tokens, Ap.size(0), dtype)) {
     const Matrix result = matrix_of(y);
     gemm(device.blas(), multiply(matrix_of(rows), matrix_of(base).t(), result, bias ? 1 : 0));
-    decode(device, x, Ap, Bt, U, y);
+    decode(device, x, Ap, Bp, U, y);
     return {y, U};
   }
-  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bt), kept = kept_of(device, rows, mask);
+  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp), kept = kept_of(device, rows, mask);
   gemms(device.blas(), plan_forward({matrix_of(rows), matrix_of(kept), matrix_of(base),
                                      matrix_of(down), matrix_of(up), matrix_of(U), matrix_of(y),
                                      bias.has_value(), mask ? scale : 1}));
@@ -62,15 +61,14 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
 }
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bt, const std::optional<Tensor>& d,
-                                        const std::optional<Tensor>& mask, double scale) {
+                                        const Tensor& Bp, const std::optional<Tensor>& mask,
+                                        double scale) {
   const Checks checks("low_rank_add", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("y", y, {x.size(0), -1});
   checks.like("Ap", Ap, {-1, x.size(1)});
-  checks.like("Bt", Bt, {y.size(1), Ap.size(0)});
-  checks.no_diagonal(d);
-  check_mask(checks, mask, x);
+  checks.like("Bp", Bp, {Ap.size(0), y.size(1)});
+  check_mask(checks, mask, x.numel());
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -79,62 +77,64 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   if (x.size(0) == 0) return {out, U};
   copy(out, y);
   if (!mask && use_decode(x.size(0), Ap.size(0), dtype)) {
-    decode(device, x, Ap, Bt, U, out);
+    decode(device, x, Ap, Bp, U, out);
     return {out, U};
   }
   const Tensor kept = kept_of(device, x, mask);
-  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bt);
+  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
   gemms(device.blas(),
         plan_forward({Matrix{}, matrix_of(kept), Matrix{}, matrix_of(down), matrix_of(up),
                       matrix_of(U), matrix_of(out), true, mask ? scale : 1}));
   return {out, U};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
-    const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& U,
-    const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& d, bool need_x,
-    bool need_adapter, const std::optional<Tensor>& mask, double scale) {
-  const Checks checks("low_rank_linear_backward", "x", x);
-  checks.shape("x", x, {-1, -1});
-  checks.like("grad", grad, {x.size(0), -1});
-  if (weight) checks.like("weight", *weight, {grad.size(1), x.size(1)});
-  checks.like("Ap", Ap, {-1, x.size(1)});
-  checks.like("U", U, {x.size(0), Ap.size(0)});
-  checks.like("Bt", Bt, {grad.size(1), Ap.size(0)});
-  checks.no_diagonal(d);
-  check_mask(checks, mask, x);
+std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
+    const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& U, const Tensor& Ap, const Tensor& Bp, bool need_x, bool need_A,
+    bool need_B, const std::optional<Tensor>& mask, double scale) {
+  const Checks checks("low_rank_linear_backward", "grad", grad);
+  checks.shape("grad", grad, {-1, -1});
+  checks.like("Ap", Ap, {-1, -1});
+  const int64_t tokens = grad.size(0), out = grad.size(1), rank = Ap.size(0), in = Ap.size(1);
+  checks.like("Bp", Bp, {rank, out});
+  if (need_A) checks.given("x", x, "need_A");
+  if (need_B) checks.given("U", U, "need_B");
+  if (x) checks.like("x", *x, {tokens, in});
+  if (U) checks.like("U", *U, {tokens, rank});
+  if (weight) checks.like("weight", *weight, {out, in});
+  check_mask(checks, mask, tokens * in);
 
-  const DType dtype = dtype_of(x), wide = accumulation(dtype);
-  const int64_t tokens = x.size(0), rank = Ap.size(0);
-  const Device device(x);
-  Tensor dx = need_x ? empty(x, {tokens, x.size(1)}, dtype) : nothing(x, dtype);
-  Tensor dAp = need_adapter ? empty(x, {rank, x.size(1)}, wide) : nothing(x, wide);
-  // By columns: each rank's gradient lies together, the order in which a pool's are summed.
-  Tensor dBt = need_adapter ? empty_by_columns(x, grad.size(1), rank, wide) : nothing(x, wide);
-  const Tensor dd = nothing(x, wide);
-  if (tokens == 0 && need_adapter) {
+  const DType dtype = dtype_of(grad), wide = accumulation(dtype);
+  const Device device(grad);
+  Tensor dx = need_x ? empty(grad, {tokens, in}, dtype) : nothing(grad, dtype);
+  Tensor dAp = need_A ? empty(grad, {rank, in}, wide) : nothing(grad, wide);
+  Tensor dBp = need_B ? empty(grad, {rank, out}, wide) : nothing(grad, wide);
+  if (tokens == 0) {
     fill_zero(dAp);
-    fill_zero(dBt);
+    fill_zero(dBp);
+    return {dx, dAp, dBp};
   }
-  if (tokens == 0 || !(need_x || need_adapter)) return {dx, dAp, dBt, dd};
-
-  Tensor H = empty(x, {tokens, rank}, dtype);
-  const Tensor outer = gemm_operand(grad), inner = gemm_operand(U);
-  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bt);
+  const Tensor outer = gemm_operand(grad), down = gemm_operand(Ap), up = gemm_operand(Bp);
+  std::optional<Tensor> kept, inner, H;
   LinearBackward backward;
   backward.grad = matrix_of(outer);
-  backward.U = matrix_of(inner);
   backward.Ap = matrix_of(down);
-  backward.Bt = matrix_of(up);
-  backward.H = matrix_of(H);
+  backward.Bp = matrix_of(up);
   backward.scale = mask ? scale : 1;
+  if (need_x || need_A) {
+    H = empty(grad, {tokens, rank}, dtype);
+    backward.H = matrix_of(*H);
+  }
   if (need_x) backward.dx = matrix_of(dx);
-  std::optional<Tensor> kept;
-  if (need_adapter) {
-    kept = kept_of(device, x, mask);
+  if (need_A) {
+    kept = kept_of(device, *x, mask);
     backward.kept = matrix_of(*kept);
     backward.dAp = matrix_of(dAp);
-    backward.dBt = matrix_of(dBt);
+  }
+  if (need_B) {
+    inner = gemm_operand(*U);
+    backward.U = matrix_of(*inner);
+    backward.dBp = matrix_of(dBp);
   }
   gemms(device.blas(), plan_backward(backward));
   if (need_x && mask) keep_in_place(device, dx, *mask);
@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
     const Tensor base = gemm_operand(*weight);
     gemm(device.blas(), multiply(matrix_of(outer), matrix_of(base), matrix_of(dx), 1));
   }
-  return {dx, dAp, dBt, dd};
+  return {dx, dAp, dBp};
 }
 
 }  // namespace rasa_ext

@@ -2,14 +2,15 @@
 //
 // M tokens, `in` and `out` features, Rp the padded rank:
 //
-//     U = X Ap^T      Y  = U Bt^T (+ bias)      Y  += X W^T
-//     H = G Bt        dX = H Ap                 dAp = H^T X      dBt = G^T U     dX += G W
+//     U = X Ap^T      Y   = U Bp (+ bias)    Y   += X W^T
+//     H = G Bp^T      dBp = U^T G            dAp  = H^T X      dX = H Ap      dX += G W
 //
 // With dropout the X beside Ap is what the mask leaves of it, its scale stands before the products
 // that give U and H, and the mask is put on dX before the last product.
 //
 // The adapter comes first and the base last, with beta = 1: reading Y again hides in the large
-// product, and Y is rounded once.
+// product, and Y is rounded once. In the backward each product follows one that has read the same:
+// G is still in the cache for dBp, and dX for the base.
 #pragma once
 
 #include <vector>
@@ -23,7 +24,7 @@ struct LinearForward {
   Matrix kept;    // (M, in): x, or what dropout leaves of it
   Matrix weight;  // (out, in), or no data: the base's output stands in y already
   Matrix Ap;      // (Rp, in)
-  Matrix Bt;      // (out, Rp)
+  Matrix Bp;      // (Rp, out)
   Matrix U;       // (M, Rp), written
   Matrix y;       // (M, out), written
   bool y_is_set;  // whether y holds something to add to: a bias, or the base's output
@@ -32,16 +33,17 @@ struct LinearForward {
 
 std::vector<GemmCall> plan_forward(const LinearForward& forward);
 
+// Results without data are not computed.
 struct LinearBackward {
   Matrix grad;   // (M, out)
-  Matrix kept;   // (M, in): x, or what dropout leaves of it
-  Matrix U;      // (M, Rp)
+  Matrix kept;   // (M, in), for dAp: x, or what dropout leaves of it
+  Matrix U;      // (M, Rp), for dBp
   Matrix Ap;     // (Rp, in)
-  Matrix Bt;     // (out, Rp)
-  Matrix H;      // (M, Rp), written
-  Matrix dx;     // (M, in), written; no data where not needed
-  Matrix dAp;    // (Rp, in), written; no data where not needed
-  Matrix dBt;    // (out, Rp), written with dAp
+  Matrix Bp;     // (Rp, out)
+  Matrix H;      // (M, Rp), written; has data where dx or dAp has
+  Matrix dx;     // (M, in), written
+  Matrix dAp;    // (Rp, in), written
+  Matrix dBp;    // (Rp, out), written
   double scale;  // of dropout
 };
 

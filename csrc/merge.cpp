@@ -1,4 +1,4 @@
-// dW = Bt Ap of all layers of a group, alone or added to their weights, as batched products.
+// dW = Bp^T Ap of all layers of a group, alone or added to their weights, as batched products.
 #include <algorithm>
 #include <vector>
 
@@ -11,14 +11,13 @@
 namespace rasa_ext {
 namespace {
 
-void check_stacks(const Checks& checks, const Tensor& Ap, const Tensor& Bt) {
+void check_stacks(const Checks& checks, const Tensor& Ap, const Tensor& Bp) {
   checks.shape("Ap", Ap, {-1, -1, -1});
-  checks.like("Bt", Bt, {Ap.size(0), -1, Ap.size(1)});
+  checks.like("Bp", Bp, {Ap.size(0), Ap.size(1), -1});
 }
 
 // What is merged is kept: its precision is not a matter of speed.
-GemmCall exact(GemmCall call, double alpha) {
-  call.alpha = alpha;
+GemmCall exact(GemmCall call) {
   call.allow_tf32 = false;
   return call;
 }
@@ -28,13 +27,13 @@ bool can_add_in_place(const std::vector<Tensor>& weights, DType wide) {
   return dtype_of(weights[0]) == wide && lie_alike(weights);
 }
 
-void add_in_place(const Device& device, const std::vector<Tensor>& weights, const Tensor& Bt,
-                  const Tensor& Ap, double sign) {
+void add_in_place(const Device& device, const std::vector<Tensor>& weights, const Tensor& Bp,
+                  const Tensor& Ap) {
   const int layers = static_cast<int>(weights.size());
   std::optional<Tensor> table;
-  const GemmCall call = multiply(device, weights[0], scattered(layers_of(Bt), layers),
+  const GemmCall call = multiply(device, weights[0], scattered(layers_of(Bp).t(), layers),
                                  scattered(layers_of(Ap), layers), scattered(weights), 1, table);
-  gemm_pointers(device.blas(), exact(call, sign));
+  gemm_pointers(device.blas(), exact(call));
 }
 
 // How many layers' weights stand beside the model at a time: as many as 256 MiB hold, so that a
@@ -47,26 +46,25 @@ int layers_at_a_time(int64_t layer_bytes, int64_t layers) {
 
 }  // namespace
 
-Tensor delta_layers(const Tensor& Ap, const Tensor& Bt) {
-  check_stacks(Checks("delta_layers", "Ap", Ap), Ap, Bt);
+Tensor delta_group(const Tensor& Ap, const Tensor& Bp) {
+  check_stacks(Checks("delta_group", "Ap", Ap), Ap, Bp);
   const DType dtype = dtype_of(Ap);
   const Device device(Ap);
-  const Tensor delta = empty(Ap, {Ap.size(0), Bt.size(1), Ap.size(2)}, accumulation(dtype));
+  const Tensor delta = empty(Ap, {Ap.size(0), Bp.size(2), Ap.size(2)}, accumulation(dtype));
   if (delta.numel() == 0) return delta;
-  const Tensor up = batch_operand(Bt, dtype), down = batch_operand(Ap, dtype);
-  const GemmCall call =
-      multiply(layers_of(up), layers_of(down), layers_of(delta), 0, to_int("layers", Ap.size(0)));
-  gemm_strided(device.blas(), exact(call, 1));
+  const Tensor up = batch_operand(Bp, dtype), down = batch_operand(Ap, dtype);
+  const GemmCall call = multiply(layers_of(up).t(), layers_of(down), layers_of(delta), 0,
+                                 to_int("layers", Ap.size(0)));
+  gemm_strided(device.blas(), exact(call));
   return delta;
 }
 
-void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bt,
-                  double sign) {
-  const Checks stacks("merge_layers", "Ap", Ap);
-  check_stacks(stacks, Ap, Bt);
-  check_layers("merge_layers", weights.size(), static_cast<size_t>(Ap.size(0)));
-  const Checks checks("merge_layers", "weights[0]", weights[0]);
-  for (const Tensor& weight : weights) checks.like("weights", weight, {Bt.size(1), Ap.size(2)});
+void merge_group(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bp) {
+  const Checks stacks("merge_group", "Ap", Ap);
+  check_stacks(stacks, Ap, Bp);
+  check_layers("merge_group", weights.size(), static_cast<size_t>(Ap.size(0)));
+  const Checks checks("merge_group", "weights[0]", weights[0]);
+  for (const Tensor& weight : weights) checks.like("weights", weight, {Bp.size(2), Ap.size(2)});
   checks.device("Ap", Ap);
   if (weights[0].numel() == 0) return;
 
@@ -74,12 +72,12 @@ void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Te
       dtype_of(weights[0]) == DType::kFloat64 || dtype_of(Ap) == DType::kFloat64;
   const DType wide = any_float64 ? DType::kFloat64 : DType::kFloat32;
   const Device device(Ap);
-  const Tensor up = batch_operand(Bt, wide), down = batch_operand(Ap, wide);
+  const Tensor up = batch_operand(Bp, wide), down = batch_operand(Ap, wide);
   if (can_add_in_place(weights, wide)) {
-    add_in_place(device, weights, up, down, sign);
+    add_in_place(device, weights, up, down);
     return;
   }
-  const int64_t rows = Bt.size(1), cols = Ap.size(2), layers = Ap.size(0);
+  const int64_t rows = Bp.size(2), cols = Ap.size(2), layers = Ap.size(0);
   const int step = layers_at_a_time(rows * cols * static_cast<int64_t>(size_of(wide)), layers);
   const Tensor sums = empty(Ap, {step, rows, cols}, wide);
   for (int64_t begin = 0; begin < layers; begin += step) {
@@ -88,9 +86,9 @@ void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Te
       Tensor sum = layer_of(sums, i);
       copy(sum, weights[begin + i]);
     }
-    const GemmCall call =
-        multiply(layers_of(up).from(begin), layers_of(down).from(begin), layers_of(sums), 1, count);
-    gemm_strided(device.blas(), exact(call, sign));
+    const GemmCall call = multiply(layers_of(up).from(begin).t(), layers_of(down).from(begin),
+                                   layers_of(sums), 1, count);
+    gemm_strided(device.blas(), exact(call));
     for (int i = 0; i < count; ++i) {
       Tensor weight = weights[begin + i];
       copy(weight, layer_of(sums, i));

@@ -1,4 +1,4 @@
-// The operators' host functions. Shapes and contracts: rasa_ext/ops/schemas.py.
+// The operators' host functions. Shapes and contracts: rasa_ext/ops/.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,64 +19,67 @@ std::tuple<Tensor, Tensor> pack(const Tensor& A, const std::optional<Tensor>& A_
                                 int64_t multiple);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_backward(
-    const Tensor& dAp, const Tensor& dBt, const Tensor& B, const std::optional<Tensor>& B_pool,
-    const std::optional<Tensor>& d);
+    const std::optional<Tensor>& dAp, const std::optional<Tensor>& dBp, const Tensor& B,
+    const std::optional<Tensor>& B_pool, const std::optional<Tensor>& d);
 
-std::tuple<Tensor, Tensor> pack_layers(const std::vector<Tensor>& A,
-                                       const std::optional<Tensor>& A_pool,
-                                       const std::vector<Tensor>& B,
-                                       const std::optional<Tensor>& B_pool,
-                                       const std::vector<Tensor>& d,
-                                       torch::headeronly::ScalarType dtype, int64_t multiple);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_layers_backward(
-    const Tensor& dAp, const Tensor& dBt, const std::vector<Tensor>& B,
-    const std::optional<Tensor>& B_pool, const std::vector<Tensor>& d);
-
-std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
-                                           const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bt, const std::optional<Tensor>& d,
-                                           const std::optional<Tensor>& mask, double scale);
-
-std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bt, const std::optional<Tensor>& d,
-                                        const std::optional<Tensor>& mask, double scale);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> low_rank_linear_backward(
-    const Tensor& grad, const Tensor& x, const std::optional<Tensor>& weight, const Tensor& U,
-    const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& d, bool need_x,
-    bool need_adapter, const std::optional<Tensor>& mask, double scale);
-
-Tensor dropout_mask(const Tensor& noise, const Tensor& x, double p);
-
-std::tuple<Tensor, std::vector<Tensor>> pack_siblings(
+std::tuple<Tensor, std::vector<Tensor>> pack_projections(
     const std::vector<Tensor>& A, const std::vector<Tensor>& A_pool, const std::vector<Tensor>& B,
     const std::vector<Tensor>& B_pool, const std::vector<Tensor>& d,
     torch::headeronly::ScalarType dtype, int64_t multiple);
 
-std::tuple<std::vector<Tensor>, Tensor> siblings_linear(
+std::tuple<Tensor, Tensor> pack_group(const std::vector<Tensor>& A,
+                                      const std::optional<Tensor>& A_pool,
+                                      const std::vector<Tensor>& B,
+                                      const std::optional<Tensor>& B_pool,
+                                      const std::vector<Tensor>& d,
+                                      torch::headeronly::ScalarType dtype, int64_t multiple);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_group_backward(
+    const Tensor& dAp, const Tensor& dBp, const std::vector<Tensor>& B,
+    const std::optional<Tensor>& B_pool, const std::vector<Tensor>& d);
+
+std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
+                                           const std::optional<Tensor>& bias, const Tensor& Ap,
+                                           const Tensor& Bp, const std::optional<Tensor>& mask,
+                                           double scale);
+
+std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
+                                        const Tensor& Bp, const std::optional<Tensor>& mask,
+                                        double scale);
+
+std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
+    const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& U, const Tensor& Ap, const Tensor& Bp, bool need_x, bool need_A,
+    bool need_B, const std::optional<Tensor>& mask, double scale);
+
+std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-    const Tensor& Ap, const std::vector<Tensor>& Bt, const std::optional<Tensor>& d);
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& mask,
+    double scale);
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>, Tensor> siblings_linear_backward(
-    const std::vector<Tensor>& grads, const Tensor& x, const std::vector<Tensor>& weights,
-    const Tensor& U, const Tensor& Ap, const std::vector<Tensor>& Bt,
-    const std::optional<Tensor>& d, bool need_x, bool need_adapter);
+std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
+    const std::vector<Tensor>& grads, const std::optional<Tensor>& x,
+    const std::vector<Tensor>& weights, const std::optional<Tensor>& U, const Tensor& Ap,
+    const std::vector<Tensor>& Bp, bool need_x, bool need_A, bool need_B,
+    const std::optional<Tensor>& mask, double scale);
 
-Tensor delta_layers(const Tensor& Ap, const Tensor& Bt);
+Tensor dropout_mask(const Tensor& noise, const Tensor& x, double p);
 
-void merge_layers(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bt,
-                  double sign);
+Tensor delta_group(const Tensor& Ap, const Tensor& Bp);
 
-std::tuple<Tensor, Tensor, Tensor> linear_layers(
-    const Tensor& x, const std::vector<Tensor>& weights, const std::optional<Tensor>& bias,
-    const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& Ap_pool,
-    const std::optional<Tensor>& Bt_pool, const std::optional<Tensor>& d_pool);
+void merge_group(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bp);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_layers_backward(
+std::tuple<Tensor, Tensor, Tensor> linear_group(const Tensor& x, const std::vector<Tensor>& weights,
+                                                const std::optional<Tensor>& bias, const Tensor& Ap,
+                                                const Tensor& Bp,
+                                                const std::optional<Tensor>& Ap_pool,
+                                                const std::optional<Tensor>& Bp_pool,
+                                                const std::optional<Tensor>& d_pool);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_group_backward(
     const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& U,
-    const Tensor& V, const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& Ap_pool,
-    const std::optional<Tensor>& Bt_pool, const std::optional<Tensor>& d_pool, bool need_x,
+    const Tensor& V, const Tensor& Ap, const Tensor& Bp, const std::optional<Tensor>& Ap_pool,
+    const std::optional<Tensor>& Bp_pool, const std::optional<Tensor>& d_pool, bool need_x,
     bool need_adapter);
 
 }  // namespace rasa_ext

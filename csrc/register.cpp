@@ -1,4 +1,4 @@
-// Attaches the kernels to the schemas of rasa_ext/ops/schemas.py, which must be loaded before.
+// Attaches the kernels to the schemas of rasa_ext/ops/, which must be loaded before.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
@@ -12,17 +12,17 @@
 STABLE_TORCH_LIBRARY_IMPL(RASA_EXT_NAMESPACE, RASA_EXT_DISPATCH_KEY, m) {
   m.impl("pack", TORCH_BOX(&rasa_ext::pack));
   m.impl("pack_backward", TORCH_BOX(&rasa_ext::pack_backward));
-  m.impl("pack_layers", TORCH_BOX(&rasa_ext::pack_layers));
-  m.impl("pack_layers_backward", TORCH_BOX(&rasa_ext::pack_layers_backward));
+  m.impl("pack_projections", TORCH_BOX(&rasa_ext::pack_projections));
+  m.impl("pack_group", TORCH_BOX(&rasa_ext::pack_group));
+  m.impl("pack_group_backward", TORCH_BOX(&rasa_ext::pack_group_backward));
   m.impl("low_rank_linear", TORCH_BOX(&rasa_ext::low_rank_linear));
   m.impl("low_rank_add", TORCH_BOX(&rasa_ext::low_rank_add));
   m.impl("low_rank_linear_backward", TORCH_BOX(&rasa_ext::low_rank_linear_backward));
-  m.impl("pack_siblings", TORCH_BOX(&rasa_ext::pack_siblings));
-  m.impl("siblings_linear", TORCH_BOX(&rasa_ext::siblings_linear));
-  m.impl("siblings_linear_backward", TORCH_BOX(&rasa_ext::siblings_linear_backward));
+  m.impl("linear_projections", TORCH_BOX(&rasa_ext::linear_projections));
+  m.impl("linear_projections_backward", TORCH_BOX(&rasa_ext::linear_projections_backward));
   m.impl("dropout_mask", TORCH_BOX(&rasa_ext::dropout_mask));
-  m.impl("delta_layers", TORCH_BOX(&rasa_ext::delta_layers));
-  m.impl("merge_layers", TORCH_BOX(&rasa_ext::merge_layers));
-  m.impl("linear_layers", TORCH_BOX(&rasa_ext::linear_layers));
-  m.impl("linear_layers_backward", TORCH_BOX(&rasa_ext::linear_layers_backward));
+  m.impl("delta_group", TORCH_BOX(&rasa_ext::delta_group));
+  m.impl("merge_group", TORCH_BOX(&rasa_ext::merge_group));
+  m.impl("linear_group", TORCH_BOX(&rasa_ext::linear_group));
+  m.impl("linear_group_backward", TORCH_BOX(&rasa_ext::linear_group_backward));
 }

@@ -97,8 +97,8 @@ Tensor view_of(const Tensor& tensor, const std::vector<int64_t>& sizes,
 Checks::Checks(const char* op, const char* name, const Tensor& first)
     : op_(op), first_name_(name), dtype_(raw_dtype(first)), device_(device_name(first)) {}
 
-void Checks::no_diagonal(const std::optional<Tensor>& d) const {
-  if (d) refuse("d", "None on a GPU, where the pack carries the diagonal", "a tensor");
+void Checks::given(const char* name, const std::optional<Tensor>& tensor, const char* need) const {
+  if (!tensor) refuse(name, std::string("a tensor with ") + need, "None");
 }
 
 void Checks::refuse(const char* name, const std::string& expected,
@@ -234,21 +234,12 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dty
   return empty_strided(like, sizes, strides_of(sizes), raw_dtype(dtype));
 }
 
-Tensor empty_by_columns(const Tensor& like, int64_t rows, int64_t cols, DType dtype) {
-  return empty_strided(like, {rows, cols}, {1, std::max<int64_t>(rows, 1)}, raw_dtype(dtype));
-}
-
 Tensor empty_bytes(const Tensor& like, size_t bytes) {
   return empty(like, {static_cast<int64_t>((bytes + 3) / 4)}, DType::kFloat32);
 }
 
 Tensor empty_mask(const Tensor& like, int64_t bytes) {
   return empty_strided(like, {bytes}, {1}, aoti_torch_dtype_uint8());
-}
-
-Tensor ones(const Tensor& like, int64_t size, DType dtype) {
-  Tensor result = empty(like, {size}, dtype);
-  return torch::stable::fill_(result, 1.0);
 }
 
 void fill_zero(Tensor& tensor) { torch::stable::zero_(tensor); }

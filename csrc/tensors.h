@@ -28,8 +28,8 @@ class Checks {
   // All three.
   void like(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const;
 
-  // On this device the pack carries d, so that no tensor of tokens is scaled.
-  void no_diagonal(const std::optional<Tensor>& d) const;
+  // `tensor` is there, as it must be where `need` says so.
+  void given(const char* name, const std::optional<Tensor>& tensor, const char* need) const;
 
   // One row of integers of a type, on the same device.
   void integers(const char* name, const Tensor& tensor, int64_t size,
@@ -51,6 +51,11 @@ DType dtype_of(torch::headeronly::ScalarType dtype);
 
 // A size as kernels take it; throws where it does not fit.
 int to_int(const char* name, int64_t size);
+
+// Null where there is no tensor.
+inline const void* data_of(const std::optional<Tensor>& tensor) {
+  return tensor ? tensor->data_ptr() : nullptr;
+}
 
 // A 2-D tensor as it lies in memory.
 Matrix matrix_of(const Tensor& tensor);
@@ -79,9 +84,6 @@ void check_layers(const char* op, size_t layers, size_t others);
 // Uninitialised, on the device of `like`, one row after the other.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 
-// Uninitialised (rows, cols), one column after the other.
-Tensor empty_by_columns(const Tensor& like, int64_t rows, int64_t cols, DType dtype);
-
 // Uninitialised memory of at least so many bytes.
 Tensor empty_bytes(const Tensor& like, size_t bytes);
 
@@ -90,8 +92,6 @@ Tensor empty_mask(const Tensor& like, int64_t bytes);
 
 // An operator's result where none is needed.
 inline Tensor nothing(const Tensor& like, DType dtype) { return empty(like, {0}, dtype); }
-
-Tensor ones(const Tensor& like, int64_t size, DType dtype);
 
 void fill_zero(Tensor& tensor);
 

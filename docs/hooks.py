@@ -1,4 +1,4 @@
-"""What mkdocs adds while it builds the site: pictures, error messages, the fields of configs."""
+"""What mkdocs adds while it builds the site: pictures, and the fields of configs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from mkdocs.structure.files import File
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-import errors  # noqa: E402
 import pictures  # noqa: E402
 
 import rasa_ext.peft  # noqa: E402
@@ -31,8 +30,6 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Puts in what is generated, where a page has its mark."""
-    if errors.MARK in markdown:
-        markdown = markdown.replace(errors.MARK, errors.listed(HERE.parent / "rasa_ext"))
     for mark, choices in FIELDS.items():
         if mark in markdown:
             markdown = markdown.replace(mark, config_fields(choices))
@@ -40,10 +37,10 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def config_fields(choices: type) -> str:
-    """Markdown: a table of the choices that the class adds, their defaults and help texts."""
+    """Markdown: a table of the config's choices, their defaults and help texts."""
     lines = ["| field | default | |", "| --- | --- | --- |"]
     for field in dataclasses.fields(choices):
-        if field.name not in choices.__annotations__:
+        if "help" not in field.metadata:
             continue
         lines.append(f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |")
     return "\n".join(lines)

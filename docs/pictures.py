@@ -26,7 +26,7 @@ def effective_rank(layers: int, rank: int, k: int) -> int:
     return rank - k + layers * k
 
 
-def trained_numbers(layers: int, rank: int, k: int, out: int, width: int) -> int:
+def trainable_parameters(layers: int, rank: int, k: int, out: int, width: int) -> int:
     """Of one group: A, B and pool as many as LoRA's, and a diagonal a layer."""
     return layers * rank * (width + out) + layers * effective_rank(layers, rank, k)
 
@@ -103,13 +103,13 @@ def ranks() -> Figure:
         (line,) = left.plot(counts, [effective_rank(n, rank, k) for n in counts], label=label)
         if k:
             lora = [n * rank * 2 * side for n in counts]
-            ours = [trained_numbers(n, rank, k, side, side) for n in counts]
+            ours = [trainable_parameters(n, rank, k, side, side) for n in counts]
             more = [100 * (a / b - 1) for a, b in zip(ours, lora, strict=True)]
             right.plot(counts, more, color=line.get_color())
     left.set(xlabel="layers in the group", ylabel="effective rank R", title=f"r = {rank}")
     right.set(
         xlabel="layers in the group",
-        ylabel="more trained numbers than LoRA, %",
+        ylabel="more trainable parameters than LoRA, %",
         title=f"r = {rank}, weights of {side} x {side}",
     )
     left.legend(frameon=False)

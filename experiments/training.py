@@ -29,7 +29,7 @@ class Recipe:
     lr: float
     seed: int = 0
     bfloat16: bool = True
-    """Products in bfloat16, by autocast; the trained numbers stay as they are, float32."""
+    """Products in bfloat16, by autocast; the trainable parameters stay as they are, float32."""
     warmup: float = 0.1
     clip: float = 1.0
 

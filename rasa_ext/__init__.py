@@ -27,7 +27,7 @@ from rasa_ext.patching.state import adapter_parameters
 from rasa_ext.patching.summary import summary
 from rasa_ext.solver.compress import CompressedAdapter, compress
 from rasa_ext.solver.decompose import Decomposition, decompose
-from rasa_ext.solver.fit import fit
+from rasa_ext.solver.fit import fit_adapter
 from rasa_ext.solver.import_lora import import_lora
 from rasa_ext.solver.weights import SafetensorsFolder
 
@@ -48,7 +48,7 @@ __all__ = [
     "disable_adapter",
     "distributed",
     "export_lora",
-    "fit",
+    "fit_adapter",
     "import_lora",
     "load_adapter",
     "load_official",

@@ -122,7 +122,7 @@ def _factors(tensors: Mapping[str, Tensor], key: str, members: list[str]) -> Fac
 
 @torch.no_grad()
 def _analyze_layer(name: str, factors: Factors) -> LayerAnalysis:
-    A, A_pool, B, B_pool, d = factors.map(Tensor.double)
+    A, A_pool, B, B_pool, d = factors.map(lambda t: t.double().contiguous())
     own = A.shape[0]
     private = _singular_values(B * d[:own], A).square().sum().item()
     if A_pool is None:

@@ -39,7 +39,7 @@ def shard_model(
     Frozen parameters are sharded by ``fully_shard``, block by block, and gathered while their block
     runs. What is trained (A, B, d, pools, ``modules_to_save``) stays on every process: it is moved
     to the mesh's device, made equal to the first process's, and at the end of every backward its
-    gradients are averaged over the mesh. So clipping, optimisers, ``save_adapter`` and
+    gradients are averaged over the mesh. So clipping, optimizers, ``save_adapter`` and
     ``load_adapter`` work as in a single process. Every process must have built the same base.
 
     Args:
@@ -96,7 +96,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     """Backwards in this context leave the adapter's gradients as they are on each process.
 
     For gradient accumulation: the first backward after it averages what has accumulated, so only
-    the last backward before an optimiser's step need communicate. Without it the result is the
+    the last backward before an optimizer's step need communicate. Without it the result is the
     same: averages are averaged again.
     """
     averaging = _AVERAGING.get(model)

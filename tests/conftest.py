@@ -1,4 +1,4 @@
-"""Seeds, devices and the table of measured figures."""
+"""Seeds, devices, the table of measured figures, and how workers share the files."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ torch.set_num_threads(1)  # models this small only lose time to waiting threads
 
 pytest.register_assert_rewrite("tests.helpers")
 
-_FIGURES = pytest.StashKey[list]()
+_FIGURE = "figure"
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_FIGURES] = []
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--figures", action="store_true", help="print what the tests measured")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,10 +31,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if config.stash[_FIGURES]:
-        terminalreporter.section("measured")
-        for line in config.stash[_FIGURES]:
+    if not config.getoption("figures"):
+        return
+    reports = [each for kind in terminalreporter.stats.values() for each in kind]
+    called = [each for each in reports if getattr(each, "when", None) == "call"]
+    terminalreporter.section("measured")
+    for name, line in (pair for each in called for pair in each.user_properties):
+        if name == _FIGURE:
             terminalreporter.write_line(line)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file is one worker's, so that what its fixtures make is made once."""
+    if config.getoption("dist") != "load":  # something else was asked for
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +62,6 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def figure(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Adds a line to the table that the run prints at its end."""
-    return request.config.stash[_FIGURES].append
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Adds a line to the table that --figures prints. A worker's report carries it there."""
+    return lambda line: record_property(_FIGURE, line)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
 
 import rasa_ext
-from tests.helpers.adapters import RANK, content, patched, randomize, same_adapters
+from tests.helpers.adapters import RANK, content, patched
 from tests.helpers.models import SEQUENTIAL
 
 WEIGHTS = "adapter_model.safetensors"
@@ -86,44 +84,3 @@ def test_a_failing_first_save_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         rasa_ext.save_adapter(patched(SEQUENTIAL.build()), tmp_path)
     assert content(tmp_path) == {}
-
-
-CRASH = """
-import os, sys
-sys.path[:0] = {path!r}
-import torch, rasa_ext
-from tests.helpers.adapters import patched
-from tests.helpers.models import SEQUENTIAL
-
-replace, calls = os.replace, []
-
-def dying(source, target):
-    calls.append(target)
-    if len(calls) == {call}:
-        os._exit(9)
-    return replace(source, target)
-
-os.replace = dying
-rasa_ext.save_adapter(patched(SEQUENTIAL.build(), {rank}, 2, seed=2), {directory!r})
-"""
-
-
-@pytest.mark.parametrize("rank", [RANK, RANK + 2])
-@pytest.mark.parametrize("call", [1, 2])
-def test_a_process_that_dies_leaves_one_whole_adapter(call, rank, tmp_path, monkeypatch):
-    """Killed before a move, with no chance to tidy up: what loads is the old or the new adapter."""
-    old = patched(SEQUENTIAL.build(), RANK, 2, seed=1)
-    rasa_ext.save_adapter(old, tmp_path)
-    script = CRASH.format(path=sys.path, call=call, rank=rank, directory=str(tmp_path))
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 9
-    loaded = rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
-    new = patched(SEQUENTIAL.build(), rank, 2, seed=2)
-    assert same_adapters(loaded, old) or same_adapters(loaded, new)
-    monkeypatch.setattr(os, "replace", no_space)
-    with pytest.raises(OSError, match="No space"):
-        rasa_ext.save_adapter(old, tmp_path)
-    monkeypatch.undo()
-    assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), loaded)
-    randomize(old, 5)
-    rasa_ext.save_adapter(old, tmp_path)
-    assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), old)

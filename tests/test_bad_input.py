@@ -60,7 +60,10 @@ ARGUMENTS = [
 @pytest.mark.parametrize(("options", "name", "came"), ARGUMENTS, ids=str)
 def test_arguments(options, name, came):
     model = LLAMA.build()
-    call = lambda: rasa_ext.patch_model(model, **options)
+
+    def call():
+        return rasa_ext.patch_model(model, **options)
+
     refused(call, model, rf"\b{name}\b", re.escape(came), "expected|cannot|is trained|no ")
 
 

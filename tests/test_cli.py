@@ -53,6 +53,8 @@ def test_merge_writes_a_standalone_model(base, tuned, expected, tmp_path):
     assert re.search(r"the largest change of a weight is \d", text)
     merged = load(tmp_path / "merged")
     assert not any(isinstance(m, rasa_ext.RasaLinear) for m in merged.modules())
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert (
@@ -72,7 +74,7 @@ def test_export_lora_is_read_by_peft_and_prints_how_to_serve_it(base, tuned, exp
     text = invoke("export-lora", tuned, "--output", tmp_path / "lora")
     assert "LoRA of rank 5" in text  # r - k + L*k = 4 - 1 + 2*1
     assert (
-        f"vllm serve {base} --enable-lora --max-lora-rank 8 "
+        f"vllm serve {base} --dtype float32 --enable-lora --max-lora-rank 8 --max-loras 2 "
         f"--lora-modules lora={tmp_path / 'lora'}" in text
     )
     model = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "lora")).eval()
@@ -90,8 +92,37 @@ def test_export_lora_at_a_given_rank(tuned, tmp_path):
     assert "vllm serve" not in text
 
 
+def test_export_lora_of_a_bfloat16_base_leaves_the_dtype_to_vllm(tuned, tmp_path):
+    make_model().bfloat16().save_pretrained(tmp_path / "half")
+    text = invoke("export-lora", tuned, "--model", tmp_path / "half", "--output", tmp_path / "lora")
+    assert f"vllm serve {tmp_path / 'half'} --enable-lora" in text
+
+
+def test_export_lora_over_a_gguf_prints_llama_cpp_s_commands(tuned, tmp_path, monkeypatch):
+    from rasa_ext.train import convert
+
+    monkeypatch.setattr(convert, "load_model", lambda name, dtype: make_model())
+    gguf = tmp_path / "m.Q4_1.gguf"
+    text = invoke("export-lora", tuned, "--model", gguf, "--output", tmp_path / "lora")
+    assert "vllm serve" not in text
+    assert f"convert_lora_to_gguf.py {tmp_path / 'lora'} --base BASE_FOLDER" in text
+    assert f"llama-server -m {gguf} --lora {tmp_path / 'lora'}.gguf --cache-ram 0" in text
+
+
+def test_export_lora_refuses_what_a_reader_would_drop(base, tmp_path):
+    model = rasa_ext.patch_model(load(base), rank=4, k=1, modules_to_save=["norm"])
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
+    words = ["export-lora", tmp_path / "adapter", "--output", tmp_path / "lora"]
+    text = invoke(*words, code=1)
+    assert text.startswith("Error: model: expected an adapter that no reader takes in part")
+    assert "--allow-dropped" in text
+    assert not (tmp_path / "lora").exists()
+    with pytest.warns(UserWarning, match="llama.cpp takes the trained norms"):
+        assert "LoRA of rank 5" in invoke(*words, "--allow-dropped")
+
+
 def test_import_official(base, tuned, expected, tmp_path):
-    """The published layout, written out here by hand from the adapter's own tensors."""
+    """The official layout, written out here by hand from the adapter's own tensors."""
     official = tmp_path / "official"
     official.mkdir()
     model = rasa_ext.load_adapter(load(base), tuned)

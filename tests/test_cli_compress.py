@@ -63,8 +63,9 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
     error, lora, equal = expected.error, expected.lora_error, expected.lora_error_equal
     figures = f"{error:.4f} {lora:.4f} {error / lora:.4f} {equal:.4f} {error / equal:.4f}"
     assert f"all {figures}" in text
-    assert f"{expected.numbers:,} numbers, a LoRA of rank 4 {expected.lora_numbers:,}" in text
-    assert f"Lost: {expected.residual_share:.2%} of the squared change" in text
+    ours, loras = expected.num_parameters, expected.lora_num_parameters
+    assert f"{ours:,} parameters, a LoRA of rank 4 {loras:,}" in text
+    assert f"Not carried: {expected.residual_share:.2%} of the squared change" in text
     assert "model.layers.*.input_layernorm.weight (2): changed by" in text
     assert (out / "errors.png").read_bytes().startswith(b"\x89PNG")
     model = rasa_ext.load_adapter(load(base), out)
@@ -80,12 +81,12 @@ def test_compress_keeps_what_else_changed(base, tuned, tmp_path):
     words = ["compress", "--base", base, "--finetuned", tuned, "--iterations", 2]
     text = invoke(*words, "-o", tmp_path, "--rank", 32, "--k", 1, "--modules-to-save", "changed")
     assert "kept in full: model.embed_tokens, " in text
-    assert "Lost:" not in text
+    assert "Residual:" not in text
     model = rasa_ext.load_adapter(load(base), tmp_path)
     torch.testing.assert_close(logits(model.eval()), logits(load(tuned)), rtol=1e-3, atol=1e-3)
     text = invoke(*words, "-o", tmp_path, "--modules-to-save", "embed_tokens, norm")
     assert "kept in full: model.embed_tokens, model.norm" in text
-    assert "Lost:" in text
+    assert "Residual:" in text
 
 
 def test_compress_a_checkpoint_that_is_no_safetensors_folder(base, tuned, tmp_path):
@@ -104,7 +105,7 @@ def test_compress_a_checkpoint_that_is_no_safetensors_folder(base, tuned, tmp_pa
 
 def test_compress_a_lora(base, lora, tmp_path):
     text = invoke("compress", "--lora", lora, "--rank", 3, "--k", 1, "-o", tmp_path)
-    assert "The LoRA has 1,728 numbers, at rank 6" in text  # 2 x 6 x (32 + 32 + 32 + 48)
+    assert "The LoRA has 1,728 parameters, at rank 6" in text  # 2 x 6 x (32 + 32 + 32 + 48)
     assert "model.layers.*.mlp.down_proj 2 32 x 48" in text
     numbers = re.search(r"RaSA r=3 k=1 has ([\d,]+) numbers, a LoRA of rank 3 864", text)
     assert int(numbers[1].replace(",", "")) == 864 + 2 * 2 * 4  # and L*R for each of two groups

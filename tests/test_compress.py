@@ -73,7 +73,7 @@ def test_it_is_the_fit_of_the_changes_and_tells_what_is_lost(entry, k, tmp_path)
     assert {name: id(module) for name, module in skeleton.named_modules()} == modules
     targets = deltas(entry, base, changed)
     fitted = copy.deepcopy(base)
-    expected = rasa_ext.fit(fitted, targets, 4, k, iterations=6)
+    expected = rasa_ext.fit_adapter(fitted, targets, 4, k, iterations=6)
     for group, result in found.groups.items():
         assert result.errors == pytest.approx(expected[group].errors, abs=1e-12)
         assert result.lora_error == pytest.approx(expected[group].lora_error, abs=1e-12)
@@ -92,10 +92,10 @@ def test_it_is_the_fit_of_the_changes_and_tells_what_is_lost(entry, k, tmp_path)
     assert {name: each.change for name, each in found.lost.items()} == pytest.approx(lost, rel=1e-4)
     squares = sum(change**2 for change in lost.values())
     assert found.residual_share == pytest.approx(squares / (squares + total), rel=1e-4)
-    assert found.numbers == sum(p.numel() for p in rasa_ext.adapter_parameters(model))
+    assert found.num_parameters == sum(p.numel() for p in rasa_ext.adapter_parameters(model))
     plain = rasa_ext.patch_model(copy.deepcopy(base), 4, 0)
     without_d = (p for p in rasa_ext.adapter_parameters(plain) if p.dim() == 2)
-    assert found.lora_numbers == sum(p.numel() for p in without_d)
+    assert found.lora_num_parameters == sum(p.numel() for p in without_d)
 
 
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, TIED], ids=ids)
@@ -130,7 +130,7 @@ def test_some_of_what_changed_is_kept():
     changed = finetuned(LLAMA, base)
     weights = base.state_dict(), changed.state_dict()
     found = rasa_ext.compress(base, *weights, 4, 1, modules_to_save=["norm"], iterations=0)
-    assert found.plan.saved == ("model.norm",)
+    assert found.plan.modules_to_save == ("model.norm",)
     assert torch.equal(
         found.tensors["base_model.model.model.norm.weight"], changed.model.norm.weight
     )

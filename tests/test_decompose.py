@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rasa_ext
 from rasa_ext.solver import low_rank as lowrank
-from rasa_ext.solver.coordinate_descent import Descent
+from rasa_ext.solver.coordinate_descent import CoordinateDescent
 from rasa_ext.solver.low_rank import Matrix
 from tests.helpers.adapters import LargestTensor
 from tests.helpers.tiny_lm import make_model
@@ -156,7 +156,7 @@ def test_every_half_step_is_the_formula_and_lowers_the_error(r, k, exact, monkey
     monkeypatch.setattr(lowrank, "EXACT", exact)
     targets = random_deltas(4, 40, 52, inner=16)
     norm = sum(M.square().sum() for M in targets).sqrt()
-    descent = Descent([Matrix(M / norm) for M in targets], r - k, 4 * k)
+    descent = CoordinateDescent([Matrix(M / norm) for M in targets], r - k, 4 * k)
     descent.start_at_random()
     plain = Plain(
         [M / norm for M in targets],

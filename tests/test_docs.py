@@ -1,4 +1,4 @@
-"""README and docs: code blocks run, commands and options exist, quoted errors are the package's.
+"""README and docs: code blocks run, commands and options exist.
 
 Blocks of a page run in order, in one namespace and one folder, on tiny models: whatever name
 ``from_pretrained`` is given that is no folder stands for a two-layer model of random numbers. A
@@ -32,7 +32,6 @@ from tests.helpers.adapters import adapters, patched, trainable_copies
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-import errors  # noqa: E402
 import pictures  # noqa: E402
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -167,48 +166,13 @@ def test_the_checks_notice():
     assert commands('A=1 x \\\n "b c" && y  # z') == [["x", "b c"], ["y"]]
 
 
-def test_quoted_errors_are_raised():
-    """Every quoted message begins one that the package raises."""
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    raised = [" ".join(each.text.split()) for each in errors.messages(ROOT / "rasa_ext")]
-    quoted = re.findall(r"^#### `([^`]+)`$", page, re.MULTILINE)
-    assert len(quoted) > 10
-    for text in quoted:
-        parts = [re.escape(part) for part in text.split(errors.VALUE)]
-        assert any(re.match(".*".join(parts), message) for message in raised), text
-    assert errors.MARK in page
-
-
-# What was expected, or what to do.
-SHARDING_HINT = re.compile(r"expected|;|\b(call|check|choose|install|load|name|pass|use)\b")
-
-
-def test_every_message_has_a_cure():
-    """In its own words, or as a heading of the page on troubleshooting."""
-    page = (ROOT / "docs" / "troubleshooting.md").read_text()
-    entries = re.findall(r"^#### `(.+)`$", page, re.MULTILINE)
-    for message in errors.messages(ROOT / "rasa_ext"):
-        text = " ".join(message.text.split())
-        if re.search("[a-z]{3}", text) and not SHARDING_HINT.search(text):
-            assert any(text.startswith(entry) for entry in entries), text
-
-
-def test_every_message_is_listed():
-    """Every ``raise`` with a text of its own, whatever the form of the text."""
-    listed = errors.listed(ROOT / "rasa_ext")
-    assert "- ValueError: ``rank: expected an integer >= 1, got ….``" in listed
-    for path in (ROOT / "rasa_ext").rglob("*.py"):
-        for start in re.findall(r"raise \w+Error\(\s*f?\"(\w[\w' ,:-]*)", path.read_text()):
-            assert start.strip() in listed, (path, start)
-
-
 @pytest.mark.parametrize("k", [1, 3])
 def test_pictures_use_the_package_s_numbers(k):
     layers, rank, side = 6, 4, 16
     stack = nn.Sequential(*(nn.Linear(side, side) for _ in range(layers)))
     (row,) = rasa_ext.summary(rasa_ext.patch_model(stack, rank, k))
     assert pictures.effective_rank(layers, rank, k) == row.R
-    assert pictures.trained_numbers(layers, rank, k, side, side) == row.trainable
+    assert pictures.trainable_parameters(layers, rank, k, side, side) == row.trainable
 
 
 def test_pictures_are_drawn_the_same_every_time():
@@ -217,33 +181,3 @@ def test_pictures_are_drawn_the_same_every_time():
     assert all(ElementTree.fromstring(svg).tag.endswith("svg") for svg in drawn.values())
     pages = "".join(page.read_text() for page in PAGES)
     assert set(re.findall(r"pictures/(\w+)\.svg", pages)) == set(drawn)
-
-
-def test_the_table_of_what_works_with_peft_names_tests():
-    """Each row names tests, all of which exist; every PEFT test file of the suite appears."""
-    page = (ROOT / "docs" / "peft.md").read_text()
-    table = page.partition("| feature | shown by |\n")[2].partition("\n\n")[0].splitlines()[1:]
-    assert len(table) > 30
-    files = set()
-    for row in table:
-        named = re.findall(r"`(test_peft_\w+\.py)::(test_\w+)`", row.split(" | ")[-1])
-        assert named, row
-        for file, test in named:
-            text = (ROOT / "tests" / file).read_text()
-            assert re.search(rf"^def {test}\(", text, re.MULTILINE), (file, test)
-            files.add(file)
-    without = {"test_peft_config.py", "test_peft_register.py"}  # of no feature by themselves
-    assert files | without == {path.name for path in (ROOT / "tests").glob("test_peft_*.py")}
-
-
-def test_the_oldest_versions_are_those_of_the_ci():
-    page = (ROOT / "docs" / "peft.md").read_text()
-    pinned = (ROOT / "tests" / "requirements" / "peft-minimum.txt").read_text()
-    for package, version in re.findall(r"^(\w+)==(\S+)$", pinned, re.MULTILINE):
-        row = re.search(rf"^\| {package} \| (\S+) \|", page, re.MULTILINE | re.IGNORECASE)
-        assert row[1] == version, package
-
-
-def test_every_page_is_in_the_navigation():
-    listed = set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert listed == {page.name for page in (ROOT / "docs").glob("*.md")}

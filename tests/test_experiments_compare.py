@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,6 @@ from experiments.compare import config as compare_config
 from experiments.compare import report, run, step_time
 from experiments.compare.config import BASE, Key, pending, read_config
 from experiments.compare.methods import prepared
-from experiments.metamathqa import run as metamathqa
 from experiments.table import Table
 from experiments.training import Recipe, Run
 from rasa_ext.train.data import parse_example
@@ -206,40 +202,6 @@ def test_other_steps_of_one_task_leave_the_other_tasks_rows(small):
     assert done == {"maths"}
 
 
-def test_processes_share_the_runs(small, tmp_path):
-    """A run that another process is at is left out until that process ends, finished or not."""
-    config, done = read_config(small), []
-    first, second = pending(config, [])[:2]
-
-    class Bench:
-        def __init__(self):
-            self.config = config
-
-        def do(self, key):
-            done.append(key)
-            return row(key, config, 1)
-
-    table = Table(tmp_path / "runs.csv", list(row(first, config, 1)))
-    holder = (
-        "import sys\nfrom experiments.table import Table\n"
-        "with Table(sys.argv[1], ['x']).claim(sys.argv[2]) as mine:\n"
-        "    print(mine, flush=True)\n    sys.stdin.read()\n"
-    )
-    command = [sys.executable, "-c", holder, str(table.path), repr(first)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as other:
-        assert other.stdout.readline() == "True\n"
-        assert run.advance(Bench(), table)
-        other.kill()
-    assert done == [second]
-    while run.advance(Bench(), table):
-        pass
-    assert done[1] == first
-    assert len(done) == len(set(done))
-    assert pending(config, table.rows()) == []
-
-
 def test_methods_begin_where_the_base_is_and_leave_it_alone(small, rows):
     base, batch = make_model(), Collator(PAD)(rows[:2])
     before = {name: value.clone() for name, value in base.state_dict().items()}
@@ -273,39 +235,3 @@ def test_steps_of_all_methods_are_timed_together(small, rows, tmp_path):
 
 
 # PEFT's benchmark
-
-
-def test_pefts_runner_is_started_with_rasa_registered(tmp_path):
-    folder = tmp_path / "method_comparison" / "MetaMathQA"
-    folder.mkdir(parents=True)
-    (folder / "utils.py").write_text("ANSWER = 42\n")
-    (folder / "run.py").write_text(
-        "import json, sys\n"
-        "from pathlib import Path\n"
-        "from peft import PeftConfig\n"
-        "from utils import ANSWER\n"
-        "assert __name__ == '__main__' and sys.argv[1] == '-v' and ANSWER == 42\n"
-        "assert len(sys.argv[2].split('/')) == 3\n"
-        "config = PeftConfig.from_pretrained(sys.argv[2])\n"
-        "out = {'type': type(config).__module__, 'r': config.r, 'k': config.rasa_k}\n"
-        "(Path(__file__).parent / 'found.json').write_text(json.dumps(out))\n"
-    )
-    names = metamathqa.entries()
-    assert "experiments/rasa/llama-3.2-3B-rank32-k4" in names
-    metamathqa.run(tmp_path, names[0])
-    found = json.loads((folder / "found.json").read_text())
-    assert found == {"type": "rasa_ext.peft.config", "r": 32, "k": 4}
-    with pytest.raises(ValueError, match="entry: expected one of"):
-        metamathqa.run(tmp_path, "experiments/rasa/none")
-    with pytest.raises(ValueError, match="PEFT_CHECKOUT: expected a clone"):
-        metamathqa.run(tmp_path / "nowhere", names[0])
-
-
-def test_the_entries_have_all_fields_of_the_config():
-    from rasa_ext.peft import RasaConfig
-
-    for name in metamathqa.entries():
-        given = json.loads((metamathqa.HERE / name / "adapter_config.json").read_text())
-        known = set(RasaConfig().to_dict())
-        assert set(given) <= known
-        assert {"r", "rasa_k", "rasa_alpha", "rasa_dropout", "target_modules"} <= set(given)

@@ -151,7 +151,7 @@ def test_half_steps_are_checked_on_real_changes(tmp_path, monkeypatch, capsys):
     def worse(self):
         self.d = self.d * 1.5
 
-    monkeypatch.setattr(half_steps.Descent, "update_d", worse)
+    monkeypatch.setattr(half_steps.CoordinateDescent, "update_d", worse)
     with pytest.raises(SystemExit, match="q_proj k=1 svd: a half-step raised the error by"):
         half_steps.main()
     last = {"start": "svd", "largest_rise": "0", "last": "0.5", "lora_error": "0.4"}

@@ -9,16 +9,17 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import rasa_ext
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapted_layers, adapters, patched
-from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids
+from tests.helpers.models import BERT, ENCODER, FAMILIES, GPT2, LLAMA, T5, VIT, Entry, ids
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*Conv1D",
     "ignore:modules_to_save",
-    "ignore:.*SGLang computes them together",
+    "ignore:.*SGLang",
     "ignore:.*is_gradient_checkpointing",
 )
 
@@ -88,7 +89,7 @@ def test_any_choice_of_layers(entry, options, tmp_path):
                 name if name == "classifier" else "bert.pooler"
             ).parameters():
                 parameter.add_(0.5)
-    rasa_ext.export_lora(model, tmp_path)
+    rasa_ext.export_lora(model, tmp_path, allow_dropped=True)
     assert_same_in_peft(entry, base, model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     trained = [name.rpartition(".")[2] for name in config["modules_to_save"] or ()]
@@ -167,3 +168,27 @@ def test_half_precision_base_exports_in_float32(dtype, tmp_path):
         product = tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
         assert product.dtype == torch.float32
         torch.testing.assert_close(product, rasa_ext.delta_weight(layer))
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["linear2"]], ids=str)
+def test_the_fast_path_of_torchs_encoder_in_peft_is_warned_of(targets, tmp_path):
+    """PEFT in eval mode computes the bare base there, until the fast path is off."""
+    base = ENCODER.build().eval()
+    model = patched(base, target_modules=targets)
+    with pytest.warns(UserWarning, match="passes them by.*set_fastpath_enabled.*merge_and_unload"):
+        rasa_ext.export_lora(model, tmp_path)
+    expected, plain = logits(ENCODER, model.eval()), logits(ENCODER, base)
+    loaded = load_in_peft(base, tmp_path)
+    torch.testing.assert_close(logits(ENCODER, loaded), plain)
+    assert (plain - expected).abs().max() > 1e-2
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        torch.testing.assert_close(logits(ENCODER, loaded), expected)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+
+
+def test_an_encoder_without_a_fast_path_is_not_warned_of(tmp_path, recwarn):
+    layer = nn.TransformerEncoderLayer(16, 4, 24, activation=nn.Tanh(), batch_first=True)
+    rasa_ext.export_lora(patched(nn.TransformerEncoder(layer, 2)), tmp_path)
+    assert not [w for w in recwarn if "fast path" in str(w.message)]

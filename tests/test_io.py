@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rasa_ext
+from rasa_ext.analysis import analyze_adapter
+from rasa_ext.checkpoint.files import digest
+from rasa_ext.train.inspection import read_adapter
 from tests.helpers.adapters import (
     RANK,
     adapted_layers,
@@ -89,7 +94,6 @@ def test_loading_shows_in_a_cached_eval_forward(tmp_path):
     inputs = LLAMA.inputs(0)
     with torch.no_grad():
         stale = LLAMA.loss(other, inputs)[0]
-        LLAMA.loss(model, inputs)  # as often as the other: siblings learn from a first forward
         rasa_ext.load_adapter(other, tmp_path)
         assert torch.equal(LLAMA.loss(other, inputs)[0], LLAMA.loss(model, inputs)[0])
         assert not torch.equal(LLAMA.loss(other, inputs)[0], stale)
@@ -241,3 +245,92 @@ def test_a_pickle_in_the_place_of_the_weights_is_refused(tmp_path):
     torch.save({"weight": nn.Linear(2, 2)}, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="safetensors"):
         rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
+
+
+READERS = {
+    "adapter": (rasa_ext.save_adapter, lambda d: rasa_ext.load_adapter(SEQUENTIAL.build(), d)),
+    "lora": (rasa_ext.export_lora, lambda d: rasa_ext.import_lora(SEQUENTIAL.build(), d)),
+    "inspected": (rasa_ext.save_adapter, read_adapter),
+    "analysed": (rasa_ext.save_adapter, analyze_adapter),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_rotten_file_is_refused_by_name(reader, tmp_path):
+    """A bit of any one number: names, dtypes and shapes still fit."""
+    write, read = READERS[reader]
+    write(patched(SEQUENTIAL.build()), tmp_path)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    for at in (start, (start + len(whole)) // 2, len(whole) - 1):
+        rotten = bytearray(whole)
+        rotten[at] ^= 1
+        (tmp_path / WEIGHTS).write_bytes(rotten)
+        with pytest.raises(ValueError, match=rf"{WEIGHTS}: expected tensors of the SHA-256"):
+            read(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    read(tmp_path)
+
+
+def test_whatever_is_damaged_is_refused_or_loads_whole(tmp_path):
+    """Random bits and bytes, of header and payload, and cuts."""
+    model = patched(SEQUENTIAL.build())
+    rasa_ext.save_adapter(model, tmp_path)
+    whole, draw, refused = (tmp_path / WEIGHTS).read_bytes(), random.Random(0), 0
+    for i in range(200):
+        damaged, at = bytearray(whole), draw.randrange(len(whole))
+        damaged[at] = damaged[at] ^ 1 << draw.randrange(8) if i % 2 else draw.randrange(256)
+        if i % 5 == 0:
+            del damaged[at:]
+        (tmp_path / WEIGHTS).write_bytes(damaged)
+        try:
+            assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), model)
+        except ValueError:
+            refused += 1
+    assert refused > 190
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.update(c=t.pop("a")),
+        lambda t: t.update(a=t["b"], b=t["a"]),
+        lambda t: t.update(a=t["a"].view(torch.int32)),
+        lambda t: t.update(a=t["a"].view(3, 2)),
+        lambda t: t.update(a=t["a"].clone().index_fill_(0, torch.tensor(1), 7.0)),
+        lambda t: t.pop("empty"),
+    ],
+    ids=["name", "swapped", "dtype", "shape", "bytes", "missing"],
+)
+def test_the_digest_is_of_names_dtypes_shapes_and_bytes(change):
+    tensors = {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.arange(1.0, 7.0).view(2, 3),
+        "scalar": torch.tensor(True),
+        "empty": torch.empty(0, 4),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+    }
+    before = digest(tensors)
+    assert digest(dict(reversed(tensors.items()))) == before
+    strided = {**tensors, "a": tensors["a"].T.contiguous().T}
+    assert digest(strided) == before
+    change(tensors)
+    assert digest(tensors) != before
+
+
+def test_the_same_adapter_is_the_same_bytes(tmp_path):
+    """A digest beside the format, whose order safetensors draws anew for every file."""
+    model, found = patched(SEQUENTIAL.build()), set()
+    for _ in range(12):
+        rasa_ext.save_adapter(model, tmp_path)
+        found.add((tmp_path / WEIGHTS).read_bytes())
+    assert len(found) == 1
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "sha256": digest(load_file(tmp_path / WEIGHTS))}
+
+
+def test_a_file_without_a_digest_loads(tmp_path):
+    model = patched(SEQUENTIAL.build())
+    rasa_ext.save_adapter(model, tmp_path)
+    save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), model)

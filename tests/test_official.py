@@ -1,4 +1,4 @@
-"""Checkpoints of the published RaSA code."""
+"""Checkpoints of the official RaSA code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(directory, k=1, targets=ALL, change=lambda tensors: None, **options):
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "down_proj"]], ids=len)
 @pytest.mark.parametrize("k", [1, RANK // 2, RANK])
 def test_load(k, targets, pickled, tmp_path):
-    """Every tensor in its place, logits and gradients those of the published formula."""
+    """Every tensor in its place, logits and gradients those of the official formula."""
     found = write(tmp_path, k, targets, pickled=pickled)
     base = LLAMA.build()
     model = copy.deepcopy(base)
@@ -104,17 +104,19 @@ _POOL = "base_model.rasa_shared_A.mlp__up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (_drop(f"{_LAYER}A.weight"), "up_proj"),
-        (_drop(f"{_LAYER}mixing.weight"), "up_proj"),
-        (_drop(_POOL), "up_proj"),
+        (_drop(f"{_LAYER}A.weight"), f"1 missing: {_LAYER}A.weight"),
+        (_drop(f"{_LAYER}mixing.weight"), f"1 missing: {_LAYER}mixing.weight"),
+        (_drop(_POOL), f"1 missing: {_POOL}"),
         (_add("base_model.model.model.layers.9.mlp.up_proj.rasa_A.weight"), "layers.9"),
         (_add("base_model.rasa_shared_A.nothing.weight"), "nothing"),
         (_add("stray"), "stray"),
-        (_shorten(f"{_LAYER}B.weight"), r"up_proj.*\(39, 3\)"),
-        (_shorten(_POOL), r"up_proj.*\(2, 24\)"),
+        (_shorten(f"{_LAYER}B.weight"), rf"{_LAYER}B.weight \(.*\(39, 3\)"),
+        (_shorten(f"{_LAYER}mixing.weight"), rf"{_LAYER}mixing.weight \(expected"),
+        (_shorten(_POOL), rf"{_POOL} \(.*\(2, 24\)"),
     ],
 )
 def test_strict(change, named, tmp_path):
+    """What is wrong is said under the names that the file has."""
     write(tmp_path, change=change)
     model = LLAMA.build()
     before = Snapshot(model)

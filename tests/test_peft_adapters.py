@@ -176,14 +176,14 @@ def test_delta_weight_is_the_oracles():
     for entry in (LLAMA, models.GPT2):
         model = adapted(entry.build())
         for name, layer in layers(plain(model)).items():
-            exact = oracle.delta(Adapter(*layer.adapter()))
+            exact = oracle.delta(Adapter(*layer.adapter("default").factors()))
             exact = exact.T if oracle.is_transposed(layer.base_layer) else exact
             delta = layer.get_delta_weight("default")
             assert delta.shape == layer.base_layer.weight.shape
             torch.testing.assert_close(delta.double(), exact, rtol=0, atol=1e-6, msg=name)
 
 
-def test_siblings_that_lose_their_adapter():
+def test_fused_projections_that_lose_their_adapter():
     """q, k and v computed together, then an adapter of q alone, then none on k and v at all."""
     model = two().train()
     model.set_adapter("default")
@@ -192,7 +192,7 @@ def test_siblings_that_lose_their_adapter():
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.mul_(1)  # as a step of an optimiser: what was learned is taken up
+                    parameter.mul_(1)  # as a step of an optimizer
     for names in (["second"], ["default"], ["second"]):
         model.set_adapter(names[0])
         for grad in (True, False, True):

@@ -47,7 +47,7 @@ def test_bad_values_are_named(options, error, message):
 
 
 def test_a_published_config_parses(tmp_path, recwarn):
-    """Field by field what the published code writes."""
+    """Field by field what the official code writes."""
     published = {
         "auto_mapping": None,
         "base_model_name_or_path": "some/model",

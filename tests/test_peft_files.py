@@ -1,4 +1,4 @@
-"""Adapter directories: PEFT's own, those of rasa_ext and of the published code, in and out."""
+"""Adapter directories: PEFT's own, those of rasa_ext and of the official code, in and out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""get_peft_model: which layers, whose pool, and the published formula's numbers."""
+"""get_peft_model: which layers, whose pool, and the official formula's numbers."""
 
 from __future__ import annotations
 
@@ -42,12 +42,14 @@ def test_the_layers_and_pools_are_those_of_patch_model(entry):
     found, expected = layers(plain(model)), adapted_layers(ours)
     assert found.keys() == expected.keys()
     for name, layer in found.items():
-        for mine, theirs in zip(layer.adapter(), expected[name].adapter(), strict=True):
+        for mine, theirs in zip(
+            layer.adapter().factors(), expected[name].adapter().factors(), strict=True
+        ):
             assert mine.shape == theirs.shape
             assert mine.dtype == theirs.dtype == torch.float32
     for name, layer in found.items():
         for other in found:
-            shared = layer.adapter()[1] is found[other].adapter()[1]
+            shared = layer.adapter().factors()[1] is found[other].adapter().factors()[1]
             assert shared == (expected[name].pool is expected[other].pool)
 
 
@@ -56,7 +58,7 @@ def test_it_begins_as_the_base():
     model = get_peft_model(copy.deepcopy(base), RasaConfig(r=RANK, rasa_alpha=3))
     assert torch.equal(model(TOKENS).logits, base(TOKENS).logits)
     for layer in layers(model).values():
-        A, A_pool, *_, d = layer.adapter()
+        A, A_pool, *_, d = layer.adapter().factors()
         torch.testing.assert_close(d.double(), oracle.initial_d(RANK, 1, 2, 3))
         for factor in (A, A_pool):
             assert 0.5 < factor.abs().max() * layer.base_layer.in_features**0.5 <= 1
@@ -123,7 +125,7 @@ def test_layers_to_transform_makes_smaller_pools():
     model = adapted(base, target_modules=["q_proj"], layers_to_transform=[0, 2])
     found = layers(plain(model))
     assert list(found) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 2)]
-    assert all(layer.adapter()[1].shape[0] == 2 for layer in found.values())
+    assert all(layer.adapter().factors()[1].shape[0] == 2 for layer in found.values())
     check_step(LLAMA, base, plain(model), model)
 
 
@@ -156,7 +158,7 @@ def test_bfloat16_bases_keep_float32_numbers():
     for p in trained(model).values():
         assert p.dtype == torch.float32
     assert torch.equal(
-        next(iter(layers(model).values())).adapter()[-1],
+        next(iter(layers(model).values())).adapter().factors()[-1],
         torch.tensor([0.5, 0.5, 0.5, 0.75, 0.75]),
     )
     assert model(TOKENS).logits.dtype == torch.bfloat16
@@ -237,4 +239,4 @@ def test_a_model_of_ones_own():
     net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
     model = get_peft_model(net, RasaConfig(r=2, target_modules=["0", "2"]))
     assert isinstance(model.base_model, RasaModel)
-    assert [layer.adapter()[1].shape[0] for layer in layers(model).values()] == [1, 1]
+    assert [layer.adapter().factors()[1].shape[0] for layer in layers(model).values()] == [1, 1]

@@ -53,7 +53,7 @@ def test_a_config_is_all_it_takes(checkpointing, tmp_path):
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     for name, layer in layers(model).items():
-        _, _, B, B_pool, _ = layer.adapter()
+        _, _, B, B_pool, _ = layer.adapter().factors()
         assert B.any(), name
         assert B_pool.any(), name
     base = make_model().state_dict()

@@ -32,7 +32,9 @@ def test_smollm2_in_nf4(model, figure):
     parameters = rasa_ext.adapter_parameters(model)
     adapter = sum(p.nbytes for p in parameters)
     tokenizer = load_tokenizer(find_model())
-    (batch,) = qrasa.batches(tokenizer, 1, 4, "train")
+    (batch,) = qrasa.batches(tokenizer, 1, 1, "train")
+    # The end of a row, where its answer is: bfloat16 is slow on a CPU without AVX-512.
+    batch = {name: value[:, -16:] for name, value in batch.items()}
     kept = qrasa.kept(model, batch)
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)
     losses = []

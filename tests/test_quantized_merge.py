@@ -19,7 +19,7 @@ from tests.helpers.quantized import FORMATS, WIDTH, linears, make_model, numbers
 DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 WARNING = re.compile(
-    r"merging into a dequantised weight: relative error of a layer's output at most (\S+)\. "
+    r"merging into a dequantized weight: relative error of a layer's output at most (\S+)\. "
     r"Layers made dense: (\d+) of (.+) in (torch\.\w+); (\S+) MiB instead of (\S+)\.( .*)?$"
 )
 

@@ -63,7 +63,7 @@ def test_what_was_merged_is_a_plain_model_also_to_transformers(model, tmp_path):
     copied = patched(model).eval()
     with torch.no_grad():
         before = copied(input_ids=TOKENS).logits
-        with pytest.warns(UserWarning, match="merging into a dequantised weight"):
+        with pytest.warns(UserWarning, match="merging into a dequantized weight"):
             rasa_ext.merge_and_unload(copied)
         after = copied(input_ids=TOKENS).logits
     assert (after - before).float().norm() < 0.1 * before.float().norm()

@@ -73,7 +73,7 @@ def test_peft_knows_the_backend(form):
 def test_merging_and_unmerging(form):
     model = adapted(quantized(make_model(), form))
     before, bases = logits(model), [layer.base_layer for layer in layers(model).values()]
-    with pytest.warns(UserWarning, match="merging into a dequantised weight") as caught:
+    with pytest.warns(UserWarning, match="merging into a dequantized weight") as caught:
         model.merge_adapter()
     assert len([w for w in caught if "merging into" in str(w.message)]) == 1
     for (name, adapter), base in zip(named(model, "default").items(), bases, strict=True):
@@ -94,7 +94,7 @@ def test_merging_and_unmerging(form):
 def test_unloading(form, safe):
     model = adapted(quantized(make_model(), form))
     before = logits(model)
-    with pytest.warns(UserWarning, match="merging into a dequantised weight"):
+    with pytest.warns(UserWarning, match="merging into a dequantized weight"):
         merged = model.merge_and_unload(safe_merge=safe)
     assert not any(format_of(module) is not None for module in merged.modules())
     assert off(logits(merged), before) < limit(form)

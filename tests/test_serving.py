@@ -84,29 +84,14 @@ NO_SERVER = "save what rasa_ext.merge_and_unload"
     [
         (lambda: patched(GPT2.build()), ["vllm"], f"Conv1D .* vLLM cannot.*{NO_SERVER}"),
         (
-            lambda: patched(BASE, modules_to_save=["norm"]),
+            lambda: patched(BASE, modules_to_save=["lm_head"]),
             ["vllm", "llama.cpp", "sglang"],
-            rf"modules_to_save \(model\.norm\) .*{NO_SERVER}",
+            rf"modules_to_save \(lm_head\) .*{NO_SERVER}",
         ),
         (
             lambda: patched(BASE, target_modules=["q_proj", "o_proj"]),
             ["sglang"],
             rf"q_proj is adapted without v_proj in 3 layers\. SGLang.*{NO_SERVER}",
-        ),
-        (
-            lambda: patched(BASE, target_modules=["k_proj", "v_proj"]),
-            ["sglang"],
-            "k_proj is adapted without q_proj",
-        ),
-        (
-            lambda: patched(BASE, target_modules=["v_proj", "o_proj"]),
-            ["sglang"],
-            "v_proj is adapted without q_proj .* or leaves v_proj out",
-        ),
-        (
-            lambda: patched(BASE, target_modules=["up_proj"]),
-            ["sglang"],
-            "up_proj is adapted without gate_proj",
         ),
         (
             lambda: patched(tied(), target_modules=["q_proj", "v_proj", "lm_head"]),
@@ -118,9 +103,6 @@ NO_SERVER = "save what rasa_ext.merge_and_unload"
         "Conv1D",
         "modules_to_save",
         "q alone",
-        "k without q",
-        "v without q",
-        "up alone",
         "tied head",
     ],
 )
@@ -131,6 +113,52 @@ def test_what_a_reader_refuses_is_warned_of(model, readers, warning, tmp_path):
     for reader in readers:
         with pytest.raises(Refused):
             READERS[reader](config, tensors, rasa_ext.unpatch(copy.deepcopy(model)), 16)
+
+
+DROPPED = {
+    "final norm": (
+        "llama.cpp",
+        {"modules_to_save": ["norm"]},
+        r"llama\.cpp takes the trained norms of modules_to_save \(model\.norm\.weight\)",
+    ),
+    "norms of layers": (
+        "llama.cpp",
+        {"modules_to_save": ["input_layernorm", "lm_head"]},
+        r"\(model\.layers\.0\.input_layernorm\.weight, .*\) and leaves them out without a word",
+    ),
+    "k, v without q": (
+        "sglang",
+        {"target_modules": ["k_proj", "v_proj"]},
+        "k_proj is adapted without q_proj in 3 layers, and SGLang",
+    ),
+    "v without q": (
+        "sglang",
+        {"target_modules": ["v_proj", "o_proj"]},
+        "v_proj is adapted without q_proj .* leaves v_proj out",
+    ),
+    "up without gate": (
+        "sglang",
+        {"target_modules": ["up_proj", "o_proj"]},
+        "up_proj is adapted without gate_proj",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_what_a_reader_would_drop_is_not_written_unless_asked(case, tmp_path):
+    """The reader's rule takes such a directory and applies less than there is."""
+    reader, options, message = DROPPED[case]
+    model = patched(BASE, **options)
+    with pytest.raises(ValueError, match=f"{message}.*{NO_SERVER}.*allow_dropped=True"):
+        rasa_ext.export_lora(model, tmp_path)
+    assert not [*tmp_path.iterdir()]
+    with pytest.warns(UserWarning, match=f"{message}.*{NO_SERVER}"):
+        config, tensors = export(tmp_path, model, allow_dropped=True)
+    factors = sum(".lora_" in key for key in tensors)
+    assert factors == 2 * len(adapters(model))
+    if "lm_head" not in options.get("modules_to_save", ()):  # which it refuses
+        found = READERS[reader](config, tensors, BASE, 16)
+        assert 2 * len(found) < len(tensors)
 
 
 def tied():

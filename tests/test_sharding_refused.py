@@ -56,7 +56,10 @@ def test_models_that_are_wrapped(wrap, mesh):
 def test_a_merged_model(mesh):
     model = patched(LLAMA.build())
     rasa_ext.merge(model)
-    call = lambda: shard_model(model, mesh)
+
+    def call():
+        return shard_model(model, mesh)
+
     refused(call, model, r"merged", r"rasa_ext\.unmerge", kind=RuntimeError)
 
 
@@ -70,7 +73,10 @@ def test_an_adapter_without_values(mesh):
 def test_blocks_from_elsewhere(mesh):
     model = patched(LLAMA.build())
     for block in (nn.Linear(2, 2), model):
-        call = lambda block=block: shard_model(model, mesh, blocks=[block])
+
+        def call(block=block):
+            return shard_model(model, mesh, blocks=[block])
+
         refused(call, model, f"blocks: expected.*inside.*got {type(block).__name__}")
 
 
@@ -127,7 +133,7 @@ def test_fully_shard_over_the_adapter(mesh, tmp_path):
 
 @pytest.mark.parametrize("saved", [(), ("lm_head",)])
 def test_fully_shard_over_everything_at_once(saved, mesh, tmp_path):
-    """The forward works. What it leaves gathered is not what an optimiser's step changes."""
+    """The forward works. What it leaves gathered is not what an optimizer's step changes."""
     model = patched(LLAMA.build(), modules_to_save=saved)
     mine = {p for p in model.parameters() if p.requires_grad}
     mine -= set(model.lm_head.parameters())

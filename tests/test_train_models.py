@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import rasa_ext
 from rasa_ext.train.evaluate import exact_match, greedy_answers, last_number
-from rasa_ext.train.model_loading import ModelError, load_model, load_skeleton, load_tokenizer
-from rasa_ext.train.serving import vllm_command
+from rasa_ext.train.model_loading import (
+    ModelError,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    save_model,
+)
+from rasa_ext.train.serving import serving_help, vllm_command
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
@@ -141,8 +150,79 @@ def test_exact_match_counts_whole_answers():
 
 @pytest.mark.parametrize(("rank", "limit"), [(1, 1), (5, 8), (37, 64), (64, 64), (321, 512)])
 def test_vllm_takes_the_next_rank_it_knows(tmp_path, rank, limit):
-    assert f"--max-lora-rank {limit} " in vllm_command("base", tmp_path, rank)
+    assert f"--max-lora-rank {limit} " in vllm_command("base", tmp_path, rank, float32=False)
 
 
 def test_vllm_has_a_largest_rank(tmp_path):
-    assert vllm_command("base", tmp_path, 513) is None
+    assert vllm_command("base", tmp_path, 513, float32=False) is None
+
+
+def test_a_gguf_is_served_by_llama_cpp_only(tmp_path):
+    """vLLM cannot start over a .gguf, and llama.cpp has no largest rank."""
+    text = serving_help("/a b/m.gguf", tmp_path / "lora", 600, float32=True)
+    assert "vllm serve" not in text
+    convert, serve = map(shlex.split, text.splitlines()[-2:])
+    lora = str(tmp_path / "lora")
+    assert convert[1:5] == ["convert_lora_to_gguf.py", lora, "--base", "BASE_FOLDER"]
+    assert convert[-2:] == ["--outfile", f"{lora}.gguf"]
+    assert serve[:3] == ["llama-server", "-m", "/a b/m.gguf"]
+    assert serve[3:] == ["--lora", f"{lora}.gguf", "--cache-ram", "0"]
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 100000.0},
+        LLAMA3_ROPE,
+        {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5},
+    ],
+    ids=["default", "llama3", "partial"],
+)
+def test_rotary_settings_are_saved_for_older_readers(rope, tmp_path):
+    """Under the names of transformers 4 and mlx-lm; transformers 5 reads the same as without."""
+    model = make_model(rope_parameters=dict(rope))
+    model.save_pretrained(tmp_path / "plain")
+    save_model(model, make_tokenizer(), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["rope_theta"] == rope["rope_theta"]
+    assert config.get("partial_rotary_factor") == rope.get("partial_rotary_factor")
+    others = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    assert config.get("rope_scaling", {"rope_type": "default"}) == others
+    plain, saved = (AutoConfig.from_pretrained(tmp_path / name) for name in ("plain", "saved"))
+    assert saved.rope_parameters == plain.rope_parameters == rope
+    tokens = torch.arange(300).view(1, 300)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        found = load_model(str(tmp_path / "saved"))(input_ids=tokens).logits
+    assert torch.equal(found, expected)
+
+
+def test_rotary_settings_of_a_part_and_of_kinds_of_layers(tmp_path):
+    """Gemma 3: two bases, so no one number; and a multimodal model's text."""
+    from transformers import Gemma3TextConfig, LlavaConfig
+
+    class Model:
+        def __init__(self, config):
+            self.save_pretrained = config.save_pretrained
+
+    two = Gemma3TextConfig(num_hidden_layers=2)
+    save_model(Model(two), make_tokenizer(), tmp_path / "two")
+    assert "rope_theta" not in json.loads((tmp_path / "two" / "config.json").read_text())
+    assert AutoConfig.from_pretrained(tmp_path / "two").rope_parameters == two.rope_parameters
+    rope = {"rope_type": "default", "rope_theta": 7e4}
+    parts = LlavaConfig(text_config=make_model(rope_parameters=dict(rope)).config)
+    save_model(Model(parts), make_tokenizer(), tmp_path / "parts")
+    config = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert config["text_config"]["rope_theta"] == 7e4
+    again = AutoConfig.from_pretrained(tmp_path / "parts")
+    assert again.text_config.rope_parameters == rope

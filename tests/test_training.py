@@ -103,12 +103,12 @@ OPTIMISERS = {
 
 
 @pytest.mark.parametrize("switch", [True, False], ids=["eval()", "no_grad alone"])
-@pytest.mark.parametrize("optimiser", OPTIMISERS)
-def test_eval_between_steps(optimiser, switch):
+@pytest.mark.parametrize("optimizer", OPTIMISERS)
+def test_eval_between_steps(optimizer, switch):
     """A pack cached by one evaluation must not be seen by the next step or evaluation."""
     base = LLAMA.build()
     model = patched(base)
-    step = OPTIMISERS[optimiser](rasa_ext.adapter_parameters(model))
+    step = OPTIMISERS[optimizer](rasa_ext.adapter_parameters(model))
     inputs = LLAMA.inputs(0)
     for _ in range(3):
         for _ in range(2):  # the second is served from the cache
@@ -257,13 +257,13 @@ def test_a_few_steps_fit_a_teacher():
     x = torch.randn(64, 6)
     with torch.no_grad():
         target = teacher(x)
-    optimiser = torch.optim.Adam(rasa_ext.adapter_parameters(student), 0.02)
+    optimizer = torch.optim.Adam(rasa_ext.adapter_parameters(student), 0.02)
     losses = []
     for _ in range(150):
         loss = (student(x) - target).square().mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.05 * losses[0]
 

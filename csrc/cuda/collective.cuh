@@ -1,4 +1,4 @@
-// What a block or a warp does together: walking a matrix, copying, adding up.
+// What a block or a warp does together: reading and writing a row, adding up.
 #pragma once
 
 #include "numbers.cuh"
@@ -7,62 +7,43 @@ namespace rasa_ext {
 
 constexpr int kWarp = 32;
 
-// The places (row, col) of one thread when a block walks a matrix of `width` > 0 columns row by
-// row. Divides once; a step is two additions.
-struct Walk {
-  int row, col;
-  int row_step, col_step, width;
+// How many elements a thread takes at a time where rows of A go to rows of B: 16 bytes of the
+// larger type, so that neighbouring lanes have neighbouring bytes of both.
+template <typename A, typename B>
+constexpr int kStep = kPer16Bytes<A> < kPer16Bytes<B> ? kPer16Bytes<A> : kPer16Bytes<B>;
 
-  __device__ __forceinline__ explicit Walk(int width_) : width(width_) {
-    const unsigned thread = threadIdx.x, threads = blockDim.x, columns = width_;
-    row = thread / columns;
-    col = thread % columns;
-    row_step = threads / columns;
-    col_step = threads % columns;
-  }
-
-  __device__ __forceinline__ void next() {
-    row += row_step;
-    col += col_step;
-    if (col >= width) {
-      col -= width;
-      ++row;
-    }
-  }
-};
-
-// to[i] = from[i] for i < n, by the block.
-template <typename From, typename To>
-__device__ __forceinline__ void copy_cast(const From* from, To* to, int n) {
-  // As many as fill 16 bytes of the smaller type; the larger one takes two or more accesses.
-  constexpr int N = kPer16Bytes<From> > kPer16Bytes<To> ? kPer16Bytes<From> : kPer16Bytes<To>;
-  int done = 0;
-  if (is_aligned(from) && is_aligned(to)) {
-    done = n / N * N;
-    for (int i = threadIdx.x * N; i < done; i += blockDim.x * N) {
-      const Vector<From, N> source = load<N>(from + i);
-      Vector<To, N> cast;
+// One thread's share of row[0, n): vectors of N neighbours, `threads` vectors apart, and zeros from
+// n on. All are asked for before any is used: it is latency that these kernels wait for. N divides
+// n, and with N > 1 the row begins at 16 bytes.
+template <int N, int count, typename T>
+__device__ __forceinline__ void load_share(const T* row, int n, int thread, int threads,
+                                           Vector<T, N> (&share)[count]) {
 #pragma unroll
-      for (int v = 0; v < N; ++v) cast.at[v] = narrow<To>(widen(source.at[v]));
-      store(to + i, cast);
-    }
+  for (int v = 0; v < count; ++v) {
+    const int i = (v * threads + thread) * N;
+    share[v] = i < n ? load<N>(row + i) : Vector<T, N>{};
   }
-  for (int i = done + threadIdx.x; i < n; i += blockDim.x) to[i] = narrow<To>(widen(from[i]));
 }
 
-// to[i] = 0 for i < n, by the block.
-template <typename To>
-__device__ __forceinline__ void fill_zero(To* to, int n) {
-  constexpr int N = kPer16Bytes<To>;
-  int done = 0;
-  if (is_aligned(to)) {
-    Vector<To, N> zeros;
+template <int N, int count, typename T>
+__device__ __forceinline__ void store_share(T* row, int n, int thread, int threads,
+                                            const Vector<T, N> (&share)[count]) {
 #pragma unroll
-    for (int v = 0; v < N; ++v) zeros.at[v] = narrow<To>(0);
-    done = n / N * N;
-    for (int i = threadIdx.x * N; i < done; i += blockDim.x * N) store(to + i, zeros);
+  for (int v = 0; v < count; ++v) {
+    const int i = (v * threads + thread) * N;
+    if (i < n) store(row + i, share[v]);
   }
-  for (int i = done + threadIdx.x; i < n; i += blockDim.x) to[i] = narrow<To>(0);
+}
+
+// to = from * scale, rounded once.
+template <int N, int count, typename From, typename To>
+__device__ __forceinline__ void scale_share(const Vector<From, N> (&from)[count], Wide<From> scale,
+                                            Vector<To, N> (&to)[count]) {
+#pragma unroll
+  for (int v = 0; v < count; ++v) {
+#pragma unroll
+    for (int e = 0; e < N; ++e) to[v].at[e] = narrow<To>(widen(from[v].at[e]) * scale);
+  }
 }
 
 // The sum over groups of `lanes` neighbouring lanes, the same bits in every lane.

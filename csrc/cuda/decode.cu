@@ -1,16 +1,11 @@
 // Launchers of decode.cuh.
 #include "decode.cuh"
 
+#include "launch.cuh"
 #include "switches.cuh"
 
 namespace rasa_ext {
 namespace {
-
-unsigned ceil_div(int a, int b) { return static_cast<unsigned>((a + b - 1) / b); }
-
-bool at_16_bytes(const void* pointer, int row, DType dtype) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0 && row * size_of(dtype) % 16 == 0;
-}
 
 template <typename T, int tokens>
 void launch(const DecodeParams& params, Stream stream) {
@@ -20,7 +15,8 @@ void launch(const DecodeParams& params, Stream stream) {
   const dim3 shrink_grid(ceil_div(call.Rp, rows), static_cast<unsigned>(params.splits), tiles);
   RASA_LAUNCH((shrink_kernel<T, tokens>), shrink_grid, kDecodeThreads, 0, stream, params);
   // A call without outputs still wants its U, which the first block writes.
-  const unsigned blocks = ceil_div(call.out, kDecodeThreads / kExpandLanes);
+  const int step = params.whole_out ? kExpandStep : 1;
+  const unsigned blocks = ceil_div(call.out, kDecodeThreads * step);
   const dim3 expand_grid(blocks != 0 ? blocks : 1, tiles);
   const size_t shared = sizeof(float) * tokens * call.Rp;
   RASA_LAUNCH((expand_kernel<T, tokens>), expand_grid, kDecodeThreads, shared, stream, params);
@@ -40,7 +36,7 @@ void launch_decode(const DecodeCall& call, DType dtype, Stream stream) {
   if (call.M == 0 || call.Rp == 0) return;
   DecodeParams params{call, decode_splits(call.in), decode_part(call.in), false, false};
   params.whole_in = at_16_bytes(call.x, call.in, dtype) && at_16_bytes(call.Ap, call.in, dtype);
-  params.whole_rank = at_16_bytes(call.Bt, call.Rp, dtype);
+  params.whole_out = at_16_bytes(call.Bp, call.out, dtype) && at_16_bytes(call.y, call.out, dtype);
   with_single_or_half(dtype, [&](auto t) {
     with_token_tile(token_tile(call.M, call.Rp), [&](auto tokens) {
       launch<TypeOf<decltype(t)>, decltype(tokens)::value>(params, stream);

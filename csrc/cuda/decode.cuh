@@ -1,9 +1,9 @@
 // decode: the low-rank product for few tokens, where a launch costs as much as the work.
 //
-//     U = x Ap^T        y += U Bt^T
+//     U = x Ap^T        y += U Bp
 //
 // The shrink cuts K = in into parts and leaves each part's U in the workspace; every block of the
-// expand adds the parts up, in order, and multiplies with its rows of Bt. U is never rounded.
+// expand adds the parts up, in order, and multiplies with its columns of Bp. U is never rounded.
 #pragma once
 
 #include "collective.cuh"
@@ -15,8 +15,8 @@ namespace rasa_ext {
 struct DecodeParams {
   DecodeCall call;
   int splits, part;  // K is cut into `splits` parts of `part` elements, the last ones shorter
-  bool whole_in;     // rows of x and Ap begin and end at 16 bytes
-  bool whole_rank;   // rows of Bt do
+  bool whole_in;     // rows of x and Ap begin at 16 bytes
+  bool whole_out;    // rows of Bp and y do
 };
 static_assert(sizeof(DecodeParams) <= 4096, "kernel parameters");
 
@@ -84,66 +84,70 @@ __global__ void __launch_bounds__(kDecodeThreads) shrink_kernel(DecodeParams par
   }
 }
 
-// sum[m] += U[m] . Bt_row, this lane's share of every kExpandLanes; `step` neighbours at a time.
+// y[m, n] += sum_j U[j, m] Bp[j, n] for this thread's `step` neighbours n.
 template <int step, int tokens, typename T>
-__device__ __forceinline__ void dot_tokens(const float* U,   // (tokens, Rp)
-                                           const T* Bt_row,  // (Rp,)
-                                           int Rp, int live, float (&sum)[tokens]) {
-  const int part = threadIdx.x % kExpandLanes;
-  for (int j = part * step; j < Rp; j += kExpandLanes * step) {
-    const Vector<T, step> b = load<step>(Bt_row + j);
+__device__ __forceinline__ void add_product(const float* U,  // (Rp, tokens)
+                                            const T* Bp,     // (Rp, out)
+                                            T* y,            // (live, out)
+                                            int Rp, int out, int live) {
+  const int n = (blockIdx.x * kDecodeThreads + threadIdx.x) * step;
+  if (n >= out) return;
+  float sum[tokens][step] = {};
+  for (int j = 0; j < Rp; j += kExpandRows) {
+    Vector<T, step> rows[kExpandRows];
 #pragma unroll
-    for (int m = 0; m < tokens; ++m) {
-      if (m >= live) continue;
-      const Vector<float, step> u = load<step>(U + m * Rp + j);
+    for (int r = 0; r < kExpandRows; ++r) {
+      if (j + r < Rp) rows[r] = load<step>(Bp + int64_t{j + r} * out + n);
+    }
 #pragma unroll
-      for (int v = 0; v < step; ++v) sum[m] += u.at[v] * widen(b.at[v]);
+    for (int r = 0; r < kExpandRows; ++r) {
+      if (j + r >= Rp) break;
+      const Vector<float, tokens> u = load<tokens>(U + (j + r) * tokens);
+#pragma unroll
+      for (int m = 0; m < tokens; ++m) {
+#pragma unroll
+        for (int v = 0; v < step; ++v) sum[m][v] += u.at[m] * widen(rows[r].at[v]);
+      }
     }
-  }
-}
-
-// y += (sum_s partial[s]) Bt^T for `tokens` tokens; kExpandLanes lanes share a row of Bt.
-template <typename T, int tokens>
-__global__ void __launch_bounds__(kDecodeThreads) expand_kernel(DecodeParams params) {
-  RASA_SHARED(float, U);  // (tokens, Rp)
-  const DecodeCall& call = params.call;
-  const float* partial = static_cast<const float*>(call.workspace);  // (splits, M, Rp)
-  const T* Bt = static_cast<const T*>(call.Bt);                      // (out, Rp)
-  T* U_out = static_cast<T*>(call.U);                                // (M, Rp)
-  T* y = static_cast<T*>(call.y);                                    // (M, out)
-  const int token = blockIdx.y * tokens, live = min(tokens, call.M - token);
-  const int row = blockIdx.x * (kDecodeThreads / kExpandLanes) + threadIdx.x / kExpandLanes;
-  const int part = threadIdx.x % kExpandLanes;
-
-  for (int m = 0; m < live; ++m) {
-    for (int j = threadIdx.x; j < call.Rp; j += kDecodeThreads) {
-      const int64_t at = static_cast<int64_t>(token + m) * call.Rp + j;
-      const int64_t part_size = static_cast<int64_t>(call.M) * call.Rp;
-      float sum = 0;
-#pragma unroll 4
-      for (int s = 0; s < params.splits; ++s) sum += partial[s * part_size + at];
-      U[m * call.Rp + j] = sum;
-      if (U_out != nullptr && blockIdx.x == 0) U_out[at] = narrow<T>(sum);
-    }
-  }
-  __syncthreads();
-  if (call.out == 0) return;
-
-  // Lanes beyond the last row compute it again: all 32 take part in the sum over lanes.
-  const T* Bt_row = Bt + static_cast<int64_t>(min(row, call.out - 1)) * call.Rp;
-  float sum[tokens] = {};
-  if (params.whole_rank) {
-    dot_tokens<kPer16Bytes<T>>(U, Bt_row, call.Rp, live, sum);
-  } else {
-    dot_tokens<1>(U, Bt_row, call.Rp, live, sum);
   }
 #pragma unroll
   for (int m = 0; m < tokens; ++m) {
-    const float all = sum_over_lanes<kExpandLanes>(sum[m]);
-    if (m < live && row < call.out && part == m % kExpandLanes) {
-      T* to = y + static_cast<int64_t>(token + m) * call.out + row;
-      *to = narrow<T>(widen(*to) + all);
+    if (m >= live) break;
+    T* to = y + int64_t{m} * out + n;
+    Vector<T, step> result = load<step>(to);
+#pragma unroll
+    for (int v = 0; v < step; ++v) result.at[v] = narrow<T>(widen(result.at[v]) + sum[m][v]);
+    store(to, result);
+  }
+}
+
+// y += (sum_s partial[s]) Bp for `tokens` tokens, of which those beyond the last count as zero; a
+// thread takes neighbouring columns.
+template <typename T, int tokens>
+__global__ void __launch_bounds__(kDecodeThreads) expand_kernel(DecodeParams params) {
+  RASA_SHARED(float, U);  // (Rp, tokens)
+  const DecodeCall& call = params.call;
+  const int token = blockIdx.y * tokens, live = min(tokens, call.M - token), Rp = call.Rp;
+  const float* partial = static_cast<const float*>(call.workspace);  // (splits, M, Rp)
+  T* U_out = static_cast<T*>(call.U);                                // (M, Rp)
+  for (int i = threadIdx.x; i < tokens * Rp; i += kDecodeThreads) {
+    const int m = i % tokens;
+    const int64_t at = int64_t{token + m} * Rp + i / tokens;
+    float sum = 0;
+    if (m < live) {
+#pragma unroll 8
+      for (int s = 0; s < params.splits; ++s) sum += partial[s * int64_t{call.M} * Rp + at];
+      if (U_out != nullptr && blockIdx.x == 0) U_out[at] = narrow<T>(sum);
     }
+    U[i] = sum;
+  }
+  __syncthreads();
+  const T* Bp = static_cast<const T*>(call.Bp);                // (Rp, out)
+  T* y = static_cast<T*>(call.y) + int64_t{token} * call.out;  // (live, out)
+  if (params.whole_out) {
+    add_product<kExpandStep, tokens>(U, Bp, y, Rp, call.out, live);
+  } else {
+    add_product<1, tokens>(U, Bp, y, Rp, call.out, live);
   }
 }
 

@@ -17,34 +17,23 @@ constexpr int kTableThreads = 128;
 // for it.
 constexpr int kStreamBlocks = 4;
 
-// Elements that one block copies: two 16-byte stores a thread in half precision. One layer alone
-// (48 x 4096) then still has 48 blocks, and a block's fixed cost is small against its 4096
-// elements.
-constexpr int kCopyElements = 4096;
+// Elements of a row that a warp takes: two 16-byte loads of float32 a lane, both in flight at once.
+// One layer alone (two matrices of 48 x 4096) then still makes 192 blocks, more than a card has
+// multiprocessors, and rows of a few hundred numbers leave few lanes idle.
+constexpr int kPiece = 256;
 
-// How many blocks fill a card: the largest has about 150 multiprocessors, and each holds 8 blocks
-// of kStreamThreads.
-constexpr int64_t kFullCard = 1200;
-
-// Elements of Bt that a block of a pack assembles in shared memory, a power of two. A lone layer is
-// cut small, for it is latency that it waits for; where the card is full anyway larger tiles are
-// cheaper, since each thread divides a few times a tile to find its place. 16 KB, so that shared
-// memory does not keep blocks from a multiprocessor.
-inline int tile_elements(int64_t elements, int element_size) {
-  int tile = 1024;
-  while (tile * 2 * element_size <= 16 * 1024 && tile * 2 * kFullCard <= elements) tile *= 2;
-  return tile;
+__host__ __device__ __forceinline__ constexpr int pieces_of(int width) {
+  return (width + kPiece - 1) / kPiece;
 }
 
-// pack_backward's tile of (out, R): rows of T are read along `out`, 512 bytes at a time; 32 columns
-// are a warp's width, and in float64 the tile still fits the 48 KB that need no opt-in.
-constexpr int kGradRows = 128;
-constexpr int kGradCols = 32;
+// Bytes of a row of dBp that a thread of pack_backward takes at a time, and as much of B: a block
+// has 4096 numbers of float32 in flight, a row of many models. A row is one block's, so that dd
+// needs no second kernel to add up what several have found.
+constexpr int kDotBytes = 64;
 
-inline int grad_tiles(int out) { return (out + kGradRows - 1) / kGradRows; }
-
-// Elements that a thread of the pool's sum holds: one 16-byte load of float32 a layer.
-constexpr int kSumElements = 4;
+// Blocks of pack_backward that must fit on a multiprocessor: 80 registers a thread, since with 64
+// the numbers in flight are spilled in float64.
+constexpr int kGradBlocks = 3;
 
 // Tokens that decode takes.
 constexpr int kDecodeTokens = 16;
@@ -57,9 +46,12 @@ constexpr int kDecodeThreads = 128;
 // of x, and more would leave too few warps (24 for Rp = 48 and each part of K).
 constexpr int kShrinkRows = 2;
 
-// Lanes that share a row of Bt in the expand: with Rp = 48 in half precision a row is six 16-byte
-// loads, and 4 lanes make four times the warps that one lane a row would.
-constexpr int kExpandLanes = 4;
+// Neighbours of y that a thread of the expand computes: in half precision a warp then reads 128
+// bytes of a row of Bp, a whole line, and more would leave fewer blocks than multiprocessors.
+constexpr int kExpandStep = 2;
+
+// Rows of Bp that it has in flight; a padded rank is a multiple of it.
+constexpr int kExpandRows = 16;
 
 // Shared memory that needs no opt-in.
 constexpr int kSharedBytes = 48 * 1024;

@@ -8,131 +8,62 @@
 namespace rasa_ext {
 
 struct PackParams {
-  PackLayer one;           // where there is no table
-  const PackLayer* table;  // (gridDim.y,)
-  int tile;                // elements of Bt that a block assembles
+  const PackLayer* table;  // (gridDim.y,); null where the layers stand here
+  PackLayer layers[kLayersByValue];
 };
 static_assert(sizeof(PackParams) <= 4096, "kernel parameters");
 
-// How Bt (out, Rp) is cut: whole rows, so that a tile is one stretch of memory; a rank that fills a
-// tile alone is cut across.
-struct UpTiling {
-  int rows, cols;  // of a full tile
-  int across;      // tiles to a row: 1, unless the rank fills a tile alone
-  int count;
-};
-
-__host__ __device__ __forceinline__ UpTiling up_tiling(int out, int Rp, int tile) {
-  UpTiling tiling;
-  tiling.cols = Rp < tile ? Rp : tile;
-  tiling.across = (Rp + tiling.cols - 1) / tiling.cols;
-  tiling.rows = tile / tiling.cols;
-  tiling.count = (out + tiling.rows - 1) / tiling.rows * tiling.across;
-  return tiling;
+// Warps that one layer wants: one to each piece of each row of Ap and Bp.
+__host__ __device__ __forceinline__ int64_t pieces_of(const PackLayer& layer) {
+  return int64_t{layer.Rp} * (pieces_of(layer.in) + pieces_of(layer.out));
 }
 
-// Stretches of Ap.
-__host__ __device__ __forceinline__ int down_blocks(int in, int Rp) {
-  return static_cast<int>((static_cast<int64_t>(Rp) * in + kCopyElements - 1) / kCopyElements);
+// to = from * scale for the n <= kPiece elements of a piece, by a warp; zeros where from is null.
+template <int N, typename P, typename T>
+__device__ __forceinline__ void copy_piece(const P* from, T* to, int n, Wide<P> scale) {
+  constexpr int kCount = kPiece / kWarp / N;
+  const int lane = threadIdx.x % kWarp;
+  Vector<P, N> source[kCount];
+  Vector<T, N> scaled[kCount];
+  load_share(from, from != nullptr ? n : 0, lane, kWarp, source);
+  scale_share(source, scale, scaled);
+  store_share(to, n, lane, kWarp, scaled);
 }
 
-// to[row * cols + col] = from[row * ld + col] * d[col] for row < rows, col < width, by the block.
-template <typename P, typename T>
-__device__ __forceinline__ void scale_columns(const P* from,  // (rows, width), rows ld apart
-                                              const P* d,     // (width,)
-                                              T* to,          // (rows, width), rows cols apart
-                                              int rows, int width, int ld, int cols) {
-  constexpr int N = kPer16Bytes<P>;
-  if (width % N == 0 && ld % N == 0 && is_aligned(from)) {
-    for (Walk at(width / N); at.row < rows; at.next()) {
-      const Vector<P, N> source = load<N>(from + static_cast<int64_t>(at.row) * ld + at.col * N);
-#pragma unroll
-      for (int v = 0; v < N; ++v) {
-        const int col = at.col * N + v;
-        to[at.row * cols + col] = narrow<T>(widen(source.at[v]) * widen(d[col]));
-      }
-    }
-  } else {
-    for (Walk at(width); at.row < rows; at.next()) {
-      const P source = from[static_cast<int64_t>(at.row) * ld + at.col];
-      to[at.row * cols + at.col] = narrow<T>(widen(source) * widen(d[at.col]));
-    }
-  }
-}
-
-// Ap = [A ; A_pool ; 0] as one stretch of memory, of which this is elements [begin, end).
-template <typename P, typename T>
-__device__ __forceinline__ void pack_down(const PackLayer& layer, int64_t begin, int64_t end) {
-  const P* A = global<const P>(layer.A);            // (own, in)
-  const P* A_pool = global<const P>(layer.A_pool);  // (pooled, in)
-  T* Ap = global<T>(layer.Ap);                      // (Rp, in)
-  const int64_t own_end = static_cast<int64_t>(layer.own) * layer.in;
-  const int64_t pool_end = own_end + static_cast<int64_t>(layer.pooled) * layer.in;
-  if (begin < own_end) {
-    copy_cast(A + begin, Ap + begin, static_cast<int>(min(end, own_end) - begin));
-  }
-  if (begin < pool_end && end > own_end) {
-    const int64_t from = max(begin, own_end);
-    copy_cast(A_pool + (from - own_end), Ap + from, static_cast<int>(min(end, pool_end) - from));
-  }
-  if (end > pool_end) {
-    const int64_t from = max(begin, pool_end);
-    fill_zero(Ap + from, static_cast<int>(end - from));
-  }
-}
-
-// Bt = [B | B_pool | 0] diag(d): one tile of it, assembled in shared memory since the sources' rows
-// are too short and too crooked for stores of 16 bytes.
-template <typename P, typename T>
-__device__ __forceinline__ void pack_up(const PackLayer& layer, const UpTiling& tiling, int index) {
-  RASA_SHARED(T, tile);
-  const P* B = global<const P>(layer.B);            // (out, own)
-  const P* B_pool = global<const P>(layer.B_pool);  // (out, pooled)
-  const P* d = global<const P>(layer.d);            // (R,)
-  T* Bt = global<T>(layer.Bt);                      // (out, Rp)
-  const int row = index / tiling.across * tiling.rows, col = index % tiling.across * tiling.cols;
-  const int rows = min(tiling.rows, layer.out - row), cols = min(tiling.cols, layer.Rp - col);
-
-  const int R = layer.own + layer.pooled, end = col + cols;
-  const int own_end = min(end, layer.own), pool_begin = max(col, layer.own), pool_end = min(end, R);
-  if (col < own_end) {
-    scale_columns(B + static_cast<int64_t>(row) * layer.own + col, d + col, tile, rows,
-                  own_end - col, layer.own, cols);
-  }
-  if (pool_begin < pool_end) {
-    scale_columns(B_pool + static_cast<int64_t>(row) * layer.pooled + (pool_begin - layer.own),
-                  d + pool_begin, tile + (pool_begin - col), rows, pool_end - pool_begin,
-                  layer.pooled, cols);
-  }
-  if (end > R) {
-    const int from = max(col, R);
-    for (Walk at(end - from); at.row < rows; at.next()) {
-      tile[at.row * cols + (from - col) + at.col] = narrow<T>(0);
-    }
-  }
-  __syncthreads();
-  // Whole rows, or part of one: either way one stretch of Bt.
-  copy_cast(tile, Bt + static_cast<int64_t>(row) * layer.Rp + col, rows * cols);
-}
-
-//     Ap = [A ; A_pool ; 0]        Bt = [B | B_pool | 0] diag(d)
+//     Ap = [A ; A_pool ; 0]        Bp = diag(d) [B ; B_pool ; 0]
 //
-// One layer to blockIdx.y. The first blocks of a layer copy stretches of Ap, the others make tiles
-// of Bt; blocks beyond a small layer's last have nothing to do. Left to itself ptxas wants 6 blocks
-// on a multiprocessor of sm_90, 40 registers a thread, and spills the 41st; 4 leave it 64.
+// One layer to blockIdx.y. A warp takes a piece of a row, first those of Ap, then those of Bp;
+// warps beyond a small layer's last have nothing to do.
 template <typename P, typename T>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks) pack_kernel(PackParams params) {
-  const PackLayer layer = params.table != nullptr ? params.table[blockIdx.y] : params.one;
-  const int down = down_blocks(layer.in, layer.Rp), block = blockIdx.x;
-  if (layer.Rp == 0) return;
-  if (block < down) {
-    const int64_t begin = static_cast<int64_t>(block) * kCopyElements;
-    const int64_t all = static_cast<int64_t>(layer.Rp) * layer.in;
-    pack_down<P, T>(layer, begin, min(begin + kCopyElements, all));
-    return;
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
+    pack_kernel(const __grid_constant__ PackParams params) {
+  const PackLayer layer =
+      params.table != nullptr ? params.table[blockIdx.y] : params.layers[blockIdx.y];
+  int piece = blockIdx.x * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
+  const int down = layer.Rp * pieces_of(layer.in);
+  const bool up = piece >= down;
+  if (up) piece -= down;
+  const int width = up ? layer.out : layer.in, across = max(pieces_of(width), 1);
+  const int row = piece / across, begin = piece % across * kPiece;
+  if (row >= layer.Rp) return;
+
+  const P* own = global<const P>(up ? layer.B : layer.A);             // (own, width)
+  const P* pool = global<const P>(up ? layer.B_pool : layer.A_pool);  // (pooled, width)
+  const P* d = global<const P>(layer.d);                              // (own + pooled,)
+  T* to = global<T>(up ? layer.Bp : layer.Ap);                        // (Rp, width)
+  const bool pad = row >= layer.own + layer.pooled;
+  const P* from = row < layer.own ? own : pool;
+  const int64_t from_row = row < layer.own ? row : row - layer.own;
+  from = global<const P>(pad ? nullptr : from + from_row * width + begin);
+  to += int64_t{row} * width + begin;
+  const Wide<P> scale = up && !pad && d != nullptr ? widen(d[row]) : Wide<P>(1);
+  const int n = min(kPiece, width - begin);
+  constexpr int N = kStep<P, T>;
+  if (width % N == 0 && is_aligned(from) && is_aligned(to)) {
+    copy_piece<N>(from, to, n, scale);
+  } else {
+    copy_piece<1>(from, to, n, scale);
   }
-  const UpTiling tiling = up_tiling(layer.out, layer.Rp, params.tile);
-  if (block - down < tiling.count) pack_up<P, T>(layer, tiling, block - down);
 }
 
 }  // namespace rasa_ext

@@ -1,8 +1,8 @@
 // pack_backward: the gradients of the adapter's parameters from those of the pack.
 //
-// With T = dBt (out, R), B* = [B | B_pool] (out, R):
+// Ranks are rows: with B* = [B ; B_pool] (R, out), for every row j
 //
-//     dB = T diag(d)    dd_j = sum_n B*[n, j] T[n, j]    [dA ; dA_pool] = dAp
+//     [dA ; dA_pool] = dAp        [dB ; dB_pool]_j = d_j dBp_j        dd_j = <B*_j, dBp_j>
 //
 // and over the layers i of a group the pool's gradients are sum_i dA_pool_i, sum_i dB_pool_i.
 #pragma once
@@ -14,185 +14,126 @@
 namespace rasa_ext {
 
 struct PackBackwardParams {
-  PackBackwardLayer one;           // where there is no table
-  const PackBackwardLayer* table;  // (layers,)
-  PoolGrads pool;                  // null pointers: left to sum_pool_kernel
-  void* partial;                   // (layers, R, tiles) wide: dd of each tile of rows
-  int tiles;                       // grad_tiles(out)
+  PackBackwardGroup group;
+  int dots;                        // blocks that take a row of some layer's dBp
+  bool whole_in, whole_out;        // rows of `in` and of `out` elements begin at 16 bytes
+  const PackBackwardLayer* table;  // (count,); null where the layers stand here
+  PackBackwardLayer layers[kLayersByValue];
 };
 static_assert(sizeof(PackBackwardParams) <= 4096, "kernel parameters");
 
-__device__ __forceinline__ PackBackwardLayer layer_of(const PackBackwardParams& params, int index) {
-  return params.table != nullptr ? params.table[index] : params.one;
+__device__ __forceinline__ PackBackwardLayer layer_of(const PackBackwardParams& params, int i) {
+  return params.table != nullptr ? params.table[i] : params.layers[i];
 }
 
-// A column of the tile, one element longer than needed: a transposing warp then writes to 32 banks.
-template <typename W>
-struct GradColumn {
-  W at[kGradRows + 1];
-};
-
-// Columns [col, col + cols) of B* for rows [row, row + rows), transposed into `tile`.
 template <typename P>
-__device__ __forceinline__ void load_columns(const PackBackwardLayer& layer, int row, int rows,
-                                             int col, int cols, GradColumn<Wide<P>>* tile) {
-  const P* B = global<const P>(layer.B);            // (out, own)
-  const P* B_pool = global<const P>(layer.B_pool);  // (out, pooled)
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp, j = col + lane;
-  if (lane >= cols) return;
-  for (int n = threadIdx.x / kWarp; n < rows; n += warps) {
-    const int64_t at = row + n;
-    tile[lane].at[n] =
-        widen(j < layer.own ? B[at * layer.own + j] : B_pool[at * layer.pooled + (j - layer.own)]);
-  }
+__device__ __forceinline__ Wide<P> scale_of(const PackBackwardLayer& layer, int row) {
+  return layer.d != nullptr ? widen(global<const P>(layer.d)[row]) : Wide<P>(1);
 }
 
-// dB and the tile's share of dd for the rows [index * kGradRows, ...) of T, all columns. A warp
-// takes a column, its lanes run along the rows, as T lies in memory.
-template <typename P>
-__device__ __forceinline__ void up_grads(const PackBackwardParams& params,
-                                         const PackBackwardLayer& layer, int index, int number) {
+// Row j of one layer's dBp, by a block: dd_j, and dB_j. Of a pooled row only a lone layer writes
+// dB_pool_j; that of several is a sum, and sum_piece's.
+template <int N, typename P>
+__device__ __forceinline__ void up_row(const PackBackwardParams& params,
+                                       const PackBackwardLayer& layer, int j) {
   using W = Wide<P>;
-  RASA_SHARED(GradColumn<W>, tile);                   // (kGradCols,)
-  const W* T = global<const W>(layer.dBt);            // (Rp, out)
-  const P* d = global<const P>(layer.d);              // (R,)
-  P* dB = global<P>(layer.dB);                        // (out, own)
-  P* dB_pool = static_cast<P*>(params.pool.dB_pool);  // (pooled, out)
-  W* partial = static_cast<W*>(params.partial);       // (layers, R, tiles)
-  const int R = layer.own + layer.pooled;
-  const int row = index * kGradRows, rows = min(kGradRows, layer.out - row);
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-
-  for (int col = 0; col < R; col += kGradCols) {
-    const int cols = min(kGradCols, R - col);
-    if (col != 0) __syncthreads();  // the columns before are still being read
-    load_columns<P>(layer, row, rows, col, cols, tile);
-    __syncthreads();
-    for (int c = threadIdx.x / kWarp; c < cols; c += warps) {
-      const int j = col + c;
-      const W scale = widen(d[j]);
-      W sum = 0;
-      for (int n = lane; n < rows; n += kWarp) {
-        const W t = T[static_cast<int64_t>(j) * layer.out + row + n];
-        sum += tile[c].at[n] * t;
-        if (j < layer.own) {
-          tile[c].at[n] = t * scale;  // written below, by rows
-        } else if (dB_pool != nullptr) {
-          dB_pool[static_cast<int64_t>(j - layer.own) * layer.out + row + n] = narrow<P>(t * scale);
-        }
-      }
-      sum = sum_over_lanes<kWarp>(sum);
-      if (lane == 0) partial[(static_cast<int64_t>(number) * R + j) * params.tiles + index] = sum;
-    }
-    const int width = min(layer.own - col, cols);
-    if (width <= 0) continue;
-    __syncthreads();
-    for (Walk at(width); at.row < rows; at.next()) {
-      dB[static_cast<int64_t>(row + at.row) * layer.own + col + at.col] =
-          narrow<P>(tile[at.col].at[at.row]);
-    }
-  }
-}
-
-// Elements [begin, end) of [dA ; dA_pool], which lie in dAp as one stretch.
-template <typename P>
-__device__ __forceinline__ void down_grads(const PackBackwardLayer& layer, P* dA_pool,
-                                           int64_t begin, int64_t end) {
-  const Wide<P>* dAp = global<const Wide<P>>(layer.dAp);  // (Rp, in)
-  P* dA = global<P>(layer.dA);                            // (own, in)
-  const int64_t own_end = static_cast<int64_t>(layer.own) * layer.in;
-  if (begin < own_end) {
-    copy_cast(dAp + begin, dA + begin, static_cast<int>(min(end, own_end) - begin));
-  }
-  if (end > own_end && dA_pool != nullptr) {
-    const int64_t from = max(begin, own_end);
-    copy_cast(dAp + from, dA_pool + (from - own_end), static_cast<int>(end - from));
-  }
-}
-
-// One layer to blockIdx.y. The first `tiles` blocks take rows of T, the others copy dAp.
-template <typename P>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    pack_backward_kernel(PackBackwardParams params) {
-  const PackBackwardLayer layer = layer_of(params, blockIdx.y);
-  const int block = blockIdx.x;
-  if (block < params.tiles) {
-    up_grads<P>(params, layer, block, blockIdx.y);
-    return;
-  }
-  P* dA_pool = static_cast<P*>(params.pool.dA_pool);  // (pooled, in)
-  const int64_t begin = static_cast<int64_t>(block - params.tiles) * kCopyElements;
-  const int64_t all = static_cast<int64_t>(layer.own + layer.pooled) * layer.in;
-  down_grads<P>(layer, dA_pool, begin, min(begin + kCopyElements, all));
-}
-
-// dd_j = sum over tiles of partial[j, tile], a warp to each j of layer blockIdx.y.
-template <typename P>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    sum_dd_kernel(PackBackwardParams params) {
-  using W = Wide<P>;
-  const PackBackwardLayer layer = layer_of(params, blockIdx.y);
-  const int lane = threadIdx.x % kWarp, R = layer.own + layer.pooled;
-  const int j = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (j >= R) return;
-  const W* partial =
-      static_cast<const W*>(params.partial) +
-      (static_cast<int64_t>(blockIdx.y) * R + j) * params.tiles;  // (tiles,) of (layers, R, tiles)
+  constexpr int kCount = kDotBytes / static_cast<int>(sizeof(W)) / N;
+  RASA_SHARED(W, warp_sums);  // (kStreamThreads / kWarp,)
+  const PackBackwardGroup& group = params.group;
+  const bool own = j < group.own;
+  const int out = group.out;
+  const int64_t at = int64_t{own ? j : j - group.own} * out;
+  const W* dBp = global<const W>(layer.dBp) + int64_t{j} * out;     // (out,)
+  const P* B = global<const P>(own ? layer.B : group.B_pool) + at;  // (out,)
+  P* dB = global<P>(own ? layer.dB : group.count == 1 ? group.dB_pool : nullptr);
+  P* dd = global<P>(layer.dd);  // (R,)
+  const W scale = scale_of<P>(layer, j);
   W sum = 0;
-  for (int tile = lane; tile < params.tiles; tile += kWarp) sum += partial[tile];
+  for (int begin = 0; begin < out; begin += kCount * N * kStreamThreads) {
+    const int n = out - begin;
+    Vector<W, N> grad[kCount];
+    Vector<P, N> other[kCount], scaled[kCount];
+    load_share(dBp + begin, n, threadIdx.x, kStreamThreads, grad);
+    load_share(B + begin, dd != nullptr ? n : 0, threadIdx.x, kStreamThreads, other);
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+#pragma unroll
+      for (int e = 0; e < N; ++e) sum += widen(other[v].at[e]) * grad[v].at[e];
+    }
+    if (dB == nullptr) continue;
+    scale_share(grad, scale, scaled);
+    store_share(dB + at + begin, n, threadIdx.x, kStreamThreads, scaled);
+  }
+  if (dd == nullptr) return;
   sum = sum_over_lanes<kWarp>(sum);
-  if (lane == 0) global<P>(layer.dd)[j] = narrow<P>(sum);
+  if (threadIdx.x % kWarp == 0) warp_sums[threadIdx.x / kWarp] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  W all = 0;
+#pragma unroll
+  for (int warp = 0; warp < kStreamThreads / kWarp; ++warp) all += warp_sums[warp];
+  dd[j] = narrow<P>(all);
 }
 
-// sum[v] += from[v] * scale for v < n.
-template <typename W>
-__device__ __forceinline__ void add_scaled(const W* from, int n, W scale, W (&sum)[kSumElements]) {
-  if (n == kSumElements && is_aligned(from)) {
-    const Vector<W, kSumElements> source = load<kSumElements>(from);
+// One piece of a row of gradients, by a warp: the sum over the layers from `first` to before
+// `last`, in their order and in wide, of row j of dAp, or of row j of dBp times d_j.
+template <int N, typename P>
+__device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int first, int last,
+                                          bool up, int j, int begin, P* to) {
+  using W = Wide<P>;
+  constexpr int kCount = kPiece / kWarp / N, kAhead = kPer16Bytes<W>;  // layers read at a time
+  const int width = up ? params.group.out : params.group.in, n = min(kPiece, width - begin);
+  const int lane = threadIdx.x % kWarp;
+  Vector<W, N> sum[kCount] = {};
+#pragma unroll kAhead
+  for (int i = first; i < last; ++i) {
+    const PackBackwardLayer layer = layer_of(params, i);
+    const W* from = global<const W>(up ? layer.dBp : layer.dAp);  // (Rp, width)
+    const W scale = up ? scale_of<P>(layer, j) : W(1);
+    Vector<W, N> part[kCount];
+    load_share(from + int64_t{j} * width + begin, n, lane, kWarp, part);
 #pragma unroll
-    for (int v = 0; v < kSumElements; ++v) sum[v] += source.at[v] * scale;
-  } else {
+    for (int v = 0; v < kCount; ++v) {
 #pragma unroll
-    for (int v = 0; v < kSumElements; ++v) {
-      if (v < n) sum[v] += from[v] * scale;
+      for (int e = 0; e < N; ++e) sum[v].at[e] += part[v].at[e] * scale;
     }
   }
+  Vector<P, N> narrowed[kCount];
+  scale_share(sum, W(1), narrowed);
+  store_share(to + begin, n, lane, kWarp, narrowed);
 }
 
-struct SumPoolParams {
-  const PackBackwardLayer* table;  // (layers,)
-  int layers;
-  PoolGrads pool;
-};
-
-//     dA_pool = sum_i dAp_i[own:R]        dB_pool = sum_i T_i[:, own:R] diag(d_i[own:R])
-//
-// Layers in the order of the table, in wide. Row blockIdx.y of dA_pool (blockIdx.z = 0) or of
-// dB_pool by columns (1); a thread sums kSumElements neighbours.
+// The first blocks take a row of dBp each, of one layer after the other. The warps of the others
+// take pieces of rows: of every layer's dA, of dA_pool, and of several layers' dB_pool.
 template <typename P>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    sum_pool_kernel(SumPoolParams params) {
-  using W = Wide<P>;
-  const bool up = blockIdx.z == 1;
-  const int row = blockIdx.y, own = params.table[0].own;
-  const int width = up ? params.table[0].out : params.table[0].in;
-  const int col = (blockIdx.x * blockDim.x + threadIdx.x) * kSumElements;
-  const int n = min(kSumElements, width - col);
-  if (n <= 0) return;
-  W sum[kSumElements] = {};
-#pragma unroll 4
-  for (int i = 0; i < params.layers; ++i) {
-    const PackBackwardLayer& layer = params.table[i];
-    const W* from = global<const W>(up ? layer.dBt : layer.dAp);  // (Rp, width)
-    const W scale = up ? widen(global<const P>(layer.d)[own + row]) : W(1);
-    add_scaled(from + static_cast<int64_t>(own + row) * width + col, n, scale, sum);
+__global__ void __launch_bounds__(kStreamThreads, kGradBlocks)
+    pack_backward_kernel(const __grid_constant__ PackBackwardParams params) {
+  constexpr int N = kPer16Bytes<Wide<P>>;
+  const PackBackwardGroup& group = params.group;
+  const int own = group.own, R = own + group.pooled, block = blockIdx.x;
+  if (block < params.dots) {
+    const PackBackwardLayer layer = layer_of(params, block / R);
+    return params.whole_out ? up_row<N, P>(params, layer, block % R)
+                            : up_row<1, P>(params, layer, block % R);
   }
-  P* to = static_cast<P*>(up ? params.pool.dB_pool : params.pool.dA_pool) +
-          static_cast<int64_t>(row) * width + col;  // (pooled, width)
-#pragma unroll
-  for (int v = 0; v < kSumElements; ++v) {
-    if (v < n) to[v] = narrow<P>(sum[v]);
-  }
+  int piece = (block - params.dots) * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
+  const int rows = group.count * own, down = (rows + group.pooled) * pieces_of(group.in);
+  const bool up = piece >= down;
+  if (up) piece -= down;
+  const int width = up ? group.out : group.in, across = max(pieces_of(width), 1);
+  // dB_pool's rows stand where dA_pool's do, behind all layers' own.
+  const int row = piece / across + (up ? rows : 0), begin = piece % across * kPiece;
+  if (row >= rows + group.pooled || (up && group.count == 1)) return;
+
+  const bool pool = row >= rows;
+  const int first = pool ? 0 : row / own, last = pool ? group.count : first + 1;
+  const int to_row = pool ? row - rows : row % own;
+  P* to = global<P>(up ? group.dB_pool : pool ? group.dA_pool : layer_of(params, first).dA);
+  to += int64_t{to_row} * width;  // (width,)
+  const int j = pool ? own + to_row : to_row;
+  return (up ? params.whole_out : params.whole_in)
+             ? sum_piece<N>(params, first, last, up, j, begin, to)
+             : sum_piece<1>(params, first, last, up, j, begin, to);
 }
 
 }  // namespace rasa_ext

@@ -50,7 +50,7 @@ def methods_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[s
         result.append(
             {
                 "method": method,
-                "trained numbers": f"{int(chosen[0]['trainable']):,}",
+                "trainable parameters": f"{int(chosen[0]['trainable']):,}",
                 "rates": f"{swept} of {len(config.methods[method]['rates'])}",
                 "best": f"{float(chosen[0]['lr']):g}",
                 "seeds": len(chosen),
@@ -117,7 +117,7 @@ def step_table(path: Path) -> list[dict[str, object]]:
                 f"{float(row['seconds_high']):.3f})"
             ),
             f"/ {over.removeprefix('over_')}": row[over],
-            "trained numbers": f"{int(row['trainable']):,}",
+            "trainable parameters": f"{int(row['trainable']):,}",
         }
         for row in rows
     ]

@@ -92,20 +92,16 @@ class Bench:
 
 
 def advance(bench: Any, table: Table) -> bool:
-    """Do the first run that the table lacks and no other process is at; False without any."""
-    for key in pending(bench.config, table.rows()):
-        with table.claim(repr(key)) as mine:
-            # Another process may have finished it since the table was read.
-            if not mine or key not in pending(bench.config, table.rows()):
-                continue
-            began = time.monotonic()
-            row = bench.do(key)
-            table.append([row])
-        left = len(pending(bench.config, table.rows()))
-        shown = {name: row.get(name) for name in ("dev_loss", "exact_match", "other_text_loss")}
-        print(f"{key}: {shown}, {time.monotonic() - began:.0f} s; {left} left", flush=True)
-        return True
-    return False
+    """Do the first run that the table lacks; False where it lacks none."""
+    key, *others = pending(bench.config, table.rows()) or [None]
+    if key is None:
+        return False
+    began = time.monotonic()
+    row = bench.do(key)
+    table.append([row])
+    shown = {name: row.get(name) for name in ("dev_loss", "exact_match", "other_text_loss")}
+    print(f"{key}: {shown}, {time.monotonic() - began:.0f} s; {len(others)} left", flush=True)
+    return True
 
 
 def _head(config: Config, key: Key) -> dict[str, Any]:

@@ -99,7 +99,7 @@ class Judge:
                 rasa_ext.export_lora(model, folder)
             size = (Path(folder) / FILE).stat().st_size
         return {
-            "numbers": found.numbers if key.k else found.lora_numbers,
+            "numbers": found.num_parameters if key.k else found.lora_num_parameters,
             "bytes": size,
             "error": f"{found.error:.6f}",
             "lora_error": f"{found.lora_error:.6f}",

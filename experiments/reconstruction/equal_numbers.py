@@ -1,4 +1,4 @@
-"""RaSA's reconstruction beside LoRA's at the same number of trained numbers, diagonals counted.
+"""RaSA's reconstruction beside LoRA's at as many trainable parameters, diagonals counted.
 
     python -m experiments.reconstruction.reconstruct       # once: the errors
     python -m experiments.reconstruction.equal_numbers     # results/equal_numbers.csv, and a table

@@ -83,7 +83,7 @@ def finetune(
         "lr": recipe.lr,
         "seed": recipe.seed,
         "bfloat16": recipe.bfloat16,
-        "trained_numbers": run.trainable,
+        "trainable_parameters": run.trainable,
         "problems": {"train": len(task.train), "test": len(task.test)},
         "last_training_loss": sum(run.losses[-10:]) / len(run.losses[-10:]),
         "peak_memory": peak_memory(),

@@ -24,8 +24,8 @@ from experiments.reconstruction.deltas import tuned_deltas
 from experiments.reconstruction.equal_numbers import spectrum
 from experiments.reconstruction.finetune import RESULTS, WEIGHTS
 from experiments.table import Table
-from rasa_ext.solver.coordinate_descent import Descent
-from rasa_ext.solver.low_rank import Matrix, leading
+from rasa_ext.solver.coordinate_descent import CoordinateDescent
+from rasa_ext.solver.low_rank import Matrix, truncated_svd
 
 COLUMNS = (
     *("module", "rank", "k", "start", "half_steps", "largest_rise"),
@@ -43,10 +43,10 @@ def check(
     """The row of one run; ``lora`` is LoRA's minimum. Errors are relative to the squared norm."""
     norm = sum(delta.double().square().sum().item() for delta in deltas) ** 0.5
     targets = [delta.double() / norm for delta in deltas]
-    descent = Descent([Matrix(target) for target in targets], RANK - k, k * len(targets))
+    descent = CoordinateDescent([Matrix(target) for target in targets], RANK - k, k * len(targets))
     if start == "svd":
         generator = torch.Generator().manual_seed(0)
-        descent.start_from_theorem([leading(Matrix(t), RANK, generator) for t in targets], k)
+        descent.start_from_theorem([truncated_svd(Matrix(t), RANK, generator) for t in targets], k)
     else:
         torch.manual_seed(0)
         descent.start_at_random()

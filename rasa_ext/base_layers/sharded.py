@@ -53,7 +53,7 @@ def check_whole(A: Tensor, A_pool: Tensor | None) -> None:
 def sharded_modules(model: nn.Module) -> set[int]:
     """Ids of the modules of which ``fully_shard`` shards a parameter, gathered now or not.
 
-    A gathered parameter looks like any other, and holds what it was before the optimiser's step.
+    A gathered parameter looks like any other, and holds what it was before the optimizer's step.
     """
     found: set[int] = set()
     for module in model.modules():

@@ -2,14 +2,15 @@
 
 For a layer at ``<path>``: ``base_model.model.<path>.rasa_A``, ``.rasa_B`` and ``.rasa_d``; a pool
 stands once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of its group's first layer. Trained modules
-stand under their own names. The configuration uses the field names of the published code.
+stand under their own names. The configuration uses the field names of the official code.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +99,16 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
 
 
 def load_tensors_into(
-    model: nn.Module, config: AdapterConfig, tensors: Mapping[str, Tensor], where: str
+    model: nn.Module,
+    config: AdapterConfig,
+    tensors: Mapping[str, Tensor],
+    where: str,
+    shown: Callable[[str], str] = str,
 ) -> nn.Module:
-    """Put tensors named as in the package's files into a model, patching it if need be."""
+    """Put tensors named as in the package's files into a model, patching it if need be.
+
+    ``shown`` gives the name that a tensor has in the file at hand, for what is said of it.
+    """
     config = resolve_config(unwrap(model), config)
     patched = is_patched(model)
     if patched:
@@ -119,13 +127,18 @@ def load_tensors_into(
     else:
         check_unpatched(model)
         plan = make_plan(model, config)
-    check_tensors(tensors, _expected(unwrap(model), config, plan), where)
+    expected = _expected(unwrap(model), config, plan)
+    check_tensors(_keyed(shown, tensors), _keyed(shown, expected), where)
     if not patched:
         apply_plan(model, config, plan)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model).items():
             tensor.copy_(tensors[key])
     return model
+
+
+def _keyed(name: Callable[[str], str], things: Mapping[str, Any]) -> dict[str, Any]:
+    return {name(key): thing for key, thing in things.items()}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import os
 import pickle
@@ -10,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+DIGEST = "sha256"
+"""The entry of a safetensors file's metadata that `digest` fills."""
 
 
 def write_adapter(
@@ -25,10 +29,8 @@ def write_adapter(
 ) -> None:
     """Write both files of an adapter directory, or leave both as they were.
 
-    Each is written beside its place and flushed to disk before either is moved there. A failure
-    until then, or in the moves, brings back the old pair; a process that dies between the two moves
-    leaves the new weights and, still beside its place, their configuration, which ``read_config``
-    then takes and the next writing puts right.
+    Each is written beside its place and flushed to disk before either is moved there, and whatever
+    fails until then, or in the moves, brings back the old pair.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -37,56 +39,60 @@ def write_adapter(
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
         for name, t in tensors.items()
     }
-    _settle(directory)
-    backups = {name: directory / f".{name}.old" for name in (WEIGHTS, CONFIG)}
-    moved: list[str] = []
+    weights, settings = directory / WEIGHTS, directory / CONFIG
+    new_weights, new_settings = (directory / f".{name}.new" for name in (WEIGHTS, CONFIG))
+    old_weights = directory / f".{WEIGHTS}.old"
     try:
-        save_file(ready, _staged(directory, WEIGHTS), metadata={"format": "pt"})
-        _staged(directory, CONFIG).write_text(text, encoding="utf-8")
+        _save(ready, new_weights)
+        new_settings.write_text(text, encoding="utf-8")
         # Some releases of safetensors write files that only their owner may read.
-        os.chmod(_staged(directory, WEIGHTS), _staged(directory, CONFIG).stat().st_mode)
-        for name in (WEIGHTS, CONFIG):
-            with open(_staged(directory, name), "rb+") as file:
+        os.chmod(new_weights, new_settings.stat().st_mode)
+        for path in (new_weights, new_settings):
+            with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-            if (directory / name).exists():
-                os.link(directory / name, backups[name])
-        for name in (WEIGHTS, CONFIG):
-            os.replace(_staged(directory, name), directory / name)
-            moved.append(name)
-    except BaseException:
-        for name in moved:
-            if backups[name].exists():
-                os.rename(backups[name], directory / name)
+        old_weights.unlink(missing_ok=True)
+        if weights.exists():
+            os.link(weights, old_weights)
+        os.replace(new_weights, weights)
+        try:
+            os.replace(new_settings, settings)
+        except BaseException:
+            if old_weights.exists():
+                os.rename(old_weights, weights)
             else:
-                (directory / name).unlink()
-        raise
+                weights.unlink()
+            raise
     finally:
-        for path in (*(_staged(directory, n) for n in backups), *backups.values()):
+        for path in (new_weights, new_settings, old_weights):
             path.unlink(missing_ok=True)
 
 
-def _staged(directory: Path, name: str) -> Path:
-    return directory / f".{name}.new"
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all names, dtypes, shapes and bytes, in the order of names; on the CPU."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.contiguous()
+        # Read in place: numpy, whose arrays hashlib would take, need not be installed.
+        total.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
+    return total.hexdigest()
 
 
-def _half_moved(directory: Path) -> bool:
-    """Whether a writer died after it moved the weights and before it moved the configuration."""
-    return _staged(directory, CONFIG).exists() and not _staged(directory, WEIGHTS).exists()
-
-
-def _settle(directory: Path) -> None:
-    """Finish, or drop, what a writer that died left behind."""
-    if _half_moved(directory):
-        os.rename(_staged(directory, CONFIG), directory / CONFIG)
-    for name in (WEIGHTS, CONFIG):
-        _staged(directory, name).unlink(missing_ok=True)
-        (directory / f".{name}.old").unlink(missing_ok=True)
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with its digest: the same bytes for the same tensors."""
+    sha = digest(tensors)
+    save_file(dict(tensors), path, metadata={"format": "pt", DIGEST: sha})
+    first, second = b'"format":"pt"', f'"{DIGEST}":"{sha}"'.encode()
+    with open(path, "rb+") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8)
+        # safetensors leaves the order of the two to chance.
+        file.write(header.replace(second + b"," + first, first + b"," + second))
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``adapter_config.json``; FileNotFoundError or ValueError with the path."""
-    directory = Path(directory)
-    path = _staged(directory, CONFIG) if _half_moved(directory) else directory / CONFIG
+    path = Path(directory) / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
     try:
@@ -99,13 +105,25 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU."""
+    """Every tensor of a safetensors file, on the CPU.
+
+    ValueError where the file is damaged: it does not parse, or tells another digest than its
+    tensors have. Files of other writers tell none, and are taken as they are.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            told = (file.metadata() or {}).get(DIGEST)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path}: expected a safetensors file ({error}).") from None
+    if told is not None and told != (found := digest(tensors)):
+        raise ValueError(
+            f"{path}: expected tensors of the SHA-256 that the file tells, {told}, got {found}; "
+            "the file was damaged or edited since it was written, so take a whole copy of it."
+        )
+    return tensors
 
 
 def read_either(directory: Path) -> dict[str, Tensor]:

@@ -53,8 +53,8 @@ class Lora:
         return max(A.shape[0] for _, A in self.factors.values())
 
     @property
-    def numbers(self) -> int:
-        """Numbers of all factors."""
+    def num_parameters(self) -> int:
+        """Of all factors."""
         return sum(B.numel() + A.numel() for B, A in self.factors.values())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -12,23 +12,40 @@ from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
 from rasa_ext.checkpoint.files import PREFIX, write_adapter
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.patching.state import adapted_layers, patch_state, unwrap
+from rasa_ext.patching.swap import FAST_PATH
 from rasa_ext.patching.targets import suffixes
 
 
 def export_lora(
-    model: nn.Module, directory: str | os.PathLike[str], pad_to: int | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    pad_to: int | None = None,
+    *,
+    allow_dropped: bool = False,
 ) -> int:
     """Write the adapter as a LoRA that PEFT, vLLM, SGLang and llama.cpp read.
 
-    Such readers know one rank and one scale, so every layer is written at the largest effective
-    rank, or at ``pad_to``, filled up with zeros, and with a scale of 1. The LoRA's product is this
-    adapter's, in float32.
+    Not every reader knows ranks and scales of single layers, so every layer is written at the
+    largest effective rank, or at ``pad_to``, filled up with zeros, and with a scale of 1. The
+    LoRA's product is this adapter's, in float32.
+
+    What some reader refuses is warned of. What one would leave out and serve the rest, another
+    function, is refused here: trained norms (llama.cpp), and k or v without q, or up without gate
+    (SGLang).
+
+    Args:
+        model: a patched model.
+        directory: where to write.
+        pad_to: the rank to write; the largest effective rank if None.
+        allow_dropped: write what some reader leaves out all the same, with a warning; for others,
+            such as PEFT.
 
     Returns:
         The rank that was written; a server's ``max_lora_rank`` must not be below it.
 
     Raises:
         TypeError, ValueError: ``pad_to`` is not an integer, or below the largest effective rank.
+        ValueError: a reader would leave a part of the adapter out.
     """
     state, layers = patch_state(model), adapted_layers(model)
     rank = max(layer.effective_rank for _, layer in layers)
@@ -38,7 +55,17 @@ def export_lora(
         if pad_to < rank:
             raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
         rank = pad_to
-    for message in _limits(model, layers, state.plan.modules_to_save):
+    names, saved = [name for name, _ in layers], saved_tensors(unwrap(model), state.plan)
+    dropped = [*_dropped(unwrap(model), names, saved)]
+    if dropped and not allow_dropped:
+        raise ValueError(
+            f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
+            f"{_INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
+            "readers."
+        )
+    for message in dropped:
+        warnings.warn(f"{message}; for that reader, {_INSTEAD}.", stacklevel=2)
+    for message in _limits(model, layers):
         warnings.warn(message, stacklevel=2)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers:
@@ -46,8 +73,7 @@ def export_lora(
         fill = rank - Ap.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(Ap, (0, 0, 0, fill))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bp.t(), (0, fill))
-    for key, tensor in saved_tensors(unwrap(model), state.plan).items():
-        tensors[f"{PREFIX}{key}"] = tensor
+    tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in saved.items())
     settings = {
         "peft_type": "LORA",
         "task_type": task_type(model),
@@ -56,7 +82,7 @@ def export_lora(
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": suffixes([name for name, _ in layers], unwrap(model)),
+        "target_modules": suffixes(names, unwrap(model)),
         "modules_to_save": list(state.plan.modules_to_save) or None,
         "bias": "none",
         "fan_in_fan_out": any(layer.transposed for _, layer in layers),
@@ -69,46 +95,62 @@ def export_lora(
     return rank
 
 
-_SGLANG_STACKED = (
-    ("q_proj", "v_proj"),
-    ("k_proj", "q_proj"),
-    ("v_proj", "q_proj"),
-    ("up_proj", "gate_proj"),
-)
-"""Layers that SGLang computes together, where it has no use for the first without the second."""
+_INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
 
 
-def _limits(
-    model: nn.Module, layers: list[tuple[str, RasaLinear]], saved: tuple[str, ...]
-) -> Iterator[str]:
-    """What PEFT reads and some server does not, and what to do about it."""
-    instead = "save what rasa_ext.merge_and_unload(model) returns"
+def _dropped(root: nn.Module, names: list[str], saved: Mapping[str, Tensor]) -> Iterator[str]:
+    """What a reader leaves out without an error, and so serves another function."""
+    norms = [key for key in saved if "_layernorm" in key or ".norm" in f".{key}"]
+    if norms:
+        yield (
+            f"llama.cpp takes the trained norms of modules_to_save ({', '.join(norms[:3])}"
+            f"{', ...' if len(norms) > 3 else ''}) and leaves them out without a word"
+        )
+    for part, other in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
+        if alone := _alone(part, other, root, names):
+            yield (
+                f"{part} is adapted without {other} in {alone} layers, and SGLang, which computes "
+                f"them together, leaves {part} out with no more than a line in its log (older "
+                "versions refuse it)"
+            )
+            break
+
+
+def _limits(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> Iterator[str]:
+    """What some reader refuses, or reads only if told how, and what to do about it."""
+    root, state = unwrap(model), patch_state(model)
     if any(layer.transposed for _, layer in layers):
         yield (
             "the model has Conv1D layers, whose LoRA PEFT reads but vLLM cannot serve; for vLLM, "
-            f"{instead}."
+            f"{_INSTEAD}."
         )
-    if saved:
+    if state.plan.modules_to_save:
         yield (
-            f"modules_to_save ({', '.join(saved)}) are written for PEFT, but servers refuse them; "
-            f"for those, {instead}."
+            f"modules_to_save ({', '.join(state.plan.modules_to_save)}) are written for PEFT; vLLM "
+            f"refuses them, and llama.cpp those that are no norms; for servers, {_INSTEAD}."
         )
-    names = {name for name, _ in layers}
-    modules = {name for name, _ in unwrap(model).named_modules()}
-    for part, other in _SGLANG_STACKED:
-        beside = {n: n[: -len(part)] + other for n in names if n.endswith(f".{part}")}
-        alone = [name for name, its in beside.items() if its in modules and its not in names]
-        if alone:
-            yield (
-                f"{part} is adapted without {other} in {len(alone)} layers. SGLang computes them "
-                f"together and refuses such a LoRA, or leaves {part} out of it with no more than a "
-                f"line in its log; for SGLang, adapt both, or {instead}."
-            )
-            break
-    embeddings = {id(m.weight) for m in unwrap(model).modules() if isinstance(m, nn.Embedding)}
+    if alone := _alone("q_proj", "v_proj", root, [name for name, _ in layers]):
+        yield (
+            f"q_proj is adapted without v_proj in {alone} layers. SGLang computes them together "
+            f"and refuses such a LoRA; for SGLang, adapt both, or {_INSTEAD}."
+        )
+    embeddings = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
     tied = [name for name, layer in layers if id(layer.weight) in embeddings]
     if tied:
         yield (
             f"{tied[0]} is tied to the embedding, and llama.cpp refuses its LoRA; for llama.cpp, "
             "leave it out of target_modules, or untie the two and merge."
         )
+    if any(name == FAST_PATH and usual for _, name, usual in state.attributes_before):
+        yield (
+            "the adapted layers are in an nn.TransformerEncoder, whose fast path in eval mode "
+            "passes them by: PEFT then computes what the bare base does. After loading the LoRA, "
+            f"call torch.backends.mha.set_fastpath_enabled(False), or {_INSTEAD}."
+        )
+
+
+def _alone(part: str, other: str, root: nn.Module, names: list[str]) -> int:
+    """How many layers called ``part`` are adapted while ``other`` beside them is not."""
+    beside = [n[: -len(part)] + other for n in names if n.endswith(f".{part}")]
+    modules = {name for name, _ in root.named_modules()}
+    return sum(name in modules and name not in names for name in beside)

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the published RaSA code.
+"""Reading checkpoints of the official RaSA code.
 
 There a layer has ``rasa_A.weight``, ``rasa_B.weight`` and ``rasa_mixing.weight`` (private entries
 first), and a module type has one ``rasa_shared_A.<path with . as __>.weight`` and one
@@ -18,15 +18,17 @@ from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.checkpoint.files import PREFIX, read_config, read_either
 from rasa_ext.config import RasaConfig
 from rasa_ext.patching.state import is_patched, patch_state
-from rasa_ext.patching.targets import Plan, make_plan
+from rasa_ext.patching.targets import make_plan
 
 _LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.rasa_(?P<part>A|B|mixing)\.weight$")
 _SHARED = re.compile(r"^base_model\.rasa_shared_(?P<part>A|B)\.(?P<kind>.+)\.weight$")
 _PARTS = {"A": "rasa_A", "B": "rasa_B", "mixing": "rasa_d"}
+_OFFICIAL = {ours: f"rasa_{part}" for part, ours in _PARTS.items()}
+_OFFICIAL_POOLS = {f"rasa_pool_{part}": f"rasa_shared_{part}" for part in "AB"}
 
 
 def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint of the published code; an unpatched model is patched from its config.
+    """Load a checkpoint of the official code; an unpatched model is patched from its config.
 
     Nothing in the checkpoint can run code: a ``.bin`` is read with ``weights_only=True`` or
     refused. Returns the model.
@@ -39,37 +41,45 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
     config = RasaConfig.from_dict(read_config(directory))
     found = read_either(Path(directory))
     plan = patch_state(model).plan if is_patched(model) else make_plan(model, config)
-    return load_tensors_into(model, config, _renamed(found, plan, str(directory)), str(directory))
-
-
-def _renamed(found: dict[str, Tensor], plan: Plan, where: str) -> dict[str, Tensor]:
-    return own_names(found, [f"{PREFIX}{group.names[0]}" for group in plan.groups], where)
+    owners = [f"{PREFIX}{group.names[0]}" for group in plan.groups]
+    tensors = own_names(found, owners, str(directory))
+    return load_tensors_into(model, config, tensors, str(directory), official_name)
 
 
 def own_names(found: Mapping[str, Tensor], owners: Iterable[str], where: str) -> dict[str, Tensor]:
-    """Tensors under the published names, under those of the package's own format.
+    """Tensors under the official names, under those of the package's own format.
 
     ``owners`` are the first layers of all groups, with the prefix of keys; others keep their names.
-    ValueError, beginning with ``where``, where two of them would share a published pool.
+    ValueError, beginning with ``where``, where one of them is a pool that two groups would share.
     """
-    pools: dict[str, str] = {}
+    pools: dict[str, list[str]] = {}
     for owner in owners:
-        kind = _kind(owner)
-        if kind in pools:
-            raise ValueError(
-                f"{where}: the published format has one pool for {kind!r}, but the model has "
-                "layers of several shapes or places under that name."
-            )
-        pools[kind] = f"{owner}.rasa_pool"
+        pools.setdefault(_kind(owner), []).append(f"{owner}.rasa_pool")
     renamed = {}
     for key, tensor in found.items():
         if match := _LAYER.match(key):
             renamed[f"{PREFIX}{match['path']}.{_PARTS[match['part']]}"] = tensor
         elif (match := _SHARED.match(key)) and match["kind"] in pools:
-            renamed[f"{pools[match['kind']]}_{match['part']}"] = tensor
+            pool, *others = pools[match["kind"]]
+            if others:
+                raise ValueError(
+                    f"{where}: the official format has one pool for {match['kind']!r}, but the "
+                    "model has layers of several shapes or places under that name."
+                )
+            renamed[f"{pool}_{match['part']}"] = tensor
         else:
             renamed[key] = tensor  # reported as unexpected under its own name
     return renamed
+
+
+def official_name(key: str) -> str:
+    """The official name of a tensor of the package's own format; another name is its own."""
+    layer, _, part = key.rpartition(".")
+    if part in _OFFICIAL:
+        return f"{layer}.{_OFFICIAL[part]}.weight"
+    if part in _OFFICIAL_POOLS:
+        return f"base_model.{_OFFICIAL_POOLS[part]}.{_kind(layer.removeprefix(PREFIX))}.weight"
+    return key
 
 
 def _kind(name: str) -> str:

@@ -39,31 +39,31 @@ def export_lora(
     pad_to: Annotated[
         int | None, typer.Option(help="Rank to write. [default: the largest effective rank]")
     ] = None,
+    allow_dropped: Annotated[
+        bool,
+        typer.Option(
+            "--allow-dropped", help="Write it even if llama.cpp or SGLang would leave a part out."
+        ),
+    ] = False,
 ) -> None:
     """Write an adapter as an exact plain LoRA for PEFT, vLLM, SGLang and llama.cpp."""
     from rasa_ext.train.convert import export_adapter
-    from rasa_ext.train.serving import VLLM_RANKS, vllm_command
+    from rasa_ext.train.serving import serving_help
 
-    base, rank = export_adapter(adapter, output, base=model, pad_to=pad_to)
-    console.print(f"LoRA of rank {rank} in {output}.")
-    serve = vllm_command(base, output, rank)
-    if serve is None:
-        console.print(
-            f"vLLM serves ranks up to {VLLM_RANKS[-1]}; for this adapter use `rasa-ext merge`."
-        )
-    else:
-        console.print(f"Serve it with vLLM:\n  {serve}", markup=False)
+    lora = export_adapter(adapter, output, base=model, pad_to=pad_to, allow_dropped=allow_dropped)
+    console.print(f"LoRA of rank {lora.rank} in {output}.")
+    console.print(serving_help(lora.base, output, lora.rank, float32=lora.float32), markup=False)
 
 
 @command
 def import_official(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint of the published RaSA code.", show_default=False)
+        Path, typer.Argument(help="Checkpoint of the official RaSA code.", show_default=False)
     ],
     output: _Output,
     model: _Base = None,
 ) -> None:
-    """Turn a checkpoint of the published RaSA code into an adapter of this package."""
+    """Turn a checkpoint of the official RaSA code into an adapter of this package."""
     from rasa_ext.train.convert import import_checkpoint
 
     import_checkpoint(checkpoint, output, base=model)

@@ -82,7 +82,7 @@ def compress(
                 solver=solver,
             )
     if lora is not None:
-        console.print(f"The LoRA has {read.numbers:,} numbers, at rank {read.rank}.")
+        console.print(f"The LoRA has {read.num_parameters:,} parameters, at rank {read.rank}.")
     _show(found, output)
     _show_lost(found)
 
@@ -145,10 +145,11 @@ def _show(found: CompressedAdapter, output: Path) -> None:
     errors = _errors(found.error, found.lora_error, found.lora_error_equal)
     table.add_row("all", "", "", "", *errors)
     console.print(table)
+    ours, loras = found.num_parameters, found.lora_num_parameters
     console.print(
         "Errors are ||dW - adapter||\u00b2 / ||dW||\u00b2; LoRA's are the least there are. RaSA "
-        f"r={rank} k={k} has {found.numbers:,} numbers, a LoRA of rank {rank} "
-        f"{found.lora_numbers:,} ({found.numbers / found.lora_numbers - 1:+.1%}); the equal LoRA "
+        f"r={rank} k={k} has {ours:,} parameters, a LoRA of rank {rank} {loras:,} "
+        f"({ours / loras - 1:+.1%}); the equal LoRA "
         "has as many as RaSA, by a rank more in some layers."
     )
     plot_errors(found.groups, output / PICTURE)
@@ -171,8 +172,8 @@ def _show_lost(found: CompressedAdapter) -> None:
     from rasa_ext.patching.targets import pattern
 
     console.print(
-        f"Lost: {found.residual_share:.2%} of the squared change is in parameters that are neither "
-        "adapted nor kept (--modules-to-save):"
+        f"Not carried: {found.residual_share:.2%} of the squared change is in parameters that are "
+        "neither adapted nor kept (--modules-to-save):"
     )
     kinds: dict[str, list[tuple[float, float]]] = {}
     for name, each in found.lost.items():

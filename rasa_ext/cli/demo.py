@@ -73,7 +73,7 @@ def _show(report: DemoReport) -> None:
     )
     training = report.training
     console.print(
-        f"{training.trainable:,} trained numbers, {training.step} steps, "
+        f"{training.trainable:,} trainable parameters, {training.step} steps, "
         f"{training.tokens_per_s:,.0f} tokens/s; peak memory {describe_memory(report.peak_memory)}"
     )
     stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.stages.items())

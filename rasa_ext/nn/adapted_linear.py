@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from rasa_ext.base_layers.sharded import check_whole, is_whole
 from rasa_ext.nn import functional
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
 from rasa_ext.nn.pack_cache import PackCache
+from rasa_ext.nn.precision import HALVES, is_sharing, restored
 from rasa_ext.ops import Factors, Pack
 
 
@@ -22,6 +23,7 @@ class Method(Protocol):
     """What a layer asks of its adapter's config: see ``methods.base.AdapterConfig``."""
 
     dropout: float
+    adapter_dtype: torch.dtype
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
         """The factors of one layer, from what it and its group own."""
@@ -75,14 +77,25 @@ class AdaptedLinear(nn.Module):
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
         self.disabled = False
-        # While merged: the weight as it was, or the quantized layer whose place a dense one took.
-        self.merged_base: Tensor | nn.Module | None = None
+        # While merged: the weight as it was, or what subtracting would not give back of it, or the
+        # quantized layer whose place a dense one took.
+        self.merged_base: Any = None
         self.fused: FusedProjections | None = None
         self._cache = PackCache()
 
     def adapter(self) -> Adapter | None:
         """The adapter that a forward adds to the base's output; None where there is none."""
         raise NotImplementedError
+
+    def adapters(self) -> Iterator[Adapter]:
+        """Every adapter of the layer, whether a forward adds it or not."""
+        raise NotImplementedError
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an element of the adapter's input is dropped in training."""
+        adapter = self.adapter()
+        return 0.0 if adapter is None else adapter.config.dropout
 
     @property
     def in_features(self) -> int:
@@ -96,7 +109,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) to (..., out), in the dtype that the base layer would give."""
-        adapter = self._active_adapter()
+        adapter = self._live_adapter()
         if adapter is None:
             return self._base_alone(x, args, kwargs)
         sources = adapter.sources()
@@ -105,6 +118,8 @@ class AdaptedLinear(nn.Module):
         )
         if with_grad:
             self._cache.drop()
+            if sources[0].dtype in HALVES:
+                self._restore_together()
         dtype = _compute_dtype(x)
         plain = None
         if not (args or kwargs):
@@ -133,14 +148,14 @@ class AdaptedLinear(nn.Module):
 
         None where it is more than a GEMM with an adapter.
         """
-        adapter = self._active_adapter()
+        adapter = self._live_adapter()
         plain = None if adapter is None else as_plain_gemm(self._modules["base_layer"], dtype)
         if adapter is None or plain is None:
             return None
         dropout = adapter.config.dropout if self.training else 0.0
         return Projection(*plain, adapter.sources(), adapter.factors, dropout)
 
-    def _active_adapter(self) -> Adapter | None:
+    def _live_adapter(self) -> Adapter | None:
         """``adapter()``, unless it is disabled or merged."""
         if self.merged_base is not None or self.disabled:
             return None
@@ -193,10 +208,33 @@ class AdaptedLinear(nn.Module):
         """Ap (R, in) and Bp (R, out) in ``dtype``, unpadded and without grad: dW = Bp^T Ap."""
         return Pack(*ops.pack(*self.adapter().factors(), dtype, 1))
 
+    def restore(self) -> None:
+        """Give trainable parameters that were cast to a coarser dtype their config's again."""
+        for adapter in self.adapters():
+            if restored(adapter.sources(), adapter.config.adapter_dtype):
+                self.drop_pack()
+
+    def _restore_together(self) -> None:
+        """``restore`` in a forward, with the layers that are computed together with this one.
+
+        What is half there may also be what FSDP computes with, whose parameters lie elsewhere.
+        """
+        if torch.compiler.is_compiling() or is_sharing():
+            return
+        for each in (self, *(() if self.fused is None else self.fused.layers())):
+            each.restore()
+
     def train(self, mode: bool = True) -> AdaptedLinear:
-        """Switch the mode and forget the cached pack."""
+        """Switch the mode and forget the cached pack; for training, ``restore``."""
+        if mode:
+            self.restore()
         self.drop_pack()
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """As of any module, but nothing is rounded on its way into trainable parameters."""
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def drop_pack(self) -> None:
         """Forget the cached pack."""

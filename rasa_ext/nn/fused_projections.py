@@ -105,6 +105,10 @@ class FusedProjections:
                 self._part(current, dtype)
         return self._compute(layer, x, dtype)
 
+    def layers(self) -> list[Projected]:
+        """Those that still go together."""
+        return [layer for layer in (each() for each in self._layers) if layer is not None]
+
     def _part(self, last: _Round, dtype: torch.dtype) -> None:
         """Let go for good of those that did not read the x of the round before.
 

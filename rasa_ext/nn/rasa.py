@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +61,10 @@ class RasaLinear(AdaptedLinear):
         if len(own) != len(self._names):  # parametrized, or a replica of nn.DataParallel
             own = {name: getattr(self, name) for name in self._names}
         return Adapter(self.config, own, {} if pool is None else _tensors_of(pool), self.place)
+
+    def adapters(self) -> Iterator[Adapter]:
+        """That one."""
+        yield self.adapter()
 
     def own_tensors(self) -> dict[str, Tensor]:
         """The layer's own tensors by name, the pool left out."""

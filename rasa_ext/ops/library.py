@@ -11,7 +11,7 @@ import torch
 
 LIBRARY = torch.library.Library("rasa_ext", "DEF")
 OPERATORS: dict[str, tuple[str, Callable]] = {}
-"""Of every operator its schema and its PyTorch kernel, which is also its fake kernel."""
+"""Of every operator its schema and its fake kernel, the PyTorch kernel wherever that can be."""
 
 # The compiled library registers CUDA kernels for the schemas of this package when it is loaded.
 _MODULE = "rasa_ext._C"
@@ -23,7 +23,7 @@ _R = TypeVar("_R")
 
 
 def operator(
-    schema: str, kernel: Callable | None = None
+    schema: str, kernel: Callable | None = None, fake: Callable | None = None
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Define an operator from its PyTorch kernel; what stands under that name calls the operator.
 
@@ -35,15 +35,17 @@ def operator(
         schema: name, arguments and results as ``torch.library`` takes them.
         kernel: what is registered, where the function itself gives views for speed, which no
             result of an operator may be.
+        fake: what says shapes, dtypes and strides where compiled kernels take other inputs.
     """
     name = schema.partition("(")[0]
 
     def define(direct: Callable[_P, _R]) -> Callable[_P, _R]:
         registered = direct if kernel is None else kernel
-        OPERATORS[name] = schema, registered
+        shapes = registered if fake is None else fake
+        OPERATORS[name] = schema, shapes
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, registered, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"{LIBRARY.ns}::{name}", registered, lib=LIBRARY)
+        torch.library.register_fake(f"{LIBRARY.ns}::{name}", shapes, lib=LIBRARY)
         overload = getattr(getattr(torch.ops, LIBRARY.ns), name).default
         if COMPILED:
             return overload

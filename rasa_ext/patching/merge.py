@@ -7,7 +7,7 @@ over a quantized base go one by one, and become dense: ``merge_quantized``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from rasa_ext.patching.merge_quantized import (
 )
 from rasa_ext.patching.patch import remove_layers
 from rasa_ext.patching.state import adapted_layers, patch_state, unwrap
+from rasa_ext.patching.subtraction import Rest, rest
 
 # Bytes of dW, in the dtype of the sums, that stand beside the model at a time. 64 MiB are 16
 # million numbers in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
@@ -54,18 +55,21 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, delta) for (name, _), delta in zip(chunk, deltas, strict=True))
 
 
-def merge(model: nn.Module, dtype: torch.dtype | None = None) -> float:
+def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool = False) -> float:
     """Fold every adapter into its base weight, so that the model runs at its base's speed.
 
     The sum is taken in float32 (float64 for float64 weights) and rounded once. The weights as they
-    were are kept beside the merged ones, so that ``unmerge`` restores them exactly; use
-    ``merge_and_unload`` where that memory matters. A quantized layer becomes a dense one, with a
+    were are kept beside the merged ones, so that ``unmerge`` restores them exactly; ``subtract``
+    and ``merge_and_unload`` save that memory. A quantized layer becomes a dense one, with a
     warning that tells by how much its output is off.
 
     Args:
         model: a patched model.
         dtype: that of the dense weights which quantized ones become; unless given, that of the
             model's first float parameter, which is usually the embedding.
+        subtract: let ``unmerge`` subtract what was added. Of a weight, only those entries are kept
+            that this does not give back: few where dW is small beside W. Still exact, as long as
+            the adapter is not changed while it is merged.
 
     Returns:
         max |dW| over all layers. Merging a merged model changes nothing and returns the same.
@@ -76,24 +80,26 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None) -> float:
             or sharded over processes. No layer is then merged.
         RuntimeError: a CUDA graph is being captured, or a quantized weight cannot be read.
     """
-    return _merge(model, dtype, keep_base=True)
+    return _merge(model, dtype, keep_base=True, subtract=subtract)
 
 
 def unmerge(model: nn.Module) -> None:
     """Give every base weight back the exact values it had before ``merge``; else do nothing.
 
-    RuntimeError where there is something to give back and a CUDA graph is being captured.
+    RuntimeError where there is something to give back and a CUDA graph is being captured; or where
+    it would be subtracted, but the adapter has changed since.
     """
     state = patch_state(model)
     if state.merged is not None:
         _check_not_capturing()
     with torch.no_grad():
-        for _, layer in adapted_layers(model):
+        layers = adapted_layers(model)
+        for _, layer in layers:
             if isinstance(layer.merged_base, nn.Module):
                 restore_quantized(layer)
-            elif layer.merged_base is not None:
-                layer.base_layer.weight.copy_(layer.merged_base)
-                layer.merged_base = None
+        dense = [(n, each) for n, each in layers if format_of(each.base_layer) is None]
+        for chunk in _chunks(dense):  # as merging had them: other products round differently
+            _unmerge_chunk([layer for _, layer in chunk])
     state.merged = None
 
 
@@ -125,7 +131,7 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     Merged weights are unmerged for its duration.
     """
     state = patch_state(model)
-    merged, dtype = state.merged is not None, state.dense_dtype
+    merged, dtype, subtract = state.merged is not None, state.dense_dtype, state.subtract
     layers = [layer for _, layer in adapted_layers(model)]
     before = [layer.disabled for layer in layers]
     unmerge(model)
@@ -137,11 +143,15 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         for layer, value in zip(layers, before, strict=True):
             layer.disabled = value
         if merged:
-            _merge(model, dtype, keep_base=True, quiet=True)
+            _merge(model, dtype, keep_base=True, subtract=subtract, quiet=True)
 
 
 def _merge(
-    model: nn.Module, dtype: torch.dtype | None, keep_base: bool, quiet: bool = False
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    keep_base: bool,
+    subtract: bool = False,
+    quiet: bool = False,
 ) -> float:
     state = patch_state(model)
     if state.merged is not None:
@@ -169,10 +179,12 @@ def _merge(
                         layer.merged_base = layer.base_layer.weight.detach().clone()
                 change = _merge_chunk(chunk, [_weight(layer) for _, layer in chunk])
                 largest = max(largest, change)
+                if subtract:
+                    _keep_rest([layer for _, layer in chunk])
         except BaseException:  # not finite, out of memory, or an interrupt: all layers or none
             unmerge(model)
             raise
-    state.merged, state.dense_dtype = largest, dtype
+    state.merged, state.dense_dtype, state.subtract = largest, dtype, subtract
     if not quiet:
         warn_dequantized(changes, stacklevel=3)
     return largest
@@ -238,6 +250,29 @@ def _merge_chunk(chunk: Chunk, weights: list[Tensor]) -> float:
                 f"are not finite in {weights[0].dtype}; nothing was merged."
             )
     return max(-low.item(), high.item())
+
+
+def _keep_rest(layers: list[RasaLinear]) -> None:
+    """Keep, in place of merged layers' weights as they were, what subtracting does not give."""
+    deltas = _deltas(layers, ops.accumulation_dtype(layers[0].base_layer.weight.dtype))
+    for layer, delta in zip(layers, deltas, strict=True):
+        before = layer.merged_base.t() if layer.transposed else layer.merged_base
+        kept = rest(before, _weight(layer), delta)
+        if isinstance(kept, Rest):
+            layer.merged_base = kept
+
+
+def _unmerge_chunk(layers: list[RasaLinear]) -> None:
+    """Give the layers of a chunk that are merged their weights back."""
+    deltas: Sequence[Tensor | None] = [None] * len(layers)
+    if any(isinstance(layer.merged_base, Rest) for layer in layers):
+        deltas = _deltas(layers, ops.accumulation_dtype(layers[0].base_layer.weight.dtype))
+    for layer, delta in zip(layers, deltas, strict=True):
+        if isinstance(layer.merged_base, Rest):
+            _weight(layer).copy_(layer.merged_base.original(_weight(layer), delta))
+        elif layer.merged_base is not None:
+            layer.base_layer.weight.copy_(layer.merged_base)
+        layer.merged_base = None
 
 
 def _weight(layer: RasaLinear) -> Tensor:

@@ -105,7 +105,7 @@ def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
     )
     lost = "" if again is None else f" Quantized again, weights would be off by {again:.1e}."
     warnings.warn(
-        f"merging into a dequantised weight: relative error of a layer's output at most "
+        f"merging into a dequantized weight: relative error of a layer's output at most "
         f"{max(change.error for change in changes):.1e}. Layers made dense: {what}; "
         f"{after:.1f} MiB instead of {before:.1f}.{lost}",
         stacklevel=stacklevel + 1,

@@ -29,6 +29,8 @@ class PatchState:
     """The largest change of any weight while merged, None while not."""
     dense_dtype: torch.dtype | None = None
     """What the last merge was asked to make of quantized weights."""
+    subtract: bool = False
+    """Whether the last merge was asked to keep no copy of the base's weights."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:

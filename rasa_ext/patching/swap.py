@@ -20,6 +20,10 @@ def registrations_of(
     ]
 
 
+FAST_PATH = "activation_relu_or_gelu"
+"""The attribute by which ``nn.TransformerEncoderLayer`` knows that its fused path may be taken."""
+
+
 def disable_fused_encoder(model: nn.Module, wrapped: dict) -> list[tuple[nn.Module, str, Any]]:
     """Keep torch's fused encoder from reading an adapted layer's base weight behind its back.
 
@@ -32,7 +36,7 @@ def disable_fused_encoder(model: nn.Module, wrapped: dict) -> list[tuple[nn.Modu
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             child in wrapped for child in module.modules()
         ):
-            changed.append((module, "activation_relu_or_gelu", 0))
+            changed.append((module, FAST_PATH, 0))
         elif isinstance(module, nn.TransformerEncoder) and any(
             child in wrapped for child in module.modules()
         ):

@@ -1,4 +1,4 @@
-"""RaSA's configuration in PEFT's form, under the field names of the published code."""
+"""RaSA's configuration in PEFT's form, under the field names of the official code."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RasaConfig(PeftConfig):
     )
     adapter_dtype: str = field(
         default="float32",
-        metadata={"help": "Dtype of the trained numbers; see rasa_ext.RasaConfig."},
+        metadata={"help": "Dtype of the trainable parameters; see rasa_ext.RasaConfig."},
     )
     rasa_ext_version: str | None = field(
         default=None, metadata={"help": "The version that wrote the file; leave empty."}

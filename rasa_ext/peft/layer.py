@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from rasa_ext.patching.merge_quantized import (
     dequantize_and_merge,
     restore_quantized,
 )
+from rasa_ext.patching.subtraction import Rest, rest
 from rasa_ext.peft.mixed import Rows
 
 
@@ -41,6 +43,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         self._backend = backend
         self.dense_dtype: torch.dtype | None = None  # of a dense base in a quantized one's place
         self.densified: Dequantized | None = None
+        self.subtracts = False  # whether unmerging subtracts, so that merging keeps no copy
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ParameterDict())
         self.configs: dict[str, AdapterConfig] = {}
@@ -97,6 +100,10 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             pools = owner._modules
             pool = {f: parameter_of(pools[f"rasa_pool_{f}"], adapter_name) for f in "AB"}
         return Adapter(self.configs[adapter_name], own, pool, self.places[adapter_name])
+
+    def adapters(self) -> Iterator[Adapter]:
+        """Every adapter of the layer, active or not."""
+        return (self.adapter(name) for name in self.configs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) to (..., out): the base's output and that of every active adapter."""
@@ -171,7 +178,14 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         return kept if isinstance(kept, nn.Module) else self.get_base_layer()
 
     def _unmerged_weight(self) -> Tensor:
-        return self.get_base_layer().weight if self.merged_base is None else self.merged_base
+        weight, kept = self.get_base_layer().weight, self.merged_base
+        if isinstance(kept, Rest):
+            return kept.original(weight, self._delta(self.merged_adapters))
+        return weight if kept is None else kept
+
+    def _delta(self, names: list[str]) -> Tensor:
+        """The sum of several adapters' dW."""
+        return sum(self.get_delta_weight(name) for name in names)
 
     def _with_merged(self, adapter_names: list[str]) -> list[str]:
         """The merged adapters and the named ones that this layer has, each once."""
@@ -180,7 +194,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base weight, and keep the weight as it was for ``unmerge``.
+        """Fold adapters into the base weight, and keep what ``unmerge`` needs: a copy, or less.
 
         A quantized base becomes dense; ``densified`` tells what that cost. Raises as
         ``merged_weight`` does.
@@ -193,26 +207,32 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             self._merge_quantized(names)
         else:
             merged, weight = self.merged_weight(names, safe_merge), self.get_base_layer().weight
-            if self.merged_base is None:
+            if self.subtracts or isinstance(self.merged_base, Rest):
+                delta = self._delta(self._with_merged(names))
+                self.merged_base = rest(self._unmerged_weight(), merged, delta)
+            elif self.merged_base is None:
                 self.merged_base = weight.detach().clone()
             weight.copy_(merged)
         self.merged_adapters = [*self.merged_adapters, *names]
 
     def _merge_quantized(self, names: list[str]) -> None:
-        delta = sum(self.get_delta_weight(name) for name in self._with_merged(names))
+        delta = self._delta(self._with_merged(names))
         dtype = dense_dtype(self._unmerged(), self.dense_dtype)
         self.densified = dequantize_and_merge(self, type(self).__name__, delta, dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the base weight back the exact values it had before the first ``merge``."""
+        """Give the base weight back the exact values it had before the first ``merge``.
+
+        RuntimeError where unmerging subtracts, and an adapter has changed since.
+        """
         if self.merged_base is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if isinstance(self.merged_base, nn.Module):
             restore_quantized(self)
         else:
-            self.get_base_layer().weight.copy_(self.merged_base)
+            self.get_base_layer().weight.copy_(self._unmerged_weight())
             self.merged_base = None
         self.merged_adapters = []
 

@@ -19,8 +19,9 @@ from rasa_ext.base_layers.quantized import (
     format_of,
 )
 from rasa_ext.methods.base import ALL_LINEAR, group_places
+from rasa_ext.nn.fused_projections import link_fused_projections
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
-from rasa_ext.patching.swap import disable_fused_encoder, link_fused_projections, registrations_of
+from rasa_ext.patching.swap import disable_fused_encoder, registrations_of
 from rasa_ext.patching.targets import (
     Group,
     grouped,
@@ -32,7 +33,10 @@ from rasa_ext.patching.targets import (
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.mixed import rows_through
-from rasa_ext.peft.published import from_published, published_names_hook
+from rasa_ext.peft.official import from_official, official_names_hook
+
+REFERENCE, POLICY = "ref", "default"
+"""TRL's names: its trainers add the first as a copy of the second, to hold the policy against."""
 
 
 class RasaModel(BaseTuner):
@@ -41,11 +45,12 @@ class RasaModel(BaseTuner):
     prefix = "rasa_"
     tuner_layer_cls = RasaPeftLinear
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
+    _subtracts = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_attributes_before"]: list[tuple[nn.Module, str, Any]] = []
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(published_names_hook)
+        self.register_load_state_dict_pre_hook(official_names_hook)
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -68,6 +73,21 @@ class RasaModel(BaseTuner):
                 if isinstance(module, ModulesToSaveWrapper)
                 and adapter_name in module.modules_to_save
             ]
+        if adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY):
+            self._copy_policy()
+
+    def _copy_policy(self) -> None:
+        """Give the reference the policy's numbers.
+
+        TRL adds the adapter with the policy's very config, and then copies every parameter whose
+        name has ".default." in it. Ours end in the adapter's name, as PEFT has it for parameters
+        that are no module's weight, and as the files and transformers' own loading need it; so
+        nothing would be copied, and the reference would be the bare base.
+        """
+        for layer in self.layers():
+            for part in (getattr(layer, name) for name in layer.adapter_layer_names):
+                if POLICY in part:
+                    part[REFERENCE].data.copy_(part[POLICY].data)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
         """Settle 'all-linear' as ``patch_model`` does, which is more careful than PEFT."""
@@ -161,6 +181,16 @@ class RasaModel(BaseTuner):
         for layer in self.layers():
             layer.cast_adapter(adapter_name)
 
+    def unmerge_by_subtracting(self, enabled: bool = True) -> None:
+        """Let later merges keep no copy of the base's weights: unmerging subtracts what was added.
+
+        Whoever merges obeys it, such as a trainer that merges to hand the weights on. Unmerging
+        still gives the exact weights back: entries that subtracting does not, which are few where
+        dW is small beside W, are kept. An adapter that is merged must not be changed meanwhile;
+        ``unmerge_adapter`` raises RuntimeError then. A quantized base needs no copy anyway.
+        """
+        self._subtracts = enabled
+
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
@@ -195,7 +225,7 @@ class RasaModel(BaseTuner):
         """Merges within make quantized bases dense in the model's dtype; a warning tells of it."""
         layers, dtype = self.layers(), model_dtype(self.model)
         for layer in layers:
-            layer.dense_dtype, layer.densified = dtype, None
+            layer.dense_dtype, layer.densified, layer.subtracts = dtype, None, self._subtracts
         yield
         warn_dequantized(
             [each.densified for each in layers if each.densified is not None], stacklevel + 2
@@ -214,8 +244,8 @@ class RasaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT 0.21: from a checkpoint's names, the published code's too, to the model's."""
-        state_dict = from_published(state_dict, model, adapter_name)
+        """PEFT 0.21: from a checkpoint's names, the official code's too, to the model's."""
+        state_dict = from_official(state_dict, model, adapter_name)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

@@ -23,7 +23,7 @@ CHANGED = "changed"
 
 
 @dataclasses.dataclass(frozen=True)
-class Lost:
+class Residual:
     """A parameter that changed, but which the adapter does not carry."""
 
     change: float
@@ -42,7 +42,7 @@ class CompressedAdapter:
     """Of every group that the solver approximated; empty where the adapter is exact."""
     tensors: dict[str, Tensor]
     """Under the names of an adapter's file."""
-    lost: dict[str, Lost] = dataclasses.field(default_factory=dict)
+    lost: dict[str, Residual] = dataclasses.field(default_factory=dict)
     """Parameters that changed outside the adapted layers and ``modules_to_save``."""
 
     @property
@@ -61,12 +61,12 @@ class CompressedAdapter:
         return self._total(lambda result: result.lora_error_equal)
 
     @property
-    def numbers(self) -> int:
+    def num_parameters(self) -> int:
         """Numbers of the adapter, ``modules_to_save`` left out."""
         return sum(t.numel() for key, t in self.tensors.items() if ".rasa_" in key)
 
     @property
-    def lora_numbers(self) -> int:
+    def lora_num_parameters(self) -> int:
         """Those of a LoRA of the same rank on the same layers."""
         return sum(self.config.rank * len(g.names) * sum(g.shape) for g in self.plan.groups)
 
@@ -165,7 +165,7 @@ def _carried(model: nn.Module, plan: Plan, weights: ParameterWeights) -> set[str
     return {weights.first(name) for name in (*adapted, *saved_tensors(model, plan))}
 
 
-def _owners(lost: Mapping[str, Lost], plan: Plan) -> tuple[str, ...]:
+def _owners(lost: Mapping[str, Residual], plan: Plan) -> tuple[str, ...]:
     """The modules that hold these parameters, but for adapted layers: biases cannot be saved."""
     adapted = {name for group in plan.groups for name in group.names}
     owners = dict.fromkeys(name.rpartition(".")[0] for name in lost)
@@ -174,11 +174,11 @@ def _owners(lost: Mapping[str, Lost], plan: Plan) -> tuple[str, ...]:
 
 def _lost(
     before: Mapping[str, Tensor], after: Mapping[str, Tensor], carried: set[str]
-) -> dict[str, Lost]:
+) -> dict[str, Residual]:
     lost = {}
     for name in before:
         if name not in carried:
             change, base = squared_change(*pair(name, before, after))
             if change:
-                lost[name] = Lost(change**0.5, base**0.5)
+                lost[name] = Residual(change**0.5, base**0.5)
     return lost

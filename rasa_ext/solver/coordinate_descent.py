@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rasa_ext.solver.low_rank import Components, Matrix, fill_up, leading, solve_normal
+from rasa_ext.solver.low_rank import Components, Matrix, complete_basis, solve_normal, truncated_svd
 
 
-class Descent:
+class CoordinateDescent:
     """The factors of L layers, (out, in) each, and the four half-steps over them.
 
     A (p, in) and B (out, p) are lists with one entry per layer, p = r-k; d is (L, K), pool_A
@@ -48,7 +48,7 @@ class Descent:
         """
         own = self.A[0].shape[0]
         for i, components in enumerate(found):
-            U, S, V = fill_up(components, own + k, self._generator)
+            U, S, V = complete_basis(components, own + k, self._generator)
             self._split(i, Components(U[:, :own], S[:own], V[:own]))
             slots = slice(i * k, (i + 1) * k)
             self.pool_B[:, slots] = U[:, own : own + k]
@@ -73,8 +73,8 @@ class Descent:
             return
         for i, target in enumerate(self.targets):
             rest = target.minus(self.pool_B * self.d[i], self.pool_A)
-            found = leading(rest, own, self._generator, start=self.A[i])
-            self._split(i, fill_up(found, own, self._generator))
+            found = truncated_svd(rest, own, self._generator, start=self.A[i])
+            self._split(i, complete_basis(found, own, self._generator))
 
     def update_pool_B(self) -> None:
         """B_S, for all layers at once."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from rasa_ext.config import RasaConfig
-from rasa_ext.solver.coordinate_descent import Descent
-from rasa_ext.solver.low_rank import Components, Matrix, factored, leading
+from rasa_ext.solver.coordinate_descent import CoordinateDescent
+from rasa_ext.solver.low_rank import Components, Matrix, svd_of_product, truncated_svd
 
 Delta = Tensor | tuple[Tensor, Tensor]
 """A weight change (out, in), or a pair (B, A) of (out, s) and (s, in) whose product it is."""
@@ -86,7 +86,7 @@ def decompose(
     _check_options(iterations, init, dtype, tol)
     targets, norm = _targets(deltas, dtype)
     layers = len(targets)
-    descent = Descent(targets, rank - k, layers * k)
+    descent = CoordinateDescent(targets, rank - k, layers * k)
     more = (rank - k + layers * k) / sum(targets[0].shape) if k else 0.0
     components = [_leading(target, math.ceil(rank + more)) for target in targets]
     lora_error = _lora_error(targets, components, rank)
@@ -119,8 +119,8 @@ def decompose(
 
 def _leading(target: Matrix, rank: int) -> Components:
     if target.right is not None:
-        return _first(factored(target.left, target.right), rank)
-    return leading(target, rank, torch.Generator().manual_seed(0))
+        return _first(svd_of_product(target.left, target.right), rank)
+    return truncated_svd(target, rank, torch.Generator().manual_seed(0))
 
 
 def _first(components: Components, rank: int) -> Components:

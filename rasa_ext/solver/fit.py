@@ -1,4 +1,4 @@
-"""fit: a model patched with the adapter that comes closest to given weight changes."""
+"""fit_adapter: a model patched with the adapter that comes closest to given weight changes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rasa_ext.patching.targets import Group, Plan, make_plan, suffixes
 from rasa_ext.solver.decompose import Decomposition, Delta, check_delta, decompose
 
 
-def fit(
+def fit_adapter(
     model: nn.Module,
     deltas: Mapping[str, Delta],
     rank: int = 8,

@@ -74,7 +74,7 @@ class Components(NamedTuple):
     V: Tensor
 
 
-def factored(B: Tensor, A: Tensor) -> Components:
+def svd_of_product(B: Tensor, A: Tensor) -> Components:
     """The exact SVD of B (out, s) times A (s, in), by the QR of each factor."""
     Q, R = torch.linalg.qr(B)
     P, T = torch.linalg.qr(A.t())
@@ -82,7 +82,7 @@ def factored(B: Tensor, A: Tensor) -> Components:
     return Components(Q @ U, S, V @ P.t())
 
 
-def leading(
+def truncated_svd(
     matrix: Matrix, rank: int, generator: torch.Generator, start: Tensor | None = None
 ) -> Components:
     """The ``rank`` leading singular components; fewer where the smaller side is below ``rank``.
@@ -114,7 +114,7 @@ def leading(
     return Components(Q @ W[:, :rank], S[:rank], V[:rank])
 
 
-def fill_up(found: Components, rank: int, generator: torch.Generator) -> Components:
+def complete_basis(found: Components, rank: int, generator: torch.Generator) -> Components:
     """At least ``rank`` components: random unit vectors with singular value zero are added."""
     U, S, V = found
     missing = rank - S.shape[0]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
@@ -23,17 +25,28 @@ def merge_adapter(adapter: Path, output: Path, *, base: str | None, dtype: str) 
     return change
 
 
+class Exported(NamedTuple):
+    """A LoRA that was written, and the base that it is for."""
+
+    base: str
+    rank: int
+    float32: bool
+    """Whether the base is stored in float32."""
+
+
 def export_adapter(
-    adapter: Path, output: Path, *, base: str | None, pad_to: int | None
-) -> tuple[str, int]:
-    """Write the adapter as a plain LoRA. Returns the base's name and the rank written."""
+    adapter: Path, output: Path, *, base: str | None, pad_to: int | None, allow_dropped: bool
+) -> Exported:
+    """Write the adapter as a plain LoRA."""
     check_differs(adapter, output)
     name, model = _load(adapter, base, "auto")
-    return name, rasa_ext.export_lora(model, output, pad_to=pad_to)
+    float32 = model.dtype == torch.float32
+    rank = rasa_ext.export_lora(model, output, pad_to=pad_to, allow_dropped=allow_dropped)
+    return Exported(name, rank, float32)
 
 
 def import_checkpoint(checkpoint: Path, output: Path, *, base: str | None) -> None:
-    """Write a checkpoint of the published RaSA code as an adapter of this package."""
+    """Write a checkpoint of the official RaSA code as an adapter of this package."""
     check_differs(checkpoint, output)
     model = load_model(base_of(checkpoint, base))
     rasa_ext.load_official(model, checkpoint)

@@ -1,4 +1,4 @@
-"""What an adapter directory holds, read from its config and file header: no base model needed."""
+"""What an adapter directory holds, read from its two files: no base model needed."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from rasa_ext.checkpoint.files import CONFIG, PREFIX, WEIGHTS, read_config
+from rasa_ext.checkpoint.files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors
 from rasa_ext.patching.targets import pattern
 
 
@@ -26,7 +24,7 @@ class AdapterGroup:
     pooled: int
     """Ranks in the pool."""
     numbers: int
-    """Trained numbers of the group."""
+    """Trainable parameters of the group."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +49,7 @@ def read_adapter(directory: Path) -> AdapterContents:
     """Read config and shapes. Raises FileNotFoundError or ValueError as `load_adapter` does."""
     config = read_config(directory)
     path = directory / WEIGHTS
-    if not path.is_file():
-        raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file ({error}).") from None
+    shapes = {key: tuple(tensor.shape) for key, tensor in read_tensors(path).items()}
     groups, used = _groups(shapes)
     return AdapterContents(
         config=config,

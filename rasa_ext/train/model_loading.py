@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib.util
 import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,35 @@ def load_tokenizer(name: str) -> Any:
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Write a plain model and its tokenizer into a directory `from_pretrained` reads."""
+    """Write a plain model and its tokenizer into a directory that `from_pretrained` reads.
+
+    The settings of rotary embeddings stand in config.json as older readers know them, too.
+    """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    path = Path(directory) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        _repeat_rope(part or {})
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _repeat_rope(config: dict[str, Any]) -> None:
+    """Write what `rope_parameters` holds under its older names, too.
+
+    transformers 5 knows both; transformers 4 and mlx-lm know the older ones only, and compute with
+    a base of 10000 and no scaling where those are missing. Models with settings of their own for
+    kinds of layers had no common form, and are left alone.
+    """
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return
+    alone = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        scaling = {name: value for name, value in rope.items() if name not in alone}
+        config.setdefault("rope_scaling", scaling)
+    for name, value in alone.items():
+        config.setdefault(name, value)
 
 
 def _locate(name: str) -> dict[str, Any]:

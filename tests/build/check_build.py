@@ -49,8 +49,8 @@ from rasa_ext import ops
 from rasa_ext.ops import library
 assert library.COMPILED, ops.cuda_status()
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-missing = [name for name in ops.NAMES if not has("rasa_ext::" + name, "CUDA")]
-print(platform.python_version(), torch.__version__, len(ops.NAMES), ",".join(missing) or "none")
+missing = [name for name in ops.OPERATORS if not has("rasa_ext::" + name, "CUDA")]
+print(platform.python_version(), torch.__version__, len(ops.OPERATORS), ",".join(missing) or "none")
 """
 
 

@@ -110,6 +110,12 @@ def random_adapter(own: int, pooled: int, size: tuple[int, int], dtype: torch.dt
     return adapter.map(lambda t: t.to(dtype).contiguous())
 
 
+def by_ranks(adapter: Adapter) -> Adapter:
+    """With B and B_pool as the kernels read them: a row for each rank."""
+    pool = None if adapter.B_pool is None else adapter.B_pool.T
+    return Adapter(adapter.A, adapter.A_pool, adapter.B.T, pool, adapter.d)
+
+
 def padded(rank: int, multiple: int) -> int:
     return (rank + multiple - 1) // multiple * multiple
 

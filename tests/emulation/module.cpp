@@ -14,12 +14,10 @@ using Address = uintptr_t;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
-// The table as the device has it: other memory than the host's.
+// The table as the device has it: other memory than the host's, and none where it is not needed.
 template <typename Layer>
-std::unique_ptr<Layer[]> on_device(const std::vector<Layer>& host) {
-  std::unique_ptr<Layer[]> device(new Layer[host.size()]);
-  std::copy(host.begin(), host.end(), device.get());
-  return device;
+std::vector<Layer> on_device(const std::vector<Layer>& host) {
+  return host.size() > kLayersByValue ? host : std::vector<Layer>{};
 }
 
 void bind_table(py::module_& module) {
@@ -31,14 +29,14 @@ void bind_table(py::module_& module) {
 void bind_pack(py::module_& module) {
   py::class_<PackLayer>(module, "PackLayer")
       .def(py::init([](Address A, Address A_pool, Address B, Address B_pool, Address d, Address Ap,
-                       Address Bt, int in, int out, int own, int pooled, int Rp) {
+                       Address Bp, int in, int out, int own, int pooled, int Rp) {
         return PackLayer{pointer(A),
                          pointer(A_pool),
                          pointer(B),
                          pointer(B_pool),
                          pointer(d),
                          pointer(Ap),
-                         pointer(Bt),
+                         pointer(Bp),
                          in,
                          out,
                          own,
@@ -46,44 +44,36 @@ void bind_pack(py::module_& module) {
                          Rp,
                          0};
       }));
-  module.def("pack", [](const PackLayer& layer, DType param, DType dtype) {
-    launch_pack(layer, param, dtype, nullptr);
-  });
-  module.def("pack_layers", [](const std::vector<PackLayer>& layers, DType param, DType dtype) {
-    launch_pack_layers(layers.data(), on_device(layers).get(), static_cast<int>(layers.size()),
-                       param, dtype, nullptr);
+  module.attr("layers_by_value") = kLayersByValue;
+  module.def("pack", [](const std::vector<PackLayer>& layers, DType param, DType dtype) {
+    launch_pack(layers.data(), on_device(layers).data(), static_cast<int>(layers.size()), param,
+                dtype, nullptr);
   });
 }
 
 void bind_pack_backward(py::module_& module) {
   py::class_<PackBackwardLayer>(module, "PackBackwardLayer")
-      .def(py::init([](Address dAp, Address dBt, Address B, Address B_pool, Address d, Address dA,
-                       Address dB, Address dd, int in, int out, int own, int pooled) {
-        return PackBackwardLayer{pointer(dAp), pointer(dBt), pointer(B),  pointer(B_pool),
-                                 pointer(d),   pointer(dA),  pointer(dB), pointer(dd),
-                                 in,           out,          own,         pooled};
-      }));
-  module.def("pack_backward_workspace", &pack_backward_workspace);
-  module.def("pack_backward", [](const PackBackwardLayer& layer, Address dA_pool, Address dB_pool,
-                                 Address workspace, DType param) {
-    launch_pack_backward(layer, {pointer(dA_pool), pointer(dB_pool)}, pointer(workspace), param,
-                         nullptr);
+      .def(py::init(
+          [](Address dAp, Address dBp, Address B, Address d, Address dA, Address dB, Address dd) {
+            return PackBackwardLayer{pointer(dAp), pointer(dBp), pointer(B), pointer(d),
+                                     pointer(dA),  pointer(dB),  pointer(dd)};
+          }));
+  module.def("pack_backward", [](const std::vector<PackBackwardLayer>& layers, Address B_pool,
+                                 Address dA_pool, Address dB_pool, int in, int out, int own,
+                                 int pooled, DType param) {
+    const int count = static_cast<int>(layers.size());
+    launch_pack_backward(
+        {pointer(B_pool), pointer(dA_pool), pointer(dB_pool), count, in, out, own, pooled},
+        layers.data(), on_device(layers).data(), param, nullptr);
   });
-  module.def("pack_layers_backward",
-             [](const std::vector<PackBackwardLayer>& layers, Address dA_pool, Address dB_pool,
-                Address workspace, DType param) {
-               launch_pack_layers_backward(
-                   layers.data(), on_device(layers).get(), static_cast<int>(layers.size()),
-                   {pointer(dA_pool), pointer(dB_pool)}, pointer(workspace), param, nullptr);
-             });
 }
 
 void bind_decode(py::module_& module) {
   module.def("decode_fits", &decode_fits);
   module.def("decode_workspace", &decode_workspace);
-  module.def("decode", [](Address x, Address Ap, Address Bt, Address U, Address y,
+  module.def("decode", [](Address x, Address Ap, Address Bp, Address U, Address y,
                           Address workspace, int M, int in, int out, int Rp, DType dtype) {
-    launch_decode({pointer(x), pointer(Ap), pointer(Bt), pointer(U), pointer(y), pointer(workspace),
+    launch_decode({pointer(x), pointer(Ap), pointer(Bp), pointer(U), pointer(y), pointer(workspace),
                    M, in, out, Rp},
                   dtype, nullptr);
   });

@@ -51,6 +51,7 @@ FILES = {
     "table.cuh": ("table",),
     "table.cu": ("table",),
     "collective.cuh": ("pack", "pack_backward", "decode"),
+    "launch.cuh": ("pack", "pack_backward", "decode"),
 }
 
 
@@ -81,10 +82,10 @@ COMPARISONS = {
 NAME = r"[A-Za-z_][\w.]*(?:\[\d\])?"
 ROW_COL = re.compile(rf"(?P<row>{NAME}) \* (?P<width>{NAME}) \+ (?P<col>{NAME})")
 CASTED = re.compile(
-    rf"static_cast<int64_t>\((?P<row>[^()]+)\) \* (?P<width>{NAME}) \+ (?P<col>{NAME})"
+    r"(?:static_cast<int64_t>\(|int64_t\{)(?P<row>[^(){}]+)[)}] \* "
+    rf"(?P<width>{NAME}) \+ (?P<col>{NAME})"
 )
 BLOCK = re.compile(r"blockIdx\.([xyz])")
-FIELDS = re.compile(r"\bat\.(row|col)\b")
 
 
 def edits(text: str) -> Iterator[tuple[str, int, int, str]]:
@@ -108,8 +109,6 @@ def edits(text: str) -> Iterator[tuple[str, int, int, str]]:
                 yield "index", *found.span(), head + col + between + row
     for found in BLOCK.finditer(text):
         yield "index", *found.span(), "blockIdx." + ("y" if found[1] == "x" else "x")
-    for found in FIELDS.finditer(text):
-        yield "index", *found.span(), "at." + ("col" if found[1] == "row" else "row")
 
 
 def closing(text: str, opening: int) -> int:

@@ -23,10 +23,10 @@ from tests.helpers.oracle import Adapter
 SIZES = [(64, 40), (33, 17), (1544, 36), (1051, 5)]  # in, out
 
 
-def decode(kernels, memory, x, Ap, Bt, base, wants_U=True):
-    """y = base + (x Ap^T) Bt^T and U = x Ap^T."""
+def decode(kernels, memory, x, Ap, Bp, base, wants_U=True):
+    """y = base + (x Ap^T) Bp and U = x Ap^T."""
     tokens, (rank, width) = x.shape[0], Ap.shape
-    inputs = [memory.read(tensor) for tensor in (x, Ap, Bt)]
+    inputs = [memory.read(tensor) for tensor in (x, Ap, Bp)]
     U = memory.written((tokens, rank), x.dtype) if wants_U else None
     y = memory.written(base.shape, x.dtype)
     workspace = memory.workspace(kernels.decode_workspace(tokens, width, rank))
@@ -37,7 +37,7 @@ def decode(kernels, memory, x, Ap, Bt, base, wants_U=True):
         address(workspace),
         tokens,
         width,
-        Bt.shape[0],
+        Bp.shape[1],
         rank,
         dtype_of(kernels, x.dtype),
     )
@@ -53,17 +53,18 @@ def test_decode(kernels, tokens, rank, dtype):
     for size in SIZES:
         for multiple, offset in ((16, 0), (16, 1), (1, 0)):
             adapter = random_adapter(*RANKS[rank], size, torch.float64)
-            Ap, Bt = (t.to(dtype) for t in oracle.lora_matrices(adapter, padded(rank, multiple)))
+            down, up = oracle.lora_matrices(adapter, padded(rank, multiple))
+            Ap, Bp = down.to(dtype), up.T.to(dtype)
             x = torch.randn(tokens, size[0]).to(dtype)
             base = torch.randn(tokens, size[1]).to(dtype)
-            y, U = decode(kernels, Memory(offset), x, Ap, Bt, base, wants_U=offset == 0)
+            y, U = decode(kernels, Memory(offset), x, Ap, Bp, base, wants_U=offset == 0)
             # The pack as an adapter of its own, whose d is 1.
             ones = torch.ones(Ap.shape[0], dtype=dtype)
-            pack = Adapter(Ap, None, Bt, None, ones)
+            pack = Adapter(Ap, None, Bp.T, None, ones)
             zero = torch.zeros(size[1], size[0])
             expected = base.double() + oracle.linear(x, zero, None, pack)
             errors.append(y.double() - expected)
-            plain.append(torch.addmm(base, x @ Ap.T, Bt.T).double() - expected)
+            plain.append(torch.addmm(base, x @ Ap.T, Bp).double() - expected)
             if U is not None:
                 errors.append(U.double() - x.double() @ Ap.double().T)
                 plain.append((x @ Ap.T).double() - x.double() @ Ap.double().T)
@@ -92,9 +93,9 @@ def test_a_rank_beyond_shared_memory_is_refused(kernels):
 
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_two_launches_whatever_the_size(kernels, tokens):
-    x, Ap, Bt = torch.randn(tokens, 2048), torch.randn(16, 2048), torch.randn(32, 16)
+    x, Ap, Bp = torch.randn(tokens, 2048), torch.randn(16, 2048), torch.randn(16, 32)
     launches = kernels.counts()["launches"]
-    decode(kernels, Memory(), x, Ap, Bt, torch.zeros(tokens, 32))
+    decode(kernels, Memory(), x, Ap, Bp, torch.zeros(tokens, 32))
     assert kernels.counts()["launches"] == launches + 2 * 3  # under three schedules
 
 

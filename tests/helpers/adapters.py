@@ -132,7 +132,7 @@ FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12}
 def assert_matches_oracle(
     entry: Entry, base: nn.Module, model: nn.Module, observed: Mapping[str, Tensor], inputs
 ) -> None:
-    """One observation of ``model`` against the oracle, measured by the published formula."""
+    """One observation of ``model`` against the oracle, measured by the official formula."""
     found = trainable_copies(adapters(model))
     reference = oracle.run_model(base, found, lambda dense: entry.loss(dense, wide(inputs)))
     ours, theirs = Errors(by_kind=True), Errors(by_kind=True)

@@ -209,7 +209,7 @@ def run_model(
 
 
 def official_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """The published code's checkpoint: layers named ``<prefix>layers.N.<path>``."""
+    """The official code's checkpoint: layers named ``<prefix>layers.N.<path>``."""
     tensors = {}
     for name, adapter in adapters.items():
         path = name.split("layers.")[1].split(".", 1)[1].replace(".", "__")
@@ -233,7 +233,7 @@ def write_official(
     target_modules: list[str],
     pickled: bool = False,
 ) -> Path:
-    """A checkpoint directory as the published code writes it."""
+    """A checkpoint directory as the official code writes it."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from rasa_ext.nn import fused_projections as siblings
 from rasa_ext.peft import RasaConfig, RasaPeftLinear
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, randomize, randomize_adapters
@@ -69,7 +68,11 @@ def layers(model: nn.Module) -> dict[str, RasaPeftLinear]:
 def named(model: PeftModel, adapter: str) -> dict[str, Adapter]:
     """The live tensors of one adapter by layer, active or not."""
     found = layers(plain(model)).items()
-    return {n: Adapter(*layer.tensors(adapter)) for n, layer in found if adapter in layer.configs}
+    return {
+        n: Adapter(*layer.adapter(adapter).factors())
+        for n, layer in found
+        if adapter in layer.configs
+    }
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -78,14 +81,5 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-    """In eval without grad, every layer by itself; by default of a few fixed tokens.
-
-    Layers that are computed together, once they have learned who reads what they read, round
-    differently from those of a model that has not run yet.
-    """
-    inputs = {"input_ids": TOKENS} if inputs is None else inputs
-    before, siblings.ENABLED = siblings.ENABLED, False
-    try:
-        return model.eval()(**inputs).logits
-    finally:
-        siblings.ENABLED = before
+    """In eval without grad; by default of a few fixed tokens."""
+    return model.eval()(**({"input_ids": TOKENS} if inputs is None else inputs)).logits

@@ -3,8 +3,8 @@
 vLLM (lora/peft_helper.py, lora/utils.py, config/lora.py), SGLang (srt/lora/lora.py,
 lora_config.py, mem_pool.py) and llama.cpp (convert_lora_to_gguf.py, and the adapter's scale in
 llama-graph), as they stood in 2026. Each reader takes the configuration and the tensors of a
-directory and gives the weight change (out, in) of every module, or raises Refused. Nothing here
-knows how the package writes its files.
+directory and gives the weight change (out, in) of every module that it applies, or raises Refused.
+Nothing here knows how the package writes its files.
 """
 
 from __future__ import annotations
@@ -40,13 +40,17 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def vllm(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int) -> dict:
-    """One rank, one scale; linear layers by the last part of their names; nothing besides."""
+    """One scale; linear layers by the last part of their names; nothing besides.
+
+    Newer versions (0.32) honour rank_pattern, older ones do not know it; here it must be empty.
+    """
     need(max_lora_rank in VLLM_RANKS, "max_lora_rank is one of a list")
     for field in ("r", "lora_alpha", "target_modules"):
         need(field in config, f"{field} is missing")
     need(not config.get("modules_to_save"), "modules_to_save must be None")
     need(not config.get("use_dora"), "no DoRA")
     need(config.get("bias", "none") == "none", "no bias")
+    need(not config.get("rank_pattern"), "rank_pattern is read by newer versions only")
     need(0 < config["r"] <= max_lora_rank, "r is above max_lora_rank")
     pairs = _pairs(tensors, lambda name: name.removeprefix("base_model.model."))
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -61,7 +65,6 @@ def vllm(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int)
         need(name.rpartition(".")[2] in supported, f"{name} is no linear layer")
     r, alpha = config["r"], config["lora_alpha"]
     scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    # rank_pattern and alpha_pattern are fields that it does not know.
     return {name: scale * B @ A for name, (A, B) in pairs.items()}
 
 
@@ -69,8 +72,8 @@ def sglang(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: in
     """One rank and alpha / r, whatever use_rslora says; q, k, v and gate, up are stacked.
 
     Stacking begins with q and with gate: k and up may be missing, and are zeros then, but v may
-    not. What is left unstacked has no buffer: older versions refuse it, newer ones log a warning
-    and serve the rest, which is another function. Both count as refusing here.
+    not. What is left unstacked has no buffer: older versions refuse it, newer ones, as here, log a
+    warning and serve the rest, which is another function.
     """
     need(str(config.get("peft_type")).lower() == "lora", "peft_type is not LORA")
     for field in ("r", "lora_alpha", "target_modules"):
@@ -82,21 +85,25 @@ def sglang(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: in
         in_layer = re.search(r"layers\.\d+\.", name)
         need(in_layer or "embed_tokens" in name or "lm_head" in name, f"{name} is in no layer")
         need(A.shape[0] == config["r"], f"{name} is of another rank")
-    modules = {name for name, _ in model.named_modules()}
+    modules, unstacked = {name for name, _ in model.named_modules()}, set()
     for name in pairs:
         if name.endswith("q_proj"):
             need(name.replace("q_proj", "v_proj") in pairs, f"{name} without v_proj")
         for part, first in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
             its = name.replace(part, first)
-            if name.endswith(part) and its in modules:
-                need(its in pairs, f"{name} without {first} has no buffer")
+            if name.endswith(part) and its in modules and its not in pairs:
+                unstacked.add(name)
     scale = config["lora_alpha"] / config["r"]
-    return {name: scale * B @ A for name, (A, B) in pairs.items()}
+    return {name: scale * B @ A for name, (A, B) in pairs.items() if name not in unstacked}
 
 
 def llama_cpp(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int) -> dict:
-    """alpha over the rank of each pair, whatever r, use_rslora or the patterns say."""
+    """alpha over the rank of each pair, whatever r, use_rslora or the patterns say.
+
+    Norms are converted, and then left out without a word; any other whole tensor is refused.
+    """
     need("lora_alpha" in config, "lora_alpha is missing")
+    tensors = {n: t for n, t in tensors.items() if "_layernorm" not in n and ".norm" not in n}
     for name in tensors:
         need(re.search(r"\.lora_[AB]\.weight", name), f"Unexpected name {name}")
     pairs = _pairs(tensors, lambda name: name.replace("base_model.model.", ""))

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from rasa_ext.ops import fake
-from rasa_ext.ops.schemas import SCHEMAS
-
-HERE = Path(__file__).resolve().parent
+from rasa_ext.ops import OPERATORS
+from tests.helpers import compiled
 
 
 class Host:
@@ -22,12 +17,9 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = torch.library.Library("rasa_ext_host", "DEF")
-        for schema in SCHEMAS:
-            name = schema.partition("(")[0]
+        for name, (schema, kernel) in OPERATORS.items():
             self.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-            torch.library.register_fake(
-                f"rasa_ext_host::{name}", getattr(fake, name), lib=self.library
-            )
+            torch.library.register_fake(f"rasa_ext_host::{name}", kernel, lib=self.library)
         torch.ops.load_library(str(path))
         self.ops = torch.ops.rasa_ext_host
         self._standin = ctypes.CDLL(str(path))
@@ -44,12 +36,5 @@ class Host:
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory) -> Host:
-    if shutil.which("cmake") is None or shutil.which("c++") is None:
-        pytest.skip("the host code is compiled with cmake and a C++ compiler")
-    build = tmp_path_factory.mktemp("host")
-    configure = ["cmake", "-S", HERE, "-B", build, f"-DPython3_EXECUTABLE={sys.executable}"]
-    for command in (configure, ["cmake", "--build", build, "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return Host(build / "librasa_host_ops.so")
+def host() -> Host:
+    return Host(compiled.build("rasa_host_ops") / "tests" / "host" / "librasa_host_ops.so")

@@ -9,6 +9,8 @@ import torch
 from test_host_linear import DTYPES, LAYOUTS, WIDTHS, Case, assert_close, contiguous
 from torch import Tensor
 
+from tests.helpers.operators import opcheck
+
 SCALE = 1.375
 
 
@@ -24,31 +26,30 @@ def kept(x: Tensor, mask: Tensor) -> Tensor:
 
 def expected(case: Case, mask: Tensor) -> dict[str, Tensor]:
     U = SCALE * (kept(case.x, mask) @ case.Ap.T)
-    H = SCALE * (case.grad @ case.Bt)
+    H = SCALE * (case.grad @ case.Bp.T)
     dx = kept(H @ case.Ap, mask)
     return {
-        "y": case.x @ case.weight.T + U @ case.Bt.T + case.bias,
-        "added": case.grad + U @ case.Bt.T,
+        "y": case.x @ case.weight.T + U @ case.Bp + case.bias,
+        "added": case.grad + U @ case.Bp,
         "U": U,
         "dx": dx + case.grad @ case.weight,
         "dx_add": dx,
         "dAp": H.T @ kept(case.x, mask),
-        "dBt": case.grad.T @ case.U,
+        "dBp": case.U.T @ case.grad,
     }
 
 
 def run(host, case: Case, mask: Tensor) -> dict[str, Tensor]:
-    pack, drop = (case.Ap, case.Bt, None), (mask, SCALE)
+    pack, drop = (case.Ap, case.Bp), (mask, SCALE)
     y, U = host.ops.low_rank_linear(case.x, case.weight, case.bias, *pack, *drop)
     added, U_again = host.ops.low_rank_add(case.grad, case.x, *pack, *drop)
     assert torch.equal(U, U_again)
     call = host.ops.low_rank_linear_backward
-    saved = case.U, *pack
-    dx, dAp, dBt, _ = call(case.grad, case.x, case.weight, *saved, True, True, *drop)
-    dx_add = call(case.grad, case.x, None, *saved, True, False, *drop)[0]
-    dAp_alone = call(case.grad, case.x, case.weight, *saved, False, True, *drop)[1]
+    dx, dAp, dBp = call(case.grad, case.x, case.weight, case.U, *pack, True, True, True, *drop)
+    dx_add = call(case.grad, None, None, None, *pack, True, False, False, *drop)[0]
+    dAp_alone = call(case.grad, case.x, case.weight, None, *pack, False, True, False, *drop)[1]
     assert torch.equal(dAp, dAp_alone)
-    return {"y": y, "added": added, "U": U, "dx": dx, "dx_add": dx_add, "dAp": dAp, "dBt": dBt}
+    return {"y": y, "added": added, "U": U, "dx": dx, "dx_add": dx_add, "dAp": dAp, "dBp": dBp}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
@@ -70,8 +71,8 @@ def test_products_under_a_mask(host):
     counts = []
     for drop in ((None, 1.0), (random_mask(case.x), SCALE)):
         host.reset()
-        host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bt, None, *drop)
-        args = case.grad, case.x, case.weight, case.U, case.Ap, case.Bt, None, True, True
+        host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bp, *drop)
+        args = case.grad, case.x, case.weight, case.U, case.Ap, case.Bp, True, True, True
         host.ops.low_rank_linear_backward(*args, *drop)
         counts.append(host.calls())
     assert counts[0] == counts[1]
@@ -81,16 +82,14 @@ def test_products_under_a_mask(host):
 def test_opcheck(host):
     for tokens, widths in itertools.product((0, 5), WIDTHS[:2]):
         case = Case(tokens, widths, torch.float32, (contiguous,))
-        pack, drop = (case.Ap, case.Bt), (random_mask(case.x), SCALE)
+        pack, drop = (case.Ap, case.Bp), (random_mask(case.x), SCALE)
         noise = torch.randint(2**62, (2,))
-        forward = (case.x, case.weight, None, *pack, None, *drop)
-        backward = (case.grad, case.x, case.weight, case.U, *pack, None, True, True, *drop)
-        torch.library.opcheck(host.ops.dropout_mask.default, (noise, case.x, 0.5))
-        torch.library.opcheck(host.ops.low_rank_linear.default, forward)
-        torch.library.opcheck(
-            host.ops.low_rank_add.default, (case.grad, *forward[:1], *pack, None, *drop)
-        )
-        torch.library.opcheck(host.ops.low_rank_linear_backward.default, backward)
+        forward = (case.x, case.weight, None, *pack, *drop)
+        backward = (case.grad, case.x, case.weight, case.U, *pack, True, True, True, *drop)
+        opcheck(host.ops.dropout_mask.default, (noise, case.x, 0.5))
+        opcheck(host.ops.low_rank_linear.default, forward)
+        opcheck(host.ops.low_rank_add.default, (case.grad, case.x, *pack, *drop))
+        opcheck(host.ops.low_rank_linear_backward.default, backward)
 
 
 def test_the_mask_comes_from_both_words(host):
@@ -136,12 +135,12 @@ def test_refusals_of_the_mask(host, change, message):
 )
 def test_refusals_of_the_linears(host, mask, message):
     case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
-    pack = case.Ap, case.Bt
+    pack = case.Ap, case.Bp
     calls = {
-        "low_rank_linear": (case.x, case.weight, None, *pack, None),
-        "low_rank_add": (case.grad, case.x, *pack, None),
+        "low_rank_linear": (case.x, case.weight, None, *pack),
+        "low_rank_add": (case.grad, case.x, *pack),
         "low_rank_linear_backward": (
-            case.grad, case.x, case.weight, case.U, *pack, None, True, True,
+            case.grad, case.x, case.weight, case.U, *pack, True, True, True,
         ),
     }  # fmt: skip
     for name, args in calls.items():

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.operators import opcheck
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TOKENS = (0, 1, 3, 17, 64)
 # (in, out, padded rank)
@@ -61,7 +63,7 @@ class Case:
         self.x = next(layout)(draw, tokens, width)
         self.weight = next(layout)(draw, out, width)
         self.Ap = next(layout)(draw, rank, width)
-        self.Bt = next(layout)(draw, out, rank)
+        self.Bp = next(layout)(draw, rank, out)
         self.grad = next(layout)(draw, tokens, out)
         self.U = next(layout)(draw, tokens, rank)
         self.bias = draw(2 * out + 3)[3::2]
@@ -83,17 +85,17 @@ class Case:
 
     def forward(self, bias: bool) -> dict[str, Tensor]:
         U = self.x @ self.Ap.T
-        low_rank = U @ self.Bt.T
+        low_rank = U @ self.Bp
         y = low_rank + self.x @ self.weight.T
         return {"y": y + self.bias if bias else y, "U": U, "added": self.grad + low_rank}
 
     def backward(self) -> dict[str, Tensor]:
-        H = self.grad @ self.Bt
+        H = self.grad @ self.Bp.T
         return {
             "dx": H @ self.Ap + self.grad @ self.weight,
             "dx_add": H @ self.Ap,
             "dAp": H.T @ self.x,
-            "dBt": self.grad.T @ self.U,
+            "dBp": self.U.T @ self.grad,
         }
 
 
@@ -106,32 +108,24 @@ def assert_close(found: dict, expected: dict, bounds: dict, eps: float) -> None:
 
 def run_forward(host, case: Case, bias: bool) -> dict[str, Tensor]:
     y, U = host.ops.low_rank_linear(
-        case.x, case.weight, case.bias if bias else None, case.Ap, case.Bt
+        case.x, case.weight, case.bias if bias else None, case.Ap, case.Bp
     )
-    added, U_again = host.ops.low_rank_add(case.grad, case.x, case.Ap, case.Bt)
+    added, U_again = host.ops.low_rank_add(case.grad, case.x, case.Ap, case.Bp)
     assert torch.equal(U, U_again)
     return {"y": y, "U": U, "added": added}
 
 
 def run_backward(host, case: Case) -> dict[str, Tensor]:
-    args = (case.U, case.Ap, case.Bt, None)
-    call = host.ops.low_rank_linear_backward
-    dx, dAp, dBt, dd = call(case.grad, case.x, case.weight, *args, True, True)
-    assert dd.shape == (0,)
-    for weight, need_x, need_adapter in itertools.product(
-        (case.weight, None), (True, False), (True, False)
-    ):
-        found = call(case.grad, case.x, weight, *args, need_x, need_adapter)
-        assert found[0].shape == (dx.shape if need_x else (0,))
-        assert found[1].shape == (dAp.shape if need_adapter else (0,))
-        if need_adapter:
-            assert torch.equal(found[1], dAp)
-            assert torch.equal(found[2], dBt)
-        if need_x and weight is not None:
-            assert torch.equal(found[0], dx)
-        if need_x and weight is None:
-            dx_add = found[0]
-    return {"dx": dx, "dx_add": dx_add, "dAp": dAp, "dBt": dBt}
+    """All that is needed at once, and each part of it alone with no more than it needs."""
+    call, pack = host.ops.low_rank_linear_backward, (case.Ap, case.Bp)
+    whole = call(case.grad, case.x, case.weight, case.U, *pack, True, True, True)
+    for need in itertools.product((True, False), repeat=3):
+        x, U = case.x if need[1] else None, case.U if need[2] else None
+        found = call(case.grad, x, case.weight, U, *pack, *need)
+        for mine, all_, needed in zip(found, whole, need, strict=True):
+            assert torch.equal(mine, all_ if needed else all_.new_empty(0))
+    dx_add = call(case.grad, None, None, None, *pack, True, False, False)[0]
+    return {"dx": whole[0], "dx_add": dx_add, "dAp": whole[1], "dBp": whole[2]}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,8 +154,8 @@ def check_values(host, case: Case, bias: bool) -> None:
     assert_close(found, wide.forward(bias), sizes.forward(bias), case.eps)
     found = run_backward(host, case)
     assert_close(found, wide.backward(), sizes.backward(), case.eps)
-    # dBt goes from operands to float32 without a stop in the low precision.
-    exact = {"dBt": found["dBt"]}
+    # dBp goes from operands to float32 without a stop in the low precision.
+    exact = {"dBp": found["dBp"]}
     eps = min(case.eps, torch.finfo(torch.float32).eps)
     assert_close(exact, wide.backward(), sizes.backward(), eps)
 
@@ -171,35 +165,48 @@ def test_opcheck(host, dtype):
     """Fake kernels give the shapes, dtypes and strides of these kernels; nothing aliases."""
     for tokens, widths in itertools.product((0, 5), WIDTHS[:3]):
         case = Case(tokens, widths, dtype, (contiguous,))
-        ops, pack = host.ops, (case.Ap, case.Bt)
+        ops, pack = host.ops, (case.Ap, case.Bp)
         backward = (case.grad, case.x, case.weight, case.U, *pack)
-        torch.library.opcheck(ops.low_rank_linear.default, (case.x, case.weight, case.bias, *pack))
-        torch.library.opcheck(ops.low_rank_add.default, (case.grad, case.x, *pack))
-        for need in itertools.product((True, False), repeat=2):
-            torch.library.opcheck(ops.low_rank_linear_backward.default, (*backward, None, *need))
+        opcheck(ops.low_rank_linear.default, (case.x, case.weight, case.bias, *pack))
+        opcheck(ops.low_rank_add.default, (case.grad, case.x, *pack))
+        for need in itertools.product((True, False), repeat=3):
+            opcheck(ops.low_rank_linear_backward.default, (*backward, *need))
 
 
 def test_products(host):
     """The adapter comes first, the base is added to it, and nothing is computed in vain."""
     case = Case(17, (9, 7, 3), torch.bfloat16, (contiguous,))
     host.reset()
-    host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bt)
-    host.ops.low_rank_linear(case.x, case.weight, None, case.Ap, case.Bt)
-    host.ops.low_rank_add(case.grad, case.x, case.Ap, case.Bt)
+    host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bp)
+    host.ops.low_rank_linear(case.x, case.weight, None, case.Ap, case.Bp)
+    host.ops.low_rank_add(case.grad, case.x, case.Ap, case.Bp)
     # Row-major results are cuBLAS's transposes: m is the width, n the tokens.
     down, base = "GemmEx m=3 n=17 k=9", "GemmEx m=7 n=17 k=9"
     up, rest = "GemmEx m=7 n=17 k=3", "batch=1 beta={} out=2 math=19"
     expected = [(down, 0), (up, 1), (base, 1), (down, 0), (up, 0), (base, 1), (down, 0), (up, 1)]
     assert host.calls() == [f"{call} {rest.format(beta)}" for call, beta in expected]
 
-    args = (case.grad, case.x, case.weight, case.U, case.Ap, case.Bt, None)
-    counts = {(True, True): 5, (True, False): 3, (False, True): 3, (False, False): 0}
-    for need, count in counts.items():
+    # Each product follows one that has read the same: G for dBp, H for dAp, dx for the base.
+    H, dBp = "GemmEx m=3 n=17 k=7", "GemmEx m=7 n=3 k=17"
+    dAp, dx, add = "GemmEx m=9 n=3 k=17", "GemmEx m=9 n=17 k=3", "GemmEx m=9 n=17 k=7"
+    counts = {
+        (True, True, True): [H, dBp, dAp, dx, add],
+        (True, True, False): [H, dAp, dx, add],
+        (True, False, True): [H, dBp, dx, add],
+        (True, False, False): [H, dx, add],
+        (False, True, True): [H, dBp, dAp],
+        (False, True, False): [H, dAp],
+        (False, False, True): [dBp],
+        (False, False, False): [],
+    }
+    for need, products in counts.items():
         host.reset()
-        host.ops.low_rank_linear_backward(*args, *need)
-        assert len(host.calls()) == count
-        wide = [call for call in host.calls() if "out=4" in call]
-        assert len(wide) == (2 if need[1] else 0)
+        host.ops.low_rank_linear_backward(
+            case.grad, case.x, case.weight, case.U, case.Ap, case.Bp, *need
+        )
+        assert [call.partition(" batch")[0] for call in host.calls()] == products, need
+        assert all(("out=4" in c) == c.startswith((dAp, dBp)) for c in host.calls())
+        assert all(("beta=1" in c) == c.startswith(add) for c in host.calls())
     assert host.math_mode() == 3, "torch's math mode is put back"
 
 
@@ -209,7 +216,7 @@ def test_few_tokens(host, dtype):
     for tokens in (1, 16):
         case = Case(tokens, (9, 7, 3), dtype, (contiguous,))
         host.reset()
-        host.ops.low_rank_linear(case.x, case.weight, None, case.Ap, case.Bt)
+        host.ops.low_rank_linear(case.x, case.weight, None, case.Ap, case.Bp)
         expected = 3 if dtype == torch.float64 else 1
         assert len(host.calls()) == expected
         assert f"m=7 n={tokens} k=9 batch=1 beta={int(expected == 3)}" in host.calls()[-1]
@@ -221,18 +228,25 @@ def test_few_tokens(host, dtype):
         ({"weight": torch.ones(7, 8)}, r"low_rank_linear: weight: .*\(\*, 9\), got shape \(7, 8\)"),
         ({"weight": torch.ones(7, 9).half()}, r"weight: expected the dtype of x, float32, got fl"),
         ({"Ap": torch.ones(9)}, r"Ap: expected shape \(\*, 9\), got shape \(9\)"),
-        ({"Bt": torch.ones(7, 4)}, r"Bt: expected shape \(7, 3\), got shape \(7, 4\)"),
+        ({"Bp": torch.ones(4, 7)}, r"Bp: expected shape \(3, 7\), got shape \(4, 7\)"),
         ({"bias": torch.ones(6)}, r"bias: expected shape \(7\), got shape \(6\)"),
-        ({"d": torch.ones(3)}, r"d: expected None on a GPU"),
         ({"x": torch.ones(2, 5, 9)}, r"x: expected shape \(\*, \*\), got shape \(2, 5, 9\)"),
     ],
 )
 def test_refusals(host, change, message):
     case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
-    args = {name: getattr(case, name) for name in ("x", "weight", "bias", "Ap", "Bt")}
-    args = args | {"d": None} | change
+    args = {name: getattr(case, name) for name in ("x", "weight", "bias", "Ap", "Bp")}
     with pytest.raises(RuntimeError, match=message):
-        host.ops.low_rank_linear(*args.values())
+        host.ops.low_rank_linear(*(args | change).values())
+
+
+def test_what_is_needed_must_be_given(host):
+    case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
+    call, rest = host.ops.low_rank_linear_backward, (case.Ap, case.Bp, True)
+    with pytest.raises(RuntimeError, match="x: expected a tensor with need_A, got None"):
+        call(case.grad, None, case.weight, case.U, *rest, True, False)
+    with pytest.raises(RuntimeError, match="U: expected a tensor with need_B, got None"):
+        call(case.grad, case.x, case.weight, None, *rest, False, True)
 
 
 def test_integers_are_refused(host):

@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 
+from tests.helpers.operators import opcheck
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (layers, in, out, rank)
 SHAPES = ((1, 9, 7, 3), (3, 5, 6, 4), (2, 1, 8, 1), (4, 16, 1, 7), (2, 31, 18, 39))
@@ -16,22 +18,23 @@ def draw_packs(shape, dtype, by_columns=False):
     layers, width, out, rank = shape
     if by_columns:
         Ap = torch.randn(layers, width, rank).to(dtype).transpose(1, 2)
-        return Ap, torch.randn(layers, rank, out).to(dtype).transpose(1, 2)
-    return torch.randn(layers, rank, width).to(dtype), torch.randn(layers, out, rank).to(dtype)
+        return Ap, torch.randn(layers, out, rank).to(dtype).transpose(1, 2)
+    return torch.randn(layers, rank, width).to(dtype), torch.randn(layers, rank, out).to(dtype)
 
 
-def products(Ap, Bt):
-    """Bt Ap in float64, and the same of the magnitudes."""
-    return Bt.double() @ Ap.double(), Bt.double().abs() @ Ap.double().abs()
+def products(Ap, Bp):
+    """Bp^T Ap in float64, and the same of the magnitudes."""
+    up, down = Bp.double().transpose(1, 2), Ap.double()
+    return up @ down, up.abs() @ down.abs()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_delta_layers(host, dtype):
+def test_delta_group(host, dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for shape, by_columns in itertools.product(SHAPES, (False, True)):
-        Ap, Bt = draw_packs(shape, dtype, by_columns)
-        delta = host.ops.delta_layers(Ap, Bt)
-        expected, size = products(Ap, Bt)
+        Ap, Bp = draw_packs(shape, dtype, by_columns)
+        delta = host.ops.delta_group(Ap, Bp)
+        expected, size = products(Ap, Bp)
         assert delta.dtype == wide
         assert delta.is_contiguous()
         assert ((delta.double() - expected).abs() <= 4 * torch.finfo(wide).eps * size).all()
@@ -39,9 +42,9 @@ def test_delta_layers(host, dtype):
 
 def test_delta_of_one_pack_in_every_layer(host):
     """A pool's factors repeat with stride 0."""
-    Ap, Bt = draw_packs((1, 9, 7, 3), torch.float32)
-    delta = host.ops.delta_layers(Ap.expand(4, -1, -1), Bt.expand(4, -1, -1))
-    assert torch.equal(delta, (host.ops.delta_layers(Ap, Bt)).expand(4, -1, -1))
+    Ap, Bp = draw_packs((1, 9, 7, 3), torch.float32)
+    delta = host.ops.delta_group(Ap.expand(4, -1, -1), Bp.expand(4, -1, -1))
+    assert torch.equal(delta, (host.ops.delta_group(Ap, Bp)).expand(4, -1, -1))
 
 
 def as_rows(weight):
@@ -64,15 +67,15 @@ def as_part(weight):
 @pytest.mark.parametrize("layout", [as_rows, as_columns, as_part, as_every_other])
 @pytest.mark.parametrize("packed", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge_layers(host, dtype, packed, layout):
+def test_merge_group(host, dtype, packed, layout):
     """Rounded once: within half a unit of the exact sum, beyond what float32 sums lose."""
-    for shape, sign in itertools.product(SHAPES, (1.0, -1.0)):
-        Ap, Bt = draw_packs(shape, packed)
+    for shape in SHAPES:
+        Ap, Bp = draw_packs(shape, packed)
         weights = [layout(torch.randn(shape[2], shape[1]).to(dtype)) for _ in Ap]
-        delta, size = products(Ap, Bt)
-        expected = [w.double() + sign * change for w, change in zip(weights, delta, strict=True)]
+        delta, size = products(Ap, Bp)
+        expected = [w.double() + change for w, change in zip(weights, delta, strict=True)]
         strides, pointers = weights[0].stride(), [w.data_ptr() for w in weights]
-        assert host.ops.merge_layers(weights, Ap, Bt, sign) is None
+        assert host.ops.merge_group(weights, Ap, Bp) is None
         assert weights[0].stride() == strides
         assert [w.data_ptr() for w in weights] == pointers
         for weight, value, bound in zip(weights, expected, size, strict=True):
@@ -85,12 +88,12 @@ def test_merge_layers(host, dtype, packed, layout):
 
 def test_products(host):
     """float32 weights take one product by pointers, without TF32; others go through float32."""
-    Ap, Bt = draw_packs((3, 5, 6, 4), torch.float32)
+    Ap, Bp = draw_packs((3, 5, 6, 4), torch.float32)
     weights = [torch.randn(6, 5) for _ in range(3)]
     host.reset()
-    host.ops.merge_layers(weights, Ap, Bt)
-    host.ops.merge_layers([w.bfloat16() for w in weights], Ap, Bt)
-    host.ops.delta_layers(Ap, Bt)
+    host.ops.merge_group(weights, Ap, Bp)
+    host.ops.merge_group([w.bfloat16() for w in weights], Ap, Bp)
+    host.ops.delta_group(Ap, Bp)
     rest = "m=5 n=6 k=4 batch=3 beta={} out=4 math=16"
     strides = " strides=20,24,30"
     assert host.calls() == [
@@ -101,50 +104,50 @@ def test_products(host):
 
 
 def test_more_layers_than_a_table_of_one_launch(host):
-    Ap, Bt = draw_packs((200, 5, 6, 4), torch.float32)
+    Ap, Bp = draw_packs((200, 5, 6, 4), torch.float32)
     weights = [torch.randn(6, 5) for _ in range(200)]
-    expected = [w + d for w, d in zip(weights, host.ops.delta_layers(Ap, Bt), strict=True)]
-    host.ops.merge_layers(weights, Ap, Bt)
+    expected = [w + d for w, d in zip(weights, host.ops.delta_group(Ap, Bp), strict=True)]
+    host.ops.merge_group(weights, Ap, Bp)
     torch.testing.assert_close(weights, expected)
 
 
 @pytest.mark.parametrize("other", [as_columns, as_part])
 def test_merge_of_weights_that_lie_differently(host, other):
-    Ap, Bt = draw_packs((2, 5, 6, 4), torch.float32)
+    Ap, Bp = draw_packs((2, 5, 6, 4), torch.float32)
     weights = [as_rows(torch.randn(6, 5)), other(torch.randn(6, 5))]
-    expected = [w + d for w, d in zip(weights, host.ops.delta_layers(Ap, Bt), strict=True)]
-    host.ops.merge_layers(weights, Ap, Bt)
+    expected = [w + d for w, d in zip(weights, host.ops.delta_group(Ap, Bp), strict=True)]
+    host.ops.merge_group(weights, Ap, Bp)
     torch.testing.assert_close(weights, expected)
 
 
 def test_merge_in_steps(host):
     """Sums of large layers stand in memory one after the other, not all at once."""
-    Ap, Bt = draw_packs((2, 8192, 4500, 1), torch.float32)
+    Ap, Bp = draw_packs((2, 8192, 4500, 1), torch.float32)
     weights = [torch.zeros(4500, 8192, dtype=torch.bfloat16) for _ in range(2)]
     host.reset()
-    host.ops.merge_layers(weights, Ap, Bt)
+    host.ops.merge_group(weights, Ap, Bp)
     assert len(host.calls()) == 2
-    for weight, down, up in zip(weights, Ap, Bt, strict=True):
-        assert torch.equal(weight, (up @ down).bfloat16())
+    for weight, down, up in zip(weights, Ap, Bp, strict=True):
+        assert torch.equal(weight, (up.T @ down).bfloat16())
 
 
 def test_opcheck(host):
     for shape in SHAPES[:3]:
         packs = draw_packs(shape, torch.float32)
-        torch.library.opcheck(host.ops.delta_layers.default, packs)
+        opcheck(host.ops.delta_group.default, packs)
         for dtype in (torch.float32, torch.bfloat16):
             weights = [torch.randn(shape[2], shape[1]).to(dtype) for _ in range(shape[0])]
-            torch.library.opcheck(host.ops.merge_layers.default, (weights, *packs))
+            opcheck(host.ops.merge_group.default, (weights, *packs))
 
 
 def test_refusals(host):
-    Ap, Bt = draw_packs((2, 5, 6, 4), torch.float32)
+    Ap, Bp = draw_packs((2, 5, 6, 4), torch.float32)
     weights = [torch.randn(6, 5) for _ in range(2)]
-    with pytest.raises(RuntimeError, match=r"Bt: expected shape \(2, \*, 4\), got"):
-        host.ops.delta_layers(Ap, Bt[:, :, :3])
+    with pytest.raises(RuntimeError, match=r"Bp: expected shape \(2, 4, \*\), got"):
+        host.ops.delta_group(Ap, Bp[:, :3])
     with pytest.raises(RuntimeError, match="expected lists of one length, got 1 and 2"):
-        host.ops.merge_layers(weights[:1], Ap, Bt)
+        host.ops.merge_group(weights[:1], Ap, Bp)
     with pytest.raises(RuntimeError, match=r"weights: expected shape \(6, 5\), got shape \(5, 6\)"):
-        host.ops.merge_layers([weights[0], weights[1].t()], Ap, Bt)
+        host.ops.merge_group([weights[0], weights[1].t()], Ap, Bp)
     with pytest.raises(RuntimeError, match="weights: expected the dtype of"):
-        host.ops.merge_layers([weights[0], weights[1].half()], Ap, Bt)
+        host.ops.merge_group([weights[0], weights[1].half()], Ap, Bp)

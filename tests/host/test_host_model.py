@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 import rasa_ext
-from rasa_ext import functional, merging, modules, ops, siblings
+from rasa_ext import ops
+from rasa_ext.nn import adapted_linear, functional, fused_projections
+from rasa_ext.patching import merge as merging
 
 
 class Blocks(nn.Module):
@@ -22,9 +24,9 @@ class Blocks(nn.Module):
         for _ in range(3):
             block = nn.ModuleDict(
                 {
-                    "wide": nn.Linear(9, 21),
-                    "gate": nn.Linear(9, 21),
-                    "narrow": nn.Linear(21, 9, bias=False),
+                    "gate_proj": nn.Linear(9, 21),
+                    "up_proj": nn.Linear(9, 21),
+                    "down_proj": nn.Linear(21, 9, bias=False),
                 }
             )
             block["hooked"] = nn.Linear(9, 9)
@@ -33,36 +35,44 @@ class Blocks(nn.Module):
 
     def forward(self, x):
         for block in self.layers:
-            inner = torch.tanh(block["wide"](x)) * block["gate"](x)
-            x = x + block["hooked"](block["narrow"](inner))
+            inner = torch.tanh(block["gate_proj"](x)) * block["up_proj"](x)
+            x = x + block["hooked"](block["down_proj"](inner))
         return x
 
 
-@pytest.fixture
-def model() -> nn.Module:
+def patched(**options) -> nn.Module:
     torch.manual_seed(0)
-    model = rasa_ext.patch_model(Blocks(), 4, 1)
+    model = rasa_ext.patch_model(Blocks(), 4, 1, **options)
     for parameter in rasa_ext.adapter_parameters(model):
         nn.init.normal_(parameter, std=0.5)
     return model
 
 
 @pytest.fixture
-def on_host(host, monkeypatch):
+def model() -> nn.Module:
+    return patched()
+
+
+@pytest.fixture(params=[False, True], ids=["alone", "fused"])
+def fused(request) -> bool:
+    return request.param
+
+
+@pytest.fixture
+def on_host(host, fused, monkeypatch):
     """The package's operators become the compiled ones, with a GPU's heuristics."""
-    compiled = {name: getattr(host.ops, name) for name in ops.NAMES}
-    gpu = SimpleNamespace(
-        **compiled,
-        rank_multiple=lambda *_: ops.rank_multiple("cuda", torch.float32, 6),
-        diagonal_in_pack=lambda _: ops.diagonal_in_pack("cuda"),
-        accumulation_dtype=ops.accumulation_dtype,
-        noise_words=lambda *_: 2,
-    )
+    names = {name: getattr(ops, name) for name in ops.__all__}
+    compiled = {name: getattr(host.ops, name) for name in ops.OPERATORS}
+    heuristics = {
+        "rank_multiple": lambda *_: ops.rank_multiple("cuda", torch.float32, 6),
+        "fuse_projections": lambda _: fused,
+        "noise_words": lambda *_: 2,
+    }
+    gpu = SimpleNamespace(**(names | compiled | heuristics))
 
     def switch() -> None:
-        for module in (functional, modules, siblings):
+        for module in (adapted_linear, functional, fused_projections, merging):
             monkeypatch.setattr(module, "ops", gpu)
-        monkeypatch.setattr(merging, "ops", gpu)
 
     return switch
 
@@ -75,24 +85,14 @@ def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {**found, "y": y.detach(), "x": x.grad}
 
 
-@pytest.fixture(params=[False, True], ids=["alone", "siblings"])
-def together(request, monkeypatch) -> bool:
-    monkeypatch.setattr(siblings, "ENABLED", request.param)
-    return request.param
-
-
 @pytest.mark.parametrize("shape", [(9,), (4, 9), (3, 11, 9), (0, 9)], ids=str)
-def test_training_step(model, on_host, host, shape, together):
+def test_training_step(model, on_host, host, shape, fused):
     x = torch.randn(shape)
     expected = step(copy.deepcopy(model), x)
     on_host()
-    step(model, x)
-    with torch.no_grad():
-        for parameter in rasa_ext.adapter_parameters(model):
-            parameter.mul_(1).grad = None  # after a step siblings know each other
     host.reset()
     found = step(model, x)
-    assert any("Batched" in call for call in host.calls()) == (together and x.numel() > 0)
+    assert any("Batched" in call for call in host.calls()) == (fused and x.numel() > 0)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-4, atol=2e-5, msg=name)
@@ -100,13 +100,12 @@ def test_training_step(model, on_host, host, shape, together):
 
 
 @pytest.mark.parametrize("shape", [(3, 11, 9), (0, 9)], ids=str)
-def test_training_step_with_dropout(model, on_host, host, monkeypatch, shape):
+def test_training_step_with_dropout(on_host, host, fused, monkeypatch, shape):
     """Under the mask that the compiled operator draws from torch's seed, again and again."""
-    for module in model.modules():
-        if isinstance(module, rasa_ext.RasaLinear):
-            module.dropout = 0.3
+    model = patched(dropout=0.3)
     monkeypatch.setattr(ops, "dropout_mask", host.ops.dropout_mask)
     monkeypatch.setattr(ops, "noise_words", lambda *_: 2)
+    monkeypatch.setattr(ops, "fuse_projections", lambda _: fused)
     x = torch.randn(shape)
     steps = [copy.deepcopy(model).train() for _ in range(3)]
     torch.manual_seed(5)
@@ -119,12 +118,11 @@ def test_training_step_with_dropout(model, on_host, host, monkeypatch, shape):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17])
-def test_without_grad(model, on_host, tokens, together):
-    """Twice: the second time packs are cached, and siblings know each other."""
+def test_without_grad(model, on_host, tokens):
+    """Twice: the second time packs are cached."""
     x = torch.randn(tokens, 9)
     with torch.no_grad():
-        expected = model(x)
-        model.apply(lambda m: m.repack() if isinstance(m, rasa_ext.RasaLinear) else None)
+        expected = copy.deepcopy(model)(x)
         on_host()
         torch.testing.assert_close(model(x), expected, rtol=2e-4, atol=2e-5)
         torch.testing.assert_close(model(x), expected, rtol=2e-4, atol=2e-5)
@@ -136,7 +134,7 @@ def test_merge(model, on_host, host, dtype):
     model.to(dtype)
     expected = copy.deepcopy(model)
     largest = rasa_ext.merge(expected)
-    y = model.layers[0]["wide"](torch.randn(3, 9, dtype=dtype, requires_grad=True))
+    y = model.layers[0]["gate_proj"](torch.randn(3, 9, dtype=dtype, requires_grad=True))
     on_host()
     host.reset()
     assert rasa_ext.merge(model) == pytest.approx(largest, rel=1e-5)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.operators import opcheck
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (in, out, private ranks, pooled ranks, or None for no pool)
 SHAPES = ((9, 7, 3, 6), (1, 1, 1, 0), (17, 2, 0, 5), (6, 4, 2, None), (33, 18, 7, 32))
@@ -50,14 +52,14 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype, size: Tensor | No
     return found.dtype == dtype and bool((error <= 4 * torch.finfo(dtype).eps * size).all())
 
 
-def check_pack(Ap: Tensor, Bt: Tensor, group: Group, layer: int, dtype: torch.dtype) -> None:
+def check_pack(Ap: Tensor, Bp: Tensor, group: Group, layer: int, dtype: torch.dtype) -> None:
     down, up, d = group.stacked(layer)
     rank = group.rank
     # Sums and products are float32 at best, and float64 for float64 alone.
-    assert close(Ap[:rank].contiguous(), down, dtype)
-    assert close(Bt[:, :rank].contiguous(), up * d, dtype)
+    assert close(Ap[:rank], down, dtype)
+    assert close(Bp[:rank], (up * d).T, dtype)
     assert not Ap[rank:].any()
-    assert not Bt[:, rank:].any()
+    assert not Bp[rank:].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,13 +67,13 @@ def check_pack(Ap: Tensor, Bt: Tensor, group: Group, layer: int, dtype: torch.dt
 def test_pack(host, param, dtype):
     for shape, multiple, by_columns in itertools.product(SHAPES, (1, 8), (False, True)):
         group = Group(shape, 1, param, by_columns)
-        Ap, Bt = host.ops.pack(*group.adapter(0), dtype, multiple)
+        Ap, Bp = host.ops.pack(*group.adapter(0), dtype, multiple)
         width = -(-group.rank // multiple) * multiple
         assert Ap.shape == (width, shape[0])
-        assert Bt.shape == (shape[1], width)
+        assert Bp.shape == (width, shape[1])
         assert Ap.is_contiguous()
-        assert Bt.is_contiguous()
-        check_pack(Ap, Bt, group, 0, dtype)
+        assert Bp.is_contiguous()
+        check_pack(Ap, Bp, group, 0, dtype)
         group.d[0] = torch.ones_like(group.d[0])
         without = host.ops.pack(*group.adapter(0)[:4], None, dtype, multiple)
         check_pack(*without, group, 0, dtype)
@@ -79,44 +81,44 @@ def test_pack(host, param, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("param", DTYPES, ids=str)
-def test_pack_layers(host, param, dtype):
+def test_pack_group(host, param, dtype):
     for shape, layers in itertools.product(SHAPES, (1, 3)):
         group = Group(shape, layers, param)
-        Ap, Bt = host.ops.pack_layers(
+        Ap, Bp = host.ops.pack_group(
             group.A, group.A_pool, group.B, group.B_pool, group.d, dtype, 8
         )
         assert Ap.is_contiguous()
-        assert Bt.is_contiguous()
+        assert Bp.is_contiguous()
         for layer in range(layers):
-            check_pack(Ap[layer], Bt[layer], group, layer, dtype)
+            check_pack(Ap[layer], Bp[layer], group, layer, dtype)
 
 
 def test_tables_of_several_launches(host):
-    """Of 120 layers, more words than one kernel takes as parameters."""
+    """120 layers are more than travel by value, and more words than one upload takes."""
     group = Group((9, 7, 3, 6), 120, torch.float32)
     lists = (group.A, group.A_pool, group.B, group.B_pool, group.d)
-    Ap, Bt = host.ops.pack_layers(*lists, torch.float32, 16)
+    Ap, Bp = host.ops.pack_group(*lists, torch.float32, 16)
     for layer in range(120):
-        check_pack(Ap[layer], Bt[layer], group, layer, torch.float32)
-    _, _, dB, _, dd = host.ops.pack_layers_backward(Ap, Bt, group.B, group.B_pool, group.d)
+        check_pack(Ap[layer], Bp[layer], group, layer, torch.float32)
+    _, _, dB, _, dd = host.ops.pack_group_backward(Ap, Bp, group.B, group.B_pool, group.d)
     for layer in range(120):
-        expected = gradients(group, Ap[layer], Bt[layer], layer)
-        bound = sizes(group, Ap[layer], Bt[layer], layer)
+        expected = gradients(group, Ap[layer], Bp[layer], layer)
+        bound = sizes(group, Ap[layer], Bp[layer], layer)
         assert close(dB[layer], expected["dB"], torch.float32, bound["dB"])
         assert close(dd[layer], expected["dd"], torch.float32, bound["dd"])
 
 
-def gradients(group: Group, dAp: Tensor, dBt: Tensor, layer: int) -> dict[str, Tensor]:
+def gradients(group: Group, dAp: Tensor, dBp: Tensor, layer: int) -> dict[str, Tensor]:
     """The formulas in float64."""
     _, up, d = group.stacked(layer)
-    dAp, T, own = dAp.double()[: group.rank], dBt.double()[:, : group.rank], group.own
+    dAp, T, own = dAp.double()[: group.rank], dBp.double()[: group.rank].T, group.own
     return {
         "dA": dAp[:own], "dA_pool": dAp[own:], "dB": (T * d)[:, :own], "dB_pool": (T * d)[:, own:],
         "dd": (T * up).sum(0),
     }  # fmt: skip
 
 
-def sizes(group: Group, dAp: Tensor, dBt: Tensor, layer: int) -> dict[str, Tensor]:
+def sizes(group: Group, dAp: Tensor, dBp: Tensor, layer: int) -> dict[str, Tensor]:
     """The same of the magnitudes."""
     bound = object.__new__(Group)
     vars(bound).update(
@@ -129,14 +131,14 @@ def sizes(group: Group, dAp: Tensor, dBt: Tensor, layer: int) -> dict[str, Tenso
             for name, value in vars(group).items()
         }
     )
-    return gradients(bound, dAp.abs(), dBt.abs(), layer)
+    return gradients(bound, dAp.abs(), dBp.abs(), layer)
 
 
 def draw_grads(shape, width: int, layers: int, dtype, by_columns: bool) -> tuple[Tensor, Tensor]:
     dAp = torch.randn(layers, width, shape[0]).to(dtype)
     if by_columns:
-        return dAp, torch.randn(layers, width, shape[1]).to(dtype).transpose(1, 2)
-    return dAp, torch.randn(layers, shape[1], width).to(dtype)
+        return dAp, torch.randn(layers, shape[1], width).to(dtype).transpose(1, 2)
+    return dAp, torch.randn(layers, width, shape[1]).to(dtype)
 
 
 @pytest.mark.parametrize("grad", [torch.float32, torch.bfloat16], ids=str)
@@ -145,33 +147,39 @@ def test_pack_backward(host, param, grad):
     """Gradients come in any dtype and order, and with padding."""
     for shape, by_columns, pad in itertools.product(SHAPES, (True, False), (0, 5)):
         group = Group(shape, 1, param)
-        dAp, dBt = draw_grads(shape, group.rank + pad, 1, grad, by_columns)
-        dAp, dBt = dAp[0], dBt[0]
-        found = host.ops.pack_backward(dAp, dBt, group.B[0], group.B_pool, group.d[0])
-        expected, bounds = gradients(group, dAp, dBt, 0), sizes(group, dAp, dBt, 0)
+        dAp, dBp = draw_grads(shape, group.rank + pad, 1, grad, by_columns)
+        dAp, dBp = dAp[0], dBp[0]
+        found = host.ops.pack_backward(dAp, dBp, group.B[0], group.B_pool, group.d[0])
+        expected, bounds = gradients(group, dAp, dBp, 0), sizes(group, dAp, dBp, 0)
         for (name, value), mine in zip(expected.items(), found, strict=True):
             assert close(mine, value, param, bounds[name]), name
-        assert found[3].stride() == (1, max(shape[1], 1))
+        assert found[2].stride() == found[3].stride() == (1, shape[1])
+        # Either alone, and what comes of it.
+        rest = (group.B[0], group.B_pool, group.d[0])
+        for given, parts in (((dAp, None), (0, 1)), ((None, dBp), (2, 3, 4))):
+            alone = host.ops.pack_backward(*given, *rest)
+            for i, (mine, whole) in enumerate(zip(alone, found, strict=True)):
+                assert torch.equal(mine, whole if i in parts else whole.new_empty(0))
         group.d[0] = torch.ones_like(group.d[0])
-        found = host.ops.pack_backward(dAp, dBt, group.B[0], group.B_pool, None)
-        assert close(found[2], gradients(group, dAp, dBt, 0)["dB"], param)
+        found = host.ops.pack_backward(dAp, dBp, group.B[0], group.B_pool, None)
+        assert close(found[2], gradients(group, dAp, dBp, 0)["dB"], param)
         assert found[4].shape == (0,)
 
 
 @pytest.mark.parametrize("param", [torch.float32, torch.float64], ids=str)
-def test_pack_layers_backward(host, param):
+def test_pack_group_backward(host, param):
     for shape, layers, by_columns in itertools.product(SHAPES, (1, 3), (True, False)):
         group = Group(shape, layers, param)
-        dAp, dBt = draw_grads(shape, group.rank + 2, layers, torch.float32, by_columns)
+        dAp, dBp = draw_grads(shape, group.rank + 2, layers, torch.float32, by_columns)
         found = dict(
             zip(
                 ("dA", "dA_pool", "dB", "dB_pool", "dd"),
-                host.ops.pack_layers_backward(dAp, dBt, group.B, group.B_pool, group.d),
+                host.ops.pack_group_backward(dAp, dBp, group.B, group.B_pool, group.d),
                 strict=True,
             )
         )
-        each = [gradients(group, dAp[i], dBt[i], i) for i in range(layers)]
-        bounds = [sizes(group, dAp[i], dBt[i], i) for i in range(layers)]
+        each = [gradients(group, dAp[i], dBp[i], i) for i in range(layers)]
+        bounds = [sizes(group, dAp[i], dBp[i], i) for i in range(layers)]
         for name in ("dA", "dB", "dd"):
             for i in range(layers):
                 assert close(found[name][i], each[i][name], param, bounds[i][name]), name
@@ -184,15 +192,15 @@ def test_pack_layers_backward(host, param):
 def test_opcheck(host, param):
     for shape in SHAPES:
         group = Group(shape, 2, param)
-        dAp, dBt = draw_grads(shape, group.rank, 2, torch.float32, True)
+        dAp, dBp = draw_grads(shape, group.rank, 2, torch.float32, False)
         lists = (group.A, group.A_pool, group.B, group.B_pool, group.d)
         back = (group.B, group.B_pool, group.d)
-        torch.library.opcheck(host.ops.pack.default, (*group.adapter(0), torch.bfloat16, 4))
-        torch.library.opcheck(
-            host.ops.pack_backward.default, (dAp[0], dBt[0], *group.adapter(0)[2:])
-        )
-        torch.library.opcheck(host.ops.pack_layers.default, (*lists, torch.bfloat16, 4))
-        torch.library.opcheck(host.ops.pack_layers_backward.default, (dAp, dBt, *back))
+        opcheck(host.ops.pack.default, (*group.adapter(0), torch.bfloat16, 4))
+        opcheck(host.ops.pack_backward.default, (dAp[0], dBp[0], *group.adapter(0)[2:]))
+        for given in ((dAp[0], None), (None, dBp[0])):
+            opcheck(host.ops.pack_backward.default, (*given, *group.adapter(0)[2:]))
+        opcheck(host.ops.pack_group.default, (*lists, torch.bfloat16, 4))
+        opcheck(host.ops.pack_group_backward.default, (dAp, dBp, *back))
 
 
 def test_refusals(host):
@@ -208,8 +216,8 @@ def test_refusals(host):
     with pytest.raises(RuntimeError, match="multiple: expected at least 1, got 0"):
         pack(A, A_pool, B, B_pool, d, torch.float32, 0)
     with pytest.raises(RuntimeError, match="dAp: expected at least 9 rows"):
-        back(torch.ones(8, 9), torch.ones(7, 8), B, B_pool, d)
+        back(torch.ones(8, 9), torch.ones(8, 7), B, B_pool, d)
     with pytest.raises(RuntimeError, match="expected lists of one length, got 2 and 1"):
-        host.ops.pack_layers(group.A, A_pool, group.B[:1], B_pool, group.d, torch.float32)
+        host.ops.pack_group(group.A, A_pool, group.B[:1], B_pool, group.d, torch.float32)
     with pytest.raises(RuntimeError, match=r"A\[i\]: expected shape \(3, 9\), got shape \(2, 9\)"):
-        host.ops.pack_layers([A, A[:2]], A_pool, group.B, B_pool, group.d, torch.float32)
+        host.ops.pack_group([A, A[:2]], A_pool, group.B, B_pool, group.d, torch.float32)

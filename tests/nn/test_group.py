@@ -78,7 +78,7 @@ class Case:
         return {"y": y, **dict(zip(leaves, grads, strict=True))}
 
     def plain(self) -> dict[str, Tensor]:
-        """The published formula, one layer after the other."""
+        """The official formula, one layer after the other."""
 
         def run(x, weights, bias, *_):
             ys = []
@@ -101,7 +101,7 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape, dtype, device):
-    """Against float64, within twice the error of the published formula at that dtype."""
+    """Against float64, within twice the error of the official formula at that dtype."""
     ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
     for turn in range(8):  # pooled, since one rounding of a single number says little
         case = Case(shape, dtype, device, bias=bool(turn % 2))

@@ -85,7 +85,7 @@ def test_only_u_is_new(rank, k, dtype, bias, needs_dx):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rank", "k"), [(8, 1), (16, 2), (32, 4)])
 def test_against_the_published_formula(rank, k, dtype, figure):
-    """Its adapter in the base's dtype, as the published code keeps it."""
+    """Its adapter in the base's dtype, as the official code keeps it."""
     base, layer = layer_of(rank, k, dtype)
     x = torch.randn(TOKENS, WIDTH, dtype=dtype, requires_grad=True)
     mine, _ = kept(lambda: layer(x))
@@ -96,7 +96,7 @@ def test_against_the_published_formula(rank, k, dtype, figure):
     published = sum(size for address, size in theirs.items() if address not in there)
     figure(
         f"saved for backward beyond x, weights and parameters, r={rank} k={k} L={LAYERS} "
-        f"M={TOKENS} {WIDTH}->{OUT} {dtype}: {ours:,} bytes, published formula {published:,} "
+        f"M={TOKENS} {WIDTH}->{OUT} {dtype}: {ours:,} bytes, official formula {published:,} "
         f"({ours / published:.2f})"
     )
     ranks = layer.d.numel()

@@ -84,7 +84,7 @@ def train(case: Case, wrap: Wrap = lambda model, case: model) -> tuple[nn.Module
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = wrap(build(case), case)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, 0.01)
+    optimizer = torch.optim.AdamW(trained, 0.01)
     losses, norms = torch.zeros(2, 3)
     for step in range(len(losses)):
         ((name, tokens),) = case.entry.inputs(step).items()
@@ -97,8 +97,8 @@ def train(case: Case, wrap: Wrap = lambda model, case: model) -> tuple[nn.Module
                 (loss / case.micro).backward()
             losses[step] += loss.detach() / (case.micro * size)
         norms[step] = nn.utils.clip_grad_norm_(trained, CLIP)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
     if size > 1:
         dist.all_reduce(losses)
     return model, losses, norms

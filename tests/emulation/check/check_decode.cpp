@@ -17,14 +17,14 @@ void check_one(const Shape& shape, DType dtype, bool wants_U, int offset) {
              std::to_string(out) + " Rp " + std::to_string(Rp) + " offset " +
              std::to_string(offset) + " " + name_of(dtype));
   Array x(dtype, int64_t{M} * in, offset), Ap(dtype, int64_t{Rp} * in, offset);
-  Array Bt(dtype, int64_t{out} * Rp, offset), base(dtype, int64_t{M} * out);
-  for (Array* input : {&x, &Ap, &Bt, &base}) input->randomize();
+  Array Bp(dtype, int64_t{Rp} * out, offset), base(dtype, int64_t{M} * out);
+  for (Array* input : {&x, &Ap, &Bp, &base}) input->randomize();
   Array U(dtype, wants_U ? int64_t{M} * Rp : 0), y(dtype, int64_t{M} * out, offset);
   Array workspace(DType::kFloat32, static_cast<int64_t>(rasa_ext::decode_workspace(M, in, Rp) / 4));
   if (!rasa_ext::decode_fits(M, Rp, dtype)) fail("decode_fits says no");
   run_repeatedly("decode", {&U, &y, &workspace}, [&] {
     for (int64_t i = 0; i < y.size(); ++i) y.set(i, base[i]);
-    rasa_ext::launch_decode({x.data(), Ap.data(), Bt.data(), wants_U ? U.data() : nullptr, y.data(),
+    rasa_ext::launch_decode({x.data(), Ap.data(), Bp.data(), wants_U ? U.data() : nullptr, y.data(),
                              workspace.data(), M, in, out, Rp},
                             dtype, nullptr);
   });
@@ -42,7 +42,7 @@ void check_one(const Shape& shape, DType dtype, bool wants_U, int offset) {
     }
   }
   // Roundings on the way of one term: a lane's share, the lanes, the parts; then the rank.
-  const double shrink = (in / 32.0 + 25) * 0x1p-24, expand = (Rp / 4.0 + 5) * 0x1p-24;
+  const double shrink = (in / 32.0 + 25) * 0x1p-24, expand = (Rp + 2) * 0x1p-24;
   if (wants_U) {
     expect(
         "U", U, [&](int64_t i) { return wide[i]; },
@@ -53,7 +53,7 @@ void check_one(const Shape& shape, DType dtype, bool wants_U, int offset) {
   const auto product = [&](const std::vector<double>& factors, int64_t i, bool absolute) {
     double all = 0;
     for (int j = 0; j < Rp; ++j) {
-      const double b = Bt[i % out * Rp + j];
+      const double b = Bp[int64_t{j} * out + i % out];
       all += factors[i / out * Rp + j] * (absolute ? std::abs(b) : b);
     }
     return all;

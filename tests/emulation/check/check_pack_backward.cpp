@@ -8,8 +8,8 @@
 namespace check {
 namespace {
 
+using rasa_ext::PackBackwardGroup;
 using rasa_ext::PackBackwardLayer;
-using rasa_ext::PoolGrads;
 
 struct Shape {
   int in, out, own, pooled, Rp;
@@ -17,46 +17,40 @@ struct Shape {
 
 struct Layer {
   Shape shape;
-  Array dAp, dBt, B, B_pool, d, dA, dB, dd;
+  Array dAp, dBp, B, d, dA, dB, dd;
 
   Layer(const Shape& s, DType param, int offset)
       : shape(s),
         dAp(accumulation(param), int64_t{s.Rp} * s.in, offset),
-        dBt(accumulation(param), int64_t{s.Rp} * s.out, offset),
-        B(param, int64_t{s.out} * s.own, offset),
-        B_pool(param, int64_t{s.out} * s.pooled, offset),
+        dBp(accumulation(param), int64_t{s.Rp} * s.out, offset),
+        B(param, int64_t{s.own} * s.out, offset),
         d(param, s.own + s.pooled, offset),
         dA(param, int64_t{s.own} * s.in, offset),
-        dB(param, int64_t{s.out} * s.own, offset),
+        dB(param, int64_t{s.own} * s.out, offset),
         dd(param, s.own + s.pooled, offset) {
-    for (Array* input : {&dAp, &dBt, &B, &B_pool, &d}) input->randomize();
+    for (Array* input : {&dAp, &dBp, &B, &d}) input->randomize();
   }
 
   PackBackwardLayer pointers() const {
-    return {dAp.data(), dBt.data(), B.data(), B_pool.data(), d.data(),  dA.data(),
-            dB.data(),  dd.data(),  shape.in, shape.out,     shape.own, shape.pooled};
+    return {dAp.data(), dBp.data(), B.data(), d.data(), dA.data(), dB.data(), dd.data()};
   }
 
-  // T[n, j] of dBt by columns.
-  double T(int64_t n, int64_t j) const { return dBt[j * shape.out + n]; }
-
-  void expect_own() const {
-    const int own = shape.own, pooled = shape.pooled;
+  void expect_own(const Array& B_pool) const {
+    const int own = shape.own, R = own + shape.pooled, out = shape.out;
     expect_rounded("dA", dA, [&](int64_t i) { return dAp[i]; });
-    expect_rounded("dB", dB, [&](int64_t i) { return T(i / own, i % own) * d[i % own]; });
-    std::vector<double> sum(own + pooled), terms(own + pooled);
-    for (int j = 0; j < own + pooled; ++j) {
-      for (int n = 0; n < shape.out; ++n) {
-        const double b = j < own ? B[n * own + j] : B_pool[n * pooled + (j - own)];
-        sum[j] += b * T(n, j);
-        terms[j] += std::abs(b * T(n, j));
-      }
+    expect_rounded("dB", dB, [&](int64_t i) { return dBp[i] * d[i / out]; });
+    std::vector<double> sum(R), terms(R);
+    for (int64_t i = 0; i < int64_t{R} * out; ++i) {
+      const int64_t pooled = i - int64_t{own} * out;
+      const double term = (pooled < 0 ? B[i] : B_pool[pooled]) * dBp[i];
+      sum[i / out] += term;
+      terms[i / out] += std::abs(term);
     }
     expect(
         "dd", dd, [&](int64_t j) { return sum[j]; },
         [&](int64_t j) {
-          // A lane's share of a tile, the lanes, the tiles: far fewer roundings than out.
-          const double steps = 32 + shape.out / 1024.0;
+          // A thread's share of the row, the lanes, the warps.
+          const double steps = 32 + out / 256.0;
           return terms[j] * steps * rounding(accumulation(dd.dtype())) +
                  std::abs(sum[j]) * rounding(dd.dtype()) + 0x1p-24;
         });
@@ -66,6 +60,7 @@ struct Layer {
 // The pool's gradients, summed over layers.
 void expect_pool(const std::vector<std::unique_ptr<Layer>>& layers, const Array& dA_pool,
                  const Array& dB_pool) {
+  if (layers.empty()) return;
   const Shape& shape = layers[0]->shape;
   const auto slack = [&](const Array& array, double all, double absolute) {
     const double sums = layers.size() * rounding(accumulation(array.dtype())) * absolute;
@@ -83,7 +78,7 @@ void expect_pool(const std::vector<std::unique_ptr<Layer>>& layers, const Array&
     double all = 0;
     for (const auto& layer : layers) {
       const int64_t j = shape.own + i / shape.out;
-      const double value = layer->T(i % shape.out, j) * layer->d[j];
+      const double value = layer->dBp[j * shape.out + i % shape.out] * layer->d[j];
       all += absolute ? std::abs(value) : value;
     }
     return all;
@@ -96,15 +91,17 @@ void expect_pool(const std::vector<std::unique_ptr<Layer>>& layers, const Array&
       [&](int64_t i) { return slack(dB_pool, up(i, false), up(i, true)); });
 }
 
-void check_layers(const Shape& shape, int count, bool table_form, DType param, int offset) {
-  begin_case(std::to_string(count) + (table_form ? " layers in " : " layer in ") +
-             std::to_string(shape.in) + " out " + std::to_string(shape.out) + " own " +
-             std::to_string(shape.own) + " pooled " + std::to_string(shape.pooled) + " Rp " +
-             std::to_string(shape.Rp) + " offset " + std::to_string(offset) + " " + name_of(param));
+void check_layers(const Shape& shape, int count, DType param, int offset) {
+  begin_case(std::to_string(count) + " layers in " + std::to_string(shape.in) + " out " +
+             std::to_string(shape.out) + " own " + std::to_string(shape.own) + " pooled " +
+             std::to_string(shape.pooled) + " Rp " + std::to_string(shape.Rp) + " offset " +
+             std::to_string(offset) + " " + name_of(param));
   std::vector<std::unique_ptr<Layer>> layers;
   std::vector<PackBackwardLayer> host;
+  Array B_pool(param, int64_t{shape.pooled} * shape.out, offset);
   Array dA_pool(param, int64_t{shape.pooled} * shape.in, offset);
   Array dB_pool(param, int64_t{shape.pooled} * shape.out, offset);
+  B_pool.randomize();
   std::vector<Array*> outputs{&dA_pool, &dB_pool};
   for (int i = 0; i < count; ++i) {
     layers.push_back(std::make_unique<Layer>(shape, param, offset));
@@ -113,52 +110,81 @@ void check_layers(const Shape& shape, int count, bool table_form, DType param, i
       outputs.push_back(output);
     }
   }
-  const size_t bytes =
-      rasa_ext::pack_backward_workspace(count, shape.out, shape.own, shape.pooled, param);
-  Array workspace(DType::kFloat32, static_cast<int64_t>(bytes / 4));
-  outputs.push_back(&workspace);
-  auto* table = static_cast<PackBackwardLayer*>(allocate(host.size() * sizeof(host[0])));
-  std::copy(host.begin(), host.end(), table);
-  const PoolGrads pool{dA_pool.data(), dB_pool.data()};
+  const size_t bytes = host.size() * sizeof(PackBackwardLayer);
+  auto* table =
+      count > rasa_ext::kLayersByValue ? static_cast<PackBackwardLayer*>(allocate(bytes)) : nullptr;
+  if (table != nullptr) std::copy(host.begin(), host.end(), table);
+  const PackBackwardGroup group{B_pool.data(), dA_pool.data(), dB_pool.data(), count,
+                                shape.in,      shape.out,      shape.own,      shape.pooled};
   run_repeatedly("pack_backward", outputs, [&] {
-    if (table_form) {
-      rasa_ext::launch_pack_layers_backward(host.data(), table, count, pool, workspace.data(),
-                                            param, nullptr);
-    } else {
-      rasa_ext::launch_pack_backward(host[0], pool, workspace.data(), param, nullptr);
-    }
+    rasa_ext::launch_pack_backward(group, host.data(), table, param, nullptr);
   });
   release(table);
-  workspace.check_guards("workspace");
-  for (const auto& layer : layers) layer->expect_own();
+  for (const auto& layer : layers) layer->expect_own(B_pool);
   expect_pool(layers, dA_pool, dB_pool);
+}
+
+// What is not given, or not wanted, is left alone; the rest is as ever. No d stands for ones.
+void check_parts(const Shape& shape, bool down, bool up, bool scaled) {
+  begin_case(std::string(down ? "dAp " : "") + (up ? "dBp " : "") + (scaled ? "d" : ""));
+  const DType param = DType::kFloat32;
+  Layer layer(shape, param, 0);
+  Array B_pool(param, int64_t{shape.pooled} * shape.out);
+  Array dA_pool(param, int64_t{shape.pooled} * shape.in);
+  Array dB_pool(param, int64_t{shape.pooled} * shape.out);
+  B_pool.randomize();
+  PackBackwardLayer pointers = layer.pointers();
+  PackBackwardGroup group{B_pool.data(), dA_pool.data(), dB_pool.data(), 1,
+                          shape.in,      shape.out,      shape.own,      shape.pooled};
+  if (!down) pointers.dAp = pointers.dA = group.dA_pool = nullptr, group.in = 0;
+  if (!up) pointers.dBp = pointers.dB = group.dB_pool = nullptr, group.out = 0;
+  if (!scaled) pointers.d = nullptr;
+  if (!up || !scaled) pointers.dd = nullptr;
+  run_repeatedly("pack_backward", {&layer.dA, &dA_pool, &layer.dB, &dB_pool, &layer.dd}, [&] {
+    rasa_ext::launch_pack_backward(group, &pointers, nullptr, param, nullptr);
+  });
+  const auto expect_part = [](const char* name, const Array& array, bool given,
+                              const std::function<double(int64_t)>& expected) {
+    for (int64_t i = 0; !given && i < array.size(); ++i) {
+      if (array[i] == array[i]) fail(std::string(name) + ": written");
+    }
+    if (given) expect_rounded(name, array, expected);
+  };
+  const int64_t own_in = int64_t{shape.own} * shape.in, own_out = int64_t{shape.own} * shape.out;
+  const auto dB_of = [&](int64_t i) {
+    return layer.dBp[i] * (scaled ? layer.d[i / shape.out] : 1.0);
+  };
+  expect_part("dA", layer.dA, down, [&](int64_t i) { return layer.dAp[i]; });
+  expect_part("dA_pool", dA_pool, down, [&](int64_t i) { return layer.dAp[own_in + i]; });
+  expect_part("dB", layer.dB, up, dB_of);
+  expect_part("dB_pool", dB_pool, up, [&](int64_t i) { return dB_of(own_out + i); });
+  if (!up || !scaled) expect_part("dd", layer.dd, false, {});
 }
 
 }  // namespace
 
 void check_pack_backward() {
-  const std::vector<Shape> shapes{
-      {40, 24, 7, 32, 48},
-      {33, 300, 7, 32, 39},
-      {5, 257, 3, 4, 16},
-      {64, 131, 0, 8, 16},
-      {9, 5, 1, 0, 1},
-      {24, 140, 8, 0, 16},
-      {1040, 7, 4, 3, 16},
-      {700, 3, 3, 2, 16},
-      {16, 40, 28, 128, 160},
-      {7, 130, 40, 9, 49},
-      {0, 6, 3, 2, 16},
-      // Borders of dA and of the pool's rows one element before and behind a block's.
-      {241, 3, 17, 2, 32},
-      {585, 3, 7, 1, 16},
-      {1025, 3, 2, 3, 16},
-      {6, 0, 3, 2, 16},
-      {4, 4, 0, 0, 0},
-      {4, 4300, 1, 1, 2}};
+  const std::vector<Shape> shapes{{40, 24, 7, 32, 48},
+                                  {33, 300, 7, 32, 39},
+                                  {5, 257, 3, 4, 16},
+                                  {64, 131, 0, 8, 16},
+                                  {9, 5, 1, 0, 1},
+                                  {24, 140, 8, 0, 16},
+                                  {16, 40, 28, 128, 160},
+                                  // Rows of a piece, of one and a bit, and of several.
+                                  {256, 264, 2, 1, 4},
+                                  {257, 255, 2, 2, 4},
+                                  {520, 8, 1, 2, 3},
+                                  {8, 520, 1, 2, 3},
+                                  {0, 6, 3, 2, 16},
+                                  {6, 0, 3, 2, 16},
+                                  {4, 4, 0, 0, 0},
+                                  // A row of what a block takes at a time, and a bit.
+                                  {4, 4104, 1, 1, 2},
+                                  {4, 4097, 1, 1, 2}};
   if (is_small()) {
-    check_layers(shapes[0], 1, false, DType::kFloat32, 1);
-    check_layers(shapes[1], 2, true, DType::kBFloat16, 0);
+    check_layers(shapes[0], 1, DType::kFloat32, 1);
+    check_layers(shapes[1], 2, DType::kBFloat16, 0);
     return;
   }
   std::vector<DType> params = dtypes();
@@ -166,13 +192,16 @@ void check_pack_backward() {
   for (const Shape& shape : shapes) {
     for (const DType param : params) {
       for (const int offset : {0, 1}) {
-        check_layers(shape, 1, false, param, offset);
-        check_layers(shape, 3, true, param, offset);
+        for (const int count : {1, 3}) check_layers(shape, count, param, offset);
       }
     }
   }
-  // More tiles than a warp has lanes.
-  check_layers({2, 4300, 1, 1, 2}, 1, false, DType::kFloat32, 0);
+  for (const int count : {0, rasa_ext::kLayersByValue, rasa_ext::kLayersByValue + 1}) {
+    check_layers({9, 8, 2, 1, 4}, count, DType::kFloat32, 0);
+  }
+  check_parts({40, 24, 3, 4, 16}, true, false, true);
+  check_parts({40, 24, 3, 4, 16}, false, true, true);
+  check_parts({40, 24, 3, 4, 16}, true, true, false);
 }
 
 }  // namespace check

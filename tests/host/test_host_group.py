@@ -1,4 +1,4 @@
-"""Low-rank linears of all layers at once: what the host code hands to cuBLAS, and how it lies."""
+"""A group's low-rank linears at once: what the host code hands to cuBLAS, and how it lies."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import itertools
 import pytest
 import torch
 
-from rasa_ext.ops import reference
+from rasa_ext import ops
+from tests.helpers.operators import opcheck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (layers, tokens, in, out, rank of the packs, rank of the pool or None)
@@ -15,7 +16,7 @@ SHAPES = (
     (1, 1, 1, 1, 1, 1), (3, 5, 9, 7, 3, 6), (2, 17, 16, 24, 16, 32), (2, 3, 6, 4, 0, 5),
     (2, 4, 5, 6, 3, None), (2, 3, 4, 5, 2, 0), (2, 0, 6, 4, 2, 4), (1, 3, 4, 2, 0, None),
 )  # fmt: skip
-RESULTS = ("y", "U", "V", "dx", "dAp", "dBt", "dAp_pool", "dBt_pool", "dd_pool")
+RESULTS = ("y", "U", "V", "dx", "dAp", "dBp", "dAp_pool", "dBp_pool", "dd_pool")
 
 
 def as_rows(t):
@@ -51,18 +52,18 @@ class Case:
             return next(layout)(torch.randn(size).to(dtype))
 
         self.x, self.grad = draw(layers, tokens, width), draw(layers, tokens, out)
-        self.Ap, self.Bt = draw(layers, own, width), draw(layers, out, own)
+        self.Ap, self.Bp = draw(layers, own, width), draw(layers, own, out)
         self.weights = [draw(out, width) for _ in range(layers)]
         self.pool = (None, None, None)
         if pooled is not None:
             d = torch.randn(layers, pooled)
-            self.pool = (draw(pooled, width), draw(out, pooled), d)
+            self.pool = (draw(pooled, width), draw(pooled, out), d)
         self.bias = torch.randn(layers, 2 * out).to(dtype)[:, ::2] if bias else None
 
     def run(self, ops) -> dict[str, torch.Tensor]:
-        pack = (self.Ap, self.Bt, *self.pool)
-        y, U, V = ops.linear_layers(self.x, self.weights, self.bias, *pack)
-        grads = ops.linear_layers_backward(self.grad, self.x, self.weights, U, V, *pack, True, True)
+        pack = (self.Ap, self.Bp, *self.pool)
+        y, U, V = ops.linear_group(self.x, self.weights, self.bias, *pack)
+        grads = ops.linear_group_backward(self.grad, self.x, self.weights, U, V, *pack, True, True)
         return dict(zip(RESULTS, (y, U, V, *grads), strict=True))
 
     def each(self, change) -> Case:
@@ -80,8 +81,8 @@ class Case:
 def check(host, case: Case, dtype) -> None:
     """Within a few roundings of float64, measured by the same formulas over the magnitudes."""
     found = case.run(host.ops)
-    expected = case.each(lambda t: t.double()).run(reference)
-    sizes = case.each(lambda t: t.double().abs()).run(reference)
+    expected = case.each(lambda t: t.double()).run(ops)
+    sizes = case.each(lambda t: t.double().abs()).run(ops)
     for name, value in found.items():
         assert value.shape == expected[name].shape, name
         error = (value.double() - expected[name]).abs()
@@ -108,9 +109,9 @@ def test_layouts(host, layout):
 def test_products(host):
     """The pool is one operand of each batch, and all of its gradient one product."""
     case = Case((3, 17, 9, 7, 2, 6), torch.bfloat16)
-    pack = (case.Ap, case.Bt, *case.pool)
+    pack = (case.Ap, case.Bp, *case.pool)
     host.reset()
-    _, U, V = host.ops.linear_layers(case.x, case.weights, case.bias, *pack)
+    _, U, V = host.ops.linear_group(case.x, case.weights, case.bias, *pack)
     # Row-major results are cuBLAS's transposes: m is the width, n the tokens. The strides are those
     # of its operands A and B and of the result.
     batch = "GemmStridedBatchedEx m={} n={} k={} batch=3 beta={} out={} math=19 strides={}"
@@ -123,22 +124,22 @@ def test_products(host):
     ]
     args = (case.grad, case.x, case.weights, U, V, *pack)
     host.reset()
-    host.ops.linear_layers_backward(*args, True, True)
+    host.ops.linear_group_backward(*args, True, True)
     assert host.calls() == [
         batch.format(6, 17, 7, 0, 2, "0,119,102"),
-        batch.format(9, 17, 6, 0, 2, "0,102,153"),
-        "GemmEx m=9 n=6 k=51 batch=1 beta=0 out=4 math=19",
         "GemmEx m=7 n=6 k=51 batch=1 beta=0 out=4 math=19",
+        "GemmEx m=9 n=6 k=51 batch=1 beta=0 out=4 math=19",
+        batch.format(9, 17, 6, 0, 2, "0,102,153"),
         batch.format(2, 17, 7, 0, 2, "14,119,34"),
-        batch.format(9, 17, 2, 1, 2, "18,34,153"),
-        batch.format(9, 2, 17, 0, 4, "153,34,18"),
         batch.format(7, 2, 17, 0, 4, "119,34,14"),
+        batch.format(9, 2, 17, 0, 4, "153,34,18"),
+        batch.format(9, 17, 2, 1, 2, "18,34,153"),
         "GemmBatchedEx m=9 n=17 k=7 batch=3 beta=1 out=2 math=19",
     ]
     counts = {(True, False): 5, (False, True): 6, (False, False): 0}
     for need, count in counts.items():
         host.reset()
-        host.ops.linear_layers_backward(*args, *need)
+        host.ops.linear_group_backward(*args, *need)
         assert len(host.calls()) == count, need
     assert host.math_mode() == 3, "torch's math mode is put back"
 
@@ -146,28 +147,28 @@ def test_products(host):
 def test_opcheck(host):
     for shape in (SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[6]):
         case = Case(shape, torch.bfloat16)
-        pack = (case.Ap, case.Bt, *case.pool)
+        pack = (case.Ap, case.Bp, *case.pool)
         args = (case.x, case.weights, case.bias, *pack)
-        torch.library.opcheck(host.ops.linear_layers.default, args)
-        _, U, V = host.ops.linear_layers(*args)
+        opcheck(host.ops.linear_group.default, args)
+        _, U, V = host.ops.linear_group(*args)
         for need in ((True, True), (False, False)):
             args = (case.grad, case.x, case.weights, U, V, *pack, *need)
-            torch.library.opcheck(host.ops.linear_layers_backward.default, args)
+            opcheck(host.ops.linear_group_backward.default, args)
 
 
 def test_refusals(host):
     case = Case(SHAPES[1], torch.float32)
-    call, (down, up, d) = host.ops.linear_layers, case.pool
+    call, (down, up, d) = host.ops.linear_group, case.pool
     start = (case.x, case.weights, case.bias)
-    with pytest.raises(RuntimeError, match=r"linear_layers: Bt: expected shape \(3, \*, 3\), got"):
-        call(*start, case.Ap, case.Bt[..., :2], down, up, d)
-    with pytest.raises(RuntimeError, match=r"Bt_pool: expected shape \(7, 6\), got shape \(7, 5\)"):
-        call(*start, case.Ap, case.Bt, down, up[:, :5], d)
-    with pytest.raises(RuntimeError, match="expected Ap_pool, Bt_pool and d_pool, or none of them"):
-        call(*start, case.Ap, case.Bt, down, up, None)
+    with pytest.raises(RuntimeError, match=r"linear_group: Bp: expected shape \(3, 3, \*\), got"):
+        call(*start, case.Ap, case.Bp[:, :2], down, up, d)
+    with pytest.raises(RuntimeError, match=r"Bp_pool: expected shape \(6, 7\), got shape \(5, 7\)"):
+        call(*start, case.Ap, case.Bp, down, up[:5], d)
+    with pytest.raises(RuntimeError, match="expected Ap_pool, Bp_pool and d_pool, or none of them"):
+        call(*start, case.Ap, case.Bp, down, up, None)
     with pytest.raises(RuntimeError, match="expected lists of one length, got 2 and 3"):
-        call(case.x, case.weights[:2], case.bias, case.Ap, case.Bt, down, up, d)
+        call(case.x, case.weights[:2], case.bias, case.Ap, case.Bp, down, up, d)
     with pytest.raises(RuntimeError, match=r"weights: expected shape \(7, 9\), got shape \(9, 7\)"):
-        call(case.x, [w.t() for w in case.weights], case.bias, case.Ap, case.Bt, down, up, d)
+        call(case.x, [w.t() for w in case.weights], case.bias, case.Ap, case.Bp, down, up, d)
     with pytest.raises(RuntimeError, match=r"bias: expected shape \(3, 7\), got shape \(7\)"):
-        call(case.x, case.weights, case.bias[0], case.Ap, case.Bt, down, up, d)
+        call(case.x, case.weights, case.bias[0], case.Ap, case.Bp, down, up, d)

@@ -1,5 +1,6 @@
-// Low-rank linears of L layers on given activations, and their backward, as batched products. A
-// pool's pack is an operand at distance 0, and the base's weights are where the model has them.
+// Low-rank linears of a group's L layers on given activations, and their backward, as batched
+// products. A pool's pack is an operand at distance 0, and the base's weights are where the model
+// has them.
 #include <vector>
 
 #include "batch.h"
@@ -15,45 +16,45 @@ namespace {
 struct Stack {
   int layers;
   DType dtype;
-  Tensor x, Ap, Bt;
-  std::optional<Tensor> Ap_pool, Bt_pool, d_pool;
+  Tensor x, Ap, Bp;
+  std::optional<Tensor> Ap_pool, Bp_pool, d_pool;
 
   int64_t tokens() const { return x.size(1); }
   int64_t in() const { return x.size(2); }
-  int64_t out() const { return Bt.size(1); }
+  int64_t out() const { return Bp.size(2); }
   int64_t own() const { return Ap.size(1); }
   int64_t pooled() const { return Ap_pool ? Ap_pool->size(0) : 0; }
 };
 
 Stack checked(const Checks& checks, const char* op, const Tensor& x,
-              const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bt,
-              const std::optional<Tensor>& Ap_pool, const std::optional<Tensor>& Bt_pool,
+              const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bp,
+              const std::optional<Tensor>& Ap_pool, const std::optional<Tensor>& Bp_pool,
               const std::optional<Tensor>& d_pool) {
   checks.shape("x", x, {-1, -1, -1});
   check_layers(op, weights.size(), static_cast<size_t>(x.size(0)));
   const int64_t layers = x.size(0), in = x.size(2);
   checks.like("Ap", Ap, {layers, -1, in});
-  checks.like("Bt", Bt, {layers, -1, Ap.size(1)});
-  for (const Tensor& weight : weights) checks.like("weights", weight, {Bt.size(1), in});
+  checks.like("Bp", Bp, {layers, Ap.size(1), -1});
+  for (const Tensor& weight : weights) checks.like("weights", weight, {Bp.size(2), in});
   const DType dtype = dtype_of(x);
   Stack stack{static_cast<int>(layers),
               dtype,
               batch_operand(x, dtype),
               batch_operand(Ap, dtype),
-              batch_operand(Bt, dtype),
+              batch_operand(Bp, dtype),
               {},
               {},
               {}};
-  if (Ap_pool.has_value() != Bt_pool.has_value() || Ap_pool.has_value() != d_pool.has_value()) {
-    checks.refuse("Ap_pool", "Ap_pool, Bt_pool and d_pool, or none of them", "some of them");
+  if (Ap_pool.has_value() != Bp_pool.has_value() || Ap_pool.has_value() != d_pool.has_value()) {
+    checks.refuse("Ap_pool", "Ap_pool, Bp_pool and d_pool, or none of them", "some of them");
   }
   if (Ap_pool) {
     checks.like("Ap_pool", *Ap_pool, {-1, in});
-    checks.like("Bt_pool", *Bt_pool, {Bt.size(1), Ap_pool->size(0)});
+    checks.like("Bp_pool", *Bp_pool, {Ap_pool->size(0), Bp.size(2)});
     checks.shape("d_pool", *d_pool, {layers, Ap_pool->size(0)});
     checks.device("d_pool", *d_pool);
     stack.Ap_pool = gemm_operand(*Ap_pool);
-    stack.Bt_pool = gemm_operand(*Bt_pool);
+    stack.Bp_pool = gemm_operand(*Bp_pool);
     stack.d_pool = dense(*d_pool, dtype);
   }
   return stack;
@@ -96,13 +97,14 @@ class Products {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> linear_layers(
-    const Tensor& x, const std::vector<Tensor>& weights, const std::optional<Tensor>& bias,
-    const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& Ap_pool,
-    const std::optional<Tensor>& Bt_pool, const std::optional<Tensor>& d_pool) {
-  const Checks checks("linear_layers", "x", x);
-  const Stack stack =
-      checked(checks, "linear_layers", x, weights, Ap, Bt, Ap_pool, Bt_pool, d_pool);
+std::tuple<Tensor, Tensor, Tensor> linear_group(const Tensor& x, const std::vector<Tensor>& weights,
+                                                const std::optional<Tensor>& bias, const Tensor& Ap,
+                                                const Tensor& Bp,
+                                                const std::optional<Tensor>& Ap_pool,
+                                                const std::optional<Tensor>& Bp_pool,
+                                                const std::optional<Tensor>& d_pool) {
+  const Checks checks("linear_group", "x", x);
+  const Stack stack = checked(checks, "linear_group", x, weights, Ap, Bp, Ap_pool, Bp_pool, d_pool);
   if (bias) checks.like("bias", *bias, {stack.layers, stack.out()});
   const Device device(x);
   Tensor y = empty(x, {stack.layers, stack.tokens(), stack.out()}, stack.dtype);
@@ -117,26 +119,26 @@ std::tuple<Tensor, Tensor, Tensor> linear_layers(
   if (stack.pooled() > 0) {
     products.run(layers_of(stack.x), for_all_layers(*stack.Ap_pool).t(), layers_of(V), false);
     const Tensor scaled = scale_columns(V, *stack.d_pool);
-    products.run(layers_of(scaled), for_all_layers(*stack.Bt_pool).t(), layers_of(y), set);
+    products.run(layers_of(scaled), for_all_layers(*stack.Bp_pool), layers_of(y), set);
     set = true;
   }
   if (stack.own() > 0) {
     products.run(layers_of(stack.x), layers_of(stack.Ap).t(), layers_of(U), false);
-    products.run(layers_of(U), layers_of(stack.Bt).t(), layers_of(y), set);
+    products.run(layers_of(U), layers_of(stack.Bp), layers_of(y), set);
     set = true;
   }
   products.run_base(stack.x, weights, true, y, set);
   return {y, U, V};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_layers_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_group_backward(
     const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& U,
-    const Tensor& V, const Tensor& Ap, const Tensor& Bt, const std::optional<Tensor>& Ap_pool,
-    const std::optional<Tensor>& Bt_pool, const std::optional<Tensor>& d_pool, bool need_x,
+    const Tensor& V, const Tensor& Ap, const Tensor& Bp, const std::optional<Tensor>& Ap_pool,
+    const std::optional<Tensor>& Bp_pool, const std::optional<Tensor>& d_pool, bool need_x,
     bool need_adapter) {
-  const Checks checks("linear_layers_backward", "x", x);
+  const Checks checks("linear_group_backward", "x", x);
   const Stack stack =
-      checked(checks, "linear_layers_backward", x, weights, Ap, Bt, Ap_pool, Bt_pool, d_pool);
+      checked(checks, "linear_group_backward", x, weights, Ap, Bp, Ap_pool, Bp_pool, d_pool);
   const DType dtype = stack.dtype, wide = accumulation(dtype);
   const int64_t layers = stack.layers, tokens = stack.tokens(), in = stack.in(), out = stack.out();
   const int64_t own = stack.own(), pooled = stack.pooled();
@@ -150,12 +152,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_layers_backwar
   };
   Tensor dx = need_x ? empty(x, {layers, tokens, in}, dtype) : nothing(x, dtype);
   Tensor dAp = result(need_adapter, {layers, own, in});
-  Tensor dBt = result(need_adapter, {layers, own, out});  // by columns, as are the pool's
+  Tensor dBp = result(need_adapter, {layers, own, out});
   Tensor dAp_pool = result(need_adapter, {pooled, in}),
-         dBt_pool = result(need_adapter, {pooled, out});
+         dBp_pool = result(need_adapter, {pooled, out});
   Tensor dd = result(need_adapter, {layers, pooled});
   if (tokens == 0 && need_adapter) {
-    for (Tensor* each : {&dAp, &dBt, &dAp_pool, &dBt_pool, &dd}) fill_zero(*each);
+    for (Tensor* each : {&dAp, &dBp, &dAp_pool, &dBp_pool, &dd}) fill_zero(*each);
   }
   const Products products(device, stack.layers);
   const Tensor G = batch_operand(grad, dtype);
@@ -163,33 +165,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_layers_backwar
   bool set = false;  // whether dx holds something
   if (work && pooled > 0) {
     const Tensor K = empty(x, {layers, tokens, pooled}, dtype);
-    products.run(layers_of(G), for_all_layers(*stack.Bt_pool), layers_of(K), false);
+    products.run(layers_of(G), for_all_layers(*stack.Bp_pool).t(), layers_of(K), false);
     const Tensor scaled = scale_columns(K, *stack.d_pool);
+    if (need_adapter) {
+      dd = sum_of_products(V, K, wide);
+      products.run_summed(scale_columns(V, *stack.d_pool), G, dBp_pool);
+      products.run_summed(scaled, stack.x, dAp_pool);
+    }
     if (need_x) {
       products.run(layers_of(scaled), for_all_layers(*stack.Ap_pool), layers_of(dx), false);
       set = true;
     }
-    if (need_adapter) {
-      dd = sum_of_products(V, K, wide);
-      products.run_summed(scaled, stack.x, dAp_pool);
-      products.run_summed(scale_columns(V, *stack.d_pool), G, dBt_pool);
-    }
   }
   if (work && own > 0) {
     const Tensor H = empty(x, {layers, tokens, own}, dtype);
-    products.run(layers_of(G), layers_of(stack.Bt), layers_of(H), false);
+    products.run(layers_of(G), layers_of(stack.Bp).t(), layers_of(H), false);
+    if (need_adapter) {
+      products.run(layers_of(batch_operand(U, dtype)).t(), layers_of(G), layers_of(dBp), false);
+      products.run(layers_of(H).t(), layers_of(stack.x), layers_of(dAp), false);
+    }
     if (need_x) {
       products.run(layers_of(H), layers_of(stack.Ap), layers_of(dx), set);
       set = true;
     }
-    if (need_adapter) {
-      products.run(layers_of(H).t(), layers_of(stack.x), layers_of(dAp), false);
-      products.run(layers_of(batch_operand(U, dtype)).t(), layers_of(G), layers_of(dBt), false);
-    }
   }
   if (work && need_x) products.run_base(G, weights, false, dx, set);
-  if (!need_adapter) return {dx, dAp, dBt, dAp_pool, dBt_pool, dd};
-  return {dx, dAp, transposed_layers(dBt), dAp_pool, transposed(dBt_pool), dd};
+  return {dx, dAp, dBp, dAp_pool, dBp_pool, dd};
 }
 
 }  // namespace rasa_ext

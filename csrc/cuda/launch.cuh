@@ -1,0 +1,18 @@
+// What launchers share.
+#pragma once
+
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace rasa_ext {
+
+inline unsigned ceil_div(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
+
+// Whether rows of so many elements, one after the other, all begin at 16 bytes.
+inline bool at_16_bytes(const void* rows, int64_t row, DType dtype) {
+  return reinterpret_cast<uintptr_t>(rows) % 16 == 0 &&
+         row * static_cast<int64_t>(size_of(dtype)) % 16 == 0;
+}
+
+}  // namespace rasa_ext

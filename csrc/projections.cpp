@@ -1,0 +1,203 @@
+// n projections of one x: y_i = x W_i^T + bias_i + U_i Bp_i with one U = x Ap^T, whose columns are
+// the projections' side by side, and the backward with one H and one dAp.
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "blas.h"
+#include "device.h"
+#include "dropout.h"
+#include "heuristics.h"
+#include "ops.h"
+#include "tensors.h"
+
+namespace rasa_ext {
+namespace {
+
+// Where each projection's columns of U begin, and how many there are in all.
+struct Columns {
+  std::vector<int64_t> first;
+  int64_t total = 0;
+
+  explicit Columns(const std::vector<Tensor>& Bp) {
+    for (const Tensor& up : Bp) {
+      first.push_back(total);
+      total += up.size(0);
+    }
+  }
+  Matrix of(const Matrix& U, size_t i, const Tensor& up) const {
+    return U.columns(first[i], up.size(0));
+  }
+};
+
+std::vector<Tensor> gemm_operands(const std::vector<Tensor>& tensors) {
+  std::vector<Tensor> operands;
+  for (const Tensor& tensor : tensors) operands.push_back(gemm_operand(tensor));
+  return operands;
+}
+
+bool lie_alike(const Matrix& a, const Matrix& b) {
+  return a.rows == b.rows && a.cols == b.cols && a.row_stride == b.row_stride &&
+         a.col_stride == b.col_stride;
+}
+
+// Two projections whose base products are one call; `second` == `first` stands for one alone.
+struct Pair {
+  size_t first, second;
+};
+
+// Neighbours of equal shape are a pair where that fills the device better. Its first has the lower
+// address of weights, and is given the lower one of results: two matrices anywhere in memory then
+// lie at a fixed distance that is not negative.
+std::vector<Pair> pair_up(const Matrix& x, const std::vector<Tensor>& weights,
+                          std::vector<Tensor>& y) {
+  std::vector<Pair> pairs;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Matrix weight = matrix_of(weights[i]);
+    if (i + 1 == weights.size() || !batch_projections(x.rows, weight.rows) ||
+        !lie_alike(weight, matrix_of(weights[i + 1]))) {
+      pairs.push_back({i, i});
+      continue;
+    }
+    const bool ascending = weights[i].data_ptr() <= weights[i + 1].data_ptr();
+    const Pair pair = ascending ? Pair{i, i + 1} : Pair{i + 1, i};
+    if (y[pair.first].data_ptr() > y[pair.second].data_ptr()) std::swap(y[i], y[i + 1]);
+    pairs.push_back(pair);
+    ++i;
+  }
+  return pairs;
+}
+
+int64_t distance(const Matrix& from, const Matrix& to) {
+  const int64_t bytes = static_cast<char*>(to.data) - static_cast<char*>(from.data);
+  return bytes / static_cast<int64_t>(size_of(from.dtype));
+}
+
+// y_i += x W_i^T of one or both.
+GemmCall add_base(const Matrix& x, const Pair& pair, const std::vector<Tensor>& weights,
+                  const std::vector<Tensor>& y) {
+  const Matrix weight = matrix_of(weights[pair.first]), result = matrix_of(y[pair.first]);
+  if (pair.first == pair.second) return multiply(x, weight.t(), result, 1);
+  return multiply_strided(x, weight.t(), result, 1, 2, 0,
+                          distance(weight, matrix_of(weights[pair.second])),
+                          distance(result, matrix_of(y[pair.second])));
+}
+
+}  // namespace
+
+std::tuple<std::vector<Tensor>, Tensor> linear_projections(
+    const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& mask,
+    double scale) {
+  const char* op = "linear_projections";
+  const Checks checks(op, "x", x);
+  checks.shape("x", x, {-1, -1});
+  check_layers(op, weights.size(), Bp.size());
+  if (!biases.empty()) check_layers(op, weights.size(), biases.size());
+  for (size_t i = 0; i < weights.size(); ++i) {
+    checks.like("weights[i]", weights[i], {-1, x.size(1)});
+    checks.like("Bp[i]", Bp[i], {-1, weights[i].size(0)});
+    if (!biases.empty() && biases[i].numel() > 0) {
+      checks.like("biases[i]", biases[i], {weights[i].size(0)});
+    }
+  }
+  const Columns columns(Bp);
+  checks.like("Ap", Ap, {columns.total, x.size(1)});
+  check_mask(checks, mask, x.numel());
+
+  const DType dtype = dtype_of(x);
+  const Device device(x);
+  const Tensor U = empty(x, {x.size(0), columns.total}, dtype);
+  std::vector<Tensor> y;
+  for (const Tensor& weight : weights) y.push_back(empty(x, {x.size(0), weight.size(0)}, dtype));
+  if (x.size(0) == 0) return {y, U};
+
+  const Tensor rows = gemm_operand(x), kept = kept_of(device, rows, mask), down = gemm_operand(Ap);
+  const std::vector<Tensor> bases = gemm_operands(weights), ups = gemm_operands(Bp);
+  const Matrix input = matrix_of(rows), inner = matrix_of(U);
+  const std::vector<Pair> pairs = pair_up(input, bases, y);
+  std::vector<GemmCall> calls = {multiply(matrix_of(kept), matrix_of(down).t(), inner, 0)};
+  if (mask) calls[0].alpha = scale;
+  for (size_t i = 0; i < y.size(); ++i) {
+    const bool bias = !biases.empty() && biases[i].numel() > 0;
+    if (bias) fill_rows(y[i], biases[i]);
+    calls.push_back(
+        multiply(columns.of(inner, i, ups[i]), matrix_of(ups[i]), matrix_of(y[i]), bias ? 1 : 0));
+  }
+  for (const Pair& pair : pairs) calls.push_back(add_base(input, pair, bases, y));
+  gemms(device.blas(), calls);
+  return {y, U};
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
+    const std::vector<Tensor>& grads, const std::optional<Tensor>& x,
+    const std::vector<Tensor>& weights, const std::optional<Tensor>& U, const Tensor& Ap,
+    const std::vector<Tensor>& Bp, bool need_x, bool need_A, bool need_B,
+    const std::optional<Tensor>& mask, double scale) {
+  const char* op = "linear_projections_backward";
+  check_layers(op, grads.size(), weights.size());
+  check_layers(op, grads.size(), Bp.size());
+  const Tensor& like = grads[0];
+  const Checks checks(op, "grads[0]", like);
+  checks.shape("grads[0]", like, {-1, -1});
+  checks.shape("Ap", Ap, {-1, -1});
+  const int64_t tokens = like.size(0), in = Ap.size(1);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    checks.like("grads[i]", grads[i], {tokens, -1});
+    checks.like("weights[i]", weights[i], {grads[i].size(1), in});
+    checks.like("Bp[i]", Bp[i], {-1, grads[i].size(1)});
+  }
+  const Columns columns(Bp);
+  checks.like("Ap", Ap, {columns.total, in});
+  if (need_A) checks.given("x", x, "need_A");
+  if (need_B) checks.given("U", U, "need_B");
+  if (x) checks.like("x", *x, {tokens, in});
+  if (U) checks.like("U", *U, {tokens, columns.total});
+  check_mask(checks, mask, tokens * in);
+
+  const DType dtype = dtype_of(like), wide = accumulation(dtype);
+  const Device device(like);
+  Tensor dx = need_x ? empty(like, {tokens, in}, dtype) : nothing(like, dtype);
+  Tensor dAp = need_A ? empty(like, {columns.total, in}, wide) : nothing(like, wide);
+  std::vector<Tensor> dBp;
+  if (need_B) {
+    for (const Tensor& up : Bp) dBp.push_back(empty(like, {up.size(0), up.size(1)}, wide));
+  }
+  if (tokens == 0) {
+    fill_zero(dAp);
+    for (Tensor& grad : dBp) fill_zero(grad);
+    return {dx, dAp, dBp};
+  }
+
+  const bool need_H = need_x || need_A;
+  const Tensor H = need_H ? empty(like, {tokens, columns.total}, dtype) : nothing(like, dtype);
+  const Tensor down = gemm_operand(Ap);
+  const std::vector<Tensor> outer = gemm_operands(grads), ups = gemm_operands(Bp);
+  const std::vector<Tensor> bases = need_x ? gemm_operands(weights) : std::vector<Tensor>{};
+  std::optional<Tensor> inner, kept;
+  if (need_B) inner = gemm_operand(*U);
+  if (need_A) kept = kept_of(device, *x, mask);
+  std::vector<GemmCall> calls;
+  for (size_t i = 0; i < ups.size(); ++i) {
+    if (need_H) {
+      calls.push_back(multiply(matrix_of(outer[i]), matrix_of(ups[i]).t(),
+                               columns.of(matrix_of(H), i, ups[i]), 0));
+      if (mask) calls.back().alpha = scale;
+    }
+    if (need_B) {
+      calls.push_back(multiply(columns.of(matrix_of(*inner), i, ups[i]).t(), matrix_of(outer[i]),
+                               matrix_of(dBp[i]), 0));
+    }
+  }
+  if (need_A) calls.push_back(multiply(matrix_of(H).t(), matrix_of(*kept), matrix_of(dAp), 0));
+  if (need_x) calls.push_back(multiply(matrix_of(H), matrix_of(down), matrix_of(dx), 0));
+  gemms(device.blas(), calls);
+  if (need_x && mask) keep_in_place(device, dx, *mask);
+  // Every product adds to the sum of those before it: no pass over dx of its own.
+  for (size_t i = 0; i < bases.size(); ++i) {
+    gemm(device.blas(), multiply(matrix_of(outer[i]), matrix_of(bases[i]), matrix_of(dx), 1));
+  }
+  return {dx, dAp, dBp};
+}
+
+}  // namespace rasa_ext

@@ -1,1 +1,0 @@
-"""RaSA's entry for PEFT's MetaMathQA benchmark."""

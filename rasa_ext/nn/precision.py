@@ -1,0 +1,58 @@
+"""An adapter is trained in the dtype of its config, whoever has cast it since.
+
+The steps of d are smaller than what bfloat16 resolves: cast, d would stand still without a word.
+TRL's trainers cast whatever is trained over a quantized base, by way of ``.data``.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rasa_ext.base_layers.sharded import is_dtensor
+
+HALVES = frozenset({torch.bfloat16, torch.float16})
+
+# Set where FSDP or DeepSpeed holds the numbers, in a dtype of its own, and this is its copy.
+_COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping")
+
+
+def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
+    """Whether trained parameters were of a coarser dtype than ``dtype``, which they now have.
+
+    It happens in place, so that an optimizer finds what it was given; a warning tells of it.
+    """
+    coarse = [each for each in tensors if each is not None and _is_coarse(each, dtype)]
+    for parameter in coarse:
+        before = parameter.dtype
+        parameter.data = parameter.data.to(dtype)
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.to(dtype)
+    if coarse:
+        warnings.warn(
+            f"an adapter that is trained was cast to {before}, in which steps of its diagonal "
+            f"would be lost; it is {dtype} again, the adapter_dtype of its config. An optimizer "
+            "that has copied the numbers, and DistributedDataParallel, must come after that: call "
+            "model.train() first.",
+            stacklevel=1,  # one place, so that it is said once
+        )
+    return bool(coarse)
+
+
+def _is_coarse(parameter: Tensor, dtype: torch.dtype) -> bool:
+    if parameter.dtype == dtype or not parameter.requires_grad:
+        return False
+    if not isinstance(parameter, nn.Parameter) or parameter.is_meta or is_dtensor(parameter):
+        return False
+    if any(hasattr(parameter, name) for name in _COPIES):
+        return False
+    return torch.finfo(parameter.dtype).eps > torch.finfo(dtype).eps
+
+
+def is_sharing() -> bool:
+    """Whether several processes train together, so that a parameter may be a copy for a forward."""
+    return dist.is_available() and dist.is_initialized()

@@ -1,0 +1,66 @@
+"""Taking an adapter out of a merged weight by subtracting it again, to the bit.
+
+``round(round(W + dW) - dW)``, summed in float32, is W wherever the merged entry is no coarser than
+W's own: all but those that dW lifts to a larger power of two. Merging finds these out and keeps
+them, in place of a copy of the whole weight.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rest:
+    """What subtracting does not give back of a weight (out, in)."""
+
+    index: Tensor
+    """(n,) places of these entries in the flattened weight: int32, or int64 in a huge one."""
+    value: Tensor
+    """(n,) what stood there, in the weight's dtype."""
+    sum: Tensor
+    """() int64, the sum of the weight's bits, by which ``original`` knows it again."""
+
+    def original(self, merged: Tensor, delta: Tensor) -> Tensor:
+        """The weight (out, in) as it was before ``delta`` (out, in) was added to it.
+
+        RuntimeError where that is not what it was.
+        """
+        weight, device = _subtracted(merged, delta), merged.device
+        weight.view(-1)[self.index.to(device).long()] = self.value.to(device)
+        if _sum(weight) != self.sum.to(device):
+            raise RuntimeError(
+                "the merged weight less the adapter is not what it was before merging: the "
+                "adapter, the weight or the device has changed since; put back what was changed "
+                "and unmerge again, or load the base again. Without subtracting, merging keeps a "
+                "copy instead, and this is allowed."
+            )
+        return weight
+
+
+def rest(weight: Tensor, merged: Tensor, delta: Tensor) -> Rest | Tensor:
+    """What to keep of ``weight``, all (out, in); a copy of it where that is smaller."""
+    wrong = (_bits(_subtracted(merged, delta)) != _bits(weight)).flatten()
+    small = wrong.numel() <= torch.iinfo(torch.int32).max
+    index = wrong.nonzero().flatten().to(torch.int32 if small else torch.int64)
+    if index.numel() * (index.itemsize + weight.itemsize) >= weight.nbytes:
+        return weight.detach().clone()
+    return Rest(index, weight.flatten()[index.long()], _sum(weight))
+
+
+def _subtracted(merged: Tensor, delta: Tensor) -> Tensor:
+    return (merged.to(delta.dtype) - delta).to(merged.dtype).contiguous()
+
+
+def _bits(weight: Tensor) -> Tensor:
+    """As integers: so the sign of a zero counts, and values that are not numbers are themselves."""
+    return weight.detach().contiguous().view(_BITS[weight.itemsize])
+
+
+def _sum(weight: Tensor) -> Tensor:
+    return _bits(weight).sum(dtype=torch.int64)

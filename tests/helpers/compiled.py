@@ -1,0 +1,39 @@
+"""Compiles the kernels for the host, and the operators over them, once for all workers."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(*targets: str) -> Path:
+    """The build folder of CMakeLists.txt with these targets up to date. It stays between runs."""
+    beside_python = Path(sys.executable).parent
+    cmake = shutil.which("cmake", path=f"{beside_python}{os.pathsep}{os.environ['PATH']}")
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if None in (cmake, compiler, importlib.util.find_spec("pybind11")):
+        pytest.skip("the kernels are compiled for the host by cmake, a C++ compiler and pybind11")
+    folder = ROOT / "build" / "emulation"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling the same
+        options = (f"-DPython3_EXECUTABLE={sys.executable}", f"-DRASA_TORCH={torch.__path__[0]}")
+        _run(cmake, "-S", ROOT, "-B", folder, *options)
+        jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))
+        _run(cmake, "--build", folder, "--parallel", jobs, "--target", *targets)
+    return folder
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, f"{command[0]}:\n{done.stdout}{done.stderr}"

@@ -1,0 +1,61 @@
+"""What .ci/run reads from the README, and what the runs of the tests print."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = "pytester"
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / ".ci" / "readme_commands.py"
+README = (ROOT / "README.md").read_text()
+read = runpy.run_path(str(SCRIPT))["read"]
+
+
+def test_the_readme_s_two_commands_are_found():
+    found = read(README)
+    assert list(found) == ["demo", "tests"]
+    for command in found.values():
+        assert README.count(f"```bash\n{command}\n```\n") == 1
+    assert found["demo"].startswith('pip install ".[demo]" && ')
+    assert found["tests"].startswith('pip install ".[test]" && ')
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("## Two commands", "## Commands", 'expected a section "## Two commands"'),
+        ("\nThe tests:\n", "```bash\nls\n```\n", "expected two commands"),
+        ("rasa-ext demo\n```", "rasa-ext demo\nls\n```", "expected two commands"),
+        ("&& rasa-ext demo", "&& rasa-ext env", "installs and then runs rasa-ext demo"),
+        ('```bash\npip install ".[test]" && ', "```bash\n", "installs and then runs pytest"),
+    ],
+)
+def test_a_readme_without_them_is_refused(old, new, message):
+    assert old in README
+    with pytest.raises(SystemExit, match=message):
+        read(README.replace(old, new))
+
+
+def test_the_script_runs_them_and_no_install_of_its_own_beside_them():
+    """Every install of .ci/run is into an environment other than theirs."""
+    text = (ROOT / ".ci" / "run").read_text()
+    for name in read(README):
+        assert f"readme {name}\n" in text or f"readme {name} |" in text
+    installs = [line.split()[0] for line in text.splitlines() if 'pip" install' in line]
+    assert set(installs) == {'"$work/tools/bin/pip"', '"$work/oldest/bin/pip"'}
+
+
+@pytest.mark.parametrize(
+    ("options", "printed"), [((), False), (("--figures",), True), (("--figures", "-n", "1"), True)]
+)
+def test_figures_are_printed_when_asked_for(pytester, options, printed):
+    shutil.copy(ROOT / "tests" / "conftest.py", pytester.path)
+    pytester.makepyfile("def test_it(figure):\n    figure('seven of nine')")
+    done = pytester.runpytest_inprocess(*options)
+    done.assert_outcomes(passed=1)
+    assert ("seven of nine" in done.outlines) == printed

@@ -1,0 +1,145 @@
+"""Merging without a copy of the base: unmerging subtracts, and still gives every bit back."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+import rasa_ext
+from rasa_ext.patching.subtraction import Rest, rest
+from tests.helpers.adapters import patched, same_bits
+from tests.helpers.models import GPT2, SEQUENTIAL
+from tests.helpers.peft import adapted, close, dense, layers, logits, tiny, trained, two
+from tests.helpers.quantized import make_model as quantizable
+from tests.helpers.quantized import quantized
+from tests.helpers.tiny_lm import make_model
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+CASES = [(SEQUENTIAL, dtype) for dtype in DTYPES] + [(GPT2, torch.bfloat16)]
+
+
+def small(model, size: float) -> None:
+    """Trainable parameters that make dW about ``size``."""
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.normal_().mul_(size if parameter.dim() == 1 else 0.3)
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    found = model.named_modules()
+    return {n: m.base_layer.weight.clone() for n, m in found if hasattr(m, "merged_base")}
+
+
+def same(left, right) -> bool:
+    return all(same_bits(left[name], right[name]) for name in right)
+
+
+@pytest.mark.parametrize(("entry", "dtype"), CASES, ids=str)
+def test_peft_cycles_give_every_bit_back(entry, dtype):
+    """A hundred, each with other numbers: no drift, and merged weights as with a copy."""
+    model = adapted(entry.build().to(dtype))
+    before = weights(model)
+    for cycle in range(100):
+        small(model, 10.0 ** -(cycle % 5))
+        if cycle == 0:
+            model.merge_adapter()
+            expected = weights(model)
+            model.unmerge_adapter()
+            model.unmerge_by_subtracting()
+        model.merge_adapter()
+        if cycle == 0:
+            assert same(weights(model), expected)
+        model.unmerge_adapter()
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize(("entry", "dtype"), CASES, ids=str)
+def test_cycles_give_every_bit_back(entry, dtype):
+    model = patched(entry.build().to(dtype))
+    before = weights(model)
+    for cycle in range(100):
+        small(model, 10.0 ** -(cycle % 5))
+        largest = rasa_ext.merge(model, subtract=True)
+        assert largest == rasa_ext.merge(model)  # merged already
+        with rasa_ext.disable_adapter(model):
+            assert cycle > 3 or same(weights(model), before)
+        rasa_ext.unmerge(model)
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_is_small_where_the_change_is(dtype, figure):
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(512, 512, generator=generator)).to(dtype)
+    shares = []
+    for size in (1e-5, 1e-4, 1e-3, 1.0):
+        delta = size * torch.randn(512, 512, generator=generator)
+        merged = (weight.float() + delta).to(dtype)
+        found = rest(weight, merged, delta)
+        again = found if isinstance(found, torch.Tensor) else found.original(merged, delta)
+        assert same_bits(again, weight)
+        held = [found] if isinstance(found, torch.Tensor) else [found.index, found.value]
+        shares.append(sum(tensor.nbytes for tensor in held) / weight.nbytes)
+    figure(f"kept, of a copy's bytes, for dW of 1e-5 to 1 beside W of 0.02, {dtype}: {shares}")
+    assert shares == sorted(shares)
+    assert shares[1] < 0.05
+    assert shares[2] < 0.3
+    assert shares[-1] == 1  # a copy, which is smaller
+
+
+def test_signs_of_zeros_and_values_that_are_no_numbers_come_back():
+    weight = torch.tensor([[0.0, -0.0, float("inf"), float("nan"), 1.0, 2.0]] * 4)
+    delta = torch.full_like(weight, 0.5)
+    found = rest(weight, weight + delta, delta)
+    assert isinstance(found, Rest)
+    assert same_bits(found.original(weight + delta, delta), weight)
+
+
+def test_several_adapters_one_after_the_other():
+    model = two()
+    before = weights(model)
+    model.unmerge_by_subtracting()
+    model.base_model.merge_adapter(["default"])
+    model.unmerge_by_subtracting(False)  # what was begun goes on
+    model.base_model.merge_adapter(["second"])
+    close(logits(model), dense(model, "default", "second"))
+    model.unmerge_adapter()
+    assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("side", ["peft", "patched"])
+def test_an_adapter_that_changed_meanwhile(side):
+    if side == "peft":
+        model = tiny()
+        model.unmerge_by_subtracting()
+        merge, unmerge = model.merge_adapter, model.unmerge_adapter
+    else:
+        model = patched(make_model())
+        merge = functools.partial(rasa_ext.merge, model, subtract=True)
+        unmerge = functools.partial(rasa_ext.unmerge, model)
+    before = weights(model)
+    merge()
+    merged, numbers = weights(model), {n: p.clone() for n, p in trained(model).items()}
+    with torch.no_grad():
+        for parameter in trained(model).values():
+            parameter.add_(1e-3)
+    with pytest.raises(RuntimeError, match="not what it was before merging: the adapter"):
+        unmerge()
+    assert same(weights(model), merged)
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(numbers[name])
+    unmerge()
+    assert same(weights(model), before)
+
+
+def test_a_quantized_base_needs_no_copy():
+    model = adapted(quantized(quantizable(), "nf4"))
+    bases = [layer.base_layer for layer in layers(model).values()]
+    model.unmerge_by_subtracting()
+    with pytest.warns(UserWarning, match="merging into a dequantized weight"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert [layer.base_layer for layer in layers(model).values()] == bases

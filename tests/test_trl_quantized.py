@@ -1,0 +1,113 @@
+"""TRL's SFTTrainer over a quantized base, where it casts all that is trained to bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import same_bits
+from tests.helpers.peft import trained
+from tests.helpers.quantized import make_model, quantized
+from tests.helpers.tiny_lm import make_tokenizer, sums
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+datasets = pytest.importorskip("datasets")
+
+
+def base(form: str) -> torch.nn.Module:
+    """As transformers loads it: marked, and with a config that says so."""
+    model = quantized(make_model(), form)
+    model.is_loaded_in_8bit = form == "int8"
+    model.is_loaded_in_4bit = not model.is_loaded_in_8bit
+    return model
+
+
+def trainer(model, directory, peft_config=None, **options):
+    settings = {
+        "max_steps": 10,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-4,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "max_length": 64,
+        "gradient_checkpointing": False,
+        **options,
+    }
+    return trl.SFTTrainer(
+        model,
+        args=trl.SFTConfig(str(directory), **settings),
+        train_dataset=datasets.Dataset.from_list(sums(16)),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+def diagonals(model) -> dict[str, torch.Tensor]:
+    """d of every layer, under PEFT or without it, as it is now."""
+    last = (".rasa_d.default", ".d")
+    return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(last)}
+
+
+def moved(before, after) -> tuple[int, int]:
+    pairs = [(before[name].float(), after[name].float()) for name in before]
+    return sum((x != y).sum().item() for x, y in pairs), sum(x.numel() for x, _ in pairs)
+
+
+def peft(base):
+    return get_peft_model(base, RasaConfig(r=8, rasa_k=1, task_type="CAUSAL_LM"))
+
+
+def patched(base):
+    return rasa_ext.patch_model(base, rank=8, k=1)
+
+
+CASES = [(adapt, form, None) for adapt in (peft, patched) for form in ("nf4", "int8")]
+CASES += [(peft, "nf4", reentrant) for reentrant in (True, False)]  # kinds of checkpointing
+
+
+@pytest.mark.parametrize(("adapt", "form", "reentrant"), CASES)
+def test_every_entry_of_the_diagonal_moves(adapt, form, reentrant, tmp_path):
+    checkpointing = {
+        "gradient_checkpointing": reentrant is not None,
+        "gradient_checkpointing_kwargs": {"use_reentrant": bool(reentrant)},
+    }
+    training = trainer(adapt(base(form)), tmp_path, **checkpointing)
+    before = diagonals(training.model)
+    assert {d.dtype for d in before.values()} == {torch.bfloat16}  # TRL's doing
+    with pytest.warns(UserWarning, match="cast to torch.bfloat16.* is torch.float32 again"):
+        training.train()
+    after = diagonals(training.model)
+    count, total = moved(before, after)
+    assert total == 14 * 9
+    assert count == total
+    assert {p.dtype for p in trained(training.model).values()} == {torch.float32}
+    state = training.optimizer.state.values()
+    assert {each["exp_avg"].dtype for each in state} == {torch.float32}
+
+
+def test_a_config_that_says_bfloat16_is_kept_to(tmp_path, recwarn):
+    config = RasaConfig(r=8, adapter_dtype="bfloat16", task_type="CAUSAL_LM")
+    training = trainer(base("nf4"), tmp_path, config, max_steps=1)
+    training.train()
+    assert {p.dtype for p in trained(training.model).values()} == {torch.bfloat16}
+    assert not [w for w in recwarn if "adapter_dtype" in str(w.message)]
+
+
+def test_a_resumed_run_goes_on_with_unrounded_numbers(tmp_path):
+    """The file's float32 goes into parameters that TRL has cast, before the first step."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "learning_rate": 1e-2}
+    whole = trainer(peft(base("nf4")), tmp_path, **saving)
+    whole.train()
+    again = trainer(peft(base("nf4")), tmp_path / "resumed", **saving)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = trained(whole.model)
+    for name, parameter in trained(again.model).items():
+        assert same_bits(parameter.detach(), expected[name].detach()), name
