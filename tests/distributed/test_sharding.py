@@ -1,4 +1,4 @@
-"""shard_model in one process: what is sharded, what is refused. Two: tests/distributed/test_ddp.py."""
+"""shard_model in one process: what is sharded, what is refused. Two processes: test_ddp.py."""
 
 from __future__ import annotations
 

@@ -1,0 +1,262 @@
+"""B is stored by ranks, and whatever others make of its strides gives the same numbers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Callable
+
+import bitsandbytes
+import pytest
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer, TrainingArguments
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import adapted_layers, adapters, check_step, patched, same_adapters
+from tests.helpers.models import LLAMA, SEQUENTIAL
+
+
+def ups(model: nn.Module) -> list[torch.Tensor]:
+    """Every B, pools' included, as long as it has more than one rank."""
+    found = [t for each in adapters(model).values() for t in (each.B, each.B_pool)]
+    return [t for t in found if t is not None and min(t.shape) > 1]
+
+
+def by_ranks(model: nn.Module) -> bool:
+    assert ups(model)
+    return all(t.t().is_contiguous() for t in ups(model))
+
+
+def contiguous(model: nn.Module) -> nn.Module:
+    """As some optimizers make parameters."""
+    for parameter in rasa_ext.adapter_parameters(model):
+        parameter.data = parameter.data.contiguous()
+    return model
+
+
+def flattened(model: nn.Module) -> nn.Module:
+    """Pieces of one buffer, as under ZeRO."""
+    parameters = rasa_ext.adapter_parameters(model)
+    flat = torch.cat([torch.zeros(1), *(p.detach().reshape(-1) for p in parameters)])
+    at = 1  # so that none of them is aligned
+    for parameter in parameters:
+        parameter.data = flat[at : at + parameter.numel()].view(parameter.shape)
+        at += parameter.numel()
+    return model
+
+
+def with_gaps(model: nn.Module) -> nn.Module:
+    for parameter in rasa_ext.adapter_parameters(model):
+        parameter.data = torch.stack([parameter.data] * 2, -1)[..., 0]
+    return model
+
+
+def assigned(model: nn.Module) -> nn.Module:
+    """A state dict of contiguous tensors that become the parameters."""
+    state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    return model.requires_grad_(False) and _trained(model)
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    for parameter in rasa_ext.adapter_parameters(model):
+        parameter.requires_grad_(True)
+    return model
+
+
+CHANGES = (contiguous, flattened, with_gaps, assigned)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("entry", [SEQUENTIAL, LLAMA], ids=lambda entry: entry.name)
+def test_any_strides_train_alike_and_run_alike(entry, change):
+    base = entry.build()
+    model = patched(base)
+    twin = change(copy.deepcopy(model))
+    assert by_ranks(model)
+    assert not by_ranks(twin)
+    check_step(entry, base, twin)
+    inputs = entry.inputs(1)
+    with torch.no_grad():
+        assert torch.equal(entry.loss(model, inputs)[0], entry.loss(twin, inputs)[0])
+    if change in (contiguous, flattened, assigned):
+        for t in rasa_ext.adapter_parameters(twin):
+            assert min(t.shape) < 2 or t.grad.stride() == t.stride()
+
+
+@pytest.mark.parametrize("change", CHANGES[:3])
+def test_a_compiled_model_takes_other_strides(change):
+    torch._dynamo.reset()
+    base = SEQUENTIAL.build()
+    model = patched(base)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    check_step(SEQUENTIAL, base, model, compiled)
+    change(model)
+    check_step(SEQUENTIAL, base, model, compiled, seed=1)
+
+
+def through_file(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+
+
+def loaded(model: nn.Module) -> nn.Module:
+    model.load_state_dict({key: value.contiguous() for key, value in model.state_dict().items()})
+    return model
+
+
+@pytest.mark.parametrize(
+    "way",
+    [copy.deepcopy, through_file, loaded, lambda m: m.double().float(), lambda m: m.half().float()],
+)
+def test_copies_casts_and_files_keep_ranks_as_rows(way):
+    base = SEQUENTIAL.build()
+    model = way(patched(base))
+    assert by_ranks(model)
+    check_step(SEQUENTIAL, way(base), model)
+
+
+def optimized(model: nn.Module, make: Callable, steps: int = 3) -> list[torch.Tensor]:
+    parameters = rasa_ext.adapter_parameters(model)
+    optimizer = make(parameters)
+    for seed in range(steps):
+        for part in (0, 1):  # a sum of gradients has the strides of its first
+            SEQUENTIAL.loss(model, SEQUENTIAL.inputs(2 * seed + part))[1].backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.detach() for p in parameters]
+
+
+OPTIMIZERS = {
+    "SGD": lambda p, **options: torch.optim.SGD(p, 0.01, momentum=0.9, **options),
+    "AdamW": lambda p, **options: torch.optim.AdamW(p, 0.01, **options),
+}
+
+
+@pytest.mark.parametrize("change", [lambda model: model, contiguous, flattened])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_step_alike(name, change):
+    """Plain, foreach and fused."""
+    model = patched(SEQUENTIAL.build())
+    before = [p.detach().clone() for p in rasa_ext.adapter_parameters(model)]
+    make = OPTIMIZERS[name]
+    expected = optimized(copy.deepcopy(model), lambda p: make(p, foreach=False))
+    assert not any(map(torch.equal, before, expected))
+    for options in ({"foreach": True}, {"fused": True}):
+        twin = change(copy.deepcopy(model))
+        strides = [p.stride() for p in rasa_ext.adapter_parameters(twin)]
+        found = optimized(twin, lambda p, o=options: make(p, **o))
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+        assert [p.stride() for p in rasa_ext.adapter_parameters(twin)] == strides
+
+
+def test_an_8_bit_optimizer_steps_alike():
+    """Its blocks are of memory, so that other strides quantize a state in other blocks."""
+
+    def make(parameters):
+        return bitsandbytes.optim.AdamW8bit(parameters, 0.01, min_8bit_size=0)
+
+    model = patched(SEQUENTIAL.build())
+    exact = optimized(copy.deepcopy(model), lambda p: torch.optim.AdamW(p, 0.01))
+    before = [p.detach().clone() for p in rasa_ext.adapter_parameters(model)]
+    for change in (lambda model: model, contiguous):
+        found = optimized(change(copy.deepcopy(model)), make)
+        for mine, theirs, start in zip(found, exact, before, strict=True):
+            assert (mine - theirs).norm() < 0.1 * (theirs - start).norm()
+
+
+@pytest.fixture
+def group(tmp_path):
+    """One process that is a group by itself."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("view", [False, True])
+@pytest.mark.parametrize("change", [lambda model: model, contiguous])
+def test_buckets_of_ddp(change, view, group):
+    """With no complaint of strides that do not match."""
+    model = patched(SEQUENTIAL.build())
+    expected = optimized(copy.deepcopy(model), OPTIMIZERS["AdamW"])
+    inner = change(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrapped = DistributedDataParallel(inner, gradient_as_bucket_view=view)
+        optimizer = OPTIMIZERS["AdamW"](rasa_ext.adapter_parameters(inner))
+        for seed in range(3):
+            for part in (0, 1):
+                SEQUENTIAL.loss(wrapped, SEQUENTIAL.inputs(2 * seed + part))[1].backward()
+            torch.nn.utils.clip_grad_norm_(rasa_ext.adapter_parameters(inner), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for mine, theirs in zip(rasa_ext.adapter_parameters(inner), expected, strict=True):
+        torch.testing.assert_close(mine.detach(), theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_adapter_files_are_contiguous_and_loaded_by_ranks(tmp_path):
+    from safetensors.torch import load_file
+
+    model = patched(SEQUENTIAL.build())
+    rasa_ext.save_adapter(model, tmp_path)
+    state = load_file(tmp_path / "adapter_model.safetensors")
+    shapes = {tuple(t.shape) for t in ups(model)}
+    assert shapes <= {tuple(t.shape) for t in state.values()}
+    again = rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
+    assert by_ranks(again)
+    assert same_adapters(again, model)
+
+
+def test_peft_saves_and_loads(tmp_path):
+    config = RasaConfig(r=4, rasa_k=1)
+    model = get_peft_model(LLAMA.build(), config)
+    for t in ups(model):
+        nn.init.normal_(t)
+    assert by_ranks(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(LLAMA.build(), tmp_path)
+    assert all(map(torch.equal, ups(again), ups(model)))
+    assert len(ups(again)) == len(ups(model))
+
+
+def trainer_of(model: nn.Module, directory, steps: int) -> Trainer:
+    rows = [{"input_ids": torch.arange(i, i + 8) % 32} for i in range(16)]
+    rows = [{**row, "labels": row["input_ids"]} for row in rows]
+    arguments = TrainingArguments(
+        directory,
+        max_steps=steps,
+        save_steps=2,
+        learning_rate=0.01,
+        per_device_train_batch_size=4,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    return Trainer(model, arguments, train_dataset=rows)
+
+
+@pytest.mark.parametrize("kind", ["patched", "peft"])
+def test_a_trainer_resumes_from_its_checkpoint(kind, tmp_path):
+    def make():
+        if kind == "patched":
+            return patched(LLAMA.build())
+        torch.manual_seed(0)
+        return get_peft_model(LLAMA.build(), RasaConfig(r=4, rasa_k=1))
+
+    straight, resumed = make(), make()
+    trainer_of(straight, tmp_path, 4).train()
+    trainer_of(resumed, tmp_path, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, layer in adapted_layers(straight).items():
+        other = adapted_layers(resumed)[name]
+        for mine, theirs in zip(layer.adapter().sources(), other.adapter().sources(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert by_ranks(resumed)
