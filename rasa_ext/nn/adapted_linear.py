@@ -42,7 +42,7 @@ class Adapter(NamedTuple):
         return (*self.own.values(), *self.pool.values())
 
     def factors(self) -> Factors:
-        """Its factors on the layer's device, differentiable.
+        """Its factors on the layer's device and in its dtype, differentiable.
 
         Raises:
             RuntimeError: they are sharded over processes, and this one has only pieces.
@@ -55,8 +55,8 @@ class Adapter(NamedTuple):
             return factors
         if not (is_whole(A) and is_whole(A_pool)):
             check_whole(A, A_pool)
-        if A_pool.device != A.device:
-            return Factors(A, A_pool.to(A.device), B, B_pool.to(A.device), d)
+        if A_pool.device != A.device or A_pool.dtype != A.dtype:
+            return Factors(A, A_pool.to(A), B, B_pool.to(A), d)
         return factors
 
 
