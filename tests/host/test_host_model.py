@@ -131,7 +131,7 @@ def test_without_grad(model, on_host, tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merge(model, on_host, host, dtype):
     """One product for the layers of a group, where each weight lies, and autograd learns of it."""
-    model.to(dtype)
+    model.to(dtype).train()  # which gives the adapters their own dtype back
     expected = copy.deepcopy(model)
     largest = rasa_ext.merge(expected)
     y = model.layers[0]["gate_proj"](torch.randn(3, 9, dtype=dtype, requires_grad=True))
