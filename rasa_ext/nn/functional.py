@@ -38,8 +38,7 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dAp, dBp):
-        # What a hook or another user of the gradients holds is not to be written to.
-        return None, None, *_factor_grads(dAp, dBp.clone(), *ctx.saved_tensors)
+        return None, None, *_factor_grads(dAp, dBp, *ctx.saved_tensors)
 
 
 class _AdaptedLinear(torch.autograd.Function):

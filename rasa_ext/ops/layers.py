@@ -53,7 +53,7 @@ def pack_group_backward(
     dd = B[0].new_empty((layers, own + pooled))
     dA_pool, dB_pool = B[0].new_zeros((pooled, dAp.shape[2])), B[0].new_zeros((pooled, out))
     for i in range(layers):
-        parts = pack_backward(dAp[i], dBp[i].clone(), B[i], B_pool, d[i])
+        parts = pack_backward(dAp[i], dBp[i], B[i], B_pool, d[i])
         dA[i], dB[i], dd[i] = parts[0], parts[2].t(), parts[4]
         dA_pool += parts[1]
         dB_pool += parts[3].t()

@@ -123,9 +123,8 @@ def pack_into(
 def _pack_backward_owned(
     dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same with memory of its own for every result, and dAp and dBp left as they are."""
-    own = None if dBp is None else dBp.clone()
-    dA, dA_pool, dB, dB_pool, dd = _pack_backward(dAp, own, B, B_pool, d)
+    """The same with memory of its own for every result."""
+    dA, dA_pool, dB, dB_pool, dd = _pack_backward(dAp, dBp, B, B_pool, d)
     return dA, dA_pool.clone(), dB, dB_pool.t().clone().t(), dd
 
 
@@ -143,8 +142,8 @@ def pack_backward(
     (out, L*k), stored by ranks, are diag(d) dBp, with dBp (Rp, out); dd_j = <B[:, j], dBp[j]>.
     Results have no elements where dAp or dBp, from which they come, is None, dd also where d is.
 
-    dAp and dBp are given up: the pool's gradients may be views of them. The private ones are
-    copies, so that a small gradient does not keep a large one alive.
+    The pool's gradients may be views of dAp and dBp, which the caller gives up. The private ones
+    are copies, so that a small gradient does not keep a large one alive.
     """
     return _pack_backward(dAp, dBp, B, B_pool, d)
 
@@ -168,7 +167,7 @@ def _pack_backward(
             dB = (up * scale).to(dtype)
             if B_pool is not None:
                 dd_pool = torch.linalg.vecdot(up_pool, B_pool.t().to(dBp.dtype))
-                dd, up_pool = torch.cat((dd, dd_pool)), up_pool.mul_(scale_pool)
+                dd, up_pool = torch.cat((dd, dd_pool)), up_pool * scale_pool
             dd, dB_pool = dd.to(dtype), up_pool.to(dtype)
     return (
         B.new_empty(0) if dA is None else dA,
