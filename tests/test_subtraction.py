@@ -18,6 +18,7 @@ from rasa_ext.subtraction import Rest, rest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 CASES = [(SEQUENTIAL, dtype) for dtype in DTYPES] + [(GPT2, torch.bfloat16)]
+IDS = [f"{entry.name}-{dtype}" for entry, dtype in CASES]
 
 
 def small(model, size: float) -> None:
@@ -36,7 +37,7 @@ def same(left, right) -> bool:
     return all(same_bits(left[name], right[name]) for name in right)
 
 
-@pytest.mark.parametrize(("entry", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("entry", "dtype"), CASES, ids=IDS)
 def test_peft_cycles_give_every_bit_back(entry, dtype):
     """A hundred, each with other numbers: no drift, and merged weights as with a copy."""
     model = adapted(entry.build().to(dtype))
@@ -55,7 +56,7 @@ def test_peft_cycles_give_every_bit_back(entry, dtype):
     assert same(weights(model), before)
 
 
-@pytest.mark.parametrize(("entry", "dtype"), CASES, ids=str)
+@pytest.mark.parametrize(("entry", "dtype"), CASES, ids=IDS)
 def test_cycles_give_every_bit_back(entry, dtype):
     model = patched(entry.build().to(dtype))
     before = weights(model)
