@@ -9,6 +9,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["COLUMNS"] = "200"  # rich takes it once, as it is imported; a worker of -n has 80
 torch.set_num_threads(1)  # models this small only lose time to waiting threads
 
 pytest.register_assert_rewrite("tests.helpers")
