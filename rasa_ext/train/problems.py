@@ -72,8 +72,8 @@ class Problem:
     @property
     def working(self) -> str:
         """Every step as an equation, such as `5+4=9, 9-2=7`."""
-        count, steps = self.num_parameters[0], []
-        for operation, number in zip(self.operations, self.num_parameters[1:], strict=True):
+        count, steps = self.numbers[0], []
+        for operation, number in zip(self.operations, self.numbers[1:], strict=True):
             result = _apply(count, operation, number)
             steps.append(f"{count}{operation}{number}={result}")
             count = result
