@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,8 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ext.RasaLinear:
     """``base`` adapted as the first of a group of so many layers."""
-    place = group_places([base])[0]._replace(num_layers=layers)
-    pool = config.pool([place._replace(index=index) for index in range(layers)])
+    place = dataclasses.replace(group_places([base])[0], num_layers=layers)
+    pool = config.pool([dataclasses.replace(place, index=index) for index in range(layers)])
     return rasa_ext.RasaLinear(base, config, place, rasa_ext.RasaPool(pool))
 
 

@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, TypeAlias
+
 import torch
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' Conv1D: a linear layer whose weight is (in, out)."""
+    class Conv1D(nn.Module):
+        """transformers' Conv1D, as far as it is used here; that library is not imported."""
+
+        nf: int
+        weight: nn.Parameter
+        bias: nn.Parameter
+
+
+LinearLayer: TypeAlias = "nn.Linear | Conv1D"
+"""A layer that ``is_linear``, for annotations."""
+
+
+def is_conv1d(module: nn.Module | None) -> TypeIs[Conv1D]:
+    """Tell whether ``module`` is transformers' Conv1D, a linear layer whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be adapted: nn.Linear or Conv1D.
+def is_linear(module: nn.Module) -> TypeIs[LinearLayer]:
+    """Tell whether a module is a linear layer that can be adapted: nn.Linear or Conv1D.
 
     Those of bitsandbytes are nn.Linear too, and torchao's only have another weight.
     """
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int]:
+def linear_shape(module: LinearLayer) -> tuple[int, int]:
     """(out, in) of a linear layer or Conv1D."""
     if is_conv1d(module):
         return module.nf, module.weight.shape[0]
     return module.out_features, module.in_features
 
 
-def as_plain_gemm(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None] | None:
+def as_plain_gemm(
+    base: nn.Module | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None] | None:
     """Weight (out, in) and bias of a layer that is just ``x W^T + bias`` in ``dtype``, else None.
 
     None where the layer has hooks (offloading, pruning), a replaced ``forward``, quantized or

@@ -2,7 +2,7 @@
 
 They are no plain GEMM: the base runs first, by its library's kernels, and the adapter adds to its
 output. Here is what patching and merging need to know beyond that: which layers are quantized, and
-what their weights are as numbers.
+what their weights are once dequantized.
 
 Neither library is imported here. A layer of theirs can only exist where it was imported before.
 """
@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.linear import LinearLayer, linear_shape
+
 # What transformers writes on a model that it quantized; and a flag of bitsandbytes' Linear4bit.
 _MARKS = (
     "hf_quantizer",
@@ -24,7 +26,7 @@ _MARKS = (
     "is_loaded_in_8bit",
     "_weight_conversions",
 )
-_PACKS = "support_avx512bf16_for_cpu"
+_BNB_REPACK_FLAG = "support_avx512bf16_for_cpu"
 
 _FORWARD_ONLY = frozenset({"Int4OpaqueTensor"})
 """torchao's tensors whose product with an input has no derivative."""
@@ -38,22 +40,25 @@ class Format:
 
     name: str
 
-    def check(self, name: str, base: nn.Module) -> None:
-        """ValueError where the layer called ``name`` cannot be adapted as it is."""
+    def check(self, name: str, base: LinearLayer) -> None:
+        """Raise ValueError where the layer called ``name`` cannot be adapted as it is."""
 
-    def check_gradient(self, base: nn.Module) -> None:
-        """RuntimeError where the layer's kernels give no gradient to its input."""
+    def check_gradient(self, base: LinearLayer) -> None:
+        """Raise RuntimeError where the layer's kernels give no gradient to its input."""
 
-    def original_dtype(self, base: nn.Module) -> torch.dtype | None:
-        """The dtype from which the weight was quantized; None where that is not known."""
+    def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
+        """Give the dtype from which the weight was quantized, or None where it is not known."""
         return None
 
-    def dequantized(self, base: nn.Module) -> Tensor:
-        """The weight as numbers (out, in), in whatever float dtype the library gives."""
+    def dequantize(self, base: LinearLayer) -> Tensor:
+        """Give the weight (out, in) in whatever float dtype the library dequantizes it to."""
         raise NotImplementedError
 
-    def requantize(self, base: nn.Module, weight: Tensor) -> Tensor | None:
-        """``weight`` (rows, in) quantized as the base's is, as numbers; None where unknown."""
+    def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor | None:
+        """Quantize ``weight`` (rows, in) as the base's is, and dequantize it again.
+
+        None where how to do so is not known.
+        """
         return None
 
 
@@ -63,37 +68,46 @@ class BnbLinear4bit(Format):
     def __init__(self, kind: str) -> None:
         self.name = f"bitsandbytes {kind}"
 
-    def check(self, name: str, base: nn.Module) -> None:
+    def check(self, name: str, base: LinearLayer) -> None:
         """It is quantized as it is moved to a device, and on a CPU rows must be whole blocks."""
         state = getattr(base.weight, "quant_state", None)
         if state is None:
             _raise_unquantized(name, self.name)
-        if base.weight.device.type == "cpu" and base.in_features % state.blocksize:
+        _, in_features = linear_shape(base)
+        if base.weight.device.type == "cpu" and in_features % state.blocksize:
             raise ValueError(
-                f"target_modules: {name!r} ({self.name}) has {base.in_features} inputs, expected a "
+                f"target_modules: {name!r} ({self.name}) has {in_features} inputs, expected a "
                 f"multiple of its block size, {state.blocksize}: on a CPU bitsandbytes gives wrong "
                 "values for others; do not quantize this layer, or use a GPU."
             )
 
-    def original_dtype(self, base: nn.Module) -> torch.dtype | None:
+    def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
         """See ``Format``."""
-        return base.weight.quant_state.dtype
+        dtype: torch.dtype | None = _untyped(base.weight).quant_state.dtype
+        return dtype
 
-    def dequantized(self, base: nn.Module) -> Tensor:
+    def dequantize(self, base: LinearLayer) -> Tensor:
         """See ``Format``."""
-        weight = base.weight
-        return _bitsandbytes().functional.dequantize_4bit(weight.data, weight.quant_state)
+        own = _untyped(base.weight)
+        weight: Tensor = _bitsandbytes().functional.dequantize_4bit(own.data, own.quant_state)
+        return weight
 
-    def requantize(self, base: nn.Module, weight: Tensor) -> Tensor:
+    def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor:
         """See ``Format``."""
-        functional, own = _bitsandbytes().functional, base.weight
+        own, functional = _untyped(base.weight), _bitsandbytes().functional
         packed, state = functional.quantize_4bit(
             weight.contiguous(),
             blocksize=own.blocksize,
             compress_statistics=own.compress_statistics,
             quant_type=own.quant_type,
         )
-        return functional.dequantize_4bit(packed, state)
+        again: Tensor = functional.dequantize_4bit(packed, state)
+        return again
+
+    def is_repacked(self, module: nn.Module) -> bool:
+        """Tell whether the layer has rearranged its weight: see ``disable_cpu_repacking``."""
+        state = _untyped(module.weight).quant_state
+        return bool(getattr(state, "packing_format_for_cpu", False))
 
 
 class BnbLinear8bit(Format):
@@ -101,29 +115,29 @@ class BnbLinear8bit(Format):
 
     name = "bitsandbytes int8"
 
-    def check(self, name: str, base: nn.Module) -> None:
+    def check(self, name: str, base: LinearLayer) -> None:
         """It is quantized as it is moved to a device, unless it is to keep float weights."""
-        if base.weight.dtype != torch.int8 and not base.state.has_fp16_weights:
+        if base.weight.dtype != torch.int8 and not _untyped(base).state.has_fp16_weights:
             _raise_unquantized(name, self.name)
 
-    def dequantized(self, base: nn.Module) -> Tensor:
+    def dequantize(self, base: LinearLayer) -> Tensor:
         """See ``Format``."""
-        weight = base.weight
+        weight, layer = base.weight, _untyped(base)
         if weight.dtype != torch.int8:
             return weight.data
         # Before the first forward the scales lie on the weight, afterwards on the state.
-        scales = base.state.SCB if weight.SCB is None else weight.SCB
+        scales: Tensor = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
         return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
 
-    def requantize(self, base: nn.Module, weight: Tensor) -> Tensor:
+    def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor:
         """See ``Format``."""
         scales = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
         return torch.round(weight.float() / scales) * scales
 
 
-def _raise_unquantized(name: str, form: str) -> NoReturn:
+def _raise_unquantized(name: str, fmt: str) -> NoReturn:
     raise ValueError(
-        f"target_modules: {name!r} ({form}) is not quantized yet, which happens as it is moved to "
+        f"target_modules: {name!r} ({fmt}) is not quantized yet, which happens as it is moved to "
         "its device; call model.to(device) before patching."
     )
 
@@ -134,7 +148,7 @@ class TorchaoTensor(Format):
     def __init__(self, kind: str) -> None:
         self.name = f"torchao {kind}"
 
-    def check_gradient(self, base: nn.Module) -> None:
+    def check_gradient(self, base: LinearLayer) -> None:
         """Its packed int4 for CPUs runs by an operator of torch's that has no backward."""
         if type(base.weight).__name__ in _FORWARD_ONLY:
             raise RuntimeError(
@@ -143,20 +157,20 @@ class TorchaoTensor(Format):
                 "or call the model under torch.no_grad()."
             )
 
-    def dequantized(self, base: nn.Module) -> Tensor:
-        """By the tensor's own means, or where it has none, from what the layer makes of ones."""
+    def dequantize(self, base: LinearLayer) -> Tensor:
+        """Use the tensor's own method, or where it has none, what the layer makes of ones."""
         try:
             return base.weight.dequantize()
         except (AttributeError, NotImplementedError):
             return _read_off(base)
 
-    def original_dtype(self, base: nn.Module) -> torch.dtype | None:
-        """The one that the tensor claims to have."""
+    def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
+        """Give the dtype that the tensor claims to have."""
         return base.weight.dtype
 
 
 def format_of(module: nn.Module) -> Format | None:
-    """How the weight of a linear layer is quantized, or None where it is not."""
+    """Tell how the weight of a linear layer is quantized; None where it is not."""
     library = getattr(_bitsandbytes(), "nn", None)
     if isinstance(module, getattr(library, "Linear4bit", ())):
         return BnbLinear4bit(getattr(module.weight, "quant_type", "4 bit"))
@@ -168,20 +182,25 @@ def format_of(module: nn.Module) -> Format | None:
     return None
 
 
-def check_gradient(base: nn.Module) -> None:
-    """RuntimeError where ``base`` is quantized so that it gives no gradient to its input."""
-    form = format_of(base)
-    if form is not None:
-        form.check_gradient(base)
+def check_gradient(base: LinearLayer) -> None:
+    """Raise RuntimeError where ``base`` is quantized so that it gives its input no gradient."""
+    fmt = format_of(base)
+    if fmt is not None:
+        fmt.check_gradient(base)
+
+
+def _untyped(part: nn.Module | Tensor) -> Any:
+    """Give a layer or weight of a library's own class, which cannot be named here, as it is."""
+    return part
 
 
 def _bitsandbytes() -> Any:
-    """The library where somebody imported it, else None."""
+    """Give the library where somebody imported it, else None."""
     return sys.modules.get("bitsandbytes")
 
 
 def stored_bytes(weight: Tensor) -> int:
-    """Bytes of a quantized weight and of what belongs to it."""
+    """Count the bytes of a quantized weight and of what belongs to it."""
     names = getattr(type(weight), "tensor_data_names", None)
     if names is not None:
         optional = getattr(type(weight), "optional_tensor_data_names", ())
@@ -194,12 +213,13 @@ def stored_bytes(weight: Tensor) -> int:
     return sum(part.nbytes for part in parts if isinstance(part, Tensor))
 
 
-def _read_off(base: nn.Module) -> Tensor:
-    """W (out, in) from what the layer makes of the rows of an identity matrix."""
+def _read_off(base: LinearLayer) -> Tensor:
+    """Read W (out, in) off what the layer makes of the rows of an identity matrix."""
     weight, columns = base.weight, []
-    for begin in range(0, base.in_features, _READ_AT_ONCE):
-        count = min(_READ_AT_ONCE, base.in_features - begin)
-        ones = torch.zeros(count, base.in_features, dtype=weight.dtype, device=weight.device)
+    _, in_features = linear_shape(base)
+    for begin in range(0, in_features, _READ_AT_ONCE):
+        count = min(_READ_AT_ONCE, in_features - begin)
+        ones = torch.zeros(count, in_features, dtype=weight.dtype, device=weight.device)
         ones[range(count), range(begin, begin + count)] = 1
         columns.append(nn.functional.linear(ones, weight).t())
     return torch.cat(columns, 1)
@@ -225,18 +245,16 @@ def forget_quantizer(model: nn.Module) -> nn.Module:
 
 
 def check_not_repacked(model: nn.Module) -> None:
-    """ValueError where a Linear4bit of ``model`` has rearranged its weight.
+    """Raise ValueError where a Linear4bit of ``model`` has rearranged its weight.
 
     See ``disable_cpu_repacking``. The library's way back rounds the scales, so that the weight
     would not be what it was.
     """
     for name, module in model.named_modules():
-        form = format_of(module)
-        if isinstance(form, BnbLinear4bit) and getattr(
-            module.weight.quant_state, "packing_format_for_cpu", False
-        ):
+        fmt = format_of(module)
+        if isinstance(fmt, BnbLinear4bit) and fmt.is_repacked(module):
             raise ValueError(
-                f"model: {name!r} ({form.name}) has rearranged its weight for evaluation, as "
+                f"model: {name!r} ({fmt.name}) has rearranged its weight for evaluation, as "
                 "bitsandbytes does in a first forward without gradients on some CPUs, and gives no "
                 "gradient to its input any more; load the model again and patch it before it is "
                 "evaluated."
@@ -244,7 +262,9 @@ def check_not_repacked(model: nn.Module) -> None:
 
 
 def disable_cpu_repacking(model: nn.Module, mark: bool) -> list[tuple[nn.Module, str, Any]]:
-    """Let gradients through quantized layers, adapted or not: (module, attribute, value before).
+    """Let gradients through quantized layers, adapted or not.
+
+    Returns what was changed, as (module, attribute, value before).
 
     Where a CPU has AVX512-BF16, bitsandbytes' Linear4bit rearranges its weight in the first forward
     without grad in eval mode, and from then on gives no gradient to its input, in silence. With
@@ -252,7 +272,11 @@ def disable_cpu_repacking(model: nn.Module, mark: bool) -> list[tuple[nn.Module,
     no adapter.
     """
     quantized = [module for module in model.modules() if format_of(module) is not None]
-    changed = [(module, _PACKS) for module in quantized if getattr(module, _PACKS, False)]
+    changed = [
+        (module, _BNB_REPACK_FLAG)
+        for module in quantized
+        if getattr(module, _BNB_REPACK_FLAG, False)
+    ]
     if quantized and mark:
         marked = (m for m in model.modules() if m.__dict__.get("is_quantized", False))
         changed += [(module, "is_quantized") for module in marked]

@@ -1,4 +1,4 @@
-"""Adapters and bases that something has cut into pieces: seen here, so that they can be refused.
+"""Detects adapters and bases that something has cut into pieces, so that they can be refused.
 
 Layers share their pool, so a process needs all of it whichever layer runs. ``fully_shard`` and
 ``FullyShardedDataParallel`` over an adapter, and ZeRO-3, gather a parameter only while the module
@@ -7,7 +7,12 @@ that owns it runs; ``rasa_ext.distributed.shard_model`` shards the base alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor, nn
+
+from rasa_ext.base_layers.linear import LinearLayer
 
 SHARDING_HINT = (
     "shard with rasa_ext.distributed.shard_model(model, mesh), which leaves the adapter whole on "
@@ -17,31 +22,31 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, asked without importing that class."""
+    """Tell whether a tensor is a DTensor, without importing that class."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def is_whole(matrix: Tensor) -> bool:
-    """Whether a matrix is all here: a DTensor is not, nor what FSDP1 and ZeRO-3 leave (1-D)."""
+    """Tell whether a matrix is all here: a DTensor is not, nor what FSDP1 and ZeRO-3 leave."""
     return matrix.dim() == 2 and not is_dtensor(matrix)
 
 
 def is_emptied(parameter: Tensor) -> bool:
-    """Whether ZeRO-3 has taken a parameter's elements away for the time being."""
+    """Tell whether ZeRO-3 has taken a parameter's elements away for the time being."""
     return hasattr(parameter, "ds_id") and parameter.numel() == 0
 
 
 def what_is_here(tensor: Tensor) -> str:
-    """Words for the piece of a tensor that this process has."""
+    """Describe the piece of a tensor that this process has."""
     if is_dtensor(tensor):
-        return f"a DTensor, placed as {tuple(map(str, tensor.placements))}"
+        return f"a DTensor, placed as {tuple(map(str, getattr(tensor, 'placements', ())))}"
     if tensor.numel() == 0:
         return "without any element here, as ZeRO-3 leaves it"
     return f"of shape {tuple(tensor.shape)} here"
 
 
 def check_whole(A: Tensor, A_pool: Tensor | None) -> None:
-    """RuntimeError where an adapter's matrices are, in a forward, not all here."""
+    """Raise RuntimeError where an adapter's matrices are, in a forward, not all here."""
     for name, matrix in (("A", A), ("pool", A_pool)):
         if matrix is not None and not is_whole(matrix):
             raise RuntimeError(
@@ -51,15 +56,16 @@ def check_whole(A: Tensor, A_pool: Tensor | None) -> None:
 
 
 def sharded_modules(model: nn.Module) -> set[int]:
-    """Ids of the modules of which ``fully_shard`` shards a parameter, gathered now or not.
+    """Find the modules, by id, of which ``fully_shard`` shards a parameter, gathered or not.
 
     A gathered parameter looks like any other, and holds what it was before the optimizer's step.
     """
     found: set[int] = set()
     for module in model.modules():
-        if not hasattr(module, "_get_fsdp_state"):
+        state_of: Any = getattr(module, "_get_fsdp_state", None)
+        if state_of is None:
             continue
-        state = module._get_fsdp_state()
+        state = state_of()
         groups = getattr(state, "_fsdp_param_groups", None)
         for group in [state._fsdp_param_group] if groups is None else groups:
             for parameter in group.fsdp_params if group else ():
@@ -68,8 +74,8 @@ def sharded_modules(model: nn.Module) -> set[int]:
     return found
 
 
-def check_base_whole(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """ValueError where base layers have weights that a merge could not change for good."""
+def check_base_whole(model: nn.Module, layers: Mapping[str, LinearLayer]) -> None:
+    """Raise ValueError where a merge could not change a base layer's weight for good."""
     sharded = sharded_modules(model)
     for name, base in layers.items():
         weight = base.weight

@@ -5,23 +5,24 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import linear_shape
+from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.ops import Factors
 
 ALL_LINEAR = "all-linear"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
-Names = str | tuple[str, ...]
-Self = TypeVar("Self", bound="AdapterConfig")
+Names = str | Collection[str]
+"""A regular expression, or name suffixes: a tuple of them once a config has checked them."""
 
 
-class Place(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Place:
     """Where an adapter's layer stands in its group, and what its base looks like."""
 
     index: int
@@ -32,8 +33,8 @@ class Place(NamedTuple):
     device: torch.device
 
 
-def group_places(bases: Sequence[nn.Module]) -> list[Place]:
-    """The places of a group's layers, given its base layers in order."""
+def group_places(bases: Sequence[LinearLayer]) -> list[Place]:
+    """Give the places of a group's layers, whose base layers are given in order."""
     return [
         Place(index, len(bases), *linear_shape(base), base.weight.device)
         for index, base in enumerate(bases)
@@ -68,7 +69,7 @@ class AdapterConfig:
     exclude_modules: Names = option(
         (), "Layers to leave out of the targets: name suffixes, or a regular expression."
     )
-    modules_to_save: tuple[str, ...] = option(
+    modules_to_save: Collection[str] = option(
         (), "Name suffixes of modules that are trained in full and saved with the adapter."
     )
     adapter_dtype: torch.dtype = option(
@@ -96,7 +97,7 @@ class AdapterConfig:
             modules_to_save=_names(
                 "modules_to_save", (saved,) if isinstance(saved, str) else saved
             ),
-            adapter_dtype=_dtype("adapter_dtype", self.adapter_dtype),
+            adapter_dtype=checked_dtype("adapter_dtype", self.adapter_dtype),
         )
 
     def _set(self, **values: Any) -> None:
@@ -104,27 +105,27 @@ class AdapterConfig:
             object.__setattr__(self, name, value)
 
     def own(self, place: Place) -> dict[str, Tensor]:
-        """One layer's tensors by name: Parameters, which are trained, and buffers.
+        """Make one layer's tensors, by name: Parameters, which are trained, and buffers.
 
         Every shape depends on ``place`` alone, whose device may be meta.
         """
         raise NotImplementedError
 
     def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        """Likewise those of a group, which its first layer owns; none unless overridden."""
+        """Make the tensors of a group, which its first layer owns; none unless overridden."""
         return {}
 
     def factors(
         self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Place
     ) -> Factors:
-        """The factors of one layer, differentiable in ``own`` and ``pool``.
+        """Give the factors of one layer, differentiable in ``own`` and ``pool``.
 
-        As they stand, under the names A, B and d, unless overridden.
+        They are taken as they stand, under the names A, B and d, unless this is overridden.
         """
         return Factors(own["A"], pool.get("A"), own["B"], pool.get("B"), own.get("d"))
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as the JSON values of ``adapter_config.json``."""
+        """Give the config as the JSON values of ``adapter_config.json``."""
         return {
             "peft_type": self.peft_type,
             "target_modules": _listed(self.target_modules),
@@ -136,7 +137,7 @@ class AdapterConfig:
 
     @classmethod
     def common_from_dict(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """The common fields of what ``to_dict`` wrote, but for dropout.
+        """Read the fields that all methods have, save dropout, from what ``to_dict`` wrote.
 
         Raises ValueError where the file is another method's or asks for a trained bias.
         """
@@ -163,7 +164,7 @@ class AdapterConfig:
         }
 
     def differences(self, other: AdapterConfig) -> list[str]:
-        """The fields in which two configs differ, as ``name: mine, theirs``."""
+        """List the fields in which two configs differ, as ``name: mine, theirs``."""
         if type(self) is not type(other):
             return [f"method: {type(self).__name__}, {type(other).__name__}"]
         return [
@@ -180,7 +181,7 @@ def document_fields(config: type[AdapterConfig]) -> None:
 
 
 def fresh_A(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:
-    """A (rank, in) as LoRA draws it: uniform in +-1/sqrt(in)."""
+    """Draw A (rank, in) as LoRA does: uniform in +-1/sqrt(in)."""
     A = torch.empty((rank, place.in_features), dtype=dtype, device=place.device)
     if rank:
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -188,24 +189,36 @@ def fresh_A(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:
 
 
 def fresh_B(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:
-    """B (out, rank) of zeros, stored by ranks, so that packing it copies rows."""
+    """Make B (out, rank) of zeros, stored by ranks, so that packing it copies rows."""
     return nn.Parameter(
         torch.zeros((rank, place.out_features), dtype=dtype, device=place.device).t()
     )
 
 
 def checked_integer(name: str, value: Any) -> int:
-    """``value``, or TypeError where it is no integer."""
+    """Return ``value``; raise TypeError where it is no integer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__}).")
     return value
 
 
 def checked_number(name: str, value: Any) -> float:
-    """``value`` as a float, or TypeError where it is no number."""
+    """Return ``value`` as a float; raise TypeError where it is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}).")
     return float(value)
+
+
+def checked_dtype(name: str, value: Any) -> torch.dtype:
+    """Return ``value``, or the dtype of that name; raise where it is none for parameters."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else value
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name}: expected a torch.dtype, got {value!r} ({type(value).__name__}).")
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"{name}: expected one of {', '.join(str(d) for d in _DTYPES)}, got {dtype}."
+        )
+    return dtype
 
 
 def _names(name: str, value: Any, regex: bool = False) -> str | tuple[str, ...]:
@@ -220,23 +233,12 @@ def _names(name: str, value: Any, regex: bool = False) -> str | tuple[str, ...]:
     kinds = "a string or a sequence of strings" if regex else "a sequence of strings"
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):
         raise TypeError(f"{name}: expected {kinds}, got {value!r} ({type(value).__name__}).")
-    value = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
-    for item in value:
+    names: tuple[str, ...] = tuple(sorted(value) if isinstance(value, set | frozenset) else value)
+    for item in names:
         if not isinstance(item, str) or not item:
             raise TypeError(f"{name}: expected {kinds}, got the item {item!r}.")
-    return value
+    return names
 
 
-def _dtype(name: str, value: Any) -> torch.dtype:
-    dtype = getattr(torch, value, None) if isinstance(value, str) else value
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name}: expected a torch.dtype, got {value!r} ({type(value).__name__}).")
-    if dtype not in _DTYPES:
-        raise ValueError(
-            f"{name}: expected one of {', '.join(str(d) for d in _DTYPES)}, got {dtype}."
-        )
-    return dtype
-
-
-def _listed(value: str | tuple[str, ...]) -> str | list[str]:
+def _listed(value: Names) -> str | list[str]:
     return value if isinstance(value, str) else list(value)

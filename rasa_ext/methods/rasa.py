@@ -52,7 +52,7 @@ class RasaConfig(AdapterConfig):
         rank = checked_integer("rank", self.rank)
         if rank < 1:
             raise ValueError(f"rank: expected an integer >= 1, got {rank}.")
-        k = max(rank // 8, 1) if self.k is None else checked_integer("k", self.k)
+        k = _usual_k(rank) if self.k is None else checked_integer("k", self.k)
         if not 0 <= k <= rank:
             raise ValueError(f"k: expected 0 <= k <= rank (rank is {rank}), got {k}.")
         alpha = checked_number("alpha", self.alpha)
@@ -62,8 +62,8 @@ class RasaConfig(AdapterConfig):
         super().__post_init__()
 
     def own(self, place: Place) -> dict[str, Tensor]:
-        """A (r-k, in), B (out, r-k) and d (r-k+L*k,), all trained."""
-        rank, dtype = self.rank - self.k, self.adapter_dtype
+        """Make A (r-k, in), B (out, r-k) and d (r-k+L*k,), all trained."""
+        rank, dtype = self.ranks(place.num_layers)[0], self.adapter_dtype
         d = self.initial_diagonal(place.num_layers).to(place.device, dtype)
         return {
             "A": fresh_A(rank, place, dtype),
@@ -72,8 +72,8 @@ class RasaConfig(AdapterConfig):
         }
 
     def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        """A (L*k, in) and B (out, L*k); nothing where k = 0."""
-        size, first, dtype = len(places) * self.k, places[0], self.adapter_dtype
+        """Make A (L*k, in) and B (out, L*k); nothing where k = 0."""
+        size, first, dtype = self.ranks(len(places))[1], places[0], self.adapter_dtype
         if not size:
             return {}
         return {"A": fresh_A(size, first, dtype), "B": fresh_B(size, first, dtype)}
@@ -107,12 +107,22 @@ class RasaConfig(AdapterConfig):
             **common,
         )
 
+    def ranks(self, num_layers: int) -> tuple[int, int]:
+        """Count a layer's private and pooled ranks in a group of L layers: r-k and L*k."""
+        k = _usual_k(self.rank) if self.k is None else self.k
+        return self.rank - k, num_layers * k
+
     def initial_diagonal(self, num_layers: int) -> Tensor:
-        """d of a layer in a group of ``num_layers``: (r-k+L*k,) float32, private entries first."""
-        own, pooled = self.rank - self.k, num_layers * self.k
+        """Make d of a layer in a group of L layers: (r-k+L*k,) float32, private entries first."""
+        own, pooled = self.ranks(num_layers)
         share = self.alpha if 0 in (own, pooled) else self.alpha / 2
         values = [share / n for n in (own, pooled) for _ in range(n)]
         return torch.tensor(values, dtype=torch.float32)
+
+
+def _usual_k(rank: int) -> int:
+    """Give the paper's choice of k for a rank, which None stands for."""
+    return max(rank // 8, 1)
 
 
 document_fields(RasaConfig)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
-from rasa_ext.base_layers.linear import as_plain_gemm, is_conv1d, linear_shape
+from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, linear_shape
 from rasa_ext.base_layers.quantized import check_gradient
 from rasa_ext.base_layers.sharded import check_whole, is_whole
 from rasa_ext.nn import functional
@@ -20,13 +20,21 @@ from rasa_ext.ops import Factors, Pack
 
 
 class Method(Protocol):
-    """What a layer asks of its adapter's config: see ``methods.base.AdapterConfig``."""
+    """The part of its adapter's config that a layer uses: see ``methods.base.AdapterConfig``."""
 
-    dropout: float
-    adapter_dtype: torch.dtype
+    @property
+    def dropout(self) -> float:
+        """Probability with which dropout zeroes an element of the adapter's input."""
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Dtype of the trainable parameters."""
+
+    def own(self, place: Any) -> dict[str, Tensor]:
+        """Make one layer's tensors, by name."""
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
-        """The factors of one layer, from what it and its group own."""
+        """Give the factors of one layer, from what it and its group own."""
 
 
 class Adapter(NamedTuple):
@@ -38,18 +46,18 @@ class Adapter(NamedTuple):
     place: Any
 
     def sources(self) -> tuple[Tensor, ...]:
-        """What its factors are made of, in a fixed order, wherever it lies: keys the pack cache."""
+        """Give the tensors of which its factors are made, in a fixed order: the cache's key."""
         return (*self.own.values(), *self.pool.values())
 
     def factors(self) -> Factors:
-        """Its factors on the layer's device and in its dtype, differentiable.
+        """Give its factors on the layer's device and in its dtype, differentiable.
 
         Raises:
             RuntimeError: they are sharded over processes, and this one has only pieces.
         """
         factors = self.config.factors(self.own, self.pool, self.place)
         A, A_pool, B, B_pool, d = factors
-        if A_pool is None:
+        if A_pool is None or B_pool is None:
             if not is_whole(A):
                 check_whole(A, None)
             return factors
@@ -72,7 +80,7 @@ class AdaptedLinear(nn.Module):
     ``fused``, where not None, is shared with the projections that read the same inputs.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: LinearLayer) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
@@ -84,11 +92,11 @@ class AdaptedLinear(nn.Module):
         self._cache = PackCache()
 
     def adapter(self) -> Adapter | None:
-        """The adapter that a forward adds to the base's output; None where there is none."""
+        """Give the adapter that a forward adds to the base's output, or None."""
         raise NotImplementedError
 
     def adapters(self) -> Iterator[Adapter]:
-        """Every adapter of the layer, whether a forward adds it or not."""
+        """Give every adapter of the layer, whether a forward adds it or not."""
         raise NotImplementedError
 
     @property
@@ -108,7 +116,7 @@ class AdaptedLinear(nn.Module):
         return linear_shape(self.base_layer)[0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in) to (..., out), in the dtype that the base layer would give."""
+        """Compute y (..., out) from x (..., in), in the dtype that the base layer would give."""
         adapter = self._live_adapter()
         if adapter is None:
             return self._base_alone(x, args, kwargs)
@@ -144,7 +152,7 @@ class AdaptedLinear(nn.Module):
         return functional.unflatten_like(y, x)
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
-        """The layer as one of several that read the same input, computed in ``dtype`` together.
+        """Give the layer as one of several that read one input, computed in ``dtype`` together.
 
         None where it is more than a GEMM with an adapter.
         """
@@ -156,7 +164,7 @@ class AdaptedLinear(nn.Module):
         return Projection(*plain, adapter.sources(), adapter.factors, dropout)
 
     def _live_adapter(self) -> Adapter | None:
-        """``adapter()``, unless it is disabled or merged."""
+        """Give ``adapter()``, unless it is disabled or merged."""
         if self.merged_base is not None or self.disabled:
             return None
         return self.adapter()
@@ -167,13 +175,13 @@ class AdaptedLinear(nn.Module):
         adapter: Adapter,
         sources: tuple[Tensor, ...],
         with_grad: bool,
-        args: tuple,
-        kwargs: dict,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Tensor:
-        """The adapter added to whatever the base layer makes of x."""
+        """Add the adapter to whatever the base layer makes of x."""
         if x.requires_grad and torch.is_grad_enabled():
             check_gradient(self.base_layer)
-        y = self.base_layer(x, *args, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         if with_grad or y.requires_grad:
             return self._added(y, x, adapter)
         x = x.to(y.dtype)
@@ -184,29 +192,34 @@ class AdaptedLinear(nn.Module):
         return functional.unflatten_like(out, y)
 
     def _added(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
-        """``y + x dW^T``, differentiable."""
+        """Compute ``y + x dW^T``, differentiable."""
         x = x.to(y.dtype)
         drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         factors = adapter.factors()
         multiple = ops.rank_multiple(y.device.type, y.dtype, factors.rank)
         return functional.adapted_add(y, x, factors, multiple, *drop)
 
-    def _base_alone(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """What the base makes of x, in the dtype in which it did so before it became dense."""
+    def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Run the base on x, in the dtype in which it ran before it was dequantized."""
         if self.merged_base is not None and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "the adapter is merged into the base weights, so it would not be trained; "
                 "call rasa_ext.unmerge(model) first."
             )
-        dtype = self.base_layer.weight.dtype
-        if not isinstance(self.merged_base, nn.Module) or _compute_dtype(x) in (dtype, None):
-            return self.base_layer(x, *args, **kwargs)
-        return self.base_layer(x.to(dtype), *args, **kwargs).to(x.dtype)
+        base = self.base_layer
+        if isinstance(self.merged_base, nn.Module) and _compute_dtype(x) != base.weight.dtype:
+            dense: Tensor = base(x.to(base.weight.dtype), *args, **kwargs)
+            return dense.to(x.dtype)
+        y: Tensor = base(x, *args, **kwargs)
+        return y
 
     @torch.no_grad()
     def packed_factors(self, dtype: torch.dtype = torch.float32) -> Pack:
-        """Ap (R, in) and Bp (R, out) in ``dtype``, unpadded and without grad: dW = Bp^T Ap."""
-        return Pack(*ops.pack(*self.adapter().factors(), dtype, 1))
+        """Pack to Ap (R, in), Bp (R, out) in ``dtype``, unpadded, without grad: dW = Bp^T Ap."""
+        adapter = self.adapter()
+        if adapter is None:
+            raise RuntimeError("expected a layer with an active adapter, got one without.")
+        return Pack(*ops.pack(*adapter.factors(), dtype, 1))
 
     def restore(self) -> None:
         """Give trainable parameters that were cast to a coarser dtype their config's again."""
@@ -232,7 +245,7 @@ class AdaptedLinear(nn.Module):
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """As of any module, but nothing is rounded on its way into trainable parameters."""
+        """Load as any module does, but round nothing on its way into trainable parameters."""
         self.restore()
         super()._load_from_state_dict(*args, **kwargs)
 
@@ -243,9 +256,10 @@ class AdaptedLinear(nn.Module):
             self.fused.forget()
 
     def _apply(self, *args: Any, **kwargs: Any) -> AdaptedLinear:
-        """Moving and casting may replace a parameter's memory behind its identity."""
+        """Forget the pack: moving and casting may replace memory behind a parameter's identity."""
         self.drop_pack()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # nn.Module's has no types
+        return self
 
     def _packed(
         self,
@@ -253,10 +267,10 @@ class AdaptedLinear(nn.Module):
         sources: tuple[Tensor, ...],
         dtype: torch.dtype,
         device: torch.device,
-    ) -> tuple[Tensor, ...]:
-        """Ap and Bp without grad: from the cache while no source has changed."""
+    ) -> tuple[Tensor, Tensor]:
+        """Give Ap and Bp without grad, from the cache while no source has changed."""
 
-        def make() -> tuple[Tensor, ...]:
+        def make() -> tuple[Tensor, Tensor]:
             factors = adapter.factors()
             multiple = ops.rank_multiple(device.type, dtype, factors.rank)
             return ops.pack(*factors, dtype, multiple)
@@ -267,7 +281,7 @@ class AdaptedLinear(nn.Module):
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes on x: autocast's, or x's own."""
+    """Give the dtype in which a linear layer computes on x: autocast's, or x's own."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -14,8 +14,8 @@ element of x. All gradients are first order; differentiating twice raises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,50 +24,93 @@ from torch.autograd.function import once_differentiable
 from rasa_ext import ops
 from rasa_ext.ops import Factors, Pack
 
-_unsafe_view = torch.ops.aten._unsafe_view.default
-_NO_GRADS = (None,) * 5
+_unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default
+_Grads: TypeAlias = "tuple[Tensor | None, ...]"
+_FactorGrads: TypeAlias = (
+    "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]"
+)
+_PoolPack: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
+_NO_GRADS = (None, None, None, None, None)
 
 
-class _Pack(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    if TYPE_CHECKING:  # torch's has no types
+
+        @classmethod
+        def apply(cls, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class _Pack(_Function):
     @staticmethod
-    def forward(ctx, dtype, multiple, *factors):
-        _, _, B, B_pool, d = factors
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        multiple: int,
+        A: Tensor,
+        A_pool: Tensor | None,
+        B: Tensor,
+        B_pool: Tensor | None,
+        d: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(B, B_pool, d)
-        return ops.pack(*factors, dtype, multiple)
+        return ops.pack(A, A_pool, B, B_pool, d, dtype, multiple)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dAp, dBp):
+    def backward(ctx: Any, dAp: Tensor, dBp: Tensor) -> _Grads:
         return None, None, *_factor_grads(dAp, dBp, *ctx.saved_tensors)
 
 
-class _AdaptedLinear(torch.autograd.Function):
+class _AdaptedLinear(_Function):
     """``y`` is None, or else the output of a base that is no plain GEMM, and ``weight`` is."""
 
     @staticmethod
-    def forward(ctx, y, x, weight, bias, multiple, mask, scale, *factors):
-        pack = ops.pack(*factors, x.dtype, multiple)
+    def forward(
+        ctx: Any,
+        y: Tensor | None,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        multiple: int,
+        mask: Tensor | None,
+        scale: float,
+        A: Tensor,
+        A_pool: Tensor | None,
+        B: Tensor,
+        B_pool: Tensor | None,
+        d: Tensor | None,
+    ) -> Tensor:
+        Ap, Bp = ops.pack(A, A_pool, B, B_pool, d, x.dtype, multiple)
         x_rows = flatten_tokens(x)
-        if weight is None:
-            out, U = ops.low_rank_add(flatten_tokens(y), x_rows, *pack, mask, scale)
-        else:
-            out, U = ops.low_rank_linear(x_rows, weight, bias, *pack, mask, scale)
+        if y is not None:
+            out, U = ops.low_rank_add(flatten_tokens(y), x_rows, Ap, Bp, mask, scale)
+        elif weight is not None:
+            out, U = ops.low_rank_linear(x_rows, weight, bias, Ap, Bp, mask, scale)
         need_A, need_B = _needs(ctx.needs_input_grad[7:])
-        kept = pack if ops.keep_pack(x.device.type, x_rows.shape[0], *pack) else (None, None)
+        kept = (Ap, Bp) if ops.keep_pack(x.device.type, x_rows.shape[0], Ap, Bp) else (None, None)
         ctx.save_for_backward(
-            x if need_A else None, U if need_B else None, weight, mask, *kept, *factors
+            x if need_A else None,
+            U if need_B else None,
+            weight,
+            mask,
+            *kept,
+            A,
+            A_pool,
+            B,
+            B_pool,
+            d,
         )
         ctx.multiple, ctx.scale, ctx.width = multiple, scale, x.shape[-1]
         return unflatten_like(out, x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        x, U, weight, mask, Ap, Bp, *factors = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> _Grads:
+        x, U, weight, mask, Ap, Bp, A, A_pool, B, B_pool, d = ctx.saved_tensors
         need_y, need_x, *_ = ctx.needs_input_grad
         need_A, need_B = _needs(ctx.needs_input_grad[7:])
         if Ap is None:
-            Ap, Bp = ops.pack(*factors, grad.dtype, ctx.multiple)
+            Ap, Bp = ops.pack(A, A_pool, B, B_pool, d, grad.dtype, ctx.multiple)
         dx, dAp, dBp = ops.low_rank_linear_backward(
             flatten_tokens(grad),
             None if x is None else flatten_tokens(x),
@@ -81,16 +124,18 @@ class _AdaptedLinear(torch.autograd.Function):
             mask,
             ctx.scale,
         )
-        dx = dx.view(*grad.shape[:-1], ctx.width) if need_x else None
-        grads = _factor_grads(dAp if need_A else None, dBp if need_B else None, *factors[2:])
-        return grad if need_y else None, dx, None, None, None, None, None, *grads
+        dx_shaped = dx.view(*grad.shape[:-1], ctx.width) if need_x else None
+        grads = _factor_grads(dAp if need_A else None, dBp if need_B else None, B, B_pool, d)
+        return grad if need_y else None, dx_shaped, None, None, None, None, None, *grads
 
 
-class _AdaptedProjections(torch.autograd.Function):
+class _AdaptedProjections(_Function):
     """``tensors`` are n weights, n biases, and the factors of each of n layers."""
 
     @staticmethod
-    def forward(ctx, x, n, multiple, mask, scale, *tensors):
+    def forward(
+        ctx: Any, x: Tensor, n: int, multiple: int, mask: Tensor | None, scale: float, *tensors: Any
+    ) -> tuple[Tensor, ...]:
         weights, biases, factors = tensors[:n], tensors[n : 2 * n], _by_layer(tensors[2 * n :])
         Ap, Bp = pack_projections(factors, x.dtype, multiple)
         x_rows = flatten_tokens(x)
@@ -110,7 +155,7 @@ class _AdaptedProjections(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor) -> _Grads:
         x, U, mask, *tensors = ctx.saved_tensors
         n = len(grads)
         weights, factors, kept = tensors[:n], _by_layer(tensors[n : 6 * n]), tensors[6 * n :]
@@ -136,13 +181,23 @@ class _AdaptedProjections(torch.autograd.Function):
             _factor_grads(down, up, *its[2:])
             for down, up, its in zip(downs, ups, factors, strict=True)
         ]
-        dx = dx.view(shape) if need_x else None
-        return dx, None, None, None, None, *(None,) * (2 * n), *(g for each in own for g in each)
+        dx_shaped = dx.view(shape) if need_x else None
+        its_own = (grad for each in own for grad in each)
+        return dx_shaped, None, None, None, None, *(None,) * (2 * n), *its_own
 
 
-class _AdaptedGroup(torch.autograd.Function):
+class _AdaptedGroup(_Function):
     @staticmethod
-    def forward(ctx, x, bias, A_pool, B_pool, multiple, layers, *tensors):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        A_pool: Tensor | None,
+        B_pool: Tensor | None,
+        multiple: int,
+        layers: int,
+        *tensors: Tensor,
+    ) -> Tensor:
         weights, A, B, d = _lists(tensors, layers)
         pack, pool = _pack_group(x, A, A_pool, B, B_pool, d, multiple)
         y, U, V = ops.linear_group(x, weights, bias, *pack, *pool)
@@ -152,7 +207,7 @@ class _AdaptedGroup(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> _Grads:
         x, U, V, A_pool, B_pool, *tensors = ctx.saved_tensors
         weights, A, B, d = _lists(tensors, ctx.layers)
         need_x, _, *need = ctx.needs_input_grad
@@ -160,11 +215,10 @@ class _AdaptedGroup(torch.autograd.Function):
         dx, dAp, dBp, dAp_pool, dBp_pool, dd_pool = ops.linear_group_backward(
             grad, x, weights, U, V, *pack, *pool, need_x, any(need)
         )
-        dx = dx if need_x else None
+        dx_needed = dx if need_x else None
         frozen = (None,) * ctx.layers
         if not any(need):
-            return dx, None, None, None, None, None, *frozen * 4
-        dA_pool = dB_pool = None
+            return dx_needed, None, None, None, None, None, *frozen * 4
         if pool[0] is None:
             dA, dA_pool, dB, dB_pool, dd = ops.pack_group_backward(dAp, dBp, B, B_pool, d)
         else:
@@ -173,13 +227,14 @@ class _AdaptedGroup(torch.autograd.Function):
             dA, _, dB, _, dd = ops.pack_group_backward(dAp, dBp, B, None, d_own)
             dA_pool, _, dB_pool, _, _ = ops.pack_backward(dAp_pool, dBp_pool, B_pool, None, None)
             dd = torch.cat((dd, dd_pool[:, :pooled].to(dd.dtype)), 1)
-        if A_pool is None:
-            dA_pool = dB_pool = None
-        return dx, None, dA_pool, dB_pool, None, None, *frozen, *dA, *dB, *dd
+        pools = (None, None) if A_pool is None else (dA_pool, dB_pool)
+        return dx_needed, None, *pools, None, None, *frozen, *dA, *dB, *dd
 
 
 def pack(factors: Factors, dtype: torch.dtype, multiple: int = 1) -> Pack:
-    """Ap = [A ; A_pool] (Rp, in) and Bp = diag(d) [B | B_pool]^T (Rp, out); differentiable.
+    """Pack factors: Ap = [A ; A_pool] (Rp, in), Bp = diag(d) [B | B_pool]^T (Rp, out).
+
+    Differentiable.
 
     Args:
         factors: A (r-k, in), A_pool (L*k, in) or None, B (out, r-k), B_pool (out, L*k) or None and
@@ -199,7 +254,7 @@ def adapted_linear(
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """``x W^T + bias + x dW^T`` with dW = Bp^T Ap, the pack of ``factors``.
+    """Compute ``x W^T + bias + x dW^T`` with dW = Bp^T Ap, the pack of ``factors``.
 
     Differentiable in x and in the factors.
 
@@ -215,7 +270,8 @@ def adapted_linear(
     Returns:
         (..., out).
     """
-    return _AdaptedLinear.apply(None, x, weight, bias, multiple, mask, scale, *factors)
+    y: Tensor = _AdaptedLinear.apply(None, x, weight, bias, multiple, mask, scale, *factors)
+    return y
 
 
 def adapted_add(
@@ -226,12 +282,13 @@ def adapted_add(
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """``y + x dW^T``: the adapter over the output (..., out) of a base that is not a plain GEMM.
+    """Compute ``y + x dW^T``, over the output (..., out) of a base that is not a plain GEMM.
 
     x is (..., in) in y's dtype. Differentiable in y, x and the factors; y is left as it was.
     Other arguments as for ``adapted_linear``.
     """
-    return _AdaptedLinear.apply(y, x, None, None, multiple, mask, scale, *factors)
+    out: Tensor = _AdaptedLinear.apply(y, x, None, None, multiple, mask, scale, *factors)
+    return out
 
 
 def adapted_projections(
@@ -243,14 +300,17 @@ def adapted_projections(
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
-    """``adapted_linear`` of n layers that read the same x, with one down-projection for all.
+    """Compute ``adapted_linear`` of n layers that read one x, with one down-projection for all.
 
     One ``Factors`` a layer, of any ranks and output widths; either every layer has a pool or none
     has. In the backward the layers' gradients with respect to x add up inside the products.
     Differentiable in x and in the factors. Other arguments as for ``adapted_linear``.
     """
     tensors = (*weights, *biases, *(t for each in factors for t in each))
-    return _AdaptedProjections.apply(x, len(weights), multiple, mask, scale, *tensors)
+    outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(
+        x, len(weights), multiple, mask, scale, *tensors
+    )
+    return outputs
 
 
 def adapted_group(
@@ -264,7 +324,7 @@ def adapted_group(
     d: Sequence[Tensor],
     multiple: int = 1,
 ) -> Tensor:
-    """``adapted_linear`` of the L layers of one group, each on its own x.
+    """Compute ``adapted_linear`` of the L layers of one group, each on its own x.
 
     For layers whose inputs are given at once: distillation, layerwise reconstruction, experts. The
     products of all layers are batches, so that layers with few tokens fill a device together; with
@@ -300,11 +360,14 @@ def adapted_group(
             )
     stacked = None if bias is None else torch.stack(list(bias)).detach()
     layers = len(weights)
-    return _AdaptedGroup.apply(x, stacked, A_pool, B_pool, multiple, layers, *weights, *A, *B, *d)
+    y: Tensor = _AdaptedGroup.apply(
+        x, stacked, A_pool, B_pool, multiple, layers, *weights, *A, *B, *d
+    )
+    return y
 
 
 def dropout(x: Tensor, p: float) -> tuple[Tensor | None, float]:
-    """What dropout leaves of x (any shape): a mask of bits for the linears, and 1 / (1 - p).
+    """Draw what dropout leaves of x (any shape): a mask of bits for the linears, and 1 / (1 - p).
 
     The mask, uint8 (ceil(x.numel() / 8),) or None where p is 0, is drawn from torch's generator of
     x's device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce it.
@@ -320,26 +383,26 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor | None, float]:
 def pack_projections(
     factors: Sequence[Factors], dtype: torch.dtype, multiple: int
 ) -> tuple[Tensor, list[Tensor]]:
-    """One Ap for all, and each one's Bp; without a gradient."""
+    """Pack several layers into one Ap for all, and a Bp each; without a gradient."""
     A, A_pool, B, B_pool, d = zip(*factors, strict=True)
     if any(v is None for v in d):
-        d = [each.A.new_ones(each.rank) if each.d is None else each.d for each in factors]
+        d = tuple(each.A.new_ones(each.rank) if each.d is None else each.d for each in factors)
     return ops.pack_projections(A, as_op_list(A_pool), B, as_op_list(B_pool), d, dtype, multiple)
 
 
 def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """An operator's list, which cannot hold None: [] if all are, else empty tensors for them."""
+    """Make an operator's list, which cannot hold None: [] if all are, else empty tensors."""
     some = next((t for t in tensors if t is not None), None)
     return [] if some is None else [some.new_empty(0) if t is None else t for t in tensors]
 
 
 def flatten_tokens(x: Tensor) -> Tensor:
-    """x (..., n) as (M, n)."""
+    """Give x (..., n) as (M, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def unflatten_like(y: Tensor, x: Tensor) -> Tensor:
-    """y (M, n), which the caller gives up, as (..., n) with x's leading dimensions.
+    """Give y (M, n), which the caller gives up, as (..., n) with x's leading dimensions.
 
     Not a view to autograd: what a Function returns as one could not be modified in place.
     """
@@ -347,7 +410,7 @@ def unflatten_like(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _needs(needs: Sequence[bool]) -> tuple[bool, bool]:
-    """Whether an A, and whether a B or d, of factors one after the other is trained."""
+    """Tell whether an A, and whether a B or d, of factors one after the other is trained."""
     return any(needs[0::5]) or any(needs[1::5]), any(map(any, (needs[i::5] for i in (2, 3, 4))))
 
 
@@ -357,21 +420,22 @@ def _factor_grads(
     B: Tensor,
     B_pool: Tensor | None,
     d: Tensor | None,
-) -> tuple[Any, ...]:
-    """Gradients of A, A_pool, B, B_pool and d from those of a pack, which are given up."""
+) -> _FactorGrads:
+    """Give the gradients of A, A_pool, B, B_pool and d from a pack's, which are given up."""
     if dAp is None and dBp is None:
         return _NO_GRADS
     dA, dA_pool, dB, dB_pool, dd = ops.pack_backward(dAp, dBp, B, B_pool, d)
-    if dAp is None:
-        dA = dA_pool = None
-    if dBp is None:
-        dB = dB_pool = dd = None
-    if B_pool is None:
-        dA_pool = dB_pool = None
-    return dA, dA_pool, dB, dB_pool, None if d is None else dd
+    pool, down, up = B_pool is not None, dAp is not None, dBp is not None
+    return (
+        dA if down else None,
+        dA_pool if down and pool else None,
+        dB if up else None,
+        dB_pool if up and pool else None,
+        dd if up and d is not None else None,
+    )
 
 
-def _by_layer(tensors: Sequence[Tensor | None]) -> list[Factors]:
+def _by_layer(tensors: Sequence[Any]) -> list[Factors]:
     return [Factors(*tensors[at : at + 5]) for at in range(0, len(tensors), 5)]
 
 
@@ -380,14 +444,22 @@ def _flat(packed: tuple[Tensor, list[Tensor]]) -> tuple[Tensor, ...]:
 
 
 def _lists(tensors: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
-    """Tensors one kind after the other, as a list of each kind."""
+    """Cut tensors that stand one kind after the other into a list of each kind."""
     return [list(tensors[at : at + layers]) for at in range(0, len(tensors), layers)]
 
 
-def _pack_group(x, A, A_pool, B, B_pool, d, multiple):
-    """Ap, Bp of every layer in x's dtype, and (Ap_pool, Bp_pool, d_pool) or three None."""
-    if A_pool is None or ops.pool_in_packs(x.shape[1], A_pool.shape[0]):
-        return ops.pack_group(A, A_pool, B, B_pool, d, x.dtype, multiple), (None,) * 3
+def _pack_group(
+    x: Tensor,
+    A: list[Tensor],
+    A_pool: Tensor | None,
+    B: list[Tensor],
+    B_pool: Tensor | None,
+    d: list[Tensor],
+    multiple: int,
+) -> tuple[tuple[Tensor, Tensor], _PoolPack]:
+    """Pack every layer in x's dtype, and the pool to (Ap_pool, Bp_pool, d_pool) or three None."""
+    if A_pool is None or B_pool is None or ops.pool_in_packs(x.shape[1], A_pool.shape[0]):
+        return ops.pack_group(A, A_pool, B, B_pool, d, x.dtype, multiple), (None, None, None)
     own = A[0].shape[0]
     pack = ops.pack_group(A, None, B, None, [v[:own] for v in d], x.dtype, multiple)
     Ap_pool, Bp_pool = ops.pack(A_pool, None, B_pool, None, None, x.dtype, multiple)

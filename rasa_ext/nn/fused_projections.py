@@ -1,6 +1,6 @@
 """Projections that read one input, such as q, k and v, computed together.
 
-Which layers may belong together is known by their parent and their names as a model is patched. The
+Which layers may belong together is told by their parent and their names as a model is patched. The
 first of them that meets an x computes all, and the others find their outputs waiting if they read
 the very same x, unchanged. Those that turn out to read another one leave for good.
 """
@@ -12,23 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rasa_ext import ops
 from rasa_ext.nn import functional
 from rasa_ext.ops import Factors
-
-TOGETHER = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("q", "k", "v"),
-    ("query", "key", "value"),
-    ("q_lin", "k_lin", "v_lin"),
-    ("to_q", "to_k", "to_v"),
-    ("gate_proj", "up_proj"),
-    ("w1", "w3"),
-    ("wi_0", "wi_1"),
-)
-"""Names that one parent gives to projections of one input."""
 
 
 class Projection(NamedTuple):
@@ -41,17 +29,17 @@ class Projection(NamedTuple):
     dropout: float
 
     def stamp(self) -> list[int]:
-        """Differs where a tensor was replaced or written to; all of them are alive."""
+        """Give what differs once a tensor was replaced or written to; all of them are alive."""
         base = (self.weight,) if self.bias is None else (self.weight, self.bias)
         versions = [n for t in self.sources for n in (id(t), t._version)]
         return [*versions, *(n for t in base for n in (t.data_ptr(), t._version))]
 
 
 class Projected(Protocol):
-    """What is asked of a layer."""
+    """A layer that can be computed together with others."""
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
-        """The layer as a projection in ``dtype``, or None where it is more than that."""
+        """Give the layer as a projection in ``dtype``, or None where it is more than that."""
 
 
 class _Round:
@@ -94,7 +82,7 @@ class FusedProjections:
         self._round: _Round | None = None
 
     def output(self, layer: Projected, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The layer's output for x (..., in) in ``dtype``, or None: compute it alone."""
+        """Give the layer's output for x (..., in) in ``dtype``, or None: compute it alone."""
         current = self._round
         if current is not None:
             if current.is_of(x, dtype) and id(layer) in current.waiting:
@@ -106,7 +94,7 @@ class FusedProjections:
         return self._compute(layer, x, dtype)
 
     def layers(self) -> list[Projected]:
-        """Those that still go together."""
+        """Give the layers that still go together."""
         return [layer for layer in (each() for each in self._layers) if layer is not None]
 
     def _part(self, last: _Round, dtype: torch.dtype) -> None:
@@ -126,15 +114,18 @@ class FusedProjections:
         last.waiting.clear()
 
     def _compute(self, leader: Projected, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """The leader's output; those of the others wait."""
+        """Compute all outputs: give the leader's, and let those of the others wait."""
         layers = [layer() for layer in self._layers]
         if len(layers) < 2 or leader not in layers:
             return None
         layers.sort(key=lambda each: each is not leader)  # stable: the leader first
-        parts = [None if each is None else each.projection(dtype) for each in layers]
+        parts: list[Projection] = []
+        for each in layers:
+            part = None if each is None else each.projection(dtype)
+            if part is None or not _fit(part, parts[0] if parts else part, x):
+                return None
+            parts.append(part)
         first = parts[0]
-        if any(part is None or not _fit(part, first, x) for part in parts):
-            return None
         inputs = x if x.dtype == dtype else x.to(dtype)
         factors = [part.factors() for part in parts]
         outputs = functional.adapted_projections(
@@ -157,27 +148,16 @@ class FusedProjections:
         self._round = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Its layers themselves: a copy's are the copies."""
+        """Give its layers themselves: a copy's are the copies."""
         return {"layers": [layer() for layer in self._layers if layer() is not None]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["layers"])
-
-
-def link_fused_projections(model: nn.Module, kind: type[nn.Module]) -> None:
-    """Let the layers of ``kind`` in a model know which of them may read one input."""
-    for parent in model.modules():
-        for names in TOGETHER:
-            layers = [parent._modules.get(name) for name in names]
-            layers = [layer for layer in layers if isinstance(layer, kind)]
-            if len({layer.in_features for layer in layers}) == 1 < len(layers):
-                fused = FusedProjections(layers)
-                for layer in layers:
-                    layer.fused = fused
+        self._layers = [weakref.ref(layer) for layer in state["layers"]]
+        self._round = None
 
 
 def _fit(part: Projection, first: Projection, x: Tensor) -> bool:
-    """Whether a projection can be computed with the first of them, on x's device."""
+    """Tell whether a projection can be computed with the first of them, on x's device."""
     if part.dropout != first.dropout or len(part.sources) != len(first.sources):
         return False
     return all(tensor.device == x.device for tensor in (part.weight, *part.sources))

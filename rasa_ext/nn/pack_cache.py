@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 Form = tuple[torch.dtype, torch.device]
-"""Of a pack."""
-Made = Sequence[Tensor]
+"""The dtype and device of a pack."""
+Made = tuple[Tensor, Tensor]
+"""A pack: Ap and Bp."""
 
 
 class PackCache:
@@ -24,22 +25,23 @@ class PackCache:
         # Keeping the tensors alive keeps their identities from being taken over by others.
         self._sources: Sequence[Tensor] = ()
         self._versions: Sequence[int] = ()
-        self._made: Made = ()
+        self._made: Made | None = None
 
     def get(self, sources: Sequence[Tensor], form: Form, make: Callable[[], Made]) -> Made:
-        """What was made of ``sources`` in ``form``, or else ``make()``, which is kept.
+        """Return what was made of ``sources`` in ``form``, or else ``make()``, which is kept.
 
         Every forward of every layer asks this while decoding, where microseconds count: hence one
         loop over plain comparisons.
         """
-        if self._form == form and len(self._sources) == len(sources):
+        kept = self._made
+        if kept is not None and self._form == form and len(self._sources) == len(sources):
             known = zip(sources, self._sources, self._versions, strict=True)
             for source, its, version in known:
                 if source is not its or source._version != version:
                     break
             else:
                 if not _is_capturing(form[1]):
-                    return self._made
+                    return kept
         made = make()
         if not (_is_capturing(form[1]) or any(source.is_inference() for source in sources)):
             self._form, self._sources, self._made = form, tuple(sources), made
@@ -49,9 +51,9 @@ class PackCache:
     def drop(self) -> None:
         """Forget the pack."""
         if self._form is not None:
-            self._form, self._sources, self._versions, self._made = None, (), (), ()
+            self._form, self._sources, self._versions, self._made = None, (), (), None
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
         return type(self), ()
 
 

@@ -17,13 +17,13 @@ from rasa_ext.base_layers.sharded import is_dtensor
 
 HALVES = frozenset({torch.bfloat16, torch.float16})
 
-# Set where FSDP, DeepSpeed or DistributedDataParallel's mixed precision holds the numbers, in a
+# Set where FSDP, DeepSpeed or DistributedDataParallel's mixed precision holds the parameter, in a
 # dtype of its own, and this is its copy.
 _COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping", "_mp_param")
 
 
 def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
-    """Whether trained parameters were of a coarser dtype than ``dtype``, which they now have.
+    """Give trainable parameters of a coarser dtype than ``dtype`` that one; tell whether any was.
 
     It happens in place, so that an optimizer finds what it was given; a warning tells of it.
     RuntimeError where several processes train: DistributedDataParallel would no longer average the
@@ -45,7 +45,7 @@ def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
         warnings.warn(
             f"an adapter that is trained was cast to {before}, in which steps of its diagonal "
             f"would be lost; it is {dtype} again, the adapter_dtype of its config. An optimizer "
-            "that has copied the numbers must be made after that: call model.train() first.",
+            "that has copied the parameters must be made after that: call model.train() first.",
             stacklevel=1,  # one place, so that it is said once
         )
     return bool(coarse)
@@ -62,5 +62,5 @@ def _is_coarse(parameter: Tensor, dtype: torch.dtype) -> bool:
 
 
 def is_sharing() -> bool:
-    """Whether several processes train together, so that a parameter may be a copy for a forward."""
+    """Tell whether several processes train, so that a parameter may be a copy for a forward."""
     return dist.is_available() and dist.is_initialized()

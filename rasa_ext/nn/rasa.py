@@ -7,42 +7,73 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import linear_shape
+from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.nn.adapted_linear import AdaptedLinear, Adapter, Method
 
 
 class RasaPool(nn.Module):
-    """What one group owns together: under RaSA A (L*k, in) and B (out, L*k), for its L layers."""
+    """The shared rank pool of one group of L layers: under RaSA A (L*k, in) and B (out, L*k).
+
+    The A_S and B_S of arXiv 2503.12576, section 3. ``patch_model`` makes one a group, and registers
+    it on the group's first layer, so that its parameters stand once in a ``state_dict``.
+
+    Args:
+        tensors: by name; Parameters are trained, others become buffers.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> layers = [each for each in model.modules() if isinstance(each, rasa_ext.RasaLinear)]
+        >>> isinstance(layers[0].pool, rasa_ext.RasaPool)
+        True
+        >>> group = [each for each in layers if each.pool is layers[0].pool]
+        >>> layers[0].pool.A.shape == (len(group), layers[0].in_features)
+        True
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Own ``tensors`` under their names: Parameters are trained, others are buffers."""
         super().__init__()
         _register(self, tensors)
 
     def extra_repr(self) -> str:
-        """Shapes by name."""
+        """Show the shapes by name."""
         return ", ".join(f"{name}={tuple(t.shape)}" for name, t in _tensors_of(self).items())
 
 
 class RasaLinear(AdaptedLinear):
-    """A frozen linear layer with an adapter: ``base(x) + x dW^T``.
+    """A frozen linear layer with an adapter: ``base(x) + x dW^T``, x (..., in) to (..., out).
 
-    Its own tensors are attributes, under RaSA ``A`` (r-k, in), ``B`` (out, r-k) and ``d``
-    (r-k+L*k,); ``pool`` is its group's, or None where the method has none (k = 0). The pool is a
-    registered submodule of the group's first layer only, so that no parameter stands twice in a
-    ``state_dict``; the other layers hold a plain reference, which follows through
-    ``copy.deepcopy`` and ``torch.save``.
+    Under RaSA dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv 2503.12576, section 3). The layer's own
+    tensors are attributes: ``A`` (r-k, in), ``B`` (out, r-k) and ``d`` (r-k+L*k,), float32 unless
+    ``adapter_dtype`` says otherwise and cast to the activations' dtype as they are used. ``pool``
+    is its group's, or None where the method has none (k = 0). The pool is a registered submodule of
+    the group's first layer only, so that no parameter stands twice in a ``state_dict``; the other
+    layers hold a plain reference, which follows through ``copy.deepcopy`` and ``torch.save``.
+
+    ``patch_model`` makes these layers; few have a reason to make one themselves.
+
+    Args:
+        base_layer: any linear layer, quantized ones included.
+        config: the method's config, which says what the layer owns.
+        place: the layer's place in its group; that of index 0 registers ``pool``.
+        pool: the group's.
+
+    Raises:
+        RuntimeError: in a forward, the adapter is sharded over processes; or it is merged, and the
+            forward is one of training with grad.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> layers = [each for each in model.modules() if isinstance(each, rasa_ext.RasaLinear)]
+        >>> layer = layers[0]
+        >>> layer.A.shape == (7, layer.in_features), layer.B.shape == (layer.out_features, 7)
+        (True, True)
+        >>> layer.d.shape == (layer.effective_rank,)
+        True
     """
 
-    def __init__(self, base_layer: nn.Module, config: Method, place: Any, pool: RasaPool | None):
-        """Adapt ``base_layer``.
-
-        Args:
-            base_layer: any linear layer, quantized ones included.
-            config: of the method, which says what the layer owns.
-            place: in the group; the layer of index 0 registers ``pool``.
-            pool: the group's.
-        """
+    def __init__(
+        self, base_layer: LinearLayer, config: Method, place: Any, pool: RasaPool | None
+    ) -> None:
         super().__init__(base_layer)
         self.config, self.place = config, place
         own = config.own(place)
@@ -55,7 +86,7 @@ class RasaLinear(AdaptedLinear):
         self.train(base_layer.training)
 
     def adapter(self) -> Adapter:
-        """The layer's adapter."""
+        """Give the layer's adapter."""
         pool = self._modules.get("pool") or self.__dict__.get("pool")
         own = _tensors_of(self)
         if len(own) != len(self._names):  # parametrized, or a replica of nn.DataParallel
@@ -63,15 +94,15 @@ class RasaLinear(AdaptedLinear):
         return Adapter(self.config, own, {} if pool is None else _tensors_of(pool), self.place)
 
     def adapters(self) -> Iterator[Adapter]:
-        """That one."""
+        """Give that one."""
         yield self.adapter()
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """The layer's own tensors by name, the pool left out."""
+        """Give the layer's own tensors by name, the pool left out."""
         return {name: getattr(self, name) for name in self._names}
 
     def pool_tensors(self) -> dict[str, Tensor]:
-        """Those of its pool by name."""
+        """Give the tensors of its pool by name."""
         return {} if self.pool is None else dict(_tensors_of(self.pool))
 
     @property
@@ -86,7 +117,7 @@ class RasaLinear(AdaptedLinear):
 
     @property
     def bias(self) -> Tensor | None:
-        """The base's bias."""
+        """The base's bias, or None."""
         return self.base_layer.bias
 
     @property
@@ -95,7 +126,7 @@ class RasaLinear(AdaptedLinear):
         return self.merged_base is not None
 
     def extra_repr(self) -> str:
-        """Widths and ranks."""
+        """Show widths and ranks."""
         out_features, in_features = linear_shape(self.base_layer)
         state = ", merged" if self.merged else ""
         return (
@@ -113,7 +144,7 @@ def _register(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Any]:
-    """A module's own parameters and buffers, by nn.Module's own dictionaries.
+    """Look up a module's own parameters and buffers in nn.Module's own dictionaries.
 
     ``getattr`` is slow, and every forward of every layer asks.
     """

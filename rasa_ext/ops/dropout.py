@@ -1,7 +1,7 @@
-"""Dropout's masks of bits: the operator that draws them, and what puts them on tensors.
+"""Dropout's masks of bits: the operator that draws them, and the functions that apply them.
 
-Masks are put on by the bits of numbers, as integers of their width: a tenth of the time of
-``torch.where`` on a CPU, and zero for whatever is dropped, not-a-numbers included.
+A mask is applied to the bits of the elements, as integers of their width: a tenth of the time of
+``torch.where`` on a CPU, and zero for whatever is dropped, NaN included.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _INTEGERS = {
 
 
 def _mask_of(noise: Tensor, x: Tensor, p: float) -> Tensor:
-    """Whatever the noise is: the compiled kernel takes two words of it."""
+    """Shape a mask whatever the noise is: the compiled kernel takes two words of it."""
     return x.new_empty(-(-x.numel() // 8), dtype=torch.uint8)
 
 
 @operator("dropout_mask(Tensor noise, Tensor x, float p) -> Tensor", fake=_mask_of)
 def dropout_mask(noise: Tensor, x: Tensor, p: float) -> Tensor:
-    """A mask of bits, uint8 (ceil(x.numel() / 8),): which elements of x dropout keeps.
+    """Draw a mask of bits, uint8 (ceil(x.numel() / 8),): which elements of x dropout keeps.
 
     Bit e % 8 of byte e // 8 is element e's, counted along x's rows, kept with the probability 1 - p
     in steps of 2^-16; bits behind the last element mean nothing. ``noise`` is int64 of uniformly
@@ -50,8 +50,8 @@ def dropout_mask(noise: Tensor, x: Tensor, p: float) -> Tensor:
     return (kept.to(torch.int8).view(torch.int64).mul_(0x0102040810204080) >> 56).to(torch.uint8)
 
 
-def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask in ``shape``, as integers of the width of ``like``: all bits set, or none."""
+def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Give the mask in ``shape``, as integers of the width of ``like``: all bits set, or none."""
     # Every byte eight times, its k-th bit in the k-th of them, and that moved to the sign.
     spread = mask.to(torch.int64).mul_(0x0101010101010101)
     spread = spread.bitwise_and_(0x8040201008040201 - 2**64).add_(0x7F7F7F7F7F7F7F7F)
@@ -60,17 +60,17 @@ def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def integers(x: Tensor) -> Tensor:
-    """The bits of x, which stay its own."""
+    """View x as integers: its memory is shared."""
     return x.view(_INTEGERS[x.dtype])
 
 
 def keep(x: Tensor, kept: Tensor) -> Tensor:
-    """x where ``kept``, from ``unpacked``, else 0."""
+    """Give x where ``kept``, from ``unpacked``, and 0 elsewhere."""
     return torch.bitwise_and(integers(x), kept).view(x.dtype)
 
 
 def project(x: Tensor, Ap: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """U = X Ap^T (M, Rp), of what dropout leaves of X."""
+    """Compute U = X Ap^T (M, Rp) from what dropout leaves of X."""
     if mask is None:
         return torch.mm(x, Ap.t())
     return torch.mm(keep(x, unpacked(mask, x, x.shape)), Ap.t()).mul_(scale)

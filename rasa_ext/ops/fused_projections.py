@@ -7,6 +7,8 @@ one of them, dropout included: all share one mask.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,11 +24,11 @@ from rasa_ext.ops.pack import pack_into, padded
     "ScalarType dtype, int multiple=1) -> (Tensor Ap, Tensor[] Bp)"
 )
 def pack_projections(
-    A: list[Tensor],
-    A_pool: list[Tensor],
-    B: list[Tensor],
-    B_pool: list[Tensor],
-    d: list[Tensor],
+    A: Sequence[Tensor],
+    A_pool: Sequence[Tensor],
+    B: Sequence[Tensor],
+    B_pool: Sequence[Tensor],
+    d: Sequence[Tensor],
     dtype: torch.dtype,
     multiple: int = 1,
 ) -> tuple[Tensor, list[Tensor]]:
@@ -49,10 +51,10 @@ def pack_projections(
 )
 def linear_projections(
     x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     Ap: Tensor,
-    Bp: list[Tensor],
+    Bp: Sequence[Tensor],
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
@@ -76,12 +78,12 @@ def linear_projections(
     "float scale=1.0) -> (Tensor dx, Tensor dAp, Tensor[] dBp)"
 )
 def linear_projections_backward(
-    grads: list[Tensor],
+    grads: Sequence[Tensor],
     x: Tensor | None,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     U: Tensor | None,
     Ap: Tensor,
-    Bp: list[Tensor],
+    Bp: Sequence[Tensor],
     need_x: bool,
     need_A: bool,
     need_B: bool,
@@ -119,6 +121,6 @@ def linear_projections_backward(
     )
 
 
-def _columns(U: Tensor, Bp: list[Tensor]) -> tuple[Tensor, ...]:
+def _columns(U: Tensor, Bp: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Each projection's columns of U (M, Rp)."""
     return U.split_with_sizes([up.shape[0] for up in Bp], 1)

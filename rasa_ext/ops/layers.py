@@ -5,6 +5,8 @@ Results are stacked along a new first dimension. See ``pack`` and ``linear`` for
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,11 +19,11 @@ from rasa_ext.ops.pack import pack_backward, pack_into, padded
     "ScalarType dtype, int multiple=1) -> (Tensor Ap, Tensor Bp)"
 )
 def pack_group(
-    A: list[Tensor],
+    A: Sequence[Tensor],
     A_pool: Tensor | None,
-    B: list[Tensor],
+    B: Sequence[Tensor],
     B_pool: Tensor | None,
-    d: list[Tensor],
+    d: Sequence[Tensor],
     dtype: torch.dtype,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
@@ -39,7 +41,7 @@ def pack_group(
     "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)"
 )
 def pack_group_backward(
-    dAp: Tensor, dBp: Tensor, B: list[Tensor], B_pool: Tensor | None, d: list[Tensor]
+    dAp: Tensor, dBp: Tensor, B: Sequence[Tensor], B_pool: Tensor | None, d: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``pack_backward`` of every layer, the pool's gradients summed over the layers in order.
 
@@ -68,7 +70,7 @@ def delta_group(Ap: Tensor, Bp: Tensor) -> Tensor:
 
 
 @operator("merge_group(Tensor(a!)[] weights, Tensor Ap, Tensor Bp) -> ()")
-def merge_group(weights: list[Tensor], Ap: Tensor, Bp: Tensor) -> None:
+def merge_group(weights: Sequence[Tensor], Ap: Tensor, Bp: Tensor) -> None:
     """W += Bp^T Ap of every layer in place, summed wide and rounded once."""
     for weight, down, up in zip(weights, Ap, Bp, strict=True):
         wide = torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(down.dtype))
@@ -82,7 +84,7 @@ def merge_group(weights: list[Tensor], Ap: Tensor, Bp: Tensor) -> None:
 )
 def linear_group(
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     bias: Tensor | None,
     Ap: Tensor,
     Bp: Tensor,
@@ -121,7 +123,7 @@ def linear_group(
 def linear_group_backward(
     grad: Tensor,
     x: Tensor,
-    weights: list[Tensor],
+    weights: Sequence[Tensor],
     U: Tensor,
     V: Tensor,
     Ap: Tensor,
@@ -156,7 +158,8 @@ def linear_group_backward(
         if Ap_pool is not None:
             dx.flatten(0, 1).addmm_(K.flatten(0, 1), Ap_pool)
     if not need_adapter:
-        return dx, *(x.new_empty(0, dtype=wide) for _ in range(5))
+        a, b, c, d, e = (x.new_empty(0, dtype=wide) for _ in range(5))
+        return dx, a, b, c, d, e
     dAp = torch.bmm(H.transpose(1, 2), x).to(wide)
     dBp = torch.bmm(U.transpose(1, 2), grad).to(wide)
     dAp_pool, dBp_pool = x.new_empty((0, width)), grad.new_empty((0, grad.shape[2]))

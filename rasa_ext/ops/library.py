@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 LIBRARY = torch.library.Library("rasa_ext", "DEF")
-OPERATORS: dict[str, tuple[str, Callable]] = {}
-"""Of every operator its schema and its fake kernel, the PyTorch kernel wherever that can be."""
+OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {}
+"""The schema of every operator and its fake kernel, the PyTorch kernel wherever that can be."""
 
 # The compiled library registers CUDA kernels for the schemas of this package when it is loaded.
 _MODULE = "rasa_ext._C"
@@ -23,7 +23,7 @@ _R = TypeVar("_R")
 
 
 def operator(
-    schema: str, kernel: Callable | None = None, fake: Callable | None = None
+    schema: str, kernel: Callable[..., Any] | None = None, fake: Callable[..., Any] | None = None
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Define an operator from its PyTorch kernel; what stands under that name calls the operator.
 
@@ -40,13 +40,13 @@ def operator(
     name = schema.partition("(")[0]
 
     def define(direct: Callable[_P, _R]) -> Callable[_P, _R]:
-        registered = direct if kernel is None else kernel
+        registered: Callable[..., Any] = direct if kernel is None else kernel
         shapes = registered if fake is None else fake
         OPERATORS[name] = schema, shapes
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         LIBRARY.impl(name, registered, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{LIBRARY.ns}::{name}", shapes, lib=LIBRARY)
-        overload = getattr(getattr(torch.ops, LIBRARY.ns), name).default
+        overload: Callable[_P, _R] = getattr(getattr(torch.ops, LIBRARY.ns), name).default
         if COMPILED:
             return overload
 
@@ -62,7 +62,7 @@ def operator(
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which weight gradients of a computation in ``dtype`` are returned."""
+    """Choose the dtype in which weight gradients of a computation in ``dtype`` are returned."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

@@ -11,6 +11,8 @@ low precision no element of x is rounded again. U includes it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -103,8 +105,8 @@ def low_rank_linear_backward(
 
 
 def input_grad(
-    grads: list[Tensor],
-    weights: list[Tensor] | None,
+    grads: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
     H: Tensor,
     Ap: Tensor,
     kept: Tensor | None,

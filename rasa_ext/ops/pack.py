@@ -34,8 +34,15 @@ class Factors(NamedTuple):
         return self.A.shape[0] + (0 if self.A_pool is None else self.A_pool.shape[0])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
-        """Every tensor of it through ``function``."""
-        return Factors(*(None if t is None else function(t) for t in self))
+        """Put every tensor through ``function``."""
+        A, A_pool, B, B_pool, d = self
+        return Factors(
+            function(A),
+            None if A_pool is None else function(A_pool),
+            function(B),
+            None if B_pool is None else function(B_pool),
+            None if d is None else function(d),
+        )
 
 
 class Pack(NamedTuple):
@@ -48,7 +55,7 @@ class Pack(NamedTuple):
 
 
 def padded(rank: int, multiple: int) -> int:
-    """``rank`` rounded up to a multiple of ``multiple``."""
+    """Round ``rank`` up to a multiple of ``multiple``."""
     return -(-rank // multiple) * multiple
 
 
@@ -123,7 +130,7 @@ def pack_into(
 def _pack_backward_owned(
     dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The same with memory of its own for every result."""
+    """Do the same with memory of its own for every result."""
     dA, dA_pool, dB, dB_pool, dd = _pack_backward(dAp, dBp, B, B_pool, d)
     return dA, dA_pool.clone(), dB, dB_pool.t().clone().t(), dd
 

@@ -7,7 +7,7 @@ over a quantized base go one by one, and become dense: ``merge_quantized``.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from rasa_ext.patching.state import adapted_layers, patch_state, unwrap
 from rasa_ext.patching.subtraction import Rest, rest
 
 # Bytes of dW, in the dtype of the sums, that stand beside the model at a time. 64 MiB are 16
-# million numbers in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
+# million entries in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
 # little beside a model whose layers are worth taking together. A larger layer goes alone.
 CHUNK_BYTES = 64 << 20
 
@@ -37,17 +37,54 @@ Chunk = list[tuple[str, RasaLinear]]
 
 
 def delta_weight(layer: RasaLinear) -> Tensor:
-    """dW = [B | B_pool] diag(d) [A ; A_pool] of one layer: (out, in), float32, without grad."""
+    """Compute the change of one layer's weight, dW = [B | B_pool] diag(d) [A ; A_pool].
+
+    The formula is that of arXiv 2503.12576, section 3.
+
+    Args:
+        layer: of a patched model, merged or not.
+
+    Returns:
+        dW (out, in), float32, without grad, on the layer's device.
+
+    Raises:
+        TypeError: ``layer`` is no RasaLinear.
+        RuntimeError: the adapter is sharded over processes.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> layer = next(m for m in model.modules() if isinstance(m, rasa_ext.RasaLinear))
+        >>> dW = rasa_ext.delta_weight(layer)
+        >>> dW.shape == (layer.out_features, layer.in_features), dW.dtype
+        (True, torch.float32)
+    """
     if not isinstance(layer, RasaLinear):
         raise TypeError(f"layer: expected a RasaLinear, got {type(layer).__name__}.")
     return _deltas([layer], torch.float32)[0]
 
 
 def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """``(name, dW)`` of every adapted layer, as ``delta_weight`` gives it.
+    """Compute the change of every adapted layer's weight, as ``delta_weight`` does.
 
     Layers of one group come one after the other. They are computed in chunks of at most 64 MiB of
-    dW (or one layer), each one product; a dW is a view of its chunk, which lives as long.
+    dW (or one layer), each one product; a dW is a view of its chunk, which lives as long. The
+    formula is that of arXiv 2503.12576, section 3.
+
+    Args:
+        model: a patched model, merged or not.
+
+    Returns:
+        An iterator over ``(name, dW)``, dW (out, in) in float32 and without grad.
+
+    Raises:
+        TypeError, ValueError: at the first step, the model is no module, or not patched.
+        RuntimeError: the adapter is sharded over processes.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> largest = {name: dW.abs().max().item() for name, dW in rasa_ext.delta_weights(model)}
+        >>> max(largest.values())  # every B starts at zero
+        0.0
     """
     patch_state(model)
     for chunk in _chunks(adapted_layers(model), torch.float32):
@@ -58,10 +95,11 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool = False) -> float:
     """Fold every adapter into its base weight, so that the model runs at its base's speed.
 
-    The sum is taken in float32 (float64 for float64 weights) and rounded once. The weights as they
-    were are kept beside the merged ones, so that ``unmerge`` restores them exactly; ``subtract``
-    and ``merge_and_unload`` save that memory. A quantized layer becomes a dense one, with a
-    warning that tells by how much its output is off.
+    W becomes W + dW, with dW as ``delta_weight`` gives it (arXiv 2503.12576, section 3). The sum
+    is taken in float32 (float64 for float64 weights) and rounded once. The weights as they were are
+    kept beside the merged ones, so that ``unmerge`` restores them exactly; ``subtract`` and
+    ``merge_and_unload`` save that memory. A quantized layer becomes a dense one, with a warning
+    that tells by how much its output is off.
 
     Args:
         model: a patched model.
@@ -72,22 +110,47 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool 
             the adapter is not changed while it is merged.
 
     Returns:
-        max |dW| over all layers. Merging a merged model changes nothing and returns the same.
+        max |dW| over all layers and entries. Merging a merged model changes nothing and returns the
+        same.
 
     Raises:
         TypeError, ValueError: ``dtype`` is no float dtype, or no adapted layer is quantized.
         ValueError: a merged weight would not be finite, or a weight is shared with another module
             or sharded over processes. No layer is then merged.
         RuntimeError: a CUDA graph is being captured, or a quantized weight cannot be read.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> rasa_ext.merge(model)  # not trained yet, so nothing changes
+        0.0
+        >>> rasa_ext.unmerge(model)
     """
     return _merge(model, dtype, keep_base=True, subtract=subtract)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Give every base weight back the exact values it had before ``merge``; else do nothing.
+    """Give every base weight back the exact values it had before ``merge``.
 
-    RuntimeError where there is something to give back and a CUDA graph is being captured; or where
-    it would be subtracted, but the adapter has changed since.
+    Nothing happens to a model that is not merged. The adapter is active again, as before.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        Nothing; the model is changed in place.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or not patched.
+        RuntimeError: the model is merged and a CUDA graph is being captured; or it was merged with
+            ``subtract``, and the adapter has changed since.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> before = {name: p.clone() for name, p in model.named_parameters()}
+        >>> largest = rasa_ext.merge(model)
+        >>> rasa_ext.unmerge(model)
+        >>> all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        True
     """
     state = patch_state(model)
     if state.merged is not None:
@@ -106,8 +169,24 @@ def unmerge(model: nn.Module) -> None:
 def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold every adapter into its base weight and take the adapters off: a plain model.
 
-    Needs no second copy of the weights, save that quantized ones are let go at the end. ``dtype``
-    and what is raised: as for ``merge``; after an error the model is unchanged. Returns the model.
+    W becomes W + dW (arXiv 2503.12576, section 3), as by ``merge``, but no second copy of the
+    weights is needed, save that quantized ones are let go at the end.
+
+    Args:
+        model: a patched model.
+        dtype: as for ``merge``.
+
+    Returns:
+        The same object, with plain linear layers.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for ``merge``; the model is then unchanged.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> model = rasa_ext.merge_and_unload(model)
+        >>> any(isinstance(module, rasa_ext.RasaLinear) for module in model.modules())
+        False
     """
     _merge(model, dtype, keep_base=False)
     for _, layer in adapted_layers(model):
@@ -118,7 +197,23 @@ def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 def unpatch(model: nn.Module) -> nn.Module:
     """Take the adapters off: base weights, modules and ``requires_grad`` flags as before the patch.
 
-    Modules of ``modules_to_save`` keep the values that training gave them. Returns the model.
+    A merged model is unmerged first. Modules of ``modules_to_save`` keep the values that training
+    gave them.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        The same object, as ``patch_model`` found it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as for ``unmerge``.
+
+    Example:
+        >>> before = list(model.state_dict())
+        >>> model = rasa_ext.unpatch(rasa_ext.patch_model(model, rank=8, k=1))
+        >>> list(model.state_dict()) == before
+        True
     """
     unmerge(model)
     return remove_layers(model)
@@ -128,7 +223,22 @@ def unpatch(model: nn.Module) -> nn.Module:
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what its base computes (``modules_to_save`` stay).
 
-    Merged weights are unmerged for its duration.
+    Merged weights are unmerged for its duration. So a model is its own reference, as the losses of
+    preference training need one.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        A context manager that gives the model.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: on entering, as for ``unmerge``.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> with rasa_ext.disable_adapter(model) as base, torch.no_grad():
+        ...     logits = base(torch.tensor([[1, 2, 3]])).logits
     """
     state = patch_state(model)
     merged, dtype, subtract = state.merged is not None, state.dense_dtype, state.subtract
@@ -191,7 +301,7 @@ def _merge(
 
 
 def _merge_quantized(layers: Chunk, dtype: torch.dtype | None, changes: list[Dequantized]) -> float:
-    """Make each dense with its adapter in it, in ``dtype`` or what it was; max |dW|."""
+    """Make each layer dense with its adapter in it, in ``dtype`` or what it was; give max |dW|."""
     largest = 0.0
     for name, layer in layers:
         delta = _deltas([layer], torch.float32)[0]
@@ -215,11 +325,11 @@ def _check_dtype(dtype: torch.dtype | None, quantized: Chunk) -> None:
 
 
 def _chunks(layers: Chunk, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
-    """``layers`` cut into those that one product takes, alike and of at most CHUNK_BYTES of dW.
+    """Cut ``layers`` into those that one product takes, alike and of at most CHUNK_BYTES of dW.
 
     ``dtype`` is that of dW, the one in which weights are summed unless given.
     """
-    alike: dict[tuple, Chunk] = {}
+    alike: dict[Hashable, Chunk] = {}
     for name, layer in layers:
         weight = layer.base_layer.weight
         base = (weight.dtype, weight.device, layer.transposed)
@@ -234,7 +344,10 @@ def _chunks(layers: Chunk, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
 
 
 def _merge_chunk(chunk: Chunk, weights: list[Tensor]) -> float:
-    """W += dW in ``weights``, each (out, in); max |dW|. ValueError where a sum is not finite."""
+    """Add dW to ``weights``, each (out, in), and give max |dW|.
+
+    Raises ValueError where a sum is not finite.
+    """
     layers = [layer for _, layer in chunk]
     packs = _packs(layers, ops.accumulation_dtype(weights[0].dtype))
     low, high = ops.delta_group(*packs).aminmax()
@@ -264,33 +377,33 @@ def _keep_rest(layers: list[RasaLinear]) -> None:
 
 def _unmerge_chunk(layers: list[RasaLinear]) -> None:
     """Give the layers of a chunk that are merged their weights back."""
-    deltas: Sequence[Tensor | None] = [None] * len(layers)
+    deltas: Tensor | None = None
     if any(isinstance(layer.merged_base, Rest) for layer in layers):
         deltas = _deltas(layers, ops.accumulation_dtype(layers[0].base_layer.weight.dtype))
-    for layer, delta in zip(layers, deltas, strict=True):
-        if isinstance(layer.merged_base, Rest):
-            _weight(layer).copy_(layer.merged_base.original(_weight(layer), delta))
+    for index, layer in enumerate(layers):
+        if deltas is not None and isinstance(layer.merged_base, Rest):
+            _weight(layer).copy_(layer.merged_base.original(_weight(layer), deltas[index]))
         elif layer.merged_base is not None:
             layer.base_layer.weight.copy_(layer.merged_base)
         layer.merged_base = None
 
 
 def _weight(layer: RasaLinear) -> Tensor:
-    """The base's weight as (out, in), however it lies."""
+    """Give the base's weight as (out, in), however it lies."""
     weight = layer.base_layer.weight.detach()
     return weight.t() if layer.transposed else weight
 
 
 @torch.no_grad()
 def _packs(layers: list[RasaLinear], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Ap (L, R, in) and Bp (L, R, out) of layers of one pool and shape, on one device."""
+    """Pack layers of one pool and shape on one device: Ap (L, R, in), Bp (L, R, out)."""
     A, A_pool, B, B_pool, d = zip(*(layer.adapter().factors() for layer in layers), strict=True)
     # The pool, brought to the layers' device, is the same for all of them.
     return ops.pack_group(A, A_pool[0], B, B_pool[0], d, dtype, 1)
 
 
 def _deltas(layers: list[RasaLinear], dtype: torch.dtype) -> Tensor:
-    """dW of layers of one pool and shape: (L, out, in)."""
+    """Compute dW (L, out, in) of layers of one pool and shape."""
     return ops.delta_group(*_packs(layers, dtype))
 
 
@@ -299,7 +412,7 @@ def _is_capturing() -> bool:
 
 
 def _check_not_capturing() -> None:
-    """What a capture records has not happened yet; the model would only believe that it has."""
+    """Raise in a capture: what it records has not happened yet, but the model would believe so."""
     if _is_capturing():
         raise RuntimeError(
             "a CUDA graph is being captured: merging reads its results back, and nothing that is "
@@ -308,7 +421,7 @@ def _check_not_capturing() -> None:
 
 
 def _check_not_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> None:
-    """A weight that stands elsewhere too cannot take one layer's change."""
+    """Raise where a weight stands elsewhere too, which cannot take one layer's change."""
     root = unwrap(model)
     # Those of torchao have no storage of their own, and thus all the same address.
     wrappers = {id(m.weight) for m in root.modules() if format_of(m) is not None}

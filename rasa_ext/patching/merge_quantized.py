@@ -1,8 +1,8 @@
 """A quantized base made dense while an adapter is merged into it, and what that costs.
 
 A change as small as an adapter's is mostly lost when the sum is quantized again, so merging makes
-the layer dense: the quantized weight as numbers, plus dW, rounded once. The quantized layer itself
-is kept beside it and put back unchanged.
+the layer dense: the dequantized weight plus dW, rounded once. The quantized layer itself is kept
+beside it and put back unchanged.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.quantized import format_of, stored_bytes
+from rasa_ext.base_layers.linear import LinearLayer, linear_shape
+from rasa_ext.base_layers.quantized import Format, format_of, stored_bytes
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 
 PROBES = 32
@@ -26,7 +27,7 @@ that are quantized again to see what that would lose."""
 
 @dataclasses.dataclass(frozen=True)
 class Dequantized:
-    """What became of one layer."""
+    """The report on one layer that was made dense."""
 
     name: str
     format: str
@@ -50,35 +51,38 @@ def dequantize_and_merge(
     ``layer.merged_base`` keeps the quantized one. ValueError where the sum is not finite, and
     RuntimeError where the weight cannot be read; the layer is then unchanged.
     """
-    base = layer.base_layer if layer.merged_base is None else layer.merged_base
-    form = format_of(base)
+    base: LinearLayer = layer.base_layer if layer.merged_base is None else layer.merged_base
+    fmt = format_of(base)
+    if fmt is None:
+        raise TypeError(f"model: expected {name!r} to be quantized, got a dense layer.")
     try:
-        numbers = form.dequantized(base)
+        dequantized = fmt.dequantize(base)
     except (NotImplementedError, RuntimeError) as error:
         raise RuntimeError(
-            f"model: the weight of {name!r} ({form.name}) cannot be turned into numbers here, "
-            f"which a merge needs: {error}; nothing was merged, export the adapter instead."
+            f"model: the weight of {name!r} ({fmt.name}) cannot be dequantized here, which a merge "
+            f"needs: {error}; nothing was merged, export the adapter instead."
         ) from error
-    merged = (numbers.to(delta.dtype) + delta).to(dtype)
+    merged = (dequantized.to(delta.dtype) + delta).to(dtype)
     if not merged.isfinite().all():
         raise ValueError(
             f"model: expected finite merged weights, but {name!r} would hold values that "
             f"are not finite in {dtype}; nothing was merged."
         )
-    dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta", dtype=dtype)
+    out_features, in_features = linear_shape(base)
+    dense = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype)
     dense.weight = nn.Parameter(merged, requires_grad=False)
     if base.bias is not None:
         dense.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)
     dense.train(base.training)
     rows = merged[:PROBES].to(delta.dtype)
-    again = form.requantize(base, rows)
+    again = fmt.requantize(base, rows)
     done = Dequantized(
         name,
-        form.name,
+        fmt.name,
         dtype,
         stored_bytes(base.weight),
         merged.nbytes,
-        _output_error(base, dense, delta),
+        _output_error(base, fmt, dense, delta),
         None if again is None else _relative(again, rows),
     )
     layer.__dict__["merged_base"] = base  # kept, but not as a submodule
@@ -98,7 +102,7 @@ def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
     if not changes:
         return
     kinds = Counter((change.format, change.dtype) for change in changes)
-    what = " and ".join(f"{n} of {form} in {dtype}" for (form, dtype), n in kinds.items())
+    what = " and ".join(f"{n} of {fmt} in {dtype}" for (fmt, dtype), n in kinds.items())
     before, after = (sum(getattr(c, f) for c in changes) / 2**20 for f in ("before", "after"))
     again = max(
         (c.requantized_error for c in changes if c.requantized_error is not None), default=None
@@ -113,7 +117,7 @@ def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype | None:
-    """The dtype of the first float parameter outside adapted layers: in models, the embedding's.
+    """Find the dtype of the first float parameter outside adapted layers: often the embedding's.
 
     That is what reaches a linear layer. None where there is no such parameter.
     """
@@ -127,27 +131,28 @@ def model_dtype(model: nn.Module) -> torch.dtype | None:
     return None
 
 
-def dense_dtype(base: nn.Module, wanted: torch.dtype | None) -> torch.dtype:
-    """``wanted``, or else what the layer itself tells of the dtype it had before."""
+def dense_dtype(base: LinearLayer, wanted: torch.dtype | None) -> torch.dtype:
+    """Choose ``wanted``, or else the dtype that the layer itself says it had before."""
     if wanted is not None:
         return wanted
     if base.bias is not None:
         return base.bias.dtype
-    return format_of(base).original_dtype(base) or torch.float32
+    fmt = format_of(base)
+    return (None if fmt is None else fmt.original_dtype(base)) or torch.float32
 
 
-def _output_error(base: nn.Module, dense: nn.Module, delta: Tensor) -> float:
-    """How far apart the two layers' outputs are, the adapter's added to the first one's."""
+def _output_error(base: LinearLayer, fmt: Format, dense: nn.Linear, delta: Tensor) -> float:
+    """Measure how far apart the layers' outputs are, the adapter's added to the first one's."""
     device, dtype = dense.weight.device, dense.weight.dtype
-    own = format_of(base).original_dtype(base) or dtype  # torchao's layers take no other
+    own = fmt.original_dtype(base) or dtype  # torchao's layers take no other
     generator = torch.Generator().manual_seed(0)  # torch's own generator stays as it is
-    x = torch.randn(PROBES, base.in_features, generator=generator).to(device, own).to(dtype)
+    x = torch.randn(PROBES, dense.in_features, generator=generator).to(device, own).to(dtype)
     before = _without_trace(base)(x.to(own)).to(delta.dtype) + x.to(delta.dtype) @ delta.t()
     return _relative(dense(x).to(delta.dtype), before)
 
 
-def _without_trace(base: nn.Module) -> nn.Module:
-    """The layer as another object: Linear4bit keeps the dtype of its first input, its bias too."""
+def _without_trace(base: LinearLayer) -> LinearLayer:
+    """Copy the layer's object: Linear4bit keeps the dtype of its first input, its bias too."""
     probe = copy.copy(base)
     probe._parameters = dict(base._parameters)
     if base.bias is not None:

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.quantized import disable_cpu_repacking
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, group_places
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.nn.fused_projections import link_fused_projections
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.state import PatchState, adapted_layers, patch_state, set_patch_state, unwrap
 from rasa_ext.patching.swap import (
     disable_fused_encoder,
     enable_input_require_grads,
-    registrations_of,
+    link_fused_projections,
+    replace_modules,
 )
 from rasa_ext.patching.targets import Plan, make_plan
 
@@ -37,8 +38,11 @@ def patch_model(
 ) -> nn.Module:
     """Give a model's linear layers RaSA adapters, in place, and freeze everything else.
 
-    The output stays what it was until training begins, since every B starts at zero. Which layers
-    are adapted, how they are grouped and what was left out is in ``summary(model)``.
+    A layer of weight W (out, in) computes x (W + dW)^T from then on, with dW = [B | B_pool] diag(d)
+    [A ; A_pool] of rank r-k+L*k, the pool being shared by the L layers of one name and shape (arXiv
+    2503.12576, section 3). The output stays what it was until training begins, since every B starts
+    at zero. Which layers are adapted, how they are grouped and what was left out is in
+    ``summary(model)``.
 
     Args:
         model: any module that holds ``nn.Linear`` or transformers ``Conv1D`` layers.
@@ -52,15 +56,22 @@ def patch_model(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came. The model is
             then unchanged.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, alpha=32.0)
+        >>> trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+        >>> all(name.rpartition(".")[2] in ("A", "B", "d") for name in trainable)
+        True
+        >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
     """
     given = RasaConfig(
         rank=rank,
         k=k,
         alpha=alpha,
         dropout=dropout,
-        target_modules=target_modules,  # type: ignore[arg-type]
-        exclude_modules=exclude_modules,  # type: ignore[arg-type]
-        modules_to_save=modules_to_save,  # type: ignore[arg-type]
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        modules_to_save=modules_to_save,
         adapter_dtype=adapter_dtype,
     )
     if config is None:
@@ -101,13 +112,15 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         )
     # Everything that can fail, running out of memory included, happens before the model changes.
     modules = dict(model.named_modules())
+    linears = {name: module for name, module in modules.items() if is_linear(module)}
     wrapped: dict[nn.Module, RasaLinear] = {}
     for group in plan.groups:
-        places = group_places([modules[name] for name in group.names])
+        bases = [linears[name] for name in group.names]
+        places = group_places(bases)
         tensors = config.pool(places)
         pool = RasaPool(tensors) if tensors else None
-        for name, place in zip(group.names, places, strict=True):
-            wrapped[modules[name]] = RasaLinear(modules[name], config, place, pool)
+        for base, place in zip(bases, places, strict=True):
+            wrapped[base] = RasaLinear(base, config, place, pool)
     state = PatchState(
         config=config,
         plan=plan,
@@ -117,8 +130,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         hooks=enable_input_require_grads(model),
     )
     model.requires_grad_(False)
-    for parent, key in registrations_of(model, wrapped):
-        parent._modules[key] = wrapped[parent._modules[key]]
+    replace_modules(model, wrapped)
     link_fused_projections(model, RasaLinear)
     for layer in wrapped.values():
         for tensor in (*layer.own_tensors().values(), *layer.pool_tensors().values()):
@@ -134,9 +146,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
 def remove_layers(model: nn.Module) -> nn.Module:
     """Put every base layer, with the weights it has now, back in its place."""
     root, state = unwrap(model), patch_state(model)
-    layers = {layer: layer.base_layer for _, layer in adapted_layers(root)}
-    for parent, key in registrations_of(root, layers):
-        parent._modules[key] = layers[parent._modules[key]]
+    replace_modules(root, {layer: layer.base_layer for _, layer in adapted_layers(root)})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
     for module, name, value in state.attributes_before:

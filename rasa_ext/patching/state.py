@@ -17,7 +17,7 @@ _STATE = "_rasa_ext"
 
 @dataclasses.dataclass
 class PatchState:
-    """What a patched model remembers of its patch: enough to report it and to undo it."""
+    """The memory that a patched model keeps of its patch: enough to report it and to undo it."""
 
     config: AdapterConfig
     plan: Plan
@@ -34,7 +34,7 @@ class PatchState:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The patched module inside the wrappers of torch.compile and data parallelism."""
+    """Find the patched module inside the wrappers of torch.compile and data parallelism."""
     while isinstance(model, nn.Module) and _STATE not in model.__dict__:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
@@ -44,15 +44,15 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether ``patch_model`` or ``load_adapter`` has patched this very module."""
+    """Tell whether ``patch_model`` or ``load_adapter`` has patched this very module."""
     return isinstance(model, nn.Module) and _STATE in unwrap(model).__dict__
 
 
 def patch_state(model: nn.Module) -> PatchState:
-    """The record of a patched model; ValueError where there is none."""
+    """Give the state of a patched model; raise ValueError where there is none."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    state = unwrap(model).__dict__.get(_STATE)
+    state: PatchState | None = unwrap(model).__dict__.get(_STATE)
     if state is None:
         raise ValueError(
             "model: expected a model that rasa_ext.patch_model patched, got an unpatched "
@@ -62,7 +62,7 @@ def patch_state(model: nn.Module) -> PatchState:
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:
-    """``(name, layer)`` of every RasaLinear, each once, in module order."""
+    """List ``(name, layer)`` of every RasaLinear, each once, in module order."""
     return [
         (name, module)
         for name, module in unwrap(model).named_modules()
@@ -71,21 +71,24 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every trainable parameter of the adapter, each once: A, B and d of layers, A and B of pools.
+    """List the adapter's trainable parameters, each once: A, B and d of layers, A and B of pools.
 
-    What optimizers take, unless ``modules_to_save`` are trained too: then take every parameter
-    with ``requires_grad``.
+    These are what an optimizer takes, unless ``modules_to_save`` are trained too: then give it
+    every parameter with ``requires_grad``.
 
     Args:
         model: a patched model.
 
     Returns:
-        The parameters, in the order of the model's layers.
+        The parameters, in the order of the model's layers, in the config's ``adapter_dtype``:
+        A (r-k, in), B (out, r-k) and d (r-k+L*k,) of a layer, A (L*k, in) and B (out, L*k) of a
+        pool (arXiv 2503.12576, section 3).
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched.
 
     Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
     """
     patch_state(model)

@@ -17,7 +17,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclasses.dataclass(frozen=True)
 class Rest:
-    """What subtracting does not give back of a weight (out, in)."""
+    """The entries of a weight (out, in) that subtracting does not give back."""
 
     index: Tensor
     """(n,) places of these entries in the flattened weight: int32, or int64 in a huge one."""
@@ -27,9 +27,9 @@ class Rest:
     """() int64, the sum of the weight's bits, by which ``original`` knows it again."""
 
     def original(self, merged: Tensor, delta: Tensor) -> Tensor:
-        """The weight (out, in) as it was before ``delta`` (out, in) was added to it.
+        """Restore the weight (out, in) as it was before ``delta`` (out, in) was added to it.
 
-        RuntimeError where that is not what it was.
+        Raises RuntimeError where that is not what it was.
         """
         weight, device = _subtracted(merged, delta), merged.device
         weight.view(-1)[self.index.to(device).long()] = self.value.to(device)
@@ -44,7 +44,7 @@ class Rest:
 
 
 def rest(weight: Tensor, merged: Tensor, delta: Tensor) -> Rest | Tensor:
-    """What to keep of ``weight``, all (out, in); a copy of it where that is smaller."""
+    """Choose what to keep of ``weight``, all (out, in); a copy of it where that is smaller."""
     wrong = (_bits(_subtracted(merged, delta)) != _bits(weight)).flatten()
     small = wrong.numel() <= torch.iinfo(torch.int32).max
     index = wrong.nonzero().flatten().to(torch.int32 if small else torch.int64)
@@ -58,7 +58,7 @@ def _subtracted(merged: Tensor, delta: Tensor) -> Tensor:
 
 
 def _bits(weight: Tensor) -> Tensor:
-    """As integers: so the sign of a zero counts, and values that are not numbers are themselves."""
+    """View it as integers, where the sign of a zero counts and NaN equals itself."""
     return weight.detach().contiguous().view(_BITS[weight.itemsize])
 
 

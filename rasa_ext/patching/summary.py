@@ -80,10 +80,29 @@ class Summary(list[Row]):
 
 
 def summary(model: nn.Module) -> Summary:
-    """One row per group of layers: pattern, L, shape (out, in), R, trainable.
+    """Show what was adapted: one row per group of layers that share a pool.
 
-    What was left out and why is in ``.skipped``, ``.stacked_experts`` and ``.modules_to_save``,
-    and in the table.
+    A row has the group's name pattern, its L layers, their shape (out, in), the effective rank
+    R = r-k+L*k (arXiv 2503.12576, section 3) and its trainable parameters.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        A list of rows that prints as a table. What was left out and why is in ``.skipped`` and
+        ``.stacked_experts``, what is trained in full in ``.modules_to_save``, and counts of
+        parameters are in ``.adapter``, ``.trainable`` and ``.total``.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or not patched.
+
+    Example:
+        >>> result = rasa_ext.summary(rasa_ext.patch_model(model, rank=8, k=1))
+        >>> all(row.R == 7 + row.L for row in result)
+        True
+        >>> sum(row.trainable for row in result) == result.adapter == result.trainable
+        True
+        >>> table = str(result)
     """
     plan, layers = patch_state(model).plan, dict(adapted_layers(model))
     rows = []

@@ -2,36 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.nn.fused_projections import FusedProjections
 
-def registrations_of(
-    model: nn.Module, modules: dict[nn.Module, object]
-) -> list[tuple[nn.Module, str]]:
-    """Every (parent, attribute) under which one of ``modules`` is registered, shared ones too."""
-    return [
-        (parent, key)
+PROJECTIONS_OF_ONE_INPUT = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q", "k", "v"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("to_q", "to_k", "to_v"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+"""Names that one parent gives to projections of one input."""
+
+
+def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
+    """Put ``new[module]`` in place of each module, under every name that it is registered by."""
+    found = [
+        (parent, key, child)
         for parent in model.modules()
         for key, child in parent._modules.items()
-        if child in modules
+        if child is not None and child in new
     ]
+    for parent, key, child in found:
+        parent._modules[key] = new[child]
+
+
+def link_fused_projections(model: nn.Module, kind: type[AdaptedLinear]) -> None:
+    """Let the layers of ``kind`` in a model know which of them may read one input."""
+    for parent in model.modules():
+        for names in PROJECTIONS_OF_ONE_INPUT:
+            children = (parent._modules.get(name) for name in names)
+            layers = [child for child in children if isinstance(child, kind)]
+            if len({layer.in_features for layer in layers}) == 1 < len(layers):
+                fused = FusedProjections(layers)
+                for layer in layers:
+                    layer.fused = fused
 
 
 FAST_PATH = "activation_relu_or_gelu"
 """The attribute by which ``nn.TransformerEncoderLayer`` knows that its fused path may be taken."""
 
 
-def disable_fused_encoder(model: nn.Module, wrapped: dict) -> list[tuple[nn.Module, str, Any]]:
+def disable_fused_encoder(
+    model: nn.Module, wrapped: Container[nn.Module]
+) -> list[tuple[nn.Module, str, Any]]:
     """Keep torch's fused encoder from reading an adapted layer's base weight behind its back.
 
     ``nn.TransformerEncoderLayer`` does so in eval without grad; clearing the attribute that says
     its activation is a known one sends it down the ordinary path, with the same result.
     """
     before: list[tuple[nn.Module, str, Any]] = []
-    changed = []
+    changed: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoderLayer) and any(
             child in wrapped for child in module.modules()
@@ -48,16 +78,18 @@ def disable_fused_encoder(model: nn.Module, wrapped: dict) -> list[tuple[nn.Modu
 
 
 def enable_input_require_grads(model: nn.Module) -> list[Any]:
-    """Hooks that make the embeddings' outputs require grad, as re-entrant checkpoints need.
+    """Make the embeddings' outputs require grad, as re-entrant checkpoints need; give the hooks.
 
     A re-entrant checkpoint none of whose inputs requires grad gives its parameters none. Models of
     transformers that take token ids see to it themselves when checkpointing is switched on.
     """
     if getattr(model, "main_input_name", None) == "input_ids":
         return []
-    if hasattr(model, "get_input_embeddings"):
+    inputs: list[Any]
+    embeddings_of: Any = getattr(model, "get_input_embeddings", None)
+    if embeddings_of is not None:
         try:
-            inputs = [model.get_input_embeddings()]
+            inputs = [embeddings_of()]
         except NotImplementedError:
             inputs = []
     else:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import is_linear, linear_shape
+from rasa_ext.base_layers.linear import LinearLayer, is_linear, linear_shape
 from rasa_ext.base_layers.quantized import check_not_repacked, format_of
 from rasa_ext.base_layers.sharded import is_dtensor
-from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig
+from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
 
 OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
 
@@ -38,7 +40,7 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, config: AdapterConfig, linears: dict[str, nn.Module] | None = None
+    model: nn.Module, config: AdapterConfig, linears: Mapping[str, LinearLayer] | None = None
 ) -> Plan:
     """Find the layers that ``config`` names in ``model``, and group them.
 
@@ -58,7 +60,7 @@ def make_plan(
         )
     check_not_repacked(model)
     saved = _modules_to_save(model, config.modules_to_save)
-    hindered = unadaptable(model, linears)
+    reasons = unadaptable(model, linears)
     heads = _heads(model, linears)
     skipped: dict[str, str] = {}
     chosen: list[str] = []
@@ -74,10 +76,10 @@ def make_plan(
             )
         elif kept is not None:
             skipped[name] = "trained in full, named by modules_to_save"
-        elif name in hindered:
+        elif name in reasons:
             if explicit:
-                raise ValueError(f"target_modules: cannot adapt {name!r}: {hindered[name]}.")
-            skipped[name] = hindered[name]
+                raise ValueError(f"target_modules: cannot adapt {name!r}: {reasons[name]}.")
+            skipped[name] = reasons[name]
         elif not explicit and (reason := heads.get(name)):
             skipped[name] = reason
         else:
@@ -97,10 +99,10 @@ def make_plan(
 
 
 def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
-    """``config`` with the names in its lists that no module of ``model`` bears left out.
+    """Drop names in the lists of ``config`` that match no module of ``model``.
 
-    ``modules_to_save`` become whole names. For configs from files: PEFT takes lists that name
-    layers of several kinds of models.
+    ``modules_to_save`` become whole names. This is for configs from files: PEFT takes lists that
+    name layers of several kinds of models.
     """
     modules = [name for name, _ in model.named_modules() if name]
     targets = config.target_modules
@@ -112,7 +114,7 @@ def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
 
 
 def pattern(name: str) -> str:
-    """A module path with its layer index, the first integer in it, replaced by ``*``."""
+    """Replace the layer index of a module path, the first integer in it, by ``*``."""
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdigit():
@@ -121,17 +123,17 @@ def pattern(name: str) -> str:
     return ".".join(parts)
 
 
-def matches(name: str, names: str | tuple[str, ...]) -> bool:
-    """Whether a name matches a regular expression as a whole, or ends in one of the suffixes."""
+def matches(name: str, names: Names) -> bool:
+    """Tell whether a name matches a regular expression as a whole, or ends in a suffix."""
     if isinstance(names, str):
         return re.fullmatch(names, name) is not None
     return any(name == item or name.endswith(f".{item}") for item in names)
 
 
-def _matched(linears: dict[str, nn.Module], targets: str | tuple[str, ...]) -> list[str]:
+def _matched(linears: Mapping[str, LinearLayer], targets: Names) -> list[str]:
     if targets == ALL_LINEAR:
         return list(linears)
-    if isinstance(targets, tuple):
+    if not isinstance(targets, str):
         for item in targets:
             if not any(matches(name, (item,)) for name in linears):
                 known = sorted({name.rpartition(".")[2] for name in linears})
@@ -142,8 +144,8 @@ def _matched(linears: dict[str, nn.Module], targets: str | tuple[str, ...]) -> l
     return [name for name in linears if matches(name, targets)]
 
 
-def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    saved = []
+def _modules_to_save(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
+    saved: list[str] = []
     for item in names:
         found = [name for name, _ in model.named_modules() if name and matches(name, (item,))]
         if not found:
@@ -155,9 +157,9 @@ def _modules_to_save(model: nn.Module, names: tuple[str, ...]) -> tuple[str, ...
     return tuple(saved)
 
 
-def unadaptable(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
-    """Linear layers that cannot be adapted, with the reason."""
-    hindered = {}
+def unadaptable(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str, str]:
+    """Find the linear layers that cannot be adapted, each with the reason."""
+    reasons: dict[str, str] = {}
     for parent_name, parent in model.named_modules():
         prefix = f"{parent_name}." if parent_name else ""
         if isinstance(parent, nn.MultiheadAttention):
@@ -166,12 +168,12 @@ def unadaptable(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, st
             reason = f"part of {parent_name!r}, which is already adapted ({type(parent).__name__})"
         else:
             continue
-        hindered.update((name, reason) for name in linears if name.startswith(prefix))
-    return hindered
+        reasons.update((name, reason) for name in linears if name.startswith(prefix))
+    return reasons
 
 
-def _heads(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
-    """Linear layers that turn features into the model's answer, with the reason to think so."""
+def _heads(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str, str]:
+    """Find the layers that turn features into the model's answer, with the reason to think so."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     find = getattr(model, "get_output_embeddings", None)
     output = find() if callable(find) else None
@@ -186,14 +188,14 @@ def _heads(model: nn.Module, linears: dict[str, nn.Module]) -> dict[str, str]:
     return heads
 
 
-def _check_weight(name: str, module: nn.Module) -> None:
-    weight = module.weight
+def _check_weight(name: str, module: LinearLayer) -> None:
+    weight: Any = module.weight  # of a module of any origin, to be looked at
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(
             f"target_modules: {name!r} has no weight yet (a lazy layer); run one forward first."
         )
-    if (form := format_of(module)) is not None:
-        form.check(name, module)
+    if (fmt := format_of(module)) is not None:
+        fmt.check(name, module)
     elif not isinstance(weight, Tensor) or not weight.is_floating_point():
         found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
         raise TypeError(
@@ -212,8 +214,8 @@ def _check_weight(name: str, module: nn.Module) -> None:
         )
 
 
-def grouped(names: list[str], linears: dict[str, nn.Module]) -> tuple[Group, ...]:
-    """Layers by name pattern and shape, in the order in which ``names`` begins each group."""
+def grouped(names: list[str], linears: Mapping[str, LinearLayer]) -> tuple[Group, ...]:
+    """Group layers by name pattern and shape, in the order in which ``names`` begins a group."""
     groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
     for name in names:
         groups.setdefault((pattern(name), linear_shape(linears[name])), []).append(name)
@@ -221,7 +223,7 @@ def grouped(names: list[str], linears: dict[str, nn.Module]) -> tuple[Group, ...
 
 
 def _experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """3-D parameters of modules that are not torch's own: stacked expert weights."""
+    """Find 3-D parameters of modules that are not torch's own: stacked expert weights."""
     return {
         f"{name}.{key}".lstrip("."): tuple(parameter.shape)
         for name, module in model.named_modules()
@@ -234,7 +236,7 @@ def _experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def suffixes(names: list[str], model: nn.Module) -> list[str]:
-    """The shortest name suffixes that match these layers and no other module of the model."""
+    """Find the shortest name suffixes that match these layers and no other module of the model."""
     adapted = set(names)
     others = {
         name.replace(".base_layer", "")

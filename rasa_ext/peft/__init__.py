@@ -11,12 +11,11 @@ except ImportError as error:
         "rasa_ext.peft: expected PEFT 0.20 or newer, found none; pip install 'rasa-ext[peft]'."
     ) from error
 
+from rasa_ext.peft.config import RasaConfig
+from rasa_ext.peft.layer import RasaPeftLinear
+from rasa_ext.peft.model import RasaModel
 from rasa_ext.peft.register import register
 
-register()
-
-from rasa_ext.peft.config import RasaConfig  # noqa: E402
-from rasa_ext.peft.layer import RasaPeftLinear  # noqa: E402
-from rasa_ext.peft.model import RasaModel  # noqa: E402
-
 __all__ = ["RasaConfig", "RasaModel", "RasaPeftLinear"]
+
+register()

@@ -10,17 +10,19 @@ from rasa_ext.base_layers.quantized import format_of
 
 try:
     from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-except ImportError:  # PEFT 0.20 has none
-    resolve_quantization_backend = None
+except ImportError:
+    _HAS_BACKENDS = False  # PEFT 0.20
+else:
+    _HAS_BACKENDS = True
 
 
 def backend_of(base: nn.Module, model: nn.Module) -> Any:
-    """PEFT's backend for a layer of ``model``, or None where the layer is not quantized.
+    """Give PEFT's backend for a layer of ``model``, or None where the layer is not quantized.
 
     It is what PEFT's reports name, and what reads and writes the quantized weight for others.
-    Merging needs it not: see ``densify``.
+    Merging does not use it, but dequantizes: see ``patching.merge_quantized``.
     """
-    if resolve_quantization_backend is None or format_of(base) is None:
+    if not _HAS_BACKENDS or format_of(base) is None:
         return None
     given = get_quantization_kwargs(model)
     given.setdefault("get_apply_tensor_subclass", _unknown)

@@ -2,101 +2,81 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.utils import PeftType
 
-import rasa_ext
-from rasa_ext.config import ALL_LINEAR
+from rasa_ext import config as core_config
+from rasa_ext._version import __version__
+from rasa_ext.methods.base import ALL_LINEAR, checked_dtype
+from rasa_ext.peft.peft_type import RASA
 
 # A field here, and its name in rasa_ext.RasaConfig.
 _CORE_NAMES = {"r": "rank", "rasa_k": "k", "rasa_alpha": "alpha", "rasa_dropout": "dropout"}
+_HELP = {f.name: f.metadata["help"] for f in dataclasses.fields(core_config.RasaConfig)}
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass
 class RasaConfig(PeftConfig):
-    """The choices of one RaSA adapter under PEFT. Each field's ``metadata["help"]`` explains it.
+    """The config of one RaSA adapter under PEFT. Each field's ``metadata["help"]`` explains it.
 
-    Raises TypeError or ValueError, naming the field, what was expected and what came.
+    The fields are those of ``rasa_ext.RasaConfig`` under the official code's names, r for rank,
+    and PEFT's own. A layer of weight (out, in) gets dW = [B | B_pool] diag(d) [A ; A_pool] of rank
+    r-k+L*k, the pool being shared by the L layers of one name and shape (arXiv 2503.12576,
+    section 3).
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> import peft, rasa_ext.peft
+        >>> config = rasa_ext.peft.RasaConfig(r=8, rasa_k=1, rasa_alpha=32.0)
+        >>> model = peft.get_peft_model(model, config)
+        >>> all("rasa_" in name for name, p in model.named_parameters() if p.requires_grad)
+        True
     """
 
-    r: int = field(
-        default=8,
-        metadata={"help": "Ranks that every layer pays for. Trainable numbers grow with it."},
+    r: int = _option(8, _HELP["rank"])
+    rasa_k: int | None = _option(None, _HELP["k"])
+    rasa_alpha: float = _option(8.0, _HELP["alpha"])
+    rasa_dropout: float = _option(0.0, _HELP["dropout"])
+    target_modules: list[str] | set[str] | str | None = _option(
+        ALL_LINEAR, f"{_HELP['target_modules']} None is the same as 'all-linear'."
     )
-    rasa_k: int | None = field(
-        default=None,
-        metadata={
-            "help": "How many of the r ranks every layer gives to its group's pool; 0 is plain "
-            "LoRA, None max(r // 8, 1). The effective rank is r - k + L*k for L layers."
-        },
+    exclude_modules: list[str] | set[str] | str | None = _option(None, _HELP["exclude_modules"])
+    layers_to_transform: list[int] | int | None = _option(
+        None, "Indices of the layers to adapt; the others stay out of the pool, too."
     )
-    rasa_alpha: float = field(
-        default=8.0,
-        metadata={
-            "help": "Sets the initial diagonal: alpha/2/(r-k) on the private and alpha/2/(L*k) on "
-            "the pooled ranks. The diagonal is trained, so it acts at the start only."
-        },
+    layers_pattern: list[str] | str | None = _option(
+        None, "Names before a layer's index, with layers_to_transform only."
     )
-    rasa_dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the adapter's input in training, in [0, 1)."}
+    modules_to_save: list[str] | None = _option(None, _HELP["modules_to_save"])
+    bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
+    fan_in_fan_out: bool = _option(
+        False,
+        "Whether weights are (in, out), as those of Conv1D. Read off the layers; what is given is "
+        "replaced by what was found.",
     )
-    target_modules: list[str] | str | None = field(
-        default=ALL_LINEAR,
-        metadata={
-            "help": "Name suffixes, a regular expression for whole names, or 'all-linear' (every "
-            "linear layer but output heads, as rasa_ext.patch_model takes them); None is the same."
-        },
+    init_weights: bool = _option(
+        True,
+        "Whether B starts at zero, so that the model computes what its base does. False draws it: "
+        "for tests.",
     )
-    exclude_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Layers to leave out: name suffixes, or a regular expression."},
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None,
-        metadata={"help": "Indices of the layers to adapt; the others stay out of the pool, too."},
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names before a layer's index, with layers_to_transform only."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules that are trained in full and saved with the adapter."},
-    )
-    bias: str = field(
-        default="none",
-        metadata={"help": "Only 'none': the files of an adapter have no place for biases."},
-    )
-    fan_in_fan_out: bool = field(
-        default=False,
-        metadata={
-            "help": "Whether weights are (in, out), as those of Conv1D. Seen from the layers; what "
-            "is given is replaced by what was found."
-        },
-    )
-    init_weights: bool = field(
-        default=True,
-        metadata={
-            "help": "Whether B starts at zero, so that the model computes what its base does. "
-            "False draws it: for tests."
-        },
-    )
-    adapter_dtype: str = field(
-        default="float32",
-        metadata={"help": "Dtype of the trainable parameters; see rasa_ext.RasaConfig."},
-    )
-    rasa_ext_version: str | None = field(
-        default=None, metadata={"help": "The version that wrote the file; leave empty."}
-    )
+    adapter_dtype: str = _option("float32", _HELP["adapter_dtype"])
+    rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
 
     def __post_init__(self) -> None:
         """Check every field and bring it into PEFT's form."""
-        super().__post_init__()
-        self.peft_type = PeftType.RASA
-        self.rasa_ext_version = self.rasa_ext_version or rasa_ext.__version__
+        super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no types
+        self.peft_type = RASA
+        self.rasa_ext_version = self.rasa_ext_version or __version__
         if isinstance(self.adapter_dtype, torch.dtype):
             self.adapter_dtype = str(self.adapter_dtype).removeprefix("torch.")
         if self.target_modules is None:
@@ -120,14 +100,14 @@ class RasaConfig(PeftConfig):
             )
         self.rasa_k = self.core().k
 
-    def core(self) -> rasa_ext.RasaConfig:
-        """The same choices as ``rasa_ext.patch_model`` takes them."""
+    def core(self) -> core_config.RasaConfig:
+        """Give the same choices as ``rasa_ext.patch_model`` takes them."""
         try:
-            return rasa_ext.RasaConfig(
-                target_modules=self.target_modules,  # type: ignore[arg-type]
-                exclude_modules=self.exclude_modules or (),  # type: ignore[arg-type]
-                modules_to_save=self.modules_to_save or (),  # type: ignore[arg-type]
-                adapter_dtype=self.adapter_dtype,  # type: ignore[arg-type]
+            return core_config.RasaConfig(
+                target_modules=ALL_LINEAR if self.target_modules is None else self.target_modules,
+                exclude_modules=self.exclude_modules or (),
+                modules_to_save=self.modules_to_save or (),
+                adapter_dtype=checked_dtype("adapter_dtype", self.adapter_dtype),
                 **{core: getattr(self, name) for name, core in _CORE_NAMES.items()},
             )
         except (TypeError, ValueError) as error:

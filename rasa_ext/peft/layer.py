@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, overload
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from rasa_ext import ops
+from rasa_ext.base_layers.linear import LinearLayer, is_linear
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.nn.adapted_linear import AdaptedLinear, Adapter
@@ -21,7 +23,28 @@ from rasa_ext.patching.merge_quantized import (
     restore_quantized,
 )
 from rasa_ext.patching.subtraction import Rest, rest
-from rasa_ext.peft.mixed import Rows
+
+
+@dataclass(frozen=True)
+class RowAdapters:
+    """The adapter of each row of a batch, whose rows beam search repeats ``beams`` times."""
+
+    names: tuple[str, ...]
+    beams: int = 1
+
+    def of(self, rows: int) -> list[str]:
+        """Give the adapter of each of ``rows`` rows; an encoder's are not repeated.
+
+        Raises ValueError where the counts do not fit.
+        """
+        for repeat in (1, self.beams):
+            if rows == len(self.names) * repeat:
+                return [name for name in self.names for _ in range(repeat)]
+        raise ValueError(
+            f"adapter_names: expected one name for each row of a layer's input, got "
+            f"{len(self.names)} names for {rows} rows; a layer that sees tokens of several rows as "
+            "one batch, as those of experts do, cannot tell them apart."
+        )
 
 
 class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
@@ -29,20 +52,22 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
 
     The pool of an adapter is owned, as ``rasa_pool_A`` and ``rasa_pool_B``, by the first layer of
     its group; the others know that layer, unregistered, and look the pool up in each forward. So
-    every number stands once in a ``state_dict``, and whatever replaces a parameter (loading with
+    every parameter stands once in a ``state_dict``, and whatever replaces a parameter (loading with
     ``assign``, moving, casting) is seen by all layers. Less the adapter's name, parameters are
     named as in the package's own files.
     """
 
     adapter_layer_names = ("rasa_A", "rasa_B", "rasa_d", "rasa_pool_A", "rasa_pool_B")
     other_param_names = ("configs", "places", "pool_owners")
+    rasa_d: nn.ParameterDict
+    rasa_pool_A: nn.ParameterDict
 
-    def __init__(self, base_layer: nn.Module, backend: Any = None) -> None:
-        """Over ``base_layer``; ``backend`` is PEFT's for it, where it is quantized."""
+    def __init__(self, base_layer: LinearLayer, backend: Any = None) -> None:
+        """Adapt ``base_layer``; ``backend`` is PEFT's for it, where it is quantized."""
         super().__init__(base_layer)
         self._backend = backend
         self.dense_dtype: torch.dtype | None = None  # of a dense base in a quantized one's place
-        self.densified: Dequantized | None = None
+        self.dequantized: Dequantized | None = None
         self.subtracts = False  # whether unmerging subtracts, so that merging keeps no copy
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ParameterDict())
@@ -50,7 +75,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         self.places: dict[str, Place] = {}
         self.pool_owners: dict[str, RasaPeftLinear] = {}
         self.merged_adapters: list[str] = []
-        self.rows: Rows | None = None  # set for the time of a forward with adapter_names
+        self.rows: RowAdapters | None = None  # set for the time of a forward with adapter_names
         self.train(base_layer.training)
 
     def update_layer(
@@ -68,7 +93,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         tensors = config.pool(places) if owner is self or index == 0 else {}
         if index == 0:
             self._add(adapter_name, "rasa_pool_", tensors, init_weights)
-        if config.k:
+        if adapter_name in owner.rasa_pool_A:
             self.pool_owners[adapter_name] = owner
         self.configs[adapter_name], self.places[adapter_name] = config, place
 
@@ -81,32 +106,38 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             getattr(self, f"{prefix}{name}")[adapter_name] = tensor
 
     @property
-    def quantization_backend(self) -> Any:
+    def quantization_backend(self) -> Any:  # type: ignore[override]  # it follows the base
         """PEFT's way to a quantized base's weight; None over a dense base, as while merged."""
         return None if isinstance(self.merged_base, nn.Module) else self._backend
 
+    @overload
+    def adapter(self) -> Adapter | None: ...
+
+    @overload
+    def adapter(self, adapter_name: str) -> Adapter: ...
+
     def adapter(self, adapter_name: str | None = None) -> Adapter | None:
-        """An adapter by its name, or the first that the forward adds to all rows, if any."""
+        """Give an adapter by its name, or the first that the forward adds to all rows, if any."""
         if adapter_name is None:
             names = self._live()
             if not names:
                 return None
             adapter_name = names[0]
-        parts = self._modules
+        parts: dict[str, Any] = self._modules
         own = {field: parameter_of(parts[f"rasa_{field}"], adapter_name) for field in "ABd"}
         pool = {}
         owner = self.pool_owners.get(adapter_name)
         if owner is not None:
-            pools = owner._modules
+            pools: dict[str, Any] = owner._modules
             pool = {f: parameter_of(pools[f"rasa_pool_{f}"], adapter_name) for f in "AB"}
         return Adapter(self.configs[adapter_name], own, pool, self.places[adapter_name])
 
     def adapters(self) -> Iterator[Adapter]:
-        """Every adapter of the layer, active or not."""
+        """Give every adapter of the layer, active or not."""
         return (self.adapter(name) for name in self.configs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in) to (..., out): the base's output and that of every active adapter."""
+        """Compute y (..., out) from x (..., in): the base and every active adapter."""
         if self._disable_adapters and self.merged:
             self.unmerge()
         if self.rows is not None and not self._disable_adapters:
@@ -116,9 +147,9 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             y = self._added(y, x, self.adapter(name))
         return y
 
-    def _row_by_row(self, x: Tensor, rows: Rows, *args: Any, **kwargs: Any) -> Tensor:
-        """The base's output, and to each of its rows that of the row's own adapter."""
-        y = self.base_layer(x, *args, **kwargs)
+    def _row_by_row(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base, and add to each of its output's rows that of the row's own adapter."""
+        y: Tensor = self.base_layer(x, *args, **kwargs)
         names = rows.of(len(x))
         for name in dict.fromkeys(names):
             if name in self.configs:
@@ -127,23 +158,27 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
                 y = y.index_copy(0, index, self._added(y[index], x[index], self.adapter(name)))
         return y
 
-    def _base_alone(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        return self.base_layer(x, *args, **kwargs)
+    def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
 
     def _active(self) -> list[str]:
-        """The active adapters that this layer has."""
+        """List the active adapters that this layer has."""
         return [name for name in self.active_adapters if name in self.configs]
 
     def _live(self) -> list[str]:
-        """Those that the forward adds to all rows of the base's output."""
+        """List those that the forward adds to all rows of the base's output."""
         if self._disable_adapters or self.merged or self.rows is not None:
             return []
         return self._active()
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """dW of an adapter in its base weight's orientation: float32, or float64 over float64."""
-        dtype = ops.accumulation_dtype(self.get_base_layer().weight.dtype)
+        """Compute an adapter's dW in its base weight's orientation.
+
+        It is float32, or float64 over a float64 base.
+        """
+        dtype = ops.accumulation_dtype(self.base_layer.weight.dtype)
         Ap, Bp = ops.pack(*self.adapter(adapter).factors(), dtype, 1)
         delta = Bp.t() @ Ap
         return delta.t() if self.transposed else delta
@@ -152,15 +187,15 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def merged_weight(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> Tensor:
-        """The base weight with its merged adapters and the named ones: one sum, rounded once.
+        """Add merged adapters and the named ones to the base weight: one sum, rounded once.
 
         A quantized one is dense then, in ``dense_dtype``. Raises ValueError, with ``safe_merge``,
         where it is not finite.
         """
         names = self.active_adapters if adapter_names is None else adapter_names
-        form = format_of(self._unmerged())
-        base = self._unmerged_weight() if form is None else form.dequantized(self._unmerged())
-        dtype = base.dtype if form is None else dense_dtype(self._unmerged(), self.dense_dtype)
+        fmt = format_of(self._unmerged())
+        base = self._unmerged_weight() if fmt is None else fmt.dequantize(self._unmerged())
+        dtype = base.dtype if fmt is None else dense_dtype(self._unmerged(), self.dense_dtype)
         merged = base.to(ops.accumulation_dtype(base.dtype), copy=True)
         for name in self._with_merged(names):
             merged += self.get_delta_weight(name)
@@ -172,23 +207,25 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             )
         return merged
 
-    def _unmerged(self) -> nn.Module:
-        """The base layer, or the quantized one whose place a dense one took."""
+    def _unmerged(self) -> LinearLayer:
+        """Give the base layer, or the quantized one whose place a dense one took."""
         kept = self.merged_base
-        return kept if isinstance(kept, nn.Module) else self.get_base_layer()
+        return kept if isinstance(kept, nn.Module) and is_linear(kept) else self.base_layer
 
     def _unmerged_weight(self) -> Tensor:
-        weight, kept = self.get_base_layer().weight, self.merged_base
+        weight: Tensor = self.base_layer.weight
+        kept: Tensor | Rest | None = self.merged_base
         if isinstance(kept, Rest):
             return kept.original(weight, self._delta(self.merged_adapters))
         return weight if kept is None else kept
 
     def _delta(self, names: list[str]) -> Tensor:
-        """The sum of several adapters' dW."""
-        return sum(self.get_delta_weight(name) for name in names)
+        """Sum the dW of one adapter or more."""
+        first, *others = names
+        return sum((self.get_delta_weight(name) for name in others), self.get_delta_weight(first))
 
     def _with_merged(self, adapter_names: list[str]) -> list[str]:
-        """The merged adapters and the named ones that this layer has, each once."""
+        """List the merged adapters and the named ones that this layer has, each once."""
         names = dict.fromkeys([*self.merged_adapters, *adapter_names])
         return [name for name in names if name in self.configs]
 
@@ -196,7 +233,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weight, and keep what ``unmerge`` needs: a copy, or less.
 
-        A quantized base becomes dense; ``densified`` tells what that cost. Raises as
+        A quantized base becomes dense; ``dequantized`` tells what that cost. Raises as
         ``merged_weight`` does.
         """
         names = check_adapters_to_merge(self, adapter_names)
@@ -206,7 +243,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         if format_of(self._unmerged()) is not None:
             self._merge_quantized(names)
         else:
-            merged, weight = self.merged_weight(names, safe_merge), self.get_base_layer().weight
+            merged, weight = self.merged_weight(names, safe_merge), self.base_layer.weight
             if self.subtracts or isinstance(self.merged_base, Rest):
                 delta = self._delta(self._with_merged(names))
                 self.merged_base = rest(self._unmerged_weight(), merged, delta)
@@ -218,13 +255,13 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def _merge_quantized(self, names: list[str]) -> None:
         delta = self._delta(self._with_merged(names))
         dtype = dense_dtype(self._unmerged(), self.dense_dtype)
-        self.densified = dequantize_and_merge(self, type(self).__name__, delta, dtype)
+        self.dequantized = dequantize_and_merge(self, type(self).__name__, delta, dtype)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Give the base weight back the exact values it had before the first ``merge``.
 
-        RuntimeError where unmerging subtracts, and an adapter has changed since.
+        Raises RuntimeError where unmerging subtracts, and an adapter has changed since.
         """
         if self.merged_base is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -232,28 +269,28 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         if isinstance(self.merged_base, nn.Module):
             restore_quantized(self)
         else:
-            self.get_base_layer().weight.copy_(self._unmerged_weight())
+            self.base_layer.weight.copy_(self._unmerged_weight())
             self.merged_base = None
         self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """RaSA adds dW to its base, so PEFT can turn it into a LoRA."""
+        """Tell PEFT that it can turn this into a LoRA, since RaSA adds dW to its base."""
         return True
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """As PEFT's, but the dtype stays: that of an adapter is its config's, not its base's."""
-        device = self.get_base_layer().weight.device if device is None else device
-        self._change(adapter_name, lambda tensor: tensor.to(device))
+        """Move as PEFT does, but keep the dtype: an adapter's is its config's, not its base's."""
+        target = self.base_layer.weight.device if device is None else device
+        self._change(adapter_name, lambda tensor: tensor.to(target))
 
     def cast_adapter(self, adapter_name: str) -> None:
-        """Give an adapter's numbers the dtype of its config, whatever a file had."""
+        """Give an adapter's parameters the dtype of its config, whatever a file had."""
         if adapter_name in self.configs:
             dtype = self.configs[adapter_name].adapter_dtype
             self._change(adapter_name, lambda tensor: tensor.to(dtype))
 
-    def _change(self, adapter_name: str, change: Any) -> None:
+    def _change(self, adapter_name: str, change: Callable[[Tensor], Tensor]) -> None:
         for name in self.adapter_layer_names:
             parameter = getattr(self, name)._parameters.get(adapter_name)
             if parameter is not None and not parameter.is_meta:
@@ -261,12 +298,23 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         self.drop_pack()
 
     def extra_repr(self) -> str:
-        """Effective ranks by adapter."""
+        """Show effective ranks by adapter."""
         ranks = {name: d.shape[0] for name, d in self.rasa_d.items()}
         return f"effective_rank={ranks}{', merged' if self.merged else ''}"
 
 
+def pool_owners(model: nn.Module, adapter_name: str) -> list[str]:
+    """Name the layers of a model that own a pool of the adapter."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, RasaPeftLinear) and adapter_name in module.rasa_pool_A
+    ]
+
+
 def parameter_of(module: nn.Module, name: str) -> Tensor:
-    """``getattr`` without nn.Module's slow lookup, since every forward of every layer does it."""
-    found = module._parameters.get(name)
-    return getattr(module, name) if found is None else found
+    """Do ``getattr`` without nn.Module's slow lookup, as every forward of every layer needs it."""
+    found: Tensor | None = module._parameters.get(name)
+    if found is None:  # parametrized, or a replica of nn.DataParallel
+        found = getattr(module, name)
+    return found

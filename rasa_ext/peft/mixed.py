@@ -3,56 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
 
-if TYPE_CHECKING:
-    from torch import nn
-
-    from rasa_ext.peft.model import RasaModel
+from rasa_ext.peft.layer import RasaPeftLinear, RowAdapters
 
 BASE = "__base__"
 """PEFT's name for a row that goes through no adapter."""
 
-
-@dataclass(frozen=True)
-class Rows:
-    """The adapter of each row of a batch, whose rows beam search repeats ``beams`` times."""
-
-    names: tuple[str, ...]
-    beams: int = 1
-
-    def of(self, rows: int) -> list[str]:
-        """The adapter of each of ``rows`` rows; an encoder's are not repeated.
-
-        Raises ValueError where the numbers do not fit.
-        """
-        for repeat in (1, self.beams):
-            if rows == len(self.names) * repeat:
-                return [name for name in self.names for _ in range(repeat)]
-        raise ValueError(
-            f"adapter_names: expected one name for each row of a layer's input, got "
-            f"{len(self.names)} names for {rows} rows; a layer that sees tokens of several rows as "
-            "one batch, as those of experts do, cannot tell them apart."
-        )
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextlib.contextmanager
-def rows_through(model: RasaModel, names: Sequence[str], beams: int = 1) -> Iterator[None]:
+def rows_through(
+    layers: Sequence[RasaPeftLinear],
+    wrappers: Sequence[AuxiliaryTrainingWrapper],
+    names: Sequence[str],
+    known: Collection[str],
+    beams: int = 1,
+) -> Iterator[None]:
     """Within the context row i of every layer's input goes through the adapter ``names[i]``.
 
-    Raises TypeError or ValueError, saying what was expected, before anything is computed.
+    Args:
+        layers: of one model.
+        wrappers: PEFT's, around the model's modules that are trained in full.
+        names: one for each row of a batch; ``BASE`` for none.
+        known: the model's adapters.
+        beams: how often beam search repeats each row.
+
+    Raises:
+        TypeError, ValueError: saying what was expected, before anything is computed.
     """
-    rows = Rows(_checked(model, names), beams)
+    rows = RowAdapters(_checked(layers, names, known), beams)
     handles = [
-        module.register_forward_pre_hook(_with_names(rows), with_kwargs=True)
-        for module in model.model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
+        wrapper.register_forward_pre_hook(_with_names(rows), with_kwargs=True)
+        for wrapper in wrappers
     ]
-    layers = model.layers()
     try:
         for layer in layers:
             layer.rows = rows
@@ -64,31 +53,33 @@ def rows_through(model: RasaModel, names: Sequence[str], beams: int = 1) -> Iter
             handle.remove()
 
 
-def _checked(model: RasaModel, names: Sequence[str]) -> tuple[str, ...]:
+def _checked(
+    layers: Sequence[RasaPeftLinear], names: Sequence[str], known: Collection[str]
+) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names: expected a list with a name for each row, got {names!r}.")
-    if model.training:
+    if any(layer.training for layer in layers):
         raise ValueError(
             "adapter_names: a batch of several adapters is for inference; call model.eval() first."
         )
-    if any(layer.merged for layer in model.layers()):
+    if any(layer.merged for layer in layers):
         raise ValueError(
             "adapter_names: an adapter is merged into the base weights, which all rows share; "
             "call model.unmerge_adapter() first."
         )
-    if unknown := sorted(set(names) - {BASE, *model.peft_config}):
+    if unknown := sorted(set(names) - {BASE, *known}):
         raise ValueError(
-            f"adapter_names: expected some of {BASE}, {', '.join(model.peft_config)}, got "
-            f"{', '.join(unknown)}."
+            f"adapter_names: expected some of {BASE}, {', '.join(known)}, got {', '.join(unknown)}."
         )
     return tuple(names)
 
 
-def _with_names(rows: Rows) -> Any:
-    """A hook that hands PEFT's wrapper of a module trained in full the names of its rows."""
+def _with_names(rows: RowAdapters) -> Callable[..., _Arguments]:
+    """Make a hook that hands PEFT's wrapper of a module trained in full its rows' names."""
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        known = module._get_available_adapters()
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+        wrapper: Any = module
+        known = wrapper._get_available_adapters()
         names = [name if name in known else BASE for name in rows.of(len(args[0]))]
         return args, {**kwargs, "adapter_names": names}
 

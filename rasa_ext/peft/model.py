@@ -11,17 +11,20 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import is_conv1d, is_linear
+from rasa_ext.base_layers.linear import LinearLayer, is_conv1d, is_linear
 from rasa_ext.base_layers.quantized import (
     check_not_repacked,
     disable_cpu_repacking,
     forget_quantizer,
     format_of,
 )
-from rasa_ext.methods.base import ALL_LINEAR, group_places
-from rasa_ext.nn.fused_projections import link_fused_projections
+from rasa_ext.methods.base import ALL_LINEAR, Place, group_places
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
-from rasa_ext.patching.swap import disable_fused_encoder, registrations_of
+from rasa_ext.patching.swap import (
+    disable_fused_encoder,
+    link_fused_projections,
+    replace_modules,
+)
 from rasa_ext.patching.targets import (
     Group,
     grouped,
@@ -31,9 +34,10 @@ from rasa_ext.patching.targets import (
     unadaptable,
 )
 from rasa_ext.peft.backends import backend_of
-from rasa_ext.peft.layer import RasaPeftLinear
+from rasa_ext.peft.config import RasaConfig
+from rasa_ext.peft.layer import RasaPeftLinear, pool_owners
 from rasa_ext.peft.mixed import rows_through
-from rasa_ext.peft.official import from_official, official_names_hook
+from rasa_ext.peft.official import from_official, rename_official
 
 REFERENCE, POLICY = "ref", "default"
 """TRL's names: its trainers add the first as a copy of the second, to hold the policy against."""
@@ -46,11 +50,14 @@ class RasaModel(BaseTuner):
     tuner_layer_cls = RasaPeftLinear
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
     _subtracts = False
+    _attributes_before: list[tuple[nn.Module, str, Any]]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["_attributes_before"]: list[tuple[nn.Module, str, Any]] = []
+        self.__dict__["_attributes_before"] = []  # before nn.Module can take attributes
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(official_names_hook)
+        self.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch has none
+            _official_names_hook
+        )
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -61,11 +68,11 @@ class RasaModel(BaseTuner):
         modules of the model are then what they were.
         """
         keys = kwargs.get("state_dict")
-        self._groups: dict[str, Group] | None = None
+        self._groups: dict[str, tuple[Group, list[Place]]] | None = None
         self._given = None if keys is None else {_layer_of(key) for key in keys}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         link_fused_projections(model, RasaPeftLinear)
-        peft_config = self.peft_config[adapter_name]
+        peft_config = _rasa_config(self.peft_config[adapter_name])
         if peft_config.modules_to_save:  # as they are, so that every reader finds the same ones
             peft_config.modules_to_save = [
                 name
@@ -77,7 +84,7 @@ class RasaModel(BaseTuner):
             self._copy_policy()
 
     def _copy_policy(self) -> None:
-        """Give the reference the policy's numbers.
+        """Give the reference the policy's parameters.
 
         TRL adds the adapter with the policy's very config, and then copies every parameter whose
         name has ".default." in it. Ours end in the adapter's name, as PEFT has it for parameters
@@ -89,14 +96,17 @@ class RasaModel(BaseTuner):
                 if POLICY in part:
                     part[REFERENCE].data.copy_(part[POLICY].data)
 
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+    def _prepare_adapter_config(
+        self, peft_config: PeftConfig, model_config: dict[str, Any]
+    ) -> PeftConfig:
         """Settle 'all-linear' as ``patch_model`` does, which is more careful than PEFT."""
-        if peft_config.target_modules in (None, ALL_LINEAR):
-            config = resolve_config(self.model, peft_config.core())
+        own = _rasa_config(peft_config)
+        if own.target_modules in (None, ALL_LINEAR):
+            config = resolve_config(self.model, own.core())
             plan = make_plan(self.model, config, _linears(self.model))
             names = [name for group in plan.groups for name in group.names]
-            peft_config.target_modules = set(suffixes(names, self.model))
-        return peft_config
+            own.target_modules = set(suffixes(names, self.model))
+        return own
 
     def _create_and_replace(
         self,
@@ -106,39 +116,44 @@ class RasaModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **_: Any,
     ) -> None:
+        own = _rasa_config(peft_config)
         if self._groups is None:  # the adapter's first layer: PEFT has settled the targets by now
-            self._groups = self._find_groups(peft_config)
-        group = self._groups[current_key]
-        if not isinstance(target, RasaPeftLinear):
-            found = registrations_of(self.model, {target: None})
-            target = RasaPeftLinear(target, backend_of(target, self.model))
-            for holder, key in found:  # a module may be registered twice
-                holder._modules[key] = target
+            self._groups = self._find_groups(own)
+        group, places = self._groups[current_key]
+        if isinstance(target, RasaPeftLinear):
+            layer = target
+        elif is_linear(target):
+            layer = RasaPeftLinear(target, backend_of(target, self.model))
+            replace_modules(self.model, {target: layer})  # a module may be registered twice
+        else:
+            raise TypeError(
+                f"target_modules: expected a linear layer at {current_key!r}, got a "
+                f"{type(target).__name__}."
+            )
         owner = self.model.get_submodule(group.names[0])
-        places = group_places([self.model.get_submodule(name) for name in group.names])
-        target.update_layer(
-            adapter_name,
-            peft_config.core(),
-            places,
-            group.names.index(current_key),
-            owner,
-            peft_config.init_weights,
-        )
+        if not isinstance(owner, RasaPeftLinear):
+            raise RuntimeError(
+                f"target_modules: expected the layers of a group in the model's order, but "
+                f"{current_key!r} comes before {group.names[0]!r}."
+            )
+        index = group.names.index(current_key)
+        layer.update_layer(adapter_name, own.core(), places, index, owner, own.init_weights)
 
-    def _find_groups(self, peft_config: PeftConfig) -> dict[str, Group]:
-        """The group of every layer that PEFT is about to adapt, by the layer's name."""
+    def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[Place]]]:
+        """Find group and places of every layer that PEFT is about to adapt, by its name."""
         check_not_repacked(self.model)
         linears = _linears(self.model)
-        hindered = unadaptable(self.model, linears)
+        reasons = unadaptable(self.model, linears)
         inside: tuple[str, ...] = ()
         names = []
         for name, module in self.model.named_modules():
             if not name or name.startswith(inside) or not self._is_target(peft_config, name):
                 continue
-            if name in hindered:
-                raise ValueError(f"target_modules: cannot adapt {name!r}: {hindered[name]}.")
+            if name in reasons:
+                raise ValueError(f"target_modules: cannot adapt {name!r}: {reasons[name]}.")
             if name not in linears:
                 raise ValueError(
                     f"target_modules: expected linear layers, but {name!r} is a "
@@ -146,14 +161,18 @@ class RasaModel(BaseTuner):
                 )
             if isinstance(module, RasaPeftLinear):
                 inside += (f"{name}.",)
-            elif (form := format_of(module)) is not None:
-                form.check(name, module)
+            elif (fmt := format_of(module)) is not None:
+                fmt.check(name, linears[name])
             names.append(name)
-        bases = dict.fromkeys(linears[name] for name in names)
+        bases: dict[nn.Module, None] = dict.fromkeys(linears[name] for name in names)
         self._attributes_before += disable_fused_encoder(self.model, bases)
         self._attributes_before += disable_cpu_repacking(self.model, mark=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, bases))
-        return {name: group for group in grouped(names, linears) for name in group.names}
+        found = {}
+        for group in grouped(names, linears):
+            places = group_places([linears[name] for name in group.names])
+            found.update(dict.fromkeys(group.names, (group, places)))
+        return found
 
     def _is_target(self, peft_config: PeftConfig, name: str) -> bool:
         if self._given is not None:
@@ -162,14 +181,19 @@ class RasaModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Called by PEFT around a forward and ``generate``, which have their ``adapter_names``."""
+        """Run a forward or ``generate``, as PEFT calls them, with their ``adapter_names``."""
         names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        modules = self.model.modules()
+        wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         beams = kwargs.get("num_beams") or 1
-        with contextlib.nullcontext() if names is None else rows_through(self, names, beams):
+        with rows_through(self.layers(), wrappers, names, self.peft_config, beams):
             yield
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
-        """Not for RaSA: raises NotImplementedError."""
+        """Raise NotImplementedError: there is none for RaSA."""
         raise NotImplementedError(
             "add_weighted_adapter: not supported for RaSA; activate several adapters together "
             "with model.base_model.set_adapter([...]), or export each as a LoRA "
@@ -177,7 +201,7 @@ class RasaModel(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """The dtype of an adapter is its config's, whatever the base's and the file's."""
+        """Cast to the config's dtype, whatever the base's and the file's."""
         for layer in self.layers():
             layer.cast_adapter(adapter_name)
 
@@ -194,12 +218,12 @@ class RasaModel(BaseTuner):
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """PEFT's, but ``safe_merge`` looks at every layer before it merges the first."""
+        """Merge as PEFT does, but with ``safe_merge`` look at every layer before the first."""
         self._check_safe_merge(safe_merge, adapter_names)
         with self._telling(stacklevel=2):
             super().merge_adapter(adapter_names=adapter_names)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, too
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -208,27 +232,24 @@ class RasaModel(BaseTuner):
     ) -> nn.Module:
         self._check_safe_merge(merge and safe_merge, adapter_names)
         with self._telling(stacklevel=3):
-            model = super()._unload_and_optionally_merge(
+            super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
-        bases = {layer: layer.get_base_layer() for layer in self.layers()}
-        for holder, key in registrations_of(
-            model, bases
-        ):  # second names, which PEFT does not visit
-            holder._modules[key] = bases[holder._modules[key]]
+        # Second names, which PEFT does not visit.
+        replace_modules(self.model, {layer: layer.base_layer for layer in self.layers()})
         for module, name, value in reversed(self._attributes_before):
             setattr(module, name, value)
-        return forget_quantizer(model)
+        return forget_quantizer(self.model)
 
     @contextlib.contextmanager
     def _telling(self, stacklevel: int) -> Iterator[None]:
         """Merges within make quantized bases dense in the model's dtype; a warning tells of it."""
         layers, dtype = self.layers(), model_dtype(self.model)
         for layer in layers:
-            layer.dense_dtype, layer.densified, layer.subtracts = dtype, None, self._subtracts
+            layer.dense_dtype, layer.dequantized, layer.subtracts = dtype, None, self._subtracts
         yield
         warn_dequantized(
-            [each.densified for each in layers if each.densified is not None], stacklevel + 2
+            [each.dequantized for each in layers if each.dequantized is not None], stacklevel + 2
         )
 
     def _check_safe_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
@@ -237,29 +258,44 @@ class RasaModel(BaseTuner):
                 layer.merged_weight(adapter_names, safe_merge=True)
 
     def layers(self) -> list[RasaPeftLinear]:
-        """The adapted layers, in the model's order."""
+        """List the adapted layers, in the model's order."""
         return [module for module in self.model.modules() if isinstance(module, RasaPeftLinear)]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT 0.21: from a checkpoint's names, the official code's too, to the model's."""
-        state_dict = from_official(state_dict, model, adapter_name)
+        """Bring a checkpoint's names, the official code's too, to the model's: for PEFT 0.21."""
+        state_dict = from_official(state_dict, pool_owners(model, adapter_name))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
+def _rasa_config(peft_config: PeftConfig) -> RasaConfig:
+    """Return the config; raise TypeError where it is another method's."""
+    if not isinstance(peft_config, RasaConfig):
+        raise TypeError(
+            f"peft_config: expected a rasa_ext.peft.RasaConfig, got {type(peft_config).__name__}."
+        )
+    return peft_config
+
+
+def _official_names_hook(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Rename, before loading, what the official code has named."""
+    inner: Any = module
+    rename_official(state_dict, lambda adapter: pool_owners(inner.model, adapter))
+
+
 def _layer_of(key: str) -> str:
-    """The layer that a tensor of an adapter belongs to, as PEFT reads it off its name."""
+    """Name the layer that a tensor of an adapter belongs to, as PEFT reads it off its name."""
     return key.rsplit(f".{RasaModel.prefix}", 1)[0].removeprefix("_orig_mod.")
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model by name, those inside adapted layers under the latters' names.
+def _linears(model: nn.Module) -> dict[str, LinearLayer]:
+    """Find a model's linear layers by name, those inside adapted layers under the latters' names.
 
     What PEFT trains in full is left out.
     """
-    found: dict[str, nn.Module] = {}
+    found: dict[str, LinearLayer] = {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if name.startswith(inside):

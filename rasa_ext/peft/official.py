@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.official import own_names
-from rasa_ext.peft.layer import RasaPeftLinear
 
 # An official key into which PEFT 0.20 has put the adapter's name.
 _NAMED = re.compile(
@@ -19,23 +18,23 @@ _NAMED = re.compile(
 )
 
 
-def from_official(
-    tensors: Mapping[str, Tensor], model: nn.Module, adapter_name: str
-) -> dict[str, Tensor]:
-    """Tensors under the official names, under those that PEFT saves; others keep theirs."""
-    owners = [
-        f"{PREFIX}{name.removeprefix(PREFIX)}"
-        for name, module in model.named_modules()
-        if isinstance(module, RasaPeftLinear) and adapter_name in module.rasa_pool_A
-    ]
-    return own_names(tensors, owners, "the checkpoint")
+def from_official(tensors: Mapping[str, Tensor], owners: Iterable[str]) -> dict[str, Tensor]:
+    """Give tensors under official names those that PEFT saves; others keep theirs.
+
+    ``owners`` are the names of the layers that own a pool of the adapter.
+    """
+    prefixed = [f"{PREFIX}{name.removeprefix(PREFIX)}" for name in owners]
+    return own_names(tensors, prefixed, "the checkpoint")
 
 
-def official_names_hook(module: nn.Module, state_dict: dict, prefix: str, *_: Any) -> None:
-    """Hook before loading, for PEFT 0.20, which lets no method rename what it loads."""
+def rename_official(state_dict: dict[str, Any], owners: Callable[[str], Iterable[str]]) -> None:
+    """Rename in place what is about to be loaded, for PEFT 0.20, which lets no method do so.
+
+    ``owners(adapter)`` are the names of the layers that own a pool of that adapter.
+    """
     found = [match for key in state_dict if (match := _NAMED.match(key))]
     for adapter in {match["adapter"] for match in found}:
         named = [match for match in found if match["adapter"] == adapter]
         tensors = {f"{match['head']}.{match['tail']}": state_dict.pop(match[0]) for match in named}
-        renamed = from_official(tensors, module.model, adapter)
+        renamed = from_official(tensors, owners(adapter))
         state_dict.update((f"{key}.{adapter}", tensor) for key, tensor in renamed.items())

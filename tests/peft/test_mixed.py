@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rasa_ext.peft import RasaConfig
-from rasa_ext.peft.mixed import Rows
+from rasa_ext.peft.layer import RowAdapters
 from tests.helpers.models import T5
 from tests.helpers.peft import TOKENS, adapted, close, dense, named, two
 from tests.helpers.tiny_lm import make_model
@@ -89,7 +89,7 @@ def test_beams_of_an_encoder_and_decoder():
 
 
 def test_names_by_rows():
-    rows = Rows(("a", "b"), beams=2)
+    rows = RowAdapters(("a", "b"), beams=2)
     assert rows.of(2) == ["a", "b"]
     assert rows.of(4) == ["a", "a", "b", "b"]
     with pytest.raises(ValueError, match=r"^adapter_names: expected one name for each row"):

@@ -16,7 +16,8 @@ from peft.mapping import (
 from peft.utils import PeftType
 
 import rasa_ext.peft
-from rasa_ext.peft.register import extend_enum, register
+from rasa_ext.peft.peft_type import extend_enum
+from rasa_ext.peft.register import register
 
 MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
 
