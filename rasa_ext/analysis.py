@@ -40,7 +40,7 @@ class LayerAnalysis:
     @property
     def norm(self) -> float:
         """||dW||."""
-        return self.singular_values.norm().item()
+        return float(self.singular_values.norm())
 
     @property
     def slots_used(self) -> float:
@@ -116,16 +116,18 @@ def _factors(tensors: Mapping[str, Tensor], key: str, members: list[str]) -> Fac
         A_pool,
         tensors[f"{key}.rasa_B"],
         B_pool,
-        tensors[f"{key}.rasa_d"],
+        tensors.get(f"{key}.rasa_d"),
     )
 
 
 @torch.no_grad()
 def _analyze_layer(name: str, factors: Factors) -> LayerAnalysis:
     A, A_pool, B, B_pool, d = factors.map(lambda t: t.double().contiguous())
+    if d is None:  # a method without a diagonal
+        d = A.new_ones(factors.rank)
     own = A.shape[0]
     private = _singular_values(B * d[:own], A).square().sum().item()
-    if A_pool is None:
+    if A_pool is None or B_pool is None:
         return _result(name, _singular_values(B * d, A), private, 0.0, d.new_zeros(0))
     use = d[own:].abs() * A_pool.norm(dim=1) * B_pool.norm(dim=0)
     pooled = _singular_values(B_pool * d[own:], A_pool).square().sum().item()
@@ -139,9 +141,10 @@ def _result(name: str, S: Tensor, private: float, pooled: float, use: Tensor) ->
 
 
 def _singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """Those of left (out, n) times right (n, in)."""
+    """Singular values of left (out, n) times right (n, in)."""
     R, T = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.t(), mode="r").R
-    return torch.linalg.svdvals(R @ T.t())
+    values: Tensor = torch.linalg.svdvals(R @ T.t())
+    return values
 
 
 def _entropy_rank(values: Tensor) -> float:

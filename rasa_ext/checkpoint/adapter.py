@@ -200,7 +200,7 @@ def _check_unsharded(
 def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """State of the modules that are trained in full; tied tensors stand under one name."""
     tensors: dict[str, Tensor] = {}
-    seen: set[tuple] = set()
+    seen: set[tuple[object, ...]] = set()
     for name in plan.modules_to_save:
         for key, tensor in root.get_submodule(name).state_dict(keep_vars=True).items():
             where = id(tensor) if tensor.is_meta else tensor.data_ptr()

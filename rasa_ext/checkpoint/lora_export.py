@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -74,7 +75,7 @@ def export_lora(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(Ap, (0, 0, 0, fill))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bp.t(), (0, fill))
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in saved.items())
-    settings = {
+    settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type(model),
         "base_model_name_or_path": base_name(model),

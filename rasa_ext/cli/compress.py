@@ -67,7 +67,7 @@ def compress(
         solver = _solver(bar, iterations, dtype)
         if lora is not None:
             read, found = compress_lora(lora, output, rank, k, base=base, solver=solver)
-        elif base is None:
+        elif base is None or finetuned is None:
             raise ValueError("base: expected --base, the model before --finetuned, got none.")
         else:
             names = [name.strip() for name in modules_to_save.split(",") if name.strip()]

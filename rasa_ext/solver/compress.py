@@ -100,7 +100,7 @@ def compress(
     base: Mapping[str, Tensor],
     finetuned: Mapping[str, Tensor],
     rank: int = 8,
-    k: int = 1,
+    k: int | None = 1,
     *,
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: str | Sequence[str] = (),
@@ -138,9 +138,9 @@ def compress(
     config = RasaConfig(
         rank=rank,
         k=k,
-        target_modules=target_modules,  # type: ignore[arg-type]
-        exclude_modules=exclude_modules,  # type: ignore[arg-type]
-        modules_to_save=saved,  # type: ignore[arg-type]
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        modules_to_save=saved,
     )
     plan = make_plan(model, config)
     before = ParameterWeights(model, base, "base")

@@ -53,7 +53,7 @@ class Decomposition:
 def decompose(
     deltas: Sequence[Delta],
     rank: int,
-    k: int,
+    k: int | None,
     *,
     iterations: int = 50,
     init: str = "svd",
@@ -83,6 +83,7 @@ def decompose(
     """
     config = RasaConfig(rank=rank, k=k)
     rank, k = config.rank, config.k
+    assert k is not None  # a config that is made has settled it
     _check_options(iterations, init, dtype, tol)
     targets, norm = _targets(deltas, dtype)
     layers = len(targets)
@@ -165,7 +166,8 @@ def _targets(deltas: Sequence[Delta], dtype: torch.dtype) -> tuple[list[Matrix],
 
 
 def _target(name: str, delta: Any, dtype: torch.dtype) -> Matrix:
-    return Matrix(*(t.detach().to(dtype) for t in check_delta(name, delta)))
+    left, *right = (t.detach().to(dtype) for t in check_delta(name, delta))
+    return Matrix(left, right[0] if right else None)
 
 
 def check_delta(name: str, delta: Any) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def fit_adapter(
     model: nn.Module,
     deltas: Mapping[str, Delta],
     rank: int = 8,
-    k: int = 1,
+    k: int | None = 1,
     *,
     iterations: int = 50,
     init: str = "svd",
@@ -101,7 +102,15 @@ class _InOrder(Sequence[Delta]):
     def __init__(self, values: Mapping[str, Delta], keys: Sequence[str]) -> None:
         self._values, self._keys = values, keys
 
-    def __getitem__(self, i):
+    @overload
+    def __getitem__(self, i: int) -> Delta: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Delta]: ...
+
+    def __getitem__(self, i: int | slice) -> Delta | Sequence[Delta]:
+        if isinstance(i, slice):
+            return _InOrder(self._values, self._keys[i])
         return self._values[self._keys[i]]
 
     def __len__(self) -> int:
@@ -149,13 +158,14 @@ def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, int]], where: 
     """ValueError, beginning with ``where``, unless all are linear layers of these (out, in)."""
     modules = dict(model.named_modules())
     for name, shape in shapes.items():
-        if name not in modules or not is_linear(modules[name]):
-            got = type(modules[name]).__name__ if name in modules else "no such module"
+        module = modules.get(name)
+        if module is None or not is_linear(module):
+            got = "no such module" if module is None else type(module).__name__
             raise ValueError(f"{where}: expected names of linear layers; {name!r} is {got}.")
-        if shape != linear_shape(modules[name]):
+        if shape != linear_shape(module):
             raise ValueError(
-                f"{where}: expected {name!r} of the layer's (out, in) "
-                f"{linear_shape(modules[name])}, got {shape}."
+                f"{where}: expected {name!r} of the layer's (out, in) {linear_shape(module)}, "
+                f"got {shape}."
             )
 
 

@@ -16,6 +16,7 @@ from rasa_ext.methods.base import Place, fresh_A, fresh_B
 from rasa_ext.patching.patch import check_unpatched
 from rasa_ext.patching.targets import Group, Plan, matches
 from rasa_ext.solver.compress import CompressedAdapter
+from rasa_ext.solver.decompose import Decomposition
 from rasa_ext.solver.fit import Solver, check_names, plan_for
 
 
@@ -80,8 +81,9 @@ def convert_lora(
         modules_to_save=_saved_modules(model, lora, where),
     )
     config, plan = plan_for(model, config, shapes)
+    groups: dict[Group, Decomposition] = {}
     if exact:
-        groups, tensors = {}, _exact(lora, plan)
+        tensors = _exact(lora, plan)
     else:
         scaled = {name: (lora.scales[name] * B, A) for name, (B, A) in lora.factors.items()}
         groups, tensors = solver.approximate(config, plan, scaled)

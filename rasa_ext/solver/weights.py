@@ -40,7 +40,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         """The tensor, on the CPU."""
         with _opened(self._files[key]) as file:
-            return file.get_tensor(key)
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
         """The names of the files' tensors."""
