@@ -54,7 +54,7 @@ class Lora:
 
     @property
     def num_parameters(self) -> int:
-        """Of all factors."""
+        """Parameters of all factors."""
         return sum(B.numel() + A.numel() for B, A in self.factors.values())
 
 

@@ -33,8 +33,9 @@ def fit_adapter(
 ) -> dict[Group, Decomposition]:
     """Patch a model, in place, with the decomposition of given weight changes.
 
-    The adapted layers are those that ``deltas`` names; each group of them is decomposed by itself.
-    The adapter can be trained further, saved, merged and exported like any other.
+    The adapted layers are those that ``deltas`` names; each group of them is decomposed by itself,
+    by ``decompose`` (arXiv 2503.12576, section 3 and appendix A). The adapter can be trained
+    further, saved, merged and exported like any other.
 
     Args:
         model: an unpatched model.
@@ -49,6 +50,16 @@ def fit_adapter(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; the model is
             then unchanged.
+
+    Example:
+        >>> names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+        >>> deltas = {name: torch.randn(32, 48) for name in names}
+        >>> found = rasa_ext.fit_adapter(model, deltas, rank=8, k=1, iterations=5)
+        >>> [group.pattern for group in found]
+        ['model.layers.*.mlp.down_proj']
+        >>> change = rasa_ext.delta_weight(model.get_submodule(names[0]))  # (out, in)
+        >>> change.shape
+        torch.Size([32, 48])
     """
     config = RasaConfig(rank=rank, k=k)
     _check_deltas(model, deltas)

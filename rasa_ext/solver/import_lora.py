@@ -1,4 +1,4 @@
-"""import_lora: a LoRA that PEFT wrote as a RaSA adapter, exactly or in fewer numbers."""
+"""import_lora: a LoRA that PEFT wrote as a RaSA adapter, exactly or with fewer parameters."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ def import_lora(
 
     Without ``rank`` and ``k`` the adapter is the LoRA, exactly: RaSA of k = 0, its diagonals the
     LoRA's scale, its rank the largest of any layer. With them it is the nearest adapter of that
-    rank with k ranks shared, found by ``decompose`` from the LoRA's factors.
+    rank with k ranks shared, found by ``decompose`` from the LoRA's factors (arXiv 2503.12576,
+    section 3 and appendix A).
 
     Modules that were trained in full come along as ``modules_to_save``; the LoRA's dropout, too.
 
@@ -54,6 +55,14 @@ def import_lora(
     Raises:
         FileNotFoundError, ValueError, TypeError: a file is missing or damaged, does not fit the
             model, or is not a plain LoRA; the message says what to do, and the model is unchanged.
+
+    Example:
+        >>> import copy
+        >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
+        9
+        >>> found = rasa_ext.import_lora(model, "lora")
+        >>> found.config.rank, found.config.k, found.error
+        (9, 0, 0.0)
     """
     solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
     found = convert_lora(model, read_lora(directory), str(directory), rank, k, solver)
