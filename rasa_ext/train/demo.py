@@ -87,7 +87,7 @@ class DemoReport:
 
     @property
     def agree(self) -> bool:
-        """Whether all three give the same logits, within `AGREEMENT`."""
+        """All three give the same logits, within `AGREEMENT`."""
         return max(self.merged_difference, self.lora_difference) <= AGREEMENT
 
 
