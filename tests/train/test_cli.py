@@ -132,11 +132,11 @@ def test_import_official(base, tuned, expected, tmp_path):
             continue
         path = f"base_model.model.{name}"
         tensors[f"{path}.rasa_A.weight"] = layer.A.detach()
-        tensors[f"{path}.rasa_B.weight"] = layer.B.detach()
+        tensors[f"{path}.rasa_B.weight"] = layer.B.detach().contiguous()
         tensors[f"{path}.rasa_mixing.weight"] = layer.d.detach()
         kind = name.split(".", 3)[3].replace(".", "__")
         tensors[f"base_model.rasa_shared_A.{kind}.weight"] = layer.pool.A.detach().clone()
-        tensors[f"base_model.rasa_shared_B.{kind}.weight"] = layer.pool.B.detach().clone()
+        tensors[f"base_model.rasa_shared_B.{kind}.weight"] = layer.pool.B.detach().contiguous()
     save_file(tensors, official / "adapter_model.safetensors")
     kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     settings = {
