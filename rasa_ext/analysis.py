@@ -1,4 +1,4 @@
-"""What an adapter does to each layer: effective ranks, and who uses whose rank of the pool.
+"""An adapter's effect on each layer: effective ranks, and who uses whose rank of the pool.
 
 Everything comes from the factors, by the QR of each: no (out, in) matrix is formed.
 """
@@ -40,7 +40,7 @@ class LayerAnalysis:
     @property
     def norm(self) -> float:
         """||dW||."""
-        return self.singular_values.norm().item()
+        return float(self.singular_values.norm())
 
     @property
     def slots_used(self) -> float:
@@ -64,7 +64,28 @@ class GroupAnalysis:
 
 
 def analyze(model: nn.Module) -> list[GroupAnalysis]:
-    """Analyze the adapter of a patched model. Raises ValueError for an unpatched one."""
+    """Analyze the adapter of a patched model: each layer's spectrum and its use of the pool.
+
+    dW = [B | B_pool] diag(d) [A ; A_pool] is that of arXiv 2503.12576, section 3. It is computed in
+    float64, from the factors.
+
+    Args:
+        model: a patched model.
+
+    Returns:
+        One entry for every group of layers that share a pool.
+
+    Raises:
+        TypeError, ValueError: the model is not patched.
+
+    Example:
+        >>> from rasa_ext.analysis import analyze
+        >>> groups = analyze(rasa_ext.patch_model(model, rank=8, k=1))
+        >>> groups[0].pattern, groups[0].pool_use.shape  # (L, L*k)
+        ('model.layers.*.self_attn.q_proj', torch.Size([2, 2]))
+        >>> groups[0].layers[0].effective_rank  # not yet trained
+        0.0
+    """
     plan, layers = patch_state(model).plan, dict(adapted_layers(model))
     return [
         GroupAnalysis(
@@ -77,9 +98,23 @@ def analyze(model: nn.Module) -> list[GroupAnalysis]:
 
 
 def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
-    """Analyze what ``save_adapter`` wrote; no base model is needed.
+    """Analyze what ``save_adapter`` wrote, as ``analyze`` does; no base model is needed.
 
-    Raises FileNotFoundError or ValueError where it is not a RaSA adapter of this package.
+    Args:
+        directory: what ``save_adapter`` wrote.
+
+    Returns:
+        One entry for every group of layers that share a pool.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not a RaSA adapter of this package.
+
+    Example:
+        >>> from rasa_ext.analysis import analyze_adapter
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
+        >>> rasa_ext.save_adapter(model, "adapter")
+        >>> [group.pattern for group in analyze_adapter("adapter")]
+        ['model.layers.*.mlp.down_proj']
     """
     read_config(directory)
     tensors = read_tensors(Path(directory) / WEIGHTS)
@@ -116,16 +151,18 @@ def _factors(tensors: Mapping[str, Tensor], key: str, members: list[str]) -> Fac
         A_pool,
         tensors[f"{key}.rasa_B"],
         B_pool,
-        tensors[f"{key}.rasa_d"],
+        tensors.get(f"{key}.rasa_d"),
     )
 
 
 @torch.no_grad()
 def _analyze_layer(name: str, factors: Factors) -> LayerAnalysis:
     A, A_pool, B, B_pool, d = factors.map(lambda t: t.double().contiguous())
+    if d is None:  # a method without a diagonal
+        d = A.new_ones(factors.rank)
     own = A.shape[0]
     private = _singular_values(B * d[:own], A).square().sum().item()
-    if A_pool is None:
+    if A_pool is None or B_pool is None:
         return _result(name, _singular_values(B * d, A), private, 0.0, d.new_zeros(0))
     use = d[own:].abs() * A_pool.norm(dim=1) * B_pool.norm(dim=0)
     pooled = _singular_values(B_pool * d[own:], A_pool).square().sum().item()
@@ -139,9 +176,10 @@ def _result(name: str, S: Tensor, private: float, pooled: float, use: Tensor) ->
 
 
 def _singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """Those of left (out, n) times right (n, in)."""
+    """Singular values of left (out, n) times right (n, in)."""
     R, T = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.t(), mode="r").R
-    return torch.linalg.svdvals(R @ T.t())
+    values: Tensor = torch.linalg.svdvals(R @ T.t())
+    return values
 
 
 def _entropy_rank(values: Tensor) -> float:

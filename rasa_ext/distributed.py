@@ -1,4 +1,4 @@
-"""Many processes: the base sharded, the adapter whole on each.
+"""Training in many processes: the base is sharded, the adapter whole on each.
 
 An adapter is small and its pools belong to many layers, so ``shard_model`` replicates all that is
 trained and lets ``fully_shard`` (FSDP2) have the rest.
@@ -59,6 +59,19 @@ def shard_model(
     Raises:
         TypeError, ValueError, RuntimeError: the model is not patched, is wrapped, sharded or
             merged already, or its adapter is on the meta device. The model is then unchanged.
+
+    Example:
+        One process; ``torchrun`` starts as many as there are devices.
+
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = dist.init_device_mesh("cpu", (1,))
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> model = rasa_ext.distributed.shard_model(model, mesh)
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> model(tokens, labels=tokens).loss.backward()
+        >>> rasa_ext.save_adapter(model, "adapter")
+        >>> dist.destroy_process_group()
     """
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import fully_shard
@@ -93,11 +106,29 @@ def shard_model(
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Backwards in this context leave the adapter's gradients as they are on each process.
+    """Leave the adapter's gradients, in this context, as each process's own backwards make them.
 
     For gradient accumulation: the first backward after it averages what has accumulated, so only
     the last backward before an optimizer's step need communicate. Without it the result is the
     same: averages are averaged again.
+
+    Args:
+        model: what ``shard_model`` returned.
+
+    Raises:
+        ValueError: it is another model.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> mesh = dist.init_device_mesh("cpu", (1,))
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> model = rasa_ext.distributed.shard_model(model, mesh)
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> with rasa_ext.distributed.no_sync(model):
+        ...     model(tokens, labels=tokens).loss.backward()
+        >>> model(tokens, labels=tokens).loss.backward()
+        >>> dist.destroy_process_group()
     """
     averaging = _AVERAGING.get(model)
     if averaging is None:

@@ -53,8 +53,25 @@ def pool_key(first: str, field: str) -> str:
 def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Write the adapter of a patched model, and its ``modules_to_save``, into a directory.
 
-    The files hold every trained number once, and nothing of the base. They appear together: a crash
-    or a full disk on the way leaves what was there. A merged model saves the same adapter.
+    They are ``adapter_config.json``, with the field names of the official code, and
+    ``adapter_model.safetensors``, which has every trainable parameter once, in its own dtype, and
+    nothing of the base. A merged model saves the same adapter.
+
+    Args:
+        model: a patched model, also inside ``torch.compile`` or DistributedDataParallel.
+        directory: made if it is missing. An adapter that is there is replaced; an error on the way,
+            such as a full disk, leaves it as it was.
+
+    Raises:
+        TypeError, ValueError: the model is not patched, or its adapter is sharded.
+        OSError: the files cannot be written.
+
+    Example:
+        >>> import os
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> rasa_ext.save_adapter(model, "adapter")
+        >>> sorted(os.listdir("adapter"))
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     state = patch_state(model)
     write_tensors(unwrap(model), directory, state.config, state.plan, adapter_tensors(model))
@@ -86,12 +103,27 @@ def _transposed(model: nn.Module, name: str) -> bool:
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     """Load what ``save_adapter`` wrote; an unpatched model is patched from the saved config.
 
-    Returns the model.
+    Args:
+        model: the base that the adapter was trained on, or a model patched with the same config.
+            The tensors are cast to the dtype of its adapter and go where that is.
+        directory: what ``save_adapter`` wrote.
+
+    Returns:
+        The same object.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or does not fit the model or
             its present patch; the message names the keys or fields, and the model is unchanged.
         RuntimeError: the model is merged.
+
+    Example:
+        >>> import copy
+        >>> trained = rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1)
+        >>> rasa_ext.save_adapter(trained, "adapter")
+        >>> model = rasa_ext.load_adapter(model, "adapter")
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> torch.equal(model(tokens).logits, trained(tokens).logits)
+        True
     """
     config = RasaConfig.from_dict(read_config(directory))
     tensors = read_tensors(Path(directory) / WEIGHTS)
@@ -200,7 +232,7 @@ def _check_unsharded(
 def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """State of the modules that are trained in full; tied tensors stand under one name."""
     tensors: dict[str, Tensor] = {}
-    seen: set[tuple] = set()
+    seen: set[tuple[object, ...]] = set()
     for name in plan.modules_to_save:
         for key, tensor in root.get_submodule(name).state_dict(keep_vars=True).items():
             where = id(tensor) if tensor.is_meta else tensor.data_ptr()

@@ -54,7 +54,7 @@ class Lora:
 
     @property
     def num_parameters(self) -> int:
-        """Of all factors."""
+        """Parameters of all factors."""
         return sum(B.numel() + A.numel() for B, A in self.factors.values())
 
 
@@ -130,7 +130,7 @@ def _factors(name: str, found: Mapping[str, Tensor], where: str) -> tuple[Tensor
 
 def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r, or alpha / sqrt(r) in rank-stabilized LoRA; r is that of the layer."""
-    alpha = config.get("lora_alpha", 8)
+    alpha: float = config.get("lora_alpha", 8)
     for key, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({key})$", name):
             alpha = value

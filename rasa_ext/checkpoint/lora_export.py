@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,7 +28,8 @@ def export_lora(
 
     Not every reader knows ranks and scales of single layers, so every layer is written at the
     largest effective rank, or at ``pad_to``, filled up with zeros, and with a scale of 1. The
-    LoRA's product is this adapter's, in float32.
+    LoRA's product is this adapter's, in float32: lora_B = [B | B_pool] diag(d), (out, R), and
+    lora_A = [A ; A_pool], (R, in), from the definition of dW (arXiv 2503.12576, section 3).
 
     What some reader refuses is warned of. What one would leave out and serve the rest, another
     function, is refused here: trained norms (llama.cpp), and k or v without q, or up without gate
@@ -35,7 +37,7 @@ def export_lora(
 
     Args:
         model: a patched model.
-        directory: where to write.
+        directory: made if it is missing; an adapter that is there is replaced.
         pad_to: the rank to write; the largest effective rank if None.
         allow_dropped: write what some reader leaves out all the same, with a warning; for others,
             such as PEFT.
@@ -44,8 +46,18 @@ def export_lora(
         The rank that was written; a server's ``max_lora_rank`` must not be below it.
 
     Raises:
-        TypeError, ValueError: ``pad_to`` is not an integer, or below the largest effective rank.
+        TypeError, ValueError: the model is not patched, or ``pad_to`` is not an integer, or below
+            the largest effective rank.
         ValueError: a reader would leave a part of the adapter out.
+
+    Example:
+        Two layers: R = 8 - 1 + 2 * 1 = 9.
+
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> rasa_ext.export_lora(model, "lora")
+        9
+        >>> rasa_ext.export_lora(model, "lora", pad_to=16)  # one of the ranks that vLLM takes
+        16
     """
     state, layers = patch_state(model), adapted_layers(model)
     rank = max(layer.effective_rank for _, layer in layers)
@@ -74,7 +86,7 @@ def export_lora(
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(Ap, (0, 0, 0, fill))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bp.t(), (0, fill))
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in saved.items())
-    settings = {
+    settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type(model),
         "base_model_name_or_path": base_name(model),
@@ -99,7 +111,7 @@ _INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
 
 
 def _dropped(root: nn.Module, names: list[str], saved: Mapping[str, Tensor]) -> Iterator[str]:
-    """What a reader leaves out without an error, and so serves another function."""
+    """Name what a reader leaves out without an error, and so serves another function."""
     norms = [key for key in saved if "_layernorm" in key or ".norm" in f".{key}"]
     if norms:
         yield (
@@ -117,7 +129,7 @@ def _dropped(root: nn.Module, names: list[str], saved: Mapping[str, Tensor]) -> 
 
 
 def _limits(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> Iterator[str]:
-    """What some reader refuses, or reads only if told how, and what to do about it."""
+    """Name what some reader refuses, or reads only if told how, and what to do about it."""
     root, state = unwrap(model), patch_state(model)
     if any(layer.transposed for _, layer in layers):
         yield (

@@ -30,13 +30,26 @@ _OFFICIAL_POOLS = {f"rasa_pool_{part}": f"rasa_shared_{part}" for part in "AB"}
 def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
     """Load a checkpoint of the official code; an unpatched model is patched from its config.
 
-    Nothing in the checkpoint can run code: a ``.bin`` is read with ``weights_only=True`` or
-    refused. Returns the model.
+    The official code (github.com/zwhe99/RaSA) names a layer's diagonal d ``rasa_mixing``, private
+    entries first, and keeps one pool for a module type. Nothing in the checkpoint can run code: a
+    ``.bin`` is read with ``weights_only=True`` or refused.
+
+    Args:
+        model: the base that the adapter was trained on, or a model patched with the same config.
+        directory: ``adapter_config.json`` beside ``adapter_model.safetensors`` or
+            ``adapter_model.bin``.
+
+    Returns:
+        The same object.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, unsafe or damaged, or does not fit the
             model; the model is unchanged.
         RuntimeError: the model is merged.
+
+    Example:
+        >>> model = rasa_ext.load_official(model, "checkpoint")
+        >>> rasa_ext.save_adapter(model, "adapter")  # in this package's format
     """
     config = RasaConfig.from_dict(read_config(directory))
     found = read_either(Path(directory))

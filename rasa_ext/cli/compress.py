@@ -42,7 +42,7 @@ def compress(
     lora: Annotated[
         Path | None, typer.Option(help="Or a LoRA in PEFT's format.", show_default=False)
     ] = None,
-    rank: Annotated[int, typer.Option(help="Ranks that every layer pays for.")] = 8,
+    rank: Annotated[int, typer.Option(help="LoRA rank r per layer.")] = 8,
     k: Annotated[int, typer.Option(help="How many of them go to the shared pool.")] = 1,
     target_modules: Annotated[
         str, typer.Option(help="With --finetuned: layers to adapt, as in `rasa-ext finetune`.")
@@ -67,7 +67,7 @@ def compress(
         solver = _solver(bar, iterations, dtype)
         if lora is not None:
             read, found = compress_lora(lora, output, rank, k, base=base, solver=solver)
-        elif base is None:
+        elif base is None or finetuned is None:
             raise ValueError("base: expected --base, the model before --finetuned, got none.")
         else:
             names = [name.strip() for name in modules_to_save.split(",") if name.strip()]

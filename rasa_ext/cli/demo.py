@@ -52,7 +52,11 @@ def _make_room(output: Path, overwrite: bool) -> None:
 def _show(report: DemoReport) -> None:
     from rasa_ext.train.memory import describe_memory
 
-    before, after = report.before, report.after
+    before, after, training = report.before, report.after, report.training
+    # A demo that was not interrupted has them all.
+    assert before is not None
+    assert after is not None
+    assert training is not None
     console.rule(align="left", title="result")
     table = Table("on held-out problems", title=f"{len(report.problems)} problems", box=None)
     for name in ("before", "after"):
@@ -71,7 +75,6 @@ def _show(report: DemoReport) -> None:
         f"merged model {report.merged_difference:.1e}, "
         f"LoRA of rank {report.lora_rank} in PEFT {report.lora_difference:.1e}"
     )
-    training = report.training
     console.print(
         f"{training.trainable:,} trainable parameters, {training.step} steps, "
         f"{training.tokens_per_s:,.0f} tokens/s; peak memory {describe_memory(report.peak_memory)}"

@@ -22,7 +22,7 @@ def finetune(
         ),
     ],
     output: Annotated[str, typer.Option(help="Directory for the adapter.")] = "rasa-out",
-    rank: Annotated[int, typer.Option(help="Ranks that every layer pays for.")] = 8,
+    rank: Annotated[int, typer.Option(help="LoRA rank r per layer.")] = 8,
     k: Annotated[
         int | None,
         typer.Option(
@@ -43,7 +43,7 @@ def finetune(
         float, typer.Option(help="Peak learning rate; RaSA likes it higher than LoRA does.")
     ] = 5e-4,
     max_steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps; goes before --epochs.")
+        int | None, typer.Option(help="Optimizer steps; overrides --epochs.")
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(help="Examples per device and forward pass.")] = 8,

@@ -59,7 +59,7 @@ def _show_adapter(directory: Path) -> None:
             settings.add_row(key, _text(value))
     console.print(settings)
     if contents.groups:
-        table = table_of("group", "L", "out x in", "private", "pooled", "R", "numbers")
+        table = table_of("group", "L", "out x in", "private", "pooled", "R", "parameters")
         for group in contents.groups:
             table.add_row(
                 group.pattern,
@@ -68,7 +68,7 @@ def _show_adapter(directory: Path) -> None:
                 str(group.private),
                 str(group.pooled),
                 str(group.private + group.pooled),
-                f"{group.numbers:,}",
+                f"{group.parameters:,}",
             )
         console.print(table)
     if contents.other:
@@ -77,7 +77,7 @@ def _show_adapter(directory: Path) -> None:
         more = f", and {len(names) - 4} more" if len(names) > 4 else ""
         console.print(f"other tensors: {shown}{more}", markup=False)
     console.print(
-        f"{contents.numbers:,} numbers, {contents.file_bytes:,} bytes "
+        f"{contents.parameters:,} parameters, {contents.file_bytes:,} bytes "
         f"({contents.file_bytes / 2**20:.2f} MiB)"
     )
 
@@ -132,7 +132,7 @@ def _show_plan(name: str, rank: int, k: int | None, target_modules: str) -> None
         table.add_row(row.pattern, str(row.L), shape, str(row.R), f"{row.trainable:,}")
     console.print(table)
     console.print(
-        f"{report.trainable:,} of {report.total:,} numbers would be trained "
+        f"{report.trainable:,} of {report.total:,} parameters would be trained "
         f"({100 * report.trainable / report.total:.3f} %), an adapter file of "
         f"{4 * report.adapter / 2**20:.1f} MiB"
     )

@@ -1,4 +1,4 @@
-"""What the commands share: the console, tables, and errors as one sentence, not a traceback."""
+"""Shared by the commands: the console, tables, and errors as one sentence, not a traceback."""
 
 from __future__ import annotations
 

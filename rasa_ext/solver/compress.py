@@ -34,12 +34,24 @@ class Residual:
 
 @dataclasses.dataclass(frozen=True)
 class CompressedAdapter:
-    """An adapter, not yet in a model or a file, and how close it comes to what it stands for."""
+    """An adapter, not yet in a model or a file, and how close it comes to what it stands for.
+
+    Errors are shares of squared Frobenius norms, without a unit; see ``Decomposition``.
+
+    Example:
+        >>> base = {name: t.clone() for name, t in model.state_dict().items()}
+        >>> finetuned = {name: t + 0.01 * torch.randn_like(t) for name, t in base.items()}
+        >>> found = rasa_ext.compress(model, base, finetuned, rank=8, k=1, iterations=2)
+        >>> found.error < found.lora_error
+        True
+        >>> found.save(model, "adapter")
+        >>> model = rasa_ext.load_adapter(model, "adapter")
+    """
 
     config: RasaConfig
     plan: Plan
     groups: dict[Group, Decomposition]
-    """Of every group that the solver approximated; empty where the adapter is exact."""
+    """One for every group that the solver approximated; empty where the adapter is exact."""
     tensors: dict[str, Tensor]
     """Under the names of an adapter's file."""
     lost: dict[str, Residual] = dataclasses.field(default_factory=dict)
@@ -52,22 +64,22 @@ class CompressedAdapter:
 
     @property
     def lora_error(self) -> float:
-        """The same for LoRA's best approximation of the same rank."""
+        """``error`` of LoRA's best approximation of the same rank."""
         return self._total(lambda result: result.lora_error)
 
     @property
     def lora_error_equal(self) -> float:
-        """The same for LoRA with as many numbers as this adapter; see ``Decomposition``."""
+        """``error`` of LoRA with as many trainable parameters; see ``Decomposition``."""
         return self._total(lambda result: result.lora_error_equal)
 
     @property
     def num_parameters(self) -> int:
-        """Numbers of the adapter, ``modules_to_save`` left out."""
+        """Trainable parameters of the adapter, ``modules_to_save`` left out."""
         return sum(t.numel() for key, t in self.tensors.items() if ".rasa_" in key)
 
     @property
     def lora_num_parameters(self) -> int:
-        """Those of a LoRA of the same rank on the same layers."""
+        """Trainable parameters of a LoRA of the same rank on the same layers."""
         return sum(self.config.rank * len(g.names) * sum(g.shape) for g in self.plan.groups)
 
     @property
@@ -78,10 +90,7 @@ class CompressedAdapter:
         return lost / total if total else 0.0
 
     def save(self, model: nn.Module, directory: str | os.PathLike[str]) -> None:
-        """Write the adapter's directory, as ``save_adapter`` does; of ``model`` only names count.
-
-        Loaded by ``load_adapter``.
-        """
+        """Write the adapter's directory, for ``load_adapter``; of ``model`` only names count."""
         write_tensors(model, directory, self.config, self.plan, self.tensors)
 
     def install(self, model: nn.Module) -> nn.Module:
@@ -100,20 +109,21 @@ def compress(
     base: Mapping[str, Tensor],
     finetuned: Mapping[str, Tensor],
     rank: int = 8,
-    k: int = 1,
+    k: int | None = 1,
     *,
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: str | Sequence[str] = (),
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: str | Sequence[str] = (),
     iterations: int = 50,
     init: str = "svd",
     dtype: torch.dtype = torch.float64,
     tol: float = 0.0,
     progress: Callable[[Group, int, int], None] | None = None,
 ) -> CompressedAdapter:
-    """The RaSA adapter that comes closest to a full fine-tuning, without loading either model.
+    """Find the RaSA adapter that comes closest to a full fine-tuning, without loading either model.
 
-    Weights are read when they are needed, and those of one group of layers are held at a time.
+    Each group of layers is approximated by ``decompose`` (arXiv 2503.12576, section 3 and appendix
+    A). Weights are read when they are needed, and those of one group are held at a time.
 
     Args:
         model: an unpatched model of this kind, for names and shapes; it may lie on the meta device,
@@ -132,15 +142,26 @@ def compress(
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> model.save_pretrained("base")
+        >>> base = rasa_ext.SafetensorsFolder("base")
+        >>> finetuned = {name: t + 0.01 * torch.randn_like(t) for name, t in base.items()}
+        >>> found = rasa_ext.compress(
+        ...     model, base, finetuned, rank=8, k=1, modules_to_save="changed", iterations=2
+        ... )
+        >>> 0 < found.error < found.lora_error < 1
+        True
+        >>> model = found.install(model)
     """
     check_unpatched(model)
     saved = () if modules_to_save == CHANGED else modules_to_save
     config = RasaConfig(
         rank=rank,
         k=k,
-        target_modules=target_modules,  # type: ignore[arg-type]
-        exclude_modules=exclude_modules,  # type: ignore[arg-type]
-        modules_to_save=saved,  # type: ignore[arg-type]
+        target_modules=target_modules,
+        exclude_modules=exclude_modules,
+        modules_to_save=saved,
     )
     plan = make_plan(model, config)
     before = ParameterWeights(model, base, "base")

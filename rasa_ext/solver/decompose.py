@@ -24,7 +24,17 @@ class Decomposition:
 
     A[i] is (r-k, in), B[i] (out, r-k), d[i] (r-k+L*k,), its first r-k entries one; pool_A is
     (L*k, in) with rows, pool_B (out, L*k) with columns of length one (or zero). All are in the
-    dtype of the computation, on the device of the weight changes.
+    dtype of the computation, on the device of the weight changes. See arXiv 2503.12576, section 3.
+
+    Example:
+        >>> deltas = [torch.randn(16, 12) for _ in range(3)]
+        >>> found = rasa_ext.decompose(deltas, rank=4, k=1, iterations=5)
+        >>> found.A[0].shape, found.d[0].shape, found.pool_A.shape
+        (torch.Size([3, 12]), torch.Size([6]), torch.Size([3, 12]))
+        >>> found.delta(0).shape
+        torch.Size([16, 12])
+        >>> found.errors[-1] < found.lora_error
+        True
     """
 
     A: list[Tensor]
@@ -37,9 +47,9 @@ class Decomposition:
     lora_error: float
     """The same for LoRA's best approximation, rank r for every layer."""
     lora_error_equal: float
-    """LoRA's with as many numbers as this adapter: what the diagonals take, r-k+L*k a layer, pays
-    for one rank more in some layers, and the error falls linearly between whole ranks. At k = 0,
-    which is LoRA, the same as ``lora_error``."""
+    """LoRA's with as many trainable parameters as this adapter: what the diagonals take, r-k+L*k a
+    layer, pays for one rank more in some layers, and the error falls linearly between whole ranks.
+    At k = 0, which is LoRA, the same as ``lora_error``."""
     norm: float
     """(sum ||M||^2)^(1/2) of the targets."""
 
@@ -53,7 +63,7 @@ class Decomposition:
 def decompose(
     deltas: Sequence[Delta],
     rank: int,
-    k: int,
+    k: int | None,
     *,
     iterations: int = 50,
     init: str = "svd",
@@ -63,26 +73,43 @@ def decompose(
 ) -> Decomposition:
     """Approximate the weight changes of one group of layers by RaSA factors, rank r with k shared.
 
-    Coordinate descent (arXiv 2503.12576, section 3 and appendix A; the half-steps are in
-    ``rasa_ext.descent``), none of whose steps raises the error. From ``init="svd"`` it starts at
-    LoRA's minimum, so the result is never worse than LoRA's at the same rank, for any k.
+    It minimizes sum_i ||M_i - B_i A_i - B_S D_i A_S||^2 over the L layers by coordinate descent
+    (arXiv 2503.12576, section 3 and appendix A; the half-steps are in
+    ``rasa_ext.solver.coordinate_descent``), none of whose steps raises the error. From
+    ``init="svd"`` it starts at LoRA's minimum (the theorem of section 3), so the result is never
+    worse than LoRA's at the same rank, for any k.
 
     Args:
         deltas: for every layer its weight change (out, in), or factors (B, A) of it, (out, s) and
             (s, in), whose product is then never formed. All of one shape and on one device.
-        rank: ranks r that every layer pays for.
-        k: how many of them go to the pool, 0 <= k <= rank.
+        rank: LoRA rank r per layer.
+        k: how many of the r ranks go to the pool, 0 <= k <= rank; None stands for
+            max(rank // 8, 1).
         iterations: rounds of the four half-steps.
         init: "svd", the theorem's start, or "random", drawn from torch's global generator.
         dtype: float64 or float32, of the computation and of the result.
         tol: stop once an iteration lowers the error by no more than this; 0 runs all iterations.
         progress: called with (iterations done, iterations) after each.
 
+    Returns:
+        The factors, the errors of every iteration, and LoRA's beside them.
+
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> deltas = [torch.randn(16, 12) for _ in range(3)]
+        >>> found = rasa_ext.decompose(deltas, rank=4, k=1, iterations=5)
+        >>> len(found.errors)
+        6
+        >>> factors = [(torch.randn(16, 2), torch.randn(2, 12)) for _ in range(3)]
+        >>> exact = rasa_ext.decompose(factors, rank=2, k=0)
+        >>> torch.allclose(exact.delta(0), (factors[0][0] @ factors[0][1]).double(), atol=1e-5)
+        True
     """
     config = RasaConfig(rank=rank, k=k)
     rank, k = config.rank, config.k
+    assert k is not None  # a config that is made has settled it
     _check_options(iterations, init, dtype, tol)
     targets, norm = _targets(deltas, dtype)
     layers = len(targets)
@@ -165,7 +192,8 @@ def _targets(deltas: Sequence[Delta], dtype: torch.dtype) -> tuple[list[Matrix],
 
 
 def _target(name: str, delta: Any, dtype: torch.dtype) -> Matrix:
-    return Matrix(*(t.detach().to(dtype) for t in check_delta(name, delta)))
+    left, *right = (t.detach().to(dtype) for t in check_delta(name, delta))
+    return Matrix(left, right[0] if right else None)
 
 
 def check_delta(name: str, delta: Any) -> tuple[Tensor, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def fit_adapter(
     model: nn.Module,
     deltas: Mapping[str, Delta],
     rank: int = 8,
-    k: int = 1,
+    k: int | None = 1,
     *,
     iterations: int = 50,
     init: str = "svd",
@@ -32,8 +33,9 @@ def fit_adapter(
 ) -> dict[Group, Decomposition]:
     """Patch a model, in place, with the decomposition of given weight changes.
 
-    The adapted layers are those that ``deltas`` names; each group of them is decomposed by itself.
-    The adapter can be trained further, saved, merged and exported like any other.
+    The adapted layers are those that ``deltas`` names; each group of them is decomposed by itself,
+    by ``decompose`` (arXiv 2503.12576, section 3 and appendix A). The adapter can be trained
+    further, saved, merged and exported like any other.
 
     Args:
         model: an unpatched model.
@@ -48,6 +50,16 @@ def fit_adapter(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; the model is
             then unchanged.
+
+    Example:
+        >>> names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+        >>> deltas = {name: torch.randn(32, 48) for name in names}
+        >>> found = rasa_ext.fit_adapter(model, deltas, rank=8, k=1, iterations=5)
+        >>> [group.pattern for group in found]
+        ['model.layers.*.mlp.down_proj']
+        >>> change = rasa_ext.delta_weight(model.get_submodule(names[0]))  # (out, in)
+        >>> change.shape
+        torch.Size([32, 48])
     """
     config = RasaConfig(rank=rank, k=k)
     _check_deltas(model, deltas)
@@ -101,7 +113,15 @@ class _InOrder(Sequence[Delta]):
     def __init__(self, values: Mapping[str, Delta], keys: Sequence[str]) -> None:
         self._values, self._keys = values, keys
 
-    def __getitem__(self, i):
+    @overload
+    def __getitem__(self, i: int) -> Delta: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[Delta]: ...
+
+    def __getitem__(self, i: int | slice) -> Delta | Sequence[Delta]:
+        if isinstance(i, slice):
+            return _InOrder(self._values, self._keys[i])
         return self._values[self._keys[i]]
 
     def __len__(self) -> int:
@@ -149,13 +169,14 @@ def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, int]], where: 
     """ValueError, beginning with ``where``, unless all are linear layers of these (out, in)."""
     modules = dict(model.named_modules())
     for name, shape in shapes.items():
-        if name not in modules or not is_linear(modules[name]):
-            got = type(modules[name]).__name__ if name in modules else "no such module"
+        module = modules.get(name)
+        if module is None or not is_linear(module):
+            got = "no such module" if module is None else type(module).__name__
             raise ValueError(f"{where}: expected names of linear layers; {name!r} is {got}.")
-        if shape != linear_shape(modules[name]):
+        if shape != linear_shape(module):
             raise ValueError(
-                f"{where}: expected {name!r} of the layer's (out, in) "
-                f"{linear_shape(modules[name])}, got {shape}."
+                f"{where}: expected {name!r} of the layer's (out, in) {linear_shape(module)}, "
+                f"got {shape}."
             )
 
 

@@ -1,4 +1,4 @@
-"""import_lora: a LoRA that PEFT wrote as a RaSA adapter, exactly or in fewer numbers."""
+"""import_lora: a LoRA that PEFT wrote as a RaSA adapter, exactly or with fewer parameters."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rasa_ext.methods.base import Place, fresh_A, fresh_B
 from rasa_ext.patching.patch import check_unpatched
 from rasa_ext.patching.targets import Group, Plan, matches
 from rasa_ext.solver.compress import CompressedAdapter
+from rasa_ext.solver.decompose import Decomposition
 from rasa_ext.solver.fit import Solver, check_names, plan_for
 
 
@@ -35,7 +36,8 @@ def import_lora(
 
     Without ``rank`` and ``k`` the adapter is the LoRA, exactly: RaSA of k = 0, its diagonals the
     LoRA's scale, its rank the largest of any layer. With them it is the nearest adapter of that
-    rank with k ranks shared, found by ``decompose`` from the LoRA's factors.
+    rank with k ranks shared, found by ``decompose`` from the LoRA's factors (arXiv 2503.12576,
+    section 3 and appendix A).
 
     Modules that were trained in full come along as ``modules_to_save``; the LoRA's dropout, too.
 
@@ -53,6 +55,14 @@ def import_lora(
     Raises:
         FileNotFoundError, ValueError, TypeError: a file is missing or damaged, does not fit the
             model, or is not a plain LoRA; the message says what to do, and the model is unchanged.
+
+    Example:
+        >>> import copy
+        >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
+        9
+        >>> found = rasa_ext.import_lora(model, "lora")
+        >>> found.config.rank, found.config.k, found.error
+        (9, 0, 0.0)
     """
     solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
     found = convert_lora(model, read_lora(directory), str(directory), rank, k, solver)
@@ -80,8 +90,9 @@ def convert_lora(
         modules_to_save=_saved_modules(model, lora, where),
     )
     config, plan = plan_for(model, config, shapes)
+    groups: dict[Group, Decomposition] = {}
     if exact:
-        groups, tensors = {}, _exact(lora, plan)
+        tensors = _exact(lora, plan)
     else:
         scaled = {name: (lora.scales[name] * B, A) for name, (B, A) in lora.factors.items()}
         groups, tensors = solver.approximate(config, plan, scaled)

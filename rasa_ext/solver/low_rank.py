@@ -20,16 +20,14 @@ _GAIN = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """``left @ right - minus_left @ minus_right``, (out, in); a missing factor is left out.
+    """``left @ right``, (out, in), less the product of the pair ``subtracted``, if there is one.
 
-    left (out, s) and right (s, in), or left (out, in) alone; minus_left (out, K), minus_right
-    (K, in).
+    left (out, s) and right (s, in), or left (out, in) alone; subtracted (out, K) and (K, in).
     """
 
     left: Tensor
     right: Tensor | None = None
-    minus_left: Tensor | None = None
-    minus_right: Tensor | None = None
+    subtracted: tuple[Tensor, Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,20 +36,24 @@ class Matrix:
 
     def minus(self, left: Tensor, right: Tensor) -> Matrix:
         """This matrix less ``left @ right``."""
-        return dataclasses.replace(self, minus_left=left, minus_right=right)
+        return dataclasses.replace(self, subtracted=(left, right))
 
     def times(self, x: Tensor) -> Tensor:
         """Its product with x (in, n): (out, n)."""
         y = self.left @ (x if self.right is None else self.right @ x)
-        return y if self.minus_left is None else y - self.minus_left @ (self.minus_right @ x)
+        if self.subtracted is None:
+            return y
+        left, right = self.subtracted
+        return y - left @ (right @ x)
 
     def transposed_times(self, x: Tensor) -> Tensor:
         """The product of its transpose with x (out, n): (in, n)."""
         y = self.left.t() @ x
         y = y if self.right is None else self.right.t() @ y
-        return (
-            y if self.minus_left is None else y - self.minus_right.t() @ (self.minus_left.t() @ x)
-        )
+        if self.subtracted is None:
+            return y
+        left, right = self.subtracted
+        return y - right.t() @ (left.t() @ x)
 
     def squared_norm(self) -> float:
         """||left right||^2; what is subtracted does not count."""
@@ -63,7 +65,10 @@ class Matrix:
     def dense(self) -> Tensor:
         """Itself, (out, in)."""
         y = self.left if self.right is None else self.left @ self.right
-        return y if self.minus_left is None else y - self.minus_left @ self.minus_right
+        if self.subtracted is None:
+            return y
+        left, right = self.subtracted
+        return y - left @ right
 
 
 class Components(NamedTuple):
@@ -136,13 +141,14 @@ def solve_normal(N: Tensor, rhs: Tensor) -> Tensor:
     if not N.numel():
         return rhs.clone()
     scale = N.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(scale > 0, 1 / scale, 0)
+    scale = torch.where(scale > 0, scale.reciprocal(), 0)
     values, vectors = torch.linalg.eigh(N * scale[:, None] * scale)
     kept = values > N.shape[0] * torch.finfo(N.dtype).eps * values.max()
-    inverse = torch.where(kept, 1 / values, 0)
-    return scale[:, None] * (vectors @ (inverse[:, None] * (vectors.t() @ (scale[:, None] * rhs))))
+    inverse = torch.where(kept, values.reciprocal(), 0)
+    scaled: Tensor = vectors @ (inverse[:, None] * (vectors.t() @ (scale[:, None] * rhs)))
+    return scale[:, None] * scaled
 
 
 def _random(shape: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Normal numbers, drawn on the CPU, so that every device has the same."""
+    """Values from N(0, 1), drawn on the CPU, so that every device has the same."""
     return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)

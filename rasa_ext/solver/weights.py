@@ -20,7 +20,19 @@ _CHUNK = 1 << 24
 class SafetensorsFolder(Mapping[str, Tensor]):
     """The tensors of a model directory's safetensors files, each read when it is asked for.
 
-    Raises FileNotFoundError or ValueError, with the path, where they are missing or damaged.
+    A read-only mapping of the names in the files to tensors on the CPU, in the files' dtypes.
+
+    Args:
+        directory: it holds ``model.safetensors``, or shards and their index.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged; the message has its path.
+
+    Example:
+        >>> model.save_pretrained("base")
+        >>> weights = rasa_ext.SafetensorsFolder("base")
+        >>> weights["model.embed_tokens.weight"].shape
+        torch.Size([320, 32])
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -40,7 +52,8 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     def __getitem__(self, key: str) -> Tensor:
         """The tensor, on the CPU."""
         with _opened(self._files[key]) as file:
-            return file.get_tensor(key)
+            tensor: Tensor = file.get_tensor(key)
+            return tensor
 
     def __iter__(self) -> Iterator[str]:
         """The names of the files' tensors."""
@@ -166,7 +179,7 @@ def pair(
         if not tensor.is_floating_point():
             raise TypeError(
                 f"{which}: expected floating-point weights, but {name} is {tensor.dtype}; "
-                "de-quantize it first."
+                "dequantize it first."
             )
     return before, after
 

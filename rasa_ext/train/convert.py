@@ -31,7 +31,7 @@ class Exported(NamedTuple):
     base: str
     rank: int
     float32: bool
-    """Whether the base is stored in float32."""
+    """Tell whether the base is stored in float32."""
 
 
 def export_adapter(

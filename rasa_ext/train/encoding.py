@@ -27,10 +27,12 @@ def encode(example: Example, tokenizer: Any, seq_len: int) -> dict[str, list[int
 
     Raises DataError where the chat template refuses the conversation or rewrites earlier turns.
     """
-    if example.messages is None:
-        ids, labels = _encode_pair(example.prompt, example.completion, tokenizer)
+    if example.messages is not None:
+        ids, labels = _encode_conversation(example, example.messages, tokenizer)
     else:
-        ids, labels = _encode_conversation(example, tokenizer)
+        assert example.prompt is not None  # as data.Example says
+        assert example.completion is not None
+        ids, labels = _encode_pair(example.prompt, example.completion, tokenizer)
     ids, labels = ids[:seq_len], labels[:seq_len]
     # The first token has nothing before it that could predict it.
     if all(label == IGNORE for label in labels[1:]):
@@ -111,12 +113,14 @@ def _encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int
     return ids + learnt, [IGNORE] * len(ids) + learnt
 
 
-def _encode_conversation(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+def _encode_conversation(
+    example: Example, messages: Sequence[dict[str, str]], tokenizer: Any
+) -> tuple[list[int], list[int]]:
     """The whole text, tokenized once; a token is trained if it lies within an assistant's turn."""
     if getattr(tokenizer, "chat_template", None):
-        segments = _templated_turns(example, tokenizer)
+        segments = _templated_turns(example, messages, tokenizer)
     else:
-        segments = _plain_turns(example.messages, tokenizer.eos_token or "")
+        segments = _plain_turns(messages, tokenizer.eos_token or "")
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(
             f"model: expected a tokenizer that reports character offsets (a fast one), got "
@@ -145,8 +149,10 @@ def _plain_turns(messages: Sequence[dict[str, str]], eos: str) -> list[Segment]:
     return segments
 
 
-def _templated_turns(example: Example, tokenizer: Any) -> list[Segment]:
-    messages = list(example.messages)
+def _templated_turns(
+    example: Example, messages: Sequence[dict[str, str]], tokenizer: Any
+) -> list[Segment]:
+    messages = list(messages)
     last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
     messages = messages[: last + 1]  # what follows the assistant's last word carries no loss
     try:

@@ -75,7 +75,7 @@ def finetune(
     )
     report = summary(model)
     console.print(
-        f"{report.trainable:,} of {report.total:,} numbers are trained "
+        f"{report.trainable:,} of {report.total:,} parameters are trained "
         f"({len(report)} groups, effective rank {max(row.R for row in report)})."
     )
 

@@ -1,4 +1,4 @@
-"""What an adapter directory holds, read from its two files: no base model needed."""
+"""Inspects an adapter directory, from its two files: no base model needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AdapterGroup:
     """Ranks of each layer's own."""
     pooled: int
     """Ranks in the pool."""
-    numbers: int
+    parameters: int
     """Trainable parameters of the group."""
 
 
@@ -35,13 +35,13 @@ class AdapterContents:
     groups: list[AdapterGroup]
     other: dict[str, tuple[int, ...]]
     """Tensors that are not RaSA's: fully trained modules, or another kind of adapter."""
-    numbers: int
-    """All numbers in the file."""
+    parameters: int
+    """Elements of all tensors in the file."""
     file_bytes: int
 
 
 def is_adapter(path: Path) -> bool:
-    """Whether a path is an adapter directory of some kind."""
+    """Tell whether a path is an adapter directory of some kind."""
     return (path / CONFIG).is_file()
 
 
@@ -55,7 +55,7 @@ def read_adapter(directory: Path) -> AdapterContents:
         config=config,
         groups=groups,
         other={key: shape for key, shape in shapes.items() if key not in used},
-        numbers=sum(_count(shape) for shape in shapes.values()),
+        parameters=sum(_count(shape) for shape in shapes.values()),
         file_bytes=path.stat().st_size,
     )
 
@@ -78,9 +78,9 @@ def _groups(shapes: dict[str, tuple[int, ...]]) -> tuple[list[AdapterGroup], set
         used.update(keys)
         private = shapes[f"{names[0]}.rasa_A"][0]
         effective = shapes[f"{names[0]}.rasa_d"][0]
-        numbers = sum(_count(shapes[key]) for key in keys)
+        count = sum(_count(shapes[key]) for key in keys)
         groups.append(
-            AdapterGroup(kind, len(names), (out, width), private, effective - private, numbers)
+            AdapterGroup(kind, len(names), (out, width), private, effective - private, count)
         )
     return groups, used
 

@@ -26,7 +26,7 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     """Load a causal language model in eval mode, on the CPU.
 
     Args:
-        name: hub id, local directory, or path of a .gguf file, whose weights are de-quantized.
+        name: hub id, local directory, or path of a .gguf file, whose weights are dequantized.
         dtype: one of `DTYPES`; "auto" is the dtype the weights are stored in, and float32 for
             a .gguf file.
 
@@ -42,7 +42,7 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     else:
         wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        # A .gguf is de-quantized behind a progress bar that no setting turns off.
+        # A .gguf is dequantized behind a progress bar that no setting turns off.
         with contextlib.redirect_stderr(io.StringIO() if "gguf_file" in where else sys.stderr):
             model, report = AutoModelForCausalLM.from_pretrained(
                 **where, dtype=wanted, output_loading_info=True
@@ -148,7 +148,7 @@ def _cannot_load(name: str, error: Exception) -> str:
 
 
 def _without_quantizer(model: Any) -> Any:
-    """A de-quantized model as an ordinary one, which can be trained and saved.
+    """A dequantized model as an ordinary one, which can be trained and saved.
 
     Most releases of transformers return one; some leave marks that `save_pretrained` refuses.
     """

@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves behind in its output directory."""
+"""The files that a fine-tuning run leaves in its output directory."""
 
 from __future__ import annotations
 

@@ -86,6 +86,27 @@ def test_effective_rank_and_slots_by_hand():
     assert group.pool_use.tolist() == [[1.0, 1.0], [6.0, 0.0]]
 
 
+class Undiagonal(rasa_ext.RasaConfig):
+    """A method without a diagonal, which stands for one of ones."""
+
+    def factors(self, own, pool, place):
+        return super().factors(own, pool, place)._replace(d=None)
+
+
+@pytest.mark.parametrize("k", [0, 1])
+def test_no_diagonal_is_one_of_ones(k):
+    layers = torch.nn.Sequential(*[torch.nn.Linear(6, 6) for _ in range(2)])
+    model = rasa_ext.patch_model(layers, config=Undiagonal(rank=3, k=k))
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            parameter.normal_()
+    (group,) = analyze(model)
+    for found, layer in zip(group.layers, model, strict=True):
+        S = torch.linalg.svdvals(rasa_ext.delta_weight(layer).double())
+        torch.testing.assert_close(found.singular_values, S[: len(found.singular_values)])
+        assert found.pool_use.shape == (2 * k,)
+
+
 def test_an_untrained_adapter_has_rank_zero():
     for layer in analyze(rasa_ext.patch_model(LLAMA.build(), 4, 1))[0].layers:
         assert (layer.effective_rank, layer.private_share, layer.slots_used) == (0, 0, 0)

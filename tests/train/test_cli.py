@@ -161,11 +161,11 @@ def test_inspect_an_adapter_needs_no_base(tuned, tmp_path):
     text = invoke("inspect", alone)
     assert "peft_type RASA" in text
     assert "rasa_k 1" in text
-    # L, out x in, private, pooled, R, numbers: 2 layers of 3 + 1 ranks and two d of 5
+    # L, out x in, private, pooled, R, parameters: 2 layers of 3 + 1 ranks and two d of 5
     assert "model.layers.*.self_attn.q_proj 2 32 x 32 3 2 5 522" in text
     assert "model.layers.*.mlp.down_proj 2 32 x 48 3 2 5 650" in text
     stored = load_file(alone / "adapter_model.safetensors")
-    assert f"{sum(t.numel() for t in stored.values()):,} numbers" in text
+    assert f"{sum(t.numel() for t in stored.values()):,} parameters" in text
     assert f"{(alone / 'adapter_model.safetensors').stat().st_size:,} bytes" in text
 
 
@@ -183,7 +183,7 @@ def test_inspect_a_model_shows_what_would_be_trained(base):
     report = rasa_ext.summary(model)
     for row in report:
         assert f"{row.pattern} {row.L} {row.shape[0]} x {row.shape[1]} {row.R}" in text
-    assert f"{report.trainable:,} of {report.total:,} numbers would be trained" in text
+    assert f"{report.trainable:,} of {report.total:,} parameters would be trained" in text
     assert "left out: lm_head" in text
 
 

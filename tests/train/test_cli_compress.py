@@ -107,8 +107,8 @@ def test_compress_a_lora(base, lora, tmp_path):
     text = invoke("compress", "--lora", lora, "--rank", 3, "--k", 1, "-o", tmp_path)
     assert "The LoRA has 1,728 parameters, at rank 6" in text  # 2 x 6 x (32 + 32 + 32 + 48)
     assert "model.layers.*.mlp.down_proj 2 32 x 48" in text
-    numbers = re.search(r"RaSA r=3 k=1 has ([\d,]+) parameters, a LoRA of rank 3 864", text)
-    assert int(numbers[1].replace(",", "")) == 864 + 2 * 2 * 4  # and L*R for each of two groups
+    parameters = re.search(r"RaSA r=3 k=1 has ([\d,]+) parameters, a LoRA of rank 3 864", text)
+    assert int(parameters[1].replace(",", "")) == 864 + 2 * 2 * 4  # and L*R for each of two groups
     assert (tmp_path / "errors.png").exists()
     adapted = logits(rasa_ext.load_adapter(load(base), tmp_path).eval())
     peft = pytest.importorskip("peft")

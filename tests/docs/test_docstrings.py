@@ -1,0 +1,74 @@
+"""Docstrings of the public names: their sections, and their examples run.
+
+Each example runs alone, in an empty folder with a small checkpoint of the official code, in a
+namespace of ``rasa_ext``, ``torch`` and ``model``, a fresh causal language model of two layers.
+"""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+
+import pytest
+import torch
+
+import rasa_ext
+from rasa_ext import analysis, distributed
+from tests.helpers import oracle, tiny_lm
+from tests.helpers.adapters import adapters, patched, trainable_copies
+
+PUBLIC = {name: getattr(rasa_ext, name) for name in rasa_ext.__all__}
+PUBLIC |= {f"distributed.{name}": getattr(distributed, name) for name in distributed.__all__}
+PUBLIC |= {f"analysis.{name}": getattr(analysis, name) for name in ("analyze", "analyze_adapter")}
+DOCUMENTED = {
+    name: each for name, each in PUBLIC.items() if inspect.isclass(each) or inspect.isroutine(each)
+}
+FUNCTIONS = {name: each for name, each in DOCUMENTED.items() if inspect.isroutine(each)}
+
+
+@pytest.fixture
+def namespace(tmp_path, monkeypatch):
+    found = trainable_copies(adapters(patched(tiny_lm.make_model(), 8, 1)))
+    oracle.write_official(
+        tmp_path / "checkpoint",
+        oracle.official_tensors(found),
+        rank=8,
+        k=1,
+        alpha=8,
+        target_modules=sorted({name.rpartition(".")[2] for name in found}),
+    )
+    monkeypatch.chdir(tmp_path)
+    yield {"rasa_ext": rasa_ext, "torch": torch, "model": tiny_lm.make_model()}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_example_runs(name, namespace):
+    before, _, text = inspect.getdoc(DOCUMENTED[name]).partition("\nExample:\n")
+    example = doctest.DocTestParser().get_doctest(text, namespace, name, name, before.count("\n"))
+    assert example.examples, "no Example"
+    told: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert runner.run(example, out=told.append).failed == 0, "".join(told)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_first_line_is_a_sentence(name):
+    first = inspect.getdoc(DOCUMENTED[name]).partition("\n")[0]
+    assert re.match(r"(?!What |Whether |Those |As |See |The same )\S.*\.$", first), first
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_and_result_are_told(name):
+    signature, text = inspect.signature(FUNCTIONS[name]), inspect.getdoc(FUNCTIONS[name])
+    if signature.parameters:
+        arguments = re.search(r"^Args:\n((?:    .*\n|\n)+)", text, re.MULTILINE)
+        assert arguments, "no Args"
+        entries = re.findall(r"^    (\w[\w, \n]*?):", arguments[1], re.MULTILINE)
+        told = [each for entry in entries for each in re.findall(r"\w+", entry)]
+        assert sorted(told) == sorted(signature.parameters)
+    if signature.return_annotation not in ("None", "Iterator[None]", None):
+        assert re.search(r"^Returns:\n    \S", text, re.MULTILINE), "no Returns"
