@@ -32,8 +32,8 @@ from rasa_ext.checkpoint.files import (
     read_tensors,
     write_adapter,
 )
+from rasa_ext.methods import read_method
 from rasa_ext.methods.base import AdapterConfig, Place
-from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.patch import apply_plan, check_unpatched
 from rasa_ext.patching.state import adapted_layers, is_patched, patch_state, unwrap
@@ -125,7 +125,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         >>> torch.equal(model(tokens).logits, trained(tokens).logits)
         True
     """
-    config = RasaConfig.from_dict(read_config(directory))
+    config = read_method(read_config(directory))
     tensors = read_tensors(Path(directory) / WEIGHTS)
     return load_tensors_into(model, config, tensors, str(directory))
 

@@ -136,6 +136,11 @@ class AdapterConfig:
         }
 
     @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AdapterConfig:
+        """Read what ``to_dict`` wrote; ValueError where that is not possible."""
+        raise NotImplementedError
+
+    @classmethod
     def common_from_dict(cls, data: Mapping[str, Any]) -> dict[str, Any]:
         """Read the fields that all methods have, save dropout, from what ``to_dict`` wrote.
 
