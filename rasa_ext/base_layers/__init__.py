@@ -1,1 +1,1 @@
-"""What an adapter may lie over; knows nothing of adapters."""
+"""The layers that an adapter may lie over; nothing here knows of adapters."""

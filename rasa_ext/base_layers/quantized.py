@@ -143,7 +143,7 @@ def _raise_unquantized(name: str, fmt: str) -> NoReturn:
 
 
 class TorchaoTensor(Format):
-    """nn.Linear over one of torchao's tensors, which stand for the numbers they were made from."""
+    """nn.Linear over one of torchao's tensors, which stand for the weight they were made from."""
 
     def __init__(self, kind: str) -> None:
         self.name = f"torchao {kind}"

@@ -23,7 +23,7 @@ Names = str | Collection[str]
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an adapter's layer stands in its group, and what its base looks like."""
+    """The place of an adapter's layer in its group, and the shape and device of its base."""
 
     index: int
     """0 for the first layer of the group, which owns its pool."""
@@ -48,7 +48,7 @@ def option(default: Any, text: str) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What every method's config has. ``metadata["help"]`` of each field says what it does.
+    """The part of a config that all methods share; ``metadata["help"]`` explains each field.
 
     A method is a subclass that says which tensors a layer owns, which it gives to its group, and
     how they make up the factors of dW = [B | B_pool] diag(d) [A ; A_pool].
@@ -180,9 +180,10 @@ class AdapterConfig:
 
 
 def document_fields(config: type[AdapterConfig]) -> None:
-    """Put every field's help text into the class's docstring."""
-    lines = (f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(config))
-    config.__doc__ = f"{config.__doc__}\n    Fields:\n" + "".join(lines)
+    """Put every field's help text into the class's docstring, as its arguments."""
+    lines = "".join(f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(config))
+    head, mark, tail = (config.__doc__ or "").partition("    Raises:\n")
+    config.__doc__ = f"{head}    Args:\n{lines}\n{mark}{tail}"
 
 
 def fresh_A(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:

@@ -24,13 +24,20 @@ from rasa_ext.methods.base import (
 
 @dataclasses.dataclass(frozen=True)
 class RasaConfig(AdapterConfig):
-    """The choices of one RaSA adapter (arXiv 2503.12576). ``metadata["help"]`` explains each field.
+    """The config of one RaSA adapter (arXiv 2503.12576, section 3).
 
-    A layer owns A (r-k, in), B (out, r-k) and d (r-k+L*k,), and its group A (L*k, in) and
-    B (out, L*k): dW = [B | B_pool] diag(d) [A ; A_pool].
+    A layer of weight (out, in) owns A (r-k, in), B (out, r-k) and d (r-k+L*k,), and its group of L
+    layers A_pool (L*k, in) and B_pool (out, L*k): dW = [B | B_pool] diag(d) [A ; A_pool]. It is
+    frozen, and each field's ``metadata["help"]`` has the text below.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> config = rasa_ext.RasaConfig(rank=16, k=None, alpha=32.0)
+        >>> config.k  # max(rank // 8, 1), the paper's choice
+        2
+        >>> model = rasa_ext.patch_model(model, config=config)
     """
 
     peft_type: ClassVar[str] = "RASA"

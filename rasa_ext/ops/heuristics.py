@@ -9,7 +9,7 @@ from rasa_ext.ops.library import COMPILED
 
 
 def adapter_first(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the adapter's product is computed first and the base's GEMM accumulates into it.
+    """Decide whether the adapter's product comes first and the base's GEMM accumulates into it.
 
     The large GEMM hides the accumulate and the sum is rounded once, so that the order is also the
     more exact one in low precision. CPUs are the exception there: their half-precision GEMMs add
@@ -19,11 +19,11 @@ def adapter_first(device_type: str, dtype: torch.dtype) -> bool:
 
 
 def pool_in_packs(tokens: int, pooled: int) -> bool:
-    """Whether a stack of layers packs the pool into every layer, rather than reading one pool.
+    """Decide whether a stack of layers packs the pool into every layer, or reads one pool.
 
-    A pool of its own costs a layer of n to n features another pass over its tokens: 3 M n numbers
+    A pool of its own costs a layer of n to n features another pass over its tokens: 3 M n elements
     read and written in the forward and 5 M n in the backward. In the packs it costs a copy for
-    each layer, with its diagonal folded in: 4 P n numbers to write and read, twice, and 8 P n for
+    each layer, with its diagonal folded in: 4 P n elements to write and read, twice, and 8 P n for
     the copy's gradients in float32. So a copy is cheaper from two tokens a pooled rank on, by
     count of bytes and not by measurement.
     """
@@ -31,7 +31,7 @@ def pool_in_packs(tokens: int, pooled: int) -> bool:
 
 
 def rank_multiple(device_type: str, dtype: torch.dtype, rank: int) -> int:
-    """The multiple to which a pack's rank is padded with zeros.
+    """Choose the multiple to which a pack's rank is padded with zeros.
 
     On a GPU, half-precision GEMMs whose inner width is odd or only 8-aligned fall off the tensor
     cores' fast path. On a CPU, float32 GEMMs that are ``rank`` wide take a third longer at 39 than
@@ -46,7 +46,7 @@ def rank_multiple(device_type: str, dtype: torch.dtype, rank: int) -> int:
 
 
 def fuse_projections(x: Tensor) -> bool:
-    """Whether layers that read one x (..., in), such as q, k and v, compute it together with grad.
+    """Decide whether layers that read one x (..., in), as q, k and v do, compute it together.
 
     On a CPU one down-projection three times as wide, and no sum over the projections' dx in passes
     of its own, take a tenth to a quarter of the adapters' time away. Not measured on a GPU yet, and
@@ -56,7 +56,7 @@ def fuse_projections(x: Tensor) -> bool:
 
 
 def noise_words(device_type: str, elements: int) -> int:
-    """How many int64 of noise ``dropout_mask`` takes for x of so many elements.
+    """Count the int64 of noise that ``dropout_mask`` takes for x of so many elements.
 
     The compiled kernel draws from a counter under two of them, a key and an offset. The PyTorch
     one takes 16 bits an element, a byte of the mask at a time.
@@ -67,5 +67,5 @@ def noise_words(device_type: str, elements: int) -> int:
 
 
 def keep_pack(device_type: str, tokens: int, Ap: Tensor, *Bp: Tensor) -> bool:
-    """Whether the pack of a forward is kept for its backward, rather than made again there."""
+    """Decide whether a forward's pack is kept for its backward, or made again there."""
     return False

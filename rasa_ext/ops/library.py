@@ -82,7 +82,15 @@ COMPILED, _REASON = _load()
 
 
 def cuda_status() -> str:
-    """One sentence: whether the CUDA kernels are in use, and if not, why not."""
+    """Tell in one sentence whether the CUDA kernels are in use, and if not, why not.
+
+    Returns:
+        The sentence, for people: nothing else depends on its words.
+
+    Example:
+        >>> rasa_ext.cuda_status()
+        'CUDA kernels are ...'
+    """
     if not COMPILED:
         return f"CUDA kernels are not in use: {_REASON}; every operator runs as PyTorch operations."
     if not torch.cuda.is_available():

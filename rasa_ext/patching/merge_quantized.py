@@ -37,9 +37,9 @@ class Dequantized:
     after: int
     """Bytes of the dense one."""
     error: float
-    """Norm of what the merged layer's output is off, of the output's own norm."""
+    """Norm of the error of the merged layer's output, relative to the output's."""
     requantized_error: float | None
-    """The same of the merged weight, were it quantized again; None where unknown."""
+    """Likewise the error of the merged weight, were it quantized again; None where unknown."""
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a patched model remembers of its patch, and how its layers are found again."""
+"""The state that a model keeps of its patch, and how its layers are found again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class PatchState:
     merged: float | None = None
     """The largest change of any weight while merged, None while not."""
     dense_dtype: torch.dtype | None = None
-    """What the last merge was asked to make of quantized weights."""
+    """The dtype that the last merge was asked to give to dequantized weights."""
     subtract: bool = False
     """Whether the last merge was asked to keep no copy of the base's weights."""
 

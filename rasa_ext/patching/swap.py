@@ -1,4 +1,4 @@
-"""What a model needs, beside its new layers, for them to be called, trained and fused."""
+"""Changes to a model beside its new layers, so that they are called, trained and fused."""
 
 from __future__ import annotations
 

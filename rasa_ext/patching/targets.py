@@ -28,7 +28,7 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What patching a model would do."""
+    """The changes that patching a model would make."""
 
     groups: tuple[Group, ...]
     skipped: dict[str, str]

@@ -63,7 +63,7 @@ def observe(layer, x, adapter, grad) -> dict[str, torch.Tensor]:
 def test_numbers(form, dtype):
     """What the package takes a weight for, against the format's formula over its stored parts."""
     (base, *_) = quantized(linears(dtype=dtype), form)
-    found = format_of(base).dequantized(base).double()
+    found = format_of(base).dequantize(base).double()
     expected = numbers(base)
     eps = torch.finfo(torch.float32 if form == "int8" else dtype).eps
     torch.testing.assert_close(found, expected, rtol=2 * eps, atol=eps * expected.abs().max())

@@ -196,7 +196,7 @@ def test_a_weight_that_cannot_be_read_merges_nothing(monkeypatch):
     def fails(self, base):
         raise NotImplementedError("no kernel")
 
-    monkeypatch.setattr(kind, "dequantized", fails)
+    monkeypatch.setattr(kind, "dequantize", fails)
     with pytest.raises(RuntimeError, match=r"weight of '0' \(bitsandbytes nf4\) cannot.*no kernel"):
         rasa_ext.merge(model)
     assert not any(layer.merged for layer in model)

@@ -1,0 +1,78 @@
+"""The tree of the package is its architecture: imports point one way."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# From the bottom to the top. A line may import from lines below it and, within a folder, from the
+# folder itself; "" is the root, whose names users import.
+ORDER = [
+    {"_version", "base_layers", "ops"},
+    {"nn"},
+    {"methods"},
+    {"config"},
+    {"patching"},
+    {"checkpoint", "distributed"},
+    {"solver", "peft", "analysis"},
+    {""},
+    {"train"},
+    {"cli"},
+]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "rasa_ext").rglob("*.py")
+}
+
+
+def folder(module: str) -> str:
+    return module.partition(".")[2].partition(".")[0]
+
+
+def imported(module: str) -> set[str]:
+    """The modules of the package that a module imports, inside functions and for types, too."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}: a relative import"
+            for name in node.names:
+                submodule = f"{node.module}.{name.name}"
+                found.add(submodule if submodule in MODULES else str(node.module))
+    return found & set(MODULES) - {module}
+
+
+IMPORTS = {module: imported(module) for module in MODULES}
+
+
+def levels(graph: dict[str, set[str]]) -> dict[str, int]:
+    """How high each stands over what it imports; raises CycleError where that goes in circles."""
+    found: dict[str, int] = {}
+    for each in TopologicalSorter(graph).static_order():
+        found[each] = 1 + max((found[below] for below in graph[each]), default=0)
+    return found
+
+
+def test_no_circle_among_modules():
+    assert levels(IMPORTS)
+
+
+def test_arrows_point_down():
+    height = {name: level for level, names in enumerate(ORDER) for name in names}
+    assert {folder(module) for module in MODULES} == set(height)
+    wrong = [
+        f"{module} -> {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if folder(module) != folder(other) and height[folder(module)] <= height[folder(other)]
+    ]
+    graph: dict[str, set[str]] = {name: set() for name in height}
+    for module, others in IMPORTS.items():
+        graph[folder(module)] |= {folder(other) for other in others} - {folder(module)}
+    assert not wrong, f"against the order: {wrong}"
+    count, modules = (max(levels(each).values()) for each in (graph, IMPORTS))
+    assert count <= 8, f"expected at most 8 levels of folders, got {count}, {modules} of modules"
