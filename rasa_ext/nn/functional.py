@@ -7,9 +7,9 @@
     adapted_group(x, Ws, bias, ...)   -> adapted_linear of L layers on L given inputs
 
 Saved for the backward are x, U = x Ap^T and the parameters themselves: x only where an A is
-trained, U only where a B or d is. The pack is made again there, in weight space, unless
-``ops.keep_pack`` says that keeping it is worth its memory. Dropout adds its mask, a bit for each
-element of x. All gradients are first order; differentiating twice raises.
+trained, U only where a B or d is. The pack is made again there, in weight space, but for a Bp of
+which ``ops.keep_pack`` says that keeping it is worth its memory. Dropout adds its mask, a bit for
+each element of x. All gradients are first order; differentiating twice raises.
 """
 
 from __future__ import annotations
@@ -86,14 +86,15 @@ class _AdaptedLinear(_Function):
             out, U = ops.low_rank_add(flatten_tokens(y), x_rows, Ap, Bp, mask, scale)
         elif weight is not None:
             out, U = ops.low_rank_linear(x_rows, weight, bias, Ap, Bp, mask, scale)
-        need_A, need_B = _needs(ctx.needs_input_grad[7:])
-        kept = (Ap, Bp) if ops.keep_pack(x.device.type, x_rows.shape[0], Ap, Bp) else (None, None)
+        _, _, _, _, _, _, _, *need = ctx.needs_input_grad
+        need_A, need_B = need[0] or need[1], need[2] or need[3] or need[4]
+        kept = Bp if ops.keep_pack(x_rows) else None
         ctx.save_for_backward(
             x if need_A else None,
             U if need_B else None,
             weight,
             mask,
-            *kept,
+            kept,
             A,
             A_pool,
             B,
@@ -106,11 +107,14 @@ class _AdaptedLinear(_Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> _Grads:
-        x, U, weight, mask, Ap, Bp, A, A_pool, B, B_pool, d = ctx.saved_tensors
-        need_y, need_x, *_ = ctx.needs_input_grad
-        need_A, need_B = _needs(ctx.needs_input_grad[7:])
-        if Ap is None:
+        x, U, weight, mask, Bp, A, A_pool, B, B_pool, d = ctx.saved_tensors
+        need_y, need_x, _, _, _, _, _, *need = ctx.needs_input_grad
+        need_A, need_B = need[0] or need[1], need[2] or need[3] or need[4]
+        if Bp is None:
             Ap, Bp = ops.pack(A, A_pool, B, B_pool, d, grad.dtype, ctx.multiple)
+        else:
+            no_B = _without_outputs(B, B_pool)
+            Ap, _ = ops.pack(A, A_pool, *no_B, None, grad.dtype, ctx.multiple)
         dx, dAp, dBp = ops.low_rank_linear_backward(
             flatten_tokens(grad),
             None if x is None else flatten_tokens(x),
@@ -141,7 +145,7 @@ class _AdaptedProjections(_Function):
         x_rows = flatten_tokens(x)
         y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, mask, scale)
         ctx.needs = _needs(ctx.needs_input_grad[5 + 2 * n :])
-        kept = (Ap, *Bp) if ops.keep_pack(x.device.type, x_rows.shape[0], Ap, *Bp) else ()
+        kept = Bp if ops.keep_pack(x_rows) else ()
         ctx.save_for_backward(
             x if ctx.needs[0] else None,
             U if ctx.needs[1] else None,
@@ -160,7 +164,11 @@ class _AdaptedProjections(_Function):
         n = len(grads)
         weights, factors, kept = tensors[:n], _by_layer(tensors[n : 6 * n]), tensors[6 * n :]
         need_x, (need_A, need_B) = ctx.needs_input_grad[0], ctx.needs
-        Ap, *Bp = kept or _flat(pack_projections(factors, grads[0].dtype, ctx.multiple))
+        if kept:
+            bare = [Factors(f.A, f.A_pool, *_without_outputs(f.B, f.B_pool), f.d) for f in factors]
+            Ap, Bp = pack_projections(bare, grads[0].dtype, ctx.multiple)[0], list(kept)
+        else:
+            Ap, Bp = pack_projections(factors, grads[0].dtype, ctx.multiple)
         shape = (*grads[0].shape[:-1], ctx.width)
         dx, dAp, dBp = ops.linear_projections_backward(
             [flatten_tokens(grad) for grad in grads],
@@ -409,6 +417,11 @@ def unflatten_like(y: Tensor, x: Tensor) -> Tensor:
     return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
+def _without_outputs(B: Tensor, B_pool: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """B (0, r) and B_pool (0, L*k): a pack of them costs what its Ap does."""
+    return B.narrow(0, 0, 0), None if B_pool is None else B_pool.narrow(0, 0, 0)
+
+
 def _needs(needs: Sequence[bool]) -> tuple[bool, bool]:
     """Tell whether an A, and whether a B or d, of factors one after the other is trained."""
     return any(needs[0::5]) or any(needs[1::5]), any(map(any, (needs[i::5] for i in (2, 3, 4))))
@@ -437,10 +450,6 @@ def _factor_grads(
 
 def _by_layer(tensors: Sequence[Any]) -> list[Factors]:
     return [Factors(*tensors[at : at + 5]) for at in range(0, len(tensors), 5)]
-
-
-def _flat(packed: tuple[Tensor, list[Tensor]]) -> tuple[Tensor, ...]:
-    return packed[0], *packed[1]
 
 
 def _lists(tensors: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
