@@ -126,13 +126,15 @@ def test_dropout_adds_a_bit_for_each_element_of_x(hooked):
 
 
 @pytest.mark.parametrize("tokens", [1, 64])
-def test_a_kept_pack_is_made_once_and_gives_the_same_gradients(tokens, monkeypatch):
-    """Beside x, U and the parameters there is the pack, (R, in) and (R, out)."""
+def test_a_kept_pack_is_less_than_what_the_formula_saves_and_gives_the_same_gradients(
+    tokens, monkeypatch
+):
+    """Beside x, U and the parameters there is Bp (R, out): no (R, in), which is joined again."""
     _, layer = layer_of(8, 1)
     x = torch.randn(tokens, WIDTH)
     made, direct = [], ops.pack
     monkeypatch.setattr(ops, "keep_pack", lambda *_: True)
-    monkeypatch.setattr(ops, "pack", lambda *args: made.append(1) or direct(*args))
+    monkeypatch.setattr(ops, "pack", lambda *args: made.append(args) or direct(*args))
 
     def gradients():
         made.clear()
@@ -140,13 +142,17 @@ def test_a_kept_pack_is_made_once_and_gives_the_same_gradients(tokens, monkeypat
         parameters = [t for t in adapter_of(layer) if t is not None]
         grads = torch.autograd.grad(y.square().sum(), parameters)
         new = [size for address, size in storages.items() if address not in existing(layer, x)]
-        return len(new), len(made), grads
+        return sorted(new), [args[2].shape[0] for args in made], grads
 
-    kept_tensors, packed, grads = gradients()
-    assert (kept_tensors, packed) == (3, 1)
+    out, rank = layer.out_features, ops.rank_multiple("cpu", x.dtype, layer.effective_rank)
+    rank = -(-layer.effective_rank // rank) * rank
+    sizes, packed, grads = gradients()
+    assert sizes == sorted([4 * rank * tokens, 4 * rank * out])
+    assert packed == [out, 0]
     monkeypatch.setattr(ops, "keep_pack", lambda *_: False)
-    kept_tensors, packed, others = gradients()
-    assert (kept_tensors, packed) == (1, 2)
+    sizes, packed, others = gradients()
+    assert sizes == [4 * rank * tokens]
+    assert packed == [out, out]
     assert all(map(torch.equal, grads, others))
 
 
