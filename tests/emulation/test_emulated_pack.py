@@ -84,7 +84,7 @@ def test_pack_gives_the_bits_of_the_pytorch_kernel(kernels, own, pooled, dtype):
     packed = Packed(memory, adapter, dtype, 16)
     types = dtype_of(kernels, torch.float32), dtype_of(kernels, dtype)
     run(kernels, memory, lambda: kernels.pack([packed.layer(kernels)], *types))
-    A, A_pool, B, B_pool, d = vars(adapter).values()
+    A, A_pool, B, B_pool, d = adapter
     Ap, Bp = ops.pack(A, A_pool, B, B_pool, d, dtype, 16)
     assert torch.equal(packed.Ap, Ap)
     assert torch.equal(packed.Bp, Bp)
