@@ -46,7 +46,7 @@ def own_key(name: str, field: str) -> str:
 
 
 def pool_key(first: str, field: str) -> str:
-    """Likewise of one that a group owns whose first layer is ``first``."""
+    """The key in a file of a tensor that a group owns whose first layer is ``first``."""
     return f"{PREFIX}{first}.rasa_pool_{field}"
 
 

@@ -45,11 +45,11 @@ class Decomposition:
     errors: list[float]
     """sum ||M - M^||^2 / sum ||M||^2 of the start and after every iteration; 0 for zero targets."""
     lora_error: float
-    """The same for LoRA's best approximation, rank r for every layer."""
+    """The error of LoRA's best approximation, rank r for every layer, as ``errors`` has it."""
     lora_error_equal: float
-    """LoRA's with as many trainable parameters as this adapter: what the diagonals take, r-k+L*k a
-    layer, pays for one rank more in some layers, and the error falls linearly between whole ranks.
-    At k = 0, which is LoRA, the same as ``lora_error``."""
+    """The error of LoRA with as many trainable parameters as this adapter: what the diagonals take,
+    r-k+L*k a layer, pays for one rank more in some layers, and the error falls linearly between
+    whole ranks. At k = 0, which is LoRA, the same as ``lora_error``."""
     norm: float
     """(sum ||M||^2)^(1/2) of the targets."""
 

@@ -146,7 +146,7 @@ class Changes(Mapping[str, Tensor]):
         finetuned: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """Of the layers ``linears``, whose weights have their parameters' names; in ``dtype``."""
+        """Take the layers ``linears``, whose weights have their parameters' names; in ``dtype``."""
         self._linears, self._base, self._finetuned, self._dtype = linears, base, finetuned, dtype
 
     def __getitem__(self, name: str) -> Tensor:

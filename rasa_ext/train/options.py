@@ -77,7 +77,7 @@ class FinetuneOptions:
         return values
 
     def changes_from(self, earlier: Mapping[str, Any]) -> list[str]:
-        """What differs from an earlier run's `to_dict` and makes a resumed run another run."""
+        """List what differs from an earlier run's `to_dict` and makes a resumed run another run."""
         return [
             f"{name} ({earlier[name]!r} before, {value!r} now)"
             for name, value in self.to_dict().items()
@@ -86,7 +86,7 @@ class FinetuneOptions:
 
 
 def parse_targets(text: str) -> str | list[str]:
-    """What `--target-modules` means: see `FinetuneOptions.targets`."""
+    """Parse `--target-modules`: see `FinetuneOptions.targets`."""
     if text == "all-linear":
         return text
     if text.startswith("regex:"):

@@ -19,7 +19,7 @@ from rasa_ext.train.trainer import checkpoints_in
 
 @dataclasses.dataclass
 class FinetuneResult:
-    """What a run left behind; also in `summary.json` of the output directory."""
+    """The outcome of a run; also in `summary.json` of the output directory."""
 
     output: str
     interrupted: bool

@@ -13,7 +13,7 @@ BASE_FOLDER = "BASE_FOLDER"
 
 
 def serving_help(base: str, lora: Path, rank: int, *, float32: bool) -> str:
-    """What to run to serve a LoRA over ``base``: a hub id, a directory or a .gguf file.
+    """Explain how to serve a LoRA over ``base``: a hub id, a directory or a .gguf file.
 
     ``float32`` says that the base is of that dtype, in which vLLM serves it only if told so.
     """
