@@ -46,7 +46,7 @@ def rank_multiple(device_type: str, dtype: torch.dtype, rank: int) -> int:
 
 
 def fuse_projections(x: Tensor) -> bool:
-    """Decide whether layers that read one x (..., in), as q, k and v do, compute it together.
+    """Decide whether layers that read one x (..., in), as q, k and v do, share a forward with grad.
 
     On a CPU one down-projection three times as wide, and no sum over the projections' dx in passes
     of its own, take a tenth to a quarter of the adapters' time away. Not measured on a GPU yet, and

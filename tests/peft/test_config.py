@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import doctest
+import inspect
 import json
 
 import pytest
@@ -10,6 +13,7 @@ from peft import PeftConfig
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
+from tests.helpers import tiny_lm
 
 
 def test_defaults():
@@ -83,3 +87,22 @@ def test_round_trip(tmp_path):
     assert again == config
     assert again.core().adapter_dtype == torch.bfloat16
     assert again.rasa_ext_version == rasa_ext.__version__
+
+
+def test_the_example_runs():
+    text = inspect.getdoc(RasaConfig).partition("\nExample:\n")[2]
+    names = {"rasa_ext": rasa_ext, "model": tiny_lm.make_model()}
+    example = doctest.DocTestParser().get_doctest(text, names, "RasaConfig", None, None)
+    assert example.examples
+    told: list[str] = []
+    assert doctest.DocTestRunner().run(example, out=told.append).failed == 0, "".join(told)
+
+
+def test_help_is_the_cores():
+    ours, core = (
+        {field.name: field.metadata.get("help") for field in dataclasses.fields(config)}
+        for config in (RasaConfig, rasa_ext.RasaConfig)
+    )
+    assert ours["r"] == core["rank"]
+    assert ours["adapter_dtype"] == core["adapter_dtype"]
+    assert ours["target_modules"].startswith(core["target_modules"])
