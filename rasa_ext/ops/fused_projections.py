@@ -99,6 +99,10 @@ def linear_projections_backward(
     wide = accumulation_dtype(like.dtype)
     dx = dAp = None
     dBp: list[Tensor] = []
+    if (need_A and x is None) or (need_B and U is None):
+        raise ValueError(
+            "rasa_ext::linear_projections_backward: expected x with need_A, U with need_B; got None."
+        )
     if need_B and U is not None:
         for grad, u in zip(grads, _columns(U, Bp), strict=True):
             dBp.append(torch.mm(u.t(), grad).to(wide))

@@ -85,6 +85,10 @@ def low_rank_linear_backward(
     """
     wide = accumulation_dtype(grad.dtype)
     dx = dAp = dBp = None
+    if (need_A and x is None) or (need_B and U is None):
+        raise ValueError(
+            "rasa_ext::low_rank_linear_backward: expected x with need_A, U with need_B; got None."
+        )
     if need_B and U is not None:
         dBp = torch.mm(U.t(), grad).to(wide)
     if need_x or need_A:

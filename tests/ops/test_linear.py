@@ -145,3 +145,17 @@ def test_with_packing_the_gradients_are_the_oracles(pooled, multiple, device):
     found = dict(zip(names, (dx, *ops.pack_backward(*grads, *adapter[2:])), strict=True))
     for name, value in oracle.linear_grads(grad, x, weight, adapter).items():
         torch.testing.assert_close(found[name], value.reshape(found[name].shape), msg=name)
+
+
+@pytest.mark.parametrize("missing", ["x", "U"])
+def test_what_a_gradient_needs_must_be_given(missing, device):
+    x, weight, Ap, Bp, grad, U = (
+        torch.randn(*size, device=device)
+        for size in ((5, 9), (7, 9), (4, 9), (4, 7), (5, 7), (5, 4))
+    )
+    given = (None, U, True, False) if missing == "x" else (x, None, False, True)
+    x, U, need_A, need_B = given
+    with pytest.raises(
+        (ValueError, RuntimeError), match=f"expected.*{missing}|{missing}: expected"
+    ):
+        ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bp, False, need_A, need_B)
