@@ -101,7 +101,7 @@ def linear_projections_backward(
     dBp: list[Tensor] = []
     if (need_A and x is None) or (need_B and U is None):
         raise ValueError(
-            "rasa_ext::linear_projections_backward: expected x with need_A, U with need_B; got None."
+            "rasa_ext::linear_projections_backward: expected x for need_A, U for need_B, got None."
         )
     if need_B and U is not None:
         for grad, u in zip(grads, _columns(U, Bp), strict=True):

@@ -87,7 +87,7 @@ def low_rank_linear_backward(
     dx = dAp = dBp = None
     if (need_A and x is None) or (need_B and U is None):
         raise ValueError(
-            "rasa_ext::low_rank_linear_backward: expected x with need_A, U with need_B; got None."
+            "rasa_ext::low_rank_linear_backward: expected x for need_A, U for need_B, got None."
         )
     if need_B and U is not None:
         dBp = torch.mm(U.t(), grad).to(wide)
