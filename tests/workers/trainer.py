@@ -6,7 +6,9 @@ accelerate launch ... tests/workers/trainer.py DIRECTORY writes an adapter and t
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -48,8 +50,11 @@ def train(directory: Path, processes: int) -> None:
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
         (directory / "losses.json").write_text(json.dumps(losses))
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # leaves the process group
 
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), processes=2)
+    # All work is done, and gloo's own way out has hung once, for the five minutes that a test waits.
+    sys.stdout.flush()
+    time.sleep(1)  # until the other process has left the barrier, too
+    os._exit(0)
