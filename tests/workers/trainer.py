@@ -54,7 +54,7 @@ def train(directory: Path, processes: int) -> None:
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), processes=2)
-    # All work is done, and gloo's own way out has hung once, for the five minutes that a test waits.
+    # All work is done, and gloo's own way out has hung once, longer than a test waits.
     sys.stdout.flush()
     time.sleep(1)  # until the other process has left the barrier, too
     os._exit(0)
