@@ -62,9 +62,7 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
         [grad, grad], x, weights, wide_U, wide_Ap, ups, True, True, True
     )
     wide = tensors["dAp"], tensors["dBp"]
-    found["pack_backward"] = functions.pack_backward(
-        wide[0][0].clone(), wide[1][0].clone(), B[0], B_pool, d[0]
-    )
+    found["pack_backward"] = functions.pack_backward(wide[0][0], wide[1][0], B[0], B_pool, d[0])
     found["pack_group"] = functions.pack_group(*tensors["adapter"], dtype, 16)
     found["pack_group_backward"] = functions.pack_group_backward(*wide, B, B_pool, d)
     stacked = tensors["stacked_Ap"], tensors["stacked_Bp"]

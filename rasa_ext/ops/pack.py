@@ -75,7 +75,7 @@ def pack(
     """Ap = [A ; A_pool] (Rp, in), Bp = diag(d) [B | B_pool]^T (Rp, out), both in ``dtype``."""
     rank = A.shape[0] + (0 if A_pool is None else A_pool.shape[0])
     fill = -rank % multiple
-    if A.dtype != dtype:
+    if A.dtype != dtype or B.dtype != dtype:
         Ap = A.new_empty((rank + fill, A.shape[1]), dtype=dtype)
         Bp = B.new_empty((rank + fill, B.shape[0]), dtype=dtype)
         pack_into(Ap, Bp, A, A_pool, B, B_pool, d)

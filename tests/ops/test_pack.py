@@ -121,3 +121,11 @@ def test_narrow_adapters_lose_nothing_in_a_wide_pack(dtype, stored, device):
     for got, value in zip(found, expected, strict=True):
         assert got.dtype == stored
         assert (got - value).norm() <= torch.finfo(stored).eps * value.norm()
+
+
+def test_a_narrow_B_beside_a_wide_A_is_packed_in_the_dtype_asked_for():
+    """As after a cast of one of them; the compiled kernels want one dtype, and refuse it."""
+    A, B, d = torch.randn(3, 9), torch.randn(3, 7).bfloat16().t(), torch.randn(3)
+    Ap, Bp = ops.pack(A, None, B, None, d, torch.float32)
+    assert Ap.dtype == Bp.dtype == torch.float32
+    assert torch.equal(Bp, B.t().float() * d[:, None])
