@@ -34,7 +34,7 @@ class Naive(nn.Module):
         """x (M, in) to (M, out)."""
         y, x = self.ours.base_layer(x), nn.functional.dropout(x, self.p)
         factors = self.ours.adapter().factors()
-        multiple = ops.rank_multiple(x.device.type, x.dtype, factors.rank)
+        multiple = ops.rank_multiple(x.device.type, x.dtype, factors.rank, len(x))
         return functional.adapted_add(y, x, factors, multiple)
 
 

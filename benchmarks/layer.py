@@ -64,7 +64,7 @@ def gemms(x: torch.Tensor, grad: torch.Tensor, ours: rasa_ext.RasaLinear, traini
     """The GEMMs that no implementation can do without, and nothing else."""
     x, weight = x.detach(), ours.base_layer.weight
     with torch.no_grad():
-        multiple = ops.rank_multiple(x.device.type, x.dtype, ours.effective_rank)
+        multiple = ops.rank_multiple(x.device.type, x.dtype, ours.effective_rank, len(x))
         pack = ops.pack(*ours.adapter().factors(), x.dtype, multiple)
 
     def run() -> None:

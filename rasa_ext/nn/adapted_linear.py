@@ -117,7 +117,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute y (..., out) from x (..., in), in the dtype that the base layer would give."""
-        adapter = self._live_adapter()
+        # With few tokens, every function that Python calls here is seen in a step's time.
+        adapter = None if self.disabled or self.merged_base is not None else self.adapter()
         if adapter is None:
             return self._base_alone(x, args, kwargs)
         sources = adapter.sources()
@@ -142,11 +143,10 @@ class AdaptedLinear(nn.Module):
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        drop = functional.dropout(x, p)
+        drop = functional.dropout(x, p) if p else (None, 1.0)
         if with_grad:
             factors = adapter.factors()
-            multiple = ops.rank_multiple(x.device.type, dtype, factors.rank)
-            return functional.adapted_linear(x, *plain, factors, multiple, *drop)
+            return functional.adapted_linear(x, *plain, factors, _rank_multiple(x, factors), *drop)
         pack = self._packed(adapter, sources, dtype, x.device)
         y, _ = ops.low_rank_linear(functional.flatten_tokens(x), *plain, *pack, *drop)
         return functional.unflatten_like(y, x)
@@ -196,8 +196,7 @@ class AdaptedLinear(nn.Module):
         x = x.to(y.dtype)
         drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         factors = adapter.factors()
-        multiple = ops.rank_multiple(y.device.type, y.dtype, factors.rank)
-        return functional.adapted_add(y, x, factors, multiple, *drop)
+        return functional.adapted_add(y, x, factors, _rank_multiple(x, factors), *drop)
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the base on x, in the dtype in which it ran before it was dequantized."""
@@ -278,6 +277,12 @@ class AdaptedLinear(nn.Module):
         if torch.compiler.is_compiling():
             return make()
         return self._cache.get(sources, (dtype, device), make)
+
+
+def _rank_multiple(x: Tensor, factors: Factors) -> int:
+    """Choose the padding of a pack that is made for x (..., in) alone."""
+    tokens = x.numel() // max(x.shape[-1], 1)
+    return ops.rank_multiple(x.device.type, x.dtype, factors.rank, tokens)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -74,32 +74,19 @@ class _AdaptedLinear(_Function):
         multiple: int,
         mask: Tensor | None,
         scale: float,
-        A: Tensor,
-        A_pool: Tensor | None,
-        B: Tensor,
-        B_pool: Tensor | None,
-        d: Tensor | None,
+        *factors: Tensor | None,
     ) -> Tensor:
-        Ap, Bp = ops.pack(A, A_pool, B, B_pool, d, x.dtype, multiple)
-        x_rows = flatten_tokens(x)
-        if y is not None:
-            out, U = ops.low_rank_add(flatten_tokens(y), x_rows, Ap, Bp, mask, scale)
-        elif weight is not None:
-            out, U = ops.low_rank_linear(x_rows, weight, bias, Ap, Bp, mask, scale)
-        _, _, _, _, _, _, _, *need = ctx.needs_input_grad
-        need_A, need_B = need[0] or need[1], need[2] or need[3] or need[4]
-        kept = Bp if ops.keep_pack(x_rows) else None
+        rows, base = flatten_tokens(x), None if y is None else flatten_tokens(y)
+        out, U, Bp = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, mask, scale)
+        *_, A, A_pool, B, B_pool, d = ctx.needs_input_grad
+        need_A, need_B = ctx.needs = A or A_pool, B or B_pool or d
         ctx.save_for_backward(
             x if need_A else None,
-            U if need_B else None,
             weight,
+            U if need_B else None,
+            Bp if ops.keep_pack(rows) else None,
             mask,
-            kept,
-            A,
-            A_pool,
-            B,
-            B_pool,
-            d,
+            *factors,
         )
         ctx.multiple, ctx.scale, ctx.width = multiple, scale, x.shape[-1]
         return unflatten_like(out, x)
@@ -107,30 +94,27 @@ class _AdaptedLinear(_Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> _Grads:
-        x, U, weight, mask, Bp, A, A_pool, B, B_pool, d = ctx.saved_tensors
-        need_y, need_x, _, _, _, _, _, *need = ctx.needs_input_grad
-        need_A, need_B = need[0] or need[1], need[2] or need[3] or need[4]
-        if Bp is None:
-            Ap, Bp = ops.pack(A, A_pool, B, B_pool, d, grad.dtype, ctx.multiple)
-        else:
-            no_B = _without_outputs(B, B_pool)
-            Ap, _ = ops.pack(A, A_pool, *no_B, None, grad.dtype, ctx.multiple)
-        dx, dAp, dBp = ops.low_rank_linear_backward(
+        x, weight, U, Bp, mask, *factors = ctx.saved_tensors
+        need_y, need_x, _, _, _, _, _, *needs = ctx.needs_input_grad
+        dx, *grads = ops.adapted_linear_backward(
             flatten_tokens(grad),
             None if x is None else flatten_tokens(x),
             weight,
             U,
-            Ap,
             Bp,
+            *factors,
+            ctx.multiple,
             need_x,
-            need_A,
-            need_B,
+            *ctx.needs,
             mask,
             ctx.scale,
         )
-        dx_shaped = dx.view(*grad.shape[:-1], ctx.width) if need_x else None
-        grads = _factor_grads(dAp if need_A else None, dBp if need_B else None, B, B_pool, d)
-        return grad if need_y else None, dx_shaped, None, None, None, None, None, *grads
+        if not need_x:
+            dx = None
+        elif grad.dim() != 2:
+            dx = dx.view(*grad.shape[:-1], ctx.width)
+        own = [g if need else None for g, need in zip(grads, needs, strict=True)]
+        return grad if need_y else None, dx, None, None, None, None, None, *own
 
 
 class _AdaptedProjections(_Function):

@@ -128,12 +128,13 @@ class FusedProjections:
         first = parts[0]
         inputs = x if x.dtype == dtype else x.to(dtype)
         factors = [part.factors() for part in parts]
+        tokens = x.numel() // max(x.shape[-1], 1)
         outputs = functional.adapted_projections(
             inputs,
             [part.weight for part in parts],
             [part.bias for part in parts],
             factors,
-            ops.rank_multiple(x.device.type, dtype, max(each.rank for each in factors)),
+            ops.rank_multiple(x.device.type, dtype, max(each.rank for each in factors), tokens),
             *functional.dropout(inputs, first.dropout),
         )
         # Only now: a checkpoint that stops in the middle of a recomputation leaves no round.

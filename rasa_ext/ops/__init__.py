@@ -3,6 +3,7 @@
 One file a family. The functions of this module are what the package calls.
 """
 
+from rasa_ext.ops.adapted import adapted_linear, adapted_linear_backward
 from rasa_ext.ops.dropout import dropout_mask
 from rasa_ext.ops.fused_projections import (
     linear_projections,
@@ -34,6 +35,8 @@ __all__ = [
     "Factors",
     "Pack",
     "accumulation_dtype",
+    "adapted_linear",
+    "adapted_linear_backward",
     "cuda_status",
     "delta_group",
     "dropout_mask",

@@ -30,17 +30,18 @@ def pool_in_packs(tokens: int, pooled: int) -> bool:
     return tokens > 2 * pooled
 
 
-def rank_multiple(device_type: str, dtype: torch.dtype, rank: int) -> int:
+def rank_multiple(device_type: str, dtype: torch.dtype, rank: int, tokens: int = 2048) -> int:
     """Choose the multiple to which a pack's rank is padded with zeros.
 
     On a GPU, half-precision GEMMs whose inner width is odd or only 8-aligned fall off the tensor
-    cores' fast path. On a CPU, float32 GEMMs that are ``rank`` wide take a third longer at 39 than
-    at 40; bfloat16 ones do not care. The other GEMMs pay for the pad, so that it is taken only
-    where it adds an eighth or less.
+    cores' fast path. On a CPU, float32 GEMMs of 256 tokens and more that are ``rank`` wide take a
+    third longer at 39 than at 40; bfloat16 ones do not care, and with few tokens the zeros cost
+    more than they save. The other GEMMs pay for the pad, so that it is taken only where it adds an
+    eighth or less.
     """
     if device_type == "cuda":
         return 16
-    if dtype == torch.float32 and 8 * (-rank % 8) <= rank:
+    if dtype == torch.float32 and tokens >= 128 and 8 * (-rank % 8) <= rank:
         return 8
     return 1
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch.compiler import is_compiling
 
 LIBRARY = torch.library.Library("rasa_ext", "DEF")
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {}
@@ -51,9 +52,7 @@ def operator(
             return overload
 
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-            if torch.compiler.is_compiling():
-                return overload(*args, **kwargs)
-            return direct(*args, **kwargs)
+            return (overload if is_compiling() else direct)(*args, **kwargs)
 
         call.__name__, call.__doc__ = name, direct.__doc__
         return call

@@ -21,11 +21,7 @@ from rasa_ext.ops.heuristics import adapter_first
 from rasa_ext.ops.library import accumulation_dtype, operator
 
 
-@operator(
-    "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor Ap, Tensor Bp, "
-    "Tensor? mask=None, float scale=1.0) -> (Tensor y, Tensor U)"
-)
-def low_rank_linear(
+def linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -35,18 +31,20 @@ def low_rank_linear(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T + bias + U Bp (M, out) with U = X Ap^T (M, Rp)."""
-    U = project(x, Ap, mask, scale)
+    U = torch.mm(x, Ap.t()) if mask is None else project(x, Ap, mask, scale)
     if adapter_first(x.device.type, x.dtype):
         y = torch.mm(U, Bp) if bias is None else torch.addmm(bias, U, Bp)
         return y.addmm_(x, weight.t()), U
     return torch.nn.functional.linear(x, weight, bias).addmm_(U, Bp), U
 
 
-@operator(
-    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? mask=None, "
-    "float scale=1.0) -> (Tensor out, Tensor U)"
-)
-def low_rank_add(
+low_rank_linear = operator(
+    "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor Ap, Tensor Bp, "
+    "Tensor? mask=None, float scale=1.0) -> (Tensor y, Tensor U)"
+)(linear)
+
+
+def linear_add(
     y: Tensor,
     x: Tensor,
     Ap: Tensor,
@@ -57,6 +55,12 @@ def low_rank_add(
     """Y + U Bp (M, out) with U = X Ap^T (M, Rp), over a base that is not a plain GEMM."""
     U = project(x, Ap, mask, scale)
     return torch.addmm(y, U, Bp), U
+
+
+low_rank_add = operator(
+    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? mask=None, "
+    "float scale=1.0) -> (Tensor out, Tensor U)"
+)(linear_add)
 
 
 @operator(
@@ -83,14 +87,34 @@ def low_rank_linear_backward(
     dAp (Rp, in) and dBp (Rp, out) come in the accumulation dtype: float32, or float64 for float64.
     What is not needed comes back with no elements.
     """
+    dx, dAp, dBp = linear_grads(grad, x, weight, U, Ap, Bp, need_x, need_A, need_B, mask, scale)
     wide = accumulation_dtype(grad.dtype)
+    return (
+        grad.new_empty(0) if dx is None else dx,
+        grad.new_empty(0, dtype=wide) if dAp is None else dAp,
+        grad.new_empty(0, dtype=wide) if dBp is None else dBp,
+    )
+
+
+def linear_grads(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    U: Tensor | None,
+    Ap: Tensor,
+    Bp: Tensor,
+    need_x: bool,
+    need_A: bool,
+    need_B: bool,
+    mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Compute ``low_rank_linear_backward``, with None for what is not needed."""
     dx = dAp = dBp = None
     if (need_A and x is None) or (need_B and U is None):
-        raise ValueError(
-            "rasa_ext::low_rank_linear_backward: expected x for need_A, U for need_B, got None."
-        )
+        raise ValueError("rasa_ext: expected x for need_A and U for need_B, got None.")
     if need_B and U is not None:
-        dBp = torch.mm(U.t(), grad).to(wide)
+        dBp = torch.mm(U.t(), grad)
     if need_x or need_A:
         H = torch.mm(grad, Bp.t())
         kept = None
@@ -98,14 +122,16 @@ def low_rank_linear_backward(
             H.mul_(scale)
             kept = unpacked(mask, grad, (grad.shape[0], Ap.shape[1]))
         if need_A and x is not None:
-            dAp = torch.mm(H.t(), x if kept is None else keep(x, kept)).to(wide)
+            dAp = torch.mm(H.t(), x if kept is None else keep(x, kept))
         if need_x:
-            dx = input_grad([grad], None if weight is None else [weight], H, Ap, kept)
-    return (
-        grad.new_empty(0) if dx is None else dx,
-        grad.new_empty(0, dtype=wide) if dAp is None else dAp,
-        grad.new_empty(0, dtype=wide) if dBp is None else dBp,
-    )
+            if kept is None and adapter_first(grad.device.type, grad.dtype):
+                dx = torch.mm(H, Ap)
+                dx = dx if weight is None else dx.addmm_(grad, weight)
+            else:
+                dx = input_grad([grad], None if weight is None else [weight], H, Ap, kept)
+    if (wide := accumulation_dtype(grad.dtype)) != grad.dtype:
+        dAp, dBp = (None if each is None else each.to(wide) for each in (dAp, dBp))
+    return dx, dAp, dBp
 
 
 def input_grad(

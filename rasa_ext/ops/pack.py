@@ -11,7 +11,7 @@ are correct and slower. A_pool and B_pool are both None, or neither is; d = None
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -54,16 +54,19 @@ class Pack(NamedTuple):
     """(Rp, out)"""
 
 
+Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor, Tensor]"
+"""Those of A, A_pool, B, B_pool and d."""
+FactorGrads: TypeAlias = (
+    "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]"
+)
+
+
 def padded(rank: int, multiple: int) -> int:
     """Round ``rank`` up to a multiple of ``multiple``."""
     return -(-rank // multiple) * multiple
 
 
-@operator(
-    "pack(Tensor A, Tensor? A_pool, Tensor B, Tensor? B_pool, Tensor? d, ScalarType dtype, "
-    "int multiple=1) -> (Tensor Ap, Tensor Bp)"
-)
-def pack(
+def packed(
     A: Tensor,
     A_pool: Tensor | None,
     B: Tensor,
@@ -73,30 +76,39 @@ def pack(
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ap = [A ; A_pool] (Rp, in), Bp = diag(d) [B | B_pool]^T (Rp, out), both in ``dtype``."""
-    rank = A.shape[0] + (0 if A_pool is None else A_pool.shape[0])
-    fill = -rank % multiple
     if A.dtype != dtype or B.dtype != dtype:
-        Ap = A.new_empty((rank + fill, A.shape[1]), dtype=dtype)
-        Bp = B.new_empty((rank + fill, B.shape[0]), dtype=dtype)
+        rows = padded(A.shape[0] + (0 if A_pool is None else A_pool.shape[0]), multiple)
+        Ap = A.new_empty((rows, A.shape[1]), dtype=dtype)
+        Bp = B.new_empty((rows, B.shape[0]), dtype=dtype)
         pack_into(Ap, Bp, A, A_pool, B, B_pool, d)
         return Ap, Bp
     # With nothing to cast, joining takes half as many operations, which is what counts with few
-    # tokens.
-    Ap = _joined(A, A_pool, fill)
-    if not B.shape[0]:
-        return Ap, B.new_empty((rank + fill, 0))
-    Bp = _joined(B.t(), None if B_pool is None else B_pool.t(), fill)
+    # tokens; so does every function that Python calls on the way.
+    down, up = [A], [B.t()]
+    if A_pool is not None and B_pool is not None:
+        down, up = [A, A_pool], [B.t(), B_pool.t()]
+    if multiple != 1 and (fill := -sum(map(len, down)) % multiple):
+        down.append(A.new_zeros((fill, A.shape[1])))
+        up.append(B.new_zeros((fill, B.shape[0])))
+    Bp = torch.cat(up)
     if d is not None:
-        (Bp.narrow(0, 0, rank) if fill else Bp).mul_(d.unsqueeze(1))
-    return Ap, Bp
+        (Bp if multiple == 1 else Bp.narrow(0, 0, d.shape[0])).mul_(d.unsqueeze(1))
+    return torch.cat(down), Bp
 
 
-def _joined(own: Tensor, pool: Tensor | None, fill: int) -> Tensor:
-    """[own ; pool ; 0] with ``fill`` rows of zeros."""
-    rows = [own] if pool is None else [own, pool]
-    if fill:
-        rows.append(own.new_zeros((fill, own.shape[1])))
-    return torch.cat(rows)
+def packed_down(A: Tensor, A_pool: Tensor | None, dtype: torch.dtype, multiple: int) -> Tensor:
+    """Pack A and A_pool alone: Ap (Rp, in)."""
+    rows = [A] if A_pool is None else [A, A_pool]
+    if multiple != 1 and (fill := -sum(map(len, rows)) % multiple):
+        rows.append(A.new_zeros((fill, A.shape[1])))
+    Ap = torch.cat(rows)
+    return Ap if Ap.dtype == dtype else Ap.to(dtype)
+
+
+pack = operator(
+    "pack(Tensor A, Tensor? A_pool, Tensor B, Tensor? B_pool, Tensor? d, ScalarType dtype, "
+    "int multiple=1) -> (Tensor Ap, Tensor Bp)"
+)(packed)
 
 
 def pack_into(
@@ -132,59 +144,70 @@ def pack_into(
         up_fill.zero_()
 
 
-def _pack_backward_owned(
+def _registered(
     dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Do the same with memory of its own for every result."""
-    dA, dA_pool, dB, dB_pool, dd = _pack_backward(dAp, dBp, B, B_pool, d)
-    return dA, dA_pool.clone(), dB, dB_pool.t().clone().t(), dd
+) -> Gradients:
+    own = None if dBp is None else dBp.clone()
+    return with_own_memory(*as_results(B, factor_grads(dAp, own, B, B_pool, d)))
 
 
 @operator(
     "pack_backward(Tensor? dAp, Tensor? dBp, Tensor B, Tensor? B_pool, Tensor? d) -> "
     "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)",
-    kernel=_pack_backward_owned,
+    kernel=_registered,
 )
 def pack_backward(
     dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Gradients:
     """Gradients of ``pack``'s parameters, in B's dtype, from those of its results.
 
     dA (r-k, in) and dA_pool (L*k, in) are rows of dAp (Rp, in); dB (out, r-k) and dB_pool
     (out, L*k), stored by ranks, are diag(d) dBp, with dBp (Rp, out); dd_j = <B[:, j], dBp[j]>.
     Results have no elements where dAp or dBp, from which they come, is None, dd also where d is.
 
-    The pool's gradients may be views of dAp and dBp, which the caller gives up. The private ones
-    are copies, so that a small gradient does not keep a large one alive.
+    dA_pool may be a view of dAp, which the caller gives up. dA is a copy, so that a small gradient
+    does not keep a large one alive.
     """
-    return _pack_backward(dAp, dBp, B, B_pool, d)
+    own = None if dBp is None else dBp.clone()
+    return as_results(B, factor_grads(dAp, own, B, B_pool, d))
 
 
-def _pack_backward(
+def factor_grads(
     dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> FactorGrads:
+    """Compute ``pack_backward``, with None for what is not asked for; dBp is overwritten."""
     own, pooled, dtype = B.shape[1], 0 if B_pool is None else B_pool.shape[1], B.dtype
     dA = dA_pool = dB = dB_pool = dd = None
     if dAp is not None:
-        dA, dA_pool, _ = dAp.split_with_sizes((own, pooled, dAp.shape[0] - own - pooled))
-        dA, dA_pool = dA.to(dtype, copy=True), dA_pool.to(dtype)
+        dA, dA_pool = dAp.narrow(0, 0, own).clone(), dAp.narrow(0, own, pooled)
+        if dAp.dtype != dtype:
+            dA, dA_pool = dA.to(dtype), dA_pool.to(dtype)
     if dBp is not None:
-        up, up_pool, _ = dBp.split_with_sizes((own, pooled, dBp.shape[0] - own - pooled))
-        if d is None:
-            dB, dB_pool = up.to(dtype, copy=True), up_pool.to(dtype)
-        else:
-            scale, scale_pool = d.unsqueeze(1).split_with_sizes((own, pooled))
-            # Row dots: a fraction of the time of a product of matrices of one row each.
+        up, up_pool = dBp.narrow(0, 0, own), dBp.narrow(0, own, pooled)
+        if d is not None:
+            # Row dots: a fraction of the time of products of matrices of one row each.
             dd = torch.linalg.vecdot(up, B.t().to(dBp.dtype))
-            dB = (up * scale).to(dtype)
             if B_pool is not None:
-                dd_pool = torch.linalg.vecdot(up_pool, B_pool.t().to(dBp.dtype))
-                dd, up_pool = torch.cat((dd, dd_pool)), up_pool * scale_pool
-            dd, dB_pool = dd.to(dtype), up_pool.to(dtype)
-    return (
-        B.new_empty(0) if dA is None else dA,
-        B.new_empty(0) if dA_pool is None else dA_pool,
-        B.new_empty(0) if dB is None else dB.t(),
-        B.new_empty(0) if dB_pool is None else dB_pool.t(),
-        B.new_empty(0) if dd is None else dd,
-    )
+                dots = torch.linalg.vecdot(up_pool, B_pool.t().to(dBp.dtype))
+                dd = torch.cat((dd, dots))
+            dBp.narrow(0, 0, own + pooled).mul_(d.unsqueeze(1))
+        dB, dB_pool = up.clone().t(), up_pool.t()
+        if dBp.dtype != dtype:
+            dB, dB_pool = dB.to(dtype), dB_pool.to(dtype)
+            dd = None if dd is None else dd.to(dtype)
+    return dA, dA_pool, dB, dB_pool, dd
+
+
+def as_results(like: Tensor, grads: FactorGrads) -> Gradients:
+    """Put a tensor without elements for None, which an operator cannot give."""
+    a, b, c, d, e = [like.new_empty(0) if grad is None else grad for grad in grads]
+    return a, b, c, d, e
+
+
+def with_own_memory(
+    dA: Tensor, dA_pool: Tensor, dB: Tensor, dB_pool: Tensor, dd: Tensor
+) -> Gradients:
+    """Copy the pool's gradients out of those that they are views of, as no result may be one."""
+    if dB_pool.dim() == 2:
+        dB_pool = dB_pool.t().clone().t()
+    return dA, dA_pool.clone(), dB, dB_pool, dd
