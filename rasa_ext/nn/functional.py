@@ -58,7 +58,8 @@ class _Pack(_Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dAp: Tensor, dBp: Tensor) -> _Grads:
-        return None, None, *_factor_grads(dAp, dBp, *ctx.saved_tensors)
+        # Copies: pack_backward overwrites what it is given.
+        return None, None, *_factor_grads(dAp.clone(), dBp.clone(), *ctx.saved_tensors)
 
 
 class _AdaptedLinear(_Function):
@@ -149,8 +150,9 @@ class _AdaptedProjections(_Function):
         weights, factors, kept = tensors[:n], _by_layer(tensors[n : 6 * n]), tensors[6 * n :]
         need_x, (need_A, need_B) = ctx.needs_input_grad[0], ctx.needs
         if kept:
-            bare = [Factors(f.A, f.A_pool, *_without_outputs(f.B, f.B_pool), f.d) for f in factors]
-            Ap, Bp = pack_projections(bare, grads[0].dtype, ctx.multiple)[0], list(kept)
+            A, A_pool, *_ = zip(*factors, strict=True)
+            down = A, as_op_list(A_pool), grads[0].dtype, ctx.multiple
+            Ap, Bp = ops.packed_down_projections(*down), list(kept)
         else:
             Ap, Bp = pack_projections(factors, grads[0].dtype, ctx.multiple)
         shape = (*grads[0].shape[:-1], ctx.width)
@@ -399,11 +401,6 @@ def unflatten_like(y: Tensor, x: Tensor) -> Tensor:
     Not a view to autograd: what a Function returns as one could not be modified in place.
     """
     return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
-
-
-def _without_outputs(B: Tensor, B_pool: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """B (0, r) and B_pool (0, L*k): a pack of them costs what its Ap does."""
-    return B.narrow(0, 0, 0), None if B_pool is None else B_pool.narrow(0, 0, 0)
 
 
 def _needs(needs: Sequence[bool]) -> tuple[bool, bool]:

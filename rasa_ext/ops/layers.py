@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rasa_ext.ops.library import accumulation_dtype, operator
-from rasa_ext.ops.pack import pack_backward, pack_into, padded
+from rasa_ext.ops.pack import as_results, factor_grads, pack_into, padded
 
 
 @operator(
@@ -55,7 +55,7 @@ def pack_group_backward(
     dd = B[0].new_empty((layers, own + pooled))
     dA_pool, dB_pool = B[0].new_zeros((pooled, dAp.shape[2])), B[0].new_zeros((pooled, out))
     for i in range(layers):
-        parts = pack_backward(dAp[i], dBp[i], B[i], B_pool, d[i])
+        parts = as_results(B[i], factor_grads(dAp[i], dBp[i].clone(), B[i], B_pool, d[i]))
         dA[i], dB[i], dd[i] = parts[0], parts[2].t(), parts[4]
         dA_pool += parts[1]
         dB_pool += parts[3].t()

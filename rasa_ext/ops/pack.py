@@ -84,25 +84,29 @@ def packed(
         return Ap, Bp
     # With nothing to cast, joining takes half as many operations, which is what counts with few
     # tokens; so does every function that Python calls on the way.
-    down, up = [A], [B.t()]
-    if A_pool is not None and B_pool is not None:
-        down, up = [A, A_pool], [B.t(), B_pool.t()]
-    if multiple != 1 and (fill := -sum(map(len, down)) % multiple):
-        down.append(A.new_zeros((fill, A.shape[1])))
-        up.append(B.new_zeros((fill, B.shape[0])))
-    Bp = torch.cat(up)
+    return packed_down(A, A_pool, dtype, multiple), packed_up(B, B_pool, d, multiple)
+
+
+def packed_up(B: Tensor, B_pool: Tensor | None, d: Tensor | None, multiple: int) -> Tensor:
+    """Pack B, B_pool and d alone: Bp (Rp, out), in B's dtype."""
+    Bp = torch.cat(rows_of(B.t(), None if B_pool is None else B_pool.t(), multiple))
     if d is not None:
         (Bp if multiple == 1 else Bp.narrow(0, 0, d.shape[0])).mul_(d.unsqueeze(1))
-    return torch.cat(down), Bp
+    return Bp
 
 
 def packed_down(A: Tensor, A_pool: Tensor | None, dtype: torch.dtype, multiple: int) -> Tensor:
     """Pack A and A_pool alone: Ap (Rp, in)."""
-    rows = [A] if A_pool is None else [A, A_pool]
-    if multiple != 1 and (fill := -sum(map(len, rows)) % multiple):
-        rows.append(A.new_zeros((fill, A.shape[1])))
-    Ap = torch.cat(rows)
+    Ap = torch.cat(rows_of(A, A_pool, multiple))
     return Ap if Ap.dtype == dtype else Ap.to(dtype)
+
+
+def rows_of(own: Tensor, pool: Tensor | None, multiple: int) -> list[Tensor]:
+    """List what stands below each other in a pack: own, pool and rows of zeros."""
+    rows = [own] if pool is None else [own, pool]
+    if multiple != 1 and (fill := -sum(map(len, rows)) % multiple):
+        rows.append(own.new_zeros((fill, own.shape[1])))
+    return rows
 
 
 pack = operator(
@@ -165,11 +169,10 @@ def pack_backward(
     (out, L*k), stored by ranks, are diag(d) dBp, with dBp (Rp, out); dd_j = <B[:, j], dBp[j]>.
     Results have no elements where dAp or dBp, from which they come, is None, dd also where d is.
 
-    dA_pool may be a view of dAp, which the caller gives up. dA is a copy, so that a small gradient
-    does not keep a large one alive.
+    The caller gives dAp and dBp up: dBp may be overwritten, and the pool's gradients be views of
+    them. The private ones are copies, so that a small gradient does not keep a large one alive.
     """
-    own = None if dBp is None else dBp.clone()
-    return as_results(B, factor_grads(dAp, own, B, B_pool, d))
+    return as_results(B, factor_grads(dAp, dBp, B, B_pool, d))
 
 
 def factor_grads(
