@@ -75,12 +75,17 @@ class _AdaptedLinear(_Function):
         multiple: int,
         mask: Tensor | None,
         scale: float,
-        *factors: Tensor | None,
+        A: Tensor,
+        A_pool: Tensor | None,
+        B: Tensor,
+        B_pool: Tensor | None,
+        d: Tensor | None,
     ) -> Tensor:
         rows, base = flatten_tokens(x), None if y is None else flatten_tokens(y)
+        factors = (A, A_pool, B, B_pool, d)
         out, U, Bp = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, mask, scale)
-        *_, A, A_pool, B, B_pool, d = ctx.needs_input_grad
-        need_A, need_B = ctx.needs = A or A_pool, B or B_pool or d
+        *_, of_A, of_A_pool, of_B, of_B_pool, of_d = ctx.needs_input_grad
+        need_A, need_B = ctx.needs = of_A or of_A_pool, of_B or of_B_pool or of_d
         ctx.save_for_backward(
             x if need_A else None,
             weight,
@@ -95,27 +100,31 @@ class _AdaptedLinear(_Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> _Grads:
-        x, weight, U, Bp, mask, *factors = ctx.saved_tensors
+        x, weight, U, Bp, mask, A, A_pool, B, B_pool, d = ctx.saved_tensors
         need_y, need_x, _, _, _, _, _, *needs = ctx.needs_input_grad
+        need_A, need_B = ctx.needs
         dx, *grads = ops.adapted_linear_backward(
             flatten_tokens(grad),
             None if x is None else flatten_tokens(x),
             weight,
             U,
             Bp,
-            *factors,
+            A,
+            A_pool,
+            B,
+            B_pool,
+            d,
             ctx.multiple,
             need_x,
-            *ctx.needs,
+            need_A,
+            need_B,
             mask,
             ctx.scale,
         )
-        if not need_x:
-            dx = None
-        elif grad.dim() != 2:
-            dx = dx.view(*grad.shape[:-1], ctx.width)
+        shape = (*grad.shape[:-1], ctx.width)
+        dx_shaped = dx.view(shape) if need_x else None
         own = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return grad if need_y else None, dx, None, None, None, None, None, *own
+        return grad if need_y else None, dx_shaped, None, None, None, None, None, *own
 
 
 class _AdaptedProjections(_Function):

@@ -53,7 +53,7 @@ def packed_down_projections(
     A: Sequence[Tensor], A_pool: Sequence[Tensor], dtype: torch.dtype, multiple: int
 ) -> Tensor:
     """Pack every A and A_pool alone: Ap (Rp, in)."""
-    pools = A_pool or [None] * len(A)
+    pools: Sequence[Tensor | None] = A_pool or [None] * len(A)
     rows = [row for own, pool in zip(A, pools, strict=True) for row in rows_of(own, pool, multiple)]
     Ap = torch.cat(rows)
     return Ap if Ap.dtype == dtype else Ap.to(dtype)
