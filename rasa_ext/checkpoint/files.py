@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rasa_ext.checkpoint.writing import made, writing
+
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
@@ -30,20 +32,27 @@ def write_adapter(
     """Write both files of an adapter directory, or leave both as they were.
 
     Each is written beside its place and flushed to disk before either is moved there, and whatever
-    fails until then, or in the moves, brings back the old pair.
+    fails until then, or in the moves, brings back the old pair. Where the system refuses, the
+    error is a `WriteError`.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(dict(config), indent=2) + "\n"
     ready = {
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
         for name, t in tensors.items()
     }
+    there = (directory / WEIGHTS).exists()
+    whole = "the adapter that is there is whole" if there else "nothing was left there"
+    with writing(directory, whole), made(directory):
+        _write_pair(directory, text, ready)
+
+
+def _write_pair(directory: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
     weights, settings = directory / WEIGHTS, directory / CONFIG
     new_weights, new_settings = (directory / f".{name}.new" for name in (WEIGHTS, CONFIG))
     old_weights = directory / f".{WEIGHTS}.old"
     try:
-        _save(ready, new_weights)
+        _save(tensors, new_weights)
         new_settings.write_text(text, encoding="utf-8")
         # Some releases of safetensors write files that only their owner may read.
         os.chmod(new_weights, new_settings.stat().st_mode)

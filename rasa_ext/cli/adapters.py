@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rasa_ext.cli.output import command, console
+from rasa_ext.cli.output import Overwrite, command, console
 
 _Adapter = Annotated[Path, typer.Argument(help="Adapter directory.", show_default=False)]
 _Output = Annotated[Path, typer.Option(help="Directory to write.", show_default=False)]
@@ -23,11 +23,17 @@ _Dtype = Annotated[
 
 
 @command
-def merge(adapter: _Adapter, output: _Output, model: _Base = None, dtype: _Dtype = "auto") -> None:
+def merge(
+    adapter: _Adapter,
+    output: _Output,
+    model: _Base = None,
+    dtype: _Dtype = "auto",
+    overwrite: Overwrite = False,
+) -> None:
     """Fold an adapter into its base model and write a standalone model."""
     from rasa_ext.train.convert import merge_adapter
 
-    change = merge_adapter(adapter, output, base=model, dtype=dtype)
+    change = merge_adapter(adapter, output, base=model, dtype=dtype, overwrite=overwrite)
     console.print(f"Merged model in {output}; the largest change of a weight is {change:.3g}.")
 
 
@@ -45,12 +51,20 @@ def export_lora(
             "--allow-dropped", help="Write it even if llama.cpp or SGLang would leave a part out."
         ),
     ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter as an exact plain LoRA for PEFT, vLLM, SGLang and llama.cpp."""
     from rasa_ext.train.convert import export_adapter
     from rasa_ext.train.serving import serving_help
 
-    lora = export_adapter(adapter, output, base=model, pad_to=pad_to, allow_dropped=allow_dropped)
+    lora = export_adapter(
+        adapter,
+        output,
+        base=model,
+        pad_to=pad_to,
+        allow_dropped=allow_dropped,
+        overwrite=overwrite,
+    )
     console.print(f"LoRA of rank {lora.rank} in {output}.")
     console.print(serving_help(lora.base, output, lora.rank, float32=lora.float32), markup=False)
 
@@ -62,9 +76,10 @@ def import_official(
     ],
     output: _Output,
     model: _Base = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn a checkpoint of the official RaSA code into an adapter of this package."""
     from rasa_ext.train.convert import import_checkpoint
 
-    import_checkpoint(checkpoint, output, base=model)
+    import_checkpoint(checkpoint, output, base=model, overwrite=overwrite)
     console.print(f"Adapter in {output}.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rasa_ext.cli.output import command, console, table_of
+from rasa_ext.cli.output import Overwrite, command, console, table_of
 
 if TYPE_CHECKING:
     from rasa_ext.patching.targets import Group
@@ -56,6 +56,7 @@ def compress(
     ] = "",
     iterations: _Iterations = 50,
     dtype: _Dtype = "float64",
+    overwrite: Overwrite = False,
 ) -> None:
     """Find the RaSA adapter that comes closest to a full fine-tuning, or to a larger LoRA."""
     from rasa_ext.train.compress import compress_finetuned, compress_lora
@@ -66,7 +67,9 @@ def compress(
     with _progress() as bar:
         solver = _solver(bar, iterations, dtype)
         if lora is not None:
-            read, found = compress_lora(lora, output, rank, k, base=base, solver=solver)
+            read, found = compress_lora(
+                lora, output, rank, k, base=base, solver=solver, overwrite=overwrite
+            )
         elif base is None or finetuned is None:
             raise ValueError("base: expected --base, the model before --finetuned, got none.")
         else:
@@ -80,6 +83,7 @@ def compress(
                 target_modules=parse_targets(target_modules),
                 modules_to_save="changed" if names == ["changed"] else names,
                 solver=solver,
+                overwrite=overwrite,
             )
     if lora is not None:
         console.print(f"The LoRA has {read.num_parameters:,} parameters, at rank {read.rank}.")
@@ -101,13 +105,16 @@ def import_lora(
     k: Annotated[int, typer.Option(help="How many ranks to share; 0 is a plain LoRA.")] = 0,
     iterations: _Iterations = 50,
     dtype: _Dtype = "float64",
+    overwrite: Overwrite = False,
 ) -> None:
     """Turn a LoRA into a RaSA adapter: exactly, or with --rank or --k the nearest one."""
     from rasa_ext.train.compress import compress_lora
 
     with _progress() as bar:
         solver = _solver(bar, iterations, dtype)
-        read, found = compress_lora(lora, output, rank, k, base=model, solver=solver)
+        read, found = compress_lora(
+            lora, output, rank, k, base=model, solver=solver, overwrite=overwrite
+        )
     if found.groups:
         _show(found, output)
     else:
@@ -120,6 +127,7 @@ def import_lora(
 
 def _show(found: CompressedAdapter, output: Path) -> None:
     """Errors beside LoRA's, as a table and a picture."""
+    from rasa_ext.checkpoint.writing import writing
     from rasa_ext.train.plots import plot_errors
 
     rank, k = found.config.rank, found.config.k
@@ -152,7 +160,8 @@ def _show(found: CompressedAdapter, output: Path) -> None:
         f"({ours / loras - 1:+.1%}); the equal LoRA "
         "has as many as RaSA, by a rank more in some layers."
     )
-    plot_errors(found.groups, output / PICTURE)
+    with writing(output / PICTURE, f"the adapter in {output} is whole"):
+        plot_errors(found.groups, output / PICTURE)
     console.print(f"Adapter in {output}; picture: {output / PICTURE}", markup=False)
 
 

@@ -84,6 +84,7 @@ def _show_adapter(directory: Path) -> None:
 
 def _show_spectrum(directory: Path, output: Path) -> None:
     from rasa_ext.analysis import analyze_adapter
+    from rasa_ext.checkpoint.writing import writing
     from rasa_ext.train.plots import plot_pool_use, plot_spectra
 
     groups = analyze_adapter(directory)
@@ -105,13 +106,16 @@ def _show_spectrum(directory: Path, output: Path) -> None:
             f"{_mean([layer.norm for layer in layers]):.3g}",
         )
     console.print(table)
-    output.mkdir(parents=True, exist_ok=True)
-    plot_spectra(groups, output / "spectrum.png")
-    pictures = [str(output / "spectrum.png")]
+    plots = {"spectrum.png": plot_spectra}
     if any(group.pool_use.numel() for group in groups):
-        plot_pool_use(groups, output / "pool.png")
-        pictures.append(str(output / "pool.png"))
-    console.print(f"Means over layers. Pictures: {', '.join(pictures)}", markup=False)
+        plots["pool.png"] = plot_pool_use
+    pictures = {output / name: plot for name, plot in plots.items()}
+    for path, plot in pictures.items():
+        with writing(path, f"the adapter in {directory} is whole"):
+            output.mkdir(parents=True, exist_ok=True)
+            plot(groups, path)
+    shown = ", ".join(map(str, pictures))
+    console.print(f"Means over layers. Pictures: {shown}", markup=False)
 
 
 def _mean(values: list[float]) -> float:

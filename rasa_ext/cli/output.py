@@ -6,7 +6,7 @@ import functools
 import logging
 import warnings
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
@@ -16,6 +16,10 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
 P = ParamSpec("P")
+
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
+]
 
 console = Console(highlight=False, soft_wrap=True)
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -29,17 +33,32 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         _quiet()
         try:
             function(*args, **kwargs)
-        except (ValueError, TypeError, FileNotFoundError, NotADirectoryError) as error:
-            if logging.getLogger("rasa_ext").isEnabledFor(logging.DEBUG):
-                raise
-            _errors.print("Error:", style="bold red", end=" ")
-            _errors.print(str(error), markup=False)
-            raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _errors.print("Interrupted.")
             raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            told = _told(error)
+            if told is None or logging.getLogger("rasa_ext").isEnabledFor(logging.DEBUG):
+                raise
+            _errors.print("Error:", style="bold red", end=" ")
+            _errors.print(told, markup=False)
+            raise typer.Exit(1) from None
 
     return wrapped
+
+
+def _told(error: Exception) -> str | None:
+    """The sentence for an error that is no fault of the program; None for another."""
+    from rasa_ext.checkpoint.writing import WriteError, is_full, write_error
+
+    if isinstance(error, WriteError):
+        return str(error)
+    file = getattr(error, "filename", None)
+    if is_full(error):  # while some library wrote
+        return str(write_error(file or "the output", error, "what was written before is whole"))
+    if isinstance(error, OSError) and file is not None:
+        return f"{file}: {str(error.strerror).lower()}."
+    return str(error) if isinstance(error, ValueError | TypeError | OSError) else None
 
 
 def table_of(first: str, *numbers: str) -> Table:

@@ -29,13 +29,15 @@ def compress_finetuned(
     target_modules: str | Sequence[str],
     modules_to_save: str | Sequence[str],
     solver: Solver,
+    overwrite: bool = False,
 ) -> CompressedAdapter:
     """Write the RaSA adapter that comes closest to a full fine-tuning of ``base``.
 
-    Raises ValueError or FileNotFoundError where a model cannot be read or the two do not match.
+    Raises ValueError or FileNotFoundError where a model cannot be read or the two do not match, or
+    ``output`` holds files and ``overwrite`` was not asked for; `WriteError` where it cannot be
+    written.
     """
-    check_differs(Path(base), output)
-    check_differs(Path(finetuned), output)
+    check_differs((base, finetuned), output, overwrite=overwrite)
     model = _skeleton(base)
     before, after = _weights(base, model), _weights(finetuned, model)
 
@@ -55,14 +57,21 @@ def compress_finetuned(
 
 
 def compress_lora(
-    lora: Path, output: Path, rank: int | None, k: int, *, base: str | None, solver: Solver
+    lora: Path,
+    output: Path,
+    rank: int | None,
+    k: int,
+    *,
+    base: str | None,
+    solver: Solver,
+    overwrite: bool = False,
 ) -> tuple[Lora, CompressedAdapter]:
     """Write a LoRA as a RaSA adapter: exactly without rank and k, else the nearest one.
 
     Raises ValueError or FileNotFoundError where the LoRA or its base's configuration cannot be
-    read, or do not fit each other.
+    read, or do not fit each other; for ``output`` as `compress_finetuned`.
     """
-    check_differs(lora, output)
+    check_differs((lora,), output, overwrite=overwrite)
     read = read_lora(lora)
     model = _skeleton(base_of(lora, base))
     found = convert_lora(model, read, str(lora), rank, k, solver)

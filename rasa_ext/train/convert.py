@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
+from rasa_ext.checkpoint.writing import check_output, new_folder
 from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
 
 
-def merge_adapter(adapter: Path, output: Path, *, base: str | None, dtype: str) -> float:
-    """Write base + adapter as a standalone model with its tokenizer.
+def merge_adapter(
+    adapter: Path, output: Path, *, base: str | None, dtype: str, overwrite: bool = False
+) -> float:
+    """Write base + adapter as a standalone model with its tokenizer: all of it or nothing.
 
     Returns the largest change of any weight. Raises FileNotFoundError or ValueError where the
-    adapter or the base cannot be read, or do not fit each other; nothing is written then.
+    adapter or the base cannot be read, or do not fit each other, or where ``output`` holds files
+    and ``overwrite`` was not asked for; `WriteError` where it cannot be written.
     """
-    check_differs(adapter, output)
-    name, model = _load(adapter, base, dtype)
+    name = base_of(adapter, base)
+    check_differs((adapter, name), output, overwrite=overwrite)
+    model = rasa_ext.load_adapter(load_model(name, dtype), adapter)
+    tokenizer = load_tokenizer(name)
     change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(model))
-    save_model(rasa_ext.merge_and_unload(model), load_tokenizer(name), output)
+    merged = rasa_ext.merge_and_unload(model)
+    with new_folder(output, "the adapter and the base are whole") as folder:
+        save_model(merged, tokenizer, folder)
     return change
 
 
@@ -35,20 +44,30 @@ class Exported(NamedTuple):
 
 
 def export_adapter(
-    adapter: Path, output: Path, *, base: str | None, pad_to: int | None, allow_dropped: bool
+    adapter: Path,
+    output: Path,
+    *,
+    base: str | None,
+    pad_to: int | None,
+    allow_dropped: bool,
+    overwrite: bool = False,
 ) -> Exported:
-    """Write the adapter as a plain LoRA."""
-    check_differs(adapter, output)
-    name, model = _load(adapter, base, "auto")
+    """Write the adapter as a plain LoRA; errors are those of `merge_adapter`."""
+    name = base_of(adapter, base)
+    check_differs((adapter, name), output, overwrite=overwrite)
+    model = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
     float32 = model.dtype == torch.float32
     rank = rasa_ext.export_lora(model, output, pad_to=pad_to, allow_dropped=allow_dropped)
     return Exported(name, rank, float32)
 
 
-def import_checkpoint(checkpoint: Path, output: Path, *, base: str | None) -> None:
+def import_checkpoint(
+    checkpoint: Path, output: Path, *, base: str | None, overwrite: bool = False
+) -> None:
     """Write a checkpoint of the official RaSA code as an adapter of this package."""
-    check_differs(checkpoint, output)
-    model = load_model(base_of(checkpoint, base))
+    name = base_of(checkpoint, base)
+    check_differs((checkpoint, name), output, overwrite=overwrite)
+    model = load_model(name)
     rasa_ext.load_official(model, checkpoint)
     rasa_ext.save_adapter(model, output)
 
@@ -61,15 +80,18 @@ def base_of(adapter: Path, given: str | None) -> str:
         raise ValueError(
             f"model: {adapter} does not say which base model it was trained on; pass --model."
         )
-    return name
+    return str(name)
 
 
-def _load(adapter: Path, base: str | None, dtype: str) -> tuple[str, Any]:
-    name = base_of(adapter, base)
-    return name, rasa_ext.load_adapter(load_model(name, dtype), adapter)
+def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: bool) -> None:
+    """Check that ``output`` can be written, and is none of the folders that it is made from.
 
-
-def check_differs(source: Path, output: Path) -> None:
-    """Raise ValueError where the output would be written over what it is made from."""
-    if source.resolve() == output.resolve():
-        raise ValueError(f"output: expected another directory than the adapter's, got {output}.")
+    Raises ValueError or `WriteError`; see `check_output`.
+    """
+    for source in sources:
+        if Path(source).resolve() == output.resolve():
+            raise ValueError(
+                f"output: expected another directory than that of what it is made from, got "
+                f"{output}."
+            )
+    check_output(output, overwrite=overwrite)

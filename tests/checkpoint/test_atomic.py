@@ -9,6 +9,7 @@ import resource
 import pytest
 
 import rasa_ext
+from rasa_ext.checkpoint.writing import WriteError
 from tests.helpers.adapters import RANK, content, patched
 from tests.helpers.models import SEQUENTIAL
 
@@ -36,11 +37,14 @@ def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
     try:
-        with pytest.raises(Exception, match=r"(?i)too large"):
+        with pytest.raises(WriteError) as caught:
             WRITERS[writer](model, directory)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, usual)
     assert content(directory) == before
+    assert caught.value.errno == errno.EFBIG
+    for part in (str(directory), "too large", "the adapter that is there is whole", "ulimit -f"):
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -81,6 +85,16 @@ def no_space(*args):
 
 def test_a_failing_first_save_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", no_space)
-    with pytest.raises(OSError, match="No space"):
-        rasa_ext.save_adapter(patched(SEQUENTIAL.build()), tmp_path)
-    assert content(tmp_path) == {}
+    new = tmp_path / "a" / "b"
+    with pytest.raises(OSError, match=r"no space is left on its disk.*nothing was left.*free some"):
+        rasa_ext.save_adapter(patched(SEQUENTIAL.build()), new)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_where_the_folder_goes(writer, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(WriteError, match=r"a file stands where a folder goes.*move that file"):
+            WRITERS[writer](patched(SEQUENTIAL.build()), place)
+    assert content(tmp_path) == {"file": b"mine"}

@@ -84,7 +84,7 @@ def test_compress_keeps_what_else_changed(base, tuned, tmp_path):
     assert "Not carried:" not in text
     model = rasa_ext.load_adapter(load(base), tmp_path)
     torch.testing.assert_close(logits(model.eval()), logits(load(tuned)), rtol=1e-3, atol=1e-3)
-    text = invoke(*words, "-o", tmp_path, "--modules-to-save", "embed_tokens, norm")
+    text = invoke(*words, "-o", tmp_path / "o", "--modules-to-save", "embed_tokens, norm")
     assert "kept in full: model.embed_tokens, model.norm" in text
     assert "Not carried:" in text
 
@@ -97,7 +97,7 @@ def test_compress_a_checkpoint_that_is_no_safetensors_folder(base, tuned, tmp_pa
     torch.save(model.state_dict(), tmp_path / "pickled" / "pytorch_model.bin")
     words = ["compress", "--base", base, "--iterations", 1, "--rank", 2]
     texts = [
-        invoke(*words, "--finetuned", directory, "-o", tmp_path / "out")
+        invoke(*words, "--finetuned", directory, "-o", tmp_path / "out", "--overwrite")
         for directory in (tuned, tmp_path / "pickled")
     ]
     assert texts[0] == texts[1]
@@ -161,6 +161,6 @@ def test_nothing_is_written_over_what_is_read(base, tuned, lora):
     for words in (
         ["compress", "--base", base, "--finetuned", tuned, "-o", tuned],
         ["compress", "--lora", lora, "-o", lora],
-        ["import-lora", lora, "-o", lora],
+        ["import-lora", lora, "-o", lora, "--overwrite"],
     ):
         assert "output: expected another directory" in invoke(*words, code=1)

@@ -1,0 +1,168 @@
+"""Folders that appear whole or not at all, and the sentence for what the system refuses."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+
+from rasa_ext.checkpoint import writing as module
+from rasa_ext.checkpoint.writing import WriteError, check_output, new_folder, writing
+
+
+def tree(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): path.read_text() if path.is_file() else "/"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, r"no space is left on its disk \([\d,.]+ MiB are free\).*free some space"),
+        (errno.EDQUOT, "quota"),
+        (errno.EROFS, "file system is read-only; .*choose another folder"),
+        (errno.EACCES, "no permission; .*change the permissions"),
+        (errno.EPERM, "no permission"),
+        (errno.EFBIG, "too large.*ulimit -f"),
+        (errno.EIO, "the system says 'input/output error'"),
+    ],
+)
+def test_one_sentence_for_what_the_system_refuses(number, said, tmp_path):
+    with (
+        pytest.raises(WriteError, match=f"{tmp_path}.*{said}") as caught,
+        writing(tmp_path, "the old one is whole"),
+    ):
+        raise OSError(number, os.strerror(number), "elsewhere")
+    assert "the old one is whole" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path))
+
+
+def save_tokenizer(path: Path) -> None:
+    Tokenizer(models.WordLevel({"word" * 500: 0})).save(str(path))
+
+
+WRITERS = {
+    "safetensors": lambda path: save_file({"a": torch.zeros(1000)}, path),
+    "torch": lambda path: torch.save({"a": torch.zeros(1000)}, path),
+    "tokenizers": save_tokenizer,
+    "python": lambda path: path.write_bytes(bytes(2000)),
+}
+
+
+@pytest.mark.parametrize("library", WRITERS)
+def test_each_library_s_own_error_is_understood(library, tmp_path):
+    """Real writes that the system cuts off, at 1000 bytes."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
+    try:
+        with pytest.raises(WriteError) as caught, writing(tmp_path, "all is well"):
+            WRITERS[library](tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert str(tmp_path) in str(caught.value)
+    assert "too large" in str(caught.value) or "the disk may be full" in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [ValueError("rank: no"), RuntimeError("cuda"), OSError("no hub")])
+def test_other_errors_pass(error, tmp_path):
+    with pytest.raises(type(error)) as caught, writing(tmp_path, ""):
+        raise error
+    assert caught.value is error
+
+
+def test_a_new_folder_appears_whole(tmp_path):
+    output = tmp_path / "a" / "out"
+    usual = os.umask(0o027)
+    try:
+        with new_folder(output, "") as folder:
+            (folder / "sub").mkdir()
+            for path in (folder / "one", folder / "sub" / "two"):
+                path.touch(mode=0o600)
+            assert not output.exists()
+    finally:
+        os.umask(usual)
+    assert tree(tmp_path) == {"a": "/", "a/out": "/", "a/out/one": "", "a/out/sub": "/",
+                              "a/out/sub/two": ""}  # fmt: skip
+    assert {p.stat().st_mode & 0o777 for p in output.rglob("*") if p.is_file()} == {0o640}
+    assert output.stat().st_mode & 0o777 == 0o750
+
+
+def write(output: Path, files: dict[str, str], error: BaseException | None = None) -> None:
+    """Write the files through a new folder, and then fail."""
+    before = tree(output) if output.exists() else {}
+    with new_folder(output, "the base is whole") as folder:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+        if output.exists():
+            assert {name: t for name, t in tree(output).items() if ".part" not in name} == before
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), KeyboardInterrupt()])
+def test_a_new_folder_that_fails_leaves_nothing(error, tmp_path):
+    expected = WriteError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        write(tmp_path / "a" / "out", {"one": ""}, error)
+    assert not list(tmp_path.iterdir())
+
+
+OLD = {
+    "config.json": "old",
+    "model-00001-of-00002.safetensors": "old",
+    "model.safetensors.index.json": "old",
+    "pytorch_model.bin": "old",
+    "model.gguf": "mine",
+    "notes": "/",
+    "notes/today": "mine",
+}
+
+
+@pytest.fixture
+def old(tmp_path) -> Path:
+    (tmp_path / "notes").mkdir()
+    for name, text in OLD.items():
+        if text != "/":
+            (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_weights_of_an_earlier_model_go_and_the_rest_stays(old):
+    write(old, {"config.json": "new", "model.safetensors": "new"})
+    assert tree(old) == {
+        "config.json": "new",
+        "model.gguf": "mine",
+        "model.safetensors": "new",
+        "notes": "/",
+        "notes/today": "mine",
+    }
+
+
+def test_a_failure_leaves_what_was_there(old):
+    with pytest.raises(WriteError, match="the base is whole, and so is what was there"):
+        write(old, {"config.json": "new"}, OSError(errno.ENOSPC, "No space"))
+    assert tree(old) == OLD
+
+
+def test_an_output_is_looked_at_before_the_work(tmp_path, monkeypatch):
+    check_output(tmp_path / "new" / "deep", overwrite=False)
+    check_output(tmp_path, overwrite=False)  # empty
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output: .*holds files; pass --overwrite"):
+        check_output(tmp_path, overwrite=False)
+    check_output(tmp_path, overwrite=True)
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(WriteError, match="a file stands where a folder goes"):
+            check_output(path, overwrite=True)
+    monkeypatch.setattr(module, "_may_write", lambda _: False)  # root may, everywhere
+    with pytest.raises(WriteError, match="no permission; nothing was written"):
+        check_output(tmp_path / "new", overwrite=True)
