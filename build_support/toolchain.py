@@ -74,7 +74,7 @@ def _torch_site() -> Path:
     for path in seen:
         if (path / "torch" / "version.py").is_file():
             return path
-    raise Missing("no torch is installed in this environment")
+    raise Missing("the build found no torch; install torch first, then rasa-ext again")
 
 
 def _candidates() -> Iterator[Path]:

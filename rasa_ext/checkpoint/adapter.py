@@ -8,7 +8,9 @@ stand under their own names. The configuration uses the field names of the offic
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from rasa_ext.base_layers.sharded import (
 from rasa_ext.checkpoint.files import (
     PREFIX,
     WEIGHTS,
+    check_finite,
     check_tensors,
     read_config,
     read_tensors,
@@ -37,7 +40,7 @@ from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.patch import apply_plan, check_unpatched
 from rasa_ext.patching.state import adapted_layers, is_patched, patch_state, unwrap
-from rasa_ext.patching.targets import Plan, make_plan, resolve_config
+from rasa_ext.patching.targets import Plan, make_plan, pattern, resolve_config
 
 
 def own_key(name: str, field: str) -> str:
@@ -160,13 +163,36 @@ def load_tensors_into(
         check_unpatched(model)
         plan = make_plan(model, config)
     expected = _expected(unwrap(model), config, plan)
-    check_tensors(_keyed(shown, tensors), _keyed(shown, expected), where)
+    hint = _other_base(tensors, expected)
+    check_tensors(_keyed(shown, tensors), _keyed(shown, expected), where, hint)
+    check_finite(_keyed(shown, tensors), where)
     if not patched:
         apply_plan(model, config, plan)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model).items():
             tensor.copy_(tensors[key])
     return model
+
+
+def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
+    """Say what an adapter that does not fit is made for, and what to do with it."""
+    if any(".rasa_mixing" in key or ".rasa_shared_" in key for key in found):
+        return "It is a checkpoint of the official code, which rasa_ext.load_official reads."
+    theirs, ours = (Counter(map(pattern, _layers(keys))) for keys in (found, expected))
+    differ = [kind for kind in theirs if theirs[kind] != ours[kind]]
+    told = ""
+    if differ:
+        kind = differ[0]
+        told = f"The adapter has {theirs[kind]} layers {kind}, and the model {ours[kind]}. "
+    return (
+        f"{told}Load it into the model that it was trained on: base_model_name_or_path in its "
+        "adapter_config.json."
+    )
+
+
+def _layers(keys: Iterable[str]) -> list[str]:
+    found = (re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.rasa_A", key) for key in keys)
+    return [match[1] for match in found if match]
 
 
 def _keyed(name: Callable[[str], str], things: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
+_ANOTHER_COPY = "take a whole copy of it, or the checkpoint before it"
 DIGEST = "sha256"
 """The entry of a safetensors file's metadata that `digest` fills."""
+
+_FACTOR = re.compile(r"\.(rasa|lora)_\w+(\.weight)?$")
 
 
 def write_adapter(
@@ -102,12 +106,19 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``adapter_config.json``; FileNotFoundError or ValueError with the path."""
     path = Path(directory) / CONFIG
+    if Path(directory).is_file():
+        raise FileNotFoundError(
+            f"directory: expected an adapter's directory, got the file {directory}; pass "
+            f"{Path(directory).parent}."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, but it does not parse ({error}).") from None
+        raise ValueError(
+            f"{path}: damaged or cut, since it does not parse as JSON ({error}); {_ANOTHER_COPY}."
+        ) from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(data).__name__}.")
     return data
@@ -126,11 +137,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             told = (file.metadata() or {}).get(DIGEST)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file ({error}).") from None
+        raise ValueError(
+            f"{path}: damaged or cut, since it does not parse as safetensors ({error}); "
+            f"{_ANOTHER_COPY}."
+        ) from None
     if told is not None and told != (found := digest(tensors)):
         raise ValueError(
             f"{path}: expected tensors of the SHA-256 that the file tells, {told}, got {found}; "
-            "the file was damaged or edited since it was written, so take a whole copy of it."
+            f"the file was damaged or edited since it was written, so {_ANOTHER_COPY}."
         )
     return tensors
 
@@ -156,10 +170,32 @@ def read_either(directory: Path) -> dict[str, Tensor]:
     return data
 
 
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """ValueError, naming the keys, where a tensor holds NaN, or factors of an adapter infinity."""
+    bad = [
+        name
+        for name, tensor in tensors.items()
+        if not (tensor.isfinite() if _FACTOR.search(name) else ~tensor.isnan()).all()
+    ]
+    if bad:
+        raise ValueError(
+            f"{where}: expected finite numbers, but {len(bad)} of {len(tensors)} tensors hold NaN "
+            f"or infinity: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}; the training "
+            "that wrote them had diverged, so take an earlier checkpoint, or train again at a "
+            "lower learning rate. Nothing was changed."
+        )
+
+
 def check_tensors(
-    found: Mapping[str, Tensor], expected: Mapping[str, Iterable[int]], where: str
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Iterable[int]],
+    where: str,
+    hint: str = "",
 ) -> None:
-    """ValueError, naming the keys, unless ``found`` has just the expected names and shapes."""
+    """ValueError, naming the keys, unless ``found`` has just the expected names and shapes.
+
+    ``hint`` is a sentence, on what to do, that the message ends with.
+    """
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]
     misshapen = [
@@ -178,6 +214,6 @@ def check_tensors(
     ]
     if problems:
         raise ValueError(
-            f"{where}: the adapter does not fit the model; {'; '.join(problems)}. "
-            "Nothing was changed."
+            f"{where}: the adapter does not fit the model; {'; '.join(problems)}. {hint}"
+            f"{' ' if hint else ''}Nothing was changed."
         )

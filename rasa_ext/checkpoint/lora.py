@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rasa_ext.checkpoint.files import PREFIX, read_config, read_either
+from rasa_ext.checkpoint.files import PREFIX, check_finite, read_config, read_either
 
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight$")
 _MERGE = "merge it with PEFT's merge_and_unload instead, and use `rasa-ext compress --finetuned`"
@@ -69,7 +69,9 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
     _check_config(config, str(directory))
     parts: dict[str, dict[str, Tensor]] = {}
     saved = {}
-    for key, tensor in read_either(Path(directory)).items():
+    tensors = read_either(Path(directory))
+    check_finite(tensors, str(directory))
+    for key, tensor in tensors.items():
         match = _FACTOR.match(key)
         if match:
             parts.setdefault(match["name"].removeprefix(PREFIX), {})[match["part"]] = tensor
@@ -89,9 +91,14 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
+        ours = (
+            "this is a RaSA adapter already, which rasa_ext.load_adapter(model, directory) and "
+            "the commands merge and export-lora read"
+        )
         raise ValueError(
-            f"{where}: expected peft_type 'LORA' in adapter_config.json, got "
-            f"{config.get('peft_type')!r}."
+            f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; "
+            f"{ours if kind == 'RASA' else _MERGE}."
         )
     for name in _VARIANTS:
         if config.get(name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.methods.base import AdapterConfig, other_method
 from rasa_ext.methods.rasa import RasaConfig
 
 METHODS: dict[str, type[AdapterConfig]] = {config.peft_type: config for config in (RasaConfig,)}
@@ -21,5 +21,5 @@ def read_method(data: Mapping[str, Any]) -> AdapterConfig:
     kind = data.get("peft_type")
     if kind not in METHODS:
         known = " or ".join(map(repr, METHODS))
-        raise ValueError(f"adapter_config.json: expected peft_type {known}, got {kind!r}.")
+        raise ValueError(f"adapter_config.json: expected peft_type {known}, {other_method(kind)}.")
     return METHODS[kind].from_dict(data)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
+from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.ops import Factors
 
 ALL_LINEAR = "all-linear"
@@ -77,6 +78,11 @@ class AdapterConfig:
         "Dtype of the trainable parameters. Computation casts them to the activations' dtype; "
         "bfloat16 here saves memory but rounds away small optimizer steps.",
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
+        """Make a config; TypeError, with the name that was meant, for a field it does not have."""
+        check_keywords(cls.__name__, kwargs, [field.name for field in dataclasses.fields(cls)])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every field and bring it into its canonical form."""
@@ -149,7 +155,7 @@ class AdapterConfig:
         kind = data.get("peft_type")
         if kind != cls.peft_type:
             raise ValueError(
-                f"adapter_config.json: expected peft_type {cls.peft_type!r}, got {kind!r}."
+                f"adapter_config.json: expected peft_type {cls.peft_type!r}, {other_method(kind)}."
             )
         if data.get("bias", "none") != "none":
             raise ValueError(
@@ -177,6 +183,18 @@ class AdapterConfig:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         ]
+
+
+def other_method(kind: Any) -> str:
+    """Say of another method's adapter what it is and what reads it, as a clause."""
+    if kind == "LORA":
+        return (
+            "got 'LORA'; this is a LoRA, which rasa_ext.import_lora(model, directory), or "
+            "`rasa-ext import-lora DIRECTORY --output NEW`, makes an adapter of"
+        )
+    if kind is None:
+        return "got none; is this the folder of an adapter?"
+    return f"got {kind!r}; PEFT reads adapters of its own methods"
 
 
 def document_fields(config: type[AdapterConfig]) -> None:

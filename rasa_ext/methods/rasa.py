@@ -63,8 +63,8 @@ class RasaConfig(AdapterConfig):
         if not 0 <= k <= rank:
             raise ValueError(f"k: expected 0 <= k <= rank (rank is {rank}), got {k}.")
         alpha = checked_number("alpha", self.alpha)
-        if not math.isfinite(alpha) or alpha == 0:
-            raise ValueError(f"alpha: expected a finite number other than 0, got {alpha}.")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha: expected a finite number above 0, got {alpha}.")
         self._set(rank=rank, k=k, alpha=alpha)
         super().__post_init__()
 

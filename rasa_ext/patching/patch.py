@@ -11,8 +11,10 @@ from torch import nn
 from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.quantized import disable_cpu_repacking
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, group_places
+from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.patching.advice import advice
 from rasa_ext.patching.state import PatchState, adapted_layers, patch_state, set_patch_state, unwrap
 from rasa_ext.patching.swap import (
     disable_fused_encoder,
@@ -23,6 +25,7 @@ from rasa_ext.patching.swap import (
 from rasa_ext.patching.targets import Plan, make_plan
 
 
+@suggests_keywords
 def patch_model(
     model: nn.Module,
     rank: int = 8,
@@ -84,7 +87,10 @@ def patch_model(
             f"single arguments, default: {'; '.join(given.differences(RasaConfig()))}."
         )
     check_unpatched(model)
-    apply_plan(model, config, make_plan(model, config))
+    plan = make_plan(model, config)
+    apply_plan(model, config, plan)
+    for message in advice(config, plan):
+        warnings.warn(message, stacklevel=3)
     return model
 
 
@@ -108,7 +114,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         warnings.warn(
             f"{len(plan.stacked_experts)} stacked (3-D) weights are not linear layers and stay "
             f"untouched, among them {shown}.",
-            stacklevel=3,
+            stacklevel=4,
         )
     # Everything that can fail, running out of memory included, happens before the model changes.
     modules = dict(model.named_modules())

@@ -14,6 +14,7 @@ from rasa_ext.base_layers.quantized import check_not_repacked, format_of
 from rasa_ext.base_layers.sharded import is_dtensor
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
 
+INSTEAD = "leave it out with exclude_modules, or train it in full with modules_to_save"
 OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
 
 
@@ -65,7 +66,7 @@ def make_plan(
     skipped: dict[str, str] = {}
     chosen: list[str] = []
     explicit = config.target_modules != ALL_LINEAR
-    for name in _matched(linears, config.target_modules):
+    for name in _matched(model, linears, config.target_modules):
         kept = next((s for s in saved if name == s or name.startswith(f"{s}.")), None)
         if matches(name, config.exclude_modules):
             skipped[name] = "named by exclude_modules"
@@ -78,7 +79,9 @@ def make_plan(
             skipped[name] = "trained in full, named by modules_to_save"
         elif name in reasons:
             if explicit:
-                raise ValueError(f"target_modules: cannot adapt {name!r}: {reasons[name]}.")
+                raise ValueError(
+                    f"target_modules: cannot adapt {name!r}: {reasons[name]}; {INSTEAD}."
+                )
             skipped[name] = reasons[name]
         elif not explicit and (reason := heads.get(name)):
             skipped[name] = reason
@@ -88,7 +91,7 @@ def make_plan(
         why = "".join(f" {name}: {reason}." for name, reason in list(skipped.items())[:5])
         raise ValueError(
             f"target_modules: expected at least one linear layer, but {config.target_modules!r} "
-            f"leaves none of the model's {len(linears)}.{why}"
+            f"leaves none of the model's {len(linears)}.{why}{_others(model, config)}"
         )
     for name in linears:
         if name not in chosen:
@@ -130,13 +133,39 @@ def matches(name: str, names: Names) -> bool:
     return any(name == item or name.endswith(f".{item}") for item in names)
 
 
-def _matched(linears: Mapping[str, LinearLayer], targets: Names) -> list[str]:
+def _others(model: nn.Module, config: AdapterConfig) -> str:
+    """Name the modules that hold weights of their own and were meant, but are no linear layers."""
+    targets = config.target_modules
+    found = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if not is_linear(module)
+        and any(p.dim() > 1 for p in module.parameters(recurse=False))
+        and (targets == ALL_LINEAR or matches(name, targets))
+    }
+    shown = ", ".join(f"{name} ({kind})" for name, kind in list(found.items())[:5])
+    return (
+        f" {shown}{', ...' if len(found) > 5 else ''}: no linear layers; modules_to_save trains "
+        "such modules in full."
+        if found
+        else ""
+    )
+
+
+def _matched(model: nn.Module, linears: Mapping[str, LinearLayer], targets: Names) -> list[str]:
     if targets == ALL_LINEAR:
         return list(linears)
     if not isinstance(targets, str):
         for item in targets:
             if not any(matches(name, (item,)) for name in linears):
                 known = sorted({name.rpartition(".")[2] for name in linears})
+                for name, module in model.named_modules():
+                    if matches(name, (item,)):
+                        raise ValueError(
+                            f"target_modules: expected names of linear layers, but {name!r} is a "
+                            f"{type(module).__name__}; name the linear layers in it, or name it "
+                            "in modules_to_save to train it in full."
+                        )
                 raise ValueError(
                     f"target_modules: expected names of linear layers, but no linear layer's name "
                     f"ends in {item!r}; the model's end in {', '.join(known[:20]) or 'nothing'}."

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from rasa_ext import config as core_config
 from rasa_ext._version import __version__
 from rasa_ext.methods.base import ALL_LINEAR, checked_dtype
+from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.peft.peft_type import RASA
 
 # A field here, and its name in rasa_ext.RasaConfig.
@@ -71,6 +72,12 @@ class RasaConfig(PeftConfig):
     )
     adapter_dtype: str = _option("float32", _HELP["adapter_dtype"])
     rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> RasaConfig:
+        """Make a config; TypeError, with the name that was meant, for a field it does not have."""
+        check_keywords(cls.__name__, kwargs, [f.name for f in dataclasses.fields(cls)])
+        made: RasaConfig = super().__new__(cls)
+        return made
 
     def __post_init__(self) -> None:
         """Check every field and bring it into PEFT's form."""

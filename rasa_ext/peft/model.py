@@ -26,6 +26,7 @@ from rasa_ext.patching.swap import (
     replace_modules,
 )
 from rasa_ext.patching.targets import (
+    INSTEAD,
     Group,
     grouped,
     make_plan,
@@ -153,11 +154,13 @@ class RasaModel(BaseTuner):
             if not name or name.startswith(inside) or not self._is_target(peft_config, name):
                 continue
             if name in reasons:
-                raise ValueError(f"target_modules: cannot adapt {name!r}: {reasons[name]}.")
+                raise ValueError(
+                    f"target_modules: cannot adapt {name!r}: {reasons[name]}; {INSTEAD}."
+                )
             if name not in linears:
                 raise ValueError(
                     f"target_modules: expected linear layers, but {name!r} is a "
-                    f"{type(module).__name__}; leave it out with exclude_modules."
+                    f"{type(module).__name__}; {INSTEAD}."
                 )
             if isinstance(module, RasaPeftLinear):
                 inside += (f"{name}.",)

@@ -121,7 +121,7 @@ def _alpha(lora: Lora) -> float:
     """One under which a new adapter of k = 0 would begin with the LoRA's scale, if that is one."""
     scales = set(lora.scales.values())
     scale = scales.pop() if len(scales) == 1 else 0.0
-    return scale * lora.rank or 8.0
+    return scale * lora.rank if scale > 0 else 8.0
 
 
 def _saved_modules(model: nn.Module, lora: Lora, where: str) -> tuple[str, ...]:

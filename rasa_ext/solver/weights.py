@@ -205,4 +205,7 @@ def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file ({error}).") from None
+        raise ValueError(
+            f"{path}: damaged or cut, since it does not parse as safetensors ({error}); take a "
+            "whole copy of it."
+        ) from None

@@ -32,6 +32,8 @@ ARGUMENTS = [
     ({"dropout": 1.0}, "dropout", "1"),
     ({"dropout": NAN}, "dropout", "nan"),
     ({"dropout": "0.1"}, "dropout", "'0.1'"),
+    ({"alpha": 0}, "alpha", "0"),
+    ({"alpha": -8.0}, "alpha", "-8"),
     ({"alpha": NAN}, "alpha", "nan"),
     ({"alpha": INF}, "alpha", "inf"),
     ({"alpha": -INF}, "alpha", "-inf"),
@@ -68,7 +70,7 @@ def test_arguments(options, name, came):
 
 
 @pytest.mark.parametrize(
-    ("options", "name", "came"), [row for row in ARGUMENTS if "config" not in row[0]][:18], ids=str
+    ("options", "name", "came"), [row for row in ARGUMENTS if "config" not in row[0]][:20], ids=str
 )
 def test_config_checks_alike(options, name, came):
     with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b.*{re.escape(came)}"):

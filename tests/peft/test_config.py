@@ -40,6 +40,8 @@ def test_k_follows_the_papers_rule(r, k):
         ({"target_modules": []}, ValueError, "^target_modules: expected"),
         ({"target_modules": "(" }, ValueError, "^target_modules: expected a regular expression"),
         ({"adapter_dtype": "int8"}, ValueError, "^adapter_dtype: expected one of"),
+        ({"rank": 8}, TypeError, "unexpected keyword argument 'rank'; did you mean r"),
+        ({"lora_alpha": 8}, TypeError, "argument 'lora_alpha'; did you mean rasa_alpha"),
         ({"bias": "all"}, ValueError, "^bias: expected 'none', got 'all'"),
         ({"layers_to_transform": [0]}, ValueError, "^layers_to_transform: works with"),
         ({"layers_pattern": "h"}, ValueError, "^layers_pattern: 'h' says nothing without"),
@@ -78,6 +80,14 @@ def test_a_published_config_parses(tmp_path, recwarn):
     assert config.target_modules == {"q_proj", "v_proj"}
     assert config.layers_to_transform == [0, 1]
     assert not [w for w in recwarn if "Unexpected keyword" in str(w.message)]
+
+
+def test_a_newer_version_s_config_loads_with_a_warning(tmp_path):
+    RasaConfig(r=4).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rasa_new": 1}))
+    with pytest.warns(UserWarning, match="rasa_new"):
+        assert PeftConfig.from_pretrained(tmp_path).r == 4
 
 
 def test_round_trip(tmp_path):

@@ -1,0 +1,143 @@
+"""Files that are not what was expected: the message says what they are and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import adapters, patched
+from tests.helpers.models import LLAMA
+from tests.helpers.refusals import refused
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def saved(folder: Path) -> Path:
+    rasa_ext.save_adapter(patched(LLAMA.build(), 4, 1), folder)
+    return folder
+
+
+def test_a_lora_where_an_adapter_was_expected(tmp_path):
+    rasa_ext.export_lora(patched(LLAMA.build(), 4, 1), tmp_path)
+    model = LLAMA.build()
+    for load in (rasa_ext.load_adapter, rasa_ext.load_official):
+        refused(
+            lambda load=load: load(model, tmp_path),
+            model,
+            "expected peft_type 'RASA', got 'LORA'",
+            "rasa_ext.import_lora",
+            "rasa-ext import-lora",
+        )
+
+
+def test_an_adapter_where_a_lora_was_expected(tmp_path):
+    saved(tmp_path)
+    model = LLAMA.build()
+    refused(
+        lambda: rasa_ext.import_lora(model, tmp_path),
+        model,
+        "got 'RASA'; this is a RaSA adapter already",
+        "rasa_ext.load_adapter",
+    )
+
+
+def test_an_official_checkpoint_where_an_adapter_was_expected(tmp_path):
+    found = adapters(patched(LLAMA.build(), 4, 1))
+    oracle.write_official(
+        tmp_path, oracle.official_tensors(found), rank=4, k=1, alpha=8,
+        target_modules=sorted({name.rpartition(".")[2] for name in found}),
+    )  # fmt: skip
+    model = LLAMA.build()
+    refused(lambda: rasa_ext.load_adapter(model, tmp_path), model, "rasa_ext.load_official reads")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json"])
+def test_a_cut_file(name, share, tmp_path):
+    path = saved(tmp_path) / name
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    model = LLAMA.build()
+    refused(
+        lambda: rasa_ext.load_adapter(model, tmp_path),
+        model,
+        f"{name}: damaged or cut",
+        "take a whole copy of it, or the checkpoint before it",
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite(value, tmp_path):
+    path = saved(tmp_path) / WEIGHTS
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("rasa_B"))
+    tensors[key][0, 0] = value
+    save_file(tensors, path)
+    model = LLAMA.build()
+    refused(
+        lambda: rasa_ext.load_adapter(model, tmp_path),
+        model,
+        f"1 of {len(tensors)} tensors hold NaN or infinity: {key}",
+        "earlier checkpoint",
+    )
+
+
+def test_a_lora_with_nan(tmp_path):
+    model = patched(LLAMA.build(), 4, 1)
+    rasa_ext.export_lora(model, tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    next(iter(tensors.values()))[0] = float("nan")
+    save_file(tensors, tmp_path / WEIGHTS)
+    fresh = LLAMA.build()
+    refused(lambda: rasa_ext.import_lora(fresh, tmp_path), fresh, "NaN or infinity")
+
+
+class Masked(nn.Module):
+    """A module to save whose mask holds -inf, as those of attention do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.gate = nn.Linear(4, 4)
+        self.gate.register_buffer("mask", torch.full((2, 2), -torch.inf))
+
+
+def test_a_mask_may_hold_infinity(tmp_path):
+    rasa_ext.save_adapter(patched(Masked(), 2, 1, modules_to_save=["gate"]), tmp_path)
+    model = rasa_ext.load_adapter(Masked(), tmp_path)
+    assert model.gate.mask.isinf().all()
+
+
+def stack(layers: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers)))
+
+
+@pytest.mark.parametrize(("theirs", "ours"), [(4, 3), (3, 4)])
+def test_another_number_of_layers(theirs, ours, tmp_path):
+    rasa_ext.save_adapter(patched(stack(theirs), 2, 1), tmp_path)
+    model = stack(ours)
+    refused(
+        lambda: rasa_ext.load_adapter(model, tmp_path),
+        model,
+        rf"The adapter has {theirs} layers \*, and the model {ours}\.",
+        "Load it into the model that it was trained on: base_model_name_or_path",
+    )
+
+
+def test_a_file_where_the_folder_was_expected(tmp_path):
+    path = saved(tmp_path) / WEIGHTS
+    for load in (rasa_ext.load_adapter, rasa_ext.load_official, rasa_ext.import_lora):
+        with pytest.raises(FileNotFoundError, match=f"got the file {path}; pass {tmp_path}"):
+            load(LLAMA.build(), path)
+
+
+def test_a_config_of_nothing(tmp_path):
+    (saved(tmp_path) / "adapter_config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"got none; is this the folder of an adapter\?"):
+        rasa_ext.load_adapter(LLAMA.build(), tmp_path)
