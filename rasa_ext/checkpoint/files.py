@@ -170,14 +170,18 @@ def read_either(directory: Path) -> dict[str, Tensor]:
     return data
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """ValueError, naming the keys, where a tensor holds NaN, or factors of an adapter infinity."""
-    bad = [
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """List the tensors that hold NaN, or, among an adapter's factors, infinity."""
+    return [
         name
         for name, tensor in tensors.items()
         if not (tensor.isfinite() if _FACTOR.search(name) else ~tensor.isnan()).all()
     ]
-    if bad:
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """ValueError, naming the keys, where `not_finite` finds any."""
+    if bad := not_finite(tensors):
         raise ValueError(
             f"{where}: expected finite numbers, but {len(bad)} of {len(tensors)} tensors hold NaN "
             f"or infinity: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}; the training "

@@ -14,8 +14,13 @@ from rasa_ext.cli.output import command, console, table_of
 @command
 def inspect(
     target: Annotated[
-        str, typer.Argument(help="Adapter directory, or a model.", show_default=False)
-    ],
+        str | None,
+        typer.Argument(help="Adapter directory, or a model's directory or .gguf."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Instead: a model, which may be on the hub.", show_default=False),
+    ] = None,
     rank: Annotated[int, typer.Option(help="For a model: the rank to plan with.")] = 8,
     k: Annotated[
         int | None, typer.Option(help="For a model: ranks to share. [default: rank // 8]")
@@ -39,14 +44,19 @@ def inspect(
     ] = None,
 ) -> None:
     """Show an adapter's config, groups and size; or what an adapter of a model would be."""
-    from rasa_ext.train.inspection import is_adapter
+    from rasa_ext.train.inspection import check_adapter, is_model
 
+    if (target is None) == (model is None):
+        raise ValueError("target: expected an adapter's directory or --model, got both or neither.")
+    if target is None or (not spectrum and is_model(Path(target))):
+        _show_plan(str(model or target), rank, k, target_modules)
+        return
+    directory = Path(target)
+    check_adapter(directory)
     if spectrum:
-        _show_spectrum(Path(target), Path(target) if output is None else output)
-    elif is_adapter(Path(target)):
-        _show_adapter(Path(target))
+        _show_spectrum(directory, directory if output is None else output)
     else:
-        _show_plan(target, rank, k, target_modules)
+        _show_adapter(directory)
 
 
 def _show_adapter(directory: Path) -> None:
@@ -76,6 +86,14 @@ def _show_adapter(directory: Path) -> None:
         shown = ", ".join(f"{name} {contents.other[name]}" for name in names[:4])
         more = f", and {len(names) - 4} more" if len(names) > 4 else ""
         console.print(f"other tensors: {shown}{more}", markup=False)
+    if contents.not_finite:
+        names = list(contents.not_finite)
+        console.print(
+            f"{len(names)} tensors hold NaN or infinity, such as {names[0]}: the training that "
+            "wrote them had diverged.",
+            style="yellow",
+            markup=False,
+        )
     console.print(
         f"{contents.parameters:,} parameters, {contents.file_bytes:,} bytes "
         f"({contents.file_bytes / 2**20:.2f} MiB)"

@@ -31,6 +31,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
         _quiet()
+        _keep_lines_whole()
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt:
@@ -45,6 +46,13 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def _keep_lines_whole() -> None:
+    """Let no table cut a name short where the output is a file or a pipe, which has no width."""
+    for each in (console, _errors):
+        if not each.is_terminal:
+            each.width = 10_000
 
 
 def _told(error: Exception) -> str | None:

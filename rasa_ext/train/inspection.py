@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rasa_ext.checkpoint.files import CONFIG, PREFIX, WEIGHTS, read_config, read_tensors
+from rasa_ext.checkpoint.files import (
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    not_finite,
+    read_config,
+    read_tensors,
+)
 from rasa_ext.patching.targets import pattern
 
 
@@ -35,6 +43,8 @@ class AdapterContents:
     groups: list[AdapterGroup]
     other: dict[str, tuple[int, ...]]
     """Tensors that are not RaSA's: fully trained modules, or another kind of adapter."""
+    not_finite: tuple[str, ...]
+    """Tensors that hold NaN, or infinity among an adapter's factors."""
     parameters: int
     """Elements of all tensors in the file."""
     file_bytes: int
@@ -45,16 +55,42 @@ def is_adapter(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
+def is_model(path: Path) -> bool:
+    """Tell whether a path is a model on this machine: a directory of one, or a .gguf file."""
+    if path.suffix == ".gguf":
+        return path.is_file()
+    return (path / "config.json").is_file() and not is_adapter(path)
+
+
+def check_adapter(path: Path) -> None:
+    """Raise FileNotFoundError, with what is there of that name, where there is no adapter.
+
+    The hub is not asked: what is on it has to be called a model.
+    """
+    if is_adapter(path) or path.is_file():  # reading tells what is wrong with a file
+        return
+    beside = [each.name for each in path.absolute().parent.glob("*") if is_adapter(each)]
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    what = f"{path} holds no {CONFIG}" if path.is_dir() else f"{path} does not exist"
+    hint = f"; did you mean {path.parent / near[0]}?" if near else "."
+    raise FileNotFoundError(
+        f"target: expected an adapter's directory, but {what}{hint} To look at a "
+        "model of the hub, pass --model."
+    )
+
+
 def read_adapter(directory: Path) -> AdapterContents:
     """Read config and shapes. Raises FileNotFoundError or ValueError as `load_adapter` does."""
     config = read_config(directory)
     path = directory / WEIGHTS
-    shapes = {key: tuple(tensor.shape) for key, tensor in read_tensors(path).items()}
+    tensors = read_tensors(path)
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     groups, used = _groups(shapes)
     return AdapterContents(
         config=config,
         groups=groups,
         other={key: shape for key, shape in shapes.items() if key not in used},
+        not_finite=tuple(not_finite(tensors)),
         parameters=sum(_count(shape) for shape in shapes.values()),
         file_bytes=path.stat().st_size,
     )

@@ -9,7 +9,10 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from rasa_ext.analysis import GroupAnalysis
 from rasa_ext.patching.targets import Group
@@ -44,46 +47,59 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 
 def plot_spectra(groups: Sequence[GroupAnalysis], path: Path) -> None:
     """Draw every layer's singular values into a PNG, a panel per group, early layers dark."""
-    figure, panels = panels_for(len(groups))
+    figure, panels = panels_for(len(groups), "Singular values of each layer's change dW")
     for axes, group in zip(panels, groups, strict=True):
+        last = max(len(group.layers) - 1, 1)
         for i, layer in enumerate(group.layers):
-            color = colormaps["viridis"](i / max(len(group.layers) - 1, 1))
             values = layer.singular_values.numpy()
-            axes.semilogy(range(1, len(values) + 1), values, color=color, linewidth=0.8)
+            axes.semilogy(
+                range(1, len(values) + 1),
+                values,
+                color=colormaps["viridis"](i / last),
+                linewidth=0.8,
+            )
         mean = sum(layer.effective_rank for layer in group.layers) / len(group.layers)
-        axes.set_title(f"{group.pattern}\neffective rank {mean:.1f}", fontsize=8)
-        axes.set(xlabel="component", ylabel="singular value of dW")
+        axes.set_title(f"{_short(group.pattern)}\neffective rank {mean:.1f}", fontsize=8)
+        axes.set(xlabel="component", ylabel="singular value")
+        if len(group.layers) > 1:
+            colours = ScalarMappable(Normalize(0, last), colormaps["viridis"])
+            ticks = sorted({0, last // 2, last})
+            figure.colorbar(colours, ax=axes, label="layer of the group", ticks=ticks)
     figure.savefig(path)
 
 
 def plot_pool_use(groups: Sequence[GroupAnalysis], path: Path) -> None:
     """Draw |d| of layers x slots into a PNG, a heat map per group: who uses whose rank."""
     groups = [group for group in groups if group.pool_use.numel()]
-    figure, panels = panels_for(len(groups))
+    figure, panels = panels_for(len(groups), "Use of the shared pool by each layer")
     for axes, group in zip(panels, groups, strict=True):
         use = group.pool_use.numpy()
         image = axes.imshow(use, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
         private = sum(layer.private_share for layer in group.layers) / len(group.layers)
-        axes.set_title(f"{group.pattern}\n{private:.0%} private", fontsize=8)
-        axes.set(xlabel="slot of the pool", ylabel="layer")
-        figure.colorbar(image, ax=axes)
+        axes.set_title(f"{_short(group.pattern)}\n{private:.0%} private", fontsize=8)
+        axes.set(xlabel="slot of the pool", ylabel="layer of the group")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        figure.colorbar(image, ax=axes, label="norm of what the slot adds to dW")
     figure.savefig(path)
 
 
 def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
     """Draw error over LoRA's minimum against iteration into a PNG, a panel per group."""
-    figure, panels = panels_for(len(groups))
+    figure, panels = panels_for(len(groups), "Error of the adapter, as a share of LoRA's least")
     for axes, (group, result) in zip(panels, groups.items(), strict=True):
         scale = result.lora_error or 1.0
         ratios = [error / scale for error in result.errors]
-        axes.plot(ratios, color="tab:blue")
-        axes.axhline(1, color="tab:orange", linestyle="--", linewidth=1)
+        axes.plot(ratios, color="tab:blue", label="RaSA")
+        axes.axhline(1, color="tab:orange", linestyle="--", linewidth=1, label="LoRA, same rank")
         # Never a closer look than a fiftieth, so that what is equal looks equal.
         axes.set_ylim(min(*ratios, 0.985) - 0.005, max(*ratios, 1.0) + 0.005)
         title = f"{result.errors[-1]:.4f} of ||dW||\u00b2, LoRA {result.lora_error:.4f}"
-        axes.set_title(f"{group.pattern}\n{title}", fontsize=8)
+        axes.set_title(f"{_short(group.pattern)}\n{title}", fontsize=8)
         axes.set(xlabel="iteration", ylabel="error / LoRA's minimum")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
     figure.savefig(path)
 
 
@@ -94,12 +110,22 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def panels_for(count: int) -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` panels, up to four in a row."""
+def panels_for(count: int, title: str = "") -> tuple[Figure, list[Axes]]:
+    """A figure with a title and ``count`` panels, up to four in a row."""
     columns = min(max(count, 1), 4)
     rows = max(-(-count // columns), 1)
-    figure = new_figure(3.6 * columns, 3 * rows)
-    return figure, [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    figure = new_figure(4.2 * columns, 3 * rows + 0.4)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    for axes in panels:
+        axes.tick_params(labelsize=8)
+    return figure, panels
+
+
+def _short(pattern: str, width: int = 46) -> str:
+    """The end of a long name, which tells groups apart, at most as wide as a panel."""
+    return pattern if len(pattern) <= width else "\u2026" + pattern[1 - width :]
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:

@@ -255,7 +255,7 @@ def test_a_missing_config_file(tmp_path):
     ("words", "message"),
     [
         (["merge", "nowhere", "--output", "o"], "nowhere/adapter_config.json is missing"),
-        (["inspect", "./nowhere"], "model: the directory ./nowhere does not exist"),
+        (["inspect", "./nowhere"], "expected an adapter's directory, but nowhere does not exist"),
         (["finetune", "--model", "m", "--data", "no.jsonl"], "data: the file no.jsonl"),
     ],
 )
