@@ -9,16 +9,17 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
+from rasa_ext.methods.base import checked_groups
 from rasa_ext.ops import Factors
+from rasa_ext.patching.grouping import grouped
 from rasa_ext.patching.state import adapted_layers, patch_state
-from rasa_ext.patching.targets import pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,7 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
         >>> [group.pattern for group in analyze_adapter("adapter")]
         ['model.layers.*.mlp.down_proj']
     """
-    read_config(directory)
+    config = read_config(directory)
     tensors = read_tensors(Path(directory) / WEIGHTS)
     keys = [key.removesuffix(".rasa_A") for key in tensors if key.endswith(".rasa_A")]
     if not keys:
@@ -124,26 +125,30 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
             f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no rasa_A "
             "in its weights; import other formats first."
         )
-    groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
-    for key in sorted(keys, key=_in_model_order):
-        shape = tensors[f"{key}.rasa_B"].shape[0], tensors[f"{key}.rasa_A"].shape[1]
-        groups.setdefault((pattern(key.removeprefix(PREFIX)), shape), []).append(key)
+    shapes = {
+        key.removeprefix(PREFIX): (
+            tensors[f"{key}.rasa_B"].shape[0],
+            tensors[f"{key}.rasa_A"].shape[1],
+        )
+        for key in sorted(keys, key=_in_model_order)
+    }
     return [
         GroupAnalysis(
-            kind,
-            shape,
+            group.pattern,
+            group.shape,
             tuple(
-                _analyze_layer(key.removeprefix(PREFIX), _factors(tensors, key, members))
-                for key in members
+                _analyze_layer(name, _factors(tensors, f"{PREFIX}{name}", group.names))
+                for name in group.names
             ),
         )
-        for (kind, shape), members in groups.items()
+        for group in grouped(shapes, checked_groups(config.get("rasa_groups")))
     ]
 
 
-def _factors(tensors: Mapping[str, Tensor], key: str, members: list[str]) -> Factors:
+def _factors(tensors: Mapping[str, Tensor], key: str, members: Iterable[str]) -> Factors:
     """A layer's tensors; its group's pool stands under one of the members."""
-    owner = next((m for m in members if f"{m}.rasa_pool_A" in tensors), None)
+    prefixed = (f"{PREFIX}{member}" for member in members)
+    owner = next((m for m in prefixed if f"{m}.rasa_pool_A" in tensors), None)
     A_pool = None if owner is None else tensors[f"{owner}.rasa_pool_A"]
     B_pool = None if owner is None else tensors[f"{owner}.rasa_pool_B"]
     return Factors(

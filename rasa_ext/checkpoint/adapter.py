@@ -38,9 +38,10 @@ from rasa_ext.checkpoint.files import (
 from rasa_ext.methods import read_method
 from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.patching.grouping import pattern, settled
 from rasa_ext.patching.patch import apply_plan, check_unpatched
 from rasa_ext.patching.state import adapted_layers, is_patched, patch_state, unwrap
-from rasa_ext.patching.targets import Plan, make_plan, pattern, resolve_config
+from rasa_ext.patching.targets import Plan, make_plan, resolve_config
 
 
 def own_key(name: str, field: str) -> str:
@@ -88,7 +89,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
 ) -> None:
     """Write an adapter for ``model``, patched or not, whose tensors are named as in its file."""
-    settings = config.to_dict()
+    settings = settled(config, plan.groups).to_dict()
     settings["modules_to_save"] = list(plan.modules_to_save) or None
     settings["base_model_name_or_path"] = base_name(model)
     settings["task_type"] = task_type(model)

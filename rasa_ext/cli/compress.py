@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rasa_ext.cli.output import Overwrite, command, console, table_of
 
 if TYPE_CHECKING:
-    from rasa_ext.patching.targets import Group
+    from rasa_ext.patching.grouping import Group
     from rasa_ext.solver.compress import CompressedAdapter
     from rasa_ext.solver.fit import Solver
 
@@ -178,7 +178,7 @@ def _show_lost(found: CompressedAdapter) -> None:
         console.print(f"kept in full: {', '.join(found.plan.modules_to_save)}", markup=False)
     if not found.lost:
         return
-    from rasa_ext.patching.targets import pattern
+    from rasa_ext.patching.grouping import pattern
 
     console.print(
         f"Not carried: {found.residual_share:.2%} of the squared change is in parameters that are "

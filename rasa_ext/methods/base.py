@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,13 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Names = str | Collection[str]
 """A regular expression, or name suffixes: a tuple of them once a config has checked them."""
+
+Groups = tuple[tuple[str, tuple[str, ...]], ...] | Callable[[str], str | None]
+"""Which layers share a pool, once a config has checked it: names of groups, each with patterns of
+layers' names, or a callable from a layer's name to its group's."""
+
+GivenGroups = Groups | Mapping[str, str | Sequence[str]] | Sequence[str] | None
+"""The same as users give it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +80,14 @@ class AdapterConfig:
     modules_to_save: Collection[str] = option(
         (), "Name suffixes of modules that are trained in full and saved with the adapter."
     )
+    groups: GivenGroups = option(
+        (),
+        "Which layers share a pool, where the usual rule does not fit: that is one name, but for "
+        "the first integer in it, and one shape. A sequence of patterns, each of a group; a "
+        "mapping of groups' names to patterns; or a callable from a layer's name to its group's, "
+        "saved as the mapping that it gave. A pattern is the end of a name, and '*' one part of "
+        "it. Layers of other shapes stay apart, and those of no pattern follow the usual rule.",
+    )
     adapter_dtype: torch.dtype = option(
         torch.float32,
         "Dtype of the trainable parameters. Computation casts them to the activations' dtype; "
@@ -103,8 +118,14 @@ class AdapterConfig:
             modules_to_save=_names(
                 "modules_to_save", (saved,) if isinstance(saved, str) else saved
             ),
+            groups=checked_groups(self.groups),
             adapter_dtype=checked_dtype("adapter_dtype", self.adapter_dtype),
         )
+
+    @property
+    def layer_groups(self) -> Groups:
+        """``groups``, as it stands after the check."""
+        return cast(Groups, self.groups)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -137,6 +158,7 @@ class AdapterConfig:
             "target_modules": _listed(self.target_modules),
             "exclude_modules": _listed(self.exclude_modules) or None,
             "modules_to_save": _listed(self.modules_to_save) or None,
+            "rasa_groups": groups_to_json(self.groups),
             "bias": "none",
             "adapter_dtype": str(self.adapter_dtype).removeprefix("torch."),
         }
@@ -171,6 +193,7 @@ class AdapterConfig:
             "target_modules": data.get("target_modules") or ALL_LINEAR,
             "exclude_modules": data.get("exclude_modules") or (),
             "modules_to_save": data.get("modules_to_save") or (),
+            "groups": data.get("rasa_groups") or (),
             "adapter_dtype": data.get("adapter_dtype", torch.float32),
         }
 
@@ -243,6 +266,36 @@ def checked_dtype(name: str, value: Any) -> torch.dtype:
             f"{name}: expected one of {', '.join(str(d) for d in _DTYPES)}, got {dtype}."
         )
     return dtype
+
+
+def checked_groups(value: Any) -> Groups:
+    """Bring ``groups`` into the form of a config; raise where it is none of the forms it has."""
+    if value is None:
+        return ()
+    if callable(value):
+        return value  # type: ignore[no-any-return]  # what it returns is looked at when called
+    kinds = "a sequence of patterns, a mapping of names to patterns, or a callable"
+    if isinstance(value, str | bytes) or not isinstance(value, Mapping | Iterable):
+        raise TypeError(f"groups: expected {kinds}, got {value!r} ({type(value).__name__}).")
+    items = value.items() if isinstance(value, Mapping) else value
+    found = []
+    for item in items:
+        label, patterns = (item, (item,)) if isinstance(item, str) else item
+        patterns = (patterns,) if isinstance(patterns, str) else patterns
+        if not isinstance(label, str) or not label:
+            raise TypeError(f"groups: expected {kinds}, got the name {label!r}.")
+        found.append((label, tuple(_names("groups", patterns))))
+    return tuple(found)
+
+
+def groups_to_json(groups: Any) -> dict[str, list[str]] | None:
+    """``groups`` as it stands in a file; ValueError for a callable, which has no such form."""
+    if callable(groups):
+        raise ValueError(
+            "groups: a callable has no form in a file; patch a model with the config first, whose "
+            "own is then the mapping that the callable gave, or give patterns."
+        )
+    return {label: list(patterns) for label, patterns in groups} or None
 
 
 def _names(name: str, value: Any, regex: bool = False) -> str | tuple[str, ...]:

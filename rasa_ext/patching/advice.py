@@ -2,27 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.patching.targets import Plan
+from rasa_ext.patching.grouping import Group, every_index, grouped
 
 
-def advice(config: AdapterConfig, plan: Plan) -> Iterator[str]:
-    """Give a sentence for each choice to think about: what is off, and what to do."""
+class Names(NamedTuple):
+    """What arguments are called where they are given."""
+
+    rank: str = "rank"
+    k: str = "k"
+    groups: str = "groups"
+
+
+OURS = Names()
+"""Those of ``patch_model``."""
+
+
+def advice(config: AdapterConfig, groups: Sequence[Group], names: Names = OURS) -> Iterator[str]:
+    """Give a sentence for each choice to think about: what is off, and what to do.
+
+    ``groups`` are those of the layers that are adapted.
+    """
     if isinstance(config, RasaConfig):
-        yield from _rank_above_sides(config, plan)
+        yield from _little_shared(config, groups, names)
+        yield from _rank_above_sides(config, groups, names)
 
 
-def _rank_above_sides(config: RasaConfig, plan: Plan) -> Iterator[str]:
+def _little_shared(config: RasaConfig, groups: Sequence[Group], names: Names) -> Iterator[str]:
+    """Without layers that share, RaSA is a LoRA with a diagonal."""
+    total = sum(len(group.names) for group in groups)
+    alone = _alone(groups)
+    if not config.k or 2 * alone <= total:
+        return
+    if total == 1:
+        what = f"{groups[0].names[0]!r} is the only layer that is adapted, so it shares no pool"
+    else:
+        what = f"{alone} of {total} adapted layers share their pool with no other one"
+    shapes = {name: group.shape for group in groups for name in group.names}
+    ends = list(dict.fromkeys(every_index(name).rpartition("*.")[2] for name in shapes))
+    chosen = tuple((end, (end,)) for end in ends)
+    better = grouped(shapes, chosen)
+    way_out = f"{names.k}=0 says so"
+    if _alone(better) < alone:
+        shared = dict.fromkeys(group.pattern for group in better if len(group.names) > 1)
+        shown = ", ".join(repr(end) for end in list(shared)[:4])
+        way_out = (
+            "of a layer's name only the first integer counts as its index. To let layers of one "
+            f"shape share by the ends of their names, pass {names.groups}=[{shown}"
+            f"{', ...' if len(shared) > 4 else ''}]"
+        )
+    yield f"{names.groups}: {what}: that is close to a LoRA of rank {config.rank}; {way_out}."
+
+
+def _alone(groups: Sequence[Group]) -> int:
+    return sum(len(group.names) == 1 for group in groups)
+
+
+def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], names: Names) -> Iterator[str]:
     """A layer's change has no more ranks than its smaller side; what is above trains nothing."""
-    small = [group for group in plan.groups if min(group.shape) < config.rank]
+    small = [group for group in groups if min(group.shape) < config.rank]
     if small:
         count = sum(len(group.names) for group in small)
         name, (out, width) = small[0].names[0], small[0].shape
         yield (
-            f"rank: {config.rank} is above the smaller side of {name!r}, (out, in) ({out}, "
+            f"{names.rank}: {config.rank} is above the smaller side of {name!r}, (out, in) ({out}, "
             f"{width}){f' and {count - 1} more layers' if count > 1 else ''}, whose change has at "
             f"most {min(out, width)} ranks; take a smaller rank, leave such layers out with "
             "exclude_modules, or train them in full with modules_to_save."

@@ -10,11 +10,12 @@ from torch import nn
 
 from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.quantized import disable_cpu_repacking
-from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, group_places
+from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups, group_places
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.advice import advice
+from rasa_ext.patching.grouping import settled
 from rasa_ext.patching.state import PatchState, adapted_layers, patch_state, set_patch_state, unwrap
 from rasa_ext.patching.swap import (
     disable_fused_encoder,
@@ -36,6 +37,7 @@ def patch_model(
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: str | Sequence[str] = (),
     modules_to_save: Sequence[str] = (),
+    groups: GivenGroups = (),
     adapter_dtype: torch.dtype = torch.float32,
     config: AdapterConfig | None = None,
 ) -> nn.Module:
@@ -49,7 +51,8 @@ def patch_model(
 
     Args:
         model: any module that holds ``nn.Linear`` or transformers ``Conv1D`` layers.
-        rank, k, alpha, dropout, target_modules, exclude_modules, modules_to_save, adapter_dtype:
+        rank, k, alpha, dropout, target_modules, exclude_modules, modules_to_save, groups,
+        adapter_dtype:
             the fields of ``RasaConfig``, whose help texts say what each does and costs.
         config: all of them at once; the others must then be left at their defaults.
 
@@ -75,6 +78,7 @@ def patch_model(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         modules_to_save=modules_to_save,
+        groups=groups,
         adapter_dtype=adapter_dtype,
     )
     if config is None:
@@ -89,7 +93,7 @@ def patch_model(
     check_unpatched(model)
     plan = make_plan(model, config)
     apply_plan(model, config, plan)
-    for message in advice(config, plan):
+    for message in advice(config, plan.groups):
         warnings.warn(message, stacklevel=3)
     return model
 
@@ -107,6 +111,7 @@ def check_unpatched(model: nn.Module) -> None:
 
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     """Carry out a plan that ``make_plan`` made for this model and config."""
+    config = settled(config, plan.groups)
     if plan.stacked_experts:
         shown = ", ".join(
             f"{name} {shape}" for name, shape in list(plan.stacked_experts.items())[:3]

@@ -7,8 +7,8 @@ from collections import Counter
 
 from torch import nn
 
+from rasa_ext.patching.grouping import pattern
 from rasa_ext.patching.state import adapted_layers, adapter_parameters, patch_state, unwrap
-from rasa_ext.patching.targets import pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Row:
     """One group of layers that share a pool."""
 
     pattern: str
-    """Their module path, the layer index replaced by ``*``."""
+    """Their module path, the layer index replaced by ``*``, or the name that ``groups`` gave."""
     L: int
     """How many layers the group has."""
     shape: tuple[int, int]
@@ -31,11 +31,13 @@ class Summary(list[Row]):
     """The rows, one per group; ``str()`` and ``print`` give a table."""
 
     skipped: dict[str, str]
-    """Linear layers that stay as they are, each with the reason."""
+    """Linear layers, and 1x1 convolutions, that stay as they are, each with the reason."""
     stacked_experts: dict[str, tuple[int, ...]]
     """3-D expert weights, which stay untouched, with their shapes."""
     modules_to_save: tuple[str, ...]
     """Modules that are trained in full."""
+    groups: dict[str, tuple[str, ...]]
+    """The groups that the argument ``groups`` chose: names, and the patterns of their layers."""
     adapter: int
     """Parameters of the adapter."""
     trainable: int
@@ -62,6 +64,8 @@ class Summary(list[Row]):
             f"trainable: {self.trainable:,} of {self.total:,} "
             f"({100 * self.trainable / self.total:.3f} %), {self.adapter:,} of them the adapter's"
         )
+        if self.groups:
+            lines.append(f"groups chosen: {', '.join(self.groups)}")
         if self.modules_to_save:
             lines.append(f"trained in full: {', '.join(self.modules_to_save)}")
         counts = Counter((pattern(name), reason) for name, reason in self.skipped.items())
@@ -82,8 +86,9 @@ class Summary(list[Row]):
 def summary(model: nn.Module) -> Summary:
     """Show what was adapted: one row per group of layers that share a pool.
 
-    A row has the group's name pattern, its L layers, their shape (out, in), the effective rank
-    R = r-k+L*k (arXiv 2503.12576, section 3) and its trainable parameters.
+    A row has the group's name pattern (or its name in ``groups``), its L layers, their shape
+    (out, in), the effective rank R = r-k+L*k (arXiv 2503.12576, section 3) and its trainable
+    parameters.
 
     Args:
         model: a patched model.
@@ -104,7 +109,8 @@ def summary(model: nn.Module) -> Summary:
         True
         >>> table = str(result)
     """
-    plan, layers = patch_state(model).plan, dict(adapted_layers(model))
+    state, layers = patch_state(model), dict(adapted_layers(model))
+    plan, chosen = state.plan, state.config.layer_groups
     rows = []
     for group in plan.groups:
         members = [layers[name] for name in group.names]
@@ -119,6 +125,7 @@ def summary(model: nn.Module) -> Summary:
         plan.stacked_experts,
         plan.modules_to_save,
     )
+    result.groups = {} if callable(chosen) else dict(chosen)
     result.adapter = sum(p.numel() for p in adapter_parameters(model))
     parameters = list(unwrap(model).parameters())
     result.trainable = sum(p.numel() for p in parameters if p.requires_grad)

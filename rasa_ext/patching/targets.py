@@ -13,18 +13,12 @@ from rasa_ext.base_layers.linear import LinearLayer, is_linear, linear_shape
 from rasa_ext.base_layers.quantized import check_not_repacked, format_of
 from rasa_ext.base_layers.sharded import is_dtensor
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
+from rasa_ext.patching.grouping import Group, check_groups, ends_in, every_index, grouped
 
 INSTEAD = "leave it out with exclude_modules, or train it in full with modules_to_save"
 OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Layers that share one pool: one name pattern, one (out, in) shape."""
-
-    pattern: str
-    shape: tuple[int, int]
-    names: tuple[str, ...]
+_LAST_NAMES = frozenset({"head", "heads", "fc"})
+"""Of a vision model's output head, where it is the last linear layer and outside of all blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Plan:
 
     groups: tuple[Group, ...]
     skipped: dict[str, str]
-    """Linear layers that stay as they are, each with the reason."""
+    """Linear layers, and 1x1 convolutions, that stay as they are, each with the reason."""
     stacked_experts: dict[str, tuple[int, ...]]
     """Names and shapes of 3-D expert weights, which are not linear layers and stay untouched."""
     modules_to_save: tuple[str, ...]
@@ -96,9 +90,14 @@ def make_plan(
     for name in linears:
         if name not in chosen:
             skipped.setdefault(name, "not named by target_modules")
+    for name, reason in _pointwise_convolutions(model).items():
+        if not any(name == each or name.startswith(f"{each}.") for each in saved):
+            skipped[name] = reason
     for name in chosen:
         _check_weight(name, linears[name])
-    return Plan(grouped(chosen, linears), skipped, _experts(model), saved)
+    check_groups(config.layer_groups, chosen)
+    shapes = {name: linear_shape(linears[name]) for name in chosen}
+    return Plan(grouped(shapes, config.layer_groups), skipped, _experts(model), saved)
 
 
 def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
@@ -113,17 +112,14 @@ def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
         known = (item for item in targets if any(matches(name, (item,)) for name in modules))
         targets = tuple(known) or targets
     saved = tuple(name for name in modules if matches(name, config.modules_to_save))
-    return dataclasses.replace(config, target_modules=targets, modules_to_save=saved)
-
-
-def pattern(name: str) -> str:
-    """Replace the layer index of a module path, the first integer in it, by ``*``."""
-    parts = name.split(".")
-    for position, part in enumerate(parts):
-        if part.isdigit():
-            parts[position] = "*"
-            break
-    return ".".join(parts)
+    groups = config.layer_groups
+    if not callable(groups):
+        kept = (
+            (label, tuple(each for each in items if any(ends_in(name, each) for name in modules)))
+            for label, items in groups
+        )
+        groups = tuple((label, items) for label, items in kept if items)
+    return dataclasses.replace(config, target_modules=targets, modules_to_save=saved, groups=groups)
 
 
 def matches(name: str, names: Names) -> bool:
@@ -203,18 +199,58 @@ def unadaptable(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[st
 
 def _heads(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str, str]:
     """Find the layers that turn features into the model's answer, with the reason to think so."""
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    find = getattr(model, "get_output_embeddings", None)
-    output = find() if callable(find) else None
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    tied = {id(embedding.weight) for embedding in embeddings}
+    output = _ask(model, "get_output_embeddings")
+    answer = _ask(model, "get_classifier")  # timm's; two where a model is distilled
+    answers = answer if isinstance(answer, tuple | list) else (answer,)
+    classifier = {m for a in answers if isinstance(a, nn.Module) for m in a.modules()}
     heads = {}
     for name, module in linears.items():
         if OUTPUT_HEADS & set(name.split(".")):
             heads[name] = "an output head"
-        elif id(module.weight) in embeddings:
+        elif id(module.weight) in tied:
             heads[name] = "tied to an embedding"
         elif module is output:
             heads[name] = "the model's output embedding"
+        elif module in classifier:
+            heads[name] = "the model's classifier"
+    last = list(linears)[-1] if linears else ""
+    if last not in heads and every_index(last) == last:  # outside of every repeated block
+        words = max(embeddings, key=lambda each: each.num_embeddings, default=None)
+        out, width = linear_shape(linears[last]) if linears else (0, 0)
+        if last.partition(".")[0] in _LAST_NAMES:
+            heads[last] = "an output head: the last linear layer, of that name"
+        elif words and out > width and (out, width) == tuple(words.weight.shape):
+            heads[last] = "an output head: the last linear layer, shaped like the embedding"
+        elif out and out == _num_labels(model):
+            heads[last] = "an output head: the last linear layer, one output a label"
     return heads
+
+
+def _ask(model: nn.Module, method: str) -> Any:
+    """What a model says of itself; None where it has another method of that name, or none."""
+    try:
+        return getattr(model, method)()
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+
+
+def _num_labels(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    return getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
+
+
+def _pointwise_convolutions(model: nn.Module) -> dict[str, str]:
+    """Find the convolutions that compute what a linear layer does, with the reason against them."""
+    reason = "a 1x1 convolution, not a linear layer"
+    return {
+        name: reason
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and set(module.kernel_size) == {1}
+        and module.groups == 1
+    }
 
 
 def _check_weight(name: str, module: LinearLayer) -> None:
@@ -241,14 +277,6 @@ def _check_weight(name: str, module: LinearLayer) -> None:
             f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected one "
             "without a zero; gather sharded weights before patching, or use exclude_modules."
         )
-
-
-def grouped(names: list[str], linears: Mapping[str, LinearLayer]) -> tuple[Group, ...]:
-    """Group layers by name pattern and shape, in the order in which ``names`` begins a group."""
-    groups: dict[tuple[str, tuple[int, int]], list[str]] = {}
-    for name in names:
-        groups.setdefault((pattern(name), linear_shape(linears[name])), []).append(name)
-    return tuple(Group(key, shape, tuple(found)) for (key, shape), found in groups.items())
 
 
 def _experts(model: nn.Module) -> dict[str, tuple[int, ...]]:

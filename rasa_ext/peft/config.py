@@ -11,12 +11,18 @@ from peft import PeftConfig
 
 from rasa_ext import config as core_config
 from rasa_ext._version import __version__
-from rasa_ext.methods.base import ALL_LINEAR, checked_dtype
+from rasa_ext.methods.base import ALL_LINEAR, checked_dtype, groups_to_json
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.peft.peft_type import RASA
 
 # A field here, and its name in rasa_ext.RasaConfig.
-_CORE_NAMES = {"r": "rank", "rasa_k": "k", "rasa_alpha": "alpha", "rasa_dropout": "dropout"}
+_CORE_NAMES = {
+    "r": "rank",
+    "rasa_k": "k",
+    "rasa_alpha": "alpha",
+    "rasa_dropout": "dropout",
+    "rasa_groups": "groups",
+}
 _HELP = {f.name: f.metadata["help"] for f in dataclasses.fields(core_config.RasaConfig)}
 
 
@@ -59,6 +65,7 @@ class RasaConfig(PeftConfig):
         None, "Names before a layer's index, with layers_to_transform only."
     )
     modules_to_save: list[str] | None = _option(None, _HELP["modules_to_save"])
+    rasa_groups: Any = _option(None, _HELP["groups"])
     bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
     fan_in_fan_out: bool = _option(
         False,
@@ -105,7 +112,20 @@ class RasaConfig(PeftConfig):
                 f"layers_pattern: {self.layers_pattern!r} says nothing without "
                 "layers_to_transform; give both or none."
             )
-        self.rasa_k = self.core().k
+        core = self.core()
+        self.rasa_k = core.k
+        if not callable(core.layer_groups):
+            self.rasa_groups = groups_to_json(core.layer_groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the config as the values of ``adapter_config.json``.
+
+        Raises ValueError where ``rasa_groups`` is a callable that no model has been given to.
+        """
+        if callable(self.rasa_groups):
+            groups_to_json(self.rasa_groups)
+        settings: dict[str, Any] = super().to_dict()
+        return settings
 
     def core(self) -> core_config.RasaConfig:
         """Give the same choices as ``rasa_ext.patch_model`` takes them."""

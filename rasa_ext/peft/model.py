@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,14 +12,16 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer, is_conv1d, is_linear
+from rasa_ext.base_layers.linear import LinearLayer, is_conv1d, is_linear, linear_shape
 from rasa_ext.base_layers.quantized import (
     check_not_repacked,
     disable_cpu_repacking,
     forget_quantizer,
     format_of,
 )
-from rasa_ext.methods.base import ALL_LINEAR, Place, group_places
+from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
+from rasa_ext.patching.advice import Names, advice
+from rasa_ext.patching.grouping import Group, check_groups, grouped, settled
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.swap import (
     disable_fused_encoder,
@@ -27,8 +30,6 @@ from rasa_ext.patching.swap import (
 )
 from rasa_ext.patching.targets import (
     INSTEAD,
-    Group,
-    grouped,
     make_plan,
     resolve_config,
     suffixes,
@@ -172,7 +173,15 @@ class RasaModel(BaseTuner):
         self._attributes_before += disable_cpu_repacking(self.model, mark=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, bases))
         found = {}
-        for group in grouped(names, linears):
+        shapes = {name: linear_shape(linears[name]) for name in names}
+        config = peft_config.core()
+        check_groups(config.layer_groups, names, "rasa_groups")
+        groups = grouped(shapes, config.layer_groups)
+        peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)
+        if not peft_config.inference_mode:
+            for message in advice(config, groups, Names("r", "rasa_k", "rasa_groups")):
+                warnings.warn(message, stacklevel=2)
+        for group in groups:
             places = group_places([linears[name] for name in group.names])
             found.update(dict.fromkeys(group.names, (group, places)))
         return found

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from rasa_ext.checkpoint.adapter import load_tensors_into, saved_tensors, write_tensors
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.config import ALL_LINEAR, RasaConfig
+from rasa_ext.methods.base import GivenGroups
+from rasa_ext.patching.grouping import Group
 from rasa_ext.patching.patch import check_unpatched
-from rasa_ext.patching.targets import Group, Plan, make_plan
+from rasa_ext.patching.targets import Plan, make_plan
 from rasa_ext.solver.decompose import Decomposition
 from rasa_ext.solver.fit import Solver
 from rasa_ext.solver.weights import Changes, ParameterWeights, pair, squared_change
@@ -114,6 +116,7 @@ def compress(
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: str | Sequence[str] = (),
     modules_to_save: str | Sequence[str] = (),
+    groups: GivenGroups = (),
     iterations: int = 50,
     init: str = "svd",
     dtype: torch.dtype = torch.float64,
@@ -130,9 +133,9 @@ def compress(
             and is not changed.
         base, finetuned: the weights before and after, under the names of ``model``'s parameters:
             a ``state_dict()``, or ``SafetensorsFolder(directory)``.
-        rank, k, target_modules, exclude_modules, modules_to_save: as in ``patch_model``. What
-            ``modules_to_save`` names is stored in full, as ``finetuned`` has it; "changed" names
-            every module that changed and is not adapted.
+        rank, k, target_modules, exclude_modules, modules_to_save, groups: as in ``patch_model``.
+            What ``modules_to_save`` names is stored in full, as ``finetuned`` has it; "changed"
+            names every module that changed and is not adapted.
         iterations, init, dtype, tol: as in ``decompose``.
         progress: called with (group, iterations done, iterations) after each.
 
@@ -162,6 +165,7 @@ def compress(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         modules_to_save=saved,
+        groups=groups,
     )
     plan = make_plan(model, config)
     before = ParameterWeights(model, base, "base")
@@ -174,10 +178,10 @@ def compress(
         lost = {name: each for name, each in lost.items() if name not in carried}
     linears = {name: model.get_submodule(name) for g in plan.groups for name in g.names}
     solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
-    groups, tensors = solver.approximate(config, plan, Changes(linears, before, after, dtype))
+    found, tensors = solver.approximate(config, plan, Changes(linears, before, after, dtype))
     names = saved_tensors(model, plan)
     tensors.update((f"{PREFIX}{name}", after.value(name)) for name in names)
-    return CompressedAdapter(config, plan, groups, tensors, lost)
+    return CompressedAdapter(config, plan, found, tensors, lost)
 
 
 def _carried(model: nn.Module, plan: Plan, weights: ParameterWeights) -> set[str]:

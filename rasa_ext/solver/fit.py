@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.linear import is_linear, linear_shape
 from rasa_ext.checkpoint.adapter import adapter_tensors, own_key, pool_key
 from rasa_ext.config import RasaConfig
-from rasa_ext.methods.base import Place, fresh_A
+from rasa_ext.methods.base import GivenGroups, Place, fresh_A
+from rasa_ext.patching.grouping import Group
 from rasa_ext.patching.patch import apply_plan, check_unpatched
-from rasa_ext.patching.targets import Group, Plan, make_plan, suffixes
+from rasa_ext.patching.targets import Plan, make_plan, suffixes
 from rasa_ext.solver.decompose import Decomposition, Delta, check_delta, decompose
 
 
@@ -25,6 +26,7 @@ def fit_adapter(
     rank: int = 8,
     k: int | None = 1,
     *,
+    groups: GivenGroups = (),
     iterations: int = 50,
     init: str = "svd",
     dtype: torch.dtype = torch.float64,
@@ -42,6 +44,7 @@ def fit_adapter(
         deltas: for every layer to adapt, by its name in ``model.named_modules()``, its weight
             change: (out, in), for Conv1D too, or factors (B, A) of (out, s) and (s, in).
         rank, k, iterations, init, dtype, tol: as in ``decompose``.
+        groups: as in ``patch_model``.
         progress: called with (group, iterations done, iterations) after each.
 
     Returns:
@@ -61,7 +64,7 @@ def fit_adapter(
         >>> change.shape
         torch.Size([32, 48])
     """
-    config = RasaConfig(rank=rank, k=k)
+    config = RasaConfig(rank=rank, k=k, groups=groups)
     _check_deltas(model, deltas)
     config, plan = plan_for(model, config, deltas)
     solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)

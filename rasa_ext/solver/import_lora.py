@@ -13,8 +13,9 @@ from rasa_ext.checkpoint.files import PREFIX, check_tensors
 from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.config import RasaConfig
 from rasa_ext.methods.base import Place, fresh_A, fresh_B
+from rasa_ext.patching.grouping import Group
 from rasa_ext.patching.patch import check_unpatched
-from rasa_ext.patching.targets import Group, Plan, matches
+from rasa_ext.patching.targets import Plan, matches
 from rasa_ext.solver.compress import CompressedAdapter
 from rasa_ext.solver.decompose import Decomposition
 from rasa_ext.solver.fit import Solver, check_names, plan_for

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from rasa_ext.checkpoint.files import (
     read_config,
     read_tensors,
 )
-from rasa_ext.patching.targets import pattern
+from rasa_ext.methods.base import Groups, checked_groups
+from rasa_ext.patching.grouping import grouped
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read_adapter(directory: Path) -> AdapterContents:
     path = directory / WEIGHTS
     tensors = read_tensors(path)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    groups, used = _groups(shapes)
+    groups, used = _groups(shapes, checked_groups(config.get("rasa_groups")))
     return AdapterContents(
         config=config,
         groups=groups,
@@ -96,27 +96,31 @@ def read_adapter(directory: Path) -> AdapterContents:
     )
 
 
-def _groups(shapes: dict[str, tuple[int, ...]]) -> tuple[list[AdapterGroup], set[str]]:
-    layers = [key.removesuffix(".rasa_A") for key in shapes if key.endswith(".rasa_A")]
-    members: dict[tuple[str, int, int], list[str]] = defaultdict(list)
-    for layer in layers:
-        name = layer.removeprefix(PREFIX)
-        out, width = shapes[f"{layer}.rasa_B"][0], shapes[f"{layer}.rasa_A"][1]
-        members[pattern(name), out, width].append(layer)
+def _groups(
+    shapes: dict[str, tuple[int, ...]], chosen: Groups
+) -> tuple[list[AdapterGroup], set[str]]:
+    layers = {
+        name: (shapes[f"{PREFIX}{name}.rasa_B"][0], shapes[key][1])
+        for key in shapes
+        if key.endswith(".rasa_A")
+        for name in [key.removesuffix(".rasa_A").removeprefix(PREFIX)]
+    }
     groups, used = [], set()
-    for (kind, out, width), names in members.items():
+    for group in grouped(layers, chosen):
         keys = [
-            f"{name}.rasa_{part}"
-            for name in names
+            key
+            for name in group.names
             for part in ("A", "B", "d", "pool_A", "pool_B")
-            if f"{name}.rasa_{part}" in shapes
+            if (key := f"{PREFIX}{name}.rasa_{part}") in shapes
         ]
         used.update(keys)
-        private = shapes[f"{names[0]}.rasa_A"][0]
-        effective = shapes[f"{names[0]}.rasa_d"][0]
+        first = f"{PREFIX}{group.names[0]}"
+        private = shapes[f"{first}.rasa_A"][0]
+        effective = shapes[f"{first}.rasa_d"][0]
         count = sum(_count(shapes[key]) for key in keys)
+        pooled = effective - private
         groups.append(
-            AdapterGroup(kind, len(names), (out, width), private, effective - private, count)
+            AdapterGroup(group.pattern, len(group.names), group.shape, private, pooled, count)
         )
     return groups, used
 

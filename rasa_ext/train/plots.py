@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rasa_ext.analysis import GroupAnalysis
-from rasa_ext.patching.targets import Group
+from rasa_ext.patching.grouping import Group
 from rasa_ext.solver.decompose import Decomposition
 
 

@@ -1,0 +1,109 @@
+"""Which layers share a pool: by default those of one name pattern and shape, or as one chooses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterable, Mapping
+
+from rasa_ext.methods.base import AdapterConfig, Groups
+
+Shape = tuple[int, int]
+"""(out, in)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers that share one pool: one name pattern, or chosen name, and one (out, in) shape."""
+
+    pattern: str
+    shape: Shape
+    names: tuple[str, ...]
+
+
+def pattern(name: str) -> str:
+    """Replace the layer index of a module path, the first integer in it, by ``*``."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part.isdigit():
+            parts[position] = "*"
+            break
+    return ".".join(parts)
+
+
+def every_index(name: str) -> str:
+    """Replace every integer of a module path by ``*``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def grouped(shapes: Mapping[str, Shape], groups: Groups = ()) -> tuple[Group, ...]:
+    """Group layers, given with their shapes, in the order in which they begin a group."""
+    found: dict[tuple[str, Shape], list[str]] = {}
+    for name, shape in shapes.items():
+        found.setdefault((group_of(name, groups), shape), []).append(name)
+    return tuple(Group(key, shape, tuple(names)) for (key, shape), names in found.items())
+
+
+def group_of(name: str, groups: Groups = ()) -> str:
+    """Name the group of a layer: as ``groups`` has it, or its name pattern where that has none.
+
+    A layer that is listed by its whole name belongs there, and otherwise to the first pattern that
+    its name ends in.
+    """
+    if callable(groups):
+        chosen = groups(name)
+        if chosen is not None and not isinstance(chosen, str):
+            raise TypeError(
+                "groups: expected a callable that gives a group's name, or None for the usual "
+                f"one, but for {name!r} it gave {chosen!r}."
+            )
+        return pattern(name) if chosen is None else chosen
+    exact = _whole_names(groups).get(name)
+    if exact is not None:
+        return exact
+    for label, patterns in groups:
+        if any(ends_in(name, each) for each in patterns):
+            return label
+    return pattern(name)
+
+
+@functools.lru_cache(maxsize=8)
+def _whole_names(groups: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, str]:
+    return {name: label for label, names in groups for name in names}
+
+
+def ends_in(name: str, item: str) -> bool:
+    """Tell whether a name ends in a pattern, at a dot; ``*`` stands for one part of the name."""
+    return _compiled(item).search(name) is not None
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(item: str) -> re.Pattern[str]:
+    parts = (r"[^.]+" if part == "*" else re.escape(part) for part in item.split("."))
+    return re.compile(r"(^|\.)" + r"\.".join(parts) + "$")
+
+
+def check_groups(groups: Groups, names: Iterable[str], argument: str = "groups") -> None:
+    """Raise ValueError where a pattern of ``groups`` is that of none of the adapted layers."""
+    names = list(names)
+    for item in () if callable(groups) else (item for _, items in groups for item in items):
+        if not any(ends_in(name, item) for name in names):
+            known = sorted({every_index(name) for name in names})
+            raise ValueError(
+                f"{argument}: expected patterns of adapted layers' names, but none ends in "
+                f"{item!r}; they are {', '.join(known[:10])}{', ...' if len(known) > 10 else ''} "
+                "('*' stands for one part of a name)."
+            )
+
+
+def settled(config: AdapterConfig, found: Iterable[Group]) -> AdapterConfig:
+    """The config with the mapping that a callable in it gave for these groups: that has a file's
+    form, and means the same on load.
+    """
+    if not callable(config.layer_groups):
+        return config
+    labels: dict[str, list[str]] = {}
+    for group in found:
+        labels.setdefault(group.pattern, []).extend(group.names)
+    return dataclasses.replace(config, groups=labels)

@@ -1,0 +1,202 @@
+"""groups: the layers that share a pool where the usual rule does not fit, chosen by the user."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from rasa_ext import RasaConfig
+from rasa_ext.analysis import analyze, analyze_adapter
+from tests.helpers import oracle
+from tests.helpers.adapters import adapters, patched
+from tests.helpers.cli import invoke
+from tests.helpers.models import LLAMA
+from tests.helpers.refusals import refused
+from tests.helpers.unet import ENDS, Unet, by_end
+
+
+def members(model: nn.Module) -> set[frozenset[str]]:
+    """The sets of layers that hold one pool."""
+    pools: dict[int, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, rasa_ext.RasaLinear):
+            pools.setdefault(id(layer.pool), []).append(name)
+    return {frozenset(names) for names in pools.values()}
+
+
+def expected(key) -> set[frozenset[str]]:
+    """The same, from a rule: layers of one key and shape."""
+    found: dict[object, set[str]] = {}
+    for name, layer in Unet().named_modules():
+        if isinstance(layer, nn.Linear):
+            found.setdefault((key(name), layer.weight.shape), set()).add(name)
+    return set(map(frozenset, found.values()))
+
+
+FORMS = {
+    "sequence": ENDS,
+    "mapping": {end: [end] for end in ENDS},
+    "text": {end: end for end in ENDS},
+    "callable": by_end,
+    "whole names": lambda name: by_end(name).replace(".", "-"),
+}
+NAMES = {
+    "callable": {end.replace("*", "0") for end in ENDS},
+    "whole names": {end.replace(".", "-").replace("*", "0") for end in ENDS},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_gives_the_groups(form):
+    model = rasa_ext.patch_model(Unet(), 2, 1, groups=FORMS[form])
+    assert members(model) == expected(by_end)
+    assert len(members(model)) == 12  # six ends of two widths
+    names = {row.pattern for row in rasa_ext.summary(model)}
+    assert names == NAMES.get(form, set(ENDS))
+
+
+def test_the_formula_holds_over_chosen_groups():
+    """Outputs and gradients against the dense formula, the pool of a group being its own."""
+    model = patched(Unet(), 3, 1, groups=ENDS).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    dense = Unet().double()
+    dense.load_state_dict(rasa_ext.unpatch(copy.deepcopy(model)).state_dict())
+    for name, found in adapters(model).items():
+        weight = dense.get_submodule(name).weight
+        with torch.no_grad():
+            weight += oracle.delta(found)
+    torch.testing.assert_close(model(x), dense(x))
+    model(x).sum().backward()
+    owner = next(layer for layer in model.modules() if isinstance(layer, rasa_ext.RasaLinear))
+    assert owner.pool.A.grad.abs().sum(1).gt(0).all()
+    assert owner.pool.A.shape[0] == 5  # 2 + 3 layers of 8 x 8 end in attn1.to_q
+
+
+def test_mixed_with_the_usual_rule():
+    groups = {
+        "queries": ["attn1.to_q", "attn2.to_q"],
+        "first": "down_blocks.0.attentions.*.*.*.*.to_k",
+    }
+    model = rasa_ext.patch_model(Unet(), 2, 1, groups=groups)
+    rows = {(row.pattern, row.shape): row.L for row in rasa_ext.summary(model)}
+    assert rows["queries", (8, 8)] == 2 * 5
+    assert rows["queries", (16, 16)] == 2 * 6
+    assert rows["first", (8, 8)] == rows["first", (8, 6)] == 2
+    assert rows["mid_block.attentions.*.transformer_blocks.0.attn1.to_k", (16, 16)] == 1
+    assert "groups chosen: queries, first" in str(rasa_ext.summary(model))
+
+
+def test_a_callable_may_leave_layers_to_the_usual_rule():
+    usual = rasa_ext.patch_model(LLAMA.build(), 2, 1)
+    model = rasa_ext.patch_model(
+        LLAMA.build(), 2, 1, groups=lambda name: "mlp" if re.search("up|gate", name) else None
+    )
+    assert len(members(model)) == len(members(usual)) - 1
+    (row,) = (row for row in rasa_ext.summary(model) if row.pattern == "mlp")
+    assert row.L == 6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_saved_and_loaded(form, tmp_path):
+    model = patched(Unet(), 2, 1, groups=FORMS[form])
+    rasa_ext.save_adapter(model, tmp_path)
+    base = rasa_ext.unpatch(copy.deepcopy(model))
+    loaded = rasa_ext.load_adapter(base, tmp_path)
+    assert members(loaded) == members(model)
+    x = torch.randn(2, 5, 8)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    rasa_ext.load_adapter(model, tmp_path)  # patched in the same way
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())["rasa_groups"]
+    assert all(isinstance(names, list) for names in saved.values())
+    other = rasa_ext.patch_model(Unet(), 2, 1)
+    refused(lambda: rasa_ext.load_adapter(other, tmp_path), other, "differs .* groups: ")
+    for found in (analyze_adapter(tmp_path), analyze(model)):
+        assert {frozenset(layer.name for layer in g.layers) for g in found} == members(model)
+    text = invoke("inspect", tmp_path)
+    for row in rasa_ext.summary(model):
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        assert f"{row.pattern} {row.L} {shape} 1 {row.R - 1} {row.R} {row.trainable:,}" in text
+
+
+def test_a_patched_model_pickles_though_it_was_given_a_lambda():
+    model = patched(LLAMA.build(), 2, 1, groups=lambda name: name.rpartition(".")[2])
+    assert not callable(next(iter(rasa_ext.summary(model).groups)))
+    layer = next(each for each in model.modules() if isinstance(each, rasa_ext.RasaLinear))
+    assert not callable(layer.config.groups)
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ("attn1.to_q", "expected a sequence of patterns, a mapping of names to patterns, or a"),
+        (3, "expected a sequence of patterns"),
+        ([""], "expected a sequence of patterns"),
+        ({"a": [3]}, "expected a sequence of strings, got the item 3"),
+        (["attn3.to_q"], r"none ends in 'attn3.to_q'; they are .*attn1\.to_k.*'\*' stands for"),
+        ({"a": ["to_q", "no"]}, "none ends in 'no'"),
+        (lambda name: 3, r"callable that gives a group's name, or None .*, but for .* it gave 3"),
+    ],
+)  # fmt: skip
+def test_bad_groups(groups, said):
+    model = Unet()
+    refused(lambda: rasa_ext.patch_model(model, 2, 1, groups=groups), model, "^groups: ", said)
+
+
+def test_a_callable_has_no_form_in_a_file():
+    with pytest.raises(ValueError, match="groups: a callable has no form in a file; patch a model"):
+        RasaConfig(groups=by_end).to_dict()
+
+
+def test_configs_compare_hash_and_come_back():
+    configs = [RasaConfig(groups=FORMS[form]) for form in ("sequence", "mapping", "text")]
+    assert len(set(configs)) == 1
+    (config,) = set(configs)
+    settings = {**config.to_dict(), "bias": "none"}
+    assert RasaConfig.from_dict(json.loads(json.dumps(settings))) == config
+
+
+def test_solvers_take_groups():
+    base = Unet()
+    finetuned = {name: t + torch.randn_like(t) for name, t in base.state_dict().items()}
+    found = rasa_ext.compress(base, base.state_dict(), finetuned, 2, 1, groups=ENDS, iterations=2)
+    assert {frozenset(group.names) for group in found.groups} == expected(by_end)
+    names = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)]
+    deltas = {name: torch.randn_like(base.get_submodule(name).weight) for name in names}
+    fitted = rasa_ext.fit_adapter(base, deltas, 2, 1, groups=by_end, iterations=2)
+    assert {frozenset(group.names) for group in fitted} == expected(by_end) == members(base)
+
+
+def told(model: nn.Module, **options) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rasa_ext.patch_model(model, 2, **options)
+    assert {each.filename for each in caught} <= {__file__}
+    return [str(each.message) for each in caught if str(each.message).startswith("groups: ")]
+
+
+def test_little_sharing_is_warned_of_with_groups_that_help():
+    (message,) = told(Unet(), k=1)
+    assert re.match(r"groups: \d+ of 66 adapted layers share their pool with no other one", message)
+    assert "close to a LoRA of rank 2" in message
+    suggested = re.search(r"groups=(\[.*?\])\.$", message)[1].replace(", ...", "")
+    ends = [item.strip("' ") for item in suggested.strip("[]").split(",")]
+    assert ends == ENDS[:4]
+    assert told(Unet(), k=1, groups=ENDS) == []
+    assert told(Unet(), k=0) == []  # asked for a LoRA
+    assert told(LLAMA.build(), k=1) == []
+
+
+def test_nothing_in_common_is_warned_of():
+    shapes = nn.Sequential(nn.Linear(8, 9), nn.Linear(9, 10), nn.Linear(10, 8))
+    (message,) = told(shapes, k=1)
+    assert "3 of 3 adapted layers" in message
+    assert "groups=[" not in message
+    (message,) = told(nn.Sequential(nn.Linear(8, 8)), k=1)
+    assert "'0' is the only layer that is adapted" in message

@@ -1,0 +1,102 @@
+"""rasa_groups: the layers that share a pool, chosen by the user, under PEFT."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig, RasaPeftLinear
+from tests.helpers.unet import ENDS, Unet, by_end
+
+FORMS = {"sequence": ENDS, "mapping": {"all": [*ENDS]}, "callable": by_end}
+
+
+def adapted(form: str) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(Unet(), RasaConfig(r=2, rasa_groups=FORMS[form], init_weights=False))
+
+
+def pools(model: torch.nn.Module) -> set[frozenset[str]]:
+    found: dict[int, set[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, RasaPeftLinear):
+            owner = id(layer.pool_owners["default"])
+            found.setdefault(owner, set()).add(name.removeprefix("base_model.model."))
+        elif isinstance(layer, rasa_ext.RasaLinear):
+            found.setdefault(id(layer.pool), set()).add(name)
+    return set(map(frozenset, found.values()))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_pools_are_those_of_patch_model(form):
+    core = rasa_ext.patch_model(Unet(), 2, 1, groups=FORMS[form])
+    assert pools(adapted(form)) == pools(core)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_go_both_ways(form, tmp_path):
+    # In float64, where one model's rounding is not another's.
+    model, x = adapted(form).double(), torch.randn(2, 5, 8, dtype=torch.float64)
+    weights = {
+        name.replace(".base_layer", ""): tensor
+        for name, tensor in model.base_model.model.state_dict().items()
+        if "rasa_" not in name
+    }
+
+    def fresh() -> Unet:
+        made = Unet().double()
+        made.load_state_dict(weights)
+        return made
+
+    model.save_pretrained(tmp_path / "peft")
+    saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["rasa_groups"]
+    assert all(isinstance(names, list) for names in saved.values())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what was chosen is not warned of again
+        again = PeftModel.from_pretrained(fresh(), tmp_path / "peft")
+    assert pools(again) == pools(model)
+    torch.testing.assert_close(again.double()(x), model(x))
+    core = rasa_ext.load_adapter(fresh(), tmp_path / "peft")
+    torch.testing.assert_close(core.double()(x), model(x))
+    rasa_ext.save_adapter(core, tmp_path / "core")
+    again = PeftModel.from_pretrained(fresh(), tmp_path / "core")
+    assert pools(again) == pools(core)
+    torch.testing.assert_close(again.double()(x), model(x))
+
+
+def test_two_adapters_of_other_groups():
+    model = adapted("sequence")
+    first = pools(model)
+    model.add_adapter("other", RasaConfig(r=2, rasa_groups=by_end, init_weights=False))
+    assert pools(model) == first
+    assert isinstance(model.peft_config["other"].rasa_groups, dict)
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "said"),
+    [
+        ("to_q", TypeError, "^rasa_groups: expected a sequence of patterns"),
+        (["attn3.to_q"], ValueError, "^rasa_groups: .* none ends in 'attn3.to_q'"),
+    ],
+)
+def test_bad_groups(groups, error, said):
+    with pytest.raises(error, match=said):
+        get_peft_model(Unet(), RasaConfig(r=2, target_modules=["to_q"], rasa_groups=groups))
+
+
+def test_a_callable_has_no_form_in_a_file(tmp_path):
+    with pytest.raises(ValueError, match="a callable has no form in a file"):
+        RasaConfig(rasa_groups=by_end).save_pretrained(tmp_path)
+
+
+def test_little_sharing_is_warned_of():
+    with pytest.warns(UserWarning, match=r"rasa_groups: .* pass rasa_groups=\['attn1.to_q'"):
+        get_peft_model(Unet(), RasaConfig(r=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted("sequence")
