@@ -46,7 +46,7 @@ def _little_shared(config: RasaConfig, groups: Sequence[Group], names: Names) ->
     ends = list(dict.fromkeys(every_index(name).rpartition("*.")[2] for name in shapes))
     chosen = tuple((end, (end,)) for end in ends)
     better = grouped(shapes, chosen)
-    way_out = f"{names.k}=0 says so"
+    way_out = f"pass {names.k}=0 if that is meant"
     if _alone(better) < alone:
         shared = dict.fromkeys(group.pattern for group in better if len(group.names) > 1)
         shown = ", ".join(repr(end) for end in list(shared)[:4])
