@@ -27,11 +27,10 @@ from torch import nn
 import rasa_ext
 from benchmarks import harness
 from benchmarks.model import resident
+from experiments.training import collate, encoded
 from rasa_ext.base_layers.quantized import format_of, stored_bytes
-from rasa_ext.train.data import Example
-from rasa_ext.train.demo import INSTRUCTION, find_model
-from rasa_ext.train.encoding import Collator, encode_all
-from rasa_ext.train.model_loading import load_model, load_tokenizer
+from rasa_ext.train.demo import INSTRUCTION
+from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
 from rasa_ext.train.problems import make_problems
 
 BASES = ("nf4", "int8", "bfloat16", "float32")
@@ -76,8 +75,8 @@ def quantized(model: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> nn.M
 def load(base: str) -> nn.Module:
     """SmolLM2 over one of ``BASES``; quantized ones compute in bfloat16."""
     if base in ("float32", "bfloat16"):
-        return load_model(find_model(), base)
-    return quantized(load_model(find_model(), "bfloat16"), {"nf4": nf4, "int8": int8}[base])
+        return load_model(find_smollm2(), base)
+    return quantized(load_model(find_smollm2(), "bfloat16"), {"nf4": nf4, "int8": int8}[base])
 
 
 def base_bytes(model: nn.Module) -> int:
@@ -89,16 +88,13 @@ def base_bytes(model: nn.Module) -> int:
 
 def batches(tokenizer, count: int, size: int, split: str) -> list[dict[str, torch.Tensor]]:
     """Word problems with their worked solutions."""
-    rows = encode_all(
-        (
-            Example("problems", f"{INSTRUCTION} {problem.question}\n", problem.working)
-            for problem in make_problems(count * size, split=split)
-        ),
-        tokenizer,
-        128,
-    ).rows
-    collate = Collator(tokenizer.pad_token_id)
-    return [collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+    end = tokenizer.eos_token
+    rows = [
+        encoded(f"{INSTRUCTION} {each.question}\n", each.working + end, tokenizer, 128)
+        for each in make_problems(count * size, split=split)
+    ]
+    pad = tokenizer.pad_token_id
+    return [collate(rows[i : i + size], pad) for i in range(0, len(rows), size)]
 
 
 def kept(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
@@ -127,7 +123,7 @@ def loss_on(model: nn.Module, held_out: list[dict[str, torch.Tensor]]) -> float:
 
 def measure(base: str, steps: int, size: int) -> dict[str, float]:
     """One base from loading to the last step."""
-    model, tokenizer = load(base), load_tokenizer(find_model())
+    model, tokenizer = load(base), load_tokenizer(find_smollm2())
     found = {"base": base_bytes(model) / MIB}
     rasa_ext.patch_model(model, rank=8, k=1).train()
     parameters = rasa_ext.adapter_parameters(model)

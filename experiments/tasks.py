@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pydoc_data.topics import topics
 from typing import Any
 
 from experiments import docstrings
-from experiments.training import Row, products_in
-from rasa_ext.train.data import parse_example
+from experiments.training import IGNORE, Row, encoded, products_in
 from rasa_ext.train.demo import conversation
-from rasa_ext.train.encoding import encode_all
 from rasa_ext.train.evaluate import exact_match, greedy_answers
 from rasa_ext.train.problems import make_problems
 
@@ -88,7 +87,7 @@ def _maths(tokenizer: Any, sizes: dict[str, int]) -> Task:
     dev = [problem for problem in dev if problem.question not in asked][: sizes["dev"]]
     drawn = {"train": make_problems(sizes["train"], split="train", seed=0), "dev": dev}
     rows = {
-        split: _encoded([{"messages": conversation(p)} for p in problems], tokenizer)
+        split: _encoded([conversation(p) for p in problems], tokenizer)
         for split, problems in (drawn | {"test": test}).items()
     }
     prompts = (
@@ -100,18 +99,22 @@ def _maths(tokenizer: Any, sizes: dict[str, int]) -> Task:
     return Task("maths", **rows, prompts=tuple(prompts), answers=tuple(p.answer for p in test))
 
 
-def _described(function: docstrings.Function) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "system", "content": "Say in one line what the function does."},
-            {"role": "user", "content": function.code},
-            {"role": "assistant", "content": function.summary},
-        ]
-    }
+def _described(function: docstrings.Function) -> list[dict[str, str]]:
+    return [
+        {"role": "system", "content": "Say in one line what the function does."},
+        {"role": "user", "content": function.code},
+        {"role": "assistant", "content": function.summary},
+    ]
 
 
-def _encoded(examples: Sequence[dict[str, Any]], tokenizer: Any) -> list[Row]:
-    if not examples:
-        return []
-    parsed = [parse_example(each, f"row {i}") for i, each in enumerate(examples)]
-    return encode_all(parsed, tokenizer, _SEQ_LEN).rows
+def _encoded(conversations: Sequence[list[dict[str, str]]], tokenizer: Any) -> list[Row]:
+    """The rows of conversations that fit; the last turn is learnt, with its closing token."""
+    rows = []
+    for messages in conversations:
+        template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
+        prompt = template(messages[:-1], add_generation_prompt=True)
+        answer = template(messages).removeprefix(prompt).rstrip()
+        row = encoded(prompt, answer, tokenizer, _SEQ_LEN)
+        if any(label != IGNORE for label in row["labels"]):
+            rows.append(row)
+    return rows

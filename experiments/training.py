@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
-from rasa_ext.train.encoding import IGNORE, Collator
+from torch.nn.utils.rnn import pad_sequence
 
 Row = dict[str, list[int]]
-"""Token ids and labels of one text, as ``rasa_ext.train.encoding`` makes them."""
+"""Token ids and labels of one text."""
+
+IGNORE = -100
+"""The label of a token that carries no loss."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,25 @@ class Recipe:
         if step < rise:
             return self.lr * (step + 1) / rise
         return self.lr * (self.steps - step) / max(1, self.steps - rise)
+
+
+def encoded(prompt: str, completion: str, tokenizer: Any, seq_len: int) -> Row:
+    """Both texts as they stand, each tokenized by itself; the completion's tokens carry a loss."""
+    before = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    learnt = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    ids, labels = before + learnt, [IGNORE] * len(before) + learnt
+    return {"input_ids": ids[:seq_len], "labels": labels[:seq_len]}
+
+
+def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
+    """Ids, mask and labels, all int64 (rows, longest), padded on the right."""
+    ids = [torch.tensor(row["input_ids"]) for row in rows]
+    labels = [torch.tensor(row["labels"]) for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE),
+    }
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
@@ -65,7 +86,7 @@ class Run:
         self._optimizer = torch.optim.AdamW(
             self._trained, lr=recipe.lr, weight_decay=0.0, fused=True
         )
-        self._collate = Collator(pad_token_id)
+        self._pad_token_id = pad_token_id
         self._order = batches(len(rows), recipe.batch_size, recipe.steps, recipe.seed)
 
     @property
@@ -94,7 +115,7 @@ class Run:
         self.model.train()
         for group in self._optimizer.param_groups:
             group["lr"] = self.recipe.rate(self.step)
-        batch = self._collate([self.rows[i] for i in self._order[self.step]])
+        batch = collate([self.rows[i] for i in self._order[self.step]], self._pad_token_id)
         with products_in(self.recipe.bfloat16):
             loss = trained_losses(self.model, batch).mean()
         loss.backward()
@@ -157,11 +178,12 @@ def mean_loss(
 ) -> float:
     """Mean cross entropy in nats over all trained tokens of ``rows``, each counted once."""
     model.eval()
-    collate, total, count = Collator(pad_token_id), 0.0, 0
+    total, count = 0.0, 0
     by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
     for start in range(0, len(rows), batch_size):
         with products_in(bfloat16):
-            losses = trained_losses(model, collate(by_length[start : start + batch_size]))
+            batch = collate(by_length[start : start + batch_size], pad_token_id)
+            losses = trained_losses(model, batch)
         total += losses.double().sum().item()
         count += losses.numel()
     return total / max(count, 1)

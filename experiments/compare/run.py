@@ -26,8 +26,7 @@ from experiments.compare.methods import prepared
 from experiments.table import Table
 from experiments.tasks import Task, make_task, other_text, solved
 from experiments.training import Recipe, Row, Run, mean_loss
-from rasa_ext.train.demo import find_model
-from rasa_ext.train.model_loading import load_model, load_tokenizer
+from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
 
 COLUMNS = (
     *("task", "method", "lr", "seed", "steps", "settings"),
@@ -144,7 +143,7 @@ def main() -> None:
     if given.list:
         print("\n".join(map(str, pending(config, table.rows()))))
         return
-    name, end = find_model(), time.monotonic() + 60 * given.minutes
+    name, end = find_smollm2(), time.monotonic() + 60 * given.minutes
     bench = Bench(config, load_model(name, "float32"), load_tokenizer(name))
     while (left := pending(config, table.rows())) and time.monotonic() < end:
         if not advance(bench, table):

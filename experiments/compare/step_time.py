@@ -24,8 +24,7 @@ from experiments.compare.config import CONFIG, RESULTS, read_config
 from experiments.compare.methods import prepared
 from experiments.tasks import make_task
 from experiments.training import Recipe, Row, Run
-from rasa_ext.train.demo import find_model
-from rasa_ext.train.model_loading import load_model, load_tokenizer
+from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
 
 REFERENCE = "rasa-r8-k1"
 
@@ -70,7 +69,7 @@ def main() -> None:
     given = parser.parse_args()
     harness.pin_allocator()
     load = os.getloadavg()[0]
-    config, name = read_config(given.config), find_model()
+    config, name = read_config(given.config), find_smollm2()
     specs = dict(config.methods)
     specs |= {f"lora-r{r}": {"kind": "lora", "rank": r, "alpha": r} for r in given.lora_ranks}
     base, tokenizer = load_model(name, "float32"), load_tokenizer(name)

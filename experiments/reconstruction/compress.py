@@ -30,8 +30,7 @@ from experiments.table import Table
 from experiments.tasks import Task, make_task
 from rasa_ext.checkpoint.files import WEIGHTS as FILE
 from rasa_ext.patching.targets import make_plan
-from rasa_ext.train.demo import find_model
-from rasa_ext.train.model_loading import load_model, load_tokenizer
+from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
 
 COLUMNS = (
     *("what", "rank", "k", "numbers", "bytes", "error", "lora_error", "loss", "exact_match"),
@@ -155,7 +154,7 @@ def main() -> None:
     have = {key_of(row) for row in table.rows()}
     left = [key for key in planned() if key not in have]
     if left:
-        name = find_model()
+        name = find_smollm2()
         tokenizer = load_tokenizer(name)
         task = make_task("maths", tokenizer, train=0, dev=0, test=given.held_out)
         tuned = load_model(str(given.weights / "tuned"), "float32")

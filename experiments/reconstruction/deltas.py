@@ -9,14 +9,13 @@ from torch import Tensor
 
 from rasa_ext.config import RasaConfig
 from rasa_ext.patching.targets import make_plan
-from rasa_ext.train.demo import find_model
-from rasa_ext.train.model_loading import load_model
+from rasa_ext.train.model_loading import find_smollm2, load_model
 
 
 def tuned_deltas(weights: Path) -> dict[str, list[Tensor]]:
     """What ``finetune`` changed, of the model that it wrote to ``weights``; see ``deltas_of``."""
     return deltas_of(
-        load_model(find_model(), "float32"), load_model(str(weights / "tuned"), "float32")
+        load_model(find_smollm2(), "float32"), load_model(str(weights / "tuned"), "float32")
     )
 
 

@@ -22,9 +22,8 @@ import torch
 from benchmarks.harness import machine
 from experiments.tasks import Task, make_task, solved
 from experiments.training import Recipe, Run, mean_loss
-from rasa_ext.train.demo import find_model
 from rasa_ext.train.memory import peak_memory
-from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
+from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer, save_model
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"
@@ -119,7 +118,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder for the weights")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for finetune.json")
     given = parser.parse_args()
-    name = find_model()
+    name = find_smollm2()
     model, tokenizer = load_model(name, "float32"), load_tokenizer(name)
     task = make_task(
         "maths", tokenizer, train=given.steps * given.batch_size, dev=0, test=given.held_out

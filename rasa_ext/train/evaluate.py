@@ -1,4 +1,4 @@
-"""Measuring a causal language model: loss on completions, greedy answers, exact match."""
+"""Measuring a causal language model: greedy answers and exact match."""
 
 from __future__ import annotations
 
@@ -8,34 +8,8 @@ from typing import Any
 
 import torch
 
-from rasa_ext.train.encoding import IGNORE, Collator
-
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
-
-
-@torch.inference_mode()
-def completion_loss(
-    model: Any, rows: Sequence[dict[str, list[int]]], pad_token_id: int, batch_size: int = 16
-) -> float:
-    """Mean cross entropy in nats over all trained tokens of encoded rows, each token counted once.
-
-    Unlike an average over batches it does not depend on `batch_size`.
-    """
-    collate = Collator(pad_token_id)
-    total, tokens = 0.0, 0
-    for start in range(0, len(rows), batch_size):
-        batch = {
-            k: v.to(model.device) for k, v in collate(rows[start : start + batch_size]).items()
-        }
-        labels = batch.pop("labels")[:, 1:]
-        logits = model(**batch).logits[:, :-1]
-        kept = labels != IGNORE
-        total += torch.nn.functional.cross_entropy(
-            logits[kept].float(), labels[kept], reduction="sum"
-        ).item()
-        tokens += int(kept.sum())
-    return total / max(tokens, 1)
 
 
 @torch.inference_mode()

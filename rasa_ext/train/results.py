@@ -9,12 +9,11 @@ from typing import Any
 
 import yaml
 
-from rasa_ext import save_adapter
 from rasa_ext.train.callbacks import MetricsCallback
 from rasa_ext.train.memory import peak_memory
 from rasa_ext.train.options import RECORD, FinetuneOptions
 from rasa_ext.train.plots import plot_loss
-from rasa_ext.train.trainer import checkpoints_in
+from rasa_ext.train.trainer import AdapterTrainer, checkpoints_in
 
 
 @dataclasses.dataclass
@@ -26,12 +25,15 @@ class FinetuneResult:
     step: int
     total_steps: int
     seconds: float
-    """Time in training steps, of this process; evaluation and loading left out."""
+    """Time in training steps, of all runs of a resumed training, without evaluation and loading."""
     tokens_per_s: float | None
     first_loss: float | None
+    """Mean over the first tenth of the steps."""
     last_loss: float | None
     """Mean over the last tenth of the steps."""
+    eval_loss_before: float | None
     eval_loss: float | None
+    """Held out, of the last evaluation."""
     trainable: int
     peak_memory: dict[str, int]
     checkpoint: str | None = None
@@ -45,8 +47,7 @@ def write_record(options: FinetuneOptions) -> None:
 
 
 def write_results(
-    model: Any,
-    tokenizer: Any,
+    trainer: AdapterTrainer,
     options: FinetuneOptions,
     step: int,
     total: int,
@@ -54,12 +55,10 @@ def write_results(
     metrics: MetricsCallback,
     trainable: int,
 ) -> FinetuneResult:
-    """Write adapter, tokenizer, `loss.png`, `summary.json` and `finetune.yaml` into the output."""
+    """Write adapter, tokenizer, `loss.png` and `summary.json` into the output."""
     output = Path(options.output)
-    write_record(options)
-    losses = [row["loss"] for row in metrics.rows if "loss" in row]
-    held_out = [row["eval_loss"] for row in metrics.rows if "eval_loss" in row]
-    tail = losses[-max(1, len(losses) // 10) :]
+    losses = [row["loss"] for row in metrics.steps]
+    held_out = metrics.held_out
     saved = checkpoints_in(output)
     result = FinetuneResult(
         output=options.output,
@@ -68,15 +67,16 @@ def write_results(
         total_steps=total,
         seconds=metrics.seconds,
         tokens_per_s=metrics.tokens / metrics.seconds if metrics.seconds else None,
-        first_loss=losses[0] if losses else None,
-        last_loss=sum(tail) / len(tail) if tail else None,
+        first_loss=_mean(losses[: _tenth(losses)]),
+        last_loss=_mean(losses[-_tenth(losses) :]),
+        eval_loss_before=held_out[0] if held_out else None,
         eval_loss=held_out[-1] if held_out else None,
         trainable=trainable,
         peak_memory=peak_memory(),
         checkpoint=str(saved[-1][1]) if saved else None,
     )
-    save_adapter(model.eval(), output)
-    tokenizer.save_pretrained(output)
+    trainer.model.eval()
+    trainer.save_model()
     if losses:
         plot_loss(
             metrics.rows, output / "loss.png", f"RaSA r={options.rank}, {Path(options.model).name}"
@@ -84,3 +84,11 @@ def write_results(
     text = json.dumps(dataclasses.asdict(result), indent=2)
     (output / "summary.json").write_text(text + "\n", encoding="utf-8")
     return result
+
+
+def _tenth(losses: list[Any]) -> int:
+    return max(1, len(losses) // 10)
+
+
+def _mean(losses: list[float]) -> float | None:
+    return sum(losses) / len(losses) if losses else None

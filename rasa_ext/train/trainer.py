@@ -1,24 +1,107 @@
-"""transformers' Trainer, whose checkpoints hold the adapter and not the base model."""
+"""TRL's SFTTrainer with an adapter of this package: what it does otherwise, and its checkpoints."""
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
-from transformers import Trainer
+from peft import PeftModel, get_peft_model
+from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import set_seed
+from trl import SFTConfig, SFTTrainer
 
-from rasa_ext import load_adapter, save_adapter
+from rasa_ext.peft import RasaConfig
+
+IGNORE = -100
+"""The label of a token that carries no loss, as torch's cross entropy has it."""
 
 _STATE = "trainer_state.json"
 
 
-class AdapterTrainer(Trainer):
-    """A Trainer for a patched model.
+class AdapterTrainer(SFTTrainer):
+    """An SFTTrainer over a base model with a new RaSA adapter.
 
-    A checkpoint is the adapter's two files, the tokenizer, and what Trainer writes itself:
-    optimizer, scheduler, random and trainer state. Only how the model is written and read differs.
+    - The adapter keeps its float32 numbers over a quantized base, where TRL rounds to bfloat16.
+    - The rate rises from the first step on, and reaches zero only after the last.
+    - On a CPU logits are made only of the tokens that carry a loss, where TRL makes all of them
+      and a few measures on top: a step of SmolLM2-135M over word problems, a fifth of whose tokens
+      carry a loss, takes 2.9 s instead of 5.1 (one core of a Xeon, float32, 2026-11-25).
+    - The held-out loss is a mean over tokens, so it does not depend on the batch size.
+    - An evaluation leaves the random numbers alone that dropout goes on with.
+    - Telemetry is not sent, no model card is written, and saving asks the hub nothing.
     """
+
+    lr_scheduler: Any
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig,
+        *,
+        peft_config: RasaConfig | None = None,
+        warmup: float = 0.0,
+        **options: Any,
+    ) -> None:
+        self.warmup = warmup
+        set_seed(args.seed)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        exact = {p: p.data for p in model.parameters() if p.requires_grad}
+        super().__init__(model, args, **options)
+        for parameter, data in exact.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        forward = type(self.base_model).forward
+        self._compacts = (
+            self.args.device.type == "cpu"
+            and not self.aux_loss_enabled
+            and "logits_to_keep" in inspect.signature(forward).parameters
+        )
+        self._held_out = torch.zeros(2, dtype=torch.float64)
+
+    @property
+    def base_model(self) -> Any:
+        """The language model, its layers adapted in place."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The mean over the trained tokens of the batch, or the step where it is given."""
+        if not self._compacts or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = {**inputs, "use_cache": False}
+        labels = inputs.pop("labels")[:, 1:]
+        places = (labels != IGNORE).any(0).nonzero().flatten()
+        logits = model(**inputs, logits_to_keep=places).logits
+        labels = labels[:, places]
+        trained = labels != IGNORE
+        loss = cross_entropy(logits[trained].float(), labels[trained], reduction="sum")
+        if num_items_in_batch is None:
+            return loss / trained.sum().clamp(min=1)
+        scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss * scale / num_items_in_batch
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """A linear rise over the warm-up's share of the steps, and a linear fall."""
+        if self.lr_scheduler is None:
+            rise = int(self.warmup * num_training_steps)
+
+            def rate(step: int) -> float:
+                if step < rise:
+                    return (step + 1) / (rise + 1)
+                return max(0, num_training_steps - step) / max(1, num_training_steps - rise)
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, rate)
+        return self.lr_scheduler
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate without drawing from the random stream that dropout goes on with.
@@ -29,19 +112,44 @@ class AdapterTrainer(Trainer):
         with torch.random.fork_rng(devices=[]):  # a data loader draws its seed on the CPU
             return super().evaluate(*args, **kwargs)
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, with the mean over all trained tokens as the loss."""
+        self._held_out.zero_()
+        output = super().evaluation_loop(*args, **kwargs)
+        loss, tokens = self.accelerator.reduce(self._held_out.to(self.args.device))
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = (loss / tokens.clamp(min=1)).item()
+        return output
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's, adding up the losses."""
+        tokens = (inputs["labels"][:, 1:] != IGNORE).sum().item()
+        loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
+        self._held_out += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
+        return loss, *others
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: PEFT puts one beside every adapter."""
+
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
         if not self.args.should_save:
             return
         directory = output_dir if output_dir is not None else self.args.output_dir
-        save_adapter(self.accelerator.unwrap_model(self.model), directory)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(directory)
+        model = self.accelerator.unwrap_model(self.model)
+        # "auto" would look for the base's configuration on the hub; no embedding is trained here.
+        model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
+        self.processing_class.save_pretrained(directory)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        target = self.model if model is None else model
-        load_adapter(self.accelerator.unwrap_model(target), resume_from_checkpoint)
+    def _send_telemetry(self) -> None:
+        pass
+
+
+def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    """Rows in memory, as TRL takes them; its bars for every pass over them are turned off."""
+    datasets.disable_progress_bars()
+    return datasets.Dataset.from_list(rows)
 
 
 def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:

@@ -8,9 +8,15 @@ import torch
 from experiments import docstrings
 from experiments.table import Table
 from experiments.tasks import make_task, other_text
-from experiments.training import Recipe, Run, batches, mean_loss, trained_losses
-from rasa_ext.train.data import parse_example
-from rasa_ext.train.encoding import Collator, encode_all
+from experiments.training import (
+    Recipe,
+    Run,
+    batches,
+    collate,
+    encoded,
+    mean_loss,
+    trained_losses,
+)
 from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
 
 PAD = 0
@@ -18,8 +24,9 @@ PAD = 0
 
 @pytest.fixture(scope="module")
 def rows():
-    examples = [parse_example(pair, "here") for pair in sums(12)]
-    return encode_all(examples, make_tokenizer(), 64).rows
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token
+    return [encoded(p["prompt"], p["completion"] + end, tokenizer, 64) for p in sums(12)]
 
 
 @pytest.fixture
@@ -64,11 +71,11 @@ def test_rows_come_back_and_other_columns_are_refused(tmp_path):
 
 
 def test_losses_are_those_of_the_whole_model(rows):
-    model, batch = make_model(), Collator(PAD)(rows[:5])
+    model, batch = make_model(), collate(rows[:5], PAD)
     losses = trained_losses(model, batch)
     assert losses.shape[0] == sum(label != -100 for row in rows[:5] for label in row["labels"][1:])
     torch.testing.assert_close(losses.mean(), model(**batch).loss)
-    each = torch.cat([trained_losses(model, Collator(PAD)([row])) for row in rows])
+    each = torch.cat([trained_losses(model, collate([row], PAD)) for row in rows])
     found = mean_loss(model, rows, PAD, bfloat16=False, batch_size=5)
     assert found == pytest.approx(each.mean().item(), rel=1e-5)
 

@@ -14,9 +14,7 @@ from experiments.compare import report, run, step_time
 from experiments.compare.config import BASE, Key, pending, read_config
 from experiments.compare.methods import prepared
 from experiments.table import Table
-from experiments.training import Recipe, Run
-from rasa_ext.train.data import parse_example
-from rasa_ext.train.encoding import Collator, encode_all
+from experiments.training import Recipe, Run, collate, encoded
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
 
 pytest.importorskip("peft")
@@ -27,8 +25,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def rows():
-    examples = [parse_example(pair, "here") for pair in sums(12)]
-    return encode_all(examples, make_tokenizer(), 64).rows
+    tokenizer = make_tokenizer()
+    end = tokenizer.eos_token
+    return [encoded(p["prompt"], p["completion"] + end, tokenizer, 64) for p in sums(12)]
 
 
 @pytest.fixture
@@ -145,7 +144,7 @@ def test_differences_are_taken_seed_by_seed(small, monkeypatch):
 
 def test_the_comparison_runs_resumes_and_is_reported(small, tmp_path, monkeypatch, capsys):
     base = str(save_base(tmp_path / "base"))
-    monkeypatch.setattr(run, "find_model", lambda: base)
+    monkeypatch.setattr(run, "find_smollm2", lambda: base)
     words = ["run", "--config", str(small), "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*words, "--minutes", "0"])
     run.main()
@@ -203,7 +202,7 @@ def test_other_steps_of_one_task_leave_the_other_tasks_rows(small):
 
 
 def test_methods_begin_where_the_base_is_and_leave_it_alone(small, rows):
-    base, batch = make_model(), Collator(PAD)(rows[:2])
+    base, batch = make_model(), collate(rows[:2], PAD)
     before = {name: value.clone() for name, value in base.state_dict().items()}
     expected = base(**batch).logits
     for spec in read_config(small).methods.values():

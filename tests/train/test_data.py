@@ -2,152 +2,220 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import processors
+from rich.console import Console
+from trl import SFTConfig
 
 from rasa_ext.train import data
-from rasa_ext.train.data import DataError, Example, parse_example, read_examples
-from rasa_ext.train.encoding import IGNORE, Collator, encode, encode_all
-from rasa_ext.train.evaluate import completion_loss
-from tests.helpers.tiny_lm import make_model, make_tokenizer, sums, write_jsonl
+from rasa_ext.train.data import DataError, Example, Fields, parse_example, read_examples
+from rasa_ext.train.options import FinetuneOptions
+from rasa_ext.train.shown import CLOSE, OPEN, describe_rows, marked, show_example
+from rasa_ext.train.trainer import IGNORE, AdapterTrainer, dataset
+from tests.helpers.tiny_lm import CHATML, make_model, make_tokenizer, sums, write_jsonl
 
 USER = {"role": "user", "content": "what is 2 plus 2?"}
 FOUR = {"role": "assistant", "content": "4"}
 AGAIN = {"role": "user", "content": "plus 2?"}
 SIX = {"role": "assistant", "content": "the answer\nis 6"}
 
+# CHATML with the assistant's turns marked, as TRL's own templates for training have them.
+MARKED = CHATML.replace(
+    "{{ m['content'] }}<|im_end|>\n",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n",
+)
 
-def trained_text(row: dict, tokenizer) -> list[str]:
-    """The stretches of text whose tokens carry a loss."""
-    stretches, current = [], []
+
+def trainer(rows, marks, tokenizer, directory, model=None, **options) -> AdapterTrainer:
+    settings = {"max_length": 256, "bf16": False, "use_cpu": True, "report_to": "none", **options}
+    return AdapterTrainer(
+        make_model() if model is None else model,
+        SFTConfig(str(directory), assistant_only_loss=marks, **settings),
+        train_dataset=dataset(rows),
+        processing_class=tokenizer,
+    )
+
+
+def prepared(examples, tokenizer, directory, template=True, **options):
+    """The rows that are trained, as `finetune` has them made."""
+    (rows,), marks = data.rows_for_sft([examples], tokenizer, template)
+    return trainer(rows, marks, tokenizer, directory, **options).train_dataset
+
+
+def text_of(row, tokenizer) -> list[tuple[bool, str]]:
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         assert label in (IGNORE, token)
-        if label != IGNORE:
-            current.append(token)
-        elif current:
-            stretches.append(tokenizer.decode(current))
-            current = []
-    return [*stretches, tokenizer.decode(current)] if current else stretches
+    return marked(row, tokenizer)
 
 
 def messages(*turns: dict) -> Example:
     return parse_example({"messages": list(turns)}, "here")
 
 
-def test_prompt_tokens_are_masked_and_completion_tokens_are_not():
+def test_without_a_template_both_texts_are_joined_as_they_stand(tmp_path):
+    example = Example("here", "what is 2 plus 2?\n", "the answer is 4")
+    expected = [(False, "what is 2 plus 2?\n"), (True, "the answer is 4<|end|>")]
     tokenizer = make_tokenizer()
-    prompt, completion = "what is 2 plus 2? ", "the answer is 4"
-    row = encode(Example("here", prompt, completion), tokenizer, 64)
-    before = tokenizer(prompt)["input_ids"]
-    learnt = [*tokenizer(completion)["input_ids"], tokenizer.eos_token_id]
-    assert row["input_ids"] == before + learnt
-    assert row["labels"] == [IGNORE] * len(before) + learnt
+    (row,) = prepared([example], tokenizer, tmp_path, template=False)
+    assert text_of(row, tokenizer) == expected
+    tokenizer = make_tokenizer(chat_template=None)
+    (row,) = prepared([example], tokenizer, tmp_path)
+    assert text_of(row, tokenizer) == expected
 
 
-def test_a_prompts_last_space_does_not_swallow_the_completions_first_token():
+def test_prompt_and_completion_go_through_the_model_s_template(tmp_path):
     tokenizer = make_tokenizer()
-    together = [tokenizer.decode([t]) for t in tokenizer("what is the answer")["input_ids"]]
-    assert " the" in together
-    row = encode(Example("here", "what is ", "the answer"), tokenizer, 64)
-    assert trained_text(row, tokenizer) == ["the answer<|end|>"]
+    (row,) = prepared([Example("here", "what is 2?", "4")], tokenizer, tmp_path)
+    assert text_of(row, tokenizer) == [
+        (False, "<|im_start|>user\nwhat is 2?<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "4<|im_end|>\n"),
+    ]
 
 
-def test_special_tokens_of_the_tokenizer_itself():
+def test_only_the_assistant_s_last_turn_is_trained_and_what_follows_is_left_out(tmp_path):
     tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|im_start|> $A <|end|>", special_tokens=[("<|im_start|>", 1), ("<|end|>", 0)]
-    )
-    row = encode(Example("here", "2 plus 2 is ", "4"), tokenizer, 64)
-    assert row["input_ids"][0] == 1
-    assert row["input_ids"].count(tokenizer.eos_token_id) == 1
-    assert trained_text(row, tokenizer) == ["4<|end|>"]
-
-
-def test_only_the_assistants_turns_are_trained_and_their_closing_token():
-    tokenizer = make_tokenizer()
-    row = encode(messages(USER, FOUR, AGAIN, SIX), tokenizer, 256)
-    assert trained_text(row, tokenizer) == ["4<|im_end|>", "the answer\nis 6<|im_end|>"]
-    whole = tokenizer.apply_chat_template([USER, FOUR, AGAIN, SIX], tokenize=False)
+    (row,) = prepared([messages(USER, FOUR, AGAIN)], tokenizer, tmp_path)
+    assert [text for trained, text in text_of(row, tokenizer) if trained] == ["4<|im_end|>\n"]
+    whole = tokenizer.apply_chat_template([USER, FOUR], tokenize=False)
     assert tokenizer.decode(row["input_ids"]) == whole
 
 
-def test_what_follows_the_last_assistant_turn_is_left_out():
+def test_turns_that_the_template_marks_are_all_learnt_in_one_row(tmp_path):
+    tokenizer = make_tokenizer(MARKED)
+    (row,) = prepared([messages(USER, FOUR, AGAIN, SIX)], tokenizer, tmp_path)
+    learnt = [text for trained, text in text_of(row, tokenizer) if trained]
+    assert learnt == ["4<|im_end|>", "the answer\nis 6<|im_end|>"]
+
+
+def test_turns_that_it_does_not_mark_become_a_row_each(tmp_path):
     tokenizer = make_tokenizer()
-    assert encode(messages(USER, FOUR, AGAIN), tokenizer, 256) == encode(
-        messages(USER, FOUR), tokenizer, 256
-    )
+    rows = prepared([messages(USER, FOUR, AGAIN, SIX), messages(USER, SIX)], tokenizer, tmp_path)
+    learnt = [text for row in rows for trained, text in text_of(row, tokenizer) if trained]
+    ends = ["4<|im_end|>\n", *["the answer\nis 6<|im_end|>\n"] * 2]
+    assert learnt == ends
+    second = tokenizer.decode(rows[1]["input_ids"])
+    assert second == tokenizer.apply_chat_template([USER, FOUR, AGAIN, SIX], tokenize=False)
 
 
-def test_without_a_chat_template_roles_are_spelt_out():
+def test_without_a_chat_template_roles_are_spelt_out(tmp_path):
     tokenizer = make_tokenizer(chat_template=None)
-    row = encode(messages(USER, FOUR, AGAIN, SIX), tokenizer, 256)
+    (row,) = prepared([messages(USER, FOUR, AGAIN, SIX)], tokenizer, tmp_path)
     assert tokenizer.decode(row["input_ids"]) == (
         "user: what is 2 plus 2?\nassistant: 4<|end|>\nuser: plus 2?\n"
         "assistant: the answer\nis 6<|end|>\n"
     )
-    assert trained_text(row, tokenizer) == [" 4<|end|>", " the answer\nis 6<|end|>"]
+    learnt = [text for trained, text in text_of(row, tokenizer) if trained]
+    assert learnt == [" 4<|end|>", " the answer\nis 6<|end|>"]
 
 
-def test_templates_that_rewrite_or_refuse_say_so():
-    rewriting = make_tokenizer(
-        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-        "{{ m['content'] if loop.last else 'gone' }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    with pytest.raises(DataError, match=r"here: the chat template rewrites earlier turns"):
-        encode(messages(USER, FOUR, AGAIN, SIX), rewriting, 256)
+def test_data_sets_are_brought_into_one_form():
+    """One setting of the trainer's is for both: an example with several turns decides."""
+    tokenizer = make_tokenizer(MARKED)
+    sets = [[Example("a", "x", "y")], [messages(USER, FOUR, AGAIN, SIX)]]
+    rows, marks = data.rows_for_sft(sets, tokenizer, True)
+    assert marks
+    assert [list(row) for some in rows for row in some] == [["messages"], ["messages"]]
+
+
+def test_templates_that_refuse_say_so_and_messages_need_one():
     refusing = make_tokenizer("{{ raise_exception('no system turn') }}")
     with pytest.raises(DataError, match=r"here: the chat template refuses .*no system turn"):
-        encode(messages(USER, FOUR), refusing, 256)
+        data.rows_for_sft([[messages(USER, FOUR)]], refusing, True)
+    with pytest.raises(DataError, match=r"template: --no-template is for .*here has messages"):
+        data.rows_for_sft([[messages(USER, FOUR)]], make_tokenizer(), False)
 
 
-def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn():
+def said(rows, given: int, seq_len: int, directory: Path, **options) -> str:
+    text = io.StringIO()
+    settings = FinetuneOptions("m", "d", output=str(directory), seq_len=seq_len, **options)
+    describe_rows("d", given, rows, settings, Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn(tmp_path):
     tokenizer = make_tokenizer()
     examples = [Example("a", "what is ", "1234"), Example("b", "what is the answer is " * 9, "4")]
-    whole = encode(examples[0], tokenizer, 64)
+    (whole, _) = prepared(examples, tokenizer, tmp_path, template=False)
     cut = len(whole["input_ids"]) - 2
-    encoded = encode_all(examples, tokenizer, cut)
-    assert (len(encoded.rows), encoded.dropped, encoded.truncated) == (1, 1, 1)
-    assert encoded.rows[0]["input_ids"] == whole["input_ids"][:cut]
-    assert encoded.rows[0]["labels"] == whole["labels"][:cut]
-    assert encoded.trained_tokens == sum(label != IGNORE for label in whole["labels"][:cut])
+    rows = prepared(examples, tokenizer, tmp_path, template=False, max_length=cut)
+    assert len(rows) == 1
+    assert rows[0]["input_ids"] == whole["input_ids"][:cut]
+    assert rows[0]["labels"] == whole["labels"][:cut]
+    learnt = sum(label != IGNORE for label in whole["labels"][:cut])
+    text = said(rows, 2, cut, tmp_path)
+    assert f"2 examples, {learnt} tokens to learn" in text
+    assert f"1 of them have no completion token within --seq-len {cut}" in text
+    assert f"1 reach --seq-len {cut}" in text
+    rows = prepared(examples[1:], tokenizer, tmp_path, template=False, max_length=5)
     with pytest.raises(DataError, match=r"seq_len: within 5 tokens none of the 1 examples"):
-        encode_all(examples[1:], tokenizer, 5)
+        said(rows, 1, 5, tmp_path)
 
 
-def test_collator_pads_on_the_right():
-    batch = Collator(pad_token_id=9)(
-        [
-            {"input_ids": [1, 2, 3], "labels": [IGNORE, 2, 3]},
-            {"input_ids": [4], "labels": [4]},
-        ]
-    )
-    assert batch["input_ids"].tolist() == [[1, 2, 3], [4, 9, 9]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch["labels"].tolist() == [[IGNORE, 2, 3], [4, IGNORE, IGNORE]]
+def test_the_first_example_is_shown_with_its_trained_part_marked(tmp_path):
+    tokenizer, text = make_tokenizer(), io.StringIO()
+    examples = [Example("here", f"[bold]{'a' * 500}the end", "4")]
+    (row,) = prepared(examples, tokenizer, tmp_path, max_length=2048)
+    show_example(row, tokenizer, Console(file=text, width=2000))
+    shown = text.getvalue()
+    assert f"the end<|im_end|>\n<|im_start|>assistant\n{OPEN}4<|im_end|>\n{CLOSE}" in shown
+    assert "<|im_start|>user\n[bold]aaa" in shown
+    assert "aaa [...] aaa" in shown
 
 
-def test_the_loss_is_the_mean_over_completion_tokens():
-    model, tokenizer = make_model(), make_tokenizer()
-    rows = encode_all([parse_example(row, "here") for row in sums(7)], tokenizer, seq_len=64).rows
-    terms = []
+def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_batch(tmp_path):
+    tokenizer = make_tokenizer()
+    examples = [parse_example(row, "here") for row in sums(7)]
+    losses = []
+    for size in (1, 3):
+        (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
+        made = trainer(rows, False, tokenizer, tmp_path, per_device_eval_batch_size=size)
+        losses.append(made.evaluate(made.train_dataset)["eval_loss"])
+    terms, model = [], make_model()
     with torch.no_grad():
-        for row in rows:
+        for row in made.train_dataset:
             logits = model(torch.tensor([row["input_ids"]])).logits[0].double()
-            for i, label in enumerate(row["labels"][1:]):
-                if label != IGNORE:
-                    terms.append(-logits[i].log_softmax(-1)[label].item())
-        batch = Collator(tokenizer.pad_token_id)(rows)
-        ours = model(**batch).loss.item()
-    expected = sum(terms) / len(terms)
-    assert ours == pytest.approx(expected, rel=1e-5)
-    for batch_size in (1, 3, 16):
-        measured = completion_loss(model, rows, tokenizer.pad_token_id, batch_size)
-        assert measured == pytest.approx(expected, rel=1e-5)
+            terms += [
+                -logits[i].log_softmax(-1)[label].item()
+                for i, label in enumerate(row["labels"][1:])
+                if label != IGNORE
+            ]
+    assert losses == pytest.approx([sum(terms) / len(terms)] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulated", [None, 20])
+def test_logits_of_trained_tokens_alone_give_trl_s_loss(accumulated, tmp_path):
+    examples, tokenizer = [parse_example(row, "here") for row in sums(5)], make_tokenizer()
+    (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
+    made = trainer(rows, False, tokenizer, tmp_path)
+    assert made._compacts
+    batch = made.data_collator(list(made.train_dataset))
+    found = []
+    for compact in (True, False):
+        made._compacts = compact
+        loss = made.compute_loss(made.model, dict(batch), num_items_in_batch=accumulated)
+        found.append((loss, torch.autograd.grad(loss, made.model.model.norm.weight)[0]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_packed_example_sees_only_itself(tmp_path):
+    examples, tokenizer = [parse_example(row, "here") for row in sums(6)], make_tokenizer()
+    (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
+    plain = trainer(rows, False, tokenizer, tmp_path)
+    packed = trainer(rows, False, tokenizer, tmp_path, packing=True, max_length=128)
+    assert len(packed.train_dataset) < len(plain.train_dataset)
+    losses = []
+    for made in (plain, packed):
+        batch = made.data_collator(list(made.train_dataset))
+        losses.append(made.compute_loss(made.model, batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    text = said(packed.train_dataset, 6, 128, tmp_path, packing=True)
+    assert f"6 examples in {len(packed.train_dataset)} rows" in text
 
 
 GOOD = json.dumps({"prompt": "a", "completion": "b"})
@@ -169,6 +237,12 @@ BAD_LINES = [
         "messages[1]: 'content': expected a string, got NoneType",
     ),
     (json.dumps({"messages": [USER]}), "expected a turn of the assistant"),
+    (json.dumps({"messages": [FOUR]}), "and one before it"),
+    (
+        json.dumps({"question": "a", "answer": "b"}),
+        "--prompt-field and --completion-field, such as --prompt-field question",
+    ),
+    (json.dumps({"prompt": "a", "output": "b"}), "such as --completion-field output"),
 ]
 
 
@@ -206,7 +280,26 @@ def test_files_that_are_not_there_or_empty(tmp_path):
         read_examples(str(tmp_path))
 
 
-def test_a_hub_data_set_needs_the_datasets_library(monkeypatch):
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(DataError, match=r"'some/set' is not a file; .*pip install datasets"):
+@pytest.mark.parametrize(
+    ("row", "fields", "prompt"),
+    [
+        ({"question": "2 + 2?", "answer": "4"}, Fields("question", "answer"), "2 + 2?"),
+        (
+            {"instruction": "Add.", "input": "2, 2", "output": "4"},
+            Fields("instruction, input", "output"),
+            "Add.\n\n2, 2",
+        ),
+        (
+            {"instruction": "Add 2 and 2.", "input": "", "output": "4"},
+            Fields("instruction,input", "output"),
+            "Add 2 and 2.",
+        ),
+    ],
+)
+def test_fields_of_other_names(row, fields, prompt):
+    assert parse_example(row, "here", fields) == Example("here", prompt, "4")
+
+
+def test_a_name_that_is_no_file_and_no_data_set_says_so():
+    with pytest.raises(DataError, match=r"'some/set' is not a file, and could not .*OFFLINE"):
         read_examples("some/set")

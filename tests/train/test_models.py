@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+import time
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rasa_ext
+from rasa_ext.train import hub
 from rasa_ext.train.evaluate import exact_match, greedy_answers, last_number
 from rasa_ext.train.model_loading import (
     ModelError,
@@ -226,3 +229,37 @@ def test_rotary_settings_of_a_part_and_of_kinds_of_layers(tmp_path):
     assert config["text_config"]["rope_theta"] == 7e4
     again = AutoConfig.from_pretrained(tmp_path / "parts")
     assert again.text_config.rope_parameters == rope
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As if nobody had said that this process is offline, with a hub that refuses."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "_SET_BY_USER", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://localhost:1")
+    hub.is_reachable.cache_clear()
+    yield
+    hub.is_reachable.cache_clear()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(online):
+    for _ in range(2):
+        with pytest.raises(ModelError, match="http://localhost:1 does not answer, so only what"):
+            load_model("nobody/nothing")
+    assert constants.HF_HUB_OFFLINE  # so that no client tries again and again
+    assert hub.is_reachable.cache_info().misses == 1
+
+
+def test_a_hub_that_is_slow_is_waited_for_so_long_and_no_longer(online, monkeypatch):
+    monkeypatch.setattr(hub, "_SECONDS", -0.9)
+    monkeypatch.setattr(hub, "get_session", lambda: time.sleep(60))
+    assert not hub.is_reachable()
+
+
+def test_offline_the_hub_is_not_asked(monkeypatch):
+    monkeypatch.setattr(hub, "get_session", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(hub, "_SET_BY_USER", True)
+    hub.is_reachable.cache_clear()
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        load_model("nobody/nothing")
