@@ -11,7 +11,9 @@ from rasa_ext.cli.adapters import export_lora, import_official, merge
 from rasa_ext.cli.compress import compress, import_lora
 from rasa_ext.cli.demo import demo
 from rasa_ext.cli.environment import env
+from rasa_ext.cli.evaluate import evaluate
 from rasa_ext.cli.finetune import finetune
+from rasa_ext.cli.generate import generate
 from rasa_ext.cli.inspection import inspect
 
 app = typer.Typer(
@@ -24,6 +26,8 @@ app = typer.Typer(
 )
 _COMMANDS = (
     finetune,
+    evaluate,
+    generate,
     merge,
     export_lora,
     import_lora,

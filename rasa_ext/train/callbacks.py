@@ -101,17 +101,37 @@ class MetricsCallback(TrainerCallback):
             file.write(json.dumps(row) + "\n")
 
 
-class ProgressCallback(TrainerCallback):
+class EvaluationProgress(TrainerCallback):
+    """Counts the batches of an evaluation, in a line whenever the last is a few seconds old."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._batches = 0
+        self._last = time.perf_counter()
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """Count a batch."""
+        self._batches += 1
+        self._show(f"held-out loss: batch {self._batches} of {len(eval_dataloader)}")
+
+    def _show(self, text: str) -> None:
+        if time.perf_counter() - self._last >= _SILENCE:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text)
+        self._last = time.perf_counter()
+
+
+class ProgressCallback(EvaluationProgress):
     """A live line on a terminal; elsewhere a line whenever the last is a few seconds old."""
 
     def __init__(self, console: Console, metrics: MetricsCallback, examples: int | None) -> None:
-        self.console = console
+        super().__init__(console)
         self.metrics = metrics
         self.examples = examples
         """How many are held out, if any."""
         self._bar: Progress | None = None
-        self._batches = 0
-        self._last = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the line."""
@@ -127,15 +147,6 @@ class ProgressCallback(TrainerCallback):
         )
         self._bar.start()
 
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        """Count the batches of an evaluation."""
-        self._batches += 1
-        text = f"held-out loss: batch {self._batches} of {len(eval_dataloader)}"
-        if self._bar is not None:
-            self._bar.update(self._task, text=text)
-        elif self._is_due():
-            self._print(text)
-
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Show the newest row of the metrics, which come first in the list of callbacks."""
         row = self.metrics.rows[-1] if self.metrics.rows else {}
@@ -150,8 +161,10 @@ class ProgressCallback(TrainerCallback):
             )
             if self._bar is not None:
                 self._bar.update(self._task, completed=step, text=text)
-            elif step in (self._first + 1, state.max_steps) or self._is_due():
+            elif step in (self._first + 1, state.max_steps):
                 self._print(f"step {step}/{state.max_steps}  {text}")
+            else:
+                self._show(f"step {step}/{state.max_steps}  {text}")
             if control.should_evaluate:
                 self._announce(state)
 
@@ -176,12 +189,11 @@ class ProgressCallback(TrainerCallback):
         pace = (time.perf_counter() - self._began) / max(state.global_step - self._first, 1)
         return pace * (state.max_steps - state.global_step)
 
-    def _is_due(self) -> bool:
-        return time.perf_counter() - self._last >= _SILENCE
-
-    def _print(self, text: str) -> None:
-        self.console.print(text)
-        self._last = time.perf_counter()
+    def _show(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, text=text)
+        else:
+            super()._show(text)
 
 
 class InterruptCallback(TrainerCallback):

@@ -149,6 +149,25 @@ def rows_for_sft(
     ], False
 
 
+def questions(examples: Sequence[Example], tokenizer: Any, template: bool) -> list[tuple[str, str]]:
+    """What a model is asked, as text up to where its answer begins, and the answer that is right.
+
+    It is the assistant's last turn, or the completion; see `rows_for_sft` for the text's form.
+    """
+    found = []
+    for example in examples:
+        turns = _to_the_last_answer(example, tokenizer) if template else example.conversation()
+        found.append((prompt_text(turns[:-1], tokenizer, template), turns[-1]["content"]))
+    return found
+
+
+def prompt_text(turns: Sequence[dict[str, str]], tokenizer: Any, template: bool) -> str:
+    """A conversation as text, up to where the assistant's next turn begins."""
+    if not (template and tokenizer.chat_template):
+        return "\n".join(turn["content"] for turn in turns)
+    return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
+
+
 def write_examples(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
     with path.open("w", encoding="utf-8") as file:
@@ -226,6 +245,8 @@ def _to_the_last_answer(example: Example, tokenizer: Any) -> list[dict[str, str]
     """The conversation up to the assistant's last turn: what follows it carries no loss."""
     turns = example.conversation()
     turns = turns[: _answers(turns)[-1] + 1]
+    if not tokenizer.chat_template:
+        return turns
     try:
         tokenizer.apply_chat_template(turns, tokenize=False)
     except Exception as error:  # templates raise whatever they like
