@@ -32,8 +32,10 @@ def merge(
 ) -> None:
     """Fold an adapter into its base model and write a standalone model."""
     from rasa_ext.train.convert import merge_adapter
+    from rasa_ext.train.working import working
 
-    change = merge_adapter(adapter, output, base=model, dtype=dtype, overwrite=overwrite)
+    with working(console, f"Merging {adapter}"):
+        change = merge_adapter(adapter, output, base=model, dtype=dtype, overwrite=overwrite)
     console.print(f"Merged model in {output}; the largest change of a weight is {change:.3g}.")
 
 
@@ -56,15 +58,17 @@ def export_lora(
     """Write an adapter as an exact plain LoRA for PEFT, vLLM, SGLang and llama.cpp."""
     from rasa_ext.train.convert import export_adapter
     from rasa_ext.train.serving import serving_help
+    from rasa_ext.train.working import working
 
-    lora = export_adapter(
-        adapter,
-        output,
-        base=model,
-        pad_to=pad_to,
-        allow_dropped=allow_dropped,
-        overwrite=overwrite,
-    )
+    with working(console, f"Exporting {adapter}"):
+        lora = export_adapter(
+            adapter,
+            output,
+            base=model,
+            pad_to=pad_to,
+            allow_dropped=allow_dropped,
+            overwrite=overwrite,
+        )
     console.print(f"LoRA of rank {lora.rank} in {output}.")
     console.print(serving_help(lora.base, output, lora.rank, float32=lora.float32), markup=False)
 
@@ -80,6 +84,8 @@ def import_official(
 ) -> None:
     """Turn a checkpoint of the official RaSA code into an adapter of this package."""
     from rasa_ext.train.convert import import_checkpoint
+    from rasa_ext.train.working import working
 
-    import_checkpoint(checkpoint, output, base=model, overwrite=overwrite)
+    with working(console, f"Reading {checkpoint} and its base"):
+        import_checkpoint(checkpoint, output, base=model, overwrite=overwrite)
     console.print(f"Adapter in {output}.")

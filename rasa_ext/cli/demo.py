@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -85,6 +86,23 @@ def _show(report: DemoReport) -> None:
     console.print(f"{sum(report.stages.values()):.0f} s: {stages}")
     console.print(f"loss picture: {report.output / 'adapter' / 'loss.png'}")
     console.print(f"adapter/, lora/, merged/, train.jsonl, test.jsonl: {report.output}")
+    console.print("\nGo on with the model, or with your own data:")
+    for line in _next_steps(report):
+        console.print(f"  {line}", markup=False)
+
+
+def _next_steps(report: DemoReport) -> list[str]:
+    from rasa_ext.train.demo import INSTRUCTION
+
+    adapter, test = (shlex.quote(str(report.output / name)) for name in ("adapter", "test.jsonl"))
+    asked = (
+        f"--system {shlex.quote(INSTRUCTION)} --prompt {shlex.quote(report.problems[0].question)}"
+    )
+    return [
+        f"rasa-ext generate {adapter} smollm2 {asked}",
+        f"rasa-ext evaluate {adapter} smollm2 --data {test} --limit 20",
+        "rasa-ext finetune --model smollm2 --data your.jsonl --output your-adapter",
+    ]
 
 
 def _line(text: str) -> str:

@@ -104,8 +104,10 @@ def _show_spectrum(directory: Path, output: Path) -> None:
     from rasa_ext.analysis import analyze_adapter
     from rasa_ext.checkpoint.writing import writing
     from rasa_ext.train.plots import plot_pool_use, plot_spectra
+    from rasa_ext.train.working import working
 
-    groups = analyze_adapter(directory)
+    with working(console, f"Taking the singular values of {directory}"):
+        groups = analyze_adapter(directory)
     table = table_of(
         "group", "L", "out x in", "R", "effective rank", "private", "slots used", "||dW||"
     )

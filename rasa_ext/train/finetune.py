@@ -28,6 +28,7 @@ from rasa_ext.train.options import RECORD, FinetuneOptions, parse_targets
 from rasa_ext.train.results import FinetuneResult, write_record, write_results
 from rasa_ext.train.shown import describe_rows, show_example
 from rasa_ext.train.trainer import AdapterTrainer, checkpoints_in, dataset
+from rasa_ext.train.working import working
 
 _CHECKPOINTS = 0.1  # one after every tenth of the run; they hold the adapter only
 _KEPT = 2
@@ -161,13 +162,12 @@ def _adapter(options: FinetuneOptions) -> RasaConfig:
 
 def _check_plan(options: FinetuneOptions) -> None:
     """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
-    if not options.model.endswith(".gguf"):  # of which the whole header would be read twice
-        patch_model(load_skeleton(options.model), config=options.adapter())
+    patch_model(load_skeleton(options.model), config=options.adapter())
 
 
 def _load(options: FinetuneOptions, console: Console) -> Any:
-    console.print(f"Loading {options.model} ...")
-    model = load_model(options.model, options.dtype)
+    with working(console, f"Loading {options.model}"):
+        model = load_model(options.model, options.dtype)
     if model.dtype == torch.float16 and not torch.cuda.is_available():
         if options.dtype == "float16":
             raise ValueError(
@@ -222,7 +222,7 @@ def _arguments(
         max_steps=-1 if options.max_steps is None else options.max_steps,
         num_train_epochs=options.epochs,
         per_device_train_batch_size=options.batch_size,
-        per_device_eval_batch_size=options.batch_size,
+        per_device_eval_batch_size=2 * options.batch_size,  # nothing is kept for a backward
         gradient_accumulation_steps=options.grad_accum,
         learning_rate=options.lr,
         weight_decay=0.0,

@@ -39,7 +39,6 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
     axes.set(xlabel="step", ylabel="loss on completion tokens (nats)", title=title)
-    axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

@@ -131,6 +131,13 @@ def test_templates_that_refuse_say_so_and_messages_need_one():
         data.rows_for_sft([[messages(USER, FOUR)]], make_tokenizer(), False)
 
 
+def test_a_tokenizer_without_an_end_is_refused():
+    tokenizer = make_tokenizer(chat_template=None)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="model: expected a tokenizer with an end-of-sequence"):
+        data.rows_for_sft([[Example("here", "a", "b")]], tokenizer, True)
+
+
 def said(rows, given: int, seq_len: int, directory: Path, **options) -> str:
     text = io.StringIO()
     settings = FinetuneOptions("m", "d", output=str(directory), seq_len=seq_len, **options)

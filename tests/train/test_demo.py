@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shlex
 
 import pytest
 import torch
@@ -78,6 +79,11 @@ def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
     assert good.exit_code == 0, good.output
     for text in ("exact match", "loss per solution token", "before:", "after:", "loss.png"):
         assert text in good.output
+    next_steps = good.output.partition("Go on with the model")[2].splitlines()
+    asked = next(line for line in next_steps if "rasa-ext generate" in line)
+    again = CliRunner().invoke(app, shlex.split(asked)[1:])
+    assert again.exit_code == 0, again.output
+    assert make_problems(1, split="test")[0].question in again.output
 
     # A LoRA that is not read: what is compared is the base.
     monkeypatch.setattr(demo.PeftModel, "from_pretrained", lambda model, _: Unread(model))

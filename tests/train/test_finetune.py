@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ from rasa_ext.train import finetune as finetune_module
 from rasa_ext.train.callbacks import read_metrics
 from rasa_ext.train.finetune import finetune, total_steps
 from rasa_ext.train.options import FinetuneOptions
+from rasa_ext.train.plots import plot_loss
 from rasa_ext.train.trainer import checkpoints_in
 from tests.helpers.cli import invoke
 from tests.helpers.quantized import quantized
@@ -405,3 +407,13 @@ def test_an_output_that_is_a_file_or_cannot_be_written_is_refused(options, tmp_p
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(ValueError, match="output: nothing can be written into"):
         dataclasses.replace(options)
+
+
+def test_the_picture_s_axis_fits_the_losses(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: seen.append(self.axes[0].get_ylim()))
+    rows = [{"step": i, "loss": 2 + i / 100} for i in range(20)]
+    plot_loss([*rows, {"step": 20, "eval_loss": 2.3}], tmp_path / "loss.png", "title")
+    low, high = seen[0]
+    assert 1.9 < low <= 2
+    assert 2.3 <= high < 2.4

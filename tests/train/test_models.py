@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rasa_ext
+from rasa_ext.peft import RasaConfig
 from rasa_ext.train import hub
 from rasa_ext.train.evaluate import exact_match, greedy_answers, last_number
 from rasa_ext.train.model_loading import (
@@ -108,6 +110,8 @@ def test_a_gguf_becomes_an_ordinary_model(tmp_path):
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
         torch.testing.assert_close(again(input_ids=TOKENS).logits, expected)
     assert model.config._name_or_path == str(path)
+    adapted = get_peft_model(model, RasaConfig(r=4, task_type="CAUSAL_LM"))
+    assert adapted.peft_config["default"].base_model_name_or_path == str(path)
 
 
 def test_greedy_answers_do_not_depend_on_batching():
