@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from rasa_ext.cli.output import Overwrite, command, console
+from rasa_ext.cli.output import Overwrite, command, console, progress
 
 _Adapter = Annotated[Path, typer.Argument(help="Adapter directory.", show_default=False)]
 _Output = Annotated[Path, typer.Option(help="Directory to write.", show_default=False)]
@@ -34,7 +34,7 @@ def merge(
     from rasa_ext.train.convert import merge_adapter
     from rasa_ext.train.working import working
 
-    with working(console, f"Merging {adapter}"):
+    with working(progress, f"Merging {adapter}"):
         change = merge_adapter(adapter, output, base=model, dtype=dtype, overwrite=overwrite)
     console.print(f"Merged model in {output}; the largest change of a weight is {change:.3g}.")
 
@@ -60,7 +60,7 @@ def export_lora(
     from rasa_ext.train.serving import serving_help
     from rasa_ext.train.working import working
 
-    with working(console, f"Exporting {adapter}"):
+    with working(progress, f"Exporting {adapter}"):
         lora = export_adapter(
             adapter,
             output,
@@ -86,6 +86,6 @@ def import_official(
     from rasa_ext.train.convert import import_checkpoint
     from rasa_ext.train.working import working
 
-    with working(console, f"Reading {checkpoint} and its base"):
+    with working(progress, f"Reading {checkpoint} and its base"):
         import_checkpoint(checkpoint, output, base=model, overwrite=overwrite)
     console.print(f"Adapter in {output}.")

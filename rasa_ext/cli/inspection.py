@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from rasa_ext.cli.output import command, console, table_of
+from rasa_ext.cli.output import command, console, progress, table_of
 
 
 @command
@@ -106,7 +106,7 @@ def _show_spectrum(directory: Path, output: Path) -> None:
     from rasa_ext.train.plots import plot_pool_use, plot_spectra
     from rasa_ext.train.working import working
 
-    with working(console, f"Taking the singular values of {directory}"):
+    with working(progress, f"Taking the singular values of {directory}"):
         groups = analyze_adapter(directory)
     table = table_of(
         "group", "L", "out x in", "R", "effective rank", "private", "slots used", "||dW||"

@@ -23,6 +23,8 @@ Overwrite = Annotated[
 
 console = Console(highlight=False, soft_wrap=True)
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
+progress = _errors
+"""For signs of life, which are no part of what a command was asked for."""
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:

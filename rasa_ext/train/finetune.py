@@ -22,6 +22,7 @@ from rasa_ext.train.callbacks import (
     ProgressCallback,
     read_metrics,
 )
+from rasa_ext.train.checkpoints import newest_whole
 from rasa_ext.train.data import Fields, read_examples, rows_for_sft
 from rasa_ext.train.model_loading import load_model, load_skeleton, load_tokenizer
 from rasa_ext.train.options import RECORD, FinetuneOptions, parse_targets
@@ -117,18 +118,14 @@ def _checkpoint_to_resume(
     options: FinetuneOptions, output: Path, console: Console
 ) -> tuple[int, str] | None:
     """The newest checkpoint as (step, path), or None for a new run."""
-    found = checkpoints_in(output) if output.is_dir() else []
     if not options.resume:
-        if found:
+        if checkpoints_in(output):
             raise ValueError(
                 f"output: {output} holds checkpoints of an earlier run; pass --resume to continue "
                 "it, choose another --output, or delete it."
             )
         return None
-    if not found:
-        raise ValueError(
-            f"resume: expected a checkpoint in {output}, found none; start without --resume."
-        )
+    found = newest_whole(output)
     record = output / RECORD
     if record.is_file():
         earlier = yaml.safe_load(record.read_text())
@@ -143,9 +140,8 @@ def _checkpoint_to_resume(
                 f"those of an uninterrupted one: {'; '.join(changes)}.",
                 style="yellow",
             )
-    step, path = found[-1]
-    console.print(f"Resuming from {path}.")
-    return step, str(path)
+    console.print(str(found), markup=False)
+    return found.step, str(found.path)
 
 
 def _adapter(options: FinetuneOptions) -> RasaConfig:

@@ -76,7 +76,7 @@ def test_a_full_disk(command, places, tmp_path):
     output = tmp_path / "a" / "out"
     with file_limit(4000):
         text = run(command, places, output, code=1)
-    assert text.startswith(f"Error: {output}: cannot be written, since a file would be too large")
+    assert f"Error: {output}: cannot be written, since a file would be too large" in text
     assert "nothing was left there; raise the limit (ulimit -f) or choose another folder." in text
     assert not list(tmp_path.iterdir())
 
@@ -140,7 +140,7 @@ def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatc
 
     monkeypatch.setattr(type(AutoTokenizer.from_pretrained(places["base"])), "save_pretrained",
                         interrupted)  # fmt: skip
-    assert run("merge", places, tmp_path / "out", code=130) == "Interrupted."
+    assert run("merge", places, tmp_path / "out", code=130).endswith("Interrupted.")
     assert not list(tmp_path.iterdir())
 
 
@@ -169,7 +169,7 @@ def test_what_no_command_expected(error, said, monkeypatch):
 
     monkeypatch.setattr(inspection, "is_adapter", failing)
     text = invoke("inspect", "anything", code=1)
-    assert text.startswith("Error: ")
+    assert "Error: " in text
     assert said in text
 
 

@@ -257,7 +257,7 @@ def test_a_second_ctrl_c_stops_at_once():
 
 
 def test_output_and_resume_guard_each_other(options):
-    with pytest.raises(ValueError, match=r"resume: expected a checkpoint in .*, found none"):
+    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint in .*found none"):
         run(options, resume=True)
     run(options, max_steps=2)
     with pytest.raises(ValueError, match=r"output: .* holds checkpoints of an earlier run"):
@@ -270,7 +270,8 @@ def test_a_checkpoint_cut_off_while_being_written_is_passed_over(options):
     last = checkpoints_in(output)[-1][1]
     (last / "trainer_state.json").unlink()
     result, text = run(options, max_steps=4, resume=True)
-    assert "checkpoint-3" in text
+    assert f"{last} is damaged: trainer_state.json missing" in text
+    assert f"Going on from {last.parent / 'checkpoint-3'}" in " ".join(text.split())
     assert result.step == 4
 
 
