@@ -6,7 +6,6 @@ Nothing here imports torch: configs are read as text, and the command through it
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import command_reference  # noqa: E402
 import config_fields  # noqa: E402
 import notebook  # noqa: E402
 import pictures  # noqa: E402
+import repository  # noqa: E402
 
 GENERATED = {
     "<!-- fields of RasaConfig -->": config_fields.rasa_table,
@@ -30,7 +30,7 @@ PICTURE = re.compile(r"!\[([^]]*)\]\(pictures/(\w+)\.svg\)")
 
 def on_config(config):
     """Link to the repository that this checkout was cloned from, unless mkdocs.yml names one."""
-    config.repo_url = config.repo_url or web_address(origin())
+    config.repo_url = config.repo_url or repository.web_address(repository.origin())
     if config.repo_url:
         config.repo_name = config.repo_name or config.repo_url.rpartition("/")[2]
     return config
@@ -54,24 +54,3 @@ def on_page_markdown(markdown, page, config, files):
             markdown = markdown.replace(mark, make())
     both = r"![\1](pictures/\2.svg#only-light)![\1](pictures/\2-dark.svg#only-dark)"
     return PICTURE.sub(both, markdown)
-
-
-def origin() -> str:
-    """The address of git's remote ``origin``, empty where there is none."""
-    command = ["git", "-C", str(HERE), "config", "remote.origin.url"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # no git
-        return ""
-
-
-def web_address(remote: str) -> str | None:
-    """The page of a remote that is a host's (https or ssh), None for a folder.
-
-    >>> web_address("git@host.org:someone/rasa_ext.git")
-    'https://host.org/someone/rasa_ext'
-    """
-    found = re.fullmatch(
-        r"(?:https://(?:[^@/]*@)?|(?:ssh://)?git@)([\w.-]+)[:/](.+?)(?:\.git)?/?", remote
-    )
-    return f"https://{found[1]}/{found[2]}" if found else None
