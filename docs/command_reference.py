@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import inspect
 import re
 import runpy
@@ -19,15 +20,24 @@ def load() -> Any:
     Where the package is imported already, it is used as it is.
     """
     if "rasa_ext" not in sys.modules:
-        package = types.ModuleType("rasa_ext")
-        package.__path__ = [str(PACKAGE)]
-        package.__version__ = runpy.run_path(str(PACKAGE / "_version.py"))["__version__"]
-        sys.modules["rasa_ext"] = package
+        sys.modules["rasa_ext"] = _StandIn("rasa_ext")
     import typer
 
     from rasa_ext.cli.app import app
 
     return typer.main.get_command(app)
+
+
+class _StandIn(types.ModuleType):
+    """The package with its submodules, and anything at all for its public names."""
+
+    __path__ = [str(PACKAGE)]  # noqa: RUF012
+    __version__ = runpy.run_path(str(PACKAGE / "_version.py"))["__version__"]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return object
 
 
 def markdown() -> str:
@@ -49,4 +59,5 @@ def entry(names: str, text: str) -> str:
     """One option or argument, as ``--help`` shows it."""
     what, *notes = re.split(r"\s*\[((?:default|required|env var)[^]]*)\]$", " ".join(text.split()))
     head = ", ".join([f"`{names}`", *filter(None, notes)])
-    return f"{head}\n:   {what or 'As its name says.'}"
+    text = html.escape(what, quote=False).replace("*", r"\*")
+    return f"{head}\n:   {text or 'As its name says.'}"

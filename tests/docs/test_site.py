@@ -21,6 +21,7 @@ import config_fields  # isort: skip
 import notebook  # isort: skip
 import pictures  # isort: skip
 import repository  # isort: skip
+import run_page  # isort: skip
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
@@ -37,7 +38,9 @@ def test_the_reference_has_every_command_and_option():
                 assert any(re.search(rf"{option}\b", each) for each in shown), (name, option)
 
 
-@pytest.mark.parametrize("module", ["command_reference", "config_fields", "notebook", "pictures"])
+@pytest.mark.parametrize(
+    "module", ["command_reference", "config_fields", "notebook", "pictures", "repository"]
+)
 def test_the_site_is_built_without_torch(module):
     program = (
         "import sys\nsys.modules['torch'] = None\n"
@@ -106,6 +109,24 @@ def test_the_notebook_has_the_page_s_code_and_output():
 
 def test_shell_commands_become_lines_of_a_notebook():
     assert notebook.shell("a b \\\n    c\nd  # e") == "!a b \\\n    c\n!d  # e"
+
+
+def test_a_page_is_given_its_output():
+    page = (
+        "```python\nx = 2\nprint(x)\n```\n\n```text\nold\n```\n\n"
+        "```bash\necho a; seq 99\n```\n\n```text\n```\n\n"
+        "```python\nx += 1\n```\n\n```python\nprint(x)\n```\n\n```text\n```\n\n"
+        "```bash\npip install nothing\n```\n"
+    )
+    done = run_page.run(page)
+    (first, second, third) = re.findall(r"^```text\n(.*?)^```", done, re.MULTILINE | re.DOTALL)
+    assert (first, third) == ("2\n", "3\n")
+    assert second.startswith("a\n1\n2\n")
+    assert "\n...\n" in second
+    assert second.endswith("\n98\n99\n")
+    assert re.sub(r"```text\n.*?```", "", done, flags=re.DOTALL) == re.sub(
+        r"```text\n.*?```", "", page, flags=re.DOTALL
+    )
 
 
 @pytest.mark.parametrize(
