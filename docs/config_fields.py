@@ -61,7 +61,9 @@ def peft_fields() -> list[Field]:
 def table(rows: list[Field]) -> str:
     """Markdown of the fields."""
     lines = ["| field | default | |", "| --- | --- | --- |"]
-    lines += [f"| `{row.name}` | `{row.default}` | {row.help} |" for row in rows]
+    for row in rows:
+        text = row.help.replace("*", r"\*").replace("<", "&lt;")
+        lines.append(f"| `{row.name}` | `{row.default}` | {text} |")
     return "\n".join(lines)
 
 

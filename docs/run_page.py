@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 LONGEST = 30
+SITE_PACKAGES = sysconfig.get_path("purelib")
 
 
 def run(page: str) -> str:
@@ -39,6 +41,7 @@ def run(page: str) -> str:
         print(printed, file=sys.stderr)
         if block["gap"] is None:
             return block[0]
+        printed = printed.replace(f"{os.getcwd()}/", "").replace(SITE_PACKAGES, "site-packages")
         output = shortened(printed.rstrip().splitlines())
         return f"```{block['language']}\n{block['code']}```\n\n```text\n{output}\n```\n"
 

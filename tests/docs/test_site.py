@@ -76,6 +76,13 @@ def test_the_python_page_has_every_public_name():
     assert shown == {*rasa_ext.__all__, "analysis"} - {"__version__"}
 
 
+def test_the_kernels_page_has_every_operator():
+    names = map(str, torch._C._dispatch_get_all_op_names())
+    ours = {name.partition("::")[2] for name in names if name.startswith("rasa_ext::")}
+    text = (ROOT / "docs" / "kernels.md").read_text()
+    assert ours - set(re.findall(r"`(\w+)`", text)) == set()
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/api.md"])
 def test_the_printed_summary_is_that_of_smollm2(page):
     config = LlamaConfig(
