@@ -41,18 +41,20 @@ class _StandIn(types.ModuleType):
 
 
 def markdown() -> str:
-    """Every command with its help text, its arguments and its options."""
+    """A table of the commands, and each with its help text, its arguments and its options."""
     group = load()
     context = group.context_class(group, info_name="rasa-ext")
-    parts = []
+    rows, parts = ["| command | |", "| --- | --- |"], []
     for name in group.list_commands(context):
         command = group.get_command(context, name)
         inner = command.context_class(command, info_name=name, parent=context)
         usage = " ".join([inner.command_path, *command.collect_usage_pieces(inner)])
-        parts += [f"## {name}", inspect.cleandoc(command.help), f"```text\n{usage}\n```"]
+        text = inspect.cleandoc(command.help)
+        rows.append(f"| [`rasa-ext {name}`](#{name}) | {text.splitlines()[0]} |")
+        parts += [f"## {name}", text, f"```text\n{usage}\n```"]
         records = [parameter.get_help_record(inner) for parameter in command.params]
         parts += [entry(*record) for record in records if record]
-    return "\n\n".join(parts)
+    return "\n\n".join(["\n".join(rows), *parts])
 
 
 def entry(names: str, text: str) -> str:
