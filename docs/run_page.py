@@ -14,13 +14,15 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import textwrap
 from pathlib import Path
 
 BLOCK = re.compile(
     r"^```(?P<language>python|bash)\n(?P<code>.*?)^```\n(?P<gap>\n```text\n(?P<old>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
-LONGEST = 30
+LONGEST, WIDTH = 30, 100
+AS_IT_IS = {"replace_whitespace": False, "drop_whitespace": False, "break_on_hyphens": False}
 SITE_PACKAGES = sysconfig.get_path("purelib")
 
 
@@ -49,7 +51,8 @@ def run(page: str) -> str:
 
 
 def shortened(lines: list[str]) -> str:
-    """At most ``LONGEST`` lines, with dots for those that are left out in the middle."""
+    """At most ``LONGEST`` lines as a narrow terminal shows them, with dots for the middle ones."""
+    lines = [part for line in lines for part in textwrap.wrap(line, WIDTH, **AS_IT_IS) or [""]]
     if len(lines) > LONGEST:
         lines = [*lines[: LONGEST * 2 // 3], "...", *lines[-(LONGEST // 3) :]]
     return "\n".join(line.rstrip() for line in lines)
