@@ -1,8 +1,11 @@
-"""What mkdocs adds while it builds the site: pictures, and the fields of configs."""
+"""What mkdocs adds while it builds the site: pictures, a notebook, tables of fields and options.
+
+Nothing here imports torch: configs are read as text, and the command through its own modules.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import re
 import sys
 from pathlib import Path
 
@@ -11,36 +14,43 @@ from mkdocs.structure.files import File
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+import command_reference  # noqa: E402
+import config_fields  # noqa: E402
+import notebook  # noqa: E402
 import pictures  # noqa: E402
+import repository  # noqa: E402
 
-import rasa_ext.peft  # noqa: E402
-
-FIELDS = {
-    "<!-- fields of RasaConfig -->": rasa_ext.RasaConfig,
-    "<!-- fields of peft.RasaConfig -->": rasa_ext.peft.RasaConfig,
+GENERATED = {
+    "<!-- fields of RasaConfig -->": config_fields.rasa_table,
+    "<!-- fields of peft.RasaConfig -->": config_fields.peft_table,
+    "<!-- options of the command -->": command_reference.markdown,
 }
+PICTURE = re.compile(r"!\[([^]]*)\]\(pictures/(\w+)\.svg\)")
+
+
+def on_config(config):
+    """Link to the repository that this checkout was cloned from, unless mkdocs.yml names one."""
+    config.repo_url = config.repo_url or repository.web_address(repository.origin())
+    if config.repo_url:
+        config.repo_name = config.repo_name or config.repo_url.rpartition("/")[2]
+    return config
 
 
 def on_files(files, config):
-    """Draws every picture into ``pictures/`` of the site."""
-    for name, svg in pictures.draw_all().items():
-        files.append(File.generated(config, f"pictures/{name}.svg", content=svg))
+    """Draw every picture into ``pictures/`` of the site, and make the tutorial's notebook."""
+    made = {f"pictures/{name}.svg": svg for name, svg in pictures.draw_all().items()}
+    made["tutorial.ipynb"] = notebook.from_markdown((HERE / "tutorial.md").read_text())
+    for path, content in made.items():
+        if committed := files.get_file_from_path(path):
+            files.remove(committed)
+        files.append(File.generated(config, path, content=content))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Puts in what is generated, where a page has its mark."""
-    for mark, choices in FIELDS.items():
+    """Put in what is generated, where a page has its mark; show pictures as the page is lit."""
+    for mark, make in GENERATED.items():
         if mark in markdown:
-            markdown = markdown.replace(mark, config_fields(choices))
-    return markdown
-
-
-def config_fields(choices: type) -> str:
-    """Markdown: a table of the config's choices, their defaults and help texts."""
-    lines = ["| field | default | |", "| --- | --- | --- |"]
-    for field in dataclasses.fields(choices):
-        if "help" not in field.metadata:
-            continue
-        lines.append(f"| `{field.name}` | `{field.default!r}` | {field.metadata['help']} |")
-    return "\n".join(lines)
+            markdown = markdown.replace(mark, make())
+    both = r"![\1](pictures/\2.svg#only-light)![\1](pictures/\2-dark.svg#only-dark)"
+    return PICTURE.sub(both, markdown)

@@ -1,12 +1,13 @@
-"""The pictures of the documentation, drawn as it is built. ``python docs/pictures.py DIR`` as well.
+"""Draws the pictures of the documentation, each for a light and for a dark page, as it is built.
 
-Numbers in them come from the formulas below, to which tests hold the package.
+``python docs/pictures.py`` writes the README's, which are committed. Numbers in them come from the
+formulas below, to which tests hold the package. A picture is about as wide as a phone's screen, so
+that its text can be read there.
 """
 
 from __future__ import annotations
 
 import io
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +18,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-PRIVATE, POOL, FROZEN, OTHER = "#4c72b0", "#dd8452", "#b8b8b8", "#55a868"
-STYLE = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "rasa_ext"}
+FOLDER = Path(__file__).resolve().parent / "pictures"
+README = ("pool", "pool-dark")
+PRIVATE, POOL, FROZEN, WEIGHTS = "#4c8bd0", "#e08a45", "#9a9a9a", "#4fa56b"
+LIGHT = {"text.color": "#222222", "axes.edgecolor": "#555555", "axes.labelcolor": "#222222"}
+DARK = {"text.color": "#e2e4e9", "axes.edgecolor": "#a0a4ad", "axes.labelcolor": "#e2e4e9"}
+STYLE = {"font.size": 10, "svg.fonttype": "path", "svg.hashsalt": "rasa_ext"}
+WIDTH = 5.2
 
 
 def effective_rank(layers: int, rank: int, k: int) -> int:
@@ -32,15 +38,15 @@ def trainable_parameters(layers: int, rank: int, k: int, out: int, width: int) -
 
 
 def pool() -> Figure:
-    """LoRA's ranks beside RaSA's, four layers of rank 4."""
+    """LoRA's ranks above RaSA's, four layers of rank 4."""
     layers, rank, k = 4, 4, 1
-    figure, (lora, rasa) = pyplot.subplots(1, 2, figsize=(9.6, 3.4), layout="constrained")
+    figure, (lora, rasa) = pyplot.subplots(2, 1, figsize=(WIDTH, 4.6), layout="constrained")
     for axes, own, title in (
-        (lora, rank, f"LoRA, r = {rank}: every layer uses its own {rank} ranks"),
+        (lora, rank, f"LoRA, r = {rank}: each layer uses its own {rank} ranks"),
         (
             rasa,
             rank - k,
-            f"RaSA, r = {rank}, k = {k}: every layer uses {effective_rank(layers, rank, k)} ranks",
+            f"RaSA, r = {rank}, k = {k}: each layer uses {effective_rank(layers, rank, k)} ranks",
         ),
     ):
         for layer in range(layers):
@@ -48,23 +54,23 @@ def pool() -> Figure:
             for column in range(own):
                 square(axes, column, y, PRIVATE)
             axes.text(-0.4, y + 0.4, f"layer {layer + 1}", ha="right", va="center")
-        axes.set(xlim=(-2.6, 10), ylim=(0.6, layers + 1.3), aspect="equal")
-        axes.set_title(title, fontsize=10)
+        axes.set(xlim=(-2.2, 10.6), ylim=(0.9, layers + 0.9), aspect="equal")
+        axes.set_title(title, fontsize=11)
         axes.axis("off")
     for slot in range(layers * k):
-        square(rasa, 7, layers - slot, POOL)
-    rasa.text(8.2, layers - 1.1, "the pool:\none rank\nfrom each\nlayer", va="center")
+        square(rasa, 6.5, layers - slot, POOL)
+    rasa.text(7.7, layers - 1.1, "the pool:\none rank\nfrom each\nlayer", va="center")
     for layer in range(layers):
         for slot in range(layers * k):
             ends = [layers - layer + 0.4, layers - slot + 0.4]
-            rasa.plot([rank - k, 6.9], ends, color=POOL, linewidth=0.8, alpha=0.7)
+            rasa.plot([rank - k, 6.4], ends, color=POOL, linewidth=0.9, alpha=0.8)
     return figure
 
 
 def matrices() -> Figure:
     """dW_i as a product of three matrices."""
-    figure, axes = pyplot.subplots(figsize=(9.6, 3.2), layout="constrained")
-    out, width, own, pooled = 2.6, 3.4, 0.8, 1.6
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 2.6), layout="constrained")
+    out, width, own, pooled = 2.6, 2.6, 0.7, 1.5
     place = 0.0
     block(axes, place, 0, width, out, FROZEN, "$\\Delta W_i$\n(out, in)")
     place += width + 0.3
@@ -72,24 +78,25 @@ def matrices() -> Figure:
     place += 0.3
     block(axes, place, 0, own, out, PRIVATE, "$B_i$")
     block(axes, place + own, 0, pooled, out, POOL, "$B_S$")
-    place += own + pooled + 0.4
-    size = own + pooled
-    top = out
-    axes.add_patch(Rectangle((place, top - size), size, size, fill=False, edgecolor="black"))
-    axes.plot([place, place + own], [top, top - own], color=OTHER, linewidth=4)
-    axes.plot([place + own, place + size], [top - own, top - size], color=OTHER, linewidth=4)
-    axes.text(place + size * 0.66, top - size * 0.3, "$d_i$", ha="center", va="center")
-    place += size + 0.4
-    block(axes, place, top - own, width, own, PRIVATE, "$A_i$  (r - k, in)")
-    block(axes, place, top - size, width, pooled, POOL, "$A_S$  (L k, in)")
-    axes.text(
-        0,
-        -0.35,
-        "blue: layer i's own     green: layer i's own weights of all ranks     "
-        "orange: the pool, the same in all L layers",
-        va="top",
-    )
-    axes.set(xlim=(-0.1, place + width + 0.1), ylim=(-0.8, out + 0.1), aspect="equal")
+    place += own + pooled + 0.25
+    size, top = own + pooled, out
+    edge = axes.spines["left"].get_edgecolor()
+    axes.add_patch(Rectangle((place, top - size), size, size, fill=False, edgecolor=edge))
+    axes.plot([place, place + size], [top, top - size], color=WEIGHTS, linewidth=4)
+    axes.text(place + size * 0.68, top - size * 0.3, "$d_i$", ha="center", va="center")
+    place += size + 0.25
+    block(axes, place, top - own, width, own, PRIVATE, "$A_i$")
+    block(axes, place, top - size, width, pooled, POOL, "$A_S$")
+    for row, (color, text) in enumerate(
+        (
+            (PRIVATE, "the layer's own r - k ranks"),
+            (POOL, "the pool of L k ranks, the same in all L layers"),
+            (WEIGHTS, "the layer's weight of every rank"),
+        )
+    ):
+        axes.add_patch(Rectangle((0, -0.85 - 0.5 * row), 0.34, 0.34, facecolor=color))
+        axes.text(0.55, -0.68 - 0.5 * row, text, va="center")
+    axes.set(xlim=(-0.05, place + width + 0.05), ylim=(-2.0, out + 0.05), aspect="equal")
     axes.axis("off")
     return figure
 
@@ -97,46 +104,57 @@ def matrices() -> Figure:
 def ranks() -> Figure:
     """What k costs and what it gives, by the number of layers."""
     rank, side, counts = 8, 4096, list(range(1, 81))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.4), layout="constrained")
-    for k in (0, 1, 2, 4):
+    figure, (upper, lower) = pyplot.subplots(
+        2, 1, figsize=(WIDTH, 5.2), sharex=True, layout="constrained"
+    )
+    for k, color in ((0, FROZEN), (1, PRIVATE), (2, POOL), (4, WEIGHTS)):
         label = "k = 0 (LoRA)" if k == 0 else f"k = {k}"
-        (line,) = left.plot(counts, [effective_rank(n, rank, k) for n in counts], label=label)
+        upper.plot(counts, [effective_rank(n, rank, k) for n in counts], label=label, color=color)
         if k:
             lora = [n * rank * 2 * side for n in counts]
             ours = [trainable_parameters(n, rank, k, side, side) for n in counts]
             more = [100 * (a / b - 1) for a, b in zip(ours, lora, strict=True)]
-            right.plot(counts, more, color=line.get_color())
-    left.set(xlabel="layers in the group", ylabel="effective rank R", title=f"r = {rank}")
-    right.set(
+            lower.plot(counts, more, color=color)
+    upper.set(title=f"r = {rank}: effective rank R")
+    lower.set(
         xlabel="layers in the group",
-        ylabel="more trainable parameters than LoRA, %",
-        title=f"r = {rank}, weights of {side} x {side}",
+        title=f"trainable parameters above LoRA's, %\n(weights of {side} x {side})",
     )
-    left.legend(frameon=False)
+    upper.legend(frameon=False)
     return figure
 
 
 def flow() -> Figure:
     """What is done in weight space and what with tokens."""
-    figure, axes = pyplot.subplots(figsize=(9.6, 3.6), layout="constrained")
-    box(axes, 0.0, 2.6, 2.6, "$A_i, A_S, B_i, B_S, d_i$\nfloat32, trained", PRIVATE)
-    box(axes, 3.8, 2.6, 2.6, "pack: cast, join,\nscale by d, pad", OTHER)
-    box(axes, 7.6, 2.6, 2.6, "$A_p$ (R, in)   $B_t$ (out, R)\nthe dtype of x", PRIVATE)
-    box(axes, 0.0, 0.4, 2.6, "x (M, in)", FROZEN)
-    box(axes, 3.8, 0.4, 2.6, "U = x $A_p^T$\n(M, R), kept", OTHER)
-    box(axes, 7.6, 0.4, 2.6, "y = U $B_t^T$ + x $W^T$ + bias\n(M, out)", FROZEN)
-    for start, end in (
-        ((2.6, 3.1), (3.8, 3.1)),
-        ((6.4, 3.1), (7.6, 3.1)),
-        ((2.6, 0.9), (3.8, 0.9)),
-        ((6.4, 0.9), (7.6, 0.9)),
-        ((8.1, 2.6), (5.9, 1.4)),
-        ((8.9, 2.6), (8.9, 1.4)),
+    figure, axes = pyplot.subplots(figsize=(WIDTH, 3.7), layout="constrained")
+    for y, left, right in (
+        (4.0, ("$A_i, A_S, B_i, B_S, d_i$\nfloat32, trained", PRIVATE), ("x  (M, in)", FROZEN)),
+        (
+            2.0,
+            ("pack: cast, join,\nscale by d, pad", WEIGHTS),
+            ("$U = x\\,A_p^T$  (M, R)\nkept for the backward", WEIGHTS),
+        ),
+        (
+            0.0,
+            ("$A_p$ (R, in),  $B_p$ (R, out)\nin the dtype of x", PRIVATE),
+            ("$y = x\\,W^T + b + U\\,B_p$\n(M, out)", FROZEN),
+        ),
     ):
-        axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "linewidth": 1.2})
-    axes.text(-0.2, 3.1, "weight\nspace", ha="right", va="center")
-    axes.text(-0.2, 0.9, "tokens", ha="right", va="center")
-    axes.set(xlim=(-1.3, 10.4), ylim=(0.2, 3.8))
+        box(axes, 0.0, y, 4.6, *left)
+        box(axes, 5.6, y, 4.6, *right)
+    for start, end in (
+        ((2.3, 4.0), (2.3, 3.2)),
+        ((2.3, 2.0), (2.3, 1.2)),
+        ((7.9, 4.0), (7.9, 3.2)),
+        ((7.9, 2.0), (7.9, 1.2)),
+        ((4.6, 0.8), (5.6, 2.3)),
+        ((4.6, 0.5), (5.6, 0.5)),
+    ):
+        arrow = {"arrowstyle": "->", "linewidth": 1.3, "color": matplotlib.rcParams["text.color"]}
+        axes.annotate("", end, start, arrowprops=arrow)
+    for x, text in ((2.3, "in weight space"), (7.9, "for every token")):
+        axes.text(x, 5.6, text, ha="center", va="center", fontsize=11)
+    axes.set(xlim=(-0.1, 10.3), ylim=(-0.1, 5.9))
     axes.axis("off")
     return figure
 
@@ -145,36 +163,40 @@ PICTURES = {"pool": pool, "matrices": matrices, "ranks": ranks, "flow": flow}
 
 
 def draw_all() -> dict[str, str]:
-    """SVG text of every picture by name; the same text in every run."""
+    """SVG text of every picture by file name, without its ending; the same text in every run."""
     drawn = {}
-    with matplotlib.rc_context(STYLE):
-        for name, draw in PICTURES.items():
-            figure, file = draw(), io.StringIO()
-            figure.savefig(file, format="svg", metadata={"Date": None}, transparent=False)
-            pyplot.close(figure)
-            drawn[name] = file.getvalue()
+    for suffix, colors in (("", LIGHT), ("-dark", DARK)):
+        edges = {f"{axis}tick.color": colors["axes.edgecolor"] for axis in "xy"}
+        style = {**STYLE, **colors, **edges, "axes.facecolor": "none"}
+        with matplotlib.rc_context(style):
+            for name, draw in PICTURES.items():
+                figure, file = draw(), io.StringIO()
+                metadata = {"Date": None, "Creator": None}
+                figure.savefig(file, format="svg", metadata=metadata, transparent=True)
+                pyplot.close(figure)
+                lines = file.getvalue().splitlines()
+                drawn[name + suffix] = "\n".join(line.rstrip() for line in lines) + "\n"
     return drawn
 
 
 def square(axes: Axes, x: float, y: float, color: str) -> None:
     """One rank."""
-    axes.add_patch(Rectangle((x, y), 0.8, 0.8, facecolor=color, edgecolor="white"))
+    axes.add_patch(Rectangle((x, y), 0.8, 0.8, facecolor=color))
 
 
 def block(axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str):
     """One matrix."""
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, edgecolor="white"))
-    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color="black")
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=color, alpha=0.75))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center")
 
 
 def box(axes: Axes, x: float, y: float, width: float, text: str, color: str) -> None:
-    """One step, a box of height 1."""
-    axes.add_patch(Rectangle((x, y), width, 1, facecolor=color, alpha=0.35, edgecolor="black"))
-    axes.text(x + width / 2, y + 0.5, text, ha="center", va="center")
+    """One step."""
+    axes.add_patch(Rectangle((x, y), width, 1.2, facecolor=color, alpha=0.4))
+    axes.text(x + width / 2, y + 0.6, text, ha="center", va="center")
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, svg in draw_all().items():
-        (folder / f"{name}.svg").write_text(svg)
+    drawn = draw_all()
+    for name in README:
+        (FOLDER / f"{name}.svg").write_text(drawn[name])

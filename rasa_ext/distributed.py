@@ -261,8 +261,8 @@ class _Averaging:
     def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
         """Gradients of the outputs arrive first, and in the outermost backward.
 
-        A parameter's own hook would do, but for re-entrant checkpoints: each runs a backward
-        within the backward, and at the end of each would be an average.
+        Parameter hooks alone would average once per re-entrant checkpoint, because each runs a
+        nested backward.
         """
         if torch.is_grad_enabled():
             for tensor in tree_leaves(output):

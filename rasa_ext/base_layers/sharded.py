@@ -1,4 +1,4 @@
-"""Detects adapters and bases that something has cut into pieces, so that they can be refused.
+"""Detects sharded adapters and bases, and raises where they cannot be used.
 
 Layers share their pool, so a process needs all of it whichever layer runs. ``fully_shard`` and
 ``FullyShardedDataParallel`` over an adapter, and ZeRO-3, gather a parameter only while the module

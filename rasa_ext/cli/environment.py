@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 
-import torch
 from rich.table import Table
 
-from rasa_ext import __version__, cuda_status
+from rasa_ext import __version__
 from rasa_ext.cli.output import command, console
 
 _PACKAGES = (
@@ -28,6 +27,10 @@ _PACKAGES = (
 @command
 def env() -> None:
     """Print versions, devices, and which kernels are in use and why."""
+    import torch
+
+    from rasa_ext import cuda_status
+
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("rasa_ext", __version__)
     table.add_row("python", f"{platform.python_version()} on {platform.platform()}")

@@ -84,7 +84,7 @@ def cuda_status() -> str:
     """Tell in one sentence whether the CUDA kernels are in use, and if not, why not.
 
     Returns:
-        The sentence, for people: nothing else depends on its words.
+        The sentence. It is for people; nothing depends on its words.
 
     Example:
         >>> rasa_ext.cuda_status()

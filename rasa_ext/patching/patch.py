@@ -51,9 +51,10 @@ def patch_model(
 
     Args:
         model: any module that holds ``nn.Linear`` or transformers ``Conv1D`` layers.
-        rank, k, alpha, dropout, target_modules, exclude_modules, modules_to_save, groups,
-        adapter_dtype:
-            the fields of ``RasaConfig``, whose help texts say what each does and costs.
+        rank, k, alpha, dropout, adapter_dtype: fields of ``RasaConfig``, whose help texts say what
+            each does and costs.
+        target_modules, exclude_modules, modules_to_save, groups: more of its fields: which layers
+            are adapted or trained in full, and which share a pool.
         config: all of them at once; the others must then be left at their defaults.
 
     Returns:
