@@ -52,6 +52,10 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
     found["masked_backward"] = functions.low_rank_linear_backward(
         grad, x, weight, tensors.get("U", U), Ap, Bp, True, True, True, *dropped
     )
+    found["adapted"] = functions.adapted_linear(None, x, weight, None, *single, 16)
+    found["adapted_backward"] = functions.adapted_linear_backward(
+        grad, x, weight, tensors.get("U", U), None, *single, 16, True, True, True
+    )
     both = [A[:2], [A_pool] * 2, B[:2], [B_pool] * 2, d[:2]]
     found["pack_projections"] = functions.pack_projections(*both, dtype, 16)
     wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bp, Bp], [weight, weight]
@@ -62,7 +66,8 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
         [grad, grad], x, weights, wide_U, wide_Ap, ups, True, True, True
     )
     wide = tensors["dAp"], tensors["dBp"]
-    found["pack_backward"] = functions.pack_backward(wide[0][0], wide[1][0], B[0], B_pool, d[0])
+    first = wide[0][0], wide[1][0].clone()  # which may be written to
+    found["pack_backward"] = functions.pack_backward(*first, B[0], B_pool, d[0])
     found["pack_group"] = functions.pack_group(*tensors["adapter"], dtype, 16)
     found["pack_group_backward"] = functions.pack_group_backward(*wide, B, B_pool, d)
     stacked = tensors["stacked_Ap"], tensors["stacked_Bp"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["COLUMNS"] = "200"  # rich takes it once, as it is imported; a worker of -n has 80
-torch.set_num_threads(1)  # models this small only lose time to waiting threads
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -23,6 +22,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Where there is no CUDA device, tests marked gpu are deselected."""
+    import torch  # here: the process that only hands out tests to workers needs none
+
+    torch.set_num_threads(1)  # models this small only lose time to waiting threads
     if torch.cuda.is_available():
         return
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
@@ -54,12 +56,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(scope="session")
+def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A program to start instead of ``sys.executable`` where what it imports is not the subject."""
+    from tests.helpers import forked
+
+    folder = tmp_path_factory.getbasetemp()
+    with forked.interpreter(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) as it:
+        yield it
 
 
 @pytest.fixture

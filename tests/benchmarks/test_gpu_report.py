@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,17 +17,14 @@ from benchmarks import gpu_report, harness, linears, once, records, shapes, stag
 from rasa_ext import ops
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = (sys.executable, "-m", "benchmarks.gpu_report", "--device", "cpu", "--quick")
 OFF = "ours, each alone"
 BENCHMARKS = ("step", "all layers", "decode", "one linear", "growth", "profile")
 
 
-def start(out: Path, *arguments: str) -> subprocess.Popen:
-    # One thread: more of them wait for each other where the cores are shared.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = (*COMMAND, "--out", str(out), *arguments)
+def start(python: Path, out: Path, *arguments: str) -> subprocess.Popen:
+    command = (python, "-m", "benchmarks.gpu_report", "--device", "cpu", "--quick", "--out", out)
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        (*command, *arguments), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
@@ -41,10 +37,10 @@ def python(code: str, budget: float = 60, **more) -> staged.Stage:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
+def whole(tmp_path_factory, forked_python) -> Path:
     """The folder of one report of everything."""
     out = tmp_path_factory.mktemp("report")
-    process = start(out)
+    process = start(forked_python, out)
     output = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, output
     return out
@@ -93,11 +89,12 @@ def test_the_profile_leaves_its_files(whole):
         assert "aten::mm" in (whole / f"{name}.txt").read_text()
         assert json.loads((whole / f"{name}.trace.json").read_text())["traceEvents"]
     trace = (whole / "ours.trace.json").read_text()
-    assert "rasa_ext.low_rank_linear_backward" in trace
+    assert "rasa_ext.adapted_linear_backward" in trace
     assert (whole / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_failure_is_recorded_and_the_next_stage_goes_on(tmp_path, monkeypatch):
+def test_a_failure_is_recorded_and_the_next_stage_goes_on(tmp_path, monkeypatch, forked_python):
+    monkeypatch.setattr(staged, "PYTHON", forked_python)
     planned = [python("print('why it broke'); raise SystemExit(3)"), python("print('fine')")]
     monkeypatch.setattr(gpu_report, "stages", lambda *_: planned)
     monkeypatch.setattr(sys, "argv", ["gpu_report", "--out", str(tmp_path), "--device", "cpu"])
@@ -139,8 +136,8 @@ def test_a_program_that_is_not_there_skips_the_stage(tmp_path):
     assert (record["status"], record["tail"]) == ("skipped", "no-such-program is not on PATH")
 
 
-def test_an_interrupted_report_holds_what_ended(tmp_path):
-    process = start(tmp_path, "--only", "operators once", "step")
+def test_an_interrupted_report_holds_what_ended(tmp_path, forked_python):
+    process = start(forked_python, tmp_path, "--only", "operators once", "step")
     try:
         for line in iter(process.stdout.readline, b""):
             if line.startswith(b"step"):
@@ -154,17 +151,6 @@ def test_an_interrupted_report_holds_what_ended(tmp_path):
     assert not report["complete"]
     assert [stage["status"] for stage in report["stages"]] == ["ok", "interrupted"]
     assert "unfinished" in (tmp_path / "report.md").read_text()
-
-
-def test_the_plan_for_a_gpu_fits_nine_minutes(tmp_path):
-    planned = gpu_report.stages("cuda", False, tmp_path)
-    names = [stage.name for stage in planned]
-    assert names[0] == "build"
-    assert {"tests", "memcheck", "racecheck", "compiled", *BENCHMARKS} < set(names)
-    assert sum(stage.budget for stage in planned) <= 8.7 * 60
-    assert planned[0].variables["RASA_EXT_CUDA"] == "1"
-    tests = next(stage for stage in planned if stage.name == "tests")
-    assert ("-m", "gpu") in zip(tests.command[2:], tests.command[3:], strict=False)
 
 
 def test_variants_that_should_be_one_function_are_checked():
@@ -215,12 +201,6 @@ def test_rows_as_csv_and_as_tables(tmp_path):
         ]
     assert "| b\\|c | - | 2 |" in records.table(kept.rows)
     assert records.tables(kept.rows).count("| --- |") == 2
-
-
-def test_shapes_are_those_of_the_models():
-    llama = shapes.BLOCKS["llama-3.1-8b"]
-    assert sum(each.in_features * each.out_features for each in llama.linears) == 218_103_808
-    assert [llama.effective_rank(*pair) for pair in shapes.RANKS] == [39, 78, 156]
 
 
 def test_the_harness_ends_when_its_time_is_over():

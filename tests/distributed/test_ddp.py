@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -26,14 +25,13 @@ from tests.helpers.models import LLAMA  # noqa: E402
 PARITY = 1e-6
 
 
-def launch(launcher: str, worker: str, directory: Path, *options: str) -> None:
+def launch(python: Path, launcher: str, worker: str, directory: Path, *options: str) -> None:
     """Two processes of a worker script, which meet on a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     done = subprocess.run(
-        [sys.executable, "-m", launcher, *options, str(port), WORKERS / worker, directory],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        [python, "-m", launcher, *options, str(port), WORKERS / worker, directory],
         capture_output=True,
         text=True,
         timeout=300,
@@ -52,11 +50,11 @@ def difference(one: Path, two: Path) -> float:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, forked_python) -> Path:
     """What torchrun left: one directory for each recipe and case."""
     directory = tmp_path_factory.mktemp("trained")
     meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
-    launch("torch.distributed.run", "training.py", directory, *meet)
+    launch(forked_python, "torch.distributed.run", "training.py", directory, *meet)
     return directory
 
 
@@ -103,12 +101,12 @@ def test_layers_that_some_processes_do_not_use(trained):
             torch.testing.assert_close(grad, sum(parts) / 2)
 
 
-def test_accelerate_launch_with_trainer(tmp_path, figure):
+def test_accelerate_launch_with_trainer(tmp_path, figure, forked_python):
     """--multi_gpu is how accelerate names several processes; the script asks for CPUs."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     meet = ("--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port")
-    launch("accelerate.commands.launch", "trainer.py", two, *options.split(), *meet)
+    launch(forked_python, "accelerate.commands.launch", "trainer.py", two, *options.split(), *meet)
     trainer.train(one, processes=1)
     losses = [torch.tensor(json.loads((d / "losses.json").read_text())) for d in (one, two)]
     apart = (losses[0] - losses[1]).abs().max().item()

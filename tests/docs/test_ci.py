@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import runpy
 import shutil
 from pathlib import Path
@@ -42,15 +41,6 @@ def test_a_readme_without_them_is_refused(old, new, message):
         read(README.replace(old, new))
 
 
-def test_the_script_runs_them_and_no_install_of_its_own_beside_them():
-    """Every install of .ci/run is into an environment other than theirs."""
-    text = (ROOT / ".ci" / "run").read_text()
-    for name in read(README):
-        assert f"readme {name}\n" in text or f"readme {name} |" in text
-    installs = [line.split()[0] for line in text.splitlines() if 'pip" install' in line]
-    assert set(installs) == {'"$work/tools/bin/pip"', '"$work/oldest/bin/pip"'}
-
-
 @pytest.mark.parametrize(
     ("options", "printed"), [((), False), (("--figures",), True), (("--figures", "-n", "1"), True)]
 )
@@ -60,10 +50,3 @@ def test_figures_are_printed_when_asked_for(pytester, options, printed):
     done = pytester.runpytest_inprocess(*options)
     done.assert_outcomes(passed=1)
     assert ("seven of nine" in done.outlines) == printed
-
-
-def test_what_the_type_checker_is_not_shown_says_why():
-    for path in (ROOT / "rasa_ext").rglob("*.py"):
-        for line in path.read_text().splitlines():
-            if "type: ignore" in line:
-                assert re.search(r"# type: ignore\[[\w, -]+\]  # \w", line), (path, line)

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -93,11 +94,11 @@ WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
-def test_code_runs(page, offline):
+def test_code_runs(page, offline, forked_python):
     namespace: dict[str, object] = {"__name__": "__main__"}
     for language, text, line in blocks(page):
         if language == "bash":
-            run_scripts(text, offline)
+            run_scripts(text, offline, forked_python)
         elif script := SCRIPT.match(text):
             (offline / script[1]).write_text(text)
         else:
@@ -105,15 +106,19 @@ def test_code_runs(page, offline):
             exec(compile("\n" * line + text, str(page), "exec"), namespace)
 
 
-def run_scripts(text: str, folder: Path) -> None:
+def run_scripts(text: str, folder: Path, python: Path) -> None:
     """Run those commands that start a script of the page."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": path}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     with socket.create_server(("localhost", 0)) as free:  # another run may have torchrun's own
         variables["PET_MASTER_PORT"] = str(free.getsockname()[1])
     for words in commands(text):
         if any((folder / word).is_file() for word in words if word.endswith(".py")):
-            done = subprocess.run(words, cwd=folder, env=variables, capture_output=True, text=True)
+            program = [] if words[0] == "python" else [shutil.which(words[0], path=path)]
+            command = [python, *program, *words[1:]]
+            done = subprocess.run(
+                command, cwd=folder, env=variables, capture_output=True, text=True
+            )
             assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import subprocess
 import sys
@@ -37,23 +36,6 @@ def imported() -> dict[str, list[str]]:
 @pytest.mark.parametrize("module", MODULES)
 def test_importing_needs_only_torch_and_safetensors(module, imported):
     assert imported[module] == []
-
-
-def test_public_names_exist():
-    assert len(rasa_ext.__all__) == len(set(rasa_ext.__all__))
-    assert all(hasattr(rasa_ext, name) for name in rasa_ext.__all__)
-
-
-def test_public_functions_are_typed_and_documented():
-    assert (Path(rasa_ext.__file__).parent / "py.typed").exists()
-    for name in set(rasa_ext.__all__) - {"__version__"}:
-        thing = getattr(rasa_ext, name)
-        assert thing.__doc__, name
-        if inspect.isfunction(thing):
-            signature = inspect.signature(thing)
-            assert signature.return_annotation is not inspect.Signature.empty, name
-            for parameter in signature.parameters.values():
-                assert parameter.annotation is not inspect.Parameter.empty, (name, parameter)
 
 
 @pytest.mark.parametrize("k", [0, 1, RANK])

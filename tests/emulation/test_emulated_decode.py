@@ -20,7 +20,11 @@ from emulated import (
 from tests.helpers import oracle
 from tests.helpers.oracle import Adapter
 
-SIZES = [(64, 40), (33, 17), (1544, 36), (1051, 5)]  # in, out
+# (in, out), what the rank is padded to, and elements away from 16 bytes. A width of several parts
+# is cut the same way whatever the rank, so that the largest goes without.
+PADS = ((16, 0), (16, 1), (1, 0))
+CASES = [(size, *pad) for size in ((64, 40), (33, 17)) for pad in PADS]
+LONG = [((1544, 36), 16, 0), ((1544, 36), 1, 1), ((1051, 5), 16, 0)]
 
 
 def decode(kernels, memory, x, Ap, Bp, base, wants_U=True):
@@ -50,24 +54,23 @@ def decode(kernels, memory, x, Ap, Bp, base, wants_U=True):
 @pytest.mark.parametrize("tokens", [0, 1, 3, 16])
 def test_decode(kernels, tokens, rank, dtype):
     errors, plain = [], []
-    for size in SIZES:
-        for multiple, offset in ((16, 0), (16, 1), (1, 0)):
-            adapter = random_adapter(*RANKS[rank], size, torch.float64)
-            down, up = oracle.lora_matrices(adapter, padded(rank, multiple))
-            Ap, Bp = down.to(dtype), up.T.to(dtype)
-            x = torch.randn(tokens, size[0]).to(dtype)
-            base = torch.randn(tokens, size[1]).to(dtype)
-            y, U = decode(kernels, Memory(offset), x, Ap, Bp, base, wants_U=offset == 0)
-            # The pack as an adapter of its own, whose d is 1.
-            ones = torch.ones(Ap.shape[0], dtype=dtype)
-            pack = Adapter(Ap, None, Bp.T, None, ones)
-            zero = torch.zeros(size[1], size[0])
-            expected = base.double() + oracle.linear(x, zero, None, pack)
-            errors.append(y.double() - expected)
-            plain.append(torch.addmm(base, x @ Ap.T, Bp).double() - expected)
-            if U is not None:
-                errors.append(U.double() - x.double() @ Ap.double().T)
-                plain.append((x @ Ap.T).double() - x.double() @ Ap.double().T)
+    for size, multiple, offset in CASES + LONG * (rank <= 48):
+        adapter = random_adapter(*RANKS[rank], size, torch.float64)
+        down, up = oracle.lora_matrices(adapter, padded(rank, multiple))
+        Ap, Bp = down.to(dtype), up.T.to(dtype)
+        x = torch.randn(tokens, size[0]).to(dtype)
+        base = torch.randn(tokens, size[1]).to(dtype)
+        y, U = decode(kernels, Memory(offset), x, Ap, Bp, base, wants_U=offset == 0)
+        # The pack as an adapter of its own, whose d is 1.
+        ones = torch.ones(Ap.shape[0], dtype=dtype)
+        pack = Adapter(Ap, None, Bp.T, None, ones)
+        zero = torch.zeros(size[1], size[0])
+        expected = base.double() + oracle.linear(x, zero, None, pack)
+        errors.append(y.double() - expected)
+        plain.append(torch.addmm(base, x @ Ap.T, Bp).double() - expected)
+        if U is not None:
+            errors.append(U.double() - x.double() @ Ap.double().T)
+            plain.append((x @ Ap.T).double() - x.double() @ Ap.double().T)
     ours, theirs = (torch.cat([e.reshape(-1) for e in each]) for each in (errors, plain))
     assert not ours.isnan().any()
     assert rms(ours) <= 2 * rms(theirs)

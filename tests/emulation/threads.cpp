@@ -16,6 +16,7 @@ struct Gave {};  // thrown in threads that wait in vain
 
 // A meeting of a fixed number of threads, again and again.
 struct Meeting {
+  std::condition_variable over;
   int expected = 0, arrived = 0;
   int64_t generation = 0;
   int site = 0;  // where those that have arrived came from
@@ -28,11 +29,15 @@ struct Warp {
 
 struct Block {
   std::mutex mutex;
-  std::condition_variable changed;
   Meeting all;
   std::vector<Warp> warps;
   std::string error;
   int gone = 0;
+
+  void wake_all() {
+    all.over.notify_all();
+    for (Warp& warp : warps) warp.meeting.over.notify_all();
+  }
 };
 
 thread_local Place place_now;
@@ -40,7 +45,7 @@ thread_local Block* block_now = nullptr;
 
 void fail(Block& block, const std::string& error) {
   if (block.error.empty()) block.error = error;
-  block.changed.notify_all();
+  block.wake_all();
   throw Gave{};
 }
 
@@ -52,7 +57,7 @@ void meet(Block& block, std::unique_lock<std::mutex>& lock, Meeting& meeting, in
   if (++meeting.arrived == meeting.expected) {
     meeting.arrived = 0;
     ++meeting.generation;
-    block.changed.notify_all();
+    meeting.over.notify_all();
     return;
   }
   const int64_t generation = meeting.generation;
@@ -61,7 +66,7 @@ void meet(Block& block, std::unique_lock<std::mutex>& lock, Meeting& meeting, in
       fail(block, "threads left the kernel while others wait at a barrier");
     }
     if (!block.error.empty()) throw Gave{};
-    block.changed.wait(lock);
+    meeting.over.wait(lock);
   }
 }
 
@@ -78,7 +83,7 @@ void run_thread(Block& block, Place place, const std::function<void()>& kernel) 
   const std::lock_guard<std::mutex> lock(block.mutex);
   ++block.gone;
   if (!error.empty() && block.error.empty()) block.error = error;
-  block.changed.notify_all();
+  block.wake_all();
 }
 
 }  // namespace
@@ -112,7 +117,7 @@ void launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<
     std::vector<std::thread> threads;
     for (size_t b = 0; b < count; ++b) {
       blocks[b].all.expected = static_cast<int>(block_dim.x);
-      blocks[b].warps.resize(block_dim.x / kLanes);
+      blocks[b].warps = std::vector<Warp>(block_dim.x / kLanes);
       for (Warp& warp : blocks[b].warps) warp.meeting.expected = kLanes;
       shared.push_back(std::make_unique<SharedMemory>(shared_bytes));
       shared.back()->poison();

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ def _positional(model: nn.Module, x: Tensor, **others: Tensor) -> Tensor:
     return model(x, **others)
 
 
-def _llama() -> nn.Module:
+def _llama(layers: int = 3) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -97,7 +98,7 @@ def _llama() -> nn.Module:
             vocab_size=32,
             hidden_size=24,
             intermediate_size=40,
-            num_hidden_layers=3,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=32,
@@ -106,14 +107,14 @@ def _llama() -> nn.Module:
     )
 
 
-def _gpt2() -> nn.Module:
+def _gpt2(layers: int = 3) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=32,
             n_embd=24,
-            n_layer=3,
+            n_layer=layers,
             n_head=4,
             n_inner=40,
             n_positions=32,
@@ -145,7 +146,7 @@ def _bert() -> nn.Module:
     )
 
 
-def _t5(feed_forward: str) -> nn.Module:
+def _t5(feed_forward: str = "gated-gelu", layers: int = 2) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     return T5ForConditionalGeneration(
@@ -155,8 +156,8 @@ def _t5(feed_forward: str) -> nn.Module:
             d_kv=8,
             d_ff=40,
             num_heads=4,
-            num_layers=2,
-            num_decoder_layers=2,
+            num_layers=layers,
+            num_decoder_layers=layers,
             feed_forward_proj=feed_forward,
             dropout_rate=0.0,
             use_cache=False,
@@ -274,7 +275,7 @@ LLAMA = Entry("llama", _llama, _inputs(**_BATCH), _logits, ("lm_head",))
 GPT2 = Entry("gpt2", _gpt2, _inputs(**_BATCH), _logits, ("lm_head",))
 BERT = Entry("bert", _bert, _inputs(**_BATCH), _logits, ("classifier",))
 _PAIR = {"input_ids": _tokens(8, 7), "decoder_input_ids": _tokens(8, 5)}
-T5 = Entry("t5", lambda: _t5("gated-gelu"), _inputs(**_PAIR), _logits, ("lm_head",))
+T5 = Entry("t5", _t5, _inputs(**_PAIR), _logits, ("lm_head",))
 T5_UNGATED = Entry("t5-ungated", lambda: _t5("gelu"), _inputs(**_PAIR), _logits, ("lm_head",))
 VIT = Entry("vit", _vit, _inputs(pixel_values=_sixteenths(8, 3, 12, 12)), _logits, ("classifier",))
 
@@ -290,6 +291,11 @@ TWO_NAMES = Entry("two-names", TwoNames, _inputs(x=_sixteenths(5, 8)), _position
 TIED = Entry("tied", TiedHead, _inputs(x=_tokens(8, 7)), _positional, ("readout",))
 EXPERTS = Entry("experts", Mixture, _inputs(x=_sixteenths(2, 8)), _positional)
 
+# As few layers as share a pool: compilers take their time for each.
+SHALLOW = tuple(
+    replace(entry, make=functools.partial(entry.make, layers=layers))
+    for entry, layers in ((LLAMA, 2), (GPT2, 2), (T5, 1))
+)
 FAMILIES = (LLAMA, GPT2, BERT, T5, T5_UNGATED, VIT)
 OTHERS = (SEQUENTIAL, ENCODER, ATTENTION, TWO_NAMES, TIED)
 EVERY = (*FAMILIES, *OTHERS)

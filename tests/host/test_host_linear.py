@@ -136,11 +136,11 @@ def test_values(host, tokens, dtype):
         check_values(host, case, bias)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_layouts(host, layout, dtype):
     """Each tensor in turn in the layout, the others contiguous; and all of them."""
-    for widths, tokens in itertools.product(WIDTHS[1:5], (1, 3, 17)):
+    for widths, tokens in itertools.product(WIDTHS[1:3], (1, 3, 17)):
         for place in range(6):
             layouts = [contiguous] * 6
             layouts[place] = layout

@@ -13,14 +13,12 @@ from tests.helpers.adapters import (
     patched,
     randomize,
 )
-from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, T5, VIT, Checkpointed
-
-COMPILED = [(entry, "aot_eager") for entry in (LLAMA, GPT2, T5)]
+from tests.helpers.models import SEQUENTIAL, SHALLOW, VIT, Checkpointed
 
 
 @pytest.mark.parametrize(
     ("entry", "backend"),
-    [*COMPILED, (SEQUENTIAL, "inductor")],
+    [*((entry, "aot_eager") for entry in SHALLOW), (SEQUENTIAL, "inductor")],
     ids=lambda value: getattr(value, "name", value),
 )
 def test_compile(entry, backend):

@@ -76,8 +76,7 @@ def test_every_number_of_the_adapter_is_trained(tmp_path):
         assert not torch.equal(parameter, before[name]), name
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("reentrant", [None, False])
+@pytest.mark.parametrize(("reentrant", "dropout"), [(None, 0.0), (False, 0.2)])
 def test_a_resumed_run_has_identical_losses(reentrant, dropout, tmp_path):
     """Interrupted after three of six steps: losses and numbers as if it had not been."""
     options = {"rasa_dropout": dropout, "modules_to_save": ["lm_head"]}

@@ -1,0 +1,62 @@
+"""The stand-in for the interpreter: what its processes get, and how they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
+
+
+def test_a_process_has_what_it_is_given(forked_python, tmp_path):
+    (tmp_path / "module.py").write_text("import sys, os\nprint(sys.argv[1:], os.environ['HERE'])")
+    words = ["a b", "--c"]
+    for command in (["-m", "module"], ["-u", tmp_path / "module.py"], ["-c", "import module"]):
+        found, expected = (
+            subprocess.run(
+                [python, *command, *words],
+                cwd=tmp_path,
+                env={**os.environ, "HERE": "1"},
+                capture_output=True,
+                text=True,
+            )
+            for python in (forked_python, sys.executable)
+        )
+        assert (found.returncode, found.stdout, found.stderr) == (0, expected.stdout, "")
+        assert found.stdout == "['a b', '--c'] 1\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "said"),
+    [
+        ("import sys; sys.exit(7)", 7, ""),
+        ("import sys; sys.exit('why')", 1, "why"),
+        ("raise ValueError('why')", 1, "ValueError: why"),
+        ("import os; os.abort()", -signal.SIGABRT, ""),
+    ],
+)
+def test_it_ends_as_its_process_does(forked_python, code, status, said):
+    done = subprocess.run([forked_python, "-c", code], capture_output=True, text=True)
+    assert done.returncode == status
+    assert said in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_end_both(forked_python, number):
+    client = subprocess.Popen(
+        [forked_python, "-c", SLEEP], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    process = Path(f"/proc/{int(client.stdout.readline())}")
+    client.send_signal(number)
+    client.communicate()
+    assert client.returncode == -number
+    deadline = time.monotonic() + 30
+    while process.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
