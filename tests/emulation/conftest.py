@@ -9,8 +9,6 @@ import pytest
 
 from tests.helpers import compiled
 
-pytest.register_assert_rewrite("emulated")
-
 
 @pytest.fixture(scope="session")
 def kernels() -> ModuleType:

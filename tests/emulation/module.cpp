@@ -69,25 +69,12 @@ void bind_pack_backward(py::module_& module) {
 }
 
 void bind_decode(py::module_& module) {
-  module.def("decode_fits", &decode_fits);
   module.def("decode_workspace", &decode_workspace);
   module.def("decode", [](Address x, Address Ap, Address Bp, Address U, Address y,
                           Address workspace, int M, int in, int out, int Rp, DType dtype) {
     launch_decode({pointer(x), pointer(Ap), pointer(Bp), pointer(U), pointer(y), pointer(workspace),
                    M, in, out, Rp},
                   dtype, nullptr);
-  });
-}
-
-void bind_dropout(py::module_& module) {
-  module.def("dropout_mask_bytes", &dropout_mask_bytes);
-  module.def("dropout_mask", [](uint64_t key, uint64_t offset, Address mask, int64_t n, double p) {
-    const uint64_t noise[] = {key, offset};
-    launch_dropout_mask(noise, static_cast<uint8_t*>(pointer(mask)), n, p, nullptr);
-  });
-  module.def("dropout", [](Address x, Address mask, Address kept, int64_t n, DType dtype) {
-    launch_dropout(pointer(x), static_cast<const uint8_t*>(pointer(mask)), pointer(kept), n, dtype,
-                   nullptr);
   });
 }
 
@@ -109,16 +96,10 @@ PYBIND11_MODULE(rasa_emulated, module) {
       .value("float64", DType::kFloat64)
       .value("float16", DType::kFloat16)
       .value("bfloat16", DType::kBFloat16);
-  module.def("set_schedule", &emulation::set_schedule);
-  module.def("counts", [] {
-    const emulation::Counts now = emulation::counts();
-    return py::dict(py::arg("launches") = now.launches, py::arg("blocks") = now.blocks,
-                    py::arg("barriers") = now.barriers, py::arg("shuffles") = now.shuffles);
-  });
+  module.def("launches", [] { return emulation::counts().launches; });
   bind_table(module);
   bind_pack(module);
   bind_pack_backward(module);
   bind_decode(module);
-  bind_dropout(module);
   bind_half_types(module);
 }

@@ -1,4 +1,4 @@
-"""The stand-alone check under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
+"""The stand-alone check, in several orders of execution and under the sanitizers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tests.helpers import compiled
 
 # The test's name in CTest, and what it runs.
 PROGRAMS = {
+    "check": "rasa_check",
     "address_and_undefined": "rasa_check_address",
     "threads": "rasa_check_thread",
     "race_in_shared_memory": "rasa_race",
