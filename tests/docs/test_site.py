@@ -167,8 +167,8 @@ def words(svg: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_code_fits_its_column(page):
     """A line of 100 characters is what the site's column holds on a wide screen."""
-    for block in re.findall(r"^```\w+\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-        for line in block.splitlines():
+    for _, text, _ in blocks(page):
+        for line in text.splitlines():
             assert len(line) <= 100, line
 
 
