@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -189,17 +188,18 @@ def uninterrupted(base, files, tmp_path_factory) -> FinetuneOptions:
     return options
 
 
-def command_stopped(options: FinetuneOptions, number: signal.Signals) -> tuple[int, str]:
+def command_stopped(
+    python: Path, options: FinetuneOptions, number: signal.Signals
+) -> tuple[int, str]:
     """Run the command, and send it a signal after a dozen steps: its exit code and output."""
     config = Path(options.output).with_suffix(".yaml")
     config.write_text(json.dumps(options.to_dict()))  # JSON is YAML
     metrics = Path(options.output) / "metrics.jsonl"
     process = subprocess.Popen(
         [
-            *(sys.executable, "-c", "from rasa_ext.cli import main; main()"),
+            *(python, "-c", "from rasa_ext.cli import main; main()"),
             *("finetune", "--config", str(config)),
         ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -218,9 +218,10 @@ def command_stopped(options: FinetuneOptions, number: signal.Signals) -> tuple[i
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_command_resumes_to_the_bit(number, uninterrupted, tmp_path):
+def test_a_stopped_command_resumes_to_the_bit(number, uninterrupted, tmp_path, forked_python):
     output = tmp_path / "out"
-    code, text = command_stopped(dataclasses.replace(uninterrupted, output=str(output)), number)
+    options = dataclasses.replace(uninterrupted, output=str(output))
+    code, text = command_stopped(forked_python, options, number)
     stopped_at = losses(output)[-1][0]
     assert 12 <= stopped_at < 60, "it was not stopped in between"
     resume = f"--config {output / 'finetune.yaml'} --resume"
