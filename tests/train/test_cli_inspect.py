@@ -48,8 +48,10 @@ def test_a_typo_is_no_hub_name(name, words, offline, tmp_path, monkeypatch):
 
 
 def test_a_folder_without_an_adapter(tmp_path):
-    text = invoke("inspect", tmp_path, code=1)
-    assert f"but {tmp_path} holds no adapter_config.json." in text
+    empty = tmp_path / "empty"  # with no neighbour that it may be a typo of
+    empty.mkdir()
+    text = invoke("inspect", empty, code=1)
+    assert f"but {empty} holds no adapter_config.json." in text
 
 
 def test_a_model_by_its_folder_or_by_option(tmp_path):
