@@ -173,8 +173,8 @@ def _locate(name: str) -> dict[str, Any]:
 def _reading(where: dict[str, Any]) -> Iterator[None]:
     """Read a .gguf's header once; transformers does for its settings, tokenizer and weights anew.
 
-    And make the table of its tensors' names once, which is made for every module. Of the 17 s that
-    SmolLM2 took to load, tokenizer included, that leaves 9 (one core of a Xeon, 2026-11-26).
+    And make the table of its tensors' names once, which is made for every module. Of the 15.5 s
+    that SmolLM2 took to load, tokenizer included, that leaves 8 (one core of an EPYC, 2026-11-26).
     """
     if "gguf_file" not in where:
         yield
