@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -50,3 +51,10 @@ def test_figures_are_printed_when_asked_for(pytester, options, printed):
     done = pytester.runpytest_inprocess(*options)
     done.assert_outcomes(passed=1)
     assert ("seven of nine" in done.outlines) == printed
+
+
+def test_what_the_type_checker_is_not_shown_says_why():
+    for path in (ROOT / "rasa_ext").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            if "type: ignore" in line:
+                assert re.search(r"# type: ignore\[[\w, -]+\]  # \w", line), (path, line)
