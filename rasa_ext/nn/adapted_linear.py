@@ -117,8 +117,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute y (..., out) from x (..., in), in the dtype that the base layer would give."""
-        # With few tokens, every function that Python calls here is seen in a step's time.
-        adapter = None if self.disabled or self.merged_base is not None else self.adapter()
+        adapter = self._live_adapter()
         if adapter is None:
             return self._base_alone(x, args, kwargs)
         sources = adapter.sources()
@@ -143,7 +142,7 @@ class AdaptedLinear(nn.Module):
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        drop = functional.dropout(x, p) if p else (None, 1.0)
+        drop = functional.dropout(x, p)
         if with_grad:
             factors = adapter.factors()
             return functional.adapted_linear(x, *plain, factors, _rank_multiple(x, factors), *drop)
@@ -281,7 +280,7 @@ class AdaptedLinear(nn.Module):
 
 def _rank_multiple(x: Tensor, factors: Factors) -> int:
     """Choose the padding of a pack that is made for x (..., in) alone."""
-    tokens = x.numel() // max(x.shape[-1], 1)
+    tokens = functional.count_tokens(x)
     return ops.rank_multiple(x.device.type, x.dtype, factors.rank, tokens)
 
 

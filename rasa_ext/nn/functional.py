@@ -399,6 +399,11 @@ def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [] if some is None else [some.new_empty(0) if t is None else t for t in tensors]
 
 
+def count_tokens(x: Tensor) -> int:
+    """Give M, the tokens in x (..., n)."""
+    return x.numel() // max(x.shape[-1], 1)
+
+
 def flatten_tokens(x: Tensor) -> Tensor:
     """Give x (..., n) as (M, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

@@ -128,7 +128,7 @@ class FusedProjections:
         first = parts[0]
         inputs = x if x.dtype == dtype else x.to(dtype)
         factors = [part.factors() for part in parts]
-        tokens = x.numel() // max(x.shape[-1], 1)
+        tokens = functional.count_tokens(x)
         outputs = functional.adapted_projections(
             inputs,
             [part.weight for part in parts],

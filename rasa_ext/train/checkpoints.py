@@ -60,6 +60,11 @@ def newest_whole(folder: Path) -> Checkpoint:
     )
 
 
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """List checkpoints as (step, path), oldest first, less those whose writing was cut off."""
+    return sorted(found for found in _numbered(folder) if (found[1] / _STATE).is_file())
+
+
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")

@@ -22,13 +22,13 @@ from rasa_ext.train.callbacks import (
     ProgressCallback,
     read_metrics,
 )
-from rasa_ext.train.checkpoints import newest_whole
+from rasa_ext.train.checkpoints import checkpoints_in, newest_whole
 from rasa_ext.train.data import Fields, read_examples, rows_for_sft
 from rasa_ext.train.model_loading import load_model, load_skeleton, load_tokenizer
 from rasa_ext.train.options import RECORD, FinetuneOptions, parse_targets
 from rasa_ext.train.results import FinetuneResult, write_record, write_results
 from rasa_ext.train.shown import describe_rows, show_example
-from rasa_ext.train.trainer import AdapterTrainer, checkpoints_in, dataset
+from rasa_ext.train.trainer import AdapterTrainer, dataset
 from rasa_ext.train.working import working
 
 _CHECKPOINTS = 0.1  # one after every tenth of the run; they hold the adapter only

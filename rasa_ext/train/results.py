@@ -10,10 +10,11 @@ from typing import Any
 import yaml
 
 from rasa_ext.train.callbacks import MetricsCallback
+from rasa_ext.train.checkpoints import checkpoints_in
 from rasa_ext.train.memory import peak_memory
 from rasa_ext.train.options import RECORD, FinetuneOptions
 from rasa_ext.train.plots import plot_loss
-from rasa_ext.train.trainer import AdapterTrainer, checkpoints_in
+from rasa_ext.train.trainer import AdapterTrainer
 
 
 @dataclasses.dataclass

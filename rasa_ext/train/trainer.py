@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -18,8 +17,6 @@ from rasa_ext.peft import RasaConfig
 
 IGNORE = -100
 """The label of a token that carries no loss, as torch's cross entropy has it."""
-
-_STATE = "trainer_state.json"
 
 
 class AdapterTrainer(SFTTrainer):
@@ -151,16 +148,3 @@ def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
     """Rows in memory, as TRL takes them; its bars for every pass over them are turned off."""
     datasets.disable_progress_bars()
     return datasets.Dataset.from_list(rows)
-
-
-def checkpoints_in(directory: Path) -> list[tuple[int, Path]]:
-    """Complete checkpoints as (step, path), oldest first.
-
-    Trainer writes its state last; a directory without it is one whose writing was cut off.
-    """
-    found = []
-    for path in directory.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and (path / _STATE).is_file():
-            found.append((int(step), path))
-    return sorted(found)

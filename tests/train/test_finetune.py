@@ -22,10 +22,10 @@ import rasa_ext
 from rasa_ext.train import callbacks
 from rasa_ext.train import finetune as finetune_module
 from rasa_ext.train.callbacks import read_metrics
+from rasa_ext.train.checkpoints import checkpoints_in
 from rasa_ext.train.finetune import finetune, total_steps
 from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.plots import plot_loss
-from rasa_ext.train.trainer import checkpoints_in
 from tests.helpers.cli import invoke
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
