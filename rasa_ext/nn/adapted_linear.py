@@ -117,7 +117,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute y (..., out) from x (..., in), in the dtype that the base layer would give."""
-        adapter = self._live_adapter()
+        # With few tokens, every function that Python calls here is seen in a step's time.
+        adapter = None if self.disabled or self.merged_base is not None else self.adapter()
         if adapter is None:
             return self._base_alone(x, args, kwargs)
         sources = adapter.sources()
@@ -142,7 +143,7 @@ class AdaptedLinear(nn.Module):
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        drop = functional.dropout(x, p)
+        drop = functional.dropout(x, p) if p else (None, 1.0)
         if with_grad:
             factors = adapter.factors()
             return functional.adapted_linear(x, *plain, factors, _rank_multiple(x, factors), *drop)

@@ -31,7 +31,7 @@ def linear(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T + bias + U Bp (M, out) with U = X Ap^T (M, Rp)."""
-    U = project(x, Ap, mask, scale)
+    U = torch.mm(x, Ap.t()) if mask is None else project(x, Ap, mask, scale)
     if adapter_first(x.device.type, x.dtype):
         y = torch.mm(U, Bp) if bias is None else torch.addmm(bias, U, Bp)
         return y.addmm_(x, weight.t()), U
@@ -124,7 +124,11 @@ def linear_grads(
         if need_A and x is not None:
             dAp = torch.mm(H.t(), x if kept is None else keep(x, kept))
         if need_x:
-            dx = input_grad([grad], None if weight is None else [weight], H, Ap, kept)
+            if kept is None and adapter_first(grad.device.type, grad.dtype):
+                dx = torch.mm(H, Ap)
+                dx = dx if weight is None else dx.addmm_(grad, weight)
+            else:
+                dx = input_grad([grad], None if weight is None else [weight], H, Ap, kept)
     if (wide := accumulation_dtype(grad.dtype)) != grad.dtype:
         dAp, dBp = (None if each is None else each.to(wide) for each in (dAp, dBp))
     return dx, dAp, dBp
