@@ -16,7 +16,7 @@ from rasa_ext.ops.dropout import keep, project, unpacked
 from rasa_ext.ops.heuristics import adapter_first
 from rasa_ext.ops.library import accumulation_dtype, operator
 from rasa_ext.ops.linear import input_grad
-from rasa_ext.ops.pack import pack_into, packed_up, padded, rows_of
+from rasa_ext.ops.pack import packed_up, rows_of
 
 
 @operator(
@@ -33,20 +33,10 @@ def pack_projections(
     multiple: int = 1,
 ) -> tuple[Tensor, list[Tensor]]:
     """One Ap (Rp, in) with the projections' rows in order, and the Bp (Rp_i, out_i) of each."""
-    pools = list(zip(A_pool, B_pool, strict=True)) if A_pool else [(None, None)] * len(A)
-    if all(each.dtype == dtype for each in (*A, *B)):  # nothing to cast: see ``packed``
-        factors = zip(B, pools, d, strict=True)
-        up = [packed_up(b, b_pool, v, multiple) for b, (_, b_pool), v in factors]
-        return packed_down_projections(A, A_pool, dtype, multiple), up
-    ranks = [
-        a.shape[0] + (0 if p is None else p.shape[0]) for a, (p, _) in zip(A, pools, strict=True)
-    ]
-    widths = [padded(rank, multiple) for rank in ranks]
-    Ap = A[0].new_empty((sum(widths), A[0].shape[1]), dtype=dtype)
-    Bp = [b.new_empty((width, b.shape[0]), dtype=dtype) for b, width in zip(B, widths, strict=True)]
-    for i, down in enumerate(Ap.split_with_sizes(widths)):
-        pack_into(down, Bp[i], A[i], pools[i][0], B[i], pools[i][1], d[i])
-    return Ap, Bp
+    pools: Sequence[Tensor | None] = B_pool or [None] * len(B)
+    factors = zip(B, pools, d, strict=True)
+    up = [packed_up(b, b_pool, v, dtype, multiple) for b, b_pool, v in factors]
+    return packed_down_projections(A, A_pool, dtype, multiple), up
 
 
 def packed_down_projections(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rasa_ext.ops.library import accumulation_dtype, operator
-from rasa_ext.ops.pack import as_results, factor_grads, pack_into, padded
+from rasa_ext.ops.pack import as_results, factor_grads, packed
 
 
 @operator(
@@ -28,12 +28,11 @@ def pack_group(
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """``pack`` of every layer: Ap (L, Rp, in), Bp (L, Rp, out)."""
-    Rp = padded(A[0].shape[0] + (0 if A_pool is None else A_pool.shape[0]), multiple)
-    Ap = A[0].new_empty((len(A), Rp, A[0].shape[1]), dtype=dtype)
-    Bp = A[0].new_empty((len(A), Rp, B[0].shape[0]), dtype=dtype)
-    for down, up, a, b, v in zip(Ap.unbind(), Bp.unbind(), A, B, d, strict=True):
-        pack_into(down, up, a, A_pool, b, B_pool, v)
-    return Ap, Bp
+    packs = [
+        packed(a, A_pool, b, B_pool, v, dtype, multiple) for a, b, v in zip(A, B, d, strict=True)
+    ]
+    down, up = zip(*packs, strict=True)
+    return torch.stack(down), torch.stack(up)
 
 
 @operator(

@@ -61,11 +61,6 @@ FactorGrads: TypeAlias = (
 )
 
 
-def padded(rank: int, multiple: int) -> int:
-    """Round ``rank`` up to a multiple of ``multiple``."""
-    return -(-rank // multiple) * multiple
-
-
 def packed(
     A: Tensor,
     A_pool: Tensor | None,
@@ -76,23 +71,21 @@ def packed(
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Ap = [A ; A_pool] (Rp, in), Bp = diag(d) [B | B_pool]^T (Rp, out), both in ``dtype``."""
-    if A.dtype != dtype or B.dtype != dtype:
-        rows = padded(A.shape[0] + (0 if A_pool is None else A_pool.shape[0]), multiple)
-        Ap = A.new_empty((rows, A.shape[1]), dtype=dtype)
-        Bp = B.new_empty((rows, B.shape[0]), dtype=dtype)
-        pack_into(Ap, Bp, A, A_pool, B, B_pool, d)
-        return Ap, Bp
-    # With nothing to cast, joining takes half as many operations, which is what counts with few
-    # tokens; so does every function that Python calls on the way.
-    return packed_down(A, A_pool, dtype, multiple), packed_up(B, B_pool, d, multiple)
+    # Joined first and cast then: with few tokens the number of operations counts, and of functions
+    # that Python calls on the way.
+    return packed_down(A, A_pool, dtype, multiple), packed_up(B, B_pool, d, dtype, multiple)
 
 
-def packed_up(B: Tensor, B_pool: Tensor | None, d: Tensor | None, multiple: int) -> Tensor:
-    """Pack B, B_pool and d alone: Bp (Rp, out), in B's dtype."""
+def packed_up(
+    B: Tensor, B_pool: Tensor | None, d: Tensor | None, dtype: torch.dtype, multiple: int
+) -> Tensor:
+    """Pack B, B_pool and d alone: Bp (Rp, out); d B is rounded once, to ``dtype``."""
     Bp = torch.cat(rows_of(B.t(), None if B_pool is None else B_pool.t(), multiple))
     if d is not None:
+        if not Bp.dtype == d.dtype == dtype:
+            Bp = Bp.to(torch.promote_types(torch.promote_types(Bp.dtype, d.dtype), dtype))
         (Bp if multiple == 1 else Bp.narrow(0, 0, d.shape[0])).mul_(d.unsqueeze(1))
-    return Bp
+    return Bp if Bp.dtype == dtype else Bp.to(dtype)
 
 
 def packed_down(A: Tensor, A_pool: Tensor | None, dtype: torch.dtype, multiple: int) -> Tensor:
@@ -113,39 +106,6 @@ pack = operator(
     "pack(Tensor A, Tensor? A_pool, Tensor B, Tensor? B_pool, Tensor? d, ScalarType dtype, "
     "int multiple=1) -> (Tensor Ap, Tensor Bp)"
 )(packed)
-
-
-def pack_into(
-    Ap: Tensor,
-    Bp: Tensor,
-    A: Tensor,
-    A_pool: Tensor | None,
-    B: Tensor,
-    B_pool: Tensor | None,
-    d: Tensor | None,
-) -> None:
-    """Write a pack into Ap (Rp, in) and Bp (Rp, out); d B is rounded once, to Bp's dtype."""
-    own, pooled = A.shape[0], 0 if A_pool is None else A_pool.shape[0]
-    sizes = (own, pooled, Ap.shape[0] - own - pooled)
-    down, down_pool, down_fill = Ap.split_with_sizes(sizes)
-    up, up_pool, up_fill = Bp.split_with_sizes(sizes)
-    down.copy_(A)
-    if A_pool is not None:
-        down_pool.copy_(A_pool)
-    if d is None:
-        up.copy_(B.t())
-        if B_pool is not None:
-            up_pool.copy_(B_pool.t())
-    else:
-        # In the wider of the two dtypes, so that the product is rounded once.
-        scales = d.to(torch.promote_types(d.dtype, Bp.dtype)).unsqueeze(1)
-        scale, scale_pool = scales.split_with_sizes(sizes[:2])
-        torch.mul(B.t(), scale, out=up)
-        if B_pool is not None:
-            torch.mul(B_pool.t(), scale_pool, out=up_pool)
-    if sizes[2]:
-        down_fill.zero_()
-        up_fill.zero_()
 
 
 def _registered(
