@@ -5,7 +5,7 @@ rasa_ext.save_adapter(model, "adapter")
 rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "lora")
 """
 
-from rasa_ext import distributed
+from rasa_ext import distributed, methods, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
 from rasa_ext.checkpoint.lora_export import export_lora
@@ -54,9 +54,11 @@ __all__ = [
     "load_official",
     "merge",
     "merge_and_unload",
+    "methods",
     "patch_model",
     "save_adapter",
     "summary",
+    "training",
     "unmerge",
     "unpatch",
 ]

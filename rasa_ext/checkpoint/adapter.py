@@ -275,8 +275,8 @@ def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, t
     expected: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
         places = [
-            Place(index, len(group.names), *group.shape, torch.device("meta"))
-            for index in range(len(group.names))
+            Place(index, len(group.names), *group.shape, torch.device("meta"), name)
+            for index, name in enumerate(group.names)
         ]
         for field, tensor in config.pool(places).items():
             expected[pool_key(group.names[0], field)] = tuple(tensor.shape)

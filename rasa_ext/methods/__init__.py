@@ -5,11 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rasa_ext.methods.base import AdapterConfig, other_method
+from rasa_ext.methods.base import OFFICIAL, AdapterConfig, other_method
+from rasa_ext.methods.lora import BlockLoraConfig, LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
+from rasa_ext.methods.reslora import ResLoraConfig
+from rasa_ext.methods.sbora import SboraConfig
+from rasa_ext.methods.sd_lora import SdLoraConfig
+from rasa_ext.methods.sora import SoraConfig
 
-METHODS: dict[str, type[AdapterConfig]] = {config.peft_type: config for config in (RasaConfig,)}
-"""By the name that a method has in ``adapter_config.json``."""
+__all__ = [
+    "METHODS",
+    "AdapterConfig",
+    "BlockLoraConfig",
+    "LoraConfig",
+    "RasaConfig",
+    "ResLoraConfig",
+    "SboraConfig",
+    "SdLoraConfig",
+    "SoraConfig",
+    "read_method",
+]
+
+METHODS: dict[str, type[AdapterConfig]] = {
+    config.method: config
+    for config in (
+        RasaConfig,
+        LoraConfig,
+        BlockLoraConfig,
+        SboraConfig,
+        SoraConfig,
+        ResLoraConfig,
+        SdLoraConfig,
+    )
+}
+"""By the name that a method has in files and on the command line."""
 
 
 def read_method(data: Mapping[str, Any]) -> AdapterConfig:
@@ -18,8 +47,15 @@ def read_method(data: Mapping[str, Any]) -> AdapterConfig:
     Raises:
         ValueError: the method is not one of these, or a field is missing or not supported.
     """
-    kind = data.get("peft_type")
-    if kind not in METHODS:
-        known = " or ".join(map(repr, METHODS))
-        raise ValueError(f"adapter_config.json: expected peft_type {known}, {other_method(kind)}.")
-    return METHODS[kind].from_dict(data)
+    if (kind := data.get("peft_type")) != AdapterConfig.peft_type:
+        raise ValueError(
+            f"adapter_config.json: expected peft_type {AdapterConfig.peft_type!r}, "
+            f"{other_method(kind)}."
+        )
+    method = data.get("rasa_method", OFFICIAL)
+    if method not in METHODS:
+        raise ValueError(
+            f"adapter_config.json: expected rasa_method {' or '.join(map(repr, METHODS))}, got "
+            f"{method!r}; a newer rasa_ext may know it."
+        )
+    return METHODS[method].from_dict(data)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,16 @@ from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.ops import Factors
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 ALL_LINEAR = "all-linear"
+OFFICIAL = "rasa"
+"""The method that a file means which names none, as those of the official code do."""
+_PAIRS = ("rank_pattern", "rank_schedule", "kept", "stack")
+"""The fields that are mappings in a file."""
+_ALWAYS = ("rank", "k", "alpha")
+"""The fields that the official code writes, which a file has whatever they are."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Names = str | Collection[str]
@@ -24,6 +33,9 @@ Names = str | Collection[str]
 Groups = tuple[tuple[str, tuple[str, ...]], ...] | Callable[[str], str | None]
 """Which layers share a pool, once a config has checked it: names of groups, each with patterns of
 layers' names, or a callable from a layer's name to its group's."""
+
+Counts = tuple[tuple[str, int], ...] | Mapping[str, int]
+"""A number for each of some layers, by name. Pairs, once a config has checked it."""
 
 GivenGroups = Groups | Mapping[str, str | Sequence[str]] | Sequence[str] | None
 """The same as users give it."""
@@ -39,13 +51,15 @@ class Place:
     out_features: int
     in_features: int
     device: torch.device
+    name: str = ""
+    """The layer's name in the model."""
 
 
-def group_places(bases: Sequence[LinearLayer]) -> list[Place]:
-    """Give the places of a group's layers, whose base layers are given in order."""
+def group_places(bases: Mapping[str, LinearLayer]) -> list[Place]:
+    """Give the places of a group's layers, whose base layers are given by name, in order."""
     return [
-        Place(index, len(bases), *linear_shape(base), base.weight.device)
-        for index, base in enumerate(bases)
+        Place(index, len(bases), *linear_shape(base), base.weight.device, name)
+        for index, (name, base) in enumerate(bases.items())
     ]
 
 
@@ -65,8 +79,10 @@ class AdapterConfig:
         TypeError, ValueError: naming the field, what was expected and what came.
     """
 
-    peft_type: ClassVar[str]
-    """The method's name in ``adapter_config.json``."""
+    method: ClassVar[str]
+    """The method's name, in files and on the command line."""
+    peft_type: ClassVar[str] = "RASA"
+    """What PEFT knows all of them under."""
 
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(
@@ -152,8 +168,12 @@ class AdapterConfig:
         return Factors(own["A"], pool.get("A"), own["B"], pool.get("B"), own.get("d"))
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the config as the JSON values of ``adapter_config.json``."""
-        return {
+        """Give the config as the JSON values of ``adapter_config.json``, whatever the method.
+
+        Names are the official code's: ``r`` for rank, and ``rasa_`` before a method's other fields,
+        which stand there where they are needed or not at their defaults.
+        """
+        settings = {
             "peft_type": self.peft_type,
             "target_modules": _listed(self.target_modules),
             "exclude_modules": _listed(self.exclude_modules) or None,
@@ -161,12 +181,37 @@ class AdapterConfig:
             "rasa_groups": groups_to_json(self.groups),
             "bias": "none",
             "adapter_dtype": str(self.adapter_dtype).removeprefix("torch."),
+            "rasa_dropout": self.dropout,
         }
+        if self.method != OFFICIAL:
+            settings["rasa_method"] = self.method
+        for field in self._own_fields():
+            value = getattr(self, field.name)
+            if field.name in _ALWAYS or value != field.default:
+                settings[_key(field.name)] = dict(value) if field.name in _PAIRS else value
+        return settings
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> AdapterConfig:
-        """Read what ``to_dict`` wrote; ValueError where that is not possible."""
-        raise NotImplementedError
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Read what ``to_dict``, or the official code, wrote.
+
+        Raises:
+            ValueError: the file is another method's, asks for a trained bias, or lacks a field.
+        """
+        common = cls.common_from_dict(data)
+        fields = {field.name: _key(field.name) for field in cls._own_fields()}
+        needed = [fields[name] for name in ("rank", "k") if name in fields]
+        missing = [key for key in (*needed, "target_modules") if data.get(key) is None]
+        if missing:
+            raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")
+        given = {name: data[key] for name, key in fields.items() if data.get(key) is not None}
+        return cls(dropout=data.get("rasa_dropout", 0.0), **common, **given)
+
+    @classmethod
+    def _own_fields(cls) -> list[dataclasses.Field[Any]]:
+        """List the fields that the method has beside those of all methods."""
+        common = {field.name for field in dataclasses.fields(AdapterConfig)}
+        return [field for field in dataclasses.fields(cls) if field.name not in common]
 
     @classmethod
     def common_from_dict(cls, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,6 +223,10 @@ class AdapterConfig:
         if kind != cls.peft_type:
             raise ValueError(
                 f"adapter_config.json: expected peft_type {cls.peft_type!r}, {other_method(kind)}."
+            )
+        if (method := data.get("rasa_method", OFFICIAL)) != cls.method:
+            raise ValueError(
+                f"adapter_config.json: expected rasa_method {cls.method!r}, got {method!r}."
             )
         if data.get("bias", "none") != "none":
             raise ValueError(
@@ -206,6 +255,11 @@ class AdapterConfig:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         ]
+
+
+def _key(field: str) -> str:
+    """Give the name that a method's field has in ``adapter_config.json``."""
+    return {"rank": "r", "rank_pattern": "rank_pattern"}.get(field, f"rasa_{field}")
 
 
 def other_method(kind: Any) -> str:
@@ -242,6 +296,15 @@ def fresh_B(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:
     )
 
 
+def empty_stack(rank: int, place: Place, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make buffers for factors that are kept and not trained: stack_A (n, in), stack_B (out, n)."""
+    down, up = (
+        torch.zeros((rank, width), dtype=dtype, device=place.device)
+        for width in (place.in_features, place.out_features)
+    )
+    return {"stack_A": down, "stack_B": up.t()}
+
+
 def checked_integer(name: str, value: Any) -> int:
     """Return ``value``; raise TypeError where it is no integer."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -254,6 +317,29 @@ def checked_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}).")
     return float(value)
+
+
+def checked_rank(value: Any) -> int:
+    """Return ``value``; raise TypeError or ValueError where it is no rank."""
+    rank = checked_integer("rank", value)
+    if rank < 1:
+        raise ValueError(f"rank: expected an integer >= 1, got {rank}.")
+    return rank
+
+
+def checked_alpha(value: Any) -> float:
+    """Return ``value``; raise TypeError or ValueError where it is no finite number above 0."""
+    alpha = checked_number("alpha", value)
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha: expected a finite number above 0, got {alpha}.")
+    return alpha
+
+
+def checked_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
+    """Return ``value``; raise ValueError where it is none of ``choices``."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}.")
+    return value
 
 
 def checked_dtype(name: str, value: Any) -> torch.dtype:

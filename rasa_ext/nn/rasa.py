@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,8 +30,16 @@ class RasaPool(nn.Module):
         True
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
+        _register(self, tensors)
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Own these tensors in place of those so far."""
+        _unregister(self, list(_tensors_of(self)))
         _register(self, tensors)
 
     def extra_repr(self) -> str:
@@ -71,6 +79,11 @@ class RasaLinear(AdaptedLinear):
         True
     """
 
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    pool: RasaPool | None
+
     def __init__(
         self, base_layer: LinearLayer, config: Method, place: Any, pool: RasaPool | None
     ) -> None:
@@ -100,6 +113,13 @@ class RasaLinear(AdaptedLinear):
     def own_tensors(self) -> dict[str, Tensor]:
         """Give the layer's own tensors by name, the pool left out."""
         return {name: getattr(self, name) for name in self._names}
+
+    def replace(self, config: Method, tensors: Mapping[str, Tensor]) -> None:
+        """Own these tensors, under a config that has them, in place of those so far."""
+        _unregister(self, self._names)
+        self.config, self._names = config, tuple(tensors)
+        _register(self, tensors)
+        self.drop_pack()
 
     def pool_tensors(self) -> dict[str, Tensor]:
         """Give the tensors of its pool by name."""
@@ -141,6 +161,11 @@ def _register(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module.register_parameter(name, tensor)
         else:
             module.register_buffer(name, tensor)
+
+
+def _unregister(module: nn.Module, names: Iterable[str]) -> None:
+    for name in names:
+        delattr(module, name)
 
 
 def _tensors_of(module: nn.Module) -> dict[str, Any]:

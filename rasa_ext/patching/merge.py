@@ -333,7 +333,8 @@ def _chunks(layers: Chunk, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
     for name, layer in layers:
         weight = layer.base_layer.weight
         base = (weight.dtype, weight.device, layer.transposed)
-        adapter = [(t.shape, t.dtype, t.device) for t in layer.own_tensors().values()]
+        factors = [t for t in layer.adapter().factors() if t is not None]
+        adapter = [(t.shape, t.dtype, t.device) for t in factors]
         alike.setdefault((*base, id(layer.pool), *adapter), []).append((name, layer))
     for found in alike.values():
         first = found[0][1]
@@ -397,9 +398,14 @@ def _weight(layer: RasaLinear) -> Tensor:
 @torch.no_grad()
 def _packs(layers: list[RasaLinear], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Pack layers of one pool and shape on one device: Ap (L, R, in), Bp (L, R, out)."""
-    A, A_pool, B, B_pool, d = zip(*(layer.adapter().factors() for layer in layers), strict=True)
-    # The pool, brought to the layers' device, is the same for all of them.
-    return ops.pack_group(A, A_pool[0], B, B_pool[0], d, dtype, 1)
+    factors = [layer.adapter().factors() for layer in layers]
+    first = factors[0]
+    if any(each.A_pool is not first.A_pool or each.d is None for each in factors):
+        # Each reads ranks of its own from the pool, or the pool lies on another device.
+        packs = [ops.pack(*each, dtype, 1) for each in factors]
+        return torch.stack([Ap for Ap, _ in packs]), torch.stack([Bp for _, Bp in packs])
+    A, _, B, _, d = zip(*factors, strict=True)
+    return ops.pack_group(A, first.A_pool, B, first.B_pool, d, dtype, 1)
 
 
 def _deltas(layers: list[RasaLinear], dtype: torch.dtype) -> Tensor:

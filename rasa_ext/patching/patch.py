@@ -127,11 +127,11 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     linears = {name: module for name, module in modules.items() if is_linear(module)}
     wrapped: dict[nn.Module, RasaLinear] = {}
     for group in plan.groups:
-        bases = [linears[name] for name in group.names]
+        bases = {name: linears[name] for name in group.names}
         places = group_places(bases)
         tensors = config.pool(places)
         pool = RasaPool(tensors) if tensors else None
-        for base, place in zip(bases, places, strict=True):
+        for base, place in zip(bases.values(), places, strict=True):
             wrapped[base] = RasaLinear(base, config, place, pool)
     state = PatchState(
         config=config,

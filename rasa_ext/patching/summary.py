@@ -22,9 +22,11 @@ class Row:
     shape: tuple[int, int]
     """(out, in) of each."""
     R: int
-    """Effective rank, r - k + L*k."""
+    """Effective rank, r - k + L*k under RaSA; the largest, where layers differ."""
     trainable: int
     """Trainable parameters of the group, its pool counted once."""
+    R_min: int
+    """The smallest effective rank of a layer."""
 
 
 class Summary(list[Row]):
@@ -48,7 +50,7 @@ class Summary(list[Row]):
     def __str__(self) -> str:
         head = ("group", "L", "out x in", "R", "trainable")
         cells = [
-            (r.pattern, str(r.L), f"{r.shape[0]} x {r.shape[1]}", str(r.R), f"{r.trainable:,}")
+            (r.pattern, str(r.L), f"{r.shape[0]} x {r.shape[1]}", _ranks(r), f"{r.trainable:,}")
             for r in self
         ]
         widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
@@ -117,8 +119,9 @@ def summary(model: nn.Module) -> Summary:
         tensors = [*members[0].pool_tensors().values()]
         tensors += [tensor for member in members for tensor in member.own_tensors().values()]
         trainable = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
-        effective = members[0].effective_rank
-        rows.append(Row(group.pattern, len(members), group.shape, effective, trainable))
+        ranks = [member.effective_rank for member in members]
+        sizes = len(members), group.shape, max(ranks), trainable, min(ranks)
+        rows.append(Row(group.pattern, *sizes))
     result = Summary(rows)
     result.skipped, result.stacked_experts, result.modules_to_save = (
         plan.skipped,
@@ -131,3 +134,7 @@ def summary(model: nn.Module) -> Summary:
     result.trainable = sum(p.numel() for p in parameters if p.requires_grad)
     result.total = sum(p.numel() for p in parameters)
     return result
+
+
+def _ranks(row: Row) -> str:
+    return str(row.R) if row.R_min == row.R else f"{row.R_min}-{row.R}"

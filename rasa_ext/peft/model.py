@@ -182,7 +182,7 @@ class RasaModel(BaseTuner):
             for message in advice(config, groups, Names("r", "rasa_k", "rasa_groups")):
                 warnings.warn(message, stacklevel=2)
         for group in groups:
-            places = group_places([linears[name] for name in group.names])
+            places = group_places({name: linears[name] for name in group.names})
             found.update(dict.fromkeys(group.names, (group, places)))
         return found
 

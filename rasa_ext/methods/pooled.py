@@ -1,0 +1,149 @@
+"""Methods whose layers give k of their r ranks to a pool that all layers of a group read."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.methods.base import (
+    AdapterConfig,
+    Counts,
+    Place,
+    checked_alpha,
+    checked_integer,
+    checked_rank,
+    fresh_A,
+    fresh_B,
+)
+from rasa_ext.ops import Factors
+
+Kept = tuple[tuple[str, tuple[int, int, int]], ...] | Mapping[str, Sequence[int]]
+"""What ``prune`` left, by layer: private ranks, ranks of the pool, and ranks that the pool has.
+Pairs, once a config has checked it."""
+
+Pattern = Counts
+"""A rank for each of some patterns of layers' names."""
+
+
+class PooledConfig(AdapterConfig):
+    """The part that RaSA and SoRA share: tensors, their shapes, and which ranks are left.
+
+    A layer owns A (r-k, in), B (out, r-k) and d, its group A_pool (L*k, in) and B_pool (out, L*k).
+    After ``rasa_ext.training.prune`` a layer owns what is left of them, and ``slots``, the ranks
+    that it reads from what is left of the pool.
+    """
+
+    rank: int
+    k: int | None
+    alpha: float
+    rank_pattern: Pattern
+    kept: Kept
+
+    def _check_ranks(self) -> None:
+        """Check the fields above and bring them into their canonical form."""
+        rank = checked_rank(self.rank)
+        k = usual_k(rank) if self.k is None else checked_integer("k", self.k)
+        if not 0 <= k <= rank:
+            raise ValueError(f"k: expected 0 <= k <= rank (rank is {rank}), got {k}.")
+        pattern = _checked_pattern(self.rank_pattern, k)
+        kept = tuple((name, tuple(counts)) for name, counts in dict(self.kept).items())
+        self._set(rank=rank, k=k, alpha=checked_alpha(self.alpha), rank_pattern=pattern, kept=kept)
+
+    def kept_at(self, name: str) -> tuple[int, int, int] | None:
+        """Give what pruning left of a layer, or None where it was not pruned."""
+        return _kept(cast(Any, self.kept)).get(name)
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        """Make A (r-k, in), B (out, r-k) and d (r-k+L*k,), all trained."""
+        (own, pooled), dtype = self.ranks_at(place), self.adapter_dtype
+        tensors: dict[str, Tensor] = {
+            "A": fresh_A(own, place, dtype),
+            "B": fresh_B(own, place, dtype),
+            "d": nn.Parameter(self.diagonal(own, pooled).to(place.device, dtype)),
+        }
+        if self.kept_at(place.name):
+            tensors["slots"] = torch.arange(pooled, device=place.device)
+        return tensors
+
+    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Make A (L*k, in) and B (out, L*k); nothing where k = 0."""
+        first, dtype = places[0], self.adapter_dtype
+        kept = self.kept_at(first.name)
+        size = self.ranks(len(places))[1] if kept is None else kept[2]
+        if not size:
+            return {}
+        return {"A": fresh_A(size, first, dtype), "B": fresh_B(size, first, dtype)}
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+        """Give A, B, d and the pool as they stand; of a pruned pool the ranks that are left."""
+        slots = own.get("slots")
+        if slots is None or not pool:
+            return super().factors(own, pool, place)
+        A_pool, B_pool = pool["A"].index_select(0, slots), pool["B"].t().index_select(0, slots)
+        return Factors(own["A"], A_pool, own["B"], B_pool.t(), own["d"])
+
+    def ranks(self, num_layers: int) -> tuple[int, int]:
+        """Count a layer's private and pooled ranks in a group of L layers: r-k and L*k."""
+        k = usual_k(self.rank) if self.k is None else self.k
+        return self.rank - k, num_layers * k
+
+    def ranks_at(self, place: Place) -> tuple[int, int]:
+        """Count the same at one place, which ``rank_pattern`` or pruning may have changed."""
+        if (kept := self.kept_at(place.name)) is not None:
+            return kept[0], kept[1]
+        own, pooled = self.ranks(place.num_layers)
+        for pattern, rank in cast("tuple[tuple[str, int], ...]", self.rank_pattern):
+            if re.search(rf"(^|\.)(?:{pattern})$", place.name):
+                return own + rank - self.rank, pooled
+        return own, pooled
+
+    def diagonal(self, own: int, pooled: int) -> Tensor:
+        """Make the d of a layer that begins: (own + pooled,) float32, private entries first."""
+        raise NotImplementedError
+
+    def gate_entries(self, own: int, pooled: int) -> slice:
+        """Tell which entries of d are gates: what ``ProximalGates`` drives to zero."""
+        raise NotImplementedError
+
+    def gate_scale(self, num_layers: int) -> float:
+        """Give what an entry of d is divided by to be a gate."""
+        raise NotImplementedError
+
+
+def usual_k(rank: int) -> int:
+    """Give the paper's choice of k for a rank, which None stands for."""
+    return max(rank // 8, 1)
+
+
+@functools.lru_cache(maxsize=8)
+def _kept(pairs: tuple[tuple[str, tuple[int, int, int]], ...]) -> dict[str, tuple[int, int, int]]:
+    return dict(pairs)
+
+
+def _checked_pattern(value: Any, k: int) -> tuple[tuple[str, int], ...]:
+    """Return ``rank_pattern`` as pairs; raise, naming it, where it is none or cannot be."""
+    if not isinstance(value, Mapping | tuple):
+        raise TypeError(
+            "rank_pattern: expected a mapping of patterns of layers' names to ranks, got "
+            f"{type(value).__name__}."
+        )
+    for pattern, rank in dict(value).items():
+        if not isinstance(pattern, str) or not pattern:
+            raise TypeError(f"rank_pattern: expected patterns as strings, got {pattern!r}.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"rank_pattern: expected regular expressions, got {pattern!r} ({error})."
+            ) from None
+        if checked_integer("rank_pattern", rank) < max(k, 1):
+            raise ValueError(
+                f"rank_pattern: expected ranks of at least {max(k, 1)} (k is {k}), got {rank} for "
+                f"{pattern!r}."
+            )
+    return tuple(dict(value).items())

@@ -1,0 +1,66 @@
+"""SoRA: a LoRA whose ranks have gates, which training may close."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rasa_ext.methods.base import document_fields, option
+from rasa_ext.methods.pooled import Kept, Pattern, PooledConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SoraConfig(PooledConfig):
+    """The config of a SoRA (arXiv 2311.11696): dW = s B diag(g) A with trained gates g.
+
+    Stored is d = s g, s = alpha / r, which is the same trajectory where an optimizer's rate and
+    epsilon follow s: ``rasa_ext.training.parameter_groups`` sees to that. Gates begin as N(0, 1).
+    ``rasa_ext.training.ProximalGates`` drives them to zero and ``prune`` takes them out.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> from rasa_ext.methods import SoraConfig
+        >>> model = rasa_ext.patch_model(model, config=SoraConfig(rank=8))
+        >>> gates = rasa_ext.training.ProximalGates(model, threshold=1e-3)
+    """
+
+    method: ClassVar[str] = "sora"
+
+    rank: int = option(8, "The rank r that every layer begins with.")
+    alpha: float = option(16.0, "The scale s is alpha / r.")
+    k: int | None = option(
+        0, "How many of the r ranks every layer gives to a pool, as in RaSA; 0 is the paper's."
+    )
+    rank_pattern: Pattern = option(
+        (),
+        "Ranks r of single layers, by pattern: a regular expression that the end of a layer's name "
+        "must match, from a dot on.",
+    )
+    kept: Kept = option(
+        (), "What pruning left of each layer's ranks. rasa_ext.training.prune sets it."
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field and bring it into its canonical form."""
+        self._check_ranks()
+        super().__post_init__()
+
+    def diagonal(self, own: int, pooled: int) -> Tensor:
+        """Draw s N(0, 1)."""
+        return torch.randn(own + pooled) * (self.alpha / self.rank)
+
+    def gate_entries(self, own: int, pooled: int) -> slice:
+        """All of d are gates."""
+        return slice(0, own + pooled)
+
+    def gate_scale(self, num_layers: int) -> float:
+        """Give s."""
+        return self.alpha / self.rank
+
+
+document_fields(SoraConfig)

@@ -1,0 +1,79 @@
+"""Choosing an SBoRA's features by what the model's activations are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.methods.sbora import SboraConfig
+from rasa_ext.patching.state import adapted_layers, patch_state
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
+    """Let an SBoRA with ``indices="activation"`` read the features that are largest on average.
+
+    Every batch goes through the model once, without grad and in eval mode. Of each layer the r
+    features of the largest mean \\|x_j\\| are taken.
+
+    Args:
+        model: patched with ``SboraConfig(indices="activation")``, before it is trained.
+        batches: what the model is called with: mappings as keyword arguments, tuples as
+            positional ones, anything else as the only one.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model has another config, is trained already, or there is no batch.
+
+    Example:
+        >>> from rasa_ext.methods import SboraConfig
+        >>> model = rasa_ext.patch_model(model, config=SboraConfig(rank=4, indices="activation"))
+        >>> model = rasa_ext.training.calibrate(model, [torch.tensor([[1, 2, 3]])])
+    """
+    config, layers = patch_state(model).config, adapted_layers(model)
+    if not isinstance(config, SboraConfig) or config.indices != "activation":
+        raise ValueError(
+            "model: expected a model patched with SboraConfig(indices='activation'), got "
+            f"{type(config).__name__}."
+        )
+    for name, layer in layers:
+        if layer.B.any():
+            raise ValueError(
+                f"model: expected an untrained adapter, but {name!r} has learned something of the "
+                "features that it reads now."
+            )
+    sums: dict[nn.Module, Tensor] = {}
+    hooks = [layer.register_forward_pre_hook(_adding_to(sums)) for _, layer in layers]
+    mode = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            if isinstance(batch, Mapping):
+                model(**batch)
+            elif isinstance(batch, tuple):
+                model(*batch)
+            else:
+                model(batch)
+    finally:
+        model.train(mode)
+        for hook in hooks:
+            hook.remove()
+    if not sums:
+        raise ValueError("batches: expected at least one batch that reaches an adapted layer.")
+    for _, layer in layers:
+        if layer in sums:
+            layer.own_tensors()["index"].copy_(sums[layer].topk(config.rank).indices.sort().values)
+    return model
+
+
+def _adding_to(sums: dict[nn.Module, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def add(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        size = args[0].detach().abs().flatten(0, -2).double().sum(0)
+        sums[layer] = sums[layer] + size if layer in sums else size
+
+    return add

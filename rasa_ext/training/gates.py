@@ -1,0 +1,321 @@
+"""Gates on ranks: driven to zero by a proximal step, then pruned (SoRA, arXiv 2311.11696)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.methods.base import checked_choice, checked_number
+from rasa_ext.methods.pooled import PooledConfig
+from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.patching.state import adapted_layers, patch_state
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+Threshold = float | Callable[[int], float]
+"""Of gates; or a callable from the number of steps so far to it."""
+
+
+class ProximalGates:
+    """The proximal step of SoRA: after each of the optimizer's, gates move towards zero.
+
+    With the rule "soft" a gate g becomes sign(g) max(|g| - threshold, 0), the proximal point of
+    threshold * |g|. "official" is what the official code does: gates first shrink by the threshold
+    where they are above it, and are then zero where they are below, so that all of |g| < 2
+    threshold vanish. A gate at zero keeps its gradient, and may come back.
+
+    Gates are entries of d over what they begin with: all of a SoRA's, g = d / s, and with
+    ``RasaConfig(gates="pool")`` those of the pool, which begin at one.
+
+    Args:
+        model: patched with ``SoraConfig`` or ``RasaConfig(gates="pool")``.
+        threshold: what is taken from every gate a step; not multiplied with the learning rate. Or
+            a callable from the number of steps so far, such as ``threshold_schedule`` gives.
+        rule: "soft" or "official".
+        l1: the weight of ``penalty()``, which the official code adds to the loss as well.
+
+    Raises:
+        TypeError, ValueError: naming the argument; the model has no gates.
+
+    Example:
+        >>> config = rasa_ext.RasaConfig(rank=8, k=1, gates="pool")
+        >>> model = rasa_ext.patch_model(model, config=config)
+        >>> optimizer = torch.optim.AdamW(rasa_ext.training.parameter_groups(model, lr=5e-4))
+        >>> gates = rasa_ext.training.ProximalGates(model, threshold=1e-3)
+        >>> loss = model(tokens, labels=tokens).loss
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> gates.step()
+    """
+
+    def __init__(
+        self, model: nn.Module, threshold: Threshold, rule: str = "soft", l1: float = 0.0
+    ) -> None:
+        if not callable(threshold) and checked_number("threshold", threshold) < 0:
+            raise ValueError(f"threshold: expected a number >= 0, got {threshold}.")
+        if checked_number("l1", l1) < 0:
+            raise ValueError(f"l1: expected a number >= 0, got {l1}.")
+        self.rule = checked_choice("rule", rule, ("soft", "official"))
+        self.threshold, self.l1, self.steps = threshold, l1, 0
+        self._gates = _gates(model)
+
+    def step(self) -> None:
+        """Move every gate; call it after ``optimizer.step()``."""
+        threshold = self.threshold(self.steps) if callable(self.threshold) else self.threshold
+        self.steps += 1
+        with torch.no_grad():
+            for d, entries, scale in self._gates:
+                gates, by = d[entries], threshold * scale
+                if self.rule == "soft":
+                    gates.copy_(nn.functional.softshrink(gates, by))
+                else:
+                    shrunk = torch.where(gates.abs() > by, gates - by * gates.sign(), gates)
+                    gates.copy_(torch.where(shrunk.abs() < by, 0.0, shrunk))
+
+    def penalty(self) -> Tensor:
+        """Give l1 * the mean |g| over all gates, differentiable, to add to a loss."""
+        sizes = [d[entries].abs() / scale for d, entries, scale in self._gates]
+        device = sizes[0].device
+        return self.l1 * torch.cat([size.to(device) for size in sizes]).mean()
+
+    def add_penalty_gradient(self) -> None:
+        """Add the gradient of ``penalty()``, for loops whose loss is out of reach."""
+        count = sum(entries.stop - entries.start for _, entries, _ in self._gates)
+        for d, entries, scale in self._gates:
+            if self.l1 and d.grad is not None:
+                d.grad[entries] += self.l1 / (scale * count) * d.detach()[entries].sign()
+
+    def open_gates(self) -> tuple[int, int]:
+        """Count the gates that are not zero, and all."""
+        flags = [d.detach()[entries] != 0 for d, entries, _ in self._gates]
+        return sum(int(flag.sum()) for flag in flags), sum(map(len, flags))
+
+    def state_dict(self) -> dict[str, int]:
+        """Give what a resumed training needs: the steps so far."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up what ``state_dict`` gave."""
+        self.steps = state["steps"]
+
+    def callback(self) -> TrainerCallback:
+        """Give a callback for transformers' Trainer that does the steps, and adds the penalty."""
+        from transformers import TrainerCallback
+
+        gates = self
+
+        class GatesCallback(TrainerCallback):  # type: ignore[misc]  # untyped without transformers
+            def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+                gates.add_penalty_gradient()
+
+            def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+                gates.step()
+
+        return GatesCallback()
+
+
+def threshold_schedule(
+    first: float, last: float, stages: int, steps: int, kind: str = "linear"
+) -> Callable[[int], float]:
+    """Make a threshold that rises in stages, as the official code's schedules of SoRA do.
+
+    Args:
+        first, last: the thresholds of the first and of the last stage.
+        stages: how many there are.
+        steps: the optimizer's steps of a stage; the last stage lasts.
+        kind: how it grows from stage to stage: "linear", "log" or "exp".
+
+    Returns:
+        A callable from the number of steps so far to the threshold.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> schedule = rasa_ext.training.threshold_schedule(0.0, 6e-4, stages=4, steps=100)
+        >>> [round(1e4 * schedule(step), 1) for step in (0, 99, 100, 350, 999)]
+        [0.0, 0.0, 2.0, 6.0, 6.0]
+    """
+    checked_choice("kind", kind, ("linear", "log", "exp"))
+    for name, count in (("stages", stages), ("steps", steps)):
+        if count < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {count}.")
+
+    def threshold(step: int) -> float:
+        part = min(step // steps, stages - 1) / max(stages - 1, 1)
+        if kind == "log":
+            part = math.log1p(part * (math.e - 1))
+        elif kind == "exp":
+            part = math.expm1(part) / (math.e - 1)
+        return first + (last - first) * part
+
+    return threshold
+
+
+@torch.no_grad()
+def balance(model: nn.Module) -> None:
+    """Give the rows of A and the columns of B norm one, and their product to d; outputs stay.
+
+    A penalty on d alone is evaded by growing A and B; balanced, d says what a rank contributes.
+    For a pool one scale a slot goes to the d of all layers. Ranks of a zero row or column, as those
+    of a fresh B, stay as they are. An optimizer's moments still belong to the numbers before.
+
+    Args:
+        model: patched with ``SoraConfig`` or ``RasaConfig``.
+
+    Raises:
+        TypeError, ValueError: the model is no module, not patched, or of another method.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> rasa_ext.training.balance(model)
+    """
+    config, pools = _pooled_config(model), dict[RasaPool, Tensor]()
+    for _, layer in adapted_layers(model):
+        own = config.ranks_at(layer.place)[0]
+        layer.d[:own] *= _normalize(layer.A, layer.B)
+        if layer.pool is not None and layer.pool_tensors():
+            if layer.pool not in pools:
+                pools[layer.pool] = _normalize(layer.pool.A, layer.pool.B)
+            scales = pools[layer.pool].to(layer.d)
+            slots = layer.own_tensors().get("slots")
+            layer.d[own:] *= scales if slots is None else scales[slots]
+
+
+def _normalize(A: Tensor, B: Tensor) -> Tensor:
+    """Divide rows of A (R, in) and columns of B (out, R) by their norms; give the products (R,)."""
+    down, up = A.norm(dim=1), B.norm(dim=0)
+    whole = (down > 0) & (up > 0)
+    down, up = torch.where(whole, down, 1.0), torch.where(whole, up, 1.0)
+    A /= down.unsqueeze(1)
+    B /= up
+    return down * up
+
+
+@torch.no_grad()
+def prune(model: nn.Module) -> tuple[int, int]:
+    """Take ranks out whose gate is exactly zero; outputs stay, and layers get cheaper.
+
+    A layer loses the private ranks of zero gates and no longer reads pooled ones of zero gates; a
+    slot that no layer reads leaves the pool. Parameters are new ones: make a new optimizer. Saving,
+    loading, merging and exporting go on as before.
+
+    Args:
+        model: patched with ``SoraConfig`` or ``RasaConfig(gates="pool")``.
+
+    Returns:
+        The largest effective rank of a layer before and after.
+
+    Raises:
+        TypeError, ValueError: the model is no module, not patched, or has no gates.
+        RuntimeError: the adapter is merged.
+
+    Example:
+        >>> config = rasa_ext.RasaConfig(rank=8, k=1, gates="pool")
+        >>> model = rasa_ext.patch_model(model, config=config)
+        >>> before, after = rasa_ext.training.prune(model)
+        >>> before == after  # no gate is zero yet
+        True
+    """
+    _gates(model)
+    config, state = _pooled_config(model), patch_state(model)
+    if state.merged is not None:
+        raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter is pruned.")
+    groups: dict[tuple[int, ...] | int, list[tuple[str, RasaLinear]]] = {}
+    for name, layer in adapted_layers(model):
+        groups.setdefault(id(layer.pool) if layer.pool is not None else id(layer), []).append(
+            (name, layer)
+        )
+    before = max(layer.effective_rank for _, layer in adapted_layers(model))
+    kept: dict[str, tuple[int, int, int]] = {}
+    found: list[tuple[RasaLinear, dict[str, Tensor]]] = []
+    pools: list[tuple[RasaPool, dict[str, Tensor]]] = []
+    for layers in groups.values():
+        slots, size = _used_slots(layers, config)
+        for name, layer in layers:
+            tensors = _pruned(layer, config, slots)
+            kept[name] = (tensors["A"].shape[0], len(tensors["slots"]), size)
+            found.append((layer, tensors))
+        pool = layers[0][1].pool
+        if pool is not None:
+            left = {"A": pool.A[slots], "B": pool.B.t()[slots].t()} if size else {}
+            pools.append((pool, {key: nn.Parameter(value) for key, value in left.items()}))
+    later: PooledConfig = dataclasses.replace(cast(Any, config), kept=kept)
+    state.config = later
+    for layer, tensors in found:
+        layer.replace(later, tensors)
+    for pool, left in pools:
+        pool.replace(left)
+    return before, max(layer.effective_rank for _, layer in adapted_layers(model))
+
+
+def _used_slots(layers: list[tuple[str, RasaLinear]], config: PooledConfig) -> tuple[Tensor, int]:
+    """Find the slots of a group's pool that a layer still reads (n,), and count them."""
+    first = layers[0][1]
+    pool = first.pool_tensors()
+    used = torch.zeros(pool["A"].shape[0] if pool else 0, dtype=torch.bool, device=first.d.device)
+    for _, layer in layers:
+        own = config.ranks_at(layer.place)[0]
+        used[_slots(layer)[layer.d[own:] != 0].to(used.device)] = True
+    slots = used.nonzero().flatten()
+    return slots, len(slots)
+
+
+def _pruned(layer: RasaLinear, config: PooledConfig, slots: Tensor) -> dict[str, Tensor]:
+    """Give a layer's own tensors less its zero gates; its slots count in what is left of the pool.
+
+    Private ranks whose d is zero but no gate stay.
+    """
+    ranks = config.ranks_at(layer.place)
+    own, entries = ranks[0], config.gate_entries(*ranks)
+    left = layer.d != 0
+    left[: entries.start] = True
+    private, pooled = left[:own], left[own:]
+    where = torch.searchsorted(slots.to(layer.d.device), _slots(layer)[pooled])
+    return {
+        "A": nn.Parameter(layer.A[private]),
+        "B": nn.Parameter(layer.B.t()[private].t()),
+        "d": nn.Parameter(layer.d[left]),
+        "slots": where,
+    }
+
+
+def _slots(layer: RasaLinear) -> Tensor:
+    """Give the slots of the pool that a layer reads now."""
+    slots = layer.own_tensors().get("slots")
+    if slots is not None:
+        return slots
+    pool = layer.pool_tensors()
+    return torch.arange(pool["A"].shape[0] if pool else 0, device=layer.d.device)
+
+
+def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
+    """List every layer's d, the entries that are gates, and what they are divided by to be them."""
+    config = _pooled_config(model)
+    found = []
+    for _, layer in adapted_layers(model):
+        entries = config.gate_entries(*config.ranks_at(layer.place))
+        if entries.stop > entries.start:
+            found.append((layer.d, entries, config.gate_scale(layer.place.num_layers)))
+    if not found:
+        raise ValueError(
+            "model: expected gates, as those of SoraConfig or of RasaConfig(gates='pool') with "
+            f"k > 0, but {type(config).__name__} has none."
+        )
+    return found
+
+
+def _pooled_config(model: nn.Module) -> PooledConfig:
+    config = patch_state(model).config
+    if not isinstance(config, PooledConfig):
+        raise ValueError(
+            "model: expected one patched with SoraConfig or RasaConfig, got "
+            f"{type(config).__name__}."
+        )
+    return config
