@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,21 +12,29 @@ from rasa_ext.patching.state import adapted_layers, adapter_parameters, patch_st
 
 
 def parameter_groups(
-    model: nn.Module, lr: float, *, gate_lr: float | None = None, weight_decay: float = 0.0
+    model: nn.Module,
+    lr: float,
+    *,
+    gate_lr: float | None = None,
+    weight_decay: float = 0.0,
+    eps: float | None = None,
 ) -> list[dict[str, Any]]:
     """Give an optimizer's parameter groups for a patched model, with the rates of its method.
 
     Gates are not decayed. A Block-LoRA's B moves n times as fast, n being its blocks. A SoRA's
-    d = s g moves s times as fast as its gates g would. Everything else goes in one group.
+    d = s g moves s times as fast as its gates g would, and has ``eps`` over s, so that under Adam
+    the trajectory is that of g. Everything else goes in one group.
 
     Args:
         model: a patched model.
         lr: the learning rate.
         gate_lr: that of gates; ``lr`` unless given.
         weight_decay: for all that are no gates.
+        eps: Adam's; the optimizer's own for all groups unless given.
 
     Returns:
-        Groups, each with ``params``, ``lr`` and ``weight_decay``, none of them empty.
+        Groups, each with ``params``, ``lr``, ``weight_decay`` and ``eps`` where it was given, none
+        of them empty.
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched.
@@ -37,23 +45,28 @@ def parameter_groups(
         >>> optimizer = torch.optim.AdamW(groups)
     """
     config, layers = patch_state(model).config, adapted_layers(model)
-    special: dict[int, float] = {}
+    rates: dict[int, _Rate] = {}
     if isinstance(config, BlockLoraConfig):
-        special = {id(layer.B): config.blocks * lr for _, layer in layers}
-    gates: dict[int, float] = {}
+        rates = {id(layer.B): _Rate(config.blocks * lr, weight_decay, 1.0) for _, layer in layers}
     if isinstance(config, PooledConfig):
         for _, layer in layers:
             entries = config.gate_entries(*config.ranks_at(layer.place))
             if entries.stop > entries.start:
-                scale = config.gate_scale(layer.place.num_layers) if config.method == "sora" else 1
-                gates[id(layer.d)] = (lr if gate_lr is None else gate_lr) * scale
-    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+                s = config.gate_scale(layer.place.num_layers) if config.method == "sora" else 1.0
+                rates[id(layer.d)] = _Rate((lr if gate_lr is None else gate_lr) * s, 0.0, s)
+    usual = _Rate(lr, weight_decay, 1.0)
+    found: dict[_Rate, list[nn.Parameter]] = {}
     for parameter in adapter_parameters(model):
         if parameter.requires_grad:
-            rate = gates.get(id(parameter), special.get(id(parameter), lr))
-            decay = 0.0 if id(parameter) in gates else weight_decay
-            found.setdefault((rate, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in found.items()
-    ]
+            found.setdefault(rates.get(id(parameter), usual), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for rate, parameters in found.items():
+        group = {"params": parameters, "lr": rate.lr, "weight_decay": rate.weight_decay}
+        groups.append(group if eps is None else {**group, "eps": eps / rate.scale})
+    return groups
+
+
+class _Rate(NamedTuple):
+    lr: float
+    weight_decay: float
+    scale: float

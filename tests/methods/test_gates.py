@@ -1,0 +1,291 @@
+"""SoRA's gates, and gates on RaSA's pool: proximal steps, pruning, balancing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from rasa_ext import methods, training
+from tests.helpers.methods import base, case, inputs, randomize, rasa_linears
+
+EXACT = {"rtol": 1e-10, "atol": 1e-12}
+SORA = methods.SoraConfig(4, 8.0, adapter_dtype=torch.float64)
+POOL = methods.RasaConfig(4, 2, gates="pool", adapter_dtype=torch.float64)
+
+
+def patched(config) -> nn.Module:
+    model = rasa_ext.patch_model(base(), config=config)
+    randomize(model, 1)
+    return model
+
+
+def gates(model) -> torch.Tensor:
+    config = next(iter(rasa_linears(model).values())).config
+    return torch.cat(
+        [
+            layer.d.detach()[config.gate_entries(*config.ranks_at(layer.place))]
+            / config.gate_scale(layer.place.num_layers)
+            for layer in rasa_linears(model).values()
+        ]
+    )
+
+
+def loss_of(model, x) -> torch.Tensor:
+    return (model(x) - x.roll(1, 0)).square().mean()
+
+
+@pytest.mark.parametrize("config", [SORA, POOL], ids=["sora", "pool"])
+def test_the_soft_rule_is_the_proximal_point(config):
+    model = patched(config)
+    before = gates(model)
+    training.ProximalGates(model, 0.11).step()
+    line = torch.linspace(-3, 3, 60001, dtype=torch.float64)
+    costs = 0.5 * (line - before.unsqueeze(1)).square() + 0.11 * line.abs()
+    torch.testing.assert_close(gates(model), line[costs.argmin(1)], rtol=0, atol=1e-4)
+
+
+def test_only_gates_move():
+    model = patched(POOL)
+    before = {name: layer.d.detach().clone() for name, layer in rasa_linears(model).items()}
+    training.ProximalGates(model, 0.1).step()
+    for name, layer in rasa_linears(model).items():
+        assert torch.equal(layer.d[:2], before[name][:2])
+        assert not torch.equal(layer.d[2:], before[name][2:])
+
+
+def test_the_official_rule():
+    """Its order: shrink what is above the threshold, then drop what is below it."""
+    model = patched(SORA)
+    layer = next(iter(rasa_linears(model).values()))
+    given = torch.tensor([0.05, -0.15, 0.21, -0.5], dtype=torch.float64)
+    with torch.no_grad():
+        layer.d.copy_(given * 2)  # s = alpha / r = 2
+    training.ProximalGates(model, 0.1, rule="official").step()
+    expected = torch.tensor([0.0, 0.0, 0.11, -0.4], dtype=torch.float64)
+    torch.testing.assert_close(layer.d.detach() / 2, expected, **EXACT)
+
+
+def test_a_diagonal_trained_as_gates_are():
+    """d = s g with the rate, threshold and L1 of parameter_groups follows g over 50 steps."""
+
+    class Gated(nn.Module):
+        def __init__(self, layer: rasa_ext.RasaLinear) -> None:
+            super().__init__()
+            self.W, self.bias = layer.base_layer.weight, layer.base_layer.bias
+            self.A, self.B = (nn.Parameter(t.detach().clone()) for t in (layer.A, layer.B))
+            self.g = nn.Parameter(layer.d.detach() / 2)
+
+        def forward(self, x):
+            return x @ self.W.t() + self.bias + 2 * ((x @ self.A.t()) * self.g) @ self.B.t()
+
+    torch.manual_seed(0)
+    model = rasa_ext.patch_model(nn.Sequential(nn.Linear(6, 5)).double(), config=SORA)
+    randomize(model, 3)
+    plain = Gated(model[0])
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64)
+    ours = torch.optim.AdamW(training.parameter_groups(model, lr=1e-2, eps=1e-6))
+    theirs = torch.optim.AdamW([plain.A, plain.B, plain.g], lr=1e-2, eps=1e-6, weight_decay=0.0)
+    steps = training.ProximalGates(model, 2e-3, l1=0.03)
+    for _ in range(50):
+        ((model(x) - y).square().mean() + steps.penalty()).backward()
+        ours.step()
+        steps.step()
+        ours.zero_grad()
+        ((plain(x) - y).square().mean() + 0.03 * plain.g.abs().mean()).backward()
+        theirs.step()
+        with torch.no_grad():
+            plain.g.copy_(plain.g.sign() * (plain.g.abs() - 2e-3).clamp(min=0))
+        theirs.zero_grad()
+    torch.testing.assert_close(model[0].d / 2, plain.g, **EXACT)
+    torch.testing.assert_close(model[0].B, plain.B, **EXACT)
+
+
+def test_gates_at_zero_come_back():
+    model, x = patched(POOL), inputs(20)
+    optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.5)
+    training.ProximalGates(model, 100.0).step()
+    assert not gates(model).any()
+    loss_of(model, x).backward()
+    optimizer.step()
+    assert gates(model).all()
+
+
+@pytest.mark.parametrize(
+    "config", [SORA, POOL, methods.SoraConfig(4, 8.0, 1, adapter_dtype=torch.float64)]
+)
+def test_pruning_changes_no_output_and_lowers_ranks(config):
+    model, x = patched(config), inputs()
+    training.ProximalGates(model, 0.5 * gates(model).abs().median().item()).step()
+    training.ProximalGates(model, gates(model).abs().median().item()).step()
+    before = model(x)
+    ranks = [layer.effective_rank for layer in rasa_linears(model).values()]
+    assert training.prune(model)[0] == max(ranks)
+    left = [layer.effective_rank for layer in rasa_linears(model).values()]
+    assert sum(left) < sum(ranks)
+    torch.testing.assert_close(model(x), before, **EXACT)
+    # What is left trains on, and may be pruned again.
+    optimizer = torch.optim.AdamW(training.parameter_groups(model, lr=1e-2))
+    loss_of(model, x).backward()
+    optimizer.step()
+    training.ProximalGates(model, gates(model).abs().median().item()).step()
+    before = model(x)
+    training.prune(model)
+    torch.testing.assert_close(model(x), before, **EXACT)
+    assert sum(layer.effective_rank for layer in rasa_linears(model).values()) < sum(left)
+
+
+def test_a_slot_that_no_layer_reads_leaves_the_pool():
+    model = patched(POOL)
+    with torch.no_grad():
+        for layer in rasa_linears(model).values():
+            layer.d[3] = 0.0
+    training.prune(model)
+    assert {layer.pool.A.shape[0] for layer in rasa_linears(model).values()} == {5}
+    with torch.no_grad():
+        for layer in rasa_linears(model).values():
+            layer.d[2:] = 0.0
+    x = inputs()
+    before = model(x)
+    training.prune(model)
+    assert {layer.effective_rank for layer in rasa_linears(model).values()} == {2}
+    torch.testing.assert_close(model(x), before, **EXACT)
+
+
+def test_the_true_support_is_found():
+    """Layers that need two of six slots end with those, where others start as large."""
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(8, 8, bias=False).double())
+    config = methods.RasaConfig(6, 6, gates="pool", adapter_dtype=torch.float64)
+    model = rasa_ext.patch_model(copy.deepcopy(plain), config=config)
+    layer = model[0]
+    with torch.no_grad():
+        basis = torch.linalg.qr(torch.randn(8, 6, dtype=torch.float64)).Q
+        layer.pool.A.copy_(basis.t())
+        layer.pool.B.copy_(basis)
+        layer.pool.requires_grad_(False)
+        target = plain[0].weight + 0.7 * basis[:, 1:2] @ basis[:, 1:2].t()
+        target -= 0.5 * basis[:, 4:5] @ basis[:, 4:5].t()
+    x = torch.randn(200, 8, dtype=torch.float64)
+    optimizer = torch.optim.SGD([layer.d], lr=0.2)
+    steps = training.ProximalGates(model, 2e-3)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (model(x) - x @ target.t()).square().sum(1).mean().backward()
+        optimizer.step()
+        steps.step()
+    assert steps.open_gates() == (2, 6)
+    training.prune(model)
+    assert layer.own_tensors()["slots"].tolist() == [0, 1]
+    assert layer.pool.A.shape == (2, 8)
+    torch.testing.assert_close(layer.pool.A, basis.t()[[1, 4]], **EXACT)
+
+
+@pytest.mark.parametrize(
+    "name", ["rasa", "sora", "sora, pool", "rasa, gates pruned", "sora, pruned"]
+)
+def test_balancing_changes_no_output(name):
+    model, x = case(name), inputs()
+    before = model(x)
+    training.balance(model)
+    torch.testing.assert_close(model(x), before, **EXACT)
+    for layer in rasa_linears(model).values():
+        tensors = [*layer.own_tensors().items(), *layer.pool_tensors().items()]
+        for field, tensor in tensors:
+            if field in "AB":
+                norms = tensor.norm(dim=1 if field == "A" else 0)
+                torch.testing.assert_close(norms, torch.ones_like(norms), **EXACT)
+
+
+def test_balancing_leaves_a_fresh_adapter_alone():
+    model = rasa_ext.patch_model(base(), config=SORA)
+    before = copy.deepcopy(model.state_dict())
+    training.balance(model)
+    assert all(torch.equal(t, before[key]) for key, t in model.state_dict().items())
+
+
+def test_the_penaltys_gradient():
+    model, other = patched(POOL), patched(POOL)
+    training.ProximalGates(model, 0.0, l1=0.3).penalty().backward()
+    for layer in rasa_linears(other).values():
+        layer.d.grad = torch.zeros_like(layer.d)
+    training.ProximalGates(other, 0.0, l1=0.3).add_penalty_gradient()
+    for mine, its in zip(rasa_linears(model).values(), rasa_linears(other).values(), strict=True):
+        torch.testing.assert_close(mine.d.grad, its.d.grad, **EXACT)
+
+
+def test_schedules():
+    for kind, middle in (("linear", 0.5), ("log", 0.6201145), ("exp", 0.3775407)):
+        schedule = training.threshold_schedule(1.0, 3.0, stages=3, steps=10, kind=kind)
+        values = [schedule(step) for step in (0, 9, 10, 19, 20, 1000)]
+        middle = 1 + 2 * middle
+        assert values == pytest.approx([1, 1, middle, middle, 3, 3], rel=1e-6)
+    model = patched(SORA)
+    steps = training.ProximalGates(model, lambda step: 10.0 * (step == 1))
+    before = gates(model)
+    steps.step()
+    assert torch.equal(gates(model), before)
+    state = steps.state_dict()
+    resumed = training.ProximalGates(model, steps.threshold)
+    resumed.load_state_dict(state)
+    resumed.step()
+    assert not gates(model).any()
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda m: training.ProximalGates(m, -1.0), "threshold"),
+        (lambda m: training.ProximalGates(m, 1.0, rule="hard"), "rule"),
+        (lambda m: training.ProximalGates(m, 1.0, l1=-0.1), "l1"),
+        (lambda m: training.threshold_schedule(0, 1, 0, 1), "stages"),
+        (lambda m: training.threshold_schedule(0, 1, 1, 1, "cubic"), "kind"),
+        (lambda m: training.ProximalGates(rasa_ext.patch_model(base(), 4, 1), 1.0), "gates"),
+        (lambda m: training.prune(rasa_ext.patch_model(base(), 4, 1)), "gates"),
+        (lambda m: training.prune(base()), "patch"),
+        (
+            lambda m: training.balance(rasa_ext.patch_model(base(), config=methods.LoraConfig())),
+            "SoraConfig",
+        ),
+        (lambda m: methods.RasaConfig(gates="all"), "gates"),
+        (lambda m: methods.RasaConfig(rank_pattern={"x": 0}), "rank_pattern"),
+        (lambda m: methods.RasaConfig(rank_pattern={"(": 4}), "rank_pattern"),
+        (lambda m: methods.RasaConfig(rank_pattern=[4]), "rank_pattern"),
+    ],
+)
+def test_bad_input(make, named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        make(patched(SORA))
+
+
+def test_a_merged_adapter_is_not_pruned():
+    model = patched(SORA)
+    rasa_ext.merge(model)
+    with pytest.raises(RuntimeError, match="unmerge"):
+        training.prune(model)
+
+
+def test_as_a_callback(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = patched(SORA).float()
+
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            return {"loss": self.inner(x).square().mean()}
+
+    steps = training.ProximalGates(model, 5.0, l1=0.1)
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1
+    )
+    data = [{"x": torch.randn(9)} for _ in range(16)]
+    Trainer(Wrapped(), arguments, train_dataset=data, callbacks=[steps.callback()]).train()
+    assert steps.steps == 2
+    assert steps.open_gates()[0] == 0
