@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,30 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 import rasa_ext
+from tests.helpers.processes import WORKERS, launch
 
-WORKERS = Path(__file__).parents[1] / "workers"
 sys.path.insert(0, str(WORKERS))
 
-import trainer  # noqa: E402
-import training  # noqa: E402
+import trainer
+import training
 
-from tests.helpers.models import LLAMA  # noqa: E402
+from tests.helpers.models import LLAMA
 
 PARITY = 1e-6
-
-
-def launch(python: Path, launcher: str, worker: str, directory: Path, *options: str) -> None:
-    """Two processes of a worker script, which meet on a free port of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run(
-        [python, "-m", launcher, *options, str(port), WORKERS / worker, directory],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def difference(one: Path, two: Path) -> float:

@@ -17,7 +17,7 @@ ORDER = [
     {"config"},
     {"patching"},
     {"checkpoint", "distributed"},
-    {"solver", "peft", "analysis"},
+    {"solver", "peft", "analysis", "training"},
     {""},
     {"train"},
     {"cli"},

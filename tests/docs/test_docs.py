@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import pictures  # noqa: E402
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^( *)```(python|bash)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SCRIPT = re.compile(r"# (\w+\.py)\n")
 COMMANDS = typer.main.get_command(app).commands
@@ -184,6 +184,6 @@ def test_pictures_are_drawn_the_same_every_time():
     drawn = pictures.draw_all()
     assert drawn == pictures.draw_all()
     assert all(ElementTree.fromstring(svg).tag.endswith("svg") for svg in drawn.values())
-    pages = "".join(page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    pages = "".join(page.read_text() for page in (ROOT / "docs").rglob("*.md"))
     shown = set(re.findall(r"pictures/(\w+)\.svg", pages))
     assert {f"{name}{scheme}" for name in shown for scheme in ("", "-dark")} == set(drawn)
