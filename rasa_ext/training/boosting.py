@@ -42,10 +42,11 @@ class Boosting:
         >>> model = rasa_ext.patch_model(model, config=LoraConfig(rank=1, alpha=1.0))
         >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
         >>> boosting = rasa_ext.training.Boosting(model, optimizer, steps=2)
+        >>> tokens = torch.tensor([[1, 2, 3]])
         >>> for _ in range(4):
         ...     model(tokens, labels=tokens).loss.backward()
         ...     optimizer.step()
-        ...     boosting.step()
+        ...     pushed = boosting.step()
         ...     optimizer.zero_grad()
         >>> {row.R for row in rasa_ext.summary(model)}  # two boosters pushed, one begun
         {3}

@@ -48,6 +48,7 @@ class ProximalGates:
         >>> model = rasa_ext.patch_model(model, config=config)
         >>> optimizer = torch.optim.AdamW(rasa_ext.training.parameter_groups(model, lr=5e-4))
         >>> gates = rasa_ext.training.ProximalGates(model, threshold=1e-3)
+        >>> tokens = torch.tensor([[1, 2, 3]])
         >>> loss = model(tokens, labels=tokens).loss
         >>> loss.backward()
         >>> optimizer.step()
