@@ -50,9 +50,26 @@ def rasa_fields() -> list[Field]:
     return own + fields("methods/base.py", "AdapterConfig")
 
 
+METHODS = {
+    "LoraConfig": "methods/lora.py",
+    "BlockLoraConfig": "methods/lora.py",
+    "SboraConfig": "methods/sbora.py",
+    "SoraConfig": "methods/sora.py",
+    "ResLoraConfig": "methods/reslora.py",
+    "SdLoraConfig": "methods/sd_lora.py",
+}
+"""Where the configs of ``rasa_ext.methods`` are, but for RaSA's."""
+
+
+def method_table(name: str) -> str:
+    """The table for a config of ``rasa_ext.methods``, without what all methods share."""
+    return table(fields(METHODS[name], name))
+
+
 def peft_fields() -> list[Field]:
     """Those of ``rasa_ext.peft.RasaConfig``."""
-    helps = {field.name: field.help for field in rasa_fields()}
+    others = (fields(METHODS[name], name) for name in ("BlockLoraConfig", "LoraConfig"))
+    helps = {field.name: field.help for each in (*others, rasa_fields()) for field in each}
     return fields(
         "peft/config.py", "RasaConfig", _HELP=helps, _option=lambda default, text: (default, text)
     )

@@ -5,6 +5,7 @@ Nothing here imports torch: configs are read as text, and the command through it
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ GENERATED = {
     "<!-- fields of RasaConfig -->": config_fields.rasa_table,
     "<!-- fields of peft.RasaConfig -->": config_fields.peft_table,
     "<!-- options of the command -->": command_reference.markdown,
+} | {
+    f"<!-- fields of {name} -->": functools.partial(config_fields.method_table, name)
+    for name in config_fields.METHODS
 }
 PICTURE = re.compile(r"!\[([^]]*)\]\(pictures/(\w+)\.svg\)")
 

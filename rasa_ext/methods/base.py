@@ -83,6 +83,9 @@ class AdapterConfig:
     """The method's name, in files and on the command line."""
     peft_type: ClassVar[str] = "RASA"
     """What PEFT knows all of them under."""
+    trained: ClassVar[tuple[str, ...]] = ()
+    """The names of a layer's own tensors, where all of them are trained and of A, B and d: then
+    the PEFT plug-in takes the method."""
 
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(

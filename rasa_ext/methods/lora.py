@@ -42,6 +42,7 @@ class LoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "lora"
+    trained: ClassVar[tuple[str, ...]] = ("A", "B")
 
     rank: int = option(8, "The rank r of every layer's change.")
     alpha: float = option(16.0, "The scale s is alpha / r.")
@@ -108,6 +109,7 @@ class BlockLoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "block-lora"
+    trained: ClassVar[tuple[str, ...]] = ("A", "B")
 
     rank: int = option(8, "r: all blocks' ranks together. The rank of dW is r / n.")
     alpha: float = option(16.0, "The scale s is alpha / r.")

@@ -31,6 +31,7 @@ class RasaConfig(PooledConfig):
     """
 
     method: ClassVar[str] = "rasa"
+    trained: ClassVar[tuple[str, ...]] = ("A", "B", "d")
 
     rank: int = option(8, "LoRA rank r per layer. Trainable parameters grow with it as in LoRA.")
     k: int | None = option(

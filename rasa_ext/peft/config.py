@@ -9,21 +9,30 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
-from rasa_ext import config as core_config
+from rasa_ext import methods
 from rasa_ext._version import __version__
-from rasa_ext.methods.base import ALL_LINEAR, checked_dtype, groups_to_json
+from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, checked_dtype, groups_to_json
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.peft.peft_type import RASA
 
-# A field here, and its name in rasa_ext.RasaConfig.
+# A field here, and its name in the configs of rasa_ext.
 _CORE_NAMES = {
     "r": "rank",
     "rasa_k": "k",
     "rasa_alpha": "alpha",
     "rasa_dropout": "dropout",
     "rasa_groups": "groups",
+    "rank_pattern": "rank_pattern",
+    "rasa_gates": "gates",
+    "rasa_rslora": "rslora",
+    "rasa_blocks": "blocks",
 }
-_HELP = {f.name: f.metadata["help"] for f in dataclasses.fields(core_config.RasaConfig)}
+_METHODS = {name: config for name, config in methods.METHODS.items() if config.trained}
+_HELP = {
+    field.name: field.metadata["help"]
+    for config in reversed(_METHODS.values())
+    for field in dataclasses.fields(config)
+}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -66,6 +75,15 @@ class RasaConfig(PeftConfig):
     )
     modules_to_save: list[str] | None = _option(None, _HELP["modules_to_save"])
     rasa_groups: Any = _option(None, _HELP["groups"])
+    rasa_method: str = _option(
+        "rasa",
+        "The method: rasa, lora, block-lora or sora. rasa_k and the four fields below are for "
+        "those whose config in rasa_ext.methods has them. rasa_ext.patch_model has more methods.",
+    )
+    rank_pattern: dict[str, int] | None = _option(None, _HELP["rank_pattern"])
+    rasa_gates: str | None = _option(None, _HELP["gates"])
+    rasa_rslora: bool | None = _option(None, _HELP["rslora"])
+    rasa_blocks: int | None = _option(None, _HELP["blocks"])
     bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
     fan_in_fan_out: bool = _option(
         False,
@@ -113,7 +131,7 @@ class RasaConfig(PeftConfig):
                 "layers_to_transform; give both or none."
             )
         core = self.core()
-        self.rasa_k = core.k
+        self.rasa_k = getattr(core, "k", None)
         if not callable(core.layer_groups):
             self.rasa_groups = groups_to_json(core.layer_groups)
 
@@ -127,15 +145,29 @@ class RasaConfig(PeftConfig):
         settings: dict[str, Any] = super().to_dict()
         return settings
 
-    def core(self) -> core_config.RasaConfig:
+    def core(self) -> AdapterConfig:
         """Give the same choices as ``rasa_ext.patch_model`` takes them."""
+        if self.rasa_method not in _METHODS:
+            others = methods.METHODS.keys() - _METHODS.keys()
+            hint = "; rasa_ext.patch_model takes that one" if self.rasa_method in others else ""
+            raise ValueError(
+                f"rasa_method: expected one of {', '.join(_METHODS)}, got {self.rasa_method!r}"
+                f"{hint}."
+            )
+        config = _METHODS[self.rasa_method]
+        fields = {field.name for field in dataclasses.fields(config)}
+        given = {core: getattr(self, name) for name, core in _CORE_NAMES.items()}
+        kept = {core: value for core, value in given.items() if core == "k" or value is not None}
+        for name, core in _CORE_NAMES.items():
+            if given[core] is not None and core not in fields:
+                raise ValueError(f"{name}: the method {self.rasa_method!r} has no such field.")
         try:
-            return core_config.RasaConfig(
+            return config(
                 target_modules=ALL_LINEAR if self.target_modules is None else self.target_modules,
                 exclude_modules=self.exclude_modules or (),
                 modules_to_save=self.modules_to_save or (),
                 adapter_dtype=checked_dtype("adapter_dtype", self.adapter_dtype),
-                **{core: getattr(self, name) for name, core in _CORE_NAMES.items()},
+                **{core: value for core, value in kept.items() if core in fields},
             )
         except (TypeError, ValueError) as error:
             core_name, _, text = str(error).partition(":")

@@ -59,7 +59,6 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
 
     adapter_layer_names = ("rasa_A", "rasa_B", "rasa_d", "rasa_pool_A", "rasa_pool_B")
     other_param_names = ("configs", "places", "pool_owners")
-    rasa_d: nn.ParameterDict
     rasa_pool_A: nn.ParameterDict
 
     def __init__(self, base_layer: LinearLayer, backend: Any = None) -> None:
@@ -124,13 +123,14 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
                 return None
             adapter_name = names[0]
         parts: dict[str, Any] = self._modules
-        own = {field: parameter_of(parts[f"rasa_{field}"], adapter_name) for field in "ABd"}
+        config = self.configs[adapter_name]
+        own = {f: parameter_of(parts[f"rasa_{f}"], adapter_name) for f in config.trained}
         pool = {}
         owner = self.pool_owners.get(adapter_name)
         if owner is not None:
             pools: dict[str, Any] = owner._modules
             pool = {f: parameter_of(pools[f"rasa_pool_{f}"], adapter_name) for f in "AB"}
-        return Adapter(self.configs[adapter_name], own, pool, self.places[adapter_name])
+        return Adapter(config, own, pool, self.places[adapter_name])
 
     def adapters(self) -> Iterator[Adapter]:
         """Give every adapter of the layer, active or not."""
@@ -299,7 +299,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
 
     def extra_repr(self) -> str:
         """Show effective ranks by adapter."""
-        ranks = {name: d.shape[0] for name, d in self.rasa_d.items()}
+        ranks = {name: self.adapter(name).factors().rank for name in self.configs}
         return f"effective_rank={ranks}{', merged' if self.merged else ''}"
 
 

@@ -180,7 +180,7 @@ def _describe_adapter(model: Any, console: Console) -> int:
     trained, total = model.get_nb_trainable_parameters()
     layers = [module for module in model.modules() if isinstance(module, RasaPeftLinear)]
     groups = sum(bool(len(layer.rasa_pool_A)) for layer in layers) or len(layers)
-    rank = max(diagonal.shape[0] for layer in layers for diagonal in layer.rasa_d.values())
+    rank = max(each.factors().rank for layer in layers for each in layer.adapters())
     console.print(
         f"{trained:,} of {total:,} parameters are trained ({groups} groups, effective rank {rank})."
     )

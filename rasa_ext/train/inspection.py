@@ -96,6 +96,10 @@ def read_adapter(directory: Path) -> AdapterContents:
     )
 
 
+# What a layer or its group may own, whatever the method, where it owns an A.
+_PARTS = ("A", "B", "d", "m", "norms", "slots", "stack_A", "stack_B", "pool_A", "pool_B", "pool_m")
+
+
 def _groups(
     shapes: dict[str, tuple[int, ...]], chosen: Groups
 ) -> tuple[list[AdapterGroup], set[str]]:
@@ -110,15 +114,14 @@ def _groups(
         keys = [
             key
             for name in group.names
-            for part in ("A", "B", "d", "pool_A", "pool_B")
+            for part in _PARTS
             if (key := f"{PREFIX}{name}.rasa_{part}") in shapes
         ]
         used.update(keys)
         first = f"{PREFIX}{group.names[0]}"
         private = shapes[f"{first}.rasa_A"][0]
-        effective = shapes[f"{first}.rasa_d"][0]
+        pooled = shapes.get(f"{first}.rasa_pool_A", (0,))[0]
         count = sum(_count(shapes[key]) for key in keys)
-        pooled = effective - private
         groups.append(
             AdapterGroup(group.pattern, len(group.names), group.shape, private, pooled, count)
         )

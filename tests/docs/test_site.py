@@ -57,6 +57,16 @@ def test_the_site_is_built_without_torch(module):
     [
         (config_fields.rasa_fields, rasa_ext.RasaConfig),
         (config_fields.peft_fields, rasa_ext.peft.RasaConfig),
+        *(
+            (
+                lambda name=name, path=path: (
+                    config_fields.fields(path, name)
+                    + config_fields.fields("methods/base.py", "AdapterConfig")
+                ),
+                getattr(rasa_ext.methods, name),
+            )
+            for name, path in config_fields.METHODS.items()
+        ),
     ],
 )
 def test_fields_are_those_of_the_config(read, config):
