@@ -129,7 +129,7 @@ def _checkpoint_to_resume(
     record = output / RECORD
     if record.is_file():
         earlier = yaml.safe_load(record.read_text())
-        if other := options.changes_from(earlier, ("rank", "k", "target_modules")):
+        if other := options.changes_from(earlier, ("method", "rank", "k", "target_modules")):
             raise ValueError(
                 f"resume: the checkpoints in {output} are of another adapter: {'; '.join(other)}; "
                 "give the same, or another --output and no --resume."
@@ -145,12 +145,12 @@ def _checkpoint_to_resume(
 
 
 def _adapter(options: FinetuneOptions) -> RasaConfig:
-    config = options.adapter()
     return RasaConfig(
-        r=config.rank,
-        rasa_k=config.k,
-        rasa_alpha=config.alpha,
-        rasa_dropout=config.dropout,
+        rasa_method=options.method,
+        r=options.rank,
+        rasa_k=getattr(options.adapter(), "k", None),
+        rasa_alpha=options.alpha,
+        rasa_dropout=options.dropout,
         target_modules=parse_targets(options.target_modules),
         task_type="CAUSAL_LM",
     )

@@ -12,10 +12,13 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rasa_ext import RasaConfig
+from rasa_ext import methods
 
 RECORD = "finetune.yaml"
 """The file in the output directory that holds the options of its run."""
+
+METHODS = ("rasa", "lora")
+"""Those that need nothing between the steps of an optimizer."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -53,11 +56,16 @@ class FinetuneOptions:
         "the user and one of the assistant. Without, the text is <prompt><completion><EOS>, joined "
         "as it stands: a space or line break between the two must be in the data.",
     )
+    method: str = _option("rasa", f"The adapter's method: {', '.join(METHODS)}.")
     rank: int = _option(8, "LoRA rank r per layer.")
     k: int | None = _option(
-        None, "How many of them go to the shared pool. [default: rank // 8, at least 1]"
+        None, "How many of them go to the shared pool, under RaSA. [default: rank // 8, at least 1]"
     )
-    alpha: float = _option(8.0, "Size of the initial diagonal; the paper has 8 and 32.")
+    alpha: float = _option(
+        8.0,
+        "Under RaSA the size of the initial diagonal; the paper has 8 and 32. Under LoRA its scale "
+        "times the rank.",
+    )
     dropout: float = _option(0.0, "On the adapter's input, in [0, 1).")
     target_modules: str = _option(
         "all-linear", "all-linear, name suffixes with commas, or regex: and a regular expression."
@@ -114,15 +122,24 @@ class FinetuneOptions:
         self.adapter()
         check_folder("output", Path(self.output))
 
-    def adapter(self) -> RasaConfig:
+    def adapter(self) -> methods.AdapterConfig:
         """The adapter's config. Raises ValueError where its options are no good."""
-        return RasaConfig(
-            rank=self.rank,
-            k=self.k,
-            alpha=self.alpha,
-            dropout=self.dropout,
-            target_modules=parse_targets(self.target_modules),
-        )
+        common: dict[str, Any] = {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "target_modules": parse_targets(self.target_modules),
+        }
+        if self.method not in METHODS:
+            raise ValueError(
+                f"method: expected one of {', '.join(METHODS)}, got {self.method!r}; others take "
+                "steps of their own, in a loop of yours: see rasa_ext.training."
+            )
+        if self.method == "rasa":
+            return methods.RasaConfig(k=self.k, **common)
+        if self.k is not None:
+            raise ValueError(f"k: expected none with the method {self.method!r}, got {self.k}.")
+        return methods.LoraConfig(**common)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the option names, for `finetune.yaml`; without `resume`."""

@@ -79,9 +79,9 @@ def write_results(
     trainer.model.eval()
     trainer.save_model()
     if losses:
-        plot_loss(
-            metrics.rows, output / "loss.png", f"RaSA r={options.rank}, {Path(options.model).name}"
-        )
+        method = {"rasa": "RaSA", "lora": "LoRA"}[options.method]
+        title = f"{method} r={options.rank}, {Path(options.model).name}"
+        plot_loss(metrics.rows, output / "loss.png", title)
     text = json.dumps(dataclasses.asdict(result), indent=2)
     (output / "summary.json").write_text(text + "\n", encoding="utf-8")
     return result
