@@ -13,6 +13,7 @@ from rasa_ext.methods.base import (
     AdapterConfig,
     Place,
     checked_alpha,
+    checked_choice,
     checked_integer,
     checked_rank,
     document_fields,
@@ -49,9 +50,17 @@ class ResLoraConfig(AdapterConfig):
     rank: int = option(8, "The rank r of every layer's own LoRA.")
     alpha: float = option(16.0, "The scale s is alpha / r.")
     window: int = option(4, "m: of how many layers before it a layer computes the LoRAs too.")
+    shortcut: str = option("bs", "The kind of shortcut; the paper's 'is' and 'ms' are refused.")
 
     def __post_init__(self) -> None:
         """Check every field and bring it into its canonical form."""
+        if self.shortcut in ("is", "ms"):
+            raise ValueError(
+                f"shortcut: expected 'bs', got {self.shortcut!r}, which adds what another layer "
+                "reads: no change of this layer's weight does that, so that the adapter could be "
+                "neither merged exactly nor exported, and no program would serve it."
+            )
+        checked_choice("shortcut", self.shortcut, ("bs",))
         window = checked_integer("window", self.window)
         if window < 0:
             raise ValueError(f"window: expected an integer >= 0, got {window}.")

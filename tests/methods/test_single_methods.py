@@ -205,6 +205,8 @@ def test_ranks_by_pattern():
         (lambda: rasa_ext.patch_model(base(), config=methods.SboraConfig(8)), "rank"),
         (lambda: methods.SoraConfig(4, k=5), "k"),
         (lambda: methods.ResLoraConfig(window=-1), "window"),
+        (lambda: methods.ResLoraConfig(shortcut="ms"), "shortcut.*merged exactly"),
+        (lambda: methods.ResLoraConfig(shortcut="xs"), "shortcut"),
         (lambda: methods.read_method({"peft_type": "RASA", "rasa_method": "elora"}), "rasa_method"),
         (lambda: methods.LoraConfig.from_dict({"peft_type": "RASA"}), "rasa_method"),
     ],

@@ -1,0 +1,115 @@
+"""Tasks as diagonals: one trained A, B and pool, and a d a layer for each task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.methods.pooled import PooledConfig
+from rasa_ext.patching.state import adapted_layers, patch_state
+
+
+def train_diagonals(model: nn.Module) -> nn.Module:
+    """Freeze A, B and the pools, so that only the layers' diagonals d are trained from now on.
+
+    A new task then costs R numbers a layer, which ``diagonals`` gives and ``load_diagonals`` takes;
+    the directions are those that earlier training has found. Not in any paper.
+
+    Args:
+        model: patched with ``RasaConfig`` or ``SoraConfig``, and trained.
+
+    Returns:
+        The same object. Make a new optimizer, of ``adapter_parameters`` that require a gradient.
+
+    Raises:
+        TypeError, ValueError: the model is no module, not patched, or its method has no d.
+
+    Example:
+        >>> model = rasa_ext.training.train_diagonals(rasa_ext.patch_model(model, rank=8, k=1))
+        >>> trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        >>> {name.rpartition(".")[2] for name in trained}
+        {'d'}
+    """
+    _check(model)
+    for _, layer in adapted_layers(model):
+        tensors = {
+            **layer.own_tensors(),
+            **{f"pool {k}": t for k, t in layer.pool_tensors().items()},
+        }
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(name == "d")
+    return model
+
+
+def diagonals(model: nn.Module) -> dict[str, Tensor]:
+    """Give a copy of every layer's d (R,), by the layer's name: a task over trained directions.
+
+    Args:
+        model: patched with ``RasaConfig`` or ``SoraConfig``.
+
+    Returns:
+        Tensors, as safetensors and ``torch.save`` take them.
+
+    Raises:
+        TypeError, ValueError: the model is no module, not patched, or its method has no d.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> task = rasa_ext.training.diagonals(model)
+        >>> task["model.layers.0.self_attn.q_proj"].shape  # 7 ranks of its own, 2 of the pool
+        torch.Size([9])
+    """
+    _check(model)
+    return {name: layer.d.detach().clone() for name, layer in adapted_layers(model)}
+
+
+@torch.no_grad()
+def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
+    """Put a task's diagonals into a model with the directions that it was trained over.
+
+    Args:
+        model: patched with ``RasaConfig`` or ``SoraConfig``.
+        task: what ``diagonals`` gave: a d (R,) for every adapted layer.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError: the model is no module, not patched, or ``task`` does not fit it, and
+            the model is unchanged.
+        RuntimeError: the adapter is merged.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> first = rasa_ext.training.diagonals(model)
+        >>> model = rasa_ext.training.load_diagonals(model, first)
+    """
+    _check(model)
+    if patch_state(model).merged is not None:
+        raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter changes.")
+    layers = dict(adapted_layers(model))
+    if differ := sorted(task.keys() ^ layers.keys()):
+        raise ValueError(
+            f"task: expected a diagonal for each of {len(layers)} adapted layers and no other, but "
+            f"{differ[0]!r} is in one of the two only."
+        )
+    for name, layer in layers.items():
+        if task[name].shape != layer.d.shape:
+            raise ValueError(
+                f"task: expected a diagonal of shape {tuple(layer.d.shape)} for {name!r}, got "
+                f"{tuple(task[name].shape)}; load it over the directions that it was trained with."
+            )
+    for name, layer in layers.items():
+        layer.d.copy_(task[name])
+    return model
+
+
+def _check(model: nn.Module) -> None:
+    config = patch_state(model).config
+    if not isinstance(config, PooledConfig):
+        raise ValueError(
+            f"model: expected a method with a diagonal, as RaSA has, got {type(config).__name__}."
+        )
