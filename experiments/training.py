@@ -7,7 +7,7 @@ import dataclasses
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -76,16 +76,30 @@ def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
 class Run:
     """One training run, step by step; its state can be saved and taken up again."""
 
-    def __init__(self, model: Any, rows: Sequence[Row], pad_token_id: int, recipe: Recipe) -> None:
-        """Train the parameters of ``model`` that require a gradient on ``rows``."""
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        pad_token_id: int,
+        recipe: Recipe,
+        groups: list[dict[str, Any]] | None = None,
+        between: Callable[[torch.optim.Optimizer], Callable[[], object]] | None = None,
+    ) -> None:
+        """Train the parameters of ``model`` that require a gradient on ``rows``.
+
+        ``groups`` are an optimizer's, whose rates stand to one another as theirs do; ``between``
+        makes what is called after each of the optimizer's steps.
+        """
         self.model, self.rows, self.recipe = model, rows, recipe
         self.losses: list[float] = []
         """Of every step so far, before the step."""
         self.seconds: list[float] = []
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self._trained, lr=recipe.lr, weight_decay=0.0, fused=True
+            groups or self._trained, lr=recipe.lr, weight_decay=0.0, fused=True
         )
+        self._factors = [group["lr"] / recipe.lr for group in self._optimizer.param_groups]
+        self._between = None if between is None else between(self._optimizer)
         self._pad_token_id = pad_token_id
         self._order = batches(len(rows), recipe.batch_size, recipe.steps, recipe.seed)
 
@@ -113,14 +127,16 @@ class Run:
         """Do one step; returns its loss."""
         began = time.perf_counter()
         self.model.train()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.recipe.rate(self.step)
+        for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = factor * self.recipe.rate(self.step)
         batch = collate([self.rows[i] for i in self._order[self.step]], self._pad_token_id)
         with products_in(self.recipe.bfloat16):
             loss = trained_losses(self.model, batch).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self._trained, self.recipe.clip)
         self._optimizer.step()
+        if self._between is not None:
+            self._between()
         self._optimizer.zero_grad(set_to_none=True)
         self.losses.append(loss.item())
         self.seconds.append(time.perf_counter() - began)

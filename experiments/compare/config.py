@@ -16,10 +16,18 @@ from experiments.tasks import NAMES
 
 HERE = Path(__file__).parent
 CONFIG, RESULTS = HERE / "config.yaml", HERE / "results"
-KINDS = {"lora": ("rank", "alpha"), "rasa": ("rank", "k", "alpha"), "vera": ("rank",), "full": ()}
-"""Kinds of methods and what each needs besides its rates."""
-BEST = 2
-"""Rates of a method that get further seeds."""
+KINDS = {
+    "lora": ("rank", "alpha"),
+    "rasa": ("rank", "k", "alpha"),
+    "vera": ("rank",),
+    "full": (),
+    "ours": ("method", "options", "steps"),
+}
+"""Kinds of methods and what each needs besides its rates.
+
+"ours" is a method of ``rasa_ext.methods`` by name, with the options of its config and those of what
+it does between the steps: see ``methods.between``.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,11 +44,13 @@ class Config:
     bfloat16: bool
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
+    best: int
+    """Rates of a method that get the further seeds."""
     methods: Mapping[str, Mapping[str, Any]]
 
     def settings(self, task: str, method: str) -> str:
         """A short mark of all that makes runs of a method comparable, rate and seed left out."""
-        left_out = ("tasks", "seeds", "methods")
+        left_out = ("tasks", "seeds", "best", "methods")
         same = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
         same["steps"] = self.steps[task]
         if method != BASE:
@@ -119,13 +129,13 @@ def pending(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Key]:
 def best(
     config: Config, have: Mapping[Key, Mapping[str, str]], task: str, method: str
 ) -> list[float]:
-    """The two best rates of a method by the loss to choose by; none until all rates are done."""
+    """The best rates of a method by the loss to choose by; none until all rates are done."""
     rates = [float(lr) for lr in config.methods[method]["rates"]]
     keys = [Key(task, method, lr, config.seeds[0]) for lr in rates]
     if any(key not in have for key in keys):
         return []
     losses = {key.lr: number(have[key]["dev_loss"]) for key in keys}
-    return sorted((lr for lr in rates if math.isfinite(losses[lr])), key=losses.get)[:BEST]
+    return sorted((lr for lr in rates if math.isfinite(losses[lr])), key=losses.get)[: config.best]
 
 
 def of_config(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:

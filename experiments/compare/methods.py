@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 import rasa_ext
+from rasa_ext import training
+from rasa_ext.methods import METHODS
 
 
 def prepared(base: Any, spec: Mapping[str, Any], seed: int, *, bfloat16: bool) -> Any:
@@ -27,6 +29,9 @@ def prepared(base: Any, spec: Mapping[str, Any], seed: int, *, bfloat16: bool) -
         return rasa_ext.patch_model(
             model, rank=spec["rank"], k=spec["k"], alpha=float(spec["alpha"])
         )
+    if spec["kind"] == "ours":
+        config = METHODS[spec["method"]](**spec["options"])
+        return rasa_ext.patch_model(model, config=config)
     from peft import LoraConfig, VeraConfig, get_peft_model
 
     if spec["kind"] == "lora":
@@ -34,3 +39,26 @@ def prepared(base: Any, spec: Mapping[str, Any], seed: int, *, bfloat16: bool) -
     else:
         config = VeraConfig(r=spec["rank"], projection_prng_key=seed, target_modules="all-linear")
     return get_peft_model(model, config)
+
+
+def groups(model: Any, spec: Mapping[str, Any], lr: float) -> list[dict[str, Any]] | None:
+    """The optimizer's groups of a method that has some."""
+    return training.parameter_groups(model, lr) if spec["kind"] == "ours" else None
+
+
+def between(
+    model: Any, spec: Mapping[str, Any], seed: int
+) -> Callable[[torch.optim.Optimizer], Callable[[], object]] | None:
+    """What a method does after each of the optimizer's steps, None for nothing.
+
+    ``steps: {gates: {...}}`` are the options of ``ProximalGates``, ``{boosting: {...}}`` those of
+    ``Boosting``.
+    """
+    steps = spec.get("steps") or {}
+    if "gates" in steps:
+        gates = training.ProximalGates(model, **steps["gates"])
+        return lambda optimizer: gates.step
+    if "boosting" in steps:
+        options = {"seed": seed, **steps["boosting"]}
+        return lambda optimizer: training.Boosting(model, optimizer, **options).step
+    return None

@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.harness import machine
 from experiments.compare.config import BASE, CONFIG, RESULTS, Config, Key, pending, read_config
-from experiments.compare.methods import prepared
+from experiments.compare.methods import between, groups, prepared
 from experiments.table import Table
 from experiments.tasks import Task, make_task, other_text, solved
 from experiments.training import Recipe, Row, Run, mean_loss
@@ -66,7 +66,8 @@ class Bench:
             seed=key.seed,
             bfloat16=config.bfloat16,
         )
-        run = Run(model, task.train, self.tokenizer.pad_token_id, recipe)
+        rates, steps = groups(model, spec, key.lr), between(model, spec, key.seed)
+        run = Run(model, task.train, self.tokenizer.pad_token_id, recipe, rates, steps)
         while run.going:
             run.advance()
         row |= {"steps": run.step, "trainable": run.trainable, **_timing(run)}

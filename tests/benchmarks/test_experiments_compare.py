@@ -9,10 +9,11 @@ import pytest
 import torch
 import yaml
 
+import rasa_ext
 from experiments.compare import config as compare_config
 from experiments.compare import report, run, step_time
 from experiments.compare.config import BASE, Key, pending, read_config
-from experiments.compare.methods import prepared
+from experiments.compare.methods import between, groups, prepared
 from experiments.table import Table
 from experiments.training import Recipe, Run, collate, encoded
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
@@ -42,6 +43,7 @@ def small(tmp_path):
         "other_text": 1,
         "bfloat16": False,
         "tasks": ["maths"],
+        "best": 2,
         "seeds": [0, 5],
         "methods": {
             "rasa": {"kind": "rasa", "rank": 4, "k": 1, "alpha": 4, "rates": [1e-3, 1e-2]},
@@ -53,6 +55,38 @@ def small(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(given, sort_keys=False))
     return path
+
+
+def test_every_method_of_the_family_trains(rows):
+    """Each by the steps that its config names: gates move, boosters are pushed."""
+    config = read_config(compare_config.HERE / "family.yaml")
+    assert {spec["kind"] for spec in config.methods.values()} == {"rasa", "lora", "ours"}
+    assert config.best == 1
+    numbers = {}
+    for name, spec in config.methods.items():
+        if spec["kind"] != "ours":
+            continue
+        model = prepared(make_model(), spec, 1, bfloat16=False)
+        recipe = Recipe(9, 4, 1e-2, bfloat16=False)
+        steps = between(model, spec, 1)
+        run = Run(model, rows, PAD, recipe, groups(model, spec, 1e-2), steps)
+        numbers[name] = run.trainable
+        while run.going:
+            run.advance()
+        assert run.losses[-1] < run.losses[0], name
+        ranks = {row.R for row in rasa_ext.summary(model)}
+        if name == "xgblora":
+            assert ranks == {2}
+        if name == "rasa-r8-k1-gates":
+            d = next(m.d for m in model.modules() if isinstance(m, rasa_ext.RasaLinear))
+            plain = prepared(make_model(), {**spec, "steps": {}}, 1, bfloat16=False)
+            other = Run(plain, rows, PAD, recipe, groups(plain, spec, 1e-2))
+            while other.going:
+                other.advance()
+            its = next(m.d for m in plain.modules() if isinstance(m, rasa_ext.RasaLinear))
+            assert d[7:].abs().sum() < its[7:].abs().sum()
+    sizes = [count for name, count in numbers.items() if name in ("sora-r8", "block-lora-r16-n2")]
+    assert max(sizes) < 1.05 * min(sizes)
 
 
 def test_the_shipped_config_is_valid_and_covers_what_it_should():
