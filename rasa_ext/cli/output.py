@@ -87,9 +87,8 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.formatwarning = _sentence
 
 
-def _sentence(message: Warning | str, *_: object, **__: object) -> str:
+def sentence(message: Warning | str, *_: object, **__: object) -> str:
     """Format a warning for who runs a command, to whom a line of its source says nothing."""
     return f"Warning: {message}\n"
