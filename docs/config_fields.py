@@ -77,7 +77,7 @@ def peft_fields() -> list[Field]:
 
 def table(rows: list[Field]) -> str:
     """Markdown of the fields."""
-    lines = ["| field | default | |", "| --- | --- | --- |"]
+    lines = ["| field { .fields } | default | |", "| --- | --- | --- |"]
     for row in rows:
         text = row.help.replace("*", r"\*").replace("<", "&lt;")
         lines.append(f"| `{row.name}` | `{row.default}` | {text} |")

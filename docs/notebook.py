@@ -6,14 +6,17 @@ import json
 import re
 from typing import Any
 
+BASH = "%%bash -e"
+"""Not ``!``: that is a terminal, for which bars move, and it goes on after a command that fails."""
+LINK = re.compile(r"\[([^]]*)\]\((?!\w+:)[^)]*\)")
 BLOCK = re.compile(r"^```(python|bash|text)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
 
 def from_markdown(page: str) -> str:
     """JSON of the notebook.
 
-    A Python block is a code cell and a shell block one of ``!`` lines; a text block right after
-    one is what it printed.
+    A Python block is a code cell and a shell block one of bash; a text block right after one is
+    what it printed. Links to other pages, which do not lie beside a notebook, become their text.
     """
     cells: list[dict[str, Any]] = []
     end = 0
@@ -28,7 +31,7 @@ def from_markdown(page: str) -> str:
         elif language == "text":
             cells.append(_cell("markdown", block[0].strip(), metadata={}))
         else:
-            source = code if language == "python" else shell(code)
+            source = code if language == "python" else f"{BASH}\n{code}"
             cells.append(_cell("code", source, metadata={}, outputs=[], execution_count=None))
         end = block.end()
     if page[end:].strip():
@@ -41,12 +44,9 @@ def from_markdown(page: str) -> str:
     return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
 
 
-def shell(code: str) -> str:
-    """Shell commands for a code cell: ``!`` before each, not before the lines that continue one."""
-    return re.sub(r"(?m)(?<!\\\n)^(?=\S)(?!#)", "!", code)
-
-
 def _cell(kind: str, source: str, **rest: Any) -> dict[str, Any]:
+    if kind == "markdown":
+        source = LINK.sub(r"*\1*", source)
     return {"cell_type": kind, "source": _lines(source), **rest}
 
 

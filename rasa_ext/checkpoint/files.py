@@ -179,14 +179,16 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """ValueError, naming the keys, where `not_finite` finds any."""
+def check_finite(
+    tensors: Mapping[str, Tensor], where: str, state: str = "Nothing was changed"
+) -> None:
+    """ValueError, naming the keys and the ``state`` left, where `not_finite` finds any."""
     if bad := not_finite(tensors):
         raise ValueError(
             f"{where}: expected finite numbers, but {len(bad)} of {len(tensors)} tensors hold NaN "
             f"or infinity: {', '.join(bad[:4])}{', ...' if len(bad) > 4 else ''}; the training "
             "that wrote them had diverged, so take an earlier checkpoint, or train again at a "
-            "lower learning rate. Nothing was changed."
+            f"lower learning rate. {state}."
         )
 
 

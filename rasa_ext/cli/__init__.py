@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 
 NEEDED = (
     "typer",
@@ -29,5 +30,7 @@ def main() -> None:
         )
         raise SystemExit(1)
     from rasa_ext.cli.app import app
+    from rasa_ext.cli.output import sentence
 
+    warnings.formatwarning = sentence
     app()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rasa_ext.cli.output import Overwrite, command, console, table_of
+from rasa_ext.cli.output import Overwrite, command, console, progress, table_of
 
 if TYPE_CHECKING:
     from rasa_ext.patching.grouping import Group
@@ -201,11 +201,12 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
 def _solver(bar: Progress, iterations: int, dtype: str) -> Solver:
-    """A solver that shows each group's iterations in the bar."""
+    """A solver that shows each group's iterations in the bar; in a pipe, that it has begun one."""
     import torch
 
     from rasa_ext.solver.fit import Solver
@@ -214,9 +215,11 @@ def _solver(bar: Progress, iterations: int, dtype: str) -> Solver:
         raise ValueError(f"dtype: expected float64 or float32, got {dtype!r}.")
     tasks = {}
 
-    def progress(group: Group, done: int, total: int) -> None:
+    def show(group: Group, done: int, total: int) -> None:
         if group not in tasks:
             tasks[group] = bar.add_task(group.pattern, total=total)
+            if bar.disable:
+                progress.print(f"{group.pattern}: {total} iterations", markup=False)
         bar.update(tasks[group], completed=done)
 
-    return Solver(iterations=iterations, dtype=getattr(torch, dtype), progress=progress)
+    return Solver(iterations=iterations, dtype=getattr(torch, dtype), progress=show)

@@ -52,7 +52,7 @@ def inspect(
         _show_plan(str(model or target), rank, k, target_modules)
         return
     directory = Path(target)
-    check_adapter(directory)
+    check_adapter(directory, "target", " To look at a model of the hub, pass --model.")
     if spectrum:
         _show_spectrum(directory, directory if output is None else output)
     else:

@@ -87,3 +87,8 @@ def _quiet() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def sentence(message: Warning | str, *_: object, **__: object) -> str:
+    """Format a warning for who runs a command, to whom a line of its source says nothing."""
+    return f"Warning: {message}\n"

@@ -19,6 +19,7 @@ from rasa_ext.base_layers.quantized import (
     forget_quantizer,
     format_of,
 )
+from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
 from rasa_ext.patching.advice import Names, advice
 from rasa_ext.patching.grouping import Group, check_groups, grouped, settled
@@ -36,6 +37,7 @@ from rasa_ext.patching.targets import (
     unadaptable,
 )
 from rasa_ext.peft.backends import backend_of
+from rasa_ext.peft.callers import adapter_file, users_level
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.layer import RasaPeftLinear, pool_owners
 from rasa_ext.peft.mixed import rows_through
@@ -57,9 +59,10 @@ class RasaModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_attributes_before"] = []  # before nn.Module can take attributes
         super().__init__(*args, **kwargs)
-        self.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch has none
-            _official_names_hook
-        )
+        for hook in (_official_names_hook, _finite_hook):
+            self.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
+                hook
+            )
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -180,7 +183,7 @@ class RasaModel(BaseTuner):
         peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)
         if not peft_config.inference_mode:
             for message in advice(config, groups, Names("r", "rasa_k", "rasa_groups")):
-                warnings.warn(message, stacklevel=2)
+                warnings.warn(message, stacklevel=users_level())
         for group in groups:
             places = group_places({name: linears[name] for name in group.names})
             found.update(dict.fromkeys(group.names, (group, places)))
@@ -295,6 +298,17 @@ def _official_names_hook(module: nn.Module, state_dict: dict[str, Any], *_: Any)
     """Rename, before loading, what the official code has named."""
     inner: Any = module
     rename_official(state_dict, lambda adapter: pool_owners(inner.model, adapter))
+
+
+def _finite_hook(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
+    """Refuse, before loading, an adapter's file that holds NaN, as ``rasa_ext.load_adapter`` does.
+
+    The values of a state dict that comes from elsewhere are its owner's affair.
+    """
+    if (loading := adapter_file()) is not None:
+        file, adapter = loading
+        tensors = {key.removesuffix(f".{adapter}"): value for key, value in state_dict.items()}
+        check_finite(tensors, file, "No tensor was loaded")
 
 
 def _layer_of(key: str) -> str:

@@ -11,6 +11,7 @@ import torch
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.checkpoint.writing import check_output, new_folder
+from rasa_ext.train.inspection import check_adapter
 from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
 
 
@@ -23,6 +24,7 @@ def merge_adapter(
     adapter or the base cannot be read, or do not fit each other, or where ``output`` holds files
     and ``overwrite`` was not asked for; `WriteError` where it cannot be written.
     """
+    check_adapter(adapter)
     name = base_of(adapter, base)
     check_differs((adapter, name), output, overwrite=overwrite)
     model = rasa_ext.load_adapter(load_model(name, dtype), adapter)
@@ -53,6 +55,7 @@ def export_adapter(
     overwrite: bool = False,
 ) -> Exported:
     """Write the adapter as a plain LoRA; errors are those of `merge_adapter`."""
+    check_adapter(adapter)
     name = base_of(adapter, base)
     check_differs((adapter, name), output, overwrite=overwrite)
     model = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
@@ -65,6 +68,7 @@ def import_checkpoint(
     checkpoint: Path, output: Path, *, base: str | None, overwrite: bool = False
 ) -> None:
     """Write a checkpoint of the official RaSA code as an adapter of this package."""
+    check_adapter(checkpoint, "checkpoint")
     name = base_of(checkpoint, base)
     check_differs((checkpoint, name), output, overwrite=overwrite)
     model = load_model(name)

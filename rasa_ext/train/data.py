@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rasa_ext.train.hub import is_reachable, why_offline
+from rasa_ext.train.hub import is_reachable, not_cached
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -209,10 +209,11 @@ def _read_hub(name: str, fields: Fields) -> list[Example]:
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:
-        raise DataError(
-            f"data: {name!r} is not a file, and could not be loaded as a hub data set: {error}"
-            f"{why_offline()}"
-        ) from error
+        if reason := not_cached(error):
+            said = f"is neither a file nor a data set {reason}, or give a JSONL file."
+        else:
+            said = f"is not a file, and could not be loaded as a hub data set: {error}"
+        raise DataError(f"data: {name!r} {said}") from error
     return [parse_example(row, f"{name}, row {i}", fields) for i, row in enumerate(rows)]
 
 

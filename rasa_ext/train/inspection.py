@@ -62,10 +62,10 @@ def is_model(path: Path) -> bool:
     return (path / "config.json").is_file() and not is_adapter(path)
 
 
-def check_adapter(path: Path) -> None:
+def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") -> None:
     """Raise FileNotFoundError, with what is there of that name, where there is no adapter.
 
-    The hub is not asked: what is on it has to be called a model.
+    The hub is not asked: what is on it has to be called a model. ``otherwise`` ends the message.
     """
     if is_adapter(path) or path.is_file():  # reading tells what is wrong with a file
         return
@@ -74,8 +74,7 @@ def check_adapter(path: Path) -> None:
     what = f"{path} holds no {CONFIG}" if path.is_dir() else f"{path} does not exist"
     hint = f"; did you mean {path.parent / near[0]}?" if near else "."
     raise FileNotFoundError(
-        f"target: expected an adapter's directory, but {what}{hint} To look at a "
-        "model of the hub, pass --model."
+        f"{argument}: expected an adapter's directory, but {what}{hint}{otherwise}"
     )
 
 

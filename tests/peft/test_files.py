@@ -13,7 +13,7 @@ from peft import (
     PeftModelForCausalLM,
     PeftModelForSequenceClassification,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rasa_ext
@@ -179,6 +179,40 @@ def test_several_adapters_are_saved_and_loaded_by_name(tmp_path):
                 assert same_bits(
                     getattr(adapter, field).detach(), getattr(right[name], field).detach()
                 )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("way", ["new", "second", "trained", "subfolder"])
+def test_numbers_that_are_not_finite(value, way, tmp_path):
+    path = tmp_path / "inner" / WEIGHTS
+    tiny().save_pretrained(path.parent)
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("rasa_B"))
+    tensors[key][0, 0] = value
+    save_file(tensors, path)
+    model = tiny()
+    before = logits(model)
+    ways = {
+        "new": lambda: PeftModel.from_pretrained(make_model(), path.parent),
+        "second": lambda: model.load_adapter(path.parent, "second"),
+        "trained": lambda: model.load_adapter(path.parent, "default"),
+        "subfolder": lambda: PeftModel.from_pretrained(make_model(), tmp_path, subfolder="inner"),
+    }
+    with pytest.raises(ValueError, match="NaN or infinity") as raised:
+        ways[way]()
+    said = str(raised.value)
+    assert said.startswith(f"{path}: expected finite numbers, but 1 of {len(tensors)} tensors")
+    assert key in said
+    assert said.endswith(" No tensor was loaded.")
+    assert torch.equal(logits(model), before)
+
+
+def test_a_state_dict_with_nan_is_its_owners_affair():
+    model = tiny()
+    state = model.state_dict()
+    next(value for key, value in state.items() if "down_proj.rasa_B" in key).fill_(float("nan"))
+    model.load_state_dict(state)
+    assert logits(model).isnan().all()
 
 
 def test_auto_peft_model(tmp_path):

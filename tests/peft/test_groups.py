@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig, RasaPeftLinear
@@ -100,3 +100,16 @@ def test_little_sharing_is_warned_of():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapted("sequence")
+
+
+def test_the_warning_names_the_users_line():
+    ways = [
+        lambda: get_peft_model(Unet(), RasaConfig(r=2)),
+        lambda: adapted("sequence").add_adapter("other", RasaConfig(r=2)),
+        lambda: inject_adapter_in_model(RasaConfig(r=2), Unet()),
+    ]
+    for way in ways:
+        with pytest.warns(UserWarning, match=r"rasa_groups: .* share their pool") as caught:
+            way()
+        (told,) = [each for each in caught if "rasa_groups" in str(each.message)]
+        assert (told.filename, told.lineno) == (__file__, way.__code__.co_firstlineno)

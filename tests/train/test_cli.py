@@ -260,7 +260,10 @@ def test_a_missing_config_file(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["merge", "nowhere", "--output", "o"], "nowhere/adapter_config.json is missing"),
+        (
+            ["merge", "nowhere", "--output", "o"],
+            "adapter: expected an adapter's directory, but nowhere does",
+        ),
         (["inspect", "./nowhere"], "expected an adapter's directory, but nowhere does not exist"),
         (["finetune", "--model", "m", "--data", "no.jsonl"], "data: the file no.jsonl"),
     ],

@@ -125,3 +125,16 @@ def test_pictures_explain_themselves(drawn):
 def test_one_layer_needs_no_bar(drawn):
     plot_spectra(analyze(patched(stack(1), 2, 1)), Path("spectrum.png"))
     assert len(drawn[0].axes) == 1
+
+
+def test_a_warning_is_a_sentence(tmp_path):
+    base = save_base(tmp_path / "base")
+    code = "from rasa_ext.cli import main; main()"
+    words = ["inspect", "--model", str(base), "--target-modules", "layers.0.self_attn.q_proj"]
+    run = [sys.executable, "-c", code, *words]
+    done = subprocess.run(
+        run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    (told,) = [line for line in done.stderr.splitlines() if "share" in line]
+    assert told.startswith("Warning: groups: 'model.layers.0.self_attn.q_proj' is the only layer")
+    assert "patch_model(" not in done.stderr  # the line of the source

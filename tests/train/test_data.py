@@ -308,5 +308,7 @@ def test_fields_of_other_names(row, fields, prompt):
 
 
 def test_a_name_that_is_no_file_and_no_data_set_says_so():
-    with pytest.raises(DataError, match=r"'some/set' is not a file, and could not .*OFFLINE"):
+    with pytest.raises(
+        DataError, match=r"'some/set' is neither a file nor .*OFFLINE is set: unset it"
+    ):
         read_examples("some/set")

