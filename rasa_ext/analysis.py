@@ -1,5 +1,9 @@
 """An adapter's effect on each layer: effective ranks, and who uses whose rank of the pool.
 
+An effective rank is exp of the entropy of the singular values over their sum (Roy and Vetterli,
+2007). Work that reports effective ranks of adapters, such as arXiv 2412.00029, may define it
+otherwise.
+
 Everything comes from the factors, by the QR of each: no (out, in) matrix is formed.
 """
 
@@ -16,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
+from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.methods.base import checked_groups
 from rasa_ext.ops import Factors
 from rasa_ext.patching.grouping import grouped
@@ -143,6 +148,52 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
         )
         for group in grouped(shapes, checked_groups(config.get("rasa_groups")))
     ]
+
+
+def analyze_lora(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
+    """Analyze a plain LoRA in PEFT's format, as ``analyze`` does; no base model is needed.
+
+    dW = scale * B A, the scale being alpha / r, or alpha / sqrt(r) where the file says so. There is
+    no pool: all of a change is private.
+
+    Args:
+        directory: with ``adapter_config.json`` and the weights.
+
+    Returns:
+        One entry for every group of layers that would share a pool: those of one name, but for the
+        layer's index, and one shape.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not a plain LoRA of linear layers; the message says
+            what to do.
+
+    Example:
+        >>> from rasa_ext.analysis import analyze_lora
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
+        >>> _ = rasa_ext.export_lora(model, "lora")
+        >>> [group.pattern for group in analyze_lora("lora")]
+        ['model.layers.*.mlp.down_proj']
+    """
+    lora = read_lora(directory)
+    shapes = {
+        name: (B.shape[0], A.shape[1])
+        for name in sorted(lora.factors, key=_in_model_order)
+        for B, A in [lora.factors[name]]
+    }
+    return [
+        GroupAnalysis(
+            group.pattern,
+            group.shape,
+            tuple(_analyze_layer(name, _scaled(lora, name)) for name in group.names),
+        )
+        for group in grouped(shapes)
+    ]
+
+
+def _scaled(lora: Lora, name: str) -> Factors:
+    B, A = lora.factors[name]
+    d = torch.full((A.shape[0],), lora.scales[name], dtype=torch.float64)
+    return Factors(A, None, B, None, d)
 
 
 def _factors(tensors: Mapping[str, Tensor], key: str, members: Iterable[str]) -> Factors:
