@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
 from rasa_ext.checkpoint.lora import Lora, read_lora
-from rasa_ext.methods.base import checked_groups
+from rasa_ext.methods import read_method
+from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.ops import Factors
-from rasa_ext.patching.grouping import grouped
+from rasa_ext.patching.grouping import Group, grouped
 from rasa_ext.patching.state import adapted_layers, patch_state
 
 
@@ -122,14 +123,20 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
         >>> [group.pattern for group in analyze_adapter("adapter")]
         ['model.layers.*.mlp.down_proj']
     """
-    config = read_config(directory)
+    settings = read_config(directory)
     tensors = read_tensors(Path(directory) / WEIGHTS)
-    keys = [key.removesuffix(".rasa_A") for key in tensors if key.endswith(".rasa_A")]
+    keys = [
+        key.removesuffix(".rasa_A")
+        for key in tensors
+        if key.endswith(".rasa_A") and f"{key[:-1]}B" in tensors
+    ]
     if not keys:
         raise ValueError(
-            f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no rasa_A "
-            "in its weights; import other formats first."
+            f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no layer's "
+            "rasa_A and rasa_B in its weights; import other formats first, and of a method that "
+            "keeps other tensors analyze the model that load_adapter returns."
         )
+    config = read_method(settings)
     shapes = {
         key.removeprefix(PREFIX): (
             tensors[f"{key}.rasa_B"].shape[0],
@@ -142,11 +149,10 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
             group.pattern,
             group.shape,
             tuple(
-                _analyze_layer(name, _factors(tensors, f"{PREFIX}{name}", group.names))
-                for name in group.names
+                _analyze_layer(name, _factors(tensors, config, group, name)) for name in group.names
             ),
         )
-        for group in grouped(shapes, checked_groups(config.get("rasa_groups")))
+        for group in grouped(shapes, config.layer_groups)
     ]
 
 
@@ -196,19 +202,23 @@ def _scaled(lora: Lora, name: str) -> Factors:
     return Factors(A, None, B, None, d)
 
 
-def _factors(tensors: Mapping[str, Tensor], key: str, members: Iterable[str]) -> Factors:
-    """A layer's tensors; its group's pool stands under one of the members."""
-    prefixed = (f"{PREFIX}{member}" for member in members)
-    owner = next((m for m in prefixed if f"{m}.rasa_pool_A" in tensors), None)
-    A_pool = None if owner is None else tensors[f"{owner}.rasa_pool_A"]
-    B_pool = None if owner is None else tensors[f"{owner}.rasa_pool_B"]
-    return Factors(
-        tensors[f"{key}.rasa_A"],
-        A_pool,
-        tensors[f"{key}.rasa_B"],
-        B_pool,
-        tensors.get(f"{key}.rasa_d"),
-    )
+def _factors(
+    tensors: Mapping[str, Tensor], config: AdapterConfig, group: Group, name: str
+) -> Factors:
+    """A layer's factors by its method; its group's pool stands under one of the members."""
+    own = _under(tensors, f"{PREFIX}{name}.rasa_")
+    pools = (_under(tensors, f"{PREFIX}{member}.rasa_pool_") for member in group.names)
+    pool = next(filter(None, pools), {})
+    index, cpu = group.names.index(name), torch.device("cpu")
+    return config.factors(own, pool, Place(index, len(group.names), *group.shape, cpu, name))
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
 
 
 @torch.no_grad()
