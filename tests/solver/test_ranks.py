@@ -21,7 +21,7 @@ from rasa_ext.ranks import (
     rank_pattern,
     twonn,
 )
-from tests.helpers.adapters import LargestTensor, patched
+from tests.helpers.adapters import LargestTensor, adapted_layers, patched
 from tests.helpers.models import BERT, GPT2, LLAMA, ids
 
 POINTS = 2000
@@ -343,6 +343,16 @@ def test_peft_gives_every_layer_its_rank():
     for name, rank in found.items():
         block = int(name.split(".")[2])
         assert rank == (99 if "v_proj" in name else block + 1)
+
+
+def test_rasa_takes_the_pattern_and_keeps_its_pool():
+    model = LLAMA.build()
+    pattern = rank_pattern(model, block_ranks([3.0, 5.2, 1.0, 2.0], k=2))
+    config = rasa_ext.RasaConfig(rank=8, k=2, rank_pattern=pattern)
+    layers = adapted_layers(rasa_ext.patch_model(model, config=config))
+    for name, layer in layers.items():
+        private = {"0": 2, "1": 0, "2": 1}[name.split(".")[2]]
+        assert (layer.A.shape[0], layer.pool.A.shape[0]) == (private, 6)
 
 
 def test_intrinsic_ranks_are_the_three_steps_in_one():
