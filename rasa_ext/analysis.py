@@ -1,5 +1,9 @@
 """An adapter's effect on each layer: effective ranks, and who uses whose rank of the pool.
 
+An effective rank is exp of the entropy of the singular values over their sum (Roy and Vetterli,
+2007). Work that reports effective ranks of adapters, such as arXiv 2412.00029, may define it
+otherwise.
+
 Everything comes from the factors, by the QR of each: no (out, in) matrix is formed.
 """
 
@@ -9,16 +13,18 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
-from rasa_ext.methods.base import checked_groups
+from rasa_ext.checkpoint.lora import Lora, read_lora
+from rasa_ext.methods import read_method
+from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.ops import Factors
-from rasa_ext.patching.grouping import grouped
+from rasa_ext.patching.grouping import Group, grouped
 from rasa_ext.patching.state import adapted_layers, patch_state
 
 
@@ -117,14 +123,20 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
         >>> [group.pattern for group in analyze_adapter("adapter")]
         ['model.layers.*.mlp.down_proj']
     """
-    config = read_config(directory)
+    settings = read_config(directory)
     tensors = read_tensors(Path(directory) / WEIGHTS)
-    keys = [key.removesuffix(".rasa_A") for key in tensors if key.endswith(".rasa_A")]
+    keys = [
+        key.removesuffix(".rasa_A")
+        for key in tensors
+        if key.endswith(".rasa_A") and f"{key[:-1]}B" in tensors
+    ]
     if not keys:
         raise ValueError(
-            f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no rasa_A "
-            "in its weights; import other formats first."
+            f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no layer's "
+            "rasa_A and rasa_B in its weights; import other formats first, and of a method that "
+            "keeps other tensors analyze the model that load_adapter returns."
         )
+    config = read_method(settings)
     shapes = {
         key.removeprefix(PREFIX): (
             tensors[f"{key}.rasa_B"].shape[0],
@@ -137,27 +149,76 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
             group.pattern,
             group.shape,
             tuple(
-                _analyze_layer(name, _factors(tensors, f"{PREFIX}{name}", group.names))
-                for name in group.names
+                _analyze_layer(name, _factors(tensors, config, group, name)) for name in group.names
             ),
         )
-        for group in grouped(shapes, checked_groups(config.get("rasa_groups")))
+        for group in grouped(shapes, config.layer_groups)
     ]
 
 
-def _factors(tensors: Mapping[str, Tensor], key: str, members: Iterable[str]) -> Factors:
-    """A layer's tensors; its group's pool stands under one of the members."""
-    prefixed = (f"{PREFIX}{member}" for member in members)
-    owner = next((m for m in prefixed if f"{m}.rasa_pool_A" in tensors), None)
-    A_pool = None if owner is None else tensors[f"{owner}.rasa_pool_A"]
-    B_pool = None if owner is None else tensors[f"{owner}.rasa_pool_B"]
-    return Factors(
-        tensors[f"{key}.rasa_A"],
-        A_pool,
-        tensors[f"{key}.rasa_B"],
-        B_pool,
-        tensors.get(f"{key}.rasa_d"),
-    )
+def analyze_lora(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
+    """Analyze a plain LoRA in PEFT's format, as ``analyze`` does; no base model is needed.
+
+    dW = scale * B A, the scale being alpha / r, or alpha / sqrt(r) where the file says so. There is
+    no pool: all of a change is private.
+
+    Args:
+        directory: with ``adapter_config.json`` and the weights.
+
+    Returns:
+        One entry for every group of layers that would share a pool: those of one name, but for the
+        layer's index, and one shape.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not a plain LoRA of linear layers; the message says
+            what to do.
+
+    Example:
+        >>> from rasa_ext.analysis import analyze_lora
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
+        >>> _ = rasa_ext.export_lora(model, "lora")
+        >>> [group.pattern for group in analyze_lora("lora")]
+        ['model.layers.*.mlp.down_proj']
+    """
+    lora = read_lora(directory)
+    shapes = {
+        name: (B.shape[0], A.shape[1])
+        for name in sorted(lora.factors, key=_in_model_order)
+        for B, A in [lora.factors[name]]
+    }
+    return [
+        GroupAnalysis(
+            group.pattern,
+            group.shape,
+            tuple(_analyze_layer(name, _scaled(lora, name)) for name in group.names),
+        )
+        for group in grouped(shapes)
+    ]
+
+
+def _scaled(lora: Lora, name: str) -> Factors:
+    B, A = lora.factors[name]
+    d = torch.full((A.shape[0],), lora.scales[name], dtype=torch.float64)
+    return Factors(A, None, B, None, d)
+
+
+def _factors(
+    tensors: Mapping[str, Tensor], config: AdapterConfig, group: Group, name: str
+) -> Factors:
+    """A layer's factors by its method; its group's pool stands under one of the members."""
+    own = _under(tensors, f"{PREFIX}{name}.rasa_")
+    pools = (_under(tensors, f"{PREFIX}{member}.rasa_pool_") for member in group.names)
+    pool = next(filter(None, pools), {})
+    index, cpu = group.names.index(name), torch.device("cpu")
+    return config.factors(own, pool, Place(index, len(group.names), *group.shape, cpu, name))
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(prefix): tensor
+        for key, tensor in tensors.items()
+        if key.startswith(prefix)
+    }
 
 
 @torch.no_grad()

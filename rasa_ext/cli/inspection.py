@@ -36,6 +36,14 @@ def inspect(
             "pictures.",
         ),
     ] = False,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            help="Instead: two adapters, RaSA's or LoRAs, and the ratio of their mean effective "
+            "ranks by the kind of layer.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -46,6 +54,11 @@ def inspect(
     """Show an adapter's config, groups and size; or what an adapter of a model would be."""
     from rasa_ext.train.inspection import check_adapter, is_model
 
+    if compare is not None:
+        if target is not None or model is not None:
+            raise ValueError("compare: expected two adapters and no other target, got one more.")
+        _show_comparison(*compare)
+        return
     if (target is None) == (model is None):
         raise ValueError("target: expected an adapter's directory or --model, got both or neither.")
     if target is None or (not spectrum and is_model(Path(target))):
@@ -136,6 +149,19 @@ def _show_spectrum(directory: Path, output: Path) -> None:
             plot(groups, path)
     shown = ", ".join(map(str, pictures))
     console.print(f"Means over layers. Pictures: {shown}", markup=False)
+
+
+def _show_comparison(first: Path, second: Path) -> None:
+    from rasa_ext.train.inspection import compare_adapters
+    from rasa_ext.train.working import working
+
+    with working(progress, f"Taking the singular values of {first} and {second}"):
+        rows = compare_adapters(first, second)
+    table = table_of("kind of layer", str(first), str(second), "ratio")
+    for row in rows:
+        table.add_row(row.kind, f"{row.first:.2f}", f"{row.second:.2f}", f"{row.ratio:.2f}")
+    console.print(table)
+    console.print("Mean effective ranks: exp of the entropy of the singular values over their sum.")
 
 
 def _mean(values: list[float]) -> float:

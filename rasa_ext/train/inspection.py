@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rasa_ext.analysis import LayerAnalysis, analyze_adapter, analyze_lora
 from rasa_ext.checkpoint.files import (
     CONFIG,
     PREFIX,
@@ -16,7 +19,7 @@ from rasa_ext.checkpoint.files import (
     read_tensors,
 )
 from rasa_ext.methods.base import Groups, checked_groups
-from rasa_ext.patching.grouping import grouped
+from rasa_ext.patching.grouping import grouped, pattern
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,21 @@ class AdapterContents:
     parameters: int
     """Elements of all tensors in the file."""
     file_bytes: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two adapters' mean effective ranks of one kind of layer."""
+
+    kind: str
+    """The layers' name, but for the layer's index."""
+    first: float
+    second: float
+
+    @property
+    def ratio(self) -> float:
+        """The first over the second; NaN where the second has changed nothing."""
+        return self.first / self.second if self.second else math.nan
 
 
 def is_adapter(path: Path) -> bool:
@@ -93,6 +111,38 @@ def read_adapter(directory: Path) -> AdapterContents:
         parameters=sum(_count(shape) for shape in shapes.values()),
         file_bytes=path.stat().st_size,
     )
+
+
+def compare_adapters(first: Path, second: Path) -> list[Comparison]:
+    """Compare two adapters, RaSA's or plain LoRAs, by the kinds of layers that both have.
+
+    The last entry, "all of these", is of the layers of those kinds together. Raises ValueError
+    where there is no such kind, and what reading an adapter raises.
+    """
+    one, other = (_by_kind(directory) for directory in (first, second))
+    both = [kind for kind in one if kind in other]
+    if not both:
+        raise ValueError(
+            f"compare: expected adapters of the same kinds of layers, but {first} has "
+            f"{', '.join(list(one)[:3])} and {second} has {', '.join(list(other)[:3])}."
+        )
+    found = [Comparison(kind, _mean_rank(one[kind]), _mean_rank(other[kind])) for kind in both]
+    together = (_mean_rank([each for kind in both for each in of[kind]]) for of in (one, other))
+    return [*found, Comparison("all of these", *together)]
+
+
+def _by_kind(directory: Path) -> dict[str, list[LayerAnalysis]]:
+    check_adapter(directory)
+    plain = read_config(directory).get("peft_type") == "LORA"
+    kinds: dict[str, list[LayerAnalysis]] = {}
+    for group in (analyze_lora if plain else analyze_adapter)(directory):
+        for layer in group.layers:
+            kinds.setdefault(pattern(layer.name), []).append(layer)
+    return kinds
+
+
+def _mean_rank(layers: Sequence[LayerAnalysis]) -> float:
+    return sum(layer.effective_rank for layer in layers) / len(layers)
 
 
 # What a layer or its group may own, whatever the method, where it owns an A.

@@ -14,18 +14,23 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext import analysis, distributed, methods, training
+from rasa_ext import analysis, distributed, methods, ranks, training
 from tests.helpers import oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
 
 PUBLIC = {name: getattr(rasa_ext, name) for name in rasa_ext.__all__}
 PUBLIC |= {f"distributed.{name}": getattr(distributed, name) for name in distributed.__all__}
-PUBLIC |= {f"analysis.{name}": getattr(analysis, name) for name in ("analyze", "analyze_adapter")}
 PUBLIC |= {f"training.{name}": getattr(training, name) for name in training.__all__}
 PUBLIC |= {
     f"methods.{name}": getattr(methods, name)
     for name in methods.__all__
     if name not in ("METHODS", "AdapterConfig", "read_method")  # for those who add one
+}
+PUBLIC |= {
+    f"{module.__name__}.{name}": each
+    for module in (analysis, ranks)
+    for name, each in vars(module).items()
+    if inspect.isfunction(each) and each.__module__ == module.__name__ and name[0] != "_"
 }
 DOCUMENTED = {
     name: each for name, each in PUBLIC.items() if inspect.isclass(each) or inspect.isroutine(each)

@@ -9,6 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 import rasa_ext
+from rasa_ext import methods
 from rasa_ext.analysis import analyze, analyze_adapter
 from rasa_ext.cli.app import app
 from tests.helpers import oracle
@@ -145,3 +146,38 @@ def test_what_is_not_an_adapter(tmp_path):
         analyze_adapter(tmp_path)
     with pytest.raises(ValueError, match="unpatched"):
         analyze(LLAMA.build())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        rasa_ext.RasaConfig(rank=4, k=1, rank_pattern={r"layers\.0\..*": 1, "v_proj": 6}),
+        methods.LoraConfig(rank=3, alpha=12),
+        methods.BlockLoraConfig(rank=4, blocks=2),
+        methods.SoraConfig(rank=3),
+    ],
+    ids=lambda config: config.method,
+)
+def test_a_file_is_analyzed_by_its_method(config, tmp_path):
+    model = rasa_ext.patch_model(LLAMA.build(), config=config)
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            parameter.normal_()
+    rasa_ext.save_adapter(model, tmp_path)
+    found = {layer.name: layer for g in analyze_adapter(tmp_path) for layer in g.layers}
+    changes = rasa_ext.delta_weights(model)
+    for name, change in changes:
+        S = torch.linalg.svdvals(change.double())
+        layer = found.pop(name)
+        torch.testing.assert_close(
+            layer.singular_values, S[: len(layer.singular_values)], rtol=1e-4, atol=1e-4
+        )
+        assert layer.norm == pytest.approx(change.norm().item(), rel=1e-4)
+    assert not found
+
+
+def test_a_file_of_other_tensors_is_refused(tmp_path):
+    model = rasa_ext.patch_model(LLAMA.build(), config=methods.SboraConfig(rank=3))
+    rasa_ext.save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="analyze the model that load_adapter returns"):
+        analyze_adapter(tmp_path)

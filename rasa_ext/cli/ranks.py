@@ -1,0 +1,99 @@
+"""``rasa-ext ranks``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from rasa_ext.cli.evaluate import Dtype
+from rasa_ext.cli.output import command, console, progress, table_of
+
+if TYPE_CHECKING:
+    from rasa_ext.train.ranks import RankOptions, RankPlan
+
+
+@command
+def ranks(
+    model: Annotated[
+        str,
+        typer.Argument(help="Hub id, local directory, .gguf file, or smollm2.", show_default=False),
+    ],
+    data: Annotated[
+        str, typer.Argument(help="Data in a form that finetune takes.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file for the dimensions, the ranks and the rank_pattern."),
+    ] = None,
+    k: Annotated[
+        int, typer.Option(help="The least rank: 1 for a LoRA, for RaSA the k that is shared.")
+    ] = 1,
+    pooling: Annotated[
+        str,
+        typer.Option(help="Which of an example's states makes its point: mean, last or first."),
+    ] = "mean",
+    points: Annotated[
+        int, typer.Option(help="Examples to take, at random where there are more.")
+    ] = 2000,
+    seed: Annotated[int, typer.Option(help="Of that choice.")] = 0,
+    blocks: Annotated[
+        str | None,
+        typer.Option(
+            help="Name of the model's list of blocks, such as model.layers. [default: the longest]"
+        ),
+    ] = None,
+    target_modules: Annotated[str, typer.Option(help="As in finetune.")] = "all-linear",
+    prompt_field: Annotated[str, typer.Option(help="As in finetune.")] = "prompt",
+    completion_field: Annotated[str, typer.Option(help="As in finetune.")] = "completion",
+    template: Annotated[
+        bool,
+        typer.Option(
+            "--template/--no-template", help="Use the model's chat template, if it has one."
+        ),
+    ] = True,
+    seq_len: Annotated[int, typer.Option(help="Tokens after which an example is cut.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
+    dtype: Dtype = "auto",
+) -> None:
+    """Plan a rank for every block from the dimension of its hidden states, as GeLoRA does."""
+    from rasa_ext.hidden_states import Pooling
+    from rasa_ext.train.data import Fields
+    from rasa_ext.train.ranks import RankOptions, plan_ranks
+
+    options = RankOptions(
+        model=model,
+        data=data,
+        pooling=cast(Pooling, pooling),
+        points=points,
+        seed=seed,
+        k=k,
+        blocks=blocks,
+        target_modules=target_modules,
+        template=template,
+        fields=Fields(prompt_field, completion_field),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        dtype=dtype,
+    )
+    plan = plan_ranks(options, progress)
+    table = table_of(f"{plan.points:,} examples of {data}", "dimension", "rank")
+    for name, dimension, rank in zip(plan.blocks, plan.dimensions, plan.ranks, strict=False):
+        table.add_row(name, f"{dimension:.2f}", str(rank))
+    table.add_row("after the last", f"{plan.dimensions[-1]:.2f}", "")
+    console.print(table)
+    if output is not None:
+        _write(output, options, plan)
+        console.print(f"rank_pattern of {len(plan.rank_pattern)} layers: {output}", markup=False)
+
+
+def _write(path: Path, options: RankOptions, plan: RankPlan) -> None:
+    from rasa_ext.checkpoint.writing import writing
+
+    values: dict[str, Any] = {**dataclasses.asdict(options), **dataclasses.asdict(plan)}
+    with writing(path, "nothing else was changed"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

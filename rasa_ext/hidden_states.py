@@ -1,0 +1,166 @@
+"""The hidden states between a model's blocks, one point a sequence."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+Pooling = Literal["mean", "last", "first"]
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+
+
+def pooled_states(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    blocks: Mapping[str, nn.Module],
+    pooling: Pooling,
+    points: int,
+    seed: int,
+) -> dict[str, Tensor]:
+    """Run a model up to its last block and pool what enters each block, and what leaves the last.
+
+    The arguments and errors are those of ``rasa_ext.ranks.hidden_dimensions``, the blocks by their
+    names. Returns (points, width) float32 of every place, by a name for it, in order.
+    """
+    found = _States(blocks, pooling)
+    given = [_checked_batch(batch) for batch in batches]
+    sizes = [len(next(_tensors(batch))) for batch in given]
+    if not given:
+        raise ValueError("batches: expected some, got none.")
+    order = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
+    taken = torch.zeros(len(order), dtype=torch.bool)
+    taken[order[:points]] = True
+    with _evaluating(model), found.watching(), torch.no_grad():
+        for batch, size, rows in zip(given, sizes, taken.split(sizes), strict=True):
+            if rows.any():
+                found.run(model, _only(batch, size, rows))
+    return found.points()
+
+
+class _Enough(Exception):
+    """The last block has run. A head's logits may be larger than all the states together."""
+
+
+class _States:
+    """Pooled hidden states: before every block, and after the last one."""
+
+    def __init__(self, blocks: Mapping[str, nn.Module], pooling: Pooling) -> None:
+        self._blocks, self._pooling = blocks, pooling
+        self._mask: Tensor | None = None
+        self._runs = 0
+        self._last = list(blocks)[-1]
+        self._found: dict[str, list[Tensor]] = {
+            **{f"before {name}": [] for name in blocks},
+            f"after {self._last}": [],
+        }
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Hold hooks on the blocks within the context."""
+        with contextlib.ExitStack() as stack:
+            for name, block in self._blocks.items():
+                hook = block.register_forward_pre_hook(self._before(name), with_kwargs=True)
+                stack.callback(hook.remove)
+            hook = self._blocks[self._last].register_forward_hook(self._after)
+            stack.callback(hook.remove)
+            yield
+
+    def run(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
+        """Run one batch, up to the end of the last block."""
+        self._mask = batch.get("attention_mask")
+        self._runs += 1
+        with contextlib.suppress(_Enough):
+            model(**batch)
+        counts = {place: len(states) for place, states in self._found.items()}
+        if set(counts.values()) != {self._runs}:
+            raise ValueError(
+                "blocks: expected each to run once a batch, in this order, but states were met "
+                f"{', '.join(f'{n} times {place}' for place, n in counts.items())}."
+            )
+
+    def points(self) -> dict[str, Tensor]:
+        """(points, width) float32 of every place, by a name for it."""
+        return {place: torch.cat(states) for place, states in self._found.items()}
+
+    def _before(self, name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._add(f"before {name}", args[0] if args else kwargs.get("hidden_states"))
+
+        return hook
+
+    def _after(self, _: nn.Module, __: Any, output: Any) -> None:
+        self._add(f"after {self._last}", output[0] if isinstance(output, tuple | list) else output)
+        raise _Enough
+
+    def _add(self, place: str, states: Any) -> None:
+        if not isinstance(states, Tensor) or states.dim() != 3:
+            kind = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+            raise ValueError(
+                f"blocks: expected hidden states (sequences, tokens, width) {place}, got {kind}."
+            )
+        self._found[place].append(_pooled(states, self._mask, self._pooling))
+
+
+def _pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
+    """One state a sequence: states (n, tokens, width), mask (n, tokens) to (n, width) float32."""
+    if mask is None:
+        mask = states.new_ones(states.shape[:2])
+    if mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"attention_mask: expected the shape {tuple(states.shape[:2])} of the hidden states, "
+            f"got {tuple(mask.shape)}."
+        )
+    real = mask.to(states.device) != 0
+    if not real.any(1).all():
+        raise ValueError("attention_mask: expected a token in every sequence, got one of none.")
+    if pooling == "mean":
+        kept = states.float().masked_fill(~real[..., None], 0)
+        return kept.sum(1) / real.sum(1, keepdim=True)
+    places = torch.arange(real.shape[1], device=real.device)
+    if pooling == "last":
+        chosen = places.where(real, -1).amax(1)
+    else:
+        chosen = places.where(real, len(places)).amin(1)
+    return states[torch.arange(len(states), device=real.device), chosen].float()
+
+
+def _checked_batch(batch: Any) -> Mapping[str, Any]:
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batches: expected mappings of the model's arguments, got a {type(batch).__name__}."
+        )
+    if next(_tensors(batch), None) is None:
+        raise ValueError("batches: expected tensors among the model's arguments, got none.")
+    return batch
+
+
+def _tensors(batch: Mapping[str, Any]) -> Iterator[Tensor]:
+    return (value for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+
+def _only(batch: Mapping[str, Any], size: int, rows: Tensor) -> dict[str, Any]:
+    """The chosen sequences of a batch of ``size``; rows (size,) bool."""
+    if rows.all():
+        return dict(batch)
+    return {
+        key: value[rows.to(value.device)]
+        if isinstance(value, Tensor) and value.dim() and len(value) == size
+        else value
+        for key, value in batch.items()
+    }
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within the context; every module has its own mode back afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,128 @@
+"""The ranks of a model's blocks, planned from a data set."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from rasa_ext.hidden_states import POOLINGS, Pooling
+from rasa_ext.ranks import block_ranks, find_blocks, hidden_dimensions, rank_pattern
+from rasa_ext.train.data import Example, Fields, questions, read_examples
+from rasa_ext.train.model_loading import load_model, load_tokenizer
+from rasa_ext.train.options import parse_targets
+from rasa_ext.train.working import working
+
+
+@dataclass(frozen=True)
+class RankOptions:
+    """What is measured, and how."""
+
+    model: str
+    """As `load_model` takes it."""
+    data: str
+    """As `read_examples` takes it."""
+    pooling: Pooling = "mean"
+    points: int = 2000
+    """Examples to take, at random where there are more."""
+    seed: int = 0
+    """Of that choice."""
+    k: int = 1
+    """The least rank; for RaSA the config's k."""
+    blocks: str | None = None
+    """Name of the list of blocks; None finds it."""
+    target_modules: str = "all-linear"
+    template: bool = True
+    fields: Fields = Fields()
+    seq_len: int = 1024
+    batch_size: int = 8
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check what needs neither the model nor the data."""
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {POOLINGS}, got {self.pooling!r}.")
+        for name, least in (("points", 3), ("k", 1), ("seq_len", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}.")
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The dimensions that were measured, and the ranks that they give."""
+
+    blocks: list[str]
+    dimensions: list[float]
+    """Of the states that enter each block, and of those that leave the last."""
+    ranks: list[int]
+    rank_pattern: dict[str, int]
+    """Ranks by the names of layers."""
+    points: int
+    """How many examples the dimensions are of."""
+
+
+def plan_ranks(options: RankOptions, console: Console) -> RankPlan:
+    """Run a model over some data and plan the ranks of its blocks, as `rasa_ext.ranks` does.
+
+    An example's text is its prompt and its completion, as `finetune` learns them, without the
+    token that ends it.
+
+    Raises ValueError, its message naming the option or the line of data.
+    """
+    examples = read_examples(options.data, options.fields)
+    if len(examples) > options.points:
+        examples = random.Random(options.seed).sample(examples, options.points)
+    tokenizer = load_tokenizer(options.model)
+    with working(console, f"Loading {options.model}"):
+        model = load_model(options.model, options.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    blocks = _blocks(model, options.blocks)
+    batches = _batches(examples, tokenizer, model.device, options)
+    with working(console, f"Running {len(examples):,} examples"):
+        dimensions = hidden_dimensions(
+            model, batches, blocks.values(), options.pooling, options.points
+        )
+    ranks = block_ranks(dimensions, options.k)
+    targets = parse_targets(options.target_modules)
+    pattern = rank_pattern(model, ranks, blocks.values(), targets)
+    return RankPlan(list(blocks), dimensions, ranks, pattern, len(examples))
+
+
+def _blocks(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
+    if name is None:
+        return find_blocks(model)
+    found = dict(model.named_modules()).get(name)
+    if not isinstance(found, nn.ModuleList | nn.Sequential):
+        kind = "no module" if found is None else f"a {type(found).__name__}"
+        raise ValueError(
+            f"blocks: expected a ModuleList's name, such as model.layers, got {name!r}: {kind}."
+        )
+    return {f"{name}.{i}": block for i, block in enumerate(found)}
+
+
+def _batches(
+    examples: Sequence[Example], tokenizer: Any, device: torch.device, options: RankOptions
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of texts of about one length, so that little is padded."""
+    asked = questions(examples, tokenizer, options.template)
+    texts = sorted((prompt + answer for prompt, answer in asked), key=len)
+    templated = bool(options.template and tokenizer.chat_template)
+    found = []
+    for start in range(0, len(texts), options.batch_size):
+        batch = tokenizer(
+            texts[start : start + options.batch_size],
+            return_tensors="pt",
+            padding=True,
+            padding_side="right",
+            truncation=True,
+            max_length=options.seq_len,
+            add_special_tokens=not templated,
+        ).to(device)
+        found.append({name: batch[name] for name in ("input_ids", "attention_mask")})
+    return found
