@@ -209,7 +209,7 @@ def pool_steps(
     grams, kept = ranks.grams(), torch.empty_like(gradient)
     for part, which in zip(ranks.split(kept), trained, strict=True):
         part.copy_(which.unsqueeze(1).expand_as(part))
-    rho = ridge * (torch.stack(ranks.norms()) * trained).sum() / trained.sum()
+    rho = ridge * (torch.stack(ranks.norms()) * trained).sum() / trained.sum().clamp(min=1)
     square = residual.dot(residual)
     end = tolerance**2 * square
     for _ in range(iterations):

@@ -46,9 +46,9 @@ class LoraPro(torch.optim.Optimizer):
         inner: a class of ``torch.optim``.
         params: what to optimize, in any form that ``inner`` takes, say groups with rates of their
             own; by default every parameter of the model that requires a gradient.
-        ridge: how much is added to the eigenvalues of the least-squares problem, over their mean.
-            Directions in weight space that the factors hardly reach are left out by it; they would
-            be rounding errors of the gradients, enlarged.
+        ridge: what is added to J^T J, over the mean of its diagonal. It leaves out directions that
+            the factors hardly reach, where rounding errors of the gradients would be enlarged: take
+            1e-4 where those are computed in bfloat16.
         iterations: of conjugate gradients, at most, for layers that share a pool.
         tolerance: they end where the equation's residual, over the gradient, is below this.
         moments: "factors" or "full".
@@ -59,6 +59,7 @@ class LoraPro(torch.optim.Optimizer):
             also where ``inner`` has no betas and eps or asks for weight decay.
 
     Example:
+        >>> from rasa_ext.optim import LoraPro
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> optimizer = LoraPro(model, torch.optim.AdamW, lr=1e-3)
         >>> ids = torch.randint(0, 32, (2, 9))

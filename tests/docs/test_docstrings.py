@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext import analysis, distributed, methods, training
+from rasa_ext import analysis, distributed, methods, optim, training
 from tests.helpers import oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
 
@@ -27,6 +27,7 @@ PUBLIC |= {
     for name in methods.__all__
     if name not in ("METHODS", "AdapterConfig", "read_method")  # for those who add one
 }
+PUBLIC |= {f"optim.{name}": getattr(optim, name) for name in optim.__all__}
 DOCUMENTED = {
     name: each for name, each in PUBLIC.items() if inspect.isclass(each) or inspect.isroutine(each)
 }
