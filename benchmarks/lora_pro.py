@@ -4,9 +4,8 @@
 
 Timed are forward and backward of batch 2 x TOKENS in float32 with all linear layers adapted, and
 each optimizer's step on the gradients of one such pass; a ratio is that of both together to the
-same with AdamW. "lora" is a pair of rank 8 with a fixed scale in each layer, "rasa" is r = 8, k =
-1, whose pools are solved by conjugate gradients, all ITERATIONS of them. The weights are random,
-which does not change the time.
+same with AdamW. "lora" is of rank 8, "rasa" of r = 8, k = 1, whose pools are solved by conjugate
+gradients, all ITERATIONS of them. The weights are random, which does not change the time.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import torch
 import rasa_ext
 from benchmarks import baselines, harness
 from benchmarks.model import base_model, stepper
+from rasa_ext.methods import LoraConfig, RasaConfig
 from rasa_ext.optim import LoraPro
 
 OPTIMIZERS = ("adamw", "factors", "full")
@@ -29,18 +29,14 @@ WARMUP = 2
 
 def build(adapter: str, base):
     """A patched model over the base's own weights."""
-    model = baselines.sharing_copy(base)
-    baselines.lively(rasa_ext.patch_model(model, rank=8, k=1 if adapter == "rasa" else 0))
-    if adapter == "lora":
-        for name, parameter in model.named_parameters():
-            if name.endswith(".d"):
-                parameter.requires_grad_(False)
-    return model.train()
+    config = LoraConfig(rank=8) if adapter == "lora" else RasaConfig(rank=8, k=1)
+    model = rasa_ext.patch_model(baselines.sharing_copy(base), config=config)
+    return baselines.lively(model).train()
 
 
 def optimizer_step(kind: str, model, iterations: int, seconds: list[float]) -> Callable[[], None]:
     """A step on the gradients that the model has now; its time is appended to ``seconds``."""
-    trained = [each for each in rasa_ext.adapter_parameters(model) if each.requires_grad]
+    trained = rasa_ext.adapter_parameters(model)
     gradients = [parameter.grad.clone() for parameter in trained]
     options = {"lr": 1e-6, "weight_decay": 0.0}
     if kind == "adamw":

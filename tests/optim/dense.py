@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rasa_ext
+from rasa_ext.methods import LoraConfig
 from rasa_ext.methods.base import AdapterConfig
 
 WIDTHS = (5, 7)
@@ -67,11 +68,12 @@ def changes(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     tensors |= {name: b.detach() for name, b in model.named_buffers()} | dict(values)
     result = []
-    for i, _ in enumerate(model):
+    for i, layer in enumerate(model):
         A, B = tensors[f"{i}.A"], tensors[f"{i}.B"]
         if "0.pool.A" in tensors:
             A, B = torch.cat([A, tensors["0.pool.A"]]), torch.cat([B, tensors["0.pool.B"]], 1)
-        d = tensors.get(f"{i}.d", torch.ones(len(A)).to(A))
+        scale = layer.config.scale if isinstance(layer.config, LoraConfig) else 1.0
+        d = tensors.get(f"{i}.d", torch.full((len(A),), scale, dtype=A.dtype, device=A.device))
         result.append(B @ torch.diag(d) @ A)
     return torch.stack(result)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rasa_ext
+from rasa_ext.methods import LoraConfig, SboraConfig
 from rasa_ext.optim import LoraPro, least_norm
 from rasa_ext.optim.groups import find_groups
 from tests.optim.dense import (
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:groups")  # one layer that share
 
 EXACT = {"ridge": 0.0, "iterations": 1000, "tolerance": 1e-14}
 CASES = {
+    "LoRA": (2, LoraConfig(rank=3, alpha=4.0)),
     "a pair": (1, rasa_ext.RasaConfig(rank=3, k=0)),
     "pairs": (3, rasa_ext.RasaConfig(rank=3, k=0)),
     "pairs of several ranks": (3, Ragged(pooled=False)),
@@ -85,6 +87,34 @@ def test_what_is_frozen_takes_no_part(case):
             parameter.requires_grad_(False)
     assert len(parameters(model)) < len(parameters(build(layers, config)))
     check(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(rank=3, alpha=4.0, train_A=False),
+        SboraConfig(rank=3, alpha=4.0, side="A"),
+        SboraConfig(rank=3, alpha=4.0, side="B"),
+    ],
+    ids=["LoRA-FA", "SBoRA-FA", "SBoRA-FB"],
+)
+def test_one_trained_factor(config):
+    """G_B (A A^T)^-1 / s^2 is left, or its like for A; of SBoRA's chosen features A A^T is 1."""
+    model = build(2, config)
+    for layer in model:
+        A, _, B, _, d = layer.adapter().factors()
+        parameter, fixed = (B, A) if B.requires_grad else (A, B.t())
+        raw = torch.randn(parameter.shape, dtype=torch.float64)
+        parameter.grad = raw.clone()
+        gram = fixed @ fixed.T * d[0] ** 2
+        if isinstance(config, SboraConfig):
+            torch.testing.assert_close(gram, torch.eye(3, dtype=torch.float64) * d[0] ** 2)
+        inverse = torch.linalg.inv(gram)
+        layer.expected = raw @ inverse if parameter is B else inverse @ raw
+        layer.found = parameter
+    LoraPro(model, torch.optim.SGD, lr=0.0, ridge=0.0).step()
+    for layer in model:
+        torch.testing.assert_close(layer.found.grad, layer.expected)
 
 
 def paper(A, B, G_A, G_B, s):

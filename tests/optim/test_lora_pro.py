@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import rasa_ext
+from rasa_ext.methods import LoraConfig, ResLoraConfig
 from rasa_ext.optim import LoraPro
 from tests.helpers.adapters import patched, same_adapters
 from tests.helpers.models import LLAMA, SEQUENTIAL
@@ -110,6 +111,7 @@ def dense_step(model, J, gradient):
 
 
 RUNS = {
+    "LoRA": (2, LoraConfig(rank=2, alpha=3.0)),
     "pairs": (2, rasa_ext.RasaConfig(rank=3, k=0)),
     "a pool": (3, rasa_ext.RasaConfig(rank=2, k=1)),
     "a pool, several ranks": (2, Ragged()),
@@ -382,17 +384,9 @@ def test_what_is_refused():
     refused(lambda: optimizer.load_state_dict(plain.state_dict()), model, "'factors'")
 
 
-class Computed(Ragged):
-    """A method whose B is computed from what is trained."""
-
-    def factors(self, own, pool, place):
-        factors = super().factors(own, pool, place)
-        return factors._replace(B=2 * factors.B)
-
-
 def test_factors_that_are_computed_are_refused():
-    model = build(2, Computed())
-    refused(lambda: LoraPro(model, lr=1.0), model, "'0'", "Computed")
+    model = patched(LLAMA.build(), config=ResLoraConfig(rank=2))
+    refused(lambda: LoraPro(model, lr=1.0), model, "computed from it", "ResLoraConfig")
 
 
 def test_importing_the_package_leaves_it_aside():
