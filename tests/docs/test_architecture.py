@@ -17,7 +17,7 @@ ORDER = [
     {"config"},
     {"patching"},
     {"checkpoint", "distributed"},
-    {"solver", "peft", "analysis", "ranks", "training"},
+    {"solver", "peft", "analysis", "ranks", "training", "optim"},
     {""},
     {"train"},
     {"cli"},

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext import analysis, distributed, methods, ranks, training
+from rasa_ext import analysis, distributed, methods, optim, ranks, training
 from tests.helpers import oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
 
@@ -32,6 +32,7 @@ PUBLIC |= {
     for name, each in vars(module).items()
     if inspect.isfunction(each) and each.__module__ == module.__name__ and name[0] != "_"
 }
+PUBLIC |= {f"optim.{name}": getattr(optim, name) for name in optim.__all__}
 DOCUMENTED = {
     name: each for name, each in PUBLIC.items() if inspect.isclass(each) or inspect.isroutine(each)
 }

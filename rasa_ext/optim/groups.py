@@ -1,0 +1,204 @@
+"""The layers of a model whose steps are one problem: those that train a pool together, or pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.ops import Factors
+from rasa_ext.optim.least_norm import Ranks
+from rasa_ext.patching.state import unwrap
+
+
+@dataclass(frozen=True)
+class TrainedLayer:
+    """One adapted layer, and which of its adapters is trained."""
+
+    name: str
+    layer: AdaptedLinear
+    index: int
+
+    def factors(self) -> Factors:
+        """Give the factors as they stand, each on its own device."""
+        adapter = next(islice(self.layer.adapters(), self.index, None))
+        return adapter.config.factors(adapter.own, adapter.pool, adapter.place)
+
+
+class Part(NamedTuple):
+    """One factor among the rows of a group's ``down`` or ``up``."""
+
+    tensor: Tensor
+    start: int
+    """The row at which it begins."""
+    is_up: bool
+    """Whether its ranks are columns, as those of B."""
+
+    @property
+    def rows(self) -> slice:
+        """The rows that are its own."""
+        return slice(self.start, self.start + self.tensor.shape[1 if self.is_up else 0])
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Give its own among the rows of a whole group, in its own orientation."""
+        return rows[self.rows].t() if self.is_up else rows[self.rows]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One group at one step: its ranks, their gradients, and whose they are."""
+
+    layers: list[TrainedLayer]
+    parts: list[list[Part]]
+    """The trained parameters of each layer; those of the pool stand with the first."""
+    ranks: Ranks
+    gradient: Tensor
+    """G, flat, 0 where nothing is trained."""
+    trained: Tensor
+    """(2, ranks): for the rows of ``down`` and ``up``, 1 where they are trained, 0 where not."""
+
+    def parameters(self) -> list[Tensor]:
+        """Give every trained parameter of the group."""
+        return [part.tensor for parts in self.parts for part in parts]
+
+    def write(self, step: Tensor) -> None:
+        """Make a flat ``step`` the gradients of the parameters."""
+        sides = self.ranks.split(step)
+        for part in (part for parts in self.parts for part in parts):
+            assert part.tensor.grad is not None  # or it would not be among them
+            part.tensor.grad.copy_(part.of(sides[part.is_up]))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that are solved together: all that train one pool, or pairs of one shape."""
+
+    layers: tuple[TrainedLayer, ...]
+    pooled: bool
+
+    @torch.no_grad()
+    def problem(self, optimized: Collection[int]) -> Problem | None:
+        """Gather the group's problem; None where no gradient has come.
+
+        ``optimized`` has the ids of the optimizer's parameters. Those without a gradient are held
+        fixed, and a layer none of whose own has one is left out where there is no pool.
+        """
+
+        def counts(part: Part) -> bool:
+            return id(part.tensor) in optimized and part.tensor.grad is not None
+
+        found = [(layer, layer.factors()) for layer in self.layers]
+        rank = max(len(factors.A) for _, factors in found)
+        if not self.pooled:
+            found = [each for each in found if any(map(counts, _own(each[1], 0)))]
+        every = [_own(factors, number * rank) for number, (_, factors) in enumerate(found)]
+        if self.pooled:
+            every[0] += _pool(found[0][1], len(found) * rank)
+        trained = [[part for part in parts if counts(part)] for parts in every]
+        if not any(trained):
+            return None
+        own, pool = _diagonals([factors for _, factors in found], rank, self.pooled)
+        height = own.numel() + pool.shape[1]
+        A, _, B, _, _ = found[0][1]
+        down, up, of_down, of_up = (own.new_zeros(height, n) for n in (A.shape[1], len(B)) * 2)
+        flags = torch.zeros(2, height)
+        for parts, mine in zip(every, trained, strict=True):
+            for part in parts:
+                part.of(up if part.is_up else down).copy_(part.tensor)
+            for part in mine:
+                assert part.tensor.grad is not None
+                part.of(of_up if part.is_up else of_down).copy_(part.tensor.grad)
+                flags[int(part.is_up), part.rows] = 1
+        return Problem(
+            [layer for layer, _ in found],
+            trained,
+            Ranks(down, up, own, pool),
+            torch.cat((of_down.flatten(), of_up.flatten())),
+            flags.to(own),
+        )
+
+
+def _own(factors: Factors, start: int) -> list[Part]:
+    return [Part(factors.A, start, False), Part(factors.B, start, True)]
+
+
+def _pool(factors: Factors, start: int) -> list[Part]:
+    assert factors.A_pool is not None
+    assert factors.B_pool is not None
+    return [Part(factors.A_pool, start, False), Part(factors.B_pool, start, True)]
+
+
+def _diagonals(factors: Sequence[Factors], rank: int, pooled: bool) -> tuple[Tensor, Tensor]:
+    """Give the diagonals of the own ranks (L, r) and of the pool (L, K); 0 fills up to r.
+
+    They are on the device on which the group is solved, and in its dtype: float32 at least.
+    """
+    A, A_pool, *_ = factors[0]
+    size = len(A_pool) if pooled and A_pool is not None else 0
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    own = torch.zeros(len(factors), rank, dtype=dtype, device=A.device)
+    pool = own.new_zeros(len(factors), size)
+    for number, each in enumerate(factors):
+        mine = len(each.A)
+        d = own.new_ones(mine + size) if each.d is None else each.d
+        own[number, :mine].copy_(d[:mine])
+        pool[number].copy_(d[mine : mine + size])
+    return own, pool
+
+
+def find_groups(model: nn.Module) -> list[Group]:
+    """Sort the layers of a model that train an adapter into groups.
+
+    Raises:
+        ValueError: there is none, a layer trains two at once, or an adapter trains something else
+            than its factors.
+        RuntimeError: an adapter is sharded over processes.
+    """
+    found: dict[tuple[bool, object], list[TrainedLayer]] = {}
+    for name, layer in unwrap(model).named_modules():
+        if not isinstance(layer, AdaptedLinear):
+            continue
+        every = [TrainedLayer(name, layer, index) for index, _ in enumerate(layer.adapters())]
+        trained = [each for each in every if _trains(each)]
+        if len(trained) > 1:
+            raise ValueError(
+                f"model: expected one trained adapter a layer, but {name!r} trains "
+                f"{len(trained)} at once, whose sum is no pair of factors."
+            )
+        for each in trained:
+            factors = each.factors()
+            pool = [
+                f for f in (factors.A_pool, factors.B_pool) if f is not None and f.requires_grad
+            ]
+            shape = (factors.A.shape, factors.B.shape, factors.A.dtype, factors.A.device)
+            key = tuple(map(id, pool)) or shape
+            found.setdefault((bool(pool), key), []).append(each)
+    if not found:
+        raise ValueError(
+            "model: expected a model with trained adapters of rasa_ext (from patch_model, "
+            f"load_adapter or rasa_ext.peft), got a {type(model).__name__} without; a LoRA of PEFT "
+            "becomes one by rasa_ext.import_lora."
+        )
+    return [Group(tuple(layers), pooled) for (pooled, _), layers in found.items()]
+
+
+def _trains(layer: TrainedLayer) -> bool:
+    """Tell whether a factor of the adapter is trained."""
+    adapter = next(islice(layer.layer.adapters(), layer.index, None))
+    if not any(source.requires_grad for source in adapter.sources()):
+        return False
+    adapter.factors()  # raises where it is sharded
+    with torch.enable_grad():
+        factors = layer.factors()[:4]
+    trained = [each for each in factors if each is not None and each.requires_grad]
+    if not all(each.is_leaf for each in trained):
+        raise ValueError(
+            "model: expected adapters whose factors are what is trained, but those of "
+            f"{layer.name!r} are computed from it, by {type(adapter.config).__name__}."
+        )
+    return bool(trained)
