@@ -24,6 +24,8 @@ import rasa_ext
 from benchmarks import harness
 from rasa_ext import ops
 
+# Names the commit where .git is not.
+COMMIT = "RASA_EXT_COMMIT"
 PACKAGES = ("torch", "peft", "transformers", "triton", "nvidia-cublas")
 
 
@@ -38,10 +40,19 @@ class Results:
         self.head = environment(device)
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, **row: Any) -> None:
-        """Keep a row, show it, and write all of them."""
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Keep a row, show it, write all of them; returns it for ``extend``."""
         self.rows.append(row)
         print("  ".join(f"{key}={shown(value)}" for key, value in row.items()), flush=True)
+        self._write()
+        return row
+
+    def extend(self, row: dict[str, Any], **more: Any) -> None:
+        """Add cells to a row that is kept, and write all of them."""
+        row.update(more)
+        self._write()
+
+    def _write(self) -> None:
         if self.path is None:
             return
         if self.path.suffix == ".csv":
@@ -111,7 +122,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "rasa_ext": rasa_ext.__version__,
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        "commit": os.environ.get(COMMIT) or _output("git", "describe", "--always", "--dirty"),
         "kernels": ops.cuda_status(),
         "operators with a CUDA kernel": f"{_attached()} of {len(ops.OPERATORS)}",
     }
@@ -128,6 +139,15 @@ def environment(device: str) -> dict[str, Any]:
         found["driver"] = _output("nvidia-smi", *query)
         found["nvcc"] = (_output("nvcc", "--version") or "-").splitlines()[-1]
     return found
+
+
+def kernels_missing(device: str) -> str | None:
+    """Why operators run as PyTorch operations on a CUDA device, or None."""
+    if not device.startswith("cuda") or _attached() == len(ops.OPERATORS):
+        return None
+    return (
+        f"{_attached()} of {len(ops.OPERATORS)} operators have a CUDA kernel; {ops.cuda_status()}"
+    )
 
 
 def _attached() -> int:
