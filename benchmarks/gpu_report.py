@@ -83,7 +83,7 @@ def tests(cuda: bool, quick: bool, work: Path) -> Stage:
 
 
 def gpu_test_files() -> list[str]:
-    """The test files in which something is marked ``gpu`` or takes the fixture ``device``."""
+    """The test files of tests/gpu, and others with a ``gpu`` mark or the fixture ``device``."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
@@ -91,7 +91,7 @@ def gpu_test_files() -> list[str]:
         takes = any(
             a.arg == "device" for each in functions if is_test(each) for a in each.args.args
         )
-        if takes or "mark.gpu" in text:
+        if takes or "mark.gpu" in text or path.parent.name == "gpu":
             found.append(str(path.relative_to(ROOT)))
     return found
 

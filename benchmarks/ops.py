@@ -16,13 +16,16 @@ PyTorch's, and what the host needs to launch them stands beside them.
 from __future__ import annotations
 
 import statistics
+import sys
+import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
 from benchmarks import calls, harness, products, roofline
+from benchmarks.linears import said
 from benchmarks.records import Budget, Results, parser
 from benchmarks.shapes import BLOCKS, RANKS, Block, Linear, default_blocks
 
@@ -141,7 +144,7 @@ def different(block: Block) -> list[Linear]:
     return list({(each.in_features, each.out_features): each for each in block.linears}.values())
 
 
-def todo(bench: Bench, what: list[str], blocks: list[str]) -> Iterator[Callable[[float], object]]:
+def todo(bench: Bench, what: list[str], blocks: list[str]) -> Iterator[partial[None]]:
     """Measurements, each a function of the seconds that it may take."""
     for block in (BLOCKS[name] for name in blocks):
         if "products" in what:
@@ -169,7 +172,12 @@ def main() -> None:
         if budget.left() <= 0:
             bench.results.add(what="not run: out of time", left=len(measurements) - index)
             break
-        measure(budget.share(len(measurements) - index))
+        try:
+            measure(budget.share(len(measurements) - index))
+        except Exception as error:
+            traceback.print_exc()
+            bench.results.add(what=measure.func.__name__, failed=said(error))
+    sys.exit(int(any("failed" in row for row in bench.results.rows)))
 
 
 if __name__ == "__main__":
