@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from benchmarks import harness, records
 from benchmarks.linears import Case
@@ -201,9 +200,10 @@ def main() -> None:
     dtype = getattr(torch, given.dtype or ("bfloat16" if on_gpu else "float32"))
     tokens = given.tokens or (8192 if on_gpu else 512)
     case = Case(BLOCKS[block], tokens, *RANKS[0], dtype, given.device)
-    variants: dict[str, nn.Module] = case.variants()
+    made = case.variants()
+    variants = {name: made[name] for name in (*BASELINES, case.ours)}
     case.verify(variants)
-    runs = {name: case.step(variants[name]) for name in (*BASELINES, case.ours)}
+    runs = {name: case.step(module) for name, module in variants.items()}
     given.out.mkdir(parents=True, exist_ok=True)
     if given.nsys:
         nsys_steps(runs, given.steps)

@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,8 +104,18 @@ def test_a_failure_is_recorded_and_the_next_stage_goes_on(tmp_path, monkeypatch,
     assert "why it broke" in (tmp_path / "report.md").read_text()
 
 
+def too_late_once(log: Path, text: str, monkeypatch) -> None:
+    """The stages' clock jumps when a log has the text."""
+
+    def now() -> float:
+        return time.monotonic() + 1000 * (log.exists() and text in log.read_text())
+
+    monkeypatch.setattr(staged, "time", SimpleNamespace(monotonic=now, sleep=time.sleep))
+
+
 def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
     monkeypatch.setattr(staged, "GRACE", 0.1)
+    too_late_once(tmp_path / "a-stage.log", "\n", monkeypatch)
     code = (
         "import signal, subprocess, sys\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
@@ -112,7 +123,7 @@ def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
         "print(child.pid, flush=True)\n"
         "child.wait()"
     )
-    record = run(python(code), 2.0, tmp_path)
+    record = run(python(code), 60.0, tmp_path)
     assert record["status"] == "out of time"
     child = int(record["tail"])
     for _ in range(100):
@@ -168,14 +179,14 @@ def test_a_program_that_is_not_there_skips_the_stage(tmp_path):
     assert (record["status"], record["tail"]) == ("skipped", "no-such-program is not on PATH")
 
 
-def test_tests_that_are_cut_short_leave_what_they_found(tmp_path):
+def test_tests_that_are_cut_short_leave_what_they_found(tmp_path, monkeypatch):
+    too_late_once(tmp_path / "tests.log", "\nF", monkeypatch)
     (tmp_path / "test_two.py").write_text(
         "import time\ndef test_fast(): assert False\ndef test_slow(): time.sleep(600)\n"
     )
     junit = f"--junitxml={tmp_path / 'tests.xml'}"
     command = (sys.executable, "-m", "pytest", "-n", "1", "--rootdir", str(tmp_path), junit)
-    stage = staged.Stage("tests", (*command, str(tmp_path)), 60)
-    record = run(stage, 4.0, tmp_path)
+    record = run(staged.Stage("tests", (*command, str(tmp_path)), 60), 60.0, tmp_path)
     assert record["status"] == "out of time"
     assert record["counts"]["failures"] == 1
     assert "1 failures" in staged.said(record)
