@@ -55,8 +55,8 @@ def run_all(M: int, width: int, device: str) -> None:
     runtime = torch.cuda.cudart()
     for name, dropout, rank in STEPS:
         case = case_of(M, width, device, dropout)
-        made = {**case.variants(), "ours": case.variants()[case.ours]}
-        step = case.step(case.peft(rank) if name.startswith("peft") else made[name])
+        made = {**case.variants(), "peft r=16": case.peft(rank)}
+        step = case.step(made[case.ours if name == "ours" else name])
         for _ in range(2):
             step()
         torch.cuda.synchronize()

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import traffic
+from benchmarks import harness, traffic
 from tests.helpers import stand_in_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,3 +217,17 @@ def test_the_first_case_gets_all_its_rounds_whatever_time_is_left(python, tmp_pa
     assert {row["rounds"] for row in first} == {30}
     assert {(row["M"], row["r"]) for row in first} == {(40, 8)}
     assert last == {"what": "not run: out of time", "left": 1}
+
+
+def test_a_device_waits_while_the_host_launches(monkeypatch):
+    """For half again as long as the launches took the last time."""
+    slept = []
+    for name, value in {**stand_in_cuda.ANSWERS, "_sleep": slept.append}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    with stand_in_cuda.OnCpu():
+        run = {"a": lambda: time.sleep(0.01)}
+        harness.interleaved(run, 2, warmup=1, device="cuda", hide_launches=True)
+    first, *others = slept
+    assert first == 1.5e-3 * harness._CYCLES
+    assert len(others) == 2
+    assert all(each >= 1.5e-2 * harness._CYCLES for each in others)

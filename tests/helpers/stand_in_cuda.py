@@ -76,34 +76,36 @@ class CUDAGraph:
     def replay(self) -> None: ...
 
 
+NAME = "NVIDIA Stand-in"
+PROPERTIES = SimpleNamespace(
+    name=NAME, multi_processor_count=1, total_memory=2**30, major=9, minor=0, L2_cache_size=1024
+)
+ANSWERS = {
+    "is_available": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "get_device_name": lambda *_: NAME,
+    "get_device_properties": lambda *_: PROPERTIES,
+    "synchronize": lambda *_: None,
+    "_sleep": lambda cycles: None,
+    "Event": Event,
+    "Stream": Stream,
+    "current_stream": lambda *_: Stream(),
+    "stream": lambda stream: contextlib.nullcontext(),
+    "CUDAGraph": CUDAGraph,
+    "graph": lambda graph: contextlib.nullcontext(),
+    "memory_allocated": lambda *_: 0,
+    "max_memory_allocated": lambda *_: 1,
+    "reset_peak_memory_stats": lambda *_: None,
+    "empty_cache": lambda: None,
+    "mem_get_info": lambda *_: (2**30, 2**30),
+    "cudart": lambda: SimpleNamespace(cudaProfilerStart=int, cudaProfilerStop=int),
+}
+
+
 def install() -> None:
     """For the rest of the process."""
-    name = "NVIDIA Stand-in"
-    properties = SimpleNamespace(
-        name=name, multi_processor_count=1, total_memory=2**30, major=9, minor=0, L2_cache_size=1024
-    )
-    made = {
-        "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "get_device_name": lambda *_: name,
-        "get_device_properties": lambda *_: properties,
-        "synchronize": lambda *_: None,
-        "_sleep": lambda cycles: None,
-        "Event": Event,
-        "Stream": Stream,
-        "current_stream": lambda *_: Stream(),
-        "stream": lambda stream: contextlib.nullcontext(),
-        "CUDAGraph": CUDAGraph,
-        "graph": lambda graph: contextlib.nullcontext(),
-        "memory_allocated": lambda *_: 0,
-        "max_memory_allocated": lambda *_: 1,
-        "reset_peak_memory_stats": lambda *_: None,
-        "empty_cache": lambda: None,
-        "mem_get_info": lambda *_: (2**30, 2**30),
-        "cudart": lambda: SimpleNamespace(cudaProfilerStart=int, cudaProfilerStop=int),
-    }
-    for attribute, value in made.items():
+    for attribute, value in ANSWERS.items():
         assert hasattr(torch.cuda, attribute)
         setattr(torch.cuda, attribute, value)
     profile = torch.profiler.profile
