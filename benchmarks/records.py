@@ -158,7 +158,10 @@ def _attached() -> int:
 def _output(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
