@@ -2,18 +2,21 @@
 
     python -m benchmarks.block [step] [decode] [growth] [compiled] [--device cuda] [--json FILE]
 
-Every variant runs over the same weights, checked to be one function where it should be. Columns:
+Every variant runs over the same weights, checked to be one function where it should be. One that
+is not, or that raises, leaves a row that says why, and the others are measured. Columns:
 
 - over_frozen: the variant's time over that of the frozen linears;
 - removed: (official - variant) / (official - frozen), the share of the official overhead removed;
 - roofline: the variant's time over the bound of its bytes and FLOPs (benchmarks.roofline);
 - saved: bytes kept for the backward, parameters left out; peak: bytes above what was held before;
-- kernels: launched on the device in one step.
+- host_us: until the host has launched a step; graph_us: the step replayed as a CUDA graph, which
+  no host holds up. Both on a CUDA device alone.
 
 ``decode`` is a forward without grad of M = 1 and 16 tokens, as it is and replayed as a CUDA graph.
 ``growth`` is the step of one linear while the model's layers, or k, become more.
 ``compiled`` is the step of the largest M with torch.compile's version of the official formula.
-The most telling cases come first, and the time that is given ends the list.
+The most telling case comes first and gets all its rounds; the others share what is left of the
+time, and its end ends the list. The exit status is 1 if ours failed anywhere.
 """
 
 from __future__ import annotations
@@ -21,12 +24,16 @@ from __future__ import annotations
 import gc
 import itertools
 import statistics
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
 from benchmarks import harness, roofline
-from benchmarks.linears import Case
+from benchmarks.linears import Case, said
 from benchmarks.records import Budget, Results, parser
 from benchmarks.shapes import BLOCKS, RANKS, TOKENS, Block, default_blocks, single
 
@@ -72,35 +79,26 @@ def cpu_peak_bytes(run) -> int:
     return max(itertools.accumulate((e.nbytes() for e in changes), initial=0))
 
 
-def kernel_count(run, device: str) -> int | None:
-    """Kernels, copies and fills that one call starts on the device."""
-    if not device.startswith("cuda"):
-        return None
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
-def add_times(results: Results, seconds: dict, bounds: dict, extra: dict, **case) -> None:
-    """One row a variant."""
+def add_times(results: Results, seconds: dict, bounds: dict[str, float], **case) -> dict[str, dict]:
+    """A row a variant, by its name."""
     middle = {name: statistics.median(values) for name, values in seconds.items()}
-    over = middle["official"] - middle["frozen"]
+    frozen, official = middle.get("frozen"), middle.get("official")
+    over = official - frozen if official and frozen else None
+    rows = {}
     for name, values in seconds.items():
         low, median, high = harness.quartiles(values)
-        results.add(
+        rows[name] = results.add(
             **case,
             variant=name,
             us=1e6 * median,
             us_low=1e6 * low,
             us_high=1e6 * high,
             rounds=len(values),
-            over_frozen=median / middle["frozen"],
-            removed=(middle["official"] - median) / over if over else None,
+            over_frozen=median / frozen if frozen else None,
+            removed=(official - median) / over if over else None,
             roofline=median / bounds[name],
-            **extra.get(name, {}),
         )
+    return rows
 
 
 def bound(case: Case, variant: str, peaks: roofline.Peaks, train: bool) -> float:
@@ -113,65 +111,82 @@ def bound(case: Case, variant: str, peaks: roofline.Peaks, train: bool) -> float
     )
 
 
-def without_broken(case: Case, make, variants: dict[str, nn.Module], results: Results, **row):
-    """``make(module)`` of every variant that gets through it; the others leave a row that says why.
-
-    Only baselines may fail; ours and those it is set against must not.
-    """
-    made = {}
+def running(make, variants: dict[str, nn.Module], failed: dict[str, str], results: Results, **row):
+    """``make(module)`` of every variant that gets through it; why the others do not, as rows."""
+    made, failed = {}, dict(failed)
     for name, module in variants.items():
-        try:
-            made[name] = make(module)
-            made[name]()
-        except Exception as error:
-            if name in ("frozen", "official", "ours"):
-                raise
-            made.pop(name, None)
-            results.add(**row, variant=name, failed=f"{type(error).__name__}: {error}"[:300])
+        if name not in failed:
+            try:
+                made[name] = make(module)
+                made[name]()
+            except Exception as error:
+                made.pop(name, None)
+                failed[name] = said(error)
+    for name, why in failed.items():
+        results.add(**row, variant=name, failed=why)
     return made
 
 
-def step(case: Case, results: Results, peaks, seconds: float, rounds: int, what: str) -> None:
-    """A training step in every variant."""
-    budget = Budget(seconds)
+def step(
+    case: Case,
+    results: Results,
+    peaks,
+    share: Callable[[], float],
+    rounds: int,
+    what: str,
+    at_least: int = 2,
+) -> None:
+    """A training step in every variant; ``share()`` tells the seconds when all is set up."""
     row = {"what": what, **describe(case)}
+    cuda, compiled = case.device.startswith("cuda"), what == "compiled"
     torch._dynamo.reset()
-    variants = case.variants(compiled=what == "compiled")
-    case.verify({name: m for name, m in variants.items() if name != "compiled"})
-    runs = without_broken(case, case.step, variants, results, **row)
-    extra = {
-        name: {
-            # Hooks would make a compiled graph compile again.
-            "saved": None if name == "compiled" else saved_bytes(case, variants[name], run),
-            "peak": peak_bytes(case, variants[name], run),
-            "kernels": kernel_count(run, case.device),
-        }
-        for name, run in runs.items()
-    }
-    times = harness.interleaved(runs, rounds, device=case.device, at_most=budget.left(), cold=True)
+    variants = case.variants(compiled=compiled)
+    runs = running(case.step, variants, case.failures(variants), results, **row)
+    seconds = share() / (2 if cuda and not compiled else 1)
+    how = {"device": case.device, "at_most": seconds, "at_least": at_least, "cold": True}
+    times = harness.interleaved(runs, rounds, **how)
     bounds = {name: bound(case, name, peaks, train=True) for name in runs}
-    add_times(results, times, bounds, extra, **row)
+    rows = add_times(results, times, bounds, **row)
+    for name, run in runs.items():
+        # Hooks would make a compiled graph compile again.
+        saved = None if name == "compiled" else saved_bytes(case, variants[name], run)
+        results.extend(rows[name], saved=saved, peak=peak_bytes(case, variants[name], run))
+        if cuda:
+            results.extend(rows[name], host_us=1e6 * harness.host_seconds(run))
+    if not cuda or compiled:
+        return
+    graphs = {}
+    for name, run in runs.items():
+        try:
+            graphs[name] = replay(run)
+        except Exception as error:
+            results.extend(rows[name], no_graph=said(error))
+    times = harness.interleaved(graphs, rounds, **how)
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    for name, value in middle.items():
+        over = value / middle["frozen"] if "frozen" in middle else None
+        results.extend(rows[name], graph_us=1e6 * value, graph_over_frozen=over)
 
 
-def decode(case: Case, results: Results, peaks, seconds: float, rounds: int) -> None:
+def decode(case: Case, results: Results, peaks, share: Callable[[], float], rounds: int) -> None:
     """A forward without grad: called, and on a CUDA device replayed."""
     variants = {name: module.eval() for name, module in case.variants().items()}
-    case.verify(variants)
+    failed = case.failures(variants)
     cuda = case.device.startswith("cuda")
+    seconds = share() / (1 + cuda)
     for graph in (False, True)[: 1 + cuda]:
         row = {"what": "decode as a graph" if graph else "decode", **describe(case)}
 
         def make(module: nn.Module, graph: bool = graph):
             return replay(case.forward(module)) if graph else case.forward(module)
 
-        runs = without_broken(case, make, variants, results, **row)
-        share = seconds / (1 + cuda)
-        times = harness.interleaved(runs, rounds, device=case.device, at_most=share, cold=True)
+        runs = running(make, variants, failed, results, **row)
+        times = harness.interleaved(runs, rounds, device=case.device, at_most=seconds, cold=True)
         bounds = {name: bound(case, name, peaks, train=False) for name in runs}
-        add_times(results, times, bounds, {}, **row)
+        add_times(results, times, bounds, **row)
 
 
-def replay(run):
+def replay(run: Callable[[], list[torch.Tensor]]) -> Callable[[], None]:
     """``run`` captured once; what is returned replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -185,13 +200,18 @@ def replay(run):
     graph.replay()
     torch.cuda.synchronize()
     for found, value in zip(captured, expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=2e-2, atol=2e-2)
+        error = harness.relative_error(found, value)
+        if not error <= 2e-2:
+            raise RuntimeError(
+                f"a replay is off by {error:.2e} in a result of {tuple(value.shape)}"
+            )
     return graph.replay
 
 
 def describe(case: Case) -> dict:
     dtype = str(case.dtype).removeprefix("torch.")
-    return {"block": case.block.name, "dtype": dtype, "M": case.M, "R": case.R, "k": case.k}
+    size = {"M": case.M, "r": case.rank, "R": case.R, "k": case.k}
+    return {"block": case.block.name, "dtype": dtype, **size}
 
 
 def cases(what: list[str], device: str, quick: bool, blocks: list[str]) -> list[tuple]:
@@ -225,30 +245,41 @@ def main() -> None:
     arguments.add_argument("what", nargs="*", choices=kinds, default="step")
     arguments.add_argument("--dtype", nargs="+", default=["bfloat16"])
     arguments.add_argument("--blocks", nargs="+", choices=list(BLOCKS))
-    arguments.add_argument("--rounds", type=int, default=30)
+    arguments.add_argument("--rounds", type=int)
     given = arguments.parse_args()
     what = [given.what] if isinstance(given.what, str) else given.what
     blocks = given.blocks or default_blocks(given.device, given.quick)
-    rounds = 2 if given.quick else given.rounds
+    rounds = given.rounds or (2 if given.quick else 30)
     harness.pin_allocator()
-    budget, results = Budget(given.seconds), Results(given.json, given.device)
+    results = Results(given.json, given.device)
     todo = list(itertools.product(given.dtype, cases(what, given.device, given.quick, blocks)))
     peaks = {
         name: roofline.measure(given.device, getattr(torch, name), given.quick)
         for name in given.dtype
     }
+    budget = Budget(given.seconds)
     for index, (name, (kind, block, M, rank, k)) in enumerate(todo):
-        if budget.left() <= 0:
+        if index and budget.left() <= 0:
             results.add(what="not run: out of time", left=len(todo) - index)
             break
         gc.collect()  # what the case before held on the device
-        case = Case(block, M, rank, k, getattr(torch, name), given.device)
-        share = budget.share(len(todo) - index)
-        if kind == "decode":
-            decode(case, results, peaks[name], share, rounds)
-        else:
-            step(case, results, peaks[name], share, rounds, kind)
-        del case
+        share = partial(budget.share, len(todo) - index)
+        # On a CPU a round can take many seconds.
+        least = 2 if given.device == "cpu" else rounds if index == 0 else min(rounds, 10)
+        try:
+            case = Case(block, M, rank, k, getattr(torch, name), given.device)
+            if kind == "decode":
+                decode(case, results, peaks[name], share, rounds)
+            else:
+                step(case, results, peaks[name], share, rounds, kind, least)
+        except Exception as error:
+            traceback.print_exc()
+            results.add(what=kind, block=block.name, M=M, r=rank, failed=said(error))
+        finally:
+            case = None
+    # Baselines may fail; a case, or ours in it, may not.
+    bad = [row for row in results.rows if "failed" in row]
+    sys.exit(int(any(row.get("variant", "ours").startswith("ours") for row in bad)))
 
 
 if __name__ == "__main__":

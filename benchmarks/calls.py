@@ -76,28 +76,21 @@ def one_linear(linear: Linear, adapter, M: int, dtype: torch.dtype, device: str)
     ]
 
 
-def packing(linear: Linear, adapter, dtype: torch.dtype, device: str) -> list[Call]:
-    """A group's packs, and their backward."""
-    _, _, B, B_pool, d = adapter
-    layers = len(B)
-    multiple = ops.rank_multiple(device, dtype, d[0].numel())
-    width = -(-d[0].numel() // multiple) * multiple
-    dAp = torch.randn(layers, width, linear.in_features, device=device)
-    dBp = torch.randn(layers, width, linear.out_features, device=device)
+def group(linear: Linear, adapter, dtype: torch.dtype, device: str) -> list[Call]:
+    """Packing a group, its backward, and merging the group into its weights."""
+    *_, B, B_pool, d = adapter
+    layers, rank = len(B), d[0].numel()
+    multiple = ops.rank_multiple(device, dtype, rank)
+    Ap, Bp = ops.pack_group(*adapter, dtype, multiple)
+    width, out = linear.in_features, linear.out_features
+    weights = [torch.randn(out, width, device=device).to(dtype) for _ in range(layers)]
+    dAp, dBp = (torch.randn_like(pack, dtype=torch.float32) for pack in (Ap, Bp))
     return [
         Call("pack_group", (*adapter, dtype, multiple)),
         Call("pack_group_backward", (dAp, dBp, B, B_pool, d)),
+        # Small changes, so that weights to which they are added again and again stay finite.
+        Call("merge_group", (weights, Ap, Bp * 1e-3), 2 * layers * rank * width * out),
     ]
-
-
-def merging(linear: Linear, adapter, dtype: torch.dtype, device: str) -> Call:
-    """A group's adapters into its weights."""
-    layers, rank = len(adapter[0]), adapter[-1][0].numel()
-    width, out = linear.in_features, linear.out_features
-    Ap, Bp = ops.pack_group(*adapter, dtype, ops.rank_multiple(device, dtype, rank))
-    weights = [torch.randn(out, width, device=device).to(dtype) for _ in range(layers)]
-    # Small changes, so that weights to which they are added again and again stay finite.
-    return Call("merge_group", (weights, Ap, Bp * 1e-3), 2 * layers * rank * width * out)
 
 
 def verify(call: Call, dtype: torch.dtype):
@@ -117,26 +110,26 @@ def verify(call: Call, dtype: torch.dtype):
         expected = plain(*theirs)
     limit = 1e-4 if dtype == torch.float32 else 2e-2
     for mine, theirs in zip(found, expected, strict=True):
-        error = (mine.double() - theirs.double()).norm() / theirs.double().norm().clamp_min(1e-30)
-        if not error.item() <= limit:
-            raise RuntimeError(f"{call.name} and its PyTorch kernel differ by {error.item():.2e}")
+        error = harness.relative_error(mine, theirs)
+        if not error <= limit:
+            raise RuntimeError(f"{call.name} and its PyTorch kernel differ by {error:.2e}")
     return answer
 
 
 def measure(
-    calls: list[Call], dtype: torch.dtype, device: str, rounds: int, seconds: float
-) -> tuple[dict[str, list[float]], roofline.Work]:
-    """Times of the calls one after the other, ours and PyTorch's, and of a copy of their bytes."""
-    work = roofline.Work(0)
-    for call in calls:
-        work += call.work(verify(call, dtype))
+    call: Call, dtype: torch.dtype, device: str, rounds: int, seconds: float
+) -> tuple[dict[str, list[float]], dict[str, float], roofline.Work]:
+    """Times of a call, ours and PyTorch's, and of a copy of its bytes; of the host; its work."""
+    work = call.work(verify(call, dtype))
     source = torch.ones(int(work.bytes // 2), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Callable[[], object]] = {
-        "ours": lambda: [getattr(ops, c.name)(*c.args) for c in calls],
-        "pytorch": lambda: [ops.OPERATORS[c.name][1](*c.args) for c in calls],
+        "ours": lambda: getattr(ops, call.name)(*call.args),
+        "pytorch": lambda: ops.OPERATORS[call.name][1](*call.args),
         "copy": lambda: target.copy_(source),
     }
     how = {"device": device, "hide_launches": True, "cold": True}
     times = harness.interleaved(runs, rounds, at_most=seconds, **how)
-    return times, work
+    cuda = device.startswith("cuda")
+    host = {name: harness.host_seconds(runs[name]) for name in ("ours", "pytorch") if cuda}
+    return times, host, work

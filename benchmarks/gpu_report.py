@@ -1,74 +1,130 @@
-"""One command for a machine with a GPU: build, test, sanitize, measure, and write it all down.
+"""One command for a machine with a GPU: build, measure, test, sanitize, and write it all down.
 
-    python -m benchmarks.gpu_report --out DIR [--minutes 8.7]
+    python -m benchmarks.gpu_report --out DIR [--minutes 8.7] [--commit NAME]
 
 Under nine minutes on one GPU and no network. Stages, each a process of its own with a time budget
-to which it may add what earlier ones left over: build the kernels, run ``pytest -m gpu``,
-compute-sanitizer's memcheck and racecheck over every operator, then the benchmarks, the most
-telling first. DIR/report.json and DIR/report.md are written anew after every stage, and benchmarks
-write their rows as they come, so that a cut costs only what was not measured yet. A stage that
-fails or runs out of time is recorded with the end of its output, and the next one goes on.
+to which it may add what earlier ones left over: build the kernels, run every operator once, and
+measure the training step that decides; then, at the same time, ``pytest -m gpu`` and
+compute-sanitizer's memcheck, racecheck and initcheck; then what explains the step. DIR/report.md
+and DIR/report.json are written anew after every stage, and benchmarks write their rows as they
+come, so that a cut costs only what was not measured yet. A stage that fails or runs out of time is
+recorded with the end of its output, and the next one goes on. DIR/step.json and DIR/tests.xml hold
+the two most asked for, DIR/rest.tar.gz all other files.
 
 The exit status is 0 only if no stage failed. A benchmark that its budget ends keeps what it has
-measured and has not failed. ``--device cpu --quick`` is the same path with tiny shapes and no
-build: a test of this report.
+measured and has not failed. ``--device cpu --quick`` is the same path with tiny shapes and without
+what only a GPU can do: a test of this report.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
-from benchmarks import staged
-from benchmarks.staged import PYTHON, Stage
+from benchmarks import records, staged
+from benchmarks.staged import PYTHON, ROOT, Stage
 
-SANITIZER = ("compute-sanitizer", "--error-exitcode=99", "--tool")
+SANITIZER = "compute-sanitizer"
+APART = ("step.json", "tests.xml")
+CHECKS = "checks"  # nothing in them is timed: they run at the same time
 
 
-def stages(device: str, quick: bool, out: Path) -> list[Stage]:
+def stages(device: str, quick: bool, work: Path) -> list[Stage]:
     """What there is to do, in order; budgets are seconds out of a run of 520."""
     cuda = device.startswith("cuda")
+    bench = partial(staged.bench, work, device=device, quick=quick)
     once = (PYTHON, "-m", "benchmarks.once", "--device", device)
-    if quick:
-        tests = ("tests/ops/test_linear.py", "-k", "test_any_strides and cpu")
-    else:
-        tests = ("-m", "gpu" if cuda else "not gpu")
-    junit = f"--junitxml={out / 'tests.xml'}"
-    bench = partial(staged.bench, out, device=device, quick=quick)
-    pytest = Stage("tests", (PYTHON, "-m", "pytest", "-q", *tests, junit), 100)
-    found = [Stage("operators once", once, 20), pytest]
-    if cuda:
-        # Every error of an allocation of its own, which torch's cache of memory would hide.
-        uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        build = (PYTHON, "setup.py", "build_ext", "--inplace")
-        memcheck = (*SANITIZER, "memcheck", *once, "--few")
-        # Of the kernels written here alone: cuBLAS's would take all the time.
-        racecheck = (*SANITIZER, "racecheck", "--kernel-regex", "kns=rasa_ext", *once, "--few")
-        found = [
-            Stage("build", build, 100, variables=build_variables()),
-            *found,
-            Stage("memcheck", memcheck, 30, None, SANITIZER[0], uncached),
-            Stage("racecheck", racecheck, 30, None, SANITIZER[0]),
-        ]
-    return [
-        *found,
-        bench("step", "block", 75, "step"),
+    found = [
+        Stage("operators once", once, 20),
+        bench("step", "block", 120, "step"),
+        tests(cuda, quick, work),
+        bench("one linear", "ops", 30, "products", "one"),
         bench("all layers", "ops", 25, "model"),
-        bench("decode", "block", 25, "decode"),
-        bench("one linear", "ops", 20, "one"),
-        bench("growth", "block", 20, "growth"),
-        staged.profile(out, 20, device=device, quick=quick),
+        bench("decode", "block", 20, "decode"),
+        bench("growth", "block", 15, "growth"),
+        staged.profile(work, 20, device=device, quick=quick),
+    ]
+    if not cuda:
+        return found
+    build = Stage(
+        "build", (PYTHON, "setup.py", "build_ext", "--inplace"), 90, None, None, building()
+    )
+    small = ("--quick",) if quick else ()
+    traffic = (PYTHON, "-m", "benchmarks.traffic", "--device", device)
+    traffic = (*traffic, "--json", str(work / "traffic.json"), *small)
+    return [
+        build,
+        *found[:3],
+        *sanitizers(once),
+        *found[3:],
+        Stage("traffic", traffic, 40, "traffic.json", "ncu"),
         # Compiling takes long and is a baseline only, so that it comes last.
-        *([bench("compiled", "block", 40, "compiled")] if cuda else []),
+        bench("compiled", "block", 40, "compiled"),
     ]
 
 
-def build_variables() -> dict[str, str]:
+def tests(cuda: bool, quick: bool, work: Path) -> Stage:
+    """pytest over the files with tests for a GPU; others may need what is not installed."""
+    half = str(max(1, (os.cpu_count() or 1) // 2))
+    # By test, not by file as elsewhere: most are in a few files. What cannot be imported is an
+    # error, and keeps no other test from running.
+    how = ("-q", "-n", half, "--dist", "worksteal", "--continue-on-collection-errors")
+    how += ("-m", "gpu" if cuda else "not gpu", f"--junitxml={work / 'tests.xml'}")
+    few = ("-k", "test_any_strides") if quick else ()
+    command = (PYTHON, "-m", "pytest", *how, *few, *gpu_test_files())
+    return Stage("tests", command, 100, at_once=CHECKS)
+
+
+def gpu_test_files() -> list[str]:
+    """The test files of tests/gpu, and others with a ``gpu`` mark or the fixture ``device``."""
+    found = []
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        text = path.read_text(encoding="utf-8")
+        functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+        takes = any(
+            a.arg == "device" for each in functions if is_test(each) for a in each.args.args
+        )
+        if takes or "mark.gpu" in text or path.parent.name == "gpu":
+            found.append(str(path.relative_to(ROOT)))
+    return found
+
+
+def is_test(function: ast.FunctionDef) -> bool:
+    """Whether pytest gives it its arguments."""
+    decorators = map(ast.unparse, function.decorator_list)
+    return function.name.startswith("test") or any("fixture" in each for each in decorators)
+
+
+def sanitizers(once: tuple[str, ...]) -> list[Stage]:
+    """Every operator under compute-sanitizer, of which only kernels of this package are checked.
+
+    initcheck may not know of what unchecked kernels, such as cuBLAS's, have written, and so runs
+    what no other kernel takes part in.
+    """
+    # Every error of an allocation of its own, which torch's cache of memory would hide.
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+    def stage(tool: str, *options: str, only: tuple[str, ...] = (), variables=uncached) -> Stage:
+        filtered = ("--error-exitcode=99", "--kernel-name", "kns=rasa_ext")
+        command = (SANITIZER, "--tool", tool, *filtered, *options, *once, "--few", *only)
+        return Stage(tool, command, 60, None, SANITIZER, variables, CHECKS)
+
+    return [
+        # torch asks for what may fail and goes on where it does.
+        stage("memcheck", "--report-api-errors", "no"),
+        stage("racecheck", variables={}),
+        stage("initcheck", only=("--weight-space",)),
+    ]
+
+
+def building() -> dict[str, str]:
     """Kernels or a failure, for the card that is here unless told otherwise."""
     found = {"RASA_EXT_CUDA": "1"}
     query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
@@ -86,17 +142,21 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--minutes", type=float, default=8.7, help="for everything together")
+    parser.add_argument("--commit", help="what is measured, where there is no .git to ask")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: a test of the report")
     parser.add_argument("--only", nargs="+", metavar="STAGE", help="leave all others out")
-    given = parser.parse_args()
-    given.out = given.out.resolve()
-    return given
+    return parser.parse_args()
 
 
 def main() -> int:
     given = arguments()
-    planned = staged.chosen(stages(given.device, given.quick, given.out), given.only)
-    return staged.produce(planned, given.minutes, given.out, given.device, given.quick)
+    if given.commit:
+        os.environ[records.COMMIT] = given.commit
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        planned = staged.chosen(stages(given.device, given.quick, work), given.only)
+        how = (given.minutes, work, given.device, given.quick, given.out.resolve(), APART)
+        return staged.produce(planned, *how)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 Ratios are taken between variants of the same run, since machines drift; nothing here judges.
 
 On a CUDA device a call is timed by events on its stream. Before each one the L2 cache is
-overwritten and the device is idle, so that launches which the host cannot make in time count.
-On a CPU the caches are overwritten where that is asked for (``cold``).
+overwritten and the device is idle, so that launches which the host cannot make in time count,
+unless ``hide_launches`` has it wait for them. On a CPU the caches are overwritten where that is
+asked for (``cold``).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_CYCLES = 2e9  # a second of a device's clock; a slower one only waits longer
 
 
 def pin_allocator() -> None:
@@ -42,14 +44,16 @@ def interleaved(
     *,
     device: str = "cpu",
     at_most: float = math.inf,
+    at_least: int = 2,
     hide_launches: bool = False,
     cold: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of each variant in each round; every round runs all of them in a random order.
 
-    After ``at_most`` seconds no further round begins, save one to warm up and two to time. On a
-    CUDA device ``hide_launches`` keeps the device waiting while the host launches, for the time of
-    the kernels alone. ``cold`` has every call on a CPU find its caches overwritten.
+    After ``at_most`` seconds no further round begins, save one to warm up and ``at_least`` to time.
+    On a CUDA device ``hide_launches`` keeps the device waiting while the host launches, for the
+    time of the kernels alone: up to the thousand launches that a device queues. ``cold`` has every
+    call on a CPU find its caches overwritten.
     """
     order, generator = list(variants), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -59,7 +63,7 @@ def interleaved(
         late = time.perf_counter() > end
         if late and 1 <= done < warmup:
             continue
-        if late and done >= warmup + 2:
+        if late and done >= warmup + at_least:
             break
         generator.shuffle(order)
         for name in order:
@@ -92,21 +96,41 @@ def _last_cache_bytes() -> int:
 def _cuda_timer(hide_launches: bool) -> Callable[[Callable[[], object]], float]:
     size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
     cache = torch.empty(max(size, 1 << 20), dtype=torch.int8, device="cuda")
+    launching: dict[Callable[[], object], float] = {}  # seconds of the host, last time
 
     def seconds(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         cache.zero_()
         if hide_launches:
-            # In clock cycles: about a millisecond, longer than the launches of a few operators.
-            torch.cuda._sleep(2_000_000)
+            torch.cuda._sleep(int(1.5 * launching.get(call, 1e-3) * _CYCLES))
         start.record()
+        begin = time.perf_counter()
         call()
+        launching[call] = min(time.perf_counter() - begin, 0.05)
         end.record()
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3
 
     return seconds
+
+
+def host_seconds(call: Callable[[], object], rounds: int = 5) -> float:
+    """Median seconds until a CUDA device has been given all of a call's work."""
+    seconds = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - begin)
+    torch.cuda.synchronize()
+    return statistics.median(seconds)
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far off, by norms; NaN where anything is."""
+    found, expected = found.double(), expected.double()
+    return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

@@ -1,8 +1,9 @@
 """Every operator once over a few awkward shapes, against float64 on the CPU.
 
-    python -m benchmarks.once [--device cuda]
+    python -m benchmarks.once [--device cuda] [--few] [--weight-space]
 
-Short enough to run under compute-sanitizer, which ``benchmarks.gpu_report`` does.
+Short enough to run under compute-sanitizer, which ``benchmarks.gpu_report`` does. On a CUDA device
+the exit status is 1 if an operator has no kernel there: it would be PyTorch that is checked.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from benchmarks.records import kernels_missing
 from rasa_ext import ops
 
 PYTORCH = SimpleNamespace(**{name: kernel for name, (_, kernel) in ops.OPERATORS.items()})
@@ -33,19 +35,33 @@ def adapter(shape: tuple[int, ...]) -> tuple:
     return list(A), torch.randn(pooled, width), list(B), torch.randn(pooled, out).t(), list(d)
 
 
-def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> dict[str, object]:
-    """Every operator of ``functions``; token tensors and packs in ``dtype``."""
+def weight_space(functions, dtype: torch.dtype, tensors: dict) -> dict[str, object]:
+    """The operators of ``functions`` that launch kernels of this package alone."""
+    A, A_pool, B, B_pool, d = tensors["adapter"]
+    both = [A[:2], [A_pool] * 2, B[:2], [B_pool] * 2, d[:2]]
+    wide = tensors["dAp"], tensors["dBp"]
+    first = wide[0][0], wide[1][0].clone()  # which may be written to
+    return {
+        "pack": functions.pack(A[0], A_pool, B[0], B_pool, d[0], dtype, 16),
+        "pack_projections": functions.pack_projections(*both, dtype, 16),
+        "pack_backward": functions.pack_backward(*first, B[0], B_pool, d[0]),
+        "pack_group": functions.pack_group(*tensors["adapter"], dtype, 16),
+        "pack_group_backward": functions.pack_group_backward(*wide, B, B_pool, d),
+    }
+
+
+def products(functions, tensors: dict, packs) -> dict[str, object]:
+    """The operators of ``functions`` with matrix products in them."""
     A, A_pool, B, B_pool, d = tensors["adapter"]
     x, weight, grad = (tensors[name] for name in ("x", "weight", "grad"))
     single = (A[0], A_pool, B[0], B_pool, d[0])
-    found: dict[str, object] = {"pack": functions.pack(*single, dtype, 16)}
-    # The products start from the same packs, so that only their own rounding is compared.
-    Ap, Bp = packs or found["pack"]
+    # All start from the same packs, so that only their own rounding is compared.
+    Ap, Bp = packs
     y, U = functions.low_rank_linear(x, weight, None, Ap, Bp)
     dx, dAp, dBp = functions.low_rank_linear_backward(
         grad, x, weight, tensors.get("U", U), Ap, Bp, True, True, True
     )
-    found |= {"linear": (y, U), "backward": (dx, dAp, dBp)}
+    found: dict[str, object] = {"linear": (y, U), "backward": (dx, dAp, dBp)}
     found["add"] = functions.low_rank_add(grad, x, Ap, Bp)[0]
     dropped = tensors["mask"], 1.25
     found["masked"] = functions.low_rank_linear(x, weight, None, Ap, Bp, *dropped)
@@ -56,8 +72,6 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
     found["adapted_backward"] = functions.adapted_linear_backward(
         grad, x, weight, tensors.get("U", U), None, *single, 16, True, True, True
     )
-    both = [A[:2], [A_pool] * 2, B[:2], [B_pool] * 2, d[:2]]
-    found["pack_projections"] = functions.pack_projections(*both, dtype, 16)
     wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bp, Bp], [weight, weight]
     outputs, wide_U = functions.linear_projections(x, weights, [], wide_Ap, ups)
     found["projections"] = (*outputs, wide_U)
@@ -65,11 +79,6 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
     found["projections_backward"] = functions.linear_projections_backward(
         [grad, grad], x, weights, wide_U, wide_Ap, ups, True, True, True
     )
-    wide = tensors["dAp"], tensors["dBp"]
-    first = wide[0][0], wide[1][0].clone()  # which may be written to
-    found["pack_backward"] = functions.pack_backward(*first, B[0], B_pool, d[0])
-    found["pack_group"] = functions.pack_group(*tensors["adapter"], dtype, 16)
-    found["pack_group_backward"] = functions.pack_group_backward(*wide, B, B_pool, d)
     stacked = tensors["stacked_Ap"], tensors["stacked_Bp"]
     found["delta_group"] = functions.delta_group(*stacked)
     xs, grads, Us = (torch.stack([t] * LAYERS) for t in (x, grad, tensors.get("U", U)))
@@ -96,7 +105,9 @@ def flat(value) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else [t for each in value for t in flat(each)]
 
 
-def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> int:
+def check(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, with_products: bool = True
+) -> int:
     """The number of results compared; raises where one is off."""
     tokens, width, out, own, pooled = shape
     made = adapter(shape)
@@ -119,9 +130,12 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> int:
     packs = ops.pack(made[0][0], made[1], made[2][0], made[3], made[4][0], dtype, 16)
     here = {name: moved(value, device) for name, value in (low | high).items()}
     exact = {name: moved(value, "cpu", torch.float64) for name, value in (low | high).items()}
-    found = chain(ops, shape, dtype, here, moved(packs, device))
-    truth = chain(PYTORCH, shape, torch.float64, exact, moved(packs, "cpu", torch.float64))
+    found = weight_space(ops, dtype, here)
+    truth = weight_space(PYTORCH, torch.float64, exact)
     draw_mask(here["x"])
+    if with_products:
+        found |= products(ops, here, moved(packs, device))
+        truth |= products(PYTORCH, exact, moved(packs, "cpu", torch.float64))
     compared = 0
     for name, expected in truth.items():
         for mine, value in zip(flat(found[name]), flat(expected), strict=True):
@@ -137,7 +151,7 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> int:
 def draw_mask(x: Tensor) -> None:
     """Dropout's bits, which every device draws in its own way, are as many as there should be."""
     words = ops.noise_words(x.device.type, x.numel())
-    noise = torch.randint(2**62, (words,), device=x.device)
+    noise = torch.randint(2**62, (words,)).to(x.device)
     found = ops.dropout_mask(noise, x, 0.5)
     if found.shape != (-(-x.numel() // 8),):
         raise SystemExit(f"dropout_mask of {tuple(x.shape)} has the shape {tuple(found.shape)}")
@@ -147,11 +161,14 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments.add_argument("--few", action="store_true", help="two shapes, two dtypes")
+    arguments.add_argument("--weight-space", action="store_true", help="no matrix products")
     given = arguments.parse_args()
     torch.manual_seed(0)
     todo = itertools.product(SHAPES[: 2 if given.few else None], DTYPES[: 2 if given.few else None])
-    compared = sum(check(shape, dtype, given.device) for shape, dtype in todo)
+    compared = sum(check(*each, given.device, not given.weight_space) for each in todo)
     print(f"{compared} results agree with float64; {ops.cuda_status()}")
+    if why := kernels_missing(given.device):
+        raise SystemExit(f"no kernels to check: {why}")
 
 
 if __name__ == "__main__":

@@ -1,25 +1,31 @@
 """Each operator against its PyTorch kernel on the same device, and against what the device can do.
 
-    python -m benchmarks.ops [one] [model] [--device cuda] [--json FILE] [--seconds 60]
+    python -m benchmarks.ops [products] [one] [model] [--device cuda] [--json FILE] [--seconds 60]
 
+- ``products``: each matrix product of one linear's step alone (benchmarks.products).
 - ``one``: the operators of one linear, for every shape of a decoder layer.
 - ``model``: the operators over all layers, each group of equal layers at once: packing a model's
-  adapters, their gradients, and merging them into its weights.
+  adapters, their gradients, and merging them into its weights; then their sums over the model.
 
 ``bound`` is the operator's time over the least that its bytes (every argument and result once) and
 FLOPs allow, at the copy bandwidth and GEMM rate of this device (benchmarks.roofline); ``of_copy``
-is its share of the copy bandwidth. On a CUDA device the times are the kernels' alone.
+is its share of the copy bandwidth. On a CUDA device the times are the kernels' alone, ours and
+PyTorch's, and what the host needs to launch them stands beside them.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+import sys
+import traceback
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 
-from benchmarks import calls, harness, roofline
+from benchmarks import calls, harness, products, roofline
+from benchmarks.linears import said
 from benchmarks.records import Budget, Results, parser
 from benchmarks.shapes import BLOCKS, RANKS, Block, Linear, default_blocks
 
@@ -49,37 +55,55 @@ class Bench:
         adapter = calls.adapters(linear, block.layers, RANK, K, self.device)
         todo = calls.one_linear(linear, adapter, self.M, self.dtype, self.device)
         for call in todo:
-            self._measure([call], block, linear, seconds / len(todo), M=self.M)
+            self._measure(call, block, linear, seconds / len(todo), M=self.M)
 
-    def packs(self, block: Block, seconds: float) -> None:
-        """A model's packs, and their backward: one operator call for each group of equal layers."""
-        made = []
-        for linear in block.linears:
-            adapter = calls.adapters(linear, block.layers, RANK, K, self.device)
-            made.append(calls.packing(linear, adapter, self.dtype, self.device))
-        for todo in zip(*made, strict=True):
-            self._measure(list(todo), block, None, seconds / 2, layers=block.layers)
+    def products(self, block: Block, linear: Linear, seconds: float) -> None:
+        """Every product of one linear's step, each with its caches cold."""
+        rank = block.effective_rank(RANK, K)
+        made = products.of_linear(linear, self.M, rank, self.dtype, self.device)
+        runs = {name: product.run for name, product in made.items()}
+        how = {"device": self.device, "hide_launches": True, "cold": True}
+        times = harness.interleaved(runs, self.rounds, at_most=seconds, **how)
+        for name, product in made.items():
+            low, middle, high = harness.quartiles(times[name])
+            self.results.add(
+                what=name,
+                block=block.name,
+                in_x_out=f"{linear.in_features}x{linear.out_features}",
+                M=self.M,
+                us=1e6 * middle,
+                us_low=1e6 * low,
+                us_high=1e6 * high,
+                rounds=len(times[name]),
+                tb_s=product.work.bytes / middle / 1e12,
+                tflop_s=product.work.flops / middle / 1e12,
+                of_copy=product.work.bytes / middle / self.peaks.bandwidth,
+                bound=middle / self.peaks.bound(product.work),
+            )
 
-    def merge(self, block: Block, linear: Linear, seconds: float) -> float:
-        """A group's adapters into its weights; fewer layers where memory is short."""
-        layers = self._fitting(block.layers, linear)
-        adapter = calls.adapters(linear, layers, RANK, K, self.device)
-        call = calls.merging(linear, adapter, self.dtype, self.device)
-        return self._measure([call], block, linear, seconds, layers=layers) / layers
-
-    def merges(self, block: Block, seconds: float) -> None:
-        """A model's adapters into its weights, group by group, so that one group's fit."""
-        share, begin = seconds / len(block.linears), len(self.results.rows)
-        took = sum(self.merge(block, linear, share) for linear in block.linears) * block.layers
-        rows = self.results.rows[begin:]
-        layers = min(row["layers"] for row in rows)
-        self.results.add(
-            what="merge of a model" if layers == block.layers else "merge of a model, extrapolated",
-            block=block.name,
-            in_x_out="sum of medians",
-            layers=block.layers,
-            us=1e6 * took,
-        )
+    def model(self, block: Block, seconds: float) -> None:
+        """Operators over groups, one call for each group; then their sums over a model."""
+        shapes = Counter((each.in_features, each.out_features) for each in block.linears)
+        took: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        whole = True
+        for linear in different(block):
+            layers = self._fitting(block.layers, linear)
+            whole &= layers == block.layers
+            adapter = calls.adapters(linear, layers, RANK, K, self.device)
+            for call in calls.group(linear, adapter, self.dtype, self.device):
+                share = seconds / len(shapes) / 3
+                middle = self._measure(call, block, linear, share, layers=layers)
+                for name, value in middle.items():
+                    times = shapes[linear.in_features, linear.out_features] * block.layers / layers
+                    took[call.name][name] += times * value
+        for name, sums in took.items():
+            self.results.add(
+                what=f"{name}, {'whole model' if whole else 'whole model, extrapolated'}",
+                block=block.name,
+                layers=block.layers,
+                us=1e6 * sums["ours"],
+                pytorch_over_ours=sums["pytorch"] / sums["ours"],
+            )
 
     def _fitting(self, layers: int, linear: Linear) -> int:
         if not self.device.startswith("cuda"):
@@ -90,27 +114,29 @@ class Bench:
         return max(1, min(layers, int(0.8 * torch.cuda.mem_get_info()[0]) // each))
 
     def _measure(
-        self, todo: list[calls.Call], block: Block, linear: Linear | None, seconds: float, **row
-    ) -> float:
-        times, work = calls.measure(todo, self.dtype, self.device, self.rounds, seconds)
+        self, call: calls.Call, block: Block, linear: Linear, seconds: float, **row
+    ) -> dict[str, float]:
+        """Adds a row; the medians of ours and of PyTorch's."""
+        times, host, work = calls.measure(call, self.dtype, self.device, self.rounds, seconds)
         low, middle, high = harness.quartiles(times["ours"])
-        shape = f"{linear.in_features}x{linear.out_features}" if linear else "all groups"
+        median = {name: statistics.median(values) for name, values in times.items()}
         self.results.add(
-            what=todo[0].name,
+            what=call.name,
             block=block.name,
-            in_x_out=shape,
+            in_x_out=f"{linear.in_features}x{linear.out_features}",
             **row,
             us=1e6 * middle,
             us_low=1e6 * low,
             us_high=1e6 * high,
             rounds=len(times["ours"]),
-            pytorch_over_ours=statistics.median(times["pytorch"]) / middle,
+            pytorch_over_ours=median["pytorch"] / middle,
             bound=middle / self.peaks.bound(work),
-            of_copy=statistics.median(times["copy"]) / middle,
+            of_copy=median["copy"] / middle,
             mib=work.bytes / 2**20,
             gflop=work.flops / 1e9,
+            **{f"{name}_host_us": 1e6 * value for name, value in host.items()},
         )
-        return middle
+        return median
 
 
 def different(block: Block) -> list[Linear]:
@@ -118,19 +144,20 @@ def different(block: Block) -> list[Linear]:
     return list({(each.in_features, each.out_features): each for each in block.linears}.values())
 
 
-def todo(bench: Bench, what: list[str], blocks: list[str]) -> Iterator[Callable[[float], object]]:
+def todo(bench: Bench, what: list[str], blocks: list[str]) -> Iterator[partial[None]]:
     """Measurements, each a function of the seconds that it may take."""
     for block in (BLOCKS[name] for name in blocks):
+        if "products" in what:
+            yield from (partial(bench.products, block, linear) for linear in different(block))
         if "model" in what:
-            yield partial(bench.packs, block)
-            yield partial(bench.merges, block)
+            yield partial(bench.model, block)
         if "one" in what:
             yield from (partial(bench.one_linear, block, linear) for linear in different(block))
 
 
 def main() -> None:
     arguments = parser(__doc__)
-    arguments.add_argument("what", nargs="*", choices=["one", "model"], default="model")
+    arguments.add_argument("what", nargs="*", choices=["products", "one", "model"], default="model")
     arguments.add_argument("--dtype", default="bfloat16")
     arguments.add_argument("--blocks", nargs="+", choices=list(BLOCKS))
     arguments.add_argument("--rounds", type=int, default=30)
@@ -145,7 +172,12 @@ def main() -> None:
         if budget.left() <= 0:
             bench.results.add(what="not run: out of time", left=len(measurements) - index)
             break
-        measure(budget.share(len(measurements) - index))
+        try:
+            measure(budget.share(len(measurements) - index))
+        except Exception as error:
+            traceback.print_exc()
+            bench.results.add(what=measure.func.__name__, failed=said(error))
+    sys.exit(int(any("failed" in row for row in bench.results.rows)))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python -m benchmarks.profile [--device cuda] [--out DIR]     (or benchmarks/profile.sh)
 
 Writes for each variant torch.profiler's table (.txt) and chrome trace (.trace.json), and of all of
-them the parts of a step as .json and as stacked bars (.png). Operators of rasa_ext are ranges of
-their names, also for nsys, under which ``--nsys`` runs the steps with NVTX ranges and nothing else.
+them the parts of a step and its launches as .json, and the parts as stacked bars (.png). Operators
+of rasa_ext are ranges of their names, also for nsys, under which ``--nsys`` runs the steps with
+NVTX ranges and nothing else.
 
 Parts are told apart by the shapes of an operation's arguments: a product one of whose sides is the
 rank is the adapter's; what else has a side of M passes over tokens; the rest is weight space.
@@ -21,14 +22,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from benchmarks import harness, records
 from benchmarks.linears import Case
 from benchmarks.shapes import BLOCKS, RANKS, default_blocks
 from rasa_ext import ops
 
-VARIANTS = ("frozen", "official", "ours")
+BASELINES = ("frozen", "official")
 PARTS = (
     "base products",
     "base and adapter in one operator",
@@ -106,6 +106,15 @@ def parts_of(profile, case: Case, steps: int) -> dict[str, float]:
     return {name: found.get(name, 0.0) for name in PARTS}
 
 
+def launches(profile, steps: int) -> int:
+    """Kernels, copies and fills that a step starts on the device."""
+    on_device = torch.autograd.DeviceType.CUDA
+    # Ranges of record_function are shown on the device as well, under their names.
+    own = [each for each in profile.events() if each.device_type == on_device]
+    ranges = [each for each in own if each.name == "step" or each.name.startswith("rasa_ext.")]
+    return (len(own) - len(ranges)) // steps
+
+
 def draw(
     parts: dict[str, dict[str, float]], wall: dict[str, float], title: str, path: Path
 ) -> None:
@@ -151,15 +160,20 @@ def profile_all(runs: dict, case: Case, steps: int, out: Path) -> None:
     times = harness.interleaved(runs, rounds=max(steps, 2), device=case.device)
     wall = {name: statistics.median(values) for name, values in times.items()}
     parts: dict[str, dict[str, float]] = {}
+    launched: dict[str, int | None] = {}
     for name, run in runs.items():
         profile = profiled(run, case.device, steps)
         parts[name] = parts_of(profile, case, steps)
+        launched[name] = launches(profile, steps) if cuda else None
         order = "self_device_time_total" if cuda else "self_cpu_time_total"
         averages = profile.key_averages()
         (out / f"{name}.txt").write_text(averages.table(sort_by=order, row_limit=40))
         profile.export_chrome_trace(str(out / f"{name}.trace.json"))
     head = records.environment(case.device)
-    rows = [{"variant": name, "step_us": 1e6 * wall[name], **parts[name]} for name in parts]
+    rows = [
+        {"variant": name, "step_us": 1e6 * wall[name], "launches": launched[name], **parts[name]}
+        for name in parts
+    ]
     case_of = f"{case.block.name}, M={case.M}, R={case.R}, {case.dtype}".replace("torch.", "")
     records.write_json(out / "profile.json", {"machine": head, "case": case_of, "rows": rows})
     print(case_of, records.table(rows), sep="\n\n")
@@ -186,9 +200,10 @@ def main() -> None:
     dtype = getattr(torch, given.dtype or ("bfloat16" if on_gpu else "float32"))
     tokens = given.tokens or (8192 if on_gpu else 512)
     case = Case(BLOCKS[block], tokens, *RANKS[0], dtype, given.device)
-    variants: dict[str, nn.Module] = case.variants()
+    made = case.variants()
+    variants = {name: made[name] for name in (*BASELINES, case.ours)}
     case.verify(variants)
-    runs = {name: case.step(variants[name]) for name in VARIANTS}
+    runs = {name: case.step(module) for name, module in variants.items()}
     given.out.mkdir(parents=True, exist_ok=True)
     if given.nsys:
         nsys_steps(runs, given.steps)

@@ -24,6 +24,8 @@ import rasa_ext
 from benchmarks import harness
 from rasa_ext import ops
 
+# Names the commit where .git is not.
+COMMIT = "RASA_EXT_COMMIT"
 PACKAGES = ("torch", "peft", "transformers", "triton", "nvidia-cublas")
 
 
@@ -38,10 +40,19 @@ class Results:
         self.head = environment(device)
         self.rows: list[dict[str, Any]] = []
 
-    def add(self, **row: Any) -> None:
-        """Keep a row, show it, and write all of them."""
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Keep a row, show it, write all of them; returns it for ``extend``."""
         self.rows.append(row)
         print("  ".join(f"{key}={shown(value)}" for key, value in row.items()), flush=True)
+        self._write()
+        return row
+
+    def extend(self, row: dict[str, Any], **more: Any) -> None:
+        """Add cells to a row that is kept, and write all of them."""
+        row.update(more)
+        self._write()
+
+    def _write(self) -> None:
         if self.path is None:
             return
         if self.path.suffix == ".csv":
@@ -111,7 +122,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
         "rasa_ext": rasa_ext.__version__,
-        "commit": _output("git", "describe", "--always", "--dirty"),
+        "commit": os.environ.get(COMMIT) or _output("git", "describe", "--always", "--dirty"),
         "kernels": ops.cuda_status(),
         "operators with a CUDA kernel": f"{_attached()} of {len(ops.OPERATORS)}",
     }
@@ -130,6 +141,15 @@ def environment(device: str) -> dict[str, Any]:
     return found
 
 
+def kernels_missing(device: str) -> str | None:
+    """Why operators run as PyTorch operations on a CUDA device, or None."""
+    if not device.startswith("cuda") or _attached() == len(ops.OPERATORS):
+        return None
+    return (
+        f"{_attached()} of {len(ops.OPERATORS)} operators have a CUDA kernel; {ops.cuda_status()}"
+    )
+
+
 def _attached() -> int:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return sum(has(f"rasa_ext::{name}", "CUDA") for name in ops.OPERATORS)
@@ -138,7 +158,10 @@ def _attached() -> int:
 def _output(*command: str) -> str | None:
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 

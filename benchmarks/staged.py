@@ -1,20 +1,22 @@
 """A report made of stages, each a process of its own with a time budget, written as it goes.
 
-A stage may add to its budget what earlier ones left over. DIR/report.json and DIR/report.md are
-written anew after every stage, and benchmarks write their rows as they come, so that a cut costs
-only what was not measured yet. A stage that fails or runs out of time is recorded with the end of
-its output, and the next one goes on.
+A stage may add to its budget what earlier ones left over. report.json and report.md are written
+anew after every stage, and benchmarks write their rows as they come, so that a cut costs only what
+was not measured yet. A stage that fails or runs out of time is recorded with the end of its
+output, and the next one goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,8 @@ from benchmarks import records
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 MEASURE = "{seconds}"
+GRACE = 5  # seconds from asking a process to end to killing it
+BAD = ("failed", "out of time", "interrupted")
 
 
 @dataclass(frozen=True)
@@ -42,57 +46,102 @@ class Stage:
     rows: str | None = None
     needs: str | None = None  # a program; the stage is skipped where there is none
     variables: dict[str, str] = field(default_factory=dict)
-
-    def skipped(self) -> str | None:
-        """Why it cannot run here, or None."""
-        if self.needs is None or shutil.which(self.needs):
-            return None
-        return f"{self.needs} is not on PATH"
+    at_once: str | None = None  # neighbours that name the same run at the same time
 
 
-def run(stage: Stage, limit: float, out: Path) -> dict[str, Any]:
-    """Status, seconds, the end of the output, and the rows that the stage left."""
-    record: dict[str, Any] = {"name": stage.name, "budget": limit, "status": "skipped"}
+def run(stages: Sequence[Stage], limit: float, work: Path) -> list[dict[str, Any]]:
+    """Runs them at the same time; for each its status, seconds, end of output, and rows."""
+    found = [blank(stage, limit) for stage in stages]
+    running: dict[int, subprocess.Popen[bytes]] = {}
+    begin = time.monotonic()
+    try:
+        for index, stage in enumerate(stages):
+            print(f"{stage.name}: up to {limit:.0f} s", flush=True)
+            if stage.needs and not shutil.which(stage.needs):
+                found[index] |= {"status": "skipped", "tail": f"{stage.needs} is not on PATH"}
+            else:
+                running[index] = start(stage, limit, work)
+        while running:
+            seconds = time.monotonic() - begin
+            for index, process in list(running.items()):
+                if process.poll() is None and seconds < limit:
+                    continue
+                late = end(running.pop(index))
+                code = process.returncode
+                found[index] |= {"exit": code, "seconds": time.monotonic() - begin}
+                found[index]["status"] = "out of time" if late else "failed" if code else "ok"
+            time.sleep(0.02)
+    except KeyboardInterrupt:
+        for index in running:
+            found[index]["seconds"] = time.monotonic() - begin
+    finally:
+        for process in running.values():
+            end(process)
+    for stage, record in zip(stages, found, strict=True):
+        if record["status"] != "skipped":
+            read(stage, record, work)
+        print(f"  {record['status']} after {record['seconds']:.0f} s: {said(record)}", flush=True)
+    return found
+
+
+def blank(stage: Stage, limit: float) -> dict[str, Any]:
+    """The record of a stage that has not ended."""
+    state = {"status": "interrupted", "seconds": 0.0, "tail": ""}
+    command = " ".join(command_of(stage, limit))
+    return {"name": stage.name, "budget": limit, "command": command, **state}
+
+
+def command_of(stage: Stage, limit: float) -> list[str]:
     # Importing torch and finishing what is in hand take time of their own.
     measure = f"{max(limit - 15, 0.3 * limit):.1f}"
-    command = [measure if argument == MEASURE else argument for argument in stage.command]
-    record["command"] = " ".join(command)
-    if (why := stage.skipped()) is not None:
-        return {**record, "seconds": 0.0, "tail": why}
-    log = out / f"{stage.name.replace(' ', '-')}.log"
-    begin = time.monotonic()
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(
-            command,
+    return [measure if argument == MEASURE else argument for argument in stage.command]
+
+
+def log_of(stage: Stage, work: Path) -> Path:
+    return work / f"{stage.name.replace(' ', '-')}.log"
+
+
+def start(stage: Stage, limit: float, work: Path) -> subprocess.Popen[bytes]:
+    variables = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **stage.variables}
+    with open(log_of(stage, work), "w", encoding="utf-8") as file:
+        return subprocess.Popen(
+            command_of(stage, limit),
             cwd=ROOT,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.variables},
+            env={**os.environ, **variables},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        try:
-            code = process.wait(limit)
-            record["status"] = "ok" if code == 0 else "failed"
-            record["exit"] = code
-        except subprocess.TimeoutExpired:
-            record["status"] = "out of time"
-        except KeyboardInterrupt:
-            record["status"] = "interrupted"
-        finally:
-            # Its children as well: a compiler's, a sanitizer's.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    record["seconds"] = time.monotonic() - begin
-    record["tail"] = log.read_text(encoding="utf-8", errors="replace")[-3000:]
-    if stage.rows and (out / stage.rows).exists():
-        record["rows"] = json.loads((out / stage.rows).read_text(encoding="utf-8"))["rows"]
+
+
+def end(process: subprocess.Popen[bytes]) -> bool:
+    """Ends it with its children, such as a compiler's; whether it had to be told to."""
+    late = process.poll() is None
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        if late:
+            os.killpg(process.pid, signal.SIGINT)  # upon which pytest still writes what it found
+            process.wait(GRACE)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    return late
+
+
+def read(stage: Stage, record: dict[str, Any], work: Path) -> None:
+    """What a stage left: the end of its output, rows, counts of tests."""
+    log = log_of(stage, work)
+    if log.exists():
+        record["tail"] = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+    if stage.rows:
+        path = work / stage.rows
+        record["rows"] = json.loads(path.read_text())["rows"] if path.exists() else []
         # Benchmarks are cut where their budget ends; what they have measured stands.
         if record["status"] == "out of time" and record["rows"]:
             record["status"] = "cut"
+        if record["status"] == "ok" and not record["rows"]:
+            record["status"] = "failed"
     if stage.name == "tests":
-        record["counts"] = counts(out / "tests.xml")
-    return record
+        record["counts"] = counts(work / "tests.xml")
 
 
 def counts(path: Path) -> dict[str, int] | None:
@@ -113,12 +162,6 @@ def machine(device: str) -> dict[str, Any]:
     return {"device": device, "failed": done.stderr[-1000:]}
 
 
-def write(out: Path, report: dict[str, Any]) -> None:
-    """Both files of the report as it stands."""
-    records.write_json(out / "report.json", report)
-    (out / "report.md").write_text(markdown(report), encoding="utf-8")
-
-
 def markdown(report: dict[str, Any]) -> str:
     """The report for people."""
     head = report["machine"]
@@ -132,7 +175,7 @@ def markdown(report: dict[str, Any]) -> str:
             "status": each["status"],
             "seconds": round(each["seconds"], 1),
             "budget": round(each["budget"]),
-            "found": found(each),
+            "found": said(each),
         }
         for each in report["stages"]
     ]
@@ -142,49 +185,43 @@ def markdown(report: dict[str, Any]) -> str:
         if each.get("rows"):
             lines += ["", f"## {each['name'].capitalize()}", "", records.tables(each["rows"])]
     for each in report["stages"]:
-        if each["status"] in ("failed", "out of time", "cut", "interrupted"):
+        if each["status"] in (*BAD, "cut"):
             lines += ["", f"## Output of {each['name']}", "", f"    {each['command']}", ""]
             lines += ["```", each["tail"].replace("```", "'''"), "```"]
     return "\n".join(lines) + "\n"
 
 
-def found(stage: dict[str, Any]) -> str:
+def said(stage: dict[str, Any]) -> str:
     """A stage's outcome in a few words."""
-    if stage.get("counts"):
-        return ", ".join(f"{number} {kind}" for kind, number in stage["counts"].items())
-    if "rows" in stage:
-        return f"{len(stage['rows'])} rows"
     lines = stage["tail"].strip().splitlines()
-    return lines[-1][:160] if lines else ""
-
-
-def perform(stage: Stage, limit: float, out: Path) -> dict[str, Any]:
-    """``run``, also where it is interrupted before the stage's process began."""
-    try:
-        print(f"{stage.name}: up to {limit:.0f} s", flush=True)
-        record = run(stage, limit, out)
-    except KeyboardInterrupt:
-        record = {"name": stage.name, "status": "interrupted", "budget": limit}
-        record |= {"command": " ".join(stage.command), "seconds": 0.0, "tail": ""}
-    print(f"  {record['status']} after {record['seconds']:.0f} s: {found(record)}", flush=True)
-    return record
+    last = lines[-1][:160] if lines else ""
+    found = []
+    if stage["status"] == "failed" and stage["exit"] < 0:
+        found.append(f"ended by signal {-stage['exit']}")
+    if stage.get("counts"):
+        found += [f"{number} {kind}" for kind, number in stage["counts"].items()]
+    if "rows" in stage:
+        found.append(f"{len(stage['rows'])} rows")
+    if stage["status"] not in ("ok", "cut") or not found:
+        found.append(last)
+    return ", ".join(filter(None, found))
 
 
 def bench(
-    out: Path, name: str, module: str, budget: float, *arguments: str, device: str, quick: bool
+    work: Path, name: str, module: str, budget: float, *arguments: str, device: str, quick: bool
 ) -> Stage:
     """The stage of a benchmark that takes the arguments of ``records.parser``."""
     rows = f"{name.replace(' ', '-')}.json"
-    given = ("--device", device, "--json", str(out / rows), "--seconds", MEASURE)
+    given = ("--device", device, "--json", str(work / rows), "--seconds", MEASURE)
     small = ("--quick",) if quick else ()
     command = (PYTHON, "-m", f"benchmarks.{module}", *arguments, *given, *small)
     return Stage(name, command, budget, rows)
 
 
-def profile(out: Path, budget: float, *arguments: str, device: str, quick: bool) -> Stage:
+def profile(work: Path, budget: float, *arguments: str, device: str, quick: bool) -> Stage:
     """The stage that shows where a step goes."""
     small = ("--block", "tiny", "--tokens", "40", "--steps", "2") if quick else ()
-    command = (PYTHON, "-m", "benchmarks.profile", "--device", device, "--out", str(out))
+    command = (PYTHON, "-m", "benchmarks.profile", "--device", device, "--out", str(work))
     return Stage("profile", (*command, *arguments, *small), budget, "profile.json")
 
 
@@ -197,34 +234,67 @@ def chosen(planned: list[Stage], only: list[str] | None) -> list[Stage]:
     return [stage for stage in planned if stage.name in (only or names)]
 
 
-def produce(planned: Sequence[Stage], minutes: float, out: Path, device: str, quick: bool) -> int:
-    """Run the stages within ``minutes``, write the report, return 0 only if no stage failed."""
+def groups(planned: Sequence[Stage]) -> list[list[Stage]]:
+    """Stages that run at the same time."""
+    return [list(each) for _, each in itertools.groupby(planned, lambda s: s.at_once or id(s))]
+
+
+def produce(
+    planned: Sequence[Stage],
+    minutes: float,
+    work: Path,
+    device: str,
+    quick: bool,
+    out: Path | None = None,
+    apart: Sequence[str] = (),
+) -> int:
+    """Run the stages within ``minutes``, write the report, return 0 only if no stage failed.
+
+    Stages leave their files in ``work``. Where ``out`` is another folder the report goes there,
+    with the files named in ``apart`` and all the others in one archive.
+    """
     begin = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also then is the report written
-    out.mkdir(parents=True, exist_ok=True)
-    # What an earlier run left must not be taken for this one's.
-    for name in ("tests.xml", *(stage.rows for stage in planned if stage.rows)):
-        (out / name).unlink(missing_ok=True)
+    for number in (signal.SIGTERM, signal.SIGINT):  # also then is the report written
+        signal.signal(number, signal.default_int_handler)
     report: dict[str, Any] = {
         "machine": machine(device),
         "quick": quick,
         "complete": False,
         "stages": [],
     }
-    write(out, report)
-    for index, stage in enumerate(planned):
-        later = sum(each.budget for each in planned[index + 1 :])
+    write(report, work, out, apart)
+    todo = groups(planned)
+    for index, group in enumerate(todo):
+        budget = max(stage.budget for stage in group)
+        later = sum(max(stage.budget for stage in each) for each in todo[index + 1 :])
         left = 60 * minutes - (time.monotonic() - begin)
         # All that is left but what later stages need; with too little for all, a fair part of it.
-        limit = max(left - later, left * stage.budget / (stage.budget + later), 0.1)
-        record = perform(stage, limit, out)
-        report["stages"].append(record)
-        if stage.name == "build":
+        limit = max(left - later, left * budget / (budget + later), 0.1)
+        found = run(group, limit, work)
+        report["stages"] += found
+        if group[0].name == "build":
             report["machine"] = machine(device)
-        report["complete"] = stage is planned[-1] and record["status"] != "interrupted"
-        write(out, report)
-        if record["status"] == "interrupted":
+        interrupted = any(each["status"] == "interrupted" for each in found)
+        report["complete"] = group is todo[-1] and not interrupted
+        write(report, work, out, apart)
+        if interrupted:
             break
-    print(f"wrote {out / 'report.json'} and {out / 'report.md'}")
-    bad = ("failed", "out of time", "interrupted")
-    return int(any(each["status"] in bad for each in report["stages"]))
+    print(f"wrote {(out or work) / 'report.json'} and report.md beside it")
+    return int(any(each["status"] in BAD for each in report["stages"]))
+
+
+def write(report: dict[str, Any], work: Path, out: Path | None, apart: Sequence[str]) -> None:
+    """The report as it stands, and what the stages have left."""
+    where = out or work
+    where.mkdir(parents=True, exist_ok=True)
+    records.write_json(where / "report.json", report)
+    (where / "report.md").write_text(markdown(report), encoding="utf-8")
+    if out is None:
+        return
+    for name in apart:
+        if (work / name).exists():
+            shutil.copy(work / name, out / name)
+    with tarfile.open(out / "rest.tar.gz", "w:gz", compresslevel=6) as archive:
+        for path in sorted(work.iterdir()):
+            if path.name not in apart:
+                archive.add(path, path.name)
