@@ -257,7 +257,7 @@ def host_us(group: list[passes.Op], variant: str, assumed: Assumptions) -> float
         return assumed.torch_us * len(group)
     library = {"product": assumed.cublas_us}
     library |= dict.fromkeys(("pack", "pack_backward", "mask", "keep"), assumed.kernel_us)
-    linears = sum(op.kind == "pack_backward" for op in group)
+    linears = sum(op.base and op.writes[0].name.startswith("Y") for op in group)
     more = assumed.fused_us if variant.startswith("ours fused") else assumed.python_us
     calls = sum(library.get(op.kind, assumed.torch_us) * op.launches for op in group)
     return calls + assumed.python_us + more * (linears - 1)

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -88,20 +88,18 @@ def main() -> int:
     given = parser.parse_args()
     report = Report()
     compiled = compile_all()
+    promises = promises_of({row.name for rows in compiled.values() for row in rows})
     for arch in ARCHS:
         found = [
             f"{row.name}: {fault}"
             for row in compiled[arch]
-            for fault in (*spilled(row.ptxas), *faults(row.code, promise_of(row.name)))
+            for fault in (*spilled(row.ptxas), *faults(row.code, promises[row.name]))
         ]
         report.check(not found, f"{arch}: {len(compiled[arch])} kernels, {len(found)} faults")
         print("".join(f"      {each}\n" for each in found), end="")
-    names = {row.name for rows in compiled.values() for row in rows}
-    unused = sorted(
-        {promise.kernel for promise in PROMISES} - {promise_of(n).kernel for n in names}
-    )
+    unused = [each.kernel for each in PROMISES if each not in promises.values()]
     report.check(not unused, f"PROMISES: lines without a kernel: {', '.join(unused) or 'none'}")
-    made = table(compiled[SHOWN])
+    made = table(compiled[SHOWN], promises)
     print(made)
     page = PAGE.read_text()
     if given.write:
@@ -194,11 +192,18 @@ def shared_bytes(log: str, kernel: str) -> int:
     return int(found[1]) if found else 0
 
 
-def promise_of(name: str) -> Promise:
-    for promise in PROMISES:
-        if re.fullmatch(promise.kernel, name):
-            return promise
-    raise SystemExit(f"PROMISES: expected a line for {name!r}; add what its source promises.")
+def promises_of(names: Iterable[str]) -> dict[str, Promise]:
+    """What each kernel's source promises."""
+    found = {
+        name: next((each for each in PROMISES if re.fullmatch(each.kernel, name)), None)
+        for name in sorted(names)
+    }
+    strangers = [name for name, promise in found.items() if promise is None]
+    if strangers:
+        raise SystemExit(
+            f"PROMISES: expected a line for each of {strangers}; add what their sources promise."
+        )
+    return {name: promise for name, promise in found.items() if promise}
 
 
 def spilled(kernel: Kernel) -> Iterator[str]:
@@ -252,7 +257,7 @@ def in_flight(code: Code, width: int) -> dict[str, int]:
     return found or {"straight": loads_in_flight(rest, width)}
 
 
-def table(rows: list[Row]) -> str:
+def table(rows: list[Row], promises: Mapping[str, Promise]) -> str:
     """In markdown, with the compiler's version, on which it depends."""
     version = run([str(find_nvcc()), "--version"])
     release = re.search(r"V(\d+\.\d+\.\d+)", version)
@@ -263,7 +268,7 @@ def table(rows: list[Row]) -> str:
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        promise = promise_of(row.name)
+        promise = promises[row.name]
         flying = "-"
         if promise.in_flight is not None:
             counts = in_flight(row.code, promise.load).items()

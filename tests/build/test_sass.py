@@ -173,10 +173,10 @@ def test_names_are_short(demangled, short):
     assert sass.short(demangled) == short
 
 
-def test_a_kernel_without_a_promise_is_refused():
-    assert sass.promise_of("pack<float, bf16>").load == 128
-    with pytest.raises(SystemExit, match="PROMISES: expected a line for 'unpack<float>'"):
-        sass.promise_of("unpack<float>")
+def test_kernels_without_a_promise_are_named():
+    assert sass.promises_of(["pack<float, bf16>"])["pack<float, bf16>"].load == 128
+    with pytest.raises(SystemExit, match=r"a line for each of \['none', 'unpack<float>'\]"):
+        sass.promises_of(["unpack<float>", "pack<float, bf16>", "none"])
 
 
 def test_the_table_stands_between_its_marks():
