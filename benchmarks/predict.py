@@ -3,6 +3,7 @@
     python -m benchmarks.predict [--card H100] [--model llama] [--dropout 0.05] [--markdown]
     python -m benchmarks.predict --cards 4096        # every card and model
     python -m benchmarks.predict --counts 4096       # bytes, launches, products
+    python -m benchmarks.predict --write             # renews the tables of docs/kernels.md
     python -m benchmarks.predict --check-cpu [--seconds 90]
 
 Nothing here is measured: each variant is a list of products and passes (benchmarks/passes.py), and
@@ -21,8 +22,10 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,6 +34,7 @@ from benchmarks import block, harness, passes, records, roofline
 from benchmarks.linears import Case
 from benchmarks.shapes import BLOCKS, Block, Linear, decoder
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 # Shapes by the models' config.json.
 MODELS = {
@@ -368,34 +372,53 @@ def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
     return made
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("--card", choices=[*CARDS], default="H100")
-    arguments.add_argument("--model", default="llama", help="how one of the names begins")
-    arguments.add_argument("--rank", type=int, default=8)
-    arguments.add_argument("--dropout", type=float, default=0.0)
-    arguments.add_argument("--cards", type=int, metavar="TOKENS", help="every card and model")
-    arguments.add_argument("--counts", type=int, metavar="TOKENS", help="bytes and launches")
-    arguments.add_argument("--markdown", action="store_true", help="a table for a page")
-    arguments.add_argument(
-        "--check-cpu", action="store_true", help="measure this machine beside it"
-    )
-    arguments.add_argument("--seconds", type=float, default=90, help="that --check-cpu measures")
-    arguments.add_argument(
-        "--quick", action="store_true", help="tiny shapes: a test of --check-cpu"
-    )
-    given = arguments.parse_args()
+def with_tables(page: str) -> str:
+    """The page, under each of this module's commands the table that it prints now."""
+    pattern = r"(`python -m benchmarks\.predict([^`]*) --markdown`[^|`]*\n\n)((?:\|.*\n)+)"
+
+    def replaced(match: re.Match[str]) -> str:
+        given = parser().parse_args(match[2].split())
+        return match[0] if given.check_cpu else match[1] + records.table(rows(given)) + "\n"
+
+    return re.sub(pattern, replaced, page)
+
+
+def rows(given: argparse.Namespace) -> list[dict[str, object]]:
+    """The table that was asked for."""
     if given.check_cpu:
         harness.pin_allocator()
-        made = check_cpu(given.seconds, given.quick)
-    elif given.cards:
-        made = over_cards(given.cards, given.rank, given.dropout)
-    elif given.counts:
-        made = counts(given.model, given.card, given.rank, given.counts)
-    else:
-        made = over_tokens(given.model, given.card, given.rank, given.dropout)
+        return check_cpu(given.seconds, given.quick)
+    if given.cards:
+        return over_cards(given.cards, given.rank, given.dropout)
+    if given.counts:
+        return counts(given.model, given.card, given.rank, given.counts)
+    return over_tokens(given.model, given.card, given.rank, given.dropout)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--card", choices=[*CARDS], default="H100")
+    made.add_argument("--model", default="llama", help="how one of the names begins")
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--dropout", type=float, default=0.0)
+    made.add_argument("--cards", type=int, metavar="TOKENS", help="every card and model")
+    made.add_argument("--counts", type=int, metavar="TOKENS", help="bytes and launches")
+    made.add_argument("--markdown", action="store_true", help="a table for a page")
+    made.add_argument("--write", action="store_true", help="renew the tables of docs/kernels.md")
+    made.add_argument("--check-cpu", action="store_true", help="measure this machine beside it")
+    made.add_argument("--seconds", type=float, default=90, help="that --check-cpu measures")
+    made.add_argument("--quick", action="store_true", help="tiny shapes: a test of --check-cpu")
+    return made
+
+
+def main() -> None:
+    given = parser().parse_args()
+    if given.write:
+        PAGE.write_text(with_tables(PAGE.read_text()))
+        return
+    made = rows(given)
     if given.markdown:
         print(records.table(made))
         return

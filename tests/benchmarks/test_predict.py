@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +16,6 @@ from benchmarks.linears import Case
 from benchmarks.passes import Setting
 from benchmarks.shapes import Linear, single
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 IDEAL = predict.Assumptions(
     base_rate=800 / 989.4,
     skinny_rate=1,
@@ -251,9 +250,22 @@ def test_this_machine_is_measured_beside_it(monkeypatch, capsys):
 
 
 def test_the_page_has_what_is_predicted():
-    page = PAGE.read_text()
-    assert records.table(predict.over_tokens("llama", "H100", 8, 0.0)) in page
-    assert records.table(predict.over_cards(4096, 8, 0.05)) in page
-    assert records.table(predict.counts("llama", "H100", 8, 4096)) in page
+    page = predict.PAGE.read_text()
+    assert predict.with_tables(page) == page, "python -m benchmarks.predict --write"
+    without = re.sub(r"^\|.*$", "| old |", page, flags=re.MULTILINE)
+    for shown in (
+        predict.over_tokens("llama", "H100", 8, 0.0),
+        predict.over_cards(4096, 8, 0.05),
+        predict.counts("llama", "H100", 8, 4096),
+    ):
+        assert records.table(shown) in predict.with_tables(without)
     for name, value in predict.GPU._asdict().items():
         assert name == "in_line" or f"| `{name}` | {value} |" in page, name
+
+
+def test_a_table_stands_under_its_command():
+    said = "by `python -m benchmarks.predict --cards 512 --markdown`:\n\n"
+    after = "\n`python -m benchmarks.predict --check-cpu --markdown`:\n\n| measured |\n| 1 |\n"
+    made = records.table(predict.over_cards(512, 8, 0.0))
+    page = predict.with_tables(f"{said}| old |\n| 1 |\n{after}")
+    assert page == f"{said}{made}\n{after}"
