@@ -35,6 +35,10 @@ class Peaks:
         """Seconds."""
         return max(work.bytes / self.bandwidth, work.flops / self.flops)
 
+    def best(self, other: Peaks) -> Peaks:
+        """The higher of each."""
+        return Peaks(max(self.bandwidth, other.bandwidth), max(self.flops, other.flops))
+
 
 def measure(device: str, dtype: torch.dtype, quick: bool = False) -> Peaks:
     """Copy bandwidth (reads and writes counted) and GEMM rate in ``dtype``; upper quartiles."""

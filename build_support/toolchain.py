@@ -43,7 +43,7 @@ def find() -> Toolchain:
         raise Missing(f"torch {version} is built without CUDA")
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_TORCH:
         raise Missing(f"torch {version} is older than {'.'.join(map(str, MIN_TORCH))}")
-    home = _cuda_home(site_packages)
+    home = cuda_home(site_packages)
     release = _release(home)
     if release.partition(".")[0] != cuda.partition(".")[0]:
         raise Missing(f"nvcc is of CUDA {release} and torch {version} of CUDA {cuda}")
@@ -103,7 +103,7 @@ def _torch_version(site_packages: Path) -> tuple[str, str | None]:
     return value("__version__") or "of unknown version", value("cuda")
 
 
-def _cuda_home(site_packages: Path) -> Path:
+def cuda_home(site_packages: Path) -> Path:
     """The toolkit's root. An nvcc on PATH may be a script elsewhere, so nvcc itself is asked."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):

@@ -1,0 +1,430 @@
+"""Predicts a training step of a decoder layer's linears on a card that is not at hand.
+
+    python -m benchmarks.predict [--card H100] [--model llama] [--dropout 0.05] [--markdown]
+    python -m benchmarks.predict --cards 4096        # every card and model
+    python -m benchmarks.predict --counts 4096       # bytes, launches, products
+    python -m benchmarks.predict --write             # renews the tables of docs/kernels.md
+    python -m benchmarks.predict --check-cpu [--seconds 90]
+
+Nothing here is measured: each variant is a list of products and passes (benchmarks/passes.py), and
+the time of each is that of its bytes or of its operations at a share of what the card's maker
+publishes, one after the other. The shares and the host's microseconds stand in ``Assumptions``. A
+cell is a variant's step over the frozen linears'; ``h`` marks one that the host holds up, since the
+device has less to do than Python. Attention, norms and the rest of a layer are left out.
+
+``--check-cpu`` holds the same lists against this machine: its bandwidth and rate are measured, one
+decoder layer's variants as well (as ``benchmarks.block step`` has it), and each row says by how
+much the prediction misses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import block, harness, passes, records, roofline
+from benchmarks.linears import Case
+from benchmarks.shapes import BLOCKS, Block, Linear, decoder
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
+# Shapes by the models' config.json.
+MODELS = {
+    "llama-3.1-8b": BLOCKS["llama-3.1-8b"],
+    "qwen2.5-7b": decoder("qwen2.5-7b", 28, 3584, 512, 18944),
+    "smollm2-135m": BLOCKS["smollm2-135m"],
+}
+BIASED = {"qwen2.5-7b": ("q_proj", "k_proj", "v_proj")}
+
+
+@dataclass(frozen=True)
+class Card(roofline.Peaks):
+    """Published figures: bytes a second, bfloat16 operations a second without sparsity, bytes."""
+
+    l2: float = 0.0
+
+
+CARDS = {
+    # NVIDIA, H100 Tensor Core GPU datasheet (SXM) and Hopper architecture white paper.
+    "H100": Card(3.35e12, 989.4e12, 50e6),
+    # NVIDIA, A100 80GB datasheet (SXM) and Ampere architecture white paper.
+    "A100-80G": Card(2.039e12, 312e12, 40e6),
+    # NVIDIA, L40S datasheet; the L2 cache of AD102 in the Ada architecture white paper.
+    "L40S": Card(0.864e12, 362.05e12, 96e6),
+    # NVIDIA, Ada architecture white paper: accumulation in float32.
+    "RTX-4090": Card(1.008e12, 165.2e12, 72e6),
+}
+
+
+class Assumptions(NamedTuple):
+    """All that is neither counted nor published. None of it has been measured on a GPU."""
+
+    base_rate: float = 0.70  # share of the rate that products with W reach
+    skinny_rate: float = 0.70  # and products with one side of the rank's width
+    skinny_read: float = 0.65  # share of the bandwidth, where such a product reads the most
+    skinny_write: float = 0.85  # and where it writes the most
+    stream: float = 0.90  # and of passes
+    hidden: float = 0.5  # share of reading Y and dX to add to them that hides in the base's product
+    l2: float = 0.5  # share of the L2 in which a tensor of the operation before is found again
+    launch_us: float = 1.5  # what a kernel takes beyond its work: its start, and its last blocks
+    graph_launch_us: float = 1.0  # the same within a CUDA graph
+    # Host time, microseconds.
+    torch_us: float = 8.0  # an operator of PyTorch with its share of autograd, and its launch
+    cublas_us: float = 4.4  # a product of the compiled library
+    kernel_us: float = 2.5  # a kernel of the compiled library
+    python_us: float = 35.0  # an adapted linear: benchmarks.host, the stubs' own time taken off
+    fused_us: float = 15.0  # one more linear among fused projections
+    graph_us: float = 10.0  # a replay
+    graph_node_us: float = 0.1  # and each of its kernels
+    in_line: bool = False  # whether the host does the work itself
+
+
+GPU = Assumptions()
+# Rates are measured as they are reached; there are no launches, and an operator costs its dispatch.
+CPU = Assumptions(
+    base_rate=1.0,
+    skinny_read=1.0,
+    skinny_write=1.0,
+    stream=1.0,
+    launch_us=0.0,
+    torch_us=5.0,
+    cublas_us=5.0,
+    kernel_us=5.0,
+    in_line=True,
+)
+
+VARIANTS = (
+    "frozen",
+    "official",
+    "peft r",
+    "peft R",
+    "addmm",
+    "ours",
+    "ours fused",
+    "ours fused graph",
+)
+
+
+class Prediction(NamedTuple):
+    """A step of one decoder layer's linears, forward and backward."""
+
+    device_ms: float
+    host_ms: float
+    bytes: float
+    launches: int
+    products: int
+
+    @property
+    def ms(self) -> float:
+        """Whichever is longer: one of the two waits for the other."""
+        return max(self.device_ms, self.host_ms)
+
+
+def step(
+    model: str, tokens: int, rank: int, card: str, variant: str, dropout: float = 0.0
+) -> Prediction:
+    """Predict a training step.
+
+    Args:
+        model: of ``MODELS``, or how its name begins.
+        tokens: M, of one micro-batch.
+        rank: r of the adapter, with k = max(r // 8, 1); "peft r" has this rank, and all others but
+            the frozen layer R = r - k + L*k.
+        card: of ``CARDS``, or "cpu" for this machine, measured, in float32.
+        variant: of ``VARIANTS``.
+        dropout: on the adapter's input.
+
+    Raises:
+        ValueError: a name is not known, or a number is out of its range.
+    """
+    layer = find(model)
+    if card not in (*CARDS, "cpu"):
+        raise ValueError(f"card: expected one of {', '.join((*CARDS, 'cpu'))}, got {card!r}.")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}.")
+    if tokens < 1 or rank < 1:
+        raise ValueError(f"tokens, rank: expected at least 1, got {tokens} and {rank}.")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}.")
+    if card == "cpu":
+        if variant.endswith(" graph"):
+            raise ValueError(f"variant: expected one that a CPU has, got {variant!r}.")
+        return timed(operations(layer, tokens, rank, variant, dropout, 4), variant, this_cpu(), CPU)
+    return timed(operations(layer, tokens, rank, variant, dropout), variant, CARDS[card], GPU)
+
+
+def find(model: str) -> Block:
+    found = [name for name in MODELS if name.startswith(model)]
+    if len(found) != 1 or not model:
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {model!r}.")
+    return MODELS[found[0]]
+
+
+def operations(
+    layer: Block,
+    tokens: int,
+    rank: int,
+    variant: str,
+    dropout: float = 0.0,
+    itemsize: int = 2,
+    pool_layers: bool = True,
+) -> list[list[passes.Op]]:
+    """What a variant runs, for each X that is read by some linears of the layer."""
+    name = variant.removesuffix(" graph")
+    of_rank, peft = name == "peft r", name.startswith("peft")
+    k = max(rank // 8, 1)
+    R = rank if of_rank else layer.effective_rank(rank, k)
+    biased = BIASED.get(layer.name, ())
+    made = []
+    for linears in groups(layer.linears):
+        setting = passes.Setting(
+            tokens,
+            R,
+            pooled=0 if peft else R - (rank - k),
+            itemsize=itemsize,
+            multiple=16 if itemsize == 2 else 8,
+            dropout=dropout > 0,
+            biased=linears[0].name in biased,
+            pool_layers=pool_layers,
+        )
+        made.append(passes.ops(passes.BY_NAME["peft" if peft else name], linears, setting))
+    return made
+
+
+def groups(linears: Iterable[Linear]) -> list[list[Linear]]:
+    """Linears that read one tensor."""
+    found: dict[str, list[Linear]] = {}
+    for linear in linears:
+        found.setdefault(linear.reads, []).append(linear)
+    return list(found.values())
+
+
+def timed(
+    made: list[list[passes.Op]], variant: str, card: Card, assumed: Assumptions
+) -> Prediction:
+    """One operation after the other."""
+    graph = variant.endswith(" graph")
+    flat = [op for group in made for op in group]
+    launches = sum(op.launches for op in flat)
+    host = 1e-3 * (
+        assumed.graph_us + assumed.graph_node_us * launches
+        if graph
+        else sum(host_us(group, variant, assumed) for group in made)
+    )
+    each = assumed.graph_launch_us if graph else assumed.launch_us
+    device = 1e3 * sum(
+        seconds(op, before, card, assumed)
+        for group in made
+        for before, op in zip([None, *group], group, strict=False)
+    )
+    device += 1e-3 * each * launches
+    if assumed.in_line:
+        host += device
+    products = sum(op.launches for op in flat if op.kind == "product")
+    return Prediction(device, host, sum(op.bytes for op in flat), launches, products)
+
+
+def seconds(op: passes.Op, before: passes.Op | None, card: Card, assumed: Assumptions) -> float:
+    """One operation's time on the device, beyond a launch."""
+    near = {t.name for t in (*before.reads, *before.writes)} if before else set()
+
+    def far(tensors: Iterable[passes.Tensor]) -> float:
+        """Bytes that come from memory."""
+        return sum(t.bytes for t in tensors if t.name not in near or t.bytes > assumed.l2 * card.l2)
+
+    written = sum(t.bytes for t in op.writes)
+    if op.kind != "product":
+        return (far(op.reads) + written) / (card.bandwidth * assumed.stream)
+    if not op.base:
+        read = max(t.bytes for t in op.reads)
+        share = assumed.skinny_write if written >= read else assumed.skinny_read
+        memory = (far(op.reads) + written) / (card.bandwidth * share)
+        return max(memory, op.flops / (card.flops * assumed.skinny_rate))
+    added = [t for t in op.reads if t is op.added_to]
+    others = [t for t in op.reads if t is not op.added_to]
+    stream = card.bandwidth * assumed.stream
+    alone = max((far(others) + written) / stream, op.flops / (card.flops * assumed.base_rate))
+    return alone + (1 - assumed.hidden) * far(added) / stream
+
+
+def host_us(group: list[passes.Op], variant: str, assumed: Assumptions) -> float:
+    """Host time of the linears that read one X."""
+    if not variant.startswith("ours"):
+        return assumed.torch_us * len(group)
+    library = {"product": assumed.cublas_us}
+    library |= dict.fromkeys(("pack", "pack_backward", "mask", "keep"), assumed.kernel_us)
+    linears = sum(op.base and op.writes[0].name.startswith("Y") for op in group)
+    more = assumed.fused_us if variant.startswith("ours fused") else assumed.python_us
+    calls = sum(library.get(op.kind, assumed.torch_us) * op.launches for op in group)
+    return calls + assumed.python_us + more * (linears - 1)
+
+
+@functools.cache
+def this_cpu() -> Card:
+    """This machine, by a copy and a product in float32; nothing is taken to stay in its caches."""
+    peaks = roofline.measure("cpu", torch.float32)
+    return Card(peaks.bandwidth, peaks.flops)
+
+
+def over_tokens(model: str, card: str, rank: int, dropout: float) -> list[dict[str, object]]:
+    """One row for each number of tokens."""
+    return [{"tokens": tokens, **ratios(model, tokens, rank, card, dropout)} for tokens in TOKENS]
+
+
+def over_cards(tokens: int, rank: int, dropout: float) -> list[dict[str, object]]:
+    """One row for each card and model."""
+    return [
+        {"card": card, "model": model, **ratios(model, tokens, rank, card, dropout)}
+        for card in CARDS
+        for model in MODELS
+    ]
+
+
+def ratios(model: str, tokens: int, rank: int, card: str, dropout: float) -> dict[str, object]:
+    """The frozen step, and the others over it."""
+    frozen = step(model, tokens, rank, card, "frozen")
+    row: dict[str, object] = {"frozen, ms": f"{frozen.ms:.2f}{held(frozen)}"}
+    for variant in VARIANTS[1:]:
+        found = step(model, tokens, rank, card, variant, dropout)
+        row[variant] = f"{found.ms / frozen.ms:.2f}{held(found)}"
+    return row
+
+
+def held(prediction: Prediction) -> str:
+    """``h`` where the host takes longer."""
+    return " h" if prediction.host_ms > prediction.device_ms else ""
+
+
+def counts(model: str, card: str, rank: int, tokens: int) -> list[dict[str, object]]:
+    """One row for each variant, without dropout and with it."""
+    made = []
+    for variant in VARIANTS:
+        row: dict[str, object] = {"variant": variant}
+        for name, dropout in (("", 0.0), (", dropout", 0.05)):
+            found = step(model, tokens, rank, card, variant, dropout)
+            row |= {
+                f"GB{name}": f"{found.bytes / 1e9:.2f}",
+                f"launches{name}": found.launches,
+                f"products{name}": found.products,
+                f"host ms{name}": f"{found.host_ms:.2f}",
+            }
+        made.append(row)
+    return made
+
+
+# The benchmark's names, and this module's.
+CHECKED = {
+    "frozen": "frozen",
+    "official": "official",
+    "peft r=8": "peft r",
+    "peft r={R}": "peft R",
+    "addmm": "addmm",
+    "ours, each alone": "ours",
+    "ours": "ours fused",
+}
+
+
+def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
+    """Measured and predicted steps of a decoder layer on this CPU, in float32."""
+    layer = BLOCKS["tiny" if quick else "smollm2-135m"]
+    cases = [(8, 1, 40)] if quick else [(8, 1, 512), (32, 4, 512), (8, 1, 2048)]
+    print(harness.machine())
+    made = []
+    for rank, k, tokens in cases:
+        gc.collect()
+        case = Case(layer, tokens, rank, k, torch.float32, "cpu")
+        results = records.Results(None, "cpu")
+        before = roofline.measure("cpu", torch.float32, quick)
+        share = budget * tokens / sum(tokens for _, _, tokens in cases)
+        block.step(case, results, before, share, 2 if quick else 30, "step")
+        # The better of before and after: whatever else runs for a moment takes from a rate.
+        peaks = before.best(roofline.measure("cpu", torch.float32, quick))
+        print(f"{peaks.bandwidth / 1e9:.1f} GB/s, {peaks.flops / 1e9:.0f} GFLOP/s")
+        measured = {row["variant"]: row["us"] / 1e3 for row in results.rows if "us" in row}
+        predicted = {}
+        for theirs, variant in CHECKED.items():
+            of_rank = 8 if variant == "peft r" else rank  # it has a LoRA of r = 8 beside any R
+            # Each of its linears has a pool of its own.
+            ops = operations(layer, tokens, of_rank, variant, itemsize=4, pool_layers=False)
+            found = timed(ops, variant, Card(peaks.bandwidth, peaks.flops), CPU)
+            predicted[theirs.format(R=case.R)] = found.ms
+        for name, ms in predicted.items():
+            made.append(
+                {
+                    "tokens": tokens,
+                    "R": case.R,
+                    "variant": name,
+                    "measured": f"{measured[name]:.3g}",
+                    "predicted": f"{ms:.3g}",
+                    "miss": f"{ms / measured[name] - 1:+.0%}",
+                    "measured / frozen": f"{measured[name] / measured['frozen']:.2f}",
+                    "predicted / frozen": f"{ms / predicted['frozen']:.2f}",
+                }
+            )
+    return made
+
+
+def with_tables(page: str) -> str:
+    """The page, under each of this module's commands the table that it prints now."""
+    pattern = r"(`python -m benchmarks\.predict([^`]*) --markdown`[^|`]*\n\n)((?:\|.*\n)+)"
+
+    def replaced(match: re.Match[str]) -> str:
+        given = parser().parse_args(match[2].split())
+        return match[0] if given.check_cpu else match[1] + records.table(rows(given)) + "\n"
+
+    return re.sub(pattern, replaced, page)
+
+
+def rows(given: argparse.Namespace) -> list[dict[str, object]]:
+    """The table that was asked for."""
+    if given.check_cpu:
+        harness.pin_allocator()
+        return check_cpu(given.seconds, given.quick)
+    if given.cards:
+        return over_cards(given.cards, given.rank, given.dropout)
+    if given.counts:
+        return counts(given.model, given.card, given.rank, given.counts)
+    return over_tokens(given.model, given.card, given.rank, given.dropout)
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--card", choices=[*CARDS], default="H100")
+    made.add_argument("--model", default="llama", help="how one of the names begins")
+    made.add_argument("--rank", type=int, default=8)
+    made.add_argument("--dropout", type=float, default=0.0)
+    made.add_argument("--cards", type=int, metavar="TOKENS", help="every card and model")
+    made.add_argument("--counts", type=int, metavar="TOKENS", help="bytes and launches")
+    made.add_argument("--markdown", action="store_true", help="a table for a page")
+    made.add_argument("--write", action="store_true", help="renew the tables of docs/kernels.md")
+    made.add_argument("--check-cpu", action="store_true", help="measure this machine beside it")
+    made.add_argument("--seconds", type=float, default=90, help="that --check-cpu measures")
+    made.add_argument("--quick", action="store_true", help="tiny shapes: a test of --check-cpu")
+    return made
+
+
+def main() -> None:
+    given = parser().parse_args()
+    if given.write:
+        PAGE.write_text(with_tables(PAGE.read_text()))
+        return
+    made = rows(given)
+    if given.markdown:
+        print(records.table(made))
+        return
+    for line in (made[0].keys(), *(row.values() for row in made)):
+        print(*(f"{cell!s:>18}" for cell in line))
+
+
+if __name__ == "__main__":
+    main()

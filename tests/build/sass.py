@@ -1,0 +1,295 @@
+"""Holds the machine code of every kernel against what the sources promise, on four architectures.
+
+    python -m tests.build.sass [--write]
+
+Compiles csrc/cuda/*.cu with nvcc, disassembles with nvdisasm (of a CUDA toolkit, or of the package
+nvidia-cuda-nvdisasm), and fails where a kernel spills, uses local memory or atomics, lacks the wide
+accesses that PROMISES has, or has fewer loads in flight; and where the table of kernels in
+docs/kernels.md is not the one made here, which ``--write`` puts there. No GPU is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from build_support import toolchain
+from tests.build.check_build import ARCHS, ROOT, Kernel, Report, read_ptxas, run
+from tests.build.sass_code import Code, loads_in_flight, read
+
+PAGE = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- kernels: made by tests/build/sass.py -->", "<!-- kernels: end -->"
+SHOWN = "sm_90"
+FOUR = 4  # loads in flight that hide most of a memory's latency
+
+
+class Promise(NamedTuple):
+    """Bits of the widest loads and stores, and how many such loads a thread has in flight."""
+
+    kernel: str  # a pattern of short names
+    load: int
+    store: int
+    in_flight: int | None = FOUR  # None: there are no such loads, or they cannot be told apart
+
+
+# The first that matches. Widths are kStep's, kPer16Bytes' or kExpandStep's elements.
+PROMISES = (
+    # A warp takes 256 elements, so that there are two loads to a lane: fewer bytes in flight would
+    # do, but more warps are idle in a small matrix.
+    Promise("pack<double, double>", 128, 128),
+    Promise("pack<float, float>", 128, 128, 2),
+    Promise("pack<float, (half|bf16)>", 128, 64, 2),
+    # Entries of the table of layers are loaded with 64 bits as well.
+    Promise("pack<(half|bf16), float>", 64, 128, None),
+    # One load covers a lane's 8 elements. The store of 128 bits that copy_piece asks for is four of
+    # 32, since the elements are rounded one by one.
+    Promise("pack<(half|bf16), (half|bf16)>", 128, 32, 1),
+    # Sums over layers are unrolled; a layer alone runs the rest of that loop, two loads to a lane.
+    Promise("pack_backward<(float|double)>", 128, 128),
+    Promise("pack_backward<(half|bf16)>", 128, 64),
+    # Of one token there are three loads a round, two of Ap and one of x. The loop is unrolled, but
+    # on sm_80 and sm_100 ptxas uses the results of a round before it loads those of the next.
+    Promise(r"shrink<\w+, 1>", 128, 32, 3),
+    Promise(r"shrink<\w+, \d>", 128, 32),
+    Promise(r"expand<float, \d>", 64, 64),
+    Promise(r"expand<(half|bf16), \d>", 32, 32),
+    # Eight elements to a thread, all of them loaded before the first is stored.
+    Promise("dropout<double>", 128, 128),
+    Promise("dropout<float>", 128, 128, 2),
+    Promise("dropout<(half|bf16)>", 128, 128, 1),
+    Promise("dropout_mask", 64, 8, None),  # the seed alone is loaded
+    Promise("write_table", 0, 64, None),
+)
+
+
+class Row(NamedTuple):
+    """One kernel on one architecture."""
+
+    name: str
+    code: Code
+    ptxas: Kernel
+    shared: int
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
+    given = parser.parse_args()
+    report = Report()
+    compiled = compile_all()
+    promises = promises_of({row.name for rows in compiled.values() for row in rows})
+    for arch in ARCHS:
+        found = [
+            f"{row.name}: {fault}"
+            for row in compiled[arch]
+            for fault in (*spilled(row.ptxas), *faults(row.code, promises[row.name]))
+        ]
+        report.check(not found, f"{arch}: {len(compiled[arch])} kernels, {len(found)} faults")
+        print("".join(f"      {each}\n" for each in found), end="")
+    unused = [each.kernel for each in PROMISES if each not in promises.values()]
+    report.check(not unused, f"PROMISES: lines without a kernel: {', '.join(unused) or 'none'}")
+    made = table(compiled[SHOWN], promises)
+    print(made)
+    page = PAGE.read_text()
+    if given.write:
+        PAGE.write_text(with_table(page, made))
+    same = given.write or table_in(page) == made
+    report.check(same, "docs/kernels.md has this table (python -m tests.build.sass --write)")
+    return 1 if report.failures else 0
+
+
+def compile_all() -> dict[str, list[Row]]:
+    """The kernels of every architecture."""
+    nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
+    sources = sorted((ROOT / "csrc").glob("**/*.cu"))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = {
+            arch: [
+                pool.submit(compile_one, nvcc, nvdisasm, source, arch, Path(scratch))
+                for source in sources
+            ]
+            for arch in ARCHS
+        }
+        rows = {arch: [row for job in each for row in job.result()] for arch, each in jobs.items()}
+    return {arch: sorted(each, key=lambda row: order(row.name)) for arch, each in rows.items()}
+
+
+def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, scratch: Path) -> list[Row]:
+    """The kernels of one file, compiled as build_support/extension.py has it."""
+    cubin = scratch / f"{source.stem}.{arch}.cubin"
+    options = ["-O3", "-std=c++17", "--ptxas-options=-v", "-cubin", f"-arch={arch}"]
+    log = run([str(nvcc), *options, "-I", str(ROOT / "csrc"), "-o", str(cubin), str(source)])
+    ptxas = {kernel.name: kernel for kernel in read_ptxas(log)}
+    codes = list(read(run([str(nvdisasm), "--print-code", str(cubin)])))
+    names = demangled([code.name for code in codes])
+    return [
+        Row(short(name), code, ptxas[code.name], shared_bytes(log, code.name))
+        for name, code in zip(names, codes, strict=True)
+    ]
+
+
+def find_nvcc() -> Path:
+    try:
+        return toolchain.cuda_home(Path(sysconfig.get_path("purelib"))) / "bin" / "nvcc"
+    except toolchain.Missing as missing:
+        raise SystemExit(f"nvcc: {missing}.") from None
+
+
+def find_nvdisasm() -> Path:
+    """Beside nvcc, on PATH, or in a package of this Python."""
+    candidates = [
+        find_nvcc().parent / "nvdisasm",
+        *map(Path, filter(None, [shutil.which("nvdisasm")])),
+    ]
+    for folder in (sysconfig.get_path("purelib"), *site.getsitepackages()):
+        candidates += sorted(Path(folder).glob("nvidia/*/bin/nvdisasm"))
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK):
+            return candidate
+    raise SystemExit(
+        "nvdisasm is neither beside nvcc nor on PATH; pip install nvidia-cuda-nvdisasm brings it."
+    )
+
+
+def demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(
+        ["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True
+    )
+    return done.stdout.splitlines()
+
+
+def short(name: str) -> str:
+    """``pack<float, bf16>`` of ``void rasa_ext::pack_kernel<float, __nv_bfloat16>(...)``."""
+    name = re.sub(r"\(.*", "", name).removeprefix("void ").removeprefix("rasa_ext::")
+    for old, new in (("_kernel", ""), ("__nv_bfloat16", "bf16"), ("__half", "half")):
+        name = name.replace(old, new)
+    return name
+
+
+def order(name: str) -> tuple:
+    """By kernel, then wide types before narrow ones, then by number."""
+    kernel, _, types = name.partition("<")
+    rank = {"double": 0, "float": 1, "half": 2, "bf16": 3}
+    parts = re.findall(r"\w+", types)
+    return kernel, [rank.get(part, int(part) if part.isdigit() else 9) for part in parts]
+
+
+def shared_bytes(log: str, kernel: str) -> int:
+    """Static shared memory, in ptxas's words; what a launch adds is the launcher's."""
+    said = log.partition(f"Compiling entry function '{kernel}'")[2].partition("Compiling entry")[0]
+    found = re.search(r"(\d+) bytes smem", said)
+    return int(found[1]) if found else 0
+
+
+def promises_of(names: Iterable[str]) -> dict[str, Promise]:
+    """What each kernel's source promises."""
+    found = {
+        name: next((each for each in PROMISES if re.fullmatch(each.kernel, name)), None)
+        for name in sorted(names)
+    }
+    strangers = [name for name, promise in found.items() if promise is None]
+    if strangers:
+        raise SystemExit(
+            f"PROMISES: expected a line for each of {strangers}; add what their sources promise."
+        )
+    return {name: promise for name, promise in found.items() if promise}
+
+
+def spilled(kernel: Kernel) -> Iterator[str]:
+    if kernel.stack or kernel.spills:
+        yield f"{kernel.stack} bytes of stack, {kernel.spills} of spills"
+
+
+def faults(code: Code, promise: Promise) -> list[str]:
+    """What a kernel does that none may, or does not do that it should."""
+    found = []
+    ops = list(dict.fromkeys(each.op for each in code.instructions))
+    local = [op for op in ops if op.startswith(("LDL", "STL"))]
+    atomic = [op for op in ops if op.startswith(("ATOM", "RED")) and not op.startswith("REDUX")]
+    for what, used in (("local memory", local), ("atomics", atomic)):
+        if used:
+            found.append(f"{what}: {', '.join(used)}")
+    load, store = widest(code)
+    for what, got, promised in (("load", load, promise.load), ("store", store, promise.store)):
+        if got < promised:
+            found.append(f"no {what} of {promised} bits, the widest has {got}")
+    if promise.in_flight is not None:
+        for where, count in in_flight(code, promise.load).items():
+            if count < promise.in_flight:
+                found.append(
+                    f"{where}: {count} load{'s' * (count != 1)} in flight, "
+                    f"expected {promise.in_flight}"
+                )
+    return found
+
+
+def widest(code: Code) -> tuple[int, int]:
+    """Bits of the widest load and store of global memory; 0 where there is none."""
+    loads = [each.width for each in code.instructions if each.is_load()]
+    stores = [each.width for each in code.instructions if each.is_store()]
+    return max(loads, default=0), max(stores, default=0)
+
+
+def in_flight(code: Code, width: int) -> dict[str, int]:
+    """Loads of ``width`` bits in flight, by kind of loop; in all of the code where no loop has any.
+
+    Loops with such loads that store alike are copies of one: nvcc unrolls a loop and leaves a rest.
+    The best of them counts.
+    """
+    *loops, rest = code.stretches()
+    found: dict[str, int] = {}
+    for body in loops:
+        count = loads_in_flight(body, width)
+        kind = "loop that stores" if any(each.is_store() for each in body) else "loop"
+        if count:
+            found[kind] = max(found.get(kind, 0), count)
+    return found or {"straight": loads_in_flight(rest, width)}
+
+
+def table(rows: list[Row], promises: Mapping[str, Promise]) -> str:
+    """In markdown, with the compiler's version, on which it depends."""
+    version = run([str(find_nvcc()), "--version"])
+    release = re.search(r"V(\d+\.\d+\.\d+)", version)
+    lines = [
+        f"nvcc {release[1] if release else '?'}, {SHOWN}:",
+        "",
+        "| kernel | registers | shared | load | store | loads in flight |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        promise = promises[row.name]
+        flying = "-"
+        if promise.in_flight is not None:
+            counts = in_flight(row.code, promise.load).items()
+            flying = ", ".join(f"{count} ({where})" for where, count in sorted(counts))
+        load, store = (f"{bits} bits" if bits else "-" for bits in widest(row.code))
+        cells = (f"`{row.name}`", row.ptxas.registers, row.shared, load, store, flying)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def table_in(page: str) -> str:
+    _, begin, rest = page.partition(BEGIN + "\n")
+    found, end, _ = rest.partition("\n" + END)
+    if not begin or not end or BEGIN in rest:
+        raise SystemExit(f"docs/kernels.md: expected one table between {BEGIN} and {END}.")
+    return found
+
+
+def with_table(page: str, made: str) -> str:
+    return page.replace(f"{BEGIN}\n{table_in(page)}\n{END}", f"{BEGIN}\n{made}\n{END}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

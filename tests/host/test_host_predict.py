@@ -1,0 +1,82 @@
+"""benchmarks/passes.py lists the products that the host code asks cuBLAS for, in their order."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from benchmarks import passes
+from benchmarks.shapes import Linear
+
+TOKENS, IN, OWN, POOLED, R = 33, 64, 7, 9, 16
+
+
+def asked(host) -> list[tuple[int, ...]]:
+    """(rows, columns, inner, beta, batch) of every product."""
+    found = []
+    for call in host.calls():
+        n, m, k, batch, beta = (
+            int(re.search(rf"\b{name}=(\d+)", call)[1]) for name in ("m", "n", "k", "batch", "beta")
+        )
+        # Row-major results are cuBLAS's transposes: m is the width.
+        found.append((m, n, k, beta, batch))
+    return found
+
+
+def listed(name: str, widths: list[int], biased: bool) -> list[tuple[int, ...]]:
+    linears = [Linear(f"l{i}", IN, width, "x") for i, width in enumerate(widths)]
+    setting = passes.Setting(TOKENS, R, POOLED, itemsize=2, multiple=16, biased=biased)
+    found: list[tuple[int, ...]] = []
+    for op in passes.ops(passes.BY_NAME[name], linears, setting):
+        if op.kind != "product":
+            continue
+        if op.launches == 0:  # one call with the product before it
+            found[-1] = (*found[-1][:-1], found[-1][-1] + 1)
+            continue
+        to = op.writes[0]
+        found.append((to.rows, to.cols, op.inner, int(op.added_to is not None), 1))
+    return found
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def adapter(out: int) -> tuple[torch.Tensor, ...]:
+    return (
+        torch.randn(OWN, IN),
+        torch.randn(POOLED, IN),
+        torch.randn(OWN, out).t(),
+        torch.randn(POOLED, out).t(),
+        torch.randn(R),
+    )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_linear_alone(host, biased):
+    out, factors = 48, adapter(48)
+    x, weight, grad = draw(TOKENS, IN), draw(out, IN), draw(TOKENS, out)
+    host.reset()
+    _, U, _ = host.ops.adapted_linear(
+        None, x, weight, draw(out) if biased else None, *factors, R, None, 1.0
+    )
+    host.ops.adapted_linear_backward(
+        grad, x, weight, U, None, *factors, R, True, True, True, None, 1.0
+    )
+    assert asked(host) == listed("ours", [out], biased)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("widths", [[48, 24, 40], [48, 24, 24]])
+def test_fused_projections(host, widths, biased):
+    factors = zip(*(adapter(out) for out in widths), strict=True)
+    x, weights = draw(TOKENS, IN), [draw(out, IN) for out in widths]
+    Ap, Bp = host.ops.pack_projections(*map(list, factors), torch.bfloat16, R)
+    host.reset()
+    biases = [draw(out) for out in widths] if biased else []
+    _, U = host.ops.linear_projections(x, weights, biases, Ap, Bp, None, 1.0)
+    grads = [draw(TOKENS, out) for out in widths]
+    host.ops.linear_projections_backward(grads, x, weights, U, Ap, Bp, True, True, True, None, 1.0)
+    assert asked(host) == listed("ours fused", widths, biased)
