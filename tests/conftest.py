@@ -67,6 +67,14 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
+def host():
+    """The compiled operators over CPU memory."""
+    from tests.helpers import host
+
+    return host.load()
+
+
+@pytest.fixture(scope="session")
 def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A program to start instead of ``sys.executable`` where what it imports is not the subject."""
     from tests.helpers import forked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +10,6 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext import ops
-from rasa_ext.nn import adapted_linear, functional, fused_projections
-from rasa_ext.patching import merge as merging
 
 
 class Blocks(nn.Module):
@@ -60,21 +57,8 @@ def fused(request) -> bool:
 
 @pytest.fixture
 def on_host(host, fused, monkeypatch):
-    """The package's operators become the compiled ones, with a GPU's heuristics."""
-    names = {name: getattr(ops, name) for name in ops.__all__}
-    compiled = {name: getattr(host.ops, name) for name in ops.OPERATORS}
-    heuristics = {
-        "rank_multiple": lambda *_: ops.rank_multiple("cuda", torch.float32, 6),
-        "fuse_projections": lambda _: fused,
-        "noise_words": lambda *_: 2,
-    }
-    gpu = SimpleNamespace(**(names | compiled | heuristics))
-
-    def switch() -> None:
-        for module in (adapted_linear, functional, fused_projections, merging):
-            monkeypatch.setattr(module, "ops", gpu)
-
-    return switch
+    """The package's operators become the compiled ones, as on a GPU."""
+    return lambda: host.take_over(monkeypatch, fused)
 
 
 def step(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,0 +1,146 @@
+"""Steps of adapted layers and models, by the package and by plain PyTorch, and their errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import ops
+from rasa_ext.nn import functional
+from rasa_ext.ops import Factors
+from tests.helpers import oracle
+from tests.helpers.adapters import (
+    Errors,
+    PlainRasa,
+    adapters,
+    excesses,
+    observe,
+    plain_model,
+    randomize,
+    trainable_copies,
+    wide,
+)
+from tests.helpers.models import Entry
+from tests.helpers.operators import draw_adapter, floor
+from tests.helpers.oracle import Adapter
+
+
+class Case:
+    """x, a frozen layer and an adapter whose dW is about as large as its W, and a gradient of y.
+
+    ``sizes``: tokens, in, out, private ranks and pool ranks (None without a pool).
+    """
+
+    def __init__(self, sizes: tuple, dtype: torch.dtype, device: str) -> None:
+        tokens, width, out, own, pooled = sizes
+        self.x = torch.randn(tokens, width, device=device).to(dtype).requires_grad_()
+        self.grad = torch.randn(tokens, out, device=device).to(dtype)
+        self.base = nn.Linear(1, 1, device=device).requires_grad_(False)
+        weight = torch.randn(out, width, device=device) * max(width, 1) ** -0.5
+        self.base.weight.data, self.base.bias.data = weight.to(dtype), self.grad.new_zeros(out)
+        self.base.bias.normal_()
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        drawn = draw_adapter(width, out, own, pooled, device, wide)
+        down = max(width, 1) ** -0.5
+        up = max(drawn.d.numel(), 1) ** -0.5
+        pools = (None, None) if pooled is None else (drawn.A_pool * down, drawn.B_pool * up)
+        scaled = Adapter(drawn.A * down, pools[0], drawn.B * up, pools[1], drawn.d)
+        self.adapter = trainable_copies({"": scaled})[""]
+
+    def ours(self) -> dict[str, Tensor]:
+        """y and every gradient, and y without grad: few tokens then have kernels of their own."""
+        base, factors = (self.base.weight, self.base.bias), Factors(*self.adapter)
+        Rp = ops.rank_multiple(self.x.device.type, self.x.dtype, factors.rank)
+        found = self._step(lambda: functional.adapted_linear(self.x, *base, factors, Rp))
+        with torch.no_grad():
+            quiet, _ = ops.low_rank_linear(self.x, *base, *ops.pack(*factors, self.x.dtype, Rp))
+        return {**found, "quiet": quiet}
+
+    def plain(self) -> dict[str, Tensor]:
+        """The same by the official formula."""
+        found = self._step(lambda: PlainRasa(self.base, self.adapter)(self.x))
+        return {**found, "quiet": found["y"]}
+
+    def _step(self, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+        y = run()
+        leaves = {"x": self.x, **self.adapter._asdict()}
+        leaves = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+        grads = torch.autograd.grad(y, list(leaves.values()), self.grad)
+        return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+    @torch.no_grad()
+    def reference(self) -> dict[str, Tensor]:
+        """In float64, on the device."""
+        x, adapter = self.x.detach(), self.adapter
+        found = oracle.linear_grads(self.grad, x, self.base.weight, adapter)
+        if adapter.A_pool is None:
+            del found["A_pool"], found["B_pool"]
+        y = oracle.linear(x, self.base.weight, self.base.bias, adapter)
+        return {**found, "y": y, "quiet": y}
+
+
+class OnDevice(Errors):
+    """Errors that are worked out where the tensors are: large ones take long to copy."""
+
+    def add(self, found: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> None:
+        assert found.keys() == reference.keys()
+        for name, expected in reference.items():
+            assert found[name].shape == expected.shape, name
+            self.error[name] += (found[name].double() - expected).square().sum().item()
+            self.scale[name] += expected.square().sum().item()
+
+
+def check_layer(sizes: tuple, dtype: torch.dtype, device: str, draws: int) -> None:
+    """Every quantity within twice plain PyTorch's error against float64."""
+    ours, theirs = OnDevice(), OnDevice()
+    for _ in range(draws):
+        case = Case(sizes, dtype, device)
+        reference, found = case.reference(), case.ours()
+        assert found["y"].dtype == found["x"].dtype == dtype
+        ours.add(found, reference)
+        theirs.add(case.plain(), reference)
+    assert not excesses(ours, theirs, floor(dtype))[0]
+
+
+def check_model(
+    entry: Entry,
+    base: nn.Module,
+    model: nn.Module,
+    run: nn.Module | None = None,
+    autocast: torch.dtype | None = None,
+    draws: int = 4,
+) -> list[dict[str, Tensor]]:
+    """``check_layer`` of a patched model, over several adapters and inputs.
+
+    ``run`` is what stands for the model, say compiled. Returns what was observed of it.
+    """
+    weight = next(base.parameters())
+    dtype, device = weight.dtype, str(weight.device)
+    found, ours, theirs, seen = adapters(model), Errors(by_kind=True), Errors(by_kind=True), []
+    for draw in range(draws):
+        randomize(model, draw)
+        copies, inputs = trainable_copies(found), entry.inputs(draw, dtype, device)
+        reference = oracle.run_model(
+            base, copies, lambda dense, inputs=inputs: entry.loss(dense, wide(inputs))
+        )
+        with torch.autocast(weight.device.type, autocast, enabled=autocast is not None):
+            seen.append(observe(model if run is None else run, found, entry, inputs))
+            theirs.add(observe(plain_model(base, copies), copies, entry, inputs), reference)
+        ours.add(seen[-1], reference)
+    assert not excesses(ours, theirs, floor(dtype) if autocast is None else 0.0)[0]
+    return seen
+
+
+def check_evaluation(entry: Entry, base: nn.Module, model: nn.Module, inputs: dict) -> Tensor:
+    """Logits without grad, merged or not, within twice plain PyTorch's error; returns them."""
+    copies, ours, theirs = trainable_copies(adapters(model)), Errors(), Errors()
+    reference = oracle.run_model(base, copies, lambda dense: entry.loss(dense, wide(inputs)))
+    with torch.no_grad():
+        found = entry.call(model, **inputs)
+        plain = entry.call(plain_model(base, copies), **inputs)
+    ours.add({"logits": found}, {"logits": reference["logits"]})
+    theirs.add({"logits": plain}, {"logits": reference["logits"]})
+    assert not excesses(ours, theirs, floor(found.dtype))[0]
+    return found

@@ -1,0 +1,147 @@
+"""Operators where a GPU goes other ways: real sizes, few tokens, sizes of zero.
+
+Values at small sizes, in every dtype: tests/ops and tests/nn/test_group.py, on the device as well.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rasa_ext
+from rasa_ext import ops
+from rasa_ext.nn import functional
+from rasa_ext.ops import Factors
+from tests.gpu.steps import Case, check_layer
+from tests.helpers.adapters import Errors, excesses
+from tests.helpers.operators import DTYPES, draw_adapter, floor
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def test_every_operator_has_a_compiled_kernel(device):
+    """Without one it would run as PyTorch operations, and every other test hold all the same."""
+    namespace, key = ("rasa_ext", "CUDA") if device == "cuda" else ("rasa_ext_host", "CPU")
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    missing = [name for name in ops.OPERATORS if not has_kernel(f"{namespace}::{name}", key)]
+    assert not missing, rasa_ext.cuda_status()
+
+
+# (tokens, in, out) on a GPU, where products take several waves of tiles, and on the CPU.
+SIZES = {
+    "q": ((8192, 4096, 4096), (64, 32, 32)),
+    "gate": ((4096, 4096, 14336), (32, 32, 112)),
+    "down": ((4096, 14336, 4096), (32, 112, 32)),
+    "k": ((8192, 4096, 1024), (64, 32, 8)),
+    "odd": ((4093, 4095, 1001), (61, 31, 13)),
+    "narrow": ((4100, 4100, 12), (60, 36, 12)),
+}
+
+
+@pytest.mark.parametrize("layer", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_layers_of_a_large_model(layer, dtype, device):
+    """r = 8 and k = 1 over 32 layers: R = 39."""
+    large, small = SIZES[layer]
+    sizes, draws = (large, 1) if device == "cuda" else (small, 8)
+    check_layer((*sizes, 7, 32), dtype, device, draws)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_tokens(tokens, dtype, device):
+    width, out = (4096, 4096) if device == "cuda" else (32, 24)
+    check_layer((tokens, width, out, 7, 32), dtype, device, 8)
+    check_layer((tokens, width - 3, out - 1, 7, 32), dtype, device, 8)
+
+
+# (tokens, rank): the tokens whose U fits in shared memory side by side are 8, 4, 1 and none.
+LARGE_RANKS = ((16, 1536), (9, 1536), (5, 3072), (3, 3072), (2, 12288), (1, 12288), (2, 12304))
+
+
+@pytest.mark.parametrize(("tokens", "rank"), LARGE_RANKS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_few_tokens_of_a_large_rank(tokens, rank, dtype, device):
+    width, out = (1024, 1000) if device == "cuda" else (9, 6)
+    ours, theirs = Errors(), Errors()
+    x, weight, bias, Ap, Bp = (
+        torch.randn(size, device=device).to(dtype)
+        for size in ((tokens, width), (out, width), (out,), (rank, width), (rank, out))
+    )
+    y, U = ops.low_rank_linear(x, weight, bias, Ap, Bp)
+    added, _ = ops.low_rank_add(y, x, Ap, Bp)
+    plain = x @ weight.T + (x @ Ap.T) @ Bp + bias
+    wide = [t.double() for t in (x, weight, bias, Ap, Bp)]
+    inner = wide[0] @ wide[3].T
+    change = inner @ wide[4]
+    reference = wide[0] @ wide[1].T + change + wide[2]
+    expected = {"y": reference, "U": inner, "added": y.double() + change}
+    ours.add({"y": y, "U": U, "added": added}, expected)
+    theirs.add({"y": plain, "U": x @ Ap.T, "added": y + (x @ Ap.T) @ Bp}, expected)
+    assert not excesses(ours, theirs, floor(dtype))[0]
+
+
+# (tokens, in, out, private ranks, pool ranks), with products whose inner size is 0.
+EMPTY = (
+    (0, 9, 7, 3, 6),
+    (5, 0, 7, 3, 6),
+    (5, 9, 0, 3, 6),
+    (17, 0, 7, 3, 6),
+    (17, 9, 0, 3, 6),
+    (17, 9, 7, 0, 0),
+    (17, 9, 7, 0, None),
+    (17, 9, 7, 3, None),
+    (5, 0, 0, 3, 6),
+)
+
+
+@pytest.mark.parametrize("sizes", EMPTY, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes_of_zero(sizes, dtype, device):
+    check_layer(sizes, dtype, device, 8)
+
+
+@pytest.mark.parametrize("sizes", EMPTY, ids=str)
+def test_projections_with_sizes_of_zero(sizes, device):
+    """Two layers of one x give what each gives alone."""
+    case = Case(sizes, torch.float64, device)
+    expected, grads = case.reference(), (case.grad, case.grad)
+    factors = [Factors(*case.adapter)] * 2
+    base = [case.base.weight] * 2, [case.base.bias] * 2
+    y = functional.adapted_projections(case.x, *base, factors, 16)
+    for each in y:
+        torch.testing.assert_close(each, expected["y"])
+    torch.autograd.backward(y, grads)
+    for name, leaf in {"x": case.x, **case.adapter._asdict()}.items():
+        if leaf is not None:
+            torch.testing.assert_close(leaf.grad, 2 * expected[name], msg=name)
+
+
+@pytest.mark.parametrize(("width", "out"), [(0, 7), (9, 0)])
+def test_merging_layers_of_no_width(width, out, device):
+    adapters = [draw_adapter(width, out, 3, 6, device) for _ in range(2)]
+    A, A_pool, B, B_pool, d = map(list, zip(*adapters, strict=True))
+    Ap, Bp = ops.pack_group(A, A_pool[0], B, B_pool[0], d, torch.float32)
+    weights = [torch.randn(out, width, device=device) for _ in adapters]
+    assert ops.delta_group(Ap, Bp).shape == (2, out, width)
+    ops.merge_group(weights, Ap, Bp)
+    assert all(weight.shape == (out, width) for weight in weights)
+
+
+def test_merging_in_float16(device):
+    """Beside the dtypes of tests/ops/test_layers.py: dW in float32, and one rounding."""
+    adapters = [draw_adapter(9, 7, 3, None, device) for _ in range(3)]
+    A, _, B, _, d = map(list, zip(*adapters, strict=True))
+    Ap, Bp = ops.pack_group(A, None, B, None, d, torch.float16)
+    expected = Bp.double().transpose(1, 2) @ Ap.double()
+    delta = ops.delta_group(Ap, Bp)
+    assert delta.dtype == torch.float32
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(delta.double(), expected, rtol=8 * eps, atol=8 * eps)
+    weights = [torch.randn(7, 9, device=device).half() for _ in adapters]
+    before = [weight.double() for weight in weights]
+    ops.merge_group(weights, Ap, Bp)
+    for weight, old, change in zip(weights, before, expected, strict=True):
+        assert weight.dtype == torch.float16
+        rounding = torch.finfo(torch.float16).eps / 2
+        torch.testing.assert_close(weight.double(), old + change, rtol=1.01 * rounding, atol=2e-6)

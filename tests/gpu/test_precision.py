@@ -1,0 +1,108 @@
+"""TF32 as torch's flag says, and autocast over float32 bases."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from tests.gpu.steps import Case, OnDevice, check_model
+from tests.helpers import oracle
+from tests.helpers.adapters import adapter_of, excesses, patched
+from tests.helpers.models import BERT, LLAMA, ids
+from tests.helpers.operators import floor
+
+# Between the roundings of TF32's 11 bits and of float32's 24: their geometric mean.
+BETWEEN = (2**-11 * 2**-24) ** 0.5
+
+
+@contextlib.contextmanager
+def setting(name: str, value: object) -> Iterator[None]:
+    """A flag of torch's for products on a GPU, put back afterwards."""
+    flags = torch.backends.cuda.matmul
+    before = getattr(flags, name)
+    setattr(flags, name, value)
+    try:
+        yield
+    finally:
+        setattr(flags, name, before)
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "tf32"])
+def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
+    with setting("allow_tf32", request.param):
+        yield request.param
+
+
+def rounds_to_tf32(device: str, tf32: bool) -> bool:
+    """The products of the CPU know no such flag."""
+    return tf32 and device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def test_tf32_in_a_layer(device, tf32):
+    """Where it is allowed, y and every gradient show it; where it is not, none does."""
+    sizes = (512, 512, 1024, 8, 32) if device == "cuda" else (64, 64, 128, 8, 32)
+    ours, theirs = OnDevice(), OnDevice()
+    for _ in range(2):
+        case = Case(sizes, torch.float32, device)
+        reference = case.reference()
+        ours.add(case.ours(), reference)
+        theirs.add(case.plain(), reference)
+    assert not excesses(ours, theirs, floor(torch.float32))[0]
+    for name in ("y", "quiet", "x"):
+        assert (ours.relative()[name] > BETWEEN) == rounds_to_tf32(device, tf32), name
+    if not tf32:
+        assert max(ours.relative().values()) < BETWEEN
+
+
+def test_fp32_precision_is_the_same_flag(device):
+    """The name that torch gives it since 2.9."""
+    sizes = (512, 512, 1024, 8, 32) if device == "cuda" else (64, 64, 128, 8, 32)
+    for precision in ("tf32", "ieee"):
+        with setting("fp32_precision", precision):
+            case, errors = Case(sizes, torch.float32, device), OnDevice()
+            errors.add(case.ours(), case.reference())
+        shown = rounds_to_tf32(device, precision == "tf32")
+        assert (errors.relative()["y"] > BETWEEN) == shown
+
+
+def test_merging_is_in_float32_whatever_is_allowed(device, tf32):
+    width, out = (512, 384) if device == "cuda" else (48, 32)
+    stack = nn.Sequential(*(nn.Linear(width, out) for _ in range(3))).to(device)
+    model = patched(stack, 32, 8)
+    rasa_ext.merge(model)
+    for base, layer in zip(stack, model, strict=True):
+        expected = oracle.merged_weight(base, adapter_of(layer))
+        error = (layer.base_layer.weight.double() - expected).norm() / expected.norm()
+        assert error < BETWEEN
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("entry", [LLAMA, BERT], ids=ids)
+def test_autocast(entry, dtype, device, fused):
+    """In autocast's dtype, whose error is plain PyTorch's; gradients have their parameters'."""
+    base = entry.build().to(device)
+    for observed in check_model(entry, base, patched(base).train(), autocast=dtype):
+        assert observed.pop("logits").dtype == dtype
+        assert {grad.dtype for grad in observed.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+def test_autocast_of_a_layer(dtype, dropout, device):
+    """y comes in autocast's dtype, with grad and without, and the gradient of x in x's."""
+    stack = nn.Sequential(*(nn.Linear(40, 24) for _ in range(3))).to(device)
+    layer = patched(stack, dropout=dropout).train()[1]
+    x = torch.randn(5, 40, device=device, requires_grad=True)
+    with torch.autocast(device, dtype):
+        y = layer(x)
+        with torch.no_grad():
+            assert layer(x).dtype == dtype
+    assert y.dtype == dtype
+    y.backward(torch.ones_like(y))
+    assert x.grad.dtype == torch.float32
+    assert all(adapter_part.grad.dtype == torch.float32 for adapter_part in adapter_of(layer))

@@ -1,0 +1,78 @@
+"""Quantized bases on the device, by bitsandbytes' kernels for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import (
+    Errors,
+    PlainRasa,
+    adapter_of,
+    excesses,
+    patched,
+    trainable_copies,
+)
+
+WHY = "bitsandbytes and torchao are not installed"
+FORMS = ("nf4", "nf4 nested", "fp4", "int8")
+
+
+@pytest.fixture
+def quantized():
+    """tests.helpers.quantized, which imports both."""
+    for name in ("bitsandbytes", "torchao"):
+        pytest.importorskip(name, reason=WHY)
+    from tests.helpers import quantized
+
+    return quantized
+
+
+def observe(layer, x, adapter, grad) -> dict[str, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    leaves = {"x": x, **adapter._asdict()}
+    grads = torch.autograd.grad(y, list(leaves.values()), grad)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_forward_and_backward(form, dtype, device, quantized):
+    """base(x) + x dW^T and G W + H Ap, with the quantized weight as numbers."""
+    model = quantized.quantized(quantized.linears(dtype=dtype), form).to(device)
+    base, layer = model[2], patched(model)[2].train()
+    adapter = adapter_of(layer)
+    ours, theirs = Errors(), Errors()
+    for _ in range(4):
+        x = torch.randn(33, quantized.WIDTH, device=device).to(dtype)
+        grad = torch.randn(33, quantized.OUT, device=device).to(dtype)
+        with torch.no_grad():
+            alone = base.train()(x).double()
+        wanted = oracle.linear_grads(grad, x, quantized.numbers(base), adapter)
+        wanted["y"] = alone + x.double() @ oracle.delta(adapter).T
+        leaf = trainable_copies({"": adapter})[""]
+        ours.add(observe(layer, x, adapter, grad), wanted)
+        theirs.add(observe(PlainRasa(base, leaf), x, leaf, grad), wanted)
+    assert not excesses(ours, theirs, 0.0)[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_merging(form, device, quantized):
+    """Dense while merged; the stored bytes are back afterwards."""
+    model = patched(quantized.quantized(quantized.linears(), form).to(device)).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dense = [quantized.numbers(layer.base_layer) for layer in model]
+    rasa_ext.merge(model)
+    for weight, layer in zip(dense, model, strict=True):
+        expected = weight + oracle.delta(adapter_of(layer))
+        got = layer.base_layer.weight
+        assert type(got) is nn.Parameter
+        error = (got.double() - expected).norm() / expected.norm()
+        assert error <= torch.finfo(got.dtype).eps
+    rasa_ext.unmerge(model)
+    state = model.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())

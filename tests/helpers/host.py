@@ -1,0 +1,53 @@
+"""The host code over its stand-ins: operators of another namespace, or the package's own."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import pytest
+import torch
+
+from rasa_ext import ops
+from tests.helpers import compiled
+
+
+def load() -> Host:
+    """Builds it where it is not up to date. Once a process: a namespace is defined once."""
+    return Host(compiled.build("rasa_host_ops") / "tests" / "host" / "librasa_host_ops.so")
+
+
+class Host:
+    """``torch.ops.rasa_ext_host``, and what its cuBLAS was asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = torch.library.Library("rasa_ext_host", "DEF")
+        for name, (schema, kernel) in ops.OPERATORS.items():
+            self.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+            torch.library.register_fake(f"rasa_ext_host::{name}", kernel, lib=self.library)
+        torch.ops.load_library(str(path))
+        self.ops = torch.ops.rasa_ext_host
+        self._standin = ctypes.CDLL(str(path))
+        self._standin.recorded_calls.restype = ctypes.c_char_p
+
+    def reset(self) -> None:
+        self._standin.reset_calls()
+
+    def calls(self) -> list[str]:
+        return self._standin.recorded_calls().decode().splitlines()
+
+    def math_mode(self) -> int:
+        return self._standin.current_math_mode()
+
+    def take_over(self, monkeypatch: pytest.MonkeyPatch, fused: bool = False) -> None:
+        """The package's operators become the compiled ones, with a GPU's heuristics."""
+        rank_multiple = ops.rank_multiple
+        heuristics = {
+            "rank_multiple": lambda _, *rest: rank_multiple("cuda", *rest),
+            "fuse_projections": lambda _: fused,
+            "noise_words": lambda *_: 2,
+            "keep_pack": lambda _: False,
+        }
+        compiled_ones = {name: getattr(self.ops, name).default for name in ops.OPERATORS}
+        for name, its in {**compiled_ones, **heuristics}.items():
+            monkeypatch.setattr(ops, name, its)
