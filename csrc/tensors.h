@@ -60,6 +60,12 @@ inline const void* data_of(const std::optional<Tensor>& tensor) {
 // A 2-D tensor as it lies in memory.
 Matrix matrix_of(const Tensor& tensor);
 
+// A matrix in memory as a tensor, on the device of `like`. It does not own the memory.
+Tensor tensor_of(const Matrix& matrix, const Tensor& like);
+
+// A row (cols,) of neighbouring elements as `rows` rows; no data without a row.
+Matrix repeated(const std::optional<Tensor>& row, int64_t rows);
+
 // The tensor if a GEMM can read it as it lies, else a contiguous copy.
 Tensor gemm_operand(const Tensor& tensor);
 
