@@ -262,10 +262,6 @@ Tensor empty_mask(const Tensor& like, int64_t bytes) {
 
 void fill_zero(Tensor& tensor) { torch::stable::zero_(tensor); }
 
-void fill_rows(Tensor& y, const Tensor& row) {
-  copy(y, view_of(row, {y.size(0), y.size(1)}, {0, row.stride(0)}, 0));
-}
-
 void fill_rows_of_layers(Tensor& y, const Tensor& rows) {
   const std::vector<int64_t> sizes = {y.size(0), y.size(1), y.size(2)};
   copy(y, view_of(rows, sizes, {rows.stride(0), 0, rows.stride(1)}, 0));

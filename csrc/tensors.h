@@ -101,10 +101,7 @@ inline Tensor nothing(const Tensor& like, DType dtype) { return empty(like, {0},
 
 void fill_zero(Tensor& tensor);
 
-// Every row of y (M, out) becomes `row` (out,).
-void fill_rows(Tensor& y, const Tensor& row);
-
-// The same for every layer of y (L, M, out) and rows (L, out).
+// Every row of layer l of y (L, M, out) becomes row l of rows (L, out).
 void fill_rows_of_layers(Tensor& y, const Tensor& rows);
 
 // V (L, M, P) with column j of layer l multiplied by d[l, j], d (L, P) of V's dtype.

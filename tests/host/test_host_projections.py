@@ -193,6 +193,8 @@ def test_products(host, descending):
         "Matmul m=12 n=17 k=9 batch=1",
         "GemmStridedBatchedEx m=4 n=17 k=9 batch=2",
     ]
+    # Each bias comes with its adapter; the last projection has none.
+    assert [" bias" in call for call in host.calls()] == [False, True, True, False, False, False]
     # Distances between neighbours are never negative.
     weights_descend = case.weights[1].data_ptr() > case.weights[2].data_ptr()
     assert (y[1].data_ptr() > y[2].data_ptr()) == weights_descend
