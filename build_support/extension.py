@@ -42,7 +42,11 @@ def arguments(found: Toolchain, root: Path) -> dict:
             "cxx": ["-O2", *warnings, *DEFINES, "-idirafter", str(found.cublas_include)],
             "nvcc": ["-O3", "--ptxas-options=-v", *DEFINES],
         },
-        extra_link_args=[f"-L{found.cublas_library.parent}", f"-l:{found.cublas_library.name}"],
+        extra_link_args=[
+            argument
+            for library in found.cublas_libraries
+            for argument in (f"-L{library.parent}", f"-l:{library.name}")
+        ],
         py_limited_api=True,
     )
     return {

@@ -32,7 +32,7 @@ class Toolchain:
     torch: str  # its version, such as 2.11.0+cu130
     cuda_home: Path
     cublas_include: Path
-    cublas_library: Path
+    cublas_libraries: tuple[Path, Path]  # libcublas and libcublasLt
 
 
 def find() -> Toolchain:
@@ -53,8 +53,10 @@ def find() -> Toolchain:
     # Wheels of torch bring cuBLAS as a package of its own; toolkits often come without it.
     packages = sorted(site_packages.glob("nvidia/*"))
     header = _first((home, *packages), ("include", "targets/*/include"), "cublas_v2.h")
-    library = _first((home, *packages), ("lib64", "lib", "targets/*/lib"), "libcublas.so*")
-    return Toolchain(site_packages, version, home, header.parent, library)
+    folders = ("lib64", "lib", "targets/*/lib")
+    cublas = _first((home, *packages), folders, "libcublas.so*")
+    cublas_lt = _first((home, *packages), folders, "libcublasLt.so*")
+    return Toolchain(site_packages, version, home, header.parent, (cublas, cublas_lt))
 
 
 def supported_archs(home: Path, wanted: tuple[str, ...]) -> list[str]:

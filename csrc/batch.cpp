@@ -21,8 +21,8 @@ Tensor batch_operand(const Tensor& stacked, DType dtype) {
   return usable ? stacked : dense(stacked, dtype);
 }
 
-GemmCall multiply(const Batch& a, const Batch& b, const Batch& c, double beta, int layers) {
-  return multiply_strided(a.first, b.first, c.first, beta, layers, a.stride, b.stride, c.stride);
+GemmCall multiply(const Batch& a, const Batch& b, const Batch& d, bool add, int layers) {
+  return multiply_strided(a.first, b.first, d.first, add, layers, a.stride, b.stride, d.stride);
 }
 
 bool lie_alike(const std::vector<Tensor>& matrices) {
@@ -46,17 +46,26 @@ Scattered scattered(const Batch& batch, int layers) {
 }
 
 GemmCall multiply(const Device& device, const Tensor& on, const Scattered& a, const Scattered& b,
-                  const Scattered& c, double beta, std::optional<Tensor>& table) {
+                  const Scattered& d, bool add, std::optional<Tensor>& table) {
+  if (a.like.cols == 0) {  // a sum over nothing: no product, and only here are D's pointers at hand
+    for (size_t i = 0; i < d.pointers.size() && !add; ++i) {
+      Matrix result = d.like;
+      result.data = d.pointers[i];
+      Tensor zeros = tensor_of(result, on);
+      fill_zero(zeros);
+    }
+    return {};
+  }
   std::vector<void*> pointers;  // three arrays, one after the other
-  for (const Scattered* each : {&a, &b, &c}) {
+  for (const Scattered* each : {&a, &b, &d}) {
     pointers.insert(pointers.end(), each->pointers.begin(), each->pointers.end());
   }
   table = device.upload(on, pointers.data(), pointers.size() * sizeof(void*));
-  Matrix left = a.like, right = b.like, result = c.like;
+  Matrix left = a.like, right = b.like, result = d.like;
   left.data = table->data_ptr();
   right.data = static_cast<void**>(left.data) + a.pointers.size();
   result.data = static_cast<void**>(right.data) + b.pointers.size();
-  GemmCall call = multiply(left, right, result, beta);
+  GemmCall call = multiply(left, right, result, add);
   call.batch = static_cast<int>(a.pointers.size());
   return call;
 }

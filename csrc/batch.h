@@ -29,8 +29,8 @@ inline Batch for_all_layers(const Tensor& matrix) { return {matrix_of(matrix), 0
 // The stacked tensor if GEMMs can read its layers as they lie in the dtype, else a copy.
 Tensor batch_operand(const Tensor& stacked, DType dtype);
 
-// C_l = A_l B_l + beta * C_l for `layers` layers.
-GemmCall multiply(const Batch& a, const Batch& b, const Batch& c, double beta, int layers);
+// D_l = A_l B_l, + D_l if `add`, for `layers` layers.
+GemmCall multiply(const Batch& a, const Batch& b, const Batch& d, bool add, int layers);
 
 // One matrix a layer, anywhere in memory, all lying like the first one.
 struct Scattered {
@@ -49,9 +49,9 @@ Scattered scattered(const std::vector<Tensor>& matrices);
 // The layers of a batch.
 Scattered scattered(const Batch& batch, int layers);
 
-// The call for C_l = A_l B_l + beta * C_l, for gemm_pointers. Its pointers stand in `table`, on the
-// device of `on`, which the caller keeps until the call is made.
+// The call for D_l = A_l B_l, + D_l if `add`, for gemm_pointers. Its pointers stand in `table`, on
+// the device of `on`, which the caller keeps until the call is made.
 GemmCall multiply(const Device& device, const Tensor& on, const Scattered& a, const Scattered& b,
-                  const Scattered& c, double beta, std::optional<Tensor>& table);
+                  const Scattered& d, bool add, std::optional<Tensor>& table);
 
 }  // namespace rasa_ext

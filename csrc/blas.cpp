@@ -1,61 +1,22 @@
+// Single products go to cublasLt, which adds a bias or another matrix as it writes the result; what
+// it refuses, and batches, to cuBLAS's own functions.
+//
 // Sums run in float32 (float64 for float64) whatever the operands' type, and no product may be
 // summed in halves: torch's own default lets cuBLAS do that.
 //
 // TF32 follows torch's flag: the handle comes from torch with that flag in its math mode, which
 // is kept. cuBLAS repeats its results bit for bit on the one stream and workspace that torch
 // gave the handle, so torch's determinism flag needs no other path here; and since that
-// workspace is torch's, calls can be captured into a graph.
+// workspace is torch's, calls can be captured into a graph. The same holds of cublasLt with the
+// workspace that it is given.
 #include "blas.h"
 
-#include <cublas_v2.h>
-
-#include <stdexcept>
-#include <string>
+#include "blas_lt.h"
+#include "blas_types.h"
+#include "tensors.h"
 
 namespace rasa_ext {
 namespace {
-
-void check(cublasStatus_t status, const char* what, const GemmCall& call) {
-  if (status == CUBLAS_STATUS_SUCCESS) return;
-  throw std::runtime_error(std::string(what) + ": expected success, got cuBLAS status " +
-                           std::to_string(static_cast<int>(status)) + " for m, n, k = " +
-                           std::to_string(call.m) + ", " + std::to_string(call.n) + ", " +
-                           std::to_string(call.k) + " and batch " + std::to_string(call.batch));
-}
-
-cudaDataType_t data_type(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return CUDA_R_64F;
-    case DType::kFloat16:
-      return CUDA_R_16F;
-    case DType::kBFloat16:
-      return CUDA_R_16BF;
-    default:
-      return CUDA_R_32F;
-  }
-}
-
-cublasOperation_t operation(bool transposed) { return transposed ? CUBLAS_OP_T : CUBLAS_OP_N; }
-
-cublasComputeType_t compute_type(const GemmCall& call) {
-  return call.out == DType::kFloat64 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
-}
-
-// alpha or beta in the type that the compute type asks for.
-class Scalar {
- public:
-  Scalar(const GemmCall& call, double value)
-      : double_(value), float_(static_cast<float>(value)), wide_(call.out == DType::kFloat64) {}
-  const void* get() const {
-    return wide_ ? static_cast<const void*>(&double_) : static_cast<const void*>(&float_);
-  }
-
- private:
-  double double_;
-  float float_;
-  bool wide_;
-};
 
 // For one call: the handle's math mode without sums in half precision.
 class FullPrecisionSums {
@@ -75,57 +36,89 @@ class FullPrecisionSums {
   cublasMath_t before_ = CUBLAS_DEFAULT_MATH;
 };
 
-}  // namespace
-
-void gemm(void* handle, const GemmCall& call) {
-  if (call.empty()) return;
-  const auto blas = static_cast<cublasHandle_t>(handle);
-  const FullPrecisionSums scope(blas, call);
-  const Scalar alpha(call, call.alpha), beta(call, call.beta);
-  const cudaDataType_t in = data_type(call.in);
-  check(cublasGemmEx(blas, operation(call.trans_a), operation(call.trans_b), call.m, call.n, call.k,
-                     alpha.get(), call.a, in, call.lda, call.b, in, call.ldb, beta.get(), call.c,
-                     data_type(call.out), call.ldc, compute_type(call), CUBLAS_GEMM_DEFAULT),
-        "cublasGemmEx", call);
+// D becomes what the product is added to: C, each of its columns a bias, or zeros.
+void set_result(const Blas& blas, const GemmCall& call) {
+  if (call.add && call.in_place()) return;
+  Tensor result = tensor_of({call.d, call.out, call.n, call.m, call.ldd, 1}, blas.like);
+  if (call.add) {
+    void* source = const_cast<void*>(call.c);
+    copy(result, tensor_of({source, call.out, call.n, call.m, call.ldc, 1}, blas.like));
+  } else {
+    fill_zero(result);
+  }
 }
 
-void gemm_strided(void* handle, const GemmCall& call) {
-  if (call.empty()) return;
-  const auto blas = static_cast<cublasHandle_t>(handle);
-  const FullPrecisionSums scope(blas, call);
-  const Scalar alpha(call, call.alpha), beta(call, call.beta);
+void gemm_ex(const Blas& blas, const GemmCall& call) {
+  const auto handle = static_cast<cublasHandle_t>(blas.handle);
+  const FullPrecisionSums scope(handle, call);
+  const Scalar alpha(call, call.alpha), beta(call, call.add);
   const cudaDataType_t in = data_type(call.in);
-  check(cublasGemmStridedBatchedEx(blas, operation(call.trans_a), operation(call.trans_b), call.m,
+  check(
+      cublasGemmEx(handle, operation(call.trans_a), operation(call.trans_b), call.m, call.n, call.k,
+                   alpha.get(), call.a, in, call.lda, call.b, in, call.ldb, beta.get(), call.d,
+                   data_type(call.out), call.ldd, compute_type(call), CUBLAS_GEMM_DEFAULT),
+      "cublasGemmEx", call);
+}
+
+}  // namespace
+
+void gemm(const Blas& blas, const GemmCall& call) {
+  if (call.empty()) return;
+  if (call.k == 0) {
+    set_result(blas, call);
+  } else if (!gemm_lt(blas, call)) {
+    if (call.add) set_result(blas, call);
+    gemm_ex(blas, call);
+  }
+}
+
+void gemm_strided(const Blas& blas, const GemmCall& call) {
+  if (call.empty()) return;
+  if (call.k == 0) {
+    GemmCall one = call;
+    for (int i = 0; i < call.batch; ++i) {
+      one.d =
+          static_cast<char*>(call.d) + i * call.stride_d * static_cast<int64_t>(size_of(call.out));
+      one.c = one.d;
+      set_result(blas, one);
+    }
+    return;
+  }
+  const auto handle = static_cast<cublasHandle_t>(blas.handle);
+  const FullPrecisionSums scope(handle, call);
+  const Scalar alpha(call, call.alpha), beta(call, call.add);
+  const cudaDataType_t in = data_type(call.in);
+  check(cublasGemmStridedBatchedEx(handle, operation(call.trans_a), operation(call.trans_b), call.m,
                                    call.n, call.k, alpha.get(), call.a, in, call.lda, call.stride_a,
-                                   call.b, in, call.ldb, call.stride_b, beta.get(), call.c,
-                                   data_type(call.out), call.ldc, call.stride_c, call.batch,
+                                   call.b, in, call.ldb, call.stride_b, beta.get(), call.d,
+                                   data_type(call.out), call.ldd, call.stride_d, call.batch,
                                    compute_type(call), CUBLAS_GEMM_DEFAULT),
         "cublasGemmStridedBatchedEx", call);
 }
 
-void gemms(void* handle, const std::vector<GemmCall>& calls) {
+void gemms(const Blas& blas, const std::vector<GemmCall>& calls) {
   for (const GemmCall& call : calls) {
     if (call.batch == 1) {
-      gemm(handle, call);
+      gemm(blas, call);
     } else {
-      gemm_strided(handle, call);
+      gemm_strided(blas, call);
     }
   }
 }
 
-void gemm_pointers(void* handle, const GemmCall& call) {
+void gemm_pointers(const Blas& blas, const GemmCall& call) {
   if (call.empty()) return;
-  const auto blas = static_cast<cublasHandle_t>(handle);
-  const FullPrecisionSums scope(blas, call);
-  const Scalar alpha(call, call.alpha), beta(call, call.beta);
+  const auto handle = static_cast<cublasHandle_t>(blas.handle);
+  const FullPrecisionSums scope(handle, call);
+  const Scalar alpha(call, call.alpha), beta(call, call.add);
   const cudaDataType_t in = data_type(call.in);
   const auto a = static_cast<const void* const*>(call.a);
   const auto b = static_cast<const void* const*>(call.b);
-  const auto c = static_cast<void* const*>(call.c);
-  check(cublasGemmBatchedEx(blas, operation(call.trans_a), operation(call.trans_b), call.m, call.n,
-                            call.k, alpha.get(), a, in, call.lda, b, in, call.ldb, beta.get(), c,
-                            data_type(call.out), call.ldc, call.batch, compute_type(call),
-                            CUBLAS_GEMM_DEFAULT),
+  const auto d = static_cast<void* const*>(call.d);
+  check(cublasGemmBatchedEx(handle, operation(call.trans_a), operation(call.trans_b), call.m,
+                            call.n, call.k, alpha.get(), a, in, call.lda, b, in, call.ldb,
+                            beta.get(), d, data_type(call.out), call.ldd, call.batch,
+                            compute_type(call), CUBLAS_GEMM_DEFAULT),
         "cublasGemmBatchedEx", call);
 }
 

@@ -9,7 +9,7 @@
 
 namespace rasa_ext {
 
-Device::Device(const torch::stable::Tensor& tensor) {
+Device::Device(const torch::stable::Tensor& tensor) : tensor_(tensor) {
   if (!tensor.is_cuda()) {
     throw std::runtime_error("rasa_ext: expected tensors on a CUDA device, got one elsewhere.");
   }
@@ -25,10 +25,10 @@ Device::Device(const torch::stable::Tensor& tensor) {
 
 Device::~Device() { aoti_torch_delete_device_guard(static_cast<DeviceGuardHandle>(guard_)); }
 
-void* Device::blas() const {
+Blas Device::blas() const {
   void* handle = nullptr;
   TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-  return handle;
+  return {handle, stream_, tensor_};
 }
 
 void Device::check_launch(const char* kernel) const {

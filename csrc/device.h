@@ -5,10 +5,12 @@
 
 #include <cstddef>
 
+#include "blas.h"
+
 namespace rasa_ext {
 
 // Makes the tensor's device current for its own lifetime.
-class Device {
+class [[gnu::visibility("hidden")]] Device {
  public:
   explicit Device(const torch::stable::Tensor& tensor);
   ~Device();
@@ -18,8 +20,8 @@ class Device {
   // A cudaStream_t.
   void* stream() const { return stream_; }
 
-  // A cublasHandle_t on that stream.
-  void* blas() const;
+  // What products run on: torch's cuBLAS handle, on that stream.
+  Blas blas() const;
 
   // A small table of host memory, whole 8-byte words, on the device: in the order of the stream,
   // waited for by nobody, and safe under graph capture (table.cpp). `host` may change at once.
@@ -30,6 +32,7 @@ class Device {
   void check_launch(const char* kernel) const;
 
  private:
+  torch::stable::Tensor tensor_;
   void* guard_ = nullptr;
   void* stream_ = nullptr;
 };

@@ -13,6 +13,11 @@ std::string shape(const Matrix& matrix) {
   return "(" + std::to_string(matrix.rows) + ", " + std::to_string(matrix.cols) + ")";
 }
 
+std::string strides(const Matrix& matrix) {
+  return "strides (" + std::to_string(matrix.row_stride) + ", " +
+         std::to_string(matrix.col_stride) + ") of shape " + shape(matrix);
+}
+
 [[noreturn]] void refuse(const char* name, const std::string& expected, const std::string& actual) {
   throw std::invalid_argument(std::string(name) + ": expected " + expected + ", got " + actual);
 }
@@ -45,35 +50,35 @@ struct Operand {
 Operand operand(const char* name, const Matrix& matrix) {
   if (is_column_major(matrix)) return {false, leading(matrix)};
   if (is_column_major(matrix.t())) return {true, leading(matrix.t())};
-  refuse(name, "rows or columns of neighbouring elements",
-         "strides (" + std::to_string(matrix.row_stride) + ", " +
-             std::to_string(matrix.col_stride) + ") of shape " + shape(matrix));
+  refuse(name, "rows or columns of neighbouring elements", strides(matrix));
 }
 
-// C is column-major.
-GemmCall by_columns(const Matrix& a, const Matrix& b, const Matrix& c, double beta, int batch,
-                    int64_t stride_a, int64_t stride_b, int64_t stride_c) {
+// D is column-major.
+GemmCall by_columns(const Matrix& a, const Matrix& b, const Matrix& d, bool add, int batch,
+                    int64_t stride_a, int64_t stride_b, int64_t stride_d) {
   const Operand left = operand("A", a);
   const Operand right = operand("B", b);
   GemmCall call;
   call.trans_a = left.transposed;
   call.trans_b = right.transposed;
-  call.m = to_int("rows of C", a.rows);
-  call.n = to_int("columns of C", b.cols);
+  call.m = to_int("rows of D", a.rows);
+  call.n = to_int("columns of D", b.cols);
   call.k = to_int("columns of A", a.cols);
-  call.beta = beta;
+  call.add = add;
   call.a = a.data;
   call.b = b.data;
-  call.c = c.data;
+  call.c = d.data;
+  call.d = d.data;
   call.lda = left.ld;
   call.ldb = right.ld;
-  call.ldc = leading(c);
+  call.ldc = leading(d);
+  call.ldd = call.ldc;
   call.in = a.dtype;
-  call.out = c.dtype;
+  call.out = d.dtype;
   call.batch = batch;
   call.stride_a = stride_a;
   call.stride_b = stride_b;
-  call.stride_c = stride_c;
+  call.stride_d = stride_d;
   return call;
 }
 
@@ -83,26 +88,43 @@ bool is_gemm_operand(const Matrix& matrix) {
   return is_column_major(matrix) || is_column_major(matrix.t());
 }
 
-GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& c, double beta) {
-  return multiply_strided(a, b, c, beta, 1, 0, 0, 0);
+bool is_addend(const Matrix& matrix) {
+  const bool one_row = matrix.row_stride == 0 && (matrix.col_stride == 1 || matrix.cols <= 1);
+  return one_row || is_column_major(matrix.t());
 }
 
-GemmCall multiply_strided(const Matrix& a, const Matrix& b, const Matrix& c, double beta, int batch,
-                          int64_t stride_a, int64_t stride_b, int64_t stride_c) {
+GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& d, bool add) {
+  return multiply_strided(a, b, d, add, 1, 0, 0, 0);
+}
+
+GemmCall multiply_strided(const Matrix& a, const Matrix& b, const Matrix& d, bool add, int batch,
+                          int64_t stride_a, int64_t stride_b, int64_t stride_d) {
   if (a.cols != b.rows) refuse("B", std::to_string(a.cols) + " rows", shape(b));
-  if (c.rows != a.rows || c.cols != b.cols) {
-    refuse("C", "(" + std::to_string(a.rows) + ", " + std::to_string(b.cols) + ")", shape(c));
+  if (d.rows != a.rows || d.cols != b.cols) {
+    refuse("D", "(" + std::to_string(a.rows) + ", " + std::to_string(b.cols) + ")", shape(d));
   }
   if (a.dtype != b.dtype) refuse("B", "the dtype of A", "another");
-  if (c.dtype != a.dtype && c.dtype != DType::kFloat32) {
-    refuse("C", "the dtype of A, or float32", "another");
+  if (d.dtype != a.dtype && d.dtype != DType::kFloat32) {
+    refuse("D", "the dtype of A, or float32", "another");
   }
-  // cuBLAS writes columns: C^T = B^T A^T has C's rows as its columns.
-  if (is_column_major(c.t())) {
-    return by_columns(b.t(), a.t(), c.t(), beta, batch, stride_b, stride_a, stride_c);
+  // cuBLAS writes columns: D^T = B^T A^T has D's rows as its columns.
+  if (is_column_major(d.t())) {
+    return by_columns(b.t(), a.t(), d.t(), add, batch, stride_b, stride_a, stride_d);
   }
-  operand("C", c);
-  return by_columns(a, b, c, beta, batch, stride_a, stride_b, stride_c);
+  operand("D", d);
+  return by_columns(a, b, d, add, batch, stride_a, stride_b, stride_d);
+}
+
+GemmCall multiply_add(const Matrix& a, const Matrix& b, const Matrix& c, const Matrix& d) {
+  if (c.data == nullptr) return multiply(a, b, d, false);
+  if (c.rows != d.rows || c.cols != d.cols) refuse("C", shape(d), shape(c));
+  if (c.dtype != d.dtype) refuse("C", "the dtype of D", "another");
+  if (!is_addend(c)) refuse("C", "rows of neighbouring elements", strides(c));
+  if (!is_column_major(d.t())) refuse("D", "rows of neighbouring elements", strides(d));
+  GemmCall call = multiply(a, b, d, true);
+  call.c = c.data;
+  call.ldc = c.row_stride == 0 ? 0 : leading(c.t());
+  return call;
 }
 
 }  // namespace rasa_ext

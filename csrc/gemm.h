@@ -29,33 +29,46 @@ struct Matrix {
 // neighbours, and no two elements share a place.
 bool is_gemm_operand(const Matrix& matrix);
 
-// C = alpha * op(A) op(B) + beta * C in cuBLAS's terms: all column-major, op(A) is m x k.
+// Whether the view can be added by a product as it lies: each row's elements are neighbours, and
+// its rows lie apart, or are all one row: a bias.
+bool is_addend(const Matrix& matrix);
+
+// D = alpha * op(A) op(B), + C if `add`, in cuBLAS's terms: all column-major, op(A) is m x k.
 struct GemmCall {
   bool trans_a = false, trans_b = false;
   int m = 0, n = 0, k = 0;
-  double alpha = 1, beta = 0;
+  double alpha = 1;
+  bool add = false;
   const void* a = nullptr;
   const void* b = nullptr;
-  void* c = nullptr;
-  int lda = 1, ldb = 1, ldc = 1;
+  const void* c =
+      nullptr;  // D itself, or another matrix; with ldc = 0 a bias, added to all columns
+  void* d = nullptr;
+  int lda = 1, ldb = 1, ldc = 1, ldd = 1;
   DType in = DType::kFloat32;   // of A and B
-  DType out = DType::kFloat32;  // of C
+  DType out = DType::kFloat32;  // of C and D
   bool allow_tf32 = true;       // if torch's flag does
-  // For a batch: the distances in elements between one product's matrices and the next one's. A
-  // batch given by pointers has no distances; its a, b and c are arrays of `batch` pointers.
+  // For a batch, in which C is D: the distances in elements between one product's matrices and the
+  // next one's. A batch given by pointers has none; its a, b and d are arrays of `batch` pointers.
   int batch = 1;
-  int64_t stride_a = 0, stride_b = 0, stride_c = 0;
+  int64_t stride_a = 0, stride_b = 0, stride_d = 0;
 
   bool empty() const { return m == 0 || n == 0 || batch == 0; }
+  bool in_place() const { return c == d; }
+  bool adds_bias() const { return add && ldc == 0; }
 };
 
-// The call for C (M, N) = A (M, K) B (K, N) + beta * C. A and B share a dtype; C has it too or is
-// float32. Throws std::invalid_argument, with what was expected and what came, where shapes do not
-// fit, a view is no GEMM operand, or a size does not fit cuBLAS's int.
-GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& c, double beta);
+// The call for D (M, N) = A (M, K) B (K, N), + D if `add`. A and B share a dtype; D has it too or
+// is float32. Throws std::invalid_argument, with what was expected and what came, where shapes do
+// not fit, a view is no GEMM operand, or a size does not fit cuBLAS's int.
+GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& d, bool add);
 
 // The same for `batch` products whose matrices lie at fixed distances; 0 repeats a matrix.
-GemmCall multiply_strided(const Matrix& a, const Matrix& b, const Matrix& c, double beta, int batch,
-                          int64_t stride_a, int64_t stride_b, int64_t stride_c);
+GemmCall multiply_strided(const Matrix& a, const Matrix& b, const Matrix& d, bool add, int batch,
+                          int64_t stride_a, int64_t stride_b, int64_t stride_d);
+
+// The call for D = A B + C, or A B where C has no data. C has D's shape and dtype and is_addend;
+// the elements of each of D's rows are neighbours.
+GemmCall multiply_add(const Matrix& a, const Matrix& b, const Matrix& c, const Matrix& d);
 
 }  // namespace rasa_ext

@@ -45,18 +45,18 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   Tensor y = empty(x, {tokens, weight.size(0)}, dtype);
   Tensor U = empty(x, {tokens, Ap.size(0)}, dtype);
   if (tokens == 0) return {y, U};
-  if (bias) fill_rows(y, *bias);
+  const std::optional<Tensor> row = bias ? std::optional(dense(*bias, dtype)) : std::nullopt;
+  const Matrix addend = repeated(row, tokens), result = matrix_of(y);
   const Tensor rows = gemm_operand(x), base = gemm_operand(weight);
   if (!mask && use_decode(tokens, Ap.size(0), dtype)) {
-    const Matrix result = matrix_of(y);
-    gemm(device.blas(), multiply(matrix_of(rows), matrix_of(base).t(), result, bias ? 1 : 0));
+    gemm(device.blas(), multiply_add(matrix_of(rows), matrix_of(base).t(), addend, result));
     decode(device, x, Ap, Bp, U, y);
     return {y, U};
   }
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp), kept = kept_of(device, rows, mask);
-  gemms(device.blas(), plan_forward({matrix_of(rows), matrix_of(kept), matrix_of(base),
-                                     matrix_of(down), matrix_of(up), matrix_of(U), matrix_of(y),
-                                     bias.has_value(), mask ? scale : 1}));
+  gemms(device.blas(),
+        plan_forward({matrix_of(rows), matrix_of(kept), matrix_of(base), matrix_of(down),
+                      matrix_of(up), matrix_of(U), addend, result, mask ? scale : 1}));
   return {y, U};
 }
 
@@ -75,16 +75,22 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   Tensor out = empty(x, {y.size(0), y.size(1)}, dtype);
   Tensor U = empty(x, {x.size(0), Ap.size(0)}, dtype);
   if (x.size(0) == 0) return {out, U};
-  copy(out, y);
+  const Matrix result = matrix_of(out);
   if (!mask && use_decode(x.size(0), Ap.size(0), dtype)) {
+    copy(out, y);
     decode(device, x, Ap, Bp, U, out);
     return {out, U};
+  }
+  Matrix addend = matrix_of(y);
+  if (!is_addend(addend)) {
+    copy(out, y);
+    addend = result;
   }
   const Tensor kept = kept_of(device, x, mask);
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
   gemms(device.blas(),
         plan_forward({Matrix{}, matrix_of(kept), Matrix{}, matrix_of(down), matrix_of(up),
-                      matrix_of(U), matrix_of(out), true, mask ? scale : 1}));
+                      matrix_of(U), addend, result, mask ? scale : 1}));
   return {out, U};
 }
 
@@ -140,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
   if (need_x && mask) keep_in_place(device, dx, *mask);
   if (need_x && weight) {
     const Tensor base = gemm_operand(*weight);
-    gemm(device.blas(), multiply(matrix_of(outer), matrix_of(base), matrix_of(dx), 1));
+    gemm(device.blas(), multiply(matrix_of(outer), matrix_of(base), matrix_of(dx), true));
   }
   return {dx, dAp, dBp};
 }

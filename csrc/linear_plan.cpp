@@ -4,11 +4,11 @@ namespace rasa_ext {
 
 std::vector<GemmCall> plan_forward(const LinearForward& forward) {
   std::vector<GemmCall> calls;
-  calls.push_back(multiply(forward.kept, forward.Ap.t(), forward.U, 0));
+  calls.push_back(multiply(forward.kept, forward.Ap.t(), forward.U, false));
   calls.back().alpha = forward.scale;
-  calls.push_back(multiply(forward.U, forward.Bp, forward.y, forward.y_is_set ? 1 : 0));
+  calls.push_back(multiply_add(forward.U, forward.Bp, forward.C, forward.y));
   if (forward.weight.data != nullptr) {
-    calls.push_back(multiply(forward.x, forward.weight.t(), forward.y, 1));
+    calls.push_back(multiply(forward.x, forward.weight.t(), forward.y, true));
   }
   return calls;
 }
@@ -16,17 +16,17 @@ std::vector<GemmCall> plan_forward(const LinearForward& forward) {
 std::vector<GemmCall> plan_backward(const LinearBackward& backward) {
   std::vector<GemmCall> calls;
   if (backward.H.data != nullptr) {
-    calls.push_back(multiply(backward.grad, backward.Bp.t(), backward.H, 0));
+    calls.push_back(multiply(backward.grad, backward.Bp.t(), backward.H, false));
     calls.back().alpha = backward.scale;
   }
   if (backward.dBp.data != nullptr) {
-    calls.push_back(multiply(backward.U.t(), backward.grad, backward.dBp, 0));
+    calls.push_back(multiply(backward.U.t(), backward.grad, backward.dBp, false));
   }
   if (backward.dAp.data != nullptr) {
-    calls.push_back(multiply(backward.H.t(), backward.kept, backward.dAp, 0));
+    calls.push_back(multiply(backward.H.t(), backward.kept, backward.dAp, false));
   }
   if (backward.dx.data != nullptr) {
-    calls.push_back(multiply(backward.H, backward.Ap, backward.dx, 0));
+    calls.push_back(multiply(backward.H, backward.Ap, backward.dx, false));
   }
   return calls;
 }

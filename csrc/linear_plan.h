@@ -2,15 +2,19 @@
 //
 // M tokens, `in` and `out` features, Rp the padded rank:
 //
-//     U = X Ap^T      Y   = U Bp (+ bias)    Y   += X W^T
+//     U = X Ap^T      Y   = U Bp + C         Y   += X W^T
 //     H = G Bp^T      dBp = U^T G            dAp  = H^T X      dX = H Ap      dX += G W
+//
+// C is the bias, or the base's output in place of X W^T, or nothing.
 //
 // With dropout the X beside Ap is what the mask leaves of it, its scale stands before the products
 // that give U and H, and the mask is put on dX before the last product.
 //
 // The adapter comes first and the base last, with beta = 1: reading Y again hides in the large
-// product, and Y is rounded once. In the backward each product follows one that has read the same:
-// G is still in the cache for dBp, and dX for the base.
+// product, and Y is rounded once. The bias comes with the adapter's product, not with the base's:
+// cuBLAS adds one best to a product that adds nothing else, and two projections whose base products
+// are one batch each have their own. In the backward each product follows one that has read the
+// same: G is still in the cache for dBp, and dX for the base.
 #pragma once
 
 #include <vector>
@@ -22,12 +26,12 @@ namespace rasa_ext {
 struct LinearForward {
   Matrix x;       // (M, in)
   Matrix kept;    // (M, in): x, or what dropout leaves of it
-  Matrix weight;  // (out, in), or no data: the base's output stands in y already
+  Matrix weight;  // (out, in), or no data
   Matrix Ap;      // (Rp, in)
   Matrix Bp;      // (Rp, out)
   Matrix U;       // (M, Rp), written
+  Matrix C;       // (M, out), an addend (gemm.h); y itself adds to y; or no data
   Matrix y;       // (M, out), written
-  bool y_is_set;  // whether y holds something to add to: a bias, or the base's output
   double scale;   // of dropout
 };
 

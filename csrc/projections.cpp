@@ -118,11 +118,11 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   const std::vector<Pair> pairs = pair_up(input, bases, y);
   std::vector<GemmCall> calls = {multiply(matrix_of(kept), matrix_of(down).t(), inner, 0)};
   if (mask) calls[0].alpha = scale;
+  std::vector<std::optional<Tensor>> added(y.size());
   for (size_t i = 0; i < y.size(); ++i) {
-    const bool bias = !biases.empty() && biases[i].numel() > 0;
-    if (bias) fill_rows(y[i], biases[i]);
-    calls.push_back(
-        multiply(columns.of(inner, i, ups[i]), matrix_of(ups[i]), matrix_of(y[i]), bias ? 1 : 0));
+    if (!biases.empty() && biases[i].numel() > 0) added[i] = dense(biases[i], dtype);
+    calls.push_back(multiply_add(columns.of(inner, i, ups[i]), matrix_of(ups[i]),
+                                 repeated(added[i], x.size(0)), matrix_of(y[i])));
   }
   for (const Pair& pair : pairs) calls.push_back(add_base(input, pair, bases, y));
   gemms(device.blas(), calls);

@@ -64,13 +64,17 @@ std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
   return strides;
 }
 
+int32_t device_type_of(const Tensor& tensor) {
+  int32_t type = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
+}
+
 Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
                      const std::vector<int64_t>& strides, int32_t dtype) {
-  int32_t device_type = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle made = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype, device_type,
+                                                  strides.data(), dtype, device_type_of(like),
                                                   like.get_device_index(), &made));
   return Tensor(made);
 }
@@ -185,6 +189,20 @@ Matrix matrix_of(const Tensor& tensor) {
   return {tensor.data_ptr(), dtype_of(tensor), sizes[0], sizes[1], strides[0], strides[1]};
 }
 
+Tensor tensor_of(const Matrix& matrix, const Tensor& like) {
+  const int64_t sizes[] = {matrix.rows, matrix.cols};
+  const int64_t strides[] = {matrix.row_stride, matrix.col_stride};
+  AtenTensorHandle made = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_create_tensor_from_blob(matrix.data, 2, sizes, strides, 0, raw_dtype(matrix.dtype),
+                                         device_type_of(like), like.get_device_index(), &made));
+  return Tensor(made);
+}
+
+Matrix repeated(const std::optional<Tensor>& row, int64_t rows) {
+  return row ? Matrix{row->data_ptr(), dtype_of(*row), rows, row->size(0), 0, 1} : Matrix{};
+}
+
 Tensor gemm_operand(const Tensor& tensor) {
   return is_gemm_operand(matrix_of(tensor)) ? tensor : torch::stable::contiguous(tensor);
 }
@@ -243,10 +261,6 @@ Tensor empty_mask(const Tensor& like, int64_t bytes) {
 }
 
 void fill_zero(Tensor& tensor) { torch::stable::zero_(tensor); }
-
-void fill_rows(Tensor& y, const Tensor& row) {
-  copy(y, view_of(row, {y.size(0), y.size(1)}, {0, row.stride(0)}, 0));
-}
 
 void fill_rows_of_layers(Tensor& y, const Tensor& rows) {
   const std::vector<int64_t> sizes = {y.size(0), y.size(1), y.size(2)};

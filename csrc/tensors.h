@@ -60,6 +60,12 @@ inline const void* data_of(const std::optional<Tensor>& tensor) {
 // A 2-D tensor as it lies in memory.
 Matrix matrix_of(const Tensor& tensor);
 
+// A matrix in memory as a tensor, on the device of `like`. It does not own the memory.
+Tensor tensor_of(const Matrix& matrix, const Tensor& like);
+
+// A row (cols,) of neighbouring elements as `rows` rows; no data without a row.
+Matrix repeated(const std::optional<Tensor>& row, int64_t rows);
+
 // The tensor if a GEMM can read it as it lies, else a contiguous copy.
 Tensor gemm_operand(const Tensor& tensor);
 
@@ -95,10 +101,7 @@ inline Tensor nothing(const Tensor& like, DType dtype) { return empty(like, {0},
 
 void fill_zero(Tensor& tensor);
 
-// Every row of y (M, out) becomes `row` (out,).
-void fill_rows(Tensor& y, const Tensor& row);
-
-// The same for every layer of y (L, M, out) and rows (L, out).
+// Every row of layer l of y (L, M, out) becomes row l of rows (L, out).
 void fill_rows_of_layers(Tensor& y, const Tensor& rows);
 
 // V (L, M, P) with column j of layer l multiplied by d[l, j], d (L, P) of V's dtype.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -29,12 +31,17 @@ class Host:
         self.ops = torch.ops.rasa_ext_host
         self._standin = ctypes.CDLL(str(path))
         self._standin.recorded_calls.restype = ctypes.c_char_p
+        self._standin.asked_heuristics.restype = ctypes.c_char_p
 
     def reset(self) -> None:
         self._standin.reset_calls()
 
     def calls(self) -> list[str]:
         return self._standin.recorded_calls().decode().splitlines()
+
+    def heuristics(self) -> list[str]:
+        """What cublasLt was asked to choose algorithms for since the last look."""
+        return self._standin.asked_heuristics().decode().splitlines()
 
     def math_mode(self) -> int:
         return self._standin.current_math_mode()
@@ -51,3 +58,21 @@ class Host:
         compiled_ones = {name: getattr(self.ops, name).default for name in ops.OPERATORS}
         for name, its in {**compiled_ones, **heuristics}.items():
             monkeypatch.setattr(ops, name, its)
+
+    @contextmanager
+    def with_math_mode(self, mode: int) -> Iterator[None]:
+        before = self.math_mode()
+        self._standin.set_math_mode(mode)
+        try:
+            yield
+        finally:
+            self._standin.set_math_mode(before)
+
+    @contextmanager
+    def refusing(self, how: int) -> Iterator[None]:
+        """cublasLt refuses meanwhile; ``how`` is one of standin/cublasLt.cpp's ``Refusal``."""
+        self._standin.refuse_products(how)
+        try:
+            yield
+        finally:
+            self._standin.refuse_products(0)

@@ -127,8 +127,8 @@ def test_products(host):
     host.ops.linear_group_backward(*args, True, True)
     assert host.calls() == [
         batch.format(6, 17, 7, 0, 2, "0,119,102"),
-        "GemmEx m=7 n=6 k=51 batch=1 beta=0 out=4 math=19",
-        "GemmEx m=9 n=6 k=51 batch=1 beta=0 out=4 math=19",
+        "Matmul m=7 n=6 k=51 batch=1 beta=0 out=4 compute=32F",
+        "Matmul m=9 n=6 k=51 batch=1 beta=0 out=4 compute=32F",
         batch.format(9, 17, 6, 0, 2, "0,102,153"),
         batch.format(2, 17, 7, 0, 2, "14,119,34"),
         batch.format(7, 2, 17, 0, 4, "119,34,14"),

@@ -181,14 +181,22 @@ def test_products(host):
     host.ops.low_rank_linear(case.x, case.weight, None, case.Ap, case.Bp)
     host.ops.low_rank_add(case.grad, case.x, case.Ap, case.Bp)
     # Row-major results are cuBLAS's transposes: m is the width, n the tokens.
-    down, base = "GemmEx m=3 n=17 k=9", "GemmEx m=7 n=17 k=9"
-    up, rest = "GemmEx m=7 n=17 k=3", "batch=1 beta={} out=2 math=19"
-    expected = [(down, 0), (up, 1), (base, 1), (down, 0), (up, 0), (base, 1), (down, 0), (up, 1)]
-    assert host.calls() == [f"{call} {rest.format(beta)}" for call, beta in expected]
+    down, base = "Matmul m=3 n=17 k=9 batch=1", "Matmul m=7 n=17 k=9 batch=1"
+    up, rest = "Matmul m=7 n=17 k=3 batch=1", "out=2 compute=32F"
+    assert host.calls() == [
+        f"{down} beta=0 {rest}",
+        f"{up} beta=0 {rest} bias",
+        f"{base} beta=1 {rest}",
+        f"{down} beta=0 {rest}",
+        f"{up} beta=0 {rest}",
+        f"{base} beta=1 {rest}",
+        f"{down} beta=0 {rest}",
+        f"{up} beta=1 {rest} C!=D",
+    ]
 
     # Each product follows one that has read the same: G for dBp, H for dAp, dx for the base.
-    H, dBp = "GemmEx m=3 n=17 k=7", "GemmEx m=7 n=3 k=17"
-    dAp, dx, add = "GemmEx m=9 n=3 k=17", "GemmEx m=9 n=17 k=3", "GemmEx m=9 n=17 k=7"
+    H, dBp = "Matmul m=3 n=17 k=7", "Matmul m=7 n=3 k=17"
+    dAp, dx, add = "Matmul m=9 n=3 k=17", "Matmul m=9 n=17 k=3", "Matmul m=9 n=17 k=7"
     counts = {
         (True, True, True): [H, dBp, dAp, dx, add],
         (True, True, False): [H, dAp, dx, add],

@@ -186,13 +186,15 @@ def test_products(host, descending):
     # Row-major results are cuBLAS's transposes: m is the width, n the tokens.
     shapes = [call.partition(" beta")[0] for call in host.calls()]
     assert shapes == [
-        "GemmEx m=48 n=17 k=9 batch=1",
-        "GemmEx m=12 n=17 k=16 batch=1",
-        "GemmEx m=4 n=17 k=16 batch=1",
-        "GemmEx m=4 n=17 k=16 batch=1",
-        "GemmEx m=12 n=17 k=9 batch=1",
+        "Matmul m=48 n=17 k=9 batch=1",
+        "Matmul m=12 n=17 k=16 batch=1",
+        "Matmul m=4 n=17 k=16 batch=1",
+        "Matmul m=4 n=17 k=16 batch=1",
+        "Matmul m=12 n=17 k=9 batch=1",
         "GemmStridedBatchedEx m=4 n=17 k=9 batch=2",
     ]
+    # Each bias comes with its adapter; the last projection has none.
+    assert [" bias" in call for call in host.calls()] == [False, True, True, False, False, False]
     # Distances between neighbours are never negative.
     weights_descend = case.weights[1].data_ptr() > case.weights[2].data_ptr()
     assert (y[1].data_ptr() > y[2].data_ptr()) == weights_descend

@@ -2,98 +2,51 @@
 // strides, scalars and types. Refuses what cuBLAS refuses, and records every call for the tests.
 #include "cublas_v2.h"
 
-#include <algorithm>
 #include <string>
-#include <vector>
 
-#include "numbers.h"
+#include "products.h"
 
-using rasa_ext::load;
-using rasa_ext::store;
+using standin::Product;
 
 namespace {
 
-std::vector<std::string> calls;
-cublasMath_t math_mode = CUBLAS_TF32_TENSOR_OP_MATH;
+cublasMath_t mode_of_handle = CUBLAS_TF32_TENSOR_OP_MATH;
 
-rasa_ext::DType dtype_of(cudaDataType type) {
-  switch (type) {
-    case CUDA_R_64F:
-      return rasa_ext::DType::kFloat64;
-    case CUDA_R_32F:
-      return rasa_ext::DType::kFloat32;
-    case CUDA_R_16BF:
-      return rasa_ext::DType::kBFloat16;
-    default:
-      return rasa_ext::DType::kFloat16;
-  }
+Product product_of(cublasOperation_t transa, cublasOperation_t transb, int m, int n, int k,
+                   const void* alpha, cudaDataType in, int lda, cudaDataType in_b, int ldb,
+                   const void* beta, cudaDataType out, int ldc, cublasComputeType_t compute) {
+  return {transa,
+          transb,
+          m,
+          n,
+          k,
+          standin::scalar(compute, alpha),
+          standin::scalar(compute, beta),
+          in,
+          in_b,
+          out,
+          lda,
+          ldb,
+          ldc,
+          ldc,
+          compute};
 }
 
-int width(cudaDataType type) { return static_cast<int>(rasa_ext::size_of(dtype_of(type))); }
-
-struct Product {
-  cublasOperation_t transa, transb;
-  int m, n, k;
-  const void *alpha, *beta;
-  cudaDataType in, in_b, out;
-  int lda, ldb, ldc;
-  cublasComputeType_t compute;
-};
-
-double scalar(const Product& p, const void* value) {
-  return p.compute == CUBLAS_COMPUTE_64F ? *static_cast<const double*>(value)
-                                         : *static_cast<const float*>(value);
-}
-
-// The documented limits of the leading dimensions, and the documented combinations of types.
-cublasStatus_t judge(const Product& p) {
-  if (p.m < 0 || p.n < 0 || p.k < 0) return CUBLAS_STATUS_INVALID_VALUE;
-  if (p.lda < std::max(1, p.transa == CUBLAS_OP_N ? p.m : p.k)) return CUBLAS_STATUS_INVALID_VALUE;
-  if (p.ldb < std::max(1, p.transb == CUBLAS_OP_N ? p.k : p.n)) return CUBLAS_STATUS_INVALID_VALUE;
-  if (p.ldc < std::max(1, p.m)) return CUBLAS_STATUS_INVALID_VALUE;
-  const bool wide = p.in == CUDA_R_64F;
-  const bool fits = p.in == p.in_b && (p.out == p.in || (!wide && p.out == CUDA_R_32F)) &&
-                    (p.compute == CUBLAS_COMPUTE_64F) == wide;
-  return fits ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
-}
-
-void multiply(const Product& p, const void* a, const void* b, void* c) {
-  const double alpha = scalar(p, p.alpha), beta = scalar(p, p.beta);
-  const rasa_ext::DType in = dtype_of(p.in), out = dtype_of(p.out);
-  for (int64_t j = 0; j < p.n; ++j) {
-    for (int64_t i = 0; i < p.m; ++i) {
-      double sum = 0;
-      for (int64_t l = 0; l < p.k; ++l) {
-        sum += load(a, in, p.transa == CUBLAS_OP_N ? i + l * p.lda : l + i * p.lda) *
-               load(b, in, p.transb == CUBLAS_OP_N ? l + j * p.ldb : j + l * p.ldb);
-      }
-      const int64_t at = i + j * p.ldc;
-      // Where beta is 0, C may hold anything.
-      store(c, out, at, alpha * sum + (beta == 0 ? 0 : beta * load(c, out, at)));
-    }
-  }
-}
-
-void record(const char* name, const Product& p, int batch) {
-  calls.push_back(std::string(name) + " m=" + std::to_string(p.m) + " n=" + std::to_string(p.n) +
-                  " k=" + std::to_string(p.k) + " batch=" + std::to_string(batch) +
-                  " beta=" + std::to_string(static_cast<int>(scalar(p, p.beta))) +
-                  " out=" + std::to_string(width(p.out)) + " math=" + std::to_string(math_mode));
-}
+std::string mode() { return " math=" + std::to_string(mode_of_handle); }
 
 const void* offset(const void* data, cudaDataType type, int64_t elements) {
-  return static_cast<const char*>(data) + elements * width(type);
+  return static_cast<const char*>(data) + elements * standin::size_of(type);
 }
 
 }  // namespace
 
 cublasStatus_t cublasGetMathMode(cublasHandle_t, cublasMath_t* mode) {
-  *mode = math_mode;
+  *mode = mode_of_handle;
   return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasSetMathMode(cublasHandle_t, cublasMath_t mode) {
-  math_mode = mode;
+  mode_of_handle = mode;
   return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -102,11 +55,11 @@ cublasStatus_t cublasGemmEx(cublasHandle_t, cublasOperation_t transa, cublasOper
                             cudaDataType Atype, int lda, const void* B, cudaDataType Btype, int ldb,
                             const void* beta, void* C, cudaDataType Ctype, int ldc,
                             cublasComputeType_t computeType, cublasGemmAlgo_t) {
-  const Product p{transa, transb, m,     n,   k,   alpha, beta,
-                  Atype,  Btype,  Ctype, lda, ldb, ldc,   computeType};
-  record("GemmEx", p, 1);
-  const cublasStatus_t status = judge(p);
-  if (status == CUBLAS_STATUS_SUCCESS) multiply(p, A, B, C);
+  const Product p = product_of(transa, transb, m, n, k, alpha, Atype, lda, Btype, ldb, beta, Ctype,
+                               ldc, computeType);
+  standin::record("GemmEx", p, 1, mode());
+  const cublasStatus_t status = standin::judge(p);
+  if (status == CUBLAS_STATUS_SUCCESS) standin::multiply(p, A, B, C, C);
   return status;
 }
 
@@ -115,16 +68,17 @@ cublasStatus_t cublasGemmStridedBatchedEx(
     const void* alpha, const void* A, cudaDataType Atype, int lda, long long strideA, const void* B,
     cudaDataType Btype, int ldb, long long strideB, const void* beta, void* C, cudaDataType Ctype,
     int ldc, long long strideC, int batchCount, cublasComputeType_t computeType, cublasGemmAlgo_t) {
-  const Product p{transa, transb, m,     n,   k,   alpha, beta,
-                  Atype,  Btype,  Ctype, lda, ldb, ldc,   computeType};
-  record("GemmStridedBatchedEx", p, batchCount);
-  calls.back() += " strides=" + std::to_string(strideA) + "," + std::to_string(strideB) + "," +
-                  std::to_string(strideC);
-  const cublasStatus_t status = judge(p);
+  const Product p = product_of(transa, transb, m, n, k, alpha, Atype, lda, Btype, ldb, beta, Ctype,
+                               ldc, computeType);
+  standin::record("GemmStridedBatchedEx", p, batchCount,
+                  mode() + " strides=" + std::to_string(strideA) + "," + std::to_string(strideB) +
+                      "," + std::to_string(strideC));
+  const cublasStatus_t status = standin::judge(p);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
   for (int64_t i = 0; i < batchCount; ++i) {
-    multiply(p, offset(A, Atype, i * strideA), offset(B, Btype, i * strideB),
-             const_cast<void*>(offset(C, Ctype, i * strideC)));
+    void* result = const_cast<void*>(offset(C, Ctype, i * strideC));
+    standin::multiply(p, offset(A, Atype, i * strideA), offset(B, Btype, i * strideB), result,
+                      result);
   }
   return status;
 }
@@ -136,23 +90,18 @@ cublasStatus_t cublasGemmBatchedEx(cublasHandle_t, cublasOperation_t transa,
                                    const void* beta, void* const Carray[], cudaDataType Ctype,
                                    int ldc, int batchCount, cublasComputeType_t computeType,
                                    cublasGemmAlgo_t) {
-  const Product p{transa, transb, m,     n,   k,   alpha, beta,
-                  Atype,  Btype,  Ctype, lda, ldb, ldc,   computeType};
-  record("GemmBatchedEx", p, batchCount);
-  const cublasStatus_t status = judge(p);
+  const Product p = product_of(transa, transb, m, n, k, alpha, Atype, lda, Btype, ldb, beta, Ctype,
+                               ldc, computeType);
+  standin::record("GemmBatchedEx", p, batchCount, mode());
+  const cublasStatus_t status = standin::judge(p);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
-  for (int i = 0; i < batchCount; ++i) multiply(p, Aarray[i], Barray[i], Carray[i]);
+  for (int i = 0; i < batchCount; ++i) {
+    standin::multiply(p, Aarray[i], Barray[i], Carray[i], Carray[i]);
+  }
   return status;
 }
 
-// For the tests: what was called since the last reset, one call a line, and the math mode now.
-extern "C" const char* recorded_calls() {
-  static std::string text;
-  text.clear();
-  for (const std::string& call : calls) text += call + "\n";
-  return text.c_str();
-}
+// For the tests: the handle's math mode, which is torch's.
+extern "C" int current_math_mode() { return mode_of_handle; }
 
-extern "C" void reset_calls() { calls.clear(); }
-
-extern "C" int current_math_mode() { return math_mode; }
+extern "C" void set_math_mode(int mode) { mode_of_handle = static_cast<cublasMath_t>(mode); }

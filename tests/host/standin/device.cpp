@@ -7,9 +7,9 @@
 
 namespace rasa_ext {
 
-Device::Device(const torch::stable::Tensor&) {}
+Device::Device(const torch::stable::Tensor& tensor) : tensor_(tensor) {}
 Device::~Device() = default;
-void* Device::blas() const { return nullptr; }
+Blas Device::blas() const { return {nullptr, nullptr, tensor_}; }
 void Device::check_launch(const char*) const {}
 
 }  // namespace rasa_ext

@@ -1,0 +1,304 @@
+"""How products reach cuBLAS: through cublasLt where it has an algorithm, and never over nothing."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Ways of cublasLt to refuse a product: by a status, by no or by a bad result, when it is to run.
+REFUSALS = {"status": 1, "no result": 2, "state": 3, "product": 4}
+BROKEN = 5
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+
+
+def inputs(tokens, width, out, rank, dtype=torch.float32):
+    """x, weight, bias, Ap and Bp."""
+    return (
+        draw(tokens, width, dtype=dtype),
+        draw(out, width, dtype=dtype),
+        draw(out, dtype=dtype),
+        draw(rank, width, dtype=dtype),
+        draw(rank, out, dtype=dtype),
+    )
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    eps = torch.finfo(found.dtype).eps
+    size = expected.abs().max().item() if expected.numel() else 0
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=32 * eps * size)
+
+
+def rows(y: Tensor) -> Tensor:
+    return y
+
+
+def sliced(y: Tensor) -> Tensor:
+    return torch.cat([y, y], 1)[:, : y.shape[1]]
+
+
+def one_row(y: Tensor) -> Tensor:
+    return y[:1].expand_as(y)
+
+
+def columns(y: Tensor) -> Tensor:
+    return y.t().contiguous().t()
+
+
+def every_other(y: Tensor) -> Tensor:
+    return y.repeat_interleave(2, 1)[:, ::2]
+
+
+def one_column(y: Tensor) -> Tensor:
+    return y[:, :1].expand_as(y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("layout", "how"),
+    [
+        (rows, "C!=D"),
+        (sliced, "C!=D"),
+        (one_row, "bias"),
+        (columns, "copy"),
+        (every_other, "copy"),
+        (one_column, "copy"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_base_output(host, layout, how, dtype):
+    """The base's output is added where it lies if its rows do, else a copy of it is."""
+    x, _, _, Ap, Bp = inputs(18, 5, 6, 3, dtype)
+    y = layout(draw(18, 6, dtype=dtype))
+    before = y.clone()
+    host.reset()
+    added, U = host.ops.low_rank_add(y, x, Ap, Bp)
+    close(added, y.double() + U.double() @ Bp.double())
+    assert torch.equal(y, before)
+    product = host.calls()[1]
+    assert ("beta=1" in product) == (how != "bias")
+    assert [product.endswith(end) for end in (" C!=D", " bias")] == [how == "C!=D", how == "bias"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bias(host, dtype):
+    """Added by the first product that gives y, whatever lies how: nothing else writes y before."""
+    for tokens, strided in itertools.product((1, 18), (False, True)):
+        x, weight, bias, Ap, Bp = inputs(tokens, 5, 6, 3, dtype)
+        if strided:
+            bias = bias.repeat_interleave(2)[::2]
+        host.reset()
+        y, U = host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
+        expected = x.double() @ weight.double().T + bias.double() + U.double() @ Bp.double()
+        close(y, expected)
+        assert sum(call.endswith(" bias") for call in host.calls()) == 1
+        first = next(call for call in host.calls() if "m=6" in call)
+        assert "beta=0" in first
+        assert first.endswith(" bias")
+
+
+@pytest.mark.parametrize("how", REFUSALS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fall_back(host, how, dtype):
+    """What cublasLt refuses, cuBLAS computes to the same bits; and it is not asked again."""
+    # So many tokens as nowhere else, or algorithms would be known and stay refused.
+    tokens = 140 + len(REFUSALS) * DTYPES.index(dtype) + list(REFUSALS).index(how)
+    x, weight, bias, Ap, Bp = inputs(tokens, 5, 6, 3, dtype)
+    y = draw(tokens, 6, dtype=dtype)
+
+    def run() -> list[Tensor]:
+        linear, U = host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
+        added, _ = host.ops.low_rank_add(y, x, Ap, Bp)
+        need = True, True, True
+        return [
+            *(linear, U, added),
+            *host.ops.low_rank_linear_backward(y, x, weight, U, Ap, Bp, *need),
+        ]
+
+    host.reset()
+    host.heuristics()
+    with host.refusing(REFUSALS[how]):
+        found = run()
+        assert [call.partition(" ")[0] for call in host.calls()] == ["GemmEx"] * 10
+        asked = host.heuristics()
+        assert len(asked) in (9, 10)  # U is computed twice, into memory that may lie otherwise
+        for _ in range(5):
+            run()
+    asked += host.heuristics()
+    assert len(set(asked)) == len(asked)
+    U = found[1].double()
+    close(found[0], x.double() @ weight.double().T + bias.double() + U @ Bp.double())
+    close(found[2], y.double() + U @ Bp.double())
+    # With new memory some products go through cublasLt again, with the same result.
+    for mine, theirs in zip(found, run(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_broken_device(host):
+    """A product that did not run is an error, not a reason to try another way."""
+    x, weight, bias, Ap, Bp = inputs(18, 70, 6, 3)
+    host.reset()
+    with (
+        host.refusing(BROKEN),
+        pytest.raises(RuntimeError, match="cublasLtMatmul: expected success, got cuBLAS status 13"),
+    ):
+        host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
+    assert not host.calls()
+
+
+def test_choices_are_kept(host):
+    """One choice for each kind of product; sums in two parts stay in float32, in a workspace."""
+
+    def asked(*args: Tensor | None) -> dict[str, list[str]]:
+        """Products that algorithms were chosen for, with the rest that was said of each."""
+        for _ in range(10):
+            host.ops.low_rank_linear(*(t if t is None else t.clone() for t in args))
+        lines = host.heuristics()
+        # Memory that lies otherwise gives other kinds, but no kind comes twice.
+        assert len(set(lines)) == len(lines)
+        chosen: dict[str, list[str]] = {}
+        for line in lines:
+            product, _, rest = line.partition(",")
+            chosen.setdefault(product, []).append(rest)
+        return chosen
+
+    x, weight, _, Ap, Bp = args = inputs(18, 80, 81, 3)
+    down, up, base = "m=3 n=18 k=80", "m=81 n=18 k=3", "m=81 n=18 k=80"
+    host.heuristics()
+    chosen = asked(*args)
+    assert set(chosen) == {down, up, base}
+    assert all("bias" in line for line in chosen[up])
+    for line in itertools.chain(*chosen.values()):
+        assert f"workspace={32 << 20} reduction=2 " in line
+    # Another dtype, math mode or distance of rows, or no bias: other kinds.
+    assert set(asked(*(t.bfloat16() for t in args))) == {down, up, base}
+    with host.with_math_mode(0):
+        assert set(asked(*args)) == {down, up, base}
+    assert any("bias" not in line for line in asked(x, weight, None, Ap, Bp)[up])
+    host.ops.low_rank_linear(torch.cat([x, x], 1)[:, :80], *args[1:])
+    assert sum(",160," in line for line in host.heuristics()) == 2
+
+
+def test_alignment(host):
+    """Pointers that lie worse than those before need a choice of their own."""
+    args = inputs(18, 84, 85, 3)
+    y = host.ops.low_rank_linear(*args)[0]
+    for place, shift in itertools.product(range(5), (1, 2, 4)):
+        moved = list(args)
+        moved[place] = torch.cat([args[place].new_zeros(shift), args[place].flatten()])[shift:]
+        moved[place] = moved[place].view_as(args[place])
+        host.heuristics()
+        assert torch.equal(host.ops.low_rank_linear(*moved)[0], y)
+        found = [line.partition("alignment=")[2] for line in host.heuristics()]
+        alignments = [line.replace(" bias=", ",").split(",") for line in found]
+        # x is an operand of two products.
+        assert sum(str(4 * shift) in each for each in alignments) == (2 if place == 0 else 1)
+
+
+def test_tf32(host):
+    """Only float32 has it, and only with torch's flag, which its handle's math mode carries."""
+    modes = {0: "32F", 3: "TF32", 16: "32F", 19: "TF32"}
+    for (mode, float32), dtype in itertools.product(modes.items(), DTYPES):
+        expected = {torch.float32: float32, torch.float64: "64F"}.get(dtype, "32F")
+        x, weight, bias, Ap, Bp = inputs(18, 5, 6, 3, dtype)
+        host.reset()
+        with host.with_math_mode(mode):
+            U = host.ops.low_rank_linear(x, weight, bias, Ap, Bp)[1]
+            host.ops.low_rank_linear_backward(x @ weight.T, x, weight, U, Ap, Bp, *[True] * 3)
+            assert host.math_mode() == mode
+        assert len(host.calls()) == 8
+        assert all(f" compute={expected}" in call for call in host.calls())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 18])
+@pytest.mark.parametrize(
+    ("width", "out", "rank"), [(0, 6, 3), (5, 0, 3), (5, 6, 0), (0, 6, 0), (0, 0, 3), (5, 0, 0)]
+)
+def test_sums_over_nothing(host, width, out, rank, tokens, dtype):
+    """No features or no ranks: what is left of the sum, and no product reaches cuBLAS for it."""
+    x, weight, bias, Ap, Bp = inputs(tokens, width, out, rank, dtype)
+    wide = [t.double() for t in (x, weight, bias, Ap, Bp)]
+    y, grad = draw(tokens, out, dtype=dtype), draw(tokens, out, dtype=dtype)
+    base = wide[0] @ wide[1].T
+    for given in (bias, None):
+        host.reset()
+        found, U = host.ops.low_rank_linear(x, weight, given, Ap, Bp)
+        close(U, wide[0] @ wide[3].T)
+        close(found, base + U.double() @ wide[4] + (0 if given is None else wide[2]))
+    added, _ = host.ops.low_rank_add(y, x, Ap, Bp)
+    close(added, y.double() + U.double() @ wide[4])
+    call = host.ops.low_rank_linear_backward
+    dx, dAp, dBp = call(grad, x, weight, U, Ap, Bp, True, True, True)
+    H = (grad.double() @ wide[4].T).to(dtype).double()
+    close(dx, H @ wide[3] + grad.double() @ wide[1])
+    close(dAp, H.T @ wide[0])
+    close(dBp, U.double().T @ grad.double())
+    assert not any(" m=0 " in c or " n=0 " in c or " k=0 " in c for c in host.calls())
+
+
+@pytest.mark.parametrize(("width", "out"), [(0, 6), (5, 0)])
+def test_batches_of_sums_over_nothing(host, width, out):
+    """The same for batches: at distances, and by pointers."""
+    x, weights = draw(3, 4, width), [draw(out, width) + i for i in range(3)]
+    grad, bias = draw(3, 4, out), draw(3, out)
+    expected = {  # rank: (y, dx); x W^T is a sum over `width`, and dx one over `out`
+        rank: (torch.zeros(3, 4, out) + bias[:, None], torch.zeros(3, 4, width)) for rank in (0, 2)
+    }
+    for rank, (y, dx) in expected.items():
+        Ap, Bp = draw(3, rank, width), draw(3, rank, out)
+        found, U, V = host.ops.linear_group(x, weights, bias, Ap, Bp, None, None, None)
+        assert torch.equal(found, y)
+        found = host.ops.linear_group(x, weights, None, Ap, Bp, None, None, None)[0]
+        assert torch.equal(found, y - bias[:, None])
+        args = (grad, x, weights, U, V, Ap, Bp, None, None, None)
+        assert torch.equal(host.ops.linear_group_backward(*args, True, True)[0], dx)
+
+
+def test_threads_share_choices(host):
+    """Threads that meet new kinds of product at once ask once for each."""
+    cases = [inputs(18, width, 90, 3) for width in range(91, 131)]
+    expected = [host.ops.low_rank_linear(*(t.double() for t in case))[0] for case in cases]
+    host.heuristics()
+    start, wrong = threading.Barrier(4), []
+
+    def run() -> None:
+        start.wait()
+        for case, y in zip(cases, expected, strict=True):
+            found = host.ops.low_rank_linear(*case)[0]
+            if not torch.allclose(found.double(), y, rtol=0, atol=1e-3):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    lines = host.heuristics()
+    assert len(set(lines)) == len(lines)
+
+
+def test_choices_are_bounded(host):
+    """After thousands of other kinds a choice is made anew: what is kept does not grow for ever."""
+    x, weight, _, Ap, Bp = inputs(1, 1, 1, 1, torch.float64)
+    call = host.ops.low_rank_linear
+
+    def asked() -> set[str]:
+        for _ in range(20):
+            call(x, weight, None, Ap, Bp)
+        return set(host.heuristics())
+
+    host.heuristics()
+    before = asked()
+    for tokens in range(2, 1400):  # at least three kinds each
+        call(x.expand(tokens, 1), weight, None, Ap, Bp)
+    host.heuristics()
+    assert before & asked()
