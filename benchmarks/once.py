@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rasa_ext import ops
+from rasa_ext.ops.dropout import keep, unpacked
 
 PYTORCH = SimpleNamespace(**{name: kernel for name, (_, kernel) in ops.OPERATORS.items()})
 
@@ -48,7 +49,8 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
     found |= {"linear": (y, U), "backward": (dx, dAp, dBp)}
     found["add"] = functions.low_rank_add(grad, x, Ap, Bp)[0]
     dropped = tensors["mask"], 1.25
-    found["masked"] = functions.low_rank_linear(x, weight, None, Ap, Bp, *dropped)
+    kept = keep(x, unpacked(tensors["mask"], x, x.shape))
+    found["masked"] = functions.low_rank_linear(x, weight, None, Ap, Bp, kept, 1.25)
     found["masked_backward"] = functions.low_rank_linear_backward(
         grad, x, weight, tensors.get("U", U), Ap, Bp, True, True, True, *dropped
     )
@@ -121,7 +123,7 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> int:
     exact = {name: moved(value, "cpu", torch.float64) for name, value in (low | high).items()}
     found = chain(ops, shape, dtype, here, moved(packs, device))
     truth = chain(PYTORCH, shape, torch.float64, exact, moved(packs, "cpu", torch.float64))
-    draw_mask(here["x"])
+    draw_dropout(here["x"])
     compared = 0
     for name, expected in truth.items():
         for mine, value in zip(flat(found[name]), flat(expected), strict=True):
@@ -134,13 +136,13 @@ def check(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> int:
     return compared
 
 
-def draw_mask(x: Tensor) -> None:
-    """Dropout's bits, which every device draws in its own way, are as many as there should be."""
+def draw_dropout(x: Tensor) -> None:
+    """Dropout's bits, which every device draws in its own way, are those of what it keeps."""
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(2**62, (words,), device=x.device)
-    found = ops.dropout_mask(noise, x, 0.5)
-    if found.shape != (-(-x.numel() // 8),):
-        raise SystemExit(f"dropout_mask of {tuple(x.shape)} has the shape {tuple(found.shape)}")
+    mask, kept = ops.dropout(noise, x, 0.5)
+    if not torch.equal(kept, keep(x, unpacked(mask, x, x.shape))):
+        raise SystemExit(f"dropout of {tuple(x.shape)} keeps other elements than its mask says")
 
 
 def main() -> None:

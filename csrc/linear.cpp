@@ -29,7 +29,7 @@ void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tenso
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bp, const std::optional<Tensor>& mask,
+                                           const Tensor& Bp, const std::optional<Tensor>& kept,
                                            double scale) {
   const Checks checks("low_rank_linear", "x", x);
   checks.shape("x", x, {-1, -1});
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bp", Bp, {Ap.size(0), weight.size(0)});
   if (bias) checks.like("bias", *bias, {weight.size(0)});
-  check_mask(checks, mask, x.numel());
+  check_kept(checks, kept, x);
 
   const int64_t tokens = x.size(0);
   const DType dtype = dtype_of(x);
@@ -47,28 +47,29 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   if (tokens == 0) return {y, U};
   if (bias) fill_rows(y, *bias);
   const Tensor rows = gemm_operand(x), base = gemm_operand(weight);
-  if (!mask && use_decode(tokens, Ap.size(0), dtype)) {
+  if (!kept && use_decode(tokens, Ap.size(0), dtype)) {
     const Matrix result = matrix_of(y);
     gemm(device.blas(), multiply(matrix_of(rows), matrix_of(base).t(), result, bias ? 1 : 0));
     decode(device, x, Ap, Bp, U, y);
     return {y, U};
   }
-  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp), kept = kept_of(device, rows, mask);
-  gemms(device.blas(), plan_forward({matrix_of(rows), matrix_of(kept), matrix_of(base),
+  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
+  const Tensor seen = kept ? gemm_operand(*kept) : rows;
+  gemms(device.blas(), plan_forward({matrix_of(rows), matrix_of(seen), matrix_of(base),
                                      matrix_of(down), matrix_of(up), matrix_of(U), matrix_of(y),
-                                     bias.has_value(), mask ? scale : 1}));
+                                     bias.has_value(), kept ? scale : 1}));
   return {y, U};
 }
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bp, const std::optional<Tensor>& mask,
+                                        const Tensor& Bp, const std::optional<Tensor>& kept,
                                         double scale) {
   const Checks checks("low_rank_add", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("y", y, {x.size(0), -1});
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bp", Bp, {Ap.size(0), y.size(1)});
-  check_mask(checks, mask, x.numel());
+  check_kept(checks, kept, x);
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -76,15 +77,15 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   Tensor U = empty(x, {x.size(0), Ap.size(0)}, dtype);
   if (x.size(0) == 0) return {out, U};
   copy(out, y);
-  if (!mask && use_decode(x.size(0), Ap.size(0), dtype)) {
+  if (!kept && use_decode(x.size(0), Ap.size(0), dtype)) {
     decode(device, x, Ap, Bp, U, out);
     return {out, U};
   }
-  const Tensor kept = kept_of(device, x, mask);
+  const Tensor seen = gemm_operand(kept ? *kept : x);
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
   gemms(device.blas(),
-        plan_forward({Matrix{}, matrix_of(kept), Matrix{}, matrix_of(down), matrix_of(up),
-                      matrix_of(U), matrix_of(out), true, mask ? scale : 1}));
+        plan_forward({Matrix{}, matrix_of(seen), Matrix{}, matrix_of(down), matrix_of(up),
+                      matrix_of(U), matrix_of(out), true, kept ? scale : 1}));
   return {out, U};
 }
 

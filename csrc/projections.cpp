@@ -87,7 +87,7 @@ GemmCall add_base(const Matrix& x, const Pair& pair, const std::vector<Tensor>& 
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& mask,
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& kept,
     double scale) {
   const char* op = "linear_projections";
   const Checks checks(op, "x", x);
@@ -103,7 +103,7 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   }
   const Columns columns(Bp);
   checks.like("Ap", Ap, {columns.total, x.size(1)});
-  check_mask(checks, mask, x.numel());
+  check_kept(checks, kept, x);
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -112,12 +112,13 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   for (const Tensor& weight : weights) y.push_back(empty(x, {x.size(0), weight.size(0)}, dtype));
   if (x.size(0) == 0) return {y, U};
 
-  const Tensor rows = gemm_operand(x), kept = kept_of(device, rows, mask), down = gemm_operand(Ap);
+  const Tensor rows = gemm_operand(x), seen = kept ? gemm_operand(*kept) : rows;
+  const Tensor down = gemm_operand(Ap);
   const std::vector<Tensor> bases = gemm_operands(weights), ups = gemm_operands(Bp);
   const Matrix input = matrix_of(rows), inner = matrix_of(U);
   const std::vector<Pair> pairs = pair_up(input, bases, y);
-  std::vector<GemmCall> calls = {multiply(matrix_of(kept), matrix_of(down).t(), inner, 0)};
-  if (mask) calls[0].alpha = scale;
+  std::vector<GemmCall> calls = {multiply(matrix_of(seen), matrix_of(down).t(), inner, 0)};
+  if (kept) calls[0].alpha = scale;
   for (size_t i = 0; i < y.size(); ++i) {
     const bool bias = !biases.empty() && biases[i].numel() > 0;
     if (bias) fill_rows(y[i], biases[i]);

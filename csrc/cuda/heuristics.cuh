@@ -81,8 +81,10 @@ inline int decode_part(int in) {
   return (part + 7) / 8 * 8;
 }
 
-// Elements that a thread of dropout handles: one Philox block, one byte of the mask, 16 bytes in
-// half precision.
+// Elements of a byte of dropout's mask: those of one Philox block, 16 bytes in half precision.
 constexpr int kDropoutElements = 8;
+
+// Such bytes that a thread handles: four 16-byte loads in half precision, and a word of the mask.
+constexpr int kDropoutBytes = 4;
 
 }  // namespace rasa_ext

@@ -74,6 +74,7 @@ class _AdaptedLinear(_Function):
         bias: Tensor | None,
         multiple: int,
         mask: Tensor | None,
+        kept: Tensor | None,
         scale: float,
         A: Tensor,
         A_pool: Tensor | None,
@@ -83,7 +84,7 @@ class _AdaptedLinear(_Function):
     ) -> Tensor:
         rows, base = flatten_tokens(x), None if y is None else flatten_tokens(y)
         factors = (A, A_pool, B, B_pool, d)
-        out, U, Bp = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, mask, scale)
+        out, U, Bp = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, kept, scale)
         *_, of_A, of_A_pool, of_B, of_B_pool, of_d = ctx.needs_input_grad
         need_A, need_B = ctx.needs = of_A or of_A_pool, of_B or of_B_pool or of_d
         ctx.save_for_backward(
@@ -101,7 +102,7 @@ class _AdaptedLinear(_Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> _Grads:
         x, weight, U, Bp, mask, A, A_pool, B, B_pool, d = ctx.saved_tensors
-        need_y, need_x, _, _, _, _, _, *needs = ctx.needs_input_grad
+        need_y, need_x, _, _, _, _, _, _, *needs = ctx.needs_input_grad
         need_A, need_B = ctx.needs
         dx, *grads = ops.adapted_linear_backward(
             flatten_tokens(grad),
@@ -124,7 +125,7 @@ class _AdaptedLinear(_Function):
         shape = (*grad.shape[:-1], ctx.width)
         dx_shaped = dx.view(shape) if need_x else None
         own = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return grad if need_y else None, dx_shaped, None, None, None, None, None, *own
+        return grad if need_y else None, dx_shaped, *(None,) * 6, *own
 
 
 class _AdaptedProjections(_Function):
@@ -132,21 +133,28 @@ class _AdaptedProjections(_Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, n: int, multiple: int, mask: Tensor | None, scale: float, *tensors: Any
+        ctx: Any,
+        x: Tensor,
+        n: int,
+        multiple: int,
+        mask: Tensor | None,
+        kept: Tensor | None,
+        scale: float,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, factors = tensors[:n], tensors[n : 2 * n], _by_layer(tensors[2 * n :])
         Ap, Bp = pack_projections(factors, x.dtype, multiple)
         x_rows = flatten_tokens(x)
-        y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, mask, scale)
-        ctx.needs = _needs(ctx.needs_input_grad[5 + 2 * n :])
-        kept = Bp if ops.keep_pack(x_rows) else ()
+        y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, kept, scale)
+        ctx.needs = _needs(ctx.needs_input_grad[6 + 2 * n :])
+        its_Bp = Bp if ops.keep_pack(x_rows) else ()
         ctx.save_for_backward(
             x if ctx.needs[0] else None,
             U if ctx.needs[1] else None,
             mask,
             *weights,
             *tensors[2 * n :],
-            *kept,
+            *its_Bp,
         )
         ctx.multiple, ctx.scale, ctx.width = multiple, scale, x.shape[-1]
         return tuple(unflatten_like(t, x) for t in y)
@@ -186,7 +194,7 @@ class _AdaptedProjections(_Function):
         ]
         dx_shaped = dx.view(shape) if need_x else None
         its_own = (grad for each in own for grad in each)
-        return dx_shaped, None, None, None, None, *(None,) * (2 * n), *its_own
+        return dx_shaped, *(None,) * (5 + 2 * n), *its_own
 
 
 class _AdaptedGroup(_Function):
@@ -255,6 +263,7 @@ def adapted_linear(
     factors: Factors,
     multiple: int = 1,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Compute ``x W^T + bias + x dW^T`` with dW = Bp^T Ap, the pack of ``factors``.
@@ -268,12 +277,12 @@ def adapted_linear(
             is computed.
         factors: see ``pack``.
         multiple: see ``pack``.
-        mask, scale: from ``dropout``, where the x beside dW is what that left.
+        mask, kept, scale: from ``dropout``, where the x beside dW is what that left.
 
     Returns:
         (..., out).
     """
-    y: Tensor = _AdaptedLinear.apply(None, x, weight, bias, multiple, mask, scale, *factors)
+    y: Tensor = _AdaptedLinear.apply(None, x, weight, bias, multiple, mask, kept, scale, *factors)
     return y
 
 
@@ -283,6 +292,7 @@ def adapted_add(
     factors: Factors,
     multiple: int = 1,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Compute ``y + x dW^T``, over the output (..., out) of a base that is not a plain GEMM.
@@ -290,7 +300,7 @@ def adapted_add(
     x is (..., in) in y's dtype. Differentiable in y, x and the factors; y is left as it was.
     Other arguments as for ``adapted_linear``.
     """
-    out: Tensor = _AdaptedLinear.apply(y, x, None, None, multiple, mask, scale, *factors)
+    out: Tensor = _AdaptedLinear.apply(y, x, None, None, multiple, mask, kept, scale, *factors)
     return out
 
 
@@ -301,6 +311,7 @@ def adapted_projections(
     factors: Sequence[Factors],
     multiple: int = 1,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """Compute ``adapted_linear`` of n layers that read one x, with one down-projection for all.
@@ -311,7 +322,7 @@ def adapted_projections(
     """
     tensors = (*weights, *biases, *(t for each in factors for t in each))
     outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(
-        x, len(weights), multiple, mask, scale, *tensors
+        x, len(weights), multiple, mask, kept, scale, *tensors
     )
     return outputs
 
@@ -369,18 +380,19 @@ def adapted_group(
     return y
 
 
-def dropout(x: Tensor, p: float) -> tuple[Tensor | None, float]:
-    """Draw what dropout leaves of x (any shape): a mask of bits for the linears, and 1 / (1 - p).
+def dropout(x: Tensor, p: float) -> tuple[Tensor | None, Tensor | None, float]:
+    """Draw what dropout leaves of x (..., in), for the linears: ``(mask, kept, 1 / (1 - p))``.
 
-    The mask, uint8 (ceil(x.numel() / 8),) or None where p is 0, is drawn from torch's generator of
-    x's device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce it.
+    kept (M, in) is x with zeros, unscaled, and the mask, uint8 (ceil(x.numel() / 8),), what a
+    backward makes it from again; both are None where p is 0. Drawn from torch's generator of x's
+    device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce them.
     Nothing waits for the device. p is in [0, 1); ValueError or RuntimeError where it is not.
     """
     if p == 0:
-        return None, 1.0
+        return None, None, 1.0
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=x.device)
-    return ops.dropout_mask(noise, x.detach(), p), 1 / (1 - p)
+    return *ops.dropout(noise, flatten_tokens(x.detach()), p), 1 / (1 - p)
 
 
 def pack_projections(

@@ -51,7 +51,7 @@ def packed_down_projections(
 
 @operator(
     "linear_projections(Tensor x, Tensor[] weights, Tensor[] biases, Tensor Ap, Tensor[] Bp, "
-    "Tensor? mask=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
+    "Tensor? kept=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
 )
 def linear_projections(
     x: Tensor,
@@ -59,11 +59,11 @@ def linear_projections(
     biases: Sequence[Tensor],
     Ap: Tensor,
     Bp: Sequence[Tensor],
-    mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
     """Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of one U = X Ap^T (M, Rp)."""
-    U = project(x, Ap, mask, scale)
+    U = project(x, Ap, kept, scale)
     first = adapter_first(x.device.type, x.dtype)
     y = []
     for i, (weight, up, u) in enumerate(zip(weights, Bp, _columns(U, Bp), strict=True)):

@@ -57,7 +57,7 @@ def fuse_projections(x: Tensor) -> bool:
 
 
 def noise_words(device_type: str, elements: int) -> int:
-    """Count the int64 of noise that ``dropout_mask`` takes for x of so many elements.
+    """Count the int64 of noise that ``dropout`` takes for x of so many elements.
 
     The compiled kernel draws from a counter under two of them, a key and an offset. The PyTorch
     one takes 16 bits an element, a byte of the mask at a time.

@@ -15,6 +15,7 @@ from tests.helpers.operators import (
     draw_adapter,
     drop,
     floor,
+    forward_of,
     random_mask,
     unpacked,
 )
@@ -59,7 +60,7 @@ def formulas(x, weights, biases, Ap, Bp, grads, kept=None):
 
 
 def operators(x, weights, biases, Ap, Bp, grads, *mask):
-    y, U = ops.linear_projections(x, weights, biases, Ap, Bp, *mask)
+    y, U = ops.linear_projections(x, weights, biases, Ap, Bp, *forward_of(x, mask))
     dx, dAp, dBp = ops.linear_projections_backward(
         grads, x, weights, U, Ap, Bp, True, True, True, *mask
     )
@@ -74,7 +75,8 @@ def operators(x, weights, biases, Ap, Bp, grads, *mask):
 def test_operators(shape, device):
     x, weights, biases, Ap, Bp, grads = draw(shape, torch.float32, device)
     for mask in ((), (random_mask(x), 1.25)):
-        check_operator("linear_projections", x, weights, [] if mask else biases, Ap, Bp, *mask)
+        args = x, weights, [] if mask else biases, Ap, Bp, *forward_of(x, mask)
+        check_operator("linear_projections", *args)
         for need in NEEDS:
             inputs, U = x if need[1] else None, x @ Ap.T if need[2] else None
             args = grads, inputs, weights, U, Ap, Bp, *need, *mask
