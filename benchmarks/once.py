@@ -60,6 +60,10 @@ def chain(functions, shape, dtype: torch.dtype, tensors: dict, packs=None) -> di
     )
     both = [A[:2], [A_pool] * 2, B[:2], [B_pool] * 2, d[:2]]
     found["pack_projections"] = functions.pack_projections(*both, dtype, 16)
+    wides = [tensors["dAp"][i] for i in range(2)], [tensors["dBp"][i].clone() for i in range(2)]
+    found["pack_projections_backward"] = functions.pack_projections_backward(
+        *wides, both[2], both[3], both[4]
+    )
     wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bp, Bp], [weight, weight]
     outputs, wide_U = functions.linear_projections(x, weights, [], wide_Ap, ups)
     found["projections"] = (*outputs, wide_U)

@@ -72,8 +72,8 @@ struct PackBackwardLayer {
   void* dd;         // (own + pooled,) param, written; null in all layers where it is not wanted
 };
 
-// The layers of one group: all of one shape, with one pool. Where dAp is not given, in is 0; where
-// dBp is not, out is 0 and dd null.
+// Layers of one shape with one pool: those of a group, or one alone. Where dAp is not given, in is
+// 0; where dBp is not, out is 0 and dd null.
 struct PackBackwardGroup {
   const void* B_pool;  // (pooled, out) param
   void* dA_pool;       // (pooled, in) param, written: summed over the layers, in their order
@@ -83,8 +83,13 @@ struct PackBackwardGroup {
   int own, pooled;
 };
 
-// In one launch. Tables as for launch_pack.
-void launch_pack_backward(const PackBackwardGroup& group, const PackBackwardLayer* host,
+// Up to so many groups travel as parameters of the kernel: more than there are projections of one
+// x.
+constexpr int kGroupsByValue = 8;
+
+// `groups` groups of any shapes, at most kGroupsByValue, in one launch. Their layers stand one
+// group after the other in `host` and `device`, which are tables as for launch_pack.
+void launch_pack_backward(const PackBackwardGroup* first, int groups, const PackBackwardLayer* host,
                           const PackBackwardLayer* device, DType param, Stream stream);
 
 // ---- decode: U = x Ap^T, y += U Bp, for few tokens ----

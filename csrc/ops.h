@@ -27,6 +27,12 @@ std::tuple<Tensor, std::vector<Tensor>> pack_projections(
     const std::vector<Tensor>& B_pool, const std::vector<Tensor>& d,
     torch::headeronly::ScalarType dtype, int64_t multiple);
 
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+           std::vector<Tensor>>
+pack_projections_backward(const std::vector<Tensor>& dAp, const std::vector<Tensor>& dBp,
+                          const std::vector<Tensor>& B, const std::vector<Tensor>& B_pool,
+                          const std::vector<Tensor>& d);
+
 std::tuple<Tensor, Tensor> pack_group(const std::vector<Tensor>& A,
                                       const std::optional<Tensor>& A_pool,
                                       const std::vector<Tensor>& B,

@@ -96,6 +96,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
   const int64_t first = byte_of(lane % kDropoutBytes, lane / kDropoutBytes * kDropoutBytes);
   const int64_t end = (n + kDropoutElements - 1) / kDropoutElements;
   if (first + kDropoutBytes <= end) return store_aligned(mask + first, bytes);
+#pragma unroll 1  // rarely taken
   for (int64_t i = first; i < end; ++i) mask[i] = static_cast<uint8_t>(bytes >> (i - first) * 8);
 }
 

@@ -14,7 +14,8 @@ each element of x. All gradients are first order; differentiating twice raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -164,12 +165,12 @@ class _AdaptedProjections(_Function):
     def backward(ctx: Any, *grads: Tensor) -> _Grads:
         x, U, mask, *tensors = ctx.saved_tensors
         n = len(grads)
-        weights, factors, kept = tensors[:n], _by_layer(tensors[n : 6 * n]), tensors[6 * n :]
+        weights, factors, its_Bp = tensors[:n], _by_layer(tensors[n : 6 * n]), tensors[6 * n :]
         need_x, (need_A, need_B) = ctx.needs_input_grad[0], ctx.needs
-        if kept:
-            A, A_pool, *_ = zip(*factors, strict=True)
-            down = A, as_op_list(A_pool), grads[0].dtype, ctx.multiple
-            Ap, Bp = ops.packed_down_projections(*down), list(kept)
+        if its_Bp:
+            A, A_pool, *_ = as_op_lists(factors)
+            down = A, A_pool, grads[0].dtype, ctx.multiple
+            Ap, Bp = ops.packed_down_projections(*down), list(its_Bp)
         else:
             Ap, Bp = pack_projections(factors, grads[0].dtype, ctx.multiple)
         shape = (*grads[0].shape[:-1], ctx.width)
@@ -186,15 +187,17 @@ class _AdaptedProjections(_Function):
             mask,
             ctx.scale,
         )
-        downs = dAp.split([up.shape[0] for up in Bp]) if need_A else (None,) * n
-        ups = dBp if need_B else (None,) * n
-        own = [
-            _factor_grads(down, up, *its[2:])
-            for down, up, its in zip(downs, ups, factors, strict=True)
-        ]
         dx_shaped = dx.view(shape) if need_x else None
-        its_own = (grad for each in own for grad in each)
-        return dx_shaped, *(None,) * (5 + 2 * n), *its_own
+        own: Iterable[Tensor | None] = (None,) * (5 * n)
+        if need_A or need_B:
+            _, _, B, B_pool, d = as_op_lists(factors)
+            downs = dAp.split([up.shape[0] for up in Bp]) if need_A else ()
+            kinds = ops.pack_projections_backward(downs, dBp, B, B_pool, d)
+            # A tensor without elements stands for what was not computed.
+            needs = ctx.needs_input_grad[6 + 2 * n :]
+            grads_by_layer = chain.from_iterable(zip(*kinds, strict=True))
+            own = (g if need else None for g, need in zip(grads_by_layer, needs, strict=True))
+        return dx_shaped, *(None,) * (5 + 2 * n), *own
 
 
 class _AdaptedGroup(_Function):
@@ -399,10 +402,15 @@ def pack_projections(
     factors: Sequence[Factors], dtype: torch.dtype, multiple: int
 ) -> tuple[Tensor, list[Tensor]]:
     """Pack several layers into one Ap for all, and a Bp each; without a gradient."""
-    A, A_pool, B, B_pool, d = zip(*factors, strict=True)
-    if any(v is None for v in d):
+    return ops.pack_projections(*as_op_lists(factors), dtype, multiple)
+
+
+def as_op_lists(factors: Sequence[Factors]) -> list[list[Tensor]]:
+    """Make an operator's lists of A, A_pool, B, B_pool and d, with ones for some that lack a d."""
+    *others, d = zip(*factors, strict=True)
+    if any(v is None for v in d) and any(v is not None for v in d):
         d = tuple(each.A.new_ones(each.rank) if each.d is None else each.d for each in factors)
-    return ops.pack_projections(A, as_op_list(A_pool), B, as_op_list(B_pool), d, dtype, multiple)
+    return [*map(as_op_list, others), as_op_list(d)]
 
 
 def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from rasa_ext.ops.fused_projections import (
     linear_projections,
     linear_projections_backward,
     pack_projections,
+    pack_projections_backward,
     packed_down_projections,
 )
 from rasa_ext.ops.heuristics import (
@@ -57,6 +58,7 @@ __all__ = [
     "pack_group",
     "pack_group_backward",
     "pack_projections",
+    "pack_projections_backward",
     "packed_down_projections",
     "pool_in_packs",
     "rank_multiple",

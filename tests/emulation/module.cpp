@@ -61,10 +61,15 @@ void bind_pack_backward(py::module_& module) {
   module.def("pack_backward", [](const std::vector<PackBackwardLayer>& layers, Address B_pool,
                                  Address dA_pool, Address dB_pool, int in, int out, int own,
                                  int pooled, DType param) {
-    const int count = static_cast<int>(layers.size());
-    launch_pack_backward(
-        {pointer(B_pool), pointer(dA_pool), pointer(dB_pool), count, in, out, own, pooled},
-        layers.data(), on_device(layers).data(), param, nullptr);
+    const PackBackwardGroup group{pointer(B_pool),
+                                  pointer(dA_pool),
+                                  pointer(dB_pool),
+                                  static_cast<int>(layers.size()),
+                                  in,
+                                  out,
+                                  own,
+                                  pooled};
+    launch_pack_backward(&group, 1, layers.data(), on_device(layers).data(), param, nullptr);
   });
 }
 

@@ -83,6 +83,29 @@ def test_pack(host, shape, dtype, multiple):
         assert torch.equal(up, host.ops.pack(*adapter[:4], None, dtype, multiple)[1])
 
 
+@pytest.mark.parametrize("copies", [1, 5], ids=["one launch", "more than a launch takes"])
+@pytest.mark.parametrize("param", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pack_backward(host, shape, param, copies):
+    """The same bits as of single layers, whatever is given."""
+    case = Case((shape[0], shape[1] * copies), 1, torch.float64)
+    _, _, B, B_pool, d = ([t.to(param) for t in kind] for kind in case.lists())
+    ranks = [v.numel() + 2 for v in d]
+    downs = [torch.randn(rank, case.width).to(param) for rank in ranks]
+    ups = [torch.randn(rank, len(b)).to(param) for rank, b in zip(ranks, B, strict=True)]
+    for down, up, scales in itertools.product((downs, []), (ups, []), (d, [])):
+        if not (down or up):
+            continue
+        found = host.ops.pack_projections_backward(down, up, B, B_pool, scales)
+        for i, b in enumerate(B):
+            its = (each[i] if each else None for each in (B_pool, scales))
+            grads = (each[i] if each else None for each in (down, up))
+            alone = host.ops.pack_backward(*grads, b, *its)
+            for mine, theirs in zip((kind[i] for kind in found), alone, strict=True):
+                assert torch.equal(mine, theirs)
+                assert mine.stride() == theirs.stride()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "descending"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 5, 33])
@@ -165,6 +188,9 @@ def test_opcheck(host, dtype):
         case = Case(shape, tokens, dtype)
         ops = host.ops
         opcheck(ops.pack_projections.default, (*case.lists(), dtype, 16))
+        _, _, B, B_pool, d = case.lists()
+        ups = [torch.randn(v.numel(), len(b)) for b, v in zip(B, d, strict=True)]
+        opcheck(ops.pack_projections_backward.default, ([], ups, B, B_pool, d))
         Ap, Bp = ops.pack_projections(*case.lists(), dtype, 16)
         args = (case.x, case.weights, case.biases, Ap, Bp)
         opcheck(ops.linear_projections.default, args)
@@ -242,5 +268,9 @@ def test_bad_input(host):
     A, A_pool, B, B_pool, d = case.lists()
     with pytest.raises(RuntimeError, match=r"lists of one length"):
         host.ops.pack_projections(A, A_pool[:1], B, B_pool, d, torch.float32, 1)
+    with pytest.raises(RuntimeError, match=r"lists of one length, got 3 and 1"):
+        host.ops.pack_projections_backward([], [Bp[0].float()], B, B_pool, d)
+    with pytest.raises(RuntimeError, match=r"dBp: expected at least 9 rows"):
+        host.ops.pack_projections_backward([], [up[1:].float() for up in Bp], B, B_pool, d)
     with pytest.raises(RuntimeError, match=r"multiple: expected at least 1, got 0"):
         host.ops.pack_projections(A, A_pool, B, B_pool, d, torch.float32, 0)
