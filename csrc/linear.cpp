@@ -1,32 +1,14 @@
 // y = x W^T + bias + U Bp with U = x Ap^T, and its backward, as cuBLAS products.
 #include "blas.h"
+#include "decode.h"
 #include "device.h"
 #include "dropout.h"
 #include "heuristics.h"
-#include "launchers.h"
 #include "linear_plan.h"
 #include "ops.h"
 #include "tensors.h"
 
 namespace rasa_ext {
-namespace {
-
-// U = x Ap^T, y += U Bp, for few tokens.
-void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tensor& Bp,
-            const Tensor& U, const Tensor& y) {
-  const DType dtype = dtype_of(x);
-  const Tensor inputs[] = {dense(x, dtype), dense(Ap, dtype), dense(Bp, dtype)};
-  const int tokens = to_int("tokens", x.size(0)), in = to_int("in_features", x.size(1));
-  const int out = to_int("out_features", Bp.size(1)), rank = to_int("rank", Ap.size(0));
-  const Tensor workspace = empty_bytes(x, decode_workspace(tokens, in, rank));
-  launch_decode({inputs[0].data_ptr(), inputs[1].data_ptr(), inputs[2].data_ptr(), U.data_ptr(),
-                 y.data_ptr(), workspace.data_ptr(), tokens, in, out, rank},
-                dtype, device.stream());
-  device.check_launch("decode");
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
                                            const Tensor& Bp, const std::optional<Tensor>& kept,
@@ -50,7 +32,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   if (!kept && use_decode(tokens, Ap.size(0), dtype)) {
     const Matrix result = matrix_of(y);
     gemm(device.blas(), multiply(matrix_of(rows), matrix_of(base).t(), result, bias ? 1 : 0));
-    decode(device, x, Ap, Bp, U, y);
+    decode(device, x, Ap, {Bp}, U, {y});
     return {y, U};
   }
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
@@ -78,7 +60,7 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   if (x.size(0) == 0) return {out, U};
   copy(out, y);
   if (!kept && use_decode(x.size(0), Ap.size(0), dtype)) {
-    decode(device, x, Ap, Bp, U, out);
+    decode(device, x, Ap, {Bp}, U, {out});
     return {out, U};
   }
   const Tensor seen = gemm_operand(kept ? *kept : x);

@@ -147,10 +147,11 @@ pack_projections_backward(const std::vector<Tensor>& dAp, const std::vector<Tens
                           const std::vector<Tensor>& B, const std::vector<Tensor>& B_pool,
                           const std::vector<Tensor>& d) {
   const char* op = "pack_projections_backward";
-  check_layers(op, B.size(), B.size());
-  for (const auto* list : {&dAp, &dBp, &B_pool, &d}) {
-    if (!list->empty()) check_layers(op, B.size(), list->size());
-  }
+  check_layers(op, "B", B.size(), "B", B.size());
+  if (!dAp.empty()) check_layers(op, "B", B.size(), "dAp", dAp.size());
+  if (!dBp.empty()) check_layers(op, "B", B.size(), "dBp", dBp.size());
+  if (!B_pool.empty()) check_layers(op, "B", B.size(), "B_pool", B_pool.size());
+  if (!d.empty()) check_layers(op, "B", B.size(), "d", d.size());
   const Device device(B[0]);
   const Checks checks(op, "B[0]", B[0]);
   const auto at = [](const std::vector<Tensor>& list, size_t i) {
@@ -178,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_group_backward(
     const Tensor& dAp, const Tensor& dBp, const std::vector<Tensor>& B,
     const std::optional<Tensor>& B_pool, const std::vector<Tensor>& d) {
   const char* op = "pack_group_backward";
-  check_layers(op, B.size(), d.size());
+  check_layers(op, "B", B.size(), "d", d.size());
   const int64_t layers = static_cast<int64_t>(B.size());
   const Checks checks(op, "B[0]", B[0]);
   checks.shape("B[0]", B[0], {-1, -1});

@@ -68,7 +68,7 @@ __device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes) {
 }
 
 // Draws the mask, and keeps what it says. Sixteen bits an element are enough for any p that is
-// used, and 32 would take twice as many multiplications, which take as long as the memory does.
+// used, and take half the multiplications of 32.
 template <typename T>
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
     dropout_kernel(const uint64_t* noise,  // (2,): key, offset

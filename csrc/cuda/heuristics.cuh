@@ -42,6 +42,10 @@ constexpr int kDecodeTokens = 16;
 // over.
 constexpr int kDecodeThreads = 128;
 
+// Blocks of them that must fit on a multiprocessor: 128 registers a thread. Left to itself ptxas
+// aims at more blocks and spills for it.
+constexpr int kDecodeBlocks = 4;
+
 // Rows of Ap that a warp of the shrink multiplies with each token it has read: two halve the reads
 // of x, and more would leave too few warps (24 for Rp = 48 and each part of K).
 constexpr int kShrinkRows = 2;

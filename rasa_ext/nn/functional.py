@@ -30,6 +30,9 @@ _Grads: TypeAlias = "tuple[Tensor | None, ...]"
 _FactorGrads: TypeAlias = (
     "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]"
 )
+_FactorLists: TypeAlias = (
+    "tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]"
+)
 _PoolPack: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
 _NO_GRADS = (None, None, None, None, None)
 
@@ -405,12 +408,12 @@ def pack_projections(
     return ops.pack_projections(*as_op_lists(factors), dtype, multiple)
 
 
-def as_op_lists(factors: Sequence[Factors]) -> list[list[Tensor]]:
+def as_op_lists(factors: Sequence[Factors]) -> _FactorLists:
     """Make an operator's lists of A, A_pool, B, B_pool and d, with ones for some that lack a d."""
-    *others, d = zip(*factors, strict=True)
+    A, A_pool, B, B_pool, d = zip(*factors, strict=True)
     if any(v is None for v in d) and any(v is not None for v in d):
         d = tuple(each.A.new_ones(each.rank) if each.d is None else each.d for each in factors)
-    return [*map(as_op_list, others), as_op_list(d)]
+    return list(A), as_op_list(A_pool), list(B), as_op_list(B_pool), as_op_list(d)
 
 
 def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -64,8 +64,9 @@ def _each_grads(
     d: Sequence[Tensor],
 ) -> list[Gradients]:
     """Give ``pack_backward`` of every projection; dBp is overwritten."""
-    lists = (each or [None] * len(B) for each in (dAp, dBp, B, B_pool, d))
-    return [as_results(its[2], factor_grads(*its)) for its in zip(*lists, strict=True)]
+    none = [None] * len(B)
+    each = zip(dAp or none, dBp or none, B, B_pool or none, d or none, strict=True)
+    return [as_results(its[2], factor_grads(*its)) for its in each]
 
 
 def _registered(

@@ -203,6 +203,28 @@ def test_opcheck(host, dtype):
             opcheck(ops.linear_projections_backward.default, args)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens(host, dtype):
+    """The bases first, then two kernels for all; not under dropout, nor for ranks too wide."""
+    for shape, tokens in itertools.product(SHAPES, (1, 16)):
+        case = Case(shape, tokens, dtype)
+        Ap, Bp = host.ops.pack_projections(*case.lists(), dtype, 4)
+        for biases in ([], case.biases):
+            host.reset()
+            y, U = host.ops.linear_projections(case.x, case.weights, biases, Ap, Bp)
+            assert all("k=" + str(case.width) in call for call in host.calls())
+            assert len(host.calls()) <= len(y)
+            check_forward(case, biases, Ap, Bp, y, U)
+        host.reset()
+        args = case.x, case.weights, case.biases, Ap, Bp
+        host.ops.linear_projections(*args, case.x, 1.0)
+        assert len(host.calls()) > len(y)
+    x, weights = torch.randn(2, 4), [torch.randn(3, 4)] * 9
+    host.reset()
+    host.ops.linear_projections(x, weights, [], torch.randn(9, 4), [torch.randn(1, 3)] * 9)
+    assert len(host.calls()) > 9, "more projections than the kernels take"
+
+
 @pytest.mark.parametrize("descending", [False, True])
 def test_products(host, descending):
     """One down-projection; k and v, which are of one shape, as a batch that repeats x."""
@@ -259,16 +281,16 @@ def test_bad_input(host):
     linear, x, weights = host.ops.linear_projections, case.x, case.weights
     with pytest.raises(RuntimeError, match=r"Ap: expected shape"):
         linear(x, weights, [], Ap[1:], Bp)
-    with pytest.raises(RuntimeError, match=r"lists of one length, got 3 and 2"):
+    with pytest.raises(RuntimeError, match=r"Bp: expected as many layers as weights has, 3, got 2"):
         linear(x, weights, [], Ap, Bp[:2])
     with pytest.raises(RuntimeError, match=r"biases\[i\]: expected shape"):
         linear(x, weights, [torch.zeros(3)] * 3, Ap, Bp)
     with pytest.raises(RuntimeError, match=r"weights\[i\]"):
         linear(x, [weights[0].half(), *weights[1:]], [], Ap, Bp)
     A, A_pool, B, B_pool, d = case.lists()
-    with pytest.raises(RuntimeError, match=r"lists of one length"):
+    with pytest.raises(RuntimeError, match=r"A_pool: expected as many layers as A has, 3, got 1"):
         host.ops.pack_projections(A, A_pool[:1], B, B_pool, d, torch.float32, 1)
-    with pytest.raises(RuntimeError, match=r"lists of one length, got 3 and 1"):
+    with pytest.raises(RuntimeError, match=r"dBp: expected as many layers as B has, 3, got 1"):
         host.ops.pack_projections_backward([], [Bp[0].float()], B, B_pool, d)
     with pytest.raises(RuntimeError, match=r"dBp: expected at least 9 rows"):
         host.ops.pack_projections_backward([], [up[1:].float() for up in Bp], B, B_pool, d)
