@@ -147,7 +147,7 @@ class _AdaptedProjections(_Function):
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, factors = tensors[:n], tensors[n : 2 * n], _by_layer(tensors[2 * n :])
-        Ap, Bp = pack_projections(factors, x.dtype, multiple)
+        Ap, Bp = ops.pack_projections(*as_op_lists(factors), x.dtype, multiple)
         x_rows = flatten_tokens(x)
         y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, kept, scale)
         ctx.needs = _needs(ctx.needs_input_grad[6 + 2 * n :])
@@ -168,14 +168,15 @@ class _AdaptedProjections(_Function):
     def backward(ctx: Any, *grads: Tensor) -> _Grads:
         x, U, mask, *tensors = ctx.saved_tensors
         n = len(grads)
-        weights, factors, its_Bp = tensors[:n], _by_layer(tensors[n : 6 * n]), tensors[6 * n :]
+        weights, its_Bp = tensors[:n], tensors[6 * n :]
+        A, A_pool, B, B_pool, d = as_op_lists(_by_layer(tensors[n : 6 * n]))
         need_x, (need_A, need_B) = ctx.needs_input_grad[0], ctx.needs
         if its_Bp:
-            A, A_pool, *_ = as_op_lists(factors)
             down = A, A_pool, grads[0].dtype, ctx.multiple
             Ap, Bp = ops.packed_down_projections(*down), list(its_Bp)
         else:
-            Ap, Bp = pack_projections(factors, grads[0].dtype, ctx.multiple)
+            form = grads[0].dtype, ctx.multiple
+            Ap, Bp = ops.pack_projections(A, A_pool, B, B_pool, d, *form)
         shape = (*grads[0].shape[:-1], ctx.width)
         dx, dAp, dBp = ops.linear_projections_backward(
             [flatten_tokens(grad) for grad in grads],
@@ -193,7 +194,6 @@ class _AdaptedProjections(_Function):
         dx_shaped = dx.view(shape) if need_x else None
         own: Iterable[Tensor | None] = (None,) * (5 * n)
         if need_A or need_B:
-            _, _, B, B_pool, d = as_op_lists(factors)
             downs = dAp.split([up.shape[0] for up in Bp]) if need_A else ()
             kinds = ops.pack_projections_backward(downs, dBp, B, B_pool, d)
             # A tensor without elements stands for what was not computed.
@@ -399,13 +399,6 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor | None, Tensor | None, float]:
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=x.device)
     return *ops.dropout(noise, flatten_tokens(x.detach()), p), 1 / (1 - p)
-
-
-def pack_projections(
-    factors: Sequence[Factors], dtype: torch.dtype, multiple: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Pack several layers into one Ap for all, and a Bp each; without a gradient."""
-    return ops.pack_projections(*as_op_lists(factors), dtype, multiple)
 
 
 def as_op_lists(factors: Sequence[Factors]) -> _FactorLists:
