@@ -152,8 +152,7 @@ void check_decode() {
   check_one({8, 8, {{5, 1600}}}, DType::kBFloat16, true, 0);
   check_one({2, 8, {{4, 3100}}}, DType::kBFloat16, true, 0);
   check_one({8, 8, {{5, 3}, {5, 1600}}}, DType::kBFloat16, true, 0);
-  // Four rows of blocks, and a block with a single column.
-  check_one({16, 8, {{150, 1600}}}, DType::kBFloat16, true, 0);
+  // A block with a single column.
   check_one({2, 16, {{257, 3}}}, DType::kBFloat16, true, 0);
   begin_case("decode_fits");
   if (rasa_ext::decode_fits(17, 16, DType::kFloat32)) fail("17 tokens fit");
