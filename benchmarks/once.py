@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.records import kernels_missing
 from rasa_ext import ops
+from rasa_ext.ops.dropout import keep, unpacked
 
 PYTORCH = SimpleNamespace(**{name: kernel for name, (_, kernel) in ops.OPERATORS.items()})
 
@@ -45,6 +46,13 @@ def weight_space(functions, dtype: torch.dtype, tensors: dict) -> dict[str, obje
         "pack": functions.pack(A[0], A_pool, B[0], B_pool, d[0], dtype, 16),
         "pack_projections": functions.pack_projections(*both, dtype, 16),
         "pack_backward": functions.pack_backward(*first, B[0], B_pool, d[0]),
+        "pack_projections_backward": functions.pack_projections_backward(
+            [wide[0][0], wide[0][1]],
+            [wide[1][0].clone(), wide[1][1].clone()],
+            both[2],
+            both[3],
+            both[4],
+        ),
         "pack_group": functions.pack_group(*tensors["adapter"], dtype, 16),
         "pack_group_backward": functions.pack_group_backward(*wide, B, B_pool, d),
     }
@@ -64,7 +72,8 @@ def products(functions, tensors: dict, packs) -> dict[str, object]:
     found: dict[str, object] = {"linear": (y, U), "backward": (dx, dAp, dBp)}
     found["add"] = functions.low_rank_add(grad, x, Ap, Bp)[0]
     dropped = tensors["mask"], 1.25
-    found["masked"] = functions.low_rank_linear(x, weight, None, Ap, Bp, *dropped)
+    kept = keep(x, unpacked(tensors["mask"], x, x.shape))
+    found["masked"] = functions.low_rank_linear(x, weight, None, Ap, Bp, kept, 1.25)
     found["masked_backward"] = functions.low_rank_linear_backward(
         grad, x, weight, tensors.get("U", U), Ap, Bp, True, True, True, *dropped
     )
@@ -132,7 +141,7 @@ def check(
     exact = {name: moved(value, "cpu", torch.float64) for name, value in (low | high).items()}
     found = weight_space(ops, dtype, here)
     truth = weight_space(PYTORCH, torch.float64, exact)
-    draw_mask(here["x"])
+    draw_dropout(here["x"])
     if with_products:
         found |= products(ops, here, moved(packs, device))
         truth |= products(PYTORCH, exact, moved(packs, "cpu", torch.float64))
@@ -148,13 +157,13 @@ def check(
     return compared
 
 
-def draw_mask(x: Tensor) -> None:
-    """Dropout's bits, which every device draws in its own way, are as many as there should be."""
+def draw_dropout(x: Tensor) -> None:
+    """Dropout's bits, which every device draws in its own way, are those of what it keeps."""
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(2**62, (words,)).to(x.device)
-    found = ops.dropout_mask(noise, x, 0.5)
-    if found.shape != (-(-x.numel() // 8),):
-        raise SystemExit(f"dropout_mask of {tuple(x.shape)} has the shape {tuple(found.shape)}")
+    mask, kept = ops.dropout(noise, x, 0.5)
+    if not torch.equal(kept, keep(x, unpacked(mask, x, x.shape))):
+        raise SystemExit(f"dropout of {tuple(x.shape)} keeps other elements than its mask says")
 
 
 def main() -> None:

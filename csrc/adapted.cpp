@@ -8,14 +8,14 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
     const std::optional<Tensor>& y, const Tensor& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const Tensor& A, const std::optional<Tensor>& A_pool,
     const Tensor& B, const std::optional<Tensor>& B_pool, const std::optional<Tensor>& d,
-    int64_t multiple, const std::optional<Tensor>& mask, double scale) {
+    int64_t multiple, const std::optional<Tensor>& kept, double scale) {
   const Checks checks("adapted_linear", "x", x);
   if (y.has_value() == weight.has_value()) {
     checks.refuse("weight", "a tensor, or y in its place", y ? "both" : "None for both");
   }
   const auto [Ap, Bp] = pack(A, A_pool, B, B_pool, d, x.scalar_type(), multiple);
-  const auto [out, U] = y ? low_rank_add(*y, x, Ap, Bp, mask, scale)
-                          : low_rank_linear(x, *weight, bias, Ap, Bp, mask, scale);
+  const auto [out, U] = y ? low_rank_add(*y, x, Ap, Bp, kept, scale)
+                          : low_rank_linear(x, *weight, bias, Ap, Bp, kept, scale);
   return {out, U, Bp};
 }
 

@@ -1,4 +1,5 @@
-// The mask of dropout, and what it leaves.
+// What dropout leaves of the adapter's input: drawn with a mask in the forward, and by that mask in
+// the backward.
 #include "dropout.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -13,24 +14,32 @@ namespace {
 
 void launch(const Device& device, const Tensor& x, const Tensor& mask, const Tensor& kept) {
   const Tensor bits = torch::stable::contiguous(mask);
-  launch_dropout(x.data_ptr(), static_cast<const uint8_t*>(bits.data_ptr()), kept.data_ptr(),
-                 x.numel(), dtype_of(x), device.stream());
-  device.check_launch("dropout");
+  launch_keep(x.data_ptr(), static_cast<const uint8_t*>(bits.data_ptr()), kept.data_ptr(),
+              x.numel(), dtype_of(x), device.stream());
+  device.check_launch("keep");
 }
 
 }  // namespace
 
-Tensor dropout_mask(const Tensor& noise, const Tensor& x, double p) {
-  const Checks checks("dropout_mask", "x", x);
+std::tuple<Tensor, Tensor> dropout(const Tensor& noise, const Tensor& x, double p) {
+  const Checks checks("dropout", "x", x);
+  checks.shape("x", x, {-1, -1});
   checks.integers("noise", noise, 2, torch::headeronly::ScalarType::Long);
   if (!(p >= 0 && p < 1)) checks.refuse("p", "a number in [0, 1)", std::to_string(p));
+  const DType dtype = dtype_of(x);
   const Device device(x);
+  const Tensor source = dense(x, dtype), words = torch::stable::contiguous(noise);
   const Tensor mask = empty_mask(x, dropout_mask_bytes(x.numel()));
-  const Tensor words = torch::stable::contiguous(noise);
-  launch_dropout_mask(static_cast<const uint64_t*>(words.data_ptr()),
-                      static_cast<uint8_t*>(mask.data_ptr()), x.numel(), p, device.stream());
-  device.check_launch("dropout_mask");
-  return mask;
+  const Tensor kept = empty(x, {x.size(0), x.size(1)}, dtype);
+  launch_dropout(static_cast<const uint64_t*>(words.data_ptr()), source.data_ptr(),
+                 static_cast<uint8_t*>(mask.data_ptr()), kept.data_ptr(), x.numel(), p, dtype,
+                 device.stream());
+  device.check_launch("dropout");
+  return {mask, kept};
+}
+
+void check_kept(const Checks& checks, const std::optional<Tensor>& kept, const Tensor& x) {
+  if (kept) checks.like("kept", *kept, {x.size(0), x.size(1)});
 }
 
 void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements) {

@@ -1,4 +1,4 @@
-// Dropout of the adapter's input, for the operators that take a mask.
+// Dropout of the adapter's input, for the operators that take what it has left, or its mask.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,6 +9,9 @@
 #include "tensors.h"
 
 namespace rasa_ext {
+
+// What dropout has left of x is like x; none is always right.
+void check_kept(const Checks& checks, const std::optional<Tensor>& kept, const Tensor& x);
 
 // A mask is for so many elements, those of x; none is always right.
 void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements);

@@ -14,11 +14,11 @@ inline bool use_decode(int64_t tokens, int64_t rank, DType dtype) {
   return tokens <= 16 && decode_fits(static_cast<int>(tokens), static_cast<int>(rank), dtype);
 }
 
-// Whether the base products of two projections of one shape, which read the same x, run as one
-// batch. Worth it where one of them alone leaves multiprocessors idle: by count of tiles of 128 x
-// 128, of which an H100 has room for 132, not yet by measurement.
-inline bool batch_projections(int64_t tokens, int64_t out) {
-  return ((tokens + 127) / 128) * ((out + 127) / 128) < 132;
+// Whether one product (rows, cols) leaves no multiprocessor idle, so that several are better run
+// one after the other than as a batch: cuBLAS has its best kernels for single products. By count of
+// tiles of 128 x 128, of which an H100 has room for 132, not yet by measurement.
+inline bool fills_device(int64_t rows, int64_t cols) {
+  return ((rows + 127) / 128) * ((cols + 127) / 128) >= 132;
 }
 
 }  // namespace rasa_ext

@@ -72,8 +72,8 @@ struct PackBackwardLayer {
   void* dd;         // (own + pooled,) param, written; null in all layers where it is not wanted
 };
 
-// The layers of one group: all of one shape, with one pool. Where dAp is not given, in is 0; where
-// dBp is not, out is 0 and dd null.
+// Layers of one shape with one pool: those of a group, or one alone. Where dAp is not given, in is
+// 0; where dBp is not, out is 0 and dd null.
 struct PackBackwardGroup {
   const void* B_pool;  // (pooled, out) param
   void* dA_pool;       // (pooled, in) param, written: summed over the layers, in their order
@@ -83,29 +83,46 @@ struct PackBackwardGroup {
   int own, pooled;
 };
 
-// In one launch. Tables as for launch_pack.
-void launch_pack_backward(const PackBackwardGroup& group, const PackBackwardLayer* host,
+// Up to so many groups travel as parameters of the kernel: more than there are projections of one
+// x.
+constexpr int kGroupsByValue = 8;
+
+// `groups` groups of any shapes, at most kGroupsByValue, in one launch. Their layers stand one
+// group after the other in `host` and `device`, which are tables as for launch_pack.
+void launch_pack_backward(const PackBackwardGroup* first, int groups, const PackBackwardLayer* host,
                           const PackBackwardLayer* device, DType param, Stream stream);
 
-// ---- decode: U = x Ap^T, y += U Bp, for few tokens ----
+// ---- decode: U = x Ap^T, y_i += U_i Bp_i, for few tokens and any number of outputs ----
+
+// U_i is columns of U, those from `first` on.
+struct DecodeOutput {
+  const void* Bp;  // (Rp, out) dtype
+  void* y;         // (M, out) dtype, added to: read, added in float32, rounded once
+  int out;
+  int first, Rp;
+};
+
+// Up to so many outputs travel as parameters of the kernel: more than there are projections of one
+// x.
+constexpr int kDecodeOutputs = 8;
 
 struct DecodeCall {
   const void* x;    // (M, in) dtype
   const void* Ap;   // (Rp, in) dtype
-  const void* Bp;   // (Rp, out) dtype
   void* U;          // (M, Rp) dtype, written; null where it is not wanted
-  void* y;          // (M, out) dtype, added to: read, added in float32, rounded once
   void* workspace;  // decode_workspace(...) bytes
-  int M, in, out, Rp;
+  int M, in, Rp;
+  int outputs;  // at least one; their columns are all of U
+  DecodeOutput output[kDecodeOutputs];
 };
 
-// Whether decode takes the call: float32, float16 or bfloat16, M <= 16, and a rank of which a
-// block's rows of U fit in shared memory. Otherwise the products are cuBLAS's.
+// Whether decode takes outputs of at most this rank: float32, float16 or bfloat16, M <= 16, and a
+// rank of which a block's rows of U fit in shared memory. Otherwise the products are cuBLAS's.
 bool decode_fits(int M, int Rp, DType dtype);
 
 size_t decode_workspace(int M, int in, int Rp);
 
-// Expects decode_fits.
+// In two launches. Expects decode_fits of every output.
 void launch_decode(const DecodeCall& call, DType dtype, Stream stream);
 
 // ---- dropout: a mask of bits from Philox 4x32-10, and what it leaves ----
@@ -114,16 +131,20 @@ void launch_decode(const DecodeCall& call, DType dtype, Stream stream);
 // mean nothing.
 inline int64_t dropout_mask_bytes(int64_t n) { return (n + 7) / 8; }
 
-// Element e is kept where the 16-bit word e % 8 of Philox block offset + e / 8 under the key is at
-// least p * 2^16, rounded.
-void launch_dropout_mask(const uint64_t* noise,  // (2,): key, offset
-                         uint8_t* mask,          // (dropout_mask_bytes(n),), written
-                         int64_t n, double p, Stream stream);
+// kept = x where the mask says so, else 0 whatever x is.
 
-// kept = x where the mask says so, else 0 whatever x is. kept may be x.
-void launch_dropout(const void* x,        // (n,) dtype
-                    const uint8_t* mask,  // (dropout_mask_bytes(n),)
-                    void* kept,           // (n,) dtype, written
-                    int64_t n, DType dtype, Stream stream);
+// Draws the mask: element e is kept where the 16-bit word e % 8 of Philox block offset + e / 8
+// under the key is at least p * 2^16, rounded.
+void launch_dropout(const uint64_t* noise,  // (2,): key, offset
+                    const void* x,          // (n,) dtype
+                    uint8_t* mask,          // (dropout_mask_bytes(n),), aligned to 4 bytes, written
+                    void* kept,             // (n,) dtype, written
+                    int64_t n, double p, DType dtype, Stream stream);
+
+// Takes the mask as it is. kept may be x.
+void launch_keep(const void* x,        // (n,) dtype
+                 const uint8_t* mask,  // (dropout_mask_bytes(n),)
+                 void* kept,           // (n,) dtype, written
+                 int64_t n, DType dtype, Stream stream);
 
 }  // namespace rasa_ext

@@ -1,35 +1,17 @@
 // y = x W^T + bias + U Bp with U = x Ap^T, and its backward, as cuBLAS products.
 #include "blas.h"
+#include "decode.h"
 #include "device.h"
 #include "dropout.h"
 #include "heuristics.h"
-#include "launchers.h"
 #include "linear_plan.h"
 #include "ops.h"
 #include "tensors.h"
 
 namespace rasa_ext {
-namespace {
-
-// U = x Ap^T, y += U Bp, for few tokens.
-void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tensor& Bp,
-            const Tensor& U, const Tensor& y) {
-  const DType dtype = dtype_of(x);
-  const Tensor inputs[] = {dense(x, dtype), dense(Ap, dtype), dense(Bp, dtype)};
-  const int tokens = to_int("tokens", x.size(0)), in = to_int("in_features", x.size(1));
-  const int out = to_int("out_features", Bp.size(1)), rank = to_int("rank", Ap.size(0));
-  const Tensor workspace = empty_bytes(x, decode_workspace(tokens, in, rank));
-  launch_decode({inputs[0].data_ptr(), inputs[1].data_ptr(), inputs[2].data_ptr(), U.data_ptr(),
-                 y.data_ptr(), workspace.data_ptr(), tokens, in, out, rank},
-                dtype, device.stream());
-  device.check_launch("decode");
-}
-
-}  // namespace
-
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bp, const std::optional<Tensor>& mask,
+                                           const Tensor& Bp, const std::optional<Tensor>& kept,
                                            double scale) {
   const Checks checks("low_rank_linear", "x", x);
   checks.shape("x", x, {-1, -1});
@@ -37,7 +19,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bp", Bp, {Ap.size(0), weight.size(0)});
   if (bias) checks.like("bias", *bias, {weight.size(0)});
-  check_mask(checks, mask, x.numel());
+  check_kept(checks, kept, x);
 
   const int64_t tokens = x.size(0);
   const DType dtype = dtype_of(x);
@@ -48,27 +30,28 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   const std::optional<Tensor> row = bias ? std::optional(dense(*bias, dtype)) : std::nullopt;
   const Matrix addend = repeated(row, tokens), result = matrix_of(y);
   const Tensor rows = gemm_operand(x), base = gemm_operand(weight);
-  if (!mask && use_decode(tokens, Ap.size(0), dtype)) {
+  if (!kept && use_decode(tokens, Ap.size(0), dtype)) {
     gemm(device.blas(), multiply_add(matrix_of(rows), matrix_of(base).t(), addend, result));
-    decode(device, x, Ap, Bp, U, y);
+    decode(device, x, Ap, {Bp}, U, {y});
     return {y, U};
   }
-  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp), kept = kept_of(device, rows, mask);
+  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
+  const Tensor seen = kept ? gemm_operand(*kept) : rows;
   gemms(device.blas(),
-        plan_forward({matrix_of(rows), matrix_of(kept), matrix_of(base), matrix_of(down),
-                      matrix_of(up), matrix_of(U), addend, result, mask ? scale : 1}));
+        plan_forward({matrix_of(rows), matrix_of(seen), matrix_of(base), matrix_of(down),
+                      matrix_of(up), matrix_of(U), addend, result, kept ? scale : 1}));
   return {y, U};
 }
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bp, const std::optional<Tensor>& mask,
+                                        const Tensor& Bp, const std::optional<Tensor>& kept,
                                         double scale) {
   const Checks checks("low_rank_add", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("y", y, {x.size(0), -1});
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bp", Bp, {Ap.size(0), y.size(1)});
-  check_mask(checks, mask, x.numel());
+  check_kept(checks, kept, x);
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -76,9 +59,9 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   Tensor U = empty(x, {x.size(0), Ap.size(0)}, dtype);
   if (x.size(0) == 0) return {out, U};
   const Matrix result = matrix_of(out);
-  if (!mask && use_decode(x.size(0), Ap.size(0), dtype)) {
+  if (!kept && use_decode(x.size(0), Ap.size(0), dtype)) {
     copy(out, y);
-    decode(device, x, Ap, Bp, U, out);
+    decode(device, x, Ap, {Bp}, U, {out});
     return {out, U};
   }
   Matrix addend = matrix_of(y);
@@ -86,11 +69,11 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
     copy(out, y);
     addend = result;
   }
-  const Tensor kept = kept_of(device, x, mask);
+  const Tensor seen = gemm_operand(kept ? *kept : x);
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
   gemms(device.blas(),
-        plan_forward({Matrix{}, matrix_of(kept), Matrix{}, matrix_of(down), matrix_of(up),
-                      matrix_of(U), addend, result, mask ? scale : 1}));
+        plan_forward({Matrix{}, matrix_of(seen), Matrix{}, matrix_of(down), matrix_of(up),
+                      matrix_of(U), addend, result, kept ? scale : 1}));
   return {out, U};
 }
 

@@ -6,6 +6,7 @@
 #include "batch.h"
 #include "blas.h"
 #include "device.h"
+#include "heuristics.h"
 #include "ops.h"
 #include "tensors.h"
 
@@ -31,7 +32,7 @@ Stack checked(const Checks& checks, const char* op, const Tensor& x,
               const std::optional<Tensor>& Ap_pool, const std::optional<Tensor>& Bp_pool,
               const std::optional<Tensor>& d_pool) {
   checks.shape("x", x, {-1, -1, -1});
-  check_layers(op, weights.size(), static_cast<size_t>(x.size(0)));
+  check_layers(op, "x", static_cast<size_t>(x.size(0)), "weights", weights.size());
   const int64_t layers = x.size(0), in = x.size(2);
   checks.like("Ap", Ap, {layers, -1, in});
   checks.like("Bp", Bp, {layers, Ap.size(1), -1});
@@ -72,6 +73,15 @@ class Products {
   // C_l = or += A_l W_l, or W_l^T, with one weight a layer.
   void run_base(const Tensor& a, const std::vector<Tensor>& weights, bool transpose,
                 const Tensor& c, bool add) const {
+    if (fills_device(c.size(1), c.size(2))) {
+      for (int i = 0; i < layers_; ++i) {
+        const Tensor weight = gemm_operand(weights[i]);
+        const Matrix base = transpose ? matrix_of(weight).t() : matrix_of(weight);
+        gemm(device_.blas(),
+             multiply(matrix_of(layer_of(a, i)), base, matrix_of(layer_of(c, i)), add));
+      }
+      return;
+    }
     std::vector<Tensor> copies;
     if (!lie_alike(weights)) {
       for (const Tensor& weight : weights) copies.push_back(dense(weight, dtype_of(weight)));

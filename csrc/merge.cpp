@@ -5,6 +5,7 @@
 #include "batch.h"
 #include "blas.h"
 #include "device.h"
+#include "heuristics.h"
 #include "ops.h"
 #include "tensors.h"
 
@@ -30,6 +31,13 @@ bool can_add_in_place(const std::vector<Tensor>& weights, DType wide) {
 void add_in_place(const Device& device, const std::vector<Tensor>& weights, const Tensor& Bp,
                   const Tensor& Ap) {
   const int layers = static_cast<int>(weights.size());
+  if (fills_device(weights[0].size(0), weights[0].size(1))) {
+    for (int i = 0; i < layers; ++i) {
+      const Matrix up = matrix_of(layer_of(Bp, i)), down = matrix_of(layer_of(Ap, i));
+      gemm(device.blas(), exact(multiply(up.t(), down, matrix_of(weights[i]), 1)));
+    }
+    return;
+  }
   std::optional<Tensor> table;
   const GemmCall call = multiply(device, weights[0], scattered(layers_of(Bp).t(), layers),
                                  scattered(layers_of(Ap), layers), scattered(weights), 1, table);
@@ -62,7 +70,7 @@ Tensor delta_group(const Tensor& Ap, const Tensor& Bp) {
 void merge_group(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bp) {
   const Checks stacks("merge_group", "Ap", Ap);
   check_stacks(stacks, Ap, Bp);
-  check_layers("merge_group", weights.size(), static_cast<size_t>(Ap.size(0)));
+  check_layers("merge_group", "weights", weights.size(), "Ap", static_cast<size_t>(Ap.size(0)));
   const Checks checks("merge_group", "weights[0]", weights[0]);
   for (const Tensor& weight : weights) checks.like("weights", weight, {Bp.size(2), Ap.size(2)});
   checks.device("Ap", Ap);

@@ -27,6 +27,12 @@ std::tuple<Tensor, std::vector<Tensor>> pack_projections(
     const std::vector<Tensor>& B_pool, const std::vector<Tensor>& d,
     torch::headeronly::ScalarType dtype, int64_t multiple);
 
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
+           std::vector<Tensor>>
+pack_projections_backward(const std::vector<Tensor>& dAp, const std::vector<Tensor>& dBp,
+                          const std::vector<Tensor>& B, const std::vector<Tensor>& B_pool,
+                          const std::vector<Tensor>& d);
+
 std::tuple<Tensor, Tensor> pack_group(const std::vector<Tensor>& A,
                                       const std::optional<Tensor>& A_pool,
                                       const std::vector<Tensor>& B,
@@ -40,11 +46,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_group_backward(
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bp, const std::optional<Tensor>& mask,
+                                           const Tensor& Bp, const std::optional<Tensor>& kept,
                                            double scale);
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bp, const std::optional<Tensor>& mask,
+                                        const Tensor& Bp, const std::optional<Tensor>& kept,
                                         double scale);
 
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
@@ -56,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
     const std::optional<Tensor>& y, const Tensor& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const Tensor& A, const std::optional<Tensor>& A_pool,
     const Tensor& B, const std::optional<Tensor>& B_pool, const std::optional<Tensor>& d,
-    int64_t multiple, const std::optional<Tensor>& mask, double scale);
+    int64_t multiple, const std::optional<Tensor>& kept, double scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
     const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
@@ -67,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& mask,
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& kept,
     double scale);
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
@@ -76,7 +82,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
     const std::vector<Tensor>& Bp, bool need_x, bool need_A, bool need_B,
     const std::optional<Tensor>& mask, double scale);
 
-Tensor dropout_mask(const Tensor& noise, const Tensor& x, double p);
+std::tuple<Tensor, Tensor> dropout(const Tensor& noise, const Tensor& x, double p);
 
 Tensor delta_group(const Tensor& Ap, const Tensor& Bp);
 

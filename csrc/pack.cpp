@@ -112,8 +112,8 @@ std::tuple<Tensor, Tensor> pack_group(const std::vector<Tensor>& A,
                                       const std::vector<Tensor>& d,
                                       torch::headeronly::ScalarType dtype, int64_t multiple) {
   const char* op = "pack_group";
-  check_layers(op, A.size(), B.size());
-  check_layers(op, A.size(), d.size());
+  check_layers(op, "A", A.size(), "B", B.size());
+  check_layers(op, "A", A.size(), "d", d.size());
   const DTypes dtypes(A[0], dtype);
   const Device device(A[0]);
   const Checks checks(op, "A[0]", A[0]);
@@ -140,10 +140,10 @@ std::tuple<Tensor, std::vector<Tensor>> pack_projections(
     const std::vector<Tensor>& B_pool, const std::vector<Tensor>& d,
     torch::headeronly::ScalarType dtype, int64_t multiple) {
   const char* op = "pack_projections";
-  check_layers(op, A.size(), B.size());
-  for (const auto* list : {&A_pool, &B_pool, &d}) {
-    if (!list->empty()) check_layers(op, A.size(), list->size());
-  }
+  check_layers(op, "A", A.size(), "B", B.size());
+  if (!A_pool.empty()) check_layers(op, "A", A.size(), "A_pool", A_pool.size());
+  if (!B_pool.empty()) check_layers(op, "A", A.size(), "B_pool", B_pool.size());
+  if (!d.empty()) check_layers(op, "A", A.size(), "d", d.size());
   const DTypes dtypes(A[0], dtype);
   const Device device(A[0]);
   const Checks checks(op, "A[0]", A[0]);

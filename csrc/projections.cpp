@@ -1,10 +1,12 @@
 // n projections of one x: y_i = x W_i^T + bias_i + U_i Bp_i with one U = x Ap^T, whose columns are
 // the projections' side by side, and the backward with one H and one dAp.
+#include <algorithm>
 #include <cstdint>
 #include <utility>
 #include <vector>
 
 #include "blas.h"
+#include "decode.h"
 #include "device.h"
 #include "dropout.h"
 #include "heuristics.h"
@@ -54,7 +56,7 @@ std::vector<Pair> pair_up(const Matrix& x, const std::vector<Tensor>& weights,
   std::vector<Pair> pairs;
   for (size_t i = 0; i < weights.size(); ++i) {
     const Matrix weight = matrix_of(weights[i]);
-    if (i + 1 == weights.size() || !batch_projections(x.rows, weight.rows) ||
+    if (i + 1 == weights.size() || fills_device(x.rows, weight.rows) ||
         !lie_alike(weight, matrix_of(weights[i + 1]))) {
       pairs.push_back({i, i});
       continue;
@@ -73,27 +75,34 @@ int64_t distance(const Matrix& from, const Matrix& to) {
   return bytes / static_cast<int64_t>(size_of(from.dtype));
 }
 
-// y_i += x W_i^T of one or both.
-GemmCall add_base(const Matrix& x, const Pair& pair, const std::vector<Tensor>& weights,
-                  const std::vector<Tensor>& y) {
+// y_i = x W_i^T, + y_i if `add`, of one or both.
+GemmCall base_product(const Matrix& x, const Pair& pair, const std::vector<Tensor>& weights,
+                      const std::vector<Tensor>& y, bool add) {
   const Matrix weight = matrix_of(weights[pair.first]), result = matrix_of(y[pair.first]);
-  if (pair.first == pair.second) return multiply(x, weight.t(), result, 1);
-  return multiply_strided(x, weight.t(), result, 1, 2, 0,
+  if (pair.first == pair.second) return multiply(x, weight.t(), result, add);
+  return multiply_strided(x, weight.t(), result, add, 2, 0,
                           distance(weight, matrix_of(weights[pair.second])),
                           distance(result, matrix_of(y[pair.second])));
+}
+
+// Whether the pair of kernels for few tokens takes all of them.
+bool all_use_decode(int64_t tokens, const std::vector<Tensor>& Bp, DType dtype) {
+  return Bp.size() <= kDecodeOutputs && std::all_of(Bp.begin(), Bp.end(), [&](const Tensor& up) {
+           return use_decode(tokens, up.size(0), dtype);
+         });
 }
 
 }  // namespace
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& mask,
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& kept,
     double scale) {
   const char* op = "linear_projections";
   const Checks checks(op, "x", x);
   checks.shape("x", x, {-1, -1});
-  check_layers(op, weights.size(), Bp.size());
-  if (!biases.empty()) check_layers(op, weights.size(), biases.size());
+  check_layers(op, "weights", weights.size(), "Bp", Bp.size());
+  if (!biases.empty()) check_layers(op, "weights", weights.size(), "biases", biases.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     checks.like("weights[i]", weights[i], {-1, x.size(1)});
     checks.like("Bp[i]", Bp[i], {-1, weights[i].size(0)});
@@ -103,7 +112,7 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   }
   const Columns columns(Bp);
   checks.like("Ap", Ap, {columns.total, x.size(1)});
-  check_mask(checks, mask, x.numel());
+  check_kept(checks, kept, x);
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -112,19 +121,41 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   for (const Tensor& weight : weights) y.push_back(empty(x, {x.size(0), weight.size(0)}, dtype));
   if (x.size(0) == 0) return {y, U};
 
-  const Tensor rows = gemm_operand(x), kept = kept_of(device, rows, mask), down = gemm_operand(Ap);
-  const std::vector<Tensor> bases = gemm_operands(weights), ups = gemm_operands(Bp);
+  const Tensor rows = gemm_operand(x);
+  const std::vector<Tensor> bases = gemm_operands(weights);
   const Matrix input = matrix_of(rows), inner = matrix_of(U);
   const std::vector<Pair> pairs = pair_up(input, bases, y);
-  std::vector<GemmCall> calls = {multiply(matrix_of(kept), matrix_of(down).t(), inner, 0)};
-  if (mask) calls[0].alpha = scale;
   std::vector<std::optional<Tensor>> added(y.size());
+  for (size_t i = 0; i < y.size() && !biases.empty(); ++i) {
+    if (biases[i].numel() > 0) added[i] = dense(biases[i], dtype);
+  }
+  std::vector<GemmCall> calls;
+  if (!kept && all_use_decode(x.size(0), Bp, dtype)) {
+    for (const Pair& pair : pairs) {
+      if (!added[pair.first] && !added[pair.second]) {
+        calls.push_back(base_product(input, pair, bases, y, false));
+        continue;
+      }
+      const auto alone = [&](size_t i) {  // a batch has no place for biases
+        calls.push_back(multiply_add(input, matrix_of(bases[i]).t(), repeated(added[i], x.size(0)),
+                                     matrix_of(y[i])));
+      };
+      alone(pair.first);
+      if (pair.second != pair.first) alone(pair.second);
+    }
+    gemms(device.blas(), calls);
+    decode(device, x, Ap, Bp, U, y);
+    return {y, U};
+  }
+  const Tensor seen = kept ? gemm_operand(*kept) : rows, down = gemm_operand(Ap);
+  const std::vector<Tensor> ups = gemm_operands(Bp);
+  calls.push_back(multiply(matrix_of(seen), matrix_of(down).t(), inner, false));
+  if (kept) calls[0].alpha = scale;
   for (size_t i = 0; i < y.size(); ++i) {
-    if (!biases.empty() && biases[i].numel() > 0) added[i] = dense(biases[i], dtype);
     calls.push_back(multiply_add(columns.of(inner, i, ups[i]), matrix_of(ups[i]),
                                  repeated(added[i], x.size(0)), matrix_of(y[i])));
   }
-  for (const Pair& pair : pairs) calls.push_back(add_base(input, pair, bases, y));
+  for (const Pair& pair : pairs) calls.push_back(base_product(input, pair, bases, y, true));
   gemms(device.blas(), calls);
   return {y, U};
 }
@@ -135,8 +166,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
     const std::vector<Tensor>& Bp, bool need_x, bool need_A, bool need_B,
     const std::optional<Tensor>& mask, double scale) {
   const char* op = "linear_projections_backward";
-  check_layers(op, grads.size(), weights.size());
-  check_layers(op, grads.size(), Bp.size());
+  check_layers(op, "grads", grads.size(), "weights", weights.size());
+  check_layers(op, "grads", grads.size(), "Bp", Bp.size());
   const Tensor& like = grads[0];
   const Checks checks(op, "grads[0]", like);
   checks.shape("grads[0]", like, {-1, -1});

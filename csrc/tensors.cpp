@@ -236,15 +236,16 @@ Tensor layer_of(const Tensor& stacked, int64_t layer) {
                  layer * strides[0]);
 }
 
-void check_layers(const char* op, size_t layers, size_t others) {
-  const std::string name = "rasa_ext::" + std::string(op) + ": ";
-  if (layers != others) {
-    throw std::runtime_error(name + "layers: expected lists of one length, got " +
-                             std::to_string(layers) + " and " + std::to_string(others) + ".");
-  }
+void check_layers(const char* op, const char* name, size_t layers, const char* other,
+                  size_t others) {
+  const std::string start = "rasa_ext::" + std::string(op) + ": ";
   if (layers == 0 || layers > 65535) {
-    throw std::runtime_error(name + "layers: expected 1 to 65535, got " + std::to_string(layers) +
-                             ".");
+    throw std::runtime_error(start + name + ": expected 1 to 65535 layers, got " +
+                             std::to_string(layers) + ".");
+  }
+  if (layers != others) {
+    throw std::runtime_error(start + other + ": expected as many layers as " + name + " has, " +
+                             std::to_string(layers) + ", got " + std::to_string(others) + ".");
   }
 }
 

@@ -84,8 +84,10 @@ Tensor transposed_layers(const Tensor& stacked);
 // A dense (L, rows, cols) as (L * rows, cols).
 Tensor all_rows(const Tensor& stacked);
 
-// One tensor per layer in each list, and as many layers as one launch takes.
-void check_layers(const char* op, size_t layers, size_t others);
+// As many layers as one launch takes, and as many in the argument `other` as in the argument
+// `name`.
+void check_layers(const char* op, const char* name, size_t layers, const char* other,
+                  size_t others);
 
 // Uninitialised, on the device of `like`, one row after the other.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);

@@ -1,57 +1,115 @@
-// dropout: a mask of bits drawn from a counter, and what a mask leaves of a tensor.
+// dropout: what a mask of bits leaves of a tensor, and the mask itself, drawn from a counter.
 #pragma once
 
+#include "collective.cuh"
 #include "heuristics.cuh"
 #include "philox.cuh"
 
 namespace rasa_ext {
 
 static_assert(kDropoutElements == 8, "a Philox block of 16-bit words is a byte of the mask");
+static_assert(kDropoutBytes == 4, "four lanes exchange four bytes each");
 
-// One byte of the mask to a thread. Sixteen bits an element are enough for any p that is used, and
-// with 32 the kernel would take twice as long: it waits for multiplications, not for memory.
-inline __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    dropout_mask_kernel(const uint64_t* noise,  // (2,): key, offset
-                        uint8_t* mask,          // (bytes,)
-                        int64_t bytes,
-                        uint32_t threshold) {  // a 16-bit word below it drops
-  const int64_t byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (byte >= bytes) return;
-  const Words words = philox(noise[0], noise[1] + static_cast<uint64_t>(byte));
-  unsigned bits = 0;
-#pragma unroll
-  for (int v = 0; v < kDropoutElements; ++v) {
-    const uint32_t word = words.at[v / 2] >> (v % 2 * 16) & 0xffff;
-    bits |= static_cast<unsigned>(word >= threshold) << v;
-  }
-  mask[byte] = static_cast<uint8_t>(bits);
+// The v-th byte of the mask that this thread handles: a warp has kDropoutBytes * kWarp in a row,
+// and neighbouring lanes neighbours of them.
+__device__ __forceinline__ int64_t byte_of(int v, int lane) {
+  const int64_t warp = int64_t{blockIdx.x} * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
+  return (warp * kDropoutBytes + v) * kWarp + lane;
 }
 
-// kept = x where the mask says so, else 0 whatever x is; eight elements to a thread, which reads
-// them before it writes, so that kept may be x.
+// kept = x where bits_of(v, byte) says so, else 0 whatever x is, for all bytes of this thread: four
+// 16-byte loads at a time, asked for before any bits are. Read before written, so that kept may be
+// x.
+template <typename T, typename Bits>
+__device__ __forceinline__ void keep(const T* x,  // (n,)
+                                     T* kept,     // (n,)
+                                     int64_t n, const Bits& bits_of) {
+  constexpr int N = kDropoutElements, kCount = kDropoutBytes * 2 / static_cast<int>(sizeof(T));
+  const int lane = threadIdx.x % kWarp;
+  const bool aligned = is_aligned(x) && is_aligned(kept);
+#pragma unroll
+  for (int start = 0; start < kDropoutBytes; start += kCount) {
+    Vector<T, N> value[kCount];
+    unsigned bits[kCount];
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t first = byte_of(start + v, lane) * N;
+      if (aligned && first + N <= n) value[v] = load<N>(x + first);
+    }
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) bits[v] = bits_of(start + v, byte_of(start + v, lane));
+#pragma unroll
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t first = byte_of(start + v, lane) * N;
+      if (aligned && first + N <= n) {
+#pragma unroll
+        for (int e = 0; e < N; ++e) {
+          if (!(bits[v] >> e & 1)) value[v].at[e] = narrow<T>(0);
+        }
+        store(kept + first, value[v]);
+        continue;
+      }
+#pragma unroll 1  // rarely taken
+      for (int64_t i = first; i < min(first + N, n); ++i) {
+        kept[i] = bits[v] >> (i - first) & 1 ? x[i] : narrow<T>(0);
+      }
+    }
+  }
+}
+
+// Byte v of the four neighbouring lanes, in their order, where v is this lane's place among them:
+// of four bytes a lane, those that stand next to each other in memory.
+__device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes) {
+  const uint32_t near = shuffle_xor(bytes, 1);
+  bytes = threadIdx.x & 1 ? (bytes & 0xff00ff00) | (near >> 8 & 0x00ff00ff)
+                          : (bytes & 0x00ff00ff) | (near & 0x00ff00ff) << 8;
+  const uint32_t far = shuffle_xor(bytes, 2);
+  return threadIdx.x & 2 ? (bytes & 0xffff0000) | far >> 16 : (bytes & 0x0000ffff) | far << 16;
+}
+
+// Draws the mask, and keeps what it says. Sixteen bits an element are enough for any p that is
+// used, and take half the multiplications of 32.
 template <typename T>
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    dropout_kernel(const T* x,           // (n,)
-                   const uint8_t* mask,  // ((n + 7) / 8,)
-                   T* kept,              // (n,)
-                   int64_t n) {
-  constexpr int N = kDropoutElements;
-  const int64_t byte = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int64_t first = byte * N;
-  if (first >= n) return;
-  const unsigned bits = mask[byte];
-  if (first + N <= n && is_aligned(x + first) && is_aligned(kept + first)) {
-    Vector<T, N> value = load<N>(x + first);
+    dropout_kernel(const uint64_t* noise,  // (2,): key, offset
+                   const T* x,             // (n,)
+                   uint8_t* mask,          // ((n + 7) / 8,), aligned to 4 bytes
+                   T* kept,                // (n,)
+                   int64_t n,
+                   uint32_t threshold) {  // a 16-bit word below it drops
+  const uint64_t key = noise[0], offset = noise[1];
+  uint32_t bytes = 0;
+  keep(x, kept, n, [&](int v, int64_t byte) {
+    const Words words = philox(key, offset + static_cast<uint64_t>(byte));
+    unsigned bits = 0;
 #pragma unroll
-    for (int v = 0; v < N; ++v) {
-      if (!(bits >> v & 1)) value.at[v] = narrow<T>(0);
+    for (int e = 0; e < kDropoutElements; ++e) {
+      const uint32_t word = words.at[e / 2] >> (e % 2 * 16) & 0xffff;
+      bits |= static_cast<unsigned>(word >= threshold) << e;
     }
-    return store(kept + first, value);
-  }
-  const int64_t end = min(first + N, n);
-  for (int64_t i = first; i < end; ++i) {
-    kept[i] = bits >> (i - first) & 1 ? x[i] : narrow<T>(0);
-  }
+    bytes |= bits << (8 * v);
+    return bits;
+  });
+  // One store of 128 bytes a warp.
+  bytes = transpose_bytes(bytes);
+  const int lane = threadIdx.x % kWarp;
+  const int64_t first = byte_of(lane % kDropoutBytes, lane / kDropoutBytes * kDropoutBytes);
+  const int64_t end = (n + kDropoutElements - 1) / kDropoutElements;
+  if (first + kDropoutBytes <= end) return store_aligned(mask + first, bytes);
+#pragma unroll 1  // rarely taken
+  for (int64_t i = first; i < end; ++i) mask[i] = static_cast<uint8_t>(bytes >> (i - first) * 8);
+}
+
+// The same under a mask that is there.
+template <typename T>
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
+    keep_kernel(const T* x,           // (n,)
+                const uint8_t* mask,  // ((n + 7) / 8,)
+                T* kept,              // (n,)
+                int64_t n) {
+  keep(x, kept, n, [&](int, int64_t byte) {
+    return byte * kDropoutElements < n ? static_cast<unsigned>(mask[byte]) : 0u;
+  });
 }
 
 }  // namespace rasa_ext

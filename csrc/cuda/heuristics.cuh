@@ -42,6 +42,10 @@ constexpr int kDecodeTokens = 16;
 // over.
 constexpr int kDecodeThreads = 128;
 
+// Blocks of them that must fit on a multiprocessor: 128 registers a thread. Left to itself ptxas
+// aims at more blocks and spills for it.
+constexpr int kDecodeBlocks = 4;
+
 // Rows of Ap that a warp of the shrink multiplies with each token it has read: two halve the reads
 // of x, and more would leave too few warps (24 for Rp = 48 and each part of K).
 constexpr int kShrinkRows = 2;
@@ -81,8 +85,10 @@ inline int decode_part(int in) {
   return (part + 7) / 8 * 8;
 }
 
-// Elements that a thread of dropout handles: one Philox block, one byte of the mask, 16 bytes in
-// half precision.
+// Elements of a byte of dropout's mask: those of one Philox block, 16 bytes in half precision.
 constexpr int kDropoutElements = 8;
+
+// Such bytes that a thread handles: four 16-byte loads in half precision, and a word of the mask.
+constexpr int kDropoutBytes = 4;
 
 }  // namespace rasa_ext

@@ -13,11 +13,16 @@
 
 namespace rasa_ext {
 
-struct PackBackwardParams {
+struct PackBackwardPart {
   PackBackwardGroup group;
-  int dots;                        // blocks that take a row of some layer's dBp
-  bool whole_in, whole_out;        // rows of `in` and of `out` elements begin at 16 bytes
-  const PackBackwardLayer* table;  // (count,); null where the layers stand here
+  int first;                 // of its layers
+  int dots;                  // blocks that take a row of some layer's dBp
+  bool whole_in, whole_out;  // rows of `in` and of `out` elements begin at 16 bytes
+};
+
+struct PackBackwardParams {
+  PackBackwardPart parts[kGroupsByValue];
+  const PackBackwardLayer* table;  // of all groups; null where the layers stand here
   PackBackwardLayer layers[kLayersByValue];
 };
 static_assert(sizeof(PackBackwardParams) <= 4096, "kernel parameters");
@@ -34,12 +39,11 @@ __device__ __forceinline__ Wide<P> scale_of(const PackBackwardLayer& layer, int 
 // Row j of one layer's dBp, by a block: dd_j, and dB_j. Of a pooled row only a lone layer writes
 // dB_pool_j; that of several is a sum, and sum_piece's.
 template <int N, typename P>
-__device__ __forceinline__ void up_row(const PackBackwardParams& params,
+__device__ __forceinline__ void up_row(const PackBackwardGroup& group,
                                        const PackBackwardLayer& layer, int j) {
   using W = Wide<P>;
   constexpr int kCount = kDotBytes / static_cast<int>(sizeof(W)) / N;
   RASA_SHARED(W, warp_sums);  // (kStreamThreads / kWarp,)
-  const PackBackwardGroup& group = params.group;
   const bool own = j < group.own;
   const int out = group.out;
   const int64_t at = int64_t{own ? j : j - group.own} * out;
@@ -79,10 +83,10 @@ __device__ __forceinline__ void up_row(const PackBackwardParams& params,
 // `last`, in their order and in wide, of row j of dAp, or of row j of dBp times d_j.
 template <int N, typename P>
 __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int first, int last,
-                                          bool up, int j, int begin, P* to) {
+                                          bool up, int width, int j, int begin, P* to) {
   using W = Wide<P>;
   constexpr int kCount = kPiece / kWarp / N;
-  const int width = up ? params.group.out : params.group.in, n = min(kPiece, width - begin);
+  const int n = min(kPiece, width - begin);
   const int lane = threadIdx.x % kWarp;
   Vector<W, N> sum[kCount] = {};
 #pragma unroll 4
@@ -103,20 +107,22 @@ __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int 
   store_share(to + begin, n, lane, kWarp, narrowed);
 }
 
-// The first blocks take a row of dBp each, of one layer after the other. The warps of the others
-// take pieces of rows: of every layer's dA, of dA_pool, and of several layers' dB_pool.
+// One group to blockIdx.y. Its first blocks take a row of dBp each, of one layer after the other.
+// The warps of the others take pieces of rows: of every layer's dA, of dA_pool, and of several
+// layers' dB_pool; blocks beyond a small group's last have nothing to do.
 template <typename P>
 __global__ void __launch_bounds__(kStreamThreads, kGradBlocks)
     pack_backward_kernel(const __grid_constant__ PackBackwardParams params) {
   constexpr int N = kPer16Bytes<Wide<P>>;
-  const PackBackwardGroup& group = params.group;
+  const PackBackwardPart& part = params.parts[blockIdx.y];
+  const PackBackwardGroup& group = part.group;
   const int own = group.own, R = own + group.pooled, block = blockIdx.x;
-  if (block < params.dots) {
-    const PackBackwardLayer layer = layer_of(params, block / R);
-    return params.whole_out ? up_row<N, P>(params, layer, block % R)
-                            : up_row<1, P>(params, layer, block % R);
+  if (block < part.dots) {
+    const PackBackwardLayer layer = layer_of(params, part.first + block / R);
+    return part.whole_out ? up_row<N, P>(group, layer, block % R)
+                          : up_row<1, P>(group, layer, block % R);
   }
-  int piece = (block - params.dots) * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
+  int piece = (block - part.dots) * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
   const int rows = group.count * own, down = (rows + group.pooled) * pieces_of(group.in);
   const bool up = piece >= down;
   if (up) piece -= down;
@@ -126,14 +132,14 @@ __global__ void __launch_bounds__(kStreamThreads, kGradBlocks)
   if (row >= rows + group.pooled || (up && group.count == 1)) return;
 
   const bool pool = row >= rows;
-  const int first = pool ? 0 : row / own, last = pool ? group.count : first + 1;
+  const int first = part.first + (pool ? 0 : row / own), last = first + (pool ? group.count : 1);
   const int to_row = pool ? row - rows : row % own;
   P* to = global<P>(up ? group.dB_pool : pool ? group.dA_pool : layer_of(params, first).dA);
   to += int64_t{to_row} * width;  // (width,)
   const int j = pool ? own + to_row : to_row;
-  return (up ? params.whole_out : params.whole_in)
-             ? sum_piece<N>(params, first, last, up, j, begin, to)
-             : sum_piece<1>(params, first, last, up, j, begin, to);
+  return (up ? part.whole_out : part.whole_in)
+             ? sum_piece<N>(params, first, last, up, width, j, begin, to)
+             : sum_piece<1>(params, first, last, up, width, j, begin, to);
 }
 
 }  // namespace rasa_ext

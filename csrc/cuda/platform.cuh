@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef __CUDACC__
 
@@ -40,15 +41,46 @@ __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
 
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-// One access of the size of V; the address is a multiple of min(sizeof(V), 16).
+// As few accesses as the size of V takes; the address is a multiple of min(sizeof(V), 16).
 template <typename V>
 __device__ __forceinline__ V load_aligned(const void* from) {
   return *static_cast<const V*>(from);
 }
 
+// Stores to global memory. Those of several words are said in PTX: of an assignment, even of a
+// uint4, nvcc 13.0 makes stores of single words where it loses sight of the alignment.
+__device__ __forceinline__ void store_bits(void* to, uint4 bits) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+               "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_bits(void* to, uint2 bits) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(bits.x),
+               "r"(bits.y)
+               : "memory");
+}
+__device__ __forceinline__ void store_bits(void* to, uint32_t bits) {
+  *static_cast<uint32_t*>(to) = bits;
+}
+__device__ __forceinline__ void store_bits(void* to, uint16_t bits) {
+  *static_cast<uint16_t*>(to) = bits;
+}
+
+template <size_t bytes>
+using BitsOf = std::conditional_t<
+    bytes == 2, uint16_t,
+    std::conditional_t<bytes == 4, uint32_t, std::conditional_t<bytes == 8, uint2, uint4>>>;
+
 template <typename V>
 __device__ __forceinline__ void store_aligned(void* to, const V& value) {
-  *static_cast<V*>(to) = value;
+  using Bits = BitsOf<sizeof(V)>;
+  static_assert(sizeof(V) % sizeof(Bits) == 0, "whole accesses");
+  Bits bits[sizeof(V) / sizeof(Bits)];
+  memcpy(bits, &value, sizeof(V));
+#pragma unroll
+  for (size_t i = 0; i < sizeof(V) / sizeof(Bits); ++i) {
+    store_bits(static_cast<Bits*>(to) + i, bits[i]);
+  }
 }
 
 __device__ __forceinline__ float as_float(float16 value) { return __half2float(value); }

@@ -143,12 +143,13 @@ class AdaptedLinear(nn.Module):
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        drop = functional.dropout(x, p) if p else (None, 1.0)
+        mask, kept, scale = functional.dropout(x, p) if p else (None, None, 1.0)
         if with_grad:
             factors = adapter.factors()
-            return functional.adapted_linear(x, *plain, factors, _rank_multiple(x, factors), *drop)
+            multiple = _rank_multiple(x, factors)
+            return functional.adapted_linear(x, *plain, factors, multiple, mask, kept, scale)
         pack = self._packed(adapter, sources, dtype, x.device)
-        y, _ = ops.low_rank_linear(functional.flatten_tokens(x), *plain, *pack, *drop)
+        y, _ = ops.low_rank_linear(functional.flatten_tokens(x), *plain, *pack, kept, scale)
         return functional.unflatten_like(y, x)
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
@@ -188,7 +189,7 @@ class AdaptedLinear(nn.Module):
         drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         pack = self._packed(adapter, sources, y.dtype, y.device)
         rows = functional.flatten_tokens(y), functional.flatten_tokens(x)
-        out, _ = ops.low_rank_add(*rows, *pack, *drop)
+        out, _ = ops.low_rank_add(*rows, *pack, *drop[1:])
         return functional.unflatten_like(out, y)
 
     def _added(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:

@@ -14,7 +14,8 @@ each element of x. All gradients are first order; differentiating twice raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -28,6 +29,9 @@ _unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe
 _Grads: TypeAlias = "tuple[Tensor | None, ...]"
 _FactorGrads: TypeAlias = (
     "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]"
+)
+_FactorLists: TypeAlias = (
+    "tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]"
 )
 _PoolPack: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
 _NO_GRADS = (None, None, None, None, None)
@@ -74,6 +78,7 @@ class _AdaptedLinear(_Function):
         bias: Tensor | None,
         multiple: int,
         mask: Tensor | None,
+        kept: Tensor | None,
         scale: float,
         A: Tensor,
         A_pool: Tensor | None,
@@ -83,7 +88,7 @@ class _AdaptedLinear(_Function):
     ) -> Tensor:
         rows, base = flatten_tokens(x), None if y is None else flatten_tokens(y)
         factors = (A, A_pool, B, B_pool, d)
-        out, U, Bp = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, mask, scale)
+        out, U, Bp = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, kept, scale)
         *_, of_A, of_A_pool, of_B, of_B_pool, of_d = ctx.needs_input_grad
         need_A, need_B = ctx.needs = of_A or of_A_pool, of_B or of_B_pool or of_d
         ctx.save_for_backward(
@@ -101,7 +106,7 @@ class _AdaptedLinear(_Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> _Grads:
         x, weight, U, Bp, mask, A, A_pool, B, B_pool, d = ctx.saved_tensors
-        need_y, need_x, _, _, _, _, _, *needs = ctx.needs_input_grad
+        need_y, need_x, _, _, _, _, _, _, *needs = ctx.needs_input_grad
         need_A, need_B = ctx.needs
         dx, *grads = ops.adapted_linear_backward(
             flatten_tokens(grad),
@@ -124,7 +129,7 @@ class _AdaptedLinear(_Function):
         shape = (*grad.shape[:-1], ctx.width)
         dx_shaped = dx.view(shape) if need_x else None
         own = [g if need else None for g, need in zip(grads, needs, strict=True)]
-        return grad if need_y else None, dx_shaped, None, None, None, None, None, *own
+        return grad if need_y else None, dx_shaped, *(None,) * 6, *own
 
 
 class _AdaptedProjections(_Function):
@@ -132,21 +137,28 @@ class _AdaptedProjections(_Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, n: int, multiple: int, mask: Tensor | None, scale: float, *tensors: Any
+        ctx: Any,
+        x: Tensor,
+        n: int,
+        multiple: int,
+        mask: Tensor | None,
+        kept: Tensor | None,
+        scale: float,
+        *tensors: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, factors = tensors[:n], tensors[n : 2 * n], _by_layer(tensors[2 * n :])
-        Ap, Bp = pack_projections(factors, x.dtype, multiple)
+        Ap, Bp = ops.pack_projections(*as_op_lists(factors), x.dtype, multiple)
         x_rows = flatten_tokens(x)
-        y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, mask, scale)
-        ctx.needs = _needs(ctx.needs_input_grad[5 + 2 * n :])
-        kept = Bp if ops.keep_pack(x_rows) else ()
+        y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, kept, scale)
+        ctx.needs = _needs(ctx.needs_input_grad[6 + 2 * n :])
+        its_Bp = Bp if ops.keep_pack(x_rows) else ()
         ctx.save_for_backward(
             x if ctx.needs[0] else None,
             U if ctx.needs[1] else None,
             mask,
             *weights,
             *tensors[2 * n :],
-            *kept,
+            *its_Bp,
         )
         ctx.multiple, ctx.scale, ctx.width = multiple, scale, x.shape[-1]
         return tuple(unflatten_like(t, x) for t in y)
@@ -156,14 +168,15 @@ class _AdaptedProjections(_Function):
     def backward(ctx: Any, *grads: Tensor) -> _Grads:
         x, U, mask, *tensors = ctx.saved_tensors
         n = len(grads)
-        weights, factors, kept = tensors[:n], _by_layer(tensors[n : 6 * n]), tensors[6 * n :]
+        weights, its_Bp = tensors[:n], tensors[6 * n :]
+        A, A_pool, B, B_pool, d = as_op_lists(_by_layer(tensors[n : 6 * n]))
         need_x, (need_A, need_B) = ctx.needs_input_grad[0], ctx.needs
-        if kept:
-            A, A_pool, *_ = zip(*factors, strict=True)
-            down = A, as_op_list(A_pool), grads[0].dtype, ctx.multiple
-            Ap, Bp = ops.packed_down_projections(*down), list(kept)
+        if its_Bp:
+            down = A, A_pool, grads[0].dtype, ctx.multiple
+            Ap, Bp = ops.packed_down_projections(*down), list(its_Bp)
         else:
-            Ap, Bp = pack_projections(factors, grads[0].dtype, ctx.multiple)
+            form = grads[0].dtype, ctx.multiple
+            Ap, Bp = ops.pack_projections(A, A_pool, B, B_pool, d, *form)
         shape = (*grads[0].shape[:-1], ctx.width)
         dx, dAp, dBp = ops.linear_projections_backward(
             [flatten_tokens(grad) for grad in grads],
@@ -178,15 +191,16 @@ class _AdaptedProjections(_Function):
             mask,
             ctx.scale,
         )
-        downs = dAp.split([up.shape[0] for up in Bp]) if need_A else (None,) * n
-        ups = dBp if need_B else (None,) * n
-        own = [
-            _factor_grads(down, up, *its[2:])
-            for down, up, its in zip(downs, ups, factors, strict=True)
-        ]
         dx_shaped = dx.view(shape) if need_x else None
-        its_own = (grad for each in own for grad in each)
-        return dx_shaped, None, None, None, None, *(None,) * (2 * n), *its_own
+        own: Iterable[Tensor | None] = (None,) * (5 * n)
+        if need_A or need_B:
+            downs = dAp.split([up.shape[0] for up in Bp]) if need_A else ()
+            kinds = ops.pack_projections_backward(downs, dBp, B, B_pool, d)
+            # A tensor without elements stands for what was not computed.
+            needs = ctx.needs_input_grad[6 + 2 * n :]
+            grads_by_layer = chain.from_iterable(zip(*kinds, strict=True))
+            own = (g if need else None for g, need in zip(grads_by_layer, needs, strict=True))
+        return dx_shaped, *(None,) * (5 + 2 * n), *own
 
 
 class _AdaptedGroup(_Function):
@@ -255,6 +269,7 @@ def adapted_linear(
     factors: Factors,
     multiple: int = 1,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Compute ``x W^T + bias + x dW^T`` with dW = Bp^T Ap, the pack of ``factors``.
@@ -268,12 +283,12 @@ def adapted_linear(
             is computed.
         factors: see ``pack``.
         multiple: see ``pack``.
-        mask, scale: from ``dropout``, where the x beside dW is what that left.
+        mask, kept, scale: from ``dropout``, where the x beside dW is what that left.
 
     Returns:
         (..., out).
     """
-    y: Tensor = _AdaptedLinear.apply(None, x, weight, bias, multiple, mask, scale, *factors)
+    y: Tensor = _AdaptedLinear.apply(None, x, weight, bias, multiple, mask, kept, scale, *factors)
     return y
 
 
@@ -283,6 +298,7 @@ def adapted_add(
     factors: Factors,
     multiple: int = 1,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
     """Compute ``y + x dW^T``, over the output (..., out) of a base that is not a plain GEMM.
@@ -290,7 +306,7 @@ def adapted_add(
     x is (..., in) in y's dtype. Differentiable in y, x and the factors; y is left as it was.
     Other arguments as for ``adapted_linear``.
     """
-    out: Tensor = _AdaptedLinear.apply(y, x, None, None, multiple, mask, scale, *factors)
+    out: Tensor = _AdaptedLinear.apply(y, x, None, None, multiple, mask, kept, scale, *factors)
     return out
 
 
@@ -301,6 +317,7 @@ def adapted_projections(
     factors: Sequence[Factors],
     multiple: int = 1,
     mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """Compute ``adapted_linear`` of n layers that read one x, with one down-projection for all.
@@ -311,7 +328,7 @@ def adapted_projections(
     """
     tensors = (*weights, *biases, *(t for each in factors for t in each))
     outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(
-        x, len(weights), multiple, mask, scale, *tensors
+        x, len(weights), multiple, mask, kept, scale, *tensors
     )
     return outputs
 
@@ -369,28 +386,27 @@ def adapted_group(
     return y
 
 
-def dropout(x: Tensor, p: float) -> tuple[Tensor | None, float]:
-    """Draw what dropout leaves of x (any shape): a mask of bits for the linears, and 1 / (1 - p).
+def dropout(x: Tensor, p: float) -> tuple[Tensor | None, Tensor | None, float]:
+    """Draw what dropout leaves of x (..., in), for the linears: ``(mask, kept, 1 / (1 - p))``.
 
-    The mask, uint8 (ceil(x.numel() / 8),) or None where p is 0, is drawn from torch's generator of
-    x's device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce it.
+    kept (M, in) is x with zeros, unscaled, and the mask, uint8 (ceil(x.numel() / 8),), what a
+    backward makes it from again; both are None where p is 0. Drawn from torch's generator of x's
+    device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce them.
     Nothing waits for the device. p is in [0, 1); ValueError or RuntimeError where it is not.
     """
     if p == 0:
-        return None, 1.0
+        return None, None, 1.0
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=x.device)
-    return ops.dropout_mask(noise, x.detach(), p), 1 / (1 - p)
+    return *ops.dropout(noise, flatten_tokens(x.detach()), p), 1 / (1 - p)
 
 
-def pack_projections(
-    factors: Sequence[Factors], dtype: torch.dtype, multiple: int
-) -> tuple[Tensor, list[Tensor]]:
-    """Pack several layers into one Ap for all, and a Bp each; without a gradient."""
+def as_op_lists(factors: Sequence[Factors]) -> _FactorLists:
+    """Make an operator's lists of A, A_pool, B, B_pool and d, with ones for some that lack a d."""
     A, A_pool, B, B_pool, d = zip(*factors, strict=True)
-    if any(v is None for v in d):
+    if any(v is None for v in d) and any(v is not None for v in d):
         d = tuple(each.A.new_ones(each.rank) if each.d is None else each.d for each in factors)
-    return ops.pack_projections(A, as_op_list(A_pool), B, as_op_list(B_pool), d, dtype, multiple)
+    return list(A), as_op_list(A_pool), list(B), as_op_list(B_pool), as_op_list(d)
 
 
 def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:

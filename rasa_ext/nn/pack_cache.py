@@ -58,4 +58,8 @@ class PackCache:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    # The question is about the current device, which need not be the pack's.
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

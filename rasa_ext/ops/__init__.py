@@ -4,11 +4,12 @@ One file a family. The functions of this module are what the package calls.
 """
 
 from rasa_ext.ops.adapted import adapted_linear, adapted_linear_backward
-from rasa_ext.ops.dropout import dropout_mask
+from rasa_ext.ops.dropout import dropout
 from rasa_ext.ops.fused_projections import (
     linear_projections,
     linear_projections_backward,
     pack_projections,
+    pack_projections_backward,
     packed_down_projections,
 )
 from rasa_ext.ops.heuristics import (
@@ -40,7 +41,7 @@ __all__ = [
     "adapted_linear_backward",
     "cuda_status",
     "delta_group",
-    "dropout_mask",
+    "dropout",
     "fuse_projections",
     "keep_pack",
     "linear_group",
@@ -57,6 +58,7 @@ __all__ = [
     "pack_group",
     "pack_group_backward",
     "pack_projections",
+    "pack_projections_backward",
     "packed_down_projections",
     "pool_in_packs",
     "rank_multiple",

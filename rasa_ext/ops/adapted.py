@@ -19,7 +19,7 @@ from rasa_ext.ops.pack import as_results, factor_grads, packed, packed_down, wit
 
 @operator(
     "adapted_linear(Tensor? y, Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor? A_pool, "
-    "Tensor B, Tensor? B_pool, Tensor? d, int multiple=1, Tensor? mask=None, float scale=1.0) -> "
+    "Tensor B, Tensor? B_pool, Tensor? d, int multiple=1, Tensor? kept=None, float scale=1.0) -> "
     "(Tensor out, Tensor U, Tensor Bp)"
 )
 def adapted_linear(
@@ -33,7 +33,7 @@ def adapted_linear(
     B_pool: Tensor | None,
     d: Tensor | None,
     multiple: int = 1,
-    mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """X W^T + bias + U Bp (M, out), or y + U Bp where y is given and no weight; U and Bp beside it.
@@ -42,9 +42,9 @@ def adapted_linear(
     """
     Ap, Bp = packed(A, A_pool, B, B_pool, d, x.dtype, multiple)
     if weight is not None and y is None:
-        return *linear(x, weight, bias, Ap, Bp, mask, scale), Bp
+        return *linear(x, weight, bias, Ap, Bp, kept, scale), Bp
     if y is not None and weight is None:
-        return *linear_add(y, x, Ap, Bp, mask, scale), Bp
+        return *linear_add(y, x, Ap, Bp, kept, scale), Bp
     got = "both" if weight is not None else "None for both"
     raise ValueError(
         f"rasa_ext::adapted_linear: weight: expected a tensor, or y in its place, got {got}."

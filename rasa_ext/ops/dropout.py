@@ -1,4 +1,4 @@
-"""Dropout's masks of bits: the operator that draws them, and the functions that apply them.
+"""Dropout of the adapter's input: the operator that draws it, and the functions that apply a mask.
 
 A mask is applied to the bits of the elements, as integers of their width: a tenth of the time of
 ``torch.where`` on a CPU, and zero for whatever is dropped, NaN included.
@@ -19,35 +19,38 @@ _INTEGERS = {
 }
 
 
-def _mask_of(noise: Tensor, x: Tensor, p: float) -> Tensor:
-    """Shape a mask whatever the noise is: the compiled kernel takes two words of it."""
-    return x.new_empty(-(-x.numel() // 8), dtype=torch.uint8)
+def _results(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Shape mask and kept whatever the noise is: the compiled kernel takes two words of it."""
+    return x.new_empty(-(-x.numel() // 8), dtype=torch.uint8), x.new_empty(x.shape)
 
 
-@operator("dropout_mask(Tensor noise, Tensor x, float p) -> Tensor", fake=_mask_of)
-def dropout_mask(noise: Tensor, x: Tensor, p: float) -> Tensor:
-    """Draw a mask of bits, uint8 (ceil(x.numel() / 8),): which elements of x dropout keeps.
+@operator("dropout(Tensor noise, Tensor x, float p) -> (Tensor mask, Tensor kept)", fake=_results)
+def dropout(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
+    """Draw which elements of x (M, in) dropout keeps: a mask of bits, and x where they are set.
 
-    Bit e % 8 of byte e // 8 is element e's, counted along x's rows, kept with the probability 1 - p
-    in steps of 2^-16; bits behind the last element mean nothing. ``noise`` is int64 of uniformly
-    distributed bits, as many as ``heuristics.noise_words`` says; of x only the shape matters. Here
-    element e is kept where the e-th 16 bits of the noise are at least p * 2^16.
+    The mask is uint8 (ceil(M in / 8),), for the backward: bit e % 8 of byte e // 8 is element e's,
+    counted along x's rows, kept with the probability 1 - p in steps of 2^-16; bits behind the last
+    element mean nothing. kept (M, in) is x there and 0 elsewhere, unscaled, for the forward.
+    ``noise`` is int64 of uniformly distributed bits, as many as ``heuristics.noise_words`` says.
+    Here element e is kept where the e-th 16 bits of the noise are at least p * 2^16.
 
     Words of 16 bits are compared and packed eight at a time, which takes a tenth of the time in
     which the noise is drawn; ``bernoulli_`` alone takes five times as long as that.
     """
     if not 0 <= p < 1:
-        raise ValueError(f"rasa_ext::dropout_mask: p: expected a number in [0, 1), got {p}.")
+        raise ValueError(f"rasa_ext::dropout: p: expected a number in [0, 1), got {p}.")
     words = 2 * -(-x.numel() // 8)
     if noise.dtype != torch.int64 or noise.shape != (words,):
         raise ValueError(
-            f"rasa_ext::dropout_mask: noise: expected int64 of shape ({words},), got {noise.dtype} "
+            f"rasa_ext::dropout: noise: expected int64 of shape ({words},), got {noise.dtype} "
             f"of shape {tuple(noise.shape)}; draw ops.noise_words."
         )
     drawn = noise.view(torch.int16)  # uniform from -2^15 on
-    kept = torch.ge(drawn, min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty_like(drawn))
+    ones = torch.ge(drawn, min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty_like(drawn))
     # The product's top byte gathers the lowest bits of all eight bytes.
-    return (kept.to(torch.int8).view(torch.int64).mul_(0x0102040810204080) >> 56).to(torch.uint8)
+    mask = (ones.to(torch.int8).view(torch.int64).mul_(0x0102040810204080) >> 56).to(torch.uint8)
+    kept = ones.neg_()[: x.numel()].view(x.shape).to(_INTEGERS[x.dtype])  # all bits set, or none
+    return mask, keep(x.contiguous(), kept)
 
 
 def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -69,8 +72,8 @@ def keep(x: Tensor, kept: Tensor) -> Tensor:
     return torch.bitwise_and(integers(x), kept).view(x.dtype)
 
 
-def project(x: Tensor, Ap: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Compute U = X Ap^T (M, Rp) from what dropout leaves of X."""
-    if mask is None:
+def project(x: Tensor, Ap: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+    """Compute U = X Ap^T (M, Rp), from what dropout has left of X where that is given."""
+    if kept is None:
         return torch.mm(x, Ap.t())
-    return torch.mm(keep(x, unpacked(mask, x, x.shape)), Ap.t()).mul_(scale)
+    return torch.mm(kept, Ap.t()).mul_(scale)

@@ -16,7 +16,14 @@ from rasa_ext.ops.dropout import keep, project, unpacked
 from rasa_ext.ops.heuristics import adapter_first
 from rasa_ext.ops.library import accumulation_dtype, operator
 from rasa_ext.ops.linear import input_grad
-from rasa_ext.ops.pack import packed_up, rows_of
+from rasa_ext.ops.pack import (
+    Gradients,
+    as_results,
+    factor_grads,
+    packed_up,
+    rows_of,
+    with_own_memory,
+)
 
 
 @operator(
@@ -33,8 +40,8 @@ def pack_projections(
     multiple: int = 1,
 ) -> tuple[Tensor, list[Tensor]]:
     """One Ap (Rp, in) with the projections' rows in order, and the Bp (Rp_i, out_i) of each."""
-    pools: Sequence[Tensor | None] = B_pool or [None] * len(B)
-    factors = zip(B, pools, d, strict=True)
+    none = [None] * len(B)
+    factors = zip(B, B_pool or none, d or none, strict=True)
     up = [packed_up(b, b_pool, v, dtype, multiple) for b, b_pool, v in factors]
     return packed_down_projections(A, A_pool, dtype, multiple), up
 
@@ -49,9 +56,57 @@ def packed_down_projections(
     return Ap if Ap.dtype == dtype else Ap.to(dtype)
 
 
+def _each_grads(
+    dAp: Sequence[Tensor],
+    dBp: Sequence[Tensor],
+    B: Sequence[Tensor],
+    B_pool: Sequence[Tensor],
+    d: Sequence[Tensor],
+) -> list[Gradients]:
+    """Give ``pack_backward`` of every projection; dBp is overwritten."""
+    none = [None] * len(B)
+    each = zip(dAp or none, dBp or none, B, B_pool or none, d or none, strict=True)
+    return [as_results(its[2], factor_grads(*its)) for its in each]
+
+
+def _registered(
+    dAp: Sequence[Tensor],
+    dBp: Sequence[Tensor],
+    B: Sequence[Tensor],
+    B_pool: Sequence[Tensor],
+    d: Sequence[Tensor],
+) -> tuple[list[Tensor], ...]:
+    grads = _each_grads(dAp, [grad.clone() for grad in dBp], B, B_pool, d)
+    return _by_kind([with_own_memory(*each) for each in grads])
+
+
+@operator(
+    "pack_projections_backward(Tensor[] dAp, Tensor[] dBp, Tensor[] B, Tensor[] B_pool, "
+    "Tensor[] d) -> (Tensor[] dA, Tensor[] dA_pool, Tensor[] dB, Tensor[] dB_pool, Tensor[] dd)",
+    kernel=_registered,
+)
+def pack_projections_backward(
+    dAp: Sequence[Tensor],
+    dBp: Sequence[Tensor],
+    B: Sequence[Tensor],
+    B_pool: Sequence[Tensor],
+    d: Sequence[Tensor],
+) -> tuple[list[Tensor], ...]:
+    """``pack_backward`` of every projection, with a list of each of its results.
+
+    dAp and dBp have one matrix a projection, (Rp_i, in) and (Rp_i, out_i), or none where they are
+    not given; the caller gives them up.
+    """
+    return _by_kind(_each_grads(dAp, dBp, B, B_pool, d))
+
+
+def _by_kind(grads: Sequence[Gradients]) -> tuple[list[Tensor], ...]:
+    return tuple(map(list, zip(*grads, strict=True)))
+
+
 @operator(
     "linear_projections(Tensor x, Tensor[] weights, Tensor[] biases, Tensor Ap, Tensor[] Bp, "
-    "Tensor? mask=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
+    "Tensor? kept=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
 )
 def linear_projections(
     x: Tensor,
@@ -59,11 +114,11 @@ def linear_projections(
     biases: Sequence[Tensor],
     Ap: Tensor,
     Bp: Sequence[Tensor],
-    mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
     """Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of one U = X Ap^T (M, Rp)."""
-    U = project(x, Ap, mask, scale)
+    U = project(x, Ap, kept, scale)
     first = adapter_first(x.device.type, x.dtype)
     y = []
     for i, (weight, up, u) in enumerate(zip(weights, Bp, _columns(U, Bp), strict=True)):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils._pytree import tree_leaves
 
 LIBRARY = torch.library.Library("rasa_ext", "DEF")
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {}
@@ -55,7 +59,7 @@ def operator(
             return (overload if is_compiling() else direct)(*args, **kwargs)
 
         call.__name__, call.__doc__ = name, direct.__doc__
-        return call
+        return warning_once(call) if BROKEN else call
 
     return define
 
@@ -65,19 +69,43 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _load() -> tuple[bool, str]:
+def warning_once(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let the first call with a tensor on a CUDA device warn that the compiled kernels are missing.
+
+    For a library that is there and does not load, as one for another major of CUDA: whoever
+    installed it counts on it, and the operators run without it all the same.
+    """
+
+    @functools.wraps(call)
+    def checking(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        global _warned
+        if not (_warned or is_compiling()):
+            tensors = (value for value in tree_leaves(args) if isinstance(value, Tensor))
+            if any(tensor.is_cuda for tensor in tensors):
+                _warned = True
+                warnings.warn(cuda_status(), RuntimeWarning, stacklevel=2)
+        return call(*args, **kwargs)
+
+    return checking
+
+
+_warned = False
+
+
+def _load() -> tuple[bool, bool, str]:
+    """Say whether the library is loaded, whether it is there but does not load, and why not."""
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or spec.origin is None:
         why = f" ({_WHY_NOT.read_text().strip()})" if _WHY_NOT.exists() else ""
-        return False, f"this install has no compiled kernels{why}"
+        return False, False, f"this install has no compiled kernels{why}"
     try:
         torch.ops.load_library(spec.origin)
     except OSError as error:
-        return False, f"the compiled library {spec.origin} does not load ({error})"
-    return True, f"the compiled library {spec.origin} is loaded"
+        return False, True, f"the compiled library {spec.origin} does not load ({error})"
+    return True, False, f"the compiled library {spec.origin} is loaded"
 
 
-COMPILED, _REASON = _load()
+COMPILED, BROKEN, _REASON = _load()
 
 
 def cuda_status() -> str:

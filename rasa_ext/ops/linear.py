@@ -3,10 +3,10 @@
 Symbols: M tokens, ``in``/``out`` features, Rp the pack's rows. x and grad are 2-D; flattening is
 the caller's. Within one call all tensors but the mask are of one dtype.
 
-Dropout is on the adapter's input alone. ``mask`` holds a bit for each element of x, whether the
-adapter sees it (see ``dropout``), and ``scale`` is what the rest is multiplied with: wherever x
-stands beside Ap it is ``scale * (x where kept, else 0)``. That is folded into U and H, so that in
-low precision no element of x is rounded again. U includes it.
+Dropout is on the adapter's input alone: wherever x stands beside Ap it is ``scale`` times what
+dropout leaves of x. A forward is given that as ``kept`` (M, in), in x's dtype and unscaled; a
+backward makes it again from x and ``mask``, a bit for each element (see ``dropout``). The scale is
+folded into U and H, so that in low precision no element of x is rounded again. U includes it.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def linear(
     bias: Tensor | None,
     Ap: Tensor,
     Bp: Tensor,
-    mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T + bias + U Bp (M, out) with U = X Ap^T (M, Rp)."""
-    U = torch.mm(x, Ap.t()) if mask is None else project(x, Ap, mask, scale)
+    U = torch.mm(x, Ap.t()) if kept is None else project(x, Ap, kept, scale)
     if adapter_first(x.device.type, x.dtype):
         y = torch.mm(U, Bp) if bias is None else torch.addmm(bias, U, Bp)
         return y.addmm_(x, weight.t()), U
@@ -40,7 +40,7 @@ def linear(
 
 low_rank_linear = operator(
     "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor Ap, Tensor Bp, "
-    "Tensor? mask=None, float scale=1.0) -> (Tensor y, Tensor U)"
+    "Tensor? kept=None, float scale=1.0) -> (Tensor y, Tensor U)"
 )(linear)
 
 
@@ -49,16 +49,16 @@ def linear_add(
     x: Tensor,
     Ap: Tensor,
     Bp: Tensor,
-    mask: Tensor | None = None,
+    kept: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y + U Bp (M, out) with U = X Ap^T (M, Rp), over a base that is not a plain GEMM."""
-    U = project(x, Ap, mask, scale)
+    U = project(x, Ap, kept, scale)
     return torch.addmm(y, U, Bp), U
 
 
 low_rank_add = operator(
-    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? mask=None, "
+    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? kept=None, "
     "float scale=1.0) -> (Tensor out, Tensor U)"
 )(linear_add)
 

@@ -61,10 +61,15 @@ void bind_pack_backward(py::module_& module) {
   module.def("pack_backward", [](const std::vector<PackBackwardLayer>& layers, Address B_pool,
                                  Address dA_pool, Address dB_pool, int in, int out, int own,
                                  int pooled, DType param) {
-    const int count = static_cast<int>(layers.size());
-    launch_pack_backward(
-        {pointer(B_pool), pointer(dA_pool), pointer(dB_pool), count, in, out, own, pooled},
-        layers.data(), on_device(layers).data(), param, nullptr);
+    const PackBackwardGroup group{pointer(B_pool),
+                                  pointer(dA_pool),
+                                  pointer(dB_pool),
+                                  static_cast<int>(layers.size()),
+                                  in,
+                                  out,
+                                  own,
+                                  pooled};
+    launch_pack_backward(&group, 1, layers.data(), on_device(layers).data(), param, nullptr);
   });
 }
 
@@ -72,8 +77,15 @@ void bind_decode(py::module_& module) {
   module.def("decode_workspace", &decode_workspace);
   module.def("decode", [](Address x, Address Ap, Address Bp, Address U, Address y,
                           Address workspace, int M, int in, int out, int Rp, DType dtype) {
-    launch_decode({pointer(x), pointer(Ap), pointer(Bp), pointer(U), pointer(y), pointer(workspace),
-                   M, in, out, Rp},
+    launch_decode({pointer(x),
+                   pointer(Ap),
+                   pointer(U),
+                   pointer(workspace),
+                   M,
+                   in,
+                   Rp,
+                   1,
+                   {{pointer(Bp), pointer(y), out, 0, Rp}}},
                   dtype, nullptr);
   });
 }

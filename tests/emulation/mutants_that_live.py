@@ -12,12 +12,16 @@ REASONS: list[tuple[str, str, str, str]] = [
     ("pack.cu", "count > kLayersByValue", "count >= kLayersByValue", BY_VALUE),
     ("pack.cu", "std::max(pieces", "+ 1)", EXTRA_BLOCK),
     ("pack_backward.cuh", "begin < out; begin +=", "begin <= out", LAST_TURN),
-    ("pack_backward.cu", "count > kLayersByValue", "count >= kLayersByValue", BY_VALUE),
+    ("pack_backward.cu", "layers > kLayersByValue", "layers >= kLayersByValue", BY_VALUE),
+    ("pack_backward.cu", "std::max(blocks", "+ 1)", EXTRA_BLOCK),
     ("pack_backward.cu", "group.out > 0", "group.out >= 0", EXTRA_BLOCK),
-    ("pack_backward.cu", "if (count > 1)", "if (count >= 1)", EXTRA_BLOCK),
+    ("pack_backward.cu", "if (group.count > 1)", "if (group.count >= 1)", EXTRA_BLOCK),
+    ("decode.cuh", "begin > 0", "begin > 1 + 0", "blocks begin at multiples of 128"),
+    ("decode.cuh", "begin >= output.out", "begin > output.out", EXTRA_BLOCK),
     ("decode.cuh", "m < tokens", "m <= tokens", GUARDED),
     ("decode.cuh", "j < Rp; j +=", "j <= Rp", LAST_TURN),
     ("dropout.cuh", "first + N <= n", "first + N < n", "the last eight, one by one"),
+    ("dropout.cuh", "kDropoutBytes <= end", "kDropoutBytes < end", "the last four, one by one"),
     ("table.cu", "done < words", "done <= words", "a last launch without words"),
 ]
 

@@ -50,8 +50,8 @@ FILES = {
     "philox.cuh": ("dropout",),
     "table.cuh": ("table",),
     "table.cu": ("table",),
-    "collective.cuh": ("pack", "pack_backward", "decode"),
-    "launch.cuh": ("pack", "pack_backward", "decode"),
+    "collective.cuh": ("dropout", "pack", "pack_backward", "decode"),
+    "launch.cuh": ("dropout", "pack", "pack_backward", "decode"),
 }
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from tests.helpers.operators import draw_adapter, opcheck, random_mask
+from tests.helpers.operators import draw_adapter, forward_of, opcheck, random_mask
 
 NEEDS = list(itertools.product((True, False), repeat=3))
 
@@ -28,11 +28,12 @@ def test_values(host, dtype, pooled, dropout):
     for tokens, need, added in itertools.product((0, 5, 33), NEEDS, (False, True)):
         x, weight, bias, grad, adapter = draw(tokens, pooled, dtype)
         mask = (random_mask(x), 1.25) if dropout else ()
+        dropped = forward_of(x, mask)
         y, base = (grad, (None, None)) if added else (None, (weight, bias))
-        out, U, Bp = host.ops.adapted_linear(y, x, *base, *adapter, 16, *mask)
+        out, U, Bp = host.ops.adapted_linear(y, x, *base, *adapter, 16, *dropped)
         Ap, up = host.ops.pack(*adapter, x.dtype, 16)
         plain = host.ops.low_rank_add if added else host.ops.low_rank_linear
-        first = plain(*((grad, x) if added else (x, *base)), Ap, up, *mask)
+        first = plain(*((grad, x) if added else (x, *base)), Ap, up, *dropped)
         assert all(map(torch.equal, (out, U, Bp), (*first, up)))
 
         given = x if need[1] else None, base[0], U if need[2] else None

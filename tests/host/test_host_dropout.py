@@ -9,7 +9,7 @@ import torch
 from test_host_linear import DTYPES, LAYOUTS, WIDTHS, Case, assert_close, contiguous
 from torch import Tensor
 
-from tests.helpers.operators import opcheck
+from tests.helpers.operators import forward_of, opcheck
 
 SCALE = 1.375
 
@@ -41,8 +41,9 @@ def expected(case: Case, mask: Tensor) -> dict[str, Tensor]:
 
 def run(host, case: Case, mask: Tensor) -> dict[str, Tensor]:
     pack, drop = (case.Ap, case.Bp), (mask, SCALE)
-    y, U = host.ops.low_rank_linear(case.x, case.weight, case.bias, *pack, *drop)
-    added, U_again = host.ops.low_rank_add(case.grad, case.x, *pack, *drop)
+    dropped = forward_of(case.x, drop)
+    y, U = host.ops.low_rank_linear(case.x, case.weight, case.bias, *pack, *dropped)
+    added, U_again = host.ops.low_rank_add(case.grad, case.x, *pack, *dropped)
     assert torch.equal(U, U_again)
     call = host.ops.low_rank_linear_backward
     dx, dAp, dBp = call(case.grad, case.x, case.weight, case.U, *pack, True, True, True, *drop)
@@ -69,9 +70,10 @@ def test_products_under_a_mask(host):
     """No product more than without: scales are alphas, and the base comes last."""
     case = Case(17, (9, 7, 3), torch.bfloat16, (contiguous,))
     counts = []
-    for drop in ((None, 1.0), (random_mask(case.x), SCALE)):
+    for drop in ((), (random_mask(case.x), SCALE)):
         host.reset()
-        host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bp, *drop)
+        dropped = forward_of(case.x, drop)
+        host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bp, *dropped)
         args = case.grad, case.x, case.weight, case.U, case.Ap, case.Bp, True, True, True
         host.ops.low_rank_linear_backward(*args, *drop)
         counts.append(host.calls())
@@ -83,34 +85,39 @@ def test_opcheck(host):
     for tokens, widths in itertools.product((0, 5), WIDTHS[:2]):
         case = Case(tokens, widths, torch.float32, (contiguous,))
         pack, drop = (case.Ap, case.Bp), (random_mask(case.x), SCALE)
-        noise = torch.randint(2**62, (2,))
-        forward = (case.x, case.weight, None, *pack, *drop)
+        noise, dropped = torch.randint(2**62, (2,)), forward_of(case.x, drop)
+        forward = (case.x, case.weight, None, *pack, *dropped)
         backward = (case.grad, case.x, case.weight, case.U, *pack, True, True, True, *drop)
-        opcheck(host.ops.dropout_mask.default, (noise, case.x, 0.5))
+        opcheck(host.ops.dropout.default, (noise, case.x, 0.5))
         opcheck(host.ops.low_rank_linear.default, forward)
-        opcheck(host.ops.low_rank_add.default, (case.grad, case.x, *pack, *drop))
+        opcheck(host.ops.low_rank_add.default, (case.grad, case.x, *pack, *dropped))
         opcheck(host.ops.low_rank_linear_backward.default, backward)
 
 
 def test_the_mask_comes_from_both_words(host):
     """The key and the offset of the stream, and from nothing else."""
-    x = torch.empty(100, 33)
-    drawn = [
-        host.ops.dropout_mask(torch.tensor(words), x, 0.25)
-        for words in ([1, 2], [1, 2], [2, 2], [1, 3])
-    ]
+    x = torch.ones(100, 33)
+    drawn, kept_ones = zip(
+        *(
+            host.ops.dropout(torch.tensor(words), x, 0.25)
+            for words in ([1, 2], [1, 2], [2, 2], [1, 3])
+        ),
+        strict=True,
+    )
+    for mask, ones in zip(drawn, kept_ones, strict=True):
+        assert torch.equal(ones, kept(x, mask))
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0][1:], drawn[3][:-1])
     assert not torch.equal(drawn[0], drawn[2])
-    share = kept(torch.ones(3300), drawn[0]).mean().item()
+    share = kept_ones[0].mean().item()
     assert abs(share - 0.75) < 5 * (0.25 * 0.75 / 3300) ** 0.5
-    assert host.ops.dropout_mask(torch.tensor([1, 2]), x[:0], 0.25).shape == (0,)
+    assert host.ops.dropout(torch.tensor([1, 2]), x[:0], 0.25)[0].shape == (0,)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"p": 1.0}, r"dropout_mask: p: expected a number in \[0, 1\), got 1"),
+        ({"p": 1.0}, r"dropout: p: expected a number in \[0, 1\), got 1"),
         ({"p": -0.1}, r"p: expected a number in \[0, 1\), got -0.1"),
         ({"p": float("nan")}, r"p: expected a number in \[0, 1\), got -?nan"),
         (
@@ -123,7 +130,20 @@ def test_the_mask_comes_from_both_words(host):
 def test_refusals_of_the_mask(host, change, message):
     args = {"noise": torch.ones(2, dtype=torch.int64), "x": torch.ones(4, 4), "p": 0.5} | change
     with pytest.raises(RuntimeError, match=message):
-        host.ops.dropout_mask(*args.values())
+        host.ops.dropout(*args.values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_is_kept(host, dtype, layout):
+    """Dense, wherever x lies, and the bits that the mask says; a NaN that is dropped is zero."""
+    for shape in ((1, 1), (3, 17), (33, 64), (70, 33)):
+        x = layout(lambda *size: torch.randn(size).to(dtype), *shape)
+        mask, found = host.ops.dropout(torch.tensor([1, 2]), x, 0.5)
+        assert torch.equal(found, kept(x, mask))
+        assert found.is_contiguous()
+        nothing = host.ops.dropout(torch.tensor([1, 2]), x * torch.nan, 0.5)[1]
+        assert torch.equal(nothing.isnan(), kept(torch.ones(shape), mask).bool())
 
 
 @pytest.mark.parametrize(
@@ -133,16 +153,25 @@ def test_refusals_of_the_mask(host, change, message):
         (torch.ones(6), "mask: expected Byte, got Float"),
     ],
 )
-def test_refusals_of_the_linears(host, mask, message):
+def test_refusals_of_the_backward(host, mask, message):
     case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
-    pack = case.Ap, case.Bp
-    calls = {
-        "low_rank_linear": (case.x, case.weight, None, *pack),
-        "low_rank_add": (case.grad, case.x, *pack),
-        "low_rank_linear_backward": (
-            case.grad, case.x, case.weight, case.U, *pack, True, True, True,
-        ),
-    }  # fmt: skip
-    for name, args in calls.items():
-        with pytest.raises(RuntimeError, match=f"{name}: {message}"):
-            getattr(host.ops, name)(*args, mask, 1.0)
+    args = case.grad, case.x, case.weight, case.U, case.Ap, case.Bp, True, True, True
+    with pytest.raises(RuntimeError, match=f"low_rank_linear_backward: {message}"):
+        host.ops.low_rank_linear_backward(*args, mask, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[1:], r"kept: expected shape \(5, 9\), got shape \(4, 9\)"),
+        (lambda x: x.double(), "kept: expected the dtype of x, float32, got float64"),
+    ],
+    ids=["shape", "dtype"],
+)
+def test_refusals_of_the_forwards(host, change, message):
+    case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
+    pack, dropped = (case.Ap, case.Bp), (change(case.x), 1.0)
+    with pytest.raises(RuntimeError, match=f"low_rank_linear: {message}"):
+        host.ops.low_rank_linear(case.x, case.weight, None, *pack, *dropped)
+    with pytest.raises(RuntimeError, match=f"low_rank_add: {message}"):
+        host.ops.low_rank_add(case.grad, case.x, *pack, *dropped)

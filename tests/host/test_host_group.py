@@ -144,6 +144,24 @@ def test_products(host):
     assert host.math_mode() == 3, "torch's math mode is put back"
 
 
+def test_large_base_products_go_alone(host):
+    """One layer fills a device: no batch by pointers, in either direction, and the same values."""
+    case = Case((2, 128 * 11 + 1, 3, 128 * 11, 1, None), torch.float32)
+    host.reset()
+    found = case.run(host.ops)
+    bases = [call for call in host.calls() if call.startswith("GemmEx")]
+    assert [call.split(" batch")[0] for call in bases] == ["GemmEx m=1408 n=1409 k=3"] * 2
+    assert sum("GemmBatchedEx" in call for call in host.calls()) == 1  # dx is narrow
+    expected = case.run(ops)
+    torch.testing.assert_close(found["y"], expected["y"], rtol=1e-4, atol=1e-4)
+    wide = Case((2, 128 * 11 + 1, 128 * 11, 3, 1, None), torch.float32, (as_rows, as_columns))
+    host.reset()
+    found = wide.run(host.ops)
+    assert sum("GemmBatchedEx" in call for call in host.calls()) == 1  # y is narrow
+    expected = wide.run(ops)
+    torch.testing.assert_close(found["dx"], expected["dx"], rtol=1e-4, atol=1e-4)
+
+
 def test_opcheck(host):
     for shape in (SHAPES[1], SHAPES[3], SHAPES[4], SHAPES[6]):
         case = Case(shape, torch.bfloat16)
@@ -166,7 +184,7 @@ def test_refusals(host):
         call(*start, case.Ap, case.Bp, down, up[:5], d)
     with pytest.raises(RuntimeError, match="expected Ap_pool, Bp_pool and d_pool, or none of them"):
         call(*start, case.Ap, case.Bp, down, up, None)
-    with pytest.raises(RuntimeError, match="expected lists of one length, got 2 and 3"):
+    with pytest.raises(RuntimeError, match="weights: expected as many layers as x has, 3, got 2"):
         call(case.x, case.weights[:2], case.bias, case.Ap, case.Bp, down, up, d)
     with pytest.raises(RuntimeError, match=r"weights: expected shape \(7, 9\), got shape \(9, 7\)"):
         call(case.x, [w.t() for w in case.weights], case.bias, case.Ap, case.Bp, down, up, d)

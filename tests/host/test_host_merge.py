@@ -131,6 +131,18 @@ def test_merge_in_steps(host):
         assert torch.equal(weight, (up.T @ down).bfloat16())
 
 
+def test_large_weights_go_alone(host):
+    """One product fills a device: no batch by pointers."""
+    Ap, Bp = draw_packs((2, 128 * 11, 128 * 11 + 1, 2), torch.float32)
+    weights = [torch.randn(128 * 11 + 1, 128 * 11) for _ in range(2)]
+    expected = [w + up.T @ down for w, up, down in zip(weights, Bp, Ap, strict=True)]
+    host.reset()
+    host.ops.merge_group(weights, Ap, Bp)
+    assert [call.split()[0] for call in host.calls()] == ["GemmEx"] * 2
+    for weight, value in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight, value, rtol=1e-5, atol=1e-5)
+
+
 def test_opcheck(host):
     for shape in SHAPES[:3]:
         packs = draw_packs(shape, torch.float32)
@@ -145,7 +157,7 @@ def test_refusals(host):
     weights = [torch.randn(6, 5) for _ in range(2)]
     with pytest.raises(RuntimeError, match=r"Bp: expected shape \(2, 4, \*\), got"):
         host.ops.delta_group(Ap, Bp[:, :3])
-    with pytest.raises(RuntimeError, match="expected lists of one length, got 1 and 2"):
+    with pytest.raises(RuntimeError, match="Ap: expected as many layers as weights has, 1, got 2"):
         host.ops.merge_group(weights[:1], Ap, Bp)
     with pytest.raises(RuntimeError, match=r"weights: expected shape \(6, 5\), got shape \(5, 6\)"):
         host.ops.merge_group([weights[0], weights[1].t()], Ap, Bp)

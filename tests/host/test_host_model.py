@@ -87,7 +87,7 @@ def test_training_step(model, on_host, host, shape, fused):
 def test_training_step_with_dropout(on_host, host, fused, monkeypatch, shape):
     """Under the mask that the compiled operator draws from torch's seed, again and again."""
     model = patched(dropout=0.3)
-    monkeypatch.setattr(ops, "dropout_mask", host.ops.dropout_mask)
+    monkeypatch.setattr(ops, "dropout", host.ops.dropout)
     monkeypatch.setattr(ops, "noise_words", lambda *_: 2)
     monkeypatch.setattr(ops, "fuse_projections", lambda _: fused)
     x = torch.randn(shape)

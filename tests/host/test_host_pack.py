@@ -217,7 +217,7 @@ def test_refusals(host):
         pack(A, A_pool, B, B_pool, d, torch.float32, 0)
     with pytest.raises(RuntimeError, match="dAp: expected at least 9 rows"):
         back(torch.ones(8, 9), torch.ones(8, 7), B, B_pool, d)
-    with pytest.raises(RuntimeError, match="expected lists of one length, got 2 and 1"):
+    with pytest.raises(RuntimeError, match="B: expected as many layers as A has, 2, got 1"):
         host.ops.pack_group(group.A, A_pool, group.B[:1], B_pool, group.d, torch.float32)
     with pytest.raises(RuntimeError, match=r"A\[i\]: expected shape \(3, 9\), got shape \(2, 9\)"):
         host.ops.pack_group([A, A[:2]], A_pool, group.B, B_pool, group.d, torch.float32)

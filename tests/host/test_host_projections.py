@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_host_dropout import SCALE, kept, random_mask
 
-from tests.helpers.operators import opcheck
+from tests.helpers.operators import forward_of, opcheck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # (in, ((out, private ranks, pooled ranks), ...))
@@ -83,6 +83,29 @@ def test_pack(host, shape, dtype, multiple):
         assert torch.equal(up, host.ops.pack(*adapter[:4], None, dtype, multiple)[1])
 
 
+@pytest.mark.parametrize("copies", [1, 5], ids=["one launch", "more than a launch takes"])
+@pytest.mark.parametrize("param", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_pack_backward(host, shape, param, copies):
+    """The same bits as of single layers, whatever is given."""
+    case = Case((shape[0], shape[1] * copies), 1, torch.float64)
+    _, _, B, B_pool, d = ([t.to(param) for t in kind] for kind in case.lists())
+    ranks = [v.numel() + 2 for v in d]
+    downs = [torch.randn(rank, case.width).to(param) for rank in ranks]
+    ups = [torch.randn(rank, len(b)).to(param) for rank, b in zip(ranks, B, strict=True)]
+    for down, up, scales in itertools.product((downs, []), (ups, []), (d, [])):
+        if not (down or up):
+            continue
+        found = host.ops.pack_projections_backward(down, up, B, B_pool, scales)
+        for i, b in enumerate(B):
+            its = (each[i] if each else None for each in (B_pool, scales))
+            grads = (each[i] if each else None for each in (down, up))
+            alone = host.ops.pack_backward(*grads, b, *its)
+            for mine, theirs in zip((kind[i] for kind in found), alone, strict=True):
+                assert torch.equal(mine, theirs)
+                assert mine.stride() == theirs.stride()
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "descending"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 5, 33])
@@ -139,7 +162,7 @@ def test_dropout(host, dtype):
         mask = random_mask(case.x)
         Ap, Bp = host.ops.pack_projections(*case.lists(), dtype, 4)
         forward = (case.x, case.weights, case.biases, Ap, Bp)
-        y, U = host.ops.linear_projections(*forward, mask, SCALE)
+        y, U = host.ops.linear_projections(*forward, *forward_of(case.x, (mask, SCALE)))
         check_forward(case, case.biases, Ap, Bp, y, U, mask, SCALE)
         args = (case.grads, case.x, case.weights, U, Ap, Bp)
         check_backward(host, case, args, mask, SCALE)
@@ -165,15 +188,41 @@ def test_opcheck(host, dtype):
         case = Case(shape, tokens, dtype)
         ops = host.ops
         opcheck(ops.pack_projections.default, (*case.lists(), dtype, 16))
+        _, _, B, B_pool, d = case.lists()
+        ups = [torch.randn(v.numel(), len(b)) for b, v in zip(B, d, strict=True)]
+        opcheck(ops.pack_projections_backward.default, ([], ups, B, B_pool, d))
         Ap, Bp = ops.pack_projections(*case.lists(), dtype, 16)
         args = (case.x, case.weights, case.biases, Ap, Bp)
         opcheck(ops.linear_projections.default, args)
         U = ops.linear_projections(*args)[1]
         mask = random_mask(case.x)
-        opcheck(ops.linear_projections.default, (*args, mask, SCALE))
+        dropped = forward_of(case.x, (mask, SCALE))
+        opcheck(ops.linear_projections.default, (*args, *dropped))
         for need in itertools.product((True, False), repeat=3):
             args = (case.grads, case.x, case.weights, U, Ap, Bp, *need)
             opcheck(ops.linear_projections_backward.default, args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_tokens(host, dtype):
+    """The bases first, then two kernels for all; not under dropout, nor for ranks too wide."""
+    for shape, tokens in itertools.product(SHAPES, (1, 16)):
+        case = Case(shape, tokens, dtype)
+        Ap, Bp = host.ops.pack_projections(*case.lists(), dtype, 4)
+        for biases in ([], case.biases):
+            host.reset()
+            y, U = host.ops.linear_projections(case.x, case.weights, biases, Ap, Bp)
+            assert all("k=" + str(case.width) in call for call in host.calls())
+            assert len(host.calls()) <= len(y)
+            check_forward(case, biases, Ap, Bp, y, U)
+        host.reset()
+        args = case.x, case.weights, case.biases, Ap, Bp
+        host.ops.linear_projections(*args, case.x, 1.0)
+        assert len(host.calls()) > len(y)
+    x, weights = torch.randn(2, 4), [torch.randn(3, 4)] * 9
+    host.reset()
+    host.ops.linear_projections(x, weights, [], torch.randn(9, 4), [torch.randn(1, 3)] * 9)
+    assert len(host.calls()) > 9, "more projections than the kernels take"
 
 
 @pytest.mark.parametrize("descending", [False, True])
@@ -234,14 +283,18 @@ def test_bad_input(host):
     linear, x, weights = host.ops.linear_projections, case.x, case.weights
     with pytest.raises(RuntimeError, match=r"Ap: expected shape"):
         linear(x, weights, [], Ap[1:], Bp)
-    with pytest.raises(RuntimeError, match=r"lists of one length, got 3 and 2"):
+    with pytest.raises(RuntimeError, match=r"Bp: expected as many layers as weights has, 3, got 2"):
         linear(x, weights, [], Ap, Bp[:2])
     with pytest.raises(RuntimeError, match=r"biases\[i\]: expected shape"):
         linear(x, weights, [torch.zeros(3)] * 3, Ap, Bp)
     with pytest.raises(RuntimeError, match=r"weights\[i\]"):
         linear(x, [weights[0].half(), *weights[1:]], [], Ap, Bp)
     A, A_pool, B, B_pool, d = case.lists()
-    with pytest.raises(RuntimeError, match=r"lists of one length"):
+    with pytest.raises(RuntimeError, match=r"A_pool: expected as many layers as A has, 3, got 1"):
         host.ops.pack_projections(A, A_pool[:1], B, B_pool, d, torch.float32, 1)
+    with pytest.raises(RuntimeError, match=r"dBp: expected as many layers as B has, 3, got 1"):
+        host.ops.pack_projections_backward([], [Bp[0].float()], B, B_pool, d)
+    with pytest.raises(RuntimeError, match=r"dBp: expected at least 9 rows"):
+        host.ops.pack_projections_backward([], [up[1:].float() for up in Bp], B, B_pool, d)
     with pytest.raises(RuntimeError, match=r"multiple: expected at least 1, got 0"):
         host.ops.pack_projections(A, A_pool, B, B_pool, d, torch.float32, 0)

@@ -28,7 +28,7 @@ from tests.helpers.operators import P, drop, unpacked
 def drawn(seed: int, shape: tuple) -> Tensor:
     """The mask of one draw under a seed, as booleans."""
     torch.manual_seed(seed)
-    mask, _ = functional.dropout(torch.empty(shape), P)
+    mask, *_ = functional.dropout(torch.empty(shape), P)
     return unpacked(mask, torch.Size(shape))
 
 

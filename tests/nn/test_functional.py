@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rasa_ext.nn import functional
 from rasa_ext.ops import Factors
 from tests.helpers import oracle
-from tests.helpers.operators import P, draw_adapter, random_mask
+from tests.helpers.operators import P, draw_adapter, forward_of, random_mask
 from tests.helpers.oracle import Adapter
 
 FIELDS = Adapter._fields
@@ -42,19 +42,21 @@ def test_gradcheck(shape, form, dropout, device):
     x, (weight, other), (bias, _), adapters, _ = draw(shape, device, layers=2)
     x = x[None].requires_grad_()
     first, second = map(trainable, adapters)
-    mask = (random_mask(x), 1 / (1 - P)) if dropout else (None, 1.0)
+    mask = (random_mask(x), 1 / (1 - P)) if dropout else ()
 
     def run(*values):
+        kept = forward_of(values[0].flatten(0, -2), mask)
+        drop = (mask[0], *kept) if dropout else ()
         if form == "pack":
             return functional.pack(Factors(*values[1:6]), torch.float64, 4)
         if form == "add":
-            return functional.adapted_add(x @ weight.T, values[0], Factors(*values[1:6]), 1, *mask)
+            return functional.adapted_add(x @ weight.T, values[0], Factors(*values[1:6]), 1, *drop)
         if form == "linear":
             args = values[0], weight, bias, Factors(*values[1:6]), 4
-            return functional.adapted_linear(*args, *mask)
+            return functional.adapted_linear(*args, *drop)
         factors = [Factors(*values[1:6]), Factors(*values[6:])]
         args = values[0], (weight, other), (bias, None), factors, 1
-        return functional.adapted_projections(*args, *mask)
+        return functional.adapted_projections(*args, *drop)
 
     values = (x, *first, *(second if form == "projections" else ()))
     assert torch.autograd.gradcheck(run, values, fast_mode=shape[1] == 16)

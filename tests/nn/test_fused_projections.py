@@ -6,12 +6,14 @@ import copy
 import gc
 import io
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import rasa_ext
+from rasa_ext import ops
 from rasa_ext.nn import functional
 from tests.helpers.adapters import adapted_layers, adapters, check_step, observe, patched
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, VIT, ids
@@ -192,6 +194,11 @@ def test_dropout_is_one_mask_for_all(log):
     assert log == [2]
     for mine, theirs in zip(found, step(one_by_one), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", True), ("cuda", True), ("mps", False)])
+def test_where_projections_go_together(device, fused):
+    assert ops.fuse_projections(SimpleNamespace(device=torch.device(device))) == fused
 
 
 def test_with_and_without_grad_do_not_mix():

@@ -73,6 +73,31 @@ def test_a_capture_packs_and_neither_reads_nor_keeps(monkeypatch):
     assert source.made == 4
 
 
+def test_the_packs_own_device_is_asked_whether_it_captures(monkeypatch):
+    """A graph is captured on device 1, then on device 0, and device 0 is the current one."""
+    current, capturing = [0], 1
+
+    class Current:
+        def __init__(self, device):
+            self.index = device.index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *_):
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == capturing)
+    asked = {index: pack_cache._is_capturing(torch.device("cuda", index)) for index in (0, 1)}
+    assert asked == {0: False, 1: True}
+    capturing = 0
+    assert pack_cache._is_capturing(torch.device("cuda", 0))
+    assert not pack_cache._is_capturing(torch.device("cuda", 1))
+    assert not pack_cache._is_capturing(CPU)
+    assert current == [0]
+
+
 def test_inference_tensors_have_no_version_and_are_not_kept():
     cache, source = PackCache(), Source()
     with torch.inference_mode():

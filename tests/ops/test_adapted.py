@@ -9,7 +9,13 @@ import torch
 
 from rasa_ext import ops
 from tests.helpers import oracle
-from tests.helpers.operators import DTYPES, check_operator, draw_adapter, random_mask
+from tests.helpers.operators import (
+    DTYPES,
+    check_operator,
+    draw_adapter,
+    forward_of,
+    random_mask,
+)
 
 NEEDS = list(itertools.product((True, False), repeat=3))
 
@@ -25,16 +31,17 @@ def joined(x, weight, bias, grad, adapter, multiple, need, mask, y=None):
     """The same by one operator after the other."""
     Ap, Bp = ops.pack(*adapter, x.dtype, multiple)
     if y is None:
-        out, U = ops.low_rank_linear(x, weight, bias, Ap, Bp, *mask)
+        out, U = ops.low_rank_linear(x, weight, bias, Ap, Bp, *forward_of(x, mask))
     else:
-        out, U = ops.low_rank_add(y, x, Ap, Bp, *mask)
+        out, U = ops.low_rank_add(y, x, Ap, Bp, *forward_of(x, mask))
     dx, dAp, dBp = ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bp, *need, *mask)
     downs, ups = dAp if need[1] else None, dBp if need[2] else None
     return out, U, Bp, dx, *ops.pack_backward(downs, ups, *adapter[2:])
 
 
 def together(x, weight, bias, grad, adapter, multiple, need, mask, y=None, keep=False):
-    out, U, Bp = ops.adapted_linear(y, x, weight, bias, *adapter, multiple, *mask)
+    dropped = forward_of(x, mask)
+    out, U, Bp = ops.adapted_linear(y, x, weight, bias, *adapter, multiple, *dropped)
     given = x if need[1] else None, weight, U if need[2] else None, Bp if keep else None
     rest = (*adapter, multiple, *need, *mask)
     return out, U, Bp, *ops.adapted_linear_backward(grad, *given, *rest)
@@ -62,7 +69,8 @@ def test_operators(device):
     for pooled, need in itertools.product((6, None), NEEDS):
         x, weight, bias, grad, adapter = draw(5, pooled, torch.float32, device)
         check_operator("adapted_linear", None, x, weight, bias, *adapter, 8)
-        check_operator("adapted_linear", grad, x, None, None, *adapter, 8, random_mask(x), 1.25)
+        dropped = forward_of(x, (random_mask(x), 1.25))
+        check_operator("adapted_linear", grad, x, None, None, *adapter, 8, *dropped)
         _, U, Bp = ops.adapted_linear(None, x, weight, bias, *adapter, 8)
         given = x if need[1] else None, weight, U if need[2] else None, Bp if need[0] else None
         check_operator("adapted_linear_backward", grad, *given, *adapter, 8, *need)

@@ -1,4 +1,4 @@
-"""dropout_mask: a bit for each element, kept with the probability 1 - p and independent."""
+"""dropout: each element is kept with the probability 1 - p and independent of all others."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from torch import Tensor
 
 from rasa_ext import ops
 from rasa_ext.nn import functional
-from tests.helpers.operators import P, check_operator, unpacked
+from tests.helpers.operators import P, check_operator, forward_of, unpacked
 
 
 def drawn(seed: int, shape: tuple, p: float, device: str = "cpu") -> Tensor:
     """The mask of one draw under a seed, as booleans."""
     torch.manual_seed(seed)
-    mask, scale = functional.dropout(torch.empty(shape, device=device), p)
+    x = torch.rand(shape, device=device) + 1
+    mask, kept, scale = functional.dropout(x, p)
     assert scale == 1 / (1 - p)
+    assert torch.equal(kept, x * unpacked(mask, x.shape))
     return unpacked(mask, torch.Size(shape))
 
 
@@ -24,7 +26,7 @@ def test_operator(dtype, device):
     for shape in ((5, 9), (3, 17), (0, 6), (8, 16)):
         x = torch.randn(shape, dtype=dtype, device=device)
         noise = torch.randint(2**62, (ops.noise_words(device, x.numel()),), device=device)
-        check_operator("dropout_mask", noise, x, 0.3)
+        check_operator("dropout", noise, x, 0.3)
 
 
 @pytest.mark.parametrize("p", [2**-16, 0.05, 0.5, 0.9])
@@ -48,7 +50,7 @@ def test_elements_are_independent(device):
     """Rows, columns, neighbours, layers and seeds do not correlate."""
     size, p = 512, 0.3
     first, other = drawn(1, (size, size), p, device), drawn(2, (size, size), p, device)
-    next_mask, _ = functional.dropout(torch.empty(size, size, device=device), p)
+    next_mask, *_ = functional.dropout(torch.empty(size, size, device=device), p)
     again = unpacked(next_mask, first.shape)
     z, z_other, z_again = (
         (kept.double() - (1 - p)) / (p * (1 - p)) ** 0.5 for kept in (first, other, again)
@@ -71,7 +73,7 @@ def test_the_mask_follows_the_seed(device):
 
 def test_nothing_is_drawn_where_nothing_is_dropped():
     state = torch.get_rng_state()
-    assert functional.dropout(torch.ones(2, 4), 0.0) == (None, 1.0)
+    assert functional.dropout(torch.ones(2, 4), 0.0) == (None, None, 1.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -84,7 +86,7 @@ def test_bad_probabilities_are_refused(p, device):
 @pytest.mark.parametrize("noise", [torch.ones(5, dtype=torch.int64), torch.ones(4)])
 def test_bad_noise_is_refused(noise, device):
     with pytest.raises((ValueError, RuntimeError), match="noise: expected"):
-        ops.dropout_mask(noise.to(device), torch.ones(3, 5, device=device), P)
+        ops.dropout(noise.to(device), torch.ones(3, 5, device=device), P)
 
 
 def test_what_is_dropped_is_zero_whatever_it_was(device):
@@ -93,7 +95,7 @@ def test_what_is_dropped_is_zero_whatever_it_was(device):
     mask = torch.zeros(7, dtype=torch.uint8, device=device)
     y = torch.ones(6, 4, device=device)
     Ap, Bp = torch.ones(3, 9, device=device), torch.ones(3, 4, device=device)
-    added, U = ops.low_rank_add(y, x, Ap, Bp, mask, 2.0)
+    added, U = ops.low_rank_add(y, x, Ap, Bp, *forward_of(x, (mask, 2.0)))
     assert torch.equal(added, y)
     assert not U.any()
     backward = ops.low_rank_linear_backward

@@ -1,4 +1,4 @@
-"""pack_projections, linear_projections and its backward: n layers that read one x."""
+"""Packs and linears of n layers that read one x, and their backwards."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from tests.helpers.operators import (
     draw_adapter,
     drop,
     floor,
+    forward_of,
     random_mask,
     unpacked,
 )
@@ -59,7 +60,7 @@ def formulas(x, weights, biases, Ap, Bp, grads, kept=None):
 
 
 def operators(x, weights, biases, Ap, Bp, grads, *mask):
-    y, U = ops.linear_projections(x, weights, biases, Ap, Bp, *mask)
+    y, U = ops.linear_projections(x, weights, biases, Ap, Bp, *forward_of(x, mask))
     dx, dAp, dBp = ops.linear_projections_backward(
         grads, x, weights, U, Ap, Bp, True, True, True, *mask
     )
@@ -74,7 +75,8 @@ def operators(x, weights, biases, Ap, Bp, grads, *mask):
 def test_operators(shape, device):
     x, weights, biases, Ap, Bp, grads = draw(shape, torch.float32, device)
     for mask in ((), (random_mask(x), 1.25)):
-        check_operator("linear_projections", x, weights, [] if mask else biases, Ap, Bp, *mask)
+        args = x, weights, [] if mask else biases, Ap, Bp, *forward_of(x, mask)
+        check_operator("linear_projections", *args)
         for need in NEEDS:
             inputs, U = x if need[1] else None, x @ Ap.T if need[2] else None
             args = grads, inputs, weights, U, Ap, Bp, *need, *mask
@@ -141,3 +143,31 @@ def test_packs_are_those_of_single_layers(layers, device):
             single = ops.pack(*adapter, dtype, multiple)
             assert torch.equal(down, single[0])
             assert torch.equal(up, single[1])
+
+
+@pytest.mark.parametrize("given", ["both", "dAp", "dBp"])
+@pytest.mark.parametrize(
+    "layers", [((7, 3, 6), (2, 3, 6), (2, 1, 2)), ((4, 2, None), (8, 2, None))]
+)
+def test_gradients_are_those_of_single_layers(layers, given, device):
+    """Of packs with a pad; with a diagonal and without."""
+    adapters = [draw_adapter(9, *layer, device) for layer in layers]
+    ranks = [each.d.numel() + 3 for each in adapters]
+    downs = [torch.randn(rank, 9, device=device) for rank in ranks]
+    _, _, B, B_pool, d = (
+        [t for t in kind if t is not None] for kind in zip(*adapters, strict=True)
+    )
+    ups = [torch.randn(rank, len(b), device=device) for rank, b in zip(ranks, B, strict=True)]
+    for scales in (d, []):
+        args = [] if given == "dBp" else downs, [] if given == "dAp" else ups, B, B_pool, scales
+        check_operator("pack_projections_backward", *args)
+        found = torch.ops.rasa_ext.pack_projections_backward(*args)
+        for i, each in enumerate(adapters):
+            alone = torch.ops.rasa_ext.pack_backward(
+                None if given == "dBp" else downs[i],
+                None if given == "dAp" else ups[i],
+                *(each.B, each.B_pool, each.d if scales else None),
+            )
+            for mine, theirs in zip((kind[i] for kind in found), alone, strict=True):
+                assert torch.equal(mine, theirs)
+                assert mine.stride() == theirs.stride()

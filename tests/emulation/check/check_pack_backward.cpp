@@ -1,5 +1,6 @@
 #include <cmath>
 #include <memory>
+#include <utility>
 
 #include "arrays.h"
 #include "checks.h"
@@ -91,37 +92,69 @@ void expect_pool(const std::vector<std::unique_ptr<Layer>>& layers, const Array&
       [&](int64_t i) { return slack(dB_pool, up(i, false), up(i, true)); });
 }
 
-void check_layers(const Shape& shape, int count, DType param, int offset) {
-  begin_case(std::to_string(count) + " layers in " + std::to_string(shape.in) + " out " +
-             std::to_string(shape.out) + " own " + std::to_string(shape.own) + " pooled " +
-             std::to_string(shape.pooled) + " Rp " + std::to_string(shape.Rp) + " offset " +
-             std::to_string(offset) + " " + name_of(param));
+std::string text_of(const Shape& shape) {
+  return "in " + std::to_string(shape.in) + " out " + std::to_string(shape.out) + " own " +
+         std::to_string(shape.own) + " pooled " + std::to_string(shape.pooled) + " Rp " +
+         std::to_string(shape.Rp);
+}
+
+// Layers of one shape with one pool.
+struct Group {
   std::vector<std::unique_ptr<Layer>> layers;
+  Array B_pool, dA_pool, dB_pool;
+  Shape shape;
+
+  Group(const Shape& s, int count, DType param, int offset)
+      : B_pool(param, int64_t{s.pooled} * s.out, offset),
+        dA_pool(param, int64_t{s.pooled} * s.in, offset),
+        dB_pool(param, int64_t{s.pooled} * s.out, offset),
+        shape(s) {
+    B_pool.randomize();
+    for (int i = 0; i < count; ++i) layers.push_back(std::make_unique<Layer>(s, param, offset));
+  }
+
+  PackBackwardGroup pointers() const {
+    return {B_pool.data(), dA_pool.data(), dB_pool.data(), static_cast<int>(layers.size()),
+            shape.in,      shape.out,      shape.own,      shape.pooled};
+  }
+};
+
+void check_groups(const std::vector<std::pair<Shape, int>>& shapes, DType param, int offset) {
+  std::string name = "offset " + std::to_string(offset) + " " + name_of(param);
+  std::vector<std::unique_ptr<Group>> groups;
+  std::vector<PackBackwardGroup> several;
   std::vector<PackBackwardLayer> host;
-  Array B_pool(param, int64_t{shape.pooled} * shape.out, offset);
-  Array dA_pool(param, int64_t{shape.pooled} * shape.in, offset);
-  Array dB_pool(param, int64_t{shape.pooled} * shape.out, offset);
-  B_pool.randomize();
-  std::vector<Array*> outputs{&dA_pool, &dB_pool};
-  for (int i = 0; i < count; ++i) {
-    layers.push_back(std::make_unique<Layer>(shape, param, offset));
-    host.push_back(layers.back()->pointers());
-    for (Array* output : {&layers[i]->dA, &layers[i]->dB, &layers[i]->dd}) {
-      outputs.push_back(output);
+  std::vector<Array*> outputs;
+  for (const auto& [shape, count] : shapes) {
+    name = std::to_string(count) + " layers " + text_of(shape) + ", " + name;
+    groups.push_back(std::make_unique<Group>(shape, count, param, offset));
+    Group& group = *groups.back();
+    several.push_back(group.pointers());
+    outputs.insert(outputs.end(), {&group.dA_pool, &group.dB_pool});
+    for (const auto& layer : group.layers) {
+      host.push_back(layer->pointers());
+      outputs.insert(outputs.end(), {&layer->dA, &layer->dB, &layer->dd});
     }
   }
+  begin_case(name);
   const size_t bytes = host.size() * sizeof(PackBackwardLayer);
-  auto* table =
-      count > rasa_ext::kLayersByValue ? static_cast<PackBackwardLayer*>(allocate(bytes)) : nullptr;
+  auto* table = host.size() > rasa_ext::kLayersByValue
+                    ? static_cast<PackBackwardLayer*>(allocate(bytes))
+                    : nullptr;
   if (table != nullptr) std::copy(host.begin(), host.end(), table);
-  const PackBackwardGroup group{B_pool.data(), dA_pool.data(), dB_pool.data(), count,
-                                shape.in,      shape.out,      shape.own,      shape.pooled};
   run_repeatedly("pack_backward", outputs, [&] {
-    rasa_ext::launch_pack_backward(group, host.data(), table, param, nullptr);
+    rasa_ext::launch_pack_backward(several.data(), static_cast<int>(several.size()), host.data(),
+                                   table, param, nullptr);
   });
   release(table);
-  for (const auto& layer : layers) layer->expect_own(B_pool);
-  expect_pool(layers, dA_pool, dB_pool);
+  for (const auto& group : groups) {
+    for (const auto& layer : group->layers) layer->expect_own(group->B_pool);
+    expect_pool(group->layers, group->dA_pool, group->dB_pool);
+  }
+}
+
+void check_layers(const Shape& shape, int count, DType param, int offset) {
+  check_groups({{shape, count}}, param, offset);
 }
 
 // What is not given, or not wanted, is left alone; the rest is as ever. No d stands for ones.
@@ -141,7 +174,7 @@ void check_parts(const Shape& shape, bool down, bool up, bool scaled) {
   if (!scaled) pointers.d = nullptr;
   if (!up || !scaled) pointers.dd = nullptr;
   run_repeatedly("pack_backward", {&layer.dA, &dA_pool, &layer.dB, &dB_pool, &layer.dd}, [&] {
-    rasa_ext::launch_pack_backward(group, &pointers, nullptr, param, nullptr);
+    rasa_ext::launch_pack_backward(&group, 1, &pointers, nullptr, param, nullptr);
   });
   const auto expect_part = [](const char* name, const Array& array, bool given,
                               const std::function<double(int64_t)>& expected) {
@@ -199,6 +232,18 @@ void check_pack_backward() {
   for (const int count : {0, rasa_ext::kLayersByValue, rasa_ext::kLayersByValue + 1}) {
     check_layers({9, 8, 2, 1, 4}, count, DType::kFloat32, 0);
   }
+  // Projections: a layer each, of shapes that want few blocks or many; and groups of several.
+  for (const DType param : params) {
+    for (const int offset : {0, 1}) {
+      check_groups({{{40, 4104, 7, 32, 39}, 1}, {{40, 24, 7, 1, 8}, 1}, {{40, 9, 0, 3, 3}, 1}},
+                   param, offset);
+      check_groups({{{9, 8, 2, 1, 4}, 2}, {{520, 264, 1, 2, 3}, 3}}, param, offset);
+    }
+  }
+  check_groups(std::vector<std::pair<Shape, int>>(rasa_ext::kGroupsByValue, {{9, 8, 2, 1, 4}, 1}),
+               DType::kFloat32, 0);
+  check_groups({{{9, 8, 2, 1, 4}, 20}, {{9, 6, 3, 2, 5}, rasa_ext::kLayersByValue}},
+               DType::kFloat32, 0);
   check_parts({40, 24, 3, 4, 16}, true, false, true);
   check_parts({40, 24, 3, 4, 16}, false, true, true);
   check_parts({40, 24, 3, 4, 16}, true, true, false);

@@ -1,0 +1,47 @@
+"""A compiled library that is there and does not load: nothing fails, and who uses CUDA hears."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+PROGRAM = """
+import importlib.util, sys, warnings
+from types import SimpleNamespace
+
+direct = importlib.util.find_spec
+def find_spec(name, package=None):
+    return SimpleNamespace(origin=sys.argv[1]) if name == "rasa_ext._C" else direct(name, package)
+importlib.util.find_spec = find_spec
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from rasa_ext import ops
+
+def pack(device):
+    A, B = torch.ones(2, 4, device=device), torch.ones(3, 2, device=device)
+    assert ops.pack(A, None, B, None, None, torch.float32)[0].shape == (2, 4)
+
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    pack("cpu")
+    assert not caught
+    with FakeTensorMode():  # of a device that need not be there
+        pack("cuda")
+        pack("cuda")
+(warning,) = caught
+print(warning.category.__name__, warning.filename, warning.message)
+"""
+
+
+def test_the_first_use_of_cuda_warns_once_with_the_reason(tmp_path):
+    path = tmp_path / "_C.so"
+    path.write_text("no library")
+    command = [sys.executable, "-c", PROGRAM, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    category, file, message = done.stdout.split(maxsplit=2)
+    assert category == "RuntimeWarning"
+    assert file == "<string>", "it points to the caller"
+    assert f"not in use: the compiled library {path} does not load (" in message
+    assert "every operator runs as PyTorch operations" in message
