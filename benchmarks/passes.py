@@ -4,13 +4,13 @@ A variant is two lists of lines, forward and backward, for n linears that read o
 
     Y# = X W#'                  a product; ' is transposition
     Y# += X W#'                 one that reads what it adds to
-    Y# (+)= U# Bp#              one that adds to a bias, where the linear has one
+    Y# = U# Bp# + b#            one that adds a bias as it writes, where the linear has one
     pack: A* B* -> Ap Bp*       a pass: what it reads, and what it writes
 
 ``#`` is a linear's number; the lines of an inner tuple are run for one linear after the other.
 ``*`` stands for all numbers. Lines that begin with ``?`` are run with dropout only, with ``!``
-without it only, with ``bias`` where a linear has one, with ``cast`` where activations are not
-float32, and with ``sum_pool`` where a pool has several layers.
+without it only, with ``cast`` where activations are not float32, and with ``sum_pool`` where a pool
+has several layers.
 
 M tokens, ``in`` and ``out`` features, R the rank (Rp as it is padded), of which ``own`` are a
 layer's own and ``pooled`` the pool's. Shapes and sizes stand in ``SHAPES``.
@@ -211,12 +211,10 @@ OURS = Variant(
     forward=(
         (
             "?randint: -> noise#",
-            "?mask: noise# -> mask#",
+            "?dropout: noise# X -> mask# Xk#",
             "pack: A# A_pool# B# B_pool# d# -> Ap# Bp#",
-            "bias: b# -> Y#",
-            "?keep: X mask# -> Xk#",
             "U# = Xs# Ap#'",
-            "Y# (+)= U# Bp#",
+            "Y# = U# Bp# + b#",
             "Y# += X W#'",
         ),
     ),
@@ -241,11 +239,10 @@ OURS = Variant(
 FUSED = Variant(
     forward=(
         "?randint: -> noise",
-        "?mask: noise -> mask",
+        "?dropout: noise X -> mask Xk",
         "pack: A* A_pool* B* B_pool* d* -> Ap Bp*",
-        "?keep: X mask -> Xk",
         "U = Xs Ap'",
-        ("bias: b# -> Y#", "Y# (+)= U# Bp#"),
+        ("Y# = U# Bp# + b#",),
         ("Y# += X W#'",),
     ),
     backward=(
@@ -256,7 +253,7 @@ FUSED = Variant(
         "dX = H Ap",
         "?keep: dX mask -> dX",
         ("dX += G# W#",),
-        (_PACK_BACKWARD,),
+        _PACK_BACKWARD.replace("#", "*").replace("dAp*", "dAp"),
         _POOL,
     ),
     compiled=True,
@@ -343,7 +340,6 @@ def _runs(line: str, setting: Setting) -> bool:
     return not (
         (line.startswith("?") and not setting.dropout)
         or (line.startswith("!") and setting.dropout)
-        or (kind == "bias" and not setting.biased)
         or (kind == "cast" and setting.itemsize == 4)
         or (kind == "sum_pool" and not setting.pool_layers)
     )
@@ -359,16 +355,18 @@ def _op(line: str, linears: Sequence[Linear], setting: Setting, variant: Variant
     if colon:
         read, _, written = rest.partition("->")
         return Op(kind, tensors(read), tensors(written))
+    line, _, bias = line.partition(" + ")
     _, sign, left, right = line.split()
     to, a, b = tensors(line.replace("'", "").replace(sign, ""))
     a_shape = (a.cols, a.rows) if left.endswith("'") else (a.rows, a.cols)
     b_shape = (b.cols, b.rows) if right.endswith("'") else (b.rows, b.cols)
     if (a_shape[0], b_shape[1], a_shape[1]) != (to.rows, to.cols, b_shape[0]):
         raise ValueError(f"{line}: expected shapes that fit, got {a_shape} and {b_shape}")
-    adds = sign == "+=" or (sign == "(+)=" and setting.biased)
+    adds = sign == "+="
+    added = (to,) if adds else tensors(bias) if setting.biased else ()
     return Op(
         "product",
-        (a, b, to) if adds else (a, b),
+        (a, b, *added),
         (to,),
         to if adds else None,
         inner=a_shape[1],

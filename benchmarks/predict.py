@@ -260,7 +260,7 @@ def host_us(group: list[passes.Op], variant: str, assumed: Assumptions) -> float
     if not variant.startswith("ours"):
         return assumed.torch_us * len(group)
     library = {"product": assumed.cublas_us}
-    library |= dict.fromkeys(("pack", "pack_backward", "mask", "keep"), assumed.kernel_us)
+    library |= dict.fromkeys(("pack", "pack_backward", "dropout", "keep"), assumed.kernel_us)
     linears = sum(op.base and op.writes[0].name.startswith("Y") for op in group)
     more = assumed.fused_us if variant.startswith("ours fused") else assumed.python_us
     calls = sum(library.get(op.kind, assumed.torch_us) * op.launches for op in group)
@@ -344,7 +344,7 @@ def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
         results = records.Results(None, "cpu")
         before = roofline.measure("cpu", torch.float32, quick)
         share = budget * tokens / sum(tokens for _, _, tokens in cases)
-        block.step(case, results, before, share, 2 if quick else 30, "step")
+        block.step(case, results, before, lambda: share, 2 if quick else 30, "step")
         # The better of before and after: whatever else runs for a moment takes from a rate.
         peaks = before.best(roofline.measure("cpu", torch.float32, quick))
         print(f"{peaks.bandwidth / 1e9:.1f} GB/s, {peaks.flops / 1e9:.0f} GFLOP/s")

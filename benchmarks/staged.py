@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from benchmarks import records
+from benchmarks import predict, records
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
@@ -183,12 +183,27 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", f"## Stages ({state})", "", records.table(shown)]
     for each in report["stages"]:
         if each.get("rows"):
-            lines += ["", f"## {each['name'].capitalize()}", "", records.tables(each["rows"])]
+            rows = [with_prediction(row, head.get("card") or "") for row in each["rows"]]
+            lines += ["", f"## {each['name'].capitalize()}", "", records.tables(rows)]
     for each in report["stages"]:
         if each["status"] in (*BAD, "cut"):
             lines += ["", f"## Output of {each['name']}", "", f"    {each['command']}", ""]
             lines += ["```", each["tail"].replace("```", "'''"), "```"]
     return "\n".join(lines) + "\n"
+
+
+def with_prediction(row: dict[str, Any], card: str) -> dict[str, Any]:
+    """A step's row with what was predicted for it beside what was measured, where that can be."""
+    known = next((name for name in predict.CARDS if name in card.replace(" ", "-")), None)
+    names = {name.format(R=row.get("R")): its for name, its in predict.CHECKED.items()}
+    variant = names.get(row.get("variant", ""))
+    if known is None or variant is None or row.get("what") != "step":
+        return row
+    if row["block"] not in predict.MODELS or row["r"] != 8:
+        return row
+    of = (row["block"], row["M"], row["r"], known)
+    found, frozen = (predict.step(*of, name).ms for name in (variant, "frozen"))
+    return {**row, "predicted_us": 1e3 * found, "predicted_over_frozen": found / frozen}
 
 
 def said(stage: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import block, gpu_report, harness, linears, once, records, shapes, staged
+from benchmarks import block, gpu_report, harness, linears, once, predict, records, shapes, staged
 from rasa_ext import RasaLinear, ops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -326,3 +326,23 @@ def test_rows_as_csv_and_as_tables(tmp_path):
 def test_the_harness_ends_when_its_time_is_over():
     seconds = harness.interleaved({"a": lambda: time.sleep(0.01)}, 1000, at_most=0.1)
     assert 2 <= len(seconds["a"]) < 1000
+
+
+def test_a_step_has_what_was_predicted_beside_it():
+    row = {"what": "step", "block": "llama-3.1-8b", "M": 8192, "r": 8, "R": 39, "variant": "ours"}
+    found = staged.with_prediction(row, "NVIDIA H100 80GB HBM3")
+    fused = predict.step("llama-3.1-8b", 8192, 8, "H100", "ours fused")
+    frozen = predict.step("llama-3.1-8b", 8192, 8, "H100", "frozen")
+    assert found["predicted_us"] == pytest.approx(1e3 * fused.ms)
+    assert found["predicted_over_frozen"] == pytest.approx(fused.ms / frozen.ms)
+    wide = staged.with_prediction({**row, "variant": "peft r=39"}, "NVIDIA H100 80GB HBM3")
+    assert wide["predicted_us"] > found["predicted_us"]
+    unknown = [
+        ({**row, "variant": "ours (PyTorch)"}, "NVIDIA H100 80GB HBM3"),
+        ({**row, "block": "tiny"}, "NVIDIA H100 80GB HBM3"),
+        ({**row, "what": "decode"}, "NVIDIA H100 80GB HBM3"),
+        (row, "NVIDIA B200"),
+        ({"operator": "pack"}, "NVIDIA H100 80GB HBM3"),
+    ]
+    for other, card in unknown:
+        assert staged.with_prediction(other, card) == other

@@ -52,9 +52,8 @@ PROMISES = (
     Promise("pack<float, (half|bf16)>", 128, 64, 2),
     # Entries of the table of layers are loaded with 64 bits as well.
     Promise("pack<(half|bf16), float>", 64, 128, None),
-    # One load covers a lane's 8 elements. The store of 128 bits that copy_piece asks for is four of
-    # 32, since the elements are rounded one by one.
-    Promise("pack<(half|bf16), (half|bf16)>", 128, 32, 1),
+    # One load covers a lane's 8 elements.
+    Promise("pack<(half|bf16), (half|bf16)>", 128, 128, 1),
     # Sums over layers are unrolled; a layer alone runs the rest of that loop, two loads to a lane.
     Promise("pack_backward<(float|double)>", 128, 128),
     Promise("pack_backward<(half|bf16)>", 128, 64),
@@ -64,11 +63,7 @@ PROMISES = (
     Promise(r"shrink<\w+, \d>", 128, 32),
     Promise(r"expand<float, \d>", 64, 64),
     Promise(r"expand<(half|bf16), \d>", 32, 32),
-    # Eight elements to a thread, all of them loaded before the first is stored.
-    Promise("dropout<double>", 128, 128),
-    Promise("dropout<float>", 128, 128, 2),
-    Promise("dropout<(half|bf16)>", 128, 128, 1),
-    Promise("dropout_mask", 64, 8, None),  # the seed alone is loaded
+    Promise(r"(dropout|keep)<\w+>", 128, 128),
     Promise("write_table", 0, 64, None),
 )
 
