@@ -344,7 +344,7 @@ def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
         results = records.Results(None, "cpu")
         before = roofline.measure("cpu", torch.float32, quick)
         share = budget * tokens / sum(tokens for _, _, tokens in cases)
-        block.step(case, results, before, lambda: share, 2 if quick else 30, "step")
+        block.step(case, results, before, lambda share=share: share, 2 if quick else 30, "step")
         # The better of before and after: whatever else runs for a moment takes from a rate.
         peaks = before.best(roofline.measure("cpu", torch.float32, quick))
         print(f"{peaks.bandwidth / 1e9:.1f} GB/s, {peaks.flops / 1e9:.0f} GFLOP/s")
