@@ -3,11 +3,13 @@
 // writes all over its workspace, and a test can have it refuse.
 #include "cublasLt.h"
 
+#include <chrono>
 #include <cstring>
 #include <initializer_list>
 #include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 
 #include "products.h"
 
@@ -205,6 +207,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
   const uint64_t parts = p.k >= 16 ? 2 * 8 * static_cast<uint64_t>(p.m * p.n) : 0;
   algorithm.workspace = static_cast<uint32_t>(parts <= wanted.workspace ? parts : 0);
 
+  // As long as a choice takes: threads that ask for the same at once would be seen.
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
   *count = 0;
   if (refusal == Refusal::kStatus) return CUBLAS_STATUS_NOT_SUPPORTED;
   const cublasStatus_t status = judge(operation, a, b, c, d, p);
