@@ -41,6 +41,10 @@ class Host:
     def math_mode(self) -> int:
         return self._standin.current_math_mode()
 
+    def refused(self) -> int:
+        """How many products cublasLt had an algorithm for, but would not run."""
+        return self._standin.refused_products()
+
     @contextmanager
     def with_math_mode(self, mode: int) -> Iterator[None]:
         before = self.math_mode()
