@@ -59,6 +59,10 @@ class Host:
         for name, its in {**compiled_ones, **heuristics}.items():
             monkeypatch.setattr(ops, name, its)
 
+    def refused(self) -> int:
+        """How many products cublasLt had an algorithm for, but would not run."""
+        return self._standin.refused_products()
+
     @contextmanager
     def with_math_mode(self, mode: int) -> Iterator[None]:
         before = self.math_mode()

@@ -131,8 +131,9 @@ def test_fall_back(host, how, dtype):
         assert len(asked) in (9, 10)  # U is computed twice, into memory that may lie otherwise
         for _ in range(5):
             run()
-    asked += host.heuristics()
-    assert len(set(asked)) == len(asked)
+        asked += host.heuristics()
+        assert len(set(asked)) == len(asked)
+        assert host.refused() == (len(asked) if how == "product" else 0)
     U = found[1].double()
     close(found[0], x.double() @ weight.double().T + bias.double() + U @ Bp.double())
     close(found[2], y.double() + U @ Bp.double())

@@ -3,11 +3,13 @@
 // writes all over its workspace, and a test can have it refuse.
 #include "cublasLt.h"
 
+#include <chrono>
 #include <cstring>
 #include <initializer_list>
 #include <mutex>
 #include <new>
 #include <string>
+#include <thread>
 
 #include "products.h"
 
@@ -57,6 +59,7 @@ std::string heuristics;
 std::mutex heuristics_mutex;
 enum class Refusal { kNone, kStatus, kNoResult, kState, kProduct, kExecution };
 Refusal refusal = Refusal::kNone;
+int refused = 0;  // products
 
 uint16_t alignment_of(const void* data) {
   uint16_t alignment = 256;
@@ -205,6 +208,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
   const uint64_t parts = p.k >= 16 ? 2 * 8 * static_cast<uint64_t>(p.m * p.n) : 0;
   algorithm.workspace = static_cast<uint32_t>(parts <= wanted.workspace ? parts : 0);
 
+  // As long as a choice takes: threads that ask for the same at once would be seen.
+  std::this_thread::sleep_for(std::chrono::microseconds(50));
   *count = 0;
   if (refusal == Refusal::kStatus) return CUBLAS_STATUS_NOT_SUPPORTED;
   const cublasStatus_t status = judge(operation, a, b, c, d, p);
@@ -225,7 +230,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matmul, con
                               cublasLtMatrixLayout_t cdesc, void* D, cublasLtMatrixLayout_t ddesc,
                               const cublasLtMatmulAlgo_t* algo, void* workspace, size_t bytes,
                               cudaStream_t) {
-  if (refusal == Refusal::kProduct) return CUBLAS_STATUS_NOT_SUPPORTED;
+  if (refusal == Refusal::kProduct) {
+    ++refused;
+    return CUBLAS_STATUS_NOT_SUPPORTED;
+  }
   if (refusal == Refusal::kExecution) return CUBLAS_STATUS_EXECUTION_FAILED;
   const Operation& operation = inside<Operation>(matmul);
   const Layout &a = inside<Layout>(adesc), &b = inside<Layout>(bdesc), &c = inside<Layout>(cdesc),
@@ -267,4 +275,10 @@ extern "C" const char* asked_heuristics() {
 }
 
 // How cublasLt refuses from now on: one of Refusal.
-extern "C" void refuse_products(int how) { refusal = static_cast<Refusal>(how); }
+extern "C" void refuse_products(int how) {
+  refusal = static_cast<Refusal>(how);
+  refused = 0;
+}
+
+// How many products it has refused to run since then.
+extern "C" int refused_products() { return refused; }
