@@ -24,7 +24,6 @@ from rasa_ext.methods import LoraConfig, RasaConfig
 from rasa_ext.optim import LoraPro
 
 OPTIMIZERS = ("adamw", "factors", "full")
-WARMUP = 2
 
 
 def build(adapter: str, base):
@@ -75,16 +74,17 @@ def main() -> None:
             given = arguments.iterations, alone[adapter, kind]
             calls[f"{adapter} {kind}"] = optimizer_step(kind, model, *given)
     print(harness.machine())
-    passes = harness.interleaved(calls, arguments.rounds, WARMUP, at_most=arguments.seconds)
+    passes = harness.interleaved(calls, arguments.rounds, 2, at_most=arguments.seconds)
     print(f"{'':14} {'ms':>8} {'quartiles':>17} {'step / adamw':>13}")
+    rounds = len(passes["lora"])
     for adapter in ("lora", "rasa"):
         row(f"{adapter} passes", passes[adapter])
         floor = statistics.median(passes[adapter])
-        adamw = floor + statistics.median(alone[adapter, "adamw"][WARMUP:])
+        adamw = floor + statistics.median(alone[adapter, "adamw"][-rounds:])
         for kind in OPTIMIZERS:
-            its = alone[adapter, kind][WARMUP:]
+            its = alone[adapter, kind][-rounds:]
             row(f"{adapter} {kind}", its, f"{(floor + statistics.median(its)) / adamw:13.3f}")
-    print(f"{len(passes['lora'])} rounds")
+    print(f"{rounds} rounds")
 
 
 def row(name: str, seconds: list[float], ratio: str = "") -> None:

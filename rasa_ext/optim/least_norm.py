@@ -159,9 +159,7 @@ def pair_steps(ranks: Ranks, gradient: Tensor, trained: Tensor, ridge: float) ->
 
     u, v = u.to(down.dtype), v.to(down.dtype)
     down, of_up, up, of_down = v.mT @ down, v.mT @ of_up, u.mT @ up, u.mT @ of_down
-    # Equal but for rounding, which would leave the range of J^T.
-    cross = (of_down @ down.mT + up @ of_up.mT) / 2
-    cross = cross * coupling.to(cross.dtype)
+    cross = (of_down @ down.mT) * coupling.to(down.dtype)
     step_down = u @ ((of_down - cross @ down) * by_lambda.to(down.dtype))
     step_up = v @ ((of_up - cross.mT @ up) * by_mu.to(down.dtype))
     step_down, step_up = step_down * in_down.to(down.dtype), step_up * in_up.to(down.dtype)

@@ -274,3 +274,15 @@ def test_ranks_that_are_one_another_s_multiples():
     z = solved(model, gradient, ridge=1e-10)
     expected = torch.linalg.pinv(J, rtol=1e-12) @ gradient.reshape(-1)
     torch.testing.assert_close(z, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pair_that_begins_at_zero():
+    """B = 0 and no ridge: nothing of A can be told, and nothing is divided by zero."""
+    model = pair()
+    with torch.no_grad():
+        model[0].B.zero_()
+    gradient = draw(model)
+    J = jacobian(model)
+    z = solved(model, gradient)
+    assert not model[0].A.grad.any()
+    torch.testing.assert_close(z, torch.linalg.pinv(J) @ gradient.reshape(-1))

@@ -61,15 +61,15 @@ class Regression:
         return 2 * error.mT @ self.x / error[0].numel()
 
 
-def started(layers, config, d_trained=True):
+def started(layers, config, frozen=()):
     """Adapters as training starts them, B = 0, in float64."""
     model = build(layers, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("B"):
                 parameter.zero_()
-            if name.endswith("d"):
-                parameter.requires_grad_(d_trained)
+            if name in frozen:
+                parameter.requires_grad_(False)
     return model
 
 
@@ -115,6 +115,7 @@ RUNS = {
     "pairs": (2, rasa_ext.RasaConfig(rank=3, k=0)),
     "a pool": (3, rasa_ext.RasaConfig(rank=2, k=1)),
     "a pool, several ranks": (2, Ragged()),
+    "a pool, some frozen": (3, rasa_ext.RasaConfig(rank=2, k=1), ("0.pool.A", "1.A")),
 }
 
 
@@ -293,6 +294,7 @@ def test_going_on_from_a_checkpoint(moments, dtype):
     saved = torch.load(file, weights_only=True)
     again.load_state_dict(saved["model"])
     its.load_state_dict(saved["optimizer"])
+    full = copy.deepcopy(saved["optimizer"].get("lora_pro"))
     trained_on(again, its, range(3, 6), LLAMA)
     assert same_adapters(again, model)
     if moments == "full":
@@ -303,6 +305,14 @@ def test_going_on_from_a_checkpoint(moments, dtype):
             shape = model.get_submodule(name).base_layer.weight.shape
             assert layer["exp_avg"].dtype == layer["exp_avg_sq"].dtype == torch.float32
             assert layer["exp_avg"].shape == layer["exp_avg_sq"].shape == shape
+            # What was loaded is still what it was.
+            assert torch.equal(
+                saved["optimizer"]["lora_pro"][name]["exp_avg"], full[name]["exp_avg"]
+            )
+
+    its.param_groups[0]["lr"] = 0.0  # as a scheduler sets it
+    trained_on(again, its, [6], LLAMA)
+    assert same_adapters(again, model)
 
 
 def test_schedulers_and_scalers():
