@@ -20,6 +20,8 @@ REASONS: list[tuple[str, str, str, str]] = [
     ("decode.cuh", "begin >= output.out", "begin > output.out", EXTRA_BLOCK),
     ("decode.cuh", "m < tokens", "m <= tokens", GUARDED),
     ("decode.cuh", "j < Rp; j +=", "j <= Rp", LAST_TURN),
+    ("decode.cu", "std::max(most_out", "+ 1)", EXTRA_BLOCK),
+    ("decode.cu", "std::max(most_rank", "+ 1)", "room for one rank more in shared memory"),
     ("dropout.cuh", "first + N <= n", "first + N < n", "the last eight, one by one"),
     ("dropout.cuh", "kDropoutBytes <= end", "kDropoutBytes < end", "the last four, one by one"),
     ("table.cu", "done < words", "done <= words", "a last launch without words"),
