@@ -180,9 +180,16 @@ def test_a_program_that_is_not_there_skips_the_stage(tmp_path):
 
 
 def test_tests_that_are_cut_short_leave_what_they_found(tmp_path, monkeypatch):
-    too_late_once(tmp_path / "tests.log", "\nF", monkeypatch)
+    # A second after the first test's end: what pytest has heard of it by then is in its file.
+    begun = tmp_path / "begun"
+    too_late_once(begun, "slow", monkeypatch)
     (tmp_path / "test_two.py").write_text(
-        "import time\ndef test_fast(): assert False\ndef test_slow(): time.sleep(600)\n"
+        "import pathlib, time\n"
+        "def test_fast(): assert False\n"
+        "def test_slow():\n"
+        "    time.sleep(1)\n"
+        f"    pathlib.Path({str(begun)!r}).write_text('slow')\n"
+        "    time.sleep(600)\n"
     )
     junit = f"--junitxml={tmp_path / 'tests.xml'}"
     command = (sys.executable, "-m", "pytest", "-n", "1", "--rootdir", str(tmp_path), junit)
