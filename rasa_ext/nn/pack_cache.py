@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class PackCache:
         self._sources: Sequence[Tensor] = ()
         self._versions: Sequence[int] = ()
         self._made: Made | None = None
+        self._stream: Any = None  # of the forward that made it, on a GPU
 
     def get(self, sources: Sequence[Tensor], form: Form, make: Callable[[], Made]) -> Made:
         """Return what was made of ``sources`` in ``form``, or else ``make()``, which is kept.
@@ -41,12 +43,25 @@ class PackCache:
                     break
             else:
                 if not _is_capturing(form[1]):
+                    if form[1].type == "cuda":
+                        self._keep_for_this_stream(kept, form[1])
                     return kept
         made = make()
         if not (_is_capturing(form[1]) or any(source.is_inference() for source in sources)):
             self._form, self._sources, self._made = form, tuple(sources), made
             self._versions = [source._version for source in sources]
+            self._stream = torch.cuda.current_stream(form[1]) if form[1].type == "cuda" else None
         return made
+
+    def _keep_for_this_stream(self, made: Made, device: torch.device) -> None:
+        """Let the memory of a pack that another stream made wait for what this one does with it.
+
+        Else it could be taken for something else as soon as the pack is dropped over there.
+        """
+        stream = torch.cuda.current_stream(device)
+        if stream != self._stream:
+            for tensor in made:
+                tensor.record_stream(stream)
 
     def drop(self) -> None:
         """Forget the pack."""

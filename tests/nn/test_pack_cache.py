@@ -192,3 +192,26 @@ def test_what_a_layer_forgets_its_pack_by(way, packs):
         found = layer(x)
         assert len(packs) == 1
         assert torch.equal(found, copy.deepcopy(layer)(x))
+
+
+def test_a_pack_that_another_stream_reads_waits_for_it(monkeypatch):
+    """Memory of a pack that its maker's stream drops is not reused before the reader has run."""
+
+    class Memory:
+        def __init__(self) -> None:
+            self.streams: list[str] = []
+
+        def record_stream(self, stream: str) -> None:
+            self.streams.append(stream)
+
+    current = ["maker"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(pack_cache, "_is_capturing", lambda device: False)
+    cache, sources, form = PackCache(), [torch.ones(2)], (torch.float32, torch.device("cuda:1"))
+    made = (Memory(), Memory())
+    assert cache.get(sources, form, lambda: made) is made
+    assert cache.get(sources, form, lambda: None) is made
+    assert [each.streams for each in made] == [[], []]
+    current[0] = "reader"
+    assert cache.get(sources, form, lambda: None) is made
+    assert [each.streams for each in made] == [["reader"], ["reader"]]
