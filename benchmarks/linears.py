@@ -100,8 +100,13 @@ class Case:
         return int(variant.partition("=")[2]) if variant.startswith("peft") else self.R
 
     def step(self, module: nn.Module):
-        """Forward and backward; gradients are dropped before, so that packs go stale."""
-        trained = self._trained(module)
+        """Forward and backward; gradients are dropped before, so that packs go stale.
+
+        But for the pools': those of a model are sums over its layers, and adding them up is a part
+        of each layer's step.
+        """
+        pools = {id(t) for _, A, _, B, _ in self._factors(module).values() for t in (A, B)}
+        trained = [tensor for tensor in self._trained(module) if id(tensor) not in pools]
 
         def run() -> list[Tensor]:
             for tensor in trained:

@@ -352,8 +352,7 @@ def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
         predicted = {}
         for theirs, variant in CHECKED.items():
             of_rank = 8 if variant == "peft r" else rank  # it has a LoRA of r = 8 beside any R
-            # Each of its linears has a pool of its own.
-            ops = operations(layer, tokens, of_rank, variant, itemsize=4, pool_layers=False)
+            ops = operations(layer, tokens, of_rank, variant, itemsize=4)
             found = timed(ops, variant, Card(peaks.bandwidth, peaks.flops), CPU)
             predicted[theirs.format(R=case.R)] = found.ms
         for name, ms in predicted.items():
