@@ -111,6 +111,8 @@ def start(stage: Stage, limit: float, work: Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # A shell has what it starts in the background ignore SIGINT, by which stages are ended.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # no thread runs yet
         )
 
 

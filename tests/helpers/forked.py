@@ -98,6 +98,8 @@ def _serve(name: str) -> dict:
     """Forks as clients ask, and exits when none is left; returns in a fork what it is to run."""
     import select
 
+    # A shell starts what it leaves in the background with SIGINT ignored, and forks inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{name}")
     listener.listen()
