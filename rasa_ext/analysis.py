@@ -149,7 +149,8 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
             group.pattern,
             group.shape,
             tuple(
-                _analyze_layer(name, _factors(tensors, config, group, name)) for name in group.names
+                _analyze_layer(name, factors)
+                for name, factors in _factors(tensors, config, group).items()
             ),
         )
         for group in grouped(shapes, config.layer_groups)
@@ -203,14 +204,16 @@ def _scaled(lora: Lora, name: str) -> Factors:
 
 
 def _factors(
-    tensors: Mapping[str, Tensor], config: AdapterConfig, group: Group, name: str
-) -> Factors:
-    """A layer's factors by its method; its group's pool stands under one of the members."""
-    own = _under(tensors, f"{PREFIX}{name}.rasa_")
+    tensors: Mapping[str, Tensor], config: AdapterConfig, group: Group
+) -> dict[str, Factors]:
+    """A group's factors by its method; its pool stands under one of the members."""
     pools = (_under(tensors, f"{PREFIX}{member}.rasa_pool_") for member in group.names)
     pool = next(filter(None, pools), {})
-    index, cpu = group.names.index(name), torch.device("cpu")
-    return config.factors(own, pool, Place(index, len(group.names), *group.shape, cpu, name))
+    count, cpu, found = len(group.names), torch.device("cpu"), {}
+    for index, name in enumerate(group.names):
+        own = _under(tensors, f"{PREFIX}{name}.rasa_")
+        found[name] = config.factors(own, pool, Place(index, count, *group.shape, cpu, name))
+    return found
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

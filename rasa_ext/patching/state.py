@@ -61,6 +61,12 @@ def patch_state(model: nn.Module) -> PatchState:
     return state
 
 
+def check_unmerged(model: nn.Module) -> None:
+    """Raise RuntimeError where an adapter is merged, whose tensors must stay what was merged."""
+    if patch_state(model).merged is not None:
+        raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter changes.")
+
+
 def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:
     """List ``(name, layer)`` of every RasaLinear, each once, in module order."""
     return [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rasa_ext.methods.base import checked_integer, checked_number, fresh_A
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.nn.rasa import RasaLinear
-from rasa_ext.patching.state import adapted_layers, patch_state
+from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -143,10 +143,9 @@ class Boosting:
 
     @torch.no_grad()
     def _push(self) -> None:
+        check_unmerged(self._model)
         state = patch_state(self._model)
         config = state.config
-        if state.merged is not None:
-            raise RuntimeError("model: call rasa_ext.unmerge(model) before training goes on.")
         assert isinstance(config, LoraConfig)  # what the constructor has seen to
         live = self._live()
         counts = dict(config.stack)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rasa_ext.methods.base import checked_choice, checked_number, fresh_A, fresh_B
 from rasa_ext.methods.sd_lora import SdLoraConfig
 from rasa_ext.nn.rasa import RasaLinear
-from rasa_ext.patching.state import adapted_layers, patch_state
+from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
 
 OFFICIAL_START = 0.8
 """The magnitudes with which the official code begins every task."""
@@ -131,8 +131,7 @@ def _config(model: nn.Module) -> SdLoraConfig:
         raise ValueError(
             f"model: expected one patched with SdLoraConfig, got {type(state.config).__name__}."
         )
-    if state.merged is not None:
-        raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter changes.")
+    check_unmerged(model)
     return state.config
 
 

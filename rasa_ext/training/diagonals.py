@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.methods.pooled import PooledConfig
-from rasa_ext.patching.state import adapted_layers, patch_state
+from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
 
 
 def train_diagonals(model: nn.Module) -> nn.Module:
@@ -88,8 +88,7 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
         >>> model = rasa_ext.training.load_diagonals(model, first)
     """
     _check(model)
-    if patch_state(model).merged is not None:
-        raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter changes.")
+    check_unmerged(model)
     layers = dict(adapted_layers(model))
     if differ := sorted(task.keys() ^ layers.keys()):
         raise ValueError(

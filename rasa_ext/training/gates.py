@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rasa_ext.methods.base import checked_choice, checked_number
 from rasa_ext.methods.pooled import PooledConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
-from rasa_ext.patching.state import adapted_layers, patch_state
+from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -226,8 +226,7 @@ def prune(model: nn.Module) -> tuple[int, int]:
     """
     _gates(model)
     config, state = _pooled_config(model), patch_state(model)
-    if state.merged is not None:
-        raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter is pruned.")
+    check_unmerged(model)
     groups: dict[tuple[int, ...] | int, list[tuple[str, RasaLinear]]] = {}
     for name, layer in adapted_layers(model):
         groups.setdefault(id(layer.pool) if layer.pool is not None else id(layer), []).append(
@@ -296,15 +295,20 @@ def _slots(layer: RasaLinear) -> Tensor:
     return torch.arange(pool["A"].shape[0] if pool else 0, device=layer.d.device)
 
 
-def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
+def gated(model: nn.Module, config: PooledConfig) -> list[tuple[Tensor, slice, float]]:
     """List every layer's d, the entries that are gates, and what they are divided by to be them."""
-    config = _pooled_config(model)
     found = []
     for _, layer in adapted_layers(model):
         entries = config.gate_entries(*config.ranks_at(layer.place))
         if entries.stop > entries.start:
             found.append((layer.d, entries, config.gate_scale(layer.place.num_layers)))
-    if not found:
+    return found
+
+
+def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
+    """Give ``gated``; raise ValueError where there are none."""
+    config = _pooled_config(model)
+    if not (found := gated(model, config)):
         raise ValueError(
             "model: expected gates, as those of SoraConfig or of RasaConfig(gates='pool') with "
             f"k > 0, but {type(config).__name__} has none."

@@ -9,6 +9,7 @@ from torch import nn
 from rasa_ext.methods.lora import BlockLoraConfig
 from rasa_ext.methods.pooled import PooledConfig
 from rasa_ext.patching.state import adapted_layers, adapter_parameters, patch_state
+from rasa_ext.training.gates import gated
 
 
 def parameter_groups(
@@ -49,11 +50,9 @@ def parameter_groups(
     if isinstance(config, BlockLoraConfig):
         rates = {id(layer.B): _Rate(config.blocks * lr, weight_decay, 1.0) for _, layer in layers}
     if isinstance(config, PooledConfig):
-        for _, layer in layers:
-            entries = config.gate_entries(*config.ranks_at(layer.place))
-            if entries.stop > entries.start:
-                s = config.gate_scale(layer.place.num_layers) if config.method == "sora" else 1.0
-                rates[id(layer.d)] = _Rate((lr if gate_lr is None else gate_lr) * s, 0.0, s)
+        for d, _, scale in gated(model, config):
+            s = scale if config.method == "sora" else 1.0
+            rates[id(d)] = _Rate((lr if gate_lr is None else gate_lr) * s, 0.0, s)
     usual = _Rate(lr, weight_decay, 1.0)
     found: dict[_Rate, list[nn.Parameter]] = {}
     for parameter in adapter_parameters(model):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 import rasa_ext
 from rasa_ext import ops
 from rasa_ext.nn import functional
+from tests.helpers import cuda
 from tests.helpers.adapters import patched, randomize
 from tests.helpers.operators import draw_adapter
 from tests.helpers.refusals import Snapshot
@@ -23,29 +23,11 @@ DTYPES = [torch.float32, torch.bfloat16]
 WIDTH, LAYERS = 64, 4
 
 
-class Captured:
-    """``run()`` as a graph. Its results are the graph's own memory."""
-
-    def __init__(self, run: Callable[[], list[Tensor]]) -> None:
-        # What a first call allocates for good, such as cuBLAS's workspace, must not be the graph's.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.results = run()
-
+class Captured(cuda.Captured):
     def replay(self) -> list[Tensor]:
         """The results of a replay, when what stood in memory that torch has ready is gone."""
         spoil_memory()
-        with torch.no_grad():
-            for result in self.results:
-                result.fill_(float("nan"))
-        self.graph.replay()
-        return [result.detach().clone() for result in self.results]
+        return super().replay()
 
 
 def spoil_memory() -> None:
