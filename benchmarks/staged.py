@@ -102,6 +102,11 @@ def log_of(stage: Stage, work: Path) -> Path:
 
 
 def start(stage: Stage, limit: float, work: Path) -> subprocess.Popen[bytes]:
+    # A shell has what it starts in the background ignore SIGINT, by which stages are ended, and
+    # what is ignored here a stage ignores too. (Not by preexec_fn: an interrupt that comes while
+    # Python forks for one is lost.)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     variables = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **stage.variables}
     with open(log_of(stage, work), "w", encoding="utf-8") as file:
         return subprocess.Popen(
@@ -111,8 +116,6 @@ def start(stage: Stage, limit: float, work: Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            # A shell has what it starts in the background ignore SIGINT, by which stages are ended.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # no thread runs yet
         )
 
 

@@ -27,8 +27,8 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def is_whole(matrix: Tensor) -> bool:
-    """Tell whether a matrix is all here: a DTensor is not, nor what FSDP1 and ZeRO-3 leave."""
-    return matrix.dim() == 2 and not is_dtensor(matrix)
+    """Tell whether a matrix, or a stack, is all here: no DTensor, nor what FSDP1 and ZeRO-3 leave."""
+    return matrix.dim() >= 2 and not is_dtensor(matrix)
 
 
 def is_emptied(parameter: Tensor) -> bool:

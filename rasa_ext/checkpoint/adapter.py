@@ -36,11 +36,12 @@ from rasa_ext.checkpoint.files import (
     write_adapter,
 )
 from rasa_ext.methods import read_method
-from rasa_ext.methods.base import AdapterConfig, Place
+from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.nn.rasa_experts import RasaBank
 from rasa_ext.patching.grouping import pattern, settled
 from rasa_ext.patching.patch import apply_plan, check_unpatched
-from rasa_ext.patching.state import adapted_layers, is_patched, patch_state, unwrap
+from rasa_ext.patching.state import Owner, is_patched, owners, patch_state, unwrap
 from rasa_ext.patching.targets import Plan, make_plan, resolve_config
 
 
@@ -203,7 +204,7 @@ def _keyed(name: Callable[[str], str], things: Mapping[str, Any]) -> dict[str, A
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The live tensors of an adapter under the names they have in a file, each once."""
     root, state = unwrap(model), patch_state(model)
-    plan, layers = state.plan, dict(adapted_layers(model))
+    plan, layers = state.plan, dict(owners(model))
     _check_in_place(plan, layers)
     tensors: dict[str, Tensor] = {}
     for group in plan.groups:
@@ -218,7 +219,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_in_place(plan: Plan, layers: Mapping[str, RasaLinear]) -> None:
+def _check_in_place(plan: Plan, layers: Mapping[str, Owner]) -> None:
     """ValueError where something was put between the model and its adapted layers."""
     for name in (name for group in plan.groups for name in group.names):
         if name not in layers:
@@ -248,7 +249,7 @@ def _check_unsharded(
         saved = any(f"{name}.".startswith(f"{each}.") for each in plan.modules_to_save)
         emptied = saved and any(map(is_emptied, module.parameters(recurse=False)))
         if emptied or (
-            id(module) in sharded and (saved or isinstance(module, (RasaLinear, RasaPool)))
+            id(module) in sharded and (saved or isinstance(module, (RasaLinear, RasaBank, RasaPool)))
         ):
             raise ValueError(
                 f"model: expected trained modules that are whole on every process, but {name!r} is "
@@ -274,10 +275,7 @@ def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, t
     """The shape of every tensor in the file of an adapter for ``root``, patched or not."""
     expected: dict[str, tuple[int, ...]] = {}
     for group in plan.groups:
-        places = [
-            Place(index, len(group.names), *group.shape, torch.device("meta"), name)
-            for index, name in enumerate(group.names)
-        ]
+        places = group.places(torch.device("meta"))
         for field, tensor in config.pool(places).items():
             expected[pool_key(group.names[0], field)] = tuple(tensor.shape)
         for name, place in zip(group.names, places, strict=True):

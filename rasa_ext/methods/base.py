@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.experts import Bank, bank_shape
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.ops import Factors
@@ -53,14 +54,21 @@ class Place:
     device: torch.device
     name: str = ""
     """The layer's name in the model."""
+    experts: int = 0
+    """How many experts a stacked weight has; 0 for a linear layer."""
 
 
-def group_places(bases: Mapping[str, LinearLayer]) -> list[Place]:
-    """Give the places of a group's layers, whose base layers are given by name, in order."""
-    return [
-        Place(index, len(bases), *linear_shape(base), base.weight.device, name)
-        for index, (name, base) in enumerate(bases.items())
-    ]
+def group_places(bases: Mapping[str, LinearLayer | Bank]) -> list[Place]:
+    """Give the places of a group's layers, or stacked weights, given by name, in order."""
+    places = []
+    for index, (name, base) in enumerate(bases.items()):
+        if isinstance(base, tuple):
+            experts, *shape = bank_shape(*base)
+            device = getattr(*base).device
+        else:
+            experts, shape, device = 0, list(linear_shape(base)), base.weight.device
+        places.append(Place(index, len(bases), *shape, device, name, experts))
+    return places
 
 
 def option(default: Any, text: str) -> Any:
@@ -149,6 +157,11 @@ class AdapterConfig:
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def grouping_of_experts(self) -> str | None:
+        """Tell which experts share a pool, or None where stacked experts are left alone."""
+        return None
 
     def own(self, place: Place) -> dict[str, Tensor]:
         """Make one layer's tensors, by name: Parameters, which are trained, and buffers.
@@ -284,19 +297,25 @@ def document_fields(config: type[AdapterConfig]) -> None:
     config.__doc__ = f"{head}    Args:\n{lines}\n{mark}{tail}"
 
 
-def fresh_A(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:
-    """Draw A (rank, in) as LoRA does: uniform in +-1/sqrt(in)."""
-    A = torch.empty((rank, place.in_features), dtype=dtype, device=place.device)
-    if rank:
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-    return nn.Parameter(A)
+def fresh_A(
+    rank: int, place: Place, dtype: torch.dtype, experts: tuple[int, ...] = ()
+) -> nn.Parameter:
+    """Draw A (rank, in) as LoRA does: uniform in +-1/sqrt(in); ``experts`` comes first in shape."""
+    shape = (*experts, rank, place.in_features)
+    bound = 1 / math.sqrt(place.in_features)
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=place.device).uniform_(-bound, bound))
 
 
-def fresh_B(rank: int, place: Place, dtype: torch.dtype) -> nn.Parameter:
-    """Make B (out, rank) of zeros, stored by ranks, so that packing it copies rows."""
-    return nn.Parameter(
-        torch.zeros((rank, place.out_features), dtype=dtype, device=place.device).t()
-    )
+def fresh_B(
+    rank: int, place: Place, dtype: torch.dtype, experts: tuple[int, ...] = ()
+) -> nn.Parameter:
+    """Make B (out, rank) of zeros, stored by ranks, so that packing it copies rows.
+
+    ``experts`` comes first in its shape.
+    """
+    shape = (*experts, rank, place.out_features)
+    zeros = torch.zeros(shape, dtype=dtype, device=place.device)
+    return nn.Parameter(zeros.transpose(-1, -2))
 
 
 def empty_stack(rank: int, place: Place, dtype: torch.dtype) -> dict[str, Tensor]:

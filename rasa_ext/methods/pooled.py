@@ -34,6 +34,8 @@ class PooledConfig(AdapterConfig):
     """The part that RaSA and SoRA share: tensors, their shapes, and which ranks are left.
 
     A layer owns A (r-k, in), B (out, r-k) and d, its group A_pool (L*k, in) and B_pool (out, L*k).
+    Of stacked experts A, B and d have the experts as their first dimension, and with
+    ``experts="slot"`` the pool as well.
     After ``rasa_ext.training.prune`` a layer owns what is left of them, and ``slots``, the ranks
     that it reads from what is left of the pool.
     """
@@ -61,10 +63,12 @@ class PooledConfig(AdapterConfig):
     def own(self, place: Place) -> dict[str, Tensor]:
         """Make A (r-k, in), B (out, r-k) and d (r-k+L*k,), all trained."""
         (own, pooled), dtype = self.ranks_at(place), self.adapter_dtype
+        stack = (place.experts,) if place.experts else ()
+        d = self.diagonal(own, pooled).to(place.device, dtype).expand(*stack, own + pooled)
         tensors: dict[str, Tensor] = {
-            "A": fresh_A(own, place, dtype),
-            "B": fresh_B(own, place, dtype),
-            "d": nn.Parameter(self.diagonal(own, pooled).to(place.device, dtype)),
+            "A": fresh_A(own, place, dtype, stack),
+            "B": fresh_B(own, place, dtype, stack),
+            "d": nn.Parameter(d.clone()),
         }
         if self.kept_at(place.name):
             tensors["slots"] = torch.arange(pooled, device=place.device)
@@ -74,10 +78,12 @@ class PooledConfig(AdapterConfig):
         """Make A (L*k, in) and B (out, L*k); nothing where k = 0."""
         first, dtype = places[0], self.adapter_dtype
         kept = self.kept_at(first.name)
-        size = self.ranks(len(places))[1] if kept is None else kept[2]
+        size = self.ranks(self._sharers(first))[1] if kept is None else kept[2]
         if not size:
             return {}
-        return {"A": fresh_A(size, first, dtype), "B": fresh_B(size, first, dtype)}
+        each = self.grouping_of_experts == "slot" and first.experts
+        stack = (first.experts,) if each else ()
+        return {"A": fresh_A(size, first, dtype, stack), "B": fresh_B(size, first, dtype, stack)}
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
         """Give A, B, d and the pool as they stand; of a pruned pool the ranks that are left."""
@@ -96,11 +102,16 @@ class PooledConfig(AdapterConfig):
         """Count the same at one place, which ``rank_pattern`` or pruning may have changed."""
         if (kept := self.kept_at(place.name)) is not None:
             return kept[0], kept[1]
-        own, pooled = self.ranks(place.num_layers)
+        own, pooled = self.ranks(self._sharers(place))
         for pattern, rank in cast("tuple[tuple[str, int], ...]", self.rank_pattern):
             if re.search(rf"(^|\.)(?:{pattern})$", place.name):
                 return own + rank - self.rank, pooled
         return own, pooled
+
+    def _sharers(self, place: Place) -> int:
+        """Count what gives ranks to the pool that a place reads: L, or the experts of one layer."""
+        each = self.grouping_of_experts == "layer" and place.experts
+        return place.experts if each else place.num_layers
 
     def diagonal(self, own: int, pooled: int) -> Tensor:
         """Make the d of a layer that begins: (own + pooled,) float32, private entries first."""

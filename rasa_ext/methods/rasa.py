@@ -11,6 +11,9 @@ from torch import Tensor
 from rasa_ext.methods.base import checked_choice, document_fields, option
 from rasa_ext.methods.pooled import Kept, Pattern, PooledConfig
 
+GROUPINGS = ("slot", "layer", "shared")
+"""Which experts share a pool."""
+
 
 @dataclasses.dataclass(frozen=True)
 class RasaConfig(PooledConfig):
@@ -54,6 +57,13 @@ class RasaConfig(PooledConfig):
         "'pool' makes the pooled entries of d gates, which rasa_ext.training.ProximalGates drives "
         "to zero and rasa_ext.training.prune then takes out. It changes nothing by itself.",
     )
+    experts: str | None = option(
+        None,
+        "Adapts the stacked (3-D) expert weights of mixtures of experts as well, and tells which "
+        "of them share a pool: 'slot' the experts of one index over the layers, 'layer' those of "
+        "one layer, 'shared' all of one name; there k = rank makes a pool-only adapter. None "
+        "leaves them untouched.",
+    )
     kept: Kept = option(
         (), "What pruning left of each layer's ranks. rasa_ext.training.prune sets it."
     )
@@ -62,7 +72,13 @@ class RasaConfig(PooledConfig):
         """Check every field and bring it into its canonical form."""
         self._check_ranks()
         checked_choice("gates", self.gates, (None, "pool"))
+        checked_choice("experts", self.experts, (None, *GROUPINGS))
         super().__post_init__()
+
+    @property
+    def grouping_of_experts(self) -> str | None:
+        """Give the field ``experts``."""
+        return self.experts
 
     def diagonal(self, own: int, pooled: int) -> Tensor:
         """Make alpha/2/own for private entries and alpha/2/pooled for those of the pool."""

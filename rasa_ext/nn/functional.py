@@ -37,14 +37,16 @@ _PoolPack: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
 _NO_GRADS = (None, None, None, None, None)
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
+    """torch's, with types for its ``apply``."""
+
     if TYPE_CHECKING:  # torch's has no types
 
         @classmethod
         def apply(cls, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class _Pack(_Function):
+class _Pack(Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -66,7 +68,7 @@ class _Pack(_Function):
         return None, None, *_factor_grads(dAp.clone(), dBp.clone(), *ctx.saved_tensors)
 
 
-class _AdaptedLinear(_Function):
+class _AdaptedLinear(Function):
     """``y`` is None, or else the output of a base that is no plain GEMM, and ``weight`` is."""
 
     @staticmethod
@@ -132,7 +134,7 @@ class _AdaptedLinear(_Function):
         return grad if need_y else None, dx_shaped, *(None,) * 6, *own
 
 
-class _AdaptedProjections(_Function):
+class _AdaptedProjections(Function):
     """``tensors`` are n weights, n biases, and the factors of each of n layers."""
 
     @staticmethod
@@ -203,7 +205,7 @@ class _AdaptedProjections(_Function):
         return dx_shaped, *(None,) * (5 + 2 * n), *own
 
 
-class _AdaptedGroup(_Function):
+class _AdaptedGroup(Function):
     @staticmethod
     def forward(
         ctx: Any,

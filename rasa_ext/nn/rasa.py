@@ -35,16 +35,16 @@ class RasaPool(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        _register(self, tensors)
+        register_tensors(self, tensors)
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Own these tensors in place of those so far."""
-        _unregister(self, list(_tensors_of(self)))
-        _register(self, tensors)
+        unregister_tensors(self, list(tensors_of(self)))
+        register_tensors(self, tensors)
 
     def extra_repr(self) -> str:
         """Show the shapes by name."""
-        return ", ".join(f"{name}={tuple(t.shape)}" for name, t in _tensors_of(self).items())
+        return ", ".join(f"{name}={tuple(t.shape)}" for name, t in tensors_of(self).items())
 
 
 class RasaLinear(AdaptedLinear):
@@ -91,7 +91,7 @@ class RasaLinear(AdaptedLinear):
         self.config, self.place = config, place
         own = config.own(place)
         self._names = tuple(own)
-        _register(self, own)
+        register_tensors(self, own)
         if place.index == 0:
             self.pool = pool
         else:
@@ -101,10 +101,10 @@ class RasaLinear(AdaptedLinear):
     def adapter(self) -> Adapter:
         """Give the layer's adapter."""
         pool = self._modules.get("pool") or self.__dict__.get("pool")
-        own = _tensors_of(self)
+        own = tensors_of(self)
         if len(own) != len(self._names):  # parametrized, or a replica of nn.DataParallel
             own = {name: getattr(self, name) for name in self._names}
-        return Adapter(self.config, own, {} if pool is None else _tensors_of(pool), self.place)
+        return Adapter(self.config, own, {} if pool is None else tensors_of(pool), self.place)
 
     def adapters(self) -> Iterator[Adapter]:
         """Give that one."""
@@ -116,14 +116,14 @@ class RasaLinear(AdaptedLinear):
 
     def replace(self, config: Method, tensors: Mapping[str, Tensor]) -> None:
         """Own these tensors, under a config that has them, in place of those so far."""
-        _unregister(self, self._names)
+        unregister_tensors(self, self._names)
         self.config, self._names = config, tuple(tensors)
-        _register(self, tensors)
+        register_tensors(self, tensors)
         self.drop_pack()
 
     def pool_tensors(self) -> dict[str, Tensor]:
         """Give the tensors of its pool by name."""
-        return {} if self.pool is None else dict(_tensors_of(self.pool))
+        return {} if self.pool is None else dict(tensors_of(self.pool))
 
     @property
     def effective_rank(self) -> int:
@@ -155,7 +155,8 @@ class RasaLinear(AdaptedLinear):
         )
 
 
-def _register(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def register_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Give a module tensors of its own: Parameters, and others as buffers."""
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):
             module.register_parameter(name, tensor)
@@ -163,12 +164,13 @@ def _register(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             module.register_buffer(name, tensor)
 
 
-def _unregister(module: nn.Module, names: Iterable[str]) -> None:
+def unregister_tensors(module: nn.Module, names: Iterable[str]) -> None:
+    """Take tensors away from a module."""
     for name in names:
         delattr(module, name)
 
 
-def _tensors_of(module: nn.Module) -> dict[str, Any]:
+def tensors_of(module: nn.Module) -> dict[str, Any]:
     """Look up a module's own parameters and buffers in nn.Module's own dictionaries.
 
     ``getattr`` is slow, and every forward of every layer asks.

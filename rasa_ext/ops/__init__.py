@@ -5,6 +5,13 @@ One file a family. The functions of this module are what the package calls.
 
 from rasa_ext.ops.adapted import adapted_linear, adapted_linear_backward
 from rasa_ext.ops.dropout import dropout
+from rasa_ext.ops.experts import (
+    experts_linear,
+    experts_outer,
+    experts_rank_multiple,
+    pack_experts,
+    pack_experts_backward,
+)
 from rasa_ext.ops.fused_projections import (
     linear_projections,
     linear_projections_backward,
@@ -42,6 +49,9 @@ __all__ = [
     "cuda_status",
     "delta_group",
     "dropout",
+    "experts_linear",
+    "experts_outer",
+    "experts_rank_multiple",
     "fuse_projections",
     "keep_pack",
     "linear_group",
@@ -55,6 +65,8 @@ __all__ = [
     "noise_words",
     "pack",
     "pack_backward",
+    "pack_experts",
+    "pack_experts_backward",
     "pack_group",
     "pack_group_backward",
     "pack_projections",

@@ -20,7 +20,10 @@ from rasa_ext.ops.library import operator
 
 
 class Factors(NamedTuple):
-    """A layer's adapter: dW = [B | B_pool] diag(d) [A ; A_pool]; d = None stands for ones."""
+    """A layer's adapter: dW = [B | B_pool] diag(d) [A ; A_pool]; d = None stands for ones.
+
+    Of stacked experts A, B and d have a first dimension more, and a pool that is not shared by all.
+    """
 
     A: Tensor
     A_pool: Tensor | None
@@ -31,7 +34,7 @@ class Factors(NamedTuple):
     @property
     def rank(self) -> int:
         """R, the effective rank."""
-        return self.A.shape[0] + (0 if self.A_pool is None else self.A_pool.shape[0])
+        return self.A.shape[-2] + (0 if self.A_pool is None else self.A_pool.shape[-2])
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Put every tensor through ``function``."""

@@ -33,7 +33,8 @@ def advice(config: AdapterConfig, groups: Sequence[Group], names: Names = OURS) 
 
 
 def _little_shared(config: RasaConfig, groups: Sequence[Group], names: Names) -> Iterator[str]:
-    """Without layers that share, RaSA is a LoRA with a diagonal."""
+    """Without layers that share, RaSA is a LoRA with a diagonal. (Experts share in any case.)"""
+    groups = [group for group in groups if not group.experts]
     total = sum(len(group.names) for group in groups)
     alone = _alone(groups)
     if not config.k or 2 * alone <= total:

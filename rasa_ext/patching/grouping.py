@@ -7,7 +7,9 @@ import functools
 import re
 from collections.abc import Iterable, Mapping
 
-from rasa_ext.methods.base import AdapterConfig, Groups
+import torch
+
+from rasa_ext.methods.base import AdapterConfig, Groups, Place
 
 Shape = tuple[int, int]
 """(out, in)"""
@@ -20,6 +22,15 @@ class Group:
     pattern: str
     shape: Shape
     names: tuple[str, ...]
+    experts: int = 0
+    """How many experts each of them stacks; 0 for linear layers."""
+
+    def places(self, device: torch.device) -> list[Place]:
+        """Give the places of its layers, with tensors on ``device``."""
+        return [
+            Place(index, len(self.names), *self.shape, device, name, self.experts)
+            for index, name in enumerate(self.names)
+        ]
 
 
 def pattern(name: str) -> str:
@@ -43,6 +54,23 @@ def grouped(shapes: Mapping[str, Shape], groups: Groups = ()) -> tuple[Group, ..
     for name, shape in shapes.items():
         found.setdefault((group_of(name, groups), shape), []).append(name)
     return tuple(Group(key, shape, tuple(names)) for (key, shape), names in found.items())
+
+
+def grouped_banks(
+    shapes: Mapping[str, tuple[int, int, int]], grouping: str, groups: Groups = ()
+) -> tuple[Group, ...]:
+    """Group stacked weights, given with (experts, out, in), in the order in which they begin.
+
+    With the grouping "layer" every one is a group of its own.
+    """
+    found: dict[tuple[str, int, Shape], list[str]] = {}
+    for name, (experts, *shape) in shapes.items():
+        label = name if grouping == "layer" else group_of(name, groups)
+        found.setdefault((label, experts, (shape[0], shape[1])), []).append(name)
+    return tuple(
+        Group(label, shape, tuple(names), experts)
+        for (label, experts, shape), names in found.items()
+    )
 
 
 def group_of(name: str, groups: Groups = ()) -> str:

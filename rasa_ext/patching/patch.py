@@ -8,15 +8,25 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from rasa_ext.base_layers.experts import banks_of
 from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.quantized import disable_cpu_repacking
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups, group_places
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 from rasa_ext.patching.advice import advice
 from rasa_ext.patching.grouping import settled
-from rasa_ext.patching.state import PatchState, adapted_layers, patch_state, set_patch_state, unwrap
+from rasa_ext.patching.state import (
+    PatchState,
+    adapted_experts,
+    adapted_layers,
+    owners,
+    patch_state,
+    set_patch_state,
+    unwrap,
+)
 from rasa_ext.patching.swap import (
     disable_fused_encoder,
     enable_input_require_grads,
@@ -24,6 +34,8 @@ from rasa_ext.patching.swap import (
     replace_modules,
 )
 from rasa_ext.patching.targets import Plan, make_plan
+
+_HOW = " They are adapted with experts='shared', or 'slot' or 'layer'."
 
 
 @suggests_keywords
@@ -39,6 +51,7 @@ def patch_model(
     modules_to_save: Sequence[str] = (),
     groups: GivenGroups = (),
     adapter_dtype: torch.dtype = torch.float32,
+    experts: str | None = None,
     config: AdapterConfig | None = None,
 ) -> nn.Module:
     """Give a model's linear layers RaSA adapters, in place, and freeze everything else.
@@ -55,6 +68,8 @@ def patch_model(
             each does and costs.
         target_modules, exclude_modules, modules_to_save, groups: more of its fields: which layers
             are adapted or trained in full, and which share a pool.
+        experts: adapts the stacked expert weights of a mixture of experts as well: "slot", "layer"
+            or "shared" tells which of them share a pool. None leaves them alone, with a warning.
         config: all of them at once; the others must then be left at their defaults.
 
     Returns:
@@ -81,6 +96,7 @@ def patch_model(
         modules_to_save=modules_to_save,
         groups=groups,
         adapter_dtype=adapter_dtype,
+        experts=experts,
     )
     if config is None:
         config = given
@@ -103,10 +119,10 @@ def check_unpatched(model: nn.Module) -> None:
     """Raise ValueError where a model carries RaSA layers already."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     for name, module in modules:
-        if isinstance(module, RasaLinear):
+        if isinstance(module, RasaLinear | RasaExperts):
             raise ValueError(
-                f"model: expected an unpatched model, but {name!r} is a RasaLinear already; "
-                "call rasa_ext.unpatch(model) or rasa_ext.merge_and_unload(model) first."
+                f"model: expected an unpatched model, but {name!r} is a {type(module).__name__} "
+                "already; call rasa_ext.unpatch(model) or rasa_ext.merge_and_unload(model) first."
             )
 
 
@@ -118,21 +134,28 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
             f"{name} {shape}" for name, shape in list(plan.stacked_experts.items())[:3]
         )
         warnings.warn(
-            f"{len(plan.stacked_experts)} stacked (3-D) weights are not linear layers and stay "
-            f"untouched, among them {shown}.",
+            f"{len(plan.stacked_experts)} stacked (3-D) weights stay untouched, among them "
+            f"{shown}.{_HOW if set(plan.stacked_experts) & set(banks_of(model)) else ''}",
             stacklevel=4,
         )
     # Everything that can fail, running out of memory included, happens before the model changes.
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if is_linear(module)}
     wrapped: dict[nn.Module, RasaLinear] = {}
+    stacked: dict[nn.Module, dict[str, RasaBank]] = {}
+    every_bank = banks_of(model)
     for group in plan.groups:
-        bases = {name: linears[name] for name in group.names}
+        bases = {name: (every_bank if group.experts else linears)[name] for name in group.names}
         places = group_places(bases)
         tensors = config.pool(places)
         pool = RasaPool(tensors) if tensors else None
         for base, place in zip(bases.values(), places, strict=True):
-            wrapped[base] = RasaLinear(base, config, place, pool)
+            if isinstance(base, tuple):
+                module, name = base
+                stacked.setdefault(module, {})[name] = RasaBank(config, place, pool)
+            else:
+                wrapped[base] = RasaLinear(base, config, place, pool)
+    experts = {module: RasaExperts(module, banks) for module, banks in stacked.items()}
     state = PatchState(
         config=config,
         plan=plan,
@@ -142,10 +165,10 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         hooks=enable_input_require_grads(model),
     )
     model.requires_grad_(False)
-    replace_modules(model, wrapped)
+    replace_modules(model, {**wrapped, **experts})
     link_fused_projections(model, RasaLinear)
-    for layer in wrapped.values():
-        for tensor in (*layer.own_tensors().values(), *layer.pool_tensors().values()):
+    for _, owner in owners(model):
+        for tensor in (*owner.own_tensors().values(), *owner.pool_tensors().values()):
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(True)
     for name in plan.modules_to_save:
@@ -158,7 +181,8 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
 def remove_layers(model: nn.Module) -> nn.Module:
     """Put every base layer, with the weights it has now, back in its place."""
     root, state = unwrap(model), patch_state(model)
-    replace_modules(root, {layer: layer.base_layer for _, layer in adapted_layers(root)})
+    adapted = (*adapted_layers(root), *adapted_experts(root))
+    replace_modules(root, {layer: layer.base_layer for _, layer in adapted})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
     for module, name, value in state.attributes_before:

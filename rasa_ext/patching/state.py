@@ -10,9 +10,13 @@ from torch import nn
 
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.rasa import RasaLinear
+from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 from rasa_ext.patching.targets import Plan
 
 _STATE = "_rasa_ext"
+
+Owner = RasaLinear | RasaBank
+"""What owns an adapter's tensors: those of a linear layer, or of one stacked weight."""
 
 
 @dataclasses.dataclass
@@ -76,6 +80,33 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:
     ]
 
 
+def adapted_experts(model: nn.Module) -> list[tuple[str, RasaExperts]]:
+    """List ``(name, experts)`` of every RasaExperts, each once, in module order."""
+    return [
+        (name, module)
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, RasaExperts)
+    ]
+
+
+def owners(model: nn.Module) -> list[tuple[str, Owner]]:
+    """List ``(name, owner)`` of all that own an adapter's tensors, each once, in module order."""
+    return [
+        (name, module)
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, RasaLinear | RasaBank)
+    ]
+
+
+def check_no_experts(model: nn.Module, what: str) -> None:
+    """Raise ValueError where the experts of a model are adapted, which ``what`` cannot do with."""
+    if found := adapted_experts(model):
+        raise ValueError(
+            f"model: {what} is for adapters of linear layers, but {found[0][0]!r} has adapted "
+            "experts; patch it with experts=None."
+        )
+
+
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """List the adapter's trainable parameters, each once: A, B and d of layers, A and B of pools.
 
@@ -99,8 +130,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
     patch_state(model)
     found: dict[int, nn.Parameter] = {}
-    for _, layer in adapted_layers(model):
-        for tensor in (*layer.own_tensors().values(), *layer.pool_tensors().values()):
+    for _, owner in owners(model):
+        for tensor in (*owner.own_tensors().values(), *owner.pool_tensors().values()):
             if isinstance(tensor, nn.Parameter):
                 found.setdefault(id(tensor), tensor)
     return list(found.values())

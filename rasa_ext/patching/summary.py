@@ -8,7 +8,7 @@ from collections import Counter
 from torch import nn
 
 from rasa_ext.patching.grouping import pattern
-from rasa_ext.patching.state import adapted_layers, adapter_parameters, patch_state, unwrap
+from rasa_ext.patching.state import adapter_parameters, owners, patch_state, unwrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Row:
     """Trainable parameters of the group, its pool counted once."""
     R_min: int
     """The smallest effective rank of a layer."""
+    experts: int = 0
+    """How many experts each of the L stacked weights has; 0 for linear layers."""
 
 
 class Summary(list[Row]):
@@ -50,7 +52,7 @@ class Summary(list[Row]):
     def __str__(self) -> str:
         head = ("group", "L", "out x in", "R", "trainable")
         cells = [
-            (r.pattern, str(r.L), f"{r.shape[0]} x {r.shape[1]}", _ranks(r), f"{r.trainable:,}")
+            (r.pattern, str(r.L), _shape(r), _ranks(r), f"{r.trainable:,}")
             for r in self
         ]
         widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
@@ -79,7 +81,7 @@ class Summary(list[Row]):
             kinds = Counter((pattern(name), shape) for name, shape in self.stacked_experts.items())
             lines += [
                 f"untouched: {name} {shape}{f' ({count} layers)' if count > 1 else ''}: "
-                "stacked (3-D) weights are not linear layers"
+                "stacked (3-D) weights are adapted with the argument experts"
                 for (name, shape), count in kinds.items()
             ]
         return "\n".join(lines)
@@ -111,7 +113,7 @@ def summary(model: nn.Module) -> Summary:
         True
         >>> table = str(result)
     """
-    state, layers = patch_state(model), dict(adapted_layers(model))
+    state, layers = patch_state(model), dict(owners(model))
     plan, chosen = state.plan, state.config.layer_groups
     rows = []
     for group in plan.groups:
@@ -120,7 +122,7 @@ def summary(model: nn.Module) -> Summary:
         tensors += [tensor for member in members for tensor in member.own_tensors().values()]
         trainable = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
         ranks = [member.effective_rank for member in members]
-        sizes = len(members), group.shape, max(ranks), trainable, min(ranks)
+        sizes = len(members), group.shape, max(ranks), trainable, min(ranks), group.experts
         rows.append(Row(group.pattern, *sizes))
     result = Summary(rows)
     result.skipped, result.stacked_experts, result.modules_to_save = (
@@ -134,6 +136,11 @@ def summary(model: nn.Module) -> Summary:
     result.trainable = sum(p.numel() for p in parameters if p.requires_grad)
     result.total = sum(p.numel() for p in parameters)
     return result
+
+
+def _shape(row: Row) -> str:
+    experts = f"{row.experts} x " if row.experts else ""
+    return f"{experts}{row.shape[0]} x {row.shape[1]}"
 
 
 def _ranks(row: Row) -> str:

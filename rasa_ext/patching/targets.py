@@ -9,11 +9,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.experts import Bank, bank_shape, banks_of, check_bank
 from rasa_ext.base_layers.linear import LinearLayer, is_linear, linear_shape
 from rasa_ext.base_layers.quantized import check_not_repacked, format_of
 from rasa_ext.base_layers.sharded import is_dtensor
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
-from rasa_ext.patching.grouping import Group, check_groups, ends_in, every_index, grouped
+from rasa_ext.patching.grouping import (
+    Group,
+    check_groups,
+    ends_in,
+    every_index,
+    grouped,
+    grouped_banks,
+)
 
 INSTEAD = "leave it out with exclude_modules, or train it in full with modules_to_save"
 OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
@@ -29,17 +37,21 @@ class Plan:
     skipped: dict[str, str]
     """Linear layers, and 1x1 convolutions, that stay as they are, each with the reason."""
     stacked_experts: dict[str, tuple[int, ...]]
-    """Names and shapes of 3-D expert weights, which are not linear layers and stay untouched."""
+    """Names and shapes of the 3-D expert weights that stay untouched."""
     modules_to_save: tuple[str, ...]
     """Names of the modules that are trained in full."""
 
 
 def make_plan(
-    model: nn.Module, config: AdapterConfig, linears: Mapping[str, LinearLayer] | None = None
+    model: nn.Module,
+    config: AdapterConfig,
+    linears: Mapping[str, LinearLayer] | None = None,
+    banks: Mapping[str, Bank] | None = None,
 ) -> Plan:
     """Find the layers that ``config`` names in ``model``, and group them.
 
     ``linears`` are those to choose from, by name: every linear layer of the model unless given.
+    ``banks`` are the same of stacked expert weights, of which only a config with ``experts`` takes.
 
     Raises ValueError or TypeError, naming the argument, where nothing or something impossible is
     matched. The model is only read.
@@ -54,13 +66,14 @@ def make_plan(
             "cannot be replaced in place; wrap it, for example in torch.nn.Sequential."
         )
     check_not_repacked(model)
+    banks = _banks(model, config, banks)
     saved = _modules_to_save(model, config.modules_to_save)
-    reasons = unadaptable(model, linears)
+    reasons = unadaptable(model, {**linears, **banks})
     heads = _heads(model, linears)
     skipped: dict[str, str] = {}
     chosen: list[str] = []
     explicit = config.target_modules != ALL_LINEAR
-    for name in _matched(model, linears, config.target_modules):
+    for name in _matched(model, {**linears, **banks}, config.target_modules):
         kept = next((s for s in saved if name == s or name.startswith(f"{s}.")), None)
         if matches(name, config.exclude_modules):
             skipped[name] = "named by exclude_modules"
@@ -93,11 +106,43 @@ def make_plan(
     for name, reason in _pointwise_convolutions(model).items():
         if not any(name == each or name.startswith(f"{each}.") for each in saved):
             skipped[name] = reason
+    shapes, stacks = {}, {}
     for name in chosen:
-        _check_weight(name, linears[name])
+        if name in banks:
+            check_bank(name, banks[name])
+            stacks[name] = bank_shape(*banks[name])
+        else:
+            _check_weight(name, linears[name])
+            shapes[name] = linear_shape(linears[name])
+    if banks and not stacks:
+        raise ValueError(
+            f"experts: expected target_modules that name stacked weights, such as "
+            f"{next(iter(banks))!r}, but {config.target_modules!r} names none; add them, or leave "
+            "out experts."
+        )
     check_groups(config.layer_groups, chosen)
-    shapes = {name: linear_shape(linears[name]) for name in chosen}
-    return Plan(grouped(shapes, config.layer_groups), skipped, _experts(model), saved)
+    groups = grouped(shapes, config.layer_groups)
+    if stacks:
+        groups += grouped_banks(stacks, str(config.grouping_of_experts), config.layer_groups)
+    untouched = {name: shape for name, shape in _experts(model).items() if name not in stacks}
+    return Plan(groups, skipped, untouched, saved)
+
+
+def _banks(
+    model: nn.Module, config: AdapterConfig, given: Mapping[str, Bank] | None
+) -> Mapping[str, Bank]:
+    """Give the stacked weights to choose from; ValueError where experts are asked for in vain."""
+    if config.grouping_of_experts is None:
+        return {}
+    banks = banks_of(model) if given is None else given
+    if not banks:
+        others = ", ".join(list(_experts(model))[:3])
+        raise ValueError(
+            "experts: expected a model with stacked experts that say how they lie, as those of "
+            f"transformers 5 do, found none{f'; its 3-D weights are {others}' if others else ''}; "
+            "leave out experts."
+        )
+    return banks
 
 
 def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
@@ -107,6 +152,7 @@ def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     name layers of several kinds of models.
     """
     modules = [name for name, _ in model.named_modules() if name]
+    modules += banks_of(model)
     targets = config.target_modules
     if not isinstance(targets, str):
         known = (item for item in targets if any(matches(name, (item,)) for name in modules))
@@ -148,12 +194,17 @@ def _others(model: nn.Module, config: AdapterConfig) -> str:
     )
 
 
-def _matched(model: nn.Module, linears: Mapping[str, LinearLayer], targets: Names) -> list[str]:
+def _matched(model: nn.Module, linears: Mapping[str, Any], targets: Names) -> list[str]:
     if targets == ALL_LINEAR:
         return list(linears)
     if not isinstance(targets, str):
         for item in targets:
             if not any(matches(name, (item,)) for name in linears):
+                if any(matches(name, (item,)) for name in banks_of(model)):
+                    raise ValueError(
+                        f"target_modules: {item!r} names stacked expert weights, which are adapted "
+                        "with the argument experts, such as experts='shared'."
+                    )
                 known = sorted({name.rpartition(".")[2] for name in linears})
                 for name, module in model.named_modules():
                     if matches(name, (item,)):
@@ -182,7 +233,7 @@ def _modules_to_save(model: nn.Module, names: Collection[str]) -> tuple[str, ...
     return tuple(saved)
 
 
-def unadaptable(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str, str]:
+def unadaptable(model: nn.Module, linears: Mapping[str, Any]) -> dict[str, str]:
     """Find the linear layers that cannot be adapted, each with the reason."""
     reasons: dict[str, str] = {}
     for parent_name, parent in model.named_modules():

@@ -1,0 +1,216 @@
+"""Autograd of products by expert, and of the order in which a router's choices are worked off.
+
+    Routing.to_pairs(x)               a row for each (token, expert) pair, sorted by expert
+    Routing.to_tokens(z)              the sum over the experts of each token
+    Routing.of_experts(d)             the row of each pair's expert
+    experts_linear(x, W, routing)     x[s] W[e]^T
+    experts_low_rank(x, ..., routing) (x[s] Ap[e]^T) Bp[e], with the pack of the factors
+
+Of an adapter x is saved as it is for tokens, not for pairs, beside U = x Ap^T and the parameters;
+the pack is made again in the backward. No weight is summed with its change anywhere, and no sum
+depends on an order that a GPU is free to choose. All gradients are first order.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rasa_ext import ops
+from rasa_ext.nn.functional import Function
+from rasa_ext.ops import Factors
+
+
+class Routing(NamedTuple):
+    """A router's choices: S = T * k pairs of a token and an expert, sorted by expert."""
+
+    experts: Tensor
+    """(S,) the expert of each pair."""
+    tokens: Tensor
+    """(S,) the token of each pair."""
+    order: Tensor
+    """(S,) which of the T * k choices, token by token, a pair is."""
+    place: Tensor
+    """(S,) the pair of each choice: the inverse of ``order``."""
+    offsets: Tensor
+    """(E,) int32, where the pairs of each expert end."""
+    choices: int
+    """k, the experts of a token."""
+
+    @classmethod
+    def of(cls, top_k_index: Tensor, experts: int) -> Routing:
+        """Sort the choices (T, k) of a router over so many experts."""
+        ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        every = torch.arange(experts, device=ids.device, dtype=ids.dtype)
+        offsets = torch.searchsorted(ids, every, right=True, out_int32=True)
+        choices = top_k_index.shape[-1]
+        tokens = torch.div(order, choices, rounding_mode="floor")
+        return cls(ids, tokens, order, place, offsets, choices)
+
+    def to_pairs(self, x: Tensor) -> Tensor:
+        """Give x (T, n) a row for each pair, (S, n); differentiable."""
+        found: Tensor = _ToPairs.apply(x, self)
+        return found
+
+    def to_tokens(self, z: Tensor) -> Tensor:
+        """Sum z (S, n) over the pairs of each token, (T, n); differentiable."""
+        found: Tensor = _ToTokens.apply(z, self)
+        return found
+
+    def of_experts(self, d: Tensor) -> Tensor:
+        """Give each pair its expert's row of d (E, n), (S, n); differentiable."""
+        found: Tensor = _OfExperts.apply(d, self)
+        return found
+
+
+def _pairs(x: Tensor, routing: Routing) -> Tensor:
+    return x.index_select(0, routing.tokens)
+
+
+def _summed(z: Tensor, routing: Routing) -> Tensor:
+    if routing.choices == 1:
+        return z.index_select(0, routing.place)
+    by_token = z.index_select(0, routing.place).view(-1, routing.choices, z.shape[1])
+    return by_token.sum(1)
+
+
+class _ToPairs(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
+        ctx.routing = routing
+        return _pairs(x, routing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _summed(grad, ctx.routing), None
+
+
+class _ToTokens(Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, routing: Routing) -> Tensor:
+        ctx.routing = routing
+        return _summed(z, routing)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _pairs(grad, ctx.routing), None
+
+
+class _OfExperts(Function):
+    @staticmethod
+    def forward(ctx: Any, d: Tensor, routing: Routing) -> Tensor:
+        ctx.routing = routing
+        return d.index_select(0, routing.experts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ends = ctx.routing.offsets
+        bounds = torch.cat((ends.new_zeros(1), ends))
+        return torch.segment_reduce(grad, "sum", offsets=bounds, axis=0, initial=0), None
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, offsets)
+        return ops.experts_linear(x, weight.transpose(1, 2), offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight, offsets = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx = ops.experts_linear(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+        return dx, None if x is None else ops.experts_outer(grad, x, offsets), None
+
+
+class _LowRank(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        routing: Routing,
+        by_token: bool,
+        A: Tensor,
+        A_pool: Tensor | None,
+        B: Tensor,
+        B_pool: Tensor | None,
+        d: Tensor | None,
+    ) -> Tensor:
+        ctx.routing, ctx.by_token = routing, by_token
+        ctx.multiple = ops.experts_rank_multiple(x.dtype)
+        Ap, Bp = ops.pack_experts(A, A_pool, B, B_pool, d, x.dtype, ctx.multiple)
+        U = low_rank_rows(_pairs(x, routing) if by_token else x, Ap, routing)
+        ctx.save_for_backward(x, U, A, A_pool, B, B_pool, d)
+        return ops.experts_linear(U, Bp, routing.offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, U, A, A_pool, B, B_pool, d = ctx.saved_tensors
+        routing, grad, dx = ctx.routing, grad.contiguous(), None
+        Ap, Bp = ops.pack_experts(A, A_pool, B, B_pool, d, grad.dtype, ctx.multiple)
+        H = ops.experts_linear(grad, Bp.transpose(1, 2), routing.offsets)
+        dBp = ops.experts_outer(U, grad, routing.offsets)
+        dAp = ops.experts_outer(
+            H, _pairs(x, routing) if ctx.by_token else x, routing.offsets
+        )
+        if ctx.needs_input_grad[0]:
+            dx = ops.experts_linear(H, Ap, routing.offsets)
+            dx = _summed(dx, routing) if ctx.by_token else dx
+        return dx, None, None, *ops.pack_experts_backward(dAp, dBp, B, B_pool, d)
+
+
+def experts_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
+    """Compute x[s] weight[e]^T for the pairs s of every expert e; differentiable.
+
+    Args:
+        x: (S, in), sorted by expert.
+        weight: (E, out, in), in x's dtype.
+        routing: the router's choices.
+
+    Returns:
+        (S, out). Of a frozen weight's product nothing but the weight is saved.
+
+    Example:
+        >>> from rasa_ext.nn.routed import Routing, experts_linear
+        >>> routing = Routing.of(torch.tensor([[0, 2], [2, 1]]), experts=3)
+        >>> x, weight = torch.randn(2, 4), torch.randn(3, 5, 4)
+        >>> y = experts_linear(routing.to_pairs(x), weight, routing)
+        >>> torch.allclose(routing.to_tokens(y)[0], (weight[0] + weight[2]) @ x[0], atol=1e-5)
+        True
+    """
+    found: Tensor = _Linear.apply(x, weight, routing.offsets)
+    return found
+
+
+def experts_low_rank(
+    x: Tensor, factors: Factors, routing: Routing, by_token: bool
+) -> Tensor:
+    """Compute (x[s] Ap[e]^T) Bp[e] for the pairs s of every expert e; differentiable.
+
+    Args:
+        x: (T, in) with ``by_token``, else (S, in), sorted by expert.
+        factors: A (E, r-k, in), A_pool (E, P, in) or None, B (E, out, r-k), B_pool (E, out, P) or
+            None, and d (E, R) or None for ones; cast to x's dtype as they are packed.
+        routing: the router's choices.
+        by_token: whether x has a row for each token.
+
+    Returns:
+        (S, out).
+    """
+    found: Tensor = _LowRank.apply(x, routing, by_token, *factors)
+    return found
+
+
+def low_rank_rows(x: Tensor, Ap: Tensor, routing: Routing) -> Tensor:
+    """Compute U (S, Rp) of pairs x (S, in), from Ap (E, Rp, in); not differentiable."""
+    return ops.experts_linear(x, Ap.transpose(1, 2), routing.offsets)

@@ -1,0 +1,136 @@
+"""Products by expert: rows that are sorted by expert, each with its own expert's matrix.
+
+``offsets`` (E,) int32 has, for each expert, the row at which its own end. Nothing here is
+differentiable: see ``nn.experts_functional``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn.functional import grouped_mm as torch_grouped_mm
+
+from rasa_ext.ops.library import operator
+
+_ALIGNED = 16
+"""Bytes of which strides and addresses must be multiples for torch's grouped product."""
+
+
+def _by_expert_fake(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weights.shape[2]))
+
+
+@operator(
+    "experts_linear(Tensor x, Tensor weights, Tensor offsets) -> Tensor", fake=_by_expert_fake
+)
+def experts_linear(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """y (S, n) with y[s] = x[s] weights[e] for the rows s of expert e; weights (E, m, n).
+
+    Torch's grouped product where it runs, a loop over the experts elsewhere, as in float64.
+    """
+    if _grouped(x, weights):
+        return torch_grouped_mm(x, weights, offs=offsets).contiguous()
+    y = x.new_empty((x.shape[0], weights.shape[2]))
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > begin:
+            torch.mm(x[begin:end], weights[expert], out=y[begin:end])
+        begin = end
+    return y
+
+
+def _outer_fake(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    return x.new_empty((offsets.shape[0], x.shape[1], y.shape[1]))
+
+
+@operator("experts_outer(Tensor x, Tensor y, Tensor offsets) -> Tensor", fake=_outer_fake)
+def experts_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
+    """x_e^T y_e (E, m, n) of the rows of every expert e, zero where it has none."""
+    if x.shape[0] and _grouped(x, y):
+        return torch_grouped_mm(x.t(), y, offs=offsets).contiguous()
+    found = x.new_zeros((offsets.shape[0], x.shape[1], y.shape[1]))
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if end > begin:
+            torch.mm(x[begin:end].t(), y[begin:end], out=found[expert])
+        begin = end
+    return found
+
+
+def experts_rank_multiple(dtype: torch.dtype) -> int:
+    """Choose the multiple to which packs of experts are padded, so that rows are aligned."""
+    return max(1, _ALIGNED // dtype.itemsize) if dtype != torch.float64 else 1
+
+
+def pack_experts(
+    A: Tensor,
+    A_pool: Tensor | None,
+    B: Tensor,
+    B_pool: Tensor | None,
+    d: Tensor | None,
+    dtype: torch.dtype,
+    multiple: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """``pack`` of E experts, each with a pool of its own: Ap (E, Rp, in), Bp (E, Rp, out).
+
+    A (E, r-k, in), A_pool (E, P, in), B (E, out, r-k), B_pool (E, out, P), and d (E, R).
+    """
+    down = _joined(A, A_pool, multiple).to(dtype)
+    up = _joined(
+        B.transpose(1, 2), None if B_pool is None else B_pool.transpose(1, 2), multiple
+    )
+    if d is not None:
+        fill = up.shape[1] - d.shape[1]
+        up = up * (torch.nn.functional.pad(d, (0, fill)) if fill else d).unsqueeze(2)
+    return down, up.to(dtype)
+
+
+def pack_experts_backward(
+    dAp: Tensor, dBp: Tensor, B: Tensor, B_pool: Tensor | None, d: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """Gradients of ``pack_experts``' parameters, in B's dtype, from those of its results."""
+    own, pooled, dtype = B.shape[2], 0 if B_pool is None else B_pool.shape[2], B.dtype
+    dAp, dBp = dAp[:, : own + pooled].to(dtype), dBp[:, : own + pooled].to(dtype)
+    dd = None
+    if d is not None:
+        up = _joined(B.transpose(1, 2), None if B_pool is None else B_pool.transpose(1, 2), 1)
+        dd = torch.linalg.vecdot(dBp, up).to(d.dtype)
+        dBp = dBp * d.unsqueeze(2)
+    dA, dB = dAp[:, :own], dBp[:, :own].transpose(1, 2)
+    if B_pool is None:
+        return dA, None, dB, None, dd
+    return dA, dAp[:, own:], dB, dBp[:, own:].transpose(1, 2), dd
+
+
+def _joined(own: Tensor, pool: Tensor | None, multiple: int) -> Tensor:
+    """Put own, pool and rows of zeros below each other, for every expert."""
+    parts = [own] if pool is None else [own, pool]
+    if fill := -sum(part.shape[1] for part in parts) % multiple:
+        parts.append(own.new_zeros((own.shape[0], fill, own.shape[2])))
+    return torch.cat(parts, 1) if len(parts) > 1 else own
+
+
+def _grouped(x: Tensor, y: Tensor) -> bool:
+    """Tell whether torch's grouped product takes these operands."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != y.dtype:
+        return False
+    return _on_device(x.device) and _is_aligned(x) and _is_aligned(y)
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Tell whether rows (or columns) are dense and begin at multiples of 16 bytes."""
+    *_, rows, columns = tensor.stride()
+    if 1 not in (rows, columns) or 0 in tensor.shape:
+        return False
+    strides = [each for each in tensor.stride() if each != 1]
+    size = tensor.element_size()
+    return tensor.data_ptr() % _ALIGNED == 0 and all(s * size % _ALIGNED == 0 for s in strides)
+
+
+@functools.cache
+def _on_device(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu"
