@@ -29,7 +29,7 @@ from rasa_ext.train.model_loading import load_model, load_skeleton, load_tokeniz
 from rasa_ext.train.options import RECORD, FinetuneOptions
 from rasa_ext.train.results import FinetuneResult, write_record, write_results
 from rasa_ext.train.shown import describe_rows, show_example
-from rasa_ext.train.trainer import AdapterTrainer, dataset
+from rasa_ext.train.trainer import AdapterTrainer, check_head, dataset
 from rasa_ext.train.working import working
 from rasa_ext.training import ProximalGates, prune
 
@@ -157,7 +157,7 @@ def _checkpoint_to_resume(
 
 def _check_plan(options: FinetuneOptions) -> None:
     """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
-    patch_model(load_skeleton(options.model), config=options.adapter())
+    check_head(patch_model(load_skeleton(options.model), config=options.adapter()))
 
 
 def _load(options: FinetuneOptions, console: Console) -> Any:

@@ -175,6 +175,11 @@ def test_closed_altogether(common, tmp_path):
     [
         ("rasa", {"method": "elora"}, "method: expected one of rasa, lora, block-lora"),
         ("rasa", {"method": "boosted-pool"}, "a loop of yours: see rasa_ext.training"),
+        (
+            "lora",
+            {"target_modules": "lm_head"},
+            "target_modules: expected layers other than the out",
+        ),
         ("lora", {"k": 0}, "k: expected none with the method 'lora', got 0"),
         ("rasa", {"rslora": True}, "rslora: expected none with the method 'rasa', got True"),
         ("sora", {"freeze_a": True}, "freeze_a: expected none with the method 'sora', got True"),
