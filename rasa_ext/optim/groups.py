@@ -205,6 +205,7 @@ def _trains(layer: TrainedLayer) -> bool:
     if not all(each.is_leaf for each in trained):
         raise ValueError(
             "model: expected adapters whose factors are what is trained, but those of "
-            f"{layer.name!r} are computed from it, by {type(adapter.config).__name__}."
+            f"{layer.name!r} are computed from it, by {type(adapter.config).__name__}; train "
+            "it with another optimizer."
         )
     return bool(trained)
