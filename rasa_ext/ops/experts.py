@@ -1,7 +1,7 @@
 """Products by expert: rows that are sorted by expert, each with its own expert's matrix.
 
 ``offsets`` (E,) int32 has, for each expert, the row at which its own end. Nothing here is
-differentiable: see ``nn.experts_functional``.
+differentiable: see ``nn.routed``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def _by_expert_fake(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 @operator(
-    "experts_linear(Tensor x, Tensor weights, Tensor offsets) -> Tensor", fake=_by_expert_fake
+    "experts_linear(Tensor x, Tensor weights, Tensor offsets) -> Tensor",
+    fake=_by_expert_fake,
+    composed=True,
 )
 def experts_linear(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """y (S, n) with y[s] = x[s] weights[e] for the rows s of expert e; weights (E, m, n).
@@ -45,7 +47,9 @@ def _outer_fake(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty((offsets.shape[0], x.shape[1], y.shape[1]))
 
 
-@operator("experts_outer(Tensor x, Tensor y, Tensor offsets) -> Tensor", fake=_outer_fake)
+@operator(
+    "experts_outer(Tensor x, Tensor y, Tensor offsets) -> Tensor", fake=_outer_fake, composed=True
+)
 def experts_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """x_e^T y_e (E, m, n) of the rows of every expert e, zero where it has none."""
     if x.shape[0] and _grouped(x, y):
@@ -78,9 +82,7 @@ def pack_experts(
     A (E, r-k, in), A_pool (E, P, in), B (E, out, r-k), B_pool (E, out, P), and d (E, R).
     """
     down = _joined(A, A_pool, multiple).to(dtype)
-    up = _joined(
-        B.transpose(1, 2), None if B_pool is None else B_pool.transpose(1, 2), multiple
-    )
+    up = _joined(B.transpose(1, 2), None if B_pool is None else B_pool.transpose(1, 2), multiple)
     if d is not None:
         fill = up.shape[1] - d.shape[1]
         up = up * (torch.nn.functional.pad(d, (0, fill)) if fill else d).unsqueeze(2)
