@@ -148,7 +148,7 @@ def normed_stack(layers: int = 2) -> nn.Module:
 def patched(base: nn.Module, grouping: str, rank: int = 3, k: int = 1, **options: Any) -> nn.Module:
     """Patches ``base`` itself, experts alone unless told, with adapters far from their start."""
     names = {name for module in experts_of(base).values() for name in weight_names(module)}
-    options.setdefault("target_modules", rf".*experts\.({'|'.join(sorted(names))})")
+    options.setdefault("target_modules", rf"(.*\.)?experts\.({'|'.join(sorted(names))})")
     model = rasa_ext.patch_model(base, rank, k, experts=grouping, **options)
     randomize(model)
     return model

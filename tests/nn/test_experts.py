@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import rasa_ext
 from rasa_ext.nn.rasa_experts import RasaExperts
 from tests.helpers import experts, oracle
+from tests.helpers.adapters import FLOOR, Errors, excesses
 from tests.helpers.experts import EXPERTS, FAMILIES, GROUPINGS, TOP, UNLIKE, bank_adapters
 from tests.helpers.oracle import Adapter
 
@@ -139,3 +143,142 @@ def test_a_token_that_chooses_one_expert_twice():
     x, chosen, shares = experts.inputs()
     chosen[2] = chosen[2, 0]
     check(module, x, chosen, shares)
+
+
+def merged(module: RasaExperts, implementation: str) -> nn.Module:
+    """A copy of the plain experts with W + dW in the base's dtype, run as transformers would."""
+    base = copy.deepcopy(module.base_layer)
+    with torch.no_grad():
+        for name, adapter in bank_adapters(module).items():
+            weight = getattr(base, name)
+            stacked = weight.double().transpose(1, 2) if base.is_transposed else weight.double()
+            changed = oracle.stacked_weight(stacked, adapter.map(lambda t: t.double()))
+            weight.copy_(changed.transpose(1, 2) if base.is_transposed else changed)
+    base.config._experts_implementation = implementation
+    return base
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_the_models_own_forward_with_changed_weights(family, grouping, implementation):
+    x, chosen, shares = experts.inputs()
+    for module in doubles(family, grouping):
+        base = merged(module, implementation)
+        theirs = gradients(lambda x, w, run=base: run(x, chosen, w), x, shares, {})
+        assert_close(gradients(lambda x, w, run=module: run(x, chosen, w), x, shares, {}), theirs)
+
+
+def plain(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """The forward as PyTorch operations in x's dtype, an expert at a time."""
+    base, out = module.base_layer, torch.zeros_like(x)
+    names, adapters = experts.weight_names(base), bank_adapters(module)
+    for e in range(EXPERTS):
+        tokens, places = torch.where(chosen == e)
+        rows = x[tokens]
+        for name in names:
+            weight, adapter = getattr(base, name)[e], adapters[name]
+            down, up = adapter.A[e], adapter.B[e]
+            if adapter.A_pool is not None:
+                each = adapter.A_pool.ndim == 3
+                down = torch.cat([down, adapter.A_pool[e] if each else adapter.A_pool])
+                up = torch.cat([up, adapter.B_pool[e] if each else adapter.B_pool], 1)
+            y = rows @ (weight if base.is_transposed else weight.T)
+            y = y + ((rows @ down.to(x.dtype).T) * adapter.d[e].to(x.dtype)) @ up.to(x.dtype).T
+            y = y + getattr(base, f"{name}_bias")[e] if base.has_bias else y
+            last = name == names[1]
+            rows = y if last else (base._apply_gate(y) if base.has_gate else base.act_fn(y))
+        out = out.index_add(0, tokens, (rows * shares[tokens, places, None]).to(out.dtype))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", UNLIKE)
+def test_rounding(family, grouping, dtype, figure):
+    """At most twice that of plain PyTorch; the router's weights come in float32, as they do."""
+    ours, theirs = Errors(), Errors()
+    model = experts.patched(experts.model(family).to(dtype), grouping, RANK, 1)
+    module = experts.adapted(model)[0]
+    for seed in range(16):
+        x, chosen, shares = experts.inputs(32, seed=seed, dtype=torch.float32)
+        x = x.to(dtype)
+        leaves = leaves_of(module)
+        wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+        expected = gradients(
+            lambda x, w, wide=wide, chosen=chosen: naive(module, wide, x, chosen, w),
+            x.double(),
+            shares.double(),
+            wide,
+        )
+        for errors, run in ((ours, module), (theirs, functools.partial(plain, module))):
+            found = gradients(
+                lambda x, w, run=run, chosen=chosen: run(x, chosen, w), x, shares, leaves
+            )
+            assert found["y"].dtype == x.dtype
+            errors.add(found, expected)
+    bad, worst = excesses(ours, theirs, FLOOR.get(dtype, 0.0))
+    figure(f"experts of {family}, {grouping}, {dtype}: worst ratio to plain PyTorch {worst:.2f}")
+    assert not bad
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_models(family, implementation, figure):
+    """Logits in float32, against the model's own with W + dW, in every way that it has."""
+    entry = experts.entry(family)
+    model = experts.patched(entry.build(), "shared", RANK, 1).eval()
+    plain_model = entry.build().eval()
+    names = experts.experts_of(plain_model)
+    for name, module in zip(names, experts.adapted(model), strict=True):
+        parent, _, last = name.rpartition(".")
+        setattr(plain_model.get_submodule(parent), last, merged(module, implementation))
+    exact = copy.deepcopy(plain_model).double()
+    for name in names:
+        exact.get_submodule(name).config._experts_implementation = "eager"
+    inputs = entry.inputs(0)
+    with torch.no_grad():
+        with oracle.AllInFloat64():
+            expected = {"logits": entry.call(exact, **inputs)}
+        ours, theirs = Errors(), Errors()
+        ours.add({"logits": entry.call(model, **inputs)}, expected)
+        theirs.add({"logits": entry.call(plain_model, **inputs)}, expected)
+    bad, worst = excesses(ours, theirs, FLOOR[torch.float32])
+    figure(f"{family}, logits: {ours.relative()['logits']:.1e}, {worst:.2f} of {implementation}'s")
+    assert not bad
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_disabled_it_is_the_base(family, implementation):
+    """To the bit, with whatever implementation the model has."""
+    entry = experts.entry(family)
+    base = entry.build()
+    model = experts.patched(entry.build(), "slot", RANK, 1)
+    inputs = entry.inputs(0)
+    for each in (base, model):
+        each.config._experts_implementation = implementation
+    with torch.no_grad():
+        expected = entry.call(base, **inputs)
+        assert not torch.equal(entry.call(model, **inputs), expected)
+        for module in experts.adapted(model):
+            module.disabled = True
+        assert torch.equal(entry.call(model, **inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patching_keeps_the_output(family, dtype):
+    """Every B is zero at first: only the last rounding may differ from the model's own."""
+    ours, theirs = Errors(), Errors()
+    base = experts.model(family).to(dtype)
+    model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1, experts="shared")
+    own = experts.experts_of(base).values()
+    for seed, (plain_module, module) in enumerate(zip(own, experts.adapted(model), strict=True)):
+        x, chosen, shares = experts.inputs(64, seed=seed, dtype=torch.float32)
+        wide = copy.deepcopy(plain_module).double()
+        wide.config._experts_implementation = "eager"
+        expected = {"y": wide(x.to(dtype).double(), chosen, shares.double()).detach()}
+        ours.add({"y": module(x.to(dtype), chosen, shares)}, expected)
+        theirs.add({"y": plain_module(x.to(dtype), chosen, shares)}, expected)
+    assert not excesses(ours, theirs, FLOOR.get(dtype, 0.0))[0]
