@@ -175,12 +175,17 @@ def bank_adapters(module: RasaExperts) -> dict[str, Adapter]:
 
 
 def inputs(
-    tokens: int = 7, top: int = TOP, seed: int = 5, dtype: torch.dtype = torch.float64
+    tokens: int = 7,
+    top: int = TOP,
+    seed: int = 5,
+    dtype: torch.dtype = torch.float64,
+    hidden: int = HIDDEN,
+    count: int = EXPERTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (T, H), chosen (T, top) of which expert 1 is none unless all are, and shares (T, top)."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
-    free = [e for e in range(EXPERTS) if top == EXPERTS or e != 1]
+    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
+    free = [e for e in range(count) if top == count or e != 1]
     orders = torch.rand(tokens, len(free), generator=generator).argsort(1)[:, :top]
     shares = torch.rand(tokens, top, generator=generator, dtype=torch.float64) + 0.1
     return x.to(dtype), torch.tensor(free)[orders].view(tokens, top), shares.to(dtype)
