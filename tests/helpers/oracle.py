@@ -69,7 +69,7 @@ def experts(
     ``up`` and ``down`` are (W (E, out, in), bias (E, out) or None), ``act`` takes rows.
     """
     (W1, b1), (W2, b2) = up, down
-    y = torch.zeros_like(x)
+    y = x.new_zeros(len(x), W2.shape[1])
     for t, k in itertools.product(*map(range, chosen.shape)):
         e = int(chosen[t, k])
         h = act((W1[e] @ x[t] + (0 if b1 is None else b1[e]))[None])[0]
