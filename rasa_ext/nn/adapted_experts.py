@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from rasa_ext import ops
 from rasa_ext.base_layers.experts import bank_names, bank_weight
 from rasa_ext.nn.adapted_linear import Adapter
 from rasa_ext.nn.pack_cache import PackCache
-from rasa_ext.nn.precision import restored
+from rasa_ext.nn.precision import HALVES, is_sharing, restored
 from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank, low_rank_rows
 from rasa_ext.ops import Factors
 
@@ -73,79 +73,60 @@ class AdaptedExperts(nn.Module):
             found: Tensor = base(hidden_states, top_k_index, top_k_weights)
             return found
         up, down = bank_names(base)
-        weight: Tensor = getattr(base, up)
+        dtype = getattr(base, up).dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
-            x, w = hidden_states.to(weight.dtype), top_k_weights.to(weight.dtype)
-            routing = Routing.of(top_k_index, weight.shape[0])
-            dropped = self._dropped(up, x)
-            y = self._product(up, routing.to_pairs(x), dropped, routing, by_token=True)
-            if (pool := self._pooled(up, dropped)) is not None:
-                V, d, B_pool = pool
-                y += (routing.to_pairs(V) * routing.of_experts(d)) @ B_pool.t()
-            h: Tensor = base._apply_gate(y) if base.has_gate else base.act_fn(y)
-            dropped = self._dropped(down, h)
-            z = self._product(down, h, dropped, routing, by_token=False)
-            pool = self._pooled(down, dropped)
-            by_choice = w.reshape(-1, 1)
-            by_pair = by_choice.index_select(0, routing.order)
-            out = None
+            routing = Routing.of(top_k_index, getattr(base, up).shape[0])
+            shares = top_k_weights.reshape(-1, 1).index_select(0, routing.order)
+            y, pool = self._product(up, hidden_states.to(dtype), routing, by_token=True)
             if pool is not None:
-                V, d, B_pool = pool
-                used = V * routing.of_experts(d)
-                if base.has_post_expert_norm:
-                    z += used @ B_pool.t()
-                else:
-                    out = routing.to_tokens(used * by_pair) @ B_pool.t()
+                y.addmm_(routing.scaled(pool.V, pool.d, by_token=True), pool.B.t())
+            h: Tensor = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+            z, pool = self._product(down, h, routing, by_token=False)
+            # Once a token, after the sum over its experts, but where a norm stands before that.
+            used = None if pool is None else routing.scaled(pool.V, pool.d, by_token=False)
             if base.has_post_expert_norm:
+                if pool is not None and used is not None:
+                    z.addmm_(used, pool.B.t())
                 z = base.post_expert_norm(z)
-            summed = routing.to_tokens(z * by_pair)
-            return (summed if out is None else summed + out).to(hidden_states.dtype)
-
-    def _dropped(self, name: str, x: Tensor) -> Tensor:
-        """Give the input of an adapter, x itself unless it has dropout."""
-        adapter = self.adapter(name)
-        p = adapter.config.dropout if adapter is not None and self.training else 0.0
-        return nn.functional.dropout(x, p) if p else x
+            out = routing.to_tokens(z * shares)
+            if pool is not None and used is not None and not base.has_post_expert_norm:
+                out = out + routing.to_tokens(used * shares).to(dtype) @ pool.B.t()
+            return out.to(hidden_states.dtype)
 
     def _product(
-        self, name: str, x: Tensor, dropped: Tensor, routing: Routing, *, by_token: bool
-    ) -> Tensor:
-        """Compute one weight's product by expert, with what its adapter adds by expert."""
-        y = experts_linear(x, bank_weight(self.base_layer, name), routing)
+        self, name: str, x: Tensor, routing: Routing, *, by_token: bool
+    ) -> tuple[Tensor, _Pooled | None]:
+        """Compute one weight's product by expert, with what its adapter adds by expert.
+
+        Beside it stands what the adapter adds densely.
+        """
+        rows = routing.to_pairs(x) if by_token else x
+        y = experts_linear(rows, bank_weight(self.base_layer, name), routing)
         if self.base_layer.has_bias:
             y += getattr(self.base_layer, f"{name}_bias").index_select(0, routing.experts)
         adapter = self.adapter(name)
         if adapter is None:
-            return y
+            return y, None
+        if self.training and (p := adapter.config.dropout):
+            x = nn.functional.dropout(x, p)
+            rows = routing.to_pairs(x) if by_token else x
         sources = adapter.sources()
         with_grad = torch.is_grad_enabled() and (
-            dropped.requires_grad or any(source.requires_grad for source in sources)
+            x.requires_grad or any(source.requires_grad for source in sources)
         )
         if with_grad:
             self._caches[name].drop()
+            if sources[0].dtype in HALVES and not (torch.compiler.is_compiling() or is_sharing()):
+                self.restore()
             own = _by_expert(adapter.factors())
             if own.rank:
-                y += experts_low_rank(dropped, own, routing, by_token)
-            return y
-        Ap, Bp = self._packed(name, adapter, x.dtype, x.device)
-        if Ap.shape[1]:
-            rows = routing.to_pairs(dropped) if by_token else dropped
-            y += ops.experts_linear(low_rank_rows(rows, Ap, routing), Bp, routing.offsets)
-        return y
-
-    def _pooled(self, name: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Give x A_pool^T, d (E, P) and B_pool (out, P) where all experts read one pool."""
-        adapter = self.adapter(name)
-        if adapter is None:
-            return None
-        A, A_pool, B, B_pool, d = adapter.factors()
-        if A_pool is None or B_pool is None or A_pool.dim() == 3:
-            return None
-        V = x @ A_pool.to(x.dtype).t()
-        if not A.numel():  # DistributedDataParallel waits for gradients of these as well
-            V = V + A.sum() + B.sum()
-        diagonal = A_pool.new_ones((A.shape[0], A_pool.shape[0])) if d is None else d
-        return V, diagonal[:, -A_pool.shape[0] :].to(x.dtype), B_pool.to(x.dtype)
+                y += experts_low_rank(x, own, routing, by_token)
+        else:
+            Ap, Bp = self._packed(name, adapter, x.dtype, x.device)
+            if Ap.shape[1]:
+                U = low_rank_rows(rows, Ap, routing)
+                y += ops.experts_linear(U, Bp, routing.offsets)
+        return y, _pooled(adapter.factors(), x)
 
     def _packed(
         self, name: str, adapter: Adapter, dtype: torch.dtype, device: torch.device
@@ -188,6 +169,29 @@ class AdaptedExperts(nn.Module):
         self.drop_pack()
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # nn.Module's has no types
         return self
+
+
+class _Pooled(NamedTuple):
+    """What a pool that all experts share adds: (V[s] * d[e]) B^T to each pair s of expert e."""
+
+    V: Tensor
+    """x A_pool^T, a row for each of x."""
+    d: Tensor
+    """(E, P)"""
+    B: Tensor
+    """(out, P)"""
+
+
+def _pooled(factors: Factors, x: Tensor) -> _Pooled | None:
+    """Compute the dense part of an adapter on x, None where experts share no pool."""
+    A, A_pool, B, B_pool, d = factors
+    if A_pool is None or B_pool is None or A_pool.dim() == 3:
+        return None
+    ranks = A_pool.shape[0]
+    d = A_pool.new_ones((A.shape[0], ranks)) if d is None else d[:, -ranks:]
+    if not A.numel():  # DistributedDataParallel waits for gradients of these as well
+        d = d + A.sum() + B.sum()
+    return _Pooled(x @ A_pool.to(x.dtype).t(), d, B_pool.to(x.dtype))
 
 
 def _by_expert(factors: Factors) -> Factors:

@@ -2,7 +2,7 @@
 
     Routing.to_pairs(x)               a row for each (token, expert) pair, sorted by expert
     Routing.to_tokens(z)              the sum over the experts of each token
-    Routing.of_experts(d)             the row of each pair's expert
+    Routing.scaled(V, d)              V[s] d[e]: a diagonal by expert, over rows that all computed
     experts_linear(x, W, routing)     x[s] W[e]^T
     experts_low_rank(x, ..., routing) (x[s] Ap[e]^T) Bp[e], with the pack of the factors
 
@@ -62,9 +62,12 @@ class Routing(NamedTuple):
         found: Tensor = _ToTokens.apply(z, self)
         return found
 
-    def of_experts(self, d: Tensor) -> Tensor:
-        """Give each pair its expert's row of d (E, n), (S, n); differentiable."""
-        found: Tensor = _OfExperts.apply(d, self)
+    def scaled(self, V: Tensor, d: Tensor, by_token: bool) -> Tensor:
+        """Scale each pair's row of V, (T, n) by token or (S, n), by its expert's of d (E, n).
+
+        Differentiable; (S, n), in V's dtype.
+        """
+        found: Tensor = _Scaled.apply(V, d, self, by_token)
         return found
 
 
@@ -103,18 +106,26 @@ class _ToTokens(Function):
         return _pairs(grad, ctx.routing), None
 
 
-class _OfExperts(Function):
+class _Scaled(Function):
     @staticmethod
-    def forward(ctx: Any, d: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return d.index_select(0, routing.experts)
+    def forward(ctx: Any, V: Tensor, d: Tensor, routing: Routing, by_token: bool) -> Tensor:
+        ctx.routing, ctx.by_token = routing, by_token
+        ctx.save_for_backward(V, d)
+        rows = _pairs(V, routing) if by_token else V
+        return rows * d.to(V.dtype).index_select(0, routing.experts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ends = ctx.routing.offsets
-        bounds = torch.cat((ends.new_zeros(1), ends))
-        return torch.segment_reduce(grad, "sum", offsets=bounds, axis=0, initial=0), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        V, d = ctx.saved_tensors
+        routing: Routing = ctx.routing
+        dV = grad * d.to(V.dtype).index_select(0, routing.experts)
+        # An expert's sum over all its tokens: in halves it would stand still early.
+        dots = grad.to(ops.accumulation_dtype(grad.dtype))
+        dots = dots * (_pairs(V, routing) if ctx.by_token else V)
+        bounds = torch.cat((routing.offsets.new_zeros(1), routing.offsets))
+        dd = torch.segment_reduce(dots, "sum", offsets=bounds, axis=0, initial=0, unsafe=True)
+        return _summed(dV, routing) if ctx.by_token else dV, dd.to(d.dtype), None, None
 
 
 class _Linear(Function):

@@ -34,12 +34,13 @@ from rasa_ext.ops.layers import (
     pack_group,
     pack_group_backward,
 )
-from rasa_ext.ops.library import COMPILED, OPERATORS, accumulation_dtype, cuda_status
+from rasa_ext.ops.library import COMPILED, COMPOSED, OPERATORS, accumulation_dtype, cuda_status
 from rasa_ext.ops.linear import low_rank_add, low_rank_linear, low_rank_linear_backward
 from rasa_ext.ops.pack import Factors, Pack, pack, pack_backward
 
 __all__ = [
     "COMPILED",
+    "COMPOSED",
     "OPERATORS",
     "Factors",
     "Pack",

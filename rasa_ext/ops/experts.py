@@ -1,7 +1,7 @@
 """Products by expert: rows that are sorted by expert, each with its own expert's matrix.
 
 ``offsets`` (E,) int32 has, for each expert, the row at which its own end. Nothing here is
-differentiable: see ``nn.experts_functional``.
+differentiable: see ``nn.routed``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ def _by_expert_fake(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 
 
 @operator(
-    "experts_linear(Tensor x, Tensor weights, Tensor offsets) -> Tensor", fake=_by_expert_fake
+    "experts_linear(Tensor x, Tensor weights, Tensor offsets) -> Tensor",
+    fake=_by_expert_fake,
+    composed=True,
 )
 def experts_linear(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """y (S, n) with y[s] = x[s] weights[e] for the rows s of expert e; weights (E, m, n).
@@ -45,7 +47,9 @@ def _outer_fake(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty((offsets.shape[0], x.shape[1], y.shape[1]))
 
 
-@operator("experts_outer(Tensor x, Tensor y, Tensor offsets) -> Tensor", fake=_outer_fake)
+@operator(
+    "experts_outer(Tensor x, Tensor y, Tensor offsets) -> Tensor", fake=_outer_fake, composed=True
+)
 def experts_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     """x_e^T y_e (E, m, n) of the rows of every expert e, zero where it has none."""
     if x.shape[0] and _grouped(x, y):

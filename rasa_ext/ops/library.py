@@ -17,6 +17,8 @@ from torch.utils._pytree import tree_leaves
 LIBRARY = torch.library.Library("rasa_ext", "DEF")
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {}
 """The schema of every operator and its fake kernel, the PyTorch kernel wherever that can be."""
+COMPOSED: set[str] = set()
+"""Those of them that call torch's own kernels on every device: none is compiled for them."""
 
 # The compiled library registers CUDA kernels for the schemas of this package when it is loaded.
 _MODULE = "rasa_ext._C"
@@ -28,7 +30,10 @@ _R = TypeVar("_R")
 
 
 def operator(
-    schema: str, kernel: Callable[..., Any] | None = None, fake: Callable[..., Any] | None = None
+    schema: str,
+    kernel: Callable[..., Any] | None = None,
+    fake: Callable[..., Any] | None = None,
+    composed: bool = False,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Define an operator from its PyTorch kernel; what stands under that name calls the operator.
 
@@ -40,7 +45,9 @@ def operator(
         schema: name, arguments and results as ``torch.library`` takes them.
         kernel: what is registered, where the function itself gives views for speed, which no
             result of an operator may be.
-        fake: what says shapes, dtypes and strides where compiled kernels take other inputs.
+        fake: what says shapes, dtypes and strides where compiled kernels take other inputs, or
+            where the PyTorch kernel looks at values.
+        composed: whether it has no compiled kernel, since torch has what it needs.
     """
     name = schema.partition("(")[0]
 
@@ -52,14 +59,16 @@ def operator(
         LIBRARY.impl(name, registered, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{LIBRARY.ns}::{name}", shapes, lib=LIBRARY)
         overload: Callable[_P, _R] = getattr(getattr(torch.ops, LIBRARY.ns), name).default
-        if COMPILED:
+        if composed:
+            COMPOSED.add(name)
+        elif COMPILED:
             return overload
 
         def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
             return (overload if is_compiling() else direct)(*args, **kwargs)
 
         call.__name__, call.__doc__ = name, direct.__doc__
-        return warning_once(call) if BROKEN else call
+        return warning_once(call) if BROKEN and not composed else call
 
     return define
 

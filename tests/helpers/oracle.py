@@ -6,6 +6,7 @@ Shapes: A (r-k, in), B (out, r-k), d (R,), pool A (L*k, in), pool B (out, L*k), 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -45,6 +46,36 @@ def delta(adapter: Adapter) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> Tensor:
     y = x.double() @ (weight.double() + delta(adapter)).T
     return y if bias is None else y + bias.double()
+
+
+def stacked_weight(weight: Tensor, adapter: Adapter) -> Tensor:
+    """W[e] + dW[e] (E, out, in) of stacked experts, differentiable; a pool is of all or of each."""
+    changed = []
+    for e, matrix in enumerate(weight):
+        down, up = adapter.A[e], adapter.B[e]
+        if adapter.A_pool is not None:
+            each = adapter.A_pool.dim() == 3
+            down = torch.cat([down, adapter.A_pool[e] if each else adapter.A_pool])
+            up = torch.cat([up, adapter.B_pool[e] if each else adapter.B_pool], 1)
+        changed.append(matrix + up @ torch.diag(adapter.d[e]) @ down)
+    return torch.stack(changed)
+
+
+def experts(
+    x: Tensor, chosen: Tensor, shares: Tensor, up: tuple, down: tuple, act, norm=lambda z: z
+) -> Tensor:
+    """y[t] = sum over k of share norm(W2[e] act(W1[e] x[t] + b1[e]) + b2[e]), e = chosen[t, k].
+
+    ``up`` and ``down`` are (W (E, out, in), bias (E, out) or None), ``act`` takes rows.
+    """
+    (W1, b1), (W2, b2) = up, down
+    y = x.new_zeros(len(x), W2.shape[1])
+    for t, k in itertools.product(*map(range, chosen.shape)):
+        e = int(chosen[t, k])
+        h = act((W1[e] @ x[t] + (0 if b1 is None else b1[e]))[None])[0]
+        z = W2[e] @ h + (0 if b2 is None else b2[e])
+        y[t] = y[t] + shares[t, k] * norm(z[None])[0]
+    return y
 
 
 def linear_grads(grad: Tensor, x: Tensor, weight: Tensor, adapter: Adapter) -> dict[str, Tensor]:

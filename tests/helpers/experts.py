@@ -1,0 +1,272 @@
+"""Tiny mixtures of experts of many families, their experts alone, and what is counted of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import rasa_ext
+from rasa_ext.nn.rasa_experts import RasaExperts
+from tests.helpers.models import Entry, randomize_weights
+from tests.helpers.oracle import Adapter
+
+EXPERTS, HIDDEN, INNER, TOP = 5, 16, 24, 2
+GROUPINGS = ("slot", "layer", "shared")
+
+_SPARSE = {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "moe_intermediate_size": INNER}
+_DEEPSEEK = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+_ONE_GROUP = {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1}
+_MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "chunk_size": 4}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": EXPERTS},
+    "qwen2_moe": {
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": INNER,
+        "shared_expert_intermediate_size": 12,
+    },
+    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INNER},
+    "gpt_oss": {"num_local_experts": EXPERTS},
+    "nemotron_h": {
+        **{**_SPARSE, **_MAMBA, "num_hidden_layers": None, "n_groups": 1},
+        "moe_shared_expert_intermediate_size": 12,
+        "layers_block_type": ["moe", "moe"],
+    },
+    "olmoe": {"num_experts": EXPERTS},
+    "deepseek_v3": {**_SPARSE, **_DEEPSEEK, **_ONE_GROUP, "v_head_dim": 8, "head_dim": None},
+    "glm4_moe": {**_SPARSE, **_ONE_GROUP},
+}
+"""By transformers' name. gpt-oss has its weights transposed, biases and gates interleaved with ups;
+nemotron_h has no gates."""
+FAMILIES = tuple(OPTIONS)
+UNLIKE = ("mixtral", "gpt_oss", "nemotron_h")
+"""One of each layout."""
+
+
+def model(family: str = "mixtral", **options: Any) -> nn.Module:
+    """A causal language model of two layers, whose weights all matter."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    usual = {
+        "vocab_size": 32,
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 32,
+        "use_cache": False,
+        "num_experts_per_tok": TOP,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **OPTIONS[family],
+        **options,
+    }
+    if family == "gpt_oss":
+        usual["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
+    given = {
+        key: value for key, value in usual.items() if value is not None or key.endswith("token_id")
+    }
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **given))
+    randomize_weights(made, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for module in experts_of(made).values():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.ndim == 3:
+                    generator = torch.Generator().manual_seed(len(name))
+                    weight.copy_(torch.randn(weight.shape, generator=generator) * 0.3)
+    return made
+
+
+def entry(family: str = "mixtral", **options: Any) -> Entry:
+    """The same as an Entry, for what takes a step of a whole model."""
+    return Entry(
+        family,
+        functools.partial(model, family, **options),
+        lambda generator: {"input_ids": torch.randint(0, 32, (4, 7), generator=generator)},
+        lambda model, **inputs: model(**inputs).logits,
+        ("lm_head",),
+    )
+
+
+def experts_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The plain modules that hold stacked experts, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module.__dict__.get("has_gate"), bool)
+    }
+
+
+def adapted(model: nn.Module) -> list[RasaExperts]:
+    return [module for module in model.modules() if isinstance(module, RasaExperts)]
+
+
+def weight_names(module: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+
+
+@functools.cache
+def _normed() -> type[nn.Module]:
+    """Experts with a norm behind each, of which transformers' decorator is told."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    class NormedExperts(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = EXPERTS, nn.SiLU()
+            self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, HIDDEN) * 0.3)
+            self.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) * 0.3)
+            self.post_expert_norm = nn.RMSNorm(HIDDEN, eps=1e-6)
+            nn.init.uniform_(self.post_expert_norm.weight)
+
+        def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+            raise NotImplementedError("grouped_mm or batched_mm")
+
+    return use_experts_implementation(has_post_expert_norm=True)(NormedExperts)
+
+
+def normed_stack(layers: int = 2) -> nn.Module:
+    """Layers of experts with a norm behind each, in a module as a model is one."""
+    torch.manual_seed(0)
+    config = SimpleNamespace(_experts_implementation="batched_mm")
+    stack = nn.ModuleList(nn.ModuleDict({"experts": _normed()(config)}) for _ in range(layers))
+    return nn.ModuleDict({"layers": stack})
+
+
+def patched(base: nn.Module, grouping: str, rank: int = 3, k: int = 1, **options: Any) -> nn.Module:
+    """Patches ``base`` itself, experts alone unless told, with adapters far from their start."""
+    names = {name for module in experts_of(base).values() for name in weight_names(module)}
+    options.setdefault("target_modules", rf"(.*\.)?experts\.({'|'.join(sorted(names))})")
+    model = rasa_ext.patch_model(base, rank, k, experts=grouping, **options)
+    randomize(model)
+    return model
+
+
+def randomize(model: nn.Module, seed: int = 3) -> None:
+    """Draws every adapter tensor, such that dW is about as large as W."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and name.rpartition(".")[2] in ("A", "B", "d"):
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                d = name.endswith(".d")
+                parameter.copy_(0.3 * noise + d)
+
+
+def bank_adapters(module: RasaExperts) -> dict[str, Adapter]:
+    """The live tensors of its adapters by the name of the weight."""
+    found = {}
+    for name, bank in module.banks().items():
+        pool = (None, None) if bank.pool is None else (bank.pool.A, bank.pool.B)
+        found[name] = Adapter(bank.A, pool[0], bank.B, pool[1], bank.d)
+    return found
+
+
+def inputs(
+    tokens: int = 7,
+    top: int = TOP,
+    seed: int = 5,
+    dtype: torch.dtype = torch.float64,
+    hidden: int = HIDDEN,
+    count: int = EXPERTS,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (T, H), chosen (T, top) of which expert 1 is none unless all are, and shares (T, top)."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
+    free = [e for e in range(count) if top == count or e != 1]
+    orders = torch.rand(tokens, len(free), generator=generator).argsort(1)[:, :top]
+    shares = torch.rand(tokens, top, generator=generator, dtype=torch.float64) + 0.1
+    return x.to(dtype), torch.tensor(free)[orders].view(tokens, top), shares.to(dtype)
+
+
+class Made(TorchDispatchMode):
+    """While entered: the elements of every tensor that operations made, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        known = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = [
+            t for t in tree_leaves(result) if isinstance(t, Tensor) and _storage(t) not in known
+        ]
+        self.sizes += [t.untyped_storage().nbytes() // t.element_size() for t in made]
+        return result
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered: bytes of the storages that operations made and that are alive, and their peak.
+
+    For any device; what an operator allocates and frees within itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):  # what was there before counts for nothing
+            if isinstance(tensor, Tensor):
+                self._note(tensor, new=False)
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self._note(tensor, new=True)
+        return result
+
+    def _note(self, tensor: Tensor, new: bool) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known:
+            return
+        size = storage.nbytes() if new else 0
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self._known[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
+
+    def _gone(self, key: int, size: int, _: object) -> None:
+        self._known.pop(key, None)
+        self.now -= size
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+@contextlib.contextmanager
+def saved_storages() -> Iterator[dict[int, int]]:
+    """Storages that autograd keeps meanwhile, each once: address to bytes."""
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []  # so that no address is used twice
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        yield found
+    found.pop(0, None)  # tensors without elements
+
+
+def peak(call: Callable[[], object]) -> int:
+    """The most bytes that ``call`` had alive beyond what was there before."""
+    with LiveBytes() as counted:
+        call()
+    return counted.peak

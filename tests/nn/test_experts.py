@@ -1,0 +1,332 @@
+"""Adapted experts against a loop over tokens and experts, and against the model's own forwards."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rasa_ext
+from rasa_ext.nn.rasa_experts import RasaExperts
+from tests.helpers import experts, oracle
+from tests.helpers.adapters import FLOOR, Errors, excesses
+from tests.helpers.experts import EXPERTS, FAMILIES, GROUPINGS, TOP, UNLIKE, bank_adapters
+from tests.helpers.oracle import Adapter
+
+RANK = 3
+EXACT = 1e-12
+
+
+def leaves_of(module: RasaExperts) -> dict[str, Tensor]:
+    """Every tensor of its adapters once, by name."""
+    found = {}
+    for name, adapter in bank_adapters(module).items():
+        for field, tensor in adapter._asdict().items():
+            if tensor is not None:
+                found[f"{name}.{field}"] = tensor
+    return found
+
+
+def naive(module: RasaExperts, leaves: Mapping[str, Tensor], x, chosen, shares) -> Tensor:
+    """The output by the loop, over leaves that may be others than the module's."""
+    base = module.base_layer
+    parts = []
+    for name in experts.weight_names(base):
+        weight = getattr(base, name).detach().double()
+        weight = weight.transpose(1, 2) if base.is_transposed else weight
+        fields = [leaves.get(f"{name}.{field}") for field in Adapter._fields]
+        if fields[0] is not None:
+            weight = oracle.stacked_weight(weight, Adapter(*fields))
+        bias = getattr(base, f"{name}_bias").detach().double() if base.has_bias else None
+        parts.append((weight, bias))
+    act = base._apply_gate if base.has_gate else base.act_fn
+    norm = base.post_expert_norm if base.has_post_expert_norm else lambda z: z
+    return oracle.experts(x, chosen, shares, *parts, act, norm)
+
+
+def gradients(call, x: Tensor, shares: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Output and gradients of x, the shares and all leaves under one probe."""
+    x, shares = x.clone().requires_grad_(), shares.clone().requires_grad_()
+    y = call(x, shares)
+    probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    wanted = {"x": x, "shares": shares, **leaves}
+    grads = torch.autograd.grad((y * probe.to(y.dtype)).sum(), list(wanted.values()))
+    return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
+
+
+def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """To 1e-12 of the largest element."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = value.abs().max().item() if value.numel() else 0.0
+        torch.testing.assert_close(found[name], value, rtol=0, atol=EXACT * (1 + scale), msg=name)
+
+
+def check(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> dict[str, Tensor]:
+    """Output and every gradient of the module against the loop; gives the module's."""
+    leaves = leaves_of(module)
+    found = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
+    wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+    expected = gradients(lambda x, w: naive(module, wide, x, chosen, w), x, shares, wide)
+    assert_close(found, expected)
+    with torch.no_grad():
+        assert_close({"y": module(x, chosen, shares)}, {"y": expected["y"]})
+    return found
+
+
+def doubles(family: str, grouping: str, k: int = 1, **options) -> list[RasaExperts]:
+    """The adapted experts of a tiny model of two layers, in float64."""
+    base = experts.normed_stack() if family == "normed" else experts.model(family)
+    options.setdefault("adapter_dtype", torch.float64)
+    return experts.adapted(experts.patched(base.double(), grouping, RANK, k, **options))
+
+
+@pytest.mark.parametrize("k", [0, 1, RANK])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", [*FAMILIES, "normed"])
+def test_output_and_gradients(family, grouping, k):
+    """Expert 1 is chosen by no token: its own tensors have zeros for gradients."""
+    for module in doubles(family, grouping, k):
+        found = check(module, *experts.inputs())
+        for name, grad in found.items():
+            field = name.rpartition(".")[2]
+            if field in ("A", "B", "d") or (grad.ndim == 3 and grouping == "slot"):
+                assert not grad[1].any(), name
+                assert grad[0].any() or not grad[0].numel(), name
+
+
+@pytest.mark.parametrize(("tokens", "top"), [(7, 1), (7, EXPERTS), (1, TOP), (1, 1)])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", [*UNLIKE, "normed"])
+def test_numbers_of_tokens_and_choices(family, grouping, tokens, top):
+    _, module = doubles(family, grouping)
+    check(module, *experts.inputs(tokens, top))
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", [*UNLIKE, "normed"])
+def test_no_token(family, grouping):
+    _, module = doubles(family, grouping)
+    x, chosen, shares = experts.inputs(tokens=0)
+    leaves = leaves_of(module)
+    found = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
+    assert found["y"].shape == (0, experts.HIDDEN)
+    for name, tensor in {"x": x, "shares": shares, **leaves}.items():
+        assert found[name].shape == tensor.shape
+        assert not found[name].any(), name
+    with torch.no_grad():
+        assert module(x, chosen, shares).shape == x.shape
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_every_k(rank):
+    for k in range(rank + 1):
+        for grouping in GROUPINGS:
+            base = experts.model("gpt_oss").double()
+            model = experts.patched(base, grouping, rank, k, adapter_dtype=torch.float64)
+            check(experts.adapted(model)[1], *experts.inputs())
+
+
+def test_one_expert_that_every_token_chooses():
+    _, module = doubles("mixtral", "slot")
+    x, chosen, shares = experts.inputs(top=1)
+    check(module, x, torch.full_like(chosen, EXPERTS - 1), shares)
+
+
+def test_a_token_that_chooses_one_expert_twice():
+    """No router does, but the sum over choices says what it means."""
+    _, module = doubles("mixtral", "shared")
+    x, chosen, shares = experts.inputs()
+    chosen[2] = chosen[2, 0]
+    check(module, x, chosen, shares)
+
+
+def merged(module: RasaExperts, implementation: str) -> nn.Module:
+    """A copy of the plain experts with W + dW in the base's dtype, run as transformers would."""
+    base = copy.deepcopy(module.base_layer)
+    with torch.no_grad():
+        for name, adapter in bank_adapters(module).items():
+            weight = getattr(base, name)
+            stacked = weight.double().transpose(1, 2) if base.is_transposed else weight.double()
+            changed = oracle.stacked_weight(stacked, adapter.map(lambda t: t.double()))
+            weight.copy_(changed.transpose(1, 2) if base.is_transposed else changed)
+    base.config._experts_implementation = implementation
+    return base
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_the_models_own_forward_with_changed_weights(family, grouping, implementation):
+    x, chosen, shares = experts.inputs()
+    for module in doubles(family, grouping):
+        base = merged(module, implementation)
+        theirs = gradients(lambda x, w, run=base: run(x, chosen, w), x, shares, {})
+        assert_close(gradients(lambda x, w, run=module: run(x, chosen, w), x, shares, {}), theirs)
+
+
+def plain(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """The forward as PyTorch operations in x's dtype, an expert at a time."""
+    base, out = module.base_layer, torch.zeros_like(x)
+    names, adapters = experts.weight_names(base), bank_adapters(module)
+    for e in range(EXPERTS):
+        tokens, places = torch.where(chosen == e)
+        rows = x[tokens]
+        for name in names:
+            weight, adapter = getattr(base, name)[e], adapters[name]
+            down, up = adapter.A[e], adapter.B[e]
+            if adapter.A_pool is not None:
+                each = adapter.A_pool.ndim == 3
+                down = torch.cat([down, adapter.A_pool[e] if each else adapter.A_pool])
+                up = torch.cat([up, adapter.B_pool[e] if each else adapter.B_pool], 1)
+            y = rows @ (weight if base.is_transposed else weight.T)
+            y = y + ((rows @ down.to(x.dtype).T) * adapter.d[e].to(x.dtype)) @ up.to(x.dtype).T
+            y = y + getattr(base, f"{name}_bias")[e] if base.has_bias else y
+            last = name == names[1]
+            rows = y if last else (base._apply_gate(y) if base.has_gate else base.act_fn(y))
+        out = out.index_add(0, tokens, (rows * shares[tokens, places, None]).to(out.dtype))
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", UNLIKE)
+def test_rounding(family, grouping, dtype, figure):
+    """At most twice that of plain PyTorch; the router's weights come in float32, as they do."""
+    ours, theirs = Errors(), Errors()
+    model = experts.patched(experts.model(family).to(dtype), grouping, RANK, 1)
+    module = experts.adapted(model)[0]
+    for seed in range(16):
+        x, chosen, shares = experts.inputs(32, seed=seed, dtype=torch.float32)
+        x = x.to(dtype)
+        leaves = leaves_of(module)
+        wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
+        expected = gradients(
+            lambda x, w, wide=wide, chosen=chosen: naive(module, wide, x, chosen, w),
+            x.double(),
+            shares.double(),
+            wide,
+        )
+        for errors, run in ((ours, module), (theirs, functools.partial(plain, module))):
+            found = gradients(
+                lambda x, w, run=run, chosen=chosen: run(x, chosen, w), x, shares, leaves
+            )
+            assert found["y"].dtype == x.dtype
+            errors.add(found, expected)
+    bad, worst = excesses(ours, theirs, FLOOR.get(dtype, 0.0))
+    figure(f"experts of {family}, {grouping}, {dtype}: worst ratio to plain PyTorch {worst:.2f}")
+    assert not bad
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_models(family, implementation, figure):
+    """Logits in float32, against the model's own with W + dW, in every way that it has."""
+    entry = experts.entry(family)
+    model = experts.patched(entry.build(), "shared", RANK, 1).eval()
+    plain_model = entry.build().eval()
+    names = experts.experts_of(plain_model)
+    for name, module in zip(names, experts.adapted(model), strict=True):
+        parent, _, last = name.rpartition(".")
+        setattr(plain_model.get_submodule(parent), last, merged(module, implementation))
+    exact = copy.deepcopy(plain_model).double()
+    for name in names:
+        exact.get_submodule(name).config._experts_implementation = "eager"
+    inputs = entry.inputs(0)
+    with torch.no_grad():
+        with oracle.AllInFloat64():
+            expected = {"logits": entry.call(exact, **inputs)}
+        ours, theirs = Errors(), Errors()
+        ours.add({"logits": entry.call(model, **inputs)}, expected)
+        theirs.add({"logits": entry.call(plain_model, **inputs)}, expected)
+    bad, worst = excesses(ours, theirs, FLOOR[torch.float32])
+    figure(f"{family}, logits: {ours.relative()['logits']:.1e}, {worst:.2f} of {implementation}'s")
+    assert not bad
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_disabled_it_is_the_base(family, implementation):
+    """To the bit, with whatever implementation the model has."""
+    entry = experts.entry(family)
+    base = entry.build()
+    model = experts.patched(entry.build(), "slot", RANK, 1)
+    inputs = entry.inputs(0)
+    for each in (base, model):
+        each.config._experts_implementation = implementation
+    with torch.no_grad():
+        expected = entry.call(base, **inputs)
+        assert not torch.equal(entry.call(model, **inputs), expected)
+        for module in experts.adapted(model):
+            module.disabled = True
+        assert torch.equal(entry.call(model, **inputs), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patching_keeps_the_output(family, dtype):
+    """Every B is zero at first: only the last rounding may differ from the model's own."""
+    ours, theirs = Errors(), Errors()
+    base = experts.model(family).to(dtype)
+    model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1, experts="shared")
+    own = experts.experts_of(base).values()
+    for seed, (plain_module, module) in enumerate(zip(own, experts.adapted(model), strict=True)):
+        x, chosen, shares = experts.inputs(64, seed=seed, dtype=torch.float32)
+        wide = copy.deepcopy(plain_module).double()
+        wide.config._experts_implementation = "eager"
+        expected = {"y": wide(x.to(dtype).double(), chosen, shares.double()).detach()}
+        ours.add({"y": module(x.to(dtype), chosen, shares)}, expected)
+        theirs.add({"y": plain_module(x.to(dtype), chosen, shares)}, expected)
+    assert not excesses(ours, theirs, FLOOR.get(dtype, 0.0))[0]
+
+
+def pool_leaves(modules: list[RasaExperts]) -> dict[str, Tensor]:
+    return {name: t for name, t in leaves_of(modules[0]).items() if name.endswith("_pool")}
+
+
+@pytest.mark.parametrize("k", [1, RANK])
+@pytest.mark.parametrize("family", [*UNLIKE, "normed"])
+def test_shared_is_slot_with_tied_pools(family, k):
+    """Its pool's gradient is the sum over the experts, and over the layers, of theirs."""
+    shared, slot = (doubles(family, grouping, k) for grouping in ("shared", "slot"))
+    with torch.no_grad():
+        for one, other in zip(shared, slot, strict=True):
+            for name, tensor in leaves_of(one).items():
+                leaves_of(other)[name].copy_(tensor)
+    x, chosen, shares = experts.inputs()
+    outputs, sums = [], []
+    for modules in (shared, slot):
+        pools = pool_leaves(modules)
+        y = [module(x, chosen, shares) for module in modules]
+        by_layer = [torch.autograd.grad(each.square().sum(), list(pools.values())) for each in y]
+        both = torch.autograd.grad(
+            sum(module(x, chosen, shares).square().sum() for module in modules),
+            list(pools.values()),
+        )
+        for total, one, two in zip(both, *by_layer, strict=True):
+            assert one.any()
+            assert two.any()
+            torch.testing.assert_close(total, one + two, rtol=EXACT, atol=EXACT)
+        outputs.append({str(i): each.detach() for i, each in enumerate(y)})
+        sums.append(
+            {name: g if g.ndim == 2 else g.sum(0) for name, g in zip(pools, both, strict=True)}
+        )
+    assert_close(*outputs)
+    assert_close(*sums)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_a_norm_behind_each_expert_that_changes_nothing(grouping):
+    """The pool added to every pair is the pool added once a token."""
+    module = doubles("normed", grouping)[0]
+    x, chosen, shares = experts.inputs()
+    leaves = leaves_of(module)
+    module.base_layer.post_expert_norm = nn.Identity()
+    by_pair = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
+    module.base_layer.has_post_expert_norm = False
+    by_token = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
+    assert_close(by_token, by_pair)

@@ -1,0 +1,147 @@
+"""What adapted experts keep and make: nothing of the size of a stacked weight."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import ops
+from tests.helpers import experts
+from tests.helpers.experts import GROUPINGS, TOP, UNLIKE, LiveBytes, Made
+
+COUNT, WIDTH, INNER, TOKENS, RANK = 8, 64, 96, 64, 3
+PAIRS, LAYERS = TOKENS * TOP, 2
+
+
+def module_of(family: str, grouping: str, dtype: torch.dtype = torch.float32, **options):
+    """The first layer's adapted experts of a model that is wide for its tokens."""
+    sizes = {"hidden_size": WIDTH, "intermediate_size": INNER}
+    if family == "nemotron_h":
+        sizes |= {"n_routed_experts": COUNT, "moe_intermediate_size": INNER}
+    else:
+        sizes |= {"num_local_experts": COUNT}
+    model = experts.patched(experts.model(family, **sizes).to(dtype), grouping, RANK, 1, **options)
+    return experts.adapted(model)[0]
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    x, chosen, shares = experts.inputs(TOKENS, dtype=dtype, hidden=WIDTH, count=COUNT)
+    return x.requires_grad_(), chosen, shares.requires_grad_()
+
+
+def step(module: nn.Module, x: Tensor, chosen: Tensor, shares: Tensor) -> None:
+    module(x, chosen, shares).sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", UNLIKE)
+def test_nothing_of_the_size_of_a_weight_is_made(family, grouping, dtype):
+    module = module_of(family, grouping, dtype, dropout=0.1).train()
+    smallest = COUNT * WIDTH * INNER
+    for _ in range(2):
+        with Made() as made:
+            step(module, *inputs(dtype))
+        assert 0 < max(made.sizes) < smallest
+    with Made() as made, torch.no_grad():
+        module.eval()(*inputs(dtype))
+    assert 0 < max(made.sizes) < smallest
+
+
+def test_the_count_sees_what_is_made():
+    """As it would be by the formula W + dW."""
+    bank = module_of("mixtral", "slot").gate_up_proj
+    with Made() as made:
+        _ = bank.B @ bank.A
+    assert made.sizes == [COUNT * 2 * INNER * WIDTH]
+    with Made() as made:
+        _ = bank.A.transpose(1, 2)[:2]
+    assert made.sizes == []
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_what_is_saved(grouping):
+    """x where it is, once a token; U; and what the model's own gate and router's weights need."""
+    module = module_of("mixtral", grouping)
+    x, chosen, shares = inputs()
+    with experts.saved_storages() as saved:
+        y = module(x, chosen, shares)
+    tensors = (x, shares, *module.parameters(), *module.down_proj.pool.parameters())
+    known = {t.untyped_storage().data_ptr() for t in tensors}
+    found = sorted(size for address, size in saved.items() if address not in known)
+    own, size = RANK - 1, 4
+    rank = own + {"slot": LAYERS, "layer": 0, "shared": 0}[grouping]
+    multiple = ops.experts_rank_multiple(torch.float32)
+    U = size * PAIRS * (-(-rank // multiple) * multiple)
+    gate = [size * PAIRS * 2 * INNER, size * PAIRS * INNER]  # the gate's argument and its half
+    expected = [U, U, *gate, size * PAIRS * INNER, size * PAIRS * WIDTH]  # h, z
+    expected += [size * COUNT, size * PAIRS, 8 * PAIRS]  # offsets, shares, order
+    if grouping != "slot":
+        P = size * {"layer": COUNT, "shared": LAYERS}[grouping]
+        expected += [TOKENS * P, PAIRS * P]  # V and V * d of the input
+        expected += [PAIRS * P, PAIRS * P, TOKENS * P]  # of the output, and their sum by token
+    assert found == sorted(expected)
+    y.sum().backward()
+
+
+def test_live_bytes_are_those_that_are_alive():
+    ones = torch.ones(1000)
+    with LiveBytes() as counted:
+        held = ones * 2
+        assert counted.now == 4000
+        view = held[::2]
+        del held
+        assert counted.now == 4000
+        more = [view + 1, view * 3]
+        assert counted.now == 8000
+        del view
+        assert counted.now == 4000
+        more.clear()
+        ones.add_(1)
+    assert (counted.now, counted.peak) == (0, 8000)
+
+
+def test_live_bytes_count_what_autograd_keeps():
+    x = torch.ones(1000, requires_grad=True)
+    with LiveBytes() as counted:
+        y = torch.tanh(torch.exp(x)).sum()
+        assert counted.now == 8004
+        del y
+    assert counted.now == 0
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_the_peak_is_a_fraction_of_pefts(grouping, figure):
+    """Of one layer's training step, beyond that of the frozen base."""
+    from peft import LoraConfig, get_peft_model
+
+    count, width, inner, tokens, rank = 32, 256, 512, 512, 4
+    sizes = {"num_local_experts": count, "hidden_size": width, "intermediate_size": inner}
+    given = experts.inputs(tokens, dtype=torch.float32, hidden=width, count=count)
+    given[0].requires_grad_()
+
+    def base() -> nn.Module:
+        return experts.model("mixtral", num_hidden_layers=1, **sizes).requires_grad_(False)
+
+    def peak(module: nn.Module) -> int:
+        return experts.peak(lambda: step(module, *given))
+
+    (frozen,) = experts.experts_of(base()).values()
+    (ours,) = experts.adapted(experts.patched(base(), grouping, rank, 1))
+    parameters = ["experts.gate_up_proj", "experts.down_proj"]
+    config = LoraConfig(r=rank, target_modules=[], target_parameters=parameters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped = get_peft_model(base(), config)
+    theirs = wrapped.base_model.model.model.layers[0].mlp.experts
+    plain = peak(frozen)
+    mine, other = peak(ours) - plain, peak(theirs) - plain
+    figure(
+        f"experts, E={count} {width}x{inner} {tokens} tokens r={rank} {grouping}: peak over the "
+        f"base's {mine:,} bytes, PEFT {other:,} ({mine / other:.3f})"
+    )
+    assert other >= 4 * count * 3 * width * inner // 2
+    assert 0 < 4 * mine <= other

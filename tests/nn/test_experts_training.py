@@ -1,0 +1,352 @@
+"""Adapted experts in training and around it: dropout, checkpoints, copies, casts, packs, graphs."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rasa_ext
+from rasa_ext import ops
+from rasa_ext.nn.rasa_experts import RasaExperts
+from tests.helpers import experts, oracle
+from tests.helpers.experts import FAMILIES, GROUPINGS, UNLIKE, bank_adapters
+
+P = 0.25
+HALF_AND_FULL = (torch.bfloat16, torch.float32)
+
+
+def module_of(
+    family: str = "mixtral", grouping: str = "shared", dtype=torch.float64, **options
+) -> RasaExperts:
+    """The second layer's adapted experts of a tiny model, whose first layer owns the pool."""
+    options = ({"adapter_dtype": dtype} if dtype == torch.float64 else {}) | options
+    model = experts.patched(experts.model(family).to(dtype), grouping, **options)
+    return experts.adapted(model)[1]
+
+
+def entry_step(model: nn.Module, entry, seed: int = 11, run=None) -> dict[str, Tensor]:
+    """Logits and the gradient of everything that is trained, under a seed."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    logits, loss = entry.loss(model if run is None else run, entry.inputs(0))
+    loss.backward()
+    return {"logits": logits.detach(), **{name: p.grad for name, p in trained.items()}}
+
+
+def assert_same(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
+def concatenated(module: RasaExperts, name: str) -> Tensor:
+    """[W | dW] (E, out, 2 in) of one weight."""
+    base, weight = module.base_layer, getattr(module.base_layer, name).detach()
+    weight = weight.transpose(1, 2) if base.is_transposed else weight
+    adapter = bank_adapters(module).get(name)
+    nothing = torch.zeros_like(weight)
+    change = nothing if adapter is None else oracle.stacked_weight(nothing, adapter)
+    return torch.cat((weight, change), 2)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", UNLIKE)
+def test_dropout_is_on_the_adapters_inputs_alone(family, grouping):
+    """One mask over x, one over h, whose rows are sorted by expert; gradients under the same."""
+    module = module_of(family, grouping, dropout=P).train()
+    x, chosen, shares = experts.inputs()
+    x.requires_grad_()
+    torch.manual_seed(7)
+    y = module(x, chosen, shares)
+    torch.manual_seed(7)
+    of_x = nn.functional.dropout(torch.ones_like(x), P)
+    of_h = nn.functional.dropout(torch.ones(chosen.numel(), experts.INNER).double(), P)
+    pairs = sorted(range(chosen.numel()), key=lambda i: chosen.view(-1)[i])  # stable
+    masks = iter([of_h[pairs.index(i)] for i in range(chosen.numel())])
+    base = module.base_layer
+
+    def act(rows: Tensor) -> Tensor:
+        h = base._apply_gate(rows) if base.has_gate else base.act_fn(rows)
+        return torch.cat((h, h * next(masks)), 1)
+
+    parts = []
+    for name in experts.weight_names(base):
+        bias = getattr(base, f"{name}_bias") if base.has_bias else None
+        parts.append((concatenated(module, name), bias))
+    expected = oracle.experts(torch.cat((x, x * of_x), 1), chosen, shares, *parts, act)
+    torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+    probe = torch.randn_like(y)
+    mine, theirs = (torch.autograd.grad(out, leaves, probe) for out in (y, expected))
+    torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def test_dropout_draws_in_training_and_not_in_eval():
+    module = module_of(dropout=P)
+    inputs = experts.inputs()
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return module(*inputs)
+
+    module.train()
+    first = run(1)
+    assert not torch.equal(run(2), first)
+    assert torch.equal(run(1), first)
+    with torch.no_grad():  # as the first pass of a re-entrant checkpoint
+        torch.testing.assert_close(run(1), first, rtol=1e-12, atol=1e-12)
+    module.eval()
+    assert torch.equal(run(1), run(2))
+    without = module_of()
+    assert torch.equal(run(1), without(*inputs))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, P])
+@pytest.mark.parametrize("family", UNLIKE)
+def test_gradient_checkpointing(family, dropout, use_reentrant):
+    """Replays the masks, and the router chooses the same experts again."""
+    entry = experts.entry(family)
+    options = {"target_modules": "all-linear", "dropout": dropout}
+    model = experts.patched(entry.build(), "slot", **options).train()
+    expected = entry_step(model, entry)
+    again = entry_step(model, entry, 12)["logits"]
+    assert torch.equal(again, expected["logits"]) == (not dropout)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same(entry_step(model, entry), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("incoming", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(dtype, incoming):
+    """It computes in the base's dtype all the same, as transformers' grouped product does."""
+    module = module_of(dtype=dtype)
+    x, chosen, shares = experts.inputs(dtype=torch.float32)
+    x = x.to(incoming).requires_grad_()
+    expected = module(x, chosen, shares)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = module(x, chosen, shares)
+    assert y.dtype == incoming
+    assert torch.equal(y, expected)
+    leaves = [x, *(p for p in module.parameters() if p.requires_grad)]
+    probe = torch.randn_like(y)
+    for mine, theirs in zip(
+        torch.autograd.grad(y, leaves, probe),
+        torch.autograd.grad(expected, leaves, probe),
+        strict=True,
+    ):
+        assert torch.equal(mine, theirs)
+        assert mine.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_models_train_under_autocast(family, dtype):
+    entry = experts.entry(family)
+    options = {"target_modules": "all-linear", "exclude_modules": ("shared_expert_gate",)}
+    model = experts.patched(entry.build().to(dtype), "shared", **options).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = entry_step(model, entry)
+    for name, grad in found.items():
+        assert grad.isfinite().all(), name
+        assert grad.any(), name
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_copies(grouping, how):
+    """They compute the same, and share nothing with the original but among themselves the pool."""
+    model = experts.patched(experts.normed_stack(), grouping)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        model = experts.patched(experts.model(), grouping)
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    inputs = experts.inputs(dtype=torch.float32)
+    pairs = list(zip(experts.adapted(model), experts.adapted(twin), strict=True))
+    for one, other in pairs:
+        assert torch.equal(one(*inputs), other(*inputs))
+    names = {name for name, _ in twin.named_parameters()}
+    assert names == {name for name, _ in model.named_parameters()}
+    first, second = (other for _, other in pairs)
+    pools = [module.down_proj.pool for module in (first, second)]
+    assert (pools[0] is pools[1]) == (grouping != "layer")
+    before = [one(*inputs) for one, _ in pairs]
+    experts.randomize(twin, 9)
+    for (one, other), old in zip(pairs, before, strict=True):
+        assert torch.equal(one(*inputs), old)
+        assert not torch.allclose(other(*inputs), old)
+    rasa_ext.unpatch(twin)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_moving_and_casting(grouping):
+    model = experts.patched(experts.model(), grouping).eval()
+    module = experts.adapted(model)[1]
+    x, chosen, shares = experts.inputs()
+    with torch.no_grad():
+        expected = module(x.float(), chosen, shares.float())
+        model.double()
+        found = module(x, chosen, shares)
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-5)
+        model.float().to("cpu")
+        assert torch.equal(module(x.float(), chosen, shares.float()), expected)
+
+
+def test_an_adapter_that_was_cast_is_trained_in_its_dtype():
+    module = module_of(dtype=torch.float32).train()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for parameter in trained:  # as TRL does it, behind the module's back
+        parameter.data = parameter.data.bfloat16()
+    with pytest.warns(UserWarning, match="is torch.float32 again"):
+        y = module(*experts.inputs(dtype=torch.float32))
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    y.sum().backward()
+    assert {parameter.grad.dtype for parameter in trained} == {torch.float32}
+
+
+@pytest.fixture
+def packs(monkeypatch) -> list:
+    """Grows with every pack that is made."""
+    made, direct = [], ops.pack_experts
+
+    def counting(*args):
+        made.append(args)
+        return direct(*args)
+
+    monkeypatch.setattr(ops, "pack_experts", counting)
+    return made
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", ["mixtral", "nemotron_h"])
+def test_a_write_to_any_source_is_seen_and_without_one_a_bank_packs_once(
+    family, grouping, k, packs
+):
+    model = experts.patched(experts.model(family), grouping, 3, k).eval()
+    module, inputs = experts.adapted(model)[1], experts.inputs(dtype=torch.float32)
+    for bank in module.banks().values():
+        sources = bank.adapter().sources()
+        assert len(sources) == (3 if k == 0 else 5)
+        for source in sources:
+            before = module(*inputs)
+            packs.clear()
+            assert torch.equal(module(*inputs), before)
+            assert not packs
+            if not source.numel():
+                continue
+            source.mul_(1.5)
+            after = module(*inputs)
+            assert len(packs) == 1
+            assert torch.equal(module(*inputs), after)
+            assert len(packs) == 1
+            assert not torch.allclose(after, before)
+            assert torch.equal(after, copy.deepcopy(module)(*inputs))
+
+
+@pytest.mark.parametrize("way", ["grad", "train", "eval", "to", "dtype", "replaced"])
+def test_what_experts_forget_their_packs_by(way, packs):
+    """Writing through .data is invisible; everything else that may follow it is not."""
+    module, inputs = module_of(dtype=torch.float32), experts.inputs(dtype=torch.float32)
+    with torch.no_grad():
+        module(*inputs)
+        module.down_proj.B.data.mul_(2)
+    if way == "grad":
+        module(*inputs)
+    elif way in ("train", "eval"):
+        getattr(module, way)()
+    elif way == "to":
+        module.to("cpu")
+    elif way == "dtype":
+        module, inputs = module.double(), experts.inputs()
+    else:
+        module.down_proj.d = nn.Parameter(module.down_proj.d.clone())
+    packs.clear()
+    with torch.no_grad():
+        found = module(*inputs)
+        assert len(packs) == (1 if way == "replaced" else 2)
+        assert torch.equal(found, copy.deepcopy(module)(*inputs))
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def every_other(t: Tensor) -> Tensor:
+    return torch.stack((t, t), -1).flatten(-2)[..., ::2]
+
+
+def shifted(t: Tensor) -> Tensor:
+    """At an address that is a multiple of no more than an element's size."""
+    return torch.cat((t.new_zeros(1), t.reshape(-1)))[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, transposed, every_other, shifted])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", UNLIKE)
+def test_any_strides(family, grouping, dtype, layout):
+    """Of the base's weights and of the adapter's, in and out of torch's grouped product."""
+    inputs = experts.inputs(dtype=dtype)
+    module = module_of(family, grouping, dtype)
+    parameters = [p for p in module.parameters() if p.numel()]
+
+    def run() -> list[Tensor]:
+        y = module(*inputs)
+        trained = [p for p in parameters if p.requires_grad]
+        grads = torch.autograd.grad(y.square().sum(), trained)
+        with torch.no_grad():
+            return [y, module(*inputs), *grads]
+
+    expected = run()
+    for parameter in parameters:
+        if parameter.ndim > 1 or layout is not transposed:
+            parameter.data = layout(parameter.data)
+    module.drop_pack()
+    for found, value in zip(run(), expected, strict=True):
+        tolerance = 64 * torch.finfo(dtype).eps * value.abs().max().item()
+        torch.testing.assert_close(found, value, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "backend"),
+    [
+        *((family, dtype, "aot_eager") for family in UNLIKE for dtype in HALF_AND_FULL),
+        ("mixtral", torch.bfloat16, "inductor"),
+    ],
+    ids=str,
+)
+def test_compile(family, dtype, backend):
+    """As one graph, with gradients, and quiet; written parameters are read anew."""
+    torch._dynamo.reset()
+    module = module_of(family, "shared", dtype)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    trained = [p for p in module.parameters() if p.requires_grad]
+    for seed in (1, 2):
+        x, chosen, shares = experts.inputs(16, seed=seed, dtype=torch.float32)
+        inputs = x.to(dtype).requires_grad_(), chosen, shares
+        found, expected = (
+            [y.detach(), *torch.autograd.grad(y.float().square().sum(), [inputs[0], *trained])]
+            for y in (compiled(*inputs), module(*inputs))
+        )
+        with torch.no_grad():
+            found.append(compiled(*inputs))
+            expected.append(module(*inputs))
+        for mine, theirs in zip(found, expected, strict=True):
+            scale = theirs.abs().max().item()
+            tolerance = 16 * torch.finfo(dtype).eps * scale
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=tolerance)
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.mul_(0.9)

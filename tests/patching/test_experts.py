@@ -1,0 +1,295 @@
+"""Which stacked weights are adapted, what is said of the others, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import distribute_tensor
+
+import rasa_ext
+from rasa_ext.nn.rasa_experts import RasaBank
+from tests.helpers import experts
+from tests.helpers.experts import EXPERTS, FAMILIES, GROUPINGS, HIDDEN, INNER
+from tests.helpers.models import EXPERTS as UNMARKED
+from tests.helpers.models import LLAMA
+from tests.helpers.refusals import refused
+
+UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
+
+
+def banks(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, RasaBank)]
+
+
+def named(*parts: str) -> list[str]:
+    return [f"model.layers.{layer}.{part}" for layer in range(2) for part in parts]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_takes_every_bank_beside_the_linear_layers(family):
+    entry = experts.entry(family)
+    base = entry.build()
+    options = {"exclude_modules": ("shared_expert_gate",)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = rasa_ext.patch_model(entry.build(), 3, 1, experts="shared", **options)
+    expected = [
+        f"{name}.{weight}"
+        for name, module in experts.experts_of(base).items()
+        for weight in experts.weight_names(module)
+    ]
+    assert len(expected) == 4
+    assert banks(model) == expected
+    linears = [n for n, m in model.named_modules() if isinstance(m, rasa_ext.RasaLinear)]
+    assert linears == [n for n in entry.targets(base) if not n.endswith("shared_expert_gate")]
+    trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"A", "B", "d"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["gate_up_proj"]}, named(UP)),
+        ({"target_modules": ["experts.down_proj", "q_proj"]}, named(DOWN)),
+        ({"target_modules": r".*layers\.1.*experts.*"}, named(UP, DOWN)[2:]),
+        ({"exclude_modules": ["down_proj"]}, named(UP)),
+        ({"exclude_modules": r".*layers\.0.*"}, named(UP, DOWN)[2:]),
+        ({"modules_to_save": ["layers.1.mlp.experts"]}, named(UP, DOWN)[:2]),
+    ],
+    ids=str,
+)
+def test_some_of_the_banks(options, expected):
+    """The others compute as before, and a warning tells of them."""
+    base = experts.model()
+    model = copy.deepcopy(base)
+    with pytest.warns(UserWarning, match=f"{4 - len(expected)} stacked .3-D. weights stay unt"):
+        rasa_ext.patch_model(model, 3, 1, experts="slot", **options)
+    assert banks(model) == expected
+    experts.randomize(model)
+    inputs = experts.inputs(dtype=torch.float32)
+    for name, plain in experts.experts_of(base).items():
+        same = torch.equal(model.get_submodule(name)(*inputs), plain(*inputs))
+        assert same == (not any(each.startswith(name) for each in expected))
+
+
+@pytest.mark.filterwarnings("ignore:2 stacked")
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_one_bank_alone_changes_its_weight_alone(name):
+    base = experts.model().double()
+    options = {"target_modules": [f"experts.{name}"], "adapter_dtype": torch.float64}
+    model = experts.patched(copy.deepcopy(base), "slot", **options)
+    module, plain = experts.adapted(model)[0], next(iter(experts.experts_of(base).values()))
+    assert list(module.banks()) == [name]
+    A, A_pool, B, B_pool, d = experts.bank_adapters(module)[name]
+    change = torch.cat((B, B_pool), 2) @ torch.diag_embed(d) @ torch.cat((A, A_pool), 1)
+    plain.config._experts_implementation = "batched_mm"
+    with torch.no_grad():
+        getattr(plain, name).add_(change)
+        inputs = experts.inputs()
+        torch.testing.assert_close(module(*inputs), plain(*inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_the_argument_a_warning_says_how(family):
+    model = experts.model(family)
+    with pytest.warns(UserWarning, match=r"4 stacked .* stay untouched.*experts='shared'"):
+        rasa_ext.patch_model(model, 1, 1)
+    assert not banks(model)
+    assert "are adapted with the argument experts" in str(rasa_ext.summary(model))
+
+
+def test_weights_that_do_not_say_how_they_lie():
+    model = UNMARKED.build()
+    with pytest.warns(UserWarning, match=r"experts\.down_proj \(4, 8, 8\)\.$"):
+        rasa_ext.patch_model(model, 2, 1)
+    fresh = UNMARKED.build()
+    refused(
+        lambda: rasa_ext.patch_model(fresh, 2, 1, experts="shared"),
+        fresh,
+        "^experts: expected a model with stacked experts",
+        r"experts\.down_proj",
+        "leave out experts",
+    )
+
+
+def test_a_model_without_experts():
+    model = LLAMA.build()
+    said = "^experts: expected a model with stacked experts.*found none; leave out experts"
+    refused(lambda: rasa_ext.patch_model(model, experts="slot"), model, said)
+
+
+@pytest.mark.parametrize("value", ["expert", True, 3])
+def test_a_grouping_that_is_none(value):
+    model = experts.model()
+    said = "experts: expected None or 'slot' or 'layer' or 'shared', got"
+    refused(lambda: rasa_ext.patch_model(model, experts=value), model, said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ["gate_up_proj"]}, "target_modules: 'gate_up_proj' names stacked"),
+        ({"target_modules": ["q_proj"], "experts": "slot"}, "experts: expected target_modules"),
+        (
+            {
+                "target_modules": ["down_proj"],
+                "modules_to_save": ["experts"],
+                "experts": "layer",
+            },
+            "modules_to_save: .*experts' is trained in full, but target_modules also adapts",
+        ),
+    ],
+    ids=str,
+)
+def test_names_that_do_not_fit(options, said):
+    model = experts.model()
+    refused(lambda: rasa_ext.patch_model(model, 3, 1, **options), model, said)
+
+
+def parallel(module: nn.Module) -> None:
+    module._is_expert_parallel = True
+
+
+class Params4bit(nn.Parameter):
+    """As bitsandbytes' is one."""
+
+
+def quantized(module: nn.Module) -> None:
+    module.down_proj = Params4bit(module.down_proj.data)
+
+
+def integers(module: nn.Module) -> None:
+    module.down_proj = nn.Parameter(module.down_proj.data.to(torch.int8), requires_grad=False)
+
+
+def emptied(module: nn.Module) -> None:
+    module.down_proj = nn.Parameter(torch.empty(0, HIDDEN, INNER))
+
+
+REFUSED = [
+    (parallel, "gate_up_proj' is spread over processes by expert parallelism"),
+    (quantized, "down_proj' is a Params4bit of torch.float32.*load the model dequantized"),
+    (integers, "down_proj' is a Parameter of torch.int8.*load the model dequantized"),
+    (emptied, r"down_proj' has the shape \(0, 16, 24\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), REFUSED, ids=lambda value: str(value)[:20])
+def test_weights_that_cannot_be_adapted(change, said):
+    """Found before anything changes, although what stands in front could be adapted."""
+    model = experts.model()
+    change(list(experts.experts_of(model).values())[1])
+    where = r"^experts: 'model\.layers\.1\.mlp\.experts\."
+    refused(lambda: rasa_ext.patch_model(model, 3, 1, experts="slot"), model, where, said)
+
+
+def test_sharded_weights():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        model = experts.model()
+        module = list(experts.experts_of(model).values())[1]
+        module.down_proj = nn.Parameter(distribute_tensor(module.down_proj.data, mesh))
+        before = list(map(id, model.modules()))
+        with pytest.raises(ValueError, match=r"^experts: .*down_proj' is sharded over processes"):
+            rasa_ext.patch_model(model, 3, 1, experts="slot")
+        assert list(map(id, model.modules())) == before
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_second_patch():
+    model = experts.patched(experts.model(), "slot")
+    refused(lambda: rasa_ext.patch_model(model, 3, 1), model, "experts' is a RasaExperts already")
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpatch_gives_the_model_back(family, grouping):
+    model = experts.model(family)
+    model.get_input_embeddings().requires_grad_(False)
+    twin = copy.deepcopy(model)
+    before = {name: id(module) for name, module in model.named_modules()}
+    flags = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    experts.patched(model, grouping, target_modules="all-linear", rank=1)
+    assert rasa_ext.unpatch(model) is model
+    assert {name: id(module) for name, module in model.named_modules()} == before
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == flags
+    tokens = torch.arange(12).view(2, 6)
+    assert torch.equal(model(tokens).logits, twin(tokens).logits)
+    rasa_ext.patch_model(model, 1, 1, experts=grouping)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_summary(grouping, k):
+    """Rows, counts and text, against a count by hand."""
+    rank, layers = 3, 2
+    model = experts.patched(experts.model(), grouping, rank, k)
+    found = rasa_ext.summary(model)
+    given = {"slot": layers, "layer": EXPERTS, "shared": layers}[grouping] * k
+    rows = []
+    for name, out, width in ((UP, 2 * INNER, HIDDEN), (DOWN, HIDDEN, INNER)):
+        own = EXPERTS * ((rank - k) * (out + width) + rank - k + given)
+        pool = given * (out + width) * (EXPERTS if grouping == "slot" else 1)
+        pattern = [f"model.layers.*.{name}"]
+        each, members = layers * own + pool, layers
+        if grouping == "layer":
+            pattern = [f"model.layers.{i}.{name}" for i in range(layers)]
+            each, members = own + pool, 1
+        rows += [(p, members, (out, width), rank - k + given, each, EXPERTS) for p in pattern]
+    assert sorted((r.pattern, r.L, r.shape, r.R, r.trainable, r.experts) for r in found) == sorted(
+        rows
+    )
+    total = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
+    assert found.adapter == found.trainable == total == sum(row.trainable for row in found)
+    assert f"{EXPERTS} x {2 * INNER} x {HIDDEN}" in str(found)
+    assert found.stacked_experts == {}
+    assert "untouched" not in str(found)
+
+
+def test_groups_of_ones_own():
+    """They split the pools of "slot" and "shared"; with "layer" each layer is a group anyway."""
+    options = {"groups": {"first": ["layers.0.mlp.experts.gate_up_proj"]}}
+    for grouping, expected in (("shared", 3), ("slot", 3), ("layer", 4)):
+        model = experts.patched(experts.model(), grouping, **options)
+        found = rasa_ext.summary(model)
+        assert len(found) == expected
+        first, second = (module.gate_up_proj.pool for module in experts.adapted(model))
+        assert first is not second
+
+
+def test_ranks_of_ones_own():
+    config = rasa_ext.RasaConfig(
+        3, 1, experts="slot", rank_pattern={r"1\.mlp\.experts\.down_proj": 5}
+    )
+    model = rasa_ext.patch_model(experts.model(), config=config)
+    shapes = [tuple(module.down_proj.A.shape) for module in experts.adapted(model)]
+    assert shapes == [(EXPERTS, 2, INNER), (EXPERTS, 4, INNER)]
+    (row,) = (r for r in rasa_ext.summary(model) if r.pattern.endswith("down_proj"))
+    assert (row.R_min, row.R) == (4, 6)
+
+
+def test_a_router_that_is_trained_in_full():
+    """Its gradient comes through the weights of what it chose."""
+    model = experts.patched(experts.model(), "shared", modules_to_save=["gate"])
+    tokens = torch.arange(12).view(2, 6)
+    model(tokens, labels=tokens).loss.backward()
+    for layer in model.model.layers:
+        assert layer.mlp.gate.weight.grad.any()
+        assert layer.mlp.experts.base_layer.down_proj.grad is None
+    assert len(rasa_ext.summary(model).modules_to_save) == 2
+
+
+def test_experts_of_two_shapes_have_pools_of_their_own():
+    class Both(nn.ModuleDict):
+        pass
+
+    model = Both({"a": experts.model(), "b": experts.model("qwen3_moe", num_experts=6)})
+    rasa_ext.patch_model(model, 3, 1, experts="shared", target_modules=["gate_up_proj"])
+    assert [(row.L, row.experts) for row in rasa_ext.summary(model)] == [(2, 5), (2, 6)]
