@@ -57,6 +57,7 @@ METHODS = {
     "SoraConfig": "methods/sora.py",
     "ResLoraConfig": "methods/reslora.py",
     "SdLoraConfig": "methods/sd_lora.py",
+    "BoostedPoolConfig": "methods/boosted_pool.py",
 }
 """Where the configs of ``rasa_ext.methods`` are, but for RaSA's."""
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rasa_ext.base_layers.sharded import is_dtensor
+from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.patching.state import is_patched, patch_state, unwrap
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["no_sync", "shard_model"]
+
+ADAPTED = (AdaptedLinear, AdaptedExperts)
 
 
 def shard_model(
@@ -99,7 +102,7 @@ def shard_model(
         patch_state(model).hooks.extend(hooks)
     _AVERAGING[model] = averaging
     for module in model.modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, ADAPTED):
             module.drop_pack()
     return model
 
@@ -160,7 +163,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _adapted(module: nn.Module) -> bool:
-    return any(isinstance(each, AdaptedLinear) for each in module.modules())
+    return any(isinstance(each, ADAPTED) for each in module.modules())
 
 
 def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -184,7 +187,7 @@ def _check(model: nn.Module) -> None:
             "shard first, then compile; DistributedDataParallel is not needed."
         )
     for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear) and module.merged:
+        if isinstance(module, ADAPTED) and module.merged:
             raise RuntimeError(
                 f"model: the adapter of {name!r} is merged into a weight that would be sharded; "
                 "call rasa_ext.unmerge(model) first."
@@ -207,7 +210,7 @@ def _replicated(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter that is trained, or an adapter's, or a saved module's; each once."""
     found = [p for p in model.parameters() if p.requires_grad]
     for module in model.modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, ADAPTED):
             base = set(module.base_layer.parameters())
             found += [p for p in module.parameters() if p not in base]
     if is_patched(model):

@@ -64,8 +64,8 @@ def check_bank(full_name: str, bank: Bank) -> None:
         )
     if is_dtensor(weight):
         raise ValueError(
-            f"{where} is sharded over processes, expected a whole weight; shard with "
-            "rasa_ext.distributed.shard_model(model, mesh), which leaves experts whole."
+            f"{where} is sharded over processes, expected a whole weight; patch first, then call "
+            "rasa_ext.distributed.shard_model(model, mesh)."
         )
     if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
         raise TypeError(

@@ -27,7 +27,7 @@ def is_dtensor(tensor: Tensor) -> bool:
 
 
 def is_whole(matrix: Tensor) -> bool:
-    """Tell whether a matrix, or a stack, is all here: no DTensor, nor what FSDP1 and ZeRO-3 leave."""
+    """Tell whether a matrix or stack is all here: no DTensor, nor what FSDP1 and ZeRO-3 leave."""
     return matrix.dim() >= 2 and not is_dtensor(matrix)
 
 

@@ -248,9 +248,8 @@ def _check_unsharded(
     for name, module in root.named_modules():
         saved = any(f"{name}.".startswith(f"{each}.") for each in plan.modules_to_save)
         emptied = saved and any(map(is_emptied, module.parameters(recurse=False)))
-        if emptied or (
-            id(module) in sharded and (saved or isinstance(module, (RasaLinear, RasaBank, RasaPool)))
-        ):
+        adapter = isinstance(module, RasaLinear | RasaBank | RasaPool)
+        if emptied or (id(module) in sharded and (saved or adapter)):
             raise ValueError(
                 f"model: expected trained modules that are whole on every process, but {name!r} is "
                 f"sharded; {SHARDING_HINT}."

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rasa_ext.methods.base import OFFICIAL, AdapterConfig, other_method
+from rasa_ext.methods.boosted_pool import BoostedPoolConfig
 from rasa_ext.methods.lora import BlockLoraConfig, LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.methods.reslora import ResLoraConfig
@@ -17,6 +18,7 @@ __all__ = [
     "METHODS",
     "AdapterConfig",
     "BlockLoraConfig",
+    "BoostedPoolConfig",
     "LoraConfig",
     "RasaConfig",
     "ResLoraConfig",
@@ -36,6 +38,7 @@ METHODS: dict[str, type[AdapterConfig]] = {
         SoraConfig,
         ResLoraConfig,
         SdLoraConfig,
+        BoostedPoolConfig,
     )
 }
 """By the name that a method has in files and on the command line."""

@@ -63,11 +63,11 @@ def group_places(bases: Mapping[str, LinearLayer | Bank]) -> list[Place]:
     places = []
     for index, (name, base) in enumerate(bases.items()):
         if isinstance(base, tuple):
-            experts, *shape = bank_shape(*base)
+            experts, out, width = bank_shape(*base)
             device = getattr(*base).device
         else:
-            experts, shape, device = 0, list(linear_shape(base)), base.weight.device
-        places.append(Place(index, len(bases), *shape, device, name, experts))
+            experts, (out, width), device = 0, linear_shape(base), base.weight.device
+        places.append(Place(index, len(bases), out, width, device, name, experts))
     return places
 
 
@@ -303,7 +303,8 @@ def fresh_A(
     """Draw A (rank, in) as LoRA does: uniform in +-1/sqrt(in); ``experts`` comes first in shape."""
     shape = (*experts, rank, place.in_features)
     bound = 1 / math.sqrt(place.in_features)
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device=place.device).uniform_(-bound, bound))
+    A = torch.empty(shape, dtype=dtype, device=place.device)
+    return nn.Parameter(A.uniform_(-bound, bound))
 
 
 def fresh_B(

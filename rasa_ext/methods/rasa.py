@@ -73,6 +73,11 @@ class RasaConfig(PooledConfig):
         self._check_ranks()
         checked_choice("gates", self.gates, (None, "pool"))
         checked_choice("experts", self.experts, (None, *GROUPINGS))
+        if self.experts and self.gates:
+            raise ValueError(
+                f"gates: expected None beside experts={self.experts!r}, whose pools cannot be "
+                f"pruned, got {self.gates!r}."
+            )
         super().__post_init__()
 
     @property

@@ -35,8 +35,8 @@ class AdaptedExperts(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.disabled = False
-        # While merged: the weights as they were, or what is needed to get them back, by name.
-        self.merged_base: dict[str, Any] | None = None
+        # While merged: the matrices as they were, or less, by the weight's name and the expert.
+        self.merged_base: dict[tuple[str, int], Any] | None = None
         self._caches = {name: PackCache() for name in bank_names(base_layer)}
 
     def adapter(self, name: str) -> Adapter | None:
@@ -61,9 +61,7 @@ class AdaptedExperts(nn.Module):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute (T, H) from hidden states (T, H) and a router's choices and weights (T, k)."""
         base: Any = self.base_layer
         if self.merged and self.training and torch.is_grad_enabled():

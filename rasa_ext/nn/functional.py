@@ -43,7 +43,8 @@ class Function(torch.autograd.Function):
     if TYPE_CHECKING:  # torch's has no types
 
         @classmethod
-        def apply(cls, *args: Any, **kwargs: Any) -> Any: ...
+        def apply(cls, *args: Any, **kwargs: Any) -> Any:
+            """Compute the forward, and have autograd remember the backward."""
 
 
 class _Pack(Function):

@@ -160,9 +160,7 @@ class _LowRank(Function):
         Ap, Bp = ops.pack_experts(A, A_pool, B, B_pool, d, grad.dtype, ctx.multiple)
         H = ops.experts_linear(grad, Bp.transpose(1, 2), routing.offsets)
         dBp = ops.experts_outer(U, grad, routing.offsets)
-        dAp = ops.experts_outer(
-            H, _pairs(x, routing) if ctx.by_token else x, routing.offsets
-        )
+        dAp = ops.experts_outer(H, _pairs(x, routing) if ctx.by_token else x, routing.offsets)
         if ctx.needs_input_grad[0]:
             dx = ops.experts_linear(H, Ap, routing.offsets)
             dx = _summed(dx, routing) if ctx.by_token else dx
@@ -192,9 +190,7 @@ def experts_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
     return found
 
 
-def experts_low_rank(
-    x: Tensor, factors: Factors, routing: Routing, by_token: bool
-) -> Tensor:
+def experts_low_rank(x: Tensor, factors: Factors, routing: Routing, by_token: bool) -> Tensor:
     """Compute (x[s] Ap[e]^T) Bp[e] for the pairs s of every expert e; differentiable.
 
     Args:

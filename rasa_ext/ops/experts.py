@@ -78,9 +78,7 @@ def pack_experts(
     A (E, r-k, in), A_pool (E, P, in), B (E, out, r-k), B_pool (E, out, P), and d (E, R).
     """
     down = _joined(A, A_pool, multiple).to(dtype)
-    up = _joined(
-        B.transpose(1, 2), None if B_pool is None else B_pool.transpose(1, 2), multiple
-    )
+    up = _joined(B.transpose(1, 2), None if B_pool is None else B_pool.transpose(1, 2), multiple)
     if d is not None:
         fill = up.shape[1] - d.shape[1]
         up = up * (torch.nn.functional.pad(d, (0, fill)) if fill else d).unsqueeze(2)

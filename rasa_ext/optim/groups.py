@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.ops import Factors
 from rasa_ext.optim.least_norm import Ranks
@@ -161,6 +162,11 @@ def find_groups(model: nn.Module) -> list[Group]:
     """
     found: dict[tuple[bool, object], list[TrainedLayer]] = {}
     for name, layer in unwrap(model).named_modules():
+        if isinstance(layer, AdaptedExperts):
+            raise ValueError(
+                f"model: expected adapters of linear layers, but {name!r} has adapted experts, "
+                "whose step is not solved for; patch the model with experts=None."
+            )
         if not isinstance(layer, AdaptedLinear):
             continue
         every = [TrainedLayer(name, layer, index) for index, _ in enumerate(layer.adapters())]
@@ -199,6 +205,7 @@ def _trains(layer: TrainedLayer) -> bool:
     if not all(each.is_leaf for each in trained):
         raise ValueError(
             "model: expected adapters whose factors are what is trained, but those of "
-            f"{layer.name!r} are computed from it, by {type(adapter.config).__name__}."
+            f"{layer.name!r} are computed from it, by {type(adapter.config).__name__}; train "
+            "it with another optimizer."
         )
     return bool(trained)

@@ -167,10 +167,14 @@ def pair_steps(ranks: Ranks, gradient: Tensor, trained: Tensor, ridge: float) ->
 
 
 def _eigen(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose rows rows^T (L, r, r) in float64: no value below zero."""
+    """Decompose rows rows^T (L, r, r) in float64; values that are but rounding errors are zero.
+
+    Such are those of ranks whose diagonal is zero, as a closed gate's.
+    """
     wide = rows.to(torch.float64)
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
-    return values.clamp(min=0), vectors
+    rounding = values[:, -1:] * wide.shape[1] * torch.finfo(wide.dtype).eps
+    return torch.where(values > rounding, values, 0), vectors
 
 
 def _inverse(values: Tensor) -> Tensor:

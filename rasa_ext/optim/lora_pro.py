@@ -178,6 +178,17 @@ class LoraPro(torch.optim.Optimizer):
         direction: Tensor = (mean / (1 - beta1 ** state["step"])).div_(scale)
         return direction
 
+    def forget(self, parameters: Iterable[Tensor]) -> None:
+        """Drop the moments of full gradients of the layers whose factors these are.
+
+        For those who let factors begin anew, as ``rasa_ext.training.Boosting`` does; what ``inner``
+        knows of a parameter is in ``state``.
+        """
+        anew = set(map(id, parameters))
+        for layer in (layer for group in self._groups for layer in group.layers):
+            if any(id(factor) in anew for factor in layer.factors()[:4]):
+                self._full.pop(layer.name, None)
+
     def _check_full(self) -> None:
         """Raise ValueError where the inner optimizer is not Adam, or does more than Adam."""
         for group in self.param_groups:

@@ -1,13 +1,13 @@
 """Folding adapters into the base weights, and taking them out again: W += dW = Bp^T Ap.
 
-Layers that are alike go through the operators over whole groups together, a chunk at a time. Those
-over a quantized base go one by one, and become dense: ``merge_quantized``.
+Layers, and experts, that are alike go through the operators over whole groups together: ``parts``.
+Those over a quantized base go one by one, and become dense: ``merge_quantized``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from rasa_ext import ops
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.sharded import check_base_whole
 from rasa_ext.nn.rasa import RasaLinear
+from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.patching.merge_quantized import (
     Dequantized,
     dense_dtype,
@@ -24,16 +25,21 @@ from rasa_ext.patching.merge_quantized import (
     restore_quantized,
     warn_dequantized,
 )
+from rasa_ext.patching.parts import (
+    Chunk,
+    Part,
+    bank_parts,
+    chunks_of,
+    deltas_of,
+    linear_part,
+    packs_of,
+    parts_of_experts,
+)
 from rasa_ext.patching.patch import remove_layers
-from rasa_ext.patching.state import adapted_layers, patch_state, unwrap
+from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.subtraction import Rest, rest
 
-# Bytes of dW, in the dtype of the sums, that stand beside the model at a time. 64 MiB are 16
-# million entries in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
-# little beside a model whose layers are worth taking together. A larger layer goes alone.
-CHUNK_BYTES = 64 << 20
-
-Chunk = list[tuple[str, RasaLinear]]
+Layers = list[tuple[str, RasaLinear]]
 
 
 def delta_weight(layer: RasaLinear) -> Tensor:
@@ -60,7 +66,7 @@ def delta_weight(layer: RasaLinear) -> Tensor:
     """
     if not isinstance(layer, RasaLinear):
         raise TypeError(f"layer: expected a RasaLinear, got {type(layer).__name__}.")
-    return _deltas([layer], torch.float32)[0]
+    return deltas_of([linear_part("", layer)], torch.float32)[0]
 
 
 def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -68,13 +74,14 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Layers of one group come one after the other. They are computed in chunks of at most 64 MiB of
     dW (or one layer), each one product; a dW is a view of its chunk, which lives as long. The
-    formula is that of arXiv 2503.12576, section 3.
+    formula is that of arXiv 2503.12576, section 3. Stacked expert weights come last, each whole.
 
     Args:
         model: a patched model, merged or not.
 
     Returns:
-        An iterator over ``(name, dW)``, dW (out, in) in float32 and without grad.
+        An iterator over ``(name, dW)``, dW (out, in) in float32 and without grad; of a stacked
+        weight (E, out, in), under the name of its parameter.
 
     Raises:
         TypeError, ValueError: at the first step, the model is no module, or not patched.
@@ -87,9 +94,14 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         0.0
     """
     patch_state(model)
-    for chunk in _chunks(adapted_layers(model), torch.float32):
-        deltas = _deltas([layer for _, layer in chunk], torch.float32)
-        yield from ((name, delta) for (name, _), delta in zip(chunk, deltas, strict=True))
+    layers = [linear_part(name, layer) for name, layer in adapted_layers(model)]
+    for chunk in chunks_of(layers, torch.float32):
+        deltas = deltas_of(chunk, torch.float32)
+        yield from ((part.name, delta) for part, delta in zip(chunk, deltas, strict=True))
+    for name, experts in adapted_experts(model):
+        for key, bank in experts.banks().items():
+            parts = bank_parts(f"{name}.{key}", experts, key, bank)
+            yield f"{name}.{key}", deltas_of(parts, torch.float32)
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool = False) -> float:
@@ -160,9 +172,8 @@ def unmerge(model: nn.Module) -> None:
         for _, layer in layers:
             if isinstance(layer.merged_base, nn.Module):
                 restore_quantized(layer)
-        dense = [(n, each) for n, each in layers if format_of(each.base_layer) is None]
-        for chunk in _chunks(dense):  # as merging had them: other products round differently
-            _unmerge_chunk([layer for _, layer in chunk])
+        for chunk in chunks_of(_dense_parts(model)):  # as merging had them: others round otherwise
+            _unmerge_chunk(chunk)
     state.merged = None
 
 
@@ -242,7 +253,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     state = patch_state(model)
     merged, dtype, subtract = state.merged is not None, state.dense_dtype, state.subtract
-    layers = [layer for _, layer in adapted_layers(model)]
+    layers: list[RasaLinear | RasaExperts] = [layer for _, layer in adapted_layers(model)]
+    layers += [experts for _, experts in adapted_experts(model)]
     before = [layer.disabled for layer in layers]
     unmerge(model)
     try:
@@ -271,26 +283,26 @@ def _merge(
     check_base_whole(model, {name: layer.base_layer for name, layer in every})
     quantized = [(name, each) for name, each in every if format_of(each.base_layer) is not None]
     _check_dtype(dtype, quantized)
-    layers = [(name, each) for name, each in every if format_of(each.base_layer) is None]
-    _check_not_shared(model, layers)
-    chunks = list(_chunks(layers))
+    parts = _dense_parts(model)
+    _check_not_shared(model, parts)
+    chunks = list(chunks_of(parts))
     changes: list[Dequantized] = []
     with torch.no_grad():
         if not keep_base:
             # Nothing could be undone: look at the results in copies before the first is written.
             for chunk in chunks:
-                _merge_chunk(chunk, [_weight(layer).clone() for _, layer in chunk])
+                _merge_chunk(chunk, [part.weight.clone() for part in chunk])
         try:
             wanted = dtype or model_dtype(unwrap(model))
             largest = _merge_quantized(quantized, wanted, changes)
             for chunk in chunks:
-                for _, layer in chunk:
+                for part in chunk:
                     if keep_base:
-                        layer.merged_base = layer.base_layer.weight.detach().clone()
-                change = _merge_chunk(chunk, [_weight(layer) for _, layer in chunk])
+                        part.kept = part.weight.clone()
+                change = _merge_chunk(chunk, [part.weight for part in chunk])
                 largest = max(largest, change)
                 if subtract:
-                    _keep_rest([layer for _, layer in chunk])
+                    _keep_rest(chunk)
         except BaseException:  # not finite, out of memory, or an interrupt: all layers or none
             unmerge(model)
             raise
@@ -300,11 +312,13 @@ def _merge(
     return largest
 
 
-def _merge_quantized(layers: Chunk, dtype: torch.dtype | None, changes: list[Dequantized]) -> float:
+def _merge_quantized(
+    layers: Layers, dtype: torch.dtype | None, changes: list[Dequantized]
+) -> float:
     """Make each layer dense with its adapter in it, in ``dtype`` or what it was; give max |dW|."""
     largest = 0.0
     for name, layer in layers:
-        delta = _deltas([layer], torch.float32)[0]
+        delta = delta_weight(layer)
         largest = max(largest, delta.abs().max().item())
         changes.append(
             dequantize_and_merge(layer, name, delta, dense_dtype(layer.base_layer, dtype))
@@ -312,7 +326,7 @@ def _merge_quantized(layers: Chunk, dtype: torch.dtype | None, changes: list[Deq
     return largest
 
 
-def _check_dtype(dtype: torch.dtype | None, quantized: Chunk) -> None:
+def _check_dtype(dtype: torch.dtype | None, quantized: Layers) -> None:
     if dtype is None:
         return
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -324,93 +338,53 @@ def _check_dtype(dtype: torch.dtype | None, quantized: Chunk) -> None:
         )
 
 
-def _chunks(layers: Chunk, dtype: torch.dtype | None = None) -> Iterator[Chunk]:
-    """Cut ``layers`` into those that one product takes, alike and of at most CHUNK_BYTES of dW.
-
-    ``dtype`` is that of dW, the one in which weights are summed unless given.
-    """
-    alike: dict[Hashable, Chunk] = {}
-    for name, layer in layers:
-        weight = layer.base_layer.weight
-        base = (weight.dtype, weight.device, layer.transposed)
-        factors = [t for t in layer.adapter().factors() if t is not None]
-        adapter = [(t.shape, t.dtype, t.device) for t in factors]
-        alike.setdefault((*base, id(layer.pool), *adapter), []).append((name, layer))
-    for found in alike.values():
-        first = found[0][1]
-        wide = dtype or ops.accumulation_dtype(first.base_layer.weight.dtype)
-        size = first.in_features * first.out_features * wide.itemsize
-        step = max(1, CHUNK_BYTES // max(size, 1))
-        yield from (found[begin : begin + step] for begin in range(0, len(found), step))
-
-
 def _merge_chunk(chunk: Chunk, weights: list[Tensor]) -> float:
     """Add dW to ``weights``, each (out, in), and give max |dW|.
 
     Raises ValueError where a sum is not finite.
     """
-    layers = [layer for _, layer in chunk]
-    packs = _packs(layers, ops.accumulation_dtype(weights[0].dtype))
+    packs = packs_of(chunk, ops.accumulation_dtype(weights[0].dtype))
     low, high = ops.delta_group(*packs).aminmax()
     ops.merge_group(weights, *packs)
     # A compiled operator writes without autograd's knowledge; a backward through the old values
     # must still be refused.
     torch.autograd.graph.increment_version(weights)
     finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
-    for (name, _), good in zip(chunk, finite, strict=True):
+    for part, good in zip(chunk, finite, strict=True):
         if not good:
             raise ValueError(
-                f"model: expected finite merged weights, but {name!r} would hold values that "
+                f"model: expected finite merged weights, but {part.name!r} would hold values that "
                 f"are not finite in {weights[0].dtype}; nothing was merged."
             )
     return max(-low.item(), high.item())
 
 
-def _keep_rest(layers: list[RasaLinear]) -> None:
-    """Keep, in place of merged layers' weights as they were, what subtracting does not give."""
-    deltas = _deltas(layers, ops.accumulation_dtype(layers[0].base_layer.weight.dtype))
-    for layer, delta in zip(layers, deltas, strict=True):
-        before = layer.merged_base.t() if layer.transposed else layer.merged_base
-        kept = rest(before, _weight(layer), delta)
-        if isinstance(kept, Rest):
-            layer.merged_base = kept
+def _keep_rest(chunk: Chunk) -> None:
+    """Keep, in place of merged parts' weights as they were, what subtracting does not give."""
+    deltas = deltas_of(chunk, ops.accumulation_dtype(chunk[0].weight.dtype))
+    for part, delta in zip(chunk, deltas, strict=True):
+        part.kept = rest(part.kept, part.weight, delta)
 
 
-def _unmerge_chunk(layers: list[RasaLinear]) -> None:
-    """Give the layers of a chunk that are merged their weights back."""
+def _unmerge_chunk(chunk: Chunk) -> None:
+    """Give the parts of a chunk that are merged their weights back."""
     deltas: Tensor | None = None
-    if any(isinstance(layer.merged_base, Rest) for layer in layers):
-        deltas = _deltas(layers, ops.accumulation_dtype(layers[0].base_layer.weight.dtype))
-    for index, layer in enumerate(layers):
-        if deltas is not None and isinstance(layer.merged_base, Rest):
-            _weight(layer).copy_(layer.merged_base.original(_weight(layer), deltas[index]))
-        elif layer.merged_base is not None:
-            layer.base_layer.weight.copy_(layer.merged_base)
-        layer.merged_base = None
+    if any(isinstance(part.kept, Rest) for part in chunk):
+        deltas = deltas_of(chunk, ops.accumulation_dtype(chunk[0].weight.dtype))
+    for index, part in enumerate(chunk):
+        kept = part.kept
+        if deltas is not None and isinstance(kept, Rest):
+            part.weight.copy_(kept.original(part.weight, deltas[index]))
+        elif kept is not None:
+            part.weight.copy_(kept)
+        part.kept = None
 
 
-def _weight(layer: RasaLinear) -> Tensor:
-    """Give the base's weight as (out, in), however it lies."""
-    weight = layer.base_layer.weight.detach()
-    return weight.t() if layer.transposed else weight
-
-
-@torch.no_grad()
-def _packs(layers: list[RasaLinear], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pack layers of one pool and shape on one device: Ap (L, R, in), Bp (L, R, out)."""
-    factors = [layer.adapter().factors() for layer in layers]
-    first = factors[0]
-    if any(each.A_pool is not first.A_pool or each.d is None for each in factors):
-        # Each reads ranks of its own from the pool, or the pool lies on another device.
-        packs = [ops.pack(*each, dtype, 1) for each in factors]
-        return torch.stack([Ap for Ap, _ in packs]), torch.stack([Bp for _, Bp in packs])
-    A, _, B, _, d = zip(*factors, strict=True)
-    return ops.pack_group(A, first.A_pool, B, first.B_pool, d, dtype, 1)
-
-
-def _deltas(layers: list[RasaLinear], dtype: torch.dtype) -> Tensor:
-    """Compute dW (L, out, in) of layers of one pool and shape."""
-    return ops.delta_group(*_packs(layers, dtype))
+def _dense_parts(model: nn.Module) -> list[Part]:
+    """List the matrices that are merged in place: all but those of quantized layers."""
+    layers = adapted_layers(model)
+    dense = [(n, layer) for n, layer in layers if format_of(layer.base_layer) is None]
+    return [linear_part(name, layer) for name, layer in dense] + parts_of_experts(model)
 
 
 def _is_capturing() -> bool:
@@ -426,7 +400,7 @@ def _check_not_capturing() -> None:
         )
 
 
-def _check_not_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) -> None:
+def _check_not_shared(model: nn.Module, parts: list[Part]) -> None:
     """Raise where a weight stands elsewhere too, which cannot take one layer's change."""
     root = unwrap(model)
     # Those of torchao have no storage of their own, and thus all the same address.
@@ -435,15 +409,17 @@ def _check_not_shared(model: nn.Module, layers: list[tuple[str, RasaLinear]]) ->
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) not in wrappers:
             users.setdefault(parameter.data_ptr(), []).append(name)
-    for name, layer in layers:
+    for part in parts:
+        if part.expert:
+            continue
         # A module registered under several names is one layer; only other modules count.
         others = [
             other
-            for other in users[layer.base_layer.weight.data_ptr()]
-            if root.get_submodule(other.rpartition(".")[0]) is not layer.base_layer
+            for other in users[part.weight.data_ptr()]
+            if root.get_submodule(other.rpartition(".")[0]) is not part.base
         ]
         if others:
             raise ValueError(
-                f"model: the weight of {name!r} is shared with {', '.join(others)}, which a merge "
-                "would change as well; untie the weights, or export instead of merging."
+                f"model: the weight of {part.name!r} is shared with {', '.join(others)}, which a "
+                "merge would change as well; untie the weights, or export instead of merging."
             )

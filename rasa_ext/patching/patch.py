@@ -181,7 +181,8 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
 def remove_layers(model: nn.Module) -> nn.Module:
     """Put every base layer, with the weights it has now, back in its place."""
     root, state = unwrap(model), patch_state(model)
-    adapted = (*adapted_layers(root), *adapted_experts(root))
+    adapted: list[tuple[str, RasaLinear | RasaExperts]]
+    adapted = [*adapted_layers(root), *adapted_experts(root)]
     replace_modules(root, {layer: layer.base_layer for _, layer in adapted})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)

@@ -51,10 +51,7 @@ class Summary(list[Row]):
 
     def __str__(self) -> str:
         head = ("group", "L", "out x in", "R", "trainable")
-        cells = [
-            (r.pattern, str(r.L), _shape(r), _ranks(r), f"{r.trainable:,}")
-            for r in self
-        ]
+        cells = [(r.pattern, str(r.L), _shape(r), _ranks(r), f"{r.trainable:,}") for r in self]
         widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
         lines = [
             "  ".join(

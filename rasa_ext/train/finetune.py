@@ -15,8 +15,8 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
-from rasa_ext import patch_model
-from rasa_ext.peft import RasaConfig, RasaPeftLinear
+from rasa_ext import patch_model, summary, unpatch
+from rasa_ext.patching.state import adapted_layers
 from rasa_ext.train.callbacks import (
     InterruptCallback,
     MetricsCallback,
@@ -26,11 +26,12 @@ from rasa_ext.train.callbacks import (
 from rasa_ext.train.checkpoints import checkpoints_in, newest_whole
 from rasa_ext.train.data import Fields, read_examples, rows_for_sft
 from rasa_ext.train.model_loading import load_model, load_skeleton, load_tokenizer
-from rasa_ext.train.options import RECORD, FinetuneOptions, parse_targets
+from rasa_ext.train.options import RECORD, FinetuneOptions
 from rasa_ext.train.results import FinetuneResult, write_record, write_results
 from rasa_ext.train.shown import describe_rows, show_example
-from rasa_ext.train.trainer import AdapterTrainer, dataset
+from rasa_ext.train.trainer import AdapterTrainer, check_head, dataset
 from rasa_ext.train.working import working
+from rasa_ext.training import ProximalGates, prune
 
 _CHECKPOINTS = 0.1  # one after every tenth of the run; they hold the adapter only
 _KEPT = 2
@@ -43,7 +44,7 @@ def finetune(
     model: Any = None,
     tokenizer: Any = None,
 ) -> FinetuneResult:
-    """Fine-tune a causal language model with RaSA and write the adapter into `options.output`.
+    """Fine-tune a causal language model and write the adapter into `options.output`.
 
     The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), the
     tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the run's own `finetune.yaml`, and
@@ -72,12 +73,12 @@ def finetune(
     scaled = model.dtype == torch.float16
     arguments = _arguments(options, reporters, marks, scaled, resuming=checkpoint is not None)
     with warnings.catch_warnings():
-        if loaded:  # the plan's check gave this advice, in the options' names
-            warnings.filterwarnings("ignore", "(r|rasa_groups): ")
+        if loaded:  # the plan's check gave this advice
+            warnings.filterwarnings("ignore", "(rank|groups): ")
         trainer = AdapterTrainer(
             model,
             arguments,
-            peft_config=_adapter(options),
+            adapter=options.adapter(),
             warmup=options.warmup,
             train_dataset=dataset(rows[0]),
             eval_dataset=dataset(rows[1]) if options.eval_data is not None else None,
@@ -88,12 +89,16 @@ def finetune(
     for source, given, learnt in zip(sources, rows, prepared, strict=False):
         describe_rows(source, len(given), learnt, options, console)
     show_example(trainer.train_dataset[0], tokenizer, console)
-    trained = _describe_adapter(trainer.model, console)
+    trained = _describe_adapter(trainer.base_model, console)
 
     total = total_steps(options, len(trainer.train_dataset))
     trainer.args.eval_steps = options.eval_every or total
     trainer.args.save_steps = math.ceil(_CHECKPOINTS * total)
     metrics = MetricsCallback(output / "metrics.jsonl")
+    gates = None
+    if options.gate_threshold is not None:
+        gates = ProximalGates(trainer.base_model, options.gate_threshold)
+        trainer.add_callback(gates.callback())
     if checkpoint is not None and checkpoint[0] >= total:
         console.print(f"The run in {output} is complete: {checkpoint[0]} of {total} steps.")
         trainer._load_from_checkpoint(checkpoint[1])
@@ -103,9 +108,11 @@ def finetune(
         output.mkdir(parents=True, exist_ok=True)
         write_record(options)
         step, interrupted = _train(trainer, total, checkpoint, metrics, console)
+    if gates is not None and not interrupted:
+        _end_with_gates(trainer.base_model, gates, options.prune, console)
     result = write_results(trainer, options, step, total, interrupted, metrics, trained)
     if not loaded:
-        trainer.model.unload()
+        unpatch(model)
         vars(model).pop("forward", None)  # TRL's, which can leave logits out
     return result
 
@@ -133,7 +140,7 @@ def _checkpoint_to_resume(
     record = output / RECORD
     if record.is_file():
         earlier = yaml.safe_load(record.read_text())
-        if other := options.changes_from(earlier, ("method", "rank", "k", "target_modules")):
+        if other := options.other_adapter(earlier):
             raise ValueError(
                 f"resume: the checkpoints in {output} are of another adapter: {'; '.join(other)}; "
                 "give the same, or another --output and no --resume."
@@ -148,21 +155,9 @@ def _checkpoint_to_resume(
     return found.step, str(found.path)
 
 
-def _adapter(options: FinetuneOptions) -> RasaConfig:
-    return RasaConfig(
-        rasa_method=options.method,
-        r=options.rank,
-        rasa_k=getattr(options.adapter(), "k", None),
-        rasa_alpha=options.alpha,
-        rasa_dropout=options.dropout,
-        target_modules=parse_targets(options.target_modules),
-        task_type="CAUSAL_LM",
-    )
-
-
 def _check_plan(options: FinetuneOptions) -> None:
     """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
-    patch_model(load_skeleton(options.model), config=options.adapter())
+    check_head(patch_model(load_skeleton(options.model), config=options.adapter()))
 
 
 def _load(options: FinetuneOptions, console: Console) -> Any:
@@ -181,14 +176,24 @@ def _load(options: FinetuneOptions, console: Console) -> Any:
 
 def _describe_adapter(model: Any, console: Console) -> int:
     """Say how much is trained; returns the number of trainable parameters."""
-    trained, total = model.get_nb_trainable_parameters()
-    layers = [module for module in model.modules() if isinstance(module, RasaPeftLinear)]
-    groups = sum(bool(len(layer.rasa_pool_A)) for layer in layers) or len(layers)
-    rank = max(each.factors().rank for layer in layers for each in layer.adapters())
+    found, layers = summary(model), [layer for _, layer in adapted_layers(model)]
+    pools = {id(layer.pool) for layer in layers if layer.pool is not None}
+    groups = len(pools) or len(layers)
     console.print(
-        f"{trained:,} of {total:,} parameters are trained ({groups} groups, effective rank {rank})."
+        f"{found.trainable:,} of {found.total:,} parameters are trained ({groups} groups, "
+        f"effective rank {max(row.R for row in found)})."
     )
-    return trained
+    return found.trainable
+
+
+def _end_with_gates(model: Any, gates: ProximalGates, pruned: bool, console: Console) -> None:
+    """Say how many gates are open, and take the others out if asked."""
+    text = "{:,} of {:,} gates are open".format(*gates.open_gates())
+    if pruned:
+        text += "; with the others taken out the effective rank is {1}, from {0}".format(
+            *prune(model)
+        )
+    console.print(f"{text}.")
 
 
 def _train(

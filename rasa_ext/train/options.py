@@ -17,8 +17,19 @@ from rasa_ext import methods
 RECORD = "finetune.yaml"
 """The file in the output directory that holds the options of its run."""
 
-METHODS = ("rasa", "lora")
-"""Those that need nothing between the steps of an optimizer."""
+METHODS = {
+    "rasa": "RaSA",
+    "lora": "LoRA",
+    "block-lora": "Block-LoRA",
+    "sbora": "SBoRA",
+    "sora": "SoRA",
+    "reslora": "ResLoRA",
+    "sd-lora": "SD-LoRA",
+}
+"""Those that one run can train, with the names that a reader sees."""
+
+ADAPTER = ("method", "rank", "k", "freeze_a", "blocks", "side", "window", "target_modules")
+"""The options that say which tensors an adapter has."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -56,16 +67,37 @@ class FinetuneOptions:
         "the user and one of the assistant. Without, the text is <prompt><completion><EOS>, joined "
         "as it stands: a space or line break between the two must be in the data.",
     )
-    method: str = _option("rasa", f"The adapter's method: {', '.join(METHODS)}.")
+    method: str = _option(
+        "rasa", f"The adapter's method: {', '.join(METHODS)}, which trains the first of its tasks."
+    )
     rank: int = _option(8, "LoRA rank r per layer.")
     k: int | None = _option(
-        None, "How many of them go to the shared pool, under RaSA. [default: rank // 8, at least 1]"
+        None,
+        "How many of them go to the shared pool, under rasa and sora. [default: rank // 8, at "
+        "least 1, under rasa; 0 under sora]",
     )
     alpha: float = _option(
         8.0,
-        "Under RaSA the size of the initial diagonal; the paper has 8 and 32. Under LoRA its scale "
-        "times the rank.",
+        "Under rasa the size of the initial diagonal; the paper has 8 and 32. Under the others the "
+        "scale times the rank.",
     )
+    rslora: bool = _option(False, "Under lora: the scale is alpha / sqrt(rank) (rsLoRA).")
+    freeze_a: bool = _option(False, "Under lora: A stays as it was drawn (LoRA-FA).")
+    blocks: int | None = _option(
+        None, "Under block-lora: how many blocks share A; a divisor of the rank. [default: 2]"
+    )
+    side: str | None = _option(
+        None, "Under sbora: A reads single features, B writes them. [default: A]"
+    )
+    window: int | None = _option(
+        None, "Under reslora: how many layers before it a layer computes as well. [default: 4]"
+    )
+    gate_threshold: float | None = _option(
+        None,
+        "Under sora, which needs it, and rasa, whose pool then has gates: by how much each gate "
+        "moves towards zero in a step, such as 1e-3.",
+    )
+    prune: bool = _option(False, "With --gate-threshold: take closed gates out at the end.")
     dropout: float = _option(0.0, "On the adapter's input, in [0, 1).")
     target_modules: str = _option(
         "all-linear", "all-linear, name suffixes with commas, or regex: and a regular expression."
@@ -119,7 +151,7 @@ class FinetuneOptions:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError("eval_every: expected eval_data to evaluate on as well, got none.")
-        self.adapter()
+        self._check_gates(self.adapter())
         check_folder("output", Path(self.output))
 
     def adapter(self) -> methods.AdapterConfig:
@@ -132,20 +164,68 @@ class FinetuneOptions:
         }
         if self.method not in METHODS:
             raise ValueError(
-                f"method: expected one of {', '.join(METHODS)}, got {self.method!r}; others take "
-                "steps of their own, in a loop of yours: see rasa_ext.training."
+                f"method: expected one of {', '.join(METHODS)}, got {self.method!r}; boosting, "
+                "which begins new factors as it goes, is trained in a loop of yours: see "
+                "rasa_ext.training."
+            )
+        config = methods.METHODS[self.method]
+        own: dict[str, Any] = {
+            "k": self.k,
+            "rslora": self.rslora or None,
+            "train_A": False if self.freeze_a else None,
+            "blocks": self.blocks,
+            "side": self.side,
+            "window": self.window,
+        }
+        own = {name: value for name, value in own.items() if value is not None}
+        known = {field.name for field in dataclasses.fields(config)}
+        for name in own.keys() - known:
+            option = "freeze_a" if name == "train_A" else name
+            raise ValueError(
+                f"{option}: expected none with the method {self.method!r}, got "
+                f"{getattr(self, option)!r}."
             )
         if self.method == "rasa":
-            return methods.RasaConfig(k=self.k, **common)
-        if self.k is not None:
-            raise ValueError(f"k: expected none with the method {self.method!r}, got {self.k}.")
-        return methods.LoraConfig(**common)
+            own |= {"k": self.k, "gates": None if self.gate_threshold is None else "pool"}
+        elif self.method == "sbora":
+            own["seed"] = self.seed
+        return config(**common, **own)
+
+    def _check_gates(self, adapter: methods.AdapterConfig) -> None:
+        """Raise ValueError where the options of gates do not fit the method, or each other."""
+        threshold = self.gate_threshold
+        if threshold is None:
+            if self.method == "sora":
+                raise ValueError(
+                    "gate_threshold: expected a number with the method 'sora', whose gates nothing "
+                    "closes without, got none; 1e-3 is a start."
+                )
+            if self.prune:
+                raise ValueError("prune: expected gate_threshold as well, got none.")
+        elif self.method not in ("rasa", "sora"):
+            raise ValueError(
+                f"gate_threshold: expected none with the method {self.method!r}, got {threshold}."
+            )
+        elif not 0 <= threshold < float("inf"):
+            raise ValueError(f"gate_threshold: expected a number >= 0, got {threshold}.")
+        elif self.method == "rasa" and not getattr(adapter, "k", 0):
+            raise ValueError(
+                "gate_threshold: expected k above 0, for a pool that has gates, got k = 0; the "
+                "method sora has gates on a layer's own ranks."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the option names, for `finetune.yaml`; without `resume`."""
         values = dataclasses.asdict(self)
         del values["resume"]
         return values
+
+    def other_adapter(self, earlier: Mapping[str, Any]) -> list[str]:
+        """List what makes the adapter another one than that of an earlier run's `to_dict`."""
+        gates = [each.get("gate_threshold") is None for each in (earlier, self.to_dict())]
+        return self.changes_from(
+            earlier, ADAPTER if gates[0] == gates[1] else (*ADAPTER, "gate_threshold")
+        )
 
     def changes_from(
         self, earlier: Mapping[str, Any], names: Collection[str] | None = None

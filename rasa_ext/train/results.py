@@ -12,7 +12,7 @@ import yaml
 from rasa_ext.train.callbacks import MetricsCallback
 from rasa_ext.train.checkpoints import checkpoints_in
 from rasa_ext.train.memory import peak_memory
-from rasa_ext.train.options import RECORD, FinetuneOptions
+from rasa_ext.train.options import METHODS, RECORD, FinetuneOptions
 from rasa_ext.train.plots import plot_loss
 from rasa_ext.train.trainer import AdapterTrainer
 
@@ -79,8 +79,7 @@ def write_results(
     trainer.model.eval()
     trainer.save_model()
     if losses:
-        method = {"rasa": "RaSA", "lora": "LoRA"}[options.method]
-        title = f"{method} r={options.rank}, {Path(options.model).name}"
+        title = f"{METHODS[options.method]} r={options.rank}, {Path(options.model).name}"
         plot_loss(metrics.rows, output / "loss.png", title)
     text = json.dumps(dataclasses.asdict(result), indent=2)
     (output / "summary.json").write_text(text + "\n", encoding="utf-8")

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import set_seed
 from trl import SFTConfig, SFTTrainer
 
-from rasa_ext.peft import RasaConfig
+import rasa_ext
+from rasa_ext.checkpoint.adapter import load_tensors_into
+from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
+from rasa_ext.methods import AdapterConfig
+from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.patching.state import is_patched, patch_state
+from rasa_ext.training import parameter_groups
 
 IGNORE = -100
 """The label of a token that carries no loss, as torch's cross entropy has it."""
 
 
 class AdapterTrainer(SFTTrainer):
-    """An SFTTrainer over a base model with a new RaSA adapter.
+    """An SFTTrainer over a base model that it patches with a new adapter, of any method.
 
+    - The method's own rates are the optimizer's, and checkpoints hold the adapter alone.
     - The adapter keeps its float32 numbers over a quantized base, where TRL rounds to bfloat16.
     - The rate rises from the first step on, and reaches zero only after the last.
     - On a CPU logits are made only at places where some row has a loss, where TRL makes all of them
@@ -34,20 +42,23 @@ class AdapterTrainer(SFTTrainer):
     """
 
     lr_scheduler: Any
+    optimizer: Any
 
     def __init__(
         self,
         model: Any,
         args: SFTConfig,
         *,
-        peft_config: RasaConfig | None = None,
+        adapter: AdapterConfig | None = None,
         warmup: float = 0.0,
         **options: Any,
     ) -> None:
         self.warmup = warmup
         set_seed(args.seed)
-        if peft_config is not None:
-            model = get_peft_model(model, peft_config)
+        if adapter is not None:
+            rasa_ext.patch_model(model, config=adapter)
+        if adapter is not None or args.device.type != "cpu":
+            check_head(model)
         exact = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(model, args, **options)
         for parameter, data in exact.items():
@@ -87,6 +98,14 @@ class AdapterTrainer(SFTTrainer):
             return loss / trained.sum().clamp(min=1)
         scale = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss * scale / num_items_in_batch
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """The optimizer that the arguments name, with the rates that the adapter's method wants."""
+        if self.optimizer is None and is_patched(self.base_model):
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+            rate, eps = self.args.learning_rate, self.args.adam_epsilon
+            self.optimizer = kind(parameter_groups(self.base_model, rate, eps=eps), **settings)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """A linear rise over the warm-up's share of the steps, and a linear fall."""
@@ -135,13 +154,27 @@ class AdapterTrainer(SFTTrainer):
         if not self.args.should_save:
             return
         directory = output_dir if output_dir is not None else self.args.output_dir
-        model = self.accelerator.unwrap_model(self.model)
-        # "auto" would look for the base's configuration on the hub; no embedding is trained here.
-        model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=False)
+        rasa_ext.save_adapter(self.base_model, directory)
         self.processing_class.save_pretrained(directory)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load an adapter, whose dropout and scale may be others now."""
+        tensors = read_tensors(Path(resume_from_checkpoint) / WEIGHTS)
+        config = patch_state(self.base_model).config
+        load_tensors_into(self.base_model, config, tensors, resume_from_checkpoint)
 
     def _send_telemetry(self) -> None:
         pass
+
+
+def check_head(model: Any) -> None:
+    """Raise ValueError where the output head is adapted: TRL's loss reads its weight alone."""
+    if isinstance(model.get_output_embeddings(), AdaptedLinear):
+        raise ValueError(
+            "target_modules: expected layers other than the output head, from whose weight alone "
+            "the trainer computes the loss, so that an adapter over it has no part in it; leave it "
+            "out, or train in a loop of yours."
+        )
 
 
 def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:

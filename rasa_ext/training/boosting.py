@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext.methods.base import checked_integer, checked_number, fresh_A
+from rasa_ext.methods.boosted_pool import BoostedPoolConfig
 from rasa_ext.methods.lora import LoraConfig
-from rasa_ext.nn.rasa import RasaLinear
+from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
 
 if TYPE_CHECKING:
@@ -26,9 +28,15 @@ class Boosting:
     and the adapter stays one: ``merge_and_unload`` or ``export_lora`` at the end give what T
     merges would have.
 
+    With ``BoostedPoolConfig`` a booster is a slot of a pool: one pair for all layers of a group,
+    and of each drawn layer an entry of d that weights it. Layers that are not drawn have a zero
+    there; a group none of whose layers is drawn keeps its present pair for later.
+
     Args:
-        model: patched with ``LoraConfig``, usually of rank 1, whose scale s every booster has.
-        optimizer: that of the adapter's parameters.
+        model: patched with ``LoraConfig``, usually of rank 1, whose scale s every booster has, or
+            with ``BoostedPoolConfig``.
+        optimizer: that of the adapter's parameters. One with state beside ``state``, as ``LoraPro``
+            has, is asked to ``forget`` parameters.
         steps: the optimizer's steps of a booster.
         layers: of how many layers, drawn at random, a booster consists; all unless given.
         alpha: what a booster counts once it is pushed. Other than 1 the outputs jump then.
@@ -62,10 +70,11 @@ class Boosting:
         seed: int = 0,
     ) -> None:
         config = patch_state(model).config
-        if not isinstance(config, LoraConfig) or not config.train_A:
+        pairs = isinstance(config, LoraConfig) and config.train_A
+        if not (pairs or isinstance(config, BoostedPoolConfig)):
             raise ValueError(
-                "model: expected one patched with LoraConfig(train_A=True), got "
-                f"{type(config).__name__}."
+                "model: expected one patched with LoraConfig(train_A=True) or BoostedPoolConfig, "
+                f"got {type(config).__name__}."
             )
         names = [name for name, _ in adapted_layers(model)]
         if checked_integer("steps", steps) < 1:
@@ -96,7 +105,7 @@ class Boosting:
 
         The paper's regularisation of a booster, whose weight it leaves to its user.
         """
-        parts = [part for _, layer in self._live() for part in (layer.A, layer.B)]
+        parts = [part for pair in self._live() for part in (pair.owner.A, pair.owner.B)]
         return torch.stack([part.square().sum().to(parts[0].device) for part in parts]).sum()
 
     @property
@@ -127,8 +136,17 @@ class Boosting:
 
         return BoostingCallback()
 
-    def _live(self) -> list[tuple[str, RasaLinear]]:
-        return [each for each in adapted_layers(self._model) if each[0] in self._drawn]
+    def _pairs(self) -> list[_Pair]:
+        """List the present pairs: a layer's own, or a pool's."""
+        found: dict[int, _Pair] = {}
+        for name, layer in adapted_layers(self._model):
+            owner = layer if layer.pool is None else layer.pool
+            found.setdefault(id(owner), _Pair(owner, {})).layers[name] = layer
+        return list(found.values())
+
+    def _live(self) -> list[_Pair]:
+        """List those of the present booster."""
+        return [pair for pair in self._pairs() if pair.layers.keys() & set(self._drawn)]
 
     def _draw(self, names: list[str]) -> tuple[str, ...]:
         if self._layers is None:
@@ -136,32 +154,85 @@ class Boosting:
         order = torch.randperm(len(names), generator=self._generator)[: self._layers]
         return tuple(names[i] for i in sorted(order.tolist()))
 
+    @torch.no_grad()
     def _freeze(self) -> None:
-        for name, layer in adapted_layers(self._model):
-            for parameter in (layer.A, layer.B):
-                parameter.requires_grad_(name in self._drawn)
+        """Train the drawn layers alone; where B is zero, also let no other one read a pool's."""
+        for owner, layers in self._pairs():
+            drawn = layers.keys() & set(self._drawn)
+            for parameter in (owner.A, owner.B):
+                parameter.requires_grad_(bool(drawn))
+            if not isinstance(owner, RasaPool):
+                continue
+            begins = not owner.B.any()
+            for name, layer in layers.items():
+                for tensor in layer.own_tensors().values():
+                    if isinstance(tensor, nn.Parameter):
+                        tensor.requires_grad_(name in drawn)
+                if begins:
+                    layer.d.fill_(self._config().scale if name in drawn else 0.0)
+
+    def _config(self) -> LoraConfig | BoostedPoolConfig:
+        config = patch_state(self._model).config
+        assert isinstance(config, LoraConfig | BoostedPoolConfig)  # as the constructor has seen
+        return config
 
     @torch.no_grad()
     def _push(self) -> None:
         check_unmerged(self._model)
-        state = patch_state(self._model)
-        config = state.config
-        assert isinstance(config, LoraConfig)  # what the constructor has seen to
-        live = self._live()
+        config, live = self._config(), self._live()
         counts = dict(config.stack)
-        counts |= {name: counts.get(name, 0) + config.rank for name, _ in live}
-        state.config = dataclasses.replace(config, stack=counts)
+        for name in (name for pair in live for name in pair.layers):
+            counts[name] = counts.get(name, 0) + config.rank
+        later = dataclasses.replace(config, stack=counts)
+        patch_state(self._model).config = later
         for _, layer in adapted_layers(self._model):
-            layer.config = state.config
-        for _, layer in live:
-            own = layer.own_tensors()
-            down, up = layer.A.clone(), (self.alpha * layer.B).t()
-            if "stack_A" in own:
-                down, up = torch.cat((own["stack_A"], down)), torch.cat((own["stack_B"].t(), up))
-            tensors = {"A": layer.A, "B": layer.B, "stack_A": down, "stack_B": up.t()}
-            layer.replace(state.config, tensors)
-            layer.A.copy_(fresh_A(config.rank, layer.place, layer.A.dtype))
-            layer.B.zero_()
-            for parameter in (layer.A, layer.B):
-                parameter.grad = None
-                self._optimizer.state.pop(parameter, None)
+            layer.config = later
+        for owner, layers in live:
+            first, fresh = next(iter(layers.values())), [owner.A, owner.B]
+            if isinstance(owner, RasaPool):
+                owner.replace(self._grown(owner, first.pool_tensors()))
+                for layer in layers.values():
+                    self._push_diagonal(layer, later)
+                    fresh.append(layer.d)
+            else:
+                owner.replace(later, self._grown(owner, owner.own_tensors()))
+            owner.A.copy_(fresh_A(config.rank, first.place, owner.A.dtype))
+            owner.B.zero_()
+            self._forget(fresh)
+
+    def _grown(
+        self, owner: RasaLinear | RasaPool, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give an owner's tensors with its pair on the stack."""
+        down, up = owner.A.clone(), (self.alpha * owner.B).t()
+        if "stack_A" in tensors:
+            down = torch.cat((tensors["stack_A"], down))
+            up = torch.cat((tensors["stack_B"].t(), up))
+        return {"A": owner.A, "B": owner.B, "stack_A": down, "stack_B": up.t()}
+
+    def _push_diagonal(self, layer: RasaLinear, later: Any) -> None:
+        """Put a layer's d behind those of former boosters, which the optimizer goes on with."""
+        past = layer.own_tensors()["stack_d"]
+        grown = torch.cat((past, layer.d)).detach()
+        if later.train_past:
+            grown = nn.Parameter(grown)
+            self._forget([past])
+            for group in self._optimizer.param_groups:
+                group["params"] = [grown if each is past else each for each in group["params"]]
+        layer.replace(later, {"d": layer.d, "stack_d": grown})
+
+    def _forget(self, parameters: list[Tensor]) -> None:
+        """Drop what the optimizer knows of parameters that begin anew."""
+        for parameter in parameters:
+            parameter.grad = None
+            self._optimizer.state.pop(parameter, None)
+        forget = getattr(self._optimizer, "forget", None)
+        if forget is not None:
+            forget(parameters)
+
+
+class _Pair(NamedTuple):
+    """A pair that a booster trains, and the layers that read it, by name."""
+
+    owner: RasaLinear | RasaPool
+    layers: dict[str, RasaLinear]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.methods.pooled import PooledConfig
-from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
+from rasa_ext.patching.state import check_unmerged, owners, patch_state
 
 
 def train_diagonals(model: nn.Module) -> nn.Module:
@@ -33,7 +33,7 @@ def train_diagonals(model: nn.Module) -> nn.Module:
         {'d'}
     """
     _check(model)
-    for _, layer in adapted_layers(model):
+    for _, layer in owners(model):
         tensors = {
             **layer.own_tensors(),
             **{f"pool {k}": t for k, t in layer.pool_tensors().items()},
@@ -63,7 +63,7 @@ def diagonals(model: nn.Module) -> dict[str, Tensor]:
         torch.Size([9])
     """
     _check(model)
-    return {name: layer.d.detach().clone() for name, layer in adapted_layers(model)}
+    return {name: layer.d.detach().clone() for name, layer in owners(model)}
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
 
     Args:
         model: patched with ``RasaConfig`` or ``SoraConfig``.
-        task: what ``diagonals`` gave: a d (R,) for every adapted layer.
+        task: what ``diagonals`` gave: a d (R,) for every adapted layer, (E, R) for stacked experts.
 
     Returns:
         The same object.
@@ -89,7 +89,7 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
     """
     _check(model)
     check_unmerged(model)
-    layers = dict(adapted_layers(model))
+    layers = dict(owners(model))
     if differ := sorted(task.keys() ^ layers.keys()):
         raise ValueError(
             f"task: expected a diagonal for each of {len(layers)} adapted layers and no other, but "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rasa_ext.methods.base import checked_choice, checked_number
 from rasa_ext.methods.pooled import PooledConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
-from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
+from rasa_ext.patching.state import adapted_layers, check_no_experts, check_unmerged, patch_state
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -178,6 +178,7 @@ def balance(model: nn.Module) -> None:
         >>> rasa_ext.training.balance(model)
     """
     config, pools = _pooled_config(model), dict[RasaPool, Tensor]()
+    check_no_experts(model, "balance")
     for _, layer in adapted_layers(model):
         own = config.ranks_at(layer.place)[0]
         layer.d[:own] *= _normalize(layer.A, layer.B)

@@ -35,8 +35,7 @@ def _two_tasks(**options) -> nn.Module:
     return model
 
 
-def _boosted() -> nn.Module:
-    config = methods.LoraConfig(rank=1, alpha=1.0, adapter_dtype=torch.float64)
+def _boosted(config: methods.AdapterConfig) -> nn.Module:
     model = rasa_ext.patch_model(base(), config=config)
     optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
     boosting = training.Boosting(model, optimizer, steps=1, layers=4, seed=5)
@@ -69,7 +68,11 @@ CASES = {
     "lora": lambda: _plain("lora", rank=3),
     "rslora": lambda: _plain("lora", rank=3, rslora=True),
     "lora-fa": lambda: _plain("lora", rank=3, train_A=False),
-    "boosted": _boosted,
+    "boosted": lambda: _boosted(methods.LoraConfig(rank=1, alpha=1.0, **WIDE)),
+    "boosted pool": lambda: _boosted(methods.BoostedPoolConfig(**WIDE)),
+    "boosted pool, trained on": lambda: _boosted(
+        methods.BoostedPoolConfig(rank=2, alpha=3.0, train_past=True, **WIDE)
+    ),
     "block-lora": lambda: _plain("block-lora", rank=6, blocks=2),
     "sbora-fa": lambda: _plain("sbora", rank=3, side="A"),
     "sbora-fb": lambda: _plain("sbora", rank=3, side="B"),
@@ -123,6 +126,10 @@ def changes(model: nn.Module, name: str) -> dict[str, Tensor]:
             dW = config.alpha / config.rank ** (0.5 if kind == "rslora" else 1) * t["B"] @ t["A"]
         elif kind == "boosted":
             dW = t["B"] @ t["A"] + (t["stack_B"] @ t["stack_A"] if "stack_A" in t else 0)
+        elif kind == "boosted pool":
+            dW = (pool["B"] * t["d"]) @ pool["A"]
+            for entry, a, b in zip(t["stack_d"], pool["stack_A"], pool["stack_B"].t(), strict=True):
+                dW = dW + entry * torch.outer(b, a)
         elif kind == "block-lora":
             dW = config.alpha / config.rank * t["B"] @ t["A"]
         elif kind in ("sbora-fa", "sbora-fb"):

@@ -8,6 +8,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.patching import merge as merging
+from rasa_ext.patching import parts
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
 from tests.helpers.models import GPT2, LLAMA, TWO_NAMES, ids
@@ -48,9 +49,9 @@ def test_layers_are_merged_in_chunks(size, counts, monkeypatch):
     """As many as CHUNK_BYTES of dW in float32 hold, at least one, with the same bits."""
     base = nn.Sequential(*(nn.Linear(8, 6) for _ in range(5))).bfloat16()
     alone, model = patched(base), patched(base)
-    monkeypatch.setattr(merging, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(parts, "CHUNK_BYTES", 0)
     largest = rasa_ext.merge(alone)
-    monkeypatch.setattr(merging, "CHUNK_BYTES", size)
+    monkeypatch.setattr(parts, "CHUNK_BYTES", size)
     found = watched(monkeypatch)
     assert rasa_ext.merge(model) == pytest.approx(largest, rel=1e-6)
     assert found == counts
@@ -110,7 +111,7 @@ def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
         if len(calls) == when:
             raise error
 
-    monkeypatch.setattr(merging, "CHUNK_BYTES", 0)
+    monkeypatch.setattr(parts, "CHUNK_BYTES", 0)
     monkeypatch.setattr(merging.ops, "merge_group", failing)
     with pytest.raises(error):
         call(model)

@@ -115,27 +115,6 @@ def test_a_run_learns_and_leaves_its_files(options, files):
     assert min(trained) > 0
 
 
-def test_a_lora_by_the_same_command(options):
-    result, _ = run(options, method="lora", dropout=0.0)
-    model = rasa_ext.load_adapter(make_model(), options.output)
-    layers = [each for each in model.modules() if isinstance(each, rasa_ext.RasaLinear)]
-    assert {(type(each.config).__name__, each.effective_rank) for each in layers} == {
-        ("LoraConfig", 4)
-    }
-    assert all(layer.B.any() for layer in layers)
-    assert result.trainable == sum(p.numel() for p in rasa_ext.adapter_parameters(model))
-    with pytest.raises(ValueError, match="method"):
-        run(options, resume=True, dropout=0.0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"), [({"method": "sora"}, "method"), ({"method": "lora", "k": 1}, "k: ")]
-)
-def test_methods_that_are_refused(options, changes, named):
-    with pytest.raises(ValueError, match=named):
-        dataclasses.replace(options, **changes)
-
-
 def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
     result, _ = run(options)
     step, checkpoint = checkpoints_in(Path(options.output))[-1]

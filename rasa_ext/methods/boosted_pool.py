@@ -1,0 +1,97 @@
+"""Boosters as slots of a pool: each is one pair for all layers of a group, and an entry of d."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.methods.base import (
+    AdapterConfig,
+    Counts,
+    Place,
+    checked_alpha,
+    checked_rank,
+    document_fields,
+    empty_stack,
+    fresh_A,
+    fresh_B,
+    option,
+)
+from rasa_ext.ops import Factors
+
+
+@dataclasses.dataclass(frozen=True)
+class BoostedPoolConfig(AdapterConfig):
+    """The config of boosters that a group's layers share: XGBLoRA's (arXiv 2410.19694) in a pool.
+
+    dW_i = sum_t d_it b_t a_t. The pair of the present booster t is trained, and of every layer i
+    the entry d_it that weights it; the boosters before stay. ``rasa_ext.training.Boosting`` begins
+    one after the other, each of in + out + L numbers for L layers. A group owns A (r, in) and
+    B (out, r) of the present booster, and the buffers stack_A and stack_B with those before; a
+    layer owns d (r,), and stack_d (n,) for the n slots of the stack. In no paper.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> from rasa_ext.methods import BoostedPoolConfig
+        >>> model = rasa_ext.patch_model(model, config=BoostedPoolConfig())
+        >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
+        >>> boosting = rasa_ext.training.Boosting(model, optimizer, steps=100)
+    """
+
+    method: ClassVar[str] = "boosted-pool"
+
+    rank: int = option(1, "r: how many slots of the pool a booster is.")
+    alpha: float = option(1.0, "The entries of d that weight a booster begin at alpha / r.")
+    train_past: bool = option(
+        False, "Whether the entries of d that weight former boosters are trained on."
+    )
+    stack: Counts = option(
+        (), "How many former slots each layer reads. rasa_ext.training.Boosting sets it."
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field and bring it into its canonical form."""
+        stack = tuple((name, int(count)) for name, count in dict(self.stack).items())
+        self._set(rank=checked_rank(self.rank), alpha=checked_alpha(self.alpha), stack=stack)
+        super().__post_init__()
+
+    @property
+    def scale(self) -> float:
+        """The value that a booster's entries of d begin with."""
+        return self.alpha / self.rank
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        """Make d (r,), and stack_d (n,) of zeros."""
+        where: dict[str, Any] = {"dtype": self.adapter_dtype, "device": place.device}
+        past = torch.zeros(self._past(place), **where)
+        return {
+            "d": nn.Parameter(torch.full((self.rank,), self.scale, **where)),
+            "stack_d": nn.Parameter(past) if self.train_past else past,
+        }
+
+    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Make A (r, in) and B (out, r), and the buffers stack_A (n, in) and stack_B (out, n)."""
+        first, dtype = places[0], self.adapter_dtype
+        return {
+            "A": fresh_A(self.rank, first, dtype),
+            "B": fresh_B(self.rank, first, dtype),
+            **empty_stack(self._past(first), first, dtype),
+        }
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+        """Give the present booster as the pool, and those before it, frozen, in front of it."""
+        d = torch.cat((own["stack_d"], own["d"]))
+        A, A_now, B, B_now = (pool[name].to(d.device) for name in ("stack_A", "A", "stack_B", "B"))
+        return Factors(A, A_now, B, B_now, d)
+
+    def _past(self, place: Place) -> int:
+        return dict(self.stack).get(place.name, 0)
+
+
+document_fields(BoostedPoolConfig)
