@@ -15,7 +15,7 @@ from rasa_ext.base_layers.experts import bank_shape, bank_weight
 from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapted_linear import Adapter
 from rasa_ext.ops import Factors
-from rasa_ext.patching.merge import CHUNK_BYTES
+from rasa_ext.patching.parts import CHUNK_BYTES
 from rasa_ext.patching.subtraction import Rest, rest
 from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.summed import summed
@@ -61,7 +61,7 @@ class RasaPeftBank(NamedAdapters):
 
     def adapter(self) -> Adapter | None:
         """Give the adapter that a forward adds, the sum of all active ones, or None."""
-        names = self._live()
+        names = self.live()
         return summed([self.named(name) for name in names]) if names else None
 
     @torch.no_grad()
@@ -215,7 +215,7 @@ class RasaPeftExperts(AdaptedExperts):
     def merged(self) -> bool:
         """Whether adapters are folded into the weights, and none is added beside them."""
         banks = self.banks().values()
-        return any(bank.merged for bank in banks) and not any(bank.adapter() for bank in banks)
+        return any(bank.merged for bank in banks) and not any(bank.live() for bank in banks)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Compute (T, H): the base and every active adapter."""
@@ -223,7 +223,7 @@ class RasaPeftExperts(AdaptedExperts):
         for bank in self.banks().values():
             if bank.disable_adapters and bank.merged:
                 bank.unmerge()
-            live = live or bank.adapter() is not None
+            live = live or bool(bank.live())
         if live:
             return super().forward(hidden_states, top_k_index, top_k_weights)
         y: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
@@ -255,5 +255,4 @@ def expert_deltas(factors: Factors, experts: slice, dtype: torch.dtype) -> Tenso
         A_pool = A_pool[experts] if each else A_pool.expand(len(A), -1, -1)
         B_pool = B_pool[experts] if each else B_pool.expand(len(B), -1, -1)
     d = None if d is None else d[experts]
-    Ap, Bp = ops.pack_experts(A, A_pool, B, B_pool, d, dtype)
-    return Bp.transpose(1, 2) @ Ap
+    return ops.delta_group(*ops.pack_experts(A, A_pool, B, B_pool, d, dtype))

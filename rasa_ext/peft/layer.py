@@ -59,7 +59,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
     def adapter(self, adapter_name: str | None = None) -> Adapter | None:
         """Give an adapter by its name, or the first that the forward adds to all rows, if any."""
         if adapter_name is None:
-            names = self._live()
+            names = self.live()
             if not names:
                 return None
             adapter_name = names[0]
@@ -76,7 +76,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         if self.rows is not None and not self._disable_adapters:
             return self._row_by_row(x, self.rows, *args, **kwargs)
         y = super().forward(x, *args, **kwargs)
-        for name in self._live()[1:]:
+        for name in self.live()[1:]:
             y = self._added(y, x, self.adapter(name))
         return y
 

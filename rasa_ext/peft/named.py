@@ -121,7 +121,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         """List the active adapters that the weight has."""
         return [name for name in self.active_adapters if name in self.configs]
 
-    def _live(self) -> list[str]:
+    def live(self) -> list[str]:
         """List those that the forward adds to all rows of the base's output."""
         if self._disable_adapters or self.merged or self.rows is not None:
             return []
