@@ -12,10 +12,11 @@ except ImportError as error:
     ) from error
 
 from rasa_ext.peft.config import RasaConfig
+from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.model import RasaModel
 from rasa_ext.peft.register import register
 
-__all__ = ["RasaConfig", "RasaModel", "RasaPeftLinear"]
+__all__ = ["RasaConfig", "RasaModel", "RasaPeftBank", "RasaPeftExperts", "RasaPeftLinear"]
 
 register()

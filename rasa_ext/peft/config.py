@@ -24,6 +24,7 @@ _CORE_NAMES = {
     "rasa_groups": "groups",
     "rank_pattern": "rank_pattern",
     "rasa_gates": "gates",
+    "rasa_experts": "experts",
     "rasa_rslora": "rslora",
     "rasa_blocks": "blocks",
 }
@@ -77,11 +78,14 @@ class RasaConfig(PeftConfig):
     rasa_groups: Any = _option(None, _HELP["groups"])
     rasa_method: str = _option(
         "rasa",
-        "The method: rasa, lora, block-lora or sora. rasa_k and the four fields below are for "
+        "The method: rasa, lora, block-lora or sora. rasa_k and the five fields below are for "
         "those whose config in rasa_ext.methods has them. rasa_ext.patch_model has more methods.",
     )
     rank_pattern: dict[str, int] | None = _option(None, _HELP["rank_pattern"])
     rasa_gates: str | None = _option(None, _HELP["gates"])
+    rasa_experts: str | None = _option(
+        None, f"{_HELP['experts']} Also taken under the name experts."
+    )
     rasa_rslora: bool | None = _option(None, _HELP["rslora"])
     rasa_blocks: int | None = _option(None, _HELP["blocks"])
     bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
@@ -97,16 +101,24 @@ class RasaConfig(PeftConfig):
     )
     adapter_dtype: str = _option("float32", _HELP["adapter_dtype"])
     rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
+    experts: dataclasses.InitVar[str | None] = None  # rasa_experts, by the name that the core has
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RasaConfig:
         """Make a config; TypeError, with the name that was meant, for a field it does not have."""
-        check_keywords(cls.__name__, kwargs, [f.name for f in dataclasses.fields(cls)])
+        known = [field.name for field in dataclasses.fields(cls)]
+        check_keywords(cls.__name__, kwargs, [*known, "experts"])
         made: RasaConfig = super().__new__(cls)
         return made
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, experts: str | None) -> None:
         """Check every field and bring it into PEFT's form."""
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no types
+        if experts is not None and self.rasa_experts not in (None, experts):
+            raise ValueError(
+                f"experts: expected one name of rasa_experts, got both, experts={experts!r} and "
+                f"rasa_experts={self.rasa_experts!r}."
+            )
+        self.rasa_experts = self.rasa_experts if experts is None else experts
         self.peft_type = RASA
         self.rasa_ext_version = self.rasa_ext_version or __version__
         if isinstance(self.adapter_dtype, torch.dtype):
@@ -173,3 +185,6 @@ class RasaConfig(PeftConfig):
             core_name, _, text = str(error).partition(":")
             ours = {core: name for name, core in _CORE_NAMES.items()}
             raise type(error)(f"{ours.get(core_name, core_name)}:{text}") from None
+
+
+RasaConfig.experts = property(lambda self: self.rasa_experts)

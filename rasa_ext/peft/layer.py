@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, overload
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from rasa_ext import ops
 from rasa_ext.base_layers.linear import LinearLayer, is_linear
 from rasa_ext.base_layers.quantized import format_of
-from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.nn.adapted_linear import AdaptedLinear, Adapter
 from rasa_ext.patching.merge_quantized import (
     Dequantized,
@@ -23,43 +21,11 @@ from rasa_ext.patching.merge_quantized import (
     restore_quantized,
 )
 from rasa_ext.patching.subtraction import Rest, rest
+from rasa_ext.peft.named import NamedAdapters, RowAdapters
 
 
-@dataclass(frozen=True)
-class RowAdapters:
-    """The adapter of each row of a batch, whose rows beam search repeats ``beams`` times."""
-
-    names: tuple[str, ...]
-    beams: int = 1
-
-    def of(self, rows: int) -> list[str]:
-        """Give the adapter of each of ``rows`` rows; an encoder's are not repeated.
-
-        Raises ValueError where the counts do not fit.
-        """
-        for repeat in (1, self.beams):
-            if rows == len(self.names) * repeat:
-                return [name for name in self.names for _ in range(repeat)]
-        raise ValueError(
-            f"adapter_names: expected one name for each row of a layer's input, got "
-            f"{len(self.names)} names for {rows} rows; a layer that sees tokens of several rows as "
-            "one batch, as those of experts do, cannot tell them apart."
-        )
-
-
-class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
-    """A frozen linear layer with any number of named RaSA adapters.
-
-    The pool of an adapter is owned, as ``rasa_pool_A`` and ``rasa_pool_B``, by the first layer of
-    its group; the others know that layer, unregistered, and look the pool up in each forward. So
-    every parameter stands once in a ``state_dict``, and whatever replaces a parameter (loading with
-    ``assign``, moving, casting) is seen by all layers. Less the adapter's name, parameters are
-    named as in the package's own files.
-    """
-
-    adapter_layer_names = ("rasa_A", "rasa_B", "rasa_d", "rasa_pool_A", "rasa_pool_B")
-    other_param_names = ("configs", "places", "pool_owners")
-    rasa_pool_A: nn.ParameterDict
+class RasaPeftLinear(NamedAdapters, AdaptedLinear):
+    """A frozen linear layer with any number of named RaSA adapters."""
 
     def __init__(self, base_layer: LinearLayer, backend: Any = None) -> None:
         """Adapt ``base_layer``; ``backend`` is PEFT's for it, where it is quantized."""
@@ -67,42 +33,17 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         self._backend = backend
         self.dense_dtype: torch.dtype | None = None  # of a dense base in a quantized one's place
         self.dequantized: Dequantized | None = None
-        self.subtracts = False  # whether unmerging subtracts, so that merging keeps no copy
-        for name in self.adapter_layer_names:
-            self.add_module(name, nn.ParameterDict())
-        self.configs: dict[str, AdapterConfig] = {}
-        self.places: dict[str, Place] = {}
-        self.pool_owners: dict[str, RasaPeftLinear] = {}
-        self.merged_adapters: list[str] = []
-        self.rows: RowAdapters | None = None  # set for the time of a forward with adapter_names
+        self._begin()
         self.train(base_layer.training)
 
-    def update_layer(
-        self,
-        adapter_name: str,
-        config: AdapterConfig,
-        places: list[Place],
-        index: int,
-        owner: RasaPeftLinear,
-        init_weights: bool = True,
-    ) -> None:
-        """Add an adapter to this layer; ``owner`` is the first of its group."""
-        place = places[index]
-        self._add(adapter_name, "rasa_", config.own(place), init_weights)
-        tensors = config.pool(places) if owner is self or index == 0 else {}
-        if index == 0:
-            self._add(adapter_name, "rasa_pool_", tensors, init_weights)
-        if adapter_name in owner.rasa_pool_A:
-            self.pool_owners[adapter_name] = owner
-        self.configs[adapter_name], self.places[adapter_name] = config, place
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.base_layer.weight.device
 
-    def _add(
-        self, adapter_name: str, prefix: str, tensors: dict[str, Tensor], init_weights: bool
-    ) -> None:
-        for name, tensor in tensors.items():
-            if name == "B" and not init_weights and tensor.numel():
-                nn.init.kaiming_uniform_(tensor, a=5**0.5)
-            getattr(self, f"{prefix}{name}")[adapter_name] = tensor
+    def forget(self) -> None:
+        """Forget the cached pack."""
+        self.drop_pack()
 
     @property
     def quantization_backend(self) -> Any:  # type: ignore[override]  # it follows the base
@@ -118,19 +59,11 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def adapter(self, adapter_name: str | None = None) -> Adapter | None:
         """Give an adapter by its name, or the first that the forward adds to all rows, if any."""
         if adapter_name is None:
-            names = self._live()
+            names = self.live()
             if not names:
                 return None
             adapter_name = names[0]
-        parts: dict[str, Any] = self._modules
-        config = self.configs[adapter_name]
-        own = {f: parameter_of(parts[f"rasa_{f}"], adapter_name) for f in config.trained}
-        pool = {}
-        owner = self.pool_owners.get(adapter_name)
-        if owner is not None:
-            pools: dict[str, Any] = owner._modules
-            pool = {f: parameter_of(pools[f"rasa_pool_{f}"], adapter_name) for f in "AB"}
-        return Adapter(config, own, pool, self.places[adapter_name])
+        return self.named(adapter_name)
 
     def adapters(self) -> Iterator[Adapter]:
         """Give every adapter of the layer, active or not."""
@@ -143,7 +76,7 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         if self.rows is not None and not self._disable_adapters:
             return self._row_by_row(x, self.rows, *args, **kwargs)
         y = super().forward(x, *args, **kwargs)
-        for name in self._live()[1:]:
+        for name in self.live()[1:]:
             y = self._added(y, x, self.adapter(name))
         return y
 
@@ -161,16 +94,6 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
-
-    def _active(self) -> list[str]:
-        """List the active adapters that this layer has."""
-        return [name for name in self.active_adapters if name in self.configs]
-
-    def _live(self) -> list[str]:
-        """List those that the forward adds to all rows of the base's output."""
-        if self._disable_adapters or self.merged or self.rows is not None:
-            return []
-        return self._active()
 
     @torch.no_grad()
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -207,6 +130,10 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
             )
         return merged
 
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise ValueError where the sum with these adapters, or the active ones, is not finite."""
+        self.merged_weight(adapter_names, safe_merge=True)
+
     def _unmerged(self) -> LinearLayer:
         """Give the base layer, or the quantized one whose place a dense one took."""
         kept = self.merged_base
@@ -223,11 +150,6 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         """Sum the dW of one adapter or more."""
         first, *others = names
         return sum((self.get_delta_weight(name) for name in others), self.get_delta_weight(first))
-
-    def _with_merged(self, adapter_names: list[str]) -> list[str]:
-        """List the merged adapters and the named ones that this layer has, each once."""
-        names = dict.fromkeys([*self.merged_adapters, *adapter_names])
-        return [name for name in names if name in self.configs]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -277,31 +199,6 @@ class RasaPeftLinear(BaseTunerLayer, AdaptedLinear):
         """Tell PEFT that it can turn this into a LoRA, since RaSA adds dW to its base."""
         return True
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        """Move as PEFT does, but keep the dtype: an adapter's is its config's, not its base's."""
-        target = self.base_layer.weight.device if device is None else device
-        self._change(adapter_name, lambda tensor: tensor.to(target))
-
-    def cast_adapter(self, adapter_name: str) -> None:
-        """Give an adapter's parameters the dtype of its config, whatever a file had."""
-        if adapter_name in self.configs:
-            dtype = self.configs[adapter_name].adapter_dtype
-            self._change(adapter_name, lambda tensor: tensor.to(dtype))
-
-    def _change(self, adapter_name: str, change: Callable[[Tensor], Tensor]) -> None:
-        for name in self.adapter_layer_names:
-            parameter = getattr(self, name)._parameters.get(adapter_name)
-            if parameter is not None and not parameter.is_meta:
-                parameter.data = change(parameter.data)
-        self.drop_pack()
-
-    def extra_repr(self) -> str:
-        """Show effective ranks by adapter."""
-        ranks = {name: self.adapter(name).factors().rank for name in self.configs}
-        return f"effective_rank={ranks}{', merged' if self.merged else ''}"
-
 
 def pool_owners(model: nn.Module, adapter_name: str) -> list[str]:
     """Name the layers of a model that own a pool of the adapter."""
@@ -310,11 +207,3 @@ def pool_owners(model: nn.Module, adapter_name: str) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, RasaPeftLinear) and adapter_name in module.rasa_pool_A
     ]
-
-
-def parameter_of(module: nn.Module, name: str) -> Tensor:
-    """Do ``getattr`` without nn.Module's slow lookup, as every forward of every layer needs it."""
-    found: Tensor | None = module._parameters.get(name)
-    if found is None:  # parametrized, or a replica of nn.DataParallel
-        found = getattr(module, name)
-    return found

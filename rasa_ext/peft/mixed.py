@@ -9,7 +9,8 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from rasa_ext.peft.layer import RasaPeftLinear, RowAdapters
+from rasa_ext.peft.experts import RasaPeftBank
+from rasa_ext.peft.named import NamedAdapters, RowAdapters
 
 BASE = "__base__"
 """PEFT's name for a row that goes through no adapter."""
@@ -19,7 +20,7 @@ _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 @contextlib.contextmanager
 def rows_through(
-    layers: Sequence[RasaPeftLinear],
+    layers: Sequence[NamedAdapters],
     wrappers: Sequence[AuxiliaryTrainingWrapper],
     names: Sequence[str],
     known: Collection[str],
@@ -28,7 +29,7 @@ def rows_through(
     """Within the context row i of every layer's input goes through the adapter ``names[i]``.
 
     Args:
-        layers: of one model.
+        layers: of one model, what owns adapters.
         wrappers: PEFT's, around the model's modules that are trained in full.
         names: one for each row of a batch; ``BASE`` for none.
         known: the model's adapters.
@@ -54,7 +55,7 @@ def rows_through(
 
 
 def _checked(
-    layers: Sequence[RasaPeftLinear], names: Sequence[str], known: Collection[str]
+    layers: Sequence[NamedAdapters], names: Sequence[str], known: Collection[str]
 ) -> tuple[str, ...]:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names: expected a list with a name for each row, got {names!r}.")
@@ -70,6 +71,13 @@ def _checked(
     if unknown := sorted(set(names) - {BASE, *known}):
         raise ValueError(
             f"adapter_names: expected some of {BASE}, {', '.join(known)}, got {', '.join(unknown)}."
+        )
+    experts = (layer for layer in layers if isinstance(layer, RasaPeftBank))
+    if stuck := {name for layer in experts for name in names if name in layer.configs}:
+        raise ValueError(
+            f"adapter_names: expected adapters of linear layers, but {', '.join(sorted(stuck))} "
+            "adapts experts, which see tokens of all rows as one batch and cannot tell them apart; "
+            "run the rows of one adapter at a time, with model.set_adapter(name)."
         )
     return tuple(names)
 

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.experts import Bank, bank_shape
 from rasa_ext.base_layers.linear import LinearLayer, is_conv1d, is_linear, linear_shape
 from rasa_ext.base_layers.quantized import (
     check_not_repacked,
@@ -22,26 +23,38 @@ from rasa_ext.base_layers.quantized import (
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
 from rasa_ext.patching.advice import Names, advice
-from rasa_ext.patching.grouping import Group, check_groups, grouped, settled
+from rasa_ext.patching.grouping import (
+    Group,
+    check_groups,
+    grouped,
+    grouped_banks,
+    settled,
+)
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.swap import (
     disable_fused_encoder,
     link_fused_projections,
     replace_modules,
 )
-from rasa_ext.patching.targets import (
-    INSTEAD,
-    make_plan,
-    resolve_config,
-    suffixes,
-    unadaptable,
-)
+from rasa_ext.patching.targets import INSTEAD, resolve_config, suffixes, unadaptable
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import adapter_file, users_level
 from rasa_ext.peft.config import RasaConfig
+from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear, pool_owners
 from rasa_ext.peft.mixed import rows_through
+from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.official import from_official, rename_official
+from rasa_ext.peft.targets import (
+    banks_of,
+    chosen_banks,
+    every_target,
+    experts_of,
+    linears_of,
+    untouched,
+    unwrap_experts,
+    wrap_experts,
+)
 
 REFERENCE, POLICY = "ref", "default"
 """TRL's names: its trainers add the first as a copy of the second, to hold the policy against."""
@@ -51,7 +64,7 @@ class RasaModel(BaseTuner):
     """PEFT's tuner for RaSA; ``peft.get_peft_model`` makes it, not its users."""
 
     prefix = "rasa_"
-    tuner_layer_cls = RasaPeftLinear
+    tuner_layer_cls = NamedAdapters
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
     _subtracts = False
     _attributes_before: list[tuple[nn.Module, str, Any]]
@@ -69,13 +82,21 @@ class RasaModel(BaseTuner):
     ) -> None:
         """Adapt the layers that the adapter's config names; see PEFT's ``inject_adapter``.
 
-        Raises ValueError, naming the layer, where one is not linear or cannot be adapted; the
-        modules of the model are then what they were.
+        Raises ValueError or TypeError, naming the layer, where one is not linear or cannot be
+        adapted; the modules of the model are then what they were.
         """
         keys = kwargs.get("state_dict")
         self._groups: dict[str, tuple[Group, list[Place]]] | None = None
         self._given = None if keys is None else {_layer_of(key) for key in keys}
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self._frozen: list[nn.Parameter] = []
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+            raise
+        finally:
+            unwrap_experts(model)
         link_fused_projections(model, RasaPeftLinear)
         peft_config = _rasa_config(self.peft_config[adapter_name])
         if peft_config.modules_to_save:  # as they are, so that every reader finds the same ones
@@ -96,8 +117,8 @@ class RasaModel(BaseTuner):
         that are no module's weight, and as the files and transformers' own loading need it; so
         nothing would be copied, and the reference would be the bare base.
         """
-        for layer in self.layers():
-            for part in (getattr(layer, name) for name in layer.adapter_layer_names):
+        for owner in self.owners():
+            for part in (getattr(owner, name) for name in owner.adapter_layer_names):
                 if POLICY in part:
                     part[REFERENCE].data.copy_(part[POLICY].data)
 
@@ -106,12 +127,33 @@ class RasaModel(BaseTuner):
     ) -> PeftConfig:
         """Settle 'all-linear' as ``patch_model`` does, which is more careful than PEFT."""
         own = _rasa_config(peft_config)
-        if own.target_modules in (None, ALL_LINEAR):
-            config = resolve_config(self.model, own.core())
-            plan = make_plan(self.model, config, _linears(self.model))
-            names = [name for group in plan.groups for name in group.names]
+        every = own.target_modules in (None, ALL_LINEAR)
+        if own.rasa_experts is None and self._given is None and not own.inference_mode:
+            banks = banks_of(self.model)
+            meant = {n: bank for n, bank in banks.items() if every or self._is_target(own, n)}
+            if meant:
+                warnings.warn(untouched(meant), stacklevel=users_level())
+        if every:
+            names = every_target(self.model, resolve_config(self.model, own.core()))
             own.target_modules = set(suffixes(names, self.model))
         return own
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        """Let the stacked weights that are targets have adapters, under their names."""
+        own = _rasa_config(peft_config)
+        chosen = chosen_banks(
+            self.model,
+            own.rasa_experts,
+            own.target_modules,
+            lambda name: self._is_target(own, name),
+        )
+        if chosen and not self.owners():
+            # PEFT freezes the base with the first adapter. It would take this one for a second one,
+            # as there are layers of its kind, and leave the base as it finds it.
+            self._frozen = [p for p in self.model.parameters() if p.requires_grad]
+        wrap_experts(self.model, chosen)
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     def _create_and_replace(
         self,
@@ -127,8 +169,10 @@ class RasaModel(BaseTuner):
         own = _rasa_config(peft_config)
         if self._groups is None:  # the adapter's first layer: PEFT has settled the targets by now
             self._groups = self._find_groups(own)
+        if current_key not in self._groups:  # stacked weights that another adapter is for
+            return
         group, places = self._groups[current_key]
-        if isinstance(target, RasaPeftLinear):
+        if isinstance(target, NamedAdapters):
             layer = target
         elif is_linear(target):
             layer = RasaPeftLinear(target, backend_of(target, self.model))
@@ -139,23 +183,30 @@ class RasaModel(BaseTuner):
                 f"{type(target).__name__}."
             )
         owner = self.model.get_submodule(group.names[0])
-        if not isinstance(owner, RasaPeftLinear):
+        index = group.names.index(current_key)
+        if not isinstance(owner, NamedAdapters) or (index and adapter_name not in owner.configs):
             raise RuntimeError(
                 f"target_modules: expected the layers of a group in the model's order, but "
                 f"{current_key!r} comes before {group.names[0]!r}."
             )
-        index = group.names.index(current_key)
         layer.update_layer(adapter_name, own.core(), places, index, owner, own.init_weights)
 
     def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[Place]]]:
         """Find group and places of every layer that PEFT is about to adapt, by its name."""
         check_not_repacked(self.model)
-        linears = _linears(self.model)
+        linears, config = linears_of(self.model), peft_config.core()
+        banks = banks_of(self.model) if config.grouping_of_experts else {}
         reasons = unadaptable(self.model, linears)
         inside: tuple[str, ...] = ()
-        names = []
+        bases: dict[str, LinearLayer | Bank] = {}
         for name, module in self.model.named_modules():
             if not name or name.startswith(inside) or not self._is_target(peft_config, name):
+                continue
+            if isinstance(module, NamedAdapters):
+                inside += (f"{name}.",)
+            if isinstance(module, RasaPeftBank):
+                if name in banks:
+                    bases[name] = banks[name]
                 continue
             if name in reasons:
                 raise ValueError(
@@ -166,26 +217,31 @@ class RasaModel(BaseTuner):
                     f"target_modules: expected linear layers, but {name!r} is a "
                     f"{type(module).__name__}; {INSTEAD}."
                 )
-            if isinstance(module, RasaPeftLinear):
-                inside += (f"{name}.",)
-            elif (fmt := format_of(module)) is not None:
+            if not isinstance(module, RasaPeftLinear) and (fmt := format_of(module)) is not None:
                 fmt.check(name, linears[name])
-            names.append(name)
-        bases: dict[nn.Module, None] = dict.fromkeys(linears[name] for name in names)
-        self._attributes_before += disable_fused_encoder(self.model, bases)
+            bases[name] = linears[name]
+        chosen: dict[nn.Module, None] = dict.fromkeys(
+            base for base in bases.values() if not isinstance(base, tuple)
+        )
+        self._attributes_before += disable_fused_encoder(self.model, chosen)
         self._attributes_before += disable_cpu_repacking(self.model, mark=False)
-        peft_config.fan_in_fan_out = any(map(is_conv1d, bases))
-        found = {}
-        shapes = {name: linear_shape(linears[name]) for name in names}
-        config = peft_config.core()
-        check_groups(config.layer_groups, names, "rasa_groups")
+        peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
+        shapes, stacks = {}, {}
+        for name, base in bases.items():
+            if isinstance(base, tuple):
+                stacks[name] = bank_shape(*base)
+            else:
+                shapes[name] = linear_shape(base)
+        check_groups(config.layer_groups, bases, "rasa_groups")
         groups = grouped(shapes, config.layer_groups)
+        groups += grouped_banks(stacks, str(config.grouping_of_experts), config.layer_groups)
         peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)
         if not peft_config.inference_mode:
             for message in advice(config, groups, Names("r", "rasa_k", "rasa_groups")):
                 warnings.warn(message, stacklevel=users_level())
+        found = {}
         for group in groups:
-            places = group_places({name: linears[name] for name in group.names})
+            places = group_places({name: bases[name] for name in group.names})
             found.update(dict.fromkeys(group.names, (group, places)))
         return found
 
@@ -204,7 +260,7 @@ class RasaModel(BaseTuner):
         modules = self.model.modules()
         wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
         beams = kwargs.get("num_beams") or 1
-        with rows_through(self.layers(), wrappers, names, self.peft_config, beams):
+        with rows_through(self.owners(), wrappers, names, self.peft_config, beams):
             yield
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
@@ -217,8 +273,8 @@ class RasaModel(BaseTuner):
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast to the config's dtype, whatever the base's and the file's."""
-        for layer in self.layers():
-            layer.cast_adapter(adapter_name)
+        for owner in self.owners():
+            owner.cast_adapter(adapter_name)
 
     def unmerge_by_subtracting(self, enabled: bool = True) -> None:
         """Let later merges keep no copy of the base's weights: unmerging subtracts what was added.
@@ -252,6 +308,7 @@ class RasaModel(BaseTuner):
             )
         # Second names, which PEFT does not visit.
         replace_modules(self.model, {layer: layer.base_layer for layer in self.layers()})
+        replace_modules(self.model, {each: each.base_layer for each in experts_of(self.model)})
         for module, name, value in reversed(self._attributes_before):
             setattr(module, name, value)
         return forget_quantizer(self.model)
@@ -261,7 +318,9 @@ class RasaModel(BaseTuner):
         """Merges within make quantized bases dense in the model's dtype; a warning tells of it."""
         layers, dtype = self.layers(), model_dtype(self.model)
         for layer in layers:
-            layer.dense_dtype, layer.dequantized, layer.subtracts = dtype, None, self._subtracts
+            layer.dense_dtype, layer.dequantized = dtype, None
+        for owner in self.owners():
+            owner.subtracts = self._subtracts
         yield
         warn_dequantized(
             [each.dequantized for each in layers if each.dequantized is not None], stacklevel + 2
@@ -269,12 +328,25 @@ class RasaModel(BaseTuner):
 
     def _check_safe_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         if safe_merge:
-            for layer in self.layers():
-                layer.merged_weight(adapter_names, safe_merge=True)
+            for owner in self.owners():
+                owner.check_merge(adapter_names)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        """Replace as PEFT does, which knows modules of one weight only."""
+        if isinstance(child, RasaPeftExperts):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def layers(self) -> list[RasaPeftLinear]:
-        """List the adapted layers, in the model's order."""
+        """List the adapted linear layers, in the model's order."""
         return [module for module in self.model.modules() if isinstance(module, RasaPeftLinear)]
+
+    def owners(self) -> list[NamedAdapters]:
+        """List all that own adapters, those of stacked weights too, in the model's order."""
+        return [module for module in self.model.modules() if isinstance(module, NamedAdapters)]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -314,22 +386,3 @@ def _finite_hook(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
 def _layer_of(key: str) -> str:
     """Name the layer that a tensor of an adapter belongs to, as PEFT reads it off its name."""
     return key.rsplit(f".{RasaModel.prefix}", 1)[0].removeprefix("_orig_mod.")
-
-
-def _linears(model: nn.Module) -> dict[str, LinearLayer]:
-    """Find a model's linear layers by name, those inside adapted layers under the latters' names.
-
-    What PEFT trains in full is left out.
-    """
-    found: dict[str, LinearLayer] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside):
-            continue
-        if isinstance(module, RasaPeftLinear | AuxiliaryTrainingWrapper):
-            inside += (f"{name}.",)
-        if isinstance(module, RasaPeftLinear):
-            found[name] = module.base_layer
-        elif is_linear(module):
-            found[name] = module
-    return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rasa_ext.peft import RasaConfig
-from rasa_ext.peft.layer import RowAdapters
+from rasa_ext.peft.named import RowAdapters
 from tests.helpers.models import T5
 from tests.helpers.peft import TOKENS, adapted, close, dense, named, two
 from tests.helpers.tiny_lm import make_model

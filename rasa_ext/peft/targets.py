@@ -1,0 +1,150 @@
+"""What the weights are that PEFT may adapt, by the names that they have in the plain model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from rasa_ext.base_layers.experts import Bank, bank_names, bank_shape, check_bank, is_experts
+from rasa_ext.base_layers.linear import LinearLayer, is_linear
+from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.methods.rasa import RasaConfig
+from rasa_ext.patching.swap import replace_modules
+from rasa_ext.patching.targets import make_plan, matches
+from rasa_ext.peft.experts import RasaPeftExperts
+from rasa_ext.peft.layer import RasaPeftLinear
+
+HOW = "rasa_experts='shared', or 'slot' or 'layer'"
+
+
+def linears_of(model: nn.Module) -> dict[str, LinearLayer]:
+    """Find a model's linear layers by name, those inside adapted layers under the latters' names.
+
+    What PEFT trains in full is left out.
+    """
+    found: dict[str, LinearLayer] = {}
+    for name, module in _outer_modules(model):
+        if isinstance(module, RasaPeftLinear):
+            found[name] = module.base_layer
+        elif is_linear(module):
+            found[name] = module
+    return found
+
+
+def banks_of(model: nn.Module) -> dict[str, Bank]:
+    """Find a model's stacked weights by name, those of adapted experts under the latters' names.
+
+    What PEFT trains in full is left out.
+    """
+    found: dict[str, Bank] = {}
+    for path, module in _outer_modules(model):
+        base = module.base_layer if isinstance(module, RasaPeftExperts) else module
+        if is_experts(base):
+            found.update((f"{path}.{name}".lstrip("."), (base, name)) for name in bank_names(base))
+    return found
+
+
+def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Give modules by name, but none inside of adapted layers or of what is trained in full."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside):
+            continue
+        if isinstance(module, RasaPeftLinear | RasaPeftExperts | AuxiliaryTrainingWrapper):
+            inside += (f"{name}.",)
+        yield name, module
+
+
+def every_target(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Name what "all-linear" adapts, as ``patch_model`` does; it may be adapted already."""
+    linears, banks = linears_of(model), banks_of(model)
+    if not (isinstance(config, RasaConfig) and config.experts and experts_of(model)):
+        plan = make_plan(model, config, linears, banks)
+        return [name for group in plan.groups for name in group.names]
+    plan = make_plan(model, dataclasses.replace(config, experts=None), linears)
+    names = [name for group in plan.groups for name in group.names]
+    saved = tuple(f"{name}." for name in plan.modules_to_save)
+    return names + [
+        name
+        for name in banks
+        if not matches(name, config.exclude_modules) and not name.startswith(saved)
+    ]
+
+
+def experts_of(model: nn.Module) -> list[RasaPeftExperts]:
+    """List the experts that can have adapters, in the model's order."""
+    return [module for module in model.modules() if isinstance(module, RasaPeftExperts)]
+
+
+def wrap_experts(model: nn.Module, chosen: Mapping[str, Bank]) -> None:
+    """Let these stacked weights have adapters, so that PEFT finds them by name as it does layers.
+
+    Raises TypeError or ValueError, before anything changes, where one cannot be adapted.
+    """
+    wrapped = {experts.base_layer: experts for experts in experts_of(model)}
+    for name, bank in chosen.items():
+        check_bank(name, bank)
+    for base, bank_name in chosen.values():
+        if base not in wrapped:
+            wrapped[base] = RasaPeftExperts(base)
+            replace_modules(model, {base: wrapped[base]})
+        wrapped[base].add_bank(bank_name)
+
+
+def unwrap_experts(model: nn.Module) -> None:
+    """Put those experts back that have no adapter, as after an error on the way to one."""
+    for experts in experts_of(model):
+        for name, bank in experts.banks().items():
+            if not bank.configs:
+                del experts._modules[name]
+        if not experts.banks():
+            replace_modules(model, {experts: experts.base_layer})
+
+
+def untouched(banks: Mapping[str, Bank]) -> str:
+    """Say that stacked weights stay untouched, and what adapts them."""
+    shown = ", ".join(f"{name} {bank_shape(*bank)}" for name, bank in list(banks.items())[:3])
+    return (
+        f"rasa_experts: {len(banks)} stacked (3-D) weights stay untouched, among them {shown}. "
+        f"They are adapted with {HOW}."
+    )
+
+
+def chosen_banks(
+    model: nn.Module, grouping: str | None, targets: object, is_target: Callable[[str], bool]
+) -> dict[str, Bank]:
+    """Choose the stacked weights that an adapter is for, by name.
+
+    Args:
+        model: adapted or not.
+        grouping: ``rasa_experts``; None chooses none.
+        targets: ``target_modules``, for what is said of them.
+        is_target: tells whether they name a layer.
+
+    Raises:
+        ValueError: there is nothing that the two arguments agree on.
+    """
+    banks = banks_of(model)
+    named = {name: bank for name, bank in banks.items() if is_target(name)}
+    if grouping is None:
+        if named and not any(map(is_target, linears_of(model))):
+            raise ValueError(
+                f"target_modules: {targets!r} names stacked expert weights alone, such as "
+                f"{next(iter(named))!r}, which are adapted with {HOW}."
+            )
+        return {}
+    if not banks:
+        raise ValueError(
+            "rasa_experts: expected a model with stacked experts that say how they lie, as those "
+            "of transformers 5 do, found none; leave out rasa_experts."
+        )
+    if not named:
+        raise ValueError(
+            f"rasa_experts: expected target_modules that name stacked weights, such as "
+            f"{next(iter(banks))!r}, but {targets!r} names none; add them, or leave out "
+            "rasa_experts."
+        )
+    return named

@@ -1,0 +1,818 @@
+"""Mixtures of experts under PEFT: the same tensors, numbers and files as ``patch_model`` has."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import warnings
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.lora.conversion import convert_to_lora
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import rasa_ext
+from rasa_ext.checkpoint.adapter import adapter_tensors, own_key, pool_key
+from rasa_ext.patching.state import owners
+from rasa_ext.patching.subtraction import Rest
+from rasa_ext.peft import RasaConfig, RasaPeftBank, RasaPeftExperts, RasaPeftLinear
+from tests.helpers import oracle
+from tests.helpers.adapters import same_bits
+from tests.helpers.models import LLAMA, randomize_weights
+from tests.helpers.peft import logits as logits_of
+from tests.helpers.peft import trained
+from tests.helpers.refusals import Snapshot, refused
+from tests.peft.test_training import train
+
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
+GROUPINGS = ("slot", "layer", "shared")
+EXPERTS, TOKENS = 5, torch.arange(20).view(2, 10)
+UP, DOWN = (f"model.layers.{{}}.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
+BANKS = {form.format(layer) for form in (UP, DOWN) for layer in (0, 1)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+# Older ones say too little of how their experts lie.
+pytestmark = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.20"), reason="needs transformers 5.20"
+)
+
+
+def moe(
+    family: str = "mixtral", dtype: torch.dtype = torch.float64, vocab_size: int = 32
+) -> nn.Module:
+    """Two layers whose weights all matter; gpt-oss has them transposed, with biases."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    counts = {"num_experts": EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        use_cache=False,
+        **(counts if family == "qwen3_moe" else {"num_local_experts": EXPERTS}),
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    torch.manual_seed(0)
+    # transformers' grouped products have no float64 on a CPU.
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    randomize_weights(model, torch.Generator().manual_seed(1))
+    return model.to(dtype).eval()
+
+
+def lively(model: nn.Module, adapter: str = "default", seed: int = 3) -> nn.Module:
+    """Draws every tensor of an adapter, such that its change is about as large as the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".rasa_" in name and name.endswith(f".{adapter}"):
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.3
+                parameter.copy_(drawn + (".rasa_d." in name))
+    return model
+
+
+def tuned(
+    family: str = "mixtral", dtype: torch.dtype = torch.float64, vocab_size: int = 32, **options
+) -> PeftModel:
+    options = {"r": 3, "rasa_k": 1, "rasa_experts": "shared", "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(moe(family, dtype, vocab_size), RasaConfig(**options))
+    return lively(model).eval()
+
+
+def same_in_the_core(model: PeftModel, family: str = "mixtral") -> nn.Module:
+    """``patch_model`` by the same config and with the same tensors, under the same names."""
+    dtype = next(model.get_base_model().model.embed_tokens.parameters()).dtype
+    patched = rasa_ext.patch_model(moe(family, dtype), config=model.peft_config["default"].core())
+    tensors, state = adapter_tensors(patched), get_peft_model_state_dict(model)
+    assert tensors.keys() == state.keys()
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            tensor.copy_(state[key])
+    return patched.eval()
+
+
+def banks(model: nn.Module) -> dict[str, RasaPeftBank]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, RasaPeftBank)
+    }
+
+
+def changes(bank: RasaPeftBank, adapter: str = "default") -> Tensor:
+    """The dW (E, out, in) of every expert by the oracle's formula, in float64."""
+    A, A_pool, B, B_pool, d = bank.named(adapter).factors()
+
+    def of(expert: int) -> Tensor:
+        pool = (A_pool, B_pool)
+        if A_pool is not None and A_pool.dim() == 3:
+            pool = (A_pool[expert], B_pool[expert])
+        return oracle.delta(oracle.Adapter(A[expert], pool[0], B[expert], pool[1], d[expert]))
+
+    return torch.stack([of(expert) for expert in range(EXPERTS)])
+
+
+def dense(model: PeftModel, *adapters: str, family: str = "mixtral") -> Tensor:
+    """The float64 logits of the base with these adapters' dW in its weights."""
+    base = moe(family).requires_grad_(False)
+    for name, module in model.get_base_model().named_modules():
+        for adapter in adapters:
+            if adapter not in getattr(module, "configs", ()):
+                continue
+            if isinstance(module, RasaPeftLinear):
+                factors = oracle.Adapter(*module.named(adapter).factors())
+                base.get_submodule(name).weight.add_(oracle.delta(factors))
+            elif isinstance(module, RasaPeftBank):
+                weight = base.get_parameter(name)
+                change = changes(module, adapter)
+                weight.add_(change.mT if family == "gpt_oss" else change)
+    return base(TOKENS).logits
+
+
+def close(logits: Tensor, expected: Tensor) -> None:
+    """Norms round to float32 within, also in a float64 model."""
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+OPTIONS = [
+    {"r": 2, "rasa_k": 2},
+    {"rasa_k": 0},
+    {"target_modules": ["gate_up_proj", "down_proj"]},
+    {"target_modules": ["q_proj", "experts.down_proj"], "rasa_alpha": 3.0},
+    {"rank_pattern": {"1.mlp.experts.down_proj": 5}, "rasa_dropout": 0.0},
+    {"rasa_groups": {"every": ["gate_up_proj"]}},
+]
+
+
+@pytest.mark.parametrize(
+    ("family", "grouping", "options"),
+    [(family, grouping, {}) for family in FAMILIES for grouping in GROUPINGS]
+    + [(FAMILIES[i % 3], GROUPINGS[i // 2 % 3], each) for i, each in enumerate(OPTIONS)],
+    ids=str,
+)
+def test_a_step_is_that_of_patch_model(family, grouping, options):
+    """To the bit: there is one implementation under both."""
+    model = tuned(family, rasa_experts=grouping, **options)
+    core = same_in_the_core(model, family)
+    found, expected = (each.train()(TOKENS).logits for each in (model, core))
+    assert torch.equal(found, expected)
+    for logits in (found, expected):
+        logits.square().sum().backward()
+    gradients = gradients_of(core)
+    assert len(gradients) == len(trained(model))
+    for name, parameter in trained(model).items():
+        gradient = gradients[name.removesuffix(".default")]
+        assert torch.equal(parameter.grad, gradient), name
+        assert gradient.any() or not gradient.numel()
+
+
+def gradients_of(core: nn.Module) -> dict[str, Tensor]:
+    """The gradients of a patched model, by the keys that its tensors have in a file."""
+    found = {}
+    for name, owner in owners(core):
+        pool = owner.pool_tensors() if owner.place.index == 0 else {}
+        found.update((own_key(name, field), t.grad) for field, t in owner.own_tensors().items())
+        found.update((pool_key(name, field), t.grad) for field, t in pool.items())
+    return found
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_changed_weights(family, grouping):
+    model = tuned(family, rasa_experts=grouping)
+    expected = dense(model, "default", family=family)
+    close(model(TOKENS).logits, expected)
+    with torch.no_grad():
+        close(model(TOKENS).logits, expected)
+    assert (expected - moe(family)(TOKENS).logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_go_both_ways(family, grouping, tmp_path):
+    model = tuned(family, rasa_experts=grouping)
+    expected = model(TOKENS).logits
+    model.save_pretrained(tmp_path / "peft")
+    core = rasa_ext.load_adapter(moe(family), tmp_path / "peft").eval()
+    assert torch.equal(core(TOKENS).logits, expected)
+    rasa_ext.save_adapter(core, tmp_path / "core")
+    for place in ("peft", "core"):
+        assert json.loads((tmp_path / place / "adapter_config.json").read_text())[
+            "rasa_experts"
+        ] == grouping  # fmt: skip
+        for low_cpu_mem_usage in (False, True):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)
+                again = PeftModel.from_pretrained(
+                    moe(family), tmp_path / place, low_cpu_mem_usage=low_cpu_mem_usage
+                )
+            assert torch.equal(again.eval()(TOKENS).logits, expected)
+            assert not trained(again)
+    again.load_adapter(tmp_path / "peft", "second")
+    again.set_adapter("second")
+    assert torch.equal(again(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "gate_up_proj"]},
+        {"target_modules": r".*\.1\..*(q|down)_proj"},
+        {"exclude_modules": ["gate_up_proj", "k_proj"]},
+        {"exclude_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+        {"modules_to_save": ["gate"]},
+    ],
+    ids=str,
+)
+def test_targets_are_those_of_patch_model(options, tmp_path):
+    model = tuned(**options)
+    core = rasa_ext.patch_model(moe(), config=RasaConfig(rasa_experts="shared", **options).core())
+    found = {name for name, layer in model.get_base_model().named_modules() if has_one(layer)}
+    assert found == {name for name, _ in owners(core)}
+    model.save_pretrained(tmp_path)
+    again = rasa_ext.load_adapter(moe(), tmp_path).eval()
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+def has_one(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "configs", None))
+
+
+def test_the_base_is_frozen_and_every_number_counted_once(capsys):
+    base = sum(p.numel() for p in moe().parameters())
+    model = tuned()
+    assert banks(model).keys() == BANKS
+    assert all(".rasa_" in name for name in trained(model))
+    expected = sum(t.numel() for t in get_peft_model_state_dict(model).values())
+    assert model.get_nb_trainable_parameters() == (expected, base + expected)
+    model.print_trainable_parameters()
+    assert f"trainable params: {expected:,} || all params" in capsys.readouterr().out
+    status = model.get_model_status()
+    assert (status.active_adapters, status.merged_adapters) == (["default"], [])
+    assert status.num_adapter_layers == len(BANKS) + 8
+    assert f"RasaPeftBank(\n  effective_rank={{'default': {3 - 1 + 2}}}" in repr(
+        banks(model)[DOWN.format(0)]
+    )
+
+
+def test_without_the_field_experts_stay_and_a_warning_names_it():
+    base = moe()
+    with pytest.warns(UserWarning, match=r"^rasa_experts: 4 stacked .*rasa_experts='shared'") as w:
+        model = get_peft_model(base, RasaConfig(r=2))
+    assert [each.filename for each in w if "rasa_experts" in str(each.message)] == [__file__]
+    assert not banks(model)
+    assert type(base.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
+    with pytest.warns(UserWarning, match=r"^rasa_experts: 2 stacked .*down_proj"):
+        get_peft_model(moe(), RasaConfig(r=2, target_modules=["q_proj", "down_proj"]))
+
+
+def test_no_warning_where_experts_are_not_meant(tmp_path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "rasa_experts|rasa_groups")
+        model = get_peft_model(moe(), RasaConfig(r=2, target_modules=["q_proj"]))
+        model.save_pretrained(tmp_path)
+        PeftModel.from_pretrained(moe(), tmp_path)
+        get_peft_model(LLAMA.build(), RasaConfig(r=2))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rasa_experts": "slots"}, "^rasa_experts: expected None or 'slot' or"),
+        ({"experts": "slot", "rasa_experts": "layer"}, "^experts: expected one name of"),
+        ({"experts": "slot", "rasa_method": "lora"}, "^rasa_experts: the method 'lora' has no"),
+    ],
+)
+def test_bad_fields(options, said):
+    with pytest.raises(ValueError, match=said):
+        RasaConfig(**options)
+
+
+def test_the_field_has_the_cores_name_as_well(tmp_path):
+    config = RasaConfig(experts="layer")
+    assert config == RasaConfig(rasa_experts="layer")
+    assert (config.experts, config.rasa_experts) == ("layer", "layer")
+    assert config.core() == rasa_ext.RasaConfig(experts="layer")
+    assert "experts" not in config.to_dict()
+    config.save_pretrained(tmp_path)
+    assert RasaConfig.from_pretrained(tmp_path) == config == copy.deepcopy(config)
+    assert RasaConfig().experts is None
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target_modules": ["q_proj"]}, r"^rasa_experts: .*names none; add them"),
+        ({"target_modules": ["q_proj", "experts"]}, r"^rasa_experts: .*names none"),
+        ({"rasa_experts": None, "target_modules": ["gate_up_proj"]}, "^target_modules: .*alone"),
+        ({"rasa_groups": ["gate_down_proj"]}, "^rasa_groups: .*none ends in 'gate_down_proj'"),
+        ({"target_modules": ["gate_up_proj", "embed_tokens"]}, "embed_tokens.* is a Embedding"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:rasa_experts")
+def test_what_does_not_fit_is_refused(options, said):
+    model = moe()
+    config = RasaConfig(**{"r": 2, "rasa_experts": "shared", **options})
+    refused(lambda: get_peft_model(model, config), model, said)
+
+
+def test_a_model_without_experts_is_refused():
+    model = LLAMA.build()
+    call = lambda: get_peft_model(model, RasaConfig(r=2, rasa_experts="shared"))  # noqa: E731
+    refused(call, model, "experts: expected a model with stacked experts", "leave out")
+    config = RasaConfig(r=2, rasa_experts="shared", target_modules=["q_proj"])
+    refused(lambda: get_peft_model(model, config), model, "expected a model with stacked experts")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_up_proj", "down_proj"]], ids=str)
+@pytest.mark.parametrize("kind", ["quantized", "parallel", "emptied"])
+def test_experts_that_cannot_be_adapted(kind, targets):
+    model = moe()
+    experts = model.model.layers[1].mlp.experts
+    if kind == "quantized":
+        weight = torch.zeros(experts.down_proj.shape, dtype=torch.int8)
+        experts.down_proj = nn.Parameter(weight, requires_grad=False)
+    elif kind == "parallel":
+        experts._is_expert_parallel = True
+    else:
+        experts.down_proj = nn.Parameter(torch.zeros(0))
+    said = {"quantized": "dequantized", "parallel": "expert parallelism", "emptied": "gather"}
+    config = RasaConfig(r=2, rasa_experts="shared", target_modules=targets)
+    refused(lambda: get_peft_model(model, config), model, "^experts: 'model.layers.1", said[kind])
+    assert all(parameter.requires_grad or kind == "quantized" for parameter in model.parameters())
+
+
+def test_disabled_experts_compute_what_the_base_does():
+    model, base = tuned(dtype=torch.float32), moe(dtype=torch.float32)
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        for each in (model, base):
+            each.config._experts_implementation = implementation
+        with model.disable_adapter():
+            assert torch.equal(model(TOKENS).logits, base(TOKENS).logits)
+        model.merge_adapter()
+        with model.disable_adapter():
+            assert torch.equal(model(TOKENS).logits, base(TOKENS).logits)
+            assert not trained(model)
+    assert len(trained(model)) == len(get_peft_model_state_dict(model))
+
+
+def two(**options) -> PeftModel:
+    """Adapters of other groupings, ranks and targets; "default" is active."""
+    model = tuned(**options)
+    second = {"r": 2, "rasa_experts": "slot", "target_modules": ["q_proj", "experts.down_proj"]}
+    model.add_adapter("second", RasaConfig(**second))
+    model.add_adapter("third", RasaConfig(r=2, rasa_experts="layer"))
+    return lively(lively(model, "second", 9), "third", 11).eval()
+
+
+def test_switching_several_adapters():
+    model = two()
+    for name in ("default", "second", "third", "default"):
+        model.set_adapter(name)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                close(model(TOKENS).logits, dense(model, name))
+        assert all(key.endswith(f".{name}") for key in trained(model))
+    found = banks(model)
+    assert {name for name, bank in found.items() if "second" in bank.configs} == {
+        DOWN.format(0),
+        DOWN.format(1),
+    }
+    assert all({"default", "third"} <= bank.configs.keys() for bank in found.values())
+
+
+@pytest.mark.parametrize("names", [("default", "second"), ("third", "second", "default")])
+def test_several_at_once_add_up_and_are_all_trained(names):
+    model = two()
+    model.base_model.set_adapter(list(names))
+    expected = dense(model, *names)
+    with torch.no_grad():
+        close(model(TOKENS).logits, expected)
+    logits = model(TOKENS).logits
+    close(logits, expected)
+    logits.square().sum().backward()
+    assert all(p.grad.any() for p in trained(model).values())
+    assert {name.rpartition(".")[2] for name in trained(model)} == set(names)
+
+
+def test_the_gradients_of_a_sum_are_those_of_its_parts():
+    """An adapter beside one that changes nothing has the gradients that it has alone."""
+    model = two()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith(".third"):
+                parameter.mul_(0 if ".rasa_B." in key or ".rasa_pool_B." in key else 1)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(TOKENS).logits.square().sum().backward()
+        return {key: p.grad for key, p in trained(model).items() if key.endswith(".default")}
+
+    alone = gradients()
+    model.base_model.set_adapter(["third", "default"])
+    for key, gradient in gradients().items():
+        torch.testing.assert_close(gradient, alone[key], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sum_has_one_rate_of_dropout():
+    model = two(rasa_dropout=0.5)
+    model.base_model.set_adapter(["default", "third"])
+    close(model(TOKENS).logits, dense(model, "default", "third"))
+    with pytest.raises(ValueError, match=r"^rasa_dropout: .*got 0.0, 0.5; train one at a time"):
+        model.train()(TOKENS)
+    model.set_adapter("default")
+    assert not torch.equal(model(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_deleting():
+    model = two()
+    expected = dense(model, "second")
+    model.delete_adapter("default")
+    model.delete_adapter("third")
+    assert not [key for key in model.state_dict() if key.endswith((".default", ".third"))]
+    model.set_adapter("second")
+    close(model(TOKENS).logits, expected)
+
+
+@pytest.mark.filterwarnings("ignore:rasa_experts")
+def test_a_second_adapter_that_leaves_experts_alone():
+    model = tuned()
+    before = dense(model, "default")
+    with pytest.warns(UserWarning, match=r"^rasa_experts: 4 stacked"):
+        model.add_adapter("second", RasaConfig(r=2))
+    lively(model, "second").eval()
+    assert not any("second" in bank.configs for bank in banks(model).values())
+    close(model(TOKENS).logits, before)
+    model.set_adapter("second")
+    close(model(TOKENS).logits, dense(model, "second"))
+    snapshot = Snapshot(model)
+    third = RasaConfig(r=2, target_modules=["experts.down_proj"])
+    with pytest.raises(ValueError, match=r"^target_modules: .*stacked expert weights alone"):
+        model.add_adapter("third", third)
+    assert list(model.peft_config) == ["default", "second"]
+    snapshot.assert_unchanged()
+
+
+def test_a_failed_addition_leaves_the_model():
+    """Experts that were let have adapters for it are plain again."""
+    model = tuned(rasa_experts=None, target_modules=["q_proj"])
+    before = Snapshot(model)
+    targets = ["gate_up_proj", "embed_tokens"]
+    with pytest.raises(ValueError, match="embed_tokens"):
+        model.add_adapter("second", RasaConfig(rasa_experts="slot", target_modules=targets))
+    before.assert_unchanged()
+    assert not banks(model)
+
+
+def test_trls_reference_is_a_copy_of_the_policy():
+    model = tuned()
+    model.add_adapter("ref", model.peft_config["default"])
+    expected = model(TOKENS).logits
+    model.set_adapter("ref")
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
+BATCH, ROWS = {"input_ids": TOKENS}, torch.cat([TOKENS, TOKENS.flip(0)])
+
+
+def test_rows_of_several_adapters_are_refused():
+    model = two()
+    before = model(TOKENS).logits
+    with pytest.raises(ValueError, match=r"^adapter_names: .*default, third adapts experts"):
+        model(input_ids=ROWS, adapter_names=["third", "default", "__base__", "third"])
+    assert torch.equal(model(TOKENS).logits, before)
+
+
+def test_rows_of_adapters_of_linear_layers_see_the_bases_experts():
+    model = tuned()
+    model.add_adapter("second", RasaConfig(r=2, target_modules=["q_proj"]))
+    lively(model, "second").eval()
+    names = ["second", "__base__", "__base__", "second"]
+    found = model(input_ids=ROWS, adapter_names=names).logits
+    for row, (name, source) in enumerate(zip(names, [0, 1, 1, 0], strict=True)):
+        close(found[row], dense(model, *({name} - {"__base__"}))[source])
+    close(model(TOKENS).logits, dense(model, "default"))
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_weights_are_rounded_once(family, dtype, grouping):
+    base, model = moe(family, dtype), tuned(family, dtype, rasa_experts=grouping)
+    exact = {name: changes(bank) for name, bank in banks(model).items()}
+    merged = model.merge_and_unload()
+    assert type(merged) is type(base)
+    for name, module in merged.named_modules():
+        assert type(module) is type(base.get_submodule(name))
+    for name, change in exact.items():
+        weight, before = (each.get_parameter(name) for each in (merged, base))
+        assert weight.dtype == dtype
+        expected = before.double() + (change.mT if family == "gpt_oss" else change)
+        # Half a step of the dtype, and the error of a float32 sum of some terms.
+        bound = torch.finfo(dtype).eps * expected.abs() / 2 * 1.001 + 1e-6 * expected.abs().max()
+        assert ((weight - expected).abs() <= bound).all()
+        assert not same_bits(weight.detach(), before.detach())
+
+
+@pytest.mark.parametrize("subtract", [False, True])
+@pytest.mark.parametrize("bytes_", [1, 4000, 1 << 20])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_merging_and_back_is_exact(family, dtype, bytes_, subtract, monkeypatch):
+    """Whatever is taken at a time, and whatever is kept."""
+    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", bytes_)
+    model = tuned(family, dtype)
+    model.add_adapter("second", RasaConfig(r=2, rasa_experts="slot", target_modules=["down_proj"]))
+    lively(model, "second", 9).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if subtract and ".rasa_d." in key:
+                parameter.mul_(1e-4)  # so that little is kept
+    weights = {name: bank.weight.clone() for name, bank in banks(model).items()}
+    logits = model(TOKENS).logits
+    if subtract:
+        model.unmerge_by_subtracting()
+    model.merge_adapter()
+    assert model.get_model_status().merged_adapters == ["default"]
+    one = {name: bank.weight.clone() for name, bank in banks(model).items()}
+    assert all(not same_bits(one[name], weights[name]) for name in one)
+    kept = {type(each) for bank in banks(model).values() for each in bank.merged_base}
+    assert kept == ({Rest} if subtract else {Tensor})
+    with pytest.warns(UserWarning, match="additionally merging"):
+        model.merge_adapter(["second"])
+    assert not same_bits(banks(model)[DOWN.format(0)].weight.detach(), one[DOWN.format(0)])
+    assert same_bits(banks(model)[UP.format(0)].weight.detach(), one[UP.format(0)])
+    model.unmerge_adapter()
+    for name, bank in banks(model).items():
+        assert same_bits(bank.weight.detach(), weights[name].detach())
+        assert not bank.merged
+    assert torch.equal(model(TOKENS).logits, logits)
+
+
+def test_merged_logits():
+    model = two()
+    for names in (["default"], ["second"], ["third", "second"]):
+        model.base_model.set_adapter(names)
+        model.merge_adapter()
+        close(model(TOKENS).logits, dense(model, *names))
+        model.unmerge_adapter()
+    model.base_model.set_adapter(["default", "second"])
+    expected = dense(model, "default", "second")
+    close(model.merge_and_unload(safe_merge=True)(TOKENS).logits, expected)
+
+
+def test_an_adapter_of_one_weight_merged_beside_an_active_one():
+    """As for linear layers: a merged weight has what was merged, the others what is active."""
+    model = two()
+    model.merge_adapter(["second"])
+    merged = dict(banks(model))
+    assert {name for name, bank in merged.items() if bank.merged} == {
+        DOWN.format(0),
+        DOWN.format(1),
+    }
+    base = moe().requires_grad_(False)
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, RasaPeftLinear):
+            adapter = "second" if module.merged else "default"
+            factors = oracle.Adapter(*module.named(adapter).factors())
+            base.get_submodule(name).weight.add_(oracle.delta(factors))
+    for name, bank in merged.items():
+        base.get_parameter(name).add_(changes(bank, "second" if bank.merged else "default"))
+    close(model(TOKENS).logits, base(TOKENS).logits)
+
+
+def test_a_merge_that_stops_midway_leaves_the_weight(monkeypatch):
+    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", 1)
+    for subtract in (False, True):
+        bank = banks(tuned())[UP.format(0)]
+        bank.subtracts, before, real = subtract, bank.weight.clone(), bank._delta
+
+        def failing(names, experts, real=real):
+            if experts.start == 3:
+                raise MemoryError
+            return real(names, experts)
+
+        monkeypatch.setattr(bank, "_delta", failing)
+        with pytest.raises(MemoryError):
+            bank.merge()
+        assert same_bits(bank.weight.detach(), before.detach())
+        assert not bank.merged
+
+
+def test_subtracting_notices_a_changed_adapter():
+    bank = banks(tuned())[UP.format(0)]
+    bank.subtracts = True
+    with torch.no_grad():
+        bank.rasa_d["default"].mul_(1e-4)
+        bank.merge()
+        merged = bank.weight.clone()
+        bank.rasa_A["default"].add_(1)
+    with pytest.raises(RuntimeError, match="is not what it was before merging"):
+        bank.unmerge()
+    assert same_bits(bank.weight.detach(), merged)
+    assert bank.merged
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_safe_merge_looks_before_it_merges(call):
+    model = tuned()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    last = banks(model)[DOWN.format(1)]
+    with torch.no_grad():
+        last.rasa_d["default"][4, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"^safe_merge: expected finite merged weights"):
+        getattr(model, call)(safe_merge=True)
+    with pytest.raises(ValueError, match=r"^safe_merge"):
+        last.merge(safe_merge=True)
+    after = model.state_dict()
+    assert all(same_bits(after[k], before[k]) for k in before if not k.endswith("rasa_d.default"))
+    assert not any(bank.merged for bank in banks(model).values())
+
+
+def test_merging_makes_no_tensor_of_a_whole_weight(monkeypatch):
+    """What is kept for unmerging is a copy by chunks; unloading keeps none."""
+    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", 1)
+    model = tuned(target_modules=["gate_up_proj", "down_proj"])
+    weights = [bank.weight for bank in banks(model).values()]
+    one = max(weight[0].numel() for weight in weights)
+    for call in (model.merge_adapter, model.unmerge_adapter, model.merge_and_unload):
+        with Copies(*weights) as copied:
+            call()
+        assert max(copied.sizes, default=0) <= one
+
+
+class Copies(TorchDispatchMode):
+    """While entered: the elements of tensors that are no views of ``known`` ones."""
+
+    def __init__(self, *known: Tensor):
+        super().__init__()
+        self.known, self.sizes = {t.untyped_storage().data_ptr() for t in known}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in (each for each in tree_leaves(result) if isinstance(each, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in self.known:
+                self.sizes.append(storage.nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_delta_weight_is_the_oracles(family, grouping):
+    for bank in banks(tuned(family, torch.float32, rasa_experts=grouping)).values():
+        delta, exact = bank.get_delta_weight("default"), changes(bank)
+        assert (delta.shape, delta.dtype) == (bank.weight.shape, torch.float32)
+        exact = exact.mT if family == "gpt_oss" else exact
+        torch.testing.assert_close(delta.double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_no_gradient(family, reentrant):
+    found = []
+    for checkpointing in (False, True):
+        model = tuned(family).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(TOKENS).logits.square().sum().backward()
+        found.append({name: p.grad for name, p in trained(model).items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_router_trained_in_full(tmp_path):
+    model = tuned(modules_to_save=["gate"])
+    gate = model.get_base_model().model.layers[0].mlp.gate
+    assert [n for n, p in gate.named_parameters() if p.requires_grad] == [
+        "modules_to_save.default.weight"
+    ]
+    before = model(TOKENS).logits
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.add_(0.3 * torch.randn_like(parameter) * ("modules_to_save" in name))
+    expected = model(TOKENS).logits
+    assert not torch.equal(expected, before)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(moe(), tmp_path).eval()
+    assert torch.equal(again(TOKENS).logits, expected)
+    core = rasa_ext.load_adapter(moe(), tmp_path).eval()
+    assert torch.equal(core(TOKENS).logits, expected)
+    rasa_ext.save_adapter(core, tmp_path / "core")
+    again = PeftModel.from_pretrained(moe(), tmp_path / "core").eval()
+    assert torch.equal(again(TOKENS).logits, expected)
+    close(model.merge_and_unload()(TOKENS).logits, expected)
+
+
+@pytest.mark.parametrize("reentrant", [None, False])
+def test_a_resumed_run_has_identical_losses(reentrant, tmp_path):
+    """Interrupted after three of six steps; and its checkpoints load everywhere."""
+    wide = {"vocab_size": 320, "dtype": torch.float32, "rasa_experts": "slot"}
+    whole, resumed = tuned(**wide), tuned(**wide)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    losses = train(whole, tmp_path, reentrant, **saving)
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        for parameter in trained(resumed).values():
+            parameter.zero_()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    assert train(resumed, tmp_path / "again", reentrant, resume=checkpoint, **saving) == losses
+    fresh = [moe(dtype=torch.float32, vocab_size=320) for _ in range(2)]
+    ours = rasa_ext.load_adapter(fresh[0], tmp_path / "checkpoint-6")
+    again = PeftModel.from_pretrained(fresh[1], tmp_path / "checkpoint-6")
+    for other in (resumed, ours, again):
+        assert torch.equal(logits_of(other, BATCH), logits_of(whole, BATCH))
+
+
+def test_copies_and_pickles_hold_their_own_adapters():
+    model = tuned(rasa_experts="slot")
+    expected, buffer = model(TOKENS).logits, io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(TOKENS).logits, expected)
+        with torch.no_grad():
+            for parameter in trained(other).values():
+                parameter.zero_()
+        other.merge_adapter()
+        assert torch.equal(other(TOKENS).logits, moe()(TOKENS).logits)
+        assert torch.equal(model(TOKENS).logits, expected)
+        assert not any(bank.merged for bank in banks(model).values())
+
+
+@pytest.mark.parametrize("by_names", [False, True])
+def test_inject_adapter_in_model(by_names):
+    source = tuned()
+    state = get_peft_model_state_dict(source)
+    given = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    config = RasaConfig(r=3, rasa_k=1, experts="shared")
+    model = inject_adapter_in_model(config, moe(), state_dict=given if by_names else None)
+    assert not set_peft_model_state_dict(model, given).unexpected_keys
+    assert banks(model).keys() == BANKS
+    assert torch.equal(model(TOKENS).logits, source(TOKENS).logits)
+    assert all(".rasa_" in name for name in trained(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_own_adapters(family, tmp_path, monkeypatch):
+    """transformers 5.24 asks for a PEFT newer than 0.21, and does nothing with it that needs it."""
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    source = tuned(family)
+    source.save_pretrained(tmp_path)
+    model = moe(family)
+    model.load_adapter(str(tmp_path))
+    assert torch.equal(model.eval()(TOKENS).logits, source(TOKENS).logits)
+    model.disable_adapters()
+    assert torch.equal(model(TOKENS).logits, moe(family)(TOKENS).logits)
+    model.enable_adapters()
+    model.save_pretrained(tmp_path / "again")
+    ours = rasa_ext.load_adapter(moe(family), tmp_path / "again").eval()
+    assert torch.equal(ours(TOKENS).logits, source(TOKENS).logits)
+
+
+def test_it_is_no_lora_of_peft():
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*RasaPeftBank"):
+        convert_to_lora(tuned(), rank=4)
+
+
+def test_casts_and_moves_are_seen():
+    """In half the adapter stays float32; what a cast replaces is not computed with."""
+    model = tuned(dtype=torch.float32)
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        model.double()
+        close(model(TOKENS).logits, dense(model, "default"))
+        model.float()
+        torch.testing.assert_close(model(TOKENS).logits, before)
+    half = get_peft_model(moe(dtype=torch.bfloat16), RasaConfig(r=2, rasa_experts="slot"))
+    assert {p.dtype for p in trained(half).values()} == {torch.float32}
+    assert half(TOKENS).logits.dtype == torch.bfloat16
+
+
+def test_fresh_adapters_change_nothing_and_drawn_ones_do():
+    fresh = get_peft_model(moe(), RasaConfig(r=2, rasa_experts="layer"))
+    torch.testing.assert_close(fresh(TOKENS).logits, moe()(TOKENS).logits)
+    drawn = get_peft_model(moe(), RasaConfig(r=2, rasa_experts="layer", init_weights=False))
+    for bank in banks(drawn).values():
+        B = bank.rasa_B["default"]
+        assert 0.5 < B.abs().max() <= 1  # of rank one: uniform in +-1 for every expert
+        assert all(each.any() for each in B)
+    assert isinstance(drawn.get_base_model().model.layers[0].mlp.experts, RasaPeftExperts)
