@@ -133,6 +133,12 @@ def limits_of(experts: Experts, layout: str, *, default: bool) -> Iterator[str]:
             f"{PER_EXPERT}) for others of vLLM, which misreads it, and for SGLang and llama.cpp, "
             f"or experts={PEFT!r} to say that this is meant."
         )
+    if layout == PER_EXPERT and not all(is_concatenated(m.base_layer) for _, m in experts):
+        yield (
+            "the model's own checkpoints stack its experts, gate and up in one matrix; vLLM reads "
+            f"experts={PEFT!r} (--experts {PEFT}) for such models, and llama.cpp no LoRA of their "
+            "experts at all: for that, save what rasa_ext.merge_and_unload(model) returns."
+        )
     alone = [
         f"{path}.{name}"
         for path, module in experts
@@ -162,9 +168,7 @@ def _stacked(path: str, bank: RasaBank, rank: int) -> Iterator[Entry]:
     )
 
 
-def _single(
-    path: str, experts: nn.Module, name: str, bank: RasaBank, rank: int
-) -> Iterator[Entry]:
+def _single(path: str, experts: nn.Module, name: str, bank: RasaBank, rank: int) -> Iterator[Entry]:
     """A pair for each matrix of each expert; gate and up have the same A."""
     path, packed = path_in_checkpoint(path, experts), _packed(bank, rank)
     parts = _rows_by_name(experts, name)
@@ -172,15 +176,11 @@ def _single(
     for expert in range(bank.place.experts):
         for part, chosen in parts.items():
             key = f"{PREFIX}{path}.{expert}.{part}.lora_"
-            yield Entry(
-                f"{key}A.weight", (rank, bank.place.in_features), _at(packed, expert)
-            )
+            yield Entry(f"{key}A.weight", (rank, bank.place.in_features), _at(packed, expert))
             yield Entry(f"{key}B.weight", (rows, rank), _at(packed, expert, chosen))
 
 
-def _shared(
-    path: str, experts: nn.Module, name: str, bank: RasaBank, rank: int
-) -> Iterator[Entry]:
+def _shared(path: str, experts: nn.Module, name: str, bank: RasaBank, rank: int) -> Iterator[Entry]:
     """SGLang's: what all experts share stands once, and d goes to the other side.
 
     Where gate and up take turns as rows, they stand apart, under names that leave no doubt.

@@ -87,9 +87,7 @@ def export_lora(
             overwrite=overwrite,
         )
     console.print(f"LoRA of rank {lora.rank} in {output}.")
-    told = serving_help(
-        lora.base, output, lora.rank, float32=lora.float32, experts=lora.experts
-    )
+    told = serving_help(lora.base, output, lora.rank, float32=lora.float32, experts=lora.experts)
     console.print(told, markup=False)
 
 
