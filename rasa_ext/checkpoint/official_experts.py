@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import bank_names, bank_shape, is_experts
+from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.checkpoint.adapter import own_key, pool_key
 from rasa_ext.checkpoint.expert_names import names_in_checkpoint, path_in_checkpoint, rows_of
 from rasa_ext.checkpoint.files import PREFIX, check_tensors
@@ -220,13 +221,14 @@ def _targets(
     every = [f"{path}.{name}" for path, m in _experts_of(model) for name in bank_names(m)]
     short = tuple(dict.fromkeys(".".join(name.split(".")[-2:]) for name in adapted))
     more = short if [name for name in every if matches(name, short)] == adapted else tuple(adapted)
-    given, layers = config.target_modules, [m["name"] for m in map(_LAYER.match, rest) if m]
+    given = config.target_modules
     if isinstance(given, str):  # a regular expression for names of transformers 4
-        return (*layers, *more)
+        return (*(match["name"] for match in map(_LAYER.match, rest) if match), *more)
     parts = {part for bank in banks for part in bank.parts}
-    of_layers = (
+    linears = [name for name, module in model.named_modules() if is_linear(module)]
+    of_linears = (
         each
         for each in given
-        if each.rpartition(".")[2] not in parts or any(matches(name, (each,)) for name in layers)
+        if each.rpartition(".")[2] not in parts or any(matches(name, (each,)) for name in linears)
     )
-    return (*of_layers, *more)
+    return (*of_linears, *more)

@@ -17,7 +17,6 @@ from tests.helpers.adapters import adapters, content
 from tests.helpers.expert_files import (
     EXPERTS,
     FAMILIES,
-    HIDDEN,
     INNER,
     RANK,
     adapted,

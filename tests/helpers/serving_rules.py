@@ -215,7 +215,7 @@ def _experts(model: nn.Module) -> dict[str, int]:
 
 
 def _single_experts(model: nn.Module) -> set[str]:
-    """The names that the matrices of all experts have in a checkpoint; none where it stacks them."""
+    """The names of all experts' matrices in a checkpoint; none where it stacks them."""
     if model.config.model_type in VLLM_STACKED:
         return set()
     usual = ("mlp", "gate_proj", "up_proj", "down_proj")
