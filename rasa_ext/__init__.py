@@ -8,7 +8,7 @@ rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "
 from rasa_ext import distributed, methods, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
-from rasa_ext.checkpoint.lora_export import export_lora
+from rasa_ext.checkpoint.lora_export import export_lora, export_size
 from rasa_ext.checkpoint.official import load_official
 from rasa_ext.config import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
@@ -48,6 +48,7 @@ __all__ = [
     "disable_adapter",
     "distributed",
     "export_lora",
+    "export_size",
     "fit_adapter",
     "import_lora",
     "load_adapter",

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
 from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.methods import read_method
-from rasa_ext.methods.base import AdapterConfig, Place
+from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.ops import Factors
-from rasa_ext.patching.grouping import Group, grouped
-from rasa_ext.patching.state import adapted_layers, patch_state
+from rasa_ext.patching.grouping import Group, grouped, groups_of
+from rasa_ext.patching.state import owners, patch_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,8 @@ class LayerAnalysis:
     pool_use: Tensor
     """(L*k,) float64: |d_j| times the lengths of the slot's two vectors, that is, the norm of what
     the slot adds to this layer, and |d_j| itself where those lengths are one."""
+    expert: int | None = None
+    """Which expert of a stacked weight; None for a linear layer."""
 
     @property
     def norm(self) -> float:
@@ -63,18 +65,27 @@ class GroupAnalysis:
     shape: tuple[int, int]
     """(out, in)"""
     layers: tuple[LayerAnalysis, ...]
+    """Of stacked weights every expert is one, weight by weight."""
+    experts: int = 0
+    """How many experts each of the stacked weights has; 0 for linear layers."""
 
     @property
     def pool_use(self) -> Tensor:
         """(L, L*k): every layer's use of every slot."""
         return torch.stack([layer.pool_use for layer in self.layers])
 
+    @property
+    def weights(self) -> list[tuple[LayerAnalysis, ...]]:
+        """The layers by the weight that they change: its experts, or the one layer alone."""
+        each = self.experts or 1
+        return [self.layers[i : i + each] for i in range(0, len(self.layers), each)]
+
 
 def analyze(model: nn.Module) -> list[GroupAnalysis]:
     """Analyze the adapter of a patched model: each layer's spectrum and its use of the pool.
 
     dW = [B | B_pool] diag(d) [A ; A_pool] is that of arXiv 2503.12576, section 3. It is computed in
-    float64, from the factors.
+    float64, from the factors. Of adapted experts each is analyzed by itself.
 
     Args:
         model: a patched model.
@@ -93,13 +104,9 @@ def analyze(model: nn.Module) -> list[GroupAnalysis]:
         >>> groups[0].layers[0].effective_rank  # not yet trained
         0.0
     """
-    plan, layers = patch_state(model).plan, dict(adapted_layers(model))
+    plan, found = patch_state(model).plan, dict(owners(model))
     return [
-        GroupAnalysis(
-            group.pattern,
-            group.shape,
-            tuple(_analyze_layer(name, layers[name].adapter().factors()) for name in group.names),
-        )
+        _analyze_group(group, {name: found[name].adapter().factors() for name in group.names})
         for group in plan.groups
     ]
 
@@ -139,22 +146,13 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
     config = read_method(settings)
     shapes = {
         key.removeprefix(PREFIX): (
-            tensors[f"{key}.rasa_B"].shape[0],
-            tensors[f"{key}.rasa_A"].shape[1],
+            *tensors[f"{key}.rasa_B"].shape[:-1],
+            tensors[f"{key}.rasa_A"].shape[-1],
         )
         for key in sorted(keys, key=_in_model_order)
     }
-    return [
-        GroupAnalysis(
-            group.pattern,
-            group.shape,
-            tuple(
-                _analyze_layer(name, factors)
-                for name, factors in _factors(tensors, config, group).items()
-            ),
-        )
-        for group in grouped(shapes, config.layer_groups)
-    ]
+    groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)
+    return [_analyze_group(group, _factors(tensors, config, group)) for group in groups]
 
 
 def analyze_lora(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
@@ -188,11 +186,7 @@ def analyze_lora(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
         for B, A in [lora.factors[name]]
     }
     return [
-        GroupAnalysis(
-            group.pattern,
-            group.shape,
-            tuple(_analyze_layer(name, _scaled(lora, name)) for name in group.names),
-        )
+        _analyze_group(group, {name: _scaled(lora, name) for name in group.names})
         for group in grouped(shapes)
     ]
 
@@ -209,11 +203,10 @@ def _factors(
     """A group's factors by its method; its pool stands under one of the members."""
     pools = (_under(tensors, f"{PREFIX}{member}.rasa_pool_") for member in group.names)
     pool = next(filter(None, pools), {})
-    count, cpu, found = len(group.names), torch.device("cpu"), {}
-    for index, name in enumerate(group.names):
-        own = _under(tensors, f"{PREFIX}{name}.rasa_")
-        found[name] = config.factors(own, pool, Place(index, count, *group.shape, cpu, name))
-    return found
+    return {
+        place.name: config.factors(_under(tensors, f"{PREFIX}{place.name}.rasa_"), pool, place)
+        for place in group.places(torch.device("cpu"))
+    }
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -222,6 +215,24 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for key, tensor in tensors.items()
         if key.startswith(prefix)
     }
+
+
+def _analyze_group(group: Group, factors: Mapping[str, Factors]) -> GroupAnalysis:
+    layers: list[LayerAnalysis] = []
+    for name, each in factors.items():
+        layers += [
+            dataclasses.replace(_analyze_layer(name, _of_expert(each, expert)), expert=expert)
+            for expert in range(group.experts)
+        ] or [_analyze_layer(name, each)]
+    return GroupAnalysis(group.pattern, group.shape, tuple(layers), group.experts)
+
+
+def _of_expert(factors: Factors, expert: int) -> Factors:
+    """One expert's factors, the pool being its own or that of all."""
+    A, A_pool, B, B_pool, d = factors
+    if A_pool is not None and B_pool is not None and A_pool.dim() == 3:
+        A_pool, B_pool = A_pool[expert], B_pool[expert]
+    return Factors(A[expert], A_pool, B[expert], B_pool, None if d is None else d[expert])
 
 
 @torch.no_grad()

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
 from rasa_ext.checkpoint.files import PREFIX, write_adapter
+from rasa_ext.checkpoint.lora_experts import (
+    PEFT,
+    Entry,
+    Experts,
+    chosen_layout,
+    entries_of,
+    limits_of,
+    parameters_of,
+    targets_of,
+)
 from rasa_ext.nn.rasa import RasaLinear
-from rasa_ext.patching.state import adapted_layers, patch_state, unwrap
+from rasa_ext.patching.state import (
+    adapted_experts,
+    adapted_layers,
+    owners,
+    patch_state,
+    unwrap,
+)
 from rasa_ext.patching.swap import FAST_PATH
 from rasa_ext.patching.targets import suffixes
 
@@ -22,6 +42,7 @@ def export_lora(
     directory: str | os.PathLike[str],
     pad_to: int | None = None,
     *,
+    experts: str | None = None,
     allow_dropped: bool = False,
 ) -> int:
     """Write the adapter as a LoRA that PEFT, vLLM, SGLang and llama.cpp read.
@@ -35,10 +56,19 @@ def export_lora(
     function, is refused here: trained norms (llama.cpp), and k or v without q, or up without gate
     (SGLang).
 
+    For adapted experts there is no layout that all read. Written out, each expert has R ranks, its
+    pool's included, which may make large files: ``export_size`` tells before anything is written.
+
     Args:
         model: a patched model.
         directory: made if it is missing; an adapter that is there is replaced.
         pad_to: the rank to write; the largest effective rank if None.
+        experts: the layout of adapted experts. "peft" is that of PEFT's ``target_parameters``, for
+            PEFT, and vLLM where it keeps a model's experts in three dimensions (gpt-oss);
+            "per-expert" names the matrices of every expert as checkpoints do, for vLLM, SGLang and
+            llama.cpp; "shared-outer" is SGLang's for experts that share what reads their input and
+            what writes their output, and only for ``experts="shared"`` with k = rank. None is
+            "peft", with a warning, and leaves models without adapted experts as they are.
         allow_dropped: write what some reader leaves out all the same, with a warning; for others,
             such as PEFT.
 
@@ -46,8 +76,8 @@ def export_lora(
         The rank that was written; a server's ``max_lora_rank`` must not be below it.
 
     Raises:
-        TypeError, ValueError: the model is not patched, or ``pad_to`` is not an integer, or below
-            the largest effective rank.
+        TypeError, ValueError: the model is not patched, ``pad_to`` is not an integer, or below the
+            largest effective rank, or the adapter has no such form as ``experts`` asks for.
         ValueError: a reader would leave a part of the adapter out.
 
     Example:
@@ -59,16 +89,9 @@ def export_lora(
         >>> rasa_ext.export_lora(model, "lora", pad_to=16)  # one of the ranks that vLLM takes
         16
     """
-    state, layers = patch_state(model), adapted_layers(model)
-    rank = max(layer.effective_rank for _, layer in layers)
-    if pad_to is not None:
-        if isinstance(pad_to, bool) or not isinstance(pad_to, int):
-            raise TypeError(f"pad_to: expected an integer or None, got {pad_to!r}.")
-        if pad_to < rank:
-            raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
-        rank = pad_to
-    names, saved = [name for name, _ in layers], saved_tensors(unwrap(model), state.plan)
-    dropped = [*_dropped(unwrap(model), names, saved)]
+    state, root = patch_state(model), unwrap(model)
+    export = _make_export(model, pad_to, experts)
+    dropped = [*_dropped(root, export.names, export.saved)]
     if dropped and not allow_dropped:
         raise ValueError(
             f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
@@ -77,34 +100,115 @@ def export_lora(
         )
     for message in dropped:
         warnings.warn(f"{message}; for that reader, {_INSTEAD}.", stacklevel=2)
-    for message in _limits(model, layers):
+    for message in (*_limits(model, export.layers), *export.limits(default=experts is None)):
         warnings.warn(message, stacklevel=2)
-    tensors: dict[str, Tensor] = {}
-    for name, layer in layers:
-        Ap, Bp = layer.packed_factors()
-        fill = rank - Ap.shape[0]
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(Ap, (0, 0, 0, fill))
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bp.t(), (0, fill))
-    tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in saved.items())
+    tensors = {entry.key: entry.make() for entry in export.entries()}
+    tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in export.saved.items())
+    layout = export.layout
+    targets = suffixes(export.names, root)
+    if layout is not None and layout != PEFT:
+        targets = list(dict.fromkeys([*targets, *targets_of(export.experts, layout)]))
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type(model),
         "base_model_name_or_path": base_name(model),
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
+        "r": export.rank,
+        "lora_alpha": export.rank,
         "lora_dropout": 0.0,
-        "target_modules": suffixes(names, unwrap(model)),
+        "target_modules": targets,
         "modules_to_save": list(state.plan.modules_to_save) or None,
         "bias": "none",
-        "fan_in_fan_out": any(layer.transposed for _, layer in layers),
+        "fan_in_fan_out": any(layer.transposed for _, layer in export.layers),
         "use_rslora": False,
         "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+    if layout == PEFT:
+        settings["target_parameters"] = parameters_of(export.experts, root)
     write_adapter(directory, settings, tensors)
-    return rank
+    return export.rank
+
+
+def export_size(model: nn.Module, pad_to: int | None = None, *, experts: str | None = None) -> int:
+    """Count the bytes of the tensors that ``export_lora`` would write; makes none of them.
+
+    Args:
+        model: a patched model.
+        pad_to, experts: as in ``export_lora``.
+
+    Returns:
+        Bytes; the file has some more, for the tensors' names.
+
+    Raises:
+        TypeError, ValueError: as ``export_lora``, for the model and these arguments.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
+        >>> rasa_ext.export_size(model)  # two layers of 9 * (48 + 32) numbers in float32
+        5760
+    """
+    export = _make_export(model, pad_to, experts)
+    factors = sum(math.prod(entry.shape) for entry in export.entries())
+    return factors * torch.float32.itemsize + sum(t.nbytes for t in export.saved.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Export:
+    """What a file is to hold."""
+
+    layers: list[tuple[str, RasaLinear]]
+    experts: Experts
+    layout: str | None
+    rank: int
+    saved: dict[str, Tensor]
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the adapted linear layers."""
+        return [name for name, _ in self.layers]
+
+    def entries(self) -> Iterator[Entry]:
+        """List the factors, which are made when asked for."""
+        for name, layer in self.layers:
+            yield from _linear(name, layer, self.rank)
+        for path, experts in self.experts:
+            yield from entries_of(path, experts, str(self.layout), self.rank)
+
+    def limits(self, *, default: bool) -> Iterator[str]:
+        """Name what some reader does with the experts' layout."""
+        if self.layout is not None:
+            yield from limits_of(self.experts, self.layout, default=default)
+
+
+def _make_export(model: nn.Module, pad_to: int | None, experts: str | None) -> _Export:
+    """Check the arguments and look at the model, in which nothing changes."""
+    state, banks = patch_state(model), adapted_experts(model)
+    layout = chosen_layout(banks, experts)
+    rank = max(owner.effective_rank for _, owner in owners(model))
+    if pad_to is not None:
+        if isinstance(pad_to, bool) or not isinstance(pad_to, int):
+            raise TypeError(f"pad_to: expected an integer or None, got {pad_to!r}.")
+        if pad_to < rank:
+            raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
+        rank = pad_to
+    saved = saved_tensors(unwrap(model), state.plan)
+    return _Export(adapted_layers(model), banks, layout, rank, saved)
+
+
+def _linear(name: str, layer: RasaLinear, rank: int) -> Iterator[Entry]:
+    packed, place = functools.cache(layer.packed_factors), layer.place
+    yield Entry(
+        f"{PREFIX}{name}.lora_A.weight",
+        (rank, place.in_features),
+        lambda: nn.functional.pad(packed().Ap, (0, 0, 0, rank - packed().Ap.shape[0])),
+    )
+    yield Entry(
+        f"{PREFIX}{name}.lora_B.weight",
+        (place.out_features, rank),
+        lambda: nn.functional.pad(packed().Bp.t(), (0, rank - packed().Bp.shape[0])),
+    )
 
 
 _INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"

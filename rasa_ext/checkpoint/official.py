@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.checkpoint.files import PREFIX, read_config, read_either
+from rasa_ext.checkpoint.official_experts import kind_of, stack_experts
 from rasa_ext.config import RasaConfig
-from rasa_ext.patching.state import is_patched, patch_state
+from rasa_ext.patching.state import is_patched, patch_state, unwrap
 from rasa_ext.patching.targets import make_plan
 
 _LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.rasa_(?P<part>A|B|mixing)\.weight$")
@@ -33,6 +34,10 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
     The official code (github.com/zwhe99/RaSA) names a layer's diagonal d ``rasa_mixing``, private
     entries first, and keeps one pool for a module type. Nothing in the checkpoint can run code: a
     ``.bin`` is read with ``weights_only=True`` or refused.
+
+    To transformers 4 each matrix of each expert was a layer (``experts.3.w1``). Where the model
+    stacks them, the result has ``experts="slot"`` and computes the same: the ranks of gate and up
+    stand beside each other, on rows of their own, in one adapter of twice the ranks.
 
     Args:
         model: the base that the adapter was trained on, or a model patched with the same config.
@@ -53,6 +58,7 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
     """
     config = RasaConfig.from_dict(read_config(directory))
     found = read_either(Path(directory))
+    config, found = stack_experts(unwrap(model), config, found, str(directory))
     plan = patch_state(model).plan if is_patched(model) else make_plan(model, config)
     owners = [f"{PREFIX}{group.names[0]}" for group in plan.groups]
     tensors = own_names(found, owners, str(directory))
@@ -67,7 +73,7 @@ def own_names(found: Mapping[str, Tensor], owners: Iterable[str], where: str) ->
     """
     pools: dict[str, list[str]] = {}
     for owner in owners:
-        pools.setdefault(_kind(owner), []).append(f"{owner}.rasa_pool")
+        pools.setdefault(kind_of(owner), []).append(f"{owner}.rasa_pool")
     renamed = {}
     for key, tensor in found.items():
         if match := _LAYER.match(key):
@@ -91,10 +97,5 @@ def official_name(key: str) -> str:
     if part in _OFFICIAL:
         return f"{layer}.{_OFFICIAL[part]}.weight"
     if part in _OFFICIAL_POOLS:
-        return f"base_model.{_OFFICIAL_POOLS[part]}.{_kind(layer.removeprefix(PREFIX))}.weight"
+        return f"base_model.{_OFFICIAL_POOLS[part]}.{kind_of(layer.removeprefix(PREFIX))}.weight"
     return key
-
-
-def _kind(name: str) -> str:
-    """``model.layers.3.self_attn.q_proj`` to ``self_attn__q_proj``."""
-    return re.sub(r"^.*?\blayers\.\d+\.", "", name).replace(".", "__")

@@ -53,12 +53,26 @@ def export_lora(
             "--allow-dropped", help="Write it even if llama.cpp or SGLang would leave a part out."
         ),
     ] = False,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            help="Layout of adapted experts: peft (PEFT, and vLLM for gpt-oss), per-expert (vLLM, "
+            "SGLang, llama.cpp), or shared-outer (SGLang, pool-only experts). [default: peft]",
+            show_default=False,
+        ),
+    ] = None,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Write experts even if they take more than 1 GiB.")
+    ] = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter as an exact plain LoRA for PEFT, vLLM, SGLang and llama.cpp."""
     from rasa_ext.train.convert import export_adapter
     from rasa_ext.train.serving import serving_help
     from rasa_ext.train.working import working
+
+    def announce(size: int) -> None:
+        console.print(f"The LoRA takes {_bytes(size)}.")
 
     with working(progress, f"Exporting {adapter}"):
         lora = export_adapter(
@@ -67,10 +81,14 @@ def export_lora(
             base=model,
             pad_to=pad_to,
             allow_dropped=allow_dropped,
+            experts=experts,
+            large=yes,
+            announce=announce,
             overwrite=overwrite,
         )
     console.print(f"LoRA of rank {lora.rank} in {output}.")
-    console.print(serving_help(lora.base, output, lora.rank, float32=lora.float32), markup=False)
+    told = serving_help(lora.base, output, lora.rank, float32=lora.float32, experts=lora.experts)
+    console.print(told, markup=False)
 
 
 @command
@@ -89,3 +107,7 @@ def import_official(
     with working(progress, f"Reading {checkpoint} and its base"):
         import_checkpoint(checkpoint, output, base=model, overwrite=overwrite)
     console.print(f"Adapter in {output}.")
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"

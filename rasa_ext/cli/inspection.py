@@ -28,6 +28,10 @@ def inspect(
     target_modules: Annotated[
         str, typer.Option(help="For a model: as in `rasa-ext finetune`.")
     ] = "all-linear",
+    experts: Annotated[
+        str | None,
+        typer.Option(help="For a model: which experts share a pool: slot, layer or shared."),
+    ] = None,
     spectrum: Annotated[
         bool,
         typer.Option(
@@ -62,7 +66,7 @@ def inspect(
     if (target is None) == (model is None):
         raise ValueError("target: expected an adapter's directory or --model, got both or neither.")
     if target is None or (not spectrum and is_model(Path(target))):
-        _show_plan(str(model or target), rank, k, target_modules)
+        _show_plan(str(model or target), rank, k, target_modules, experts)
         return
     directory = Path(target)
     check_adapter(directory, "target", " To look at a model of the hub, pass --model.")
@@ -87,7 +91,7 @@ def _show_adapter(directory: Path) -> None:
             table.add_row(
                 group.pattern,
                 str(group.layers),
-                f"{group.shape[0]} x {group.shape[1]}",
+                _shape(group.shape, group.experts),
                 str(group.private),
                 str(group.pooled),
                 str(group.private + group.pooled),
@@ -130,8 +134,8 @@ def _show_spectrum(directory: Path, output: Path) -> None:
         slots = group.pool_use.shape[1]
         table.add_row(
             group.pattern,
-            str(len(layers)),
-            f"{group.shape[0]} x {group.shape[1]}",
+            str(len(group.weights)),
+            _shape(group.shape, group.experts),
             str(len(layers[0].singular_values)),
             f"{_mean(ranks):.1f} ({min(ranks):.1f}-{max(ranks):.1f})",
             f"{_mean([layer.private_share for layer in layers]):.0%}",
@@ -148,7 +152,8 @@ def _show_spectrum(directory: Path, output: Path) -> None:
             output.mkdir(parents=True, exist_ok=True)
             plot(groups, path)
     shown = ", ".join(map(str, pictures))
-    console.print(f"Means over layers. Pictures: {shown}", markup=False)
+    over = "layers and experts" if any(group.experts for group in groups) else "layers"
+    console.print(f"Means over {over}. Pictures: {shown}", markup=False)
 
 
 def _show_comparison(first: Path, second: Path) -> None:
@@ -164,21 +169,29 @@ def _show_comparison(first: Path, second: Path) -> None:
     console.print("Mean effective ranks: exp of the entropy of the singular values over their sum.")
 
 
+def _shape(shape: tuple[int, int], experts: int) -> str:
+    """Write out x in, and before it how many experts are stacked."""
+    return " x ".join(map(str, (experts, *shape) if experts else shape))
+
+
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _show_plan(name: str, rank: int, k: int | None, target_modules: str) -> None:
+def _show_plan(
+    name: str, rank: int, k: int | None, target_modules: str, experts: str | None
+) -> None:
     from rasa_ext import patch_model, summary
     from rasa_ext.train.model_loading import load_skeleton
     from rasa_ext.train.options import parse_targets
 
     model = load_skeleton(name)
-    patch_model(model, rank=rank, k=k, target_modules=parse_targets(target_modules))
+    targets = parse_targets(target_modules)
+    patch_model(model, rank=rank, k=k, target_modules=targets, experts=experts)
     report = summary(model)
     table = table_of("group", "L", "out x in", "R", "trainable")
     for row in report:
-        shape = f"{row.shape[0]} x {row.shape[1]}"
+        shape = _shape(row.shape, row.experts)
         table.add_row(row.pattern, str(row.L), shape, str(row.R), f"{row.trainable:,}")
     console.print(table)
     console.print(

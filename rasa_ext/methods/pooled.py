@@ -90,8 +90,9 @@ class PooledConfig(AdapterConfig):
         slots = own.get("slots")
         if slots is None or not pool:
             return super().factors(own, pool, place)
-        A_pool, B_pool = pool["A"].index_select(0, slots), pool["B"].t().index_select(0, slots)
-        return Factors(own["A"], A_pool, own["B"], B_pool.t(), own["d"])
+        rows = (pool["A"], pool["B"].transpose(-1, -2))
+        A_pool, B_pool = (each.index_select(-2, slots) for each in rows)
+        return Factors(own["A"], A_pool, own["B"], B_pool.transpose(-1, -2), own["d"])
 
     def ranks(self, num_layers: int) -> tuple[int, int]:
         """Count a layer's private and pooled ranks in a group of L layers: r-k and L*k."""

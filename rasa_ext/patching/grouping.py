@@ -73,6 +73,18 @@ def grouped_banks(
     )
 
 
+def groups_of(
+    shapes: Mapping[str, tuple[int, ...]], experts: str | None, groups: Groups = ()
+) -> tuple[Group, ...]:
+    """Group layers, given with (out, in), and stacked weights, with (experts, out, in), as a plan.
+
+    ``experts`` is the grouping of the latter.
+    """
+    linears = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    banks = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    return grouped(linears, groups) + grouped_banks(banks, str(experts), groups)
+
+
 def group_of(name: str, groups: Groups = ()) -> str:
     """Name the group of a layer: as ``groups`` has it, or its name pattern where that has none.
 

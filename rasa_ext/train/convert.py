@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +11,7 @@ import torch
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.checkpoint.writing import check_output, new_folder
+from rasa_ext.patching.state import adapted_experts
 from rasa_ext.train.inspection import check_adapter
 from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
 
@@ -36,6 +37,10 @@ def merge_adapter(
     return change
 
 
+LARGE = 2**30
+"""Bytes of a LoRA of experts above which it is only written if that was asked for: 1 GiB."""
+
+
 class Exported(NamedTuple):
     """A LoRA that was written, and the base that it is for."""
 
@@ -43,6 +48,8 @@ class Exported(NamedTuple):
     rank: int
     float32: bool
     """Tell whether the base is stored in float32."""
+    experts: str | None
+    """The layout of adapted experts, None where there are none."""
 
 
 def export_adapter(
@@ -52,16 +59,35 @@ def export_adapter(
     base: str | None,
     pad_to: int | None,
     allow_dropped: bool,
+    experts: str | None = None,
+    large: bool = False,
+    announce: Callable[[int], None] = lambda _: None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write the adapter as a plain LoRA; errors are those of `merge_adapter`."""
+    """Write the adapter as a plain LoRA; errors are those of `merge_adapter`.
+
+    ``announce`` is called with the bytes that it takes, before any is written. ValueError where it
+    has experts and takes more than `LARGE`, and ``large`` was not asked for.
+    """
     check_adapter(adapter)
     name = base_of(adapter, base)
     check_differs((adapter, name), output, overwrite=overwrite)
     model = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
     float32 = model.dtype == torch.float32
-    rank = rasa_ext.export_lora(model, output, pad_to=pad_to, allow_dropped=allow_dropped)
-    return Exported(name, rank, float32)
+    size = rasa_ext.export_size(model, pad_to, experts=experts)
+    announce(size)
+    adapted = bool(adapted_experts(model))
+    if adapted and size > LARGE and not large:
+        raise ValueError(
+            f"yes: the LoRA would take {size / 2**30:.1f} GiB, since each expert has all ranks of "
+            "its pool written out, and nothing was written; pass --yes to write it, use "
+            "`rasa-ext merge` instead or, where the experts are pool-only (experts='shared' with "
+            "k = rank), --experts shared-outer for SGLang."
+        )
+    rank = rasa_ext.export_lora(
+        model, output, pad_to=pad_to, experts=experts, allow_dropped=allow_dropped
+    )
+    return Exported(name, rank, float32, (experts or "peft") if adapted else None)
 
 
 def import_checkpoint(

@@ -19,7 +19,7 @@ from rasa_ext.checkpoint.files import (
     read_tensors,
 )
 from rasa_ext.methods.base import Groups, checked_groups
-from rasa_ext.patching.grouping import grouped, pattern
+from rasa_ext.patching.grouping import groups_of, pattern
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class AdapterGroup:
     """Ranks in the pool."""
     parameters: int
     """Trainable parameters of the group."""
+    experts: int = 0
+    """How many experts each of its stacked weights has; 0 for linear layers."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,8 @@ def read_adapter(directory: Path) -> AdapterContents:
     path = directory / WEIGHTS
     tensors = read_tensors(path)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    groups, used = _groups(shapes, checked_groups(config.get("rasa_groups")))
+    chosen = checked_groups(config.get("rasa_groups"))
+    groups, used = _groups(shapes, config.get("rasa_experts"), chosen)
     return AdapterContents(
         config=config,
         groups=groups,
@@ -150,16 +153,16 @@ _PARTS = ("A", "B", "d", "m", "norms", "slots", "stack_A", "stack_B", "pool_A", 
 
 
 def _groups(
-    shapes: dict[str, tuple[int, ...]], chosen: Groups
+    shapes: dict[str, tuple[int, ...]], experts: str | None, chosen: Groups
 ) -> tuple[list[AdapterGroup], set[str]]:
     layers = {
-        name: (shapes[f"{PREFIX}{name}.rasa_B"][0], shapes[key][1])
+        name: (*shapes[f"{PREFIX}{name}.rasa_B"][:-1], shapes[key][-1])
         for key in shapes
         if key.endswith(".rasa_A")
         for name in [key.removesuffix(".rasa_A").removeprefix(PREFIX)]
     }
     groups, used = [], set()
-    for group in grouped(layers, chosen):
+    for group in groups_of(layers, experts, chosen):
         keys = [
             key
             for name in group.names
@@ -168,12 +171,11 @@ def _groups(
         ]
         used.update(keys)
         first = f"{PREFIX}{group.names[0]}"
-        private = shapes[f"{first}.rasa_A"][0]
-        pooled = shapes.get(f"{first}.rasa_pool_A", (0,))[0]
+        private = shapes[f"{first}.rasa_A"][-2]
+        pooled = shapes.get(f"{first}.rasa_pool_A", (0, 0))[-2]
         count = sum(_count(shapes[key]) for key in keys)
-        groups.append(
-            AdapterGroup(group.pattern, len(group.names), group.shape, private, pooled, count)
-        )
+        sizes = len(group.names), group.shape, private, pooled, count, group.experts
+        groups.append(AdapterGroup(group.pattern, *sizes))
     return groups, used
 
 

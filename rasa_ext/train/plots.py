@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -45,12 +46,16 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
 
 
 def plot_spectra(groups: Sequence[GroupAnalysis], path: Path) -> None:
-    """Draw every layer's singular values into a PNG, a panel per group, early layers dark."""
+    """Draw every layer's singular values into a PNG, a panel per group, early layers dark.
+
+    Of stacked weights it is the mean over their experts.
+    """
     figure, panels = panels_for(len(groups), "Singular values of each layer's change dW")
     for axes, group in zip(panels, groups, strict=True):
-        last = max(len(group.layers) - 1, 1)
-        for i, layer in enumerate(group.layers):
-            values = layer.singular_values.numpy()
+        weights = group.weights
+        last = max(len(weights) - 1, 1)
+        for i, layers in enumerate(weights):
+            values = torch.stack([each.singular_values for each in layers]).mean(0).numpy()
             axes.semilogy(
                 range(1, len(values) + 1),
                 values,
@@ -59,8 +64,9 @@ def plot_spectra(groups: Sequence[GroupAnalysis], path: Path) -> None:
             )
         mean = sum(layer.effective_rank for layer in group.layers) / len(group.layers)
         axes.set_title(f"{_short(group.pattern)}\neffective rank {mean:.1f}", fontsize=8)
-        axes.set(xlabel="component", ylabel="singular value")
-        if len(group.layers) > 1:
+        mean_of = "singular value, mean over experts" if group.experts else "singular value"
+        axes.set(xlabel="component", ylabel=mean_of)
+        if len(weights) > 1:
             colours = ScalarMappable(Normalize(0, last), colormaps["viridis"])
             ticks = sorted({0, last // 2, last})
             figure.colorbar(colours, ax=axes, label="layer of the group", ticks=ticks)
@@ -76,7 +82,8 @@ def plot_pool_use(groups: Sequence[GroupAnalysis], path: Path) -> None:
         image = axes.imshow(use, aspect="auto", interpolation="nearest", cmap="magma", vmin=0)
         private = sum(layer.private_share for layer in group.layers) / len(group.layers)
         axes.set_title(f"{_short(group.pattern)}\n{private:.0%} private", fontsize=8)
-        axes.set(xlabel="slot of the pool", ylabel="layer of the group")
+        rows = "layer, and its experts" if group.experts else "layer of the group"
+        axes.set(xlabel="slot of the pool", ylabel=rows)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(integer=True))
         figure.colorbar(image, ax=axes, label="norm of what the slot adds to dW")

@@ -12,11 +12,22 @@ BASE_FOLDER = "BASE_FOLDER"
 """Stands for the folder of the model that a .gguf was made from: nothing in the file names it."""
 
 
-def serving_help(base: str, lora: Path, rank: int, *, float32: bool) -> str:
+def serving_help(
+    base: str, lora: Path, rank: int, *, float32: bool, experts: str | None = None
+) -> str:
     """Explain how to serve a LoRA over ``base``: a hub id, a directory or a .gguf file.
 
-    ``float32`` says that the base is of that dtype, in which vLLM serves it only if told so.
+    ``float32`` says that the base is of that dtype, in which vLLM serves it only if told so, and
+    ``experts`` is the layout of its experts, None where it has none.
     """
+    if experts == "shared-outer":
+        return f"Serve it with SGLang:\n  {sglang_command(base, lora, rank)}"
+    if experts == "peft":
+        return (
+            "PEFT loads it, and vLLM where it keeps a model's experts in three dimensions, as of "
+            "gpt-oss. For other models of vLLM, for SGLang and for llama.cpp export with "
+            "--experts per-expert."
+        )
     if base.endswith(".gguf"):
         first, second = llama_cpp_commands(base, lora)
         return (
@@ -41,6 +52,13 @@ def vllm_command(base: str, lora: Path, rank: int, *, float32: bool) -> str | No
     # One slot more than adapters: on a CPU, vLLM takes the last slot for rows without an adapter.
     words += ["--max-loras", "2"]
     return shlex.join([*words, "--lora-modules", f"{lora.name or 'rasa'}={lora.resolve()}"])
+
+
+def sglang_command(base: str, lora: Path, rank: int) -> str:
+    """The shell command that serves a LoRA whose experts share their outer sides with SGLang."""
+    words = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
+    words += ["--max-lora-rank", str(rank), "--experts-shared-outer-loras"]
+    return shlex.join([*words, "--lora-paths", f"{lora.name or 'rasa'}={lora.resolve()}"])
 
 
 def llama_cpp_commands(gguf: str, lora: Path) -> tuple[str, str]:

@@ -1,0 +1,404 @@
+"""Exports of adapted experts: every layout against dense changes, and by readers' own rules."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from rasa_ext.checkpoint.expert_names import _FAMILIES
+from tests.helpers.adapters import adapters, content
+from tests.helpers.expert_files import (
+    EXPERTS,
+    FAMILIES,
+    INNER,
+    RANK,
+    adapted,
+    banks,
+    build,
+    changes,
+    logits,
+    of_experts,
+)
+from tests.helpers.oracle import delta
+from tests.helpers.refusals import Snapshot
+from tests.helpers.serving_rules import READERS, Refused, llama_cpp, read, sglang, vllm
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing", "ignore:.*_pattern keys did not match"
+)
+
+base = functools.cache(build)
+MATRICES = {
+    "mixtral": ("block_sparse_moe", {"w1": slice(0, INNER), "w3": slice(INNER, None)}, "w2"),
+    "qwen3_moe": (
+        "mlp",
+        {"gate_proj": slice(0, INNER), "up_proj": slice(INNER, None)},
+        "down_proj",
+    ),
+    "gpt_oss": (
+        "mlp",
+        {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)},
+        "down_proj",
+    ),
+    "nemotron_h": ("mixer", {"up_proj": slice(None)}, "down_proj"),
+}
+"""By hand: where experts are in checkpoints, and which rows of a stacked weight are whose."""
+NAMED = ("mixtral", "qwen3_moe", "nemotron_h")
+"""Those whose checkpoints name every expert."""
+POOL_ONLY = {"experts": "shared", "k": RANK}
+ONLY_EXPERTS = r".*\.experts\.(gate_up|up|down)_proj"
+
+
+def export(directory, model, **options):
+    rasa_ext.export_lora(model, directory, **options)
+    return read(directory)
+
+
+def single(family, model):
+    """dW of every expert's matrices, under their names in a checkpoint."""
+    folder, rows, down = MATRICES[family]
+    found = {}
+    for name, change in changes(model).items():
+        path = name.rpartition(".")[0].replace(".mlp.", f".{folder}.")
+        parts = {down: slice(None)} if name.endswith("down_proj") else rows
+        for expert, each in enumerate(change):
+            found.update({f"{path}.{expert}.{part}": each[at] for part, at in parts.items()})
+    return found
+
+
+def linear_changes(model):
+    return {name: delta(adapter) for name, adapter in adapters(model).items()}
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name, change in found.items():
+        torch.testing.assert_close(change.double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+def load_in_peft(plain, directory):
+    """PEFT's own loader; it warns of keys that are missing."""
+    from peft import PeftModel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        return PeftModel.from_pretrained(copy.deepcopy(plain), directory).eval()
+
+
+def wrappers(loaded):
+    """The names of the parameters that PEFT adapts in stacks, in the plain model."""
+    return {
+        f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        for name, module in loaded.base_model.model.named_modules()
+        if hasattr(module, "parameter_name")
+    }
+
+
+@pytest.mark.parametrize("grouping", ["slot", "layer", "shared"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
+    plain = base(family)
+    model = adapted(plain, grouping)
+    config, _ = export(tmp_path, model, experts="peft", allow_dropped=True)
+    up = "up_proj" if family == "nemotron_h" else "gate_up_proj"
+    assert [name.rpartition(".")[2] for name in config["target_parameters"]] == [up, "down_proj"]
+    loaded = load_in_peft(plain, tmp_path)
+    assert wrappers(loaded) == set(changes(model))
+    expected = logits(model)
+    difference = (logits(loaded) - expected).abs().max().item()
+    assert difference <= 1e-5
+    assert (logits(plain) - expected).abs().max() > 1e-2
+    figure(f"experts of {family} {grouping} in PEFT: difference of logits {difference:.1e}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_has_the_merged_models_logits_to_the_last_bit(family, tmp_path):
+    """Its forward adds W and the file's product with one baddbmm."""
+    plain = base(family)
+    model = adapted(plain, target_modules=ONLY_EXPERTS)
+    rasa_ext.export_lora(model, tmp_path, experts="peft")
+    merged = copy.deepcopy(plain)
+    for name, bank in banks(model).items():
+        each = [adapter.stacked() for adapter in of_experts(bank)]
+        down = torch.stack([A.float() for A, _, _ in each])
+        up = torch.stack([B.float() * d.float() for _, B, d in each])
+        weight = merged.get_parameter(name)
+        transposed = merged.get_submodule(name.rpartition(".")[0]).is_transposed
+        factors = (down.mT, up.mT) if transposed else (up, down)
+        weight.data = torch.baddbmm(weight, *factors)
+    loaded = load_in_peft(plain, tmp_path)
+    assert torch.equal(logits(loaded), logits(merged))
+    assert not torch.equal(logits(loaded), logits(plain))
+
+
+@pytest.mark.parametrize(
+    ("targets", "parameters"),
+    [
+        (["gate_up_proj"], ["gate_up_proj"]),
+        (["down_proj", "q_proj"], ["down_proj"]),
+        (r".*layers\.0\..*", ["0.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj"]),
+        (r".*layers\.1\.mlp\.experts\.down_proj", ["1.mlp.experts.down_proj"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_peft_with_some_of_the_weights(family, targets, parameters, tmp_path):
+    """Where one of two is adapted its keys have no base_layer."""
+    plain = base(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that stay untouched, and of other readers
+        model = adapted(plain, target_modules=targets)
+        config, tensors = export(tmp_path, model, experts="peft")
+    assert config["target_parameters"] == parameters
+    both = len({name.rpartition(".")[2] for name in parameters}) == 2
+    assert any(".base_layer." in key for key in tensors) == both
+    loaded = load_in_peft(plain, tmp_path)
+    assert wrappers(loaded) == set(changes(model))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stacked_layout_by_hand(family, tmp_path):
+    """A's rows by expert, then rank; B's columns by rank, then expert."""
+    model = adapted(base(family))
+    config, tensors = export(tmp_path, model, experts="peft", pad_to=8, allow_dropped=True)
+    assert config["r"] == config["lora_alpha"] == 8
+    for name, bank in banks(model).items():
+        path, _, last = name.rpartition(".")
+        where = path if last == "down_proj" else f"{path}.base_layer"
+        lora_A = tensors.pop(f"base_model.model.{where}.lora_A.weight")
+        lora_B = tensors.pop(f"base_model.model.{where}.lora_B.weight")
+        assert lora_A.dtype == lora_B.dtype == torch.float32
+        assert lora_A.shape == (EXPERTS * 8, bank.place.in_features)
+        assert lora_B.shape == (bank.place.out_features, 8 * EXPERTS)
+        for expert, adapter in enumerate(of_experts(bank)):
+            A, B, d = adapter.stacked()
+            filled = range(len(d))
+            rows = lora_A[expert * 8 : (expert + 1) * 8]
+            columns = lora_B[:, expert::EXPERTS]
+            torch.testing.assert_close(rows[filled].double(), A)
+            torch.testing.assert_close(columns[:, filled].double(), B * d)
+            assert not rows[len(d) :].any()
+            assert not columns[:, len(d) :].any()
+    assert len(tensors) == 2 * len(linear_changes(model))
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("grouping", ["slot", "layer", "shared"])
+@pytest.mark.parametrize("family", NAMED)
+def test_servers_compute_single_experts(family, grouping, reader, tmp_path):
+    model = adapted(base(family), grouping)
+    config, tensors = export(tmp_path, model, experts="per-expert", allow_dropped=True)
+    found = READERS[reader](config, tensors, base(family), 16)
+    assert_close(found, {**linear_changes(model), **single(family, model)})
+
+
+def test_single_experts_whose_gate_and_up_take_turns(tmp_path):
+    """gpt-oss: by name all is there; vLLM and llama.cpp want it otherwise, which is warned of."""
+    model = adapted(base("gpt_oss"))
+    with pytest.warns(UserWarning, match="stack its experts.*experts='peft'.*llama.cpp no LoRA"):
+        config, tensors = export(tmp_path, model, experts="per-expert")
+    assert_close(
+        sglang(config, tensors, base("gpt_oss"), 16),
+        {**linear_changes(model), **single("gpt_oss", model)},
+    )
+    for reader in (vllm, llama_cpp):
+        with pytest.raises(Refused):
+            reader(config, tensors, base("gpt_oss"), 16)
+
+
+def test_gate_and_up_have_one_A(tmp_path):
+    model = adapted(base("mixtral"))
+    _, tensors = export(tmp_path, model, experts="per-expert")
+    for key in [key for key in tensors if ".w1.lora_A" in key]:
+        assert torch.equal(tensors[key], tensors[key.replace(".w1.", ".w3.")])
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_single_experts_are_what_peft_converts(family, tmp_path):
+    """As LoRAs of transformers 4, of which it makes stacked ones of twice the rank."""
+    from peft import PeftModel
+
+    plain = base(family)
+    model = adapted(plain)
+    rasa_ext.export_lora(model, tmp_path, experts="per-expert")
+    loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    assert wrappers(loaded) == set(changes(model))
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sglang_computes_experts_that_share_their_outer_sides(family, tmp_path):
+    model = adapted(base(family), **POOL_ONLY)
+    config, tensors = export(tmp_path, model, experts="shared-outer", allow_dropped=True)
+    found = sglang(config, tensors, base(family), 16)
+    folder, rows, _ = MATRICES[family]
+    expected = linear_changes(model)
+    for name, change in changes(model).items():
+        if family == "gpt_oss" and name.endswith("gate_up_proj"):  # by the names: gate, then up
+            change = torch.cat([change[:, at] for at in rows.values()], 1)
+        expected[name.replace(".mlp.", f".{folder}.")] = change
+    assert_close(found, expected)
+    outer = {key: t.shape[0] for key, t in tensors.items() if t.dim() == 3}
+    for key, count in outer.items():
+        shared = key.endswith("A.weight") != ("down_proj" in key)
+        assert count == (1 if shared else EXPERTS)
+    assert len(outer) == 2 * (3 if family == "gpt_oss" else 2) * 2
+    whole = rasa_ext.export_size(model, experts="peft")
+    assert rasa_ext.export_size(model, experts="shared-outer") < whole
+
+
+def test_vllm_reads_the_stacked_layout_where_it_stacks(tmp_path):
+    model = adapted(base("gpt_oss"))
+    config, tensors = export(tmp_path, model, experts="peft")
+    found = vllm(config, tensors, base("gpt_oss"), 16)
+    assert_close(found, {**linear_changes(model), **changes(model)})
+
+
+def test_other_readers_of_the_stacked_layout(tmp_path):
+    """Why it is not written without a word: vLLM takes it for another model's, and is wrong."""
+    model = adapted(base("qwen3_moe"))
+    with pytest.warns(UserWarning, match="PEFT's layout.*experts='per-expert'.*vLLM.*misreads it"):
+        config, tensors = export(tmp_path, model)
+    assert config["target_parameters"] == ["gate_up_proj", "down_proj"]
+    found = vllm(config, tensors, base("qwen3_moe"), 16)
+    for name, change in changes(model).items():
+        assert found[name].shape == change.shape
+        assert not torch.allclose(found[name].double(), change, rtol=0.1, atol=0.1)
+    for reader in (sglang, llama_cpp):
+        with pytest.raises(Refused):
+            reader(config, tensors, base("qwen3_moe"), 16)
+
+
+@pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
+def test_a_layout_that_is_asked_for_is_not_warned_of(layout, tmp_path, recwarn):
+    model = adapted(base("mixtral"), **POOL_ONLY)
+    recwarn.clear()
+    rasa_ext.export_lora(model, tmp_path, experts=layout)
+    assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+@pytest.mark.parametrize("layout", ["peft", "per-expert"])
+def test_one_weight_without_the_other_is_warned_of(layout, tmp_path):
+    """vLLM asserts both, and llama.cpp is left with experts that it cannot stack."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = adapted(base("mixtral"), target_modules=r".*\.experts\.down_proj")
+    with pytest.warns(UserWarning, match="down_proj is adapted without the other weight of its"):
+        config, tensors = export(tmp_path, model, experts=layout)
+    for reader in (vllm, llama_cpp):
+        with pytest.raises(Refused):
+            reader(config, tensors, base("mixtral"), 16)
+
+
+@pytest.mark.parametrize("pad_to", [None, 16])
+@pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_size_is_that_of_the_file(family, layout, pad_to, tmp_path, monkeypatch):
+    options = POOL_ONLY if layout == "shared-outer" else {"experts": "layer"}
+    model = adapted(base(family).to(torch.float32), modules_to_save=["norm"], **options)
+    with monkeypatch.context() as patch:  # it makes nothing
+        for name in ("cat", "zeros", "empty", "stack"):
+            patch.setattr(torch, name, None)
+        size = rasa_ext.export_size(model, pad_to, experts=layout)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, tensors = export(tmp_path, model, pad_to=pad_to, experts=layout, allow_dropped=True)
+    assert size == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_a_model_without_experts_has_a_size_too(tmp_path):
+    model = rasa_ext.patch_model(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), 2, 0)
+    _, tensors = export(tmp_path, model)
+    assert rasa_ext.export_size(model) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
+def test_half_precision_bases_export_in_float32(layout, tmp_path):
+    model = adapted(copy.deepcopy(base("mixtral")).bfloat16(), **POOL_ONLY)
+    _, tensors = export(tmp_path, model, experts=layout)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+def test_ranks_of_single_weights(tmp_path):
+    """One rank for all: a weight of fewer is filled up."""
+    config = rasa_ext.RasaConfig(
+        rank=RANK, k=1, experts="slot", rank_pattern={r"layers\.1\.mlp\.experts\.down_proj": 5}
+    )
+    plain = base("mixtral")
+    model = rasa_ext.patch_model(copy.deepcopy(plain), config=config)
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            parameter.normal_()
+    config, tensors = export(tmp_path, model, experts="per-expert")
+    assert config["r"] == 5 - 1 + 2
+    found = vllm(config, tensors, plain, 16)
+    assert_close(found, {**linear_changes(model), **single("mixtral", model)})
+
+
+BAD = {
+    "unknown": ("stacked", {}, "experts: expected 'peft' or 'per-expert' or 'shared-outer', got"),
+    "no string": (3, {}, "experts: expected a string or None, got 3"),
+    "own ranks": (
+        "shared-outer",
+        {"experts": "shared", "k": 1},
+        r"experts='shared' with k = rank makes them, but 'model\.layers\.0\.mlp\.experts\.gate_up",
+    ),
+    "own pools": ("shared-outer", {"experts": "slot", "k": RANK}, "experts: expected experts that"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_layouts(case, tmp_path):
+    layout, options, message = BAD[case]
+    model = adapted(base("mixtral"), **options)
+    before = Snapshot(model)
+    for call in (
+        lambda: rasa_ext.export_lora(model, tmp_path, experts=layout),
+        lambda: rasa_ext.export_size(model, experts=layout),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    before.assert_unchanged()
+    assert not content(tmp_path)
+
+
+def test_a_layout_for_a_model_without_adapted_experts(tmp_path):
+    with pytest.warns(UserWarning, match="untouched"):
+        model = rasa_ext.patch_model(copy.deepcopy(base("mixtral")), RANK, 1)
+    with pytest.raises(ValueError, match="experts: expected a model with adapted experts for"):
+        rasa_ext.export_lora(model, tmp_path, experts="peft")
+    assert not content(tmp_path)
+    rasa_ext.export_lora(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert "target_parameters" not in config
+
+
+@pytest.mark.parametrize("kind", _FAMILIES)
+def test_names_of_checkpoints_are_transformers_own(kind):
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    inside, outside, names = _FAMILIES[kind]
+    found = get_checkpoint_conversion_mapping(kind)
+    sources = [
+        pattern.removesuffix(".weight").rpartition(".")[2]
+        for each in found
+        if isinstance(each, WeightConverter)
+        for pattern in each.source_patterns
+        if ".experts." in pattern
+    ]
+    assert tuple(sources) == names
+    renamed = [
+        (each.source_patterns[0], each.target_patterns[0])
+        for each in found
+        if not isinstance(each, WeightConverter)
+    ]
+    assert ((outside, inside) in renamed) == bool(outside)
