@@ -249,10 +249,8 @@ def expert_deltas(factors: Factors, experts: slice, dtype: torch.dtype) -> Tenso
         dtype: that of the product.
     """
     A, A_pool, B, B_pool, d = factors
-    A, B = A[experts], B[experts]
-    if A_pool is not None and B_pool is not None:
-        each = A_pool.dim() == 3
-        A_pool = A_pool[experts] if each else A_pool.expand(len(A), -1, -1)
-        B_pool = B_pool[experts] if each else B_pool.expand(len(B), -1, -1)
-    d = None if d is None else d[experts]
-    return ops.delta_group(*ops.pack_experts(A, A_pool, B, B_pool, d, dtype))
+    if A_pool is not None and B_pool is not None and A_pool.dim() == 2:
+        A_pool, B_pool = (pool.expand(len(A), -1, -1) for pool in (A_pool, B_pool))
+    # Cast first, so that d times B is not rounded to the adapter's dtype.
+    some = Factors(A, A_pool, B, B_pool, d).map(lambda factor: factor[experts].to(dtype))
+    return ops.delta_group(*ops.pack_experts(*some, dtype))

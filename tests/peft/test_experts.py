@@ -518,6 +518,7 @@ def test_rows_of_adapters_of_linear_layers_see_the_bases_experts():
 def test_merged_weights_are_rounded_once(family, dtype, grouping):
     base, model = moe(family, dtype), tuned(family, dtype, rasa_experts=grouping)
     exact = {name: changes(bank) for name, bank in banks(model).items()}
+    core = rasa_ext.merge_and_unload(same_in_the_core(model, family))
     merged = model.merge_and_unload()
     assert type(merged) is type(base)
     for name, module in merged.named_modules():
@@ -530,6 +531,7 @@ def test_merged_weights_are_rounded_once(family, dtype, grouping):
         bound = torch.finfo(dtype).eps * expected.abs() / 2 * 1.001 + 1e-6 * expected.abs().max()
         assert ((weight - expected).abs() <= bound).all()
         assert not same_bits(weight.detach(), before.detach())
+        assert same_bits(weight.detach(), core.get_parameter(name).detach())
 
 
 @pytest.mark.parametrize("subtract", [False, True])
