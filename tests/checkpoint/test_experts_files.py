@@ -106,7 +106,7 @@ def wrappers(loaded):
 def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
     plain = base(family)
     model = adapted(plain, grouping)
-    config, _ = export(tmp_path, model, experts="peft", allow_dropped=True)
+    config, _ = export(tmp_path, model, experts="peft")
     up = "up_proj" if family == "nemotron_h" else "gate_up_proj"
     assert [name.rpartition(".")[2] for name in config["target_parameters"]] == [up, "down_proj"]
     loaded = load_in_peft(plain, tmp_path)
@@ -168,7 +168,7 @@ def test_peft_with_some_of_the_weights(family, targets, parameters, tmp_path):
 def test_the_stacked_layout_by_hand(family, tmp_path):
     """A's rows by expert, then rank; B's columns by rank, then expert."""
     model = adapted(base(family))
-    config, tensors = export(tmp_path, model, experts="peft", pad_to=8, allow_dropped=True)
+    config, tensors = export(tmp_path, model, experts="peft", pad_to=8)
     assert config["r"] == config["lora_alpha"] == 8
     for name, bank in banks(model).items():
         path, _, last = name.rpartition(".")
@@ -195,7 +195,7 @@ def test_the_stacked_layout_by_hand(family, tmp_path):
 @pytest.mark.parametrize("family", NAMED)
 def test_servers_compute_single_experts(family, grouping, reader, tmp_path):
     model = adapted(base(family), grouping)
-    config, tensors = export(tmp_path, model, experts="per-expert", allow_dropped=True)
+    config, tensors = export(tmp_path, model, experts="per-expert")
     found = READERS[reader](config, tensors, base(family), 16)
     assert_close(found, {**linear_changes(model), **single(family, model)})
 
@@ -237,7 +237,7 @@ def test_single_experts_are_what_peft_converts(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sglang_computes_experts_that_share_their_outer_sides(family, tmp_path):
     model = adapted(base(family), **POOL_ONLY)
-    config, tensors = export(tmp_path, model, experts="shared-outer", allow_dropped=True)
+    config, tensors = export(tmp_path, model, experts="shared-outer")
     found = sglang(config, tensors, base(family), 16)
     folder, rows, _ = MATRICES[family]
     expected = linear_changes(model)
