@@ -1,4 +1,4 @@
-"""A small mixture of experts that is made here: its tokenizer, its text and its training in full."""
+"""A small mixture of experts that is made here: its tokenizer, its text, its training in full."""
 
 from __future__ import annotations
 
@@ -40,6 +40,8 @@ RECIPE = Recipe(steps=400, batch_size=16, lr=3e-3, bfloat16=False)
 LONGEST = 96
 """Tokens of a row of the base's text."""
 HELD_OUT = 64
+EVERY = 100
+"""Steps after which the training of the base is kept."""
 
 
 @functools.cache
@@ -84,7 +86,7 @@ def make_model(seed: int = 0, **shape: Any) -> Any:
 def make_base(path: Path, recipe: Recipe = RECIPE, **shape: Any) -> tuple[Any, float]:
     """The base, trained or read from ``path``, and its loss on held-out text in nats a token.
 
-    A training that is cut goes on from ``path``, which is written every hundred steps.
+    A training that is cut goes on from ``path``, which is written every ``EVERY`` steps.
     """
     tokenizer, model = make_tokenizer(), make_model(**shape)
     pad = tokenizer.pad_token_id
@@ -93,7 +95,7 @@ def make_base(path: Path, recipe: Recipe = RECIPE, **shape: Any) -> tuple[Any, f
         run.load_state_dict(torch.load(path))
     while run.going:
         run.advance()
-        if run.step % 100 == 0 or not run.going:
+        if run.step % EVERY == 0 or not run.going:
             last = statistics.mean(run.losses[-50:])
             print(f"base: step {run.step} of {recipe.steps}, loss {last:.3f}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@
 
 A model is built on the meta device from the shape written down here and patched as any other. The
 LoRA beside it is PEFT's ``target_parameters``, of the same r. Attention is left alone in both.
+Files are float32, as ``save_adapter`` and ``export_lora`` write them.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ SHAPES = {
     "Qwen3-30B-A3B": Shape("Qwen3-30B-A3B", "qwen3_moe", 2048, 768, 48, 128, 8, rank=2),
     "gpt-oss-20b": Shape("gpt-oss-20b", "gpt_oss", 2880, 2880, 24, 32, 4, rank=4),
 }
-"""From the ``config.json`` of mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B, openai/gpt-oss-20b."""
+"""From the configs of mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B and openai/gpt-oss-20b."""
 
 WAYS = ("slot", "layer", "shared", "pool only")
 
@@ -122,7 +123,7 @@ def table(shapes: dict[str, Shape] = SHAPES) -> Iterator[str]:
     for name, shape in shapes.items():
         sizes = (lora_size(shape), *(size(shape, way) for way in WAYS))
         for each in sizes:
-            bytes_of = (_bytes(4 * each.trained), _bytes(2 * each.written_out))
+            bytes_of = (_bytes(4 * each.trained), _bytes(4 * each.written_out))
             ranks = f"{each.rank}, {each.k}" if each.k else str(each.rank)
             cells = (name, each.way, ranks, each.R, f"{each.trained / 1e6:.2f} M", *bytes_of)
             yield f"| {' | '.join(map(str, cells))} |"
