@@ -14,9 +14,9 @@ but "PEFT, r", which has as many parameters as "slot" has:
 
 Frozen and PEFT run with both of transformers' implementations, "grouped_mm" and "eager"; ratios are
 to the faster of the two. ``saved`` is what a forward keeps for the backward beside the weights and
-the adapter, ``peak`` the most that a step allocates at a time, gradients included; ``extra`` is a
-peak above the frozen layer's. Each of ours is checked, with its gradients, against the layer with
-W + dW before it is timed.
+the adapter, ``peak`` the most that a step allocates at a time, gradients included, those of a whole
+group's pool too; ``extra`` is a peak above the frozen layer's, both by "grouped_mm". Each of ours
+is checked, with its gradients, against the layer with W + dW before it is timed.
 """
 
 from __future__ import annotations
@@ -237,7 +237,8 @@ def measure(case: Case, rounds: int, at_most: float) -> list[dict]:
     took = {name: harness.quartiles(values) for name, values in seconds.items()}
     frozen = _faster(took, [f"frozen, {name}" for name in IMPLEMENTATIONS])
     peft = _faster(took, [f"PEFT r={case.R}, {name}" for name in IMPLEMENTATIONS])
-    extra = {name: peak[name] - peak[frozen] for name in variants}
+    floor, above = f"frozen, {IMPLEMENTATIONS[0]}", f"PEFT r={case.R}, {IMPLEMENTATIONS[0]}"
+    extra = {name: peak[name] - peak[floor] for name in variants}
     rows = []
     for name, module in variants.items():
         ours = bool(_banks(module))
@@ -251,7 +252,7 @@ def measure(case: Case, rounds: int, at_most: float) -> list[dict]:
                 "saved, MiB": saved[name] / 2**20,
                 "peak, MiB": peak[name] / 2**20,
                 "extra, MiB": extra[name] / 2**20,
-                "extra / PEFT's": extra[name] / extra[peft] if ours else None,
+                "extra / PEFT's": extra[name] / extra[above] if ours else None,
                 "rounds": len(seconds[name]),
             }
         )

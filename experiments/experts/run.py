@@ -44,7 +44,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "shared, pool only r8": {"rank": 8, "k": 8, "experts": "shared"},
 }
 """What lies over the experts. Attention has a LoRA of PEFT's in all of them."""
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE = 150, 8
 SIZES = {"train": 2400, "dev": 100, "test": 300}
