@@ -1,0 +1,301 @@
+"""One layer of stacked experts: a training step, frozen, under PEFT's LoRA and under ours.
+
+    python -m benchmarks.experts [--dtype float32 bfloat16] [--rounds 30] [--json FILE]
+                                 [--experts 32 --hidden 256 --intermediate 512 --tokens 512
+                                  --choices 4] [--seconds S] [--quick]
+
+All variants are over the same weights, those of transformers' ``Qwen3MoeExperts``, and take turns
+in a random order in one process; medians with quartiles. The effective rank R is the same in all
+but "PEFT, r", which has as many parameters as "slot" has:
+
+- PEFT: ``target_parameters`` over both weights, its parameters in the weights' dtype;
+- slot, layer, shared: r = 4, k = 1, one layer of a group of as many as it has experts;
+- pool only: "shared" with k = r = 1, in a group of as many layers as make the same R.
+
+Frozen and PEFT run with both of transformers' implementations, "grouped_mm" and "eager"; ratios are
+to the faster of the two. ``saved`` is what a forward keeps for the backward beside the weights and
+the adapter, ``peak`` the most that a step allocates at a time, gradients included, those of a whole
+group's pool too; ``extra`` is a peak above the frozen layer's, both by "grouped_mm". Each of ours
+is checked, with its gradients, against the layer with W + dW before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import rasa_ext
+from benchmarks import harness, records
+from benchmarks.block import cpu_peak_bytes
+from rasa_ext import ops
+from rasa_ext.base_layers.experts import bank_names
+from rasa_ext.methods.base import group_places
+from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
+
+RANK, K = 4, 1
+IMPLEMENTATIONS = ("grouped_mm", "eager")
+QUICK = {"experts": 5, "hidden": 16, "intermediate": 24, "tokens": 12, "choices": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One layer of experts, and what it is given."""
+
+    experts: int = 32
+    hidden: int = 256
+    intermediate: int = 512
+    tokens: int = 512
+    choices: int = 4
+
+
+class Case:
+    """Inputs, upstream gradient and variants of a layer in one dtype."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.shape, self.dtype = shape, dtype
+        self.base = self._frozen()
+        x = torch.randn(shape.tokens, shape.hidden, dtype=dtype)
+        scores = torch.randn(shape.tokens, shape.experts).softmax(-1)
+        weights, self.index = scores.topk(shape.choices)
+        weights = (weights / weights.sum(-1, keepdim=True)).to(dtype)
+        self.x, self.weights = x.requires_grad_(), weights.requires_grad_()
+        self.grad = torch.randn(shape.tokens, shape.hidden, dtype=dtype)
+
+    @property
+    def R(self) -> int:
+        """The effective rank of every variant, since groups have a layer for each expert."""
+        return RANK - K + self.shape.experts * K
+
+    def variants(self) -> dict[str, nn.Module]:
+        """Frozen and PEFT by both implementations, and ours."""
+        made: dict[str, nn.Module] = {}
+        for name in IMPLEMENTATIONS:
+            made[f"frozen, {name}"] = self._by(name)
+        for name in IMPLEMENTATIONS:
+            made[f"PEFT r={self.R}, {name}"] = self._peft(self.R, name)
+        made[f"PEFT r={RANK}, {IMPLEMENTATIONS[0]}"] = self._peft(RANK, IMPLEMENTATIONS[0])
+        for grouping in ("slot", "layer", "shared"):
+            made[grouping] = self._ours(grouping, RANK, K, self.shape.experts)
+        made["shared, pool only"] = self._ours("shared", 1, 1, self.R)
+        return made
+
+    def step(self, module: nn.Module) -> Callable[[], None]:
+        """Forward and backward; gradients are dropped before, save a pool's, which add up."""
+        pools = [bank.pool for bank in _banks(module)]
+        kept = {id(t) for pool in pools if pool is not None for t in pool.parameters()}
+        trained = [p for p in module.parameters() if p.requires_grad and id(p) not in kept]
+        trained += [self.x, self.weights]
+
+        def run() -> None:
+            for tensor in trained:
+                tensor.grad = None
+            module(self.x, self.index, self.weights).backward(self.grad)
+
+        return run
+
+    def drop_gradients(self, module: nn.Module) -> None:
+        """As before the first step."""
+        for tensor in (self.x, self.weights, *module.parameters()):
+            tensor.grad = None
+
+    def saved_bytes(self, module: nn.Module) -> int:
+        """What a forward keeps for the backward: each storage once, no parameter."""
+        own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = module(self.x, self.index, self.weights)
+        del out
+        return sum(kept.values())
+
+    def peak_bytes(self, module: nn.Module) -> int:
+        """The most that a first step allocates at a time."""
+        run = self.step(module)
+        run()
+        self.drop_gradients(module)
+        return cpu_peak_bytes(run)
+
+    def verify(self, name: str, module: nn.Module) -> None:
+        """RuntimeError where one of ours is not the layer with W + dW, in values or gradients."""
+        dense = self._merged(module)
+        limit = 2e-5 if self.dtype == torch.float32 else 3e-2
+        for what, mine, theirs in zip(
+            ("out", "dx", "dweights"), self._answers(module), self._answers(dense), strict=True
+        ):
+            if not (error := harness.relative_error(mine, theirs)) <= limit:
+                raise RuntimeError(f"{name} differs from W + dW in {what} by {error:.2e}.")
+
+    def _answers(self, module: nn.Module) -> list[Tensor]:
+        self.drop_gradients(module)
+        out = module(self.x, self.index, self.weights)
+        out.backward(self.grad)
+        found = [t.detach().clone() for t in (out, self.x.grad, self.weights.grad)]
+        self.drop_gradients(module)
+        return found
+
+    def _merged(self, module: nn.Module) -> nn.Module:
+        dense = copy.deepcopy(self._by("eager"))
+        with torch.no_grad():
+            for name in bank_names(dense):
+                factors = module.adapter(name).factors()
+                if factors.A_pool.dim() == 2:
+                    every = self.shape.experts
+                    A_pool, B_pool = (t.expand(every, -1, -1) for t in factors[1::2])
+                    factors = factors._replace(A_pool=A_pool, B_pool=B_pool)
+                Ap, Bp = ops.pack_experts(*factors, torch.float32)
+                weight = getattr(dense, name)
+                weight.copy_((weight.float() + Bp.mT @ Ap).to(weight.dtype))
+        return dense
+
+    def _frozen(self) -> nn.Module:
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        s = self.shape
+        config = Qwen3MoeConfig(
+            hidden_size=s.hidden,
+            moe_intermediate_size=s.intermediate,
+            num_experts=s.experts,
+            num_experts_per_tok=s.choices,
+        )
+        experts = Qwen3MoeExperts(config)
+        with torch.no_grad():
+            for weight in experts.parameters():
+                weight.normal_().div_(weight.shape[-1] ** 0.5)
+        return experts.to(self.dtype).requires_grad_(False)
+
+    def _by(self, implementation: str) -> nn.Module:
+        """The same weights under one of transformers' implementations."""
+        made = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
+        made.config._experts_implementation = implementation
+        return made
+
+    def _peft(self, rank: int, implementation: str) -> nn.Module:
+        import peft
+
+        holder = nn.Module()
+        holder.experts = self._by(implementation)
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=[],
+            target_parameters=[f"experts.{name}" for name in bank_names(self.base)],
+        )
+        made = peft.inject_adapter_in_model(config, holder)
+        return _lively(made.experts)
+
+    def _ours(self, grouping: str, rank: int, k: int, layers: int) -> nn.Module:
+        """One layer of a group of so many (with "layer", of a group of one)."""
+        config = rasa_ext.RasaConfig(rank=rank, k=k, experts=grouping)
+        base, layers = self._by(IMPLEMENTATIONS[0]), 1 if grouping == "layer" else layers
+        banks = {}
+        for name in bank_names(base):
+            place = dataclasses.replace(group_places({name: (base, name)})[0], num_layers=layers)
+            pool = config.pool([dataclasses.replace(place, index=i) for i in range(layers)])
+            banks[name] = RasaBank(config, place, rasa_ext.RasaPool(pool))
+        return _lively(RasaExperts(base, banks))
+
+
+def _banks(module: nn.Module) -> list[RasaBank]:
+    return [each for each in module.modules() if isinstance(each, RasaBank)]
+
+
+def _lively(module: nn.Module) -> nn.Module:
+    """Adapters as in training; zeros would be a special case."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.02 * torch.randn_like(parameter))
+    return module
+
+
+def measure(case: Case, rounds: int, at_most: float) -> list[dict]:
+    """A row a variant."""
+    variants = case.variants()
+    for name, module in variants.items():
+        if _banks(module):
+            case.verify(name, module)
+    saved = {name: case.saved_bytes(module) for name, module in variants.items()}
+    peak = {name: case.peak_bytes(module) for name, module in variants.items()}
+    steps = {name: case.step(module) for name, module in variants.items()}
+    seconds = harness.interleaved(steps, rounds, at_most=at_most)
+    took = {name: harness.quartiles(values) for name, values in seconds.items()}
+    frozen = _faster(took, [f"frozen, {name}" for name in IMPLEMENTATIONS])
+    peft = _faster(took, [f"PEFT r={case.R}, {name}" for name in IMPLEMENTATIONS])
+    floor, above = f"frozen, {IMPLEMENTATIONS[0]}", f"PEFT r={case.R}, {IMPLEMENTATIONS[0]}"
+    extra = {name: peak[name] - peak[floor] for name in variants}
+    rows = []
+    for name, module in variants.items():
+        ours = bool(_banks(module))
+        rows.append(
+            {
+                "variant": name,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "ms": tuple(1e3 * value for value in took[name]),
+                "/ frozen": took[name][1] / took[frozen][1],
+                "/ PEFT": took[name][1] / took[peft][1],
+                "saved, MiB": saved[name] / 2**20,
+                "peak, MiB": peak[name] / 2**20,
+                "extra, MiB": extra[name] / 2**20,
+                "extra / PEFT's": extra[name] / extra[above] if ours else None,
+                "rounds": len(seconds[name]),
+            }
+        )
+    return rows
+
+
+def _faster(took: dict[str, tuple[float, float, float]], names: list[str]) -> str:
+    return min(names, key=lambda name: took[name][1])
+
+
+def load() -> str:
+    """Whether something else keeps the machine busy: figures are worth little then."""
+    others = os.getloadavg()[0]
+    busy = "UNDER LOAD, not for the record" if others > 0.5 else "quiet"
+    return f"load before the run {others:.1f} on {os.cpu_count()} cores: {busy}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="for all rounds together")
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--quick", action="store_true", help="tiny shapes: a test of the benchmark")
+    for field in dataclasses.fields(Shape):
+        parser.add_argument(f"--{field.name}", type=int, default=field.default)
+    given = parser.parse_args()
+    sizes = {field.name: getattr(given, field.name) for field in dataclasses.fields(Shape)}
+    shape = Shape(**(QUICK if given.quick else sizes))
+    busy = load()
+    harness.pin_allocator()
+    budget, rows = records.Budget(given.seconds), []
+    for left, dtype in zip(range(len(given.dtype), 0, -1), given.dtype, strict=True):
+        case = Case(shape, getattr(torch, dtype))
+        rows += measure(case, given.rounds, budget.share(left))
+        if given.json:
+            head = {**records.environment("cpu"), "load": busy, "shape": vars(shape)}
+            records.write_json(given.json, {"machine": head, "rows": rows})
+    print(f"{shape}, R = {case.R}, {harness.machine()}; {busy}")
+    print(records.table(rows))
+
+
+if __name__ == "__main__":
+    main()

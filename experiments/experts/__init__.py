@@ -1,0 +1,1 @@
+"""Does it matter which experts of a mixture share a pool?"""
