@@ -134,7 +134,8 @@ def ddp(model: nn.Module, case: Case) -> nn.Module:
 
 
 def fsdp2(model: nn.Module, case: Case) -> nn.Module:
-    randomize(model, 3 + dist.get_rank())  # the first process's is the one that counts
+    draw = randomize if case.grouping is None else experts.randomize
+    draw(model, 3 + dist.get_rank())  # the first process's is the one that counts
     names = ("replicate", "shard")[-len(case.mesh) :]
     mesh = init_device_mesh("cpu", case.mesh, mesh_dim_names=names)
     return rasa_ext.distributed.shard_model(model, mesh, **case.options)
