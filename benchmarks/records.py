@@ -27,6 +27,8 @@ from rasa_ext import ops
 # Names the commit where .git is not.
 COMMIT = "RASA_EXT_COMMIT"
 PACKAGES = ("torch", "peft", "transformers", "triton", "nvidia-cublas")
+_KERNELS = ops.OPERATORS.keys() - ops.COMPOSED
+"""The operators of which there are compiled kernels."""
 
 
 class Results:
@@ -124,7 +126,7 @@ def environment(device: str) -> dict[str, Any]:
         "rasa_ext": rasa_ext.__version__,
         "commit": os.environ.get(COMMIT) or _output("git", "describe", "--always", "--dirty"),
         "kernels": ops.cuda_status(),
-        "operators with a CUDA kernel": f"{_attached()} of {len(ops.OPERATORS)}",
+        "operators with a CUDA kernel": f"{_attached()} of {len(_KERNELS)}",
     }
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -143,16 +145,14 @@ def environment(device: str) -> dict[str, Any]:
 
 def kernels_missing(device: str) -> str | None:
     """Why operators run as PyTorch operations on a CUDA device, or None."""
-    if not device.startswith("cuda") or _attached() == len(ops.OPERATORS):
+    if not device.startswith("cuda") or _attached() == len(_KERNELS):
         return None
-    return (
-        f"{_attached()} of {len(ops.OPERATORS)} operators have a CUDA kernel; {ops.cuda_status()}"
-    )
+    return f"{_attached()} of {len(_KERNELS)} operators have a CUDA kernel; {ops.cuda_status()}"
 
 
 def _attached() -> int:
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return sum(has(f"rasa_ext::{name}", "CUDA") for name in ops.OPERATORS)
+    return sum(has(f"rasa_ext::{name}", "CUDA") for name in _KERNELS)
 
 
 def _output(*command: str) -> str | None:

@@ -4,7 +4,8 @@
 
 Environments are made in DIR where they are missing (about 5 GB each, from the package index); the
 first one is what is built against. No GPU is needed and nothing is launched. Checked are: the build
-takes less than its budget; every operator has a CUDA kernel under every torch and Python; the file
+takes less than its budget; every operator that does not call torch's own kernels has a CUDA kernel
+under every torch and Python; the file
 needs no symbols but those of libc, libstdc++, CUDA and torch's C shims; and no kernel has a stack
 frame or spills registers on any architecture. The exit status is 1 where one of these fails.
 """
@@ -49,8 +50,9 @@ from rasa_ext import ops
 from rasa_ext.ops import library
 assert library.COMPILED, ops.cuda_status()
 has = torch._C._dispatch_has_kernel_for_dispatch_key
-missing = [name for name in ops.OPERATORS if not has("rasa_ext::" + name, "CUDA")]
-print(platform.python_version(), torch.__version__, len(ops.OPERATORS), ",".join(missing) or "none")
+names = [name for name in ops.OPERATORS if name not in ops.COMPOSED]
+missing = [name for name in names if not has("rasa_ext::" + name, "CUDA")]
+print(platform.python_version(), torch.__version__, len(names), ",".join(missing) or "none")
 """
 
 
@@ -205,7 +207,7 @@ def check_import(report: Report, python: Path, unpacked: Path) -> None:
     version, torch, count, missing = done.stdout.split()
     report.check(
         missing == "none",
-        f"Python {version}, torch {torch}: {count} operators, without a CUDA kernel: {missing}",
+        f"Python {version}, torch {torch}: {count} operators with kernels, without: {missing}",
     )
 
 

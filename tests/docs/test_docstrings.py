@@ -1,7 +1,8 @@
 """Docstrings of the public names: their sections, and their examples run.
 
 Each example runs alone, in an empty folder with a small checkpoint of the official code, in a
-namespace of ``rasa_ext``, ``torch`` and ``model``, a fresh causal language model of two layers.
+namespace of ``rasa_ext``, ``torch`` and ``model``, a fresh causal language model of two layers, or
+``moe_model``, one with four experts in each layer.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 
 import rasa_ext
 from rasa_ext import analysis, distributed, methods, optim, ranks, training
-from tests.helpers import oracle, tiny_lm
+from rasa_ext.nn import rasa_experts, routed
+from tests.helpers import experts, oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
 
 PUBLIC = {name: getattr(rasa_ext, name) for name in rasa_ext.__all__}
@@ -32,6 +34,8 @@ PUBLIC |= {
     for name, each in vars(module).items()
     if inspect.isfunction(each) and each.__module__ == module.__name__ and name[0] != "_"
 }
+PUBLIC |= {each.__name__: each for each in (rasa_experts.RasaBank, rasa_experts.RasaExperts)}
+PUBLIC |= {f"routed.{each.__name__}": each for each in (routed.experts_linear,)}
 PUBLIC |= {f"optim.{name}": getattr(optim, name) for name in optim.__all__}
 DOCUMENTED = {
     name: each for name, each in PUBLIC.items() if inspect.isclass(each) or inspect.isroutine(each)
@@ -51,7 +55,11 @@ def namespace(tmp_path, monkeypatch):
         target_modules=sorted({name.rpartition(".")[2] for name in found}),
     )
     monkeypatch.chdir(tmp_path)
-    yield {"rasa_ext": rasa_ext, "torch": torch, "model": tiny_lm.make_model()}
+    models = {
+        "model": tiny_lm.make_model(),
+        "moe_model": experts.model("mixtral", num_local_experts=4),
+    }
+    yield {"rasa_ext": rasa_ext, "torch": torch, **models}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -24,7 +24,9 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = torch.library.Library("rasa_ext_host", "DEF")
-        for name, (schema, kernel) in ops.OPERATORS.items():
+        self.names = ops.OPERATORS.keys() - ops.COMPOSED
+        for name in self.names:
+            schema, kernel = ops.OPERATORS[name]
             self.library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
             torch.library.register_fake(f"rasa_ext_host::{name}", kernel, lib=self.library)
         torch.ops.load_library(str(path))
@@ -55,7 +57,7 @@ class Host:
             "noise_words": lambda *_: 2,
             "keep_pack": lambda _: False,
         }
-        compiled_ones = {name: getattr(self.ops, name).default for name in ops.OPERATORS}
+        compiled_ones = {name: getattr(self.ops, name).default for name in self.names}
         for name, its in {**compiled_ones, **heuristics}.items():
             monkeypatch.setattr(ops, name, its)
 

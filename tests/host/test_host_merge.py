@@ -163,3 +163,17 @@ def test_refusals(host):
         host.ops.merge_group([weights[0], weights[1].t()], Ap, Bp)
     with pytest.raises(RuntimeError, match="weights: expected the dtype of"):
         host.ops.merge_group([weights[0], weights[1].half()], Ap, Bp)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merge_of_stacked_experts(host, transposed):
+    """Views of one tensor, transposed where a model keeps (in, out); the rest of it stays."""
+    Ap, Bp = draw_packs((3, 5, 6, 4), torch.float32)
+    whole = torch.randn(4, *((5, 6) if transposed else (6, 5)))
+    before = whole.clone()
+    views = [matrix.t() if transposed else matrix for matrix in whole[:3]]
+    delta = host.ops.delta_group(Ap, Bp)
+    host.ops.merge_group(views, Ap, Bp)
+    expected = before[:3] + (delta.transpose(1, 2) if transposed else delta)
+    torch.testing.assert_close(whole[:3], expected)
+    assert torch.equal(whole[3], before[3])

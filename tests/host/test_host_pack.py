@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rasa_ext import ops
 from tests.helpers.operators import opcheck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -91,6 +92,24 @@ def test_pack_group(host, param, dtype):
         assert Bp.is_contiguous()
         for layer in range(layers):
             check_pack(Ap[layer], Bp[layer], group, layer, dtype)
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_stacked_experts(host, by_columns):
+    """Views A[e], B[e] and d[e] of stacks, as of layers of one pool; B may lie by ranks."""
+    group = Group((9, 7, 3, 6), 4, torch.float32)
+    A, B, d = (torch.stack(each) for each in (group.A, group.B, group.d))
+    if by_columns:
+        A, B = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (A, B))
+    group.A, group.B, group.d = list(A[::2]), list(B[::2]), list(d[::2])
+    pool = group.A_pool, group.B_pool
+    Ap, Bp = host.ops.pack_group(group.A, pool[0], group.B, pool[1], group.d, torch.float32, 4)
+    for layer in range(2):
+        check_pack(Ap[layer], Bp[layer], group, layer, torch.float32)
+    found = host.ops.pack_group_backward(Ap, Bp, group.B, pool[1], group.d)
+    expected = ops.pack_group_backward(Ap, Bp, group.B, pool[1], group.d)
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_tables_of_several_launches(host):

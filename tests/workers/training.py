@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rasa_ext
+from tests.helpers import experts
 from tests.helpers.adapters import patched, randomize
 from tests.helpers.models import GPT2, LLAMA, TIED, Entry
 
@@ -43,8 +44,12 @@ class Case:
     """For FSDP2: (processes that share a base,), or before it how many such groups there are."""
     options: dict[str, object] = field(default_factory=dict)
     """For fully_shard."""
+    grouping: str | None = None
+    """Of stacked experts."""
+    k: int = 1
 
 
+MIXTRAL = experts.entry()
 CASES = {
     "llama": Case(LLAMA),
     "conv1d": Case(GPT2, options={"reshard_after_forward": False}),
@@ -54,6 +59,8 @@ CASES = {
     "re-entrant": Case(LLAMA, micro=2, use_reentrant=True),
     "saved": Case(LLAMA, saved=("lm_head", "norm")),
     "bfloat16": Case(LLAMA, use_reentrant=False, dtype=torch.bfloat16),
+    "experts": Case(MIXTRAL, grouping="slot"),
+    "experts-pool": Case(MIXTRAL, grouping="shared", k=experts.TOP, use_reentrant=False),
 }
 CLIP = 0.01
 
@@ -61,7 +68,12 @@ Wrap = Callable[[nn.Module, Case], nn.Module]
 
 
 def build(case: Case) -> nn.Module:
-    model = patched(case.entry.build().to(case.dtype), modules_to_save=case.saved).train()
+    base = case.entry.build().to(case.dtype)
+    if case.grouping is None:
+        model = patched(base, modules_to_save=case.saved).train()
+    else:
+        everything = {"target_modules": "all-linear"}
+        model = experts.patched(base, case.grouping, 2, case.k, **everything).train()
     if case.use_reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": case.use_reentrant})
     return model
@@ -122,7 +134,8 @@ def ddp(model: nn.Module, case: Case) -> nn.Module:
 
 
 def fsdp2(model: nn.Module, case: Case) -> nn.Module:
-    randomize(model, 3 + dist.get_rank())  # the first process's is the one that counts
+    draw = randomize if case.grouping is None else experts.randomize
+    draw(model, 3 + dist.get_rank())  # the first process's is the one that counts
     names = ("replicate", "shard")[-len(case.mesh) :]
     mesh = init_device_mesh("cpu", case.mesh, mesh_dim_names=names)
     return rasa_ext.distributed.shard_model(model, mesh, **case.options)

@@ -1,0 +1,161 @@
+"""Products by expert, and packs of all experts in one piece."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rasa_ext import ops
+from rasa_ext.ops import experts as module
+from tests.helpers.adapters import Errors, excesses
+from tests.helpers.operators import check_operator, draw_adapter, floor
+from tests.helpers.oracle import Adapter
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# (rows of each expert, in, out): aligned or not, experts without rows, no row at all.
+SHAPES = (
+    ((3, 0, 5, 1), 16, 24),
+    ((0, 7, 0), 9, 5),
+    ((4,), 8, 8),
+    ((0, 0), 16, 8),
+    ((2, 33), 1, 16),
+)
+
+
+def draw(shape, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (S, in), weights (E, in, out), y (S, out) and the rows' ends."""
+    counts, width, out = shape
+
+    def numbers(*size):
+        return torch.randn(*size, device=device).to(dtype)
+
+    ends = torch.tensor(counts).cumsum(0).to(device, torch.int32)
+    rows = sum(counts)
+    return numbers(rows, width), numbers(len(counts), width, out), numbers(rows, out), ends
+
+
+def by_loop(shape, x, weights, y) -> tuple[Tensor, Tensor]:
+    """Both products in float64, an expert at a time."""
+    parts = list(
+        zip(x.double().split(shape[0]), weights.double(), y.double().split(shape[0]), strict=True)
+    )
+    product = torch.cat([rows @ weight for rows, weight, _ in parts])
+    return product, torch.stack([rows.t() @ others for rows, _, others in parts])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operators(shape, dtype, device):
+    x, weights, y, ends = draw(shape, dtype, device)
+    check_operator("experts_linear", x, weights, ends)
+    check_operator("experts_linear", y, weights.transpose(1, 2), ends)
+    check_operator("experts_outer", x, y, ends)
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values(shape, dtype, grouped, device, monkeypatch):
+    """As exact as a plain product; torch's grouped one and the loop, weights in either layout."""
+    if not grouped:
+        monkeypatch.setattr(module, "_grouped", lambda *_: False)
+    ours, theirs = Errors(), Errors()
+    for _ in range(8):
+        x, weights, y, ends = draw(shape, dtype, device)
+        product, outer = by_loop(shape, x, weights, y)
+        turned = weights.transpose(1, 2).contiguous().transpose(1, 2)
+        expected = {"product": product, "turned": product, "outer": outer}
+        ours.add(
+            {
+                "product": ops.experts_linear(x, weights, ends),
+                "turned": ops.experts_linear(x, turned, ends),
+                "outer": ops.experts_outer(x, y, ends),
+            },
+            expected,
+        )
+        rounded = {name: value.to(dtype) for name, value in expected.items()}
+        theirs.add(rounded, expected)
+    assert not excesses(ours, theirs, floor(dtype))[0]
+
+
+def test_which_operands_take_torchs_product():
+    x, weights, _, _ = draw(((4, 4), 16, 24))
+    assert module._grouped(x, weights)
+    assert module._grouped(x.bfloat16(), weights.bfloat16())
+    assert module._grouped(x, weights.transpose(1, 2).contiguous().transpose(1, 2))
+    assert not module._grouped(x.double(), weights.double())
+    assert not module._grouped(x, weights.bfloat16())
+    assert not module._grouped(x[:, ::2], weights[:, ::2])
+    assert not module._grouped(x[:0], weights)
+    shifted = torch.cat((torch.zeros(1), x.flatten()))[1:].view(x.shape)
+    assert not module._grouped(shifted, weights)
+    narrow = torch.randn(8, 3), torch.randn(2, 3, 24)
+    assert not module._grouped(*narrow)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_packs_take_it_whatever_the_rank(dtype):
+    multiple = ops.experts_rank_multiple(dtype)
+    for rank in range(1, 20):
+        Ap = torch.zeros(3, -(-rank // multiple) * multiple, 16, dtype=dtype)
+        U = torch.zeros(5, Ap.shape[1], dtype=dtype)
+        assert module._grouped(U, Ap) == (dtype != torch.float64)
+
+
+def stack(count: int, own: int, pooled: int | None, dtype=torch.float64) -> Adapter:
+    """Adapters (E, ...) of so many experts, each with a pool of its own, B stored by ranks."""
+    each = [draw_adapter(9, 7, own, pooled, dtype=dtype) for _ in range(count)]
+
+    def join(tensors):
+        if tensors[0] is None:
+            return None
+        turned = [t.t() if t.ndim == 2 and t.stride(0) == 1 else t for t in tensors]
+        joined = torch.stack(turned)
+        return joined if turned[0] is tensors[0] else joined.transpose(1, 2)
+
+    return Adapter(*map(join, zip(*each, strict=True)))
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("own", "pooled"), [(3, 2), (0, 5), (4, None)])
+def test_packs_are_those_of_each_expert(own, pooled, dtype, multiple):
+    adapter = stack(3, own, pooled, torch.float32)
+    for d in (adapter.d, None):
+        found = ops.pack_experts(*adapter[:4], d, dtype, multiple)
+        for e in range(3):
+            single = Adapter(*adapter[:4], d).map(lambda t, e=e: t[e])
+            for mine, theirs in zip(found, ops.pack(*single, dtype, multiple), strict=True):
+                assert mine.dtype == dtype
+                assert torch.equal(mine[e], theirs)
+
+
+@pytest.mark.parametrize("multiple", [1, 4])
+@pytest.mark.parametrize(("own", "pooled"), [(3, 2), (0, 5), (4, None)])
+def test_gradients_of_packs(own, pooled, multiple):
+    """By autograd through the formula."""
+    adapter = stack(3, own, pooled)
+    for d in (adapter.d, None):
+        leaves = Adapter(*adapter[:4], d).map(lambda t: t.detach().clone().requires_grad_())
+        packs = ops.pack_experts(*leaves, torch.float64, multiple)
+        probes = [torch.randn_like(pack) for pack in packs]
+        given = [leaf for leaf in leaves if leaf is not None]
+        expected = iter(torch.autograd.grad(packs, given, probes))
+        found = ops.pack_experts_backward(*probes, *leaves[2:])
+        for leaf, grad in zip(leaves, found, strict=True):
+            assert (grad is None) == (leaf is None)
+            if leaf is not None:
+                torch.testing.assert_close(grad, next(expected))
+
+
+def test_gradients_come_in_the_parameters_dtype():
+    adapter = stack(2, 3, 2, torch.float32)
+    Ap, Bp = ops.pack_experts(*adapter, torch.bfloat16, 8)
+    for grad, tensor in zip(ops.pack_experts_backward(Ap, Bp, *adapter[2:]), adapter, strict=True):
+        assert (grad.dtype, grad.shape) == (torch.float32, tensor.shape)
+
+
+def test_they_are_made_of_torchs_own_kernels():
+    assert {"experts_linear", "experts_outer"} == ops.COMPOSED
+    assert ops.OPERATORS.keys() > ops.COMPOSED
