@@ -65,8 +65,9 @@ class RasaConfig(PooledConfig):
         "leaves them untouched.",
     )
     kept: Kept = option(
-        (), "What pruning left of each layer's ranks. rasa_ext.training.prune sets it, and "
-        "load_official where it makes one adapter of an expert's gate and up."
+        (),
+        "What pruning left of each layer's ranks. rasa_ext.training.prune sets it, and "
+        "load_official where it makes one adapter of an expert's gate and up.",
     )
 
     def __post_init__(self) -> None:

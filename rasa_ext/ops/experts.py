@@ -96,14 +96,20 @@ def pack_experts(
 def pack_experts_backward(
     dAp: Tensor, dBp: Tensor, B: Tensor, B_pool: Tensor | None, d: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of ``pack_experts``' parameters, in B's dtype, from those of its results."""
+    """Gradients of ``pack_experts``' parameters, in B's dtype, from those of its results.
+
+    The caller gives both up: dBp may be overwritten, and the gradients be views of them.
+    """
     own, pooled, dtype = B.shape[2], 0 if B_pool is None else B_pool.shape[2], B.dtype
     dAp, dBp = dAp[:, : own + pooled].to(dtype), dBp[:, : own + pooled].to(dtype)
     dd = None
     if d is not None:
-        up = _joined(B.transpose(1, 2), None if B_pool is None else B_pool.transpose(1, 2), 1)
-        dd = torch.linalg.vecdot(dBp, up).to(d.dtype)
-        dBp = dBp * d.unsqueeze(2)
+        # Part by part: B joined with its pool would be as large as the pack once more.
+        dots = [torch.linalg.vecdot(dBp[:, :own], B.transpose(1, 2))]
+        if B_pool is not None:
+            dots.append(torch.linalg.vecdot(dBp[:, own:], B_pool.transpose(1, 2)))
+        dd = torch.cat(dots, 1).to(d.dtype)
+        dBp.mul_(d.unsqueeze(2))
     dA, dB = dAp[:, :own], dBp[:, :own].transpose(1, 2)
     if B_pool is None:
         return dA, None, dB, None, dd
