@@ -12,6 +12,7 @@ from rasa_ext.checkpoint.lora_export import export_lora, export_size
 from rasa_ext.checkpoint.official import load_official
 from rasa_ext.config import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.ops import cuda_status
 from rasa_ext.patching.merge import (
     delta_weight,
@@ -35,6 +36,7 @@ __all__ = [
     "CompressedAdapter",
     "Decomposition",
     "RasaConfig",
+    "RasaExperts",
     "RasaLinear",
     "RasaPool",
     "SafetensorsFolder",

@@ -15,7 +15,7 @@ from rasa_ext.base_layers.sharded import is_dtensor
 Bank = tuple[nn.Module, str]
 """One stacked weight: the module, and the name of its parameter."""
 
-_MARKS = ("has_gate", "has_bias", "is_transposed", "has_post_expert_norm", "_apply_gate")
+_MARKS = ("has_bias", "is_transposed", "_apply_gate")
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -27,7 +27,17 @@ def is_experts(module: nn.Module) -> bool:
 
 def bank_names(module: Any) -> tuple[str, str]:
     """Name the stacked weights of experts: the one on their input, the one on their output."""
-    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+    return ("gate_up_proj" if has_gate(module) else "up_proj"), "down_proj"
+
+
+def has_gate(module: Any) -> bool:
+    """Tell whether experts multiply by a gate; older releases of transformers knew no others."""
+    return bool(getattr(module, "has_gate", True))
+
+
+def has_post_expert_norm(module: Any) -> bool:
+    """Tell whether a norm follows each expert; older releases of transformers knew none."""
+    return bool(getattr(module, "has_post_expert_norm", False))
 
 
 def bank_shape(module: Any, name: str) -> tuple[int, int, int]:

@@ -94,7 +94,8 @@ def write_tensors(
     settings["modules_to_save"] = list(plan.modules_to_save) or None
     settings["base_model_name_or_path"] = base_name(model)
     settings["task_type"] = task_type(model)
-    settings["fan_in_fan_out"] = any(_transposed(model, g.names[0]) for g in plan.groups)
+    linears = [group for group in plan.groups if not group.experts]
+    settings["fan_in_fan_out"] = any(_transposed(model, g.names[0]) for g in linears)
     settings["inference_mode"] = True
     settings["rasa_ext_version"] = __version__
     write_adapter(directory, settings, tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rasa_ext.base_layers.experts import bank_shape
+from rasa_ext.base_layers.experts import bank_shape, has_gate
 
 _PLAIN = ("gate_proj", "up_proj", "down_proj")
 _NUMBERED = ("w1", "w3", "w2")
@@ -32,12 +32,12 @@ def names_in_checkpoint(experts: Any, bank: str) -> tuple[str, ...]:
     gate, up, down = _family(experts)[2]
     if bank == "down_proj":
         return (down,)
-    return (gate, up) if experts.has_gate else (up,)
+    return (gate, up) if has_gate(experts) else (up,)
 
 
 def rows_of(experts: Any, bank: str) -> tuple[slice, ...]:
     """Tell which rows of a stacked weight, seen as (out, in), each of those matrices has."""
-    if bank == "down_proj" or not experts.has_gate:
+    if bank == "down_proj" or not has_gate(experts):
         return (slice(None),)
     if not is_concatenated(experts):
         return slice(0, None, 2), slice(1, None, 2)

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
-from rasa_ext.base_layers.experts import bank_names, bank_weight
+from rasa_ext.base_layers.experts import (
+    bank_names,
+    bank_weight,
+    has_gate,
+    has_post_expert_norm,
+)
 from rasa_ext.nn.adapted_linear import Adapter
 from rasa_ext.nn.pack_cache import PackCache
 from rasa_ext.nn.precision import HALVES, is_sharing, restored
@@ -80,16 +85,16 @@ class AdaptedExperts(nn.Module):
             y, pool = self._product(up, hidden_states.to(dtype), routing, by_token=True)
             if pool is not None:
                 y.addmm_(routing.scaled(pool.V, pool.d, by_token=True), pool.B.t())
-            h: Tensor = base._apply_gate(y) if base.has_gate else base.act_fn(y)
+            h: Tensor = base._apply_gate(y) if has_gate(base) else base.act_fn(y)
             z, pool = self._product(down, h, routing, by_token=False)
             # Once a token, after the sum over its experts, but where a norm stands before that.
             used = None if pool is None else routing.scaled(pool.V, pool.d, by_token=False)
-            if base.has_post_expert_norm:
+            if has_post_expert_norm(base):
                 if pool is not None and used is not None:
                     z.addmm_(used, pool.B.t())
                 z = base.post_expert_norm(z)
             out = routing.to_tokens(z * shares)
-            if pool is not None and used is not None and not base.has_post_expert_norm:
+            if pool is not None and used is not None and not has_post_expert_norm(base):
                 out = out + routing.to_tokens(used * shares).to(dtype) @ pool.B.t()
             return out.to(hidden_states.dtype)
 

@@ -133,9 +133,10 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         shown = ", ".join(
             f"{name} {shape}" for name, shape in list(plan.stacked_experts.items())[:3]
         )
+        how = config.grouping_of_experts is None and plan.stacked_experts.keys() & banks_of(model)
         warnings.warn(
             f"{len(plan.stacked_experts)} stacked (3-D) weights stay untouched, among them "
-            f"{shown}.{_HOW if set(plan.stacked_experts) & set(banks_of(model)) else ''}",
+            f"{shown}.{_HOW if how else ''}",
             stacklevel=4,
         )
     # Everything that can fail, running out of memory included, happens before the model changes.

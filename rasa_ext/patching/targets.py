@@ -124,7 +124,12 @@ def make_plan(
     groups = grouped(shapes, config.layer_groups)
     if stacks:
         groups += grouped_banks(stacks, str(config.grouping_of_experts), config.layer_groups)
-    untouched = {name: shape for name, shape in _experts(model).items() if name not in stacks}
+    trained = tuple(f"{name}." for name in saved)
+    untouched = {
+        name: shape
+        for name, shape in _experts(model).items()
+        if name not in stacks and not name.startswith(trained)
+    }
     return Plan(groups, skipped, untouched, saved)
 
 

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
 from rasa_ext import patch_model, summary, unpatch
-from rasa_ext.patching.state import adapted_layers
+from rasa_ext.patching.state import owners
 from rasa_ext.train.callbacks import (
     InterruptCallback,
     MetricsCallback,
@@ -176,9 +176,9 @@ def _load(options: FinetuneOptions, console: Console) -> Any:
 
 def _describe_adapter(model: Any, console: Console) -> int:
     """Say how much is trained; returns the number of trainable parameters."""
-    found, layers = summary(model), [layer for _, layer in adapted_layers(model)]
-    pools = {id(layer.pool) for layer in layers if layer.pool is not None}
-    groups = len(pools) or len(layers)
+    found, every = summary(model), [owner for _, owner in owners(model)]
+    pools = {id(owner.pool) for owner in every if owner.pool is not None}
+    groups = len(pools) or len(every)
     console.print(
         f"{found.trainable:,} of {found.total:,} parameters are trained ({groups} groups, "
         f"effective rank {max(row.R for row in found)})."

@@ -28,7 +28,10 @@ METHODS = {
 }
 """Those that one run can train, with the names that a reader sees."""
 
-ADAPTER = ("method", "rank", "k", "freeze_a", "blocks", "side", "window", "target_modules")
+ADAPTER = (
+    *("method", "rank", "k", "experts", "freeze_a", "blocks", "side", "window"),
+    "target_modules",
+)
 """The options that say which tensors an adapter has."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -75,6 +78,11 @@ class FinetuneOptions:
         None,
         "How many of them go to the shared pool, under rasa and sora. [default: rank // 8, at "
         "least 1, under rasa; 0 under sora]",
+    )
+    experts: str | None = _option(
+        None,
+        "Under rasa: slot, layer or shared adapts the stacked experts of a mixture of experts as "
+        "well, and says which of them share a pool.",
     )
     alpha: float = _option(
         8.0,
@@ -171,6 +179,7 @@ class FinetuneOptions:
         config = methods.METHODS[self.method]
         own: dict[str, Any] = {
             "k": self.k,
+            "experts": self.experts,
             "rslora": self.rslora or None,
             "train_A": False if self.freeze_a else None,
             "blocks": self.blocks,

@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 
 import rasa_ext
 from rasa_ext import methods
+from rasa_ext.nn.rasa_experts import RasaBank
+from rasa_ext.patching.state import owners
 from rasa_ext.train import callbacks
 from rasa_ext.train.callbacks import read_metrics
 from rasa_ext.train.finetune import finetune
 from rasa_ext.train.options import METHODS, FinetuneOptions
+from tests.helpers import experts
 from tests.helpers.cli import invoke
 from tests.helpers.methods import rasa_linears
-from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 
 CASES = {
     "rasa": ({"k": 1}, methods.RasaConfig(4, 1)),
@@ -180,6 +183,9 @@ def test_closed_altogether(common, tmp_path):
             {"target_modules": "lm_head"},
             "target_modules: expected layers other than the out",
         ),
+        ("lora", {"experts": "slot"}, "experts: expected none with the method 'lora', got 'slot'"),
+        ("rasa", {"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
+        ("rasa", {"experts": "slot"}, "experts: expected a model with stacked experts"),
         ("lora", {"k": 0}, "k: expected none with the method 'lora', got 0"),
         ("rasa", {"rslora": True}, "rslora: expected none with the method 'rasa', got True"),
         ("sora", {"freeze_a": True}, "freeze_a: expected none with the method 'sora', got True"),
@@ -217,6 +223,23 @@ def test_another_adapter_is_not_resumed(name, changes, named, common, tmp_path):
     run(options)
     with pytest.raises(ValueError, match=re.escape(named)):
         run(options, max_steps=2, resume=True, **changes)
+
+
+def test_a_mixture_of_experts(common, tmp_path):
+    base = experts.model("qwen3_moe", vocab_size=320)
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    output = tmp_path / "out"
+    options = options_of(common, "rasa", output, model=str(tmp_path / "base"), experts="shared")
+    _, text = run(options)
+    model = rasa_ext.load_adapter(base, output)
+    trained = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
+    assert f"{trained:,} of " in text
+    banks = {n: o for n, o in owners(model) if isinstance(o, RasaBank)}
+    assert len(banks) == 4
+    assert all(bank.B.any() for bank in banks.values())
+    with pytest.raises(ValueError, match=re.escape("experts ('shared' before, 'slot' now)")):
+        run(options, resume=True, experts="slot")
 
 
 def test_by_the_command(common, tmp_path):
