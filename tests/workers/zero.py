@@ -29,8 +29,6 @@ class Case:
     """The base's."""
     threshold: int = 0
     """For ZeRO-3: tensors with fewer elements stay whole."""
-    bf16: bool = False
-    """Whether DeepSpeed is asked for bf16, which casts the adapter as well."""
 
 
 CASES = {
@@ -38,7 +36,6 @@ CASES = {
     "zero2": Case(2),
     "zero1-bfloat16": Case(1, torch.bfloat16),
     "zero2-bfloat16": Case(2, torch.bfloat16),
-    "zero2-cast": Case(2, bf16=True),
     "zero3": Case(3),
     "zero3-threshold": Case(3, threshold=200),
 }
@@ -56,7 +53,8 @@ def loss_of(model, tokens: Tensor) -> Tensor:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(rasa_ext.adapter_parameters(model), 0.01)
+    # The eps keeps what float32 rounds of a gradient near zero from becoming much of a step.
+    return torch.optim.AdamW(rasa_ext.adapter_parameters(model), 0.01, eps=1e-5)
 
 
 def alone(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
@@ -91,9 +89,10 @@ def together(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if case.bf16:
-        config["bf16"] = {"enabled": True}
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
+    if case.threshold:  # DeepSpeed gathers what stays whole as its module runs, and pools never do
+        kept = engine.optimizer.persistent_parameters
+        kept[0].all_gather(kept)
     losses, norms = torch.zeros(2, 3)
     for step in range(len(losses)):
         for part in LLAMA.inputs(step)["input_ids"].chunk(MICRO):
@@ -103,6 +102,9 @@ def together(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
             losses[step] += loss.detach() / (2 * MICRO)
         norms[step] = float(engine.get_global_grad_norm())
     dist.all_reduce(losses)
+    if case.stage == 3:
+        emptied = {p.numel() == 0 for p in model.parameters() if not p.requires_grad}
+        assert True in emptied
     return model, losses, norms
 
 
