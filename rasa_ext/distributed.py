@@ -148,7 +148,7 @@ def replicate_adapter(model: nn.Module, accelerator: Any = None) -> nn.Module:
         >>> dist.destroy_process_group()
     """
     _check_ready(model)
-    if model in _AVERAGING:
+    if model in _AVERAGING and not _adapters(model).keys().isdisjoint(_AVERAGING[model].parameters):
         raise ValueError(
             "model: expected one whose gradients are not averaged yet; shard_model and "
             "replicate_adapter are called once, and one of them."
@@ -325,10 +325,7 @@ def _check_ready(model: nn.Module) -> None:
 def _replicated(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter that is trained, or an adapter's, or a saved module's; each once."""
     found = [p for p in model.parameters() if p.requires_grad]
-    for module in model.modules():
-        if isinstance(module, ADAPTED):
-            base = set(module.base_layer.parameters())
-            found += [p for p in module.parameters() if p not in base]
+    found += _adapters(model)
     if is_patched(model):
         for name in patch_state(model).plan.modules_to_save:
             found += model.get_submodule(name).parameters()
@@ -341,6 +338,16 @@ def _device(mesh: DeviceMesh) -> torch.device:
     if device.type != "cpu":
         device = torch.device(device.type, torch.get_device_module(device).current_device())
     return device
+
+
+def _adapters(model: nn.Module) -> dict[nn.Parameter, None]:
+    """Every parameter of an adapter, trained or not; each once, in the order of layers."""
+    found: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        if isinstance(module, ADAPTED):
+            base = set(module.base_layer.parameters())
+            found.update(dict.fromkeys(p for p in module.parameters() if p not in base))
+    return found
 
 
 @torch.no_grad()

@@ -245,3 +245,14 @@ def test_models_that_no_adapter_can_be_replicated_of(mesh):
     model = shard_model(patched(LLAMA.build()), mesh)
     with pytest.raises(ValueError, match=r"model: expected one whose gradients.*called once"):
         replicate_adapter(model)
+
+
+def test_a_model_that_is_patched_again():
+    model = patched(LLAMA.build(), modules_to_save=["lm_head"])
+    replicate_adapter(model)
+    rasa_ext.unpatch(model)
+    assert not model._forward_hooks
+    rasa_ext.patch_model(model, 2, 1, modules_to_save=["lm_head"])
+    assert replicate_adapter(model) is model
+    with pytest.raises(ValueError, match="called once"):
+        replicate_adapter(model)

@@ -85,6 +85,15 @@ def test_an_adapter_from_one_process_over_a_split_base(halves, figure):
     assert apart <= PARITY[model.dtype]
 
 
+def test_a_model_of_peft(halves, figure):
+    one = split.step_of_peft(split.whole("biased"))
+    two = torch.load(halves / "peft.pt")
+    assert one.keys() == two.keys()
+    apart = max(((one[k] - two[k]).abs().max() / one[k].abs().max()).item() for k in one)
+    figure(f"tensor parallelism, PEFT: two processes differ by {apart:.1e} (logits, gradients)")
+    assert apart <= PARITY[torch.float32]  # of the adapter, over a base in float64
+
+
 def test_what_is_refused(halves):
     said = json.loads((halves / "refused.json").read_text())
     wanted = {

@@ -95,6 +95,26 @@ def halved(directory: Path, case: str) -> nn.Module:
     return model
 
 
+def step_of_peft(base: nn.Module) -> dict[str, Tensor]:
+    """Logits and gradients of a model that PEFT made, whose adapter is far from its zeros."""
+    import peft
+
+    import rasa_ext.peft
+
+    config = rasa_ext.peft.RasaConfig(r=4, rasa_k=1, target_modules="all-linear")
+    model = peft.get_peft_model(base, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    if dist.is_initialized():
+        rasa_ext.distributed.replicate_adapter(model)
+    logits = model(**LLAMA.inputs(0)).logits
+    logits.square().mean().backward()
+    return {"logits": logits.detach(), **{name: p.grad for name, p in trained.items()}}
+
+
 def loaded(directory: Path) -> None:
     """What one process wrote, read by two, run without grad, and written again."""
     model = rasa_ext.load_adapter(halved(directory, "biased"), directory / "start").eval()
@@ -145,6 +165,9 @@ def main(directory: Path) -> None:
         if dist.get_rank() == 0:
             rasa_ext.save_adapter(model, directory / case)
             torch.save(found, directory / case / "steps.pt")
+    found = step_of_peft(halved(directory, "biased"))
+    if dist.get_rank() == 0:
+        torch.save(found, directory / "peft.pt")
     loaded(directory)
     refused(directory)
     dist.barrier()
