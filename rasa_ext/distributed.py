@@ -1,13 +1,15 @@
 """Training in many processes: the base is sharded, the adapter whole on each.
 
-An adapter is small and its pools belong to many layers, so ``shard_model`` replicates all that is
-trained and lets ``fully_shard`` (FSDP2) have the rest.
+An adapter is small and its pools belong to many layers, so all that is trained is replicated.
+``shard_model`` lets ``fully_shard`` (FSDP2) have the rest; ``replicate_adapter`` is for a rest that
+others shard: transformers by its ``tp_plan``, or accelerate.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,7 +27,7 @@ from rasa_ext.patching.state import is_patched, patch_state, unwrap
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["no_sync", "shard_model"]
+__all__ = ["no_sync", "replicate_adapter", "shard_model"]
 
 ADAPTED = (AdaptedLinear, AdaptedExperts)
 
@@ -92,19 +94,129 @@ def shard_model(
     _check(model)
     chosen = blocks_of(model) if blocks is None else _ordered(model, blocks)
     replicated = _replicated(model)
-    _place(replicated, mesh)
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
+    _place(replicated, groups, _device(mesh))
     ignored = set(replicated)
     for module in (*chosen, model):
         fully_shard(module, mesh=mesh, ignored_params=ignored, **options)
-    averaging = _Averaging(replicated, mesh)
+    _average(model, replicated, groups)
+    return model
+
+
+def replicate_adapter(model: nn.Module, accelerator: Any = None) -> nn.Module:
+    """Keep an adapter whole and equal on all processes, over a base that others shard.
+
+    What is trained (A, B, d, pools, ``modules_to_save``) gets the first process's values, and at
+    the end of every backward its gradients are averaged over all processes, as ``shard_model`` has
+    it. So clipping, optimizers, ``save_adapter`` and ``load_adapter`` work as in a single process.
+
+    For tensor parallelism, load the base with transformers' ``DistributedConfig(tp_plan="auto")``
+    and patch it; then call this before training. A layer of style "colwise" uses its rows of B,
+    one of style "rowwise" its columns of A, and the mean of gradients is that of the whole layer.
+    Processes that share a base must be given the same tokens, and the same seed where there is
+    dropout.
+
+    For accelerate's FSDP2, also under transformers' ``Trainer``, give the accelerator before it
+    prepares the model: its plugin is told to leave the adapter whole. The environment variable
+    ``FSDP_IGNORED_MODULES`` cannot say so, since the base's weight lies inside the module that has
+    A, B and d.
+
+    Args:
+        model: what ``patch_model`` patched, or a PEFT model with RaSA adapters, not wrapped. Every
+            process of the default group must call this.
+        accelerator: an ``accelerate.Accelerator`` with FSDP2, such as ``trainer.accelerator``, that
+            has not prepared the model yet; None for tensor parallelism.
+
+    Returns:
+        The same object.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: the model is not patched, or is wrapped or merged; its
+            adapter is sharded or on the meta device; the accelerator has no FSDP2, ignores modules
+            already or loads the base on one process alone; or there is no process group. The model
+            is then unchanged.
+
+    Example:
+        One process; ``torchrun`` starts as many as there are devices.
+
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> model = rasa_ext.distributed.replicate_adapter(model)
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> model(tokens, labels=tokens).loss.backward()
+        >>> dist.destroy_process_group()
+    """
+    _check_ready(model)
+    if model in _AVERAGING and not _adapters(model).keys().isdisjoint(_AVERAGING[model].parameters):
+        raise ValueError(
+            "model: expected one whose gradients are not averaged yet; shard_model and "
+            "replicate_adapter are called once, and one of them."
+        )
+    replicated = _replicated(model)
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter) and any(parameter is each for each in replicated):
+            raise ValueError(
+                f"model: expected trained parameters that are whole on every process, but {name!r} "
+                "is a DTensor; leave it out of modules_to_save."
+            )
+    plugin = None if accelerator is None else _fsdp2_plugin(accelerator)
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "expected a process group, got none; start the script with torchrun or accelerate "
+            "launch, or call torch.distributed.init_process_group."
+        )
+    if plugin is not None:
+        plugin.ignored_modules = [nn.ParameterList(replicated)]
+    world = dist.group.WORLD
+    _place(replicated, [world], None if accelerator is None else accelerator.device)
+    _average(model, replicated, [world])
+    return model
+
+
+def _fsdp2_plugin(accelerator: Any) -> Any:
+    """The plugin by which an accelerator shards; ValueError or TypeError where it would not do."""
+    if not hasattr(getattr(accelerator, "state", None), "distributed_type"):
+        raise TypeError(
+            f"accelerator: expected an accelerate.Accelerator, got {type(accelerator).__name__}; "
+            "a Trainer's is trainer.accelerator."
+        )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or getattr(plugin, "fsdp_version", 1) != 2:
+        found = "none that shards" if plugin is None else "FSDP1"
+        raise ValueError(
+            f"accelerator: expected one that shards by FSDP2, got {found}; launch with `accelerate "
+            "launch --use_fsdp --fsdp_version 2`. DistributedDataParallel needs no call."
+        )
+    if plugin.ignored_modules is not None:
+        raise ValueError(
+            "accelerator: expected a plugin that ignores no modules, got "
+            f"ignored_modules={plugin.ignored_modules!r}; leave FSDP_IGNORED_MODULES unset, since "
+            "all that is trained is ignored, and frozen modules may be sharded."
+        )
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "accelerator: expected cpu_ram_efficient_loading to be false, got true, which loads "
+            "the base on one process and lets go of the adapter's values on the others; launch "
+            "with --fsdp_cpu_ram_efficient_loading false."
+        )
+    return plugin
+
+
+def _average(
+    model: nn.Module, replicated: list[nn.Parameter], groups: Sequence[dist.ProcessGroup | None]
+) -> None:
+    """Average gradients from now on, whenever a backward through the model ends."""
+    averaging = _Averaging(replicated, groups)
     hooks = averaging.attach(model)
+    layers = [module for module in model.modules() if isinstance(module, ADAPTED)]
+    for layer in layers:
+        layer.drop_pack()
+        if isinstance(layer, AdaptedLinear):
+            layer.averaged = True
     if is_patched(model):
         patch_state(model).hooks.extend(hooks)
     _AVERAGING[model] = averaging
-    for module in model.modules():
-        if isinstance(module, ADAPTED):
-            module.drop_pack()
-    return model
 
 
 @contextlib.contextmanager
@@ -116,7 +228,7 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     same: averages are averaged again.
 
     Args:
-        model: what ``shard_model`` returned.
+        model: what ``shard_model`` or ``replicate_adapter`` returned.
 
     Raises:
         ValueError: it is another model.
@@ -136,8 +248,8 @@ def no_sync(model: nn.Module) -> Iterator[None]:
     averaging = _AVERAGING.get(model)
     if averaging is None:
         raise ValueError(
-            "model: expected what rasa_ext.distributed.shard_model returned, got "
-            f"{type(model).__name__}; for DistributedDataParallel, use its own no_sync()."
+            "model: expected what rasa_ext.distributed.shard_model or replicate_adapter returned, "
+            f"got {type(model).__name__}; for DistributedDataParallel, use its own no_sync()."
         )
     before, averaging.wanted = averaging.wanted, False
     try:
@@ -179,6 +291,16 @@ def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def _check(model: nn.Module) -> None:
+    _check_ready(model)
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter):
+            raise ValueError(
+                f"model: expected a model that is not sharded, but {name!r} is a DTensor; call "
+                "shard_model once, on the patched model, in place of fully_shard."
+            )
+
+
+def _check_ready(model: nn.Module) -> None:
     if not isinstance(model, nn.Module) or not _adapted(model):
         patch_state(model)  # raises
     if unwrap(model) is not model:
@@ -192,12 +314,6 @@ def _check(model: nn.Module) -> None:
                 f"model: the adapter of {name!r} is merged into a weight that would be sharded; "
                 "call rasa_ext.unmerge(model) first."
             )
-    for name, parameter in model.named_parameters():
-        if is_dtensor(parameter):
-            raise ValueError(
-                f"model: expected a model that is not sharded, but {name!r} is a DTensor; call "
-                "shard_model once, on the patched model, in place of fully_shard."
-            )
     for parameter in _replicated(model):
         if parameter.is_meta:
             raise ValueError(
@@ -209,39 +325,56 @@ def _check(model: nn.Module) -> None:
 def _replicated(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter that is trained, or an adapter's, or a saved module's; each once."""
     found = [p for p in model.parameters() if p.requires_grad]
-    for module in model.modules():
-        if isinstance(module, ADAPTED):
-            base = set(module.base_layer.parameters())
-            found += [p for p in module.parameters() if p not in base]
+    found += _adapters(model)
     if is_patched(model):
         for name in patch_state(model).plan.modules_to_save:
             found += model.get_submodule(name).parameters()
     return list(dict.fromkeys(found))
 
 
-@torch.no_grad()
-def _place(parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
-    """Move parameters to the mesh's device, with the values of its first process."""
+def _device(mesh: DeviceMesh) -> torch.device:
+    """This process's device of a mesh."""
     device = torch.device(mesh.device_type)
     if device.type != "cpu":
         device = torch.device(device.type, torch.get_device_module(device).current_device())
+    return device
+
+
+def _adapters(model: nn.Module) -> dict[nn.Parameter, None]:
+    """Every parameter of an adapter, trained or not; each once, in the order of layers."""
+    found: dict[nn.Parameter, None] = {}
+    for module in model.modules():
+        if isinstance(module, ADAPTED):
+            base = set(module.base_layer.parameters())
+            found.update(dict.fromkeys(p for p in module.parameters() if p not in base))
+    return found
+
+
+@torch.no_grad()
+def _place(
+    parameters: list[nn.Parameter],
+    groups: Sequence[dist.ProcessGroup | None],
+    device: torch.device | None,
+) -> None:
+    """Move parameters to a device, with the values of the groups' first process."""
     for parameter in parameters:
         parameter.data = parameter.data.to(device)
-        for dim in range(mesh.ndim):
-            group = mesh.get_group(dim)
-            dist.broadcast(parameter.data, dist.get_global_rank(group, 0), group)
+        for group in groups:
+            dist.broadcast(parameter.data, group=group, group_src=0)
 
 
 class _Averaging:
-    """Averages gradients over a mesh, once at the end of each backward.
+    """Averages gradients over processes, once at the end of each backward.
 
     All that has accumulated is averaged, not the last backward's contribution: what earlier
     backwards left is either equal everywhere, and stays what it is, or was not averaged yet.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], mesh: DeviceMesh) -> None:
+    def __init__(
+        self, parameters: list[nn.Parameter], groups: Sequence[dist.ProcessGroup | None]
+    ) -> None:
         self.parameters = parameters
-        self.mesh = mesh
+        self.groups = groups  # the dimensions of a mesh
         self.wanted = True
         self._queued = False
 
@@ -279,7 +412,7 @@ class _Averaging:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace every gradient by its mean over the mesh, in one all-reduce.
+        """Replace every gradient by its mean over the processes, in one all-reduce.
 
         A gradient that only other processes have counts as zero here, and is made.
         """
@@ -294,9 +427,9 @@ class _Averaging:
         parts = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trained]
         flags = torch.tensor(here, dtype=wide, device=device)
         flat = torch.cat([*(part.reshape(-1).to(wide) for part in parts), flags])
-        for dim in range(self.mesh.ndim):
-            dist.all_reduce(flat, group=self.mesh.get_group(dim))
-        flat /= self.mesh.size()
+        for group in self.groups:
+            dist.all_reduce(flat, group=group)
+        flat /= math.prod(dist.get_world_size(group) for group in self.groups)
         *means, counts = flat.split([*(p.numel() for p in trained), len(here)])
         # Reading the counts waits for the device, so only where one of them is in question.
         somewhere = here if all(here) else counts.gt(0).tolist()

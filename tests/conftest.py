@@ -21,7 +21,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where there is no CUDA device, tests marked gpu are deselected."""
+    """Tests marked engines are deselected unless -m names them; without CUDA, those marked gpu."""
+    if "engines" not in config.getoption("markexpr"):
+        others = [item for item in items if item.get_closest_marker("engines")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     import torch  # here: the process that only hands out tests to workers needs none
 
     torch.set_num_threads(1)  # models this small only lose time to waiting threads

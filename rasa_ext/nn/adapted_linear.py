@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from rasa_ext import ops
 from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, linear_shape
 from rasa_ext.base_layers.quantized import check_gradient
-from rasa_ext.base_layers.sharded import check_whole, is_whole
+from rasa_ext.base_layers.sharded import check_whole, is_dtensor, is_whole
+from rasa_ext.base_layers.split import Split, local_part, split_of
 from rasa_ext.nn import functional
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
 from rasa_ext.nn.pack_cache import PackCache
 from rasa_ext.nn.precision import HALVES, is_sharing, restored
+from rasa_ext.nn.split import part_of, shared, summed
 from rasa_ext.ops import Factors, Pack
 
 
@@ -89,6 +91,7 @@ class AdaptedLinear(nn.Module):
         # quantized layer whose place a dense one took.
         self.merged_base: Any = None
         self.fused: FusedProjections | None = None
+        self.averaged = False  # whether a backward ends with a mean of gradients over processes
         self._cache = PackCache()
 
     def adapter(self) -> Adapter | None:
@@ -180,6 +183,8 @@ class AdaptedLinear(nn.Module):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Add the adapter to whatever the base layer makes of x."""
+        if is_dtensor(self.base_layer.weight) and (split := split_of(self.base_layer)):
+            return self._over_part(x, adapter, sources, with_grad, split)
         if x.requires_grad and torch.is_grad_enabled():
             check_gradient(self.base_layer)
         y: Tensor = self.base_layer(x, *args, **kwargs)
@@ -191,6 +196,46 @@ class AdaptedLinear(nn.Module):
         rows = functional.flatten_tokens(y), functional.flatten_tokens(x)
         out, _ = ops.low_rank_add(*rows, *pack, *drop[1:])
         return functional.unflatten_like(out, y)
+
+    def _over_part(
+        self,
+        x: Tensor,
+        adapter: Adapter,
+        sources: tuple[Tensor, ...],
+        with_grad: bool,
+        split: Split,
+    ) -> Tensor:
+        """Compute this process's part of y, or its summand and the sum; see ``nn.split``.
+
+        In place of the base's own forward, whose sums over processes have both summands then.
+        """
+        if with_grad and not self.averaged and any(each.requires_grad for each in sources):
+            raise RuntimeError(
+                "expected an adapter whose gradients are averaged over processes, since each has a "
+                "part of the base; call rasa_ext.distributed.replicate_adapter(model) after "
+                "patching."
+            )
+        dtype = _compute_dtype(x)
+        weight, bias = local_part(self.base_layer, dtype)
+        x = x.to(dtype)
+        by_rows = split.dim == 0
+        if by_rows:
+            x = shared(x, split)
+        added = bias if by_rows else None
+        mask, kept, scale = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
+        if with_grad:
+            factors = part_of(adapter.factors(), split)
+            multiple = _rank_multiple(x, factors)
+            y = functional.adapted_linear(x, weight, added, factors, multiple, mask, kept, scale)
+        else:
+            pack = self._packed(adapter, sources, dtype, x.device, split)
+            rows = functional.flatten_tokens(x)
+            out, _ = ops.low_rank_linear(rows, weight, added, *pack, kept, scale)
+            y = functional.unflatten_like(out, x)
+        if by_rows:
+            return y
+        y = summed(y, split)
+        return y if bias is None else y + bias
 
     def _added(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
         """Compute ``y + x dW^T``, differentiable."""
@@ -267,11 +312,14 @@ class AdaptedLinear(nn.Module):
         sources: tuple[Tensor, ...],
         dtype: torch.dtype,
         device: torch.device,
+        split: Split | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Give Ap and Bp without grad, from the cache while no source has changed."""
 
         def make() -> tuple[Tensor, Tensor]:
             factors = adapter.factors()
+            if split is not None:
+                factors = part_of(factors, split)
             multiple = ops.rank_multiple(device.type, dtype, factors.rank)
             return ops.pack(*factors, dtype, multiple)
 

@@ -1,4 +1,4 @@
-"""The only autograd code: packs, and low-rank linears over adapters.
+"""The autograd code, but for what processes exchange: packs, and low-rank linears over adapters.
 
     pack(factors)                     -> Pack: Ap (R, in), Bp (R, out)
     adapted_linear(x, W, bias, ...)   -> x W^T + bias + (x Ap^T) Bp

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.experts import Bank, bank_shape, banks_of, check_bank
 from rasa_ext.base_layers.linear import LinearLayer, is_linear, linear_shape
 from rasa_ext.base_layers.quantized import check_not_repacked, format_of
-from rasa_ext.base_layers.sharded import is_dtensor
+from rasa_ext.base_layers.split import refusal
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
 from rasa_ext.patching.grouping import (
     Group,
@@ -323,11 +323,8 @@ def _check_weight(name: str, module: LinearLayer) -> None:
             f"target_modules: {name!r} has a weight of {found}, expected a floating-point weight; "
             "leave it out with exclude_modules."
         )
-    if is_dtensor(weight):
-        raise ValueError(
-            f"target_modules: {name!r} has a weight that is sharded over processes, expected a "
-            "whole one; patch first, then call rasa_ext.distributed.shard_model(model, mesh)."
-        )
+    if (reason := refusal(module)) is not None:
+        raise ValueError(f"target_modules: {name!r} {reason}.")
     if 0 in linear_shape(module) or weight.numel() == 0:
         raise ValueError(
             f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected one "

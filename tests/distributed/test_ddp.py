@@ -85,17 +85,26 @@ def test_layers_that_some_processes_do_not_use(trained):
             torch.testing.assert_close(grad, sum(parts) / 2)
 
 
-def test_accelerate_launch_with_trainer(tmp_path, figure, forked_python):
+FSDP2 = (
+    "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP"
+    " --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer"
+    " --fsdp_cpu_ram_efficient_loading false"
+)
+
+
+@pytest.mark.parametrize("how", ["--multi_gpu", FSDP2], ids=["ddp", "fsdp2"])
+def test_accelerate_launch_with_trainer(how, tmp_path, figure, forked_python):
     """--multi_gpu is how accelerate names several processes; the script asks for CPUs."""
     one, two = tmp_path / "one", tmp_path / "two"
-    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    options = f"{how} --num_processes 2 --num_machines 1 --mixed_precision no"
     meet = ("--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port")
     launch(forked_python, "accelerate.commands.launch", "trainer.py", two, *options.split(), *meet)
     trainer.train(one, processes=1)
     losses = [torch.tensor(json.loads((d / "losses.json").read_text())) for d in (one, two)]
     apart = (losses[0] - losses[1]).abs().max().item()
     adapters = difference(one, two)
-    figure(f"accelerate, Trainer: two processes differ by {apart:.1e} (losses), {adapters:.1e}")
+    figure(f"accelerate, Trainer, {how}: two processes differ by {apart:.1e}, {adapters:.1e}")
     assert len(losses[0]) == 4
+    assert losses[0][0] > losses[0][-1]
     assert apart <= PARITY
     assert adapters <= PARITY

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import rasa_ext
-from rasa_ext.distributed import no_sync, shard_model
+from rasa_ext.distributed import no_sync, replicate_adapter, shard_model
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA, SEQUENTIAL
 from tests.helpers.refusals import refused
@@ -202,3 +204,55 @@ def test_an_adapter_without_own_ranks_is_whole(tmp_path):
     model = patched(LLAMA.build(), 2, 2)
     rasa_ext.save_adapter(model, tmp_path)
     assert rasa_ext.load_adapter(LLAMA.build(), tmp_path)
+
+
+def an_accelerator(version: int | None = 2, **changes) -> SimpleNamespace:
+    """What replicate_adapter reads of an Accelerator."""
+    plugin = SimpleNamespace(
+        fsdp_version=version, ignored_modules=None, cpu_ram_efficient_loading=False
+    )
+    vars(plugin).update(changes)
+    state = SimpleNamespace(
+        distributed_type="FSDP", fsdp_plugin=None if version is None else plugin
+    )
+    return SimpleNamespace(state=state, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "said"),
+    [
+        (3, "expected an accelerate.Accelerator, got int"),
+        (an_accelerator(None), "got none that shards"),
+        (an_accelerator(1), "got FSDP1.*--fsdp_version 2"),
+        (an_accelerator(ignored_modules="norm"), "ignored_modules='norm'.*FSDP_IGNORED_MODULES"),
+        (an_accelerator(cpu_ram_efficient_loading=True), "--fsdp_cpu_ram_efficient_loading false"),
+    ],
+)
+def test_accelerators_that_would_not_do(accelerator, said):
+    model = patched(LLAMA.build())
+    with pytest.raises((TypeError, ValueError), match=f"^accelerator: .*{said}"):
+        replicate_adapter(model, accelerator)
+    with (
+        pytest.raises(ValueError, match="shard_model or replicate_adapter returned"),
+        no_sync(model),
+    ):
+        pass
+
+
+def test_models_that_no_adapter_can_be_replicated_of(mesh):
+    with pytest.raises(ValueError, match=r"model: expected.*patch_model.*Sequential"):
+        replicate_adapter(SEQUENTIAL.build())
+    model = shard_model(patched(LLAMA.build()), mesh)
+    with pytest.raises(ValueError, match=r"model: expected one whose gradients.*called once"):
+        replicate_adapter(model)
+
+
+def test_a_model_that_is_patched_again():
+    model = patched(LLAMA.build(), modules_to_save=["lm_head"])
+    replicate_adapter(model)
+    rasa_ext.unpatch(model)
+    assert not model._forward_hooks
+    rasa_ext.patch_model(model, 2, 1, modules_to_save=["lm_head"])
+    assert replicate_adapter(model) is model
+    with pytest.raises(ValueError, match="called once"):
+        replicate_adapter(model)

@@ -17,6 +17,7 @@ from transformers import Trainer, TrainingArguments
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import rasa_ext
+from rasa_ext.base_layers.sharded import is_dtensor
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
 
@@ -43,8 +44,12 @@ def train(directory: Path, processes: int) -> None:
         use_cpu=True,
     )
     trainer = Trainer(model, arguments, train_dataset=data)
+    if trainer.is_fsdp_enabled:
+        rasa_ext.distributed.replicate_adapter(model, trainer.accelerator)
     trainer.train()
     assert trainer.accelerator.num_processes == processes
+    sharded = any(is_dtensor(p) for p in trainer.model.parameters())
+    assert sharded == trainer.is_fsdp_enabled
     if trainer.is_world_process_zero():
         rasa_ext.save_adapter(trainer.model, directory)
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]

@@ -1,0 +1,106 @@
+"""Base layers of which every process has a part, as transformers' ``tp_plan`` cuts them.
+
+A layer of style "colwise" holds some rows of its weight (out, in), and gives as many outputs; one
+of style "rowwise" holds some columns, reads as many inputs, and its products are summed over the
+processes. The weight is a DTensor of the whole shape, and ``forward`` is replaced by one that keeps
+its style in a closure.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.base_layers.sharded import is_dtensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Split(NamedTuple):
+    """Which part of a linear layer this process has."""
+
+    dim: int
+    """The dimension of the weight (out, in) that is cut: 0 for "colwise", 1 for "rowwise"."""
+    start: int
+    stop: int
+    """The part's rows or columns, from ``start`` to before ``stop``."""
+    processes: int
+    group: ProcessGroup
+
+
+def split_of(base: nn.Module) -> Split | None:
+    """Tell which part of a linear layer is here, or None where no style that is known cut it."""
+    weight: Any = base._parameters.get("weight")
+    style = _style(base)
+    if style is None or not is_dtensor(weight) or type(base) is not nn.Linear:
+        return None
+    mesh, (placement,) = weight.device_mesh, weight.placements
+    reads, gives = style.input_layouts, style.output_layouts
+    name = type(style).__name__
+    if name == "ColwiseParallel":
+        dim, usual = 0, reads.is_replicate() and gives.is_shard()
+    elif name == "RowwiseParallel":
+        dim, usual = 1, reads.is_shard() and gives.is_replicate()
+    else:
+        return None
+    if mesh.ndim != 1 or not (usual and style.use_local_output):
+        return None
+    if not placement.is_shard(dim) and not placement.is_shard(dim - 2):
+        return None
+    # As torch.chunk cuts, and DTensor with it: the last processes may have less, or nothing.
+    size, processes, rank = weight.shape[dim], mesh.size(), mesh.get_local_rank()
+    each = -(-size // processes)
+    start, stop = min(rank * each, size), min((rank + 1) * each, size)
+    return Split(dim, start, stop, processes, mesh.get_group())
+
+
+def local_part(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Give this process's part of a frozen layer's weight and bias, in ``dtype``."""
+    parts: list[Tensor | None] = []
+    for name in ("weight", "bias"):
+        whole: Any = base._parameters.get(name)
+        if whole is not None and whole.requires_grad:
+            raise RuntimeError(
+                f"expected a frozen base layer, but its {name}, which is split over processes, "
+                "requires grad; an adapter over it is trained alone."
+            )
+        parts.append(None if whole is None else _here(whole).detach().to(dtype))
+    weight, bias = parts
+    assert weight is not None
+    return weight, bias
+
+
+def refusal(base: nn.Module) -> str | None:
+    """Say why a layer that is sharded, or runs in a parallel style, cannot be adapted, or None."""
+    style = _style(base)
+    if style is None:
+        weight: Any = base._parameters.get("weight")
+        if is_dtensor(weight):
+            return (
+                "has a weight that is sharded over processes, expected a whole one; patch first, "
+                "then call rasa_ext.distributed.shard_model(model, mesh)"
+            )
+        return None
+    if split_of(base) is None:
+        return (
+            f"runs in transformers' parallel style {type(style).__name__} with layouts or a weight "
+            "that no adapter follows, expected 'colwise' or 'rowwise' of nn.Linear; leave it out "
+            "with exclude_modules"
+        )
+    return None
+
+
+def _here(tensor: Any) -> Any:
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
+def _style(base: nn.Module) -> Any:
+    """Find the style of transformers' parallelism in which a module runs, or None."""
+    forward: Any = base.__dict__.get("forward")
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    if "mesh" not in names or "self" not in names:
+        return None
+    return forward.__closure__[names.index("self")].cell_contents

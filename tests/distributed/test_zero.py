@@ -1,0 +1,59 @@
+"""DeepSpeed's ZeRO in two processes against one: `pytest -m engines tests/distributed`.
+
+By an interpreter that has DeepSpeed, which compiles an operator for gloo on its first run.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+import rasa_ext
+from tests.distributed.test_ddp import PARITY, difference
+from tests.helpers.processes import WORKERS, launch
+
+sys.path.insert(0, str(WORKERS))
+
+import zero
+
+pytestmark = pytest.mark.engines
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("zero")
+    meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
+    with mock.patch.dict(os.environ, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
+        launch(Path(sys.executable), "torch.distributed.run", "zero.py", directory, *meet)
+    return directory
+
+
+@pytest.mark.parametrize("name", [name for name in zero.CASES if name != "zero3"])
+def test_two_processes_train_as_one(name, trained, tmp_path, figure):
+    said = trained / f"{name}.txt"
+    assert not said.exists(), said.read_text()
+    model, losses, norms = zero.alone(zero.CASES[name])
+    rasa_ext.save_adapter(model, tmp_path)
+    adapters = difference(tmp_path, trained / name)
+    losses_there, norms_there = torch.load(trained / name / "steps.pt")
+    apart = (losses_there - losses).abs().max().item()
+    norms_apart = (norms_there / norms - 1).abs().max().item()
+    figure(
+        f"{name}: two processes differ by {apart:.1e} (losses), {adapters:.1e} (adapter), "
+        f"{norms_apart:.1e} (gradient norms, relative)"
+    )
+    assert losses[0] > losses[-1]
+    assert norms.max() > zero.CLIP
+    assert max(apart, adapters, norms_apart) <= PARITY
+
+
+def test_zero_3_is_refused(trained):
+    assert not (trained / "zero3").exists()
+    said = (trained / "zero3.txt").read_text()
+    assert said.startswith("RuntimeError: expected an adapter that is whole on every process")
+    assert "shard_model" in said

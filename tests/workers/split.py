@@ -1,0 +1,178 @@
+"""Small models in one process, or in two that share a base by transformers' tp_plan.
+
+torchrun --nproc-per-node 2 tests/workers/split.py DIRECTORY trains every case, whose base one
+process has saved as DIRECTORY/base-CASE, and leaves what ``train`` says in DIRECTORY/CASE; beside
+these, what ``loaded`` and ``refused`` say.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import rasa_ext
+from rasa_ext.base_layers.sharded import is_dtensor
+from tests.helpers.adapters import randomize
+from tests.helpers.models import LLAMA, randomize_weights
+
+
+def llama(**options) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    fields = {**LLAMA.make().config.to_dict(), **options}
+    model = LlamaForCausalLM(LlamaConfig(**fields))
+    randomize_weights(model, torch.Generator().manual_seed(1))
+    return model
+
+
+def biased() -> nn.Module:
+    """With biases everywhere, and a width that two processes cannot halve."""
+    return llama(attention_bias=True, mlp_bias=True, intermediate_size=41)
+
+
+CASES = {
+    "llama": (llama, torch.float64),
+    "biased": (biased, torch.float64),
+    "float32": (llama, torch.float32),
+}
+MICRO = 2
+CLIP = 0.01
+# One pool for layers that are cut by rows, by columns, and in both ways.
+GROUPS = {"square": ["q_proj", "o_proj"]}
+
+
+def train(model: nn.Module) -> dict[str, Tensor]:
+    """Losses and norms of three steps of two backwards each, and the first step's gradients."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), 0.01)
+    losses, norms = torch.zeros(2, 3, dtype=model.dtype)
+    first: dict[str, Tensor] = {}
+    for step in range(len(losses)):
+        tokens = LLAMA.inputs(step)["input_ids"]
+        for part in tokens.chunk(MICRO):
+            logits = model(input_ids=part).logits
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), part.flatten()) / MICRO
+            loss.backward()
+            losses[step] += loss.detach()
+        first = first or {name: p.grad.clone() for name, p in trained.items()}
+        norms[step] = nn.utils.clip_grad_norm_(trained.values(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {"losses": losses, "norms": norms, **first}
+
+
+def whole(case: str) -> nn.Module:
+    make, dtype = CASES[case]
+    return make().to(dtype)
+
+
+def adapted(base: nn.Module) -> nn.Module:
+    model = rasa_ext.patch_model(
+        base, 4, 1, groups=GROUPS, modules_to_save=["model.norm"], adapter_dtype=base.dtype
+    )
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def halved(directory: Path, case: str) -> nn.Module:
+    """The base of a case, of which each process reads its half."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=2, tp_plan="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        directory / f"base-{case}", distributed_config=config, dtype=CASES[case][1]
+    )
+    assert is_dtensor(model.model.layers[0].mlp.down_proj.weight)
+    return model
+
+
+def step_of_peft(base: nn.Module) -> dict[str, Tensor]:
+    """Logits and gradients of a model that PEFT made, whose adapter is far from its zeros."""
+    import peft
+
+    import rasa_ext.peft
+
+    config = rasa_ext.peft.RasaConfig(r=4, rasa_k=1, target_modules="all-linear")
+    model = peft.get_peft_model(base, config)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    if dist.is_initialized():
+        rasa_ext.distributed.replicate_adapter(model)
+    logits = model(**LLAMA.inputs(0)).logits
+    logits.square().mean().backward()
+    return {"logits": logits.detach(), **{name: p.grad for name, p in trained.items()}}
+
+
+def loaded(directory: Path) -> None:
+    """What one process wrote, read by two, run without grad, and written again."""
+    model = rasa_ext.load_adapter(halved(directory, "biased"), directory / "start").eval()
+    with torch.no_grad():
+        logits = [model(**LLAMA.inputs(0)).logits for _ in range(2)]  # the second: packs kept
+    if dist.get_rank() == 0:
+        torch.save(logits, directory / "logits.pt")
+        rasa_ext.save_adapter(model, directory / "again")
+
+
+def refused(directory: Path) -> None:
+    """What is refused, by what is said of it."""
+    said: dict[str, str] = {}
+
+    def attempt(name, call) -> None:
+        try:
+            call()
+        except (ValueError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    base = halved(directory, "float32")
+    attempt("head", lambda: rasa_ext.patch_model(base, target_modules=["lm_head"]))
+    model = rasa_ext.patch_model(base, modules_to_save=["lm_head"])
+    attempt("saved", lambda: rasa_ext.distributed.replicate_adapter(model))
+    rasa_ext.unpatch(model)
+    model = rasa_ext.patch_model(base)
+    attempt("training", lambda: model(**LLAMA.inputs(0)))
+    attempt("merge", lambda: rasa_ext.merge(model))
+    rasa_ext.distributed.replicate_adapter(model)
+    attempt("twice", lambda: rasa_ext.distributed.replicate_adapter(model))
+    if dist.get_rank() == 0:
+        (directory / "refused.json").write_text(json.dumps(said))
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    for case in CASES:
+        model = adapted(halved(directory, case))
+        randomize(model, 3 + dist.get_rank())  # the first process's is the one that counts
+        rasa_ext.distributed.replicate_adapter(model)
+        found = train(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                first = parameter.detach().clone()
+                dist.broadcast(first, 0)
+                assert torch.equal(first, parameter.detach())
+        if dist.get_rank() == 0:
+            rasa_ext.save_adapter(model, directory / case)
+            torch.save(found, directory / case / "steps.pt")
+    found = step_of_peft(halved(directory, "biased"))
+    if dist.get_rank() == 0:
+        torch.save(found, directory / "peft.pt")
+    loaded(directory)
+    refused(directory)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

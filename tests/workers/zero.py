@@ -1,0 +1,131 @@
+"""A small model trained by DeepSpeed's ZeRO in two processes, or by PyTorch in one.
+
+torchrun --nproc-per-node 2 tests/workers/zero.py DIRECTORY leaves, of every case, an adapter, its
+losses and gradient norms in DIRECTORY/CASE, or in DIRECTORY/CASE.txt the error that came.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import rasa_ext
+from tests.helpers.adapters import patched
+from tests.helpers.models import LLAMA
+
+
+@dataclass(frozen=True)
+class Case:
+    stage: int
+    dtype: torch.dtype = torch.float32
+    """The base's."""
+    threshold: int = 0
+    """For ZeRO-3: tensors with fewer elements stay whole."""
+
+
+CASES = {
+    "zero1": Case(1),
+    "zero2": Case(2),
+    "zero1-bfloat16": Case(1, torch.bfloat16),
+    "zero2-bfloat16": Case(2, torch.bfloat16),
+    "zero3": Case(3),
+    "zero3-threshold": Case(3, threshold=200),
+}
+MICRO = 2
+CLIP = 0.01
+
+
+def build(case: Case) -> nn.Module:
+    return patched(LLAMA.build().to(case.dtype)).train()
+
+
+def loss_of(model, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens).logits.float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    # The eps keeps what float32 rounds of a gradient near zero from becoming much of a step.
+    return torch.optim.AdamW(rasa_ext.adapter_parameters(model), 0.01, eps=1e-5)
+
+
+def alone(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
+    """One process, which takes the rows of both, in bfloat16 those of one at a time."""
+    model = build(case)
+    optimizer, (losses, norms) = optimizer_of(model), torch.zeros(2, 3)
+    parts = 2 * MICRO if case.dtype == torch.bfloat16 else MICRO
+    for step in range(len(losses)):
+        for part in LLAMA.inputs(step)["input_ids"].chunk(parts):
+            loss = loss_of(model, part) / parts
+            loss.backward()
+            losses[step] += loss.detach()
+        norms[step] = nn.utils.clip_grad_norm_(rasa_ext.adapter_parameters(model), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, losses, norms
+
+
+def together(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
+    import deepspeed
+
+    model = build(case)
+    for parameter in rasa_ext.adapter_parameters(model):  # DeepSpeed views its bytes
+        parameter.data = parameter.data.contiguous()
+    zero = {"stage": case.stage}
+    if case.stage == 3:
+        zero["stage3_param_persistence_threshold"] = case.threshold
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": MICRO,
+        "gradient_clipping": CLIP,
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
+    if case.threshold:  # DeepSpeed gathers what stays whole as its module runs, and pools never do
+        kept = engine.optimizer.persistent_parameters
+        kept[0].all_gather(kept)
+    losses, norms = torch.zeros(2, 3)
+    for step in range(len(losses)):
+        for part in LLAMA.inputs(step)["input_ids"].chunk(MICRO):
+            loss = loss_of(engine, part.chunk(2)[dist.get_rank()])
+            engine.backward(loss)
+            engine.step()
+            losses[step] += loss.detach() / (2 * MICRO)
+        norms[step] = float(engine.get_global_grad_norm())
+    dist.all_reduce(losses)
+    if case.stage == 3:
+        emptied = {p.numel() == 0 for p in model.parameters() if not p.requires_grad}
+        assert True in emptied
+    return model, losses, norms
+
+
+def main(directory: Path) -> None:
+    torch.set_num_threads(1)
+    import deepspeed
+
+    deepspeed.init_distributed("gloo")
+    for name, case in CASES.items():
+        try:
+            model, *steps = together(case)
+            if dist.get_rank() == 0:
+                rasa_ext.save_adapter(model, directory / name)
+                torch.save(steps, directory / name / "steps.pt")
+        except (ValueError, RuntimeError, AssertionError) as error:
+            if dist.get_rank() == 0:
+                (directory / f"{name}.txt").write_text(f"{type(error).__name__}: {error}")
+                traceback.print_exc()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
