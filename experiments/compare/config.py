@@ -28,8 +28,12 @@ KINDS = {
 "ours" is a method of ``rasa_ext.methods`` by name, with the options of its config and those of what
 it does between the steps: see ``methods.between``.
 """
-OPTIONS = {"lora": ("ranks",), "ours": ("optimizer",)}
-"""What some kinds may have besides: see ``methods.planned`` and ``methods.optimizer``."""
+OPTIONS = {"lora": ("ranks", "share"), "rasa": ("share",), "ours": ("optimizer", "share")}
+"""What some kinds may have besides.
+
+"ranks" are planned, by ``methods.planned``; "optimizer" is for ``methods.optimizer``; "share" is
+the part of a task's steps that the method gets, 1 unless given.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,13 +146,24 @@ def best(
 
 
 def of_config(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """The rows whose settings are those of ``config``."""
+    """The rows whose settings are those of ``config``, and whose rates are among its method's."""
     marks = {
         (task, method): config.settings(task, method)
         for task in config.tasks
         for method in (*config.methods, BASE)
     }
-    return [row for row in rows if marks.get((row["task"], row["method"])) == row["settings"]]
+    rates = {method: set(map(float, spec["rates"])) for method, spec in config.methods.items()}
+    return [
+        row
+        for row in rows
+        if marks.get((row["task"], row["method"])) == row["settings"]
+        and float(row["lr"]) in rates.get(row["method"], {0.0})
+    ]
+
+
+def file_of(results: Path, config: Path, name: str) -> Path:
+    """The place of what belongs to one YAML alone; the rows of all stand in one file."""
+    return results / (name if config.stem == CONFIG.stem else f"{config.stem}-{name}")
 
 
 def key_of(row: Mapping[str, str]) -> Key:

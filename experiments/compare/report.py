@@ -16,6 +16,7 @@ from experiments.compare.config import (
     RESULTS,
     Config,
     best,
+    file_of,
     key_of,
     number,
     of_config,
@@ -35,22 +36,32 @@ _DIFFERENCES = {
 """Column of the runs, factor and digits, by the title of the differences' column."""
 
 
-def methods_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
+def methods_table(
+    config: Config,
+    rows: Iterable[Row],
+    task: str,
+    step_times: Mapping[str, str] | None = None,
+) -> list[dict[str, object]]:
     """A row a method: its best rate so far by the loss to choose by, and what that reached.
 
     Means over seeds with the standard deviation, where there are several. "rates" says how much of
-    the sweep is done; before it is complete, the best rate may be another.
+    the sweep is done; before it is complete, the best rate may be another. ``step_times`` are
+    figures by method to show as they stand.
     """
     rows = of_config(config, rows)
     base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
     result = []
     if base is not None:
         result.append({"method": "before training", **_figures([base], base)})
-    for method, (swept, chosen) in _at_best_rates(config, rows, task).items():
+    found = _at_best_rates(config, rows, task)
+    several = len({chosen[0]["steps"] for _, chosen in found.values()}) > 1
+    for method, (swept, chosen) in found.items():
         result.append(
             {
                 "method": method,
                 "trainable parameters": f"{int(chosen[0]['trainable']):,}",
+                **({"step time": step_times.get(method)} if step_times else {}),
+                **({"steps": chosen[0]["steps"]} if several else {}),
                 "rates": f"{swept} of {len(config.methods[method]['rates'])}",
                 "best": f"{float(chosen[0]['lr']):g}",
                 "seeds": len(chosen),
@@ -212,10 +223,12 @@ def main() -> None:
     rows = Table(given.results / "runs.csv", COLUMNS).rows()
     if not of_config(config, rows):
         raise SystemExit(f"{given.results / 'runs.csv'} has no run of this config yet")
+    steps = step_table(file_of(given.results, given.config, "step_time.csv"))
+    ratios = {str(row["method"]): str(list(row.values())[2]) for row in steps}
     for task in config.tasks:
         if any(row["task"] == task for row in of_config(config, rows)):
             print(f"### {task}\n")
-            print(markdown(methods_table(config, rows, task)), end="\n\n")
+            print(markdown(methods_table(config, rows, task, ratios)), end="\n\n")
             paired = paired_table(config, rows, task)
             if paired:
                 print(f"Less {REFERENCE}, seed by seed:\n\n{markdown(paired)}\n")
@@ -223,10 +236,9 @@ def main() -> None:
             if sweep:
                 print("Loss to choose by, first seed, by rate:\n")
                 print(markdown(sweep), end="\n\n")
-    steps = step_table(given.results / "step_time.csv")
     if steps:
         print(f"### Step times\n\n{markdown(steps)}\n")
-    draw(config, rows, given.results / "runs.png")
+    draw(config, rows, file_of(given.results, given.config, "runs.png"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +79,11 @@ class Bench:
             model = self.base.requires_grad_(False)
             return row | {"steps": 0, "trainable": 0, **self._measured(model, task)}
         spec = config.methods[key.method]
+        steps = max(1, round(spec.get("share", 1) * config.steps[key.task]))
+        recipe = Recipe(steps, config.batch_size, key.lr, seed=key.seed, bfloat16=config.bfloat16)
         ranks = self.ranks(task, spec["rank"]) if "ranks" in spec else None
-        model = prepared(self.base, spec, key.seed, bfloat16=config.bfloat16, ranks=ranks)
-        recipe = Recipe(
-            config.steps[key.task],
-            config.batch_size,
-            key.lr,
-            seed=key.seed,
-            bfloat16=config.bfloat16,
-        )
-        run = Run(
-            model,
-            task.train,
-            self.tokenizer.pad_token_id,
-            recipe,
-            groups(model, spec, key.lr),
-            between(model, spec, key.seed),
-            optimizer(model, spec),
-        )
+        pad = self.tokenizer.pad_token_id
+        run = make_run(self.base, spec, task.train, pad, recipe, ranks)
         while run.going:
             run.advance()
         row |= {"steps": run.step, "trainable": run.trainable, **_timing(run)}
@@ -103,7 +91,7 @@ class Bench:
             return row
         last = run.losses[-max(1, run.step // 10) :]
         row["last_training_loss"] = _shown(sum(last) / len(last))
-        return row | self._measured(model, task)
+        return row | self._measured(run.model, task)
 
     def _measured(self, model: Any, task: Task) -> dict[str, str]:
         def loss(rows: list[Row]) -> str:
@@ -117,6 +105,27 @@ class Bench:
             "exact_match": "" if right is None else _shown(right),
             "other_text_loss": loss(self.other),
         }
+
+
+def make_run(
+    base: Any,
+    spec: Mapping[str, Any],
+    rows: Sequence[Row],
+    pad_token_id: int,
+    recipe: Recipe,
+    ranks: Mapping[str, int] | None = None,
+) -> Run:
+    """A run of a method with all that it does, over a copy of ``base``."""
+    model = prepared(base, spec, recipe.seed, bfloat16=recipe.bfloat16, ranks=ranks)
+    return Run(
+        model,
+        rows,
+        pad_token_id,
+        recipe,
+        groups(model, spec, recipe.lr),
+        between(model, spec, recipe.seed),
+        optimizer(model, spec),
+    )
 
 
 def advance(bench: Any, table: Table) -> bool:

@@ -183,6 +183,10 @@ def test_further_seeds_go_to_the_best_two_rates_of_complete_sweeps(small):
     assert pending(config, rows) == [Key("maths", "lora", lr, 5) for lr in (3.0, 1.0)]
     rows.append(row(Key("maths", "lora", 3.0, 5), config, 0.4))
     assert pending(config, rows) == [Key("maths", "lora", 1.0, 5)]
+    # A rate that another config sweeps is none of this one's.
+    less = read_config(small)
+    less.methods["lora"]["rates"] = [3.0]
+    assert {line["rates"] for line in report.methods_table(less, rows, "maths")[1:]} == {"1 of 1"}
     # Another number of steps: none of these rows counts.
     small.write_text(yaml.safe_dump(given | {"steps": 3}))
     assert len(pending(read_config(small), rows)) == 5
@@ -292,6 +296,26 @@ def test_a_run_that_another_process_is_at_is_left_to_it(small, tmp_path):
     assert compare_config.key_of(table.rows()[1]) == first
 
 
+def test_a_share_of_the_steps_is_a_run_of_its_own(small, tmp_path):
+    """Equal step time: other steps, another mark, and the steps in the table."""
+    given = yaml.safe_load(small.read_text())
+    given |= {"steps": 10, "seeds": [0]}
+    given["methods"] = {name: given["methods"][name] for name in ("rasa", "lora")}
+    small.write_text(yaml.safe_dump(given, sort_keys=False))
+    rows = [row(key, read_config(small), 1) for key in pending(read_config(small), [])]
+    given["methods"]["rasa"] |= {"share": 0.84, "rates": [1e-3]}
+    small.write_text(yaml.safe_dump(given, sort_keys=False))
+    config = read_config(small)
+    assert pending(config, rows) == [Key("maths", "rasa", 1e-3, 0)]
+    bench = run.Bench(config, make_model(), make_tokenizer(), tmp_path)
+    done = bench.do(pending(config, rows)[0])
+    assert done["steps"] == 8
+    rows = [{**r, "steps": "10"} for r in rows] + [{k: str(v) for k, v in done.items()}]
+    table = report.methods_table(config, rows, "maths", {"rasa": "1.19"})
+    shown = [(line["method"], line["steps"], line["step time"]) for line in table[1:]]
+    assert shown == [("rasa", "8", "1.19"), ("lora", "10", None)]
+
+
 def test_other_steps_of_one_task_leave_the_other_tasks_rows(small):
     given = yaml.safe_load(small.read_text()) | {"tasks": ["maths", "docstrings"]}
     rows, left = [], []
@@ -328,6 +352,9 @@ def test_steps_of_all_methods_are_timed_together(small, rows, tmp_path):
     assert [line["method"] for line in found] == ["rasa", "lora", "vera", "full"]
     assert found[0][f"over_{step_time.REFERENCE}"] == "1.000"
     assert all(one.step == 5 for one in runs.values())
+    again = {"full": runs["full"]}
+    runs["full"].losses.clear()
+    assert step_time.measure(again, 2, reference="full", processor=True)[0]["over_full"] == "1.000"
     assert report.step_table(tmp_path / "step_time.csv") == []
     step_time.write(tmp_path / "step_time.csv", found)
     shown = report.step_table(tmp_path / "step_time.csv")
