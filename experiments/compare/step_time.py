@@ -92,6 +92,7 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--methods", nargs="*", help="of the config; all unless given")
     parser.add_argument("--lora-ranks", type=int, nargs="*", default=[])
     parser.add_argument("--own-lora-ranks", type=int, nargs="*", default=[])
     parser.add_argument("--reference", default=REFERENCE, help="the method that ratios are to")
@@ -101,7 +102,7 @@ def main() -> None:
     harness.pin_allocator()
     load = os.getloadavg()[0]
     config, name = read_config(given.config), find_smollm2()
-    specs = dict(config.methods)
+    specs = {n: config.methods[n] for n in given.methods or config.methods}
     specs |= {f"lora-r{r}": {"kind": "lora", "rank": r, "alpha": r} for r in given.lora_ranks}
     for r in given.own_lora_ranks:
         options = {"rank": r, "alpha": r}

@@ -127,6 +127,18 @@ def test_planned_ranks_are_in_proportion_and_of_the_wanted_size(rows):
             assert module.lora_A["default"].weight.shape[0] == found[name]
 
 
+def test_equal_time_shares_its_methods_and_most_of_its_runs_with_the_family():
+    family = read_config(compare_config.HERE / "family.yaml")
+    config = read_config(compare_config.HERE / "equal_time.yaml")
+    assert config.methods.keys() == family.methods.keys()
+    for name, spec in config.methods.items():
+        same = {k: v for k, v in spec.items() if k not in ("rates", "share")}
+        assert same == {k: v for k, v in family.methods[name].items() if k != "rates"}
+        assert set(spec["rates"]) <= set(family.methods[name]["rates"])
+        marks = [each.settings("maths", name) for each in (family, config)]
+        assert (marks[0] == marks[1]) == ("share" not in spec)
+
+
 def test_the_shipped_config_is_valid_and_covers_what_it_should():
     config = read_config()
     kinds = [spec["kind"] for spec in config.methods.values()]
