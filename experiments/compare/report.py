@@ -34,6 +34,16 @@ _DIFFERENCES = {
     "loss on other text": ("other_text_loss", 1, 3),
 }
 """Column of the runs, factor and digits, by the title of the differences' column."""
+_SHORT = {
+    "held-out loss": "loss",
+    "exact match, %": "solved, %",
+    "loss gained on other text": "forgot",
+    "steps": "steps",
+    "best": "rate",
+    "rates": "rates",
+    "seeds": "seeds",
+}
+"""Titles in the table of all tasks."""
 
 
 def methods_table(
@@ -69,6 +79,27 @@ def methods_table(
             }
         )
     return result
+
+
+def summary_table(
+    config: Config, rows: Iterable[Row], step_times: Mapping[str, str] | None = None
+) -> list[dict[str, object]]:
+    """All tasks in one: of each method what `methods_table` has, rates and seeds task by task."""
+    rows, found = list(rows), {}
+    for task in config.tasks:
+        for line in methods_table(config, rows, task, step_times):
+            method = str(line["method"])
+            to = found.setdefault(method, {"method": method})
+            for name in ("trainable parameters", "step time"):
+                if name in line:
+                    to.setdefault(name, line[name])
+            for name, shown in _SHORT.items():
+                if name in line:
+                    to[f"{task}: {shown}"] = line[name]
+    columns = list(dict.fromkeys(name for line in found.values() for name in line))
+    first = [name for name in columns if ":" not in name]
+    columns = first + [name for task in config.tasks for name in columns if f"{task}:" in name]
+    return [{name: line.get(name) for name in columns} for line in found.values()]
 
 
 def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
@@ -225,6 +256,7 @@ def main() -> None:
         raise SystemExit(f"{given.results / 'runs.csv'} has no run of this config yet")
     steps = step_table(file_of(given.results, given.config, "step_time.csv"))
     ratios = {str(row["method"]): str(list(row.values())[2]) for row in steps}
+    print(f"{markdown(summary_table(config, rows, ratios))}\n")
     for task in config.tasks:
         if any(row["task"] == task for row in of_config(config, rows)):
             print(f"### {task}\n")

@@ -326,6 +326,9 @@ def test_a_share_of_the_steps_is_a_run_of_its_own(small, tmp_path):
     table = report.methods_table(config, rows, "maths", {"rasa": "1.19"})
     shown = [(line["method"], line["steps"], line["step time"]) for line in table[1:]]
     assert shown == [("rasa", "8", "1.19"), ("lora", "10", None)]
+    whole = report.summary_table(config, rows, {"rasa": "1.19"})
+    assert [line["maths: loss"] for line in whole] == [line["held-out loss"] for line in table]
+    assert list(whole[1])[:3] == ["method", "trainable parameters", "step time"]
 
 
 def test_other_steps_of_one_task_leave_the_other_tasks_rows(small):
