@@ -174,18 +174,20 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
         left = figure.add_subplot(len(tasks), 2, 2 * place + 1)
         right = figure.add_subplot(len(tasks), 2, 2 * place + 2)
         base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
-        for method in config.methods:
+        for index, method in enumerate(config.methods):
             runs = [r for r in rows if r["task"] == task and r["method"] == method]
+            # Ten colours; from the eleventh method on they come again as squares.
+            look = {"color": f"C{index % 10}", "marker": "os"[index // 10 % 2]}
             by_rate: dict[float, list[float]] = {}
             for run in runs:
                 by_rate.setdefault(float(run["lr"]), []).append(float(run["test_loss"]))
             points = sorted((lr, statistics.mean(found)) for lr, found in by_rate.items())
-            left.plot(*zip(*points, strict=True), "o-", label=method) if points else None
+            left.plot(*zip(*points, strict=True), label=method, **look) if points else None
             if base is not None:
                 forgot = [
                     float(r["other_text_loss"]) - float(base["other_text_loss"]) for r in runs
                 ]
-                right.plot(forgot, [float(r["test_loss"]) for r in runs], "o", label=method)
+                right.plot(forgot, [float(r["test_loss"]) for r in runs], linestyle="", **look)
         left.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=task)
         right.set(xlabel="loss gained on other text", ylabel="held-out loss", title=task)
         for axes in (left, right):
