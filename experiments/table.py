@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +42,48 @@ class Table:
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add the rows of one run: all of them or, if the process dies, none.
 
-        The file is written anew beside its place and moved there.
+        The file is written anew beside its place and moved there; a lock on the folder keeps two
+        processes from losing each other's rows.
         """
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
         for row in rows:
             writer.writerow(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = ",".join(self.columns) + "\n"
-        if self.path.is_file():
-            before = self.path.read_text(encoding="utf-8")
-        beside = self.path.with_name(self.path.name + ".part")
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.write(before + text.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self.path)
+        with _locked(self.path.parent):
+            before = ",".join(self.columns) + "\n"
+            if self.path.is_file():
+                before = self.path.read_text(encoding="utf-8")
+            beside = self.path.with_name(self.path.name + ".part")
+            with beside.open("w", encoding="utf-8", newline="") as file:
+                file.write(before + text.getvalue())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, self.path)
+
+    @contextlib.contextmanager
+    def claim(self, run: str) -> Iterator[bool]:
+        """Whether this process has ``run`` to itself for as long as the context lasts.
+
+        A byte of a file beside the table is locked; the system gives it back when the process ends
+        in whatever way. Claims are between processes: one process is not kept from its own.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_name(self.path.name + ".lock").open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, zlib.crc32(run.encode()))
+            except OSError:
+                yield False
+            else:
+                yield True
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Wait until no other process is in this context for ``folder``."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

@@ -84,18 +84,20 @@ class Run:
         recipe: Recipe,
         groups: list[dict[str, Any]] | None = None,
         between: Callable[[torch.optim.Optimizer], Callable[[], object]] | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
     ) -> None:
         """Train the parameters of ``model`` that require a gradient on ``rows``.
 
         ``groups`` are an optimizer's, whose rates stand to one another as theirs do; ``between``
-        makes what is called after each of the optimizer's steps.
+        makes what is called after each of the optimizer's steps; ``optimizer``, in the place of
+        AdamW, takes what it would.
         """
         self.model, self.rows, self.recipe = model, rows, recipe
         self.losses: list[float] = []
         """Of every step so far, before the step."""
         self.seconds: list[float] = []
         self._trained = [p for p in model.parameters() if p.requires_grad]
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = (optimizer or torch.optim.AdamW)(
             groups or self._trained, lr=recipe.lr, weight_decay=0.0, fused=True
         )
         self._factors = [group["lr"] / recipe.lr for group in self._optimizer.param_groups]

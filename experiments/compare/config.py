@@ -28,6 +28,12 @@ KINDS = {
 "ours" is a method of ``rasa_ext.methods`` by name, with the options of its config and those of what
 it does between the steps: see ``methods.between``.
 """
+OPTIONS = {"lora": ("ranks", "share"), "rasa": ("share",), "ours": ("optimizer", "share")}
+"""What some kinds may have besides.
+
+"ranks" are planned, by ``methods.planned``; "optimizer" is for ``methods.optimizer``; "share" is
+the part of a task's steps that the method gets, 1 unless given.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +93,7 @@ def read_config(path: Path | str = CONFIG) -> Config:
         if kind not in KINDS:
             raise ValueError(f"methods: {name}: expected a kind of {tuple(KINDS)}, got {kind!r}.")
         needed = {"kind", "rates", *KINDS[kind]}
-        if set(spec) != needed or not spec["rates"]:
+        if set(spec) - set(OPTIONS.get(kind, ())) != needed or not spec["rates"]:
             raise ValueError(
                 f"methods: {name}: expected {', '.join(sorted(needed))}, got "
                 f"{', '.join(sorted(spec))}."
@@ -105,25 +111,26 @@ def read_config(path: Path | str = CONFIG) -> Config:
 def pending(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Key]:
     """The runs that are known to be needed and not in ``rows``, the most telling first.
 
-    For every task: the untrained model, every method's first rate, every method's second, and so
-    on, at the first seed; then the other seeds at the two rates that were best on the rows to
-    choose by, for every method whose rates are all done.
+    At the first seed: of every task the untrained model and every method's first rate, then every
+    method's second, and so on; then, seed by seed, the rates that were best on the rows to choose
+    by, for every method whose rates are all done.
     """
     have = {key_of(row): row for row in of_config(config, rows)}
-    found = []
     first, *others = config.seeds
-    deepest = max(len(spec["rates"]) for spec in config.methods.values())
-    for task in config.tasks:
-        wanted = [Key(task, BASE, 0.0, first)]
-        for place in range(deepest):
-            for method, spec in config.methods.items():
-                if place < len(spec["rates"]):
-                    wanted.append(Key(task, method, float(spec["rates"][place]), first))
-        for seed in others:
+    wanted = []
+    for place in range(max(len(spec["rates"]) for spec in config.methods.values())):
+        for task in config.tasks:
+            wanted += [Key(task, BASE, 0.0, first)] if place == 0 else []
+            wanted += [
+                Key(task, method, float(spec["rates"][place]), first)
+                for method, spec in config.methods.items()
+                if place < len(spec["rates"])
+            ]
+    for seed in others:
+        for task in config.tasks:
             for method in config.methods:
                 wanted += [Key(task, method, lr, seed) for lr in best(config, have, task, method)]
-        found += [key for key in wanted if key not in have]
-    return found
+    return [key for key in wanted if key not in have]
 
 
 def best(
@@ -139,13 +146,24 @@ def best(
 
 
 def of_config(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """The rows whose settings are those of ``config``."""
+    """The rows whose settings are those of ``config``, and whose rates are among its method's."""
     marks = {
         (task, method): config.settings(task, method)
         for task in config.tasks
         for method in (*config.methods, BASE)
     }
-    return [row for row in rows if marks.get((row["task"], row["method"])) == row["settings"]]
+    rates = {method: set(map(float, spec["rates"])) for method, spec in config.methods.items()}
+    return [
+        row
+        for row in rows
+        if marks.get((row["task"], row["method"])) == row["settings"]
+        and float(row["lr"]) in rates.get(row["method"], {0.0})
+    ]
+
+
+def file_of(results: Path, config: Path, name: str) -> Path:
+    """The place of what belongs to one YAML alone; the rows of all stand in one file."""
+    return results / (name if config.stem == CONFIG.stem else f"{config.stem}-{name}")
 
 
 def key_of(row: Mapping[str, str]) -> Key:

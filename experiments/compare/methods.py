@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +14,23 @@ import torch
 import rasa_ext
 from rasa_ext import training
 from rasa_ext.methods import METHODS
+from rasa_ext.optim import LoraPro
+from rasa_ext.ranks import hidden_dimensions, rank_pattern
 
 
-def prepared(base: Any, spec: Mapping[str, Any], seed: int, *, bfloat16: bool) -> Any:
+def prepared(
+    base: Any,
+    spec: Mapping[str, Any],
+    seed: int,
+    *,
+    bfloat16: bool,
+    ranks: Mapping[str, int] | None = None,
+) -> Any:
     """A copy of ``base`` (float32) whose parameters that require a gradient are the method's.
 
     All linear layers are adapted, the output head left alone. What is trained is float32; with
     ``bfloat16`` the frozen weights are rounded to it, which the products would do in any case.
+    ``ranks`` are those of single layers, by name, where the method plans them: see ``planned``.
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(base)
@@ -35,10 +48,53 @@ def prepared(base: Any, spec: Mapping[str, Any], seed: int, *, bfloat16: bool) -
     from peft import LoraConfig, VeraConfig, get_peft_model
 
     if spec["kind"] == "lora":
-        config = LoraConfig(r=spec["rank"], lora_alpha=spec["alpha"], target_modules="all-linear")
+        config = LoraConfig(
+            r=spec["rank"],
+            lora_alpha=spec["alpha"],
+            target_modules="all-linear",
+            rank_pattern=dict(ranks or {}),
+        )
     else:
         config = VeraConfig(r=spec["rank"], projection_prng_key=seed, target_modules="all-linear")
     return get_peft_model(model, config)
+
+
+def planned(base: Any, batches: Iterable[Mapping[str, Any]], rank: int) -> dict[str, int]:
+    """GeLoRA's ranks from a task's rows, in proportion, of about as many numbers as ``rank`` has.
+
+    The formula's own values, max(d_{i+1} - d_i, 0) + 1, are little above 1 here, which would
+    compare sizes instead of methods. They are multiplied by one factor and rounded, at least 1,
+    such that the sum of r (in + out) over the layers is as near as it comes to a LoRA's of
+    ``rank``.
+    """
+    gains = [max(b - a, 0.0) + 1 for a, b in itertools.pairwise(hidden_dimensions(base, batches))]
+    blocks = rank_pattern(base, range(len(gains)))
+    sizes = [0] * len(gains)
+    for name, block in blocks.items():
+        sizes[block] += sum(base.get_submodule(name).weight.shape)
+
+    def scaled(factor: float) -> list[int]:
+        return [max(1, math.floor(factor * gain + 0.5)) for gain in gains]
+
+    def off(factor: float) -> int:
+        return abs(sum(map(operator.mul, scaled(factor), sizes)) - rank * sum(sizes))
+
+    return rank_pattern(base, scaled(min((i / 100 for i in range(1, 100 * rank + 1)), key=off)))
+
+
+def optimizer(model: Any, spec: Mapping[str, Any]) -> Callable[..., torch.optim.Optimizer] | None:
+    """What makes a method's optimizer of parameters and options, None for AdamW.
+
+    ``optimizer: {lora_pro: {...}}`` are the options of ``LoraPro``, over the same AdamW.
+    """
+    options = (spec.get("optimizer") or {}).get("lora_pro")
+    if options is None:
+        return None
+
+    def make(parameters: Any, **inner: Any) -> torch.optim.Optimizer:
+        return LoraPro(model, torch.optim.AdamW, params=parameters, **options, **inner)
+
+    return make
 
 
 def groups(model: Any, spec: Mapping[str, Any], lr: float) -> list[dict[str, Any]] | None:

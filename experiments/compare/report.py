@@ -16,6 +16,7 @@ from experiments.compare.config import (
     RESULTS,
     Config,
     best,
+    file_of,
     key_of,
     number,
     of_config,
@@ -33,24 +34,44 @@ _DIFFERENCES = {
     "loss on other text": ("other_text_loss", 1, 3),
 }
 """Column of the runs, factor and digits, by the title of the differences' column."""
+_SHORT = {
+    "held-out loss": "loss",
+    "exact match, %": "solved, %",
+    "loss gained on other text": "forgot",
+    "steps": "steps",
+    "best": "rate",
+    "rates": "rates",
+    "seeds": "seeds",
+}
+"""Titles in the table of all tasks."""
 
 
-def methods_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
+def methods_table(
+    config: Config,
+    rows: Iterable[Row],
+    task: str,
+    step_times: Mapping[str, str] | None = None,
+) -> list[dict[str, object]]:
     """A row a method: its best rate so far by the loss to choose by, and what that reached.
 
     Means over seeds with the standard deviation, where there are several. "rates" says how much of
-    the sweep is done; before it is complete, the best rate may be another.
+    the sweep is done; before it is complete, the best rate may be another. ``step_times`` are
+    figures by method to show as they stand.
     """
     rows = of_config(config, rows)
     base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
     result = []
     if base is not None:
         result.append({"method": "before training", **_figures([base], base)})
-    for method, (swept, chosen) in _at_best_rates(config, rows, task).items():
+    found = _at_best_rates(config, rows, task)
+    several = len({chosen[0]["steps"] for _, chosen in found.values()}) > 1
+    for method, (swept, chosen) in found.items():
         result.append(
             {
                 "method": method,
                 "trainable parameters": f"{int(chosen[0]['trainable']):,}",
+                **({"step time": step_times.get(method)} if step_times else {}),
+                **({"steps": chosen[0]["steps"]} if several else {}),
                 "rates": f"{swept} of {len(config.methods[method]['rates'])}",
                 "best": f"{float(chosen[0]['lr']):g}",
                 "seeds": len(chosen),
@@ -58,6 +79,27 @@ def methods_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[s
             }
         )
     return result
+
+
+def summary_table(
+    config: Config, rows: Iterable[Row], step_times: Mapping[str, str] | None = None
+) -> list[dict[str, object]]:
+    """All tasks in one: of each method what `methods_table` has, rates and seeds task by task."""
+    rows, found = list(rows), {}
+    for task in config.tasks:
+        for line in methods_table(config, rows, task, step_times):
+            method = str(line["method"])
+            to = found.setdefault(method, {"method": method})
+            for name in ("trainable parameters", "step time"):
+                if name in line:
+                    to.setdefault(name, line[name])
+            for name, shown in _SHORT.items():
+                if name in line:
+                    to[f"{task}: {shown}"] = line[name]
+    columns = list(dict.fromkeys(name for line in found.values() for name in line))
+    first = [name for name in columns if ":" not in name]
+    columns = first + [name for task in config.tasks for name in columns if f"{task}:" in name]
+    return [{name: line.get(name) for name in columns} for line in found.values()]
 
 
 def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
@@ -132,18 +174,20 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
         left = figure.add_subplot(len(tasks), 2, 2 * place + 1)
         right = figure.add_subplot(len(tasks), 2, 2 * place + 2)
         base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
-        for method in config.methods:
+        for index, method in enumerate(config.methods):
             runs = [r for r in rows if r["task"] == task and r["method"] == method]
+            # Ten colours; from the eleventh method on they come again as squares.
+            look = {"color": f"C{index % 10}", "marker": "os"[index // 10 % 2]}
             by_rate: dict[float, list[float]] = {}
             for run in runs:
                 by_rate.setdefault(float(run["lr"]), []).append(float(run["test_loss"]))
             points = sorted((lr, statistics.mean(found)) for lr, found in by_rate.items())
-            left.plot(*zip(*points, strict=True), "o-", label=method) if points else None
+            left.plot(*zip(*points, strict=True), label=method, **look) if points else None
             if base is not None:
                 forgot = [
                     float(r["other_text_loss"]) - float(base["other_text_loss"]) for r in runs
                 ]
-                right.plot(forgot, [float(r["test_loss"]) for r in runs], "o", label=method)
+                right.plot(forgot, [float(r["test_loss"]) for r in runs], linestyle="", **look)
         left.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=task)
         right.set(xlabel="loss gained on other text", ylabel="held-out loss", title=task)
         for axes in (left, right):
@@ -212,10 +256,13 @@ def main() -> None:
     rows = Table(given.results / "runs.csv", COLUMNS).rows()
     if not of_config(config, rows):
         raise SystemExit(f"{given.results / 'runs.csv'} has no run of this config yet")
+    steps = step_table(file_of(given.results, given.config, "step_time.csv"))
+    ratios = {str(row["method"]): str(list(row.values())[2]) for row in steps}
+    print(f"{markdown(summary_table(config, rows, ratios))}\n")
     for task in config.tasks:
         if any(row["task"] == task for row in of_config(config, rows)):
             print(f"### {task}\n")
-            print(markdown(methods_table(config, rows, task)), end="\n\n")
+            print(markdown(methods_table(config, rows, task, ratios)), end="\n\n")
             paired = paired_table(config, rows, task)
             if paired:
                 print(f"Less {REFERENCE}, seed by seed:\n\n{markdown(paired)}\n")
@@ -223,10 +270,9 @@ def main() -> None:
             if sweep:
                 print("Loss to choose by, first seed, by rate:\n")
                 print(markdown(sweep), end="\n\n")
-    steps = step_table(given.results / "step_time.csv")
     if steps:
         print(f"### Step times\n\n{markdown(steps)}\n")
-    draw(config, rows, given.results / "runs.png")
+    draw(config, rows, file_of(given.results, given.config, "runs.png"))
 
 
 if __name__ == "__main__":

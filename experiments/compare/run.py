@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,10 @@ import torch
 
 from benchmarks.harness import machine
 from experiments.compare.config import BASE, CONFIG, RESULTS, Config, Key, pending, read_config
-from experiments.compare.methods import between, groups, prepared
+from experiments.compare.methods import between, groups, optimizer, planned, prepared
 from experiments.table import Table
 from experiments.tasks import Task, make_task, other_text, solved
-from experiments.training import Recipe, Row, Run, mean_loss
+from experiments.training import Recipe, Row, Run, collate, mean_loss
 from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
 
 COLUMNS = (
@@ -34,14 +35,18 @@ COLUMNS = (
     *("trainable", "seconds_per_step", "timing", "date", "machine", "system"),
 )
 
+_AT_ONCE = 16
+"""Rows of which hidden states are measured at a time."""
+
 
 class Bench:
     """The model, the tasks and the text that is measured for forgetting."""
 
-    def __init__(self, config: Config, base: Any, tokenizer: Any) -> None:
-        """``base`` is float32 and stays as it is."""
+    def __init__(self, config: Config, base: Any, tokenizer: Any, results: Path) -> None:
+        """``base`` is float32 and stays as it is; ``results`` is the folder of tables."""
         self.config, self.base, self.tokenizer = config, base, tokenizer
         self.other = other_text(tokenizer, config.other_text)
+        self.results = results
         self._tasks: dict[str, Task] = {}
 
     def task(self, name: str) -> Task:
@@ -51,6 +56,22 @@ class Bench:
             self._tasks[name] = make_task(name, self.tokenizer, **sizes)
         return self._tasks[name]
 
+    def ranks(self, task: Task, rank: int) -> dict[str, int]:
+        """GeLoRA's ranks for a task by layer; planned once, then read from a table."""
+        table = Table(self.results / "ranks.csv", ("task", "train", "rank", "layer", "planned"))
+        same = {"task": task.name, "train": str(len(task.train)), "rank": str(rank)}
+        found = {r["layer"]: int(r["planned"]) for r in table.rows() if same.items() <= r.items()}
+        if not found:
+            rows = sorted(task.train, key=lambda row: len(row["input_ids"]))
+            batches = (
+                collate(rows[i : i + _AT_ONCE], self.tokenizer.pad_token_id)
+                for i in range(0, len(rows), _AT_ONCE)
+            )
+            read = ({k: v for k, v in batch.items() if k != "labels"} for batch in batches)
+            found = planned(self.base, read, rank)
+            table.append([{**same, "layer": layer, "planned": r} for layer, r in found.items()])
+        return found
+
     def do(self, key: Key) -> dict[str, Any]:
         """Train and measure one run; its row. A run that diverged has no losses."""
         config, task, row = self.config, self.task(key.task), _head(self.config, key)
@@ -58,16 +79,11 @@ class Bench:
             model = self.base.requires_grad_(False)
             return row | {"steps": 0, "trainable": 0, **self._measured(model, task)}
         spec = config.methods[key.method]
-        model = prepared(self.base, spec, key.seed, bfloat16=config.bfloat16)
-        recipe = Recipe(
-            config.steps[key.task],
-            config.batch_size,
-            key.lr,
-            seed=key.seed,
-            bfloat16=config.bfloat16,
-        )
-        rates, steps = groups(model, spec, key.lr), between(model, spec, key.seed)
-        run = Run(model, task.train, self.tokenizer.pad_token_id, recipe, rates, steps)
+        steps = max(1, round(spec.get("share", 1) * config.steps[key.task]))
+        recipe = Recipe(steps, config.batch_size, key.lr, seed=key.seed, bfloat16=config.bfloat16)
+        ranks = self.ranks(task, spec["rank"]) if "ranks" in spec else None
+        pad = self.tokenizer.pad_token_id
+        run = make_run(self.base, spec, task.train, pad, recipe, ranks)
         while run.going:
             run.advance()
         row |= {"steps": run.step, "trainable": run.trainable, **_timing(run)}
@@ -75,7 +91,7 @@ class Bench:
             return row
         last = run.losses[-max(1, run.step // 10) :]
         row["last_training_loss"] = _shown(sum(last) / len(last))
-        return row | self._measured(model, task)
+        return row | self._measured(run.model, task)
 
     def _measured(self, model: Any, task: Task) -> dict[str, str]:
         def loss(rows: list[Row]) -> str:
@@ -91,17 +107,42 @@ class Bench:
         }
 
 
+def make_run(
+    base: Any,
+    spec: Mapping[str, Any],
+    rows: Sequence[Row],
+    pad_token_id: int,
+    recipe: Recipe,
+    ranks: Mapping[str, int] | None = None,
+) -> Run:
+    """A run of a method with all that it does, over a copy of ``base``."""
+    model = prepared(base, spec, recipe.seed, bfloat16=recipe.bfloat16, ranks=ranks)
+    return Run(
+        model,
+        rows,
+        pad_token_id,
+        recipe,
+        groups(model, spec, recipe.lr),
+        between(model, spec, recipe.seed),
+        optimizer(model, spec),
+    )
+
+
 def advance(bench: Any, table: Table) -> bool:
-    """Do the first run that the table lacks; False where it lacks none."""
-    key, *others = pending(bench.config, table.rows()) or [None]
-    if key is None:
-        return False
-    began = time.monotonic()
-    row = bench.do(key)
-    table.append([row])
-    shown = {name: row.get(name) for name in ("dev_loss", "exact_match", "other_text_loss")}
-    print(f"{key}: {shown}, {time.monotonic() - began:.0f} s; {len(others)} left", flush=True)
-    return True
+    """Do the first run that the table lacks and no other process is at; False without any."""
+    for key in pending(bench.config, table.rows()):
+        with table.claim(repr(key)) as mine:
+            # Another process may have finished it since the table was read.
+            if not mine or key not in pending(bench.config, table.rows()):
+                continue
+            began = time.monotonic()
+            row = bench.do(key)
+            table.append([row])
+        left = len(pending(bench.config, table.rows()))
+        shown = {name: row.get(name) for name in ("dev_loss", "exact_match", "other_text_loss")}
+        print(f"{key}: {shown}, {time.monotonic() - began:.0f} s; {left} left", flush=True)
+        return True
+    return False
 
 
 def _head(config: Config, key: Key) -> dict[str, Any]:
@@ -145,7 +186,7 @@ def main() -> None:
         print("\n".join(map(str, pending(config, table.rows()))))
         return
     name, end = find_smollm2(), time.monotonic() + 60 * given.minutes
-    bench = Bench(config, load_model(name, "float32"), load_tokenizer(name))
+    bench = Bench(config, load_model(name, "float32"), load_tokenizer(name), given.results)
     while (left := pending(config, table.rows())) and time.monotonic() < end:
         if not advance(bench, table):
             time.sleep(5)  # others are at all that is known; what they find may bring more

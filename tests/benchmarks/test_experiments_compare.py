@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,11 @@ import rasa_ext
 from experiments.compare import config as compare_config
 from experiments.compare import report, run, step_time
 from experiments.compare.config import BASE, Key, pending, read_config
-from experiments.compare.methods import between, groups, prepared
+from experiments.compare.methods import between, groups, optimizer, planned, prepared
 from experiments.table import Table
 from experiments.training import Recipe, Run, collate, encoded
+from rasa_ext.optim import LoraPro
+from rasa_ext.ranks import hidden_dimensions, intrinsic_ranks
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
 
 pytest.importorskip("peft")
@@ -68,13 +73,14 @@ def test_every_method_of_the_family_trains(rows):
             continue
         model = prepared(make_model(), spec, 1, bfloat16=False)
         recipe = Recipe(9, 4, 1e-2, bfloat16=False)
-        steps = between(model, spec, 1)
-        run = Run(model, rows, PAD, recipe, groups(model, spec, 1e-2), steps)
+        steps, made = between(model, spec, 1), optimizer(model, spec)
+        run = Run(model, rows, PAD, recipe, groups(model, spec, 1e-2), steps, made)
         numbers[name] = run.trainable
         while run.going:
             run.advance()
         assert run.losses[-1] < run.losses[0], name
         ranks = {row.R for row in rasa_ext.summary(model)}
+        assert isinstance(run._optimizer, LoraPro) == name.startswith("lora-pro")
         if name == "xgblora":
             assert ranks == {2}
         if name == "rasa-r8-k1-gates":
@@ -85,8 +91,52 @@ def test_every_method_of_the_family_trains(rows):
                 other.advance()
             its = next(m.d for m in plain.modules() if isinstance(m, rasa_ext.RasaLinear))
             assert d[7:].abs().sum() < its[7:].abs().sum()
-    sizes = [count for name, count in numbers.items() if name in ("sora-r8", "block-lora-r16-n2")]
+    alike = ("sora-r8", "block-lora-r16-n2", "lora-pro-r8", "lora-pro-factors-r8")
+    sizes = [numbers[name] for name in alike]
     assert max(sizes) < 1.05 * min(sizes)
+
+
+def test_ranks_are_planned_once(small, tmp_path, monkeypatch):
+    bench = run.Bench(read_config(small), make_model(), make_tokenizer(), tmp_path)
+    task = bench.task("maths")
+    found = bench.ranks(task, 4)
+    monkeypatch.delattr(run, "planned")
+    assert run.Bench(bench.config, None, bench.tokenizer, tmp_path).ranks(task, 4) == found
+    with pytest.raises(NameError):
+        bench.ranks(task, 5)
+
+
+def test_planned_ranks_are_in_proportion_and_of_the_wanted_size(rows):
+    base = make_model()
+    batch = {k: v for k, v in collate(rows, PAD).items() if k != "labels"}
+    found, dimensions = planned(base, [batch], 8), hidden_dimensions(base, [batch])
+    gains = [max(after - before, 0) for before, after in itertools.pairwise(dimensions)]
+    by_gain = sorted(range(len(gains)), key=gains.__getitem__)
+    ranks = [found[f"model.layers.{block}.self_attn.q_proj"] for block in by_gain]
+    assert ranks == sorted(ranks)
+    assert found.keys() == intrinsic_ranks(base, [batch]).keys()
+    spec = {"kind": "lora", "rank": 8, "alpha": 8, "ranks": "gelora"}
+    model = prepared(base, spec, 1, bfloat16=False, ranks=found)
+    plain = prepared(base, spec, 1, bfloat16=False)
+    trained, wanted = (
+        sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (model, plain)
+    )
+    assert trained == pytest.approx(wanted, rel=0.1)
+    for name, module in model.get_base_model().named_modules():
+        if hasattr(module, "lora_A"):
+            assert module.lora_A["default"].weight.shape[0] == found[name]
+
+
+def test_equal_time_shares_its_methods_and_most_of_its_runs_with_the_family():
+    family = read_config(compare_config.HERE / "family.yaml")
+    config = read_config(compare_config.HERE / "equal_time.yaml")
+    assert config.methods.keys() == family.methods.keys()
+    for name, spec in config.methods.items():
+        same = {k: v for k, v in spec.items() if k not in ("rates", "share")}
+        assert same == {k: v for k, v in family.methods[name].items() if k != "rates"}
+        assert set(spec["rates"]) <= set(family.methods[name]["rates"])
+        marks = [each.settings("maths", name) for each in (family, config)]
+        assert (marks[0] == marks[1]) == ("share" not in spec)
 
 
 def test_the_shipped_config_is_valid_and_covers_what_it_should():
@@ -108,6 +158,10 @@ def test_the_shipped_config_is_valid_and_covers_what_it_should():
         ({"tasks": ["chess"]}, "tasks: expected some of maths, docstrings, got 'chess'"),
         ({"methods": {"x": {"kind": "dora", "rates": [1]}}}, "methods: x: expected a kind"),
         ({"methods": {"x": {"kind": "lora", "rates": [1]}}}, "methods: x: expected alpha, kind"),
+        (
+            {"methods": {"x": {"kind": "full", "rates": [1], "optimizer": {}}}},
+            "methods: x: expected kind, rates, got kind, optimizer, rates",
+        ),
         ({"stepz": 1}, "expected the keys"),
         ({"steps": {"docstrings": 3}}, "steps: expected a number, or one for each of maths, got"),
     ],
@@ -141,6 +195,10 @@ def test_further_seeds_go_to_the_best_two_rates_of_complete_sweeps(small):
     assert pending(config, rows) == [Key("maths", "lora", lr, 5) for lr in (3.0, 1.0)]
     rows.append(row(Key("maths", "lora", 3.0, 5), config, 0.4))
     assert pending(config, rows) == [Key("maths", "lora", 1.0, 5)]
+    # A rate that another config sweeps is none of this one's.
+    less = read_config(small)
+    less.methods["lora"]["rates"] = [3.0]
+    assert {line["rates"] for line in report.methods_table(less, rows, "maths")[1:]} == {"1 of 1"}
     # Another number of steps: none of these rows counts.
     small.write_text(yaml.safe_dump(given | {"steps": 3}))
     assert len(pending(read_config(small), rows)) == 5
@@ -222,6 +280,57 @@ def test_the_comparison_runs_resumes_and_is_reported(small, tmp_path, monkeypatc
     assert "| before training |" in capsys.readouterr().out
 
 
+def test_a_run_that_another_process_is_at_is_left_to_it(small, tmp_path):
+    """The other claims the first run, and another row comes in while this one works."""
+    config, table = read_config(small), Table(tmp_path / "runs.csv", run.COLUMNS)
+    first, second, *_ = pending(config, [])
+    code = (
+        "import sys; from experiments.table import Table\n"
+        f"with Table({str(table.path)!r}, {run.COLUMNS!r}).claim({first!r}) as mine:\n"
+        "    print(mine, flush=True); sys.stdin.readline()"
+    ).replace(repr(first), repr(repr(first)))
+    words = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as other:
+        assert other.stdout.readline() == "True\n"
+
+        class Bench:
+            def do(self, key):
+                return row(key, config, 1)
+
+        bench = Bench()
+        bench.config = config
+        assert run.advance(bench, table)
+        assert [compare_config.key_of(r) for r in table.rows()] == [second]
+        other.communicate("\n")
+    assert run.advance(bench, table)
+    assert compare_config.key_of(table.rows()[1]) == first
+
+
+def test_a_share_of_the_steps_is_a_run_of_its_own(small, tmp_path):
+    """Equal step time: other steps, another mark, and the steps in the table."""
+    given = yaml.safe_load(small.read_text())
+    given |= {"steps": 10, "seeds": [0]}
+    given["methods"] = {name: given["methods"][name] for name in ("rasa", "lora")}
+    small.write_text(yaml.safe_dump(given, sort_keys=False))
+    rows = [row(key, read_config(small), 1) for key in pending(read_config(small), [])]
+    given["methods"]["rasa"] |= {"share": 0.84, "rates": [1e-3]}
+    small.write_text(yaml.safe_dump(given, sort_keys=False))
+    config = read_config(small)
+    assert pending(config, rows) == [Key("maths", "rasa", 1e-3, 0)]
+    bench = run.Bench(config, make_model(), make_tokenizer(), tmp_path)
+    done = bench.do(pending(config, rows)[0])
+    assert done["steps"] == 8
+    rows = [{**r, "steps": "10"} for r in rows] + [{k: str(v) for k, v in done.items()}]
+    table = report.methods_table(config, rows, "maths", {"rasa": "1.19"})
+    shown = [(line["method"], line["steps"], line["step time"]) for line in table[1:]]
+    assert shown == [("rasa", "8", "1.19"), ("lora", "10", None)]
+    whole = report.summary_table(config, rows, {"rasa": "1.19"})
+    assert [line["maths: loss"] for line in whole] == [line["held-out loss"] for line in table]
+    assert list(whole[1])[:3] == ["method", "trainable parameters", "step time"]
+
+
 def test_other_steps_of_one_task_leave_the_other_tasks_rows(small):
     given = yaml.safe_load(small.read_text()) | {"tasks": ["maths", "docstrings"]}
     rows, left = [], []
@@ -258,6 +367,9 @@ def test_steps_of_all_methods_are_timed_together(small, rows, tmp_path):
     assert [line["method"] for line in found] == ["rasa", "lora", "vera", "full"]
     assert found[0][f"over_{step_time.REFERENCE}"] == "1.000"
     assert all(one.step == 5 for one in runs.values())
+    again = {"full": runs["full"]}
+    runs["full"].losses.clear()
+    assert step_time.measure(again, 2, reference="full", processor=True)[0]["over_full"] == "1.000"
     assert report.step_table(tmp_path / "step_time.csv") == []
     step_time.write(tmp_path / "step_time.csv", found)
     shown = report.step_table(tmp_path / "step_time.csv")

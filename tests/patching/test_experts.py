@@ -64,11 +64,16 @@ def test_all_linear_takes_every_bank_beside_the_linear_layers(family):
     ids=str,
 )
 def test_some_of_the_banks(options, expected):
-    """The others compute as before, and a warning tells of them."""
+    """The others compute as before, and a warning tells of them, unless they are trained in full."""
     base = experts.model()
     model = copy.deepcopy(base)
-    with pytest.warns(UserWarning, match=f"{4 - len(expected)} stacked .3-D. weights stay unt"):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         rasa_ext.patch_model(model, 3, 1, experts="slot", **options)
+    told = [str(each.message) for each in said if "stacked (3-D) weights stay" in str(each.message)]
+    assert len(told) == ("modules_to_save" not in options)
+    assert all(text.startswith(f"{4 - len(expected)} stacked") for text in told)
+    assert not any("experts='shared'" in text for text in told)  # they know of it
     assert banks(model) == expected
     experts.randomize(model)
     inputs = experts.inputs(dtype=torch.float32)
