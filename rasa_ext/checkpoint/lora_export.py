@@ -10,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
-from rasa_ext.checkpoint.files import PREFIX, write_adapter
+from rasa_ext.checkpoint.files import PREFIX
+from rasa_ext.checkpoint.lora_formats import PEFT_FILES, writer_of
+from rasa_ext.checkpoint.lora_truncated import check_rank, truncated
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.patching.state import adapted_layers, patch_state, unwrap
 from rasa_ext.patching.swap import FAST_PATH
@@ -22,9 +24,11 @@ def export_lora(
     directory: str | os.PathLike[str],
     pad_to: int | None = None,
     *,
+    rank: int | None = None,
+    format: str = PEFT_FILES,
     allow_dropped: bool = False,
 ) -> int:
-    """Write the adapter as a LoRA that PEFT, vLLM, SGLang and llama.cpp read.
+    """Write the adapter as a LoRA that PEFT, vLLM, SGLang, llama.cpp or mlx-lm read.
 
     Not every reader knows ranks and scales of single layers, so every layer is written at the
     largest effective rank, or at ``pad_to``, filled up with zeros, and with a scale of 1. The
@@ -39,6 +43,12 @@ def export_lora(
         model: a patched model.
         directory: made if it is missing; an adapter that is there is replaced.
         pad_to: the rank to write; the largest effective rank if None.
+        rank: the rank to write, which may be lower: each layer is then the nearest of that rank to
+            its dW, and ``export_error`` tells how near. Not beside ``pad_to``.
+        format: "peft" for PEFT, vLLM and SGLang, and llama.cpp's converter; "gguf" is what that
+            converter writes, ``adapter.gguf``, and needs the package gguf; "mlx" is for mlx-lm.
+            The last two hold low-rank pairs alone, of the families of models whose names they are
+            checked for.
         allow_dropped: write what some reader leaves out all the same, with a warning; for others,
             such as PEFT.
 
@@ -48,6 +58,9 @@ def export_lora(
     Raises:
         TypeError, ValueError: the model is not patched, or ``pad_to`` is not an integer, or below
             the largest effective rank.
+        TypeError, ValueError: ``rank`` is no positive integer or comes with ``pad_to``, or
+            ``format`` is none of those or cannot hold the adapter.
+        ImportError: ``format`` is "gguf", and the package is missing.
         ValueError: a reader would leave a part of the adapter out.
 
     Example:
@@ -58,41 +71,41 @@ def export_lora(
         9
         >>> rasa_ext.export_lora(model, "lora", pad_to=16)  # one of the ranks that vLLM takes
         16
+        >>> rasa_ext.export_lora(model, "lora", rank=4)  # no longer exact
+        4
     """
     state, layers = patch_state(model), adapted_layers(model)
-    rank = max(layer.effective_rank for _, layer in layers)
+    check_rank(model, rank, pad_to)
+    written = max(layer.effective_rank for _, layer in layers)
     if pad_to is not None:
         if isinstance(pad_to, bool) or not isinstance(pad_to, int):
             raise TypeError(f"pad_to: expected an integer or None, got {pad_to!r}.")
-        if pad_to < rank:
-            raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
-        rank = pad_to
+        if pad_to < written:
+            raise ValueError(
+                f"pad_to: expected at least the effective rank {written}, got {pad_to}."
+            )
+        written = pad_to
+    written = max(written, rank or 0)
     names, saved = [name for name, _ in layers], saved_tensors(unwrap(model), state.plan)
-    dropped = [*_dropped(unwrap(model), names, saved)]
-    if dropped and not allow_dropped:
-        raise ValueError(
-            f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
-            f"{_INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
-            "readers."
-        )
-    for message in dropped:
-        warnings.warn(f"{message}; for that reader, {_INSTEAD}.", stacklevel=2)
-    for message in _limits(model, layers):
-        warnings.warn(message, stacklevel=2)
+    write = writer_of(format, unwrap(model), names, saved)
+    if format == PEFT_FILES:
+        _warn(model, layers, saved, allow_dropped)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers:
         Ap, Bp = layer.packed_factors()
-        fill = rank - Ap.shape[0]
+        fill = written - Ap.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(Ap, (0, 0, 0, fill))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(Bp.t(), (0, fill))
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in saved.items())
+    if rank is not None and rank < written:
+        tensors, written = truncated(tensors, rank), rank
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task_type(model),
         "base_model_name_or_path": base_name(model),
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
+        "r": written,
+        "lora_alpha": written,
         "lora_dropout": 0.0,
         "target_modules": suffixes(names, unwrap(model)),
         "modules_to_save": list(state.plan.modules_to_save) or None,
@@ -103,11 +116,31 @@ def export_lora(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
-    write_adapter(directory, settings, tensors)
-    return rank
+    write(directory, settings, tensors)
+    return written
 
 
 _INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
+
+
+def _warn(
+    model: nn.Module,
+    layers: list[tuple[str, RasaLinear]],
+    saved: Mapping[str, Tensor],
+    allow_dropped: bool,
+) -> None:
+    """Warn of what PEFT's files hold that some reader does not take, or raise ValueError."""
+    dropped = [*_dropped(unwrap(model), [name for name, _ in layers], saved)]
+    if dropped and not allow_dropped:
+        raise ValueError(
+            f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
+            f"{_INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
+            "readers."
+        )
+    for message in dropped:
+        warnings.warn(f"{message}; for that reader, {_INSTEAD}.", stacklevel=3)
+    for message in _limits(model, layers):
+        warnings.warn(message, stacklevel=3)
 
 
 def _dropped(root: nn.Module, names: list[str], saved: Mapping[str, Tensor]) -> Iterator[str]:

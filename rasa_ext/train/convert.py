@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 import rasa_ext
+from rasa_ext import Truncation
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.checkpoint.writing import check_output, new_folder
 from rasa_ext.train.inspection import check_adapter
@@ -43,6 +44,8 @@ class Exported(NamedTuple):
     rank: int
     float32: bool
     """Tell whether the base is stored in float32."""
+    truncation: Truncation | None
+    """What a chosen rank leaves out; None where all was asked for."""
 
 
 def export_adapter(
@@ -52,6 +55,8 @@ def export_adapter(
     base: str | None,
     pad_to: int | None,
     allow_dropped: bool,
+    rank: int | None = None,
+    format: str = "peft",
     overwrite: bool = False,
 ) -> Exported:
     """Write the adapter as a plain LoRA; errors are those of `merge_adapter`."""
@@ -60,8 +65,11 @@ def export_adapter(
     check_differs((adapter, name), output, overwrite=overwrite)
     model = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
     float32 = model.dtype == torch.float32
-    rank = rasa_ext.export_lora(model, output, pad_to=pad_to, allow_dropped=allow_dropped)
-    return Exported(name, rank, float32)
+    written = rasa_ext.export_lora(
+        model, output, pad_to=pad_to, rank=rank, format=format, allow_dropped=allow_dropped
+    )
+    truncation = None if rank is None else rasa_ext.export_error(model, rank)
+    return Exported(name, written, float32, truncation)
 
 
 def import_checkpoint(
