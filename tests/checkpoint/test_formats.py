@@ -149,7 +149,7 @@ def test_what_a_format_cannot_hold(form, case, tmp_path):
 
 
 def test_a_layer_that_llama_cpp_has_no_name_for(tmp_path):
-    with pytest.raises(ValueError, match="format: expected layers .* but 'extra' is none"):
+    with pytest.raises(ValueError, match=r"format: expected layers .* but 'extra' is none"):
         rasa_ext.export_lora(patched(Renamed()), tmp_path, format="gguf")
     assert not [*tmp_path.iterdir()]
 
