@@ -30,7 +30,7 @@ FAMILIES = {
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},
     "gemma2": _HEADS,
-    "gemma3_text": {**_HEADS, "sliding_window": 16},
+    "gemma3_text": {**_HEADS, "num_hidden_layers": 6},  # the sixth sees all tokens
     "phi3": {"original_max_position_embeddings": 512},
 }
 
@@ -38,8 +38,7 @@ FAMILIES = {
 def adapted(family: str):
     """The same model with the same adapter each time, which changes much of what it computes."""
     torch.manual_seed(0)
-    options = FAMILIES[family]
-    config = transformers.AutoConfig.for_model(family, **_SIZES, **options)
+    config = transformers.AutoConfig.for_model(family, **_SIZES | FAMILIES[family])
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     rasa_ext.patch_model(model, rank=4, k=1)
     with torch.no_grad():

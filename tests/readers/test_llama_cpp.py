@@ -58,7 +58,9 @@ def test_float32_on_and_off_by_request(case, exported, tmp_path, figure, record_
     for i, name in enumerate(order):
         part = told[i * count : (i + 1) * count]
         found[name] = max(found.get(name, 0.0), off(case, name, part))
-    record_property("llama.cpp, float32, by request", max(found.values()))
+    record_property(
+        "llama.cpp, float32 base, two adapters on and off by request", max(found.values())
+    )
     figure(f"llama.cpp, float32 by request: {found}")
     assert max(found.values()) < LIMIT, found
 
@@ -67,7 +69,7 @@ def test_float32_as_printed(case, exported, tmp_path, figure, record_property):
     asked = requests(case)
     told = ask("llama.cpp", "ask_llama_cpp.py", {"words": exported, "requests": asked}, tmp_path)
     found = off(case, "first", told)
-    record_property("llama.cpp, float32, as printed", found)
+    record_property("llama.cpp, float32 base, the commands as printed", found)
     figure(f"llama.cpp, float32 as printed: {found:.2g}")
     assert found < LIMIT
 
@@ -83,7 +85,7 @@ def test_over_the_quantized_base(case, tmp_path, figure, record_property):
     adapter = off(case, "first", told[: len(on)])
     base = off(case, "base", told[len(on) :])
     lost = off(case, "base", told[: len(on)])
-    record_property("llama.cpp, Q4_1 base", adapter)
+    record_property(f"llama.cpp, Q4_1 base (the base alone: {base:.2g})", adapter)
     figure(f"llama.cpp, Q4_1: adapter {adapter:.2g} off, base {base:.2g}; effect {lost:.2g}")
     assert adapter < 2 * base
     assert lost > 3 * adapter

@@ -48,7 +48,7 @@ def test_adapters_and_the_base_in_one_batch(case, exported, tmp_path, figure, re
     }
     told = ask("vllm", "ask_vllm.py", question, tmp_path, **ENVIRONMENT)
     found = {name: off(case, name, told[i :: len(names)]) for i, name in enumerate(names)}
-    record_property("vLLM, float32, one batch", max(found.values()))
+    record_property("vLLM, two adapters and the base in one batch", max(found.values()))
     figure(f"vLLM, one batch: {found}")
     assert max(found.values()) < LIMIT, found
 
@@ -66,7 +66,9 @@ def test_the_server_as_printed(case, exported, tmp_path, figure, record_property
         for name, model in names.items():
             told = [complete(post, model, case.prompts[i][:n]) for i, n in prompts(case)]
             found[name] = off(case, name, told, 20)
-    record_property("vLLM, float32, by HTTP", max(found.values()))
+    record_property(
+        "vLLM, the server as printed, an adapter loaded while it runs", max(found.values())
+    )
     figure(f"vLLM, by HTTP: {found}")
     assert max(found.values()) < LIMIT, found
 
