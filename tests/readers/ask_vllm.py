@@ -1,4 +1,4 @@
-"""Run in vLLM's environment: requests, each with its adapter, in one batch; likeliest tokens out."""
+"""Run in vLLM's environment: requests and their adapters as one batch in, likeliest tokens out."""
 
 import json
 import sys
