@@ -9,6 +9,7 @@ from rasa_ext import distributed, methods, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
 from rasa_ext.checkpoint.lora_export import export_lora, export_size
+from rasa_ext.checkpoint.lora_truncated import Truncation, export_error
 from rasa_ext.checkpoint.official import load_official
 from rasa_ext.config import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
@@ -40,6 +41,7 @@ __all__ = [
     "RasaLinear",
     "RasaPool",
     "SafetensorsFolder",
+    "Truncation",
     "__version__",
     "adapter_parameters",
     "compress",
@@ -49,6 +51,7 @@ __all__ = [
     "delta_weights",
     "disable_adapter",
     "distributed",
+    "export_error",
     "export_lora",
     "export_size",
     "fit_adapter",

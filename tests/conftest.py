@@ -21,20 +21,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked engines are deselected unless -m names them; without CUDA, those marked gpu."""
-    if "engines" not in config.getoption("markexpr"):
-        others = [item for item in items if item.get_closest_marker("engines")]
-        config.hook.pytest_deselected(items=others)
-        items[:] = [item for item in items if item not in others]
+    """Tests marked readers or engines are for who asks; those marked gpu need a CUDA device."""
+    for marker in ("readers", "engines"):
+        if marker not in config.getoption("markexpr"):
+            _deselect(config, items, marker)
     import torch  # here: the process that only hands out tests to workers needs none
 
     torch.set_num_threads(1)  # models this small only lose time to waiting threads
     if torch.cuda.is_available():
         return
-    needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if needs_gpu:
-        config.hook.pytest_deselected(items=needs_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    _deselect(config, items, "gpu")
+
+
+def _deselect(config: pytest.Config, items: list[pytest.Item], marker: str) -> None:
+    if marked := [item for item in items if item.get_closest_marker(marker)]:
+        config.hook.pytest_deselected(items=marked)
+        items[:] = [item for item in items if not item.get_closest_marker(marker)]
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:

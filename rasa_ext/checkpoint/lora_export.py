@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
-from rasa_ext.checkpoint.files import PREFIX, write_adapter
+from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.lora_experts import (
     PEFT,
     Entry,
@@ -25,6 +25,8 @@ from rasa_ext.checkpoint.lora_experts import (
     parameters_of,
     targets_of,
 )
+from rasa_ext.checkpoint.lora_formats import PEFT_FILES, writer_of
+from rasa_ext.checkpoint.lora_truncated import check_rank, truncated
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.patching.state import (
     adapted_experts,
@@ -43,9 +45,11 @@ def export_lora(
     pad_to: int | None = None,
     *,
     experts: str | None = None,
+    rank: int | None = None,
+    format: str = PEFT_FILES,
     allow_dropped: bool = False,
 ) -> int:
-    """Write the adapter as a LoRA that PEFT, vLLM, SGLang and llama.cpp read.
+    """Write the adapter as a LoRA that PEFT, vLLM, SGLang, llama.cpp or mlx-lm read.
 
     Not every reader knows ranks and scales of single layers, so every layer is written at the
     largest effective rank, or at ``pad_to``, filled up with zeros, and with a scale of 1. The
@@ -69,6 +73,12 @@ def export_lora(
             llama.cpp; "shared-outer" is SGLang's for experts that share what reads their input and
             what writes their output, and only for ``experts="shared"`` with k = rank. None is
             "peft", with a warning, and leaves models without adapted experts as they are.
+        rank: the rank to write, which may be lower: each layer is then the nearest of that rank to
+            its dW, and ``export_error`` tells how near. Not beside ``pad_to``.
+        format: "peft" for PEFT, vLLM and SGLang, and llama.cpp's converter; "gguf" is what that
+            converter writes, ``adapter.gguf``, and needs the package gguf; "mlx" is for mlx-lm.
+            The last two hold low-rank pairs alone, of the families of models whose names they are
+            checked for.
         allow_dropped: write what some reader leaves out all the same, with a warning; for others,
             such as PEFT.
 
@@ -78,6 +88,9 @@ def export_lora(
     Raises:
         TypeError, ValueError: the model is not patched, ``pad_to`` is not an integer, or below the
             largest effective rank, or the adapter has no such form as ``experts`` asks for.
+        TypeError, ValueError: ``rank`` is no positive integer or comes with ``pad_to`` or adapted
+            experts, or ``format`` is none of those or cannot hold the adapter.
+        ImportError: ``format`` is "gguf", and the package is missing.
         ValueError: a reader would leave a part of the adapter out.
 
     Example:
@@ -88,22 +101,24 @@ def export_lora(
         9
         >>> rasa_ext.export_lora(model, "lora", pad_to=16)  # one of the ranks that vLLM takes
         16
+        >>> rasa_ext.export_lora(model, "lora", rank=4)  # no longer exact
+        4
     """
     state, root = patch_state(model), unwrap(model)
-    export = _make_export(model, pad_to, experts)
-    dropped = [*_dropped(root, export.names, export.saved)]
-    if dropped and not allow_dropped:
+    export = _make_export(model, pad_to, experts, rank)
+    if export.experts and format != PEFT_FILES:
         raise ValueError(
-            f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
-            f"{_INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
-            "readers."
+            f"format: expected {PEFT_FILES!r} for a model with adapted experts, got {format!r}, "
+            "which holds pairs of linear layers alone."
         )
-    for message in dropped:
-        warnings.warn(f"{message}; for that reader, {_INSTEAD}.", stacklevel=2)
-    for message in (*_limits(model, export.layers), *export.limits(default=experts is None)):
-        warnings.warn(message, stacklevel=2)
+    write = writer_of(format, root, export.names, export.saved)
+    if format == PEFT_FILES:
+        _warn(model, export, allow_dropped, default=experts is None)
     tensors = {entry.key: entry.make() for entry in export.entries()}
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in export.saved.items())
+    written = export.rank
+    if rank is not None and rank < written:
+        tensors, written = truncated(tensors, rank), rank
     layout = export.layout
     targets = suffixes(export.names, root)
     if layout is not None and layout != PEFT:
@@ -113,8 +128,8 @@ def export_lora(
         "task_type": task_type(model),
         "base_model_name_or_path": base_name(model),
         "inference_mode": True,
-        "r": export.rank,
-        "lora_alpha": export.rank,
+        "r": written,
+        "lora_alpha": written,
         "lora_dropout": 0.0,
         "target_modules": targets,
         "modules_to_save": list(state.plan.modules_to_save) or None,
@@ -127,16 +142,22 @@ def export_lora(
     }
     if layout == PEFT:
         settings["target_parameters"] = parameters_of(export.experts, root)
-    write_adapter(directory, settings, tensors)
-    return export.rank
+    write(directory, settings, tensors)
+    return written
 
 
-def export_size(model: nn.Module, pad_to: int | None = None, *, experts: str | None = None) -> int:
+def export_size(
+    model: nn.Module,
+    pad_to: int | None = None,
+    *,
+    experts: str | None = None,
+    rank: int | None = None,
+) -> int:
     """Count the bytes of the tensors that ``export_lora`` would write; makes none of them.
 
     Args:
         model: a patched model.
-        pad_to, experts: as in ``export_lora``.
+        pad_to, experts, rank: as in ``export_lora``.
 
     Returns:
         Bytes; the file has some more, for the tensors' names.
@@ -149,7 +170,9 @@ def export_size(model: nn.Module, pad_to: int | None = None, *, experts: str | N
         >>> rasa_ext.export_size(model)  # two layers of 9 * (48 + 32) numbers in float32
         5760
     """
-    export = _make_export(model, pad_to, experts)
+    export = _make_export(model, pad_to, experts, rank)
+    if rank is not None and rank < export.rank:
+        export = dataclasses.replace(export, rank=rank)
     factors = sum(math.prod(entry.shape) for entry in export.entries())
     return factors * torch.float32.itemsize + sum(t.nbytes for t in export.saved.values())
 
@@ -182,9 +205,15 @@ class _Export:
             yield from limits_of(self.experts, self.layout, default=default)
 
 
-def _make_export(model: nn.Module, pad_to: int | None, experts: str | None) -> _Export:
-    """Check the arguments and look at the model, in which nothing changes."""
+def _make_export(
+    model: nn.Module, pad_to: int | None, experts: str | None, chosen: int | None
+) -> _Export:
+    """Check the arguments and look at the model, in which nothing changes.
+
+    The rank is that of the pairs before they are cut to the ``chosen`` one.
+    """
     state, banks = patch_state(model), adapted_experts(model)
+    check_rank(model, chosen, pad_to)
     layout = chosen_layout(banks, experts)
     rank = max(owner.effective_rank for _, owner in owners(model))
     if pad_to is not None:
@@ -194,7 +223,7 @@ def _make_export(model: nn.Module, pad_to: int | None, experts: str | None) -> _
             raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
         rank = pad_to
     saved = saved_tensors(unwrap(model), state.plan)
-    return _Export(adapted_layers(model), banks, layout, rank, saved)
+    return _Export(adapted_layers(model), banks, layout, max(rank, chosen or 0), saved)
 
 
 def _linear(name: str, layer: RasaLinear, rank: int) -> Iterator[Entry]:
@@ -212,6 +241,21 @@ def _linear(name: str, layer: RasaLinear, rank: int) -> Iterator[Entry]:
 
 
 _INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
+
+
+def _warn(model: nn.Module, export: _Export, allow_dropped: bool, *, default: bool) -> None:
+    """Warn of what PEFT's files hold that some reader does not take, or raise ValueError."""
+    dropped = [*_dropped(unwrap(model), export.names, export.saved)]
+    if dropped and not allow_dropped:
+        raise ValueError(
+            f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
+            f"{_INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
+            "readers."
+        )
+    for message in dropped:
+        warnings.warn(f"{message}; for that reader, {_INSTEAD}.", stacklevel=3)
+    for message in (*_limits(model, export.layers), *export.limits(default=default)):
+        warnings.warn(message, stacklevel=3)
 
 
 def _dropped(root: nn.Module, names: list[str], saved: Mapping[str, Tensor]) -> Iterator[str]:

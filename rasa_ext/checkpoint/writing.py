@@ -136,13 +136,14 @@ def _refused(path: Path, number: int, whole: str) -> WriteError:
 
 
 @contextlib.contextmanager
-def new_folder(output: Path, whole: str) -> Iterator[Path]:
+def new_folder(output: Path, whole: str, stale: tuple[str, ...] = STALE) -> Iterator[Path]:
     """Give a temporary folder whose files become those of ``output`` if all within succeeds.
 
     A new folder appears by one rename. In one that is there already the files move one by one,
-    each by a rename; weights of an earlier model go, and what else it holds stays. After an error
-    before that the temporary folder is gone and ``output`` as it was. Files have the mode that the
-    umask gives, which not every release of safetensors respects.
+    each by a rename; old files of the patterns ``stale`` go, by default weights of an earlier
+    model, and what else it holds stays. After an error before that the temporary folder is gone
+    and ``output`` as it was. Files have the mode that the umask gives, which not every release of
+    safetensors respects.
 
     Raises `WriteError`; ``whole`` tells, as a clause, what is whole beside ``output``.
     """
@@ -158,16 +159,16 @@ def new_folder(output: Path, whole: str) -> Iterator[Path]:
             if fresh:
                 temporary.rename(output)
             else:
-                _move_into(temporary, output)
+                _move_into(temporary, output, stale)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into(source: Path, target: Path) -> None:
+def _move_into(source: Path, target: Path, stale: tuple[str, ...]) -> None:
     names = {path.name for path in source.iterdir()}
     for path in sorted(source.iterdir()):
         os.replace(path, target / path.name)
-    for pattern in STALE:
+    for pattern in stale:
         for path in target.glob(pattern):
             if path.name not in names:
                 path.unlink()

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rasa_ext.cli.output import Overwrite, command, console, progress
+from rasa_ext.cli.output import Overwrite, command, console, progress, table_of
+
+if TYPE_CHECKING:
+    from rasa_ext import Truncation
 
 _Adapter = Annotated[Path, typer.Argument(help="Adapter directory.", show_default=False)]
 _Output = Annotated[Path, typer.Option(help="Directory to write.", show_default=False)]
@@ -47,6 +50,16 @@ def export_lora(
     pad_to: Annotated[
         int | None, typer.Option(help="Rank to write. [default: the largest effective rank]")
     ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(
+            help="Rank to write, which may be lower; the error of every layer is then printed.",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="peft (and vLLM, SGLang), gguf (llama.cpp), or mlx (mlx-lm).")
+    ] = "peft",
     allow_dropped: Annotated[
         bool,
         typer.Option(
@@ -66,7 +79,7 @@ def export_lora(
     ] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write an adapter as an exact plain LoRA for PEFT, vLLM, SGLang and llama.cpp."""
+    """Write an adapter as a plain LoRA for PEFT, vLLM, SGLang, llama.cpp and mlx-lm."""
     from rasa_ext.train.convert import export_adapter
     from rasa_ext.train.serving import serving_help
     from rasa_ext.train.working import working
@@ -84,11 +97,27 @@ def export_lora(
             experts=experts,
             large=yes,
             announce=announce,
+            rank=rank,
+            format=format,
             overwrite=overwrite,
         )
     console.print(f"LoRA of rank {lora.rank} in {output}.")
-    told = serving_help(lora.base, output, lora.rank, float32=lora.float32, experts=lora.experts)
+    if lora.truncation is not None:
+        _show_truncation(lora.truncation)
+    told = serving_help(
+        lora.base, output, lora.rank, float32=lora.float32, experts=lora.experts, format=format
+    )
     console.print(told, markup=False)
+
+
+def _show_truncation(found: Truncation) -> None:
+    table = table_of("layer", "error")
+    for name, error in found.layers.items():
+        table.add_row(name, f"{error:.3g}")
+    table.add_section()
+    table.add_row("all", f"{found.error:.3g}")
+    console.print(table)
+    console.print("Errors are of the change of the weights, relative, in the Frobenius norm.")
 
 
 @command

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from rasa_ext.solver.low_rank import Components, Matrix, complete_basis, solve_normal, truncated_svd
+from rasa_ext.linalg import Components
+from rasa_ext.solver.low_rank import Matrix, complete_basis, solve_normal, truncated_svd
 
 
 class CoordinateDescent:

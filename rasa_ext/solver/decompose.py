@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from rasa_ext.config import RasaConfig
+from rasa_ext.linalg import Components, svd_of_product
 from rasa_ext.solver.coordinate_descent import CoordinateDescent
-from rasa_ext.solver.low_rank import Components, Matrix, svd_of_product, truncated_svd
+from rasa_ext.solver.low_rank import Matrix, truncated_svd
 
 Delta = Tensor | tuple[Tensor, Tensor]
 """A weight change (out, in), or a pair (B, A) of (out, s) and (s, in) whose product it is."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+
+from rasa_ext.linalg import Components
 
 EXACT = 128
 """Up to this smaller side a dense SVD is the fastest and is taken."""
@@ -69,22 +70,6 @@ class Matrix:
             return y
         left, right = self.subtracted
         return y - left @ right
-
-
-class Components(NamedTuple):
-    """U (out, n) and V (n, in) orthonormal, S (n,) falling: U diag(S) V."""
-
-    U: Tensor
-    S: Tensor
-    V: Tensor
-
-
-def svd_of_product(B: Tensor, A: Tensor) -> Components:
-    """The exact SVD of B (out, s) times A (s, in), by the QR of each factor."""
-    Q, R = torch.linalg.qr(B)
-    P, T = torch.linalg.qr(A.t())
-    U, S, V = torch.linalg.svd(R @ T.t(), full_matrices=False)
-    return Components(Q @ U, S, V @ P.t())
 
 
 def truncated_svd(

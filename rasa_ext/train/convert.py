@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 import rasa_ext
+from rasa_ext import Truncation
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.checkpoint.writing import check_output, new_folder
 from rasa_ext.patching.state import adapted_experts
@@ -50,6 +51,8 @@ class Exported(NamedTuple):
     """Tell whether the base is stored in float32."""
     experts: str | None
     """The layout of adapted experts, None where there are none."""
+    truncation: Truncation | None
+    """What a chosen rank leaves out; None where all was asked for."""
 
 
 def export_adapter(
@@ -62,6 +65,8 @@ def export_adapter(
     experts: str | None = None,
     large: bool = False,
     announce: Callable[[int], None] = lambda _: None,
+    rank: int | None = None,
+    format: str = "peft",
     overwrite: bool = False,
 ) -> Exported:
     """Write the adapter as a plain LoRA; errors are those of `merge_adapter`.
@@ -74,7 +79,7 @@ def export_adapter(
     check_differs((adapter, name), output, overwrite=overwrite)
     model = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
     float32 = model.dtype == torch.float32
-    size = rasa_ext.export_size(model, pad_to, experts=experts)
+    size = rasa_ext.export_size(model, pad_to, experts=experts, rank=rank)
     announce(size)
     adapted = bool(adapted_experts(model))
     if adapted and size > LARGE and not large:
@@ -84,10 +89,17 @@ def export_adapter(
             "`rasa-ext merge` instead or, where the experts are pool-only (experts='shared' with "
             "k = rank), --experts shared-outer for SGLang."
         )
-    rank = rasa_ext.export_lora(
-        model, output, pad_to=pad_to, experts=experts, allow_dropped=allow_dropped
+    written = rasa_ext.export_lora(
+        model,
+        output,
+        pad_to=pad_to,
+        experts=experts,
+        rank=rank,
+        format=format,
+        allow_dropped=allow_dropped,
     )
-    return Exported(name, rank, float32, (experts or "peft") if adapted else None)
+    truncation = None if rank is None else rasa_ext.export_error(model, rank)
+    return Exported(name, written, float32, (experts or "peft") if adapted else None, truncation)
 
 
 def import_checkpoint(

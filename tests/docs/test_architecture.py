@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom to the top. A line may import from lines below it and, within a folder, from the
 # folder itself; "" is the root, whose names users import.
 ORDER = [
-    {"_version", "base_layers", "hidden_states", "ops"},
+    {"_version", "base_layers", "hidden_states", "linalg", "ops"},
     {"nn"},
     {"methods"},
     {"config"},

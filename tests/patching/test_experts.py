@@ -64,7 +64,7 @@ def test_all_linear_takes_every_bank_beside_the_linear_layers(family):
     ids=str,
 )
 def test_some_of_the_banks(options, expected):
-    """The others compute as before, and a warning tells of them, unless they are trained in full."""
+    """The others compute as before; a warning tells of them, unless they are trained in full."""
     base = experts.model()
     model = copy.deepcopy(base)
     with warnings.catch_warnings(record=True) as said:

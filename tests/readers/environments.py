@@ -1,0 +1,101 @@
+"""An environment for each reader, made on first use and kept; versions in readers.ini.
+
+RASA_EXT_READERS names the folder that keeps them, ~/.cache/rasa_ext/readers if it is not set.
+"""
+
+from __future__ import annotations
+
+import configparser
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+PINS = Path(__file__).parents[1] / "requirements" / "readers.ini"
+HERE = Path(__file__).parent
+
+
+def pins(reader: str) -> dict[str, str]:
+    found = configparser.ConfigParser()
+    found.read(PINS)
+    return dict(found[reader])
+
+
+def folder(reader: str) -> Path:
+    """Where a reader's environment is, or will be: other versions have another place."""
+    cache = os.environ.get("RASA_EXT_READERS", "~/.cache/rasa_ext/readers")
+    told = json.dumps([pins(reader), sys.version_info[:2]], sort_keys=True)
+    name = f"{reader}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    return Path(cache).expanduser().resolve() / name
+
+
+def environment(reader: str) -> Path:
+    """The folder of the programs of a reader's environment, which is made if it is missing."""
+    place = folder(reader)
+    if not (place / "whole").exists():
+        wanted = pins(reader)
+        run(sys.executable, "-m", "venv", "--clear", place)
+        pip = [place / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check"]
+        run(*pip, "install", *wanted["install"].split())
+        if "remove" in wanted:
+            run(*pip, "uninstall", "-y", *wanted["remove"].split())
+        if "named" in wanted:
+            _name(wanted["named"], place)
+        if "source" in wanted:
+            _unpack(wanted["source"], place)
+        if "beside" in wanted:
+            run(*pip, "install", "--no-deps", "--target", place / "beside", wanted["beside"])
+        (place / "whole").touch()
+    return place / "bin"
+
+
+def _name(wanted: str, place: Path) -> None:
+    """Let importlib.metadata find a distribution, of which there is no more than its name."""
+    name, _, version = wanted.partition("==")
+    (packages,) = place.glob("lib/python*/site-packages")
+    there = packages / f"{name}-{version}.dist-info"
+    there.mkdir()
+    (there / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def _unpack(source: str, place: Path) -> None:
+    """Unpack the converters of a source distribution, llama.cpp's vendor/llama.cpp."""
+    name = source.partition("==")[0]
+    words = ["download", "-q", "--no-deps", "--no-binary", name, source, "-d", place / "sdist"]
+    run(sys.executable, "-m", "pip", *words)
+    (archive,) = (place / "sdist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        for member in file.getmembers():
+            _, _, path = member.name.partition("/vendor/llama.cpp/")
+            if path.startswith(("convert", "conversion/", "gguf-py/gguf/")):
+                member.name = path
+                file.extract(member, place / "source")
+
+
+def convert(*words: object) -> None:
+    """Run a converter of llama.cpp's source, whose dependencies this Python has but for one."""
+    environment("llama.cpp")
+    place = folder("llama.cpp")
+    variables = {**os.environ, "PYTHONPATH": str(place / "beside")}
+    run(sys.executable, *words, cwd=place / "source", env=variables)
+
+
+def run(*command: object, **options) -> str:
+    """Run a command to its end; what it prints, and all of it where it fails."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def ask(reader: str, script: str, question: object, place: Path, **variables: str):
+    """Run a script of this folder in a reader's environment: JSON in, JSON out."""
+    given, told = place / f"{script}.in.json", place / f"{script}.out.json"
+    given.write_text(json.dumps(question))
+    told.unlink(missing_ok=True)
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
+    run(environment(reader) / "python", HERE / script, given, told, env=environ)
+    return json.loads(told.read_text())

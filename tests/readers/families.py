@@ -1,0 +1,51 @@
+"""A random model of two layers of every family that has formats of its own, adapted."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+import rasa_ext
+
+_SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+_HEADS = {"head_dim": 8, "query_pre_attn_scalar": 8}
+FAMILIES = {
+    "llama": {},
+    "mistral": {},
+    "smollm3": {},
+    "granite": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    # mlx-lm's Gemma has the exact GELU, where transformers approximates it: 1.9e-3 off else.
+    "gemma": {"head_dim": 8, "hidden_act": "gelu"},
+    "gemma2": _HEADS,
+    "gemma3_text": {**_HEADS, "num_hidden_layers": 6},  # the sixth sees all tokens
+    "phi3": {"original_max_position_embeddings": 512},
+}
+
+
+def adapted(family: str):
+    """The same model with the same adapter each time, which changes much of what it computes."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, **_SIZES | FAMILIES[family])
+    for name, value in FAMILIES[family].items():
+        setattr(config, name, value)  # also where transformers takes another for it
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    rasa_ext.patch_model(model, rank=4, k=1)
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            noise = torch.randn(parameter.shape)
+            parameter.copy_(1 + 0.3 * noise if parameter.dim() == 1 else 0.3 * noise)
+    return model

@@ -1,0 +1,73 @@
+"""Run the readers' tests and write what they measured into docs/compatibility.md.
+
+    python -m tests.readers.report
+
+The part of the page between its two marks is replaced; nothing is written where a test fails.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+from tests.readers.environments import pins
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "compatibility.md"
+PART = re.compile(r"(?<=<!-- readers -->\n).*?(?=<!-- end of readers -->)", re.DOTALL)
+READERS = {
+    # The beginning of a property's name: (the reader, as in readers.ini).
+    "llama.cpp": "llama.cpp",
+    "mlx-lm": "mlx",
+    "vLLM": "vllm",
+}
+
+
+def main() -> int:
+    """Run the tests, and write the page where all of them passed."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "report.xml"
+        words = ["-m", "pytest", "-q", "-m", "readers", f"--junitxml={path}", *sys.argv[1:]]
+        done = subprocess.run([sys.executable, *words, str(ROOT / "tests" / "readers")], cwd=ROOT)
+        if done.returncode:
+            return done.returncode
+        found = measured(path.read_text())
+    text = PAGE.read_text()
+    PAGE.write_text(PART.sub(lambda _: table(found, datetime.date.today()), text))
+    return 0
+
+
+def measured(xml: str) -> dict[str, float]:
+    """The largest differences that tests recorded, by what was run."""
+    properties = ElementTree.fromstring(xml).iter("property")
+    given = {each.attrib["name"]: each.attrib["value"] for each in properties}
+    return {
+        name: float(value)
+        for name, value in given.items()
+        if any(name.startswith(f"{reader}, ") for reader in READERS)
+    }
+
+
+def table(found: dict[str, float], day: datetime.date) -> str:
+    """The rows of what was run, with the versions that were installed."""
+    lines = ["", "| reader | what was run | largest difference | versions |", "| --- " * 4 + "|"]
+    for name, value in found.items():
+        reader, _, what = name.partition(", ")
+        versions = versions_of(READERS[reader])
+        lines.append(f"| {reader} | {what} | {value:.1e} | {versions} |")
+    return "\n".join([*lines, "", f"Measured on {day.isoformat()}.", "", ""])
+
+
+def versions_of(reader: str) -> str:
+    given = pins(reader)
+    named = " ".join(given[name] for name in ("install", "source") if name in given)
+    return ", ".join(f"{each.replace('==', ' ')}" for each in named.split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,53 @@
+"""Servers, started by a command as it was printed, on a free port."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.readers.environments import environment
+
+Post = Callable[[str, dict[str, Any]], Any]
+
+
+@contextlib.contextmanager
+def served(reader: str, words: list[str], log: Path, **variables: str) -> Iterator[Post]:
+    """Start a program of a reader's; give what posts JSON to a path of its server."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = str(free.getsockname()[1])
+    command = [environment(reader) / words[0], *words[1:], "--port", port]
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
+    with open(log, "w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ)
+        try:
+            yield lambda path, body: _post(f"http://localhost:{port}{path}", body, server, log)
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
+def _post(url: str, body: dict[str, Any], server: subprocess.Popen, log: Path) -> Any:
+    request = urllib.request.Request(
+        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    end = time.monotonic() + 300
+    while True:
+        assert server.poll() is None, log.read_text()[-6000:]
+        try:
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                text = answer.read().decode()
+                return json.loads(text) if text.startswith("{") else text
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read(), log.read_text()[-6000:]) from error
+        except OSError:  # not up yet
+            assert time.monotonic() < end, log.read_text()[-6000:]
+            time.sleep(1)

@@ -1,0 +1,89 @@
+"""vLLM on a CPU: adapters and the base in one batch, and its server as printed."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.readers.commands import printed
+from tests.readers.environments import ask
+from tests.readers.likeliest import COUNT, off, prompts
+from tests.readers.servers import served
+
+pytestmark = pytest.mark.readers
+
+LIMIT = 1e-3  # in nats; 1.7e-4 was measured
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "2",
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@pytest.fixture(scope="module")
+def exported(case, tmp_path_factory):
+    """Both adapters as LoRAs, and the command that is printed."""
+    folder = tmp_path_factory.mktemp("vllm")
+    return {
+        name: (
+            folder / name,
+            *printed("export-lora", path, "--model", case.base, "--output", folder / name),
+        )
+        for name, path in case.adapters.items()
+    }
+
+
+def test_adapters_and_the_base_in_one_batch(case, exported, tmp_path, figure, record_property):
+    names = list(case.expected)
+    asked = [
+        {"tokens": case.prompts[i][:n], "adapter": name} for i, n in prompts(case) for name in names
+    ]
+    question = {
+        "base": str(case.base),
+        "rank": 64,
+        "count": COUNT,
+        "adapters": {name: str(path) for name, (path, _) in exported.items()},
+        "requests": asked,
+    }
+    told = ask("vllm", "ask_vllm.py", question, tmp_path, **ENVIRONMENT)
+    found = {name: off(case, name, told[i :: len(names)]) for i, name in enumerate(names)}
+    record_property("vLLM, two adapters and the base in one batch", max(found.values()))
+    figure(f"vLLM, one batch: {found}")
+    assert max(found.values()) < LIMIT, found
+
+
+def test_the_server_as_printed(case, exported, tmp_path, figure, record_property):
+    """The adapter that it starts with, the base, and one that it is given by HTTP."""
+    _, words = exported["first"]
+    assert words[:2] == ["vllm", "serve"]
+    names = {"first": exported["first"][0].name, "base": str(case.base), "second": "pushed"}
+    found = {}
+    with served("vllm", words, tmp_path / "log", **ENVIRONMENT) as post:
+        post("/v1/load_lora_adapter", {
+            "lora_name": names["second"], "lora_path": str(exported["second"][0])
+        })  # fmt: skip
+        for name, model in names.items():
+            told = [complete(post, model, case.prompts[i][:n]) for i, n in prompts(case)]
+            found[name] = off(case, name, told, 20)
+    record_property(
+        "vLLM, the server as printed, an adapter loaded while it runs", max(found.values())
+    )
+    figure(f"vLLM, by HTTP: {found}")
+    assert max(found.values()) < LIMIT, found
+
+
+def complete(post, model: str, tokens: list[int]) -> dict[str, float]:
+    told = post(
+        "/v1/completions",
+        {
+            "model": model,
+            "prompt": tokens,
+            "max_tokens": 1,
+            "temperature": 0.0,
+            "logprobs": 20,
+            "return_tokens_as_token_ids": True,
+        },
+    )
+    (first,) = told["choices"][0]["logprobs"]["top_logprobs"]
+    return {token.removeprefix("token_id:"): value for token, value in first.items()}
