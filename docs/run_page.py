@@ -7,6 +7,7 @@ one is replaced by its output, of which the middle is left out if it is long. In
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -52,7 +53,9 @@ def run(page: str) -> str:
 
 def shortened(lines: list[str]) -> str:
     """At most ``LONGEST`` lines as a narrow terminal shows them, with dots for the middle ones."""
-    lines = [part for line in lines for part in textwrap.wrap(line, WIDTH, **AS_IT_IS) or [""]]
+    stripped = (line.rstrip() for line in lines)  # a table's rows end in spaces
+    wrap = functools.partial(textwrap.wrap, width=WIDTH, **AS_IT_IS)
+    lines = [part for line in stripped for part in wrap(line) or [""]]
     if len(lines) > LONGEST:
         lines = [*lines[: LONGEST * 2 // 3], "...", *lines[-(LONGEST // 3) :]]
     return "\n".join(line.rstrip() for line in lines)
