@@ -221,18 +221,10 @@ def _analyze_group(group: Group, factors: Mapping[str, Factors]) -> GroupAnalysi
     layers: list[LayerAnalysis] = []
     for name, each in factors.items():
         layers += [
-            dataclasses.replace(_analyze_layer(name, _of_expert(each, expert)), expert=expert)
+            dataclasses.replace(_analyze_layer(name, each.of_expert(expert)), expert=expert)
             for expert in range(group.experts)
         ] or [_analyze_layer(name, each)]
     return GroupAnalysis(group.pattern, group.shape, tuple(layers), group.experts)
-
-
-def _of_expert(factors: Factors, expert: int) -> Factors:
-    """One expert's factors, the pool being its own or that of all."""
-    A, A_pool, B, B_pool, d = factors
-    if A_pool is not None and B_pool is not None and A_pool.dim() == 3:
-        A_pool, B_pool = A_pool[expert], B_pool[expert]
-    return Factors(A[expert], A_pool, B[expert], B_pool, None if d is None else d[expert])
 
 
 @torch.no_grad()

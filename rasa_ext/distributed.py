@@ -20,16 +20,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from rasa_ext.base_layers.sharded import is_dtensor
-from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.nn.adapter import AdaptedModule
 from rasa_ext.patching.state import is_patched, patch_state, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["no_sync", "replicate_adapter", "shard_model"]
-
-ADAPTED = (AdaptedLinear, AdaptedExperts)
 
 
 def shard_model(
@@ -209,7 +207,7 @@ def _average(
     """Average gradients from now on, whenever a backward through the model ends."""
     averaging = _Averaging(replicated, groups)
     hooks = averaging.attach(model)
-    layers = [module for module in model.modules() if isinstance(module, ADAPTED)]
+    layers = [module for module in model.modules() if isinstance(module, AdaptedModule)]
     for layer in layers:
         layer.drop_pack()
         if isinstance(layer, AdaptedLinear):
@@ -275,7 +273,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def _adapted(module: nn.Module) -> bool:
-    return any(isinstance(each, ADAPTED) for each in module.modules())
+    return any(isinstance(each, AdaptedModule) for each in module.modules())
 
 
 def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -309,7 +307,7 @@ def _check_ready(model: nn.Module) -> None:
             "shard first, then compile; DistributedDataParallel is not needed."
         )
     for name, module in model.named_modules():
-        if isinstance(module, ADAPTED) and module.merged:
+        if isinstance(module, AdaptedModule) and module.merged:
             raise RuntimeError(
                 f"model: the adapter of {name!r} is merged into a weight that would be sharded; "
                 "call rasa_ext.unmerge(model) first."
@@ -344,7 +342,7 @@ def _adapters(model: nn.Module) -> dict[nn.Parameter, None]:
     """Every parameter of an adapter, trained or not; each once, in the order of layers."""
     found: dict[nn.Parameter, None] = {}
     for module in model.modules():
-        if isinstance(module, ADAPTED):
+        if isinstance(module, AdaptedModule):
             base = set(module.base_layer.parameters())
             found.update(dict.fromkeys(p for p in module.parameters() if p not in base))
     return found

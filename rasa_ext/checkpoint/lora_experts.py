@@ -28,6 +28,7 @@ from rasa_ext.checkpoint.expert_names import (
 )
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
+from rasa_ext.patching.targets import shortest_suffixes
 
 PEFT, PER_EXPERT, SHARED_OUTER = LAYOUTS = ("peft", "per-expert", "shared-outer")
 
@@ -113,15 +114,7 @@ def parameters_of(experts: Experts, root: nn.Module) -> list[str]:
     adapted = [f"{path}.{name}" for path, module in experts for name in module.banks()]
     others = {name.replace(".base_layer", "") for name, _ in root.named_parameters()}
     others -= set(adapted)
-    found: dict[str, None] = {}
-    for name in adapted:
-        parts = name.split(".")
-        for length in range(1, len(parts) + 1):
-            suffix = ".".join(parts[-length:])
-            if not any(other == suffix or other.endswith(f".{suffix}") for other in others):
-                break
-        found[suffix] = None
-    return list(found)
+    return shortest_suffixes(adapted, others)
 
 
 def limits_of(experts: Experts, layout: str, *, default: bool) -> Iterator[str]:
@@ -213,11 +206,7 @@ def _packed(bank: RasaBank, rank: int) -> Callable[[], tuple[Tensor, Tensor]]:
     @functools.cache
     @torch.no_grad()
     def make() -> tuple[Tensor, Tensor]:
-        A, A_pool, B, B_pool, d = bank.adapter().factors()
-        pools = (t if t is None or t.dim() == 3 else t.expand(A.shape[0], -1, -1)
-                 for t in (A_pool, B_pool))  # fmt: skip
-        A_pool, B_pool = pools
-        pack = ops.pack_experts(A, A_pool, B, B_pool, d, torch.float32)
+        pack = ops.pack_experts(*bank.adapter().factors().with_pool_of_each(), torch.float32)
         Ap, Bp = (nn.functional.pad(t, (0, 0, 0, rank - t.shape[1])) for t in pack)
         return Ap, Bp
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,14 +14,14 @@ from rasa_ext.base_layers.experts import (
     has_gate,
     has_post_expert_norm,
 )
-from rasa_ext.nn.adapted_linear import Adapter
+from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.pack_cache import PackCache
-from rasa_ext.nn.precision import HALVES, is_sharing, restored
+from rasa_ext.nn.precision import HALVES, is_sharing
 from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank, low_rank_rows
 from rasa_ext.ops import Factors
 
 
-class AdaptedExperts(nn.Module):
+class AdaptedExperts(AdaptedModule):
     """Frozen stacked experts with adapters: expert e computes with W[e] + dW[e].
 
     A weight's adapter has, for each expert, factors of its own, A (E, r-k, in), B (E, out, r-k) and
@@ -46,10 +45,6 @@ class AdaptedExperts(nn.Module):
 
     def adapter(self, name: str) -> Adapter | None:
         """Give the adapter of a stacked weight that a forward adds, or None."""
-        raise NotImplementedError
-
-    def adapters(self) -> Iterator[Adapter]:
-        """Give every adapter of the experts, whether a forward adds it or not."""
         raise NotImplementedError
 
     @property
@@ -115,7 +110,7 @@ class AdaptedExperts(nn.Module):
         if self.training and (p := adapter.config.dropout):
             x = nn.functional.dropout(x, p)
             rows = routing.to_pairs(x) if by_token else x
-        sources = adapter.sources()
+        sources, factors = adapter.sources(), adapter.factors()
         with_grad = torch.is_grad_enabled() and (
             x.requires_grad or any(source.requires_grad for source in sources)
         )
@@ -123,7 +118,8 @@ class AdaptedExperts(nn.Module):
             self._caches[name].drop()
             if sources[0].dtype in HALVES and not (torch.compiler.is_compiling() or is_sharing()):
                 self.restore()
-            own = _by_expert(adapter.factors())
+                factors = adapter.factors()
+            own = _by_expert(factors)
             if own.rank:
                 y += experts_low_rank(x, own, routing, by_token)
         else:
@@ -131,7 +127,7 @@ class AdaptedExperts(nn.Module):
             if Ap.shape[1]:
                 U = low_rank_rows(rows, Ap, routing)
                 y += ops.experts_linear(U, Bp, routing.offsets)
-        return y, _pooled(adapter.factors(), x)
+        return y, _pooled(factors, x)
 
     def _packed(
         self, name: str, adapter: Adapter, dtype: torch.dtype, device: torch.device
@@ -146,34 +142,10 @@ class AdaptedExperts(nn.Module):
             return make()
         return self._caches[name].get(adapter.sources(), (dtype, device), make)
 
-    def restore(self) -> None:
-        """Give trainable parameters that were cast to a coarser dtype their config's again."""
-        for adapter in self.adapters():
-            if restored(adapter.sources(), adapter.config.adapter_dtype):
-                self.drop_pack()
-
-    def train(self, mode: bool = True) -> AdaptedExperts:
-        """Switch the mode and forget the cached packs; for training, ``restore``."""
-        if mode:
-            self.restore()
-        self.drop_pack()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load as any module does, but round nothing on its way into trainable parameters."""
-        self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def drop_pack(self) -> None:
         """Forget the cached packs."""
         for cache in self._caches.values():
             cache.drop()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> AdaptedExperts:
-        """Forget the packs: moving and casting may replace memory behind a parameter's identity."""
-        self.drop_pack()
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # nn.Module's has no types
-        return self
 
 
 class _Pooled(NamedTuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,66 +10,18 @@ from torch import Tensor, nn
 from rasa_ext import ops
 from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, linear_shape
 from rasa_ext.base_layers.quantized import check_gradient
-from rasa_ext.base_layers.sharded import check_whole, is_dtensor, is_whole
+from rasa_ext.base_layers.sharded import is_dtensor
 from rasa_ext.base_layers.split import Split, local_part, split_of
 from rasa_ext.nn import functional
+from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
 from rasa_ext.nn.pack_cache import PackCache
-from rasa_ext.nn.precision import HALVES, is_sharing, restored
+from rasa_ext.nn.precision import HALVES, is_sharing
 from rasa_ext.nn.split import part_of, shared, summed
 from rasa_ext.ops import Factors, Pack
 
 
-class Method(Protocol):
-    """The part of its adapter's config that a layer uses: see ``methods.base.AdapterConfig``."""
-
-    @property
-    def dropout(self) -> float:
-        """Probability with which dropout zeroes an element of the adapter's input."""
-
-    @property
-    def adapter_dtype(self) -> torch.dtype:
-        """Dtype of the trainable parameters."""
-
-    def own(self, place: Any) -> dict[str, Tensor]:
-        """Make one layer's tensors, by name."""
-
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
-        """Give the factors of one layer, from what it and its group own."""
-
-
-class Adapter(NamedTuple):
-    """One adapter of a layer: its method, its tensors by name, and its place in its group."""
-
-    config: Method
-    own: Mapping[str, Tensor]
-    pool: Mapping[str, Tensor]
-    place: Any
-
-    def sources(self) -> tuple[Tensor, ...]:
-        """Give the tensors of which its factors are made, in a fixed order: the cache's key."""
-        return (*self.own.values(), *self.pool.values())
-
-    def factors(self) -> Factors:
-        """Give its factors on the layer's device and in its dtype, differentiable.
-
-        Raises:
-            RuntimeError: they are sharded over processes, and this one has only pieces.
-        """
-        factors = self.config.factors(self.own, self.pool, self.place)
-        A, A_pool, B, B_pool, d = factors
-        if A_pool is None or B_pool is None:
-            if not is_whole(A):
-                check_whole(A, None)
-            return factors
-        if not (is_whole(A) and is_whole(A_pool)):
-            check_whole(A, A_pool)
-        if A_pool.device != A.device or A_pool.dtype != A.dtype:
-            return Factors(A, A_pool.to(A), B, B_pool.to(A), d)
-        return factors
-
-
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(AdaptedModule):
     """A frozen linear layer with one adapter over it: ``base(x) + x dW^T``.
 
     Who owns the adapter's tensors is a subclass's affair; it answers ``adapter()``.
@@ -81,6 +32,8 @@ class AdaptedLinear(nn.Module):
 
     ``fused``, where not None, is shared with the projections that read the same inputs.
     """
+
+    base_layer: LinearLayer
 
     def __init__(self, base_layer: LinearLayer) -> None:
         super().__init__()
@@ -96,10 +49,6 @@ class AdaptedLinear(nn.Module):
 
     def adapter(self) -> Adapter | None:
         """Give the adapter that a forward adds to the base's output, or None."""
-        raise NotImplementedError
-
-    def adapters(self) -> Iterator[Adapter]:
-        """Give every adapter of the layer, whether a forward adds it or not."""
         raise NotImplementedError
 
     @property
@@ -266,12 +215,6 @@ class AdaptedLinear(nn.Module):
             raise RuntimeError("expected a layer with an active adapter, got one without.")
         return Pack(*ops.pack(*adapter.factors(), dtype, 1))
 
-    def restore(self) -> None:
-        """Give trainable parameters that were cast to a coarser dtype their config's again."""
-        for adapter in self.adapters():
-            if restored(adapter.sources(), adapter.config.adapter_dtype):
-                self.drop_pack()
-
     def _restore_together(self) -> None:
         """``restore`` in a forward, with the layers that are computed together with this one.
 
@@ -282,29 +225,11 @@ class AdaptedLinear(nn.Module):
         for each in (self, *(() if self.fused is None else self.fused.layers())):
             each.restore()
 
-    def train(self, mode: bool = True) -> AdaptedLinear:
-        """Switch the mode and forget the cached pack; for training, ``restore``."""
-        if mode:
-            self.restore()
-        self.drop_pack()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load as any module does, but round nothing on its way into trainable parameters."""
-        self.restore()
-        super()._load_from_state_dict(*args, **kwargs)
-
     def drop_pack(self) -> None:
         """Forget the cached pack."""
         self._cache.drop()
         if self.fused is not None:
             self.fused.forget()
-
-    def _apply(self, *args: Any, **kwargs: Any) -> AdaptedLinear:
-        """Forget the pack: moving and casting may replace memory behind a parameter's identity."""
-        self.drop_pack()
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # nn.Module's has no types
-        return self
 
     def _packed(
         self,

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
-from rasa_ext.nn.adapted_linear import AdaptedLinear, Adapter, Method
+from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.nn.adapter import Adapter, Method
 
 
 class RasaPool(nn.Module):
@@ -47,7 +48,52 @@ class RasaPool(nn.Module):
         return ", ".join(f"{name}={tuple(t.shape)}" for name, t in tensors_of(self).items())
 
 
-class RasaLinear(AdaptedLinear):
+class AdapterOwner(nn.Module):
+    """What owns an adapter's tensors as attributes, and knows the pool of its group.
+
+    The pool is a registered submodule of the group's first owner only, so that no parameter stands
+    twice in a ``state_dict``; the others hold a plain reference.
+    """
+
+    A: Tensor
+    B: Tensor
+    d: Tensor
+    pool: RasaPool | None
+
+    def begin(self, config: Method, place: Any, pool: RasaPool | None) -> None:
+        """Own what ``config`` makes for a place in a group, which has ``pool``."""
+        self.config, self.place = config, place
+        own = config.own(place)
+        self._names = tuple(own)
+        register_tensors(self, own)
+        if place.index == 0:
+            self.pool = pool
+        else:
+            self.__dict__["pool"] = pool
+
+    def adapter(self) -> Adapter:
+        """Give the adapter."""
+        pool = self._modules.get("pool") or self.__dict__.get("pool")
+        own = tensors_of(self)
+        if len(own) != len(self._names):  # parametrized, or a replica of nn.DataParallel
+            own = {name: getattr(self, name) for name in self._names}
+        return Adapter(self.config, own, {} if pool is None else tensors_of(pool), self.place)
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """Give its own tensors by name, the pool left out."""
+        return {name: getattr(self, name) for name in self._names}
+
+    def pool_tensors(self) -> dict[str, Tensor]:
+        """Give the tensors of its pool by name."""
+        return {} if self.pool is None else dict(tensors_of(self.pool))
+
+    @property
+    def effective_rank(self) -> int:
+        """R: the rank of the change of its weight; r - k + L*k under RaSA."""
+        return self.adapter().factors().rank
+
+
+class RasaLinear(AdapterOwner, AdaptedLinear):
     """A frozen linear layer with an adapter: ``base(x) + x dW^T``, x (..., in) to (..., out).
 
     Under RaSA dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv 2503.12576, section 3). The layer's own
@@ -79,40 +125,16 @@ class RasaLinear(AdaptedLinear):
         True
     """
 
-    A: Tensor
-    B: Tensor
-    d: Tensor
-    pool: RasaPool | None
-
     def __init__(
         self, base_layer: LinearLayer, config: Method, place: Any, pool: RasaPool | None
     ) -> None:
         super().__init__(base_layer)
-        self.config, self.place = config, place
-        own = config.own(place)
-        self._names = tuple(own)
-        register_tensors(self, own)
-        if place.index == 0:
-            self.pool = pool
-        else:
-            self.__dict__["pool"] = pool
+        self.begin(config, place, pool)
         self.train(base_layer.training)
-
-    def adapter(self) -> Adapter:
-        """Give the layer's adapter."""
-        pool = self._modules.get("pool") or self.__dict__.get("pool")
-        own = tensors_of(self)
-        if len(own) != len(self._names):  # parametrized, or a replica of nn.DataParallel
-            own = {name: getattr(self, name) for name in self._names}
-        return Adapter(self.config, own, {} if pool is None else tensors_of(pool), self.place)
 
     def adapters(self) -> Iterator[Adapter]:
         """Give that one."""
         yield self.adapter()
-
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Give the layer's own tensors by name, the pool left out."""
-        return {name: getattr(self, name) for name in self._names}
 
     def replace(self, config: Method, tensors: Mapping[str, Tensor]) -> None:
         """Own these tensors, under a config that has them, in place of those so far."""
@@ -120,15 +142,6 @@ class RasaLinear(AdaptedLinear):
         self.config, self._names = config, tuple(tensors)
         register_tensors(self, tensors)
         self.drop_pack()
-
-    def pool_tensors(self) -> dict[str, Tensor]:
-        """Give the tensors of its pool by name."""
-        return {} if self.pool is None else dict(tensors_of(self.pool))
-
-    @property
-    def effective_rank(self) -> int:
-        """R: the rank of the layer's change of its weight; r - k + L*k under RaSA."""
-        return self.adapter().factors().rank
 
     @property
     def weight(self) -> Tensor:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from rasa_ext.base_layers.experts import bank_shape
 from rasa_ext.nn.adapted_experts import AdaptedExperts
-from rasa_ext.nn.adapted_linear import Adapter, Method
-from rasa_ext.nn.rasa import RasaPool, register_tensors, tensors_of
+from rasa_ext.nn.adapter import Adapter, Method
+from rasa_ext.nn.rasa import AdapterOwner, RasaPool
 
 
-class RasaBank(nn.Module):
+class RasaBank(AdapterOwner):
     """The adapter of one stacked weight (E, out, in): dW[e] is that of a linear layer for every e.
 
     Under RaSA it owns A (E, r-k, in), B (E, out, r-k) and d (E, R), and reads the pool of its
@@ -33,39 +33,9 @@ class RasaBank(nn.Module):
         (torch.Size([4, 3]), 5)
     """
 
-    A: Tensor
-    B: Tensor
-    d: Tensor
-    pool: RasaPool | None
-
     def __init__(self, config: Method, place: Any, pool: RasaPool | None) -> None:
         super().__init__()
-        self.config, self.place = config, place
-        own = config.own(place)
-        self._names = tuple(own)
-        register_tensors(self, own)
-        if place.index == 0:
-            self.pool = pool
-        else:
-            self.__dict__["pool"] = pool
-
-    def adapter(self) -> Adapter:
-        """Give the adapter, whose factors are stacked."""
-        pool = {} if self.pool is None else tensors_of(self.pool)
-        return Adapter(self.config, self.own_tensors(), pool, self.place)
-
-    def own_tensors(self) -> dict[str, Tensor]:
-        """Give the bank's own tensors by name, the pool left out."""
-        return {name: getattr(self, name) for name in self._names}
-
-    def pool_tensors(self) -> dict[str, Tensor]:
-        """Give the tensors of its pool by name."""
-        return {} if self.pool is None else dict(tensors_of(self.pool))
-
-    @property
-    def effective_rank(self) -> int:
-        """R: the rank of the change of each expert's weight."""
-        return self.adapter().factors().rank
+        self.begin(config, place, pool)
 
     def extra_repr(self) -> str:
         """Show shapes and ranks."""

@@ -36,6 +36,20 @@ class Factors(NamedTuple):
         """R, the effective rank."""
         return self.A.shape[-2] + (0 if self.A_pool is None else self.A_pool.shape[-2])
 
+    def of_expert(self, expert: int) -> Factors:
+        """Give one expert's factors, the pool being its own or that of all."""
+        A, A_pool, B, B_pool, d = self
+        if A_pool is not None and B_pool is not None and A_pool.dim() == 3:
+            A_pool, B_pool = A_pool[expert], B_pool[expert]
+        return Factors(A[expert], A_pool, B[expert], B_pool, None if d is None else d[expert])
+
+    def with_pool_of_each(self) -> Factors:
+        """Give every expert a view of the pool that all of them read; as it is without one."""
+        A, A_pool, B, B_pool, d = self
+        if A_pool is not None and B_pool is not None and A_pool.dim() == 2:
+            A_pool, B_pool = (pool.expand(A.shape[0], -1, -1) for pool in (A_pool, B_pool))
+        return Factors(A, A_pool, B, B_pool, d)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Put every tensor through ``function``."""
         A, A_pool, B, B_pool, d = self

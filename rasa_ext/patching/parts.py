@@ -80,18 +80,11 @@ def linear_part(name: str, layer: RasaLinear) -> Part:
 
 def bank_parts(name: str, experts: RasaExperts, key: str, bank: RasaBank) -> list[Part]:
     """Make the parts of a stacked weight, one for each expert."""
-    A, A_pool, B, B_pool, d = bank.adapter().factors()
-    each = A_pool is not None and A_pool.dim() == 3
-    weights = bank_weight(experts.base_layer, key).detach()
-    parts = []
-    for expert, weight in enumerate(weights):
-        pool_A, pool_B = A_pool, B_pool
-        if each and A_pool is not None and B_pool is not None:
-            pool_A, pool_B = A_pool[expert], B_pool[expert]
-        own = Factors(A[expert], pool_A, B[expert], pool_B, None if d is None else d[expert])
-        shown = f"{name}[{expert}]"
-        parts.append(Part(shown, weight, experts, own, id(bank), key, expert))
-    return parts
+    factors, weights = bank.adapter().factors(), bank_weight(experts.base_layer, key).detach()
+    return [
+        Part(f"{name}[{i}]", weight, experts, factors.of_expert(i), id(bank), key, i)
+        for i, weight in enumerate(weights)
+    ]
 
 
 def parts_of_experts(model: nn.Module) -> list[Part]:

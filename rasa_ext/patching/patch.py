@@ -129,11 +129,12 @@ def check_unpatched(model: nn.Module) -> None:
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     """Carry out a plan that ``make_plan`` made for this model and config."""
     config = settled(config, plan.groups)
+    every_bank = banks_of(model)
     if plan.stacked_experts:
         shown = ", ".join(
             f"{name} {shape}" for name, shape in list(plan.stacked_experts.items())[:3]
         )
-        how = config.grouping_of_experts is None and plan.stacked_experts.keys() & banks_of(model)
+        how = config.grouping_of_experts is None and plan.stacked_experts.keys() & every_bank
         warnings.warn(
             f"{len(plan.stacked_experts)} stacked (3-D) weights stay untouched, among them "
             f"{shown}.{_HOW if how else ''}",
@@ -144,7 +145,6 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     linears = {name: module for name, module in modules.items() if is_linear(module)}
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaBank]] = {}
-    every_bank = banks_of(model)
     for group in plan.groups:
         bases = {name: (every_bank if group.experts else linears)[name] for name in group.names}
         places = group_places(bases)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -353,6 +353,11 @@ def suffixes(names: list[str], model: nn.Module) -> list[str]:
         for name, _ in model.named_modules()
         if name and not _inside(name, adapted)
     }
+    return shortest_suffixes(names, others)
+
+
+def shortest_suffixes(names: Iterable[str], others: Collection[str]) -> list[str]:
+    """Find the shortest suffixes, at dots, of names that none of the others ends in."""
     taken: dict[str, None] = {}
     for name in names:
         parts = name.split(".")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rasa_ext import ops
 from rasa_ext.base_layers.experts import bank_shape, bank_weight
 from rasa_ext.nn.adapted_experts import AdaptedExperts
-from rasa_ext.nn.adapted_linear import Adapter
+from rasa_ext.nn.adapter import Adapter
 from rasa_ext.ops import Factors
 from rasa_ext.patching.parts import CHUNK_BYTES
 from rasa_ext.patching.subtraction import Rest, rest
@@ -248,9 +248,6 @@ def expert_deltas(factors: Factors, experts: slice, dtype: torch.dtype) -> Tenso
         experts: n of the E.
         dtype: that of the product.
     """
-    A, A_pool, B, B_pool, d = factors
-    if A_pool is not None and B_pool is not None and A_pool.dim() == 2:
-        A_pool, B_pool = (pool.expand(len(A), -1, -1) for pool in (A_pool, B_pool))
     # Cast first, so that d times B is not rounded to the adapter's dtype.
-    some = Factors(A, A_pool, B, B_pool, d).map(lambda factor: factor[experts].to(dtype))
+    some = factors.with_pool_of_each().map(lambda factor: factor[experts].to(dtype))
     return ops.delta_group(*ops.pack_experts(*some, dtype))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from rasa_ext import ops
 from rasa_ext.base_layers.linear import LinearLayer, is_linear
 from rasa_ext.base_layers.quantized import format_of
-from rasa_ext.nn.adapted_linear import AdaptedLinear, Adapter
+from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.nn.adapter import Adapter
 from rasa_ext.patching.merge_quantized import (
     Dequantized,
     dense_dtype,

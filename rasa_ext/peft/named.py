@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rasa_ext.methods.base import AdapterConfig, Place
-from rasa_ext.nn.adapted_linear import Adapter
+from rasa_ext.nn.adapter import Adapter
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rasa_ext.nn.adapted_linear import Adapter
+from rasa_ext.nn.adapter import Adapter
 from rasa_ext.ops import Factors
 
 

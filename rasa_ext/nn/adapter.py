@@ -1,0 +1,103 @@
+"""Adapter, and AdaptedModule: what every frozen module with adapters over it does alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.base_layers.sharded import check_whole, is_whole
+from rasa_ext.nn.precision import restored
+from rasa_ext.ops import Factors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Method(Protocol):
+    """The part of its adapter's config that a layer uses: see ``methods.base.AdapterConfig``."""
+
+    @property
+    def dropout(self) -> float:
+        """Probability with which dropout zeroes an element of the adapter's input."""
+
+    @property
+    def adapter_dtype(self) -> torch.dtype:
+        """Dtype of the trainable parameters."""
+
+    def own(self, place: Any) -> dict[str, Tensor]:
+        """Make one layer's tensors, by name."""
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+        """Give the factors of one layer, from what it and its group own."""
+
+
+class Adapter(NamedTuple):
+    """One adapter of a layer: its method, its tensors by name, and its place in its group."""
+
+    config: Method
+    own: Mapping[str, Tensor]
+    pool: Mapping[str, Tensor]
+    place: Any
+
+    def sources(self) -> tuple[Tensor, ...]:
+        """Give the tensors of which its factors are made, in a fixed order: the cache's key."""
+        return (*self.own.values(), *self.pool.values())
+
+    def factors(self) -> Factors:
+        """Give its factors on the layer's device and in its dtype, differentiable.
+
+        Raises:
+            RuntimeError: they are sharded over processes, and this one has only pieces.
+        """
+        factors = self.config.factors(self.own, self.pool, self.place)
+        A, A_pool, B, B_pool, d = factors
+        if A_pool is None or B_pool is None:
+            if not is_whole(A):
+                check_whole(A, None)
+            return factors
+        if not (is_whole(A) and is_whole(A_pool)):
+            check_whole(A, A_pool)
+        if A_pool.device != A.device or A_pool.dtype != A.dtype:
+            return Factors(A, A_pool.to(A), B, B_pool.to(A), d)
+        return factors
+
+
+class AdaptedModule(nn.Module):
+    """A frozen module with adapters over it, which keeps their dtypes and forgets stale packs."""
+
+    base_layer: Any
+
+    def adapters(self) -> Iterator[Adapter]:
+        """Give every adapter of the module, whether a forward adds it or not."""
+        raise NotImplementedError
+
+    def drop_pack(self) -> None:
+        """Forget what is cached of the adapters' packs."""
+        raise NotImplementedError
+
+    def restore(self) -> None:
+        """Give trainable parameters that were cast to a coarser dtype their config's again."""
+        for adapter in self.adapters():
+            if restored(adapter.sources(), adapter.config.adapter_dtype):
+                self.drop_pack()
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch the mode and forget cached packs; for training, ``restore``."""
+        if mode:
+            self.restore()
+        self.drop_pack()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load as any module does, but round nothing on its way into trainable parameters."""
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Forget the pack: moving and casting may replace memory behind a parameter's identity."""
+        self.drop_pack()
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # nn.Module's has no types
+        return self
