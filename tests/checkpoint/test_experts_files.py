@@ -15,9 +15,7 @@ import rasa_ext
 from rasa_ext.checkpoint.expert_names import _FAMILIES
 from tests.helpers.adapters import adapters, content
 from tests.helpers.expert_files import (
-    EXPERTS,
     FAMILIES,
-    INNER,
     RANK,
     adapted,
     banks,
@@ -26,6 +24,7 @@ from tests.helpers.expert_files import (
     logits,
     of_experts,
 )
+from tests.helpers.experts import EXPERTS, INNER
 from tests.helpers.oracle import delta
 from tests.helpers.refusals import Snapshot
 from tests.helpers.serving_rules import READERS, Refused, llama_cpp, read, sglang, vllm

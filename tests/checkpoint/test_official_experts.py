@@ -13,7 +13,8 @@ import rasa_ext
 from rasa_ext.patching.state import patch_state
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, same_bits
-from tests.helpers.expert_files import EXPERTS, HIDDEN, INNER, banks, build, changes, logits
+from tests.helpers.expert_files import banks, build, changes, logits
+from tests.helpers.experts import EXPERTS, HIDDEN, INNER
 from tests.helpers.refusals import Snapshot
 from tests.helpers.serving_rules import read, vllm
 

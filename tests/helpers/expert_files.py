@@ -10,53 +10,16 @@ from torch import Tensor, nn
 
 import rasa_ext
 from rasa_ext.nn.rasa_experts import RasaBank
+from tests.helpers import experts as mixtures
 from tests.helpers import oracle
-from tests.helpers.models import randomize_weights
 
-EXPERTS, HIDDEN, INNER, RANK = 5, 16, 24, 3
-
-_SPARSE = {"n_routed_experts": EXPERTS, "moe_intermediate_size": INNER}
-_MAMBA = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 4, "chunk_size": 4}
-OPTIONS: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": EXPERTS},
-    "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": INNER},
-    "gpt_oss": {"num_local_experts": EXPERTS},
-    "nemotron_h": {
-        **{**_SPARSE, **_MAMBA, "n_groups": 1, "n_shared_experts": 1},
-        "moe_shared_expert_intermediate_size": 12,
-        "layers_block_type": ["moe", "moe"],
-    },
-}
-FAMILIES = tuple(OPTIONS)
+FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "nemotron_h")
+RANK = 3
 
 
 def build(family: str, **options: Any) -> nn.Module:
     """A causal language model of two layers, whose weights all matter."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    usual = {
-        "vocab_size": 32,
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 32,
-        "use_cache": False,
-        "num_experts_per_tok": 2,
-        "pad_token_id": 0,
-        **OPTIONS[family],
-        **options,
-    }
-    if family == "gpt_oss":
-        usual["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4}
-    if "layers_block_type" in usual:
-        del usual["num_hidden_layers"]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **usual))
-    randomize_weights(model, torch.Generator().manual_seed(1))
-    return model.eval()
+    return mixtures.model(family, **options).eval()
 
 
 def adapted(base: nn.Module, experts: str = "slot", k: int = 1, **options: Any) -> nn.Module:

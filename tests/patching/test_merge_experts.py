@@ -7,37 +7,19 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import rasa_ext
-from rasa_ext.nn.rasa_experts import RasaBank
 from rasa_ext.patching import parts
+from tests.helpers import experts
+from tests.helpers.expert_files import banks, changes
+from tests.helpers.experts import EXPERTS, GROUPINGS
 
-EXPERTS, GROUPINGS = 5, ["slot", "layer", "shared"]
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "num_local_experts": EXPERTS,
-    "num_experts_per_tok": 2,
-}
-BUILDERS = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES)),
-    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**SIZES)),
-}
+FAMILIES = ("mixtral", "gpt_oss")
 
 
 def base_model(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    torch.manual_seed(0)
-    model = BUILDERS[family]().to(dtype).eval()
+    model = experts.model(family).to(dtype).eval()
     model.config._experts_implementation = "eager"
-    with torch.no_grad():  # gpt-oss' biases begin at zero
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
 
@@ -48,26 +30,6 @@ def patched(model: nn.Module, k: int = 1, **options) -> nn.Module:
         for parameter in rasa_ext.adapter_parameters(model):
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
-
-
-def banks(model: nn.Module) -> dict[str, RasaBank]:
-    return {name: each for name, each in model.named_modules() if isinstance(each, RasaBank)}
-
-
-def delta(bank: RasaBank) -> Tensor:
-    """dW (E, out, in) in float64, an expert at a time."""
-    A, A_pool, B, B_pool, d = (
-        None if each is None else each.detach().double() for each in bank.adapter().factors()
-    )
-    found = []
-    for expert in range(A.shape[0]):
-        down, up = A[expert], B[expert]
-        if A_pool is not None:
-            own = A_pool.dim() == 3
-            down = torch.cat((down, A_pool[expert] if own else A_pool))
-            up = torch.cat((up, B_pool[expert] if own else B_pool), 1)
-        found.append((up * d[expert]) @ down)
-    return torch.stack(found)
 
 
 def stacked(model: nn.Module, name: str) -> Tensor:
@@ -86,12 +48,12 @@ def output(model: nn.Module) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("k", [0, 1, 4])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_merging_adds_dw_and_unmerging_takes_it_out(family, grouping, k, dtype):
     base = base_model(family, dtype)
     model = patched(base, k, experts=grouping)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    expected = {name: delta(bank) for name, bank in banks(model).items()}
+    expected = changes(model)
     largest = rasa_ext.merge(model)
     wide = torch.promote_types(dtype, torch.float32)
     for name, change in expected.items():
@@ -107,7 +69,7 @@ def test_merging_adds_dw_and_unmerging_takes_it_out(family, grouping, k, dtype):
 
 @pytest.mark.parametrize("chunk", [0, parts.CHUNK_BYTES], ids=["one by one", "whole"])
 @pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_merged_model_computes_what_the_adapted_one_does(family, grouping, chunk, monkeypatch):
     monkeypatch.setattr(parts, "CHUNK_BYTES", chunk)
     model = patched(base_model(family), experts=grouping)
@@ -122,7 +84,7 @@ def test_a_merged_model_computes_what_the_adapted_one_does(family, grouping, chu
     assert list(merged.state_dict()) == list(base_model(family).state_dict())
 
 
-@pytest.mark.parametrize("family", BUILDERS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_disabled_and_unpatched_models_are_the_base(family):
     base = base_model(family)
     model = patched(base, experts="shared")
@@ -155,7 +117,7 @@ def test_changes_of_weights_come_under_their_parameters_names(grouping):
     for name in names:
         assert found[name].shape == (EXPERTS, 16, 24)
         assert found[name].dtype == torch.float32
-        expected = delta(banks(model)[name])
+        expected = changes(model)[name]
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-5)
 
 

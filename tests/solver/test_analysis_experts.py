@@ -11,7 +11,8 @@ import torch
 import rasa_ext
 from rasa_ext.analysis import analyze, analyze_adapter
 from tests.helpers import oracle
-from tests.helpers.expert_files import EXPERTS, adapted, banks, build, of_experts
+from tests.helpers.expert_files import adapted, banks, build, of_experts
+from tests.helpers.experts import EXPERTS
 
 base = functools.cache(build)
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import rasa_ext
-from tests.helpers.expert_files import HIDDEN, RANK, adapted, banks, build, logits
+from tests.helpers.expert_files import RANK, adapted, banks, build, logits
+from tests.helpers.experts import HIDDEN
 from tests.helpers.refusals import Snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stacked.*untouched", "ignore:.*SGLang")

@@ -13,7 +13,8 @@ import rasa_ext
 from rasa_ext.train import convert
 from rasa_ext.train.inspection import read_adapter
 from tests.helpers.cli import invoke, load
-from tests.helpers.expert_files import EXPERTS, HIDDEN, INNER, RANK, adapted, build, logits
+from tests.helpers.expert_files import RANK, adapted, build, logits
+from tests.helpers.experts import EXPERTS, HIDDEN, INNER
 from tests.helpers.tiny_lm import make_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
