@@ -87,7 +87,9 @@ def run(stages: Sequence[Stage], limit: float, work: Path) -> list[dict[str, Any
 def blank(stage: Stage, limit: float) -> dict[str, Any]:
     """The record of a stage that has not ended."""
     state = {"status": "interrupted", "seconds": 0.0, "tail": ""}
-    command = " ".join(command_of(stage, limit))
+    command = " ".join(
+        "python" if argument == PYTHON else argument for argument in command_of(stage, limit)
+    )
     return {"name": stage.name, "budget": limit, "command": command, **state}
 
 
