@@ -41,9 +41,10 @@ def on_config(config):
 
 
 def on_files(files, config):
-    """Draw every picture into ``pictures/`` of the site, and make the tutorial's notebook."""
+    """Draw every picture into ``pictures/`` of the site; add the notebooks of tutorial and demo."""
     made = {f"pictures/{name}.svg": svg for name, svg in pictures.draw_all().items()}
     made["tutorial.ipynb"] = notebook.from_markdown((HERE / "tutorial.md").read_text())
+    made["demo.ipynb"] = (HERE.parent / "examples" / "demo.ipynb").read_text()
     for path, content in made.items():
         if committed := files.get_file_from_path(path):
             files.remove(committed)

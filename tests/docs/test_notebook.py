@@ -1,0 +1,108 @@
+"""The notebook of the demo, run as Jupyter runs it, on a tiny model."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+import rasa_ext
+from rasa_ext.train.demo import FULL
+from rasa_ext.train.model_loading import SMOLLM2, load_model
+from tests.helpers.tiny_lm import save_base
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOK = ROOT / "examples" / "demo.ipynb"
+TINY = {
+    "STEPS": 12,
+    "BATCH_SIZE": 4,
+    "LEARNING_RATE": 1e-2,
+    "HELD_OUT": 8,
+    "NEW_TOKENS": 4,
+}
+
+
+def parameters(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The cell whose values a caller may set, marked as papermill wants it."""
+    (cell,) = [each for each in book.cells if "parameters" in each.metadata.get("tags", ())]
+    return cell
+
+
+def execute(book: nbformat.NotebookNode, folder: Path) -> str:
+    """Run every cell in ``folder``; all that they print. CellExecutionError where one fails."""
+    NotebookClient(
+        book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    outputs = [output for cell in book.cells for output in cell.get("outputs", ())]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+@pytest.fixture
+def book(tmp_path, monkeypatch):
+    """The notebook over a tiny model, for a few steps."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    base = save_base(tmp_path / "base")
+    book = nbformat.read(NOTEBOOK, as_version=4)
+    values = {"MODEL": str(base), **TINY}
+    parameters(book).source = "\n".join(f"{name} = {value!r}" for name, value in values.items())
+    return book
+
+
+def test_the_notebook_runs_and_learns(book, tmp_path):
+    printed = execute(book, tmp_path)
+    (before, after) = map(float, re.findall(r"loss ([\d.]+) -> ([\d.]+)$", printed, re.M)[0])
+    assert after < before - 0.1
+    assert re.search(rf"^step {TINY['STEPS']}/{TINY['STEPS']}  loss", printed, re.M)
+    change = float(re.search(r"by training: (\S+)", printed)[1])
+    differences = dict(re.findall(r"^(.+): logits differ by (\S+)$", printed, re.M))
+    rank = 8 - 1 + 2 * 1  # of two layers
+    assert set(differences) == {"merged model", f"LoRA of rank {rank}"}
+    assert all(float(each) < 1e-3 * change for each in differences.values())
+
+    # What it left behind: the adapter and the merged model are one function.
+    adapted = rasa_ext.load_adapter(
+        load_model(str(tmp_path / "base"), "float32"), tmp_path / "rasa-out" / "adapter"
+    )
+    merged = load_model(str(tmp_path / "rasa-out" / "merged"), "float32")
+    tokens = torch.arange(10).view(1, 10)
+    with torch.no_grad():
+        ours, plain = (model(input_ids=tokens).logits for model in (adapted, merged))
+    assert (ours - plain).abs().max() < 1e-3 * change
+
+
+def test_a_cell_that_fails_is_seen(book, tmp_path):
+    """With a LoRA that is not read, the last comparison stops the notebook."""
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    wrong = code[-1].source.replace('PeftModel.from_pretrained(base, OUTPUT / "lora")', "base")
+    assert wrong != code[-1].source
+    code[-1].source = wrong
+    parameters(book).source += "\nSTEPS = 2"
+    with pytest.raises(CellExecutionError, match="LoRA of rank 9 is not what was trained"):
+        execute(book, tmp_path)
+
+
+def test_its_parameters_are_the_demo_s():
+    cell = parameters(nbformat.read(NOTEBOOK, as_version=4))
+    names: dict[str, object] = {}
+    for line in ast.parse(cell.source).body:
+        (target,) = line.targets
+        value = ast.literal_eval(line.value)
+        if isinstance(target, ast.Tuple):
+            names.update(zip((each.id for each in target.elts), value, strict=True))
+        else:
+            names[target.id] = value
+    assert names == {
+        "MODEL": SMOLLM2,
+        "STEPS": FULL.steps,
+        "BATCH_SIZE": FULL.batch_size,
+        "LEARNING_RATE": FULL.lr,
+        "HELD_OUT": FULL.held_out,
+        "NEW_TOKENS": FULL.max_new_tokens,
+    }
