@@ -1,0 +1,118 @@
+"""One basis for the changes of one layer that several adapters make: dW_i near B diag(d_i) A.
+
+This is JD-Diag of "Compress then Serve" (arXiv 2407.00066), and the formula of RaSA with every rank
+in the pool (arXiv 2503.12576, section 3), its layers being the adapters here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rasa_ext.linalg import Components, svd_of_product
+from rasa_ext.solver.coordinate_descent import CoordinateDescent
+from rasa_ext.solver.low_rank import Matrix, complete_basis
+
+
+class SharedBasis(NamedTuple):
+    """One layer of n adapters: adapter i changes it by B diag(d[i]) A."""
+
+    B: Tensor
+    """(out, R), its columns of length one, or zero where R is more than is needed."""
+    A: Tensor
+    """(R, in), its rows likewise."""
+    d: Tensor
+    """(n, R)."""
+
+    def delta(self, i: int) -> Tensor:
+        """Adapter i's change, (out, in)."""
+        return (self.B * self.d[i]) @ self.A
+
+
+def find_shared_basis(
+    changes: Sequence[tuple[Tensor, Tensor]], rank: int, *, iterations: int, tol: float
+) -> SharedBasis:
+    """Minimize sum_i ||B_i A_i - B diag(d_i) A||^2 by coordinate descent, from two starts.
+
+    The first start is the best that adapters can do apart: the ``rank`` largest of all their
+    singular components, each used by its own adapter alone. As no step raises the error, it ends
+    no higher. The second takes the components of the adapters' sum, which all may use, and ends
+    lower where they have much in common. The nearer of the two is returned.
+
+    ``changes`` are the factors (B_i, A_i), (out, r_i) and (r_i, in), of one dtype and device; no
+    (out, in) matrix is formed. ``tol`` ends a descent whose step lowers the share of the squared
+    norm that is missing by no more than that.
+    """
+    ranks = [A.shape[0] for _, A in changes]
+    # Both factors lie in the spans of the changes' own: there the problem is small, and the same.
+    to_out, left = torch.linalg.qr(torch.cat([B for B, _ in changes], 1))
+    to_in, right = torch.linalg.qr(torch.cat([A for _, A in changes]).t())
+    pieces = zip(left.split(ranks, 1), right.split(ranks, 1), strict=True)
+    targets = [Matrix(B, A.t()) for B, A in pieces]
+    pooled = min(rank, sum(ranks))
+    total = sum(target.squared_norm() for target in targets)
+    n, missing = len(changes), rank - pooled
+    if not pooled or not total:
+        B, A = changes[0]
+        return SharedBasis(
+            B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1]), B.new_zeros(n, rank)
+        )
+    descents = []
+    for start in (_apart, _together):
+        descent = CoordinateDescent(targets, 0, pooled)
+        start(descent)
+        descents.append((_descend(descent, iterations, tol * total), descent))
+    _, best = min(descents, key=lambda pair: pair[0])
+    best.normalize_pool()
+    pad = torch.nn.functional.pad
+    return SharedBasis(
+        pad(to_out @ best.pool_B, (0, missing)),
+        pad(best.pool_A @ to_in.t(), (0, 0, 0, missing)),
+        pad(best.d, (0, missing)),
+    )
+
+
+def largest(values: Sequence[Tensor], count: int) -> list[tuple[int, int]]:
+    """Where the ``count`` largest of some falling values are: (which tensor, which entry of it)."""
+    places = [(i, j) for i, each in enumerate(values) for j in range(each.numel())]
+    order = torch.cat(list(values)).argsort(descending=True, stable=True)
+    return [places[place] for place in order[:count].tolist()]
+
+
+def _descend(descent: CoordinateDescent, iterations: int, least: float) -> float:
+    error = descent.error()
+    for _ in range(iterations):
+        before = error
+        descent.update()
+        error = descent.error()
+        if before - error <= least:
+            break
+    return error
+
+
+def _apart(descent: CoordinateDescent) -> None:
+    found = [_components(target.left, target.right) for target in descent.targets]
+    chosen = largest([each.S for each in found], descent.d.shape[1])
+    for slot, (i, j) in enumerate(chosen):
+        U, S, V = found[i]
+        descent.pool_B[:, slot], descent.pool_A[slot], descent.d[i, slot] = U[:, j], V[j], S[j]
+
+
+def _together(descent: CoordinateDescent) -> None:
+    lefts, rights = zip(*((t.left, t.right) for t in descent.targets), strict=True)
+    slots = descent.d.shape[1]
+    found = complete_basis(
+        _components(torch.cat(lefts, 1), torch.cat(rights)),
+        slots,
+        torch.Generator().manual_seed(0),
+    )
+    descent.pool_B, descent.pool_A = found.U[:, :slots], found.V[:slots]
+    descent.update_d()
+
+
+def _components(B: Tensor, A: Tensor | None) -> Components:
+    assert A is not None  # the targets here are all products
+    return svd_of_product(B, A)
