@@ -71,7 +71,7 @@ class LoraSet:
 
     def diagonals(self, name: str) -> dict[str, Tensor]:
         """One adapter's diagonal (R,) of every layer, as ``load_diagonals`` takes them."""
-        i = self._index(name)
+        i = self.index(name)
         return {layer: basis.d[i].clone() for layer, basis in self.layers.items()}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -121,7 +121,7 @@ class LoraSet:
 
         lora_B = B diag(d_i), lora_A = A, and the scale is 1. ValueError for an unknown name.
         """
-        i = self._index(name)
+        i = self.index(name)
         tensors = {}
         for layer, basis in self.layers.items():
             tensors[f"{PREFIX}{layer}.lora_A.weight"] = basis.A
@@ -149,7 +149,7 @@ class LoraSet:
         ``training.load_diagonals(model, loras.diagonals(other))`` then puts another in its place.
         ValueError or TypeError where the set does not fit the model, which is then unchanged.
         """
-        i = self._index(name)
+        i = self.index(name)
         check_unpatched(model)
         shapes = {key: (B.shape[0], A.shape[1]) for key, (B, A, _) in self.layers.items()}
         check_names(model, shapes, "loras")
@@ -160,7 +160,8 @@ class LoraSet:
             tensors[own_key(key, "d")] = basis.d[i]
         return load_tensors_into(model, config, tensors, "loras")
 
-    def _index(self, name: str) -> int:
+    def index(self, name: str) -> int:
+        """Which of the adapters has this name; ValueError if none has."""
         if name not in self.names:
             raise ValueError(f"name: expected one of {', '.join(self.names)}, got {name!r}.")
         return self.names.index(name)
