@@ -175,7 +175,8 @@ def lora_settings(configs: Mapping[str, Mapping[str, Any]], layers: list[str]) -
     """
     first = next(iter(configs.values()))
     chosen = [config.get("target_modules") for config in configs.values()]
-    by_names = all(isinstance(each, list) and set(each) == set(chosen[0]) for each in chosen)
+    lists = [sorted(each) for each in chosen if isinstance(each, list)]
+    by_names = len(lists) == len(chosen) and all(each == lists[0] for each in lists)
     narrowed = any(config.get(key) for config in configs.values() for key in _NARROWING)
     tasks = {config.get("task_type") for config in configs.values()}
     return {

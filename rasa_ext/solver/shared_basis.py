@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, pad
 
 from rasa_ext.linalg import Components, svd_of_product
 from rasa_ext.solver.coordinate_descent import CoordinateDescent
 from rasa_ext.solver.low_rank import Matrix, complete_basis
+
+_TRIED = 20
+"""Rounds from each start before the nearest goes on alone."""
 
 
 class SharedBasis(NamedTuple):
@@ -35,12 +39,15 @@ class SharedBasis(NamedTuple):
 def find_shared_basis(
     changes: Sequence[tuple[Tensor, Tensor]], rank: int, *, iterations: int, tol: float
 ) -> SharedBasis:
-    """Minimize sum_i ||B_i A_i - B diag(d_i) A||^2 by coordinate descent, from two starts.
+    """Minimize sum_i ||B_i A_i - B diag(d_i) A||^2 by coordinate descent, from three starts.
 
-    The first start is the best that adapters can do apart: the ``rank`` largest of all their
-    singular components, each used by its own adapter alone. As no step raises the error, it ends
-    no higher. The second takes the components of the adapters' sum, which all may use, and ends
-    lower where they have much in common. The nearer of the two is returned.
+    apart     the ``rank`` largest singular components of all changes, each used by its own adapter
+              alone: the best that LoRAs apart can do. No step raises the error from there.
+    together  the leading components of the changes' sum, which all adapters may use.
+    solved    the basis itself, if the changes have one of that rank (the eigenvectors of one
+              mixture of them times the inverse of another: Jennrich's algorithm for tensors).
+
+    The nearest after some rounds goes on alone. It is never farther than the first start is.
 
     ``changes`` are the factors (B_i, A_i), (out, r_i) and (r_i, in), of one dtype and device; no
     (out, in) matrix is formed. ``tol`` ends a descent whose step lowers the share of the squared
@@ -60,14 +67,15 @@ def find_shared_basis(
         return SharedBasis(
             B.new_zeros(B.shape[0], rank), A.new_zeros(rank, A.shape[1]), B.new_zeros(n, rank)
         )
+    least, tried = tol * total, min(iterations, _TRIED)
     descents = []
-    for start in (_apart, _together):
+    for start in (_apart, _together, _solved):
         descent = CoordinateDescent(targets, 0, pooled)
         start(descent)
-        descents.append((_descend(descent, iterations, tol * total), descent))
+        descents.append((_descend(descent, tried, least), descent))
     _, best = min(descents, key=lambda pair: pair[0])
+    _descend(best, iterations - tried, least)
     best.normalize_pool()
-    pad = torch.nn.functional.pad
     return SharedBasis(
         pad(to_out @ best.pool_B, (0, missing)),
         pad(best.pool_A @ to_in.t(), (0, 0, 0, missing)),
@@ -94,7 +102,7 @@ def _descend(descent: CoordinateDescent, iterations: int, least: float) -> float
 
 
 def _apart(descent: CoordinateDescent) -> None:
-    found = [_components(target.left, target.right) for target in descent.targets]
+    found = [svd_of_product(B, A) for B, A in _pairs(descent)]
     chosen = largest([each.S for each in found], descent.d.shape[1])
     for slot, (i, j) in enumerate(chosen):
         U, S, V = found[i]
@@ -102,17 +110,41 @@ def _apart(descent: CoordinateDescent) -> None:
 
 
 def _together(descent: CoordinateDescent) -> None:
-    lefts, rights = zip(*((t.left, t.right) for t in descent.targets), strict=True)
+    lefts, rights = zip(*_pairs(descent), strict=True)
+    _begin(descent, svd_of_product(torch.cat(lefts, 1), torch.cat(rights)))
+
+
+def _solved(descent: CoordinateDescent) -> None:
+    """From M_i = U D_i V, X = sum x_i M_i and Y likewise: X Y^-1 has U's columns as eigenvectors.
+
+    A complex pair of them, where there is no such basis, gives its real and its imaginary part.
+    """
+    pairs, slots = _pairs(descent), descent.d.shape[1]
+    # Whatever is orthonormal in the other factor changes nothing in the span of this one.
+    outs = torch.cat([B @ torch.linalg.qr(A.t()).R.t() for B, A in pairs], 1)
+    ins = torch.cat([torch.linalg.qr(B).R @ A for B, A in pairs])
+    P = torch.linalg.svd(outs, full_matrices=False).U[:, :slots]
+    Q = torch.linalg.svd(ins, full_matrices=False).Vh[:slots]
+    rank = min(P.shape[1], Q.shape[0])
+    P, Q = P[:, :rank], Q[:rank]
+    small = torch.stack([(P.t() @ B) @ (A @ Q.t()) for B, A in pairs])
+    weights = torch.randn(2, len(small), generator=torch.Generator().manual_seed(0))
+    X, Y = torch.einsum("mi,ipq->mpq", weights.to(small), small)
+    values, vectors = torch.linalg.eig(X @ torch.linalg.pinv(Y))
+    U = normalize(torch.where(values.imag >= 0, vectors.real, vectors.imag), dim=0)
+    V = torch.linalg.pinv(U) @ Y
+    length = V.norm(dim=1)
+    _begin(descent, Components(P @ U, length, normalize(V, dim=1) @ Q))
+
+
+def _begin(descent: CoordinateDescent, found: Components) -> None:
+    """Take the basis of some components, filled up at random, and the best diagonals for it."""
     slots = descent.d.shape[1]
-    found = complete_basis(
-        _components(torch.cat(lefts, 1), torch.cat(rights)),
-        slots,
-        torch.Generator().manual_seed(0),
-    )
+    found = complete_basis(found, slots, torch.Generator().manual_seed(0))
     descent.pool_B, descent.pool_A = found.U[:, :slots], found.V[:slots]
     descent.update_d()
 
 
-def _components(B: Tensor, A: Tensor | None) -> Components:
-    assert A is not None  # the targets here are all products
-    return svd_of_product(B, A)
+def _pairs(descent: CoordinateDescent) -> list[tuple[Tensor, Tensor]]:
+    """The targets' factors: here all are products."""
+    return [(t.left, t.right) for t in descent.targets if t.right is not None]
