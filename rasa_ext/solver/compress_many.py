@@ -27,6 +27,15 @@ class Distances:
 
     Every adapter weighs alike, however large its changes: an error over several adapters is the
     root of the mean of their squares. 0 where nothing changes.
+
+    Example:
+        >>> whole = {"q": torch.tensor([4.0, 1.0]), "v": torch.tensor([0.0, 3.0])}
+        >>> lost = {"q": torch.tensor([1.0, 0.0]), "v": torch.tensor([0.0, 1.0])}
+        >>> errors = rasa_ext.Distances(("maths", "code"), whole, lost)
+        >>> errors.adapters
+        {'maths': 0.5, 'code': 0.5}
+        >>> errors.total
+        0.5
     """
 
     names: tuple[str, ...]
@@ -106,9 +115,10 @@ def compress_many(
     norm, so that small changes count as large ones do. The file has R * (in + out + n) numbers a
     layer.
 
-    The descent begins where LoRAs apart, of R ranks together, would end, and from the changes that
-    the adapters have in common; the nearer result counts. So it is never farther from the adapters
-    than R of their singular components are. Adapters with nothing in common gain nothing.
+    One start of the descent is the best that LoRAs apart of R ranks together can do, so the result
+    is never farther from the adapters than R of their singular components are (but for rounding to
+    the files' dtype). A basis of rank R that all have in common is found. Adapters with nothing in
+    common gain nothing.
 
     LoRAs may differ in rank, scale and adapted layers. A layer that only some of them have gets
     zeros in the others' diagonals. The result has the widest dtype of their files.
@@ -117,7 +127,7 @@ def compress_many(
         directories: two or more, each as PEFT's ``save_pretrained`` or ``export_lora`` wrote it.
             Adapters are named as the mapping's keys are, or as the folders.
         rank: R, of the basis of each layer, and of the LoRAs that the result expands to.
-        iterations: rounds of the solver, in each layer and from each of two starts.
+        iterations: rounds of the solver, in each layer.
         tol: end them once a round lowers the share of the squared norm that is missing by no more.
         progress: called with (layer, layers done, layers) after each.
 

@@ -1,4 +1,4 @@
-"""The experiment with LoRAs over one basis: a kind of LoRAs whose answer is known, and the table."""
+"""The experiment with LoRAs over one basis: LoRAs whose answer is known, and the table."""
 
 from __future__ import annotations
 
