@@ -28,23 +28,31 @@ from rasa_ext.patching.patch import patch_model
 from rasa_ext.patching.state import adapter_parameters
 from rasa_ext.patching.summary import summary
 from rasa_ext.solver.compress import CompressedAdapter, compress
+from rasa_ext.solver.compress_many import CompressedLoras, Distances, compress_many
 from rasa_ext.solver.decompose import Decomposition, decompose
 from rasa_ext.solver.fit import fit_adapter
 from rasa_ext.solver.import_lora import import_lora
+from rasa_ext.solver.lora_set import LoraSet
+from rasa_ext.solver.shared_basis import SharedBasis
 from rasa_ext.solver.weights import SafetensorsFolder
 
 __all__ = [
     "CompressedAdapter",
+    "CompressedLoras",
     "Decomposition",
+    "Distances",
+    "LoraSet",
     "RasaConfig",
     "RasaExperts",
     "RasaLinear",
     "RasaPool",
     "SafetensorsFolder",
+    "SharedBasis",
     "Truncation",
     "__version__",
     "adapter_parameters",
     "compress",
+    "compress_many",
     "cuda_status",
     "decompose",
     "delta_weight",

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from rasa_ext.checkpoint.files import PREFIX, check_finite, read_config, read_either
+from rasa_ext.methods.base import LORA_SET
 
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight$")
 _MERGE = "merge it with PEFT's merge_and_unload instead, and use `rasa-ext compress --finetuned`"
@@ -92,13 +93,14 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
-        ours = (
-            "this is a RaSA adapter already, which rasa_ext.load_adapter(model, directory) and "
-            "the commands merge and export-lora read"
-        )
+        ways = {
+            "RASA": "this is a RaSA adapter already, which rasa_ext.load_adapter(model, directory) "
+            "and the commands merge and export-lora read",
+            LORA_SET: "these are several LoRAs, which `rasa-ext expand` writes out one by one",
+        }
         raise ValueError(
             f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; "
-            f"{ours if kind == 'RASA' else _MERGE}."
+            f"{ways.get(str(kind), _MERGE)}."
         )
     for name in _VARIANTS:
         if config.get(name):

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
-from rasa_ext.cli.output import Overwrite, command, console, progress, table_of
+from rasa_ext.cli.output import Overwrite, command, console, progress, progress_bar, table_of
 
 if TYPE_CHECKING:
     from rasa_ext.patching.grouping import Group
@@ -64,7 +64,7 @@ def compress(
 
     if (finetuned is None) == (lora is None):
         raise ValueError("finetuned: expected either --finetuned or --lora, got both or neither.")
-    with _progress() as bar:
+    with progress_bar() as bar:
         solver = _solver(bar, iterations, dtype)
         if lora is not None:
             read, found = compress_lora(
@@ -110,7 +110,7 @@ def import_lora(
     """Turn a LoRA into a RaSA adapter: exactly, or with --rank or --k the nearest one."""
     from rasa_ext.train.compress import compress_lora
 
-    with _progress() as bar:
+    with progress_bar() as bar:
         solver = _solver(bar, iterations, dtype)
         read, found = compress_lora(
             lora, output, rank, k, base=model, solver=solver, overwrite=overwrite
@@ -191,18 +191,6 @@ def _show_lost(found: CompressedAdapter) -> None:
         change, base = (sum(column) ** 0.5 for column in zip(*squares, strict=True))
         relative = f", {change / base:.2%} of its norm" if base else ""
         console.print(f"  {kind} ({len(squares)}): changed by {change:.3g}{relative}", markup=False)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def _solver(bar: Progress, iterations: int, dtype: str) -> Solver:

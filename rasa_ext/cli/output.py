@@ -10,6 +10,7 @@ from typing import Annotated, ParamSpec
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 INTERRUPTED = 130
@@ -48,6 +49,19 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(1) from None
 
     return wrapped
+
+
+def progress_bar() -> Progress:
+    """A bar for work whose parts are counted; nothing where the output is a file or a pipe."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 def _keep_lines_whole() -> None:

@@ -29,7 +29,8 @@ def places(tmp_path_factory) -> dict[str, Path]:
     make_model(seed=1).save_pretrained(folder / "tuned")
     model = patched(load(folder / "base"), 4, 1)
     rasa_ext.save_adapter(model, folder / "adapter")
-    rasa_ext.export_lora(model, folder / "lora")
+    for name in ("lora", "other"):
+        rasa_ext.export_lora(model, folder / name)
     found = adapters(model)
     oracle.write_official(
         folder / "official",
@@ -39,7 +40,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
         alpha=8,
         target_modules=sorted({name.rpartition(".")[2] for name in found}),
     )
-    return {name: folder / name for name in ("base", "tuned", "adapter", "lora", "official")}
+    return {path.name: path for path in folder.iterdir()}
 
 
 COMMANDS = {
@@ -47,6 +48,7 @@ COMMANDS = {
     "export-lora": ["export-lora", "adapter"],
     "import-official": ["import-official", "official", "--model", "base"],
     "import-lora": ["import-lora", "lora"],
+    "compress-many": ["compress-many", "lora", "other", "--rank", "9", "--iterations", "1"],
     "compress": ["compress", "--base", "base", "--finetuned", "tuned", "--iterations", "1"],
 }
 

@@ -1,0 +1,1 @@
+"""LoRAs over one shared basis beside LoRAs apart of the same size."""

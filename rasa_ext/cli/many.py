@@ -1,0 +1,109 @@
+"""``rasa-ext compress-many | expand``: several LoRAs in, one shared basis out, and back again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rasa_ext.cli.output import Overwrite, command, console, progress, progress_bar, table_of
+
+if TYPE_CHECKING:
+    from rasa_ext import CompressedLoras
+
+_Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Directory to write.", show_default=False)
+]
+
+
+@command
+def compress_many(
+    loras: Annotated[
+        list[str],
+        typer.Argument(
+            help="LoRAs of one base in PEFT's format: directories, or NAME=DIRECTORY.",
+            show_default=False,
+        ),
+    ],
+    output: _Output,
+    rank: Annotated[int, typer.Option(help="Rank R of the basis that they share in each layer.")],
+    iterations: Annotated[int, typer.Option(help="Rounds of the solver, at most.")] = 100,
+    overwrite: Overwrite = False,
+) -> None:
+    """Put several LoRAs of one base over one shared basis, with a diagonal each."""
+    from rasa_ext.train.many import compress_directories
+
+    with progress_bar() as bar:
+        task = bar.add_task("Layers", total=None)
+
+        def show(layer: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+            if bar.disable and done * 10 // total > (done - 1) * 10 // total:
+                progress.print(f"{layer}: {done} of {total} layers", markup=False)
+
+        found = compress_directories(
+            loras, output, rank, iterations=iterations, progress=show, overwrite=overwrite
+        )
+    _show(found)
+    console.print(
+        f"{len(found.loras.names)} LoRAs in {output}. Write one as a LoRA of rank {rank} with "
+        f"`rasa-ext expand {output} {found.loras.names[0]} --output DIRECTORY`.",
+        markup=False,
+    )
+
+
+@command
+def expand(
+    loras: Annotated[Path, typer.Argument(help="What compress-many wrote.", show_default=False)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory to write, in which each LoRA has a folder of its name.",
+            show_default=False,
+        ),
+    ],
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Which LoRAs. [default: all]", show_default=False)
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write LoRAs that compress-many put together as plain LoRAs for PEFT and servers."""
+    from rasa_ext.train.many import expand_set
+
+    found = expand_set(loras, names or [], output, overwrite=overwrite)
+    for name in names or found.names:
+        console.print(f"LoRA of rank {found.rank} in {output / name}.", markup=False)
+
+
+def _show(found: CompressedLoras) -> None:
+    """Errors by adapter, by kind of layer and in all, beside those of LoRAs apart."""
+    from rasa_ext.patching.grouping import pattern
+
+    kinds: dict[str, list[str]] = {}
+    for layer in found.loras.layers:
+        kinds.setdefault(pattern(layer), []).append(layer)
+    table = table_of("LoRA, or layers", "error", "apart", "ratio")
+    apart = found.separate.adapters
+    for name, error in found.errors.adapters.items():
+        table.add_row(name, *_cells(error, apart[name]))
+    table.add_section()
+    for kind, layers in kinds.items():
+        cells = _cells(found.errors.over(layers), found.separate.over(layers))
+        table.add_row(f"{kind} ({len(layers)})", *cells)
+    table.add_section()
+    table.add_row("all", *_cells(found.errors.total, found.separate.total))
+    console.print(table)
+    size = found.loras.num_parameters
+    console.print(
+        "Errors are ||dW - dW'|| / ||dW||; over several LoRAs, the root of the mean of their "
+        f"squares. The basis and the diagonals have {size:,} numbers, {size / found.given:.1%} of "
+        f"the LoRAs' {found.given:,}; apart are LoRAs with as many in every layer, by singular "
+        "values, which are the least errors that there are."
+    )
+
+
+def _cells(error: float, apart: float) -> list[str]:
+    return [f"{error:.4f}", f"{apart:.4f}", f"{error / apart:.4f}" if apart > 1e-6 else "-"]

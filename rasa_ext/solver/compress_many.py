@@ -1,0 +1,329 @@
+"""compress_many: several LoRAs of one base over one shared basis, with a diagonal each."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rasa_ext.checkpoint.lora import Lora, read_lora
+from rasa_ext.linalg import svd_of_product
+from rasa_ext.solver.lora_set import LoraSet, lora_settings
+from rasa_ext.solver.low_rank import Matrix
+from rasa_ext.solver.shared_basis import SharedBasis, find_shared_basis, largest
+
+Directories = Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distances:
+    """How far approximations of several LoRAs are from these, in the Frobenius norm, relative.
+
+    Every adapter weighs alike, however large its changes: an error over several adapters is the
+    root of the mean of their squares. 0 where nothing changes.
+
+    Example:
+        >>> whole = {"q": torch.tensor([4.0, 1.0]), "v": torch.tensor([0.0, 3.0])}
+        >>> lost = {"q": torch.tensor([1.0, 0.0]), "v": torch.tensor([0.0, 1.0])}
+        >>> errors = rasa_ext.Distances(("maths", "code"), whole, lost)
+        >>> errors.adapters
+        {'maths': 0.5, 'code': 0.5}
+        >>> errors.total
+        0.5
+    """
+
+    names: tuple[str, ...]
+    whole: dict[str, Tensor]
+    """||M||^2 by layer, one for each adapter, (n,) float64."""
+    lost: dict[str, Tensor]
+    """||M - M^||^2 likewise."""
+
+    @property
+    def total(self) -> float:
+        """Over all layers and adapters."""
+        return self.over(self.whole)
+
+    @property
+    def layers(self) -> dict[str, float]:
+        """By layer, over the adapters."""
+        return {layer: self.over([layer]) for layer in self.whole}
+
+    @property
+    def adapters(self) -> dict[str, float]:
+        """By adapter, over its layers: ||M - M^|| / ||M||."""
+        whole = torch.stack([*self.whole.values()]).sum(0).tolist()
+        lost = torch.stack([*self.lost.values()]).sum(0).tolist()
+        return dict(zip(self.names, map(_ratio, lost, whole), strict=True))
+
+    def over(self, layers: Iterable[str]) -> float:
+        """Over some layers and all adapters."""
+        layers, weights = list(layers), _weights(self.whole)
+        lost = sum((self.lost[layer] @ weights).item() for layer in layers)
+        return _ratio(lost, sum((self.whole[layer] @ weights).item() for layer in layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class CompressedLoras:
+    """Several LoRAs over one basis, and how near each is, beside LoRAs apart of the same size.
+
+    Example:
+        >>> import copy
+        >>> for name in ("maths", "code"):
+        ...     tuned = rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1)
+        ...     for parameter in rasa_ext.adapter_parameters(tuned):  # in place of a training
+        ...         _ = parameter.data.add_(0.1 * torch.randn_like(parameter))
+        ...     _ = rasa_ext.export_lora(tuned, name)
+        >>> found = rasa_ext.compress_many(["maths", "code"], rank=12)
+        >>> list(found.errors.adapters)
+        ['maths', 'code']
+        >>> 0 < found.errors.total < 1, 0 < found.separate.total < 1
+        (True, True)
+        >>> found.loras.num_parameters < found.given
+        True
+    """
+
+    loras: LoraSet
+    errors: Distances
+    separate: Distances
+    """The same of LoRAs apart with as many numbers in each layer: R + n R / (in + out) singular
+    components of the changes, which are the largest of all adapters' together; of what is over
+    from whole components, that share of the next one."""
+    given: int
+    """Numbers in the LoRAs that were given."""
+
+
+@torch.no_grad()
+def compress_many(
+    directories: Directories,
+    rank: int,
+    *,
+    iterations: int = 100,
+    tol: float = 1e-6,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> CompressedLoras:
+    """Put several LoRAs of one base over one shared basis, with a diagonal each.
+
+    In every layer, dW_i is approximated by B diag(d_i) A for all adapters i at once (JD-Diag of
+    "Compress then Serve", arXiv 2407.00066): the formula of RaSA's pool with adapters in the place
+    of layers, found by the same coordinate descent, in float64. Each adapter is weighed by its
+    norm, so that small changes count as large ones do. The file has R * (in + out + n) numbers a
+    layer.
+
+    One start of the descent is the best that LoRAs apart of R ranks together can do, so the result
+    is never farther from the adapters than R of their singular components are (but for rounding to
+    the files' dtype). A basis of rank R that all have in common is found. Adapters with nothing in
+    common gain nothing.
+
+    LoRAs may differ in rank, scale and adapted layers. A layer that only some of them have gets
+    zeros in the others' diagonals. The result has the widest dtype of their files.
+
+    Args:
+        directories: two or more, each as PEFT's ``save_pretrained`` or ``export_lora`` wrote it.
+            Adapters are named as the mapping's keys are, or as the folders.
+        rank: R, of the basis of each layer, and of the LoRAs that the result expands to.
+        iterations: rounds of the solver, in each layer.
+        tol: end them once a round lowers the share of the squared norm that is missing by no more.
+        progress: called with (layer, layers done, layers) after each.
+
+    Returns:
+        The set, its errors by layer, by adapter and in all, and those of LoRAs apart.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: an argument is wrong, or a directory is no plain
+            LoRA, has modules that were trained in full, or layers of other shapes; the message
+            has its path and says what to do.
+
+    Example:
+        >>> import copy
+        >>> for name in ("maths", "code"):
+        ...     tuned = rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1)
+        ...     _ = rasa_ext.export_lora(tuned, name)
+        >>> found = rasa_ext.compress_many({"m": "maths", "c": "code"}, rank=12, iterations=20)
+        >>> found.loras.save("set")
+        >>> found.loras.expand("m", "maths-12")
+    """
+    _check_numbers(rank, iterations, tol)
+    loras = _read(directories)
+    settings = _settings(loras)
+    changes = _changes(loras)
+    whole = {
+        layer: torch.tensor([Matrix(B, A).squared_norm() for B, A in each], dtype=torch.float64)
+        for layer, each in changes.items()
+    }
+    weights = _weights(whole)
+    factors = [t for lora in loras.values() for pair in lora.factors.values() for t in pair]
+    dtype = factors[0].dtype
+    for factor in factors:
+        dtype = torch.promote_types(dtype, factor.dtype)
+    layers, lost, apart = {}, {}, {}
+    for done, (layer, each) in enumerate(changes.items(), 1):
+        basis = _basis(each, weights.sqrt(), rank, iterations, tol)
+        layers[layer] = SharedBasis(*(tensor.to(dtype) for tensor in basis))
+        lost[layer] = _lost(each, layers[layer])
+        apart[layer] = _lost_apart(each, weights, rank)
+        if progress is not None:
+            progress(layer, done, len(changes))
+    names = tuple(loras)
+    return CompressedLoras(
+        LoraSet(names, layers, settings),
+        Distances(names, whole, lost),
+        Distances(names, whole, apart),
+        sum(lora.num_parameters for lora in loras.values()),
+    )
+
+
+def _check_numbers(rank: int, iterations: int, tol: float) -> None:
+    for name, value, least in (("rank", rank, 1), ("iterations", iterations, 0)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer, got {value!r}.")
+        if value < least:
+            raise ValueError(f"{name}: expected {least} or more, got {value}.")
+    if not isinstance(tol, int | float) or not tol >= 0:
+        raise ValueError(f"tol: expected a number, 0 or more, got {tol!r}.")
+
+
+def _named(directories: Directories) -> dict[str, Path]:
+    if isinstance(directories, str | os.PathLike) or not isinstance(
+        directories, Sequence | Mapping
+    ):
+        raise TypeError(
+            "directories: expected a sequence of LoRAs' directories, or a mapping of names to "
+            f"them, got {type(directories).__name__}."
+        )
+    if isinstance(directories, Mapping):
+        return check_names((name, Path(path)) for name, path in directories.items())
+    return check_names((folder_name(path), Path(path)) for path in directories)
+
+
+def folder_name(directory: str | os.PathLike[str]) -> str:
+    """The name that an adapter has by its directory."""
+    return Path(directory).resolve().name
+
+
+def check_names(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    """Directories by their adapters' names; ValueError unless there are two or more, all apart.
+
+    A name is one of a folder, since that is where `rasa-ext expand` writes the adapter.
+    """
+    found: dict[str, Path] = {}
+    for name, path in pairs:
+        if name in ("", ".", "..") or Path(name).name != name:
+            raise ValueError(
+                f"directories: expected a name for {path} that a folder may have, got {name!r}."
+            )
+        if name in found:
+            raise ValueError(
+                f"directories: expected a name for each LoRA, but {found[name]} and {path} are "
+                f"both {name!r}; name them, by a mapping of names to directories or, for the "
+                "command, as NAME=DIRECTORY."
+            )
+        found[name] = path
+    if len(found) < 2:
+        raise ValueError(f"directories: expected two LoRAs or more, got {len(found)}.")
+    return found
+
+
+def _read(directories: Directories) -> dict[str, Lora]:
+    loras: dict[str, Lora] = {}
+    shapes: dict[str, tuple[tuple[int, int], Path]] = {}
+    for name, path in _named(directories).items():
+        loras[name] = read_lora(path)
+        if saved := next(iter(loras[name].saved), None):
+            raise ValueError(
+                f"{path}: expected a LoRA alone, but modules_to_save has trained {saved}, which "
+                "would have no place in a shared basis; leave this LoRA out, or train it without."
+            )
+        for layer, (B, A) in loras[name].factors.items():
+            shape = B.shape[0], A.shape[1]
+            first, where = shapes.setdefault(layer, (shape, path))
+            if shape != first:
+                raise ValueError(
+                    f"{path}: expected LoRAs of one base, but {layer!r} is {shape} (out, in) here "
+                    f"and {first} in {where}."
+                )
+    return loras
+
+
+def _settings(loras: Mapping[str, Lora]) -> dict[str, object]:
+    configs = {name: lora.config for name, lora in loras.items()}
+    bases = {name: config.get("base_model_name_or_path") for name, config in configs.items()}
+    told = {base: name for name, base in bases.items() if base}
+    if len(told) > 1:
+        listed = "; ".join(f"{name}: {base}" for base, name in told.items())
+        warnings.warn(
+            f"the LoRAs name their base differently ({listed}); the result is of use only if they "
+            "mean one and the same model.",
+            stacklevel=3,
+        )
+    return lora_settings(configs, list(dict.fromkeys(k for x in loras.values() for k in x.factors)))
+
+
+def _changes(loras: Mapping[str, Lora]) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """(B, A) of every adapter by layer, float64, the scale in B; of no rank where it has none."""
+    shapes = {
+        layer: (B.shape[0], A.shape[1])
+        for lora in loras.values()
+        for layer, (B, A) in lora.factors.items()
+    }
+    changes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for layer, (out, width) in shapes.items():
+        none = torch.zeros(out, 0).double(), torch.zeros(0, width).double()
+        changes[layer] = []
+        for lora in loras.values():
+            B, A = lora.factors.get(layer, none)
+            changes[layer].append((lora.scales.get(layer, 0.0) * B.double(), A.double()))
+    return changes
+
+
+def _weights(whole: Mapping[str, Tensor]) -> Tensor:
+    """1 / ||M_i||^2 of each adapter over all its layers, (n,); 0 where it changes nothing."""
+    totals = torch.stack([*whole.values()]).sum(0)
+    return torch.where(totals > 0, totals.reciprocal(), 0.0)
+
+
+def _basis(
+    changes: Sequence[tuple[Tensor, Tensor]],
+    scales: Tensor,
+    rank: int,
+    iterations: int,
+    tol: float,
+) -> SharedBasis:
+    """The basis for the changes, which count ``scales`` times in what is minimized."""
+    pairs = zip(changes, scales, strict=True)
+    scaled = [(scale * B, A) for (B, A), scale in pairs]
+    B, A, d = find_shared_basis(scaled, rank, iterations=iterations, tol=tol)
+    back = torch.where(scales > 0, scales.reciprocal(), 0.0)
+    return SharedBasis(B, A, d * back[:, None])
+
+
+def _lost(changes: Sequence[tuple[Tensor, Tensor]], basis: SharedBasis) -> Tensor:
+    """||B_i A_i - B diag(d_i) A||^2 of each adapter, by the factors."""
+    B, A, d = (tensor.double() for tensor in basis)
+    lost = [
+        Matrix(torch.cat([Bi, -B * d[i]], 1), torch.cat([Ai, A])).squared_norm()
+        for i, (Bi, Ai) in enumerate(changes)
+    ]
+    return torch.tensor(lost, dtype=torch.float64).clamp_min(0.0)
+
+
+def _lost_apart(changes: Sequence[tuple[Tensor, Tensor]], weights: Tensor, rank: int) -> Tensor:
+    """What LoRAs apart lose that have together as many numbers as a basis of rank R."""
+    out, width = changes[0][0].shape[0], changes[0][1].shape[1]
+    components = rank * (1 + len(changes) / (out + width))
+    squares = [svd_of_product(B, A).S.square() for B, A in changes]
+    counted = [each * weight for each, weight in zip(squares, weights, strict=True)]
+    lost = torch.stack([each.sum() for each in squares])
+    order = largest(counted, math.ceil(components))
+    for place, (i, j) in enumerate(order):
+        lost[i] -= min(components - place, 1.0) * squares[i][j]
+    return lost.clamp_min(0.0)
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole else 0.0

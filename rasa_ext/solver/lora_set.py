@@ -1,0 +1,195 @@
+"""LoraSet: several LoRAs of one base over one shared basis, in one file, and each of them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext._version import __version__
+from rasa_ext.checkpoint.adapter import load_tensors_into, own_key
+from rasa_ext.checkpoint.files import (
+    PREFIX,
+    WEIGHTS,
+    check_finite,
+    check_tensors,
+    read_config,
+    read_tensors,
+    write_adapter,
+)
+from rasa_ext.config import RasaConfig
+from rasa_ext.methods.base import LORA_SET
+from rasa_ext.patching.patch import check_unpatched
+from rasa_ext.solver.fit import check_names, plan_for
+from rasa_ext.solver.shared_basis import SharedBasis
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSet:
+    """Several LoRAs of one base over one basis: adapter i changes a layer by B diag(d_i) A.
+
+    A layer has one B (out, R) and one A (R, in) for all adapters, and d (n, R) with a row for each;
+    a row of zeros stands for a layer that the adapter leaves alone. ``compress_many`` makes a set,
+    and ``save`` and ``load`` are its files'. Servers read what ``expand`` writes.
+
+    Example:
+        >>> import copy
+        >>> for name in ("maths", "code"):
+        ...     tuned = rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1)
+        ...     rasa_ext.save_adapter(tuned, f"{name}-adapter")
+        ...     _ = rasa_ext.export_lora(tuned, name)
+        >>> rasa_ext.compress_many(["maths", "code"], rank=12).loras.save("set")
+        >>> loras = rasa_ext.LoraSet.load("set")
+        >>> loras.names, loras.rank
+        (('maths', 'code'), 12)
+        >>> loras.expand("maths", "maths-12")  # a LoRA of rank 12, for PEFT and servers
+        >>> model = loras.install(model, "maths")
+        >>> model = rasa_ext.training.load_diagonals(model, loras.diagonals("code"))
+    """
+
+    names: tuple[str, ...]
+    """The adapters."""
+    layers: dict[str, SharedBasis]
+    """B, A and d by the layer's name in the model, all of one dtype."""
+    lora: dict[str, Any]
+    """What ``expand`` says of the base in PEFT's configuration."""
+
+    @property
+    def rank(self) -> int:
+        """R, of every layer."""
+        return next(iter(self.layers.values())).A.shape[0]
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in the file: R * (in + out) + n * R of every layer."""
+        return sum(tensor.numel() for layer in self.layers.values() for tensor in layer)
+
+    def diagonals(self, name: str) -> dict[str, Tensor]:
+        """One adapter's diagonal (R,) of every layer, as ``load_diagonals`` takes them."""
+        i = self.index(name)
+        return {layer: basis.d[i].clone() for layer, basis in self.layers.items()}
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the set's directory, for ``load``; what was there is replaced, or left whole."""
+        tensors = {
+            _key(name, field): tensor
+            for name, basis in self.layers.items()
+            for field, tensor in basis._asdict().items()
+        }
+        settings = {
+            "peft_type": LORA_SET,
+            "adapters": list(self.names),
+            "r": self.rank,
+            "lora": self.lora,
+            "rasa_ext_version": __version__,
+        }
+        write_adapter(directory, settings, tensors)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> LoraSet:
+        """Read what ``save`` wrote; FileNotFoundError or ValueError, naming it, where it cannot."""
+        config, where = read_config(directory), str(directory)
+        if (kind := config.get("peft_type")) != LORA_SET:
+            raise ValueError(
+                f"{where}: expected what rasa_ext.compress_many or `rasa-ext compress-many` wrote, "
+                f"peft_type {LORA_SET!r} in adapter_config.json, got {kind!r}."
+            )
+        tensors = read_tensors(Path(directory) / WEIGHTS)
+        check_finite(tensors, where)
+        names, rank = tuple(config["adapters"]), config["r"]
+        layers = dict.fromkeys(key.rpartition(".")[0].removeprefix(PREFIX) for key in tensors)
+        expected = {}
+        for name in layers:
+            B, A, d = (_key(name, field) for field in "BAd")
+            expected[B] = (*(tensors[B].shape[:1] if B in tensors else ()), rank)
+            expected[A] = (rank, *(tensors[A].shape[-1:] if A in tensors else ()))
+            expected[d] = (len(names), rank)
+        check_tensors(tensors, expected, where)
+        found = {
+            name: SharedBasis(**{field: tensors[_key(name, field)] for field in "BAd"})
+            for name in layers
+        }
+        return cls(names, found, config["lora"])
+
+    def expand(self, name: str, directory: str | os.PathLike[str]) -> None:
+        """Write one adapter as a LoRA of rank R in PEFT's format, of every layer of the set.
+
+        lora_B = B diag(d_i), lora_A = A, and the scale is 1. ValueError for an unknown name.
+        """
+        i = self.index(name)
+        tensors = {}
+        for layer, basis in self.layers.items():
+            tensors[f"{PREFIX}{layer}.lora_A.weight"] = basis.A
+            tensors[f"{PREFIX}{layer}.lora_B.weight"] = basis.B * basis.d[i]
+        settings = {
+            "peft_type": "LORA",
+            **self.lora,
+            "inference_mode": True,
+            "r": self.rank,
+            "lora_alpha": self.rank,
+            "lora_dropout": 0.0,
+            "modules_to_save": None,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        }
+        write_adapter(directory, settings, tensors)
+
+    @torch.no_grad()
+    def install(self, model: nn.Module, name: str) -> nn.Module:
+        """Patch a base model, in place, with one adapter: RaSA of k = 0 over the shared B and A.
+
+        ``training.load_diagonals(model, loras.diagonals(other))`` then puts another in its place.
+        ValueError or TypeError where the set does not fit the model, which is then unchanged.
+        """
+        i = self.index(name)
+        check_unpatched(model)
+        shapes = {key: (B.shape[0], A.shape[1]) for key, (B, A, _) in self.layers.items()}
+        check_names(model, shapes, "loras")
+        config, _ = plan_for(model, RasaConfig(rank=self.rank, k=0), shapes)
+        tensors = {}
+        for key, basis in self.layers.items():
+            tensors[own_key(key, "A")], tensors[own_key(key, "B")] = basis.A, basis.B
+            tensors[own_key(key, "d")] = basis.d[i]
+        return load_tensors_into(model, config, tensors, "loras")
+
+    def index(self, name: str) -> int:
+        """Which of the adapters has this name; ValueError if none has."""
+        if name not in self.names:
+            raise ValueError(f"name: expected one of {', '.join(self.names)}, got {name!r}.")
+        return self.names.index(name)
+
+
+def lora_settings(configs: Mapping[str, Mapping[str, Any]], layers: list[str]) -> dict[str, Any]:
+    """What PEFT is to be told of the base by every adapter that a set of these configs expands to.
+
+    ``configs`` are by the adapter's name. Where all adapters chose their layers by the same
+    names, these are kept; otherwise each layer is named in full.
+    """
+    first = next(iter(configs.values()))
+    chosen = [config.get("target_modules") for config in configs.values()]
+    lists = [sorted(each) for each in chosen if isinstance(each, list)]
+    by_names = len(lists) == len(chosen) and all(each == lists[0] for each in lists)
+    narrowed = any(config.get(key) for config in configs.values() for key in _NARROWING)
+    tasks = {config.get("task_type") for config in configs.values()}
+    return {
+        "task_type": tasks.pop() if len(tasks) == 1 else None,
+        "base_model_name_or_path": first.get("base_model_name_or_path"),
+        "target_modules": chosen[0] if by_names and not narrowed else layers,
+        "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs.values()),
+    }
+
+
+# Settings beside target_modules that leave layers out.
+_NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+
+
+def _key(name: str, field: str) -> str:
+    return f"{PREFIX}{name}.lora_set_{field}"
