@@ -36,9 +36,10 @@ class ServedAdapter(TrainerCallback):
     """Keep a server's LoRA that of the model in training, and let it complete prompts.
 
     As training begins, and after every step, the adapter is written as a LoRA into a new folder,
-    exactly, and the server is told to load it; then the one before is unloaded and removed. Every
-    LoRA has a name of its own, since vLLM tells the cached keys and values of prompts apart by the
-    name alone. The last one stays.
+    exactly, and the server is told to load it; then the one before is unloaded and removed. The
+    last one stays. Every LoRA has a name and a folder of its own: by these, and not by what is in
+    it, vLLM tells the cached keys and values of prompts apart; and one that was loaded in place of
+    another of its name it reads from the disk again at every step.
 
     With TRL's GRPOTrainer, pass it in ``callbacks`` and its ``rollout`` as ``rollout_func``.
 

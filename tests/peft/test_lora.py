@@ -14,7 +14,7 @@ from rasa_ext.peft import RasaConfig, export_lora
 from tests.helpers.adapters import content, randomize, same_bits
 from tests.helpers.peft import adapted, logits, named, tiny, two
 from tests.helpers.tiny_lm import make_model
-from tests.peft.test_experts import moe
+from tests.peft import test_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*modules_to_save", "ignore:.*SGLang")
 
@@ -59,9 +59,10 @@ def test_one_of_several_active_or_not(merged, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
 
 
+@test_experts.pytestmark
 @pytest.mark.parametrize("layout", ["peft", "per-expert"])
-def test_experts(layout, tmp_path):
-    base = moe(dtype=torch.float32)
+def test_adapted_experts(layout, tmp_path):
+    base = test_experts.moe(dtype=torch.float32)
     model = adapted(base, r=4, rasa_k=1, rasa_experts="shared", task_type="CAUSAL_LM")
     rank = of_the_package(model, tmp_path, base, experts=layout)
     assert export_lora(model, tmp_path / "lora", experts=layout) == rank
