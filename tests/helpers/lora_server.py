@@ -1,6 +1,6 @@
-"""A server of LoRAs as a trainer sees vLLM's: load, unload, list, complete. PEFT loads and computes.
+"""A server of LoRAs as a trainer sees vLLM's: load, unload, list, complete.
 
-What it computes owes nothing to the package: the base, and the files that it was told of.
+PEFT loads and computes. That owes nothing to the package: the base, and the files it was told of.
 """
 
 from __future__ import annotations

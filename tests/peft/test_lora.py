@@ -51,7 +51,7 @@ def test_one_of_several_active_or_not(merged, tmp_path):
         model.merge_adapter()
     export_lora(model, tmp_path, "second")
     written = load_file(tmp_path / "adapter_model.safetensors")
-    assert len(written) == 2 * len([n for n in named(model, "second")])
+    assert len(written) == 2 * len(named(model, "second"))
     if merged:
         model.unmerge_adapter()
     model.set_adapter("second")
