@@ -208,6 +208,7 @@ class ServedAdapter(TrainerCallback):
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.server}{path}", data, headers)
+        cause: Exception
         for tried in range(self.tries):
             if tried:
                 time.sleep(min(2 ** (tried - 1), 30))
