@@ -14,9 +14,17 @@ except ImportError as error:
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
+from rasa_ext.peft.lora import export_lora
 from rasa_ext.peft.model import RasaModel
 from rasa_ext.peft.register import register
 
-__all__ = ["RasaConfig", "RasaModel", "RasaPeftBank", "RasaPeftExperts", "RasaPeftLinear"]
+__all__ = [
+    "RasaConfig",
+    "RasaModel",
+    "RasaPeftBank",
+    "RasaPeftExperts",
+    "RasaPeftLinear",
+    "export_lora",
+]
 
 register()

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rasa_ext
 from rasa_ext.cli.app import app
-from tests.helpers import oracle, tiny_lm
+from tests.helpers import lora_server, oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,13 +90,27 @@ def offline(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+SERVER = "http://localhost:8000"
+
+
+@pytest.fixture
+def server(page, offline):
+    """The address of a server that takes LoRAs over the tiny model, for pages that speak to one."""
+    if SERVER not in page.read_text():
+        yield SERVER
+        return
+    with lora_server.serving(AutoModelForCausalLM.from_pretrained(offline / "tiny")) as running:
+        yield running.address
+
+
 WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
-def test_code_runs(page, offline, forked_python):
+def test_code_runs(page, offline, server, forked_python):
     namespace: dict[str, object] = {"__name__": "__main__"}
     for language, text, line in blocks(page):
+        text = text.replace(SERVER, server)
         if language == "bash":
             run_scripts(text, offline, forked_python)
         elif script := SCRIPT.match(text):

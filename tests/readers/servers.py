@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import socket
@@ -10,13 +11,23 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.readers.environments import environment
 
-Post = Callable[[str, dict[str, Any]], Any]
+
+@dataclasses.dataclass(frozen=True)
+class Post:
+    """Posts JSON to a path of a server, which it waits for."""
+
+    address: str
+    server: subprocess.Popen
+    log: Path
+
+    def __call__(self, path: str, body: dict[str, Any]) -> Any:
+        return _post(f"{self.address}{path}", body, self.server, self.log)
 
 
 @contextlib.contextmanager
@@ -29,7 +40,7 @@ def served(reader: str, words: list[str], log: Path, **variables: str) -> Iterat
     with open(log, "w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environ)
         try:
-            yield lambda path, body: _post(f"http://localhost:{port}{path}", body, server, log)
+            yield Post(f"http://localhost:{port}", server, log)
         finally:
             server.terminate()
             server.wait(60)

@@ -1,0 +1,136 @@
+"""A server of LoRAs as a trainer sees vLLM's: load, unload, list, complete.
+
+PEFT loads and computes. That owes nothing to the package: the base, and the files it was told of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+
+class LoraServer(ThreadingHTTPServer):
+    """Completes token ids with a causal language model and the LoRA that a request names."""
+
+    daemon_threads = True
+
+    def __init__(self, base: nn.Module, max_rank: int = 64) -> None:
+        super().__init__(("localhost", 0), _Handler)
+        self.address = f"http://localhost:{self.server_address[1]}"
+        self.base, self.max_rank = base, max_rank
+        self.loras: dict[str, nn.Module] = {}
+        self.requests: list[tuple[str, dict[str, Any]]] = []
+        self.lost: list[str] = []
+        """Paths of requests that are served, but whose answer is lost, each once."""
+        self.turn = threading.Lock()
+
+    def load(self, body: dict[str, Any]) -> str:
+        name, path = body["lora_name"], Path(body["lora_path"])
+        if name in self.loras:
+            raise Refusal(400, f"The lora adapter '{name}' has already been loaded.")
+        if not path.is_absolute() or not path.is_dir():
+            raise Refusal(404, f"No adapter found for {path}")
+        model = PeftModel.from_pretrained(copy.deepcopy(self.base), path).eval()
+        rank = model.peft_config["default"].r
+        if rank > self.max_rank:
+            raise Refusal(400, f"LoRA rank {rank} is greater than max_lora_rank {self.max_rank}.")
+        self.loras[name] = model
+        return f"Success: LoRA adapter '{name}' added successfully."
+
+    def unload(self, body: dict[str, Any]) -> str:
+        if self.loras.pop(body["lora_name"], None) is None:
+            raise Refusal(404, f"The lora adapter '{body['lora_name']}' cannot be found.")
+        return "Success"
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["model"] not in self.loras:
+            raise Refusal(404, f"The model `{body['model']}` does not exist.")
+        model = self.loras[body["model"]]
+        return {
+            "choices": [
+                {"index": index, **self._draw(model, prompt, body)}
+                for index, prompt in reversed(list(enumerate(body["prompt"])))
+            ]
+        }
+
+    def _draw(self, model: nn.Module, prompt: list[int], body: dict[str, Any]) -> dict[str, Any]:
+        tokens, told = list(prompt), []
+        end = self.base.config.eos_token_id
+        while len(told) < body["max_tokens"] and (not told or tokens[-1] != end):
+            logits = log_probabilities(model, tokens)[-1]
+            token = int(torch.multinomial((logits / body["temperature"]).softmax(-1), 1))
+            told.append(logits[token].item())
+            tokens.append(token)
+        return {"token_ids": tokens[len(prompt) :], "logprobs": {"token_logprobs": told}}
+
+
+class Refusal(Exception):
+    """An answer that is an error."""
+
+
+@torch.no_grad()
+def log_probabilities(model: nn.Module, tokens: list[int]) -> Tensor:
+    """Of every next token (tokens, vocabulary), in eval, whose mode stays what it was."""
+    training = model.training
+    logits = model.eval()(input_ids=torch.tensor([tokens])).logits[0]
+    model.train(training)
+    return logits.float().log_softmax(-1)
+
+
+@contextlib.contextmanager
+def serving(base: nn.Module, **options: Any) -> Iterator[LoraServer]:
+    with LoraServer(base, **options) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LoraServer
+
+    def do_GET(self) -> None:
+        names = {"data": [{"id": name} for name in self.server.loras]}
+        self._answer(200, names if self.path == "/v1/models" else {"message": self.path})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        does = {
+            "/v1/load_lora_adapter": self.server.load,
+            "/v1/unload_lora_adapter": self.server.unload,
+            "/v1/completions": self.server.complete,
+        }
+        with self.server.turn:
+            self.server.requests.append((self.path, body))
+            try:
+                code, told = 200, does[self.path](body)
+            except Refusal as refusal:
+                code, told = refusal.args[0], {"error": {"message": refusal.args[1]}}
+        if self.path in self.server.lost:
+            self.server.lost.remove(self.path)
+            self.close_connection = True
+            return
+        self._answer(code, told)
+
+    def _answer(self, code: int, told: Any) -> None:
+        text = (told if isinstance(told, str) else json.dumps(told)).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_: Any) -> None:
+        pass

@@ -1,0 +1,92 @@
+"""An adapter of a PEFT model as a LoRA: the file that the package writes of the same adapter."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel, inject_adapter_in_model
+from safetensors.torch import load_file
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig, export_lora
+from tests.helpers.adapters import content, randomize, same_bits
+from tests.helpers.peft import adapted, logits, named, tiny, two
+from tests.helpers.tiny_lm import make_model
+from tests.peft import test_experts
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*modules_to_save", "ignore:.*SGLang")
+
+
+def of_the_package(model, directory, base=None, **options):
+    """Through the adapter's own file."""
+    model.save_pretrained(directory / "adapter")
+    patched = rasa_ext.load_adapter(make_model() if base is None else base, directory / "adapter")
+    return rasa_ext.export_lora(patched, directory / "expected", **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"rasa_k": 0}, {"rasa_k": 4}, {"modules_to_save": ["lm_head"]}], ids=str
+)
+def test_the_same_bytes(options, tmp_path):
+    model = tiny(**options)
+    rank = of_the_package(model, tmp_path)
+    assert export_lora(model, tmp_path / "lora") == rank
+    assert content(tmp_path / "lora") == content(tmp_path / "expected")
+
+
+def test_the_same_function(tmp_path):
+    model = tiny()
+    export_lora(model, tmp_path, pad_to=16)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_one_of_several_active_or_not(merged, tmp_path):
+    model = two()
+    if merged:
+        model.merge_adapter()
+    export_lora(model, tmp_path, "second")
+    written = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(written) == 2 * len(named(model, "second"))
+    if merged:
+        model.unmerge_adapter()
+    model.set_adapter("second")
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
+
+
+@test_experts.pytestmark
+@pytest.mark.parametrize("layout", ["peft", "per-expert"])
+def test_adapted_experts(layout, tmp_path):
+    base = test_experts.moe(dtype=torch.float32)
+    model = adapted(base, r=4, rasa_k=1, rasa_experts="shared", task_type="CAUSAL_LM")
+    rank = of_the_package(model, tmp_path, base, experts=layout)
+    assert export_lora(model, tmp_path / "lora", experts=layout) == rank
+    assert content(tmp_path / "lora") == content(tmp_path / "expected")
+
+
+def test_layers_without_a_peft_model(tmp_path):
+    model = inject_adapter_in_model(RasaConfig(r=4, rasa_k=1), make_model())
+    randomize(model, 3)
+    export_lora(model, tmp_path / "a")
+    export_lora(tiny(r=4, rasa_k=1, seed=3), tmp_path / "b")
+    a, b = (load_file(tmp_path / n / "adapter_model.safetensors") for n in "ab")
+    assert a.keys() == b.keys()
+    assert all(same_bits(a[key], b[key]) for key in a)
+
+
+def test_what_is_refused(tmp_path):
+    for model, name in ((tiny(), "other"), (make_model(), "default")):
+        with pytest.raises(ValueError, match="adapter_name: expected one of"):
+            export_lora(model, tmp_path / "lora", name)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        export_lora("model", tmp_path / "lora")
+    with pytest.raises(ValueError, match="pad_to: expected at least the effective rank 5, got 4"):
+        export_lora(tiny(), tmp_path / "lora", pad_to=4)
+    with pytest.raises(ValueError, match="experts: expected a model with adapted experts"):
+        export_lora(tiny(), tmp_path / "lora", experts="peft")
+    assert not (tmp_path / "lora").exists()

@@ -1,0 +1,231 @@
+"""TRL's trainers over both front ends, held against plain PyTorch's own RaSA in the same trainer.
+
+All begin with one lively adapter, so that whatever a trainer holds the policy against must be the
+base: with an adapter in it, or with none where it belongs, the logged numbers would be others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import rasa_ext
+from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import adapters, patched, plain_model, same_bits, trainable_copies
+from tests.helpers.adapters import randomize as fill
+from tests.helpers.peft import logits, trained
+from tests.helpers.tiny_lm import make_tokenizer, save_base, sums
+from tests.helpers.trainers import frozen_heap
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+datasets = pytest.importorskip("datasets")
+
+KINDS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO")
+DRAWING = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
+HEAD = {"modules_to_save": ["score"]}
+STEPS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick():
+    with frozen_heap():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the base is, from which trainers load the reference of models without PEFT."""
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+def load(kind: str, folder: Path, dtype=torch.float32) -> torch.nn.Module:
+    if kind != "Reward":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    torch.manual_seed(1)  # the head is new
+    make = AutoModelForSequenceClassification.from_pretrained
+    model = make(folder, num_labels=1, dtype=dtype)
+    with torch.no_grad():
+        model.score.weight.normal_()
+    return model
+
+
+def rows(kind: str) -> list[dict]:
+    found = sums(8)
+    for i, row in enumerate(found):
+        if kind in ("DPO", "Reward"):
+            row.update(chosen=row.pop("completion"), rejected=f" {i}")
+        elif kind == "KTO":
+            row.update(label=i % 2 == 0)
+        elif kind in ("GRPO", "RLOO"):
+            del row["completion"]
+        if kind == "Reward":
+            prompt = row.pop("prompt")
+            row.update({key: prompt + row[key] for key in ("chosen", "rejected")})
+    return found
+
+
+def trainer(kind: str, model, directory: Path, peft_config=None, optimizer=None, **options):
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",  # Adam makes a step of a rounding error
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        **(DRAWING if kind in ("GRPO", "RLOO") else {}),
+        **options,
+    }
+    more = {}
+    if kind in ("GRPO", "RLOO"):
+        more["reward_funcs"] = lambda completions, **_: [float(len(set(c))) for c in completions]
+    if optimizer is not None:
+        more["optimizers"] = (optimizer, None)
+    return getattr(trl, f"{kind}Trainer")(
+        model,
+        args=getattr(trl, f"{kind}Config")(str(directory), **settings),
+        train_dataset=datasets.Dataset.from_list(rows(kind)),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+        **more,
+    )
+
+
+def config(kind: str, **options) -> RasaConfig:
+    """PEFT trains and saves a new head by itself."""
+    task = "SEQ_CLS" if kind == "Reward" else "CAUSAL_LM"
+    return RasaConfig(r=4, rasa_k=1, task_type=task, **options)
+
+
+def over_peft(kind: str, folder: Path, directory: Path, dtype=torch.float32, **options):
+    made = trainer(kind, load(kind, folder, dtype), directory, config(kind), **options)
+    fill(made.model, 3)
+    return made
+
+
+def over_patch(kind: str, folder: Path, directory: Path, dtype=torch.float32, **options):
+    head = HEAD if kind == "Reward" else {}
+    return trainer(kind, patched(load(kind, folder, dtype), **head), directory, **options)
+
+
+FRONT_ENDS = {"peft": over_peft, "patch": over_patch}
+
+
+def over_plain(kind: str, folder: Path, directory: Path):
+    """The official formula over the same base, from the same numbers."""
+    base = load(kind, folder)
+    copies = trainable_copies(adapters(patched(base, **(HEAD if kind == "Reward" else {}))))
+    model = plain_model(base, copies)
+    parameters = {id(t): t for adapter in copies.values() for t in adapter if t is not None}
+    if kind == "Reward":
+        parameters[0] = model.score.weight.requires_grad_()
+    return trainer(kind, model, directory, optimizer=Steps(parameters.values(), lr=0.05))
+
+
+class Steps(torch.optim.SGD):
+    """Trainers clear the gradients of a model's parameters, which the copies are not."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.zero_grad()
+
+
+def train(running) -> list[dict[str, float]]:
+    """What it logs at each step, all but times and the norm of its own parameters' gradients."""
+    torch.manual_seed(7)  # of what is drawn
+    running.train()
+    logged = running.state.log_history[:STEPS]
+    assert len(logged) == STEPS
+    return [
+        {key: value for key, value in row.items() if "time" not in key and key != "grad_norm"}
+        for row in logged
+    ]
+
+
+@pytest.fixture(scope="module")
+def expected(folder, tmp_path_factory):
+    """What plain PyTorch logs, and its outputs at the end; made once for each trainer."""
+    made: dict[str, tuple] = {}
+
+    def of(kind: str):
+        if kind not in made:
+            running = over_plain(kind, folder, tmp_path_factory.mktemp(kind))
+            made[kind] = train(running), logits(running.model)
+        return made[kind]
+
+    return of
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_plain_pytorch_logs(kind, front_end, folder, expected, tmp_path):
+    running = FRONT_ENDS[front_end](kind, folder, tmp_path)
+    model = running.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    start = logits(model)
+    logged = train(running)
+    rows_, outputs = expected(kind)
+    for row, wanted in zip(logged, rows_, strict=True):
+        assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    torch.testing.assert_close(logits(model), outputs, rtol=1e-4, atol=1e-4)
+    assert (outputs - start).abs().max() > 1e-2  # there was something to learn
+    learnt = trained(model)
+    for name, parameter in model.named_parameters():
+        assert same_bits(parameter.detach(), before[name]) != (name in learnt), name
+        assert name not in learnt or "rasa" in name or front_end == "patch" or "score" in name
+
+
+@pytest.mark.parametrize("kind", ["DPO", "KTO", "GRPO", "RLOO"])
+def test_a_wrong_reference_would_be_noticed(kind, folder, expected, tmp_path):
+    """The comparison above can fail: against itself the policy begins at a distance of zero."""
+    rows_, _ = expected(kind)
+    key = "kl" if kind in ("GRPO", "RLOO") else "rewards/chosen"
+    assert abs(rows_[0][key]) > 1e-2
+
+
+@pytest.mark.parametrize("front_end", FRONT_ENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_stay_float32_over_a_bfloat16_base(kind, front_end, folder, tmp_path):
+    running = FRONT_ENDS[front_end](kind, folder, tmp_path, torch.bfloat16, max_steps=1)
+    found = adapters(running.model)
+    before = {name: adapter.map(lambda t: t.detach().clone()) for name, adapter in found.items()}
+    running.train()
+    for name, adapter in found.items():
+        for now, then in zip(adapter, before[name], strict=True):
+            assert now.dtype == torch.float32, name
+            assert not torch.equal(now, then), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_has_the_same_outputs(kind, folder, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    running = over_peft(kind, folder, tmp_path, **saving)
+    running.train()
+    again = PeftModel.from_pretrained(load(kind, folder), tmp_path / "checkpoint-1")
+    assert torch.equal(logits(again), logits(running.model))
+
+
+def test_a_reward_model_s_head_is_saved_with_the_adapter(folder, tmp_path):
+    """Trained from the numbers that it has, by both front ends, and read by each other."""
+    ours, theirs = (make("Reward", folder, tmp_path / n) for n, make in FRONT_ENDS.items())
+    for running in (ours, theirs):
+        running.train()
+    rasa_ext.save_adapter(theirs.model, tmp_path / "patch")
+    ours.model.save_pretrained(tmp_path / "peft")
+    for place, running in (("patch", theirs), ("peft", ours)):
+        head = load("Reward", folder).score.weight
+        loaded = rasa_ext.load_adapter(load("Reward", folder), tmp_path / place)
+        assert not torch.equal(loaded.score.weight, head)
+        assert torch.equal(logits(loaded), logits(running.model))
+        loaded = PeftModel.from_pretrained(load("Reward", folder), tmp_path / place)
+        assert torch.equal(logits(loaded), logits(running.model))

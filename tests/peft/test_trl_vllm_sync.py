@@ -1,0 +1,124 @@
+"""TRL's own sync with a vLLM server: it merges, sends every weight, and unmerges, at every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rasa_ext.patching.subtraction import Rest
+from tests.helpers import oracle
+from tests.helpers.adapters import randomize, same_bits
+from tests.helpers.peft import layers, named, tiny
+from tests.helpers.tiny_lm import make_model
+
+pytest.importorskip("trl", reason="TRL is not installed")
+from accelerate import Accelerator
+from trl.distributed import DistributedBackend
+from trl.generation.vllm_generation import VLLMGeneration
+
+
+class Client:
+    """Where TRL sends weights to: it is told of all before the first comes."""
+
+    def __init__(self, model):
+        self.model, self.syncs, self.kept = model, [], []
+
+    def update_named_params(self, metadata, params):
+        got: dict[str, Tensor] = {}
+        for (name, dtype, shape), (came, tensor) in zip(metadata, params, strict=True):
+            assert (came, str(tensor.dtype), list(tensor.shape)) == (name, f"torch.{dtype}", shape)
+            got[name] = tensor.clone()
+            self.kept.append({type(layer.merged_base) for layer in layers(self.model).values()})
+        self.syncs.append(got)
+
+    def reset_prefix_cache(self):
+        self.syncs.append("reset")
+
+
+def generation(model) -> tuple[VLLMGeneration, Client]:
+    """TRL's object without vLLM, which it asks for as it is made."""
+    made = VLLMGeneration.__new__(VLLMGeneration)
+    made.model, made.mode, made.accelerator = model, "server", Accelerator(cpu=True)
+    made._dist = DistributedBackend(made.accelerator)
+    made.vllm_client, made._weight_metadata = Client(model), None
+    return made, made.vllm_client
+
+
+def plain_weights(model) -> dict[str, Tensor]:
+    """W + dW of each layer in float64, and all others as they are, under the base's own names."""
+    expected = {name: p.detach().clone() for name, p in make_model().named_parameters()}
+    for name, adapter in named(model, "default").items():
+        weight = expected[f"{name}.weight"].to(model.dtype)
+        expected[f"{name}.weight"] = weight.double() + oracle.delta(adapter)
+    return expected
+
+
+@pytest.mark.parametrize("subtract", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_weight_is_sent_merged_and_comes_back(dtype, subtract):
+    model = tiny(modules_to_save=["lm_head"])
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    with torch.no_grad():
+        model.get_base_model().lm_head.modules_to_save["default"].weight.mul_(2)
+        small(model)
+    if subtract:
+        model.unmerge_by_subtracting()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sync, client = generation(model)
+    for step in range(2):
+        sync.sync_weights()
+        got, reset = client.syncs[-2:]
+        assert reset == "reset"
+        expected = plain_weights(model)
+        expected["lm_head.weight"] *= 2  # the trained copy, and not the original
+        assert got.keys() == expected.keys()
+        for name, weight in got.items():
+            wanted = expected[name].to(weight.dtype)
+            assert torch.equal(weight, wanted) or near(weight, wanted), name
+        for name, parameter in model.named_parameters():
+            assert same_bits(parameter.detach(), before[name]), name
+        if step == 0:  # a step of training between the syncs
+            randomize(model, 4)
+            small(model)
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kinds = {frozenset(each) for each in client.kept}
+    assert kinds == {frozenset({Rest if subtract else Tensor})}
+
+
+@torch.no_grad()
+def small(model) -> None:
+    """A change that is small beside the weights, as that of training is."""
+    for adapter in named(model, "default").values():
+        adapter.d.mul_(1e-3)
+
+
+def near(weight: Tensor, wanted: Tensor) -> bool:
+    """Apart by no more than the last place, where the float32 sum lies by a tie."""
+    one = torch.finfo(weight.dtype).eps * wanted.abs().clamp(min=2**-20)
+    return bool(((weight.double() - wanted.double()).abs() <= one.double()).all())
+
+
+def test_a_sync_keeps_less_than_a_copy():
+    model = tiny()
+    with torch.no_grad():
+        small(model)
+    model.unmerge_by_subtracting()
+    model.merge_adapter()
+    found = layers(model).values()
+    kept = sum(
+        tensor.nbytes
+        for layer in found
+        for tensor in (layer.merged_base.index, layer.merged_base.value, layer.merged_base.sum)
+    )
+    whole = sum(layer.base_layer.weight.nbytes for layer in found)
+    assert kept < 0.2 * whole
+    model.unmerge_adapter()
+
+
+def test_the_names_are_those_of_the_base():
+    model = tiny()
+    names = [name for name, _ in generation(model)[0]._iter_named_params()]
+    assert names == [name for name, _ in make_model().named_parameters()]

@@ -1,0 +1,77 @@
+"""GRPO with a real vLLM server, which is sent the adapter alone at every step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import rasa_ext
+from rasa_ext.train.model_loading import load_model
+from rasa_ext.train.served_adapter import ServedAdapter
+from tests.helpers.lora_server import log_probabilities
+from tests.readers.conftest import TEXTS, fill
+from tests.readers.servers import served as serving
+from tests.readers.test_vllm import ENVIRONMENT, LIMIT
+
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.readers
+
+
+@pytest.mark.filterwarnings("ignore:You are using 'rollout_func'")
+def test_the_server_computes_with_what_was_just_trained(case, tmp_path, figure, record_property):
+    words = ["vllm", "serve", str(case.base), "--dtype", "float32", "--max-model-len", "256"]
+    words += ["--enforce-eager", "--enable-lora", "--max-lora-rank", "64", "--max-loras", "2"]
+    model = rasa_ext.patch_model(load_model(str(case.gguf)), rank=8, k=1)
+    fill(model, 0)
+    told, before, moved = [], [], []
+
+    def rollout(prompts, trainer):
+        found = served.rollout(prompts, trainer)
+        for prompt, tokens, those in zip(*found.values(), strict=True):
+            expected = of_tokens(model, prompt, tokens)
+            told.append((torch.tensor(those) - expected).abs().max().item())
+        if before:  # what the server would tell if it still had the last one
+            moved.append((of_tokens(model, *before[-1][:2]) - before[-1][2]).abs().max().item())
+        before.append((prompt, tokens, expected))
+        return found
+
+    with serving("vllm", words, tmp_path / "log", **ENVIRONMENT) as post:
+        post("/tokenize", {"prompt": "it is up"})
+        served = ServedAdapter(post.address, tmp_path / "adapters")
+        trainer = trl.GRPOTrainer(
+            model,
+            # Never alike, so that every step has something to learn.
+            reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
+            args=trl.GRPOConfig(
+                str(tmp_path / "out"),
+                max_steps=2,
+                per_device_train_batch_size=2,
+                num_generations=2,
+                max_completion_length=4,
+                learning_rate=1e-3,
+                save_strategy="no",
+                report_to="none",
+                use_cpu=True,
+                bf16=False,
+                disable_tqdm=True,
+            ),
+            train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in TEXTS]),
+            processing_class=AutoTokenizer.from_pretrained(case.base),
+            rollout_func=rollout,
+            callbacks=[served],
+        )
+        trainer.train()
+        rollout(TEXTS[:2], trainer)
+    record_property("vLLM, GRPO that sends it the adapter at every step", max(told))
+    figure(f"vLLM, GRPO: off {max(told):.1e}, moved by a step {min(moved):.1e}")
+    assert len(told) == 3 * 2
+    assert max(told) < LIMIT, told
+    assert min(moved) > 30 * LIMIT, moved
+
+
+def of_tokens(model, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """The log-probability of each token of a completion."""
+    logits = log_probabilities(model, prompt + tokens)[len(prompt) - 1 : -1]
+    return logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
