@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
+from rasa_ext.checkpoint.card import Card
 from rasa_ext.checkpoint.files import PREFIX
+from rasa_ext.checkpoint.lora_card import lora_card
 from rasa_ext.checkpoint.lora_experts import (
     PEFT,
     Entry,
@@ -48,6 +50,7 @@ def export_lora(
     rank: int | None = None,
     format: str = PEFT_FILES,
     allow_dropped: bool = False,
+    card: Card | None = Card(),
 ) -> int:
     """Write the adapter as a LoRA that PEFT, vLLM, SGLang, llama.cpp or mlx-lm read.
 
@@ -81,6 +84,8 @@ def export_lora(
             checked for.
         allow_dropped: write what some reader leaves out all the same, with a warning; for others,
             such as PEFT.
+        card: what the model card, README.md, says beside what is read off the model, such as
+            ``Card.read("adapter")``; None writes no card. One that was edited stays.
 
     Returns:
         The rank that was written; a server's ``max_lora_rank`` must not be below it.
@@ -142,7 +147,13 @@ def export_lora(
     }
     if layout == PEFT:
         settings["target_parameters"] = parameters_of(export.experts, root)
-    write(directory, settings, tensors)
+    told = None
+    if card is not None:
+        exact = written >= export.rank
+        told = lora_card(
+            root, settings, state.config, card, format=format, experts=layout, exact=exact
+        )
+    write(directory, settings, tensors, told)
     return written
 
 

@@ -15,6 +15,7 @@ from rasa_ext.cli.evaluate import evaluate
 from rasa_ext.cli.finetune import finetune
 from rasa_ext.cli.generate import generate
 from rasa_ext.cli.inspection import inspect
+from rasa_ext.cli.push import push
 from rasa_ext.cli.ranks import ranks
 
 app = typer.Typer(
@@ -34,6 +35,7 @@ _COMMANDS = (
     import_lora,
     import_official,
     compress,
+    push,
     inspect,
     ranks,
     env,

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 
 import rasa_ext
-from rasa_ext import Truncation
+from rasa_ext import Card, Truncation
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.checkpoint.writing import check_output, new_folder
 from rasa_ext.patching.state import adapted_experts
+from rasa_ext.train.card import local_name
 from rasa_ext.train.inspection import check_adapter
 from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
 
@@ -97,6 +98,7 @@ def export_adapter(
         rank=rank,
         format=format,
         allow_dropped=allow_dropped,
+        card=Card.read(adapter),
     )
     truncation = None if rank is None else rasa_ext.export_error(model, rank)
     return Exported(name, written, float32, (experts or "peft") if adapted else None, truncation)
@@ -111,7 +113,8 @@ def import_checkpoint(
     check_differs((checkpoint, name), output, overwrite=overwrite)
     model = load_model(name)
     rasa_ext.load_official(model, checkpoint)
-    rasa_ext.save_adapter(model, output)
+    told = f"A checkpoint of the official RaSA code, `{local_name(str(checkpoint))}`."
+    rasa_ext.save_adapter(model, output, card=Card(sections={"Source": told}))
 
 
 def base_of(adapter: Path, given: str | None) -> str:

@@ -46,9 +46,9 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a causal language model and write the adapter into `options.output`.
 
-    The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), the
-    tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the run's own `finetune.yaml`, and
-    checkpoints. Ctrl-C ends the run after the present step with a checkpoint.
+    The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), its card
+    (`README.md`), the tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the run's own
+    `finetune.yaml`, and checkpoints. Ctrl-C ends the run after the present step with a checkpoint.
 
     Args:
         options: what to do.

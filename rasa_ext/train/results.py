@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from rasa_ext.train.callbacks import MetricsCallback
+from rasa_ext.train.card import run_card
 from rasa_ext.train.checkpoints import checkpoints_in
 from rasa_ext.train.memory import peak_memory
 from rasa_ext.train.options import METHODS, RECORD, FinetuneOptions
@@ -56,7 +57,7 @@ def write_results(
     metrics: MetricsCallback,
     trainable: int,
 ) -> FinetuneResult:
-    """Write adapter, tokenizer, `loss.png` and `summary.json` into the output."""
+    """Write adapter, card, tokenizer, `loss.png` and `summary.json` into the output."""
     output = Path(options.output)
     losses = [row["loss"] for row in metrics.steps]
     held_out = metrics.held_out
@@ -77,6 +78,7 @@ def write_results(
         checkpoint=str(saved[-1][1]) if saved else None,
     )
     trainer.model.eval()
+    trainer.card = run_card(trainer, options, result)
     trainer.save_model()
     if losses:
         title = f"{METHODS[options.method]} r={options.rank}, {Path(options.model).name}"
