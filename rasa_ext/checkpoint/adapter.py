@@ -27,7 +27,7 @@ from rasa_ext.base_layers.sharded import (
     what_is_here,
 )
 from rasa_ext.checkpoint.adapter_card import adapter_card
-from rasa_ext.checkpoint.card import Card
+from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.files import (
     PREFIX,
     WEIGHTS,
@@ -59,7 +59,7 @@ def pool_key(first: str, field: str) -> str:
 
 
 def save_adapter(
-    model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = Card()
+    model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
 ) -> None:
     """Write the adapter of a patched model, and its ``modules_to_save``, into a directory.
 

@@ -72,6 +72,10 @@ class Card:
         return cls(datasets, {name: text for name, text in told.items() if name not in _OWN})
 
 
+PLAIN = Card()
+"""Says no more than what is read off the model."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Base:
     """A base model as a card may name it: never by a path of the machine that wrote the card."""
@@ -204,6 +208,8 @@ def moved(text: str, repo_id: str, base_model: str | None, local: str | None) ->
     if base_model is not None:
         body = re.sub(rf"`{BASE_FOLDER}` stands for .*\n", "", body)
         body = body.replace(f" --model {BASE_FOLDER}", "").replace(BASE_FOLDER, base_model)
+        row = rf"\g<1>{Base(base_model, base_model).link()}\g<2>"
+        body = re.sub(r"(?m)^(\| base model \| )`.*`( \|)$", row, body)
         if local is not None:
             its = rf"^(base_model: |- base_model:adapter:){re.escape(local)}$"  # as PEFT writes it
             body = re.sub(its, rf"\g<1>{base_model}", body, flags=re.MULTILINE)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
-from rasa_ext.checkpoint.card import Card
+from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.lora_card import lora_card
 from rasa_ext.checkpoint.lora_experts import (
@@ -50,7 +50,7 @@ def export_lora(
     rank: int | None = None,
     format: str = PEFT_FILES,
     allow_dropped: bool = False,
-    card: Card | None = Card(),
+    card: Card | None = PLAIN,
 ) -> int:
     """Write the adapter as a LoRA that PEFT, vLLM, SGLang, llama.cpp or mlx-lm read.
 

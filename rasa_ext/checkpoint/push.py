@@ -69,16 +69,20 @@ def push_to_hub(
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> rasa_ext.save_adapter(model, "adapter")
-        >>> rasa_ext.push_to_hub("adapter", "me/adapter", private=True)
-        'https://huggingface.co/me/adapter/commit/...'
+        >>> address = rasa_ext.push_to_hub("adapter", "me/adapter", private=True)
+        >>> again = rasa_ext.load_adapter(rasa_ext.unpatch(model), "me/adapter")
     """
     hub = client("push_to_hub")
     with _folder_of(source) as folder:
-        files = _files(folder, repo_id, base_model)
+        files = _files(folder)
+        local, base = _rename_base(files, base_model)
         api = hub.HfApi(token=token, library_name="rasa_ext", library_version=__version__)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
+        if CARD in files:
+            text = (folder / CARD).read_text(encoding="utf-8")
+            files[CARD] = moved(text, repository, base, local).encode()
         commit = api.create_commit(
             repository,
             [hub.CommitOperationAdd(name, content) for name, content in files.items()],
@@ -99,37 +103,42 @@ def _folder_of(source: nn.Module | str | os.PathLike[str]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _files(folder: Path, repo_id: str, base_model: str | None) -> dict[str, str | bytes]:
-    """Give what is to be pushed, by its name there: paths, and contents that are other there.
-
-    Raises FileNotFoundError or ValueError, naming the argument, where there is nothing, or a path.
-    """
-    paths = dict(_listed(folder))
-    if not paths:
+def _files(folder: Path) -> dict[str, str | bytes]:
+    """Give the files to push, by their names there; FileNotFoundError where there is none."""
+    files: dict[str, str | bytes] = {name: str(path) for name, path in _listed(folder)}
+    if not files:
         raise FileNotFoundError(
-            f"source: expected a directory that save_adapter or export_lora wrote, but "
+            "source: expected a directory that save_adapter or export_lora wrote, but "
             f"{folder} {'holds no files to push' if folder.is_dir() else 'is none'}."
         )
-    files: dict[str, str | bytes] = {name: str(path) for name, path in paths.items()}
-    local = None
-    if CONFIG in paths:
-        config = json.loads(paths[CONFIG].read_text(encoding="utf-8"))
-        for field in (each for each in _BASE_FIELDS if each in config):
-            known = base_model or hub_id(str(config[field] or ""))
-            if config[field] and known is None:
-                raise ValueError(
-                    "base_model: expected the id that the base has on the Hub, since "
-                    f"adapter_config.json names a path of this machine, {config[field]!r}; pass "
-                    "base_model='owner/name' (--model), which is pushed in its place."
-                )
-            if known != config[field]:
-                local, config[field] = config[field], known
-                files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
-                base_model = known
-    if CARD in paths:
-        text = paths[CARD].read_text(encoding="utf-8")
-        files[CARD] = moved(text, repo_id, base_model, local).encode()
     return files
+
+
+def _rename_base(
+    files: dict[str, str | bytes], base_model: str | None
+) -> tuple[str | None, str | None]:
+    """Let the configuration that is pushed name the base by its id, and no path of this machine.
+
+    Returns the path that it had and the id that it has instead: where both are the same, neither.
+    ValueError where there is a path, and nothing else is known.
+    """
+    if CONFIG not in files:
+        return None, base_model
+    config = json.loads(Path(str(files[CONFIG])).read_text(encoding="utf-8"))
+    field = next((name for name in _BASE_FIELDS if name in config), None)
+    before = config[field] if field else None
+    known = base_model or hub_id(str(before or ""))
+    if before and known is None:
+        raise ValueError(
+            "base_model: expected the id that the base has on the Hub, since "
+            f"adapter_config.json names a path of this machine, {before!r}; pass "
+            "base_model='owner/name' (--model), which is pushed in its place."
+        )
+    if field is None or known == before:
+        return None, None
+    config[field] = known
+    files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    return before, known
 
 
 def _listed(folder: Path) -> Iterator[tuple[str, Path]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import load_tensors_into, saved_tensors, write_tensors
-from rasa_ext.checkpoint.card import Card
+from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.config import ALL_LINEAR, RasaConfig
 from rasa_ext.methods.base import GivenGroups
@@ -93,7 +93,7 @@ class CompressedAdapter:
         return lost / total if total else 0.0
 
     def save(
-        self, model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = Card()
+        self, model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
     ) -> None:
         """Write the adapter's directory, for ``load_adapter``; of ``model`` only names count.
 
