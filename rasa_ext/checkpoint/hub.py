@@ -13,7 +13,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def client(argument: str) -> Any:
-    """Give the package huggingface_hub; ImportError, saying what to install, where it is missing."""
+    """Give the package huggingface_hub; ImportError, with what to install, where it is missing."""
     try:
         import huggingface_hub
     except ImportError:

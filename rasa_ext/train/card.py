@@ -11,7 +11,7 @@ from rasa_ext.train.memory import describe_memory
 if TYPE_CHECKING:
     from rasa_ext.solver.compress import CompressedAdapter
     from rasa_ext.train.options import FinetuneOptions
-    from rasa_ext.train.results import FinetuneResult
+    from rasa_ext.train.outcome import FinetuneResult
     from rasa_ext.train.trainer import AdapterTrainer
 
 

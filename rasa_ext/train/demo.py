@@ -28,8 +28,8 @@ from rasa_ext.train.model_loading import (
     save_model,
 )
 from rasa_ext.train.options import FinetuneOptions
+from rasa_ext.train.outcome import FinetuneResult
 from rasa_ext.train.problems import Problem, make_problems
-from rasa_ext.train.results import FinetuneResult
 from rasa_ext.train.working import working
 
 INSTRUCTION = "Solve the problem step by step."

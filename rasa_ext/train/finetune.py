@@ -27,7 +27,8 @@ from rasa_ext.train.checkpoints import checkpoints_in, newest_whole
 from rasa_ext.train.data import Fields, read_examples, rows_for_sft
 from rasa_ext.train.model_loading import load_model, load_skeleton, load_tokenizer
 from rasa_ext.train.options import RECORD, FinetuneOptions
-from rasa_ext.train.results import FinetuneResult, write_record, write_results
+from rasa_ext.train.outcome import FinetuneResult
+from rasa_ext.train.results import write_record, write_results
 from rasa_ext.train.shown import describe_rows, show_example
 from rasa_ext.train.trainer import AdapterTrainer, check_head, dataset
 from rasa_ext.train.working import working

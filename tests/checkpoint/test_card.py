@@ -94,7 +94,7 @@ def test_every_method_s_ranks(name, tmp_path):
     config = next(iter(rasa_linears(adapted).values())).config
     assert head(text)["tags"][0] == config.method
     for row in rasa_ext.summary(adapted):
-        ranks = str(row.R) if row.R == row.R_min else f"{row.R_min} to {row.R}"
+        ranks = str(row.R) if row.R_min == row.R else f"{row.R_min} to {row.R}"
         assert re.search(rf"^\| `{re.escape(row.pattern)}` \|.*\| {ranks} \|$", text, re.MULTILINE)
 
 

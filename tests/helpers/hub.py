@@ -54,8 +54,8 @@ class Hub:
 def refused(card: str) -> str | None:
     """Why the Hub would not take a card's head, or None."""
     found = _HEAD.match(card)
-    if found is None:
-        return "empty metadata"
+    if found is None:  # a warning, there
+        return None
     data = yaml.safe_load(found[1])
     for field in ("base_model", "datasets"):
         value = data.get(field, [])

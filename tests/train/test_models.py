@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rasa_ext
-from rasa_ext.peft import RasaConfig
 from rasa_ext.checkpoint.serving import serving_help, vllm_command
+from rasa_ext.peft import RasaConfig
 from rasa_ext.train import hub, model_loading
 from rasa_ext.train.evaluate import exact_match, greedy_answers, last_number
 from rasa_ext.train.model_loading import (
