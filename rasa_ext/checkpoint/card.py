@@ -203,7 +203,8 @@ def moved(text: str, repo_id: str, base_model: str | None, local: str | None) ->
     edited = is_edited(text)
     seal = _SEAL.search(text)
     body = text[: seal.start()] if seal else text
-    body = body.replace('(model, ".")', f'(model, "{repo_id}")')
+    for call in ("(model, {})", "from_pretrained({})"):
+        body = body.replace(call.format('"."'), call.format(f'"{repo_id}"'))
     body = re.sub(r"`\"\.\"` is the folder of this card\.\n\n", "", body)
     if base_model is not None:
         body = re.sub(rf"`{BASE_FOLDER}` stands for .*\n", "", body)
@@ -215,7 +216,9 @@ def moved(text: str, repo_id: str, base_model: str | None, local: str | None) ->
             body = re.sub(its, rf"\g<1>{base_model}", body, flags=re.MULTILINE)
         front = _HEAD.match(body)
         if front and not re.search(r"^base_model:", front[1], re.MULTILINE):
-            fields = head({"base_model": base_model, "base_model_relation": "adapter"})
+            merged = 'library_name: "transformers"' in front[1]
+            relation = "finetune" if merged else "adapter"
+            fields = head({"base_model": base_model, "base_model_relation": relation})
             body = fields.removesuffix("---\n") + body.removeprefix("---\n")
     if edited:
         return body + (seal[0] if seal else "")

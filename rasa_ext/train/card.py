@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rasa_ext import Card
+import torch
+
+from rasa_ext import Card, __version__
+from rasa_ext.checkpoint.adapter import base_name
+from rasa_ext.checkpoint.adapter_card import METHODS, about, head_fields, title
+from rasa_ext.checkpoint.card import Base, compose
+from rasa_ext.patching.state import patch_state
 from rasa_ext.train.memory import describe_memory
 
 if TYPE_CHECKING:
@@ -51,6 +57,34 @@ def compressed_card(found: CompressedAdapter, source: str) -> Card:
             "adapted nor kept, and is not carried."
         )
     return Card(sections={"Source": text})
+
+
+def merged_card(model: Any, adapter: Path) -> str:
+    """Give the whole card of a model that ``model``, patched, is about to be merged into."""
+    base, config = Base.of(base_name(model)), patch_state(model).config
+    told = Card.read(adapter)
+    fields = head_fields(base, "CAUSAL_LM", told, "transformers", [config.method, "lora"])
+    if base.id:
+        fields["base_model_relation"] = "finetune"
+    name = METHODS[config.method][0]
+    dtype = " --dtype float32" if model.dtype == torch.float32 else ""  # vLLM would round it
+    return compose(
+        fields,
+        title(f"{name}, merged,", base),
+        f"An adapter of the method {name}, merged into its base by rasa_ext {__version__}.",
+        about(base, config),
+        {"Load": _LOAD, "Serve": f"```bash\nvllm serve .{dtype}\n```", **told.sections},
+    )
+
+
+_LOAD = """`"."` is the folder of this card.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```"""
 
 
 def local_name(source: str) -> str:

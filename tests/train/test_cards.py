@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
@@ -18,7 +19,7 @@ from rasa_ext.train.checkpoints import checkpoints_in
 from rasa_ext.train.finetune import finetune
 from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.trainer import AdapterTrainer, dataset
-from tests.helpers.cli import invoke
+from tests.helpers.cli import invoke, load, logits
 from tests.helpers.hub import local_hub
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 
@@ -90,6 +91,31 @@ def test_an_export_says_what_its_adapter_s_card_said(run, tmp_path):
         assert its[name] == ours[name]
     assert str(run) not in card(tmp_path)
     assert "vllm serve BASE_FOLDER" in card(tmp_path)
+
+
+def test_a_merged_model_s_card(run, tmp_path, monkeypatch):
+    invoke("merge", run / "out", "--output", tmp_path / "merged")
+    text = card(tmp_path / "merged")
+    assert rows(text)["held-out loss"] == rows(card(run / "out"))["held-out loss"]
+    assert rows(text)["base model"] == "`Tiny-LM`"
+    namespace: dict = {}
+    monkeypatch.chdir(tmp_path / "merged")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], namespace)
+    adapted = rasa_ext.load_adapter(load(run / "Tiny-LM"), run / "out")
+    torch.testing.assert_close(
+        logits(namespace["model"].eval()), logits(adapted), rtol=1e-4, atol=1e-4
+    )
+    assert "vllm serve . --dtype float32" in text
+    written = [*(tmp_path / "merged").iterdir()]
+    assert not [path.name for path in written if str(run).encode() in path.read_bytes()]
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        rasa_ext.push_to_hub(tmp_path / "merged", "me/merged", base_model="owner/Tiny-LM")
+        pushed = hub.files("me/merged")
+    told = pushed["README.md"].decode()
+    assert told.count('from_pretrained("me/merged")') == 2
+    head = yaml.safe_load(told.split("---\n")[1])
+    assert (head["base_model"], head["base_model_relation"]) == ("owner/Tiny-LM", "finetune")
+    assert "model.safetensors" in pushed
 
 
 def test_a_compression_s_card_has_its_errors(run, tmp_path):
