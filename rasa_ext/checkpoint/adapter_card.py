@@ -84,7 +84,9 @@ def about(base: Base, config: AdapterConfig) -> dict[str, Any]:
 def head_fields(
     base: Base, task: str | None, card: Card, library: str | None, tags: list[str]
 ) -> dict[str, Any]:
-    """Give the head of the card of an adapter over a base."""
+    """Give the head of the card of an adapter over a base; TypeError where ``card`` is none."""
+    if not isinstance(card, Card):
+        raise TypeError(f"card: expected a rasa_ext.Card or None, got {card!r}.")
     return {
         "base_model": base.id,
         "base_model_relation": "adapter" if base.id else None,

@@ -36,6 +36,9 @@ class Card:
         datasets: ids on the Hub, for the card's head.
         sections: Markdown by heading, in order.
 
+    Raises:
+        TypeError: ``datasets`` is no sequence of strings, or ``sections`` no mapping of them.
+
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> card = rasa_ext.Card(sections={"Training": "100 steps, loss 2.31 -> 0.84."})
@@ -46,6 +49,14 @@ class Card:
 
     datasets: Sequence[str] = ()
     sections: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check both."""
+        names, texts = self.datasets, self.sections
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"datasets: expected a sequence of ids on the Hub, got {names!r}.")
+        if not isinstance(texts, Mapping) or not all(isinstance(t, str) for t in texts.values()):
+            raise TypeError(f"sections: expected a mapping of headings to text, got {texts!r}.")
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> Card:
@@ -197,8 +208,8 @@ def card_file(directory: str | os.PathLike[str], card: str | None) -> dict[str, 
 def moved(text: str, repo_id: str, base_model: str | None, local: str | None) -> str:
     """Give a card as it reads in a repository of the Hub.
 
-    The lines that load ``"."`` load the repository, and a base that was named by a path of this
-    machine, ``local`` or `BASE_FOLDER`, gets its id there. A card that was edited counts as edited.
+    The lines that load ``"."`` load the repository, and a base under another name, ``local`` or
+    `BASE_FOLDER`, gets its id there. A card that was edited counts as edited.
     """
     edited = is_edited(text)
     seal = _SEAL.search(text)
@@ -211,9 +222,8 @@ def moved(text: str, repo_id: str, base_model: str | None, local: str | None) ->
         body = body.replace(f" --model {BASE_FOLDER}", "").replace(BASE_FOLDER, base_model)
         row = rf"\g<1>{Base(base_model, base_model).link()}\g<2>"
         body = re.sub(r"(?m)^(\| base model \| )`.*`( \|)$", row, body)
-        if local is not None:
-            its = rf"^(base_model: |- base_model:adapter:){re.escape(local)}$"  # as PEFT writes it
-            body = re.sub(its, rf"\g<1>{base_model}", body, flags=re.MULTILINE)
+        if local is not None and re.search(r"[/\\]", local):  # as PEFT's cards have it
+            body = body.replace(local, base_model)
         front = _HEAD.match(body)
         if front and not re.search(r"^base_model:", front[1], re.MULTILINE):
             merged = 'library_name: "transformers"' in front[1]

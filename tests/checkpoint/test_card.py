@@ -299,6 +299,16 @@ def test_no_card_is_written_if_none_is_wanted(form, tmp_path):
     assert "README.md" not in content(tmp_path)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_no_card(form, tmp_path):
+    with pytest.raises(TypeError, match=r"card: expected a rasa_ext\.Card or None, got 'text'"):
+        write(form, model(), tmp_path / "new", card="text")
+    assert not [*tmp_path.iterdir()]
+    for wrong in ({"datasets": "o/d"}, {"datasets": [1]}, {"sections": "text"}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected"):
+            rasa_ext.Card(**wrong)
+
+
 def test_what_was_told_is_read_again(tmp_path):
     told = rasa_ext.Card(["o/d", "e"], {"Data": "Sums.\n\n### Of two numbers\n\n- a", "Run": "b"})
     rasa_ext.save_adapter(model(), tmp_path, card=told)

@@ -100,6 +100,13 @@ def test_a_path_of_this_machine_is_not_pushed(form, hub, tmp_path):
     assert content(tmp_path) == before
 
 
+def test_another_base_may_be_named(hub, tmp_path):
+    rasa_ext.save_adapter(model("anna/Old-LM"), tmp_path)
+    rasa_ext.push_to_hub(tmp_path, "me/sums", base_model=ID)
+    assert 'from_pretrained("owner/Tiny-LM")' in card(hub)
+    assert not [name for name, data in hub.files("me/sums").items() if b"anna/" in data]
+
+
 def test_a_card_of_peft_has_no_path_either(hub, tmp_path):
     import peft
 

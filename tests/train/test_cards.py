@@ -83,6 +83,14 @@ def test_checkpoints_have_no_card(run):
         assert not (checkpoint / "README.md").exists()
 
 
+def test_no_file_of_a_run_that_is_pushed_has_a_path(run, tmp_path, monkeypatch):
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        invoke("push", run / "out", "me/sums", "--model", "owner/Tiny-LM")
+        pushed = hub.files("me/sums")
+    assert {"README.md", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= pushed.keys()
+    assert not [name for name, data in pushed.items() if str(run).encode() in data]
+
+
 def test_an_export_says_what_its_adapter_s_card_said(run, tmp_path):
     text = invoke("export-lora", run / "out", "--output", tmp_path)
     assert f"rasa={tmp_path}" in text or f"{tmp_path.name}={tmp_path}" in text
