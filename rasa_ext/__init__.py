@@ -8,9 +8,11 @@ rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "
 from rasa_ext import distributed, methods, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
+from rasa_ext.checkpoint.card import Card
 from rasa_ext.checkpoint.lora_export import export_lora, export_size
 from rasa_ext.checkpoint.lora_truncated import Truncation, export_error
 from rasa_ext.checkpoint.official import load_official
+from rasa_ext.checkpoint.push import push_to_hub
 from rasa_ext.config import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaExperts
@@ -37,6 +39,7 @@ from rasa_ext.solver.shared_basis import SharedBasis
 from rasa_ext.solver.weights import SafetensorsFolder
 
 __all__ = [
+    "Card",
     "CompressedAdapter",
     "CompressedLoras",
     "Decomposition",
@@ -70,6 +73,7 @@ __all__ = [
     "merge_and_unload",
     "methods",
     "patch_model",
+    "push_to_hub",
     "save_adapter",
     "summary",
     "training",

@@ -26,6 +26,8 @@ from rasa_ext.base_layers.sharded import (
     sharded_modules,
     what_is_here,
 )
+from rasa_ext.checkpoint.adapter_card import adapter_card
+from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.files import (
     PREFIX,
     WEIGHTS,
@@ -35,6 +37,7 @@ from rasa_ext.checkpoint.files import (
     read_tensors,
     write_adapter,
 )
+from rasa_ext.checkpoint.hub import located
 from rasa_ext.methods import read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
@@ -55,17 +58,21 @@ def pool_key(first: str, field: str) -> str:
     return f"{PREFIX}{first}.rasa_pool_{field}"
 
 
-def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+def save_adapter(
+    model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
+) -> None:
     """Write the adapter of a patched model, and its ``modules_to_save``, into a directory.
 
     They are ``adapter_config.json``, with the field names of the official code, and
     ``adapter_model.safetensors``, which has every trainable parameter once, in its own dtype, and
-    nothing of the base. A merged model saves the same adapter.
+    nothing of the base. A merged model saves the same adapter. ``README.md`` is its model card.
 
     Args:
         model: a patched model, also inside ``torch.compile`` or DistributedDataParallel.
         directory: made if it is missing. An adapter that is there is replaced; an error on the way,
-            such as a full disk, leaves it as it was.
+            such as a full disk, leaves it as it was. A README.md that was edited, or is of another
+            origin, stays.
+        card: what the card says beside what is read off the model; None writes no card.
 
     Raises:
         TypeError, ValueError: the model is not patched, or its adapter is sharded.
@@ -76,10 +83,10 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> rasa_ext.save_adapter(model, "adapter")
         >>> sorted(os.listdir("adapter"))
-        ['adapter_config.json', 'adapter_model.safetensors']
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     state = patch_state(model)
-    write_tensors(unwrap(model), directory, state.config, state.plan, adapter_tensors(model))
+    write_tensors(unwrap(model), directory, state.config, state.plan, adapter_tensors(model), card)
 
 
 def write_tensors(
@@ -88,6 +95,7 @@ def write_tensors(
     config: AdapterConfig,
     plan: Plan,
     tensors: Mapping[str, Tensor],
+    card: Card | None = None,
 ) -> None:
     """Write an adapter for ``model``, patched or not, whose tensors are named as in its file."""
     settings = settled(config, plan.groups).to_dict()
@@ -98,7 +106,8 @@ def write_tensors(
     settings["fan_in_fan_out"] = any(_transposed(model, g.names[0]) for g in linears)
     settings["inference_mode"] = True
     settings["rasa_ext_version"] = __version__
-    write_adapter(directory, settings, tensors)
+    told = None if card is None else adapter_card(model, settings, config, plan, tensors, card)
+    write_adapter(directory, settings, tensors, told)
 
 
 def _transposed(model: nn.Module, name: str) -> bool:
@@ -112,7 +121,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
     Args:
         model: the base that the adapter was trained on, or a model patched with the same config.
             The tensors are cast to the dtype of its adapter and go where that is.
-        directory: what ``save_adapter`` wrote.
+        directory: what ``save_adapter`` wrote; or, where there is none of that name, its id on the
+            Hub ("owner/name"), for which huggingface_hub is needed.
 
     Returns:
         The same object.
@@ -131,6 +141,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         >>> torch.equal(model(tokens).logits, trained(tokens).logits)
         True
     """
+    directory = located(directory)
     config = read_method(read_config(directory))
     tensors = read_tensors(Path(directory) / WEIGHTS)
     return load_tensors_into(model, config, tensors, str(directory))

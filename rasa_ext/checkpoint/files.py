@@ -1,4 +1,4 @@
-"""Adapter directories: a configuration and a safetensors file, written as one."""
+"""Adapter directories: configuration, safetensors file and card, written as one."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rasa_ext.checkpoint.card import card_file
 from rasa_ext.checkpoint.writing import made, writing
 
 CONFIG = "adapter_config.json"
@@ -31,16 +32,19 @@ _FACTOR = re.compile(r"\.(rasa|lora)_\w+(\.weight)?$")
 
 
 def write_adapter(
-    directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str | None = None,
 ) -> None:
-    """Write both files of an adapter directory, or leave both as they were.
+    """Write the files of an adapter directory, or leave all of them as they were.
 
-    Each is written beside its place and flushed to disk before either is moved there, and whatever
-    fails until then, or in the moves, brings back the old pair. Where the system refuses, the
-    error is a `WriteError`.
+    Each is written beside its place and flushed to disk before the first is moved there, and
+    whatever fails until then, or in the moves, brings back the old ones. Where the system refuses,
+    the error is a `WriteError`. A ``card`` is written as `card_file` has it.
     """
     directory = Path(directory)
-    text = json.dumps(dict(config), indent=2) + "\n"
+    texts = {CONFIG: json.dumps(dict(config), indent=2) + "\n", **card_file(directory, card)}
     ready = {
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
         for name, t in tensors.items()
@@ -48,36 +52,46 @@ def write_adapter(
     there = (directory / WEIGHTS).exists()
     whole = "the adapter that is there is whole" if there else "nothing was left there"
     with writing(directory, whole), made(directory):
-        _write_pair(directory, text, ready)
+        _write_together(directory, ready, texts)
 
 
-def _write_pair(directory: Path, text: str, tensors: Mapping[str, Tensor]) -> None:
-    weights, settings = directory / WEIGHTS, directory / CONFIG
-    new_weights, new_settings = (directory / f".{name}.new" for name in (WEIGHTS, CONFIG))
-    old_weights = directory / f".{WEIGHTS}.old"
+def _write_together(
+    directory: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
+) -> None:
+    names = (WEIGHTS, *texts)
+    new = {name: directory / f".{name}.new" for name in names}
+    old = {name: directory / f".{name}.old" for name in names}
     try:
-        _save(tensors, new_weights)
-        new_settings.write_text(text, encoding="utf-8")
+        _save(tensors, new[WEIGHTS])
+        for name, text in texts.items():
+            new[name].write_text(text, encoding="utf-8", newline="\n")
         # Some releases of safetensors write files that only their owner may read.
-        os.chmod(new_weights, new_settings.stat().st_mode)
-        for path in (new_weights, new_settings):
-            with open(path, "rb+") as file:
+        os.chmod(new[WEIGHTS], new[CONFIG].stat().st_mode)
+        for name in names:
+            with open(new[name], "rb+") as file:
                 os.fsync(file.fileno())
-        old_weights.unlink(missing_ok=True)
-        if weights.exists():
-            os.link(weights, old_weights)
-        os.replace(new_weights, weights)
-        try:
-            os.replace(new_settings, settings)
-        except BaseException:
-            if old_weights.exists():
-                os.rename(old_weights, weights)
-            else:
-                weights.unlink()
-            raise
+            old[name].unlink(missing_ok=True)
+            if (directory / name).exists():
+                os.link(directory / name, old[name])
+        _move_together(directory, new, old)
     finally:
-        for path in (new_weights, new_settings, old_weights):
+        for path in (*new.values(), *old.values()):
             path.unlink(missing_ok=True)
+
+
+def _move_together(directory: Path, new: Mapping[str, Path], old: Mapping[str, Path]) -> None:
+    begun = []
+    try:
+        for name, path in new.items():
+            begun.append(name)
+            os.replace(path, directory / name)
+    except BaseException:
+        for name in begun:
+            if old[name].exists():
+                os.rename(old[name], directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+        raise
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
+from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_experts import chosen_layout
 from rasa_ext.checkpoint.lora_file import Export, Pair, write_export
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
@@ -33,6 +34,7 @@ def export_lora(
     rank: int | None = None,
     format: str = PEFT_FILES,
     allow_dropped: bool = False,
+    card: Card | None = PLAIN,
 ) -> int:
     """Write the adapter as a LoRA that PEFT, vLLM, SGLang, llama.cpp or mlx-lm read.
 
@@ -66,6 +68,8 @@ def export_lora(
             checked for.
         allow_dropped: write what some reader leaves out all the same, with a warning; for others,
             such as PEFT.
+        card: what the model card, README.md, says beside what is read off the model, such as
+            ``Card.read("adapter")``; None writes no card. One that was edited stays.
 
     Returns:
         The rank that was written; a server's ``max_lora_rank`` must not be below it.
@@ -97,6 +101,7 @@ def export_lora(
         form=format,
         allow_dropped=allow_dropped,
         default=experts is None,
+        card=card,
     )
 
 
@@ -145,6 +150,7 @@ def _make_export(
     root = unwrap(model)
     return Export(
         root=root,
+        config=state.config,
         pairs={
             name: Pair(layer.place, layer.transposed, layer.weight, layer.packed_factors)
             for name, layer in adapted_layers(model)

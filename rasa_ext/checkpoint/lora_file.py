@@ -14,7 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rasa_ext.checkpoint.card import Card
 from rasa_ext.checkpoint.files import PREFIX
+from rasa_ext.checkpoint.lora_card import lora_card
 from rasa_ext.checkpoint.lora_experts import (
     PEFT,
     Entry,
@@ -26,7 +28,7 @@ from rasa_ext.checkpoint.lora_experts import (
 )
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, writer_of
 from rasa_ext.checkpoint.lora_truncated import truncated
-from rasa_ext.methods.base import Place
+from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.ops import Pack
 from rasa_ext.patching.targets import suffixes
 
@@ -48,6 +50,7 @@ class Export:
 
     root: nn.Module
     """The model in which the names below lead somewhere."""
+    config: AdapterConfig
     pairs: dict[str, Pair]
     rank: int
     saved: dict[str, Tensor]
@@ -76,6 +79,7 @@ def write_export(
     form: str = PEFT_FILES,
     allow_dropped: bool = False,
     default: bool = False,
+    card: Card | None = None,
 ) -> int:
     """Write the files; give the rank that was written.
 
@@ -118,7 +122,19 @@ def write_export(
     }
     if export.layout == PEFT:
         settings["target_parameters"] = parameters_of(export.experts, export.root)
-    write(directory, settings, tensors)
+    told = None
+    if card is not None:
+        exact = written >= export.rank
+        told = lora_card(
+            export.root,
+            settings,
+            export.config,
+            card,
+            format=form,
+            experts=export.layout,
+            exact=exact,
+        )
+    write(directory, settings, tensors, told)
     return written
 
 

@@ -20,8 +20,10 @@ _OTHERS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
     "mlx": (check_mlx, write_mlx),
 }
 
-Writer = Callable[[str | os.PathLike[str], Mapping[str, Any], Mapping[str, Tensor]], None]
-"""Takes a directory, PEFT's settings, and PEFT's tensors."""
+Writer = Callable[
+    [str | os.PathLike[str], Mapping[str, Any], Mapping[str, Tensor], str | None], None
+]
+"""Takes a directory, PEFT's settings, PEFT's tensors, and the text of a card, or none."""
 
 
 def writer_of(form: str, root: nn.Module, names: list[str], saved: Mapping[str, Tensor]) -> Writer:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.checkpoint.card import write_card
 from rasa_ext.checkpoint.lora_names import check_plain, pairs_of
 from rasa_ext.checkpoint.writing import new_folder
 
@@ -41,9 +42,11 @@ def write_gguf(
     directory: str | os.PathLike[str],
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    card: str | None = None,
+    *,
     root: nn.Module,
 ) -> None:
-    """Write ``adapter.gguf`` into a directory, or leave that as it was.
+    """Write ``adapter.gguf`` and a ``card`` into a directory, or leave that as it was.
 
     It holds ``NAME.weight.lora_a`` (R, in) and ``NAME.weight.lora_b`` (out, R), float32, whose
     product llama.cpp scales by alpha / R, and rows of B in the order that the base's have there.
@@ -72,6 +75,7 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+        write_card(folder, card, directory)
 
 
 def _as_pairs(B: Tensor, heads: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rasa_ext.checkpoint.card import write_card
 from rasa_ext.checkpoint.files import CONFIG
 from rasa_ext.checkpoint.lora_names import check_plain, pairs_of
 from rasa_ext.checkpoint.writing import new_folder
@@ -44,9 +45,11 @@ def write_mlx(
     directory: str | os.PathLike[str],
     settings: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
+    card: str | None = None,
+    *,
     root: nn.Module,
 ) -> None:
-    """Write both files into a directory, or leave it as it was.
+    """Write both files and a ``card`` into a directory, or leave it as it was.
 
     mlx-lm computes y + scale (x lora_a) lora_b, so that lora_a = A^T (in, R), lora_b = B^T
     (R, out). Its keys are names within a block, or whole names of what is in none.
@@ -72,3 +75,4 @@ def write_mlx(
         save_file(found, folder / MLX, metadata={"format": "mlx"})
         text = json.dumps(config, indent=2) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
+        write_card(folder, card, directory)

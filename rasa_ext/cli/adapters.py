@@ -80,8 +80,8 @@ def export_lora(
     overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter as a plain LoRA for PEFT, vLLM, SGLang, llama.cpp and mlx-lm."""
+    from rasa_ext.checkpoint.serving import serving_help
     from rasa_ext.train.convert import export_adapter
-    from rasa_ext.train.serving import serving_help
     from rasa_ext.train.working import working
 
     def announce(size: int) -> None:
@@ -105,7 +105,12 @@ def export_lora(
     if lora.truncation is not None:
         _show_truncation(lora.truncation)
     told = serving_help(
-        lora.base, output, lora.rank, float32=lora.float32, experts=lora.experts, format=format
+        lora.base,
+        output.resolve(),
+        lora.rank,
+        float32=lora.float32,
+        experts=lora.experts,
+        format=format,
     )
     console.print(told, markup=False)
 

@@ -16,6 +16,7 @@ from rasa_ext.cli.finetune import finetune
 from rasa_ext.cli.generate import generate
 from rasa_ext.cli.inspection import inspect
 from rasa_ext.cli.many import compress_many, expand
+from rasa_ext.cli.push import push
 from rasa_ext.cli.ranks import ranks
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ _COMMANDS = (
     compress,
     compress_many,
     expand,
+    push,
     inspect,
     ranks,
     env,

@@ -13,7 +13,7 @@ from rasa_ext.cli.output import INTERRUPTED, command, console
 from rasa_ext.train.options import RECORD, FinetuneOptions
 
 if TYPE_CHECKING:
-    from rasa_ext.train.results import FinetuneResult
+    from rasa_ext.train.outcome import FinetuneResult
 
 
 @command

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rasa_ext import ops
 from rasa_ext.checkpoint.adapter import base_name, task_type
+from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_experts import chosen_layout
 from rasa_ext.checkpoint.lora_export import written_rank
 from rasa_ext.checkpoint.lora_file import Export, Pair, write_export
@@ -33,6 +34,7 @@ def export_lora(
     *,
     experts: str | None = None,
     allow_dropped: bool = False,
+    card: Card | None = PLAIN,
 ) -> int:
     """Write one adapter of a PEFT model as the LoRA that ``rasa_ext.export_lora`` would write.
 
@@ -45,7 +47,7 @@ def export_lora(
             ``torch.compile`` or DistributedDataParallel.
         directory: made if it is missing; an adapter that is there is replaced.
         adapter_name: the adapter's name in the model.
-        pad_to, experts, allow_dropped: as in ``rasa_ext.export_lora``.
+        pad_to, experts, allow_dropped, card: as in ``rasa_ext.export_lora``.
 
     Returns:
         The rank that was written.
@@ -63,7 +65,9 @@ def export_lora(
         9
     """
     export = _make_export(model, adapter_name, pad_to, experts)
-    return write_export(export, directory, allow_dropped=allow_dropped, default=experts is None)
+    return write_export(
+        export, directory, allow_dropped=allow_dropped, default=experts is None, card=card
+    )
 
 
 def _make_export(
@@ -95,6 +99,7 @@ def _make_export(
     ]
     banks = [(name, each) for name, each in banks if each.banks()]
     layout = chosen_layout(banks, experts)
+    configs = [o.configs[adapter_name] for o in owners if adapter_name in o.configs]
     ranks = [o.named(adapter_name).factors().rank for o in owners if adapter_name in o.configs]
     saved = {
         name: cast(Any, wrapper.modules_to_save)[adapter_name]
@@ -103,6 +108,7 @@ def _make_export(
     }
     return Export(
         root=root,
+        config=configs[0],
         pairs=pairs,
         rank=written_rank(max(ranks), pad_to),
         saved=_tensors(saved),

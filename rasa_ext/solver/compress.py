@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import load_tensors_into, saved_tensors, write_tensors
+from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.config import ALL_LINEAR, RasaConfig
 from rasa_ext.methods.base import GivenGroups
@@ -91,9 +92,14 @@ class CompressedAdapter:
         total = lost + sum(result.norm**2 for result in self.groups.values())
         return lost / total if total else 0.0
 
-    def save(self, model: nn.Module, directory: str | os.PathLike[str]) -> None:
-        """Write the adapter's directory, for ``load_adapter``; of ``model`` only names count."""
-        write_tensors(model, directory, self.config, self.plan, self.tensors)
+    def save(
+        self, model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
+    ) -> None:
+        """Write the adapter's directory, for ``load_adapter``; of ``model`` only names count.
+
+        ``card`` is as in ``save_adapter``.
+        """
+        write_tensors(model, directory, self.config, self.plan, self.tensors, card)
 
     def install(self, model: nn.Module) -> nn.Module:
         """Patch a model with the adapter, in place, and return it."""

@@ -15,6 +15,7 @@ from rasa_ext.solver.compress import CompressedAdapter, compress
 from rasa_ext.solver.fit import Solver
 from rasa_ext.solver.import_lora import convert_lora
 from rasa_ext.solver.weights import ParameterWeights, SafetensorsFolder
+from rasa_ext.train.card import compressed_card, local_name
 from rasa_ext.train.convert import base_of, check_differs
 from rasa_ext.train.model_loading import load_model, load_skeleton
 
@@ -52,7 +53,8 @@ def compress_finetuned(
         modules_to_save=modules_to_save,
         **options,
     )
-    found.save(model, output)
+    told = compressed_card(found, f"the full fine-tuning `{local_name(finetuned)}`")
+    found.save(model, output, card=told)
     return found
 
 
@@ -75,7 +77,8 @@ def compress_lora(
     read = read_lora(lora)
     model = _skeleton(base_of(lora, base))
     found = convert_lora(model, read, str(lora), rank, k, solver)
-    found.save(model, output)
+    name = f"the LoRA `{local_name(str(lora))}` of rank {read.rank}"
+    found.save(model, output, card=compressed_card(found, name))
     return read, found
 
 

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import torch
 
 import rasa_ext
-from rasa_ext import Truncation
+from rasa_ext import Card, Truncation
+from rasa_ext.checkpoint.card import write_card
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.checkpoint.writing import check_output, new_folder
 from rasa_ext.patching.state import adapted_experts
+from rasa_ext.train.card import local_name, merged_card
 from rasa_ext.train.inspection import check_adapter
 from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
 
@@ -20,7 +22,7 @@ from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
 def merge_adapter(
     adapter: Path, output: Path, *, base: str | None, dtype: str, overwrite: bool = False
 ) -> float:
-    """Write base + adapter as a standalone model with its tokenizer: all of it or nothing.
+    """Write base + adapter as a standalone model, its tokenizer and a card: all or nothing.
 
     Returns the largest change of any weight. Raises FileNotFoundError or ValueError where the
     adapter or the base cannot be read, or do not fit each other, or where ``output`` holds files
@@ -32,9 +34,11 @@ def merge_adapter(
     model = rasa_ext.load_adapter(load_model(name, dtype), adapter)
     tokenizer = load_tokenizer(name)
     change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(model))
+    told = merged_card(model, adapter)
     merged = rasa_ext.merge_and_unload(model)
     with new_folder(output, "the adapter and the base are whole") as folder:
         save_model(merged, tokenizer, folder)
+        write_card(folder, told, output)
     return change
 
 
@@ -97,6 +101,7 @@ def export_adapter(
         rank=rank,
         format=format,
         allow_dropped=allow_dropped,
+        card=Card.read(adapter),
     )
     truncation = None if rank is None else rasa_ext.export_error(model, rank)
     return Exported(name, written, float32, (experts or "peft") if adapted else None, truncation)
@@ -111,7 +116,8 @@ def import_checkpoint(
     check_differs((checkpoint, name), output, overwrite=overwrite)
     model = load_model(name)
     rasa_ext.load_official(model, checkpoint)
-    rasa_ext.save_adapter(model, output)
+    told = f"A checkpoint of the official RaSA code, `{local_name(str(checkpoint))}`."
+    rasa_ext.save_adapter(model, output, card=Card(sections={"Source": told}))
 
 
 def base_of(adapter: Path, given: str | None) -> str:

@@ -28,8 +28,8 @@ from rasa_ext.train.model_loading import (
     save_model,
 )
 from rasa_ext.train.options import FinetuneOptions
+from rasa_ext.train.outcome import FinetuneResult
 from rasa_ext.train.problems import Problem, make_problems
-from rasa_ext.train.results import FinetuneResult
 from rasa_ext.train.working import working
 
 INSTRUCTION = "Solve the problem step by step."
@@ -153,7 +153,9 @@ def run_demo(output: Path, size: DemoSize, console: Console, seed: int = 0) -> D
     with stage("export, merge, and compare"), working(console, comparing):
         batch = _batch(tokenizer, test[:8], device)
         expected = _logits(model, batch)
-        report.lora_rank = rasa_ext.export_lora(model, output / "lora")
+        report.lora_rank = rasa_ext.export_lora(
+            model, output / "lora", card=rasa_ext.Card.read(adapter)
+        )
         lora = PeftModel.from_pretrained(rasa_ext.unpatch(model), str(output / "lora")).eval()
         report.lora_difference = _difference(_logits(lora, batch), expected)
         rasa_ext.load_adapter(lora.unload(), adapter)

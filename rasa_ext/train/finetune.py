@@ -27,7 +27,8 @@ from rasa_ext.train.checkpoints import checkpoints_in, newest_whole
 from rasa_ext.train.data import Fields, read_examples, rows_for_sft
 from rasa_ext.train.model_loading import load_model, load_skeleton, load_tokenizer
 from rasa_ext.train.options import RECORD, FinetuneOptions
-from rasa_ext.train.results import FinetuneResult, write_record, write_results
+from rasa_ext.train.outcome import FinetuneResult
+from rasa_ext.train.results import write_record, write_results
 from rasa_ext.train.shown import describe_rows, show_example
 from rasa_ext.train.trainer import AdapterTrainer, check_head, dataset
 from rasa_ext.train.working import working
@@ -46,9 +47,9 @@ def finetune(
 ) -> FinetuneResult:
     """Fine-tune a causal language model and write the adapter into `options.output`.
 
-    The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), the
-    tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the run's own `finetune.yaml`, and
-    checkpoints. Ctrl-C ends the run after the present step with a checkpoint.
+    The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), its card
+    (`README.md`), the tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the run's own
+    `finetune.yaml`, and checkpoints. Ctrl-C ends the run after the present step with a checkpoint.
 
     Args:
         options: what to do.

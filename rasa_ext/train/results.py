@@ -10,35 +10,13 @@ from typing import Any
 import yaml
 
 from rasa_ext.train.callbacks import MetricsCallback
+from rasa_ext.train.card import run_card
 from rasa_ext.train.checkpoints import checkpoints_in
 from rasa_ext.train.memory import peak_memory
 from rasa_ext.train.options import METHODS, RECORD, FinetuneOptions
+from rasa_ext.train.outcome import FinetuneResult
 from rasa_ext.train.plots import plot_loss
 from rasa_ext.train.trainer import AdapterTrainer
-
-
-@dataclasses.dataclass
-class FinetuneResult:
-    """The outcome of a run; also in `summary.json` of the output directory."""
-
-    output: str
-    interrupted: bool
-    step: int
-    total_steps: int
-    seconds: float
-    """Time in training steps, of all runs of a resumed training, without evaluation and loading."""
-    tokens_per_s: float | None
-    first_loss: float | None
-    """Mean over the first tenth of the steps."""
-    last_loss: float | None
-    """Mean over the last tenth of the steps."""
-    eval_loss_before: float | None
-    eval_loss: float | None
-    """Held out, of the last evaluation."""
-    trainable: int
-    peak_memory: dict[str, int]
-    checkpoint: str | None = None
-    """The newest checkpoint."""
 
 
 def write_record(options: FinetuneOptions) -> None:
@@ -56,7 +34,7 @@ def write_results(
     metrics: MetricsCallback,
     trainable: int,
 ) -> FinetuneResult:
-    """Write adapter, tokenizer, `loss.png` and `summary.json` into the output."""
+    """Write adapter, card, tokenizer, `loss.png` and `summary.json` into the output."""
     output = Path(options.output)
     losses = [row["loss"] for row in metrics.steps]
     held_out = metrics.held_out
@@ -77,6 +55,7 @@ def write_results(
         checkpoint=str(saved[-1][1]) if saved else None,
     )
     trainer.model.eval()
+    trainer.card = run_card(trainer, options, result)
     trainer.save_model()
     if losses:
         title = f"{METHODS[options.method]} r={options.rank}, {Path(options.model).name}"

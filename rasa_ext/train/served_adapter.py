@@ -126,9 +126,11 @@ class ServedAdapter(TrainerCallback):
         folder = self.directory.resolve() / name
         with new_folder(folder, "the LoRA before is whole") as unfinished:
             if is_patched(model):  # the reader is known: what others leave out is no matter
-                rasa_ext.export_lora(model, unfinished, allow_dropped=True)
+                rasa_ext.export_lora(model, unfinished, allow_dropped=True, card=None)
             else:
-                rasa_ext.peft.export_lora(model, unfinished, self.adapter_name, allow_dropped=True)
+                rasa_ext.peft.export_lora(
+                    model, unfinished, self.adapter_name, allow_dropped=True, card=None
+                )
         try:
             self._load(name, folder)
         except BaseException:

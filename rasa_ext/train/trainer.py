@@ -38,7 +38,8 @@ class AdapterTrainer(SFTTrainer):
       median of six, CPU time, 2026-11-26).
     - The held-out loss is a mean over tokens, so it does not depend on the batch size.
     - An evaluation leaves the random numbers alone that dropout goes on with.
-    - Telemetry is not sent, no model card is written, and saving asks the hub nothing.
+    - Telemetry is not sent, saving asks the hub nothing, and the model card is this package's: in
+      the output directory, where `push_to_hub` finds it, and not in every checkpoint.
     """
 
     lr_scheduler: Any
@@ -71,6 +72,7 @@ class AdapterTrainer(SFTTrainer):
             and "logits_to_keep" in inspect.signature(forward).parameters
         )
         self._held_out = torch.zeros(2, dtype=torch.float64)
+        self.card = rasa_ext.Card()
 
     @property
     def base_model(self) -> Any:
@@ -146,7 +148,7 @@ class AdapterTrainer(SFTTrainer):
         return loss, *others
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: PEFT puts one beside every adapter."""
+        """Write none here: saving does."""
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -154,7 +156,8 @@ class AdapterTrainer(SFTTrainer):
         if not self.args.should_save:
             return
         directory = output_dir if output_dir is not None else self.args.output_dir
-        rasa_ext.save_adapter(self.base_model, directory)
+        is_checkpoint = Path(directory) != Path(self.args.output_dir)
+        rasa_ext.save_adapter(self.base_model, directory, card=None if is_checkpoint else self.card)
         self.processing_class.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""The two files of an adapter change together, whatever happens while they are written."""
+"""The files of an adapter change together, whatever happens while they are written."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_both_files_may_be_read_by_whom_the_umask_lets(writer, saved):
+def test_all_files_may_be_read_by_whom_the_umask_lets(writer, saved):
     directory, model = saved
     usual = os.umask(0o022)
     try:
@@ -59,7 +59,7 @@ def test_both_files_may_be_read_by_whom_the_umask_lets(writer, saved):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_failing_move_leaves_the_old_files(call, error, writer, saved, monkeypatch):
     directory, model = saved

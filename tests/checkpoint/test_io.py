@@ -105,7 +105,7 @@ def test_every_number_is_written_once(entry, k, tmp_path):
     """The file is its numbers, 4 bytes each, and a header; names are as documented."""
     model = patched(entry.build(), RANK, k)
     rasa_ext.save_adapter(model, tmp_path)
-    assert sorted(content(tmp_path)) == [CONFIG, WEIGHTS]
+    assert sorted(content(tmp_path)) == ["README.md", CONFIG, WEIGHTS]
     expected, pools = {}, set()
     for name, adapter in adapters(model).items():
         prefix = f"base_model.model.{name}.rasa_"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext.train import serving
+from rasa_ext.checkpoint import serving
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, patched
 from tests.helpers.models import GPT2, LLAMA

@@ -2,7 +2,7 @@
 
 Each example runs alone, in an empty folder with a small checkpoint of the official code, in a
 namespace of ``rasa_ext``, ``torch`` and ``model``, a fresh causal language model of two layers, or
-``moe_model``, one with four experts in each layer.
+``moe_model``, one with four experts in each layer. The Hub is one of this machine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rasa_ext import analysis, distributed, methods, optim, ranks, training
 from rasa_ext.nn import rasa_experts, routed
 from tests.helpers import experts, oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
+from tests.helpers.hub import local_hub
 
 PUBLIC = {name: getattr(rasa_ext, name) for name in rasa_ext.__all__}
 PUBLIC |= {f"distributed.{name}": getattr(distributed, name) for name in distributed.__all__}
@@ -59,7 +60,8 @@ def namespace(tmp_path, monkeypatch):
         "model": tiny_lm.make_model(),
         "moe_model": experts.model("mixtral", num_local_experts=4),
     }
-    yield {"rasa_ext": rasa_ext, "torch": torch, **models}
+    with local_hub(monkeypatch, tmp_path / "cache"):
+        yield {"rasa_ext": rasa_ext, "torch": torch, **models}
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import rasa_ext
-from rasa_ext.train.serving import BASE_FOLDER
+from rasa_ext.checkpoint.card import BASE_FOLDER
 from tests.readers.commands import printed
 from tests.readers.environments import ask
 from tests.readers.environments import convert as run_converter

@@ -119,7 +119,7 @@ def test_export_lora_as_gguf_prints_the_server_alone(base, tuned, tmp_path, monk
     text = invoke(*words)
     assert f"convert_hf_to_gguf.py {base} --outfile {out}/base.gguf --outtype f32" in text
     assert f"llama-server -m {out}/base.gguf --lora {out}/adapter.gguf --cache-ram 0" in text
-    assert [path.name for path in out.iterdir()] == ["adapter.gguf"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter.gguf"]
 
     from rasa_ext.train import convert
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rasa_ext
+from rasa_ext.checkpoint.serving import serving_help, vllm_command
 from rasa_ext.peft import RasaConfig
 from rasa_ext.train import hub, model_loading
 from rasa_ext.train.evaluate import exact_match, greedy_answers, last_number
@@ -26,7 +27,6 @@ from rasa_ext.train.model_loading import (
     load_tokenizer,
     save_model,
 )
-from rasa_ext.train.serving import serving_help, vllm_command
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320

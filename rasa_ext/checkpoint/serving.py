@@ -6,13 +6,11 @@ import json
 import shlex
 from pathlib import Path
 
+from rasa_ext.checkpoint.card import BASE_FOLDER
 from rasa_ext.checkpoint.lora_gguf import GGUF
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for --max-lora-rank."""
-
-BASE_FOLDER = "BASE_FOLDER"
-"""Stands for the folder of the model that a .gguf was made from: nothing in the file names it."""
 
 
 def serving_help(
@@ -25,6 +23,9 @@ def serving_help(
     format: str = "peft",
 ) -> str:
     """Explain how to serve a LoRA over ``base``: a hub id, a directory or a .gguf file.
+
+    Commands have the path ``lora`` as it is given, and `BASE_FOLDER` where nothing names the folder
+    of the model that a .gguf was made from.
 
     ``float32`` says that the base is of that dtype, in which vLLM serves it only if told so, and
     ``experts`` is the layout of its experts, None where it has none.
@@ -58,10 +59,10 @@ def serving_help(
 
 
 def _with_llama_cpp(base: str, lora: Path, *, float32: bool) -> str:
-    adapter = str(lora.resolve() / GGUF)
+    adapter = str(lora / GGUF)
     if base.endswith(".gguf"):
         return f"Serve it with llama.cpp:\n  {llama_server_command(base, adapter)}"
-    converted = str(lora.resolve() / "base.gguf")
+    converted = str(lora / "base.gguf")
     convert = ["python", "convert_hf_to_gguf.py", *_from_hub(base), "--outfile", converted]
     if float32:  # left alone, it chooses float16
         convert += ["--outtype", "f32"]
@@ -72,7 +73,7 @@ def _with_llama_cpp(base: str, lora: Path, *, float32: bool) -> str:
 
 
 def _from_hub(base: str) -> list[str]:
-    return [base] if Path(base).is_dir() else ["--remote", base]
+    return [base] if base == BASE_FOLDER or Path(base).is_dir() else ["--remote", base]
 
 
 def _with_mlx(base: str, lora: Path) -> str:
@@ -99,7 +100,7 @@ def _lacks_rope_theta(folder: Path) -> bool:
 def mlx_command(base: str, lora: Path) -> str:
     """The shell command that serves a LoRA in mlx-lm's format."""
     model = BASE_FOLDER if base.endswith(".gguf") else base
-    return shlex.join(["mlx_lm.server", "--model", model, "--adapter-path", str(lora.resolve())])
+    return shlex.join(["mlx_lm.server", "--model", model, "--adapter-path", str(lora)])
 
 
 def vllm_command(base: str, lora: Path, rank: int, *, float32: bool) -> str | None:
@@ -113,21 +114,20 @@ def vllm_command(base: str, lora: Path, rank: int, *, float32: bool) -> str | No
     words += ["--enable-lora", "--max-lora-rank", str(limit)]
     # One slot more than adapters: on a CPU, vLLM takes the last slot for rows without an adapter.
     words += ["--max-loras", "2"]
-    return shlex.join([*words, "--lora-modules", f"{lora.name or 'rasa'}={lora.resolve()}"])
+    return shlex.join([*words, "--lora-modules", f"{lora.name or 'rasa'}={lora}"])
 
 
 def sglang_command(base: str, lora: Path, rank: int) -> str:
     """The shell command that serves a LoRA whose experts share their outer sides with SGLang."""
     words = ["python", "-m", "sglang.launch_server", "--model-path", base, "--enable-lora"]
     words += ["--max-lora-rank", str(rank), "--experts-shared-outer-loras"]
-    return shlex.join([*words, "--lora-paths", f"{lora.name or 'rasa'}={lora.resolve()}"])
+    return shlex.join([*words, "--lora-paths", f"{lora.name or 'rasa'}={lora}"])
 
 
 def llama_cpp_commands(gguf: str, lora: Path) -> tuple[str, str]:
     """The shell commands that convert a LoRA for llama.cpp, and serve it over a .gguf."""
-    path = lora.resolve()
-    converted = str(path.with_name(f"{path.name}.gguf"))
-    convert = ["python", "convert_lora_to_gguf.py", str(path), "--base", BASE_FOLDER]
+    converted = f"{lora}.gguf" if lora.name else GGUF
+    convert = ["python", "convert_lora_to_gguf.py", str(lora), "--base", BASE_FOLDER]
     convert += ["--outtype", "f32", "--outfile", converted]
     return shlex.join(convert), llama_server_command(gguf, converted)
 

@@ -1,0 +1,151 @@
+"""Pushing a directory, or a model's adapter, to the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import nn
+
+from rasa_ext._version import __version__
+from rasa_ext.checkpoint.adapter import save_adapter
+from rasa_ext.checkpoint.card import CARD, hub_id, moved
+from rasa_ext.checkpoint.files import CONFIG
+from rasa_ext.checkpoint.hub import client
+
+_BASE_FIELDS = ("base_model_name_or_path", "model")
+"""What names the base in PEFT's and this package's files, and in mlx-lm's."""
+
+_KEPT_BACK = (
+    # A training's own, for going on with it here; the first two name paths of this machine.
+    *("finetune.yaml", "summary.json", "training_args.bin"),
+    *("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json"),
+)
+
+
+def push_to_hub(
+    source: nn.Module | str | os.PathLike[str],
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+) -> str:
+    """Push an adapter, or a LoRA that was exported, to the Hub, in one commit.
+
+    ``rasa_ext.load_adapter(model, repo_id)`` loads it from there. Needs huggingface_hub, and to be
+    logged in (``hf auth login``, or HF_TOKEN). In the repository the card's code names it, and not
+    a directory. Checkpoints, hidden files, and what a training writes for going on with it
+    (finetune.yaml, summary.json, which name paths of this machine) stay here.
+
+    Args:
+        source: a directory that ``save_adapter``, ``export_lora`` or a command wrote, or a patched
+            model, whose adapter is saved for the push.
+        repo_id: "owner/name", or "name" for who is logged in; made if it is missing.
+        base_model: the base's id on the Hub, where the adapter was made over a local folder, which
+            nobody else has. It stands in the pushed files in place of the path.
+        private: whether a repository that is made is private; None leaves that to the Hub.
+        token: of the Hub; None is that of the login.
+        revision: a branch to push to, made if it is missing; None is the main one.
+        commit_message: of the commit.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or nothing in it.
+        ValueError: the adapter names a path of this machine as its base, and ``base_model`` is
+            None. Nothing was pushed.
+        TypeError, ValueError: the model is not patched.
+        ImportError: huggingface_hub is missing.
+        OSError: the Hub refuses, or does not answer.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> rasa_ext.save_adapter(model, "adapter")
+        >>> address = rasa_ext.push_to_hub("adapter", "me/adapter", private=True)
+        >>> again = rasa_ext.load_adapter(rasa_ext.unpatch(model), "me/adapter")
+    """
+    hub = client("push_to_hub")
+    with _folder_of(source) as folder:
+        files = _files(folder)
+        local, base = _rename_base(files, base_model)
+        api = hub.HfApi(token=token, library_name="rasa_ext", library_version=__version__)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        if CARD in files:
+            text = (folder / CARD).read_text(encoding="utf-8")
+            files[CARD] = moved(text, repository, base, local).encode()
+        commit = api.create_commit(
+            repository,
+            [hub.CommitOperationAdd(name, content) for name, content in files.items()],
+            commit_message=commit_message or "Upload with rasa_ext",
+            revision=revision,
+        )
+    return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _folder_of(source: nn.Module | str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the directory, or one of a model's adapter that is gone afterwards."""
+    if not isinstance(source, nn.Module):
+        yield Path(source)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(source, folder)
+        yield Path(folder)
+
+
+def _files(folder: Path) -> dict[str, str | bytes]:
+    """Give the files to push, by their names there; FileNotFoundError where there is none."""
+    files: dict[str, str | bytes] = {name: str(path) for name, path in _listed(folder)}
+    if not files:
+        raise FileNotFoundError(
+            "source: expected a directory that save_adapter or export_lora wrote, but "
+            f"{folder} {'holds no files to push' if folder.is_dir() else 'is none'}."
+        )
+    return files
+
+
+def _rename_base(
+    files: dict[str, str | bytes], base_model: str | None
+) -> tuple[str | None, str | None]:
+    """Let the configuration that is pushed name the base by its id, and no path of this machine.
+
+    Returns the path that it had and the id that it has instead: where both are the same, neither.
+    ValueError where there is a path, and nothing else is known.
+    """
+    if CONFIG not in files:
+        return None, base_model
+    config = json.loads(Path(str(files[CONFIG])).read_text(encoding="utf-8"))
+    field = next((name for name in _BASE_FIELDS if name in config), None)
+    before = config[field] if field else None
+    known = base_model or hub_id(str(before or ""))
+    if before and known is None:
+        raise ValueError(
+            "base_model: expected the id that the base has on the Hub, since "
+            f"adapter_config.json names a path of this machine, {before!r}; pass "
+            "base_model='owner/name' (--model), which is pushed in its place."
+        )
+    if field is None or known == before:
+        return None, None
+    config[field] = known
+    files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
+    return before, known
+
+
+def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Name the files to push: none that are hidden, of checkpoints, or for this machine alone."""
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        parts = path.relative_to(folder).parts
+        if any(part.startswith((".", "checkpoint-")) for part in parts) or not path.is_file():
+            continue
+        if path.name not in _KEPT_BACK and not path.name.startswith("rng_state"):
+            yield "/".join(parts), path

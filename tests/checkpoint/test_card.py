@@ -1,0 +1,333 @@
+"""Model cards: what they say, that their code runs, and which README.md stays."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shlex
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+import rasa_ext
+from rasa_ext import methods
+from rasa_ext.checkpoint import adapter_card
+from rasa_ext.checkpoint.card import BASE_FOLDER, hub_id
+from rasa_ext.train import options
+from tests.helpers import experts, tiny_lm
+from tests.helpers.adapters import RANK, content, patched
+from tests.helpers.hub import refused
+from tests.helpers.methods import CASES, case, rasa_linears
+from tests.helpers.models import SEQUENTIAL
+
+ID = "owner/Tiny-LM"
+HEAD = re.compile(r"---\n(.*?)\n---\n\n", re.DOTALL)
+TOKENS = torch.arange(24).view(2, 12) * 11 % 320
+
+
+def model(base: str | None = ID, **options):
+    plain = tiny_lm.make_model()
+    plain.config._name_or_path = base
+    return patched(plain, RANK, 1, **options)
+
+
+def card(directory: Path) -> str:
+    return (directory / "README.md").read_text()
+
+
+def head(text: str) -> dict:
+    return yaml.safe_load(HEAD.match(text)[1])
+
+
+def rows(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| ([^|`]+) \| ([^|]+) \|$", text, re.MULTILINE))
+
+
+def code(text: str, language: str = "python") -> str:
+    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+
+
+def test_a_card_says_what_is_known(tmp_path):
+    adapted = model(modules_to_save=["lm_head"], dropout=0.1)
+    told = rasa_ext.Card(datasets=["owner/data"], sections={"Training": "100 steps"})
+    rasa_ext.save_adapter(adapted, tmp_path, card=told)
+    text = card(tmp_path)
+    assert head(text) == {
+        "base_model": ID,
+        "base_model_relation": "adapter",
+        "library_name": "rasa_ext",
+        "pipeline_tag": "text-generation",
+        "datasets": ["owner/data"],
+        "tags": ["rasa", "lora"],
+    }
+    assert refused(text) is None
+    table = rows(text)
+    assert f"[{ID}](https://huggingface.co/{ID})" in table["base model"]
+    assert "RaSA" in table["method"]
+    assert (table["rank"], table["k"], table["dropout"]) == (str(RANK), "1", "0.1")
+    assert table["trained in full"] == "`lm_head`"
+    assert "gates" not in table
+    for row in rasa_ext.summary(adapted):
+        shape = f"{row.shape[0]} x {row.shape[1]}"
+        assert f"| `{row.pattern}` | {row.L} | {shape} | {row.R} |" in text
+    assert "\n## Training\n\n100 steps\n" in text
+    assert "ore information needed" not in text.lower()
+
+
+def test_a_head_is_yaml_whatever_its_strings_are(tmp_path):
+    told = rasa_ext.Card(datasets=["no", "1.0", "a: b", "käse", 'a"b'])
+    rasa_ext.save_adapter(model("2026-01-01"), tmp_path, card=told)
+    found = head(card(tmp_path))
+    assert found["datasets"] == list(told.datasets)
+    assert found["base_model"] == "2026-01-01"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_method_s_ranks(name, tmp_path):
+    adapted = case(name)
+    rasa_ext.save_adapter(adapted, tmp_path)
+    text = card(tmp_path)
+    config = next(iter(rasa_linears(adapted).values())).config
+    assert head(text)["tags"][0] == config.method
+    for row in rasa_ext.summary(adapted):
+        ranks = str(row.R) if row.R_min == row.R else f"{row.R_min} to {row.R}"
+        assert re.search(rf"^\| `{re.escape(row.pattern)}` \|.*\| {ranks} \|$", text, re.MULTILINE)
+
+
+def test_methods_have_one_name():
+    assert adapter_card.METHODS.keys() == methods.METHODS.keys()
+    for method, name in options.METHODS.items():
+        assert adapter_card.METHODS[method][0] == name
+
+
+def test_adapted_experts(tmp_path):
+    adapted = experts.patched(experts.model("mixtral"), "slot", 3, 1)
+    rasa_ext.save_adapter(adapted, tmp_path)
+    (stacked,) = {row.experts for row in rasa_ext.summary(adapted) if row.experts}
+    assert re.search(rf"`.*experts.*` \| \d \| {stacked} x \d+ x \d+ \| \d+ \|", card(tmp_path))
+
+
+def test_many_groups_are_cut_short(tmp_path):
+    deep = torch.nn.Sequential(*(torch.nn.Linear(i, i + 1) for i in range(3, 50)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rasa_ext.save_adapter(patched(deep, 2, 0), tmp_path)
+    assert card(tmp_path).count("| 1 |") == 40
+    assert "| 7 more groups |" in card(tmp_path)
+
+
+def loaded(text: str, folder: Path, monkeypatch, base: str):
+    """The model that a card's lines give, run in its folder with ``base`` under its name."""
+    real, names = AutoModelForCausalLM.from_pretrained, []
+
+    def load(name, *args, **options):
+        names.append(name)
+        return real(base, *args, **options)
+
+    namespace: dict = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", staticmethod(load))
+        patch.chdir(folder)
+        exec(code(text), namespace)
+    return namespace["model"].eval(), names
+
+
+@pytest.mark.parametrize("where", ["hub", "folder"])
+@pytest.mark.parametrize("form", ["adapter", "lora"])
+@torch.no_grad()
+def test_the_lines_that_load_it_run(form, where, tmp_path, monkeypatch):
+    base = tiny_lm.save_base(tmp_path / "base")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    plain.config._name_or_path = ID if where == "hub" else str(base)
+    adapted = patched(plain, RANK, 1)
+    write = {"adapter": rasa_ext.save_adapter, "lora": rasa_ext.export_lora}[form]
+    write(adapted, tmp_path / "out")
+    found, names = loaded(card(tmp_path / "out"), tmp_path / "out", monkeypatch, str(base))
+    assert names == [ID if where == "hub" else BASE_FOLDER]
+    expected = adapted.eval()(TOKENS).logits
+    torch.testing.assert_close(found(TOKENS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_line_of_a_model_that_has_no_name(tmp_path, monkeypatch):
+    plain = SEQUENTIAL.build()
+    adapted = patched(plain)
+    rasa_ext.save_adapter(adapted, tmp_path)
+    text = card(tmp_path)
+    assert head(text) == {"library_name": "rasa_ext", "tags": ["rasa", "lora"]}
+    assert "## Serve" not in text
+    monkeypatch.chdir(tmp_path)
+    exec(code(text), {"model": plain})
+    for name, tensor in adapted.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], tensor)
+
+
+LOCAL = [
+    "/home/anna/models/Tiny-LM",
+    "/home/anna/models/Tiny-LM/",
+    "C:\\Users\\anna\\Tiny-LM",
+    "../anna/Tiny-LM",
+    "~anna/Tiny-LM",
+    "/home/anna/Tiny-LM.Q4_1.gguf",
+    "anna/models/Tiny-LM",
+]
+
+
+@pytest.mark.parametrize("path", LOCAL)
+@pytest.mark.parametrize("form", ["adapter", "peft", "gguf", "mlx"])
+def test_a_path_of_the_base_stays_here(form, path, tmp_path):
+    adapted = model(path)
+    if form == "adapter":
+        rasa_ext.save_adapter(adapted, tmp_path)
+    else:
+        rasa_ext.export_lora(adapted, tmp_path, format=form)
+    text = card(tmp_path)
+    assert "anna" not in text
+    assert str(tmp_path) not in text
+    assert "`Tiny-LM" in rows(text)["base model"]
+    assert not head(text).keys() & {"base_model", "base_model_relation"}
+
+
+def test_ids_on_the_hub(tmp_path, monkeypatch):
+    assert hub_id("gpt2") == "gpt2"
+    assert hub_id("owner/Model-1.5_b") == "owner/Model-1.5_b"
+    cached = "/home/anna/.cache/huggingface/hub/models--owner--Model/snapshots/0123abc"
+    assert hub_id(cached) == "owner/Model"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    assert hub_id("owner") is None
+
+
+@pytest.mark.parametrize(
+    ("form", "library", "command"),
+    [
+        ("peft", "peft", f"vllm serve {ID} --dtype float32 --enable-lora --max-lora-rank 8"),
+        ("gguf", None, "llama-server -m base.gguf --lora adapter.gguf --cache-ram 0"),
+        ("mlx", "mlx", f"mlx_lm.server --model {ID} --adapter-path ."),
+    ],
+)
+def test_an_export_says_how_it_is_served(form, library, command, tmp_path):
+    rasa_ext.save_adapter(model(), tmp_path / "a", card=rasa_ext.Card(["o/d"], {"Data": "Sums."}))
+    told = rasa_ext.Card.read(tmp_path / "a")
+    assert rasa_ext.export_lora(model(), tmp_path / "lora", format=form, card=told) == 5
+    text = card(tmp_path / "lora")
+    assert refused(text) is None
+    assert head(text).get("library_name") == library
+    assert (head(text)["base_model"], head(text)["datasets"]) == (ID, ["o/d"])
+    assert rows(text)["rank of the LoRA"] == "5"
+    assert "computes the same function" in text
+    assert "\n## Data\n\nSums.\n" in text
+    assert command in code(text, "bash")
+    assert all(shlex.split(line) for line in code(text, "bash").splitlines())
+
+
+def test_an_export_of_a_lower_rank_says_so(tmp_path):
+    rasa_ext.export_lora(model(), tmp_path, rank=2)
+    text = card(tmp_path)
+    assert rows(text)["rank of the LoRA"] == "2"
+    assert "the nearest of its rank" in text
+    assert "same function" not in text
+
+
+def test_an_export_that_peft_does_not_load_has_no_lines_for_it(tmp_path):
+    adapted = experts.patched(experts.model("mixtral"), "slot", 3, 1)
+    for layout in ("peft", "per-expert"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rasa_ext.export_lora(adapted, tmp_path, experts=layout)
+        assert ("PeftModel" in card(tmp_path)) == (layout == "peft")
+        assert rows(card(tmp_path))["experts"] == f"layout `{layout}`"
+
+
+FORMS = ["adapter", "peft", "mlx"]
+
+
+def write(form: str, adapted, directory: Path, **options) -> None:
+    if form == "adapter":
+        rasa_ext.save_adapter(adapted, directory, **options)
+    else:
+        rasa_ext.export_lora(adapted, directory, format=form, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_card_that_nobody_edited_is_replaced(form, tmp_path, recwarn):
+    write(form, model(), tmp_path)
+    first = card(tmp_path)
+    write(form, model(), tmp_path)
+    assert card(tmp_path) == first
+    write(form, model("owner/Other"), tmp_path)
+    assert head(card(tmp_path))["base_model"] == "owner/Other"
+    assert not [each for each in recwarn if "README" in str(each.message)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("edit", ["text", "head"])
+def test_an_edited_card_stays_and_a_warning_says_when_it_is_out_of_date(edit, form, tmp_path):
+    write(form, model(), tmp_path)
+    text = card(tmp_path)
+    mine = {
+        "text": text.replace("## Serve", "It does sums.\n\n## Serve"),
+        "head": text.replace("---\n", "---\nlicense: mit\n", 1),
+    }[edit]
+    assert mine != text
+    (tmp_path / "README.md").write_text(mine)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write(form, model(), tmp_path)
+    with pytest.warns(UserWarning, match=r"README\.md: left as it is, since it was edited"):
+        write(form, model("owner/Other"), tmp_path)
+    assert card(tmp_path) == mine
+    assert "owner/Other" in (tmp_path / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("other", [b"# My project\n", b"\xff\xfe", b""])
+def test_a_readme_of_another_origin_stays(other, form, tmp_path, recwarn):
+    (tmp_path / "README.md").write_bytes(other)
+    write(form, model(), tmp_path)
+    write(form, model("owner/Other"), tmp_path)
+    assert content(tmp_path)["README.md"] == other
+    assert not [each for each in recwarn if "README" in str(each.message)]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_card_is_written_if_none_is_wanted(form, tmp_path):
+    write(form, model(), tmp_path, card=None)
+    assert "README.md" not in content(tmp_path)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_no_card(form, tmp_path):
+    with pytest.raises(TypeError, match=r"card: expected a rasa_ext\.Card or None, got 'text'"):
+        write(form, model(), tmp_path / "new", card="text")
+    assert not [*tmp_path.iterdir()]
+    for wrong in ({"datasets": "o/d"}, {"datasets": [1]}, {"sections": "text"}):
+        with pytest.raises(TypeError, match=f"{next(iter(wrong))}: expected"):
+            rasa_ext.Card(**wrong)
+
+
+def test_what_was_told_is_read_again(tmp_path):
+    told = rasa_ext.Card(["o/d", "e"], {"Data": "Sums.\n\n### Of two numbers\n\n- a", "Run": "b"})
+    rasa_ext.save_adapter(model(), tmp_path, card=told)
+    found = rasa_ext.Card.read(tmp_path)
+    assert (list(found.datasets), dict(found.sections)) == (list(told.datasets), told.sections)
+    text = card(tmp_path)
+    (tmp_path / "README.md").write_text(text.replace("## Run", "## Mine\n\nc\n\n## Run"))
+    assert rasa_ext.Card.read(tmp_path).sections["Mine"] == "c"
+    (tmp_path / "README.md").write_text("# Another\n\n## Data\n\nNone.\n")
+    assert rasa_ext.Card.read(tmp_path) == rasa_ext.Card()
+    assert rasa_ext.Card.read(tmp_path / "nowhere") == rasa_ext.Card()
+
+
+def test_a_compressed_adapter_has_a_card(tmp_path):
+    base = tiny_lm.make_model()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    found = rasa_ext.compress(base, base.state_dict(), tuned.state_dict(), 4, 1, iterations=1)
+    found.save(base, tmp_path)
+    assert "| `model.layers.*.mlp.down_proj` | 2 | 32 x 48 | 5 |" in card(tmp_path)

@@ -1,0 +1,193 @@
+"""Pushing to a Hub of this machine, and loading from it by id."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+import rasa_ext
+from tests.helpers import tiny_lm
+from tests.helpers.adapters import RANK, content, patched
+from tests.helpers.cli import TOKENS, invoke
+from tests.helpers.hub import TOKEN, local_hub
+
+ID = "owner/Tiny-LM"
+LOCAL = "/home/anna/Tiny-LM"
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    with local_hub(monkeypatch, tmp_path_factory.mktemp("cache")) as hub:
+        yield hub
+
+
+def model(base: str = ID, rank: int = RANK):
+    plain = tiny_lm.make_model()
+    plain.config._name_or_path = base
+    return patched(plain, rank, 1)
+
+
+def card(hub, repository: str = "me/sums", revision: str = "main") -> str:
+    return hub.files(repository, revision)["README.md"].decode()
+
+
+@pytest.mark.parametrize("kind", ["directory", "model"])
+@torch.no_grad()
+def test_what_is_pushed_is_loaded_by_its_id(kind, hub, tmp_path):
+    adapted = model()
+    rasa_ext.save_adapter(adapted, tmp_path)
+    address = rasa_ext.push_to_hub(tmp_path if kind == "directory" else adapted, "me/sums")
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+/me/sums/commit/[0-9a-f]{40}", address)
+    pushed, here = hub.files("me/sums"), content(tmp_path)
+    assert pushed.keys() == here.keys()
+    assert [name for name in here if here[name] != pushed[name]] == ["README.md"]
+    assert 'load_adapter(model, "me/sums")' in card(hub)
+    assert '"."' not in card(hub)
+    found = rasa_ext.load_adapter(tiny_lm.make_model(), "me/sums")
+    assert torch.equal(found(TOKENS).logits, adapted(TOKENS).logits)
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+
+
+def test_repository_branch_message_and_token(hub, tmp_path):
+    rasa_ext.save_adapter(model(), tmp_path)
+    rasa_ext.push_to_hub(
+        tmp_path,
+        "sums",
+        private=True,
+        token="hf_other",
+        revision="v2",
+        commit_message="Second",
+    )
+    assert [(each["name"], each["visibility"]) for each in hub.created] == [("sums", "private")]
+    assert hub.messages == ["Second"]
+    assert hub.tokens == {"Bearer hf_other"}
+    assert hub.files("me/sums") == {}
+    assert 'load_adapter(model, "me/sums")' in card(hub, revision="v2")
+
+
+def test_a_push_replaces_an_earlier_one(hub, tmp_path):
+    for rank in (2, 4):
+        rasa_ext.save_adapter(model(rank=rank), tmp_path)
+        rasa_ext.push_to_hub(tmp_path, "me/sums")
+    assert json.loads(hub.files("me/sums")["adapter_config.json"])["r"] == 4
+    found = rasa_ext.load_adapter(tiny_lm.make_model(), "me/sums")
+    assert rasa_ext.summary(found)[0].R == 5
+
+
+@pytest.mark.parametrize("form", ["adapter", "peft", "mlx"])
+def test_a_path_of_this_machine_is_not_pushed(form, hub, tmp_path):
+    if form == "adapter":
+        rasa_ext.save_adapter(model(LOCAL), tmp_path)
+    else:
+        rasa_ext.export_lora(model(LOCAL), tmp_path, format=form)
+    before = content(tmp_path)
+    with pytest.raises(ValueError, match=rf"base_model: .*{LOCAL}.*base_model='owner/name'"):
+        rasa_ext.push_to_hub(tmp_path, "me/sums")
+    assert (hub.created, hub.branches) == ([], {})
+    rasa_ext.push_to_hub(tmp_path, "me/sums", base_model=ID)
+    pushed = hub.files("me/sums")
+    assert not [name for name, data in pushed.items() if b"anna" in data or b"BASE_FOLDER" in data]
+    config = json.loads(pushed["adapter_config.json"])
+    assert config["model" if form == "mlx" else "base_model_name_or_path"] == ID
+    told = f"[{ID}](https://huggingface.co/{ID})"
+    assert f"| base model | {told} |" in card(hub)
+    assert card(hub).startswith(f'---\nbase_model: "{ID}"\nbase_model_relation: "adapter"\n')
+    assert content(tmp_path) == before
+
+
+def test_another_base_may_be_named(hub, tmp_path):
+    rasa_ext.save_adapter(model("anna/Old-LM"), tmp_path)
+    rasa_ext.push_to_hub(tmp_path, "me/sums", base_model=ID)
+    assert 'from_pretrained("owner/Tiny-LM")' in card(hub)
+    assert not [name for name, data in hub.files("me/sums").items() if b"anna/" in data]
+
+
+def test_a_card_of_peft_has_no_path_either(hub, tmp_path):
+    import peft
+
+    import rasa_ext.peft
+
+    plain = tiny_lm.make_model()
+    plain.config._name_or_path = plain.name_or_path = LOCAL
+    adapted = peft.get_peft_model(plain, rasa_ext.peft.RasaConfig(r=4, task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path)
+    assert "anna" in (tmp_path / "README.md").read_text()
+    rasa_ext.push_to_hub(tmp_path, "me/sums", base_model=ID)
+    assert not [name for name, data in hub.files("me/sums").items() if b"anna" in data]
+    rasa_ext.load_adapter(tiny_lm.make_model(), "me/sums")
+
+
+def test_an_edited_card_is_pushed_as_edited(hub, tmp_path):
+    rasa_ext.save_adapter(model(), tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text().replace("## Serve", "It does sums.\n\n## Serve"))
+    rasa_ext.push_to_hub(tmp_path, "me/sums")
+    assert "It does sums." in card(hub)
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "README.md").write_text(card(hub))
+    with pytest.warns(UserWarning, match="since it was edited"):
+        rasa_ext.save_adapter(model("owner/Other"), tmp_path / "again")
+    (tmp_path / "again" / "README.md").write_text("# Mine\n")
+    rasa_ext.push_to_hub(tmp_path / "again", "me/mine")
+    assert card(hub, "me/mine") == "# Mine\n"
+
+
+def test_what_a_training_needs_to_go_on_stays_here(hub, tmp_path):
+    rasa_ext.save_adapter(model(), tmp_path)
+    kept = ("finetune.yaml", "summary.json", "training_args.bin", ".git/config", "rng_state_0.pth")
+    for name in (*kept, "checkpoint-3/adapter_config.json", "tokenizer.json", "extra/note.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    rasa_ext.push_to_hub(tmp_path, "me/sums")
+    own = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert hub.files("me/sums").keys() == own | {"tokenizer.json", "extra/note.txt"}
+
+
+def test_nothing_to_push(hub, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"source: .*nowhere is none"):
+        rasa_ext.push_to_hub(tmp_path / "nowhere", "me/sums")
+    with pytest.raises(FileNotFoundError, match="holds no files to push"):
+        rasa_ext.push_to_hub(tmp_path, "me/sums")
+    with pytest.raises(ValueError, match="patch"):
+        rasa_ext.push_to_hub(tiny_lm.make_model(), "me/sums")
+    assert hub.created == []
+
+
+def test_an_id_that_the_hub_does_not_have(hub):
+    base = tiny_lm.make_model()
+    before = copy.deepcopy(base.state_dict())
+    with pytest.raises(FileNotFoundError, match=r"directory: .*'me/nothing'; .*the Hub .*404"):
+        rasa_ext.load_adapter(base, "me/nothing")
+    assert base.state_dict().keys() == before.keys()
+
+
+def test_a_directory_of_that_name_comes_first(hub, tmp_path, monkeypatch):
+    rasa_ext.push_to_hub(model(rank=2), "me/sums")
+    monkeypatch.chdir(tmp_path)
+    rasa_ext.save_adapter(model(rank=4), "me/sums")
+    found = rasa_ext.load_adapter(tiny_lm.make_model(), "me/sums")
+    assert rasa_ext.summary(found)[0].R == 5
+
+
+def test_without_the_client(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match=r"push_to_hub: .*pip install huggingface_hub"):
+        rasa_ext.push_to_hub(tmp_path, "me/sums")
+    with pytest.raises(FileNotFoundError, match=r"'me/sums'; .*pip install huggingface_hub"):
+        rasa_ext.load_adapter(tiny_lm.make_model(), "me/sums")
+
+
+def test_the_command(hub, tmp_path):
+    rasa_ext.save_adapter(model(LOCAL), tmp_path)
+    assert "base_model: expected the id" in invoke("push", tmp_path, "me/sums", code=1)
+    words = ["--model", ID, "--private", "--revision", "v2", "--message", "Sums"]
+    text = invoke("push", tmp_path, "me/sums", *words)
+    assert re.search(r"http://\S+/me/sums/commit/[0-9a-f]{40}$", text)
+    assert hub.messages == ["Sums"]
+    assert hub.created[-1]["visibility"] == "private"
+    assert "adapter_model.safetensors" in hub.files("me/sums", "v2")
