@@ -26,6 +26,7 @@ from rasa_ext.checkpoint.lora_experts import (
     targets_of,
 )
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, writer_of
+from rasa_ext.checkpoint.lora_tokens import dropped_rows, token_setting
 from rasa_ext.checkpoint.lora_truncated import check_rank, truncated
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.patching.state import (
@@ -37,6 +38,7 @@ from rasa_ext.patching.state import (
 )
 from rasa_ext.patching.swap import FAST_PATH
 from rasa_ext.patching.targets import suffixes
+from rasa_ext.patching.tokens import row_tensors
 
 
 def export_lora(
@@ -57,8 +59,8 @@ def export_lora(
     lora_A = [A ; A_pool], (R, in), from the definition of dW (arXiv 2503.12576, section 3).
 
     What some reader refuses is warned of. What one would leave out and serve the rest, another
-    function, is refused here: trained norms (llama.cpp), and k or v without q, or up without gate
-    (SGLang).
+    function, is refused here: trained norms (llama.cpp), k or v without q, up without gate, and
+    trained rows of an embedding (SGLang).
 
     For adapted experts there is no layout that all read. Written out, each expert has R ranks, its
     pool's included, which may make large files: ``export_size`` tells before anything is written.
@@ -140,6 +142,8 @@ def export_lora(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+    if tokens := token_setting(state.plan):
+        settings["trainable_token_indices"] = tokens
     if layout == PEFT:
         settings["target_parameters"] = parameters_of(export.experts, root)
     write(directory, settings, tensors)
@@ -222,7 +226,7 @@ def _make_export(
         if pad_to < rank:
             raise ValueError(f"pad_to: expected at least the effective rank {rank}, got {pad_to}.")
         rank = pad_to
-    saved = saved_tensors(unwrap(model), state.plan)
+    saved = {**row_tensors(unwrap(model)), **saved_tensors(unwrap(model), state.plan)}
     return _Export(adapted_layers(model), banks, layout, max(rank, chosen or 0), saved)
 
 
@@ -245,7 +249,8 @@ _INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
 
 def _warn(model: nn.Module, export: _Export, allow_dropped: bool, *, default: bool) -> None:
     """Warn of what PEFT's files hold that some reader does not take, or raise ValueError."""
-    dropped = [*_dropped(unwrap(model), export.names, export.saved)]
+    root, plan = unwrap(model), patch_state(model).plan
+    dropped = [*_dropped(root, export.names, export.saved), *dropped_rows(root, plan)]
     if dropped and not allow_dropped:
         raise ValueError(
             f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "

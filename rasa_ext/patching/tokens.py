@@ -94,7 +94,7 @@ def _named(
         given = getattr(model, "get_input_embeddings")()  # noqa: B009 - of a model of any origin
     except (AttributeError, NotImplementedError):
         given = None
-    given = given.base_layer if isinstance(given, TrainedTokens) else given
+    given = getattr(given, "base_layer", getattr(given, "original_module", given))  # ours, PEFT's
     found = [name for name, each in embeddings.items() if each is given]
     if not found and len({id(each.weight) for each in embeddings.values()}) == 1:
         found = list(embeddings)
