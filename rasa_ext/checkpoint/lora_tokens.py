@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -35,7 +36,7 @@ def dropped_rows(root: nn.Module, plan: Plan) -> Iterator[str]:
         )
 
 
-def peft_ties(root: nn.Module, owners: list[str]) -> bool:
+def peft_ties(root: Any, owners: list[str]) -> bool:
     """Tell whether PEFT knows the modules that share the weights of ``owners``."""
     config = getattr(root, "config", None)
     said = getattr(config, "tie_word_embeddings", False) and hasattr(root, "_tied_weights_keys")

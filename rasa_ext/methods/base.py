@@ -203,7 +203,7 @@ class AdapterConfig:
         Names are the official code's: ``r`` for rank, and ``rasa_`` before a method's other fields,
         which stand there where they are needed or not at their defaults.
         """
-        settings = {
+        settings: dict[str, Any] = {
             "peft_type": self.peft_type,
             "target_modules": _listed(self.target_modules),
             "exclude_modules": _listed(self.exclude_modules) or None,

@@ -63,6 +63,7 @@ from rasa_ext.peft.tokens import (
     cast_rows,
     check_rows_finite,
     copy_rows,
+    make_rows_optional,
     settled_tokens,
     without_tokens,
 )
@@ -122,6 +123,7 @@ class RasaModel(BaseTuner):
                 if isinstance(module, ModulesToSaveWrapper)
                 and adapter_name in module.modules_to_save
             ]
+        make_rows_optional(model)
         self._cast_adapter_dtype(adapter_name)
         if adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY):
             self._copy_policy()

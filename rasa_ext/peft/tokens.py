@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 
 from rasa_ext.checkpoint.lora_tokens import peft_ties
@@ -71,6 +72,38 @@ def _tables(model: nn.Module) -> dict[str, Any]:
         if isinstance(module, nn.Embedding | nn.Linear):
             found[name.replace(".token_adapter.base_layer", "")] = module
     return found
+
+
+class OptionalRows(TrainableTokensWrapper):
+    """PEFT's wrapper, for adapters of one model of which only some have trained rows.
+
+    PEFT 0.21 can neither save nor load one that has none.
+    """
+
+    def adapter_state_dict(  # type: ignore[override]  # as PEFT's own subclasses have it
+        self, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Give the rows of an adapter, if it has any."""
+        if adapter_name not in self.token_adapter.trainable_tokens_delta:
+            return {}
+        return super().adapter_state_dict(  # type: ignore[no-any-return, no-untyped-call]
+            adapter_name, state_dict
+        )
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Say under which keys they are loaded."""
+        if adapter_name not in self.token_adapter.trainable_tokens_delta:
+            return {}
+        return super().adapter_state_dict_load_map(  # type: ignore[no-any-return, no-untyped-call]
+            adapter_name
+        )
+
+
+def make_rows_optional(model: nn.Module) -> None:
+    """Let wrappers that PEFT has made, of a class that it does not let a tuner choose, be those."""
+    for module in model.modules():
+        if type(module) is TrainableTokensWrapper:
+            module.__class__ = OptionalRows
 
 
 def cast_rows(model: nn.Module, adapter_name: str, dtype: torch.dtype) -> None:
