@@ -15,6 +15,8 @@ from rasa_ext.methods.token_indices import INPUT
 from rasa_ext.nn.trained_tokens import TrainedTokens
 
 ARGUMENT = "trainable_token_indices"
+ROWS = ".token_adapter.trainable_tokens_delta"
+"""The end of PEFT's keys of trained rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +186,7 @@ def row_owners(model: nn.Module) -> list[tuple[str, TrainedTokens]]:
 
 def rows_key(name: str) -> str:
     """The key in a file, less its prefix, of the rows that a module owns; it is PEFT's."""
-    return f"{name}.token_adapter.trainable_tokens_delta"
+    return name + ROWS
 
 
 def row_tensors(model: nn.Module) -> dict[str, Tensor]:
