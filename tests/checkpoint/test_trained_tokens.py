@@ -13,7 +13,7 @@ import rasa_ext
 from tests.helpers.adapters import same_adapters, same_bits
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, ids
 from tests.helpers.serving_rules import READERS, Refused, read
-from tests.patching.test_trained_tokens import IDS, TABLES, moved
+from tests.patching.test_trained_tokens import GEMMA, IDS, TABLES, moved
 
 pytestmark = pytest.mark.filterwarnings("ignore:groups", "ignore:Conv1D", "ignore:the model has")
 KEY = "base_model.model.{}.token_adapter.trainable_tokens_delta"
@@ -87,6 +87,7 @@ EXPORTS = [
     (GPT2, IDS),
     (T5, IDS),
     (BERT, IDS),
+    (GEMMA, [*IDS, 0]),
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -30,9 +31,9 @@ def with_rows(entry, given=IDS, **options):
     return rasa_ext.patch_model(model, 4, 1, trainable_token_indices=given, **options)
 
 
-def moved(entry, given=IDS, **options):
+def moved(entry, given=IDS, dtype=torch.float32, **options):
     """Rows and adapters far from where they start."""
-    model = patched(entry.build(), trainable_token_indices=given, **options)
+    model = patched(entry.build().to(dtype), trainable_token_indices=given, **options)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for module in model.modules():
@@ -169,6 +170,42 @@ def test_gradient_checkpointing(use_reentrant):
     own = rasa_ext.patch_model(Checkpointed(use_reentrant), 2, 1, trainable_token_indices=[3])
     own.train()(torch.tensor([[3, 1]])).sum().backward()
     assert own.embed.rows.grad.abs().max() > 0
+
+
+def test_compile_without_a_break():
+    model = moved(TIED)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for each in (run, model):
+        TIED.loss(each, TIED.inputs(0))[1].backward()
+        gradients.append(model.embed.rows.grad)
+        model.embed.rows.grad = None
+    torch.testing.assert_close(*gradients)
+
+
+def gemma():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=32, **sizes, **heads, **special))
+
+
+GEMMA = dataclasses.replace(LLAMA, name="gemma", make=gemma)
+"""Its embeddings are scaled, its head is tied, and it has a padding token."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_embeddings(dtype):
+    model = moved(GEMMA, [*IDS, 0], dtype)
+    assert model.model.embed_tokens.rows.dtype == torch.float32
+    inputs = GEMMA.inputs(0)
+    embedded, y = model.model.embed_tokens(inputs["input_ids"]), GEMMA.call(model, **inputs)
+    plain = rasa_ext.merge_and_unload(model)
+    assert same_bits(embedded.detach(), plain.model.embed_tokens(inputs["input_ids"]).detach())
+    if dtype == torch.float32:
+        torch.testing.assert_close(y, GEMMA.call(plain, **inputs), rtol=1e-4, atol=1e-4)
 
 
 class Normed(nn.Embedding):
