@@ -138,7 +138,7 @@ def _check(
             f"{max(ids)}; for new tokens, call model.resize_token_embeddings first."
         )
     for item in config.modules_to_save:
-        if f".{name}.".find(f".{item}.") >= 0:
+        if f".{item}." in f".{name}.":
             raise ValueError(
                 f"{ARGUMENT}: {name!r} is to be trained in full by modules_to_save ({item!r}) as "
                 "well; name it in one of the two."
