@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer
-
 SHARDING_HINT = (
     "shard with rasa_ext.distributed.shard_model(model, mesh), which leaves the adapter whole on "
     "every process, in place of fully_shard or FullyShardedDataParallel over it, or of ZeRO-3"
@@ -74,7 +72,7 @@ def sharded_modules(model: nn.Module) -> set[int]:
     return found
 
 
-def check_base_whole(model: nn.Module, layers: Mapping[str, LinearLayer]) -> None:
+def check_base_whole(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Raise ValueError where a merge could not change a base layer's weight for good."""
     sharded = sharded_modules(model)
     for name, base in layers.items():

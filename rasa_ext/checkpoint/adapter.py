@@ -2,7 +2,8 @@
 
 For a layer at ``<path>``: ``base_model.model.<path>.rasa_A``, ``.rasa_B`` and ``.rasa_d``; a pool
 stands once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of its group's first layer. Trained modules
-stand under their own names. The configuration uses the field names of the official code.
+stand under their own names, trained rows of an embedding under PEFT's. The configuration uses the
+field names of the official code.
 """
 
 from __future__ import annotations
@@ -42,10 +43,12 @@ from rasa_ext.methods import read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaBank
+from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.grouping import pattern, settled
 from rasa_ext.patching.patch import apply_plan, check_unpatched
 from rasa_ext.patching.state import Owner, is_patched, owners, patch_state, unwrap
 from rasa_ext.patching.targets import Plan, make_plan, resolve_config
+from rasa_ext.patching.tokens import row_tensors, rows_key
 
 
 def own_key(name: str, field: str) -> str:
@@ -225,7 +228,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name in group.names:
             for field, tensor in layers[name].own_tensors().items():
                 tensors[own_key(name, field)] = tensor.detach()
-    for key, tensor in saved_tensors(root, plan).items():
+    for key, tensor in (*row_tensors(root).items(), *saved_tensors(root, plan).items()):
         tensors[f"{PREFIX}{key}"] = tensor
     _check_unsharded(root, plan, tensors, _expected(root, state.config, plan))
     return tensors
@@ -260,7 +263,7 @@ def _check_unsharded(
     for name, module in root.named_modules():
         saved = any(f"{name}.".startswith(f"{each}.") for each in plan.modules_to_save)
         emptied = saved and any(map(is_emptied, module.parameters(recurse=False)))
-        adapter = isinstance(module, RasaLinear | RasaBank | RasaPool)
+        adapter = isinstance(module, RasaLinear | RasaBank | RasaPool | TrainedTokens)
         if emptied or (id(module) in sharded and (saved or adapter)):
             raise ValueError(
                 f"model: expected trained modules that are whole on every process, but {name!r} is "
@@ -292,6 +295,8 @@ def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, t
         for name, place in zip(group.names, places, strict=True):
             for field, tensor in config.own(place).items():
                 expected[own_key(name, field)] = tuple(tensor.shape)
+    for rows in plan.tokens:
+        expected[f"{PREFIX}{rows_key(rows.names[0])}"] = (len(rows.ids), rows.width)
     for key, tensor in saved_tensors(root, plan).items():
         expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
     return expected

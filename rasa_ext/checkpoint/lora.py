@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rasa_ext.checkpoint.files import PREFIX, check_finite, read_config, read_either
 from rasa_ext.methods.base import LORA_SET
+from rasa_ext.patching.tokens import ROWS
 
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight$")
 _MERGE = "merge it with PEFT's merge_and_unload instead, and use `rasa-ext compress --finetuned`"
@@ -23,7 +24,6 @@ _VARIANTS = (
     "use_dora",
     "lora_bias",
     "target_parameters",
-    "trainable_token_indices",
     "layer_replication",
     "alora_invocation_tokens",
     "use_qalora",
@@ -46,6 +46,8 @@ class Lora:
     scales: dict[str, float]
     saved: dict[str, Tensor]
     """Parameters of the modules that were trained in full, by their names in the model."""
+    rows: dict[str, Tensor]
+    """Trained rows of embeddings, by PEFT's keys less the prefix."""
     config: dict[str, Any]
 
     @property
@@ -69,13 +71,15 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
     config = read_config(directory)
     _check_config(config, str(directory))
     parts: dict[str, dict[str, Tensor]] = {}
-    saved = {}
+    saved, rows = {}, {}
     tensors = read_either(Path(directory))
     check_finite(tensors, str(directory))
     for key, tensor in tensors.items():
         match = _FACTOR.match(key)
         if match:
             parts.setdefault(match["name"].removeprefix(PREFIX), {})[match["part"]] = tensor
+        elif key.endswith(ROWS):
+            rows[key.removeprefix(PREFIX)] = tensor
         elif re.search(r"\.(lora_|token_adapter\.)", key):
             raise ValueError(
                 f"{directory}: expected lora_A and lora_B of linear layers only, got {key}; "
@@ -87,7 +91,7 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
         raise ValueError(f"{directory}: expected lora_A and lora_B of some layers, found none.")
     factors = {name: _factors(name, found, str(directory)) for name, found in parts.items()}
     scales = {name: _scale(name, A.shape[0], config) for name, (_, A) in factors.items()}
-    return Lora(factors, scales, saved, config)
+    return Lora(factors, scales, saved, rows, config)
 
 
 def _check_config(config: Mapping[str, Any], where: str) -> None:

@@ -23,6 +23,7 @@ from rasa_ext.patching.state import (
     unwrap,
 )
 from rasa_ext.patching.swap import FAST_PATH
+from rasa_ext.patching.tokens import row_tensors
 
 
 def export_lora(
@@ -44,8 +45,8 @@ def export_lora(
     lora_A = [A ; A_pool], (R, in), from the definition of dW (arXiv 2503.12576, section 3).
 
     What some reader refuses is warned of. What one would leave out and serve the rest, another
-    function, is refused here: trained norms (llama.cpp), and k or v without q, or up without gate
-    (SGLang).
+    function, is refused here: trained norms (llama.cpp), k or v without q, up without gate, and
+    trained rows of an embedding (SGLang).
 
     For adapted experts there is no layout that all read. Written out, each expert has R ranks, its
     pool's included, which may make large files: ``export_size`` tells before anything is written.
@@ -156,7 +157,8 @@ def _make_export(
             for name, layer in adapted_layers(model)
         },
         rank=max(rank, chosen or 0),
-        saved=saved_tensors(root, state.plan),
+        saved={**row_tensors(root), **saved_tensors(root, state.plan)},
+        tokens=state.plan.tokens,
         modules_to_save=state.plan.modules_to_save,
         task_type=task_type(model),
         base=base_name(model),

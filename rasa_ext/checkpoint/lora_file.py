@@ -27,10 +27,12 @@ from rasa_ext.checkpoint.lora_experts import (
     targets_of,
 )
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, writer_of
+from rasa_ext.checkpoint.lora_tokens import dropped_rows, token_setting
 from rasa_ext.checkpoint.lora_truncated import truncated
 from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.ops import Pack
 from rasa_ext.patching.targets import suffixes
+from rasa_ext.patching.tokens import TokenRows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +56,14 @@ class Export:
     pairs: dict[str, Pair]
     rank: int
     saved: dict[str, Tensor]
-    """Modules that were trained in full, by the names of their tensors."""
+    """Modules that were trained in full, and trained rows, by the names of their tensors."""
     modules_to_save: tuple[str, ...]
     task_type: str | None
     base: str | None
     experts: Experts = dataclasses.field(default_factory=list)
     layout: str | None = None
+    tokens: tuple[TokenRows, ...] = ()
+    """The tables of which rows were trained."""
     fast_path: bool = False
     """Whether torch's fast path would pass the adapted layers by, had it not been turned off."""
 
@@ -120,6 +124,8 @@ def write_export(
         "rank_pattern": {},
         "alpha_pattern": {},
     }
+    if tokens := token_setting(export.tokens):
+        settings["trainable_token_indices"] = tokens
     if export.layout == PEFT:
         settings["target_parameters"] = parameters_of(export.experts, export.root)
     told = None
@@ -158,6 +164,7 @@ _INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
 def _warn(export: Export, allow_dropped: bool, *, default: bool) -> None:
     """Warn of what PEFT's files hold that some reader does not take, or raise ValueError."""
     dropped = [*_dropped(export.root, list(export.pairs), export.saved)]
+    dropped += dropped_rows(export.root, export.tokens)
     if dropped and not allow_dropped:
         raise ValueError(
             f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.patching.state import adapted_layers, check_no_experts
+from rasa_ext.patching.tokens import ROWS
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
@@ -37,6 +38,11 @@ def check_plain(
             f"in {reader} are known, got {kind!r}; {_INSTEAD}, or write 'peft'."
         )
     check_no_experts(root, f"the format {form!r}")
+    if rows := next((key for key in saved if key.endswith(ROWS)), None):
+        raise ValueError(
+            f"format: {form!r} holds low-rank pairs alone, but trainable_token_indices has trained "
+            f"rows of {rows.removesuffix(ROWS)}; {_INSTEAD}, or write 'peft'."
+        )
     embeddings = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
     for name, layer in adapted_layers(root):
         if id(layer.weight) in embeddings:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.experts import Bank, bank_shape
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.methods.keywords import check_keywords
+from rasa_ext.methods.token_indices import GivenTokens, Tokens, checked_tokens, tokens_to_json
 from rasa_ext.ops import Factors
 
 if TYPE_CHECKING:
@@ -109,6 +110,13 @@ class AdapterConfig:
     modules_to_save: Collection[str] = option(
         (), "Name suffixes of modules that are trained in full and saved with the adapter."
     )
+    trainable_token_indices: GivenTokens = option(
+        (),
+        "Tokens whose rows of the embedding are trained, as values in place of the base's, such as "
+        "those of new tokens: a list, for the model's input embedding, or a mapping of name "
+        "suffixes of embeddings, or linear heads, to lists. A head that shares the embedding's "
+        "weight has the same rows.",
+    )
     groups: GivenGroups = option(
         (),
         "Which layers share a pool, where the usual rule does not fit: that is one name, but for "
@@ -147,6 +155,7 @@ class AdapterConfig:
             modules_to_save=_names(
                 "modules_to_save", (saved,) if isinstance(saved, str) else saved
             ),
+            trainable_token_indices=checked_tokens(self.trainable_token_indices),
             groups=checked_groups(self.groups),
             adapter_dtype=checked_dtype("adapter_dtype", self.adapter_dtype),
         )
@@ -155,6 +164,11 @@ class AdapterConfig:
     def layer_groups(self) -> Groups:
         """``groups``, as it stands after the check."""
         return cast(Groups, self.groups)
+
+    @property
+    def tokens(self) -> Tokens:
+        """``trainable_token_indices``, as it stands after the check."""
+        return cast(Tokens, self.trainable_token_indices)
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -191,7 +205,7 @@ class AdapterConfig:
         Names are the official code's: ``r`` for rank, and ``rasa_`` before a method's other fields,
         which stand there where they are needed or not at their defaults.
         """
-        settings = {
+        settings: dict[str, Any] = {
             "peft_type": self.peft_type,
             "target_modules": _listed(self.target_modules),
             "exclude_modules": _listed(self.exclude_modules) or None,
@@ -201,6 +215,8 @@ class AdapterConfig:
             "adapter_dtype": str(self.adapter_dtype).removeprefix("torch."),
             "rasa_dropout": self.dropout,
         }
+        if self.tokens:
+            settings["trainable_token_indices"] = tokens_to_json(self.tokens)
         if self.method != OFFICIAL:
             settings["rasa_method"] = self.method
         for field in self._own_fields():
@@ -260,6 +276,7 @@ class AdapterConfig:
             "target_modules": data.get("target_modules") or ALL_LINEAR,
             "exclude_modules": data.get("exclude_modules") or (),
             "modules_to_save": data.get("modules_to_save") or (),
+            "trainable_token_indices": data.get("trainable_token_indices"),
             "groups": data.get("rasa_groups") or (),
             "adapter_dtype": data.get("adapter_dtype", torch.float32),
         }

@@ -17,6 +17,7 @@ from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.sharded import check_base_whole
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts
+from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.merge_quantized import (
     Dequantized,
     dense_dtype,
@@ -38,6 +39,7 @@ from rasa_ext.patching.parts import (
 from rasa_ext.patching.patch import remove_layers
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.subtraction import Rest, rest
+from rasa_ext.patching.tokens import check_rows_finite, merge_rows, trained_tokens, unmerge_rows
 
 Layers = list[tuple[str, RasaLinear]]
 
@@ -174,6 +176,7 @@ def unmerge(model: nn.Module) -> None:
                 restore_quantized(layer)
         for chunk in chunks_of(_dense_parts(model)):  # as merging had them: others round otherwise
             _unmerge_chunk(chunk)
+        unmerge_rows(unwrap(model))
     state.merged = None
 
 
@@ -253,8 +256,11 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """
     state = patch_state(model)
     merged, dtype, subtract = state.merged is not None, state.dense_dtype, state.subtract
-    layers: list[RasaLinear | RasaExperts] = [layer for _, layer in adapted_layers(model)]
+    layers: list[RasaLinear | RasaExperts | TrainedTokens] = [
+        layer for _, layer in adapted_layers(model)
+    ]
     layers += [experts for _, experts in adapted_experts(model)]
+    layers += [module for _, module in trained_tokens(unwrap(model))]
     before = [layer.disabled for layer in layers]
     unmerge(model)
     try:
@@ -280,7 +286,9 @@ def _merge(
         return state.merged
     _check_not_capturing()
     every = adapted_layers(model)
-    check_base_whole(model, {name: layer.base_layer for name, layer in every})
+    tables = {name: module.base_layer for name, module in trained_tokens(unwrap(model))}
+    check_base_whole(model, {**{name: layer.base_layer for name, layer in every}, **tables})
+    check_rows_finite(unwrap(model))
     quantized = [(name, each) for name, each in every if format_of(each.base_layer) is not None]
     _check_dtype(dtype, quantized)
     parts = _dense_parts(model)
@@ -303,6 +311,7 @@ def _merge(
                 largest = max(largest, change)
                 if subtract:
                     _keep_rest(chunk)
+            largest = max(largest, merge_rows(unwrap(model)))
         except BaseException:  # not finite, out of memory, or an interrupt: all layers or none
             unmerge(model)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
+from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.advice import advice
 from rasa_ext.patching.grouping import settled
 from rasa_ext.patching.state import (
@@ -34,6 +35,7 @@ from rasa_ext.patching.swap import (
     replace_modules,
 )
 from rasa_ext.patching.targets import Plan, make_plan
+from rasa_ext.patching.tokens import make_modules, trained_tokens
 
 _HOW = " They are adapted with experts='shared', or 'slot' or 'layer'."
 
@@ -49,6 +51,7 @@ def patch_model(
     target_modules: str | Sequence[str] = ALL_LINEAR,
     exclude_modules: str | Sequence[str] = (),
     modules_to_save: Sequence[str] = (),
+    trainable_token_indices: Sequence[int] | Mapping[str, Sequence[int]] = (),
     groups: GivenGroups = (),
     adapter_dtype: torch.dtype = torch.float32,
     experts: str | None = None,
@@ -68,6 +71,7 @@ def patch_model(
             each does and costs.
         target_modules, exclude_modules, modules_to_save, groups: more of its fields: which layers
             are adapted or trained in full, and which share a pool.
+        trainable_token_indices: tokens whose rows of the embedding are trained, such as new ones.
         experts: adapts the stacked expert weights of a mixture of experts as well: "slot", "layer"
             or "shared" tells which of them share a pool. None leaves them alone, with a warning.
         config: all of them at once; the others must then be left at their defaults.
@@ -94,6 +98,7 @@ def patch_model(
         target_modules=target_modules,
         exclude_modules=exclude_modules,
         modules_to_save=modules_to_save,
+        trainable_token_indices=trainable_token_indices,
         groups=groups,
         adapter_dtype=adapter_dtype,
         experts=experts,
@@ -157,6 +162,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
             else:
                 wrapped[base] = RasaLinear(base, config, place, pool)
     experts = {module: RasaExperts(module, banks) for module, banks in stacked.items()}
+    tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(
         config=config,
         plan=plan,
@@ -166,12 +172,14 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         hooks=enable_input_require_grads(model),
     )
     model.requires_grad_(False)
-    replace_modules(model, {**wrapped, **experts})
+    replace_modules(model, {**wrapped, **experts, **tokens})
     link_fused_projections(model, RasaLinear)
     for _, owner in owners(model):
         for tensor in (*owner.own_tensors().values(), *owner.pool_tensors().values()):
             if isinstance(tensor, nn.Parameter):
                 tensor.requires_grad_(True)
+    for module in tokens.values():
+        module.trained_rows().requires_grad_(True)
     for name in plan.modules_to_save:
         for parameter in modules[name].parameters():
             if parameter.is_floating_point():
@@ -182,8 +190,8 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
 def remove_layers(model: nn.Module) -> nn.Module:
     """Put every base layer, with the weights it has now, back in its place."""
     root, state = unwrap(model), patch_state(model)
-    adapted: list[tuple[str, RasaLinear | RasaExperts]]
-    adapted = [*adapted_layers(root), *adapted_experts(root)]
+    adapted: list[tuple[str, RasaLinear | RasaExperts | TrainedTokens]]
+    adapted = [*adapted_layers(root), *adapted_experts(root), *trained_tokens(root)]
     replace_modules(root, {layer: layer.base_layer for _, layer in adapted})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)

@@ -12,6 +12,7 @@ from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 from rasa_ext.patching.targets import Plan
+from rasa_ext.patching.tokens import row_owners
 
 _STATE = "_rasa_ext"
 
@@ -110,8 +111,8 @@ def check_no_experts(model: nn.Module, what: str) -> None:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """List the adapter's trainable parameters, each once: A, B and d of layers, A and B of pools.
 
-    These are what an optimizer takes, unless ``modules_to_save`` are trained too: then give it
-    every parameter with ``requires_grad``.
+    Rows of ``trainable_token_indices`` come last. These are what an optimizer takes, unless
+    ``modules_to_save`` are trained too: then give it every parameter with ``requires_grad``.
 
     Args:
         model: a patched model.
@@ -134,6 +135,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         for tensor in (*owner.own_tensors().values(), *owner.pool_tensors().values()):
             if isinstance(tensor, nn.Parameter):
                 found.setdefault(id(tensor), tensor)
+    found.update((id(module.rows), module.rows) for _, module in row_owners(unwrap(model)))
     return list(found.values())
 
 

@@ -40,6 +40,8 @@ class Summary(list[Row]):
     """3-D expert weights, which stay untouched, with their shapes."""
     modules_to_save: tuple[str, ...]
     """Modules that are trained in full."""
+    tokens: dict[str, tuple[int, ...]]
+    """Of what has trained rows, by the names of all that read them: the tokens."""
     groups: dict[str, tuple[str, ...]]
     """The groups that the argument ``groups`` chose: names, and the patterns of their layers."""
     adapter: int
@@ -69,6 +71,7 @@ class Summary(list[Row]):
             lines.append(f"groups chosen: {', '.join(self.groups)}")
         if self.modules_to_save:
             lines.append(f"trained in full: {', '.join(self.modules_to_save)}")
+        lines += [f"trained rows: {len(ids)} of {name}" for name, ids in self.tokens.items()]
         counts = Counter((pattern(name), reason) for name, reason in self.skipped.items())
         lines += [
             f"left out: {name}{f' ({count} layers)' if count > 1 else ''}: {reason}"
@@ -127,6 +130,7 @@ def summary(model: nn.Module) -> Summary:
         plan.stacked_experts,
         plan.modules_to_save,
     )
+    result.tokens = {", ".join(rows.names): rows.ids for rows in plan.tokens}
     result.groups = {} if callable(chosen) else dict(chosen)
     result.adapter = sum(p.numel() for p in adapter_parameters(model))
     parameters = list(unwrap(model).parameters())

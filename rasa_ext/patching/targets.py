@@ -22,6 +22,7 @@ from rasa_ext.patching.grouping import (
     grouped,
     grouped_banks,
 )
+from rasa_ext.patching.tokens import TokenRows, check_not_adapted, find_rows
 
 INSTEAD = "leave it out with exclude_modules, or train it in full with modules_to_save"
 OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
@@ -40,6 +41,8 @@ class Plan:
     """Names and shapes of the 3-D expert weights that stay untouched."""
     modules_to_save: tuple[str, ...]
     """Names of the modules that are trained in full."""
+    tokens: tuple[TokenRows, ...] = ()
+    """The tables of which rows are trained."""
 
 
 def make_plan(
@@ -68,6 +71,7 @@ def make_plan(
     check_not_repacked(model)
     banks = _banks(model, config, banks)
     saved = _modules_to_save(model, config.modules_to_save)
+    tokens = find_rows(model, config)
     reasons = unadaptable(model, {**linears, **banks})
     heads = _heads(model, linears)
     skipped: dict[str, str] = {}
@@ -120,6 +124,7 @@ def make_plan(
             f"{next(iter(banks))!r}, but {config.target_modules!r} names none; add them, or leave "
             "out experts."
         )
+    check_not_adapted(tokens, chosen)
     check_groups(config.layer_groups, chosen)
     groups = grouped(shapes, config.layer_groups)
     if stacks:
@@ -130,7 +135,7 @@ def make_plan(
         for name, shape in _experts(model).items()
         if name not in stacks and not name.startswith(trained)
     }
-    return Plan(groups, skipped, untouched, saved)
+    return Plan(groups, skipped, untouched, saved, tokens)
 
 
 def _banks(
@@ -153,8 +158,8 @@ def _banks(
 def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     """Drop names in the lists of ``config`` that match no module of ``model``.
 
-    ``modules_to_save`` become whole names. This is for configs from files: PEFT takes lists that
-    name layers of several kinds of models.
+    ``modules_to_save`` become whole names, and so do those of ``trainable_token_indices``. This is
+    for configs from files: PEFT takes lists that name layers of several kinds of models.
     """
     modules = [name for name, _ in model.named_modules() if name]
     modules += banks_of(model)
@@ -170,7 +175,15 @@ def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
             for label, items in groups
         )
         groups = tuple((label, items) for label, items in kept if items)
-    return dataclasses.replace(config, target_modules=targets, modules_to_save=saved, groups=groups)
+    return dataclasses.replace(
+        config,
+        target_modules=targets,
+        modules_to_save=saved,
+        trainable_token_indices=tuple(
+            (rows.names[0], rows.ids) for rows in find_rows(model, config)
+        ),
+        groups=groups,
+    )
 
 
 def matches(name: str, names: Names) -> bool:

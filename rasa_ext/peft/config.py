@@ -13,6 +13,7 @@ from rasa_ext import methods
 from rasa_ext._version import __version__
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, checked_dtype, groups_to_json
 from rasa_ext.methods.keywords import check_keywords
+from rasa_ext.methods.token_indices import tokens_to_json
 from rasa_ext.peft.peft_type import RASA
 
 # A field here, and its name in the configs of rasa_ext.
@@ -75,6 +76,7 @@ class RasaConfig(PeftConfig):
         None, "Names before a layer's index, with layers_to_transform only."
     )
     modules_to_save: list[str] | None = _option(None, _HELP["modules_to_save"])
+    trainable_token_indices: Any = _option(None, _HELP["trainable_token_indices"])
     rasa_groups: Any = _option(None, _HELP["groups"])
     rasa_method: str = _option(
         "rasa",
@@ -144,6 +146,7 @@ class RasaConfig(PeftConfig):
             )
         core = self.core()
         self.rasa_k = getattr(core, "k", None)
+        self.trainable_token_indices = tokens_to_json(core.tokens)
         if not callable(core.layer_groups):
             self.rasa_groups = groups_to_json(core.layer_groups)
 
@@ -178,6 +181,7 @@ class RasaConfig(PeftConfig):
                 target_modules=ALL_LINEAR if self.target_modules is None else self.target_modules,
                 exclude_modules=self.exclude_modules or (),
                 modules_to_save=self.modules_to_save or (),
+                trainable_token_indices=self.trainable_token_indices,
                 adapter_dtype=checked_dtype("adapter_dtype", self.adapter_dtype),
                 **{core: value for core, value in kept.items() if core in fields},
             )

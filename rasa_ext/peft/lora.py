@@ -24,6 +24,7 @@ from rasa_ext.ops import Pack
 from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.named import NamedAdapters
+from rasa_ext.peft.tokens import rows_of, tokens_of
 
 
 def export_lora(
@@ -111,7 +112,8 @@ def _make_export(
         config=configs[0],
         pairs=pairs,
         rank=written_rank(max(ranks), pad_to),
-        saved=_tensors(saved),
+        saved={**rows_of(root, adapter_name), **_tensors(saved)},
+        tokens=tokens_of(root, adapter_name),
         modules_to_save=tuple(saved),
         task_type=_task_type(model, adapter_name) or task_type(root),
         base=base_name(root),

@@ -9,7 +9,11 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import (
+    AuxiliaryTrainingWrapper,
+    ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+)
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import Bank, bank_shape
@@ -55,6 +59,14 @@ from rasa_ext.peft.targets import (
     unwrap_experts,
     wrap_experts,
 )
+from rasa_ext.peft.tokens import (
+    cast_rows,
+    check_rows_finite,
+    copy_rows,
+    make_rows_optional,
+    settled_tokens,
+    without_tokens,
+)
 
 REFERENCE, POLICY = "ref", "default"
 """TRL's names: its trainers add the first as a copy of the second, to hold the policy against."""
@@ -89,6 +101,11 @@ class RasaModel(BaseTuner):
         self._groups: dict[str, tuple[Group, list[Place]]] | None = None
         self._given = None if keys is None else {_layer_of(key) for key in keys}
         self._frozen: list[nn.Parameter] = []
+        own = self.peft_config[adapter_name]
+        if isinstance(own, RasaConfig) and own.trainable_token_indices:
+            own.trainable_token_indices = settled_tokens(
+                self.model, own.core(), lambda name: self._is_target(own, name)
+            )
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:
@@ -106,6 +123,8 @@ class RasaModel(BaseTuner):
                 if isinstance(module, ModulesToSaveWrapper)
                 and adapter_name in module.modules_to_save
             ]
+        make_rows_optional(model)
+        self._cast_adapter_dtype(adapter_name)
         if adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY):
             self._copy_policy()
 
@@ -121,6 +140,7 @@ class RasaModel(BaseTuner):
             for part in (getattr(owner, name) for name in owner.adapter_layer_names):
                 if POLICY in part:
                     part[REFERENCE].data.copy_(part[POLICY].data)
+        copy_rows(self.model, POLICY, REFERENCE)
 
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
@@ -134,7 +154,7 @@ class RasaModel(BaseTuner):
             if meant:
                 warnings.warn(untouched(meant), stacklevel=users_level())
         if every:
-            names = every_target(self.model, resolve_config(self.model, own.core()))
+            names = every_target(self.model, resolve_config(self.model, without_tokens(own.core())))
             own.target_modules = set(suffixes(names, self.model))
         return own
 
@@ -275,6 +295,8 @@ class RasaModel(BaseTuner):
         """Cast to the config's dtype, whatever the base's and the file's."""
         for owner in self.owners():
             owner.cast_adapter(adapter_name)
+        own = _rasa_config(self.peft_config[adapter_name])
+        cast_rows(self.model, adapter_name, own.core().adapter_dtype)
 
     def unmerge_by_subtracting(self, enabled: bool = True) -> None:
         """Let later merges keep no copy of the base's weights: unmerging subtracts what was added.
@@ -330,12 +352,13 @@ class RasaModel(BaseTuner):
         if safe_merge:
             for owner in self.owners():
                 owner.check_merge(adapter_names)
+            check_rows_finite(self.model, adapter_names or self.active_adapters)
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Replace as PEFT does, which knows modules of one weight only."""
-        if isinstance(child, RasaPeftExperts):
+        """Replace as PEFT does, which knows modules of one weight only, a Parameter."""
+        if isinstance(child, RasaPeftExperts | TrainableTokensWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

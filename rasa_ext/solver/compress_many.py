@@ -234,7 +234,7 @@ def _read(directories: Directories) -> dict[str, Lora]:
     shapes: dict[str, tuple[tuple[int, int], Path]] = {}
     for name, path in _named(directories).items():
         loras[name] = read_lora(path)
-        if saved := next(iter(loras[name].saved), None):
+        if saved := next(iter((*loras[name].saved, *loras[name].rows)), None):
             raise ValueError(
                 f"{path}: expected a LoRA alone, but modules_to_save has trained {saved}, which "
                 "would have no place in a shared basis; leave this LoRA out, or train it without."

@@ -16,6 +16,7 @@ from rasa_ext.methods.base import Place, fresh_A, fresh_B
 from rasa_ext.patching.grouping import Group
 from rasa_ext.patching.patch import check_unpatched
 from rasa_ext.patching.targets import Plan, matches
+from rasa_ext.patching.tokens import rows_key
 from rasa_ext.solver.compress import CompressedAdapter
 from rasa_ext.solver.decompose import Decomposition
 from rasa_ext.solver.fit import Solver, check_names, plan_for
@@ -40,7 +41,8 @@ def import_lora(
     rank with k ranks shared, found by ``decompose`` from the LoRA's factors (arXiv 2503.12576,
     section 3 and appendix A).
 
-    Modules that were trained in full come along as ``modules_to_save``; the LoRA's dropout, too.
+    Modules that were trained in full come along as ``modules_to_save``, trained rows of embeddings
+    as ``trainable_token_indices``; the LoRA's dropout, too.
 
     Args:
         model: an unpatched base model.
@@ -89,6 +91,7 @@ def convert_lora(
         alpha=_alpha(lora),
         dropout=lora.config.get("lora_dropout") or 0.0,
         modules_to_save=_saved_modules(model, lora, where),
+        trainable_token_indices=lora.config.get("trainable_token_indices"),
     )
     config, plan = plan_for(model, config, shapes)
     groups: dict[Group, Decomposition] = {}
@@ -97,9 +100,11 @@ def convert_lora(
     else:
         scaled = {name: (lora.scales[name] * B, A) for name, (B, A) in lora.factors.items()}
         groups, tensors = solver.approximate(config, plan, scaled)
-    expected = {name: t.shape for name, t in saved_tensors(model, plan).items()}
-    check_tensors(lora.saved, expected, where)
-    tensors.update((f"{PREFIX}{name}", lora.saved[name]) for name in expected)
+    expected = {name: tuple(t.shape) for name, t in saved_tensors(model, plan).items()}
+    expected |= {rows_key(rows.names[0]): (len(rows.ids), rows.width) for rows in plan.tokens}
+    found = {**lora.saved, **lora.rows}
+    check_tensors(found, expected, where)
+    tensors.update((f"{PREFIX}{name}", found[name]) for name in expected)
     return CompressedAdapter(config, plan, groups, tensors)
 
 

@@ -110,6 +110,11 @@ class FinetuneOptions:
     target_modules: str = _option(
         "all-linear", "all-linear, name suffixes with commas, or regex: and a regular expression."
     )
+    trainable_token_indices: str = _option(
+        "",
+        "Tokens, by index and with commas, whose rows of the embedding are trained as well. "
+        "[default: none]",
+    )
     lr: float = _option(5e-4, "Peak learning rate; RaSA likes it higher than LoRA does.")
     warmup: float = _option(
         0.03, "Share of the steps over which the rate rises to --lr; it falls to zero afterwards."
@@ -169,6 +174,7 @@ class FinetuneOptions:
             "alpha": self.alpha,
             "dropout": self.dropout,
             "target_modules": parse_targets(self.target_modules),
+            "trainable_token_indices": parse_tokens(self.trainable_token_indices),
         }
         if self.method not in METHODS:
             raise ValueError(
@@ -249,6 +255,16 @@ class FinetuneOptions:
             for name in (now if names is None else names)
             if name not in _HARMLESS and name in earlier and earlier[name] != now[name]
         ]
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Parse `--trainable-token-indices`; ValueError where it is no list of integers."""
+    try:
+        return [int(index) for index in text.split(",") if index.strip()]
+    except ValueError:
+        raise ValueError(
+            f"trainable_token_indices: expected integers separated by commas, got {text!r}."
+        ) from None
 
 
 def parse_targets(text: str) -> str | list[str]:

@@ -74,6 +74,8 @@ PATTERNS = {
         "alpha_pattern": {"o_proj": 3, "q_proj": 0},
     },
     "modules_to_save": {"modules_to_save": ["lm_head", "norm"]},
+    "trained rows": {"trainable_token_indices": [5, 2]},
+    "trained rows by name": {"trainable_token_indices": {"embed_tokens": [3], "lm_head": [1, 2]}},
     "one layer": {"target_modules": ["q_proj"], "layers_to_transform": [1]},
     "the head too": {"target_modules": ["q_proj", "lm_head"]},
 }
@@ -185,7 +187,6 @@ VARIANTS = {
     "use_dora": True,
     "lora_bias": True,
     "target_parameters": ["experts.gate_up_proj"],
-    "trainable_token_indices": [1],
     "layer_replication": [[0, 2], [1, 3]],
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,

@@ -251,3 +251,24 @@ def test_by_the_command(common, tmp_path):
     assert "gates are open; with the others taken out" in text
     text = invoke("finetune", *words, "--method", "sora", "--output", tmp_path / "two", code=1)
     assert "gate_threshold: expected a number with the method 'sora'" in text
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_trained_rows(tied, common, tmp_path):
+    """The loss reaches them through the head as well, whose weight alone the trainer reads."""
+    base = save_base(tmp_path / "base", tie_word_embeddings=tied)
+    output = tmp_path / "out"
+    never, often = 7, make_tokenizer().encode("1")[0]  # the first is in no example
+    indices = f"{never}, {often}"
+    run(
+        options_of(
+            common, "rasa", output, model=str(base), trainable_token_indices=indices, max_steps=2
+        )
+    )
+    model = rasa_ext.load_adapter(make_model(tie_word_embeddings=tied), output)
+    rows = model.model.embed_tokens.rows
+    moved = (rows - model.model.embed_tokens.base_layer.weight[[never, often]]).abs().amax(1)
+    assert moved[1] > 1e-4
+    assert (moved[0] > 1e-4) == tied  # as a logit, it is in every step
+    with pytest.raises(ValueError, match="trainable_token_indices: expected integers separated"):
+        options_of(common, "rasa", output, trainable_token_indices="<tool>")

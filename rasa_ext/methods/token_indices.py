@@ -1,0 +1,69 @@
+"""``trainable_token_indices``: the rows of embeddings and heads that are trained, in a config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+INPUT = ""
+"""The name that stands for the model's input embedding, which a bare list of tokens is for."""
+
+Tokens = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names of embeddings or heads, each with its tokens, once a config has checked them."""
+
+GivenTokens = Tokens | Mapping[str, Sequence[int]] | Sequence[int] | None
+"""The same as users give it."""
+
+_KINDS = "a list of token indices, or a mapping of names of embeddings to such lists"
+
+
+def checked_tokens(value: Any) -> Tokens:
+    """Bring ``trainable_token_indices`` into a config's form; raise where it has none."""
+    if value is None:
+        return ()
+    if isinstance(value, str | bytes) or not isinstance(value, Mapping | Iterable):
+        raise TypeError(
+            f"trainable_token_indices: expected {_KINDS}, got {value!r} ({type(value).__name__})."
+        )
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    else:
+        items = list(value)
+        if not (items and all(isinstance(item, tuple) for item in items)):
+            items = [(INPUT, items)] if items else []
+    found = []
+    for name, ids in items:
+        if not isinstance(name, str):
+            raise TypeError(f"trainable_token_indices: expected {_KINDS}, got the name {name!r}.")
+        found.append((name, _checked_ids(name, ids)))
+    return tuple(found)
+
+
+def tokens_to_json(tokens: Tokens) -> list[int] | dict[str, list[int]] | None:
+    """Give what a config holds in PEFT's form: a list, or lists by the names of modules."""
+    if [name for name, _ in tokens] == [INPUT]:
+        return list(tokens[0][1])
+    return {name: list(ids) for name, ids in tokens} or None
+
+
+def _checked_ids(name: str, ids: Any) -> tuple[int, ...]:
+    of = f" of {name!r}" if name else ""
+    if isinstance(ids, str | bytes) or not isinstance(ids, Iterable):
+        raise TypeError(f"trainable_token_indices: expected {_KINDS}, got {ids!r}{of}.")
+    found = tuple(sorted(ids) if isinstance(ids, set | frozenset) else ids)
+    for each in found:
+        if isinstance(each, bool) or not isinstance(each, int):
+            raise TypeError(
+                f"trainable_token_indices: expected integers, got {each!r}{of} "
+                f"({type(each).__name__})."
+            )
+        if each < 0:
+            raise ValueError(f"trainable_token_indices: expected indices >= 0, got {each}{of}.")
+    if not found:
+        raise ValueError(f"trainable_token_indices: expected some indices{of}, got none.")
+    if len(set(found)) < len(found):
+        twice = next(each for each in found if found.count(each) > 1)
+        raise ValueError(
+            f"trainable_token_indices: expected each token once, got {twice}{of} twice."
+        )
+    return found

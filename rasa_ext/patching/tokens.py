@@ -1,0 +1,216 @@
+"""Which tables ``trainable_token_indices`` means, and the trained rows of a patched model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.base_layers.sharded import SHARDING_HINT, is_dtensor, is_emptied, what_is_here
+from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.methods.token_indices import INPUT
+from rasa_ext.nn.trained_tokens import TrainedTokens
+
+ARGUMENT = "trainable_token_indices"
+ROWS = ".token_adapter.trainable_tokens_delta"
+"""The end of PEFT's keys of trained rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenRows:
+    """Rows of one table, a weight (tokens, width), that are trained."""
+
+    names: tuple[str, ...]
+    """The modules that read the table; the first owns the trained rows. Embeddings come first."""
+    ids: tuple[int, ...]
+    """The tokens, in the order of their rows."""
+    width: int
+
+
+def tables_of(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
+    """Find embeddings and linear layers by name, second names too, as the base has them."""
+    found: dict[str, nn.Embedding | nn.Linear] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        base = module.base_layer if isinstance(module, TrainedTokens) else module
+        if isinstance(base, nn.Embedding | nn.Linear) and not name.endswith(".base_layer"):
+            found[name] = base
+    return found
+
+
+def find_rows(
+    model: nn.Module,
+    config: AdapterConfig,
+    tables: Mapping[str, nn.Embedding | nn.Linear] | None = None,
+) -> tuple[TokenRows, ...]:
+    """Find the tables that ``config`` names, and who else reads them.
+
+    ``tables`` are those of the model by name, where it is wrapped by others.
+
+    Raises ValueError, naming the argument, where there is none, or one that cannot be trained so.
+    """
+    if not config.tokens:
+        return ()
+    tables = tables_of(model) if tables is None else tables
+    first: dict[int, str] = {}
+    for name, module in tables.items():
+        first.setdefault(id(module), name)
+    chosen: dict[int, tuple[str, tuple[int, ...]]] = {}
+    for suffix, ids in config.tokens:
+        for name in _named(model, suffix, tables):
+            table = id(tables[name].weight)
+            before = chosen.setdefault(table, (name, ids))
+            if before[1] != ids:
+                raise ValueError(
+                    f"{ARGUMENT}: expected the same tokens for {before[0]!r} and {name!r}, which "
+                    "are one module or share one weight; name one of them, or give both the same "
+                    "list."
+                )
+    found = []
+    for table, (_, ids) in chosen.items():
+        readers = [n for n in first.values() if id(tables[n].weight) == table]
+        readers.sort(key=lambda name: isinstance(tables[name], nn.Linear))
+        for name in readers:
+            _check(name, tables[name], ids, config)
+        found.append(TokenRows(tuple(readers), ids, tables[readers[0]].weight.shape[1]))
+    return tuple(found)
+
+
+def _named(
+    model: nn.Module, suffix: str, tables: Mapping[str, nn.Embedding | nn.Linear]
+) -> list[str]:
+    """Name the tables that an entry of the config is for."""
+    embeddings = {name: each for name, each in tables.items() if isinstance(each, nn.Embedding)}
+    if suffix != INPUT:
+        found = [name for name in tables if f".{name}".endswith(f".{suffix}")]
+        if not found:
+            raise ValueError(
+                f"{ARGUMENT}: expected suffixes of names of embeddings or linear heads, but none "
+                f"ends in {suffix!r}; the model's embeddings are "
+                f"{', '.join(map(repr, embeddings)) or 'none'}."
+            )
+        return found
+    try:
+        given = getattr(model, "get_input_embeddings")()  # noqa: B009 - of a model of any origin
+    except (AttributeError, NotImplementedError):
+        given = None
+    given = getattr(given, "base_layer", getattr(given, "original_module", given))  # ours, PEFT's
+    found = [name for name, each in embeddings.items() if each is given]
+    if not found and len({id(each.weight) for each in embeddings.values()}) == 1:
+        found = list(embeddings)
+    if not found:
+        raise ValueError(
+            f"{ARGUMENT}: expected a mapping of names of embeddings to lists, for a model that "
+            "does not say which is its input embedding, got a list; its embeddings are "
+            f"{', '.join(map(repr, embeddings)) or 'none'}."
+        )
+    return found[:1]
+
+
+def _check(
+    name: str, module: nn.Embedding | nn.Linear, ids: Sequence[int], config: AdapterConfig
+) -> None:
+    """Raise ValueError where rows of a module's weight cannot be trained."""
+    weight, why = module.weight, ""
+    if is_dtensor(weight) or is_emptied(weight) or weight.dim() != 2:
+        why = f"a weight that is {what_is_here(weight)}; {SHARDING_HINT}"
+    elif format_of(module) is not None or not weight.is_floating_point():
+        why = "a quantized weight, whose rows cannot be replaced"
+    elif isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            why = f"max_norm {module.max_norm}, under which a forward changes the weight"
+        elif module.scale_grad_by_freq:
+            why = "scale_grad_by_freq, which its trained rows would not follow"
+        elif type(module).forward is not nn.Embedding.forward and not hasattr(
+            module, "embed_scale"
+        ):
+            why = f"the forward of a {type(module).__name__}, which is no look-up of rows"
+    if why:
+        raise ValueError(
+            f"{ARGUMENT}: cannot train rows of {name!r}, since it has {why}; leave it out, or "
+            "train it in full with modules_to_save."
+        )
+    if max(ids) >= len(weight):
+        raise ValueError(
+            f"{ARGUMENT}: expected indices below {len(weight)}, the rows of {name!r}, got "
+            f"{max(ids)}; for new tokens, call model.resize_token_embeddings first."
+        )
+    for item in config.modules_to_save:
+        if f".{item}." in f".{name}.":
+            raise ValueError(
+                f"{ARGUMENT}: {name!r} is to be trained in full by modules_to_save ({item!r}) as "
+                "well; name it in one of the two."
+            )
+
+
+def check_not_adapted(rows: Sequence[TokenRows], adapted: Sequence[str]) -> None:
+    """Raise ValueError where a layer is adapted whose weight has trained rows."""
+    for each in rows:
+        if both := [name for name in each.names if name in adapted]:
+            raise ValueError(
+                f"{ARGUMENT}: rows of {each.names[0]!r} are trained, and target_modules adapts "
+                f"{both[0]!r}, which has the same weight; name it in one of the two, or in "
+                "exclude_modules."
+            )
+
+
+def make_modules(
+    model: nn.Module, rows: Sequence[TokenRows], dtype: torch.dtype
+) -> dict[nn.Module, TrainedTokens]:
+    """Make the modules that take the place of those that read a table with trained rows."""
+    made: dict[nn.Module, TrainedTokens] = {}
+    tables = tables_of(model) if rows else {}
+    for each in rows:
+        owner = None
+        for name in each.names:
+            made[tables[name]] = TrainedTokens(tables[name], each.ids, dtype, owner)
+            owner = owner or made[tables[name]]
+    return made
+
+
+def trained_tokens(model: nn.Module) -> list[tuple[str, TrainedTokens]]:
+    """List ``(name, module)`` of all that read trained rows, each once, in module order."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, TrainedTokens)
+    ]
+
+
+def row_owners(model: nn.Module) -> list[tuple[str, TrainedTokens]]:
+    """List those that own them."""
+    return [(name, module) for name, module in trained_tokens(model) if module.owner is None]
+
+
+def rows_key(name: str) -> str:
+    """The key in a file, less its prefix, of the rows that a module owns; it is PEFT's."""
+    return name + ROWS
+
+
+def row_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The live rows by their keys, less the prefix."""
+    return {rows_key(name): module.rows.detach() for name, module in row_owners(model)}
+
+
+def merge_rows(model: nn.Module) -> float:
+    """Write all rows into their tables; give the largest change of an entry."""
+    return max((module.merge() for _, module in row_owners(model)), default=0.0)
+
+
+def unmerge_rows(model: nn.Module) -> None:
+    """Give all tables their own rows back."""
+    for _, module in row_owners(model):
+        module.unmerge()
+
+
+def check_rows_finite(model: nn.Module) -> None:
+    """Raise ValueError where a row would not be finite in its table."""
+    for name, module in row_owners(model):
+        dtype = module.base_layer.weight.dtype
+        if not module.rows.detach().to(dtype).isfinite().all():
+            raise ValueError(
+                f"model: expected finite merged weights, but rows of {name!r} hold values that are "
+                f"not finite in {dtype}; nothing was merged."
+            )

@@ -1,0 +1,158 @@
+"""``trainable_token_indices`` under PEFT, whose own wrappers hold the rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.other import TrainableTokensWrapper
+from torch import Tensor, nn
+
+from rasa_ext.checkpoint.lora_tokens import peft_ties
+from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.patching.tokens import ARGUMENT, TokenRows, check_not_adapted, find_rows, rows_key
+
+_INSTEAD = "rasa_ext.patch_model trains such rows"
+
+
+def token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
+    """List PEFT's layers that own trained rows, in the model's order."""
+    layers = (m for m in model.modules() if isinstance(m, TrainableTokensLayer))
+    return [layer for layer in layers if layer.tied_adapter is None]
+
+
+def without_tokens(config: AdapterConfig) -> AdapterConfig:
+    """Give a config that leaves embeddings to PEFT."""
+    return dataclasses.replace(config, trainable_token_indices=())
+
+
+def settled_tokens(
+    model: nn.Module, config: AdapterConfig, is_target: Callable[[str], bool]
+) -> dict[str, list[int]] | None:
+    """Give ``trainable_token_indices`` by whole names of embeddings, in place of what a user gave.
+
+    Raises ValueError where PEFT would compute something else, before it changes the model.
+    """
+    tables = _tables(model)
+    found = find_rows(model, config, tables)
+    adapted = [name for rows in found for name in rows.names if is_target(name)]
+    check_not_adapted(found, adapted)
+    for rows in found:
+        _check(model, rows, tables)
+    return {rows.names[0]: list(rows.ids) for rows in found} or None
+
+
+def _check(model: nn.Module, rows: TokenRows, tables: dict[str, Any]) -> None:
+    owner = rows.names[0]
+    for name in rows.names:
+        if getattr(tables[name], "bias", None) is not None:
+            raise ValueError(
+                f"{ARGUMENT}: expected heads without a bias, which PEFT leaves out, but {name!r} "
+                f"has one; {_INSTEAD}."
+            )
+        if twice := [n for n, each in tables.items() if each is tables[name] and n != name]:
+            raise ValueError(
+                f"{ARGUMENT}: expected modules of one name, of which PEFT wraps one alone, but "
+                f"{name!r} is {twice[0]!r}, too; {_INSTEAD}."
+            )
+    if len(rows.names) > 1 and not peft_ties(model, [owner]):
+        raise ValueError(
+            f"{ARGUMENT}: {rows.names[1]!r} shares the weight of {owner!r}, which PEFT does not "
+            f"see, as the model's config does not say so; {_INSTEAD}."
+        )
+
+
+def _tables(model: nn.Module) -> dict[str, Any]:
+    """Find embeddings and linear layers by the names that they have in the plain model."""
+    found: dict[str, Any] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Embedding | nn.Linear):
+            found[name.replace(".token_adapter.base_layer", "")] = module
+    return found
+
+
+class OptionalRows(TrainableTokensWrapper):
+    """PEFT's wrapper, for adapters of one model of which only some have trained rows.
+
+    PEFT 0.21 can neither save nor load one that has none.
+    """
+
+    def adapter_state_dict(  # type: ignore[override]  # as PEFT's own subclasses have it
+        self, adapter_name: str, state_dict: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Give the rows of an adapter, if it has any."""
+        if adapter_name not in self.token_adapter.trainable_tokens_delta:
+            return {}
+        return super().adapter_state_dict(  # type: ignore[no-any-return, no-untyped-call]
+            adapter_name, state_dict
+        )
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Say under which keys they are loaded."""
+        if adapter_name not in self.token_adapter.trainable_tokens_delta:
+            return {}
+        return super().adapter_state_dict_load_map(  # type: ignore[no-any-return, no-untyped-call]
+            adapter_name
+        )
+
+
+def make_rows_optional(model: nn.Module) -> None:
+    """Let wrappers that PEFT has made, of a class that it does not let a tuner choose, be those."""
+    for module in model.modules():
+        if type(module) is TrainableTokensWrapper:
+            module.__class__ = OptionalRows
+
+
+def tokens_of(model: nn.Module, adapter_name: str) -> tuple[TokenRows, ...]:
+    """Give the tables of which an adapter has trained rows."""
+    wrappers = {n: m for n, m in model.named_modules() if isinstance(m, TrainableTokensWrapper)}
+    found = []
+    for name, wrapper in wrappers.items():
+        layer: Any = wrapper.token_adapter
+        if layer.tied_adapter is None and adapter_name in layer.trainable_tokens_delta:
+            tied = [n for n, m in wrappers.items() if m.token_adapter.tied_adapter is layer]
+            ids, rows = layer.token_indices[adapter_name], layer.trainable_tokens_delta
+            found.append(TokenRows((name, *tied), tuple(ids), rows[adapter_name].shape[1]))
+    return tuple(found)
+
+
+def rows_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """Give an adapter's rows by their keys in a file, less the prefix."""
+    found = {}
+    for rows in tokens_of(model, adapter_name):
+        layer: Any = model.get_submodule(rows.names[0])
+        delta = layer.token_adapter.trainable_tokens_delta[adapter_name]
+        found[rows_key(rows.names[0])] = delta.detach()
+    return found
+
+
+def cast_rows(model: nn.Module, adapter_name: str, dtype: torch.dtype) -> None:
+    """Give an adapter's rows the dtype of its config, whatever the base's."""
+    for layer in token_layers(model):
+        rows: Any = layer.trainable_tokens_delta
+        if adapter_name in rows and not rows[adapter_name].is_meta:
+            rows[adapter_name].data = rows[adapter_name].data.to(dtype)
+
+
+def copy_rows(model: nn.Module, source: str, target: str) -> None:
+    """Give one adapter the rows of another."""
+    for layer in token_layers(model):
+        rows: Any = layer.trainable_tokens_delta
+        if source in rows and target in rows:
+            rows[target].data.copy_(rows[source].data)
+
+
+def check_rows_finite(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Raise ValueError where rows of these adapters would not be finite in their table."""
+    for layer in token_layers(model):
+        rows: Any = layer.trainable_tokens_delta
+        dtype = layer.get_base_layer().weight.dtype
+        for name in adapter_names:
+            if name in rows and not rows[name].detach().to(dtype).isfinite().all():
+                raise ValueError(
+                    f"model: expected finite merged weights, but trained rows of the adapter "
+                    f"{name!r} are not finite in {dtype}; nothing was merged."
+                )

@@ -1,0 +1,143 @@
+"""Trained rows in files: the package's own, and LoRAs that PEFT reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+import rasa_ext
+from tests.helpers.adapters import same_adapters, same_bits
+from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, ids
+from tests.helpers.serving_rules import READERS, Refused, read
+from tests.patching.test_trained_tokens import GEMMA, IDS, TABLES, moved
+
+pytestmark = pytest.mark.filterwarnings("ignore:groups", "ignore:Conv1D", "ignore:the model has")
+KEY = "base_model.model.{}.token_adapter.trainable_tokens_delta"
+
+
+def files(directory):
+    config = json.loads((directory / "adapter_config.json").read_text())
+    return config, load_file(directory / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, T5, BERT, TIED], ids=ids)
+def test_save_and_load(entry, tmp_path):
+    model = moved(entry)
+    rasa_ext.save_adapter(model, tmp_path)
+    config, tensors = files(tmp_path)
+    assert config["trainable_token_indices"] == IDS
+    owner = TABLES[entry.name][0]
+    assert same_bits(tensors[KEY.format(owner)], model.get_submodule(owner).rows.detach())
+    assert not [key for key in tensors if key.endswith("embed.weight")]
+    loaded = rasa_ext.load_adapter(entry.build(), tmp_path)
+    assert same_adapters(loaded, model)
+    again = rasa_ext.load_adapter(moved(entry, seed=9), tmp_path)  # into what is patched alike
+    assert same_adapters(again, model)
+    rasa_ext.save_adapter(loaded, tmp_path / "again")
+    assert tensors.keys() == files(tmp_path / "again")[1].keys()
+
+
+def test_a_merged_model_saves_the_same(tmp_path):
+    model = moved(TIED)
+    for name in ("before", "merged"):
+        rasa_ext.save_adapter(model, tmp_path / name)
+        rasa_ext.merge(model)
+    before, merged = (files(tmp_path / name)[1] for name in ("before", "merged"))
+    assert all(same_bits(tensor, merged[key]) for key, tensor in before.items())
+
+
+def test_rows_over_another_table(tmp_path):
+    """Values, not changes: what a new token's own row was does not matter."""
+    model, base = moved(TIED), TIED.build()
+    rasa_ext.save_adapter(model, tmp_path)
+    with torch.no_grad():
+        base.embed.weight[IDS] = 7.0
+    loaded = rasa_ext.load_adapter(base, tmp_path)
+    x = TIED.inputs(0)
+    assert torch.equal(TIED.call(loaded, **x), TIED.call(model, **x))
+
+
+def test_files_that_do_not_fit(tmp_path):
+    rasa_ext.save_adapter(moved(TIED), tmp_path)
+    other = moved(TIED, [1, 2])
+    with pytest.raises(ValueError, match=r"differs .* trainable_token_indices"):
+        rasa_ext.load_adapter(other, tmp_path)
+    small = TIED.build()
+    small.embed = torch.nn.Embedding(30, 12)
+    with pytest.raises(ValueError, match="trainable_token_indices: expected indices below 30"):
+        rasa_ext.load_adapter(small, tmp_path)
+    _, tensors = files(tmp_path)
+    tensors[KEY.format("embed")] = torch.full((3, 12), torch.nan)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        rasa_ext.load_adapter(TIED.build(), tmp_path)
+    del tensors[KEY.format("embed")]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"1 missing: .*trainable_tokens_delta"):
+        rasa_ext.load_adapter(TIED.build(), tmp_path)
+
+
+EXPORTS = [
+    (LLAMA, IDS),
+    (LLAMA, {"embed_tokens": IDS, "lm_head": [1, 5]}),
+    (GPT2, IDS),
+    (T5, IDS),
+    (BERT, IDS),
+    (GEMMA, [*IDS, 0]),
+]
+
+
+@pytest.mark.parametrize(("entry", "given"), EXPORTS)
+def test_peft_computes_the_same(entry, given, tmp_path):
+    model = moved(entry, given)
+    expected = entry.call(model, **entry.inputs(0)).log_softmax(-1)
+    base = entry.build().eval()
+    far = (entry.call(base, **entry.inputs(0)).log_softmax(-1) - expected).abs().max()
+    with pytest.warns(UserWarning, match="SGLang leaves the trained rows"):
+        rasa_ext.export_lora(model, tmp_path, allow_dropped=True)
+    assert files(tmp_path)[0]["trainable_token_indices"].keys() == {
+        names.partition(",")[0] for names in rasa_ext.summary(model).tokens
+    }
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    found = entry.call(loaded, **entry.inputs(0)).log_softmax(-1)
+    assert (found - expected).abs().max() < 1e-4 * far
+    assert rasa_ext.export_size(model) == sum(t.nbytes for t in files(tmp_path)[1].values())
+
+
+def test_an_export_is_refused_unless_asked_for(tmp_path):
+    """SGLang skips the rows without a word: not modelled by the readers' rules, from its source."""
+    model = moved(LLAMA)
+    with pytest.raises(ValueError, match=r"rows of model\.embed_tokens out.*allow_dropped=True"):
+        rasa_ext.export_lora(model, tmp_path)
+    assert not [*tmp_path.iterdir()]
+    with pytest.warns(UserWarning, match="vLLM and llama.cpp refuse them"):
+        rasa_ext.export_lora(model, tmp_path, pad_to=16, allow_dropped=True)
+    for reader in ("vllm", "llama.cpp"):
+        with pytest.raises(Refused):
+            READERS[reader](*read(tmp_path), LLAMA.build(), 16)
+
+
+@pytest.mark.parametrize("form", ["gguf", "mlx"])
+def test_formats_of_pairs_alone(form, tmp_path):
+    message = f"format: '{form}' holds low-rank pairs alone, but trainable_token_indices"
+    with pytest.raises(ValueError, match=message):
+        rasa_ext.export_lora(moved(LLAMA), tmp_path, format=form)
+
+
+def test_what_peft_would_not_compute(tmp_path):
+    """It ties by the model's config alone, and its heads have no bias."""
+    with (
+        pytest.warns(UserWarning, match="SGLang"),
+        pytest.warns(UserWarning, match="PEFT does not give readout the trained rows of embed"),
+    ):
+        rasa_ext.export_lora(moved(TIED), tmp_path, allow_dropped=True)
+    model = moved(BERT, {"classifier": [1]})
+    with (
+        pytest.warns(UserWarning, match="SGLang"),
+        pytest.warns(UserWarning, match="PEFT leaves out the bias of classifier"),
+    ):
+        rasa_ext.export_lora(model, tmp_path, allow_dropped=True)

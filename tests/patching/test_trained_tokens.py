@@ -1,0 +1,310 @@
+"""trainable_token_indices of patch_model: against a model whose whole table is trained."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from rasa_ext.nn.trained_tokens import TrainedTokens
+from tests.helpers.adapters import patched, same_bits
+from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, Checkpointed, ids
+
+pytestmark = pytest.mark.filterwarnings("ignore:groups")
+IDS = [5, 30, 11]
+TABLES = {
+    LLAMA.name: ("model.embed_tokens",),
+    GPT2.name: ("transformer.wte", "lm_head"),
+    T5.name: ("shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"),
+    BERT.name: ("bert.embeddings.word_embeddings",),
+    TIED.name: ("embed", "readout"),
+}
+EVERY = [LLAMA, GPT2, T5, BERT, TIED]
+
+
+def with_rows(entry, given=IDS, **options):
+    model = entry.build()
+    return rasa_ext.patch_model(model, 4, 1, trainable_token_indices=given, **options)
+
+
+def moved(entry, given=IDS, dtype=torch.float32, **options):
+    """Rows and adapters far from where they start."""
+    model = patched(entry.build().to(dtype), trainable_token_indices=given, **options)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, TrainedTokens) and module.owner is None:
+                module.rows.add_(torch.randn(module.rows.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+def test_twenty_steps_are_those_of_a_masked_table(entry):
+    inputs = entry.inputs(0)
+    model = with_rows(entry, adapter_dtype=torch.float64).double()
+    rows = rasa_ext.adapter_parameters(model)[-1]  # others stay, and with B = 0 they do nothing
+    assert rows.shape[0] == 3
+    dense = entry.build().double().requires_grad_(False)
+    table = dense.get_submodule(TABLES[entry.name][0]).weight.requires_grad_(True)
+    others = torch.ones(len(table), dtype=torch.bool)
+    others[IDS] = False
+    ours, theirs = (torch.optim.Adam([each], lr=0.05) for each in (rows, table))
+    for step in range(20):
+        for each, optimizer in ((model, ours), (dense, theirs)):
+            optimizer.zero_grad()
+            logits = entry.call(each, **inputs)
+            logits.log_softmax(-1).sin().sum().backward()
+            if each is dense:
+                table.grad[others] = 0
+                if step == 0:
+                    torch.testing.assert_close(rows.grad, table.grad[IDS], rtol=1e-9, atol=1e-9)
+            optimizer.step()
+    torch.testing.assert_close(rows, table[IDS], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(entry.call(model, **inputs), entry.call(dense, **inputs))
+    before = entry.build().get_submodule(TABLES[entry.name][0]).weight[IDS]
+    assert (rows - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+def test_what_is_trained_and_told(entry):
+    model = with_rows(entry)
+    found = rasa_ext.summary(model)
+    names = TABLES[entry.name]
+    assert found.tokens == {", ".join(names): tuple(IDS)}
+    assert f"trained rows: 3 of {', '.join(names)}" in str(found)
+    rows = model.get_submodule(names[0]).rows
+    assert rasa_ext.adapter_parameters(model)[-1] is rows
+    assert found.adapter == found.trainable == sum(r.trainable for r in found) + rows.numel()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trained if n.endswith("rows")} == {f"{names[0]}.rows"}
+    assert not [name for name in trained if name.endswith("weight")]
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+@pytest.mark.parametrize("subtract", [False, True])
+def test_merge_and_back(entry, subtract):
+    model, inputs = moved(entry), entry.inputs(0)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    y = entry.call(model, **inputs)
+    rows = model.get_submodule(TABLES[entry.name][0]).rows
+    rasa_ext.merge(model, subtract=subtract)
+    tables = [model.get_submodule(name).weight for name in TABLES[entry.name]]
+    assert all(torch.equal(table[IDS], rows) for table in tables)
+    torch.testing.assert_close(entry.call(model, **inputs), y, rtol=1e-3, atol=1e-3)
+    rasa_ext.unmerge(model)
+    assert all(same_bits(tensor, before[key]) for key, tensor in model.state_dict().items())
+    plain = rasa_ext.merge_and_unload(model)
+    assert type(plain.get_submodule(TABLES[entry.name][0])) is nn.Embedding
+    torch.testing.assert_close(entry.call(plain, **inputs), y, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("entry", EVERY, ids=ids)
+def test_off(entry):
+    base, model, inputs = entry.build().eval(), moved(entry), entry.inputs(0)
+    with rasa_ext.disable_adapter(model):
+        torch.testing.assert_close(entry.call(model, **inputs), entry.call(base, **inputs))
+    assert not torch.allclose(entry.call(model, **inputs), entry.call(base, **inputs), atol=0.01)
+    rasa_ext.unpatch(model)
+    assert [*model.state_dict()] == [*base.state_dict()]
+    assert all(same_bits(tensor, base.state_dict()[k]) for k, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_no_merge_of_what_is_not_finite():
+    model = moved(TIED)
+    with torch.no_grad():
+        model.embed.rows[1, 2] = torch.inf
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="'embed' hold values that are not finite"):
+        rasa_ext.merge(model)
+    assert all(same_bits(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({"embed_tokens": [4]}, {"model.embed_tokens": (4,)}),
+        ({"lm_head": {7, 4}}, {"lm_head": (4, 7)}),
+        (
+            {"embed_tokens": (4,), "lm_head": [1, 2]},
+            {"model.embed_tokens": (4,), "lm_head": (1, 2)},
+        ),
+    ],
+)
+def test_tables_by_name(given, tokens):
+    model = with_rows(LLAMA, given)
+    assert rasa_ext.summary(model).tokens == tokens
+
+
+def test_a_tied_head_may_be_named_as_well():
+    found = rasa_ext.summary(with_rows(GPT2, {"lm_head": [3], "wte": [3]})).tokens
+    assert found == {"transformer.wte, lm_head": (3,)}
+
+
+def test_resized_embeddings():
+    """New tokens: their rows are past the old end, and only they are trained."""
+    model = LLAMA.build()
+    model.resize_token_embeddings(34)
+    rasa_ext.patch_model(model, 4, trainable_token_indices={"embed_tokens": [32, 33]})
+    assert model.model.embed_tokens.rows.shape == (2, 24)
+    logits = model(torch.tensor([[1, 33]])).logits
+    logits.sum().backward()
+    gradient = model.model.embed_tokens.rows.grad
+    assert gradient[0].abs().max() == 0 < gradient[1].abs().max()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        model = moved(GPT2).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        GPT2.loss(model, GPT2.inputs(0))[1].backward()
+        gradients.append(model.transformer.wte.rows.grad)
+    torch.testing.assert_close(*gradients)
+    own = rasa_ext.patch_model(Checkpointed(use_reentrant), 2, 1, trainable_token_indices=[3])
+    own.train()(torch.tensor([[3, 1]])).sum().backward()
+    assert own.embed.rows.grad.abs().max() > 0
+
+
+def test_compile_without_a_break():
+    model = moved(TIED)
+    run = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for each in (run, model):
+        TIED.loss(each, TIED.inputs(0))[1].backward()
+        gradients.append(model.embed.rows.grad)
+        model.embed.rows.grad = None
+    torch.testing.assert_close(*gradients)
+
+
+def gemma():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    special = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), 0)
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=32, **sizes, **heads, **special))
+
+
+GEMMA = dataclasses.replace(LLAMA, name="gemma", make=gemma)
+"""Its embeddings are scaled, its head is tied, and it has a padding token."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_embeddings(dtype):
+    model = moved(GEMMA, [*IDS, 0], dtype)
+    assert model.model.embed_tokens.rows.dtype == torch.float32
+    inputs = GEMMA.inputs(0)
+    embedded, y = model.model.embed_tokens(inputs["input_ids"]), GEMMA.call(model, **inputs)
+    plain = rasa_ext.merge_and_unload(model)
+    assert same_bits(embedded.detach(), plain.model.embed_tokens(inputs["input_ids"]).detach())
+    if dtype == torch.float32:
+        torch.testing.assert_close(y, GEMMA.call(plain, **inputs), rtol=1e-4, atol=1e-4)
+
+
+class Normed(nn.Embedding):
+    def forward(self, x):
+        return nn.functional.normalize(super().forward(x), dim=-1)
+
+
+def holding(embedding: nn.Module, head: nn.Module | None = None) -> nn.Module:
+    model = TIED.build()
+    model.embed = embedding
+    if head is not None:
+        model.readout = head
+    return model
+
+
+BAD = {
+    "text": (TIED.build, {"given": "3"}, TypeError, "a list of token indices"),
+    "number": (TIED.build, {"given": 3}, TypeError, r"got 3 \(int\)"),
+    "bool": (TIED.build, {"given": [True]}, TypeError, r"integers, got True"),
+    "float": (TIED.build, {"given": [1.0]}, TypeError, r"integers, got 1\.0"),
+    "negative": (TIED.build, {"given": [3, -1]}, ValueError, ">= 0, got -1"),
+    "twice": (TIED.build, {"given": [0, 1, 0]}, ValueError, "each token once, got 0 twice"),
+    "empty": (
+        TIED.build,
+        {"given": {"embed": []}},
+        ValueError,
+        "some indices of 'embed', got none",
+    ),
+    "too large": (TIED.build, {"given": [32]}, ValueError, "below 32, .*'embed', got 32; .*resize"),
+    "no such": (TIED.build, {"given": {"wte": [1]}}, ValueError, "none ends in 'wte'; .*'embed'"),
+    "differ": (
+        TIED.build,
+        {"given": {"embed": [1], "readout": [2]}},
+        ValueError,
+        "same tokens for 'embed' and 'readout'",
+    ),
+    "saved": (
+        TIED.build,
+        {"given": [1], "modules_to_save": ["embed"]},
+        ValueError,
+        r"'embed' is to be trained in full by modules_to_save \('embed'\)",
+    ),
+    "tied one saved": (
+        TIED.build,
+        {"given": [1], "modules_to_save": ["readout"]},
+        ValueError,
+        "'readout' is to be trained in full",
+    ),
+    "adapted": (
+        TIED.build,
+        {"given": [1], "target_modules": ["body", "readout"]},
+        ValueError,
+        "target_modules adapts 'readout'",
+    ),
+    "max_norm": (
+        lambda: holding(nn.Embedding(32, 12, max_norm=1.0)),
+        {"given": {"embed": [1]}},
+        ValueError,
+        "max_norm 1.0",
+    ),
+    "frequencies": (
+        lambda: holding(nn.Embedding(32, 12, scale_grad_by_freq=True)),
+        {"given": {"embed": [1]}},
+        ValueError,
+        "scale_grad_by_freq",
+    ),
+    "own forward": (
+        lambda: holding(Normed(32, 12)),
+        {"given": {"embed": [1]}},
+        ValueError,
+        "the forward of a Normed",
+    ),
+    "no embedding": (
+        lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+        {"given": [1]},
+        ValueError,
+        "does not say which is its input embedding, got a list",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_leaves_the_model_as_it_was(case):
+    make, options, error, message = BAD[case]
+    model, options = make(), dict(options)
+    given = options.pop("given")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=f"trainable_token_indices: .*{message}"):
+        rasa_ext.patch_model(model, 2, 1, trainable_token_indices=given, **options)
+    assert all(same_bits(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert not [each for each in model.modules() if isinstance(each, TrainedTokens)]
+
+
+@pytest.mark.parametrize("method", ["LoraConfig", "SboraConfig", "SdLoraConfig"])
+def test_every_method_takes_it(method):
+    config = getattr(rasa_ext.methods, method)(rank=2, trainable_token_indices=IDS)
+    model = rasa_ext.patch_model(copy.deepcopy(TIED.build()), config=config)
+    assert model.embed.rows.requires_grad
+    assert type(config).from_dict(config.to_dict()) == config
+    assert config.to_dict()["trainable_token_indices"] == IDS
