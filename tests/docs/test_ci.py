@@ -1,10 +1,11 @@
-"""What .ci/run reads from the README, and what the runs of the tests print."""
+"""What .ci/run runs, what it reads from the README, and what the runs of the tests print."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 pytest_plugins = "pytester"
 
 ROOT = Path(__file__).resolve().parents[2]
+RUN = ROOT / ".ci" / "run"
 SCRIPT = ROOT / ".ci" / "readme_commands.py"
 README = (ROOT / "README.md").read_text()
 read = runpy.run_path(str(SCRIPT))["read"]
@@ -58,3 +60,23 @@ def test_what_the_type_checker_is_not_shown_says_why():
         for line in path.read_text().splitlines():
             if "type: ignore" in line:
                 assert re.search(r"# type: ignore\[[\w, -]+\]  # \w", line), (path, line)
+
+
+def test_the_script_is_one_that_bash_can_read():
+    subprocess.run(["bash", "-n", RUN], check=True)
+
+
+def test_what_a_plain_run_of_the_tests_leaves_out_has_a_stage():
+    """All but what needs a GPU."""
+    markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    stages = re.findall(r"^stage .* marked (\w+) (tests/\w+) ", RUN.read_text(), re.MULTILINE)
+    assert {name for name, _ in stages} == set(markers) - {"gpu"}
+    for name, folder in stages:
+        assert any(f"mark.{name}\n" in path.read_text() for path in (ROOT / folder).glob("*.py"))
+
+
+def test_a_run_ends_with_the_summary_of_the_second_command():
+    *_, others, last = RUN.read_text().splitlines()
+    assert "$(summary readers)" in others
+    assert "$(summary engines)" in others
+    assert last == "summary tests"

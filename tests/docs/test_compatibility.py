@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.readers.report import PAGE, PART, READERS, measured, table, versions_of
+from tests.readers import environments
+from tests.readers.report import PAGE, PART, READERS, REPORT, measured, table, versions_of
 
 pytest_plugins = "pytester"
 
@@ -25,16 +27,18 @@ def test_the_page_has_the_versions_that_are_pinned():
         assert float(difference) > 0
 
 
-def test_what_was_measured_becomes_a_table():
-    xml = (
-        "<testsuites><testsuite><testcase><properties>"
-        '<property name="mlx-lm, float32" value="0.00027"/>'
-        '<property name="figure" value="mlx-lm: 3"/>'
-        "</properties></testcase></testsuite></testsuites>"
+def test_what_was_measured_becomes_a_table(pytester):
+    pytester.makepyfile(
+        "def test_it(record_property):\n"
+        "    record_property('mlx-lm, float32', 0.00027)\n"
+        "    record_property('figure', 'mlx-lm: 3')\n"
     )
-    found = measured(xml)
+    done = pytester.runpytest_inprocess(*REPORT, "--junitxml=report.xml")
+    done.assert_outcomes(passed=1, warnings=0)
+    found = measured((pytester.path / "report.xml").read_text())
     assert found == {"mlx-lm, float32": 0.00027}
-    text = table(found, datetime.date(2026, 11, 26))
+    text = table(found | {"DeepSpeed, zero2": 1e-7}, datetime.date(2026, 11, 26))
+    assert re.search(r"\| DeepSpeed \| zero2 \| 1.0e-07 \| deepspeed \d+\.\d+\.\d+ \|", text)
     assert f"| mlx-lm | float32 | 2.7e-04 | {versions_of('mlx')} |" in text
     assert "Measured on 2026-11-26." in text
 
@@ -51,3 +55,32 @@ def test_readers_are_run_for_who_asks(pytester, options, run):
     done = pytester.runpytest_inprocess(*options)
     done.assert_outcomes(passed=len(run), deselected=2 - len(run))
     assert done.ret == (0 if run else pytest.ExitCode.NO_TESTS_COLLECTED)
+
+
+def test_every_version_is_pinned():
+    for name, wanted in environments.all_pins().items():
+        for spec in " ".join(wanted[key] for key in wanted if key != "remove").split():
+            assert re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.+]+", spec), (name, spec)
+
+
+def test_an_environment_is_made_once_and_again_where_that_failed(tmp_path, monkeypatch):
+    commands, fails = [], [True]
+
+    def run(*words, **_):
+        commands.append([str(word) for word in words])
+        if "--target" in words and fails.pop():
+            raise AssertionError("no network")
+        return ""
+
+    monkeypatch.setenv("RASA_EXT_READERS", str(tmp_path))
+    monkeypatch.setattr(environments, "run", run)
+    place = environments.folder("deepspeed")
+    place.mkdir()
+    with pytest.raises(AssertionError, match="no network"):
+        environments.beside("deepspeed")
+    fails.append(False)
+    for _ in range(2):
+        assert environments.beside("deepspeed") == place / "beside"
+    assert sum("--clear" in words for words in commands) == 2
+    assert "--no-deps" in commands[-1]
+    assert environments.pins("deepspeed")["beside"].split() == commands[-1][-5:]

@@ -2,9 +2,9 @@
 
     python tests/emulation/mutate.py [--jobs N] [--only SUBSTRING]
 
-Every barrier is deleted, every bound shifted by one in both directions, indices are swapped; in all
-kernels and launchers, but not in heuristics.cuh, where either side of a bound is right. Each mutant
-is compiled for the host with AddressSanitizer, linked to the stand-alone check and run.
+What is broken stands in mutants.py. The kernels are compiled for the host with AddressSanitizer and
+linked to the stand-alone check, which is run for each mutant: its short list of cases, and all of
+them only where those see nothing.
 Prints the score of each kind and the mutants that survive, each with the reason why it is no fault
 where one is known. Fails if a barrier survives, if fewer than 90 % die, or if a survivor has no
 reason.
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,119 +22,21 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
+from mutants import CSRC, FILES, KERNELS, Mutant, mutants_of
 from mutants_that_live import reason_of
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
 CXX = os.environ.get("CXX", "g++")
-FLAGS = ["-std=c++17", "-w", "-fsanitize=address", f"-I{HERE}"]
-KERNELS = ("dropout", "pack", "pack_backward", "decode", "table")
+FLAGS = ["-std=c++17", "-w", "-O1", "-fsanitize=address"]
+# A compiler that trusts loops to keep within their arrays would make something else of mutants.
+FLAGS += ["-fno-aggressive-loop-optimizations"]
+# Without what costs half of the time, and sees none of these breaks.
+ASAN = "detect_leaks=0:detect_stack_use_after_return=0:symbolize=0"
 PATIENCE = 4  # times what the unbroken kernel takes; a loop that never ends is noticed, too
-
-# What of a file a mutant can break; what several include breaks them all.
-FILES = {
-    "pack.cuh": ("pack",),
-    "pack.cu": ("pack",),
-    "pack_backward.cuh": ("pack_backward",),
-    "pack_backward.cu": ("pack_backward",),
-    "decode.cuh": ("decode",),
-    "decode.cu": ("decode",),
-    "dropout.cuh": ("dropout",),
-    "dropout.cu": ("dropout",),
-    "philox.cuh": ("dropout",),
-    "table.cuh": ("table",),
-    "table.cu": ("table",),
-    "collective.cuh": ("dropout", "pack", "pack_backward", "decode"),
-    "launch.cuh": ("dropout", "pack", "pack_backward", "decode"),
-}
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One break: characters [begin, end) of a file become ``text``."""
-
-    kind: str
-    file: str
-    line: int
-    begin: int
-    end: int
-    text: str
-    before: str
-    after: str
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.file}:{self.line}: {self.before}  ->  {self.after}"
-
-
-# A comparison and the two ways to shift its bound. Templates have no blanks around their brackets.
-COMPARISONS = {
-    "<": ("<=", "+ 1 <"),
-    "<=": ("<", "<= 1 +"),
-    ">": (">=", "> 1 +"),
-    ">=": (">", "+ 1 >="),
-}
-NAME = r"[A-Za-z_][\w.]*(?:\[\d\])?"
-ROW_COL = re.compile(rf"(?P<row>{NAME}) \* (?P<width>{NAME}) \+ (?P<col>{NAME})")
-CASTED = re.compile(
-    r"(?:static_cast<int64_t>\(|int64_t\{)(?P<row>[^(){}]+)[)}] \* "
-    rf"(?P<width>{NAME}) \+ (?P<col>{NAME})"
-)
-BLOCK = re.compile(r"blockIdx\.([xyz])")
-
-
-def edits(text: str) -> Iterator[tuple[str, int, int, str]]:
-    """Kind, begin, end and new text of every break of a file's text."""
-    for found in re.finditer(r"__syncthreads\(\);", text):
-        yield "barrier", *found.span(), ";"
-    for found in re.finditer(r"(?<= )(<=|>=|<|>)(?= )", text):
-        for shifted in COMPARISONS[found[1]]:
-            yield "bound", *found.span(), shifted
-    for found in re.finditer(r"\b(?:std::)?(?:min|max)\(", text):
-        end = closing(text, found.end() - 1)
-        whole = text[found.start() : end]
-        for shift in ("+ 1", "- 1"):
-            yield "bound", found.start(), end, f"({whole} {shift})"
-    for pattern in (ROW_COL, CASTED):
-        for found in pattern.finditer(text):
-            row, col = found["row"], found["col"]
-            if row != col:
-                before, between = found.start(), text[found.end("row") : found.start("col")]
-                head = text[before : found.start("row")]
-                yield "index", *found.span(), head + col + between + row
-    for found in BLOCK.finditer(text):
-        yield "index", *found.span(), "blockIdx." + ("y" if found[1] == "x" else "x")
-
-
-def closing(text: str, opening: int) -> int:
-    """The place after the bracket that closes the one at ``opening``."""
-    depth = 0
-    for place in range(opening, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
-        if depth == 0:
-            return place + 1
-    raise ValueError("unbalanced brackets")
-
-
-def mutants_of(file: str) -> Iterator[Mutant]:
-    text = (CSRC / "cuda" / file).read_text()
-    starts = [0, *(found.end() for found in re.finditer("\n", text))]
-    for kind, begin, end, new in edits(text):
-        number = sum(start <= begin for start in starts)
-        start = starts[number - 1]
-        stop = text.index("\n", end)
-        before = text[start:stop]
-        head = before.strip()
-        in_comment = "//" in text[start:begin]
-        if in_comment or head.startswith(("#", "static_assert", "constexpr")):
-            continue
-        after = text[start:begin] + new + text[end:stop]
-        one_line = [" ".join(part.split()) for part in (before, after)]
-        yield Mutant(kind, file, number, begin, end, new, *one_line)
+LISTS = (("--small",), ())  # of cases: the short one, and all
 
 
 def few_types(csrc: Path) -> None:
@@ -148,90 +49,112 @@ def few_types(csrc: Path) -> None:
 
 
 class Workshop:
-    """A folder with the parts that no mutant changes, compiled once."""
+    """A folder with the programs that hold all mutants."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, layers: list[dict[str, str]], pool: Executor):
         self.folder = folder
-        self.csrc = folder / "csrc"
-        shutil.copytree(CSRC, self.csrc)
-        few_types(self.csrc)
+        self.pool = pool
         parts = [HERE / "schedule.cpp", HERE / "fibers.cpp"]
         parts += [*(HERE / "check").glob("check_*.cpp"), HERE / "check" / "main.cpp"]
         parts += [HERE / "check" / "arrays.cpp", HERE / "check" / "memory_host.cpp"]
-        self.parts = [self.compile(part, self.csrc, folder, "-O1") for part in parts]
-        self.kernels = {
-            name: self.compile(self.csrc / "cuda" / f"{name}.cu", self.csrc, folder)
-            for name in KERNELS
-        }
-        self.seconds = dict.fromkeys(KERNELS, 600)  # of processor time
-        for name in KERNELS:
-            start = children_seconds()
-            noticed = self.is_noticed(None, (name,))
-            if noticed:
-                raise SystemExit(f"the check of {name} fails without any break: {noticed}")
-            self.seconds[name] = 1 + int(PATIENCE * (children_seconds() - start))
+        jobs = [pool.submit(self.compile, part, CSRC, folder) for part in parts]
+        made = [self.kernels(layer, i) for i, layer in enumerate(layers)]
+        objects = [job.result() for job in jobs]
+        # A later layer has few files; the other kernels are the first one's.
+        whole = [[job.result() for job in (made[0] | each).values()] for each in made]
+        self.programs = [
+            self.link([*objects, *each], folder / f"check{i}") for i, each in enumerate(whole)
+        ]
+        self.seconds: dict[tuple, int] = {}
+        checks = [
+            (i, name, *cases) for i, each in enumerate(made) for name in each for cases in LISTS
+        ]
+        for check, took in zip(checks, pool.map(self.unbroken, checks), strict=True):
+            self.seconds[check] = 1 + int(PATIENCE * took)
 
-    def compile(self, source: Path, csrc: Path, into: Path, optimize: str = "-O0") -> Path:
+    def kernels(self, layer: dict[str, str], number: int) -> dict:
+        """The kernels that a layer's files change, being compiled."""
+        folder = self.folder / f"layer{number}"
+        csrc = folder / "csrc"
+        shutil.copytree(CSRC, csrc)
+        few_types(csrc)
+        for file, text in layer.items():
+            (csrc / "cuda" / file).write_text(text)
+        names = {name for file in layer for name in FILES[file]}
+        sources = {name: csrc / "cuda" / f"{name}.cu" for name in KERNELS if name in names}
+        include = ("-include", HERE / "mutants.h")
+        return {
+            name: self.pool.submit(self.compile, source, csrc, folder, *include)
+            for name, source in sources.items()
+        }
+
+    def compile(self, source: Path, csrc: Path, into: Path, *more: object) -> Path:
         target = into / f"{source.stem}.o"
-        options = [optimize, "-DRASA_FEW_TYPES", f"-I{csrc}", "-x", "c++", "-c", source]
-        options += ["-o", target]
-        subprocess.run([CXX, *FLAGS, *options], check=True, capture_output=True)
+        options = ["-DRASA_FEW_TYPES", f"-I{HERE}", f"-I{csrc}", *more, "-x", "c++", "-c", source]
+        subprocess.run([CXX, *FLAGS, *options, "-o", target], check=True)
         return target
 
-    def is_noticed(self, mutant: Mutant | None, names: tuple[str, ...] = ()) -> str:
-        """How the mutant is noticed, or nothing if it is not; None breaks nothing."""
-        names = names or FILES[mutant.file]
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            csrc = Path(folder) / "csrc"
-            shutil.copytree(self.csrc, csrc)
-            if mutant is not None:
-                path = csrc / "cuda" / mutant.file
-                text = path.read_text()
-                path.write_text(text[: mutant.begin] + mutant.text + text[mutant.end :])
-            # A kernel at a time: most mutants die at the first.
-            for name in names:
-                try:
-                    changed = self.compile(csrc / "cuda" / f"{name}.cu", csrc, Path(folder))
-                except subprocess.CalledProcessError:
-                    return "does not compile"
-                others = [self.kernels[other] for other in KERNELS if other != name]
-                program = Path(folder) / "check"
-                link = [CXX, *FLAGS, changed, *others, *self.parts, "-o", program]
-                subprocess.run(link, check=True, capture_output=True)
-                noticed = self.run(program, name)
+    def link(self, objects: list[Path], program: Path) -> Path:
+        subprocess.run([CXX, *FLAGS, *objects, "-o", program], check=True)
+        return program
+
+    def unbroken(self, check: tuple) -> float:
+        """The processor time of a check without any mutant, which must pass."""
+        program, name, *cases = check
+        noticed, seconds = self.run(self.programs[program], [name, *cases], 600)
+        if noticed:
+            raise SystemExit(f"the check of {name} fails without any break: {noticed}")
+        return seconds
+
+    def is_noticed(self, mutant: Mutant) -> str:
+        """How the mutant is noticed, or nothing if it is not."""
+        for cases in LISTS:
+            for name in FILES[mutant.file]:  # a kernel at a time: most mutants die at the first
+                limit = self.seconds[(mutant.layer, name, *cases)]
+                program = self.programs[mutant.layer]
+                noticed, _ = self.run(program, [name, *cases], limit, mutant.number)
                 if noticed:
                     return noticed
         return ""
 
-    def run(self, program: Path, name: str) -> str:
-        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    def run(
+        self, program: Path, words: list[str], seconds: int, mutant: int | None = None
+    ) -> tuple[str, float]:
+        """How a mutant is noticed by a check, and the processor time that it took."""
+        environment = {**os.environ, "ASAN_OPTIONS": ASAN}
+        if mutant is not None:
+            environment["RASA_MUTANT"] = str(mutant)
         # Processor time, since other programs may be running.
-        limit = ["sh", "-c", 'ulimit -t "$0"; exec "$@"', str(self.seconds[name])]
-        done = subprocess.run([*limit, program, name], capture_output=True, env=environment)
-        if done.returncode == 0:
-            return ""
-        if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-            return "runs for ever"
-        return "address" if b"AddressSanitizer" in done.stderr else "wrong"
-
-
-def children_seconds() -> float:
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+        limit = ["sh", "-c", 'ulimit -t "$0"; exec "$@"', str(seconds)]
+        with subprocess.Popen(
+            [*limit, program, *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env=environment,
+        ) as process:
+            said = process.stderr.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = code = os.waitstatus_to_exitcode(status)
+        if code == 0:
+            how = ""
+        elif code in (-signal.SIGXCPU, -signal.SIGKILL):
+            how = "runs for ever"
+        else:
+            how = "address" if b"AddressSanitizer" in said else "wrong"
+        return how, usage.ru_utime + usage.ru_stime
 
 
 def report(results: list[tuple[Mutant, str]], seconds: float) -> bool:
     """Prints the score; whether it is good enough."""
-    valid = [(m, how) for m, how in results if how != "does not compile"]
-    survivors = [m for m, how in valid if not how]
+    survivors = [mutant for mutant, how in results if not how]
     good = True
     for kind in ("barrier", "bound", "index"):
-        of_kind = [how for m, how in valid if m.kind == kind]
+        of_kind = [how for mutant, how in results if mutant.kind == kind]
         killed = sum(map(bool, of_kind))
         print(f"{kind}: {killed} of {len(of_kind)} noticed")
         good &= kind != "barrier" or killed == len(of_kind)
-    share = 1 - len(survivors) / max(len(valid), 1)
-    print(f"all: {len(valid) - len(survivors)} of {len(valid)} noticed, {share:.1%}")
+    share = 1 - len(survivors) / max(len(results), 1)
+    print(f"all: {len(results) - len(survivors)} of {len(results)} noticed, {share:.1%}")
     print(f"how: {dict(Counter(how for _, how in results if how))}, in {seconds:.0f} s")
     for mutant in survivors:
         reason = reason_of(mutant.file, mutant.before, mutant.after)
@@ -246,15 +169,15 @@ def main() -> int:
     parser.add_argument("--only", default="", help="mutants whose description holds this")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     options = parser.parse_args()
-    mutants = [m for file in FILES for m in mutants_of(file) if options.only in str(m)]
+    mutants, layers = mutants_of()
+    mutants = [mutant for mutant in mutants if options.only in str(mutant)]
     if options.list:
         print(*mutants, sep="\n")
         return 0
     start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        workshop = Workshop(Path(folder))
-        with ThreadPoolExecutor(options.jobs) as pool:
-            results = list(zip(mutants, pool.map(workshop.is_noticed, mutants), strict=True))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        workshop = Workshop(Path(folder), layers, pool)
+        results = list(zip(mutants, pool.map(workshop.is_noticed, mutants), strict=True))
     return 0 if report(results, time.monotonic() - start) else 1
 
 

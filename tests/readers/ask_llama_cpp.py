@@ -23,7 +23,8 @@ params.model.path = words.m
 params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in words.lora]
 params.cache_ram_mib = words.cache_ram
 params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 1024, 1, 0, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 2
+# Threads of llama.cpp wait for each other by spinning: for prompts this short that is most of it.
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 # The exact ones, where the differences of float16 are not the subject.
 params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
 params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

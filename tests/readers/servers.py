@@ -50,11 +50,11 @@ def _post(url: str, body: dict[str, Any], server: subprocess.Popen, log: Path) -
     request = urllib.request.Request(
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    end = time.monotonic() + 300
+    end = time.monotonic() + 900
     while True:
         assert server.poll() is None, log.read_text()[-6000:]
         try:
-            with urllib.request.urlopen(request, timeout=120) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 text = answer.read().decode()
                 return json.loads(text) if text.startswith("{") else text
         except urllib.error.HTTPError as error:

@@ -1,0 +1,45 @@
+// Breaks that lie in a program side by side, of which one is chosen as it starts: mutate.py writes
+// them into the kernels. RASA_MUTANT is the number of the one that is on; without it none is.
+#pragma once
+
+#include <cstdlib>
+
+namespace mutants {
+
+inline const int chosen = std::getenv("RASA_MUTANT") ? std::atoi(std::getenv("RASA_MUTANT")) : -1;
+
+#define RASA_INLINE __attribute__((always_inline)) inline  // a kernel's loops call it
+
+RASA_INLINE bool on(int mutant) { return chosen == mutant; }
+
+// A bound: `a < At{7} > b`, that is (a < At{7}) > b, is a < b. Where mutant 7 is on it is what
+// FIRST makes of it, and where 8 is, what SECOND does.
+struct At {
+  int mutant;
+};
+
+#define RASA_BOUND(NAME, OPERATOR, FIRST, SECOND)     \
+  template <typename A>                               \
+  struct NAME {                                       \
+    A a;                                              \
+    int mutant;                                       \
+  };                                                  \
+  template <typename A>                               \
+  RASA_INLINE NAME<A> operator OPERATOR(A a, At at) { \
+    return {a, at.mutant};                            \
+  }                                                   \
+  template <typename A, typename B>                   \
+  RASA_INLINE bool operator>(NAME<A> left, B b) {     \
+    if (on(left.mutant)) return left.a FIRST b;       \
+    if (on(left.mutant + 1)) return left.a SECOND b;  \
+    return left.a OPERATOR b;                         \
+  }
+
+RASA_BOUND(Less, <, <=, +1 <)
+RASA_BOUND(LessEqual, <=, <, <= 1 +)
+RASA_BOUND(Greater, >, >=, > 1 +)
+RASA_BOUND(GreaterEqual, >=, >, +1 >=)
+#undef RASA_BOUND
+#undef RASA_INLINE
+
+}  // namespace mutants

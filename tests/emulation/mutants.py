@@ -1,0 +1,163 @@
+"""The breaks of the kernels: where they are, and sources that hold many of them at once.
+
+Every barrier is deleted, every bound shifted by one in both directions, indices are swapped; in all
+kernels and launchers, but not in heuristics.cuh, where either side of a bound is right. Compiling
+them one by one would take longer than all else, so a source is written with every break in it, and
+the one that is on is chosen as the program starts (mutants.h).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+KERNELS = ("dropout", "pack", "pack_backward", "decode", "table")
+
+# What of a file a mutant can break; what several include breaks them all.
+FILES = {
+    "pack.cuh": ("pack",),
+    "pack.cu": ("pack",),
+    "pack_backward.cuh": ("pack_backward",),
+    "pack_backward.cu": ("pack_backward",),
+    "decode.cuh": ("decode",),
+    "decode.cu": ("decode",),
+    "dropout.cuh": ("dropout",),
+    "dropout.cu": ("dropout",),
+    "philox.cuh": ("dropout",),
+    "table.cuh": ("table",),
+    "table.cu": ("table",),
+    "collective.cuh": ("dropout", "pack", "pack_backward", "decode"),
+    "launch.cuh": ("dropout", "pack", "pack_backward", "decode"),
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Characters [begin, end) of a text, and what breaks them; ``choice`` is all of it in one.
+
+    In ``choice``, @0 and @1 stand for the numbers of the mutants.
+    """
+
+    kind: str
+    begin: int
+    end: int
+    broken: tuple[str, ...]
+    choice: str
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One break: the line as it is and as it becomes, and the program that holds it."""
+
+    kind: str
+    file: str
+    line: int
+    before: str
+    after: str
+    number: int
+    layer: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.file}:{self.line}: {self.before}  ->  {self.after}"
+
+
+# A comparison and the two ways to shift its bound, as in mutants.h. Templates have no blanks around
+# their brackets.
+COMPARISONS = {
+    "<": ("<=", "+ 1 <"),
+    "<=": ("<", "<= 1 +"),
+    ">": (">=", "> 1 +"),
+    ">=": (">", "+ 1 >="),
+}
+NAME = r"[A-Za-z_][\w.]*(?:\[\d\])?"
+ROW_COL = re.compile(rf"(?P<row>{NAME}) \* (?P<width>{NAME}) \+ (?P<col>{NAME})")
+CASTED = re.compile(
+    r"(?:static_cast<int64_t>\(|int64_t\{)(?P<row>[^(){}]+)[)}] \* "
+    rf"(?P<width>{NAME}) \+ (?P<col>{NAME})"
+)
+BLOCK = re.compile(r"blockIdx\.([xyz])")
+
+
+def sites(text: str) -> Iterator[Site]:
+    """Every place of a file's text that can be broken."""
+    for found in re.finditer(r"__syncthreads\(\);", text):
+        yield Site("barrier", *found.span(), (";",), f"if (!mutants::on(@0)) {found[0]}")
+    for found in re.finditer(r"(?<= )(<=|>=|<|>)(?= )", text):
+        choice = f"{found[1]} mutants::At{{@0}} >"
+        yield Site("bound", *found.span(), COMPARISONS[found[1]], choice)
+    for found in re.finditer(r"\b(?:std::)?(?:min|max)\(", text):
+        end = closing(text, found.end() - 1)
+        whole = text[found.start() : end]
+        choice = f"({whole} + mutants::on(@0) - mutants::on(@1))"
+        yield Site("bound", found.start(), end, (f"({whole} + 1)", f"({whole} - 1)"), choice)
+    for pattern in (ROW_COL, CASTED):
+        for found in pattern.finditer(text):
+            row, col = found["row"], found["col"]
+            if row != col:
+                head = text[found.start() : found.start("row")]
+                between = text[found.end("row") : found.start("col")]
+                either = (f"(mutants::on(@0) ? {a} : {b})" for a, b in ((col, row), (row, col)))
+                choice = head + between.join(either)
+                yield Site("index", *found.span(), (head + col + between + row,), choice)
+    for found in BLOCK.finditer(text):
+        other = "blockIdx." + ("y" if found[1] == "x" else "x")
+        choice = f"(mutants::on(@0) ? {other} : {found[0]})"
+        yield Site("index", *found.span(), (other,), choice)
+
+
+def closing(text: str, opening: int) -> int:
+    """The place after the bracket that closes the one at ``opening``."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if depth == 0:
+            return place + 1
+    raise ValueError("unbalanced brackets")
+
+
+def layers_of(found: list[Site]) -> list[list[Site]]:
+    """The sites in as few lists as it takes for those of one list to lie apart."""
+    layers: list[list[Site]] = []
+    for site in sorted(found, key=lambda site: (site.begin, site.end)):
+        free = next((layer for layer in layers if layer[-1].end <= site.begin), None)
+        if free is None:
+            layers.append(free := [])
+        free.append(site)
+    return layers
+
+
+def line_of(text: str, site: Site) -> tuple[int, int, int] | None:
+    """The number, begin and end of a site's line or lines; None where it is not run."""
+    start = text.rfind("\n", 0, site.begin) + 1
+    in_comment = "//" in text[start : site.begin]
+    if in_comment or text[start:].lstrip().startswith(("#", "static_assert", "constexpr")):
+        return None
+    return text.count("\n", 0, start) + 1, start, text.index("\n", site.end)
+
+
+def mutants_of(csrc: Path = CSRC) -> tuple[list[Mutant], list[dict[str, str]]]:
+    """All mutants, numbered, and the files of each layer with its mutants in them."""
+    mutants: list[Mutant] = []
+    layers: list[dict[str, str]] = []
+    for file in FILES:
+        text = (csrc / "cuda" / file).read_text()
+        found = [site for site in sites(text) if line_of(text, site)]
+        for layer, apart in enumerate(layers_of(found)):
+            if layer == len(layers):
+                layers.append({})
+            pieces, last = [], 0
+            for site in apart:
+                number, start, stop = line_of(text, site)
+                choice = site.choice
+                for i, broken in enumerate(site.broken):
+                    choice = choice.replace(f"@{i}", str(len(mutants)))
+                    after = text[start : site.begin] + broken + text[site.end : stop]
+                    lines = [" ".join(part.split()) for part in (text[start:stop], after)]
+                    mutants.append(Mutant(site.kind, file, number, *lines, len(mutants), layer))
+                pieces += [text[last : site.begin], choice]
+                last = site.end
+            layers[layer][file] = "".join([*pieces, text[last:]])
+    return mutants, layers
