@@ -49,6 +49,7 @@ def adapter_card(
         **about(base, config),
         "adapted": f"{sum(len(group.names) for group in plan.groups)} layers",
         "trained in full": saved,
+        "trained rows": ", ".join(f"{len(t.ids)} of `{t.names[0]}`" for t in plan.tokens),
         "numbers in the file": f"{numbers:,}",
     }
     return compose(

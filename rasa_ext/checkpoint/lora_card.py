@@ -39,6 +39,7 @@ def lora_card(
     name = METHODS[config.method][0]
     how = "computes the same function" if exact else "is the nearest of its rank to every layer"
     own = about(base, config)
+    tokens = settings.get("trainable_token_indices") or {}
     rows = {
         "base model": own.pop("base model"),
         "rank of the LoRA": settings["r"],
@@ -46,6 +47,7 @@ def lora_card(
         "written from": f"{own.pop('method')}, {', '.join(f'{k} {v}' for k, v in own.items())}",
         "adapted": ", ".join(f"`{each}`" for each in settings["target_modules"]),
         "trained in full": ", ".join(f"`{each}`" for each in settings["modules_to_save"] or ()),
+        "trained rows": ", ".join(f"{len(ids)} of `{name}`" for name, ids in tokens.items()),
         "experts": f"layout `{experts}`" if experts else "",
     }
     load = ""

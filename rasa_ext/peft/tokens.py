@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -86,17 +86,15 @@ class OptionalRows(TrainableTokensWrapper):
         """Give the rows of an adapter, if it has any."""
         if adapter_name not in self.token_adapter.trainable_tokens_delta:
             return {}
-        return super().adapter_state_dict(  # type: ignore[no-any-return, no-untyped-call]
-            adapter_name, state_dict
-        )
+        found: dict[str, Any] = cast(Any, super()).adapter_state_dict(adapter_name, state_dict)
+        return found
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Say under which keys they are loaded."""
         if adapter_name not in self.token_adapter.trainable_tokens_delta:
             return {}
-        return super().adapter_state_dict_load_map(  # type: ignore[no-any-return, no-untyped-call]
-            adapter_name
-        )
+        found: dict[str, str] = cast(Any, super()).adapter_state_dict_load_map(adapter_name)
+        return found
 
 
 def make_rows_optional(model: nn.Module) -> None:

@@ -51,6 +51,15 @@ def code(text: str, language: str = "python") -> str:
     return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
 
 
+def test_cards_name_trained_rows(tmp_path):
+    adapted = model(trainable_token_indices=[3, 5])
+    rasa_ext.save_adapter(adapted, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="SGLang leaves the trained rows"):
+        rasa_ext.export_lora(adapted, tmp_path / "lora", allow_dropped=True)
+    for each in ("adapter", "lora"):
+        assert rows(card(tmp_path / each))["trained rows"] == "2 of `model.embed_tokens`"
+
+
 def test_a_card_says_what_is_known(tmp_path):
     adapted = model(modules_to_save=["lm_head"], dropout=0.1)
     told = rasa_ext.Card(datasets=["owner/data"], sections={"Training": "100 steps"})
