@@ -26,4 +26,6 @@ def invoke(*words: object, code: int = 0) -> str:
     """Run the command; its whole output on one line, since a terminal wraps where it likes."""
     result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
     assert result.exit_code == code, (result.output, result.exception)
+    if result.output.endswith("Aborted!\n"):  # an EOFError from anywhere, of which it says no more
+        raise AssertionError("the command was aborted") from result.exception
     return " ".join(result.output.split())
