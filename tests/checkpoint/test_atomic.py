@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 
 import pytest
 
 import rasa_ext
 from rasa_ext.checkpoint.writing import WriteError
 from tests.helpers.adapters import RANK, content, patched
+from tests.helpers.file_limit import file_limit
 from tests.helpers.models import SEQUENTIAL
 
 WEIGHTS = "adapter_model.safetensors"
@@ -34,13 +34,8 @@ def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory
     before, elsewhere = content(directory), tmp_path_factory.mktemp("new")
     WRITERS[writer](model, elsewhere)
     limit = int(share * (elsewhere / WEIGHTS).stat().st_size)
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, usual[1]))
-    try:
-        with pytest.raises(WriteError) as caught:
-            WRITERS[writer](model, directory)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    with file_limit(limit), pytest.raises(WriteError) as caught:
+        WRITERS[writer](model, directory)
     assert content(directory) == before
     assert caught.value.errno == errno.EFBIG
     for part in (str(directory), "too large", "the adapter that is there is whole", "ulimit -f"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer, models
 
 from rasa_ext.checkpoint import writing as module
 from rasa_ext.checkpoint.writing import WriteError, check_output, new_folder, writing
+from tests.helpers.file_limit import file_limit
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -61,13 +61,8 @@ WRITERS = {
 @pytest.mark.parametrize("library", WRITERS)
 def test_each_library_s_own_error_is_understood(library, tmp_path):
     """Real writes that the system cuts off, at 1000 bytes."""
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, usual[1]))
-    try:
-        with pytest.raises(WriteError) as caught, writing(tmp_path, "all is well"):
-            WRITERS[library](tmp_path / "file")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    with file_limit(1000), pytest.raises(WriteError) as caught, writing(tmp_path, "all is well"):
+        WRITERS[library](tmp_path / "file")
     assert str(tmp_path) in str(caught.value)
     assert "too large" in str(caught.value) or "the disk may be full" in str(caught.value)
 

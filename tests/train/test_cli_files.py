@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from rasa_ext.cli.app import app
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
 from tests.helpers.cli import invoke, load
+from tests.helpers.file_limit import file_limit
 from tests.helpers.tiny_lm import make_model, save_base
 
 
@@ -56,17 +54,6 @@ COMMANDS = {
 def run(command: str, places: dict[str, Path], output: Path, *more: object, code: int = 0) -> str:
     words = [places.get(word, word) for word in COMMANDS[command]]
     return invoke(*words, "--output", output, *more, code=code)
-
-
-@contextlib.contextmanager
-def file_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes, as on a disk that is full then."""
-    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, usual[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
 
 
 def content(folder: Path) -> dict[str, bytes]:
