@@ -19,6 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 from huggingface_hub import constants
+from transformers.utils import hub as transformers_hub
 
 TOKEN = "hf_secret"
 _HEAD = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
@@ -178,6 +179,8 @@ def local_hub(monkeypatch, cache: Path) -> Iterator[Hub]:
     handler.endpoint = endpoint = f"http://127.0.0.1:{server.server_port}"
     with monkeypatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", endpoint)
+        # transformers keeps one client, with the address of the time when it was first asked for.
+        patch.setattr(transformers_hub, "_hf_api", None, raising=False)
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
