@@ -27,6 +27,7 @@ from rasa_ext.checkpoint.lora_experts import (
     targets_of,
 )
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, writer_of
+from rasa_ext.checkpoint.lora_names import INSTEAD
 from rasa_ext.checkpoint.lora_tokens import dropped_rows, token_setting
 from rasa_ext.checkpoint.lora_truncated import truncated
 from rasa_ext.methods.base import AdapterConfig, Place
@@ -107,23 +108,14 @@ def write_export(
     targets = suffixes(names, export.root)
     if export.layout is not None and export.layout != PEFT:
         targets = list(dict.fromkeys([*targets, *targets_of(export.experts, export.layout)]))
-    settings: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": export.task_type,
-        "base_model_name_or_path": export.base,
-        "inference_mode": True,
-        "r": written,
-        "lora_alpha": written,
-        "lora_dropout": 0.0,
-        "target_modules": targets,
-        "modules_to_save": list(export.modules_to_save) or None,
-        "bias": "none",
-        "fan_in_fan_out": any(pair.transposed for pair in export.pairs.values()),
-        "use_rslora": False,
-        "use_dora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    settings = plain_settings(
+        written,
+        task_type=export.task_type,
+        base_model_name_or_path=export.base,
+        target_modules=targets,
+        modules_to_save=list(export.modules_to_save) or None,
+        fan_in_fan_out=any(pair.transposed for pair in export.pairs.values()),
+    )
     if tokens := token_setting(export.tokens):
         settings["trainable_token_indices"] = tokens
     if export.layout == PEFT:
@@ -144,6 +136,24 @@ def write_export(
     return written
 
 
+def plain_settings(rank: int, **told: Any) -> dict[str, Any]:
+    """Give PEFT's settings of a LoRA of one rank and a scale of 1, and what is ``told`` of it."""
+    return {
+        "peft_type": "LORA",
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        **told,
+    }
+
+
 def _linear(name: str, pair: Pair, rank: int) -> Iterator[Entry]:
     packed, place = functools.cache(pair.packed), pair.place
     yield Entry(
@@ -158,9 +168,6 @@ def _linear(name: str, pair: Pair, rank: int) -> Iterator[Entry]:
     )
 
 
-_INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
-
-
 def _warn(export: Export, allow_dropped: bool, *, default: bool) -> None:
     """Warn of what PEFT's files hold that some reader does not take, or raise ValueError."""
     dropped = [*_dropped(export.root, list(export.pairs), export.saved)]
@@ -168,11 +175,11 @@ def _warn(export: Export, allow_dropped: bool, *, default: bool) -> None:
     if dropped and not allow_dropped:
         raise ValueError(
             f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
-            f"{_INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
+            f"{INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
             "readers."
         )
     for message in dropped:
-        warnings.warn(f"{message}; for that reader, {_INSTEAD}.", stacklevel=4)
+        warnings.warn(f"{message}; for that reader, {INSTEAD}.", stacklevel=4)
     limits = [*_limits(export)]
     if export.layout is not None:
         limits += limits_of(export.experts, export.layout, default=default)
@@ -204,17 +211,17 @@ def _limits(export: Export) -> Iterator[str]:
     if any(pair.transposed for pair in pairs.values()):
         yield (
             "the model has Conv1D layers, whose LoRA PEFT reads but vLLM cannot serve; for vLLM, "
-            f"{_INSTEAD}."
+            f"{INSTEAD}."
         )
     if export.modules_to_save:
         yield (
             f"modules_to_save ({', '.join(export.modules_to_save)}) are written for PEFT; vLLM "
-            f"refuses them, and llama.cpp those that are no norms; for servers, {_INSTEAD}."
+            f"refuses them, and llama.cpp those that are no norms; for servers, {INSTEAD}."
         )
     if alone := _alone("q_proj", "v_proj", root, list(pairs)):
         yield (
             f"q_proj is adapted without v_proj in {alone} layers. SGLang computes them together "
-            f"and refuses such a LoRA; for SGLang, adapt both, or {_INSTEAD}."
+            f"and refuses such a LoRA; for SGLang, adapt both, or {INSTEAD}."
         )
     embeddings = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
     tied = [name for name, pair in pairs.items() if id(pair.weight) in embeddings]
@@ -227,7 +234,7 @@ def _limits(export: Export) -> Iterator[str]:
         yield (
             "the adapted layers are in an nn.TransformerEncoder, whose fast path in eval mode "
             "passes them by: PEFT then computes what the bare base does. After loading the LoRA, "
-            f"call torch.backends.mha.set_fastpath_enabled(False), or {_INSTEAD}."
+            f"call torch.backends.mha.set_fastpath_enabled(False), or {INSTEAD}."
         )
 
 

@@ -11,7 +11,7 @@ from rasa_ext.patching.state import adapted_layers, check_no_experts
 from rasa_ext.patching.tokens import ROWS
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
+INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
 
 
 def pairs_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -35,13 +35,13 @@ def check_plain(
     if kind not in families:
         raise ValueError(
             f"format: {form!r} is written for the model types {', '.join(families)}, whose names "
-            f"in {reader} are known, got {kind!r}; {_INSTEAD}, or write 'peft'."
+            f"in {reader} are known, got {kind!r}; {INSTEAD}, or write 'peft'."
         )
     check_no_experts(root, f"the format {form!r}")
     if rows := next((key for key in saved if key.endswith(ROWS)), None):
         raise ValueError(
             f"format: {form!r} holds low-rank pairs alone, but trainable_token_indices has trained "
-            f"rows of {rows.removesuffix(ROWS)}; {_INSTEAD}, or write 'peft'."
+            f"rows of {rows.removesuffix(ROWS)}; {INSTEAD}, or write 'peft'."
         )
     embeddings = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
     for name, layer in adapted_layers(root):
@@ -54,5 +54,5 @@ def check_plain(
     if saved:
         raise ValueError(
             f"format: {form!r} holds low-rank pairs alone, but modules_to_save has trained "
-            f"{next(iter(saved))}; {_INSTEAD}, or write 'peft'."
+            f"{next(iter(saved))}; {INSTEAD}, or write 'peft'."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import warnings
@@ -157,10 +158,8 @@ def compress_many(
         for layer, each in changes.items()
     }
     weights = _weights(whole)
-    factors = [t for lora in loras.values() for pair in lora.factors.values() for t in pair]
-    dtype = factors[0].dtype
-    for factor in factors:
-        dtype = torch.promote_types(dtype, factor.dtype)
+    dtypes = {t.dtype for lora in loras.values() for pair in lora.factors.values() for t in pair}
+    dtype = functools.reduce(torch.promote_types, dtypes)
     layers, lost, apart = {}, {}, {}
     for done, (layer, each) in enumerate(changes.items(), 1):
         basis = _basis(each, weights.sqrt(), rank, iterations, tol)

@@ -22,6 +22,7 @@ from rasa_ext.checkpoint.files import (
     read_tensors,
     write_adapter,
 )
+from rasa_ext.checkpoint.lora_file import plain_settings
 from rasa_ext.config import RasaConfig
 from rasa_ext.methods.base import LORA_SET
 from rasa_ext.patching.patch import check_unpatched
@@ -126,21 +127,7 @@ class LoraSet:
         for layer, basis in self.layers.items():
             tensors[f"{PREFIX}{layer}.lora_A.weight"] = basis.A
             tensors[f"{PREFIX}{layer}.lora_B.weight"] = basis.B * basis.d[i]
-        settings = {
-            "peft_type": "LORA",
-            **self.lora,
-            "inference_mode": True,
-            "r": self.rank,
-            "lora_alpha": self.rank,
-            "lora_dropout": 0.0,
-            "modules_to_save": None,
-            "bias": "none",
-            "use_rslora": False,
-            "use_dora": False,
-            "rank_pattern": {},
-            "alpha_pattern": {},
-        }
-        write_adapter(directory, settings, tensors)
+        write_adapter(directory, plain_settings(self.rank, **self.lora), tensors)
 
     @torch.no_grad()
     def install(self, model: nn.Module, name: str) -> nn.Module:

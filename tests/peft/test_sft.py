@@ -12,6 +12,7 @@ from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import same_bits
 from tests.helpers.peft import layers, logits, tiny
 from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
+from tests.helpers.trainers import QUIET
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -19,15 +20,10 @@ datasets = pytest.importorskip("datasets")
 
 def train(model, directory, checkpointing=False, resume=None, peft_config=None, **options):
     settings = {
+        **QUIET,
         "max_steps": 4,
-        "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
-        "disable_tqdm": True,
         "max_length": 64,
         "gradient_checkpointing": checkpointing,
         **options,

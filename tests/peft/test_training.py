@@ -14,6 +14,7 @@ import rasa_ext
 from tests.helpers.adapters import patched, same_bits
 from tests.helpers.peft import logits, named, tiny, trained
 from tests.helpers.tiny_lm import make_model
+from tests.helpers.trainers import QUIET
 
 CHECKPOINTING = [None, True, False]
 
@@ -27,15 +28,10 @@ def rows() -> list[dict]:
 def train(model, directory, reentrant=None, resume=None, **options):
     """The losses of six steps; ``reentrant`` is the kind of checkpointing, None for none."""
     settings = {
+        **QUIET,
         "max_steps": 6,
-        "per_device_train_batch_size": 4,
         "learning_rate": 1e-2,
         "max_grad_norm": 0.0,  # a norm over all gradients depends on their order
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
         "gradient_checkpointing": reentrant is not None,
         "gradient_checkpointing_kwargs": {"use_reentrant": bool(reentrant)},
         **options,

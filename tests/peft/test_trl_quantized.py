@@ -12,6 +12,7 @@ from tests.helpers.adapters import same_bits
 from tests.helpers.peft import trained
 from tests.helpers.quantized import make_model, quantized
 from tests.helpers.tiny_lm import make_tokenizer, sums
+from tests.helpers.trainers import QUIET
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -27,16 +28,11 @@ def base(form: str) -> torch.nn.Module:
 
 def trainer(model, directory, peft_config=None, **options):
     settings = {
+        **QUIET,
         "max_steps": 10,
-        "per_device_train_batch_size": 4,
         "learning_rate": 5e-4,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
-        "disable_tqdm": True,
         "max_length": 64,
         "gradient_checkpointing": False,
         **options,

@@ -19,7 +19,7 @@ from tests.helpers.adapters import adapters, patched, plain_model, same_bits, tr
 from tests.helpers.adapters import randomize as fill
 from tests.helpers.peft import logits, trained
 from tests.helpers.tiny_lm import make_tokenizer, save_base, sums
-from tests.helpers.trainers import frozen_heap
+from tests.helpers.trainers import QUIET, frozen_heap
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -70,18 +70,13 @@ def rows(kind: str) -> list[dict]:
 
 def trainer(kind: str, model, directory: Path, peft_config=None, optimizer=None, **options):
     settings = {
+        **QUIET,
         "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",
         "optim": "sgd",  # Adam makes a step of a rounding error
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
         "bf16": False,
-        "disable_tqdm": True,
         "gradient_checkpointing": False,
         **(DRAWING if kind in ("GRPO", "RLOO") else {}),
         **options,

@@ -16,7 +16,7 @@ from tests.helpers.adapters import adapters, patched, randomize, same_bits
 from tests.helpers.lora_server import log_probabilities, serving
 from tests.helpers.peft import tiny
 from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
-from tests.helpers.trainers import frozen_heap
+from tests.helpers.trainers import QUIET, frozen_heap
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -71,17 +71,12 @@ def grpo(model, directory, served, check, peft_config=None, chat=False, **option
     settings = trl.GRPOConfig(
         str(directory / "out"),
         **{
+            **QUIET,
             "max_steps": 3,
-            "per_device_train_batch_size": 4,
             "num_generations": 2,
             "max_completion_length": 4,
             "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
             "bf16": False,
-            "disable_tqdm": True,
             **options,
         },
     )
