@@ -233,11 +233,13 @@ def _read(directories: Directories) -> dict[str, Lora]:
     shapes: dict[str, tuple[tuple[int, int], Path]] = {}
     for name, path in _named(directories).items():
         loras[name] = read_lora(path)
-        if saved := next(iter((*loras[name].saved, *loras[name].rows)), None):
-            raise ValueError(
-                f"{path}: expected a LoRA alone, but modules_to_save has trained {saved}, which "
-                "would have no place in a shared basis; leave this LoRA out, or train it without."
-            )
+        beside = {"modules_to_save": loras[name].saved, "trainable_token_indices": loras[name].rows}
+        for setting, trained in beside.items():
+            if key := next(iter(trained), None):
+                raise ValueError(
+                    f"{path}: expected a LoRA alone, but {setting} has trained {key}, which would "
+                    "have no place in a shared basis; leave this LoRA out, or train it without."
+                )
         for layer, (B, A) in loras[name].factors.items():
             shape = B.shape[0], A.shape[1]
             first, where = shapes.setdefault(layer, (shape, path))

@@ -331,13 +331,18 @@ def test_loras_that_are_refused_are_named(factors, config, message, tmp_path):
         rasa_ext.compress_many(paths, 2)
 
 
-def test_modules_that_were_trained_in_full_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "trained"),
+    [
+        ("norm.weight", "modules_to_save has trained norm.weight"),
+        ("embed.token_adapter.trainable_tokens_delta", "trainable_token_indices has trained embed"),
+    ],
+)
+def test_what_was_trained_beside_a_lora_is_refused(key, trained, tmp_path):
     paths = written(tmp_path, own(2, 2))
     tensors = load_file(paths[1] / WEIGHTS)
-    save_file(tensors | {"base_model.model.norm.weight": torch.ones(3)}, paths[1] / WEIGHTS)
-    with pytest.raises(
-        ValueError, match=rf"^{paths[1]}: .*modules_to_save has trained norm.weight"
-    ):
+    save_file(tensors | {f"base_model.model.{key}": torch.ones(3)}, paths[1] / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"^{paths[1]}: .*{trained}"):
         rasa_ext.compress_many(paths, 2)
 
 
