@@ -72,7 +72,7 @@ class Alone(nn.Module):
         self.model, self.fused = model, fused
 
     def forward(self, *args, **kwargs):
-        before, ops.fuse_projections = ops.fuse_projections, lambda x: self.fused
+        before, ops.fuse_projections = ops.fuse_projections, lambda *_: self.fused
         try:
             return self.model(*args, **kwargs)
         finally:

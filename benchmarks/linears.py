@@ -84,7 +84,8 @@ class Case:
             fused = FusedProjections([self.adapted[name] for name in same])
             for name in same:
                 self.adapted[name].fused = fused
-        by_default = ops.fuse_projections(next(iter(self.inputs.values())))
+        first = next(iter(self.inputs.values()))
+        by_default = ops.fuse_projections(first, first.dtype, 0.0)
         name = f"{self.ours}, {'each alone' if by_default else 'fused'}"
         made[name] = baselines.Alone(ours, not by_default)
         for rank in (8, self.R):

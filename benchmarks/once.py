@@ -85,7 +85,7 @@ def products(functions, tensors: dict, packs) -> dict[str, object]:
     )
     found["adapted"] = functions.adapted_linear(None, x, weight, None, *single, 16)
     found["adapted_backward"] = functions.adapted_linear_backward(
-        grad, x, weight, tensors.get("U", U), None, *single, 16, True, True, True
+        grad, x, weight, tensors.get("U", U), *single, 16, True, True, True
     )
     wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bp, Bp], [weight, weight]
     outputs, wide_U = functions.linear_projections(x, weights, [], wide_Ap, ups)

@@ -4,7 +4,7 @@
 
 namespace rasa_ext {
 
-std::tuple<Tensor, Tensor, Tensor> adapted_linear(
+std::tuple<Tensor, Tensor> adapted_linear(
     const std::optional<Tensor>& y, const Tensor& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& bias, const Tensor& A, const std::optional<Tensor>& A_pool,
     const Tensor& B, const std::optional<Tensor>& B_pool, const std::optional<Tensor>& d,
@@ -14,21 +14,19 @@ std::tuple<Tensor, Tensor, Tensor> adapted_linear(
     checks.refuse("weight", "a tensor, or y in its place", y ? "both" : "None for both");
   }
   const auto [Ap, Bp] = pack(A, A_pool, B, B_pool, d, x.scalar_type(), multiple);
-  const auto [out, U] = y ? low_rank_add(*y, x, Ap, Bp, kept, scale)
-                          : low_rank_linear(x, *weight, bias, Ap, Bp, kept, scale);
-  return {out, U, Bp};
+  return y ? low_rank_add(*y, x, Ap, Bp, kept, scale)
+           : low_rank_linear(x, *weight, bias, Ap, Bp, kept, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
     const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& U, const std::optional<Tensor>& Bp, const Tensor& A,
-    const std::optional<Tensor>& A_pool, const Tensor& B, const std::optional<Tensor>& B_pool,
-    const std::optional<Tensor>& d, int64_t multiple, bool need_x, bool need_A, bool need_B,
-    const std::optional<Tensor>& mask, double scale) {
-  // A Bp that was kept saves nothing here: one launch packs both.
-  const auto [down, up] = pack(A, A_pool, B, B_pool, d, grad.scalar_type(), multiple);
-  const auto [dx, dAp, dBp] = low_rank_linear_backward(grad, x, weight, U, down, Bp ? *Bp : up,
-                                                       need_x, need_A, need_B, mask, scale);
+    const std::optional<Tensor>& U, const Tensor& A, const std::optional<Tensor>& A_pool,
+    const Tensor& B, const std::optional<Tensor>& B_pool, const std::optional<Tensor>& d,
+    int64_t multiple, bool need_x, bool need_A, bool need_B, const std::optional<Tensor>& mask,
+    double scale) {
+  const auto [Ap, Bp] = pack(A, A_pool, B, B_pool, d, grad.scalar_type(), multiple);
+  const auto [dx, dAp, dBp] = low_rank_linear_backward(grad, x, weight, U, Ap, Bp, need_x, need_A,
+                                                       need_B, mask, scale);
   const auto [dA, dA_pool, dB, dB_pool, dd] =
       pack_backward(need_A ? std::optional<Tensor>(dAp) : std::nullopt,
                     need_B ? std::optional<Tensor>(dBp) : std::nullopt, B, B_pool, d);

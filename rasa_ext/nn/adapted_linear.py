@@ -12,11 +12,12 @@ from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, l
 from rasa_ext.base_layers.quantized import check_gradient
 from rasa_ext.base_layers.sharded import is_dtensor
 from rasa_ext.base_layers.split import Split, local_part, split_of
-from rasa_ext.nn import functional
+from rasa_ext.nn import few_tokens, functional
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
 from rasa_ext.nn.pack_cache import PackCache
 from rasa_ext.nn.precision import HALVES, is_sharing
+from rasa_ext.nn.shapes import count_tokens, flatten_tokens, unflatten_like
 from rasa_ext.nn.split import part_of, shared, summed
 from rasa_ext.ops import Factors, Pack
 
@@ -89,20 +90,19 @@ class AdaptedLinear(AdaptedModule):
             return self._over_base(x, adapter, sources, with_grad, args, kwargs)
         p = adapter.config.dropout if self.training else 0.0
         # With dropout also without grad: a re-entrant checkpoint must draw the same masks twice.
-        if (with_grad or p) and self.fused is not None and ops.fuse_projections(x):
-            y = self.fused.output(self, x, dtype)
+        if (with_grad or p) and self.fused is not None and ops.fuse_projections(x, dtype, p):
+            part = Projection(*plain, sources, adapter.factors, p)
+            y = self.fused.output(self, part, x, dtype)
             if y is not None:
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
         mask, kept, scale = functional.dropout(x, p) if p else (None, None, 1.0)
         if with_grad:
-            factors = adapter.factors()
-            multiple = _rank_multiple(x, factors)
-            return functional.adapted_linear(x, *plain, factors, multiple, mask, kept, scale)
+            return _adapted_linear(x, *plain, adapter.factors(), mask, kept, scale)
         pack = self._packed(adapter, sources, dtype, x.device)
-        y, _ = ops.low_rank_linear(functional.flatten_tokens(x), *plain, *pack, kept, scale)
-        return functional.unflatten_like(y, x)
+        y, _ = ops.low_rank_linear(flatten_tokens(x), *plain, *pack, kept, scale)
+        return unflatten_like(y, x)
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
         """Give the layer as one of several that read one input, computed in ``dtype`` together.
@@ -142,9 +142,9 @@ class AdaptedLinear(AdaptedModule):
         x = x.to(y.dtype)
         drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         pack = self._packed(adapter, sources, y.dtype, y.device)
-        rows = functional.flatten_tokens(y), functional.flatten_tokens(x)
+        rows = flatten_tokens(y), flatten_tokens(x)
         out, _ = ops.low_rank_add(*rows, *pack, *drop[1:])
-        return functional.unflatten_like(out, y)
+        return unflatten_like(out, y)
 
     def _over_part(
         self,
@@ -174,13 +174,12 @@ class AdaptedLinear(AdaptedModule):
         mask, kept, scale = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         if with_grad:
             factors = part_of(adapter.factors(), split)
-            multiple = _rank_multiple(x, factors)
-            y = functional.adapted_linear(x, weight, added, factors, multiple, mask, kept, scale)
+            y = _adapted_linear(x, weight, added, factors, mask, kept, scale)
         else:
             pack = self._packed(adapter, sources, dtype, x.device, split)
-            rows = functional.flatten_tokens(x)
+            rows = flatten_tokens(x)
             out, _ = ops.low_rank_linear(rows, weight, added, *pack, kept, scale)
-            y = functional.unflatten_like(out, x)
+            y = unflatten_like(out, x)
         if by_rows:
             return y
         y = summed(y, split)
@@ -191,6 +190,8 @@ class AdaptedLinear(AdaptedModule):
         x = x.to(y.dtype)
         drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         factors = adapter.factors()
+        if drop[0] is None and ops.few_tokens(x):
+            return few_tokens.adapted_add(y, x, factors)
         return functional.adapted_add(y, x, factors, _rank_multiple(x, factors), *drop)
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -253,9 +254,25 @@ class AdaptedLinear(AdaptedModule):
         return self._cache.get(sources, (dtype, device), make)
 
 
+def _adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: Factors,
+    mask: Tensor | None,
+    kept: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Compute ``x W^T + bias + x dW^T``, differentiable; the rest from ``functional.dropout``."""
+    if mask is None and ops.few_tokens(x):
+        return few_tokens.adapted_linear(x, weight, bias, factors)
+    multiple = _rank_multiple(x, factors)
+    return functional.adapted_linear(x, weight, bias, factors, multiple, mask, kept, scale)
+
+
 def _rank_multiple(x: Tensor, factors: Factors) -> int:
     """Choose the padding of a pack that is made for x (..., in) alone."""
-    tokens = functional.count_tokens(x)
+    tokens = count_tokens(x)
     return ops.rank_multiple(x.device.type, x.dtype, factors.rank, tokens)
 
 

@@ -1,4 +1,4 @@
-"""The autograd code, but for what processes exchange: packs, and low-rank linears over adapters.
+"""Autograd functions, but for what processes exchange: packs, and low-rank linears over adapters.
 
     pack(factors)                     -> Pack: Ap (R, in), Bp (R, out)
     adapted_linear(x, W, bias, ...)   -> x W^T + bias + (x Ap^T) Bp
@@ -7,14 +7,13 @@
     adapted_group(x, Ws, bias, ...)   -> adapted_linear of L layers on L given inputs
 
 Saved for the backward are x, U = x Ap^T and the parameters themselves: x only where an A is
-trained, U only where a B or d is. The pack is made again there, in weight space, but for a Bp of
-which ``ops.keep_pack`` says that keeping it is worth its memory. Dropout adds its mask, a bit for
-each element of x. All gradients are first order; differentiating twice raises.
+trained, U only where a B or d is. The pack is made again there, in weight space. Dropout adds its
+mask, a bit for each element of x. All gradients are first order; differentiating twice raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rasa_ext import ops
+from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
 from rasa_ext.ops import Factors, Pack
 
-_unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default
 _Grads: TypeAlias = "tuple[Tensor | None, ...]"
 _FactorGrads: TypeAlias = (
     "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]"
@@ -91,14 +90,13 @@ class _AdaptedLinear(Function):
     ) -> Tensor:
         rows, base = flatten_tokens(x), None if y is None else flatten_tokens(y)
         factors = (A, A_pool, B, B_pool, d)
-        out, U, Bp = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, kept, scale)
+        out, U = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, kept, scale)
         *_, of_A, of_A_pool, of_B, of_B_pool, of_d = ctx.needs_input_grad
         need_A, need_B = ctx.needs = of_A or of_A_pool, of_B or of_B_pool or of_d
         ctx.save_for_backward(
             x if need_A else None,
             weight,
             U if need_B else None,
-            Bp if ops.keep_pack(rows) else None,
             mask,
             *factors,
         )
@@ -108,7 +106,7 @@ class _AdaptedLinear(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> _Grads:
-        x, weight, U, Bp, mask, A, A_pool, B, B_pool, d = ctx.saved_tensors
+        x, weight, U, mask, A, A_pool, B, B_pool, d = ctx.saved_tensors
         need_y, need_x, _, _, _, _, _, _, *needs = ctx.needs_input_grad
         need_A, need_B = ctx.needs
         dx, *grads = ops.adapted_linear_backward(
@@ -116,7 +114,6 @@ class _AdaptedLinear(Function):
             None if x is None else flatten_tokens(x),
             weight,
             U,
-            Bp,
             A,
             A_pool,
             B,
@@ -154,14 +151,12 @@ class _AdaptedProjections(Function):
         x_rows = flatten_tokens(x)
         y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, kept, scale)
         ctx.needs = _needs(ctx.needs_input_grad[6 + 2 * n :])
-        its_Bp = Bp if ops.keep_pack(x_rows) else ()
         ctx.save_for_backward(
             x if ctx.needs[0] else None,
             U if ctx.needs[1] else None,
             mask,
             *weights,
             *tensors[2 * n :],
-            *its_Bp,
         )
         ctx.multiple, ctx.scale, ctx.width = multiple, scale, x.shape[-1]
         return tuple(unflatten_like(t, x) for t in y)
@@ -171,15 +166,11 @@ class _AdaptedProjections(Function):
     def backward(ctx: Any, *grads: Tensor) -> _Grads:
         x, U, mask, *tensors = ctx.saved_tensors
         n = len(grads)
-        weights, its_Bp = tensors[:n], tensors[6 * n :]
-        A, A_pool, B, B_pool, d = as_op_lists(_by_layer(tensors[n : 6 * n]))
+        weights = tensors[:n]
+        A, A_pool, B, B_pool, d = as_op_lists(_by_layer(tensors[n:]))
         need_x, (need_A, need_B) = ctx.needs_input_grad[0], ctx.needs
-        if its_Bp:
-            down = A, A_pool, grads[0].dtype, ctx.multiple
-            Ap, Bp = ops.packed_down_projections(*down), list(its_Bp)
-        else:
-            form = grads[0].dtype, ctx.multiple
-            Ap, Bp = ops.pack_projections(A, A_pool, B, B_pool, d, *form)
+        form = grads[0].dtype, ctx.multiple
+        Ap, Bp = ops.pack_projections(A, A_pool, B, B_pool, d, *form)
         shape = (*grads[0].shape[:-1], ctx.width)
         dx, dAp, dBp = ops.linear_projections_backward(
             [flatten_tokens(grad) for grad in grads],
@@ -416,24 +407,6 @@ def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     """Make an operator's list, which cannot hold None: [] if all are, else empty tensors."""
     some = next((t for t in tensors if t is not None), None)
     return [] if some is None else [some.new_empty(0) if t is None else t for t in tensors]
-
-
-def count_tokens(x: Tensor) -> int:
-    """Give M, the tokens in x (..., n)."""
-    return x.numel() // max(x.shape[-1], 1)
-
-
-def flatten_tokens(x: Tensor) -> Tensor:
-    """Give x (..., n) as (M, n)."""
-    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-
-
-def unflatten_like(y: Tensor, x: Tensor) -> Tensor:
-    """Give y (M, n), which the caller gives up, as (..., n) with x's leading dimensions.
-
-    Not a view to autograd: what a Function returns as one could not be modified in place.
-    """
-    return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def _needs(needs: Sequence[bool]) -> tuple[bool, bool]:

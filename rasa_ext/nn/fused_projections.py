@@ -8,14 +8,15 @@ the very same x, unchanged. Those that turn out to read another one leave for go
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from rasa_ext import ops
-from rasa_ext.nn import functional
+from rasa_ext.nn import few_tokens, functional
+from rasa_ext.nn.shapes import count_tokens
 from rasa_ext.ops import Factors
 
 
@@ -81,17 +82,21 @@ class FusedProjections:
         self._layers = [weakref.ref(layer) for layer in layers]
         self._round: _Round | None = None
 
-    def output(self, layer: Projected, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-        """Give the layer's output for x (..., in) in ``dtype``, or None: compute it alone."""
+    def output(
+        self, layer: Projected, part: Projection, x: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Give the layer's output for x (..., in) in ``dtype``, or None: compute it alone.
+
+        ``part`` is what ``layer.projection(dtype)`` would give.
+        """
         current = self._round
         if current is not None:
             if current.is_of(x, dtype) and id(layer) in current.waiting:
                 y, stamp = current.waiting.pop(id(layer))
-                part = layer.projection(dtype)
-                return None if part is None or part.stamp() != stamp else y
+                return y if part.stamp() == stamp else None
             if current.waiting:
                 self._part(current, dtype)
-        return self._compute(layer, x, dtype)
+        return self._compute(layer, part, x, dtype)
 
     def layers(self) -> list[Projected]:
         """Give the layers that still go together."""
@@ -113,33 +118,25 @@ class FusedProjections:
         self._layers = [each for key, each in layers.items() if key not in leaving]
         last.waiting.clear()
 
-    def _compute(self, leader: Projected, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    def _compute(
+        self, leader: Projected, first: Projection, x: Tensor, dtype: torch.dtype
+    ) -> Tensor | None:
         """Compute all outputs: give the leader's, and let those of the others wait."""
-        layers = [layer() for layer in self._layers]
-        if len(layers) < 2 or leader not in layers:
+        layers = [layer for layer in (each() for each in self._layers) if layer is not leader]
+        if not layers or len(layers) == len(self._layers):
             return None
-        layers.sort(key=lambda each: each is not leader)  # stable: the leader first
-        parts: list[Projection] = []
+        parts = [first]
         for each in layers:
             part = None if each is None else each.projection(dtype)
-            if part is None or not _fit(part, parts[0] if parts else part, x):
+            if part is None or not _fit(part, first, x):
                 return None
             parts.append(part)
-        first = parts[0]
-        inputs = x if x.dtype == dtype else x.to(dtype)
-        factors = [part.factors() for part in parts]
-        tokens = functional.count_tokens(x)
-        outputs = functional.adapted_projections(
-            inputs,
-            [part.weight for part in parts],
-            [part.bias for part in parts],
-            factors,
-            ops.rank_multiple(x.device.type, dtype, max(each.rank for each in factors), tokens),
-            *functional.dropout(inputs, first.dropout),
-        )
+        if not _fit(first, first, x):
+            return None
+        outputs = _adapted_projections(x if x.dtype == dtype else x.to(dtype), parts)
         # Only now: a checkpoint that stops in the middle of a recomputation leaves no round.
         self._round = _Round(x, dtype, leader, first.stamp())
-        for each, part, y in zip(layers[1:], parts[1:], outputs[1:], strict=True):
+        for each, part, y in zip(layers, parts[1:], outputs[1:], strict=True):
             self._round.waiting[id(each)] = y, part.stamp()
         self._round.drop_in_backward(outputs[0])
         return outputs[0]
@@ -157,8 +154,24 @@ class FusedProjections:
         self._round = None
 
 
+def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """Compute every part's output for x (..., in), in its dtype."""
+    weights, biases = [part.weight for part in parts], [part.bias for part in parts]
+    factors = [part.factors() for part in parts]
+    dropout = parts[0].dropout
+    if not dropout and ops.few_tokens(x):
+        return few_tokens.adapted_projections(x, weights, biases, factors)
+    rank, tokens = max(each.rank for each in factors), count_tokens(x)
+    multiple = ops.rank_multiple(x.device.type, x.dtype, rank, tokens)
+    drop = functional.dropout(x, dropout)
+    return functional.adapted_projections(x, weights, biases, factors, multiple, *drop)
+
+
 def _fit(part: Projection, first: Projection, x: Tensor) -> bool:
-    """Tell whether a projection can be computed with the first of them, on x's device."""
+    """Tell whether a projection can be computed with the first of them, on x's device.
+
+    A pool that lies on another device than the layer's own tensors is brought to it.
+    """
     if part.dropout != first.dropout or len(part.sources) != len(first.sources):
         return False
-    return all(tensor.device == x.device for tensor in (part.weight, *part.sources))
+    return part.weight.device == x.device == part.sources[0].device

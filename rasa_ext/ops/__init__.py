@@ -17,11 +17,10 @@ from rasa_ext.ops.fused_projections import (
     linear_projections_backward,
     pack_projections,
     pack_projections_backward,
-    packed_down_projections,
 )
 from rasa_ext.ops.heuristics import (
+    few_tokens,
     fuse_projections,
-    keep_pack,
     noise_words,
     pool_in_packs,
     rank_multiple,
@@ -53,8 +52,8 @@ __all__ = [
     "experts_linear",
     "experts_outer",
     "experts_rank_multiple",
+    "few_tokens",
     "fuse_projections",
-    "keep_pack",
     "linear_group",
     "linear_group_backward",
     "linear_projections",
@@ -72,7 +71,6 @@ __all__ = [
     "pack_group_backward",
     "pack_projections",
     "pack_projections_backward",
-    "packed_down_projections",
     "pool_in_packs",
     "rank_multiple",
 ]

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from rasa_ext.ops.library import operator
 from rasa_ext.ops.linear import linear, linear_add, linear_grads
-from rasa_ext.ops.pack import as_results, factor_grads, packed, packed_down, with_own_memory
+from rasa_ext.ops.pack import as_results, factor_grads, packed, with_own_memory
 
 
 @operator(
     "adapted_linear(Tensor? y, Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor? A_pool, "
     "Tensor B, Tensor? B_pool, Tensor? d, int multiple=1, Tensor? kept=None, float scale=1.0) -> "
-    "(Tensor out, Tensor U, Tensor Bp)"
+    "(Tensor out, Tensor U)"
 )
 def adapted_linear(
     y: Tensor | None,
@@ -35,16 +35,16 @@ def adapted_linear(
     multiple: int = 1,
     kept: Tensor | None = None,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """X W^T + bias + U Bp (M, out), or y + U Bp where y is given and no weight; U and Bp beside it.
+) -> tuple[Tensor, Tensor]:
+    """X W^T + bias + U Bp (M, out), or y + U Bp where y is given and no weight; U beside it.
 
     U = X Ap^T (M, Rp), with the pack in x's dtype.
     """
     Ap, Bp = packed(A, A_pool, B, B_pool, d, x.dtype, multiple)
     if weight is not None and y is None:
-        return *linear(x, weight, bias, Ap, Bp, kept, scale), Bp
+        return linear(x, weight, bias, Ap, Bp, kept, scale)
     if y is not None and weight is None:
-        return *linear_add(y, x, Ap, Bp, kept, scale), Bp
+        return linear_add(y, x, Ap, Bp, kept, scale)
     got = "both" if weight is not None else "None for both"
     raise ValueError(
         f"rasa_ext::adapted_linear: weight: expected a tensor, or y in its place, got {got}."
@@ -56,7 +56,6 @@ def _gradients(
     x: Tensor | None,
     weight: Tensor | None,
     U: Tensor | None,
-    Bp: Tensor | None,
     A: Tensor,
     A_pool: Tensor | None,
     B: Tensor,
@@ -71,13 +70,10 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of ``adapted_linear``'s x (M, in) and factors; what is not needed has no elements.
 
-    ``weight=None`` is that of ``y + U Bp``. Where Bp is None it is packed again, as Ap always is.
-    Those of the factors come in their dtype, dB (out, r-k) and dB_pool (out, L*k) stored by ranks.
+    ``weight=None`` is that of ``y + U Bp``. The pack is made again from the factors, whose
+    gradients come in their dtype, dB (out, r-k) and dB_pool (out, L*k) stored by ranks.
     """
-    if Bp is None:
-        Ap, Bp = packed(A, A_pool, B, B_pool, d, grad.dtype, multiple)
-    else:
-        Ap = packed_down(A, A_pool, grad.dtype, multiple)
+    Ap, Bp = packed(A, A_pool, B, B_pool, d, grad.dtype, multiple)
     dx, dAp, dBp = linear_grads(grad, x, weight, U, Ap, Bp, need_x, need_A, need_B, mask, scale)
     grads = factor_grads(dAp, dBp, B, B_pool, d)
     return grad.new_empty(0) if dx is None else dx, *as_results(B, grads)
@@ -89,7 +85,7 @@ def _registered(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
 
 
 adapted_linear_backward = operator(
-    "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? weight, Tensor? U, Tensor? Bp, "
+    "adapted_linear_backward(Tensor grad, Tensor? x, Tensor? weight, Tensor? U, "
     "Tensor A, Tensor? A_pool, Tensor B, Tensor? B_pool, Tensor? d, int multiple, bool need_x, "
     "bool need_A, bool need_B, Tensor? mask=None, float scale=1.0) -> "
     "(Tensor dx, Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)",

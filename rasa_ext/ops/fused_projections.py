@@ -43,17 +43,9 @@ def pack_projections(
     none = [None] * len(B)
     factors = zip(B, B_pool or none, d or none, strict=True)
     up = [packed_up(b, b_pool, v, dtype, multiple) for b, b_pool, v in factors]
-    return packed_down_projections(A, A_pool, dtype, multiple), up
-
-
-def packed_down_projections(
-    A: Sequence[Tensor], A_pool: Sequence[Tensor], dtype: torch.dtype, multiple: int
-) -> Tensor:
-    """Pack every A and A_pool alone: Ap (Rp, in)."""
-    pools: Sequence[Tensor | None] = A_pool or [None] * len(A)
-    rows = [row for own, pool in zip(A, pools, strict=True) for row in rows_of(own, pool, multiple)]
-    Ap = torch.cat(rows)
-    return Ap if Ap.dtype == dtype else Ap.to(dtype)
+    downs = zip(A, A_pool or none, strict=True)
+    Ap = torch.cat([row for own, pool in downs for row in rows_of(own, pool, multiple)])
+    return Ap if Ap.dtype == dtype else Ap.to(dtype), up
 
 
 def _each_grads(

@@ -46,17 +46,25 @@ def rank_multiple(device_type: str, dtype: torch.dtype, rank: int, tokens: int =
     return 1
 
 
-def fuse_projections(x: Tensor) -> bool:
+def fuse_projections(x: Tensor, dtype: torch.dtype, dropout: float) -> bool:
     """Decide whether layers that read one x (..., in), as q, k and v do, share a forward with grad.
 
     On a CPU one down-projection three times as wide, and no sum over the projections' dx in passes
-    of its own, take a tenth to a quarter of the adapters' time away. On a GPU the gain is predicted
-    and not measured: of q, k and v two products read x in place of six, their dx are not added up
-    in passes over all tokens, and a step has 27 launches in place of 41. With few tokens, too:
-    there Python takes the time, for three layers where one call would do. Decoding, which is
-    without grad, leaves each layer to the two kernels made for it.
+    of its own, take a tenth to a quarter of the adapters' time away. Not of a few tokens in
+    float32, where the one product saves less than Python takes to hand its columns on; in bfloat16,
+    whose narrow products are slow, a tenth of it. With dropout they share one mask.
+
+    On a GPU the gain is predicted and not measured: of q, k and v two products read x in place of
+    six, their dx are not added up in passes over all tokens, and a step has 27 launches in place of
+    41. With few tokens, too: there Python takes the time, for three layers where one call would do.
+    Decoding, which is without grad, leaves each layer to the two kernels made for it.
     """
-    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    device = x.device.type
+    if device != "cpu":
+        return device == "cuda"
+    return dropout > 0 or dtype not in (torch.float32, torch.float64) or not few_tokens(x)
 
 
 def noise_words(device_type: str, elements: int) -> int:
@@ -70,12 +78,14 @@ def noise_words(device_type: str, elements: int) -> int:
     return 2 * -(-elements // 8)
 
 
-def keep_pack(x: Tensor) -> bool:
-    """Decide whether a forward on x (M, in) keeps its Bp for the backward, or makes it again there.
+def few_tokens(x: Tensor) -> bool:
+    """Decide whether PyTorch differentiates the adapter of a forward with grad on x (..., in).
 
-    Of a pack Bp costs most to make, since its rows are scaled, and less than half of what the
-    official formula saves beyond x to keep. On a CPU with 16 tokens it is a tenth of a step's
-    overhead and more, with 2048 tokens the hundredth part of the step. On a GPU a pack is one small
-    launch, and memory is what is short there.
+    On a CPU that takes a third (float32) and a quarter (bfloat16) of what the adapter adds to a
+    step of 16 tokens away, a seventh at 512, and nothing from 1024 on, where keeping x and U alone
+    is worth more: Python, in a Function and in the operators under it, costs the same for few and
+    for many. On a GPU operators are fewer launches.
     """
-    return x.device.type == "cpu" and x.shape[0] <= 2048
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return x.numel() <= 512 * x.shape[-1]

@@ -310,7 +310,7 @@ def test_projections_are_fused_in_ours_alone(monkeypatch):
     monkeypatch.setattr(
         ops, "linear_projections", lambda x, *a: together.append(len(a[0])) or plain(x, *a)
     )
-    case = linears.Case(shapes.BLOCKS["tiny"], 6, 8, 1, torch.float32, "cpu")
+    case = linears.Case(shapes.BLOCKS["tiny"], 520, 8, 1, torch.float32, "cpu")
     for name, module in case.variants().items():
         together.clear()
         case.step(module)()

@@ -68,9 +68,7 @@ def test_two_processes_train_as_one(case, halves, tmp_path, figure):
     parity = PARITY[model.dtype]
     assert max(losses, norms) <= parity
     assert gradients <= 5 * parity
-    if model.dtype == torch.float64:
-        # Float32 rounds gradients near zero otherwise, and AdamW divides by their size.
-        assert adapters <= 1e-9
+    assert adapters <= {torch.float64: 1e-9, torch.float32: 1e-5}[model.dtype]
 
 
 def test_an_adapter_from_one_process_over_a_split_base(halves, figure):

@@ -20,7 +20,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 @pytest.fixture(params=[False, True], ids=["alone", "fused"])
 def fused(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether projections of one input are computed together, whatever the heuristic says."""
-    monkeypatch.setattr(ops, "fuse_projections", lambda _: request.param)
+    monkeypatch.setattr(ops, "fuse_projections", lambda *_: request.param)
     return request.param
 
 

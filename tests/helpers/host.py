@@ -53,9 +53,9 @@ class Host:
         rank_multiple = ops.rank_multiple
         heuristics = {
             "rank_multiple": lambda _, *rest: rank_multiple("cuda", *rest),
-            "fuse_projections": lambda _: fused,
+            "fuse_projections": lambda *_: fused,
             "noise_words": lambda *_: 2,
-            "keep_pack": lambda _: False,
+            "few_tokens": lambda _: False,
         }
         compiled_ones = {name: getattr(self.ops, name).default for name in self.names}
         for name, its in {**compiled_ones, **heuristics}.items():

@@ -90,7 +90,7 @@ def test_training_step_with_dropout(on_host, host, fused, monkeypatch, shape):
     model = patched(dropout=0.3)
     monkeypatch.setattr(ops, "dropout", host.ops.dropout)
     monkeypatch.setattr(ops, "noise_words", lambda *_: 2)
-    monkeypatch.setattr(ops, "fuse_projections", lambda _: fused)
+    monkeypatch.setattr(ops, "fuse_projections", lambda *_: fused)
     x = torch.randn(shape)
     steps = [copy.deepcopy(model).train() for _ in range(3)]
     torch.manual_seed(5)

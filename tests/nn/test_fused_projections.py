@@ -14,7 +14,8 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext import ops
-from rasa_ext.nn import functional
+from rasa_ext.nn import few_tokens, functional
+from rasa_ext.ops import heuristics
 from tests.helpers.adapters import adapted_layers, adapters, check_step, observe, patched
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, VIT, ids
 
@@ -28,16 +29,26 @@ GROUPS = {
 }
 
 
+@pytest.fixture(params=[few_tokens, functional], ids=["few", "many"], autouse=True)
+def way(request, monkeypatch):
+    """Together by PyTorch's own autograd, or by functions of this package."""
+    monkeypatch.setattr(ops, "few_tokens", lambda _: request.param is few_tokens)
+    monkeypatch.setattr(ops, "fuse_projections", lambda *_: True)
+    return request.param
+
+
 @pytest.fixture
-def log(monkeypatch) -> list[int]:
+def log(way, monkeypatch) -> list[int]:
     """How many layers were computed together, call by call."""
-    found, direct = [], functional.adapted_projections
+    found = []
+    for module in (few_tokens, functional):
 
-    def counting(x, weights, *args):
-        found.append(len(weights))
-        return direct(x, weights, *args)
+        def counting(x, weights, *args, direct=module.adapted_projections, its=module):
+            assert its is way or len(args) > 2  # dropout has its mask
+            found.append(len(weights))
+            return direct(x, weights, *args)
 
-    monkeypatch.setattr(functional, "adapted_projections", counting)
+        monkeypatch.setattr(module, "adapted_projections", counting)
     return found
 
 
@@ -196,9 +207,24 @@ def test_dropout_is_one_mask_for_all(log):
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize(("device", "fused"), [("cpu", True), ("cuda", True), ("mps", False)])
-def test_where_projections_go_together(device, fused):
-    assert ops.fuse_projections(SimpleNamespace(device=torch.device(device))) == fused
+@pytest.mark.parametrize(
+    ("device", "tokens", "dtype", "dropout", "fused"),
+    [
+        ("cpu", 513, torch.float32, 0.0, True),
+        ("cpu", 512, torch.float32, 0.0, False),
+        ("cpu", 512, torch.float32, 0.1, True),
+        ("cpu", 1, torch.bfloat16, 0.0, True),
+        ("meta", 1, torch.bfloat16, 0.0, False),
+    ],
+)
+def test_where_projections_go_together(device, tokens, dtype, dropout, fused):
+    x = torch.empty(1, tokens, 3, device=device)
+    assert heuristics.fuse_projections(x, dtype, dropout) == fused
+
+
+def test_on_a_gpu_they_go_together():
+    x = SimpleNamespace(device=torch.device("cuda"))
+    assert heuristics.fuse_projections(x, torch.float32, 0.0)
 
 
 def test_with_and_without_grad_do_not_mix():
@@ -226,10 +252,11 @@ def test_the_same_input_again_is_computed_again(log):
 def test_a_backward_in_between_leaves_the_next_layer_its_own(log):
     _, a, b, alone = pair()
     x = torch.randn(3, 6)
-    a(x).sum().backward()
-    y = b(x)
-    y.sum().backward()
-    torch.testing.assert_close(y, alone(b, x))
+    for _ in range(2):
+        a(x).sum().backward()
+        y = b(x)
+        y.sum().backward()
+        torch.testing.assert_close(y, alone(b, x))
 
 
 def test_an_input_that_begins_to_require_grad_gets_its_gradient():

@@ -1,6 +1,6 @@
 """What one adapted linear layer keeps for its backward: x, U, and what exists anyway.
 
-``ops.keep_pack`` may keep the pack as well, where it gains by that.
+Few tokens on a CPU keep what the official formula does: see the tests of that name.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def existing(layer, x) -> set[int]:
 
 
 @pytest.fixture(autouse=True)
-def _packs_again(monkeypatch):
-    monkeypatch.setattr(ops, "keep_pack", lambda *_: False)
+def _as_many_tokens(monkeypatch):
+    monkeypatch.setattr(ops, "few_tokens", lambda _: False)
 
 
 @pytest.mark.parametrize("needs_dx", [True, False])
@@ -125,30 +125,21 @@ def test_dropout_adds_a_bit_for_each_element_of_x(hooked):
     assert_is_u(u, layer, TOKENS, x.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 64])
-def test_a_kept_pack_is_less_than_what_the_formula_saves_and_gives_the_same_gradients(
-    tokens, monkeypatch
-):
-    """Beside x, U and the parameters there is Bp (R, out): no (R, in), which is joined again."""
-    _, layer = layer_of(8, 1)
-    x = torch.randn(tokens, WIDTH)
-    monkeypatch.setattr(ops, "keep_pack", lambda *_: True)
-
-    def gradients():
-        storages, y = kept(lambda: layer(x))
-        parameters = [t for t in adapter_of(layer) if t is not None]
-        grads = torch.autograd.grad(y.square().sum(), parameters)
-        new = [size for address, size in storages.items() if address not in existing(layer, x)]
-        return sorted(new), grads
-
-    out, rank = layer.out_features, ops.rank_multiple("cpu", x.dtype, layer.effective_rank, tokens)
-    rank = -(-layer.effective_rank // rank) * rank
-    sizes, grads = gradients()
-    assert sizes == sorted([4 * rank * tokens, 4 * rank * out])
-    monkeypatch.setattr(ops, "keep_pack", lambda *_: False)
-    sizes, others = gradients()
-    assert sizes == [4 * rank * tokens]
-    assert all(map(torch.equal, grads, others))
+def test_few_tokens_keep_what_the_formula_does(tokens, dtype, monkeypatch):
+    """U, U diag(d) and the two matrices of the pack."""
+    monkeypatch.setattr(ops, "few_tokens", lambda _: True)
+    _, layer = layer_of(8, 1, dtype)
+    x = torch.randn(tokens, WIDTH, dtype=dtype)
+    storages, _ = kept(lambda: layer(x))
+    new = [size for address, size in storages.items() if address not in existing(layer, x)]
+    ranks, size = layer.effective_rank, dtype.itemsize
+    sizes = [size * ranks * n for n in (tokens, tokens, OUT)]  # without dx, no Ap
+    assert sorted(new) == sorted(sizes)
+    storages, _ = kept(lambda: layer(x.requires_grad_()))
+    new = [size for address, size in storages.items() if address not in existing(layer, x)]
+    assert sorted(new) == sorted([*sizes, size * ranks * WIDTH])
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])

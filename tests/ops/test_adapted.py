@@ -36,15 +36,15 @@ def joined(x, weight, bias, grad, adapter, multiple, need, mask, y=None):
         out, U = ops.low_rank_add(y, x, Ap, Bp, *forward_of(x, mask))
     dx, dAp, dBp = ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bp, *need, *mask)
     downs, ups = dAp if need[1] else None, dBp if need[2] else None
-    return out, U, Bp, dx, *ops.pack_backward(downs, ups, *adapter[2:])
+    return out, U, dx, *ops.pack_backward(downs, ups, *adapter[2:])
 
 
-def together(x, weight, bias, grad, adapter, multiple, need, mask, y=None, keep=False):
+def together(x, weight, bias, grad, adapter, multiple, need, mask, y=None):
     dropped = forward_of(x, mask)
-    out, U, Bp = ops.adapted_linear(y, x, weight, bias, *adapter, multiple, *dropped)
-    given = x if need[1] else None, weight, U if need[2] else None, Bp if keep else None
+    out, U = ops.adapted_linear(y, x, weight, bias, *adapter, multiple, *dropped)
+    given = x if need[1] else None, weight, U if need[2] else None
     rest = (*adapter, multiple, *need, *mask)
-    return out, U, Bp, *ops.adapted_linear_backward(grad, *given, *rest)
+    return out, U, *ops.adapted_linear_backward(grad, *given, *rest)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -58,11 +58,10 @@ def test_values(dtype, pooled, dropout, device):
         args = adapter, multiple, need, mask
         for base, y in (((weight, bias), None), ((None, None), grad)):
             expected = joined(x, *base, grad, *args, y)
-            for keep in (False, True):
-                found = together(x, *base, grad, *args, y, keep)
-                for mine, theirs in zip(found, expected, strict=True):
-                    assert mine.dtype == theirs.dtype
-                    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+            found = together(x, *base, grad, *args, y)
+            for mine, theirs in zip(found, expected, strict=True):
+                assert mine.dtype == theirs.dtype
+                torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 def test_operators(device):
@@ -71,15 +70,15 @@ def test_operators(device):
         check_operator("adapted_linear", None, x, weight, bias, *adapter, 8)
         dropped = forward_of(x, (random_mask(x), 1.25))
         check_operator("adapted_linear", grad, x, None, None, *adapter, 8, *dropped)
-        _, U, Bp = ops.adapted_linear(None, x, weight, bias, *adapter, 8)
-        given = x if need[1] else None, weight, U if need[2] else None, Bp if need[0] else None
+        _, U = ops.adapted_linear(None, x, weight, bias, *adapter, 8)
+        given = x if need[1] else None, weight, U if need[2] else None
         check_operator("adapted_linear_backward", grad, *given, *adapter, 8, *need)
 
 
 @pytest.mark.parametrize("pooled", [6, 0, None])
 def test_the_gradients_are_the_oracles(pooled, device):
     x, weight, bias, grad, adapter = draw(5, pooled, torch.float64, device, torch.float64)
-    y, _, _, *grads = together(x, weight, bias, grad, adapter, 16, NEEDS[0], ())
+    y, _, *grads = together(x, weight, bias, grad, adapter, 16, NEEDS[0], ())
     torch.testing.assert_close(y, oracle.linear(x, weight, bias, adapter))
     found = dict(zip(("x", "A", "A_pool", "B", "B_pool", "d"), grads, strict=True))
     for name, value in oracle.linear_grads(grad, x, weight, adapter).items():

@@ -66,10 +66,14 @@ def least_norm_gradients(model, name: str) -> tuple[Tensor, Tensor]:
     return z, torch.linalg.pinv(J, rtol=1e-11) @ g
 
 
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """As vectors: a small element's error is that of the large ones, whatever its own size."""
+    assert (found - expected).norm() <= 1e-9 * expected.norm()
+
+
 @pytest.mark.parametrize("name", [name for name in CASES if name not in COMPUTED])
 def test_the_step_is_dense_least_squares(name):
-    found, expected = least_norm_gradients(case(name), name)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+    assert_near(*least_norm_gradients(case(name), name))
 
 
 @pytest.mark.parametrize("name", COMPUTED)
@@ -85,8 +89,7 @@ def test_closed_gates(name):
     with torch.no_grad():
         for i, layer in enumerate(rasa_linears(model).values()):
             layer.d[i % 3 :: 3] = 0.0
-    found, expected = least_norm_gradients(model, name)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
+    assert_near(*least_norm_gradients(model, name))
 
 
 def loss_of(model, x) -> Tensor:

@@ -1,0 +1,72 @@
+"""Adapted linears of few tokens on a CPU: PyTorch operations, which PyTorch differentiates.
+
+What ``nn.functional`` computes, for where ``ops.few_tokens`` says so. The time of few tokens is
+that of small operations, and of Python around them in caches which the large products have emptied:
+every function called here is seen in a step, and a backward has no Python at all. d goes to the
+tokens, V = U diag(d), and its gradient is a sum over (M, R) in place of passes over (R, out). Kept
+for the backward are x, U, V and the pack without d, as much as the official formula keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
+from rasa_ext.ops import Factors, accumulation_dtype
+
+
+def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
+    """Compute x W^T + bias + x dW^T (..., out)."""
+    rows = flatten_tokens(x)
+    V, up = _projected(rows, factors)
+    return unflatten_like(linear(rows, weight, bias).addmm_(V, up), x)
+
+
+def adapted_add(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
+    """Compute y + x dW^T (..., out)."""
+    V, up = _projected(flatten_tokens(x), factors)
+    return unflatten_like(torch.addmm(flatten_tokens(y), V, up), y)
+
+
+def adapted_projections(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    factors: Sequence[Factors],
+) -> tuple[Tensor, ...]:
+    """Compute ``adapted_linear`` of layers that read one x, with one down-projection for all."""
+    rows, dtype, ranks = flatten_tokens(x), x.dtype, [each.rank for each in factors]
+    Ap = torch.cat([t for each in factors for t in (each.A, each.A_pool) if t is not None])
+    U = linear(rows, Ap if Ap.dtype == dtype else Ap.to(dtype))
+    outputs = []
+    for weight, bias, u, each in zip(weights, biases, U.split(ranks, 1), factors, strict=True):
+        _, _, B, B_pool, d = each
+        up = B.t() if B_pool is None else torch.cat((B.t(), B_pool.t()))
+        v = u if d is None else _by_ranks(u, d)
+        y = linear(rows, weight, bias).addmm_(v, up if up.dtype == dtype else up.to(dtype))
+        outputs.append(unflatten_like(y, x))
+    return tuple(outputs)
+
+
+def _projected(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
+    """Give V = x Ap^T diag(d) (M, R) and [B | B_pool]^T (R, out), each rounded once."""
+    A, A_pool, B, B_pool, d = factors
+    dtype, down, up = rows.dtype, A, B.t()
+    if A_pool is not None and B_pool is not None:
+        down, up = torch.cat((A, A_pool)), torch.cat((up, B_pool.t()))
+    if not down.dtype == up.dtype == dtype:
+        down, up = down.to(dtype), up.to(dtype)
+    U = linear(rows, down)
+    return U if d is None else _by_ranks(U, d), up
+
+
+def _by_ranks(U: Tensor, d: Tensor) -> Tensor:
+    """Multiply the ranks of U (M, R) by d (R,), whose gradient is summed in float32 or better."""
+    if d.dtype != torch.float32:
+        d = d.to(accumulation_dtype(U.dtype))
+    V = U * d
+    return V if V.dtype == U.dtype else V.to(U.dtype)

@@ -1,0 +1,133 @@
+"""Few tokens on a CPU: the oracle's values and gradients, by PyTorch's autograd alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rasa_ext import ops
+from rasa_ext.nn import few_tokens, functional
+from rasa_ext.ops import Factors, heuristics
+from tests.helpers import oracle
+from tests.helpers.adapters import adapted_layers, patched
+from tests.helpers.models import LLAMA
+from tests.helpers.operators import draw_adapter
+from tests.helpers.oracle import Adapter
+
+# (tokens, in, out, private ranks, pool ranks): odd, k = r, no tokens, k = 0, one.
+SHAPES = ((5, 9, 7, 3, 6), (3, 17, 2, 0, 5), (0, 6, 4, 2, 4), (8, 16, 24, 4, None), (1, 1, 1, 1, 1))
+
+
+def draw(shape, dtype=torch.float64, params=torch.float64):
+    """x (1, M, in), weight, bias and trainable factors."""
+    M, width, out, own, pooled = shape
+    x, weight, bias = (
+        torch.randn(size, dtype=dtype) for size in ((1, M, width), (out, width), out)
+    )
+    adapter = draw_adapter(width, out, own, pooled, dtype=params)
+    return x.requires_grad_(), weight, bias, Factors(*adapter.map(lambda t: t.requires_grad_()))
+
+
+@pytest.mark.parametrize("form", ["linear", "add", "projections"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_both_derivatives(shape, form):
+    x, weight, bias, factors = draw(shape)
+
+    def run(x, *tensors):
+        its = Factors(*tensors)
+        if form == "add":
+            return few_tokens.adapted_add(torch.tanh(x) @ weight.T, x, its)
+        if form == "linear":
+            return few_tokens.adapted_linear(x, weight, bias, its)
+        return few_tokens.adapted_projections(x, (weight, weight), (bias, None), (its, its))
+
+    assert torch.autograd.gradcheck(run, (x, *factors))
+    assert torch.autograd.gradgradcheck(run, (x, *factors))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_oracles_values(shape, bias):
+    x, weight, b, factors = draw(shape)
+    b = b if bias else None
+    expected = oracle.linear(x, weight, b, Adapter(*factors))
+    torch.testing.assert_close(few_tokens.adapted_linear(x, weight, b, factors), expected)
+    y = torch.randn_like(expected)
+    kept = y.clone()
+    added = few_tokens.adapted_add(y, x, factors)
+    torch.testing.assert_close(added, y + oracle.linear(x, 0 * weight, None, Adapter(*factors)))
+    assert torch.equal(y, kept)
+    other = draw_adapter(shape[1], 3, 2, shape[4], dtype=torch.float64)
+    wide = torch.randn(3, shape[1], dtype=torch.float64)
+    both = (weight, wide), (b, None), (factors, Factors(*other))
+    first, second = few_tokens.adapted_projections(x, *both)
+    torch.testing.assert_close(first, expected)
+    torch.testing.assert_close(second, oracle.linear(x, wide, None, other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("params", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_dtypes_are_those_of_the_functions_for_many(dtype, params):
+    x, weight, bias, factors = draw((5, 64, 48, 3, 6), dtype, params)
+    found = []
+    for module in (few_tokens, functional):
+        y = module.adapted_linear(x, weight, bias, factors)
+        found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *factors))))
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine.dtype, mine.shape, mine.stride()) == (
+            theirs.dtype,
+            theirs.shape,
+            theirs.stride(),
+        )
+        error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
+        assert error <= 8 * max(torch.finfo(t).eps for t in (dtype, params))
+
+
+def test_what_is_frozen_gets_no_gradient_and_a_frozen_A_keeps_no_x():
+    x, weight, bias, factors = draw((5, 9, 7, 3, 6), torch.float32, torch.float32)
+    x, frozen = x.detach(), factors._replace(A=factors.A.detach(), A_pool=factors.A_pool.detach())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = few_tokens.adapted_linear(x, weight, bias, frozen)
+    assert not any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in saved)
+    y.sum().backward()
+    assert frozen.B.grad is not None
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "device", "few"),
+    [((512,), "cpu", True), ((2, 256), "cpu", True), ((513,), "cpu", False), ((1,), "meta", False)],
+)
+def test_which_are_few(tokens, device, few):
+    assert heuristics.few_tokens(torch.empty(*tokens, 3, device=device)) == few
+
+
+def test_a_compiled_model_calls_the_operators():
+    model = patched(LLAMA.build())
+    layer, operators = adapted_layers(model)["model.layers.0.mlp.down_proj"], []
+
+    def backend(graph, inputs):
+        operators.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    x = torch.randn(3, layer.in_features)
+    torch.compile(layer, backend=backend, fullgraph=True)(x)
+    assert ops.few_tokens(x)
+    assert operators
+    assert not any("addmm" in name for name in operators)
+
+
+def test_a_second_derivative_of_many_tokens_is_refused():
+    """Of few it is right, as shown above."""
+    model = patched(LLAMA.build())
+    layer = adapted_layers(model)["model.layers.0.mlp.down_proj"]
+    for tokens, refused in ((2, False), (600, True)):
+        x = torch.randn(tokens, layer.in_features, requires_grad=True)
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        if refused:
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                grad.sum().backward()
+        else:
+            grad.sum().backward()
+            assert x.grad is not None
