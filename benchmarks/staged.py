@@ -242,7 +242,8 @@ def bench(
 
 def profile(work: Path, budget: float, *arguments: str, device: str, quick: bool) -> Stage:
     """The stage that shows where a step goes."""
-    small = ("--block", "tiny", "--tokens", "40", "--steps", "2") if quick else ()
+    # More than ops.few_tokens, which would call no operator on a CPU.
+    small = ("--block", "tiny", "--tokens", "520", "--steps", "2") if quick else ()
     command = (PYTHON, "-m", "benchmarks.profile", "--device", device, "--out", str(work))
     return Stage("profile", (*command, *arguments, *small), budget, "profile.json")
 
