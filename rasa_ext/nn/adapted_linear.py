@@ -97,9 +97,13 @@ class AdaptedLinear(AdaptedModule):
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
+        if with_grad and not p and ops.few_tokens(x):
+            return few_tokens.adapted_linear(x, *plain, adapter.factors())
         mask, kept, scale = functional.dropout(x, p) if p else (None, None, 1.0)
         if with_grad:
-            return _adapted_linear(x, *plain, adapter.factors(), mask, kept, scale)
+            factors = adapter.factors()
+            multiple = _rank_multiple(x, factors)
+            return functional.adapted_linear(x, *plain, factors, multiple, mask, kept, scale)
         pack = self._packed(adapter, sources, dtype, x.device)
         y, _ = ops.low_rank_linear(flatten_tokens(x), *plain, *pack, kept, scale)
         return unflatten_like(y, x)
@@ -174,7 +178,8 @@ class AdaptedLinear(AdaptedModule):
         mask, kept, scale = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         if with_grad:
             factors = part_of(adapter.factors(), split)
-            y = _adapted_linear(x, weight, added, factors, mask, kept, scale)
+            multiple = _rank_multiple(x, factors)
+            y = functional.adapted_linear(x, weight, added, factors, multiple, mask, kept, scale)
         else:
             pack = self._packed(adapter, sources, dtype, x.device, split)
             rows = flatten_tokens(x)
@@ -252,22 +257,6 @@ class AdaptedLinear(AdaptedModule):
         if torch.compiler.is_compiling():
             return make()
         return self._cache.get(sources, (dtype, device), make)
-
-
-def _adapted_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    factors: Factors,
-    mask: Tensor | None,
-    kept: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Compute ``x W^T + bias + x dW^T``, differentiable; the rest from ``functional.dropout``."""
-    if mask is None and ops.few_tokens(x):
-        return few_tokens.adapted_linear(x, weight, bias, factors)
-    multiple = _rank_multiple(x, factors)
-    return functional.adapted_linear(x, weight, bias, factors, multiple, mask, kept, scale)
 
 
 def _rank_multiple(x: Tensor, factors: Factors) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from rasa_ext.ops.library import COMPILED
 
@@ -59,7 +60,7 @@ def fuse_projections(x: Tensor, dtype: torch.dtype, dropout: float) -> bool:
     41. With few tokens, too: there Python takes the time, for three layers where one call would do.
     Decoding, which is without grad, leaves each layer to the two kernels made for it.
     """
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return False
     device = x.device.type
     if device != "cpu":
@@ -86,6 +87,4 @@ def few_tokens(x: Tensor) -> bool:
     is worth more: Python, in a Function and in the operators under it, costs the same for few and
     for many. On a GPU operators are fewer launches.
     """
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return x.numel() <= 512 * x.shape[-1]
+    return x.is_cpu and x.numel() <= 512 * x.shape[-1] and not is_compiling()

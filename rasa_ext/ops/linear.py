@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as dense
 
 from rasa_ext.ops.dropout import integers, keep, project, unpacked
 from rasa_ext.ops.heuristics import adapter_first
@@ -31,11 +32,11 @@ def linear(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T + bias + U Bp (M, out) with U = X Ap^T (M, Rp)."""
-    U = torch.mm(x, Ap.t()) if kept is None else project(x, Ap, kept, scale)
+    U = dense(x, Ap) if kept is None else project(x, Ap, kept, scale)
     if adapter_first(x.device.type, x.dtype):
         y = torch.mm(U, Bp) if bias is None else torch.addmm(bias, U, Bp)
         return y.addmm_(x, weight.t()), U
-    return torch.nn.functional.linear(x, weight, bias).addmm_(U, Bp), U
+    return dense(x, weight, bias).addmm_(U, Bp), U
 
 
 low_rank_linear = operator(
