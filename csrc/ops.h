@@ -58,11 +58,13 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
     const std::optional<Tensor>& U, const Tensor& Ap, const Tensor& Bp, bool need_x, bool need_A,
     bool need_B, const std::optional<Tensor>& mask, double scale);
 
-std::tuple<Tensor, Tensor> adapted_linear(
-    const std::optional<Tensor>& y, const Tensor& x, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& bias, const Tensor& A, const std::optional<Tensor>& A_pool,
-    const Tensor& B, const std::optional<Tensor>& B_pool, const std::optional<Tensor>& d,
-    int64_t multiple, const std::optional<Tensor>& kept, double scale);
+std::tuple<Tensor, Tensor> adapted_linear(const std::optional<Tensor>& y, const Tensor& x,
+                                          const std::optional<Tensor>& weight,
+                                          const std::optional<Tensor>& bias, const Tensor& A,
+                                          const std::optional<Tensor>& A_pool, const Tensor& B,
+                                          const std::optional<Tensor>& B_pool,
+                                          const std::optional<Tensor>& d, int64_t multiple,
+                                          const std::optional<Tensor>& kept, double scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
     const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
