@@ -42,10 +42,9 @@ class PackCache:
                 if source is not its or source._version != version:
                     break
             else:
-                if form[1].type != "cuda":
-                    return kept
                 if not _is_capturing(form[1]):
-                    self._keep_for_this_stream(kept, form[1])
+                    if form[1].type == "cuda":
+                        self._keep_for_this_stream(kept, form[1])
                     return kept
         made = make()
         if not (_is_capturing(form[1]) or any(source.is_inference() for source in sources)):
