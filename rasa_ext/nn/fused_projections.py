@@ -123,7 +123,7 @@ class FusedProjections:
     ) -> Tensor | None:
         """Compute all outputs: give the leader's, and let those of the others wait."""
         layers = [layer for layer in (each() for each in self._layers) if layer is not leader]
-        if not layers or len(layers) == len(self._layers):
+        if not layers or len(layers) == len(self._layers) or not _fit(first, first, x):
             return None
         parts = [first]
         for each in layers:
@@ -131,8 +131,6 @@ class FusedProjections:
             if part is None or not _fit(part, first, x):
                 return None
             parts.append(part)
-        if not _fit(first, first, x):
-            return None
         outputs = _adapted_projections(x if x.dtype == dtype else x.to(dtype), parts)
         # Only now: a checkpoint that stops in the middle of a recomputation leaves no round.
         self._round = _Round(x, dtype, leader, first.stamp())

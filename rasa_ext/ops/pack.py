@@ -90,7 +90,8 @@ def packed(
     """Ap = [A ; A_pool] (Rp, in), Bp = diag(d) [B | B_pool]^T (Rp, out), both in ``dtype``."""
     # Joined first and cast then: with few tokens the number of operations counts, and of functions
     # that Python calls on the way.
-    return packed_down(A, A_pool, dtype, multiple), packed_up(B, B_pool, d, dtype, multiple)
+    Ap = torch.cat(rows_of(A, A_pool, multiple))
+    return Ap if Ap.dtype == dtype else Ap.to(dtype), packed_up(B, B_pool, d, dtype, multiple)
 
 
 def packed_up(
@@ -103,12 +104,6 @@ def packed_up(
             Bp = Bp.to(torch.promote_types(torch.promote_types(Bp.dtype, d.dtype), dtype))
         (Bp if multiple == 1 else Bp.narrow(0, 0, d.shape[0])).mul_(d.unsqueeze(1))
     return Bp if Bp.dtype == dtype else Bp.to(dtype)
-
-
-def packed_down(A: Tensor, A_pool: Tensor | None, dtype: torch.dtype, multiple: int) -> Tensor:
-    """Pack A and A_pool alone: Ap (Rp, in)."""
-    Ap = torch.cat(rows_of(A, A_pool, multiple))
-    return Ap if Ap.dtype == dtype else Ap.to(dtype)
 
 
 def rows_of(own: Tensor, pool: Tensor | None, multiple: int) -> list[Tensor]:

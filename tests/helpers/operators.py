@@ -13,6 +13,10 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 P = 0.25
 
 
+# (tokens, in, out, private ranks, pool ranks): odd, k = r, no tokens, k = 0, one.
+SHAPES = ((5, 9, 7, 3, 6), (3, 17, 2, 0, 5), (0, 6, 4, 2, 4), (8, 16, 24, 4, None), (1, 1, 1, 1, 1))
+
+
 def floor(dtype: torch.dtype) -> float:
     """An error that no sum in ``dtype`` is asked to stay below."""
     known = {torch.float64: 1e-14, torch.float32: 1e-6}

@@ -11,11 +11,8 @@ from rasa_ext.ops import Factors, heuristics
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, patched
 from tests.helpers.models import LLAMA
-from tests.helpers.operators import draw_adapter
+from tests.helpers.operators import SHAPES, draw_adapter
 from tests.helpers.oracle import Adapter
-
-# (tokens, in, out, private ranks, pool ranks): odd, k = r, no tokens, k = 0, one.
-SHAPES = ((5, 9, 7, 3, 6), (3, 17, 2, 0, 5), (0, 6, 4, 2, 4), (8, 16, 24, 4, None), (1, 1, 1, 1, 1))
 
 
 def draw(shape, dtype=torch.float64, params=torch.float64):

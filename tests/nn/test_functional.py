@@ -9,12 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rasa_ext.nn import functional
 from rasa_ext.ops import Factors
 from tests.helpers import oracle
-from tests.helpers.operators import P, draw_adapter, forward_of, random_mask
+from tests.helpers.operators import SHAPES, P, draw_adapter, forward_of, random_mask
 from tests.helpers.oracle import Adapter
 
 FIELDS = Adapter._fields
-# (tokens, in, out, private ranks, pool ranks): odd, k = r, no tokens, k = 0, one.
-SHAPES = ((5, 9, 7, 3, 6), (3, 17, 2, 0, 5), (0, 6, 4, 2, 4), (8, 16, 24, 4, None), (1, 1, 1, 1, 1))
 
 
 def draw(shape, device, dtype=torch.float64, layers=1):
