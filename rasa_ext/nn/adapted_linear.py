@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from rasa_ext import ops
 from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, linear_shape
@@ -89,15 +90,17 @@ class AdaptedLinear(AdaptedModule):
         if plain is None:
             return self._over_base(x, adapter, sources, with_grad, args, kwargs)
         p = adapter.config.dropout if self.training else 0.0
+        eager = not is_compiling()
         # With dropout also without grad: a re-entrant checkpoint must draw the same masks twice.
-        if (with_grad or p) and self.fused is not None and ops.fuse_projections(x, dtype, p):
+        fused = self.fused if eager and (with_grad or p) else None
+        if fused is not None and ops.fuse_projections(x, dtype, p):
             part = Projection(*plain, sources, adapter.factors, p)
-            y = self.fused.output(self, part, x, dtype)
+            y = fused.output(self, part, x, dtype)
             if y is not None:
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        if with_grad and not p and ops.few_tokens(x):
+        if with_grad and eager and not p and ops.few_tokens(x):
             return few_tokens.adapted_linear(x, *plain, adapter.factors())
         mask, kept, scale = functional.dropout(x, p) if p else (None, None, 1.0)
         if with_grad:
@@ -195,7 +198,7 @@ class AdaptedLinear(AdaptedModule):
         x = x.to(y.dtype)
         drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         factors = adapter.factors()
-        if drop[0] is None and ops.few_tokens(x):
+        if drop[0] is None and not is_compiling() and ops.few_tokens(x):
             return few_tokens.adapted_add(y, x, factors)
         return functional.adapted_add(y, x, factors, _rank_multiple(x, factors), *drop)
 
@@ -226,7 +229,7 @@ class AdaptedLinear(AdaptedModule):
 
         What is half there may also be what FSDP computes with, whose parameters lie elsewhere.
         """
-        if torch.compiler.is_compiling() or is_sharing():
+        if is_compiling() or is_sharing():
             return
         for each in (self, *(() if self.fused is None else self.fused.layers())):
             each.restore()
@@ -254,7 +257,7 @@ class AdaptedLinear(AdaptedModule):
             multiple = ops.rank_multiple(device.type, dtype, factors.rank)
             return ops.pack(*factors, dtype, multiple)
 
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return make()
         return self._cache.get(sources, (dtype, device), make)
 

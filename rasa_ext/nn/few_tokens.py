@@ -17,13 +17,14 @@ from torch.nn.functional import linear
 
 from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
 from rasa_ext.ops import Factors, accumulation_dtype
+from rasa_ext.ops.heuristics import adapter_first, ranks_first
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
     """Compute x W^T + bias + x dW^T (..., out)."""
     rows = flatten_tokens(x)
     V, up = _projected(rows, factors)
-    return unflatten_like(linear(rows, weight, bias).addmm_(V, up), x)
+    return unflatten_like(_with_base(rows, weight, bias, V, up), x)
 
 
 def adapted_add(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
@@ -41,13 +42,14 @@ def adapted_projections(
     """Compute ``adapted_linear`` of layers that read one x, with one down-projection for all."""
     rows, dtype, ranks = flatten_tokens(x), x.dtype, [each.rank for each in factors]
     Ap = torch.cat([t for each in factors for t in (each.A, each.A_pool) if t is not None])
-    U = linear(rows, Ap if Ap.dtype == dtype else Ap.to(dtype))
+    U = _down(rows, Ap if Ap.dtype == dtype else Ap.to(dtype))
+    diagonals = [each.d for each in factors if each.d is not None]
+    V = _by_ranks(U, torch.cat(diagonals)) if diagonals else U
     outputs = []
-    for weight, bias, u, each in zip(weights, biases, U.split(ranks, 1), factors, strict=True):
-        _, _, B, B_pool, d = each
+    for weight, bias, v, each in zip(weights, biases, V.split(ranks, 1), factors, strict=True):
+        B, B_pool = each.B, each.B_pool
         up = B.t() if B_pool is None else torch.cat((B.t(), B_pool.t()))
-        v = u if d is None else _by_ranks(u, d)
-        y = linear(rows, weight, bias).addmm_(v, up if up.dtype == dtype else up.to(dtype))
+        y = _with_base(rows, weight, bias, v, up if up.dtype == dtype else up.to(dtype))
         outputs.append(unflatten_like(y, x))
     return tuple(outputs)
 
@@ -60,8 +62,13 @@ def _projected(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
         down, up = torch.cat((A, A_pool)), torch.cat((up, B_pool.t()))
     if not down.dtype == up.dtype == dtype:
         down, up = down.to(dtype), up.to(dtype)
-    U = linear(rows, down)
+    U = _down(rows, down)
     return U if d is None else _by_ranks(U, d), up
+
+
+def _down(rows: Tensor, Ap: Tensor) -> Tensor:
+    """Compute U = x Ap^T (M, R); its strides are those of V, and of both their gradients."""
+    return torch.mm(Ap, rows.t()).t() if ranks_first(rows) else linear(rows, Ap)
 
 
 def _by_ranks(U: Tensor, d: Tensor) -> Tensor:
@@ -70,3 +77,11 @@ def _by_ranks(U: Tensor, d: Tensor) -> Tensor:
         d = d.to(accumulation_dtype(U.dtype))
     V = U * d
     return V if V.dtype == U.dtype else V.to(U.dtype)
+
+
+def _with_base(rows: Tensor, weight: Tensor, bias: Tensor | None, V: Tensor, up: Tensor) -> Tensor:
+    """Compute x W^T + bias + V up (M, out)."""
+    if adapter_first(rows.device.type, rows.dtype):
+        y = torch.mm(V, up) if bias is None else torch.addmm(bias, V, up)
+        return y.addmm_(rows, weight.t())
+    return linear(rows, weight, bias).addmm_(V, up)

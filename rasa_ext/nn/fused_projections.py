@@ -7,6 +7,7 @@ the very same x, unchanged. Those that turn out to read another one leave for go
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,8 @@ from rasa_ext import ops
 from rasa_ext.nn import few_tokens, functional
 from rasa_ext.nn.shapes import count_tokens
 from rasa_ext.ops import Factors
+
+_version = operator.attrgetter("_version")
 
 
 class Projection(NamedTuple):
@@ -32,8 +35,8 @@ class Projection(NamedTuple):
     def stamp(self) -> list[int]:
         """Give what differs once a tensor was replaced or written to; all of them are alive."""
         base = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        versions = [n for t in self.sources for n in (id(t), t._version)]
-        return [*versions, *(n for t in base for n in (t.data_ptr(), t._version))]
+        tensors = (*self.sources, *base)
+        return [*map(id, self.sources), *map(_version, tensors), *map(Tensor.data_ptr, base)]
 
 
 class Projected(Protocol):

@@ -25,6 +25,12 @@ def draw(shape, dtype=torch.float64, params=torch.float64):
     return x.requires_grad_(), weight, bias, Factors(*adapter.map(lambda t: t.requires_grad_()))
 
 
+@pytest.fixture(params=[True, False], ids=["by ranks", "by tokens"], autouse=True)
+def ranks_first(request, monkeypatch) -> None:
+    """Both orders of the down-projection, in every dtype."""
+    monkeypatch.setattr(few_tokens, "ranks_first", lambda rows: request.param)
+
+
 @pytest.mark.parametrize("form", ["linear", "add", "projections"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_both_derivatives(shape, form):
@@ -98,6 +104,14 @@ def test_what_is_frozen_gets_no_gradient_and_a_frozen_A_keeps_no_x():
 )
 def test_which_are_few(tokens, device, few):
     assert heuristics.few_tokens(torch.empty(*tokens, 3, device=device)) == few
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "first"),
+    [(352, torch.float32, True), (353, torch.float32, False), (1, torch.bfloat16, False)],
+)
+def test_whose_ranks_come_first(tokens, dtype, first):
+    assert heuristics.ranks_first(torch.empty(tokens, 3, dtype=dtype)) == first
 
 
 def test_a_compiled_model_calls_the_operators():
