@@ -4,7 +4,8 @@ What ``nn.functional`` computes, for where ``ops.few_tokens`` says so. The time 
 that of small operations, and of Python around them in caches which the large products have emptied:
 every function called here is seen in a step, and a backward has no Python at all. d goes to the
 tokens, V = U diag(d), and its gradient is a sum over (M, R) in place of passes over (R, out). Kept
-for the backward are x, U, V and the pack without d, as much as the official formula keeps.
+for the backward are x, U, V, d and the pack without it, as much as the official formula keeps, and
+as there each is rounded for itself in low precision.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
-from rasa_ext.ops import Factors, accumulation_dtype
+from rasa_ext.ops import Factors
 from rasa_ext.ops.heuristics import adapter_first, ranks_first
 
 
@@ -44,7 +45,7 @@ def adapted_projections(
     Ap = torch.cat([t for each in factors for t in (each.A, each.A_pool) if t is not None])
     U = _down(rows, Ap if Ap.dtype == dtype else Ap.to(dtype))
     diagonals = [each.d for each in factors if each.d is not None]
-    V = _by_ranks(U, torch.cat(diagonals)) if diagonals else U
+    V = U * torch.cat(diagonals).to(dtype) if diagonals else U
     outputs = []
     for weight, bias, v, each in zip(weights, biases, V.split(ranks, 1), factors, strict=True):
         B, B_pool = each.B, each.B_pool
@@ -55,7 +56,7 @@ def adapted_projections(
 
 
 def _projected(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """Give V = x Ap^T diag(d) (M, R) and [B | B_pool]^T (R, out), each rounded once."""
+    """Give V = x Ap^T diag(d) (M, R) and [B | B_pool]^T (R, out)."""
     A, A_pool, B, B_pool, d = factors
     dtype, down, up = rows.dtype, A, B.t()
     if A_pool is not None and B_pool is not None:
@@ -63,20 +64,12 @@ def _projected(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     if not down.dtype == up.dtype == dtype:
         down, up = down.to(dtype), up.to(dtype)
     U = _down(rows, down)
-    return U if d is None else _by_ranks(U, d), up
+    return U if d is None else U * d.to(dtype), up
 
 
 def _down(rows: Tensor, Ap: Tensor) -> Tensor:
     """Compute U = x Ap^T (M, R); its strides are those of V, and of both their gradients."""
     return torch.mm(Ap, rows.t()).t() if ranks_first(rows) else linear(rows, Ap)
-
-
-def _by_ranks(U: Tensor, d: Tensor) -> Tensor:
-    """Multiply the ranks of U (M, R) by d (R,), whose gradient is summed in float32 or better."""
-    if d.dtype != torch.float32:
-        d = d.to(accumulation_dtype(U.dtype))
-    V = U * d
-    return V if V.dtype == U.dtype else V.to(U.dtype)
 
 
 def _with_base(rows: Tensor, weight: Tensor, bias: Tensor | None, V: Tensor, up: Tensor) -> Tensor:

@@ -128,14 +128,15 @@ def test_dropout_adds_a_bit_for_each_element_of_x(hooked):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 64])
 def test_few_tokens_keep_what_the_formula_does(tokens, dtype, monkeypatch):
-    """U, U diag(d) and the two matrices of the pack."""
+    """U, U diag(d), the two matrices of the pack and, where it is cast, d."""
     monkeypatch.setattr(ops, "few_tokens", lambda _: True)
     _, layer = layer_of(8, 1, dtype)
     x = torch.randn(tokens, WIDTH, dtype=dtype)
     storages, _ = kept(lambda: layer(x))
     new = [size for address, size in storages.items() if address not in existing(layer, x)]
     ranks, size = layer.effective_rank, dtype.itemsize
-    sizes = [size * ranks * n for n in (tokens, tokens, OUT)]  # without dx, no Ap
+    cast = [size * ranks] if dtype != layer.d.dtype else []
+    sizes = [*cast, *(size * ranks * n for n in (tokens, tokens, OUT))]  # without dx, no Ap
     assert sorted(new) == sorted(sizes)
     storages, _ = kept(lambda: layer(x.requires_grad_()))
     new = [size for address, size in storages.items() if address not in existing(layer, x)]
