@@ -142,9 +142,35 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def overhead_ratio(
     seconds: Mapping[str, list[float]], ours: str, official: str, frozen: str
 ) -> float:
-    """(ours - frozen) / (official - frozen) of the medians: below 1 where ours costs less."""
-    middle = {name: statistics.median(seconds[name]) for name in (ours, official, frozen)}
-    return (middle[ours] - middle[frozen]) / (middle[official] - middle[frozen])
+    """What ours adds to frozen over what official adds: below 1 where ours costs less.
+
+    Of the medians of the rounds' differences, so that a machine that slows down for some rounds
+    does so for all three.
+    """
+    return _ratio(_differences(seconds, ours, official, frozen))
+
+
+def overhead_interval(
+    seconds: Mapping[str, list[float]], ours: str, official: str, frozen: str, draws: int = 2000
+) -> tuple[float, float]:
+    """The 90 % interval of ``overhead_ratio``: as if the rounds were drawn again (bootstrap)."""
+    rounds = _differences(seconds, ours, official, frozen)
+    generator = random.Random(0)
+    found = sorted(_ratio(generator.choices(rounds, k=len(rounds))) for _ in range(draws))
+    return found[draws // 20], found[-(draws // 20) - 1]
+
+
+def _differences(
+    seconds: Mapping[str, list[float]], ours: str, official: str, frozen: str
+) -> list[tuple[float, float]]:
+    """What ours and official add to frozen, by round."""
+    columns = (seconds[name] for name in (ours, official, frozen))
+    return [(mine - low, its - low) for mine, its, low in zip(*columns, strict=True)]
+
+
+def _ratio(rounds: list[tuple[float, float]]) -> float:
+    mine, its = zip(*rounds, strict=True)
+    return statistics.median(mine) / statistics.median(its)
 
 
 def machine() -> str:

@@ -5,9 +5,9 @@
 
 For each (M, in, out): a training step (forward, backward, gradients dropped, so that packs go
 stale) and a forward without grad (packs cached). ``ratio`` is (ours - frozen) / (official - frozen)
-of the medians; ``gemms`` is the same for the adapter's and base's GEMMs alone, a floor. Ours and
-official are checked to be the same function before they are timed. Caches are left as they are: the
-variants take turns in a random order.
+of the medians of both differences; ``gemms`` is the same for the adapter's and base's GEMMs alone,
+a floor. Ours and official are checked to be the same function before they are timed. Caches are
+left as they are: the variants take turns in a random order.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """A training step of a whole SmolLM2-135M: frozen base, PEFT LoRA, the official formula, ours.
 
     python -m benchmarks.model [--dtype float32 bfloat16] [--rounds 15] [--json FILE] [--seconds S]
+                               [--beside "peft r=8" "ours alone" ...]
 
 A step is forward and backward (no optimizer) of batch 2 x 160 tokens with all linear layers
 adapted. The weights are random, of SmolLM2-135M's shapes, which does not change the time. "ours
-alone" computes every layer on its own, also those that read the same input. Peak
-memory is that of a process of its own for each variant, above what it held before its first step.
+alone" computes every layer on its own, also those that read the same input. Peak memory is that of
+a process of its own for each variant, above what it held before its first step.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import argparse
 import ctypes
 import gc
 import math
-import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ import rasa_ext
 from benchmarks import baselines, harness, records
 
 VARIANTS = ("frozen", "peft r=8", "peft r=37", "official", "ours alone", "ours")
+COMPARED = ("frozen", "official", "ours")
 
 
 def base_model(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -118,10 +120,10 @@ def memory(name: str, dtype: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def report(dtype: str, rounds: int, seconds_left: float) -> list[dict]:
+def report(dtype: str, names: Sequence[str], rounds: int, seconds_left: float) -> list[dict]:
     """Print a table and return its rows; ``seconds_left`` are those for the rounds."""
     base = base_model(getattr(torch, dtype))
-    models = {name: build(name, base) for name in VARIANTS}
+    models = {name: build(name, base) for name in names}
     print(f"\n{dtype}, {harness.machine()}")
     verify(models)
     steps = {name: stepper(model, tokens()) for name, model in models.items()}
@@ -129,7 +131,7 @@ def report(dtype: str, rounds: int, seconds_left: float) -> list[dict]:
     floor = harness.quartiles(seconds["frozen"])[1]
     print(f"{'variant':10} {'ms':>8} {'quartiles':>17} {'/frozen':>8} {'peak MiB':>9}")
     rows = []
-    for name in VARIANTS:
+    for name in names:
         low, middle, high = (1e3 * v for v in harness.quartiles(seconds[name]))
         over, peak = middle / floor / 1e3, memory(name, dtype)
         print(
@@ -140,16 +142,22 @@ def report(dtype: str, rounds: int, seconds_left: float) -> list[dict]:
         row |= {"rounds": len(seconds[name]), "over_frozen": over, "peak_mib": peak}
         rows.append(row)
     ratio = harness.overhead_ratio(seconds, "ours", "official", "frozen")
-    by_round = zip(*(seconds[name] for name in ("frozen", "official", "ours")), strict=True)
-    paired = statistics.median((mine - low) / (theirs - low) for low, theirs, mine in by_round)
-    print(f"(ours - frozen) / (official - frozen) = {ratio:.3f}, median by rounds {paired:.3f}")
-    return [*rows, {"dtype": dtype, "ratio": ratio, "median_by_rounds": paired}]
+    low, high = harness.overhead_interval(seconds, "ours", "official", "frozen")
+    print(f"(ours - frozen) / (official - frozen) = {ratio:.3f}, 90 %: {low:.3f} to {high:.3f}")
+    return [*rows, {"dtype": dtype, "ratio": ratio, "ratio_90": (low, high)}]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--beside",
+        nargs="*",
+        choices=VARIANTS,
+        default=VARIANTS,
+        help="what is timed beside frozen, official and ours; without it all is",
+    )
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all together")
@@ -158,11 +166,12 @@ def main() -> None:
     if arguments.peak:
         peak_of(arguments.peak, getattr(torch, arguments.dtype[0]))
         return
+    names = [name for name in VARIANTS if name in (*COMPARED, *arguments.beside)]
     budget, rows = records.Budget(arguments.seconds), []
     for index, dtype in enumerate(arguments.dtype):
         # About half of the time is for the processes that measure memory.
         share = budget.share(len(arguments.dtype) - index) / 2
-        rows += report(dtype, arguments.rounds, share)
+        rows += report(dtype, names, arguments.rounds, share)
         if arguments.json:
             head = records.environment("cpu")
             records.write_json(arguments.json, {"machine": head, "rows": rows})

@@ -60,5 +60,28 @@ def test_a_cold_call_finds_the_caches_overwritten(monkeypatch):
     assert written == [2 << 10] * 3
 
 
+def test_an_overhead_is_of_differences_by_round():
+    """A machine that gets slower changes nothing; one slow call does not either."""
+    slower = [1.0, 2.0, 3.0, 4.0, 5.0]
+    adds = {"frozen": 0.0, "official": 0.4, "ours": 0.3}
+    seconds = {name: [base + more for base in slower] for name, more in adds.items()}
+    seconds["ours"][1] += 9.0
+    seconds["official"][3] += 9.0
+    assert harness.overhead_ratio(seconds, "ours", "official", "frozen") == pytest.approx(0.75)
+
+
+def test_the_interval_of_an_overhead_widens_with_the_rounds_spread():
+    def interval(spread):
+        noise = [spread * (i % 5 - 2) for i in range(40)]
+        ours = [1.3 + each for each in noise]
+        seconds = {"frozen": [1.0] * 40, "official": [1.4] * 40, "ours": ours}
+        low, high = harness.overhead_interval(seconds, "ours", "official", "frozen")
+        assert low <= harness.overhead_ratio(seconds, "ours", "official", "frozen") <= high
+        return high - low
+
+    assert interval(0.0) == 0
+    assert 0 < interval(0.01) < interval(0.1)
+
+
 def test_quartiles_are_shown_around_the_median():
     assert records.shown([1.0, 2.0, 3.0]) == "2 (1-3)"
