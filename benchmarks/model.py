@@ -1,12 +1,15 @@
 """A training step of a whole SmolLM2-135M: frozen base, PEFT LoRA, the official formula, ours.
 
     python -m benchmarks.model [--dtype float32 bfloat16] [--rounds 15] [--json FILE] [--seconds S]
-                               [--beside "peft r=8" "ours alone" ...]
+                               [--beside "peft r=8" "ours alone" ...] [--layers 3]
 
 A step is forward and backward (no optimizer) of batch 2 x 160 tokens with all linear layers
 adapted. The weights are random, of SmolLM2-135M's shapes, which does not change the time. "ours
 alone" computes every layer on its own, also those that read the same input. Peak memory is that of
 a process of its own for each variant, above what it held before its first step.
+
+With ``--layers`` a step is of so many of the 30 decoder layers and of no head: more rounds fit into
+a minute, and less of a machine's drift into a round. The pools stay those of 30 layers.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
@@ -29,6 +33,7 @@ from benchmarks import baselines, harness, records
 
 VARIANTS = ("frozen", "peft r=8", "peft r=37", "official", "ours alone", "ours")
 COMPARED = ("frozen", "official", "ours")
+LAYERS = 30
 
 
 def base_model(dtype: torch.dtype) -> LlamaForCausalLM:
@@ -37,7 +42,7 @@ def base_model(dtype: torch.dtype) -> LlamaForCausalLM:
         vocab_size=49152,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=30,
+        num_hidden_layers=LAYERS,
         num_attention_heads=9,
         num_key_value_heads=3,
         tie_word_embeddings=True,
@@ -64,6 +69,21 @@ def build(name: str, base: LlamaForCausalLM):
                 if isinstance(module, rasa_ext.RasaLinear):
                     module.fused = None
     return model.train()
+
+
+def shortened(model, layers: int):
+    """Forward and backward of the first decoder layers alone; what lies behind them goes."""
+    body = model.get_decoder()
+    body.layers, body.norm = body.layers[:layers], nn.Identity()
+    x = torch.randn(*tokens().shape, body.config.hidden_size, dtype=model.dtype)
+    grad = torch.randn_like(x)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        hidden = body(inputs_embeds=x.detach().requires_grad_(), use_cache=False)
+        hidden.last_hidden_state.backward(grad)
+
+    return step
 
 
 def stepper(model, ids: torch.Tensor):
@@ -120,22 +140,27 @@ def memory(name: str, dtype: str) -> float:
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def report(dtype: str, names: Sequence[str], rounds: int, seconds_left: float) -> list[dict]:
+def report(
+    dtype: str, names: Sequence[str], layers: int | None, rounds: int, seconds_left: float
+) -> list[dict]:
     """Print a table and return its rows; ``seconds_left`` are those for the rounds."""
     base = base_model(getattr(torch, dtype))
     models = {name: build(name, base) for name in names}
     print(f"\n{dtype}, {harness.machine()}")
     verify(models)
-    steps = {name: stepper(model, tokens()) for name, model in models.items()}
+    steps = {
+        name: shortened(model, layers) if layers else stepper(model, tokens())
+        for name, model in models.items()
+    }
     seconds = harness.interleaved(steps, rounds, at_most=seconds_left)
     floor = harness.quartiles(seconds["frozen"])[1]
     print(f"{'variant':10} {'ms':>8} {'quartiles':>17} {'/frozen':>8} {'peak MiB':>9}")
     rows = []
     for name in names:
         low, middle, high = (1e3 * v for v in harness.quartiles(seconds[name]))
-        over, peak = middle / floor / 1e3, memory(name, dtype)
+        over, peak = middle / floor / 1e3, None if layers else round(memory(name, dtype))
         print(
-            f"{name:10} {middle:8.1f} {f'{low:.1f} - {high:.1f}':>17} {over:8.3f} {peak:9.0f}",
+            f"{name:10} {middle:8.1f} {f'{low:.1f} - {high:.1f}':>17} {over:8.3f} {peak or '':>9}",
             flush=True,
         )
         row = {"dtype": dtype, "variant": name, "ms": (low, middle, high)}
@@ -158,6 +183,7 @@ def main() -> None:
         default=VARIANTS,
         help="what is timed beside frozen, official and ours; without it all is",
     )
+    parser.add_argument("--layers", type=int, help="only so many of them, and no head")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--seconds", type=float, default=math.inf, help="for all together")
@@ -166,12 +192,14 @@ def main() -> None:
     if arguments.peak:
         peak_of(arguments.peak, getattr(torch, arguments.dtype[0]))
         return
+    if arguments.layers is not None and not 1 <= arguments.layers <= LAYERS:
+        parser.error(f"--layers: expected 1 to {LAYERS}, got {arguments.layers}")
     names = [name for name in VARIANTS if name in (*COMPARED, *arguments.beside)]
     budget, rows = records.Budget(arguments.seconds), []
     for index, dtype in enumerate(arguments.dtype):
         # About half of the time is for the processes that measure memory.
         share = budget.share(len(arguments.dtype) - index) / 2
-        rows += report(dtype, names, arguments.rounds, share)
+        rows += report(dtype, names, arguments.layers, arguments.rounds, share)
         if arguments.json:
             head = records.environment("cpu")
             records.write_json(arguments.json, {"machine": head, "rows": rows})
