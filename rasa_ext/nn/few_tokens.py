@@ -44,8 +44,10 @@ def adapted_projections(
     rows, dtype, ranks = flatten_tokens(x), x.dtype, [each.rank for each in factors]
     Ap = torch.cat([t for each in factors for t in (each.A, each.A_pool) if t is not None])
     U = _down(rows, Ap if Ap.dtype == dtype else Ap.to(dtype))
-    diagonals = [each.d for each in factors if each.d is not None]
-    V = U * torch.cat(diagonals).to(dtype) if diagonals else U
+    V = U
+    if any(each.d is not None for each in factors):
+        its = [each.A.new_ones(each.rank) if each.d is None else each.d for each in factors]
+        V = U * torch.cat(its).to(dtype)
     outputs = []
     for weight, bias, v, each in zip(weights, biases, V.split(ranks, 1), factors, strict=True):
         B, B_pool = each.B, each.B_pool

@@ -68,6 +68,15 @@ def test_the_oracles_values(shape, bias):
     torch.testing.assert_close(second, oracle.linear(x, wide, None, other))
 
 
+@pytest.mark.parametrize("without", [(0,), (1,), (0, 1)], ids=str)
+def test_projections_without_a_diagonal(without):
+    x, weight, bias, factors = draw((5, 9, 7, 3, 6))
+    each = [factors._replace(d=None) if i in without else factors for i in range(2)]
+    found = few_tokens.adapted_projections(x, (weight, weight), (bias, bias), each)
+    for y, its in zip(found, each, strict=True):
+        torch.testing.assert_close(y, oracle.linear(x, weight, bias, Adapter(*its)))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("params", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_dtypes_are_those_of_the_functions_for_many(dtype, params):
