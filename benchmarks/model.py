@@ -197,8 +197,8 @@ def main() -> None:
     names = [name for name in VARIANTS if name in (*COMPARED, *arguments.beside)]
     budget, rows = records.Budget(arguments.seconds), []
     for index, dtype in enumerate(arguments.dtype):
-        # About half of the time is for the processes that measure memory.
-        share = budget.share(len(arguments.dtype) - index) / 2
+        # About half of the time is for the processes that measure memory, where it is measured.
+        share = budget.share(len(arguments.dtype) - index) / (1 if arguments.layers else 2)
         rows += report(dtype, names, arguments.layers, arguments.rounds, share)
         if arguments.json:
             head = records.environment("cpu")

@@ -90,9 +90,9 @@ class AdaptedLinear(AdaptedModule):
         if plain is None:
             return self._over_base(x, adapter, sources, with_grad, args, kwargs)
         p = adapter.config.dropout if self.training else 0.0
-        eager = not is_compiling()
         # With dropout also without grad: a re-entrant checkpoint must draw the same masks twice.
-        fused = self.fused if eager and (with_grad or p) else None
+        eager = (with_grad or p > 0) and not is_compiling()  # without either it does not matter
+        fused = self.fused if eager else None
         if fused is not None and ops.fuse_projections(x, dtype, p):
             part = Projection(*plain, sources, adapter.factors, p)
             y = fused.output(self, part, x, dtype)

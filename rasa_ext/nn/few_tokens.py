@@ -18,14 +18,15 @@ from torch.nn.functional import linear
 
 from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
 from rasa_ext.ops import Factors
-from rasa_ext.ops.heuristics import adapter_first, ranks_first
+from rasa_ext.ops.heuristics import ranks_first
+from rasa_ext.ops.linear import with_base
 
 
 def adapted_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors) -> Tensor:
     """Compute x W^T + bias + x dW^T (..., out)."""
     rows = flatten_tokens(x)
     V, up = _projected(rows, factors)
-    return unflatten_like(_with_base(rows, weight, bias, V, up), x)
+    return unflatten_like(with_base(rows, weight, bias, V, up), x)
 
 
 def adapted_add(y: Tensor, x: Tensor, factors: Factors) -> Tensor:
@@ -52,7 +53,7 @@ def adapted_projections(
     for weight, bias, v, each in zip(weights, biases, V.split(ranks, 1), factors, strict=True):
         B, B_pool = each.B, each.B_pool
         up = B.t() if B_pool is None else torch.cat((B.t(), B_pool.t()))
-        y = _with_base(rows, weight, bias, v, up if up.dtype == dtype else up.to(dtype))
+        y = with_base(rows, weight, bias, v, up if up.dtype == dtype else up.to(dtype))
         outputs.append(unflatten_like(y, x))
     return tuple(outputs)
 
@@ -72,11 +73,3 @@ def _projected(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
 def _down(rows: Tensor, Ap: Tensor) -> Tensor:
     """Compute U = x Ap^T (M, R); its strides are those of V, and of both their gradients."""
     return torch.mm(Ap, rows.t()).t() if ranks_first(rows) else linear(rows, Ap)
-
-
-def _with_base(rows: Tensor, weight: Tensor, bias: Tensor | None, V: Tensor, up: Tensor) -> Tensor:
-    """Compute x W^T + bias + V up (M, out)."""
-    if adapter_first(rows.device.type, rows.dtype):
-        y = torch.mm(V, up) if bias is None else torch.addmm(bias, V, up)
-        return y.addmm_(rows, weight.t())
-    return linear(rows, weight, bias).addmm_(V, up)

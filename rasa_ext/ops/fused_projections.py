@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from rasa_ext.ops.dropout import keep, project, unpacked
-from rasa_ext.ops.heuristics import adapter_first
 from rasa_ext.ops.library import accumulation_dtype, operator
-from rasa_ext.ops.linear import input_grad
+from rasa_ext.ops.linear import input_grad, with_base
 from rasa_ext.ops.pack import (
     Gradients,
     as_results,
@@ -111,15 +110,10 @@ def linear_projections(
 ) -> tuple[list[Tensor], Tensor]:
     """Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of one U = X Ap^T (M, Rp)."""
     U = project(x, Ap, kept, scale)
-    first = adapter_first(x.device.type, x.dtype)
     y = []
     for i, (weight, up, u) in enumerate(zip(weights, Bp, _columns(U, Bp), strict=True)):
         bias = biases[i] if biases and biases[i].numel() else None
-        if first:
-            out = torch.mm(u, up) if bias is None else torch.addmm(bias, u, up)
-            y.append(out.addmm_(x, weight.t()))
-        else:
-            y.append(torch.nn.functional.linear(x, weight, bias).addmm_(u, up))
+        y.append(with_base(x, weight, bias, u, up))
     return y, U
 
 

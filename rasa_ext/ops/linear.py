@@ -33,10 +33,15 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T + bias + U Bp (M, out) with U = X Ap^T (M, Rp)."""
     U = dense(x, Ap) if kept is None else project(x, Ap, kept, scale)
+    return with_base(x, weight, bias, U, Bp), U
+
+
+def with_base(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, Bp: Tensor) -> Tensor:
+    """X W^T + bias + U Bp (M, out), one product accumulated into the other: ``adapter_first``."""
     if adapter_first(x.device.type, x.dtype):
         y = torch.mm(U, Bp) if bias is None else torch.addmm(bias, U, Bp)
-        return y.addmm_(x, weight.t()), U
-    return dense(x, weight, bias).addmm_(U, Bp), U
+        return y.addmm_(x, weight.t())
+    return dense(x, weight, bias).addmm_(U, Bp)
 
 
 low_rank_linear = operator(
