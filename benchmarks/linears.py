@@ -85,7 +85,7 @@ class Case:
             for name in same:
                 self.adapted[name].fused = fused
         first = next(iter(self.inputs.values()))
-        by_default = ops.fuse_projections(first, first.dtype, 0.0)
+        by_default = ops.fuse_projections(first)
         name = f"{self.ours}, {'each alone' if by_default else 'fused'}"
         made[name] = baselines.Alone(ours, not by_default)
         for rank in (8, self.R):
