@@ -6,7 +6,8 @@ Every variant runs over the same weights, checked to be one function where it sh
 is not, or that raises, leaves a row that says why, and the others are measured. Columns:
 
 - over_frozen: the variant's time over that of the frozen linears;
-- removed: (official - variant) / (official - frozen), the share of the official overhead removed;
+- removed: (official - variant) / (official - frozen), the share of the official overhead removed,
+  of the medians of the differences by round;
 - roofline: the variant's time over the bound of its bytes and FLOPs (benchmarks.roofline);
 - saved: bytes kept for the backward, parameters left out; peak: bytes above what was held before;
 - host_us: until the host has launched a step; graph_us: the step replayed as a CUDA graph, which
@@ -82,8 +83,8 @@ def cpu_peak_bytes(run) -> int:
 def add_times(results: Results, seconds: dict, bounds: dict[str, float], **case) -> dict[str, dict]:
     """A row a variant, by its name."""
     middle = {name: statistics.median(values) for name, values in seconds.items()}
-    frozen, official = middle.get("frozen"), middle.get("official")
-    over = official - frozen if official and frozen else None
+    frozen, baselines = middle.get("frozen"), ("official", "frozen")
+    paired = seconds.keys() >= set(baselines)
     rows = {}
     for name, values in seconds.items():
         low, median, high = harness.quartiles(values)
@@ -95,7 +96,7 @@ def add_times(results: Results, seconds: dict, bounds: dict[str, float], **case)
             us_high=1e6 * high,
             rounds=len(values),
             over_frozen=median / frozen if frozen else None,
-            removed=(official - median) / over if over else None,
+            removed=1 - harness.overhead_ratio(seconds, name, *baselines) if paired else None,
             roofline=median / bounds[name],
         )
     return rows
