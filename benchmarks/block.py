@@ -82,9 +82,7 @@ def cpu_peak_bytes(run) -> int:
 
 def add_times(results: Results, seconds: dict, bounds: dict[str, float], **case) -> dict[str, dict]:
     """A row a variant, by its name."""
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    frozen, baselines = middle.get("frozen"), ("official", "frozen")
-    paired = seconds.keys() >= set(baselines)
+    frozen = statistics.median(seconds["frozen"]) if "frozen" in seconds else None
     rows = {}
     for name, values in seconds.items():
         low, median, high = harness.quartiles(values)
@@ -96,10 +94,18 @@ def add_times(results: Results, seconds: dict, bounds: dict[str, float], **case)
             us_high=1e6 * high,
             rounds=len(values),
             over_frozen=median / frozen if frozen else None,
-            removed=1 - harness.overhead_ratio(seconds, name, *baselines) if paired else None,
+            removed=removed(seconds, name),
             roofline=median / bounds[name],
         )
     return rows
+
+
+def removed(seconds: dict, name: str) -> float | None:
+    """The share of the official overhead; None where a baseline is missing or there is none."""
+    try:
+        return 1 - harness.overhead_ratio(seconds, name, "official", "frozen")
+    except (KeyError, ZeroDivisionError):
+        return None
 
 
 def bound(case: Case, variant: str, peaks: roofline.Peaks, train: bool) -> float:

@@ -51,8 +51,8 @@ def fuse_projections(x: Tensor) -> bool:
 
     On a CPU one down-projection three times as wide, and no sum over the projections' dx in passes
     of its own, take a tenth and more of what the official formula adds away at 1024 tokens, and a
-    twentieth in bfloat16 at 320. In float32 it is all one at 320, and costs a twentieth at 16, less
-    than another rule for it is worth. With dropout they share one mask.
+    twentieth in bfloat16 at 320. In float32 it makes no difference at 320 and costs a twentieth at
+    16, too few to train with for a rule of their own. With dropout they share one mask.
 
     On a GPU the gain is predicted and not measured: of q, k and v two products read x in place of
     six, their dx are not added up in passes over all tokens, and a step has 27 launches in place of

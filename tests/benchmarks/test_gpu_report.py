@@ -278,6 +278,8 @@ def test_without_a_baseline_there_is_no_ratio(tmp_path):
     assert rows["ours"]["over_frozen"] is None
     assert rows["ours"]["removed"] is None
     assert rows["ours"]["roofline"] == 3
+    alike = {name: [1.0, 2.0] for name in ("frozen", "official", "ours")}
+    assert block.add_times(results, alike, dict.fromkeys(alike, 0.5))["ours"]["removed"] is None
 
 
 def test_variants_that_should_be_one_function_are_checked():
