@@ -48,7 +48,7 @@ def stubbed() -> Iterator[None]:
         "adapted_linear_backward": _backward,
         "rank_multiple": lambda *_: 16,
         "fuse_projections": lambda *_: False,
-        "few_tokens": lambda _: False,
+        "torch_differentiates": lambda _: False,
     }
     before = [(module, module.ops) for module in (adapted_linear, functional, fused_projections)]
     for module, _ in before:

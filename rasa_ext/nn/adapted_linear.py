@@ -13,7 +13,7 @@ from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, l
 from rasa_ext.base_layers.quantized import check_gradient
 from rasa_ext.base_layers.sharded import is_dtensor
 from rasa_ext.base_layers.split import Split, local_part, split_of
-from rasa_ext.nn import few_tokens, functional
+from rasa_ext.nn import composed, functional
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
 from rasa_ext.nn.pack_cache import PackCache
@@ -71,7 +71,7 @@ class AdaptedLinear(AdaptedModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute y (..., out) from x (..., in), in the dtype that the base layer would give."""
-        # With few tokens, every function that Python calls here is seen in a step's time.
+        # On a CPU, every function that Python calls here is seen in a step's time.
         adapter = None if self.disabled or self.merged_base is not None else self.adapter()
         if adapter is None:
             return self._base_alone(x, args, kwargs)
@@ -100,8 +100,8 @@ class AdaptedLinear(AdaptedModule):
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        if with_grad and eager and not p and ops.few_tokens(x):
-            return few_tokens.adapted_linear(x, *plain, adapter.factors())
+        if with_grad and eager and not p and ops.torch_differentiates(x):
+            return composed.adapted_linear(x, *plain, adapter.factors())
         mask, kept, scale = functional.dropout(x, p) if p else (None, None, 1.0)
         if with_grad:
             factors = adapter.factors()
@@ -198,8 +198,8 @@ class AdaptedLinear(AdaptedModule):
         x = x.to(y.dtype)
         drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
         factors = adapter.factors()
-        if drop[0] is None and not is_compiling() and ops.few_tokens(x):
-            return few_tokens.adapted_add(y, x, factors)
+        if drop[0] is None and not is_compiling() and ops.torch_differentiates(x):
+            return composed.adapted_add(y, x, factors)
         return functional.adapted_add(y, x, factors, _rank_multiple(x, factors), *drop)
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

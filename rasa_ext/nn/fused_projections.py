@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rasa_ext import ops
-from rasa_ext.nn import few_tokens, functional
+from rasa_ext.nn import composed, functional
 from rasa_ext.nn.shapes import count_tokens
 from rasa_ext.ops import Factors
 
@@ -160,8 +160,8 @@ def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor
     weights, biases = [part.weight for part in parts], [part.bias for part in parts]
     factors = [part.factors() for part in parts]
     dropout = parts[0].dropout
-    if not dropout and ops.few_tokens(x):
-        return few_tokens.adapted_projections(x, weights, biases, factors)
+    if not dropout and ops.torch_differentiates(x):
+        return composed.adapted_projections(x, weights, biases, factors)
     rank, tokens = max(each.rank for each in factors), count_tokens(x)
     multiple = ops.rank_multiple(x.device.type, x.dtype, rank, tokens)
     drop = functional.dropout(x, dropout)

@@ -19,11 +19,11 @@ from rasa_ext.ops.fused_projections import (
     pack_projections_backward,
 )
 from rasa_ext.ops.heuristics import (
-    few_tokens,
     fuse_projections,
     noise_words,
     pool_in_packs,
     rank_multiple,
+    torch_differentiates,
 )
 from rasa_ext.ops.layers import (
     delta_group,
@@ -52,7 +52,6 @@ __all__ = [
     "experts_linear",
     "experts_outer",
     "experts_rank_multiple",
-    "few_tokens",
     "fuse_projections",
     "linear_group",
     "linear_group_backward",
@@ -73,4 +72,5 @@ __all__ = [
     "pack_projections_backward",
     "pool_in_packs",
     "rank_multiple",
+    "torch_differentiates",
 ]

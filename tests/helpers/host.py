@@ -55,7 +55,7 @@ class Host:
             "rank_multiple": lambda _, *rest: rank_multiple("cuda", *rest),
             "fuse_projections": lambda *_: fused,
             "noise_words": lambda *_: 2,
-            "few_tokens": lambda _: False,
+            "torch_differentiates": lambda _: False,
         }
         compiled_ones = {name: getattr(self.ops, name).default for name in self.names}
         for name, its in {**compiled_ones, **heuristics}.items():

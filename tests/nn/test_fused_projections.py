@@ -14,7 +14,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext import ops
-from rasa_ext.nn import few_tokens, functional
+from rasa_ext.nn import composed, functional
 from rasa_ext.ops import heuristics
 from tests.helpers.adapters import adapted_layers, adapters, check_step, observe, patched
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, VIT, ids
@@ -29,10 +29,10 @@ GROUPS = {
 }
 
 
-@pytest.fixture(params=[few_tokens, functional], ids=["few", "many"], autouse=True)
+@pytest.fixture(params=[composed, functional], ids=["composed", "functions"], autouse=True)
 def way(request, monkeypatch):
     """Together by PyTorch's own autograd, or by functions of this package."""
-    monkeypatch.setattr(ops, "few_tokens", lambda _: request.param is few_tokens)
+    monkeypatch.setattr(ops, "torch_differentiates", lambda _: request.param is composed)
     monkeypatch.setattr(ops, "fuse_projections", lambda *_: True)
     return request.param
 
@@ -41,7 +41,7 @@ def way(request, monkeypatch):
 def log(way, monkeypatch) -> list[int]:
     """How many layers were computed together, call by call."""
     found = []
-    for module in (few_tokens, functional):
+    for module in (composed, functional):
 
         def counting(x, weights, *args, direct=module.adapted_projections, its=module):
             assert its is way or len(args) > 2  # dropout has its mask

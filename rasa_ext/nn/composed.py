@@ -1,11 +1,13 @@
-"""Adapted linears of few tokens on a CPU: PyTorch operations, which PyTorch differentiates.
+"""Adapted linears on a CPU, composed of PyTorch operations, which PyTorch differentiates.
 
-What ``nn.functional`` computes, for where ``ops.few_tokens`` says so. The time of few tokens is
-that of small operations, and of Python around them in caches which the large products have emptied:
-every function called here is seen in a step, and a backward has no Python at all. d goes to the
-tokens, V = U diag(d), and its gradient is a sum over (M, R) in place of passes over (R, out). Kept
-for the backward are x, U, V, d and the pack without it, as much as the official formula keeps, and
-as there each is rounded for itself in low precision.
+What ``nn.functional`` computes, for where ``ops.torch_differentiates``. What an adapter takes there
+beside its products is small operations, and Python around them in caches which the large products
+have emptied: every function called here is seen in a step, and a backward has no Python at all.
+
+With few tokens (``d_on_tokens``) d goes to them, V = U diag(d), and its gradient is a sum over
+(M, R) in place of passes over (R, out). Kept for the backward are x, U, V, d and the pack without
+it, as much as the official formula keeps, and as there each is rounded for itself in low precision.
+With many d is in the pack, and x, U and the pack are kept.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch.nn.functional import linear
 
 from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
 from rasa_ext.ops import Factors
-from rasa_ext.ops.heuristics import ranks_first
+from rasa_ext.ops.heuristics import d_on_tokens, ranks_first
 from rasa_ext.ops.linear import with_base
 
 
@@ -44,30 +46,41 @@ def adapted_projections(
     """Compute ``adapted_linear`` of layers that read one x, with one down-projection for all."""
     rows, dtype, ranks = flatten_tokens(x), x.dtype, [each.rank for each in factors]
     Ap = torch.cat([t for each in factors for t in (each.A, each.A_pool) if t is not None])
-    U = _down(rows, Ap if Ap.dtype == dtype else Ap.to(dtype))
-    V = U
-    if any(each.d is not None for each in factors):
+    V = _down(rows, Ap if Ap.dtype == dtype else Ap.to(dtype))
+    on_tokens = d_on_tokens(rows)
+    if on_tokens and any(each.d is not None for each in factors):
         its = [each.A.new_ones(each.rank) if each.d is None else each.d for each in factors]
-        V = U * torch.cat(its).to(dtype)
+        V = V * torch.cat(its).to(dtype)
     outputs = []
     for weight, bias, v, each in zip(weights, biases, V.split(ranks, 1), factors, strict=True):
-        B, B_pool = each.B, each.B_pool
-        up = B.t() if B_pool is None else torch.cat((B.t(), B_pool.t()))
+        up = _up(each, not on_tokens)
         y = with_base(rows, weight, bias, v, up if up.dtype == dtype else up.to(dtype))
         outputs.append(unflatten_like(y, x))
     return tuple(outputs)
 
 
 def _projected(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """Give V = x Ap^T diag(d) (M, R) and [B | B_pool]^T (R, out)."""
-    A, A_pool, B, B_pool, d = factors
-    dtype, down, up = rows.dtype, A, B.t()
-    if A_pool is not None and B_pool is not None:
-        down, up = torch.cat((A, A_pool)), torch.cat((up, B_pool.t()))
+    """Give x Ap^T (M, R) and [B | B_pool]^T (R, out), with diag(d) between them in one of both."""
+    A, A_pool, _, _, d = factors
+    on_tokens = d_on_tokens(rows)
+    dtype, down, up = rows.dtype, A, _up(factors, not on_tokens)
+    if A_pool is not None:
+        down = torch.cat((A, A_pool))
     if not down.dtype == up.dtype == dtype:
         down, up = down.to(dtype), up.to(dtype)
     U = _down(rows, down)
-    return U if d is None else U * d.to(dtype), up
+    return U if d is None or not on_tokens else U * d.to(dtype), up
+
+
+def _up(factors: Factors, with_d: bool) -> Tensor:
+    """Give [B | B_pool]^T (R, out), or Bp = diag(d) [B | B_pool]^T, in the parameters' dtype."""
+    _, _, B, B_pool, d = factors
+    rows = [B.t()] if B_pool is None else [B.t(), B_pool.t()]
+    if with_d and d is not None:
+        # Each with its own part, so that nothing but parameters is kept for d's gradient.
+        its = d.unsqueeze(1).split([len(each) for each in rows])
+        rows = [each * v for each, v in zip(rows, its, strict=True)]
+    return rows[0] if B_pool is None else torch.cat(rows)
 
 
 def _down(rows: Tensor, Ap: Tensor) -> Tensor:
