@@ -60,7 +60,7 @@ def adapted_projections(
 
 
 def _projected(rows: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """Give x Ap^T (M, R) and [B | B_pool]^T (R, out), with diag(d) between them in one of both."""
+    """Give x Ap^T (M, R) and [B | B_pool]^T (R, out), one of them multiplied by diag(d)."""
     A, A_pool, _, _, d = factors
     on_tokens = d_on_tokens(rows)
     dtype, down, up = rows.dtype, A, _up(factors, not on_tokens)

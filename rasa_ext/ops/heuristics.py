@@ -77,10 +77,10 @@ def torch_differentiates(x: Tensor) -> bool:
     """Decide whether PyTorch differentiates the adapter of a forward with grad on x (..., in).
 
     On a CPU that takes a third (float32) and a quarter (bfloat16) of what the adapter adds to a
-    step of 16 tokens away, a seventh at 512. From 1024 on it is a tenth in bfloat16 and nothing in
-    float32, whose products take longer, so that keeping x and U alone is worth more there: Python,
-    in a Function and in the operators under it, costs the same for all. On a GPU operators are
-    fewer launches.
+    step of 16 tokens away, a seventh at 512. From 1024 on it is up to a tenth in bfloat16, and
+    nothing in float32, whose products take longer, so that keeping x and U alone is worth more
+    there: Python, in a Function and in the operators under it, costs the same for all. On a GPU
+    operators are fewer launches.
     """
     return x.is_cpu and (x.element_size() == 2 or x.numel() <= 512 * x.shape[-1])
 
@@ -88,8 +88,8 @@ def torch_differentiates(x: Tensor) -> bool:
 def d_on_tokens(x: Tensor) -> bool:
     """Decide whether d multiplies U of tokens x (M, in), where PyTorch differentiates.
 
-    In the pack it takes a twentieth of what the official formula adds more at 320 tokens, and a
-    tenth more at 16. At 1024 it takes the same, and U diag(d) is not kept.
+    In the pack it costs 0.03 to 0.09 of what the official formula adds at 320 tokens. At 1024 it
+    takes the same, and U diag(d) is not kept.
     """
     return x.shape[0] <= 512
 

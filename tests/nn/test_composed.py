@@ -113,7 +113,7 @@ def test_what_is_frozen_gets_no_gradient_and_a_frozen_A_keeps_no_x():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "dtype", "device", "torchs"),
+    ("tokens", "dtype", "device", "expected"),
     [
         ((512,), torch.float32, "cpu", True),
         ((2, 256), torch.float32, "cpu", True),
@@ -123,9 +123,9 @@ def test_what_is_frozen_gets_no_gradient_and_a_frozen_A_keeps_no_x():
         ((1,), torch.bfloat16, "meta", False),
     ],
 )
-def test_which_torch_differentiates(tokens, dtype, device, torchs):
+def test_which_torch_differentiates(tokens, dtype, device, expected):
     x = torch.empty(*tokens, 3, dtype=dtype, device=device)
-    assert heuristics.torch_differentiates(x) == torchs
+    assert heuristics.torch_differentiates(x) == expected
 
 
 @pytest.mark.parametrize("tokens", [512, 513])

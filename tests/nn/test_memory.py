@@ -1,6 +1,6 @@
 """What one adapted linear layer keeps for its backward: x, U, and what exists anyway.
 
-Where PyTorch differentiates, on a CPU, more is kept: see the last tests of that.
+Where PyTorch differentiates, on a CPU, the pack is kept, too: see the tests of few and many tokens.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def test_dropout_adds_a_bit_for_each_element_of_x(hooked):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 64])
-def test_torch_differentiates_keep_what_the_formula_does(tokens, dtype, monkeypatch):
+def test_few_tokens_keep_what_the_formula_does(tokens, dtype, monkeypatch):
     """U, U diag(d), the two matrices of the pack and, where it is cast, d."""
     monkeypatch.setattr(ops, "torch_differentiates", lambda _: True)
     _, layer = layer_of(8, 1, dtype)
@@ -143,11 +143,11 @@ def test_torch_differentiates_keep_what_the_formula_does(tokens, dtype, monkeypa
     assert sorted(new) == sorted([*sizes, size * ranks * WIDTH])
 
 
-@pytest.mark.parametrize("pool", [0, 1])
-def test_many_tokens_in_low_precision_keep_the_pack(pool, monkeypatch):
+@pytest.mark.parametrize("k", [0, 1])
+def test_many_tokens_in_low_precision_keep_the_pack(k, monkeypatch):
     """U and the pack, d in it: less than nine tenths of what the formula keeps."""
     monkeypatch.undo()
-    _, layer = layer_of(8, pool, torch.bfloat16)
+    _, layer = layer_of(8, k, torch.bfloat16)
     x = torch.randn(513, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     storages, _ = kept(lambda: layer(x))
     new = [size for address, size in storages.items() if address not in existing(layer, x)]
