@@ -14,6 +14,7 @@ from rasa_ext.checkpoint.lora_truncated import Truncation, export_error
 from rasa_ext.checkpoint.official import load_official
 from rasa_ext.checkpoint.push import push_to_hub
 from rasa_ext.config import RasaConfig
+from rasa_ext.nn.adapter import drop_packs
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.ops import cuda_status
@@ -62,6 +63,7 @@ __all__ = [
     "delta_weights",
     "disable_adapter",
     "distributed",
+    "drop_packs",
     "export_error",
     "export_lora",
     "export_size",

@@ -101,3 +101,38 @@ class AdaptedModule(nn.Module):
         self.drop_pack()
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # nn.Module's has no types
         return self
+
+
+def drop_packs(model: nn.Module) -> None:
+    """Forget what is cached of a model's adapters, after a write that PyTorch cannot see.
+
+    Without grad every layer keeps its adapter packed for the GEMMs. In-place operations, a
+    ``load_state_dict`` and steps of any ``torch.optim.Optimizer`` are noticed. Collectives
+    (``dist.broadcast(p)``), another process over shared memory, writes through ``.data`` or a numpy
+    view, and replays of a CUDA graph that holds the optimizer are not.
+
+    Args:
+        model: with adapters of this package, by ``patch_model`` or as a method of PEFT.
+
+    Returns:
+        Nothing.
+
+    Raises:
+        TypeError, ValueError: ``model`` is no module, or has no adapter of this package.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> for parameter in rasa_ext.adapter_parameters(model):
+        ...     parameter.data.mul_(0.5)  # or torch.distributed.broadcast(parameter, src=0)
+        >>> rasa_ext.drop_packs(model)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedModule)]
+    if not adapted:
+        raise ValueError(
+            "model: expected a model with adapters of rasa_ext, got a "
+            f"{type(model).__name__} without one."
+        )
+    for module in adapted:
+        module.drop_pack()

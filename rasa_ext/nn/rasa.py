@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,16 +36,22 @@ class RasaPool(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self._names = tuple(tensors)
         register_tensors(self, tensors)
+
+    def tensors(self) -> dict[str, Any]:
+        """Give the tensors by name."""
+        return tensors_of(self, self._names)
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
         """Own these tensors in place of those so far."""
-        unregister_tensors(self, list(tensors_of(self)))
+        unregister_tensors(self, self._names)
+        self._names = tuple(tensors)
         register_tensors(self, tensors)
 
     def extra_repr(self) -> str:
         """Show the shapes by name."""
-        return ", ".join(f"{name}={tuple(t.shape)}" for name, t in tensors_of(self).items())
+        return ", ".join(f"{name}={tuple(t.shape)}" for name, t in self.tensors().items())
 
 
 class AdapterOwner(nn.Module):
@@ -74,10 +80,9 @@ class AdapterOwner(nn.Module):
     def adapter(self) -> Adapter:
         """Give the adapter."""
         pool = self._modules.get("pool") or self.__dict__.get("pool")
-        own = tensors_of(self)
-        if len(own) != len(self._names):  # parametrized, or a replica of nn.DataParallel
-            own = {name: getattr(self, name) for name in self._names}
-        return Adapter(self.config, own, {} if pool is None else tensors_of(pool), self.place)
+        own = tensors_of(self, self._names)
+        shared = {} if pool is None else pool.tensors()
+        return Adapter(self.config, own, shared, self.place)
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Give its own tensors by name, the pool left out."""
@@ -85,7 +90,7 @@ class AdapterOwner(nn.Module):
 
     def pool_tensors(self) -> dict[str, Tensor]:
         """Give the tensors of its pool by name."""
-        return {} if self.pool is None else dict(tensors_of(self.pool))
+        return {} if self.pool is None else dict(self.pool.tensors())
 
     @property
     def effective_rank(self) -> int:
@@ -183,11 +188,14 @@ def unregister_tensors(module: nn.Module, names: Iterable[str]) -> None:
         delattr(module, name)
 
 
-def tensors_of(module: nn.Module) -> dict[str, Any]:
+def tensors_of(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
     """Look up a module's own parameters and buffers in nn.Module's own dictionaries.
 
     ``getattr`` is slow, and every forward of every layer asks.
     """
+    found: dict[str, Any] = module._parameters
     if module._buffers:
-        return {**module._parameters, **module._buffers}
-    return module._parameters
+        found = {**found, **module._buffers}
+    if len(found) != len(names):  # parametrized, or a replica of nn.DataParallel
+        found = {name: getattr(module, name) for name in names}
+    return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
+import bitsandbytes
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ import rasa_ext
 from rasa_ext import ops
 from rasa_ext.nn import pack_cache
 from rasa_ext.nn.pack_cache import PackCache
+from tests.helpers import experts, peft
 from tests.helpers.adapters import patched
 
 CPU = torch.device("cpu")
@@ -194,17 +197,30 @@ def test_what_a_layer_forgets_its_pack_by(way, packs):
         assert torch.equal(found, copy.deepcopy(layer)(x))
 
 
-def test_a_pack_that_another_stream_reads_waits_for_it(monkeypatch):
-    """Memory of a pack that its maker's stream drops is not reused before the reader has run."""
+def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_stream(monkeypatch):
+    """Else it could read the pack before it is written, or after its memory was used again."""
+
+    class Stream:
+        def __init__(self) -> None:
+            self.waited: list[object] = []
+
+        def record_event(self) -> object:
+            return ("packed", id(self))
+
+        def wait_event(self, event: object) -> None:
+            self.waited.append(event)
 
     class Memory:
-        def __init__(self) -> None:
-            self.streams: list[str] = []
+        device = torch.device("cuda:1")
 
-        def record_stream(self, stream: str) -> None:
+        def __init__(self) -> None:
+            self.streams: list[object] = []
+
+        def record_stream(self, stream: object) -> None:
             self.streams.append(stream)
 
-    current = ["maker"]
+    maker, reader = Stream(), Stream()
+    current = [maker]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     monkeypatch.setattr(pack_cache, "_is_capturing", lambda device: False)
     cache, sources, form = PackCache(), [torch.ones(2)], (torch.float32, torch.device("cuda:1"))
@@ -212,6 +228,85 @@ def test_a_pack_that_another_stream_reads_waits_for_it(monkeypatch):
     assert cache.get(sources, form, lambda: made) is made
     assert cache.get(sources, form, lambda: None) is made
     assert [each.streams for each in made] == [[], []]
-    current[0] = "reader"
+    assert maker.waited == []
+    current[0] = reader
     assert cache.get(sources, form, lambda: None) is made
-    assert [each.streams for each in made] == [["reader"], ["reader"]]
+    assert reader.waited == [("packed", id(maker))]
+    assert [each.streams for each in made] == [[reader], [reader]]
+
+
+def _linears():
+    model = patched(nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 96)))
+    return model, lambda each: each(torch.ones(3, 96))
+
+
+def _peft():
+    return peft.tiny(), lambda each: each(peft.TOKENS).logits
+
+
+def _experts():
+    config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
+    tokens = torch.arange(6).view(2, 3)
+    return patched(experts.model(), config=config), lambda each: each(tokens).logits
+
+
+# Their kernels write without raising a version; the first is the default of transformers' Trainer.
+UNSEEN = {
+    "fused": functools.partial(torch.optim.AdamW, lr=0.1, fused=True),
+    "8-bit": functools.partial(bitsandbytes.optim.Lion8bit, lr=0.1, min_8bit_size=0),
+    "32-bit": functools.partial(bitsandbytes.optim.AdamW32bit, lr=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", UNSEEN)
+@pytest.mark.parametrize("make", [_linears, _peft, _experts])
+def test_a_step_that_raises_no_version_is_seen(make, optimizer):
+    """In eval mode nothing but the step tells of it: an older policy would answer."""
+    model, run = make()
+    model.eval()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    step = UNSEEN[optimizer](trained).step
+    run(model).square().mean().backward()
+    with torch.no_grad():
+        before, versions = run(model), [p._version for p in trained]
+        step()
+        assert [p._version for p in trained] == versions
+        after = run(model)
+        assert not torch.allclose(after, before)
+        assert torch.equal(after, run(copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize("make", [_linears, _peft, _experts])
+def test_packs_dropped_by_hand(make):
+    """After what PyTorch cannot see, as a collective's write to a parameter."""
+    model, run = make()
+    model.eval()
+    with torch.no_grad():
+        before = run(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.mul_(1.5)
+        rasa_ext.drop_packs(model)
+        after = run(model)
+        assert not torch.allclose(after, before)
+        assert torch.equal(after, run(copy.deepcopy(model)))
+
+
+def test_packs_of_what_has_none():
+    with pytest.raises(ValueError, match="model: expected a model with adapters of rasa_ext"):
+        rasa_ext.drop_packs(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
+        rasa_ext.drop_packs("model")
+
+
+def test_a_compiled_optimizer_steps():
+    """The hook by which a step is seen stands in no compiler's way."""
+    model, run = _linears()
+    optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
+    run(model).square().mean().backward()
+    with torch.no_grad():
+        before = run(model)
+        torch.compile(optimizer.step, backend="eager")()
+        after = run(model)
+        assert not torch.allclose(after, before)
+        assert torch.equal(after, run(copy.deepcopy(model)))
