@@ -88,10 +88,12 @@ class RasaConfig(PooledConfig):
         return self.experts
 
     def diagonal(self, own: int, pooled: int) -> Tensor:
-        """Make alpha/2/own for private entries and alpha/2/pooled for those of the pool."""
-        share = self.alpha if 0 in (own, pooled) else self.alpha / 2
-        values = [share / n for n in (own, pooled) for _ in range(n)]
-        return torch.tensor(values, dtype=torch.float32)
+        """Make alpha/2/own for private entries and alpha/2/pooled for those of the pool.
+
+        Without a pool, as LoRA: alpha/own.
+        """
+        share = self.alpha / 2 if pooled else self.alpha
+        return torch.cat([torch.full((n,), share / max(n, 1)) for n in (own, pooled)])
 
     def initial_diagonal(self, num_layers: int) -> Tensor:
         """Make d of a layer in a group of L layers: (r-k+L*k,) float32, private entries first."""
@@ -103,8 +105,7 @@ class RasaConfig(PooledConfig):
 
     def gate_scale(self, num_layers: int) -> float:
         """Give the value that the pooled entries begin with, so that gates begin at one."""
-        own, pooled = self.ranks(num_layers)
-        return self.alpha / (2 if own else 1) / max(pooled, 1)
+        return self.alpha / 2 / max(self.ranks(num_layers)[1], 1)
 
 
 document_fields(RasaConfig)

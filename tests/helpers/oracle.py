@@ -121,12 +121,11 @@ def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
 
 
 def initial_d(rank: int, k: int, layers: int, alpha: float) -> Tensor:
+    """As the official code has it, alpha / 2 / (L k) at k = r as well; alpha / r without a pool."""
     if k == 0:
         return torch.full((rank,), alpha / rank, dtype=torch.float64)
-    if k == rank:
-        return torch.full((layers * k,), alpha / (layers * k), dtype=torch.float64)
-    own = torch.full((rank - k,), alpha / 2 / (rank - k), dtype=torch.float64)
-    return torch.cat([own, torch.full((layers * k,), alpha / 2 / (layers * k)).double()])
+    values = [alpha / 2 / (rank - k) for _ in range(rank - k)]
+    return torch.tensor(values + [alpha / 2 / (layers * k)] * (layers * k), dtype=torch.float64)
 
 
 def trainable_count(shapes: Mapping[str, tuple[int, int]], rank: int, k: int) -> int:
