@@ -65,15 +65,17 @@ def pack_group_backward(
 def delta_group(Ap: Tensor, Bp: Tensor) -> Tensor:
     """dW = Bp^T Ap of every layer, (L, out, in) in the accumulation dtype."""
     wide = accumulation_dtype(Ap.dtype)
-    return torch.bmm(Bp.transpose(1, 2).to(wide), Ap.to(wide))
+    with torch.autocast(Ap.device.type, enabled=False):
+        return torch.bmm(Bp.transpose(1, 2).to(wide), Ap.to(wide))
 
 
 @operator("merge_group(Tensor(a!)[] weights, Tensor Ap, Tensor Bp) -> ()")
 def merge_group(weights: Sequence[Tensor], Ap: Tensor, Bp: Tensor) -> None:
     """W += Bp^T Ap of every layer in place, summed wide and rounded once."""
+    narrow = accumulation_dtype(Ap.dtype)
     for weight, down, up in zip(weights, Ap, Bp, strict=True):
-        wide = torch.promote_types(accumulation_dtype(weight.dtype), accumulation_dtype(down.dtype))
-        delta = torch.mm(up.t().to(wide), down.to(wide))
+        wide = torch.promote_types(accumulation_dtype(weight.dtype), narrow)
+        (delta,) = delta_group(down.to(wide)[None], up.to(wide)[None])
         weight.copy_(delta.add_(weight.to(wide)))
 
 
