@@ -7,6 +7,7 @@ Those over a quantized base go one by one, and become dense: ``merge_quantized``
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -16,8 +17,6 @@ from rasa_ext import ops
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.sharded import check_base_whole
 from rasa_ext.nn.rasa import RasaLinear
-from rasa_ext.nn.rasa_experts import RasaExperts
-from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.merge_quantized import (
     Dequantized,
     dense_dtype,
@@ -42,6 +41,8 @@ from rasa_ext.patching.subtraction import Rest, rest
 from rasa_ext.patching.tokens import check_rows_finite, merge_rows, trained_tokens, unmerge_rows
 
 Layers = list[tuple[str, RasaLinear]]
+
+_SWITCHING = threading.Lock()  # the adapters of a model off or on again
 
 
 def delta_weight(layer: RasaLinear) -> Tensor:
@@ -131,7 +132,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool 
         TypeError, ValueError: ``dtype`` is no float dtype, or no adapted layer is quantized.
         ValueError: a merged weight would not be finite, or a weight is shared with another module
             or sharded over processes. No layer is then merged.
-        RuntimeError: a CUDA graph is being captured, or a quantized weight cannot be read.
+        RuntimeError: a CUDA graph is being captured, a quantized weight cannot be read, or the call
+            stands inside of ``disable_adapter``.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -238,7 +240,8 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
     """Within the context the model computes what its base computes (``modules_to_save`` stay).
 
     Merged weights are unmerged for its duration. So a model is its own reference, as the losses of
-    preference training need one.
+    preference training need one. Contexts may overlap in any order, also those of several threads:
+    the adapter is back when the last of them ends.
 
     Args:
         model: a patched model.
@@ -255,23 +258,31 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
         ...     logits = base(torch.tensor([[1, 2, 3]])).logits
     """
     state = patch_state(model)
-    merged, dtype, subtract = state.merged is not None, state.dense_dtype, state.subtract
-    layers: list[RasaLinear | RasaExperts | TrainedTokens] = [
-        layer for _, layer in adapted_layers(model)
-    ]
-    layers += [experts for _, experts in adapted_experts(model)]
-    layers += [module for _, module in trained_tokens(unwrap(model))]
-    before = [layer.disabled for layer in layers]
-    unmerge(model)
+    with _SWITCHING:
+        if not state.disabled:
+            merged = state.merged is not None
+            unmerge(model)
+            state.merge_again = merged
+            _switch(model, off=True)
+        state.disabled += 1
     try:
-        for layer in layers:
-            layer.disabled = True
         yield model
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.disabled = value
-        if merged:
-            _merge(model, dtype, keep_base=True, subtract=subtract, quiet=True)
+        with _SWITCHING:
+            state.disabled -= 1
+            if not state.disabled:
+                _switch(model, off=False)
+                if state.merge_again:
+                    _merge(model, state.dense_dtype, True, state.subtract, quiet=True)
+
+
+def _switch(model: nn.Module, off: bool) -> None:
+    for _, module in (
+        *adapted_layers(model),
+        *adapted_experts(model),
+        *trained_tokens(unwrap(model)),
+    ):
+        module.disabled = off
 
 
 def _merge(
@@ -284,6 +295,8 @@ def _merge(
     state = patch_state(model)
     if state.merged is not None:
         return state.merged
+    if state.disabled:
+        raise RuntimeError("model: leave rasa_ext.disable_adapter(model) before a merge.")
     _check_not_capturing()
     every = adapted_layers(model)
     tables = {name: module.base_layer for name, module in trained_tokens(unwrap(model))}

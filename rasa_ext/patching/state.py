@@ -36,6 +36,10 @@ class PatchState:
     """The dtype that the last merge was asked to give to dequantized weights."""
     subtract: bool = False
     """Whether the last merge was asked to keep no copy of the base's weights."""
+    disabled: int = 0
+    """How many contexts of ``disable_adapter`` are open."""
+    merge_again: bool = False
+    """Whether the model was merged when the first of them began."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:

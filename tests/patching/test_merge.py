@@ -234,6 +234,43 @@ def test_disable_adapter_ends_with_an_exception():
     assert torch.equal(logits(LLAMA, model), adapted)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_contexts_that_overlap(merged):
+    """Neither of two threads, say, ends what the other began, nor leaves the adapter off."""
+    base = LLAMA.build().eval().requires_grad_(False)
+    model = patched(base).eval()
+    if merged:
+        rasa_ext.merge(model)
+    adapted, alone = logits(LLAMA, model), logits(LLAMA, base)
+    first, second = rasa_ext.disable_adapter(model), rasa_ext.disable_adapter(model)
+    first.__enter__()
+    second.__enter__()
+    assert torch.equal(logits(LLAMA, model), alone)
+    first.__exit__(None, None, None)
+    assert torch.equal(logits(LLAMA, model), alone)
+    with pytest.raises(RuntimeError, match=r"model: leave rasa_ext\.disable_adapter"):
+        rasa_ext.merge(model)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(LLAMA, model), adapted)
+    assert all(layer.merged == merged for layer in adapted_layers(model).values())
+
+
+@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
+def test_autocast_does_not_reach_a_merge(entry):
+    """dW is float32 whatever the products around it are computed in."""
+    model, inside = (patched(entry.build()) for _ in range(2))
+    expected = dict(rasa_ext.delta_weights(model))
+    rasa_ext.merge(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        deltas = dict(rasa_ext.delta_weights(inside))
+        rasa_ext.merge(inside)
+    for name, delta in expected.items():
+        assert deltas[name].dtype == torch.float32
+        assert torch.equal(deltas[name], delta)
+    merged = weights(inside)
+    assert all(torch.equal(merged[name], weight) for name, weight in weights(model).items())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [0, 1, RANK])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
