@@ -93,7 +93,7 @@ class AdaptedLinear(AdaptedModule):
         # With dropout also without grad: a re-entrant checkpoint must draw the same masks twice.
         eager = (with_grad or p > 0) and not is_compiling()  # without either it does not matter
         fused = self.fused if eager else None
-        if fused is not None and ops.fuse_projections(x):
+        if fused is not None and ops.fuse_projections(x) and not x.is_inference():
             part = Projection(*plain, sources, adapter.factors, p)
             y = fused.output(self, part, x, dtype)
             if y is not None:

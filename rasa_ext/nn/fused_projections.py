@@ -7,7 +7,7 @@ the very same x, unchanged. Those that turn out to read another one leave for go
 
 from __future__ import annotations
 
-import operator
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -20,7 +20,9 @@ from rasa_ext.nn import composed, functional
 from rasa_ext.nn.shapes import count_tokens
 from rasa_ext.ops import Factors
 
-_version = operator.attrgetter("_version")
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Projection(NamedTuple):
@@ -74,6 +76,12 @@ class _Round:
             y.grad_fn.register_prehook(drop)
 
 
+class _Rounds(threading.local):
+    """The round of each thread, whose forwards may read one x beside those of others."""
+
+    current: _Round | None = None
+
+
 class FusedProjections:
     """Shared by the layers of one parent that may read one input; holds none of them alive.
 
@@ -83,7 +91,7 @@ class FusedProjections:
 
     def __init__(self, layers: Iterable[Projected]) -> None:
         self._layers = [weakref.ref(layer) for layer in layers]
-        self._round: _Round | None = None
+        self._rounds = _Rounds()
 
     def output(
         self, layer: Projected, part: Projection, x: Tensor, dtype: torch.dtype
@@ -92,7 +100,7 @@ class FusedProjections:
 
         ``part`` is what ``layer.projection(dtype)`` would give.
         """
-        current = self._round
+        current = self._rounds.current
         if current is not None:
             if current.is_of(x, dtype) and id(layer) in current.waiting:
                 y, stamp = current.waiting.pop(id(layer))
@@ -136,15 +144,16 @@ class FusedProjections:
             parts.append(part)
         outputs = _adapted_projections(x if x.dtype == dtype else x.to(dtype), parts)
         # Only now: a checkpoint that stops in the middle of a recomputation leaves no round.
-        self._round = _Round(x, dtype, leader, first.stamp())
+        current = _Round(x, dtype, leader, first.stamp())
         for each, part, y in zip(layers, parts[1:], outputs[1:], strict=True):
-            self._round.waiting[id(each)] = y, part.stamp()
-        self._round.drop_in_backward(outputs[0])
+            current.waiting[id(each)] = y, part.stamp()
+        current.drop_in_backward(outputs[0])
+        self._rounds.current = current
         return outputs[0]
 
     def forget(self) -> None:
-        """Let go of outputs that wait."""
-        self._round = None
+        """Let go of outputs that wait in this thread."""
+        self._rounds.current = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Give its layers themselves: a copy's are the copies."""
@@ -152,7 +161,7 @@ class FusedProjections:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._layers = [weakref.ref(layer) for layer in state["layers"]]
-        self._round = None
+        self._rounds = _Rounds()
 
 
 def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, ...]:

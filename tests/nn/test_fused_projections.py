@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import threading
 import weakref
 from types import SimpleNamespace
 
@@ -282,13 +283,13 @@ def test_layers_that_read_different_inputs_part_after_a_step(log):
 def test_waiting_outputs_and_layers_are_not_kept_alive():
     model, a, b, _ = pair()
     a(torch.randn(3, 6))
-    ((waiting, _),) = a.fused._round.waiting.values()
+    ((waiting, _),) = a.fused._rounds.current.waiting.values()
     gone = weakref.ref(waiting)
     del waiting
     a(torch.randn(3, 6))
     assert gone() is None
     model.train()
-    assert a.fused._round is None
+    assert a.fused._rounds.current is None
     a(torch.randn(3, 6))
     gone = weakref.ref(b)
     del b, model[0].up_proj
@@ -307,3 +308,48 @@ def test_two_forwards_before_a_backward_add_up():
     for name, layer in adapted_layers(model).items():
         total = one[f"{name}.d"] + two[f"{name}.d"]
         torch.testing.assert_close(layer.d.grad, total, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("entry", [LLAMA, BERT], ids=ids)
+def test_dropout_under_inference_mode(entry):
+    """x has no version there by which a layer would know it again, so that each computes alone."""
+    model = patched(entry.build(), dropout=0.25).train()
+    inputs = entry.inputs(0, torch.float32)
+    with torch.inference_mode():
+        torch.manual_seed(7)
+        y = entry.loss(model, inputs)[0]
+        torch.manual_seed(7)
+        assert torch.equal(entry.loss(model, inputs)[0], y)
+        assert not torch.equal(entry.loss(model, inputs)[0], y)
+        created = patched(entry.build(), dropout=0.25).train()
+        assert entry.loss(created, inputs)[0].isfinite().all()
+
+
+def test_threads_that_train_on_one_x():
+    """None of them takes an output that another thread's backward goes through."""
+    model = patched(LLAMA.build()).train()
+    attention = next(m for m in model.modules() if hasattr(m, "q_proj"))
+    layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+    x = torch.randn(5, attention.q_proj.in_features)
+
+    def step(barrier: threading.Barrier, found: list) -> None:
+        outputs = []
+        for layer in layers:
+            barrier.wait()
+            outputs.append(layer(x))
+        barrier.wait()
+        sum(y.square().sum() for y in outputs).backward()
+        found.append([y.detach() for y in outputs])
+
+    expected = [layer(x).detach() for layer in layers]
+    for _ in range(4):
+        found: list = []
+        barrier = threading.Barrier(2)
+        threads = [threading.Thread(target=step, args=(barrier, found)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(found) == 2
+        for outputs in found:
+            torch.testing.assert_close(outputs, expected)

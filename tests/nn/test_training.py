@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 
 import pytest
 import torch
@@ -284,3 +285,38 @@ def test_outputs_can_be_modified_in_place(shape, hooked):
         grads.append(torch.autograd.grad(y.square().sum(), rasa_ext.adapter_parameters(model)))
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.fixture
+def replicate(monkeypatch):
+    """torch's own for nn.DataParallel, whose copies lie on the CPU as well."""
+    module = sys.modules["torch.nn.parallel.replicate"]
+
+    monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)
+    monkeypatch.setattr(
+        module,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach: [
+            [t.detach() if detach else t.clone() for t in tensors] for _ in devices
+        ],
+    )
+    return module.replicate
+
+
+@pytest.mark.parametrize("k", [0, 1, 4])
+@pytest.mark.parametrize("entry", [LLAMA, SEQUENTIAL], ids=ids)
+def test_replicas_of_data_parallel(entry, k, replicate):
+    """They have tensors as attributes and no parameters; gradients reach the model's own."""
+    model = patched(entry.build(), 4, k).train()
+    halves = [entry.inputs(i, torch.float32) for i in range(2)]
+    expected = [entry.loss(model, inputs)[1] for inputs in halves]
+    sum(expected).backward()
+    grads = [p.grad for p in rasa_ext.adapter_parameters(model)]
+    model.zero_grad()
+    found = [
+        entry.loss(replica, inputs)[1]
+        for replica, inputs in zip(replicate(model, [0, 1]), halves, strict=True)
+    ]
+    sum(found).backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close([p.grad for p in rasa_ext.adapter_parameters(model)], grads)
