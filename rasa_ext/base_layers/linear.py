@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,15 @@ def linear_shape(module: LinearLayer) -> tuple[int, int]:
     if is_conv1d(module):
         return module.nf, module.weight.shape[0]
     return module.out_features, module.in_features
+
+
+def device_of(layer: LinearLayer) -> torch.device:
+    """Give the device on which a layer computes, also where accelerate has offloaded its weight."""
+    device: torch.device = layer.weight.device
+    hook: Any = getattr(layer, "_hf_hook", None)
+    if device.type == "meta" and hook is not None and hook.execution_device is not None:
+        device = torch.device(hook.execution_device)
+    return device
 
 
 def as_plain_gemm(

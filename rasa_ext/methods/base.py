@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import Bank, bank_shape
-from rasa_ext.base_layers.linear import LinearLayer, linear_shape
+from rasa_ext.base_layers.linear import LinearLayer, device_of, linear_shape
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.token_indices import GivenTokens, Tokens, checked_tokens, tokens_to_json
 from rasa_ext.ops import Factors
@@ -69,7 +69,7 @@ def group_places(bases: Mapping[str, LinearLayer | Bank]) -> list[Place]:
             experts, out, width = bank_shape(*base)
             device = getattr(*base).device
         else:
-            experts, (out, width), device = 0, linear_shape(base), base.weight.device
+            experts, (out, width), device = 0, linear_shape(base), device_of(base)
         places.append(Place(index, len(bases), out, width, device, name, experts))
     return places
 

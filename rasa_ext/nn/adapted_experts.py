@@ -37,6 +37,11 @@ class AdaptedExperts(AdaptedModule):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
+        if hasattr(base_layer, "_hf_hook") and any(p.is_meta for p in base_layer.parameters()):
+            raise ValueError(
+                "experts: expected expert weights on a device, but accelerate has offloaded "
+                "them, for the experts' own forward alone; keep them on one, or pass experts=None."
+            )
         self.base_layer = base_layer
         self.disabled = False
         # While merged: the matrices as they were, or less, by the weight's name and the expert.

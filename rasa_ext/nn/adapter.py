@@ -50,7 +50,8 @@ class Adapter(NamedTuple):
         """Give its factors on the layer's device and in its dtype, differentiable.
 
         Raises:
-            RuntimeError: they are sharded over processes, and this one has only pieces.
+            RuntimeError: they are sharded over processes, and this one has only pieces; or the
+                group's are offloaded.
         """
         factors = self.config.factors(self.own, self.pool, self.place)
         A, A_pool, B, B_pool, d = factors
@@ -60,6 +61,12 @@ class Adapter(NamedTuple):
             return factors
         if not (is_whole(A) and is_whole(A_pool)):
             check_whole(A, A_pool)
+        if A_pool.is_meta and not A.is_meta:
+            raise RuntimeError(
+                "expected the pool of a group of layers on a device, but it is offloaded; offload "
+                "the base (accelerate.cpu_offload, disk_offload, dispatch_model) before "
+                "rasa_ext.patch_model or load_adapter: adapters then stay where layers compute."
+            )
         if A_pool.device != A.device or A_pool.dtype != A.dtype:
             return Factors(A, A_pool.to(A), B, B_pool.to(A), d)
         return factors

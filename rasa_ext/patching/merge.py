@@ -305,6 +305,11 @@ def _merge(
     quantized = [(name, each) for name, each in every if format_of(each.base_layer) is not None]
     _check_dtype(dtype, quantized)
     parts = _dense_parts(model)
+    if offloaded := next((part.name for part in parts if part.weight.is_meta), None):
+        raise ValueError(
+            f"model: expected base weights to merge into, but that of {offloaded!r} is offloaded "
+            "or on the meta device; load the base whole, or export instead of merging."
+        )
     _check_not_shared(model, parts)
     chunks = list(chunks_of(parts))
     changes: list[Dequantized] = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 
 import rasa_ext
-from tests.helpers import oracle
+from tests.helpers import experts, oracle
 from tests.helpers.adapters import (
     FLOOR,
     RANK,
@@ -191,3 +192,50 @@ def test_nothing_but_the_adapters_gets_a_gradient(entry):
     trained = {id(parameter) for parameter in rasa_ext.adapter_parameters(model)}
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in trained), name
+
+
+@pytest.mark.parametrize("to", ["cpu", "disk"])
+def test_over_a_base_that_accelerate_offloads(to, tmp_path):
+    """Weights come layer by layer; the adapter stays where they come to, patched or loaded."""
+    base = LLAMA.build().eval()
+    model, inputs = patched(base).eval(), LLAMA.inputs(0, torch.float32)
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
+    offloaded = [copy.deepcopy(base) for _ in range(2)]
+    for each in offloaded:
+        device = torch.device("cpu")
+        if to == "cpu":
+            accelerate.cpu_offload(each, device)
+        else:
+            accelerate.disk_offload(each, tmp_path / "weights", device)
+        assert {p.device.type for p in each.parameters()} == {"meta"}
+    for again in (
+        rasa_ext.load_adapter(offloaded[0], tmp_path / "adapter"),
+        patched_in_place(offloaded[1]),
+    ):
+        with torch.no_grad():
+            expected, found = (LLAMA.loss(each, inputs)[0] for each in (model, again))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(ValueError, match=r"model: .* 'model\.layers\.0\.\S+' is offloaded"):
+            rasa_ext.merge(again)
+
+
+def patched_in_place(base: nn.Module) -> nn.Module:
+    model = rasa_ext.patch_model(base, RANK, 1)
+    randomize(model, 3)
+    return model
+
+
+def test_offloaded_after_patching():
+    model = patched(LLAMA.build()).eval()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match=r"pool of a group .* is offloaded; offload the base"):
+        LLAMA.loss(model, LLAMA.inputs(0, torch.float32))
+
+
+def test_offloaded_experts_are_refused():
+    model = experts.model()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    hooked = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(ValueError, match=r"experts: .* accelerate has offloaded them"):
+        rasa_ext.patch_model(model, RANK, 1, experts="shared")
+    assert {name: type(module) for name, module in model.named_modules()} == hooked
