@@ -5,6 +5,7 @@ rasa_ext.save_adapter(model, "adapter")
 rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "lora")
 """
 
+import rasa_ext.checkpoint.pretrained  # noqa: F401 - what a patched model's own one calls
 from rasa_ext import distributed, methods, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter

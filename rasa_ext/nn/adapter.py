@@ -130,7 +130,7 @@ def drop_packs(model: nn.Module) -> None:
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> for parameter in rasa_ext.adapter_parameters(model):
-        ...     parameter.data.mul_(0.5)  # or torch.distributed.broadcast(parameter, src=0)
+        ...     _ = parameter.data.mul_(0.5)  # or torch.distributed.broadcast(parameter, src=0)
         >>> rasa_ext.drop_packs(model)
     """
     if not isinstance(model, nn.Module):

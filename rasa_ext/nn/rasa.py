@@ -79,7 +79,7 @@ class AdapterOwner(nn.Module):
 
     def adapter(self) -> Adapter:
         """Give the adapter."""
-        pool = self._modules.get("pool") or self.__dict__.get("pool")
+        pool: Any = self._modules.get("pool") or self.__dict__.get("pool")
         own = tensors_of(self, self._names)
         shared = {} if pool is None else pool.tensors()
         return Adapter(self.config, own, shared, self.place)

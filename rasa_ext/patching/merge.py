@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -277,11 +278,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _switch(model: nn.Module, off: bool) -> None:
-    for _, module in (
-        *adapted_layers(model),
-        *adapted_experts(model),
-        *trained_tokens(unwrap(model)),
-    ):
+    adapted: list[tuple[str, Any]]
+    adapted = [*adapted_layers(model), *adapted_experts(model), *trained_tokens(unwrap(model))]
+    for _, module in adapted:
         module.disabled = off
 
 

@@ -19,6 +19,7 @@ from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.advice import advice
 from rasa_ext.patching.grouping import settled
+from rasa_ext.patching.pretrained import replace_save_pretrained, restore_save_pretrained
 from rasa_ext.patching.state import (
     PatchState,
     adapted_experts,
@@ -169,7 +170,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         trainable_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
         attributes_before=disable_fused_encoder(model, wrapped)
         + disable_cpu_repacking(model, mark=True),
-        hooks=enable_input_require_grads(model),
+        hooks=enable_input_require_grads(model) + replace_save_pretrained(model),
     )
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
@@ -199,5 +200,6 @@ def remove_layers(model: nn.Module) -> nn.Module:
         setattr(module, name, value)
     for hook in state.hooks:
         hook.remove()
+    restore_save_pretrained(root)
     set_patch_state(root, None)
     return model

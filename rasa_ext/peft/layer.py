@@ -104,7 +104,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         """
         dtype = ops.accumulation_dtype(self.base_layer.weight.dtype)
         Ap, Bp = ops.pack(*self.adapter(adapter).factors(), dtype, 1)
-        (delta,) = ops.delta_group(Ap[None], Bp[None])
+        delta: Tensor = ops.delta_group(Ap[None], Bp[None])[0]
         return delta.t() if self.transposed else delta
 
     @torch.no_grad()

@@ -101,6 +101,38 @@ def test_a_compiled_model_takes_other_strides(change):
     check_step(SEQUENTIAL, base, model, compiled, seed=1)
 
 
+@pytest.mark.parametrize("use", ["vector", "lbfgs", "prune"])
+def test_what_views_a_parameters_elements_takes_contiguous_ones(use):
+    """As the docs say to make them: torch's own tools refuse the view of another layout."""
+    base = SEQUENTIAL.build()
+    model = contiguous(patched(base))
+    parameters = rasa_ext.adapter_parameters(model)
+    inputs = SEQUENTIAL.inputs(0)
+    if use == "vector":
+        vector = torch.nn.utils.parameters_to_vector(parameters)
+        torch.nn.utils.vector_to_parameters(vector * 0.5, parameters)
+        assert torch.equal(torch.nn.utils.parameters_to_vector(parameters), vector * 0.5)
+    elif use == "lbfgs":
+        optimizer = torch.optim.LBFGS(parameters, lr=0.01)
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = SEQUENTIAL.loss(model, inputs)[1]
+            loss.backward()
+            return loss
+
+        before = optimizer.step(closure)
+        assert SEQUENTIAL.loss(model, inputs)[1] < before
+    else:
+        layer = next(iter(adapted_layers(model).values()))
+        dense = layer.B.detach().clone()
+        torch.nn.utils.prune.l1_unstructured(layer, "B", 0.5)
+        assert torch.equal(layer.adapter().factors().B, dense * layer.B_mask)
+        assert (layer.B_mask == 0).sum() == dense.numel() // 2
+    if use != "prune":
+        check_step(SEQUENTIAL, base, model)
+
+
 def through_file(model: nn.Module) -> nn.Module:
     buffer = io.BytesIO()
     torch.save(model, buffer)

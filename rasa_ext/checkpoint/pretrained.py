@@ -1,0 +1,95 @@
+"""``save_pretrained`` of a patched model: the adapter, or the merged model while it is merged.
+
+transformers' own method would write wrapped layers, under names that ``from_pretrained`` does not
+know: every linear of the model that it reads back is random.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.checkpoint.adapter import save_adapter
+from rasa_ext.checkpoint.card import PLAIN
+from rasa_ext.patching.pretrained import trained_state, writes_pretrained
+from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
+from rasa_ext.patching.tokens import trained_tokens
+
+
+@writes_pretrained
+def save_pretrained(
+    model: nn.Module,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """Write the adapter of a patched model, or the merged model, as ``save_pretrained`` is called.
+
+    In a folder ``checkpoint-N``, which is Trainer's, ``model.safetensors`` has the trained tensors
+    beside the adapter, under the model's names: from there Trainer resumes.
+
+    Args:
+        model: patched; this function is its ``save_pretrained``.
+        save_directory: made if it is missing.
+        is_main_process: False writes nothing.
+        push_to_hub: for a merged model only.
+        options: what the model's own method takes; an adapter needs none of them.
+
+    Raises:
+        ValueError: the adapter is to be pushed, or the merged model cannot be written; the message
+            has the call to use.
+    """
+    root = unwrap(model)
+    if patch_state(root).merged is not None:
+        options.update(is_main_process=is_main_process, push_to_hub=push_to_hub)
+        _save_merged(root, save_directory, options)
+        return
+    if push_to_hub:
+        raise ValueError(
+            "push_to_hub: expected False for an adapter; call rasa_ext.save_adapter(model, folder) "
+            "and rasa_ext.push_to_hub(folder, name), or merge first."
+        )
+    if not is_main_process:
+        return
+    folder = Path(save_directory)
+    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+    save_adapter(root, folder, card=None if is_checkpoint else PLAIN)
+    if is_checkpoint:
+        tensors = {key: tensor.contiguous() for key, tensor in trained_state(root).items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _save_merged(root: nn.Module, folder: str | os.PathLike[str], options: dict[str, Any]) -> None:
+    kind: Any = type(root)
+    write = kind.save_pretrained
+    quantized = any(isinstance(layer.merged_base, nn.Module) for _, layer in adapted_layers(root))
+    quantized = quantized or any(format_of(module) is not None for module in root.modules())
+    if quantized or "state_dict" not in inspect.signature(write).parameters:
+        raise ValueError(
+            "model: expected a merged transformers model of dense layers; call model = "
+            "rasa_ext.merge_and_unload(model) and save that."
+        )
+    options["state_dict"] = _plain_state(root, options.get("state_dict"))
+    write(root, folder, **options)
+
+
+def _plain_state(root: nn.Module, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """Give a merged model's state under the names that it has without adapters."""
+    adapted = (*adapted_layers(root), *adapted_experts(root), *trained_tokens(root))
+    layers = [f"{name}." for name, _ in adapted]
+    plain = {}
+    for key, tensor in (root.state_dict() if state is None else state).items():
+        prefix = next((each for each in layers if key.startswith(each)), None)
+        if prefix is None:
+            plain[key] = tensor
+        elif key.startswith(f"{prefix}base_layer."):
+            plain[prefix + key.removeprefix(f"{prefix}base_layer.")] = tensor
+    return plain

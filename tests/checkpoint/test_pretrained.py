@@ -1,0 +1,197 @@
+"""save_pretrained and Trainer's files of a patched model: nothing reads a random layer back."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import os
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import rasa_ext
+from tests.helpers import experts
+from tests.helpers.adapters import adapters, patched, randomize
+from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
+from tests.helpers.trainers import QUIET, frozen_heap
+
+
+def logits(entry, model):
+    with torch.no_grad():
+        return entry.loss(model.eval(), entry.inputs(0, torch.float32))[0]
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+def test_it_writes_the_adapter(entry, tmp_path):
+    base = entry.build()
+    model = patched(base)
+    model.save_pretrained(tmp_path)
+    names = {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert set(os.listdir(tmp_path)) == names
+    again = rasa_ext.load_adapter(base, tmp_path)
+    assert torch.equal(logits(entry, again), logits(entry, model))
+
+
+@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
+def test_merged_it_writes_the_merged_model(entry, tmp_path):
+    model = patched(entry.build())
+    rasa_ext.merge(model)
+    expected = logits(entry, model)
+    model.save_pretrained(tmp_path)
+    again, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    assert torch.equal(logits(entry, again), expected)
+
+
+@pytest.mark.parametrize("family", experts.UNLIKE)
+def test_merged_experts(family, tmp_path):
+    entry = experts.entry(family)
+    config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
+    model = patched(entry.build(), config=config)
+    rasa_ext.merge(model)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(entry, again), logits(entry, model))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_merged_rows_of_tokens(tied, tmp_path):
+    base = LLAMA.build()
+    base.config.tie_word_embeddings = tied
+    if tied:
+        base.lm_head.weight = base.model.embed_tokens.weight
+    model = patched(base, trainable_token_indices=[1, 3])
+    with torch.no_grad():
+        model.model.embed_tokens.rows.add_(0.5)
+    expected = logits(LLAMA, model)
+    rasa_ext.merge(model)
+    model.save_pretrained(tmp_path)
+    again = type(base).from_pretrained(tmp_path)
+    torch.testing.assert_close(logits(LLAMA, again), expected)
+
+
+def test_what_cannot_be_written_is_refused_with_the_call_to_use(tmp_path):
+    model = patched(LLAMA.build())
+    with pytest.raises(ValueError, match=r"push_to_hub: .* call rasa_ext\.save_adapter"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    model.save_pretrained(tmp_path, is_main_process=False)
+    rasa_ext.merge(model)
+    with torch.no_grad():
+        quantized = model.model.layers[0].self_attn.q_proj
+        quantized.merged_base = nn.Linear(2, 2)  # as over a quantized layer
+    with pytest.raises(ValueError, match=r"model: .*\n?.* rasa_ext\.merge_and_unload\(model\)"):
+        model.save_pretrained(tmp_path)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("off", [rasa_ext.unpatch, rasa_ext.merge_and_unload])
+def test_without_a_patch_it_is_the_models_own(off, tmp_path):
+    model = off(patched(GPT2.build()))
+    expected = logits(GPT2, model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(GPT2, type(model).from_pretrained(tmp_path)), expected)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({})
+
+
+def test_a_copy_writes_its_own_adapter_and_a_model_is_freed(tmp_path):
+    base = BERT.build()
+    model = patched(base)
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for name, other in (
+        ("copied", copy.deepcopy(model)),
+        ("loaded", torch.load(buffer, weights_only=False)),
+    ):
+        randomize(other, 11)
+        other.save_pretrained(tmp_path / name)
+        again = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path / name)
+        assert torch.equal(logits(BERT, again), logits(BERT, other))
+    gc.collect()
+    gc.disable()
+    try:
+        dead = weakref.ref(model)
+        del model
+        assert dead() is None
+    finally:
+        gc.enable()
+
+
+def test_a_state_of_all_that_is_trained_is_whole():
+    """As Trainer loads it; what lacks a part of the adapter, or has a part of the base, is not."""
+    base = LLAMA.build()
+    model = patched(base, modules_to_save=["norm"])
+    trained = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
+    other = rasa_ext.patch_model(copy.deepcopy(base), modules_to_save=["norm"], rank=4)
+    assert not any(other.load_state_dict(trained))
+    assert torch.equal(logits(LLAMA, other), logits(LLAMA, model))
+    for state in (
+        dict(list(trained.items())[1:]),
+        {**trained, "lm_head.weight": base.lm_head.weight},
+    ):
+        with pytest.raises(RuntimeError, match="Missing key"):
+            other.load_state_dict(state)
+
+
+def trained(entry, folder, resume=None, **options):
+    """A patched model after six steps, resumed or not, and the losses of all of them."""
+    model = rasa_ext.patch_model(entry.build(), 4, 1, modules_to_save=options.pop("saved", ()))
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, 24, (8,), generator=generator) for _ in range(16)]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=6,
+        seed=1,
+        save_steps=2,
+        **{**QUIET, "learning_rate": 1e-2, "save_strategy": "steps", **options},
+    )
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:4])
+    with frozen_heap():
+        trainer.train(resume_from_checkpoint=resume and str(resume))
+    return trainer, [each["loss"] for each in trainer.state.log_history if "loss" in each]
+
+
+@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
+def test_trainer_saves_and_resumes(entry, tmp_path, caplog):
+    whole, losses = trained(entry, tmp_path / "whole", saved=["lm_head"])
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
+    assert (checkpoint / "model.safetensors").stat().st_size < size
+    caplog.clear()
+    resumed, again = trained(entry, tmp_path / "again", checkpoint, saved=["lm_head"])
+    assert again == losses
+    assert "missing keys" not in caplog.text
+    for name, adapter in adapters(whole.model).items():
+        for ours, theirs in zip(adapters(resumed.model)[name], adapter, strict=True):
+            assert ours is theirs is None or torch.equal(ours, theirs)
+    whole.save_model(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "model.safetensors").exists()
+    for folder in (tmp_path / "saved", tmp_path / "whole" / "checkpoint-6"):
+        read = rasa_ext.load_adapter(entry.build(), folder)
+        assert torch.equal(logits(entry, read), logits(entry, whole.model))
+
+
+def test_trainer_goes_back_to_the_best_checkpoint(tmp_path):
+    trainer, _ = trained(
+        LLAMA,
+        tmp_path,
+        greater_is_better=True,  # of a loss that falls, so that the last one is the worst
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=2,
+        metric_for_best_model="loss",
+    )
+    best = trainer.state.best_model_checkpoint
+    assert best != str(tmp_path / "checkpoint-6")
+    read = rasa_ext.load_adapter(LLAMA.build(), best)
+    assert torch.equal(logits(LLAMA, read), logits(LLAMA, trainer.model))
+
+
+def test_models_without_save_pretrained_get_none():
+    assert not hasattr(patched(SEQUENTIAL.build()), "save_pretrained")
