@@ -14,6 +14,7 @@ import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import prune
 from transformers import Trainer, TrainingArguments
 
 import rasa_ext
@@ -126,7 +127,7 @@ def test_what_views_a_parameters_elements_takes_contiguous_ones(use):
     else:
         layer = next(iter(adapted_layers(model).values()))
         dense = layer.B.detach().clone()
-        torch.nn.utils.prune.l1_unstructured(layer, "B", 0.5)
+        prune.l1_unstructured(layer, "B", 0.5)
         assert torch.equal(layer.adapter().factors().B, dense * layer.B_mask)
         assert (layer.B_mask == 0).sum() == dense.numel() // 2
     if use != "prune":
