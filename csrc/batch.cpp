@@ -1,8 +1,14 @@
 #include "batch.h"
 
 #include <algorithm>
+#include <cstdint>
 
 namespace rasa_ext {
+namespace {
+
+bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+}  // namespace
 
 Batch Batch::from(int64_t layer) const {
   Batch result = *this;
@@ -29,8 +35,13 @@ bool lie_alike(const std::vector<Tensor>& matrices) {
   const Matrix first = matrix_of(matrices[0]);
   return is_gemm_operand(first) &&
          std::all_of(matrices.begin(), matrices.end(), [&](const Tensor& matrix) {
-           return matrix.stride(0) == first.row_stride && matrix.stride(1) == first.col_stride;
+           return matrix.stride(0) == first.row_stride && matrix.stride(1) == first.col_stride &&
+                  is_aligned(matrix.data_ptr());
          });
+}
+
+bool is_aligned(const Batch& batch, int layers) {
+  return is_aligned(batch.first.data) && (layers == 1 || is_aligned(batch.from(1).first.data));
 }
 
 Scattered scattered(const std::vector<Tensor>& matrices) {

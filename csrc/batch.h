@@ -40,8 +40,12 @@ struct Scattered {
   Scattered t() const { return {like.t(), pointers}; }
 };
 
-// Whether a GEMM can read or write all matrices, and they lie alike.
+// Whether a GEMM can read or write all matrices, and they lie alike. cuBLAS, which cannot see where
+// a batch's pointers lead, wants them at 16 bytes for halves and TF32 (cublasGemmBatchedEx).
 bool lie_alike(const std::vector<Tensor>& matrices);
+
+// Whether the layers of a batch lie at 16 bytes.
+bool is_aligned(const Batch& batch, int layers);
 
 // Expects lie_alike.
 Scattered scattered(const std::vector<Tensor>& matrices);

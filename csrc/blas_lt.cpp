@@ -9,13 +9,17 @@
 // torch's handle has one as well, but does not give it out. Most choices need none.
 //
 // A bias costs least where nothing else is added to the product (cuBLAS documents it so): the plans
-// put it on the first product of a sum.
+// put it on the first product of a sum. Where `can_add_bias` says no, the caller copies it into D.
+//
+// Whatever cublasLt fails at is left to cuBLAS, as torch leaves it: an error of the device itself
+// comes back there.
 #include "blas_lt.h"
 
 #include <cublasLt.h>
 
 #include <array>
 #include <cstdint>
+#include <cstdio>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -34,6 +38,10 @@ constexpr size_t kWorkspaceAlignment = 256;
 // As many as a model with a hundred shapes meets at forty lengths.
 constexpr size_t kMaxChoices = 4096;
 
+// Sums up to this length are not split. A bias is added to a split one after it was rounded to the
+// result's type, and thus rounded twice.
+constexpr int kLongestWithBias = 512;
+
 // The largest power of two up to 256 that divides the address; cublasLt asks for no more.
 uint32_t alignment_of(const void* data) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(data) | 256;
@@ -47,6 +55,12 @@ cublasComputeType_t lt_compute_type(cublasHandle_t handle, const GemmCall& call)
   check(cublasGetMathMode(handle, &mode), "cublasGetMathMode", call);
   const int flags = mode & ~CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
   return flags == CUBLAS_TF32_TENSOR_OP_MATH ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
+}
+
+// Kernels may read a bias 16 bytes at a time, and nothing tells the heuristic how it lies: less
+// aligned, it can fault and end the CUDA context.
+bool can_add_bias(const GemmCall& call) {
+  return alignment_of(call.c) >= 16 && call.k <= kLongestWithBias;
 }
 
 // The descriptors of one product. They own nothing.
@@ -158,13 +172,20 @@ class Choices {
     return choice;
   }
 
-  // The product is refused from now on.
-  void refuse(const Kind& kind) {
+  // The product is refused from now on. The first failure other than "not supported" is told.
+  void refuse(const Kind& kind, cublasStatus_t status) {
     const std::lock_guard<std::mutex> lock(mutex_);
     choices_[kind] = Choice{};
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || told_) return;
+    told_ = true;
+    std::fprintf(stderr,
+                 "rasa_ext: cublasLtMatmul failed with cuBLAS status %d; cublasGemmEx takes its "
+                 "place for products of that kind.\n",
+                 static_cast<int>(status));
   }
 
  private:
+  bool told_ = false;
   std::mutex mutex_;
   std::map<Kind, Choice> choices_;
 };
@@ -177,6 +198,7 @@ Choices& choices() {
 }  // namespace
 
 bool gemm_lt(const Blas& blas, const GemmCall& call) {
+  if (call.adds_bias() && !can_add_bias(call)) return false;
   // A cuBLAS handle is one of cublasLt as well.
   const auto handle = static_cast<cublasLtHandle_t>(blas.handle);
   const cublasComputeType_t compute =
@@ -195,12 +217,9 @@ bool gemm_lt(const Blas& blas, const GemmCall& call) {
   }
   const cublasStatus_t status =
       product.run(handle, choice.algorithm, workspace, choice.workspace, blas.stream);
-  if (status == CUBLAS_STATUS_NOT_SUPPORTED) {
-    choices().refuse(kind);
-    return false;
-  }
-  check(status, "cublasLtMatmul", call);
-  return true;
+  if (status == CUBLAS_STATUS_SUCCESS) return true;
+  choices().refuse(kind, status);
+  return false;
 }
 
 }  // namespace rasa_ext

@@ -70,10 +70,13 @@ class Products {
     gemm_strided(device_.blas(), multiply(a, b, c, add, layers_));
   }
 
-  // C_l = or += A_l W_l, or W_l^T, with one weight a layer.
+  // C_l = or += A_l W_l, or W_l^T, with one weight a layer: a batch where each product is small.
   void run_base(const Tensor& a, const std::vector<Tensor>& weights, bool transpose,
                 const Tensor& c, bool add) const {
-    if (fills_device(c.size(1), c.size(2))) {
+    const Batch left = layers_of(a), result = layers_of(c);
+    const bool batch =
+        lie_alike(weights) && is_aligned(left, layers_) && is_aligned(result, layers_);
+    if (!batch || fills_device(c.size(1), c.size(2))) {
       for (int i = 0; i < layers_; ++i) {
         const Tensor weight = gemm_operand(weights[i]);
         const Matrix base = transpose ? matrix_of(weight).t() : matrix_of(weight);
@@ -82,15 +85,11 @@ class Products {
       }
       return;
     }
-    std::vector<Tensor> copies;
-    if (!lie_alike(weights)) {
-      for (const Tensor& weight : weights) copies.push_back(dense(weight, dtype_of(weight)));
-    }
-    const Scattered base = scattered(copies.empty() ? weights : copies);
+    const Scattered base = scattered(weights);
     std::optional<Tensor> table;
-    gemm_pointers(device_.blas(), multiply(device_, c, scattered(layers_of(a), layers_),
-                                           transpose ? base.t() : base,
-                                           scattered(layers_of(c), layers_), add, table));
+    gemm_pointers(device_.blas(),
+                  multiply(device_, c, scattered(left, layers_), transpose ? base.t() : base,
+                           scattered(result, layers_), add, table));
   }
 
   // C = A^T B summed over the layers: their tokens are rows of one product, in their order.

@@ -180,8 +180,11 @@ def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor
 def _fit(part: Projection, first: Projection, x: Tensor) -> bool:
     """Tell whether a projection can be computed with the first of them, on x's device.
 
+    Adapters of several dtypes, as where one was cast alone, are computed one by one.
+
     A pool that lies on another device than the layer's own tensors is brought to it.
     """
     if part.dropout != first.dropout or len(part.sources) != len(first.sources):
         return False
-    return part.weight.device == x.device == part.sources[0].device
+    mine, its = part.sources[0], first.sources[0]
+    return part.weight.device == x.device == mine.device and mine.dtype == its.dtype

@@ -14,6 +14,7 @@ from rasa_ext.nn import functional
 from rasa_ext.ops import Factors
 from tests.gpu.steps import Case, check_layer
 from tests.helpers.adapters import Errors, excesses
+from tests.helpers.cuda import assert_close
 from tests.helpers.operators import DTYPES, draw_adapter, floor
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -57,6 +58,36 @@ def test_few_tokens(tokens, dtype, device):
     width, out = (4096, 4096) if device == "cuda" else (32, 24)
     check_layer((tokens, width, out, 7, 32), dtype, device, 8)
     check_layer((tokens, width - 3, out - 1, 7, 32), dtype, device, 8)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@pytest.mark.parametrize("place", ["x", "weight", "bias", "Ap", "Bp", "y"])
+@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_pieces_of_flat_buffers(tokens, place, offset, dtype, device):
+    """What begins so many elements into its memory, with a bias, and the gradients of it."""
+    given = {
+        name: torch.randn(size, device=device).to(dtype)
+        for name, size in {
+            "x": (tokens, 64),
+            "weight": (72, 64),
+            "bias": (72,),
+            "Ap": (16, 64),
+            "Bp": (16, 72),
+            "y": (tokens, 72),
+        }.items()
+    }
+
+    def run(x, weight, bias, Ap, Bp, y):
+        linear, U = ops.low_rank_linear(x, weight, bias, Ap, Bp)
+        added, _ = ops.low_rank_add(y, x, Ap, Bp)
+        grads = ops.low_rank_linear_backward(y, x, weight, U, Ap, Bp, True, True, True)
+        return [linear, U, added, *grads]
+
+    expected = run(**given)
+    t = given[place]
+    moved = torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view_as(t)
+    assert_close(run(**{**given, place: moved}), expected, dtype)
 
 
 # (tokens, rank): the tokens whose U fits in shared memory side by side are 8, 4, 1 and none.

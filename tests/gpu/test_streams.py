@@ -89,6 +89,22 @@ def test_a_pack_made_on_one_stream_and_read_on_another(tokens, device):
     assert all(other.isnan().all() for other in others)
 
 
+def test_a_pack_is_read_by_a_stream_that_nobody_orders_behind_its_maker(device):
+    """Two threads that serve: one's forward finds the pack whose kernel the other has queued."""
+    model = patched(nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).to(device)).eval()
+    x = torch.randn(4, 64, device=device)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+        maker, reader = new_streams(2)
+        hold_up(maker)
+        with torch.cuda.stream(maker):
+            model(x)
+        with torch.cuda.stream(reader):
+            found = model(x)
+    torch.cuda.synchronize()
+    assert_close([found], [expected])
+
+
 def test_a_device_that_is_not_the_current_one(device, fused):
     """Training, evaluation, dropout and merging there, and nothing left on the current one."""
     if device == "cuda":

@@ -95,6 +95,14 @@ cublasStatus_t cublasGemmBatchedEx(cublasHandle_t, cublasOperation_t transa,
   standin::record("GemmBatchedEx", p, batchCount, mode());
   const cublasStatus_t status = standin::judge(p);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
+  // What cuBLAS documents for 16-bit types and TF32, and a kernel would fault over.
+  const bool at_16 = Atype == CUDA_R_16F || Atype == CUDA_R_16BF ||
+                     (Atype == CUDA_R_32F && (mode_of_handle & CUBLAS_TF32_TENSOR_OP_MATH) != 0);
+  for (int i = 0; i < batchCount && at_16; ++i) {
+    for (const void* each : {Aarray[i], Barray[i], static_cast<const void*>(Carray[i])}) {
+      if (reinterpret_cast<uintptr_t>(each) % 16 != 0) return CUBLAS_STATUS_EXECUTION_FAILED;
+    }
+  }
   for (int i = 0; i < batchCount; ++i) {
     standin::multiply(p, Aarray[i], Barray[i], Carray[i], Carray[i]);
   }

@@ -245,6 +245,11 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matmul, con
   for (int i = 0; i < 5; ++i) {
     if (alignment_of(pointers[i]) < algorithm.alignment[i]) return CUBLAS_STATUS_INVALID_VALUE;
   }
+  // Kernels read a bias 16 bytes at a time, and on a GPU end the context.
+  if (operation.bias != nullptr && alignment_of(operation.bias) < 16) {
+    ++refused;
+    return CUBLAS_STATUS_EXECUTION_FAILED;
+  }
   if (bytes < algorithm.workspace || alignment_of(workspace) < 256) {
     return CUBLAS_STATUS_INVALID_VALUE;
   }
