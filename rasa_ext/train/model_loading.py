@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.train.hub import is_reachable, not_cached
 from rasa_ext.train.options import DTYPES
 
@@ -91,17 +92,17 @@ def load_skeleton(name: str) -> Any:
     try:
         with _reading(where):
             config = AutoConfig.from_pretrained(**where)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(_cannot_load(name, error)) from error
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def load_tokenizer(name: str) -> Any:
-    """The model's tokenizer; where it has no padding token, the end-of-sequence token pads."""
-    where = _locate(name)
+    """A model's tokenizer, or an adapter's; without a padding token, the end-of-sequence pads."""
+    where = _locate(name, "tokenizer_config.json")
     try:
         with _reading(where):
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -149,8 +150,11 @@ def _repeat_rope(config: dict[str, Any]) -> None:
         config.setdefault(name, value)
 
 
-def _locate(name: str) -> dict[str, Any]:
-    """The keyword arguments by which `from_pretrained` finds a model."""
+def _locate(name: str, *instead: str) -> dict[str, Any]:
+    """The keyword arguments by which `from_pretrained` finds a model, and runs none of its code.
+
+    ``instead`` names files that a directory may have in place of a model's config.json.
+    """
     name = resolve(name)
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -158,16 +162,36 @@ def _locate(name: str) -> dict[str, Any]:
             raise ModelError(f"model: the file {name} does not exist.")
         if importlib.util.find_spec("gguf") is None:
             raise ModelError(f"model: reading {path.name} needs the package gguf: pip install gguf")
-        return {
-            "pretrained_model_name_or_path": str(path.resolve().parent),
-            "gguf_file": path.name,
-        }
+        return {**_named(path.resolve().parent), "gguf_file": path.name}
     if path.is_dir():
-        return {"pretrained_model_name_or_path": str(path)}
+        _check_directory(path, instead)
+        return _named(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model: the directory {name} does not exist.")
     is_reachable()
-    return {"pretrained_model_name_or_path": name}
+    return _named(name)
+
+
+def _named(place: str | Path) -> dict[str, Any]:
+    # Where this is not given, transformers asks on stdin whether to run a model's own code.
+    return {"pretrained_model_name_or_path": str(place), "trust_remote_code": False}
+
+
+def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
+    """Raise ModelError where a directory holds no model, but an adapter or something else."""
+    if any((path / name).is_file() for name in instead):
+        return
+    if (path / CONFIG).is_file():  # transformers would load the base that it names
+        base = read_config(path).get("base_model_name_or_path")
+        raise ModelError(
+            f"model: expected a base model, but {path} is an adapter's directory; give the "
+            f"adapter's base ({base}), or what `rasa-ext merge` writes of the two."
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"model: expected a model's directory, with a config.json, but {path} "
+            f"{'holds none' if any(path.iterdir()) else 'is empty'}."
+        )
 
 
 @contextlib.contextmanager
@@ -203,6 +227,12 @@ def _read_gguf(path: str, _changed: int) -> Any:
 
 
 def _cannot_load(name: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"model: {name!r} wants to run Python code that comes with it (auto_map in its "
+            "configuration), which no command does; if you trust the code, load the model in "
+            "Python and use rasa_ext there."
+        )
     if not Path(resolve(name)).expanduser().exists() and (reason := not_cached(error)):
         what, instead = "a directory, nor a .gguf file", "give one of those"
         if name == SMOLLM2:
@@ -224,7 +254,7 @@ def _without_quantizer(model: Any) -> Any:
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
     plain.load_state_dict(model.state_dict(), assign=True)
     plain.tie_weights()
     plain.generation_config = model.generation_config

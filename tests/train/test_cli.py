@@ -324,6 +324,51 @@ def test_an_adapter_for_another_model(tuned, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.fixture(scope="module")
+def with_code(base, tuned, tmp_path_factory) -> Path:
+    """A base and an adapter's tokenizer whose configurations name code, which leaves a mark."""
+    folder = tmp_path_factory.mktemp("code")
+    for name in ("base", "tokenizer"):
+        shutil.copytree(base if name == "base" else tuned, folder / name)
+        (folder / name / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    path = folder / "base" / "config.json"
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    path.write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(own))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "tuned", "--model", "code/base", "--output", "out"],
+        ["generate", "code/tokenizer", "--prompt", "x"],
+        ["finetune", "--model", "code/base", "--data", "data", "--output", "out"],
+        ["inspect", "--model", "code/base"],
+        ["compress", "--base", "code/base", "--finetuned", "base", "--output", "out"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_code_that_comes_with_a_model_is_not_run(words, with_code, base, tuned, tmp_path):
+    places = {
+        "tuned": tuned,
+        "base": base,
+        "code/base": with_code / "base",
+        "code/tokenizer": with_code / "tokenizer",
+        "out": tmp_path / "out",
+        "data": write_jsonl(tmp_path / "train.jsonl", sums(4)),
+    }
+    words = [str(places.get(word, word)) for word in words]
+    result = CliRunner().invoke(app, words, input="y\n" * 9, env={"COLUMNS": "200"})
+    assert not (with_code / "ran").exists()
+    assert result.exit_code == 1, result.output
+    text = " ".join(result.output.split())
+    assert re.search(r"Error: model: '\S+' wants to run Python code that comes with it", text)
+    assert "trust_remote_code" not in text
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_adapter_is_never_overwritten_by_its_own_conversion(tuned):
     text = invoke("merge", tuned, "--output", tuned, code=1)
     assert "output: expected another directory" in text

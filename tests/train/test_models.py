@@ -58,10 +58,28 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
 
 
 def test_names_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "none of these"}')
     with pytest.raises(ModelError, match="is neither a local model directory, nor"):
         load_model(str(tmp_path))
     with pytest.raises(ModelError, match=r"dtype: expected one of auto, .*, got 'int4'"):
         load_model(str(tmp_path), "int4")
+
+
+@pytest.mark.parametrize("load", [load_model, load_skeleton, load_tokenizer])
+def test_directories_that_hold_no_model(load, tmp_path):
+    expected = "model: expected a model's directory, with a config.json, but"
+    with pytest.raises(ModelError, match=f"{expected} {tmp_path} is empty"):
+        load(str(tmp_path))
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(ModelError, match=f"{expected} {tmp_path} holds none"):
+        load(str(tmp_path))
+    save_base(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").unlink()
+    (tmp_path / "base" / "adapter_config.json").write_text(  # as after a save into a base's folder
+        '{"base_model_name_or_path": "owner/base"}'
+    )
+    with pytest.raises(ModelError, match=r"adapter's directory; give .* base \(owner/base\)"):
+        load(str(tmp_path / "base"))
 
 
 def test_a_model_with_weights_missing_is_not_filled_up_with_random_ones(tmp_path):
