@@ -61,7 +61,7 @@ def push_to_hub(
     Raises:
         FileNotFoundError: there is no such directory, or nothing in it.
         ValueError: the adapter names a path of this machine as its base, and ``base_model`` is
-            None. Nothing was pushed.
+            None; or the directory holds a link. Nothing was pushed.
         TypeError, ValueError: the model is not patched.
         ImportError: huggingface_hub is missing.
         OSError: the Hub refuses, or does not answer.
@@ -142,10 +142,20 @@ def _rename_base(
 
 
 def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Name the files to push: none that are hidden, of checkpoints, or for this machine alone."""
+    """Name the files to push: none that are hidden, of checkpoints, or for this machine alone.
+
+    ValueError where one of them is a link, which may lead to any file of this machine.
+    """
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         parts = path.relative_to(folder).parts
-        if any(part.startswith((".", "checkpoint-")) for part in parts) or not path.is_file():
+        if any(part.startswith((".", "checkpoint-")) for part in parts):
             continue
-        if path.name not in _KEPT_BACK and not path.name.startswith("rng_state"):
+        if path.name in _KEPT_BACK or path.name.startswith("rng_state"):
+            continue
+        if path.is_symlink():
+            raise ValueError(
+                f"source: expected files and folders, but {path} is a link to {os.readlink(path)}, "
+                "and nothing was pushed; remove it, or put a copy in its place."
+            )
+        if path.is_file():
             yield "/".join(parts), path

@@ -41,6 +41,7 @@ def expand_set(
     """
     check_differs((directory,), output, overwrite=overwrite)
     loras = LoraSet.load(directory)
+    check_names((name, directory) for name in loras.names)  # a file's own, which become paths
     for name in names:
         loras.index(name)  # before anything is written
     for name in names or loras.names:

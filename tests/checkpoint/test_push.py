@@ -148,6 +148,22 @@ def test_what_a_training_needs_to_go_on_stays_here(hub, tmp_path):
     assert hub.files("me/sums").keys() == own | {"tokenizer.json", "extra/note.txt"}
 
 
+@pytest.mark.parametrize("target", ["secret.txt", "secrets", "nowhere"])
+def test_a_link_is_not_followed(target, hub, tmp_path):
+    (tmp_path / "secrets").mkdir()
+    for path in (tmp_path / "secret.txt", tmp_path / "secrets" / "key.txt"):
+        path.write_text("a key")
+    adapter = tmp_path / "adapter"
+    rasa_ext.save_adapter(model(), adapter)
+    (adapter / "link").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=rf"source: .*adapter/link is a link to .*{target}, and"):
+        rasa_ext.push_to_hub(adapter, "me/sums")
+    assert hub.created == []
+    (adapter / "link").rename(adapter / ".link")  # stays here, as all that is hidden
+    rasa_ext.push_to_hub(adapter, "me/sums")
+    assert not [name for name, data in hub.files("me/sums").items() if data == b"a key"]
+
+
 def test_nothing_to_push(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"source: .*nowhere is none"):
         rasa_ext.push_to_hub(tmp_path / "nowhere", "me/sums")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -94,6 +95,19 @@ def test_bad_options(loras, words, message, tmp_path):
     assert text.startswith("Error: ")
     assert message in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["../victim", "/victim", "sub/victim", ".."])
+def test_names_of_a_file_lead_nowhere_else(name, loras, tmp_path):
+    name = f"{tmp_path}{name}" if name.startswith("/") else name
+    invoke("compress-many", *loras, "--rank", 2, "--iterations", 0, "-o", tmp_path / "set")
+    path = tmp_path / "set" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "adapters": ["maths", name, "verse"]}))
+    for words in ([], ["maths"], [name]):
+        text = invoke("expand", tmp_path / "set", *words, "-o", tmp_path / "out", code=1)
+        assert f"{tmp_path / 'set'} that a folder may have, got {name!r}" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 def test_nothing_is_written_over_what_is_read(loras, tmp_path):
