@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from rasa_ext.checkpoint.files import CONFIG, WEIGHTS, read_config, read_tensors
+from rasa_ext.checkpoint.files import CONFIG, PICKLE, WEIGHTS, read_config, read_tensors
+from rasa_ext.checkpoint.writing import STALE
 
 _STATE = "trainer_state.json"
 _ZIPS = ("optimizer.pt", "scheduler.pt", "rng_state*.pth", "scaler.pt", "training_args.bin")
 """Files that torch.save writes: zip archives, with a checksum for every entry."""
-_NEEDED = (CONFIG, WEIGHTS, _STATE, "optimizer.pt", "scheduler.pt")
+RUN = "run.json"
+"""What the steps up to a checkpoint were made with: options, processes and the data's digest."""
+_NEEDED = (CONFIG, WEIGHTS, RUN, _STATE, "optimizer.pt", "scheduler.pt")
 
 
 class Checkpoint(NamedTuple):
@@ -65,6 +69,15 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     return sorted(found for found in _numbered(folder) if (found[1] / _STATE).is_file())
 
 
+def make_room(folder: Path) -> None:
+    """Remove what would pass for a new run's own: an earlier run's checkpoints, and weights."""
+    for _, path in _numbered(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    for pattern in (*STALE, CONFIG, WEIGHTS, PICKLE):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+
+
 def _numbered(folder: Path) -> Iterator[tuple[int, Path]]:
     for path in folder.glob("checkpoint-*"):
         step = path.name.removeprefix("checkpoint-")
@@ -80,7 +93,8 @@ def _damage(checkpoint: Path) -> str | None:
     try:
         read_config(checkpoint)
         read_tensors(checkpoint / WEIGHTS)
-        json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+        for name in (RUN, _STATE):
+            json.loads((checkpoint / name).read_text(encoding="utf-8"))
     except ValueError as error:
         return str(error).removesuffix(".")
     for pattern in _ZIPS:

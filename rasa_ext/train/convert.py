@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,11 +12,12 @@ import rasa_ext
 from rasa_ext import Card, Truncation
 from rasa_ext.checkpoint.card import write_card
 from rasa_ext.checkpoint.files import read_config
-from rasa_ext.checkpoint.writing import check_output, new_folder
+from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.patching.state import adapted_experts
 from rasa_ext.train.card import local_name, merged_card
 from rasa_ext.train.inspection import check_adapter
 from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
+from rasa_ext.train.options import check_differs
 
 
 def merge_adapter(
@@ -129,17 +130,3 @@ def base_of(adapter: Path, given: str | None) -> str:
             f"model: {adapter} does not say which base model it was trained on; pass --model."
         )
     return str(name)
-
-
-def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: bool) -> None:
-    """Check that ``output`` can be written, and is none of the folders that it is made from.
-
-    Raises ValueError or `WriteError`; see `check_output`.
-    """
-    for source in sources:
-        if Path(source).resolve() == output.resolve():
-            raise ValueError(
-                f"output: expected another directory than that of what it is made from, got "
-                f"{output}."
-            )
-    check_output(output, overwrite=overwrite)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_callback import PrinterCallback
@@ -23,10 +25,10 @@ from rasa_ext.train.callbacks import (
     ProgressCallback,
     read_metrics,
 )
-from rasa_ext.train.checkpoints import checkpoints_in, newest_whole
+from rasa_ext.train.checkpoints import RUN, Checkpoint, make_room, newest_whole
 from rasa_ext.train.data import Fields, read_examples, rows_for_sft
 from rasa_ext.train.model_loading import load_model, load_skeleton, load_tokenizer
-from rasa_ext.train.options import RECORD, FinetuneOptions
+from rasa_ext.train.options import FinetuneOptions, differences
 from rasa_ext.train.outcome import FinetuneResult
 from rasa_ext.train.results import write_record, write_results
 from rasa_ext.train.shown import describe_rows, show_example
@@ -60,13 +62,17 @@ def finetune(
     Raises ValueError (its message names the option or the line of data) or FileNotFoundError.
     """
     output = Path(options.output)
-    checkpoint = _checkpoint_to_resume(options, output, console)
+    checkpoint = newest_whole(output) if options.resume else None
     reporters = _reporters(options.report_to)
     tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
     fields = Fields(options.prompt_field, options.completion_field)
     sources = [source for source in (options.data, options.eval_data) if source is not None]
     examples = [read_examples(source, fields) for source in sources]
     rows, marks = rows_for_sft(examples, tokenizer, options.template)
+    record = {**options.to_dict(), "processes": _processes(), "sha256_of_data": _digest(rows)}
+    if checkpoint is not None:
+        _check_run(checkpoint.path, record)
+        console.print(str(checkpoint), markup=False)
     loaded = model is None
     if loaded:
         _check_plan(options)
@@ -85,6 +91,7 @@ def finetune(
             eval_dataset=dataset(rows[1]) if options.eval_data is not None else None,
             processing_class=tokenizer,
         )
+    trainer.record = json.dumps(record)
     trainer.remove_callback(PrinterCallback)
     prepared = (trainer.train_dataset, trainer.eval_dataset)
     for source, given, learnt in zip(sources, rows, prepared, strict=False):
@@ -100,13 +107,15 @@ def finetune(
     if options.gate_threshold is not None:
         gates = ProximalGates(trainer.base_model, options.gate_threshold)
         trainer.add_callback(gates.callback())
-    if checkpoint is not None and checkpoint[0] >= total:
-        console.print(f"The run in {output} is complete: {checkpoint[0]} of {total} steps.")
-        trainer._load_from_checkpoint(checkpoint[1])
+    if checkpoint is not None and checkpoint.step >= total:
+        console.print(f"The run in {output} is complete: {checkpoint.step} of {total} steps.")
+        trainer._load_from_checkpoint(str(checkpoint.path))
         metrics.rows = read_metrics(metrics.path)
-        step, interrupted = checkpoint[0], False
+        step, interrupted = checkpoint.step, False
     else:
         output.mkdir(parents=True, exist_ok=True)
+        if options.overwrite:
+            make_room(output)
         write_record(options)
         step, interrupted = _train(trainer, total, checkpoint, metrics, console)
     if gates is not None and not interrupted:
@@ -122,38 +131,36 @@ def total_steps(options: FinetuneOptions, rows: int) -> int:
     """Optimizer steps of a run over `rows` examples, counted as Trainer does."""
     if options.max_steps is not None:
         return options.max_steps
-    batches = math.ceil(rows / (options.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    batches = math.ceil(rows / (options.batch_size * _processes()))
     return math.ceil(options.epochs * math.ceil(batches / options.grad_accum))
 
 
-def _checkpoint_to_resume(
-    options: FinetuneOptions, output: Path, console: Console
-) -> tuple[int, str] | None:
-    """The newest checkpoint as (step, path), or None for a new run."""
-    if not options.resume:
-        if checkpoints_in(output):
-            raise ValueError(
-                f"output: {output} holds checkpoints of an earlier run; pass --resume to continue "
-                "it, choose another --output, or delete it."
-            )
-        return None
-    found = newest_whole(output)
-    record = output / RECORD
-    if record.is_file():
-        earlier = yaml.safe_load(record.read_text())
-        if other := options.other_adapter(earlier):
-            raise ValueError(
-                f"resume: the checkpoints in {output} are of another adapter: {'; '.join(other)}; "
-                "give the same, or another --output and no --resume."
-            )
-        if changes := options.changes_from(earlier):
-            console.print(
-                "These options differ from the run that is resumed, so its losses will not be "
-                f"those of an uninterrupted one: {'; '.join(changes)}.",
-                style="yellow",
-            )
-    console.print(str(found), markup=False)
-    return found.step, str(found.path)
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _digest(sets: Sequence[Sequence[Any]]) -> str:
+    """SHA-256 of all rows of the data sets, in order."""
+    total = hashlib.sha256()
+    for rows in sets:
+        for row in rows:
+            total.update(json.dumps(row).encode() + b"\n")
+        total.update(b"\n")
+    return total.hexdigest()
+
+
+def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the options, where a checkpoint is of another run than is asked for.
+
+    The steps behind it were made with what it says, so no run that goes on otherwise is the one
+    that the options describe: the rate, for one, falls to zero over all steps.
+    """
+    earlier = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
+    if other := differences(earlier, record):
+        raise ValueError(
+            f"resume: the run of {checkpoint} had other options: {'; '.join(other)}; give the "
+            "same, or another --output and no --resume."
+        )
 
 
 def _check_plan(options: FinetuneOptions) -> None:
@@ -200,7 +207,7 @@ def _end_with_gates(model: Any, gates: ProximalGates, pruned: bool, console: Con
 def _train(
     trainer: AdapterTrainer,
     total: int,
-    checkpoint: tuple[int, str] | None,
+    checkpoint: Checkpoint | None,
     metrics: MetricsCallback,
     console: Console,
 ) -> tuple[int, bool]:
@@ -212,7 +219,7 @@ def _train(
         trainer.add_callback(callback)
     try:
         with stop:
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else checkpoint[1])
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint.path))
     finally:
         progress.close()
     step = trainer.state.global_step

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rasa_ext import CompressedLoras, LoraSet, compress_many
 from rasa_ext.solver.compress_many import check_names, folder_name
-from rasa_ext.train.convert import check_differs
+from rasa_ext.train.options import check_differs
 
 
 def compress_directories(

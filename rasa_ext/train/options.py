@@ -6,13 +6,14 @@ The command line, its help, the YAML file of ``--config`` and the record of a ru
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rasa_ext import methods
+from rasa_ext.checkpoint.writing import check_output
+from rasa_ext.train.checkpoints import checkpoints_in
 
 RECORD = "finetune.yaml"
 """The file in the output directory that holds the options of its run."""
@@ -28,16 +29,10 @@ METHODS = {
 }
 """Those that one run can train, with the names that a reader sees."""
 
-ADAPTER = (
-    *("method", "rank", "k", "experts", "freeze_a", "blocks", "side", "window"),
-    "target_modules",
-)
-"""The options that say which tensors an adapter has."""
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-# What may change on a resume without changing the losses that follow.
-_HARMLESS = frozenset({"resume", "report_to", "output"})
+# What may be another on a resume: no step depends on it.
+_HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_every", "prune", "report_to"})
 
 
 def _option(default: Any, text: str) -> Any:
@@ -52,7 +47,8 @@ def _required(text: str) -> Any:
 class FinetuneOptions:
     """Options of `finetune`. Each field's ``metadata["help"]`` is the help of its option.
 
-    Raises ValueError, naming the option, what was expected and what came.
+    Raises ValueError, naming the option, what was expected and what came; for an output that cannot
+    be written `WriteError`.
     """
 
     model: str = _required("Hub id, local directory, .gguf file, or smollm2: the demo's model.")
@@ -141,7 +137,10 @@ class FinetuneOptions:
         None, "Steps between evaluations. [default: before and after training]"
     )
     seed: int = _option(0, "Of the adapter's start, the order and dropout.")
-    resume: bool = _option(False, "Go on from the newest checkpoint in --output.")
+    resume: bool = _option(
+        False, "Go on from the newest checkpoint in --output, with the options of its run."
+    )
+    overwrite: bool = _option(False, "Replace what the output directory holds.")
     report_to: str = _option(
         "none", "none, or trackers of transformers, such as tensorboard,wandb."
     )
@@ -165,7 +164,7 @@ class FinetuneOptions:
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError("eval_every: expected eval_data to evaluate on as well, got none.")
         self._check_gates(self.adapter())
-        check_folder("output", Path(self.output))
+        self._check_output()
 
     def adapter(self) -> methods.AdapterConfig:
         """The adapter's config. Raises ValueError where its options are no good."""
@@ -229,32 +228,32 @@ class FinetuneOptions:
                 "method sora has gates on a layer's own ranks."
             )
 
+    def _check_output(self) -> None:
+        """Raise where the output is no place for this run."""
+        output = Path(self.output)
+        if self.resume and self.overwrite:
+            raise ValueError("overwrite: expected it without resume, which goes on with a run.")
+        if not (self.resume or self.overwrite) and checkpoints_in(output):
+            raise ValueError(
+                f"output: {output} holds checkpoints of an earlier run; pass --resume to continue "
+                "it, --overwrite to replace it, or choose another --output."
+            )
+        check_differs((self.model,), output, overwrite=self.resume or self.overwrite)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values under the option names, for `finetune.yaml`; without `resume`."""
+        """Plain values under the option names, less `resume` and `overwrite`: `finetune.yaml`."""
         values = dataclasses.asdict(self)
-        del values["resume"]
+        del values["resume"], values["overwrite"]
         return values
 
-    def other_adapter(self, earlier: Mapping[str, Any]) -> list[str]:
-        """List what makes the adapter another one than that of an earlier run's `to_dict`."""
-        gates = [each.get("gate_threshold") is None for each in (earlier, self.to_dict())]
-        return self.changes_from(
-            earlier, ADAPTER if gates[0] == gates[1] else (*ADAPTER, "gate_threshold")
-        )
 
-    def changes_from(
-        self, earlier: Mapping[str, Any], names: Collection[str] | None = None
-    ) -> list[str]:
-        """List what differs from an earlier run's `to_dict` and makes a resumed run another run.
-
-        ``names`` are the options to look at; by default all that change a run.
-        """
-        now = self.to_dict()
-        return [
-            f"{name} ({earlier[name]!r} before, {now[name]!r} now)"
-            for name in (now if names is None else names)
-            if name not in _HARMLESS and name in earlier and earlier[name] != now[name]
-        ]
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List what differs between the records of two runs, less what no step depends on."""
+    return [
+        f"{name} ({before.get(name)!r} before, {now[name]!r} now)"
+        for name in now
+        if name not in _HARMLESS and before.get(name) != now[name]
+    ]
 
 
 def parse_tokens(text: str) -> list[int]:
@@ -293,15 +292,15 @@ def parse_targets(text: str) -> str | list[str]:
     return names
 
 
-def check_folder(option: str, path: Path) -> None:
-    """Raise ValueError, naming the option, where no file could be written into a directory."""
-    there = path
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise ValueError(f"{option}: expected a directory, but {there} is a file.")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"{option}: nothing can be written into {there}; choose another directory or change "
-            "its permissions."
-        )
+def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: bool) -> None:
+    """Check that ``output`` can be written, and is none of the folders that it is made from.
+
+    Raises ValueError or `WriteError`; see `check_output`.
+    """
+    for source in sources:
+        if Path(source).resolve() == output.resolve():
+            raise ValueError(
+                f"output: expected another directory than that of what it is made from, got "
+                f"{output}."
+            )
+    check_output(output, overwrite=overwrite)

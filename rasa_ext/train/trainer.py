@@ -20,6 +20,7 @@ from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
 from rasa_ext.methods import AdapterConfig
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.patching.state import is_patched, patch_state
+from rasa_ext.train.checkpoints import RUN
 from rasa_ext.training import parameter_groups
 
 IGNORE = -100
@@ -73,6 +74,7 @@ class AdapterTrainer(SFTTrainer):
         )
         self._held_out = torch.zeros(2, dtype=torch.float64)
         self.card = rasa_ext.Card()
+        self.record = "{}"
 
     @property
     def base_model(self) -> Any:
@@ -158,6 +160,8 @@ class AdapterTrainer(SFTTrainer):
         directory = output_dir if output_dir is not None else self.args.output_dir
         is_checkpoint = Path(directory) != Path(self.args.output_dir)
         rasa_ext.save_adapter(self.base_model, directory, card=None if is_checkpoint else self.card)
+        if is_checkpoint:
+            (Path(directory) / RUN).write_text(self.record, encoding="utf-8")
         self.processing_class.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

@@ -29,6 +29,7 @@ def run(tmp_path) -> Path:
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         torch.save({"last_epoch": step}, folder / "scheduler.pt")
         torch.save({"cpu": torch.get_rng_state()}, folder / "rng_state.pth")
+        (folder / "run.json").write_text(json.dumps({"rank": 4}))
         (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (tmp_path / "checkpoint-best").mkdir()
     return tmp_path
@@ -70,7 +71,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(name, damage, run):
     assert "weights_only" not in told
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_config.json"])
+@pytest.mark.parametrize("name", ["trainer_state.json", "adapter_config.json", "run.json"])
 def test_settings_that_do_not_parse(name, run):
     cut(run / "checkpoint-10" / name)
     assert newest_whole(run).step == 9

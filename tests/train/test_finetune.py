@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import rasa_ext
+from rasa_ext.checkpoint.writing import WriteError
 from rasa_ext.train import callbacks
 from rasa_ext.train import finetune as finetune_module
 from rasa_ext.train.callbacks import read_metrics
@@ -261,8 +262,45 @@ def test_output_and_resume_guard_each_other(options):
     with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint in .*found none"):
         run(options, resume=True)
     run(options, max_steps=2)
-    with pytest.raises(ValueError, match=r"output: .* holds checkpoints of an earlier run"):
+    told = r"output: .* checkpoints of an earlier run; pass --resume to .* --overwrite to replace"
+    with pytest.raises(ValueError, match=told):
         run(options)
+    with pytest.raises(ValueError, match="overwrite: expected it without resume"):
+        run(options, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("form", ["adapter", "lora", "merged"])
+def test_what_others_wrote_is_replaced_only_where_that_is_asked_for(form, options):
+    model, output = rasa_ext.patch_model(make_model(), rank=2, k=0), options.output
+    if form == "adapter":
+        rasa_ext.save_adapter(model, output)
+    elif form == "lora":
+        rasa_ext.export_lora(model, output)
+    else:
+        rasa_ext.merge_and_unload(model).save_pretrained(output)
+    before = content(output)
+    with pytest.raises(ValueError, match=f"output: .*{output} holds files; pass --overwrite"):
+        run(options)
+    assert content(output) == before
+    run(options, max_steps=1, overwrite=True)
+    assert not (Path(output) / "model.safetensors").exists()
+    rasa_ext.load_adapter(make_model(), output)
+
+
+def test_a_run_that_replaces_another_keeps_none_of_the_checkpoints(options):
+    run(options, max_steps=5)
+    run(options, max_steps=2, overwrite=True)
+    assert [step for step, _ in checkpoints_in(Path(options.output))] == [1, 2]
+    assert [row[0] for row in losses(options.output)] == [1, 2]
+    record = (Path(options.output) / "finetune.yaml").read_text()
+    assert "overwrite" not in record  # or --config would replace it once more
+
+
+def test_the_base_is_not_replaced(options, base):
+    before = content(base)
+    with pytest.raises(ValueError, match="output: expected another directory than that of what"):
+        run(options, output=str(base), overwrite=True)
+    assert content(base) == before
 
 
 def test_a_checkpoint_cut_off_while_being_written_is_passed_over(options):
@@ -281,8 +319,8 @@ def test_resuming_a_complete_run_changes_nothing(options):
     record = Path(options.output) / "finetune.yaml"
     before, recorded = losses(options.output), record.read_text()
     stored = load_file(Path(options.output) / "adapter_model.safetensors")
-    result, text = run(options, max_steps=2, report_to="none,", resume=True)
-    assert "is complete: 3 of 2 steps" in text
+    result, text = run(options, max_steps=3, report_to="none,", resume=True)
+    assert "is complete: 3 of 3 steps" in text
     assert record.read_text() == recorded
     assert result.step == 3
     assert losses(options.output) == before
@@ -290,14 +328,55 @@ def test_resuming_a_complete_run_changes_nothing(options):
     assert all(torch.equal(stored[name], again[name]) for name in stored)
 
 
-def test_resuming_with_other_options_says_which(options):
+def content(folder: str) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, monkeypatch):
+    """Also where the record in the output, which --config reads, was edited in between."""
     run(options, max_steps=3)
-    _, text = run(options, max_steps=5, lr=1e-4, resume=True)
-    assert "lr (0.003 before, 0.0001 now)" in text
-    assert "max_steps (3 before, 5 now)" in text
-    assert "dropout" not in text
-    with pytest.raises(ValueError, match=r"resume: .* another adapter: rank \(4 before, 2 now\)"):
-        run(options, max_steps=7, rank=2, resume=True)
+    before = content(options.output)
+    changes = {
+        "lr": 1e-4,
+        "warmup": 0.5,
+        "max_steps": 5,  # the rate falls to zero over all steps
+        "epochs": 2.0,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "seed": 1,
+        "rank": 2,
+        "alpha": 4.0,
+        "dropout": 0.0,
+        "seq_len": 512,
+        "packing": True,
+        "template": False,
+        "eval_data": str(files / "test.jsonl"),
+        "data": str(files / "test.jsonl"),
+    }
+    for name, value in changes.items():
+        old = {**options.to_dict(), "max_steps": 3}[name]
+        told = f"{name} ({old!r} before, {value!r} now)"
+        with pytest.raises(ValueError, match=f"resume: .*{re.escape(told)}"):
+            run(options, **{"max_steps": 3, name: value}, resume=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"processes \(1 before, 2 now\)"):
+        run(options, max_steps=3, resume=True)
+    assert content(options.output) == before
+
+
+def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", sums(8))
+    run(options, max_steps=1, data=str(data))
+    write_jsonl(data, sums(9)[1:])
+    with pytest.raises(ValueError, match=r"resume: .* other options: sha256_of_data \('\w+' bef"):
+        run(options, max_steps=1, data=str(data), resume=True)
+
+
+def test_what_no_step_depends_on_may_change(options, tmp_path):
+    run(options, max_steps=2)
+    moved = Path(options.output).rename(tmp_path / "moved")
+    text = run(options, max_steps=2, output=str(moved), gradient_checkpointing=True, resume=True)[1]
+    assert "is complete: 2 of 2 steps" in text
 
 
 def test_gradient_checkpointing_changes_no_loss(options, tmp_path):
@@ -324,7 +403,8 @@ def test_regex_targets(options):
 def test_total_steps_counts_as_trainer_does(options):
     result, _ = run(options, max_steps=None, epochs=1.5)
     # 11 batches in 6 steps to an epoch
-    assert total_steps(dataclasses.replace(options, max_steps=None, epochs=1.5), 22) == 9
+    resumed = dataclasses.replace(options, max_steps=None, epochs=1.5, resume=True)
+    assert total_steps(resumed, 22) == 9
     assert result.step == 9
 
 
@@ -404,10 +484,10 @@ def test_warm_up_begins_above_zero_and_the_rate_ends_above_zero(options):
 
 def test_an_output_that_is_a_file_or_cannot_be_written_is_refused(options, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"output: expected a directory, but .*file is a file"):
+    with pytest.raises(WriteError, match=r"file/out: .* a file stands where a folder goes"):
         dataclasses.replace(options, output=str(tmp_path / "file" / "out"))
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(ValueError, match="output: nothing can be written into"):
+    with pytest.raises(WriteError, match="out: cannot be written, since this user has no permi"):
         dataclasses.replace(options)
 
 
