@@ -122,13 +122,19 @@ def patch_model(
 
 
 def check_unpatched(model: nn.Module) -> None:
-    """Raise ValueError where a model carries RaSA layers already."""
+    """Raise ValueError where a model carries adapters already, which would be frozen."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     for name, module in modules:
         if isinstance(module, RasaLinear | RasaExperts):
             raise ValueError(
                 f"model: expected an unpatched model, but {name!r} is a {type(module).__name__} "
                 "already; call rasa_ext.unpatch(model) or rasa_ext.merge_and_unload(model) first."
+            )
+        if hasattr(module, "base_layer"):
+            raise ValueError(
+                f"model: expected a model without adapters, but {name!r} is adapted by PEFT "
+                f"({type(module).__name__}); call unload() or merge_and_unload() of the PEFT model "
+                "first, and patch what it returns."
             )
 
 

@@ -63,9 +63,15 @@ def patch_state(model: nn.Module) -> PatchState:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     state: PatchState | None = unwrap(model).__dict__.get(_STATE)
     if state is None:
+        way_out = "if only a part of it was patched, pass that part."
+        if hasattr(model, "peft_config"):
+            way_out = (
+                "call PEFT's own: print_trainable_parameters(), save_pretrained(directory), "
+                "merge_adapter()."
+            )
         raise ValueError(
             "model: expected a model that rasa_ext.patch_model patched, got an unpatched "
-            f"{type(model).__name__}; if only a part of it was patched, pass that part."
+            f"{type(model).__name__}; {way_out}"
         )
     return state
 

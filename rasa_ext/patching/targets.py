@@ -100,6 +100,9 @@ def make_plan(
             chosen.append(name)
     if not chosen:
         why = "".join(f" {name}: {reason}." for name, reason in list(skipped.items())[:5])
+        if explicit and isinstance(config.target_modules, str):
+            why += " A string but 'all-linear' is a regular expression over a whole name; names"
+            why += " go into a list."
         raise ValueError(
             f"target_modules: expected at least one linear layer, but {config.target_modules!r} "
             f"leaves none of the model's {len(linears)}.{why}{_others(model, config)}"

@@ -93,6 +93,11 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         return y
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if self.merged and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the base weights, so it would not be trained; "
+                "call unmerge_adapter() of the PEFT model first."
+            )
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 

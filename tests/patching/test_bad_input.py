@@ -100,6 +100,24 @@ def test_a_second_patch(options):
     refused(lambda: rasa_ext.patch_model(model, **options), model, "model", "unpatch")
 
 
+def test_a_model_that_peft_has_adapted():
+    """Its LoRA would be frozen, and nobody told."""
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = peft.get_peft_model(LLAMA.build(), settings)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(ValueError, match=r"model: .*q_proj' is adapted by PEFT \(Linear\)"):
+        rasa_ext.patch_model(model)
+    assert all(p.requires_grad for p in trained)
+    rasa_ext.patch_model(model.merge_and_unload())
+
+
+@pytest.mark.parametrize("given", ["q_proj", "all_linear", "q_proj,v_proj"])
+def test_a_string_that_was_meant_as_a_name(given):
+    with pytest.raises(ValueError, match=rf"{given}' leaves none .* regular expression .* a list"):
+        rasa_ext.patch_model(LLAMA.build(), target_modules=given)
+
+
 def test_a_part_that_is_patched():
     model = LLAMA.build()
     rasa_ext.patch_model(model.model.layers[1], 4, 1)
@@ -163,7 +181,7 @@ def test_delta_weight_of_a_plain_layer():
 def test_an_adapter_of_another_model(tmp_path):
     rasa_ext.save_adapter(patched(SEQUENTIAL.build(), 2, 1), tmp_path)
     wider = nn.Sequential(*copy.deepcopy(SEQUENTIAL.build())[:-1], nn.Linear(10, 9))
-    for model, key in ((wider, r"6\.rasa_B"), (TIED.build(), r"body\.rasa_A")):
+    for model, key in ((wider, r"6\.rasa_B"), (TIED.build(), r"body\.rasa_pool_A")):
         refused(lambda m=model: rasa_ext.load_adapter(m, tmp_path), model, key, "expected|missing")
 
 

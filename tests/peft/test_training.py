@@ -56,6 +56,24 @@ def test_the_same_losses_and_adapters_as_patch_model(reentrant, tmp_path):
     assert all(same_bits(state[key], base[key]) for key in base)
 
 
+def test_a_merged_adapter_is_not_trained():
+    model = tiny().train()
+    tokens = torch.arange(8).view(1, 8)
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match=r"is merged .* unmerge_adapter\(\) of the PEFT model"):
+        model(tokens)
+    with torch.no_grad():
+        model(tokens)
+    model.unmerge_adapter()
+    model(tokens)
+
+
+@pytest.mark.parametrize("call", [rasa_ext.summary, rasa_ext.merge, rasa_ext.adapter_parameters])
+def test_calls_for_patched_models_name_peft_s(call):
+    with pytest.raises(ValueError, match=r"an unpatched PeftModel.*; call PEFT's own: .*save_pret"):
+        call(tiny())
+
+
 def test_checkpointing_changes_nothing(tmp_path):
     models = {kind: tiny() for kind in CHECKPOINTING}
     losses = {kind: train(model, tmp_path, kind) for kind, model in models.items()}
