@@ -121,9 +121,10 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``adapter_config.json``; FileNotFoundError or ValueError with the path."""
     path = Path(directory) / CONFIG
     if Path(directory).is_file():
+        inside = path.parent.parent if (path.parent.parent / CONFIG).is_file() else None
         raise FileNotFoundError(
-            f"directory: expected an adapter's directory, got the file {directory}; pass "
-            f"{Path(directory).parent}."
+            f"directory: expected an adapter's directory, got the file {directory}"
+            f"{f'; pass {inside.absolute()}' if inside else ''}."
         )
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
@@ -224,7 +225,7 @@ def check_tensors(
         if key in found and tuple(found[key].shape) != tuple(shape)
     ]
     problems = [
-        f"{len(keys)} {kind}: {', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''}"
+        f"{len(keys)} {kind}: {', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''}"
         for kind, keys in (
             ("missing", missing),
             ("unexpected", unexpected),
@@ -234,6 +235,6 @@ def check_tensors(
     ]
     if problems:
         raise ValueError(
-            f"{where}: the adapter does not fit the model; {'; '.join(problems)}. {hint}"
-            f"{' ' if hint else ''}Nothing was changed."
+            f"{where}: the adapter does not fit the model. {hint}{' ' if hint else ''}"
+            f"Tensors: {'; '.join(problems)}. Nothing was changed."
         )
