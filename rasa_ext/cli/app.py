@@ -9,6 +9,7 @@ import typer
 from rasa_ext import __version__
 from rasa_ext.cli.adapters import export_lora, import_official, merge
 from rasa_ext.cli.compress import compress, import_lora
+from rasa_ext.cli.config_file import Command
 from rasa_ext.cli.demo import demo
 from rasa_ext.cli.environment import env
 from rasa_ext.cli.evaluate import evaluate
@@ -45,7 +46,7 @@ _COMMANDS = (
     demo,
 )
 for _command in _COMMANDS:
-    app.command()(_command)
+    app.command(cls=Command)(_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -6,14 +6,59 @@ import dataclasses
 import difflib
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import typer
 import yaml
+from typer.core import TyperCommand
 
 _CONFIG = "YAML file with any of these options; the command line overrides it."
+
+
+# What other trainers call some of the options.
+_SAME = {
+    "base_model": "model",
+    "model_name_or_path": "model",
+    "dataset": "data",
+    "train_file": "data",
+    "output_dir": "output",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "learning_rate": "lr",
+    "warmup_ratio": "warmup",
+    "steps": "max_steps",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "max_length": "seq_len",
+    "max_seq_length": "seq_len",
+}
+
+
+def meant(name: str, known: Collection[str]) -> list[str]:
+    """Give the option that an unknown name likely stands for, if any."""
+    same = _SAME.get(name, "")
+    return [same] if same in known else difflib.get_close_matches(name, known, n=1)
+
+
+class Command(TyperCommand):
+    """A command that knows what other trainers call some of its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer's; an unknown option is refused with the one that was likely meant."""
+        known = {option for each in self.params for option in each.opts}
+        for word in args:
+            option = word.partition("=")[0]
+            same = _SAME.get(option.removeprefix("--").replace("-", "_"), "").replace("_", "-")
+            if option.startswith("--") and option not in known and f"--{same}" in known:
+                ctx.fail(f"No such option: {option}; did you mean --{same}?")
+        return super().parse_args(ctx, args)
 
 
 def options_of(fields: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -81,7 +126,7 @@ def read_config_file(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in data.items():
         name, where = str(key).replace("-", "_"), f"{path}, line {lines.get(str(key), 1)}"
         if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
+            near = meant(name, types)
             hint = (
                 f"did you mean {near[0]!r}?" if near else f"known are {', '.join(sorted(types))}."
             )

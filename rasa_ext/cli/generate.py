@@ -19,7 +19,7 @@ def generate(
         list[str] | None,
         typer.Option(
             help="What is asked; may be given several times. Without it a conversation is held, "
-            "a line a turn, with the one model that is given.",
+            "a line a turn, with the one model that is given; /quit or Ctrl-D ends it.",
             show_default=False,
         ),
     ] = None,
@@ -61,10 +61,14 @@ def _talk(speaker: Any, system: str | None) -> None:
 
 def _lines() -> Iterator[str]:
     prompt = "> " if sys.stdin.isatty() else ""
+    if prompt:
+        console.print("A line is a turn; /quit or Ctrl-D ends the conversation.", style="dim")
     while True:
         try:
             line = input(prompt)
         except EOFError:
+            return
+        if line.strip() == "/quit":
             return
         if line.strip():
             yield line

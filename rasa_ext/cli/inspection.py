@@ -43,6 +43,7 @@ def inspect(
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(
+            metavar="FIRST SECOND",
             help="Instead: two adapters, RaSA's or LoRAs, and the ratio of their mean effective "
             "ranks by the kind of layer.",
             show_default=False,

@@ -41,7 +41,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             _errors.print("Interrupted.")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            told = _told(error)
+            told = _told(error, str(kwargs.get("output") or "the output"))
             if told is None or logging.getLogger("rasa_ext").isEnabledFor(logging.DEBUG):
                 raise
             _errors.print("Error:", style="bold red", end=" ")
@@ -71,15 +71,18 @@ def _keep_lines_whole() -> None:
             each.width = 10_000
 
 
-def _told(error: Exception) -> str | None:
-    """The sentence for an error that is no fault of the program; None for another."""
+def _told(error: Exception, output: str) -> str | None:
+    """The sentence for an error that is no fault of the program; None for another.
+
+    ``output`` is where the command writes, for errors that do not say where they were met.
+    """
     from rasa_ext.checkpoint.writing import WriteError, is_full, write_error
 
     if isinstance(error, WriteError):
         return str(error)
     file = getattr(error, "filename", None)
     if is_full(error):  # while some library wrote
-        return str(write_error(file or "the output", error, "what was written before is whole"))
+        return str(write_error(file or output, error, "what was written before is whole"))
     if isinstance(error, OSError) and file is not None:
         return f"{file}: {str(error.strerror).lower()}."
     return str(error) if isinstance(error, ValueError | TypeError | OSError) else None

@@ -16,7 +16,7 @@ from rasa_ext.solver.fit import Solver
 from rasa_ext.solver.import_lora import convert_lora
 from rasa_ext.solver.weights import ParameterWeights, SafetensorsFolder
 from rasa_ext.train.card import compressed_card, local_name
-from rasa_ext.train.convert import base_of
+from rasa_ext.train.convert import base_of, naming_the_base
 from rasa_ext.train.model_loading import load_model, load_skeleton
 from rasa_ext.train.options import check_differs
 
@@ -54,6 +54,11 @@ def compress_finetuned(
         modules_to_save=modules_to_save,
         **options,
     )
+    if not (found.plan.modules_to_save or any(each.norm for each in found.groups.values())):
+        raise ValueError(
+            f"finetuned: expected layers that differ from those of {base}, but in {finetuned} none "
+            "of those to adapt does, so that the adapter would be all zeros."
+        )
     told = compressed_card(found, f"the full fine-tuning `{local_name(finetuned)}`")
     found.save(model, output, card=told)
     return found
@@ -76,7 +81,8 @@ def compress_lora(
     """
     check_differs((lora,), output, overwrite=overwrite)
     read = read_lora(lora)
-    model = _skeleton(base_of(lora, base))
+    with naming_the_base(lora, base):
+        model = _skeleton(base_of(lora, base))
     found = convert_lora(model, read, str(lora), rank, k, solver)
     name = f"the LoRA `{local_name(str(lora))}` of rank {read.rank}"
     found.save(model, output, card=compressed_card(found, name))

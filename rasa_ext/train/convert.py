@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +12,12 @@ import torch
 import rasa_ext
 from rasa_ext import Card, Truncation
 from rasa_ext.checkpoint.card import write_card
-from rasa_ext.checkpoint.files import read_config
+from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.patching.state import adapted_experts
 from rasa_ext.train.card import local_name, merged_card
 from rasa_ext.train.inspection import check_adapter
-from rasa_ext.train.model_loading import load_model, load_tokenizer, save_model
+from rasa_ext.train.model_loading import ModelError, load_model, load_tokenizer, save_model
 from rasa_ext.train.options import check_differs
 
 
@@ -32,8 +33,9 @@ def merge_adapter(
     check_adapter(adapter)
     name = base_of(adapter, base)
     check_differs((adapter, name), output, overwrite=overwrite)
-    model = rasa_ext.load_adapter(load_model(name, dtype), adapter)
-    tokenizer = load_tokenizer(name)
+    with naming_the_base(adapter, base):
+        model, tokenizer = load_model(name, dtype), load_tokenizer(name)
+    rasa_ext.load_adapter(model, adapter)
     change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(model))
     told = merged_card(model, adapter)
     merged = rasa_ext.merge_and_unload(model)
@@ -82,7 +84,9 @@ def export_adapter(
     check_adapter(adapter)
     name = base_of(adapter, base)
     check_differs((adapter, name), output, overwrite=overwrite)
-    model = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
+    with naming_the_base(adapter, base):
+        model = load_model(name, "auto")
+    rasa_ext.load_adapter(model, adapter)
     float32 = model.dtype == torch.float32
     size = rasa_ext.export_size(model, pad_to, experts=experts, rank=rank)
     announce(size)
@@ -115,10 +119,24 @@ def import_checkpoint(
     check_adapter(checkpoint, "checkpoint")
     name = base_of(checkpoint, base)
     check_differs((checkpoint, name), output, overwrite=overwrite)
-    model = load_model(name)
+    with naming_the_base(checkpoint, base):
+        model = load_model(name)
     rasa_ext.load_official(model, checkpoint)
     told = f"A checkpoint of the official RaSA code, `{local_name(str(checkpoint))}`."
     rasa_ext.save_adapter(model, output, card=Card(sections={"Source": told}))
+
+
+@contextlib.contextmanager
+def naming_the_base(adapter: Path, given: str | None) -> Iterator[None]:
+    """Say of a base that cannot be loaded within that the adapter named it, if nobody else did."""
+    try:
+        yield
+    except ModelError as error:
+        if given is not None:
+            raise
+        raise ModelError(
+            f"{error} {adapter / CONFIG} names this base; --model says where else it is."
+        ) from error
 
 
 def base_of(adapter: Path, given: str | None) -> str:

@@ -69,20 +69,22 @@ class Fields:
         )
 
 
-def read_examples(source: str, fields: Fields = Fields()) -> list[Example]:
+def read_examples(source: str, fields: Fields = Fields(), option: str = "data") -> list[Example]:
     """Examples of a JSONL file, or of a hub data set's split ``train``.
 
-    Raises DataError naming the line and what was expected there; for a name that is neither a
-    file nor loadable, what to do.
+    Raises DataError naming the line and what was expected there; for a name that is neither a file
+    nor loadable, naming the ``option`` that gave it and what to do.
     """
     path = Path(source)
     if path.is_file():
         return _read_jsonl(path, fields)
     if path.is_dir():
-        raise DataError(f"data: expected a JSONL file or a hub data set, got the directory {path}.")
+        raise DataError(
+            f"{option}: expected a JSONL file or a hub data set, got the directory {path}."
+        )
     if path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~")):
-        raise DataError(f"data: the file {source} does not exist.")
-    return _read_hub(source, fields)
+        raise DataError(f"{option}: the file {source} does not exist.")
+    return _read_hub(source, fields, option)
 
 
 def parse_example(value: Any, where: str, fields: Fields = Fields()) -> Example:
@@ -202,7 +204,7 @@ def _read_jsonl(path: Path, fields: Fields) -> list[Example]:
     return examples
 
 
-def _read_hub(name: str, fields: Fields) -> list[Example]:
+def _read_hub(name: str, fields: Fields, option: str) -> list[Example]:
     is_reachable()
     import datasets  # reads as it is imported whether it is offline
 
@@ -213,7 +215,7 @@ def _read_hub(name: str, fields: Fields) -> list[Example]:
             said = f"is neither a file nor a data set {reason}, or give a JSONL file."
         else:
             said = f"is not a file, and could not be loaded as a hub data set: {error}"
-        raise DataError(f"data: {name!r} {said}") from error
+        raise DataError(f"{option}: {name!r} {said}") from error
     return [parse_example(row, f"{name}, row {i}", fields) for i, row in enumerate(rows)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from trl import SFTConfig
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.train.callbacks import EvaluationProgress
-from rasa_ext.train.convert import base_of
+from rasa_ext.train.convert import base_of, naming_the_base
 from rasa_ext.train.data import Example, questions, rows_for_sft
 from rasa_ext.train.inspection import is_adapter
 from rasa_ext.train.model_loading import load_model, load_tokenizer
@@ -63,7 +64,8 @@ def each_model(
         path = Path(name)
         wanted = base_of(path, base) if is_adapter(path) else name
         if wanted != loaded:
-            with working(console, f"Loading {wanted}"):
+            named = naming_the_base(path, base) if is_adapter(path) else contextlib.nullcontext()
+            with named, working(console, f"Loading {wanted}"):
                 loaded, model = wanted, load_model(wanted, dtype).to(device)
         if not is_adapter(path):
             yield name, model, load_tokenizer(wanted)

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig
 
@@ -66,8 +69,9 @@ def finetune(
     reporters = _reporters(options.report_to)
     tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
     fields = Fields(options.prompt_field, options.completion_field)
-    sources = [source for source in (options.data, options.eval_data) if source is not None]
-    examples = [read_examples(source, fields) for source in sources]
+    given = {"data": options.data, "eval_data": options.eval_data}
+    sources = {option: source for option, source in given.items() if source is not None}
+    examples = [read_examples(source, fields, option) for option, source in sources.items()]
     rows, marks = rows_for_sft(examples, tokenizer, options.template)
     record = {**options.to_dict(), "processes": _processes(), "sha256_of_data": _digest(rows)}
     if checkpoint is not None:
@@ -94,7 +98,7 @@ def finetune(
     trainer.record = json.dumps(record)
     trainer.remove_callback(PrinterCallback)
     prepared = (trainer.train_dataset, trainer.eval_dataset)
-    for source, given, learnt in zip(sources, rows, prepared, strict=False):
+    for source, given, learnt in zip(sources.values(), rows, prepared, strict=False):
         describe_rows(source, len(given), learnt, options, console)
     show_example(trainer.train_dataset[0], tokenizer, console)
     trained = _describe_adapter(trainer.base_model, console)
@@ -165,7 +169,14 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
 
 def _check_plan(options: FinetuneOptions) -> None:
     """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
-    check_head(patch_model(load_skeleton(options.model), config=options.adapter()))
+    model = patch_model(load_skeleton(options.model), config=options.adapter())
+    check_head(model)
+    most = max(min(row.shape) for row in summary(model))
+    if options.rank > most:
+        raise ValueError(
+            f"rank: expected at most {most}, the smaller side of the largest layer that is "
+            f"adapted, since no change of a layer has more ranks, got {options.rank}."
+        )
 
 
 def _load(options: FinetuneOptions, console: Console) -> Any:
@@ -272,11 +283,10 @@ def _reporters(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names in ([], ["none"]):
         return []
-    available = get_available_reporting_integrations()
     for name in names:
-        if name not in available:
-            raise ValueError(
-                f"report_to: expected none or installed trackers ({', '.join(available) or 'none'} "
-                f"here), got {name!r}; install it first."
-            )
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to: expected none or trackers among {known}, got {name!r}.")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to: {name} is not installed here: pip install {name}")
     return names

@@ -273,6 +273,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(base, tmp
     ("text", "message"),
     [
         ("k: 1\nrnak: 4", r"run.yaml, line 2: unknown key 'rnak'; did you mean 'rank'\?"),
+        ("learning_rate: 1", r"unknown key 'learning_rate'; did you mean 'lr'\?"),
         ("zebra: 4", r"unknown key 'zebra'; known are alpha, batch_size"),
         ("config: other.yaml", r"unknown key 'config'"),
         ("rank: [1, 2]", r"rank: expected a single value, got list"),
@@ -293,6 +294,12 @@ def test_a_bad_config_file_names_the_key(tmp_path, text, message):
     assert re.search(message, " ".join(result.output.split())), result.output
 
 
+def test_options_as_other_trainers_call_them():
+    for word, meant in {"--learning-rate": "--lr", "--lora_alpha=8": "--alpha"}.items():
+        text = invoke("finetune", "--model", "m", "--data", "d", word, "1", code=2)
+        assert f"No such option: {word.partition('=')[0]}; did you mean {meant}?" in text
+
+
 def test_a_missing_config_file(tmp_path):
     text = invoke("finetune", "--config", tmp_path / "none.yaml", code=2)
     assert "none.yaml" in text.replace(" ", "")
@@ -305,12 +312,24 @@ def test_a_missing_config_file(tmp_path):
             ["merge", "nowhere", "--output", "o"],
             "adapter: expected an adapter's directory, but nowhere does",
         ),
+        (["inspect", "data.jsonl"], "expected an adapter's directory, got the file data.jsonl."),
+        (["inspect", "tuned/adapter_config.json"], "config.json; pass TMP/tuned."),
+        (["merge", "tuned", "--output", "o"], "tuned/adapter_config.json names this base; --mode"),
+        (["generate", "tuned", "--prompt", "x"], "config.json names this base; --model says where"),
         (["inspect", "./nowhere"], "expected an adapter's directory, but nowhere does not exist"),
         (["finetune", "--model", "m", "--data", "no.jsonl"], "data: the file no.jsonl"),
     ],
 )
-def test_errors_are_one_sentence_and_exit_code_1(monkeypatch, tmp_path, base, words, message):
+def test_errors_are_one_sentence_and_exit_code_1(
+    monkeypatch, tmp_path, base, tuned, words, message
+):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").touch()
+    shutil.copytree(tuned, tmp_path / "tuned")
+    path = tmp_path / "tuned" / "adapter_config.json"
+    elsewhere = {**json.loads(path.read_text()), "base_model_name_or_path": "elsewhere/base"}
+    path.write_text(json.dumps(elsewhere))
+    message = message.replace("TMP", str(tmp_path))
     words = [str(base) if word == "m" else word for word in words]
     text = invoke(*words, code=1)
     assert message in text.partition("Error: ")[2]
@@ -320,7 +339,9 @@ def test_errors_are_one_sentence_and_exit_code_1(monkeypatch, tmp_path, base, wo
 def test_an_adapter_for_another_model(tuned, tmp_path):
     other = save_base(tmp_path / "other", head_dim=16)
     text = invoke("merge", tuned, "--model", other, "--output", tmp_path / "m", code=1)
-    assert "the adapter does not fit the model" in text
+    said = text.partition("the adapter does not fit the model. ")[2]
+    assert said.startswith("Load it into the model that it was trained on")
+    assert said.count("rasa_") == 2  # of all the tensors
     assert not (tmp_path / "m").exists()
 
 

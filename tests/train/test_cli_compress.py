@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,14 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
     with torch.no_grad():
         before, near = (m(input_ids=TOKENS, labels=TOKENS).loss.item() for m in (load(base), model))
     assert near < before - 0.5
+
+
+def test_compress_of_models_that_do_not_differ(base, tmp_path):
+    words = ["compress", "--base", base, "--iterations", 1, "-o", tmp_path / "out"]
+    shutil.copytree(base, tmp_path / "same")
+    text = invoke(*words, "--finetuned", tmp_path / "same", code=1)
+    assert f"finetuned: expected layers that differ from those of {base}" in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_compress_keeps_what_else_changed(base, tuned, tmp_path):

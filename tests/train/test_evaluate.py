@@ -118,8 +118,9 @@ def test_a_conversation_remembers_its_turns(folder, monkeypatch):
         lambda self, turns: heard.append(list(turns)) or iter(["so", "?"]),
     )
     words = ["generate", str(folder / "one"), "--system", "Be brief."]
-    result = CliRunner().invoke(app, words, input="one\n\ntwo\n")
+    result = CliRunner().invoke(app, words, input="one\n\ntwo\n/quit\nthree\n")
     assert result.exit_code == 0, result.output
+    assert len(heard) == 2
     assert [turn["content"] for turn in heard[1]] == ["Be brief.", "one", "so?", "two"]
     assert result.output.count("so?") == 2
 

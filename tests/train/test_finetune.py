@@ -28,6 +28,7 @@ from rasa_ext.train.finetune import finetune, total_steps
 from rasa_ext.train.options import FinetuneOptions
 from rasa_ext.train.plots import plot_loss
 from tests.helpers.cli import invoke
+from tests.helpers.file_limit import file_limit
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
@@ -441,7 +442,11 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"k": 9}, "k: expected 0 <= k <= rank"),
         ({"model": "./nowhere"}, "model: the directory ./nowhere does not exist"),
         ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
-        ({"report_to": "pigeon"}, "report_to: expected none or installed trackers"),
+        ({"report_to": "pigeon"}, "report_to: expected none or trackers among azure_ml, "),
+        ({"report_to": "clearml"}, "report_to: clearml is not installed here: pip install cl"),
+        ({"rank": 33}, "rank: expected at most 32, the smaller side of the largest layer"),
+        ({"eval_data": "no.jsonl"}, "eval_data: the file no.jsonl does not exist"),
+        ({"eval_data": "."}, "eval_data: expected a JSONL file or a hub data set, got the dir"),
     ],
 )
 def test_bad_options_name_themselves_before_a_model_is_loaded(
@@ -489,6 +494,14 @@ def test_an_output_that_is_a_file_or_cannot_be_written_is_refused(options, tmp_p
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(WriteError, match="out: cannot be written, since this user has no permi"):
         dataclasses.replace(options)
+
+
+@pytest.mark.parametrize("size", [400, 50_000, 70_000])
+def test_a_full_disk_is_the_output_s(size, options):
+    words = ["--model", options.model, "--data", options.data, "--output", options.output]
+    with file_limit(size):
+        text = invoke("finetune", *words, "--max-steps", 2, code=1)
+    assert re.search(rf"Error: {options.output}\S*: cannot be written, since", text)
 
 
 def test_the_picture_s_axis_fits_the_losses(tmp_path, monkeypatch):
