@@ -18,14 +18,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
 from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.methods import read_method
-from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.methods.base import OFFICIAL, AdapterConfig
 from rasa_ext.ops import Factors
 from rasa_ext.patching.grouping import Group, grouped, groups_of
 from rasa_ext.patching.state import owners, patch_state
+from rasa_ext.patching.targets import make_plan, resolve_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,8 @@ class GroupAnalysis:
 
     @property
     def pool_use(self) -> Tensor:
-        """(L, L*k): every layer's use of every slot."""
-        return torch.stack([layer.pool_use for layer in self.layers])
+        """(L, L*k): every layer's use of every slot; of ResLoRA's, of every layer before it."""
+        return pad_sequence([layer.pool_use for layer in self.layers], batch_first=True)
 
     @property
     def weights(self) -> list[tuple[LayerAnalysis, ...]]:
@@ -111,17 +113,26 @@ def analyze(model: nn.Module) -> list[GroupAnalysis]:
     ]
 
 
-def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
-    """Analyze what ``save_adapter`` wrote, as ``analyze`` does; no base model is needed.
+class ShapesUnknown(ValueError):
+    """An adapter whose files do not tell the shapes of all layers: the base model has to."""
+
+
+def analyze_adapter(
+    directory: str | os.PathLike[str], model: nn.Module | None = None
+) -> list[GroupAnalysis]:
+    """Analyze what ``save_adapter`` wrote, as ``analyze`` does; most need no base model.
 
     Args:
         directory: what ``save_adapter`` wrote.
+        model: the base, for names and shapes: it may lie on the meta device. SBoRA, ResLoRA and
+            boosters in a pool need it, whose files hold no A and B of every layer.
 
     Returns:
         One entry for every group of layers that share a pool.
 
     Raises:
-        FileNotFoundError, ValueError: it is not a RaSA adapter of this package.
+        FileNotFoundError, ValueError: it is not an adapter of this package; or it needs ``model``
+            and got none, or another's.
 
     Example:
         >>> from rasa_ext.analysis import analyze_adapter
@@ -132,16 +143,30 @@ def analyze_adapter(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
     """
     settings = read_config(directory)
     tensors = read_tensors(Path(directory) / WEIGHTS)
+    if model is not None:
+        config = resolve_config(model, read_method(settings))
+        found = make_plan(model, config).groups
+        try:
+            return [_analyze_group(group, _factors(tensors, config, group)) for group in found]
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"model: expected the base that {directory} was trained on, but the tensors do not "
+                f"fit the model ({error})."
+            ) from error
     keys = [
         key.removesuffix(".rasa_A")
         for key in tensors
         if key.endswith(".rasa_A") and f"{key[:-1]}B" in tensors
     ]
     if not keys:
+        if (method := read_method(settings).method) != OFFICIAL:
+            raise ShapesUnknown(
+                f"{directory}: the files of the method {method!r} do not tell the shapes of all "
+                "layers; pass the base as model."
+            )
         raise ValueError(
             f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no layer's "
-            "rasa_A and rasa_B in its weights; import other formats first, and of a method that "
-            "keeps other tensors analyze the model that load_adapter returns."
+            "rasa_A and rasa_B in its weights; import other formats first."
         )
     config = read_method(settings)
     shapes = {

@@ -119,13 +119,13 @@ def _show_adapter(directory: Path) -> None:
 
 
 def _show_spectrum(directory: Path, output: Path) -> None:
-    from rasa_ext.analysis import analyze_adapter
     from rasa_ext.checkpoint.writing import writing
+    from rasa_ext.train.inspection import groups_in
     from rasa_ext.train.plots import plot_pool_use, plot_spectra
     from rasa_ext.train.working import working
 
     with working(progress, f"Taking the singular values of {directory}"):
-        groups = analyze_adapter(directory)
+        groups = groups_in(directory)
     table = table_of(
         "group", "L", "out x in", "R", "effective rank", "private", "slots used", "||dW||"
     )

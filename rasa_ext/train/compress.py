@@ -16,8 +16,7 @@ from rasa_ext.solver.fit import Solver
 from rasa_ext.solver.import_lora import convert_lora
 from rasa_ext.solver.weights import ParameterWeights, SafetensorsFolder
 from rasa_ext.train.card import compressed_card, local_name
-from rasa_ext.train.convert import base_of, naming_the_base
-from rasa_ext.train.model_loading import load_model, load_skeleton
+from rasa_ext.train.model_loading import base_of, load_model, load_skeleton, naming_the_base
 from rasa_ext.train.options import check_differs
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +11,17 @@ import torch
 import rasa_ext
 from rasa_ext import Card, Truncation
 from rasa_ext.checkpoint.card import write_card
-from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.patching.state import adapted_experts
 from rasa_ext.train.card import local_name, merged_card
 from rasa_ext.train.inspection import check_adapter
-from rasa_ext.train.model_loading import ModelError, load_model, load_tokenizer, save_model
+from rasa_ext.train.model_loading import (
+    base_of,
+    load_model,
+    load_tokenizer,
+    naming_the_base,
+    save_model,
+)
 from rasa_ext.train.options import check_differs
 
 
@@ -124,27 +128,3 @@ def import_checkpoint(
     rasa_ext.load_official(model, checkpoint)
     told = f"A checkpoint of the official RaSA code, `{local_name(str(checkpoint))}`."
     rasa_ext.save_adapter(model, output, card=Card(sections={"Source": told}))
-
-
-@contextlib.contextmanager
-def naming_the_base(adapter: Path, given: str | None) -> Iterator[None]:
-    """Say of a base that cannot be loaded within that the adapter named it, if nobody else did."""
-    try:
-        yield
-    except ModelError as error:
-        if given is not None:
-            raise
-        raise ModelError(
-            f"{error} {adapter / CONFIG} names this base; --model says where else it is."
-        ) from error
-
-
-def base_of(adapter: Path, given: str | None) -> str:
-    """The base model's name: as given, or as `adapter_config.json` says."""
-    recorded = read_config(adapter).get("base_model_name_or_path")
-    name = given or recorded
-    if not name:
-        raise ValueError(
-            f"model: {adapter} does not say which base model it was trained on; pass --model."
-        )
-    return str(name)

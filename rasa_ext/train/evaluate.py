@@ -18,10 +18,9 @@ from trl import SFTConfig
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.train.callbacks import EvaluationProgress
-from rasa_ext.train.convert import base_of, naming_the_base
 from rasa_ext.train.data import Example, questions, rows_for_sft
 from rasa_ext.train.inspection import is_adapter
-from rasa_ext.train.model_loading import load_model, load_tokenizer
+from rasa_ext.train.model_loading import base_of, load_model, load_tokenizer, naming_the_base
 from rasa_ext.train.options import RECORD
 from rasa_ext.train.trainer import AdapterTrainer, dataset
 from rasa_ext.train.working import working

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rasa_ext.analysis import LayerAnalysis, analyze_adapter, analyze_lora
+from rasa_ext.analysis import (
+    GroupAnalysis,
+    LayerAnalysis,
+    ShapesUnknown,
+    analyze_adapter,
+    analyze_lora,
+)
 from rasa_ext.checkpoint.files import (
     CONFIG,
     PREFIX,
@@ -134,11 +140,25 @@ def compare_adapters(first: Path, second: Path) -> list[Comparison]:
     return [*found, Comparison("all of these", *together)]
 
 
+def groups_in(directory: Path) -> list[GroupAnalysis]:
+    """Analyze an adapter by its files and, where these do not tell all shapes, its base's config.
+
+    Raises what `analyze_adapter` and `load_skeleton` raise.
+    """
+    try:
+        return analyze_adapter(directory)
+    except ShapesUnknown:
+        from rasa_ext.train.model_loading import base_of, load_skeleton, naming_the_base
+
+        with naming_the_base(directory, None):
+            return analyze_adapter(directory, load_skeleton(base_of(directory, None)))
+
+
 def _by_kind(directory: Path) -> dict[str, list[LayerAnalysis]]:
     check_adapter(directory)
     plain = read_config(directory).get("peft_type") == "LORA"
     kinds: dict[str, list[LayerAnalysis]] = {}
-    for group in (analyze_lora if plain else analyze_adapter)(directory):
+    for group in (analyze_lora if plain else groups_in)(directory):
         for layer in group.layers:
             kinds.setdefault(pattern(layer.name), []).append(layer)
     return kinds
@@ -158,7 +178,7 @@ def _groups(
     layers = {
         name: (*shapes[f"{PREFIX}{name}.rasa_B"][:-1], shapes[key][-1])
         for key in shapes
-        if key.endswith(".rasa_A")
+        if key.endswith(".rasa_A") and f"{key[:-1]}B" in shapes
         for name in [key.removesuffix(".rasa_A").removeprefix(PREFIX)]
     }
     groups, used = [], set()

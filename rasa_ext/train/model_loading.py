@@ -118,6 +118,30 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+@contextlib.contextmanager
+def naming_the_base(adapter: Path, given: str | None) -> Iterator[None]:
+    """Say of a base that cannot be loaded within that the adapter named it, if nobody else did."""
+    try:
+        yield
+    except ModelError as error:
+        if given is not None:
+            raise
+        raise ModelError(
+            f"{error} {adapter / CONFIG} names this base; --model says where else it is."
+        ) from error
+
+
+def base_of(adapter: Path, given: str | None) -> str:
+    """The base model's name: as given, or as `adapter_config.json` says."""
+    recorded = read_config(adapter).get("base_model_name_or_path")
+    name = given or recorded
+    if not name:
+        raise ValueError(
+            f"model: {adapter} does not say which base model it was trained on; pass --model."
+        )
+    return str(name)
+
+
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write a plain model and its tokenizer into a directory that `from_pretrained` reads.
 

@@ -14,7 +14,7 @@ from rasa_ext.analysis import analyze, analyze_adapter
 from rasa_ext.cli.app import app
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
-from tests.helpers.models import FAMILIES, LLAMA, ids
+from tests.helpers.models import FAMILIES, LLAMA, TIED, ids
 
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
@@ -142,7 +142,7 @@ def test_what_is_not_an_adapter(tmp_path):
     result = CliRunner().invoke(app, ["inspect", "--spectrum", str(tmp_path)])
     assert result.exit_code == 1
     rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
-    with pytest.raises(ValueError, match="expected an adapter that"):
+    with pytest.raises(ValueError, match="this is a LoRA, which"):
         analyze_adapter(tmp_path)
     with pytest.raises(ValueError, match="unpatched"):
         analyze(LLAMA.build())
@@ -176,8 +176,15 @@ def test_a_file_is_analyzed_by_its_method(config, tmp_path):
     assert not found
 
 
-def test_a_file_of_other_tensors_is_refused(tmp_path):
+def test_a_file_that_does_not_tell_shapes_wants_the_base(tmp_path):
     model = rasa_ext.patch_model(LLAMA.build(), config=methods.SboraConfig(rank=3))
     rasa_ext.save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="analyze the model that load_adapter returns"):
+    with pytest.raises(ValueError, match=r"'sbora' do not tell the shapes .* pass the base as mod"):
         analyze_adapter(tmp_path)
+    expected, found = analyze(model), analyze_adapter(tmp_path, LLAMA.build())
+    assert [group.pattern for group in found] == [group.pattern for group in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        for layer, other in zip(ours.layers, theirs.layers, strict=True):
+            assert torch.equal(layer.singular_values, other.singular_values)
+    with pytest.raises(ValueError, match=r"model: expected the base that .* was trained on"):
+        analyze_adapter(tmp_path, TIED.build())

@@ -13,10 +13,12 @@ from matplotlib.figure import Figure
 from torch import nn
 
 import rasa_ext
+from rasa_ext import methods
 from rasa_ext.analysis import analyze
 from rasa_ext.train.plots import plot_errors, plot_pool_use, plot_spectra
 from tests.helpers.adapters import patched
-from tests.helpers.cli import invoke
+from tests.helpers.cli import invoke, load
+from tests.helpers.methods import randomize
 from tests.helpers.tiny_lm import make_model, save_base
 
 LONG = "a_module_with_a_name_that_no_terminal_has_room_for" * 2
@@ -86,6 +88,33 @@ def test_numbers_that_are_not_finite_are_told(tmp_path):
     rasa_ext.save_adapter(model, tmp_path)
     text = invoke("inspect", tmp_path)
     assert "1 tensors hold NaN or infinity, such as base_model.model.model.layers.0.mlp" in text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        methods.SboraConfig(4, side="A"),
+        methods.SboraConfig(4, side="B"),
+        methods.ResLoraConfig(4, window=1),
+        methods.BoostedPoolConfig(rank=2),
+    ],
+    ids=["sbora, a", "sbora, b", "reslora", "boosted pool"],
+)
+def test_methods_whose_files_need_the_base_for_shapes(config, tmp_path):
+    base = save_base(tmp_path / "base")
+    model = rasa_ext.patch_model(load(base), config=config)
+    randomize(model, 1)
+    rasa_ext.save_adapter(model, tmp_path / "one")
+    rasa_ext.save_adapter(patched(load(base), 4, 1), tmp_path / "other")
+    assert "other tensors: base_model.model.model.layers.0" in invoke("inspect", tmp_path / "one")
+    ranks = {g.pattern: [layer.effective_rank for layer in g.layers] for g in analyze(model)}
+    down = ranks["model.layers.*.mlp.down_proj"]
+    words = ["inspect", "--compare", tmp_path / "one", tmp_path / "other"]
+    assert f"mlp.down_proj {sum(down) / 2:.2f} " in invoke(*words)
+    text = invoke("inspect", tmp_path / "one", "--spectrum")
+    assert f"{sum(down) / 2:.1f} ({min(down):.1f}-{max(down):.1f})" in text
+    (tmp_path / "base").rename(tmp_path / "gone")
+    assert "one/adapter_config.json names this base" in invoke(*words, code=1)
 
 
 @pytest.fixture
