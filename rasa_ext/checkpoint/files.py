@@ -121,10 +121,9 @@ def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``adapter_config.json``; FileNotFoundError or ValueError with the path."""
     path = Path(directory) / CONFIG
     if Path(directory).is_file():
-        inside = path.parent.parent if (path.parent.parent / CONFIG).is_file() else None
         raise FileNotFoundError(
-            f"directory: expected an adapter's directory, got the file {directory}"
-            f"{f'; pass {inside.absolute()}' if inside else ''}."
+            f"directory: expected an adapter's directory, got the file {directory}; pass "
+            f"{Path(directory).parent}."
         )
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")

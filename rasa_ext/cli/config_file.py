@@ -21,23 +21,16 @@ _CONFIG = "YAML file with any of these options; the command line overrides it."
 _SAME = {
     "base_model": "model",
     "model_name_or_path": "model",
-    "dataset": "data",
-    "train_file": "data",
     "output_dir": "output",
-    "r": "rank",
     "lora_r": "rank",
-    "lora_rank": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "learning_rate": "lr",
     "warmup_ratio": "warmup",
-    "steps": "max_steps",
-    "num_epochs": "epochs",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "grad_accum",
     "max_length": "seq_len",
-    "max_seq_length": "seq_len",
 }
 
 

@@ -69,8 +69,8 @@ def finetune(
     reporters = _reporters(options.report_to)
     tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
     fields = Fields(options.prompt_field, options.completion_field)
-    given = {"data": options.data, "eval_data": options.eval_data}
-    sources = {option: source for option, source in given.items() if source is not None}
+    asked = {"data": options.data, "eval_data": options.eval_data}
+    sources = {option: source for option, source in asked.items() if source is not None}
     examples = [read_examples(source, fields, option) for option, source in sources.items()]
     rows, marks = rows_for_sft(examples, tokenizer, options.template)
     record = {**options.to_dict(), "processes": _processes(), "sha256_of_data": _digest(rows)}

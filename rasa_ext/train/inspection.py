@@ -93,12 +93,14 @@ def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") ->
 
     The hub is not asked: what is on it has to be called a model. ``otherwise`` ends the message.
     """
-    if is_adapter(path) or path.is_file():  # reading tells what is wrong with a file
+    if is_adapter(path):
         return
     beside = [each.name for each in path.absolute().parent.glob("*") if is_adapter(each)]
-    near = difflib.get_close_matches(path.name, beside, n=1)
+    near = [path.parent / name for name in difflib.get_close_matches(path.name, beside, n=1)]
     what = f"{path} holds no {CONFIG}" if path.is_dir() else f"{path} does not exist"
-    hint = f"; did you mean {path.parent / near[0]}?" if near else "."
+    if path.is_file():
+        what, near = f"{path} is a file", [path.parent] if is_adapter(path.parent) else near
+    hint = f"; did you mean {near[0]}?" if near else "."
     raise FileNotFoundError(
         f"{argument}: expected an adapter's directory, but {what}{hint}{otherwise}"
     )
