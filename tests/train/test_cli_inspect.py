@@ -117,6 +117,10 @@ def test_methods_whose_files_need_the_base_for_shapes(config, tmp_path):
     assert "one/adapter_config.json names this base" in invoke(*words, code=1)
 
 
+def test_the_help_shows_how_two_are_compared():
+    assert "--compare FIRST SECOND" in invoke("inspect", "--help")
+
+
 @pytest.fixture
 def drawn(monkeypatch) -> list[Figure]:
     """The figures that are saved."""
