@@ -12,6 +12,9 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -24,7 +27,15 @@ from tests.helpers.models import LLAMA
 GLOBAL_BATCH = 8
 
 
-def train(directory: Path, processes: int) -> None:
+def shard_on_cpus() -> None:
+    """Let accelerate shard on CPUs, where it takes DistributedDataParallel whatever it is asked."""
+    Accelerator(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment has it
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+
+def train(directory: Path, processes: int, fsdp2: bool = False) -> None:
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     data = [{"input_ids": torch.randint(0, 32, (9,), generator=generator)} for _ in range(32)]
@@ -43,13 +54,16 @@ def train(directory: Path, processes: int) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
+    if fsdp2:
+        shard_on_cpus()
     trainer = Trainer(model, arguments, train_dataset=data)
-    if trainer.is_fsdp_enabled:
+    assert trainer.is_fsdp_enabled == fsdp2
+    if fsdp2:
         rasa_ext.distributed.replicate_adapter(model, trainer.accelerator)
     trainer.train()
     assert trainer.accelerator.num_processes == processes
-    sharded = any(is_dtensor(p) for p in trainer.model.parameters())
-    assert sharded == trainer.is_fsdp_enabled
+    for parameter in trainer.model.parameters():
+        assert is_dtensor(parameter) == (fsdp2 and not parameter.requires_grad)
     if trainer.is_world_process_zero():
         rasa_ext.save_adapter(trainer.model, directory)
         losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -58,7 +72,7 @@ def train(directory: Path, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), processes=2)
+    train(Path(sys.argv[1]), processes=2, fsdp2="FSDP_VERSION" in os.environ)
     # All work is done, and gloo's own way out has hung once, longer than a test waits.
     sys.stdout.flush()
     time.sleep(1)  # until the other process has left the barrier, too
