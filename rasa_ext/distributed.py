@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from rasa_ext.base_layers.sharded import is_dtensor
@@ -205,16 +206,48 @@ def _average(
     model: nn.Module, replicated: list[nn.Parameter], groups: Sequence[dist.ProcessGroup | None]
 ) -> None:
     """Average gradients from now on, whenever a backward through the model ends."""
-    averaging = _Averaging(replicated, groups)
-    hooks = averaging.attach(model)
+    averaging = _Averaging(model, replicated, groups)
     layers = [module for module in model.modules() if isinstance(module, AdaptedModule)]
     for layer in layers:
         layer.drop_pack()
         if isinstance(layer, AdaptedLinear):
             layer.averaged = True
     if is_patched(model):
-        patch_state(model).hooks.extend(hooks)
+        patch_state(model).hooks.append(averaging)
     _AVERAGING[model] = averaging
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise ValueError for DistributedDataParallel, which would not average new parameters."""
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "model: expected the model inside DistributedDataParallel, which does not average the "
+            "gradients of new parameters; give model.module on every process, then wrap it anew."
+        )
+
+
+def check_averaged(model: nn.Module, what: str) -> None:
+    """Raise RuntimeError where parameters that ``what`` lets be trained would not be averaged."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if several and unwrap(model) not in _AVERAGING:
+        raise RuntimeError(
+            f"{what}: changes what is trained, of which DistributedDataParallel averages only what "
+            "it began with; call rasa_ext.distributed.replicate_adapter(model) before training."
+        )
+
+
+def follow(model: nn.Module, drawn: bool = False) -> None:
+    """Average the gradients of parameters that have taken the place of others.
+
+    With ``drawn`` they are made equal to the first process's; then every process must call this.
+    """
+    root = unwrap(model)
+    averaging = _AVERAGING.get(root)
+    if averaging is not None:
+        parameters = _replicated(root)
+        if drawn:
+            _place(parameters, averaging.groups, None)
+        averaging.watch(parameters)
 
 
 @contextlib.contextmanager
@@ -369,24 +402,32 @@ class _Averaging:
     """
 
     def __init__(
-        self, parameters: list[nn.Parameter], groups: Sequence[dist.ProcessGroup | None]
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        groups: Sequence[dist.ProcessGroup | None],
     ) -> None:
-        self.parameters = parameters
         self.groups = groups  # the dimensions of a mesh
         self.wanted = True
         self._queued = False
-
-    def attach(self, model: nn.Module) -> list[Any]:
-        """Hooks by which a backward through ``model``, or a part of it, calls ``average``."""
-        return [
+        self._hooks: list[Any] = [
             model.register_forward_pre_hook(self._begin),
             model.register_forward_hook(self._watch),
-            *(
-                p.register_post_accumulate_grad_hook(self._queue)
-                for p in self.parameters
-                if p.requires_grad
-            ),
         ]
+        self.watch(parameters)
+
+    def watch(self, parameters: list[nn.Parameter]) -> None:
+        """Average these from now on, also after a backward through a part of the model."""
+        for hook in self._hooks[2:]:
+            hook.remove()
+        self.parameters = parameters
+        trained = (p for p in parameters if p.requires_grad)
+        self._hooks[2:] = [p.register_post_accumulate_grad_hook(self._queue) for p in trained]
+
+    def remove(self) -> None:
+        """Average no more."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _begin(self, *_: Any) -> None:
         """No backward is on its way; one that was broken off has left its mark."""

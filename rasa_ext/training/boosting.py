@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.methods.base import checked_integer, checked_number, fresh_A
+from rasa_ext.distributed import check_averaged, follow
+from rasa_ext.methods.base import checked_integer, checked_number
 from rasa_ext.methods.boosted_pool import BoostedPoolConfig
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
@@ -40,7 +42,7 @@ class Boosting:
         steps: the optimizer's steps of a booster.
         layers: of how many layers, drawn at random, a booster consists; all unless given.
         alpha: what a booster counts once it is pushed. Other than 1 the outputs jump then.
-        seed: of the draws.
+        seed: of all draws, those of fresh factors included; the same on every process.
 
     Raises:
         TypeError, ValueError: naming the argument; the model is patched with another method.
@@ -91,7 +93,16 @@ class Boosting:
         self._freeze()
 
     def step(self) -> bool:
-        """Count a step of the optimizer; tell whether it was a booster's last."""
+        """Count a step of the optimizer; tell whether it was a booster's last.
+
+        Raises:
+            RuntimeError: the adapter is merged; or layers are drawn, or entries trained on, in
+                several processes that DistributedDataParallel joins.
+        """
+        if self._layers is not None:
+            check_averaged(self._model, "layers")
+        if getattr(self._config(), "train_past", False):
+            check_averaged(self._model, "train_past")
         self._count += 1
         if self._count % self._steps:
             return False
@@ -196,9 +207,12 @@ class Boosting:
                     fresh.append(layer.d)
             else:
                 owner.replace(later, self._grown(owner, owner.own_tensors()))
-            owner.A.copy_(fresh_A(config.rank, first.place, owner.A.dtype))
+            bound = 1 / math.sqrt(first.place.in_features)
+            drawn = torch.empty(owner.A.shape, dtype=owner.A.dtype)  # alike on every process
+            owner.A.copy_(drawn.uniform_(-bound, bound, generator=self._generator))
             owner.B.zero_()
             self._forget(fresh)
+        follow(self._model)
 
     def _grown(
         self, owner: RasaLinear | RasaPool, tensors: Mapping[str, Tensor]

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.distributed import check_unwrapped, follow
 from rasa_ext.methods.base import checked_choice, checked_number, fresh_A, fresh_B
 from rasa_ext.methods.sd_lora import SdLoraConfig
 from rasa_ext.nn.rasa import RasaLinear
@@ -30,10 +31,12 @@ def next_task(model: nn.Module, start: str = "continuous") -> nn.Module:
             sets all to 0.8, as the official code does.
 
     Returns:
-        The same object. Parameters are new ones: make a new optimizer.
+        The same object. Parameters are new ones: make a new optimizer, and wrap the model in
+        DistributedDataParallel anew.
 
     Raises:
-        TypeError, ValueError: the model is not patched with ``SdLoraConfig``; ``start`` is unknown.
+        TypeError, ValueError: the model is not patched with ``SdLoraConfig``, or is wrapped in
+            DistributedDataParallel; ``start`` is unknown.
         RuntimeError: the adapter is merged.
 
     Example:
@@ -62,6 +65,7 @@ def next_task(model: nn.Module, start: str = "continuous") -> nn.Module:
             layer.pool.replace({"m": _magnitudes(layer.pool_tensors()["m"], magnitude, start)})
         layer.replace(later, tensors)
     patch_state(model).config = later
+    follow(model, drawn=True)
     return model
 
 
@@ -78,10 +82,11 @@ def absorb(model: nn.Module, threshold: float = 9e-4) -> bool:
         threshold: the largest relative residual, squared, at which a direction goes.
 
     Returns:
-        Whether it went. If so, make a new optimizer.
+        Whether it went. If so, make a new optimizer, and wrap the model anew.
 
     Raises:
-        TypeError, ValueError: the model is not patched with ``SdLoraConfig``, or has too few tasks.
+        TypeError, ValueError: the model is not patched with ``SdLoraConfig``, is wrapped in
+            DistributedDataParallel, or has too few tasks.
         RuntimeError: the adapter is merged.
 
     Example:
@@ -122,6 +127,7 @@ def absorb(model: nn.Module, threshold: float = 9e-4) -> bool:
             own["stack_B"] = own["stack_B"].t()[:keep].clone().t()
             layer.replace(later, own if config.tied else {**own, "m": grown})
     patch_state(model).config = later
+    follow(model)
     return True
 
 
@@ -131,6 +137,7 @@ def _config(model: nn.Module) -> SdLoraConfig:
         raise ValueError(
             f"model: expected one patched with SdLoraConfig, got {type(state.config).__name__}."
         )
+    check_unwrapped(model)
     check_unmerged(model)
     return state.config
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.distributed import check_unwrapped, follow
 from rasa_ext.methods.base import checked_choice, checked_number
 from rasa_ext.methods.pooled import PooledConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
@@ -205,8 +206,9 @@ def prune(model: nn.Module) -> tuple[int, int]:
     """Take ranks out whose gate is exactly zero; outputs stay, and layers get cheaper.
 
     A layer loses the private ranks of zero gates and no longer reads pooled ones of zero gates; a
-    slot that no layer reads leaves the pool. Parameters are new ones: make a new optimizer. Saving,
-    loading, merging and exporting go on as before.
+    slot that no layer reads leaves the pool. Parameters are new ones: make a new optimizer, and
+    wrap the model in DistributedDataParallel anew. Saving, loading, merging and exporting go on as
+    before.
 
     Args:
         model: patched with ``SoraConfig`` or ``RasaConfig(gates="pool")``.
@@ -215,7 +217,8 @@ def prune(model: nn.Module) -> tuple[int, int]:
         The largest effective rank of a layer before and after.
 
     Raises:
-        TypeError, ValueError: the model is no module, not patched, or has no gates.
+        TypeError, ValueError: the model is no module, not patched, wrapped in
+            DistributedDataParallel, or has no gates.
         RuntimeError: the adapter is merged.
 
     Example:
@@ -227,6 +230,7 @@ def prune(model: nn.Module) -> tuple[int, int]:
     """
     _gates(model)
     config, state = _pooled_config(model), patch_state(model)
+    check_unwrapped(model)
     check_unmerged(model)
     groups: dict[tuple[int, ...] | int, list[tuple[str, RasaLinear]]] = {}
     for name, layer in adapted_layers(model):
@@ -253,6 +257,7 @@ def prune(model: nn.Module) -> tuple[int, int]:
         layer.replace(later, tensors)
     for pool, left in pools:
         pool.replace(left)
+    follow(model)
     return before, max(layer.effective_rank for _, layer in adapted_layers(model))
 
 
