@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import random
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ from rasa_ext.methods.boosted_pool import BoostedPoolConfig
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
+from rasa_ext.training.callback import step_callback
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -86,10 +88,10 @@ class Boosting:
                 f"layers: expected 1 to {len(names)}, as many as the model has, got {layers}."
             )
         self.alpha = checked_number("alpha", alpha)
-        self._model, self._optimizer = model, optimizer
+        self._seed = checked_integer("seed", seed)
+        self._model, self._optimizer = model, _checked_optimizer(optimizer, model)
         self._steps, self._count, self._layers = steps, 0, layers
-        self._generator = torch.Generator().manual_seed(seed)
-        self._drawn = self._draw(names)
+        self._drawn = self._draw(self._generator())
         self._freeze()
 
     def step(self) -> bool:
@@ -106,8 +108,10 @@ class Boosting:
         self._count += 1
         if self._count % self._steps:
             return False
-        self._push()
-        self._drawn = self._draw([name for name, _ in adapted_layers(self._model)])
+        generator = self._generator()
+        drawn = self._draw(generator)
+        self._push(generator)
+        self._drawn = drawn
         self._freeze()
         return True
 
@@ -124,28 +128,41 @@ class Boosting:
         """The layers of the present booster."""
         return self._drawn
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, int]:
         """Give what a resumed training needs beside the model and the optimizer."""
-        state = self._generator.get_state()
-        return {"count": self._count, "drawn": list(self._drawn), "generator": state}
+        return {"count": self._count, "seed": self._seed, "pushed": self._pushed()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` gave, over a model with the adapter of that moment."""
-        self._count, self._drawn = state["count"], tuple(state["drawn"])
-        self._generator.set_state(state["generator"])
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up what ``state_dict`` gave, over a model with the adapter of that moment.
+
+        Raises:
+            ValueError: the model has more, or fewer, pushed boosters.
+        """
+        if state["pushed"] != (pushed := self._pushed()):
+            raise ValueError(
+                f"state: expected a model with the {state['pushed']} ranks of the boosters so far, "
+                f"got {pushed}; make it by rasa_ext.load_adapter(base, directory), with the "
+                "adapter that was saved at that step."
+            )
+        self._count, self._seed = state["count"], state["seed"]
+        self._drawn = self._draw(self._generator())
         self._freeze()
 
     def callback(self) -> TrainerCallback:
-        """Give a callback for transformers' Trainer that does the steps."""
-        from transformers import TrainerCallback
+        """Give a callback for transformers' Trainer that does the steps.
 
-        boosting = self
+        The state is in Trainer's checkpoints. To resume, make the model by ``load_adapter`` of the
+        adapter that was saved at the checkpoint's step, so that it has the boosters.
+        """
+        return step_callback(self)
 
-        class BoostingCallback(TrainerCallback):  # type: ignore[misc]  # untyped without it
-            def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-                boosting.step()
+    def _pushed(self) -> int:
+        return sum(dict(self._config().stack).values())
 
-        return BoostingCallback()
+    def _generator(self) -> torch.Generator:
+        """Begin the random numbers of the present booster, alike on every process."""
+        mixed = random.Random(f"{self._seed} {self._count // self._steps}")
+        return torch.Generator().manual_seed(mixed.getrandbits(63))
 
     def _pairs(self) -> list[_Pair]:
         """List the present pairs: a layer's own, or a pool's."""
@@ -159,10 +176,11 @@ class Boosting:
         """List those of the present booster."""
         return [pair for pair in self._pairs() if pair.layers.keys() & set(self._drawn)]
 
-    def _draw(self, names: list[str]) -> tuple[str, ...]:
+    def _draw(self, generator: torch.Generator) -> tuple[str, ...]:
+        names = [name for name, _ in adapted_layers(self._model)]
         if self._layers is None:
             return tuple(names)
-        order = torch.randperm(len(names), generator=self._generator)[: self._layers]
+        order = torch.randperm(len(names), generator=generator)[: self._layers]
         return tuple(names[i] for i in sorted(order.tolist()))
 
     @torch.no_grad()
@@ -188,7 +206,7 @@ class Boosting:
         return config
 
     @torch.no_grad()
-    def _push(self) -> None:
+    def _push(self, generator: torch.Generator) -> None:
         check_unmerged(self._model)
         config, live = self._config(), self._live()
         counts = dict(config.stack)
@@ -208,8 +226,8 @@ class Boosting:
             else:
                 owner.replace(later, self._grown(owner, owner.own_tensors()))
             bound = 1 / math.sqrt(first.place.in_features)
-            drawn = torch.empty(owner.A.shape, dtype=owner.A.dtype)  # alike on every process
-            owner.A.copy_(drawn.uniform_(-bound, bound, generator=self._generator))
+            drawn = torch.empty(owner.A.shape, dtype=owner.A.dtype)
+            owner.A.copy_(drawn.uniform_(-bound, bound, generator=generator))
             owner.B.zero_()
             self._forget(fresh)
         follow(self._model)
@@ -243,6 +261,23 @@ class Boosting:
         forget = getattr(self._optimizer, "forget", None)
         if forget is not None:
             forget(parameters)
+
+
+def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """Return ``optimizer``; raise where it is none, or does not step every A and B of ``model``."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}."
+        )
+    stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for name, layer in adapted_layers(model):
+        owner = layer if layer.pool is None else layer.pool
+        if not {id(owner.A), id(owner.B)} <= stepped:
+            raise ValueError(
+                "optimizer: expected one of rasa_ext.adapter_parameters(model), got one without "
+                f"the parameters of {name!r}."
+            )
+    return optimizer
 
 
 class _Pair(NamedTuple):

@@ -15,6 +15,7 @@ from rasa_ext.methods.base import checked_choice, checked_number
 from rasa_ext.methods.pooled import PooledConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.state import adapted_layers, check_no_experts, check_unmerged, patch_state
+from rasa_ext.training.callback import step_callback
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -65,14 +66,15 @@ class ProximalGates:
             raise ValueError(f"l1: expected a number >= 0, got {l1}.")
         self.rule = checked_choice("rule", rule, ("soft", "official"))
         self.threshold, self.l1, self.steps = threshold, l1, 0
-        self._gates = _gates(model)
+        self._model = model
+        _gates(model)
 
     def step(self) -> None:
         """Move every gate; call it after ``optimizer.step()``."""
         threshold = self.threshold(self.steps) if callable(self.threshold) else self.threshold
         self.steps += 1
         with torch.no_grad():
-            for d, entries, scale in self._gates:
+            for d, entries, scale in _gates(self._model):
                 gates, by = d[entries], threshold * scale
                 if self.rule == "soft":
                     gates.copy_(nn.functional.softshrink(gates, by))
@@ -82,20 +84,24 @@ class ProximalGates:
 
     def penalty(self) -> Tensor:
         """Give l1 * the mean |g| over all gates, differentiable, to add to a loss."""
-        sizes = [d[entries].abs() / scale for d, entries, scale in self._gates]
+        sizes = [d[entries].abs() / scale for d, entries, scale in _gates(self._model)]
         device = sizes[0].device
         return self.l1 * torch.cat([size.to(device) for size in sizes]).mean()
 
     def add_penalty_gradient(self) -> None:
-        """Add the gradient of ``penalty()``, for loops whose loss is out of reach."""
-        count = sum(entries.stop - entries.start for _, entries, _ in self._gates)
-        for d, entries, scale in self._gates:
+        """Add the gradient of ``penalty()``, for loops whose loss is out of reach.
+
+        Call it between ``loss.backward()`` and ``optimizer.step()``.
+        """
+        gates = _gates(self._model)
+        count = sum(entries.stop - entries.start for _, entries, _ in gates)
+        for d, entries, scale in gates:
             if self.l1 and d.grad is not None:
                 d.grad[entries] += self.l1 / (scale * count) * d.detach()[entries].sign()
 
     def open_gates(self) -> tuple[int, int]:
         """Count the gates that are not zero, and all."""
-        flags = [d.detach()[entries] != 0 for d, entries, _ in self._gates]
+        flags = [d.detach()[entries] != 0 for d, entries, _ in _gates(self._model)]
         return sum(int(flag.sum()) for flag in flags), sum(map(len, flags))
 
     def state_dict(self) -> dict[str, int]:
@@ -107,19 +113,11 @@ class ProximalGates:
         self.steps = state["steps"]
 
     def callback(self) -> TrainerCallback:
-        """Give a callback for transformers' Trainer that does the steps, and adds the penalty."""
-        from transformers import TrainerCallback
+        """Give a callback for transformers' Trainer that does the steps, and adds the penalty.
 
-        gates = self
-
-        class GatesCallback(TrainerCallback):  # type: ignore[misc]  # untyped without transformers
-            def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-                gates.add_penalty_gradient()
-
-            def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-                gates.step()
-
-        return GatesCallback()
+        The state is in Trainer's checkpoints.
+        """
+        return step_callback(self, before=self.add_penalty_gradient)
 
 
 def threshold_schedule(
@@ -317,7 +315,7 @@ def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
     if not (found := gated(model, config)):
         raise ValueError(
             "model: expected gates, as those of SoraConfig or of RasaConfig(gates='pool') with "
-            f"k > 0, but {type(config).__name__} has none."
+            f"k > 0, but {type(config).__name__} has none{' left' if config.kept else ''}."
         )
     return found
 

@@ -168,6 +168,9 @@ def test_resumed_in_the_middle_of_a_booster(tmp_path):
     boosting = training.Boosting(again, optimizer, steps=3, layers=3, seed=0)
     states = torch.load(tmp_path / "state.pt", weights_only=True)
     boosting.load_state_dict(states[0])
+    other = patched()
+    with pytest.raises(ValueError, match=r"with the 3 ranks .* got 0; .*load_adapter"):
+        training.Boosting(other, adam(other), steps=3).load_state_dict(states[0])
     optimizer.load_state_dict(states[1])
     torch.manual_seed(1)
     train(again, optimizer, boosting, 4)
@@ -191,12 +194,16 @@ def test_the_penalty():
         ({"steps": 1, "layers": 7}, "layers"),
         ({"steps": 1, "layers": 0}, "layers"),
         ({"steps": 1, "alpha": "one"}, "alpha"),
+        ({"steps": 1, "seed": "x"}, "seed: expected an integer"),
+        ({"steps": 1, "optimizer": None}, "optimizer: expected a torch.optim.Optimizer"),
+        ({"steps": 1, "optimizer": adam(patched())}, "optimizer: expected one of"),
     ],
 )
 def test_bad_input(options, named):
     model = patched()
+    options = {"optimizer": adam(model), **options}
     with pytest.raises((ValueError, TypeError), match=named):
-        training.Boosting(model, adam(model), **options)
+        training.Boosting(model, **options)
 
 
 def test_other_methods_are_refused():

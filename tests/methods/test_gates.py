@@ -138,6 +138,19 @@ def test_pruning_changes_no_output_and_lowers_ranks(config):
     assert sum(layer.effective_rank for layer in rasa_linears(model).values()) < sum(left)
 
 
+@pytest.mark.parametrize("config", [SORA, POOL])
+def test_steps_made_before_pruning_go_on_after_it(config):
+    model = patched(config)
+    steps = training.ProximalGates(model, gates(model).abs().median().item())
+    steps.step()
+    open_before = steps.open_gates()[0]
+    training.prune(model)
+    before = gates(model)
+    assert steps.open_gates() == (open_before, open_before) == (len(before), len(before))
+    steps.step()
+    assert (gates(model).abs() < before.abs()).all()
+
+
 def test_a_slot_that_no_layer_reads_leaves_the_pool():
     model = patched(POOL)
     with torch.no_grad():
