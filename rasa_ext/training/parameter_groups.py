@@ -22,9 +22,10 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Give an optimizer's parameter groups for a patched model, with the rates of its method.
 
-    Gates are not decayed. A Block-LoRA's B moves n times as fast, n being its blocks. A SoRA's
-    d = s g moves s times as fast as its gates g would, and has ``eps`` over s, so that under Adam
-    the trajectory is that of g. Everything else goes in one group.
+    Gates are not decayed. A Block-LoRA's B, the sum of its n blocks, moves n times as fast, and has
+    an n-th of the decay, which the rate multiplies. A SoRA's d = s g moves s times as fast as its
+    gates g would, and has ``eps`` over s, so that under Adam the trajectory is that of g.
+    Everything else goes in one group.
 
     Args:
         model: a patched model.
@@ -38,7 +39,8 @@ def parameter_groups(
         of them empty.
 
     Raises:
-        TypeError, ValueError: the model is no module, or not patched.
+        TypeError, ValueError: the model is no module, or not patched; ``gate_lr`` is given for one
+            without gates.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -48,11 +50,16 @@ def parameter_groups(
     config, layers = patch_state(model).config, adapted_layers(model)
     rates: dict[int, _Rate] = {}
     if isinstance(config, BlockLoraConfig):
-        rates = {id(layer.B): _Rate(config.blocks * lr, weight_decay, 1.0) for _, layer in layers}
-    if isinstance(config, PooledConfig):
-        for d, _, scale in gated(model, config):
-            s = scale if config.method == "sora" else 1.0
-            rates[id(d)] = _Rate((lr if gate_lr is None else gate_lr) * s, 0.0, s)
+        n = config.blocks
+        rates = {id(layer.B): _Rate(n * lr, weight_decay / n, 1.0) for _, layer in layers}
+    gates = gated(model, config) if isinstance(config, PooledConfig) else []
+    if gate_lr is not None and not gates:
+        raise ValueError(
+            f"gate_lr: expected None for {type(config).__name__} without gates, got {gate_lr}."
+        )
+    for d, _, scale in gates:
+        s = scale if config.method == "sora" else 1.0
+        rates[id(d)] = _Rate((lr if gate_lr is None else gate_lr) * s, 0.0, s)
     usual = _Rate(lr, weight_decay, 1.0)
     found: dict[_Rate, list[nn.Parameter]] = {}
     for parameter in adapter_parameters(model):

@@ -28,15 +28,16 @@ class Blocks(nn.Module):
         return x @ self.W.t() + self.bias + self.scale * sum(inner @ B.t() for B in self.B)
 
 
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_block_lora_is_its_separate_blocks(optimizer):
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+def test_block_lora_is_its_separate_blocks(optimizer, decay):
     torch.manual_seed(0)
     config = methods.BlockLoraConfig(rank=6, alpha=12.0, blocks=3, **WIDE)
     model = rasa_ext.patch_model(nn.Sequential(nn.Linear(7, 5)).double(), config=config)
     plain = Blocks(model[0], 3, 2.0)
     x, y = torch.randn(20, 7, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64)
-    ours = optimizer(training.parameter_groups(model, lr=1e-2))
-    theirs = optimizer(plain.parameters(), lr=1e-2, weight_decay=0.0)
+    ours = optimizer(training.parameter_groups(model, lr=1e-2, weight_decay=decay))
+    theirs = optimizer(plain.parameters(), lr=1e-2, weight_decay=decay)
     for _ in range(60):
         for module, its in ((model, ours), (plain, theirs)):
             (module(x) - y).square().mean().backward()
@@ -198,6 +199,10 @@ def test_ranks_by_pattern():
         (lambda: methods.LoraConfig(alpha=0), "alpha"),
         (lambda: methods.LoraConfig(r=4), "did you mean rank"),
         (lambda: methods.BlockLoraConfig(8, blocks=3), "blocks"),
+        (
+            lambda: training.parameter_groups(rasa_ext.patch_model(base(), 4, 1), 1.0, gate_lr=1.0),
+            "gate_lr: expected None",
+        ),
         (lambda: methods.BlockLoraConfig(8, blocks=0), "blocks"),
         (lambda: methods.SboraConfig(side="C"), "side"),
         (lambda: methods.SboraConfig(indices="best"), "indices"),
