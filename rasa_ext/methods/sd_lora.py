@@ -30,11 +30,12 @@ from rasa_ext.ops import Factors
 class SdLoraConfig(AdapterConfig):
     """The config of an SD-LoRA (arXiv 2501.13198), for tasks that come one after the other.
 
-    dW = s B A + m_1 B_1 A_1 / n_1 + m_2 B_2 A_2 / n_2 + ...: the pair of the present task, and
-    those of the tasks before, which stay as they are while their magnitudes m_k are trained.
+    dW = m_1 B_1 A_1 / n_1 + ... + m_t B A / n: the pairs of the tasks before, which stay as they
+    are, and that of the present task, which is trained, as are the magnitudes m of all.
     ``rasa_ext.training.next_task`` begins a task, and ``absorb`` takes one out again that the
     others can express. A layer owns A (r, in), B (out, r), the buffers stack_A and stack_B with
-    all former ranks, and norms n; magnitudes m (tasks,) are its own or its group's.
+    all former ranks, and their norms; magnitudes m (tasks,), that of the present task last, are
+    the layer's own or the group's.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -50,12 +51,14 @@ class SdLoraConfig(AdapterConfig):
     method: ClassVar[str] = "sd-lora"
 
     rank: int = option(10, "The rank r of the first task's pair.")
-    alpha: float = option(10.0, "The scale s of the present task's pair is alpha / r.")
+    alpha: float = option(
+        8.0, "A task's magnitude begins at alpha / r; at 0.8, the official code's, by default."
+    )
     norm: str = option(
         "none",
-        "What a former direction is divided by: 'none', where it goes on as it ended, s included; "
-        "'frobenius', the norm of B_k A_k, as in the paper; 'product', that of B_k times that of "
-        "A_k, as in the official code.",
+        "What a direction is divided by: 'none'; 'frobenius', the norm of B_k A_k, the present "
+        "task's included once B is not zero, as in the paper; 'product', for former tasks alone "
+        "the norm of B_k times that of A_k, as in the official code.",
     )
     tied: bool = option(
         True,
@@ -94,11 +97,11 @@ class SdLoraConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """s, of the present task's pair."""
+        """The value that the present task's magnitude begins with."""
         return self.alpha / self.present_rank
 
     def own(self, place: Place) -> dict[str, Tensor]:
-        """Make A (r, in), B (out, r), and for former tasks the stack, norms, and m if not tied."""
+        """Make A (r, in), B (out, r), for former tasks the stack and norms, and m if not tied."""
         dtype = self.adapter_dtype
         own: dict[str, Tensor] = {
             "A": fresh_A(self.present_rank, place, dtype),
@@ -107,28 +110,41 @@ class SdLoraConfig(AdapterConfig):
         if self.past:
             own |= empty_stack(sum(self.past), place, dtype)
             own["norms"] = torch.ones(len(self.past), dtype=dtype, device=place.device)
-            if not self.tied:
-                own["m"] = self._magnitudes(place)
+        if not self.tied:
+            own["m"] = self._magnitudes(place)
         return own
 
     def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        """Make m (tasks,) where it is tied; without former tasks a buffer with no elements."""
+        """Make m (tasks,) where it is tied."""
         return {"m": self._magnitudes(places[0])} if self.tied else {}
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
-        """Give the present pair with s for every rank, and the former ones as its pool."""
+        """Give the present pair, and the former ones as its pool, with m over the norms as d."""
         A, B = own["A"], own["B"]
-        d = A.new_full((A.shape[0],), self.scale)
+        m = (pool if self.tied else own)["m"].to(A.device)
+        d = m[-1].repeat(len(A))
+        if self.norm == "frobenius":
+            B = B / direction_norm(A, B, self.norm)
         if not self.past:
             return Factors(A, None, B, None, d)
-        m = (pool if self.tied else own)["m"].to(A.device)
         ranks = torch.tensor(self.past, device=A.device)
-        each = torch.repeat_interleave(m / own["norms"], ranks, output_size=sum(self.past))
+        each = torch.repeat_interleave(m[:-1] / own["norms"], ranks, output_size=sum(self.past))
         return Factors(A, own["stack_A"], B, own["stack_B"], torch.cat((d, each)))
 
     def _magnitudes(self, place: Place) -> Tensor:
-        ones = torch.ones(len(self.past), dtype=self.adapter_dtype, device=place.device)
-        return nn.Parameter(ones) if self.past else ones
+        shape = (len(self.past) + 1,)
+        m = torch.full(shape, self.scale, dtype=self.adapter_dtype, device=place.device)
+        return nn.Parameter(m)
+
+
+def direction_norm(A: Tensor, B: Tensor, norm: str) -> Tensor:
+    """Give what a direction B A is divided by, from r x r matrices; one for a direction of zero."""
+    if norm == "none":
+        return A.new_ones(())
+    wide = torch.promote_types(A.dtype, torch.float32)
+    down, up = (rows @ rows.t() for rows in (A.to(wide), B.t().to(wide)))
+    square = (up * down).sum() if norm == "frobenius" else up.trace() * down.trace()
+    return torch.where(square > 0, square, 1.0).sqrt().to(A.dtype)
 
 
 document_fields(SdLoraConfig)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rasa_ext.distributed import check_unwrapped, follow
 from rasa_ext.methods.base import checked_choice, checked_number, fresh_A, fresh_B
-from rasa_ext.methods.sd_lora import SdLoraConfig
+from rasa_ext.methods.sd_lora import SdLoraConfig, direction_norm
 from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
 
@@ -21,14 +21,13 @@ OFFICIAL_START = 0.8
 def next_task(model: nn.Module, start: str = "continuous") -> nn.Module:
     """Begin a task: the present pair joins the former ones, and a fresh one is trained.
 
-    With ``norm="none"`` and a continuous start the outputs stay what they were. With "frobenius"
-    and magnitudes of its own a layer's pair goes on at its size; with tied ones the paper's
-    magnitude of one is taken, and the outputs jump, as they do with "product".
+    The magnitude of the pair goes on, so that the outputs stay what they were; with
+    ``norm="product"``, by which the present pair is not divided, they jump.
 
     Args:
         model: patched with ``SdLoraConfig``.
-        start: "continuous" leaves the magnitudes of former tasks as they were learned; "official"
-            sets all to 0.8, as the official code does.
+        start: "continuous" leaves the magnitudes of former tasks as they were learned, and begins
+            with alpha / r; "official" sets all to 0.8, as the official code does.
 
     Returns:
         The same object. Parameters are new ones: make a new optimizer, and wrap the model in
@@ -47,22 +46,12 @@ def next_task(model: nn.Module, start: str = "continuous") -> nn.Module:
     """
     checked_choice("start", start, ("continuous", "official"))
     config, layers = _config(model), adapted_layers(model)
-    rank, scale = config.present_rank, config.scale
-    later = dataclasses.replace(config, past=(*config.past, rank))
-    made: list[tuple[RasaLinear, dict[str, Tensor], Tensor]] = []
-    for _, layer in layers:
-        norm = _norm(layer.A, layer.B, config.norm)
-        # Without a norm the scale goes with the pair; with one it is a part of the magnitude.
-        up = layer.B * scale if config.norm == "none" else layer.B
-        magnitude = torch.ones_like(norm)
-        if config.norm == "frobenius" and not config.tied:
-            magnitude = scale * norm
-        made.append((layer, _grown(layer, later, up, norm), magnitude))
-    for layer, tensors, magnitude in made:
+    later = dataclasses.replace(config, past=(*config.past, config.present_rank))
+    for layer, tensors in [(layer, _grown(layer, later)) for _, layer in layers]:
         if not config.tied:
-            tensors["m"] = _magnitudes(layer.own_tensors().get("m"), magnitude, start)
+            tensors["m"] = _magnitudes(layer.own_tensors()["m"], later, start)
         elif layer.place.index == 0 and layer.pool is not None:
-            layer.pool.replace({"m": _magnitudes(layer.pool_tensors()["m"], magnitude, start)})
+            layer.pool.replace({"m": _magnitudes(layer.pool_tensors()["m"], later, start)})
         layer.replace(later, tensors)
     patch_state(model).config = later
     follow(model, drawn=True)
@@ -117,7 +106,7 @@ def absorb(model: nn.Module, threshold: float = 9e-4) -> bool:
     for members, c in found:
         first = members[0]
         m = (first.pool_tensors() if config.tied else first.own_tensors())["m"]
-        grown = nn.Parameter(m[:-1] + m[-1] * c.to(m))
+        grown = nn.Parameter(torch.cat((m[:-2] + m[-2] * c.to(m), m[-1:])))
         if config.tied and first.pool is not None:
             first.pool.replace({"m": grown})
         for layer in members:
@@ -142,10 +131,11 @@ def _config(model: nn.Module) -> SdLoraConfig:
     return state.config
 
 
-def _grown(layer: RasaLinear, later: SdLoraConfig, up: Tensor, norm: Tensor) -> dict[str, Tensor]:
+def _grown(layer: RasaLinear, later: SdLoraConfig) -> dict[str, Tensor]:
     """Give a layer's own tensors for the next task, magnitudes left out; its pair is pushed."""
     own, place, dtype = layer.own_tensors(), layer.place, layer.A.dtype
-    down, up, norms = layer.A.clone(), up.t(), norm.unsqueeze(0)
+    down, up = layer.A.clone(), layer.B.t()
+    norms = direction_norm(layer.A, layer.B, later.norm).unsqueeze(0)
     if "stack_A" in own:
         down, up = torch.cat((own["stack_A"], down)), torch.cat((own["stack_B"].t(), up))
         norms = torch.cat((own["norms"], norms))
@@ -158,19 +148,8 @@ def _grown(layer: RasaLinear, later: SdLoraConfig, up: Tensor, norm: Tensor) -> 
     }
 
 
-def _norm(A: Tensor, B: Tensor, kind: str) -> Tensor:
-    """Give what a direction B A is divided by, from r x r matrices; one for a direction of zero."""
-    if kind == "none":
-        return A.new_ones(())
-    down, up = A.double() @ A.double().t(), B.double().t() @ B.double()
-    square = (up * down).sum() if kind == "frobenius" else up.trace() * down.trace()
-    norm = square.clamp(min=0).sqrt().to(A.dtype)
-    return torch.where(norm > 0, norm, 1.0)
-
-
-def _magnitudes(before: Tensor | None, newest: Tensor, start: str) -> nn.Parameter:
-    newest = newest.unsqueeze(0)
-    m = newest if before is None else torch.cat((before.detach().to(newest), newest))
+def _magnitudes(before: Tensor, later: SdLoraConfig, start: str) -> nn.Parameter:
+    m = torch.cat((before.detach(), before.new_tensor([later.scale])))
     return nn.Parameter(torch.full_like(m, OFFICIAL_START) if start == "official" else m)
 
 

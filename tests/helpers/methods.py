@@ -147,8 +147,10 @@ def changes(model: nn.Module, name: str) -> dict[str, Tensor]:
             terms = range(max(0, index - config.window), index + 1)
             dW = sum(pool[f"B{i}"] @ pool[f"A{i}"] for i in terms) * (config.alpha / config.rank)
         else:
-            dW = config.alpha / t["A"].shape[0] * t["B"] @ t["A"]
             m = (pool if config.tied else t)["m"]
+            dW = m[-1] * t["B"] @ t["A"]
+            if config.norm == "frobenius":
+                dW = dW / (t["B"] @ t["A"]).norm()
             begin = 0
             for task, rank in enumerate(config.past):
                 A, B = t["stack_A"][begin : begin + rank], t["stack_B"][:, begin : begin + rank]

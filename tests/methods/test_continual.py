@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 import rasa_ext
 from rasa_ext import methods, training
@@ -27,7 +28,9 @@ def deltas(model) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"tied": False}, {"tied": False, "norm": "frobenius"}], ids=str
+    "options",
+    [{}, {"tied": False}, {"norm": "frobenius"}, {"tied": False, "norm": "frobenius"}],
+    ids=str,
 )
 def test_nothing_jumps_at_a_switch(options):
     model, x = patched(**options), inputs()
@@ -38,12 +41,69 @@ def test_nothing_jumps_at_a_switch(options):
         randomize(model, seed)
 
 
-def test_with_one_magnitude_for_all_the_papers_norm_jumps_as_its_formula_does():
-    model = patched(norm="frobenius")
-    pairs = {n: (layer.B @ layer.A).detach() for n, layer in rasa_linears(model).items()}
-    training.next_task(model)
-    for name, dW in deltas(model).items():
-        torch.testing.assert_close(dW, pairs[name] / pairs[name].norm(), **EXACT)
+class Published(nn.Module):
+    """Up-projections with tasks' pairs at magnitudes that all layers share; the rest stays.
+
+    The official code divides former pairs by the norms of both factors, the paper all of them by
+    the norm of the product.
+    """
+
+    def __init__(self, official: bool) -> None:
+        super().__init__()
+        self.blocks, self.official, self.pairs = base(), official, []
+        self.m = []
+
+    def begin(self, model) -> list[nn.Parameter]:
+        """A task over ``model``'s fresh A; what it trains."""
+        start = nn.Parameter(torch.tensor(0.8, dtype=torch.float64))
+        self.m = (
+            [nn.Parameter(torch.full_like(m, 0.8)) for m in self.m] if self.official else self.m
+        )
+        self.m.append(start)
+        layers = rasa_linears(model).values()
+        pair = [tuple(nn.Parameter(t.detach().clone()) for t in (x.B, x.A)) for x in layers]
+        self.pairs.append(pair)
+        return [*self.m, *(t for each in pair for t in each)]
+
+    def size(self, B, A, former: bool) -> torch.Tensor | float:
+        if self.official:
+            return B.norm() * A.norm() if former else 1.0
+        return (B @ A).norm() if B.any() else 1.0
+
+    def forward(self, x):
+        last = len(self.m) - 1
+        for i, block in enumerate(self.blocks):
+            y = block.up_proj(x)
+            for task, m in enumerate(self.m):
+                B, A = self.pairs[task][i]
+                if task < last:
+                    B, A = B.detach(), A.detach()
+                y = y + m * (x @ A.t() @ B.t()) / self.size(B, A, task < last)
+            x = x + block.down_proj(torch.tanh(y))
+        return x
+
+
+@pytest.mark.parametrize("norm", ["product", "frobenius"])
+def test_three_tasks_are_the_published_ones(norm):
+    """Twelve steps of SGD a task, the present task's magnitude trained, from B = 0 each."""
+    config = methods.SdLoraConfig(
+        rank=3, alpha=2.4, norm=norm, target_modules=["up_proj"], adapter_dtype=torch.float64
+    )
+    model, official = rasa_ext.patch_model(base(), config=config), norm == "product"
+    plain, x = Published(official), inputs(20)
+    for task in range(3):
+        ours = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
+        theirs = torch.optim.SGD(plain.begin(model), lr=0.1)
+        for _ in range(12):
+            for each, optimizer in ((model, ours), (plain, theirs)):
+                optimizer.zero_grad()
+                (each(x) - x.roll(task, 1)).square().mean().backward()
+                optimizer.step()
+        torch.testing.assert_close(model(x), plain(x), **EXACT)
+        m = next(iter(rasa_linears(model).values())).pool_tensors()["m"]
+        torch.testing.assert_close(m, torch.stack(plain.m), **EXACT)
+        assert (m - 0.8).abs().min() > 1e-4
+        training.next_task(model, start="official" if official else "continuous")
 
 
 def test_the_official_start():
@@ -62,15 +122,20 @@ def test_the_official_start():
 
 
 def test_a_tied_magnitudes_gradient_is_the_sum_of_its_layers():
+    def draw(model):
+        for name, parameter in model.named_parameters():
+            if name.endswith((".A", ".B")):
+                generator = torch.Generator().manual_seed(len(name))
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.data.copy_(0.3 * noise)
+            elif name.endswith(".m"):
+                parameter.data.fill_(0.7)
+
     tied, apart = patched(), patched(tied=False)
     for model in (tied, apart):
+        draw(model)
         training.next_task(model)
-        for layer in rasa_linears(model).values():
-            generator = torch.Generator().manual_seed(len(layer.place.name))
-            with torch.no_grad():
-                for tensor in (layer.A, layer.B):
-                    noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-                    tensor.copy_(0.3 * noise)
+        draw(model)
         model(inputs()).square().sum().backward()
     sums = {}
     for layer in rasa_linears(apart).values():

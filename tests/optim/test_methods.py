@@ -25,8 +25,9 @@ TO_THE_END = {"ridge": 0.0, "iterations": 2000, "tolerance": 1e-14}
 COMPUTED = {
     "reslora": "ResLoraConfig",
     "rasa, gates pruned": "RasaConfig",
+    "sd-lora, a layer": "SdLoraConfig",
 }
-"""Whose factors are put together of others, or picked from a pool, as they are used."""
+"""Whose factors are put together of others, picked from a pool, or divided by a norm, as used."""
 FREE = ("d", "m", "stack_d")
 """What is trained and no factor."""
 WIDE = {"adapter_dtype": torch.float64}
