@@ -16,9 +16,9 @@ from rasa_ext.methods.pooled import Kept, Pattern, PooledConfig
 class SoraConfig(PooledConfig):
     """The config of a SoRA (arXiv 2311.11696): dW = s B diag(g) A with trained gates g.
 
-    Stored is d = s g, s = alpha / r, which is the same trajectory where an optimizer's rate and
-    epsilon follow s: ``rasa_ext.training.parameter_groups`` sees to that. Gates begin as N(0, 1).
-    ``rasa_ext.training.ProximalGates`` drives them to zero and ``prune`` takes them out.
+    Stored is d = s g, s = alpha / r. Under Adam, without a clipped norm, d follows s g where rate
+    and epsilon follow s: ``rasa_ext.training.parameter_groups`` sees to that. Gates begin as
+    N(0, 1). ``rasa_ext.training.ProximalGates`` drives them to zero and ``prune`` takes them out.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.

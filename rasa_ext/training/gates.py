@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.distributed import check_unwrapped, follow
-from rasa_ext.methods.base import checked_choice, checked_number
+from rasa_ext.methods.base import checked_choice, checked_integer, checked_number
 from rasa_ext.methods.pooled import PooledConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.state import adapted_layers, check_no_experts, check_unmerged, patch_state
@@ -60,18 +60,23 @@ class ProximalGates:
     def __init__(
         self, model: nn.Module, threshold: Threshold, rule: str = "soft", l1: float = 0.0
     ) -> None:
-        if not callable(threshold) and checked_number("threshold", threshold) < 0:
-            raise ValueError(f"threshold: expected a number >= 0, got {threshold}.")
-        if checked_number("l1", l1) < 0:
-            raise ValueError(f"l1: expected a number >= 0, got {l1}.")
+        if not callable(threshold):
+            _checked_size("threshold", threshold)
+        _checked_size("l1", l1)
         self.rule = checked_choice("rule", rule, ("soft", "official"))
         self.threshold, self.l1, self.steps = threshold, l1, 0
         self._model = model
         _gates(model)
 
     def step(self) -> None:
-        """Move every gate; call it after ``optimizer.step()``."""
+        """Move every gate; call it after ``optimizer.step()``.
+
+        Raises:
+            TypeError, ValueError: the threshold that a callable gave is no number >= 0, or the
+                model has no gates left.
+        """
         threshold = self.threshold(self.steps) if callable(self.threshold) else self.threshold
+        _checked_size("threshold", threshold)
         self.steps += 1
         with torch.no_grad():
             for d, entries, scale in _gates(self._model):
@@ -129,7 +134,8 @@ def threshold_schedule(
         first, last: the thresholds of the first and of the last stage.
         stages: how many there are.
         steps: the optimizer's steps of a stage; the last stage lasts.
-        kind: how it grows from stage to stage: "linear", "log" or "exp".
+        kind: what grows evenly from stage to stage: the threshold, "linear"; its exponential,
+            "log" ("log_linear" in the official code); or its logarithm, "exp" ("exp_linear").
 
     Returns:
         A callable from the number of steps so far to the threshold.
@@ -144,18 +150,29 @@ def threshold_schedule(
     """
     checked_choice("kind", kind, ("linear", "log", "exp"))
     for name, count in (("stages", stages), ("steps", steps)):
-        if count < 1:
+        if checked_integer(name, count) < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {count}.")
+    for name, size in (("first", first), ("last", last)):
+        if _checked_size(name, size) == 0 and kind == "exp":
+            raise ValueError(f"{name}: expected a number above 0 with kind='exp', got {size}.")
 
     def threshold(step: int) -> float:
         part = min(step // steps, stages - 1) / max(stages - 1, 1)
         if kind == "log":
-            part = math.log1p(part * (math.e - 1))
-        elif kind == "exp":
-            part = math.expm1(part) / (math.e - 1)
+            return last + math.log(part + (1 - part) * math.exp(first - last))
+        if kind == "exp":
+            return float(first * (last / first) ** part)
         return first + (last - first) * part
 
     return threshold
+
+
+def _checked_size(name: str, value: Any) -> float:
+    """Return ``value``; raise TypeError or ValueError where it is no number >= 0."""
+    size = checked_number(name, value)
+    if not size >= 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {size}.")
+    return size
 
 
 @torch.no_grad()

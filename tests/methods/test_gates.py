@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -230,12 +231,24 @@ def test_the_penaltys_gradient():
         torch.testing.assert_close(mine.d.grad, its.d.grad, **EXACT)
 
 
-def test_schedules():
-    for kind, middle in (("linear", 0.5), ("log", 0.6201145), ("exp", 0.3775407)):
-        schedule = training.threshold_schedule(1.0, 3.0, stages=3, steps=10, kind=kind)
-        values = [schedule(step) for step in (0, 9, 10, 19, 20, 1000)]
-        middle = 1 + 2 * middle
-        assert values == pytest.approx([1, 1, middle, middle, 3, 3], rel=1e-6)
+@pytest.mark.parametrize("first", [1.0, 1e-3])
+def test_the_official_schedules(first):
+    """Seven stages as numpy's linspace has them in the official code."""
+    last, exp, log = 7 * first, math.exp, math.log
+    even = [i / 6 for i in range(7)]
+    expected = {
+        "linear": [first + (last - first) * i for i in even],
+        "log": [log(exp(first) + (exp(last) - exp(first)) * i) for i in even],
+        "exp": [exp(log(first) + (log(last) - log(first)) * i) for i in even],
+    }
+    for kind, values in expected.items():
+        schedule = training.threshold_schedule(first, last, stages=7, steps=10, kind=kind)
+        assert [schedule(10 * i) for i in range(7)] == pytest.approx(values, rel=1e-9)
+        assert schedule(9) == schedule(0)
+        assert schedule(1000) == schedule(60)
+
+
+def test_a_threshold_of_the_steps():
     model = patched(SORA)
     steps = training.ProximalGates(model, lambda step: 10.0 * (step == 1))
     before = gates(model)
@@ -256,6 +269,13 @@ def test_schedules():
         (lambda m: training.ProximalGates(m, 1.0, l1=-0.1), "l1"),
         (lambda m: training.threshold_schedule(0, 1, 0, 1), "stages"),
         (lambda m: training.threshold_schedule(0, 1, 1, 1, "cubic"), "kind"),
+        (lambda m: training.threshold_schedule(0, 1, 1, 1.5), "steps"),
+        (lambda m: training.threshold_schedule(-1, 1, 1, 1), "first"),
+        (lambda m: training.threshold_schedule(0, 1, 2, 1, "exp"), "first"),
+        (lambda m: training.ProximalGates(m, math.nan), "threshold"),
+        (lambda m: training.ProximalGates(m, lambda step: math.nan).step(), "threshold"),
+        (lambda m: training.ProximalGates(m, lambda step: -1.0).step(), "threshold"),
+        (lambda m: training.ProximalGates(m, lambda step: None).step(), "threshold"),
         (lambda m: training.ProximalGates(rasa_ext.patch_model(base(), 4, 1), 1.0), "gates"),
         (lambda m: training.prune(rasa_ext.patch_model(base(), 4, 1)), "gates"),
         (lambda m: training.prune(base()), "patch"),
@@ -270,8 +290,11 @@ def test_schedules():
     ],
 )
 def test_bad_input(make, named):
+    model = patched(SORA)
+    before = gates(model)
     with pytest.raises((ValueError, TypeError), match=named):
-        make(patched(SORA))
+        make(model)
+    assert torch.equal(gates(model), before)
 
 
 def test_a_merged_adapter_is_not_pruned():
