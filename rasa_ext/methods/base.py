@@ -138,6 +138,9 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         """Check every field and bring it into its canonical form."""
+        for field in dataclasses.fields(self):
+            if isinstance(field.default, bool):
+                checked_boolean(field.name, getattr(self, field.name))
         dropout = checked_number("dropout", self.dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}.")
@@ -178,6 +181,9 @@ class AdapterConfig:
     def grouping_of_experts(self) -> str | None:
         """Tell which experts share a pool, or None where stacked experts are left alone."""
         return None
+
+    def check_layers(self, names: Collection[str]) -> None:
+        """Raise ValueError where a field names layers and none of the adapted ones is meant."""
 
     def own(self, place: Place) -> dict[str, Tensor]:
         """Make one layer's tensors, by name: Parameters, which are trained, and buffers.
@@ -364,6 +370,24 @@ def checked_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}).")
     return float(value)
+
+
+def checked_boolean(name: str, value: Any) -> bool:
+    """Return ``value``; raise TypeError where it is not True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r} ({type(value).__name__}).")
+    return value
+
+
+def checked_counts(name: str, value: Any) -> tuple[tuple[Any, int], ...]:
+    """Return a mapping to integers, or its pairs, as pairs; raise TypeError where it is neither."""
+    try:
+        pairs = tuple(dict(value).items())
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: expected a mapping to integers, got {value!r} ({type(value).__name__})."
+        ) from None
+    return tuple((key, checked_integer(name, count)) for key, count in pairs)
 
 
 def checked_rank(value: Any) -> int:

@@ -14,6 +14,7 @@ from rasa_ext.methods.base import (
     Counts,
     Place,
     checked_alpha,
+    checked_counts,
     checked_rank,
     document_fields,
     empty_stack,
@@ -57,7 +58,7 @@ class BoostedPoolConfig(AdapterConfig):
 
     def __post_init__(self) -> None:
         """Check every field and bring it into its canonical form."""
-        stack = tuple((name, int(count)) for name, count in dict(self.stack).items())
+        stack = checked_counts("stack", self.stack)
         self._set(rank=checked_rank(self.rank), alpha=checked_alpha(self.alpha), stack=stack)
         super().__post_init__()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -105,9 +105,18 @@ class PooledConfig(AdapterConfig):
             return kept[0], kept[1]
         own, pooled = self.ranks(self._sharers(place))
         for pattern, rank in cast("tuple[tuple[str, int], ...]", self.rank_pattern):
-            if re.search(rf"(^|\.)(?:{pattern})$", place.name):
+            if _fits(pattern, place.name):
                 return own + rank - self.rank, pooled
         return own, pooled
+
+    def check_layers(self, names: Collection[str]) -> None:
+        """Raise ValueError where a pattern of ``rank_pattern`` is that of no adapted layer."""
+        for pattern in dict(self.rank_pattern):
+            if not any(_fits(pattern, name) for name in names):
+                raise ValueError(
+                    "rank_pattern: expected patterns that the ends of adapted layers' names match, "
+                    f"but {pattern!r} matches none of {len(names)}, such as {next(iter(names))!r}."
+                )
 
     def _sharers(self, place: Place) -> int:
         """Count what gives ranks to the pool that a place reads: L, or the experts of one layer."""
@@ -125,6 +134,11 @@ class PooledConfig(AdapterConfig):
     def gate_scale(self, num_layers: int) -> float:
         """Give what an entry of d is divided by to be a gate."""
         raise NotImplementedError
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Tell whether the end of a layer's name, from a dot on, matches a pattern."""
+    return re.search(rf"(^|\.)(?:{pattern})$", name) is not None
 
 
 def usual_k(rank: int) -> int:

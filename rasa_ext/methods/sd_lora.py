@@ -15,7 +15,7 @@ from rasa_ext.methods.base import (
     Place,
     checked_alpha,
     checked_choice,
-    checked_integer,
+    checked_counts,
     checked_rank,
     document_fields,
     empty_stack,
@@ -77,14 +77,15 @@ class SdLoraConfig(AdapterConfig):
         """Check every field and bring it into its canonical form."""
         self._set(rank=checked_rank(self.rank), alpha=checked_alpha(self.alpha))
         checked_choice("norm", self.norm, ("none", "frobenius", "product"))
-        schedule = {int(task): rank for task, rank in dict(self.rank_schedule).items()}
-        for task, rank in schedule.items():
-            if task < 2 or checked_integer("rank_schedule", rank) < 1:
+        schedule = []
+        for task, rank in checked_counts("rank_schedule", self.rank_schedule):
+            if not str(task).isdecimal() or int(task) < 2 or rank < 1:
                 raise ValueError(
                     "rank_schedule: expected tasks from 2 on with ranks from 1 on, got "
-                    f"{{{task}: {rank}}}."
+                    f"{{{task!r}: {rank}}}."
                 )
-        self._set(rank_schedule=tuple(sorted(schedule.items())), past=tuple(self.past))
+            schedule.append((int(task), rank))
+        self._set(rank_schedule=tuple(sorted(schedule)), past=tuple(self.past))
         super().__post_init__()
 
     @property

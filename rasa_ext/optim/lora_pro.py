@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
@@ -83,6 +84,11 @@ class LoraPro(torch.optim.Optimizer):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
         if not (isinstance(inner, type) and issubclass(inner, torch.optim.Optimizer)):
             raise TypeError(f"inner: expected a class of torch.optim, got {inner!r}.")
+        closure = inspect.signature(inner.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            raise ValueError(
+                f"inner: expected an optimizer that steps without a closure, got {inner.__name__}."
+            )
         for name, number in (("ridge", ridge), ("tolerance", tolerance)):
             if not checked_number(name, number) >= 0:
                 raise ValueError(f"{name}: expected a number >= 0, got {number}.")

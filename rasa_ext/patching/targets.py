@@ -129,6 +129,7 @@ def make_plan(
         )
     check_not_adapted(tokens, chosen)
     check_groups(config.layer_groups, chosen)
+    config.check_layers(chosen)
     groups = grouped(shapes, config.layer_groups)
     if stacks:
         groups += grouped_banks(stacks, str(config.grouping_of_experts), config.layer_groups)

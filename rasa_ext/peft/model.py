@@ -253,6 +253,7 @@ class RasaModel(BaseTuner):
             else:
                 shapes[name] = linear_shape(base)
         check_groups(config.layer_groups, bases, "rasa_groups")
+        config.check_layers(bases)
         groups = grouped(shapes, config.layer_groups)
         groups += grouped_banks(stacks, str(config.grouping_of_experts), config.layer_groups)
         peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)

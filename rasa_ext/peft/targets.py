@@ -64,7 +64,7 @@ def every_target(model: nn.Module, config: AdapterConfig) -> list[str]:
     if not (isinstance(config, RasaConfig) and config.experts and experts_of(model)):
         plan = make_plan(model, config, linears, banks)
         return [name for group in plan.groups for name in group.names]
-    plan = make_plan(model, dataclasses.replace(config, experts=None), linears)
+    plan = make_plan(model, dataclasses.replace(config, experts=None, rank_pattern=()), linears)
     names = [name for group in plan.groups for name in group.names]
     saved = tuple(f"{name}." for name in plan.modules_to_save)
     return names + [

@@ -90,12 +90,18 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
     _check(model)
     check_unmerged(model)
     layers = dict(owners(model))
+    if not isinstance(task, Mapping):
+        raise TypeError(f"task: expected a mapping of layers' names, got {type(task).__name__}.")
     if differ := sorted(task.keys() ^ layers.keys()):
         raise ValueError(
             f"task: expected a diagonal for each of {len(layers)} adapted layers and no other, but "
             f"{differ[0]!r} is in one of the two only."
         )
     for name, layer in layers.items():
+        if not isinstance(task[name], Tensor):
+            raise TypeError(
+                f"task: expected a tensor for {name!r}, got {type(task[name]).__name__}."
+            )
         if task[name].shape != layer.d.shape:
             raise ValueError(
                 f"task: expected a diagonal of shape {tuple(layer.d.shape)} for {name!r}, got "

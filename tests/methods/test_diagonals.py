@@ -37,7 +37,7 @@ def test_a_second_task_trains_diagonals_alone_and_the_first_comes_back(name):
     )
 
 
-@pytest.mark.parametrize("change", ["missing", "other", "shape"])
+@pytest.mark.parametrize("change", ["missing", "other", "shape", "list", "lists"])
 def test_what_does_not_fit_is_refused_and_changes_nothing(change):
     model = case("rasa")
     task = {name: torch.zeros_like(d) for name, d in training.diagonals(model).items()}
@@ -45,10 +45,14 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(change):
         task.popitem()
     elif change == "other":
         task["3.up_proj"] = torch.zeros(2)
-    else:
+    elif change == "shape":
         task["2.down_proj"] = torch.zeros(2)
+    elif change == "list":
+        task = list(task.values())
+    else:
+        task["2.down_proj"] = [0.0]
     before = model(inputs())
-    with pytest.raises(ValueError, match="task"):
+    with pytest.raises((TypeError, ValueError), match="task: expected"):
         training.load_diagonals(model, task)
     assert torch.equal(model(inputs()), before)
 

@@ -177,6 +177,15 @@ def test_reslora_is_rasa_with_a_band():
             torch.testing.assert_close(layer.pool.B.grad, grads, **EXACT)
 
 
+@pytest.mark.parametrize("kind", [methods.RasaConfig, methods.SoraConfig])
+def test_a_rank_pattern_of_no_layer_is_refused(kind):
+    model = base()
+    config = kind(4, rank_pattern={"up_proj": 8, "q_proj": 2}, target_modules=["up_proj"])
+    with pytest.raises(ValueError, match=r"rank_pattern: .*'q_proj' matches none of 3"):
+        rasa_ext.patch_model(model, config=config)
+    assert not rasa_linears(model)
+
+
 def test_ranks_by_pattern():
     config = methods.RasaConfig(4, 1, rank_pattern={r"0\.up_proj": 8, "down_proj": 2})
     model = rasa_ext.patch_model(base(), config=config)
@@ -204,6 +213,14 @@ def test_ranks_by_pattern():
             "gate_lr: expected None",
         ),
         (lambda: methods.BlockLoraConfig(8, blocks=0), "blocks"),
+        (lambda: methods.LoraConfig(train_A="no"), "train_A: expected True or False, got 'no'"),
+        (lambda: methods.LoraConfig(rslora=1), "rslora: expected True or False, got 1"),
+        (lambda: methods.SdLoraConfig(tied="x"), "tied: expected True or False"),
+        (lambda: methods.BoostedPoolConfig(train_past=None), "train_past: expected True or False"),
+        (lambda: methods.LoraConfig(stack=5), "stack: expected a mapping"),
+        (lambda: methods.BoostedPoolConfig(stack={"0": "x"}), "stack: expected an integer"),
+        (lambda: methods.SdLoraConfig(rank_schedule=[3]), "rank_schedule: expected a mapping"),
+        (lambda: methods.SdLoraConfig(rank_schedule={"x": 3}), "rank_schedule: expected tasks"),
         (lambda: methods.SboraConfig(side="C"), "side"),
         (lambda: methods.SboraConfig(indices="best"), "indices"),
         (lambda: methods.SboraConfig(side="B", indices="activation"), "indices"),

@@ -379,6 +379,7 @@ def test_what_is_refused():
     refused(lambda: LoraPro(model, adam, iterations=0), model, "iterations", ">= 1")
     refused(lambda: LoraPro(model, adam, moments="half"), model, "moments", "'full'")
     refused(lambda: LoraPro(model, "adam"), model, "inner", "torch.optim")
+    refused(lambda: LoraPro(model, torch.optim.LBFGS), model, "inner", "LBFGS")
     refused(lambda: LoraPro("model", adam), model, "model", "nn.Module")
     refused(lambda: LoraPro(SEQUENTIAL.build(), adam), model, "model", "patch_model")
     full = {"moments": "full"}
