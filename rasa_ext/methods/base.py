@@ -95,8 +95,8 @@ class AdapterConfig:
     peft_type: ClassVar[str] = "RASA"
     """What PEFT knows all of them under."""
     trained: ClassVar[tuple[str, ...]] = ()
-    """The names of a layer's own tensors, where all of them are trained and of A, B and d: then
-    the PEFT plug-in takes the method."""
+    """The names of a layer's own tensors, where all of them are trained and of A, B and d, and the
+    method needs no steps of its own: then the PEFT plug-in takes it."""
 
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(

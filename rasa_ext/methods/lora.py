@@ -110,7 +110,6 @@ class BlockLoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "block-lora"
-    trained: ClassVar[tuple[str, ...]] = ("A", "B")
 
     rank: int = option(8, "r: all blocks' ranks together. The rank of dW is r / n.")
     alpha: float = option(16.0, "The scale s is alpha / r.")

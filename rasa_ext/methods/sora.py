@@ -30,7 +30,6 @@ class SoraConfig(PooledConfig):
     """
 
     method: ClassVar[str] = "sora"
-    trained: ClassVar[tuple[str, ...]] = ("A", "B", "d")
 
     rank: int = option(8, "The rank r that every layer begins with.")
     alpha: float = option(16.0, "The scale s is alpha / r.")

@@ -27,7 +27,6 @@ _CORE_NAMES = {
     "rasa_gates": "gates",
     "rasa_experts": "experts",
     "rasa_rslora": "rslora",
-    "rasa_blocks": "blocks",
 }
 _METHODS = {name: config for name, config in methods.METHODS.items() if config.trained}
 _HELP = {
@@ -80,8 +79,8 @@ class RasaConfig(PeftConfig):
     rasa_groups: Any = _option(None, _HELP["groups"])
     rasa_method: str = _option(
         "rasa",
-        "The method: rasa, lora, block-lora or sora. rasa_k and the five fields below are for "
-        "those whose config in rasa_ext.methods has them. rasa_ext.patch_model has more methods.",
+        "The method: rasa or lora. rasa_k and the four fields below are for the one whose config "
+        "in rasa_ext.methods has them. rasa_ext.patch_model has more methods.",
     )
     rank_pattern: dict[str, int] | None = _option(None, _HELP["rank_pattern"])
     rasa_gates: str | None = _option(None, _HELP["gates"])
@@ -89,7 +88,6 @@ class RasaConfig(PeftConfig):
         None, f"{_HELP['experts']} Also taken under the name experts."
     )
     rasa_rslora: bool | None = _option(None, _HELP["rslora"])
-    rasa_blocks: int | None = _option(None, _HELP["blocks"])
     bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
     fan_in_fan_out: bool = _option(
         False,
@@ -163,11 +161,14 @@ class RasaConfig(PeftConfig):
     def core(self) -> AdapterConfig:
         """Give the same choices as ``rasa_ext.patch_model`` takes them."""
         if self.rasa_method not in _METHODS:
-            others = methods.METHODS.keys() - _METHODS.keys()
-            hint = "; rasa_ext.patch_model takes that one" if self.rasa_method in others else ""
+            other = methods.METHODS.get(self.rasa_method)
+            hint = other and (
+                ", whose tensors or steps of training have no place in PEFT; use "
+                f"rasa_ext.patch_model(model, config=rasa_ext.methods.{other.__name__}(...))"
+            )
             raise ValueError(
                 f"rasa_method: expected one of {', '.join(_METHODS)}, got {self.rasa_method!r}"
-                f"{hint}."
+                f"{hint or ''}."
             )
         config = _METHODS[self.rasa_method]
         fields = {field.name for field in dataclasses.fields(config)}

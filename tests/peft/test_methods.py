@@ -16,8 +16,6 @@ from tests.helpers import tiny_lm
 CASES = {
     "lora": ({}, methods.LoraConfig(4, 8.0)),
     "rslora": ({"rasa_method": "lora", "rasa_rslora": True}, methods.LoraConfig(4, 8.0, True)),
-    "block-lora": ({"rasa_blocks": 2}, methods.BlockLoraConfig(4, 8.0, 2)),
-    "sora": ({"rasa_k": 1}, methods.SoraConfig(4, 8.0, 1)),
     "ranks": (
         {"rasa_method": "rasa", "rasa_k": 1, "rank_pattern": {"q_proj": 6}},
         methods.RasaConfig(4, 1, rank_pattern={"q_proj": 6}),
@@ -56,7 +54,7 @@ def test_saved_it_is_the_package_s_own_adapter(name, tmp_path):
     layer = next(m for m in ours.modules() if isinstance(m, rasa_ext.RasaLinear))
     expected = CASES[name][1]
     assert type(layer.config) is type(expected)
-    for field in ("rank", "alpha", "k", "rslora", "blocks", "rank_pattern", "gates"):
+    for field in ("rank", "alpha", "k", "rslora", "rank_pattern", "gates"):
         assert getattr(layer.config, field, None) == getattr(expected, field, None)
     rasa_ext.save_adapter(ours, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(tiny_lm.make_model(), tmp_path / "ours").eval()
@@ -102,15 +100,17 @@ def test_it_trains_what_the_method_trains(name):
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"rasa_method": "sbora"}, "rasa_method.*patch_model"),
+        ({"rasa_method": "sbora"}, r"rasa_method: .*patch_model.*SboraConfig"),
+        ({"rasa_method": "sora"}, r"rasa_method: .*steps.*patch_model.*SoraConfig"),
+        ({"rasa_method": "block-lora"}, r"rasa_method: .*steps.*patch_model.*BlockLoraConfig"),
         ({"rasa_method": "elora"}, "rasa_method"),
         ({"rasa_method": "lora", "rasa_k": 1}, "rasa_k"),
         ({"rasa_method": "lora", "rasa_gates": "pool"}, "rasa_gates"),
-        ({"rasa_blocks": 2}, "rasa_blocks"),
-        ({"rasa_method": "block-lora", "rasa_blocks": 3}, "rasa_blocks"),
+        ({"rasa_rslora": "yes", "rasa_method": "lora"}, "rasa_rslora: expected True or False"),
+        ({"rank_pattern": {"q_proj": 8, "w_q": 2}}, "w_q"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
     ],
 )
 def test_bad_input(options, named):
-    with pytest.raises(ValueError, match=named):
-        rasa_ext.peft.RasaConfig(r=4, **options)
+    with pytest.raises((ValueError, TypeError), match=named):
+        peft.get_peft_model(tiny_lm.make_model(), rasa_ext.peft.RasaConfig(r=4, **options))
