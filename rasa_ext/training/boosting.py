@@ -44,7 +44,7 @@ class Boosting:
         steps: the optimizer's steps of a booster.
         layers: of how many layers, drawn at random, a booster consists; all unless given.
         alpha: what a booster counts once it is pushed. Other than 1 the outputs jump then.
-        seed: of all draws, those of fresh factors included; the same on every process.
+        seed: of the draws of layers and of fresh factors; equal on every process.
 
     Raises:
         TypeError, ValueError: naming the argument; the model is patched with another method.

@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
-class Steps(Protocol):
-    """What is done after a step of the optimizer, and has a state of numbers and strings."""
-
-    def step(self) -> Any:
-        """Follow a step of the optimizer."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Give what a resumed training needs."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what ``state_dict`` gave."""
-
-
-def step_callback(steps: Steps, before: Callable[[], object] = lambda: None) -> TrainerCallback:
+def step_callback(steps: Any, before: Callable[[], object] = lambda: None) -> TrainerCallback:
     """Make a callback that does the steps, and keeps their state in Trainer's checkpoints.
 
     Args:
-        steps: done after each step of the optimizer.
-        before: called before each of them, when gradients are there.
+        steps: has ``step``, which follows each step of the optimizer, ``state_dict``, of numbers
+            and strings, and ``load_state_dict``.
+        before: called before each step of the optimizer, when gradients are there.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
