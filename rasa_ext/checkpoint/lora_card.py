@@ -40,12 +40,13 @@ def lora_card(
     how = "computes the same function" if exact else "is the nearest of its rank to every layer"
     own = about(base, config)
     tokens = settings.get("trainable_token_indices") or {}
+    adapted = [*settings["target_modules"], *settings.get("target_parameters", ())]
     rows = {
         "base model": own.pop("base model"),
         "rank of the LoRA": settings["r"],
         "scale": 1,
         "written from": f"{own.pop('method')}, {', '.join(f'{k} {v}' for k, v in own.items())}",
-        "adapted": ", ".join(f"`{each}`" for each in settings["target_modules"]),
+        "adapted": ", ".join(f"`{each}`" for each in adapted),
         "trained in full": ", ".join(f"`{each}`" for each in settings["modules_to_save"] or ()),
         "trained rows": ", ".join(f"{len(ids)} of `{name}`" for name, ids in tokens.items()),
         "experts": f"layout `{experts}`" if experts else "",

@@ -12,14 +12,14 @@ In each, B A of an expert is its dW.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
-from rasa_ext.base_layers.experts import bank_names
+from rasa_ext.base_layers.experts import bank_names, is_experts
 from rasa_ext.checkpoint.expert_names import (
     is_concatenated,
     names_in_checkpoint,
@@ -31,6 +31,8 @@ from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 from rasa_ext.patching.targets import shortest_suffixes
 
 PEFT, PER_EXPERT, SHARED_OUTER = LAYOUTS = ("peft", "per-expert", "shared-outer")
+
+_OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 Experts = list[tuple[str, RasaExperts]]
 """Adapted experts, with their names in the model."""
@@ -109,9 +111,21 @@ def targets_of(experts: Experts, layout: str) -> list[str]:
     return list(found)
 
 
-def parameters_of(experts: Experts, root: nn.Module) -> list[str]:
-    """Name the adapted weights, as ``target_parameters`` has them: by suffixes of no other."""
+def taken_for_experts(names: Iterable[str], root: nn.Module) -> list[str]:
+    """Choose the linear layers that PEFT would take for experts, if it had them as modules.
+
+    In a model of many families it reads the names below, in ``target_modules``, as what experts
+    and routers were called before they were stacked. As parameters it takes them as they stand.
+    """
+    if not any(is_experts(module) for module in root.modules()):
+        return []
+    return [name for name in names if name.rpartition(".")[2] in _OF_EXPERTS]
+
+
+def parameters_of(experts: Experts, linears: Iterable[str], root: nn.Module) -> list[str]:
+    """Name adapted weights, as ``target_parameters`` has them: by suffixes of no other."""
     adapted = [f"{path}.{name}" for path, module in experts for name in module.banks()]
+    adapted += [f"{name}.weight" for name in linears]
     others = {name.replace(".base_layer", "") for name, _ in root.named_parameters()}
     others -= set(adapted)
     return shortest_suffixes(adapted, others)

@@ -24,6 +24,7 @@ from rasa_ext.checkpoint.lora_experts import (
     entries_of,
     limits_of,
     parameters_of,
+    taken_for_experts,
     targets_of,
 )
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, writer_of
@@ -68,6 +69,12 @@ class Export:
     fast_path: bool = False
     """Whether torch's fast path would pass the adapted layers by, had it not been turned off."""
 
+    @functools.cached_property
+    def as_parameters(self) -> list[str]:
+        """Linear layers whose weights stand in ``target_parameters``: see ``taken_for_experts``."""
+        of_peft = self.layout in (None, PEFT)
+        return taken_for_experts(self.pairs, self.root) if of_peft else []
+
     def entries(self) -> Iterator[Entry]:
         """List the factors, which are made when asked for."""
         for name, pair in self.pairs.items():
@@ -105,7 +112,7 @@ def write_export(
     written = export.rank
     if rank is not None and rank < written:
         tensors, written = truncated(tensors, rank), rank
-    targets = suffixes(names, export.root)
+    targets = suffixes([name for name in names if name not in export.as_parameters], export.root)
     if export.layout is not None and export.layout != PEFT:
         targets = list(dict.fromkeys([*targets, *targets_of(export.experts, export.layout)]))
     settings = plain_settings(
@@ -118,8 +125,9 @@ def write_export(
     )
     if tokens := token_setting(export.tokens):
         settings["trainable_token_indices"] = tokens
-    if export.layout == PEFT:
-        settings["target_parameters"] = parameters_of(export.experts, export.root)
+    stacked = export.experts if export.layout == PEFT else []
+    if stacked or export.as_parameters:
+        settings["target_parameters"] = parameters_of(stacked, export.as_parameters, export.root)
     told = None
     if card is not None:
         exact = written >= export.rank
@@ -222,6 +230,12 @@ def _limits(export: Export) -> Iterator[str]:
         yield (
             f"q_proj is adapted without v_proj in {alone} layers. SGLang computes them together "
             f"and refuses such a LoRA; for SGLang, adapt both, or {INSTEAD}."
+        )
+    if export.as_parameters and export.layout is None:
+        yield (
+            f"{export.as_parameters[0]} and {len(export.as_parameters) - 1} more layers stand in "
+            "target_parameters, since PEFT takes such names in target_modules for experts; start "
+            "SGLang, which reads target_modules alone, with --lora-target-modules all."
         )
     embeddings = {id(m.weight) for m in root.modules() if isinstance(m, nn.Embedding)}
     tied = [name for name, pair in pairs.items() if id(pair.weight) in embeddings]

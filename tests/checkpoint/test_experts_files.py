@@ -24,7 +24,7 @@ from tests.helpers.expert_files import (
     logits,
     of_experts,
 )
-from tests.helpers.experts import EXPERTS, INNER
+from tests.helpers.experts import BESIDE, EXPERTS, INNER
 from tests.helpers.oracle import delta
 from tests.helpers.refusals import Snapshot
 from tests.helpers.serving_rules import READERS, Refused, llama_cpp, read, sglang, vllm
@@ -96,7 +96,7 @@ def wrappers(loaded):
     return {
         f"{name.replace('.base_layer', '')}.{module.parameter_name}"
         for name, module in loaded.base_model.model.named_modules()
-        if hasattr(module, "parameter_name")
+        if hasattr(module, "parameter_name") and module.parameter_name != "weight"
     }
 
 
@@ -107,7 +107,8 @@ def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
     model = adapted(plain, grouping)
     config, _ = export(tmp_path, model, experts="peft")
     up = "up_proj" if family == "nemotron_h" else "gate_up_proj"
-    assert [name.rpartition(".")[2] for name in config["target_parameters"]] == [up, "down_proj"]
+    stacked = [n for n in config["target_parameters"] if not n.endswith(".weight")]
+    assert [name.rpartition(".")[2] for name in stacked] == [up, "down_proj"]
     loaded = load_in_peft(plain, tmp_path)
     assert wrappers(loaded) == set(changes(model))
     expected = logits(model)
@@ -115,6 +116,37 @@ def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
     assert difference <= 1e-5
     assert (logits(plain) - expected).abs().max() > 1e-2
     figure(f"experts of {family} {grouping} in PEFT: difference of logits {difference:.1e}")
+
+
+@pytest.mark.filterwarnings("ignore:.*stay untouched", "ignore:.*in target_parameters")
+@pytest.mark.parametrize("grouping", ["shared", None])
+@pytest.mark.parametrize("family", BESIDE)
+def test_peft_computes_the_adapter_of_linear_mlps_beside_the_experts(family, grouping, tmp_path):
+    """In target_modules it takes their names for those that experts once had."""
+    plain = build(family, beside=True)
+    model = adapted(plain, grouping)
+    _, tensors = export(tmp_path, model, experts=grouping and "peft")
+    linears = {name for name in adapters(model) if name not in changes(model)}
+    assert any(name.endswith(("down_proj", "w2")) for name in linears)
+    keys = {f"base_model.model.{name}.lora_{each}.weight" for name in linears for each in "AB"}
+    assert keys <= tensors.keys()
+    loaded = load_in_peft(plain, tmp_path)
+    expected = logits(model)
+    torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
+    assert (logits(plain) - expected).abs().max() > 1e-1
+
+
+@pytest.mark.filterwarnings("ignore:.*stay untouched")
+def test_sglang_is_told_of_linear_mlps_that_stand_as_parameters(tmp_path):
+    """It has buffers for target_modules alone; the layouts for servers keep those names there."""
+    model = adapted(build("deepseek_v3", beside=True), None)
+    with pytest.warns(UserWarning, match="in target_parameters.*--lora-target-modules all"):
+        config, _ = export(tmp_path, model)
+    assert "gate_proj" not in config["target_modules"]
+    model = adapted(build("deepseek_v3", beside=True), "shared")
+    config, _ = export(tmp_path, model, experts="per-expert")
+    assert "gate_proj" in config["target_modules"]
+    assert "target_parameters" not in config
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -47,12 +47,47 @@ OPTIONS: dict[str, dict[str, Any]] = {
 """By transformers' name. gpt-oss has its weights transposed, biases and gates interleaved with ups;
 nemotron_h has no gates."""
 FAMILIES = tuple(OPTIONS)
+_DENSE_FIRST = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+_NAMED = {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "num_shared_experts": 1}
+_FULL = {"layer_types": ["full_attention"] * 2}
+_THEN_SPARSE = {"mlp_layer_types": ["dense", "sparse"]}
+_INDEXER = {"v_head_dim": 8, "head_dim": None, "index_n_heads": 2, "index_head_dim": 8}
+_DELTA = {f"linear_{each}": 8 for each in ("key_head_dim", "value_head_dim")}
+BESIDE: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {**_SPARSE, **_DEEPSEEK, **_DENSE_FIRST, "v_head_dim": 8, "head_dim": 4},
+    "deepseek_v3": {**OPTIONS["deepseek_v3"], **_DENSE_FIRST},
+    "deepseek_v32": {**_SPARSE, **_DEEPSEEK, **_DENSE_FIRST, **_INDEXER, "index_topk": 4},
+    "glm4_moe": {**_SPARSE, **_DENSE_FIRST},
+    "glm4_moe_lite": {**_SPARSE, **_DEEPSEEK, **_DENSE_FIRST, "v_head_dim": 8, "head_dim": None},
+    "glm_moe_dsa": {**_SPARSE, **_DEEPSEEK, **_INDEXER, **_THEN_SPARSE, "index_topk": 4},
+    "qwen2_moe": OPTIONS["qwen2_moe"],
+    "qwen3_moe": {**OPTIONS["qwen3_moe"], "mlp_only_layers": [0]},
+    "qwen3_next": {**OPTIONS["qwen2_moe"], **_FULL, **_DELTA},
+    "dots1": {**_SPARSE, **_DENSE_FIRST},
+    "ernie4_5_moe": {
+        "moe_num_experts": EXPERTS,
+        "moe_intermediate_size": INNER,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_k": TOP,
+    },
+    "hunyuan_v1_moe": {"num_experts": EXPERTS, "moe_topk": TOP, "moe_intermediate_size": INNER},
+    "exaone_moe": {**_NAMED, **_DENSE_FIRST, **_FULL, **_THEN_SPARSE, "sliding_window": 4},
+    "afmoe": {**_NAMED, **_FULL, "num_dense_layers": 1},
+    "solar_open": {**_SPARSE, **_DENSE_FIRST},
+    "cohere2_moe": {**_NAMED, **_FULL, **_THEN_SPARSE},
+    "lfm2_moe": {**_NAMED, **_FULL, "num_dense_layers": 1},
+}
+"""Families with linear MLPs beside their experts: shared by all tokens, or in a layer of theirs."""
 UNLIKE = ("mixtral", "gpt_oss", "nemotron_h")
 """One of each layout."""
 
 
-def model(family: str = "mixtral", **options: Any) -> nn.Module:
-    """A causal language model of two layers, whose weights all matter."""
+def model(family: str = "mixtral", beside: bool = False, **options: Any) -> nn.Module:
+    """A causal language model of two layers, whose weights all matter.
+
+    ``beside`` makes one with linear MLPs beside the experts, as ``BESIDE`` has it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -70,7 +105,7 @@ def model(family: str = "mixtral", **options: Any) -> nn.Module:
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,
-        **OPTIONS[family],
+        **(BESIDE if beside else OPTIONS)[family],
         **options,
     }
     if family == "gpt_oss":

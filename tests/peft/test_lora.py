@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import rasa_ext
 from rasa_ext.peft import RasaConfig, export_lora
+from tests.helpers import experts as mixtures
 from tests.helpers.adapters import content, randomize, same_bits
 from tests.helpers.peft import adapted, logits, named, tiny, two
 from tests.helpers.tiny_lm import make_model
@@ -61,8 +62,9 @@ def test_one_of_several_active_or_not(merged, tmp_path):
 
 @test_experts.pytestmark
 @pytest.mark.parametrize("layout", ["peft", "per-expert"])
-def test_adapted_experts(layout, tmp_path):
-    base = test_experts.moe(dtype=torch.float32)
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_adapted_experts(family, layout, tmp_path):
+    base = mixtures.model(family)
     model = adapted(base, r=4, rasa_k=1, rasa_experts="shared", task_type="CAUSAL_LM")
     rank = of_the_package(model, tmp_path, base, experts=layout)
     assert export_lora(model, tmp_path / "lora", experts=layout) == rank
