@@ -6,16 +6,19 @@ the weights lie. They are all that is asked for here, whatever the module's clas
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.sharded import is_dtensor
 
 Bank = tuple[nn.Module, str]
 """One stacked weight: the module, and the name of its parameter."""
 
 _MARKS = ("has_bias", "is_transposed", "_apply_gate")
+_ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -87,3 +90,49 @@ def check_bank(full_name: str, bank: Bank) -> None:
             f"{where} has the shape {tuple(weight.shape)}, expected a stack of matrices; gather "
             "sharded weights before patching, or leave out experts."
         )
+
+
+def routers_of(model: nn.Module) -> tuple[str, ...]:
+    """Name the modules that choose experts or weigh them: by their names, beside experts."""
+    return tuple(
+        f"{path}.{key}".lstrip(".")
+        for path, module in model.named_modules()
+        for key, child in module.named_children()
+        if _ROUTER.fullmatch(key) and (_knows_experts(module) or _knows_experts(child))
+    )
+
+
+def expert_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Find the weights of experts and routers that are no linear layers', with their shapes.
+
+    They are 3-D parameters of modules that are not torch's own, and beside experts those of two
+    dimensions as well, also in embeddings.
+    """
+    modules = dict(model.named_modules())
+    tables = [m for m in (_input_embedding(each) for each in modules.values()) if m is not None]
+    found: dict[str, tuple[int, ...]] = {}
+    for path, module in modules.items():
+        usual = type(module).__module__.startswith("torch.nn")
+        if is_linear(module) or (usual and not isinstance(module, nn.Embedding)):
+            continue
+        beside = _knows_experts(module) or _knows_experts(modules[path.rpartition(".")[0]])
+        for key, parameter in module.named_parameters(recurse=False):
+            if isinstance(parameter, nn.parameter.UninitializedParameter) or key.endswith("bias"):
+                continue
+            stacked = parameter.dim() == 3 and min(parameter.shape) > 1 and not usual
+            if stacked or (beside and parameter.dim() > 1 and module not in tables):
+                found[f"{path}.{key}".lstrip(".")] = tuple(parameter.shape)
+    return found
+
+
+def _knows_experts(module: nn.Module) -> bool:
+    """Tell whether a module has anything that is named after experts, such as their number."""
+    return any("expert" in key for key in (*vars(module), *module._modules))
+
+
+def _input_embedding(module: Any) -> nn.Module | None:
+    try:
+        found: nn.Module = module.get_input_embeddings()
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+    return found

@@ -200,8 +200,8 @@ def _show_plan(
         f"({100 * report.trainable / report.total:.3f} %), an adapter file of "
         f"{4 * report.adapter / 2**20:.1f} MiB"
     )
-    for layer, reason in report.skipped.items():
-        console.print(f"left out: {layer}: {reason}", markup=False)
+    for line in report.left_out():
+        console.print(line, markup=False)
 
 
 def _text(value: Any) -> str:

@@ -101,8 +101,8 @@ class AdapterConfig:
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(
         ALL_LINEAR,
-        "'all-linear' (every linear layer but output heads), a sequence of name suffixes, or a "
-        "string: a regular expression that matches whole module names.",
+        "'all-linear' (every linear layer but output heads and routers), a sequence of name "
+        "suffixes, or a string: a regular expression that matches whole module names.",
     )
     exclude_modules: Names = option(
         (), "Layers to leave out of the targets: name suffixes, or a regular expression."

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from torch import nn
+
+from rasa_ext.base_layers.experts import banks_of
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.patching.grouping import Group, every_index, grouped
+from rasa_ext.patching.targets import Plan
+
+_MUCH = 0.1
+"""The part of a model's parameters that is not left alone without a word."""
 
 
 class Names(NamedTuple):
@@ -75,3 +83,19 @@ def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], names: Names)
             f"most {min(out, width)} ranks; take a smaller rank, leave such layers out with "
             "exclude_modules, or train them in full with modules_to_save."
         )
+
+
+def untouched(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[str]:
+    """Say that much of a model, which nobody chose to leave out, is in experts that stay as is."""
+    sizes = {name: math.prod(shape) for name, shape in plan.untouched.items()}
+    share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
+    if share < _MUCH:
+        return
+    largest = sorted(sizes, key=lambda name: -sizes[name])
+    shown = ", ".join(f"{name} {plan.untouched[name]}" for name in largest[:3])
+    how = " They are adapted with experts='shared', or 'slot' or 'layer'."
+    able = hasattr(config, "experts") and any(name in plan.untouched for name in banks_of(model))
+    yield (
+        f"{len(sizes)} weights of experts, {100 * share:.0f} % of the model's parameters, stay "
+        f"untouched, among them {shown}.{how if able else ''}"
+    )

@@ -17,7 +17,7 @@ from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 from rasa_ext.nn.trained_tokens import TrainedTokens
-from rasa_ext.patching.advice import advice
+from rasa_ext.patching.advice import advice, untouched
 from rasa_ext.patching.grouping import settled
 from rasa_ext.patching.pretrained import replace_save_pretrained, restore_save_pretrained
 from rasa_ext.patching.state import (
@@ -37,8 +37,6 @@ from rasa_ext.patching.swap import (
 )
 from rasa_ext.patching.targets import Plan, make_plan
 from rasa_ext.patching.tokens import make_modules, trained_tokens
-
-_HOW = " They are adapted with experts='shared', or 'slot' or 'layer'."
 
 
 @suggests_keywords
@@ -116,7 +114,7 @@ def patch_model(
     check_unpatched(model)
     plan = make_plan(model, config)
     apply_plan(model, config, plan)
-    for message in advice(config, plan.groups):
+    for message in (*advice(config, plan.groups), *untouched(model, config, plan)):
         warnings.warn(message, stacklevel=3)
     return model
 
@@ -142,16 +140,6 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     """Carry out a plan that ``make_plan`` made for this model and config."""
     config = settled(config, plan.groups)
     every_bank = banks_of(model)
-    if plan.stacked_experts:
-        shown = ", ".join(
-            f"{name} {shape}" for name, shape in list(plan.stacked_experts.items())[:3]
-        )
-        how = config.grouping_of_experts is None and plan.stacked_experts.keys() & every_bank
-        warnings.warn(
-            f"{len(plan.stacked_experts)} stacked (3-D) weights stay untouched, among them "
-            f"{shown}.{_HOW if how else ''}",
-            stacklevel=4,
-        )
     # Everything that can fail, running out of memory included, happens before the model changes.
     modules = dict(model.named_modules())
     linears = {name: module for name, module in modules.items() if is_linear(module)}

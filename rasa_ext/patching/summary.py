@@ -35,9 +35,7 @@ class Summary(list[Row]):
     """The rows, one per group; ``str()`` and ``print`` give a table."""
 
     skipped: dict[str, str]
-    """Linear layers, and 1x1 convolutions, that stay as they are, each with the reason."""
-    stacked_experts: dict[str, tuple[int, ...]]
-    """3-D expert weights, which stay untouched, with their shapes."""
+    """Linear layers, 1x1 convolutions and weights of experts that stay as they are, and why."""
     modules_to_save: tuple[str, ...]
     """Modules that are trained in full."""
     tokens: dict[str, tuple[int, ...]]
@@ -72,19 +70,15 @@ class Summary(list[Row]):
         if self.modules_to_save:
             lines.append(f"trained in full: {', '.join(self.modules_to_save)}")
         lines += [f"trained rows: {len(ids)} of {name}" for name, ids in self.tokens.items()]
+        return "\n".join([*lines, *self.left_out()])
+
+    def left_out(self) -> list[str]:
+        """Give a line for each kind of layer that was skipped, with the reason."""
         counts = Counter((pattern(name), reason) for name, reason in self.skipped.items())
-        lines += [
+        return [
             f"left out: {name}{f' ({count} layers)' if count > 1 else ''}: {reason}"
             for (name, reason), count in counts.items()
         ]
-        if self.stacked_experts:
-            kinds = Counter((pattern(name), shape) for name, shape in self.stacked_experts.items())
-            lines += [
-                f"untouched: {name} {shape}{f' ({count} layers)' if count > 1 else ''}: "
-                "stacked (3-D) weights are adapted with the argument experts"
-                for (name, shape), count in kinds.items()
-            ]
-        return "\n".join(lines)
 
 
 def summary(model: nn.Module) -> Summary:
@@ -98,9 +92,9 @@ def summary(model: nn.Module) -> Summary:
         model: a patched model.
 
     Returns:
-        A list of rows that prints as a table. What was left out and why is in ``.skipped`` and
-        ``.stacked_experts``, what is trained in full in ``.modules_to_save``, and counts of
-        parameters are in ``.adapter``, ``.trainable`` and ``.total``.
+        A list of rows that prints as a table. What was left out and why is in ``.skipped``, what is
+        trained in full in ``.modules_to_save``, and counts of parameters are in ``.adapter``,
+        ``.trainable`` and ``.total``.
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched.
@@ -125,11 +119,7 @@ def summary(model: nn.Module) -> Summary:
         sizes = len(members), group.shape, max(ranks), trainable, min(ranks), group.experts
         rows.append(Row(group.pattern, *sizes))
     result = Summary(rows)
-    result.skipped, result.stacked_experts, result.modules_to_save = (
-        plan.skipped,
-        plan.stacked_experts,
-        plan.modules_to_save,
-    )
+    result.skipped, result.modules_to_save = plan.skipped, plan.modules_to_save
     result.tokens = {", ".join(rows.names): rows.ids for rows in plan.tokens}
     result.groups = {} if callable(chosen) else dict(chosen)
     result.adapter = sum(p.numel() for p in adapter_parameters(model))

@@ -9,8 +9,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import Bank, bank_shape, banks_of, check_bank
-from rasa_ext.base_layers.linear import LinearLayer, is_linear, linear_shape
+from rasa_ext.base_layers.experts import (
+    Bank,
+    bank_shape,
+    banks_of,
+    check_bank,
+    expert_weights,
+    routers_of,
+)
+from rasa_ext.base_layers.linear import (
+    LinearLayer,
+    computes_linear,
+    is_linear,
+    linear_shape,
+    read_directly,
+)
 from rasa_ext.base_layers.quantized import check_not_repacked, format_of
 from rasa_ext.base_layers.split import refusal
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
@@ -36,9 +49,9 @@ class Plan:
 
     groups: tuple[Group, ...]
     skipped: dict[str, str]
-    """Linear layers, and 1x1 convolutions, that stay as they are, each with the reason."""
-    stacked_experts: dict[str, tuple[int, ...]]
-    """Names and shapes of the 3-D expert weights that stay untouched."""
+    """Linear layers, 1x1 convolutions and weights of experts that stay as they are, and why."""
+    untouched: dict[str, tuple[int, ...]]
+    """Names and shapes of those expert weights that nobody chose to leave out."""
     modules_to_save: tuple[str, ...]
     """Names of the modules that are trained in full."""
     tokens: tuple[TokenRows, ...] = ()
@@ -73,7 +86,7 @@ def make_plan(
     saved = _modules_to_save(model, config.modules_to_save)
     tokens = find_rows(model, config)
     reasons = unadaptable(model, {**linears, **banks})
-    heads = _heads(model, linears)
+    usual = _left_out(model, linears)
     skipped: dict[str, str] = {}
     chosen: list[str] = []
     explicit = config.target_modules != ALL_LINEAR
@@ -94,7 +107,7 @@ def make_plan(
                     f"target_modules: cannot adapt {name!r}: {reasons[name]}; {INSTEAD}."
                 )
             skipped[name] = reasons[name]
-        elif not explicit and (reason := heads.get(name)):
+        elif not explicit and (reason := usual.get(name)):
             skipped[name] = reason
         else:
             chosen.append(name)
@@ -107,7 +120,7 @@ def make_plan(
             f"target_modules: expected at least one linear layer, but {config.target_modules!r} "
             f"leaves none of the model's {len(linears)}.{why}{_others(model, config)}"
         )
-    for name in linears:
+    for name in (*linears, *banks):
         if name not in chosen:
             skipped.setdefault(name, "not named by target_modules")
     for name, reason in _pointwise_convolutions(model).items():
@@ -136,9 +149,13 @@ def make_plan(
     trained = tuple(f"{name}." for name in saved)
     untouched = {
         name: shape
-        for name, shape in _experts(model).items()
-        if name not in stacks and not name.startswith(trained)
+        for name, shape in expert_weights(model).items()
+        if name not in stacks and name not in skipped and not name.startswith(trained)
     }
+    adaptable = banks_of(model) if hasattr(config, "experts") else {}
+    for name, shape in untouched.items():
+        how = "the argument experts adapts them" if name in adaptable else "no linear layer"
+        skipped[name] = f"weights of shape {shape}: {how}"
     return Plan(groups, skipped, untouched, saved, tokens)
 
 
@@ -150,11 +167,11 @@ def _banks(
         return {}
     banks = banks_of(model) if given is None else given
     if not banks:
-        others = ", ".join(list(_experts(model))[:3])
+        others = ", ".join(list(expert_weights(model))[:3])
+        others = f"; its other weights are {others}" if others else ""
         raise ValueError(
             "experts: expected a model with stacked experts that say how they lie, as those of "
-            f"transformers 5 do, found none{f'; its 3-D weights are {others}' if others else ''}; "
-            "leave out experts."
+            f"transformers 5 do, found none{others}; leave out experts."
         )
     return banks
 
@@ -260,14 +277,27 @@ def unadaptable(model: nn.Module, linears: Mapping[str, Any]) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for parent_name, parent in model.named_modules():
         prefix = f"{parent_name}." if parent_name else ""
-        if isinstance(parent, nn.MultiheadAttention):
-            reason = "torch.nn.MultiheadAttention reads its weight without calling it"
-        elif hasattr(parent, "base_layer"):
-            reason = f"part of {parent_name!r}, which is already adapted ({type(parent).__name__})"
-        else:
+        kind: Any = type(parent)
+        if hasattr(parent, "base_layer"):
+            reason = f"part of {parent_name!r}, which is already adapted ({kind.__name__})"
+            reasons.update((name, reason) for name in linears if name.startswith(prefix))
             continue
-        reasons.update((name, reason) for name in linears if name.startswith(prefix))
+        for key, child in parent.named_children():
+            if f"{prefix}{key}" in linears and is_linear(child) and key in read_directly(kind):
+                reasons[f"{prefix}{key}"] = f"{kind.__name__} reads its weight without calling it"
+    for name, module in linears.items():
+        if is_linear(module) and format_of(module) is None and not computes_linear(module):
+            reasons[name] = f"a {type(module).__name__}, which does not compute x W^T + bias"
     return reasons
+
+
+def _left_out(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str, str]:
+    """Find the layers that are adapted only where they are named, with the reason."""
+    routers = routers_of(model)
+    inside = tuple(f"{name}." for name in routers)
+    reason = "a router of experts, adapted if target_modules names it"
+    chosen = {name: reason for name in linears if name in routers or name.startswith(inside)}
+    return {**chosen, **_heads(model, linears)}
 
 
 def _heads(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str, str]:
@@ -347,19 +377,6 @@ def _check_weight(name: str, module: LinearLayer) -> None:
             f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected one "
             "without a zero; gather sharded weights before patching, or use exclude_modules."
         )
-
-
-def _experts(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Find 3-D parameters of modules that are not torch's own: stacked expert weights."""
-    return {
-        f"{name}.{key}".lstrip("."): tuple(parameter.shape)
-        for name, module in model.named_modules()
-        if not type(module).__module__.startswith("torch.nn")
-        for key, parameter in module.named_parameters(recurse=False)
-        if not isinstance(parameter, nn.parameter.UninitializedParameter)
-        and parameter.dim() == 3
-        and min(parameter.shape) > 1
-    }
 
 
 def suffixes(names: list[str], model: nn.Module) -> list[str]:

@@ -79,6 +79,53 @@ BESIDE: dict[str, dict[str, Any]] = {
     "lfm2_moe": {**_NAMED, **_FULL, "num_dense_layers": 1},
 }
 """Families with linear MLPs beside their experts: shared by all tokens, or in a layer of theirs."""
+_BARE: dict[str, Any] = {
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim")),
+    **dict.fromkeys(("intermediate_size", "num_experts_per_tok", "max_position_embeddings")),
+}
+_STATE_SPACE = {**_BARE, "state_size": 4, "time_step_rank": 4}
+_COMPRESSED = {"hc_mult": 2, "o_groups": 2, "o_lora_rank": 4, "num_key_value_heads": 1}
+RARE: dict[str, dict[str, Any]] = {
+    "phimoe": {"num_local_experts": EXPERTS},
+    "llama4_text": {
+        "num_local_experts": EXPERTS,
+        "intermediate_size_mlp": 12,
+        "moe_layers": [0, 1],
+    },
+    "deepseek_v4": {
+        **{**_SPARSE, **_COMPRESSED, "q_lora_rank": 8, "partial_rotary_factor": 0.5},
+        "layer_types": ["sliding_attention"] * 2,
+        "mlp_layer_types": ["moe"] * 2,
+    },
+    "mamba": _STATE_SPACE,
+    "falcon_mamba": _STATE_SPACE,
+    "jamba": {
+        **{"num_experts": EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4},
+        **dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2),
+        **dict.fromkeys(("attn_layer_offset", "expert_layer_offset"), 1),
+    },
+    "gemma4_text": {
+        **{"enable_moe_block": True, "num_experts": EXPERTS, "top_k_experts": TOP, **_FULL},
+        **{"moe_intermediate_size": INNER, "global_head_dim": 8, "num_global_key_value_heads": 2},
+        **{"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 32},
+        "num_kv_shared_layers": 0,
+    },
+    "hunyuan_v1_moe": BESIDE["hunyuan_v1_moe"],
+    "afmoe": BESIDE["afmoe"],
+    "zaya": {**_NAMED, "num_experts_per_tok": 1, "router_hidden_size": 8},
+    "jetmoe": {"num_local_experts": EXPERTS, "kv_channels": 8},
+    "dbrx": {
+        **{**_BARE, "hidden_size": None, "num_hidden_layers": None},
+        **{"d_model": HIDDEN, "n_heads": 2, "n_layers": 2, "max_seq_len": 32},
+        "ffn_config": {
+            **{"hidden_size": HIDDEN, "ffn_hidden_size": INNER},
+            **{"moe_num_experts": EXPERTS, "moe_top_k": TOP},
+        },
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    },
+    "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4},
+}
+"""Families of which something cannot be adapted, or is adapted only where it is named."""
 UNLIKE = ("mixtral", "gpt_oss", "nemotron_h")
 """One of each layout."""
 
@@ -105,7 +152,7 @@ def model(family: str = "mixtral", beside: bool = False, **options: Any) -> nn.M
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,
-        **(BESIDE if beside else OPTIONS)[family],
+        **(BESIDE if beside else {**RARE, **OPTIONS})[family],
         **options,
     }
     if family == "gpt_oss":

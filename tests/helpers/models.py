@@ -242,14 +242,16 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Experts next to an ordinary linear layer."""
+    """Experts and their router behind an ordinary linear layer."""
 
     def __init__(self):
         super().__init__()
+        self.body = nn.Linear(8, 8)
         self.router = nn.Linear(8, 4)
         self.experts = Experts()
 
     def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.body(x))
         return self.experts(x, self.router(x).softmax(-1))
 
 
@@ -289,7 +291,7 @@ ENCODER = Entry(
 ATTENTION = Entry("attention", AttentionHolder, _inputs(x=_sixteenths(2, 5, 12)), _positional)
 TWO_NAMES = Entry("two-names", TwoNames, _inputs(x=_sixteenths(5, 8)), _positional)
 TIED = Entry("tied", TiedHead, _inputs(x=_tokens(8, 7)), _positional, ("readout",))
-EXPERTS = Entry("experts", Mixture, _inputs(x=_sixteenths(2, 8)), _positional)
+EXPERTS = Entry("experts", Mixture, _inputs(x=_sixteenths(2, 8)), _positional, ("router",))
 
 # As few layers as share a pool: compilers take their time for each.
 SHALLOW = tuple(

@@ -64,16 +64,17 @@ def test_all_linear_takes_every_bank_beside_the_linear_layers(family):
     ids=str,
 )
 def test_some_of_the_banks(options, expected):
-    """The others compute as before; a warning tells of them, unless they are trained in full."""
+    """The others compute as before. Nothing is said of a choice, but in the summary."""
     base = experts.model()
     model = copy.deepcopy(base)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*untouched")
         rasa_ext.patch_model(model, 3, 1, experts="slot", **options)
-    told = [str(each.message) for each in said if "stacked (3-D) weights stay" in str(each.message)]
-    assert len(told) == ("modules_to_save" not in options)
-    assert all(text.startswith(f"{4 - len(expected)} stacked") for text in told)
-    assert not any("experts='shared'" in text for text in told)  # they know of it
+    said = rasa_ext.summary(model).skipped
+    reasons = {"target_modules": "not named by", "exclude_modules": "named by"}
+    reasons["modules_to_save"] = "trained in full, named by"
+    for name in set(named(UP, DOWN)) - set(expected):
+        assert any(said[name] == f"{reasons[each]} {each}" for each in options)
     assert banks(model) == expected
     experts.randomize(model)
     inputs = experts.inputs(dtype=torch.float32)
@@ -82,7 +83,6 @@ def test_some_of_the_banks(options, expected):
         assert same == (not any(each.startswith(name) for each in expected))
 
 
-@pytest.mark.filterwarnings("ignore:2 stacked")
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 def test_one_bank_alone_changes_its_weight_alone(name):
     base = experts.model().double()
@@ -102,16 +102,21 @@ def test_one_bank_alone_changes_its_weight_alone(name):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_the_argument_a_warning_says_how(family):
     model = experts.model(family)
-    with pytest.warns(UserWarning, match=r"4 stacked .* stay untouched.*experts='shared'"):
+    said = r"weights of experts, \d\d % of .* stay untouched, .*\(5, .*experts='shared'"
+    with pytest.warns(UserWarning, match=said):
         rasa_ext.patch_model(model, 1, 1)
     assert not banks(model)
-    assert "are adapted with the argument experts" in str(rasa_ext.summary(model))
+    table = str(rasa_ext.summary(model))
+    assert table.count("(2 layers): weights of shape (5, ") >= 2
+    assert table.count("the argument experts adapts them") == 2
 
 
 def test_weights_that_do_not_say_how_they_lie():
     model = UNMARKED.build()
     with pytest.warns(UserWarning, match=r"experts\.down_proj \(4, 8, 8\)\.$"):
         rasa_ext.patch_model(model, 2, 1)
+    said = rasa_ext.summary(model).skipped["experts.down_proj"]
+    assert said == "weights of shape (4, 8, 8): no linear layer"
     fresh = UNMARKED.build()
     refused(
         lambda: rasa_ext.patch_model(fresh, 2, 1, experts="shared"),
@@ -254,8 +259,7 @@ def test_summary(grouping, k):
     total = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
     assert found.adapter == found.trainable == total == sum(row.trainable for row in found)
     assert f"{EXPERTS} x {2 * INNER} x {HIDDEN}" in str(found)
-    assert found.stacked_experts == {}
-    assert "untouched" not in str(found)
+    assert not any("experts" in name for name in found.skipped)
 
 
 def test_groups_of_ones_own():

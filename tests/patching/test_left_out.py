@@ -1,0 +1,183 @@
+"""Layers that stay as they are though "all-linear" is asked for, and what is said of them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import rasa_ext
+from tests.helpers import experts
+from tests.helpers.expert_files import adapted, logits
+from tests.helpers.refusals import refused
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*stay untouched")
+
+OTHER_FORWARD = {
+    "phimoe": ["mlp.router"],
+    "llama4_text": ["feed_forward.router"],
+    "deepseek_v4": ["self_attn.o_a_proj"],
+}
+READ = {
+    "mamba": ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"],
+    "falcon_mamba": ["mixer.x_proj", "mixer.dt_proj", "mixer.out_proj"],
+    "jamba": ["mamba.dt_proj"],
+}
+ROUTERS = {
+    "gemma4_text": ["router.proj"],
+    "hunyuan_v1_moe": ["mlp.gate.wg"],
+    "afmoe": ["mlp.router.gate"],
+    "zaya": ["gate.down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj"],
+    "jetmoe": ["mlp.router.layer", "experts.router.layer"],
+    "dbrx": ["ffn.router.layer"],
+    "doge": ["mlp.router_gate"],
+    "qwen2_moe": ["mlp.shared_expert_gate"],
+}
+REST = {
+    "dbrx": ["ffn.experts.mlp.w1", "ffn.experts.mlp.v1", "ffn.experts.mlp.w2"],
+    "doge": ["mlp.down_embed.weight", "mlp.up_embed.weight"],
+    "mixtral": ["mlp.gate.weight", "experts.gate_up_proj", "experts.down_proj"],
+    "jetmoe": ["mlp.input_linear.weight", "mlp.output_linear.weight"],
+}
+
+
+def left_out(model, suffixes):
+    """The reasons against layers of these names, of which there are some of each."""
+    skipped = rasa_ext.summary(model).skipped
+    found = {s: {skipped[n] for n in skipped if n.endswith(f".{s}")} for s in suffixes}
+    assert all(found.values()), skipped
+    return set().union(*found.values())
+
+
+@pytest.mark.parametrize(("family", "names"), {**OTHER_FORWARD, **READ}.items())
+def test_what_cannot_be_adapted(family, names):
+    """The rest trains, every parameter of it, and merges to what it was."""
+    base = experts.model(family).eval()
+    model = adapted(base, None)
+    word = "reads its weight without calling it" if family in READ else "does not compute x W"
+    assert all(word in reason for reason in left_out(model, names))
+    expected = logits(model)
+    model(input_ids=torch.arange(24).view(2, 12)).logits.sum().backward()
+    assert all(p.grad is not None for p in rasa_ext.adapter_parameters(model))
+    rasa_ext.merge(model)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    refused(
+        lambda: rasa_ext.patch_model(base, target_modules=names[:1]),
+        base,
+        f"target_modules: cannot adapt .*{names[0]}",
+        word,
+    )
+
+
+class OwnForward(nn.Linear):
+    """A linear layer all the same, as Falcon writes it."""
+
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_forward_of_its_own_that_computes_the_same_is_adapted(device):
+    model = nn.Sequential(OwnForward(6, 4), nn.Linear(4, 4)).to(device)
+    rasa_ext.patch_model(model, 2, 0)
+    assert isinstance(model[0], rasa_ext.RasaLinear)
+
+
+def test_a_forward_of_its_own_that_computes_another_function_is_not():
+    model = rasa_ext.patch_model(nn.Sequential(Scaled(6, 4), nn.Linear(4, 4)), 2, 0)
+    assert rasa_ext.summary(model).skipped == {"0": "a Scaled, which does not compute x W^T + bias"}
+
+
+class Reads(nn.Module):
+    """Each of its layers is used in another way; ``names`` are those that cannot be adapted."""
+
+    names = ("product", "functional", "later", "part")
+
+    def __init__(self):
+        super().__init__()
+        for name in (*self.names, "called", "sliced", "asked"):
+            setattr(self, name, nn.Linear(4, 4, bias=False))
+        nn.init.ones_(self.called.weight)
+
+    def forward(self, x):
+        if isinstance(self.asked.weight, torch.Tensor) and x.dtype == self.asked.weight.dtype:
+            x = self.asked(x.to(self.asked.weight))
+        x = self.called(x) @ self.product.weight
+        if x.shape[0] > 100:
+            return nn.functional.linear(x[:, :2], self.sliced.weight[:, :2])
+        return self.more(self.sliced(x))
+
+    def more(self, x):
+        weight = self.later.weight
+        return (
+            nn.functional.linear(x, weight=self.functional.weight) @ weight @ self.part.weight.t()
+        )
+
+    def unused(self, x):
+        return x @ self.called.weight
+
+
+def test_layers_whose_weight_is_read_are_found_in_the_code():
+    model = rasa_ext.patch_model(nn.ModuleDict({"reads": Reads()}), 2, 0)
+    reason = "Reads reads its weight without calling it"
+    skipped = rasa_ext.summary(model).skipped
+    assert skipped == {f"reads.{name}": reason for name in Reads.names}
+
+
+@pytest.mark.parametrize(("family", "names"), ROUTERS.items())
+def test_routers_are_adapted_only_where_they_are_named(family, names):
+    base = experts.model(family)
+    model = rasa_ext.patch_model(copy.deepcopy(base), 2, 0)
+    assert left_out(model, names) == {"a router of experts, adapted if target_modules names it"}
+    rasa_ext.patch_model(base, 2, 0, target_modules=names)
+    adapted = {n for n, m in base.named_modules() if isinstance(m, rasa_ext.RasaLinear)}
+    assert all(any(each.endswith(f".{name}") for each in adapted) for name in names)
+
+
+@pytest.mark.parametrize(("family", "names"), REST.items())
+def test_what_holds_weights_and_is_no_linear_layer_is_named(family, names):
+    model = experts.model(family)
+    with pytest.warns(UserWarning, match=r"weights of experts, \d+ % of .* stay untouched"):
+        rasa_ext.patch_model(model, 2, 0)
+    assert all("weights of shape (" in reason for reason in left_out(model, names))
+    assert ("the argument experts" in str(rasa_ext.summary(model))) == (family == "mixtral")
+
+
+def test_other_methods_are_not_advised_to_adapt_experts():
+    from rasa_ext.methods import ResLoraConfig
+
+    model = rasa_ext.patch_model(experts.model(), config=ResLoraConfig(rank=2))
+    assert "the argument experts" not in str(rasa_ext.summary(model))
+
+
+def test_one_shared_expert_is_named():
+    """A stack of one, as Inkling has it."""
+
+    class SharedExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.n_shared_experts = 1
+            self.down_proj = nn.Parameter(torch.zeros(1, 8, 4))
+
+    model = nn.ModuleDict(
+        {"shared": SharedExperts(), "up": nn.Linear(8, 8), "out": nn.Linear(8, 8)}
+    )
+    rasa_ext.patch_model(model, 2, 0)
+    assert "shared.down_proj" in rasa_ext.summary(model).skipped
+
+
+def test_nothing_is_said_where_little_is_left_alone():
+    """Of routers alone, once the experts are adapted."""
+    model = experts.model()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rasa_ext.patch_model(model, 2, 1, experts="shared")
+    assert left_out(model, ["mlp.gate.weight"]) == {"weights of shape (5, 16): no linear layer"}
