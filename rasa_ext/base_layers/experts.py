@@ -1,7 +1,8 @@
 """Stacked experts: modules that hold the weights of all their experts in 3-D parameters.
 
 transformers marks such a module with attributes (its ``use_experts_implementation``) that say how
-the weights lie. They are all that is asked for here, whatever the module's class.
+the weights lie. They are all that is asked for here, whatever the module's class, but for a few
+classes that have no such marks.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ Bank = tuple[nn.Module, str]
 """One stacked weight: the module, and the name of its parameter."""
 
 _MARKS = ("has_bias", "is_transposed", "_apply_gate")
+_UNMARKED = {"Llama4TextExperts": True, "Step3p7Experts": False}
+"""Classes of transformers without those marks: whether their weights are transposed."""
+
 _ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Tell whether a module holds stacked experts and says how they lie."""
-    return all(hasattr(module, mark) for mark in _MARKS) and all(
+    """Tell whether a module holds stacked experts of which it is known how they lie."""
+    known = type(module).__name__ in _UNMARKED or all(hasattr(module, mark) for mark in _MARKS)
+    return known and all(
         isinstance(getattr(module, name, None), Tensor) for name in bank_names(module)
     )
 
@@ -38,6 +43,28 @@ def has_gate(module: Any) -> bool:
     return bool(getattr(module, "has_gate", True))
 
 
+def is_transposed(module: Any) -> bool:
+    """Tell whether a stacked weight lies as (experts, in, out)."""
+    return bool(getattr(module, "is_transposed", _UNMARKED.get(type(module).__name__, False)))
+
+
+def has_bias(module: Any) -> bool:
+    """Tell whether each stacked weight has a bias."""
+    return bool(getattr(module, "has_bias", False))
+
+
+def activated(module: Any, y: Tensor) -> Tensor:
+    """Give what experts make of the product (S, 2I), or (S, I) without a gate, with their input."""
+    if not has_gate(module):
+        found: Tensor = module.act_fn(y)
+    elif hasattr(module, "_apply_gate"):
+        found = module._apply_gate(y)
+    else:
+        gate, up = y.chunk(2, -1)
+        found = up * module.act_fn(gate)
+    return found
+
+
 def has_post_expert_norm(module: Any) -> bool:
     """Tell whether a norm follows each expert; older releases of transformers knew none."""
     return bool(getattr(module, "has_post_expert_norm", False))
@@ -46,13 +73,13 @@ def has_post_expert_norm(module: Any) -> bool:
 def bank_shape(module: Any, name: str) -> tuple[int, int, int]:
     """Give (experts, out, in) of a stacked weight, however it lies."""
     experts, rows, columns = getattr(module, name).shape
-    return (experts, columns, rows) if module.is_transposed else (experts, rows, columns)
+    return (experts, columns, rows) if is_transposed(module) else (experts, rows, columns)
 
 
 def bank_weight(module: Any, name: str) -> Tensor:
     """View a stacked weight as (experts, out, in)."""
     weight: Tensor = getattr(module, name)
-    return weight.transpose(1, 2) if module.is_transposed else weight
+    return weight.transpose(1, 2) if is_transposed(module) else weight
 
 
 def banks_of(model: nn.Module) -> dict[str, Bank]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
-from rasa_ext.base_layers.experts import bank_names, is_experts
+from rasa_ext.base_layers.experts import bank_names, is_experts, is_transposed
 from rasa_ext.checkpoint.expert_names import (
     is_concatenated,
     names_in_checkpoint,
@@ -85,7 +85,7 @@ def entries_of(path: str, experts: RasaExperts, layout: str, rank: int) -> Itera
     for name in nested(experts):
         bank = experts.banks()[name]
         if layout == PEFT:
-            yield from _stacked(inner, bank, rank)
+            yield from _stacked(inner, experts.base_layer, bank, rank)
         elif layout == PER_EXPERT:
             yield from _single(path, experts.base_layer, name, bank, rank)
         else:
@@ -160,18 +160,24 @@ def limits_of(experts: Experts, layout: str, *, default: bool) -> Iterator[str]:
         )
 
 
-def _stacked(path: str, bank: RasaBank, rank: int) -> Iterator[Entry]:
-    """PEFT's: as its target_parameters wraps the module ``path``."""
-    E, place, packed = bank.place.experts, bank.place, _packed(bank, rank)
+def _stacked(path: str, experts: nn.Module, bank: RasaBank, rank: int) -> Iterator[Entry]:
+    """PEFT's: as its target_parameters wraps the module ``path``.
+
+    A weight that does not say that it is transposed it takes for (experts, out, in), as Llama 4's.
+    """
+    E, packed = bank.place.experts, _packed(bank, rank)
+    sides = bank.place.in_features, bank.place.out_features
+    turned = is_transposed(experts) and not getattr(experts, "is_transposed", False)
+    first, second = (1, 0) if turned else (0, 1)
     yield Entry(
         f"{PREFIX}{path}.lora_A.weight",
-        (E * rank, place.in_features),
-        lambda: packed()[0].reshape(E * rank, -1),
+        (E * rank, sides[first]),
+        lambda: packed()[first].reshape(E * rank, -1),
     )
     yield Entry(
         f"{PREFIX}{path}.lora_B.weight",
-        (place.out_features, rank * E),
-        lambda: packed()[1].permute(2, 1, 0).reshape(-1, rank * E),
+        (sides[second], rank * E),
+        lambda: packed()[second].permute(2, 1, 0).reshape(-1, rank * E),
     )
 
 

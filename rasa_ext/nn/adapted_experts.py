@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from rasa_ext import ops
 from rasa_ext.base_layers.experts import (
+    activated,
     bank_names,
     bank_weight,
-    has_gate,
+    has_bias,
     has_post_expert_norm,
 )
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
@@ -66,8 +67,17 @@ class AdaptedExperts(AdaptedModule):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute (T, H) from hidden states (T, H) and a router's choices and weights (T, k)."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Compute (T, H) from hidden states (T, H) and a router's choices and weights (T, k).
+
+        Without the latter two, as Llama 4 has it, the rows are as many for each expert, which its
+        router has weighted, one expert's after another's.
+        """
         base: Any = self.base_layer
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError(
@@ -75,9 +85,12 @@ class AdaptedExperts(AdaptedModule):
                 "call rasa_ext.unmerge(model) first."
             )
         if self.disabled or self.merged:
-            found: Tensor = base(hidden_states, top_k_index, top_k_weights)
-            return found
+            return self.base_forward(hidden_states, top_k_index, top_k_weights)
         up, down = bank_names(base)
+        if top_k_index is None or top_k_weights is None:
+            every = torch.arange(getattr(base, up).shape[0], device=hidden_states.device)
+            top_k_index = every.repeat_interleave(len(hidden_states) // len(every))[:, None]
+            top_k_weights = hidden_states.new_ones(()).expand(len(hidden_states), 1)
         dtype = getattr(base, up).dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             routing = Routing.of(top_k_index, getattr(base, up).shape[0])
@@ -85,8 +98,7 @@ class AdaptedExperts(AdaptedModule):
             y, pool = self._product(up, hidden_states.to(dtype), routing, by_token=True)
             if pool is not None:
                 y.addmm_(routing.scaled(pool.V, pool.d, by_token=True), pool.B.t())
-            h: Tensor = base._apply_gate(y) if has_gate(base) else base.act_fn(y)
-            z, pool = self._product(down, h, routing, by_token=False)
+            z, pool = self._product(down, activated(base, y), routing, by_token=False)
             # Once a token, after the sum over its experts, but where a norm stands before that.
             used = None if pool is None else routing.scaled(pool.V, pool.d, by_token=False)
             if has_post_expert_norm(base):
@@ -98,6 +110,11 @@ class AdaptedExperts(AdaptedModule):
                 out = out + routing.to_tokens(used * shares).to(dtype) @ pool.B.t()
             return out.to(hidden_states.dtype)
 
+    def base_forward(self, hidden_states: Tensor, *choices: Tensor | None) -> Tensor:
+        """Compute what the experts do without adapters."""
+        found: Tensor = self.base_layer(hidden_states, *(c for c in choices if c is not None))
+        return found
+
     def _product(
         self, name: str, x: Tensor, routing: Routing, *, by_token: bool
     ) -> tuple[Tensor, _Pooled | None]:
@@ -107,7 +124,7 @@ class AdaptedExperts(AdaptedModule):
         """
         rows = routing.to_pairs(x) if by_token else x
         y = experts_linear(rows, bank_weight(self.base_layer, name), routing)
-        if self.base_layer.has_bias:
+        if has_bias(self.base_layer):
             y += getattr(self.base_layer, f"{name}_bias").index_select(0, routing.experts)
         adapter = self.adapter(name)
         if adapter is None:

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from rasa_ext import ops
-from rasa_ext.base_layers.experts import bank_shape, bank_weight
+from rasa_ext.base_layers.experts import bank_shape, bank_weight, is_transposed
 from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.ops import Factors
@@ -74,7 +74,7 @@ class RasaPeftBank(NamedAdapters):
         delta = self.weight.new_empty(bank_shape(base, self.name), dtype=self._wide)
         for experts in self._chunks():
             delta[experts] = self._delta([adapter], experts)
-        return delta.transpose(1, 2) if base.is_transposed else delta
+        return delta.transpose(1, 2) if is_transposed(base) else delta
 
     @torch.no_grad()
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
@@ -217,7 +217,12 @@ class RasaPeftExperts(AdaptedExperts):
         banks = self.banks().values()
         return any(bank.merged for bank in banks) and not any(bank.live() for bank in banks)
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
         """Compute (T, H): the base and every active adapter."""
         live = False
         for bank in self.banks().values():
@@ -226,8 +231,7 @@ class RasaPeftExperts(AdaptedExperts):
             live = live or bool(bank.live())
         if live:
             return super().forward(hidden_states, top_k_index, top_k_weights)
-        y: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
-        return y
+        return self.base_forward(hidden_states, top_k_index, top_k_weights)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

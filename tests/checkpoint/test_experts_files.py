@@ -101,7 +101,7 @@ def wrappers(loaded):
 
 
 @pytest.mark.parametrize("grouping", ["slot", "layer", "shared"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "llama4_text"])
 def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
     plain = base(family)
     model = adapted(plain, grouping)

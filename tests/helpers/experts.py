@@ -126,6 +126,9 @@ RARE: dict[str, dict[str, Any]] = {
     "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4},
 }
 """Families of which something cannot be adapted, or is adapted only where it is named."""
+UNMARKED = ("Llama4TextExperts", "Step3p7Experts")
+"""Classes without the marks of transformers' decorator; of these the first has weights that are
+transposed, and gets the rows of every expert in place of a router's choices."""
 UNLIKE = ("mixtral", "gpt_oss", "nemotron_h")
 """One of each layout."""
 
@@ -187,7 +190,7 @@ def experts_of(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module.__dict__.get("has_gate"), bool)
+        if isinstance(module.__dict__.get("has_gate"), bool) or type(module).__name__ in UNMARKED
     }
 
 
@@ -196,7 +199,7 @@ def adapted(model: nn.Module) -> list[RasaExperts]:
 
 
 def weight_names(module: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
 
 
 @functools.cache
@@ -271,6 +274,21 @@ def inputs(
     orders = torch.rand(tokens, len(free), generator=generator).argsort(1)[:, :top]
     shares = torch.rand(tokens, top, generator=generator, dtype=torch.float64) + 0.1
     return x.to(dtype), torch.tensor(free)[orders].view(tokens, top), shares.to(dtype)
+
+
+def unmarked_stack(kind: str, layers: int = 2) -> nn.Module:
+    """Layers of such experts, in a module as a model is one."""
+    from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": INNER, "moe_intermediate_size": INNER}
+    config = SimpleNamespace(**sizes, num_local_experts=EXPERTS, hidden_act="silu")
+    made = {"Llama4TextExperts": Llama4TextExperts, "Step3p7Experts": Step3p7Experts}[kind]
+    stack = nn.ModuleList(nn.ModuleDict({"experts": made(config)}) for _ in range(layers))
+    for parameter in stack.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return nn.ModuleDict({"layers": stack})
 
 
 class Made(TorchDispatchMode):

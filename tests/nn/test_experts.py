@@ -145,6 +145,40 @@ def test_a_token_that_chooses_one_expert_twice():
     check(module, x, chosen, shares)
 
 
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("Llama4TextExperts", 6), ("Llama4TextExperts", 0), ("Step3p7Experts", 6)]
+)
+def test_experts_without_marks(kind, grouping, tokens):
+    """Against their own forward, over weights that are W + dW."""
+    base = experts.unmarked_stack(kind).double()
+    model = experts.patched(copy.deepcopy(base), grouping, RANK, adapter_dtype=torch.float64)
+    module = experts.adapted(model)[0]
+    plain = base["layers"][0]["experts"]
+    turned = kind == "Llama4TextExperts"
+    inputs = [torch.randn(EXPERTS * tokens, experts.HIDDEN, dtype=torch.float64)]
+    if not turned:
+        inputs += experts.inputs(EXPERTS * tokens)[1:]
+    leaves = leaves_of(module)
+
+    def expected(x):
+        found = {}
+        for name, adapter in bank_adapters(module).items():
+            weight = getattr(plain, name).detach()
+            changed = oracle.stacked_weight(weight.mT if turned else weight, adapter)
+            found[name] = changed.mT if turned else changed
+        return torch.func.functional_call(plain, found, (x, *inputs[1:]))
+
+    shares = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    found = gradients(lambda x, w: module(x, *inputs[1:]) * w, inputs[0], shares, leaves)
+    wanted = gradients(lambda x, w: expected(x) * w, inputs[0], shares, leaves)
+    assert_close(found, wanted)
+    with torch.no_grad():
+        assert_close({"y": module(*inputs)}, {"y": wanted["y"]})
+        module.disabled = True
+        assert torch.equal(module(*inputs), plain(*inputs))
+
+
 def merged(module: RasaExperts, implementation: str) -> nn.Module:
     """A copy of the plain experts with W + dW in the base's dtype, run as transformers would."""
     base = copy.deepcopy(module.base_layer)

@@ -14,7 +14,7 @@ from tests.helpers import experts
 from tests.helpers.expert_files import banks, changes
 from tests.helpers.experts import EXPERTS, GROUPINGS
 
-FAMILIES = ("mixtral", "gpt_oss")
+FAMILIES = ("mixtral", "gpt_oss", "llama4_text")
 
 
 def base_model(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -37,7 +37,7 @@ def stacked(model: nn.Module, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
     experts = model.get_submodule(path)
     weight = getattr(getattr(experts, "base_layer", experts), key).detach()
-    return weight.transpose(1, 2) if experts.is_transposed else weight
+    return weight.transpose(1, 2) if getattr(experts, "is_transposed", True) else weight
 
 
 def output(model: nn.Module) -> Tensor:

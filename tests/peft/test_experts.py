@@ -28,11 +28,12 @@ from rasa_ext.checkpoint.adapter import adapter_tensors, own_key, pool_key
 from rasa_ext.patching.state import owners
 from rasa_ext.patching.subtraction import Rest
 from rasa_ext.peft import RasaConfig, RasaPeftBank, RasaPeftExperts, RasaPeftLinear
+from tests.helpers import experts as mixtures
 from tests.helpers import oracle
 from tests.helpers.adapters import same_bits
 from tests.helpers.models import LLAMA, randomize_weights
+from tests.helpers.peft import adapted, trained
 from tests.helpers.peft import logits as logits_of
-from tests.helpers.peft import trained
 from tests.helpers.refusals import Snapshot, refused
 from tests.peft.test_training import train
 
@@ -788,6 +789,24 @@ def test_transformers_own_adapters(family, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "again")
     ours = rasa_ext.load_adapter(moe(family), tmp_path / "again").eval()
     assert torch.equal(ours(TOKENS).logits, source(TOKENS).logits)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_experts_without_marks(grouping, tmp_path):
+    """Llama 4's, whose weights lie as (E, in, out), and which are given no choices."""
+    base = mixtures.model("llama4_text").eval()
+    model = adapted(base, rasa_experts=grouping, task_type="CAUSAL_LM").eval()
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        assert not torch.allclose(base(TOKENS).logits, expected, atol=1e-2)
+        loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path).eval()
+        torch.testing.assert_close(loaded(TOKENS).logits, expected)
+        for name, bank in banks(model).items():
+            assert bank.get_delta_weight("default").shape == base.get_parameter(name).shape
+        with model.disable_adapter():
+            assert torch.equal(model(TOKENS).logits, base(TOKENS).logits)
+        close(model.merge_and_unload()(TOKENS).logits, expected)
 
 
 def test_it_is_no_lora_of_peft():
