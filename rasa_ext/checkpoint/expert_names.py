@@ -6,6 +6,12 @@ from typing import Any
 
 from rasa_ext.base_layers.experts import bank_shape, has_gate
 
+_STACKED = frozenset(
+    {"gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid", "gemma4_text", "aria_text"}
+    | {"qwen3_vl_moe_text"}
+)
+"""By model_type: those whose checkpoints hold all experts of a layer in one tensor, too."""
+
 _PLAIN = ("gate_proj", "up_proj", "down_proj")
 _NUMBERED = ("w1", "w3", "w2")
 _FAMILIES = {
@@ -15,6 +21,9 @@ _FAMILIES = {
     "minimax_m2": (".mlp.", ".block_sparse_moe.", _NUMBERED),
     "phimoe": (".mlp.", ".block_sparse_moe.", _NUMBERED),
     "lfm2_moe": ("", "", _NUMBERED),
+    "deepseek_v4": (".mlp.", ".ffn.", _NUMBERED),
+    "kimi_linear": (".mlp.", ".block_sparse_moe.", _NUMBERED),
+    "mistral_large4_text": (".mlp.", ".", _NUMBERED),
 }
 """The families of transformers 5 whose checkpoints have other names than their models: those of
 transformers 4, which servers and llama.cpp keep. A test compares them with transformers' own."""
@@ -45,11 +54,20 @@ def rows_of(experts: Any, bank: str) -> tuple[slice, ...]:
     return slice(0, half), slice(half, None)
 
 
+def is_stacked(experts: Any) -> bool:
+    """Tell whether the family's checkpoints have no names for single experts."""
+    unmarked = not hasattr(experts, "is_concatenated")
+    return unmarked or not is_concatenated(experts) or _kind(experts) in _STACKED
+
+
 def is_concatenated(experts: Any) -> bool:
     """Tell whether gate's rows stand before up's; otherwise they take turns."""
     return bool(getattr(experts, "is_concatenated", True))
 
 
 def _family(experts: Any) -> tuple[str, str, tuple[str, str, str]]:
-    kind = getattr(getattr(experts, "config", None), "model_type", None)
-    return _FAMILIES.get(str(kind), ("", "", _PLAIN))
+    return _FAMILIES.get(_kind(experts), ("", "", _PLAIN))
+
+
+def _kind(experts: Any) -> str:
+    return str(getattr(getattr(experts, "config", None), "model_type", ""))

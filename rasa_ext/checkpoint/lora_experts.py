@@ -22,6 +22,7 @@ from rasa_ext import ops
 from rasa_ext.base_layers.experts import bank_names, is_experts, is_transposed
 from rasa_ext.checkpoint.expert_names import (
     is_concatenated,
+    is_stacked,
     names_in_checkpoint,
     path_in_checkpoint,
     rows_of,
@@ -140,11 +141,11 @@ def limits_of(experts: Experts, layout: str, *, default: bool) -> Iterator[str]:
             f"{PER_EXPERT}) for others of vLLM, which misreads it, and for SGLang and llama.cpp, "
             f"or experts={PEFT!r} to say that this is meant."
         )
-    if layout == PER_EXPERT and not all(is_concatenated(m.base_layer) for _, m in experts):
+    if layout == PER_EXPERT and any(is_stacked(m.base_layer) for _, m in experts):
         yield (
             "the model's own checkpoints stack its experts, gate and up in one matrix; vLLM reads "
-            f"experts={PEFT!r} (--experts {PEFT}) for such models, and llama.cpp no LoRA of their "
-            "experts at all: for that, save what rasa_ext.merge_and_unload(model) returns."
+            f"experts={PEFT!r} (--experts {PEFT}) where it keeps them so, and llama.cpp no LoRA of "
+            "them at all: for that, save what rasa_ext.merge_and_unload(model) returns."
         )
     alone = [
         f"{path}.{name}"

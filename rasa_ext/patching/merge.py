@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
+from rasa_ext.base_layers.experts import is_transposed
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.sharded import check_base_whole
 from rasa_ext.nn.rasa import RasaLinear
@@ -85,7 +86,7 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Returns:
         An iterator over ``(name, dW)``, dW (out, in) in float32 and without grad; of a stacked
-        weight (E, out, in), under the name of its parameter.
+        weight under the name of its parameter, and as that lies: (E, out, in) or (E, in, out).
 
     Raises:
         TypeError, ValueError: at the first step, the model is no module, or not patched.
@@ -105,7 +106,8 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, experts in adapted_experts(model):
         for key, bank in experts.banks().items():
             parts = bank_parts(f"{name}.{key}", experts, key, bank)
-            yield f"{name}.{key}", deltas_of(parts, torch.float32)
+            delta = deltas_of(parts, torch.float32)
+            yield f"{name}.{key}", delta.mT if is_transposed(experts.base_layer) else delta
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool = False) -> float:

@@ -12,7 +12,12 @@ import torch
 from torch import nn
 
 import rasa_ext
-from rasa_ext.checkpoint.expert_names import _FAMILIES
+from rasa_ext.checkpoint.expert_names import (
+    _FAMILIES,
+    _STACKED,
+    names_in_checkpoint,
+    path_in_checkpoint,
+)
 from tests.helpers.adapters import adapters, content
 from tests.helpers.expert_files import (
     FAMILIES,
@@ -427,9 +432,39 @@ def test_names_of_checkpoints_are_transformers_own(kind):
         if ".experts." in pattern
     ]
     assert tuple(sources) == names
-    renamed = [
-        (each.source_patterns[0], each.target_patterns[0])
+    renamed = {
+        tuple(side[0].replace("\\", "") for side in (each.source_patterns, each.target_patterns))
         for each in found
         if not isinstance(each, WeightConverter)
-    ]
-    assert ((outside, inside) in renamed) == bool(outside)
+    }
+    pairs = {(outside, inside), (f"{outside}experts.", f"{inside}experts.")}
+    assert bool(pairs & renamed) == bool(outside)
+
+
+@pytest.mark.parametrize("kind", sorted(_STACKED))
+def test_checkpoints_that_stack_experts_are_known(kind, tmp_path):
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    for each in (kind, kind.removesuffix("_text")):
+        for found in get_checkpoint_conversion_mapping(each) or []:
+            assert not any(".experts.*" in pattern for pattern in found.source_patterns)
+    model = adapted(base("mixtral"))
+    for _, module in model.named_modules():
+        if hasattr(module, "is_concatenated"):
+            module.config.model_type = kind
+    with pytest.warns(UserWarning, match="own checkpoints stack its experts"):
+        rasa_ext.export_lora(model, tmp_path, experts="per-expert")
+
+
+def test_paths_of_checkpoints():
+    """deepseek_v4, kimi_linear and mistral_large4: block and matrices have other names."""
+    experts = adapted(base("mixtral")).model.layers[0].mlp.experts.base_layer
+    for kind, path in {
+        "deepseek_v4": "model.layers.3.ffn.experts",
+        "kimi_linear": "model.layers.3.block_sparse_moe.experts",
+        "mistral_large4_text": "model.layers.3.experts",
+    }.items():
+        experts.config.model_type = kind
+        assert path_in_checkpoint("model.layers.3.mlp.experts", experts) == path
+        assert names_in_checkpoint(experts, "gate_up_proj") == ("w1", "w3")
+        assert names_in_checkpoint(experts, "down_proj") == ("w2",)

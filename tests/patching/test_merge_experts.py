@@ -108,6 +108,16 @@ def test_subtracting_restores_every_expert(grouping):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_changes_lie_as_their_parameters_do(family):
+    """So that they can be added to those, also where these are square."""
+    base = base_model(family)
+    model = patched(base, experts="shared", target_modules=r".*experts\.\w+_proj")
+    for name, dW in rasa_ext.delta_weights(model):
+        base.get_parameter(name).data += dW
+    torch.testing.assert_close(output(base), output(model), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_changes_of_weights_come_under_their_parameters_names(grouping):
     model = patched(base_model("mixtral"), experts=grouping, target_modules=["down_proj", "v_proj"])
