@@ -14,6 +14,7 @@ from rasa_ext.methods.base import (
     Counts,
     Place,
     checked_alpha,
+    checked_choice,
     checked_counts,
     checked_integer,
     checked_rank,
@@ -53,6 +54,11 @@ class LoraConfig(AdapterConfig):
         "Whether A is trained. False is LoRA-FA (arXiv 2308.03303): A stays as drawn, and x is not "
         "kept for the backward.",
     )
+    experts: str | None = option(
+        None,
+        "'own' adapts the stacked (3-D) expert weights of mixtures of experts as well: every "
+        "expert has an A and a B of its own. None leaves them untouched.",
+    )
     stack: Counts = option(
         (), "How many ranks each layer's stack has. rasa_ext.training.Boosting sets it."
     )
@@ -61,7 +67,13 @@ class LoraConfig(AdapterConfig):
         """Check every field and bring it into its canonical form."""
         stack = checked_counts("stack", self.stack)
         self._set(rank=checked_rank(self.rank), alpha=checked_alpha(self.alpha), stack=stack)
+        checked_choice("experts", self.experts, (None, "own"))
         super().__post_init__()
+
+    @property
+    def grouping_of_experts(self) -> str | None:
+        """Give the field ``experts``."""
+        return self.experts
 
     @property
     def scale(self) -> float:
@@ -69,11 +81,15 @@ class LoraConfig(AdapterConfig):
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def own(self, place: Place) -> dict[str, Tensor]:
-        """Make A (r, in) and B (out, r), and buffers for the stack; A is one if not trained."""
-        A = fresh_A(self.rank, place, self.adapter_dtype)
+        """Make A (r, in) and B (out, r), and buffers for the stack; A is one if not trained.
+
+        Of stacked experts A and B have these as their first dimension.
+        """
+        experts = (place.experts,) if place.experts else ()
+        A = fresh_A(self.rank, place, self.adapter_dtype, experts)
         own: dict[str, Tensor] = {
             "A": A if self.train_A else A.detach(),
-            "B": fresh_B(self.rank, place, self.adapter_dtype),
+            "B": fresh_B(self.rank, place, self.adapter_dtype, experts),
         }
         if count := dict(self.stack).get(place.name):
             own |= empty_stack(count, place, self.adapter_dtype)
@@ -82,8 +98,8 @@ class LoraConfig(AdapterConfig):
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
         """Give A and B with s for every rank, and the stack as its pool, at the same scale."""
         A, stack = own["A"], own.get("stack_A")
-        rank = A.shape[0] + (0 if stack is None else stack.shape[0])
-        d = A.new_full((rank,), self.scale)
+        rank = A.shape[-2] + (0 if stack is None else stack.shape[0])
+        d = A.new_full((*A.shape[:-2], rank), self.scale)
         return Factors(A, stack, own["B"], own.get("stack_B"), d)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from rasa_ext.base_layers.experts import banks_of
 from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.patching.grouping import Group, every_index, grouped
 from rasa_ext.patching.targets import Plan
@@ -93,9 +94,9 @@ def untouched(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[s
         return
     largest = sorted(sizes, key=lambda name: -sizes[name])
     shown = ", ".join(f"{name} {plan.untouched[name]}" for name in largest[:3])
-    how = " They are adapted with experts='shared', or 'slot' or 'layer'."
+    ways = "'own'" if isinstance(config, LoraConfig) else "'shared', or 'slot' or 'layer'"
     able = hasattr(config, "experts") and any(name in plan.untouched for name in banks_of(model))
     yield (
         f"{len(sizes)} weights of experts, {100 * share:.0f} % of the model's parameters, stay "
-        f"untouched, among them {shown}.{how if able else ''}"
+        f"untouched, among them {shown}.{f' They are adapted with experts={ways}.' if able else ''}"
     )

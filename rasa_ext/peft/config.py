@@ -85,7 +85,9 @@ class RasaConfig(PeftConfig):
     rank_pattern: dict[str, int] | None = _option(None, _HELP["rank_pattern"])
     rasa_gates: str | None = _option(None, _HELP["gates"])
     rasa_experts: str | None = _option(
-        None, f"{_HELP['experts']} Also taken under the name experts."
+        None,
+        f"{_HELP['experts']} Under lora 'own' gives each a pair of its own. Also taken under the "
+        "name experts.",
     )
     rasa_rslora: bool | None = _option(None, _HELP["rslora"])
     bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")

@@ -78,7 +78,7 @@ class FinetuneOptions:
     experts: str | None = _option(
         None,
         "Under rasa: slot, layer or shared adapts the stacked experts of a mixture of experts as "
-        "well, and says which of them share a pool.",
+        "well, and says which of them share a pool; under lora: own.",
     )
     alpha: float = _option(
         8.0,

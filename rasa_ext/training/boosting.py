@@ -16,7 +16,7 @@ from rasa_ext.methods.base import checked_integer, checked_number
 from rasa_ext.methods.boosted_pool import BoostedPoolConfig
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
-from rasa_ext.patching.state import adapted_layers, check_unmerged, patch_state
+from rasa_ext.patching.state import adapted_layers, check_no_experts, check_unmerged, patch_state
 from rasa_ext.training.callback import step_callback
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class Boosting:
                 "model: expected one patched with LoraConfig(train_A=True) or BoostedPoolConfig, "
                 f"got {type(config).__name__}."
             )
+        check_no_experts(model, "Boosting")
         names = [name for name, _ in adapted_layers(model)]
         if checked_integer("steps", steps) < 1:
             raise ValueError(f"steps: expected an integer >= 1, got {steps}.")

@@ -183,7 +183,7 @@ def test_closed_altogether(common, tmp_path):
             {"target_modules": "lm_head"},
             "target_modules: expected layers other than the out",
         ),
-        ("lora", {"experts": "slot"}, "experts: expected none with the method 'lora', got 'slot'"),
+        ("lora", {"experts": "slot"}, "experts: expected None or 'own', got 'slot'"),
         ("rasa", {"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
         ("rasa", {"experts": "slot"}, "experts: expected a model with stacked experts"),
         ("lora", {"k": 0}, "k: expected none with the method 'lora', got 0"),
