@@ -105,6 +105,22 @@ def computes_linear(module: LinearLayer) -> bool:
         return False
 
 
+def check_weight_is_stored(name: str, base: nn.Module) -> None:
+    """Raise ValueError where a linear layer makes its weight of other tensors, time and again.
+
+    So do weight_norm, spectral_norm and pruning of torch, and whatever is parametrized: what is
+    added to the weight would be gone with the next forward.
+    """
+    if base._parameters.get("weight") is None:
+        raise ValueError(
+            f"model: the weight of {name!r} is made anew of other tensors ("
+            f"{', '.join(key for key, _ in base.named_parameters() if key != 'bias')}), so that "
+            "nothing can be merged into it; make it a plain one before patching, such as with "
+            "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or keep the "
+            "adapter unmerged."
+        )
+
+
 @functools.cache
 def read_directly(parent: type[nn.Module]) -> frozenset[str]:
     """Name the children of a class whose ``weight`` its forward computes with by itself.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rasa_ext import ops
 from rasa_ext.base_layers.experts import is_transposed
+from rasa_ext.base_layers.linear import check_weight_is_stored
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.sharded import check_base_whole
 from rasa_ext.nn.rasa import RasaLinear
@@ -133,8 +134,8 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool 
 
     Raises:
         TypeError, ValueError: ``dtype`` is no float dtype, or no adapted layer is quantized.
-        ValueError: a merged weight would not be finite, or a weight is shared with another module
-            or sharded over processes. No layer is then merged.
+        ValueError: a merged weight would not be finite, or a weight is shared with another module,
+            sharded over processes or parametrized. No layer is then merged.
         RuntimeError: a CUDA graph is being captured, a quantized weight cannot be read, or the call
             stands inside of ``disable_adapter``.
 
@@ -440,6 +441,8 @@ def _check_not_shared(model: nn.Module, parts: list[Part]) -> None:
     for part in parts:
         if part.expert:
             continue
+        if not part.bank:
+            check_weight_is_stored(part.name, part.base)
         # A module registered under several names is one layer; only other modules count.
         others = [
             other

@@ -17,7 +17,13 @@ from peft.utils.other import (
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import Bank, bank_shape
-from rasa_ext.base_layers.linear import LinearLayer, is_conv1d, is_linear, linear_shape
+from rasa_ext.base_layers.linear import (
+    LinearLayer,
+    check_weight_is_stored,
+    is_conv1d,
+    is_linear,
+    linear_shape,
+)
 from rasa_ext.base_layers.quantized import (
     check_not_repacked,
     disable_cpu_repacking,
@@ -313,7 +319,7 @@ class RasaModel(BaseTuner):
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
         """Merge as PEFT does, but with ``safe_merge`` look at every layer before the first."""
-        self._check_safe_merge(safe_merge, adapter_names)
+        self._check_merge(safe_merge, adapter_names)
         with self._telling(stacklevel=2):
             super().merge_adapter(adapter_names=adapter_names)
 
@@ -324,7 +330,8 @@ class RasaModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        self._check_safe_merge(merge and safe_merge, adapter_names)
+        if merge:
+            self._check_merge(safe_merge, adapter_names)
         with self._telling(stacklevel=3):
             super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
@@ -349,7 +356,10 @@ class RasaModel(BaseTuner):
             [each.dequantized for each in layers if each.dequantized is not None], stacklevel + 2
         )
 
-    def _check_safe_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, RasaPeftLinear) and format_of(module.base_layer) is None:
+                check_weight_is_stored(name, module.base_layer)
         if safe_merge:
             for owner in self.owners():
                 owner.check_merge(adapter_names)

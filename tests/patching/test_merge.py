@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import rasa_ext
 from tests.helpers import oracle
@@ -311,3 +312,33 @@ def test_merging_leaves_a_copy_alone():
     rasa_ext.merge(model)
     before.assert_unchanged()
     assert not any(layer.merged for layer in adapted_layers(twin).values())
+
+
+MADE_ANEW = {
+    "weight_norm, by hooks": torch.nn.utils.weight_norm,
+    "spectral_norm, by hooks": torch.nn.utils.spectral_norm,
+    "weight_norm": parametrizations.weight_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    "pruned": lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
+}
+
+
+@pytest.mark.parametrize("kind", MADE_ANEW)
+def test_a_weight_that_is_made_of_others_takes_no_merge(kind):
+    """It adapts, and trains; a merge would be gone with the next forward."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    MADE_ANEW[kind](model[2])
+    x = torch.randn(3, 6)
+    expected = model.eval()(x).detach()
+    rasa_ext.patch_model(model, 2, 0)
+    assert same_bits(model(x).detach(), expected)
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            parameter.normal_()
+    adapted = model(x).detach()
+    assert not torch.equal(adapted, expected)
+    for call in (rasa_ext.merge, rasa_ext.merge_and_unload):
+        said = r"the weight of '2' is made anew of other tensors \(.*weight.*\), so that noth"
+        with pytest.raises(ValueError, match=said):
+            call(model)
+        assert same_bits(model(x).detach(), adapted)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch import nn
 
 from rasa_ext.peft import RasaConfig
 from tests.helpers import models, oracle
@@ -164,6 +166,21 @@ def test_safe_merge_looks_before_it_merges(call):
     assert after.keys() == before.keys()
     assert all(same_bits(after[k], before[k]) for k in before if not k.endswith("rasa_d.default"))
     assert not any(layer.merged for layer in layers(model).values())
+
+
+@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
+def test_a_weight_that_is_made_of_others_takes_no_merge(call):
+    """Nor do the layers before it."""
+    base = nn.Sequential(OrderedDict(up=nn.Linear(6, 6), down=nn.Linear(6, 6)))
+    torch.nn.utils.parametrizations.weight_norm(base.down)
+    config = RasaConfig(r=2, rasa_k=0, target_modules=["up", "down"], init_weights=False)
+    model = get_peft_model(base, config).eval()
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        expected = model(x)
+        with pytest.raises(ValueError, match="weight of 'down' is made anew of other tensors"):
+            getattr(model, call)()
+        assert same_bits(model(x), expected)
 
 
 def test_safe_merge_of_a_sound_adapter_is_a_merge():
