@@ -23,7 +23,6 @@ _MERGE = "merge it with PEFT's merge_and_unload instead, and use `rasa-ext compr
 _VARIANTS = (
     "use_dora",
     "lora_bias",
-    "target_parameters",
     "layer_replication",
     "alora_invocation_tokens",
     "use_qalora",
@@ -112,6 +111,14 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
                 f"{where}: expected a plain LoRA, but adapter_config.json has {name} "
                 f"{config[name]!r}; {_MERGE}."
             )
+    # Weights of linear layers may be named as parameters; PEFT calls stacked ones otherwise.
+    stacked = [each for each in config.get("target_parameters") or () if each[-7:] != ".weight"]
+    if stacked:
+        raise ValueError(
+            f"{where}: expected a LoRA of linear layers, but it changes stacked experts as well "
+            f"({', '.join(stacked[:3])}), which nothing makes an adapter of; merge it with PEFT's "
+            "merge_and_unload instead."
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(
             f"{where}: expected bias 'none', got {config['bias']!r}, and an adapter has no place "

@@ -67,6 +67,7 @@ def stack_experts(
     banks = list(_banks_in(model, tensors))
     if not banks:
         return config, dict(tensors)
+    _check_no_router({bank.path for bank in banks}, tensors, where)
     groups: dict[tuple[str, tuple[str, ...]], list[_Bank]] = {}
     for bank in banks:
         groups.setdefault(bank.group, []).append(bank)
@@ -111,6 +112,18 @@ def _banks_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[_Bank
             }
             if parts:
                 yield _Bank(f"{path}.{name}", there, shape, parts)
+
+
+def _check_no_router(experts: set[str], tensors: Mapping[str, Tensor], where: str) -> None:
+    """ValueError where the file adapts what chooses the experts as well."""
+    for name in (match["name"] for match in map(_LAYER.match, tensors) if match):
+        parent, _, last = name.rpartition(".")
+        if last == "gate" and f"{parent}.experts" in experts:
+            raise ValueError(
+                f"{where}: the file adapts {name!r}, the router of experts, which is no linear "
+                "layer in transformers 5, so that nothing can take it here; merge this adapter "
+                "where it was trained, or train one that leaves gate out of its target_modules."
+            )
 
 
 def _check(

@@ -135,10 +135,10 @@ def make_plan(
             _check_weight(name, linears[name])
             shapes[name] = linear_shape(linears[name])
     if banks and not stacks:
+        first = next(iter(banks))
         raise ValueError(
-            f"experts: expected target_modules that name stacked weights, such as "
-            f"{next(iter(banks))!r}, but {config.target_modules!r} names none; add them, or leave "
-            "out experts."
+            f"experts: expected stacked weights to adapt, but every one is left out, such as "
+            f"{first!r}: {skipped[first]}; change that, or leave out experts."
         )
     check_not_adapted(tokens, chosen)
     check_groups(config.layer_groups, chosen)

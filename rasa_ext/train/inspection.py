@@ -119,7 +119,7 @@ def read_adapter(directory: Path) -> AdapterContents:
         groups=groups,
         other={key: shape for key, shape in shapes.items() if key not in used},
         not_finite=tuple(not_finite(tensors)),
-        parameters=sum(_count(shape) for shape in shapes.values()),
+        parameters=sum(_count(shape) for key, shape in shapes.items() if not _integers(key)),
         file_bytes=path.stat().st_size,
     )
 
@@ -174,6 +174,11 @@ def _mean_rank(layers: Sequence[LayerAnalysis]) -> float:
 _PARTS = ("A", "B", "d", "m", "norms", "slots", "stack_A", "stack_B", "pool_A", "pool_B", "pool_m")
 
 
+def _integers(key: str) -> bool:
+    """Tell which ranks of a pool a layer reads: numbers that are not trained."""
+    return key.endswith(".rasa_slots")
+
+
 def _groups(
     shapes: dict[str, tuple[int, ...]], experts: str | None, chosen: Groups
 ) -> tuple[list[AdapterGroup], set[str]]:
@@ -195,7 +200,7 @@ def _groups(
         first = f"{PREFIX}{group.names[0]}"
         private = shapes[f"{first}.rasa_A"][-2]
         pooled = shapes.get(f"{first}.rasa_pool_A", (0, 0))[-2]
-        count = sum(_count(shapes[key]) for key in keys)
+        count = sum(_count(shapes[key]) for key in keys if not _integers(key))
         sizes = len(group.names), group.shape, private, pooled, count, group.experts
         groups.append(AdapterGroup(group.pattern, *sizes))
     return groups, used

@@ -239,6 +239,20 @@ def test_strict(change, named, tmp_path):
     before.assert_unchanged()
 
 
+def test_a_file_that_adapts_the_router(tmp_path):
+    """To transformers 4 it was a linear layer."""
+    found = official("mixtral", 1, EVERY["mixtral"])
+    like = found["model.layers.0.self_attn.q_proj"]
+    router = {"model.layers.0.block_sparse_moe.gate": like, **found}
+    write(tmp_path, router, 1, ["q_proj", "gate", "w1", "w2", "w3"])
+    model = copy.deepcopy(base("mixtral"))
+    before = Snapshot(model)
+    said = r"adapts 'model\.layers\.0\.block_sparse_moe\.gate', the router .*merge this adapter wh"
+    with pytest.raises(ValueError, match=said):
+        rasa_ext.load_official(model, tmp_path)
+    before.assert_unchanged()
+
+
 def test_a_model_of_other_sizes(tmp_path):
     write(tmp_path, official("mixtral", 1, ["w1", "w2", "w3"]), 1, ["q_proj", "w1", "w2", "w3"])
     model = build("mixtral", num_local_experts=EXPERTS + 1)

@@ -144,7 +144,14 @@ def test_a_grouping_that_is_none(value):
     ("options", "said"),
     [
         ({"target_modules": ["gate_up_proj"]}, "target_modules: 'gate_up_proj' names stacked"),
-        ({"target_modules": ["q_proj"], "experts": "slot"}, "experts: expected target_modules"),
+        (
+            {"target_modules": ["q_proj"], "experts": "slot"},
+            "experts: expected stacked weights .* left out, .*: not named by target_modules",
+        ),
+        (
+            {"modules_to_save": ["experts"], "experts": "slot"},
+            "experts: .* left out, .*: trained in full, named by modules_to_save",
+        ),
         (
             {
                 "target_modules": ["down_proj"],

@@ -13,7 +13,7 @@ from tests.helpers.expert_files import RANK, adapted, banks, build, logits
 from tests.helpers.experts import HIDDEN
 from tests.helpers.refusals import Snapshot
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*stacked.*untouched", "ignore:.*SGLang")
+pytestmark = pytest.mark.filterwarnings("ignore:.*stay untouched", "ignore:.*SGLang")
 
 base = functools.cache(build)
 BANK = "model.layers.0.mlp.experts.gate_up_proj"
@@ -78,13 +78,16 @@ def test_import_lora_refuses_experts(layout, tmp_path):
     rasa_ext.export_lora(adapted(base("mixtral"), "shared", RANK), tmp_path, experts=layout)
     model = copy.deepcopy(base("mixtral"))
     before = Snapshot(model)
-    with pytest.raises(ValueError, match=r"target_parameters|experts"):
+    said = r"stacked experts as well .*merge_and_unload instead\.$"
+    with pytest.raises(ValueError, match=said if layout == "peft" else "experts"):
         rasa_ext.import_lora(model, tmp_path)
     before.assert_unchanged()
 
 
-def test_import_lora_of_linear_layers(tmp_path):
-    plain = base("mixtral")
+@pytest.mark.parametrize(("family", "beside"), [("mixtral", False), ("deepseek_v3", True)])
+def test_import_lora_of_linear_layers(family, beside, tmp_path):
+    """Also where some stand in target_parameters."""
+    plain = base(family, beside=beside)
     model = rasa_ext.patch_model(copy.deepcopy(plain), RANK, 1)
     with torch.no_grad():
         for parameter in rasa_ext.adapter_parameters(model):

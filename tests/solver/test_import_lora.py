@@ -186,7 +186,6 @@ def test_no_out_x_in_matrix_is_formed(tmp_path):
 VARIANTS = {
     "use_dora": True,
     "lora_bias": True,
-    "target_parameters": ["experts.gate_up_proj"],
     "layer_replication": [[0, 2], [1, 3]],
     "alora_invocation_tokens": [1, 2],
     "use_qalora": True,

@@ -142,4 +142,8 @@ def test_import_official(places, tmp_path):
     write(tmp_path / "official", found, 1, ["q_proj", "w1", "w2", "w3"], dtype="float32")
     invoke("import-official", tmp_path / "official", "--model", places["base"], "--output",
            tmp_path / "ours")  # fmt: skip
-    assert_loaded(rasa_ext.load_adapter(load(places["base"]), tmp_path / "ours"), "mixtral", found)
+    model = rasa_ext.load_adapter(load(places["base"]), tmp_path / "ours")
+    assert_loaded(model, "mixtral", found)
+    trained = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
+    contents = read_adapter(tmp_path / "ours")  # which has the integers "slots" beside
+    assert contents.parameters == trained == sum(group.parameters for group in contents.groups)
