@@ -136,7 +136,6 @@ def expert_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
     dimensions as well, also in embeddings.
     """
     modules = dict(model.named_modules())
-    tables = [m for m in (_input_embedding(each) for each in modules.values()) if m is not None]
     found: dict[str, tuple[int, ...]] = {}
     for path, module in modules.items():
         usual = type(module).__module__.startswith("torch.nn")
@@ -147,7 +146,7 @@ def expert_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
             if isinstance(parameter, nn.parameter.UninitializedParameter) or key.endswith("bias"):
                 continue
             stacked = parameter.dim() == 3 and min(parameter.shape) > 1 and not usual
-            if stacked or (beside and parameter.dim() > 1 and module not in tables):
+            if stacked or (beside and parameter.dim() > 1):
                 found[f"{path}.{key}".lstrip(".")] = tuple(parameter.shape)
     return found
 
@@ -155,11 +154,3 @@ def expert_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
 def _knows_experts(module: nn.Module) -> bool:
     """Tell whether a module has anything that is named after experts, such as their number."""
     return any("expert" in key for key in (*vars(module), *module._modules))
-
-
-def _input_embedding(module: Any) -> nn.Module | None:
-    try:
-        found: nn.Module = module.get_input_embeddings()
-    except (AttributeError, TypeError, NotImplementedError):
-        return None
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -152,7 +153,7 @@ def make_plan(
         for name, shape in expert_weights(model).items()
         if name not in stacks and name not in skipped and not name.startswith(trained)
     }
-    adaptable = banks_of(model) if hasattr(config, "experts") else {}
+    adaptable = adaptable_banks(model, config)
     for name, shape in untouched.items():
         how = "the argument experts adapts them" if name in adaptable else "no linear layer"
         skipped[name] = f"weights of shape {shape}: {how}"
@@ -174,6 +175,16 @@ def _banks(
             f"transformers 5 do, found none{others}; leave out experts."
         )
     return banks
+
+
+def adaptable_banks(model: nn.Module, config: AdapterConfig) -> set[str]:
+    """Name the stacked weights that the argument ``experts`` would adapt."""
+    found = set()
+    for name, bank in banks_of(model).items() if hasattr(config, "experts") else ():
+        with contextlib.suppress(TypeError, ValueError):
+            check_bank(name, bank)
+            found.add(name)
+    return found
 
 
 def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
@@ -295,7 +306,7 @@ def _left_out(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str,
     """Find the layers that are adapted only where they are named, with the reason."""
     routers = routers_of(model)
     inside = tuple(f"{name}." for name in routers)
-    reason = "a router of experts, adapted if target_modules names it"
+    reason = "a router or gate of experts, adapted if target_modules names it"
     chosen = {name: reason for name in linears if name in routers or name.startswith(inside)}
     return {**chosen, **_heads(model, linears)}
 

@@ -203,6 +203,11 @@ def test_weights_that_cannot_be_adapted(change, said):
     change(list(experts.experts_of(model).values())[1])
     where = r"^experts: 'model\.layers\.1\.mlp\.experts\."
     refused(lambda: rasa_ext.patch_model(model, 3, 1, experts="slot"), model, where, said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        skipped = rasa_ext.summary(rasa_ext.patch_model(model, 3, 1)).skipped
+    advised = [name for name, reason in skipped.items() if "the argument experts" in reason]
+    assert 2 <= len(advised) < 4  # not of what it would refuse
 
 
 def test_sharded_weights():
