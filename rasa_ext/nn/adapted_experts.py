@@ -18,7 +18,7 @@ from rasa_ext.base_layers.experts import (
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.pack_cache import PackCache
 from rasa_ext.nn.precision import HALVES, is_sharing
-from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank, low_rank_rows
+from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank
 from rasa_ext.ops import Factors
 
 
@@ -147,7 +147,7 @@ class AdaptedExperts(AdaptedModule):
         else:
             Ap, Bp = self._packed(name, adapter, x.dtype, x.device)
             if Ap.shape[1]:
-                U = low_rank_rows(rows, Ap, routing)
+                U = ops.experts_linear(rows, Ap.transpose(1, 2), routing.offsets)
                 y += ops.experts_linear(U, Bp, routing.offsets)
         return y, _pooled(factors, x)
 

@@ -159,7 +159,8 @@ class _LowRank(Function):
         ctx.routing, ctx.by_token = routing, by_token
         ctx.multiple = ops.experts_rank_multiple(x.dtype)
         Ap, Bp = ops.pack_experts(A, A_pool, B, B_pool, d, x.dtype, ctx.multiple)
-        U = low_rank_rows(_pairs(x, routing) if by_token else x, Ap, routing)
+        rows = _pairs(x, routing) if by_token else x
+        U = ops.experts_linear(rows, Ap.transpose(1, 2), routing.offsets)
         ctx.save_for_backward(x, U, A, A_pool, B, B_pool, d)
         return ops.experts_linear(U, Bp, routing.offsets)
 
@@ -216,8 +217,3 @@ def experts_low_rank(x: Tensor, factors: Factors, routing: Routing, by_token: bo
     """
     found: Tensor = _LowRank.apply(x, routing, by_token, *factors)
     return found
-
-
-def low_rank_rows(x: Tensor, Ap: Tensor, routing: Routing) -> Tensor:
-    """Compute U (S, Rp) of pairs x (S, in), from Ap (E, Rp, in); not differentiable."""
-    return ops.experts_linear(x, Ap.transpose(1, 2), routing.offsets)
