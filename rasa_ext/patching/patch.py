@@ -120,20 +120,23 @@ def patch_model(
 
 
 def check_unpatched(model: nn.Module) -> None:
-    """Raise ValueError where a model carries adapters already, which would be frozen."""
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    """Raise ValueError where a model carries RaSA layers already; warn of PEFT's, now frozen."""
+    modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
     for name, module in modules:
         if isinstance(module, RasaLinear | RasaExperts):
             raise ValueError(
                 f"model: expected an unpatched model, but {name!r} is a {type(module).__name__} "
                 "already; call rasa_ext.unpatch(model) or rasa_ext.merge_and_unload(model) first."
             )
-        if hasattr(module, "base_layer"):
-            raise ValueError(
-                f"model: expected a model without adapters, but {name!r} is adapted by PEFT "
-                f"({type(module).__name__}); call unload() or merge_and_unload() of the PEFT model "
-                "first, and patch what it returns."
+    for name, module in modules:
+        if hasattr(module, "base_layer") and any(p.requires_grad for p in module.parameters()):
+            warnings.warn(
+                f"model: {name!r} is adapted by PEFT ({type(module).__name__}), and patching "
+                "freezes that adapter; to train both, set requires_grad of its parameters after "
+                "patching, else call unload() or merge_and_unload() of the PEFT model first.",
+                stacklevel=4,
             )
+            return
 
 
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 from rasa_ext import methods
 from rasa_ext.checkpoint.writing import check_output
-from rasa_ext.train.checkpoints import checkpoints_in
 
 RECORD = "finetune.yaml"
 """The file in the output directory that holds the options of its run."""
@@ -230,6 +229,8 @@ class FinetuneOptions:
 
     def _check_output(self) -> None:
         """Raise where the output is no place for this run."""
+        from rasa_ext.train.checkpoints import checkpoints_in  # needs torch, as help does not
+
         output = Path(self.output)
         if self.resume and self.overwrite:
             raise ValueError("overwrite: expected it without resume, which goes on with a run.")

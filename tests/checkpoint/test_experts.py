@@ -93,7 +93,7 @@ def test_one_bank_alone(tmp_path):
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        (lambda: experts.model(num_local_experts=6), r"gate_up_proj\.rasa_A"),
+        (lambda: experts.model(num_local_experts=6), r"gate_up_proj\.rasa_"),
         (lambda: experts.model(num_hidden_layers=3), r"gate_up_proj\.rasa_"),
         (lambda: experts.patched(experts.model(), "shared"), "experts: 'shared', 'slot'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -101,15 +102,17 @@ def test_a_second_patch(options):
 
 
 def test_a_model_that_peft_has_adapted():
-    """Its LoRA would be frozen, and nobody told."""
+    """Its LoRA is frozen, which a warning tells."""
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
     model = peft.get_peft_model(LLAMA.build(), settings)
     trained = [p for p in model.parameters() if p.requires_grad]
-    with pytest.raises(ValueError, match=r"model: .*q_proj' is adapted by PEFT \(Linear\)"):
-        rasa_ext.patch_model(model)
-    assert all(p.requires_grad for p in trained)
-    rasa_ext.patch_model(model.merge_and_unload())
+    with pytest.warns(UserWarning, match=r"model: .*q_proj' is adapted by PEFT \(Linear\)"):
+        rasa_ext.patch_model(model, target_modules=["k_proj"])
+    assert not any(p.requires_grad for p in trained)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".* is adapted by PEFT")
+        rasa_ext.patch_model(peft.get_peft_model(LLAMA.build(), settings).unload())
 
 
 @pytest.mark.parametrize("given", ["q_proj", "all_linear", "q_proj,v_proj"])
