@@ -12,7 +12,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +30,9 @@ from rasa_ext.checkpoint.adapter_card import adapter_card
 from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.files import (
     PREFIX,
-    WEIGHTS,
     check_finite,
     check_tensors,
-    read_config,
-    read_tensors,
+    read_adapter,
     write_adapter,
 )
 from rasa_ext.checkpoint.hub import located
@@ -145,9 +142,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         True
     """
     directory = located(directory)
-    config = read_method(read_config(directory))
-    tensors = read_tensors(Path(directory) / WEIGHTS)
-    return load_tensors_into(model, config, tensors, str(directory))
+    config, tensors = read_adapter(directory)
+    return load_tensors_into(model, read_method(config), tensors, str(directory))
 
 
 def load_tensors_into(

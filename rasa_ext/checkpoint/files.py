@@ -6,8 +6,8 @@ import ctypes
 import hashlib
 import json
 import os
-import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rasa_ext.checkpoint.card import card_file
-from rasa_ext.checkpoint.writing import made, writing
+from rasa_ext.checkpoint.writing import INSIDE, OLD, new_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -39,9 +39,8 @@ def write_adapter(
 ) -> None:
     """Write the files of an adapter directory, or leave all of them as they were.
 
-    Each is written beside its place and flushed to disk before the first is moved there, and
-    whatever fails until then, or in the moves, brings back the old ones. Where the system refuses,
-    the error is a `WriteError`. A ``card`` is written as `card_file` has it.
+    They are flushed to disk before the first moves to its place, as `new_folder` has it. Where the
+    system refuses, the error is a `WriteError`. A ``card`` is written as `card_file` has it.
     """
     directory = Path(directory)
     texts = {CONFIG: json.dumps(dict(config), indent=2) + "\n", **card_file(directory, card)}
@@ -49,49 +48,13 @@ def write_adapter(
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
         for name, t in tensors.items()
     }
-    there = (directory / WEIGHTS).exists()
-    whole = "the adapter that is there is whole" if there else "nothing was left there"
-    with writing(directory, whole), made(directory):
-        _write_together(directory, ready, texts)
-
-
-def _write_together(
-    directory: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]
-) -> None:
-    names = (WEIGHTS, *texts)
-    new = {name: directory / f".{name}.new" for name in names}
-    old = {name: directory / f".{name}.old" for name in names}
-    try:
-        _save(tensors, new[WEIGHTS])
+    with new_folder(directory, stale=()) as folder:
+        _save(ready, folder / WEIGHTS)
         for name, text in texts.items():
-            new[name].write_text(text, encoding="utf-8", newline="\n")
-        # Some releases of safetensors write files that only their owner may read.
-        os.chmod(new[WEIGHTS], new[CONFIG].stat().st_mode)
-        for name in names:
-            with open(new[name], "rb+") as file:
+            (folder / name).write_text(text, encoding="utf-8", newline="\n")
+        for path in folder.iterdir():
+            with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-            old[name].unlink(missing_ok=True)
-            if (directory / name).exists():
-                os.link(directory / name, old[name])
-        _move_together(directory, new, old)
-    finally:
-        for path in (*new.values(), *old.values()):
-            path.unlink(missing_ok=True)
-
-
-def _move_together(directory: Path, new: Mapping[str, Path], old: Mapping[str, Path]) -> None:
-    begun = []
-    try:
-        for name, path in new.items():
-            begun.append(name)
-            os.replace(path, directory / name)
-    except BaseException:
-        for name in begun:
-            if old[name].exists():
-                os.rename(old[name], directory / name)
-            else:
-                (directory / name).unlink(missing_ok=True)
-        raise
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -117,19 +80,52 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.write(header.replace(second + b"," + first, first + b"," + second))
 
 
+def file_in(directory: str | os.PathLike[str], name: str) -> Path:
+    """Give the path of an adapter's file: of the old one, where a save was killed half done."""
+    directory = Path(directory)
+    if not (directory / CONFIG).exists():
+        for old in directory.glob(f".{INSIDE}.*.part/{OLD}"):
+            if (old / CONFIG).is_file() and (old / name).is_file():
+                return old / name
+    return directory / name
+
+
+def read_adapter(
+    directory: str | os.PathLike[str],
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of one version, whatever is saved there meanwhile.
+
+    FileNotFoundError or ValueError, with the path, where a file is missing or damaged.
+    """
+    while True:
+        path, text = _config_text(directory)
+        config = _parsed(path, text)
+        tensors = read_either(file_in(directory, WEIGHTS).parent)
+        if _config_text(directory)[1] == text:
+            return config, tensors
+
+
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The content of ``adapter_config.json``; FileNotFoundError or ValueError with the path."""
-    path = Path(directory) / CONFIG
+    return _parsed(*_config_text(directory))
+
+
+def _config_text(directory: str | os.PathLike[str]) -> tuple[Path, bytes]:
     if Path(directory).is_file():
         raise FileNotFoundError(
             f"directory: expected an adapter's directory, got the file {directory}; pass "
             f"{Path(directory).parent}."
         )
+    path = file_in(directory, CONFIG)
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
+    return path, path.read_bytes()
+
+
+def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path}: damaged or cut, since it does not parse as JSON ({error}); {_ANOTHER_COPY}."
         ) from None
@@ -171,15 +167,21 @@ def read_either(directory: Path) -> dict[str, Tensor]:
     path = directory / PICKLE
     if (directory / WEIGHTS).is_file() or not path.is_file():
         return read_tensors(directory / WEIGHTS)
-    try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{path}: refused, since it holds more than tensors or is damaged, and reading it "
-            "could run code; ask its author for a safetensors file. "
-            f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        ) from None
-    if not isinstance(data, dict) or not all(isinstance(t, Tensor) for t in data.values()):
+    with open(path, "rb") as file:
+        try:
+            if zipfile.is_zipfile(file) and (bad := zipfile.ZipFile(file).testzip()):
+                raise ValueError(f"its entry {bad} has another checksum")
+            file.seek(0)
+            data = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes may raise anything
+            raise ValueError(
+                f"{path}: refused, since it holds more than tensors or is damaged, and reading it "
+                "could run code; ask its author for a safetensors file. "
+                f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+            ) from None
+    if not isinstance(data, dict) or not all(
+        isinstance(key, str) and isinstance(t, Tensor) for key, t in data.items()
+    ):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(data).__name__}.")
     return data
 

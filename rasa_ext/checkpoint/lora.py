@@ -7,12 +7,11 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rasa_ext.checkpoint.files import PREFIX, check_finite, read_config, read_either
+from rasa_ext.checkpoint.files import PREFIX, check_finite, read_adapter
 from rasa_ext.methods.base import LORA_SET
 from rasa_ext.patching.tokens import ROWS
 
@@ -67,11 +66,10 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
         FileNotFoundError, ValueError: a file is missing, unsafe or damaged, or holds what is not a
             plain LoRA of linear layers; the message says what to do.
     """
-    config = read_config(directory)
+    config, tensors = read_adapter(directory)
     _check_config(config, str(directory))
     parts: dict[str, dict[str, Tensor]] = {}
     saved, rows = {}, {}
-    tensors = read_either(Path(directory))
     check_finite(tensors, str(directory))
     for key, tensor in tensors.items():
         match = _FACTOR.match(key)

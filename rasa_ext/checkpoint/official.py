@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import load_tensors_into
-from rasa_ext.checkpoint.files import PREFIX, read_config, read_either
+from rasa_ext.checkpoint.files import PREFIX, read_adapter
 from rasa_ext.checkpoint.official_experts import kind_of, stack_experts
 from rasa_ext.config import RasaConfig
 from rasa_ext.patching.state import is_patched, patch_state, unwrap
@@ -56,8 +55,8 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
         >>> model = rasa_ext.load_official(model, "checkpoint")
         >>> rasa_ext.save_adapter(model, "adapter")  # in this package's format
     """
-    config = RasaConfig.from_dict(read_config(directory))
-    found = read_either(Path(directory))
+    settings, found = read_adapter(directory)
+    config = RasaConfig.from_dict(settings)
     config, found = stack_experts(unwrap(model), config, found, str(directory))
     plan = patch_state(model).plan if is_patched(model) else make_plan(model, config)
     owners = [f"{PREFIX}{group.names[0]}" for group in plan.groups]

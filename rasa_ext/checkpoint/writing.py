@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import os
 import re
 import shutil
@@ -13,6 +15,12 @@ from pathlib import Path
 
 STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 """A model's weights: those of an earlier one must not stay beside a new one's."""
+
+INSIDE, OLD = "saving", "old"
+"""Names of a temporary folder within the folder that it is for, and of the files' that leave it."""
+
+_CONFIGS = ("adapter_config.json", "config.json")
+"""Without its configuration a folder is read by no reader."""
 
 _ANOTHER = "choose another folder"
 _REASONS = {
@@ -136,42 +144,114 @@ def _refused(path: Path, number: int, whole: str) -> WriteError:
 
 
 @contextlib.contextmanager
-def new_folder(output: Path, whole: str, stale: tuple[str, ...] = STALE) -> Iterator[Path]:
+def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) -> Iterator[Path]:
     """Give a temporary folder whose files become those of ``output`` if all within succeeds.
 
-    A new folder appears by one rename. In one that is there already the files move one by one,
-    each by a rename; old files of the patterns ``stale`` go, by default weights of an earlier
-    model, and what else it holds stays. After an error before that the temporary folder is gone
-    and ``output`` as it was. Files have the mode that the umask gives, which not every release of
-    safetensors respects.
+    A new folder appears by one rename. In one that is there already the files change places with
+    the old ones of their names, and old files of the patterns ``stale`` go, by default weights of
+    an earlier model; what else it holds stays. After an error ``output`` is as it was. Whenever the
+    process is killed, a folder has all its old files, or all the new ones, or no configuration:
+    then the old ones are in the temporary folder, and the next save puts them back first.
+
+    The temporary folder is new, and so no link that lies in ``output`` is written through. Files
+    have the mode that the umask gives, which not every release of safetensors respects.
 
     Raises `WriteError`; ``whole`` tells, as a clause, what is whole beside ``output``.
     """
     fresh = not output.exists()
-    whole += ", and nothing was left there" if fresh else ", and so is what was there"
-    parent = output.parent if fresh else output
-    with writing(output, whole), made(parent):
-        temporary = parent / f".{output.name}.{uuid.uuid4().hex[:8]}.part"
-        temporary.mkdir()
+    left = "nothing was left there" if fresh else "what was there is whole"
+    parent, name = (output.parent, output.name) if fresh else (output, INSIDE)
+    temporary = parent / f".{name}.{uuid.uuid4().hex}.part"
+    with (
+        writing(output, f"{whole}, and {left}" if whole else left),
+        made(parent),
+        contextlib.ExitStack() as living,
+    ):
+        with _locked(parent):
+            temporary.mkdir()
+            living.enter_context(_locked(temporary))  # it tells that this process lives
         try:
             yield temporary
             _give_usual_modes(temporary)
-            if fresh:
-                temporary.rename(output)
-            else:
-                _move_into(temporary, output, stale)
+            with _locked(parent):
+                _clear(parent, name, output)
+                _put(temporary, output, stale)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not (temporary / OLD).exists():
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _move_into(source: Path, target: Path, stale: tuple[str, ...]) -> None:
-    names = {path.name for path in source.iterdir()}
-    for path in sorted(source.iterdir()):
+@contextlib.contextmanager
+def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
+    """Hold the system's lock on a folder, which ends with the process; give whether it is held.
+
+    Some file systems have no locks.
+    """
+    with contextlib.ExitStack() as stack:
+        held = False
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, how)
+            stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # for forked processes, too
+            held = True
+        yield held
+
+
+def _clear(parent: Path, name: str, output: Path) -> None:
+    """Remove temporary folders of killed processes; files of ``output`` in them go back first."""
+    for part in parent.glob(f".{glob.escape(name)}.*.part"):
+        if part.is_symlink() or (part / OLD).is_symlink():
+            continue
+        with _locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB) as dead:
+            if dead:
+                if {path.name for path in part.iterdir()} > {OLD}:  # it was not done
+                    _put_back(part / OLD, output)
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def _put(source: Path, target: Path, stale: tuple[str, ...]) -> None:
+    """Make the files of a folder those of ``target``."""
+    if source.parent == target:
+        return _exchange(source, target, stale)
+    try:
+        source.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        with _locked(target):  # another process has made it meanwhile
+            _exchange(source, target, stale)
+
+
+def _exchange(source: Path, target: Path, stale: tuple[str, ...]) -> None:
+    """Let new files and old ones change places: the old configuration first, the new one last."""
+    new, old = _in_order(source), source / OLD
+    leaving = [target / path.name for path in reversed(new)]
+    leaving += [path for pattern in stale for path in target.glob(pattern)]
+    old.mkdir()
+    try:
+        for path in dict.fromkeys(leaving):
+            if path.is_symlink() or path.is_file():
+                os.replace(path, old / path.name)
+        for path in new:
+            os.replace(path, target / path.name)
+    except BaseException:
+        for path in new:
+            if not path.exists():
+                os.replace(target / path.name, path)
+        _put_back(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path, target: Path) -> None:
+    for path in _in_order(old):
         os.replace(path, target / path.name)
-    for pattern in stale:
-        for path in target.glob(pattern):
-            if path.name not in names:
-                path.unlink()
+    old.rmdir()
+
+
+def _in_order(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda path: (path.name in _CONFIGS, path.name))
 
 
 def _give_usual_modes(folder: Path) -> None:

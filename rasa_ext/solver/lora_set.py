@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,11 +14,9 @@ from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_tensors_into, own_key
 from rasa_ext.checkpoint.files import (
     PREFIX,
-    WEIGHTS,
     check_finite,
     check_tensors,
-    read_config,
-    read_tensors,
+    read_adapter,
     write_adapter,
 )
 from rasa_ext.checkpoint.lora_file import plain_settings
@@ -94,13 +91,12 @@ class LoraSet:
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> LoraSet:
         """Read what ``save`` wrote; FileNotFoundError or ValueError, naming it, where it cannot."""
-        config, where = read_config(directory), str(directory)
+        (config, tensors), where = read_adapter(directory), str(directory)
         if (kind := config.get("peft_type")) != LORA_SET:
             raise ValueError(
                 f"{where}: expected what rasa_ext.compress_many or `rasa-ext compress-many` wrote, "
                 f"peft_type {LORA_SET!r} in adapter_config.json, got {kind!r}."
             )
-        tensors = read_tensors(Path(directory) / WEIGHTS)
         check_finite(tensors, where)
         names, rank = tuple(config["adapters"]), config["r"]
         layers = dict.fromkeys(key.rpartition(".")[0].removeprefix(PREFIX) for key in tensors)

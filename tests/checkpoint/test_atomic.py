@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import itertools
 import os
+import shutil
+import signal
+import traceback
+from collections.abc import Callable
 
 import pytest
+import torch
 
 import rasa_ext
+from rasa_ext.checkpoint import files
 from rasa_ext.checkpoint.writing import WriteError
-from tests.helpers.adapters import RANK, content, patched
+from rasa_ext.methods import LoraConfig
+from tests.helpers.adapters import RANK, content, patched, same_adapters
 from tests.helpers.file_limit import file_limit
 from tests.helpers.models import SEQUENTIAL
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -38,7 +47,7 @@ def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory
         WRITERS[writer](model, directory)
     assert content(directory) == before
     assert caught.value.errno == errno.EFBIG
-    for part in (str(directory), "too large", "the adapter that is there is whole", "ulimit -f"):
+    for part in (str(directory), "too large", "what was there is whole", "ulimit -f"):
         assert part in str(caught.value)
 
 
@@ -54,9 +63,10 @@ def test_all_files_may_be_read_by_whom_the_umask_lets(writer, saved):
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
-@pytest.mark.parametrize("call", [1, 2, 3])
+@pytest.mark.parametrize("call", range(1, 7))
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_failing_move_leaves_the_old_files(call, error, writer, saved, monkeypatch):
+    """Three files leave and three come."""
     directory, model = saved
     before, replace, calls = content(directory), os.replace, []
 
@@ -70,8 +80,146 @@ def test_a_failing_move_leaves_the_old_files(call, error, writer, saved, monkeyp
     with pytest.raises(type(error)):
         WRITERS[writer](model, directory)
     monkeypatch.undo()
-    assert len(calls) == call
+    assert len(calls) >= call
     assert content(directory) == before
+
+
+def forked(work: Callable[[], object]) -> int:
+    """A process that works and ends; its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def killed_at(call: int, work: Callable[[], object]) -> bool:
+    """Whether a process was killed before it made this call of those that change a folder."""
+
+    def patched_work():
+        calls = []
+        for module, name in ((os, "replace"), (os, "rename"), (os, "mkdir"), (shutil, "rmtree")):
+            setattr(module, name, counted(getattr(module, name), calls))
+        work()
+
+    def counted(function, calls):
+        def counting(*args, **kwargs):
+            calls.append(function)
+            if len(calls) == call:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return counting
+
+    return os.WIFSIGNALED(os.waitpid(forked(patched_work), 0)[1])
+
+
+def lora(alpha: float, seed: int):
+    """A LoRA whose scale is in its config alone."""
+    model = rasa_ext.patch_model(SEQUENTIAL.build(), config=LoraConfig(rank=2, alpha=alpha))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in rasa_ext.adapter_parameters(model):
+        parameter.data.normal_(generator=generator)
+    return model
+
+
+def outputs(model):
+    with torch.no_grad():
+        return SEQUENTIAL.loss(model, SEQUENTIAL.inputs(0))[0]
+
+
+def test_killed_at_any_moment_a_folder_loads_as_one_whole_version(tmp_path):
+    """Then a save succeeds, and clears what the killed one has left."""
+    old, new = lora(8.0, seed=1), lora(32.0, seed=2)
+    versions = {name: outputs(model) for name, model in (("old", old), ("new", new))}
+    assert not torch.allclose(*versions.values())
+    seen = []
+    for call in itertools.count(1):
+        folder = tmp_path / str(call)
+        rasa_ext.save_adapter(old, folder)
+        if not killed_at(call, lambda: rasa_ext.save_adapter(new, folder)):  # noqa: B023
+            break
+        found = outputs(rasa_ext.load_adapter(SEQUENTIAL.build(), folder))
+        now = [name for name, version in versions.items() if torch.equal(version, found)]
+        assert now, f"neither version, killed at call {call}"
+        seen += now
+        killed_at(call + 1, lambda: rasa_ext.save_adapter(old, folder))  # noqa: B023
+        rasa_ext.save_adapter(new, folder)
+        assert sorted(content(folder)) == ["README.md", CONFIG, WEIGHTS]
+        found = outputs(rasa_ext.load_adapter(SEQUENTIAL.build(), folder))
+        assert torch.equal(found, versions["new"])
+    assert seen == sorted(seen, reverse=True)  # and none goes back
+    assert set(seen) == {"old", "new"}
+
+
+def test_two_processes_that_save_into_one_folder_leave_a_whole_adapter(tmp_path):
+    models = [lora(8.0, seed=1), lora(32.0, seed=2)]
+    for trial in range(30):
+        folder, (ready, go) = tmp_path / str(trial % 3), os.pipe()
+
+        def save(model, folder=folder, ready=ready, go=go):
+            os.close(go)
+            os.read(ready, 1)  # until it is closed for both
+            rasa_ext.save_adapter(model, folder)
+
+        children = [forked(lambda model=model: save(model)) for model in models]
+        os.close(ready)
+        os.close(go)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+        found = outputs(rasa_ext.load_adapter(SEQUENTIAL.build(), folder))
+        assert any(torch.equal(outputs(model), found) for model in models)
+        assert sorted(content(folder)) == ["README.md", CONFIG, WEIGHTS]
+
+
+def test_a_save_while_an_adapter_is_read_gives_one_version(tmp_path, monkeypatch):
+    """The file of the tensors is read after that of the config."""
+    old, new = lora(8.0, seed=1), lora(32.0, seed=2)
+    rasa_ext.save_adapter(old, tmp_path)
+    read, saves = files.read_either, [new]
+
+    def meanwhile(folder):
+        if saves:
+            rasa_ext.save_adapter(saves.pop(), tmp_path)
+        return read(folder)
+
+    monkeypatch.setattr(files, "read_either", meanwhile)
+    found = rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
+    assert torch.equal(outputs(found), outputs(new))
+
+
+def refuse(*args, **kwargs):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("missing", [(os, "link"), (fcntl, "flock")], ids=["links", "locks"])
+def test_a_file_system_may_lack_links_and_locks(missing, saved, monkeypatch):
+    directory, model = saved
+    monkeypatch.setattr(*missing, refuse)
+    rasa_ext.save_adapter(model, directory)
+    assert sorted(content(directory)) == ["README.md", CONFIG, WEIGHTS]
+    assert same_adapters(model, rasa_ext.load_adapter(SEQUENTIAL.build(), directory))
+
+
+def test_a_save_follows_no_link_that_lies_in_its_folder(saved, tmp_path_factory):
+    directory, model = saved
+    outside = tmp_path_factory.mktemp("outside")
+    for name in ("adapter_model.safetensors", "kept"):
+        (outside / name).write_text("mine")
+    for name in (CONFIG, WEIGHTS, "README.md"):
+        for kind in ("new", "old"):
+            (directory / f".{name}.{kind}").symlink_to(outside / "kept")
+    (directory / CONFIG).unlink()
+    (directory / ".saving.1.part").symlink_to(outside)
+    (directory / ".saving.2.part").mkdir()
+    (directory / ".saving.2.part" / "new").touch()
+    (directory / ".saving.2.part" / "old").symlink_to(outside)
+    rasa_ext.save_adapter(model, directory)
+    assert content(outside) == {"adapter_model.safetensors": b"mine", "kept": b"mine"}
+    assert not any((directory / name).is_symlink() for name in (CONFIG, WEIGHTS))
 
 
 def no_space(*args):
@@ -79,7 +227,7 @@ def no_space(*args):
 
 
 def test_a_failing_first_save_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "replace", no_space)
+    monkeypatch.setattr(os, "rename", no_space)
     new = tmp_path / "a" / "b"
     with pytest.raises(OSError, match=r"no space is left on its disk.*nothing was left.*free some"):
         rasa_ext.save_adapter(patched(SEQUENTIAL.build()), new)
