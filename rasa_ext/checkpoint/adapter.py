@@ -31,6 +31,7 @@ from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.files import (
     PREFIX,
     check_finite,
+    check_in_memory,
     check_tensors,
     read_adapter,
     write_adapter,
@@ -175,6 +176,7 @@ def load_tensors_into(
     else:
         check_unpatched(model)
         plan = make_plan(model, config)
+    check_in_memory(_changed(unwrap(model), plan))
     expected = _expected(unwrap(model), config, plan)
     hint = _other_base(tensors, expected)
     check_tensors(_keyed(shown, tensors), _keyed(shown, expected), where, hint)
@@ -185,6 +187,15 @@ def load_tensors_into(
         for key, tensor in adapter_tensors(model).items():
             tensor.copy_(tensors[key])
     return model
+
+
+def _changed(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The tensors of the modules that an adapter is loaded into, patched or not."""
+    names = [name for group in plan.groups for name in group.names]
+    names += [*plan.modules_to_save, *(name for rows in plan.tokens for name in rows.names)]
+    inside = tuple(f"{name}." for name in names)
+    every = (*root.named_parameters(), *root.named_buffers())
+    return {name: tensor for name, tensor in every if f"{name}.".startswith(inside)}
 
 
 def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
@@ -231,7 +242,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_in_place(plan: Plan, layers: Mapping[str, Owner]) -> None:
-    """ValueError where something was put between the model and its adapted layers."""
+    """ValueError where adapted layers are not those that were made, or not where they were."""
     for name in (name for group in plan.groups for name in group.names):
         if name not in layers:
             now = next((each for each in layers if each.endswith(name.rpartition(".")[2])), None)
@@ -239,6 +250,14 @@ def _check_in_place(plan: Plan, layers: Mapping[str, Owner]) -> None:
                 f"model: expected the adapted layer {name!r} where patch_model put it, but it is "
                 f"not there (one is {now!r}); wrap the whole model and no part of it, or, for "
                 "FullyShardedDataParallel, use rasa_ext.distributed.shard_model(model, mesh)."
+            )
+    first = {name: group.names[0] for group in plan.groups for name in group.names}
+    for name, layer in layers.items():
+        if name not in first or layer.pool is not layers[first[name]].pool:
+            raise ValueError(
+                f"model: expected the adapted layers that patch_model made, but {name!r} is a copy "
+                "that was put in or added later, and a file has no place for its adapter; copy "
+                "or add blocks before patching, or write a LoRA with rasa_ext.export_lora."
             )
 
 

@@ -42,6 +42,7 @@ def write_adapter(
     They are flushed to disk before the first moves to its place, as `new_folder` has it. Where the
     system refuses, the error is a `WriteError`. A ``card`` is written as `card_file` has it.
     """
+    check_in_memory(tensors)
     directory = Path(directory)
     texts = {CONFIG: json.dumps(dict(config), indent=2) + "\n", **card_file(directory, card)}
     ready = {
@@ -184,6 +185,17 @@ def read_either(directory: Path) -> dict[str, Tensor]:
     ):
         raise ValueError(f"{path}: expected a dictionary of tensors, got {type(data).__name__}.")
     return data
+
+
+def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
+    """ValueError, naming one, where a tensor of a model is on the meta device, and has no values."""
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(
+                f"model: expected weights in memory, but {name} is on the meta device, as where a "
+                "base is offloaded; load the base without offload to disk or CPU, such as with "
+                "device_map=None, or on a machine with more memory."
+            )
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -141,3 +142,52 @@ def test_a_config_of_nothing(tmp_path):
     (saved(tmp_path) / "adapter_config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match=r"got none; is this the folder of an adapter\?"):
         rasa_ext.load_adapter(LLAMA.build(), tmp_path)
+
+
+LOADERS = {
+    "adapter": (rasa_ext.save_adapter, rasa_ext.load_adapter),
+    "lora": (rasa_ext.export_lora, rasa_ext.import_lora),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("part", ["model.layers.1", ""], ids=["block", "model"])
+def test_weights_that_are_not_in_memory_take_no_adapter(part, loader, tmp_path):
+    """As those that accelerate has offloaded; copying into them would do nothing."""
+    write, read = LOADERS[loader]
+    write(patched(LLAMA.build()), tmp_path)
+    model = LLAMA.build()
+    model.get_submodule(part).to("meta")
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"model: .*layers\.\d.* on the meta device.*device_map"):
+        read(model, tmp_path)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_adapter_that_is_not_in_memory_is_not_written(loader, tmp_path):
+    model = patched(LLAMA.build())
+    rasa_ext.save_adapter(model, tmp_path / "whole")
+    model.model.layers[1].to("meta")
+    with pytest.raises(ValueError, match=r"model: .*layers\.1.* on the meta device"):
+        LOADERS[loader][0](model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="on the meta device"):
+        rasa_ext.load_adapter(model, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_block_that_was_copied_after_patching(place, tmp_path):
+    """It has a pool of its own, and one at the end a name that the plan does not have."""
+    model = patched(LLAMA.build())
+    blocks, block = model.model.layers, copy.deepcopy(model.model.layers[1])
+    if place < len(blocks):
+        blocks[place] = block
+    else:
+        blocks.append(block)
+    name = rf"model: .*layers\.{place}\.self_attn\.q_proj' is a copy.*export_lora"
+    refused(lambda: rasa_ext.save_adapter(model, tmp_path / "new"), model, name)
+    assert not (tmp_path / "new").exists()
+    rasa_ext.export_lora(model, tmp_path / "lora")
+    written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert sum(key.endswith("lora_A.weight") for key in written) == len(adapters(model))
