@@ -181,6 +181,7 @@ def load_tensors_into(
     hint = _other_base(tensors, expected)
     check_tensors(_keyed(shown, tensors), _keyed(shown, expected), where, hint)
     check_finite(_keyed(shown, tensors), where)
+    _check_indices(config, plan, tensors, where)
     if not patched:
         apply_plan(model, config, plan)
     with torch.no_grad():
@@ -315,6 +316,27 @@ def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, t
     for key, tensor in saved_tensors(root, plan).items():
         expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
     return expected
+
+
+def _check_indices(
+    config: AdapterConfig, plan: Plan, tensors: Mapping[str, Tensor], where: str
+) -> None:
+    """ValueError where integers of a file, such as features to read, are not those of a layer."""
+    for group in plan.groups:
+        places = group.places(torch.device("meta"))
+        pool = {field: tensors[pool_key(group.names[0], field)] for field in config.pool(places)}
+        for name, place in zip(group.names, places, strict=True):
+            made = config.own(place)
+            if all(tensor.is_floating_point() for tensor in made.values()):
+                break
+            own = {field: tensors[own_key(name, field)].to(made[field].dtype) for field in made}
+            try:
+                config.factors(own, pool, place)
+            except (IndexError, RuntimeError) as error:
+                raise ValueError(
+                    f"{where}: expected indices within the layer or its pool, but those of "
+                    f"{name!r} are not ({error}). Nothing was changed."
+                ) from None
 
 
 def task_type(model: nn.Module) -> str | None:

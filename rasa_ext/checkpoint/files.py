@@ -188,7 +188,7 @@ def read_either(directory: Path) -> dict[str, Tensor]:
 
 
 def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
-    """ValueError, naming one, where a tensor of a model is on the meta device, and has no values."""
+    """ValueError, naming it, where a tensor is on the meta device, and so has no values."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(

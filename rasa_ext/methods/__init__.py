@@ -56,7 +56,7 @@ def read_method(data: Mapping[str, Any]) -> AdapterConfig:
             f"{other_method(kind)}."
         )
     method = data.get("rasa_method", OFFICIAL)
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"adapter_config.json: expected rasa_method {' or '.join(map(repr, METHODS))}, got "
             f"{method!r}; a newer rasa_ext may know it."

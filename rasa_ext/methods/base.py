@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.experts import Bank, bank_shape
 from rasa_ext.base_layers.linear import LinearLayer, device_of, linear_shape
 from rasa_ext.methods.keywords import check_keywords
+from rasa_ext.methods.patterns import check_pattern
 from rasa_ext.methods.token_indices import GivenTokens, Tokens, checked_tokens, tokens_to_json
 from rasa_ext.ops import Factors
 
@@ -27,6 +27,8 @@ LORA_SET = "LORA_SET"
 """The peft_type of several LoRAs in one file, which are no adapter."""
 _PAIRS = ("rank_pattern", "rank_schedule", "kept", "stack")
 """The fields that are mappings in a file."""
+MOST_RANKS, MOST_POOLED = 1 << 20, 1 << 31
+"""More ranks than any layer, or any pool, has: larger numbers in a file are damage."""
 _ALWAYS = ("rank", "k", "alpha")
 """The fields that the official code writes, which a file has whatever they are."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -245,6 +247,9 @@ class AdapterConfig:
         if missing:
             raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")
         given = {name: data[key] for name, key in fields.items() if data.get(key) is not None}
+        for field in cls._own_fields():
+            if field.name in given:
+                _check_json(fields[field.name], given[field.name], field)
         return cls(dropout=data.get("rasa_dropout", 0.0), **common, **given)
 
     @classmethod
@@ -296,6 +301,27 @@ class AdapterConfig:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         ]
+
+
+def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
+    """Raise ValueError where a value in a file is of another type than its field, or too large."""
+    kind: type = object
+    words = ""
+    if field.name in _PAIRS:
+        kind, words = Mapping, "an object"
+    elif isinstance(field.default, tuple):
+        kind, words = list, "a list"
+    elif isinstance(field.default, bool):
+        kind, words = bool, "true or false"
+    if not isinstance(value, kind):
+        raise ValueError(f"adapter_config.json: expected {key} to be {words}, got {value!r}.")
+    counts: Any = value if isinstance(field.default, tuple) else ()
+    for each in counts.values() if isinstance(counts, Mapping) else counts:
+        for count in each if isinstance(each, list) else [each]:
+            if type(count) is not int or not 0 <= count <= MOST_POOLED:
+                raise ValueError(
+                    f"adapter_config.json: expected {key} to hold counts of ranks, got {count!r}."
+                )
 
 
 def _key(field: str) -> str:
@@ -393,8 +419,9 @@ def checked_counts(name: str, value: Any) -> tuple[tuple[Any, int], ...]:
 def checked_rank(value: Any) -> int:
     """Return ``value``; raise TypeError or ValueError where it is no rank."""
     rank = checked_integer("rank", value)
-    if rank < 1:
-        raise ValueError(f"rank: expected an integer >= 1, got {rank}.")
+    if not 1 <= rank <= MOST_RANKS:
+        limit = ">= 1" if rank < 1 else f"<= {MOST_RANKS}"
+        raise ValueError(f"rank: expected an integer {limit}, got {rank}.")
     return rank
 
 
@@ -437,7 +464,10 @@ def checked_groups(value: Any) -> Groups:
     items = value.items() if isinstance(value, Mapping) else value
     found = []
     for item in items:
-        label, patterns = (item, (item,)) if isinstance(item, str) else item
+        pair = (item, (item,)) if isinstance(item, str) else item
+        if not isinstance(pair, Sequence) or len(pair) != 2:
+            raise TypeError(f"groups: expected {kinds}, got the item {item!r}.")
+        label, patterns = pair
         patterns = (patterns,) if isinstance(patterns, str) else patterns
         if not isinstance(label, str) or not label:
             raise TypeError(f"groups: expected {kinds}, got the name {label!r}.")
@@ -457,12 +487,7 @@ def groups_to_json(groups: Any) -> dict[str, list[str]] | None:
 
 def _names(name: str, value: Any, regex: bool = False) -> str | tuple[str, ...]:
     if isinstance(value, str) and regex:
-        try:
-            re.compile(value)
-        except re.error as error:
-            raise ValueError(
-                f"{name}: expected a regular expression, got {value!r} ({error})."
-            ) from None
+        check_pattern(name, value)
         return value
     kinds = "a string or a sequence of strings" if regex else "a sequence of strings"
     if not isinstance(value, Iterable) or isinstance(value, str | bytes):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.methods.base import (
+    MOST_RANKS,
     AdapterConfig,
     Counts,
     Place,
@@ -20,6 +20,7 @@ from rasa_ext.methods.base import (
     fresh_A,
     fresh_B,
 )
+from rasa_ext.methods.patterns import check_pattern, matches_end
 from rasa_ext.ops import Factors
 
 Kept = tuple[tuple[str, tuple[int, int, int]], ...] | Mapping[str, Sequence[int]]
@@ -54,6 +55,9 @@ class PooledConfig(AdapterConfig):
             raise ValueError(f"k: expected 0 <= k <= rank (rank is {rank}), got {k}.")
         pattern = _checked_pattern(self.rank_pattern, k)
         kept = tuple((name, tuple(counts)) for name, counts in dict(self.kept).items())
+        for name, counts in kept:
+            if len(counts) != 3:
+                raise ValueError(f"kept: expected three counts for {name!r}, got {counts}.")
         self._set(rank=rank, k=k, alpha=checked_alpha(self.alpha), rank_pattern=pattern, kept=kept)
 
     def kept_at(self, name: str) -> tuple[int, int, int] | None:
@@ -64,11 +68,13 @@ class PooledConfig(AdapterConfig):
         """Make A (r-k, in), B (out, r-k) and d (r-k+L*k,), all trained."""
         (own, pooled), dtype = self.ranks_at(place), self.adapter_dtype
         stack = (place.experts,) if place.experts else ()
-        d = self.diagonal(own, pooled).to(place.device, dtype).expand(*stack, own + pooled)
+        d = torch.empty((*stack, own + pooled), dtype=dtype, device=place.device)
+        if not d.is_meta:  # where shapes are asked for, whatever a file says of them
+            d.copy_(self.diagonal(own, pooled))
         tensors: dict[str, Tensor] = {
             "A": fresh_A(own, place, dtype, stack),
             "B": fresh_B(own, place, dtype, stack),
-            "d": nn.Parameter(d.clone()),
+            "d": nn.Parameter(d),
         }
         if self.kept_at(place.name):
             tensors["slots"] = torch.arange(pooled, device=place.device)
@@ -105,14 +111,14 @@ class PooledConfig(AdapterConfig):
             return kept[0], kept[1]
         own, pooled = self.ranks(self._sharers(place))
         for pattern, rank in cast("tuple[tuple[str, int], ...]", self.rank_pattern):
-            if _fits(pattern, place.name):
+            if matches_end(pattern, place.name):
                 return own + rank - self.rank, pooled
         return own, pooled
 
     def check_layers(self, names: Collection[str]) -> None:
         """Raise ValueError where a pattern of ``rank_pattern`` is that of no adapted layer."""
         for pattern in dict(self.rank_pattern):
-            if not any(_fits(pattern, name) for name in names):
+            if not any(matches_end(pattern, name) for name in names):
                 raise ValueError(
                     "rank_pattern: expected patterns that the ends of adapted layers' names match, "
                     f"but {pattern!r} matches none of {len(names)}, such as {next(iter(names))!r}."
@@ -136,11 +142,6 @@ class PooledConfig(AdapterConfig):
         raise NotImplementedError
 
 
-def _fits(pattern: str, name: str) -> bool:
-    """Tell whether the end of a layer's name, from a dot on, matches a pattern."""
-    return re.search(rf"(^|\.)(?:{pattern})$", name) is not None
-
-
 def usual_k(rank: int) -> int:
     """Give the paper's choice of k for a rank, which None stands for."""
     return max(rank // 8, 1)
@@ -161,15 +162,10 @@ def _checked_pattern(value: Any, k: int) -> tuple[tuple[str, int], ...]:
     for pattern, rank in dict(value).items():
         if not isinstance(pattern, str) or not pattern:
             raise TypeError(f"rank_pattern: expected patterns as strings, got {pattern!r}.")
-        try:
-            re.compile(pattern)
-        except re.error as error:
+        check_pattern("rank_pattern", pattern)
+        if not max(k, 1) <= checked_integer("rank_pattern", rank) <= MOST_RANKS:
             raise ValueError(
-                f"rank_pattern: expected regular expressions, got {pattern!r} ({error})."
-            ) from None
-        if checked_integer("rank_pattern", rank) < max(k, 1):
-            raise ValueError(
-                f"rank_pattern: expected ranks of at least {max(k, 1)} (k is {k}), got {rank} for "
-                f"{pattern!r}."
+                f"rank_pattern: expected ranks of at least {max(k, 1)} (k is {k}) and at most "
+                f"{MOST_RANKS}, got {rank} for {pattern!r}."
             )
     return tuple(dict(value).items())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -28,6 +27,7 @@ from rasa_ext.base_layers.linear import (
 from rasa_ext.base_layers.quantized import check_not_repacked, format_of
 from rasa_ext.base_layers.split import refusal
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
+from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.grouping import (
     Group,
     check_groups,
@@ -221,7 +221,7 @@ def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
 def matches(name: str, names: Names) -> bool:
     """Tell whether a name matches a regular expression as a whole, or ends in a suffix."""
     if isinstance(names, str):
-        return re.fullmatch(names, name) is not None
+        return matches_whole(names, name)
     return any(name == item or name.endswith(f".{item}") for item in names)
 
 

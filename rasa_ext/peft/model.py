@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import (
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
@@ -32,6 +33,7 @@ from rasa_ext.base_layers.quantized import (
 )
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
+from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.advice import Names, advice
 from rasa_ext.patching.grouping import (
     Group,
@@ -276,6 +278,15 @@ class RasaModel(BaseTuner):
         if self._given is not None:
             return name in self._given
         return bool(self._check_target_module_exists(peft_config, name))
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        """Match as PEFT does, but regular expressions in bounded time."""
+        own = copy.copy(_rasa_config(peft_config))
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(pattern := getattr(own, name), str):
+                setattr(own, name, {key} if matches_whole(pattern, key) else {""})
+        return check_target_module_exists(own, key)
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:

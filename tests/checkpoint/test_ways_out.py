@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rasa_ext
+from rasa_ext.methods import LoraConfig, SboraConfig
 from tests.helpers import oracle
-from tests.helpers.adapters import adapters, patched
+from tests.helpers.adapters import LargestTensor, adapters, patched
 from tests.helpers.models import LLAMA
 from tests.helpers.refusals import refused
 
@@ -191,3 +192,70 @@ def test_a_block_that_was_copied_after_patching(place, tmp_path):
     rasa_ext.export_lora(model, tmp_path / "lora")
     written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert sum(key.endswith("lora_A.weight") for key in written) == len(adapters(model))
+
+
+def edit(folder: Path, **fields) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+LARGE = {
+    "r": 10**8,
+    "rasa_k": 10**8,
+    "rank_pattern": {"q_proj": 10**8},
+    "rasa_kept": {"model.layers.0.self_attn.q_proj": [10**8, 10**8, 10**8]},
+    "rasa_stack": {"model.layers.0.self_attn.q_proj": 10**8},
+}
+
+
+@pytest.mark.parametrize("field", LARGE)
+def test_a_config_of_ranks_that_the_file_has_not(field, tmp_path):
+    """It is refused before anything of that size is made."""
+    config = LoraConfig() if field == "rasa_stack" else rasa_ext.RasaConfig(rank=4)
+    model = rasa_ext.patch_model(LLAMA.build(), config=config)
+    rasa_ext.save_adapter(model, tmp_path)
+    edit(tmp_path, **{field: LARGE[field]})
+    base = LLAMA.build()
+    with LargestTensor() as made, pytest.raises(ValueError, match=r"rank|k:|shape|missing"):
+        rasa_ext.load_adapter(base, tmp_path)
+    assert made.numel < 10**6
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rasa_train_A": "no"}, "rasa_train_A to be true or false, got 'no'"),
+        ({"rasa_stack": [1]}, "rasa_stack to be an object"),
+        ({"rasa_stack": {"a": 1.5}}, "rasa_stack to hold counts of ranks, got 1.5"),
+        ({"rasa_method": ["lora"]}, r"expected rasa_method .*got \['lora'\]"),
+        ({"rasa_groups": {"a": 3}}, "groups: expected a sequence of strings"),
+        ({"rasa_groups": [3]}, "groups: expected a sequence of patterns.*the item 3"),
+        ({"target_modules": "(a+)+\\1"}, "target_modules: expected a regular expression"),
+    ],
+)
+def test_a_config_of_wrong_values(fields, said, tmp_path):
+    rasa_ext.save_adapter(rasa_ext.patch_model(LLAMA.build(), config=LoraConfig()), tmp_path)
+    edit(tmp_path, **fields)
+    base = LLAMA.build()
+    refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, said)
+
+
+def test_nested_json(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    base = LLAMA.build()
+    said = r"adapter_config.json: damaged or cut, since it does not parse as JSON"
+    refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, said)
+
+
+@pytest.mark.parametrize("index", [-1, 10**6])
+def test_features_that_a_layer_has_not(index, tmp_path):
+    """They would load, and fail in the forward."""
+    model = rasa_ext.patch_model(LLAMA.build(), config=SboraConfig(rank=4))
+    rasa_ext.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(tensor for key, tensor in tensors.items() if key.endswith("_index"))[0] = index
+    save_file(tensors, path)
+    base = LLAMA.build()
+    said = "expected indices within the layer or its pool"
+    refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, said)

@@ -154,13 +154,14 @@ def wide(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class LargestTensor(TorchDispatchMode):
-    """While entered: the elements of the largest tensor that any operation made."""
+    """While entered: the elements of the largest tensor in memory that any operation made."""
 
     numel = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        sizes = [t.numel() for t in tree_leaves(result) if isinstance(t, Tensor)]
+        tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        sizes = [t.numel() for t in tensors if not t.is_meta]
         self.numel = max(self.numel, *sizes, 0)
         return result
 

@@ -1,0 +1,94 @@
+"""Regular expressions over names: as Python's own, in bounded time."""
+
+from __future__ import annotations
+
+import random
+import re
+
+import pytest
+
+import rasa_ext
+from rasa_ext.methods.patterns import check_pattern, matches_end, matches_whole
+from tests.helpers.models import LLAMA
+
+SINGLE = ("a", "b", r"\.", ".", "[ab]", "[^a]", r"\w", r"\d", "1", r"\b", "^", "$", "(?i:A)")
+REPEATS = ("*", "+", "?", "*?", "{1,2}", "{2}", "{0,3}?")
+
+
+def drawn(draw: random.Random, depth: int = 0) -> str:
+    kind = draw.randrange(12)
+    if depth > 3 or kind < 4:
+        return draw.choice(SINGLE)
+    inner = drawn(draw, depth + 1)
+    if kind < 6:
+        return inner + drawn(draw, depth + 1)
+    if kind < 7:
+        return f"({inner}|{drawn(draw, depth + 1)})"
+    if kind < 9:
+        return f"(?:{inner}){draw.choice(REPEATS)}"
+    if kind < 10:
+        return f"(?{draw.choice('=!')}{inner})"
+    return f"(?<{draw.choice('=!')}{draw.choice(('a', '.', '[.1]'))})"
+
+
+def test_they_match_what_python_s_own_matcher_does():
+    draw, found = random.Random(0), {True: 0, False: 0}
+    for _ in range(3000):
+        pattern = drawn(draw)
+        name = "".join(draw.choices("ab.1", k=draw.randrange(7)))
+        whole = re.fullmatch(pattern, name) is not None
+        assert matches_whole(pattern, name) == whole, (pattern, name)
+        end = re.search(rf"(^|\.)(?:{pattern})$", name) is not None
+        assert matches_end(pattern, name) == end, (pattern, name)
+        found[end] += 1
+    assert min(found.values()) > 500
+
+
+NAME = "model.layers.0.self_attn.q_proj" + 40 * "a"
+
+
+@pytest.mark.parametrize("pattern", ["(.*)*x", "(a|a)*b", "(|)" * 40 + "x", ".*" * 18 + "x"])
+def test_patterns_that_python_s_own_matcher_does_not_get_done_with(pattern):
+    assert not matches_whole(pattern, NAME)
+    assert not matches_end(f"q_proj({pattern})", NAME)
+    assert matches_whole(f"({pattern})?.*", NAME)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ("(", "unterminated"),
+        ("a{99999999999999}", "repetition number is too large"),
+        (5000 * "(" + 5000 * ")", "recursion"),
+        (60 * "(" + "a*" + 60 * ")", "at most 40 levels"),
+        (30 * ".*", "at most 10000 characters and 20 repetitions"),
+        (r"(a)\1", "without groupref"),
+    ],
+)
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_what_is_none_is_refused_by_the_name_of_the_field(pattern, said, field):
+    value = {pattern: 4} if field == "rank_pattern" else pattern
+    with pytest.raises(ValueError, match=rf"^{field}: expected a regular expression.*{said}"):
+        rasa_ext.RasaConfig(**{field: value})
+
+
+def test_names_and_alternatives_may_be_long():
+    """As those that a list of all layers makes."""
+    names = [f"model.layers.{i}.mlp.down_proj" for i in range(1000)]
+    pattern = "|".join(map(re.escape, names))
+    check_pattern("target_modules", pattern)
+    assert matches_whole(pattern, names[-1])
+    assert not matches_whole(pattern, names[-1][:-1])
+
+
+def test_a_model_is_patched_by_them():
+    model = rasa_ext.patch_model(
+        LLAMA.build(),
+        config=rasa_ext.RasaConfig(
+            target_modules=r"model\.layers\.\d+\..*(q|v)_proj", rank_pattern={r"1\..*": 6}
+        ),
+    )
+    layers = {name for name, m in model.named_modules() if isinstance(m, rasa_ext.RasaLinear)}
+    assert layers == {n for n in LLAMA.targets(LLAMA.build()) if n[-6:] in ("q_proj", "v_proj")}
+    ranks = {name: model.get_submodule(name).A.shape[0] for name in layers}
+    assert {name for name, rank in ranks.items() if rank == 5} == {n for n in layers if ".1." in n}
