@@ -12,6 +12,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,11 +30,14 @@ from rasa_ext.base_layers.sharded import (
 from rasa_ext.checkpoint.adapter_card import adapter_card
 from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.files import (
+    CONFIG,
     PREFIX,
     check_finite,
     check_in_memory,
     check_tensors,
+    file_in,
     read_adapter,
+    read_tensors,
     write_adapter,
 )
 from rasa_ext.checkpoint.hub import located
@@ -123,7 +127,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         model: the base that the adapter was trained on, or a model patched with the same config.
             The tensors are cast to the dtype of its adapter and go where that is.
         directory: what ``save_adapter`` wrote; or, where there is none of that name, its id on the
-            Hub ("owner/name"), for which huggingface_hub is needed.
+            Hub ("owner/name"), for which huggingface_hub is needed. Of a whole model that
+            ``save_pretrained`` wrote after patching, the adapter is loaded if the model is patched
+            with the config of its training.
 
     Returns:
         The same object.
@@ -143,8 +149,30 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         True
     """
     directory = located(directory)
+    shards = sorted(directory.glob("model*.safetensors"))
+    if shards and not file_in(directory, CONFIG).exists():
+        return _load_from_whole(model, shards, str(directory))
     config, tensors = read_adapter(directory)
     return load_tensors_into(model, read_method(config), tensors, str(directory))
+
+
+def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Module:
+    """Load the adapter out of the files of a whole model that was saved while it was patched."""
+    if not is_patched(model):
+        raise ValueError(
+            f"{where}: expected an adapter's directory, got that of a whole model; if it was saved "
+            "after patching, patch the base as it was for training, with "
+            "rasa_ext.patch_model(model, ...), and load the adapter in it then."
+        )
+    state = unwrap(model).state_dict(keep_vars=True).items()
+    names = {(t.data_ptr(), t.shape): name for name, t in state if isinstance(t, Tensor)}
+    live = adapter_tensors(model).items()
+    there = {key: names.get((tensor.data_ptr(), tensor.shape), key) for key, tensor in live}
+    found: dict[str, Tensor] = {}
+    for each in shards:
+        found.update(read_tensors(each, set(there.values())))
+    tensors = {key: found[name] for key, name in there.items() if name in found}
+    return load_tensors_into(model, patch_state(model).config, tensors, where)
 
 
 def load_tensors_into(

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from rasa_ext.checkpoint.files import PREFIX, check_finite, read_adapter
-from rasa_ext.methods.base import LORA_SET
+from rasa_ext.methods.base import LORA_SET, checked_number
+from rasa_ext.methods.patterns import check_pattern, matches_end
 from rasa_ext.patching.tokens import ROWS
 
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight$")
@@ -122,6 +123,17 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
             f"{where}: expected bias 'none', got {config['bias']!r}, and an adapter has no place "
             f"for trained biases; {_MERGE}."
         )
+    for name, kind in (("use_rslora", bool), ("alpha_pattern", dict), ("modules_to_save", list)):
+        if not isinstance(value := config.get(name) or kind(), kind):
+            raise ValueError(
+                f"{where}: expected adapter_config.json to have {name} as PEFT writes it, got "
+                f"{value!r}."
+            )
+    alphas = {"": config.get("lora_alpha", 8), **(config.get("alpha_pattern") or {})}
+    for pattern, alpha in alphas.items():
+        check_pattern("alpha_pattern", pattern)
+        if not math.isfinite(checked_number("lora_alpha", alpha)):
+            raise ValueError(f"{where}: expected a finite lora_alpha, got {alpha}.")
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVED_BASES):
         raise ValueError(
@@ -138,7 +150,7 @@ def _factors(name: str, found: Mapping[str, Tensor], where: str) -> tuple[Tensor
             f"{where}: expected both factors of {name}, but lora_{missing.pop()} is missing."
         )
     B, A = found["B"], found["A"]
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+    if A.dim() != 2 or B.dim() != 2 or not A.shape[0] == B.shape[1] > 0:
         raise ValueError(
             f"{where}: expected lora_A (r, in) and lora_B (out, r) of {name}, got "
             f"{tuple(A.shape)} and {tuple(B.shape)}; convolutions are not supported."
@@ -150,7 +162,7 @@ def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
     """alpha / r, or alpha / sqrt(r) in rank-stabilized LoRA; r is that of the layer."""
     alpha: float = config.get("lora_alpha", 8)
     for key, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if matches_end(key, name):
             alpha = value
             break
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -29,6 +29,7 @@ _PAIRS = ("rank_pattern", "rank_schedule", "kept", "stack")
 """The fields that are mappings in a file."""
 MOST_RANKS, MOST_POOLED = 1 << 20, 1 << 31
 """More ranks than any layer, or any pool, has: larger numbers in a file are damage."""
+_LARGEST = 1e308  # of a float, but not of an integer
 _ALWAYS = ("rank", "k", "alpha")
 """The fields that the official code writes, which a file has whatever they are."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -305,19 +306,19 @@ class AdapterConfig:
 
 def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
     """Raise ValueError where a value in a file is of another type than its field, or too large."""
-    kind: type = object
+    kind: Any = object
     words = ""
     if field.name in _PAIRS:
         kind, words = Mapping, "an object"
     elif isinstance(field.default, tuple):
-        kind, words = list, "a list"
+        kind, words = list | tuple, "a list"
     elif isinstance(field.default, bool):
         kind, words = bool, "true or false"
     if not isinstance(value, kind):
         raise ValueError(f"adapter_config.json: expected {key} to be {words}, got {value!r}.")
     counts: Any = value if isinstance(field.default, tuple) else ()
     for each in counts.values() if isinstance(counts, Mapping) else counts:
-        for count in each if isinstance(each, list) else [each]:
+        for count in each if isinstance(each, list | tuple) else [each]:
             if type(count) is not int or not 0 <= count <= MOST_POOLED:
                 raise ValueError(
                     f"adapter_config.json: expected {key} to hold counts of ranks, got {count!r}."
@@ -395,7 +396,7 @@ def checked_number(name: str, value: Any) -> float:
     """Return ``value`` as a float; raise TypeError where it is no number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}).")
-    return float(value)
+    return math.inf if value > _LARGEST else float(value)
 
 
 def checked_boolean(name: str, value: Any) -> bool:

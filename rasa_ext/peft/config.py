@@ -28,6 +28,7 @@ _CORE_NAMES = {
     "rasa_experts": "experts",
     "rasa_rslora": "rslora",
 }
+_REFUSED = {"rasa_stack": "boosters", "rasa_kept": "the ranks that pruning left"}
 _METHODS = {name: config for name, config in methods.METHODS.items() if config.trained}
 _HELP = {
     field.name: field.metadata["help"]
@@ -104,16 +105,24 @@ class RasaConfig(PeftConfig):
     adapter_dtype: str = _option("float32", _HELP["adapter_dtype"])
     rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
     experts: dataclasses.InitVar[str | None] = None  # rasa_experts, by the name that the core has
+    rasa_stack: dataclasses.InitVar[Any] = None  # in files that PEFT cannot have, and these are
+    rasa_kept: dataclasses.InitVar[Any] = None  # refused
 
     def __new__(cls, *args: Any, **kwargs: Any) -> RasaConfig:
         """Make a config; TypeError, with the name that was meant, for a field it does not have."""
         known = [field.name for field in dataclasses.fields(cls)]
-        check_keywords(cls.__name__, kwargs, [*known, "experts"])
+        check_keywords(cls.__name__, kwargs, [*known, "experts", *_REFUSED])
         made: RasaConfig = super().__new__(cls)
         return made
 
-    def __post_init__(self, experts: str | None) -> None:
+    def __post_init__(self, experts: str | None, rasa_stack: Any, rasa_kept: Any) -> None:
         """Check every field and bring it into PEFT's form."""
+        for name, value in zip(_REFUSED, (rasa_stack, rasa_kept), strict=True):
+            if value:
+                raise ValueError(
+                    f"{name}: PEFT has no place for {_REFUSED[name]}; rasa_ext.load_adapter(model, "
+                    "directory) reads the adapter, and rasa_ext.export_lora then writes a LoRA."
+                )
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no types
         if experts is not None and self.rasa_experts not in (None, experts):
             raise ValueError(

@@ -98,7 +98,19 @@ class LoraSet:
                 f"peft_type {LORA_SET!r} in adapter_config.json, got {kind!r}."
             )
         check_finite(tensors, where)
-        names, rank = tuple(config["adapters"]), config["r"]
+        names, rank, lora = (config.get(key) for key in ("adapters", "r", "lora"))
+        if (
+            not isinstance(names, list)
+            or not all(isinstance(name, str) for name in names)
+            or type(rank) is not int
+            or not isinstance(lora, dict)
+            or not tensors
+        ):
+            raise ValueError(
+                f"{where}: expected tensors, and in adapter_config.json a list of names as "
+                f"adapters, an integer r and an object lora, got {names!r}, {rank!r} and {lora!r}; "
+                "take a whole copy of it."
+            )
         layers = dict.fromkeys(key.rpartition(".")[0].removeprefix(PREFIX) for key in tensors)
         expected = {}
         for name in layers:
@@ -111,7 +123,7 @@ class LoraSet:
             name: SharedBasis(**{field: tensors[_key(name, field)] for field in "BAd"})
             for name in layers
         }
-        return cls(names, found, config["lora"])
+        return cls(tuple(names), found, {key: lora[key] for key in _TOLD if key in lora})
 
     def expand(self, name: str, directory: str | os.PathLike[str]) -> None:
         """Write one adapter as a LoRA of rank R in PEFT's format, of every layer of the set.
@@ -169,6 +181,9 @@ def lora_settings(configs: Mapping[str, Mapping[str, Any]], layers: list[str]) -
         "fan_in_fan_out": any(config.get("fan_in_fan_out") for config in configs.values()),
     }
 
+
+_TOLD = ("task_type", "base_model_name_or_path", "target_modules", "fan_in_fan_out")
+"""What a set's file tells of the base."""
 
 # Settings beside target_modules that leave layers out.
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")

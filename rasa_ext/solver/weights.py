@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,8 +39,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         """Read the names: of ``model.safetensors``, or of its shards by their index."""
         directory = Path(directory)
         if (directory / _INDEX).is_file():
-            shards = json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-            self._files = {key: directory / file for key, file in shards.items()}
+            self._files = {key: directory / file for key, file in _shards(directory / _INDEX)}
         elif (directory / _SINGLE).is_file():
             with _opened(directory / _SINGLE) as file:
                 self._files = dict.fromkeys(file.keys(), directory / _SINGLE)
@@ -51,8 +50,12 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         """The tensor, on the CPU."""
-        with _opened(self._files[key]) as file:
-            tensor: Tensor = file.get_tensor(key)
+        path = self._files[key]
+        with _opened(path) as file:
+            try:
+                tensor: Tensor = file.get_tensor(key)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: expected a tensor {key}, but {error}.") from None
             return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -197,6 +200,20 @@ def squared_change(before: Tensor, after: Tensor) -> tuple[float, float]:
 
 def _same(left: Tensor, right: Tensor) -> bool:
     return left.data_ptr() == right.data_ptr() or torch.equal(left, right)
+
+
+def _shards(index: Path) -> Iterable[tuple[str, str]]:
+    """The names of tensors, each with that of the file beside ``index`` that holds it."""
+    try:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        if all(isinstance(file, str) and Path(file).name == file for _, file in shards):
+            return list(shards)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ValueError(
+        f"{index}: expected a weight_map of tensors' names to names of files beside it; it is "
+        "damaged, or made to read other files; take a whole copy of it."
+    )
 
 
 def _opened(path: Path) -> safe_open:

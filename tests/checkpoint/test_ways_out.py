@@ -14,7 +14,7 @@ from torch import nn
 import rasa_ext
 from rasa_ext.methods import LoraConfig, SboraConfig
 from tests.helpers import oracle
-from tests.helpers.adapters import LargestTensor, adapters, patched
+from tests.helpers.adapters import LargestTensor, adapters, patched, same_adapters
 from tests.helpers.models import LLAMA
 from tests.helpers.refusals import refused
 
@@ -259,3 +259,59 @@ def test_features_that_a_layer_has_not(index, tmp_path):
     base = LLAMA.build()
     said = "expected indices within the layer or its pool"
     refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, said)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["lm_head"]}], ids=str)
+@pytest.mark.parametrize("k", [0, 1, 4])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_whole_model_that_was_saved_after_patching(shards, k, options, tmp_path):
+    """Its files have the adapter, but not its config."""
+    model = patched(LLAMA.build(), 4, k, seed=1, **options)
+    tensors = [(key, tensor.contiguous()) for key, tensor in model.state_dict().items()]
+    for i in range(shards):
+        save_file(dict(tensors[i::shards]), tmp_path / f"model-{i}.safetensors")
+    base = LLAMA.build()
+    said = "got that of a whole model.*patch_model"
+    refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, said)
+    other = patched(LLAMA.build(), 4, k, seed=2, **options)
+    assert same_adapters(model, rasa_ext.load_adapter(other, tmp_path))
+    of_another_rank = patched(LLAMA.build(), 6, 2)
+    said = "does not fit the model"
+    refused(lambda: rasa_ext.load_adapter(of_another_rank, tmp_path), of_another_rank, said)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"use_rslora": [0]}, r"use_rslora as PEFT writes it, got \[0\]"),
+        ({"lora_alpha": False}, "lora_alpha: expected a number, got False"),
+        ({"lora_alpha": 10**400}, "a finite lora_alpha"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected a regular expression"),
+        ({"alpha_pattern": [1]}, "alpha_pattern as PEFT writes it"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save as PEFT writes it"),
+    ],
+)
+def test_a_lora_of_wrong_values(fields, said, tmp_path):
+    rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
+    edit(tmp_path, **fields)
+    base = LLAMA.build()
+    refused(lambda: rasa_ext.import_lora(base, tmp_path), base, said)
+
+
+@pytest.mark.parametrize("keep", [0.3, 0.9])
+def test_a_cut_bin(keep, tmp_path):
+    rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    path = tmp_path / "adapter_model.bin"
+    tensors = load_file(weights)
+    torch.save(tensors, path)
+    weights.unlink()
+    rasa_ext.import_lora(LLAMA.build(), tmp_path)
+    whole = path.read_bytes()
+    base = LLAMA.build()
+    flipped = bytearray(whole)
+    flipped[whole.index(next(iter(tensors.values())).numpy().tobytes())] ^= 1
+    for damaged in (whole[: int(keep * len(whole))], bytes(flipped)):
+        path.write_bytes(damaged)
+        said = r"adapter_model\.bin: refused, since .* is damaged"
+        refused(lambda: rasa_ext.import_lora(base, tmp_path), base, said)

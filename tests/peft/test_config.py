@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig
 
 import rasa_ext
+from rasa_ext.methods import LoraConfig
 from rasa_ext.peft import RasaConfig
 from tests.helpers import tiny_lm
 
@@ -116,3 +117,19 @@ def test_help_is_the_cores():
     assert ours["r"] == core["rank"]
     assert ours["adapter_dtype"] == core["adapter_dtype"]
     assert ours["target_modules"].startswith(core["target_modules"])
+
+
+@pytest.mark.parametrize(
+    ("field", "config"),
+    [
+        ("rasa_stack", LoraConfig(stack={"model.layers.0.mlp.up_proj": 2})),
+        ("rasa_kept", rasa_ext.RasaConfig(kept={"model.layers.0.mlp.up_proj": (1, 2, 2)})),
+    ],
+)
+def test_what_peft_has_no_place_for_is_refused(field, config, tmp_path):
+    """Boosters, which it would leave out, and what pruning left, which would be misshapen."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(ValueError, match=rf"^{field}: PEFT has no place.*rasa_ext.load_adapter"):
+        PeftConfig.from_pretrained(tmp_path)
+    assert type(config).from_dict(config.to_dict()) == config
+    assert field not in RasaConfig().to_dict()

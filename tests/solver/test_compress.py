@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import weakref
 from collections.abc import Mapping
 
@@ -239,6 +240,37 @@ def test_folders_that_cannot_be_read(tmp_path):
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model-1\.safetensors, but it is missing"):
         weights[broken]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"weight_map": [1]}',
+        '{"weight_map": {"x": 1}}',
+        '{"weight_map": {"x": "../model.safetensors"}}',
+        '{"weight_map": {"x": "/model.safetensors"}}',
+    ],
+    ids=lambda text: text[:40],
+)
+def test_an_index_of_another_form_is_refused(text, tmp_path):
+    """Among others one that names files elsewhere."""
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"index\.json: expected a weight_map.*files beside it"):
+        SafetensorsFolder(tmp_path)
+
+
+def test_a_tensor_that_its_shard_has_not(tmp_path):
+    save_file({"x": torch.zeros(1)}, tmp_path / "one")
+    index = {"weight_map": {"x": "one", "y": "one"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    weights = SafetensorsFolder(tmp_path)
+    assert weights["x"].shape == (1,)
+    with pytest.raises(ValueError, match="one: expected a tensor y"):
+        weights["y"]
 
 
 def widened(weights):

@@ -384,3 +384,16 @@ def test_sets_that_are_refused(tmp_path):
         save_file(spoil, tmp_path / "set" / WEIGHTS)
         with pytest.raises(ValueError, match=message):
             rasa_ext.LoraSet.load(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"adapters": None}, {"adapters": "uv"}, {"adapters": [1, 2]}, {"r": "3"}, {"lora": None}],
+    ids=str,
+)
+def test_sets_of_wrong_fields(fields, tmp_path):
+    rasa_ext.compress_many(written(tmp_path, own(2, 2)), 3).loras.save(tmp_path / "set")
+    path = tmp_path / "set" / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    with pytest.raises(ValueError, match=r"set: expected tensors, and in adapter_config.json a"):
+        rasa_ext.LoraSet.load(tmp_path / "set")
