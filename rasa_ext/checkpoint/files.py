@@ -201,17 +201,28 @@ def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """List the tensors that hold NaN, or, among an adapter's factors, infinity."""
+    factors = {name for name in tensors if _FACTOR.search(name) and not _is_narrow(tensors[name])}
     return [
         name
         for name, tensor in tensors.items()
-        if not (tensor.isfinite() if _FACTOR.search(name) else ~tensor.isnan()).all()
+        if (~tensor.isfinite() if name in factors else tensor.isnan()).any()
     ]
+
+
+def _is_narrow(tensor: Tensor) -> bool:
+    """Tell whether numbers have 8 bits or fewer, with which torch cannot compute."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize < 2
 
 
 def check_finite(
     tensors: Mapping[str, Tensor], where: str, state: str = "Nothing was changed"
 ) -> None:
     """ValueError, naming the keys and the ``state`` left, where `not_finite` finds any."""
+    if narrow := next((name for name in tensors if _is_narrow(tensors[name])), None):
+        raise ValueError(
+            f"{where}: expected numbers of 16 bits or more, but {narrow} has "
+            f"{tensors[narrow].dtype}. {state}."
+        )
     if bad := not_finite(tensors):
         raise ValueError(
             f"{where}: expected finite numbers, but {len(bad)} of {len(tensors)} tensors hold NaN "

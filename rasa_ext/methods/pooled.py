@@ -54,10 +54,10 @@ class PooledConfig(AdapterConfig):
         if not 0 <= k <= rank:
             raise ValueError(f"k: expected 0 <= k <= rank (rank is {rank}), got {k}.")
         pattern = _checked_pattern(self.rank_pattern, k)
-        kept = tuple((name, tuple(counts)) for name, counts in dict(self.kept).items())
-        for name, counts in kept:
-            if len(counts) != 3:
+        for name, counts in dict(self.kept).items():
+            if not isinstance(counts, Sequence) or len(counts) != 3:
                 raise ValueError(f"kept: expected three counts for {name!r}, got {counts}.")
+        kept = tuple((name, tuple(counts)) for name, counts in dict(self.kept).items())
         self._set(rank=rank, k=k, alpha=checked_alpha(self.alpha), rank_pattern=pattern, kept=kept)
 
     def kept_at(self, name: str) -> tuple[int, int, int] | None:

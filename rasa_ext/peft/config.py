@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,7 @@ _CORE_NAMES = {
     "rasa_experts": "experts",
     "rasa_rslora": "rslora",
 }
+_NAME = re.compile(r"[\w.-]+")
 _REFUSED = {"rasa_stack": "boosters", "rasa_kept": "the ranks that pruning left"}
 _METHODS = {name: config for name, config in methods.METHODS.items() if config.trained}
 _HELP = {
@@ -154,6 +156,13 @@ class RasaConfig(PeftConfig):
                 "layers_to_transform; give both or none."
             )
         core = self.core()
+        pattern = self.layers_pattern or ()
+        for name in (*core.modules_to_save, *([pattern] if isinstance(pattern, str) else pattern)):
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"modules_to_save, layers_pattern: expected names of modules, got {name!r}, "
+                    "which PEFT would take for a regular expression."
+                )
         self.rasa_k = getattr(core, "k", None)
         self.trainable_token_indices = tokens_to_json(core.tokens)
         if not callable(core.layer_groups):
@@ -171,8 +180,8 @@ class RasaConfig(PeftConfig):
 
     def core(self) -> AdapterConfig:
         """Give the same choices as ``rasa_ext.patch_model`` takes them."""
-        if self.rasa_method not in _METHODS:
-            other = methods.METHODS.get(self.rasa_method)
+        if self.rasa_method not in list(_METHODS):
+            other = methods.METHODS.get(str(self.rasa_method))
             hint = other and (
                 ", whose tensors or steps of training have no place in PEFT; use "
                 f"rasa_ext.patch_model(model, config=rasa_ext.methods.{other.__name__}(...))"

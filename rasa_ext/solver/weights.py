@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.linear import is_conv1d
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # of a file in the same folder
 _CHUNK = 1 << 24
 
 
@@ -206,7 +208,7 @@ def _shards(index: Path) -> Iterable[tuple[str, str]]:
     """The names of tensors, each with that of the file beside ``index`` that holds it."""
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        if all(isinstance(file, str) and Path(file).name == file for _, file in shards):
+        if all(_NAME.fullmatch(file) for _, file in shards):
             return list(shards)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         pass

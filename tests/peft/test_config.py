@@ -7,6 +7,7 @@ import doctest
 import inspect
 import json
 
+import peft
 import pytest
 import torch
 from peft import PeftConfig
@@ -14,6 +15,7 @@ from peft import PeftConfig
 import rasa_ext
 from rasa_ext.methods import LoraConfig
 from rasa_ext.peft import RasaConfig
+from rasa_ext.peft.named import NamedAdapters
 from tests.helpers import tiny_lm
 
 
@@ -133,3 +135,24 @@ def test_what_peft_has_no_place_for_is_refused(field, config, tmp_path):
         PeftConfig.from_pretrained(tmp_path)
     assert type(config).from_dict(config.to_dict()) == config
     assert field not in RasaConfig().to_dict()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["(.*)*x$"]},
+        {"layers_pattern": "(.*)*x$", "layers_to_transform": [0], "target_modules": ["q_proj"]},
+        {"layers_pattern": ["(.*)*x$"], "layers_to_transform": [0], "target_modules": ["q_proj"]},
+    ],
+    ids=str,
+)
+def test_names_that_peft_would_take_for_patterns(options):
+    with pytest.raises(ValueError, match=r"layers_pattern: expected names of modules, got .*x\$"):
+        RasaConfig(**options)
+
+
+def test_a_pattern_that_python_s_own_matcher_does_not_get_done_with():
+    config = RasaConfig(target_modules=r".*\.(q|v)_proj", exclude_modules="(.*)*x$")
+    model = peft.get_peft_model(tiny_lm.make_model(), config)
+    adapted = {name for name, m in model.named_modules() if isinstance(m, NamedAdapters)}
+    assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "v_proj"}

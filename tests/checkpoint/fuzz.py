@@ -1,0 +1,620 @@
+"""Damaged folders of every kind: each is refused in a sentence, or loads whole.
+
+    python -m tests.checkpoint.fuzz --cases 10000 --seed 1
+
+Every case writes a folder, damages it, and loads it into a fresh base in a forked process with
+limits of time and memory. The table counts what came of the cases; --show prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import linecache
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from safetensors.torch import load_file, save, save_file
+from torch import nn
+
+import rasa_ext
+import rasa_ext.peft
+from rasa_ext.checkpoint.files import digest
+from rasa_ext.checkpoint.writing import WriteError
+from tests.helpers import experts, methods, oracle
+from tests.helpers.adapters import adapters, patched, trainable_copies
+from tests.helpers.models import LLAMA
+from tests.helpers.refusals import Snapshot
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+INDEX = "model.safetensors.index.json"
+SECONDS, MEMORY = 3, 2 << 30
+PACKAGE = str(Path(rasa_ext.__file__).parent)
+
+OWN, OTHERS, RAW = "the package's sentence", "another's error", "raw error"
+EQUAL, OTHER_NUMBERS, HALF = "equal", "other numbers", "half-loaded"
+CRASH, OUTSIDE, HANG, OUT_OF_MEMORY = "crash", "written outside", "hang", "memory"
+OUTCOMES = (OWN, OTHERS, EQUAL, OTHER_NUMBERS, RAW, HALF, CRASH, OUTSIDE, HANG, OUT_OF_MEMORY)
+NEVER = (RAW, HALF, CRASH, OUTSIDE, HANG, OUT_OF_MEMORY)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What writes a folder, what it is loaded into, how, and what shows the numbers."""
+
+    write: Callable[[Path], Any]
+    base: Callable[[], nn.Module]
+    read: Callable[[nn.Module, Path], Any] = rasa_ext.load_adapter
+    run: Callable[[Any], torch.Tensor] = lambda model: model(methods.inputs())
+
+
+def _logits(model: nn.Module) -> torch.Tensor:
+    return LLAMA.loss(model.eval(), LLAMA.inputs(0))[0]
+
+
+def _llama(**options: Any) -> nn.Module:
+    return patched(LLAMA.build(), 4, options.pop("k", 1), seed=1, **options)
+
+
+def _as_bin(folder: Path) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / PICKLE)
+    (folder / WEIGHTS).unlink()
+
+
+def _official(folder: Path, pickled: bool = False) -> None:
+    targets = ["q_proj", "down_proj"]
+    found = trainable_copies(adapters(_llama(target_modules=targets)))
+    tensors = oracle.official_tensors(found)
+    options = {"rank": 4, "k": 1, "alpha": 8, "target_modules": targets, "pickled": pickled}
+    oracle.write_official(folder, tensors, **options)
+
+
+def _lora(folder: Path, pickled: bool = False) -> None:
+    model = peft.get_peft_model(
+        LLAMA.build(), peft.LoraConfig(r=3, target_modules=["q_proj"], alpha_pattern={"x": 3})
+    )
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model.save_pretrained(folder)
+    if pickled:
+        _as_bin(folder)
+
+
+def _set(folder: Path) -> None:
+    loras = [folder.with_name(f"{folder.name}-{name}") for name in "ab"]
+    for each in loras:
+        _lora(each)
+    rasa_ext.compress_many(loras, rank=4).loras.save(folder)
+    for each in loras:
+        shutil.rmtree(each)
+
+
+def _read_set(base: nn.Module, folder: Path) -> nn.Module:
+    loras = rasa_ext.LoraSet.load(folder)
+    return loras.install(base, loras.names[0])
+
+
+def _plug_in(folder: Path) -> None:
+    config = rasa_ext.peft.RasaConfig(r=4, rasa_k=1, target_modules=r".*\.(q|v)_proj")
+    model = peft.get_peft_model(LLAMA.build(), config)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_()
+    model.save_pretrained(folder)
+
+
+def _shards(folder: Path) -> None:
+    folder.mkdir()
+    tensors = list(LLAMA.build().state_dict().items())
+    names = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
+    for i, name in enumerate(names):
+        save_file(dict(tensors[i::2]), folder / name)
+    shards = {key: names[i % 2] for i, (key, _) in enumerate(tensors)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+
+
+def _read_shards(base: nn.Module, folder: Path) -> torch.Tensor:
+    weights = rasa_ext.SafetensorsFolder(folder)
+    return torch.cat([weights[key].double().flatten() for key in sorted(weights)])
+
+
+def _whole(folder: Path) -> None:
+    folder.mkdir()
+    tensors = {key: tensor.contiguous() for key, tensor in _llama().state_dict().items()}
+    save_file(tensors, folder / "model.safetensors")
+
+
+def _killed(folder: Path) -> None:
+    rasa_ext.save_adapter(_llama(), folder)
+    old = folder / ".saving.1.part" / "old"
+    old.mkdir(parents=True)
+    (folder / CONFIG).rename(old / CONFIG)
+
+
+def _of_method(name: str) -> Kind:
+    return Kind(
+        lambda folder: rasa_ext.save_adapter(methods.case(name), folder),
+        lambda: methods.base(),
+    )
+
+
+def _of_llama(read: Callable = rasa_ext.load_adapter, write: Any = None, **options: Any) -> Kind:
+    def saved(folder: Path) -> None:
+        rasa_ext.save_adapter(_llama(**options), folder)
+
+    return Kind(write or saved, LLAMA.build, read, _logits)
+
+
+_METHODS = (
+    "rasa",
+    "rasa, ranks",
+    "rasa, gates pruned",
+    "lora",
+    "lora-fa",
+    "boosted",
+    "boosted pool",
+    "block-lora",
+    "sbora-fa",
+    "sora, pruned",
+    "reslora",
+    "sd-lora",
+)
+KINDS = {
+    **{name: _of_method(name) for name in _METHODS},
+    "trained in full, and rows": _of_llama(
+        target_modules=r".*\.(q|down)_proj",
+        modules_to_save=["lm_head"],
+        trainable_token_indices=[1, 3],
+    ),
+    "patched before": Kind(
+        lambda folder: rasa_ext.save_adapter(_llama(), folder),
+        lambda: patched(LLAMA.build(), 4, 1, seed=2),
+        run=_logits,
+    ),
+    "experts": Kind(
+        lambda folder: rasa_ext.save_adapter(
+            experts.patched(experts.normed_stack(), "shared"), folder
+        ),
+        experts.normed_stack,
+        run=lambda model: torch.cat(
+            [each.double().flatten() for _, each in rasa_ext.delta_weights(model)]
+        ),
+    ),
+    "official": _of_llama(rasa_ext.load_official, _official),
+    "official, .bin": _of_llama(rasa_ext.load_official, lambda folder: _official(folder, True)),
+    "LoRA": _of_llama(lambda base, folder: rasa_ext.import_lora(base, folder) and base, _lora),
+    "LoRA, .bin": _of_llama(
+        lambda base, folder: rasa_ext.import_lora(base, folder) and base,
+        lambda folder: _lora(folder, True),
+    ),
+    "LoRA set": _of_llama(_read_set, _set),
+    "PEFT": _of_llama(peft.PeftModel.from_pretrained, _plug_in),
+    "shards": Kind(_shards, nn.Identity, _read_shards, lambda numbers: numbers),
+    "whole model": Kind(
+        _whole, lambda: patched(LLAMA.build(), 4, 1, seed=2), rasa_ext.load_adapter, _logits
+    ),
+    "killed save": _of_llama(write=_killed),
+}
+
+VALUES: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 7, 10**8, 2**31, 2**63, 10**30, 10**400),
+    *(0.5, 1.0, 1e308, float("nan"), float("inf"), -float("inf")),
+    *("", "x", "no", "float64", "lora", "LORA", "RASA", "LORA_SET", "../x", "/x", "é" * 1000),
+    *("(.*)*x$", "(a|a)*$", ".*" * 30, "(", "a{99999999999}", "(" * 3000, r"(a)\1", "q_proj"),
+    *([], {}, [0], [None], ["q_proj"], [["q_proj"]], ["../x"], [10**8], {"": 1}, {"a": None}),
+    *({"(.*)*x$": 4}, {"q_proj": 10**8}, {"q_proj": [1]}, {"0.up_proj": [10**8] * 3}, {"a": "b"}),
+    *({"0.up_proj": 10**8}, {"0.up_proj": [1, 2]}, {"0.up_proj": -1}, ["(.*)*x$"]),
+)
+_ENDLESS = ("(.*)*x$", "(a|a|.)*$x", ".*" * 30, r"(.*)*\1")
+HOSTILE: dict[str, tuple[Any, ...]] = {
+    "target_modules": (*_ENDLESS, list(_ENDLESS)),
+    "exclude_modules": (*_ENDLESS, list(_ENDLESS)),
+    "modules_to_save": ([_ENDLESS[0]], [_ENDLESS[1]]),
+    "rank_pattern": tuple({each: 10**8} for each in _ENDLESS),
+    "alpha_pattern": tuple({each: 10**8} for each in _ENDLESS),
+    "r": (10**5, 10**6, 10**8, 2**31),
+    "rasa_k": (10**5, 10**6, 10**8, 2**31),
+    "rasa_kept": ({"0.up_proj": [10**8, 10**8, 10**8]}, {"0.up_proj": [10**9, 1, 1]}),
+    "rasa_stack": ({"0.up_proj": 10**8}, {"0.up_proj": 2**31}),
+    "rasa_past": ([10**8], [1] * 10**5),
+}
+"""Values that take all time or memory where they are believed."""
+
+FIELDS = (
+    *(
+        "r",
+        "rasa_k",
+        "rasa_alpha",
+        "rasa_dropout",
+        "target_modules",
+        "exclude_modules",
+        "peft_type",
+    ),
+    *("modules_to_save", "rasa_groups", "rasa_method", "rank_pattern", "rasa_kept", "rasa_stack"),
+    *("trainable_token_indices", "adapter_dtype", "bias", "layers_to_transform", "rasa_experts"),
+    *(
+        "rasa_gates",
+        "rasa_past",
+        "rasa_window",
+        "rasa_seed",
+        "rasa_side",
+        "rasa_blocks",
+        "rasa_norm",
+    ),
+    *("lora_alpha", "lora_dropout", "use_rslora", "alpha_pattern", "adapters", "lora", "use_dora"),
+    *("rasa_train_A", "rasa_tied", "fan_in_fan_out", "base_model_name_or_path", "weight_map"),
+)
+
+
+class _Bomb:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch ../outside/bomb",)
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
+
+
+def _flip(draw: random.Random, folder: Path) -> None:
+    path = draw.choice(_files(folder))
+    data = bytearray(path.read_bytes())
+    for _ in range(draw.choice((1, 1, 1, 8, 200))):
+        at = draw.randrange(draw.choice((len(data), min(len(data), 400))))
+        data[at] = data[at] ^ 1 << draw.randrange(8) if draw.random() < 0.5 else draw.randrange(256)
+    path.write_bytes(data)
+
+
+def _cut(draw: random.Random, folder: Path) -> None:
+    path = draw.choice(_files(folder))
+    data = path.read_bytes()
+    kept = data[: draw.choice((0, 1, 8, len(data) - 1, draw.randrange(len(data))))]
+    path.write_bytes(kept + draw.choice((b"", b"", bytes(draw.randrange(1000)), data[:50])))
+
+
+def _field(draw: random.Random, folder: Path) -> None:
+    path = draw.choice([path for path in _files(folder) if path.suffix == ".json"] or [None])
+    if path is None:
+        return _flip(draw, folder)
+    content = json.loads(path.read_text())
+    for _ in range(draw.choice((1, 1, 1, 2, 5))):
+        owner = content
+        while True:
+            key = draw.choice([*owner, *owner, *FIELDS])
+            if not isinstance(owner.get(key), dict) or not owner[key] or draw.random() < 0.5:
+                break
+            owner = owner[key]
+        if (chance := draw.random()) < 0.15:
+            owner.pop(key, None)
+        elif chance < 0.4 and owner is content:
+            key = draw.choice(tuple(HOSTILE))
+            owner[key] = draw.choice(HOSTILE[key])
+        else:
+            owner[key] = draw.choice(VALUES)
+    path.write_text(json.dumps(content))
+
+
+def _json(draw: random.Random, folder: Path) -> None:
+    path = draw.choice(
+        [path for path in _files(folder) if path.suffix == ".json"] or _files(folder)
+    )
+    texts = (b"[" * 100_000, b'{"a":' * 50_000, b"[]", b"null", b"{}", b"\xff\xfe{}", b"7" * 9999)
+    path.write_bytes(draw.choice(texts))
+
+
+def _other(draw: random.Random, folder: Path, written: Path) -> None:
+    """A file of another kind."""
+    other = draw.choice([path for path in sorted(written.iterdir()) if path.name[0] != "."])
+    path = draw.choice(_files(folder))
+    choices = [each for each in _files(other) if each.suffix == path.suffix]
+    shutil.copyfile(draw.choice(choices or _files(other)), path)
+
+
+def _move(draw: random.Random, folder: Path) -> None:
+    path = draw.choice(_files(folder))
+    what = draw.randrange(4)
+    if what == 0:
+        path.unlink()
+    elif what == 1:
+        path.rename(path.with_name(draw.choice((PICKLE, WEIGHTS, CONFIG, "model.safetensors"))))
+    elif what == 2:
+        path.unlink()
+        path.mkdir()
+    else:
+        path.chmod(0)
+
+
+def _link(draw: random.Random, folder: Path) -> None:
+    path, outside = draw.choice(_files(folder)), folder.parent / "outside"
+    target = draw.choice((outside / "mine", outside, path, "/dev/zero", "/dev/null", "/nowhere"))
+    path.unlink()
+    path.symlink_to(target)
+
+
+def _plant(draw: random.Random, folder: Path) -> None:
+    """Names that a save uses, or used, as links to what must not be touched."""
+    outside = folder.parent / "outside"
+    for name in (CONFIG, WEIGHTS, "README.md"):
+        for kind in ("new", "old"):
+            (folder / f".{name}.{kind}").symlink_to(outside / "mine")
+    part = folder / f".saving.{draw.choice('ab')}.part"
+    what = draw.randrange(4)
+    if what == 0:
+        part.symlink_to(outside)
+    else:
+        part.mkdir()
+        (part / "old").symlink_to(outside)
+        if what == 1:
+            (part / CONFIG).touch()
+    if draw.random() < 0.5 and (folder / CONFIG).exists():
+        (folder / CONFIG).unlink()
+
+
+def _tensors(draw: random.Random, folder: Path) -> None:
+    """Names, shapes, dtypes and values, under a digest that fits, that does not, or without one."""
+    paths = [path for path in _files(folder) if path.suffix in (".safetensors", ".bin")]
+    path = draw.choice(paths)
+    binary = path.suffix == ".bin"
+    tensors = torch.load(path, weights_only=True) if binary else load_file(path)
+    old = digest(tensors)
+    for _ in range(draw.choice((1, 1, 2, 10))):
+        key = draw.choice(list(tensors))
+        tensor, what = tensors[key], draw.randrange(12)
+        if what == 0:
+            del tensors[key]
+            if not tensors:
+                break
+        elif what == 1:
+            tensors[draw.choice(("x", "../x", key[:-1], f"{key}.rasa_A", "", "a" * 5000))] = tensor
+        elif what == 2:
+            tensors[key] = tensor.reshape(-1)
+        elif what == 3:
+            tensors[key] = tensor.t().contiguous() if tensor.dim() == 2 else tensor[None]
+        elif what == 4:
+            kinds = (torch.int64, torch.float64, torch.bool, torch.complex64, torch.float8_e4m3fn)
+            tensors[key] = tensor.to(draw.choice(kinds))
+        elif what in (5, 6) and tensor.numel():
+            flat = tensor.clone().reshape(-1)
+            large = torch.iinfo if not tensor.is_floating_point() else torch.finfo
+            value = draw.choice((0, -1, 7, large(tensor.dtype).max, large(tensor.dtype).min))
+            flat[draw.randrange(flat.numel())] = value
+            tensors[key] = flat.reshape(tensor.shape)
+        elif what == 7 and tensor.is_floating_point():
+            tensors[key] = tensor * draw.choice((torch.nan, torch.inf, 0, 2))
+        elif what == 8:
+            tensors[key] = torch.empty(0, *tensor.shape[1:], dtype=tensor.dtype)
+        elif what == 9:
+            tensors.update((f"extra.{i}", torch.zeros(1)) for i in range(draw.choice((1, 2000))))
+        elif what == 10:
+            tensors[key] = torch.tensor(1.0)
+        else:
+            other = draw.choice(list(tensors))
+            tensors[key], tensors[other] = tensors[other], tensors[key]
+    tensors = {key: tensor.clone().contiguous() for key, tensor in tensors.items()}
+    if binary:
+        data: Any = {**tensors, "x": _Bomb()} if draw.random() < 0.2 else tensors
+        with open(path, "wb") as file:
+            torch.save(data, file) if draw.random() < 0.7 else pickle.dump(data, file)
+        return
+    metadata = {"format": "pt", "sha256": digest(tensors)}
+    chosen = draw.choice(({"format": "pt"}, metadata, metadata, {"sha256": old}, {"sha256": "x"}))
+    path.write_bytes(save(tensors, chosen))
+
+
+def _header(draw: random.Random, folder: Path) -> None:
+    paths = [path for path in _files(folder) if path.suffix == ".safetensors"]
+    if not paths:
+        return _tensors(draw, folder)
+    path = draw.choice(paths)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    entry = header[draw.choice(list(header))]
+    key = draw.choice(list(entry))
+    dtypes = ("F4", "F8_E8M0", "U16", "I64", "F64", "BOOL", "X", 7)
+    entry[key] = draw.choice((*dtypes, *VALUES, [0, 0], [-1, 8], [2**63, 2**63], [8, 0]))
+    text = json.dumps(header).encode()
+    length = draw.choice((len(text), len(text), len(text), 2**62, 0, len(text) + 8))
+    path.write_bytes(length.to_bytes(8, "little") + text + data[8 + size :])
+
+
+DAMAGES = (_flip, _flip, _cut, _field, _field, _field, _json, _other, _move, _link, _plant)
+DAMAGES += (_tensors, _tensors, _tensors, _header)
+
+
+def _damage(draw: random.Random, folder: Path, written: Path) -> str:
+    names = []
+    for _ in range(draw.choice((1, 1, 1, 2))):
+        if not _files(folder):
+            break
+        damage = draw.choice(DAMAGES)
+        names.append(damage.__name__.strip("_"))
+        try:
+            damage(draw, folder, written) if damage is _other else damage(draw, folder)
+        except Exception:  # the second damage of a file that the first has made unreadable
+            names[-1] += "?"
+    return "+".join(names)
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"/"
+            for p in folder.rglob("*")}  # fmt: skip
+
+
+def _whose(error: BaseException, kind: str) -> str:
+    """Tell whether a sentence of the package was raised, or something went through it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = frames[-1]
+    line = linecache.getline(last.filename, last.lineno or 0).strip()
+    if last.filename.startswith(PACKAGE) and line.startswith("raise"):
+        return OWN
+    ours = last.filename.startswith(PACKAGE)
+    return OTHERS if kind == "PEFT" and not ours else RAW
+
+
+def _outcome(kind: str, folder: Path, base: nn.Module, expected: torch.Tensor) -> tuple[str, str]:
+    """Load a folder; tell what came of it."""
+    what, before = KINDS[kind], Snapshot(base)
+    try:
+        model = what.read(base, folder)
+    except MemoryError:
+        return OUT_OF_MEMORY, ""
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"
+        if "can't allocate memory" in text:
+            return OUT_OF_MEMORY, text
+        whose = _whose(error, kind)
+        if kind != "PEFT":  # which leaves the base wrapped
+            try:
+                before.assert_unchanged()
+            except AssertionError:
+                return HALF, text
+        if whose == RAW:
+            text = "".join(traceback.format_exception(error)[-4:])
+        return whose, text
+    try:
+        found = what.run(model)
+    except Exception as error:
+        return RAW, "in use: " + "".join(traceback.format_exception(error)[-4:])
+    same = found.shape == expected.shape and torch.equal(found, expected)
+    return (EQUAL if same else OTHER_NUMBERS), ""
+
+
+def _case(root: Path, seed: int, number: int, numbers: dict[str, Any]) -> tuple[str, ...]:
+    """Write, damage and load one folder below ``root``; give kind, damage, outcome and words."""
+    draw = random.Random(seed * 1_000_003 + number)
+    kind = draw.choice(sorted(KINDS))
+    folder, outside = root / "case" / "adapter", root / "case" / "outside"
+    shutil.rmtree(root / "case", ignore_errors=True)
+    outside.mkdir(parents=True)
+    (outside / "mine").write_text("mine")
+    shutil.copytree(root / "written" / kind, folder, symlinks=True)
+    damage = _damage(draw, folder, root / "written")
+    base, expected = copy.deepcopy(numbers[kind][0]), numbers[kind][1]
+    before = _tree(outside)
+    os.chdir(folder)
+    outcome, words = _outcome(kind, folder, base, expected)
+    if "plant" in damage and kind in _METHODS and not _saves_over(folder):
+        outcome, words = HALF, "a save into the folder"
+    os.chdir(root)
+    if _tree(outside) != before:
+        outcome = OUTSIDE
+    return kind, damage, outcome, words
+
+
+def _saves_over(folder: Path) -> bool:
+    """Tell whether an adapter that is saved into the folder is what loads then."""
+    model = methods.case("rasa")
+    try:
+        rasa_ext.save_adapter(model, folder)
+        found = rasa_ext.load_adapter(methods.base(), folder)(methods.inputs())
+    except (OSError, ValueError) as error:
+        return isinstance(error, WriteError)  # a folder has the name of a file
+    return torch.equal(found, model(methods.inputs()))
+
+
+def _limits() -> None:
+    """End a case that takes too long or too much, whatever it is in."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
+
+
+def _worker(root: Path, seed: int, numbers: range, write: int, made: dict[str, Any]) -> None:
+    _limits()
+    with os.fdopen(write, "w") as out:
+        for number in numbers:
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)  # it may wait, or not be run
+            result = _case(root, seed, number, made)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            out.write(json.dumps([number, *result]) + "\n")
+            out.flush()
+
+
+def fuzz(cases: int, seed: int, root: Path, batch: int = 250) -> list[list[Any]]:
+    """Run the cases; give (number, kind, damage, outcome, words) of each."""
+    warnings.simplefilter("ignore")
+    (root / "written").mkdir()
+    made = {}
+    for name, kind in KINDS.items():
+        kind.write(root / "written" / name)
+        base = kind.base()
+        made[name] = base, kind.run(kind.read(copy.deepcopy(base), root / "written" / name))
+    found: list[list[Any]] = []
+    while len(found) < cases:
+        read, write = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                os.close(read)
+                numbers = range(len(found), min(cases, len(found) + batch))
+                _worker(root, seed, numbers, write, made)
+                status = 0
+            finally:
+                if status:
+                    traceback.print_exc()
+                os._exit(status)
+        os.close(write)
+        with os.fdopen(read) as lines:
+            found += [json.loads(line) for line in lines]
+        status = os.waitpid(pid, 0)[1]
+        if status:
+            slow = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (
+                signal.SIGPROF,
+                signal.SIGALRM,
+            )
+            draw = random.Random(seed * 1_000_003 + len(found))
+            kind = draw.choice(sorted(KINDS))
+            found.append([len(found), kind, "", HANG if slow else CRASH, f"status {status}"])
+    return found
+
+
+def table(found: list[list[Any]]) -> str:
+    """The outcomes as a table, a row a kind."""
+    counts = Counter((kind, outcome) for _, kind, _, outcome, _ in found)
+    lines = ["| kind | " + " | ".join(OUTCOMES) + " |", "| --- " * (len(OUTCOMES) + 1) + "|"]
+    for kind in (*KINDS, None):
+        row = [
+            sum(n for (k, o), n in counts.items() if o == outcome and kind in (k, None))
+            for outcome in OUTCOMES
+        ]
+        lines.append(f"| {kind or 'all'} | " + " | ".join(map(str, row)) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", nargs="*", default=list(NEVER), help="outcomes to print")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = fuzz(given.cases, given.seed, Path(folder))
+    for number, kind, damage, outcome, words in found:
+        if outcome in given.show:
+            print(f"{number} {kind}, {damage}: {outcome}. {words}\n")
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()

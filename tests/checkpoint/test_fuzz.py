@@ -1,0 +1,77 @@
+"""Damaged folders of every kind: a few hundred cases of the fuzzer, and that it sees faults."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from rasa_ext.methods.base import checked_rank
+from tests.checkpoint import fuzz
+
+
+def test_damaged_folders_are_refused_in_a_sentence_or_load_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = fuzz.fuzz(300, 20261127, tmp_path)
+    assert [number for number, *_ in found] == list(range(300))
+    assert not [each for each in found if each[3] in fuzz.NEVER]
+    outcomes = [outcome for *_, outcome, _ in found]
+    assert outcomes.count(fuzz.OWN) > 200
+    assert outcomes.count(fuzz.EQUAL) > 20
+
+
+def raw(base, folder):
+    return {}["key"]
+
+
+def half(base, folder):
+    with torch.no_grad():
+        base[0].up_proj.weight.zero_()
+    checked_rank(0)
+
+
+def outside(base, folder):
+    (folder.parent / "outside" / "mine").write_text("theirs")
+    return base
+
+
+def endless(base, folder):
+    while True:
+        pass
+
+
+def large(base, folder):
+    return torch.zeros(1 << 36)
+
+
+def crash(base, folder):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+FAULTS = {
+    fuzz.RAW: raw,
+    fuzz.HALF: half,
+    fuzz.OUTSIDE: outside,
+    fuzz.HANG: endless,
+    fuzz.OUT_OF_MEMORY: large,
+    fuzz.CRASH: crash,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_fuzzer_sees_each_fault(fault, tmp_path, monkeypatch):
+    """A reader that does it, once it is given damaged folders."""
+
+    def reader(base, folder):
+        if folder.parent.name == "case":
+            return FAULTS[fault](base, folder)
+        return base
+
+    kind = fuzz.Kind(fuzz.KINDS["rasa"].write, fuzz.KINDS["rasa"].base, reader)
+    monkeypatch.setattr(fuzz, "KINDS", {"rasa": kind})
+    monkeypatch.setattr(fuzz, "SECONDS", 0.2)
+    monkeypatch.chdir(tmp_path)
+    found = fuzz.fuzz(2, 1, tmp_path)
+    assert {outcome for *_, outcome, _ in found} == {fault}
