@@ -316,9 +316,11 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
         kind, words = bool, "true or false"
     if not isinstance(value, kind):
         raise ValueError(f"adapter_config.json: expected {key} to be {words}, got {value!r}.")
+    if isinstance(value, int) and abs(value) >= 1 << 62:
+        raise ValueError(f"adapter_config.json: expected {key} to have 62 bits, got {value}.")
     counts: Any = value if isinstance(field.default, tuple) else ()
     for each in counts.values() if isinstance(counts, Mapping) else counts:
-        for count in each if isinstance(each, list | tuple) else [each]:
+        for count in each if field.name == "kept" and isinstance(each, list | tuple) else [each]:
             if type(count) is not int or not 0 <= count <= MOST_POOLED:
                 raise ValueError(
                     f"adapter_config.json: expected {key} to hold counts of ranks, got {count!r}."

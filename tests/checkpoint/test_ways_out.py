@@ -226,6 +226,8 @@ def test_a_config_of_ranks_that_the_file_has_not(field, tmp_path):
     [
         ({"rasa_train_A": "no"}, "rasa_train_A to be true or false, got 'no'"),
         ({"rasa_stack": [1]}, "rasa_stack to be an object"),
+        ({"rasa_stack": {"a": [1]}}, r"rasa_stack to hold counts of ranks, got \[1\]"),
+        ({"rasa_alpha": 10**400}, "rasa_alpha to have 62 bits"),
         ({"rasa_stack": {"a": 1.5}}, "rasa_stack to hold counts of ranks, got 1.5"),
         ({"rasa_method": ["lora"]}, r"expected rasa_method .*got \['lora'\]"),
         ({"rasa_groups": {"a": 3}}, "groups: expected a sequence of strings"),
