@@ -18,7 +18,7 @@ OPTIONAL = (
 )
 
 
-def test_the_library_needs_only_torch_and_safetensors():
+def test_the_library_needs_only_torch_safetensors_and_regex():
     """Imported, and where it asks what a base layer is."""
     program = (
         "import sys, torch, rasa_ext, rasa_ext.nn.functional, rasa_ext.ops; from torch import nn\n"
