@@ -19,6 +19,8 @@ STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.b
 INSIDE, OLD = "saving", "old"
 """Names of a temporary folder within the folder that it is for, and of the files' that leave it."""
 
+_OURS: set[Path] = set()  # temporary folders of this process
+
 _CONFIGS = ("adapter_config.json", "config.json")
 """Without its configuration a folder is read by no reader."""
 
@@ -170,6 +172,8 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
         with _locked(parent):
             temporary.mkdir()
             living.enter_context(_locked(temporary))  # it tells that this process lives
+            _OURS.add(temporary)
+            living.callback(_OURS.discard, temporary)
         try:
             yield temporary
             _give_usual_modes(temporary)
@@ -185,10 +189,13 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
 def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
     """Hold the system's lock on a folder, which ends with the process; give whether it is held.
 
-    Some file systems have no locks.
+    Some file systems have no locks. What is written into a temporary folder of this process waits
+    for no lock on it, which the process has.
     """
     with contextlib.ExitStack() as stack:
-        held = False
+        if held := folder in _OURS:
+            yield held
+            return
         with contextlib.suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
@@ -201,7 +208,7 @@ def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
 def _clear(parent: Path, name: str, output: Path) -> None:
     """Remove temporary folders of killed processes; files of ``output`` in them go back first."""
     for part in parent.glob(f".{glob.escape(name)}.*.part"):
-        if part.is_symlink() or (part / OLD).is_symlink():
+        if part in _OURS or part.is_symlink() or (part / OLD).is_symlink():
             continue
         with _locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB) as dead:
             if dead:

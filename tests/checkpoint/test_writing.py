@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,47 @@ def test_a_failure_leaves_what_was_there(old):
     with pytest.raises(WriteError, match="the base is whole, and what was there is whole"):
         write(old, {"config.json": "new"}, OSError(errno.ENOSPC, "No space"))
     assert tree(old) == OLD
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_folder_within_one_that_is_still_being_written(there, tmp_path):
+    """As where an export goes into a folder that holds more; no lock waits for another of ours."""
+    output = tmp_path / "out"
+    if there:
+        output.mkdir()
+    with new_folder(output) as outer:
+        for inner in (outer, outer / "sub"):
+            with new_folder(inner) as folder:
+                (folder / "one").write_text("1")
+        assert tree(outer) == {"one": "1", "sub": "/", "sub/one": "1"}
+    assert tree(output) == {"one": "1", "sub": "/", "sub/one": "1"}
+
+
+def test_threads_that_save_into_one_folder(tmp_path):
+    """One after the other: none takes another's unfinished folder for that of a killed process."""
+    (tmp_path / "out").mkdir()
+    barrier, wrong = threading.Barrier(4), []
+
+    def save(number: int) -> None:
+        try:
+            for _ in range(20):
+                with new_folder(tmp_path / "out") as folder:
+                    for name in ("one", "two"):
+                        (folder / name).write_text(str(number))
+                    barrier.wait()
+        except BaseException as error:
+            wrong.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    found = tree(tmp_path / "out")
+    assert found.keys() == {"one", "two"}
+    assert len(set(found.values())) == 1
 
 
 def test_an_output_is_looked_at_before_the_work(tmp_path, monkeypatch):
