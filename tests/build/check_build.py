@@ -102,7 +102,7 @@ def make_env(folder: Path, python: str, torch: str) -> Path:
         start = time.monotonic()
         run([found, "-m", "venv", "--clear", str(env)])
         install = [str(interpreter), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        run([*install, "--no-compile", f"torch=={torch}", "numpy", "safetensors"])
+        run([*install, "--no-compile", f"torch=={torch}", "numpy", "safetensors", "regex"])
         (env / "complete").touch()
         print(f"made {env} in {time.monotonic() - start:.0f} s", flush=True)
     return interpreter
