@@ -9,6 +9,7 @@ import glob
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,13 +17,13 @@ from pathlib import Path
 STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 """A model's weights: those of an earlier one must not stay beside a new one's."""
 
-INSIDE, OLD = "saving", "old"
-"""Names of a temporary folder within the folder that it is for, and of the files' that leave it."""
-
-_OURS: set[Path] = set()  # temporary folders of this process
+INSIDE, NEW, OLD = "saving", "new", "old"
+"""Names of a temporary folder within the folder that it is for, and of the two folders in it."""
 
 _CONFIGS = ("adapter_config.json", "config.json")
 """Without its configuration a folder is read by no reader."""
+
+_PATIENCE = 10.0  # seconds; a lock is held while a few files are renamed
 
 _ANOTHER = "choose another folder"
 _REASONS = {
@@ -170,56 +171,58 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
         contextlib.ExitStack() as living,
     ):
         with _locked(parent):
-            temporary.mkdir()
+            (temporary / NEW).mkdir(parents=True)
             living.enter_context(_locked(temporary))  # it tells that this process lives
-            _OURS.add(temporary)
-            living.callback(_OURS.discard, temporary)
         try:
-            yield temporary
-            _give_usual_modes(temporary)
+            yield temporary / NEW
+            _give_usual_modes(temporary / NEW)
             with _locked(parent):
                 _clear(parent, name, output)
-                _put(temporary, output, stale)
+                _put(temporary / NEW, output, stale)
         finally:
             if not (temporary / OLD).exists():
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[bool]:
+def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold the system's lock on a folder, which ends with the process; give whether it is held.
 
-    Some file systems have no locks. What is written into a temporary folder of this process waits
-    for no lock on it, which the process has.
+    It is not where the file system has no locks, or where another holds it longer than any save.
     """
+    last = time.monotonic() + (_PATIENCE if wait else 0)
     with contextlib.ExitStack() as stack:
-        if held := folder in _OURS:
-            yield held
-            return
+        held = False
         with contextlib.suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
             stack.callback(os.close, descriptor)
-            fcntl.flock(descriptor, how)
+            while not held:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    held = True
+                except BlockingIOError:
+                    if time.monotonic() >= last:
+                        raise
+                    time.sleep(0.01)
             stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # for forked processes, too
-            held = True
         yield held
 
 
 def _clear(parent: Path, name: str, output: Path) -> None:
     """Remove temporary folders of killed processes; files of ``output`` in them go back first."""
     for part in parent.glob(f".{glob.escape(name)}.*.part"):
-        if part in _OURS or part.is_symlink() or (part / OLD).is_symlink():
+        if part.is_symlink() or (part / OLD).is_symlink():
             continue
-        with _locked(part, fcntl.LOCK_EX | fcntl.LOCK_NB) as dead:
+        with _locked(part, wait=False) as dead:
             if dead:
-                if {path.name for path in part.iterdir()} > {OLD}:  # it was not done
+                if any(part.glob(f"{NEW}/*")) and (part / OLD).is_dir():  # it was not done
                     _put_back(part / OLD, output)
                 shutil.rmtree(part, ignore_errors=True)
 
 
 def _put(source: Path, target: Path, stale: tuple[str, ...]) -> None:
     """Make the files of a folder those of ``target``."""
-    if source.parent == target:
+    if source.parent.parent == target:
         return _exchange(source, target, stale)
     try:
         source.rename(target)
@@ -232,7 +235,7 @@ def _put(source: Path, target: Path, stale: tuple[str, ...]) -> None:
 
 def _exchange(source: Path, target: Path, stale: tuple[str, ...]) -> None:
     """Let new files and old ones change places: the old configuration first, the new one last."""
-    new, old = _in_order(source), source / OLD
+    new, old = _in_order(source), source.parent / OLD
     leaving = [target / path.name for path in reversed(new)]
     leaving += [path for pattern in stale for path in target.glob(pattern)]
     old.mkdir()

@@ -27,7 +27,7 @@ LORA_SET = "LORA_SET"
 """The peft_type of several LoRAs in one file, which are no adapter."""
 _PAIRS = ("rank_pattern", "rank_schedule", "kept", "stack")
 """The fields that are mappings in a file."""
-MOST_RANKS, MOST_POOLED = 1 << 20, 1 << 31
+MOST_RANKS, MOST_POOLED = 1 << 16, 1 << 31
 """More ranks than any layer, or any pool, has: larger numbers in a file are damage."""
 _LARGEST = 1e308  # of a float, but not of an integer
 _ALWAYS = ("rank", "k", "alpha")

@@ -139,8 +139,9 @@ class RasaConfig(PeftConfig):
         if self.target_modules is None:
             self.target_modules = ALL_LINEAR
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list | tuple):
-                setattr(self, name, set(getattr(self, name)))
+            value = getattr(self, name)
+            if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
+                setattr(self, name, set(value))
         if self.bias != "none":
             raise ValueError(
                 f"bias: expected 'none', got {self.bias!r}; trained biases are not supported."

@@ -147,6 +147,7 @@ def _killed(folder: Path) -> None:
     old = folder / ".saving.1.part" / "old"
     old.mkdir(parents=True)
     (folder / CONFIG).rename(old / CONFIG)
+    shutil.copytree(old, old.with_name("new"))
 
 
 def _of_method(name: str) -> Kind:
@@ -361,8 +362,9 @@ def _plant(draw: random.Random, folder: Path) -> None:
     else:
         part.mkdir()
         (part / "old").symlink_to(outside)
+        (part / "new").mkdir()
         if what == 1:
-            (part / CONFIG).touch()
+            (part / "new" / CONFIG).touch()
     if draw.random() < 0.5 and (folder / CONFIG).exists():
         (folder / CONFIG).unlink()
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext.checkpoint import files
+from rasa_ext.checkpoint import files, writing
 from rasa_ext.checkpoint.writing import WriteError
 from rasa_ext.methods import LoraConfig
 from tests.helpers.adapters import RANK, content, patched, same_adapters
@@ -204,6 +204,18 @@ def test_a_file_system_may_lack_links_and_locks(missing, saved, monkeypatch):
     assert same_adapters(model, rasa_ext.load_adapter(SEQUENTIAL.build(), directory))
 
 
+def test_a_save_does_not_wait_for_ever_for_who_holds_the_lock(saved, monkeypatch):
+    """As ``flock DIRECTORY rasa-ext ...`` would."""
+    directory, model = saved
+    monkeypatch.setattr(writing, "_PATIENCE", 0.05)
+    descriptor = os.open(directory, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    rasa_ext.save_adapter(model, directory)
+    os.close(descriptor)
+    assert sorted(content(directory)) == ["README.md", CONFIG, WEIGHTS]
+    assert same_adapters(model, rasa_ext.load_adapter(SEQUENTIAL.build(), directory))
+
+
 def test_a_save_follows_no_link_that_lies_in_its_folder(saved, tmp_path_factory):
     directory, model = saved
     outside = tmp_path_factory.mktemp("outside")
@@ -214,8 +226,8 @@ def test_a_save_follows_no_link_that_lies_in_its_folder(saved, tmp_path_factory)
             (directory / f".{name}.{kind}").symlink_to(outside / "kept")
     (directory / CONFIG).unlink()
     (directory / ".saving.1.part").symlink_to(outside)
-    (directory / ".saving.2.part").mkdir()
-    (directory / ".saving.2.part" / "new").touch()
+    (directory / ".saving.2.part" / "new").mkdir(parents=True)
+    (directory / ".saving.2.part" / "new" / CONFIG).touch()
     (directory / ".saving.2.part" / "old").symlink_to(outside)
     rasa_ext.save_adapter(model, directory)
     assert content(outside) == {"adapter_model.safetensors": b"mine", "kept": b"mine"}
