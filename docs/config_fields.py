@@ -51,13 +51,12 @@ def rasa_fields() -> list[Field]:
 
 
 METHODS = {
-    "LoraConfig": "methods/lora.py",
-    "BlockLoraConfig": "methods/lora.py",
-    "SboraConfig": "methods/sbora.py",
-    "SoraConfig": "methods/sora.py",
-    "ResLoraConfig": "methods/reslora.py",
-    "SdLoraConfig": "methods/sd_lora.py",
-    "BoostedPoolConfig": "methods/boosted_pool.py",
+    node.name: f"methods/{path.name}"
+    for path in sorted((PACKAGE / "methods").glob("*.py"))
+    for node in ast.parse(path.read_text()).body
+    if isinstance(node, ast.ClassDef)
+    and node.name != "RasaConfig"
+    and any(ast.unparse(each).startswith("method: ClassVar[str] = ") for each in node.body)
 }
 """Where the configs of ``rasa_ext.methods`` are, but for RaSA's."""
 

@@ -13,7 +13,7 @@ import torch
 
 import rasa_ext
 from rasa_ext import training
-from rasa_ext.methods import METHODS
+from rasa_ext.methods import method_named
 from rasa_ext.optim import LoraPro
 from rasa_ext.ranks import hidden_dimensions, rank_pattern
 
@@ -43,7 +43,7 @@ def prepared(
             model, rank=spec["rank"], k=spec["k"], alpha=float(spec["alpha"])
         )
     if spec["kind"] == "ours":
-        config = METHODS[spec["method"]](**spec["options"])
+        config = method_named(spec["method"])(**spec["options"])
         return rasa_ext.patch_model(model, config=config)
     from peft import LoraConfig, VeraConfig, get_peft_model
 

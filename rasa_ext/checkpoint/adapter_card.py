@@ -14,18 +14,6 @@ from rasa_ext.checkpoint.card import BASE_FOLDER, Base, Card, compose
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.patching.targets import Plan
 
-METHODS = {
-    "rasa": ("RaSA", "2503.12576"),
-    "lora": ("LoRA", "2106.09685"),
-    "block-lora": ("Block-LoRA", "2501.16720"),
-    "sbora": ("SBoRA", "2407.05413"),
-    "sora": ("SoRA", "2311.11696"),
-    "reslora": ("ResLoRA", "2402.18039"),
-    "sd-lora": ("SD-LoRA", "2501.13198"),
-    "boosted-pool": ("boosters in a pool, as XGBLoRA's", "2410.19694"),
-}
-"""What a reader calls each method, and its paper on arXiv."""
-
 TASKS = {"CAUSAL_LM": "text-generation"}
 """The Hub's words for PEFT's."""
 
@@ -54,7 +42,7 @@ def adapter_card(
     }
     return compose(
         head_fields(base, task, card, "rasa_ext", [config.method, "lora"]),
-        title(f"{METHODS[config.method][0]} adapter", base),
+        title(f"{config.title} adapter", base),
         f"Written by rasa_ext {__version__}.",
         rows,
         {
@@ -73,11 +61,10 @@ def title(what: str, base: Base) -> str:
 
 def about(base: Base, config: AdapterConfig) -> dict[str, Any]:
     """Give the rows on the base, the method and its options."""
-    name, paper = METHODS[config.method]
-    link = f"[arXiv {paper}](https://arxiv.org/abs/{paper})"
+    link = f" ([arXiv {config.paper}](https://arxiv.org/abs/{config.paper}))"
     return {
         "base model": base.link() if base.name else "",
-        "method": f"{name} ({link})",
+        "method": f"{config.title}{link if config.paper else ''}",
         **_options(config),
     }
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rasa_ext._version import __version__
-from rasa_ext.checkpoint.adapter_card import METHODS, about, head_fields, load_text, title
+from rasa_ext.checkpoint.adapter_card import about, head_fields, load_text, title
 from rasa_ext.checkpoint.card import Base, Card, compose
 from rasa_ext.checkpoint.serving import serving_help
 from rasa_ext.methods.base import AdapterConfig
@@ -36,7 +36,7 @@ def lora_card(
     """
     base, task = Base.of(settings["base_model_name_or_path"]), settings["task_type"]
     tags = [config.method, "lora", *([] if format == "peft" else [format])]
-    name = METHODS[config.method][0]
+    name = config.title
     how = "computes the same function" if exact else "is the nearest of its rank to every layer"
     own = about(base, config)
     tokens = settings.get("trainable_token_indices") or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import entry_points
 from typing import Annotated
 
 import typer
@@ -47,6 +48,8 @@ _COMMANDS = (
 )
 for _command in _COMMANDS:
     app.command(cls=Command)(_command)
+for _announced in entry_points(group="rasa_ext.commands"):  # of installed packages
+    app.command(_announced.name, cls=Command)(_announced.load())
 
 
 def _print_version(wanted: bool) -> None:

@@ -126,6 +126,8 @@ def read_config_file(path: Path, types: Mapping[str, Any]) -> dict[str, Any]:
             raise typer.BadParameter(f"{where}: unknown key {str(key)!r}; {hint}")
         if isinstance(value, list) and name == "target_modules":
             value = ",".join(map(str, value))
+        if isinstance(value, dict) and name == "method_options":
+            value = yaml.safe_dump(value, default_flow_style=True, width=1e9).strip()[1:-1]
         if isinstance(value, list | dict):
             raise typer.BadParameter(
                 f"{where}: {key}: expected a single value, got {type(value).__name__} {value!r}."

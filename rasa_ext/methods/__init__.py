@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from typing import Any
 
-from rasa_ext.methods.base import OFFICIAL, AdapterConfig, other_method
+from rasa_ext.methods.base import (
+    METHODS,
+    OFFICIAL,
+    AdapterConfig,
+    Place,
+    Rate,
+    fresh_A,
+    fresh_B,
+    option,
+    other_method,
+)
 from rasa_ext.methods.boosted_pool import BoostedPoolConfig
 from rasa_ext.methods.lora import BlockLoraConfig, LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
@@ -13,52 +25,91 @@ from rasa_ext.methods.reslora import ResLoraConfig
 from rasa_ext.methods.sbora import SboraConfig
 from rasa_ext.methods.sd_lora import SdLoraConfig
 from rasa_ext.methods.sora import SoraConfig
+from rasa_ext.ops import Factors
 
 __all__ = [
-    "METHODS",
     "AdapterConfig",
     "BlockLoraConfig",
     "BoostedPoolConfig",
+    "Factors",
     "LoraConfig",
+    "Place",
     "RasaConfig",
+    "Rate",
     "ResLoraConfig",
     "SboraConfig",
     "SdLoraConfig",
     "SoraConfig",
+    "every_method",
+    "fresh_A",
+    "fresh_B",
+    "method_named",
+    "option",
     "read_method",
 ]
 
-METHODS: dict[str, type[AdapterConfig]] = {
-    config.method: config
-    for config in (
-        RasaConfig,
-        LoraConfig,
-        BlockLoraConfig,
-        SboraConfig,
-        SoraConfig,
-        ResLoraConfig,
-        SdLoraConfig,
-        BoostedPoolConfig,
+
+def every_method() -> dict[str, type[AdapterConfig]]:
+    """Give the methods by name: those that are defined, and those that installed packages announce.
+
+    Returns:
+        A copy. A package announces its methods in its metadata, under the entry-point group
+        ``rasa_ext.methods``: names and the config classes, or modules that define them.
+
+    Raises:
+        ImportError: what was announced cannot be imported.
+
+    Example:
+        >>> sorted(rasa_ext.methods.every_method())[:2]
+        ['block-lora', 'boosted-pool']
+    """
+    _load_announced()
+    return dict(METHODS)
+
+
+@functools.cache
+def _load_announced() -> None:
+    for announced in entry_points(group="rasa_ext.methods"):
+        announced.load()
+
+
+def method_named(name: Any, what: str = "method") -> type[AdapterConfig]:
+    """Look up a method's config class; what installed packages announce is loaded if need be.
+
+    Args:
+        name: the method's, as in files and on the command line.
+        what: the argument or field that gave it, for the error.
+
+    Returns:
+        The class, a subclass of ``AdapterConfig``.
+
+    Raises:
+        ValueError: there is none of that name.
+
+    Example:
+        >>> rasa_ext.methods.method_named("rasa")
+        <class 'rasa_ext.methods.rasa.RasaConfig'>
+    """
+    if isinstance(name, str):
+        found = METHODS.get(name) or every_method().get(name)
+        if found is not None:
+            return found
+    raise ValueError(
+        f"{what}: expected {' or '.join(map(repr, sorted(every_method())))}, got {name!r}; a newer "
+        "rasa_ext, or a package that has to be installed or imported first, may know it."
     )
-}
-"""By the name that a method has in files and on the command line."""
 
 
 def read_method(data: Mapping[str, Any]) -> AdapterConfig:
     """Read the content of an ``adapter_config.json``, whatever its method.
 
     Raises:
-        ValueError: the method is not one of these, or a field is missing or not supported.
+        ValueError: the method is not known, or a field is missing or not supported.
     """
     if (kind := data.get("peft_type")) != AdapterConfig.peft_type:
         raise ValueError(
             f"adapter_config.json: expected peft_type {AdapterConfig.peft_type!r}, "
             f"{other_method(kind)}."
         )
-    method = data.get("rasa_method", OFFICIAL)
-    if not isinstance(method, str) or method not in METHODS:
-        raise ValueError(
-            f"adapter_config.json: expected rasa_method {' or '.join(map(repr, METHODS))}, got "
-            f"{method!r}; a newer rasa_ext may know it."
-        )
-    return METHODS[method].from_dict(data)
+    name = data.get("rasa_method", OFFICIAL)
+    return method_named(name, "adapter_config.json: rasa_method").from_dict(data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,12 +82,30 @@ def option(default: Any, text: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": text})
 
 
+class Rate(NamedTuple):
+    """How one of a layer's tensors is trained beside others, as factors."""
+
+    lr: float = 1.0
+    """Of the learning rate."""
+    weight_decay: float = 1.0
+    eps: float = 1.0
+    """Of Adam's."""
+    gate: bool = False
+    """Whether it has gates, whose learning rate may be another."""
+
+
+METHODS: dict[str, type[AdapterConfig]] = {}
+"""Every method whose class is defined, by the name that it has in files and on the command line."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The part of a config that all methods share; ``metadata["help"]`` explains each field.
 
-    A method is a subclass that says which tensors a layer owns, which it gives to its group, and
-    how they make up the factors of dW = [B | B_pool] diag(d) [A ; A_pool].
+    A method is a subclass with a name, that says which tensors a layer owns, which it gives to its
+    group, and how they make up the factors of dW = [B | B_pool] diag(d) [A ; A_pool] = Bp^T Ap.
+    That is all that a change can be: not DoRA, IA3 or OFT. It is known as soon as it is defined.
+    An installed package announces methods by the entry-point group ``rasa_ext.methods``.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -95,6 +113,12 @@ class AdapterConfig:
 
     method: ClassVar[str]
     """The method's name, in files and on the command line."""
+    title: ClassVar[str] = ""
+    """What a reader calls the method; its name, unless given."""
+    paper: ClassVar[str] = ""
+    """The paper's number on arXiv."""
+    loop: ClassVar[str] = ""
+    """What trains the method, where that is no optimizer alone: ``rasa-ext finetune`` says so."""
     peft_type: ClassVar[str] = "RASA"
     """What PEFT knows all of them under."""
     trained: ClassVar[tuple[str, ...]] = ()
@@ -133,6 +157,20 @@ class AdapterConfig:
         "Dtype of the trainable parameters. Computation casts them to the activations' dtype; "
         "bfloat16 here saves memory but rounds away small optimizer steps.",
     )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Make a method known by its name; ValueError where that is another one's."""
+        super().__init_subclass__(**kwargs)
+        if "method" not in vars(cls):
+            return
+        before = METHODS.setdefault(cls.method, cls)
+        if (before.__module__, before.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"method: expected a name that no other method has, got {cls.method!r}, which is "
+                f"{before.__module__}.{before.__qualname__}'s."
+            )
+        METHODS[cls.method] = cls
+        cls.title = vars(cls).get("title") or cls.method
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
         """Make a config; TypeError, with the name that was meant, for a field it does not have."""
@@ -207,6 +245,10 @@ class AdapterConfig:
         They are taken as they stand, under the names A, B and d, unless this is overridden.
         """
         return Factors(own["A"], pool.get("A"), own["B"], pool.get("B"), own.get("d"))
+
+    def learning_rates(self, place: Place) -> dict[str, Rate]:
+        """Give the rates of those of a layer's tensors, by name, that are not trained as usual."""
+        return {}
 
     def to_dict(self) -> dict[str, Any]:
         """Give the config as the JSON values of ``adapter_config.json``, whatever the method.

@@ -46,6 +46,9 @@ class BoostedPoolConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "boosted-pool"
+    title: ClassVar[str] = "boosters in a pool, as XGBLoRA's"
+    paper: ClassVar[str] = "2410.19694"
+    loop: ClassVar[str] = "rasa_ext.training.Boosting, which begins new factors as it goes"
 
     rank: int = option(1, "r: how many slots of the pool a booster is.")
     alpha: float = option(1.0, "The entries of d that weight a booster begin at alpha / r.")

@@ -13,6 +13,7 @@ from rasa_ext.methods.base import (
     AdapterConfig,
     Counts,
     Place,
+    Rate,
     checked_alpha,
     checked_choice,
     checked_counts,
@@ -44,6 +45,8 @@ class LoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+    paper: ClassVar[str] = "2106.09685"
     trained: ClassVar[tuple[str, ...]] = ("A", "B")
 
     rank: int = option(8, "The rank r of every layer's change.")
@@ -126,6 +129,8 @@ class BlockLoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "block-lora"
+    title: ClassVar[str] = "Block-LoRA"
+    paper: ClassVar[str] = "2501.16720"
 
     rank: int = option(8, "r: all blocks' ranks together. The rank of dW is r / n.")
     alpha: float = option(16.0, "The scale s is alpha / r.")
@@ -140,6 +145,10 @@ class BlockLoraConfig(AdapterConfig):
             )
         self._set(rank=rank, blocks=blocks, alpha=checked_alpha(self.alpha))
         super().__post_init__()
+
+    def learning_rates(self, place: Place) -> dict[str, Rate]:
+        """Let B, the sum of n blocks, move n times as fast; the rate multiplies its decay."""
+        return {"B": Rate(lr=self.blocks, weight_decay=1 / self.blocks)}
 
     def own(self, place: Place) -> dict[str, Tensor]:
         """Make A (r/n, in) and the blocks' sum B (out, r/n)."""

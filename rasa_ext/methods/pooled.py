@@ -14,6 +14,7 @@ from rasa_ext.methods.base import (
     AdapterConfig,
     Counts,
     Place,
+    Rate,
     checked_alpha,
     checked_integer,
     checked_rank,
@@ -132,6 +133,11 @@ class PooledConfig(AdapterConfig):
     def diagonal(self, own: int, pooled: int) -> Tensor:
         """Make the d of a layer that begins: (own + pooled,) float32, private entries first."""
         raise NotImplementedError
+
+    def learning_rates(self, place: Place) -> dict[str, Rate]:
+        """Let gates follow a rate of their own, without decay."""
+        entries = self.gate_entries(*self.ranks_at(place))
+        return {"d": Rate(weight_decay=0.0, gate=True)} if entries.stop > entries.start else {}
 
     def gate_entries(self, own: int, pooled: int) -> slice:
         """Tell which entries of d are gates: what ``ProximalGates`` drives to zero."""

@@ -46,6 +46,8 @@ class ResLoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "reslora"
+    title: ClassVar[str] = "ResLoRA"
+    paper: ClassVar[str] = "2402.18039"
 
     rank: int = option(8, "The rank r of every layer's own LoRA.")
     alpha: float = option(16.0, "The scale s is alpha / r.")

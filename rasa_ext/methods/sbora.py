@@ -44,6 +44,8 @@ class SboraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "sbora"
+    title: ClassVar[str] = "SBoRA"
+    paper: ClassVar[str] = "2407.05413"
 
     rank: int = option(8, "r, how many features are read or written, at most as many as there are.")
     alpha: float = option(16.0, "The scale s is alpha / r.")

@@ -49,6 +49,8 @@ class SdLoraConfig(AdapterConfig):
     """
 
     method: ClassVar[str] = "sd-lora"
+    title: ClassVar[str] = "SD-LoRA"
+    paper: ClassVar[str] = "2501.13198"
 
     rank: int = option(10, "The rank r of the first task's pair.")
     alpha: float = option(

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rasa_ext.methods.base import document_fields, option
+from rasa_ext.methods.base import Place, Rate, document_fields, option
 from rasa_ext.methods.pooled import Kept, Pattern, PooledConfig
 
 
@@ -30,6 +30,8 @@ class SoraConfig(PooledConfig):
     """
 
     method: ClassVar[str] = "sora"
+    title: ClassVar[str] = "SoRA"
+    paper: ClassVar[str] = "2311.11696"
 
     rank: int = option(8, "The rank r that every layer begins with.")
     alpha: float = option(16.0, "The scale s is alpha / r.")
@@ -53,6 +55,11 @@ class SoraConfig(PooledConfig):
     def diagonal(self, own: int, pooled: int) -> Tensor:
         """Draw s N(0, 1)."""
         return torch.randn(own + pooled) * (self.alpha / self.rank)
+
+    def learning_rates(self, place: Place) -> dict[str, Rate]:
+        """Let d = s g move as s g does under Adam: s times the rate, and epsilon over s."""
+        s = self.gate_scale(place.num_layers)
+        return {n: r._replace(lr=s, eps=1 / s) for n, r in super().learning_rates(place).items()}
 
     def gate_entries(self, own: int, pooled: int) -> slice:
         """All of d are gates."""

@@ -31,7 +31,7 @@ _CORE_NAMES = {
 }
 _NAME = re.compile(r"[\w.-]+")
 _REFUSED = {"rasa_stack": "boosters", "rasa_kept": "the ranks that pruning left"}
-_METHODS = {name: config for name, config in methods.METHODS.items() if config.trained}
+_METHODS = {name: each for name, each in methods.every_method().items() if each.trained}
 _HELP = {
     field.name: field.metadata["help"]
     for config in reversed(_METHODS.values())
@@ -182,7 +182,7 @@ class RasaConfig(PeftConfig):
     def core(self) -> AdapterConfig:
         """Give the same choices as ``rasa_ext.patch_model`` takes them."""
         if self.rasa_method not in list(_METHODS):
-            other = methods.METHODS.get(str(self.rasa_method))
+            other = methods.every_method().get(str(self.rasa_method))
             hint = other and (
                 ", whose tensors or steps of training have no place in PEFT; use "
                 f"rasa_ext.patch_model(model, config=rasa_ext.methods.{other.__name__}(...))"

@@ -9,7 +9,7 @@ import torch
 
 from rasa_ext import Card, __version__
 from rasa_ext.checkpoint.adapter import base_name
-from rasa_ext.checkpoint.adapter_card import METHODS, about, head_fields, title
+from rasa_ext.checkpoint.adapter_card import about, head_fields, title
 from rasa_ext.checkpoint.card import Base, compose
 from rasa_ext.patching.state import patch_state
 from rasa_ext.train.memory import describe_memory
@@ -66,7 +66,7 @@ def merged_card(model: Any, adapter: Path) -> str:
     fields = head_fields(base, "CAUSAL_LM", told, "transformers", [config.method, "lora"])
     if base.id:
         fields["base_model_relation"] = "finetune"
-    name = METHODS[config.method][0]
+    name = config.title
     dtype = " --dtype float32" if model.dtype == torch.float32 else ""  # vLLM would round it
     return compose(
         fields,

@@ -10,22 +10,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rasa_ext import methods
 from rasa_ext.checkpoint.writing import check_output
 
 RECORD = "finetune.yaml"
 """The file in the output directory that holds the options of its run."""
-
-METHODS = {
-    "rasa": "RaSA",
-    "lora": "LoRA",
-    "block-lora": "Block-LoRA",
-    "sbora": "SBoRA",
-    "sora": "SoRA",
-    "reslora": "ResLoRA",
-    "sd-lora": "SD-LoRA",
-}
-"""Those that one run can train, with the names that a reader sees."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -65,7 +56,9 @@ class FinetuneOptions:
         "as it stands: a space or line break between the two must be in the data.",
     )
     method: str = _option(
-        "rasa", f"The adapter's method: {', '.join(METHODS)}, which trains the first of its tasks."
+        "rasa",
+        "The adapter's method: rasa, lora or another that rasa_ext.methods or an installed package "
+        "has, by the name in its files.",
     )
     rank: int = _option(8, "LoRA rank r per layer.")
     k: int | None = _option(
@@ -83,16 +76,10 @@ class FinetuneOptions:
         "Under rasa the size of the initial diagonal; the paper has 8 and 32. Under the others the "
         "scale times the rank.",
     )
-    rslora: bool = _option(False, "Under lora: the scale is alpha / sqrt(rank) (rsLoRA).")
-    freeze_a: bool = _option(False, "Under lora: A stays as it was drawn (LoRA-FA).")
-    blocks: int | None = _option(
-        None, "Under block-lora: how many blocks share A; a divisor of the rank. [default: 2]"
-    )
-    side: str | None = _option(
-        None, "Under sbora: A reads single features, B writes them. [default: A]"
-    )
-    window: int | None = _option(
-        None, "Under reslora: how many layers before it a layer computes as well. [default: 4]"
+    method_options: str = _option(
+        "",
+        "Other fields of the method's config, as YAML: 'rslora: true, train_A: false' under lora, "
+        "'blocks: 4' under block-lora.",
     )
     gate_threshold: float | None = _option(
         None,
@@ -166,42 +153,32 @@ class FinetuneOptions:
 
     def adapter(self) -> methods.AdapterConfig:
         """The adapter's config. Raises ValueError where its options are no good."""
-        common: dict[str, Any] = {
+        config = methods.method_named(self.method)
+        if config.loop:
+            raise ValueError(
+                f"method: expected one that an optimizer trains, got {self.method!r}: train it in "
+                f"a loop of yours, by {config.loop}."
+            )
+        known = {field.name for field in dataclasses.fields(config)}
+        given = parse_method_options(self.method_options)
+        given |= {n: v for n, v in (("k", self.k), ("experts", self.experts)) if v is not None}
+        for name in given.keys() - known:
+            raise ValueError(
+                f"{name}: expected none with the method {self.method!r}, got {given[name]!r}."
+            )
+        usual = {
             "rank": self.rank,
+            "k": self.k,
             "alpha": self.alpha,
             "dropout": self.dropout,
             "target_modules": parse_targets(self.target_modules),
             "trainable_token_indices": parse_tokens(self.trainable_token_indices),
+            "seed": self.seed,
+            "gates": None if self.gate_threshold is None else "pool",
         }
-        if self.method not in METHODS:
-            raise ValueError(
-                f"method: expected one of {', '.join(METHODS)}, got {self.method!r}; boosting, "
-                "which begins new factors as it goes, is trained in a loop of yours: see "
-                "rasa_ext.training."
-            )
-        config = methods.METHODS[self.method]
-        own: dict[str, Any] = {
-            "k": self.k,
-            "experts": self.experts,
-            "rslora": self.rslora or None,
-            "train_A": False if self.freeze_a else None,
-            "blocks": self.blocks,
-            "side": self.side,
-            "window": self.window,
-        }
-        own = {name: value for name, value in own.items() if value is not None}
-        known = {field.name for field in dataclasses.fields(config)}
-        for name in own.keys() - known:
-            option = "freeze_a" if name == "train_A" else name
-            raise ValueError(
-                f"{option}: expected none with the method {self.method!r}, got "
-                f"{getattr(self, option)!r}."
-            )
-        if self.method == "rasa":
-            own |= {"k": self.k, "gates": None if self.gate_threshold is None else "pool"}
-        elif self.method == "sbora":
-            own["seed"] = self.seed
-        return config(**common, **own)
+        if self.k is None and config is not methods.RasaConfig:  # whose own default None is not
+            del usual["k"]
+        return config(**{name: usual[name] for name in usual.keys() & known} | given)
 
     def _check_gates(self, adapter: methods.AdapterConfig) -> None:
         """Raise ValueError where the options of gates do not fit the method, or each other."""
@@ -254,6 +231,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         for name in now
         if name not in _HARMLESS and before.get(name) != now[name]
     ]
+
+
+def parse_method_options(text: str) -> dict[str, Any]:
+    """Parse `--method-options`; ValueError where it is no YAML of names and values."""
+    try:
+        found = yaml.safe_load(f"{{{text}}}")
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or None in found.values():
+        raise ValueError(f"method_options: expected YAML such as 'blocks: 4', got {text!r}.")
+    return found
 
 
 def parse_tokens(text: str) -> list[int]:

@@ -9,11 +9,12 @@ from typing import Any
 
 import yaml
 
+from rasa_ext.methods import method_named
 from rasa_ext.train.callbacks import MetricsCallback
 from rasa_ext.train.card import run_card
 from rasa_ext.train.checkpoints import checkpoints_in
 from rasa_ext.train.memory import peak_memory
-from rasa_ext.train.options import METHODS, RECORD, FinetuneOptions
+from rasa_ext.train.options import RECORD, FinetuneOptions
 from rasa_ext.train.outcome import FinetuneResult
 from rasa_ext.train.plots import plot_loss
 from rasa_ext.train.trainer import AdapterTrainer
@@ -58,7 +59,7 @@ def write_results(
     trainer.card = run_card(trainer, options, result)
     trainer.save_model()
     if losses:
-        title = f"{METHODS[options.method]} r={options.rank}, {Path(options.model).name}"
+        title = f"{method_named(options.method).title} r={options.rank}, {Path(options.model).name}"
         plot_loss(metrics.rows, output / "loss.png", title)
     text = json.dumps(dataclasses.asdict(result), indent=2)
     (output / "summary.json").write_text(text + "\n", encoding="utf-8")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
-from rasa_ext.methods.lora import BlockLoraConfig
-from rasa_ext.methods.pooled import PooledConfig
-from rasa_ext.patching.state import adapted_layers, adapter_parameters, patch_state
-from rasa_ext.training.gates import gated
+from rasa_ext.methods.base import Rate
+from rasa_ext.patching.state import adapter_parameters, owners, patch_state
 
 
 def parameter_groups(
@@ -47,32 +45,23 @@ def parameter_groups(
         >>> groups = rasa_ext.training.parameter_groups(model, lr=5e-4)
         >>> optimizer = torch.optim.AdamW(groups)
     """
-    config, layers = patch_state(model).config, adapted_layers(model)
-    rates: dict[int, _Rate] = {}
-    if isinstance(config, BlockLoraConfig):
-        n = config.blocks
-        rates = {id(layer.B): _Rate(n * lr, weight_decay / n, 1.0) for _, layer in layers}
-    gates = gated(model, config) if isinstance(config, PooledConfig) else []
-    if gate_lr is not None and not gates:
+    config = patch_state(model).config
+    rates: dict[int, Rate] = {}
+    for _, owner in owners(model):
+        for name, rate in config.learning_rates(owner.place).items():
+            rates[id(owner.own_tensors()[name])] = rate
+    if gate_lr is not None and not any(rate.gate for rate in rates.values()):
         raise ValueError(
             f"gate_lr: expected None for {type(config).__name__} without gates, got {gate_lr}."
         )
-    for d, _, scale in gates:
-        s = scale if config.method == "sora" else 1.0
-        rates[id(d)] = _Rate((lr if gate_lr is None else gate_lr) * s, 0.0, s)
-    usual = _Rate(lr, weight_decay, 1.0)
-    found: dict[_Rate, list[nn.Parameter]] = {}
+    found: dict[Rate, list[nn.Parameter]] = {}
     for parameter in adapter_parameters(model):
         if parameter.requires_grad:
-            found.setdefault(rates.get(id(parameter), usual), []).append(parameter)
+            found.setdefault(rates.get(id(parameter), Rate()), []).append(parameter)
     groups: list[dict[str, Any]] = []
     for rate, parameters in found.items():
-        group = {"params": parameters, "lr": rate.lr, "weight_decay": rate.weight_decay}
-        groups.append(group if eps is None else {**group, "eps": eps / rate.scale})
+        base = gate_lr if rate.gate and gate_lr is not None else lr
+        decay = weight_decay * rate.weight_decay
+        group = {"params": parameters, "lr": base * rate.lr, "weight_decay": decay}
+        groups.append(group if eps is None else {**group, "eps": eps * rate.eps})
     return groups
-
-
-class _Rate(NamedTuple):
-    lr: float
-    weight_decay: float
-    scale: float

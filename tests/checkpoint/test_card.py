@@ -14,10 +14,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import rasa_ext
-from rasa_ext import methods
-from rasa_ext.checkpoint import adapter_card
 from rasa_ext.checkpoint.card import BASE_FOLDER, hub_id
-from rasa_ext.train import options
 from tests.helpers import experts, tiny_lm
 from tests.helpers.adapters import RANK, content, patched
 from tests.helpers.hub import refused
@@ -105,12 +102,6 @@ def test_every_method_s_ranks(name, tmp_path):
     for row in rasa_ext.summary(adapted):
         ranks = str(row.R) if row.R_min == row.R else f"{row.R_min} to {row.R}"
         assert re.search(rf"^\| `{re.escape(row.pattern)}` \|.*\| {ranks} \|$", text, re.MULTILINE)
-
-
-def test_methods_have_one_name():
-    assert adapter_card.METHODS.keys() == methods.METHODS.keys()
-    for method, name in options.METHODS.items():
-        assert adapter_card.METHODS[method][0] == name
 
 
 def test_adapted_experts(tmp_path):

@@ -27,7 +27,17 @@ PUBLIC |= {f"training.{name}": getattr(training, name) for name in training.__al
 PUBLIC |= {
     f"methods.{name}": getattr(methods, name)
     for name in methods.__all__
-    if name not in ("METHODS", "AdapterConfig", "read_method")  # for those who add one
+    if name
+    not in (
+        "AdapterConfig",
+        "Factors",
+        "Place",
+        "Rate",
+        "fresh_A",
+        "fresh_B",
+        "option",
+        "read_method",
+    )  # for those who add one
 }
 PUBLIC |= {
     f"{module.__name__}.{name}": each

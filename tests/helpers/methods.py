@@ -56,7 +56,7 @@ def _pruned(config: methods.AdapterConfig) -> nn.Module:
 
 
 def _plain(name: str, **options) -> nn.Module:
-    config = methods.METHODS[name](adapter_dtype=torch.float64, **options)
+    config = methods.method_named(name)(adapter_dtype=torch.float64, **options)
     return rasa_ext.patch_model(base(), config=config)
 
 

@@ -1,0 +1,187 @@
+"""A method in a file of its own, outside of the package, which an installed package announces."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import rasa_ext
+from rasa_ext import methods
+from tests.helpers.tiny_lm import save_base, sums, write_jsonl
+
+VERA = '''
+"""VeRA (arXiv 2310.11454): dW = diag(b) B diag(d) A, of which layers train b and d alone."""
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from rasa_ext.methods import AdapterConfig, Factors, fresh_A, option
+
+
+@dataclasses.dataclass(frozen=True)
+class VeraConfig(AdapterConfig):
+    method, title, paper = "vera", "VeRA", "2310.11454"
+
+    rank: int = option(8, "The rank of the A and B that a group shares, as they were drawn.")
+
+    def own(self, place):
+        b = torch.zeros(place.out_features, device=place.device)
+        return {"b": nn.Parameter(b), "d": nn.Parameter(b.new_full((self.rank,), 0.1))}
+
+    def pool(self, places):
+        A = fresh_A(self.rank, places[0], torch.float32).detach()
+        return {"A": A, "B": torch.randn(places[0].out_features, self.rank, device=A.device)}
+
+    def factors(self, own, pool, place):
+        return Factors(pool["A"], None, own["b"][:, None] * pool["B"], None, own["d"])
+
+
+def count(folder: str) -> None:
+    """Count the files of a folder."""
+    print("files:", len(list(__import__("pathlib").Path(folder).iterdir())))
+'''
+ANNOUNCED = """
+[rasa_ext.methods]
+vera = vera_method:VeraConfig
+[rasa_ext.commands]
+count = vera_method:count
+"""
+METADATA = "Metadata-Version: 2.1\nName: vera-method\nVersion: 1.0\n"
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder of packages, in which one announces VeRA."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "vera_method.py").write_text(VERA)
+    about = folder / "vera_method-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(METADATA)
+    (about / "entry_points.txt").write_text(ANNOUNCED)
+    return folder
+
+
+def run(installed: Path, *arguments: str) -> str:
+    """What a new process prints, in which nothing has imported the method."""
+    path = os.pathsep.join([str(installed), str(Path(rasa_ext.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+TRAIN = """
+import sys, torch, rasa_ext
+from transformers import AutoModelForCausalLM
+base, folder = sys.argv[1:]
+config = rasa_ext.methods.method_named("vera")(rank=4, target_modules=["q_proj", "down_proj"])
+model = rasa_ext.patch_model(AutoModelForCausalLM.from_pretrained(base), config=config)
+trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
+assert trained == {"b", "d"}, trained
+optimizer = torch.optim.AdamW(rasa_ext.training.parameter_groups(model, lr=0.1))
+tokens = torch.arange(1, 9).view(2, 4)
+for _ in range(3):
+    model(tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+rasa_ext.save_adapter(model, folder + "/adapter")
+rasa_ext.export_lora(model, folder + "/lora")
+model.eval()
+with torch.no_grad():
+    logits = model(tokens).logits
+    rasa_ext.merge(model)
+    assert torch.allclose(model(tokens).logits, logits, atol=1e-4)
+    rasa_ext.unmerge(model)
+    assert torch.equal(model(tokens).logits, logits)
+assert len(list(rasa_ext.summary(model))) == 2
+torch.save(logits, folder + "/logits.pt")
+"""
+
+LOAD = """
+import sys, torch, rasa_ext
+from peft import PeftModel
+from rasa_ext.analysis import analyze_adapter
+from transformers import AutoModelForCausalLM
+base, folder = sys.argv[1:]
+tokens, expected = torch.arange(1, 9).view(2, 4), torch.load(folder + "/logits.pt")
+load = AutoModelForCausalLM.from_pretrained
+with torch.no_grad():
+    loaded = rasa_ext.load_adapter(load(base), folder + "/adapter").eval()
+    assert torch.equal(loaded(tokens).logits, expected)
+    peft = PeftModel.from_pretrained(load(base), folder + "/lora").eval()
+    assert torch.allclose(peft(tokens).logits, expected, atol=1e-4)
+    assert not torch.allclose(load(base)(tokens).logits, expected, atol=1e-2)
+groups = analyze_adapter(folder + "/adapter", load(base))
+assert all(0 < layer.effective_rank <= 4 for group in groups for layer in group.layers)
+"""
+
+
+def test_it_trains_and_another_process_reads_all_of_it(installed, tmp_path):
+    base = str(save_base(tmp_path / "base"))
+    run(installed, "-c", TRAIN, base, str(tmp_path))
+    assert "[arXiv 2310.11454]" in (tmp_path / "adapter" / "README.md").read_text()
+    assert "VeRA" in (tmp_path / "lora" / "README.md").read_text()
+    run(installed, "-c", LOAD, base, str(tmp_path))
+
+
+def test_the_command_trains_shows_merges_and_exports_it(installed, tmp_path):
+    base = str(save_base(tmp_path / "base"))
+    data = write_jsonl(tmp_path / "train.jsonl", sums(8))
+    adapter, command = str(tmp_path / "adapter"), ("-c", "from rasa_ext.cli import main; main()")
+    options = ("--rank", "4", "--max-steps", "2", "--batch-size", "2", "--lr", "0.1")
+    given = ("--model", base, "--data", str(data), "--output", adapter, "--method", "vera")
+    run(installed, *command, "finetune", *given, *options)
+    assert json.loads(Path(adapter, "adapter_config.json").read_text())["rasa_method"] == "vera"
+    shown = run(installed, *command, "inspect", adapter)
+    assert "vera" in shown
+    run(installed, *command, "merge", adapter, "--output", str(tmp_path / "merged"))
+    run(installed, *command, "export-lora", adapter, "--output", str(tmp_path / "lora"))
+    assert "Count the files of a folder." in run(installed, *command, "--help")
+    assert run(installed, *command, "count", adapter).startswith("files: ")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_a_name_is_one_method_s():
+    class First(methods.AdapterConfig):
+        method = "of a test"
+
+    assert methods.method_named("of a test") is First
+    assert First.title == "of a test"
+    with pytest.raises(ValueError, match="method: expected a name that no other method has"):
+
+        class Second(methods.AdapterConfig):
+            method = "of a test"
+
+    assert methods.method_named("of a test") is First
+    del methods.base.METHODS["of a test"]
+    for name in ("of a test", 3):
+        with pytest.raises(
+            ValueError, match=rf"method: expected 'block-lora' or .* got {name!r}; a"
+        ):
+            methods.method_named(name)
+
+
+def test_a_method_that_is_not_installed_is_named(installed, tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    code = (
+        "import rasa_ext, torch, sys; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); "
+        "rasa_ext.save_adapter(rasa_ext.patch_model(m, config=rasa_ext.methods.method_named('vera')"
+        "(rank=2)), sys.argv[1])"
+    )
+    run(installed, "-c", code, str(tmp_path))
+    with pytest.raises(
+        ValueError, match=r"adapter_config\.json: rasa_method: .* got 'vera'; a new"
+    ):
+        rasa_ext.load_adapter(model, tmp_path)
