@@ -121,9 +121,8 @@ class AdapterConfig:
     """What trains the method, where that is no optimizer alone: ``rasa-ext finetune`` says so."""
     peft_type: ClassVar[str] = "RASA"
     """What PEFT knows all of them under."""
-    trained: ClassVar[tuple[str, ...]] = ()
-    """The names of a layer's own tensors, where all of them are trained and of A, B and d, and the
-    method needs no steps of its own: then the PEFT plug-in takes it."""
+    peft: ClassVar[str] = ""
+    """Why PEFT cannot take the method, where ``loop`` does not say so."""
 
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(

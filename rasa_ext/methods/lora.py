@@ -47,7 +47,6 @@ class LoraConfig(AdapterConfig):
     method: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
     paper: ClassVar[str] = "2106.09685"
-    trained: ClassVar[tuple[str, ...]] = ("A", "B")
 
     rank: int = option(8, "The rank r of every layer's change.")
     alpha: float = option(16.0, "The scale s is alpha / r.")
@@ -131,6 +130,7 @@ class BlockLoraConfig(AdapterConfig):
     method: ClassVar[str] = "block-lora"
     title: ClassVar[str] = "Block-LoRA"
     paper: ClassVar[str] = "2501.16720"
+    peft: ClassVar[str] = "its B needs a learning rate of its own"
 
     rank: int = option(8, "r: all blocks' ranks together. The rank of dW is r / n.")
     alpha: float = option(16.0, "The scale s is alpha / r.")

@@ -36,7 +36,6 @@ class RasaConfig(PooledConfig):
     method: ClassVar[str] = "rasa"
     title: ClassVar[str] = "RaSA"
     paper: ClassVar[str] = "2503.12576"
-    trained: ClassVar[tuple[str, ...]] = ("A", "B", "d")
 
     rank: int = option(8, "LoRA rank r per layer. Trainable parameters grow with it as in LoRA.")
     k: int | None = option(

@@ -32,6 +32,7 @@ class SoraConfig(PooledConfig):
     method: ClassVar[str] = "sora"
     title: ClassVar[str] = "SoRA"
     paper: ClassVar[str] = "2311.11696"
+    peft: ClassVar[str] = "rasa_ext.training.ProximalGates drives the gates in steps of training"
 
     rank: int = option(8, "The rank r that every layer begins with.")
     alpha: float = option(16.0, "The scale s is alpha / r.")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import re
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +19,10 @@ from rasa_ext._version import __version__
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, checked_dtype, groups_to_json
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.token_indices import tokens_to_json
+from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.peft_type import RASA
 
-# A field here, and its name in the configs of rasa_ext.
+# A field here that not every method has, or has under this name, and its name in rasa_ext.methods.
 _CORE_NAMES = {
     "r": "rank",
     "rasa_k": "k",
@@ -25,18 +30,10 @@ _CORE_NAMES = {
     "rasa_dropout": "dropout",
     "rasa_groups": "groups",
     "rank_pattern": "rank_pattern",
-    "rasa_gates": "gates",
     "rasa_experts": "experts",
-    "rasa_rslora": "rslora",
 }
 _NAME = re.compile(r"[\w.-]+")
-_REFUSED = {"rasa_stack": "boosters", "rasa_kept": "the ranks that pruning left"}
-_METHODS = {name: each for name, each in methods.every_method().items() if each.trained}
-_HELP = {
-    field.name: field.metadata["help"]
-    for config in reversed(_METHODS.values())
-    for field in dataclasses.fields(config)
-}
+_HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(methods.RasaConfig)}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -45,12 +42,13 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class RasaConfig(PeftConfig):
-    """The config of one RaSA adapter under PEFT. Each field's ``metadata["help"]`` explains it.
+    """The config of one adapter under PEFT. Each field's ``metadata["help"]`` explains it.
 
     The fields are those of ``rasa_ext.RasaConfig`` under the official code's names, r for rank,
     and PEFT's own. A layer of weight (out, in) gets dW = [B | B_pool] diag(d) [A ; A_pool] of rank
     r-k+L*k, the pool being shared by the L layers of one name and shape (arXiv 2503.12576,
-    section 3).
+    section 3). ``rasa_method`` names another method than RaSA, and ``rasa_options`` has the fields
+    of that method's config that have none here.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -63,9 +61,11 @@ class RasaConfig(PeftConfig):
         True
     """
 
-    r: int = _option(8, _HELP["rank"])
+    r: int | None = _option(None, f"{_HELP['rank']} None is the method's default, 8 under rasa.")
     rasa_k: int | None = _option(None, _HELP["k"])
-    rasa_alpha: float = _option(8.0, _HELP["alpha"])
+    rasa_alpha: float | None = _option(
+        None, f"{_HELP['alpha']} None is the method's default, 8 under rasa."
+    )
     rasa_dropout: float = _option(0.0, _HELP["dropout"])
     target_modules: list[str] | set[str] | str | None = _option(
         ALL_LINEAR, f"{_HELP['target_modules']} None is the same as 'all-linear'."
@@ -82,17 +82,20 @@ class RasaConfig(PeftConfig):
     rasa_groups: Any = _option(None, _HELP["groups"])
     rasa_method: str = _option(
         "rasa",
-        "The method: rasa or lora. rasa_k and the four fields below are for the one whose config "
-        "in rasa_ext.methods has them. rasa_ext.patch_model has more methods.",
+        "The method: rasa, lora, or another one of rasa_ext.methods that an optimizer alone "
+        "trains, also one that your code or an installed package defines.",
+    )
+    rasa_options: dict[str, Any] | None = _option(
+        None,
+        "Fields of the method's config in rasa_ext.methods that have none here, by name, such as "
+        '{"rslora": True} under lora. Files have them as rasa_rslora.',
     )
     rank_pattern: dict[str, int] | None = _option(None, _HELP["rank_pattern"])
-    rasa_gates: str | None = _option(None, _HELP["gates"])
     rasa_experts: str | None = _option(
         None,
         f"{_HELP['experts']} Under lora 'own' gives each a pair of its own. Also taken under the "
         "name experts.",
     )
-    rasa_rslora: bool | None = _option(None, _HELP["rslora"])
     bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
     fan_in_fan_out: bool = _option(
         False,
@@ -106,38 +109,17 @@ class RasaConfig(PeftConfig):
     )
     adapter_dtype: str = _option("float32", _HELP["adapter_dtype"])
     rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
-    experts: dataclasses.InitVar[str | None] = None  # rasa_experts, by the name that the core has
-    rasa_stack: dataclasses.InitVar[Any] = None  # in files that PEFT cannot have, and these are
-    rasa_kept: dataclasses.InitVar[Any] = None  # refused
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> RasaConfig:
-        """Make a config; TypeError, with the name that was meant, for a field it does not have."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        check_keywords(cls.__name__, kwargs, [*known, "experts", *_REFUSED])
-        made: RasaConfig = super().__new__(cls)
-        return made
-
-    def __post_init__(self, experts: str | None, rasa_stack: Any, rasa_kept: Any) -> None:
+    def __post_init__(self) -> None:
         """Check every field and bring it into PEFT's form."""
-        for name, value in zip(_REFUSED, (rasa_stack, rasa_kept), strict=True):
-            if value:
-                raise ValueError(
-                    f"{name}: PEFT has no place for {_REFUSED[name]}; rasa_ext.load_adapter(model, "
-                    "directory) reads the adapter, and rasa_ext.export_lora then writes a LoRA."
-                )
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no types
-        if experts is not None and self.rasa_experts not in (None, experts):
-            raise ValueError(
-                f"experts: expected one name of rasa_experts, got both, experts={experts!r} and "
-                f"rasa_experts={self.rasa_experts!r}."
-            )
-        self.rasa_experts = self.rasa_experts if experts is None else experts
         self.peft_type = RASA
         self.rasa_ext_version = self.rasa_ext_version or __version__
         if isinstance(self.adapter_dtype, torch.dtype):
             self.adapter_dtype = str(self.adapter_dtype).removeprefix("torch.")
         if self.target_modules is None:
             self.target_modules = ALL_LINEAR
+        core = self.core()
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list | tuple) and all(isinstance(each, str) for each in value):
@@ -156,7 +138,6 @@ class RasaConfig(PeftConfig):
                 f"layers_pattern: {self.layers_pattern!r} says nothing without "
                 "layers_to_transform; give both or none."
             )
-        core = self.core()
         pattern = self.layers_pattern or ()
         for name in (*core.modules_to_save, *([pattern] if isinstance(pattern, str) else pattern)):
             if not isinstance(name, str) or not _NAME.fullmatch(name):
@@ -164,40 +145,54 @@ class RasaConfig(PeftConfig):
                     f"modules_to_save, layers_pattern: expected names of modules, got {name!r}, "
                     "which PEFT would take for a regular expression."
                 )
-        self.rasa_k = getattr(core, "k", None)
+        for name in ("r", "rasa_k", "rasa_alpha"):
+            setattr(self, name, getattr(core, _CORE_NAMES[name], None))
         self.trainable_token_indices = tokens_to_json(core.tokens)
         if not callable(core.layer_groups):
             self.rasa_groups = groups_to_json(core.layer_groups)
+
+    @property
+    def experts(self) -> str | None:
+        """``rasa_experts``, by the name that it has in ``patch_model``."""
+        return self.rasa_experts
 
     def to_dict(self) -> dict[str, Any]:
         """Give the config as the values of ``adapter_config.json``.
 
         Raises ValueError where ``rasa_groups`` is a callable that no model has been given to.
         """
-        if callable(self.rasa_groups):
-            groups_to_json(self.rasa_groups)
+        written = self.core().to_dict()
         settings: dict[str, Any] = super().to_dict()
-        return settings
+        keys = {f"rasa_{name}" for name in settings.pop("rasa_options") or ()}
+        return settings | {key: value for key, value in written.items() if key in keys}
 
     def core(self) -> AdapterConfig:
         """Give the same choices as ``rasa_ext.patch_model`` takes them."""
-        if self.rasa_method not in list(_METHODS):
-            other = methods.every_method().get(str(self.rasa_method))
-            hint = other and (
-                ", whose tensors or steps of training have no place in PEFT; use "
-                f"rasa_ext.patch_model(model, config=rasa_ext.methods.{other.__name__}(...))"
-            )
+        config = methods.method_named(self.rasa_method, "rasa_method")
+        reason = config.peft or (config.loop and f"it is trained by {config.loop}")
+        if reason:
             raise ValueError(
-                f"rasa_method: expected one of {', '.join(_METHODS)}, got {self.rasa_method!r}"
-                f"{hint or ''}."
+                f"rasa_method: expected a method for PEFT, got {self.rasa_method!r}: {reason}; use "
+                f"rasa_ext.patch_model(model, config={config.__qualname__}(...))."
             )
-        config = _METHODS[self.rasa_method]
-        fields = {field.name for field in dataclasses.fields(config)}
-        given = {core: getattr(self, name) for name, core in _CORE_NAMES.items()}
-        kept = {core: value for core, value in given.items() if core == "k" or value is not None}
+        fields, options = {field.name for field in dataclasses.fields(config)}, _options(config)
+        given: dict[str, Any] = {"k": None} if config is methods.RasaConfig else {}
         for name, core in _CORE_NAMES.items():
-            if given[core] is not None and core not in fields:
-                raise ValueError(f"{name}: the method {self.rasa_method!r} has no such field.")
+            if (value := getattr(self, name)) is not None:
+                given[core] = value
+                if core not in fields:
+                    raise ValueError(f"{name}: the method {self.rasa_method!r} has no such field.")
+        if not isinstance(self.rasa_options, dict | None):
+            raise TypeError(
+                "rasa_options: expected a dict of fields of the method's config, got "
+                f"{type(self.rasa_options).__name__}."
+            )
+        for name in self.rasa_options or ():
+            if name not in options:
+                raise ValueError(
+                    f"rasa_options: expected fields of the method {self.rasa_method!r} "
+                    f"({', '.join(options) or 'it has no others'}), got {name!r}."
+                )
         try:
             return config(
                 target_modules=ALL_LINEAR if self.target_modules is None else self.target_modules,
@@ -205,12 +200,48 @@ class RasaConfig(PeftConfig):
                 modules_to_save=self.modules_to_save or (),
                 trainable_token_indices=self.trainable_token_indices,
                 adapter_dtype=checked_dtype("adapter_dtype", self.adapter_dtype),
-                **{core: value for core, value in kept.items() if core in fields},
+                **given,
+                **(self.rasa_options or {}),
             )
         except (TypeError, ValueError) as error:
             core_name, _, text = str(error).partition(":")
             ours = {core: name for name, core in _CORE_NAMES.items()}
+            ours |= {name: f"rasa_options: {name}" for name in options}
             raise type(error)(f"{ours.get(core_name, core_name)}:{text}") from None
 
 
-RasaConfig.experts = property(lambda self: self.rasa_experts)
+def _options(config: type[AdapterConfig]) -> list[str]:
+    """List the fields of a method's config that ``rasa_options`` has."""
+    common = {field.name for field in dataclasses.fields(AdapterConfig)}
+    names = (field.name for field in dataclasses.fields(config))
+    return [name for name in names if name not in {*common, *_CORE_NAMES.values()}]
+
+
+def _takes_options(init: Callable[..., None]) -> Callable[..., None]:
+    """Let ``__init__`` take a method's options under the names that they have in files, too."""
+    known = list(inspect.signature(init).parameters)[1:]
+
+    @functools.wraps(init)
+    def takes(self: RasaConfig, *args: Any, **given: Any) -> None:
+        method = methods.method_named(given.get("rasa_method", "rasa"), "rasa_method")
+        keys = {key: name for name in _options(method) if (key := f"rasa_{name}") not in known}
+        if options := {keys[key]: given.pop(key) for key in keys if key in given}:
+            given["rasa_options"] = {**(given.get("rasa_options") or {}), **options}
+        if given.get("rasa_experts") is None:
+            given["rasa_experts"] = given.pop("experts", None)
+        unknown = sorted(given.keys() - known)
+        if unknown and "peft_type" in given:
+            # A file's. PEFT would drop the options with them, as its signature has neither.
+            warnings.warn(
+                f"adapter_config.json: {', '.join(unknown)} ignored; a newer rasa_ext may have "
+                "written the file.",
+                stacklevel=users_level(),
+            )
+            given = {key: value for key, value in given.items() if key in known}
+        check_keywords("RasaConfig", given, [*known, *keys])
+        init(self, *args, **given)
+
+    return takes
+
+
+RasaConfig.__init__ = _takes_options(RasaConfig.__init__)  # type: ignore[method-assign]

@@ -211,5 +211,5 @@ def pool_owners(model: nn.Module, adapter_name: str) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, RasaPeftLinear) and adapter_name in module.rasa_pool_A
+        if isinstance(module, RasaPeftLinear) and module.pool_names.get(adapter_name)
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import (
@@ -271,6 +273,8 @@ class RasaModel(BaseTuner):
         found = {}
         for group in groups:
             places = group_places({name: bases[name] for name in group.names})
+            for place in places:  # what the method refuses, before any layer is replaced
+                config.own(dataclasses.replace(place, device=torch.device("meta")))
             found.update(dict.fromkeys(group.names, (group, places)))
         return found
 

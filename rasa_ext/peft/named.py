@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,26 +39,25 @@ class RowAdapters:
 class NamedAdapters(BaseTunerLayer, nn.Module):
     """The named adapters of one weight.
 
-    The pool of an adapter is owned, as ``rasa_pool_A`` and ``rasa_pool_B``, by the first of its
-    group; the others know that one, unregistered, and look the pool up in each forward. So every
-    parameter stands once in a ``state_dict``, and whatever replaces a parameter (loading with
-    ``assign``, moving, casting) is seen by all. Less the adapter's name, parameters are named as in
-    the package's own files.
+    A tensor that the method names A is ``rasa_A[adapter_name]``. The pool of an adapter is owned,
+    such as ``rasa_pool_A``, by the first of its group; the others know that one, unregistered, and
+    look the pool up in each forward. So every tensor stands once in a ``state_dict``, and whatever
+    replaces one (loading with ``assign``, moving, casting) is seen by all. Less the adapter's name,
+    tensors are named as in the package's own files.
 
     Where the weight lies, and what caches depend on the adapters, is a subclass's affair.
     """
 
-    adapter_layer_names = ("rasa_A", "rasa_B", "rasa_d", "rasa_pool_A", "rasa_pool_B")
-    other_param_names = ("configs", "places", "pool_owners")
-    rasa_pool_A: nn.ParameterDict
+    other_param_names = ("configs", "places", "pool_owners", "own_names", "pool_names")
 
     def _begin(self) -> None:
         """Own no adapter yet: the part of ``__init__`` that all have."""
         self.subtracts = False  # whether unmerging subtracts, so that merging keeps no copy
-        for name in self.adapter_layer_names:
-            self.add_module(name, nn.ParameterDict())
+        self.adapter_layer_names = ()  # the methods of its adapters decide what it owns
         self.configs: dict[str, AdapterConfig] = {}
         self.places: dict[str, Place] = {}
+        self.own_names: dict[str, tuple[str, ...]] = {}
+        self.pool_names: dict[str, tuple[str, ...]] = {}
         self.pool_owners: dict[str, NamedAdapters] = {}
         self.merged_adapters: list[str] = []
         self.rows: RowAdapters | None = None  # set for the time of a forward with adapter_names
@@ -87,35 +86,41 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     ) -> None:
         """Add an adapter; ``owner`` is the first of its group."""
         place = places[index]
-        self._add(adapter_name, "rasa_", config.own(place), init_weights)
-        tensors = config.pool(places) if owner is self or index == 0 else {}
-        if index == 0:
-            self._add(adapter_name, "rasa_pool_", tensors, init_weights)
-        if adapter_name in owner.rasa_pool_A:
-            self.pool_owners[adapter_name] = owner
+        own, pool = config.own(place), {} if index else config.pool(places)
+        self._add(adapter_name, "rasa_", own, init_weights)
+        self._add(adapter_name, "rasa_pool_", pool, init_weights)
+        self.own_names[adapter_name], self.pool_names[adapter_name] = tuple(own), tuple(pool)
         self.configs[adapter_name], self.places[adapter_name] = config, place
+        self.pool_owners[adapter_name] = owner
 
+    @torch.no_grad()
     def _add(
         self, adapter_name: str, prefix: str, tensors: dict[str, Tensor], init_weights: bool
     ) -> None:
         for name, tensor in tensors.items():
-            if name == "B" and not init_weights and tensor.numel():
-                with torch.no_grad():
-                    for each in tensor if tensor.dim() == 3 else (tensor,):
-                        nn.init.kaiming_uniform_(each, a=5**0.5)
-            getattr(self, f"{prefix}{name}")[adapter_name] = tensor
+            trained = isinstance(tensor, nn.Parameter) and not tensor.is_meta
+            if trained and not init_weights and tensor.numel() and not tensor.any():
+                tensor.uniform_(-(tensor.shape[-1] ** -0.5), tensor.shape[-1] ** -0.5)
+            name = f"{prefix}{name}"
+            if name not in self.adapter_layer_names:
+                self.adapter_layer_names += (name,)
+                self.add_module(name, Tensors())
+            getattr(self, name)[adapter_name] = tensor
+
+    def _get_available_adapters(self) -> set[str]:
+        """Name the adapters, for PEFT: also those of which a layer owns no tensor."""
+        return set(self.configs)
 
     def named(self, adapter_name: str) -> Adapter:
         """Give an adapter by its name, active or not."""
         parts: dict[str, Any] = self._modules
-        config = self.configs[adapter_name]
-        own = {f: parameter_of(parts[f"rasa_{f}"], adapter_name) for f in config.trained}
-        pool = {}
-        owner = self.pool_owners.get(adapter_name)
-        if owner is not None:
-            pools: dict[str, Any] = owner._modules
-            pool = {f: parameter_of(pools[f"rasa_pool_{f}"], adapter_name) for f in "AB"}
-        return Adapter(config, own, pool, self.places[adapter_name])
+        names = self.own_names[adapter_name]
+        own = {f: tensor_of(parts[f"rasa_{f}"], adapter_name) for f in names}
+        owner = self.pool_owners[adapter_name]
+        pools: dict[str, Any] = owner._modules
+        names = owner.pool_names[adapter_name]
+        pool = {f: tensor_of(pools[f"rasa_pool_{f}"], adapter_name) for f in names}
+        return Adapter(self.configs[adapter_name], own, pool, self.places[adapter_name])
 
     def _active(self) -> list[str]:
         """List the active adapters that the weight has."""
@@ -140,16 +145,16 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         self._change(adapter_name, lambda tensor: tensor.to(target))
 
     def cast_adapter(self, adapter_name: str) -> None:
-        """Give an adapter's parameters the dtype of its config, whatever a file had."""
+        """Give an adapter's tensors the dtype of its config, whatever a file had; not integers."""
         if adapter_name in self.configs:
             dtype = self.configs[adapter_name].adapter_dtype
-            self._change(adapter_name, lambda tensor: tensor.to(dtype))
+            self._change(adapter_name, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
     def _change(self, adapter_name: str, change: Callable[[Tensor], Tensor]) -> None:
         for name in self.adapter_layer_names:
-            parameter = getattr(self, name)._parameters.get(adapter_name)
-            if parameter is not None and not parameter.is_meta:
-                parameter.data = change(parameter.data)
+            tensor = getattr(self, name).get(adapter_name)
+            if tensor is not None and not tensor.is_meta:
+                tensor.data = change(tensor.data)
         self.forget()
 
     def extra_repr(self) -> str:
@@ -158,9 +163,32 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         return f"effective_rank={ranks}{', merged' if self.merged else ''}"
 
 
-def parameter_of(module: nn.Module, name: str) -> Tensor:
+class Tensors(nn.ParameterDict):
+    """A tensor of each adapter: Parameters, and buffers, which PEFT shall not train.
+
+    PEFT switches ``requires_grad`` of what ``items`` and ``values`` give.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Register a Parameter as such, and another tensor as a buffer."""
+        if isinstance(value, nn.Parameter):
+            super().__setitem__(key, value)
+        else:
+            self._keys[key] = None
+            self.register_buffer(key, value)
+
+    def items(self) -> Iterable[tuple[str, Any]]:
+        """Give the Parameters by adapter."""
+        return self._parameters.items()
+
+    def values(self) -> Iterable[Any]:
+        """Give the Parameters."""
+        return self._parameters.values()
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
     """Do ``getattr`` without nn.Module's slow lookup, as every forward of every layer needs it."""
     found: Tensor | None = module._parameters.get(name)
-    if found is None:  # parametrized, or a replica of nn.DataParallel
+    if found is None:  # a buffer, parametrized, or a replica of nn.DataParallel
         found = getattr(module, name)
     return found

@@ -298,13 +298,14 @@ def test_no_warning_where_experts_are_not_meant(tmp_path):
     ("options", "said"),
     [
         ({"rasa_experts": "slots"}, "^rasa_experts: expected None or 'slot' or"),
-        ({"experts": "slot", "rasa_experts": "layer"}, "^experts: expected one name of"),
-        ({"experts": "slot", "rasa_method": "lora"}, "^rasa_experts: the method 'lora' has no"),
+        ({"experts": "slot", "rasa_method": "lora"}, "^rasa_experts: expected None or 'own', got"),
     ],
 )
 def test_bad_fields(options, said):
     with pytest.raises(ValueError, match=said):
         RasaConfig(**options)
+    with pytest.raises(TypeError, match="argument 'experts'; did you mean rasa_experts"):
+        RasaConfig(experts="slot", rasa_experts="layer")
 
 
 def test_the_field_has_the_cores_name_as_well(tmp_path):

@@ -15,13 +15,16 @@ from tests.helpers import tiny_lm
 
 CASES = {
     "lora": ({}, methods.LoraConfig(4, 8.0)),
-    "rslora": ({"rasa_method": "lora", "rasa_rslora": True}, methods.LoraConfig(4, 8.0, True)),
+    "rslora": (
+        {"rasa_options": {"rslora": True}, "rasa_method": "lora"},
+        methods.LoraConfig(4, 8.0, True),
+    ),
     "ranks": (
         {"rasa_method": "rasa", "rasa_k": 1, "rank_pattern": {"q_proj": 6}},
         methods.RasaConfig(4, 1, rank_pattern={"q_proj": 6}),
     ),
     "gates": (
-        {"rasa_method": "rasa", "rasa_k": 1, "rasa_gates": "pool"},
+        {"rasa_method": "rasa", "rasa_k": 1, "rasa_options": {"gates": "pool"}},
         methods.RasaConfig(4, 1, gates="pool"),
     ),
 }
@@ -93,20 +96,26 @@ def test_it_trains_what_the_method_trains(name):
     optimizer.step()
     changed = {k for k, t in model.state_dict().items() if not torch.equal(t, before[k])}
     kinds = {key.rpartition(".rasa_")[2].partition(".")[0] for key in changed}
-    pooled = {"pool_A", "pool_B"} if getattr(CASES[name][1], "k", 0) else set()
-    assert kinds == set(CASES[name][1].trained) | pooled
+    rasa = isinstance(CASES[name][1], methods.RasaConfig)
+    assert kinds == {"A", "B", *(("d", "pool_A", "pool_B") if rasa else ())}
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"rasa_method": "sbora"}, r"rasa_method: .*patch_model.*SboraConfig"),
-        ({"rasa_method": "sora"}, r"rasa_method: .*steps.*patch_model.*SoraConfig"),
-        ({"rasa_method": "block-lora"}, r"rasa_method: .*steps.*patch_model.*BlockLoraConfig"),
-        ({"rasa_method": "elora"}, "rasa_method"),
+        ({"rasa_method": "sora"}, r"^rasa_method: .*gates.*patch_model.*SoraConfig"),
+        ({"rasa_method": "block-lora"}, r"^rasa_method: .*rate.*patch_model.*BlockLoraConfig"),
+        ({"rasa_method": "boosted-pool"}, r"^rasa_method: .*trained by rasa_ext.training.Boosting"),
+        ({"rasa_method": "elora"}, "^rasa_method: expected 'boosted-pool' or"),
         ({"rasa_method": "lora", "rasa_k": 1}, "rasa_k"),
-        ({"rasa_method": "lora", "rasa_gates": "pool"}, "rasa_gates"),
-        ({"rasa_rslora": "yes", "rasa_method": "lora"}, "rasa_rslora: expected True or False"),
+        ({"rasa_method": "lora", "rasa_gates": "pool"}, "argument 'rasa_gates'"),
+        (
+            {"rasa_method": "lora", "rasa_options": {"gates": "pool"}},
+            "^rasa_options: .*rslora.*gates",
+        ),
+        ({"rasa_method": "lora", "rasa_options": {"rank": 4}}, "^rasa_options: .*got 'rank'"),
+        ({"rasa_method": "lora", "rasa_options": ["rslora"]}, "^rasa_options: expected a dict"),
+        ({"rasa_rslora": "yes", "rasa_method": "lora"}, "^rasa_options: rslora: expected True"),
         ({"rank_pattern": {"q_proj": 8, "w_q": 2}}, "w_q"),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
     ],

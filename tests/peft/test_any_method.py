@@ -1,0 +1,253 @@
+"""Any method under PEFT: one that is defined here, and those whose layers own other tensors."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+import rasa_ext
+import rasa_ext.peft
+from rasa_ext import methods
+from rasa_ext.ops import Factors
+from rasa_ext.peft import RasaConfig
+from tests.helpers.adapters import same_bits
+from tests.helpers.peft import TOKENS, logits, trained
+from tests.helpers.refusals import refused
+from tests.helpers.tiny_lm import make_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class VeraConfig(methods.AdapterConfig):
+    """VeRA (arXiv 2310.11454): dW = diag(b) B diag(d) A, A and B being frozen and shared."""
+
+    method: ClassVar[str] = "vera"
+
+    rank: int = 8
+    d_initial: float = 0.1
+
+    def own(self, place):
+        zeros = torch.zeros(place.out_features, device=place.device)
+        d = torch.full((self.rank,), self.d_initial, device=place.device)
+        return {"b": nn.Parameter(zeros), "d": nn.Parameter(d)}
+
+    def pool(self, places: Sequence[methods.base.Place]) -> dict[str, Tensor]:
+        out, width = places[0].out_features, places[0].in_features
+        A, B = torch.empty(self.rank, width), torch.empty(out, self.rank)
+        for each in (A, B):
+            nn.init.kaiming_uniform_(each)
+        return {"A": A.to(places[0].device), "B": B.to(places[0].device)}
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place) -> Factors:
+        return Factors(pool["A"], None, own["b"][:, None] * pool["B"], None, own["d"])
+
+
+LAYERS = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")]
+OTHERS = {
+    "vera": ("vera", {"d_initial": 0.2}),
+    "sbora": ("sbora", {"side": "B", "seed": 7}),
+    "reslora": ("reslora", {"window": 1}),
+    "sd-lora": ("sd-lora", {"past": [2, 1], "norm": "frobenius", "tied": False}),
+    "lora-fa": ("lora", {"train_A": False, "rslora": True}),
+    "boosters": ("lora", {"stack": dict.fromkeys(LAYERS, 2)}),
+    "pruned": ("rasa", {"kept": dict.fromkeys(LAYERS, (1, 1, 3))}),
+}
+
+
+def under_peft(case: str = "vera", seed: int = 1, **options) -> peft.PeftModel:
+    """A tiny Llama with lively adapters; what is frozen is as it was drawn, or drawn here."""
+    name, fields = OTHERS[case]
+    torch.manual_seed(seed)
+    targets = ["up_proj", "down_proj"]
+    config = RasaConfig(
+        r=4, rasa_method=name, rasa_options=fields, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(make_model(), config, **options)
+    with torch.no_grad():
+        for key, tensor in adapter_tensors(model).items():
+            if tensor.requires_grad or "stack" in key:
+                tensor.normal_(std=0.2)
+    return model.eval()
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict(keep_vars=True).items()
+    return {name: tensor for name, tensor in state if ".rasa_" in name}
+
+
+def kinds(names) -> set[str]:
+    return {name.rpartition(".rasa_")[2].partition(".")[0] for name in names}
+
+
+def test_a_step_trains_what_the_method_trains():
+    model = under_peft().train()
+    assert kinds(trained(model)) == {"b", "d"}
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
+    model(TOKENS, labels=TOKENS).loss.backward()
+    optimizer.step()
+    moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert moved == trained(model).keys()
+    assert {"pool_A", "pool_B"} <= kinds(before)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_what_is_frozen_stays_so(case):
+    """Whatever PEFT switches; integers could not even be switched."""
+    model = under_peft(case)
+    names = trained(model).keys()
+    assert names
+    model.set_adapter("default")
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    model.set_requires_grad("default", True)
+    assert trained(model).keys() == names
+    assert all("default" in status.requires_grad for status in status_of(model, names))
+    assert peft.get_model_status(model).requires_grad == {"default": True}
+    model.set_requires_grad("default", False)
+    assert not trained(model)
+
+
+def status_of(model: peft.PeftModel, names) -> list:
+    owners = {name.rpartition(".rasa_")[0].removeprefix("base_model.") for name in names}
+    return [each for each in peft.get_layer_status(model) if each.name in owners]
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("case", OTHERS)
+def test_files_go_both_ways(case, low_cpu_mem_usage, tmp_path):
+    model = under_peft(case)
+    expected = logits(model)
+    assert not torch.equal(expected, logits(make_model()))
+    model.save_pretrained(tmp_path / "peft")
+    ours = rasa_ext.load_adapter(make_model(), tmp_path / "peft").eval()
+    torch.testing.assert_close(logits(ours), expected)
+    rasa_ext.save_adapter(ours, tmp_path / "ours")
+    torch.manual_seed(99)
+    again = peft.PeftModel.from_pretrained(
+        make_model(), tmp_path / "ours", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    torch.testing.assert_close(logits(again), expected)
+    mine, theirs = adapter_tensors(model), adapter_tensors(again)
+    assert mine.keys() == theirs.keys()
+    assert all(same_bits(mine[key], theirs[key]) for key in mine)
+    read, config = again.peft_config["default"].core(), ours._rasa_ext.config
+    assert {each.partition(":")[0] for each in read.differences(config)} <= {"target_modules"}
+
+
+IN_A_NEW_PROCESS = """
+import sys, torch, peft
+from tests.peft.test_any_method import VeraConfig, logits, make_model
+model = peft.PeftModel.from_pretrained(make_model(), sys.argv[1])
+torch.save(logits(model), sys.argv[2])
+"""
+
+
+def test_a_new_process_that_defines_the_class(tmp_path):
+    model = under_peft()
+    model.save_pretrained(tmp_path)
+    command = [sys.executable, "-c", IN_A_NEW_PROCESS, str(tmp_path), str(tmp_path / "out.pt")]
+    subprocess.run(command, cwd=ROOT, check=True)
+    assert torch.equal(torch.load(tmp_path / "out.pt"), logits(model))
+
+
+def test_a_process_that_does_not_define_the_class(tmp_path):
+    under_peft().save_pretrained(tmp_path)
+    program = "import sys, peft, rasa_ext.peft; peft.PeftConfig.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "ValueError: rasa_method: expected 'boosted-pool' or" in done.stderr
+    assert "got 'vera'; a newer rasa_ext, or a package that has to be" in done.stderr
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_merging_and_export(case, tmp_path):
+    model = under_peft(case)
+    expected = logits(model)
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), expected)
+    rank = rasa_ext.peft.export_lora(model, tmp_path, allow_dropped=True)
+    assert rank == max(layer.named("default").factors().rank for layer in model.base_model.owners())
+    lora = peft.PeftModel.from_pretrained(make_model(), tmp_path)
+    torch.testing.assert_close(logits(lora), expected, rtol=1e-4, atol=1e-4)
+    plain = model.merge_and_unload()
+    assert not adapter_tensors(plain)
+    torch.testing.assert_close(logits(plain), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_two_adapters_of_two_methods(case, tmp_path):
+    model = under_peft(case)
+    first = logits(model)
+    second = RasaConfig(r=2, target_modules=["up_proj", "q_proj"], init_weights=False)
+    model.add_adapter("second", second)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    model.set_adapter("second")
+    alone = logits(model)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    assert not any(map(torch.equal, (both, both, alone), (first, alone, first)))
+    assert peft.get_model_status(model).available_adapters == ["default", "second"]
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(make_model(), tmp_path / "second", "second")
+    assert torch.equal(logits(again), alone)
+    model.delete_adapter("default")
+    assert all(name.endswith(".second") for name in adapter_tensors(model))
+    assert torch.equal(logits(model), alone)
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_transformers_own_adapters(case, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
+    source = under_peft(case)
+    source.save_pretrained(tmp_path)
+    model = make_model()
+    torch.manual_seed(99)
+    model.load_adapter(str(tmp_path))
+    assert torch.equal(logits(model), logits(source))
+
+
+def test_tensors_move_and_keep_their_dtypes():
+    model = under_peft("sbora").to(torch.bfloat16)
+    model.base_model._cast_adapter_dtype("default")
+    dtypes = {kind: t.dtype for name, t in adapter_tensors(model).items() for kind in kinds([name])}
+    assert dtypes == {"A": torch.float32, "index": torch.int64}
+    model.to("meta")
+    assert {t.device.type for t in adapter_tensors(model).values()} == {"meta"}
+
+
+def test_a_layer_that_the_method_refuses_leaves_the_model_as_it_was():
+    model = make_model()
+    width = model.config.hidden_size
+    config = RasaConfig(r=width + 1, rasa_method="sbora", target_modules=["down_proj", "up_proj"])
+    refused(lambda: peft.get_peft_model(model, config), model, f"at most the {width} inputs")
+
+
+def test_the_fields_of_a_config():
+    config = RasaConfig(rasa_method="vera", rasa_d_initial=0.5)
+    assert config == RasaConfig(rasa_method="vera", rasa_options={"d_initial": 0.5})
+    assert (config.r, config.rasa_k, config.rasa_alpha) == (8, None, None)
+    assert config.core() == VeraConfig(d_initial=0.5)
+    settings = config.to_dict()
+    assert settings["rasa_d_initial"] == 0.5
+    assert "rasa_options" not in settings
+    with pytest.raises(ValueError, match=r"^rasa_alpha: the method 'vera' has no such field"):
+        RasaConfig(rasa_method="vera", rasa_alpha=2)
+    with pytest.raises(TypeError, match=r"argument 'rasa_d_initia'; did you mean rasa_d_initial"):
+        RasaConfig(rasa_method="vera", rasa_d_initia=0.5)
+    with pytest.warns(UserWarning, match="rasa_newer ignored"):
+        assert peft.get_peft_config({**settings, "rasa_newer": 1}) == config
