@@ -68,8 +68,7 @@ def method_table(name: str) -> str:
 
 def peft_fields() -> list[Field]:
     """Those of ``rasa_ext.peft.RasaConfig``."""
-    others = (fields(METHODS[name], name) for name in ("BlockLoraConfig", "LoraConfig"))
-    helps = {field.name: field.help for each in (*others, rasa_fields()) for field in each}
+    helps = {field.name: field.help for field in rasa_fields()}
     return fields(
         "peft/config.py", "RasaConfig", _HELP=helps, _option=lambda default, text: (default, text)
     )

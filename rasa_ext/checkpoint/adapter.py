@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext._version import __version__
-from rasa_ext.base_layers.linear import is_conv1d
+from rasa_ext.base_layers.linear import device_of, is_conv1d, is_linear
 from rasa_ext.base_layers.sharded import (
     SHARDING_HINT,
     is_dtensor,
@@ -219,12 +219,24 @@ def load_tensors_into(
 
 
 def _changed(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The tensors of the modules that an adapter is loaded into, patched or not."""
-    names = [name for group in plan.groups for name in group.names]
-    names += [*plan.modules_to_save, *(name for rows in plan.tokens for name in rows.names)]
-    inside = tuple(f"{name}." for name in names)
-    every = (*root.named_parameters(), *root.named_buffers())
-    return {name: tensor for name, tensor in every if f"{name}.".startswith(inside)}
+    """The tensors of the modules that an adapter is loaded into, patched or not.
+
+    Less the weights of linear layers that accelerate brings to a device as they run.
+    """
+    adapted = tuple(f"{name}." for group in plan.groups for name in group.names)
+    others = (*plan.modules_to_save, *(name for rows in plan.tokens for name in rows.names))
+    trained = tuple(f"{name}." for name in others)
+    brought = tuple(
+        f"{name}."
+        for name, module in root.named_modules()
+        if is_linear(module) and module.weight.is_meta and device_of(module).type != "meta"
+    )
+    found = {}
+    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+        inside = f"{name}.".startswith(adapted) and not name.startswith(brought)
+        if inside or f"{name}.".startswith(trained):
+            found[name] = tensor
+    return found
 
 
 def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:

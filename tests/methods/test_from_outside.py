@@ -29,7 +29,7 @@ from rasa_ext.methods import AdapterConfig, Factors, fresh_A, option
 
 @dataclasses.dataclass(frozen=True)
 class VeraConfig(AdapterConfig):
-    method, title, paper = "vera", "VeRA", "2310.11454"
+    method, title, paper = "outside-vera", "VeRA", "2310.11454"
 
     rank: int = option(8, "The rank of the A and B that a group shares, as they were drawn.")
 
@@ -51,7 +51,7 @@ def count(folder: str) -> None:
 '''
 ANNOUNCED = """
 [rasa_ext.methods]
-vera = vera_method:VeraConfig
+outside-vera = vera_method:VeraConfig
 [rasa_ext.commands]
 count = vera_method:count
 """
@@ -85,7 +85,8 @@ TRAIN = """
 import sys, torch, rasa_ext
 from transformers import AutoModelForCausalLM
 base, folder = sys.argv[1:]
-config = rasa_ext.methods.method_named("vera")(rank=4, target_modules=["q_proj", "down_proj"])
+kind = rasa_ext.methods.method_named("outside-vera")
+config = kind(rank=4, target_modules=["q_proj", "down_proj"])
 model = rasa_ext.patch_model(AutoModelForCausalLM.from_pretrained(base), config=config)
 trained = {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad}
 assert trained == {"b", "d"}, trained
@@ -140,11 +141,14 @@ def test_the_command_trains_shows_merges_and_exports_it(installed, tmp_path):
     data = write_jsonl(tmp_path / "train.jsonl", sums(8))
     adapter, command = str(tmp_path / "adapter"), ("-c", "from rasa_ext.cli import main; main()")
     options = ("--rank", "4", "--max-steps", "2", "--batch-size", "2", "--lr", "0.1")
-    given = ("--model", base, "--data", str(data), "--output", adapter, "--method", "vera")
+    given = ("--model", base, "--data", str(data), "--output", adapter, "--method", "outside-vera")
     run(installed, *command, "finetune", *given, *options)
-    assert json.loads(Path(adapter, "adapter_config.json").read_text())["rasa_method"] == "vera"
+    assert (
+        json.loads(Path(adapter, "adapter_config.json").read_text())["rasa_method"]
+        == "outside-vera"
+    )
     shown = run(installed, *command, "inspect", adapter)
-    assert "vera" in shown
+    assert "outside-vera" in shown
     run(installed, *command, "merge", adapter, "--output", str(tmp_path / "merged"))
     run(installed, *command, "export-lora", adapter, "--output", str(tmp_path / "lora"))
     assert "Count the files of a folder." in run(installed, *command, "--help")
@@ -175,13 +179,14 @@ def test_a_name_is_one_method_s():
 
 def test_a_method_that_is_not_installed_is_named(installed, tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    code = (
-        "import rasa_ext, torch, sys; m = torch.nn.Sequential(torch.nn.Linear(4, 4)); "
-        "rasa_ext.save_adapter(rasa_ext.patch_model(m, config=rasa_ext.methods.method_named('vera')"
-        "(rank=2)), sys.argv[1])"
-    )
+    code = """
+import sys, torch, rasa_ext
+config = rasa_ext.methods.method_named("outside-vera")(rank=2)
+model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+rasa_ext.save_adapter(rasa_ext.patch_model(model, config=config), sys.argv[1])
+"""
     run(installed, "-c", code, str(tmp_path))
     with pytest.raises(
-        ValueError, match=r"adapter_config\.json: rasa_method: .* got 'vera'; a new"
+        ValueError, match=r"adapter_config\.json: rasa_method: .* got 'outside-vera'"
     ):
         rasa_ext.load_adapter(model, tmp_path)

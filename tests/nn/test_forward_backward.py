@@ -215,6 +215,10 @@ def test_over_a_base_that_accelerate_offloads(to, tmp_path):
         with torch.no_grad():
             expected, found = (LLAMA.loss(each, inputs)[0] for each in (model, again))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        randomize(again, 5)
+        rasa_ext.load_adapter(again, tmp_path / "adapter")
+        with torch.no_grad():
+            torch.testing.assert_close(LLAMA.loss(again, inputs)[0], expected, rtol=1e-5, atol=1e-5)
         with pytest.raises(ValueError, match=r"model: .* 'model\.layers\.0\.\S+' is offloaded"):
             rasa_ext.merge(again)
 

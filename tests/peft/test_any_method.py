@@ -167,7 +167,7 @@ def test_a_process_that_does_not_define_the_class(tmp_path):
     program = "import sys, peft, rasa_ext.peft; peft.PeftConfig.from_pretrained(sys.argv[1])"
     command = [sys.executable, "-c", program, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert "ValueError: rasa_method: expected 'boosted-pool' or" in done.stderr
+    assert "ValueError: rasa_method: expected 'block-lora' or" in done.stderr
     assert "got 'vera'; a newer rasa_ext, or a package that has to be" in done.stderr
 
 
