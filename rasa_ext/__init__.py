@@ -6,7 +6,7 @@ rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "
 """
 
 import rasa_ext.checkpoint.pretrained  # noqa: F401 - what a patched model's own one calls
-from rasa_ext import distributed, methods, training
+from rasa_ext import distributed, methods, patching, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
 from rasa_ext.checkpoint.card import Card
@@ -15,7 +15,7 @@ from rasa_ext.checkpoint.lora_truncated import Truncation, export_error
 from rasa_ext.checkpoint.official import load_official
 from rasa_ext.checkpoint.push import push_to_hub
 from rasa_ext.config import RasaConfig
-from rasa_ext.nn.adapter import drop_packs
+from rasa_ext.nn.adapter import AdaptedModule, drop_packs
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.ops import cuda_status
@@ -41,6 +41,7 @@ from rasa_ext.solver.shared_basis import SharedBasis
 from rasa_ext.solver.weights import SafetensorsFolder
 
 __all__ = [
+    "AdaptedModule",
     "Card",
     "CompressedAdapter",
     "CompressedLoras",
@@ -76,6 +77,7 @@ __all__ = [
     "merge_and_unload",
     "methods",
     "patch_model",
+    "patching",
     "push_to_hub",
     "save_adapter",
     "summary",

@@ -28,7 +28,7 @@ from rasa_ext.patching.state import is_patched, patch_state, unwrap
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["no_sync", "replicate_adapter", "shard_model"]
+__all__ = ["no_sync", "replicate_adapter", "shard_model", "unwrap"]
 
 
 def shard_model(

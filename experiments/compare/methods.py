@@ -14,8 +14,8 @@ import torch
 import rasa_ext
 from rasa_ext import training
 from rasa_ext.methods import method_named
-from rasa_ext.optim import LoraPro
-from rasa_ext.ranks import hidden_dimensions, rank_pattern
+from rasa_research.optim import LoraPro
+from rasa_research.ranks import hidden_dimensions, rank_pattern
 
 
 def prepared(

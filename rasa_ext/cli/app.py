@@ -19,7 +19,6 @@ from rasa_ext.cli.generate import generate
 from rasa_ext.cli.inspection import inspect
 from rasa_ext.cli.many import compress_many, expand
 from rasa_ext.cli.push import push
-from rasa_ext.cli.ranks import ranks
 
 app = typer.Typer(
     name="rasa-ext",
@@ -42,7 +41,6 @@ _COMMANDS = (
     expand,
     push,
     inspect,
-    ranks,
     env,
     demo,
 )

@@ -13,6 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rasa_ext.train.working import working
+
+__all__ = ["command", "console", "progress", "table_of", "working"]
+
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
 
@@ -23,13 +27,31 @@ Overwrite = Annotated[
 ]
 
 console = Console(highlight=False, soft_wrap=True)
+"""Where a command prints what it was asked for."""
 _errors = Console(stderr=True, highlight=False, soft_wrap=True)
 progress = _errors
 """For signs of life, which are no part of what a command was asked for."""
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a command: expected errors end it with a sentence on stderr and exit code 1."""
+    """Wrap a command: expected errors end it with a sentence on stderr and exit code 1.
+
+    Args:
+        function: of the command's arguments and options, as typer reads them.
+
+    Returns:
+        The command. An installed package announces it by the entry-point group
+        ``rasa_ext.commands``.
+
+    Raises:
+        typer.Exit: on errors that are no fault of the program, such as ValueError and OSError.
+
+    Example:
+        >>> from rasa_ext.cli.output import command
+        >>> @command
+        ... def count(folder: str) -> None:
+        ...     print(len(os.listdir(folder)), "files")
+    """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -89,7 +111,20 @@ def _told(error: Exception, output: str) -> str | None:
 
 
 def table_of(first: str, *numbers: str) -> Table:
-    """An empty table: a column of names that may wrap, and columns of numbers."""
+    """Make an empty table: a column of names that may wrap, and columns of numbers.
+
+    Args:
+        first: the heading of the names.
+        numbers: those of the other columns.
+
+    Returns:
+        The table, to which ``add_row`` adds.
+
+    Example:
+        >>> from rasa_ext.cli.output import console, table_of
+        >>> table = table_of("layer", "rank")
+        >>> table.add_row("q_proj", "8")
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column(first, overflow="fold")
     for name in numbers:

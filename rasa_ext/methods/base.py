@@ -429,14 +429,44 @@ def empty_stack(rank: int, place: Place, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def checked_integer(name: str, value: Any) -> int:
-    """Return ``value``; raise TypeError where it is no integer."""
+    """Check an argument or a field that must be an integer.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        TypeError: it is no integer; True and False are none.
+
+    Example:
+        >>> rasa_ext.methods.checked_integer("rank", 8)
+        8
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an integer, got {value!r} ({type(value).__name__}).")
     return value
 
 
 def checked_number(name: str, value: Any) -> float:
-    """Return ``value`` as a float; raise TypeError where it is no number."""
+    """Check an argument or a field that must be a number.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+
+    Returns:
+        ``value`` as a float, infinity for an integer that is too large for one.
+
+    Raises:
+        TypeError: it is no number; True and False are none.
+
+    Example:
+        >>> rasa_ext.methods.checked_number("alpha", 8)
+        8.0
+    """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}).")
     return math.inf if value > _LARGEST else float(value)

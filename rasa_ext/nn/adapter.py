@@ -73,12 +73,28 @@ class Adapter(NamedTuple):
 
 
 class AdaptedModule(nn.Module):
-    """A frozen module with adapters over it, which keeps their dtypes and forgets stale packs."""
+    """A frozen module with adapters over it, which keeps their dtypes and forgets stale packs.
+
+    ``patch_model`` and ``rasa_ext.peft`` put one in the place of a layer, or of stacked experts;
+    ``base_layer`` is what was there.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> layers = [m for m in model.modules() if isinstance(m, rasa_ext.AdaptedModule)]
+        >>> adapter = next(layers[0].adapters())
+        >>> list(adapter.own), list(adapter.pool), adapter.place.name
+        (['A', 'B', 'd'], ['A', 'B'], 'model.layers.0.self_attn.q_proj')
+    """
 
     base_layer: Any
 
     def adapters(self) -> Iterator[Adapter]:
-        """Give every adapter of the module, whether a forward adds it or not."""
+        """Give every adapter of the module, whether a forward adds it or not.
+
+        Returns:
+            Each has ``config``, the tensors ``own`` of the layer and ``pool`` of its group by name,
+            and ``place``; ``factors()`` gives the ``rasa_ext.methods.Factors`` made of them.
+        """
         raise NotImplementedError
 
     def drop_pack(self) -> None:

@@ -43,7 +43,19 @@ class PatchState:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Find the patched module inside the wrappers of torch.compile and data parallelism."""
+    """Find the patched module inside the wrappers of torch.compile and data parallelism.
+
+    Args:
+        model: a model, wrapped or not.
+
+    Returns:
+        The patched module; where none is, what is inside all the wrappers.
+
+    Example:
+        >>> wrapped = torch.nn.DataParallel(rasa_ext.patch_model(model, rank=8, k=1))
+        >>> rasa_ext.distributed.unwrap(wrapped) is model
+        True
+    """
     while isinstance(model, nn.Module) and _STATE not in model.__dict__:
         inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
         if not isinstance(inner, nn.Module):

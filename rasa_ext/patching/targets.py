@@ -65,13 +65,25 @@ def make_plan(
     linears: Mapping[str, LinearLayer] | None = None,
     banks: Mapping[str, Bank] | None = None,
 ) -> Plan:
-    """Find the layers that ``config`` names in ``model``, and group them.
+    """Find the layers that a config names in a model, and group them. The model is only read.
 
-    ``linears`` are those to choose from, by name: every linear layer of the model unless given.
-    ``banks`` are the same of stacked expert weights, of which only a config with ``experts`` takes.
+    Args:
+        model: any module that holds linear layers.
+        config: of any method.
+        linears: the layers to choose from, by name; by default every linear layer of the model.
+        banks: stacked expert weights to choose from, which only a config with ``experts`` takes.
 
-    Raises ValueError or TypeError, naming the argument, where nothing or something impossible is
-    matched. The model is only read.
+    Returns:
+        What ``patch_model`` would change.
+
+    Raises:
+        TypeError, ValueError: naming the argument, where nothing or something impossible is named.
+
+    Example:
+        >>> config = rasa_ext.RasaConfig(target_modules=["q_proj", "v_proj"])
+        >>> plan = rasa_ext.patching.make_plan(model, config)
+        >>> [group.pattern for group in plan.groups]
+        ['model.layers.*.self_attn.q_proj', 'model.layers.*.self_attn.v_proj']
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")

@@ -14,6 +14,8 @@ from typing import Any
 
 from rasa_ext.train.hub import is_reachable, not_cached
 
+__all__ = ["Example", "Fields", "questions", "read_examples"]
+
 ROLES = ("system", "user", "assistant", "tool")
 
 PLAIN_TEMPLATE = (
@@ -31,7 +33,13 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Example:
-    """One checked line. Either both ``prompt`` and ``completion`` are set, or ``messages``."""
+    """One checked line. Either both ``prompt`` and ``completion`` are set, or ``messages``.
+
+    Example:
+        >>> from rasa_ext.train.data import Example
+        >>> Example("data.jsonl, line 1", "1 + 1", "2").conversation()[0]
+        {'role': 'user', 'content': '1 + 1'}
+    """
 
     where: str
     """The file and line it came from, for errors."""
@@ -51,7 +59,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Fields:
-    """The names under which prompt and completion stand in the data."""
+    """The names under which prompt and completion stand in the data.
+
+    Example:
+        >>> from rasa_ext.train.data import Fields
+        >>> Fields("instruction,input", "output").prompts()
+        ['instruction', 'input']
+    """
 
     prompt: str = "prompt"
     """Several names with commas are joined by an empty line."""
@@ -70,10 +84,26 @@ class Fields:
 
 
 def read_examples(source: str, fields: Fields = Fields(), option: str = "data") -> list[Example]:
-    """Examples of a JSONL file, or of a hub data set's split ``train``.
+    """Read the examples of a JSONL file, or of a hub data set's split ``train``.
 
-    Raises DataError naming the line and what was expected there; for a name that is neither a file
-    nor loadable, naming the ``option`` that gave it and what to do.
+    Args:
+        source: the file, or the data set's name.
+        fields: the names under which prompt and completion stand.
+        option: what gave the source, for the error.
+
+    Returns:
+        One for each line.
+
+    Raises:
+        DataError: naming the line and what was expected there; for a name that is neither a file
+            nor loadable, naming the option and what to do.
+
+    Example:
+        >>> from rasa_ext.train.data import read_examples
+        >>> with open("data.jsonl", "w") as file:
+        ...     _ = file.write('{"prompt": "1 + 1", "completion": "2"}')
+        >>> [example.completion for example in read_examples("data.jsonl")]
+        ['2']
     """
     path = Path(source)
     if path.is_file():
@@ -157,9 +187,22 @@ def rows_for_sft(
 
 
 def questions(examples: Sequence[Example], tokenizer: Any, template: bool) -> list[tuple[str, str]]:
-    """What a model is asked, as text up to where its answer begins, and the answer that is right.
+    """Give what a model is asked, as text up to where its answer begins, and the right answer.
 
-    It is the assistant's last turn, or the completion; see `rows_for_sft` for the text's form.
+    The answer is the assistant's last turn, or the completion.
+
+    Args:
+        examples: as ``read_examples`` gives them.
+        tokenizer: the model's.
+        template: whether to use its chat template, if it has one; else the texts stand alone.
+
+    Returns:
+        A pair for each example.
+
+    Example:
+        >>> from rasa_ext.train.data import Example, questions
+        >>> questions([Example("here", "1 + 1 = ", "2")], None, template=False)
+        [('1 + 1 = ', '2')]
     """
     found = []
     for example in examples:

@@ -21,6 +21,8 @@ from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.train.hub import is_reachable, not_cached
 from rasa_ext.train.options import DTYPES
 
+__all__ = ["load_model", "load_tokenizer"]
+
 SMOLLM2 = "smollm2"
 """The name of the demo's model, wherever it is."""
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -54,10 +56,20 @@ def load_model(name: str, dtype: str = "auto") -> Any:
 
     Args:
         name: hub id, local directory, or path of a .gguf file, whose weights are dequantized.
-        dtype: one of `DTYPES`; "auto" is the dtype the weights are stored in, and float32 for
-            a .gguf file.
+        dtype: "float32", "bfloat16", "float16", or "auto", the dtype in which the weights are
+            stored, and float32 for a .gguf file.
 
-    Raises ModelError where there is no such model, or `gguf` is not installed.
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: there is no such model, or `gguf` is not installed.
+
+    Example:
+        >>> from rasa_ext.train.model_loading import load_model
+        >>> model.save_pretrained("base")
+        >>> type(load_model("base")).__name__
+        'LlamaForCausalLM'
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
@@ -101,7 +113,22 @@ def load_skeleton(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """A model's tokenizer, or an adapter's; without a padding token, the end-of-sequence pads."""
+    """Load a model's tokenizer, or an adapter's; without a padding token, the end's one pads.
+
+    Args:
+        name: as ``load_model`` takes it, or an adapter's directory.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: there is none, or it has neither token.
+
+    Example:
+        >>> from rasa_ext.train.model_loading import load_tokenizer
+        >>> load_tokenizer("smollm2").decode(load_tokenizer("smollm2").encode("Two"))
+        'Two'
+    """
     where = _locate(name, "tokenizer_config.json")
     try:
         with _reading(where):

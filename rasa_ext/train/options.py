@@ -15,6 +15,8 @@ import yaml
 from rasa_ext import methods
 from rasa_ext.checkpoint.writing import check_output
 
+__all__ = ["parse_targets"]
+
 RECORD = "finetune.yaml"
 """The file in the output directory that holds the options of its run."""
 
@@ -257,7 +259,19 @@ def parse_tokens(text: str) -> list[int]:
 def parse_targets(text: str) -> str | list[str]:
     """Parse `--target-modules`: "all-linear"; suffixes with commas; `regex:` and an expression.
 
-    Raises ValueError where it is none of these.
+    Args:
+        text: the option's value.
+
+    Returns:
+        The field ``target_modules`` of a config.
+
+    Raises:
+        ValueError: it is none of these.
+
+    Example:
+        >>> from rasa_ext.train.options import parse_targets
+        >>> parse_targets("q_proj, v_proj")
+        ['q_proj', 'v_proj']
     """
     if text == "all-linear":
         return text

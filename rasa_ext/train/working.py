@@ -15,7 +15,20 @@ _EVERY = 8.0
 
 @contextlib.contextmanager
 def working(console: Console, text: str) -> Iterator[None]:
-    """Say what is being done for the time of the context, such as "Loading the model"."""
+    """Say what is being done for the time of the context, such as "Loading the model".
+
+    Args:
+        console: where to say it.
+        text: what is done.
+
+    Returns:
+        A context.
+
+    Example:
+        >>> from rasa_ext.cli.output import progress, working
+        >>> with working(progress, "Counting"):
+        ...     total = sum(range(10))
+    """
     console.print(f"{text} ...", markup=False)
     if console.is_terminal:
         with console.status(text):

@@ -39,7 +39,8 @@ class Boosting:
     Args:
         model: patched with ``LoraConfig``, usually of rank 1, whose scale s every booster has, or
             with ``BoostedPoolConfig``.
-        optimizer: that of the adapter's parameters. One with state beside ``state``, as ``LoraPro``
+        optimizer: that of the adapter's parameters. One with state beside ``state``, as
+            ``rasa_research.optim.LoraPro``
             has, is asked to ``forget`` parameters.
         steps: the optimizer's steps of a booster.
         layers: of how many layers, drawn at random, a booster consists; all unless given.

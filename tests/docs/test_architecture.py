@@ -11,13 +11,13 @@ ROOT = Path(__file__).parents[2]
 # From the bottom to the top. A line may import from lines below it and, within a folder, from the
 # folder itself; "" is the root, whose names users import.
 ORDER = [
-    {"_version", "base_layers", "hidden_states", "linalg", "ops"},
+    {"_version", "base_layers", "linalg", "ops"},
     {"nn"},
     {"methods"},
     {"config"},
     {"patching"},
     {"checkpoint", "distributed"},
-    {"solver", "peft", "analysis", "ranks", "training", "optim"},
+    {"solver", "peft", "analysis", "training"},
     {""},
     {"train"},
     {"cli"},

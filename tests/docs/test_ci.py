@@ -56,7 +56,8 @@ def test_figures_are_printed_when_asked_for(pytester, options, printed):
 
 
 def test_what_the_type_checker_is_not_shown_says_why():
-    for path in (ROOT / "rasa_ext").rglob("*.py"):
+    research = (ROOT / "research" / "rasa_research").rglob("*.py")
+    for path in [*(ROOT / "rasa_ext").rglob("*.py"), *research]:
         for line in path.read_text().splitlines():
             if "type: ignore" in line:
                 assert re.search(r"# type: ignore\[[\w, -]+\]  # \w", line), (path, line)
@@ -77,6 +78,6 @@ def test_what_a_plain_run_of_the_tests_leaves_out_has_a_stage():
 
 def test_a_run_ends_with_the_summary_of_the_second_command():
     *_, others, last = RUN.read_text().splitlines()
-    assert "$(summary readers)" in others
-    assert "$(summary engines)" in others
+    for name in ("research", "readers", "engines"):
+        assert f"$(summary {name})" in others
     assert last == "summary tests"

@@ -35,7 +35,12 @@ sys.path.insert(0, str(ROOT / "docs"))
 
 import pictures  # noqa: E402
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RESEARCH = sorted((ROOT / "docs" / "research").glob("*.md"))
+"""Pages of rasa-ext-research, whose tests run them."""
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
+    *sorted(set((ROOT / "docs").rglob("*.md")) - set(RESEARCH)),
+]
 BLOCK = re.compile(r"^( *)```(python|bash)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 SCRIPT = re.compile(r"# (\w+\.py)\n")
 COMMANDS = typer.main.get_command(app).commands
@@ -108,13 +113,18 @@ WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
 
 @pytest.mark.parametrize("page", WITH_PYTHON, ids=lambda page: page.name)
 def test_code_runs(page, offline, server, forked_python):
+    run_code(page, offline, server, forked_python)
+
+
+def run_code(page: Path, folder: Path, server: str, python: Path) -> None:
+    """Run a page's code in a folder; its scripts by the program ``python``."""
     namespace: dict[str, object] = {"__name__": "__main__"}
     for language, text, line in blocks(page):
         text = text.replace(SERVER, server)
         if language == "bash":
-            run_scripts(text, offline, forked_python)
+            run_scripts(text, folder, python)
         elif script := SCRIPT.match(text):
-            (offline / script[1]).write_text(text)
+            (folder / script[1]).write_text(text)
         else:
             # Blank lines before it, so that a traceback names the line of the page.
             exec(compile("\n" * line + text, str(page), "exec"), namespace)
@@ -141,6 +151,10 @@ WITH_SHELL = [page for page in PAGES if blocks(page, "bash")]
 
 @pytest.mark.parametrize("page", WITH_SHELL, ids=lambda page: page.name)
 def test_commands_exist(page):
+    check_commands(page)
+
+
+def check_commands(page: Path) -> None:
     for _, text, _ in blocks(page, "bash"):
         done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.nn.adapted_experts import AdaptedExperts
-from rasa_ext.nn.adapted_linear import AdaptedLinear
-from rasa_ext.ops import Factors
-from rasa_ext.optim.least_norm import Ranks
-from rasa_ext.patching.state import unwrap
+from rasa_ext import AdaptedModule
+from rasa_ext.distributed import unwrap
+from rasa_ext.methods import Factors
+from rasa_research.optim.least_norm import Ranks
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class TrainedLayer:
     """One adapted layer, and which of its adapters is trained."""
 
     name: str
-    layer: AdaptedLinear
+    layer: AdaptedModule
     index: int
 
     def factors(self) -> Factors:
@@ -162,13 +161,13 @@ def find_groups(model: nn.Module) -> list[Group]:
     """
     found: dict[tuple[bool, object], list[TrainedLayer]] = {}
     for name, layer in unwrap(model).named_modules():
-        if isinstance(layer, AdaptedExperts):
+        if not isinstance(layer, AdaptedModule):
+            continue
+        if any(adapter.place.experts for adapter in layer.adapters()):
             raise ValueError(
                 f"model: expected adapters of linear layers, but {name!r} has adapted experts, "
                 "whose step is not solved for; patch the model with experts=None."
             )
-        if not isinstance(layer, AdaptedLinear):
-            continue
         every = [TrainedLayer(name, layer, index) for index, _ in enumerate(layer.adapters())]
         trained = [each for each in every if _trains(each)]
         if len(trained) > 1:

@@ -9,9 +9,9 @@ import torch
 
 import rasa_ext
 from rasa_ext.methods import LoraConfig, SboraConfig
-from rasa_ext.optim import LoraPro, least_norm
-from rasa_ext.optim.groups import find_groups
-from tests.optim.dense import (
+from rasa_research.optim import LoraPro, least_norm
+from rasa_research.optim.groups import find_groups
+from research.tests.optim.dense import (
     WIDTHS,
     Ragged,
     build,

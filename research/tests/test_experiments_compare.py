@@ -19,8 +19,8 @@ from experiments.compare.config import BASE, Key, pending, read_config
 from experiments.compare.methods import between, groups, optimizer, planned, prepared
 from experiments.table import Table
 from experiments.training import Recipe, Run, collate, encoded
-from rasa_ext.optim import LoraPro
-from rasa_ext.ranks import hidden_dimensions, intrinsic_ranks
+from rasa_research.optim import LoraPro
+from rasa_research.ranks import hidden_dimensions, intrinsic_ranks
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
 
 pytest.importorskip("peft")

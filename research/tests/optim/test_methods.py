@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rasa_ext
 from rasa_ext import methods, training
-from rasa_ext.optim import LoraPro
+from rasa_research.optim import LoraPro
 from tests.helpers.methods import (
     CASES,
     base,

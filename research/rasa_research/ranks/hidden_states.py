@@ -23,8 +23,8 @@ def pooled_states(
 ) -> dict[str, Tensor]:
     """Run a model up to its last block and pool what enters each block, and what leaves the last.
 
-    The arguments and errors are those of ``rasa_ext.ranks.hidden_dimensions``, the blocks by their
-    names. Returns (points, width) float32 of every place, by a name for it, in order.
+    The arguments and errors are those of ``rasa_research.ranks.hidden_dimensions``, the blocks by
+    their names. Returns (points, width) float32 of every place, by a name for it, in order.
     """
     found = _States(blocks, pooling)
     given = [_checked_batch(batch) for batch in batches]

@@ -1,6 +1,7 @@
 """Training with LoraPro in one process or, under torchrun, in several that share the batches.
 
-torchrun --nproc-per-node 2 tests/optim/worker.py DIRECTORY MOMENTS leaves what each has trained.
+torchrun --nproc-per-node 2 research/tests/optim/worker.py DIRECTORY MOMENTS leaves what each has
+trained.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from rasa_ext.optim import LoraPro
+from rasa_research.optim import LoraPro
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
 

@@ -11,16 +11,16 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.config import RasaConfig
-from rasa_ext.hidden_states import POOLINGS, Pooling, pooled_states
-from rasa_ext.methods.base import ALL_LINEAR, Names, checked_integer
-from rasa_ext.patching.targets import make_plan
+from rasa_ext import RasaConfig
+from rasa_ext.methods import checked_integer
+from rasa_ext.patching import make_plan
+from rasa_research.ranks.hidden_states import POOLINGS, Pooling, pooled_states
 
 _KEPT = 0.9
 """The share of the ratios that TwoNN fits; the largest are the ones that noise reaches first."""
@@ -50,7 +50,7 @@ def twonn(x: Tensor) -> float:
             neighbours at two distances.
 
     Example:
-        >>> from rasa_ext.ranks import twonn
+        >>> from rasa_research.ranks import twonn
         >>> square = torch.rand(1000, 2) @ torch.randn(2, 50)
         >>> round(twonn(square))
         2
@@ -105,7 +105,7 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: there is no such list.
 
     Example:
-        >>> from rasa_ext.ranks import find_blocks
+        >>> from rasa_research.ranks import find_blocks
         >>> list(find_blocks(model))
         ['model.layers.0', 'model.layers.1']
     """
@@ -158,7 +158,7 @@ def hidden_dimensions(
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
-        >>> from rasa_ext.ranks import hidden_dimensions
+        >>> from rasa_research.ranks import hidden_dimensions
         >>> batches = [{"input_ids": torch.randint(320, (20, 8))} for _ in range(5)]
         >>> len(hidden_dimensions(model, batches))  # of two blocks
         3
@@ -190,7 +190,7 @@ def block_ranks(dimensions: Sequence[float], k: int = 1) -> list[int]:
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
-        >>> from rasa_ext.ranks import block_ranks
+        >>> from rasa_research.ranks import block_ranks
         >>> block_ranks([4.0, 6.7, 5.2, 5.9])
         [4, 1, 2]
     """
@@ -208,7 +208,7 @@ def rank_pattern(
     model: nn.Module,
     ranks: Sequence[int],
     blocks: Iterable[nn.Module] | None = None,
-    target_modules: Names = ALL_LINEAR,
+    target_modules: str | Collection[str] = "all-linear",
 ) -> dict[str, int]:
     """Give every adapted layer of a block the block's rank, in the form of PEFT's ``rank_pattern``.
 
@@ -227,7 +227,7 @@ def rank_pattern(
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
-        >>> from rasa_ext.ranks import rank_pattern
+        >>> from rasa_research.ranks import rank_pattern
         >>> rank_pattern(model, [3, 1], target_modules=["q_proj"])
         {'model.layers.0.self_attn.q_proj': 3, 'model.layers.1.self_attn.q_proj': 1}
     """
@@ -252,7 +252,7 @@ def intrinsic_ranks(
     points: int = 2000,
     seed: int = 0,
     k: int = 1,
-    target_modules: Names = ALL_LINEAR,
+    target_modules: str | Collection[str] = "all-linear",
 ) -> dict[str, int]:
     """Plan the rank of every layer from the dimension of the hidden states around its block.
 
@@ -271,7 +271,7 @@ def intrinsic_ranks(
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
-        >>> from rasa_ext.ranks import intrinsic_ranks
+        >>> from rasa_research.ranks import intrinsic_ranks
         >>> batches = [{"input_ids": torch.randint(320, (20, 8))} for _ in range(5)]
         >>> ranks = intrinsic_ranks(model, batches, target_modules=["q_proj"])
         >>> list(ranks)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext.methods import LoraConfig
-from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.methods import AdapterConfig, LoraConfig
 
 WIDTHS = (5, 7)
 """Features of every layer: in, out."""

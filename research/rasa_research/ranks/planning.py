@@ -11,12 +11,17 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rasa_ext.hidden_states import POOLINGS, Pooling
-from rasa_ext.ranks import block_ranks, find_blocks, hidden_dimensions, rank_pattern
+from rasa_ext.cli.output import working
 from rasa_ext.train.data import Example, Fields, questions, read_examples
 from rasa_ext.train.model_loading import load_model, load_tokenizer
 from rasa_ext.train.options import parse_targets
-from rasa_ext.train.working import working
+from rasa_research.ranks.hidden_states import POOLINGS, Pooling
+from rasa_research.ranks.intrinsic import (
+    block_ranks,
+    find_blocks,
+    hidden_dimensions,
+    rank_pattern,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class RankPlan:
 
 
 def plan_ranks(options: RankOptions, console: Console) -> RankPlan:
-    """Run a model over some data and plan the ranks of its blocks, as `rasa_ext.ranks` does.
+    """Run a model over some data and plan the ranks of its blocks, as `rasa_research.ranks` does.
 
     An example's text is its prompt and its completion, as `finetune` learns them, without the
     token that ends it.

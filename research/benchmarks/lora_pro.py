@@ -1,12 +1,12 @@
 """What LoraPro adds to a training step, over a model of SmolLM2-135M's shapes.
 
-    python -m benchmarks.lora_pro [--rounds 9] [--tokens 160] [--iterations 16] [--seconds 80]
+    python -m research.benchmarks.lora_pro [--rounds 9] [--tokens 160] [--iterations 16]
 
 Timed are forward and backward of batch 2 x TOKENS in float32 with all linear layers adapted, and
 each optimizer's step on the gradients of one such pass; a ratio is that of both together to the
 same adapter with AdamW, measured in the same run. "lora" is LoraConfig(rank=8): pairs, solved in
 closed form; "rasa" is of r = 8, k = 1, whose pools are solved by conjugate gradients, ITERATIONS of
-them. The weights are random, which does not change the time. The table in docs/methods/lora-pro.md
+them. The weights are random, which does not change the time. The table in docs/research/lora-pro.md
 is of an earlier form, whose "lora" was RaSA with k = 0 and a frozen d.
 """
 
@@ -23,7 +23,7 @@ import rasa_ext
 from benchmarks import baselines, harness
 from benchmarks.model import base_model, stepper
 from rasa_ext.methods import LoraConfig, RasaConfig
-from rasa_ext.optim import LoraPro
+from rasa_research.optim import LoraPro
 
 OPTIMIZERS = ("adamw", "factors", "full")
 

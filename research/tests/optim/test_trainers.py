@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from rasa_ext.optim import LoraPro
+from rasa_research.optim import LoraPro
+from research.tests.optim import worker
 from tests.helpers.adapters import adapters, patched, same_adapters
 from tests.helpers.peft import TOKENS, tiny, two
 from tests.helpers.refusals import refused
 from tests.helpers.tiny_lm import make_model
-from tests.optim import worker
 
 
 def train(directory: Path, moments: str, resume: bool | None = None, steps: int = 4):

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-import rasa_ext.ranks
-from rasa_ext.ranks import (
+import rasa_ext
+from rasa_research.ranks import (
     block_ranks,
     find_blocks,
     hidden_dimensions,
+    intrinsic,
     intrinsic_ranks,
     rank_pattern,
     twonn,
@@ -108,7 +109,7 @@ def test_computed_in_float64(dtype):
 def test_pieces_change_nothing_and_bound_the_memory(monkeypatch):
     x = torch.rand(3000, 4)
     whole = twonn(x)
-    monkeypatch.setattr(rasa_ext.ranks, "_AT_ONCE", 2**16)
+    monkeypatch.setattr(intrinsic, "_AT_ONCE", 2**16)
     with LargestTensor() as largest:
         assert twonn(x) == pytest.approx(whole, rel=1e-12)
     assert largest.numel <= 2**16 < 3000**2
@@ -186,7 +187,7 @@ def test_a_model_of_known_dimensions():
 def seen(monkeypatch) -> list[torch.Tensor]:
     """The points whose dimensions are taken."""
     found: list[torch.Tensor] = []
-    monkeypatch.setattr(rasa_ext.ranks, "twonn", lambda x: found.append(x) or 1.0)
+    monkeypatch.setattr(intrinsic, "twonn", lambda x: found.append(x) or 1.0)
     return found
 
 

@@ -9,10 +9,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.methods.base import checked_integer, checked_number
-from rasa_ext.optim.groups import Problem, find_groups
-from rasa_ext.optim.least_norm import pair_steps, pool_steps
-from rasa_ext.patching.state import unwrap
+from rasa_ext.distributed import unwrap
+from rasa_ext.methods import checked_integer, checked_number
+from rasa_research.optim.groups import Problem, find_groups
+from rasa_research.optim.least_norm import pair_steps, pool_steps
 
 _KEY = "lora_pro"
 """Where the moments of full gradients stand in a state dict."""
@@ -60,7 +60,7 @@ class LoraPro(torch.optim.Optimizer):
             also where ``inner`` has no betas and eps or asks for weight decay.
 
     Example:
-        >>> from rasa_ext.optim import LoraPro
+        >>> from rasa_research.optim import LoraPro
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> optimizer = LoraPro(model, torch.optim.AdamW, lr=1e-3)
         >>> ids = torch.randint(0, 32, (2, 9))

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rasa_ext.cli.evaluate import Dtype
 from rasa_ext.cli.output import command, console, progress, table_of
 
 if TYPE_CHECKING:
-    from rasa_ext.train.ranks import RankOptions, RankPlan
+    from rasa_research.ranks.planning import RankOptions, RankPlan
 
 
 @command
@@ -57,12 +56,15 @@ def ranks(
     ] = True,
     seq_len: Annotated[int, typer.Option(help="Tokens after which an example is cut.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
-    dtype: Dtype = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="Of the model: float32, bfloat16, float16, or auto, as it is stored."),
+    ] = "auto",
 ) -> None:
     """Plan a rank for every block from the dimension of its hidden states, as GeLoRA does."""
-    from rasa_ext.hidden_states import Pooling
     from rasa_ext.train.data import Fields
-    from rasa_ext.train.ranks import RankOptions, plan_ranks
+    from rasa_research.ranks import Pooling
+    from rasa_research.ranks.planning import RankOptions, plan_ranks
 
     options = RankOptions(
         model=model,
@@ -91,9 +93,6 @@ def ranks(
 
 
 def _write(path: Path, options: RankOptions, plan: RankPlan) -> None:
-    from rasa_ext.checkpoint.writing import writing
-
     values: dict[str, Any] = {**dataclasses.asdict(options), **dataclasses.asdict(plan)}
-    with writing(path, "nothing else was changed"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

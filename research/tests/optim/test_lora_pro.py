@@ -16,11 +16,8 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.methods import LoraConfig, ResLoraConfig
-from rasa_ext.optim import LoraPro
-from tests.helpers.adapters import patched, same_adapters
-from tests.helpers.models import LLAMA, SEQUENTIAL
-from tests.helpers.refusals import refused
-from tests.optim.dense import (
+from rasa_research.optim import LoraPro
+from research.tests.optim.dense import (
     WIDTHS,
     Ragged,
     build,
@@ -31,8 +28,11 @@ from tests.optim.dense import (
     set_gradients,
     unflat,
 )
+from tests.helpers.adapters import patched, same_adapters
+from tests.helpers.models import LLAMA, SEQUENTIAL
+from tests.helpers.refusals import refused
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RIDGE = 1e-4
 TO_THE_END = {"ridge": RIDGE, "iterations": 1000, "tolerance": 1e-14}
 ADAM = {"lr": 0.005, "betas": (0.8, 0.95), "eps": 1e-8}
@@ -401,5 +401,5 @@ def test_factors_that_are_computed_are_refused():
 
 
 def test_importing_the_package_leaves_it_aside():
-    program = "import sys, rasa_ext; sys.exit('rasa_ext.optim' in sys.modules)"
+    program = "import sys, rasa_ext; sys.exit('rasa_research.optim' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -1,0 +1,1 @@
+"""Methods and optimizers of papers about low-rank adaptation, on the public names of rasa_ext."""

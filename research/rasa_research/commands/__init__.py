@@ -1,0 +1,1 @@
+"""Commands of ``rasa-ext``, a module each; pyproject.toml announces them."""

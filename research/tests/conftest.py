@@ -1,0 +1,10 @@
+"""The fixtures of the core's tests, and what they do with the tests that are collected."""
+
+from tests.conftest import (  # noqa: F401
+    _seed,
+    device,
+    figure,
+    forked_python,
+    pytest_collection_modifyitems,
+    pytest_xdist_make_scheduler,
+)

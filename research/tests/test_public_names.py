@@ -1,0 +1,93 @@
+"""What rasa_research uses of rasa_ext is public there; what it shows itself is documented."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import rasa_ext
+import rasa_research
+from rasa_research import optim, ranks
+from tests.docs import test_docs
+from tests.docs.test_docs import offline  # noqa: F401 - a fixture
+from tests.helpers import docstrings
+from tests.helpers.docstrings import namespace  # noqa: F401 - a fixture
+
+FOLDER = Path(rasa_research.__file__).parent
+MODULES = (
+    "rasa_ext",
+    *(f"rasa_ext.{name}" for name in ("distributed", "methods", "patching", "training")),
+    *(f"rasa_ext.{name}" for name in ("cli.output", "train.data", "train.model_loading")),
+    "rasa_ext.train.options",
+)
+CORE = {name: set(importlib.import_module(name).__all__) for name in MODULES}
+"""The public names of each public module."""
+PUBLIC = {f"optim.{name}": getattr(optim, name) for name in optim.__all__}
+PUBLIC |= {f"ranks.{name}": getattr(ranks, name) for name in ranks.__all__}
+DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBLIC)
+
+
+def private(source: str) -> list[str]:
+    """What a module uses of rasa_ext beside public names."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [each.name for each in node.names if each.name not in CORE]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "a relative import"
+            public = CORE.get(str(node.module), ())
+            found += [f"{node.module}.{e.name}" for e in node.names if e.name not in public]
+        elif isinstance(node, ast.Attribute) and (public := CORE.get(ast.unparse(node.value))):
+            found += [] if node.attr in public else [ast.unparse(node)]
+    return [name for name in found if name.partition(".")[0] == "rasa_ext"]
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda p: p.stem)
+def test_it_uses_public_names_alone(path):
+    assert private(path.read_text()) == []
+
+
+def test_private_names_are_noticed():
+    source = "import rasa_ext\nfrom rasa_ext.{} import {}\nrasa_ext.{}\nimport rasa_ext.{}"
+    assert private(source.format("methods", "Factors", "methods.Place.name", "methods")) == []
+    assert private(source.format("methods", "_f", "nn.rasa", "nn.rasa")) == [
+        "rasa_ext.methods._f",
+        "rasa_ext.nn.rasa",
+        "rasa_ext.nn",
+    ]
+    assert private(source.format("patching.state", "unwrap", "methods.base", "ops")) == [
+        "rasa_ext.patching.state.unwrap",
+        "rasa_ext.ops",
+        "rasa_ext.methods.base",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_example_runs(name, namespace):  # noqa: F811
+    docstrings.run_example(name, DOCUMENTED[name], namespace)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_and_result_are_told(name):
+    docstrings.check_sections(FUNCTIONS[name])
+
+
+def test_the_pages_have_every_public_name():
+    text = "".join(page.read_text() for page in test_docs.RESEARCH)
+    assert set(re.findall(r"^::: rasa_research\.([\w.]+)", text, re.MULTILINE)) == set(DOCUMENTED)
+
+
+@pytest.mark.parametrize("page", test_docs.RESEARCH, ids=lambda page: page.name)
+def test_the_code_of_the_pages_runs(page, offline, forked_python):  # noqa: F811
+    test_docs.run_code(page, offline, test_docs.SERVER, forked_python)
+    test_docs.check_commands(page)
+
+
+def test_it_is_of_the_core_s_version():
+    assert version("rasa-ext-research") == rasa_ext.__version__

@@ -1,0 +1,74 @@
+"""Docstrings of public names: what their sections must tell, and their examples run.
+
+Each example runs alone, in an empty folder with a small checkpoint of the official code, in a
+namespace of ``rasa_ext``, ``torch`` and ``model``, a fresh causal language model of two layers, or
+``moe_model``, one with four experts in each layer. The Hub is one of this machine.
+"""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+
+import rasa_ext
+from tests.helpers import experts, oracle, tiny_lm
+from tests.helpers.adapters import adapters, patched, trainable_copies
+from tests.helpers.hub import local_hub
+
+
+def documented(public: Mapping[str, Any]) -> dict[str, Any]:
+    """The classes and functions among public names."""
+    return {n: each for n, each in public.items() if inspect.isclass(each)} | functions(public)
+
+
+def functions(public: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: each for name, each in public.items() if inspect.isroutine(each)}
+
+
+@pytest.fixture
+def namespace(tmp_path, monkeypatch):
+    found = trainable_copies(adapters(patched(tiny_lm.make_model(), 8, 1)))
+    oracle.write_official(
+        tmp_path / "checkpoint",
+        oracle.official_tensors(found),
+        rank=8,
+        k=1,
+        alpha=8,
+        target_modules=sorted({name.rpartition(".")[2] for name in found}),
+    )
+    monkeypatch.chdir(tmp_path)
+    models = {
+        "model": tiny_lm.make_model(),
+        "moe_model": experts.model("mixtral", num_local_experts=4),
+    }
+    with local_hub(monkeypatch, tmp_path / "cache"):
+        yield {"rasa_ext": rasa_ext, "torch": torch, **models}
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def run_example(name: str, each: Any, namespace: dict[str, Any]) -> None:
+    before, _, text = inspect.getdoc(each).partition("\nExample:\n")
+    example = doctest.DocTestParser().get_doctest(text, namespace, name, name, before.count("\n"))
+    assert example.examples, "no Example"
+    told: list[str] = []
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert runner.run(example, out=told.append).failed == 0, "".join(told)
+
+
+def check_sections(function: Any) -> None:
+    signature, text = inspect.signature(function), inspect.getdoc(function)
+    if signature.parameters:
+        arguments = re.search(r"^Args:\n((?:    .*\n|\n)+)", text, re.MULTILINE)
+        assert arguments, "no Args"
+        entries = re.findall(r"^    (\w[\w, \n]*?):", arguments[1], re.MULTILINE)
+        told = [each for entry in entries for each in re.findall(r"\w+", entry)]
+        assert sorted(told) == sorted(signature.parameters)
+    if signature.return_annotation not in ("None", "Iterator[None]", None):
+        assert re.search(r"^Returns:\n    \S", text, re.MULTILINE), "no Returns"
