@@ -244,4 +244,4 @@ def _takes_options(init: Callable[..., None]) -> Callable[..., None]:
     return takes
 
 
-RasaConfig.__init__ = _takes_options(RasaConfig.__init__)  # type: ignore[method-assign]
+RasaConfig.__init__ = _takes_options(RasaConfig.__init__)  # type: ignore[method-assign]  # wrapped
