@@ -83,7 +83,8 @@ def losses(directory: str | Path) -> list[float]:
 
 def test_every_method_of_one_run_is_there():
     """But for those that want a loop of their own."""
-    trained = {name for name, each in methods.every_method().items() if not each.loop}
+    ours = {n: c for n, c in methods.every_method().items() if c.__module__.startswith("rasa_ext.")}
+    trained = {name for name, each in ours.items() if not each.loop}
     assert trained == {name.partition(",")[0] for name in CASES}
 
 
