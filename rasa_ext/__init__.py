@@ -6,10 +6,11 @@ rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "
 """
 
 import rasa_ext.checkpoint.pretrained  # noqa: F401 - what a patched model's own one calls
-from rasa_ext import distributed, methods, patching, training
+from rasa_ext import checkpoint, distributed, methods, patching, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
 from rasa_ext.checkpoint.card import Card
+from rasa_ext.checkpoint.import_lora import import_lora
 from rasa_ext.checkpoint.lora_export import export_lora, export_size
 from rasa_ext.checkpoint.lora_truncated import Truncation, export_error
 from rasa_ext.checkpoint.official import load_official
@@ -31,36 +32,19 @@ from rasa_ext.patching.merge import (
 from rasa_ext.patching.patch import patch_model
 from rasa_ext.patching.state import adapter_parameters
 from rasa_ext.patching.summary import summary
-from rasa_ext.solver.compress import CompressedAdapter, compress
-from rasa_ext.solver.compress_many import CompressedLoras, Distances, compress_many
-from rasa_ext.solver.decompose import Decomposition, decompose
-from rasa_ext.solver.fit import fit_adapter
-from rasa_ext.solver.import_lora import import_lora
-from rasa_ext.solver.lora_set import LoraSet
-from rasa_ext.solver.shared_basis import SharedBasis
-from rasa_ext.solver.weights import SafetensorsFolder
 
 __all__ = [
     "AdaptedModule",
     "Card",
-    "CompressedAdapter",
-    "CompressedLoras",
-    "Decomposition",
-    "Distances",
-    "LoraSet",
     "RasaConfig",
     "RasaExperts",
     "RasaLinear",
     "RasaPool",
-    "SafetensorsFolder",
-    "SharedBasis",
     "Truncation",
     "__version__",
     "adapter_parameters",
-    "compress",
-    "compress_many",
+    "checkpoint",
     "cuda_status",
-    "decompose",
     "delta_weight",
     "delta_weights",
     "disable_adapter",
@@ -69,7 +53,6 @@ __all__ = [
     "export_error",
     "export_lora",
     "export_size",
-    "fit_adapter",
     "import_lora",
     "load_adapter",
     "load_official",

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+__all__ = ["Components", "svd_of_product"]
+
 
 class Components(NamedTuple):
     """U (out, n) and V (n, in) orthonormal, S (n,) falling: U diag(S) V."""
@@ -17,7 +19,20 @@ class Components(NamedTuple):
 
 
 def svd_of_product(B: Tensor, A: Tensor) -> Components:
-    """The exact SVD of B (out, s) times A (s, in), by the QR of each factor."""
+    """Compute the exact SVD of a product by the QR of each factor.
+
+    Args:
+        B: (out, s).
+        A: (s, in).
+
+    Returns:
+        U, S and V of B A.
+
+    Example:
+        >>> from rasa_ext.linalg import svd_of_product
+        >>> svd_of_product(torch.eye(3)[:, :2], torch.eye(2)).S
+        tensor([1., 1.])
+    """
     Q, R = torch.linalg.qr(B)
     P, T = torch.linalg.qr(A.t())
     U, S, V = torch.linalg.svd(R @ T.t(), full_matrices=False)

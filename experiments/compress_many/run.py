@@ -28,6 +28,7 @@ from experiments.training import Recipe, Row, Run, encoded
 from rasa_ext.checkpoint.files import PREFIX, write_adapter
 from rasa_ext.train.hashes import hash_chain, hash_hop
 from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
+from rasa_research import solver
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = ("loras", "count", "rank", "basis", "numbers", "error", "apart", "date", "machine")
@@ -100,7 +101,7 @@ def measure(name: str, make: Callable[[Path], list[Path]]) -> Iterator[dict[str,
     with tempfile.TemporaryDirectory() as folder:
         directories = make(Path(folder))
         for basis in BASES[name.partition(",")[0]]:
-            found = rasa_ext.compress_many(directories, basis)
+            found = solver.compress_many(directories, basis)
             yield {
                 "loras": name,
                 "count": len(directories),

@@ -3,8 +3,9 @@
     python -m experiments.reconstruction.finetune     # once: the weight changes
     python -m experiments.reconstruction.compress     # results/compress.csv, a row an adapter
 
-An adapter is made by ``rasa_ext.compress``, written, read into a fresh copy of the base and judged
-on the fine-tune's held-out problems; k = 0 is LoRA's optimum, the truncated SVD of every change.
+An adapter is made by ``rasa_research.solver.compress``, written, read into a fresh copy of the base
+and judged on the fine-tune's held-out problems; k = 0 is LoRA's optimum, the truncated SVD of every
+change.
 Beside them stand the base, the fine-tune, and the base with the whole change of the adapted layers:
 no adapter can carry more. An adapter that is in the table is not made again. Prints the table.
 """
@@ -31,6 +32,7 @@ from experiments.tasks import Task, make_task
 from rasa_ext.checkpoint.files import WEIGHTS as FILE
 from rasa_ext.patching.targets import make_plan
 from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
+from rasa_research import solver
 
 COLUMNS = (
     *("what", "rank", "k", "numbers", "bytes", "error", "lora_error", "loss", "exact_match"),
@@ -81,7 +83,7 @@ class Judge:
 
     def _adapt(self, model: Any, key: Key, iterations: int) -> dict[str, Any]:
         began = time.perf_counter()
-        found = rasa_ext.compress(
+        found = solver.compress(
             self.base,
             self.base.state_dict(),
             self.tuned.state_dict(),

@@ -24,8 +24,8 @@ from experiments.reconstruction.deltas import tuned_deltas
 from experiments.reconstruction.equal_numbers import spectrum
 from experiments.reconstruction.finetune import RESULTS, WEIGHTS
 from experiments.table import Table
-from rasa_ext.solver.coordinate_descent import CoordinateDescent
-from rasa_ext.solver.low_rank import Matrix, truncated_svd
+from rasa_research.solver.coordinate_descent import CoordinateDescent
+from rasa_research.solver.low_rank import Matrix, truncated_svd
 
 COLUMNS = (
     *("module", "rank", "k", "start", "half_steps", "largest_rise"),

@@ -4,11 +4,11 @@
     python -m experiments.reconstruction.reconstruct     # results/errors.csv, as runs finish
     python -m experiments.reconstruction.figures         # results/*.png and tables
 
-Every run is ``rasa_ext.decompose`` on one module type: all layers, rank r, k shared, one of two
-starts. First come runs of error against iteration (r = 8, k = 1, 50 iterations; the two cheapest
-module types also for 400), then those of error against k (0, 1, 2, 4, 6, 8 at r = 8, 16, 32; 15
-iterations). A run that is in the table is not done again; ``--minutes`` ends after the run during
-which they pass.
+Every run is ``rasa_research.solver.decompose`` on one module type: all layers, rank r, k shared,
+one of two starts. First come runs of error against iteration (r = 8, k = 1, 50 iterations; the two
+cheapest module types also for 400), then those of error against k (0, 1, 2, 4, 6, 8 at r = 8, 16,
+32; 15 iterations). A run that is in the table is not done again; ``--minutes`` ends after the run
+during which they pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 from experiments.reconstruction.deltas import tuned_deltas
 from experiments.reconstruction.finetune import RESULTS, WEIGHTS
 from experiments.table import Table
-from rasa_ext import decompose
+from rasa_research.solver import decompose
 
 COLUMNS = (
     *("module", "rank", "k", "init", "iteration", "error", "lora_error"),

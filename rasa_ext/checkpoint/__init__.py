@@ -1,1 +1,29 @@
 """Adapter directories: this package's, those of the official code, and plain LoRAs."""
+
+from rasa_ext.checkpoint.adapter import AdapterState, own_key, pool_key, saved_tensors
+from rasa_ext.checkpoint.files import (
+    PREFIX,
+    check_finite,
+    check_tensors,
+    read_adapter,
+    write_adapter,
+)
+from rasa_ext.checkpoint.import_lora import convert_lora
+from rasa_ext.checkpoint.lora import Lora, read_lora
+from rasa_ext.checkpoint.lora_file import plain_settings
+
+__all__ = [
+    "PREFIX",
+    "AdapterState",
+    "Lora",
+    "check_finite",
+    "check_tensors",
+    "convert_lora",
+    "own_key",
+    "plain_settings",
+    "pool_key",
+    "read_adapter",
+    "read_lora",
+    "saved_tensors",
+    "write_adapter",
+]

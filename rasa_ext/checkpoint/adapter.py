@@ -8,6 +8,7 @@ field names of the official code.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections import Counter
@@ -41,7 +42,7 @@ from rasa_ext.checkpoint.files import (
     write_adapter,
 )
 from rasa_ext.checkpoint.hub import located
-from rasa_ext.methods import read_method
+from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaBank
@@ -54,12 +55,36 @@ from rasa_ext.patching.tokens import row_tensors, rows_key
 
 
 def own_key(name: str, field: str) -> str:
-    """The key in a file of a tensor that the layer ``name`` owns: ``field`` is A, B, d, ..."""
+    """Give the key in a file of a tensor that a layer owns.
+
+    Args:
+        name: of the layer.
+        field: A, B, d, or what else the method has.
+
+    Returns:
+        The key.
+
+    Example:
+        >>> rasa_ext.checkpoint.own_key("layers.0", "A")
+        'base_model.model.layers.0.rasa_A'
+    """
     return f"{PREFIX}{name}.rasa_{field}"
 
 
 def pool_key(first: str, field: str) -> str:
-    """The key in a file of a tensor that a group owns whose first layer is ``first``."""
+    """Give the key in a file of a tensor that a group owns.
+
+    Args:
+        first: the name of the group's first layer.
+        field: A or B, or what else the method has.
+
+    Returns:
+        The key.
+
+    Example:
+        >>> rasa_ext.checkpoint.pool_key("layers.0", "A")
+        'base_model.model.layers.0.rasa_pool_A'
+    """
     return f"{PREFIX}{first}.rasa_pool_{field}"
 
 
@@ -92,6 +117,38 @@ def save_adapter(
     """
     state = patch_state(model)
     write_tensors(unwrap(model), directory, state.config, state.plan, adapter_tensors(model), card)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterState:
+    """An adapter that is neither in a model nor in a file.
+
+    Example:
+        >>> import copy
+        >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
+        9
+        >>> state = rasa_ext.import_lora(copy.deepcopy(model), "lora")
+        >>> state.save(model, "adapter")
+        >>> model = state.install(model)
+    """
+
+    config: RasaConfig
+    plan: Plan
+    tensors: dict[str, Tensor]
+    """Under the names of an adapter's file."""
+
+    def save(
+        self, model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
+    ) -> None:
+        """Write the adapter's directory, for ``load_adapter``; of ``model`` only names count.
+
+        ``card`` is as in ``save_adapter``.
+        """
+        write_tensors(model, directory, self.config, self.plan, self.tensors, card)
+
+    def install(self, model: nn.Module) -> nn.Module:
+        """Patch a model with the adapter, in place, and return it."""
+        return load_tensors_into(model, self.config, self.tensors, "adapter")
 
 
 def write_tensors(
@@ -328,7 +385,21 @@ def _check_unsharded(
 
 
 def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """State of the modules that are trained in full; tied tensors stand under one name."""
+    """Find the state of the modules that are trained in full.
+
+    Args:
+        root: the model.
+        plan: of its adapter.
+
+    Returns:
+        The tensors by their names in the model; tied ones stand under one name.
+
+    Example:
+        >>> config = rasa_ext.RasaConfig(modules_to_save=["norm"])
+        >>> plan = rasa_ext.patching.make_plan(model, config)
+        >>> list(rasa_ext.checkpoint.saved_tensors(model, plan))
+        ['model.norm.weight']
+    """
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[object, ...]] = set()
     for name in plan.modules_to_save:

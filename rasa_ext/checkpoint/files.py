@@ -39,8 +39,20 @@ def write_adapter(
 ) -> None:
     """Write the files of an adapter directory, or leave all of them as they were.
 
-    They are flushed to disk before the first moves to its place, as `new_folder` has it. Where the
-    system refuses, the error is a `WriteError`. A ``card`` is written as `card_file` has it.
+    They are flushed to disk before the first moves to its place, as `new_folder` has it.
+
+    Args:
+        directory: made if it is missing.
+        config: the content of ``adapter_config.json``.
+        tensors: those of ``adapter_model.safetensors``.
+        card: the content of ``README.md``, which one that was edited keeps; none if None.
+
+    Raises:
+        OSError: the files cannot be written (a ``WriteError``).
+
+    Example:
+        >>> from rasa_ext.checkpoint import write_adapter
+        >>> write_adapter("adapter", {"peft_type": "MINE"}, {"x": torch.ones(2)})
     """
     check_in_memory(tensors)
     directory = Path(directory)
@@ -94,9 +106,22 @@ def file_in(directory: str | os.PathLike[str], name: str) -> Path:
 def read_adapter(
     directory: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of one version, whatever is saved there meanwhile.
+    """Read the config and the tensors of one version, whatever is saved there meanwhile.
 
-    FileNotFoundError or ValueError, with the path, where a file is missing or damaged.
+    Args:
+        directory: of an adapter, of any method.
+
+    Returns:
+        The content of ``adapter_config.json``, and the tensors by their names.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged; the message has the path.
+
+    Example:
+        >>> from rasa_ext.checkpoint import read_adapter, write_adapter
+        >>> write_adapter("adapter", {"peft_type": "MINE"}, {"x": torch.ones(2)})
+        >>> read_adapter("adapter")
+        ({'peft_type': 'MINE'}, {'x': tensor([1., 1.])})
     """
     while True:
         path, text = _config_text(directory)
@@ -217,7 +242,19 @@ def _is_narrow(tensor: Tensor) -> bool:
 def check_finite(
     tensors: Mapping[str, Tensor], where: str, state: str = "Nothing was changed"
 ) -> None:
-    """ValueError, naming the keys and the ``state`` left, where `not_finite` finds any."""
+    """Check that tensors hold finite numbers of 16 bits or more.
+
+    Args:
+        tensors: by their names.
+        where: with what the error begins.
+        state: what the error says of what was done so far.
+
+    Raises:
+        ValueError: some do not; the message names them.
+
+    Example:
+        >>> rasa_ext.checkpoint.check_finite({"x": torch.ones(2)}, "adapter")
+    """
     if narrow := next((name for name in tensors if _is_narrow(tensors[name])), None):
         raise ValueError(
             f"{where}: expected numbers of 16 bits or more, but {narrow} has "
@@ -238,9 +275,19 @@ def check_tensors(
     where: str,
     hint: str = "",
 ) -> None:
-    """ValueError, naming the keys, unless ``found`` has just the expected names and shapes.
+    """Check that tensors have just the expected names and shapes.
 
-    ``hint`` is a sentence, on what to do, that the message ends with.
+    Args:
+        found: the tensors.
+        expected: shapes by name.
+        where: with what the error begins.
+        hint: a sentence on what to do.
+
+    Raises:
+        ValueError: some do not; the message names them.
+
+    Example:
+        >>> rasa_ext.checkpoint.check_tensors({"x": torch.ones(2)}, {"x": (2,)}, "adapter")
     """
     missing = [key for key in expected if key not in found]
     unexpected = [key for key in found if key not in expected]

@@ -12,12 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from rasa_ext.checkpoint.files import PREFIX, check_finite, read_adapter
-from rasa_ext.methods.base import LORA_SET, checked_number
+from rasa_ext.methods.base import checked_number
 from rasa_ext.methods.patterns import check_pattern, matches_end
 from rasa_ext.patching.tokens import ROWS
 
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight$")
-_MERGE = "merge it with PEFT's merge_and_unload instead, and use `rasa-ext compress --finetuned`"
+_MERGE = "merge it with PEFT's merge_and_unload instead"
 
 # Settings under which an adapter is more, or something else, than W + scale * B A.
 _VARIANTS = (
@@ -63,9 +63,21 @@ class Lora:
 def read_lora(directory: str | os.PathLike[str]) -> Lora:
     """Read the directory of a LoRA in PEFT's format.
 
+    Args:
+        directory: what PEFT's ``save_pretrained`` or ``export_lora`` wrote.
+
+    Returns:
+        The factors and the scale of each layer, and what was trained beside them.
+
     Raises:
         FileNotFoundError, ValueError: a file is missing, unsafe or damaged, or holds what is not a
             plain LoRA of linear layers; the message says what to do.
+
+    Example:
+        >>> rasa_ext.export_lora(rasa_ext.patch_model(model, rank=8, k=1), "lora")
+        9
+        >>> rasa_ext.checkpoint.read_lora("lora").rank
+        9
     """
     config, tensors = read_adapter(directory)
     _check_config(config, str(directory))
@@ -98,11 +110,10 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         ways = {
             "RASA": "this is a RaSA adapter already, which rasa_ext.load_adapter(model, directory) "
             "and the commands merge and export-lora read",
-            LORA_SET: "these are several LoRAs, which `rasa-ext expand` writes out one by one",
         }
         raise ValueError(
             f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; "
-            f"{ways.get(str(kind), _MERGE)}."
+            f"{ways.get(str(kind), f'if PEFT wrote it, {_MERGE}')}."
         )
     for name in _VARIANTS:
         if config.get(name):

@@ -145,7 +145,19 @@ def write_export(
 
 
 def plain_settings(rank: int, **told: Any) -> dict[str, Any]:
-    """Give PEFT's settings of a LoRA of one rank and a scale of 1, and what is ``told`` of it."""
+    """Give PEFT's settings of a LoRA of one rank and a scale of 1.
+
+    Args:
+        rank: of every layer.
+        told: further settings, such as ``target_modules``.
+
+    Returns:
+        The content of ``adapter_config.json``.
+
+    Example:
+        >>> rasa_ext.checkpoint.plain_settings(8, target_modules=["q_proj"])["lora_alpha"]
+        8
+    """
     return {
         "peft_type": "LORA",
         "inference_mode": True,

@@ -1,4 +1,4 @@
-"""``rasa-ext merge | export-lora | import-official``: an adapter and its base in, files out."""
+"""``rasa-ext merge | export-lora | import-lora | import-official``: an adapter in, files out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from rasa_ext import Truncation
 
 _Adapter = Annotated[Path, typer.Argument(help="Adapter directory.", show_default=False)]
-_Output = Annotated[Path, typer.Option(help="Directory to write.", show_default=False)]
+_Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Directory to write.", show_default=False)
+]
 _Base = Annotated[
     str | None,
     typer.Option(
@@ -123,6 +125,24 @@ def _show_truncation(found: Truncation) -> None:
     table.add_row("all", f"{found.error:.3g}")
     console.print(table)
     console.print("Errors are of the change of the weights, relative, in the Frobenius norm.")
+
+
+@command
+def import_lora(
+    lora: Annotated[Path, typer.Argument(help="A LoRA in PEFT's format.", show_default=False)],
+    output: _Output,
+    model: _Base = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a LoRA into a RaSA adapter that computes the same function."""
+    from rasa_ext.train.convert import import_lora_directory
+
+    read = import_lora_directory(lora, output, base=model, overwrite=overwrite)
+    console.print(
+        f"The same adapter, of k = 0 and rank {read.rank}, for {len(read.factors)} layers in "
+        f"{output}.",
+        markup=False,
+    )
 
 
 @command

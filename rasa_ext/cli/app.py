@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from rasa_ext import __version__
-from rasa_ext.cli.adapters import export_lora, import_official, merge
-from rasa_ext.cli.compress import compress, import_lora
+from rasa_ext.cli.adapters import export_lora, import_lora, import_official, merge
 from rasa_ext.cli.config_file import Command
 from rasa_ext.cli.demo import demo
 from rasa_ext.cli.environment import env
@@ -17,7 +16,6 @@ from rasa_ext.cli.evaluate import evaluate
 from rasa_ext.cli.finetune import finetune
 from rasa_ext.cli.generate import generate
 from rasa_ext.cli.inspection import inspect
-from rasa_ext.cli.many import compress_many, expand
 from rasa_ext.cli.push import push
 
 app = typer.Typer(
@@ -36,9 +34,6 @@ _COMMANDS = (
     export_lora,
     import_lora,
     import_official,
-    compress,
-    compress_many,
-    expand,
     push,
     inspect,
     env,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rasa_ext.train.working import working
 
-__all__ = ["command", "console", "progress", "table_of", "working"]
+__all__ = ["Overwrite", "command", "console", "progress", "progress_bar", "table_of", "working"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells have it."""
@@ -25,6 +25,7 @@ P = ParamSpec("P")
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
 ]
+"""The option of a command that writes a directory."""
 
 console = Console(highlight=False, soft_wrap=True)
 """Where a command prints what it was asked for."""
@@ -74,7 +75,17 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def progress_bar() -> Progress:
-    """A bar for work whose parts are counted; nothing where the output is a file or a pipe."""
+    """Make a bar for work whose parts are counted.
+
+    Returns:
+        The bar, which shows nothing where the output is a file or a pipe.
+
+    Example:
+        >>> from rasa_ext.cli.output import progress_bar
+        >>> with progress_bar() as bar:
+        ...     task = bar.add_task("Layers", total=2)
+        ...     bar.update(task, completed=2)
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

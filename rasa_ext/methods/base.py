@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 OFFICIAL = "rasa"
 """The method that a file means which names none, as those of the official code do."""
-LORA_SET = "LORA_SET"
-"""The peft_type of several LoRAs in one file, which are no adapter."""
 _PAIRS = ("rank_pattern", "rank_schedule", "kept", "stack")
 """The fields that are mappings in a file."""
 MOST_RANKS, MOST_POOLED = 1 << 16, 1 << 31
@@ -379,11 +377,6 @@ def other_method(kind: Any) -> str:
         return (
             "got 'LORA'; this is a LoRA, which rasa_ext.import_lora(model, directory), or "
             "`rasa-ext import-lora DIRECTORY --output NEW`, makes an adapter of"
-        )
-    if kind == LORA_SET:
-        return (
-            f"got {LORA_SET!r}; these are several LoRAs over one basis, which "
-            "rasa_ext.LoraSet.load(directory) reads and `rasa-ext expand` writes out one by one"
         )
     if kind is None:
         return "got none; is this the folder of an adapter?"

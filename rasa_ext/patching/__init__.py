@@ -1,6 +1,7 @@
 """A model in place: finding its layers, swapping them, merging, taking the patch off again."""
 
-from rasa_ext.patching.grouping import Group
+from rasa_ext.patching.grouping import Group, pattern
+from rasa_ext.patching.patch import check_unpatched, plan_layers
 from rasa_ext.patching.targets import Plan, make_plan
 
-__all__ = ["Group", "Plan", "make_plan"]
+__all__ = ["Group", "Plan", "check_unpatched", "make_plan", "pattern", "plan_layers"]

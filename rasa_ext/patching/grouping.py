@@ -34,7 +34,18 @@ class Group:
 
 
 def pattern(name: str) -> str:
-    """Replace the layer index of a module path, the first integer in it, by ``*``."""
+    """Replace the layer index of a module path, the first integer in it, by ``*``.
+
+    Args:
+        name: as in ``model.named_modules()``.
+
+    Returns:
+        The name that layers of one kind have in common.
+
+    Example:
+        >>> rasa_ext.patching.pattern("model.layers.3.mlp.up_proj")
+        'model.layers.*.mlp.up_proj'
+    """
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdigit():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 from rasa_ext.base_layers.experts import banks_of
-from rasa_ext.base_layers.linear import is_linear
+from rasa_ext.base_layers.linear import is_linear, linear_shape
 from rasa_ext.base_layers.quantized import disable_cpu_repacking
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups, group_places
 from rasa_ext.methods.keywords import suggests_keywords
@@ -35,7 +37,7 @@ from rasa_ext.patching.swap import (
     link_fused_projections,
     replace_modules,
 )
-from rasa_ext.patching.targets import Plan, make_plan
+from rasa_ext.patching.targets import Plan, make_plan, suffixes
 from rasa_ext.patching.tokens import make_modules, trained_tokens
 
 
@@ -120,7 +122,17 @@ def patch_model(
 
 
 def check_unpatched(model: nn.Module) -> None:
-    """Raise ValueError where a model carries RaSA layers already; warn of PEFT's, now frozen."""
+    """Check that a model carries no RaSA layers; warn of PEFT's, which patching freezes.
+
+    Args:
+        model: to be patched, or to be compared with.
+
+    Raises:
+        ValueError: it is patched already.
+
+    Example:
+        >>> rasa_ext.patching.check_unpatched(model)
+    """
     modules = list(model.named_modules()) if isinstance(model, nn.Module) else []
     for name, module in modules:
         if isinstance(module, RasaLinear | RasaExperts):
@@ -137,6 +149,52 @@ def check_unpatched(model: nn.Module) -> None:
                 stacklevel=4,
             )
             return
+
+
+def plan_layers(
+    model: nn.Module, config: RasaConfig, shapes: Mapping[str, tuple[int, int]], where: str
+) -> tuple[RasaConfig, Plan]:
+    """Plan an adapter for just these layers.
+
+    Args:
+        model: an unpatched model.
+        config: whose targets are replaced.
+        shapes: (out, in) by the layer's name in ``model.named_modules()``.
+        where: with what errors about ``shapes`` begin.
+
+    Returns:
+        The config, with such targets, and its plan.
+
+    Raises:
+        ValueError: the model is patched, or a name is no linear layer of that shape.
+
+    Example:
+        >>> shapes = {"model.layers.0.mlp.down_proj": (32, 48)}
+        >>> config, plan = rasa_ext.patching.plan_layers(
+        ...     model, rasa_ext.RasaConfig(rank=8, k=1), shapes, "shapes"
+        ... )
+        >>> [group.names for group in plan.groups]
+        [('model.layers.0.mlp.down_proj',)]
+    """
+    check_unpatched(model)
+    modules = dict(model.named_modules())
+    for name, shape in shapes.items():
+        module = modules.get(name)
+        if module is None or not is_linear(module):
+            got = "no such module" if module is None else type(module).__name__
+            raise ValueError(f"{where}: expected names of linear layers; {name!r} is {got}.")
+        if shape != linear_shape(module):
+            raise ValueError(
+                f"{where}: expected {name!r} of the layer's (out, in) {linear_shape(module)}, "
+                f"got {shape}."
+            )
+    exact = "|".join(re.escape(name) for name in shapes)
+    for targets in (tuple(suffixes(list(shapes), model)), exact):
+        chosen = dataclasses.replace(config, target_modules=targets)
+        plan = make_plan(model, chosen)
+        if {name for group in plan.groups for name in group.names} == set(shapes):
+            break
+    return chosen, plan
 
 
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:

@@ -15,7 +15,6 @@ from rasa_ext.patching.state import patch_state
 from rasa_ext.train.memory import describe_memory
 
 if TYPE_CHECKING:
-    from rasa_ext.solver.compress import CompressedAdapter
     from rasa_ext.train.options import FinetuneOptions
     from rasa_ext.train.outcome import FinetuneResult
     from rasa_ext.train.trainer import AdapterTrainer
@@ -34,29 +33,6 @@ def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Finetune
             "Figures of the run": _table(_figures(result)),
         },
     )
-
-
-def compressed_card(found: CompressedAdapter, source: str) -> Card:
-    """Tell how near an adapter is to the fine-tuning or the LoRA that it stands for.
-
-    ``source`` says what that is, as a noun.
-    """
-    if not found.groups:
-        return Card(sections={"Source": f"Computes the same function as {source}."})
-    rank = found.config.rank
-    text = f"The nearest adapter of its size that the solver found to {source}.\n\n"
-    figures = {
-        "error": f"{found.error:.4f}",
-        f"the least error of a LoRA of rank {rank}": f"{found.lora_error:.4f}",
-        "the least of a LoRA of as many parameters": f"{found.lora_error_equal:.4f}",
-    }
-    text += f"{_table(figures)}\n\nErrors are ||dW - adapter||² / ||dW||², over all layers."
-    if found.lost:
-        text += (
-            f" {found.residual_share:.2%} of the squared change is in parameters that are neither "
-            "adapted nor kept, and is not carried."
-        )
-    return Card(sections={"Source": text})
 
 
 def merged_card(model: Any, adapter: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 
 import rasa_ext
 from rasa_ext import Card, Truncation
+from rasa_ext.checkpoint import Lora, convert_lora, read_lora
 from rasa_ext.checkpoint.card import write_card
 from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.patching.state import adapted_experts
@@ -17,6 +18,7 @@ from rasa_ext.train.card import local_name, merged_card
 from rasa_ext.train.inspection import check_adapter
 from rasa_ext.train.model_loading import (
     base_of,
+    base_skeleton,
     load_model,
     load_tokenizer,
     naming_the_base,
@@ -128,3 +130,16 @@ def import_checkpoint(
     rasa_ext.load_official(model, checkpoint)
     told = f"A checkpoint of the official RaSA code, `{local_name(str(checkpoint))}`."
     rasa_ext.save_adapter(model, output, card=Card(sections={"Source": told}))
+
+
+def import_lora_directory(
+    lora: Path, output: Path, *, base: str | None, overwrite: bool = False
+) -> Lora:
+    """Write a LoRA as an adapter of this package, and give the LoRA; no weights are loaded."""
+    check_differs((lora,), output, overwrite=overwrite)
+    read = read_lora(lora)
+    model = base_skeleton(lora, base)
+    name = f"the LoRA `{local_name(str(lora))}` of rank {read.rank}"
+    card = Card(sections={"Source": f"Computes the same function as {name}."})
+    convert_lora(model, read, str(lora)).save(model, output, card=card)
+    return read

@@ -150,10 +150,9 @@ def groups_in(directory: Path) -> list[GroupAnalysis]:
     try:
         return analyze_adapter(directory)
     except ShapesUnknown:
-        from rasa_ext.train.model_loading import base_of, load_skeleton, naming_the_base
+        from rasa_ext.train.model_loading import base_skeleton
 
-        with naming_the_base(directory, None):
-            return analyze_adapter(directory, load_skeleton(base_of(directory, None)))
+        return analyze_adapter(directory, base_skeleton(directory, None))
 
 
 def _by_kind(directory: Path) -> dict[str, list[LayerAnalysis]]:

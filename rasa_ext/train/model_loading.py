@@ -21,7 +21,7 @@ from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.train.hub import is_reachable, not_cached
 from rasa_ext.train.options import DTYPES
 
-__all__ = ["load_model", "load_tokenizer"]
+__all__ = ["base_skeleton", "load_model", "load_skeleton", "load_tokenizer"]
 
 SMOLLM2 = "smollm2"
 """The name of the demo's model, wherever it is."""
@@ -99,7 +99,23 @@ def load_model(name: str, dtype: str = "auto") -> Any:
 
 
 def load_skeleton(name: str) -> Any:
-    """The model's modules on the meta device: names and shapes, no weights."""
+    """Load a model's modules on the meta device: names and shapes, no weights.
+
+    Args:
+        name: as ``load_model`` takes it.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: there is no such model.
+
+    Example:
+        >>> from rasa_ext.train.model_loading import load_skeleton
+        >>> model.save_pretrained("base")
+        >>> load_skeleton("base").device
+        device(type='meta')
+    """
     where = _locate(name)
     try:
         with _reading(where):
@@ -107,9 +123,11 @@ def load_skeleton(name: str) -> Any:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(_cannot_load(name, error)) from error
+    model.config._name_or_path = name
+    return model
 
 
 def load_tokenizer(name: str) -> Any:
@@ -167,6 +185,31 @@ def base_of(adapter: Path, given: str | None) -> str:
             f"model: {adapter} does not say which base model it was trained on; pass --model."
         )
     return str(name)
+
+
+def base_skeleton(adapter: Path, given: str | None) -> Any:
+    """Load the modules of an adapter's base as ``load_skeleton`` does.
+
+    Args:
+        adapter: its directory, of any method.
+        given: the base's name; None for the one in ``adapter_config.json``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the adapter does not say, or there is no such model.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rasa_ext.train.model_loading import base_skeleton
+        >>> model.save_pretrained("base")
+        >>> rasa_ext.save_adapter(rasa_ext.patch_model(model), "adapter")
+        >>> type(base_skeleton(Path("adapter"), "base")).__name__
+        'LlamaForCausalLM'
+    """
+    with naming_the_base(adapter, given):
+        return load_skeleton(base_of(adapter, given))
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:

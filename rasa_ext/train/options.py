@@ -13,9 +13,8 @@ from typing import Any
 import yaml
 
 from rasa_ext import methods
-from rasa_ext.checkpoint.writing import check_output
 
-__all__ = ["parse_targets"]
+__all__ = ["check_differs", "parse_targets"]
 
 RECORD = "finetune.yaml"
 """The file in the output directory that holds the options of its run."""
@@ -289,8 +288,22 @@ def parse_targets(text: str) -> str | list[str]:
 def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: bool) -> None:
     """Check that ``output`` can be written, and is none of the folders that it is made from.
 
-    Raises ValueError or `WriteError`; see `check_output`.
+    Args:
+        sources: what it is made from; names that are no folder may stand among them.
+        output: the folder to write.
+        overwrite: whether it may hold files.
+
+    Raises:
+        ValueError: it is one of the sources, or holds files.
+        OSError: it cannot be written (a ``WriteError``).
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rasa_ext.train.options import check_differs
+        >>> check_differs(["checkpoint"], Path("new"), overwrite=False)
     """
+    from rasa_ext.checkpoint.writing import check_output  # needs torch, as help does not
+
     for source in sources:
         if Path(source).resolve() == output.resolve():
             raise ValueError(

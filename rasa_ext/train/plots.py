@@ -1,4 +1,4 @@
-"""Pictures: the loss of a run, what an adapter does to each layer, and the solver's errors."""
+"""Pictures: the loss of a run, and what an adapter does to each layer."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rasa_ext.analysis import GroupAnalysis
-from rasa_ext.patching.grouping import Group
-from rasa_ext.solver.decompose import Decomposition
+
+__all__ = ["panels_for"]
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
@@ -90,25 +90,6 @@ def plot_pool_use(groups: Sequence[GroupAnalysis], path: Path) -> None:
     figure.savefig(path)
 
 
-def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
-    """Draw error over LoRA's minimum against iteration into a PNG, a panel per group."""
-    figure, panels = panels_for(len(groups), "Error of the adapter, as a share of LoRA's least")
-    for axes, (group, result) in zip(panels, groups.items(), strict=True):
-        scale = result.lora_error or 1.0
-        ratios = [error / scale for error in result.errors]
-        axes.plot(ratios, color="tab:blue", label="RaSA")
-        axes.axhline(1, color="tab:orange", linestyle="--", linewidth=1, label="LoRA, same rank")
-        # Never a closer look than a fiftieth, so that what is equal looks equal.
-        axes.set_ylim(min(*ratios, 0.985) - 0.005, max(*ratios, 1.0) + 0.005)
-        title = f"{result.errors[-1]:.4f} of ||dW||\u00b2, LoRA {result.lora_error:.4f}"
-        axes.set_title(f"{_short(group.pattern)}\n{title}", fontsize=8)
-        axes.set(xlabel="iteration", ylabel="error / LoRA's minimum")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
-    figure.savefig(path)
-
-
 def new_figure(width: float, height: float) -> Figure:
     """A figure without a display, and without anything global as pyplot would leave."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -117,7 +98,21 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def panels_for(count: int, title: str = "") -> tuple[Figure, list[Axes]]:
-    """A figure with a title and ``count`` panels, up to four in a row."""
+    """Make a figure with panels, up to four in a row.
+
+    Args:
+        count: of panels.
+        title: of the figure.
+
+    Returns:
+        The figure and its panels.
+
+    Example:
+        >>> from rasa_ext.train.plots import panels_for
+        >>> figure, panels = panels_for(2, "Errors")
+        >>> len(panels)
+        2
+    """
     columns = min(max(count, 1), 4)
     rows = max(-(-count // columns), 1)
     figure = new_figure(4.2 * columns, 3 * rows + 0.4)

@@ -12,7 +12,7 @@ import pytest
 
 import rasa_ext
 import rasa_research
-from rasa_research import optim, ranks
+from rasa_research import optim, ranks, solver
 from tests.docs import test_docs
 from tests.docs.test_docs import offline  # noqa: F401 - a fixture
 from tests.helpers import docstrings
@@ -21,14 +21,15 @@ from tests.helpers.docstrings import namespace  # noqa: F401 - a fixture
 FOLDER = Path(rasa_research.__file__).parent
 MODULES = (
     "rasa_ext",
-    *(f"rasa_ext.{name}" for name in ("distributed", "methods", "patching", "training")),
-    *(f"rasa_ext.{name}" for name in ("cli.output", "train.data", "train.model_loading")),
-    "rasa_ext.train.options",
+    *(f"rasa_ext.{name}" for name in ("checkpoint", "distributed", "linalg", "methods")),
+    *(f"rasa_ext.{name}" for name in ("patching", "training", "cli.output", "train.data")),
+    *(f"rasa_ext.train.{name}" for name in ("model_loading", "options", "plots")),
 )
 CORE = {name: set(importlib.import_module(name).__all__) for name in MODULES}
 """The public names of each public module."""
 PUBLIC = {f"optim.{name}": getattr(optim, name) for name in optim.__all__}
 PUBLIC |= {f"ranks.{name}": getattr(ranks, name) for name in ranks.__all__}
+PUBLIC |= {f"solver.{name}": getattr(solver, name) for name in solver.__all__}
 DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBLIC)
 
 

@@ -42,7 +42,6 @@ from tests.helpers.models import LLAMA
 from tests.helpers.refusals import Snapshot
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-INDEX = "model.safetensors.index.json"
 SECONDS, MEMORY = 3, 2 << 30
 PACKAGE = str(Path(rasa_ext.__file__).parent)
 
@@ -97,20 +96,6 @@ def _lora(folder: Path, pickled: bool = False) -> None:
         _as_bin(folder)
 
 
-def _set(folder: Path) -> None:
-    loras = [folder.with_name(f"{folder.name}-{name}") for name in "ab"]
-    for each in loras:
-        _lora(each)
-    rasa_ext.compress_many(loras, rank=4).loras.save(folder)
-    for each in loras:
-        shutil.rmtree(each)
-
-
-def _read_set(base: nn.Module, folder: Path) -> nn.Module:
-    loras = rasa_ext.LoraSet.load(folder)
-    return loras.install(base, loras.names[0])
-
-
 def _plug_in(folder: Path) -> None:
     config = rasa_ext.peft.RasaConfig(r=4, rasa_k=1, target_modules=r".*\.(q|v)_proj")
     model = peft.get_peft_model(LLAMA.build(), config)
@@ -119,21 +104,6 @@ def _plug_in(folder: Path) -> None:
         if parameter.requires_grad:
             parameter.data.normal_()
     model.save_pretrained(folder)
-
-
-def _shards(folder: Path) -> None:
-    folder.mkdir()
-    tensors = list(LLAMA.build().state_dict().items())
-    names = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
-    for i, name in enumerate(names):
-        save_file(dict(tensors[i::2]), folder / name)
-    shards = {key: names[i % 2] for i, (key, _) in enumerate(tensors)}
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-
-
-def _read_shards(base: nn.Module, folder: Path) -> torch.Tensor:
-    weights = rasa_ext.SafetensorsFolder(folder)
-    return torch.cat([weights[key].double().flatten() for key in sorted(weights)])
 
 
 def _whole(folder: Path) -> None:
@@ -206,9 +176,7 @@ KINDS = {
         lambda base, folder: rasa_ext.import_lora(base, folder) and base,
         lambda folder: _lora(folder, True),
     ),
-    "LoRA set": _of_llama(_read_set, _set),
     "PEFT": _of_llama(peft.PeftModel.from_pretrained, _plug_in),
-    "shards": Kind(_shards, nn.Identity, _read_shards, lambda numbers: numbers),
     "whole model": Kind(
         _whole, lambda: patched(LLAMA.build(), 4, 1, seed=2), rasa_ext.load_adapter, _logits
     ),
@@ -218,7 +186,7 @@ KINDS = {
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 7, 10**8, 2**31, 2**63, 10**30, 10**400),
     *(0.5, 1.0, 1e308, float("nan"), float("inf"), -float("inf")),
-    *("", "x", "no", "float64", "lora", "LORA", "RASA", "LORA_SET", "../x", "/x", "é" * 1000),
+    *("", "x", "no", "float64", "lora", "LORA", "RASA", "../x", "/x", "é" * 1000),
     *("(.*)*x$", "(a|a)*$", ".*" * 30, "(", "a{99999999999}", "(" * 3000, r"(a)\1", "q_proj"),
     *([], {}, [0], [None], ["q_proj"], [["q_proj"]], ["../x"], [10**8], {"": 1}, {"a": None}),
     *({"(.*)*x$": 4}, {"q_proj": 10**8}, {"q_proj": [1]}, {"0.up_proj": [10**8] * 3}, {"a": "b"}),

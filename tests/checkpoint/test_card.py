@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import shlex
 import warnings
@@ -320,14 +319,3 @@ def test_what_was_told_is_read_again(tmp_path):
     (tmp_path / "README.md").write_text("# Another\n\n## Data\n\nNone.\n")
     assert rasa_ext.Card.read(tmp_path) == rasa_ext.Card()
     assert rasa_ext.Card.read(tmp_path / "nowhere") == rasa_ext.Card()
-
-
-def test_a_compressed_adapter_has_a_card(tmp_path):
-    base = tiny_lm.make_model()
-    tuned = copy.deepcopy(base)
-    with torch.no_grad():
-        for parameter in tuned.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    found = rasa_ext.compress(base, base.state_dict(), tuned.state_dict(), 4, 1, iterations=1)
-    found.save(base, tmp_path)
-    assert "| `model.layers.*.mlp.down_proj` | 2 | 32 x 48 | 5 |" in card(tmp_path)

@@ -17,7 +17,7 @@ ORDER = [
     {"config"},
     {"patching"},
     {"checkpoint", "distributed"},
-    {"solver", "peft", "analysis", "training"},
+    {"peft", "analysis", "training"},
     {""},
     {"train"},
     {"cli"},

@@ -8,14 +8,20 @@ import inspect
 import pytest
 
 import rasa_ext
-from rasa_ext import analysis, distributed, methods, patching, training
+from rasa_ext import analysis, distributed, linalg, methods, training
 from rasa_ext.nn import rasa_experts, routed
 from tests.helpers import docstrings
 from tests.helpers.docstrings import namespace  # noqa: F401 - a fixture
 
 PUBLIC = {name: getattr(rasa_ext, name) for name in rasa_ext.__all__}
 PUBLIC |= {f"distributed.{name}": getattr(distributed, name) for name in distributed.__all__}
-PUBLIC["patching.make_plan"] = patching.make_plan
+PUBLIC |= {
+    f"{module}.{name}": getattr(getattr(rasa_ext, module), name)
+    for module in ("checkpoint", "patching")
+    for name in getattr(rasa_ext, module).__all__
+    if name not in ("Group", "Lora", "Plan")
+}
+PUBLIC["linalg.svd_of_product"] = linalg.svd_of_product
 PUBLIC |= {f"training.{name}": getattr(training, name) for name in training.__all__}
 PUBLIC |= {
     f"methods.{name}": getattr(methods, name)
@@ -39,7 +45,7 @@ PUBLIC |= {
 }
 PUBLIC |= {each.__name__: each for each in (rasa_experts.RasaBank, rasa_experts.RasaExperts)}
 PUBLIC |= {f"routed.{each.__name__}": each for each in (routed.experts_linear,)}
-for name in ("cli.output", "train.data", "train.model_loading", "train.options"):
+for name in ("cli.output", "train.data", "train.model_loading", "train.options", "train.plots"):
     module = importlib.import_module(f"rasa_ext.{name}")  # what other packages' commands use
     PUBLIC |= {f"{name}.{each}": getattr(module, each) for each in module.__all__}
 DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBLIC)

@@ -162,17 +162,6 @@ def test_configs_compare_hash_and_come_back():
     assert RasaConfig.from_dict(json.loads(json.dumps(settings))) == config
 
 
-def test_solvers_take_groups():
-    base = Unet()
-    finetuned = {name: t + torch.randn_like(t) for name, t in base.state_dict().items()}
-    found = rasa_ext.compress(base, base.state_dict(), finetuned, 2, 1, groups=ENDS, iterations=2)
-    assert {frozenset(group.names) for group in found.groups} == expected(by_end)
-    names = [name for name, layer in base.named_modules() if isinstance(layer, nn.Linear)]
-    deltas = {name: torch.randn_like(base.get_submodule(name).weight) for name in names}
-    fitted = rasa_ext.fit_adapter(base, deltas, 2, 1, groups=by_end, iterations=2)
-    assert {frozenset(group.names) for group in fitted} == expected(by_end) == members(base)
-
-
 def told(model: nn.Module, **options) -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""What cards say of a run, of a compression and of an import, and Trainer's own push."""
+"""What cards say of a run, and of an import, and Trainer's own push."""
 
 from __future__ import annotations
 
@@ -124,17 +124,6 @@ def test_a_merged_model_s_card(run, tmp_path, monkeypatch):
     head = yaml.safe_load(told.split("---\n")[1])
     assert (head["base_model"], head["base_model_relation"]) == ("owner/Tiny-LM", "finetune")
     assert "model.safetensors" in pushed
-
-
-def test_a_compression_s_card_has_its_errors(run, tmp_path):
-    make_model(seed=1).save_pretrained(tmp_path / "tuned")
-    words = ["--base", run / "Tiny-LM", "--finetuned", tmp_path / "tuned", "--rank", 2]
-    text = invoke("compress", *words, "--iterations", 1, "-o", tmp_path / "out")
-    table = rows(card(tmp_path / "out"))
-    assert float(table["error"]) > float(table["the least error of a LoRA of rank 2"]) * 0.5 > 0.0
-    assert f"all {table['error']}" in text
-    assert "the full fine-tuning `tuned`" in card(tmp_path / "out")
-    assert "of the squared change is in parameters that are neither" in card(tmp_path / "out")
 
 
 def test_an_imported_lora_s_card_says_so(run, tmp_path):

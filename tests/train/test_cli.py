@@ -369,7 +369,6 @@ def with_code(base, tuned, tmp_path_factory) -> Path:
         ["generate", "code/tokenizer", "--prompt", "x"],
         ["finetune", "--model", "code/base", "--data", "data", "--output", "out"],
         ["inspect", "--model", "code/base"],
-        ["compress", "--base", "code/base", "--finetuned", "base", "--output", "out"],
     ],
     ids=lambda words: words[0],
 )

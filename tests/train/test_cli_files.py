@@ -16,19 +16,17 @@ from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
 from tests.helpers.cli import invoke, load
 from tests.helpers.file_limit import file_limit
-from tests.helpers.tiny_lm import make_model, save_base
+from tests.helpers.tiny_lm import save_base
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, Path]:
-    """What the commands read: a base, a fine-tuned one, an adapter, a LoRA, an official one."""
+    """What the commands read: a base, an adapter, a LoRA, an official one."""
     folder = tmp_path_factory.mktemp("files")
     save_base(folder / "base")
-    make_model(seed=1).save_pretrained(folder / "tuned")
     model = patched(load(folder / "base"), 4, 1)
     rasa_ext.save_adapter(model, folder / "adapter")
-    for name in ("lora", "other"):
-        rasa_ext.export_lora(model, folder / name)
+    rasa_ext.export_lora(model, folder / "lora")
     found = adapters(model)
     oracle.write_official(
         folder / "official",
@@ -46,8 +44,6 @@ COMMANDS = {
     "export-lora": ["export-lora", "adapter"],
     "import-official": ["import-official", "official", "--model", "base"],
     "import-lora": ["import-lora", "lora"],
-    "compress-many": ["compress-many", "lora", "other", "--rank", "9", "--iterations", "1"],
-    "compress": ["compress", "--base", "base", "--finetuned", "tuned", "--iterations", "1"],
 }
 
 
@@ -108,7 +104,7 @@ def test_a_file_where_the_output_goes(places, tmp_path):
 
 def test_the_base_is_never_overwritten(places):
     before = content(places["base"])
-    for command in ("merge", "export-lora", "import-official", "compress"):
+    for command in ("merge", "export-lora", "import-official"):
         text = run(command, places, places["base"], "--overwrite", code=1)
         assert "output: expected another directory than that of what it is made from" in text
     assert content(places["base"]) == before

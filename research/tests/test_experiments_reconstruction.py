@@ -16,7 +16,8 @@ from experiments.reconstruction.finetune import finetune
 from experiments.table import Table
 from experiments.tasks import make_task
 from experiments.training import Recipe, Run, mean_loss
-from rasa_ext import decompose
+from rasa_research import solver
+from rasa_research.solver import decompose
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 
 
@@ -178,7 +179,7 @@ def test_lora_at_the_same_numbers(deltas):
     rows = equal_numbers.compare("a", deltas["a"], {4: {0: 0.9, 2: 0.5}, 6: {1: 0.3}})
     assert [(row["rank"], row["k"]) for row in rows] == [(4, 2), (6, 1)]
     for row, numbers in zip(rows, (4 - 2 + 3 * 2, 6 - 1 + 3), strict=True):
-        adapter = rasa_ext.decompose(deltas["a"], row["rank"], row["k"], iterations=0)
+        adapter = solver.decompose(deltas["a"], row["rank"], row["k"], iterations=0)
         assert adapter.d[0].numel() == numbers
         assert float(row["lora_error_equal"]) == pytest.approx(adapter.lora_error_equal, abs=1e-5)
         assert float(row["extra_ranks"]) == pytest.approx(numbers / (20 + 16), abs=1e-4)

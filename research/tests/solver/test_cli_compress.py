@@ -1,4 +1,4 @@
-"""The commands compress and import-lora: tables, pictures, adapters that load."""
+"""The command compress: tables, pictures, adapters that load."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import rasa_ext
+from rasa_research import solver
+from rasa_research.solver.plots import plot_errors
 from tests.helpers.cli import TOKENS, invoke, load, logits
+from tests.helpers.file_limit import file_limit
 from tests.helpers.tiny_lm import make_model, save_base
 
 
@@ -54,7 +58,7 @@ def test_compress_a_fine_tuning(base, tuned, tmp_path):
     out = tmp_path / "out"
     words = ["compress", "--base", base, "--finetuned", tuned, "--rank", 4, "--k", 1]
     text = invoke(*words, "-o", out, "--iterations", 5)
-    expected = rasa_ext.compress(
+    expected = solver.compress(
         load(base), load(base).state_dict(), load(tuned).state_dict(), 4, 1, iterations=5
     )
     for group, result in expected.groups.items():
@@ -125,26 +129,6 @@ def test_compress_a_lora(base, lora, tmp_path):
     assert (adapted - theirs).norm() < (plain - theirs).norm()
 
 
-@pytest.mark.parametrize("words", [[], ["--rank", 2, "--k", 1]])
-def test_import_lora(base, lora, words, tmp_path):
-    text = invoke("import-lora", lora, "--output", tmp_path, *words)
-    model = rasa_ext.load_adapter(load(base), tmp_path).eval()
-    if words:
-        assert "RaSA r=2 k=1" in text
-        return
-    assert f"of k = 0 and rank 6, for 4 layers in {tmp_path}" in text
-    peft = pytest.importorskip("peft")
-    theirs = peft.PeftModel.from_pretrained(load(base), lora).eval()
-    torch.testing.assert_close(logits(model), logits(theirs), rtol=1e-5, atol=1e-5)
-
-
-def test_import_lora_for_another_base(lora, tmp_path):
-    other = save_base(tmp_path / "other", head_dim=16)
-    text = invoke("import-lora", lora, "--model", other, "--output", tmp_path / "o", code=1)
-    assert "of the layer's (out, in) (64, 32), got (32, 32)" in text
-    assert not (tmp_path / "o").exists()
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -170,6 +154,47 @@ def test_nothing_is_written_over_what_is_read(base, tuned, lora):
     for words in (
         ["compress", "--base", base, "--finetuned", tuned, "-o", tuned],
         ["compress", "--lora", lora, "-o", lora],
-        ["import-lora", lora, "-o", lora, "--overwrite"],
     ):
         assert "output: expected another directory" in invoke(*words, code=1)
+
+
+def test_a_compression_s_card_has_its_errors(base, tuned, tmp_path):
+    words = ["--base", base, "--finetuned", tuned, "--rank", 2, "--iterations", 1]
+    text = invoke("compress", *words, "-o", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    table = dict(re.findall(r"^\| (.+?) \| (.+) \|$", card, re.MULTILINE))
+    assert float(table["error"]) > float(table["the least error of a LoRA of rank 2"]) * 0.5 > 0.0
+    assert f"all {table['error']}" in text
+    assert "the full fine-tuning `tuned`" in card
+    assert "of the squared change is in parameters that are neither" in card
+
+
+def test_the_picture_explains_itself(monkeypatch):
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: figures.append(figure))
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    deltas = {str(i): torch.randn(8, 8) for i in range(3)}
+    plot_errors(solver.fit_adapter(model, deltas, 2, 1, iterations=2), Path("errors.png"))
+    (figure,) = figures
+    assert figure.get_suptitle()
+    (axes,) = figure.axes
+    assert axes.get_ylabel() == "error / LoRA's minimum"
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert told == ["RaSA", "LoRA, same rank"]
+
+
+def test_files_that_cannot_or_should_not_be_written(base, tuned, tmp_path):
+    out = tmp_path / "a" / "out"
+    words = ["compress", "--base", base, "--finetuned", tuned, "--iterations", 1, "-o", out]
+    with file_limit(4000):
+        text = invoke(*words, code=1)
+    assert f"Error: {out}: cannot be written, since a file would be too large" in text
+    assert not list(tmp_path.iterdir())
+    with file_limit(30_000):
+        text = invoke(*words, "--rank", 1, code=1)
+    assert f"Error: {out}: cannot be written" in text
+    assert "what was written before is whole" in text  # the adapter, but not the picture
+    assert rasa_ext.load_adapter(load(base), out)
+    text = invoke(*words, code=1)
+    assert f"output: expected a new folder or an empty one, but {out} holds files" in text
+    invoke(*words, "--overwrite")

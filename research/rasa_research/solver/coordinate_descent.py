@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from rasa_ext.linalg import Components
-from rasa_ext.solver.low_rank import Matrix, complete_basis, solve_normal, truncated_svd
+from rasa_research.solver.low_rank import Matrix, complete_basis, solve_normal, truncated_svd
 
 
 class CoordinateDescent:

@@ -10,7 +10,7 @@ import typer
 from rasa_ext.cli.output import Overwrite, command, console, progress, progress_bar, table_of
 
 if TYPE_CHECKING:
-    from rasa_ext import CompressedLoras
+    from rasa_research.solver import CompressedLoras
 
 _Output = Annotated[
     Path, typer.Option("--output", "-o", help="Directory to write.", show_default=False)
@@ -32,7 +32,7 @@ def compress_many(
     overwrite: Overwrite = False,
 ) -> None:
     """Put several LoRAs of one base over one shared basis, with a diagonal each."""
-    from rasa_ext.train.many import compress_directories
+    from rasa_research.solver.many import compress_directories
 
     with progress_bar() as bar:
         task = bar.add_task("Layers", total=None)
@@ -71,7 +71,7 @@ def expand(
     overwrite: Overwrite = False,
 ) -> None:
     """Write LoRAs that compress-many put together as plain LoRAs for PEFT and servers."""
-    from rasa_ext.train.many import expand_set
+    from rasa_research.solver.many import expand_set
 
     found = expand_set(loras, names or [], output, overwrite=overwrite)
     for name in names or found.names:
@@ -80,7 +80,7 @@ def expand(
 
 def _show(found: CompressedLoras) -> None:
     """Errors by adapter, by kind of layer and in all, beside those of LoRAs apart."""
-    from rasa_ext.patching.grouping import pattern
+    from rasa_ext.patching import pattern
 
     kinds: dict[str, list[str]] = {}
     for layer in found.loras.layers:

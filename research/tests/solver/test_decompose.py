@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import rasa_ext
-from rasa_ext.solver import low_rank as lowrank
-from rasa_ext.solver.coordinate_descent import CoordinateDescent
-from rasa_ext.solver.low_rank import Matrix
+from rasa_research import solver
+from rasa_research.solver import low_rank as lowrank
+from rasa_research.solver.coordinate_descent import CoordinateDescent
+from rasa_research.solver.low_rank import Matrix
 from tests.helpers.adapters import LargestTensor
 from tests.helpers.tiny_lm import make_model
 
@@ -134,7 +134,7 @@ def tail(targets, r):
 )
 def test_agrees_with_the_formulas_from_the_theorem(layers, out, width, r, k, figure):
     targets = random_deltas(layers, out, width)
-    found = rasa_ext.decompose(targets, r, k, iterations=12)
+    found = solver.decompose(targets, r, k, iterations=12)
     plain = Plain.from_theorem(targets, r, k)
     expected = [plain.error()]
     for _ in range(12):
@@ -183,9 +183,9 @@ def test_large_matrices_take_another_way_to_the_same_result(factors, monkeypatch
     targets = random_deltas(3, 60, 44, inner=12, noise=0.3)
     if factors:
         targets = [(M[:, :20] @ M[:20, :20], M[:20]) for M in targets]
-    dense = rasa_ext.decompose(targets, 6, 2, iterations=6)
+    dense = solver.decompose(targets, 6, 2, iterations=6)
     monkeypatch.setattr(lowrank, "EXACT", 0)
-    krylov = rasa_ext.decompose(targets, 6, 2, iterations=6)
+    krylov = solver.decompose(targets, 6, 2, iterations=6)
     assert krylov.lora_error == pytest.approx(dense.lora_error, abs=1e-8)
     assert krylov.errors == pytest.approx(dense.errors, abs=1e-8)
     falls = [b - a for a, b in pairwise(krylov.errors)]
@@ -203,7 +203,7 @@ def test_lora_with_as_many_numbers(layers, out, width, r, k, factors, exact, mon
     monkeypatch.setattr(lowrank, "EXACT", exact)
     targets = random_deltas(layers, out, width)
     given = [(M, torch.eye(width, dtype=M.dtype)) for M in targets] if factors else targets
-    found = rasa_ext.decompose(given, r, k, iterations=0)
+    found = solver.decompose(given, r, k, iterations=0)
     lora = layers * r * (out + width)
     more = sum(d.numel() for d in found.d) / layers / (out + width) if k else 0
     low = r + int(more)
@@ -221,7 +221,7 @@ def test_never_worse_than_lora_and_monotone_on_random_deltas(r):
     lora = tail(targets, r)
     best = []
     for k in range(r + 1):
-        errors = rasa_ext.decompose(targets, r, k, iterations=20).errors
+        errors = solver.decompose(targets, r, k, iterations=20).errors
         assert errors[0] == pytest.approx(lora, abs=NOISE)
         assert all(b <= a + NOISE for a, b in pairwise(errors))
         best.append(errors[-1] / lora)
@@ -234,7 +234,7 @@ def test_never_worse_than_lora_on_a_trained_models_deltas(trained_deltas, figure
         lora = tail(targets, 4)
         ratios = []
         for k in range(5):
-            found = rasa_ext.decompose(targets, 4, k, iterations=15)
+            found = solver.decompose(targets, 4, k, iterations=15)
             assert found.lora_error == pytest.approx(lora, abs=NOISE)
             errors = found.errors
             assert all(b <= a + NOISE for a, b in pairwise(errors))
@@ -251,9 +251,9 @@ def test_factors_give_what_their_products_give():
     ]
     products = [B.double() @ A.double() for B, A in pairs]
     for k in (0, 1, 4):
-        of_pairs = rasa_ext.decompose(pairs, 4, k, iterations=10)
-        of_products = rasa_ext.decompose(products, 4, k, iterations=10)
-        mixed = rasa_ext.decompose([*pairs[:2], *products[2:]], 4, k, iterations=10)
+        of_pairs = solver.decompose(pairs, 4, k, iterations=10)
+        of_products = solver.decompose(products, 4, k, iterations=10)
+        mixed = solver.decompose([*pairs[:2], *products[2:]], 4, k, iterations=10)
         assert of_pairs.lora_error == pytest.approx(of_products.lora_error, abs=NOISE)
         assert of_pairs.errors == pytest.approx(of_products.errors, abs=1e-8)
         assert of_pairs.errors == pytest.approx(mixed.errors, abs=1e-8)
@@ -267,7 +267,7 @@ def test_factors_give_what_their_products_give():
 def test_factors_of_less_than_the_rank(s):
     g = torch.Generator().manual_seed(1)
     pairs = [(torch.randn(24, n, generator=g), torch.randn(n, 30, generator=g)) for n in (s, 9)]
-    found = rasa_ext.decompose(pairs, 4, 2, iterations=10)
+    found = solver.decompose(pairs, 4, 2, iterations=10)
     assert found.lora_error == pytest.approx(tail([B @ A for B, A in pairs], 4), abs=1e-6)
     assert found.errors[-1] < found.lora_error
     assert all(b <= a + NOISE for a, b in pairwise(found.errors))
@@ -278,7 +278,7 @@ def test_no_out_x_in_matrix_is_formed_from_factors(init):
     g = torch.Generator().manual_seed(1)
     pairs = [(torch.randn(300, 5, generator=g), torch.randn(5, 400, generator=g)) for _ in range(3)]
     with LargestTensor() as seen:
-        rasa_ext.decompose(pairs, 3, 1, iterations=2, init=init)
+        solver.decompose(pairs, 3, 1, iterations=2, init=init)
     assert 0 < seen.numel <= 400 * 2 * (3 + 8)
 
 
@@ -294,7 +294,7 @@ def test_edges(case, k, init):
         "narrow": random_deltas(3, 2, 28),
         "scales": [M * s for M, s in zip(random_deltas(3), (1e-9, 1, 1e6), strict=True)],
     }[case]
-    found = rasa_ext.decompose(targets, 3, k, iterations=15, init=init)
+    found = solver.decompose(targets, 3, k, iterations=15, init=init)
     layers, (out, width) = len(targets), targets[0].shape
     assert [tuple(t.shape) for t in found.A] == [(3 - k, width)] * layers
     assert [tuple(t.shape) for t in found.B] == [(out, 3 - k)] * layers
@@ -342,13 +342,13 @@ def test_normal_equations_of_unequal_scales_and_without_full_rank():
 def test_slots_a_layer_leaves_free_serve_the_others():
     """The first layer needs no rank at all; its slots lower the second's error below LoRA's."""
     targets = [torch.zeros(20, 28), random_deltas(1)[0]]
-    found = rasa_ext.decompose(targets, 4, 2, iterations=40)
+    found = solver.decompose(targets, 4, 2, iterations=40)
     assert found.errors[-1] == pytest.approx(tail(targets[1:], 6), rel=0.02)
     assert found.lora_error == pytest.approx(tail(targets[1:], 4), abs=NOISE)
 
 
 def test_pool_vectors_have_length_one():
-    found = rasa_ext.decompose(random_deltas(3), 3, 2, iterations=3)
+    found = solver.decompose(random_deltas(3), 3, 2, iterations=3)
     one = torch.ones(6, dtype=torch.float64)
     torch.testing.assert_close(found.pool_A.norm(dim=1), one)
     torch.testing.assert_close(found.pool_B.norm(dim=0), one)
@@ -356,8 +356,8 @@ def test_pool_vectors_have_length_one():
 
 def test_float32():
     targets = [M.float() for M in random_deltas(3)]
-    single = rasa_ext.decompose(targets, 4, 1, iterations=10, dtype=torch.float32)
-    double = rasa_ext.decompose(targets, 4, 1, iterations=10)
+    single = solver.decompose(targets, 4, 1, iterations=10, dtype=torch.float32)
+    double = solver.decompose(targets, 4, 1, iterations=10)
     assert single.pool_A.dtype == single.A[0].dtype == torch.float32
     assert single.errors == pytest.approx(double.errors, abs=1e-4)
 
@@ -365,14 +365,14 @@ def test_float32():
 def test_tolerance_progress_and_no_iterations():
     targets = random_deltas(3)
     seen = []
-    full = rasa_ext.decompose(targets, 4, 1, progress=lambda *now: seen.append(now))
+    full = solver.decompose(targets, 4, 1, progress=lambda *now: seen.append(now))
     assert len(full.errors) == 51
     assert seen == [(i, 50) for i in range(1, 51)]
-    early = rasa_ext.decompose(targets, 4, 1, tol=1e-4)
+    early = solver.decompose(targets, 4, 1, tol=1e-4)
     falls = [a - b for a, b in pairwise(early.errors)]
     assert falls[-1] <= 1e-4 < min(falls[:-1])
     assert early.errors == full.errors[: len(early.errors)]
-    start = rasa_ext.decompose(targets, 4, 1, iterations=0)
+    start = solver.decompose(targets, 4, 1, iterations=0)
     assert start.errors == full.errors[:1]
 
 
@@ -381,7 +381,7 @@ def test_a_random_start_is_drawn_from_the_global_generator():
 
     def run(seed):
         torch.manual_seed(seed)
-        return rasa_ext.decompose(targets, 4, 1, iterations=2, init="random").errors
+        return solver.decompose(targets, 4, 1, iterations=2, init="random").errors
 
     assert run(1) == run(1) != run(2)
 
@@ -414,4 +414,4 @@ GOOD = [torch.ones(3, 4)] * 2
 )
 def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
-        rasa_ext.decompose(**{"deltas": GOOD, "rank": 2, "k": 1, **arguments})
+        solver.decompose(**{"deltas": GOOD, "rank": 2, "k": 1, **arguments})

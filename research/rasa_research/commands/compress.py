@@ -1,4 +1,4 @@
-"""``rasa-ext compress | import-lora``: a full fine-tuning or a LoRA in, a RaSA adapter out."""
+"""``rasa-ext compress``: a full fine-tuning or a LoRA in, a RaSA adapter out."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from rich.progress import Progress
 from rasa_ext.cli.output import Overwrite, command, console, progress, progress_bar, table_of
 
 if TYPE_CHECKING:
-    from rasa_ext.patching.grouping import Group
-    from rasa_ext.solver.compress import CompressedAdapter
-    from rasa_ext.solver.fit import Solver
+    from rasa_ext.patching import Group
+    from rasa_research.solver.compress import CompressedAdapter
+    from rasa_research.solver.fit import Solver
 
 PICTURE = "errors.png"
 
@@ -59,8 +59,8 @@ def compress(
     overwrite: Overwrite = False,
 ) -> None:
     """Find the RaSA adapter that comes closest to a full fine-tuning, or to a larger LoRA."""
-    from rasa_ext.train.compress import compress_finetuned, compress_lora
     from rasa_ext.train.options import parse_targets
+    from rasa_research.solver.conversion import compress_finetuned, compress_lora
 
     if (finetuned is None) == (lora is None):
         raise ValueError("finetuned: expected either --finetuned or --lora, got both or neither.")
@@ -91,44 +91,9 @@ def compress(
     _show_lost(found)
 
 
-@command
-def import_lora(
-    lora: Annotated[Path, typer.Argument(help="A LoRA in PEFT's format.", show_default=False)],
-    output: _Output,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Base model: hub id, directory or .gguf. [default: as the LoRA says]"),
-    ] = None,
-    rank: Annotated[
-        int | None, typer.Option(help="Of the adapter. [default: the LoRA's own]")
-    ] = None,
-    k: Annotated[int, typer.Option(help="How many ranks to share; 0 is a plain LoRA.")] = 0,
-    iterations: _Iterations = 50,
-    dtype: _Dtype = "float64",
-    overwrite: Overwrite = False,
-) -> None:
-    """Turn a LoRA into a RaSA adapter: exactly, or with --rank or --k the nearest one."""
-    from rasa_ext.train.compress import compress_lora
-
-    with progress_bar() as bar:
-        solver = _solver(bar, iterations, dtype)
-        read, found = compress_lora(
-            lora, output, rank, k, base=model, solver=solver, overwrite=overwrite
-        )
-    if found.groups:
-        _show(found, output)
-    else:
-        console.print(
-            f"The same adapter, of k = 0 and rank {read.rank}, for {len(read.factors)} layers in "
-            f"{output}.",
-            markup=False,
-        )
-
-
 def _show(found: CompressedAdapter, output: Path) -> None:
     """Errors beside LoRA's, as a table and a picture."""
-    from rasa_ext.checkpoint.writing import writing
-    from rasa_ext.train.plots import plot_errors
+    from rasa_research.solver.plots import plot_errors
 
     rank, k = found.config.rank, found.config.k
     table = table_of(
@@ -160,8 +125,7 @@ def _show(found: CompressedAdapter, output: Path) -> None:
         f"({ours / loras - 1:+.1%}); the equal LoRA "
         "has as many as RaSA, by a rank more in some layers."
     )
-    with writing(output / PICTURE, f"the adapter in {output} is whole"):
-        plot_errors(found.groups, output / PICTURE)
+    plot_errors(found.groups, output / PICTURE)
     console.print(f"Adapter in {output}; picture: {output / PICTURE}", markup=False)
 
 
@@ -178,7 +142,7 @@ def _show_lost(found: CompressedAdapter) -> None:
         console.print(f"kept in full: {', '.join(found.plan.modules_to_save)}", markup=False)
     if not found.lost:
         return
-    from rasa_ext.patching.grouping import pattern
+    from rasa_ext.patching import pattern
 
     console.print(
         f"Not carried: {found.residual_share:.2%} of the squared change is in parameters that are "
@@ -197,7 +161,7 @@ def _solver(bar: Progress, iterations: int, dtype: str) -> Solver:
     """A solver that shows each group's iterations in the bar; in a pipe, that it has begun one."""
     import torch
 
-    from rasa_ext.solver.fit import Solver
+    from rasa_research.solver.fit import Solver
 
     if dtype not in ("float64", "float32"):
         raise ValueError(f"dtype: expected float64 or float32, got {dtype!r}.")

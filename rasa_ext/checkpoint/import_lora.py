@@ -1,59 +1,35 @@
-"""import_lora: a LoRA that PEFT wrote as a RaSA adapter, exactly or with fewer parameters."""
+"""import_lora: a LoRA that PEFT wrote as a RaSA adapter that computes the same function."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint.adapter import own_key, saved_tensors
+from rasa_ext.checkpoint.adapter import AdapterState, own_key, saved_tensors
 from rasa_ext.checkpoint.files import PREFIX, check_tensors
 from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.config import RasaConfig
 from rasa_ext.methods.base import Place, fresh_A, fresh_B
-from rasa_ext.patching.grouping import Group
-from rasa_ext.patching.patch import check_unpatched
+from rasa_ext.patching.patch import plan_layers
 from rasa_ext.patching.targets import Plan, matches
 from rasa_ext.patching.tokens import rows_key
-from rasa_ext.solver.compress import CompressedAdapter
-from rasa_ext.solver.decompose import Decomposition
-from rasa_ext.solver.fit import Solver, check_names, plan_for
 
 
-def import_lora(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    rank: int | None = None,
-    k: int = 0,
-    *,
-    iterations: int = 50,
-    init: str = "svd",
-    dtype: torch.dtype = torch.float64,
-    tol: float = 0.0,
-    progress: Callable[[Group, int, int], None] | None = None,
-) -> CompressedAdapter:
+def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> AdapterState:
     """Patch a model, in place, with a LoRA that PEFT wrote.
 
-    Without ``rank`` and ``k`` the adapter is the LoRA, exactly: RaSA of k = 0, its diagonals the
-    LoRA's scale, its rank the largest of any layer. With them it is the nearest adapter of that
-    rank with k ranks shared, found by ``decompose`` from the LoRA's factors (arXiv 2503.12576,
-    section 3 and appendix A).
-
-    Modules that were trained in full come along as ``modules_to_save``, trained rows of embeddings
-    as ``trainable_token_indices``; the LoRA's dropout, too.
+    The adapter is the LoRA, exactly: RaSA of k = 0, its diagonals the LoRA's scale, its rank the
+    largest of any layer. Modules that were trained in full come along as ``modules_to_save``,
+    trained rows of embeddings as ``trainable_token_indices``; the LoRA's dropout, too.
 
     Args:
         model: an unpatched base model.
         directory: what PEFT's ``save_pretrained`` wrote.
-        rank: of the adapter; the LoRA's own if None.
-        k: how many ranks to share, 0 <= k <= rank.
-        iterations, init, dtype, tol: as in ``decompose``.
-        progress: called with (group, iterations done, iterations) after each.
 
     Returns:
-        The adapter, with its errors beside LoRA's where it is not exact.
+        The adapter that the model was patched with.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: a file is missing or damaged, does not fit the
@@ -64,48 +40,53 @@ def import_lora(
         >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
         9
         >>> found = rasa_ext.import_lora(model, "lora")
-        >>> found.config.rank, found.config.k, found.error
-        (9, 0, 0.0)
+        >>> found.config.rank, found.config.k
+        (9, 0)
     """
-    solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
-    found = convert_lora(model, read_lora(directory), str(directory), rank, k, solver)
+    found = convert_lora(model, read_lora(directory), str(directory))
     found.install(model)
     return found
 
 
 @torch.no_grad()
-def convert_lora(
-    model: nn.Module, lora: Lora, where: str, rank: int | None, k: int, solver: Solver
-) -> CompressedAdapter:
-    """The adapter for ``model``, which only gives names and shapes and may be on the meta device.
+def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
+    """Turn a LoRA into the RaSA adapter of k = 0 that computes the same function.
 
-    Errors begin with ``where``.
+    Args:
+        model: the unpatched base, for names and shapes; it may lie on the meta device.
+        lora: what ``read_lora`` gave.
+        where: with what errors begin.
+
+    Returns:
+        The adapter; ``model`` is unchanged.
+
+    Raises:
+        ValueError: the LoRA does not fit the model.
+
+    Example:
+        >>> import copy
+        >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
+        9
+        >>> from rasa_ext.checkpoint import convert_lora, read_lora
+        >>> convert_lora(model, read_lora("lora"), "lora").save(model, "adapter")
     """
-    check_unpatched(model)
     shapes = {name: (B.shape[0], A.shape[1]) for name, (B, A) in lora.factors.items()}
-    check_names(model, shapes, where)
-    exact = k == 0 and (rank is None or rank == lora.rank)
     config = RasaConfig(
-        rank=lora.rank if rank is None else rank,
-        k=k,
+        rank=lora.rank,
+        k=0,
         alpha=_alpha(lora),
         dropout=lora.config.get("lora_dropout") or 0.0,
         modules_to_save=_saved_modules(model, lora, where),
         trainable_token_indices=lora.config.get("trainable_token_indices"),
     )
-    config, plan = plan_for(model, config, shapes)
-    groups: dict[Group, Decomposition] = {}
-    if exact:
-        tensors = _exact(lora, plan)
-    else:
-        scaled = {name: (lora.scales[name] * B, A) for name, (B, A) in lora.factors.items()}
-        groups, tensors = solver.approximate(config, plan, scaled)
+    config, plan = plan_layers(model, config, shapes, where)
+    tensors = _exact(lora, plan)
     expected = {name: tuple(t.shape) for name, t in saved_tensors(model, plan).items()}
     expected |= {rows_key(rows.names[0]): (len(rows.ids), rows.width) for rows in plan.tokens}
     found = {**lora.saved, **lora.rows}
     check_tensors(found, expected, where)
     tensors.update((f"{PREFIX}{name}", found[name]) for name in expected)
-    return CompressedAdapter(config, plan, groups, tensors)
+    return AdapterState(config, plan, tensors)
 
 
 def _exact(lora: Lora, plan: Plan) -> dict[str, Tensor]:

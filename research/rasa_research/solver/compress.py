@@ -5,21 +5,24 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint.adapter import load_tensors_into, saved_tensors, write_tensors
-from rasa_ext.checkpoint.card import PLAIN, Card
-from rasa_ext.checkpoint.files import PREFIX
-from rasa_ext.config import ALL_LINEAR, RasaConfig
-from rasa_ext.methods.base import GivenGroups
-from rasa_ext.patching.grouping import Group
-from rasa_ext.patching.patch import check_unpatched
-from rasa_ext.patching.targets import Plan, make_plan
-from rasa_ext.solver.decompose import Decomposition
-from rasa_ext.solver.fit import Solver
-from rasa_ext.solver.weights import Changes, ParameterWeights, pair, squared_change
+from rasa_ext import RasaConfig
+from rasa_ext.checkpoint import (
+    PREFIX,
+    AdapterState,
+    Lora,
+    convert_lora,
+    read_lora,
+    saved_tensors,
+)
+from rasa_ext.patching import Group, Plan, check_unpatched, make_plan
+from rasa_research.solver.decompose import Decomposition
+from rasa_research.solver.fit import Solver
+from rasa_research.solver.weights import Changes, ParameterWeights, pair, squared_change
 
 CHANGED = "changed"
 """In place of names: whatever changed outside the adapted layers."""
@@ -36,27 +39,24 @@ class Residual:
 
 
 @dataclasses.dataclass(frozen=True)
-class CompressedAdapter:
+class CompressedAdapter(AdapterState):
     """An adapter, not yet in a model or a file, and how close it comes to what it stands for.
 
     Errors are shares of squared Frobenius norms, without a unit; see ``Decomposition``.
 
     Example:
+        >>> from rasa_research import solver
         >>> base = {name: t.clone() for name, t in model.state_dict().items()}
         >>> finetuned = {name: t + 0.01 * torch.randn_like(t) for name, t in base.items()}
-        >>> found = rasa_ext.compress(model, base, finetuned, rank=8, k=1, iterations=2)
+        >>> found = solver.compress(model, base, finetuned, rank=8, k=1, iterations=2)
         >>> found.error < found.lora_error
         True
         >>> found.save(model, "adapter")
         >>> model = rasa_ext.load_adapter(model, "adapter")
     """
 
-    config: RasaConfig
-    plan: Plan
-    groups: dict[Group, Decomposition]
-    """One for every group that the solver approximated; empty where the adapter is exact."""
-    tensors: dict[str, Tensor]
-    """Under the names of an adapter's file."""
+    groups: dict[Group, Decomposition] = dataclasses.field(default_factory=dict)
+    """The decomposition of every group."""
     lost: dict[str, Residual] = dataclasses.field(default_factory=dict)
     """Parameters that changed outside the adapted layers and ``modules_to_save``."""
 
@@ -92,19 +92,6 @@ class CompressedAdapter:
         total = lost + sum(result.norm**2 for result in self.groups.values())
         return lost / total if total else 0.0
 
-    def save(
-        self, model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
-    ) -> None:
-        """Write the adapter's directory, for ``load_adapter``; of ``model`` only names count.
-
-        ``card`` is as in ``save_adapter``.
-        """
-        write_tensors(model, directory, self.config, self.plan, self.tensors, card)
-
-    def install(self, model: nn.Module) -> nn.Module:
-        """Patch a model with the adapter, in place, and return it."""
-        return load_tensors_into(model, self.config, self.tensors, "compress")
-
     def _total(self, error: Callable[[Decomposition], float]) -> float:
         total = sum(result.norm**2 for result in self.groups.values())
         found = sum(error(result) * result.norm**2 for result in self.groups.values())
@@ -119,10 +106,10 @@ def compress(
     rank: int = 8,
     k: int | None = 1,
     *,
-    target_modules: str | Sequence[str] = ALL_LINEAR,
+    target_modules: str | Sequence[str] = "all-linear",
     exclude_modules: str | Sequence[str] = (),
     modules_to_save: str | Sequence[str] = (),
-    groups: GivenGroups = (),
+    groups: Any = (),
     iterations: int = 50,
     init: str = "svd",
     dtype: torch.dtype = torch.float64,
@@ -153,10 +140,11 @@ def compress(
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
+        >>> from rasa_research import solver
         >>> model.save_pretrained("base")
-        >>> base = rasa_ext.SafetensorsFolder("base")
+        >>> base = solver.SafetensorsFolder("base")
         >>> finetuned = {name: t + 0.01 * torch.randn_like(t) for name, t in base.items()}
-        >>> found = rasa_ext.compress(
+        >>> found = solver.compress(
         ...     model, base, finetuned, rank=8, k=1, modules_to_save="changed", iterations=2
         ... )
         >>> 0 < found.error < found.lora_error < 1
@@ -187,7 +175,65 @@ def compress(
     found, tensors = solver.approximate(config, plan, Changes(linears, before, after, dtype))
     names = saved_tensors(model, plan)
     tensors.update((f"{PREFIX}{name}", after.value(name)) for name in names)
-    return CompressedAdapter(config, plan, found, tensors, lost)
+    return CompressedAdapter(config, plan, tensors, found, lost)
+
+
+def compress_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    rank: int = 8,
+    k: int = 1,
+    *,
+    iterations: int = 50,
+    init: str = "svd",
+    dtype: torch.dtype = torch.float64,
+    tol: float = 0.0,
+    progress: Callable[[Group, int, int], None] | None = None,
+) -> CompressedAdapter:
+    """Find the RaSA adapter that comes closest to a LoRA, with fewer parameters.
+
+    Each group of layers is approximated by ``decompose`` from the LoRA's factors; no (out, in)
+    matrix is formed. Modules trained in full, trained rows of embeddings and the dropout come
+    along, as with ``rasa_ext.import_lora``, which takes a LoRA exactly.
+
+    Args:
+        model: an unpatched model of this kind, for names and shapes; it may lie on the meta device,
+            and is not changed.
+        directory: what PEFT's ``save_pretrained`` wrote.
+        rank, k: of the adapter, 0 <= k <= rank.
+        iterations, init, dtype, tol: as in ``decompose``.
+        progress: called with (group, iterations done, iterations) after each.
+
+    Returns:
+        The adapter, and its errors beside LoRA's.
+
+    Raises:
+        FileNotFoundError, ValueError, TypeError: a file is missing or damaged, does not fit the
+            model, or is not a plain LoRA; the message says what to do.
+
+    Example:
+        >>> from rasa_research import solver
+        >>> import copy
+        >>> rasa_ext.export_lora(rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1), "lora")
+        9
+        >>> found = solver.compress_lora(model, "lora", rank=4, k=1, iterations=2)
+        >>> model = found.install(model)
+    """
+    way = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
+    return nearest_to(model, read_lora(directory), str(directory), rank, k, way)
+
+
+@torch.no_grad()
+def nearest_to(
+    model: nn.Module, lora: Lora, where: str, rank: int, k: int, solver: Solver
+) -> CompressedAdapter:
+    """``compress_lora`` of a LoRA that is read; errors begin with ``where``."""
+    exact = convert_lora(model, lora, where)
+    config = dataclasses.replace(exact.config, rank=rank, k=k)
+    scaled = {name: (lora.scales[name] * B, A) for name, (B, A) in lora.factors.items()}
+    groups, tensors = solver.approximate(config, exact.plan, scaled)
+    tensors.update((key, t) for key, t in exact.tensors.items() if ".rasa_" not in key)
+    return CompressedAdapter(config, exact.plan, tensors, groups)
 
 
 def _carried(model: nn.Module, plan: Plan, weights: ParameterWeights) -> set[str]:

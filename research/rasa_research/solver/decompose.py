@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rasa_ext.config import RasaConfig
+from rasa_ext import RasaConfig
 from rasa_ext.linalg import Components, svd_of_product
-from rasa_ext.solver.coordinate_descent import CoordinateDescent
-from rasa_ext.solver.low_rank import Matrix, truncated_svd
+from rasa_research.solver.coordinate_descent import CoordinateDescent
+from rasa_research.solver.low_rank import Matrix, truncated_svd
 
 Delta = Tensor | tuple[Tensor, Tensor]
 """A weight change (out, in), or a pair (B, A) of (out, s) and (s, in) whose product it is."""
@@ -28,8 +28,9 @@ class Decomposition:
     dtype of the computation, on the device of the weight changes. See arXiv 2503.12576, section 3.
 
     Example:
+        >>> from rasa_research import solver
         >>> deltas = [torch.randn(16, 12) for _ in range(3)]
-        >>> found = rasa_ext.decompose(deltas, rank=4, k=1, iterations=5)
+        >>> found = solver.decompose(deltas, rank=4, k=1, iterations=5)
         >>> found.A[0].shape, found.d[0].shape, found.pool_A.shape
         (torch.Size([3, 12]), torch.Size([6]), torch.Size([3, 12]))
         >>> found.delta(0).shape
@@ -76,7 +77,7 @@ def decompose(
 
     It minimizes sum_i ||M_i - B_i A_i - B_S D_i A_S||^2 over the L layers by coordinate descent
     (arXiv 2503.12576, section 3 and appendix A; the half-steps are in
-    ``rasa_ext.solver.coordinate_descent``), none of whose steps raises the error. From
+    ``rasa_research.solver.coordinate_descent``), none of whose steps raises the error. From
     ``init="svd"`` it starts at LoRA's minimum (the theorem of section 3), so the result is never
     worse than LoRA's at the same rank, for any k.
 
@@ -99,12 +100,13 @@ def decompose(
         TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
+        >>> from rasa_research import solver
         >>> deltas = [torch.randn(16, 12) for _ in range(3)]
-        >>> found = rasa_ext.decompose(deltas, rank=4, k=1, iterations=5)
+        >>> found = solver.decompose(deltas, rank=4, k=1, iterations=5)
         >>> len(found.errors)
         6
         >>> factors = [(torch.randn(16, 2), torch.randn(2, 12)) for _ in range(3)]
-        >>> exact = rasa_ext.decompose(factors, rank=2, k=0)
+        >>> exact = solver.decompose(factors, rank=2, k=0)
         >>> torch.allclose(exact.delta(0), (factors[0][0] @ factors[0][1]).double(), atol=1e-5)
         True
     """

@@ -12,8 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import is_conv1d
-
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # of a file in the same folder
 _CHUNK = 1 << 24
@@ -31,8 +29,9 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         FileNotFoundError, ValueError: a file is missing or damaged; the message has its path.
 
     Example:
+        >>> from rasa_research import solver
         >>> model.save_pretrained("base")
-        >>> weights = rasa_ext.SafetensorsFolder("base")
+        >>> weights = solver.SafetensorsFolder("base")
         >>> weights["model.embed_tokens.weight"].shape
         torch.Size([320, 32])
     """
@@ -158,7 +157,8 @@ class Changes(Mapping[str, Tensor]):
         """The layer's weight change."""
         before, after = pair(f"{name}.weight", self._base, self._finetuned)
         change = after.to(self._dtype) - before.to(self._dtype)
-        return change.t() if is_conv1d(self._linears[name]) else change
+        # Conv1D, the other kind of layer that is adapted, has its weight as (in, out).
+        return change if isinstance(self._linears[name], nn.Linear) else change.t()
 
     def __iter__(self) -> Iterator[str]:
         """The layers' names."""

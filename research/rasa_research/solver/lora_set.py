@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext._version import __version__
-from rasa_ext.checkpoint.adapter import load_tensors_into, own_key
-from rasa_ext.checkpoint.files import (
+from rasa_ext import RasaConfig, __version__
+from rasa_ext.checkpoint import (
     PREFIX,
+    AdapterState,
     check_finite,
     check_tensors,
+    own_key,
+    plain_settings,
     read_adapter,
     write_adapter,
 )
-from rasa_ext.checkpoint.lora_file import plain_settings
-from rasa_ext.config import RasaConfig
-from rasa_ext.methods.base import LORA_SET
-from rasa_ext.patching.patch import check_unpatched
-from rasa_ext.solver.fit import check_names, plan_for
-from rasa_ext.solver.shared_basis import SharedBasis
+from rasa_ext.patching import plan_layers
+from rasa_research.solver.shared_basis import SharedBasis
+
+LORA_SET = "LORA_SET"
+"""A set's peft_type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +37,14 @@ class LoraSet:
     and ``save`` and ``load`` are its files'. Servers read what ``expand`` writes.
 
     Example:
+        >>> from rasa_research import solver
         >>> import copy
         >>> for name in ("maths", "code"):
         ...     tuned = rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1)
         ...     rasa_ext.save_adapter(tuned, f"{name}-adapter")
         ...     _ = rasa_ext.export_lora(tuned, name)
-        >>> rasa_ext.compress_many(["maths", "code"], rank=12).loras.save("set")
-        >>> loras = rasa_ext.LoraSet.load("set")
+        >>> solver.compress_many(["maths", "code"], rank=12).loras.save("set")
+        >>> loras = solver.LoraSet.load("set")
         >>> loras.names, loras.rank
         (('maths', 'code'), 12)
         >>> loras.expand("maths", "maths-12")  # a LoRA of rank 12, for PEFT and servers
@@ -94,7 +96,7 @@ class LoraSet:
         (config, tensors), where = read_adapter(directory), str(directory)
         if (kind := config.get("peft_type")) != LORA_SET:
             raise ValueError(
-                f"{where}: expected what rasa_ext.compress_many or `rasa-ext compress-many` wrote, "
+                f"{where}: expected what compress_many or `rasa-ext compress-many` wrote, "
                 f"peft_type {LORA_SET!r} in adapter_config.json, got {kind!r}."
             )
         check_finite(tensors, where)
@@ -145,15 +147,13 @@ class LoraSet:
         ValueError or TypeError where the set does not fit the model, which is then unchanged.
         """
         i = self.index(name)
-        check_unpatched(model)
         shapes = {key: (B.shape[0], A.shape[1]) for key, (B, A, _) in self.layers.items()}
-        check_names(model, shapes, "loras")
-        config, _ = plan_for(model, RasaConfig(rank=self.rank, k=0), shapes)
+        config, plan = plan_layers(model, RasaConfig(rank=self.rank, k=0), shapes, "loras")
         tensors = {}
         for key, basis in self.layers.items():
             tensors[own_key(key, "A")], tensors[own_key(key, "B")] = basis.A, basis.B
             tensors[own_key(key, "d")] = basis.d[i]
-        return load_tensors_into(model, config, tensors, "loras")
+        return AdapterState(config, plan, tensors).install(model)
 
     def index(self, name: str) -> int:
         """Which of the adapters has this name; ValueError if none has."""

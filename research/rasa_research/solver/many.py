@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rasa_ext import CompressedLoras, LoraSet, compress_many
-from rasa_ext.solver.compress_many import check_names, folder_name
 from rasa_ext.train.options import check_differs
+from rasa_research.solver.compress_many import (
+    CompressedLoras,
+    check_names,
+    compress_many,
+    folder_name,
+)
+from rasa_research.solver.lora_set import LoraSet
 
 
 def compress_directories(

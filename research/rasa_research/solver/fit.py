@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import is_linear, linear_shape
-from rasa_ext.checkpoint.adapter import adapter_tensors, own_key, pool_key
-from rasa_ext.config import RasaConfig
-from rasa_ext.methods.base import GivenGroups, Place, fresh_A
-from rasa_ext.patching.grouping import Group
-from rasa_ext.patching.patch import apply_plan, check_unpatched
-from rasa_ext.patching.targets import Plan, make_plan, suffixes
-from rasa_ext.solver.decompose import Decomposition, Delta, check_delta, decompose
+from rasa_ext import RasaConfig
+from rasa_ext.checkpoint import AdapterState, own_key, pool_key
+from rasa_ext.methods import Place, fresh_A
+from rasa_ext.patching import Group, Plan, plan_layers
+from rasa_research.solver.decompose import Decomposition, Delta, check_delta, decompose
 
 
 def fit_adapter(
@@ -26,7 +22,7 @@ def fit_adapter(
     rank: int = 8,
     k: int | None = 1,
     *,
-    groups: GivenGroups = (),
+    groups: Any = (),
     iterations: int = 50,
     init: str = "svd",
     dtype: torch.dtype = torch.float64,
@@ -55,9 +51,10 @@ def fit_adapter(
             then unchanged.
 
     Example:
+        >>> from rasa_research import solver
         >>> names = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
         >>> deltas = {name: torch.randn(32, 48) for name in names}
-        >>> found = rasa_ext.fit_adapter(model, deltas, rank=8, k=1, iterations=5)
+        >>> found = solver.fit_adapter(model, deltas, rank=8, k=1, iterations=5)
         >>> [group.pattern for group in found]
         ['model.layers.*.mlp.down_proj']
         >>> change = rasa_ext.delta_weight(model.get_submodule(names[0]))  # (out, in)
@@ -65,14 +62,10 @@ def fit_adapter(
         torch.Size([32, 48])
     """
     config = RasaConfig(rank=rank, k=k, groups=groups)
-    _check_deltas(model, deltas)
-    config, plan = plan_for(model, config, deltas)
+    config, plan = plan_layers(model, config, _shapes(model, deltas), "deltas")
     solver = Solver(iterations=iterations, init=init, dtype=dtype, tol=tol, progress=progress)
     found, tensors = solver.approximate(config, plan, deltas)
-    apply_plan(model, config, plan)
-    with torch.no_grad():
-        for key, tensor in adapter_tensors(model).items():
-            tensor.copy_(tensors[key])
+    AdapterState(config, plan, tensors).install(model)
     return found
 
 
@@ -150,10 +143,9 @@ def group_tensors(group: Group, result: Decomposition, dtype: torch.dtype) -> di
     return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
-def _check_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+def _shapes(model: nn.Module, deltas: Mapping[str, Delta]) -> dict[str, tuple[int, int]]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    check_unpatched(model)
     if not isinstance(deltas, Mapping):
         raise TypeError(
             "deltas: expected a mapping of module names to weight changes, got "
@@ -165,34 +157,7 @@ def _check_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     for name, delta in deltas.items():
         factors = check_delta(f"deltas[{name!r}]", delta)
         shapes[name] = factors[0].shape[0], factors[-1].shape[1]
-    check_names(model, shapes, "deltas")
-
-
-def check_names(model: nn.Module, shapes: Mapping[str, tuple[int, int]], where: str) -> None:
-    """ValueError, beginning with ``where``, unless all are linear layers of these (out, in)."""
-    modules = dict(model.named_modules())
-    for name, shape in shapes.items():
-        module = modules.get(name)
-        if module is None or not is_linear(module):
-            got = "no such module" if module is None else type(module).__name__
-            raise ValueError(f"{where}: expected names of linear layers; {name!r} is {got}.")
-        if shape != linear_shape(module):
-            raise ValueError(
-                f"{where}: expected {name!r} of the layer's (out, in) {linear_shape(module)}, "
-                f"got {shape}."
-            )
-
-
-def plan_for(model: nn.Module, config: RasaConfig, names: Iterable[str]) -> tuple[RasaConfig, Plan]:
-    """``config``, its targets replaced, and its plan, such that just these layers are adapted."""
-    names = list(names)
-    exact = "|".join(re.escape(name) for name in names)
-    for targets in (tuple(suffixes(names, model)), exact):
-        chosen = dataclasses.replace(config, target_modules=targets)
-        plan = make_plan(model, chosen)
-        if {name for group in plan.groups for name in group.names} == set(names):
-            break
-    return chosen, plan
+    return shapes
 
 
 def _for_group(

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_ext
+from rasa_research import solver
 from tests.helpers import oracle
 from tests.helpers.adapters import LargestTensor, adapters
 from tests.helpers.models import LLAMA
@@ -62,7 +63,7 @@ def common(n, rank, extra=0):
 @pytest.mark.parametrize(("n", "rank"), [(2, 5), (4, 12), (6, 20)])
 def test_a_common_basis_is_found(n, rank, tmp_path):
     changes = common(n, rank)
-    found = rasa_ext.compress_many(written(tmp_path, changes), rank)
+    found = solver.compress_many(written(tmp_path, changes), rank)
     assert found.errors.total < 1e-5 < found.separate.total
     for i, pair in enumerate(changes):
         near = found.loras.layers["x"].delta(i).double()
@@ -80,7 +81,7 @@ def test_errors_are_those_of_dense_matrices(tmp_path):
         write(tmp_path / name, {layer: pairs[i] for layer, pairs in layers.items()})
         for i, name in enumerate("uvw")
     ]
-    found = rasa_ext.compress_many(paths, rank)
+    found = solver.compress_many(paths, rank)
     whole = {k: [dense(p).square().sum().item() for p in pairs] for k, pairs in layers.items()}
     weights = [1 / sum(whole[k][i] for k in layers) for i in range(n)]
     lost, apart = {}, {}
@@ -112,7 +113,7 @@ def test_the_scale_of_an_adapter_is_no_weight(tmp_path):
     for factor, folder in ((1.0, tmp_path / "one"), (1000.0, tmp_path / "large")):
         folder.mkdir()
         (B, A), *others = changes
-        found = rasa_ext.compress_many(written(folder, [(factor * B, A), *others]), 8)
+        found = solver.compress_many(written(folder, [(factor * B, A), *others]), 8)
         errors.append([*found.errors.adapters.values()])
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
@@ -120,13 +121,11 @@ def test_the_scale_of_an_adapter_is_no_weight(tmp_path):
 def test_more_ranks_and_more_rounds_are_nearer(tmp_path):
     changes = common(4, 4, 4)
     paths = written(tmp_path, changes)
-    by_rank = [rasa_ext.compress_many(paths, r).errors.total for r in (1, 3, 6, 12, 18, 20)]
+    by_rank = [solver.compress_many(paths, r).errors.total for r in (1, 3, 6, 12, 18, 20)]
     assert by_rank == sorted(by_rank, reverse=True)
     assert by_rank[-1] < 0.05 < by_rank[3]
     rounds = (0, 1, 5, 20, 21, 60)
-    by_rounds = [
-        rasa_ext.compress_many(paths, 8, iterations=i, tol=0.0).errors.total for i in rounds
-    ]
+    by_rounds = [solver.compress_many(paths, 8, iterations=i, tol=0.0).errors.total for i in rounds]
     assert by_rounds == sorted(by_rounds, reverse=True)
     assert by_rounds[-1] < 0.9 * by_rounds[0]
 
@@ -138,7 +137,7 @@ def test_no_farther_than_as_many_singular_components(extra, tmp_path):
     values = torch.cat([torch.linalg.svdvals(m).square() / m.square().sum() for m in changes])
     for rank in (3, 10, 20):
         least = (values.sort(descending=True).values[rank:].sum().item() / 4) ** 0.5
-        found = rasa_ext.compress_many(paths, rank)
+        found = solver.compress_many(paths, rank)
         assert found.errors.total <= least + 1e-6
         assert found.separate.total <= least + 1e-6  # it has n R / (in + out) components more
 
@@ -147,7 +146,7 @@ def test_every_block_is_a_least_squares_solution(tmp_path):
     """At the end, dense least squares over B, A or one diagonal alone finds nothing nearer."""
     changes = [dense(p) / dense(p).norm() for p in common(3, 4, 2)]
     paths = written(tmp_path, common(3, 4, 2))
-    found = rasa_ext.compress_many(paths, 6, iterations=1500, tol=1e-12)
+    found = solver.compress_many(paths, 6, iterations=1500, tol=1e-12)
     B, A, d = (tensor.double() for tensor in found.loras.layers["x"])
     d = d / torch.stack([dense(p).norm() for p in common(3, 4, 2)])[:, None]
 
@@ -171,7 +170,7 @@ def test_no_out_x_in_matrix_is_formed(tmp_path):
     changes = [(random(900, 4, seed=i), random(4, 700, seed=-i - 1)) for i in range(3)]
     paths = written(tmp_path, changes)
     with LargestTensor() as seen:
-        found = rasa_ext.compress_many(paths, 6)
+        found = solver.compress_many(paths, 6)
         found.loras.save(tmp_path / "set")
         found.loras.expand("l0", tmp_path / "out")
     assert 0 < seen.numel <= 900 * 700 / 40
@@ -190,7 +189,7 @@ def test_ranks_scales_and_layers_may_differ(tmp_path):
         "stable": {"a.x": 3 / 5**0.5 * dense(z), "b.x": torch.zeros(OUT, WIDTH).double()},
         "other": {"a.x": torch.zeros(OUT, WIDTH).double(), "b.x": 4 * dense(w)},
     }
-    found = rasa_ext.compress_many(paths, 10)  # all components that there are
+    found = solver.compress_many(paths, 10)  # all components that there are
     assert found.given == 5 * (OUT + WIDTH) * 3 + 2 * (OUT + WIDTH)
     assert found.loras.num_parameters == 2 * 10 * (OUT + WIDTH + 3)
     assert not found.loras.layers["b.x"].d[1].any()
@@ -208,14 +207,14 @@ def test_ranks_scales_and_layers_may_differ(tmp_path):
 def test_more_rank_than_there_is_and_adapters_that_change_nothing(tmp_path):
     x, y = own(2, 3)
     paths = written(tmp_path, [x, (torch.zeros(OUT, 3), y[1]), y])
-    found = rasa_ext.compress_many(paths, 11)
+    found = solver.compress_many(paths, 11)
     assert found.errors.total < 1e-6
     assert found.errors.adapters["l1"] == found.separate.adapters["l1"] == 0.0
     assert not found.loras.layers["x"].d[1].any()
     assert found.loras.rank == 11
     none = [(torch.zeros(OUT, 3), y[1])] * 2
     (tmp_path / "none").mkdir()
-    found = rasa_ext.compress_many(written(tmp_path / "none", none), 2)
+    found = solver.compress_many(written(tmp_path / "none", none), 2)
     assert (found.errors.total, found.separate.total) == (0.0, 0.0)
     assert not any(t.any() for t in found.loras.layers["x"])
 
@@ -224,7 +223,7 @@ def test_more_rank_than_there_is_and_adapters_that_change_nothing(tmp_path):
 def test_the_file(dtypes, tmp_path):
     """The widest dtype of the LoRAs, and errors that count the rounding to it."""
     pairs = [[t.to(dtype) for t in p] for p, dtype in zip(common(2, 5), dtypes, strict=True)]
-    found = rasa_ext.compress_many(dict(zip("uv", written(tmp_path, pairs), strict=True)), 5)
+    found = solver.compress_many(dict(zip("uv", written(tmp_path, pairs), strict=True)), 5)
     B, A, d = (tensor.double() for tensor in found.loras.layers["x"])
     for i, (pair, error) in enumerate(zip(pairs, found.errors.adapters.values(), strict=True)):
         exact = (dense(pair) - (B * d[i]) @ A).norm() / dense(pair).norm()
@@ -234,7 +233,7 @@ def test_the_file(dtypes, tmp_path):
     tensors = load_file(tmp_path / "set" / WEIGHTS)
     assert {t.dtype for t in tensors.values()} == {dtypes[1]}
     assert sum(t.numel() for t in tensors.values()) == found.loras.num_parameters
-    again = rasa_ext.LoraSet.load(tmp_path / "set")
+    again = solver.LoraSet.load(tmp_path / "set")
     assert (again.names, again.lora) == (("u", "v"), found.loras.lora)
     for one, other in zip(found.loras.layers["x"], again.layers["x"], strict=True):
         assert torch.equal(one, other)
@@ -261,7 +260,7 @@ def llamas(tmp_path):
 def test_in_a_model(llamas, tmp_path):
     """PEFT over an expansion, and diagonals in this package, compute the set's changes."""
     peft = pytest.importorskip("peft")
-    loras = rasa_ext.compress_many(llamas, 6, iterations=5).loras
+    loras = solver.compress_many(llamas, 6, iterations=5).loras
     model = loras.install(LLAMA.build(), "some")
     for name in ("some", "all"):
         rasa_ext.training.load_diagonals(model, loras.diagonals(name))
@@ -278,7 +277,7 @@ def test_in_a_model(llamas, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*SGLang")
 def test_a_set_that_does_not_fit(llamas):
-    loras = rasa_ext.compress_many(llamas, 2, iterations=0).loras
+    loras = solver.compress_many(llamas, 2, iterations=0).loras
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     refused(lambda: loras.install(model, "all"), model, "expected names of linear layers")
     model = LLAMA.build()
@@ -298,7 +297,7 @@ def test_what_peft_is_told(tmp_path):
             write(folder / "u", {"a.x": pairs[0]}, task_type="CAUSAL_LM", **first),
             write(folder / "v", {"a.x": pairs[1]}, task_type="CAUSAL_LM", **{**first, **second}),
         ]
-        return rasa_ext.compress_many(paths, 2, iterations=0).loras.lora
+        return solver.compress_many(paths, 2, iterations=0).loras.lora
 
     assert told(target_modules=["y", "x"]) == {
         "task_type": "CAUSAL_LM",
@@ -328,7 +327,7 @@ def test_loras_that_are_refused_are_named(factors, config, message, tmp_path):
         write(tmp_path / "bad", factors, **config),
     ]
     with pytest.raises(ValueError, match=rf"(?s)^{tmp_path}/bad: .*{message}"):
-        rasa_ext.compress_many(paths, 2)
+        solver.compress_many(paths, 2)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +342,7 @@ def test_what_was_trained_beside_a_lora_is_refused(key, trained, tmp_path):
     tensors = load_file(paths[1] / WEIGHTS)
     save_file(tensors | {f"base_model.model.{key}": torch.ones(3)}, paths[1] / WEIGHTS)
     with pytest.raises(ValueError, match=rf"^{paths[1]}: .*{trained}"):
-        rasa_ext.compress_many(paths, 2)
+        solver.compress_many(paths, 2)
 
 
 @pytest.mark.parametrize(
@@ -362,14 +361,14 @@ def test_what_was_trained_beside_a_lora_is_refused(key, trained, tmp_path):
 )
 def test_bad_arguments(options, error, message):
     with pytest.raises(error, match=message):
-        rasa_ext.compress_many(**{"directories": ["a", "b"], "rank": 2, **options})
+        solver.compress_many(**{"directories": ["a", "b"], "rank": 2, **options})
 
 
 def test_sets_that_are_refused(tmp_path):
     paths = written(tmp_path, own(2, 2))
-    rasa_ext.compress_many(paths, 3).loras.save(tmp_path / "set")
+    solver.compress_many(paths, 3).loras.save(tmp_path / "set")
     with pytest.raises(ValueError, match=r"peft_type 'LORA_SET' .* got 'LORA'"):
-        rasa_ext.LoraSet.load(paths[0])
+        solver.LoraSet.load(paths[0])
     tensors = load_file(tmp_path / "set" / WEIGHTS)
     A, B, d = (f"base_model.model.x.lora_set_{field}" for field in "ABd")
     for spoil, message in (
@@ -383,7 +382,7 @@ def test_sets_that_are_refused(tmp_path):
     ):
         save_file(spoil, tmp_path / "set" / WEIGHTS)
         with pytest.raises(ValueError, match=message):
-            rasa_ext.LoraSet.load(tmp_path / "set")
+            solver.LoraSet.load(tmp_path / "set")
 
 
 @pytest.mark.parametrize(
@@ -392,8 +391,8 @@ def test_sets_that_are_refused(tmp_path):
     ids=str,
 )
 def test_sets_of_wrong_fields(fields, tmp_path):
-    rasa_ext.compress_many(written(tmp_path, own(2, 2)), 3).loras.save(tmp_path / "set")
+    solver.compress_many(written(tmp_path, own(2, 2)), 3).loras.save(tmp_path / "set")
     path = tmp_path / "set" / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
     with pytest.raises(ValueError, match=r"set: expected tensors, and in adapter_config.json a"):
-        rasa_ext.LoraSet.load(tmp_path / "set")
+        solver.LoraSet.load(tmp_path / "set")

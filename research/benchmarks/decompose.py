@@ -1,7 +1,8 @@
 """How long the solver takes for one group of an 8B model, from factors and from dense matrices.
 
-    python -m benchmarks.decompose [--layers 32] [--side 4096] [--inner 64] [--rank 8] [--k 1]
-                                   [--iterations 50] [--dtype float64] [--dense] [--device cpu]
+    python -m research.benchmarks.decompose [--layers 32] [--side 4096] [--inner 64] [--rank 8]
+                                            [--k 1] [--iterations 50] [--dtype float64] [--dense]
+                                            [--device cpu]
 
 The weight changes are random with falling spectra and a part in common, as factors of rank
 ``inner``, or with ``--dense`` as products of them plus noise. Before the time counts, a small
@@ -18,7 +19,7 @@ import time
 import torch
 from torch import Tensor
 
-import rasa_ext
+from rasa_research import solver
 
 
 def factors(layers: int, side: int, inner: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
@@ -39,7 +40,7 @@ def factors(layers: int, side: int, inner: int, dtype: torch.dtype) -> list[tupl
 def verify(rank: int, k: int) -> None:
     """A small problem against LoRA's minimum; SystemExit where the solver is wrong."""
     pairs = factors(3, 200, 24, torch.float64)
-    found = rasa_ext.decompose(pairs, rank, k, iterations=5)
+    found = solver.decompose(pairs, rank, k, iterations=5)
     values = [torch.linalg.svdvals(B @ A).square() for B, A in pairs]
     lora = sum(v[rank:].sum() for v in values) / sum(v.sum() for v in values)
     if abs(found.lora_error - lora) > 1e-10 or found.errors[-1] > lora + 1e-10:
@@ -70,7 +71,7 @@ def main() -> None:
             print(f"\r{done}/{total}", end="", file=sys.stderr, flush=True)
 
     start = time.perf_counter()
-    found = rasa_ext.decompose(
+    found = solver.decompose(
         deltas, given.rank, given.k, iterations=given.iterations, dtype=dtype, progress=show
     )
     seconds = time.perf_counter() - start

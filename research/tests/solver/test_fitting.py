@@ -6,10 +6,13 @@ import pytest
 import torch
 
 import rasa_ext
+from rasa_research import solver
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters
 from tests.helpers.models import FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
 from tests.helpers.refusals import Snapshot
+from tests.helpers.unet import ENDS, Unet, by_end
+from tests.patching.test_groups import expected, members
 
 
 def changes(base, names, seed=0):
@@ -35,7 +38,7 @@ def tail(deltas, rank):
 def test_adapters_approximate_the_changes_group_by_group(entry, k):
     base = entry.build()
     deltas = changes(base, entry.targets(base))
-    found = rasa_ext.fit_adapter(base, deltas, 4, k, iterations=8)
+    found = solver.fit_adapter(base, deltas, 4, k, iterations=8)
     learnt = {name: oracle.delta(adapter) for name, adapter in adapters(base).items()}
     assert learnt.keys() == deltas.keys()
     shapes = {name: tuple(delta.shape) for name, delta in deltas.items()}
@@ -59,7 +62,7 @@ def test_an_exact_fit_makes_the_changed_model(entry):
             module = changed.get_submodule(name)
             module.weight.add_(delta.T if oracle.is_transposed(module) else delta)
     inputs = entry.inputs(0)
-    rasa_ext.fit_adapter(base, deltas, 24, 2, iterations=0)
+    solver.fit_adapter(base, deltas, 24, 2, iterations=0)
     assert all(p.requires_grad for p in rasa_ext.adapter_parameters(base))
     with torch.no_grad():
         ours, theirs, before = (entry.loss(m, inputs)[0] for m in (base, changed, entry.build()))
@@ -78,7 +81,7 @@ def test_an_exact_fit_makes_the_changed_model(entry):
 def test_just_the_named_layers_are_adapted(names, tmp_path):
     base = LLAMA.build()
     deltas = changes(base, names)
-    rasa_ext.fit_adapter(base, deltas, 3, 1, iterations=2)
+    solver.fit_adapter(base, deltas, 3, 1, iterations=2)
     assert set(adapters(base)) == set(names)
     rasa_ext.save_adapter(base, tmp_path)
     again = rasa_ext.load_adapter(LLAMA.build(), tmp_path)
@@ -90,14 +93,14 @@ def test_names_that_no_suffixes_tell_apart():
     """ "0" ends "1.0" as well."""
     inner = torch.nn.Sequential(torch.nn.Linear(4, 4))
     base = torch.nn.Sequential(torch.nn.Linear(4, 4), inner)
-    rasa_ext.fit_adapter(base, {"0": torch.randn(4, 4)}, 2, 1)
+    solver.fit_adapter(base, {"0": torch.randn(4, 4)}, 2, 1)
     assert set(adapters(base)) == {"0"}
 
 
 def test_ranks_that_are_not_needed_can_be_trained():
     base = torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.Linear(8, 9))
     pairs = {"0": (torch.randn(8, 1), torch.randn(1, 9)), "1": torch.randn(9, 8)}
-    rasa_ext.fit_adapter(base, pairs, 4, 1)
+    solver.fit_adapter(base, pairs, 4, 1)
     x = torch.randn(5, 9)
     base(x).square().sum().backward()
     assert base[0].B.grad.abs().amax(0).min() > 0
@@ -106,7 +109,7 @@ def test_ranks_that_are_not_needed_can_be_trained():
 def test_progress_names_the_group():
     base, seen = LLAMA.build(), []
     deltas = changes(base, ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"])
-    rasa_ext.fit_adapter(base, deltas, 2, 1, iterations=2, progress=lambda *now: seen.append(now))
+    solver.fit_adapter(base, deltas, 2, 1, iterations=2, progress=lambda *now: seen.append(now))
     patterns = ["model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.v_proj"]
     assert [(group.pattern, done, total) for group, done, total in seen] == [
         (pattern, done, 2) for pattern in patterns for done in (1, 2)
@@ -133,11 +136,22 @@ def test_bad_input_leaves_the_model_as_it_was(deltas, options, error, message):
     base = LLAMA.build()
     before = Snapshot(base)
     with pytest.raises(error, match=message):
-        rasa_ext.fit_adapter(base, deltas, **options)
+        solver.fit_adapter(base, deltas, **options)
     before.assert_unchanged()
 
 
 def test_a_patched_model_is_refused():
     model = rasa_ext.patch_model(LLAMA.build())
     with pytest.raises(ValueError, match="already"):
-        rasa_ext.fit_adapter(model, {Q: torch.ones(24, 24)})
+        solver.fit_adapter(model, {Q: torch.ones(24, 24)})
+
+
+def test_solvers_take_groups():
+    base = Unet()
+    finetuned = {name: t + torch.randn_like(t) for name, t in base.state_dict().items()}
+    found = solver.compress(base, base.state_dict(), finetuned, 2, 1, groups=ENDS, iterations=2)
+    assert {frozenset(group.names) for group in found.groups} == expected(by_end)
+    names = [name for name, layer in base.named_modules() if isinstance(layer, torch.nn.Linear)]
+    deltas = {name: torch.randn_like(base.get_submodule(name).weight) for name in names}
+    fitted = solver.fit_adapter(base, deltas, 2, 1, groups=by_end, iterations=2)
+    assert {frozenset(group.names) for group in fitted} == expected(by_end) == members(base)

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from rasa_ext.linalg import Components, svd_of_product
-from rasa_ext.solver.coordinate_descent import CoordinateDescent
-from rasa_ext.solver.low_rank import Matrix, complete_basis
+from rasa_research.solver.coordinate_descent import CoordinateDescent
+from rasa_research.solver.low_rank import Matrix, complete_basis
 
 _TRIED = 20
 """Rounds from each start before the nearest goes on alone."""
@@ -25,7 +25,8 @@ class SharedBasis(NamedTuple):
     """One layer of n adapters: adapter i changes it by B diag(d[i]) A.
 
     Example:
-        >>> basis = rasa_ext.SharedBasis(torch.randn(16, 4), torch.randn(4, 12), torch.ones(2, 4))
+        >>> from rasa_research import solver
+        >>> basis = solver.SharedBasis(torch.randn(16, 4), torch.randn(4, 12), torch.ones(2, 4))
         >>> torch.equal(basis.delta(1), basis.B @ basis.A)
         True
     """

@@ -10,14 +10,13 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from rasa_ext.checkpoint.lora import Lora, read_lora
-from rasa_ext.solver.compress import CompressedAdapter, compress
-from rasa_ext.solver.fit import Solver
-from rasa_ext.solver.import_lora import convert_lora
-from rasa_ext.solver.weights import ParameterWeights, SafetensorsFolder
-from rasa_ext.train.card import compressed_card, local_name
-from rasa_ext.train.model_loading import base_of, load_model, load_skeleton, naming_the_base
+from rasa_ext import Card
+from rasa_ext.checkpoint import Lora, read_lora
+from rasa_ext.train.model_loading import base_skeleton, load_model, load_skeleton
 from rasa_ext.train.options import check_differs
+from rasa_research.solver.compress import CompressedAdapter, compress, nearest_to
+from rasa_research.solver.fit import Solver
+from rasa_research.solver.weights import ParameterWeights, SafetensorsFolder
 
 
 def compress_finetuned(
@@ -39,7 +38,7 @@ def compress_finetuned(
     written.
     """
     check_differs((base, finetuned), output, overwrite=overwrite)
-    model = _skeleton(base)
+    model = load_skeleton(base)
     before, after = _weights(base, model), _weights(finetuned, model)
 
     options = {field.name: getattr(solver, field.name) for field in dataclasses.fields(solver)}
@@ -58,7 +57,7 @@ def compress_finetuned(
             f"finetuned: expected layers that differ from those of {base}, but in {finetuned} none "
             "of those to adapt does, so that the adapter would be all zeros."
         )
-    told = compressed_card(found, f"the full fine-tuning `{local_name(finetuned)}`")
+    told = _card(found, f"the full fine-tuning `{_local_name(finetuned)}`")
     found.save(model, output, card=told)
     return found
 
@@ -66,32 +65,54 @@ def compress_finetuned(
 def compress_lora(
     lora: Path,
     output: Path,
-    rank: int | None,
+    rank: int,
     k: int,
     *,
     base: str | None,
     solver: Solver,
     overwrite: bool = False,
 ) -> tuple[Lora, CompressedAdapter]:
-    """Write a LoRA as a RaSA adapter: exactly without rank and k, else the nearest one.
+    """Write the RaSA adapter that comes closest to a LoRA.
 
     Raises ValueError or FileNotFoundError where the LoRA or its base's configuration cannot be
     read, or do not fit each other; for ``output`` as `compress_finetuned`.
     """
     check_differs((lora,), output, overwrite=overwrite)
     read = read_lora(lora)
-    with naming_the_base(lora, base):
-        model = _skeleton(base_of(lora, base))
-    found = convert_lora(model, read, str(lora), rank, k, solver)
-    name = f"the LoRA `{local_name(str(lora))}` of rank {read.rank}"
-    found.save(model, output, card=compressed_card(found, name))
+    model = base_skeleton(lora, base)
+    found = nearest_to(model, read, str(lora), rank, k, solver)
+    name = f"the LoRA `{_local_name(str(lora))}` of rank {read.rank}"
+    found.save(model, output, card=_card(found, name))
     return read, found
 
 
-def _skeleton(name: str) -> Any:
-    model = load_skeleton(name)
-    model.config._name_or_path = name
-    return model
+def _card(found: CompressedAdapter, source: str) -> Card:
+    """Tell how near an adapter is to the fine-tuning or the LoRA that it stands for.
+
+    ``source`` says what that is, as a noun.
+    """
+    rank = found.config.rank
+    text = f"The nearest adapter of its size that the solver found to {source}.\n\n"
+    figures = {
+        "error": f"{found.error:.4f}",
+        f"the least error of a LoRA of rank {rank}": f"{found.lora_error:.4f}",
+        "the least of a LoRA of as many parameters": f"{found.lora_error_equal:.4f}",
+    }
+    rows = [f"| {name} | {value} |" for name, value in figures.items()]
+    table = "\n".join(["| | |", "| --- | --- |", *rows])
+    text += f"{table}\n\nErrors are ||dW - adapter||² / ||dW||², over all layers."
+    if found.lost:
+        text += (
+            f" {found.residual_share:.2%} of the squared change is in parameters that are neither "
+            "adapted nor kept, and is not carried."
+        )
+    return Card(sections={"Source": text})
+
+
+def _local_name(source: str) -> str:
+    """Give what a card may call a source: a path of this machine by its last part alone."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
 
 
 def _weights(name: str, model: Any) -> Mapping[str, Tensor]:
@@ -104,5 +125,6 @@ def _weights(name: str, model: Any) -> Mapping[str, Tensor]:
         stored = SafetensorsFolder(folder)
         ParameterWeights(model, stored, name)
     except (OSError, ValueError):  # .gguf, .bin, or names that transformers translates
-        return load_model(name).state_dict()
+        whole: Mapping[str, Tensor] = load_model(name).state_dict()
+        return whole
     return stored

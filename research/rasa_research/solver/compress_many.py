@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rasa_ext.checkpoint.lora import Lora, read_lora
+from rasa_ext.checkpoint import Lora, read_lora
 from rasa_ext.linalg import svd_of_product
-from rasa_ext.solver.lora_set import LoraSet, lora_settings
-from rasa_ext.solver.low_rank import Matrix
-from rasa_ext.solver.shared_basis import SharedBasis, find_shared_basis, largest
+from rasa_research.solver.lora_set import LoraSet, lora_settings
+from rasa_research.solver.low_rank import Matrix
+from rasa_research.solver.shared_basis import SharedBasis, find_shared_basis, largest
 
 Directories = Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[str]]
 
@@ -30,9 +30,10 @@ class Distances:
     root of the mean of their squares. 0 where nothing changes.
 
     Example:
+        >>> from rasa_research import solver
         >>> whole = {"q": torch.tensor([4.0, 1.0]), "v": torch.tensor([0.0, 3.0])}
         >>> lost = {"q": torch.tensor([1.0, 0.0]), "v": torch.tensor([0.0, 1.0])}
-        >>> errors = rasa_ext.Distances(("maths", "code"), whole, lost)
+        >>> errors = solver.Distances(("maths", "code"), whole, lost)
         >>> errors.adapters
         {'maths': 0.5, 'code': 0.5}
         >>> errors.total
@@ -74,13 +75,14 @@ class CompressedLoras:
     """Several LoRAs over one basis, and how near each is, beside LoRAs apart of the same size.
 
     Example:
+        >>> from rasa_research import solver
         >>> import copy
         >>> for name in ("maths", "code"):
         ...     tuned = rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1)
         ...     for parameter in rasa_ext.adapter_parameters(tuned):  # in place of a training
         ...         _ = parameter.data.add_(0.1 * torch.randn_like(parameter))
         ...     _ = rasa_ext.export_lora(tuned, name)
-        >>> found = rasa_ext.compress_many(["maths", "code"], rank=12)
+        >>> found = solver.compress_many(["maths", "code"], rank=12)
         >>> list(found.errors.adapters)
         ['maths', 'code']
         >>> 0 < found.errors.total < 1, 0 < found.separate.total < 1
@@ -141,11 +143,12 @@ def compress_many(
             has its path and says what to do.
 
     Example:
+        >>> from rasa_research import solver
         >>> import copy
         >>> for name in ("maths", "code"):
         ...     tuned = rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1)
         ...     _ = rasa_ext.export_lora(tuned, name)
-        >>> found = rasa_ext.compress_many({"m": "maths", "c": "code"}, rank=12, iterations=20)
+        >>> found = solver.compress_many({"m": "maths", "c": "code"}, rank=12, iterations=20)
         >>> found.loras.save("set")
         >>> found.loras.expand("m", "maths-12")
     """

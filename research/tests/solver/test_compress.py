@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rasa_ext
-from rasa_ext import SafetensorsFolder
+from rasa_research import solver
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, TIED, ids
+from tests.helpers.tiny_lm import make_model
 
 
 def finetuned(entry, base, others=True, rank=3, seed=0):
@@ -70,11 +71,11 @@ def test_it_is_the_fit_of_the_changes_and_tells_what_is_lost(entry, k, tmp_path)
     changed = finetuned(entry, base, rank=9)
     skeleton = on_meta(entry)
     modules = {name: id(module) for name, module in skeleton.named_modules()}
-    found = rasa_ext.compress(skeleton, base.state_dict(), changed.state_dict(), 4, k, iterations=6)
+    found = solver.compress(skeleton, base.state_dict(), changed.state_dict(), 4, k, iterations=6)
     assert {name: id(module) for name, module in skeleton.named_modules()} == modules
     targets = deltas(entry, base, changed)
     fitted = copy.deepcopy(base)
-    expected = rasa_ext.fit_adapter(fitted, targets, 4, k, iterations=6)
+    expected = solver.fit_adapter(fitted, targets, 4, k, iterations=6)
     for group, result in found.groups.items():
         assert result.errors == pytest.approx(expected[group].errors, abs=1e-12)
         assert result.lora_error == pytest.approx(expected[group].lora_error, abs=1e-12)
@@ -109,7 +110,7 @@ def test_with_what_else_changed_the_adapter_is_the_whole_fine_tuning(entry, tmp_
             if (bias := base.get_submodule(name).bias) is not None:
                 changed.get_submodule(name).bias.copy_(bias)
     weights = base.state_dict(), changed.state_dict()
-    found = rasa_ext.compress(on_meta(entry), *weights, 4, 1, modules_to_save="changed")
+    found = solver.compress(on_meta(entry), *weights, 4, 1, modules_to_save="changed")
     assert not found.lost
     assert found.residual_share == 0
     assert found.error < 1e-10
@@ -130,7 +131,7 @@ def test_some_of_what_changed_is_kept():
     base = LLAMA.build()
     changed = finetuned(LLAMA, base)
     weights = base.state_dict(), changed.state_dict()
-    found = rasa_ext.compress(base, *weights, 4, 1, modules_to_save=["norm"], iterations=0)
+    found = solver.compress(base, *weights, 4, 1, modules_to_save=["norm"], iterations=0)
     assert found.plan.modules_to_save == ("model.norm",)
     assert torch.equal(
         found.tensors["base_model.model.model.norm.weight"], changed.model.norm.weight
@@ -142,7 +143,7 @@ def test_biases_of_adapted_layers_are_lost_whatever_is_kept():
     base = BERT.build()
     changed = finetuned(BERT, base)
     weights = base.state_dict(), changed.state_dict()
-    found = rasa_ext.compress(base, *weights, 2, 1, modules_to_save="changed", iterations=0)
+    found = solver.compress(base, *weights, 2, 1, modules_to_save="changed", iterations=0)
     assert found.lost.keys() == {f"{name}.bias" for name in BERT.targets(base)}
 
 
@@ -150,7 +151,7 @@ def test_biases_of_adapted_layers_are_lost_whatever_is_kept():
 def test_half_precision_weights(dtype):
     base = LLAMA.build().to(dtype)
     changed = finetuned(LLAMA, base)
-    found = rasa_ext.compress(
+    found = solver.compress(
         on_meta(LLAMA), base.state_dict(), changed.state_dict(), 4, 1, dtype=torch.float32
     )
     targets = deltas(LLAMA, base, changed)
@@ -186,7 +187,7 @@ class Watched(Mapping):
 def test_one_weight_of_each_model_is_held_at_a_time():
     base = LLAMA.build()
     weights = Watched(base.state_dict()), Watched(finetuned(LLAMA, base).state_dict())
-    rasa_ext.compress(on_meta(LLAMA), *weights, 4, 1, iterations=1)
+    solver.compress(on_meta(LLAMA), *weights, 4, 1, iterations=1)
     largest = max(p.numel() for p in base.parameters())
     assert all(0 < each.most <= largest for each in weights)
 
@@ -217,12 +218,12 @@ def test_folders(entry, drop, skip, tmp_path):
     base = entry.build()
     changed = finetuned(entry, base)
     folders = [
-        SafetensorsFolder(save_shards(model, tmp_path / name, drop, skip))
+        solver.SafetensorsFolder(save_shards(model, tmp_path / name, drop, skip))
         for name, model in (("base", base), ("changed", changed))
     ]
-    found = rasa_ext.compress(on_meta(entry), *folders, 2, 1, iterations=2)
+    found = solver.compress(on_meta(entry), *folders, 2, 1, iterations=2)
     weights = base.state_dict(), changed.state_dict()
-    expected = rasa_ext.compress(on_meta(entry), *weights, 2, 1, iterations=2)
+    expected = solver.compress(on_meta(entry), *weights, 2, 1, iterations=2)
     assert found.error == pytest.approx(expected.error, abs=1e-12)
     assert found.lost == expected.lost
     assert len(folders[0]) == len(base.state_dict()) - len(skip)
@@ -230,10 +231,10 @@ def test_folders(entry, drop, skip, tmp_path):
 
 def test_folders_that_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"expected model\.safetensors or"):
-        SafetensorsFolder(tmp_path)
+        solver.SafetensorsFolder(tmp_path)
     folder = save_shards(LLAMA.build(), tmp_path / "m")
     (folder / "model-1.safetensors").write_bytes(b"damaged")
-    weights = SafetensorsFolder(folder)
+    weights = solver.SafetensorsFolder(folder)
     broken = next(key for i, key in enumerate(weights) if i % 3 == 1)
     with pytest.raises(ValueError, match=r"model-1\.safetensors: damaged or cut"):
         weights[broken]
@@ -260,14 +261,14 @@ def test_an_index_of_another_form_is_refused(text, tmp_path):
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"index\.json: expected a weight_map.*files beside it"):
-        SafetensorsFolder(tmp_path)
+        solver.SafetensorsFolder(tmp_path)
 
 
 def test_a_tensor_that_its_shard_has_not(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "one")
     index = {"weight_map": {"x": "one", "y": "one"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    weights = SafetensorsFolder(tmp_path)
+    weights = solver.SafetensorsFolder(tmp_path)
     assert weights["x"].shape == (1,)
     with pytest.raises(ValueError, match="one: expected a tensor y"):
         weights["y"]
@@ -303,7 +304,7 @@ def test_fine_tunings_that_do_not_fit(spoil, error, message):
     changed = {key: tensor.clone() for key, tensor in base.state_dict().items()}
     spoil(changed)
     with pytest.raises(error, match=message):
-        rasa_ext.compress(base, base.state_dict(), changed, 2, 1, iterations=0)
+        solver.compress(base, base.state_dict(), changed, 2, 1, iterations=0)
 
 
 def test_a_head_that_is_tied_in_the_model_only():
@@ -311,7 +312,7 @@ def test_a_head_that_is_tied_in_the_model_only():
     changed = dict(base.state_dict())
     changed["readout.weight"] = changed["readout.weight"] + 1
     with pytest.raises(ValueError, match="finetuned: expected equal weights for embed"):
-        rasa_ext.compress(base, base.state_dict(), changed, 2, 1)
+        solver.compress(base, base.state_dict(), changed, 2, 1)
 
 
 def test_a_saved_module_without_a_value():
@@ -323,15 +324,15 @@ def test_a_saved_module_without_a_value():
     base = Counter()
     weights = dict(base.named_parameters())
     with pytest.raises(ValueError, match=r"finetuned: expected a value for norm\.running_mean"):
-        rasa_ext.compress(base, weights, weights, 2, 1, modules_to_save=["norm"])
+        solver.compress(base, weights, weights, 2, 1, modules_to_save=["norm"])
     state = base.state_dict()
-    found = rasa_ext.compress(base, state, state, 2, 1, modules_to_save=["norm"])
+    found = solver.compress(base, state, state, 2, 1, modules_to_save=["norm"])
     assert "base_model.model.norm.running_mean" in found.tensors
 
 
 def test_a_fine_tuning_that_changed_nothing(tmp_path):
     base = LLAMA.build()
-    found = rasa_ext.compress(base, base.state_dict(), base.state_dict(), 2, 1, iterations=2)
+    found = solver.compress(base, base.state_dict(), base.state_dict(), 2, 1, iterations=2)
     assert (found.error, found.lora_error, found.lost, found.residual_share) == (0, 0, {}, 0)
     found.save(base, tmp_path)
     assert all(
@@ -343,4 +344,16 @@ def test_a_patched_model_is_refused():
     base = LLAMA.build()
     weights = base.state_dict()
     with pytest.raises(ValueError, match="already"):
-        rasa_ext.compress(rasa_ext.patch_model(base), weights, weights)
+        solver.compress(rasa_ext.patch_model(base), weights, weights)
+
+
+def test_a_compressed_adapter_has_a_card(tmp_path):
+    base = make_model()
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    found = solver.compress(base, base.state_dict(), tuned.state_dict(), 4, 1, iterations=1)
+    found.save(base, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "| `model.layers.*.mlp.down_proj` | 2 | 32 x 48 | 5 |" in card

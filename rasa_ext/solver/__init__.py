@@ -1,1 +1,0 @@
-"""Factors nearest to given weight changes."""

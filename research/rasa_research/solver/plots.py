@@ -1,0 +1,31 @@
+"""The picture of the solver's errors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.ticker import MaxNLocator
+
+from rasa_ext.patching import Group
+from rasa_ext.train.plots import panels_for
+from rasa_research.solver.decompose import Decomposition
+
+
+def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
+    """Draw error over LoRA's minimum against iteration into a PNG, a panel per group."""
+    figure, panels = panels_for(len(groups), "Error of the adapter, as a share of LoRA's least")
+    for axes, (group, result) in zip(panels, groups.items(), strict=True):
+        scale = result.lora_error or 1.0
+        ratios = [error / scale for error in result.errors]
+        axes.plot(ratios, color="tab:blue", label="RaSA")
+        axes.axhline(1, color="tab:orange", linestyle="--", linewidth=1, label="LoRA, same rank")
+        # Never a closer look than a fiftieth, so that what is equal looks equal.
+        axes.set_ylim(min(*ratios, 0.985) - 0.005, max(*ratios, 1.0) + 0.005)
+        title = f"{result.errors[-1]:.4f} of ||dW||\u00b2, LoRA {result.lora_error:.4f}"
+        axes.set_title(f"{group.pattern[-46:]}\n{title}", fontsize=8)
+        axes.set(xlabel="iteration", ylabel="error / LoRA's minimum")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.savefig(path)
