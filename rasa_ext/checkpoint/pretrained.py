@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.checkpoint.adapter import save_adapter
-from rasa_ext.checkpoint.card import PLAIN
+from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.patching.pretrained import trained_state, writes_pretrained
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.tokens import trained_tokens
@@ -60,11 +60,13 @@ def save_pretrained(
     if not is_main_process:
         return
     folder = Path(save_directory)
-    is_checkpoint = re.fullmatch(r"checkpoint-\d+", folder.name) is not None
-    save_adapter(root, folder, card=None if is_checkpoint else PLAIN)
-    if is_checkpoint:
+    if re.fullmatch(r"checkpoint-\d+", folder.name) is None:
+        save_adapter(root, folder)
+        return
+    with new_folder(folder, stale=()) as unfinished:
+        save_adapter(root, unfinished, card=None)
         tensors = {key: tensor.contiguous() for key, tensor in trained_state(root).items()}
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
 
 
 def _save_merged(root: nn.Module, folder: str | os.PathLike[str], options: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import io
 import os
@@ -14,6 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rasa_ext
+from rasa_ext.checkpoint import pretrained
+from rasa_ext.checkpoint.writing import WriteError
 from tests.helpers import experts
 from tests.helpers.adapters import adapters, patched, randomize
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
@@ -175,6 +178,25 @@ def test_trainer_saves_and_resumes(entry, tmp_path, caplog):
     for folder in (tmp_path / "saved", tmp_path / "whole" / "checkpoint-6"):
         read = rasa_ext.load_adapter(entry.build(), folder)
         assert torch.equal(logits(entry, read), logits(entry, whole.model))
+
+
+def test_the_files_of_a_checkpoint_come_together(tmp_path, monkeypatch):
+    """A disk that is full after the adapter leaves none of them; what else is there stays."""
+    model, folder = patched(LLAMA.build()), tmp_path / "checkpoint-3"
+    folder.mkdir()
+    (folder / "optimizer.pt").write_text("Trainer's")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pretrained, "save_file", full)
+    with pytest.raises(WriteError, match="no space is left"):
+        model.save_pretrained(folder)
+    monkeypatch.undo()
+    assert os.listdir(folder) == ["optimizer.pt"]
+    model.save_pretrained(folder)
+    names = {"adapter_config.json", "adapter_model.safetensors", "model.safetensors"}
+    assert set(os.listdir(folder)) == {"optimizer.pt", *names}
 
 
 def test_trainer_goes_back_to_the_best_checkpoint(tmp_path):
