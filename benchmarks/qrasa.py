@@ -29,9 +29,9 @@ from benchmarks import harness
 from benchmarks.model import resident
 from experiments.training import collate, encoded
 from rasa_ext.base_layers.quantized import format_of, stored_bytes
-from rasa_ext.train.demo import INSTRUCTION
-from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
-from rasa_ext.train.problems import make_problems
+from rasa_ext.commands.course import INSTRUCTION
+from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
+from rasa_ext.commands.problems import make_problems
 
 BASES = ("nf4", "int8", "bfloat16", "float32")
 MIB = 2**20

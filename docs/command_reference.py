@@ -23,7 +23,7 @@ def load() -> Any:
         sys.modules["rasa_ext"] = _StandIn("rasa_ext")
     import typer
 
-    from rasa_ext.cli.app import app
+    from rasa_ext.commands.app import app
 
     return typer.main.get_command(app)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from experiments import docstrings
 from experiments.training import IGNORE, Row, encoded, products_in
-from rasa_ext.train.demo import conversation
-from rasa_ext.train.evaluate import exact_match, greedy_answers
-from rasa_ext.train.problems import make_problems
+from rasa_ext.commands.course import conversation
+from rasa_ext.commands.measure import exact_match, greedy_answers
+from rasa_ext.commands.problems import make_problems
 
 NAMES = ("maths", "docstrings")
 
@@ -38,7 +38,7 @@ class Task:
 def make_task(name: str, tokenizer: Any, *, train: int, dev: int, test: int) -> Task:
     """A task by name with so many rows (fewer where the library has no more).
 
-    "maths": word problems with worked solutions (``rasa_ext.train.problems``). "docstrings":
+    "maths": word problems with worked solutions (``rasa_ext.commands.problems``). "docstrings":
     functions of Python's standard library with the first line of their docstrings.
 
     Raises ValueError for an unknown name.

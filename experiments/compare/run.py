@@ -27,7 +27,7 @@ from experiments.compare.methods import between, groups, optimizer, planned, pre
 from experiments.table import Table
 from experiments.tasks import Task, make_task, other_text, solved
 from experiments.training import Recipe, Row, Run, collate, mean_loss
-from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
+from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 
 COLUMNS = (
     *("task", "method", "lr", "seed", "steps", "settings"),

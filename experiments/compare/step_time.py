@@ -27,7 +27,7 @@ from experiments.compare.config import CONFIG, RESULTS, file_of, read_config
 from experiments.compare.run import Bench, make_run
 from experiments.tasks import make_task
 from experiments.training import Recipe, Row, Run
-from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
+from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 
 REFERENCE = "rasa-r8-k1"
 

@@ -26,8 +26,8 @@ from experiments.table import Table
 from experiments.tasks import make_task
 from experiments.training import Recipe, Row, Run, encoded
 from rasa_ext.checkpoint.files import PREFIX, write_adapter
-from rasa_ext.train.hashes import hash_chain, hash_hop
-from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
+from rasa_ext.commands.hashes import hash_chain, hash_hop
+from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 from rasa_research import solver
 
 RESULTS = Path(__file__).parent / "results"

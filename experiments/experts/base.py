@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCau
 
 from experiments import docstrings
 from experiments.training import IGNORE, Recipe, Row, Run, collate, mean_loss
-from rasa_ext.train.problems import make_problems
+from rasa_ext.commands.problems import make_problems
 
 PAD = "<|end|>"
 TEMPLATE = (

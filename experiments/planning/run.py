@@ -22,8 +22,8 @@ from experiments.compare.methods import prepared
 from experiments.table import Table
 from experiments.training import Recipe, Row, Run, encoded, mean_loss
 from rasa_ext.analysis import GroupAnalysis, analyze, analyze_lora
-from rasa_ext.train.hashes import hash_chain, hash_hop
-from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
+from rasa_ext.commands.hashes import hash_chain, hash_hop
+from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = {"hop": hash_hop, "chain": hash_chain}

@@ -30,8 +30,8 @@ from experiments.reconstruction.finetune import RESULTS, WEIGHTS, scores
 from experiments.table import Table
 from experiments.tasks import Task, make_task
 from rasa_ext.checkpoint.files import WEIGHTS as FILE
+from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 from rasa_ext.patching.targets import make_plan
-from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer
 from rasa_research import solver
 
 COLUMNS = (

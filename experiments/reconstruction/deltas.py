@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from rasa_ext.commands.models import find_smollm2, load_model
 from rasa_ext.config import RasaConfig
 from rasa_ext.patching.targets import make_plan
-from rasa_ext.train.model_loading import find_smollm2, load_model
 
 
 def tuned_deltas(weights: Path) -> dict[str, list[Tensor]]:

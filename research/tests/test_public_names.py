@@ -22,8 +22,8 @@ FOLDER = Path(rasa_research.__file__).parent
 MODULES = (
     "rasa_ext",
     *(f"rasa_ext.{name}" for name in ("checkpoint", "distributed", "linalg", "methods")),
-    *(f"rasa_ext.{name}" for name in ("patching", "training", "cli.output", "train.data")),
-    *(f"rasa_ext.train.{name}" for name in ("model_loading", "options", "plots")),
+    *(f"rasa_ext.{name}" for name in ("patching", "training", "commands.output", "commands.data")),
+    *(f"rasa_ext.commands.{name}" for name in ("models", "options", "plots")),
 )
 CORE = {name: set(importlib.import_module(name).__all__) for name in MODULES}
 """The public names of each public module."""

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import rasa_ext
 from rasa_ext import methods
 from rasa_ext.analysis import analyze, analyze_adapter
-from rasa_ext.cli.app import app
+from rasa_ext.commands.app import app
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
 from tests.helpers.models import FAMILIES, LLAMA, TIED, ids

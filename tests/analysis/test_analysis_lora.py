@@ -13,7 +13,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.analysis import analyze, analyze_lora
-from rasa_ext.train.inspection import compare_adapters
+from rasa_ext.commands.contents import compare_adapters
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke
 from tests.helpers.models import FAMILIES, LLAMA, ids

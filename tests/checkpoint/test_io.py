@@ -16,7 +16,7 @@ from torch import nn
 import rasa_ext
 from rasa_ext.analysis import analyze_adapter
 from rasa_ext.checkpoint.files import digest
-from rasa_ext.train.inspection import read_adapter
+from rasa_ext.commands.contents import read_adapter
 from tests.helpers.adapters import (
     RANK,
     adapted_layers,

@@ -19,8 +19,7 @@ ORDER = [
     {"checkpoint", "distributed"},
     {"peft", "analysis", "training"},
     {""},
-    {"train"},
-    {"cli"},
+    {"commands"},
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rasa_ext
-from rasa_ext.cli.app import app
+from rasa_ext.commands.app import app
 from tests.helpers import lora_server, oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
 

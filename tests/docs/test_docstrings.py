@@ -45,9 +45,11 @@ PUBLIC |= {
 }
 PUBLIC |= {each.__name__: each for each in (rasa_experts.RasaBank, rasa_experts.RasaExperts)}
 PUBLIC |= {f"routed.{each.__name__}": each for each in (routed.experts_linear,)}
-for name in ("cli.output", "train.data", "train.model_loading", "train.options", "train.plots"):
-    module = importlib.import_module(f"rasa_ext.{name}")  # what other packages' commands use
-    PUBLIC |= {f"{name}.{each}": getattr(module, each) for each in module.__all__}
+for name in ("output", "data", "models", "options", "plots"):
+    module = importlib.import_module(
+        f"rasa_ext.commands.{name}"
+    )  # what other packages' commands use
+    PUBLIC |= {f"commands.{name}.{each}": getattr(module, each) for each in module.__all__}
 DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBLIC)
 
 

@@ -13,8 +13,8 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 import rasa_ext
-from rasa_ext.train.demo import FULL
-from rasa_ext.train.model_loading import SMOLLM2, load_model
+from rasa_ext.commands.course import FULL
+from rasa_ext.commands.models import SMOLLM2, load_model
 from tests.helpers.tiny_lm import save_base
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from tests.helpers.models import FAMILIES, SEQUENTIAL, ids
 
 OPTIONAL = (
     *("accelerate", "bitsandbytes", "gguf", "matplotlib", "peft", "rich", "torchao", "trl"),
-    *("transformers", "typer", "yaml", "rasa_ext.cli", "rasa_ext.peft", "rasa_ext.train"),
+    *("transformers", "typer", "yaml", "rasa_ext.commands", "rasa_ext.peft"),
 )
 
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from rasa_ext.cli.app import app
+from rasa_ext.commands.app import app
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
 

@@ -139,7 +139,8 @@ def test_it_trains_and_another_process_reads_all_of_it(installed, tmp_path):
 def test_the_command_trains_shows_merges_and_exports_it(installed, tmp_path):
     base = str(save_base(tmp_path / "base"))
     data = write_jsonl(tmp_path / "train.jsonl", sums(8))
-    adapter, command = str(tmp_path / "adapter"), ("-c", "from rasa_ext.cli import main; main()")
+    adapter = str(tmp_path / "adapter")
+    command = ("-c", "from rasa_ext.commands import main; main()")
     options = ("--rank", "4", "--max-steps", "2", "--batch-size", "2", "--lr", "0.1")
     given = ("--model", base, "--data", str(data), "--output", adapter, "--method", "outside-vera")
     run(installed, *command, "finetune", *given, *options)

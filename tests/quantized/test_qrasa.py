@@ -10,7 +10,7 @@ import torch
 
 import rasa_ext
 from benchmarks import qrasa
-from rasa_ext.train.model_loading import HUB_NAME, find_smollm2, load_tokenizer
+from rasa_ext.commands.models import HUB_NAME, find_smollm2, load_tokenizer
 
 LAYERS = 6
 

@@ -6,7 +6,7 @@ import shlex
 
 from typer.testing import CliRunner
 
-from rasa_ext.cli.app import app
+from rasa_ext.commands.app import app
 
 
 def printed(*words: object) -> list[list[str]]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import rasa_ext
-from rasa_ext.train.model_loading import find_smollm2, load_model, load_tokenizer, save_model
+from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer, save_model
 
 TEXTS = (
     "The capital of France is Paris, and the capital of Italy is",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rasa_ext.cli.output import Overwrite, command, console, progress, progress_bar, table_of
+from rasa_ext.commands.output import Overwrite, command, console, progress, progress_bar, table_of
 
 if TYPE_CHECKING:
     from rasa_research.solver import CompressedLoras

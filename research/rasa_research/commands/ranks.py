@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rasa_ext.cli.output import command, console, progress, table_of
+from rasa_ext.commands.output import command, console, progress, table_of
 
 if TYPE_CHECKING:
     from rasa_research.ranks.planning import RankOptions, RankPlan
@@ -62,7 +62,7 @@ def ranks(
     ] = "auto",
 ) -> None:
     """Plan a rank for every block from the dimension of its hidden states, as GeLoRA does."""
-    from rasa_ext.train.data import Fields
+    from rasa_ext.commands.data import Fields
     from rasa_research.ranks import Pooling
     from rasa_research.ranks.planning import RankOptions, plan_ranks
 

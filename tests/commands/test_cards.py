@@ -1,0 +1,166 @@
+"""What cards say of a run, and of an import, and Trainer's own push."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from trl import SFTConfig
+
+import rasa_ext
+from rasa_ext.commands.checkpoints import checkpoints_in
+from rasa_ext.commands.options import FinetuneOptions
+from rasa_ext.commands.run import finetune
+from rasa_ext.commands.trainer import AdapterTrainer, dataset
+from tests.helpers.cli import invoke, load, logits
+from tests.helpers.hub import local_hub
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A folder with a base, data, and what a short run has written."""
+    folder = tmp_path_factory.mktemp("anna")
+    save_base(folder / "Tiny-LM")
+    for name, rows in (("train", sums(22)), ("test", sums(30)[22:])):
+        write_jsonl(folder / f"{name}.jsonl", rows)
+    options = FinetuneOptions(
+        model=str(folder / "Tiny-LM"),
+        data=str(folder / "train.jsonl"),
+        eval_data=str(folder / "test.jsonl"),
+        output=str(folder / "out"),
+        rank=4,
+        lr=3e-3,
+        max_steps=10,
+        batch_size=2,
+        grad_accum=2,
+        seed=5,
+    )
+    finetune(options, Console(file=io.StringIO()))
+    return folder
+
+
+def card(folder: Path) -> str:
+    return (folder / "README.md").read_text()
+
+
+def rows(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^\| ([^|`]+) \| ([^|]+) \|$", text, re.MULTILINE))
+
+
+def test_a_run_s_card_has_its_data_choices_and_figures(run):
+    text, summary = card(run / "out"), json.loads((run / "out" / "summary.json").read_text())
+    table = rows(text)
+    assert table["trained on"] == "`train.jsonl`, 22 rows"
+    assert table["held out"] == "`test.jsonl`, 8 rows"
+    assert table["steps"] == "10"
+    assert table["batch"] == "2 x 2 forward passes"
+    assert table["learning rate"].startswith("0.003, linear")
+    assert table["seed"] == "5"
+    assert table["dtype of the base"] == "float32"
+    assert table["trainable parameters"] == f"{summary['trainable']:,}"
+    losses = f"{summary['first_loss']:.4f} -> {summary['last_loss']:.4f}"
+    assert table["training loss"].startswith(losses)
+    held_out = f"{summary['eval_loss_before']:.4f} -> {summary['eval_loss']:.4f}"
+    assert table["held-out loss"] == held_out
+    assert f"{summary['tokens_per_s']:,.0f} tokens/s" in table["time in steps"]
+    assert str(run) not in text
+    assert "packing" not in table
+    assert "datasets" not in yaml.safe_load(text.split("---\n")[1])
+
+
+def test_checkpoints_have_no_card(run):
+    found = checkpoints_in(run / "out")
+    assert found
+    for _, checkpoint in found:
+        assert not (checkpoint / "README.md").exists()
+
+
+def test_no_file_of_a_run_that_is_pushed_has_a_path(run, tmp_path, monkeypatch):
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        invoke("push", run / "out", "me/sums", "--model", "owner/Tiny-LM")
+        pushed = hub.files("me/sums")
+    assert {"README.md", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= pushed.keys()
+    assert not [name for name, data in pushed.items() if str(run).encode() in data]
+
+
+def test_an_export_says_what_its_adapter_s_card_said(run, tmp_path):
+    text = invoke("export-lora", run / "out", "--output", tmp_path)
+    assert f"rasa={tmp_path}" in text or f"{tmp_path.name}={tmp_path}" in text
+    ours, its = rows(card(run / "out")), rows(card(tmp_path))
+    for name in ("trained on", "steps", "held-out loss"):
+        assert its[name] == ours[name]
+    assert str(run) not in card(tmp_path)
+    assert "vllm serve BASE_FOLDER" in card(tmp_path)
+
+
+def test_a_merged_model_s_card(run, tmp_path, monkeypatch):
+    invoke("merge", run / "out", "--output", tmp_path / "merged")
+    text = card(tmp_path / "merged")
+    assert rows(text)["held-out loss"] == rows(card(run / "out"))["held-out loss"]
+    assert rows(text)["base model"] == "`Tiny-LM`"
+    namespace: dict = {}
+    monkeypatch.chdir(tmp_path / "merged")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], namespace)
+    adapted = rasa_ext.load_adapter(load(run / "Tiny-LM"), run / "out")
+    torch.testing.assert_close(
+        logits(namespace["model"].eval()), logits(adapted), rtol=1e-4, atol=1e-4
+    )
+    assert "vllm serve . --dtype float32" in text
+    written = [*(tmp_path / "merged").iterdir()]
+    assert not [path.name for path in written if str(run).encode() in path.read_bytes()]
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        rasa_ext.push_to_hub(tmp_path / "merged", "me/merged", base_model="owner/Tiny-LM")
+        pushed = hub.files("me/merged")
+    told = pushed["README.md"].decode()
+    assert told.count('from_pretrained("me/merged")') == 2
+    head = yaml.safe_load(told.split("---\n")[1])
+    assert (head["base_model"], head["base_model_relation"]) == ("owner/Tiny-LM", "finetune")
+    assert "model.safetensors" in pushed
+
+
+def test_an_imported_lora_s_card_says_so(run, tmp_path):
+    lora = get_peft_model(make_model(), LoraConfig(r=3, target_modules=["q_proj"]))
+    lora.save_pretrained(tmp_path / "lora")
+    words = ["import-lora", tmp_path / "lora", "--model", run / "Tiny-LM"]
+    invoke(*words, "--output", tmp_path / "same")
+    assert "Computes the same function as the LoRA `lora` of rank 3." in card(tmp_path / "same")
+
+
+def test_a_trainer_that_pushes(tmp_path, monkeypatch):
+    """Trainer's own push: while it trains, and at the end with the card."""
+    tokenizer = make_tokenizer()
+    with local_hub(monkeypatch, tmp_path / "cache") as hub:
+        arguments = SFTConfig(
+            output_dir=str(tmp_path / "sums"),
+            max_steps=2,
+            save_steps=1,
+            push_to_hub=True,
+            report_to=[],
+            disable_tqdm=True,
+            bf16=False,
+        )
+        rows = [{"messages": [{"role": "user", "content": "a"}]}] * 4
+        trainer = AdapterTrainer(
+            make_model(),
+            arguments,
+            adapter=rasa_ext.RasaConfig(rank=4),
+            train_dataset=dataset(rows),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        trainer.push_to_hub()
+        pushed = hub.files("me/sums")
+        assert hub.messages[-1] == "End of training"
+        assert {"README.md", "adapter_config.json", "tokenizer.json"} <= pushed.keys()
+        assert not [name for name in pushed if name.startswith("checkpoint-")]
+        found = rasa_ext.load_adapter(make_model(), "me/sums")
+    ours = trainer.base_model.state_dict()
+    assert all(tensor.equal(ours[name]) for name, tensor in found.state_dict().items())

@@ -1,0 +1,426 @@
+"""The command: what it prints, what it writes, and that its files are read by others."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import rasa_ext
+from rasa_ext.commands import main
+from rasa_ext.commands import working as working_module
+from rasa_ext.commands.app import app
+from rasa_ext.commands.working import working
+from tests.helpers.cli import invoke, load, logits
+from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("cli") / "base")
+
+
+@pytest.fixture(scope="module")
+def tuned(base, tmp_path_factory) -> Path:
+    """An adapter, away from its start, whose config names the base."""
+    model = load(base)
+    rasa_ext.patch_model(model, rank=4, k=1)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in rasa_ext.adapter_parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    directory = tmp_path_factory.mktemp("cli") / "adapter"
+    rasa_ext.save_adapter(model, directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(base, tuned) -> torch.Tensor:
+    model = rasa_ext.load_adapter(load(base), tuned)
+    result = logits(model)
+    assert (result - logits(load(base))).abs().max() > 0.1
+    return result
+
+
+def test_merge_writes_a_standalone_model(base, tuned, expected, tmp_path):
+    text = invoke("merge", tuned, "--output", tmp_path / "merged")
+    assert re.search(r"the largest change of a weight is \d", text)
+    merged = load(tmp_path / "merged")
+    assert not any(isinstance(m, rasa_ext.RasaLinear) for m in merged.modules())
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (
+        tokenizer("what is")["input_ids"]
+        == AutoTokenizer.from_pretrained(base)("what is").input_ids
+    )
+
+
+def test_merge_in_another_dtype(base, tuned, tmp_path):
+    invoke("merge", tuned, "--model", base, "--output", tmp_path / "m", "--dtype", "bfloat16")
+    stored = load_file(tmp_path / "m" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_export_lora_is_read_by_peft_and_prints_how_to_serve_it(base, tuned, expected, tmp_path):
+    peft = pytest.importorskip("peft")
+    text = invoke("export-lora", tuned, "--output", tmp_path / "lora")
+    assert "LoRA of rank 5" in text  # r - k + L*k = 4 - 1 + 2*1
+    assert (
+        f"vllm serve {base} --dtype float32 --enable-lora --max-lora-rank 8 --max-loras 2 "
+        f"--lora-modules lora={tmp_path / 'lora'}" in text
+    )
+    model = peft.PeftModel.from_pretrained(load(base), str(tmp_path / "lora")).eval()
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_export_lora_at_a_given_rank(tuned, tmp_path):
+    assert "--max-lora-rank 16" in invoke(
+        "export-lora", tuned, "--output", tmp_path / "lora", "--pad-to", 16
+    )
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {t.shape[0] for name, t in stored.items() if "lora_A" in name} == {16}
+    text = invoke("export-lora", tuned, "--output", tmp_path / "wide", "--pad-to", 600)
+    assert "vLLM serves ranks up to 512" in text
+    assert "vllm serve" not in text
+
+
+def test_export_lora_of_a_bfloat16_base_leaves_the_dtype_to_vllm(tuned, tmp_path):
+    make_model().bfloat16().save_pretrained(tmp_path / "half")
+    text = invoke("export-lora", tuned, "--model", tmp_path / "half", "--output", tmp_path / "lora")
+    assert f"vllm serve {tmp_path / 'half'} --enable-lora" in text
+
+
+def test_export_lora_over_a_gguf_prints_llama_cpp_s_commands(tuned, tmp_path, monkeypatch):
+    from rasa_ext.commands import convert
+
+    monkeypatch.setattr(convert, "load_model", lambda name, dtype: make_model())
+    gguf = tmp_path / "m.Q4_1.gguf"
+    text = invoke("export-lora", tuned, "--model", gguf, "--output", tmp_path / "lora")
+    assert "vllm serve" not in text
+    assert f"convert_lora_to_gguf.py {tmp_path / 'lora'} --base BASE_FOLDER" in text
+    assert f"llama-server -m {gguf} --lora {tmp_path / 'lora'}.gguf --cache-ram 0" in text
+
+
+def test_export_lora_as_gguf_prints_the_server_alone(base, tuned, tmp_path, monkeypatch):
+    out = tmp_path / "lora"
+    words = ["export-lora", tuned, "--output", out, "--format", "gguf"]
+    text = invoke(*words)
+    assert f"convert_hf_to_gguf.py {base} --outfile {out}/base.gguf --outtype f32" in text
+    assert f"llama-server -m {out}/base.gguf --lora {out}/adapter.gguf --cache-ram 0" in text
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "adapter.gguf"]
+
+    from rasa_ext.commands import convert
+
+    monkeypatch.setattr(convert, "load_model", lambda name, dtype: make_model())
+    gguf = tmp_path / "m.Q4_1.gguf"
+    text = invoke(*words, "--model", gguf, "--overwrite")
+    assert "convert" not in text
+    assert f"llama-server -m {gguf} --lora {out}/adapter.gguf --cache-ram 0" in text
+
+
+def test_export_lora_for_mlx_tells_of_a_base_that_mlx_misreads(base, tuned, tmp_path):
+    out = tmp_path / "lora"
+    words = ["export-lora", tuned, "--output", out, "--format", "mlx"]
+    told = "has rope_parameters only"
+    text = invoke(*words)
+    assert f"mlx_lm.server --model {base} --adapter-path {out}" in text
+    assert told in text
+    shutil.copytree(base, tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_theta": 10000.0}))
+    assert told not in invoke(*words, "--model", tmp_path / "base", "--overwrite")
+
+
+def test_export_lora_at_a_lower_rank_prints_the_errors(base, tuned, tmp_path):
+    text = invoke("export-lora", tuned, "--output", tmp_path / "lora", "--rank", 2)
+    assert "LoRA of rank 2 in" in text
+    found = rasa_ext.export_error(rasa_ext.load_adapter(load(base), tuned), 2)
+    assert found.error > 0.1
+    for name, error in {**found.layers, "all": found.error}.items():
+        assert f" {name} {error:.3g} " in text
+    assert "--max-lora-rank 8" in text
+
+
+def test_export_lora_refuses_what_a_reader_would_drop(base, tmp_path):
+    model = rasa_ext.patch_model(load(base), rank=4, k=1, modules_to_save=["norm"])
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
+    words = ["export-lora", tmp_path / "adapter", "--output", tmp_path / "lora"]
+    text = invoke(*words, code=1)
+    assert "Error: model: expected an adapter that no reader takes in part" in text
+    assert "--allow-dropped" in text
+    assert not (tmp_path / "lora").exists()
+    with pytest.warns(UserWarning, match="llama.cpp takes the trained norms"):
+        assert "LoRA of rank 5" in invoke(*words, "--allow-dropped")
+
+
+def test_import_official(base, tuned, expected, tmp_path):
+    """The official layout, written out here by hand from the adapter's own tensors."""
+    official = tmp_path / "official"
+    official.mkdir()
+    model = rasa_ext.load_adapter(load(base), tuned)
+    tensors = {}
+    for name, layer in model.named_modules():
+        if not isinstance(layer, rasa_ext.RasaLinear):
+            continue
+        path = f"base_model.model.{name}"
+        tensors[f"{path}.rasa_A.weight"] = layer.A.detach()
+        tensors[f"{path}.rasa_B.weight"] = layer.B.detach().contiguous()
+        tensors[f"{path}.rasa_mixing.weight"] = layer.d.detach()
+        kind = name.split(".", 3)[3].replace(".", "__")
+        tensors[f"base_model.rasa_shared_A.{kind}.weight"] = layer.pool.A.detach().clone()
+        tensors[f"base_model.rasa_shared_B.{kind}.weight"] = layer.pool.B.detach().contiguous()
+    save_file(tensors, official / "adapter_model.safetensors")
+    kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    settings = {
+        "peft_type": "RASA", "r": 4, "rasa_k": 1, "rasa_alpha": 8, "rasa_dropout": 0.0,
+        "target_modules": kinds, "bias": "none", "base_model_name_or_path": str(base),
+    }  # fmt: skip
+    (official / "adapter_config.json").write_text(json.dumps(settings))
+    invoke("import-official", official, "--output", tmp_path / "ours")
+    ours = rasa_ext.load_adapter(load(base), tmp_path / "ours")
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_inspect_an_adapter_needs_no_base(tuned, tmp_path):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        text = (tuned / name).read_bytes()
+        (alone / name).write_bytes(text)
+    config = json.loads((alone / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "/nowhere"
+    (alone / "adapter_config.json").write_text(json.dumps(config))
+    text = invoke("inspect", alone)
+    assert "peft_type RASA" in text
+    assert "rasa_k 1" in text
+    # L, out x in, private, pooled, R, parameters: 2 layers of 3 + 1 ranks and two d of 5
+    assert "model.layers.*.self_attn.q_proj 2 32 x 32 3 2 5 522" in text
+    assert "model.layers.*.mlp.down_proj 2 32 x 48 3 2 5 650" in text
+    stored = load_file(alone / "adapter_model.safetensors")
+    assert f"{sum(t.numel() for t in stored.values()):,} parameters" in text
+    assert f"{(alone / 'adapter_model.safetensors').stat().st_size:,} bytes" in text
+
+
+def test_inspect_another_kind_of_adapter(tuned, tmp_path):
+    invoke("export-lora", tuned, "--output", tmp_path / "lora")
+    text = invoke("inspect", tmp_path / "lora")
+    assert "peft_type LORA" in text
+    assert "lora_A.weight (5, 32)" in text
+
+
+def test_inspect_a_model_shows_what_would_be_trained(base):
+    text = invoke("inspect", base, "--rank", 4, "--k", 2)
+    model = make_model()
+    rasa_ext.patch_model(model, rank=4, k=2)
+    report = rasa_ext.summary(model)
+    for row in report:
+        assert f"{row.pattern} {row.L} {row.shape[0]} x {row.shape[1]} {row.R}" in text
+    assert f"{report.trainable:,} of {report.total:,} parameters would be trained" in text
+    assert "left out: lm_head" in text
+
+
+def test_env_says_which_kernels_are_in_use_and_why():
+    text = invoke("env")
+    assert f"torch {torch.__version__}" in text
+    assert rasa_ext.cuda_status() in text
+
+
+def config_run(tmp_path: Path, base: Path, values: dict, *words: object) -> dict:
+    """finetune with a YAML file and more words; the options it recorded."""
+    data = write_jsonl(tmp_path / "train.jsonl", sums(4))
+    output = tmp_path / "out"
+    lines = [f"{key}: {json.dumps(value)}" for key, value in values.items()]
+    (tmp_path / "run.yaml").write_text("\n".join([f"model: {base}", f"data: {data}", *lines]))
+    invoke("finetune", "--config", tmp_path / "run.yaml", "--output", output, *words)
+    import yaml
+
+    return yaml.safe_load((output / "finetune.yaml").read_text())
+
+
+def test_the_command_line_overrides_the_file_and_the_file_the_defaults(base, tmp_path):
+    values = {
+        "rank": 4,
+        "alpha": 16,
+        "batch-size": 2,  # either spelling
+        "seq_len": 64,
+        "lr": "1e-3",  # YAML reads a bare 1e-3 as a string, too
+        "max_steps": 3,
+        "gradient_checkpointing": True,
+        "target_modules": ["q_proj", "v_proj"],
+        "k": None,
+    }
+    used = config_run(tmp_path, base, values, "--rank", 2, "--max-steps", 1)
+    assert (used["rank"], used["max_steps"]) == (2, 1)  # from the command line
+    assert (used["alpha"], used["batch_size"], used["seq_len"]) == (16.0, 2, 64)
+    assert (used["lr"], used["gradient_checkpointing"]) == (1e-3, True)
+    assert used["target_modules"] == "q_proj,v_proj"
+    assert (used["k"], used["dropout"], used["grad_accum"]) == (None, 0.0, 1)  # defaults
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("k: 1\nrnak: 4", r"run.yaml, line 2: unknown key 'rnak'; did you mean 'rank'\?"),
+        ("learning_rate: 1", r"unknown key 'learning_rate'; did you mean 'lr'\?"),
+        ("zebra: 4", r"unknown key 'zebra'; known are alpha, batch_size"),
+        ("config: other.yaml", r"unknown key 'config'"),
+        ("rank: [1, 2]", r"rank: expected a single value, got list"),
+        ("- rank", r"expected a mapping of option names to values, got list"),
+        ("a: b: c", r"expected YAML, but it does not parse"),
+        ("# a comment\nrank: many", r"run.yaml, line 2: rank: expected int, got 'many'"),
+        ("rank: 2.5", r"line 1: rank: expected int, got 2.5"),
+        ("rank: true", r"line 1: rank: expected int, got True"),
+        ("packing: 1", r"line 1: packing: expected bool, got 1"),
+    ],
+)
+def test_a_bad_config_file_names_the_key(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    words = ["finetune", "--config", str(path), "--model", "m", "--data", "d"]
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "1000", "TERMINAL_WIDTH": "1000"})
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.output.split())), result.output
+
+
+def test_options_as_other_trainers_call_them():
+    for word, meant in {"--learning-rate": "--lr", "--lora_alpha=8": "--alpha"}.items():
+        text = invoke("finetune", "--model", "m", "--data", "d", word, "1", code=2)
+        assert f"No such option: {word.partition('=')[0]}; did you mean {meant}?" in text
+
+
+def test_a_missing_config_file(tmp_path):
+    text = invoke("finetune", "--config", tmp_path / "none.yaml", code=2)
+    assert "none.yaml" in text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["merge", "nowhere", "--output", "o"],
+            "adapter: expected an adapter's directory, but nowhere does",
+        ),
+        (
+            ["inspect", "data.jsonl"],
+            "expected an adapter's directory, but data.jsonl is a file. To",
+        ),
+        (["inspect", "tuned/adapter_config.json"], "config.json is a file; did you mean tuned?"),
+        (["merge", "tuned", "--output", "o"], "tuned/adapter_config.json names this base; --mode"),
+        (["generate", "tuned", "--prompt", "x"], "config.json names this base; --model says where"),
+        (["inspect", "./nowhere"], "expected an adapter's directory, but nowhere does not exist"),
+        (["finetune", "--model", "m", "--data", "no.jsonl"], "data: the file no.jsonl"),
+    ],
+)
+def test_errors_are_one_sentence_and_exit_code_1(
+    monkeypatch, tmp_path, base, tuned, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.jsonl").touch()
+    shutil.copytree(tuned, tmp_path / "tuned")
+    path = tmp_path / "tuned" / "adapter_config.json"
+    elsewhere = {**json.loads(path.read_text()), "base_model_name_or_path": "elsewhere/base"}
+    path.write_text(json.dumps(elsewhere))
+    words = [str(base) if word == "m" else word for word in words]
+    text = invoke(*words, code=1)
+    assert message in text.partition("Error: ")[2]
+    assert "Traceback" not in text
+
+
+def test_an_adapter_for_another_model(tuned, tmp_path):
+    other = save_base(tmp_path / "other", head_dim=16)
+    text = invoke("merge", tuned, "--model", other, "--output", tmp_path / "m", code=1)
+    said = text.partition("the adapter does not fit the model. ")[2]
+    assert said.startswith("Load it into the model that it was trained on")
+    assert said.count("rasa_") == 2  # of all the tensors
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.fixture(scope="module")
+def with_code(base, tuned, tmp_path_factory) -> Path:
+    """A base and an adapter's tokenizer whose configurations name code, which leaves a mark."""
+    folder = tmp_path_factory.mktemp("code")
+    for name in ("base", "tokenizer"):
+        shutil.copytree(base if name == "base" else tuned, folder / name)
+        (folder / name / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\n")
+    path = folder / "base" / "config.json"
+    names = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    path.write_text(json.dumps({"model_type": "mine", "auto_map": names}))
+    own = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}}
+    (folder / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(own))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["merge", "tuned", "--model", "code/base", "--output", "out"],
+        ["generate", "code/tokenizer", "--prompt", "x"],
+        ["finetune", "--model", "code/base", "--data", "data", "--output", "out"],
+        ["inspect", "--model", "code/base"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_code_that_comes_with_a_model_is_not_run(words, with_code, base, tuned, tmp_path):
+    places = {
+        "tuned": tuned,
+        "base": base,
+        "code/base": with_code / "base",
+        "code/tokenizer": with_code / "tokenizer",
+        "out": tmp_path / "out",
+        "data": write_jsonl(tmp_path / "train.jsonl", sums(4)),
+    }
+    words = [str(places.get(word, word)) for word in words]
+    result = CliRunner().invoke(app, words, input="y\n" * 9, env={"COLUMNS": "200"})
+    assert not (with_code / "ran").exists()
+    assert result.exit_code == 1, result.output
+    text = " ".join(result.output.split())
+    assert re.search(r"Error: model: '\S+' wants to run Python code that comes with it", text)
+    assert "trust_remote_code" not in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_never_overwritten_by_its_own_conversion(tuned):
+    text = invoke("merge", tuned, "--output", tuned, code=1)
+    assert "output: expected another directory" in text
+
+
+def test_missing_packages_are_named_with_how_to_install_them(monkeypatch, capsys):
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "typer" else find(name)
+    )
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "typer" in lines[0]
+    assert 'pip install "rasa-ext[train]"' in lines[0]
+
+
+def test_what_takes_long_gives_a_sign_of_life(monkeypatch):
+    monkeypatch.setattr(working_module, "_EVERY", 0.001)
+    text = io.StringIO()
+    with working(Console(file=text, width=80), "Loading [x]"):
+        while "Loading [x]: 0 s\n" not in text.getvalue():
+            time.sleep(0.001)
+    assert text.getvalue().startswith("Loading [x] ...\n")
+
+
+def test_merge_and_export_say_what_they_do(tuned, tmp_path):
+    assert f"Merging {tuned} ..." in invoke("merge", tuned, "--output", tmp_path / "merged")
+    assert f"Exporting {tuned} ..." in invoke("export-lora", tuned, "--output", tmp_path / "lora")

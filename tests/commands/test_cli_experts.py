@@ -1,0 +1,149 @@
+"""The commands about files, over a mixture of experts: sizes, layouts, one line a group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import rasa_ext
+from rasa_ext.commands import convert
+from rasa_ext.commands.contents import read_adapter
+from tests.helpers.cli import invoke, load
+from tests.helpers.expert_files import RANK, adapted, build, logits
+from tests.helpers.experts import EXPERTS, HIDDEN, INNER
+from tests.helpers.tiny_lm import make_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+
+GROUPINGS = {"slot": 1, "layer": 1, "shared": RANK}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """A base, and an adapter of each grouping; that of "shared" is pool-only."""
+    folder = tmp_path_factory.mktemp("experts")
+    build("mixtral").save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    base = load(folder / "base")
+    for grouping, k in GROUPINGS.items():
+        rasa_ext.save_adapter(adapted(base, grouping, k), folder / grouping)
+    return {name: folder / name for name in ("base", *GROUPINGS)}
+
+
+def size_of(lora: Path) -> float:
+    return sum(t.nbytes for t in load_file(lora / "adapter_model.safetensors").values()) / 2**20
+
+
+@pytest.mark.parametrize("layout", [None, "peft"])
+def test_export_for_peft(layout, places, tmp_path, recwarn):
+    words = [] if layout is None else ["--experts", layout]
+    text = invoke("export-lora", places["slot"], "--output", tmp_path / "lora", *words)
+    assert f"The LoRA takes {size_of(tmp_path / 'lora'):.2f} MiB." in text
+    assert text.index("The LoRA takes") < text.index("LoRA of rank 4 in")
+    assert "PEFT loads it, and vLLM where it keeps a model's experts in three dimensions" in text
+    assert "vllm serve" not in text
+    warned = [str(w.message) for w in recwarn if "--experts per-expert" in str(w.message)]
+    assert len(warned) == (layout is None)
+    loaded = peft.PeftModel.from_pretrained(load(places["base"]), str(tmp_path / "lora")).eval()
+    model = rasa_ext.load_adapter(load(places["base"]), places["slot"])
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
+
+
+def test_export_for_servers(places, tmp_path):
+    words = ["export-lora", places["layer"], "--output", tmp_path / "lora"]
+    text = invoke(*words, "--experts", "per-expert")
+    assert f"vllm serve {places['base']} --dtype float32 --enable-lora --max-lora-rank 8" in text
+    names = {
+        key.split(".lora_")[0] for key in load_file(tmp_path / "lora/adapter_model.safetensors")
+    }
+    assert "base_model.model.model.layers.1.block_sparse_moe.experts.4.w2" in names
+
+
+def test_export_for_sglang(places, tmp_path):
+    lora = tmp_path / "lora"
+    text = invoke("export-lora", places["shared"], "--output", lora, "--experts", "shared-outer")
+    assert "vllm serve" not in text
+    assert (
+        f"python -m sglang.launch_server --model-path {places['base']} --enable-lora "
+        f"--max-lora-rank {2 * RANK} --experts-shared-outer-loras --lora-paths lora={lora}" in text
+    )
+    text = invoke("export-lora", places["slot"], "--output", tmp_path / "no", "--experts",
+                  "shared-outer", code=1)  # fmt: skip
+    assert "Error: experts: expected experts that read one pool" in text
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_large_export_asks(places, tmp_path, monkeypatch):
+    """A LoRA of linear layers alone does not."""
+    monkeypatch.setattr(convert, "LARGE", 1000)
+    words = ["export-lora", places["slot"], "--output", tmp_path / "lora", "--experts", "peft"]
+    text = invoke(*words, code=1)
+    assert text.index("The LoRA takes") < text.index("Error: yes: the LoRA would take")
+    assert "nothing was written; pass --yes to write it, use `rasa-ext merge` instead or" in text
+    assert "--experts shared-outer" in text
+    assert not list(tmp_path.iterdir())
+    assert "LoRA of rank 4" in invoke(*words, "--yes")
+    with pytest.warns(UserWarning, match="untouched"):
+        linear = rasa_ext.patch_model(load(places["base"]), 3, 1)
+    rasa_ext.save_adapter(linear, tmp_path / "adapter")
+    text = invoke("export-lora", tmp_path / "adapter", "--output", tmp_path / "linear")
+    assert "vllm serve" in text
+
+
+def test_the_limit_is_a_gib():
+    assert convert.LARGE == 1024**3
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_inspect_has_a_line_for_each_group(grouping, places):
+    contents = read_adapter(places[grouping])
+    stacked = [group for group in contents.groups if group.experts]
+    assert [group.layers for group in stacked] == ([1] * 4 if grouping == "layer" else [2, 2])
+    for group in stacked:
+        up = "gate_up" in group.pattern
+        assert group.shape == ((2 * INNER, HIDDEN) if up else (HIDDEN, INNER))
+        assert group.experts == EXPERTS
+        assert group.private == RANK - GROUPINGS[grouping]
+        assert group.pooled == {"slot": 2, "layer": EXPERTS, "shared": 2 * RANK}[grouping]
+    assert not contents.other
+    assert sum(group.parameters for group in contents.groups) == contents.parameters
+    text = invoke("inspect", places[grouping])
+    assert f"rasa_experts {grouping}" in text
+    assert text.count(f"{EXPERTS} x {2 * INNER} x {HIDDEN}") == (2 if grouping == "layer" else 1)
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_inspect_shows_spectra(grouping, places, tmp_path):
+    text = invoke("inspect", places[grouping], "--spectrum", "--output", tmp_path)
+    assert f"{EXPERTS} x {HIDDEN} x {INNER}" in text
+    assert "Means over layers and experts. Pictures:" in text
+    for name in ("spectrum.png", "pool.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    invoke("inspect", "--compare", places[grouping], places["slot"])
+
+
+def test_inspect_plans_experts(places):
+    text = invoke("inspect", places["base"], "--rank", 3, "--k", 1, "--experts", "slot")
+    adapter = read_adapter(places["slot"])
+    assert f"5 x {2 * INNER} x {HIDDEN} 4" in text
+    assert f"{adapter.parameters:,} of" in text
+    assert "experts: expected" in invoke("inspect", places["base"], "--experts", "all", code=1)
+
+
+def test_import_official(places, tmp_path):
+    """The official layout, written out from an adapter of single experts."""
+    from tests.checkpoint.test_official_experts import assert_loaded, official, write
+
+    found = official("mixtral", 1, ["w1", "w2", "w3"], dtype=torch.float32)
+    write(tmp_path / "official", found, 1, ["q_proj", "w1", "w2", "w3"], dtype="float32")
+    invoke("import-official", tmp_path / "official", "--model", places["base"], "--output",
+           tmp_path / "ours")  # fmt: skip
+    model = rasa_ext.load_adapter(load(places["base"]), tmp_path / "ours")
+    assert_loaded(model, "mixtral", found)
+    trained = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
+    contents = read_adapter(tmp_path / "ours")  # which has the integers "slots" beside
+    assert contents.parameters == trained == sum(group.parameters for group in contents.groups)

@@ -1,0 +1,165 @@
+"""What the commands do where files cannot, or should not, be written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+import rasa_ext
+from rasa_ext.commands.app import app
+from tests.helpers import oracle
+from tests.helpers.adapters import adapters, patched
+from tests.helpers.cli import invoke, load
+from tests.helpers.file_limit import file_limit
+from tests.helpers.tiny_lm import save_base
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> dict[str, Path]:
+    """What the commands read: a base, an adapter, a LoRA, an official one."""
+    folder = tmp_path_factory.mktemp("files")
+    save_base(folder / "base")
+    model = patched(load(folder / "base"), 4, 1)
+    rasa_ext.save_adapter(model, folder / "adapter")
+    rasa_ext.export_lora(model, folder / "lora")
+    found = adapters(model)
+    oracle.write_official(
+        folder / "official",
+        oracle.official_tensors(found),
+        rank=4,
+        k=1,
+        alpha=8,
+        target_modules=sorted({name.rpartition(".")[2] for name in found}),
+    )
+    return {path.name: path for path in folder.iterdir()}
+
+
+COMMANDS = {
+    "merge": ["merge", "adapter"],
+    "export-lora": ["export-lora", "adapter"],
+    "import-official": ["import-official", "official", "--model", "base"],
+    "import-lora": ["import-lora", "lora"],
+}
+
+
+def run(command: str, places: dict[str, Path], output: Path, *more: object, code: int = 0) -> str:
+    words = [places.get(word, word) for word in COMMANDS[command]]
+    return invoke(*words, "--output", output, *more, code=code)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk(command, places, tmp_path):
+    output = tmp_path / "a" / "out"
+    with file_limit(4000):
+        text = run(command, places, output, code=1)
+    assert f"Error: {output}: cannot be written, since a file would be too large" in text
+    assert "nothing was left there; raise the limit (ulimit -f) or choose another folder." in text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_output_that_holds_files(command, places, tmp_path):
+    output = tmp_path / "out"
+    run(command, places, output)
+    before = content(output)
+    text = run(command, places, output, code=1)
+    assert f"output: expected a new folder or an empty one, but {output} holds files" in text
+    assert "--overwrite" in text
+    assert content(output) == before
+    run(command, places, output, "--overwrite")
+    assert set(content(output)) == set(before)
+    (output / "notes.txt").write_text("mine")
+    before = content(output)
+    with file_limit(4000):
+        text = run(command, places, output, "--overwrite", code=1)
+    assert "whole" in text
+    assert content(output) == before
+
+
+def test_an_output_without_permission_is_found_before_the_work(places, tmp_path, monkeypatch):
+    from rasa_ext.checkpoint import writing
+    from rasa_ext.commands import convert
+
+    monkeypatch.setattr(writing, "_may_write", lambda _: False)  # root may, everywhere
+    monkeypatch.setattr(convert, "load_model", None)
+    for command in ("merge", "export-lora", "import-official"):
+        text = run(command, places, tmp_path / "out", code=1)
+        assert "this user has no permission; nothing was written; change the permissions" in text
+
+
+def test_a_file_where_the_output_goes(places, tmp_path):
+    (tmp_path / "out").touch()
+    for command in COMMANDS:
+        assert "a file stands where a folder goes" in run(command, places, tmp_path / "out", code=1)
+
+
+def test_the_base_is_never_overwritten(places):
+    before = content(places["base"])
+    for command in ("merge", "export-lora", "import-official"):
+        text = run(command, places, places["base"], "--overwrite", code=1)
+        assert "output: expected another directory than that of what it is made from" in text
+    assert content(places["base"]) == before
+
+
+def test_a_merged_model_may_be_read_by_whom_the_umask_lets(places, tmp_path):
+    usual = os.umask(0o022)
+    try:
+        run("merge", places, tmp_path / "out")
+    finally:
+        os.umask(usual)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(AutoTokenizer.from_pretrained(places["base"])), "save_pretrained",
+                        interrupted)  # fmt: skip
+    assert run("merge", places, tmp_path / "out", code=130).endswith("Interrupted.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_cannot_be_written(places, tmp_path):
+    with file_limit(4000):
+        text = invoke("inspect", places["adapter"], "--spectrum", "--output", tmp_path, code=1)
+    picture = tmp_path / "spectrum.png"
+    assert f"Error: {picture}: cannot be written" in text
+    assert f"the adapter in {places['adapter']} is whole" in text
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "out/x"), "out/x: cannot be written"),
+        (RuntimeError("basic_ios::clear: iostream error"), "the disk may be full"),
+        (PermissionError(errno.EACCES, "Permission denied", "base"), "base: permission denied."),
+    ],
+)
+def test_what_no_command_expected(error, said, monkeypatch):
+    """As from a checkpoint in Trainer's hands."""
+    from rasa_ext.commands import contents as inspection
+
+    def failing(_):
+        raise error
+
+    monkeypatch.setattr(inspection, "is_adapter", failing)
+    text = invoke("inspect", "anything", code=1)
+    assert "Error: " in text
+    assert said in text
+
+
+def test_another_error_keeps_its_traceback(monkeypatch):
+    from rasa_ext.commands import contents as inspection
+
+    monkeypatch.setattr(inspection, "is_adapter", lambda _: 1 / 0)
+    assert isinstance(CliRunner().invoke(app, ["inspect", "x"]).exception, ZeroDivisionError)

