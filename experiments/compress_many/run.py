@@ -22,11 +22,11 @@ import torch
 import rasa_ext
 from benchmarks.harness import machine
 from benchmarks.records import table as markdown
+from experiments.hashes import hash_chain, hash_hop
 from experiments.table import Table
 from experiments.tasks import make_task
 from experiments.training import Recipe, Row, Run, encoded
 from rasa_ext.checkpoint.files import PREFIX, write_adapter
-from rasa_ext.commands.hashes import hash_chain, hash_hop
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 from rasa_research import solver
 

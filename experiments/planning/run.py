@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 
 from benchmarks.harness import machine
 from experiments.compare.methods import prepared
+from experiments.hashes import hash_chain, hash_hop
 from experiments.table import Table
 from experiments.training import Recipe, Row, Run, encoded, mean_loss
 from rasa_ext.analysis import GroupAnalysis, analyze, analyze_lora
-from rasa_ext.commands.hashes import hash_chain, hash_hop
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results"

@@ -31,7 +31,7 @@ from tests.helpers import lora_server, oracle, tiny_lm
 from tests.helpers.adapters import adapters, patched, trainable_copies
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "examples")]  # the latter for pages that copy one
 
 import pictures  # noqa: E402
 

@@ -7,8 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 import rasa_ext
+from examples.served_adapter import ServedAdapter
 from rasa_ext.commands.models import load_model
-from rasa_ext.commands.served_adapter import ServedAdapter
 from tests.helpers.lora_server import log_probabilities
 from tests.readers.conftest import TEXTS, fill
 from tests.readers.servers import served as serving

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from rasa_ext.commands.hashes import hash_hop
+from experiments.hashes import hash_hop
 from rasa_research.ranks import block_ranks, hidden_dimensions, rank_pattern
 from tests.helpers.cli import invoke, load
 from tests.helpers.tiny_lm import make_tokenizer, save_base, write_jsonl

@@ -9,8 +9,8 @@ import torch
 from transformers import TrainerCallback
 
 import rasa_ext
-from rasa_ext.commands import served_adapter
-from rasa_ext.commands.served_adapter import ServedAdapter, ServerError
+from examples import served_adapter
+from examples.served_adapter import ServedAdapter, ServerError
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapters, patched, randomize, same_bits
 from tests.helpers.lora_server import log_probabilities, serving
@@ -257,7 +257,7 @@ def test_counts_below_one(argument):
 
 
 def test_an_unpatched_model_is_refused(server, tmp_path):
-    with pytest.raises(ValueError, match="adapter_name: expected one of"):
+    with pytest.raises(ValueError, match="model: expected a model that rasa_ext.patch_model"):
         ServedAdapter(server.address, tmp_path).send(make_model(), 0)
     assert not server.requests
 

@@ -1,6 +1,7 @@
-"""ServedAdapter: the adapter in training on a server, for trainers that learn from its completions.
+"""ServedAdapter: a vLLM server that follows an adapter in training, for TRL's GRPOTrainer.
 
-Only the adapter travels, as an exact LoRA. The server keeps its base.
+Only the adapter travels, as an exact LoRA. The server keeps its base. Copy this file beside your
+script; docs/rl.md shows the use.
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
 import rasa_ext
 import rasa_ext.peft
-from rasa_ext.checkpoint.writing import new_folder
-from rasa_ext.patching.state import is_patched
 
 _PASSING = (502, 503, 504)
 """What a server answers while it starts, or a proxy before it."""
@@ -59,7 +59,7 @@ class ServedAdapter(TrainerCallback):
         OSError: while training, a LoRA cannot be written; the server then keeps the one before.
 
     Example:
-        >>> from rasa_ext.commands.served_adapter import ServedAdapter
+        >>> from served_adapter import ServedAdapter
         >>> served = ServedAdapter("http://localhost:8000", "adapters")
         >>> served.served is None  # until training begins
         True
@@ -124,14 +124,15 @@ class ServedAdapter(TrainerCallback):
         """
         name, before = f"{self._prefix}-{step}", self.served
         folder = self.directory.resolve() / name
-        with new_folder(folder, "the LoRA before is whole") as unfinished:
-            if is_patched(model):  # the reader is known: what others leave out is no matter
-                rasa_ext.export_lora(model, unfinished, allow_dropped=True, card=None)
-            else:
-                rasa_ext.peft.export_lora(
-                    model, unfinished, self.adapter_name, allow_dropped=True, card=None
-                )
+        folder.mkdir(parents=True)
         try:
+            # The reader is known: what other readers leave out does not matter.
+            if isinstance(model, PeftModel):
+                rasa_ext.peft.export_lora(
+                    model, folder, self.adapter_name, allow_dropped=True, card=None
+                )
+            else:
+                rasa_ext.export_lora(model, folder, allow_dropped=True, card=None)
             self._load(name, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
