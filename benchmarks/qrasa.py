@@ -29,7 +29,7 @@ from benchmarks import harness
 from benchmarks.model import resident
 from experiments.training import collate, encoded
 from rasa_ext.base_layers.quantized import format_of, stored_bytes
-from rasa_ext.commands.course import INSTRUCTION
+from rasa_ext.commands.demo import INSTRUCTION
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 from rasa_ext.commands.problems import make_problems
 

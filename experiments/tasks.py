@@ -10,8 +10,8 @@ from typing import Any
 
 from experiments import docstrings
 from experiments.training import IGNORE, Row, encoded, products_in
-from rasa_ext.commands.course import conversation
-from rasa_ext.commands.measure import exact_match, greedy_answers
+from rasa_ext.commands.demo import conversation
+from rasa_ext.commands.measuring import exact_match, greedy_answers
 from rasa_ext.commands.problems import make_problems
 
 NAMES = ("maths", "docstrings")

@@ -24,7 +24,7 @@ from experiments.compare.config import (
 )
 from experiments.compare.run import COLUMNS
 from experiments.table import Table
-from rasa_ext.commands.plots import new_figure
+from rasa_research.solver.plots import new_figure
 
 Row = Mapping[str, str]
 REFERENCE = "lora-r8"

@@ -10,7 +10,7 @@ from benchmarks.records import table as markdown
 from experiments.reconstruction.finetune import RESULTS
 from experiments.reconstruction.reconstruct import COLUMNS, CURVE, INITS, LONG, RANKS, SWEEP, Key
 from experiments.table import Table
-from rasa_ext.commands.plots import panels_for
+from rasa_research.solver.plots import panels_for
 
 Curves = dict[Key, dict[int, float]]
 """Of every run: error over LoRA's exact minimum, by iteration."""

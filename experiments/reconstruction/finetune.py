@@ -22,8 +22,8 @@ import torch
 from benchmarks.harness import machine
 from experiments.tasks import Task, make_task, solved
 from experiments.training import Recipe, Run, mean_loss
-from rasa_ext.commands.memory import peak_memory
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer, save_model
+from rasa_ext.commands.results import peak_memory
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights"

@@ -1,4 +1,4 @@
-"""The commands, put together. Each module parses the options of one, prints, and does the work."""
+"""The commands, put together: a module a verb, and those of installed packages."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Annotated
 import typer
 
 from rasa_ext import __version__
-from rasa_ext.commands.adapters import export_lora, import_lora, import_official, merge
-from rasa_ext.commands.config_file import Command
 from rasa_ext.commands.demo import demo
 from rasa_ext.commands.env import env
 from rasa_ext.commands.evaluate import evaluate
+from rasa_ext.commands.export_lora import export_lora
 from rasa_ext.commands.finetune import finetune
 from rasa_ext.commands.generate import generate
-from rasa_ext.commands.inspect import inspect
+from rasa_ext.commands.import_lora import import_lora
+from rasa_ext.commands.import_official import import_official
+from rasa_ext.commands.inspection import inspect
+from rasa_ext.commands.merge import merge
 from rasa_ext.commands.push import push
 
 app = typer.Typer(
@@ -26,23 +28,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_COMMANDS = (
-    finetune,
-    evaluate,
-    generate,
-    merge,
-    export_lora,
-    import_lora,
-    import_official,
-    push,
-    inspect,
-    env,
-    demo,
-)
-for _command in _COMMANDS:
-    app.command(cls=Command)(_command)
+_FILES = (merge, export_lora, import_lora, import_official, push, inspect)
+for _command in (finetune, evaluate, generate, *_FILES, env, demo):
+    app.command()(_command)
 for _announced in entry_points(group="rasa_ext.commands"):  # of installed packages
-    app.command(_announced.name, cls=Command)(_announced.load())
+    app.command(_announced.name)(_announced.load())
 
 
 def _print_version(wanted: bool) -> None:

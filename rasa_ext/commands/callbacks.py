@@ -1,4 +1,4 @@
-"""Trainer callbacks: progress lines, metrics.jsonl, and a stop that can be resumed."""
+"""Trainer callbacks: metrics.jsonl and progress lines, and a stop that can be resumed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import TrainerCallback
 
-_SILENCE = 5.0
-"""Seconds after which a line is due, where there is no live one."""
+_SILENCE = 5.0  # seconds after which a line is due
 
 
 class TrainingDiverged(ValueError):
@@ -23,38 +21,24 @@ class TrainingDiverged(ValueError):
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends a JSON object to metrics.jsonl for every step and every evaluation.
+    """Appends a JSON object to metrics.jsonl for every step and every evaluation, and shows some.
 
     A step has `step`, `epoch`, `loss`, `lr`, `grad_norm`, `tokens` (without padding), `seconds`
     (of the step alone: neither evaluations nor saving) and `tokens_per_s`; an evaluation has
     `step` and `eval_loss`. On a resume, lines after the checkpoint's step are dropped first.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, console: Console, held_out: int = 0) -> None:
         self.path = path
+        self.console = console
+        self.held_out = held_out  # how many examples
         self.rows: list[dict[str, Any]] = []
-        self._began = 0.0
-        self._seen = 0
+        self._began = self._shown = 0.0
+        self._seen = self._first = 0
 
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        """The rows of steps, those before a resume too."""
-        return [row for row in self.rows if "loss" in row]
-
-    @property
-    def held_out(self) -> list[float]:
-        """The held-out losses, in order."""
-        return [row["eval_loss"] for row in self.rows if "eval_loss" in row]
-
-    @property
-    def seconds(self) -> float:
-        """Time in steps, of all runs."""
-        return sum(row.get("seconds", 0.0) for row in self.rows)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens without padding, of all runs."""
-        return sum(row.get("tokens", 0) for row in self.rows)
+    def values(self, name: str) -> list[Any]:
+        """Those of one figure, in order, from before a resume too."""
+        return [row[name] for row in self.rows if name in row]
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Keep what an earlier part of this run wrote up to here."""
@@ -62,7 +46,9 @@ class MetricsCallback(TrainerCallback):
             self.rows = [r for r in read_metrics(self.path) if r["step"] <= state.global_step]
         text = "".join(json.dumps(row) + "\n" for row in self.rows)
         self.path.write_text(text, encoding="utf-8")
-        self._seen = state.num_input_tokens_seen
+        self._seen, self._first = state.num_input_tokens_seen, state.global_step
+        if args.eval_on_start:
+            self._announce(0)
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the step's clock."""
@@ -70,8 +56,8 @@ class MetricsCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Stop the step's clock."""
-        self._step_seconds = time.perf_counter() - self._began
-        self._step_tokens = state.num_input_tokens_seen - self._seen
+        self._seconds = time.perf_counter() - self._began
+        self._tokens = state.num_input_tokens_seen - self._seen
         self._seen = state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -83,9 +69,9 @@ class MetricsCallback(TrainerCallback):
                 "loss": logs["loss"],
                 "lr": logs.get("learning_rate"),
                 "grad_norm": logs.get("grad_norm"),
-                "tokens": self._step_tokens,
-                "seconds": self._step_seconds,
-                "tokens_per_s": self._step_tokens / max(self._step_seconds, 1e-9),
+                "tokens": self._tokens,
+                "seconds": self._seconds,
+                "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
             }
         elif "eval_loss" in logs:
             row["eval_loss"] = logs["eval_loss"]
@@ -99,101 +85,32 @@ class MetricsCallback(TrainerCallback):
         self.rows.append(row)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        self._show(row, state, control)
 
-
-class EvaluationProgress(TrainerCallback):
-    """Counts the batches of an evaluation, in a line whenever the last is a few seconds old."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._batches = 0
-        self._last = time.perf_counter()
-
-    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        """Count a batch."""
-        self._batches += 1
-        self._show(f"held-out loss: batch {self._batches} of {len(eval_dataloader)}")
-
-    def _show(self, text: str) -> None:
-        if time.perf_counter() - self._last >= _SILENCE:
-            self._print(text)
-
-    def _print(self, text: str) -> None:
-        self.console.print(text)
-        self._last = time.perf_counter()
-
-
-class ProgressCallback(EvaluationProgress):
-    """A live line on a terminal; elsewhere a line whenever the last is a few seconds old."""
-
-    def __init__(self, console: Console, metrics: MetricsCallback, examples: int | None) -> None:
-        super().__init__(console)
-        self.metrics = metrics
-        self.examples = examples
-        """How many are held out, if any."""
-        self._bar: Progress | None = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        """Open the line."""
-        self._first = state.global_step
-        if args.eval_on_start:
-            self._announce(state)
-        if not self.console.is_terminal:
+    def _show(self, row: dict[str, Any], state: Any, control: Any) -> None:
+        """Print an evaluation, and a step if it is the first, the last, or a line is due."""
+        step, steps = row["step"], state.max_steps
+        if "eval_loss" in row:
+            self.console.print(f"step {step}: held-out loss {row['eval_loss']:.4f}")
             return
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-        self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console)
-        self._task = self._bar.add_task(
-            "training", total=state.max_steps, completed=state.global_step, text=""
-        )
-        self._bar.start()
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        """Show the newest row of the metrics, which come first in the list of callbacks."""
-        row = self.metrics.rows[-1] if self.metrics.rows else {}
-        step = state.global_step
-        if "eval_loss" in (logs or {}):
-            self._batches = 0
-            self._print(f"step {step}: held-out loss {logs['eval_loss']:.4f}")
-        elif "loss" in (logs or {}):
-            text = (
-                f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s  "
-                f"{_clock(self.metrics.seconds)} elapsed, {_clock(self._remaining(state))} left"
+        now = time.perf_counter()
+        if step in (self._first + 1, steps) or now - self._shown >= _SILENCE:
+            self._shown = now
+            seconds = self.values("seconds")
+            here = seconds[self._first - step :]  # of this process
+            left = sum(here) / len(here) * (steps - step)
+            self.console.print(
+                f"step {step}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+                f"{row['tokens_per_s']:,.0f} tokens/s  {_clock(sum(seconds))} elapsed, "
+                f"{_clock(left)} left"
             )
-            if self._bar is not None:
-                self._bar.update(self._task, completed=step, text=text)
-            elif step in (self._first + 1, state.max_steps):
-                self._print(f"step {step}/{state.max_steps}  {text}")
-            else:
-                self._show(f"step {step}/{state.max_steps}  {text}")
-            if control.should_evaluate:
-                self._announce(state)
+        if control.should_evaluate:
+            self._announce(step)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        """Close the line."""
-        self.close()
-
-    def close(self) -> None:
-        """Give the terminal back; safe to call more than once."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-    def _announce(self, state: Any) -> None:
-        self._batches = 0
-        self._print(
-            f"step {state.global_step}: measuring the held-out loss on {self.examples:,} examples"
+    def _announce(self, step: int) -> None:
+        self.console.print(
+            f"step {step}: measuring the held-out loss on {self.held_out:,} examples"
         )
-
-    def _remaining(self, state: Any) -> float:
-        """By the mean pace of this process's steps."""
-        steps = [row["seconds"] for row in self.metrics.steps if row["step"] > self._first]
-        return sum(steps) / len(steps) * (state.max_steps - state.global_step)
-
-    def _show(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, text=text)
-        else:
-            super()._show(text)
 
 
 class InterruptCallback(TrainerCallback):
@@ -223,19 +140,14 @@ class InterruptCallback(TrainerCallback):
         self.console.print("Stopping after this step, with a checkpoint; Ctrl-C again to drop it.")
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Save and stop at a step's end."""
-        return self._stop(control)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        """Save and stop after an evaluation, which lies between two steps."""
-        return self._stop(control)
-
-    def _stop(self, control: Any) -> Any:
+        """Save and stop at a step's end, or after the evaluation that follows it."""
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
             control.should_evaluate = False
         return control
+
+    on_evaluate = on_step_end
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,110 +1,179 @@
-"""``rasa-ext demo``."""
+"""``rasa-ext demo``: the main job from end to end on a real, small model."""
 
 from __future__ import annotations
 
 import shlex
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
-from rich.table import Table
 
-from rasa_ext.commands.output import command, console
+from rasa_ext.commands.output import command, console, table_of, working
 
 if TYPE_CHECKING:
-    from rasa_ext.commands.course import DemoReport
+    from rasa_ext.commands.problems import Problem
+
+INSTRUCTION = "Solve the problem step by step."
+
+# Largest allowed difference of any logit between the adapter, the merged model and the LoRA: they
+# add the same products in another order, in float32; logits are of size 10.
+AGREEMENT = 1e-3
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much of everything the demo does."""
+
+    steps: int
+    batch_size: int
+    held_out: int
+    lr: float
+    max_new_tokens: int
+
+
+FULL = DemoSize(steps=112, batch_size=2, held_out=60, lr=2e-3, max_new_tokens=48)
+SHORT = DemoSize(steps=5, batch_size=4, held_out=8, lr=3e-3, max_new_tokens=24)
 
 
 @command
 def demo(
-    output: Annotated[Path, typer.Option(help="Directory for everything.")] = Path("rasa-demo"),
-    short: Annotated[
-        bool, typer.Option("--short", help="A few steps: checks the path, not the gain.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of problems, adapter and order.")] = 0,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Delete an earlier demo in --output first.")
-    ] = False,
+    *,
+    output: Path = Path("rasa-demo"),
+    short: bool = False,
+    seed: int = 0,
+    overwrite: bool = False,
 ) -> None:
-    """Teach SmolLM2-135M-Instruct word problems: train, merge, export, reload, compare."""
-    from rasa_ext.commands.course import AGREEMENT, FULL, SHORT, run_demo
+    """Teach SmolLM2-135M-Instruct word problems: train, merge, export, reload, compare.
 
-    _make_room(output, overwrite)
-    report = run_demo(output, SHORT if short else FULL, console, seed)
-    _show(report)
-    if not report.agree:
+    Args:
+        output: Directory for everything.
+        short: A few steps: checks the path, not the gain.
+        seed: For problems, adapter and order.
+        overwrite: Delete an earlier demo in --output first.
+    """
+    if output.exists() and any(output.iterdir()):
+        # Only what looks like a demo's directory is ever deleted.
+        if not (output / "test.jsonl").is_file() or not overwrite:
+            raise ValueError(
+                f"output: {output} is not empty; pass --overwrite if it holds an earlier demo, or "
+                "choose another --output."
+            )
+        shutil.rmtree(output)
+    largest = run_demo(output, SHORT if short else FULL, seed)
+    if not largest <= AGREEMENT:
         console.print(f"The three differ by more than {AGREEMENT:g}.", style="bold red")
         raise typer.Exit(1)
 
 
-def _make_room(output: Path, overwrite: bool) -> None:
-    if not output.exists() or not any(output.iterdir()):
-        return
-    # Only what looks like a demo's directory is ever deleted.
-    if not (output / "test.jsonl").is_file() or not overwrite:
-        raise ValueError(
-            f"output: {output} is not empty; pass --overwrite if it holds an earlier demo, or "
-            "choose another --output."
+def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
+    """Run the demo, write everything into `output` and print what was measured.
+
+    Returns the largest difference of a logit between the adapter, the merged model and the LoRA.
+    Raises ModelError, which says what to install, where there is no model.
+    """
+    import torch
+    from peft import PeftModel
+
+    import rasa_ext
+    from rasa_ext.commands.data import write_examples
+    from rasa_ext.commands.measuring import exact_match, greedy_answers
+    from rasa_ext.commands.models import SMOLLM2, load_model, load_tokenizer, save_model
+    from rasa_ext.commands.options import FinetuneOptions
+    from rasa_ext.commands.problems import make_problems
+    from rasa_ext.commands.training import train
+
+    with working("Loading SmolLM2-135M-Instruct"):
+        model, tokenizer = load_model(SMOLLM2, "float32"), load_tokenizer(SMOLLM2)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    adapter, merged, lora = (output / name for name in ("adapter", "merged", "lora"))
+    output.mkdir(parents=True, exist_ok=True)
+    test = make_problems(size.held_out, split="test", seed=seed)
+    learnt = make_problems(size.steps * size.batch_size, split="train", seed=seed)
+    for name, problems in (("train.jsonl", learnt), ("test.jsonl", test)):
+        write_examples(output / name, ({"messages": conversation(each)} for each in problems))
+    prompts = [
+        tokenizer.apply_chat_template(
+            conversation(each)[:-1], tokenize=False, add_generation_prompt=True
         )
-    shutil.rmtree(output)
-
-
-def _show(report: DemoReport) -> None:
-    from rasa_ext.commands.memory import describe_memory
-
-    before, bare, after, training = report.before, report.bare, report.after, report.training
-    # A demo that was not interrupted has them all.
-    assert before is not None
-    assert bare is not None
-    assert after is not None
-    assert training is not None
-    console.rule(align="left", title="result")
-    table = Table("on held-out problems", title=f"{len(report.problems)} problems", box=None)
-    for name in ("before", "after"):
-        table.add_column(name, justify="right")
-    table.add_row("exact match", f"{before.accuracy:.0%}", f"{after.accuracy:.0%}")
-    table.add_row("exact match, asked for just the number", f"{bare.accuracy:.0%}", "")
-    losses = (f"{loss:.3f}" for loss in (training.eval_loss_before, training.eval_loss))
-    table.add_row("loss per solution token", *losses)
-    console.print(table)
-    for i in range(min(2, len(report.problems))):
-        problem = report.problems[i]
-        console.print(f"\n{problem.question}  [{problem.answer}]", markup=False)
-        console.print(f"  before: {_line(before.answers[i])}", markup=False)
-        console.print(f"  after:  {_line(after.answers[i])}", markup=False)
-    console.print(
-        "\nlargest difference of any logit to the adapter: "
-        f"merged model {report.merged_difference:.1e}, "
-        f"LoRA of rank {report.lora_rank} in PEFT {report.lora_difference:.1e}"
-    )
-    console.print(
-        f"{training.trainable:,} trainable parameters, {training.step} steps, "
-        f"{training.tokens_per_s:,.0f} tokens/s; peak memory {describe_memory(report.peak_memory)}"
-    )
-    stages = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in report.stages.items())
-    console.print(f"{sum(report.stages.values()):.0f} s: {stages}")
-    console.print(f"loss picture: {report.output / 'adapter' / 'loss.png'}")
-    console.print(f"adapter/, lora/, merged/, train.jsonl, test.jsonl: {report.output}")
-    console.print("\nGo on with the model, or with your own data:")
-    for line in _next_steps(report):
-        console.print(f"  {line}", markup=False)
-
-
-def _next_steps(report: DemoReport) -> list[str]:
-    from rasa_ext.commands.course import INSTRUCTION
-
-    adapter, test = (shlex.quote(str(report.output / name)) for name in ("adapter", "test.jsonl"))
-    asked = (
-        f"--system {shlex.quote(INSTRUCTION)} --prompt {shlex.quote(report.problems[0].question)}"
-    )
-    return [
-        f"rasa-ext generate {adapter} smollm2 {asked}",
-        f"rasa-ext evaluate {adapter} smollm2 --data {test} --limit 20",
-        "rasa-ext finetune --model smollm2 --data your.jsonl --output your-adapter",
+        for each in test
     ]
 
+    def answers() -> list[str]:
+        with working(f"Answering {len(test)} held-out problems"):
+            return greedy_answers(model, tokenizer, prompts, size.max_new_tokens, batch_size=20)
 
-def _line(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 160 else text[:157] + "..."
+    before = answers()
+    options = FinetuneOptions(
+        model=SMOLLM2,
+        data=str(output / "train.jsonl"),
+        eval_data=str(output / "test.jsonl"),
+        output=str(adapter),
+        rank=8,
+        k=1,
+        lr=size.lr,
+        max_steps=size.steps,
+        batch_size=size.batch_size,
+        seq_len=256,
+        dtype="float32",
+        seed=seed,
+    )
+    result = train(options, console, model=model, tokenizer=tokenizer)
+    if result.interrupted:
+        raise KeyboardInterrupt
+    rasa_ext.load_adapter(model, adapter)
+    after = answers()
+    with working("Exporting and merging the adapter, and loading both again"):
+        texts = [prompt + each.working for prompt, each in zip(prompts[:8], test, strict=False)]
+        batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+        batch = batch.to(model.device)
+        real = batch["attention_mask"].bool()
+
+        @torch.inference_mode()
+        def logits(each: torch.nn.Module) -> torch.Tensor:
+            return each(**batch).logits[real]
+
+        expected = logits(model)
+        rank = rasa_ext.export_lora(model, lora, card=rasa_ext.Card.read(adapter))
+        reloaded = PeftModel.from_pretrained(rasa_ext.unpatch(model), str(lora)).eval()
+        by_lora = (logits(reloaded) - expected).abs().max().item()
+        rasa_ext.load_adapter(reloaded.unload(), adapter)
+        save_model(rasa_ext.merge_and_unload(model), tokenizer, merged)
+        again = load_model(str(merged), "float32").to(model.device)
+        by_merged = (logits(again) - expected).abs().max().item()
+
+    right = [problem.answer for problem in test]
+    table = table_of(f"{len(test)} held-out problems", "before", "after")
+    table.add_row("exact match", *(f"{exact_match(each, right):.0%}" for each in (before, after)))
+    losses = (f"{loss:.3f}" for loss in (result.eval_loss_before, result.eval_loss))
+    table.add_row("loss per solution token", *losses)
+    console.print(table)
+    for problem, *said in list(zip(test, before, after, strict=True))[:2]:
+        console.print(f"\n{problem.question}  [{problem.answer}]", markup=False)
+        for when, text in zip(("before:", "after: "), said, strict=True):
+            console.print(f"  {when} {' '.join(text.split())}", markup=False)
+    console.print(
+        "\nlargest difference of any logit to the adapter: "
+        f"merged model {by_merged:.1e}, LoRA of rank {rank} in PEFT {by_lora:.1e}"
+    )
+    for line in result.lines():
+        console.print(line)
+    console.print(f"adapter/ with loss.png, lora/, merged/, train.jsonl, test.jsonl: {output}")
+    ask = f"--system {shlex.quote(INSTRUCTION)} --prompt {shlex.quote(test[0].question)}"
+    console.print(
+        "\nGo on with the model, or with your own data:\n"
+        f"  rasa-ext generate {shlex.quote(str(adapter))} smollm2 {ask}\n"
+        "  rasa-ext finetune --model smollm2 --data your.jsonl --output your-adapter",
+        markup=False,
+    )
+    return max(by_merged, by_lora)
+
+
+def conversation(problem: Problem) -> list[dict[str, str]]:
+    """A problem and its worked solution as chat messages."""
+    return [
+        {"role": "system", "content": INSTRUCTION},
+        {"role": "user", "content": problem.question},
+        {"role": "assistant", "content": problem.working},
+    ]

@@ -1,107 +1,87 @@
-"""``rasa-ext evaluate``."""
+"""``rasa-ext evaluate``: loss and exact match of several models, side by side."""
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
-
 from rasa_ext.commands.output import command, console, table_of
-
-Targets = Annotated[
-    list[str],
-    typer.Argument(
-        help="Adapter directories, merged models, or models: hub id, directory, .gguf or smollm2.",
-        show_default=False,
-    ),
-]
-Base = Annotated[
-    str | None,
-    typer.Option("--model", help="Base model of the adapters. [default: as each of them says]"),
-]
-Dtype = Annotated[
-    str, typer.Option(help="Of the base: float32, bfloat16, float16, or auto, as it is stored.")
-]
-Template = Annotated[
-    bool | None,
-    typer.Option(
-        "--template/--no-template",
-        help="Use the chat template, where there is one. [default: as an adapter was trained]",
-    ),
-]
+from rasa_ext.commands.parsing import check_least
 
 
 @command
 def evaluate(
-    targets: Targets,
-    data: Annotated[str, typer.Option(help="Held-out data, in a form that finetune takes.")],
-    model: Base = None,
-    prompt_field: Annotated[str, typer.Option(help="As in finetune.")] = "prompt",
-    completion_field: Annotated[str, typer.Option(help="As in finetune.")] = "completion",
-    template: Template = None,
-    answers: Annotated[
-        bool,
-        typer.Option(
-            help="Let the models answer and count exact matches, where every completion has an "
-            "answer to match: by default its last number."
-        ),
-    ] = True,
-    answer_pattern: Annotated[
-        str | None,
-        typer.Option(
-            help="Regular expression whose last match in a text is the answer: its first group, "
-            "or all of it, such as '#### *(.+)'. [default: the last number]"
-        ),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Take so many examples from the top.")] = None,
-    show: Annotated[int, typer.Option(help="Print the answers to so many questions.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="Room for an answer.")] = 256,
-    seq_len: Annotated[int, typer.Option(help="Tokens after which an example is cut.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
-    dtype: Dtype = "auto",
+    targets: list[str],
+    *,
+    data: str,
+    model: str | None = None,
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
+    template: bool | None = None,
+    answers: bool = True,
+    answer_pattern: str | None = None,
+    limit: int | None = None,
+    show: int = 0,
+    max_new_tokens: int = 256,
+    seq_len: int = 1024,
+    batch_size: int = 8,
+    dtype: str = "auto",
 ) -> None:
-    """Measure adapters and models on held-out data, side by side: loss and exact match."""
-    from rasa_ext.commands.data import Fields, read_examples
-    from rasa_ext.commands.measure import (
-        by_pattern,
-        each_model,
-        last_number,
-        measure,
-        trained_with_template,
-    )
+    """Measure adapters and models on held-out data, side by side: loss and exact match.
 
-    for name, value in (("limit", limit), ("batch_size", batch_size), ("seq_len", seq_len)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}.")
-    rule = last_number if answer_pattern is None else by_pattern(answer_pattern)
-    examples = read_examples(data, Fields(prompt_field, completion_field))[:limit]
-    found = {}
-    for name, each, tokenizer in each_model(targets, model, dtype, console):
-        console.print(f"{name}: {len(examples):,} examples", markup=False)
-        found[name] = measure(
-            each,
-            tokenizer,
-            examples,
-            console,
-            template=trained_with_template(name) if template is None else template,
-            rule=rule if answers else None,
-            seq_len=seq_len,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-        )
+    Args:
+        targets: Adapter directories, merged models, or models: hub id, directory, .gguf or smollm2.
+        data: Held-out data, in a form that finetune takes.
+        model: Base model of the adapters. [default: as each of them says]
+        prompt_field: As in finetune.
+        completion_field: As in finetune.
+        template: Use the chat template, where there is one. [default: as an adapter was trained]
+        answers: Let the models answer and count exact matches, where every completion has an
+            answer to match: by default its last number.
+        answer_pattern: Regular expression whose last match in a text is the answer: its first
+            group, or all of it, such as '#### *(.+)'. [default: the last number]
+        limit: Take so many examples from the top.
+        show: Print the answers to so many questions.
+        max_new_tokens: Room for an answer.
+        seq_len: Tokens after which an example is cut.
+        batch_size: Examples at a time.
+        dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
+    """
+    check_least(limit=(limit, 1), batch_size=(batch_size, 1), seq_len=(seq_len, 1))
+    from rasa_ext.commands import measuring
+    from rasa_ext.commands.data import conversation, questions, read_examples
+
+    rule = measuring.by_pattern(answer_pattern) if answer_pattern else measuring.last_number
+    examples = read_examples(data, prompt_field, completion_field)[:limit]
+    expected = [rule(conversation(row)[-1]["content"]) for row in examples]
+    judged = answers and None not in expected
     table = table_of(f"{len(examples):,} examples of {data}", "loss", "exact match")
-    for name, result in found.items():
-        matched = "-" if result.matched is None else f"{result.matched:.1%}"
-        table.add_row(name, f"{result.loss:.4f}", matched)
+    given: dict[str, list[str]] = {}
+    for name, each, tokenizer in measuring.each_model(targets, model, dtype):
+        console.print(f"{name}: {len(examples):,} examples", markup=False)
+        uses = measuring.trained_with_template(name) if template is None else template
+        loss = measuring.held_out_loss(each, tokenizer, examples, uses, seq_len, batch_size)
+        matched = "-"
+        if judged:
+            prompts = [prompt for prompt, _ in questions(examples, tokenizer, uses)]
+            given[name] = []
+            for start in range(0, len(prompts), batch_size):
+                some = prompts[start : start + batch_size]
+                given[name] += measuring.greedy_answers(
+                    each,
+                    tokenizer,
+                    some,
+                    max_new_tokens,
+                    special_tokens=not (uses and tokenizer.chat_template),
+                )
+                console.print(f"{len(given[name])} of {len(prompts)} questions answered")
+            matched = f"{measuring.exact_match(given[name], expected, rule):.1%}"
+        table.add_row(name, f"{loss:.4f}", matched)
     console.print(table)
-    if answers and all(result.matched is None for result in found.values()):
+    if answers and not judged:
         console.print(
             "No exact match: not every completion has an answer by "
             f"{answer_pattern or 'its last number'}; see --answer-pattern."
         )
-    for i, example in enumerate(examples[:show]):
-        *turns, right = example.conversation()
+    for i, row in enumerate(examples[:show]):
+        *turns, right = conversation(row)
         console.print(f"\n{turns[-1]['content']}  [{right['content']}]", markup=False)
-        for name, result in found.items():
-            if result.answers:
-                console.print(f"  {name}: {result.answers[i]}", markup=False)
+        for name, texts in given.items():
+            console.print(f"  {name}: {texts[i]}", markup=False)

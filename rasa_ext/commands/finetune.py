@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
-from rasa_ext.commands.config_file import options_of
 from rasa_ext.commands.options import RECORD, FinetuneOptions
 from rasa_ext.commands.output import INTERRUPTED, command, console
-
-if TYPE_CHECKING:
-    from rasa_ext.commands.outcome import FinetuneResult
+from rasa_ext.commands.parsing import options_of
 
 
 @command
@@ -21,14 +18,9 @@ if TYPE_CHECKING:
 def finetune(**values: Any) -> None:
     """Fine-tune a language model; only completions, or the assistant's turns, carry a loss."""
     options = FinetuneOptions(**values)  # checked before the libraries are imported
-    from rasa_ext.commands.run import finetune as run
+    from rasa_ext.commands.training import train
 
-    _report(run(options, console))
-
-
-def _report(result: FinetuneResult) -> None:
-    from rasa_ext.commands.memory import describe_memory
-
+    result = train(options, console)
     if result.interrupted:
         record = shlex.quote(str(Path(result.output) / RECORD))
         console.print(
@@ -37,23 +29,6 @@ def _report(result: FinetuneResult) -> None:
             f"  rasa-ext finetune --config {record} --resume"
         )
         raise typer.Exit(INTERRUPTED)
-    if result.tokens_per_s is not None:
-        console.print(
-            f"{result.seconds:.0f} s in {result.step} steps, {result.tokens_per_s:,.0f} tokens/s, "
-            f"peak memory {describe_memory(result.peak_memory)}"
-        )
     console.print(f"adapter, metrics.jsonl, loss.png, summary.json: {result.output}")
-    console.print(describe_losses(result))
-
-
-def describe_losses(result: FinetuneResult) -> str:
-    """Training loss over the first and the last tenth of the steps, and the held-out loss."""
-    parts = []
-    if result.first_loss is not None:
-        parts.append(
-            f"training loss {result.first_loss:.4f} -> {result.last_loss:.4f} "
-            "(first and last tenth of the steps)"
-        )
-    if result.eval_loss is not None:
-        parts.append(f"held-out loss {result.eval_loss_before:.4f} -> {result.eval_loss:.4f}")
-    return ", ".join(parts)
+    for line in result.lines():
+        console.print(line)

@@ -1,62 +1,91 @@
-"""``rasa-ext generate``."""
+"""``rasa-ext generate``: answers to prompts, side by side, or a chat."""
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator
+from typing import Any
 
-import typer
-
-from rasa_ext.commands.evaluate import Base, Dtype, Targets, Template
 from rasa_ext.commands.output import command, console
+from rasa_ext.commands.parsing import check_least
 
 
 @command
 def generate(
-    targets: Targets,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What is asked; may be given several times. Without it a conversation is held, "
-            "a line a turn, with the one model that is given; /quit or Ctrl-D ends it.",
-            show_default=False,
-        ),
-    ] = None,
-    system: Annotated[str | None, typer.Option(help="A turn of the system before all.")] = None,
-    model: Base = None,
-    template: Template = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Room for an answer.")] = 256,
-    temperature: Annotated[
-        float, typer.Option(help="Of the sampling; 0 takes the most likely token.")
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
-    dtype: Dtype = "auto",
+    targets: list[str],
+    *,
+    prompt: list[str] | None = None,
+    system: str | None = None,
+    model: str | None = None,
+    template: bool | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
+    dtype: str = "auto",
 ) -> None:
-    """Let adapters and models answer, side by side: in a chat, or going on with a text."""
-    from rasa_ext.commands.measure import each_model, trained_with_template
-    from rasa_ext.commands.speaker import Speaker
+    """Let adapters and models answer, side by side: in a chat, or going on with a text.
 
-    if temperature < 0:
-        raise ValueError(f"temperature: expected 0 or more, got {temperature}.")
+    Args:
+        targets: Adapter directories, merged models, or models: hub id, directory, .gguf or smollm2.
+        prompt: What is asked; may be given several times. Without it a conversation is held, a
+            line a turn, with the one model that is given; /quit or Ctrl-D ends it.
+        system: A turn of the system before all.
+        model: Base model of the adapters. [default: as each of them says]
+        template: Use the chat template, where there is one. [default: as an adapter was trained]
+        max_new_tokens: Room for an answer.
+        temperature: Of the sampling; 0 takes the most likely token.
+        seed: Of the sampling.
+        dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
+    """
+    check_least(temperature=(temperature, 0))
     if prompt is None and len(targets) > 1:
         raise ValueError("prompt: expected one, since a conversation is held with one model only.")
-    for name, each, tokenizer in each_model(targets, model, dtype, console):
+    from rasa_ext.commands.measuring import each_model, trained_with_template
+
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
+    if temperature:
+        options["temperature"] = temperature
+    before = [] if system is None else [{"role": "system", "content": system}]
+    for name, each, tokenizer in each_model(targets, model, dtype):
         uses = trained_with_template(name) if template is None else template
-        speaker = Speaker(each, tokenizer, uses, max_new_tokens, temperature, seed)
+        answer = functools.partial(print_answer, each, tokenizer, uses, seed, options)
         if prompt is None:
-            _talk(speaker, system)
-            continue
-        for text in prompt:
-            _show(name, text, speaker.answer([*_turns(system), _turn("user", text)]))
+            _talk(answer, before)
+        for text in prompt or ():
+            console.print(f"\n{name}", style="bold", markup=False)
+            console.print(text, style="dim", markup=False)
+            answer([*before, {"role": "user", "content": text}])
 
 
-def _talk(speaker: Any, system: str | None) -> None:
+def print_answer(
+    model: Any,
+    tokenizer: Any,
+    template: bool,
+    seed: int,
+    options: dict[str, Any],
+    turns: list[dict[str, str]],
+) -> str:
+    """Print the answer to a conversation as it comes, and give it."""
+    from transformers import TextStreamer, pipeline, set_seed
+
+    set_seed(seed)
+    templated = template and tokenizer.chat_template
+    ask = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    (answer,) = ask(
+        turns if templated else "\n".join(turn["content"] for turn in turns),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        return_full_text=False,
+        **options,
+    )
+    return answer["generated_text"]
+
+
+def _talk(answer: Callable[[list[dict[str, str]]], str], turns: list[dict[str, str]]) -> None:
     """Hold a conversation: every line is a turn, and the model hears all before it."""
-    turns = _turns(system)
     for line in _lines():
-        turns.append(_turn("user", line))
-        turns.append(_turn("assistant", _stream(speaker.answer(turns))))
+        turns = [*turns, {"role": "user", "content": line}]
+        turns.append({"role": "assistant", "content": answer(turns)})
 
 
 def _lines() -> Iterator[str]:
@@ -72,27 +101,3 @@ def _lines() -> Iterator[str]:
             return
         if line.strip():
             yield line
-
-
-def _show(name: str, prompt: str, pieces: Iterator[str]) -> None:
-    console.print(f"\n{name}", style="bold", markup=False)
-    console.print(prompt, style="dim", markup=False)
-    _stream(pieces)
-
-
-def _stream(pieces: Iterator[str]) -> str:
-    """Print an answer as it comes; returns it."""
-    text = ""
-    for piece in pieces:
-        console.print(piece, end="", markup=False)
-        text += piece
-    console.print()
-    return text
-
-
-def _turns(system: str | None) -> list[dict[str, str]]:
-    return [] if system is None else [_turn("system", system)]
-
-
-def _turn(role: str, content: str) -> dict[str, str]:
-    return {"role": role, "content": content}

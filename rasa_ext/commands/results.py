@@ -1,56 +1,97 @@
-"""The files that a fine-tuning run leaves in its output directory."""
+"""What a fine-tuning run leaves in its output directory: figures, card and picture."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import resource
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
+from rasa_ext import Card
 from rasa_ext.commands.callbacks import MetricsCallback
-from rasa_ext.commands.card import run_card
 from rasa_ext.commands.checkpoints import checkpoints_in
-from rasa_ext.commands.memory import peak_memory
-from rasa_ext.commands.options import RECORD, FinetuneOptions
-from rasa_ext.commands.outcome import FinetuneResult
-from rasa_ext.commands.plots import plot_loss
+from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer
-from rasa_ext.methods import method_named
 
 
-def write_record(options: FinetuneOptions) -> None:
-    """Write the run's options as a file that `--config` takes."""
-    text = yaml.safe_dump(options.to_dict(), sort_keys=False)
-    (Path(options.output) / RECORD).write_text(text, encoding="utf-8")
+@dataclasses.dataclass
+class RunResult:
+    """The outcome of a run; also in `summary.json` of the output directory.
+
+    Args:
+        output: the directory.
+        interrupted: whether Ctrl-C ended it.
+        step: the last one.
+        total_steps: of the whole run.
+        seconds: in training steps, of all parts of a resumed run, without evaluation and loading.
+        tokens_per_s: without padding.
+        first_loss: mean over the first tenth of the steps.
+        last_loss: mean over the last tenth of the steps.
+        eval_loss_before: held out, of the first evaluation.
+        eval_loss: of the last one.
+        trainable: the number of trained parameters.
+        peak_memory: bytes, as `peak_memory` gives them.
+        checkpoint: the newest.
+    """
+
+    output: str
+    interrupted: bool
+    step: int
+    total_steps: int
+    seconds: float
+    tokens_per_s: float | None
+    first_loss: float | None
+    last_loss: float | None
+    eval_loss_before: float | None
+    eval_loss: float | None
+    trainable: int
+    peak_memory: dict[str, int]
+    checkpoint: str | None
+
+    def lines(self) -> list[str]:
+        """The figures, as the command prints them and the card has them."""
+        lines = []
+        if self.tokens_per_s is not None:
+            speed = f"{self.seconds:.0f} s in {self.step} steps, {self.tokens_per_s:,.0f} tokens/s"
+            lines.append(f"{speed}, peak memory {describe_memory(self.peak_memory)}")
+        if self.first_loss is not None:
+            losses = f"training loss {self.first_loss:.4f} -> {self.last_loss:.4f}"
+            lines.append(f"{losses} (first and last tenth of the steps)")
+        if self.eval_loss is not None:
+            lines.append(f"held-out loss {self.eval_loss_before:.4f} -> {self.eval_loss:.4f}")
+        return lines
 
 
 def write_results(
     trainer: AdapterTrainer,
     options: FinetuneOptions,
-    step: int,
-    total: int,
     interrupted: bool,
     metrics: MetricsCallback,
     trainable: int,
-) -> FinetuneResult:
+) -> RunResult:
     """Write adapter, card, tokenizer, `loss.png` and `summary.json` into the output."""
     output = Path(options.output)
-    losses = [row["loss"] for row in metrics.steps]
-    held_out = metrics.held_out
-    saved = checkpoints_in(output)
-    result = FinetuneResult(
+    losses, held_out = metrics.values("loss"), metrics.values("eval_loss") or [None]
+    tenth = max(1, len(losses) // 10)
+    seconds, saved = sum(metrics.values("seconds")), checkpoints_in(output)
+    result = RunResult(
         output=options.output,
         interrupted=interrupted,
-        step=step,
-        total_steps=total,
-        seconds=metrics.seconds,
-        tokens_per_s=metrics.tokens / metrics.seconds if metrics.seconds else None,
-        first_loss=_mean(losses[: _tenth(losses)]),
-        last_loss=_mean(losses[-_tenth(losses) :]),
-        eval_loss_before=held_out[0] if held_out else None,
-        eval_loss=held_out[-1] if held_out else None,
+        step=trainer.state.global_step,
+        total_steps=trainer.state.max_steps,
+        seconds=seconds,
+        tokens_per_s=sum(metrics.values("tokens")) / seconds if seconds else None,
+        first_loss=sum(losses[:tenth]) / tenth if losses else None,
+        last_loss=sum(losses[-tenth:]) / tenth if losses else None,
+        eval_loss_before=held_out[0],
+        eval_loss=held_out[-1],
         trainable=trainable,
         peak_memory=peak_memory(),
         checkpoint=str(saved[-1][1]) if saved else None,
@@ -59,16 +100,82 @@ def write_results(
     trainer.card = run_card(trainer, options, result)
     trainer.save_model()
     if losses:
-        title = f"{method_named(options.method).title} r={options.rank}, {Path(options.model).name}"
+        title = f"{options.adapter().title} r={options.rank}, {Path(options.model).name}"
         plot_loss(metrics.rows, output / "loss.png", title)
     text = json.dumps(dataclasses.asdict(result), indent=2)
     (output / "summary.json").write_text(text + "\n", encoding="utf-8")
     return result
 
 
-def _tenth(losses: list[Any]) -> int:
-    return max(1, len(losses) // 10)
+def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: RunResult) -> Card:
+    """Describe a fine-tuning run: its data, what was chosen, and how it went."""
+    rows = {"data": trainer.train_dataset, "eval_data": trainer.eval_dataset}
+    chosen = {
+        "steps": f"{result.step:,} of {result.total_steps:,}",
+        "processes": trainer.args.world_size,
+        "dtype of the base": str(trainer.base_model.dtype).removeprefix("torch."),
+        "trainable parameters": f"{result.trainable:,}",
+    }
+    for name, value in options.to_dict().items():
+        if name in rows and value is not None:
+            chosen[name] = f"`{_local(value)}`, {len(rows[name]):,} rows"
+        elif name not in ("model", "output", "dtype", "max_steps") and value not in (None, ""):
+            chosen[name] = value
+    table = [f"| {name} | {value} |" for name, value in chosen.items()]
+    sources = [source for source in (options.data, options.eval_data) if source is not None]
+    return Card(
+        [source for source in sources if not Path(source).is_file()],
+        {
+            "Training": "\n".join(["| | |", "| --- | --- |", *table]),
+            "Figures of the run": "\n".join(f"- {line}" for line in result.lines()),
+        },
+    )
 
 
-def _mean(losses: list[float]) -> float | None:
-    return sum(losses) / len(losses) if losses else None
+def _local(source: str) -> str:
+    """What a card may call a source: a path of this machine by its last part alone."""
+    path = Path(source).expanduser()
+    return path.resolve().name if path.exists() else source
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes so far: `rss_bytes` of the process, and `cuda_bytes` where there is a GPU.
+
+    The resident set counts the libraries and everything the process ever held at once.
+    """
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
+    peak = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def describe_memory(peak: Mapping[str, int]) -> str:
+    """Such as `1.53 GiB resident, 0.80 GiB on the GPU`."""
+    text = f"{peak['rss_bytes'] / 2**30:.2f} GiB resident"
+    if "cuda_bytes" in peak:
+        text += f", {peak['cuda_bytes'] / 2**30:.2f} GiB on the GPU"
+    return text
+
+
+def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Draw training and held-out loss of metrics.jsonl's rows into a PNG.
+
+    The strong line is a running mean over a twentieth of the steps, the faint one every step.
+    """
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")  # nothing global, as pyplot has
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps, losses = zip(*((row["step"], row["loss"]) for row in rows if "loss" in row), strict=True)
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    width = max(1, len(losses) // 20)
+    windows = [losses[max(0, end - width) : end] for end in range(1, len(losses) + 1)]
+    means = [sum(window) / len(window) for window in windows]
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(steps, means, color="tab:blue", label="training")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    axes.set(xlabel="step", ylabel="loss on completion tokens (nats)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

@@ -23,8 +23,7 @@ from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.patching.state import is_patched, patch_state
 from rasa_ext.training import parameter_groups
 
-IGNORE = -100
-"""The label of a token that carries no loss, as torch's cross entropy has it."""
+IGNORE = -100  # the label of a token that carries no loss, as torch's cross entropy has it
 
 
 class AdapterTrainer(SFTTrainer):
@@ -32,7 +31,7 @@ class AdapterTrainer(SFTTrainer):
 
     - The method's own rates are the optimizer's, and checkpoints hold the adapter alone.
     - The adapter keeps its float32 numbers over a quantized base, where TRL rounds to bfloat16.
-    - The rate rises from the first step on, and reaches zero only after the last.
+    - A linear schedule rises from the first step on, and reaches zero only after the last.
     - On a CPU logits are made only at places where some row has a loss, where TRL makes all of them
       and a few measures on top: forward and backward of SmolLM2-135M over four word problems, of
       whose tokens a quarter carry a loss, take 3.2 s instead of 4.6 (one core of an EPYC, float32,
@@ -112,7 +111,13 @@ class AdapterTrainer(SFTTrainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """A linear rise over the warm-up's share of the steps, and a linear fall."""
+        """A linear rise over the warm-up's share of the steps, and a linear fall.
+
+        Other schedules are Trainer's, with that warm-up.
+        """
+        if self.args.lr_scheduler_type != "linear":
+            self.args.warmup_steps = int(self.warmup * num_training_steps)
+            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             rise = int(self.warmup * num_training_steps)
 

@@ -23,7 +23,7 @@ MODULES = (
     "rasa_ext",
     *(f"rasa_ext.{name}" for name in ("checkpoint", "distributed", "linalg", "methods")),
     *(f"rasa_ext.{name}" for name in ("patching", "training", "commands.output", "commands.data")),
-    *(f"rasa_ext.commands.{name}" for name in ("models", "options", "plots")),
+    *(f"rasa_ext.commands.{name}" for name in ("models", "parsing")),
 )
 CORE = {name: set(importlib.import_module(name).__all__) for name in MODULES}
 """The public names of each public module."""

@@ -12,10 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rasa_ext
-from rasa_ext.analysis import analyze, analyze_lora
-from rasa_ext.commands.contents import compare_adapters
+from rasa_ext.analysis import analyze, analyze_adapter, analyze_lora
 from tests.helpers.adapters import patched
-from tests.helpers.cli import invoke
 from tests.helpers.models import FAMILIES, LLAMA, ids
 
 Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -112,50 +110,24 @@ def test_what_is_no_lora(tmp_path):
         analyze_lora(tmp_path / "nothing")
 
 
-def test_a_comparison_by_hand(tmp_path):
+def test_effective_ranks_by_hand(tmp_path):
+    """Of a LoRA and of a RaSA adapter, which can be compared; 0 for a change of zeros."""
     eye = torch.eye(10)
     pairs = {
         "a.0.q": (eye[:, :4], eye[:4]),
         "a.1.q": (eye[:, :2], eye[:2]),
-        "a.0.v": (eye[:, :1], eye[:1]),
-        "a.0.o": (eye[:, :1], eye[:1]),
+        "a.0.v": (torch.zeros(10, 2), eye[:2]),
     }
-    lora = write(tmp_path / "lora", pairs)
-    blocks = [nn.ModuleDict({name: nn.Linear(10, 10) for name in "qv"}) for _ in range(2)]
+    q, v = analyze_lora(write(tmp_path / "lora", pairs))
+    assert [layer.effective_rank for layer in q.layers] == pytest.approx([4, 2])
+    assert v.layers[0].effective_rank == 0
+    blocks = [nn.ModuleDict({"q": nn.Linear(10, 10)}) for _ in range(2)]
     model = patched(nn.ModuleDict({"a": nn.ModuleList(blocks)}), 3, 0)
     with torch.no_grad():
         for i, block in enumerate(model["a"]):
-            for layer in block.values():
-                layer.A.copy_(eye[:3])
-                layer.B.copy_(eye[:, :3])
-                layer.d.copy_(torch.tensor([1.0, 1.0, float(i)]))
+            block["q"].A.copy_(eye[:3])
+            block["q"].B.copy_(eye[:, :3])
+            block["q"].d.copy_(torch.tensor([1.0, 1.0, float(i)]))
     rasa_ext.save_adapter(model, tmp_path / "rasa")
-    q, v, whole = compare_adapters(lora, tmp_path / "rasa")
-    assert (q.kind, v.kind, whole.kind) == ("a.*.q", "a.*.v", "all of these")
-    assert (q.first, q.second) == pytest.approx((3, 2.5))
-    assert (v.first, v.second) == pytest.approx((1, 2.5))
-    assert (whole.first, whole.second) == pytest.approx((7 / 3, 2.5))
-    assert whole.ratio == pytest.approx(7 / 7.5)
-    text = invoke("inspect", "--compare", lora, tmp_path / "rasa")
-    assert "a.*.q 3.00 2.50 1.20 a.*.v 1.00 2.50 0.40 all of these 2.33 2.50 0.93" in text
-    assert "a.*.q 2.50 3.00 0.83" in invoke("inspect", "--compare", tmp_path / "rasa", lora)
-
-
-def test_two_adapters_with_nothing_in_common(tmp_path):
-    one = write(tmp_path / "one", {"a.0.q": random_pair(2)})
-    other = write(tmp_path / "other", {"b.0.q": random_pair(2)})
-    text = invoke("inspect", "--compare", one, other, code=1)
-    assert "compare: expected adapters of the same kinds of layers" in text
-    assert "has a.*.q and" in text
-    untrained = write(tmp_path / "none", {"a.0.q": (torch.zeros(10, 2), torch.randn(2, 7))})
-    assert "a.*.q 0.00" in invoke("inspect", "--compare", untrained, one)
-    assert "nan" in invoke("inspect", "--compare", one, untrained)
-
-
-def test_a_comparison_takes_two_adapters_and_nothing_else(tmp_path):
-    one = write(tmp_path / "one", {"a.0.q": random_pair(2)})
-    for more in ((one,), ("--model", "some/model")):
-        text = invoke("inspect", "--compare", one, one, *more, code=1)
-        assert "compare: expected two adapters and no other target, got one more." in text
-    text = invoke("inspect", "--compare", one, tmp_path / "on", code=1)
-    assert "did you mean" in text
+    (q,) = analyze_adapter(tmp_path / "rasa")
+    assert [layer.effective_rank for layer in q.layers] == pytest.approx([2, 3])

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import rasa_ext
-from rasa_ext.commands import convert
-from rasa_ext.commands.contents import read_adapter
+from rasa_ext.checkpoint.files import read_config
+from rasa_ext.commands import export_lora
+from rasa_ext.commands.inspection import read_groups
 from tests.helpers.cli import invoke, load
 from tests.helpers.expert_files import RANK, adapted, build, logits
 from tests.helpers.experts import EXPERTS, HIDDEN, INNER
@@ -32,6 +33,13 @@ def places(tmp_path_factory) -> dict[str, Path]:
     for grouping, k in GROUPINGS.items():
         rasa_ext.save_adapter(adapted(base, grouping, k), folder / grouping)
     return {name: folder / name for name in ("base", *GROUPINGS)}
+
+
+def groups_in(adapter: Path):
+    """Groups, other tensors, and how many numbers are trained."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    trained = [t.numel() for name, t in tensors.items() if not name.endswith("rasa_slots")]
+    return *read_groups(read_config(adapter), tensors), sum(trained)
 
 
 def size_of(lora: Path) -> float:
@@ -79,7 +87,7 @@ def test_export_for_sglang(places, tmp_path):
 
 def test_a_large_export_asks(places, tmp_path, monkeypatch):
     """A LoRA of linear layers alone does not."""
-    monkeypatch.setattr(convert, "LARGE", 1000)
+    monkeypatch.setattr(export_lora, "LARGE", 1000)
     words = ["export-lora", places["slot"], "--output", tmp_path / "lora", "--experts", "peft"]
     text = invoke(*words, code=1)
     assert text.index("The LoRA takes") < text.index("Error: yes: the LoRA would take")
@@ -95,13 +103,13 @@ def test_a_large_export_asks(places, tmp_path, monkeypatch):
 
 
 def test_the_limit_is_a_gib():
-    assert convert.LARGE == 1024**3
+    assert export_lora.LARGE == 1024**3
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_inspect_has_a_line_for_each_group(grouping, places):
-    contents = read_adapter(places[grouping])
-    stacked = [group for group in contents.groups if group.experts]
+    groups, other, count = groups_in(places[grouping])
+    stacked = [group for group in groups if group.experts]
     assert [group.layers for group in stacked] == ([1] * 4 if grouping == "layer" else [2, 2])
     for group in stacked:
         up = "gate_up" in group.pattern
@@ -109,28 +117,25 @@ def test_inspect_has_a_line_for_each_group(grouping, places):
         assert group.experts == EXPERTS
         assert group.private == RANK - GROUPINGS[grouping]
         assert group.pooled == {"slot": 2, "layer": EXPERTS, "shared": 2 * RANK}[grouping]
-    assert not contents.other
-    assert sum(group.parameters for group in contents.groups) == contents.parameters
+    assert not other
+    assert sum(group.parameters for group in groups) == count
     text = invoke("inspect", places[grouping])
+    assert f"{count:,} parameters" in text
     assert f"rasa_experts {grouping}" in text
     assert text.count(f"{EXPERTS} x {2 * INNER} x {HIDDEN}") == (2 if grouping == "layer" else 1)
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
-def test_inspect_shows_spectra(grouping, places, tmp_path):
-    text = invoke("inspect", places[grouping], "--spectrum", "--output", tmp_path)
+def test_inspect_shows_spectra(grouping, places):
+    text = invoke("inspect", places[grouping], "--spectrum")
     assert f"{EXPERTS} x {HIDDEN} x {INNER}" in text
-    assert "Means over layers and experts. Pictures:" in text
-    for name in ("spectrum.png", "pool.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    invoke("inspect", "--compare", places[grouping], places["slot"])
+    assert "Means over layers and experts." in text
 
 
 def test_inspect_plans_experts(places):
     text = invoke("inspect", places["base"], "--rank", 3, "--k", 1, "--experts", "slot")
-    adapter = read_adapter(places["slot"])
     assert f"5 x {2 * INNER} x {HIDDEN} 4" in text
-    assert f"{adapter.parameters:,} of" in text
+    assert f"trainable: {groups_in(places['slot'])[2]:,} of" in text
     assert "experts: expected" in invoke("inspect", places["base"], "--experts", "all", code=1)
 
 
@@ -145,5 +150,5 @@ def test_import_official(places, tmp_path):
     model = rasa_ext.load_adapter(load(places["base"]), tmp_path / "ours")
     assert_loaded(model, "mixtral", found)
     trained = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
-    contents = read_adapter(tmp_path / "ours")  # which has the integers "slots" beside
-    assert contents.parameters == trained == sum(group.parameters for group in contents.groups)
+    groups, _, count = groups_in(tmp_path / "ours")  # which has the integers "slots" beside
+    assert count == trained == sum(group.parameters for group in groups)

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import rasa_ext
+from rasa_ext.checkpoint import writing
+from rasa_ext.commands import models
 from rasa_ext.commands.app import app
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
@@ -86,11 +88,8 @@ def test_an_output_that_holds_files(command, places, tmp_path):
 
 
 def test_an_output_without_permission_is_found_before_the_work(places, tmp_path, monkeypatch):
-    from rasa_ext.checkpoint import writing
-    from rasa_ext.commands import convert
-
     monkeypatch.setattr(writing, "_may_write", lambda _: False)  # root may, everywhere
-    monkeypatch.setattr(convert, "load_model", None)
+    monkeypatch.setattr(models, "load_model", None)
     for command in ("merge", "export-lora", "import-official"):
         text = run(command, places, tmp_path / "out", code=1)
         assert "this user has no permission; nothing was written; change the permissions" in text
@@ -129,14 +128,6 @@ def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_that_cannot_be_written(places, tmp_path):
-    with file_limit(4000):
-        text = invoke("inspect", places["adapter"], "--spectrum", "--output", tmp_path, code=1)
-    picture = tmp_path / "spectrum.png"
-    assert f"Error: {picture}: cannot be written" in text
-    assert f"the adapter in {places['adapter']} is whole" in text
-
-
 @pytest.mark.parametrize(
     ("error", "said"),
     [
@@ -147,19 +138,16 @@ def test_pictures_that_cannot_be_written(places, tmp_path):
 )
 def test_what_no_command_expected(error, said, monkeypatch):
     """As from a checkpoint in Trainer's hands."""
-    from rasa_ext.commands import contents as inspection
 
     def failing(_):
         raise error
 
-    monkeypatch.setattr(inspection, "is_adapter", failing)
+    monkeypatch.setattr(models, "is_adapter", failing)
     text = invoke("inspect", "anything", code=1)
     assert "Error: " in text
     assert said in text
 
 
 def test_another_error_keeps_its_traceback(monkeypatch):
-    from rasa_ext.commands import contents as inspection
-
-    monkeypatch.setattr(inspection, "is_adapter", lambda _: 1 / 0)
+    monkeypatch.setattr(models, "is_adapter", lambda _: 1 / 0)
     assert isinstance(CliRunner().invoke(app, ["inspect", "x"]).exception, ZeroDivisionError)

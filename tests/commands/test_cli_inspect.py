@@ -1,4 +1,4 @@
-"""inspect: what it takes for an adapter, what it prints to a pipe, and its pictures."""
+"""inspect: what it takes for an adapter, and what it prints to a pipe."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import rasa_ext
 from rasa_ext import methods
 from rasa_ext.analysis import analyze
-from rasa_ext.commands.plots import plot_pool_use, plot_spectra
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke, load
 from tests.helpers.methods import randomize
@@ -76,7 +74,6 @@ def test_a_pipe_gets_names_and_paths_whole(tmp_path):
         cwd=Path(__file__).parents[2],
     )  # fmt: skip
     assert f"{LONG}.*" in done.stdout
-    assert str(directory / "spectrum.png") in done.stdout
     assert "\u2026" not in done.stdout
     assert len(done.stdout.splitlines()) == 3
 
@@ -105,53 +102,14 @@ def test_methods_whose_files_need_the_base_for_shapes(config, tmp_path):
     model = rasa_ext.patch_model(load(base), config=config)
     randomize(model, 1)
     rasa_ext.save_adapter(model, tmp_path / "one")
-    rasa_ext.save_adapter(patched(load(base), 4, 1), tmp_path / "other")
     assert "other tensors: base_model.model.model.layers.0" in invoke("inspect", tmp_path / "one")
     ranks = {g.pattern: [layer.effective_rank for layer in g.layers] for g in analyze(model)}
     down = ranks["model.layers.*.mlp.down_proj"]
-    words = ["inspect", "--compare", tmp_path / "one", tmp_path / "other"]
-    assert f"mlp.down_proj {sum(down) / 2:.2f} " in invoke(*words)
-    text = invoke("inspect", tmp_path / "one", "--spectrum")
+    words = ["inspect", tmp_path / "one", "--spectrum"]
+    text = invoke(*words)
     assert f"{sum(down) / 2:.1f} ({min(down):.1f}-{max(down):.1f})" in text
     (tmp_path / "base").rename(tmp_path / "gone")
     assert "one/adapter_config.json names this base" in invoke(*words, code=1)
-
-
-def test_the_help_shows_how_two_are_compared():
-    assert "--compare FIRST SECOND" in invoke("inspect", "--help")
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
-    """The figures that are saved."""
-    figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, _: figures.append(figure))
-    return figures
-
-
-def stack(layers: int) -> nn.Module:
-    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(layers)))
-
-
-def test_pictures_explain_themselves(drawn):
-    groups = analyze(patched(stack(3), 2, 1))
-    plot_spectra(groups, Path("spectrum.png"))
-    plot_pool_use(groups, Path("pool.png"))
-    spectra, pool = drawn
-    for figure in drawn:
-        assert figure.get_suptitle()
-        for axes in figure.axes:
-            assert axes.get_ylabel()
-    (panel, layers), (_, use) = spectra.axes, pool.axes
-    assert len(panel.lines) == 3
-    assert layers.get_ylabel() == "layer of the group"
-    assert [float(tick) for tick in layers.get_yticks()] == [0, 1, 2]
-    assert use.get_ylabel() == "norm of what the slot adds to dW"
-
-
-def test_one_layer_needs_no_bar(drawn):
-    plot_spectra(analyze(patched(stack(1), 2, 1)), Path("spectrum.png"))
-    assert len(drawn[0].axes) == 1
 
 
 def test_a_warning_is_a_sentence(tmp_path):

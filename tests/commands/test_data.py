@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,10 @@ from rich.console import Console
 from trl import SFTConfig
 
 from rasa_ext.commands import data
-from rasa_ext.commands.data import DataError, Example, Fields, parse_example, read_examples
+from rasa_ext.commands.data import DataError, read_examples
 from rasa_ext.commands.options import FinetuneOptions
-from rasa_ext.commands.shown import CLOSE, OPEN, describe_rows, marked, show_example
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
+from rasa_ext.commands.training import CLOSE, OPEN, describe_rows, marked, show_example
 from tests.helpers.tiny_lm import CHATML, make_model, make_tokenizer, sums, write_jsonl
 
 USER = {"role": "user", "content": "what is 2 plus 2?"}
@@ -54,12 +53,16 @@ def text_of(row, tokenizer) -> list[tuple[bool, str]]:
     return marked(row, tokenizer)
 
 
-def messages(*turns: dict) -> Example:
-    return parse_example({"messages": list(turns)}, "here")
+def messages(*turns: dict) -> dict:
+    return {"messages": list(turns)}
+
+
+def pair(prompt: str, completion: str) -> dict:
+    return {"prompt": prompt, "completion": completion}
 
 
 def test_without_a_template_both_texts_are_joined_as_they_stand(tmp_path):
-    example = Example("here", "what is 2 plus 2?\n", "the answer is 4")
+    example = pair("what is 2 plus 2?\n", "the answer is 4")
     expected = [(False, "what is 2 plus 2?\n"), (True, "the answer is 4<|end|>")]
     tokenizer = make_tokenizer()
     (row,) = prepared([example], tokenizer, tmp_path, template=False)
@@ -71,7 +74,7 @@ def test_without_a_template_both_texts_are_joined_as_they_stand(tmp_path):
 
 def test_prompt_and_completion_go_through_the_model_s_template(tmp_path):
     tokenizer = make_tokenizer()
-    (row,) = prepared([Example("here", "what is 2?", "4")], tokenizer, tmp_path)
+    (row,) = prepared([pair("what is 2?", "4")], tokenizer, tmp_path)
     assert text_of(row, tokenizer) == [
         (False, "<|im_start|>user\nwhat is 2?<|im_end|>\n<|im_start|>assistant\n"),
         (True, "4<|im_end|>\n"),
@@ -117,7 +120,7 @@ def test_without_a_chat_template_roles_are_spelt_out(tmp_path):
 def test_data_sets_are_brought_into_one_form():
     """One setting of the trainer's is for both: an example with several turns decides."""
     tokenizer = make_tokenizer(MARKED)
-    sets = [[Example("a", "x", "y")], [messages(USER, FOUR, AGAIN, SIX)]]
+    sets = [[pair("x", "y")], [messages(USER, FOUR, AGAIN, SIX)]]
     rows, marks = data.rows_for_sft(sets, tokenizer, True)
     assert marks
     assert [list(row) for some in rows for row in some] == [["messages"], ["messages"]]
@@ -125,17 +128,10 @@ def test_data_sets_are_brought_into_one_form():
 
 def test_templates_that_refuse_say_so_and_messages_need_one():
     refusing = make_tokenizer("{{ raise_exception('no system turn') }}")
-    with pytest.raises(DataError, match=r"here: the chat template refuses .*no system turn"):
+    with pytest.raises(DataError, match=r"data: the chat template refuses .*no system turn"):
         data.rows_for_sft([[messages(USER, FOUR)]], refusing, True)
-    with pytest.raises(DataError, match=r"template: --no-template is for .*here has messages"):
+    with pytest.raises(DataError, match=r"template: --no-template is for .*got messages"):
         data.rows_for_sft([[messages(USER, FOUR)]], make_tokenizer(), False)
-
-
-def test_a_tokenizer_without_an_end_is_refused():
-    tokenizer = make_tokenizer(chat_template=None)
-    tokenizer.eos_token = None
-    with pytest.raises(DataError, match="model: expected a tokenizer with an end-of-sequence"):
-        data.rows_for_sft([[Example("here", "a", "b")]], tokenizer, True)
 
 
 def said(rows, given: int, seq_len: int, directory: Path, **options) -> str:
@@ -147,7 +143,7 @@ def said(rows, given: int, seq_len: int, directory: Path, **options) -> str:
 
 def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn(tmp_path):
     tokenizer = make_tokenizer()
-    examples = [Example("a", "what is ", "1234"), Example("b", "what is the answer is " * 9, "4")]
+    examples = [pair("what is ", "1234"), pair("what is the answer is " * 9, "4")]
     (whole, _) = prepared(examples, tokenizer, tmp_path, template=False)
     cut = len(whole["input_ids"]) - 2
     rows = prepared(examples, tokenizer, tmp_path, template=False, max_length=cut)
@@ -166,7 +162,7 @@ def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn(tmp_path)
 
 def test_the_first_example_is_shown_with_its_trained_part_marked(tmp_path):
     tokenizer, text = make_tokenizer(), io.StringIO()
-    examples = [Example("here", f"[bold]{'a' * 500}the end", "4")]
+    examples = [pair(f"[bold]{'a' * 500}the end", "4")]
     (row,) = prepared(examples, tokenizer, tmp_path, max_length=2048)
     show_example(row, tokenizer, Console(file=text, width=2000))
     shown = text.getvalue()
@@ -177,7 +173,7 @@ def test_the_first_example_is_shown_with_its_trained_part_marked(tmp_path):
 
 def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_batch(tmp_path):
     tokenizer = make_tokenizer()
-    examples = [parse_example(row, "here") for row in sums(7)]
+    examples = sums(7)
     losses = []
     for size in (1, 3):
         (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
@@ -197,7 +193,7 @@ def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_batch(tmp_path
 
 @pytest.mark.parametrize("accumulated", [None, 20])
 def test_logits_of_trained_tokens_alone_give_trl_s_loss(accumulated, tmp_path):
-    examples, tokenizer = [parse_example(row, "here") for row in sums(5)], make_tokenizer()
+    examples, tokenizer = sums(5), make_tokenizer()
     (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
     made = trainer(rows, False, tokenizer, tmp_path)
     assert made._compacts
@@ -211,7 +207,7 @@ def test_logits_of_trained_tokens_alone_give_trl_s_loss(accumulated, tmp_path):
 
 
 def test_a_packed_example_sees_only_itself(tmp_path):
-    examples, tokenizer = [parse_example(row, "here") for row in sums(6)], make_tokenizer()
+    examples, tokenizer = sums(6), make_tokenizer()
     (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
     plain = trainer(rows, False, tokenizer, tmp_path)
     packed = trainer(rows, False, tokenizer, tmp_path, packing=True, max_length=128)
@@ -227,88 +223,81 @@ def test_a_packed_example_sees_only_itself(tmp_path):
 
 GOOD = json.dumps({"prompt": "a", "completion": "b"})
 BAD_LINES = [
-    ("{", "does not parse"),
-    ("[1]", "expected an object with the strings 'prompt' and 'completion'"),
-    ('{"prompt": "a"}', "'completion' is missing, got 'prompt'"),
-    ('{"text": "a"}', "'prompt' is missing, got 'text'"),
-    ('{"prompt": "a", "completion": 3}', "'completion': expected a string, got int 3"),
-    ('{"prompt": "a", "completion": ""}', "'completion': expected some text"),
-    ('{"messages": []}', "'messages': expected a list"),
-    ('{"messages": ["hi"]}', "messages[0]: expected an object with 'role' and 'content'"),
-    (
-        json.dumps({"messages": [USER, {"role": "bot", "content": "x"}]}),
-        "messages[1]: 'role': expected one of system, user, assistant, tool, got 'bot'",
-    ),
-    (
-        json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}),
-        "messages[1]: 'content': expected a string, got NoneType",
-    ),
-    (json.dumps({"messages": [USER]}), "expected a turn of the assistant"),
-    (json.dumps({"messages": [FOUR]}), "and one before it"),
-    (
-        json.dumps({"question": "a", "answer": "b"}),
-        "--prompt-field and --completion-field, such as --prompt-field question",
-    ),
-    (json.dumps({"prompt": "a", "output": "b"}), "such as --completion-field output"),
+    "{",
+    "[1]",
+    '{"prompt": "a"}',
+    '{"text": "a"}',
+    '{"prompt": "a", "completion": 3}',
+    '{"prompt": "a", "completion": ""}',
+    '{"messages": []}',
+    '{"messages": ["hi"]}',
+    json.dumps({"messages": [USER, {"role": "bot"}]}),
+    json.dumps({"messages": [USER, {"role": "assistant", "content": None}]}),
+    json.dumps({"messages": [USER]}),
+    json.dumps({"messages": [FOUR]}),
+    json.dumps({"question": "a", "answer": "b"}),
 ]
 
 
-@pytest.mark.parametrize(("line", "expected"), BAD_LINES)
-def test_a_bad_line_names_file_line_and_what_was_expected(tmp_path, line, expected):
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_a_bad_line_names_file_line_and_what_was_expected(tmp_path, line):
     path = tmp_path / "train.jsonl"
     path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n")
-    with pytest.raises(DataError, match=re.escape(expected)) as caught:
+    with pytest.raises(DataError) as caught:
         read_examples(str(path))
-    assert str(caught.value).startswith(f"{path}, line 3: ")
+    text = str(caught.value)
+    assert text.startswith(
+        f"{path}, line 3: expected an object with the strings 'prompt' and 'completion', the last "
+        "not empty (--prompt-field and --completion-field give other names), or with 'messages'"
+    )
+    assert text.endswith(f", got {line}." if len(line) <= 100 else "....")
 
 
 def test_bytes_that_are_not_utf8(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(GOOD.encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match=r"line 2: expected UTF-8"):
+    with pytest.raises(DataError, match=r"line 2: expected an object"):
         read_examples(str(path))
 
 
 def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + f"{GOOD}\n\n  \n{GOOD}\n".encode())
-    assert [example.where for example in read_examples(str(path))] == [
-        f"{path}, line 1",
-        f"{path}, line 4",
-    ]
+    assert read_examples(str(path)) == [pair("a", "b")] * 2
 
 
 def test_files_that_are_not_there_or_empty(tmp_path):
-    with pytest.raises(DataError, match=r"missing\.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"data: expected a JSONL .*missing\.jsonl does not exist"):
         read_examples(str(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match="got an empty file"):
         read_examples(str(write_jsonl(tmp_path / "empty.jsonl", [])))
-    with pytest.raises(DataError, match="got the directory"):
+    with pytest.raises(DataError, match="is a directory"):
         read_examples(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("row", "fields", "prompt"),
     [
-        ({"question": "2 + 2?", "answer": "4"}, Fields("question", "answer"), "2 + 2?"),
+        ({"question": "2 + 2?", "answer": "4"}, ("question", "answer"), "2 + 2?"),
         (
             {"instruction": "Add.", "input": "2, 2", "output": "4"},
-            Fields("instruction, input", "output"),
+            ("instruction, input", "output"),
             "Add.\n\n2, 2",
         ),
         (
             {"instruction": "Add 2 and 2.", "input": "", "output": "4"},
-            Fields("instruction,input", "output"),
+            ("instruction,input", "output"),
             "Add 2 and 2.",
         ),
     ],
 )
-def test_fields_of_other_names(row, fields, prompt):
-    assert parse_example(row, "here", fields) == Example("here", prompt, "4")
+def test_fields_of_other_names(row, fields, prompt, tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", [row])
+    assert read_examples(str(path), *fields) == [pair(prompt, "4")]
 
 
 def test_a_name_that_is_no_file_and_no_data_set_says_so():
     with pytest.raises(
-        DataError, match=r"'some/set' is neither a file nor .*OFFLINE is set: unset it"
+        DataError, match=r"'some/set' is neither a file nor a hub data set that can be loaded"
     ):
         read_examples("some/set")

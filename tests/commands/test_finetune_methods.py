@@ -1,4 +1,4 @@
-"""finetune with every method: what it trains, its gates, and options that do not fit it."""
+"""finetune with every method: what it trains, and options that do not fit it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import rasa_ext
 from rasa_ext import methods
 from rasa_ext.commands import callbacks
 from rasa_ext.commands.callbacks import read_metrics
 from rasa_ext.commands.options import FinetuneOptions
-from rasa_ext.commands.run import finetune
+from rasa_ext.commands.training import train
 from rasa_ext.nn.rasa_experts import RasaBank
 from rasa_ext.patching.state import owners
 from tests.helpers import experts
-from tests.helpers.cli import invoke
 from tests.helpers.methods import rasa_linears
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 
@@ -34,7 +34,6 @@ def more(text: str) -> dict:
 
 CASES = {
     "rasa": ({"k": 1}, methods.RasaConfig(4, 1)),
-    "rasa, gates": ({"k": 1, "gate_threshold": 1e-3}, methods.RasaConfig(4, 1, gates="pool")),
     "lora": ({}, methods.LoraConfig(4, 8.0)),
     "lora, rslora": (more("rslora: true"), methods.LoraConfig(4, 8.0, rslora=True)),
     "lora, frozen": (
@@ -44,8 +43,8 @@ CASES = {
     "block-lora": (more("blocks: 4"), methods.BlockLoraConfig(4, 8.0, 4)),
     "sbora": ({"seed": 3}, methods.SboraConfig(4, 8.0, seed=3)),
     "sbora, side": (more("side: B"), methods.SboraConfig(4, 8.0, side="B")),
-    "sora": ({"gate_threshold": 1e-3}, methods.SoraConfig(4, 8.0)),
-    "sora, pool": ({"gate_threshold": 1e-3, "k": 1}, methods.SoraConfig(4, 8.0, 1)),
+    "sora": ({}, methods.SoraConfig(4, 8.0)),
+    "sora, pool": ({"k": 1}, methods.SoraConfig(4, 8.0, 1)),
     "reslora": (more("window: 0"), methods.ResLoraConfig(4, 8.0, 0)),
     "sd-lora": ({}, methods.SdLoraConfig(4, 8.0)),
 }
@@ -72,7 +71,7 @@ def options_of(common, name: str, output: Path, **changes) -> FinetuneOptions:
 
 def run(options: FinetuneOptions, **changes):
     text = io.StringIO()
-    result = finetune(dataclasses.replace(options, **changes), Console(file=text, width=200))
+    result = train(dataclasses.replace(options, **changes), Console(file=text, width=200))
     return result, text.getvalue()
 
 
@@ -130,7 +129,7 @@ def test_rates_are_the_method_s(common, tmp_path):
             torch.testing.assert_close(two[key][moved], 2 * tensor[moved], rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("name", ["rasa, gates", "sora", "block-lora", "sbora", "reslora"])
+@pytest.mark.parametrize("name", ["rasa", "sora", "block-lora", "sbora", "reslora"])
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(name, common, tmp_path, monkeypatch):
     options = options_of(common, name, tmp_path / "out", dropout=0.1)
     run(options, output=str(tmp_path / "whole"))
@@ -151,37 +150,6 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(name, common, tmp_
         for d in (options.output, tmp_path / "whole")
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-@pytest.mark.parametrize("name", ["rasa, gates", "sora", "sora, pool"])
-def test_gates_close_and_are_pruned(name, common, tmp_path):
-    """Pruned or not, the two adapters are one function; the checkpoint keeps every rank."""
-    large = {"gate_threshold": 0.2 if name.startswith("rasa") else 0.4, "max_steps": 6}
-    whole = options_of(common, name, tmp_path / "whole", **large)
-    result, text = run(whole)
-    left, every = map(int, re.search(r"(\d+) of (\d+) gates are open\.", text).groups())
-    assert left < every
-    pruned = options_of(common, name, tmp_path / "pruned", prune=True, **large)
-    _, text = run(pruned)
-    after, before = map(int, re.search(r"rank is (\d+), from (\d+)", text).groups())
-    assert after < before
-    ids = torch.arange(1, 9).unsqueeze(0)
-    models = [rasa_ext.load_adapter(make_model(), each.output) for each in (whole, pruned)]
-    torch.testing.assert_close(*(model(ids).logits for model in models))
-    ranks = [layer.effective_rank for layer in rasa_linears(models[1]).values()]
-    assert max(ranks) == after
-    assert result.trainable > rasa_ext.summary(models[1]).adapter
-    _, text = run(pruned, resume=True)  # what is complete is pruned once more
-    assert f"rank is {after}, from {before}" in text
-
-
-def test_closed_altogether(common, tmp_path):
-    options = options_of(common, "sora", tmp_path, gate_threshold=100.0, prune=True)
-    _, text = run(options)
-    assert "0 of 56 gates are open; with the others taken out the effective rank is 0" in text
-    model = rasa_ext.load_adapter(make_model(), tmp_path).eval()
-    ids = torch.arange(1, 9).unsqueeze(0)
-    torch.testing.assert_close(model(ids).logits, make_model()(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -233,11 +201,6 @@ def test_closed_altogether(common, tmp_path):
         ("lora", more("blocks"), "method_options: expected YAML such as"),
         ("lora", more("}"), "method_options: expected YAML such as"),
         ("reslora", more("window: -1"), "window: expected an integer >= 0, got -1"),
-        ("sora", {"gate_threshold": None}, "gate_threshold: expected a number with the method"),
-        ("sora", {"gate_threshold": -1.0}, "gate_threshold: expected a number >= 0, got -1.0"),
-        ("lora", {"gate_threshold": 0.1}, "gate_threshold: expected none with the method 'lora'"),
-        ("rasa, gates", {"k": 0}, "gate_threshold: expected k above 0"),
-        ("rasa", {"prune": True}, "prune: expected gate_threshold as well, got none"),
     ],
 )
 def test_options_that_do_not_fit(name, changes, message, common, tmp_path):
@@ -260,7 +223,7 @@ def test_options_that_do_not_fit(name, changes, message, common, tmp_path):
             more("window: 1"),
             "method_options ('window: 0' before, 'window: 1' now)",
         ),
-        ("rasa, gates", {"gate_threshold": None}, "gate_threshold (0.001 before, None now)"),
+        ("rasa", {"k": 2}, "k (1 before, 2 now)"),
     ],
 )
 def test_another_adapter_is_not_resumed(name, changes, named, common, tmp_path):
@@ -287,33 +250,38 @@ def test_a_mixture_of_experts(common, tmp_path):
         run(options, resume=True, experts="slot")
 
 
-def test_by_the_command(common, tmp_path):
-    words = [
-        word for key, value in common.items() for word in (f"--{key.replace('_', '-')}", value)
-    ]
-    gates = ("--method", "sora", "--gate-threshold", 0.4, "--prune")
-    text = invoke("finetune", *words, *gates, "--output", tmp_path / "sora")
-    assert "gates are open; with the others taken out" in text
-    text = invoke("finetune", *words, "--method", "sora", "--output", tmp_path / "two", code=1)
-    assert "gate_threshold: expected a number with the method 'sora'" in text
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_rows(tied, common, tmp_path):
     """The loss reaches them through the head as well, whose weight alone the trainer reads."""
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     output = tmp_path / "out"
     never, often = 7, make_tokenizer().encode("1")[0]  # the first is in no example
-    indices = f"{never}, {often}"
-    run(
-        options_of(
-            common, "rasa", output, model=str(base), trainable_token_indices=indices, max_steps=2
-        )
-    )
+    indices = more(f"trainable_token_indices: [{never}, {often}]")
+    run(options_of(common, "rasa", output, model=str(base), max_steps=2, **indices))
     model = rasa_ext.load_adapter(make_model(tie_word_embeddings=tied), output)
     rows = model.model.embed_tokens.rows
     moved = (rows - model.model.embed_tokens.base_layer.weight[[never, often]]).abs().amax(1)
     assert moved[1] > 1e-4
     assert (moved[0] > 1e-4) == tied  # as a logit, it is in every step
-    with pytest.raises(ValueError, match="trainable_token_indices: expected integers separated"):
-        options_of(common, "rasa", output, trainable_token_indices="<tool>")
+    with pytest.raises(TypeError, match="trainable_token_indices: expected integers"):
+        options_of(common, "rasa", output, **more("trainable_token_indices: [<tool>]"))
+
+
+def test_callbacks_of_a_method(common, tmp_path, monkeypatch):
+    """Asked on the skeleton first; at the end of a run that is complete already, once more."""
+    seen = []
+
+    class Ends(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            seen.append((state.global_step, state.max_steps))
+
+    def callbacks(self, model):
+        seen.append(next(model.parameters()).device.type)
+        return [Ends()]
+
+    monkeypatch.setattr(methods.LoraConfig, "callbacks", callbacks)
+    options = options_of(common, "lora", tmp_path)
+    run(options)
+    assert seen == ["meta", "cpu", (4, 4)]
+    run(options, resume=True)
+    assert seen[3:] == ["meta", "cpu", (4, 4)]

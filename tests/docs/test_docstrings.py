@@ -45,7 +45,7 @@ PUBLIC |= {
 }
 PUBLIC |= {each.__name__: each for each in (rasa_experts.RasaBank, rasa_experts.RasaExperts)}
 PUBLIC |= {f"routed.{each.__name__}": each for each in (routed.experts_linear,)}
-for name in ("output", "data", "models", "options", "plots"):
+for name in ("output", "data", "models", "parsing"):
     module = importlib.import_module(
         f"rasa_ext.commands.{name}"
     )  # what other packages' commands use

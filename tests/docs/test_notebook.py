@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 import rasa_ext
-from rasa_ext.commands.course import FULL
+from rasa_ext.commands.demo import FULL
 from rasa_ext.commands.models import SMOLLM2, load_model
 from tests.helpers.tiny_lm import save_base
 

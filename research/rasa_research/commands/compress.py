@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress
 
-from rasa_ext.commands.output import Overwrite, command, console, progress, progress_bar, table_of
+from rasa_ext.commands.output import command, console, progress, table_of
+from rasa_ext.commands.parsing import Overwrite
+from rasa_research.commands import progress_bar
 
 if TYPE_CHECKING:
     from rasa_ext.patching import Group
@@ -59,7 +61,7 @@ def compress(
     overwrite: Overwrite = False,
 ) -> None:
     """Find the RaSA adapter that comes closest to a full fine-tuning, or to a larger LoRA."""
-    from rasa_ext.commands.options import parse_targets
+    from rasa_ext.commands.parsing import parse_targets
     from rasa_research.solver.conversion import compress_finetuned, compress_lora
 
     if (finetuned is None) == (lora is None):

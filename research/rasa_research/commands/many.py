@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rasa_ext.commands.output import Overwrite, command, console, progress, progress_bar, table_of
+from rasa_ext.commands.output import command, console, progress, table_of
+from rasa_ext.commands.parsing import Overwrite
+from rasa_research.commands import progress_bar
 
 if TYPE_CHECKING:
     from rasa_research.solver import CompressedLoras

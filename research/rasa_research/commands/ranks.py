@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from rasa_ext.commands.output import command, console, progress, table_of
+from rasa_ext.commands.output import command, console, table_of
 
 if TYPE_CHECKING:
     from rasa_research.ranks.planning import RankOptions, RankPlan
@@ -62,7 +62,6 @@ def ranks(
     ] = "auto",
 ) -> None:
     """Plan a rank for every block from the dimension of its hidden states, as GeLoRA does."""
-    from rasa_ext.commands.data import Fields
     from rasa_research.ranks import Pooling
     from rasa_research.ranks.planning import RankOptions, plan_ranks
 
@@ -76,12 +75,13 @@ def ranks(
         blocks=blocks,
         target_modules=target_modules,
         template=template,
-        fields=Fields(prompt_field, completion_field),
+        prompt_field=prompt_field,
+        completion_field=completion_field,
         seq_len=seq_len,
         batch_size=batch_size,
         dtype=dtype,
     )
-    plan = plan_ranks(options, progress)
+    plan = plan_ranks(options)
     table = table_of(f"{plan.points:,} examples of {data}", "dimension", "rank")
     for name, dimension, rank in zip(plan.blocks, plan.dimensions, plan.ranks, strict=False):
         table.add_row(name, f"{dimension:.2f}", str(rank))

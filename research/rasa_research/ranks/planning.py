@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
-from rasa_ext.commands.data import Example, Fields, questions, read_examples
+from rasa_ext.commands.data import questions, read_examples
 from rasa_ext.commands.models import load_model, load_tokenizer
-from rasa_ext.commands.options import parse_targets
 from rasa_ext.commands.output import working
+from rasa_ext.commands.parsing import parse_targets
 from rasa_research.ranks.hidden_states import POOLINGS, Pooling
 from rasa_research.ranks.intrinsic import (
     block_ranks,
@@ -43,7 +42,8 @@ class RankOptions:
     """Name of the list of blocks; None finds it."""
     target_modules: str = "all-linear"
     template: bool = True
-    fields: Fields = Fields()
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
     seq_len: int = 1024
     batch_size: int = 8
     dtype: str = "auto"
@@ -72,7 +72,7 @@ class RankPlan:
     """How many examples the dimensions are of."""
 
 
-def plan_ranks(options: RankOptions, console: Console) -> RankPlan:
+def plan_ranks(options: RankOptions) -> RankPlan:
     """Run a model over some data and plan the ranks of its blocks, as `rasa_research.ranks` does.
 
     An example's text is its prompt and its completion, as `finetune` learns them, without the
@@ -80,16 +80,16 @@ def plan_ranks(options: RankOptions, console: Console) -> RankPlan:
 
     Raises ValueError, its message naming the option or the line of data.
     """
-    examples = read_examples(options.data, options.fields)
+    examples = read_examples(options.data, options.prompt_field, options.completion_field)
     if len(examples) > options.points:
         examples = random.Random(options.seed).sample(examples, options.points)
     tokenizer = load_tokenizer(options.model)
-    with working(console, f"Loading {options.model}"):
+    with working(f"Loading {options.model}"):
         model = load_model(options.model, options.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     blocks = _blocks(model, options.blocks)
     batches = _batches(examples, tokenizer, model.device, options)
-    with working(console, f"Running {len(examples):,} examples"):
+    with working(f"Running {len(examples):,} examples"):
         dimensions = hidden_dimensions(
             model, batches, blocks.values(), options.pooling, options.points
         )
@@ -112,7 +112,7 @@ def _blocks(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
 
 
 def _batches(
-    examples: Sequence[Example], tokenizer: Any, device: torch.device, options: RankOptions
+    examples: Sequence[dict[str, Any]], tokenizer: Any, device: torch.device, options: RankOptions
 ) -> list[dict[str, torch.Tensor]]:
     """Batches of texts of about one length, so that little is padded."""
     asked = questions(examples, tokenizer, options.template)

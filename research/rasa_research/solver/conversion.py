@@ -13,7 +13,7 @@ from torch import Tensor
 from rasa_ext import Card
 from rasa_ext.checkpoint import Lora, read_lora
 from rasa_ext.commands.models import base_skeleton, load_model, load_skeleton
-from rasa_ext.commands.options import check_differs
+from rasa_ext.commands.parsing import check_differs
 from rasa_research.solver.compress import CompressedAdapter, compress, nearest_to
 from rasa_research.solver.fit import Solver
 from rasa_research.solver.weights import ParameterWeights, SafetensorsFolder

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rasa_ext.commands.options import check_differs
+from rasa_ext.commands.parsing import check_differs
 from rasa_research.solver.compress_many import (
     CompressedLoras,
     check_names,

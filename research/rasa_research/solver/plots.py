@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from rasa_ext.commands.plots import panels_for
 from rasa_ext.patching import Group
 from rasa_research.solver.decompose import Decomposition
 
@@ -29,3 +31,23 @@ def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     figure.savefig(path)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure without a display, and without anything global as pyplot would leave."""
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def panels_for(count: int, title: str = "") -> tuple[Figure, list[Axes]]:
+    """A figure with ``count`` panels, up to four in a row."""
+    columns = min(max(count, 1), 4)
+    rows = max(-(-count // columns), 1)
+    figure = new_figure(4.2 * columns, 3 * rows + 0.4)
+    if title:
+        figure.suptitle(title, fontsize=10)
+    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(count)]
+    for axes in panels:
+        axes.tick_params(labelsize=8)
+    return figure, panels

@@ -1,0 +1,90 @@
+"""``rasa-ext export-lora``: an adapter as a plain LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rasa_ext.commands.output import command, console, table_of, working
+from rasa_ext.commands.parsing import Output, Overwrite, check_differs
+
+LARGE = 2**30  # bytes of a LoRA of experts above which it is written only with --yes
+
+
+@command
+def export_lora(
+    adapter: Path,
+    *,
+    output: Output,
+    model: str | None = None,
+    pad_to: int | None = None,
+    rank: int | None = None,
+    format: str = "peft",
+    allow_dropped: bool = False,
+    experts: str | None = None,
+    yes: bool = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write an adapter as a plain LoRA for PEFT, vLLM, SGLang, llama.cpp and mlx-lm.
+
+    Args:
+        adapter: Adapter directory.
+        model: Base model: hub id, directory or .gguf. [default: as the adapter says]
+        pad_to: Rank to write. [default: the largest effective rank]
+        rank: Rank to write, which may be lower; the error of every layer is then printed.
+        format: peft (and vLLM, SGLang), gguf (llama.cpp), or mlx (mlx-lm).
+        allow_dropped: Write it even if llama.cpp or SGLang would leave a part out.
+        experts: Layout of adapted experts: peft (PEFT, and vLLM for gpt-oss), per-expert (vLLM,
+            SGLang, llama.cpp), or shared-outer (SGLang, pool-only experts). [default: peft]
+        yes: Write experts even if they take more than 1 GiB.
+    """
+    import torch
+
+    import rasa_ext
+    from rasa_ext.checkpoint.serving import serving_help
+    from rasa_ext.commands.models import base_of, load_model
+    from rasa_ext.patching.state import adapted_experts
+
+    with base_of(adapter, model) as name, working(f"Exporting {adapter}"):
+        check_differs((adapter, name), output, overwrite=overwrite)
+        base = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
+        size = rasa_ext.export_size(base, pad_to, experts=experts, rank=rank)
+        console.print(f"The LoRA takes {_bytes(size)}.")
+        adapted = bool(adapted_experts(base))
+        if adapted and size > LARGE and not yes:
+            raise ValueError(
+                f"yes: the LoRA would take {_bytes(size)}, since each expert has all ranks of its "
+                "pool written out, and nothing was written; pass --yes to write it, use `rasa-ext "
+                "merge` instead or, where the experts are pool-only (experts='shared' with k = "
+                "rank), --experts shared-outer for SGLang."
+            )
+        written = rasa_ext.export_lora(
+            base,
+            output,
+            pad_to=pad_to,
+            experts=experts,
+            rank=rank,
+            format=format,
+            allow_dropped=allow_dropped,
+            card=rasa_ext.Card.read(adapter),
+        )
+        truncation = None if rank is None else rasa_ext.export_error(base, rank)
+    console.print(f"LoRA of rank {written} in {output}.")
+    if truncation is not None:
+        table = table_of("layer", "error")
+        for layer, error in {**truncation.layers, "all": truncation.error}.items():
+            table.add_row(layer, f"{error:.3g}")
+        console.print(table)
+        console.print("Errors are of the change of the weights, relative, in the Frobenius norm.")
+    text = serving_help(
+        name,
+        output.resolve(),
+        written,
+        float32=base.dtype == torch.float32,
+        experts=(experts or "peft") if adapted else None,
+        format=format,
+    )
+    console.print(text, markup=False)
+
+
+def _bytes(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**30 else f"{size / 2**20:,.2f} MiB"

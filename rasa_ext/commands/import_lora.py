@@ -1,0 +1,35 @@
+"""``rasa-ext import-lora``: a LoRA as an adapter of this package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rasa_ext.commands.output import command, console
+from rasa_ext.commands.parsing import Output, Overwrite, check_differs
+
+
+@command
+def import_lora(
+    lora: Path, *, output: Output, model: str | None = None, overwrite: Overwrite = False
+) -> None:
+    """Turn a LoRA into a RaSA adapter that computes the same function.
+
+    Args:
+        lora: A LoRA in PEFT's format.
+        model: Base model: hub id, directory or .gguf. [default: as the adapter says]
+    """
+    from rasa_ext import Card
+    from rasa_ext.checkpoint import convert_lora, read_lora
+    from rasa_ext.commands.models import base_skeleton
+
+    check_differs((lora,), output, overwrite=overwrite)
+    read = read_lora(lora)
+    name = f"the LoRA `{lora.resolve().name}` of rank {read.rank}"
+    card = Card(sections={"Source": f"Computes the same function as {name}."})
+    base = base_skeleton(lora, model)
+    convert_lora(base, read, str(lora)).save(base, output, card=card)
+    console.print(
+        f"The same adapter, of k = 0 and rank {read.rank}, for {len(read.factors)} layers in "
+        f"{output}.",
+        markup=False,
+    )

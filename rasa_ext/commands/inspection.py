@@ -1,0 +1,192 @@
+"""``rasa-ext inspect``: an adapter from its two files, or a model that may be adapted."""
+
+from __future__ import annotations
+
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rasa_ext.commands.output import command, console, pairs_of, table_of, working
+from rasa_ext.commands.parsing import parse_targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rasa_ext.analysis import GroupAnalysis
+
+
+@command
+def inspect(
+    target: str | None = None,
+    *,
+    model: str | None = None,
+    rank: int = 8,
+    k: int | None = None,
+    target_modules: str = "all-linear",
+    experts: str | None = None,
+    spectrum: bool = False,
+) -> None:
+    """Show an adapter's config, groups and size; or what an adapter of a model would be.
+
+    Args:
+        target: Adapter directory, or a model's directory or .gguf.
+        model: Instead: a model, which may be on the hub.
+        rank: For a model: the rank to plan with.
+        k: For a model: ranks to share. [default: rank // 8]
+        target_modules: For a model: as in `rasa-ext finetune`.
+        experts: For a model: which experts share a pool: slot, layer or shared.
+        spectrum: For an adapter: its layers' effective ranks and use of the pool instead.
+    """
+    from rasa_ext.commands.models import check_adapter, is_model
+
+    if (target is None) == (model is None):
+        raise ValueError("target: expected an adapter's directory or --model, got both or neither.")
+    if target is None or (not spectrum and is_model(Path(target))):
+        _show_plan(str(model or target), rank, k, target_modules, experts)
+        return
+    directory = Path(target)
+    check_adapter(directory, "target", " To look at a model of the hub, pass --model.")
+    if spectrum:
+        _show_spectrum(directory)
+    else:
+        _show_adapter(directory)
+
+
+class AdapterGroup(NamedTuple):
+    """Layers that share a pool, as an adapter's file has them: (out, in), ranks, and experts.
+
+    ``private`` are ranks of each layer's own. ``experts`` is the number in each stacked weight, 0
+    for linear layers.
+    """
+
+    pattern: str
+    layers: int
+    shape: tuple[int, int]
+    private: int
+    pooled: int
+    parameters: int
+    experts: int
+
+
+def read_groups(
+    config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[list[AdapterGroup], list[str]]:
+    """The groups of an adapter's layers, and the names of the tensors that are no part of one.
+
+    Those are of modules that are trained in full, or of layers without an A and a B.
+    """
+    from rasa_ext.checkpoint.files import PREFIX
+    from rasa_ext.methods.base import checked_groups
+    from rasa_ext.patching.grouping import groups_of
+
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    other = []
+    for key, tensor in tensors.items():
+        name, found, part = key.removeprefix(PREFIX).rpartition(".rasa_")
+        if found and {f"{PREFIX}{name}.rasa_A", f"{PREFIX}{name}.rasa_B"} <= tensors.keys():
+            layers.setdefault(name, {})[part] = tuple(tensor.shape)
+        else:
+            other.append(key)
+    shapes = {name: (*parts["B"][:-1], parts["A"][-1]) for name, parts in layers.items()}
+    chosen = checked_groups(config.get("rasa_groups"))
+    groups = []
+    for group in groups_of(shapes, config.get("rasa_experts"), chosen):
+        parts = [layers[name] for name in group.names]
+        count = sum(prod(s) for each in parts for part, s in each.items() if part != "slots")
+        ranks = parts[0]["A"][-2], parts[0].get("pool_A", (0, 0))[-2]
+        groups.append(
+            AdapterGroup(group.pattern, len(parts), group.shape, *ranks, count, group.experts)
+        )
+    return groups, other
+
+
+def _show_adapter(directory: Path) -> None:
+    from rasa_ext.checkpoint.files import WEIGHTS, not_finite, read_config, read_tensors
+
+    config, tensors = read_config(directory), read_tensors(directory / WEIGHTS)
+    groups, other = read_groups(config, tensors)
+    settings = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        for key, value in config.items()
+        if value not in (None, [], {})
+    }
+    console.print(pairs_of(settings))
+    if groups:
+        table = table_of("group", "L", "out x in", "private", "pooled", "R", "parameters")
+        for each in groups:
+            shape, rank = _shape(each.shape, each.experts), each.private + each.pooled
+            numbers = (each.layers, shape, each.private, each.pooled, rank, f"{each.parameters:,}")
+            table.add_row(each.pattern, *map(str, numbers))
+        console.print(table)
+    if other:
+        shown = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in other[:4])
+        more = f", and {len(other) - 4} more" if len(other) > 4 else ""
+        console.print(f"other tensors: {shown}{more}", markup=False)
+    if wrong := list(not_finite(tensors)):
+        console.print(
+            f"{len(wrong)} tensors hold NaN or infinity, such as {wrong[0]}: the training that "
+            "wrote them had diverged.",
+            style="yellow",
+            markup=False,
+        )
+    # The slots are integers, which tell which ranks of a pool a layer reads.
+    count = sum(t.numel() for name, t in tensors.items() if not name.endswith(".rasa_slots"))
+    size = (directory / WEIGHTS).stat().st_size
+    console.print(f"{count:,} parameters, {size:,} bytes ({size / 2**20:.2f} MiB)")
+
+
+def _show_spectrum(directory: Path) -> None:
+    with working(f"Taking the singular values of {directory}"):
+        groups = _analyzed(directory)
+    headings = ("L", "out x in", "R", "effective rank", "private", "slots used", "||dW||")
+    table = table_of("group", *headings)
+    for group in groups:
+        layers = group.layers
+        ranks = [layer.effective_rank for layer in layers]
+        table.add_row(
+            group.pattern,
+            str(len(group.weights)),
+            _shape(group.shape, group.experts),
+            str(len(layers[0].singular_values)),
+            f"{_mean(ranks):.1f} ({min(ranks):.1f}-{max(ranks):.1f})",
+            f"{_mean([layer.private_share for layer in layers]):.0%}",
+            f"{_mean([layer.slots_used for layer in layers]):.1f} of {group.pool_use.shape[1]}",
+            f"{_mean([layer.norm for layer in layers]):.3g}",
+        )
+    console.print(table)
+    over = "layers and experts" if any(group.experts for group in groups) else "layers"
+    console.print(f"Means over {over}.")
+
+
+def _analyzed(directory: Path) -> list[GroupAnalysis]:
+    """Analyze an adapter by its files, and its base's config where these do not tell all shapes."""
+    from rasa_ext.analysis import ShapesUnknown, analyze_adapter
+
+    try:
+        return analyze_adapter(directory)
+    except ShapesUnknown:
+        from rasa_ext.commands.models import base_skeleton
+
+        return analyze_adapter(directory, base_skeleton(directory, None))
+
+
+def _show_plan(
+    name: str, rank: int, k: int | None, target_modules: str, experts: str | None
+) -> None:
+    from rasa_ext import patch_model, summary
+    from rasa_ext.commands.models import load_skeleton
+
+    model, targets = load_skeleton(name), parse_targets(target_modules)
+    patch_model(model, rank=rank, k=k, target_modules=targets, experts=experts)
+    report = summary(model)
+    console.print(str(report), markup=False)
+    console.print(f"An adapter file would have {4 * report.adapter / 2**20:.1f} MiB.")
+
+
+def _shape(shape: tuple[int, int], experts: int) -> str:
+    """Write out x in, and before it how many experts are stacked."""
+    return " x ".join(map(str, (experts, *shape) if experts else shape))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

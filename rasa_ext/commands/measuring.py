@@ -1,0 +1,163 @@
+"""Measuring and asking models: held-out loss, greedy answers, exact match."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import pipeline
+from trl import SFTConfig
+
+import rasa_ext
+from rasa_ext.checkpoint.files import read_config
+from rasa_ext.commands.data import Row, rows_for_sft
+from rasa_ext.commands.models import base_of, is_adapter, load_model, load_tokenizer
+from rasa_ext.commands.options import RECORD
+from rasa_ext.commands.output import working
+from rasa_ext.commands.trainer import AdapterTrainer, dataset
+
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
+
+# What counts of an answer, such as its last number; None where there is nothing of the kind.
+Rule = Callable[[str], object]
+
+
+def each_model(
+    names: Sequence[str], base: str | None, dtype: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """Every model by its name, with its tokenizer; a base of several adapters is loaded once.
+
+    Args:
+        names: adapter directories, RaSA's or PEFT's, or models as `load_model` takes them. What
+            is yielded is good until the next.
+        base: the base of the adapters; where None, what their configs say.
+        dtype: of the base, as `load_model` has it.
+
+    Raises ValueError or FileNotFoundError where one cannot be read, or does not fit its base.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded, model = "", torch.nn.Module()
+    for name in names:
+        path, adapted = Path(name), is_adapter(Path(name))
+        with base_of(path, base) if adapted else contextlib.nullcontext(name) as wanted:
+            if wanted != loaded:
+                with working(f"Loading {wanted}"):
+                    loaded, model = wanted, load_model(wanted, dtype).to(device)
+            own = (path / "tokenizer_config.json").is_file()
+            tokenizer = load_tokenizer(name if own else wanted)
+        if not adapted:
+            yield name, model, tokenizer
+        elif read_config(path).get("peft_type") == "RASA":
+            yield name, rasa_ext.load_adapter(model, path).eval(), tokenizer
+            rasa_ext.unpatch(model)
+        else:
+            from peft import PeftModel
+
+            lora = PeftModel.from_pretrained(model, name).eval()
+            yield name, lora, tokenizer
+            lora.unload()
+
+
+def trained_with_template(name: str) -> bool:
+    """Whether `finetune` used the chat template, where the name is of an adapter of it, or may."""
+    record = Path(name) / RECORD
+    return not record.is_file() or yaml.safe_load(record.read_text()).get("template", True)
+
+
+def held_out_loss(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Row],
+    template: bool,
+    seq_len: int,
+    batch_size: int,
+) -> float:
+    """The mean loss over all tokens that `finetune` would learn of the examples, in nats."""
+    (rows,), marks = rows_for_sft([examples], tokenizer, template)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = SFTConfig(
+            directory,
+            per_device_eval_batch_size=batch_size,
+            max_length=seq_len,
+            assistant_only_loss=marks,
+            bf16=False,
+            prediction_loss_only=True,
+            gradient_checkpointing=False,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = AdapterTrainer(
+            model, arguments, train_dataset=dataset(rows), processing_class=tokenizer
+        )
+        for callback in list(trainer.callback_handler.callbacks):
+            trainer.remove_callback(callback)
+        return trainer.evaluate(trainer.train_dataset)["eval_loss"]
+
+
+def greedy_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int = 32,
+    special_tokens: bool = False,
+) -> list[str]:
+    """The most likely continuation of each prompt, without special tokens, in the given order.
+
+    Prompts are taken as they are; ``special_tokens`` adds the tokenizer's own, which a chat
+    template has already.
+    """
+    tokenizer = copy.copy(tokenizer)
+    tokenizer.padding_side = "left"  # so that an answer begins at the same place in every row
+    ask = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    found = ask(
+        list(prompts),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        return_full_text=False,
+        add_special_tokens=special_tokens,
+    )
+    return [each[0]["generated_text"].strip() for each in found]
+
+
+def last_number(text: str) -> float | None:
+    """The last number in a text: where an answer stands, bare or explained; None if none."""
+    found = _NUMBER.findall(_THOUSANDS.sub("", text))
+    return float(found[-1]) if found else None
+
+
+def by_pattern(pattern: str) -> Rule:
+    """The rule that takes a regular expression's last match: its first group, or all of it.
+
+    Raises ValueError where it is no regular expression.
+    """
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"answer_pattern: expected a regular expression, got {pattern!r}: {error}."
+        ) from None
+
+    def rule(text: str) -> str | None:
+        found = [match[1 if compiled.groups else 0] for match in compiled.finditer(text)]
+        return found[-1].strip() if found and found[-1] is not None else None
+
+    return rule
+
+
+def exact_match(
+    answers: Sequence[str], expected: Sequence[object], rule: Rule = last_number
+) -> float:
+    """The share of answers, in 0..1, of which the rule finds what is expected."""
+    hits = sum(rule(answer) == right for answer, right in zip(answers, expected, strict=True))
+    return hits / max(len(expected), 1)

@@ -1,0 +1,78 @@
+"""``rasa-ext merge``: an adapter into its base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rasa_ext.commands.output import command, console, working
+from rasa_ext.commands.parsing import Output, Overwrite, check_differs
+
+
+@command
+def merge(
+    adapter: Path,
+    *,
+    output: Output,
+    model: str | None = None,
+    dtype: str = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Fold an adapter into its base model and write a standalone model.
+
+    Args:
+        adapter: Adapter directory.
+        model: Base model: hub id, directory or .gguf. [default: as the adapter says]
+        dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
+    """
+    import rasa_ext
+    from rasa_ext.checkpoint.card import write_card
+    from rasa_ext.checkpoint.writing import new_folder
+    from rasa_ext.commands.models import base_of, load_model, load_tokenizer, save_model
+
+    with base_of(adapter, model) as name, working(f"Merging {adapter}"):
+        check_differs((adapter, name), output, overwrite=overwrite)
+        base, tokenizer = load_model(name, dtype), load_tokenizer(name)
+        rasa_ext.load_adapter(base, adapter)
+        change = max(delta.abs().max().item() for _, delta in rasa_ext.delta_weights(base))
+        card = _card(base, adapter)
+        merged = rasa_ext.merge_and_unload(base)
+        with new_folder(output, "the adapter and the base are whole") as folder:
+            save_model(merged, tokenizer, folder)
+            write_card(folder, card, output)
+    console.print(f"Merged model in {output}; the largest change of a weight is {change:.3g}.")
+
+
+def _card(model: Any, adapter: Path) -> str:
+    """Give the card of the model that ``model``, patched, is about to be merged into."""
+    import torch
+
+    from rasa_ext import Card, __version__
+    from rasa_ext.checkpoint.adapter import base_name
+    from rasa_ext.checkpoint.adapter_card import about, head_fields, title
+    from rasa_ext.checkpoint.card import Base, compose
+    from rasa_ext.patching.state import patch_state
+
+    base, config = Base.of(base_name(model)), patch_state(model).config
+    card = Card.read(adapter)
+    fields = head_fields(base, "CAUSAL_LM", card, "transformers", [config.method, "lora"])
+    if base.id:
+        fields["base_model_relation"] = "finetune"
+    dtype = " --dtype float32" if model.dtype == torch.float32 else ""  # vLLM would round it
+    return compose(
+        fields,
+        title(f"{config.title}, merged,", base),
+        f"An adapter of the method {config.title}, merged into its base by rasa_ext {__version__}.",
+        about(base, config),
+        {"Load": _LOAD, "Serve": f"```bash\nvllm serve .{dtype}\n```", **card.sections},
+    )
+
+
+_LOAD = """`"."` is the folder of this card.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+```"""

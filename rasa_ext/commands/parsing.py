@@ -1,0 +1,169 @@
+"""Options: the ones that several commands share, and options from the fields of a dataclass.
+
+Nothing here imports torch, so that ``--help`` and the documentation do without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import typing
+from collections.abc import Callable, Collection, Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+__all__ = ["Output", "Overwrite", "check_differs", "parse_targets"]
+
+_MISSING = dataclasses.MISSING
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+# The options of a command that writes a directory.
+Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace what the output directory holds.")]
+
+
+def options_of(fields: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a function of keywords the fields of a dataclass as parameters, and ``config``.
+
+    The help of each is in the section ``Args`` of the class's docstring, and goes into the
+    function's, where `rasa_ext.commands.output.command` reads it.
+    """
+    types = typing.get_type_hints(fields)
+
+    def use(context: typer.Context, value: Path | None) -> None:
+        if value is not None:
+            context.default_map = _read_config_file(value, defaults)
+
+    text = "YAML file with any of these options; the command line overrides it."
+    config = typer.Option(is_eager=True, callback=use, help=text)
+    types["config"] = Annotated[Path | None, config]
+    defaults = {field.name: field.default for field in dataclasses.fields(fields)}
+
+    def declare(function: Callable[..., None]) -> Callable[..., None]:
+        def declared(config: None, **values: Any) -> None:
+            function(**values)
+
+        kind, empty = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.empty
+        parameters = [
+            inspect.Parameter(name, kind, default=empty if default is _MISSING else default)
+            for name, default in {**defaults, "config": None}.items()
+        ]
+        vars(declared)["__signature__"] = inspect.Signature(parameters)
+        declared.__name__, declared.__annotations__ = function.__name__, types
+        entries = (fields.__doc__ or "").partition("Args:\n")[2]
+        declared.__doc__ = f"{function.__doc__}\n\n    Args:\n{entries}"
+        return declared
+
+    return declare
+
+
+def _read_config_file(path: Path, known: Collection[str]) -> dict[str, str]:
+    """The file's values by option name, as texts, which typer parses as those of a command line.
+
+    Keys may be written with ``-`` or ``_``. Raises typer.BadParameter naming the file, and the key
+    where it is unknown.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"{path}: expected YAML, but it does not parse: {error}") from None
+    if not isinstance(data, dict):
+        raise typer.BadParameter(
+            f"{path}: expected a mapping of option names to values, got {type(data).__name__}."
+        )
+    values = {}
+    for key, value in data.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            raise typer.BadParameter(f"{path}: unknown key {str(key)!r}; {hint}")
+        if isinstance(value, dict):
+            value = yaml.safe_dump(value, default_flow_style=True, width=1e9).strip()[1:-1]
+        if isinstance(value, list):
+            value = ",".join(map(str, value))
+        if value is not None:
+            values[name] = str(value)
+    return values
+
+
+def parse_yaml(option: str, text: str) -> dict[str, Any]:
+    """Parse the value of an option that is YAML; ValueError where it is no names and values."""
+    try:
+        found = yaml.safe_load(f"{{{text}}}")
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict) or None in found.values():
+        raise ValueError(f"{option}: expected YAML such as 'name: 4', got {text!r}.")
+    return found
+
+
+def parse_targets(text: str) -> str | list[str]:
+    """Parse `--target-modules`: "all-linear"; suffixes with commas; `regex:` and an expression.
+
+    Args:
+        text: the option's value.
+
+    Returns:
+        The field ``target_modules`` of a config.
+
+    Raises:
+        ValueError: it is none of these.
+
+    Example:
+        >>> from rasa_ext.commands.parsing import parse_targets
+        >>> parse_targets("q_proj, v_proj")
+        ['q_proj', 'v_proj']
+    """
+    if text == "all-linear":
+        return text
+    if text.startswith("regex:"):
+        return text.removeprefix("regex:")  # which the config checks
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError(
+            "target_modules: expected 'all-linear', names separated by commas, or 'regex:' and a "
+            f"regular expression, got {text!r}."
+        )
+    return names
+
+
+def check_least(**numbers: tuple[float | None, float]) -> None:
+    """Raise ValueError where an option, unless it is None, is below its least value."""
+    for name, (value, least) in numbers.items():
+        if value is not None and value < least:
+            raise ValueError(f"{name}: expected at least {least}, got {value}.")
+
+
+def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: bool) -> None:
+    """Check that ``output`` can be written, and is none of the folders that it is made from.
+
+    Args:
+        sources: what it is made from; names that are no folder may stand among them.
+        output: the folder to write.
+        overwrite: whether it may hold files.
+
+    Raises:
+        ValueError: it is one of the sources, or holds files.
+        OSError: it cannot be written (a ``WriteError``).
+
+    Example:
+        >>> from pathlib import Path
+        >>> from rasa_ext.commands.parsing import check_differs
+        >>> check_differs(["checkpoint"], Path("new"), overwrite=False)
+    """
+    from rasa_ext.checkpoint.writing import check_output
+
+    for source in sources:
+        if Path(source).resolve() == output.resolve():
+            raise ValueError(
+                f"output: expected another directory than that of what it is made from, got "
+                f"{output}."
+            )
+    check_output(output, overwrite=overwrite)

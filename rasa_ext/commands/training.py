@@ -1,0 +1,277 @@
+"""train(options): check, load, adapt, train with TRL's SFTTrainer, and write the results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.text import Text
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, TrainerState
+from trl import SFTConfig
+
+from rasa_ext import patch_model, summary, unpatch
+from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback, read_metrics
+from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
+from rasa_ext.commands.data import DataError, read_examples, rows_for_sft
+from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer
+from rasa_ext.commands.options import RECORD, FinetuneOptions
+from rasa_ext.commands.output import working
+from rasa_ext.commands.parsing import parse_yaml
+from rasa_ext.commands.results import RunResult, write_results
+from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, check_head, dataset
+
+OPEN, CLOSE = ">>>", "<<<"  # around what is trained, in the example that is shown
+_SHOWN = 400  # characters of an untrained stretch, which is cut in its middle
+# What may be another on a resume: no step depends on it.
+_HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_every"})
+
+
+def train(
+    options: FinetuneOptions, console: Console, *, model: Any = None, tokenizer: Any = None
+) -> RunResult:
+    """Fine-tune a causal language model and write the adapter into `options.output`.
+
+    The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), its card
+    (`README.md`), the tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the run's own
+    `finetune.yaml`, and checkpoints. Ctrl-C ends the run after the present step with a checkpoint.
+
+    Args:
+        options: what to do.
+        console: where progress is shown.
+        model: a model already loaded, which is left as it was; loaded by name where None.
+        tokenizer: its tokenizer.
+
+    Raises ValueError (its message names the option or the line of data) or FileNotFoundError.
+    """
+    output = Path(options.output)
+    resumed = newest_whole(output, console) if options.resume else None
+    tokenizer = load_tokenizer(options.model) if tokenizer is None else tokenizer
+    names = options.prompt_field, options.completion_field
+    asked = {"data": options.data, "eval_data": options.eval_data}
+    sources = {option: source for option, source in asked.items() if source is not None}
+    examples = [read_examples(source, *names, option) for option, source in sources.items()]
+    rows, marks = rows_for_sft(examples, tokenizer, options.template)
+    record = {
+        **options.to_dict(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "sha256_of_data": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    }
+    state = None
+    if resumed is not None:
+        _check_run(resumed, record)
+        state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
+    arguments = _arguments(options, marks)
+    loaded = model is None
+    if loaded:
+        _check_plan(options)
+        model = _load(options)
+    if model.dtype == torch.float16:
+        arguments = _arguments(options, marks, fp16=True)
+    with warnings.catch_warnings():
+        if loaded:  # the plan's check gave this advice
+            warnings.filterwarnings("ignore", "(rank|groups): ")
+        trainer = AdapterTrainer(
+            model,
+            arguments,
+            adapter=options.adapter(),
+            warmup=options.warmup,
+            train_dataset=dataset(rows[0]),
+            eval_dataset=dataset(rows[1]) if options.eval_data is not None else None,
+            processing_class=tokenizer,
+        )
+    trainer.record = json.dumps(record)
+    trainer.remove_callback(PrinterCallback)
+    prepared = (trainer.train_dataset, trainer.eval_dataset)
+    for source, given, learnt in zip(sources.values(), rows, prepared, strict=False):
+        describe_rows(source, len(given), learnt, options, console)
+    show_example(trainer.train_dataset[0], tokenizer, console)
+    trained = _describe_adapter(trainer.base_model, console)
+
+    metrics = MetricsCallback(output / "metrics.jsonl", console, len(trainer.eval_dataset or ()))
+    steps = options.adapter().callbacks(trainer.base_model)
+    for callback in steps:
+        trainer.add_callback(callback)
+    if state is not None and state.global_step >= state.max_steps:
+        trainer.state, stopped = state, False
+        console.print(f"The run in {output} is complete: {state.global_step} steps.")
+        trainer._load_from_checkpoint(str(resumed))
+        metrics.rows = read_metrics(metrics.path)
+        for callback in steps:
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        if options.overwrite:
+            make_room(output)
+        text = yaml.safe_dump(options.to_dict(), sort_keys=False)
+        (output / RECORD).write_text(text, encoding="utf-8")
+        trainer.add_callback(metrics)
+        with InterruptCallback(console) as stop:
+            trainer.add_callback(stop)
+            trainer.train(resume_from_checkpoint=resumed and str(resumed))
+        stopped = stop.requested and trainer.state.global_step < trainer.state.max_steps
+    result = write_results(trainer, options, stopped, metrics, trained)
+    if not loaded:
+        unpatch(model)
+        vars(model).pop("forward", None)  # TRL's, which can leave logits out
+    return result
+
+
+def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
+    """Raise ValueError, naming the options, where a checkpoint is of another run than is asked for.
+
+    The steps behind it were made with what it says, so no run that goes on otherwise is the one
+    that the options describe: the rate, for one, falls to zero over all steps.
+    """
+    before = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
+    other = [
+        f"{name} ({before.get(name)!r} before, {value!r} now)"
+        for name, value in record.items()
+        if name not in _HARMLESS and before.get(name) != value
+    ]
+    if other:
+        raise ValueError(
+            f"resume: the run of {checkpoint} had other options: {'; '.join(other)}; give the "
+            "same, or another --output and no --resume."
+        )
+
+
+def _check_plan(options: FinetuneOptions) -> None:
+    """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
+    config = options.adapter()
+    model = patch_model(load_skeleton(options.model), config=config)
+    check_head(model)
+    config.callbacks(model)
+
+
+def _load(options: FinetuneOptions) -> Any:
+    with working(f"Loading {options.model}"):
+        model = load_model(options.model, options.dtype)
+    if model.dtype == torch.float16 and not torch.cuda.is_available():
+        if options.dtype == "float16":
+            raise ValueError(
+                "dtype: float16 is trained with a scaled loss, which needs a GPU; on a CPU use "
+                "float32 or bfloat16."
+            )
+        model = model.float()
+    return model
+
+
+def _describe_adapter(model: Any, console: Console) -> int:
+    """Say how much is trained; returns the number of trainable parameters."""
+    found = summary(model)
+    console.print(
+        f"{found.trainable:,} of {found.total:,} parameters are trained ({len(found)} groups, "
+        f"effective rank {max(row.R for row in found)})."
+    )
+    return found.trainable
+
+
+def _arguments(options: FinetuneOptions, marks: bool, fp16: bool = False) -> SFTConfig:
+    evaluate = options.eval_data is not None
+    usual = {
+        "weight_decay": 0.0,
+        "optim": "adamw_torch",
+        "per_device_eval_batch_size": 2 * options.batch_size,  # nothing is kept for a backward
+        "save_total_limit": 2,
+        "report_to": [],
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    given = parse_yaml("training_arguments", options.training_arguments)
+    try:
+        arguments = SFTConfig(
+            **{**usual, **given},
+            output_dir=options.output,
+            max_steps=-1 if options.max_steps is None else options.max_steps,
+            num_train_epochs=options.epochs,
+            per_device_train_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.grad_accum,
+            learning_rate=options.lr,
+            max_length=options.seq_len,
+            packing=options.packing,
+            eval_packing=False,
+            assistant_only_loss=marks,
+            # The base's dtype decides; TRL would compute in bfloat16.
+            bf16=False,
+            fp16=fp16,
+            gradient_checkpointing=options.gradient_checkpointing,
+            seed=options.seed,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            include_num_input_tokens_seen="non_padding",
+            eval_strategy="steps" if evaluate else "no",
+            # Below 1 it is a share of the steps: an evaluation after the last alone.
+            eval_steps=options.eval_every or 1 - 1e-9,
+            eval_on_start=evaluate and not options.resume,
+            prediction_loss_only=True,
+            save_strategy="steps",
+            save_steps=0.1,  # a share as well
+            disable_tqdm=True,
+        )
+    except (TypeError, ValueError) as error:  # of another name, or one that an option sets
+        raise ValueError(f"training_arguments: {error}") from error
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process, one GPU: DataParallel would copy the model every step
+    return arguments
+
+
+def describe_rows(
+    source: str, given: int, prepared: Any, options: FinetuneOptions, console: Console
+) -> None:
+    """Count what a prepared data set has to learn, and what was left out or cut.
+
+    Raises DataError if nothing is left.
+    """
+    length = options.seq_len
+    if not len(prepared):
+        raise DataError(
+            f"seq_len: within {length} tokens none of the {given} examples has a completion token "
+            "to train on; raise --seq-len or shorten the prompts."
+        )
+    labels = prepared["labels"]
+    learnt = sum(label != IGNORE for row in labels for label in row)
+    packed = options.packing and len(prepared) < given
+    rows = f" in {len(prepared):,} rows" if packed else ""
+    console.print(f"{source}: {given:,} examples{rows}, {learnt:,} tokens to learn.")
+    if packed:
+        return
+    if dropped := given - len(prepared):
+        console.print(
+            f"{dropped:,} of them have no completion token within --seq-len {length} and are left "
+            "out.",
+            style="yellow",
+        )
+    if cut := sum(len(row) == length for row in labels):
+        console.print(f"{cut:,} reach --seq-len {length} and may be cut there.", style="yellow")
+
+
+def show_example(row: Mapping[str, Any], tokenizer: Any, console: Console) -> None:
+    """Print a row as the model sees it, what is trained within `OPEN` and `CLOSE`."""
+    text = Text()
+    for trained, stretch in marked(row, tokenizer):
+        if trained:
+            text.append(f"{OPEN}{stretch}{CLOSE}", style="bold green")
+        elif len(stretch) <= _SHOWN:
+            text.append(stretch)
+        else:
+            text.append(f"{stretch[: _SHOWN // 2]} [...] {stretch[-_SHOWN // 2 :]}")
+    console.print(f"The first example; what is trained stands in {OPEN} {CLOSE}:", style="dim")
+    console.print(text)
+
+
+def marked(row: Mapping[str, Any], tokenizer: Any) -> list[tuple[bool, str]]:
+    """The stretches of a row's text, each with whether its tokens carry a loss."""
+    pairs = zip(row["input_ids"], row["labels"], strict=True)
+    return [
+        (trained, tokenizer.decode([token for token, _ in stretch]))
+        for trained, stretch in groupby(pairs, key=lambda pair: pair[1] != IGNORE)
+    ]
