@@ -7,14 +7,7 @@ import sys
 import warnings
 
 NEEDED = (
-    "typer",
-    "rich",
-    "yaml",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "peft",
-    "trl",
+    *("typer", "rich", "yaml", "transformers", "accelerate", "datasets", "peft", "trl"),
     "matplotlib",
 )
 

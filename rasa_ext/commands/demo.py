@@ -82,6 +82,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
     from rasa_ext.commands.models import SMOLLM2, load_model, load_tokenizer, save_model
     from rasa_ext.commands.options import FinetuneOptions
     from rasa_ext.commands.problems import make_problems
+    from rasa_ext.commands.results import describe
     from rasa_ext.commands.training import train
 
     with working("Loading SmolLM2-135M-Instruct"):
@@ -120,7 +121,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
         seed=seed,
     )
     result = train(options, console, model=model, tokenizer=tokenizer)
-    if result.interrupted:
+    if result["interrupted"]:
         raise KeyboardInterrupt
     rasa_ext.load_adapter(model, adapter)
     after = answers()
@@ -146,7 +147,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
     right = [problem.answer for problem in test]
     table = table_of(f"{len(test)} held-out problems", "before", "after")
     table.add_row("exact match", *(f"{exact_match(each, right):.0%}" for each in (before, after)))
-    losses = (f"{loss:.3f}" for loss in (result.eval_loss_before, result.eval_loss))
+    losses = (f"{loss:.3f}" for loss in (result["eval_loss_before"], result["eval_loss"]))
     table.add_row("loss per solution token", *losses)
     console.print(table)
     for problem, *said in list(zip(test, before, after, strict=True))[:2]:
@@ -157,7 +158,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
         "\nlargest difference of any logit to the adapter: "
         f"merged model {by_merged:.1e}, LoRA of rank {rank} in PEFT {by_lora:.1e}"
     )
-    for line in result.lines():
+    for line in describe(result):
         console.print(line)
     console.print(f"adapter/ with loss.png, lora/, merged/, train.jsonl, test.jsonl: {output}")
     ask = f"--system {shlex.quote(INSTRUCTION)} --prompt {shlex.quote(test[0].question)}"

@@ -18,17 +18,18 @@ from rasa_ext.commands.parsing import options_of
 def finetune(**values: Any) -> None:
     """Fine-tune a language model; only completions, or the assistant's turns, carry a loss."""
     options = FinetuneOptions(**values)  # checked before the libraries are imported
+    from rasa_ext.commands.results import describe
     from rasa_ext.commands.training import train
 
     result = train(options, console)
-    if result.interrupted:
-        record = shlex.quote(str(Path(result.output) / RECORD))
+    if result["interrupted"]:
+        record = shlex.quote(str(Path(result["output"]) / RECORD))
         console.print(
-            f"Stopped after step {result.step} of {result.total_steps}; "
-            f"the checkpoint is {result.checkpoint}. Go on with:\n"
+            f"Stopped after step {result['step']} of {result['total_steps']}; "
+            f"the checkpoint is {result['checkpoint']}. Go on with:\n"
             f"  rasa-ext finetune --config {record} --resume"
         )
         raise typer.Exit(INTERRUPTED)
-    console.print(f"adapter, metrics.jsonl, loss.png, summary.json: {result.output}")
-    for line in result.lines():
+    console.print(f"adapter, metrics.jsonl, loss.png, summary.json: {result['output']}")
+    for line in describe(result):
         console.print(line)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from rasa_ext.commands.output import command, console
@@ -83,21 +84,11 @@ def print_answer(
 
 def _talk(answer: Callable[[list[dict[str, str]]], str], turns: list[dict[str, str]]) -> None:
     """Hold a conversation: every line is a turn, and the model hears all before it."""
-    for line in _lines():
-        turns = [*turns, {"role": "user", "content": line}]
-        turns.append({"role": "assistant", "content": answer(turns)})
-
-
-def _lines() -> Iterator[str]:
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
         console.print("A line is a turn; /quit or Ctrl-D ends the conversation.", style="dim")
-    while True:
-        try:
-            line = input(prompt)
-        except EOFError:
-            return
-        if line.strip() == "/quit":
-            return
-        if line.strip():
-            yield line
+    with contextlib.suppress(EOFError):
+        while (line := input(prompt)).strip() != "/quit":
+            if line.strip():
+                turns = [*turns, {"role": "user", "content": line}]
+                turns.append({"role": "assistant", "content": answer(turns)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import functools
 import importlib.util
 import io
@@ -74,20 +73,14 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
-    where = _locate(name)
-    if "gguf_file" in where:
-        wanted: Any = torch.float32 if dtype == "auto" else getattr(torch, dtype)
-        if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed
-            where["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    else:
-        wanted = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        with _reading(where):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=wanted, output_loading_info=True
-            )
-    except (OSError, ValueError) as error:
-        raise ModelError(_cannot_load(name, error)) from error
+    with _reading(name) as where:
+        if "gguf_file" in where:
+            dtype = "float32" if dtype == "auto" else dtype
+            if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed
+                where["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=dtype, output_loading_info=True
+        )
     if missing := sorted(report["missing_keys"]):
         raise ModelError(  # transformers would go on with random numbers
             f"model: {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
@@ -115,16 +108,12 @@ def load_skeleton(name: str) -> Any:
         >>> load_skeleton("base").device
         device(type='meta')
     """
-    where = _locate(name)
-    try:
-        with _reading(where):
-            config = AutoConfig.from_pretrained(**where)
+    with _reading(name) as where:
+        config = AutoConfig.from_pretrained(**where)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ModelError(_cannot_load(name, error)) from error
     model.config._name_or_path = name
     return model
 
@@ -146,12 +135,8 @@ def load_tokenizer(name: str) -> Any:
         >>> load_tokenizer("smollm2").decode(load_tokenizer("smollm2").encode("Two"))
         'Two'
     """
-    where = _locate(name, "tokenizer_config.json")
-    try:
-        with _reading(where):
-            tokenizer = AutoTokenizer.from_pretrained(**where)
-    except (OSError, ValueError) as error:
-        raise ModelError(_cannot_load(name, error)) from error
+    with _reading(name, "tokenizer_config.json") as where:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -175,21 +160,16 @@ def is_model(path: Path) -> bool:
 
 
 def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") -> None:
-    """Raise FileNotFoundError, with a name that is near, where a path is no adapter's directory.
+    """Raise FileNotFoundError where a path is no adapter's directory.
 
     The hub is not asked: what is on it has to be called a model. ``otherwise`` ends the message.
     """
     if is_adapter(path):
         return
-    beside = [each.name for each in path.absolute().parent.glob("*") if is_adapter(each)]
-    near = [path.parent / name for name in difflib.get_close_matches(path.name, beside, n=1)]
     what = f"{path} holds no {CONFIG}" if path.is_dir() else f"{path} does not exist"
     if path.is_file():
-        what, near = f"{path} is a file", [path.parent] if is_adapter(path.parent) else near
-    hint = f"; did you mean {near[0]}?" if near else "."
-    raise FileNotFoundError(
-        f"{argument}: expected an adapter's directory, but {what}{hint}{otherwise}"
-    )
+        what = f"{path} is a file"
+    raise FileNotFoundError(f"{argument}: expected an adapter's directory, but {what}.{otherwise}")
 
 
 @contextlib.contextmanager
@@ -334,26 +314,31 @@ def go_offline_without_hub() -> None:
 
 
 @contextlib.contextmanager
-def _reading(where: dict[str, Any]) -> Iterator[None]:
-    """Read a .gguf's header once; transformers does for its settings, tokenizer and weights anew.
+def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
+    """Give `_locate`'s arguments; an error within becomes a ModelError.
 
-    And make the table of its tensors' names once, which is made for every module. Of the 15.5 s
+    A .gguf's header is read once, which transformers does for settings, tokenizer and weights anew,
+    and the table of its tensors' names is made once, instead of for every module. Of the 15.5 s
     that SmolLM2 took to load, tokenizer included, that leaves 8 (one core of an EPYC, 2026-11-26).
     """
-    if "gguf_file" not in where:
-        yield
-        return
-    import gguf
+    where = _locate(name, *instead)
+    with contextlib.ExitStack() as patches:
+        if "gguf_file" in where:
+            import gguf
 
-    def reader(path: str) -> Any:
-        return _header(path, Path(path).stat().st_mtime_ns)
+            names = functools.cache(gguf.get_tensor_name_map)
+            patch = mock.patch.multiple(gguf, GGUFReader=_reader, get_tensor_name_map=names)
+            patches.enter_context(patch)
+            # A bar that no setting turns off.
+            patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        try:
+            yield where
+        except (OSError, ValueError) as error:
+            raise ModelError(_cannot_load(name, error)) from error
 
-    names = functools.cache(gguf.get_tensor_name_map)
-    with (
-        mock.patch.multiple(gguf, GGUFReader=reader, get_tensor_name_map=names),
-        contextlib.redirect_stderr(io.StringIO()),  # a bar that no setting turns off
-    ):
-        yield
+
+def _reader(path: str) -> Any:
+    return _header(path, Path(path).stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)

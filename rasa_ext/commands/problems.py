@@ -10,8 +10,10 @@ The split of the calculations is `split_of`, a pure function, so both promises c
 
 from __future__ import annotations
 
+import operator
 import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,23 +22,13 @@ import yaml
 
 Split = Literal["train", "test"]
 
+_APPLY = {"*": operator.mul, "+": operator.add, "-": operator.sub}
 LARGEST = 40  # no count in a problem, and so no answer, is above this or below zero
 
 
-@dataclass(frozen=True)
-class Scene:
-    """Sentences about one kind of thing; `{n}` is a number, `{g}` a number of groups."""
-
-    start: list[str]
-    groups: list[str]
-    gain: list[str]
-    lose: list[str]
-    ask: list[str]
-
-
+# Sentences about kinds of things; `{n}` is a number, `{g}` a number of groups.
 _TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-_TRAIN, _TEST = ([Scene(**scene) for scene in _TEXTS[split]] for split in ("train", "test"))
-SCENES = (*_TRAIN, *_TEST)
+SCENES: list[dict[str, list[str]]] = [*_TEXTS["train"], *_TEXTS["test"]]
 
 
 @dataclass(frozen=True)
@@ -56,12 +48,9 @@ class Problem:
     @property
     def working(self) -> str:
         """Every step as an equation, such as `5+4=9, 9-2=7`."""
-        count, steps = self.numbers[0], []
-        for operation, number in zip(self.operations, self.numbers[1:], strict=True):
-            result = _apply(count, operation, number)
-            steps.append(f"{count}{operation}{number}={result}")
-            count = result
-        return ", ".join(steps)
+        counts = _counts(self.operations, self.numbers)
+        steps = zip(counts, self.operations, self.numbers[1:], counts[1:], strict=False)
+        return ", ".join(f"{before}{sign}{n}={after}" for before, sign, n, after in steps)
 
 
 def make_problems(count: int, *, split: Split, seed: int = 0) -> list[Problem]:
@@ -93,7 +82,8 @@ def split_of(operations: tuple[str, ...], numbers: tuple[int, ...]) -> Split:
 
 def scenes_of(split: Split) -> range:
     """Indices into `SCENES` of the scenes of one split."""
-    return range(len(_TRAIN)) if split == "train" else range(len(_TRAIN), len(SCENES))
+    first = len(_TEXTS["train"])
+    return range(first) if split == "train" else range(first, len(SCENES))
 
 
 def _draw(rng: random.Random, split: Split, steps: int) -> Problem:
@@ -103,10 +93,7 @@ def _draw(rng: random.Random, split: Split, steps: int) -> Problem:
             break
     index = rng.choice(scenes_of(split))
     question = _tell(rng, SCENES[index], operations, numbers)
-    count = numbers[0]
-    for operation, number in zip(operations, numbers[1:], strict=True):
-        count = _apply(count, operation, number)
-    return Problem(question, count, operations, numbers, index)
+    return Problem(question, _counts(operations, numbers)[-1], operations, numbers, index)
 
 
 def _draw_calculation(rng: random.Random, steps: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -119,33 +106,34 @@ def _draw_calculation(rng: random.Random, steps: int) -> tuple[tuple[str, ...], 
         else:
             numbers = [rng.randint(3, 15), rng.randint(2, 9)]
         numbers += [rng.randint(2, 9) for _ in range(steps - 1)]
-        count, fits = numbers[0], True
-        for operation, number in zip(operations, numbers[1:], strict=True):
-            count = _apply(count, operation, number)
-            fits = fits and 0 <= count <= LARGEST
-        if fits:
+        if all(0 <= count <= LARGEST for count in _counts(operations, numbers)[1:]):
             return operations, tuple(numbers)
 
 
-def _apply(count: int, operation: str, number: int) -> int:
-    if operation == "*":
-        return count * number
-    return count + number if operation == "+" else count - number
+def _counts(operations: Sequence[str], numbers: Sequence[int]) -> list[int]:
+    """The count at first, and after each operation."""
+    counts = [numbers[0]]
+    for operation, number in zip(operations, numbers[1:], strict=True):
+        counts.append(_APPLY[operation](counts[-1], number))
+    return counts
 
 
 def _tell(
-    rng: random.Random, scene: Scene, operations: tuple[str, ...], numbers: tuple[int, ...]
+    rng: random.Random,
+    scene: dict[str, list[str]],
+    operations: tuple[str, ...],
+    numbers: tuple[int, ...],
 ) -> str:
     name = rng.choice(_TEXTS["names"])
     friend = rng.choice([other for other in _TEXTS["names"] if other != name])
     if operations[0] == "*":
-        sentences = [rng.choice(scene.groups).format(n=numbers[0], g=numbers[1], name=name)]
+        sentences = [rng.choice(scene["groups"]).format(n=numbers[0], g=numbers[1], name=name)]
         events = list(zip(operations[1:], numbers[2:], strict=True))
     else:
-        sentences = [rng.choice(scene.start).format(n=numbers[0], name=name)]
+        sentences = [rng.choice(scene["start"]).format(n=numbers[0], name=name)]
         events = list(zip(operations, numbers[1:], strict=True))
     for operation, number in events:
-        phrases = scene.gain if operation == "+" else scene.lose
+        phrases = scene["gain"] if operation == "+" else scene["lose"]
         sentences.append(rng.choice(phrases).format(n=number, name=name, friend=friend))
-    sentences.append(rng.choice(scene.ask).format(name=name))
+    sentences.append(rng.choice(scene["ask"]).format(name=name))
     return " ".join(sentences)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import resource
 import sys
@@ -21,100 +20,73 @@ from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer
 
 
-@dataclasses.dataclass
-class RunResult:
-    """The outcome of a run; also in `summary.json` of the output directory.
-
-    Args:
-        output: the directory.
-        interrupted: whether Ctrl-C ended it.
-        step: the last one.
-        total_steps: of the whole run.
-        seconds: in training steps, of all parts of a resumed run, without evaluation and loading.
-        tokens_per_s: without padding.
-        first_loss: mean over the first tenth of the steps.
-        last_loss: mean over the last tenth of the steps.
-        eval_loss_before: held out, of the first evaluation.
-        eval_loss: of the last one.
-        trainable: the number of trained parameters.
-        peak_memory: bytes, as `peak_memory` gives them.
-        checkpoint: the newest.
-    """
-
-    output: str
-    interrupted: bool
-    step: int
-    total_steps: int
-    seconds: float
-    tokens_per_s: float | None
-    first_loss: float | None
-    last_loss: float | None
-    eval_loss_before: float | None
-    eval_loss: float | None
-    trainable: int
-    peak_memory: dict[str, int]
-    checkpoint: str | None
-
-    def lines(self) -> list[str]:
-        """The figures, as the command prints them and the card has them."""
-        lines = []
-        if self.tokens_per_s is not None:
-            speed = f"{self.seconds:.0f} s in {self.step} steps, {self.tokens_per_s:,.0f} tokens/s"
-            lines.append(f"{speed}, peak memory {describe_memory(self.peak_memory)}")
-        if self.first_loss is not None:
-            losses = f"training loss {self.first_loss:.4f} -> {self.last_loss:.4f}"
-            lines.append(f"{losses} (first and last tenth of the steps)")
-        if self.eval_loss is not None:
-            lines.append(f"held-out loss {self.eval_loss_before:.4f} -> {self.eval_loss:.4f}")
-        return lines
-
-
 def write_results(
     trainer: AdapterTrainer,
     options: FinetuneOptions,
     interrupted: bool,
     metrics: MetricsCallback,
     trainable: int,
-) -> RunResult:
-    """Write adapter, card, tokenizer, `loss.png` and `summary.json` into the output."""
+) -> dict[str, Any]:
+    """Write adapter, card, tokenizer, `loss.png` and `summary.json`, and give the latter's content.
+
+    "seconds" are those in training steps, of all parts of a resumed run; "first_loss" and
+    "last_loss" are means over a tenth of the steps.
+    """
     output = Path(options.output)
     losses, held_out = metrics.values("loss"), metrics.values("eval_loss") or [None]
     tenth = max(1, len(losses) // 10)
     seconds, saved = sum(metrics.values("seconds")), checkpoints_in(output)
-    result = RunResult(
-        output=options.output,
-        interrupted=interrupted,
-        step=trainer.state.global_step,
-        total_steps=trainer.state.max_steps,
-        seconds=seconds,
-        tokens_per_s=sum(metrics.values("tokens")) / seconds if seconds else None,
-        first_loss=sum(losses[:tenth]) / tenth if losses else None,
-        last_loss=sum(losses[-tenth:]) / tenth if losses else None,
-        eval_loss_before=held_out[0],
-        eval_loss=held_out[-1],
-        trainable=trainable,
-        peak_memory=peak_memory(),
-        checkpoint=str(saved[-1][1]) if saved else None,
-    )
+    result = {
+        "output": options.output,
+        "interrupted": interrupted,
+        "step": trainer.state.global_step,
+        "total_steps": trainer.state.max_steps,
+        "seconds": seconds,
+        "tokens_per_s": sum(metrics.values("tokens")) / seconds if seconds else None,
+        "first_loss": sum(losses[:tenth]) / tenth if losses else None,
+        "last_loss": sum(losses[-tenth:]) / tenth if losses else None,
+        "eval_loss_before": held_out[0],
+        "eval_loss": held_out[-1],
+        "trainable": trainable,
+        "peak_memory": peak_memory(),
+        "checkpoint": str(saved[-1][1]) if saved else None,
+    }
     trainer.model.eval()
     trainer.card = run_card(trainer, options, result)
     trainer.save_model()
     if losses:
         title = f"{options.adapter().title} r={options.rank}, {Path(options.model).name}"
         plot_loss(metrics.rows, output / "loss.png", title)
-    text = json.dumps(dataclasses.asdict(result), indent=2)
+    text = json.dumps(result, indent=2)
     (output / "summary.json").write_text(text + "\n", encoding="utf-8")
     return result
 
 
-def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: RunResult) -> Card:
+def describe(result: Mapping[str, Any]) -> list[str]:
+    """The figures of a run, as the command prints them and the card has them."""
+    lines = []
+    if result["seconds"]:
+        time = f"{result['seconds']:.0f} s in {result['step']} steps"
+        peak = zip(("resident", "on the GPU"), result["peak_memory"].values(), strict=False)
+        memory = ", ".join(f"{size / 2**30:.2f} GiB {where}" for where, size in peak)
+        lines.append(f"{time}, {result['tokens_per_s']:,.0f} tokens/s, peak memory {memory}")
+    if result["first_loss"] is not None:
+        losses = f"training loss {result['first_loss']:.4f} -> {result['last_loss']:.4f}"
+        lines.append(f"{losses} (first and last tenth of the steps)")
+    if result["eval_loss"] is not None:
+        before, after = result["eval_loss_before"], result["eval_loss"]
+        lines.append(f"held-out loss {before:.4f} -> {after:.4f}")
+    return lines
+
+
+def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[str, Any]) -> Card:
     """Describe a fine-tuning run: its data, what was chosen, and how it went."""
     rows = {"data": trainer.train_dataset, "eval_data": trainer.eval_dataset}
     chosen = {
-        "steps": f"{result.step:,} of {result.total_steps:,}",
+        "steps": f"{result['step']:,} of {result['total_steps']:,}",
         "processes": trainer.args.world_size,
         "dtype of the base": str(trainer.base_model.dtype).removeprefix("torch."),
-        "trainable parameters": f"{result.trainable:,}",
+        "trainable parameters": f"{result['trainable']:,}",
     }
     for name, value in options.to_dict().items():
         if name in rows and value is not None:
@@ -127,7 +99,7 @@ def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: RunResul
         [source for source in sources if not Path(source).is_file()],
         {
             "Training": "\n".join(["| | |", "| --- | --- |", *table]),
-            "Figures of the run": "\n".join(f"- {line}" for line in result.lines()),
+            "Figures of the run": "\n".join(f"- {line}" for line in describe(result)),
         },
     )
 
@@ -148,14 +120,6 @@ def peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
     return peak
-
-
-def describe_memory(peak: Mapping[str, int]) -> str:
-    """Such as `1.53 GiB resident, 0.80 GiB on the GPU`."""
-    text = f"{peak['rss_bytes'] / 2**30:.2f} GiB resident"
-    if "cuda_bytes" in peak:
-        text += f", {peak['cuda_bytes'] / 2**30:.2f} GiB on the GPU"
-    return text
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:

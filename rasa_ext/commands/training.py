@@ -27,7 +27,7 @@ from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer
 from rasa_ext.commands.options import RECORD, FinetuneOptions
 from rasa_ext.commands.output import working
 from rasa_ext.commands.parsing import parse_yaml
-from rasa_ext.commands.results import RunResult, write_results
+from rasa_ext.commands.results import write_results
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, check_head, dataset
 
 OPEN, CLOSE = ">>>", "<<<"  # around what is trained, in the example that is shown
@@ -38,7 +38,7 @@ _HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_every"})
 
 def train(
     options: FinetuneOptions, console: Console, *, model: Any = None, tokenizer: Any = None
-) -> RunResult:
+) -> dict[str, Any]:
     """Fine-tune a causal language model and write the adapter into `options.output`.
 
     The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), its card
@@ -242,16 +242,13 @@ def describe_rows(
     packed = options.packing and len(prepared) < given
     rows = f" in {len(prepared):,} rows" if packed else ""
     console.print(f"{source}: {given:,} examples{rows}, {learnt:,} tokens to learn.")
-    if packed:
-        return
-    if dropped := given - len(prepared):
+    dropped, cut = given - len(prepared), sum(len(row) == length for row in labels)
+    if not packed and (dropped or cut):
         console.print(
-            f"{dropped:,} of them have no completion token within --seq-len {length} and are left "
-            "out.",
+            f"--seq-len {length}: {dropped:,} of them have no completion token within it and are "
+            f"left out; {cut:,} more reach it and may be cut there.",
             style="yellow",
         )
-    if cut := sum(len(row) == length for row in labels):
-        console.print(f"{cut:,} reach --seq-len {length} and may be cut there.", style="yellow")
 
 
 def show_example(row: Mapping[str, Any], tokenizer: Any, console: Console) -> None:

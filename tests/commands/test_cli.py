@@ -300,7 +300,7 @@ def test_a_missing_config_file(tmp_path):
             ["inspect", "data.jsonl"],
             "expected an adapter's directory, but data.jsonl is a file. To",
         ),
-        (["inspect", "tuned/adapter_config.json"], "config.json is a file; did you mean tuned?"),
+        (["inspect", "tuned/adapter_config.json"], "tuned/adapter_config.json is a file. To"),
         (["merge", "tuned", "--output", "o"], "tuned/adapter_config.json names this base; --mode"),
         (["generate", "tuned", "--prompt", "x"], "config.json names this base; --model says where"),
         (["inspect", "./nowhere"], "expected an adapter's directory, but nowhere does not exist"),

@@ -108,7 +108,7 @@ def test_a_run_learns_and_leaves_its_files(options, files):
     assert summary["first_loss"] == pytest.approx((steps[0]["loss"] + steps[1]["loss"]) / 2)
     assert summary["last_loss"] == pytest.approx((steps[18]["loss"] + steps[19]["loss"]) / 2)
     assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in steps))
-    assert (result.step, result.total_steps, result.interrupted) == (20, 20, False)
+    assert (result["step"], result["total_steps"], result["interrupted"]) == (20, 20, False)
 
     model = make_model()
     rasa_ext.load_adapter(model, output)
@@ -120,7 +120,7 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
     result, _ = run(options)
     step, checkpoint = checkpoints_in(Path(options.output))[-1]
     assert step == 9
-    assert result.checkpoint == str(checkpoint)
+    assert result["checkpoint"] == str(checkpoint)
     assert {path.name for path in checkpoint.iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -131,13 +131,13 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
     }
     stored = load_file(checkpoint / "adapter_model.safetensors")
     assert all(".rasa_" in name for name in stored)
-    assert sum(tensor.numel() for tensor in stored.values()) == result.trainable
+    assert sum(tensor.numel() for tensor in stored.values()) == result["trainable"]
     weights = {p.name for p in checkpoint.iterdir() if p.suffix in (".safetensors", ".bin")}
     assert weights == {"adapter_model.safetensors"}
     # Adam's two moments of what is trained, and nothing of the size of the base.
     optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
     moments = sum(t.numel() for s in optimizer["state"].values() for t in s.values() if t.dim())
-    assert moments == 2 * result.trainable
+    assert moments == 2 * result["trainable"]
 
 
 @pytest.mark.parametrize("stop_at", [4, 6])  # within the first epoch, and at its end
@@ -159,12 +159,12 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
         patch.setattr(callbacks.InterruptCallback, "on_step_end", interrupt)
         stopped, text = run(options, **evaluated)
     assert "Stopping after this step" in text
-    assert (stopped.interrupted, stopped.step) == (True, stop_at)
+    assert (stopped["interrupted"], stopped["step"]) == (True, stop_at)
     assert losses(options.output) == losses(whole.output)[:stop_at]
     assert read_metrics(Path(options.output) / "metrics.jsonl")[-1]["step"] == stop_at
 
     resumed, _ = run(options, resume=True, **evaluated)
-    assert (resumed.interrupted, resumed.step) == (False, 9)
+    assert (resumed["interrupted"], resumed["step"]) == (False, 9)
     assert losses(options.output) == losses(whole.output)  # bit for bit
     ours, theirs = (
         load_file(Path(d) / "adapter_model.safetensors") for d in (options.output, whole.output)
@@ -311,7 +311,7 @@ def test_a_checkpoint_cut_off_while_being_written_is_passed_over(options):
     result, text = run(options, max_steps=4, resume=True)
     assert f"{last} is damaged." in text
     assert f"Going on from {last.parent / 'checkpoint-3'}" in " ".join(text.split())
-    assert result.step == 4
+    assert result["step"] == 4
 
 
 def test_resuming_a_complete_run_changes_nothing(options):
@@ -322,7 +322,7 @@ def test_resuming_a_complete_run_changes_nothing(options):
     result, text = run(options, max_steps=3, resume=True)
     assert "is complete: 3 steps" in text
     assert record.read_text() == recorded
-    assert result.step == 3
+    assert result["step"] == 3
     assert losses(options.output) == before
     again = load_file(Path(options.output) / "adapter_model.safetensors")
     assert all(torch.equal(stored[name], again[name]) for name in stored)
@@ -413,7 +413,7 @@ def test_regex_targets(options):
 def test_epochs_make_as_many_steps_as_trainer_counts(options):
     result, _ = run(options, max_steps=None, epochs=1.5)
     # 11 batches in 6 steps to an epoch
-    assert result.step == result.total_steps == 9
+    assert result["step"] == result["total_steps"] == 9
     assert [step for step, _ in checkpoints_in(Path(options.output))] == [8, 9]  # one a tenth
 
 

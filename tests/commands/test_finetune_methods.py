@@ -97,7 +97,7 @@ def test_it_trains_what_the_method_trains(name, common, tmp_path):
     for field in dataclasses.fields(expected):
         if field.name not in ("target_modules", "exclude_modules"):
             assert getattr(config, field.name) == getattr(expected, field.name), field.name
-    assert result.trainable == rasa_ext.summary(model).adapter
+    assert result["trainable"] == rasa_ext.summary(model).adapter
     assert f"effective rank {max(layer.effective_rank for layer in layers)})" in text
 
     torch.manual_seed(options.seed)
@@ -142,7 +142,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(name, common, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(callbacks.InterruptCallback, "on_step_end", interrupt)
-        assert run(options)[0].interrupted
+        assert run(options)[0]["interrupted"]
     run(options, resume=True)
     assert losses(options.output) == losses(tmp_path / "whole")
     ours, theirs = (

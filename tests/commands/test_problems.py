@@ -44,8 +44,8 @@ def test_splits_share_no_scene_sentence_or_calculation():
         return {
             text
             for scene in scenes
-            for part in (scene.start, scene.groups, scene.gain, scene.lose)
-            for text in part
+            for part in ("start", "groups", "gain", "lose")
+            for text in scene[part]
         }
 
     assert not story("train") & story("test")
