@@ -36,16 +36,16 @@ def newest_whole(folder: Path, console: Console) -> Path:
         FileNotFoundError: there is no checkpoint in it.
         ValueError: there are some, and none is whole.
     """
-    found = sorted(_numbered(folder), reverse=True)
-    for _, path in found:
+    every = sorted(_numbered(folder), reverse=True)
+    for _, path in every:
         if _is_whole(path):
             console.print(f"Going on from {path}.", markup=False)
             return path
         console.print(f"{path} is damaged.", markup=False)
-    if not found:
+    if not every:
         raise FileNotFoundError(f"resume: expected a checkpoint in {folder}, found none.")
     raise ValueError(
-        f"resume: expected a whole checkpoint in {folder}, but all {len(found)} are damaged; start "
+        f"resume: expected a whole checkpoint in {folder}, but all {len(every)} are damaged; start "
         "without --resume in another folder."
     )
 
@@ -65,8 +65,8 @@ def make_room(folder: Path) -> None:
 
 
 def _numbered(folder: Path) -> list[tuple[int, Path]]:
-    found = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
-    return [(int(step), path) for step, path in found if step.isdigit() and path.is_dir()]
+    names = ((path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*"))
+    return [(int(step), path) for step, path in names if step.isdigit() and path.is_dir()]
 
 
 def _is_whole(checkpoint: Path) -> bool:

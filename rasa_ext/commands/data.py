@@ -193,7 +193,7 @@ def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple
         >>> questions([{"prompt": "1 + 1 = ", "completion": "2"}], None, template=False)
         [('1 + 1 = ', '2')]
     """
-    found = []
+    pairs = []
     for row in rows:
         turns = _to_the_last_answer(row, tokenizer) if template else conversation(row)
         if template and tokenizer.chat_template:
@@ -202,8 +202,8 @@ def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple
             )
         else:
             asked = "\n".join(turn["content"] for turn in turns[:-1])
-        found.append((asked, turns[-1]["content"]))
-    return found
+        pairs.append((asked, turns[-1]["content"]))
+    return pairs
 
 
 def write_examples(path: Path, rows: Iterable[Row]) -> None:

@@ -119,7 +119,7 @@ def greedy_answers(
     tokenizer = copy.copy(tokenizer)
     tokenizer.padding_side = "left"  # so that an answer begins at the same place in every row
     ask = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    found = ask(
+    answers = ask(
         list(prompts),
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -127,13 +127,13 @@ def greedy_answers(
         return_full_text=False,
         add_special_tokens=special_tokens,
     )
-    return [each[0]["generated_text"].strip() for each in found]
+    return [each[0]["generated_text"].strip() for each in answers]
 
 
 def last_number(text: str) -> float | None:
     """The last number in a text: where an answer stands, bare or explained; None if none."""
-    found = _NUMBER.findall(_THOUSANDS.sub("", text))
-    return float(found[-1]) if found else None
+    numbers = _NUMBER.findall(_THOUSANDS.sub("", text))
+    return float(numbers[-1]) if numbers else None
 
 
 def by_pattern(pattern: str) -> Rule:

@@ -128,7 +128,7 @@ def load_tokenizer(name: str) -> Any:
         The tokenizer.
 
     Raises:
-        ModelError: there is none, or it has neither token.
+        ModelError: there is none, or it has no end-of-sequence token.
 
     Example:
         >>> from rasa_ext.commands.models import load_tokenizer
@@ -137,13 +137,12 @@ def load_tokenizer(name: str) -> Any:
     """
     with _reading(name, "tokenizer_config.json") as where:
         tokenizer = AutoTokenizer.from_pretrained(**where)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token is None:
+    if tokenizer.eos_token is None:
         raise ModelError(
-            f"model: the tokenizer of {name!r} has neither a padding nor an end-of-sequence "
-            "token; set one in its tokenizer_config.json."
+            f"model: the tokenizer of {name!r} has no end-of-sequence token, which ends what is "
+            "learnt; set one in its tokenizer_config.json."
         )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 

@@ -96,12 +96,12 @@ def _read_config_file(path: Path, known: Collection[str]) -> dict[str, str]:
 def parse_yaml(option: str, text: str) -> dict[str, Any]:
     """Parse the value of an option that is YAML; ValueError where it is no names and values."""
     try:
-        found = yaml.safe_load(f"{{{text}}}")
+        values = yaml.safe_load(f"{{{text}}}")
     except yaml.YAMLError:
-        found = None
-    if not isinstance(found, dict) or None in found.values():
+        values = None
+    if not isinstance(values, dict) or None in values.values():
         raise ValueError(f"{option}: expected YAML such as 'name: 4', got {text!r}.")
-    return found
+    return values
 
 
 def parse_targets(text: str) -> str | list[str]:

@@ -168,12 +168,12 @@ def _load(options: FinetuneOptions) -> Any:
 
 def _describe_adapter(model: Any, console: Console) -> int:
     """Say how much is trained; returns the number of trainable parameters."""
-    found = summary(model)
+    report = summary(model)
     console.print(
-        f"{found.trainable:,} of {found.total:,} parameters are trained ({len(found)} groups, "
-        f"effective rank {max(row.R for row in found)})."
+        f"{report.trainable:,} of {report.total:,} parameters are trained ({len(report)} groups, "
+        f"effective rank {max(row.R for row in report)})."
     )
-    return found.trainable
+    return report.trainable
 
 
 def _arguments(options: FinetuneOptions, marks: bool, fp16: bool = False) -> SFTConfig:

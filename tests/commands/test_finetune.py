@@ -28,6 +28,7 @@ from rasa_ext.commands.results import plot_loss
 from rasa_ext.commands.training import train
 from tests.helpers.cli import invoke
 from tests.helpers.file_limit import file_limit
+from tests.helpers.finetuning import interrupted, losses, run
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
@@ -60,20 +61,6 @@ def options(base, files, tmp_path) -> FinetuneOptions:
         grad_accum=2,
         dtype="float32",
     )
-
-
-def run(options: FinetuneOptions, **changes):
-    text = io.StringIO()
-    result = train(dataclasses.replace(options, **changes), Console(file=text, width=200))
-    return result, text.getvalue()
-
-
-def losses(directory: str | Path) -> list[tuple[int, float, float, float]]:
-    return [
-        (row["step"], row["loss"], row["lr"], row["grad_norm"])
-        for row in read_metrics(Path(directory) / "metrics.jsonl")
-        if "loss" in row
-    ]
 
 
 def test_a_run_learns_and_leaves_its_files(options, files):
@@ -148,16 +135,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
     whole = dataclasses.replace(options, output=str(tmp_path / "whole"), **evaluated)
     run(whole)
 
-    original = callbacks.InterruptCallback.on_step_end
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == stop_at:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.InterruptCallback, "on_step_end", interrupt)
-        stopped, text = run(options, **evaluated)
+    stopped, text = interrupted(monkeypatch, stop_at, options, **evaluated)
     assert "Stopping after this step" in text
     assert (stopped["interrupted"], stopped["step"]) == (True, stop_at)
     assert losses(options.output) == losses(whole.output)[:stop_at]

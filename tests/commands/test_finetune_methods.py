@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import re
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import rasa_ext
 from rasa_ext import methods
-from rasa_ext.commands import callbacks
-from rasa_ext.commands.callbacks import read_metrics
 from rasa_ext.commands.options import FinetuneOptions
-from rasa_ext.commands.training import train
 from rasa_ext.nn.rasa_experts import RasaBank
 from rasa_ext.patching.state import owners
 from tests.helpers import experts
+from tests.helpers.finetuning import interrupted, losses, run
 from tests.helpers.methods import rasa_linears
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 
@@ -69,17 +64,6 @@ def options_of(common, name: str, output: Path, **changes) -> FinetuneOptions:
     return FinetuneOptions(**{**common, **method, **CASES[name][0], **changes})
 
 
-def run(options: FinetuneOptions, **changes):
-    text = io.StringIO()
-    result = train(dataclasses.replace(options, **changes), Console(file=text, width=200))
-    return result, text.getvalue()
-
-
-def losses(directory: str | Path) -> list[float]:
-    rows = read_metrics(Path(directory) / "metrics.jsonl")
-    return [row["loss"] for row in rows if "loss" in row]
-
-
 def test_every_method_of_one_run_is_there():
     """But for those that want a loop of their own."""
     ours = {n: c for n, c in methods.every_method().items() if c.__module__.startswith("rasa_ext.")}
@@ -105,7 +89,7 @@ def test_it_trains_what_the_method_trains(name, common, tmp_path):
     assert not any(dW.any() for _, dW in rasa_ext.delta_weights(fresh))
     changed = [bool(dW.any()) for _, dW in rasa_ext.delta_weights(model)]
     assert all(changed)
-    loss = losses(tmp_path)
+    loss = [row[1] for row in losses(tmp_path)]
     assert min(loss[2:]) < loss[0]
 
 
@@ -133,16 +117,7 @@ def test_rates_are_the_method_s(common, tmp_path):
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(name, common, tmp_path, monkeypatch):
     options = options_of(common, name, tmp_path / "out", dropout=0.1)
     run(options, output=str(tmp_path / "whole"))
-    original = callbacks.InterruptCallback.on_step_end
-
-    def interrupt(self, args, state, control, **kwargs):
-        if state.global_step == 2:
-            signal.raise_signal(signal.SIGINT)
-        return original(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(callbacks.InterruptCallback, "on_step_end", interrupt)
-        assert run(options)[0]["interrupted"]
+    assert interrupted(monkeypatch, 2, options)[0]["interrupted"]
     run(options, resume=True)
     assert losses(options.output) == losses(tmp_path / "whole")
     ours, theirs = (

@@ -56,6 +56,14 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
     assert load_tokenizer(str(tmp_path)).pad_token == "<|end|>"
 
 
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(save_base(tmp_path))
+    with pytest.raises(ModelError, match="has no end-of-sequence token, which ends what is learnt"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_names_that_cannot_be_loaded(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "none of these"}')
     with pytest.raises(ModelError, match="is neither a local model directory, nor"):

@@ -1,0 +1,44 @@
+"""What the tests of fine-tuning share."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import signal
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from rasa_ext.commands import callbacks
+from rasa_ext.commands.callbacks import read_metrics
+from rasa_ext.commands.options import FinetuneOptions
+from rasa_ext.commands.training import train
+
+
+def run(options: FinetuneOptions, **changes: Any) -> tuple[dict[str, Any], str]:
+    """A run's figures and what it printed."""
+    text = io.StringIO()
+    result = train(dataclasses.replace(options, **changes), Console(file=text, width=200))
+    return result, text.getvalue()
+
+
+def losses(directory: str | Path) -> list[tuple[int, float, float, float]]:
+    """The step, loss, rate and norm of the gradients of every step."""
+    rows = read_metrics(Path(directory) / "metrics.jsonl")
+    names = ("step", "loss", "lr", "grad_norm")
+    return [tuple(row[name] for name in names) for row in rows if "loss" in row]
+
+
+def interrupted(monkeypatch, stop_at: int, options: FinetuneOptions, **changes: Any):
+    """As `run`, with a Ctrl-C in a step."""
+    original = callbacks.InterruptCallback.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == stop_at:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, args, state, control, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks.InterruptCallback, "on_step_end", interrupt)
+        return run(options, **changes)
