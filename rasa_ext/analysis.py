@@ -73,7 +73,7 @@ class GroupAnalysis:
 
     @property
     def pool_use(self) -> Tensor:
-        """(L, L*k): every layer's use of every slot; of ResLoRA's, of every layer before it."""
+        """(L, L*k): every layer's use of every slot."""
         return pad_sequence([layer.pool_use for layer in self.layers], batch_first=True)
 
     @property
@@ -124,8 +124,8 @@ def analyze_adapter(
 
     Args:
         directory: what ``save_adapter`` wrote.
-        model: the base, for names and shapes: it may lie on the meta device. SBoRA, ResLoRA and
-            boosters in a pool need it, whose files hold no A and B of every layer.
+        model: the base, for names and shapes: it may lie on the meta device. A method needs it
+            whose files do not hold an A and a B of every layer.
 
     Returns:
         One entry for every group of layers that share a pool.

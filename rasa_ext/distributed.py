@@ -28,7 +28,7 @@ from rasa_ext.patching.state import is_patched, patch_state, unwrap
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["no_sync", "replicate_adapter", "shard_model", "unwrap"]
+__all__ = ["check_averaged", "no_sync", "replicate_adapter", "shard_model", "unwrap"]
 
 
 def shard_model(
@@ -227,7 +227,18 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def check_averaged(model: nn.Module, what: str) -> None:
-    """Raise RuntimeError where parameters that ``what`` lets be trained would not be averaged."""
+    """Raise RuntimeError where gradients of what is trained from now on would not be averaged.
+
+    That is so in several processes, unless ``shard_model`` or ``replicate_adapter`` averages them.
+
+    Args:
+        model: a patched model, wrapped or not.
+        what: the argument that lets other parameters be trained, for the error.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> rasa_ext.distributed.check_averaged(model, "layers")  # one process
+    """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and unwrap(model) not in _AVERAGING:
         raise RuntimeError(
@@ -236,17 +247,16 @@ def check_averaged(model: nn.Module, what: str) -> None:
         )
 
 
-def follow(model: nn.Module, drawn: bool = False) -> None:
+def follow(model: nn.Module) -> None:
     """Average the gradients of parameters that have taken the place of others.
 
-    With ``drawn`` they are made equal to the first process's; then every process must call this.
+    They get the first process's values, so that every process must call this.
     """
     root = unwrap(model)
     averaging = _AVERAGING.get(root)
     if averaging is not None:
         parameters = _replicated(root)
-        if drawn:
-            _place(parameters, averaging.groups, None)
+        _place(parameters, averaging.groups, None)
         averaging.watch(parameters)
 
 

@@ -52,6 +52,7 @@ class RasaConfig(PooledConfig):
         (),
         "Ranks r of single layers, by pattern: a regular expression that the end of a layer's name "
         "must match, from a dot on. k stays, so that they differ in their private ranks.",
+        counts=1,
     )
     gates: str | None = option(
         None,
@@ -69,6 +70,7 @@ class RasaConfig(PooledConfig):
         (),
         "What pruning left of each layer's ranks. rasa_ext.training.prune sets it, and "
         "load_official where it makes one adapter of an expert's gate and up.",
+        counts=3,
     )
 
     def __post_init__(self) -> None:

@@ -43,9 +43,10 @@ class SoraConfig(PooledConfig):
         (),
         "Ranks r of single layers, by pattern: a regular expression that the end of a layer's name "
         "must match, from a dot on.",
+        counts=1,
     )
     kept: Kept = option(
-        (), "What pruning left of each layer's ranks. rasa_ext.training.prune sets it."
+        (), "What pruning left of each layer's ranks. rasa_ext.training.prune sets it.", counts=3
     )
 
     def __post_init__(self) -> None:

@@ -169,11 +169,11 @@ class RasaConfig(PeftConfig):
     def core(self) -> AdapterConfig:
         """Give the same choices as ``rasa_ext.patch_model`` takes them."""
         config = methods.method_named(self.rasa_method, "rasa_method")
-        reason = config.peft or (config.loop and f"it is trained by {config.loop}")
-        if reason:
+        if config.peft:
             raise ValueError(
-                f"rasa_method: expected a method for PEFT, got {self.rasa_method!r}: {reason}; use "
-                f"rasa_ext.patch_model(model, config={config.__qualname__}(...))."
+                f"rasa_method: expected a method for PEFT, got {self.rasa_method!r}: "
+                f"{config.peft}; use rasa_ext.patch_model("
+                f"model, config={config.__qualname__}(...))."
             )
         fields, options = {field.name for field in dataclasses.fields(config)}, _options(config)
         given: dict[str, Any] = {"k": None} if config is methods.RasaConfig else {}

@@ -20,10 +20,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Give an optimizer's parameter groups for a patched model, with the rates of its method.
 
-    Gates are not decayed. A Block-LoRA's B, the sum of its n blocks, moves n times as fast, and has
-    an n-th of the decay, which the rate multiplies. A SoRA's d = s g moves s times as fast as its
-    gates g would, and has ``eps`` over s, so that under Adam the trajectory is that of g.
-    Everything else goes in one group.
+    The rates are those of the method's ``learning_rates``; gates are not decayed. A SoRA's d = s g
+    moves s times as fast as its gates g would, and has ``eps`` over s, so that under Adam the
+    trajectory is that of g. Everything else goes in one group.
 
     Args:
         model: a patched model.

@@ -140,13 +140,7 @@ _METHODS = (
     "rasa, gates pruned",
     "lora",
     "lora-fa",
-    "boosted",
-    "boosted pool",
-    "block-lora",
-    "sbora-fa",
     "sora, pruned",
-    "reslora",
-    "sd-lora",
 )
 KINDS = {
     **{name: _of_method(name) for name in _METHODS},

@@ -91,7 +91,11 @@ def test_a_head_is_yaml_whatever_its_strings_are(tmp_path):
     assert found["base_model"] == "2026-01-01"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(params=CASES)
+def name(request) -> str:
+    return request.param
+
+
 def test_every_method_s_ranks(name, tmp_path):
     adapted = case(name)
     rasa_ext.save_adapter(adapted, tmp_path)

@@ -13,11 +13,9 @@ from torch import nn
 import rasa_ext
 import rasa_ext.peft
 from rasa_ext.methods import LoraConfig
-from rasa_ext.training import Boosting
 from tests.helpers import experts
 from tests.helpers.adapters import same_bits
 from tests.helpers.expert_files import logits
-from tests.helpers.refusals import refused
 
 FAMILIES = (*experts.UNLIKE, "llama4_text")
 OPTIONS = ({}, {"rslora": True}, {"train_A": False})
@@ -127,10 +125,6 @@ def test_it_trains_under_peft():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="experts: expected None or 'own', got 'shared'"):
         LoraConfig(experts="shared")
-    model = rasa_ext.patch_model(experts.model(), config=LoraConfig(rank=1, experts="own"))
-    optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
-    said = "model: Boosting is for adapters of linear layers"
-    refused(lambda: Boosting(model, optimizer, steps=1), model, said)
 
 
 def test_without_the_argument_a_warning_says_how():

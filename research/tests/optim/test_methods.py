@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext import methods, training
+from rasa_ext.methods import SoraConfig
+from rasa_ext.training import ProximalGates, prune
+from rasa_research import methods, training
 from rasa_research.optim import LoraPro
+from research.tests.methods import cases
 from tests.helpers.methods import (
     CASES,
     base,
@@ -74,7 +77,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=max(1e-8, 1e-11 * size))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in COMPUTED])
+@pytest.mark.parametrize("name", [name for name in (*CASES, *cases.CASES) if name not in COMPUTED])
 def test_the_step_is_dense_least_squares(name):
     assert_near(*least_norm_gradients(case(name), name))
 
@@ -142,7 +145,7 @@ def test_a_sora_s_steps_with_gates_that_close():
     """Thirty steps, a proximal step after each, one gate closing on the way; then pruned."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 7, dtype=torch.float64))
-    rasa_ext.patch_model(model, config=methods.SoraConfig(rank=3, alpha=3.0, **WIDE))
+    rasa_ext.patch_model(model, config=SoraConfig(rank=3, alpha=3.0, **WIDE))
     randomize(model, 2)
     layer = model[0]
     with torch.no_grad():
@@ -151,7 +154,7 @@ def test_a_sora_s_steps_with_gates_that_close():
     options = {"lr": 1e-3, "betas": (0.8, 0.95)}
     dense = DenseSora(layer, **options, by=4e-3)
     optimizer = LoraPro(model, torch.optim.Adam, **options, ridge=0.0)
-    gates = training.ProximalGates(model, threshold=4e-3)
+    gates = ProximalGates(model, threshold=4e-3)
     for _ in range(30):
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
@@ -162,7 +165,7 @@ def test_a_sora_s_steps_with_gates_that_close():
         torch.testing.assert_close(mine.detach(), theirs, rtol=1e-7, atol=1e-9)
     assert gates.open_gates() == (2, 3)
     before = model(x)
-    assert training.prune(model) == (3, 2)
+    assert prune(model) == (3, 2)
     torch.testing.assert_close(model(x), before)
     LoraPro(model, torch.optim.Adam, lr=1e-3)  # over the new parameters
 
@@ -190,7 +193,7 @@ def test_boosters_are_sequential_merges(moments):
     """Every booster begins without moments, also without those of full gradients."""
 
     def patched(model):
-        config = methods.LoraConfig(rank=1, alpha=1.0, **WIDE)
+        config = methods.BoostedLoraConfig(**WIDE)
         return rasa_ext.patch_model(model, config=config)
 
     def optimizer_of(model):
