@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from rasa_ext.base_layers.sharded import is_dtensor
-from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import AdaptedModule
+from rasa_ext.nn.split import SplitLinear
 from rasa_ext.patching.state import is_patched, patch_state, unwrap
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _average(
     layers = [module for module in model.modules() if isinstance(module, AdaptedModule)]
     for layer in layers:
         layer.drop_pack()
-        if isinstance(layer, AdaptedLinear):
+        if isinstance(layer, SplitLinear):
             layer.averaged = True
     if is_patched(model):
         patch_state(model).hooks.append(averaging)

@@ -13,10 +13,11 @@ from torch import nn
 from rasa_ext.base_layers.experts import banks_of
 from rasa_ext.base_layers.linear import is_linear, linear_shape
 from rasa_ext.base_layers.quantized import disable_cpu_repacking
+from rasa_ext.base_layers.split import split_of
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups, group_places
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.advice import advice, untouched
@@ -216,7 +217,8 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
                 module, name = base
                 stacked.setdefault(module, {})[name] = RasaBank(config, place, pool)
             else:
-                wrapped[base] = RasaLinear(base, config, place, pool)
+                kind = RasaLinear if split_of(base) is None else SplitRasaLinear
+                wrapped[base] = kind(base, config, place, pool)
     experts = {module: RasaExperts(module, banks) for module, banks in stacked.items()}
     tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(

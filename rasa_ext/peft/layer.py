@@ -15,6 +15,7 @@ from rasa_ext.base_layers.linear import LinearLayer, is_linear
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
+from rasa_ext.nn.split import SplitLinear
 from rasa_ext.patching.merge_quantized import (
     Dequantized,
     dense_dtype,
@@ -204,6 +205,10 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Tell PEFT that it can turn this into a LoRA, since RaSA adds dW to its base."""
         return True
+
+
+class SplitPeftLinear(SplitLinear, RasaPeftLinear):
+    """A RasaPeftLinear over a base layer of which every process has a part."""
 
 
 def pool_owners(model: nn.Module, adapter_name: str) -> list[str]:

@@ -33,6 +33,7 @@ from rasa_ext.base_layers.quantized import (
     forget_quantizer,
     format_of,
 )
+from rasa_ext.base_layers.split import split_of
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
@@ -55,7 +56,7 @@ from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import adapter_file, users_level
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
-from rasa_ext.peft.layer import RasaPeftLinear, pool_owners
+from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, pool_owners
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.official import from_official, rename_official
@@ -205,7 +206,8 @@ class RasaModel(BaseTuner):
         if isinstance(target, NamedAdapters):
             layer = target
         elif is_linear(target):
-            layer = RasaPeftLinear(target, backend_of(target, self.model))
+            kind = RasaPeftLinear if split_of(target) is None else SplitPeftLinear
+            layer = kind(target, backend_of(target, self.model))
             replace_modules(self.model, {target: layer})  # a module may be registered twice
         else:
             raise TypeError(
