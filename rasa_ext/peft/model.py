@@ -28,12 +28,12 @@ from rasa_ext.base_layers.linear import (
     linear_shape,
 )
 from rasa_ext.base_layers.quantized import (
-    check_not_repacked,
     disable_cpu_repacking,
     forget_quantizer,
     format_of,
 )
 from rasa_ext.base_layers.split import split_of
+from rasa_ext.base_layers.survey import survey
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
@@ -51,7 +51,7 @@ from rasa_ext.patching.swap import (
     link_fused_projections,
     replace_modules,
 )
-from rasa_ext.patching.targets import INSTEAD, resolve_config, suffixes, unadaptable
+from rasa_ext.patching.targets import INSTEAD, resolve_config, suffixes
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import adapter_file, users_level
 from rasa_ext.peft.config import RasaConfig
@@ -225,10 +225,9 @@ class RasaModel(BaseTuner):
 
     def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[Place]]]:
         """Find group and places of every layer that PEFT is about to adapt, by its name."""
-        check_not_repacked(self.model)
         linears, config = linears_of(self.model), peft_config.core()
         banks = banks_of(self.model) if config.grouping_of_experts else {}
-        reasons = unadaptable(self.model, linears)
+        reasons = survey(self.model, linears, banks).refused
         inside: tuple[str, ...] = ()
         bases: dict[str, LinearLayer | Bank] = {}
         for name, module in self.model.named_modules():
