@@ -38,6 +38,7 @@ from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.advice import Names, advice
+from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import (
     Group,
     check_groups,
@@ -336,7 +337,7 @@ class RasaModel(BaseTuner):
     ) -> None:
         """Merge as PEFT does, but with ``safe_merge`` look at every layer before the first."""
         self._check_merge(safe_merge, adapter_names)
-        with self._telling(stacklevel=2):
+        with self._merging(stacklevel=2):
             super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, too
@@ -348,7 +349,8 @@ class RasaModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(safe_merge, adapter_names)
-        with self._telling(stacklevel=3):
+        keep = any(owner.merged for owner in self.owners())  # for an error on the way
+        with self._merging(stacklevel=3, keep=keep):
             super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
@@ -360,17 +362,16 @@ class RasaModel(BaseTuner):
         return forget_quantizer(self.model)
 
     @contextlib.contextmanager
-    def _telling(self, stacklevel: int) -> Iterator[None]:
-        """Merges within make quantized bases dense in the model's dtype; a warning tells of it."""
-        layers, dtype = self.layers(), model_dtype(self.model)
-        for layer in layers:
-            layer.dense_dtype, layer.dequantized = dtype, None
+    def _merging(self, stacklevel: int, keep: bool = True) -> Iterator[None]:
+        """Within, merges make quantized bases dense in the model's dtype; a warning reports it."""
+        merging = Merging(model_dtype(self.model), self._subtracts, keep)
         for owner in self.owners():
-            owner.subtracts = self._subtracts
-        yield
-        warn_dequantized(
-            [each.dequantized for each in layers if each.dequantized is not None], stacklevel + 2
-        )
+            owner.merging = merging
+        try:
+            yield
+        finally:
+            merging.keep = True
+        warn_dequantized(merging.changes, stacklevel + 2)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         for name, module in self.model.named_modules():

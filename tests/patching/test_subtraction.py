@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext.patching.subtraction import Rest, rest
+from rasa_ext.patching.subtraction import MergeResidual, residual_of
 from tests.helpers.adapters import patched, same_bits
 from tests.helpers.models import GPT2, SEQUENTIAL
 from tests.helpers.peft import adapted, close, dense, layers, logits, tiny, trained, two
@@ -78,7 +78,7 @@ def test_what_is_kept_is_small_where_the_change_is(dtype, figure):
     for size in (1e-5, 1e-4, 1e-3, 1.0):
         delta = size * torch.randn(512, 512, generator=generator)
         merged = (weight.float() + delta).to(dtype)
-        found = rest(weight, merged, delta)
+        found = residual_of(weight, merged, delta)
         again = found if isinstance(found, torch.Tensor) else found.original(merged, delta)
         assert same_bits(again, weight)
         held = [found] if isinstance(found, torch.Tensor) else [found.index, found.value]
@@ -93,8 +93,8 @@ def test_what_is_kept_is_small_where_the_change_is(dtype, figure):
 def test_signs_of_zeros_and_values_that_are_no_numbers_come_back():
     weight = torch.tensor([[0.0, -0.0, float("inf"), float("nan"), 1.0, 2.0]] * 4)
     delta = torch.full_like(weight, 0.5)
-    found = rest(weight, weight + delta, delta)
-    assert isinstance(found, Rest)
+    found = residual_of(weight, weight + delta, delta)
+    assert isinstance(found, MergeResidual)
     assert same_bits(found.original(weight + delta, delta), weight)
 
 

@@ -24,9 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rasa_ext
+from rasa_ext import ops
 from rasa_ext.checkpoint.adapter import adapter_tensors, own_key, pool_key
 from rasa_ext.patching.state import owners
-from rasa_ext.patching.subtraction import Rest
+from rasa_ext.patching.subtraction import MergeResidual
 from rasa_ext.peft import RasaConfig, RasaPeftBank, RasaPeftExperts, RasaPeftLinear
 from tests.helpers import experts as mixtures
 from tests.helpers import oracle
@@ -542,7 +543,7 @@ def test_merged_weights_are_rounded_once(family, dtype, grouping):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_merging_and_back_is_exact(family, dtype, bytes_, subtract, monkeypatch):
     """Whatever is taken at a time, and whatever is kept."""
-    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", bytes_)
+    monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", bytes_)
     model = tuned(family, dtype)
     model.add_adapter("second", RasaConfig(r=2, rasa_experts="slot", target_modules=["down_proj"]))
     lively(model, "second", 9).eval()
@@ -558,8 +559,8 @@ def test_merging_and_back_is_exact(family, dtype, bytes_, subtract, monkeypatch)
     assert model.get_model_status().merged_adapters == ["default"]
     one = {name: bank.weight.clone() for name, bank in banks(model).items()}
     assert all(not same_bits(one[name], weights[name]) for name in one)
-    kept = {type(each) for bank in banks(model).values() for each in bank.merged_base}
-    assert kept == ({Rest} if subtract else {Tensor})
+    kept = {type(each) for bank in banks(model).values() for each in bank.merged_base.values()}
+    assert kept == ({MergeResidual} if subtract else {Tensor})
     with pytest.warns(UserWarning, match="additionally merging"):
         model.merge_adapter(["second"])
     assert not same_bits(banks(model)[DOWN.format(0)].weight.detach(), one[DOWN.format(0)])
@@ -604,18 +605,20 @@ def test_an_adapter_of_one_weight_merged_beside_an_active_one():
 
 
 def test_a_merge_that_stops_midway_leaves_the_weight(monkeypatch):
-    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", 1)
+    monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", 1)
+    direct = ops.merge_group
     for subtract in (False, True):
         bank = banks(tuned())[UP.format(0)]
-        bank.subtracts, before, real = subtract, bank.weight.clone(), bank._delta
+        bank.merging.subtract, before, calls = subtract, bank.weight.clone(), []
 
-        def failing(names, experts, real=real):
-            if experts.start == 3:
+        def failing(weights, Ap, Bp, calls=calls):
+            direct(weights, Ap, Bp)
+            calls.append(weights)
+            if len(calls) == 4:
                 raise MemoryError
-            return real(names, experts)
 
-        monkeypatch.setattr(bank, "_delta", failing)
-        with pytest.raises(MemoryError):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(ops, "merge_group", failing)
             bank.merge()
         assert same_bits(bank.weight.detach(), before.detach())
         assert not bank.merged
@@ -623,7 +626,7 @@ def test_a_merge_that_stops_midway_leaves_the_weight(monkeypatch):
 
 def test_subtracting_notices_a_changed_adapter():
     bank = banks(tuned())[UP.format(0)]
-    bank.subtracts = True
+    bank.merging.subtract = True
     with torch.no_grad():
         bank.rasa_d["default"].mul_(1e-4)
         bank.merge()
@@ -653,7 +656,7 @@ def test_safe_merge_looks_before_it_merges(call):
 
 def test_merging_makes_no_tensor_of_a_whole_weight(monkeypatch):
     """What is kept for unmerging is a copy by chunks; unloading keeps none."""
-    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", 1)
+    monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", 1)
     model = tuned(target_modules=["gate_up_proj", "down_proj"])
     weights = [bank.weight for bank in banks(model).values()]
     one = max(weight[0].numel() for weight in weights)
