@@ -44,12 +44,12 @@ from rasa_ext.checkpoint.files import (
 from rasa_ext.checkpoint.hub import located
 from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
-from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.nn.rasa import AdapterOwner, RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaBank
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.grouping import pattern, settled
 from rasa_ext.patching.patch import apply_plan, check_unpatched
-from rasa_ext.patching.state import Owner, is_patched, owners, patch_state, unwrap
+from rasa_ext.patching.state import is_patched, owners, patch_state, unwrap
 from rasa_ext.patching.targets import Plan, make_plan, resolve_config
 from rasa_ext.patching.tokens import row_tensors, rows_key
 
@@ -339,7 +339,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def _check_in_place(plan: Plan, layers: Mapping[str, Owner]) -> None:
+def _check_in_place(plan: Plan, layers: Mapping[str, AdapterOwner]) -> None:
     """ValueError where adapted layers are not those that were made, or not where they were."""
     for name in (name for group in plan.groups for name in group.names):
         if name not in layers:

@@ -82,7 +82,7 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         0.0
     """
     patch_state(model)
-    for chunk in chunks_of(_linear_parts(model), torch.float32):
+    for chunk in chunks_of(_linear_parts(model)):
         deltas = deltas_of(chunk, torch.float32)
         yield from ((part.name, delta) for part, delta in zip(chunk, deltas, strict=True))
     for name, parts in _bank_parts(model):

@@ -104,10 +104,10 @@ def bank_parts(
     ]
 
 
-def chunks_of(parts: Iterable[Part], dtype: torch.dtype | None = None) -> Iterator[Chunk]:
+def chunks_of(parts: Iterable[Part]) -> Iterator[Chunk]:
     """Cut ``parts`` into those that one product takes, alike and of at most CHUNK_BYTES of dW.
 
-    ``dtype`` is that of dW, the one in which weights are summed unless given.
+    That is dW in the dtype in which weights are summed.
     """
     alike: dict[Hashable, Chunk] = {}
     for part in parts:
@@ -117,8 +117,8 @@ def chunks_of(parts: Iterable[Part], dtype: torch.dtype | None = None) -> Iterat
         alike.setdefault((*base, part.alike, *adapters), []).append(part)
     for found in alike.values():
         first = found[0].weight
-        wide = dtype or ops.accumulation_dtype(first.dtype)
-        step = max(1, CHUNK_BYTES // max(first.numel() * wide.itemsize, 1))
+        itemsize = ops.accumulation_dtype(first.dtype).itemsize
+        step = max(1, CHUNK_BYTES // max(first.numel() * itemsize, 1))
         yield from (found[begin : begin + step] for begin in range(0, len(found), step))
 
 

@@ -42,8 +42,7 @@ from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import (
     Group,
     check_groups,
-    grouped,
-    grouped_banks,
+    groups_of,
     settled,
 )
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
@@ -258,16 +257,13 @@ class RasaModel(BaseTuner):
         self._attributes_before += disable_fused_encoder(self.model, chosen)
         self._attributes_before += disable_cpu_repacking(self.model, mark=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
-        shapes, stacks = {}, {}
-        for name, base in bases.items():
-            if isinstance(base, tuple):
-                stacks[name] = bank_shape(*base)
-            else:
-                shapes[name] = linear_shape(base)
+        shapes = {
+            name: bank_shape(*base) if isinstance(base, tuple) else linear_shape(base)
+            for name, base in bases.items()
+        }
         check_groups(config.layer_groups, bases, "rasa_groups")
         config.check_layers(bases)
-        groups = grouped(shapes, config.layer_groups)
-        groups += grouped_banks(stacks, str(config.grouping_of_experts), config.layer_groups)
+        groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)
         peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)
         if not peft_config.inference_mode:
             for message in advice(config, groups, Names("r", "rasa_k", "rasa_groups")):

@@ -106,7 +106,7 @@ def test_it_has_as_many_numbers_as_pefts_and_begins_as_that_does():
 
 
 def test_it_trains_under_peft():
-    config = rasa_ext.peft.RasaConfig(r=3, rasa_method="lora", experts="own")
+    config = rasa_ext.peft.RasaConfig(r=3, rasa_method="lora", rasa_experts="own")
     model = get_peft_model(experts.model("mixtral"), config)
     tokens = torch.arange(12).view(2, 6)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
