@@ -53,13 +53,13 @@ from rasa_ext.patching.swap import (
 )
 from rasa_ext.patching.targets import INSTEAD, resolve_config, suffixes
 from rasa_ext.peft.backends import backend_of
-from rasa_ext.peft.callers import adapter_file, users_level
+from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, pool_owners
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.named import NamedAdapters
-from rasa_ext.peft.official import from_official, rename_official
+from rasa_ext.peft.official import from_official
 from rasa_ext.peft.targets import (
     banks_of,
     chosen_banks,
@@ -95,10 +95,6 @@ class RasaModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_attributes_before"] = []  # before nn.Module can take attributes
         super().__init__(*args, **kwargs)
-        for hook in (_official_names_hook, _finite_hook):
-            self.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
-                hook
-            )
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -399,7 +395,11 @@ class RasaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Bring a checkpoint's names, the official code's too, to the model's: for PEFT 0.21."""
+        """Bring a checkpoint's names, the official code's too, to the model's.
+
+        Raises ValueError where it holds NaN, as ``rasa_ext.load_adapter`` does.
+        """
+        check_finite(state_dict, f"adapter {adapter_name!r}", "No tensor was loaded")
         state_dict = from_official(state_dict, pool_owners(model, adapter_name))
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
@@ -411,23 +411,6 @@ def _rasa_config(peft_config: PeftConfig) -> RasaConfig:
             f"peft_config: expected a rasa_ext.peft.RasaConfig, got {type(peft_config).__name__}."
         )
     return peft_config
-
-
-def _official_names_hook(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    """Rename, before loading, what the official code has named."""
-    inner: Any = module
-    rename_official(state_dict, lambda adapter: pool_owners(inner.model, adapter))
-
-
-def _finite_hook(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
-    """Refuse, before loading, an adapter's file that holds NaN, as ``rasa_ext.load_adapter`` does.
-
-    The values of a state dict that comes from elsewhere are its owner's affair.
-    """
-    if (loading := adapter_file()) is not None:
-        file, adapter = loading
-        tensors = {key.removesuffix(f".{adapter}"): value for key, value in state_dict.items()}
-        check_finite(tensors, file, "No tensor was loaded")
 
 
 def _layer_of(key: str) -> str:
