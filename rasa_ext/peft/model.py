@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -24,7 +24,6 @@ from rasa_ext.base_layers.linear import (
     LinearLayer,
     check_weight_is_stored,
     is_conv1d,
-    is_linear,
     linear_shape,
 )
 from rasa_ext.base_layers.quantized import (
@@ -191,7 +190,6 @@ class RasaModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
         parameter_name: str | None = None,
-        **_: Any,
     ) -> None:
         own = _rasa_config(peft_config)
         if self._groups is None:  # the adapter's first layer: PEFT has settled the targets by now
@@ -201,22 +199,13 @@ class RasaModel(BaseTuner):
         group, places = self._groups[current_key]
         if isinstance(target, NamedAdapters):
             layer = target
-        elif is_linear(target):
-            kind = RasaPeftLinear if split_of(target) is None else SplitPeftLinear
-            layer = kind(target, backend_of(target, self.model))
+        else:  # linear, as _find_groups has seen
+            base = cast(LinearLayer, target)
+            kind = RasaPeftLinear if split_of(base) is None else SplitPeftLinear
+            layer = kind(base, backend_of(base, self.model))
             replace_modules(self.model, {target: layer})  # a module may be registered twice
-        else:
-            raise TypeError(
-                f"target_modules: expected a linear layer at {current_key!r}, got a "
-                f"{type(target).__name__}."
-            )
-        owner = self.model.get_submodule(group.names[0])
+        owner = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
         index = group.names.index(current_key)
-        if not isinstance(owner, NamedAdapters) or (index and adapter_name not in owner.configs):
-            raise RuntimeError(
-                f"target_modules: expected the layers of a group in the model's order, but "
-                f"{current_key!r} comes before {group.names[0]!r}."
-            )
         layer.update_layer(adapter_name, own.core(), places, index, owner, own.init_weights)
 
     def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[Place]]]:
