@@ -15,7 +15,7 @@ from tests.helpers.adapters import RANK, adapters, randomize, randomize_adapters
 from tests.helpers.oracle import Adapter
 from tests.helpers.tiny_lm import make_model
 
-__all__ = ["adapters"]
+__all__ = ["RANK", "adapters"]
 
 TOKENS = torch.arange(24).view(2, 12)
 

@@ -14,8 +14,8 @@ from rasa_ext.peft import RasaConfig, export_lora
 from tests.helpers import experts as mixtures
 from tests.helpers.adapters import content, randomize, same_bits
 from tests.helpers.peft import adapted, logits, named, tiny, two
+from tests.helpers.peft_sides import needs_experts
 from tests.helpers.tiny_lm import make_model
-from tests.peft import test_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*modules_to_save", "ignore:.*SGLang")
 
@@ -60,7 +60,7 @@ def test_one_of_several_active_or_not(merged, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
 
 
-@test_experts.pytestmark
+@needs_experts
 @pytest.mark.parametrize("layout", ["peft", "per-expert"])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_adapted_experts(family, layout, tmp_path):
