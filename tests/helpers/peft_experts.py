@@ -7,8 +7,8 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rasa_ext.peft import RasaConfig, RasaPeftBank, RasaPeftLinear
-from tests.helpers import oracle
+from rasa_ext.peft import RasaConfig, RasaPeftBank
+from tests.helpers import peft
 from tests.helpers.models import randomize_weights
 
 EXPERTS, TOKENS = 5, torch.arange(20).view(2, 10)
@@ -78,34 +78,9 @@ def banks(model: nn.Module) -> dict[str, RasaPeftBank]:
     }
 
 
-def changes(bank: RasaPeftBank, adapter: str = "default") -> Tensor:
-    """The dW (E, out, in) of every expert by the oracle's formula, in float64."""
-    A, A_pool, B, B_pool, d = bank.named(adapter).factors()
-
-    def of(expert: int) -> Tensor:
-        pool = (A_pool, B_pool)
-        if A_pool is not None and A_pool.dim() == 3:
-            pool = (A_pool[expert], B_pool[expert])
-        return oracle.delta(oracle.Adapter(A[expert], pool[0], B[expert], pool[1], d[expert]))
-
-    return torch.stack([of(expert) for expert in range(EXPERTS)])
-
-
 def dense(model: PeftModel, *adapters: str, family: str = "mixtral") -> Tensor:
     """The float64 logits of the base with these adapters' dW in its weights."""
-    base = moe(family).requires_grad_(False)
-    for name, module in model.get_base_model().named_modules():
-        for adapter in adapters:
-            if adapter not in getattr(module, "configs", ()):
-                continue
-            if isinstance(module, RasaPeftLinear):
-                factors = oracle.Adapter(*module.named(adapter).factors())
-                base.get_submodule(name).weight.add_(oracle.delta(factors))
-            elif isinstance(module, RasaPeftBank):
-                weight = base.get_parameter(name)
-                change = changes(module, adapter)
-                weight.add_(change.mT if family == "gpt_oss" else change)
-    return base(TOKENS).logits
+    return peft.dense(model, *adapters, base=moe(family), tokens=TOKENS)
 
 
 def close(logits: Tensor, expected: Tensor) -> None:
