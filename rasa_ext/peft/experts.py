@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import is_transposed
@@ -44,11 +43,6 @@ class RasaPeftBank(NamedAdapters):
         weight: Tensor = getattr(self.get_base_layer(), self.name)
         return weight
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.weight.device
-
     def forget(self) -> None:
         """Forget the experts' cached packs."""
         self.experts.drop_pack()
@@ -61,10 +55,8 @@ class RasaPeftBank(NamedAdapters):
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:
         """Give the weight of each expert, as these adapters change it."""
         adapters = [self.named(name) for name in adapter_names]
-        if not adapters:
-            return []
-        name = adapters[0].place.name
-        return bank_parts(name, self.get_base_layer(), self.name, adapters, self)
+        base = self.get_base_layer()
+        return bank_parts(adapters[0].place.name, base, self.name, adapters, self)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Compute an adapter's dW of every expert, in the stacked weight's orientation.
@@ -101,8 +93,7 @@ class RasaPeftExperts(AdaptedExperts):
     def adapters(self) -> Iterator[Adapter]:
         """Give every adapter of the experts, active or not."""
         for bank in self.banks().values():
-            for name in bank.configs:
-                yield bank.named(name)
+            yield from bank.adapters()
 
     @property
     def merged(self) -> bool:

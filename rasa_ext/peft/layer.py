@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,6 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         self._begin()
         self.train(base_layer.training)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weight is."""
-        return self.base_layer.weight.device
-
     def forget(self) -> None:
         """Forget the cached pack."""
         self.drop_pack()
@@ -40,24 +35,10 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         """PEFT's way to a quantized base's weight; None over a dense base, as while merged."""
         return None if isinstance(self.merged_base, nn.Module) else self._backend
 
-    @overload
-    def adapter(self) -> Adapter | None: ...
-
-    @overload
-    def adapter(self, adapter_name: str) -> Adapter: ...
-
-    def adapter(self, adapter_name: str | None = None) -> Adapter | None:
-        """Give an adapter by its name, or the first that the forward adds to all rows, if any."""
-        if adapter_name is None:
-            names = self.live()
-            if not names:
-                return None
-            adapter_name = names[0]
-        return self.named(adapter_name)
-
-    def adapters(self) -> Iterator[Adapter]:
-        """Give every adapter of the layer, active or not."""
-        return (self.adapter(name) for name in self.configs)
+    def adapter(self) -> Adapter | None:
+        """Give the first adapter that the forward adds to all rows, if any."""
+        names = self.live()
+        return self.named(names[0]) if names else None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute y (..., out) from x (..., in): the base and every active adapter."""
@@ -67,7 +48,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
             return self._row_by_row(x, self.rows, *args, **kwargs)
         y = super().forward(x, *args, **kwargs)
         for name in self.live()[1:]:
-            y = self._added(y, x, self.adapter(name))
+            y = self._added(y, x, self.named(name))
         return y
 
     def _row_by_row(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
@@ -78,7 +59,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
             if name in self.configs:
                 chosen = [row for row, its in enumerate(names) if its == name]
                 index = torch.tensor(chosen, device=x.device)
-                y = y.index_copy(0, index, self._added(y[index], x[index], self.adapter(name)))
+                y = y.index_copy(0, index, self._added(y[index], x[index], self.named(name)))
         return y
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -92,9 +73,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
 
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:
         """Give the weight, as these adapters change it."""
-        if not adapter_names:
-            return []
-        adapters = [self.adapter(name) for name in adapter_names]
+        adapters = [self.named(name) for name in adapter_names]
         return [linear_part(adapters[0].place.name, self, adapters)]
 
     def get_delta_weight(self, adapter: str) -> Tensor:

@@ -33,7 +33,8 @@ from rasa_ext.base_layers.quantized import (
 )
 from rasa_ext.base_layers.split import split_of
 from rasa_ext.base_layers.survey import survey
-from rasa_ext.checkpoint.files import check_finite
+from rasa_ext.checkpoint.files import PREFIX, check_finite
+from rasa_ext.checkpoint.official import own_names
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.advice import Names, advice
@@ -58,7 +59,6 @@ from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, pool_owners
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.named import NamedAdapters
-from rasa_ext.peft.official import from_official
 from rasa_ext.peft.targets import (
     banks_of,
     chosen_banks,
@@ -389,7 +389,9 @@ class RasaModel(BaseTuner):
         Raises ValueError where it holds NaN, as ``rasa_ext.load_adapter`` does.
         """
         check_finite(state_dict, f"adapter {adapter_name!r}", "No tensor was loaded")
-        state_dict = from_official(state_dict, pool_owners(model, adapter_name))
+        owners = pool_owners(model, adapter_name)
+        prefixed = [f"{PREFIX}{name.removeprefix(PREFIX)}" for name in owners]
+        state_dict = own_names(state_dict, prefixed, "the checkpoint")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 

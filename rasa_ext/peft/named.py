@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,14 +68,14 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        raise NotImplementedError
+        return self.weight.device
 
     def forget(self) -> None:
         """Forget what was computed from the adapters, as their memory is another now."""
         raise NotImplementedError
 
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:
-        """Give the matrices of the weight, as these adapters change them."""
+        """Give the matrices of the weight, as these adapters change them, one or more."""
         raise NotImplementedError
 
     def update_layer(
@@ -125,15 +125,15 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         pool = {f: tensor_of(pools[f"rasa_pool_{f}"], adapter_name) for f in names}
         return Adapter(self.configs[adapter_name], own, pool, self.places[adapter_name])
 
-    def _active(self) -> list[str]:
-        """List the active adapters that the weight has."""
-        return [name for name in self.active_adapters if name in self.configs]
+    def adapters(self) -> Iterator[Adapter]:
+        """Give every adapter of the weight, active or not."""
+        return (self.named(name) for name in self.configs)
 
     def live(self) -> list[str]:
         """List those that the forward adds to all rows of the base's output."""
         if self._disable_adapters or self.merged or self.rows is not None:
             return []
-        return self._active()
+        return [name for name in self.active_adapters if name in self.configs]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the base weight, beside those that are merged already.
@@ -161,6 +161,8 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         before = self.merged_adapters
         names = dict.fromkeys([*before, *(adapter_names or self.active_adapters)])
         chosen = [name for name in names if name in self.configs]
+        if not chosen:
+            return
         self._unmerge()
         try:
             check_parts(self.parts(chosen), self.merging.dtype, "safe_merge")

@@ -88,7 +88,7 @@ def named(model: PeftModel, adapter: str) -> dict[str, Adapter]:
     """The live tensors of one adapter by layer, active or not."""
     found = layers(plain(model)).items()
     return {
-        n: Adapter(*layer.adapter(adapter).factors())
+        n: Adapter(*layer.named(adapter).factors())
         for n, layer in found
         if adapter in layer.configs
     }

@@ -241,7 +241,7 @@ def test_delta_weight_is_the_oracles():
     for entry in (LLAMA, models.GPT2):
         model = adapted(entry.build())
         for name, layer in layers(plain(model)).items():
-            exact = oracle.delta(Adapter(*layer.adapter("default").factors()))
+            exact = oracle.delta(Adapter(*layer.named("default").factors()))
             exact = exact.T if oracle.is_transposed(layer.base_layer) else exact
             delta = layer.get_delta_weight("default")
             assert delta.shape == layer.base_layer.weight.shape
