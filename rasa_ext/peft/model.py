@@ -63,7 +63,6 @@ from rasa_ext.peft.targets import (
     banks_of,
     chosen_banks,
     every_target,
-    experts_of,
     linears_of,
     untouched,
     unwrap_experts,
@@ -335,9 +334,9 @@ class RasaModel(BaseTuner):
             super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
-        # Second names, which PEFT does not visit.
-        replace_modules(self.model, {layer: layer.base_layer for layer in self.layers()})
-        replace_modules(self.model, {each: each.base_layer for each in experts_of(self.model)})
+        kinds = RasaPeftLinear | RasaPeftExperts
+        left = [module for module in self.model.modules() if isinstance(module, kinds)]
+        replace_modules(self.model, {each: each.base_layer for each in left})  # second names
         for module, name, value in reversed(self._attributes_before):
             setattr(module, name, value)
         return forget_quantizer(self.model)
@@ -371,10 +370,6 @@ class RasaModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-
-    def layers(self) -> list[RasaPeftLinear]:
-        """List the adapted linear layers, in the model's order."""
-        return [module for module in self.model.modules() if isinstance(module, RasaPeftLinear)]
 
     def owners(self) -> list[NamedAdapters]:
         """List all that own adapters, those of stacked weights too, in the model's order."""
