@@ -12,22 +12,10 @@ from rasa_ext.patching import merge as merging
 from rasa_ext.patching import parts
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
-from tests.helpers.models import GPT2, LLAMA, TWO_NAMES, ids
+from tests.helpers.models import GPT2
 from tests.helpers.refusals import Snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-@pytest.mark.parametrize("entry", [LLAMA, GPT2, TWO_NAMES], ids=ids)
-def test_delta_weights(entry):
-    model = patched(entry.build())
-    found, layers = dict(rasa_ext.delta_weights(model)), adapted_layers(model)
-    assert found.keys() == layers.keys()
-    for name, change in found.items():
-        assert not change.requires_grad
-        torch.testing.assert_close(change, rasa_ext.delta_weight(layers[name]))
-    with pytest.raises(ValueError, match=r"expected a model that rasa_ext\.patch_model patched"):
-        next(rasa_ext.delta_weights(entry.build()))
 
 
 def watched(monkeypatch) -> list[int]:
