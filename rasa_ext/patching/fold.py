@@ -38,8 +38,7 @@ class Merging:
 def check_parts(parts: Sequence[Part], dtype: torch.dtype | None, argument: str) -> None:
     """Raise ValueError, before a merge, where a merged weight would not be finite.
 
-    ``dtype`` is that of ``Merging``, and ``argument`` is what the error begins with. Parts are not
-    merged.
+    ``dtype`` is that of ``Merging``. The error begins with ``argument``. No part is merged yet.
     """
     for part in parts:
         if part.is_quantized:
@@ -52,7 +51,7 @@ def check_parts(parts: Sequence[Part], dtype: torch.dtype | None, argument: str)
 
 @torch.no_grad()
 def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = None) -> float:
-    """Add dW to the weights of all parts, or, where an error comes, to none.
+    """Add dW to the weights of all parts; after an error, to none.
 
     The sum is taken in float32 (float64 for float64 weights) and rounded once. Nothing can be
     undone where nothing is kept: call ``check_parts`` first.
@@ -60,8 +59,8 @@ def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = 
     Args:
         parts: none of them merged.
         merging: how; the report on quantized layers is added to it.
-        argument: with what an error begins that says that a merged weight is not finite. None:
-            dense weights are not looked at.
+        argument: how the error begins where a merged weight is not finite. With None, dense
+            weights are not checked.
 
     Returns:
         max |dW|, or 0 without an argument.

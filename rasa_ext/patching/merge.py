@@ -1,7 +1,7 @@
 """Folding adapters into the base weights, and taking them out again: W += dW = Bp^T Ap.
 
-Layers, and experts, that are alike go through the operators over whole groups together: ``parts``.
-Those over a quantized base go one by one, and become dense: ``merge_quantized``.
+These are the calls for patched models. ``parts`` describes the matrices that an adapter changes,
+and ``fold`` merges them: those that are alike together, those over a quantized base one by one.
 """
 
 from __future__ import annotations
