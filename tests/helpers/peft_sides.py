@@ -28,7 +28,6 @@ needs_experts = pytest.mark.skipif(
 class Side:
     """A base, and PEFT models over copies of it, whose first adapter is "default"."""
 
-    name: str
     base: Callable[..., nn.Module]
     one: Callable[..., PeftModel]
     two: Callable[..., PeftModel]
@@ -48,7 +47,6 @@ class Side:
 
 
 LINEAR = Side(
-    "linear",
     make_model,
     peft.tiny,
     peft.two,
@@ -60,7 +58,6 @@ LINEAR = Side(
 )
 EXPERTS = {
     family: Side(
-        family,
         functools.partial(peft_experts.moe, family),
         functools.partial(peft_experts.tuned, family),
         functools.partial(peft_experts.two, family=family),
