@@ -38,12 +38,14 @@ def fields(path: str | Path, class_name: str, **names: object) -> list[Field]:
         **names,
     }
     bases = (ast.unparse(base) for base in node.bases)
-    found = [each for base in bases if base in SHARED for each in fields(SHARED[base], base)]
+    inherited = (each for base in bases if base in CLASSES for each in fields(CLASSES[base], base))
+    found = {each.name: each for each in inherited}
     for line in node.body:
         if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
             default, text = eval(ast.unparse(line.value), scope)
-            found.append(Field(ast.unparse(line.target), repr(default), text))
-    return found
+            name = ast.unparse(line.target)
+            found[name] = Field(name, repr(default), text)
+    return list(found.values())
 
 
 def rasa_fields() -> list[Field]:
@@ -52,17 +54,22 @@ def rasa_fields() -> list[Field]:
     return own + fields("methods/base.py", "AdapterConfig")
 
 
-_CLASSES = {
-    node.name: (path, any(ast.unparse(n).startswith("method: ClassVar[str] = ") for n in node.body))
+_NODES = {
+    node.name: (path, node.body)
     for package in ("rasa_ext", "research/rasa_research")
     for path in sorted((ROOT / package / "methods").glob("*.py"))
     for node in ast.parse(path.read_text()).body
-    if isinstance(node, ast.ClassDef) and node.name not in ("AdapterConfig", "RasaConfig")
+    if isinstance(node, ast.ClassDef) and node.name != "AdapterConfig"
 }
-METHODS = {name: path for name, (path, is_method) in _CLASSES.items() if is_method}
-"""Where the configs of both packages' methods are, but for RaSA's."""
-SHARED = {name: path for name, (path, is_method) in _CLASSES.items() if not is_method}
-"""Where classes are whose fields several methods have."""
+CLASSES = {name: path for name, (path, _) in _NODES.items()}
+"""Where the classes of both packages' methods are, but for what all methods share."""
+METHODS = {
+    name: path
+    for name, (path, body) in _NODES.items()
+    if name != "RasaConfig"
+    and any(ast.unparse(node).startswith("method: ClassVar[str] = ") for node in body)
+}
+"""Where the configs are, but for RaSA's."""
 
 
 def method_table(name: str) -> str:

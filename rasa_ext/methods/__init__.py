@@ -24,7 +24,6 @@ from rasa_ext.methods.base import (
 )
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.methods.sora import SoraConfig
 from rasa_ext.ops import Factors
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "Place",
     "RasaConfig",
     "Rate",
-    "SoraConfig",
     "checked_choice",
     "checked_integer",
     "checked_number",

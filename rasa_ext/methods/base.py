@@ -18,6 +18,7 @@ from rasa_ext.methods.token_indices import GivenTokens, Tokens, checked_tokens, 
 from rasa_ext.ops import Factors
 
 if TYPE_CHECKING:
+    from transformers import TrainerCallback
     from typing_extensions import Self
 
 ALL_LINEAR = "all-linear"
@@ -90,8 +91,6 @@ class Rate(NamedTuple):
     weight_decay: float = 1.0
     eps: float = 1.0
     """Of Adam's."""
-    gate: bool = False
-    """Whether it has gates, whose learning rate may be another."""
 
 
 METHODS: dict[str, type[AdapterConfig]] = {}
@@ -257,6 +256,22 @@ class AdapterConfig:
     def learning_rates(self, place: Place) -> dict[str, Rate]:
         """Give the rates of those of a layer's tensors, by name, that are not trained as usual."""
         return {}
+
+    def callbacks(self, model: nn.Module) -> Sequence[TrainerCallback]:
+        """Give what ``rasa-ext finetune`` adds to its Trainer: steps beside the optimizer's.
+
+        It is asked once before the base's weights are read too, for a model of empty tensors.
+
+        Args:
+            model: patched with this config.
+
+        Returns:
+            Callbacks of transformers' Trainer; none unless overridden.
+
+        Raises:
+            ValueError: naming the field by which the method cannot be trained.
+        """
+        return ()
 
     def to_dict(self) -> dict[str, Any]:
         """Give the config as the JSON values of ``adapter_config.json``, whatever the method.

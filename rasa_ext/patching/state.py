@@ -88,7 +88,18 @@ def patch_state(model: nn.Module) -> PatchState:
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Raise RuntimeError where an adapter is merged, whose tensors must stay what was merged."""
+    """Check that a model's adapter may change: while it is merged, its tensors must stay.
+
+    Args:
+        model: a patched model.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or not patched.
+        RuntimeError: the adapter is merged.
+
+    Example:
+        >>> rasa_ext.patching.check_unmerged(rasa_ext.patch_model(model, rank=8, k=1))
+    """
     if patch_state(model).merged is not None:
         raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter changes.")
 
@@ -104,9 +115,21 @@ def adapted_experts(model: nn.Module) -> list[tuple[str, RasaExperts]]:
 
 
 def owners(model: nn.Module) -> list[tuple[str, AdapterOwner]]:
-    """List ``(name, owner)`` of all that own an adapter's tensors, each once, in module order.
+    """List what owns an adapter's tensors: adapted linear layers, and adapted expert weights.
 
-    An owner is a linear layer, or one stacked weight.
+    Args:
+        model: a model, patched or not.
+
+    Returns:
+        Pairs of a name in the model and a ``RasaLinear``, or what stands for one stacked weight of
+        experts, in the order of the model. Each has ``config``, ``place``, ``pool``,
+        ``own_tensors()`` and ``pool_tensors()``.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> name, owner = rasa_ext.patching.owners(model)[0]
+        >>> list(owner.own_tensors()), list(owner.pool_tensors())
+        (['A', 'B', 'd'], ['A', 'B'])
     """
     return _modules_of(model, AdapterOwner)
 

@@ -101,7 +101,6 @@ def _choices(
         "seed": options.seed,
         "dtype of the base": str(trainer.base_model.dtype).removeprefix("torch."),
         "trainable parameters": f"{result.trainable:,}",
-        "gate threshold": options.gate_threshold,
     }
 
 

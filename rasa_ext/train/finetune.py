@@ -37,7 +37,6 @@ from rasa_ext.train.results import write_record, write_results
 from rasa_ext.train.shown import describe_rows, show_example
 from rasa_ext.train.trainer import AdapterTrainer, check_head, dataset
 from rasa_ext.train.working import working
-from rasa_ext.training import ProximalGates, prune
 
 _CHECKPOINTS = 0.1  # one after every tenth of the run; they hold the adapter only
 _KEPT = 2
@@ -107,14 +106,15 @@ def finetune(
     trainer.args.eval_steps = options.eval_every or total
     trainer.args.save_steps = math.ceil(_CHECKPOINTS * total)
     metrics = MetricsCallback(output / "metrics.jsonl")
-    gates = None
-    if options.gate_threshold is not None:
-        gates = ProximalGates(trainer.base_model, options.gate_threshold)
-        trainer.add_callback(gates.callback())
+    steps = options.adapter().callbacks(trainer.base_model)
+    for callback in steps:
+        trainer.add_callback(callback)
     if checkpoint is not None and checkpoint.step >= total:
         console.print(f"The run in {output} is complete: {checkpoint.step} of {total} steps.")
         trainer._load_from_checkpoint(str(checkpoint.path))
         metrics.rows = read_metrics(metrics.path)
+        for callback in steps:
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
         step, interrupted = checkpoint.step, False
     else:
         output.mkdir(parents=True, exist_ok=True)
@@ -122,8 +122,6 @@ def finetune(
             make_room(output)
         write_record(options)
         step, interrupted = _train(trainer, total, checkpoint, metrics, console)
-    if gates is not None and not interrupted:
-        _end_with_gates(trainer.base_model, gates, options.prune, console)
     result = write_results(trainer, options, step, total, interrupted, metrics, trained)
     if not loaded:
         unpatch(model)
@@ -169,8 +167,10 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
 
 def _check_plan(options: FinetuneOptions) -> None:
     """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
-    model = patch_model(load_skeleton(options.model), config=options.adapter())
+    adapter = options.adapter()
+    model = patch_model(load_skeleton(options.model), config=adapter)
     check_head(model)
+    adapter.callbacks(model)
     most = max(min(row.shape) for row in summary(model))
     if options.rank > most:
         raise ValueError(
@@ -203,16 +203,6 @@ def _describe_adapter(model: Any, console: Console) -> int:
         f"effective rank {max(row.R for row in found)})."
     )
     return found.trainable
-
-
-def _end_with_gates(model: Any, gates: ProximalGates, pruned: bool, console: Console) -> None:
-    """Say how many gates are open, and take the others out if asked."""
-    text = "{:,} of {:,} gates are open".format(*gates.open_gates())
-    if pruned:
-        text += "; with the others taken out the effective rank is {1}, from {0}".format(
-            *prune(model)
-        )
-    console.print(f"{text}.")
 
 
 def _train(

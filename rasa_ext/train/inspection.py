@@ -57,7 +57,7 @@ class AdapterContents:
     not_finite: tuple[str, ...]
     """Tensors that hold NaN, or infinity among an adapter's factors."""
     parameters: int
-    """Elements of all tensors in the file."""
+    """Numbers in the file, without those that choose ranks or features."""
     file_bytes: int
 
 
@@ -112,14 +112,15 @@ def read_adapter(directory: Path) -> AdapterContents:
     path = directory / WEIGHTS
     tensors = read_tensors(path)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    numbers = {key: tensor.numel() for key, tensor in tensors.items() if tensor.is_floating_point()}
     chosen = checked_groups(config.get("rasa_groups"))
-    groups, used = _groups(shapes, config.get("rasa_experts"), chosen)
+    groups, used = _groups(shapes, numbers, config.get("rasa_experts"), chosen)
     return AdapterContents(
         config=config,
         groups=groups,
         other={key: shape for key, shape in shapes.items() if key not in used},
         not_finite=tuple(not_finite(tensors)),
-        parameters=sum(_count(shape) for key, shape in shapes.items() if not _integers(key)),
+        parameters=sum(numbers.values()),
         file_bytes=path.stat().st_size,
     )
 
@@ -169,17 +170,11 @@ def _mean_rank(layers: Sequence[LayerAnalysis]) -> float:
     return sum(layer.effective_rank for layer in layers) / len(layers)
 
 
-# What a layer or its group may own, whatever the method, where it owns an A.
-_PARTS = ("A", "B", "d", "m", "norms", "slots", "stack_A", "stack_B", "pool_A", "pool_B", "pool_m")
-
-
-def _integers(key: str) -> bool:
-    """Tell which ranks of a pool a layer reads: numbers that are not trained."""
-    return key.endswith(".rasa_slots")
-
-
 def _groups(
-    shapes: dict[str, tuple[int, ...]], experts: str | None, chosen: Groups
+    shapes: dict[str, tuple[int, ...]],
+    numbers: dict[str, int],
+    experts: str | None,
+    chosen: Groups,
 ) -> tuple[list[AdapterGroup], set[str]]:
     layers = {
         name: (*shapes[f"{PREFIX}{name}.rasa_B"][:-1], shapes[key][-1])
@@ -189,24 +184,13 @@ def _groups(
     }
     groups, used = [], set()
     for group in groups_of(layers, experts, chosen):
-        keys = [
-            key
-            for name in group.names
-            for part in _PARTS
-            if (key := f"{PREFIX}{name}.rasa_{part}") in shapes
-        ]
+        names = {f"{PREFIX}{name}" for name in group.names}
+        keys = [key for key in shapes if key.rpartition(".rasa_")[0] in names]
         used.update(keys)
         first = f"{PREFIX}{group.names[0]}"
         private = shapes[f"{first}.rasa_A"][-2]
         pooled = shapes.get(f"{first}.rasa_pool_A", (0, 0))[-2]
-        count = sum(_count(shapes[key]) for key in keys if not _integers(key))
+        count = sum(numbers.get(key, 0) for key in keys)
         sizes = len(group.names), group.shape, private, pooled, count, group.experts
         groups.append(AdapterGroup(group.pattern, *sizes))
     return groups, used
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

@@ -6,6 +6,7 @@ The command line, its help, the YAML file of ``--config`` and the record of a ru
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,11 @@ RECORD = "finetune.yaml"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # What may be another on a resume: no step depends on it.
-_HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_every", "prune", "report_to"})
+_HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_every", "report_to"})
+
+
+# 1e-3, which YAML 1.1 reads as text: it wants a point.
+_EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 
 
 def _option(default: Any, text: str) -> Any:
@@ -64,8 +69,8 @@ class FinetuneOptions:
     rank: int = _option(8, "LoRA rank r per layer.")
     k: int | None = _option(
         None,
-        "How many of them go to the shared pool, under rasa and sora. [default: rank // 8, at "
-        "least 1, under rasa; 0 under sora]",
+        "How many of them go to the shared pool, under methods that have one. [default: rank // 8, "
+        "at least 1, under rasa; else the method's]",
     )
     experts: str | None = _option(
         None,
@@ -79,15 +84,8 @@ class FinetuneOptions:
     )
     method_options: str = _option(
         "",
-        "Other fields of the method's config, as YAML: 'rslora: true, train_A: false' under lora, "
-        "'blocks: 4' under block-lora.",
+        "Other fields of the method's config, as YAML: 'rslora: true, train_A: false' under lora.",
     )
-    gate_threshold: float | None = _option(
-        None,
-        "Under sora, which needs it, and rasa, whose pool then has gates: by how much each gate "
-        "moves towards zero in a step, such as 1e-3.",
-    )
-    prune: bool = _option(False, "With --gate-threshold: take closed gates out at the end.")
     dropout: float = _option(0.0, "On the adapter's input, in [0, 1).")
     target_modules: str = _option(
         "all-linear", "all-linear, name suffixes with commas, or regex: and a regular expression."
@@ -149,7 +147,7 @@ class FinetuneOptions:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if self.eval_every is not None and self.eval_data is None:
             raise ValueError("eval_every: expected eval_data to evaluate on as well, got none.")
-        self._check_gates(self.adapter())
+        self.adapter()
         self._check_output()
 
     def adapter(self) -> methods.AdapterConfig:
@@ -175,34 +173,10 @@ class FinetuneOptions:
             "target_modules": parse_targets(self.target_modules),
             "trainable_token_indices": parse_tokens(self.trainable_token_indices),
             "seed": self.seed,
-            "gates": None if self.gate_threshold is None else "pool",
         }
         if self.k is None and config is not methods.RasaConfig:  # whose own default None is not
             del usual["k"]
         return config(**{name: usual[name] for name in usual.keys() & known} | given)
-
-    def _check_gates(self, adapter: methods.AdapterConfig) -> None:
-        """Raise ValueError where the options of gates do not fit the method, or each other."""
-        threshold = self.gate_threshold
-        if threshold is None:
-            if self.method == "sora":
-                raise ValueError(
-                    "gate_threshold: expected a number with the method 'sora', whose gates nothing "
-                    "closes without, got none; 1e-3 is a start."
-                )
-            if self.prune:
-                raise ValueError("prune: expected gate_threshold as well, got none.")
-        elif self.method not in ("rasa", "sora"):
-            raise ValueError(
-                f"gate_threshold: expected none with the method {self.method!r}, got {threshold}."
-            )
-        elif not 0 <= threshold < float("inf"):
-            raise ValueError(f"gate_threshold: expected a number >= 0, got {threshold}.")
-        elif self.method == "rasa" and not getattr(adapter, "k", 0):
-            raise ValueError(
-                "gate_threshold: expected k above 0, for a pool that has gates, got k = 0; the "
-                "method sora has gates on a layer's own ranks."
-            )
 
     def _check_output(self) -> None:
         """Raise where the output is no place for this run."""
@@ -241,8 +215,9 @@ def parse_method_options(text: str) -> dict[str, Any]:
     except yaml.YAMLError:
         found = None
     if not isinstance(found, dict) or None in found.values():
-        raise ValueError(f"method_options: expected YAML such as 'blocks: 4', got {text!r}.")
-    return found
+        raise ValueError(f"method_options: expected YAML such as 'rslora: true', got {text!r}.")
+    numbers = {n: float(v) for n, v in found.items() if _EXPONENT.fullmatch(str(v))}
+    return {**found, **numbers}
 
 
 def parse_tokens(text: str) -> list[int]:

@@ -19,8 +19,8 @@ from torch import nn
 import rasa_ext
 from benchmarks import baselines, harness, records
 from benchmarks.model import base_model, stepper
-from rasa_ext.methods import AdapterConfig, LoraConfig, SoraConfig
-from rasa_research import methods
+from rasa_ext.methods import AdapterConfig, LoraConfig
+from rasa_research import methods, training
 
 SLOTS = 8
 CONFIGS: dict[str, AdapterConfig | None] = {
@@ -30,10 +30,10 @@ CONFIGS: dict[str, AdapterConfig | None] = {
     "Block-LoRA, 2 blocks": methods.BlockLoraConfig(8, blocks=2),
     "SBoRA, side A": methods.SboraConfig(8, side="A"),
     "SBoRA, side B": methods.SboraConfig(8, side="B"),
-    "SoRA": SoraConfig(8),
+    "SoRA": methods.SoraConfig(8),
     "ResLoRA, window 3": methods.ResLoraConfig(8, window=3),
     "RaSA, k = 1": rasa_ext.RasaConfig(8, 1),
-    "RaSA, pruned": rasa_ext.RasaConfig(8, 1, gates="pool"),
+    "RaSA, pruned": methods.GatedRasaConfig(8, 1),
 }
 
 
@@ -50,7 +50,7 @@ def build(name: str, base: nn.Module) -> nn.Module:
             for layer in layers(model):
                 pooled = layer.d[layer.A.shape[0] :]
                 pooled[torch.randperm(len(pooled))[SLOTS:]] = 0.0
-            rasa_ext.training.prune(model)
+            training.prune(model)
     return model.train()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import rasa_ext
 import rasa_research
-from rasa_research import methods, optim, ranks, solver, training
+from rasa_research import checkpoint, methods, optim, ranks, solver, training
 from tests.docs import test_docs, test_site
 from tests.docs.test_docs import offline  # noqa: F401 - a fixture
 from tests.helpers import docstrings
@@ -30,6 +30,7 @@ CORE = {name: set(importlib.import_module(name).__all__) for name in MODULES}
 PUBLIC = {f"optim.{name}": getattr(optim, name) for name in optim.__all__}
 PUBLIC |= {f"ranks.{name}": getattr(ranks, name) for name in ranks.__all__}
 PUBLIC |= {f"solver.{name}": getattr(solver, name) for name in solver.__all__}
+PUBLIC |= {f"checkpoint.{name}": getattr(checkpoint, name) for name in checkpoint.__all__}
 PUBLIC |= {f"methods.{name}": getattr(methods, name) for name in methods.__all__}
 PUBLIC |= {f"training.{name}": getattr(training, name) for name in training.__all__}
 DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBLIC)

@@ -153,7 +153,6 @@ def test_what_is_not_an_adapter(tmp_path):
     params=[
         rasa_ext.RasaConfig(rank=4, k=1, rank_pattern={r"layers\.0\..*": 1, "v_proj": 6}),
         methods.LoraConfig(rank=3, alpha=12),
-        methods.SoraConfig(rank=3),
     ],
     ids=lambda config: config.method,
 )

@@ -137,10 +137,8 @@ def _of_llama(read: Callable = rasa_ext.load_adapter, write: Any = None, **optio
 _METHODS = (
     "rasa",
     "rasa, ranks",
-    "rasa, gates pruned",
     "lora",
     "lora-fa",
-    "sora, pruned",
 )
 KINDS = {
     **{name: _of_method(name) for name in _METHODS},

@@ -204,7 +204,6 @@ LARGE = {
     "r": 10**8,
     "rasa_k": 10**8,
     "rank_pattern": {"q_proj": 10**8},
-    "rasa_kept": {"model.layers.0.self_attn.q_proj": [10**8, 10**8, 10**8]},
 }
 
 

@@ -56,5 +56,5 @@ def test_two_processes_change_an_adapter_as_one(changed, outputs):
 
 def test_what_ddp_cannot_follow_is_refused(left):
     said = json.loads((left / "refused.json").read_text())
-    assert said.keys() == {"prune"}
-    assert "model.module" in said["prune"]
+    assert said.keys() == {"grow"}
+    assert "model.module" in said["grow"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext import methods, training
+from rasa_ext import methods
 
 WIDTHS = (9, 7)
 
@@ -27,16 +27,6 @@ class Block(nn.Module):
 def base(layers: int = 3, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(*(Block() for _ in range(layers))).to(dtype)
-
-
-def _pruned(config: methods.AdapterConfig) -> nn.Module:
-    model = rasa_ext.patch_model(base(), config=config)
-    randomize(model, 1)
-    with torch.no_grad():
-        for i, layer in enumerate(rasa_linears(model).values()):
-            layer.d[i % 2 :: 2] = 0.0
-    training.prune(model)
-    return model
 
 
 def plain(name: str, **options) -> nn.Module:
@@ -61,10 +51,7 @@ class Case(NamedTuple):
 def _pooled(layer: rasa_ext.RasaLinear) -> Tensor:
     t, pool = layer.own_tensors(), layer.pool_tensors()
     dW = (t["B"] * t["d"][: t["A"].shape[0]]) @ t["A"]
-    slots = t.get("slots", range(pool["A"].shape[0] if pool else 0))
-    for entry, slot in zip(t["d"][t["A"].shape[0] :], slots, strict=True):
-        dW = dW + entry * torch.outer(pool["B"][:, slot], pool["A"][slot])
-    return dW
+    return dW + (pool["B"] * t["d"][t["A"].shape[0] :]) @ pool["A"]
 
 
 def _pair(power: float) -> Callable[[rasa_ext.RasaLinear], Tensor]:
@@ -78,15 +65,9 @@ CASES = {
     "rasa, ranks": Case(
         lambda: plain("rasa", rank=4, k=1, rank_pattern={r"1\..*": 6, "up_proj": 3}), _pooled
     ),
-    "rasa, gates pruned": Case(
-        lambda: _pruned(methods.RasaConfig(4, 1, gates="pool", **WIDE)), _pooled
-    ),
     "lora": Case(lambda: plain("lora", rank=3), _pair(1)),
     "rslora": Case(lambda: plain("lora", rank=3, rslora=True), _pair(0.5)),
     "lora-fa": Case(lambda: plain("lora", rank=3, train_A=False), _pair(1)),
-    "sora": Case(lambda: plain("sora", rank=4), _pooled),
-    "sora, pool": Case(lambda: plain("sora", rank=4, k=2), _pooled),
-    "sora, pruned": Case(lambda: _pruned(methods.SoraConfig(4, **WIDE)), _pooled),
 }
 KNOWN = dict(CASES)
 """Those that another package's tests have added, too."""

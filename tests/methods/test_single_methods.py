@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import rasa_ext
-from rasa_ext import methods, training
+from rasa_ext import methods
 from tests.helpers.methods import base, rasa_linears
 
 
@@ -44,10 +44,11 @@ def test_a_frozen_A_keeps_no_x(frozen):
     assert sizes["frozen"] < x.nbytes / 8  # U, and what is of the weights' size
 
 
-@pytest.mark.parametrize("kind", [methods.RasaConfig, methods.SoraConfig])
-def test_a_rank_pattern_of_no_layer_is_refused(kind):
+def test_a_rank_pattern_of_no_layer_is_refused():
     model = base()
-    config = kind(4, rank_pattern={"up_proj": 8, "q_proj": 2}, target_modules=["up_proj"])
+    config = methods.RasaConfig(
+        4, rank_pattern={"up_proj": 8, "q_proj": 2}, target_modules=["up_proj"]
+    )
     with pytest.raises(ValueError, match=r"rank_pattern: .*'q_proj' matches none of 3"):
         rasa_ext.patch_model(model, config=config)
     assert not rasa_linears(model)
@@ -74,14 +75,13 @@ def test_ranks_by_pattern():
         (lambda: methods.LoraConfig(0), "rank"),
         (lambda: methods.LoraConfig(alpha=0), "alpha"),
         (lambda: methods.LoraConfig(r=4), "did you mean rank"),
-        (
-            lambda: training.parameter_groups(rasa_ext.patch_model(base(), 4, 1), 1.0, gate_lr=1.0),
-            "gate_lr: expected None",
-        ),
         (lambda: methods.LoraConfig(train_A="no"), "train_A: expected True or False, got 'no'"),
         (lambda: methods.LoraConfig(rslora=1), "rslora: expected True or False, got 1"),
-        (lambda: methods.SoraConfig(4, k=5), "k"),
-        (lambda: methods.RasaConfig(rank_pattern=[("up", 4)]), "rank_pattern: expected a mapping"),
+        (lambda: methods.RasaConfig(4, k=5), "k: expected 0 <= k <= rank"),
+        (lambda: methods.RasaConfig(rank_pattern={"x": 0}), "rank_pattern: expected ranks"),
+        (lambda: methods.RasaConfig(rank_pattern={"(": 4}), "rank_pattern"),
+        (lambda: methods.RasaConfig(rank_pattern={4: 4}), "rank_pattern: expected patterns"),
+        (lambda: methods.RasaConfig(rank_pattern=[4]), "rank_pattern: expected a mapping"),
         (lambda: methods.read_method({"peft_type": "RASA", "rasa_method": "elora"}), "rasa_method"),
         (lambda: methods.LoraConfig.from_dict({"peft_type": "RASA"}), "rasa_method"),
     ],

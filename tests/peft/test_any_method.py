@@ -29,7 +29,6 @@ OTHERS = {
     "vera": ("vera", {"d_initial": 0.2}),
     "picked": ("picked", {}),
     "lora-fa": ("lora", {"train_A": False, "rslora": True}),
-    "pruned": ("rasa", {"kept": dict.fromkeys(LAYERS, (1, 1, 3))}),
 }
 KNOWN = dict(OTHERS)
 """Those that another package's tests have added, too."""

@@ -125,7 +125,7 @@ def test_help_is_the_cores():
 @pytest.fixture(
     params=[
         LoraConfig(train_A=False, rslora=True),
-        rasa_ext.RasaConfig(kept={"model.layers.0.mlp.up_proj": (1, 2, 2)}, gates="pool"),
+        rasa_ext.RasaConfig(rank_pattern={"up_proj": 4}, experts="slot"),
     ],
     ids=lambda config: config.method,
 )

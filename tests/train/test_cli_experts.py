@@ -132,18 +132,3 @@ def test_inspect_plans_experts(places):
     assert f"5 x {2 * INNER} x {HIDDEN} 4" in text
     assert f"{adapter.parameters:,} of" in text
     assert "experts: expected" in invoke("inspect", places["base"], "--experts", "all", code=1)
-
-
-def test_import_official(places, tmp_path):
-    """The official layout, written out from an adapter of single experts."""
-    from tests.checkpoint.test_official_experts import assert_loaded, official, write
-
-    found = official("mixtral", 1, ["w1", "w2", "w3"], dtype=torch.float32)
-    write(tmp_path / "official", found, 1, ["q_proj", "w1", "w2", "w3"], dtype="float32")
-    invoke("import-official", tmp_path / "official", "--model", places["base"], "--output",
-           tmp_path / "ours")  # fmt: skip
-    model = rasa_ext.load_adapter(load(places["base"]), tmp_path / "ours")
-    assert_loaded(model, "mixtral", found)
-    trained = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
-    contents = read_adapter(tmp_path / "ours")  # which has the integers "slots" beside
-    assert contents.parameters == trained == sum(group.parameters for group in contents.groups)

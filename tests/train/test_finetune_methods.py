@@ -1,9 +1,10 @@
-"""finetune with every method: what it trains, its gates, and options that do not fit it."""
+"""finetune with every method: what it trains, its callbacks, and options that do not fit it."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import re
 import signal
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 import rasa_ext
 from rasa_ext import methods
@@ -20,7 +22,7 @@ from rasa_ext.patching.state import owners
 from rasa_ext.train import callbacks
 from rasa_ext.train.callbacks import read_metrics
 from rasa_ext.train.finetune import finetune
-from rasa_ext.train.options import FinetuneOptions
+from rasa_ext.train.options import FinetuneOptions, parse_method_options
 from tests.helpers import experts
 from tests.helpers.cli import invoke
 from tests.helpers.methods import rasa_linears
@@ -34,15 +36,12 @@ def more(text: str) -> dict:
 
 CASES = {
     "rasa": ({"k": 1}, methods.RasaConfig(4, 1)),
-    "rasa, gates": ({"k": 1, "gate_threshold": 1e-3}, methods.RasaConfig(4, 1, gates="pool")),
     "lora": ({}, methods.LoraConfig(4, 8.0)),
     "lora, rslora": (more("rslora: true"), methods.LoraConfig(4, 8.0, rslora=True)),
     "lora, frozen": (
         more("train_A: false"),
         methods.LoraConfig(4, 8.0, train_A=False),
     ),
-    "sora": ({"gate_threshold": 1e-3}, methods.SoraConfig(4, 8.0)),
-    "sora, pool": ({"gate_threshold": 1e-3, "k": 1}, methods.SoraConfig(4, 8.0, 1)),
 }
 KNOWN = dict(CASES)
 """Those that another package's tests have added, too."""
@@ -53,7 +52,7 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["rasa, gates", "sora", "lora, frozen"])
+@pytest.fixture(params=["rasa", "lora, frozen"])
 def resumed(request) -> str:
     return request.param
 
@@ -62,7 +61,6 @@ def resumed(request) -> str:
     params=[
         ("lora", {"method": "rasa"}, "method ('lora' before, 'rasa' now)"),
         ("lora", more("train_A: false"), "method_options ('' before, 'train_A: false' now)"),
-        ("rasa, gates", {"gate_threshold": None}, "gate_threshold (0.001 before, None now)"),
     ],
     ids=lambda param: param[0],
 )
@@ -153,35 +151,49 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-@pytest.mark.parametrize("name", ["rasa, gates", "sora", "sora, pool"])
-def test_gates_close_and_are_pruned(name, common, tmp_path):
-    """Pruned or not, the two adapters are one function; the checkpoint keeps every rank."""
-    large = {"gate_threshold": 0.2 if name.startswith("rasa") else 0.4, "max_steps": 6}
-    whole = options_of(common, name, tmp_path / "whole", **large)
-    result, text = run(whole)
-    left, every = map(int, re.search(r"(\d+) of (\d+) gates are open\.", text).groups())
-    assert left < every
-    pruned = options_of(common, name, tmp_path / "pruned", prune=True, **large)
-    _, text = run(pruned)
-    after, before = map(int, re.search(r"rank is (\d+), from (\d+)", text).groups())
-    assert after < before
-    ids = torch.arange(1, 9).unsqueeze(0)
-    models = [rasa_ext.load_adapter(make_model(), each.output) for each in (whole, pruned)]
-    torch.testing.assert_close(*(model(ids).logits for model in models))
-    ranks = [layer.effective_rank for layer in rasa_linears(models[1]).values()]
-    assert max(ranks) == after
-    assert result.trainable > rasa_ext.summary(models[1]).adapter
-    _, text = run(pruned, resume=True)  # what is complete is pruned once more
-    assert f"rank is {after}, from {before}" in text
+@dataclasses.dataclass(frozen=True)
+class CountedConfig(methods.LoraConfig):
+    """A LoRA that notes what its callback is asked."""
+
+    method = "counted"
+
+    most: int = methods.option(9, "Layers that it takes.")
+
+    def callbacks(self, model):
+        layers = rasa_linears(model)
+        noted.append(f"{len(layers)} layers on {next(model.parameters()).device}")
+        if len(layers) > self.most:
+            raise ValueError(f"most: expected at least {len(layers)}, got {self.most}.")
+        return [Notes()]
 
 
-def test_closed_altogether(common, tmp_path):
-    options = options_of(common, "sora", tmp_path, gate_threshold=100.0, prune=True)
-    _, text = run(options)
-    assert "0 of 56 gates are open; with the others taken out the effective rank is 0" in text
-    model = rasa_ext.load_adapter(make_model(), tmp_path).eval()
-    ids = torch.arange(1, 9).unsqueeze(0)
-    torch.testing.assert_close(model(ids).logits, make_model()(ids).logits)
+class Notes(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, **_):
+        noted.append("step")
+
+    def on_train_end(self, args, state, control, **_):
+        noted.append("end")
+
+
+noted: list[str] = []
+
+
+def test_a_method_s_callbacks_take_part(common, tmp_path, monkeypatch):
+    """They are made before weights are read, follow each step, and end a run that is complete."""
+    options = {"target_modules": "q_proj", "max_steps": 2}
+    KNOWN["counted"] = {}, None
+    noted.clear()
+    whole = options_of(common, "counted", tmp_path / "out", **options)
+    run(whole)
+    made = ["2 layers on meta", "2 layers on cpu"]
+    assert noted == [*made, "step", "step", "end"]
+    noted.clear()
+    run(whole, resume=True)
+    assert noted == [*made, "end"]
+    monkeypatch.delattr("rasa_ext.train.finetune.load_model")
+    refused = {**options, **more("most: 1")}
+    said = "most: expected at least 2, got 1"
+    check_refused(common, "counted", refused, said, tmp_path / "no")
 
 
 @pytest.mark.parametrize(
@@ -203,22 +215,12 @@ def test_closed_altogether(common, tmp_path):
             "rslora: expected none with the method 'rasa', got True",
         ),
         (
-            "sora",
-            more("train_A: no"),
-            "train_A: expected none with the method 'sora', got False",
-        ),
-        (
             "lora",
             more("blocks: 2"),
             "blocks: expected none with the method 'lora', got 2",
         ),
         ("lora", more("blocks"), "method_options: expected YAML such as"),
         ("lora", more("}"), "method_options: expected YAML such as"),
-        ("sora", {"gate_threshold": None}, "gate_threshold: expected a number with the method"),
-        ("sora", {"gate_threshold": -1.0}, "gate_threshold: expected a number >= 0, got -1.0"),
-        ("lora", {"gate_threshold": 0.1}, "gate_threshold: expected none with the method 'lora'"),
-        ("rasa, gates", {"k": 0}, "gate_threshold: expected k above 0"),
-        ("rasa", {"prune": True}, "prune: expected gate_threshold as well, got none"),
     ],
 )
 def test_options_that_do_not_fit(name, changes, message, common, tmp_path):
@@ -260,11 +262,16 @@ def test_by_the_command(common, tmp_path):
     words = [
         word for key, value in common.items() for word in (f"--{key.replace('_', '-')}", value)
     ]
-    gates = ("--method", "sora", "--gate-threshold", 0.4, "--prune")
-    text = invoke("finetune", *words, *gates, "--output", tmp_path / "sora")
-    assert "gates are open; with the others taken out" in text
-    text = invoke("finetune", *words, "--method", "sora", "--output", tmp_path / "two", code=1)
-    assert "gate_threshold: expected a number with the method 'sora'" in text
+    method = ("--method", "lora", "--method-options", "rslora: true")
+    invoke("finetune", *words, *method, "--output", tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (settings["rasa_method"], settings["rasa_rslora"]) == ("lora", True)
+
+
+def test_numbers_among_method_options():
+    """YAML 1.1 reads 1e-3 as text."""
+    found = parse_method_options("a: 1e-3, b: 2E5, c: 1.5e-2, d: e-3, e: 3")
+    assert found == {"a": 1e-3, "b": 2e5, "c": 1.5e-2, "d": "e-3", "e": 3}
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -6,6 +6,7 @@ torchrun --nproc-per-node 2 tests/workers/family.py DIRECTORY leaves DIRECTORY/o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -48,15 +49,21 @@ class Family(NamedTuple):
     """Models, and what is refused over one in DistributedDataParallel."""
 
 
-SORA = methods.SoraConfig(4, 8.0, 1, **WIDE)
+LORA = methods.LoraConfig(2, 4.0, **WIDE)
+
+
+def grow(model: nn.Module) -> None:
+    """Draw an adapter of one rank more."""
+    config, layers = training.adapter_of(model, methods.LoraConfig)
+    later = dataclasses.replace(config, rank=config.rank + 1)
+    drawn = {layer: later.own(layer.place) for layer in layers.values()}
+    training.replace_tensors(model, later, drawn)
+
+
 FAMILY = Family(
     list(CASES),
-    {
-        "prune": Change(
-            SORA, [training.prune] * 2, lambda model, _: training.ProximalGates(model, 0.05)
-        )
-    },
-    {"prune": (lambda: rasa_ext.patch_model(base(), config=SORA), training.prune)},
+    {"grow": Change(LORA, [grow, grow])},
+    {"grow": (lambda: rasa_ext.patch_model(base(), config=LORA), grow)},
 )
 
 

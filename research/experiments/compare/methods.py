@@ -16,7 +16,7 @@ from rasa_ext import training
 from rasa_ext.methods import method_named
 from rasa_research.optim import LoraPro
 from rasa_research.ranks import hidden_dimensions, rank_pattern
-from rasa_research.training import Boosting
+from rasa_research.training import Boosting, ProximalGates
 
 
 def prepared(
@@ -113,7 +113,7 @@ def between(
     """
     steps = spec.get("steps") or {}
     if "gates" in steps:
-        gates = training.ProximalGates(model, **steps["gates"])
+        gates = ProximalGates(model, **steps["gates"])
         return lambda optimizer: gates.step
     if "boosting" in steps:
         options = {"seed": seed, **steps["boosting"]}

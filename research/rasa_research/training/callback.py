@@ -9,13 +9,18 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 
-def step_callback(steps: Any, before: Callable[[], object] = lambda: None) -> TrainerCallback:
+def step_callback(
+    steps: Any,
+    before: Callable[[], object] = lambda: None,
+    end: Callable[[], str] | None = None,
+) -> TrainerCallback:
     """Make a callback that does the steps, and keeps their state in Trainer's checkpoints.
 
     Args:
         steps: has ``step``, which follows each step of the optimizer, ``state_dict``, of numbers
             and strings, and ``load_state_dict``.
         before: called before each step of the optimizer, when gradients are there.
+        end: called at the end of a training that was not stopped before; its text is printed.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
@@ -42,6 +47,12 @@ def step_callback(steps: Any, before: Callable[[], object] = lambda: None) -> Tr
 
         def on_optimizer_step(self, *_: Any, **__: Any) -> None:
             steps.step()
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if end is not None and state.global_step >= state.max_steps:
+                text = end()
+                if state.is_world_process_zero:
+                    print(text)
 
     StepCallback.__name__ = name  # under which Trainer stores the state
     return StepCallback()

@@ -23,6 +23,7 @@ from tests.workers.family import Change, Family, main
 SD_LORA = methods.SdLoraConfig(3, **WIDE)
 LORA = methods.BoostedLoraConfig(**WIDE)
 POOL = methods.BoostedPoolConfig(**WIDE)
+SORA = methods.SoraConfig(4, 1, 8.0, **WIDE)
 TRAINED_ON = methods.BoostedPoolConfig(train_past=True, **WIDE)
 
 
@@ -53,6 +54,9 @@ FAMILY = Family(
             SD_LORA,
             [training.next_task, training.next_task, lambda model: training.absorb(model, 1.0)],
         ),
+        "prune": Change(
+            SORA, [training.prune] * 2, lambda model, _: training.ProximalGates(model, 0.05)
+        ),
         "boosters": boosters(LORA),
         "boosters, drawn": boosters(LORA, 2, ddp=False),
         "pool": boosters(POOL),
@@ -62,6 +66,7 @@ FAMILY = Family(
     {
         "next_task": (lambda: patched(SD_LORA), training.next_task),
         "absorb": (third_task, training.absorb),
+        "prune": (lambda: patched(SORA), training.prune),
         "layers": (lambda: patched(LORA), lambda model: boost(model, 2)),
         "train_past": (lambda: patched(TRAINED_ON), boost),
     },

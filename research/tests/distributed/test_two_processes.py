@@ -37,7 +37,7 @@ def changed(request) -> tuple[str, Change]:
 def test_what_ddp_cannot_follow_is_refused(left):
     said = json.loads((left / "refused.json").read_text())
     assert said.keys() == FAMILY.refused.keys()
-    for name in ("next_task", "absorb"):
+    for name in ("next_task", "absorb", "prune"):
         assert "model.module" in said[name]
     for name in ("layers", "train_past"):
         assert said[name].startswith(f"RuntimeError: {name}: ")

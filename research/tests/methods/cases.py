@@ -8,7 +8,7 @@ from torch import Tensor, nn
 import rasa_ext
 from rasa_ext import RasaLinear
 from rasa_research import methods, training
-from tests.helpers.methods import KNOWN, WIDE, Case, base, plain, randomize
+from tests.helpers.methods import KNOWN, WIDE, Case, base, plain, randomize, rasa_linears
 
 
 def _two_tasks(**options) -> nn.Module:
@@ -81,6 +81,25 @@ def _sd_lora(layer: RasaLinear) -> Tensor:
     return dW
 
 
+def _pruned(config: methods.GatedRasaConfig) -> nn.Module:
+    model = rasa_ext.patch_model(base(), config=config)
+    randomize(model, 1)
+    with torch.no_grad():
+        for i, layer in enumerate(rasa_linears(model).values()):
+            layer.d[i % 2 :: 2] = 0.0
+    training.prune(model)
+    return model
+
+
+def _gated(layer: RasaLinear) -> Tensor:
+    t, pool = layer.own_tensors(), layer.pool_tensors()
+    dW = (t["B"] * t["d"][: t["A"].shape[0]]) @ t["A"]
+    slots = t.get("slots", range(pool["A"].shape[0] if pool else 0))
+    for entry, slot in zip(t["d"][t["A"].shape[0] :], slots, strict=True):
+        dW = dW + entry * torch.outer(pool["B"][:, slot], pool["A"][slot])
+    return dW
+
+
 BOOSTER = {"begun": False, "all_trained": False}
 CASES = {
     "boosted": Case(lambda: _boosted(methods.BoostedLoraConfig(**WIDE)), _boosted_lora, **BOOSTER),
@@ -95,6 +114,11 @@ CASES = {
     "block-lora": Case(lambda: plain("block-lora", rank=6, blocks=2), _block_lora),
     "sbora-fa": Case(lambda: plain("sbora", rank=3, side="A"), _sbora),
     "sbora-fb": Case(lambda: plain("sbora", rank=3, side="B"), _sbora),
+    "gated-rasa": Case(lambda: plain("gated-rasa", rank=4, k=1), _gated),
+    "gated-rasa, pruned": Case(lambda: _pruned(methods.GatedRasaConfig(4, 1, **WIDE)), _gated),
+    "sora": Case(lambda: plain("sora", rank=4), _gated),
+    "sora, pool": Case(lambda: plain("sora", rank=4, k=2), _gated),
+    "sora, pruned": Case(lambda: _pruned(methods.SoraConfig(4, **WIDE)), _gated),
     "reslora": Case(lambda: plain("reslora", rank=2, window=1), _reslora),
     "sd-lora": Case(_two_tasks, _sd_lora, begun=False, follows=False),
     "sd-lora, a layer": Case(

@@ -19,9 +19,12 @@ from tests.train.test_cli_inspect import (  # noqa: F401
 )
 
 
-@pytest.fixture
-def config() -> AdapterConfig:
-    return methods.BlockLoraConfig(rank=4, blocks=2)
+@pytest.fixture(
+    params=[methods.BlockLoraConfig(rank=4, blocks=2), methods.SoraConfig(rank=3)],
+    ids=lambda config: config.method,
+)
+def config(request) -> AdapterConfig:
+    return request.param
 
 
 @pytest.fixture(

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from rasa_ext.methods import every_method
 from rasa_research import methods
+from research.tests.methods.test_finetune_gates import CASES as GATED
 from tests.train.test_finetune_methods import (  # noqa: F401 - tests and a fixture, run here
     KNOWN,
     check_refused,
@@ -50,7 +51,7 @@ def test_every_method_of_one_run_is_there():
     """But for those that want a loop of their own."""
     ours = {n: c for n, c in every_method().items() if c.__module__.startswith("rasa_research.")}
     trained = {name for name, each in ours.items() if not each.loop}
-    assert trained == {name.partition(",")[0] for name in CASES}
+    assert trained == {name.partition(",")[0] for name in (*CASES, *GATED)}
     assert ours.keys() - trained == {"boosted-lora", "boosted-pool"}
 
 

@@ -8,7 +8,16 @@ import rasa_research
 from research.tests.methods import cases  # noqa: F401 - which makes them known
 from tests.checkpoint import fuzz
 
-METHODS = ("boosted", "boosted pool", "block-lora", "sbora-fa", "reslora", "sd-lora")
+METHODS = (
+    "boosted",
+    "boosted pool",
+    "block-lora",
+    "sbora-fa",
+    "gated-rasa, pruned",
+    "sora, pruned",
+    "reslora",
+    "sd-lora",
+)
 
 
 def test_damaged_folders_are_refused_in_a_sentence_or_load_whole(tmp_path, monkeypatch):

@@ -8,8 +8,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rasa_ext
-from rasa_ext.methods import SoraConfig
-from rasa_ext.training import ProximalGates, threshold_schedule
 from rasa_research import methods, training
 from tests.helpers.methods import WIDTHS, base, inputs
 
@@ -44,14 +42,14 @@ def boosting(model, optimizer):
 
 
 def gates(model, optimizer):
-    schedule = threshold_schedule(0.0, 0.05, stages=END, steps=1)
-    return ProximalGates(model, schedule, l1=0.1)
+    schedule = training.threshold_schedule(0.0, 0.05, stages=END, steps=1)
+    return training.ProximalGates(model, schedule, l1=0.1)
 
 
 CASES = {
     "boosting": (methods.BoostedLoraConfig(), boosting),
     "pool": (methods.BoostedPoolConfig(train_past=True), boosting),
-    "gates": (SoraConfig(4, 8.0), gates),
+    "gates": (methods.SoraConfig(4, alpha=8.0), gates),
 }
 
 

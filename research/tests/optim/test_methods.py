@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext.methods import SoraConfig
-from rasa_ext.training import ProximalGates, prune
 from rasa_research import methods, training
 from rasa_research.optim import LoraPro
 from research.tests.methods import cases
@@ -27,7 +25,7 @@ from tests.helpers.methods import (
 TO_THE_END = {"ridge": 0.0, "iterations": 2000, "tolerance": 1e-14}
 COMPUTED = {
     "reslora": "ResLoraConfig",
-    "rasa, gates pruned": "RasaConfig",
+    "gated-rasa, pruned": "GatedRasaConfig",
     "sd-lora, a layer": "SdLoraConfig",
 }
 """Whose factors are put together of others, picked from a pool, or divided by a norm, as used."""
@@ -145,7 +143,7 @@ def test_a_sora_s_steps_with_gates_that_close():
     """Thirty steps, a proximal step after each, one gate closing on the way; then pruned."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 7, dtype=torch.float64))
-    rasa_ext.patch_model(model, config=SoraConfig(rank=3, alpha=3.0, **WIDE))
+    rasa_ext.patch_model(model, config=methods.SoraConfig(rank=3, alpha=3.0, **WIDE))
     randomize(model, 2)
     layer = model[0]
     with torch.no_grad():
@@ -154,7 +152,7 @@ def test_a_sora_s_steps_with_gates_that_close():
     options = {"lr": 1e-3, "betas": (0.8, 0.95)}
     dense = DenseSora(layer, **options, by=4e-3)
     optimizer = LoraPro(model, torch.optim.Adam, **options, ridge=0.0)
-    gates = ProximalGates(model, threshold=4e-3)
+    gates = training.ProximalGates(model, threshold=4e-3)
     for _ in range(30):
         optimizer.zero_grad()
         (model(x) - y).square().mean().backward()
@@ -165,7 +163,7 @@ def test_a_sora_s_steps_with_gates_that_close():
         torch.testing.assert_close(mine.detach(), theirs, rtol=1e-7, atol=1e-9)
     assert gates.open_gates() == (2, 3)
     before = model(x)
-    assert prune(model) == (3, 2)
+    assert training.prune(model) == (3, 2)
     torch.testing.assert_close(model(x), before)
     LoraPro(model, torch.optim.Adam, lr=1e-3)  # over the new parameters
 

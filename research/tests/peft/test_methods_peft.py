@@ -29,6 +29,7 @@ OTHERS = {
     "sbora": ("sbora", {"side": "B", "seed": 7}),
     "reslora": ("reslora", {"window": 1}),
     "sd-lora": ("sd-lora", {"past": [2, 1], "norm": "frobenius", "tied": False}),
+    "pruned": ("gated-rasa", {"kept": dict.fromkeys(LAYERS, (1, 1, 3))}),
     "boosters": ("boosted-lora", {"stack": dict.fromkeys(LAYERS, 2)}),
 }
 KNOWN.update(OTHERS)
@@ -43,6 +44,7 @@ def case(request) -> str:
     params=[
         methods.BoostedLoraConfig(stack={"model.layers.0.mlp.up_proj": 2}),
         methods.SdLoraConfig(past=(2, 3)),
+        methods.GatedRasaConfig(kept={"model.layers.0.mlp.up_proj": (1, 2, 2)}),
     ],
     ids=lambda config: config.method,
 )
@@ -70,6 +72,7 @@ def test_a_layer_that_the_method_refuses_leaves_the_model_as_it_was():
     ("name", "said"),
     [
         ("block-lora", r"^rasa_method: .*rate.*patch_model.*BlockLoraConfig"),
+        ("sora", r"^rasa_method: .*gates.*patch_model.*SoraConfig"),
         ("boosted-pool", r"^rasa_method: .*trained by rasa_research.training.Boosting"),
     ],
 )

@@ -11,6 +11,8 @@ import torch
 
 import rasa_ext
 from rasa_ext.patching.state import patch_state
+from rasa_ext.train import inspection
+from rasa_research.checkpoint import load_official_experts
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, same_bits
 from tests.helpers.expert_files import banks, build, changes, logits
@@ -104,7 +106,7 @@ def test_every_experts_change_is_the_official_formulas(family, k, tmp_path):
     found = official(family, k, EVERY[family])
     write(tmp_path, found, k, ["q_proj", *EVERY[family]])
     model = copy.deepcopy(base(family))
-    assert rasa_ext.load_official(model, tmp_path) is model
+    assert load_official_experts(model, tmp_path) is model
     assert_loaded(model, family, found)
     own, pooled = RANK - k, k * LAYERS
     for name, bank in banks(model).items():
@@ -124,7 +126,7 @@ def test_outputs_are_those_of_the_merged_model(k, tmp_path):
     found = official("mixtral", k, EVERY["mixtral"])
     write(tmp_path, found, k, ["q_proj", *EVERY["mixtral"]])
     plain = base("mixtral")
-    model = rasa_ext.load_official(copy.deepcopy(plain), tmp_path)
+    model = load_official_experts(copy.deepcopy(plain), tmp_path)
     merged = copy.deepcopy(plain)
     for name, change in stacked("mixtral", found).items():
         merged.get_parameter(name).data += change.float()
@@ -144,9 +146,9 @@ def test_some_of_the_matrices(targets, tmp_path):
     """Of gate and up one alone has its usual ranks, and no change on the other's rows."""
     found = official("mixtral", 1, targets[1:])
     write(tmp_path, found, 1, targets)
-    model = rasa_ext.load_official(copy.deepcopy(base("mixtral")), tmp_path)
+    model = load_official_experts(copy.deepcopy(base("mixtral")), tmp_path)
     assert_loaded(model, "mixtral", found)
-    kept = {name for name, _ in patch_state(model).config.kept}
+    kept = {name for name, _ in getattr(patch_state(model).config, "kept", ())}
     both = {"w1", "w3"} <= set(targets)
     assert kept == {n for n in changes(model) if n.endswith("gate_up_proj") and both}
 
@@ -154,16 +156,19 @@ def test_some_of_the_matrices(targets, tmp_path):
 def test_some_of_the_layers(tmp_path):
     found = official("mixtral", 1, ["w1", "w2", "w3"], layers=[1])
     write(tmp_path, found, 1, r".*layers\.1\.(self_attn\.q_proj|.*experts\.\d+\.w\d)")
-    model = rasa_ext.load_official(copy.deepcopy(base("mixtral")), tmp_path)
+    model = load_official_experts(copy.deepcopy(base("mixtral")), tmp_path)
     assert_loaded(model, "mixtral", found)
 
 
 def test_saved_loaded_and_exported(tmp_path):
     found = official("mixtral", 1, EVERY["mixtral"], dtype=torch.float32)
     write(tmp_path / "official", found, 1, ["q_proj", "w1", "w2", "w3"], dtype="float32")
-    model = rasa_ext.load_official(copy.deepcopy(base("mixtral")), tmp_path / "official")
+    model = load_official_experts(copy.deepcopy(base("mixtral")), tmp_path / "official")
     rasa_ext.save_adapter(model, tmp_path / "ours")
     again = rasa_ext.load_adapter(copy.deepcopy(base("mixtral")), tmp_path / "ours")
+    trained = sum(p.numel() for p in rasa_ext.adapter_parameters(again))
+    contents = inspection.read_adapter(tmp_path / "ours")  # which has the integers "slots" beside
+    assert contents.parameters == trained == sum(group.parameters for group in contents.groups)
     left, right = again.state_dict(), model.state_dict()
     assert left.keys() == right.keys()
     assert all(same_bits(left[key], right[key]) for key in right)
@@ -179,7 +184,7 @@ def test_saved_loaded_and_exported(tmp_path):
 def test_half_precision_checkpoints_become_float32(tmp_path):
     found = official("mixtral", 1, EVERY["mixtral"], dtype=torch.bfloat16)
     write(tmp_path, found, 1, ["q_proj", "w1", "w2", "w3"], dtype="float32")
-    model = rasa_ext.load_official(copy.deepcopy(base("mixtral")).bfloat16(), tmp_path)
+    model = load_official_experts(copy.deepcopy(base("mixtral")).bfloat16(), tmp_path)
     assert {p.dtype for p in rasa_ext.adapter_parameters(model)} == {torch.float32}
     assert_loaded(model, "mixtral", found)
 
@@ -187,15 +192,15 @@ def test_half_precision_checkpoints_become_float32(tmp_path):
 def test_into_a_patched_model(tmp_path):
     found = official("mixtral", 1, EVERY["mixtral"])
     write(tmp_path, found, 1, ["q_proj", "w1", "w2", "w3"])
-    model = rasa_ext.load_official(copy.deepcopy(base("mixtral")), tmp_path)
+    model = load_official_experts(copy.deepcopy(base("mixtral")), tmp_path)
     for parameter in rasa_ext.adapter_parameters(model):
         torch.nn.init.zeros_(parameter)
-    rasa_ext.load_official(model, tmp_path)
+    load_official_experts(model, tmp_path)
     assert_loaded(model, "mixtral", found)
     other = rasa_ext.patch_model(copy.deepcopy(base("mixtral")), RANK, 1, experts="slot")
     before = Snapshot(other)
-    with pytest.raises(ValueError, match=r"kept: .*rasa_ext\.unpatch"):
-        rasa_ext.load_official(other, tmp_path)
+    with pytest.raises(ValueError, match=r"method: RasaConfig, GatedRasa.*rasa_ext\.unpatch"):
+        load_official_experts(other, tmp_path)
     before.assert_unchanged()
 
 
@@ -235,7 +240,7 @@ def test_strict(change, named, tmp_path):
     model = copy.deepcopy(base("mixtral"))
     before = Snapshot(model)
     with pytest.raises(ValueError, match=named):
-        rasa_ext.load_official(model, tmp_path)
+        load_official_experts(model, tmp_path)
     before.assert_unchanged()
 
 
@@ -249,7 +254,7 @@ def test_a_file_that_adapts_the_router(tmp_path):
     before = Snapshot(model)
     said = r"adapts 'model\.layers\.0\.block_sparse_moe\.gate', the router .*merge this adapter wh"
     with pytest.raises(ValueError, match=said):
-        rasa_ext.load_official(model, tmp_path)
+        load_official_experts(model, tmp_path)
     before.assert_unchanged()
 
 
@@ -257,4 +262,4 @@ def test_a_model_of_other_sizes(tmp_path):
     write(tmp_path, official("mixtral", 1, ["w1", "w2", "w3"]), 1, ["q_proj", "w1", "w2", "w3"])
     model = build("mixtral", num_local_experts=EXPERTS + 1)
     with pytest.raises(ValueError, match=r"does not fit the model. .* missing: .*experts\.5\.w1"):
-        rasa_ext.load_official(model, tmp_path)
+        load_official_experts(model, tmp_path)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.methods.pooled import PooledConfig
-from rasa_ext.patching.state import check_unmerged, owners, patch_state
+from rasa_ext import RasaConfig
+from rasa_ext.patching import check_unmerged, owners
+from rasa_ext.training import adapter_of
 
 
 def train_diagonals(model: nn.Module) -> nn.Module:
@@ -18,7 +19,7 @@ def train_diagonals(model: nn.Module) -> nn.Module:
     the directions are those that earlier training has found. Not in any paper.
 
     Args:
-        model: patched with ``RasaConfig`` or ``SoraConfig``, and trained.
+        model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``, and trained.
 
     Returns:
         The same object. Make a new optimizer, of ``adapter_parameters`` that require a gradient.
@@ -27,12 +28,13 @@ def train_diagonals(model: nn.Module) -> nn.Module:
         TypeError, ValueError: the model is no module, not patched, or its method has no d.
 
     Example:
-        >>> model = rasa_ext.training.train_diagonals(rasa_ext.patch_model(model, rank=8, k=1))
+        >>> from rasa_research.training import train_diagonals
+        >>> model = train_diagonals(rasa_ext.patch_model(model, rank=8, k=1))
         >>> trained = [name for name, p in model.named_parameters() if p.requires_grad]
         >>> {name.rpartition(".")[2] for name in trained}
         {'d'}
     """
-    _check(model)
+    adapter_of(model, RasaConfig)
     for _, layer in owners(model):
         tensors = {
             **layer.own_tensors(),
@@ -48,7 +50,7 @@ def diagonals(model: nn.Module) -> dict[str, Tensor]:
     """Give a copy of every layer's d (R,), by the layer's name: a task over trained directions.
 
     Args:
-        model: patched with ``RasaConfig`` or ``SoraConfig``.
+        model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``.
 
     Returns:
         Tensors, as safetensors and ``torch.save`` take them.
@@ -57,12 +59,13 @@ def diagonals(model: nn.Module) -> dict[str, Tensor]:
         TypeError, ValueError: the model is no module, not patched, or its method has no d.
 
     Example:
+        >>> from rasa_research.training import diagonals
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
-        >>> task = rasa_ext.training.diagonals(model)
+        >>> task = diagonals(model)
         >>> task["model.layers.0.self_attn.q_proj"].shape  # 7 ranks of its own, 2 of the pool
         torch.Size([9])
     """
-    _check(model)
+    adapter_of(model, RasaConfig)
     return {name: layer.d.detach().clone() for name, layer in owners(model)}
 
 
@@ -71,7 +74,7 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
     """Put a task's diagonals into a model with the directions that it was trained over.
 
     Args:
-        model: patched with ``RasaConfig`` or ``SoraConfig``.
+        model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``.
         task: what ``diagonals`` gave: a d (R,) for every adapted layer, (E, R) for stacked experts.
 
     Returns:
@@ -83,11 +86,12 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
         RuntimeError: the adapter is merged.
 
     Example:
+        >>> from rasa_research.training import diagonals, load_diagonals
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
-        >>> first = rasa_ext.training.diagonals(model)
-        >>> model = rasa_ext.training.load_diagonals(model, first)
+        >>> first = diagonals(model)
+        >>> model = load_diagonals(model, first)
     """
-    _check(model)
+    adapter_of(model, RasaConfig)
     check_unmerged(model)
     layers = dict(owners(model))
     if not isinstance(task, Mapping):
@@ -110,11 +114,3 @@ def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
     for name, layer in layers.items():
         layer.d.copy_(task[name])
     return model
-
-
-def _check(model: nn.Module) -> None:
-    config = patch_state(model).config
-    if not isinstance(config, PooledConfig):
-        raise ValueError(
-            f"model: expected a method with a diagonal, as RaSA has, got {type(config).__name__}."
-        )

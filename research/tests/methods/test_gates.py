@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import rasa_ext
-from rasa_ext import methods, training
+from rasa_ext.training import parameter_groups
+from rasa_research import methods, training
+from research.tests.methods import cases  # noqa: F401 - which makes them known
+from tests.checkpoint.test_ways_out import check_large
+from tests.helpers import experts
 from tests.helpers.methods import base, case, inputs, randomize, rasa_linears
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-SORA = methods.SoraConfig(4, 8.0, adapter_dtype=torch.float64)
-POOL = methods.RasaConfig(4, 2, gates="pool", adapter_dtype=torch.float64)
+SORA = methods.SoraConfig(4, alpha=8.0, adapter_dtype=torch.float64)
+POOL = methods.GatedRasaConfig(4, 2, adapter_dtype=torch.float64)
 
 
 def patched(config) -> nn.Module:
@@ -88,7 +94,7 @@ def test_a_diagonal_trained_as_gates_are():
     randomize(model, 3)
     plain = Gated(model[0])
     x, y = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 5, dtype=torch.float64)
-    ours = torch.optim.AdamW(training.parameter_groups(model, lr=1e-2, eps=1e-6))
+    ours = torch.optim.AdamW(parameter_groups(model, lr=1e-2, eps=1e-6))
     theirs = torch.optim.AdamW([plain.A, plain.B, plain.g], lr=1e-2, eps=1e-6, weight_decay=0.0)
     steps = training.ProximalGates(model, 2e-3, l1=0.03)
     for _ in range(50):
@@ -116,7 +122,7 @@ def test_gates_at_zero_come_back():
 
 
 @pytest.mark.parametrize(
-    "config", [SORA, POOL, methods.SoraConfig(4, 8.0, 1, adapter_dtype=torch.float64)]
+    "config", [SORA, POOL, methods.SoraConfig(4, 1, 8.0, adapter_dtype=torch.float64)]
 )
 def test_pruning_changes_no_output_and_lowers_ranks(config):
     model, x = patched(config), inputs()
@@ -129,7 +135,7 @@ def test_pruning_changes_no_output_and_lowers_ranks(config):
     assert sum(left) < sum(ranks)
     torch.testing.assert_close(model(x), before, **EXACT)
     # What is left trains on, and may be pruned again.
-    optimizer = torch.optim.AdamW(training.parameter_groups(model, lr=1e-2))
+    optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
     loss_of(model, x).backward()
     optimizer.step()
     training.ProximalGates(model, gates(model).abs().median().item()).step()
@@ -173,7 +179,7 @@ def test_the_true_support_is_found():
     """Layers that need two of six slots end with those, where others start as large."""
     torch.manual_seed(3)
     plain = nn.Sequential(nn.Linear(8, 8, bias=False).double())
-    config = methods.RasaConfig(6, 6, gates="pool", adapter_dtype=torch.float64)
+    config = methods.GatedRasaConfig(6, 6, adapter_dtype=torch.float64)
     model = rasa_ext.patch_model(copy.deepcopy(plain), config=config)
     layer = model[0]
     with torch.no_grad():
@@ -199,7 +205,7 @@ def test_the_true_support_is_found():
 
 
 @pytest.mark.parametrize(
-    "name", ["rasa", "sora", "sora, pool", "rasa, gates pruned", "sora, pruned"]
+    "name", ["rasa", "sora", "sora, pool", "gated-rasa, pruned", "sora, pruned"]
 )
 def test_balancing_changes_no_output(name):
     model, x = case(name), inputs()
@@ -276,17 +282,30 @@ def test_a_threshold_of_the_steps():
         (lambda m: training.ProximalGates(m, lambda step: math.nan).step(), "threshold"),
         (lambda m: training.ProximalGates(m, lambda step: -1.0).step(), "threshold"),
         (lambda m: training.ProximalGates(m, lambda step: None).step(), "threshold"),
-        (lambda m: training.ProximalGates(rasa_ext.patch_model(base(), 4, 1), 1.0), "gates"),
-        (lambda m: training.prune(rasa_ext.patch_model(base(), 4, 1)), "gates"),
+        (lambda m: training.ProximalGates(rasa_ext.patch_model(base(), 4, 1), 1.0), "GatedRasa"),
+        (lambda m: training.prune(rasa_ext.patch_model(base(), 4, 1)), "GatedRasa"),
         (lambda m: training.prune(base()), "patch"),
         (
-            lambda m: training.balance(rasa_ext.patch_model(base(), config=methods.LoraConfig())),
-            "SoraConfig",
+            lambda m: training.balance(
+                rasa_ext.patch_model(base(), config=rasa_ext.methods.LoraConfig())
+            ),
+            "RasaConfig, got LoraConfig",
         ),
-        (lambda m: methods.RasaConfig(gates="all"), "gates"),
-        (lambda m: methods.RasaConfig(rank_pattern={"x": 0}), "rank_pattern"),
-        (lambda m: methods.RasaConfig(rank_pattern={"(": 4}), "rank_pattern"),
-        (lambda m: methods.RasaConfig(rank_pattern=[4]), "rank_pattern"),
+        (lambda m: methods.GatedRasaConfig(gate_threshold=-1), "gate_threshold: .* >= 0, got -1"),
+        (lambda m: methods.GatedRasaConfig(gate_threshold=math.nan), "gate_threshold"),
+        (lambda m: methods.SoraConfig(gate_threshold="1"), "gate_threshold: expected a number"),
+        (lambda m: methods.GatedRasaConfig(experts="slot", gate_threshold=0.1), "experts='slot'"),
+        (lambda m: methods.GatedRasaConfig(gate_rate=0), "gate_rate: .* above 0, got 0"),
+        (lambda m: methods.SoraConfig(prune=1), "prune: expected True or False, got 1"),
+        (lambda m: methods.SoraConfig(4, k=5), "k: expected 0 <= k <= rank"),
+        (lambda m: methods.GatedRasaConfig(kept={"0.up_proj": (1, 2)}), "kept: expected three"),
+        (lambda m: methods.SoraConfig().callbacks(m), "gate_threshold: expected a number with"),
+        (
+            lambda m: methods.GatedRasaConfig(k=0, gate_threshold=0.1).callbacks(
+                rasa_ext.patch_model(base(), config=methods.GatedRasaConfig(k=0))
+            ),
+            "gates, as those of SoraConfig or of GatedRasaConfig with k > 0",
+        ),
     ],
 )
 def test_bad_input(make, named):
@@ -297,6 +316,19 @@ def test_bad_input(make, named):
     assert torch.equal(gates(model), before)
 
 
+def test_a_file_of_more_ranks_than_it_has(tmp_path):
+    """It is refused before anything of that size is made."""
+    kept = {"model.layers.0.self_attn.q_proj": [10**8, 10**8, 10**8]}
+    check_large(methods.GatedRasaConfig(4, 1), "rasa_kept", kept, tmp_path)
+
+
+@pytest.mark.parametrize("counts", [[1, 2], [1, 2, "x"], [1, 2, -3], "abc", 4])
+def test_counts_in_a_file(counts):
+    settings = {**methods.SoraConfig(4).to_dict(), "rasa_kept": {"0.up_proj": counts}}
+    with pytest.raises(ValueError, match="kept"):
+        rasa_ext.methods.read_method(settings)
+
+
 def test_a_merged_adapter_is_not_pruned():
     model = patched(SORA)
     rasa_ext.merge(model)
@@ -304,10 +336,57 @@ def test_a_merged_adapter_is_not_pruned():
         training.prune(model)
 
 
-def test_as_a_callback(tmp_path):
-    from transformers import Trainer, TrainingArguments
+@pytest.mark.parametrize("kind", [methods.SoraConfig, methods.GatedRasaConfig])
+def test_a_learning_rate_of_gates(kind):
+    config = kind(4, 1, gate_rate=5.0, adapter_dtype=torch.float64)
+    model = patched(config)
+    groups = parameter_groups(model, lr=1e-2, weight_decay=0.1)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    for layer in rasa_linears(model).values():
+        scale = config.alpha / 4 if kind is methods.SoraConfig else 1.0
+        assert found[id(layer.d)] == pytest.approx((5e-2 * scale, 0.0))
+        assert found[id(layer.A)] == (1e-2, 0.1)
 
-    model = patched(SORA).float()
+
+def test_a_rank_pattern_of_no_layer_is_refused():
+    config = methods.SoraConfig(4, rank_pattern={"q_proj": 2})
+    model = base()
+    with pytest.raises(ValueError, match=r"rank_pattern: .*'q_proj' matches none of 6"):
+        rasa_ext.patch_model(model, config=config)
+    assert not rasa_linears(model)
+
+
+def test_experts_have_no_gates():
+    config = methods.GatedRasaConfig(4, 1, experts="slot")
+    model = rasa_ext.patch_model(experts.model("mixtral"), config=config)
+    for refused in (lambda: training.ProximalGates(model, 0.1), lambda: training.prune(model)):
+        with pytest.raises(ValueError, match=r"linear layers, but .* has adapted experts"):
+            refused()
+    with pytest.raises(ValueError, match="balance is for adapters of linear layers"):
+        training.balance(model)
+
+
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("pruned", [True, False])
+def test_only_a_training_to_its_end_is_pruned(pruned, steps, tmp_path, capsys):
+    """One that is stopped before has all its ranks, to go on with."""
+    model = patched(dataclasses.replace(SORA, gate_threshold=5.0, prune=pruned)).float()
+    callbacks = model[0].up_proj.config.callbacks(model)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            control.should_training_stop |= state.global_step == steps
+
+    train(model, tmp_path, [*callbacks, Stop()], max_steps=4)
+    ranks = {layer.effective_rank for layer in rasa_linears(model).values()}
+    assert ranks == ({0} if pruned and steps == 4 else {4})
+    said = "0 of 24 gates are open"
+    if pruned:
+        said += "; with the others taken out the effective rank is 0, from 4"
+    assert (f"{said}.\n" in capsys.readouterr().out) == (steps == 4)
+
+
+def train(model, directory, callbacks, max_steps) -> None:
 
     class Wrapped(nn.Module):
         def __init__(self):
@@ -317,11 +396,21 @@ def test_as_a_callback(tmp_path):
         def forward(self, x):
             return {"loss": self.inner(x).square().mean()}
 
-    steps = training.ProximalGates(model, 5.0, l1=0.1)
     arguments = TrainingArguments(
-        tmp_path, max_steps=2, report_to=[], use_cpu=True, save_strategy="no", logging_steps=1
+        directory,
+        max_steps=max_steps,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
     )
     data = [{"x": torch.randn(9)} for _ in range(16)]
-    Trainer(Wrapped(), arguments, train_dataset=data, callbacks=[steps.callback()]).train()
+    Trainer(Wrapped(), arguments, train_dataset=data, callbacks=callbacks).train()
+
+
+def test_as_a_callback(tmp_path):
+    model = patched(SORA).float()
+    steps = training.ProximalGates(model, 5.0, l1=0.1)
+    train(model, tmp_path, [steps.callback()], max_steps=2)
     assert steps.steps == 2
     assert steps.open_gates()[0] == 0

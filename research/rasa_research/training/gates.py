@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.distributed import check_unwrapped, follow
-from rasa_ext.methods.base import checked_choice, checked_integer, checked_number
-from rasa_ext.methods.pooled import PooledConfig
-from rasa_ext.nn.rasa import RasaLinear, RasaPool
-from rasa_ext.patching.state import adapted_layers, check_no_experts, check_unmerged, patch_state
-from rasa_ext.training.callback import step_callback
+from rasa_ext import RasaConfig, RasaLinear, RasaPool
+from rasa_ext.methods import checked_choice, checked_integer, checked_number
+from rasa_ext.patching import owners
+from rasa_ext.training import adapter_of, replace_tensors
+from rasa_research.methods import GatedRasaConfig
+from rasa_research.training.callback import step_callback
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -32,11 +33,11 @@ class ProximalGates:
     where they are above it, and are then zero where they are below, so that all of |g| < 2
     threshold vanish. A gate at zero keeps its gradient, and may come back.
 
-    Gates are entries of d over what they begin with: all of a SoRA's, g = d / s, and with
-    ``RasaConfig(gates="pool")`` those of the pool, which begin at one.
+    Gates are entries of d over what they begin with: all of a SoRA's, g = d / s, and those of
+    pooled ranks under ``GatedRasaConfig``, which begin at one.
 
     Args:
-        model: patched with ``SoraConfig`` or ``RasaConfig(gates="pool")``.
+        model: patched with ``SoraConfig`` or ``GatedRasaConfig``.
         threshold: what is taken from every gate a step; not multiplied with the learning rate. Or
             a callable from the number of steps so far, such as ``threshold_schedule`` gives.
         rule: "soft" or "official".
@@ -46,10 +47,11 @@ class ProximalGates:
         TypeError, ValueError: naming the argument; the model has no gates.
 
     Example:
-        >>> config = rasa_ext.RasaConfig(rank=8, k=1, gates="pool")
-        >>> model = rasa_ext.patch_model(model, config=config)
+        >>> from rasa_research.methods import GatedRasaConfig
+        >>> from rasa_research.training import ProximalGates
+        >>> model = rasa_ext.patch_model(model, config=GatedRasaConfig(rank=8, k=1))
         >>> optimizer = torch.optim.AdamW(rasa_ext.training.parameter_groups(model, lr=5e-4))
-        >>> gates = rasa_ext.training.ProximalGates(model, threshold=1e-3)
+        >>> gates = ProximalGates(model, threshold=1e-3)
         >>> tokens = torch.tensor([[1, 2, 3]])
         >>> loss = model(tokens, labels=tokens).loss
         >>> loss.backward()
@@ -117,12 +119,22 @@ class ProximalGates:
         """Take up what ``state_dict`` gave."""
         self.steps = state["steps"]
 
-    def callback(self) -> TrainerCallback:
+    def callback(self, *, prune: bool = False) -> TrainerCallback:
         """Give a callback for transformers' Trainer that does the steps, and adds the penalty.
 
-        The state is in Trainer's checkpoints.
+        The state is in Trainer's checkpoints. At the end of a training that was not stopped before,
+        it prints how many gates are open; with ``prune`` it takes the others out.
         """
-        return step_callback(self, before=self.add_penalty_gradient)
+        end = functools.partial(self._end, prune)
+        return step_callback(self, before=self.add_penalty_gradient, end=end)
+
+    def _end(self, pruned: bool) -> str:
+        """Prune if asked; say what is left."""
+        text = "{:,} of {:,} gates are open".format(*self.open_gates())
+        if pruned:
+            before, after = prune(self._model)
+            text += f"; with the others taken out the effective rank is {after}, from {before}"
+        return f"{text}."
 
 
 def threshold_schedule(
@@ -144,7 +156,8 @@ def threshold_schedule(
         TypeError, ValueError: naming the argument.
 
     Example:
-        >>> schedule = rasa_ext.training.threshold_schedule(0.0, 6e-4, stages=4, steps=100)
+        >>> from rasa_research.training import threshold_schedule
+        >>> schedule = threshold_schedule(0.0, 6e-4, stages=4, steps=100)
         >>> [round(1e4 * schedule(step), 1) for step in (0, 99, 100, 350, 999)]
         [0.0, 0.0, 2.0, 6.0, 6.0]
     """
@@ -184,26 +197,27 @@ def balance(model: nn.Module) -> None:
     of a fresh B, stay as they are. An optimizer's moments still belong to the numbers before.
 
     Args:
-        model: patched with ``SoraConfig`` or ``RasaConfig``.
+        model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``.
 
     Raises:
-        TypeError, ValueError: the model is no module, not patched, or of another method.
+        TypeError, ValueError: the model is no module, not patched, of another method, or has
+            adapted experts.
 
     Example:
+        >>> from rasa_research.training import balance
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
-        >>> rasa_ext.training.balance(model)
+        >>> balance(model)
     """
-    config, pools = _pooled_config(model), dict[RasaPool, Tensor]()
-    check_no_experts(model, "balance")
-    for _, layer in adapted_layers(model):
+    config, layers = adapter_of(model, RasaConfig)
+    _check_no_experts(model, "balance")
+    pools: dict[RasaPool, Tensor] = {}
+    for layer in layers.values():
         own = config.ranks_at(layer.place)[0]
         layer.d[:own] *= _normalize(layer.A, layer.B)
         if layer.pool is not None and layer.pool_tensors():
             if layer.pool not in pools:
                 pools[layer.pool] = _normalize(layer.pool.A, layer.pool.B)
-            scales = pools[layer.pool].to(layer.d)
-            slots = layer.own_tensors().get("slots")
-            layer.d[own:] *= scales if slots is None else scales[slots]
+            layer.d[own:] *= pools[layer.pool].to(layer.d)[_slots(layer)]
 
 
 def _normalize(A: Tensor, B: Tensor) -> Tensor:
@@ -226,7 +240,7 @@ def prune(model: nn.Module) -> tuple[int, int]:
     before.
 
     Args:
-        model: patched with ``SoraConfig`` or ``RasaConfig(gates="pool")``.
+        model: patched with ``SoraConfig`` or ``GatedRasaConfig``.
 
     Returns:
         The largest effective rank of a layer before and after.
@@ -237,58 +251,43 @@ def prune(model: nn.Module) -> tuple[int, int]:
         RuntimeError: the adapter is merged.
 
     Example:
-        >>> config = rasa_ext.RasaConfig(rank=8, k=1, gates="pool")
-        >>> model = rasa_ext.patch_model(model, config=config)
-        >>> before, after = rasa_ext.training.prune(model)
+        >>> from rasa_research.methods import GatedRasaConfig
+        >>> from rasa_research.training import prune
+        >>> model = rasa_ext.patch_model(model, config=GatedRasaConfig(rank=8, k=1))
+        >>> before, after = prune(model)
         >>> before == after  # no gate is zero yet
         True
     """
     _gates(model)
-    config, state = _pooled_config(model), patch_state(model)
-    check_unwrapped(model)
-    check_unmerged(model)
-    groups: dict[tuple[int, ...] | int, list[tuple[str, RasaLinear]]] = {}
-    for name, layer in adapted_layers(model):
-        groups.setdefault(id(layer.pool) if layer.pool is not None else id(layer), []).append(
-            (name, layer)
-        )
-    before = max(layer.effective_rank for _, layer in adapted_layers(model))
+    config, layers = adapter_of(model, GatedRasaConfig)
+    before = max(layer.effective_rank for layer in layers.values())
+    groups: dict[RasaPool | RasaLinear, dict[str, RasaLinear]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(layer.pool or layer, {})[name] = layer
     kept: dict[str, tuple[int, int, int]] = {}
-    found: list[tuple[RasaLinear, dict[str, Tensor]]] = []
-    pools: list[tuple[RasaPool, dict[str, Tensor]]] = []
-    for layers in groups.values():
-        slots, size = _used_slots(layers, config)
-        for name, layer in layers:
-            tensors = _pruned(layer, config, slots)
-            kept[name] = (tensors["A"].shape[0], len(tensors["slots"]), size)
-            found.append((layer, tensors))
-        pool = layers[0][1].pool
-        if pool is not None:
-            left = {"A": pool.A[slots], "B": pool.B.t()[slots].t()} if size else {}
-            pools.append((pool, {key: nn.Parameter(value) for key, value in left.items()}))
-    later: PooledConfig = dataclasses.replace(cast(Any, config), kept=kept)
-    state.config = later
-    for layer, tensors in found:
-        layer.replace(later, tensors)
-    for pool, left in pools:
-        pool.replace(left)
-    follow(model)
-    return before, max(layer.effective_rank for _, layer in adapted_layers(model))
+    left: dict[RasaPool | RasaLinear, dict[str, Tensor]] = {}
+    for owner, members in groups.items():
+        slots = _used_slots(members.values(), config)
+        for name, layer in members.items():
+            left[layer] = _pruned(layer, config, slots)
+            kept[name] = (left[layer]["A"].shape[0], len(left[layer]["slots"]), len(slots))
+        if isinstance(owner, RasaPool):
+            rows = {"A": owner.A[slots], "B": owner.B.t()[slots].t()} if len(slots) else {}
+            left[owner] = {name: nn.Parameter(tensor) for name, tensor in rows.items()}
+    replace_tensors(model, dataclasses.replace(config, kept=kept), left)
+    return before, max(layer.effective_rank for layer in layers.values())
 
 
-def _used_slots(layers: list[tuple[str, RasaLinear]], config: PooledConfig) -> tuple[Tensor, int]:
-    """Find the slots of a group's pool that a layer still reads (n,), and count them."""
-    first = layers[0][1]
-    pool = first.pool_tensors()
-    used = torch.zeros(pool["A"].shape[0] if pool else 0, dtype=torch.bool, device=first.d.device)
-    for _, layer in layers:
+def _used_slots(layers: Iterable[RasaLinear], config: GatedRasaConfig) -> Tensor:
+    """Find the slots of a group's pool that a layer still reads (n,)."""
+    used: set[int] = set()
+    for layer in layers:
         own = config.ranks_at(layer.place)[0]
-        used[_slots(layer)[layer.d[own:] != 0].to(used.device)] = True
-    slots = used.nonzero().flatten()
-    return slots, len(slots)
+        used.update(_slots(layer)[layer.d[own:] != 0].tolist())
+    return torch.tensor(sorted(used), dtype=torch.long)
 
 
-def _pruned(layer: RasaLinear, config: PooledConfig, slots: Tensor) -> dict[str, Tensor]:
+def _pruned(layer: RasaLinear, config: GatedRasaConfig, slots: Tensor) -> dict[str, Tensor]:
     """Give a layer's own tensors less its zero gates; its slots count in what is left of the pool.
 
     Private ranks whose d is zero but no gate stay.
@@ -312,36 +311,34 @@ def _slots(layer: RasaLinear) -> Tensor:
     slots = layer.own_tensors().get("slots")
     if slots is not None:
         return slots
-    pool = layer.pool_tensors()
-    return torch.arange(pool["A"].shape[0] if pool else 0, device=layer.d.device)
-
-
-def gated(model: nn.Module, config: PooledConfig) -> list[tuple[Tensor, slice, float]]:
-    """List every layer's d, the entries that are gates, and what they are divided by to be them."""
-    found = []
-    for _, layer in adapted_layers(model):
-        entries = config.gate_entries(*config.ranks_at(layer.place))
-        if entries.stop > entries.start:
-            found.append((layer.d, entries, config.gate_scale(layer.place.num_layers)))
-    return found
+    return torch.arange(layer.d.shape[0] - layer.A.shape[0], device=layer.d.device)
 
 
 def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
-    """Give ``gated``; raise ValueError where there are none."""
-    config = _pooled_config(model)
-    if not (found := gated(model, config)):
+    """List every layer's d, the entries that are gates, and what they are divided by to be them.
+
+    ValueError where there are none, or experts, whose pools cannot be pruned.
+    """
+    config, layers = adapter_of(model, GatedRasaConfig)
+    _check_no_experts(model, "a step of gates")
+    found = []
+    for layer in layers.values():
+        entries = config.gate_entries(*config.ranks_at(layer.place))
+        if entries.stop > entries.start:
+            found.append((layer.d, entries, config.gate_scale(layer.place.num_layers)))
+    if not found:
         raise ValueError(
-            "model: expected gates, as those of SoraConfig or of RasaConfig(gates='pool') with "
-            f"k > 0, but {type(config).__name__} has none{' left' if config.kept else ''}."
+            "model: expected gates, as those of SoraConfig or of GatedRasaConfig with k > 0, but "
+            f"{type(config).__name__} has none{' left' if config.kept else ''}."
         )
     return found
 
 
-def _pooled_config(model: nn.Module) -> PooledConfig:
-    config = patch_state(model).config
-    if not isinstance(config, PooledConfig):
-        raise ValueError(
-            "model: expected one patched with SoraConfig or RasaConfig, got "
-            f"{type(config).__name__}."
-        )
-    return config
+def _check_no_experts(model: nn.Module, what: str) -> None:
+    """Raise ValueError where the experts of a model are adapted, which ``what`` cannot do with."""
+    for name, owner in owners(model):
+        if not isinstance(owner, RasaLinear):
+            raise ValueError(
+                f"model: {what} is for adapters of linear layers, but {name!r} has adapted "
+                "experts; patch it with experts=None."
+            )

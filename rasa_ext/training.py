@@ -1,19 +1,73 @@
-"""What a method that changes its adapter between steps needs: the layers, and other tensors."""
+"""What a loop of training needs: an optimizer's groups, and other tensors for an adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext.distributed import check_unwrapped, follow
-from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.methods.base import AdapterConfig, Rate
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
-from rasa_ext.patching.state import adapted_layers, check_unmerged, owners, patch_state
+from rasa_ext.patching.state import (
+    adapted_layers,
+    adapter_parameters,
+    check_unmerged,
+    owners,
+    patch_state,
+)
+
+__all__ = ["adapter_of", "parameter_groups", "replace_tensors"]
 
 Config = TypeVar("Config", bound=AdapterConfig)
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    eps: float | None = None,
+) -> list[dict[str, Any]]:
+    """Give an optimizer's parameter groups for a patched model, with the rates of its method.
+
+    ``AdapterConfig.learning_rates`` has them. Everything else goes in one group.
+
+    Args:
+        model: a patched model.
+        lr: the learning rate.
+        weight_decay: that of what has no rate of its own.
+        eps: Adam's; the optimizer's own for all groups unless given.
+
+    Returns:
+        Groups, each with ``params``, ``lr``, ``weight_decay`` and ``eps`` where it was given, none
+        of them empty.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or not patched.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> groups = rasa_ext.training.parameter_groups(model, lr=5e-4)
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    config = patch_state(model).config
+    rates: dict[int, Rate] = {}
+    for _, owner in owners(model):
+        for name, rate in config.learning_rates(owner.place).items():
+            rates[id(owner.own_tensors()[name])] = rate
+    found: dict[Rate, list[nn.Parameter]] = {}
+    for parameter in adapter_parameters(model):
+        if parameter.requires_grad:
+            found.setdefault(rates.get(id(parameter), Rate()), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for rate, parameters in found.items():
+        decay = weight_decay * rate.weight_decay
+        group = {"params": parameters, "lr": lr * rate.lr, "weight_decay": decay}
+        groups.append(group if eps is None else {**group, "eps": eps * rate.eps})
+    return groups
 
 
 def adapter_of(model: nn.Module, *methods: type[Config]) -> tuple[Config, dict[str, RasaLinear]]:

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext import methods, training
+from rasa_ext.methods import LoraConfig
+from rasa_research import training
+from research.tests.methods import cases  # noqa: F401 - which makes them known
 from tests.helpers.methods import base, case, inputs, rasa_linears
 
 
-@pytest.mark.parametrize("name", ["rasa", "sora, pool", "rasa, gates pruned"])
+@pytest.mark.parametrize("name", ["rasa", "sora, pool", "gated-rasa, pruned"])
 def test_a_second_task_trains_diagonals_alone_and_the_first_comes_back(name):
     model, x = case(name), inputs(20)
     y, first = model(x), training.diagonals(model)
@@ -58,7 +60,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(change):
 
 
 def test_methods_without_a_diagonal():
-    model = rasa_ext.patch_model(base(), config=methods.LoraConfig(2))
+    model = rasa_ext.patch_model(base(), config=LoraConfig(2))
     for refused in (training.train_diagonals, training.diagonals):
         with pytest.raises(ValueError, match="LoraConfig"):
             refused(model)
