@@ -28,8 +28,7 @@ from rasa_ext.base_layers.sharded import (
     sharded_modules,
     what_is_here,
 )
-from rasa_ext.checkpoint.adapter_card import adapter_card
-from rasa_ext.checkpoint.card import PLAIN, Card
+from rasa_ext.checkpoint.card import PLAIN, Card, adapter_card, write_card
 from rasa_ext.checkpoint.files import (
     CONFIG,
     PREFIX,
@@ -37,11 +36,12 @@ from rasa_ext.checkpoint.files import (
     check_in_memory,
     check_tensors,
     file_in,
+    located,
     read_adapter,
     read_tensors,
-    write_adapter,
+    write_files,
 )
-from rasa_ext.checkpoint.hub import located
+from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.rasa import AdapterOwner, RasaLinear, RasaPool
@@ -168,8 +168,10 @@ def write_tensors(
     settings["fan_in_fan_out"] = any(_transposed(model, g.names[0]) for g in linears)
     settings["inference_mode"] = True
     settings["rasa_ext_version"] = __version__
-    told = None if card is None else adapter_card(model, settings, config, plan, tensors, card)
-    write_adapter(directory, settings, tensors, told)
+    text = None if card is None else adapter_card(model, settings, config, plan, tensors, card)
+    with new_folder(Path(directory), stale=()) as folder:
+        write_files(folder, settings, tensors)
+        write_card(folder, text, directory)
 
 
 def _transposed(model: nn.Module, name: str) -> bool:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext.linalg import svd_of_product
-from rasa_ext.patching.state import adapted_layers, check_no_experts, patch_state
-
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+from rasa_ext.methods.base import checked_integer
+from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state
 
 
 class Truncation(NamedTuple):
@@ -55,7 +54,7 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
         0.0
     """
     patch_state(model)
-    check_rank(model, rank)
+    check_rank(rank, dict(adapted_experts(model)))
     lost, whole = {}, {}
     for name, layer in adapted_layers(model):
         Ap, Bp = layer.packed_factors()
@@ -66,47 +65,38 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
     return Truncation(_ratio(sum(lost.values()), sum(whole.values())), ratios)
 
 
-def check_rank(model: nn.Module, rank: int | None, pad_to: int | None = None) -> None:
-    """Raise TypeError or ValueError, naming the argument, where no LoRA of ``rank`` can be made."""
-    if rank is None:
-        return
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"rank: expected an integer or None, got {rank!r}.")
-    if rank < 1:
+def check_rank(rank: int, experts: Collection[str], pad_to: int | None = None) -> None:
+    """Raise TypeError or ValueError, naming the argument, where no LoRA of ``rank`` can be made.
+
+    ``experts`` are the names of adapted experts, which have no such LoRA.
+    """
+    if checked_integer("rank", rank) < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}.")
     if pad_to is not None:
         raise ValueError(
             f"pad_to: expected None beside rank, which is the rank that is written, got {pad_to}."
         )
-    check_no_experts(model, "writing a LoRA at a chosen rank")
+    if experts:
+        raise ValueError(
+            "model: a LoRA of a chosen rank is made of adapters of linear layers, but "
+            f"{next(iter(experts))!r} has adapted experts; patch it with experts=None."
+        )
 
 
-@torch.no_grad()
-def truncated(tensors: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """Give the tensors of a LoRA with every pair at ``rank``, below that which they have.
+def at_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Give factors A (rank, in) and B (out, rank) of the product B A, or of the nearest to it.
 
-    Pairs that have no more than zeros above it lose nothing. The singular values of the others go
-    to both factors alike, so that neither is large where the other is small.
+    Factors of fewer ranks are filled up with zeros; no more than zeros above it lose nothing. The
+    singular values of others go to both factors alike, so that neither is large where the other is
+    small.
     """
-    found = dict(tensors)
-    for key in tensors:
-        name = key.removesuffix(_A)
-        if name != key:
-            found[name + _A], found[name + _B] = _nearest(
-                tensors[name + _A], tensors[name + _B], rank
-            )
-    return found
-
-
-def _nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    if not A[rank:].any() and not B[:, rank:].any():
-        return A[:rank], B[:, :rank]
-    U, S, V = svd_of_product(B.double(), A.double())
-    fill = (0, rank - S[:rank].numel())  # a layer's smaller side may be below the rank
-    root = S[:rank].sqrt()
-    A_near = nn.functional.pad(root[:, None] * V[:rank], (0, 0, *fill))
-    B_near = nn.functional.pad(U[:, :rank] * root, fill)
-    return A_near.to(A.dtype), B_near.to(B.dtype)
+    if A.shape[0] > rank and not A.is_meta and (A[rank:].any() or B[:, rank:].any()):
+        U, S, V = svd_of_product(B.double(), A.double())
+        root = S[:rank].sqrt()
+        A, B = (root[:, None] * V[:rank]).to(A.dtype), (U[:, :rank] * root).to(B.dtype)
+    fill = (0, max(rank - A.shape[0], 0))  # a layer's smaller side may be below the rank, too
+    A, B = nn.functional.pad(A, (0, 0, *fill)), nn.functional.pad(B, fill)
+    return A[:rank], B[:, :rank]
 
 
 def _ratio(lost: float, whole: float) -> float:

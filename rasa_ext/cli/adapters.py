@@ -68,7 +68,7 @@ def export_lora(
             "--allow-dropped", help="Write it even if llama.cpp or SGLang would leave a part out."
         ),
     ] = False,
-    experts: Annotated[
+    expert_layout: Annotated[
         str | None,
         typer.Option(
             help="Layout of adapted experts: peft (PEFT, and vLLM for gpt-oss), per-expert (vLLM, "
@@ -96,7 +96,7 @@ def export_lora(
             base=model,
             pad_to=pad_to,
             allow_dropped=allow_dropped,
-            experts=experts,
+            expert_layout=expert_layout,
             large=yes,
             announce=announce,
             rank=rank,
@@ -111,7 +111,7 @@ def export_lora(
         output.resolve(),
         lora.rank,
         float32=lora.float32,
-        experts=lora.experts,
+        expert_layout=lora.expert_layout,
         format=format,
     )
     console.print(told, markup=False)

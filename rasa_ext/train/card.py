@@ -9,8 +9,7 @@ import torch
 
 from rasa_ext import Card, __version__
 from rasa_ext.checkpoint.adapter import base_name
-from rasa_ext.checkpoint.adapter_card import about, head_fields, title
-from rasa_ext.checkpoint.card import Base, compose
+from rasa_ext.checkpoint.card import Base, about, compose, head_fields, title
 from rasa_ext.patching.state import patch_state
 from rasa_ext.train.memory import describe_memory
 

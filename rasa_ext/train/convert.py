@@ -62,7 +62,7 @@ class Exported(NamedTuple):
     rank: int
     float32: bool
     """Tell whether the base is stored in float32."""
-    experts: str | None
+    expert_layout: str | None
     """The layout of adapted experts, None where there are none."""
     truncation: Truncation | None
     """What a chosen rank leaves out; None where all was asked for."""
@@ -75,7 +75,7 @@ def export_adapter(
     base: str | None,
     pad_to: int | None,
     allow_dropped: bool,
-    experts: str | None = None,
+    expert_layout: str | None = None,
     large: bool = False,
     announce: Callable[[int], None] = lambda _: None,
     rank: int | None = None,
@@ -94,7 +94,7 @@ def export_adapter(
         model = load_model(name, "auto")
     rasa_ext.load_adapter(model, adapter)
     float32 = model.dtype == torch.float32
-    size = rasa_ext.export_size(model, pad_to, experts=experts, rank=rank)
+    size = rasa_ext.export_size(model, pad_to, expert_layout=expert_layout, rank=rank)
     announce(size)
     adapted = bool(adapted_experts(model))
     if adapted and size > LARGE and not large:
@@ -102,20 +102,21 @@ def export_adapter(
             f"yes: the LoRA would take {size / 2**30:.1f} GiB, since each expert has all ranks of "
             "its pool written out, and nothing was written; pass --yes to write it, use "
             "`rasa-ext merge` instead or, where the experts are pool-only (experts='shared' with "
-            "k = rank), --experts shared-outer for SGLang."
+            "k = rank), --expert-layout shared-outer for SGLang."
         )
     written = rasa_ext.export_lora(
         model,
         output,
         pad_to=pad_to,
-        experts=experts,
+        expert_layout=expert_layout,
         rank=rank,
         format=format,
         allow_dropped=allow_dropped,
         card=Card.read(adapter),
     )
     truncation = None if rank is None else rasa_ext.export_error(model, rank)
-    return Exported(name, written, float32, (experts or "peft") if adapted else None, truncation)
+    layout = (expert_layout or "peft") if adapted else None
+    return Exported(name, written, float32, layout, truncation)
 
 
 def import_checkpoint(

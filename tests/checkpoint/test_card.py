@@ -240,7 +240,7 @@ def test_an_export_that_peft_does_not_load_has_no_lines_for_it(tmp_path):
     for layout in ("peft", "per-expert"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            rasa_ext.export_lora(adapted, tmp_path, experts=layout)
+            rasa_ext.export_lora(adapted, tmp_path, expert_layout=layout)
         assert ("PeftModel" in card(tmp_path)) == (layout == "peft")
         assert rows(card(tmp_path))["experts"] == f"layout `{layout}`"
 

@@ -234,7 +234,9 @@ stacked = functools.cache(build)
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
 def test_import_lora_refuses_experts(layout, tmp_path):
     """None of the layouts is taken for a LoRA of linear layers, not even in part."""
-    rasa_ext.export_lora(adapted(stacked("mixtral"), "shared", RANK), tmp_path, experts=layout)
+    rasa_ext.export_lora(
+        adapted(stacked("mixtral"), "shared", RANK), tmp_path, expert_layout=layout
+    )
     model = copy.deepcopy(stacked("mixtral"))
     before = Snapshot(model)
     said = r"stacked experts as well .*merge_and_unload instead\.$"

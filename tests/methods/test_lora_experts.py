@@ -78,7 +78,7 @@ def test_files_merge_and_peft(family, options, tmp_path):
     rasa_ext.save_adapter(model, tmp_path / "own")
     loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path / "own").eval()
     assert same_bits(logits(loaded), expected)
-    assert rasa_ext.export_lora(model, tmp_path / "lora", experts="peft") == 3
+    assert rasa_ext.export_lora(model, tmp_path / "lora", expert_layout="peft") == 3
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
     if "train_A" not in options:

@@ -37,6 +37,14 @@ def test_the_same_bytes(options, tmp_path):
     assert content(tmp_path / "lora") == content(tmp_path / "expected")
 
 
+@pytest.mark.parametrize("options", [{"rank": 2}, {"format": "mlx"}, {"pad_to": 16}], ids=str)
+def test_the_same_bytes_in_every_form(options, tmp_path):
+    model = tiny()
+    rank = of_the_package(model, tmp_path, **options)
+    assert export_lora(model, tmp_path / "lora", **options) == rank
+    assert content(tmp_path / "lora") == content(tmp_path / "expected")
+
+
 def test_the_same_function(tmp_path):
     model = tiny()
     export_lora(model, tmp_path, pad_to=16)
@@ -66,8 +74,8 @@ def test_one_of_several_active_or_not(merged, tmp_path):
 def test_adapted_experts(family, layout, tmp_path):
     base = mixtures.model(family)
     model = adapted(base, r=4, rasa_k=1, rasa_experts="shared", task_type="CAUSAL_LM")
-    rank = of_the_package(model, tmp_path, base, experts=layout)
-    assert export_lora(model, tmp_path / "lora", experts=layout) == rank
+    rank = of_the_package(model, tmp_path, base, expert_layout=layout)
+    assert export_lora(model, tmp_path / "lora", expert_layout=layout) == rank
     assert content(tmp_path / "lora") == content(tmp_path / "expected")
 
 
@@ -89,6 +97,6 @@ def test_what_is_refused(tmp_path):
         export_lora("model", tmp_path / "lora")
     with pytest.raises(ValueError, match="pad_to: expected at least the effective rank 5, got 4"):
         export_lora(tiny(), tmp_path / "lora", pad_to=4)
-    with pytest.raises(ValueError, match="experts: expected a model with adapted experts"):
-        export_lora(tiny(), tmp_path / "lora", experts="peft")
+    with pytest.raises(ValueError, match="expert_layout: expected a model with adapted experts"):
+        export_lora(tiny(), tmp_path / "lora", expert_layout="peft")
     assert not (tmp_path / "lora").exists()

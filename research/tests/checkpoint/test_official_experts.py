@@ -172,7 +172,7 @@ def test_saved_loaded_and_exported(tmp_path):
     left, right = again.state_dict(), model.state_dict()
     assert left.keys() == right.keys()
     assert all(same_bits(left[key], right[key]) for key in right)
-    rank = rasa_ext.export_lora(again, tmp_path / "lora", experts="per-expert")
+    rank = rasa_ext.export_lora(again, tmp_path / "lora", expert_layout="per-expert")
     assert rank == 2 * (RANK - 1 + LAYERS)
     written = vllm(*read(tmp_path / "lora"), base("mixtral"), 16)
     for name, adapter in found.items():
