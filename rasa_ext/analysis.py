@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from rasa_ext.checkpoint.adapter import own_key, pool_key
 from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
 from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.methods import read_method
@@ -226,10 +227,10 @@ def _factors(
     tensors: Mapping[str, Tensor], config: AdapterConfig, group: Group
 ) -> dict[str, Factors]:
     """A group's factors by its method; its pool stands under one of the members."""
-    pools = (_under(tensors, f"{PREFIX}{member}.rasa_pool_") for member in group.names)
+    pools = (_under(tensors, pool_key(member, "")) for member in group.names)
     pool = next(filter(None, pools), {})
     return {
-        place.name: config.factors(_under(tensors, f"{PREFIX}{place.name}.rasa_"), pool, place)
+        place.name: config.factors(_under(tensors, own_key(place.name, "")), pool, place)
         for place in group.places(torch.device("cpu"))
     }
 

@@ -9,8 +9,7 @@ from rasa_ext.checkpoint.files import (
     read_adapter,
     write_adapter,
 )
-from rasa_ext.checkpoint.import_lora import convert_lora
-from rasa_ext.checkpoint.lora import Lora, read_lora
+from rasa_ext.checkpoint.lora import Lora, convert_lora, read_lora
 from rasa_ext.checkpoint.lora_file import plain_settings
 from rasa_ext.checkpoint.official import load_official_tensors
 

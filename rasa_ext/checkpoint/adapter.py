@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ from rasa_ext.checkpoint.files import (
 from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.rasa import AdapterOwner, RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaBank
 from rasa_ext.nn.trained_tokens import TrainedTokens
@@ -86,6 +86,16 @@ def pool_key(first: str, field: str) -> str:
         'base_model.model.layers.0.rasa_pool_A'
     """
     return f"{PREFIX}{first}.rasa_pool_{field}"
+
+
+def keyed(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Name the tensors of adapters, given by layer, as in a file; a pool is of its first layer."""
+    found = {}
+    for name, adapter in adapters.items():
+        pool = adapter.pool if adapter.place.index == 0 else {}
+        found.update((pool_key(name, field), tensor) for field, tensor in pool.items())
+        found.update((own_key(name, field), tensor) for field, tensor in adapter.own.items())
+    return found
 
 
 def save_adapter(
@@ -302,21 +312,22 @@ def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str
     """Say what an adapter that does not fit is made for, and what to do with it."""
     if any(".rasa_mixing" in key or ".rasa_shared_" in key for key in found):
         return "It is a checkpoint of the official code, which rasa_ext.load_official reads."
-    theirs, ours = (Counter(map(pattern, _layers(keys))) for keys in (found, expected))
-    differ = [kind for kind in theirs if theirs[kind] != ours[kind]]
-    told = ""
-    if differ:
-        kind = differ[0]
-        told = f"The adapter has {theirs[kind]} layers {kind}, and the model {ours[kind]}. "
+    theirs, ours = (
+        Counter(
+            pattern(key.removeprefix(PREFIX).removesuffix(".rasa_A"))
+            for key in keys
+            if key.endswith(".rasa_A")
+        )
+        for keys in (found, expected)
+    )
+    kind = next((kind for kind in theirs if theirs[kind] != ours[kind]), None)
+    text = ""
+    if kind is not None:
+        text = f"The adapter has {theirs[kind]} layers {kind}, and the model {ours[kind]}. "
     return (
-        f"{told}Load it into the model that it was trained on: base_model_name_or_path in its "
+        f"{text}Load it into the model that it was trained on: base_model_name_or_path in its "
         "adapter_config.json."
     )
-
-
-def _layers(keys: Iterable[str]) -> list[str]:
-    found = (re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.rasa_A", key) for key in keys)
-    return [match[1] for match in found if match]
 
 
 def _keyed(name: Callable[[str], str], things: Mapping[str, Any]) -> dict[str, Any]:
@@ -328,15 +339,10 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     root, state = unwrap(model), patch_state(model)
     plan, layers = state.plan, dict(owners(model))
     _check_in_place(plan, layers)
-    tensors: dict[str, Tensor] = {}
-    for group in plan.groups:
-        for field, tensor in layers[group.names[0]].pool_tensors().items():
-            tensors[pool_key(group.names[0], field)] = tensor.detach()
-        for name in group.names:
-            for field, tensor in layers[name].own_tensors().items():
-                tensors[own_key(name, field)] = tensor.detach()
-    for key, tensor in (*row_tensors(root).items(), *saved_tensors(root, plan).items()):
-        tensors[f"{PREFIX}{key}"] = tensor
+    adapters = {name: layers[name].adapter() for group in plan.groups for name in group.names}
+    tensors = {key: tensor.detach() for key, tensor in keyed(adapters).items()}
+    others = {**row_tensors(root), **saved_tensors(root, plan)}
+    tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in others.items())
     _check_unsharded(root, plan, tensors, _expected(root, state.config, plan))
     return tensors
 
@@ -416,18 +422,13 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in the file of an adapter for ``root``, patched or not."""
-    expected: dict[str, tuple[int, ...]] = {}
+    tensors: dict[str, Tensor] = {}
     for group in plan.groups:
-        places = group.places(torch.device("meta"))
-        for field, tensor in config.pool(places).items():
-            expected[pool_key(group.names[0], field)] = tuple(tensor.shape)
-        for name, place in zip(group.names, places, strict=True):
-            for field, tensor in config.own(place).items():
-                expected[own_key(name, field)] = tuple(tensor.shape)
+        tensors.update(keyed(group.planned(config)))
+    tensors.update((f"{PREFIX}{key}", t) for key, t in saved_tensors(root, plan).items())
+    expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for rows in plan.tokens:
         expected[f"{PREFIX}{rows_key(rows.names[0])}"] = (len(rows.ids), rows.width)
-    for key, tensor in saved_tensors(root, plan).items():
-        expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
     return expected
 
 
@@ -436,15 +437,16 @@ def _check_indices(
 ) -> None:
     """ValueError where integers of a file, such as features to read, are not those of a layer."""
     for group in plan.groups:
-        places = group.places(torch.device("meta"))
-        pool = {field: tensors[pool_key(group.names[0], field)] for field in config.pool(places)}
-        for name, place in zip(group.names, places, strict=True):
-            made = config.own(place)
-            if all(tensor.is_floating_point() for tensor in made.values()):
+        for name, made in group.planned(config).items():
+            if all(tensor.is_floating_point() for tensor in made.own.values()):
                 break
-            own = {field: tensors[own_key(name, field)].to(made[field].dtype) for field in made}
+            first = group.names[0]
+            pool = {field: tensors[pool_key(first, field)] for field in made.pool}
+            own = {
+                field: tensors[own_key(name, field)].to(t.dtype) for field, t in made.own.items()
+            }
             try:
-                config.factors(own, pool, place)
+                config.factors(own, pool, made.place)
             except (IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"{where}: expected indices within the layer or its pool, but those of "

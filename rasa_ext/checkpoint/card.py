@@ -288,9 +288,7 @@ def _layers(config: AdapterConfig, plan: Plan) -> str:
     """Give a table of the groups of layers, with their shapes and, from these, effective ranks."""
     lines = ["| layers | how many | out x in | rank of the change |", "| --- | --- | --- | --- |"]
     for group in plan.groups[:_ROWS]:
-        places = group.places(torch.device("meta"))
-        pool = config.pool(places)
-        found = {config.factors(config.own(place), pool, place).rank for place in places}
+        found = {adapter.factors().rank for adapter in group.planned(config).values()}
         ranks = " to ".join(map(str, sorted({min(found), max(found)})))
         shape = " x ".join(map(str, (*([group.experts] if group.experts else []), *group.shape)))
         lines.append(f"| `{group.pattern}` | {len(group.names)} | {shape} | {ranks} |")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
+from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from rasa_ext.checkpoint.adapter import saved_tensors, task_type
 from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_experts import checked_layout
-from rasa_ext.checkpoint.lora_file import factors_of, write_lora, written_rank
+from rasa_ext.checkpoint.lora_file import check_rank, factors_of, write_lora, written_rank
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
 from rasa_ext.checkpoint.lora_view import Export, Linear, Stack
+from rasa_ext.linalg import svd_of_product
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.swap import FAST_PATH
 from rasa_ext.patching.tokens import row_tensors
@@ -127,6 +131,61 @@ def export_size(
     export = export.on_meta()
     factors = dict(factors_of(export, layout, written_rank(export, pad_to, rank)))
     return sum(tensor.nbytes for tensor in (*factors.values(), *export.saved.values()))
+
+
+class Truncation(NamedTuple):
+    """What a LoRA of a chosen rank lacks, relative and in the Frobenius norm.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
+        >>> found = rasa_ext.export_error(model, rank=4)  # not yet trained: dW is zero
+        >>> found.error, found.layers["model.layers.0.mlp.down_proj"]
+        (0.0, 0.0)
+    """
+
+    error: float
+    """||dW' - dW|| / ||dW|| over all layers together."""
+    layers: dict[str, float]
+    """The same of every layer, by name; 0 where nothing is cut off or dW is zero."""
+
+
+@torch.no_grad()
+def export_error(model: nn.Module, rank: int) -> Truncation:
+    """Tell how far ``export_lora(model, directory, rank=rank)`` is from the adapter.
+
+    Each layer's dW' is the truncated SVD of its dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv
+    2503.12576, section 3), which no matrix of that rank is nearer to. In float64, from the factors.
+
+    Args:
+        model: a patched model.
+        rank: as in ``export_lora``.
+
+    Returns:
+        The error in all and of every layer; zeros if ``rank`` is at least the effective rank.
+
+    Raises:
+        TypeError, ValueError: the model is not patched, or has adapted experts, or ``rank`` is no
+            positive integer.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)  # R = 9
+        >>> rasa_ext.export_error(model, rank=9).error
+        0.0
+    """
+    patch_state(model)
+    check_rank(rank, dict(adapted_experts(model)))
+    lost, whole = {}, {}
+    for name, layer in adapted_layers(model):
+        Ap, Bp = layer.packed_factors()
+        S = svd_of_product(Bp.t().double(), Ap.double()).S.square()
+        whole[name] = S.sum().item()
+        lost[name] = 0.0 if rank >= Ap.shape[0] else S[rank:].sum().item()
+    ratios = {name: _ratio(lost[name], whole[name]) for name in whole}
+    return Truncation(_ratio(sum(lost.values()), sum(whole.values())), ratios)
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def _export_of(model: nn.Module) -> Export:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rasa_ext import ops
 from rasa_ext.base_layers.linear import is_conv1d
@@ -25,9 +25,9 @@ from rasa_ext.checkpoint.lora_experts import (
 )
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, checked_format
 from rasa_ext.checkpoint.lora_limits import warn_of_readers
-from rasa_ext.checkpoint.lora_truncated import at_rank, check_rank
 from rasa_ext.checkpoint.lora_view import Export
 from rasa_ext.checkpoint.writing import new_folder
+from rasa_ext.linalg import svd_of_product
 from rasa_ext.methods.base import checked_integer
 from rasa_ext.patching.targets import suffixes
 
@@ -77,6 +77,40 @@ def written_rank(export: Export, pad_to: int | None, rank: int | None) -> int:
     if pad_to is not None and checked_integer("pad_to", pad_to) < effective:
         raise ValueError(f"pad_to: expected at least the effective rank {effective}, got {pad_to}.")
     return pad_to or effective
+
+
+def check_rank(rank: int, experts: Collection[str], pad_to: int | None = None) -> None:
+    """Raise TypeError or ValueError, naming the argument, where no LoRA of ``rank`` can be made.
+
+    ``experts`` are the names of adapted experts, which have no such LoRA.
+    """
+    if checked_integer("rank", rank) < 1:
+        raise ValueError(f"rank: expected at least 1, got {rank}.")
+    if pad_to is not None:
+        raise ValueError(
+            f"pad_to: expected None beside rank, which is the rank that is written, got {pad_to}."
+        )
+    if experts:
+        raise ValueError(
+            "model: a LoRA of a chosen rank is made of adapters of linear layers, but "
+            f"{next(iter(experts))!r} has adapted experts; patch it with experts=None."
+        )
+
+
+def at_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Give factors A (rank, in) and B (out, rank) of the product B A, or of the nearest to it.
+
+    Factors of fewer ranks are filled up with zeros; no more than zeros above it lose nothing. The
+    singular values of others go to both factors alike, so that neither is large where the other is
+    small.
+    """
+    if A.shape[0] > rank and not A.is_meta and (A[rank:].any() or B[:, rank:].any()):
+        U, S, V = svd_of_product(B.double(), A.double())
+        root = S[:rank].sqrt()
+        A, B = (root[:, None] * V[:rank]).to(A.dtype), (U[:, :rank] * root).to(B.dtype)
+    fill = (0, max(rank - A.shape[0], 0))  # a layer's smaller side may be below the rank, too
+    A, B = nn.functional.pad(A, (0, 0, *fill)), nn.functional.pad(B, fill)
+    return A[:rank], B[:, :rank]
 
 
 @torch.no_grad()

@@ -171,7 +171,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     patch_state(model)
     found: dict[int, nn.Parameter] = {}
     for _, owner in owners(model):
-        for tensor in (*owner.own_tensors().values(), *owner.pool_tensors().values()):
+        for tensor in owner.adapter().sources():
             if isinstance(tensor, nn.Parameter):
                 found.setdefault(id(tensor), tensor)
     found.update((id(module.rows), module.rows) for _, module in row_owners(unwrap(model)))

@@ -109,9 +109,8 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for group in plan.groups:
         members = [layers[name] for name in group.names]
-        tensors = [*members[0].pool_tensors().values()]
-        tensors += [tensor for member in members for tensor in member.own_tensors().values()]
-        trainable = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
+        tensors = {id(t): t for member in members for t in member.adapter().sources()}
+        trainable = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
         ranks = [member.effective_rank for member in members]
         sizes = len(members), group.shape, max(ranks), trainable, min(ranks), group.experts
         rows.append(Row(group.pattern, *sizes))
