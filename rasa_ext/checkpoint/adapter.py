@@ -125,8 +125,8 @@ def save_adapter(
         >>> sorted(os.listdir("adapter"))
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    state = patch_state(model)
-    write_tensors(unwrap(model), directory, state.config, state.plan, adapter_tensors(model), card)
+    root, state = unwrap(model), patch_state(model)
+    write_tensors(root, directory, state.config, state.plan, adapter_tensors(root), card)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,11 +274,12 @@ def load_tensors_into(
         check_unpatched(model)
         plan = make_plan(model, config)
     check_in_memory(_changed(unwrap(model), plan))
-    expected = _expected(unwrap(model), config, plan)
+    planned = [group.planned(config) for group in plan.groups]
+    expected = _expected(unwrap(model), planned, plan)
     hint = _other_base(tensors, expected)
     check_tensors(_keyed(shown, tensors), _keyed(shown, expected), where, hint)
     check_finite(_keyed(shown, tensors), where)
-    _check_indices(config, plan, tensors, where)
+    _check_indices(planned, tensors, where)
     if not patched:
         apply_plan(model, config, plan)
     with torch.no_grad():
@@ -343,7 +344,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {key: tensor.detach() for key, tensor in keyed(adapters).items()}
     others = {**row_tensors(root), **saved_tensors(root, plan)}
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in others.items())
-    _check_unsharded(root, plan, tensors, _expected(root, state.config, plan))
+    planned = [group.planned(state.config) for group in plan.groups]
+    _check_unsharded(root, plan, tensors, _expected(root, planned, plan))
     return tensors
 
 
@@ -420,11 +422,11 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return tensors
 
 
-def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _expected(
+    root: nn.Module, planned: list[dict[str, Adapter]], plan: Plan
+) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in the file of an adapter for ``root``, patched or not."""
-    tensors: dict[str, Tensor] = {}
-    for group in plan.groups:
-        tensors.update(keyed(group.planned(config)))
+    tensors = {key: tensor for group in planned for key, tensor in keyed(group).items()}
     tensors.update((f"{PREFIX}{key}", t) for key, t in saved_tensors(root, plan).items())
     expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for rows in plan.tokens:
@@ -433,20 +435,20 @@ def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, t
 
 
 def _check_indices(
-    config: AdapterConfig, plan: Plan, tensors: Mapping[str, Tensor], where: str
+    planned: list[dict[str, Adapter]], tensors: Mapping[str, Tensor], where: str
 ) -> None:
     """ValueError where integers of a file, such as features to read, are not those of a layer."""
-    for group in plan.groups:
-        for name, made in group.planned(config).items():
+    for group in planned:
+        first = next(iter(group))
+        for name, made in group.items():
             if all(tensor.is_floating_point() for tensor in made.own.values()):
                 break
-            first = group.names[0]
             pool = {field: tensors[pool_key(first, field)] for field in made.pool}
             own = {
                 field: tensors[own_key(name, field)].to(t.dtype) for field, t in made.own.items()
             }
             try:
-                config.factors(own, pool, made.place)
+                made.config.factors(own, pool, made.place)
             except (IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"{where}: expected indices within the layer or its pool, but those of "
@@ -454,12 +456,12 @@ def _check_indices(
                 ) from None
 
 
-def task_type(model: nn.Module) -> str | None:
+def task_type(root: nn.Module) -> str | None:
     """PEFT's word for what the model does, where that decides how PEFT loads the adapter."""
-    return "CAUSAL_LM" if type(unwrap(model)).__name__.endswith("ForCausalLM") else None
+    return "CAUSAL_LM" if type(root).__name__.endswith("ForCausalLM") else None
 
 
-def base_name(model: nn.Module) -> str | None:
+def base_name(root: nn.Module) -> str | None:
     """Where the base model came from, as far as it knows."""
-    config = getattr(unwrap(model), "config", None)
+    config = getattr(root, "config", None)
     return getattr(config, "_name_or_path", None) or None

@@ -11,7 +11,7 @@ In each, B A of an expert is its dW.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from rasa_ext.checkpoint.expert_names import (
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.lora_view import Export, Stack
 from rasa_ext.methods.base import checked_choice
-from rasa_ext.patching.targets import shortest_suffixes
+from rasa_ext.patching.targets import shortest_suffixes, suffixes
 
 PEFT, PER_EXPERT, SHARED_OUTER = LAYOUTS = ("peft", "per-expert", "shared-outer")
 
@@ -144,33 +144,23 @@ def _rows_by_name(base: Any, name: str) -> dict[str, slice]:
     return dict(zip(names_in_checkpoint(base, name), rows_of(base, name), strict=True))
 
 
-def targets_of(experts: Mapping[str, Stack], layout: str) -> list[str]:
-    """Name the matrices in a layout, as ``target_modules`` has them."""
-    found: list[str] = []
-    for base, adapters in experts.values():
+def targets_of(export: Export, layout: str | None) -> tuple[list[str], list[str]]:
+    """Give ``target_modules`` and ``target_parameters`` of PEFT's config.
+
+    In a model with stacked experts, of many families, PEFT takes the names `_OF_EXPERTS` in
+    ``target_modules`` for experts and routers as they were before they were stacked. In
+    ``target_parameters`` it takes such linear layers as they stand.
+    """
+    of_peft = layout in (None, PEFT)
+    stacks = of_peft and any(is_experts(module) for module in export.root.modules())
+    taken = [n for n in export.linears if stacks and n.rpartition(".")[2] in _OF_EXPERTS]
+    modules = suffixes([name for name in export.linears if name not in taken], export.root)
+    stacked = export.experts.items() if layout == PEFT else ()
+    adapted = [f"{path}.{name}" for path, stack in stacked for name in stack.adapters]
+    adapted += [f"{name}.weight" for name in taken]
+    for base, adapters in () if of_peft else export.experts.values():
         for name in adapters:
             whole = layout == SHARED_OUTER and is_concatenated(base)
-            found += (name,) if whole else names_in_checkpoint(base, name)
-    return found
-
-
-def taken_for_experts(export: Export, layout: str | None) -> list[str]:
-    """Choose the linear layers that PEFT would take for experts, if it had them as modules.
-
-    In a model of many families it reads the names below, in ``target_modules``, as what experts
-    and routers were called before they were stacked. As parameters it takes them as they stand.
-    """
-    stacks = any(is_experts(module) for module in export.root.modules())
-    if layout not in (None, PEFT) or not stacks:
-        return []
-    return [name for name in export.linears if name.rpartition(".")[2] in _OF_EXPERTS]
-
-
-def parameters_of(
-    experts: Mapping[str, Stack], linears: Collection[str], root: nn.Module
-) -> list[str]:
-    """Name adapted weights, as ``target_parameters`` has them: by suffixes of no other."""
-    adapted = [f"{path}.{name}" for path, stack in experts.items() for name in stack.adapters]
-    adapted += [f"{name}.weight" for name in linears]
-    others = {name.replace(".base_layer", "") for name, _ in root.named_parameters()}
-    return shortest_suffixes(adapted, others - set(adapted))
+            modules += (name,) if whole else names_in_checkpoint(base, name)
+    others = {name.replace(".base_layer", "") for name, _ in export.root.named_parameters()}
+    return list(dict.fromkeys(modules)), shortest_suffixes(adapted, others - set(adapted))

@@ -129,7 +129,8 @@ def export_size(
     export = _export_of(model)
     layout = checked_layout(export.experts, expert_layout)
     export = export.on_meta()
-    factors = dict(factors_of(export, layout, written_rank(export, pad_to, rank)))
+    written = written_rank(export.effective_rank(), export.experts, pad_to, rank)
+    factors = dict(factors_of(export, layout, written))
     return sum(tensor.nbytes for tensor in (*factors.values(), *export.saved.values()))
 
 

@@ -16,11 +16,8 @@ from rasa_ext.checkpoint.adapter import base_name
 from rasa_ext.checkpoint.card import Card, lora_card, write_card
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.lora_experts import (
-    PEFT,
     checked_layout,
     expert_factors,
-    parameters_of,
-    taken_for_experts,
     targets_of,
 )
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, checked_format
@@ -29,7 +26,6 @@ from rasa_ext.checkpoint.lora_view import Export
 from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.linalg import svd_of_product
 from rasa_ext.methods.base import checked_integer
-from rasa_ext.patching.targets import suffixes
 
 
 def write_lora(
@@ -48,32 +44,47 @@ def write_lora(
     Raises, and warns the caller's caller, as ``rasa_ext.export_lora`` does.
     """
     layout = checked_layout(export.experts, expert_layout)
-    written = written_rank(export, pad_to, rank)
+    modules, parameters = targets_of(export, layout)
+    effective = export.effective_rank()
+    written = written_rank(effective, export.experts, pad_to, rank)
     write = checked_format(format, export)
     if format == PEFT_FILES:
         default = layout is not None and expert_layout is None
-        warn_of_readers(export, layout, default=default, allow_dropped=allow_dropped)
+        warn_of_readers(export, layout, parameters, default=default, allow_dropped=allow_dropped)
     tensors = dict(factors_of(export, layout, written))
     tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in export.saved.items())
-    settings = _settings(export, layout, written)
+    settings = plain_settings(
+        written,
+        task_type=export.task_type,
+        base_model_name_or_path=base_name(export.root),
+        target_modules=modules,
+        modules_to_save=list(export.modules_to_save) or None,
+        fan_in_fan_out=any(is_conv1d(linear.base) for linear in export.linears.values()),
+    )
+    if export.tokens:
+        settings["trainable_token_indices"] = {t.names[0]: list(t.ids) for t in export.tokens}
+    if parameters:
+        settings["target_parameters"] = parameters
     text = None
     if card is not None:
-        exact = rank is None or rank >= written_rank(export, None, None)
-        text = lora_card(
-            export.root, settings, export.config, card, format=format, layout=layout, exact=exact
-        )
+        told = {"format": format, "layout": layout, "exact": written >= effective}
+        text = lora_card(export.root, settings, export.config, card, **told)
     with new_folder(Path(directory), stale=()) as folder:
         write(folder, settings, tensors, export.root)
         write_card(folder, text, directory)
     return written
 
 
-def written_rank(export: Export, pad_to: int | None, rank: int | None) -> int:
-    """Give the rank of all pairs; TypeError or ValueError where an argument has none."""
+def written_rank(
+    effective: int, experts: Collection[str], pad_to: int | None, rank: int | None
+) -> int:
+    """Give the rank of all pairs, the largest of which is ``effective``.
+
+    Raises TypeError or ValueError, naming the argument, where no LoRA is written so.
+    """
     if rank is not None:
-        check_rank(rank, export.experts, pad_to)
+        check_rank(rank, experts, pad_to)
         return rank
-    effective = max(adapter.factors().rank for adapter in export.adapters())
     if pad_to is not None and checked_integer("pad_to", pad_to) < effective:
         raise ValueError(f"pad_to: expected at least the effective rank {effective}, got {pad_to}.")
     return pad_to or effective
@@ -123,28 +134,6 @@ def factors_of(export: Export, layout: str | None, rank: int) -> Iterator[tuple[
         yield f"{PREFIX}{name}.lora_B.weight", B
     for path, stack in export.experts.items():
         yield from expert_factors(path, stack, str(layout), rank)
-
-
-def _settings(export: Export, layout: str | None, rank: int) -> dict[str, Any]:
-    """Give the content of ``adapter_config.json``, as PEFT has it."""
-    as_parameters = taken_for_experts(export, layout)
-    targets = suffixes([n for n in export.linears if n not in as_parameters], export.root)
-    if layout is not None and layout != PEFT:
-        targets = list(dict.fromkeys([*targets, *targets_of(export.experts, layout)]))
-    settings = plain_settings(
-        rank,
-        task_type=export.task_type,
-        base_model_name_or_path=base_name(export.root),
-        target_modules=targets,
-        modules_to_save=list(export.modules_to_save) or None,
-        fan_in_fan_out=any(is_conv1d(linear.base) for linear in export.linears.values()),
-    )
-    if export.tokens:
-        settings["trainable_token_indices"] = {t.names[0]: list(t.ids) for t in export.tokens}
-    stacked = export.experts if layout == PEFT else {}
-    if stacked or as_parameters:
-        settings["target_parameters"] = parameters_of(stacked, as_parameters, export.root)
-    return settings
 
 
 def plain_settings(rank: int, **told: Any) -> dict[str, Any]:

@@ -9,19 +9,24 @@ from typing import Any
 from rasa_ext.base_layers.experts import bank_names
 from rasa_ext.base_layers.linear import is_conv1d
 from rasa_ext.checkpoint.expert_names import is_stacked
-from rasa_ext.checkpoint.lora_experts import PEFT, PER_EXPERT, taken_for_experts
+from rasa_ext.checkpoint.lora_experts import PEFT, PER_EXPERT
 from rasa_ext.checkpoint.lora_view import Export
-from rasa_ext.patching.tokens import trained_tokens
 
 INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
 
 
 def warn_of_readers(
-    export: Export, layout: str | None, *, default: bool, allow_dropped: bool
+    export: Export,
+    layout: str | None,
+    parameters: list[str],
+    *,
+    default: bool,
+    allow_dropped: bool,
 ) -> None:
     """Warn, three callers up, of what some reader does not take, or raise ValueError.
 
-    ``default`` says that nobody chose the layout of experts.
+    ``parameters`` are PEFT's ``target_parameters``, and ``default`` says that nobody chose the
+    layout of experts.
     """
     dropped = list(_dropped(export))
     if dropped and not allow_dropped:
@@ -31,7 +36,8 @@ def warn_of_readers(
             "readers."
         )
     texts = [f"{text}; for that reader, {INSTEAD}." for text in dropped]
-    for text in (*texts, *_limits(export, layout), *_limits_of_experts(export, layout, default)):
+    texts += [*_limits(export, layout, parameters), *_limits_of_experts(export, layout, default)]
+    for text in texts:
         warnings.warn(text, stacklevel=4)
 
 
@@ -55,8 +61,8 @@ def _dropped(export: Export) -> Iterator[str]:
             f"SGLang leaves the trained rows of {export.tokens[0].names[0]} out without a word "
             "(vLLM and llama.cpp refuse them)"
         )
-    for name, module in trained_tokens(export.root):
-        if module.bias is not None:
+    for name in (name for rows in export.tokens for name in rows.names):
+        if getattr(export.root.get_submodule(name), "bias", None) is not None:
             yield f"PEFT leaves out the bias of {name}, a head with trained rows"
     tied = [rows.names for rows in export.tokens if len(rows.names) > 1]
     if tied and not peft_ties(export.root, [names[0] for names in tied]):
@@ -66,7 +72,7 @@ def _dropped(export: Export) -> Iterator[str]:
         )
 
 
-def _limits(export: Export, layout: str | None) -> Iterator[str]:
+def _limits(export: Export, layout: str | None, parameters: list[str]) -> Iterator[str]:
     """Name what some reader refuses, or reads only if told how."""
     if any(is_conv1d(linear.base) for linear in export.linears.values()):
         yield (
@@ -83,11 +89,11 @@ def _limits(export: Export, layout: str | None) -> Iterator[str]:
             f"q_proj is adapted without v_proj in {alone} layers. SGLang computes them together "
             f"and refuses such a LoRA; for SGLang, adapt both, or {INSTEAD}."
         )
-    if layout is None and (names := taken_for_experts(export, layout)):
+    if layout is None and parameters:
         yield (
-            f"{names[0]} and {len(names) - 1} more layers stand in target_parameters, since PEFT "
-            "takes such names in target_modules for experts; start SGLang, which reads "
-            "target_modules alone, with --lora-target-modules all."
+            f"{', '.join(parameters)} stand in target_parameters, since PEFT takes such names in "
+            "target_modules for experts; start SGLang, which reads target_modules alone, with "
+            "--lora-target-modules all."
         )
     if tied := export.tied_to_embedding():
         yield (

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -49,11 +48,11 @@ class Export:
     fast_path: bool
     """Whether torch's fast path would pass the adapted layers by, had it not been turned off."""
 
-    def adapters(self) -> Iterator[Adapter]:
-        """List the adapters of linear layers and of stacked weights."""
-        yield from (linear.adapter for linear in self.linears.values())
-        for stack in self.experts.values():
-            yield from stack.adapters.values()
+    def effective_rank(self) -> int:
+        """Give the largest rank of the change of a weight."""
+        adapters = [linear.adapter for linear in self.linears.values()]
+        adapters += [each for stack in self.experts.values() for each in stack.adapters.values()]
+        return max(adapter.factors().rank for adapter in adapters)
 
     def on_meta(self) -> Export:
         """Give the same with adapters of shapes alone, which take no memory."""
