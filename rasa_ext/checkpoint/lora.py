@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -112,32 +112,15 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
 def _check_config(config: Mapping[str, Any], where: str) -> None:
     if config.get("peft_type") != "LORA":
         kind = config.get("peft_type")
-        ways = {
-            "RASA": "this is a RaSA adapter already, which rasa_ext.load_adapter(model, directory) "
-            "and the commands merge and export-lora read",
-        }
+        way = f"if PEFT wrote it, {_MERGE}"
+        if kind == "RASA":
+            way = "rasa_ext.load_adapter and the commands merge and export-lora read RaSA adapters"
         raise ValueError(
-            f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; "
-            f"{ways.get(str(kind), f'if PEFT wrote it, {_MERGE}')}."
+            f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; {way}."
         )
-    for name in _VARIANTS:
-        if config.get(name):
-            raise ValueError(
-                f"{where}: expected a plain LoRA, but adapter_config.json has {name} "
-                f"{config[name]!r}; {_MERGE}."
-            )
-    # Weights of linear layers may be named as parameters; PEFT calls stacked ones otherwise.
-    stacked = [each for each in config.get("target_parameters") or () if each[-7:] != ".weight"]
-    if stacked:
+    if reason := next(_reasons(config), None):
         raise ValueError(
-            f"{where}: expected a LoRA of linear layers, but it changes stacked experts as well "
-            f"({', '.join(stacked[:3])}), which nothing makes an adapter of; merge it with PEFT's "
-            "merge_and_unload instead."
-        )
-    if config.get("bias", "none") != "none":
-        raise ValueError(
-            f"{where}: expected bias 'none', got {config['bias']!r}, and an adapter has no place "
-            f"for trained biases; {_MERGE}."
+            f"{where}: expected a plain LoRA, but adapter_config.json has {reason}; {_MERGE}."
         )
     for name, kind in (("use_rslora", bool), ("alpha_pattern", dict), ("modules_to_save", list)):
         if not isinstance(value := config.get(name) or kind(), kind):
@@ -150,12 +133,23 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         check_pattern("alpha_pattern", pattern)
         if not math.isfinite(checked_number("lora_alpha", alpha)):
             raise ValueError(f"{where}: expected a finite lora_alpha, got {alpha}.")
+
+
+def _reasons(config: Mapping[str, Any]) -> Iterator[str]:
+    """Name the settings under which an adapter is more than a LoRA of the base's linear layers."""
+    for name in _VARIANTS:
+        if config.get(name):
+            yield f"{name} {config[name]!r}"
+    # Weights of linear layers may be named as parameters; PEFT calls stacked ones otherwise.
+    if stacked := [n for n in config.get("target_parameters") or () if n[-7:] != ".weight"]:
+        yield f"stacked experts as well ({', '.join(stacked[:3])})"
+    if config.get("bias", "none") != "none":
+        yield f"bias {config['bias']!r}, and an adapter has no place for trained biases"
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_MOVED_BASES):
-        raise ValueError(
-            f"{where}: expected a LoRA for the base's own weights, but init_lora_weights {start!r} "
-            "changes them; save it with PEFT's path_initial_model_for_weight_conversion, or "
-            f"{_MERGE}."
+        yield (
+            f"init_lora_weights {start!r}, which changes the base's own weights; save it with "
+            "PEFT's path_initial_model_for_weight_conversion"
         )
 
 

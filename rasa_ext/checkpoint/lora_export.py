@@ -90,16 +90,8 @@ def export_lora(
         >>> rasa_ext.export_lora(model, "lora", rank=4)  # no longer exact
         4
     """
-    return write_lora(
-        _export_of(model),
-        directory,
-        pad_to=pad_to,
-        rank=rank,
-        expert_layout=expert_layout,
-        format=format,
-        allow_dropped=allow_dropped,
-        card=card,
-    )
+    export = _export_of(model)
+    return write_lora(export, directory, pad_to, expert_layout, rank, format, allow_dropped, card)
 
 
 def export_size(

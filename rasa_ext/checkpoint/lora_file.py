@@ -31,10 +31,9 @@ from rasa_ext.methods.base import checked_integer
 def write_lora(
     export: Export,
     directory: str | os.PathLike[str],
-    *,
     pad_to: int | None,
-    rank: int | None,
     expert_layout: str | None,
+    rank: int | None,
     format: str,
     allow_dropped: bool,
     card: Card | None,

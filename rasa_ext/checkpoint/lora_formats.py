@@ -61,32 +61,23 @@ def checked_format(format: str, export: Export) -> Writer:
 def _check_plain(format: str, export: Export) -> None:
     """Raise ValueError where a reader of pairs alone would not compute the adapted model."""
     kind = getattr(getattr(export.root, "config", None), "model_type", None)
-    alone = f"format: {format!r} holds low-rank pairs alone, but"
-    rows = next((key for key in export.saved if key.endswith(ROWS)), None)
-    if export.experts:
+    tied = export.tied_to_embedding()
+    rows = [key.removesuffix(ROWS) for key in export.saved if key.endswith(ROWS)]
+    problems = [
+        *(f"{path} has adapted experts" for path in export.experts),
+        *(f"trainable_token_indices has trained rows of {name}" for name in rows),
+        *(f"{name} is tied to the embedding" for name in (tied,) if name),
+        *(f"modules_to_save has trained {key}" for key in export.saved),
+    ]
+    if problems:
         raise ValueError(
-            f"format: expected {PEFT_FILES!r} for a model with adapted experts, got {format!r}, "
-            "which holds low-rank pairs of linear layers alone."
+            f"format: {format!r} holds low-rank pairs of linear layers alone, but {problems[0]}; "
+            f"{INSTEAD}, or write {PEFT_FILES!r}."
         )
     if kind not in _FAMILIES:
         raise ValueError(
             f"format: {format!r} is written for the model types {', '.join(_FAMILIES)}, whose "
             f"names in its reader are known, got {kind!r}; {INSTEAD}, or write {PEFT_FILES!r}."
-        )
-    if rows is not None:
-        raise ValueError(
-            f"{alone} trainable_token_indices has trained rows of {rows.removesuffix(ROWS)}; "
-            f"{INSTEAD}, or write {PEFT_FILES!r}."
-        )
-    if tied := export.tied_to_embedding():
-        raise ValueError(
-            f"format: {tied} is tied to the embedding, and no reader of {format!r} has a place for "
-            "its LoRA; leave it out of target_modules, or untie the two and merge."
-        )
-    if export.saved:
-        raise ValueError(
-            f"{alone} modules_to_save has trained {next(iter(export.saved))}; {INSTEAD}, or write "
-            f"{PEFT_FILES!r}."
         )
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -74,7 +72,11 @@ def push_to_hub(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    with _folder_of(source) as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        if isinstance(source, nn.Module):
+            save_adapter(source, temporary)
+            source = temporary
+        folder = Path(source)
         files = _files(folder)
         local, base = _rename_base(files, base_model)
         api = HfApi(token=token, library_name="rasa_ext", library_version=__version__)
@@ -91,17 +93,6 @@ def push_to_hub(
             revision=revision,
         )
     return str(commit.commit_url)
-
-
-@contextlib.contextmanager
-def _folder_of(source: nn.Module | str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the directory, or one of a model's adapter that is gone afterwards."""
-    if not isinstance(source, nn.Module):
-        yield Path(source)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(source, folder)
-        yield Path(folder)
 
 
 def _files(folder: Path) -> dict[str, str | bytes]:

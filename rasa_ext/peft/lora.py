@@ -60,16 +60,8 @@ def export_lora(
         >>> rasa_ext.peft.export_lora(model, "lora")
         9
     """
-    return write_lora(
-        _export_of(model, adapter_name),
-        directory,
-        pad_to=pad_to,
-        rank=rank,
-        expert_layout=expert_layout,
-        format=format,
-        allow_dropped=allow_dropped,
-        card=card,
-    )
+    export = _export_of(model, adapter_name)
+    return write_lora(export, directory, pad_to, expert_layout, rank, format, allow_dropped, card)
 
 
 def _export_of(model: nn.Module, adapter_name: str) -> Export:

@@ -134,7 +134,7 @@ REFUSED = {
     ),
     "tied head": (
         lambda: patched(tied(), target_modules=["q_proj", "lm_head"]),
-        "format: lm_head is tied to the embedding",
+        "format: .*lm_head is tied to the embedding",
     ),
 }
 

@@ -186,8 +186,8 @@ def refuse(base, directory, message, error=ValueError, **options):
     ("values", "message"),
     [
         ({"peft_type": "VERA"}, "expected peft_type 'LORA' .* got 'VERA'"),
-        ({"bias": "lora_only"}, "expected bias 'none', got 'lora_only'.*merge_and_unload"),
-        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"bias": "lora_only"}, "has bias 'lora_only', .*merge_and_unload"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes .*path_initial_model_for_weight_conver"),
     ],
 )
 def test_other_configs_that_are_refused(values, message, tmp_path):
