@@ -90,7 +90,7 @@ def pool_key(first: str, field: str) -> str:
 
 def keyed(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """Name the tensors of adapters, given by layer, as in a file; a pool is of its first layer."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
         pool = adapter.pool if adapter.place.index == 0 else {}
         found.update((pool_key(name, field), tensor) for field, tensor in pool.items())
@@ -196,9 +196,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         model: the base that the adapter was trained on, or a model patched with the same config.
             The tensors are cast to the dtype of its adapter and go where that is.
         directory: what ``save_adapter`` wrote; or, where there is none of that name, its id on the
-            Hub ("owner/name"), for which huggingface_hub is needed. Of a whole model that
-            ``save_pretrained`` wrote after patching, the adapter is loaded if the model is patched
-            with the config of its training.
+            Hub ("owner/name"). Of a whole model that ``save_pretrained`` wrote after patching, the
+            adapter is loaded if the model is patched with the config of its training.
 
     Returns:
         The same object.

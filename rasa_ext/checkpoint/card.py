@@ -185,7 +185,6 @@ def lora_card(
     settings: Mapping[str, Any],
     config: AdapterConfig,
     card: Card,
-    *,
     format: str,
     layout: str | None,
     exact: bool,

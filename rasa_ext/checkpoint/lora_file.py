@@ -66,8 +66,8 @@ def write_lora(
         settings["target_parameters"] = parameters
     text = None
     if card is not None:
-        told = {"format": format, "layout": layout, "exact": written >= effective}
-        text = lora_card(export.root, settings, export.config, card, **told)
+        exact = written >= effective
+        text = lora_card(export.root, settings, export.config, card, format, layout, exact)
     with new_folder(Path(directory), stale=()) as folder:
         write(folder, settings, tensors, export.root)
         write_card(folder, text, directory)

@@ -79,12 +79,13 @@ def push_to_hub(
         folder = Path(source)
         files = _files(folder)
         local, base = _rename_base(files, base_model)
+        text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else ""
+        moved(text, repo_id, base, local)  # a card that cannot be is refused before all else
         api = HfApi(token=token, library_name="rasa_ext", library_version=__version__)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         if CARD in files:
-            text = (folder / CARD).read_text(encoding="utf-8")
             files[CARD] = moved(text, repository, base, local).encode()
         commit = api.create_commit(
             repository,

@@ -323,3 +323,6 @@ def test_what_was_told_is_read_again(tmp_path):
     (tmp_path / "README.md").write_text("# Another\n\n## Data\n\nNone.\n")
     assert rasa_ext.Card.read(tmp_path) == rasa_ext.Card()
     assert rasa_ext.Card.read(tmp_path / "nowhere") == rasa_ext.Card()
+    (tmp_path / "README.md").write_text(text.replace("tags:", "tags: ["))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/README\.md: expected a head of YAML"):
+        rasa_ext.Card.read(tmp_path)

@@ -139,6 +139,15 @@ def test_an_edited_card_is_pushed_as_edited(hub, tmp_path):
     assert card(hub, "me/mine") == "# Mine\n"
 
 
+def test_a_card_whose_head_is_no_yaml_is_not_pushed(hub, tmp_path):
+    rasa_ext.save_adapter(model(LOCAL), tmp_path)
+    path = tmp_path / "README.md"
+    path.write_text(path.read_text().replace("tags:", "tags: ["))
+    with pytest.raises(ValueError, match=r"README\.md: expected a head of YAML"):
+        rasa_ext.push_to_hub(tmp_path, "me/sums", base_model=ID)
+    assert hub.created == []
+
+
 def test_what_a_training_needs_to_go_on_stays_here(hub, tmp_path):
     rasa_ext.save_adapter(model(), tmp_path)
     kept = ("finetune.yaml", "summary.json", "training_args.bin", ".git/config", "rng_state_0.pth")
