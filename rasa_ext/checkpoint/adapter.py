@@ -1,8 +1,8 @@
 """Saving and loading adapters in the package's own format.
 
 For a layer at ``<path>``: ``base_model.model.<path>.rasa_A``, ``.rasa_B`` and ``.rasa_d``; a pool
-stands once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of its group's first layer. Trained modules
-stand under their own names, trained rows of an embedding under PEFT's. The configuration uses the
+is stored once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of the group's first layer. Trained modules
+have their own names, trained rows of an embedding PEFT's. The configuration uses the
 field names of the official code.
 """
 
@@ -89,7 +89,7 @@ def pool_key(first: str, field: str) -> str:
 
 
 def keyed(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Name the tensors of adapters, given by layer, as in a file; a pool is of its first layer."""
+    """Name the tensors of the adapters of layers as in a file; the first layer has the pool's."""
     found: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
         pool = adapter.pool if adapter.place.index == 0 else {}
@@ -169,7 +169,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     card: Card | None = None,
 ) -> None:
-    """Write an adapter for ``model``, patched or not, whose tensors are named as in its file."""
+    """Write an adapter for ``model``, patched or not; ``tensors`` are named as in the file."""
     settings = settled(config, plan.groups).to_dict()
     settings["modules_to_save"] = list(plan.modules_to_save) or None
     settings["base_model_name_or_path"] = base_name(model)
@@ -252,7 +252,7 @@ def load_tensors_into(
 ) -> nn.Module:
     """Put tensors named as in the package's files into a model, patching it if need be.
 
-    ``shown`` gives the name that a tensor has in the file at hand, for what is said of it.
+    ``shown`` gives a tensor's name in the file that was read, for error messages.
     """
     config = resolve_config(unwrap(model), config)
     patched = is_patched(model)
@@ -309,7 +309,7 @@ def _changed(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
-    """Say what an adapter that does not fit is made for, and what to do with it."""
+    """Say which model an adapter that does not fit is for, and what to do."""
     if any(".rasa_mixing" in key or ".rasa_shared_" in key for key in found):
         return "It is a checkpoint of the official code, which rasa_ext.load_official reads."
     theirs, ours = (
@@ -436,7 +436,7 @@ def _expected(
 def _check_indices(
     planned: list[dict[str, Adapter]], tensors: Mapping[str, Tensor], where: str
 ) -> None:
-    """ValueError where integers of a file, such as features to read, are not those of a layer."""
+    """ValueError where indices in a file, such as features to read, are out of a layer's range."""
     for group in planned:
         first = next(iter(group))
         for name, made in group.items():

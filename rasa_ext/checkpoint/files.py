@@ -80,7 +80,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with its digest: the same bytes for the same tensors."""
+    """Write a safetensors file with a digest; equal tensors give equal bytes."""
     sha = digest(tensors)
     save_file(dict(tensors), path, metadata={"format": "pt", DIGEST: sha})
     first, second = b'"format":"pt"', f'"{DIGEST}":"{sha}"'.encode()
@@ -179,16 +179,16 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, or those of some names, on the CPU.
+    """Read every tensor of a safetensors file, or the tensors of some names, on the CPU.
 
-    ValueError where the file is damaged: it does not parse, or tells another digest than its
-    tensors have. Files of other writers tell none, and are taken as they are.
+    ValueError where the file is damaged: it does not parse, or states another digest than the
+    tensors have. Files of other writers state none, and are read as they are.
     """
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
     try:
         with safe_open(path, framework="pt") as file:
-            told = (file.metadata() or {}).get(DIGEST)
+            stated = (file.metadata() or {}).get(DIGEST)
             keys = [key for key in file.keys() if names is None or key in names]  # noqa: SIM118
             tensors = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
@@ -196,16 +196,16 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
             f"{path}: damaged or cut, since it does not parse as safetensors ({error}); "
             f"{_ANOTHER_COPY}."
         ) from None
-    if names is None and told is not None and told != (found := digest(tensors)):
+    if names is None and stated is not None and stated != (found := digest(tensors)):
         raise ValueError(
-            f"{path}: expected tensors of the SHA-256 that the file tells, {told}, got {found}; "
+            f"{path}: expected tensors of the SHA-256 that the file states, {stated}, got {found}; "
             f"the file was damaged or edited since it was written, so {_ANOTHER_COPY}."
         )
     return tensors
 
 
 def read_either(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's safetensors file or, where there is none, of its ``.bin``.
+    """Read an adapter's safetensors file or, where there is none, the ``.bin``.
 
     Nothing in a ``.bin`` can run code: it is read with ``weights_only=True``, or refused.
     """

@@ -1,4 +1,4 @@
-"""Adapted experts in the files of a LoRA: the layouts that its readers have for them.
+"""Adapted experts in the files of a LoRA: the layouts that readers know.
 
     peft          A (E*R, in) and B (out, R*E) of a stacked weight, as PEFT's target_parameters has
                   them: A by expert, then rank, and the columns of B by rank, then expert

@@ -135,12 +135,12 @@ def factors_of(export: Export, layout: str | None, rank: int) -> Iterator[tuple[
         yield from expert_factors(path, stack, str(layout), rank)
 
 
-def plain_settings(rank: int, **told: Any) -> dict[str, Any]:
+def plain_settings(rank: int, **others: Any) -> dict[str, Any]:
     """Give PEFT's settings of a LoRA of one rank and a scale of 1.
 
     Args:
         rank: of every layer.
-        told: further settings, such as ``target_modules``.
+        others: further settings, such as ``target_modules``.
 
     Returns:
         The content of ``adapter_config.json``.
@@ -161,5 +161,5 @@ def plain_settings(rank: int, **told: Any) -> dict[str, Any]:
         "use_dora": False,
         "rank_pattern": {},
         "alpha_pattern": {},
-        **told,
+        **others,
     }

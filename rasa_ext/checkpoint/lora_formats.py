@@ -1,4 +1,4 @@
-"""The files that a LoRA can be written as: PEFT's, one GGUF file, or those of mlx-lm."""
+"""The files that a LoRA can be written as: for PEFT, for llama.cpp, for mlx-lm."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _dropped(export: Export) -> Iterator[str]:
 
 
 def _limits(export: Export, layout: str | None, parameters: list[str]) -> Iterator[str]:
-    """Name what some reader refuses, or reads only if told how."""
+    """Name what some reader refuses, or reads only with an option of that reader."""
     if any(is_conv1d(linear.base) for linear in export.linears.values()):
         yield (
             "the model has Conv1D layers, whose LoRA PEFT reads but vLLM cannot serve; for vLLM, "

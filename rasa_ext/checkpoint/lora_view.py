@@ -55,7 +55,7 @@ class Export:
         return max(adapter.factors().rank for adapter in adapters)
 
     def on_meta(self) -> Export:
-        """Give the same with adapters of shapes alone, which take no memory."""
+        """Give a copy whose adapters are on the meta device: shapes, without memory."""
         linears = {
             name: Linear(base, _on_meta(adapter)) for name, (base, adapter) in self.linears.items()
         }

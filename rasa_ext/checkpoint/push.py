@@ -125,10 +125,10 @@ def _files(folder: Path) -> dict[str, str | bytes]:
 def _rename_base(
     files: dict[str, str | bytes], base_model: str | None
 ) -> tuple[str | None, str | None]:
-    """Let the configuration that is pushed name the base by its id, and no path of this machine.
+    """Replace the path of the base in the configuration that is pushed by an id on the Hub.
 
-    Returns the path that it had and the id that it has instead: where both are the same, neither.
-    ValueError where there is a path, and nothing else is known.
+    Returns the path and the id; neither where nothing is replaced. Raises ValueError where there is
+    a path, and no id is known.
     """
     if CONFIG not in files:
         return None, base_model

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
-"""A model's weights: those of an earlier one must not stay beside a new one's."""
+"""A model's weights, which must not stay beside the weights of a new one."""
 
 INSIDE, NEW, OLD = "saving", "new", "old"
 """Names of a temporary folder within the folder that it is for, and of the two folders in it."""
@@ -51,19 +51,19 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], whole: str) -> Iterator[None]:
-    """Turn whatever says within that a write failed into a `WriteError` about ``path``.
+    """Turn an error of a failed write into a `WriteError` about ``path``.
 
-    ``whole`` tells, as a clause, what the failure has left as it was. Other errors pass.
+    ``whole`` is a clause that says what the failure has left as it was. Other errors pass.
     """
     try:
         yield
     except WriteError:
         raise
     except Exception as error:
-        told = write_error(path, error, whole)
-        if told is None:
+        described = write_error(path, error, whole)
+        if described is None:
             raise
-        raise told from error
+        raise described from error
 
 
 def is_full(error: BaseException) -> bool:
@@ -104,7 +104,7 @@ def _number(error: BaseException) -> int | None:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise where a command could not write ``output`` in the end: before its work, not after.
+    """Raise, before a command's work, where ``output`` could not be written after it.
 
     Raises:
         ValueError: it holds files, and ``overwrite`` was not asked for.
@@ -142,7 +142,7 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
     have the mode that the umask gives, which not every release of safetensors respects, and are on
     the disk before the first of them moves.
 
-    Raises `WriteError`; ``whole`` tells, as a clause, what is whole beside ``output``.
+    Raises `WriteError`; ``whole`` is a clause that says what else is whole.
     """
     fresh = not output.exists()
     left = "nothing was left there" if fresh else "what was there is whole"
@@ -155,7 +155,7 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
     ):
         with _locked(parent):
             (temporary / NEW).mkdir(parents=True)
-            living.enter_context(_locked(temporary))  # it tells that this process lives
+            living.enter_context(_locked(temporary))  # held while this process lives
         try:
             yield temporary / NEW
             _finish(temporary / NEW)

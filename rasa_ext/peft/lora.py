@@ -88,7 +88,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
         for path, each in modules.items()
         if isinstance(each, RasaPeftExperts)
     }
-    told = outer.peft_config[adapter_name].task_type if isinstance(outer, PeftModel) else None
+    task = outer.peft_config[adapter_name].task_type if isinstance(outer, PeftModel) else None
     trained = {
         name: cast(Any, wrapper.modules_to_save)[adapter_name]
         for name, wrapper in modules.items()
@@ -113,7 +113,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
         },
         modules_to_save=tuple(trained),
         tokens=tokens_of(root, adapter_name),
-        task_type=str(getattr(told, "value", told)) if told else task_type(root),
+        task_type=str(getattr(task, "value", task)) if task else task_type(root),
         fast_path=any(
             isinstance(m, nn.TransformerEncoderLayer)
             and any(isinstance(child, RasaPeftLinear) for child in m.modules())
