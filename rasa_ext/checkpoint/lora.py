@@ -114,7 +114,10 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
         kind = config.get("peft_type")
         way = f"if PEFT wrote it, {_MERGE}"
         if kind == "RASA":
-            way = "rasa_ext.load_adapter and the commands merge and export-lora read RaSA adapters"
+            way = (
+                "this is a RaSA adapter already, which rasa_ext.load_adapter(model, directory) and "
+                "the commands merge and export-lora read"
+            )
         raise ValueError(
             f"{where}: expected peft_type 'LORA' in adapter_config.json, got {kind!r}; {way}."
         )
