@@ -26,7 +26,7 @@ from rasa_ext.checkpoint.expert_names import (
     rows_of,
 )
 from rasa_ext.checkpoint.files import PREFIX
-from rasa_ext.checkpoint.lora_view import Export, Stack
+from rasa_ext.checkpoint.lora_view import Adapted, Export
 from rasa_ext.methods.base import checked_choice
 from rasa_ext.patching.targets import shortest_suffixes, suffixes
 
@@ -35,7 +35,7 @@ PEFT, PER_EXPERT, SHARED_OUTER = LAYOUTS = ("peft", "per-expert", "shared-outer"
 _OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
 
 
-def checked_layout(experts: Mapping[str, Stack], given: str | None) -> str | None:
+def checked_layout(experts: Mapping[str, Adapted], given: str | None) -> str | None:
     """Give the layout for a model's adapted experts, None where it has none.
 
     Raises TypeError or ValueError, naming the argument, for one that it cannot have.
@@ -56,7 +56,7 @@ def checked_layout(experts: Mapping[str, Stack], given: str | None) -> str | Non
     return given or PEFT
 
 
-def _check_shared(experts: Mapping[str, Stack]) -> None:
+def _check_shared(experts: Mapping[str, Adapted]) -> None:
     for path, stack in experts.items():
         for name, adapter in stack.adapters.items():
             A, A_pool, _, _, _ = adapter.factors()
@@ -68,7 +68,9 @@ def _check_shared(experts: Mapping[str, Stack]) -> None:
                 )
 
 
-def expert_factors(path: str, stack: Stack, layout: str, rank: int) -> Iterator[tuple[str, Tensor]]:
+def expert_factors(
+    path: str, stack: Adapted, layout: str, rank: int
+) -> Iterator[tuple[str, Tensor]]:
     """Make the tensors of one module's adapted experts in a layout, every rank being ``rank``."""
     inner = path
     for name in _nested(stack):
@@ -87,7 +89,7 @@ def expert_factors(path: str, stack: Stack, layout: str, rank: int) -> Iterator[
         inner += ".base_layer"
 
 
-def _nested(stack: Stack) -> list[str]:
+def _nested(stack: Adapted) -> list[str]:
     """Name the adapted weights as PEFT wraps them: the outermost, the last one, first."""
     names = [name for name, _ in stack.base.named_parameters(recurse=False)]
     return sorted(stack.adapters, key=names.index, reverse=True)
@@ -116,7 +118,7 @@ def _single(
             yield f"{key}B.weight", B.t()[rows]
 
 
-def _shared(path: str, stack: Stack, name: str, rank: int) -> Iterator[tuple[str, Tensor]]:
+def _shared(path: str, stack: Adapted, name: str, rank: int) -> Iterator[tuple[str, Tensor]]:
     """SGLang's: what all experts share stands once, and d goes to the other side.
 
     Where gate and up take turns as rows, they stand apart, under names that leave no doubt.

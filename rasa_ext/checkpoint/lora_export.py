@@ -14,7 +14,7 @@ from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_experts import checked_layout
 from rasa_ext.checkpoint.lora_file import check_rank, factors_of, write_lora, written_rank
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
-from rasa_ext.checkpoint.lora_view import Export, Linear, Stack
+from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
 from rasa_ext.linalg import svd_of_product
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.swap import FAST_PATH
@@ -188,10 +188,11 @@ def _export_of(model: nn.Module) -> Export:
         root=root,
         config=state.config,
         linears={
-            name: Linear(layer.base_layer, layer.adapter()) for name, layer in adapted_layers(root)
+            name: Adapted(layer.base_layer, {WEIGHT: layer.adapter()})
+            for name, layer in adapted_layers(root)
         },
         experts={
-            path: Stack(each.base_layer, {n: bank.adapter() for n, bank in each.banks().items()})
+            path: Adapted(each.base_layer, {n: bank.adapter() for n, bank in each.banks().items()})
             for path, each in adapted_experts(root)
         },
         saved={**row_tensors(root), **saved_tensors(root, state.plan)},

@@ -22,7 +22,7 @@ from rasa_ext.checkpoint.lora_experts import (
 )
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, checked_format
 from rasa_ext.checkpoint.lora_limits import warn_of_readers
-from rasa_ext.checkpoint.lora_view import Export
+from rasa_ext.checkpoint.lora_view import WEIGHT, Export
 from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.linalg import svd_of_product
 from rasa_ext.methods.base import checked_integer
@@ -126,8 +126,8 @@ def at_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def factors_of(export: Export, layout: str | None, rank: int) -> Iterator[tuple[str, Tensor]]:
     """Make the tensors lora_A and lora_B of every layer, float32, by their keys."""
-    for name, (_, adapter) in export.linears.items():
-        Ap, Bp = ops.pack(*adapter.factors(), torch.float32, 1)
+    for name, layer in export.linears.items():
+        Ap, Bp = ops.pack(*layer.adapters[WEIGHT].factors(), torch.float32, 1)
         A, B = at_rank(Ap, Bp.t(), rank)
         yield f"{PREFIX}{name}.lora_A.weight", A
         yield f"{PREFIX}{name}.lora_B.weight", B

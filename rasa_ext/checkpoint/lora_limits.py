@@ -91,8 +91,8 @@ def _limits(export: Export, layout: str | None, parameters: list[str]) -> Iterat
         )
     if layout is None and parameters:
         yield (
-            f"{', '.join(parameters)} stand in target_parameters, since PEFT takes such names in "
-            "target_modules for experts; start SGLang, which reads target_modules alone, with "
+            f"{', '.join(parameters[:3])} stand in target_parameters, since PEFT takes such names "
+            "in target_modules for experts; start SGLang, which reads target_modules alone, with "
             "--lora-target-modules all."
         )
     if tied := export.tied_to_embedding():

@@ -14,20 +14,15 @@ from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.patching.tokens import TokenRows
 
-
-class Linear(NamedTuple):
-    """An adapted linear layer."""
-
-    base: Any
-    adapter: Adapter
+WEIGHT = "weight"
 
 
-class Stack(NamedTuple):
-    """Stacked experts, of which one or both weights are adapted."""
+class Adapted(NamedTuple):
+    """An adapted linear layer, or stacked experts of which one or both weights are adapted."""
 
     base: Any
     adapters: dict[str, Adapter]
-    """By the name of the weight."""
+    """By the name of the weight; `WEIGHT` in a linear layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +32,8 @@ class Export:
     root: nn.Module
     """The model in which the names lead to modules."""
     config: AdapterConfig
-    linears: dict[str, Linear]
-    experts: dict[str, Stack]
+    linears: dict[str, Adapted]
+    experts: dict[str, Adapted]
     saved: dict[str, Tensor]
     """Modules that were trained in full, and trained rows, by the names of their tensors."""
     modules_to_save: tuple[str, ...]
@@ -50,19 +45,18 @@ class Export:
 
     def effective_rank(self) -> int:
         """Give the largest rank of the change of a weight."""
-        adapters = [linear.adapter for linear in self.linears.values()]
-        adapters += [each for stack in self.experts.values() for each in stack.adapters.values()]
-        return max(adapter.factors().rank for adapter in adapters)
+        layers = (*self.linears.values(), *self.experts.values())
+        return max(each.factors().rank for layer in layers for each in layer.adapters.values())
 
     def on_meta(self) -> Export:
         """Give a copy whose adapters are on the meta device: shapes, without memory."""
-        linears = {
-            name: Linear(base, _on_meta(adapter)) for name, (base, adapter) in self.linears.items()
-        }
-        experts = {
-            path: Stack(base, {name: _on_meta(each) for name, each in adapters.items()})
-            for path, (base, adapters) in self.experts.items()
-        }
+        linears, experts = (
+            {
+                name: Adapted(base, {key: _on_meta(each) for key, each in adapters.items()})
+                for name, (base, adapters) in layers.items()
+            }
+            for layers in (self.linears, self.experts)
+        )
         return dataclasses.replace(self, linears=linears, experts=experts)
 
     def tied_to_embedding(self) -> str | None:

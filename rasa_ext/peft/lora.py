@@ -13,7 +13,7 @@ from rasa_ext.checkpoint.adapter import task_type
 from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_file import write_lora
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
-from rasa_ext.checkpoint.lora_view import Export, Linear, Stack
+from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
 from rasa_ext.peft.experts import RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.named import NamedAdapters
@@ -77,7 +77,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
             f"({', '.join(map(repr, configs)) or 'it has none'}), got {adapter_name!r}."
         )
     stacks = {
-        path: Stack(
+        path: Adapted(
             each.base_layer,
             {
                 name: bank.named(adapter_name)
@@ -98,7 +98,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
         root=root,
         config=configs[adapter_name],
         linears={
-            name: Linear(layer.base_layer, layer.named(adapter_name))
+            name: Adapted(layer.base_layer, {WEIGHT: layer.named(adapter_name)})
             for name, layer in modules.items()
             if isinstance(layer, RasaPeftLinear) and adapter_name in layer.configs
         },
