@@ -35,7 +35,7 @@ class Naive(nn.Module):
         y, x = self.ours.base_layer(x), nn.functional.dropout(x, self.p)
         factors = self.ours.adapter().factors()
         multiple = ops.rank_multiple(x.device.type, x.dtype, factors.rank, len(x))
-        return functional.adapted_add(y, x, factors, multiple)
+        return functional.adapted_linear(x, None, None, factors, multiple, y=y)
 
 
 def kept(module: nn.Module, x: torch.Tensor) -> int:

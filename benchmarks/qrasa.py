@@ -26,8 +26,8 @@ from torch import nn
 
 import rasa_ext
 from benchmarks import harness
+from benchmarks.batches import collate, encoded
 from benchmarks.model import resident
-from experiments.training import collate, encoded
 from rasa_ext.base_layers.quantized import format_of, stored_bytes
 from rasa_ext.commands.demo import INSTRUCTION
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer

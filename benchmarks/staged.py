@@ -242,8 +242,7 @@ def bench(
 
 def profile(work: Path, budget: float, *arguments: str, device: str, quick: bool) -> Stage:
     """The stage that shows where a step goes."""
-    # More than a CPU takes without operators (ops.torch_differentiates).
-    small = ("--block", "tiny", "--tokens", "520", "--steps", "2") if quick else ()
+    small = ("--block", "tiny", "--tokens", "64", "--steps", "2") if quick else ()
     command = (PYTHON, "-m", "benchmarks.profile", "--device", device, "--out", str(work))
     return Stage("profile", (*command, *arguments, *small), budget, "profile.json")
 

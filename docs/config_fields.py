@@ -6,7 +6,8 @@ import ast
 from pathlib import Path
 from typing import NamedTuple
 
-PACKAGE = Path(__file__).resolve().parents[1] / "rasa_ext"
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "rasa_ext"
 
 
 class Field(NamedTuple):
@@ -26,22 +27,25 @@ class _Literal(str):
         return _Literal(f"{self}.{name}")
 
 
-def fields(path: str, class_name: str, **names: object) -> list[Field]:
+def fields(path: str | Path, class_name: str, **names: object) -> list[Field]:
     """The fields of a config in their order; ``names`` are those that its help texts use."""
     tree = ast.parse((PACKAGE / path).read_text())
-    (body,) = [n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
+    (node,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == class_name]
     scope = {
-        "option": lambda default, text: (default, text),
+        "option": lambda default, text, counts=0: (default, text),
         "ALL_LINEAR": "all-linear",
         "torch": _Literal("torch"),
         **names,
     }
-    found = []
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
-            default, text = eval(ast.unparse(node.value), scope)
-            found.append(Field(ast.unparse(node.target), repr(default), text))
-    return found
+    bases = (ast.unparse(base) for base in node.bases)
+    inherited = (each for base in bases if base in CLASSES for each in fields(CLASSES[base], base))
+    found = {each.name: each for each in inherited}
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.value, ast.Call):
+            default, text = eval(ast.unparse(line.value), scope)
+            name = ast.unparse(line.target)
+            found[name] = Field(name, repr(default), text)
+    return list(found.values())
 
 
 def rasa_fields() -> list[Field]:
@@ -50,19 +54,26 @@ def rasa_fields() -> list[Field]:
     return own + fields("methods/base.py", "AdapterConfig")
 
 
-METHODS = {
-    node.name: f"methods/{path.name}"
-    for path in sorted((PACKAGE / "methods").glob("*.py"))
+_NODES = {
+    node.name: (path, node.body)
+    for package in ("rasa_ext", "research/rasa_research")
+    for path in sorted((ROOT / package / "methods").glob("*.py"))
     for node in ast.parse(path.read_text()).body
-    if isinstance(node, ast.ClassDef)
-    and node.name != "RasaConfig"
-    and any(ast.unparse(each).startswith("method: ClassVar[str] = ") for each in node.body)
+    if isinstance(node, ast.ClassDef) and node.name != "AdapterConfig"
 }
-"""Where the configs of ``rasa_ext.methods`` are, but for RaSA's."""
+CLASSES = {name: path for name, (path, _) in _NODES.items()}
+"""Where the classes of both packages' methods are, but for what all methods share."""
+METHODS = {
+    name: path
+    for name, (path, body) in _NODES.items()
+    if name != "RasaConfig"
+    and any(ast.unparse(node).startswith("method: ClassVar[str] = ") for node in body)
+}
+"""Where the configs are, but for RaSA's."""
 
 
 def method_table(name: str) -> str:
-    """The table for a config of ``rasa_ext.methods``, without what all methods share."""
+    """The table for a method's config, without what all methods share."""
     return table(fields(METHODS[name], name))
 
 

@@ -10,9 +10,8 @@ from rasa_ext import checkpoint, distributed, methods, patching, training
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
 from rasa_ext.checkpoint.card import Card
-from rasa_ext.checkpoint.import_lora import import_lora
-from rasa_ext.checkpoint.lora_export import export_lora, export_size
-from rasa_ext.checkpoint.lora_truncated import Truncation, export_error
+from rasa_ext.checkpoint.lora import import_lora
+from rasa_ext.checkpoint.lora_export import Truncation, export_error, export_lora, export_size
 from rasa_ext.checkpoint.official import load_official
 from rasa_ext.checkpoint.push import push_to_hub
 from rasa_ext.config import RasaConfig

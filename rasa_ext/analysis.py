@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from rasa_ext.checkpoint.adapter import own_key, pool_key
 from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
 from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.methods import read_method
@@ -73,7 +74,7 @@ class GroupAnalysis:
 
     @property
     def pool_use(self) -> Tensor:
-        """(L, L*k): every layer's use of every slot; of ResLoRA's, of every layer before it."""
+        """(L, L*k): every layer's use of every slot."""
         return pad_sequence([layer.pool_use for layer in self.layers], batch_first=True)
 
     @property
@@ -124,8 +125,8 @@ def analyze_adapter(
 
     Args:
         directory: what ``save_adapter`` wrote.
-        model: the base, for names and shapes: it may lie on the meta device. SBoRA, ResLoRA and
-            boosters in a pool need it, whose files hold no A and B of every layer.
+        model: the base, for names and shapes: it may lie on the meta device. A method needs it
+            whose files do not hold an A and a B of every layer.
 
     Returns:
         One entry for every group of layers that share a pool.
@@ -226,10 +227,10 @@ def _factors(
     tensors: Mapping[str, Tensor], config: AdapterConfig, group: Group
 ) -> dict[str, Factors]:
     """A group's factors by its method; its pool stands under one of the members."""
-    pools = (_under(tensors, f"{PREFIX}{member}.rasa_pool_") for member in group.names)
+    pools = (_under(tensors, pool_key(member, "")) for member in group.names)
     pool = next(filter(None, pools), {})
     return {
-        place.name: config.factors(_under(tensors, f"{PREFIX}{place.name}.rasa_"), pool, place)
+        place.name: config.factors(_under(tensors, own_key(place.name, "")), pool, place)
         for place in group.places(torch.device("cpu"))
     }
 

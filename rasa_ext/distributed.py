@@ -21,14 +21,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 
 from rasa_ext.base_layers.sharded import is_dtensor
-from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import AdaptedModule
+from rasa_ext.nn.split import SplitLinear
 from rasa_ext.patching.state import is_patched, patch_state, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["no_sync", "replicate_adapter", "shard_model", "unwrap"]
+__all__ = ["check_averaged", "no_sync", "replicate_adapter", "shard_model", "unwrap"]
 
 
 def shard_model(
@@ -210,7 +210,7 @@ def _average(
     layers = [module for module in model.modules() if isinstance(module, AdaptedModule)]
     for layer in layers:
         layer.drop_pack()
-        if isinstance(layer, AdaptedLinear):
+        if isinstance(layer, SplitLinear):
             layer.averaged = True
     if is_patched(model):
         patch_state(model).hooks.append(averaging)
@@ -227,7 +227,18 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def check_averaged(model: nn.Module, what: str) -> None:
-    """Raise RuntimeError where parameters that ``what`` lets be trained would not be averaged."""
+    """Raise RuntimeError where gradients of what is trained from now on would not be averaged.
+
+    That is so in several processes, unless ``shard_model`` or ``replicate_adapter`` averages them.
+
+    Args:
+        model: a patched model, wrapped or not.
+        what: the argument that lets other parameters be trained, for the error.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> rasa_ext.distributed.check_averaged(model, "layers")  # one process
+    """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if several and unwrap(model) not in _AVERAGING:
         raise RuntimeError(
@@ -236,17 +247,16 @@ def check_averaged(model: nn.Module, what: str) -> None:
         )
 
 
-def follow(model: nn.Module, drawn: bool = False) -> None:
+def follow(model: nn.Module) -> None:
     """Average the gradients of parameters that have taken the place of others.
 
-    With ``drawn`` they are made equal to the first process's; then every process must call this.
+    They get the first process's values, so that every process must call this.
     """
     root = unwrap(model)
     averaging = _AVERAGING.get(root)
     if averaging is not None:
         parameters = _replicated(root)
-        if drawn:
-            _place(parameters, averaging.groups, None)
+        _place(parameters, averaging.groups, None)
         averaging.watch(parameters)
 
 

@@ -8,6 +8,7 @@ classes that have no such marks.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -82,16 +83,6 @@ def bank_weight(module: Any, name: str) -> Tensor:
     return weight.transpose(1, 2) if is_transposed(module) else weight
 
 
-def banks_of(model: nn.Module) -> dict[str, Bank]:
-    """Find the stacked weights of a model, by their parameters' names."""
-    return {
-        f"{path}.{name}".lstrip("."): (module, name)
-        for path, module in model.named_modules()
-        if is_experts(module)
-        for name in bank_names(module)
-    }
-
-
 def check_bank(full_name: str, bank: Bank) -> None:
     """Raise TypeError or ValueError where a stacked weight cannot be adapted."""
     module, name = bank
@@ -119,23 +110,22 @@ def check_bank(full_name: str, bank: Bank) -> None:
         )
 
 
-def routers_of(model: nn.Module) -> tuple[str, ...]:
+def routers_of(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
     """Name the modules that choose experts or weigh them: by their names, beside experts."""
     return tuple(
         f"{path}.{key}".lstrip(".")
-        for path, module in model.named_modules()
+        for path, module in modules.items()
         for key, child in module.named_children()
         if _ROUTER.fullmatch(key) and (_knows_experts(module) or _knows_experts(child))
     )
 
 
-def expert_weights(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
     """Find the weights of experts and routers that are no linear layers', with their shapes.
 
-    They are 3-D parameters of modules that are not torch's own, and beside experts those of two
-    dimensions as well, also in embeddings.
+    They are 3-D parameters of modules that are not torch's own, and beside experts 2-D ones as
+    well, also in embeddings.
     """
-    modules = dict(model.named_modules())
     found: dict[str, tuple[int, ...]] = {}
     for path, module in modules.items():
         usual = type(module).__module__.startswith("torch.nn")

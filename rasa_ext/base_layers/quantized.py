@@ -10,6 +10,7 @@ Neither library is imported here. A layer of theirs can only exist where it was 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -244,13 +245,13 @@ def forget_quantizer(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_not_repacked(model: nn.Module) -> None:
-    """Raise ValueError where a Linear4bit of ``model`` has rearranged its weight.
+def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError where a Linear4bit among a model's modules has rearranged its weight.
 
     See ``disable_cpu_repacking``. The library's way back rounds the scales, so that the weight
     would not be what it was.
     """
-    for name, module in model.named_modules():
+    for name, module in modules.items():
         fmt = format_of(module)
         if isinstance(fmt, BnbLinear4bit) and fmt.is_repacked(module):
             raise ValueError(

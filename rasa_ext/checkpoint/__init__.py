@@ -1,6 +1,7 @@
 """Adapter directories: this package's, those of the official code, and plain LoRAs."""
 
 from rasa_ext.checkpoint.adapter import AdapterState, own_key, pool_key, saved_tensors
+from rasa_ext.checkpoint.expert_names import StackedWeight, stacked_weights
 from rasa_ext.checkpoint.files import (
     PREFIX,
     check_finite,
@@ -8,22 +9,25 @@ from rasa_ext.checkpoint.files import (
     read_adapter,
     write_adapter,
 )
-from rasa_ext.checkpoint.import_lora import convert_lora
-from rasa_ext.checkpoint.lora import Lora, read_lora
+from rasa_ext.checkpoint.lora import Lora, convert_lora, read_lora
 from rasa_ext.checkpoint.lora_file import plain_settings
+from rasa_ext.checkpoint.official import load_official_tensors
 
 __all__ = [
     "PREFIX",
     "AdapterState",
     "Lora",
+    "StackedWeight",
     "check_finite",
     "check_tensors",
     "convert_lora",
+    "load_official_tensors",
     "own_key",
     "plain_settings",
     "pool_key",
     "read_adapter",
     "read_lora",
     "saved_tensors",
+    "stacked_weights",
     "write_adapter",
 ]

@@ -1,8 +1,8 @@
 """Saving and loading adapters in the package's own format.
 
 For a layer at ``<path>``: ``base_model.model.<path>.rasa_A``, ``.rasa_B`` and ``.rasa_d``; a pool
-stands once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of its group's first layer. Trained modules
-stand under their own names, trained rows of an embedding under PEFT's. The configuration uses the
+is stored once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of the group's first layer. Trained modules
+have their own names, trained rows of an embedding PEFT's. The configuration uses the
 field names of the official code.
 """
 
@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,7 @@ from rasa_ext.base_layers.sharded import (
     sharded_modules,
     what_is_here,
 )
-from rasa_ext.checkpoint.adapter_card import adapter_card
-from rasa_ext.checkpoint.card import PLAIN, Card
+from rasa_ext.checkpoint.card import PLAIN, Card, adapter_card, write_card
 from rasa_ext.checkpoint.files import (
     CONFIG,
     PREFIX,
@@ -37,19 +35,21 @@ from rasa_ext.checkpoint.files import (
     check_in_memory,
     check_tensors,
     file_in,
+    located,
     read_adapter,
     read_tensors,
-    write_adapter,
+    write_files,
 )
-from rasa_ext.checkpoint.hub import located
+from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
-from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.nn.adapter import Adapter
+from rasa_ext.nn.rasa import AdapterOwner, RasaLinear, RasaPool
 from rasa_ext.nn.rasa_experts import RasaBank
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.grouping import pattern, settled
 from rasa_ext.patching.patch import apply_plan, check_unpatched
-from rasa_ext.patching.state import Owner, is_patched, owners, patch_state, unwrap
+from rasa_ext.patching.state import is_patched, owners, patch_state, unwrap
 from rasa_ext.patching.targets import Plan, make_plan, resolve_config
 from rasa_ext.patching.tokens import row_tensors, rows_key
 
@@ -88,6 +88,16 @@ def pool_key(first: str, field: str) -> str:
     return f"{PREFIX}{first}.rasa_pool_{field}"
 
 
+def keyed(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Name the tensors of the adapters of layers as in a file; the first layer has the pool's."""
+    found: dict[str, Tensor] = {}
+    for name, adapter in adapters.items():
+        pool = adapter.pool if adapter.place.index == 0 else {}
+        found.update((pool_key(name, field), tensor) for field, tensor in pool.items())
+        found.update((own_key(name, field), tensor) for field, tensor in adapter.own.items())
+    return found
+
+
 def save_adapter(
     model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
 ) -> None:
@@ -115,8 +125,8 @@ def save_adapter(
         >>> sorted(os.listdir("adapter"))
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    state = patch_state(model)
-    write_tensors(unwrap(model), directory, state.config, state.plan, adapter_tensors(model), card)
+    root, state = unwrap(model), patch_state(model)
+    write_tensors(root, directory, state.config, state.plan, adapter_tensors(root), card)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +169,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     card: Card | None = None,
 ) -> None:
-    """Write an adapter for ``model``, patched or not, whose tensors are named as in its file."""
+    """Write an adapter for ``model``, patched or not; ``tensors`` are named as in the file."""
     settings = settled(config, plan.groups).to_dict()
     settings["modules_to_save"] = list(plan.modules_to_save) or None
     settings["base_model_name_or_path"] = base_name(model)
@@ -168,8 +178,10 @@ def write_tensors(
     settings["fan_in_fan_out"] = any(_transposed(model, g.names[0]) for g in linears)
     settings["inference_mode"] = True
     settings["rasa_ext_version"] = __version__
-    told = None if card is None else adapter_card(model, settings, config, plan, tensors, card)
-    write_adapter(directory, settings, tensors, told)
+    text = None if card is None else adapter_card(model, settings, config, plan, tensors, card)
+    with new_folder(Path(directory), stale=()) as folder:
+        write_files(folder, settings, tensors)
+        write_card(folder, text, directory)
 
 
 def _transposed(model: nn.Module, name: str) -> bool:
@@ -184,9 +196,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
         model: the base that the adapter was trained on, or a model patched with the same config.
             The tensors are cast to the dtype of its adapter and go where that is.
         directory: what ``save_adapter`` wrote; or, where there is none of that name, its id on the
-            Hub ("owner/name"), for which huggingface_hub is needed. Of a whole model that
-            ``save_pretrained`` wrote after patching, the adapter is loaded if the model is patched
-            with the config of its training.
+            Hub ("owner/name"). Of a whole model that ``save_pretrained`` wrote after patching, the
+            adapter is loaded if the model is patched with the config of its training.
 
     Returns:
         The same object.
@@ -241,7 +252,7 @@ def load_tensors_into(
 ) -> nn.Module:
     """Put tensors named as in the package's files into a model, patching it if need be.
 
-    ``shown`` gives the name that a tensor has in the file at hand, for what is said of it.
+    ``shown`` gives a tensor's name in the file that was read, for error messages.
     """
     config = resolve_config(unwrap(model), config)
     patched = is_patched(model)
@@ -262,11 +273,12 @@ def load_tensors_into(
         check_unpatched(model)
         plan = make_plan(model, config)
     check_in_memory(_changed(unwrap(model), plan))
-    expected = _expected(unwrap(model), config, plan)
+    planned = [group.planned(config) for group in plan.groups]
+    expected = _expected(unwrap(model), planned, plan)
     hint = _other_base(tensors, expected)
     check_tensors(_keyed(shown, tensors), _keyed(shown, expected), where, hint)
     check_finite(_keyed(shown, tensors), where)
-    _check_indices(config, plan, tensors, where)
+    _check_indices(planned, tensors, where)
     if not patched:
         apply_plan(model, config, plan)
     with torch.no_grad():
@@ -297,24 +309,25 @@ def _changed(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
-    """Say what an adapter that does not fit is made for, and what to do with it."""
+    """Say which model an adapter that does not fit is for, and what to do."""
     if any(".rasa_mixing" in key or ".rasa_shared_" in key for key in found):
         return "It is a checkpoint of the official code, which rasa_ext.load_official reads."
-    theirs, ours = (Counter(map(pattern, _layers(keys))) for keys in (found, expected))
-    differ = [kind for kind in theirs if theirs[kind] != ours[kind]]
-    told = ""
-    if differ:
-        kind = differ[0]
-        told = f"The adapter has {theirs[kind]} layers {kind}, and the model {ours[kind]}. "
+    theirs, ours = (
+        Counter(
+            pattern(key.removeprefix(PREFIX).removesuffix(".rasa_A"))
+            for key in keys
+            if key.endswith(".rasa_A")
+        )
+        for keys in (found, expected)
+    )
+    kind = next((kind for kind in theirs if theirs[kind] != ours[kind]), None)
+    text = ""
+    if kind is not None:
+        text = f"The adapter has {theirs[kind]} layers {kind}, and the model {ours[kind]}. "
     return (
-        f"{told}Load it into the model that it was trained on: base_model_name_or_path in its "
+        f"{text}Load it into the model that it was trained on: base_model_name_or_path in its "
         "adapter_config.json."
     )
-
-
-def _layers(keys: Iterable[str]) -> list[str]:
-    found = (re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.rasa_A", key) for key in keys)
-    return [match[1] for match in found if match]
 
 
 def _keyed(name: Callable[[str], str], things: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,20 +339,16 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     root, state = unwrap(model), patch_state(model)
     plan, layers = state.plan, dict(owners(model))
     _check_in_place(plan, layers)
-    tensors: dict[str, Tensor] = {}
-    for group in plan.groups:
-        for field, tensor in layers[group.names[0]].pool_tensors().items():
-            tensors[pool_key(group.names[0], field)] = tensor.detach()
-        for name in group.names:
-            for field, tensor in layers[name].own_tensors().items():
-                tensors[own_key(name, field)] = tensor.detach()
-    for key, tensor in (*row_tensors(root).items(), *saved_tensors(root, plan).items()):
-        tensors[f"{PREFIX}{key}"] = tensor
-    _check_unsharded(root, plan, tensors, _expected(root, state.config, plan))
+    adapters = {name: layers[name].adapter() for group in plan.groups for name in group.names}
+    tensors = {key: tensor.detach() for key, tensor in keyed(adapters).items()}
+    others = {**row_tensors(root), **saved_tensors(root, plan)}
+    tensors.update((f"{PREFIX}{key}", tensor) for key, tensor in others.items())
+    planned = [group.planned(state.config) for group in plan.groups]
+    _check_unsharded(root, plan, tensors, _expected(root, planned, plan))
     return tensors
 
 
-def _check_in_place(plan: Plan, layers: Mapping[str, Owner]) -> None:
+def _check_in_place(plan: Plan, layers: Mapping[str, AdapterOwner]) -> None:
     """ValueError where adapted layers are not those that were made, or not where they were."""
     for name in (name for group in plan.groups for name in group.names):
         if name not in layers:
@@ -412,37 +421,33 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
     return tensors
 
 
-def _expected(root: nn.Module, config: AdapterConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
+def _expected(
+    root: nn.Module, planned: list[dict[str, Adapter]], plan: Plan
+) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in the file of an adapter for ``root``, patched or not."""
-    expected: dict[str, tuple[int, ...]] = {}
-    for group in plan.groups:
-        places = group.places(torch.device("meta"))
-        for field, tensor in config.pool(places).items():
-            expected[pool_key(group.names[0], field)] = tuple(tensor.shape)
-        for name, place in zip(group.names, places, strict=True):
-            for field, tensor in config.own(place).items():
-                expected[own_key(name, field)] = tuple(tensor.shape)
+    tensors = {key: tensor for group in planned for key, tensor in keyed(group).items()}
+    tensors.update((f"{PREFIX}{key}", t) for key, t in saved_tensors(root, plan).items())
+    expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     for rows in plan.tokens:
         expected[f"{PREFIX}{rows_key(rows.names[0])}"] = (len(rows.ids), rows.width)
-    for key, tensor in saved_tensors(root, plan).items():
-        expected[f"{PREFIX}{key}"] = tuple(tensor.shape)
     return expected
 
 
 def _check_indices(
-    config: AdapterConfig, plan: Plan, tensors: Mapping[str, Tensor], where: str
+    planned: list[dict[str, Adapter]], tensors: Mapping[str, Tensor], where: str
 ) -> None:
-    """ValueError where integers of a file, such as features to read, are not those of a layer."""
-    for group in plan.groups:
-        places = group.places(torch.device("meta"))
-        pool = {field: tensors[pool_key(group.names[0], field)] for field in config.pool(places)}
-        for name, place in zip(group.names, places, strict=True):
-            made = config.own(place)
-            if all(tensor.is_floating_point() for tensor in made.values()):
+    """ValueError where indices in a file, such as features to read, are out of a layer's range."""
+    for group in planned:
+        first = next(iter(group))
+        for name, made in group.items():
+            if all(tensor.is_floating_point() for tensor in made.own.values()):
                 break
-            own = {field: tensors[own_key(name, field)].to(made[field].dtype) for field in made}
+            pool = {field: tensors[pool_key(first, field)] for field in made.pool}
+            own = {
+                field: tensors[own_key(name, field)].to(t.dtype) for field, t in made.own.items()
+            }
             try:
-                config.factors(own, pool, place)
+                made.config.factors(own, pool, made.place)
             except (IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"{where}: expected indices within the layer or its pool, but those of "
@@ -450,12 +455,12 @@ def _check_indices(
                 ) from None
 
 
-def task_type(model: nn.Module) -> str | None:
+def task_type(root: nn.Module) -> str | None:
     """PEFT's word for what the model does, where that decides how PEFT loads the adapter."""
-    return "CAUSAL_LM" if type(unwrap(model)).__name__.endswith("ForCausalLM") else None
+    return "CAUSAL_LM" if type(root).__name__.endswith("ForCausalLM") else None
 
 
-def base_name(model: nn.Module) -> str | None:
+def base_name(root: nn.Module) -> str | None:
     """Where the base model came from, as far as it knows."""
-    config = getattr(unwrap(model), "config", None)
+    config = getattr(root, "config", None)
     return getattr(config, "_name_or_path", None) or None

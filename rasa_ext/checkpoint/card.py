@@ -4,25 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from rasa_ext._version import __version__
+from rasa_ext.checkpoint.serving import BASE_FOLDER, serving_help
+from rasa_ext.methods.base import AdapterConfig
+from rasa_ext.patching.targets import Plan
+
 CARD = "README.md"
 
-BASE_FOLDER = "BASE_FOLDER"
-"""Stands in a card, or a command, for the folder of a base that has no name on the Hub."""
-
-_HEAD = re.compile(r"---\n(.*?\n)---\n", re.DOTALL)
 _SEAL = re.compile(r"\n<!-- Written by rasa_ext [^\n]*: ([0-9a-f]{64}) -->\n\Z")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
 _OWN = ("Load", "Serve", "Layers")
-"""The sections that are written for a directory, whatever its card was told."""
+"""The sections that are written for a directory, whatever its card was given."""
+_HERE = '`"."` is the folder of this card.\n\n'
+_ROWS = 40
+"""The most groups of layers that a card lists."""
+_ALWAYS = ("rank", "k", "alpha")
+_LIBRARIES = {"peft": "peft", "gguf": None, "mlx": "mlx"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,27 +69,28 @@ class Card:
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> Card:
-        """Read what the card of a directory was told, so that another form of it says the same.
+        """Read what a directory's card was given, so that another form of it says the same.
 
         Args:
             directory: of an adapter or a LoRA; empty if it has no card that this package began.
 
         Returns:
-            The data sets of its head, and its sections but for "Load", "Serve" and "Layers".
+            The data sets of the head, and the sections but for "Load", "Serve" and "Layers".
+
+        Raises:
+            ValueError: the head of the card is no YAML.
         """
-        text = _text(Path(directory) / CARD)
-        if _SEAL.search(text) is None:
+        path = Path(directory) / CARD
+        text, seal = _split(_text(path))
+        if not seal:
             return cls()
-        text = _SEAL.sub("", text)
-        front = _HEAD.match(text)
-        head, body = (front[1], text[front.end() :]) if front else ("", text)
-        listed = re.search(r"^datasets:\n((?:- .*\n)+)", head, re.MULTILINE)
-        datasets = re.findall(r'^- "?(.*?)"?$', listed[1], re.MULTILINE) if listed else []
-        _, *parts = re.split(r"^## (.+)\n", body, flags=re.MULTILINE)
-        told = {
-            heading: text.strip() for heading, text in zip(parts[::2], parts[1::2], strict=True)
-        }
-        return cls(datasets, {name: text for name, text in told.items() if name not in _OWN})
+        card = _parsed(text, str(path))
+        _, *parts = re.split(r"^## (.+)\n", card.text, flags=re.MULTILINE)
+        sections = dict(zip(parts[::2], map(str.strip, parts[1::2]), strict=True))
+        return cls(
+            card.data.get("datasets", ()),
+            {name: text for name, text in sections.items() if name not in _OWN},
+        )
 
 
 PLAIN = Card()
@@ -131,78 +141,175 @@ def hub_id(name_or_path: str) -> str | None:
     return None if local or not _ID.fullmatch(name_or_path) else name_or_path
 
 
-def head(fields: Mapping[str, str | Sequence[str] | None]) -> str:
-    """Give the YAML head of a card; fields of no value are left out.
+def adapter_card(
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    config: AdapterConfig,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    card: Card,
+) -> str:
+    """Give the card of an adapter in the package's format, whose ``settings`` are its config."""
+    base, task = Base.of(settings["base_model_name_or_path"]), settings["task_type"]
+    serve = ""
+    if base.name and task == "CAUSAL_LM":
+        named = "" if base.id else f" --model {BASE_FOLDER}"
+        serve = (
+            "Servers read LoRAs. The first command writes this adapter as one, exactly, and prints "
+            "the command that serves it; the second writes a merged model, which is served as any "
+            f"other.\n\n```bash\nrasa-ext export-lora . --output lora{named}\n"
+            f"rasa-ext merge . --output merged{named}\n```"
+        )
+    return compose(
+        head_fields(base, task, card, "rasa_ext", [config.method, "lora"]),
+        title(f"{config.title} adapter", base),
+        f"Written by rasa_ext {__version__}.",
+        {
+            **about(base, config),
+            "adapted": f"{sum(len(group.names) for group in plan.groups)} layers",
+            "trained in full": ", ".join(f"`{name}`" for name in plan.modules_to_save),
+            "trained rows": ", ".join(f"{len(t.ids)} of `{t.names[0]}`" for t in plan.tokens),
+            "numbers in the file": f"{sum(t.numel() for t in tensors.values()):,}",
+        },
+        {
+            "Load": _load(model, base, task, "import rasa_ext", "rasa_ext.load_adapter"),
+            "Serve": serve,
+            **card.sections,
+            "Layers": _layers(config, plan),
+        },
+    )
 
-    Strings are quoted as JSON has it, which YAML reads as they are, be they "no" or "1.0".
+
+def lora_card(
+    model: nn.Module,
+    settings: Mapping[str, Any],
+    config: AdapterConfig,
+    card: Card,
+    format: str,
+    layout: str | None,
+    exact: bool,
+) -> str:
+    """Give the card of a LoRA. ``settings`` are PEFT's, ``layout`` is the one of adapted experts.
+
+    ``exact`` says that no rank was left out.
     """
-    lines = ["---"]
-    for name, value in fields.items():
-        if isinstance(value, str):
-            lines.append(f"{name}: {json.dumps(value, ensure_ascii=False)}")
-        elif value:
-            lines += [f"{name}:", *(f"- {json.dumps(v, ensure_ascii=False)}" for v in value)]
-    return "\n".join([*lines, "---\n"])
+    base, task = Base.of(settings["base_model_name_or_path"]), settings["task_type"]
+    tags = [config.method, "lora", *([] if format == "peft" else [format])]
+    how = "computes the same function" if exact else "is the nearest of its rank to every layer"
+    own = about(base, config)
+    tokens = settings.get("trainable_token_indices") or {}
+    adapted = [*settings["target_modules"], *settings.get("target_parameters", ())]
+    load = serve = ""
+    if format == "peft" and layout in (None, "peft"):
+        call = "PeftModel.from_pretrained"
+        load = _load(model, base, task, "from peft import PeftModel", call, "model = ")
+    if base.name and task == "CAUSAL_LM":
+        source = base.name if base.name.endswith(".gguf") else base.source
+        float32 = getattr(model, "dtype", None) == torch.float32
+        text = serving_help(
+            source, Path(), settings["r"], float32=float32, expert_layout=layout, format=format
+        )
+        text = re.sub(r"(?m)^(?:  .+\n?)+", _fenced, f"{text}\n")
+        serve = f"{base.folder_note()}Commands are for the folder of this card.\n\n{text}"
+    return compose(
+        head_fields(base, task, card, _LIBRARIES[format], tags),
+        title("LoRA", base),
+        f"Written by rasa_ext {__version__} from an adapter of method {config.title}. It {how}.",
+        {
+            "base model": own.pop("base model"),
+            "rank of the LoRA": settings["r"],
+            "scale": 1,
+            "written from": f"{own.pop('method')}, {', '.join(f'{k} {v}' for k, v in own.items())}",
+            "adapted": ", ".join(f"`{each}`" for each in adapted),
+            "trained in full": ", ".join(f"`{name}`" for name in settings["modules_to_save"] or ()),
+            "trained rows": ", ".join(f"{len(ids)} of `{name}`" for name, ids in tokens.items()),
+            "experts": f"layout `{layout}`" if layout else "",
+        },
+        {"Load": load, "Serve": serve, **card.sections},
+    )
+
+
+def _fenced(commands: re.Match[str]) -> str:
+    return f"\n```bash\n{textwrap.dedent(commands[0])}```\n\n"
+
+
+def title(what: str, base: Base) -> str:
+    """Give the heading of a card."""
+    return f"{what} for {base.name.rpartition('/')[2]}" if base.name else what
+
+
+def about(base: Base, config: AdapterConfig) -> dict[str, Any]:
+    """Give the rows on the base, the method and its options that are not at their defaults."""
+    link = f" ([arXiv {config.paper}](https://arxiv.org/abs/{config.paper}))"
+    common = {field.name for field in dataclasses.fields(AdapterConfig)} - {"dropout"}
+    rows = {
+        "base model": base.link() if base.name else "",
+        "method": f"{config.title}{link if config.paper else ''}",
+    }
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in common and (field.name in _ALWAYS or value != field.default):
+            long = len(str(value)) > 80
+            rows[field.name] = "see `adapter_config.json`" if long else str(value)
+    return rows
+
+
+def head_fields(
+    base: Base, task: str | None, card: Card, library: str | None, tags: list[str]
+) -> dict[str, Any]:
+    """Give the head of the card of an adapter over a base; TypeError where ``card`` is none."""
+    if not isinstance(card, Card):
+        raise TypeError(f"card: expected a rasa_ext.Card or None, got {card!r}.")
+    return {
+        "base_model": base.id,
+        "base_model_relation": "adapter" if base.id else None,
+        "library_name": library,
+        "pipeline_tag": "text-generation" if task == "CAUSAL_LM" else None,
+        "datasets": list(card.datasets) or None,
+        "tags": tags,
+    }
+
+
+def _load(
+    model: nn.Module, base: Base, task: str | None, imports: str, call: str, result: str = ""
+) -> str:
+    """Give the lines that load a directory's adapter into its base, run in that directory."""
+    kind = "AutoModelForCausalLM" if task == "CAUSAL_LM" else type(model).__name__
+    if not base.name or not type(model).__module__.startswith("transformers."):
+        code = f'{imports}\n\n{result}{call}(model, ".")  # the base, as it was before training'
+        return f"```python\n{code}\n```"
+    code = f"{imports}\nfrom transformers import {kind}\n\n"
+    code += f'model = {kind}.from_pretrained("{base.source}")\n{result}{call}(model, ".")'
+    return f"{base.folder_note()}{_HERE}```python\n{code}\n```"
+
+
+def _layers(config: AdapterConfig, plan: Plan) -> str:
+    """Give a table of the groups of layers, with their shapes and, from these, effective ranks."""
+    lines = ["| layers | how many | out x in | rank of the change |", "| --- | --- | --- | --- |"]
+    for group in plan.groups[:_ROWS]:
+        found = {adapter.factors().rank for adapter in group.planned(config).values()}
+        ranks = " to ".join(map(str, sorted({min(found), max(found)})))
+        shape = " x ".join(map(str, (*([group.experts] if group.experts else []), *group.shape)))
+        lines.append(f"| `{group.pattern}` | {len(group.names)} | {shape} | {ranks} |")
+    if (more := len(plan.groups) - _ROWS) > 0:
+        lines.append(f"| {more} more groups | | | |")
+    return "\n".join(lines)
 
 
 def compose(
-    fields: Mapping[str, str | Sequence[str] | None],
+    fields: Mapping[str, Any],
     title: str,
     intro: str,
     rows: Mapping[str, Any],
     sections: Mapping[str, str],
 ) -> str:
-    """Put a card together; rows and sections of no content are left out."""
+    """Put a card together; fields, rows and sections of no content are left out."""
+    from huggingface_hub import ModelCardData
+
     table = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, "")]
     parts = [f"# {title}", intro, "\n".join(["| | |", "| --- | --- |", *table])]
     parts += [f"## {name}\n\n{text.strip()}" for name, text in sections.items() if text.strip()]
-    return sealed(head(fields) + "\n" + "\n\n".join(parts) + "\n")
-
-
-def sealed(text: str) -> str:
-    """Append the line by which an edited card is told from one as it was written."""
-    return (
-        f"{text}\n<!-- Written by rasa_ext and replaced by its next save, unless you edit it: "
-        f"{_digest(text)} -->\n"
-    )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def is_edited(text: str) -> bool:
-    """Tell whether a card is another than this package wrote; so is one that it did not write."""
-    seal = _SEAL.search(text)
-    return seal is None or seal[1] != _digest(_SEAL.sub("", text))
-
-
-def card_file(directory: str | os.PathLike[str], card: str | None) -> dict[str, str]:
-    """Give the card that a save is to write, by its file's name: none where one is to stay.
-
-    A card that somebody edited stays, with a warning if it was written for something else. So does
-    a README.md of any other origin.
-    """
-    path = Path(directory) / CARD
-    if card is None:
-        return {}
-    if not os.path.lexists(path) or not is_edited(before := _text(path)):
-        return {CARD: card}
-    seal, fresh = _SEAL.search(before), _SEAL.search(card)
-    if seal and fresh and seal[1] != fresh[1]:
-        warnings.warn(
-            f"{path}: left as it is, since it was edited after it was written, but what was saved "
-            "now would have another card; edit it again, or delete it before the next save.",
-            stacklevel=2,
-        )
-    return {}
+    return _sealed(f"---\n{ModelCardData(**fields)}\n---\n\n" + "\n\n".join(parts) + "\n")
 
 
 def moved(text: str, repo_id: str, base_model: str | None, local: str | None) -> str:
@@ -211,12 +318,11 @@ def moved(text: str, repo_id: str, base_model: str | None, local: str | None) ->
     The lines that load ``"."`` load the repository, and a base under another name, ``local`` or
     `BASE_FOLDER`, gets its id there. A card that was edited counts as edited.
     """
-    edited = is_edited(text)
-    seal = _SEAL.search(text)
-    body = text[: seal.start()] if seal else text
+    body, seal = _split(text)
+    edited = text != _sealed(body)
     for call in ("(model, {})", "from_pretrained({})"):
         body = body.replace(call.format('"."'), call.format(f'"{repo_id}"'))
-    body = re.sub(r"`\"\.\"` is the folder of this card\.\n\n", "", body)
+    body = body.replace(_HERE, "")
     if base_model is not None:
         body = re.sub(rf"`{BASE_FOLDER}` stands for .*\n", "", body)
         body = body.replace(f" --model {BASE_FOLDER}", "").replace(BASE_FOLDER, base_model)
@@ -224,18 +330,64 @@ def moved(text: str, repo_id: str, base_model: str | None, local: str | None) ->
         body = re.sub(r"(?m)^(\| base model \| )`.*`( \|)$", row, body)
         if local is not None and re.search(r"[/\\]", local):  # as PEFT's cards have it
             body = body.replace(local, base_model)
-        front = _HEAD.match(body)
-        if front and not re.search(r"^base_model:", front[1], re.MULTILINE):
-            merged = 'library_name: "transformers"' in front[1]
-            relation = "finetune" if merged else "adapter"
-            fields = head({"base_model": base_model, "base_model_relation": relation})
-            body = fields.removesuffix("---\n") + body.removeprefix("---\n")
-    if edited:
-        return body + (seal[0] if seal else "")
-    return sealed(body)
+        if body.startswith("---\n"):
+            card = _parsed(body, CARD)
+            merged = card.data.get("library_name") == "transformers"
+            card.data["base_model"] = base_model
+            card.data["base_model_relation"] = "finetune" if merged else "adapter"
+            body = str(card)
+    return body + seal if edited else _sealed(body)
+
+
+def _parsed(text: str, where: str) -> Any:
+    """Give a card's ``data``, the head, and ``text``; ValueError where the head is no YAML."""
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        return ModelCard(text)
+    except (YAMLError, ValueError) as error:
+        raise ValueError(f"{where}: expected a head of YAML, but it says: {error}.") from None
 
 
 def write_card(folder: Path, card: str | None, directory: str | os.PathLike[str]) -> None:
-    """Write into ``folder``, whose files become those of ``directory``, as `card_file` has it."""
-    for name, text in card_file(directory, card).items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    """Write a card into ``folder``, whose files become those of ``directory``.
+
+    A card that somebody edited stays there, with a warning if it was written for something else. So
+    does a README.md of any other origin.
+    """
+    if card is None:
+        return
+    path = Path(directory) / CARD
+    before = _text(path)
+    body, seal = _split(before)
+    if not os.path.lexists(path) or before == _sealed(body):
+        (folder / CARD).write_text(card, encoding="utf-8", newline="\n")
+    elif seal not in ("", _split(card)[1]):
+        warnings.warn(
+            f"{path}: left as it is, since it was edited after it was written, but what was saved "
+            "now would have another card; edit it again, or delete it before the next save.",
+            stacklevel=2,
+        )
+
+
+def _sealed(text: str) -> str:
+    """Append the line by which an edited card differs from one as it was written."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return (
+        f"{text}\n<!-- Written by rasa_ext and replaced by its next save, unless you edit it: "
+        f"{digest} -->\n"
+    )
+
+
+def _split(text: str) -> tuple[str, str]:
+    """Give a card without that line, and the line, which is empty if there is none."""
+    seal = _SEAL.search(text)
+    return (text[: seal.start()], seal[0]) if seal else (text, "")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return ""

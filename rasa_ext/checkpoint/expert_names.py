@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
-from rasa_ext.base_layers.experts import bank_shape, has_gate
+from torch import nn
+
+from rasa_ext.base_layers.experts import bank_names, bank_shape, has_gate, is_experts
 
 _STACKED = frozenset(
     {"gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid", "gemma4_text", "aria_text"}
@@ -27,6 +30,58 @@ _FAMILIES = {
 }
 """The families of transformers 5 whose checkpoints have other names than their models: those of
 transformers 4, which servers and llama.cpp keep. A test compares them with transformers' own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedWeight:
+    """A stacked weight of a model, and the matrices of single experts that are in it.
+
+    Example:
+        >>> rasa_ext.checkpoint.stacked_weights(moe_model)[0].shape  # (experts, out, in)
+        (4, 48, 16)
+    """
+
+    name: str
+    """The weight's name in the model."""
+    path: str
+    """The experts' path in checkpoints."""
+    shape: tuple[int, int, int]
+    """(experts, out, in)"""
+    parts: dict[str, slice]
+    """The names that an expert's matrices have in checkpoints, and their rows of the weight."""
+
+
+def stacked_weights(model: nn.Module) -> list[StackedWeight]:
+    """List the stacked weights of a model's experts, with the names that checkpoints use.
+
+    Args:
+        model: a model, patched or not.
+
+    Returns:
+        The weights, in the model's order.
+
+    Example:
+        >>> weight = rasa_ext.checkpoint.stacked_weights(moe_model)[0]
+        >>> weight.name, weight.path
+        ('model.layers.0.mlp.experts.gate_up_proj', 'model.layers.0.block_sparse_moe.experts')
+        >>> list(weight.parts)
+        ['w1', 'w3']
+    """
+    found = []
+    for place, module in model.named_modules():
+        if is_experts(module):
+            path = place.removesuffix(".base_layer")
+            for name in bank_names(module):
+                parts = zip(names_in_checkpoint(module, name), rows_of(module, name), strict=True)
+                found.append(
+                    StackedWeight(
+                        f"{path}.{name}",
+                        path_in_checkpoint(path, module),
+                        bank_shape(module, name),
+                        dict(parts),
+                    )
+                )
+    return found
 
 
 def path_in_checkpoint(path: str, experts: Any) -> str:

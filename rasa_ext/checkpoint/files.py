@@ -1,4 +1,4 @@
-"""Adapter directories: configuration, safetensors file and card, written as one."""
+"""The files of an adapter directory: a configuration and a safetensors file, written as one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rasa_ext.checkpoint.card import card_file
 from rasa_ext.checkpoint.writing import INSIDE, OLD, new_folder
 
 CONFIG = "adapter_config.json"
@@ -28,24 +27,19 @@ _ANOTHER_COPY = "take a whole copy of it, or the checkpoint before it"
 DIGEST = "sha256"
 """The entry of a safetensors file's metadata that `digest` fills."""
 
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FACTOR = re.compile(r"\.(rasa|lora)_\w+(\.weight)?$")
 
 
 def write_adapter(
-    directory: str | os.PathLike[str],
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    card: str | None = None,
+    directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
     """Write the files of an adapter directory, or leave all of them as they were.
-
-    They are flushed to disk before the first moves to its place, as `new_folder` has it.
 
     Args:
         directory: made if it is missing.
         config: the content of ``adapter_config.json``.
-        tensors: those of ``adapter_model.safetensors``.
-        card: the content of ``README.md``, which one that was edited keeps; none if None.
+        tensors: the content of ``adapter_model.safetensors``.
 
     Raises:
         OSError: the files cannot be written (a ``WriteError``).
@@ -54,20 +48,24 @@ def write_adapter(
         >>> from rasa_ext.checkpoint import write_adapter
         >>> write_adapter("adapter", {"peft_type": "MINE"}, {"x": torch.ones(2)})
     """
+    with new_folder(Path(directory), stale=()) as folder:
+        write_files(folder, config, tensors)
+
+
+def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write the two files into a folder that is there."""
     check_in_memory(tensors)
-    directory = Path(directory)
-    texts = {CONFIG: json.dumps(dict(config), indent=2) + "\n", **card_file(directory, card)}
     ready = {
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
         for name, t in tensors.items()
     }
-    with new_folder(directory, stale=()) as folder:
-        _save(ready, folder / WEIGHTS)
-        for name, text in texts.items():
-            (folder / name).write_text(text, encoding="utf-8", newline="\n")
-        for path in folder.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+    _save(ready, folder / WEIGHTS)
+    write_json(folder / CONFIG, config)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a configuration."""
+    path.write_text(json.dumps(dict(data), indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -82,7 +80,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with its digest: the same bytes for the same tensors."""
+    """Write a safetensors file with a digest; equal tensors give equal bytes."""
     sha = digest(tensors)
     save_file(dict(tensors), path, metadata={"format": "pt", DIGEST: sha})
     first, second = b'"format":"pt"', f'"{DIGEST}":"{sha}"'.encode()
@@ -91,6 +89,26 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         file.seek(8)
         # safetensors leaves the order of the two to chance.
         file.write(header.replace(second + b"," + first, first + b"," + second))
+
+
+def located(directory: str | os.PathLike[str]) -> Path:
+    """Give a directory as it is, or where the adapter of that id on the Hub was downloaded to.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    path, name = Path(directory), os.fspath(directory)
+    if path.exists() or not _REPOSITORY.fullmatch(name):
+        return path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+    except OSError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise FileNotFoundError(
+            f"directory: expected an adapter's directory, or its id on the Hub, got {name!r}; "
+            f"there is no such directory here, and of the Hub it says: {reason}"
+        ) from error
 
 
 def file_in(directory: str | os.PathLike[str], name: str) -> Path:
@@ -161,16 +179,16 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, or those of some names, on the CPU.
+    """Read every tensor of a safetensors file, or the tensors of some names, on the CPU.
 
-    ValueError where the file is damaged: it does not parse, or tells another digest than its
-    tensors have. Files of other writers tell none, and are taken as they are.
+    ValueError where the file is damaged: it does not parse, or states another digest than the
+    tensors have. Files of other writers state none, and are read as they are.
     """
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
     try:
         with safe_open(path, framework="pt") as file:
-            told = (file.metadata() or {}).get(DIGEST)
+            stated = (file.metadata() or {}).get(DIGEST)
             keys = [key for key in file.keys() if names is None or key in names]  # noqa: SIM118
             tensors = {key: file.get_tensor(key) for key in keys}
     except SafetensorError as error:
@@ -178,16 +196,16 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
             f"{path}: damaged or cut, since it does not parse as safetensors ({error}); "
             f"{_ANOTHER_COPY}."
         ) from None
-    if names is None and told is not None and told != (found := digest(tensors)):
+    if names is None and stated is not None and stated != (found := digest(tensors)):
         raise ValueError(
-            f"{path}: expected tensors of the SHA-256 that the file tells, {told}, got {found}; "
+            f"{path}: expected tensors of the SHA-256 that the file states, {stated}, got {found}; "
             f"the file was damaged or edited since it was written, so {_ANOTHER_COPY}."
         )
     return tensors
 
 
 def read_either(directory: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's safetensors file or, where there is none, of its ``.bin``.
+    """Read an adapter's safetensors file or, where there is none, the ``.bin``.
 
     Nothing in a ``.bin`` can run code: it is read with ``weights_only=True``, or refused.
     """
@@ -289,20 +307,18 @@ def check_tensors(
     Example:
         >>> rasa_ext.checkpoint.check_tensors({"x": torch.ones(2)}, {"x": (2,)}, "adapter")
     """
-    missing = [key for key in expected if key not in found]
-    unexpected = [key for key in found if key not in expected]
-    misshapen = [
-        f"{key} (expected {tuple(shape)}, got {tuple(found[key].shape)})"
-        for key, shape in expected.items()
-        if key in found and tuple(found[key].shape) != tuple(shape)
-    ]
+    found_by_problem = {
+        "missing": [key for key in expected if key not in found],
+        "unexpected": [key for key in found if key not in expected],
+        "of another shape": [
+            f"{key} (expected {tuple(shape)}, got {tuple(found[key].shape)})"
+            for key, shape in expected.items()
+            if key in found and tuple(found[key].shape) != tuple(shape)
+        ],
+    }
     problems = [
         f"{len(keys)} {kind}: {', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''}"
-        for kind, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", misshapen),
-        )
+        for kind, keys in found_by_problem.items()
         if keys
     ]
     if problems:

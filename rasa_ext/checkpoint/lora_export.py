@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from rasa_ext.checkpoint.adapter import base_name, saved_tensors, task_type
+from rasa_ext.checkpoint.adapter import saved_tensors, task_type
 from rasa_ext.checkpoint.card import PLAIN, Card
-from rasa_ext.checkpoint.lora_experts import chosen_layout
-from rasa_ext.checkpoint.lora_file import Export, Pair, write_export
+from rasa_ext.checkpoint.lora_experts import checked_layout
+from rasa_ext.checkpoint.lora_file import check_rank, factors_of, write_lora, written_rank
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
-from rasa_ext.checkpoint.lora_truncated import check_rank
-from rasa_ext.patching.state import (
-    adapted_experts,
-    adapted_layers,
-    owners,
-    patch_state,
-    unwrap,
-)
+from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
+from rasa_ext.linalg import svd_of_product
+from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.swap import FAST_PATH
 from rasa_ext.patching.tokens import row_tensors
 
@@ -31,7 +26,7 @@ def export_lora(
     directory: str | os.PathLike[str],
     pad_to: int | None = None,
     *,
-    experts: str | None = None,
+    expert_layout: str | None = None,
     rank: int | None = None,
     format: str = PEFT_FILES,
     allow_dropped: bool = False,
@@ -44,25 +39,26 @@ def export_lora(
     LoRA's product is this adapter's, in float32: lora_B = [B | B_pool] diag(d), (out, R), and
     lora_A = [A ; A_pool], (R, in), from the definition of dW (arXiv 2503.12576, section 3).
 
-    What some reader refuses is warned of. What one would leave out and serve the rest, another
+    A warning names what some reader refuses. What a reader would leave out, to serve another
     function, is refused here: trained norms (llama.cpp), k or v without q, up without gate, and
     trained rows of an embedding (SGLang).
 
     For adapted experts there is no layout that all read. Written out, each expert has R ranks, its
-    pool's included, which may make large files: ``export_size`` tells before anything is written.
+    pool's included, which may make large files: ``export_size`` counts their bytes.
 
     Args:
         model: a patched model.
         directory: made if it is missing; an adapter that is there is replaced.
         pad_to: the rank to write; the largest effective rank if None.
-        experts: the layout of adapted experts. "peft" is that of PEFT's ``target_parameters``, for
-            PEFT, and vLLM where it keeps a model's experts in three dimensions (gpt-oss);
-            "per-expert" names the matrices of every expert as checkpoints do, for vLLM, SGLang and
-            llama.cpp; "shared-outer" is SGLang's for experts that share what reads their input and
-            what writes their output, and only for ``experts="shared"`` with k = rank. None is
-            "peft", with a warning, and leaves models without adapted experts as they are.
+        expert_layout: how adapted experts are written. "peft" is the layout of PEFT's
+            ``target_parameters``, for PEFT, and for vLLM where it keeps a model's experts in three
+            dimensions (gpt-oss); "per-expert" names the matrices of every expert as checkpoints do,
+            for vLLM, SGLang and llama.cpp; "shared-outer" is SGLang's for experts that share what
+            reads their input and what writes their output, and only for ``experts="shared"`` with
+            k = rank. None is "peft", with a warning, and leaves models without adapted experts as
+            they are.
         rank: the rank to write, which may be lower: each layer is then the nearest of that rank to
-            its dW, and ``export_error`` tells how near. Not beside ``pad_to``.
+            its dW, and ``export_error`` measures how near. Not beside ``pad_to``.
         format: "peft" for PEFT, vLLM and SGLang, and llama.cpp's converter; "gguf" is what that
             converter writes, ``adapter.gguf``, and needs the package gguf; "mlx" is for mlx-lm.
             The last two hold low-rank pairs alone, of the families of models whose names they are
@@ -77,7 +73,7 @@ def export_lora(
 
     Raises:
         TypeError, ValueError: the model is not patched, ``pad_to`` is not an integer, or below the
-            largest effective rank, or the adapter has no such form as ``experts`` asks for.
+            largest effective rank, or the adapter has no such form as ``expert_layout`` asks for.
         TypeError, ValueError: ``rank`` is no positive integer or comes with ``pad_to`` or adapted
             experts, or ``format`` is none of those or cannot hold the adapter.
         ImportError: ``format`` is "gguf", and the package is missing.
@@ -94,30 +90,22 @@ def export_lora(
         >>> rasa_ext.export_lora(model, "lora", rank=4)  # no longer exact
         4
     """
-    export = _make_export(model, pad_to, experts, rank)
-    return write_export(
-        export,
-        directory,
-        rank=rank,
-        form=format,
-        allow_dropped=allow_dropped,
-        default=experts is None,
-        card=card,
-    )
+    export = _export_of(model)
+    return write_lora(export, directory, pad_to, expert_layout, rank, format, allow_dropped, card)
 
 
 def export_size(
     model: nn.Module,
     pad_to: int | None = None,
     *,
-    experts: str | None = None,
+    expert_layout: str | None = None,
     rank: int | None = None,
 ) -> int:
     """Count the bytes of the tensors that ``export_lora`` would write; makes none of them.
 
     Args:
         model: a patched model.
-        pad_to, experts, rank: as in ``export_lora``.
+        pad_to, expert_layout, rank: as in ``export_lora``.
 
     Returns:
         Bytes; the file has some more, for the tensors' names.
@@ -130,50 +118,86 @@ def export_size(
         >>> rasa_ext.export_size(model)  # two layers of 9 * (48 + 32) numbers in float32
         5760
     """
-    export = _make_export(model, pad_to, experts, rank)
-    if rank is not None and rank < export.rank:
-        export = dataclasses.replace(export, rank=rank)
-    factors = sum(math.prod(entry.shape) for entry in export.entries())
-    return factors * torch.float32.itemsize + sum(t.nbytes for t in export.saved.values())
+    export = _export_of(model)
+    layout = checked_layout(export.experts, expert_layout)
+    export = export.on_meta()
+    written = written_rank(export.effective_rank(), export.experts, pad_to, rank)
+    factors = dict(factors_of(export, layout, written))
+    return sum(tensor.nbytes for tensor in (*factors.values(), *export.saved.values()))
 
 
-def _make_export(
-    model: nn.Module, pad_to: int | None, experts: str | None, chosen: int | None
-) -> Export:
-    """Check the arguments and look at the model, in which nothing changes.
+class Truncation(NamedTuple):
+    """What a LoRA of a chosen rank lacks, relative and in the Frobenius norm.
 
-    The rank is that of the pairs before they are cut to the ``chosen`` one.
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
+        >>> found = rasa_ext.export_error(model, rank=4)  # not yet trained: dW is zero
+        >>> found.error, found.layers["model.layers.0.mlp.down_proj"]
+        (0.0, 0.0)
     """
-    state, banks = patch_state(model), adapted_experts(model)
-    check_rank(model, chosen, pad_to)
-    layout = chosen_layout(banks, experts)
-    rank = written_rank(max(owner.effective_rank for _, owner in owners(model)), pad_to)
-    root = unwrap(model)
+
+    error: float
+    """||dW' - dW|| / ||dW|| over all layers together."""
+    layers: dict[str, float]
+    """The same of every layer, by name; 0 where nothing is cut off or dW is zero."""
+
+
+@torch.no_grad()
+def export_error(model: nn.Module, rank: int) -> Truncation:
+    """Tell how far ``export_lora(model, directory, rank=rank)`` is from the adapter.
+
+    Each layer's dW' is the truncated SVD of its dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv
+    2503.12576, section 3), which no matrix of that rank is nearer to. In float64, from the factors.
+
+    Args:
+        model: a patched model.
+        rank: as in ``export_lora``.
+
+    Returns:
+        The error in all and of every layer; zeros if ``rank`` is at least the effective rank.
+
+    Raises:
+        TypeError, ValueError: the model is not patched, or has adapted experts, or ``rank`` is no
+            positive integer.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)  # R = 9
+        >>> rasa_ext.export_error(model, rank=9).error
+        0.0
+    """
+    patch_state(model)
+    check_rank(rank, dict(adapted_experts(model)))
+    lost, whole = {}, {}
+    for name, layer in adapted_layers(model):
+        Ap, Bp = layer.packed_factors()
+        S = svd_of_product(Bp.t().double(), Ap.double()).S.square()
+        whole[name] = S.sum().item()
+        lost[name] = 0.0 if rank >= Ap.shape[0] else S[rank:].sum().item()
+    ratios = {name: _ratio(lost[name], whole[name]) for name in whole}
+    return Truncation(_ratio(sum(lost.values()), sum(whole.values())), ratios)
+
+
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole else 0.0
+
+
+def _export_of(model: nn.Module) -> Export:
+    """Look at a patched model, in which nothing changes."""
+    state, root = patch_state(model), unwrap(model)
     return Export(
         root=root,
         config=state.config,
-        pairs={
-            name: Pair(layer.place, layer.transposed, layer.weight, layer.packed_factors)
-            for name, layer in adapted_layers(model)
+        linears={
+            name: Adapted(layer.base_layer, {WEIGHT: layer.adapter()})
+            for name, layer in adapted_layers(root)
         },
-        rank=max(rank, chosen or 0),
+        experts={
+            path: Adapted(each.base_layer, {n: bank.adapter() for n, bank in each.banks().items()})
+            for path, each in adapted_experts(root)
+        },
         saved={**row_tensors(root), **saved_tensors(root, state.plan)},
-        tokens=state.plan.tokens,
         modules_to_save=state.plan.modules_to_save,
-        task_type=task_type(model),
-        base=base_name(model),
-        experts=banks,
-        layout=layout,
+        tokens=state.plan.tokens,
+        task_type=task_type(root),
         fast_path=any(name == FAST_PATH and usual for _, name, usual in state.attributes_before),
     )
-
-
-def written_rank(effective: int, pad_to: int | None) -> int:
-    """Give the rank of all pairs, whose largest is ``effective``; raise for a wrong ``pad_to``."""
-    if pad_to is None:
-        return effective
-    if isinstance(pad_to, bool) or not isinstance(pad_to, int):
-        raise TypeError(f"pad_to: expected an integer or None, got {pad_to!r}.")
-    if pad_to < effective:
-        raise ValueError(f"pad_to: expected at least the effective rank {effective}, got {pad_to}.")
-    return pad_to

@@ -1,42 +1,188 @@
-"""The files that a LoRA can be written as."""
+"""The files that a LoRA can be written as: for PEFT, for llama.cpp, for mlx-lm."""
 
 from __future__ import annotations
 
-import functools
-import os
+import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint.files import write_adapter
-from rasa_ext.checkpoint.lora_gguf import check_gguf, write_gguf
-from rasa_ext.checkpoint.lora_mlx import check_mlx, write_mlx
+from rasa_ext.checkpoint.files import CONFIG, PREFIX, write_files, write_json
+from rasa_ext.checkpoint.lora_limits import INSTEAD
+from rasa_ext.checkpoint.lora_view import Export
+from rasa_ext.checkpoint.serving import GGUF
+from rasa_ext.patching.tokens import ROWS
 
 PEFT_FILES = "peft"
-FORMATS = (PEFT_FILES, "gguf", "mlx")
-_OTHERS: dict[str, tuple[Callable[..., None], Callable[..., None]]] = {
-    "gguf": (check_gguf, write_gguf),
-    "mlx": (check_mlx, write_mlx),
+MLX = "adapters.safetensors"
+
+_FAMILIES = {
+    # By model_type: (llama.cpp's architecture, whether q and k have their rows in another order).
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "smollm3": ("smollm3", True),
+    "granite": ("granite", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "gemma": ("gemma", False),
+    "gemma2": ("gemma2", False),
+    "gemma3_text": ("gemma3", False),
+    "phi3": ("phi3", False),
 }
+"""Those whose linear layers llama.cpp's converter only renames, but for that order, and whose
+layers have the same names in mlx-lm as in transformers."""
 
-Writer = Callable[
-    [str | os.PathLike[str], Mapping[str, Any], Mapping[str, Tensor], str | None], None
-]
-"""Takes a directory, PEFT's settings, PEFT's tensors, and the text of a card, or none."""
+_BLOCK = re.compile(r"^model\.layers\.\d+\.")
+
+Writer = Callable[[Path, Mapping[str, Any], Mapping[str, Tensor], Any], None]
+"""Takes a folder, PEFT's settings, PEFT's tensors, and the model."""
 
 
-def writer_of(form: str, root: nn.Module, names: list[str], saved: Mapping[str, Tensor]) -> Writer:
-    """Give what writes an adapter's LoRA in a format.
+def checked_format(format: str, export: Export) -> Writer:
+    """Give what writes a LoRA in a format.
 
-    Raises TypeError, ValueError or ImportError, naming the argument, where it has no such form.
+    Raises TypeError, ValueError or ImportError, naming the argument, where it cannot be written so.
     """
-    if not isinstance(form, str):
-        raise TypeError(f"format: expected a string, got {form!r}.")
-    if form not in FORMATS:
-        raise ValueError(f"format: expected {', '.join(map(repr, FORMATS))}, got {form!r}.")
-    if form == PEFT_FILES:
-        return write_adapter
-    check, write = _OTHERS[form]
-    check(root, names, saved)
-    return functools.partial(write, root=root)
+    if not isinstance(format, str):
+        raise TypeError(f"format: expected a string, got {format!r}.")
+    if format not in _WRITERS:
+        raise ValueError(f"format: expected {', '.join(map(repr, _WRITERS))}, got {format!r}.")
+    if format != PEFT_FILES:
+        _check_plain(format, export)
+    if format == "gguf":
+        _names(export.root, list(export.linears))
+    return _WRITERS[format]
+
+
+def _check_plain(format: str, export: Export) -> None:
+    """Raise ValueError where a reader of pairs alone would not compute the adapted model."""
+    kind = getattr(getattr(export.root, "config", None), "model_type", None)
+    tied = export.tied_to_embedding()
+    rows = [key.removesuffix(ROWS) for key in export.saved if key.endswith(ROWS)]
+    problems = [
+        *(f"{path} has adapted experts" for path in export.experts),
+        *(f"trainable_token_indices has trained rows of {name}" for name in rows),
+        *(f"{name} is tied to the embedding" for name in (tied,) if name),
+        *(f"modules_to_save has trained {key}" for key in export.saved),
+    ]
+    if problems:
+        raise ValueError(
+            f"format: {format!r} holds low-rank pairs of linear layers alone, but {problems[0]}; "
+            f"{INSTEAD}, or write {PEFT_FILES!r}."
+        )
+    if kind not in _FAMILIES:
+        raise ValueError(
+            f"format: {format!r} is written for the model types {', '.join(_FAMILIES)}, whose "
+            f"names in its reader are known, got {kind!r}; {INSTEAD}, or write {PEFT_FILES!r}."
+        )
+
+
+def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Give A (R, in) and B (out, R) by the layer's name in the model, from PEFT's tensors."""
+    ends = ".lora_A.weight", ".lora_B.weight"
+    names = [key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
+    return {
+        name.removeprefix(PREFIX): (
+            tensors[name + ends[0]].float(),
+            tensors[name + ends[1]].float(),
+        )
+        for name in names
+    }
+
+
+def _write_peft(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], root: nn.Module
+) -> None:
+    write_files(folder, settings, tensors)
+
+
+def _write_gguf(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], root: Any
+) -> None:
+    """Write ``adapter.gguf``, as llama.cpp's convert_lora_to_gguf.py does.
+
+    It holds ``NAME.weight.lora_a`` (R, in) and ``NAME.weight.lora_b`` (out, R), float32, whose
+    product llama.cpp scales by alpha / R, and rows of B in the order that the base's have there.
+    """
+    import gguf
+
+    architecture, reordered = _FAMILIES[root.config.model_type]
+    pairs, heads = _pairs(tensors), root.config.num_attention_heads
+    renamed = _names(root, list(pairs))
+    writer = gguf.GGUFWriter(folder / GGUF, architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(settings["lora_alpha"]))
+    for name, (A, B) in pairs.items():
+        part = name.rpartition(".")[2]
+        if reordered and part in ("q_proj", "k_proj"):
+            B = _as_pairs(B, heads if part == "q_proj" else root.config.num_key_value_heads)
+        for letter, tensor in (("a", A), ("b", B)):
+            writer.add_tensor(
+                f"{renamed[name]}.weight.lora_{letter}", tensor.cpu().contiguous().numpy()
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _as_pairs(B: Tensor, heads: int) -> Tensor:
+    """Move the rows of each head from halves, as transformers rotates them, to pairs (out, R)."""
+    return torch.stack(B.unflatten(0, (heads, 2, -1)).unbind(1), 2).reshape(B.shape).contiguous()
+
+
+def _names(root: Any, names: list[str]) -> dict[str, str]:
+    """Give llama.cpp's names of a model's layers; the table is the package gguf's."""
+    try:
+        import gguf
+    except ImportError:
+        raise ImportError(
+            "format: writing 'gguf' needs the package gguf: pip install gguf."
+        ) from None
+    architecture = _FAMILIES[root.config.model_type][0]
+    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    table = gguf.get_tensor_name_map(number, root.config.num_hidden_layers)
+    found = {name: table.get_name(name) for name in names}
+    if missing := [name for name in names if found[name] is None]:
+        raise ValueError(
+            f"format: expected layers that llama.cpp has a name for, but {missing[0]!r} is none of "
+            f"its {architecture!r}; leave it out of target_modules, or {INSTEAD}."
+        )
+    return found
+
+
+def _write_mlx(
+    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], root: nn.Module
+) -> None:
+    """Write both files that mlx-lm reads from ``--adapter-path``.
+
+    It computes y + scale (x lora_a) lora_b, so that lora_a = A^T (in, R), lora_b = B^T (R, out).
+    Its keys are names within a block, or whole names of what is in none.
+    """
+    pairs = _pairs(tensors)
+    found = {
+        f"{name}.lora_{letter}": factor.cpu().t().contiguous()
+        for name, (A, B) in pairs.items()
+        for letter, factor in (("a", A), ("b", B))
+    }
+    config = {
+        "fine_tune_type": "lora",
+        "model": settings["base_model_name_or_path"],
+        "num_layers": -1,
+        "lora_parameters": {
+            "rank": settings["r"],
+            "scale": settings["lora_alpha"] / settings["r"],
+            "dropout": 0.0,
+            "keys": list(dict.fromkeys(_BLOCK.sub("", name) for name in pairs)),
+        },
+    }
+    save_file(found, folder / MLX, metadata={"format": "mlx"})
+    write_json(folder / CONFIG, config)
+
+
+_WRITERS: dict[str, Writer] = {PEFT_FILES: _write_peft, "gguf": _write_gguf, "mlx": _write_mlx}

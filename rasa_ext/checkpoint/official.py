@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from rasa_ext.checkpoint.adapter import load_tensors_into
+from rasa_ext.checkpoint.expert_names import stacked_weights
 from rasa_ext.checkpoint.files import PREFIX, read_adapter
-from rasa_ext.checkpoint.official_experts import kind_of, stack_experts
 from rasa_ext.config import RasaConfig
 from rasa_ext.patching.state import is_patched, patch_state, unwrap
 from rasa_ext.patching.targets import make_plan
@@ -34,9 +34,9 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
     entries first, and keeps one pool for a module type. Nothing in the checkpoint can run code: a
     ``.bin`` is read with ``weights_only=True`` or refused.
 
-    To transformers 4 each matrix of each expert was a layer (``experts.3.w1``). Where the model
-    stacks them, the result has ``experts="slot"`` and computes the same: the ranks of gate and up
-    stand beside each other, on rows of their own, in one adapter of twice the ranks.
+    To transformers 4 each matrix of each expert was a layer (``experts.3.w1``). A checkpoint of
+    these is refused where the model stacks them: ``rasa_research.checkpoint.load_official_experts``
+    reads it.
 
     Args:
         model: the base that the adapter was trained on, or a model patched with the same config.
@@ -56,12 +56,43 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
         >>> rasa_ext.save_adapter(model, "adapter")  # in this package's format
     """
     settings, found = read_adapter(directory)
-    config = RasaConfig.from_dict(settings)
-    config, found = stack_experts(unwrap(model), config, found, str(directory))
+    for weight in stacked_weights(unwrap(model)):
+        if any(key.startswith(f"{PREFIX}{weight.path}.") for key in found):
+            raise ValueError(
+                f"{directory}: expected an adapter of linear layers, got one of single experts, "
+                f"which the model stacks in {weight.name!r}; load_official_experts of "
+                "rasa_research.checkpoint, in the package rasa-ext-research, reads it."
+            )
+    return load_official_tensors(model, RasaConfig.from_dict(settings), found, str(directory))
+
+
+def load_official_tensors(
+    model: nn.Module, config: RasaConfig, tensors: Mapping[str, Tensor], where: str
+) -> nn.Module:
+    """Load tensors under the official code's names; an unpatched model is patched first.
+
+    Args:
+        model: the base that the adapter was trained on, or a model patched with the same config.
+        config: the adapter's.
+        tensors: under the official names; some may have those of this package's files.
+        where: with what errors about ``tensors`` begin.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the tensors, or the config, do not fit the model, which is unchanged.
+        RuntimeError: the model is merged.
+
+    Example:
+        >>> settings, tensors = rasa_ext.checkpoint.read_adapter("checkpoint")
+        >>> config = rasa_ext.RasaConfig.from_dict(settings)
+        >>> model = rasa_ext.checkpoint.load_official_tensors(model, config, tensors, "checkpoint")
+    """
     plan = patch_state(model).plan if is_patched(model) else make_plan(model, config)
     owners = [f"{PREFIX}{group.names[0]}" for group in plan.groups]
-    tensors = own_names(found, owners, str(directory))
-    return load_tensors_into(model, config, tensors, str(directory), official_name)
+    named = own_names(tensors, owners, where)
+    return load_tensors_into(model, config, named, where, official_name)
 
 
 def own_names(found: Mapping[str, Tensor], owners: Iterable[str], where: str) -> dict[str, Tensor]:
@@ -98,3 +129,8 @@ def official_name(key: str) -> str:
     if part in _OFFICIAL_POOLS:
         return f"base_model.{_OFFICIAL_POOLS[part]}.{kind_of(layer.removeprefix(PREFIX))}.weight"
     return key
+
+
+def kind_of(name: str) -> str:
+    """``model.layers.3.self_attn.q_proj`` to ``self_attn__q_proj``: the name of its pool."""
+    return re.sub(r"^.*?\blayers\.\d+\.", "", name).replace(".", "__")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
@@ -15,16 +14,16 @@ from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import save_adapter
 from rasa_ext.checkpoint.card import CARD, hub_id, moved
 from rasa_ext.checkpoint.files import CONFIG
-from rasa_ext.checkpoint.hub import client
 
 _BASE_FIELDS = ("base_model_name_or_path", "model")
 """What names the base in PEFT's and this package's files, and in mlx-lm's."""
 
-_KEPT_BACK = (
-    # A training's own, for going on with it here; the first two name paths of this machine.
-    *("finetune.yaml", "summary.json", "training_args.bin"),
-    *("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json"),
+_KEPT_BACK = re.compile(
+    r"(^|/)(\.|checkpoint-|rng_state|"
+    r"(finetune\.yaml|summary\.json|training_args\.bin|trainer_state\.json)$|"
+    r"(optimizer|scheduler|scaler)\.pt$)"
 )
+"""Hidden files and what a training writes for going on with it, some of which names paths."""
 
 
 def push_to_hub(
@@ -39,8 +38,8 @@ def push_to_hub(
 ) -> str:
     """Push an adapter, or a LoRA that was exported, to the Hub, in one commit.
 
-    ``rasa_ext.load_adapter(model, repo_id)`` loads it from there. Needs huggingface_hub, and to be
-    logged in (``hf auth login``, or HF_TOKEN). In the repository the card's code names it, and not
+    ``rasa_ext.load_adapter(model, repo_id)`` loads it from there. You must be logged in
+    (``hf auth login``, or HF_TOKEN). In the repository the card's code names it, and not
     a directory. Checkpoints, hidden files, and what a training writes for going on with it
     (finetune.yaml, summary.json, which name paths of this machine) stay here.
 
@@ -63,7 +62,6 @@ def push_to_hub(
         ValueError: the adapter names a path of this machine as its base, and ``base_model`` is
             None; or the directory holds a link. Nothing was pushed.
         TypeError, ValueError: the model is not patched.
-        ImportError: huggingface_hub is missing.
         OSError: the Hub refuses, or does not answer.
 
     Example:
@@ -72,40 +70,50 @@ def push_to_hub(
         >>> address = rasa_ext.push_to_hub("adapter", "me/adapter", private=True)
         >>> again = rasa_ext.load_adapter(rasa_ext.unpatch(model), "me/adapter")
     """
-    hub = client("push_to_hub")
-    with _folder_of(source) as folder:
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    with tempfile.TemporaryDirectory() as temporary:
+        if isinstance(source, nn.Module):
+            save_adapter(source, temporary)
+            source = temporary
+        folder = Path(source)
         files = _files(folder)
         local, base = _rename_base(files, base_model)
-        api = hub.HfApi(token=token, library_name="rasa_ext", library_version=__version__)
+        text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else ""
+        moved(text, repo_id, base, local)  # a card that cannot be is refused before all else
+        api = HfApi(token=token, library_name="rasa_ext", library_version=__version__)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repository, branch=revision, exist_ok=True)
         if CARD in files:
-            text = (folder / CARD).read_text(encoding="utf-8")
             files[CARD] = moved(text, repository, base, local).encode()
         commit = api.create_commit(
             repository,
-            [hub.CommitOperationAdd(name, content) for name, content in files.items()],
+            [CommitOperationAdd(name, content) for name, content in files.items()],
             commit_message=commit_message or "Upload with rasa_ext",
             revision=revision,
         )
     return str(commit.commit_url)
 
 
-@contextlib.contextmanager
-def _folder_of(source: nn.Module | str | os.PathLike[str]) -> Iterator[Path]:
-    """Give the directory, or one of a model's adapter that is gone afterwards."""
-    if not isinstance(source, nn.Module):
-        yield Path(source)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(source, folder)
-        yield Path(folder)
-
-
 def _files(folder: Path) -> dict[str, str | bytes]:
-    """Give the files to push, by their names there; FileNotFoundError where there is none."""
-    files: dict[str, str | bytes] = {name: str(path) for name, path in _listed(folder)}
+    """Give the paths of the files to push, by their names there.
+
+    Raises FileNotFoundError where there is none, and ValueError where one of them is a link, which
+    may lead to any file of this machine.
+    """
+    files: dict[str, str | bytes] = {}
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        name = path.relative_to(folder).as_posix()
+        if _KEPT_BACK.search(name):
+            continue
+        if path.is_symlink():
+            raise ValueError(
+                f"source: expected files and folders, but {path} is a link to {os.readlink(path)}, "
+                "and nothing was pushed; remove it, or put a copy in its place."
+            )
+        if path.is_file():
+            files[name] = str(path)
     if not files:
         raise FileNotFoundError(
             "source: expected a directory that save_adapter or export_lora wrote, but "
@@ -117,10 +125,10 @@ def _files(folder: Path) -> dict[str, str | bytes]:
 def _rename_base(
     files: dict[str, str | bytes], base_model: str | None
 ) -> tuple[str | None, str | None]:
-    """Let the configuration that is pushed name the base by its id, and no path of this machine.
+    """Replace the path of the base in the configuration that is pushed by an id on the Hub.
 
-    Returns the path that it had and the id that it has instead: where both are the same, neither.
-    ValueError where there is a path, and nothing else is known.
+    Returns the path and the id; neither where nothing is replaced. Raises ValueError where there is
+    a path, and no id is known.
     """
     if CONFIG not in files:
         return None, base_model
@@ -139,23 +147,3 @@ def _rename_base(
     config[field] = known
     files[CONFIG] = (json.dumps(config, indent=2) + "\n").encode()
     return before, known
-
-
-def _listed(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Name the files to push: none that are hidden, of checkpoints, or for this machine alone.
-
-    ValueError where one of them is a link, which may lead to any file of this machine.
-    """
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        parts = path.relative_to(folder).parts
-        if any(part.startswith((".", "checkpoint-")) for part in parts):
-            continue
-        if path.name in _KEPT_BACK or path.name.startswith("rng_state"):
-            continue
-        if path.is_symlink():
-            raise ValueError(
-                f"source: expected files and folders, but {path} is a link to {os.readlink(path)}, "
-                "and nothing was pushed; remove it, or put a copy in its place."
-            )
-        if path.is_file():
-            yield "/".join(parts), path

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
-"""A model's weights: those of an earlier one must not stay beside a new one's."""
+"""A model's weights, which must not stay beside the weights of a new one."""
 
 INSIDE, NEW, OLD = "saving", "new", "old"
 """Names of a temporary folder within the folder that it is for, and of the two folders in it."""
@@ -25,23 +25,16 @@ _CONFIGS = ("adapter_config.json", "config.json")
 
 _PATIENCE = 10.0  # seconds; a lock is held while a few files are renamed
 
-_ANOTHER = "choose another folder"
-_REASONS = {
-    errno.ENOSPC: ("no space is left on its disk", f"free some space or {_ANOTHER}"),
-    errno.EDQUOT: ("the disk quota is used up", f"free some space or {_ANOTHER}"),
-    errno.EFBIG: (
-        "a file would be too large for a limit of this system",
-        f"raise the limit (ulimit -f) or {_ANOTHER}",
-    ),
-    errno.EROFS: ("its file system is read-only", _ANOTHER),
-    errno.EACCES: ("this user has no permission", f"change the permissions or {_ANOTHER}"),
-    errno.EPERM: ("this user has no permission", f"change the permissions or {_ANOTHER}"),
-    errno.EEXIST: ("a file stands where a folder goes", f"move that file or {_ANOTHER}"),
-    errno.ENOTDIR: ("a file stands where a folder goes", f"move that file or {_ANOTHER}"),
+_FULL = (errno.ENOSPC, errno.EDQUOT, 0)  # 0: the error has no number
+_CURES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space or "),
+    errno.EFBIG: "raise the limit (ulimit -f) or ",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change the permissions or "),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move the file that stands there or "),
 }
-# Libraries in Rust tell the system's number in the text of an error of their own.
-_RUST = re.compile(r"(?P<text>[^:]*) \(os error (?P<number>\d+)\)")
-# torch.save tells none.
+"""What to do about an error of the system, beside choosing another folder."""
+# Libraries in Rust have the system's number in the text of an error of their own; torch has none.
+_RUST = re.compile(r" \(os error (\d+)\)")
 _TORCH = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
 
 
@@ -58,31 +51,24 @@ class WriteError(OSError):
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str], whole: str) -> Iterator[None]:
-    """Turn whatever says within that a write failed into a `WriteError` about ``path``.
+    """Turn an error of a failed write into a `WriteError` about ``path``.
 
-    ``whole`` tells, as a clause, what the failure has left as it was. Other errors pass.
+    ``whole`` is a clause that says what the failure has left as it was. Other errors pass.
     """
     try:
         yield
     except WriteError:
         raise
     except Exception as error:
-        told = write_error(path, error, whole)
-        if told is None:
+        described = write_error(path, error, whole)
+        if described is None:
             raise
-        raise told from error
+        raise described from error
 
 
 def is_full(error: BaseException) -> bool:
     """Tell whether an error says that the system took no more bytes, whatever the file was."""
-    number, text = _system_error(error)
-    return text is not None and number in (
-        0,
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EROFS,
-    )
+    return _number(error) in (*_FULL, errno.EFBIG, errno.EROFS)
 
 
 def write_error(
@@ -92,58 +78,54 @@ def write_error(
 
     safetensors, tokenizers and torch each have errors of their own for what the system refused.
     """
-    number, text = _system_error(error)
-    if text is None:
-        return None
-    reason, cure = _REASONS.get(number, (text, _ANOTHER))
-    if number in (errno.ENOSPC, errno.EDQUOT, 0):
+    number = _number(error)
+    return None if number is None else _described(path, number, whole)
+
+
+def _described(path: str | os.PathLike[str], number: int, whole: str) -> WriteError:
+    reason = os.strerror(number).lower() if number else "the disk may be full"
+    if number in _FULL:
         with contextlib.suppress(OSError):
             free = shutil.disk_usage(_nearest(Path(path))).free
             reason += f" ({free / 2**20:,.1f} MiB are free)"
-    sentence = f"{os.fspath(path)}: cannot be written, since {reason}; {whole}; {cure}."
+    cure = f"{_CURES.get(number, '')}choose another folder"
+    sentence = f"{os.fspath(path)}: cannot be written: {reason}; {whole}; {cure}."
     return WriteError(number, sentence, os.fspath(path))
 
 
-def _system_error(error: BaseException) -> tuple[int, str | None]:
-    """The system's number and words for an error; (0, words) where it tells no number."""
+def _number(error: BaseException) -> int | None:
+    """Give the system's number of a failed write, 0 where it has none; None for other errors."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno, f"the system says {str(error.strerror).lower()!r}"
+        return error.errno
     if match := _RUST.search(str(error)):
-        return int(match["number"]), f"the system says {match['text'].strip().lower()!r}"
-    if isinstance(error, RuntimeError) and any(mark in str(error) for mark in _TORCH):
-        return 0, "a file could not be written to its end; the disk may be full"
-    return 0, None
+        return int(match[1])
+    cut = isinstance(error, RuntimeError) and any(mark in str(error) for mark in _TORCH)
+    return 0 if cut else None
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise where a command could not write ``output`` in the end: before its work, not after.
+    """Raise, before a command's work, where ``output`` could not be written after it.
 
     Raises:
         ValueError: it holds files, and ``overwrite`` was not asked for.
         WriteError: it is a file, or this user cannot write there.
     """
-    whole = "nothing was written"
-    nearest = _nearest(output)
+    nearest, number = _nearest(output), 0
     if not nearest.is_dir():
-        raise _refused(output, errno.ENOTDIR, whole)
-    if nearest == output and not overwrite and any(output.iterdir()):
+        number = errno.ENOTDIR
+    elif nearest == output and not overwrite and any(output.iterdir()):
         raise ValueError(
             f"output: expected a new folder or an empty one, but {output} holds files; pass "
             "--overwrite to replace them, or choose another --output."
         )
-    if not _may_write(nearest):
-        read_only = os.statvfs(nearest).f_flag & os.ST_RDONLY
-        raise _refused(output, errno.EROFS if read_only else errno.EACCES, whole)
+    elif not _may_write(nearest):
+        number = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+    if number:
+        raise _described(output, number, "nothing was written")
 
 
 def _may_write(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
-
-
-def _refused(path: Path, number: int, whole: str) -> WriteError:
-    error = write_error(path, OSError(number, os.strerror(number)), whole)
-    assert error is not None
-    return error
 
 
 @contextlib.contextmanager
@@ -157,9 +139,10 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
     then the old ones are in the temporary folder, and the next save puts them back first.
 
     The temporary folder is new, and so no link that lies in ``output`` is written through. Files
-    have the mode that the umask gives, which not every release of safetensors respects.
+    have the mode that the umask gives, which not every release of safetensors respects, and are on
+    the disk before the first of them moves.
 
-    Raises `WriteError`; ``whole`` tells, as a clause, what is whole beside ``output``.
+    Raises `WriteError`; ``whole`` is a clause that says what else is whole.
     """
     fresh = not output.exists()
     left = "nothing was left there" if fresh else "what was there is whole"
@@ -172,10 +155,10 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
     ):
         with _locked(parent):
             (temporary / NEW).mkdir(parents=True)
-            living.enter_context(_locked(temporary))  # it tells that this process lives
+            living.enter_context(_locked(temporary))  # held while this process lives
         try:
             yield temporary / NEW
-            _give_usual_modes(temporary / NEW)
+            _finish(temporary / NEW)
             with _locked(parent):
                 _clear(parent, name, output)
                 _put(temporary / NEW, output, stale)
@@ -264,14 +247,14 @@ def _in_order(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda path: (path.name in _CONFIGS, path.name))
 
 
-def _give_usual_modes(folder: Path) -> None:
-    probe = folder / ".mode"
-    probe.touch()
-    mode = probe.stat().st_mode & 0o777
-    probe.unlink()
+def _finish(folder: Path) -> None:
+    """Give files the mode that the umask gives, and flush them to the disk."""
+    mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

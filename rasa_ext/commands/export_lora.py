@@ -20,7 +20,7 @@ def export_lora(
     rank: int | None = None,
     format: str = "peft",
     allow_dropped: bool = False,
-    experts: str | None = None,
+    expert_layout: str | None = None,
     yes: bool = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -33,8 +33,8 @@ def export_lora(
         rank: Rank to write, which may be lower; the error of every layer is then printed.
         format: peft (and vLLM, SGLang), gguf (llama.cpp), or mlx (mlx-lm).
         allow_dropped: Write it even if llama.cpp or SGLang would leave a part out.
-        experts: Layout of adapted experts: peft (PEFT, and vLLM for gpt-oss), per-expert (vLLM,
-            SGLang, llama.cpp), or shared-outer (SGLang, pool-only experts). [default: peft]
+        expert_layout: Layout of adapted experts: peft (PEFT, and vLLM for gpt-oss), per-expert
+            (vLLM, SGLang, llama.cpp), or shared-outer (SGLang, pool-only experts). [default: peft]
         yes: Write experts even if they take more than 1 GiB.
     """
     import torch
@@ -47,7 +47,7 @@ def export_lora(
     with base_of(adapter, model) as name, working(f"Exporting {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite)
         base = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
-        size = rasa_ext.export_size(base, pad_to, experts=experts, rank=rank)
+        size = rasa_ext.export_size(base, pad_to, expert_layout=expert_layout, rank=rank)
         console.print(f"The LoRA takes {_bytes(size)}.")
         adapted = bool(adapted_experts(base))
         if adapted and size > LARGE and not yes:
@@ -55,13 +55,13 @@ def export_lora(
                 f"yes: the LoRA would take {_bytes(size)}, since each expert has all ranks of its "
                 "pool written out, and nothing was written; pass --yes to write it, use `rasa-ext "
                 "merge` instead or, where the experts are pool-only (experts='shared' with k = "
-                "rank), --experts shared-outer for SGLang."
+                "rank), --expert-layout shared-outer for SGLang."
             )
         written = rasa_ext.export_lora(
             base,
             output,
             pad_to=pad_to,
-            experts=experts,
+            expert_layout=expert_layout,
             rank=rank,
             format=format,
             allow_dropped=allow_dropped,
@@ -80,7 +80,7 @@ def export_lora(
         output.resolve(),
         written,
         float32=base.dtype == torch.float32,
-        experts=(experts or "peft") if adapted else None,
+        expert_layout=(expert_layout or "peft") if adapted else None,
         format=format,
     )
     console.print(text, markup=False)

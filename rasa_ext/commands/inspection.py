@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -79,21 +79,22 @@ def read_groups(
     from rasa_ext.methods.base import checked_groups
     from rasa_ext.patching.grouping import groups_of
 
-    layers: dict[str, dict[str, tuple[int, ...]]] = {}
+    layers: dict[str, dict[str, Tensor]] = {}
     other = []
     for key, tensor in tensors.items():
         name, found, part = key.removeprefix(PREFIX).rpartition(".rasa_")
         if found and {f"{PREFIX}{name}.rasa_A", f"{PREFIX}{name}.rasa_B"} <= tensors.keys():
-            layers.setdefault(name, {})[part] = tuple(tensor.shape)
+            layers.setdefault(name, {})[part] = tensor
         else:
             other.append(key)
-    shapes = {name: (*parts["B"][:-1], parts["A"][-1]) for name, parts in layers.items()}
+    shapes = {name: (*p["B"].shape[:-1], p["A"].shape[-1]) for name, p in layers.items()}
     chosen = checked_groups(config.get("rasa_groups"))
     groups = []
     for group in groups_of(shapes, config.get("rasa_experts"), chosen):
         parts = [layers[name] for name in group.names]
-        count = sum(prod(s) for each in parts for part, s in each.items() if part != "slots")
-        ranks = parts[0]["A"][-2], parts[0].get("pool_A", (0, 0))[-2]
+        pool = parts[0].get("pool_A")
+        ranks = parts[0]["A"].shape[-2], 0 if pool is None else pool.shape[-2]
+        count = _numbers(tensor for each in parts for tensor in each.values())
         groups.append(
             AdapterGroup(group.pattern, len(parts), group.shape, *ranks, count, group.experts)
         )
@@ -129,10 +130,14 @@ def _show_adapter(directory: Path) -> None:
             style="yellow",
             markup=False,
         )
-    # The slots are integers, which tell which ranks of a pool a layer reads.
-    count = sum(t.numel() for name, t in tensors.items() if not name.endswith(".rasa_slots"))
+    count = _numbers(tensors.values())
     size = (directory / WEIGHTS).stat().st_size
     console.print(f"{count:,} parameters, {size:,} bytes ({size / 2**20:.2f} MiB)")
+
+
+def _numbers(tensors: Iterable[Tensor]) -> int:
+    """Count numbers, without the integers that choose ranks or features."""
+    return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
 
 
 def _show_spectrum(directory: Path) -> None:

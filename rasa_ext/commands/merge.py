@@ -49,8 +49,7 @@ def _card(model: Any, adapter: Path) -> str:
 
     from rasa_ext import Card, __version__
     from rasa_ext.checkpoint.adapter import base_name
-    from rasa_ext.checkpoint.adapter_card import about, head_fields, title
-    from rasa_ext.checkpoint.card import Base, compose
+    from rasa_ext.checkpoint.card import Base, about, compose, head_fields, title
     from rasa_ext.patching.state import patch_state
 
     base, config = Base.of(base_name(model)), patch_state(model).config

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 import typing
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -101,7 +102,9 @@ def parse_yaml(option: str, text: str) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict) or None in values.values():
         raise ValueError(f"{option}: expected YAML such as 'name: 4', got {text!r}.")
-    return values
+    # 1e-3, which YAML 1.1 reads as text: it wants a point.
+    exponent = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+    return {n: float(v) if exponent.fullmatch(str(v)) else v for n, v in values.items()}
 
 
 def parse_targets(text: str) -> str | list[str]:

@@ -13,37 +13,30 @@ from rasa_ext.methods.base import (
     AdapterConfig,
     Place,
     Rate,
+    checked_choice,
     checked_integer,
     checked_number,
+    document_fields,
     fresh_A,
     fresh_B,
     option,
     other_method,
 )
-from rasa_ext.methods.boosted_pool import BoostedPoolConfig
-from rasa_ext.methods.lora import BlockLoraConfig, LoraConfig
+from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.methods.reslora import ResLoraConfig
-from rasa_ext.methods.sbora import SboraConfig
-from rasa_ext.methods.sd_lora import SdLoraConfig
-from rasa_ext.methods.sora import SoraConfig
 from rasa_ext.ops import Factors
 
 __all__ = [
     "AdapterConfig",
-    "BlockLoraConfig",
-    "BoostedPoolConfig",
     "Factors",
     "LoraConfig",
     "Place",
     "RasaConfig",
     "Rate",
-    "ResLoraConfig",
-    "SboraConfig",
-    "SdLoraConfig",
-    "SoraConfig",
+    "checked_choice",
     "checked_integer",
     "checked_number",
+    "document_fields",
     "every_method",
     "fresh_A",
     "fresh_B",
@@ -64,8 +57,8 @@ def every_method() -> dict[str, type[AdapterConfig]]:
         ImportError: what was announced cannot be imported.
 
     Example:
-        >>> sorted(rasa_ext.methods.every_method())[:2]
-        ['block-lora', 'boosted-pool']
+        >>> rasa_ext.methods.every_method()["lora"]
+        <class 'rasa_ext.methods.lora.LoraConfig'>
     """
     _load_announced()
     return dict(METHODS)

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 OFFICIAL = "rasa"
 """The method that a file means which names none, as those of the official code do."""
-_PAIRS = ("rank_pattern", "rank_schedule", "kept", "stack")
-"""The fields that are mappings in a file."""
 MOST_RANKS, MOST_POOLED = 1 << 16, 1 << 31
 """More ranks than any layer, or any pool, has: larger numbers in a file are damage."""
 _LARGEST = 1e308  # of a float, but not of an integer
@@ -76,9 +74,13 @@ def group_places(bases: Mapping[str, LinearLayer | Bank]) -> list[Place]:
     return places
 
 
-def option(default: Any, text: str) -> Any:
-    """A field of a config, with the help text that ``metadata["help"]`` gives."""
-    return dataclasses.field(default=default, metadata={"help": text})
+def option(default: Any, text: str, counts: int = 0) -> Any:
+    """A field of a config, with the help text that ``metadata["help"]`` gives.
+
+    A mapping, which is an object in files and pairs in the config, says how many ``counts`` of
+    ranks each name has.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "counts": counts})
 
 
 class Rate(NamedTuple):
@@ -89,8 +91,6 @@ class Rate(NamedTuple):
     weight_decay: float = 1.0
     eps: float = 1.0
     """Of Adam's."""
-    gate: bool = False
-    """Whether it has gates, whose learning rate may be another."""
 
 
 METHODS: dict[str, type[AdapterConfig]] = {}
@@ -121,7 +121,7 @@ class AdapterConfig:
     peft_type: ClassVar[str] = "RASA"
     """What PEFT knows all of them under."""
     peft: ClassVar[str] = ""
-    """Why PEFT cannot take the method, where ``loop`` does not say so."""
+    """Why PEFT cannot take the method; nothing where it can."""
 
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(
@@ -176,10 +176,19 @@ class AdapterConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form."""
+        """Check every field and bring it into its canonical form.
+
+        Of a method's own fields these are checked here: ``rank``, ``alpha``, mappings from names to
+        a count, and what is True or False.
+        """
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(field.default, bool):
-                checked_boolean(field.name, getattr(self, field.name))
+                checked_boolean(field.name, value)
+            elif field.name in _CHECKS:
+                self._set(**{field.name: _CHECKS[field.name](value)})
+            elif field.metadata.get("counts") == 1:
+                self._set(**{field.name: checked_counts(field.name, value)})
         dropout = checked_number("dropout", self.dropout)
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number in [0, 1), got {dropout}.")
@@ -287,7 +296,8 @@ class AdapterConfig:
         for field in self._own_fields():
             value = getattr(self, field.name)
             if field.name in _ALWAYS or value != field.default:
-                settings[_key(field.name)] = dict(value) if field.name in _PAIRS else value
+                mapping = field.metadata.get("counts")
+                settings[_key(field.name)] = dict(value) if mapping else value
         return settings
 
     @classmethod
@@ -364,7 +374,7 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
     """Raise ValueError where a value in a file is of another type than its field, or too large."""
     kind: Any = object
     words = ""
-    if field.name in _PAIRS:
+    if each_has := field.metadata.get("counts", 0):
         kind, words = Mapping, "an object"
     elif isinstance(field.default, tuple):
         kind, words = list | tuple, "a list"
@@ -376,7 +386,7 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
         raise ValueError(f"adapter_config.json: expected {key} to have 62 bits, got {value}.")
     counts: Any = value if isinstance(field.default, tuple) else ()
     for each in counts.values() if isinstance(counts, Mapping) else counts:
-        for count in each if field.name == "kept" and isinstance(each, list | tuple) else [each]:
+        for count in each if each_has > 1 and isinstance(each, list | tuple) else [each]:
             if type(count) is not int or not 0 <= count <= MOST_POOLED:
                 raise ValueError(
                     f"adapter_config.json: expected {key} to hold counts of ranks, got {count!r}."
@@ -401,7 +411,15 @@ def other_method(kind: Any) -> str:
 
 
 def document_fields(config: type[AdapterConfig]) -> None:
-    """Put every field's help text into the class's docstring, as its arguments."""
+    """Put every field's help text into the class's docstring, as its arguments.
+
+    Args:
+        config: whose docstring has a section ``Raises``.
+
+    Example:
+        >>> rasa_ext.methods.LoraConfig.__doc__.count("rank: The rank r of every layer")
+        1
+    """
     lines = "".join(f"        {f.name}: {f.metadata['help']}\n" for f in dataclasses.fields(config))
     head, mark, tail = (config.__doc__ or "").partition("    Raises:\n")
     config.__doc__ = f"{head}    Args:\n{lines}\n{mark}{tail}"
@@ -427,15 +445,6 @@ def fresh_B(
     shape = (*experts, rank, place.out_features)
     zeros = torch.zeros(shape, dtype=dtype, device=place.device)
     return nn.Parameter(zeros.transpose(-1, -2))
-
-
-def empty_stack(rank: int, place: Place, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make buffers for factors that are kept and not trained: stack_A (n, in), stack_B (out, n)."""
-    down, up = (
-        torch.zeros((rank, width), dtype=dtype, device=place.device)
-        for width in (place.in_features, place.out_features)
-    )
-    return {"stack_A": down, "stack_B": up.t()}
 
 
 def checked_integer(name: str, value: Any) -> int:
@@ -517,8 +526,27 @@ def checked_alpha(value: Any) -> float:
     return alpha
 
 
+_CHECKS: dict[str, Callable[[Any], Any]] = {"rank": checked_rank, "alpha": checked_alpha}
+
+
 def checked_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
-    """Return ``value``; raise ValueError where it is none of ``choices``."""
+    """Check an argument or a field that must be one of several values.
+
+    Args:
+        name: of the argument, for the error.
+        value: what was given.
+        choices: the values that it may be.
+
+    Returns:
+        ``value``.
+
+    Raises:
+        ValueError: it is another value.
+
+    Example:
+        >>> rasa_ext.methods.checked_choice("side", "A", ("A", "B"))
+        'A'
+    """
     if value not in choices:
         raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}.")
     return value

@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Collection, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from rasa_ext.methods.base import checked_choice, document_fields, option
-from rasa_ext.methods.pooled import Kept, Pattern, PooledConfig
+from rasa_ext.methods.base import (
+    MOST_RANKS,
+    AdapterConfig,
+    Counts,
+    Place,
+    checked_choice,
+    checked_integer,
+    document_fields,
+    fresh_A,
+    fresh_B,
+    option,
+)
+from rasa_ext.methods.patterns import check_pattern, matches_end
 
 GROUPINGS = ("slot", "layer", "shared")
 """Which experts share a pool."""
 
 
 @dataclasses.dataclass(frozen=True)
-class RasaConfig(PooledConfig):
+class RasaConfig(AdapterConfig):
     """The config of one RaSA adapter (arXiv 2503.12576, section 3).
 
     A layer of weight (out, in) owns A (r-k, in), B (out, r-k) and d (r-k+L*k,), and its group of L
-    layers A_pool (L*k, in) and B_pool (out, L*k): dW = [B | B_pool] diag(d) [A ; A_pool]. It is
-    frozen, and each field's ``metadata["help"]`` has the text below.
+    layers A_pool (L*k, in) and B_pool (out, L*k): dW = [B | B_pool] diag(d) [A ; A_pool]. Of
+    stacked experts A, B and d have the experts as their first dimension, and with
+    ``experts="slot"`` the pool as well. It is frozen, and each field's ``metadata["help"]`` has the
+    text below.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -48,15 +62,11 @@ class RasaConfig(PooledConfig):
         "Sets the initial diagonal: alpha/2/(r-k) on the private and alpha/2/(L*k) on the pooled "
         "ranks. The diagonal is trained, so alpha acts at the start only.",
     )
-    rank_pattern: Pattern = option(
+    rank_pattern: Counts = option(
         (),
         "Ranks r of single layers, by pattern: a regular expression that the end of a layer's name "
         "must match, from a dot on. k stays, so that they differ in their private ranks.",
-    )
-    gates: str | None = option(
-        None,
-        "'pool' makes the pooled entries of d gates, which rasa_ext.training.ProximalGates drives "
-        "to zero and rasa_ext.training.prune then takes out. It changes nothing by itself.",
+        counts=1,
     )
     experts: str | None = option(
         None,
@@ -65,48 +75,90 @@ class RasaConfig(PooledConfig):
         "one layer, 'shared' all of one name; there k = rank makes a pool-only adapter. None "
         "leaves them untouched.",
     )
-    kept: Kept = option(
-        (),
-        "What pruning left of each layer's ranks. rasa_ext.training.prune sets it, and "
-        "load_official where it makes one adapter of an expert's gate and up.",
-    )
 
     def __post_init__(self) -> None:
         """Check every field and bring it into its canonical form."""
-        self._check_ranks()
-        checked_choice("gates", self.gates, (None, "pool"))
-        checked_choice("experts", self.experts, (None, *GROUPINGS))
-        if self.experts and self.gates:
-            raise ValueError(
-                f"gates: expected None beside experts={self.experts!r}, whose pools cannot be "
-                f"pruned, got {self.gates!r}."
-            )
         super().__post_init__()
+        k = max(self.rank // 8, 1) if self.k is None else checked_integer("k", self.k)
+        if not 0 <= k <= self.rank:
+            raise ValueError(f"k: expected 0 <= k <= rank (rank is {self.rank}), got {k}.")
+        self._set(k=k)
+        _check_rank_pattern(self.rank_pattern, k)
+        checked_choice("experts", self.experts, (None, *GROUPINGS))
 
     @property
     def grouping_of_experts(self) -> str | None:
         """Give the field ``experts``."""
         return self.experts
 
-    def diagonal(self, own: int, pooled: int) -> Tensor:
-        """Make alpha/2/own for private entries and alpha/2/pooled for those of the pool.
+    def own(self, place: Place) -> dict[str, Tensor]:
+        """Make A (r-k, in), B (out, r-k) and d (r-k+L*k,), all trained."""
+        (own, pooled), dtype = self.ranks_at(place), self.adapter_dtype
+        stack = (place.experts,) if place.experts else ()
+        d = torch.empty((*stack, own + pooled), dtype=dtype, device=place.device)
+        if not d.is_meta:  # where shapes are asked for, whatever a file says of them
+            d.copy_(self.diagonal(own, pooled))
+        A, B = fresh_A(own, place, dtype, stack), fresh_B(own, place, dtype, stack)
+        return {"A": A, "B": B, "d": nn.Parameter(d)}
 
-        Without a pool, as LoRA: alpha/own.
+    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Make A (L*k, in) and B (out, L*k); nothing where k = 0."""
+        first, dtype = places[0], self.adapter_dtype
+        size = self.pool_size(first)
+        if not size:
+            return {}
+        each = self.grouping_of_experts == "slot" and first.experts
+        stack = (first.experts,) if each else ()
+        return {"A": fresh_A(size, first, dtype, stack), "B": fresh_B(size, first, dtype, stack)}
+
+    def ranks(self, num_layers: int) -> tuple[int, int]:
+        """Count a layer's private and pooled ranks in a group of L layers: r-k and L*k."""
+        k = cast(int, self.k)
+        return self.rank - k, num_layers * k
+
+    def ranks_at(self, place: Place) -> tuple[int, int]:
+        """Count the same at one place, whose rank ``rank_pattern`` may have."""
+        own, pooled = self.ranks(1)[0], self.pool_size(place)
+        for pattern, rank in cast("tuple[tuple[str, int], ...]", self.rank_pattern):
+            if matches_end(pattern, place.name):
+                return own + rank - self.rank, pooled
+        return own, pooled
+
+    def pool_size(self, place: Place) -> int:
+        """Count the ranks of the pool at a place: k for each layer, or expert, that shares it."""
+        each = self.grouping_of_experts == "layer" and place.experts
+        return self.ranks(place.experts if each else place.num_layers)[1]
+
+    def check_layers(self, names: Collection[str]) -> None:
+        """Raise ValueError where a pattern of ``rank_pattern`` is that of no adapted layer."""
+        for pattern in dict(self.rank_pattern):
+            if not any(matches_end(pattern, name) for name in names):
+                raise ValueError(
+                    "rank_pattern: expected patterns that the ends of adapted layers' names match, "
+                    f"but {pattern!r} matches none of {len(names)}, such as {next(iter(names))!r}."
+                )
+
+    def diagonal(self, own: int, pooled: int) -> Tensor:
+        """Make the d of a layer that begins: (own + pooled,) float32, private entries first.
+
+        alpha/2/own for private entries and alpha/2/pooled for those of the pool; without a pool, as
+        LoRA, alpha/own.
         """
         share = self.alpha / 2 if pooled else self.alpha
         return torch.cat([torch.full((n,), share / max(n, 1)) for n in (own, pooled)])
 
-    def initial_diagonal(self, num_layers: int) -> Tensor:
-        """Make d of a layer in a group of L layers: (r-k+L*k,) float32, private entries first."""
-        return self.diagonal(*self.ranks(num_layers))
 
-    def gate_entries(self, own: int, pooled: int) -> slice:
-        """Tell which entries of d are gates: the pooled ones, with ``gates="pool"``."""
-        return slice(own, own + pooled if self.gates else own)
-
-    def gate_scale(self, num_layers: int) -> float:
-        """Give the value that the pooled entries begin with, so that gates begin at one."""
-        return self.alpha / 2 / max(self.ranks(num_layers)[1], 1)
+def _check_rank_pattern(pairs: Any, k: int) -> None:
+    """Raise where ``rank_pattern`` has no patterns, or ranks that cannot be."""
+    for pattern, rank in pairs:
+        if not isinstance(pattern, str) or not pattern:
+            raise TypeError(f"rank_pattern: expected patterns as strings, got {pattern!r}.")
+        check_pattern("rank_pattern", pattern)
+        if not max(k, 1) <= rank <= MOST_RANKS:
+            raise ValueError(
+                f"rank_pattern: expected ranks of at least {max(k, 1)} (k is {k}) and at most "
+                f"{MOST_RANKS}, got {rank} for {pattern!r}."
+            )
 
 
 document_fields(RasaConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +12,12 @@ from torch.compiler import is_compiling
 from rasa_ext import ops
 from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, linear_shape
 from rasa_ext.base_layers.quantized import check_gradient
-from rasa_ext.base_layers.sharded import is_dtensor
-from rasa_ext.base_layers.split import Split, local_part, split_of
 from rasa_ext.nn import composed, functional
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
 from rasa_ext.nn.pack_cache import PackCache
 from rasa_ext.nn.precision import HALVES, is_sharing
 from rasa_ext.nn.shapes import count_tokens, flatten_tokens, unflatten_like
-from rasa_ext.nn.split import part_of, shared, summed
 from rasa_ext.ops import Factors, Pack
 
 
@@ -46,7 +44,6 @@ class AdaptedLinear(AdaptedModule):
         # quantized layer whose place a dense one took.
         self.merged_base: Any = None
         self.fused: FusedProjections | None = None
-        self.averaged = False  # whether a backward ends with a mean of gradients over processes
         self._cache = PackCache()
 
     def adapter(self) -> Adapter | None:
@@ -83,7 +80,7 @@ class AdaptedLinear(AdaptedModule):
             self._cache.drop()
             if sources[0].dtype in HALVES:
                 self._restore_together()
-        dtype = _compute_dtype(x)
+        dtype = compute_dtype(x)
         plain = None
         if not (args or kwargs):
             plain = as_plain_gemm(self._modules["base_layer"], dtype)
@@ -91,25 +88,15 @@ class AdaptedLinear(AdaptedModule):
             return self._over_base(x, adapter, sources, with_grad, args, kwargs)
         p = adapter.config.dropout if self.training else 0.0
         # With dropout also without grad: a re-entrant checkpoint must draw the same masks twice.
-        eager = (with_grad or p > 0) and not is_compiling()  # without either it does not matter
-        fused = self.fused if eager else None
-        if fused is not None and ops.fuse_projections(x) and not x.is_inference():
+        fused = self.fused if with_grad or p else None
+        if fused is not None and ops.fuse_projections(x) and not is_compiling():
             part = Projection(*plain, sources, adapter.factors, p)
             y = fused.output(self, part, x, dtype)
             if y is not None:
                 return y
         if x.dtype != dtype:
             x = x.to(dtype)
-        if with_grad and eager and not p and ops.torch_differentiates(x):
-            return composed.adapted_linear(x, *plain, adapter.factors())
-        mask, kept, scale = functional.dropout(x, p) if p else (None, None, 1.0)
-        if with_grad:
-            factors = adapter.factors()
-            multiple = _rank_multiple(x, factors)
-            return functional.adapted_linear(x, *plain, factors, multiple, mask, kept, scale)
-        pack = self._packed(adapter, sources, dtype, x.device)
-        y, _ = ops.low_rank_linear(flatten_tokens(x), *plain, *pack, kept, scale)
-        return unflatten_like(y, x)
+        return self._adapted(x, *plain, adapter.factors, p, sources, with_grad)
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
         """Give the layer as one of several that read one input, computed in ``dtype`` together.
@@ -139,68 +126,51 @@ class AdaptedLinear(AdaptedModule):
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Add the adapter to whatever the base layer makes of x."""
-        if is_dtensor(self.base_layer.weight) and (split := split_of(self.base_layer)):
-            return self._over_part(x, adapter, sources, with_grad, split)
         if x.requires_grad and torch.is_grad_enabled():
             check_gradient(self.base_layer)
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if with_grad or y.requires_grad:
-            return self._added(y, x, adapter)
-        x = x.to(y.dtype)
-        drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
-        pack = self._packed(adapter, sources, y.dtype, y.device)
-        rows = flatten_tokens(y), flatten_tokens(x)
-        out, _ = ops.low_rank_add(*rows, *pack, *drop[1:])
-        return unflatten_like(out, y)
+        return self._added(y, x, adapter, sources, with_grad or y.requires_grad)
 
-    def _over_part(
+    def _added(
         self,
+        y: Tensor,
         x: Tensor,
         adapter: Adapter,
+        sources: tuple[Tensor, ...] = (),
+        with_grad: bool = True,
+    ) -> Tensor:
+        """Compute ``y + x dW^T``, without grad by the cached pack of ``sources``."""
+        p = adapter.config.dropout if self.training else 0.0
+        x = x.to(y.dtype)
+        return self._adapted(x, None, None, adapter.factors, p, sources, with_grad, y)
+
+    def _adapted(
+        self,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        make_factors: Callable[[], Factors],
+        p: float,
         sources: tuple[Tensor, ...],
         with_grad: bool,
-        split: Split,
+        y: Tensor | None = None,
     ) -> Tensor:
-        """Compute this process's part of y, or its summand and the sum; see ``nn.split``.
-
-        In place of the base's own forward, whose sums over processes have both summands then.
-        """
-        if with_grad and not self.averaged and any(each.requires_grad for each in sources):
-            raise RuntimeError(
-                "expected an adapter whose gradients are averaged over processes, since each has a "
-                "part of the base; call rasa_ext.distributed.replicate_adapter(model) after "
-                "patching."
-            )
-        dtype = _compute_dtype(x)
-        weight, bias = local_part(self.base_layer, dtype)
-        x = x.to(dtype)
-        by_rows = split.dim == 0
-        if by_rows:
-            x = shared(x, split)
-        added = bias if by_rows else None
-        mask, kept, scale = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
+        """Compute ``x W^T + bias + x dW^T``, or ``y + x dW^T`` where the base has given y."""
+        if with_grad and not p and ops.torch_differentiates(x) and not is_compiling():
+            return composed.adapted_linear(x, weight, bias, make_factors(), y)
+        mask, kept, scale = functional.dropout(x, p)
         if with_grad:
-            factors = part_of(adapter.factors(), split)
-            multiple = _rank_multiple(x, factors)
-            y = functional.adapted_linear(x, weight, added, factors, multiple, mask, kept, scale)
+            factors = make_factors()
+            multiple = ops.rank_multiple(x.device.type, x.dtype, factors.rank, count_tokens(x))
+            drop = mask, kept, scale
+            return functional.adapted_linear(x, weight, bias, factors, multiple, *drop, y)
+        pack, rows = self._packed(make_factors, sources, x.dtype, x.device), flatten_tokens(x)
+        if y is not None:
+            out, _ = ops.low_rank_add(flatten_tokens(y), rows, *pack, kept, scale)
         else:
-            pack = self._packed(adapter, sources, dtype, x.device, split)
-            rows = flatten_tokens(x)
-            out, _ = ops.low_rank_linear(rows, weight, added, *pack, kept, scale)
-            y = unflatten_like(out, x)
-        if by_rows:
-            return y
-        y = summed(y, split)
-        return y if bias is None else y + bias
-
-    def _added(self, y: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
-        """Compute ``y + x dW^T``, differentiable."""
-        x = x.to(y.dtype)
-        drop = functional.dropout(x, adapter.config.dropout if self.training else 0.0)
-        factors = adapter.factors()
-        if drop[0] is None and not is_compiling() and ops.torch_differentiates(x):
-            return composed.adapted_add(y, x, factors)
-        return functional.adapted_add(y, x, factors, _rank_multiple(x, factors), *drop)
+            assert weight is not None
+            out, _ = ops.low_rank_linear(rows, weight, bias, *pack, kept, scale)
+        return unflatten_like(out, x)
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the base on x, in the dtype in which it ran before it was dequantized."""
@@ -210,7 +180,7 @@ class AdaptedLinear(AdaptedModule):
                 "call rasa_ext.unmerge(model) first."
             )
         base = self.base_layer
-        if isinstance(self.merged_base, nn.Module) and _compute_dtype(x) != base.weight.dtype:
+        if isinstance(self.merged_base, nn.Module) and compute_dtype(x) != base.weight.dtype:
             dense: Tensor = base(x.to(base.weight.dtype), *args, **kwargs)
             return dense.to(x.dtype)
         y: Tensor = base(x, *args, **kwargs)
@@ -242,18 +212,15 @@ class AdaptedLinear(AdaptedModule):
 
     def _packed(
         self,
-        adapter: Adapter,
+        make_factors: Callable[[], Factors],
         sources: tuple[Tensor, ...],
         dtype: torch.dtype,
         device: torch.device,
-        split: Split | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Give Ap and Bp without grad, from the cache while no source has changed."""
 
         def make() -> tuple[Tensor, Tensor]:
-            factors = adapter.factors()
-            if split is not None:
-                factors = part_of(factors, split)
+            factors = make_factors()
             multiple = ops.rank_multiple(device.type, dtype, factors.rank)
             return ops.pack(*factors, dtype, multiple)
 
@@ -262,13 +229,7 @@ class AdaptedLinear(AdaptedModule):
         return self._cache.get(sources, (dtype, device), make)
 
 
-def _rank_multiple(x: Tensor, factors: Factors) -> int:
-    """Choose the padding of a pack that is made for x (..., in) alone."""
-    tokens = count_tokens(x)
-    return ops.rank_multiple(x.device.type, x.dtype, factors.rank, tokens)
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """Give the dtype in which a linear layer computes on x: autocast's, or x's own."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):

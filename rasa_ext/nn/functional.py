@@ -1,8 +1,7 @@
-"""Autograd functions, but for what processes exchange: packs, and low-rank linears over adapters.
+"""Autograd functions for packs and adapted linears.
 
     pack(factors)                     -> Pack: Ap (R, in), Bp (R, out)
     adapted_linear(x, W, bias, ...)   -> x W^T + bias + (x Ap^T) Bp
-    adapted_add(y, x, ...)            -> y + (x Ap^T) Bp
     adapted_projections(x, Ws, ...)   -> adapted_linear of every layer that reads the same x
     adapted_group(x, Ws, bias, ...)   -> adapted_linear of L layers on L given inputs
 
@@ -69,7 +68,7 @@ class _Pack(Function):
 
 
 class _AdaptedLinear(Function):
-    """``y`` is None, or else the output of a base that is no plain GEMM, and ``weight`` is."""
+    """``y`` is the output of a base that is not a plain GEMM; else ``weight`` is given."""
 
     @staticmethod
     def forward(
@@ -258,17 +257,18 @@ def pack(factors: Factors, dtype: torch.dtype, multiple: int = 1) -> Pack:
 
 def adapted_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     factors: Factors,
     multiple: int = 1,
     mask: Tensor | None = None,
     kept: Tensor | None = None,
     scale: float = 1.0,
+    y: Tensor | None = None,
 ) -> Tensor:
     """Compute ``x W^T + bias + x dW^T`` with dW = Bp^T Ap, the pack of ``factors``.
 
-    Differentiable in x and in the factors.
+    Over a base that is not a plain GEMM, ``y + x dW^T``. Differentiable in x, y and the factors.
 
     Args:
         x: (..., in).
@@ -278,29 +278,12 @@ def adapted_linear(
         factors: see ``pack``.
         multiple: see ``pack``.
         mask, kept, scale: from ``dropout``, where the x beside dW is what that left.
+        y: output (..., out) of the base, in x's dtype; weight and bias are None then.
 
     Returns:
-        (..., out).
+        (..., out); y is left as it was.
     """
-    y: Tensor = _AdaptedLinear.apply(None, x, weight, bias, multiple, mask, kept, scale, *factors)
-    return y
-
-
-def adapted_add(
-    y: Tensor,
-    x: Tensor,
-    factors: Factors,
-    multiple: int = 1,
-    mask: Tensor | None = None,
-    kept: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """Compute ``y + x dW^T``, over the output (..., out) of a base that is not a plain GEMM.
-
-    x is (..., in) in y's dtype. Differentiable in y, x and the factors; y is left as it was.
-    Other arguments as for ``adapted_linear``.
-    """
-    out: Tensor = _AdaptedLinear.apply(y, x, None, None, multiple, mask, kept, scale, *factors)
+    out: Tensor = _AdaptedLinear.apply(y, x, weight, bias, multiple, mask, kept, scale, *factors)
     return out
 
 

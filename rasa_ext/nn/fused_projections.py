@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rasa_ext import ops
-from rasa_ext.nn import composed, functional
+from rasa_ext.nn import functional
 from rasa_ext.nn.shapes import count_tokens
 from rasa_ext.ops import Factors
 
@@ -100,6 +100,8 @@ class FusedProjections:
 
         ``part`` is what ``layer.projection(dtype)`` would give.
         """
+        if x.is_inference():  # without a version by which x would be known again
+            return None
         current = self._rounds.current
         if current is not None:
             if current.is_of(x, dtype) and id(layer) in current.waiting:
@@ -168,12 +170,9 @@ def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor
     """Compute every part's output for x (..., in), in its dtype."""
     weights, biases = [part.weight for part in parts], [part.bias for part in parts]
     factors = [part.factors() for part in parts]
-    dropout = parts[0].dropout
-    if not dropout and ops.torch_differentiates(x):
-        return composed.adapted_projections(x, weights, biases, factors)
     rank, tokens = max(each.rank for each in factors), count_tokens(x)
     multiple = ops.rank_multiple(x.device.type, x.dtype, rank, tokens)
-    drop = functional.dropout(x, dropout)
+    drop = functional.dropout(x, parts[0].dropout)
     return functional.adapted_projections(x, weights, biases, factors, multiple, *drop)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter, Method
+from rasa_ext.nn.split import SplitLinear
 
 
 class RasaPool(nn.Module):
@@ -171,6 +172,10 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
             f"in_features={in_features}, out_features={out_features}, "
             f"effective_rank={self.effective_rank}{state}"
         )
+
+
+class SplitRasaLinear(SplitLinear, RasaLinear):
+    """A RasaLinear over a base layer of which every process has a part."""
 
 
 def register_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""An adapter that is whole on every process, over a base layer of which each has a part.
+"""Adapters under tensor parallelism: each is whole on every process, over a part of the base.
 
 Of a base that is cut by rows the process uses the same rows of B, and of one that is cut by columns
 the same columns of A; nothing else of the adapter is cut. So dW's part is that of the whole dW, and
@@ -21,12 +21,61 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rasa_ext.base_layers.split import Split
+from rasa_ext.base_layers.split import Split, local_part, split_of
+from rasa_ext.nn.adapted_linear import AdaptedLinear, compute_dtype
+from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.functional import Function
 from rasa_ext.ops import Factors
 
 
-def part_of(factors: Factors, split: Split) -> Factors:
+class SplitLinear(AdaptedLinear):
+    """An adapted linear layer of which every process has a part: ``split_of(base_layer)``.
+
+    A mixin before the class that owns the adapter's tensors.
+    """
+
+    averaged = False
+    """Whether a backward ends with a mean of gradients over processes."""
+
+    def _over_base(
+        self,
+        x: Tensor,
+        adapter: Adapter,
+        sources: tuple[Tensor, ...],
+        with_grad: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Compute this process's part of y, or its summand and the sum.
+
+        In place of the base's own forward: sums over processes then have both summands.
+        """
+        if with_grad and not self.averaged and any(each.requires_grad for each in sources):
+            raise RuntimeError(
+                "expected an adapter whose gradients are averaged over processes, since each has a "
+                "part of the base; call rasa_ext.distributed.replicate_adapter(model) after "
+                "patching."
+            )
+        split = split_of(self.base_layer)
+        assert split is not None  # else the model would not have this class
+        dtype = compute_dtype(x)
+        weight, bias = local_part(self.base_layer, dtype)
+        x, added = x.to(dtype), None
+        if split.dim == 0:
+            x, added = _shared(x, split), bias
+
+        def factors() -> Factors:
+            return _part_of(adapter.factors(), split)
+
+        p = adapter.config.dropout if self.training else 0.0
+        y = self._adapted(x, weight, added, factors, p, sources, with_grad)
+        if split.dim == 0:
+            return y
+        total: Tensor = _Summed.apply(y, split.group)  # whose gradient each process has whole
+        return total if bias is None else total + bias
+
+
+def _part_of(factors: Factors, split: Split) -> Factors:
     """Give the factors of this process's part of dW, with gradients times the processes."""
     A, A_pool, B, B_pool, d = factors
 
@@ -39,16 +88,10 @@ def part_of(factors: Factors, split: Split) -> Factors:
     )
 
 
-def shared(x: Tensor, split: Split) -> Tensor:
+def _shared(x: Tensor, split: Split) -> Tensor:
     """Give x (..., in), the same on all processes, whose gradients a backward sums over them."""
     needed = torch.is_grad_enabled() and x.requires_grad
     return _Shared.apply(x, split.group) if needed else x
-
-
-def summed(y: Tensor, split: Split) -> Tensor:
-    """Sum y (..., out) over the processes, in place; each has the whole gradient already."""
-    total: Tensor = _Summed.apply(y, split.group)
-    return total
 
 
 class _Part(Function):

@@ -49,17 +49,12 @@ def rank_multiple(device_type: str, dtype: torch.dtype, rank: int, tokens: int =
 def fuse_projections(x: Tensor) -> bool:
     """Decide whether layers that read one x (..., in), as q, k and v do, share a forward with grad.
 
-    On a CPU one down-projection three times as wide, and no sum over the projections' dx in passes
-    of its own, take a tenth and more of what the official formula adds away at 1024 tokens, and a
-    twentieth in bfloat16 at 320. In float32 it makes no difference at 320 and costs a twentieth at
-    16, too few to train with for a rule of their own. With dropout they share one mask.
-
-    On a GPU the gain is predicted and not measured: of q, k and v two products read x in place of
-    six, their dx are not added up in passes over all tokens, and a step has 27 launches in place of
-    41. With few tokens, too: there Python takes the time, for three layers where one call would do.
-    Decoding, which is without grad, leaves each layer to the two kernels made for it.
+    On a GPU, where the gain is predicted and not measured: two products read x in place of six, dx
+    is summed inside the products, and a step has 27 launches in place of 41. Decoding, without
+    grad, leaves each layer to the two kernels made for it. On a CPU the gain is below a twentieth
+    of what the official formula adds with the tokens of most steps.
     """
-    return x.device.type in ("cpu", "cuda")
+    return x.device.type == "cuda"
 
 
 def noise_words(device_type: str, elements: int) -> int:
@@ -76,30 +71,7 @@ def noise_words(device_type: str, elements: int) -> int:
 def torch_differentiates(x: Tensor) -> bool:
     """Decide whether PyTorch differentiates the adapter of a forward with grad on x (..., in).
 
-    On a CPU that takes a third (float32) and a quarter (bfloat16) of what the adapter adds to a
-    step of 16 tokens away, a seventh at 512. From 1024 on it is up to a tenth in bfloat16, and
-    nothing in float32, whose products take longer, so that keeping x and U alone is worth more
-    there: Python, in a Function and in the operators under it, costs the same for all. On a GPU
-    operators are fewer launches.
+    On a CPU, where that saves 33 % (float32), 25 % (bfloat16) of the overhead at 16 tokens. On a
+    GPU operators are fewer launches.
     """
-    return x.is_cpu and (x.element_size() == 2 or x.numel() <= 512 * x.shape[-1])
-
-
-def d_on_tokens(x: Tensor) -> bool:
-    """Decide whether d multiplies U of tokens x (M, in), where PyTorch differentiates.
-
-    In the pack it costs 0.03 to 0.09 of what the official formula adds at 320 tokens. At 1024 it
-    takes the same, and U diag(d) is not kept.
-    """
-    return x.shape[0] <= 512
-
-
-def ranks_first(x: Tensor) -> bool:
-    """Decide whether U = x A^T of few tokens x (M, in) is computed as (A x^T)^T.
-
-    In float32 MKL takes 0.6 to 0.8 of the time for that with 64 to 352 tokens, 24 to 48 ranks and
-    1536 inputs or more, about as much with 576 inputs or 64 ranks and more, and 1.3 to 1.7 from 384
-    tokens on. The backward's G B, as narrow and as deep, follows the strides of U. In bfloat16
-    oneDNN takes as long or longer.
-    """
-    return x.dtype == torch.float32 and x.shape[0] <= 352
+    return x.is_cpu

@@ -12,7 +12,7 @@ from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.patching.grouping import Group, every_index, grouped
-from rasa_ext.patching.targets import Plan, adaptable_banks
+from rasa_ext.patching.targets import Plan
 
 _MUCH = 0.1
 """The part of a model's parameters that is not left alone without a word."""
@@ -94,8 +94,8 @@ def untouched(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[s
     largest = sorted(sizes, key=lambda name: -sizes[name])
     shown = ", ".join(f"{name} {plan.untouched[name]}" for name in largest[:3])
     ways = "'own'" if isinstance(config, LoraConfig) else "'shared', or 'slot' or 'layer'"
-    able = plan.untouched.keys() & adaptable_banks(model, config)
+    how = f" They are adapted with experts={ways}." if plan.adaptable else ""
     yield (
         f"{len(sizes)} weights of experts, {100 * share:.0f} % of the model's parameters, stay "
-        f"untouched, among them {shown}.{f' They are adapted with experts={ways}.' if able else ''}"
+        f"untouched, among them {shown}.{how}"
     )

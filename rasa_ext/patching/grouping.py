@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from rasa_ext.methods.base import AdapterConfig, Groups, Place
+from rasa_ext.nn.adapter import Adapter
 
 Shape = tuple[int, int]
 """(out, in)"""
@@ -31,6 +32,12 @@ class Group:
             Place(index, len(self.names), *self.shape, device, name, self.experts)
             for index, name in enumerate(self.names)
         ]
+
+    def planned(self, config: AdapterConfig) -> dict[str, Adapter]:
+        """Give the adapters that a method makes for its layers, by name, on the meta device."""
+        places = self.places(torch.device("meta"))
+        pool = config.pool(places)
+        return {place.name: Adapter(config, config.own(place), pool, place) for place in places}
 
 
 def pattern(name: str) -> str:

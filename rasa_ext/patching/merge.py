@@ -1,7 +1,7 @@
 """Folding adapters into the base weights, and taking them out again: W += dW = Bp^T Ap.
 
-Layers, and experts, that are alike go through the operators over whole groups together: ``parts``.
-Those over a quantized base go one by one, and become dense: ``merge_quantized``.
+These are the calls for patched models. ``parts`` describes the matrices that an adapter changes,
+and ``fold`` merges them: those that are alike together, those over a quantized base one by one.
 """
 
 from __future__ import annotations
@@ -9,41 +9,23 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import ops
 from rasa_ext.base_layers.experts import is_transposed
 from rasa_ext.base_layers.linear import check_weight_is_stored
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.sharded import check_base_whole
 from rasa_ext.nn.rasa import RasaLinear
-from rasa_ext.patching.merge_quantized import (
-    Dequantized,
-    dense_dtype,
-    dequantize_and_merge,
-    model_dtype,
-    restore_quantized,
-    warn_dequantized,
-)
-from rasa_ext.patching.parts import (
-    Chunk,
-    Part,
-    bank_parts,
-    chunks_of,
-    deltas_of,
-    linear_part,
-    packs_of,
-    parts_of_experts,
-)
+from rasa_ext.nn.rasa_experts import RasaExperts
+from rasa_ext.nn.trained_tokens import TrainedTokens
+from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_parts
+from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
+from rasa_ext.patching.parts import Part, bank_parts, chunks_of, deltas_of, linear_part
 from rasa_ext.patching.patch import remove_layers
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
-from rasa_ext.patching.subtraction import Rest, rest
 from rasa_ext.patching.tokens import check_rows_finite, merge_rows, trained_tokens, unmerge_rows
-
-Layers = list[tuple[str, RasaLinear]]
 
 _SWITCHING = threading.Lock()  # the adapters of a model off or on again
 
@@ -72,7 +54,7 @@ def delta_weight(layer: RasaLinear) -> Tensor:
     """
     if not isinstance(layer, RasaLinear):
         raise TypeError(f"layer: expected a RasaLinear, got {type(layer).__name__}.")
-    return deltas_of([linear_part("", layer)], torch.float32)[0]
+    return deltas_of([linear_part("", layer, [layer.adapter()])], torch.float32)[0]
 
 
 def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -100,15 +82,12 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         0.0
     """
     patch_state(model)
-    layers = [linear_part(name, layer) for name, layer in adapted_layers(model)]
-    for chunk in chunks_of(layers, torch.float32):
+    for chunk in chunks_of(_linear_parts(model)):
         deltas = deltas_of(chunk, torch.float32)
         yield from ((part.name, delta) for part, delta in zip(chunk, deltas, strict=True))
-    for name, experts in adapted_experts(model):
-        for key, bank in experts.banks().items():
-            parts = bank_parts(f"{name}.{key}", experts, key, bank)
-            delta = deltas_of(parts, torch.float32)
-            yield f"{name}.{key}", delta.mT if is_transposed(experts.base_layer) else delta
+    for name, parts in _bank_parts(model):
+        delta = deltas_of(parts, torch.float32)
+        yield name, delta.mT if is_transposed(parts[0].base) else delta
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool = False) -> float:
@@ -173,16 +152,11 @@ def unmerge(model: nn.Module) -> None:
         True
     """
     state = patch_state(model)
-    if state.merged is not None:
-        _check_not_capturing()
-    with torch.no_grad():
-        layers = adapted_layers(model)
-        for _, layer in layers:
-            if isinstance(layer.merged_base, nn.Module):
-                restore_quantized(layer)
-        for chunk in chunks_of(_dense_parts(model)):  # as merging had them: others round otherwise
-            _unmerge_chunk(chunk)
-        unmerge_rows(unwrap(model))
+    if state.merged is None:
+        return
+    _check_not_capturing()
+    unmerge_parts(_parts(model))
+    unmerge_rows(unwrap(model))
     state.merged = None
 
 
@@ -281,10 +255,9 @@ def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _switch(model: nn.Module, off: bool) -> None:
-    adapted: list[tuple[str, Any]]
-    adapted = [*adapted_layers(model), *adapted_experts(model), *trained_tokens(unwrap(model))]
-    for _, module in adapted:
-        module.disabled = off
+    for module in unwrap(model).modules():
+        if isinstance(module, RasaLinear | RasaExperts | TrainedTokens):
+            module.disabled = off
 
 
 def _merge(
@@ -294,126 +267,60 @@ def _merge(
     subtract: bool = False,
     quiet: bool = False,
 ) -> float:
-    state = patch_state(model)
+    state, root = patch_state(model), unwrap(model)
     if state.merged is not None:
         return state.merged
     if state.disabled:
         raise RuntimeError("model: leave rasa_ext.disable_adapter(model) before a merge.")
     _check_not_capturing()
-    every = adapted_layers(model)
-    tables = {name: module.base_layer for name, module in trained_tokens(unwrap(model))}
-    check_base_whole(model, {**{name: layer.base_layer for name, layer in every}, **tables})
-    check_rows_finite(unwrap(model))
-    quantized = [(name, each) for name, each in every if format_of(each.base_layer) is not None]
-    _check_dtype(dtype, quantized)
-    parts = _dense_parts(model)
-    if offloaded := next((part.name for part in parts if part.weight.is_meta), None):
-        raise ValueError(
-            f"model: expected base weights to merge into, but that of {offloaded!r} is offloaded "
-            "or on the meta device; load the base whole, or export instead of merging."
-        )
-    _check_not_shared(model, parts)
-    chunks = list(chunks_of(parts))
-    changes: list[Dequantized] = []
-    with torch.no_grad():
-        if not keep_base:
-            # Nothing could be undone: look at the results in copies before the first is written.
-            for chunk in chunks:
-                _merge_chunk(chunk, [part.weight.clone() for part in chunk])
-        try:
-            wanted = dtype or model_dtype(unwrap(model))
-            largest = _merge_quantized(quantized, wanted, changes)
-            for chunk in chunks:
-                for part in chunk:
-                    if keep_base:
-                        part.kept = part.weight.clone()
-                change = _merge_chunk(chunk, [part.weight for part in chunk])
-                largest = max(largest, change)
-                if subtract:
-                    _keep_rest(chunk)
-            largest = max(largest, merge_rows(unwrap(model)))
-        except BaseException:  # not finite, out of memory, or an interrupt: all layers or none
-            unmerge(model)
-            raise
+    tables = {name: module.base_layer for name, module in trained_tokens(root)}
+    layers = {name: layer.base_layer for name, layer in adapted_layers(root)}
+    check_base_whole(model, {**layers, **tables})
+    check_rows_finite(root)
+    parts = _parts(root)
+    _check_dtype(dtype, parts)
+    _check_own_weights(root, [part for part in parts if not part.is_quantized])
+    merging = Merging(dtype or model_dtype(root), subtract, keep_base)
+    if not keep_base:  # nothing could be undone: look at the results before the first is written
+        check_parts(parts, merging.dtype, "model")
+    try:
+        largest = max(merge_rows(root), merge_parts(parts, merging, "model"))
+    except BaseException:
+        unmerge_rows(root)
+        raise
     state.merged, state.dense_dtype, state.subtract = largest, dtype, subtract
     if not quiet:
-        warn_dequantized(changes, stacklevel=3)
+        warn_dequantized(merging.changes, stacklevel=3)
     return largest
 
 
-def _merge_quantized(
-    layers: Layers, dtype: torch.dtype | None, changes: list[Dequantized]
-) -> float:
-    """Make each layer dense with its adapter in it, in ``dtype`` or what it was; give max |dW|."""
-    largest = 0.0
-    for name, layer in layers:
-        delta = delta_weight(layer)
-        largest = max(largest, delta.abs().max().item())
-        changes.append(
-            dequantize_and_merge(layer, name, delta, dense_dtype(layer.base_layer, dtype))
-        )
-    return largest
+def _parts(model: nn.Module) -> list[Part]:
+    """List the matrices that a model's adapters change."""
+    return _linear_parts(model) + [part for _, parts in _bank_parts(model) for part in parts]
 
 
-def _check_dtype(dtype: torch.dtype | None, quantized: Layers) -> None:
+def _linear_parts(model: nn.Module) -> list[Part]:
+    return [linear_part(n, layer, [layer.adapter()]) for n, layer in adapted_layers(model)]
+
+
+def _bank_parts(model: nn.Module) -> Iterator[tuple[str, list[Part]]]:
+    """Give the parts of each adapted stacked weight, by the parameter's name."""
+    for path, experts in adapted_experts(model):
+        for key, bank in experts.banks().items():
+            name, adapters = f"{path}.{key}", [bank.adapter()]
+            yield name, bank_parts(name, experts.base_layer, key, adapters, experts)
+
+
+def _check_dtype(dtype: torch.dtype | None, parts: list[Part]) -> None:
     if dtype is None:
         return
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating-point torch.dtype or None, got {dtype!r}.")
-    if not quantized:
+    if not any(part.is_quantized for part in parts):
         raise ValueError(
             f"dtype: {dtype} is for layers that are quantized, and no adapted layer is; "
             "model.to(dtype) converts the others."
         )
-
-
-def _merge_chunk(chunk: Chunk, weights: list[Tensor]) -> float:
-    """Add dW to ``weights``, each (out, in), and give max |dW|.
-
-    Raises ValueError where a sum is not finite.
-    """
-    packs = packs_of(chunk, ops.accumulation_dtype(weights[0].dtype))
-    low, high = ops.delta_group(*packs).aminmax()
-    ops.merge_group(weights, *packs)
-    # A compiled operator writes without autograd's knowledge; a backward through the old values
-    # must still be refused.
-    torch.autograd.graph.increment_version(weights)
-    finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
-    for part, good in zip(chunk, finite, strict=True):
-        if not good:
-            raise ValueError(
-                f"model: expected finite merged weights, but {part.name!r} would hold values that "
-                f"are not finite in {weights[0].dtype}; nothing was merged."
-            )
-    return max(-low.item(), high.item())
-
-
-def _keep_rest(chunk: Chunk) -> None:
-    """Keep, in place of merged parts' weights as they were, what subtracting does not give."""
-    deltas = deltas_of(chunk, ops.accumulation_dtype(chunk[0].weight.dtype))
-    for part, delta in zip(chunk, deltas, strict=True):
-        part.kept = rest(part.kept, part.weight, delta)
-
-
-def _unmerge_chunk(chunk: Chunk) -> None:
-    """Give the parts of a chunk that are merged their weights back."""
-    deltas: Tensor | None = None
-    if any(isinstance(part.kept, Rest) for part in chunk):
-        deltas = deltas_of(chunk, ops.accumulation_dtype(chunk[0].weight.dtype))
-    for index, part in enumerate(chunk):
-        kept = part.kept
-        if deltas is not None and isinstance(kept, Rest):
-            part.weight.copy_(kept.original(part.weight, deltas[index]))
-        elif kept is not None:
-            part.weight.copy_(kept)
-        part.kept = None
-
-
-def _dense_parts(model: nn.Module) -> list[Part]:
-    """List the matrices that are merged in place: all but those of quantized layers."""
-    layers = adapted_layers(model)
-    dense = [(n, layer) for n, layer in layers if format_of(layer.base_layer) is None]
-    return [linear_part(name, layer) for name, layer in dense] + parts_of_experts(model)
 
 
 def _is_capturing() -> bool:
@@ -429,9 +336,13 @@ def _check_not_capturing() -> None:
         )
 
 
-def _check_not_shared(model: nn.Module, parts: list[Part]) -> None:
-    """Raise where a weight stands elsewhere too, which cannot take one layer's change."""
-    root = unwrap(model)
+def _check_own_weights(root: nn.Module, parts: list[Part]) -> None:
+    """Raise ValueError where a weight is not here, or where a merge would change others with it."""
+    if offloaded := next((part.name for part in parts if part.weight.is_meta), None):
+        raise ValueError(
+            f"model: expected base weights to merge into, but that of {offloaded!r} is offloaded "
+            "or on the meta device; load the base whole, or export instead of merging."
+        )
     # Those of torchao have no storage of their own, and thus all the same address.
     wrappers = {id(m.weight) for m in root.modules() if format_of(m) is not None}
     users: dict[int, list[str]] = {}
@@ -439,14 +350,13 @@ def _check_not_shared(model: nn.Module, parts: list[Part]) -> None:
         if id(parameter) not in wrappers:
             users.setdefault(parameter.data_ptr(), []).append(name)
     for part in parts:
-        if part.expert:
-            continue
-        if not part.bank:
+        if part.expert is None:
             check_weight_is_stored(part.name, part.base)
-        # A module registered under several names is one layer; only other modules count.
+        # A module registered under several names is one layer; only other modules count. The
+        # address of a stacked weight is that of the first expert's.
         others = [
             other
-            for other in users[part.weight.data_ptr()]
+            for other in users.get(part.weight.data_ptr(), ())
             if root.get_submodule(other.rpartition(".")[0]) is not part.base
         ]
         if others:

@@ -12,13 +12,15 @@ import dataclasses
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer, linear_shape
+from rasa_ext.base_layers.linear import LinearLayer
 from rasa_ext.base_layers.quantized import Format, format_of, stored_bytes
 from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.patching.parts import Part, check_finite
 
 PROBES = 32
 """Rows of random input on which a merged layer is compared with what it was, and of its weight
@@ -42,51 +44,56 @@ class Dequantized:
     """Likewise the error of the merged weight, were it quantized again; None where unknown."""
 
 
-@torch.no_grad()
-def dequantize_and_merge(
-    layer: AdaptedLinear, name: str, delta: Tensor, dtype: torch.dtype
-) -> Dequantized:
-    """Replace a layer's quantized base by a dense one that holds W + delta (out, in), in ``dtype``.
+def dequantized_sum(part: Part, delta: Tensor, wanted: torch.dtype | None, argument: str) -> Tensor:
+    """Compute a quantized layer's W + delta (out, in), rounded once, in the dtype for a dense base.
 
-    ``layer.merged_base`` keeps the quantized one. ValueError where the sum is not finite, and
-    RuntimeError where the weight cannot be read; the layer is then unchanged.
+    That is ``wanted``, or else what ``dense_dtype`` finds. ValueError, which begins with
+    ``argument``, where the sum is not finite; RuntimeError where the weight cannot be read.
     """
-    base: LinearLayer = layer.base_layer if layer.merged_base is None else layer.merged_base
-    fmt = format_of(base)
+    fmt, dtype = format_of(part.base), dense_dtype(part.base, wanted)
     if fmt is None:
-        raise TypeError(f"model: expected {name!r} to be quantized, got a dense layer.")
+        raise TypeError(f"model: expected {part.name!r} to be quantized, got a dense layer.")
     try:
-        dequantized = fmt.dequantize(base)
+        dequantized = fmt.dequantize(part.base)
     except (NotImplementedError, RuntimeError) as error:
         raise RuntimeError(
-            f"model: the weight of {name!r} ({fmt.name}) cannot be dequantized here, which a merge "
-            f"needs: {error}; nothing was merged, export the adapter instead."
+            f"model: the weight of {part.name!r} ({fmt.name}) cannot be dequantized here, which a "
+            f"merge needs: {error}; nothing was merged, export the adapter instead."
         ) from error
     merged = (dequantized.to(delta.dtype) + delta).to(dtype)
-    if not merged.isfinite().all():
-        raise ValueError(
-            f"model: expected finite merged weights, but {name!r} would hold values that "
-            f"are not finite in {dtype}; nothing was merged."
-        )
-    out_features, in_features = linear_shape(base)
-    dense = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype)
+    check_finite([part], [merged], argument)
+    return merged
+
+
+@torch.no_grad()
+def dequantize_and_merge(
+    part: Part, delta: Tensor, wanted: torch.dtype | None, argument: str
+) -> Dequantized:
+    """Replace a layer's quantized base by a dense one that holds ``dequantized_sum``.
+
+    ``merged_base`` of the layer is the quantized one then. The layer is unchanged after an error.
+    """
+    base, merged = part.base, dequantized_sum(part, delta, wanted, argument)
+    fmt: Any = format_of(base)
+    out_features, in_features = merged.shape
+    dense = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=merged.dtype)
     dense.weight = nn.Parameter(merged, requires_grad=False)
     if base.bias is not None:
-        dense.bias = nn.Parameter(base.bias.detach().to(dtype), requires_grad=False)
+        dense.bias = nn.Parameter(base.bias.detach().to(merged.dtype), requires_grad=False)
     dense.train(base.training)
     rows = merged[:PROBES].to(delta.dtype)
     again = fmt.requantize(base, rows)
     done = Dequantized(
-        name,
+        part.name,
         fmt.name,
-        dtype,
+        merged.dtype,
         stored_bytes(base.weight),
         merged.nbytes,
         _output_error(base, fmt, dense, delta),
         None if again is None else _relative(again, rows),
     )
-    layer.__dict__["merged_base"] = base  # kept, but not as a submodule
-    layer.base_layer = dense
+    part.owner.__dict__["merged_base"] = base  # kept, but not as a submodule
+    part.owner.base_layer = dense
     return done
 
 

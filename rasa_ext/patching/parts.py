@@ -1,11 +1,11 @@
-"""Parts: the matrices that an adapter changes, linear layers' weights and each expert's alike.
+"""Parts: the matrices that adapters change, linear layers' weights and each expert's alike.
 
 Those that are alike go through the operators over whole groups together, a chunk at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from rasa_ext import ops
 from rasa_ext.base_layers.experts import bank_weight
-from rasa_ext.nn.rasa import RasaLinear
-from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
+from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.nn.adapted_linear import AdaptedLinear
+from rasa_ext.nn.adapter import Adapter
 from rasa_ext.ops import Factors
-from rasa_ext.patching.state import adapted_experts
 
 # Bytes of dW, in the dtype of the sums, that stand beside the model at a time. 64 MiB are 16
 # million entries in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
@@ -27,98 +27,111 @@ CHUNK_BYTES = 64 << 20
 
 @dataclass(eq=False)
 class Part:
-    """One matrix that an adapter changes."""
+    """One matrix that adapters change, and where to keep what unmerging needs."""
 
     name: str
+    base: Any
+    """The module whose weight it is."""
     weight: Tensor
-    """(out, in), a view of the base's weight."""
-    owner: RasaLinear | RasaExperts
-    """What computes with it, and keeps what unmerging needs."""
-    own_factors: Factors
+    """(out, in), a view of the base's weight. Of a quantized base, the weight as it is stored."""
+    factors: tuple[Factors, ...]
+    """One for each adapter; the changes add up."""
     alike: Hashable
     """What it has in common with the parts that go into one product."""
-    bank: str = ""
-    """The stacked weight that it is a matrix of."""
-    expert: int = 0
+    owner: Any
+    """The module that has, as ``merged_base``, what unmerging needs; None while it is not merged.
+    That of experts is a dict, by the weight's name and the expert."""
+    expert: tuple[str, int] | None = None
 
     @property
     def kept(self) -> Any:
-        """What unmerging needs: the weight (out, in) or less, None while it is not merged."""
-        if isinstance(self.owner, RasaLinear):
-            return self.owner.merged_base
-        return (self.owner.merged_base or {}).get((self.bank, self.expert))
+        """The weight (out, in) before the merge, or less, or the quantized layer; or None."""
+        kept = self.owner.merged_base
+        return kept if self.expert is None else (kept or {}).get(self.expert)
 
     @kept.setter
     def kept(self, kept: Any) -> None:
-        if isinstance(self.owner, RasaLinear):
+        if self.expert is None:
             self.owner.merged_base = kept
             return
         every = self.owner.merged_base or {}
+        every[self.expert] = kept
         if kept is None:
-            every.pop((self.bank, self.expert), None)
-        else:
-            every[self.bank, self.expert] = kept
+            del every[self.expert]
         self.owner.merged_base = every or None
 
     @property
-    def base(self) -> nn.Module:
-        """The module whose weight it is."""
-        base: nn.Module = self.owner.base_layer
-        return base
+    def is_quantized(self) -> bool:
+        """Whether the base is quantized, or a dense layer in the place of a quantized one."""
+        if self.expert is not None:
+            return False
+        return isinstance(self.kept, nn.Module) or format_of(self.base) is not None
 
 
 Chunk = list[Part]
 
 
-def linear_part(name: str, layer: RasaLinear) -> Part:
-    """Make the part of a linear layer."""
+def linear_part(name: str, layer: AdaptedLinear, adapters: Sequence[Adapter]) -> Part:
+    """Make the part of a linear layer, which these adapters change."""
     weight = layer.base_layer.weight.detach()
-    factors = layer.adapter().factors()
-    alike = (layer.transposed, id(layer.pool))
-    return Part(name, weight.t() if layer.transposed else weight, layer, factors, alike)
+    pools = tuple(id(tensor) for each in adapters for tensor in each.pool.values())
+    return Part(
+        name,
+        layer.base_layer,
+        weight.t() if layer.transposed else weight,
+        tuple(adapter.factors() for adapter in adapters),
+        (layer.transposed, *pools),
+        layer,
+    )
 
 
-def bank_parts(name: str, experts: RasaExperts, key: str, bank: RasaBank) -> list[Part]:
-    """Make the parts of a stacked weight, one for each expert."""
-    factors, weights = bank.adapter().factors(), bank_weight(experts.base_layer, key).detach()
+def bank_parts(
+    name: str, base: nn.Module, key: str, adapters: Iterable[Adapter], owner: nn.Module
+) -> list[Part]:
+    """Make the parts of a stacked weight, ``base.key``, one for each expert."""
+    factors = [adapter.factors() for adapter in adapters]
     return [
-        Part(f"{name}[{i}]", weight, experts, factors.of_expert(i), id(bank), key, i)
-        for i, weight in enumerate(weights)
+        Part(
+            f"{name}[{i}]",
+            base,
+            weight,
+            tuple(each.of_expert(i) for each in factors),
+            (id(owner), key),
+            owner,
+            (key, i),
+        )
+        for i, weight in enumerate(bank_weight(base, key).detach())
     ]
 
 
-def parts_of_experts(model: nn.Module) -> list[Part]:
-    """Make the parts of all adapted experts of a model."""
-    return [
-        part
-        for name, experts in adapted_experts(model)
-        for key, bank in experts.banks().items()
-        for part in bank_parts(f"{name}.{key}", experts, key, bank)
-    ]
-
-
-def chunks_of(parts: list[Part], dtype: torch.dtype | None = None) -> Iterator[Chunk]:
+def chunks_of(parts: Iterable[Part]) -> Iterator[Chunk]:
     """Cut ``parts`` into those that one product takes, alike and of at most CHUNK_BYTES of dW.
 
-    ``dtype`` is that of dW, the one in which weights are summed unless given.
+    That is dW in the dtype in which weights are summed.
     """
     alike: dict[Hashable, Chunk] = {}
     for part in parts:
         base = (part.weight.dtype, part.weight.device)
-        factors = [t for t in part.own_factors if t is not None]
-        adapter = [(t.shape, t.dtype, t.device) for t in factors]
-        alike.setdefault((*base, part.alike, *adapter), []).append(part)
+        tensors = [t for factors in part.factors for t in factors if t is not None]
+        adapters = [(t.shape, t.dtype, t.device) for t in tensors]
+        alike.setdefault((*base, part.alike, *adapters), []).append(part)
     for found in alike.values():
         first = found[0].weight
-        wide = dtype or ops.accumulation_dtype(first.dtype)
-        step = max(1, CHUNK_BYTES // max(first.numel() * wide.itemsize, 1))
+        itemsize = ops.accumulation_dtype(first.dtype).itemsize
+        step = max(1, CHUNK_BYTES // max(first.numel() * itemsize, 1))
         yield from (found[begin : begin + step] for begin in range(0, len(found), step))
 
 
 @torch.no_grad()
 def packs_of(chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pack the parts of a chunk: Ap (L, R, in), Bp (L, R, out)."""
-    factors = [part.own_factors for part in chunk]
+    """Pack the parts of a chunk: Ap (L, R, in), Bp (L, R, out), R over all adapters of a part."""
+    packs = [_packs(each, dtype) for each in zip(*(part.factors for part in chunk), strict=True)]
+    down, up = zip(*packs, strict=True)
+    return torch.cat(down, 1), torch.cat(up, 1)
+
+
+def _packs(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pack one adapter of each part."""
     first = factors[0]
     if any(each.A_pool is not first.A_pool or each.d is None for each in factors):
         # Each reads ranks of its own from the pool, or the pool lies on another device.
@@ -128,6 +141,18 @@ def packs_of(chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return ops.pack_group(A, first.A_pool, B, first.B_pool, d, dtype, 1)
 
 
-def deltas_of(chunk: Chunk, dtype: torch.dtype) -> Tensor:
-    """Compute dW (L, out, in) of the parts of a chunk."""
-    return ops.delta_group(*packs_of(chunk, dtype))
+def deltas_of(chunk: Chunk, dtype: torch.dtype | None = None) -> Tensor:
+    """Compute dW (L, out, in) of the parts of a chunk, in the dtype of the sums unless given."""
+    wide = dtype or ops.accumulation_dtype(chunk[0].weight.dtype)
+    return ops.delta_group(*packs_of(chunk, wide))
+
+
+def check_finite(parts: Sequence[Part], weights: Sequence[Tensor], argument: str) -> None:
+    """Raise ValueError, which begins with ``argument``, where a merged weight is not finite."""
+    finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
+    for part, weight, good in zip(parts, weights, finite, strict=True):
+        if not good:
+            raise ValueError(
+                f"{argument}: expected finite merged weights, but {part.name!r} would hold values "
+                f"that are not finite in {weight.dtype}; nothing was merged."
+            )

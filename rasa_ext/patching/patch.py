@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from rasa_ext.base_layers.experts import banks_of
 from rasa_ext.base_layers.linear import is_linear, linear_shape
 from rasa_ext.base_layers.quantized import disable_cpu_repacking
+from rasa_ext.base_layers.split import split_of
+from rasa_ext.base_layers.survey import base_of
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups, group_places
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.advice import advice, untouched
@@ -26,7 +27,6 @@ from rasa_ext.patching.state import (
     PatchState,
     adapted_experts,
     adapted_layers,
-    owners,
     patch_state,
     set_patch_state,
     unwrap,
@@ -200,14 +200,11 @@ def plan_layers(
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     """Carry out a plan that ``make_plan`` made for this model and config."""
     config = settled(config, plan.groups)
-    every_bank = banks_of(model)
     # Everything that can fail, running out of memory included, happens before the model changes.
-    modules = dict(model.named_modules())
-    linears = {name: module for name, module in modules.items() if is_linear(module)}
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaBank]] = {}
     for group in plan.groups:
-        bases = {name: (every_bank if group.experts else linears)[name] for name in group.names}
+        bases = {name: base_of(model, name, group.experts) for name in group.names}
         places = group_places(bases)
         tensors = config.pool(places)
         pool = RasaPool(tensors) if tensors else None
@@ -216,7 +213,8 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
                 module, name = base
                 stacked.setdefault(module, {})[name] = RasaBank(config, place, pool)
             else:
-                wrapped[base] = RasaLinear(base, config, place, pool)
+                kind = RasaLinear if split_of(base) is None else SplitRasaLinear
+                wrapped[base] = kind(base, config, place, pool)
     experts = {module: RasaExperts(module, banks) for module, banks in stacked.items()}
     tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(
@@ -230,14 +228,8 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
     link_fused_projections(model, RasaLinear)
-    for _, owner in owners(model):
-        for tensor in (*owner.own_tensors().values(), *owner.pool_tensors().values()):
-            if isinstance(tensor, nn.Parameter):
-                tensor.requires_grad_(True)
-    for module in tokens.values():
-        module.trained_rows().requires_grad_(True)
     for name in plan.modules_to_save:
-        for parameter in modules[name].parameters():
+        for parameter in model.get_submodule(name).parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     set_patch_state(model, state)

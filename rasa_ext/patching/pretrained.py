@@ -60,7 +60,7 @@ def trained_state(root: nn.Module) -> dict[str, Tensor]:
     """
     mine = {id(module.rows) for _, module in row_owners(root)}
     for _, owner in owners(root):
-        mine |= {id(t) for t in (*owner.own_tensors().values(), *owner.pool_tensors().values())}
+        mine |= {id(tensor) for tensor in owner.adapter().sources()}
     saved = tuple(f"{name}." for name in patch_state(root).plan.modules_to_save)
     state = root.state_dict(keep_vars=True)
     return {k: t.detach() for k, t in state.items() if id(t) in mine or k.startswith(saved)}

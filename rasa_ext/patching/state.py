@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from rasa_ext.methods.base import AdapterConfig
-from rasa_ext.nn.rasa import RasaLinear
-from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
+from rasa_ext.nn.rasa import AdapterOwner, RasaLinear
+from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.patching.targets import Plan
 from rasa_ext.patching.tokens import row_owners
 
 _STATE = "_rasa_ext"
 
-Owner = RasaLinear | RasaBank
-"""What owns an adapter's tensors: those of a linear layer, or of one stacked weight."""
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclasses.dataclass
@@ -75,12 +74,12 @@ def patch_state(model: nn.Module) -> PatchState:
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     state: PatchState | None = unwrap(model).__dict__.get(_STATE)
     if state is None:
-        way_out = "if only a part of it was patched, pass that part."
-        if hasattr(model, "peft_config"):
-            way_out = (
-                "call PEFT's own: print_trainable_parameters(), save_pretrained(directory), "
-                "merge_adapter()."
-            )
+        way_out = (
+            "call PEFT's own: print_trainable_parameters(), save_pretrained(directory), "
+            "merge_adapter()."
+            if hasattr(model, "peft_config")
+            else "if only a part of it was patched, pass that part."
+        )
         raise ValueError(
             "model: expected a model that rasa_ext.patch_model patched, got an unpatched "
             f"{type(model).__name__}; {way_out}"
@@ -89,36 +88,54 @@ def patch_state(model: nn.Module) -> PatchState:
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Raise RuntimeError where an adapter is merged, whose tensors must stay what was merged."""
+    """Check that a model's adapter may change: while it is merged, its tensors must stay.
+
+    Args:
+        model: a patched model.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or not patched.
+        RuntimeError: the adapter is merged.
+
+    Example:
+        >>> rasa_ext.patching.check_unmerged(rasa_ext.patch_model(model, rank=8, k=1))
+    """
     if patch_state(model).merged is not None:
         raise RuntimeError("model: call rasa_ext.unmerge(model) before its adapter changes.")
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, RasaLinear]]:
     """List ``(name, layer)`` of every RasaLinear, each once, in module order."""
-    return [
-        (name, module)
-        for name, module in unwrap(model).named_modules()
-        if isinstance(module, RasaLinear)
-    ]
+    return _modules_of(model, RasaLinear)
 
 
 def adapted_experts(model: nn.Module) -> list[tuple[str, RasaExperts]]:
     """List ``(name, experts)`` of every RasaExperts, each once, in module order."""
-    return [
-        (name, module)
-        for name, module in unwrap(model).named_modules()
-        if isinstance(module, RasaExperts)
-    ]
+    return _modules_of(model, RasaExperts)
 
 
-def owners(model: nn.Module) -> list[tuple[str, Owner]]:
-    """List ``(name, owner)`` of all that own an adapter's tensors, each once, in module order."""
-    return [
-        (name, module)
-        for name, module in unwrap(model).named_modules()
-        if isinstance(module, RasaLinear | RasaBank)
-    ]
+def owners(model: nn.Module) -> list[tuple[str, AdapterOwner]]:
+    """List what owns an adapter's tensors: adapted linear layers, and adapted expert weights.
+
+    Args:
+        model: a model, patched or not.
+
+    Returns:
+        Pairs of a name in the model and a ``RasaLinear``, or what stands for one stacked weight of
+        experts, in the order of the model. Each has ``config``, ``place``, ``pool``,
+        ``own_tensors()`` and ``pool_tensors()``.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> name, owner = rasa_ext.patching.owners(model)[0]
+        >>> list(owner.own_tensors()), list(owner.pool_tensors())
+        (['A', 'B', 'd'], ['A', 'B'])
+    """
+    return _modules_of(model, AdapterOwner)
+
+
+def _modules_of(model: nn.Module, kind: type[_Module]) -> list[tuple[str, _Module]]:
+    return [(name, each) for name, each in unwrap(model).named_modules() if isinstance(each, kind)]
 
 
 def check_no_experts(model: nn.Module, what: str) -> None:
@@ -154,7 +171,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     patch_state(model)
     found: dict[int, nn.Parameter] = {}
     for _, owner in owners(model):
-        for tensor in (*owner.own_tensors().values(), *owner.pool_tensors().values()):
+        for tensor in owner.adapter().sources():
             if isinstance(tensor, nn.Parameter):
                 found.setdefault(id(tensor), tensor)
     found.update((id(module.rows), module.rows) for _, module in row_owners(unwrap(model)))

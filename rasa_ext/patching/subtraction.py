@@ -16,7 +16,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclasses.dataclass(frozen=True)
-class Rest:
+class MergeResidual:
     """The entries of a weight (out, in) that subtracting does not give back."""
 
     index: Tensor
@@ -29,7 +29,7 @@ class Rest:
     def original(self, merged: Tensor, delta: Tensor) -> Tensor:
         """Restore the weight (out, in) as it was before ``delta`` (out, in) was added to it.
 
-        Raises RuntimeError where that is not what it was.
+        Raises RuntimeError where the result is not that weight.
         """
         weight, device = _subtracted(merged, delta), merged.device
         weight.view(-1)[self.index.to(device).long()] = self.value.to(device)
@@ -43,14 +43,14 @@ class Rest:
         return weight
 
 
-def rest(weight: Tensor, merged: Tensor, delta: Tensor) -> Rest | Tensor:
+def residual_of(weight: Tensor, merged: Tensor, delta: Tensor) -> MergeResidual | Tensor:
     """Choose what to keep of ``weight``, all (out, in); a copy of it where that is smaller."""
     wrong = (_bits(_subtracted(merged, delta)) != _bits(weight)).flatten()
     small = wrong.numel() <= torch.iinfo(torch.int32).max
     index = wrong.nonzero().flatten().to(torch.int32 if small else torch.int64)
     if index.numel() * (index.itemsize + weight.itemsize) >= weight.nbytes:
         return weight.detach().clone()
-    return Rest(index, weight.flatten()[index.long()], _sum(weight))
+    return MergeResidual(index, weight.flatten()[index.long()], _sum(weight))
 
 
 def _subtracted(merged: Tensor, delta: Tensor) -> Tensor:

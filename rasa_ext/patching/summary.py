@@ -50,17 +50,14 @@ class Summary(list[Row]):
     """All parameters of the model, the adapter included."""
 
     def __str__(self) -> str:
-        head = ("group", "L", "out x in", "R", "trainable")
-        cells = [(r.pattern, str(r.L), _shape(r), _ranks(r), f"{r.trainable:,}") for r in self]
-        widths = [max(len(line[i]) for line in (head, *cells)) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                text.ljust(width) if i == 0 else text.rjust(width)
-                for i, (text, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in (head, *cells)
-        ]
-        lines.insert(1, "-" * (sum(widths) + 2 * (len(head) - 1)))
+        table = [("group", "L", "out x in", "R", "trainable")]
+        table += [(r.pattern, str(r.L), _shape(r), _ranks(r), f"{r.trainable:,}") for r in self]
+        first, *others = (max(map(len, column)) for column in zip(*table, strict=True))
+        lines = []
+        for name, *cells in table:
+            right = (cell.rjust(width) for cell, width in zip(cells, others, strict=True))
+            lines.append("  ".join([name.ljust(first), *right]))
+        lines.insert(1, "-" * len(lines[0]))
         lines.append(
             f"trainable: {self.trainable:,} of {self.total:,} "
             f"({100 * self.trainable / self.total:.3f} %), {self.adapter:,} of them the adapter's"
@@ -112,9 +109,8 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for group in plan.groups:
         members = [layers[name] for name in group.names]
-        tensors = [*members[0].pool_tensors().values()]
-        tensors += [tensor for member in members for tensor in member.own_tensors().values()]
-        trainable = sum(t.numel() for t in tensors if isinstance(t, nn.Parameter))
+        tensors = {id(t): t for member in members for t in member.adapter().sources()}
+        trainable = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
         ranks = [member.effective_rank for member in members]
         sizes = len(members), group.shape, max(ranks), trainable, min(ranks), group.experts
         rows.append(Row(group.pattern, *sizes))

@@ -5,43 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from rasa_ext.base_layers.experts import (
-    Bank,
-    bank_shape,
-    banks_of,
-    check_bank,
-    expert_weights,
-    routers_of,
-)
-from rasa_ext.base_layers.linear import (
-    LinearLayer,
-    computes_linear,
-    is_linear,
-    linear_shape,
-    read_directly,
-)
-from rasa_ext.base_layers.quantized import check_not_repacked, format_of
-from rasa_ext.base_layers.split import refusal
+from rasa_ext.base_layers.experts import Bank, bank_shape, check_bank
+from rasa_ext.base_layers.linear import LinearLayer, is_linear, linear_shape
+from rasa_ext.base_layers.survey import Survey, check_linear, survey
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
 from rasa_ext.methods.patterns import matches_whole
-from rasa_ext.patching.grouping import (
-    Group,
-    check_groups,
-    ends_in,
-    every_index,
-    grouped,
-    grouped_banks,
-)
+from rasa_ext.patching.grouping import Group, check_groups, ends_in, groups_of
 from rasa_ext.patching.tokens import TokenRows, check_not_adapted, find_rows
 
 INSTEAD = "leave it out with exclude_modules, or train it in full with modules_to_save"
-OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
-_LAST_NAMES = frozenset({"head", "heads", "fc"})
-"""Of a vision model's output head, where it is the last linear layer and outside of all blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +28,8 @@ class Plan:
     """Linear layers, 1x1 convolutions and weights of experts that stay as they are, and why."""
     untouched: dict[str, tuple[int, ...]]
     """Names and shapes of those expert weights that nobody chose to leave out."""
+    adaptable: frozenset[str]
+    """Those of them that the argument ``experts`` would adapt."""
     modules_to_save: tuple[str, ...]
     """Names of the modules that are trained in full."""
     tokens: tuple[TokenRows, ...] = ()
@@ -87,41 +64,80 @@ def make_plan(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    if linears is None:
-        linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    if "" in linears:
+    found = survey(model, linears, banks)
+    if "" in found.linears:
         raise ValueError(
             "model: expected a module that holds linear layers, got a linear layer itself, which "
             "cannot be replaced in place; wrap it, for example in torch.nn.Sequential."
         )
-    check_not_repacked(model)
-    banks = _banks(model, config, banks)
-    saved = _modules_to_save(model, config.modules_to_save)
+    stacked = found.banks if config.grouping_of_experts else {}
+    if config.grouping_of_experts and not stacked:
+        others = ", ".join(list(found.expert_weights)[:3])
+        others = f"; its other weights are {others}" if others else ""
+        raise ValueError(
+            "experts: expected a model with stacked experts that say how they lie, as those of "
+            f"transformers 5 do, found none{others}; leave out experts."
+        )
+    saved = _modules_to_save(found, config.modules_to_save)
     tokens = find_rows(model, config)
-    reasons = unadaptable(model, {**linears, **banks})
-    usual = _left_out(model, linears)
-    skipped: dict[str, str] = {}
-    chosen: list[str] = []
+    chosen, skipped = _choose(found, config, (*found.linears, *stacked), saved)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in chosen:
+        if name in stacked:
+            check_bank(name, stacked[name])
+            shapes[name] = bank_shape(*stacked[name])
+        else:
+            check_linear(name, found.linears[name])
+            shapes[name] = linear_shape(found.linears[name])
+    if stacked and not stacked.keys() & shapes.keys():
+        first = next(iter(stacked))
+        raise ValueError(
+            f"experts: expected stacked weights to adapt, but every one is left out, such as "
+            f"{first!r}: {skipped[first]}; change that, or leave out experts."
+        )
+    check_not_adapted(tokens, chosen)
+    check_groups(config.layer_groups, chosen)
+    config.check_layers(chosen)
+    groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)
+    trained = tuple(f"{name}." for name in saved)
+    untouched = {
+        name: shape
+        for name, shape in found.expert_weights.items()
+        if name not in shapes and name not in skipped and not name.startswith(trained)
+    }
+    adaptable = _adaptable(found, config) & untouched.keys()
+    for name, shape in untouched.items():
+        how = "the argument experts adapts them" if name in adaptable else "no linear layer"
+        skipped[name] = f"weights of shape {shape}: {how}"
+    return Plan(groups, skipped, untouched, adaptable, saved, tokens)
+
+
+def _choose(
+    found: Survey, config: AdapterConfig, names: Collection[str], saved: Collection[str]
+) -> tuple[list[str], dict[str, str]]:
+    """Choose the layers to adapt among ``names``; give them, and the others with the reason."""
     explicit = config.target_modules != ALL_LINEAR
-    for name in _matched(model, {**linears, **banks}, config.target_modules):
-        kept = next((s for s in saved if name == s or name.startswith(f"{s}.")), None)
+    chosen: list[str] = []
+    skipped: dict[str, str] = {}
+    for name in _matched(found, names, config.target_modules):
+        within = next((s for s in saved if name == s or name.startswith(f"{s}.")), None)
         if matches(name, config.exclude_modules):
             skipped[name] = "named by exclude_modules"
-        elif kept is not None and explicit:
+        elif explicit and within is not None:
             raise ValueError(
-                f"modules_to_save: {kept!r} is trained in full, but target_modules also adapts "
+                f"modules_to_save: {within!r} is trained in full, but target_modules also adapts "
                 f"{name!r} in it; name it in one of the two, or in exclude_modules."
             )
-        elif kept is not None:
+        elif within is not None:
             skipped[name] = "trained in full, named by modules_to_save"
-        elif name in reasons:
-            if explicit:
-                raise ValueError(
-                    f"target_modules: cannot adapt {name!r}: {reasons[name]}; {INSTEAD}."
-                )
-            skipped[name] = reasons[name]
-        elif not explicit and (reason := usual.get(name)):
-            skipped[name] = reason
+        elif explicit and name in found.refused:
+            raise ValueError(
+                f"target_modules: cannot adapt {name!r}: {found.refused[name]}; {INSTEAD}."
+            )
+        elif name in found.refused:
+            skipped[name] = found.refused[name]
+        elif not explicit and name in found.left_out:
+            skipped[name] = found.left_out[name]
         else:
             chosen.append(name)
     if not chosen:
@@ -131,72 +147,26 @@ def make_plan(
             why += " go into a list."
         raise ValueError(
             f"target_modules: expected at least one linear layer, but {config.target_modules!r} "
-            f"leaves none of the model's {len(linears)}.{why}{_others(model, config)}"
+            f"leaves none of the model's {len(found.linears)}.{why}{_others(found, config)}"
         )
-    for name in (*linears, *banks):
-        if name not in chosen:
+    taken = set(chosen)
+    for name in names:
+        if name not in taken:
             skipped.setdefault(name, "not named by target_modules")
-    for name, reason in _pointwise_convolutions(model).items():
+    for name in found.pointwise_convolutions:
         if not any(name == each or name.startswith(f"{each}.") for each in saved):
-            skipped[name] = reason
-    shapes, stacks = {}, {}
-    for name in chosen:
-        if name in banks:
-            check_bank(name, banks[name])
-            stacks[name] = bank_shape(*banks[name])
-        else:
-            _check_weight(name, linears[name])
-            shapes[name] = linear_shape(linears[name])
-    if banks and not stacks:
-        first = next(iter(banks))
-        raise ValueError(
-            f"experts: expected stacked weights to adapt, but every one is left out, such as "
-            f"{first!r}: {skipped[first]}; change that, or leave out experts."
-        )
-    check_not_adapted(tokens, chosen)
-    check_groups(config.layer_groups, chosen)
-    config.check_layers(chosen)
-    groups = grouped(shapes, config.layer_groups)
-    if stacks:
-        groups += grouped_banks(stacks, str(config.grouping_of_experts), config.layer_groups)
-    trained = tuple(f"{name}." for name in saved)
-    untouched = {
-        name: shape
-        for name, shape in expert_weights(model).items()
-        if name not in stacks and name not in skipped and not name.startswith(trained)
-    }
-    adaptable = adaptable_banks(model, config)
-    for name, shape in untouched.items():
-        how = "the argument experts adapts them" if name in adaptable else "no linear layer"
-        skipped[name] = f"weights of shape {shape}: {how}"
-    return Plan(groups, skipped, untouched, saved, tokens)
+            skipped[name] = "a 1x1 convolution, not a linear layer"
+    return chosen, skipped
 
 
-def _banks(
-    model: nn.Module, config: AdapterConfig, given: Mapping[str, Bank] | None
-) -> Mapping[str, Bank]:
-    """Give the stacked weights to choose from; ValueError where experts are asked for in vain."""
-    if config.grouping_of_experts is None:
-        return {}
-    banks = banks_of(model) if given is None else given
-    if not banks:
-        others = ", ".join(list(expert_weights(model))[:3])
-        others = f"; its other weights are {others}" if others else ""
-        raise ValueError(
-            "experts: expected a model with stacked experts that say how they lie, as those of "
-            f"transformers 5 do, found none{others}; leave out experts."
-        )
-    return banks
-
-
-def adaptable_banks(model: nn.Module, config: AdapterConfig) -> set[str]:
+def _adaptable(found: Survey, config: AdapterConfig) -> frozenset[str]:
     """Name the stacked weights that the argument ``experts`` would adapt."""
-    found = set()
-    for name, bank in banks_of(model).items() if hasattr(config, "experts") else ():
+    names = set()
+    for name, bank in found.banks.items() if hasattr(config, "experts") else ():
         with contextlib.suppress(TypeError, ValueError):
             check_bank(name, bank)
-            found.add(name)
-    return found
+            names.add(name)
+    return frozenset(names)
 
 
 def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
@@ -205,8 +175,8 @@ def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
     ``modules_to_save`` become whole names, and so do those of ``trainable_token_indices``. This is
     for configs from files: PEFT takes lists that name layers of several kinds of models.
     """
-    modules = [name for name, _ in model.named_modules() if name]
-    modules += banks_of(model)
+    found = survey(model)
+    modules = [*(name for name in found.modules if name), *found.banks]
     targets = config.target_modules
     if not isinstance(targets, str):
         known = (item for item in targets if any(matches(name, (item,)) for name in modules))
@@ -237,169 +207,60 @@ def matches(name: str, names: Names) -> bool:
     return any(name == item or name.endswith(f".{item}") for item in names)
 
 
-def _others(model: nn.Module, config: AdapterConfig) -> str:
+def _others(found: Survey, config: AdapterConfig) -> str:
     """Name the modules that hold weights of their own and were meant, but are no linear layers."""
     targets = config.target_modules
-    found = {
+    meant = {
         name: type(module).__name__
-        for name, module in model.named_modules()
+        for name, module in found.modules.items()
         if not is_linear(module)
         and any(p.dim() > 1 for p in module.parameters(recurse=False))
         and (targets == ALL_LINEAR or matches(name, targets))
     }
-    shown = ", ".join(f"{name} ({kind})" for name, kind in list(found.items())[:5])
-    return (
-        f" {shown}{', ...' if len(found) > 5 else ''}: no linear layers; modules_to_save trains "
-        "such modules in full."
-        if found
-        else ""
-    )
+    shown = ", ".join(f"{name} ({kind})" for name, kind in list(meant.items())[:5])
+    more = ", ..." if len(meant) > 5 else ""
+    way_out = ": no linear layers; modules_to_save trains such modules in full."
+    return f" {shown}{more}{way_out}" if meant else ""
 
 
-def _matched(model: nn.Module, linears: Mapping[str, Any], targets: Names) -> list[str]:
+def _matched(found: Survey, names: Collection[str], targets: Names) -> list[str]:
+    """Give those of the names that ``target_modules`` means."""
     if targets == ALL_LINEAR:
-        return list(linears)
-    if not isinstance(targets, str):
-        for item in targets:
-            if not any(matches(name, (item,)) for name in linears):
-                if any(matches(name, (item,)) for name in banks_of(model)):
-                    raise ValueError(
-                        f"target_modules: {item!r} names stacked expert weights, which are adapted "
-                        "with the argument experts, such as experts='shared'."
-                    )
-                known = sorted({name.rpartition(".")[2] for name in linears})
-                for name, module in model.named_modules():
-                    if matches(name, (item,)):
-                        raise ValueError(
-                            f"target_modules: expected names of linear layers, but {name!r} is a "
-                            f"{type(module).__name__}; name the linear layers in it, or name it "
-                            "in modules_to_save to train it in full."
-                        )
+        return list(names)
+    for item in () if isinstance(targets, str) else targets:
+        if any(matches(name, (item,)) for name in names):
+            continue
+        if any(matches(name, (item,)) for name in found.banks):
+            raise ValueError(
+                f"target_modules: {item!r} names stacked expert weights, which are adapted "
+                "with the argument experts, such as experts='shared'."
+            )
+        for name, module in found.modules.items():
+            if matches(name, (item,)):
                 raise ValueError(
-                    f"target_modules: expected names of linear layers, but no linear layer's name "
-                    f"ends in {item!r}; the model's end in {', '.join(known[:20]) or 'nothing'}."
+                    f"target_modules: expected names of linear layers, but {name!r} is a "
+                    f"{type(module).__name__}; name the linear layers in it, or name it "
+                    "in modules_to_save to train it in full."
                 )
-    return [name for name in linears if matches(name, targets)]
+        known = sorted({name.rpartition(".")[2] for name in names})
+        raise ValueError(
+            f"target_modules: expected names of linear layers, but no linear layer's name "
+            f"ends in {item!r}; the model's end in {', '.join(known[:20]) or 'nothing'}."
+        )
+    return [name for name in names if matches(name, targets)]
 
 
-def _modules_to_save(model: nn.Module, names: Collection[str]) -> tuple[str, ...]:
-    saved: list[str] = []
+def _modules_to_save(found: Survey, names: Collection[str]) -> tuple[str, ...]:
+    saved: dict[str, None] = {}
     for item in names:
-        found = [name for name, _ in model.named_modules() if name and matches(name, (item,))]
-        if not found:
+        meant = [name for name in found.modules if name and matches(name, (item,))]
+        if not meant:
             raise ValueError(
                 f"modules_to_save: expected suffixes of module names, but no module's name ends "
                 f"in {item!r}."
             )
-        saved += [name for name in found if name not in saved]
+        saved.update(dict.fromkeys(meant))
     return tuple(saved)
-
-
-def unadaptable(model: nn.Module, linears: Mapping[str, Any]) -> dict[str, str]:
-    """Find the linear layers that cannot be adapted, each with the reason."""
-    reasons: dict[str, str] = {}
-    for parent_name, parent in model.named_modules():
-        prefix = f"{parent_name}." if parent_name else ""
-        kind: Any = type(parent)
-        if hasattr(parent, "base_layer"):
-            reason = f"part of {parent_name!r}, which is already adapted ({kind.__name__})"
-            reasons.update((name, reason) for name in linears if name.startswith(prefix))
-            continue
-        for key, child in parent.named_children():
-            if f"{prefix}{key}" in linears and is_linear(child) and key in read_directly(kind):
-                reasons[f"{prefix}{key}"] = f"{kind.__name__} reads its weight without calling it"
-    for name, module in linears.items():
-        if is_linear(module) and format_of(module) is None and not computes_linear(module):
-            reasons[name] = f"a {type(module).__name__}, which does not compute x W^T + bias"
-    return reasons
-
-
-def _left_out(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str, str]:
-    """Find the layers that are adapted only where they are named, with the reason."""
-    routers = routers_of(model)
-    inside = tuple(f"{name}." for name in routers)
-    reason = "a router or gate of experts, adapted if target_modules names it"
-    chosen = {name: reason for name in linears if name in routers or name.startswith(inside)}
-    return {**chosen, **_heads(model, linears)}
-
-
-def _heads(model: nn.Module, linears: Mapping[str, LinearLayer]) -> dict[str, str]:
-    """Find the layers that turn features into the model's answer, with the reason to think so."""
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-    tied = {id(embedding.weight) for embedding in embeddings}
-    output = _ask(model, "get_output_embeddings")
-    answer = _ask(model, "get_classifier")  # timm's; two where a model is distilled
-    answers = answer if isinstance(answer, tuple | list) else (answer,)
-    classifier = {m for a in answers if isinstance(a, nn.Module) for m in a.modules()}
-    heads = {}
-    for name, module in linears.items():
-        if OUTPUT_HEADS & set(name.split(".")):
-            heads[name] = "an output head"
-        elif id(module.weight) in tied:
-            heads[name] = "tied to an embedding"
-        elif module is output:
-            heads[name] = "the model's output embedding"
-        elif module in classifier:
-            heads[name] = "the model's classifier"
-    last = list(linears)[-1] if linears else ""
-    if last not in heads and every_index(last) == last:  # outside of every repeated block
-        words = max(embeddings, key=lambda each: each.num_embeddings, default=None)
-        out, width = linear_shape(linears[last]) if linears else (0, 0)
-        if last.partition(".")[0] in _LAST_NAMES:
-            heads[last] = "an output head: the last linear layer, of that name"
-        elif words and out > width and (out, width) == tuple(words.weight.shape):
-            heads[last] = "an output head: the last linear layer, shaped like the embedding"
-        elif out and out == _num_labels(model):
-            heads[last] = "an output head: the last linear layer, one output a label"
-    return heads
-
-
-def _ask(model: nn.Module, method: str) -> Any:
-    """What a model says of itself; None where it has another method of that name, or none."""
-    try:
-        return getattr(model, method)()
-    except (AttributeError, TypeError, NotImplementedError):
-        return None
-
-
-def _num_labels(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    return getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
-
-
-def _pointwise_convolutions(model: nn.Module) -> dict[str, str]:
-    """Find the convolutions that compute what a linear layer does, with the reason against them."""
-    reason = "a 1x1 convolution, not a linear layer"
-    return {
-        name: reason
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-        and set(module.kernel_size) == {1}
-        and module.groups == 1
-    }
-
-
-def _check_weight(name: str, module: LinearLayer) -> None:
-    weight: Any = module.weight  # of a module of any origin, to be looked at
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ValueError(
-            f"target_modules: {name!r} has no weight yet (a lazy layer); run one forward first."
-        )
-    if (fmt := format_of(module)) is not None:
-        fmt.check(name, module)
-    elif not isinstance(weight, Tensor) or not weight.is_floating_point():
-        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-        raise TypeError(
-            f"target_modules: {name!r} has a weight of {found}, expected a floating-point weight; "
-            "leave it out with exclude_modules."
-        )
-    if (reason := refusal(module)) is not None:
-        raise ValueError(f"target_modules: {name!r} {reason}.")
-    if 0 in linear_shape(module) or weight.numel() == 0:
-        raise ValueError(
-            f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected one "
-            "without a zero; gather sharded weights before patching, or use exclude_modules."
-        )
 
 
 def suffixes(names: list[str], model: nn.Module) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -161,12 +162,12 @@ def make_modules(
 ) -> dict[nn.Module, TrainedTokens]:
     """Make the modules that take the place of those that read a table with trained rows."""
     made: dict[nn.Module, TrainedTokens] = {}
-    tables = tables_of(model) if rows else {}
     for each in rows:
         owner = None
         for name in each.names:
-            made[tables[name]] = TrainedTokens(tables[name], each.ids, dtype, owner)
-            owner = owner or made[tables[name]]
+            table: Any = model.get_submodule(name)
+            made[table] = TrainedTokens(table, each.ids, dtype, owner)
+            owner = owner or made[table]
     return made
 
 

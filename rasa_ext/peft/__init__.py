@@ -1,4 +1,4 @@
-"""RaSA as a method of PEFT (0.20 or newer): importing this registers it.
+"""RaSA as a method of PEFT (0.21 or newer): importing this registers it.
 
 import rasa_ext.peft
 model = peft.get_peft_model(model, rasa_ext.peft.RasaConfig(r=8))
@@ -8,7 +8,7 @@ try:
     import peft  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "rasa_ext.peft: expected PEFT 0.20 or newer, found none; pip install 'rasa-ext[peft]'."
+        "rasa_ext.peft: expected PEFT 0.21 or newer, found none; pip install 'rasa-ext[peft]'."
     ) from error
 
 from rasa_ext.peft.config import RasaConfig

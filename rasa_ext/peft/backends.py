@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
 
 from rasa_ext.base_layers.quantized import format_of
-
-try:
-    from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-except ImportError:
-    _HAS_BACKENDS = False  # PEFT 0.20
-else:
-    _HAS_BACKENDS = True
 
 
 def backend_of(base: nn.Module, model: nn.Module) -> Any:
@@ -22,7 +16,7 @@ def backend_of(base: nn.Module, model: nn.Module) -> Any:
     It is what PEFT's reports name, and what reads and writes the quantized weight for others.
     Merging does not use it, but dequantizes: see ``patching.merge_quantized``.
     """
-    if not _HAS_BACKENDS or format_of(base) is None:
+    if format_of(base) is None:
         return None
     given = get_quantization_kwargs(model)
     given.setdefault("get_apply_tensor_subclass", _unknown)

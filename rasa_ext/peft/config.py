@@ -23,15 +23,8 @@ from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.peft_type import RASA
 
 # A field here that not every method has, or has under this name, and its name in rasa_ext.methods.
-_CORE_NAMES = {
-    "r": "rank",
-    "rasa_k": "k",
-    "rasa_alpha": "alpha",
-    "rasa_dropout": "dropout",
-    "rasa_groups": "groups",
-    "rank_pattern": "rank_pattern",
-    "rasa_experts": "experts",
-}
+_CORE_NAMES = {"r": "rank", "rank_pattern": "rank_pattern"}
+_CORE_NAMES |= {f"rasa_{name}": name for name in ("k", "alpha", "dropout", "groups", "experts")}
 _NAME = re.compile(r"[\w.-]+")
 _HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(methods.RasaConfig)}
 
@@ -93,8 +86,7 @@ class RasaConfig(PeftConfig):
     rank_pattern: dict[str, int] | None = _option(None, _HELP["rank_pattern"])
     rasa_experts: str | None = _option(
         None,
-        f"{_HELP['experts']} Under lora 'own' gives each a pair of its own. Also taken under the "
-        "name experts.",
+        f"{_HELP['experts']} Under lora 'own' gives each a pair of its own.",
     )
     bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
     fan_in_fan_out: bool = _option(
@@ -151,11 +143,6 @@ class RasaConfig(PeftConfig):
         if not callable(core.layer_groups):
             self.rasa_groups = groups_to_json(core.layer_groups)
 
-    @property
-    def experts(self) -> str | None:
-        """``rasa_experts``, by the name that it has in ``patch_model``."""
-        return self.rasa_experts
-
     def to_dict(self) -> dict[str, Any]:
         """Give the config as the values of ``adapter_config.json``.
 
@@ -169,11 +156,11 @@ class RasaConfig(PeftConfig):
     def core(self) -> AdapterConfig:
         """Give the same choices as ``rasa_ext.patch_model`` takes them."""
         config = methods.method_named(self.rasa_method, "rasa_method")
-        reason = config.peft or (config.loop and f"it is trained by {config.loop}")
-        if reason:
+        if config.peft:
             raise ValueError(
-                f"rasa_method: expected a method for PEFT, got {self.rasa_method!r}: {reason}; use "
-                f"rasa_ext.patch_model(model, config={config.__qualname__}(...))."
+                f"rasa_method: expected a method for PEFT, got {self.rasa_method!r}: "
+                f"{config.peft}; use rasa_ext.patch_model("
+                f"model, config={config.__qualname__}(...))."
             )
         fields, options = {field.name for field in dataclasses.fields(config)}, _options(config)
         given: dict[str, Any] = {"k": None} if config is methods.RasaConfig else {}
@@ -227,8 +214,6 @@ def _takes_options(init: Callable[..., None]) -> Callable[..., None]:
         keys = {key: name for name in _options(method) if (key := f"rasa_{name}") not in known}
         if options := {keys[key]: given.pop(key) for key in keys if key in given}:
             given["rasa_options"] = {**(given.get("rasa_options") or {}), **options}
-        if given.get("rasa_experts") is None:
-            given["rasa_experts"] = given.pop("experts", None)
         unknown = sorted(given.keys() - known)
         if unknown and "peft_type" in given:
             # A file's. PEFT would drop the options with them, as its signature has neither.

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -24,24 +24,25 @@ from rasa_ext.base_layers.linear import (
     LinearLayer,
     check_weight_is_stored,
     is_conv1d,
-    is_linear,
     linear_shape,
 )
 from rasa_ext.base_layers.quantized import (
-    check_not_repacked,
     disable_cpu_repacking,
     forget_quantizer,
     format_of,
 )
-from rasa_ext.checkpoint.files import check_finite
+from rasa_ext.base_layers.split import split_of
+from rasa_ext.base_layers.survey import survey
+from rasa_ext.checkpoint.files import PREFIX, check_finite
+from rasa_ext.checkpoint.official import own_names
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.advice import Names, advice
+from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import (
     Group,
     check_groups,
-    grouped,
-    grouped_banks,
+    groups_of,
     settled,
 )
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
@@ -50,20 +51,18 @@ from rasa_ext.patching.swap import (
     link_fused_projections,
     replace_modules,
 )
-from rasa_ext.patching.targets import INSTEAD, resolve_config, suffixes, unadaptable
+from rasa_ext.patching.targets import INSTEAD, resolve_config, suffixes
 from rasa_ext.peft.backends import backend_of
-from rasa_ext.peft.callers import adapter_file, users_level
+from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
-from rasa_ext.peft.layer import RasaPeftLinear, pool_owners
+from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, pool_owners
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.named import NamedAdapters
-from rasa_ext.peft.official import from_official, rename_official
 from rasa_ext.peft.targets import (
     banks_of,
     chosen_banks,
     every_target,
-    experts_of,
     linears_of,
     untouched,
     unwrap_experts,
@@ -94,10 +93,6 @@ class RasaModel(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.__dict__["_attributes_before"] = []  # before nn.Module can take attributes
         super().__init__(*args, **kwargs)
-        for hook in (_official_names_hook, _finite_hook):
-            self.register_load_state_dict_pre_hook(  # type: ignore[no-untyped-call]  # torch's
-                hook
-            )
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -194,7 +189,6 @@ class RasaModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
         parameter_name: str | None = None,
-        **_: Any,
     ) -> None:
         own = _rasa_config(peft_config)
         if self._groups is None:  # the adapter's first layer: PEFT has settled the targets by now
@@ -204,29 +198,20 @@ class RasaModel(BaseTuner):
         group, places = self._groups[current_key]
         if isinstance(target, NamedAdapters):
             layer = target
-        elif is_linear(target):
-            layer = RasaPeftLinear(target, backend_of(target, self.model))
+        else:  # linear, as _find_groups has seen
+            base = cast(LinearLayer, target)
+            kind = RasaPeftLinear if split_of(base) is None else SplitPeftLinear
+            layer = kind(base, backend_of(base, self.model))
             replace_modules(self.model, {target: layer})  # a module may be registered twice
-        else:
-            raise TypeError(
-                f"target_modules: expected a linear layer at {current_key!r}, got a "
-                f"{type(target).__name__}."
-            )
-        owner = self.model.get_submodule(group.names[0])
+        owner = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
         index = group.names.index(current_key)
-        if not isinstance(owner, NamedAdapters) or (index and adapter_name not in owner.configs):
-            raise RuntimeError(
-                f"target_modules: expected the layers of a group in the model's order, but "
-                f"{current_key!r} comes before {group.names[0]!r}."
-            )
         layer.update_layer(adapter_name, own.core(), places, index, owner, own.init_weights)
 
     def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[Place]]]:
         """Find group and places of every layer that PEFT is about to adapt, by its name."""
-        check_not_repacked(self.model)
         linears, config = linears_of(self.model), peft_config.core()
         banks = banks_of(self.model) if config.grouping_of_experts else {}
-        reasons = unadaptable(self.model, linears)
+        reasons = survey(self.model, linears, banks).refused
         inside: tuple[str, ...] = ()
         bases: dict[str, LinearLayer | Bank] = {}
         for name, module in self.model.named_modules():
@@ -256,16 +241,13 @@ class RasaModel(BaseTuner):
         self._attributes_before += disable_fused_encoder(self.model, chosen)
         self._attributes_before += disable_cpu_repacking(self.model, mark=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
-        shapes, stacks = {}, {}
-        for name, base in bases.items():
-            if isinstance(base, tuple):
-                stacks[name] = bank_shape(*base)
-            else:
-                shapes[name] = linear_shape(base)
+        shapes = {
+            name: bank_shape(*base) if isinstance(base, tuple) else linear_shape(base)
+            for name, base in bases.items()
+        }
         check_groups(config.layer_groups, bases, "rasa_groups")
         config.check_layers(bases)
-        groups = grouped(shapes, config.layer_groups)
-        groups += grouped_banks(stacks, str(config.grouping_of_experts), config.layer_groups)
+        groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)
         peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)
         if not peft_config.inference_mode:
             for message in advice(config, groups, Names("r", "rasa_k", "rasa_groups")):
@@ -335,7 +317,7 @@ class RasaModel(BaseTuner):
     ) -> None:
         """Merge as PEFT does, but with ``safe_merge`` look at every layer before the first."""
         self._check_merge(safe_merge, adapter_names)
-        with self._telling(stacklevel=2):
+        with self._merging(stacklevel=2):
             super().merge_adapter(adapter_names=adapter_names)
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT's returns the model, too
@@ -347,29 +329,29 @@ class RasaModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(safe_merge, adapter_names)
-        with self._telling(stacklevel=3):
+        keep = any(owner.merged for owner in self.owners())  # for an error on the way
+        with self._merging(stacklevel=3, keep=keep):
             super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
-        # Second names, which PEFT does not visit.
-        replace_modules(self.model, {layer: layer.base_layer for layer in self.layers()})
-        replace_modules(self.model, {each: each.base_layer for each in experts_of(self.model)})
+        kinds = RasaPeftLinear | RasaPeftExperts
+        left = [module for module in self.model.modules() if isinstance(module, kinds)]
+        replace_modules(self.model, {each: each.base_layer for each in left})  # second names
         for module, name, value in reversed(self._attributes_before):
             setattr(module, name, value)
         return forget_quantizer(self.model)
 
     @contextlib.contextmanager
-    def _telling(self, stacklevel: int) -> Iterator[None]:
-        """Merges within make quantized bases dense in the model's dtype; a warning tells of it."""
-        layers, dtype = self.layers(), model_dtype(self.model)
-        for layer in layers:
-            layer.dense_dtype, layer.dequantized = dtype, None
+    def _merging(self, stacklevel: int, keep: bool = True) -> Iterator[None]:
+        """Within, merges make quantized bases dense in the model's dtype; a warning reports it."""
+        merging = Merging(model_dtype(self.model), self._subtracts, keep)
         for owner in self.owners():
-            owner.subtracts = self._subtracts
-        yield
-        warn_dequantized(
-            [each.dequantized for each in layers if each.dequantized is not None], stacklevel + 2
-        )
+            owner.merging = merging
+        try:
+            yield
+        finally:
+            merging.keep = True
+        warn_dequantized(merging.changes, stacklevel + 2)
 
     def _check_merge(self, safe_merge: bool, adapter_names: list[str] | None) -> None:
         for name, module in self.model.named_modules():
@@ -389,10 +371,6 @@ class RasaModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    def layers(self) -> list[RasaPeftLinear]:
-        """List the adapted linear layers, in the model's order."""
-        return [module for module in self.model.modules() if isinstance(module, RasaPeftLinear)]
-
     def owners(self) -> list[NamedAdapters]:
         """List all that own adapters, those of stacked weights too, in the model's order."""
         return [module for module in self.model.modules() if isinstance(module, NamedAdapters)]
@@ -401,8 +379,14 @@ class RasaModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Bring a checkpoint's names, the official code's too, to the model's: for PEFT 0.21."""
-        state_dict = from_official(state_dict, pool_owners(model, adapter_name))
+        """Bring a checkpoint's names, the official code's too, to the model's.
+
+        Raises ValueError where it holds NaN, as ``rasa_ext.load_adapter`` does.
+        """
+        check_finite(state_dict, f"adapter {adapter_name!r}", "No tensor was loaded")
+        owners = pool_owners(model, adapter_name)
+        prefixed = [f"{PREFIX}{name.removeprefix(PREFIX)}" for name in owners]
+        state_dict = own_names(state_dict, prefixed, "the checkpoint")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -413,23 +397,6 @@ def _rasa_config(peft_config: PeftConfig) -> RasaConfig:
             f"peft_config: expected a rasa_ext.peft.RasaConfig, got {type(peft_config).__name__}."
         )
     return peft_config
-
-
-def _official_names_hook(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-    """Rename, before loading, what the official code has named."""
-    inner: Any = module
-    rename_official(state_dict, lambda adapter: pool_owners(inner.model, adapter))
-
-
-def _finite_hook(_: nn.Module, state_dict: dict[str, Any], *__: Any) -> None:
-    """Refuse, before loading, an adapter's file that holds NaN, as ``rasa_ext.load_adapter`` does.
-
-    The values of a state dict that comes from elsewhere are its owner's affair.
-    """
-    if (loading := adapter_file()) is not None:
-        file, adapter = loading
-        tensors = {key.removesuffix(f".{adapter}"): value for key, value in state_dict.items()}
-        check_finite(tensors, file, "No tensor was loaded")
 
 
 def _layer_of(key: str) -> str:

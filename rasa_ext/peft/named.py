@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from rasa_ext.methods.base import AdapterConfig, Place
 from rasa_ext.nn.adapter import Adapter
+from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_parts
+from rasa_ext.patching.parts import Part
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
 
     def _begin(self) -> None:
         """Own no adapter yet: the part of ``__init__`` that all have."""
-        self.subtracts = False  # whether unmerging subtracts, so that merging keeps no copy
+        self.merging = Merging()
         self.adapter_layer_names = ()  # the methods of its adapters decide what it owns
         self.configs: dict[str, AdapterConfig] = {}
         self.places: dict[str, Place] = {}
@@ -65,14 +68,14 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        raise NotImplementedError
+        return self.weight.device
 
     def forget(self) -> None:
         """Forget what was computed from the adapters, as their memory is another now."""
         raise NotImplementedError
 
-    def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise ValueError where the sum with these adapters, or the active ones, is not finite."""
+    def parts(self, adapter_names: Sequence[str]) -> list[Part]:
+        """Give the matrices of the weight, as these adapters change them, one or more."""
         raise NotImplementedError
 
     def update_layer(
@@ -122,20 +125,70 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         pool = {f: tensor_of(pools[f"rasa_pool_{f}"], adapter_name) for f in names}
         return Adapter(self.configs[adapter_name], own, pool, self.places[adapter_name])
 
-    def _active(self) -> list[str]:
-        """List the active adapters that the weight has."""
-        return [name for name in self.active_adapters if name in self.configs]
+    def adapters(self) -> Iterator[Adapter]:
+        """Give every adapter of the weight, active or not."""
+        return (self.named(name) for name in self.configs)
 
     def live(self) -> list[str]:
         """List those that the forward adds to all rows of the base's output."""
         if self._disable_adapters or self.merged or self.rows is not None:
             return []
-        return self._active()
+        return [name for name in self.active_adapters if name in self.configs]
 
-    def _with_merged(self, adapter_names: list[str]) -> list[str]:
-        """List the merged adapters and the named ones that the weight has, each once."""
-        names = dict.fromkeys([*self.merged_adapters, *adapter_names])
-        return [name for name in names if name in self.configs]
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight, beside those that are merged already.
+
+        W + dW of all of them is one sum, rounded once. ``merging`` says what is kept for
+        ``unmerge``. A quantized base becomes dense. An error changes nothing; ValueError, with
+        ``safe_merge`` or over a quantized base, where the sum is not finite.
+        """
+        names = check_adapters_to_merge(self, adapter_names)
+        names = [name for name in names if name in self.configs]
+        if not names:
+            return
+        if safe_merge:
+            self.check_merge(names)
+        before = self.merged_adapters
+        self._unmerge()
+        try:
+            self._merge([*before, *names])
+        except BaseException:
+            self._merge(before)
+            raise
+
+    def check_merge(self, adapter_names: list[str] | None = None) -> None:
+        """Raise ValueError where the sum with these adapters, or the active ones, is not finite."""
+        before = self.merged_adapters
+        names = dict.fromkeys([*before, *(adapter_names or self.active_adapters)])
+        chosen = [name for name in names if name in self.configs]
+        if not chosen:
+            return
+        self._unmerge()
+        try:
+            check_parts(self.parts(chosen), self.merging.dtype, "safe_merge")
+        finally:
+            self._merge(before)
+
+    def _merge(self, names: list[str]) -> None:
+        """Fold all these into the base weight, which is not merged."""
+        if names:
+            merge_parts(self.parts(names), self.merging)
+            self.merged_adapters = names
+
+    def unmerge(self) -> None:
+        """Give the base weight back the exact values it had before the first ``merge``.
+
+        Raises RuntimeError where unmerging subtracts, and an adapter has changed since.
+        """
+        if self.merged:
+            self._unmerge()
+        else:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+
+    def _unmerge(self) -> None:
+        if self.merged:
+            unmerge_parts(self.parts(self.merged_adapters))
+            self.merged_adapters = []
 
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None

@@ -61,29 +61,20 @@ def joined(parts: Sequence[Factors]) -> Factors:
     A (E, r-k, in), B (E, out, r-k) and d (E, R), and a pool (P, in) and (out, P) that all experts
     read. A pool of each expert, (E, P, in) and (E, out, P), is private as far as sums go.
     """
-    A: list[Tensor] = []
-    B: list[Tensor] = []
-    d: list[Tensor] = []
-    A_pools: list[Tensor] = []
-    B_pools: list[Tensor] = []
-    pool_ds: list[Tensor] = []
-    for part in parts:
-        own = part.A.shape[1]
-        diagonal = part.A.new_ones((part.A.shape[0], part.rank)) if part.d is None else part.d
-        A.append(part.A)
-        B.append(part.B)
-        d.append(diagonal[:, :own])
-        if part.A_pool is None or part.B_pool is None:
-            continue
-        each = part.A_pool.dim() == 3
-        (A if each else A_pools).append(part.A_pool)
-        (B if each else B_pools).append(part.B_pool)
-        (d if each else pool_ds).append(diagonal[:, own:])
-    pooled = bool(A_pools)
+    own: list[tuple[Tensor, Tensor, Tensor]] = []
+    pooled: list[tuple[Tensor, Tensor, Tensor]] = []
+    for A, A_pool, B, B_pool, d in parts:
+        ranks = A.shape[1]
+        if d is None:
+            d = A.new_ones((A.shape[0], ranks + (0 if A_pool is None else A_pool.shape[-2])))
+        own.append((A, B, d[:, :ranks]))
+        if A_pool is not None and B_pool is not None:
+            (own if A_pool.dim() == 3 else pooled).append((A_pool, B_pool, d[:, ranks:]))
+    down, up, diagonals = zip(*own, strict=True)
+    if not pooled:
+        return Factors(torch.cat(down, 1), None, torch.cat(up, 2), None, torch.cat(diagonals, 1))
+    A_pools, B_pools, last = zip(*pooled, strict=True)
+    diagonal = torch.cat([*diagonals, *last], 1)
     return Factors(
-        torch.cat(A, 1),
-        torch.cat(A_pools) if pooled else None,
-        torch.cat(B, 2),
-        torch.cat(B_pools, 1) if pooled else None,
-        torch.cat([*d, *pool_ds], 1),
+        torch.cat(down, 1), torch.cat(A_pools), torch.cat(up, 2), torch.cat(B_pools, 1), diagonal
     )

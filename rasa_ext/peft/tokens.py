@@ -11,7 +11,7 @@ from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
-from rasa_ext.checkpoint.lora_tokens import peft_ties, token_setting
+from rasa_ext.checkpoint.lora_limits import peft_ties
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.patching.tokens import ARGUMENT, TokenRows, check_not_adapted, find_rows, rows_key
 
@@ -42,7 +42,7 @@ def settled_tokens(
     check_not_adapted(found, adapted)
     for rows in found:
         _check(model, rows, tables)
-    return token_setting(found)
+    return {rows.names[0]: list(rows.ids) for rows in found} or None
 
 
 def _check(model: nn.Module, rows: TokenRows, tables: dict[str, Any]) -> None:

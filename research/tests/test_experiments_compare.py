@@ -13,14 +13,15 @@ import torch
 import yaml
 
 import rasa_ext
-from experiments.compare import config as compare_config
-from experiments.compare import report, run, step_time
-from experiments.compare.config import BASE, Key, pending, read_config
-from experiments.compare.methods import between, groups, optimizer, planned, prepared
-from experiments.table import Table
-from experiments.training import Recipe, Run, collate, encoded
+from benchmarks.batches import collate, encoded
 from rasa_research.optim import LoraPro
 from rasa_research.ranks import hidden_dimensions, intrinsic_ranks
+from research.experiments.compare import config as compare_config
+from research.experiments.compare import report, run, step_time
+from research.experiments.compare.config import BASE, Key, pending, read_config
+from research.experiments.compare.methods import between, groups, optimizer, planned, prepared
+from research.experiments.table import Table
+from research.experiments.training import Recipe, Run
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
 
 pytest.importorskip("peft")
@@ -285,7 +286,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(small, tmp_path):
     config, table = read_config(small), Table(tmp_path / "runs.csv", run.COLUMNS)
     first, second, *_ = pending(config, [])
     code = (
-        "import sys; from experiments.table import Table\n"
+        "import sys; from research.experiments.table import Table\n"
         f"with Table({str(table.path)!r}, {run.COLUMNS!r}).claim({first!r}) as mine:\n"
         "    print(mine, flush=True); sys.stdin.readline()"
     ).replace(repr(first), repr(repr(first)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 
-from experiments.compress_many import run
+from research.experiments.compress_many import run
 
 
 def test_a_common_basis(monkeypatch):

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from experiments.hashes import hash_chain, hash_hop
 from rasa_ext.commands.data import read_examples, write_examples
+from research.experiments.hashes import hash_chain, hash_hop
 
 KINDS = [hash_hop, hash_chain]
 SIZES = [(1, 2), (3, 8), (5, 6)]
@@ -58,7 +58,10 @@ def test_the_table_gives_nothing_away(hops, pairs):
 
 @pytest.mark.parametrize("make", KINDS)
 def test_the_same_arguments_give_the_same_in_any_process(make):
-    code = f"from experiments.hashes import {make.__name__}\nprint({make.__name__}(9, 3, seed=5))"
+    code = (
+        f"from research.experiments.hashes import {make.__name__}\n"
+        f"print({make.__name__}(9, 3, seed=5))"
+    )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found = make(9, 3, seed=5)
     assert other.stdout.strip() == repr(found)

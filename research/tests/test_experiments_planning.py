@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.planning import run
-from experiments.planning.run import METHODS, Key, do, pending, report, rows_of
-from experiments.table import Table
+from research.experiments.planning import run
+from research.experiments.planning.run import METHODS, Key, do, pending, report, rows_of
+from research.experiments.table import Table
 from tests.helpers.tiny_lm import make_model, make_tokenizer
 
 pytest.importorskip("peft")

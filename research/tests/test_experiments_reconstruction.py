@@ -8,16 +8,22 @@ import pytest
 import torch
 
 import rasa_ext
-from experiments.reconstruction import compress, equal_numbers, figures, half_steps, reconstruct
-from experiments.reconstruction import deltas as deltas_module
-from experiments.reconstruction.compress import ADAPTER, BASE, LAYERS, WHOLE, Judge, Key
-from experiments.reconstruction.deltas import deltas_of
-from experiments.reconstruction.finetune import finetune
-from experiments.table import Table
-from experiments.tasks import make_task
-from experiments.training import Recipe, Run, mean_loss
 from rasa_research import solver
 from rasa_research.solver import decompose
+from research.experiments.reconstruction import (
+    compress,
+    equal_numbers,
+    figures,
+    half_steps,
+    reconstruct,
+)
+from research.experiments.reconstruction import deltas as deltas_module
+from research.experiments.reconstruction.compress import ADAPTER, BASE, LAYERS, WHOLE, Judge, Key
+from research.experiments.reconstruction.deltas import deltas_of
+from research.experiments.reconstruction.finetune import finetune
+from research.experiments.table import Table
+from research.experiments.tasks import make_task
+from research.experiments.training import Recipe, Run, mean_loss
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
 
 

@@ -12,8 +12,8 @@ import pytest
 
 import rasa_ext
 import rasa_research
-from rasa_research import optim, ranks, solver
-from tests.docs import test_docs
+from rasa_research import checkpoint, methods, optim, ranks, solver, training
+from tests.docs import test_docs, test_site
 from tests.docs.test_docs import offline  # noqa: F401 - a fixture
 from tests.helpers import docstrings
 from tests.helpers.docstrings import namespace  # noqa: F401 - a fixture
@@ -30,6 +30,9 @@ CORE = {name: set(importlib.import_module(name).__all__) for name in MODULES}
 PUBLIC = {f"optim.{name}": getattr(optim, name) for name in optim.__all__}
 PUBLIC |= {f"ranks.{name}": getattr(ranks, name) for name in ranks.__all__}
 PUBLIC |= {f"solver.{name}": getattr(solver, name) for name in solver.__all__}
+PUBLIC |= {f"checkpoint.{name}": getattr(checkpoint, name) for name in checkpoint.__all__}
+PUBLIC |= {f"methods.{name}": getattr(methods, name) for name in methods.__all__}
+PUBLIC |= {f"training.{name}": getattr(training, name) for name in training.__all__}
 DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBLIC)
 
 
@@ -82,6 +85,11 @@ def test_arguments_and_result_are_told(name):
 def test_the_pages_have_every_public_name():
     text = "".join(page.read_text() for page in test_docs.RESEARCH)
     assert set(re.findall(r"^::: rasa_research\.([\w.]+)", text, re.MULTILINE)) == set(DOCUMENTED)
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_the_tables_of_fields_are_those_of_the_configs(name):
+    test_site.check_fields(lambda: test_site.method_fields(name), getattr(methods, name))
 
 
 @pytest.mark.parametrize("page", test_docs.RESEARCH, ids=lambda page: page.name)

@@ -15,6 +15,7 @@ from rasa_ext.commands.app import app
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
 from tests.helpers.models import FAMILIES, LLAMA, TIED, ids
+from tests.helpers.outside import VeraConfig
 
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
@@ -145,16 +146,17 @@ def test_what_is_not_an_adapter(tmp_path):
         analyze(LLAMA.build())
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
+@pytest.fixture(
+    params=[
         rasa_ext.RasaConfig(rank=4, k=1, rank_pattern={r"layers\.0\..*": 1, "v_proj": 6}),
         methods.LoraConfig(rank=3, alpha=12),
-        methods.BlockLoraConfig(rank=4, blocks=2),
-        methods.SoraConfig(rank=3),
     ],
     ids=lambda config: config.method,
 )
+def config(request) -> methods.AdapterConfig:
+    return request.param
+
+
 def test_a_file_is_analyzed_by_its_method(config, tmp_path):
     model = rasa_ext.patch_model(LLAMA.build(), config=config)
     with torch.no_grad():
@@ -173,10 +175,17 @@ def test_a_file_is_analyzed_by_its_method(config, tmp_path):
     assert not found
 
 
-def test_a_file_that_does_not_tell_shapes_wants_the_base(tmp_path):
-    model = rasa_ext.patch_model(LLAMA.build(), config=methods.SboraConfig(rank=3))
+@pytest.fixture
+def shapeless() -> methods.AdapterConfig:
+    """A config whose files do not tell the layers' shapes."""
+    return VeraConfig(rank=3)
+
+
+def test_a_file_that_does_not_tell_shapes_wants_the_base(shapeless, tmp_path):
+    model = rasa_ext.patch_model(LLAMA.build(), config=shapeless)
     rasa_ext.save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match=r"'sbora' do not tell the shapes .* pass the base as mod"):
+    said = f"'{shapeless.method}' do not tell the shapes .* pass the base as mod"
+    with pytest.raises(ValueError, match=said):
         analyze_adapter(tmp_path)
     expected, found = analyze(model), analyze_adapter(tmp_path, LLAMA.build())
     assert [group.pattern for group in found] == [group.pattern for group in expected]

@@ -137,16 +137,8 @@ def _of_llama(read: Callable = rasa_ext.load_adapter, write: Any = None, **optio
 _METHODS = (
     "rasa",
     "rasa, ranks",
-    "rasa, gates pruned",
     "lora",
     "lora-fa",
-    "boosted",
-    "boosted pool",
-    "block-lora",
-    "sbora-fa",
-    "sora, pruned",
-    "reslora",
-    "sd-lora",
 )
 KINDS = {
     **{name: _of_method(name) for name in _METHODS},

@@ -91,7 +91,11 @@ def test_a_head_is_yaml_whatever_its_strings_are(tmp_path):
     assert found["base_model"] == "2026-01-01"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.fixture(params=CASES)
+def name(request) -> str:
+    return request.param
+
+
 def test_every_method_s_ranks(name, tmp_path):
     adapted = case(name)
     rasa_ext.save_adapter(adapted, tmp_path)
@@ -236,7 +240,7 @@ def test_an_export_that_peft_does_not_load_has_no_lines_for_it(tmp_path):
     for layout in ("peft", "per-expert"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            rasa_ext.export_lora(adapted, tmp_path, experts=layout)
+            rasa_ext.export_lora(adapted, tmp_path, expert_layout=layout)
         assert ("PeftModel" in card(tmp_path)) == (layout == "peft")
         assert rows(card(tmp_path))["experts"] == f"layout `{layout}`"
 
@@ -319,3 +323,6 @@ def test_what_was_told_is_read_again(tmp_path):
     (tmp_path / "README.md").write_text("# Another\n\n## Data\n\nNone.\n")
     assert rasa_ext.Card.read(tmp_path) == rasa_ext.Card()
     assert rasa_ext.Card.read(tmp_path / "nowhere") == rasa_ext.Card()
+    (tmp_path / "README.md").write_text(text.replace("tags:", "tags: ["))
+    with pytest.raises(ValueError, match=rf"{tmp_path}/README\.md: expected a head of YAML"):
+        rasa_ext.Card.read(tmp_path)

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rasa_ext
 from rasa_ext.checkpoint.expert_names import (
@@ -110,7 +111,7 @@ def wrappers(loaded):
 def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
     plain = base(family)
     model = adapted(plain, grouping)
-    config, _ = export(tmp_path, model, experts="peft")
+    config, _ = export(tmp_path, model, expert_layout="peft")
     up = "up_proj" if family == "nemotron_h" else "gate_up_proj"
     stacked = [n for n in config["target_parameters"] if not n.endswith(".weight")]
     assert [name.rpartition(".")[2] for name in stacked] == [up, "down_proj"]
@@ -130,7 +131,7 @@ def test_peft_computes_the_adapter_of_linear_mlps_beside_the_experts(family, gro
     """In target_modules it takes their names for those that experts once had."""
     plain = build(family, beside=True)
     model = adapted(plain, grouping)
-    _, tensors = export(tmp_path, model, experts=grouping and "peft")
+    _, tensors = export(tmp_path, model, expert_layout=grouping and "peft")
     linears = {name for name in adapters(model) if name not in changes(model)}
     assert any(name.endswith(("down_proj", "w2")) for name in linears)
     keys = {f"base_model.model.{name}.lora_{each}.weight" for name in linears for each in "AB"}
@@ -149,7 +150,7 @@ def test_sglang_is_told_of_linear_mlps_that_stand_as_parameters(tmp_path):
         config, _ = export(tmp_path, model)
     assert "gate_proj" not in config["target_modules"]
     model = adapted(build("deepseek_v3", beside=True), "shared")
-    config, _ = export(tmp_path, model, experts="per-expert")
+    config, _ = export(tmp_path, model, expert_layout="per-expert")
     assert "gate_proj" in config["target_modules"]
     assert "target_parameters" not in config
 
@@ -159,7 +160,7 @@ def test_peft_has_the_merged_models_logits_to_the_last_bit(family, tmp_path):
     """Its forward adds W and the file's product with one baddbmm."""
     plain = base(family)
     model = adapted(plain, target_modules=ONLY_EXPERTS)
-    rasa_ext.export_lora(model, tmp_path, experts="peft")
+    rasa_ext.export_lora(model, tmp_path, expert_layout="peft")
     merged = copy.deepcopy(plain)
     for name, bank in banks(model).items():
         each = [adapter.stacked() for adapter in of_experts(bank)]
@@ -191,7 +192,7 @@ def test_peft_with_some_of_the_weights(family, targets, parameters, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of weights that stay untouched, and of other readers
         model = adapted(plain, target_modules=targets)
-        config, tensors = export(tmp_path, model, experts="peft")
+        config, tensors = export(tmp_path, model, expert_layout="peft")
     assert config["target_parameters"] == parameters
     both = len({name.rpartition(".")[2] for name in parameters}) == 2
     assert any(".base_layer." in key for key in tensors) == both
@@ -204,7 +205,7 @@ def test_peft_with_some_of_the_weights(family, targets, parameters, tmp_path):
 def test_the_stacked_layout_by_hand(family, tmp_path):
     """A's rows by expert, then rank; B's columns by rank, then expert."""
     model = adapted(base(family))
-    config, tensors = export(tmp_path, model, experts="peft", pad_to=8)
+    config, tensors = export(tmp_path, model, expert_layout="peft", pad_to=8)
     assert config["r"] == config["lora_alpha"] == 8
     for name, bank in banks(model).items():
         path, _, last = name.rpartition(".")
@@ -231,7 +232,7 @@ def test_the_stacked_layout_by_hand(family, tmp_path):
 @pytest.mark.parametrize("family", NAMED)
 def test_servers_compute_single_experts(family, grouping, reader, tmp_path):
     model = adapted(base(family), grouping)
-    config, tensors = export(tmp_path, model, experts="per-expert")
+    config, tensors = export(tmp_path, model, expert_layout="per-expert")
     found = READERS[reader](config, tensors, base(family), 16)
     assert_close(found, {**linear_changes(model), **single(family, model)})
 
@@ -239,8 +240,8 @@ def test_servers_compute_single_experts(family, grouping, reader, tmp_path):
 def test_single_experts_whose_gate_and_up_take_turns(tmp_path):
     """gpt-oss: by name all is there; vLLM and llama.cpp want it otherwise, which is warned of."""
     model = adapted(base("gpt_oss"))
-    with pytest.warns(UserWarning, match="stack its experts.*experts='peft'.*llama.cpp no LoRA"):
-        config, tensors = export(tmp_path, model, experts="per-expert")
+    with pytest.warns(UserWarning, match="stack its experts.*layout='peft'.*llama.cpp no LoRA"):
+        config, tensors = export(tmp_path, model, expert_layout="per-expert")
     assert_close(
         sglang(config, tensors, base("gpt_oss"), 16),
         {**linear_changes(model), **single("gpt_oss", model)},
@@ -252,7 +253,7 @@ def test_single_experts_whose_gate_and_up_take_turns(tmp_path):
 
 def test_gate_and_up_have_one_A(tmp_path):
     model = adapted(base("mixtral"))
-    _, tensors = export(tmp_path, model, experts="per-expert")
+    _, tensors = export(tmp_path, model, expert_layout="per-expert")
     for key in [key for key in tensors if ".w1.lora_A" in key]:
         assert torch.equal(tensors[key], tensors[key.replace(".w1.", ".w3.")])
 
@@ -264,7 +265,7 @@ def test_single_experts_are_what_peft_converts(family, tmp_path):
 
     plain = base(family)
     model = adapted(plain)
-    rasa_ext.export_lora(model, tmp_path, experts="per-expert")
+    rasa_ext.export_lora(model, tmp_path, expert_layout="per-expert")
     loaded = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
     assert wrappers(loaded) == set(changes(model))
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-5)
@@ -273,7 +274,7 @@ def test_single_experts_are_what_peft_converts(family, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sglang_computes_experts_that_share_their_outer_sides(family, tmp_path):
     model = adapted(base(family), **POOL_ONLY)
-    config, tensors = export(tmp_path, model, experts="shared-outer")
+    config, tensors = export(tmp_path, model, expert_layout="shared-outer")
     found = sglang(config, tensors, base(family), 16)
     folder, rows, _ = MATRICES[family]
     expected = linear_changes(model)
@@ -287,13 +288,13 @@ def test_sglang_computes_experts_that_share_their_outer_sides(family, tmp_path):
         shared = key.endswith("A.weight") != ("down_proj" in key)
         assert count == (1 if shared else EXPERTS)
     assert len(outer) == 2 * (3 if family == "gpt_oss" else 2) * 2
-    whole = rasa_ext.export_size(model, experts="peft")
-    assert rasa_ext.export_size(model, experts="shared-outer") < whole
+    whole = rasa_ext.export_size(model, expert_layout="peft")
+    assert rasa_ext.export_size(model, expert_layout="shared-outer") < whole
 
 
 def test_vllm_reads_the_stacked_layout_where_it_stacks(tmp_path):
     model = adapted(base("gpt_oss"))
-    config, tensors = export(tmp_path, model, experts="peft")
+    config, tensors = export(tmp_path, model, expert_layout="peft")
     found = vllm(config, tensors, base("gpt_oss"), 16)
     assert_close(found, {**linear_changes(model), **changes(model)})
 
@@ -301,7 +302,7 @@ def test_vllm_reads_the_stacked_layout_where_it_stacks(tmp_path):
 def test_other_readers_of_the_stacked_layout(tmp_path):
     """Why it is not written without a word: vLLM takes it for another model's, and is wrong."""
     model = adapted(base("qwen3_moe"))
-    with pytest.warns(UserWarning, match="PEFT's layout.*experts='per-expert'.*vLLM.*misreads it"):
+    with pytest.warns(UserWarning, match="PEFT's layout.*layout='per-expert'.*vLLM.*misreads it"):
         config, tensors = export(tmp_path, model)
     assert config["target_parameters"] == ["gate_up_proj", "down_proj"]
     found = vllm(config, tensors, base("qwen3_moe"), 16)
@@ -317,7 +318,7 @@ def test_other_readers_of_the_stacked_layout(tmp_path):
 def test_a_layout_that_is_asked_for_is_not_warned_of(layout, tmp_path, recwarn):
     model = adapted(base("mixtral"), **POOL_ONLY)
     recwarn.clear()
-    rasa_ext.export_lora(model, tmp_path, experts=layout)
+    rasa_ext.export_lora(model, tmp_path, expert_layout=layout)
     assert not [w for w in recwarn if issubclass(w.category, UserWarning)]
 
 
@@ -328,25 +329,35 @@ def test_one_weight_without_the_other_is_warned_of(layout, tmp_path):
         warnings.simplefilter("ignore")
         model = adapted(base("mixtral"), target_modules=r".*\.experts\.down_proj")
     with pytest.warns(UserWarning, match="down_proj is adapted without the other weight of its"):
-        config, tensors = export(tmp_path, model, experts=layout)
+        config, tensors = export(tmp_path, model, expert_layout=layout)
     for reader in (vllm, llama_cpp):
         with pytest.raises(Refused):
             reader(config, tensors, base("mixtral"), 16)
 
 
+class OnMeta(TorchDispatchMode):
+    """Fails where an operator makes a tensor that takes memory."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor):
+            assert made.is_meta or made.data_ptr() == args[0].data_ptr(), function
+        return made
+
+
 @pytest.mark.parametrize("pad_to", [None, 16])
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_size_is_that_of_the_file(family, layout, pad_to, tmp_path, monkeypatch):
+def test_the_size_is_that_of_the_file(family, layout, pad_to, tmp_path):
     options = POOL_ONLY if layout == "shared-outer" else {"experts": "layer"}
     model = adapted(base(family).to(torch.float32), modules_to_save=["norm"], **options)
-    with monkeypatch.context() as patch:  # it makes nothing
-        for name in ("cat", "zeros", "empty", "stack"):
-            patch.setattr(torch, name, None)
-        size = rasa_ext.export_size(model, pad_to, experts=layout)
+    with OnMeta():
+        size = rasa_ext.export_size(model, pad_to, expert_layout=layout)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, tensors = export(tmp_path, model, pad_to=pad_to, experts=layout, allow_dropped=True)
+        _, tensors = export(
+            tmp_path, model, pad_to=pad_to, expert_layout=layout, allow_dropped=True
+        )
     assert size == sum(tensor.nbytes for tensor in tensors.values())
 
 
@@ -359,7 +370,7 @@ def test_a_model_without_experts_has_a_size_too(tmp_path):
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
 def test_half_precision_bases_export_in_float32(layout, tmp_path):
     model = adapted(copy.deepcopy(base("mixtral")).bfloat16(), **POOL_ONLY)
-    _, tensors = export(tmp_path, model, experts=layout)
+    _, tensors = export(tmp_path, model, expert_layout=layout)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
 
@@ -373,21 +384,29 @@ def test_ranks_of_single_weights(tmp_path):
     with torch.no_grad():
         for parameter in rasa_ext.adapter_parameters(model):
             parameter.normal_()
-    config, tensors = export(tmp_path, model, experts="per-expert")
+    config, tensors = export(tmp_path, model, expert_layout="per-expert")
     assert config["r"] == 5 - 1 + 2
     found = vllm(config, tensors, plain, 16)
     assert_close(found, {**linear_changes(model), **single("mixtral", model)})
 
 
 BAD = {
-    "unknown": ("stacked", {}, "experts: expected 'peft' or 'per-expert' or 'shared-outer', got"),
-    "no string": (3, {}, "experts: expected a string or None, got 3"),
+    "unknown": (
+        "stacked",
+        {},
+        "layout: expected 'peft' or 'per-expert' or 'shared-outer', got",
+    ),
+    "no string": (3, {}, "expert_layout: expected a string or None, got 3"),
     "own ranks": (
         "shared-outer",
         {"experts": "shared", "k": 1},
         r"experts='shared' with k = rank makes them, but 'model\.layers\.0\.mlp\.experts\.gate_up",
     ),
-    "own pools": ("shared-outer", {"experts": "slot", "k": RANK}, "experts: expected experts that"),
+    "own pools": (
+        "shared-outer",
+        {"experts": "slot", "k": RANK},
+        "layout: expected experts that",
+    ),
 }
 
 
@@ -397,8 +416,8 @@ def test_bad_layouts(case, tmp_path):
     model = adapted(base("mixtral"), **options)
     before = Snapshot(model)
     for call in (
-        lambda: rasa_ext.export_lora(model, tmp_path, experts=layout),
-        lambda: rasa_ext.export_size(model, experts=layout),
+        lambda: rasa_ext.export_lora(model, tmp_path, expert_layout=layout),
+        lambda: rasa_ext.export_size(model, expert_layout=layout),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             call()
@@ -409,8 +428,8 @@ def test_bad_layouts(case, tmp_path):
 def test_a_layout_for_a_model_without_adapted_experts(tmp_path):
     with pytest.warns(UserWarning, match="untouched"):
         model = rasa_ext.patch_model(copy.deepcopy(base("mixtral")), RANK, 1)
-    with pytest.raises(ValueError, match="experts: expected a model with adapted experts for"):
-        rasa_ext.export_lora(model, tmp_path, experts="peft")
+    with pytest.raises(ValueError, match="expert_layout: expected a model with adapted experts"):
+        rasa_ext.export_lora(model, tmp_path, expert_layout="peft")
     assert not content(tmp_path)
     rasa_ext.export_lora(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -453,7 +472,7 @@ def test_checkpoints_that_stack_experts_are_known(kind, tmp_path):
         if hasattr(module, "is_concatenated"):
             module.config.model_type = kind
     with pytest.warns(UserWarning, match="own checkpoints stack its experts"):
-        rasa_ext.export_lora(model, tmp_path, experts="per-expert")
+        rasa_ext.export_lora(model, tmp_path, expert_layout="per-expert")
 
 
 def test_paths_of_checkpoints():

@@ -134,7 +134,7 @@ REFUSED = {
     ),
     "tied head": (
         lambda: patched(tied(), target_modules=["q_proj", "lm_head"]),
-        "format: lm_head is tied to the embedding",
+        "format: .*lm_head is tied to the embedding",
     ),
 }
 
@@ -226,8 +226,8 @@ def test_every_format_has_the_chosen_rank(form, tmp_path):
     ("rank", "error", "message"),
     [
         (0, ValueError, "rank: expected at least 1, got 0"),
-        (2.0, TypeError, "rank: expected an integer or None, got 2.0"),
-        (True, TypeError, "rank: expected an integer or None, got True"),
+        (2.0, TypeError, "rank: expected an integer, got 2.0"),
+        (True, TypeError, "rank: expected an integer, got True"),
     ],
 )
 def test_ranks_that_are_none(rank, error, message, tmp_path):

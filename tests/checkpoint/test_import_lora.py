@@ -186,8 +186,8 @@ def refuse(base, directory, message, error=ValueError, **options):
     ("values", "message"),
     [
         ({"peft_type": "VERA"}, "expected peft_type 'LORA' .* got 'VERA'"),
-        ({"bias": "lora_only"}, "expected bias 'none', got 'lora_only'.*merge_and_unload"),
-        ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
+        ({"bias": "lora_only"}, "has bias 'lora_only', .*merge_and_unload"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes .*path_initial_model_for_weight_conver"),
     ],
 )
 def test_other_configs_that_are_refused(values, message, tmp_path):
@@ -234,7 +234,9 @@ stacked = functools.cache(build)
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
 def test_import_lora_refuses_experts(layout, tmp_path):
     """None of the layouts is taken for a LoRA of linear layers, not even in part."""
-    rasa_ext.export_lora(adapted(stacked("mixtral"), "shared", RANK), tmp_path, experts=layout)
+    rasa_ext.export_lora(
+        adapted(stacked("mixtral"), "shared", RANK), tmp_path, expert_layout=layout
+    )
     model = copy.deepcopy(stacked("mixtral"))
     before = Snapshot(model)
     said = r"stacked experts as well .*merge_and_unload instead\.$"

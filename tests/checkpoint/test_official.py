@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import rasa_ext
-from tests.helpers import oracle
+from tests.helpers import experts, oracle
 from tests.helpers.adapters import (
     RANK,
     adapted_layers,
@@ -205,4 +205,20 @@ def test_into_a_patched_model(tmp_path):
     before = Snapshot(other)
     with pytest.raises(ValueError, match="k: 2, 1"):
         rasa_ext.load_official(other, tmp_path)
+    before.assert_unchanged()
+
+
+def test_single_experts_over_a_model_that_stacks_them(tmp_path):
+    """To transformers 4 each was a layer; another package reads such a checkpoint."""
+    layer = "model.layers.0.block_sparse_moe.experts.0.w1"
+    adapter = oracle.Adapter(*(torch.zeros(2, 2) for _ in range(4)), torch.zeros(4))
+    tensors = oracle.official_tensors({layer: adapter})
+    oracle.write_official(tmp_path, tensors, rank=RANK, k=1, alpha=8, target_modules=["w1"])
+    model = experts.model("mixtral")
+    before = Snapshot(model)
+    said = (
+        r"stacks in 'model\.layers\.0\.mlp\.experts\.gate_up_proj'; load_official_experts of rasa_r"
+    )
+    with pytest.raises(ValueError, match=said):
+        rasa_ext.load_official(model, tmp_path)
     before.assert_unchanged()

@@ -123,7 +123,7 @@ def test_an_export_is_refused_unless_asked_for(tmp_path):
 
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
 def test_formats_of_pairs_alone(form, tmp_path):
-    message = f"format: '{form}' holds low-rank pairs alone, but trainable_token_indices"
+    message = f"format: '{form}' holds low-rank pairs .*alone, but trainable_token_indices"
     with pytest.raises(ValueError, match=message):
         rasa_ext.export_lora(moved(LLAMA), tmp_path, format=form)
 

@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import rasa_ext
-from rasa_ext.methods import LoraConfig, SboraConfig
+from rasa_ext.methods import AdapterConfig, LoraConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import LargestTensor, adapters, patched, same_adapters
 from tests.helpers.models import LLAMA
+from tests.helpers.outside import PickedConfig
 from tests.helpers.refusals import refused
 
 WEIGHTS = "adapter_model.safetensors"
@@ -203,21 +204,21 @@ LARGE = {
     "r": 10**8,
     "rasa_k": 10**8,
     "rank_pattern": {"q_proj": 10**8},
-    "rasa_kept": {"model.layers.0.self_attn.q_proj": [10**8, 10**8, 10**8]},
-    "rasa_stack": {"model.layers.0.self_attn.q_proj": 10**8},
 }
 
 
 @pytest.mark.parametrize("field", LARGE)
 def test_a_config_of_ranks_that_the_file_has_not(field, tmp_path):
     """It is refused before anything of that size is made."""
-    config = LoraConfig() if field == "rasa_stack" else rasa_ext.RasaConfig(rank=4)
-    model = rasa_ext.patch_model(LLAMA.build(), config=config)
-    rasa_ext.save_adapter(model, tmp_path)
-    edit(tmp_path, **{field: LARGE[field]})
+    check_large(rasa_ext.RasaConfig(rank=4), field, LARGE[field], tmp_path)
+
+
+def check_large(config: AdapterConfig, field: str, value, folder: Path) -> None:
+    rasa_ext.save_adapter(rasa_ext.patch_model(LLAMA.build(), config=config), folder)
+    edit(folder, **{field: value})
     base = LLAMA.build()
     with LargestTensor() as made, pytest.raises(ValueError, match=r"rank|k:|shape|missing"):
-        rasa_ext.load_adapter(base, tmp_path)
+        rasa_ext.load_adapter(base, folder)
     assert made.numel < 10**6
 
 
@@ -225,10 +226,10 @@ def test_a_config_of_ranks_that_the_file_has_not(field, tmp_path):
     ("fields", "said"),
     [
         ({"rasa_train_A": "no"}, "rasa_train_A to be true or false, got 'no'"),
-        ({"rasa_stack": [1]}, "rasa_stack to be an object"),
-        ({"rasa_stack": {"a": [1]}}, r"rasa_stack to hold counts of ranks, got \[1\]"),
+        ({"rank_pattern": [1]}, "rank_pattern to be an object"),
+        ({"rank_pattern": {"a": [1]}}, r"rank_pattern to hold counts of ranks, got \[1\]"),
         ({"rasa_alpha": 10**400}, "rasa_alpha to have 62 bits"),
-        ({"rasa_stack": {"a": 1.5}}, "rasa_stack to hold counts of ranks, got 1.5"),
+        ({"rank_pattern": {"a": 1.5}}, "rank_pattern to hold counts of ranks, got 1.5"),
         ({"rasa_method": ["lora"]}, r"rasa_method: expected .*got \['lora'\]"),
         ({"rasa_groups": {"a": 3}}, "groups: expected a sequence of strings"),
         ({"rasa_groups": [3]}, "groups: expected a sequence of patterns.*the item 3"),
@@ -236,7 +237,8 @@ def test_a_config_of_ranks_that_the_file_has_not(field, tmp_path):
     ],
 )
 def test_a_config_of_wrong_values(fields, said, tmp_path):
-    rasa_ext.save_adapter(rasa_ext.patch_model(LLAMA.build(), config=LoraConfig()), tmp_path)
+    config = rasa_ext.RasaConfig() if "rank_pattern" in fields else LoraConfig()
+    rasa_ext.save_adapter(rasa_ext.patch_model(LLAMA.build(), config=config), tmp_path)
     edit(tmp_path, **fields)
     base = LLAMA.build()
     refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, said)
@@ -249,10 +251,16 @@ def test_nested_json(tmp_path):
     refused(lambda: rasa_ext.load_adapter(base, tmp_path), base, said)
 
 
+@pytest.fixture
+def indexed() -> AdapterConfig:
+    """A config whose layers own indices."""
+    return PickedConfig(rank=4)
+
+
 @pytest.mark.parametrize("index", [-1, 10**6])
-def test_features_that_a_layer_has_not(index, tmp_path):
+def test_features_that_a_layer_has_not(index, indexed, tmp_path):
     """They would load, and fail in the forward."""
-    model = rasa_ext.patch_model(LLAMA.build(), config=SboraConfig(rank=4))
+    model = rasa_ext.patch_model(LLAMA.build(), config=indexed)
     rasa_ext.save_adapter(model, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)

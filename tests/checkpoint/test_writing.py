@@ -27,13 +27,13 @@ def tree(folder: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("number", "said"),
     [
-        (errno.ENOSPC, r"no space is left on its disk \([\d,.]+ MiB are free\).*free some space"),
+        (errno.ENOSPC, r"no space left on device \([\d,.]+ MiB are free\).*free some space"),
         (errno.EDQUOT, "quota"),
-        (errno.EROFS, "file system is read-only; .*choose another folder"),
-        (errno.EACCES, "no permission; .*change the permissions"),
-        (errno.EPERM, "no permission"),
+        (errno.EROFS, "read-only file system; .*choose another folder"),
+        (errno.EACCES, "permission denied; .*change the permissions"),
+        (errno.EPERM, "operation not permitted; .*change the permissions"),
         (errno.EFBIG, "too large.*ulimit -f"),
-        (errno.EIO, "the system says 'input/output error'"),
+        (errno.EIO, "input/output error; .*choose another folder"),
     ],
 )
 def test_one_sentence_for_what_the_system_refuses(number, said, tmp_path):
@@ -198,10 +198,10 @@ def test_an_output_is_looked_at_before_the_work(tmp_path, monkeypatch):
         check_output(tmp_path, overwrite=False)
     check_output(tmp_path, overwrite=True)
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(WriteError, match="a file stands where a folder goes"):
+        with pytest.raises(WriteError, match=r"not a directory; .*move the file"):
             check_output(path, overwrite=True)
     monkeypatch.setattr(module, "_may_write", lambda _: False)  # root may, everywhere
-    with pytest.raises(WriteError, match="no permission; nothing was written"):
+    with pytest.raises(WriteError, match="permission denied; nothing was written"):
         check_output(tmp_path / "new", overwrite=True)
 
 

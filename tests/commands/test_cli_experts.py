@@ -48,13 +48,13 @@ def size_of(lora: Path) -> float:
 
 @pytest.mark.parametrize("layout", [None, "peft"])
 def test_export_for_peft(layout, places, tmp_path, recwarn):
-    words = [] if layout is None else ["--experts", layout]
+    words = [] if layout is None else ["--expert-layout", layout]
     text = invoke("export-lora", places["slot"], "--output", tmp_path / "lora", *words)
     assert f"The LoRA takes {size_of(tmp_path / 'lora'):.2f} MiB." in text
     assert text.index("The LoRA takes") < text.index("LoRA of rank 4 in")
     assert "PEFT loads it, and vLLM where it keeps a model's experts in three dimensions" in text
     assert "vllm serve" not in text
-    warned = [str(w.message) for w in recwarn if "--experts per-expert" in str(w.message)]
+    warned = [str(w.message) for w in recwarn if "--expert-layout per-expert" in str(w.message)]
     assert len(warned) == (layout is None)
     loaded = peft.PeftModel.from_pretrained(load(places["base"]), str(tmp_path / "lora")).eval()
     model = rasa_ext.load_adapter(load(places["base"]), places["slot"])
@@ -63,7 +63,7 @@ def test_export_for_peft(layout, places, tmp_path, recwarn):
 
 def test_export_for_servers(places, tmp_path):
     words = ["export-lora", places["layer"], "--output", tmp_path / "lora"]
-    text = invoke(*words, "--experts", "per-expert")
+    text = invoke(*words, "--expert-layout", "per-expert")
     assert f"vllm serve {places['base']} --dtype float32 --enable-lora --max-lora-rank 8" in text
     names = {
         key.split(".lora_")[0] for key in load_file(tmp_path / "lora/adapter_model.safetensors")
@@ -73,26 +73,35 @@ def test_export_for_servers(places, tmp_path):
 
 def test_export_for_sglang(places, tmp_path):
     lora = tmp_path / "lora"
-    text = invoke("export-lora", places["shared"], "--output", lora, "--experts", "shared-outer")
+    text = invoke(
+        "export-lora", places["shared"], "--output", lora, "--expert-layout", "shared-outer"
+    )
     assert "vllm serve" not in text
     assert (
         f"python -m sglang.launch_server --model-path {places['base']} --enable-lora "
         f"--max-lora-rank {2 * RANK} --experts-shared-outer-loras --lora-paths lora={lora}" in text
     )
-    text = invoke("export-lora", places["slot"], "--output", tmp_path / "no", "--experts",
+    text = invoke("export-lora", places["slot"], "--output", tmp_path / "no", "--expert-layout",
                   "shared-outer", code=1)  # fmt: skip
-    assert "Error: experts: expected experts that read one pool" in text
+    assert "Error: expert_layout: expected experts that read one pool" in text
     assert not (tmp_path / "no").exists()
 
 
 def test_a_large_export_asks(places, tmp_path, monkeypatch):
     """A LoRA of linear layers alone does not."""
     monkeypatch.setattr(export_lora, "LARGE", 1000)
-    words = ["export-lora", places["slot"], "--output", tmp_path / "lora", "--experts", "peft"]
+    words = [
+        "export-lora",
+        places["slot"],
+        "--output",
+        tmp_path / "lora",
+        "--expert-layout",
+        "peft",
+    ]
     text = invoke(*words, code=1)
     assert text.index("The LoRA takes") < text.index("Error: yes: the LoRA would take")
     assert "nothing was written; pass --yes to write it, use `rasa-ext merge` instead or" in text
-    assert "--experts shared-outer" in text
+    assert "--expert-layout shared-outer" in text
     assert not list(tmp_path.iterdir())
     assert "LoRA of rank 4" in invoke(*words, "--yes")
     with pytest.warns(UserWarning, match="untouched"):
@@ -137,18 +146,3 @@ def test_inspect_plans_experts(places):
     assert f"5 x {2 * INNER} x {HIDDEN} 4" in text
     assert f"trainable: {groups_in(places['slot'])[2]:,} of" in text
     assert "experts: expected" in invoke("inspect", places["base"], "--experts", "all", code=1)
-
-
-def test_import_official(places, tmp_path):
-    """The official layout, written out from an adapter of single experts."""
-    from tests.checkpoint.test_official_experts import assert_loaded, official, write
-
-    found = official("mixtral", 1, ["w1", "w2", "w3"], dtype=torch.float32)
-    write(tmp_path / "official", found, 1, ["q_proj", "w1", "w2", "w3"], dtype="float32")
-    invoke("import-official", tmp_path / "official", "--model", places["base"], "--output",
-           tmp_path / "ours")  # fmt: skip
-    model = rasa_ext.load_adapter(load(places["base"]), tmp_path / "ours")
-    assert_loaded(model, "mixtral", found)
-    trained = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
-    groups, _, count = groups_in(tmp_path / "ours")  # which has the integers "slots" beside
-    assert count == trained == sum(group.parameters for group in groups)

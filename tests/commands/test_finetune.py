@@ -478,10 +478,10 @@ def test_warm_up_begins_above_zero_and_the_rate_ends_above_zero(options):
 
 def test_an_output_that_is_a_file_or_cannot_be_written_is_refused(options, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(WriteError, match=r"file/out: .* a file stands where a folder goes"):
+    with pytest.raises(WriteError, match=r"file/out: .*not a directory"):
         dataclasses.replace(options, output=str(tmp_path / "file" / "out"))
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    with pytest.raises(WriteError, match="out: cannot be written, since this user has no permi"):
+    with pytest.raises(WriteError, match="out: cannot be written: permission denied"):
         dataclasses.replace(options)
 
 
@@ -490,7 +490,7 @@ def test_a_full_disk_is_the_output_s(size, options):
     words = ["--model", options.model, "--data", options.data, "--output", options.output]
     with file_limit(size):
         text = invoke("finetune", *words, "--max-steps", 2, code=1)
-    assert re.search(rf"Error: {options.output}\S*: cannot be written, since", text)
+    assert re.search(rf"Error: {options.output}\S*: cannot be written: ", text)
 
 
 def test_the_picture_s_axis_fits_the_losses(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
-"""finetune with every method: what it trains, and options that do not fit it."""
+"""finetune with every method: what it trains, its callbacks, and options that do not fit it."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from transformers import TrainerCallback
 import rasa_ext
 from rasa_ext import methods
 from rasa_ext.commands.options import FinetuneOptions
+from rasa_ext.commands.parsing import parse_yaml
 from rasa_ext.nn.rasa_experts import RasaBank
 from rasa_ext.patching.state import owners
 from tests.helpers import experts
+from tests.helpers.cli import invoke
 from tests.helpers.finetuning import interrupted, losses, run
 from tests.helpers.methods import rasa_linears
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
@@ -35,14 +38,32 @@ CASES = {
         more("train_A: false"),
         methods.LoraConfig(4, 8.0, train_A=False),
     ),
-    "block-lora": (more("blocks: 4"), methods.BlockLoraConfig(4, 8.0, 4)),
-    "sbora": ({"seed": 3}, methods.SboraConfig(4, 8.0, seed=3)),
-    "sbora, side": (more("side: B"), methods.SboraConfig(4, 8.0, side="B")),
-    "sora": ({}, methods.SoraConfig(4, 8.0)),
-    "sora, pool": ({"k": 1}, methods.SoraConfig(4, 8.0, 1)),
-    "reslora": (more("window: 0"), methods.ResLoraConfig(4, 8.0, 0)),
-    "sd-lora": ({}, methods.SdLoraConfig(4, 8.0)),
 }
+KNOWN = dict(CASES)
+"""Those that another package's tests have added, too."""
+
+
+@pytest.fixture(params=CASES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["rasa", "lora, frozen"])
+def resumed(request) -> str:
+    return request.param
+
+
+@pytest.fixture(
+    params=[
+        ("lora", {"method": "rasa"}, "method ('lora' before, 'rasa' now)"),
+        ("lora", more("train_A: false"), "method_options ('' before, 'train_A: false' now)"),
+        ("rasa", {"k": 2}, "k (1 before, 2 now)"),
+    ],
+    ids=lambda param: next(iter(param[1])),
+)
+def another(request) -> tuple:
+    """A case, options of a later run, and what is said of them."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +82,7 @@ def common(tmp_path_factory) -> dict:
 
 def options_of(common, name: str, output: Path, **changes) -> FinetuneOptions:
     method = {"method": name.partition(",")[0], "output": str(output)}
-    return FinetuneOptions(**{**common, **method, **CASES[name][0], **changes})
+    return FinetuneOptions(**{**common, **method, **KNOWN[name][0], **changes})
 
 
 def test_every_method_of_one_run_is_there():
@@ -71,12 +92,11 @@ def test_every_method_of_one_run_is_there():
     assert trained == {name.partition(",")[0] for name in CASES}
 
 
-@pytest.mark.parametrize("name", CASES)
 def test_it_trains_what_the_method_trains(name, common, tmp_path):
     options = options_of(common, name, tmp_path)
     result, text = run(options)
     model = rasa_ext.load_adapter(make_model(), tmp_path)
-    layers, expected = rasa_linears(model).values(), CASES[name][1]
+    layers, expected = rasa_linears(model).values(), KNOWN[name][1]
     config = next(iter(layers)).config
     for field in dataclasses.fields(expected):
         if field.name not in ("target_modules", "exclude_modules"):
@@ -93,29 +113,10 @@ def test_it_trains_what_the_method_trains(name, common, tmp_path):
     assert min(loss[2:]) < loss[0]
 
 
-def test_rates_are_the_method_s(common, tmp_path):
-    """Block-LoRA with one block is a LoRA; with n its B moves n times as fast."""
-    stored = {}
-    for name, changes in (
-        ("lora", {}),
-        ("block-lora", more("blocks: 1")),
-        ("block-lora", {**more("blocks: 2"), "rank": 8}),
-    ):
-        output = tmp_path / f"{name}{changes}"
-        options = options_of(common, name, output, max_steps=1, **{"rank": 4, **changes})
-        run(options, alpha=2.0 * options.rank)
-        stored[output.name] = load_file(output / "adapter_model.safetensors")
-    lora, one, two = stored.values()
-    for key, tensor in lora.items():
-        assert torch.equal(one[key], tensor)
-        if key.endswith("_B"):  # of the first step's Adam, the sign of the gradient
-            moved = tensor.abs() > 1e-4
-            torch.testing.assert_close(two[key][moved], 2 * tensor[moved], rtol=1e-3, atol=0)
-
-
-@pytest.mark.parametrize("name", ["rasa", "sora", "block-lora", "sbora", "reslora"])
-def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(name, common, tmp_path, monkeypatch):
-    options = options_of(common, name, tmp_path / "out", dropout=0.1)
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
+    resumed, common, tmp_path, monkeypatch
+):
+    options = options_of(common, resumed, tmp_path / "out", dropout=0.1)
     run(options, output=str(tmp_path / "whole"))
     assert interrupted(monkeypatch, 2, options)[0]["interrupted"]
     run(options, resume=True)
@@ -127,11 +128,55 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(name, common, tmp_
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@dataclasses.dataclass(frozen=True)
+class CountedConfig(methods.LoraConfig):
+    """A LoRA that notes what its callback is asked."""
+
+    method = "counted"
+
+    most: int = methods.option(9, "Layers that it takes.")
+
+    def callbacks(self, model):
+        layers = rasa_linears(model)
+        noted.append(f"{len(layers)} layers on {next(model.parameters()).device}")
+        if len(layers) > self.most:
+            raise ValueError(f"most: expected at least {len(layers)}, got {self.most}.")
+        return [Notes()]
+
+
+class Notes(TrainerCallback):
+    def on_optimizer_step(self, args, state, control, **_):
+        noted.append("step")
+
+    def on_train_end(self, args, state, control, **_):
+        noted.append("end")
+
+
+noted: list[str] = []
+
+
+def test_a_method_s_callbacks_take_part(common, tmp_path, monkeypatch):
+    """They are made before weights are read, follow each step, and end a run that is complete."""
+    options = {"target_modules": "q_proj", "max_steps": 2}
+    KNOWN["counted"] = {}, None
+    noted.clear()
+    whole = options_of(common, "counted", tmp_path / "out", **options)
+    run(whole)
+    made = ["2 layers on meta", "2 layers on cpu"]
+    assert noted == [*made, "step", "step", "end"]
+    noted.clear()
+    run(whole, resume=True)
+    assert noted == [*made, "end"]
+    monkeypatch.delattr("rasa_ext.commands.training.load_model")
+    refused = {**options, **more("most: 1")}
+    said = "most: expected at least 2, got 1"
+    check_refused(common, "counted", refused, said, tmp_path / "no")
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("rasa", {"method": "elora"}, "method: expected 'block-lora' or 'boosted-pool' or 'lora'"),
-        ("rasa", {"method": "boosted-pool"}, "a loop of yours, by rasa_ext.training.Boosting"),
+        ("rasa", {"method": "elora"}, "method: expected "),
         (
             "lora",
             {"target_modules": "lm_head"},
@@ -147,61 +192,26 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(name, common, tmp_
             "rslora: expected none with the method 'rasa', got True",
         ),
         (
-            "sora",
-            more("train_A: no"),
-            "train_A: expected none with the method 'sora', got False",
-        ),
-        (
             "lora",
             more("blocks: 2"),
             "blocks: expected none with the method 'lora', got 2",
         ),
-        (
-            "block-lora",
-            more("blocks: 3"),
-            "blocks: expected a divisor of the rank, which is 4",
-        ),
-        (
-            "rasa",
-            more("side: A"),
-            "side: expected none with the method 'rasa', got 'A'",
-        ),
-        ("sbora", more("side: C"), "side: expected 'A' or 'B', got 'C'"),
-        ("sbora", {"rank": 40}, "rank: expected at most the 32 inputs"),
-        (
-            "sd-lora",
-            more("window: 1"),
-            "window: expected none with the method 'sd-lora', got 1",
-        ),
         ("lora", more("blocks"), "method_options: expected YAML such as"),
         ("lora", more("}"), "method_options: expected YAML such as"),
-        ("reslora", more("window: -1"), "window: expected an integer >= 0, got -1"),
     ],
 )
 def test_options_that_do_not_fit(name, changes, message, common, tmp_path):
+    check_refused(common, name, changes, message, tmp_path / "out")
+
+
+def check_refused(common, name: str, changes: dict, message: str, output: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        run(options_of(common, name, tmp_path / "out", **changes))
-    assert not (tmp_path / "out").exists()
+        run(options_of(common, name, output, **changes))
+    assert not output.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "changes", "named"),
-    [
-        ("lora", {"method": "rasa"}, "method ('lora' before, 'rasa' now)"),
-        (
-            "lora",
-            more("train_A: false"),
-            "method_options ('' before, 'train_A: false' now)",
-        ),
-        (
-            "reslora",
-            more("window: 1"),
-            "method_options ('window: 0' before, 'window: 1' now)",
-        ),
-        ("rasa", {"k": 2}, "k (1 before, 2 now)"),
-    ],
-)
-def test_another_adapter_is_not_resumed(name, changes, named, common, tmp_path):
+def test_another_adapter_is_not_resumed(another, common, tmp_path):
+    name, changes, named = another
     options = options_of(common, name, tmp_path, max_steps=1)
     run(options)
     with pytest.raises(ValueError, match=re.escape(named)):
@@ -225,6 +235,22 @@ def test_a_mixture_of_experts(common, tmp_path):
         run(options, resume=True, experts="slot")
 
 
+def test_by_the_command(common, tmp_path):
+    words = [
+        word for key, value in common.items() for word in (f"--{key.replace('_', '-')}", value)
+    ]
+    method = ("--method", "lora", "--method-options", "rslora: true")
+    invoke("finetune", *words, *method, "--output", tmp_path / "lora")
+    settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert (settings["rasa_method"], settings["rasa_rslora"]) == ("lora", True)
+
+
+def test_numbers_among_method_options():
+    """YAML 1.1 reads 1e-3 as text."""
+    found = parse_yaml("method_options", "a: 1e-3, b: 2E5, c: 1.5e-2, d: e-3, e: 3")
+    assert found == {"a": 1e-3, "b": 2e5, "c": 1.5e-2, "d": "e-3", "e": 3}
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_trained_rows(tied, common, tmp_path):
     """The loss reaches them through the head as well, whose weight alone the trainer reads."""
@@ -240,23 +266,3 @@ def test_trained_rows(tied, common, tmp_path):
     assert (moved[0] > 1e-4) == tied  # as a logit, it is in every step
     with pytest.raises(TypeError, match="trainable_token_indices: expected integers"):
         options_of(common, "rasa", output, **more("trainable_token_indices: [<tool>]"))
-
-
-def test_callbacks_of_a_method(common, tmp_path, monkeypatch):
-    """Asked on the skeleton first; at the end of a run that is complete already, once more."""
-    seen = []
-
-    class Ends(TrainerCallback):
-        def on_train_end(self, args, state, control, **kwargs):
-            seen.append((state.global_step, state.max_steps))
-
-    def callbacks(self, model):
-        seen.append(next(model.parameters()).device.type)
-        return [Ends()]
-
-    monkeypatch.setattr(methods.LoraConfig, "callbacks", callbacks)
-    options = options_of(common, "lora", tmp_path)
-    run(options)
-    assert seen == ["meta", "cpu", (4, 4)]
-    run(options, resume=True)
-    assert seen[3:] == ["meta", "cpu", (4, 4)]

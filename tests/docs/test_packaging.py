@@ -15,10 +15,11 @@ from tests.helpers.models import FAMILIES, SEQUENTIAL, ids
 OPTIONAL = (
     *("accelerate", "bitsandbytes", "gguf", "matplotlib", "peft", "rich", "torchao", "trl"),
     *("transformers", "typer", "yaml", "rasa_ext.commands", "rasa_ext.peft"),
+    "huggingface_hub",
 )
 
 
-def test_the_library_needs_only_torch_safetensors_and_regex():
+def test_the_library_imports_only_torch_safetensors_and_regex():
     """Imported, and where it asks what a base layer is."""
     program = (
         "import sys, torch, rasa_ext, rasa_ext.nn.functional, rasa_ext.ops; from torch import nn\n"

@@ -59,19 +59,22 @@ def test_the_site_is_built_without_torch(module):
         (config_fields.rasa_fields, rasa_ext.RasaConfig),
         (config_fields.peft_fields, rasa_ext.peft.RasaConfig),
         *(
-            (
-                lambda name=name, path=path: (
-                    config_fields.fields(path, name)
-                    + config_fields.fields("methods/base.py", "AdapterConfig")
-                ),
-                getattr(rasa_ext.methods, name),
-            )
-            for name, path in config_fields.METHODS.items()
+            (lambda name=name: method_fields(name), getattr(rasa_ext.methods, name))
+            for name in config_fields.METHODS.keys() & set(rasa_ext.methods.__all__)
         ),
     ],
 )
 def test_fields_are_those_of_the_config(read, config):
-    ours = [each for each in config.__mro__ if each.__module__.startswith("rasa_ext")]
+    check_fields(read, config)
+
+
+def method_fields(name: str) -> list[config_fields.Field]:
+    own = config_fields.fields(config_fields.METHODS[name], name)
+    return own + config_fields.fields("methods/base.py", "AdapterConfig")
+
+
+def check_fields(read, config) -> None:
+    ours = [each for each in config.__mro__ if each.__module__.startswith("rasa_")]
     names = {name for each in ours for name in each.__annotations__}
     real = {f.name: f for f in dataclasses.fields(config) if f.name in names}
     found = {field.name: field for field in read()}

@@ -9,13 +9,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from rasa_ext.peft import RasaConfig, RasaPeftLinear
+from rasa_ext.peft import RasaConfig, RasaPeftBank, RasaPeftLinear
+from rasa_ext.peft.named import NamedAdapters
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, randomize, randomize_adapters
 from tests.helpers.oracle import Adapter
 from tests.helpers.tiny_lm import make_model
 
-__all__ = ["adapters"]
+__all__ = ["RANK", "adapters"]
 
 TOKENS = torch.arange(24).view(2, 12)
 
@@ -42,13 +43,31 @@ def two(**options) -> PeftModel:
     return model.eval()
 
 
-def dense(model: PeftModel, *adapter_names: str) -> Tensor:
-    """The oracle's float64 logits of TOKENS: the base with these adapters' dW added."""
-    base = make_model().double().requires_grad_(False)
-    for adapter in adapter_names:
-        for name, tensors in named(model, adapter).items():
-            base.get_submodule(name).weight.add_(oracle.delta(tensors))
-    return base(TOKENS).logits
+def dense(
+    model: PeftModel, *adapter_names: str, base: nn.Module | None = None, tokens: Tensor = TOKENS
+) -> Tensor:
+    """The oracle's float64 logits: the base with these adapters' dW added."""
+    base = (make_model() if base is None else base).double().requires_grad_(False)
+    for name, owner in plain(model).named_modules():
+        for adapter in adapter_names:
+            if adapter not in getattr(owner, "configs", ()):
+                continue
+            change, stacked = changes(owner, adapter), isinstance(owner, RasaPeftBank)
+            weight = base.get_parameter(name if stacked else f"{name}.weight")
+            weight.add_(change if change.shape == weight.shape else change.mT)
+    return base(tokens).logits
+
+
+def changes(owner: NamedAdapters, adapter: str = "default") -> Tensor:
+    """An adapter's dW (out, in), or (E, out, in) of every expert, by the oracle's formula."""
+    A, A_pool, B, B_pool, d = owner.named(adapter).factors()
+    if A.dim() == 2:
+        return oracle.delta(Adapter(A, A_pool, B, B_pool, d))
+    pools = [(A_pool, B_pool)] * len(A)
+    if A_pool is not None and A_pool.dim() == 3:
+        pools = list(zip(A_pool, B_pool, strict=True))
+    own = zip(A, B, d, pools, strict=True)
+    return torch.stack([oracle.delta(Adapter(a, p[0], b, p[1], v)) for a, b, v, p in own])
 
 
 def close(logits: Tensor, expected: Tensor) -> None:
@@ -69,7 +88,7 @@ def named(model: PeftModel, adapter: str) -> dict[str, Adapter]:
     """The live tensors of one adapter by layer, active or not."""
     found = layers(plain(model)).items()
     return {
-        n: Adapter(*layer.adapter(adapter).factors())
+        n: Adapter(*layer.named(adapter).factors())
         for n, layer in found
         if adapter in layer.configs
     }

@@ -13,11 +13,9 @@ from torch import nn
 import rasa_ext
 import rasa_ext.peft
 from rasa_ext.methods import LoraConfig
-from rasa_ext.training import Boosting
 from tests.helpers import experts
 from tests.helpers.adapters import same_bits
 from tests.helpers.expert_files import logits
-from tests.helpers.refusals import refused
 
 FAMILIES = (*experts.UNLIKE, "llama4_text")
 OPTIONS = ({}, {"rslora": True}, {"train_A": False})
@@ -80,7 +78,7 @@ def test_files_merge_and_peft(family, options, tmp_path):
     rasa_ext.save_adapter(model, tmp_path / "own")
     loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path / "own").eval()
     assert same_bits(logits(loaded), expected)
-    assert rasa_ext.export_lora(model, tmp_path / "lora", experts="peft") == 3
+    assert rasa_ext.export_lora(model, tmp_path / "lora", expert_layout="peft") == 3
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora").eval()
     torch.testing.assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
     if "train_A" not in options:
@@ -108,7 +106,7 @@ def test_it_has_as_many_numbers_as_pefts_and_begins_as_that_does():
 
 
 def test_it_trains_under_peft():
-    config = rasa_ext.peft.RasaConfig(r=3, rasa_method="lora", experts="own")
+    config = rasa_ext.peft.RasaConfig(r=3, rasa_method="lora", rasa_experts="own")
     model = get_peft_model(experts.model("mixtral"), config)
     tokens = torch.arange(12).view(2, 6)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
@@ -127,10 +125,6 @@ def test_it_trains_under_peft():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="experts: expected None or 'own', got 'shared'"):
         LoraConfig(experts="shared")
-    model = rasa_ext.patch_model(experts.model(), config=LoraConfig(rank=1, experts="own"))
-    optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
-    said = "model: Boosting is for adapters of linear layers"
-    refused(lambda: Boosting(model, optimizer, steps=1), model, said)
 
 
 def test_without_the_argument_a_warning_says_how():

@@ -48,7 +48,9 @@ def test_gradcheck(shape, form, dropout, device):
         if form == "pack":
             return functional.pack(Factors(*values[1:6]), torch.float64, 4)
         if form == "add":
-            return functional.adapted_add(x @ weight.T, values[0], Factors(*values[1:6]), 1, *drop)
+            return functional.adapted_linear(
+                values[0], None, None, Factors(*values[1:6]), 1, *drop, y=x @ weight.T
+            )
         if form == "linear":
             args = values[0], weight, bias, Factors(*values[1:6]), 4
             return functional.adapted_linear(*args, *drop)
@@ -151,7 +153,7 @@ def step(frozen: str, layers: int, add: bool = False):
         if layers > 1:
             y = functional.adapted_projections(x, weights, [None] * layers, factors)
         elif add:
-            y = (functional.adapted_add(x @ weights[0].T, x, factors[0]),)
+            y = (functional.adapted_linear(x, None, None, factors[0], y=x @ weights[0].T),)
         else:
             y = (functional.adapted_linear(x, weights[0], None, factors[0]),)
     with Products() as products:

@@ -12,6 +12,7 @@ from torch import nn
 import rasa_ext
 from tests.helpers import experts
 from tests.helpers.expert_files import adapted, logits
+from tests.helpers.outside import VeraConfig
 from tests.helpers.refusals import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay untouched")
@@ -154,9 +155,7 @@ def test_what_holds_weights_and_is_no_linear_layer_is_named(family, names):
 
 
 def test_other_methods_are_not_advised_to_adapt_experts():
-    from rasa_ext.methods import ResLoraConfig
-
-    model = rasa_ext.patch_model(experts.model(), config=ResLoraConfig(rank=2))
+    model = rasa_ext.patch_model(experts.model(), config=VeraConfig(rank=2))
     assert "the argument experts" not in str(rasa_ext.summary(model))
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import rasa_ext
 from rasa_ext.patching import parts
+from rasa_ext.patching.state import adapted_experts
 from tests.helpers import experts
 from tests.helpers.expert_files import banks, changes
 from tests.helpers.experts import EXPERTS, GROUPINGS
@@ -64,7 +65,7 @@ def test_merging_adds_dw_and_unmerging_takes_it_out(family, grouping, k, dtype):
     rasa_ext.unmerge(model)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
-    assert not any(module.merged for _, module in parts.adapted_experts(model))
+    assert not any(module.merged for _, module in adapted_experts(model))
 
 
 @pytest.mark.parametrize("chunk", [0, parts.CHUNK_BYTES], ids=["one by one", "whole"])

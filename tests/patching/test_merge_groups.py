@@ -7,37 +7,26 @@ import torch
 from torch import nn
 
 import rasa_ext
+from rasa_ext import ops
 from rasa_ext.patching import merge as merging
 from rasa_ext.patching import parts
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
-from tests.helpers.models import GPT2, LLAMA, TWO_NAMES, ids
+from tests.helpers.models import GPT2
 from tests.helpers.refusals import Snapshot
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.mark.parametrize("entry", [LLAMA, GPT2, TWO_NAMES], ids=ids)
-def test_delta_weights(entry):
-    model = patched(entry.build())
-    found, layers = dict(rasa_ext.delta_weights(model)), adapted_layers(model)
-    assert found.keys() == layers.keys()
-    for name, change in found.items():
-        assert not change.requires_grad
-        torch.testing.assert_close(change, rasa_ext.delta_weight(layers[name]))
-    with pytest.raises(ValueError, match=r"expected a model that rasa_ext\.patch_model patched"):
-        next(rasa_ext.delta_weights(entry.build()))
-
-
 def watched(monkeypatch) -> list[int]:
-    """From now on, how many layers each product of dW takes."""
-    counts, direct = [], merging.ops.delta_group
+    """From now on, how many layers each merge of a chunk takes."""
+    counts, direct = [], ops.merge_group
 
-    def counting(Ap, Bp):
-        counts.append(len(Ap))
-        return direct(Ap, Bp)
+    def counting(weights, Ap, Bp):
+        counts.append(len(weights))
+        direct(weights, Ap, Bp)
 
-    monkeypatch.setattr(merging.ops, "delta_group", counting)
+    monkeypatch.setattr(ops, "merge_group", counting)
     return counts
 
 
@@ -103,7 +92,7 @@ def test_layers_of_a_group_may_differ(call, monkeypatch):
 def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
     """merge puts back what it has written; merge_and_unload has looked at copies up to there."""
     model = patched(nn.Sequential(*(nn.Linear(8, 6) for _ in range(3))))
-    before, direct, calls = Snapshot(model), merging.ops.merge_group, []
+    before, direct, calls = Snapshot(model), ops.merge_group, []
 
     def failing(*args):
         direct(*args)
@@ -112,7 +101,7 @@ def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
             raise error
 
     monkeypatch.setattr(parts, "CHUNK_BYTES", 0)
-    monkeypatch.setattr(merging.ops, "merge_group", failing)
+    monkeypatch.setattr(ops, "merge_group", failing)
     with pytest.raises(error):
         call(model)
     before.assert_unchanged()

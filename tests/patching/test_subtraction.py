@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext.patching.subtraction import Rest, rest
+from rasa_ext.patching.subtraction import MergeResidual, residual_of
 from tests.helpers.adapters import patched, same_bits
 from tests.helpers.models import GPT2, SEQUENTIAL
 from tests.helpers.peft import adapted, close, dense, layers, logits, tiny, trained, two
+from tests.helpers.peft_experts import tuned
+from tests.helpers.peft_sides import needs_experts
 from tests.helpers.quantized import make_model as quantizable
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import make_model
@@ -29,8 +31,7 @@ def small(model, size: float) -> None:
 
 
 def weights(model) -> dict[str, torch.Tensor]:
-    found = model.named_modules()
-    return {n: m.base_layer.weight.clone() for n, m in found if hasattr(m, "merged_base")}
+    return {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
 
 
 def same(left, right) -> bool:
@@ -78,7 +79,7 @@ def test_what_is_kept_is_small_where_the_change_is(dtype, figure):
     for size in (1e-5, 1e-4, 1e-3, 1.0):
         delta = size * torch.randn(512, 512, generator=generator)
         merged = (weight.float() + delta).to(dtype)
-        found = rest(weight, merged, delta)
+        found = residual_of(weight, merged, delta)
         again = found if isinstance(found, torch.Tensor) else found.original(merged, delta)
         assert same_bits(again, weight)
         held = [found] if isinstance(found, torch.Tensor) else [found.index, found.value]
@@ -93,8 +94,8 @@ def test_what_is_kept_is_small_where_the_change_is(dtype, figure):
 def test_signs_of_zeros_and_values_that_are_no_numbers_come_back():
     weight = torch.tensor([[0.0, -0.0, float("inf"), float("nan"), 1.0, 2.0]] * 4)
     delta = torch.full_like(weight, 0.5)
-    found = rest(weight, weight + delta, delta)
-    assert isinstance(found, Rest)
+    found = residual_of(weight, weight + delta, delta)
+    assert isinstance(found, MergeResidual)
     assert same_bits(found.original(weight + delta, delta), weight)
 
 
@@ -110,28 +111,38 @@ def test_several_adapters_one_after_the_other():
     assert same(weights(model), before)
 
 
-@pytest.mark.parametrize("side", ["peft", "patched"])
-def test_an_adapter_that_changed_meanwhile(side):
-    if side == "peft":
-        model = tiny()
-        model.unmerge_by_subtracting()
-        merge, unmerge = model.merge_adapter, model.unmerge_adapter
-    else:
+@pytest.mark.parametrize("side", ["peft", "patched", pytest.param("experts", marks=needs_experts)])
+@pytest.mark.parametrize("bytes_", [1, 1 << 20])
+def test_an_adapter_that_changed_meanwhile(side, bytes_, monkeypatch):
+    """Nothing is unmerged then, whatever is taken at a time."""
+    monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", bytes_)
+    if side == "patched":
         model = patched(make_model())
         merge = functools.partial(rasa_ext.merge, model, subtract=True)
         unmerge = functools.partial(rasa_ext.unmerge, model)
-    before = weights(model)
-    merge()
-    merged, numbers = weights(model), {n: p.clone() for n, p in trained(model).items()}
+    else:
+        model = tiny() if side == "peft" else tuned()
+        model.unmerge_by_subtracting()
+        merge, unmerge = model.merge_adapter, model.unmerge_adapter
     with torch.no_grad():
         for parameter in trained(model).values():
+            parameter.mul_(0.1)  # so that little is kept
+    before = weights(model)
+    merge()
+    merged = weights(model)
+    changed = [*trained(model).values()]
+    if side == "patched":  # the last chunk alone, which comes after others
+        changed = changed[-1:]
+    numbers = [parameter.detach().clone() for parameter in changed]
+    with torch.no_grad():
+        for parameter in changed:
             parameter.add_(1e-3)
     with pytest.raises(RuntimeError, match="not what it was before merging: the adapter"):
         unmerge()
     assert same(weights(model), merged)
     with torch.no_grad():
-        for name, parameter in trained(model).items():
-            parameter.copy_(numbers[name])
+        for parameter, number in zip(changed, numbers, strict=True):
+            parameter.copy_(number)
     unmerge()
     assert same(weights(model), before)
 

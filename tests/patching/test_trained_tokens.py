@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 import rasa_ext
+from rasa_ext.methods import AdapterConfig, LoraConfig
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from tests.helpers.adapters import patched, same_bits
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, TIED, Checkpointed, ids
+from tests.helpers.outside import VeraConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:groups")
 IDS = [5, 30, 11]
@@ -301,9 +303,13 @@ def test_bad_input_leaves_the_model_as_it_was(case):
     assert not [each for each in model.modules() if isinstance(each, TrainedTokens)]
 
 
-@pytest.mark.parametrize("method", ["LoraConfig", "SboraConfig", "SdLoraConfig"])
+@pytest.fixture(params=[LoraConfig, VeraConfig])
+def method(request) -> type[AdapterConfig]:
+    return request.param
+
+
 def test_every_method_takes_it(method):
-    config = getattr(rasa_ext.methods, method)(rank=2, trainable_token_indices=IDS)
+    config = method(rank=2, trainable_token_indices=IDS)
     model = rasa_ext.patch_model(copy.deepcopy(TIED.build()), config=config)
     assert model.embed.rows.requires_grad
     assert type(config).from_dict(config.to_dict()) == config

@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
+from rasa_ext import ops
 from rasa_ext.peft import RasaConfig
 from tests.helpers import models, oracle
 from tests.helpers.adapters import same_bits
@@ -23,10 +24,11 @@ from tests.helpers.peft import (
     layers,
     named,
     plain,
-    tiny,
     trained,
     two,
 )
+from tests.helpers.peft_sides import sides
+from tests.helpers.refusals import Snapshot
 from tests.helpers.tiny_lm import make_model
 
 
@@ -43,40 +45,45 @@ def test_each_adapter_has_its_own_ranks_pool_and_layers():
     assert second[q[0]].A_pool is not first[q[0]].A_pool
 
 
-def test_switching():
-    model = two()
-    close(model(TOKENS).logits, dense(model, "default"))
-    model.set_adapter("second")
-    close(model(TOKENS).logits, dense(model, "second"))
-    assert all(".second" in name for name in trained(model))
-    model.set_adapter("default")
-    close(model(TOKENS).logits, dense(model, "default"))
-    assert all(".default" in name for name in trained(model))
-    with torch.no_grad():  # from the cached packs, too
-        for name in ("second", "default", "second"):
-            model.set_adapter(name)
-            close(model(TOKENS).logits, dense(model, name))
+@sides("mixtral")
+def test_switching(side):
+    model = side.two()
+    side.close(model(side.tokens).logits, side.dense(model, "default"))
+    for name in [*model.peft_config] * 2:  # the second time from the cached packs
+        model.set_adapter(name)
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                side.close(model(side.tokens).logits, side.dense(model, name))
+        assert all(key.endswith(f".{name}") for key in trained(model))
 
 
-def test_two_at_once_add_up_and_are_both_trained():
-    model = two()
-    model.base_model.set_adapter(["default", "second"])
-    logits = model(TOKENS).logits
-    close(logits, dense(model, "default", "second"))
+@pytest.mark.parametrize("order", [1, -1])
+@sides("mixtral")
+def test_several_at_once_add_up_and_are_all_trained(side, order):
+    model = side.two()
+    names = [*model.peft_config][:2] if order == 1 else [*model.peft_config][::-1]
+    model.base_model.set_adapter(names)
+    expected = side.dense(model, *names)
+    side.close(side.logits(model), expected)
+    logits = model(side.tokens).logits
+    side.close(logits, expected)
     logits.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in trained(model).values())
-    assert {name.rpartition(".")[2] for name in trained(model)} == {"default", "second"}
+    assert {name.rpartition(".")[2] for name in trained(model)} == set(names)
 
 
-def test_deleting():
-    model = two()
-    expected = dense(model, "second")
-    model.delete_adapter("default")
+@sides("mixtral")
+def test_deleting(side):
+    model = side.two()
+    expected = side.dense(model, "second")
+    adapted = [owner for owner in model.base_model.owners() if "second" in owner.configs]
+    for name in {*model.peft_config} - {"second"}:
+        model.delete_adapter(name)
     assert list(model.peft_config) == ["second"]
-    assert not [key for key in model.state_dict() if key.endswith(".default")]
+    assert all(key.endswith(".second") for key in model.state_dict() if ".rasa_" in key)
     model.set_adapter("second")
-    close(model(TOKENS).logits, expected)
-    assert sum(bool(layer.configs) for layer in layers(model).values()) == 4
+    side.close(model(side.tokens).logits, expected)
+    assert [owner for owner in model.base_model.owners() if owner.configs] == adapted
     with pytest.raises(ValueError, match="default"):
         model.delete_adapter("default")
 
@@ -91,13 +98,19 @@ def test_disabling():
         assert torch.equal(model(TOKENS).logits, base)
 
 
-def test_a_failed_addition_leaves_the_model():
-    model = tiny().eval()
-    before = model(TOKENS).logits
+@sides("mixtral")
+def test_a_failed_addition_leaves_the_model(side):
+    """Experts that were let have adapters for it are plain again."""
+    model = side.one(rasa_experts=None, target_modules=["q_proj"])
+    before = Snapshot(model)
+    experts = "rasa_experts" in side.options
+    config = RasaConfig(
+        rasa_experts="slot" if experts else None, target_modules=[side.up, "embed_tokens"]
+    )
     with pytest.raises(ValueError, match="embed_tokens"):
-        model.add_adapter("second", RasaConfig(r=2, target_modules=["embed_tokens"]))
+        model.add_adapter("second", config)
     assert list(model.peft_config) == ["default"]
-    assert torch.equal(model(TOKENS).logits, before)
+    before.assert_unchanged()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -151,21 +164,62 @@ def test_unload_gives_the_base_back():
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
-def test_safe_merge_looks_before_it_merges(call):
+@sides("mixtral")
+def test_safe_merge_looks_before_it_merges(side, call):
     """Nothing is merged when one layer, here the last, cannot be."""
-    model = tiny().eval()
+    model = side.one().eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    last = list(layers(model).values())[-1]
+    owners = model.base_model.owners()
     with torch.no_grad():
-        last.rasa_d["default"][0] = torch.inf
-    with pytest.raises(ValueError, match=r"^safe_merge: expected finite merged weights"):
+        owners[-1].rasa_d["default"][-1] = torch.inf
+    said = f"^safe_merge: expected finite merged weights, but '{owners[-1].places['default'].name}"
+    with pytest.raises(ValueError, match=said):
         getattr(model, call)(safe_merge=True)
-    with pytest.raises(ValueError, match=r"^safe_merge"):
-        last.merge(safe_merge=True)
+    with pytest.raises(ValueError, match=said):
+        owners[-1].merge(safe_merge=True)
     after = model.state_dict()
     assert after.keys() == before.keys()
     assert all(same_bits(after[k], before[k]) for k in before if not k.endswith("rasa_d.default"))
-    assert not any(layer.merged for layer in layers(model).values())
+    assert not any(owner.merged for owner in owners)
+
+
+@sides("mixtral")
+def test_merged_logits(side):
+    model = side.two()
+    both = ["default", "second"]
+    for names in (["default"], ["second"], [*model.peft_config][:0:-1], both):
+        model.base_model.set_adapter(names)
+        model.merge_adapter()
+        side.close(model(side.tokens).logits, side.dense(model, *names))
+        model.unmerge_adapter()
+    expected = side.dense(model, *both)
+    side.close(model.merge_and_unload(safe_merge=True)(side.tokens).logits, expected)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@sides("mixtral")
+def test_a_second_merge_that_fails_leaves_the_first(side, safe, monkeypatch):
+    model = side.two()
+    model.merge_adapter()
+    owner = next(each for each in model.base_model.owners() if "second" in each.configs)
+    merged = owner.get_base_layer().state_dict()
+    merged = {key: value.clone() for key, value in merged.items()}
+    direct, calls = ops.merge_group, []
+
+    def failing(*args):
+        direct(*args)
+        calls.append(args)
+        if len(calls) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(ops, "merge_group", failing)
+    with pytest.warns(UserWarning, match="additionally merging"), pytest.raises(MemoryError):
+        owner.merge(safe, ["second"])
+    assert owner.merged_adapters == ["default"]
+    found = owner.get_base_layer().state_dict()
+    assert all(same_bits(value, merged[key]) for key, value in found.items())
+    model.unmerge_adapter()
+    side.close(model(side.tokens).logits, side.dense(model, "default"))
 
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
@@ -183,17 +237,11 @@ def test_a_weight_that_is_made_of_others_takes_no_merge(call):
         assert same_bits(model(x), expected)
 
 
-def test_safe_merge_of_a_sound_adapter_is_a_merge():
-    model = tiny().eval()
-    expected = dense(model, "default")
-    close(model.merge_and_unload(safe_merge=True)(TOKENS).logits, expected)
-
-
 def test_delta_weight_is_the_oracles():
     for entry in (LLAMA, models.GPT2):
         model = adapted(entry.build())
         for name, layer in layers(plain(model)).items():
-            exact = oracle.delta(Adapter(*layer.adapter("default").factors()))
+            exact = oracle.delta(Adapter(*layer.named("default").factors()))
             exact = exact.T if oracle.is_transposed(layer.base_layer) else exact
             delta = layer.get_delta_weight("default")
             assert delta.shape == layer.base_layer.weight.shape

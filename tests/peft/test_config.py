@@ -13,7 +13,7 @@ import torch
 from peft import PeftConfig
 
 import rasa_ext
-from rasa_ext.methods import LoraConfig, SdLoraConfig
+from rasa_ext.methods import AdapterConfig, LoraConfig
 from rasa_ext.peft import RasaConfig
 from rasa_ext.peft.named import NamedAdapters
 from tests.helpers import tiny_lm
@@ -122,15 +122,17 @@ def test_help_is_the_cores():
     assert ours["target_modules"].startswith(core["target_modules"])
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LoraConfig(stack={"model.layers.0.mlp.up_proj": 2}, train_A=False),
-        rasa_ext.RasaConfig(kept={"model.layers.0.mlp.up_proj": (1, 2, 2)}, gates="pool"),
-        SdLoraConfig(past=(2, 3)),
+@pytest.fixture(
+    params=[
+        LoraConfig(train_A=False, rslora=True),
+        rasa_ext.RasaConfig(rank_pattern={"up_proj": 4}, experts="slot"),
     ],
     ids=lambda config: config.method,
 )
+def config(request) -> AdapterConfig:
+    return request.param
+
+
 def test_fields_that_one_method_has(config, tmp_path):
     """A file names them alike on both sides, also beside fields of a newer version."""
     settings = json.loads(json.dumps(config.to_dict()))

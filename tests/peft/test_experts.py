@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import warnings
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import (
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
 )
 from peft.tuners.lora.conversion import convert_to_lora
 from torch import Tensor, nn
@@ -24,78 +19,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rasa_ext
+from rasa_ext import ops
 from rasa_ext.checkpoint.adapter import adapter_tensors, own_key, pool_key
 from rasa_ext.patching.state import owners
-from rasa_ext.patching.subtraction import Rest
+from rasa_ext.patching.subtraction import MergeResidual
 from rasa_ext.peft import RasaConfig, RasaPeftBank, RasaPeftExperts, RasaPeftLinear
 from tests.helpers import experts as mixtures
-from tests.helpers import oracle
 from tests.helpers.adapters import same_bits
-from tests.helpers.models import LLAMA, randomize_weights
-from tests.helpers.peft import adapted, trained
+from tests.helpers.models import LLAMA
+from tests.helpers.peft import adapted, changes, trained
 from tests.helpers.peft import logits as logits_of
+from tests.helpers.peft_experts import TOKENS, banks, close, dense, lively, moe, tuned, two
+from tests.helpers.peft_sides import FAMILIES, needs_experts
 from tests.helpers.refusals import Snapshot, refused
 from tests.peft.test_training import train
 
-FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
 GROUPINGS = ("slot", "layer", "shared")
-EXPERTS, TOKENS = 5, torch.arange(20).view(2, 10)
 UP, DOWN = (f"model.layers.{{}}.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
 BANKS = {form.format(layer) for form in (UP, DOWN) for layer in (0, 1)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
-# Older ones say too little of how their experts lie.
-pytestmark = pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.20"), reason="needs transformers 5.20"
-)
-
-
-def moe(
-    family: str = "mixtral", dtype: torch.dtype = torch.float64, vocab_size: int = 32
-) -> nn.Module:
-    """Two layers whose weights all matter; gpt-oss has them transposed, with biases."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    counts = {"num_experts": EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True}
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        use_cache=False,
-        **(counts if family == "qwen3_moe" else {"num_local_experts": EXPERTS}),
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )
-    torch.manual_seed(0)
-    # transformers' grouped products have no float64 on a CPU.
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    randomize_weights(model, torch.Generator().manual_seed(1))
-    return model.to(dtype).eval()
-
-
-def lively(model: nn.Module, adapter: str = "default", seed: int = 3) -> nn.Module:
-    """Draws every tensor of an adapter, such that its change is about as large as the weights."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".rasa_" in name and name.endswith(f".{adapter}"):
-                drawn = torch.randn(parameter.shape, generator=generator) * 0.3
-                parameter.copy_(drawn + (".rasa_d." in name))
-    return model
-
-
-def tuned(
-    family: str = "mixtral", dtype: torch.dtype = torch.float64, vocab_size: int = 32, **options
-) -> PeftModel:
-    options = {"r": 3, "rasa_k": 1, "rasa_experts": "shared", "task_type": "CAUSAL_LM", **options}
-    model = get_peft_model(moe(family, dtype, vocab_size), RasaConfig(**options))
-    return lively(model).eval()
+pytestmark = needs_experts
 
 
 def same_in_the_core(model: PeftModel, family: str = "mixtral") -> nn.Module:
@@ -108,49 +51,6 @@ def same_in_the_core(model: PeftModel, family: str = "mixtral") -> nn.Module:
         for key, tensor in tensors.items():
             tensor.copy_(state[key])
     return patched.eval()
-
-
-def banks(model: nn.Module) -> dict[str, RasaPeftBank]:
-    return {
-        name.removeprefix("base_model.model."): module
-        for name, module in model.named_modules()
-        if isinstance(module, RasaPeftBank)
-    }
-
-
-def changes(bank: RasaPeftBank, adapter: str = "default") -> Tensor:
-    """The dW (E, out, in) of every expert by the oracle's formula, in float64."""
-    A, A_pool, B, B_pool, d = bank.named(adapter).factors()
-
-    def of(expert: int) -> Tensor:
-        pool = (A_pool, B_pool)
-        if A_pool is not None and A_pool.dim() == 3:
-            pool = (A_pool[expert], B_pool[expert])
-        return oracle.delta(oracle.Adapter(A[expert], pool[0], B[expert], pool[1], d[expert]))
-
-    return torch.stack([of(expert) for expert in range(EXPERTS)])
-
-
-def dense(model: PeftModel, *adapters: str, family: str = "mixtral") -> Tensor:
-    """The float64 logits of the base with these adapters' dW in its weights."""
-    base = moe(family).requires_grad_(False)
-    for name, module in model.get_base_model().named_modules():
-        for adapter in adapters:
-            if adapter not in getattr(module, "configs", ()):
-                continue
-            if isinstance(module, RasaPeftLinear):
-                factors = oracle.Adapter(*module.named(adapter).factors())
-                base.get_submodule(name).weight.add_(oracle.delta(factors))
-            elif isinstance(module, RasaPeftBank):
-                weight = base.get_parameter(name)
-                change = changes(module, adapter)
-                weight.add_(change.mT if family == "gpt_oss" else change)
-    return base(TOKENS).logits
-
-
-def close(logits: Tensor, expected: Tensor) -> None:
-    """Norms round to float32 within, also in a float64 model."""
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
 
 
 OPTIONS = [
@@ -298,25 +198,24 @@ def test_no_warning_where_experts_are_not_meant(tmp_path):
     ("options", "said"),
     [
         ({"rasa_experts": "slots"}, "^rasa_experts: expected None or 'slot' or"),
-        ({"experts": "slot", "rasa_method": "lora"}, "^rasa_experts: expected None or 'own', got"),
+        (
+            {"rasa_experts": "slot", "rasa_method": "lora"},
+            "^rasa_experts: expected None or 'own', got",
+        ),
     ],
 )
 def test_bad_fields(options, said):
     with pytest.raises(ValueError, match=said):
         RasaConfig(**options)
     with pytest.raises(TypeError, match="argument 'experts'; did you mean rasa_experts"):
-        RasaConfig(experts="slot", rasa_experts="layer")
+        RasaConfig(experts="slot")
 
 
-def test_the_field_has_the_cores_name_as_well(tmp_path):
-    config = RasaConfig(experts="layer")
-    assert config == RasaConfig(rasa_experts="layer")
-    assert (config.experts, config.rasa_experts) == ("layer", "layer")
+def test_the_field_is_the_cores_experts(tmp_path):
+    config = RasaConfig(rasa_experts="layer")
     assert config.core() == rasa_ext.RasaConfig(experts="layer")
-    assert "experts" not in config.to_dict()
     config.save_pretrained(tmp_path)
     assert RasaConfig.from_pretrained(tmp_path) == config == copy.deepcopy(config)
-    assert RasaConfig().experts is None
 
 
 @pytest.mark.parametrize(
@@ -376,45 +275,6 @@ def test_disabled_experts_compute_what_the_base_does():
     assert len(trained(model)) == len(get_peft_model_state_dict(model))
 
 
-def two(**options) -> PeftModel:
-    """Adapters of other groupings, ranks and targets; "default" is active."""
-    model = tuned(**options)
-    second = {"r": 2, "rasa_experts": "slot", "target_modules": ["q_proj", "experts.down_proj"]}
-    model.add_adapter("second", RasaConfig(**second))
-    model.add_adapter("third", RasaConfig(r=2, rasa_experts="layer"))
-    return lively(lively(model, "second", 9), "third", 11).eval()
-
-
-def test_switching_several_adapters():
-    model = two()
-    for name in ("default", "second", "third", "default"):
-        model.set_adapter(name)
-        for grad in (True, False):
-            with torch.set_grad_enabled(grad):
-                close(model(TOKENS).logits, dense(model, name))
-        assert all(key.endswith(f".{name}") for key in trained(model))
-    found = banks(model)
-    assert {name for name, bank in found.items() if "second" in bank.configs} == {
-        DOWN.format(0),
-        DOWN.format(1),
-    }
-    assert all({"default", "third"} <= bank.configs.keys() for bank in found.values())
-
-
-@pytest.mark.parametrize("names", [("default", "second"), ("third", "second", "default")])
-def test_several_at_once_add_up_and_are_all_trained(names):
-    model = two()
-    model.base_model.set_adapter(list(names))
-    expected = dense(model, *names)
-    with torch.no_grad():
-        close(model(TOKENS).logits, expected)
-    logits = model(TOKENS).logits
-    close(logits, expected)
-    logits.square().sum().backward()
-    assert all(p.grad.any() for p in trained(model).values())
-    assert {name.rpartition(".")[2] for name in trained(model)} == set(names)
-
-
 def test_the_gradients_of_a_sum_are_those_of_its_parts():
     """An adapter beside one that changes nothing has the gradients that it has alone."""
     model = two()
@@ -444,16 +304,6 @@ def test_a_sum_has_one_rate_of_dropout():
     assert not torch.equal(model(TOKENS).logits, model(TOKENS).logits)
 
 
-def test_deleting():
-    model = two()
-    expected = dense(model, "second")
-    model.delete_adapter("default")
-    model.delete_adapter("third")
-    assert not [key for key in model.state_dict() if key.endswith((".default", ".third"))]
-    model.set_adapter("second")
-    close(model(TOKENS).logits, expected)
-
-
 @pytest.mark.filterwarnings("ignore:rasa_experts")
 def test_a_second_adapter_that_leaves_experts_alone():
     model = tuned()
@@ -473,23 +323,19 @@ def test_a_second_adapter_that_leaves_experts_alone():
     snapshot.assert_unchanged()
 
 
-def test_a_failed_addition_leaves_the_model():
-    """Experts that were let have adapters for it are plain again."""
-    model = tuned(rasa_experts=None, target_modules=["q_proj"])
-    before = Snapshot(model)
-    targets = ["gate_up_proj", "embed_tokens"]
-    with pytest.raises(ValueError, match="embed_tokens"):
-        model.add_adapter("second", RasaConfig(rasa_experts="slot", target_modules=targets))
-    before.assert_unchanged()
-    assert not banks(model)
-
-
 def test_trls_reference_is_a_copy_of_the_policy():
     model = tuned()
     model.add_adapter("ref", model.peft_config["default"])
     expected = model(TOKENS).logits
     model.set_adapter("ref")
     assert torch.equal(model(TOKENS).logits, expected)
+
+
+def test_the_weights_of_an_adapter():
+    found = banks(two())
+    downs = {DOWN.format(0), DOWN.format(1)}
+    assert {name for name, bank in found.items() if "second" in bank.configs} == downs
+    assert all({"default", "third"} <= bank.configs.keys() for bank in found.values())
 
 
 BATCH, ROWS = {"input_ids": TOKENS}, torch.cat([TOKENS, TOKENS.flip(0)])
@@ -542,7 +388,7 @@ def test_merged_weights_are_rounded_once(family, dtype, grouping):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_merging_and_back_is_exact(family, dtype, bytes_, subtract, monkeypatch):
     """Whatever is taken at a time, and whatever is kept."""
-    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", bytes_)
+    monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", bytes_)
     model = tuned(family, dtype)
     model.add_adapter("second", RasaConfig(r=2, rasa_experts="slot", target_modules=["down_proj"]))
     lively(model, "second", 9).eval()
@@ -558,8 +404,8 @@ def test_merging_and_back_is_exact(family, dtype, bytes_, subtract, monkeypatch)
     assert model.get_model_status().merged_adapters == ["default"]
     one = {name: bank.weight.clone() for name, bank in banks(model).items()}
     assert all(not same_bits(one[name], weights[name]) for name in one)
-    kept = {type(each) for bank in banks(model).values() for each in bank.merged_base}
-    assert kept == ({Rest} if subtract else {Tensor})
+    kept = {type(each) for bank in banks(model).values() for each in bank.merged_base.values()}
+    assert kept == ({MergeResidual} if subtract else {Tensor})
     with pytest.warns(UserWarning, match="additionally merging"):
         model.merge_adapter(["second"])
     assert not same_bits(banks(model)[DOWN.format(0)].weight.detach(), one[DOWN.format(0)])
@@ -571,89 +417,44 @@ def test_merging_and_back_is_exact(family, dtype, bytes_, subtract, monkeypatch)
     assert torch.equal(model(TOKENS).logits, logits)
 
 
-def test_merged_logits():
-    model = two()
-    for names in (["default"], ["second"], ["third", "second"]):
-        model.base_model.set_adapter(names)
-        model.merge_adapter()
-        close(model(TOKENS).logits, dense(model, *names))
-        model.unmerge_adapter()
-    model.base_model.set_adapter(["default", "second"])
-    expected = dense(model, "default", "second")
-    close(model.merge_and_unload(safe_merge=True)(TOKENS).logits, expected)
-
-
 def test_an_adapter_of_one_weight_merged_beside_an_active_one():
     """As for linear layers: a merged weight has what was merged, the others what is active."""
     model = two()
     model.merge_adapter(["second"])
-    merged = dict(banks(model))
-    assert {name for name, bank in merged.items() if bank.merged} == {
-        DOWN.format(0),
-        DOWN.format(1),
-    }
+    downs = {DOWN.format(0), DOWN.format(1)}
+    assert {name for name, bank in banks(model).items() if bank.merged} == downs
     base = moe().requires_grad_(False)
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, RasaPeftLinear):
-            adapter = "second" if module.merged else "default"
-            factors = oracle.Adapter(*module.named(adapter).factors())
-            base.get_submodule(name).weight.add_(oracle.delta(factors))
-    for name, bank in merged.items():
-        base.get_parameter(name).add_(changes(bank, "second" if bank.merged else "default"))
+        if isinstance(module, RasaPeftLinear | RasaPeftBank):
+            end = ".weight" if isinstance(module, RasaPeftLinear) else ""
+            change = changes(module, "second" if module.merged else "default")
+            base.get_parameter(f"{name}{end}").add_(change)
     close(model(TOKENS).logits, base(TOKENS).logits)
 
 
 def test_a_merge_that_stops_midway_leaves_the_weight(monkeypatch):
-    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", 1)
+    monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", 1)
+    direct = ops.merge_group
     for subtract in (False, True):
         bank = banks(tuned())[UP.format(0)]
-        bank.subtracts, before, real = subtract, bank.weight.clone(), bank._delta
+        bank.merging.subtract, before, calls = subtract, bank.weight.clone(), []
 
-        def failing(names, experts, real=real):
-            if experts.start == 3:
+        def failing(weights, Ap, Bp, calls=calls):
+            direct(weights, Ap, Bp)
+            calls.append(weights)
+            if len(calls) == 4:
                 raise MemoryError
-            return real(names, experts)
 
-        monkeypatch.setattr(bank, "_delta", failing)
+        monkeypatch.setattr(ops, "merge_group", failing)
         with pytest.raises(MemoryError):
             bank.merge()
         assert same_bits(bank.weight.detach(), before.detach())
         assert not bank.merged
 
 
-def test_subtracting_notices_a_changed_adapter():
-    bank = banks(tuned())[UP.format(0)]
-    bank.subtracts = True
-    with torch.no_grad():
-        bank.rasa_d["default"].mul_(1e-4)
-        bank.merge()
-        merged = bank.weight.clone()
-        bank.rasa_A["default"].add_(1)
-    with pytest.raises(RuntimeError, match="is not what it was before merging"):
-        bank.unmerge()
-    assert same_bits(bank.weight.detach(), merged)
-    assert bank.merged
-
-
-@pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
-def test_safe_merge_looks_before_it_merges(call):
-    model = tuned()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    last = banks(model)[DOWN.format(1)]
-    with torch.no_grad():
-        last.rasa_d["default"][4, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"^safe_merge: expected finite merged weights"):
-        getattr(model, call)(safe_merge=True)
-    with pytest.raises(ValueError, match=r"^safe_merge"):
-        last.merge(safe_merge=True)
-    after = model.state_dict()
-    assert all(same_bits(after[k], before[k]) for k in before if not k.endswith("rasa_d.default"))
-    assert not any(bank.merged for bank in banks(model).values())
-
-
 def test_merging_makes_no_tensor_of_a_whole_weight(monkeypatch):
     """What is kept for unmerging is a copy by chunks; unloading keeps none."""
-    monkeypatch.setattr("rasa_ext.peft.experts.CHUNK_BYTES", 1)
+    monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", 1)
     model = tuned(target_modules=["gate_up_proj", "down_proj"])
     weights = [bank.weight for bank in banks(model).values()]
     one = max(weight[0].numel() for weight in weights)
@@ -744,52 +545,6 @@ def test_a_resumed_run_has_identical_losses(reentrant, tmp_path):
     again = PeftModel.from_pretrained(fresh[1], tmp_path / "checkpoint-6")
     for other in (resumed, ours, again):
         assert torch.equal(logits_of(other, BATCH), logits_of(whole, BATCH))
-
-
-def test_copies_and_pickles_hold_their_own_adapters():
-    model = tuned(rasa_experts="slot")
-    expected, buffer = model(TOKENS).logits, io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        assert torch.equal(other(TOKENS).logits, expected)
-        with torch.no_grad():
-            for parameter in trained(other).values():
-                parameter.zero_()
-        other.merge_adapter()
-        assert torch.equal(other(TOKENS).logits, moe()(TOKENS).logits)
-        assert torch.equal(model(TOKENS).logits, expected)
-        assert not any(bank.merged for bank in banks(model).values())
-
-
-@pytest.mark.parametrize("by_names", [False, True])
-def test_inject_adapter_in_model(by_names):
-    source = tuned()
-    state = get_peft_model_state_dict(source)
-    given = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-    config = RasaConfig(r=3, rasa_k=1, experts="shared")
-    model = inject_adapter_in_model(config, moe(), state_dict=given if by_names else None)
-    assert not set_peft_model_state_dict(model, given).unexpected_keys
-    assert banks(model).keys() == BANKS
-    assert torch.equal(model(TOKENS).logits, source(TOKENS).logits)
-    assert all(".rasa_" in name for name in trained(model))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_own_adapters(family, tmp_path, monkeypatch):
-    """transformers 5.24 asks for a PEFT newer than 0.21, and does nothing with it that needs it."""
-    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
-    source = tuned(family)
-    source.save_pretrained(tmp_path)
-    model = moe(family)
-    model.load_adapter(str(tmp_path))
-    assert torch.equal(model.eval()(TOKENS).logits, source(TOKENS).logits)
-    model.disable_adapters()
-    assert torch.equal(model(TOKENS).logits, moe(family)(TOKENS).logits)
-    model.enable_adapters()
-    model.save_pretrained(tmp_path / "again")
-    ours = rasa_ext.load_adapter(moe(family), tmp_path / "again").eval()
-    assert torch.equal(ours(TOKENS).logits, source(TOKENS).logits)
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)

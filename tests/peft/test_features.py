@@ -15,6 +15,7 @@ import rasa_ext
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import RANK, same_bits
 from tests.helpers.peft import TOKENS, close, dense, layers, logits, named, tiny, trained, two
+from tests.helpers.peft_sides import FAMILIES, sides
 from tests.helpers.tiny_lm import make_model
 
 WEIGHTS = "adapter_model.safetensors"
@@ -108,15 +109,20 @@ def test_transformers_own_adapters():
 
 
 @pytest.mark.usefixtures("any_peft")
-def test_transformers_own_loading(tmp_path):
-    source = tiny()
+@sides(*FAMILIES)
+def test_transformers_own_loading(side, tmp_path):
+    source = side.one()
     source.save_pretrained(tmp_path)
-    model = make_model()
+    model = side.base()
     model.load_adapter(str(tmp_path))
-    close(model(TOKENS).logits, dense(source, "default"))
+    expected = side.logits(source)
+    assert torch.equal(side.logits(model), expected)
+    model.disable_adapters()
+    assert torch.equal(side.logits(model), side.logits(side.base()))
+    model.enable_adapters()
     model.save_pretrained(tmp_path / "again")
-    ours = rasa_ext.load_adapter(make_model(), tmp_path / "again").eval()
-    close(ours(TOKENS).logits, dense(source, "default"))
+    ours = rasa_ext.load_adapter(side.base(), tmp_path / "again")
+    assert torch.equal(side.logits(ours), expected)
 
 
 def test_adapters_of_adapters_are_not_combined():

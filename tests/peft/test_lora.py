@@ -14,8 +14,8 @@ from rasa_ext.peft import RasaConfig, export_lora
 from tests.helpers import experts as mixtures
 from tests.helpers.adapters import content, randomize, same_bits
 from tests.helpers.peft import adapted, logits, named, tiny, two
+from tests.helpers.peft_sides import needs_experts
 from tests.helpers.tiny_lm import make_model
-from tests.peft import test_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*modules_to_save", "ignore:.*SGLang")
 
@@ -34,6 +34,14 @@ def test_the_same_bytes(options, tmp_path):
     model = tiny(**options)
     rank = of_the_package(model, tmp_path)
     assert export_lora(model, tmp_path / "lora") == rank
+    assert content(tmp_path / "lora") == content(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"format": "mlx"}, {"pad_to": 16}], ids=str)
+def test_the_same_bytes_in_every_form(options, tmp_path):
+    model = tiny()
+    rank = of_the_package(model, tmp_path, **options)
+    assert export_lora(model, tmp_path / "lora", **options) == rank
     assert content(tmp_path / "lora") == content(tmp_path / "expected")
 
 
@@ -60,14 +68,14 @@ def test_one_of_several_active_or_not(merged, tmp_path):
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4)
 
 
-@test_experts.pytestmark
+@needs_experts
 @pytest.mark.parametrize("layout", ["peft", "per-expert"])
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_adapted_experts(family, layout, tmp_path):
     base = mixtures.model(family)
     model = adapted(base, r=4, rasa_k=1, rasa_experts="shared", task_type="CAUSAL_LM")
-    rank = of_the_package(model, tmp_path, base, experts=layout)
-    assert export_lora(model, tmp_path / "lora", experts=layout) == rank
+    rank = of_the_package(model, tmp_path, base, expert_layout=layout)
+    assert export_lora(model, tmp_path / "lora", expert_layout=layout) == rank
     assert content(tmp_path / "lora") == content(tmp_path / "expected")
 
 
@@ -89,6 +97,6 @@ def test_what_is_refused(tmp_path):
         export_lora("model", tmp_path / "lora")
     with pytest.raises(ValueError, match="pad_to: expected at least the effective rank 5, got 4"):
         export_lora(tiny(), tmp_path / "lora", pad_to=4)
-    with pytest.raises(ValueError, match="experts: expected a model with adapted experts"):
-        export_lora(tiny(), tmp_path / "lora", experts="peft")
+    with pytest.raises(ValueError, match="expert_layout: expected a model with adapted experts"):
+        export_lora(tiny(), tmp_path / "lora", expert_layout="peft")
     assert not (tmp_path / "lora").exists()

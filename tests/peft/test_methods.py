@@ -23,16 +23,14 @@ CASES = {
         {"rasa_method": "rasa", "rasa_k": 1, "rank_pattern": {"q_proj": 6}},
         methods.RasaConfig(4, 1, rank_pattern={"q_proj": 6}),
     ),
-    "gates": (
-        {"rasa_method": "rasa", "rasa_k": 1, "rasa_options": {"gates": "pool"}},
-        methods.RasaConfig(4, 1, gates="pool"),
-    ),
 }
+KNOWN = dict(CASES)
+"""Those that another package's tests have added, too."""
 TOKENS = torch.tensor([[5, 7, 11, 13, 17]])
 
 
 def under_peft(name: str):
-    options = {"rasa_method": name, **CASES[name][0]}
+    options = {"rasa_method": name, **KNOWN[name][0]}
     config = rasa_ext.peft.RasaConfig(r=4, rasa_alpha=8.0, task_type="CAUSAL_LM", **options)
     torch.manual_seed(0)
     model = peft.get_peft_model(tiny_lm.make_model(), config).eval()
@@ -55,9 +53,9 @@ def test_saved_it_is_the_package_s_own_adapter(name, tmp_path):
     ours = rasa_ext.load_adapter(tiny_lm.make_model(), tmp_path / "peft").eval()
     torch.testing.assert_close(ours(TOKENS).logits, logits)
     layer = next(m for m in ours.modules() if isinstance(m, rasa_ext.RasaLinear))
-    expected = CASES[name][1]
+    expected = KNOWN[name][1]
     assert type(layer.config) is type(expected)
-    for field in ("rank", "alpha", "k", "rslora", "rank_pattern", "gates"):
+    for field in ("rank", "alpha", "k", "rslora", "rank_pattern"):
         assert getattr(layer.config, field, None) == getattr(expected, field, None)
     rasa_ext.save_adapter(ours, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(tiny_lm.make_model(), tmp_path / "ours").eval()
@@ -96,17 +94,14 @@ def test_it_trains_what_the_method_trains(name):
     optimizer.step()
     changed = {k for k, t in model.state_dict().items() if not torch.equal(t, before[k])}
     kinds = {key.rpartition(".rasa_")[2].partition(".")[0] for key in changed}
-    rasa = isinstance(CASES[name][1], methods.RasaConfig)
+    rasa = isinstance(KNOWN[name][1], methods.RasaConfig)
     assert kinds == {"A", "B", *(("d", "pool_A", "pool_B") if rasa else ())}
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"rasa_method": "sora"}, r"^rasa_method: .*gates.*patch_model.*SoraConfig"),
-        ({"rasa_method": "block-lora"}, r"^rasa_method: .*rate.*patch_model.*BlockLoraConfig"),
-        ({"rasa_method": "boosted-pool"}, r"^rasa_method: .*trained by rasa_ext.training.Boosting"),
-        ({"rasa_method": "elora"}, "^rasa_method: expected 'block-lora' or"),
+        ({"rasa_method": "elora"}, "^rasa_method: expected .*'lora' or"),
         ({"rasa_method": "lora", "rasa_k": 1}, "rasa_k"),
         ({"rasa_method": "lora", "rasa_gates": "pool"}, "argument 'rasa_gates'"),
         (

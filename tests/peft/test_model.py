@@ -19,9 +19,10 @@ from torch import nn
 import rasa_ext
 from rasa_ext.peft import RasaConfig, RasaModel
 from tests.helpers import models, oracle
-from tests.helpers.adapters import RANK, adapted_layers, adapters, check_step, same_bits
+from tests.helpers.adapters import RANK, adapted_layers, check_step, same_bits
 from tests.helpers.models import ATTENTION, ENCODER, EVERY, GPT2, LLAMA, SEQUENTIAL
 from tests.helpers.peft import adapted, layers, plain, tiny, trained
+from tests.helpers.peft_sides import sides
 from tests.helpers.refusals import Snapshot
 from tests.helpers.tiny_lm import make_model
 
@@ -194,45 +195,41 @@ def test_torchs_fused_encoder_does_not_pass_the_adapter_by():
     assert back.layers[0].activation_relu_or_gelu == base.layers[0].activation_relu_or_gelu
 
 
-def test_copies_and_pickles_hold_their_own_pool():
-    model = tiny().eval()
-    expected = model(TOKENS).logits
-    copied = copy.deepcopy(model)
-    buffer = io.BytesIO()
+@sides("mixtral")
+def test_copies_and_pickles_hold_their_own_adapters(side):
+    model, buffer = side.one().eval(), io.BytesIO()
+    expected = model(side.tokens).logits
     torch.save(model, buffer)
     buffer.seek(0)
-    for other in (copied, torch.load(buffer, weights_only=False)):
-        assert torch.equal(other(TOKENS).logits, expected)
+    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
+        assert torch.equal(other(side.tokens).logits, expected)
         with torch.no_grad():
             for p in trained(other).values():
                 p.zero_()
-        assert torch.equal(other(TOKENS).logits, make_model()(TOKENS).logits)
-        assert torch.equal(model(TOKENS).logits, expected)
+        torch.testing.assert_close(other(side.tokens).logits, side.base()(side.tokens).logits)
+        other.merge_adapter()
+        assert torch.equal(other(side.tokens).logits, side.base()(side.tokens).logits)
+        assert torch.equal(model(side.tokens).logits, expected)
+        assert not any(owner.merged for owner in model.base_model.owners())
 
 
-def test_inject_adapter_in_model():
+@pytest.mark.parametrize("by_names", [False, True])
+@sides("mixtral")
+def test_inject_adapter_in_model(side, by_names):
     """No tuner survives the injection, so whatever an adapter needs must live in its layers."""
-    source = tiny()
+    options = {**side.options, "target_modules": ["q_proj", side.up]}
+    source = side.one(**options)
     state = get_peft_model_state_dict(source)
-    model = inject_adapter_in_model(RasaConfig(r=RANK, rasa_k=1), make_model())
+    given = {key.removeprefix("base_model.model."): value for key, value in state.items()}
+    names = {"state_dict": given} if by_names else {}
+    model = inject_adapter_in_model(RasaConfig(**options), side.base(), **names)
     assert not isinstance(model, PeftModel)
-    loaded = set_peft_model_state_dict(model, state)
-    assert not loaded.unexpected_keys
-    assert torch.equal(model(TOKENS).logits, source(TOKENS).logits)
+    assert not set_peft_model_state_dict(model, given if by_names else state).unexpected_keys
+    assert torch.equal(model(side.tokens).logits, source(side.tokens).logits)
+    assert {f"base_model.model.{key}" for key in trained(model)} == set(trained(source))
     again = get_peft_model_state_dict(model)
-    assert {f"base_model.model.{key}" for key in again} == state.keys()
-    assert all(same_bits(value, state[f"base_model.model.{key}"]) for key, value in again.items())
-
-
-def test_inject_adapter_in_model_by_the_names_of_tensors():
-    source = tiny(target_modules=["q_proj", "up_proj"])
-    state = get_peft_model_state_dict(source)
-    state = {key.removeprefix("base_model.model."): value for key, value in state.items()}
-    config = RasaConfig(r=RANK, rasa_k=1, target_modules=["q_proj", "up_proj"])
-    model = inject_adapter_in_model(config, make_model(), state_dict=state)
-    set_peft_model_state_dict(model, state)
-    assert adapters(model).keys() == adapters(plain(source)).keys()
-    assert torch.equal(model(TOKENS).logits, source(TOKENS).logits)
+    assert again.keys() == given.keys()
+    assert all(same_bits(value, given[key]) for key, value in again.items())
 
 
 def test_a_model_of_ones_own():

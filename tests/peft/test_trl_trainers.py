@@ -6,6 +6,7 @@ base: with an adapter in it, or with none where it belongs, the logged numbers w
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import rasa_ext
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import adapters, patched, plain_model, same_bits, trainable_copies
 from tests.helpers.adapters import randomize as fill
-from tests.helpers.peft import logits, trained
+from tests.helpers.peft import close, dense, logits, tiny, trained
 from tests.helpers.tiny_lm import make_tokenizer, save_base, sums
 from tests.helpers.trainers import QUIET, frozen_heap
 
@@ -186,6 +187,41 @@ def test_a_wrong_reference_would_be_noticed(kind, folder, expected, tmp_path):
     rows_, _ = expected(kind)
     key = "kl" if kind in ("GRPO", "RLOO") else "rewards/chosen"
     assert abs(rows_[0][key]) > 1e-2
+
+
+DISTANCES = {
+    "DPO": ("rewards/margins", "rewards/chosen"),
+    "KTO": ("kl", "rewards/chosen", "rewards/rejected"),
+    "GRPO": ("kl",),
+    "RLOO": ("kl",),
+}
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_the_reference_of_a_trained_adapter_is_that_adapter(kind, tmp_path):
+    """TRL adds an adapter "ref" for it, which must not be the bare base, and stays as it is."""
+    model = tiny()
+    policy = logits(model)
+    running = trainer(kind, model, tmp_path, max_steps=1)
+    model.set_adapter("ref")
+    reference = logits(model)
+    model.set_adapter("default")
+    running.train()
+    logged = running.state.log_history[0]
+    assert torch.equal(reference, policy)
+    assert all(logged[key] == pytest.approx(0.0, abs=1e-6) for key in DISTANCES[kind])
+    assert not torch.equal(logits(model), policy)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), policy)
+
+
+def test_another_adapter_of_the_same_config_is_a_fresh_one():
+    model = tiny()
+    config = model.peft_config["default"]
+    for name in ("other", "ref"):
+        model.add_adapter(name, config if name == "other" else copy.deepcopy(config))
+        model.set_adapter(name)
+        close(logits(model), dense(model))
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)

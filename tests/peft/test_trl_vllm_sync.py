@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rasa_ext.patching.subtraction import Rest
+from rasa_ext.patching.subtraction import MergeResidual
 from tests.helpers import oracle
 from tests.helpers.adapters import randomize, same_bits
 from tests.helpers.peft import layers, named, tiny
@@ -85,7 +85,7 @@ def test_every_weight_is_sent_merged_and_comes_back(dtype, subtract):
             small(model)
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
     kinds = {frozenset(each) for each in client.kept}
-    assert kinds == {frozenset({Rest if subtract else Tensor})}
+    assert kinds == {frozenset({MergeResidual if subtract else Tensor})}
 
 
 @torch.no_grad()

@@ -6,10 +6,12 @@ torchrun --nproc-per-node 2 tests/workers/family.py DIRECTORY leaves DIRECTORY/o
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,29 +25,46 @@ import rasa_ext
 from rasa_ext import methods, training
 from tests.helpers.methods import CASES, WIDE, base, case, inputs
 
-SORA = methods.SoraConfig(4, 8.0, 1, **WIDE)
-SD_LORA = methods.SdLoraConfig(3, **WIDE)
-LORA = methods.LoraConfig(1, 1.0, **WIDE)
-POOL = methods.BoostedPoolConfig(**WIDE)
-TRAINED_ON = methods.BoostedPoolConfig(train_past=True, **WIDE)
-Change = Callable[[nn.Module], object]
-CHANGES: dict[str, tuple[methods.AdapterConfig, list[Change]]] = {
-    "prune": (SORA, [training.prune, training.prune]),
-    "tasks": (
-        SD_LORA,
-        [training.next_task, training.next_task, lambda model: training.absorb(model, 1.0)],
-    ),
-}
-"""What a step between trainings changes of an adapter."""
-BOOSTERS: dict[str, tuple[methods.AdapterConfig, int | None]] = {
-    "boosters": (LORA, None),
-    "boosters, drawn": (LORA, 2),
-    "pool": (POOL, None),
-    "pool, drawn": (POOL, 2),
-    "pool, trained on": (TRAINED_ON, None),
-}
-"""Configs, and how many layers a booster has."""
-DDP = ["prune", "tasks", "boosters", "pool"]
+Act = Callable[[nn.Module], object]
+
+
+class Change(NamedTuple):
+    """What changes an adapter between trainings, and in each, between the optimizer's steps."""
+
+    config: methods.AdapterConfig
+    acts: list[Act]
+    """One after each training but the last."""
+    steps: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None
+    """Makes what has a ``step`` that follows the optimizer's."""
+    ddp: bool = True
+    """Whether DistributedDataParallel can follow."""
+
+
+class Family(NamedTuple):
+    """What a worker does."""
+
+    cases: list[str]
+    changes: dict[str, Change]
+    refused: dict[str, tuple[Callable[[], nn.Module], Act]]
+    """Models, and what is refused over one in DistributedDataParallel."""
+
+
+LORA = methods.LoraConfig(2, 4.0, **WIDE)
+
+
+def grow(model: nn.Module) -> None:
+    """Draw an adapter of one rank more."""
+    config, layers = training.adapter_of(model, methods.LoraConfig)
+    later = dataclasses.replace(config, rank=config.rank + 1)
+    drawn = {layer: later.own(layer.place) for layer in layers.values()}
+    training.replace_tensors(model, later, drawn)
+
+
+FAMILY = Family(
+    list(CASES),
+    {"grow": Change(LORA, [grow, grow])},
+    {"grow": (lambda: rasa_ext.patch_model(base(), config=LORA), grow)},
+)
 
 
 def train(model: nn.Module) -> Tensor:
@@ -64,27 +83,17 @@ def train(model: nn.Module) -> Tensor:
     return model(x).detach()
 
 
-def change(name: str, how: str) -> Tensor:
+def change(given: Change, how: str) -> Tensor:
     """The outputs after steps that change the adapter, of processes whose generators differ."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    changes: list[Change | None]
-    if name in BOOSTERS:
-        (config, layers), changes = BOOSTERS[name], [None]
-    else:
-        (config, changes), layers = CHANGES[name], None
-        changes = [*changes, None]
-    model, x = rasa_ext.patch_model(base(), config=config), inputs(20)
+    model, x = rasa_ext.patch_model(base(), config=given.config), inputs(20)
     torch.manual_seed(rank)
     if how == "shard":
         rasa_ext.distributed.shard_model(model, init_device_mesh("cpu", (size,)))
-    for act in changes:
+    for act in (*given.acts, None):
         wrapped = DistributedDataParallel(model) if how == "ddp" else model
         optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
-        steps = []
-        if name in BOOSTERS:
-            steps.append(training.Boosting(model, optimizer, 2, layers, seed=3))
-        elif config is SORA:
-            steps.append(training.ProximalGates(model, 0.05))
+        steps = [] if given.steps is None else [given.steps(model, optimizer)]
         for step in range(7):
             rows = x.roll(step, 0)[rank::size]
             (wrapped(rows) - rows.flip(1)).square().mean().backward()
@@ -99,16 +108,15 @@ def change(name: str, how: str) -> Tensor:
         mine = torch.cat([p.detach().flatten() for p in rasa_ext.adapter_parameters(model)])
         everybody = [torch.empty_like(mine) for _ in range(size)]
         dist.all_gather(everybody, mine)
-        assert all(torch.equal(each, mine) for each in everybody), f"{name}, {how}"
+        assert all(torch.equal(each, mine) for each in everybody), f"{given}, {how}"
     return model(x).detach()
 
 
-def refused() -> dict[str, str]:
+def refused(family: Family) -> dict[str, str]:
     """What is said of steps that DistributedDataParallel cannot follow; models stay as they are."""
     said: dict[str, str] = {}
-
-    def attempt(name: str, config: methods.AdapterConfig, call: Change) -> None:
-        model = rasa_ext.patch_model(base(), config=config)
+    for name, (make, call) in family.refused.items():
+        model = make()
         before = [(n, p, p.detach().clone()) for n, p in model.named_parameters()]
         try:
             call(DistributedDataParallel(model))
@@ -118,27 +126,19 @@ def refused() -> dict[str, str]:
             assert n == name_before
             assert p is q
             assert torch.equal(p, values)
-
-    def boost(model: nn.Module, layers: int | None = None) -> None:
-        optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
-        training.Boosting(model, optimizer, 1, layers).step()
-
-    attempt("prune", SORA, training.prune)
-    attempt("next_task", SD_LORA, training.next_task)
-    attempt("absorb", SD_LORA, training.absorb)
-    attempt("layers", LORA, lambda model: boost(model, 2))
-    attempt("train_past", TRAINED_ON, boost)
     return said
 
 
-def main() -> None:
+def main(family: Family) -> None:
     torch.set_num_threads(1)
-    models = {name: case(name) for name in CASES}
+    models = {name: case(name) for name in family.cases}
     dist.init_process_group("gloo")
     outputs = {name: train(model) for name, model in models.items()}
-    outputs |= {f"{name}, ddp": change(name, "ddp") for name in DDP}
-    outputs |= {f"{name}, shard": change(name, "shard") for name in [*CHANGES, *BOOSTERS]}
-    said = refused()
+    for name, each in family.changes.items():
+        outputs[f"{name}, shard"] = change(each, "shard")
+        if each.ddp:
+            outputs[f"{name}, ddp"] = change(each, "ddp")
+    said = refused(family)
     if dist.get_rank() == 0:
         directory = Path(sys.argv[1])
         directory.mkdir(parents=True, exist_ok=True)
@@ -149,4 +149,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(FAMILY)

@@ -187,7 +187,7 @@ class LoraPro(torch.optim.Optimizer):
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Drop the moments of full gradients of the layers whose factors these are.
 
-        For those who let factors begin anew, as ``rasa_ext.training.Boosting`` does; what ``inner``
+        For those who let factors begin anew, as ``training.Boosting`` does; what ``inner``
         knows of a parameter is in ``state``.
         """
         anew = set(map(id, parameters))

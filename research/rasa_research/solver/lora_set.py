@@ -37,7 +37,7 @@ class LoraSet:
     and ``save`` and ``load`` are its files'. Servers read what ``expand`` writes.
 
     Example:
-        >>> from rasa_research import solver
+        >>> from rasa_research import solver, training
         >>> import copy
         >>> for name in ("maths", "code"):
         ...     tuned = rasa_ext.patch_model(copy.deepcopy(model), rank=8, k=1)
@@ -49,7 +49,7 @@ class LoraSet:
         (('maths', 'code'), 12)
         >>> loras.expand("maths", "maths-12")  # a LoRA of rank 12, for PEFT and servers
         >>> model = loras.install(model, "maths")
-        >>> model = rasa_ext.training.load_diagonals(model, loras.diagonals("code"))
+        >>> model = training.load_diagonals(model, loras.diagonals("code"))
     """
 
     names: tuple[str, ...]

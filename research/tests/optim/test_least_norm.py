@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext.methods import LoraConfig, SboraConfig
+from rasa_ext.methods import LoraConfig
+from rasa_research.methods import SboraConfig
 from rasa_research.optim import LoraPro, least_norm
 from rasa_research.optim.groups import find_groups
 from research.tests.optim.dense import (

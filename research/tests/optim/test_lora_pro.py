@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 import rasa_ext
-from rasa_ext.methods import LoraConfig, ResLoraConfig
+from rasa_ext.methods import LoraConfig
+from rasa_research.methods import ResLoraConfig
 from rasa_research.optim import LoraPro
 from research.tests.optim.dense import (
     WIDTHS,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext import methods, training
+from rasa_research import methods, training
 from rasa_research.optim import LoraPro
+from research.tests.methods import cases
 from tests.helpers.methods import (
     CASES,
     base,
@@ -24,7 +25,7 @@ from tests.helpers.methods import (
 TO_THE_END = {"ridge": 0.0, "iterations": 2000, "tolerance": 1e-14}
 COMPUTED = {
     "reslora": "ResLoraConfig",
-    "rasa, gates pruned": "RasaConfig",
+    "gated-rasa, pruned": "GatedRasaConfig",
     "sd-lora, a layer": "SdLoraConfig",
 }
 """Whose factors are put together of others, picked from a pool, or divided by a norm, as used."""
@@ -74,7 +75,7 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=max(1e-8, 1e-11 * size))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in COMPUTED])
+@pytest.mark.parametrize("name", [name for name in (*CASES, *cases.CASES) if name not in COMPUTED])
 def test_the_step_is_dense_least_squares(name):
     assert_near(*least_norm_gradients(case(name), name))
 
@@ -190,7 +191,7 @@ def test_boosters_are_sequential_merges(moments):
     """Every booster begins without moments, also without those of full gradients."""
 
     def patched(model):
-        config = methods.LoraConfig(rank=1, alpha=1.0, **WIDE)
+        config = methods.BoostedLoraConfig(**WIDE)
         return rasa_ext.patch_model(model, config=config)
 
     def optimizer_of(model):

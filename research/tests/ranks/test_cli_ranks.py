@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 
-from experiments.hashes import hash_hop
 from rasa_research.ranks import block_ranks, hidden_dimensions, rank_pattern
+from research.experiments.hashes import hash_hop
 from tests.helpers.cli import invoke, load
 from tests.helpers.tiny_lm import make_tokenizer, save_base, write_jsonl
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_ext
-from rasa_research import solver
+from rasa_research import solver, training
 from tests.helpers import oracle
 from tests.helpers.adapters import LargestTensor, adapters
 from tests.helpers.models import LLAMA
@@ -263,7 +263,7 @@ def test_in_a_model(llamas, tmp_path):
     loras = solver.compress_many(llamas, 6, iterations=5).loras
     model = loras.install(LLAMA.build(), "some")
     for name in ("some", "all"):
-        rasa_ext.training.load_diagonals(model, loras.diagonals(name))
+        training.load_diagonals(model, loras.diagonals(name))
         loras.expand(name, tmp_path / f"{name}-6")
         theirs = peft.PeftModel.from_pretrained(LLAMA.build(), tmp_path / f"{name}-6").eval()
         with torch.no_grad():

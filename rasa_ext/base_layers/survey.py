@@ -1,0 +1,190 @@
+"""What adapters may lie over in a model, and what speaks against it, found in one walk."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from rasa_ext.base_layers.experts import Bank, bank_names, expert_weights, is_experts, routers_of
+from rasa_ext.base_layers.linear import (
+    LinearLayer,
+    computes_linear,
+    is_linear,
+    linear_shape,
+    read_directly,
+)
+from rasa_ext.base_layers.quantized import check_not_repacked, format_of
+from rasa_ext.base_layers.split import refusal
+
+OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
+_LAST_NAMES = frozenset({"head", "heads", "fc"})
+"""Of a vision model's output head, where it is the last linear layer and outside of all blocks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """The layers of a model that matter to adapters, by name."""
+
+    modules: Mapping[str, nn.Module]
+    linears: Mapping[str, LinearLayer]
+    banks: Mapping[str, Bank]
+    """Stacked expert weights."""
+    refused: Mapping[str, str]
+    """Layers that cannot be adapted, with the reason."""
+    left_out: Mapping[str, str]
+    """Layers that are adapted only where they are named, with the reason."""
+
+    @property
+    def expert_weights(self) -> dict[str, tuple[int, ...]]:
+        """Weights of experts and routers that are not linear layers', with their shapes."""
+        return expert_weights(self.modules)
+
+    @property
+    def pointwise_convolutions(self) -> list[str]:
+        """Convolutions that compute what a linear layer does."""
+        return [
+            name
+            for name, module in self.modules.items()
+            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            and set(module.kernel_size) == {1}
+            and module.groups == 1
+        ]
+
+
+def survey(
+    model: nn.Module,
+    linears: Mapping[str, LinearLayer] | None = None,
+    banks: Mapping[str, Bank] | None = None,
+) -> Survey:
+    """Find the layers of a model that adapters may lie over. The model is only read.
+
+    Args:
+        model: any module.
+        linears: linear layers by name; by default every one of the model.
+        banks: stacked expert weights by name; by default every one of the model.
+
+    Raises:
+        ValueError: a layer of bitsandbytes has rearranged its weight, and gives no gradient.
+    """
+    modules = dict(model.named_modules())
+    check_not_repacked(modules)
+    if linears is None:
+        linears = {name: module for name, module in modules.items() if is_linear(module)}
+    if banks is None:
+        banks = {
+            f"{path}.{name}".lstrip("."): (module, name)
+            for path, module in modules.items()
+            if is_experts(module)
+            for name in bank_names(module)
+        }
+    refused = dict(_refused(modules, linears, banks))
+    return Survey(modules, linears, banks, refused, _left_out(model, modules, linears))
+
+
+def base_of(model: nn.Module, name: str, experts: int) -> Any:
+    """Give the linear layer of a name, or the stacked weight where it has experts."""
+    if not experts:
+        return model.get_submodule(name)
+    path, _, key = name.rpartition(".")
+    return model.get_submodule(path), key
+
+
+def _refused(
+    modules: Mapping[str, nn.Module], linears: Mapping[str, LinearLayer], banks: Mapping[str, Bank]
+) -> Iterator[tuple[str, str]]:
+    for path, module in modules.items():
+        prefix = f"{path}." if path else ""
+        kind: Any = type(module)
+        if hasattr(module, "base_layer"):
+            reason = f"part of {path!r}, which is already adapted ({kind.__name__})"
+            yield from ((name, reason) for name in (*linears, *banks) if name.startswith(prefix))
+            continue
+        for key, child in module.named_children():
+            if f"{prefix}{key}" in linears and is_linear(child) and key in read_directly(kind):
+                yield f"{prefix}{key}", f"{kind.__name__} reads its weight without calling it"
+    for name, layer in linears.items():
+        if format_of(layer) is None and not computes_linear(layer):
+            yield name, f"a {type(layer).__name__}, which does not compute x W^T + bias"
+
+
+def _left_out(
+    model: nn.Module, modules: Mapping[str, nn.Module], linears: Mapping[str, LinearLayer]
+) -> dict[str, str]:
+    routers = routers_of(modules)
+    inside = tuple(f"{name}." for name in routers)
+    reason = "a router or gate of experts, adapted if target_modules names it"
+    chosen = {name: reason for name in linears if name in routers or name.startswith(inside)}
+    return {**chosen, **_heads(model, modules, linears)}
+
+
+def _heads(
+    model: nn.Module, modules: Mapping[str, nn.Module], linears: Mapping[str, LinearLayer]
+) -> dict[str, str]:
+    """Find the layers that turn features into the model's answer, with the reason to think so."""
+    embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding)]
+    tied = {id(embedding.weight) for embedding in embeddings}
+    output = _ask(model, "get_output_embeddings")
+    answer = _ask(model, "get_classifier")  # timm's; two where a model is distilled
+    answers = answer if isinstance(answer, tuple | list) else (answer,)
+    classifier: set[nn.Module] = {
+        m for a in answers if isinstance(a, nn.Module) for m in a.modules()
+    }
+    heads = {}
+    for name, module in linears.items():
+        if OUTPUT_HEADS & set(name.split(".")):
+            heads[name] = "an output head"
+        elif id(module.weight) in tied:
+            heads[name] = "tied to an embedding"
+        elif module is output:
+            heads[name] = "the model's output embedding"
+        elif module in classifier:
+            heads[name] = "the model's classifier"
+    last = list(linears)[-1] if linears else ""
+    repeated = any(part.isdigit() for part in last.split("."))
+    if last and last not in heads and not repeated:
+        words = max(embeddings, key=lambda each: each.num_embeddings, default=None)
+        out, width = linear_shape(linears[last])
+        config = getattr(model, "config", None)
+        labels = getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
+        if last.partition(".")[0] in _LAST_NAMES:
+            heads[last] = "an output head: the last linear layer, of that name"
+        elif words and out > width and (out, width) == tuple(words.weight.shape):
+            heads[last] = "an output head: the last linear layer, shaped like the embedding"
+        elif out and out == labels:
+            heads[last] = "an output head: the last linear layer, one output a label"
+    return heads
+
+
+def _ask(model: nn.Module, method: str) -> Any:
+    """What a model says of itself; None where it has another method of that name, or none."""
+    try:
+        return getattr(model, method)()
+    except (AttributeError, TypeError, NotImplementedError):
+        return None
+
+
+def check_linear(name: str, layer: LinearLayer) -> None:
+    """Raise TypeError or ValueError where a linear layer's weight cannot be adapted."""
+    weight: Any = layer.weight  # of a module of any origin, to be looked at
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise ValueError(
+            f"target_modules: {name!r} has no weight yet (a lazy layer); run one forward first."
+        )
+    if (fmt := format_of(layer)) is not None:
+        fmt.check(name, layer)
+    elif not isinstance(weight, Tensor) or not weight.is_floating_point():
+        found = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(
+            f"target_modules: {name!r} has a weight of {found}, expected a floating-point weight; "
+            "leave it out with exclude_modules."
+        )
+    if (reason := refusal(layer)) is not None:
+        raise ValueError(f"target_modules: {name!r} {reason}.")
+    if 0 in linear_shape(layer) or weight.numel() == 0:
+        raise ValueError(
+            f"target_modules: {name!r} has a weight of shape {tuple(weight.shape)}, expected one "
+            "without a zero; gather sharded weights before patching, or use exclude_modules."
+        )

@@ -1,0 +1,149 @@
+"""What readers of PEFT's files leave out, refuse, or read only if asked, and what to do then."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from rasa_ext.base_layers.experts import bank_names
+from rasa_ext.base_layers.linear import is_conv1d
+from rasa_ext.checkpoint.expert_names import is_stacked
+from rasa_ext.checkpoint.lora_experts import PEFT, PER_EXPERT
+from rasa_ext.checkpoint.lora_view import Export
+
+INSTEAD = "save what rasa_ext.merge_and_unload(model) returns"
+
+
+def warn_of_readers(
+    export: Export,
+    layout: str | None,
+    parameters: list[str],
+    *,
+    default: bool,
+    allow_dropped: bool,
+) -> None:
+    """Warn, three callers up, of what some reader does not take, or raise ValueError.
+
+    ``parameters`` are PEFT's ``target_parameters``, and ``default`` says that nobody chose the
+    layout of experts.
+    """
+    dropped = list(_dropped(export))
+    if dropped and not allow_dropped:
+        raise ValueError(
+            f"model: expected an adapter that no reader takes in part, but {dropped[0]}; "
+            f"{INSTEAD}, or pass allow_dropped=True (--allow-dropped) to write it for other "
+            "readers."
+        )
+    texts = [f"{text}; for that reader, {INSTEAD}." for text in dropped]
+    texts += [*_limits(export, layout, parameters), *_limits_of_experts(export, layout, default)]
+    for text in texts:
+        warnings.warn(text, stacklevel=4)
+
+
+def _dropped(export: Export) -> Iterator[str]:
+    """Name what a reader leaves out without an error, and so serves another function."""
+    if norms := [key for key in export.saved if "_layernorm" in key or ".norm" in f".{key}"]:
+        yield (
+            f"llama.cpp takes the trained norms of modules_to_save ({', '.join(norms[:3])}"
+            f"{', ...' if len(norms) > 3 else ''}) and leaves them out without a word"
+        )
+    for part, other in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
+        if alone := _alone(part, other, export):
+            yield (
+                f"{part} is adapted without {other} in {alone} layers, and SGLang, which computes "
+                f"them together, leaves {part} out with no more than a line in its log (older "
+                "versions refuse it)"
+            )
+            break
+    if export.tokens:
+        yield (
+            f"SGLang leaves the trained rows of {export.tokens[0].names[0]} out without a word "
+            "(vLLM and llama.cpp refuse them)"
+        )
+    for name in (name for rows in export.tokens for name in rows.names):
+        if getattr(export.root.get_submodule(name), "bias", None) is not None:
+            yield f"PEFT leaves out the bias of {name}, a head with trained rows"
+    tied = [rows.names for rows in export.tokens if len(rows.names) > 1]
+    if tied and not peft_ties(export.root, [names[0] for names in tied]):
+        yield (
+            f"PEFT does not give {tied[0][1]} the trained rows of {tied[0][0]}, since the model's "
+            "config does not say that its input embedding is tied"
+        )
+
+
+def _limits(export: Export, layout: str | None, parameters: list[str]) -> Iterator[str]:
+    """Name what some reader refuses, or reads only with an option of that reader."""
+    if any(is_conv1d(linear.base) for linear in export.linears.values()):
+        yield (
+            "the model has Conv1D layers, whose LoRA PEFT reads but vLLM cannot serve; for vLLM, "
+            f"{INSTEAD}."
+        )
+    if export.modules_to_save:
+        yield (
+            f"modules_to_save ({', '.join(export.modules_to_save)}) are written for PEFT; vLLM "
+            f"refuses them, and llama.cpp those that are no norms; for servers, {INSTEAD}."
+        )
+    if alone := _alone("q_proj", "v_proj", export):
+        yield (
+            f"q_proj is adapted without v_proj in {alone} layers. SGLang computes them together "
+            f"and refuses such a LoRA; for SGLang, adapt both, or {INSTEAD}."
+        )
+    if layout is None and parameters:
+        yield (
+            f"{', '.join(parameters[:3])} stand in target_parameters, since PEFT takes such names "
+            "in target_modules for experts; start SGLang, which reads target_modules alone, with "
+            "--lora-target-modules all."
+        )
+    if tied := export.tied_to_embedding():
+        yield (
+            f"{tied} is tied to the embedding, and llama.cpp refuses its LoRA; for llama.cpp, "
+            "leave it out of target_modules, or untie the two and merge."
+        )
+    if export.fast_path:
+        yield (
+            "the adapted layers are in an nn.TransformerEncoder, whose fast path in eval mode "
+            "passes them by: PEFT then computes what the bare base does. After loading the LoRA, "
+            f"call torch.backends.mha.set_fastpath_enabled(False), or {INSTEAD}."
+        )
+
+
+def _limits_of_experts(export: Export, layout: str | None, default: bool) -> Iterator[str]:
+    if default:
+        yield (
+            "the experts are written in PEFT's layout, for PEFT and for models whose experts vLLM "
+            f"keeps in three dimensions, such as gpt-oss; pass expert_layout={PER_EXPERT!r} "
+            f"(--expert-layout {PER_EXPERT}) for others of vLLM, which misreads it, and for SGLang "
+            f"and llama.cpp, or expert_layout={PEFT!r} to say that this is meant."
+        )
+    if layout == PER_EXPERT and any(is_stacked(stack.base) for stack in export.experts.values()):
+        yield (
+            "the model's own checkpoints stack its experts, gate and up in one matrix; vLLM reads "
+            f"expert_layout={PEFT!r} (--expert-layout {PEFT}) where it keeps them so, and "
+            f"llama.cpp no LoRA of them at all: for that, {INSTEAD}."
+        )
+    for path, (base, adapters) in export.experts.items():
+        if len(adapters) < len(bank_names(base)):
+            yield (
+                f"{path}.{next(iter(adapters))} is adapted without the other weight of its "
+                "experts, and vLLM and llama.cpp refuse such a LoRA; for these, adapt both, or "
+                f"{INSTEAD}."
+            )
+            break
+
+
+def _alone(part: str, other: str, export: Export) -> int:
+    """Count the layers called ``part`` that are adapted while ``other`` beside them is not."""
+    beside = [n[: -len(part)] + other for n in export.linears if n.endswith(f".{part}")]
+    modules = {name for name, _ in export.root.named_modules()}
+    return sum(name in modules and name not in export.linears for name in beside)
+
+
+def peft_ties(root: Any, owners: list[str]) -> bool:
+    """Tell whether PEFT knows the modules that share the weights of ``owners``."""
+    config = getattr(root, "config", None)
+    said = getattr(config, "tie_word_embeddings", False) and hasattr(root, "_tied_weights_keys")
+    if not said or not hasattr(root, "get_input_embeddings"):
+        return False
+    inputs = root.get_input_embeddings()
+    return all(root.get_submodule(name) is inputs for name in owners)

@@ -1,0 +1,148 @@
+"""What a loop of training needs: an optimizer's groups, and other tensors for an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.distributed import check_unwrapped, follow
+from rasa_ext.methods.base import AdapterConfig, Rate
+from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.patching.state import (
+    adapted_layers,
+    adapter_parameters,
+    check_unmerged,
+    owners,
+    patch_state,
+)
+
+__all__ = ["adapter_of", "parameter_groups", "replace_tensors"]
+
+Config = TypeVar("Config", bound=AdapterConfig)
+
+
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    *,
+    weight_decay: float = 0.0,
+    eps: float | None = None,
+) -> list[dict[str, Any]]:
+    """Give an optimizer's parameter groups for a patched model, with the rates of its method.
+
+    ``AdapterConfig.learning_rates`` has them. Everything else goes in one group.
+
+    Args:
+        model: a patched model.
+        lr: the learning rate.
+        weight_decay: that of what has no rate of its own.
+        eps: Adam's; the optimizer's own for all groups unless given.
+
+    Returns:
+        Groups, each with ``params``, ``lr``, ``weight_decay`` and ``eps`` where it was given, none
+        of them empty.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or not patched.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> groups = rasa_ext.training.parameter_groups(model, lr=5e-4)
+        >>> optimizer = torch.optim.AdamW(groups)
+    """
+    config = patch_state(model).config
+    rates: dict[int, Rate] = {}
+    for _, owner in owners(model):
+        for name, rate in config.learning_rates(owner.place).items():
+            rates[id(owner.own_tensors()[name])] = rate
+    found: dict[Rate, list[nn.Parameter]] = {}
+    for parameter in adapter_parameters(model):
+        if parameter.requires_grad:
+            found.setdefault(rates.get(id(parameter), Rate()), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    for rate, parameters in found.items():
+        decay = weight_decay * rate.weight_decay
+        group = {"params": parameters, "lr": lr * rate.lr, "weight_decay": decay}
+        groups.append(group if eps is None else {**group, "eps": eps * rate.eps})
+    return groups
+
+
+def adapter_of(model: nn.Module, *methods: type[Config]) -> tuple[Config, dict[str, RasaLinear]]:
+    """Give the config of a patched model, and its adapted linear layers.
+
+    Args:
+        model: a patched model.
+        methods: the config classes that are expected.
+
+    Returns:
+        The config, and the layers by name in the model's order.
+
+    Raises:
+        TypeError, ValueError: the model is no module, not patched, or patched with another method.
+
+    Example:
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> config, layers = rasa_ext.training.adapter_of(model, rasa_ext.RasaConfig)
+        >>> config.rank, len(layers)
+        (8, 14)
+    """
+    config = patch_state(model).config
+    if not isinstance(config, methods):
+        expected = " or ".join(method.__name__ for method in methods)
+        raise ValueError(
+            f"model: expected one patched with {expected}, got {type(config).__name__}."
+        )
+    return config, dict(adapted_layers(model))
+
+
+@torch.no_grad()
+def replace_tensors(
+    model: nn.Module,
+    config: AdapterConfig,
+    tensors: Mapping[RasaLinear | RasaPool, Mapping[str, Tensor]],
+) -> None:
+    """Let layers and pools own other tensors, under a config that makes tensors of these shapes.
+
+    Parameters are trained from then on, other tensors are buffers. In many processes, every one
+    calls this, and parameters get the first process's values.
+
+    Args:
+        model: a patched model.
+        config: the model's from now on.
+        tensors: by name, for each layer and each pool that changes: all that it then owns.
+
+    Raises:
+        TypeError, ValueError: the model is no module, or not patched; or there are new parameters,
+            and it is wrapped in DistributedDataParallel. The model is then unchanged.
+        RuntimeError: the adapter is merged.
+
+    Example:
+        >>> import dataclasses
+        >>> config = rasa_ext.methods.LoraConfig(rank=2, target_modules=["up_proj"])
+        >>> model = rasa_ext.patch_model(model, config=config)
+        >>> config, layers = rasa_ext.training.adapter_of(model, rasa_ext.methods.LoraConfig)
+        >>> later = dataclasses.replace(config, rank=3)
+        >>> larger = {layer: later.own(layer.place) for layer in layers.values()}
+        >>> rasa_ext.training.replace_tensors(model, later, larger)
+        >>> {row.R for row in rasa_ext.summary(model)}
+        {3}
+    """
+    check_unmerged(model)
+    if any(
+        isinstance(tensor, nn.Parameter) and all(tensor is not each for each in owner.parameters())
+        for owner, own in tensors.items()
+        for tensor in own.values()
+    ):
+        check_unwrapped(model)
+    patch_state(model).config = config
+    for _, each in owners(model):
+        each.config = config
+    for owner, own in tensors.items():
+        if isinstance(owner, RasaPool):
+            owner.replace(own)
+        else:
+            owner.replace(config, own)
+    follow(model)

@@ -1,0 +1,121 @@
+"""A copy of the base model made ready for one method."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+import rasa_ext
+from rasa_ext import training
+from rasa_ext.methods import method_named
+from rasa_research.optim import LoraPro
+from rasa_research.ranks import hidden_dimensions, rank_pattern
+from rasa_research.training import Boosting, ProximalGates
+
+
+def prepared(
+    base: Any,
+    spec: Mapping[str, Any],
+    seed: int,
+    *,
+    bfloat16: bool,
+    ranks: Mapping[str, int] | None = None,
+) -> Any:
+    """A copy of ``base`` (float32) whose parameters that require a gradient are the method's.
+
+    All linear layers are adapted, the output head left alone. What is trained is float32; with
+    ``bfloat16`` the frozen weights are rounded to it, which the products would do in any case.
+    ``ranks`` are those of single layers, by name, where the method plans them: see ``planned``.
+    """
+    torch.manual_seed(seed)
+    model = copy.deepcopy(base)
+    if spec["kind"] == "full":
+        return model.requires_grad_(True)
+    if bfloat16:
+        model = model.to(torch.bfloat16)
+    if spec["kind"] == "rasa":
+        return rasa_ext.patch_model(
+            model, rank=spec["rank"], k=spec["k"], alpha=float(spec["alpha"])
+        )
+    if spec["kind"] == "ours":
+        config = method_named(spec["method"])(**spec["options"])
+        return rasa_ext.patch_model(model, config=config)
+    from peft import LoraConfig, VeraConfig, get_peft_model
+
+    if spec["kind"] == "lora":
+        config = LoraConfig(
+            r=spec["rank"],
+            lora_alpha=spec["alpha"],
+            target_modules="all-linear",
+            rank_pattern=dict(ranks or {}),
+        )
+    else:
+        config = VeraConfig(r=spec["rank"], projection_prng_key=seed, target_modules="all-linear")
+    return get_peft_model(model, config)
+
+
+def planned(base: Any, batches: Iterable[Mapping[str, Any]], rank: int) -> dict[str, int]:
+    """GeLoRA's ranks from a task's rows, in proportion, of about as many numbers as ``rank`` has.
+
+    The formula's own values, max(d_{i+1} - d_i, 0) + 1, are little above 1 here, which would
+    compare sizes instead of methods. They are multiplied by one factor and rounded, at least 1,
+    such that the sum of r (in + out) over the layers is as near as it comes to a LoRA's of
+    ``rank``.
+    """
+    gains = [max(b - a, 0.0) + 1 for a, b in itertools.pairwise(hidden_dimensions(base, batches))]
+    blocks = rank_pattern(base, range(len(gains)))
+    sizes = [0] * len(gains)
+    for name, block in blocks.items():
+        sizes[block] += sum(base.get_submodule(name).weight.shape)
+
+    def scaled(factor: float) -> list[int]:
+        return [max(1, math.floor(factor * gain + 0.5)) for gain in gains]
+
+    def off(factor: float) -> int:
+        return abs(sum(map(operator.mul, scaled(factor), sizes)) - rank * sum(sizes))
+
+    return rank_pattern(base, scaled(min((i / 100 for i in range(1, 100 * rank + 1)), key=off)))
+
+
+def optimizer(model: Any, spec: Mapping[str, Any]) -> Callable[..., torch.optim.Optimizer] | None:
+    """What makes a method's optimizer of parameters and options, None for AdamW.
+
+    ``optimizer: {lora_pro: {...}}`` are the options of ``LoraPro``, over the same AdamW.
+    """
+    options = (spec.get("optimizer") or {}).get("lora_pro")
+    if options is None:
+        return None
+
+    def make(parameters: Any, **inner: Any) -> torch.optim.Optimizer:
+        return LoraPro(model, torch.optim.AdamW, params=parameters, **options, **inner)
+
+    return make
+
+
+def groups(model: Any, spec: Mapping[str, Any], lr: float) -> list[dict[str, Any]] | None:
+    """The optimizer's groups of a method that has some."""
+    return training.parameter_groups(model, lr) if spec["kind"] == "ours" else None
+
+
+def between(
+    model: Any, spec: Mapping[str, Any], seed: int
+) -> Callable[[torch.optim.Optimizer], Callable[[], object]] | None:
+    """What a method does after each of the optimizer's steps, None for nothing.
+
+    ``steps: {gates: {...}}`` are the options of ``ProximalGates``, ``{boosting: {...}}`` those of
+    ``Boosting``.
+    """
+    steps = spec.get("steps") or {}
+    if "gates" in steps:
+        gates = ProximalGates(model, **steps["gates"])
+        return lambda optimizer: gates.step
+    if "boosting" in steps:
+        options = {"seed": seed, **steps["boosting"]}
+        return lambda optimizer: Boosting(model, optimizer, **options).step
+    return None

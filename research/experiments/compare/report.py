@@ -1,0 +1,282 @@
+"""Tables and pictures of the comparison.
+
+python -m research.experiments.compare.report > tables.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from benchmarks.records import table as markdown
+from rasa_research.solver.plots import new_figure
+from research.experiments.compare.config import (
+    BASE,
+    CONFIG,
+    RESULTS,
+    Config,
+    best,
+    file_of,
+    key_of,
+    number,
+    of_config,
+    read_config,
+)
+from research.experiments.compare.run import COLUMNS
+from research.experiments.table import Table
+
+Row = Mapping[str, str]
+REFERENCE = "lora-r8"
+_DIFFERENCES = {
+    "held-out loss": ("test_loss", 1, 3),
+    "exact match, %": ("exact_match", 100, 0),
+    "loss on other text": ("other_text_loss", 1, 3),
+}
+"""Column of the runs, factor and digits, by the title of the differences' column."""
+_SHORT = {
+    "held-out loss": "loss",
+    "exact match, %": "solved, %",
+    "loss gained on other text": "forgot",
+    "steps": "steps",
+    "best": "rate",
+    "rates": "rates",
+    "seeds": "seeds",
+}
+"""Titles in the table of all tasks."""
+
+
+def methods_table(
+    config: Config,
+    rows: Iterable[Row],
+    task: str,
+    step_times: Mapping[str, str] | None = None,
+) -> list[dict[str, object]]:
+    """A row a method: its best rate so far by the loss to choose by, and what that reached.
+
+    Means over seeds with the standard deviation, where there are several. "rates" says how much of
+    the sweep is done; before it is complete, the best rate may be another. ``step_times`` are
+    figures by method to show as they stand.
+    """
+    rows = of_config(config, rows)
+    base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
+    result = []
+    if base is not None:
+        result.append({"method": "before training", **_figures([base], base)})
+    found = _at_best_rates(config, rows, task)
+    several = len({chosen[0]["steps"] for _, chosen in found.values()}) > 1
+    for method, (swept, chosen) in found.items():
+        result.append(
+            {
+                "method": method,
+                "trainable parameters": f"{int(chosen[0]['trainable']):,}",
+                **({"step time": step_times.get(method)} if step_times else {}),
+                **({"steps": chosen[0]["steps"]} if several else {}),
+                "rates": f"{swept} of {len(config.methods[method]['rates'])}",
+                "best": f"{float(chosen[0]['lr']):g}",
+                "seeds": len(chosen),
+                **_figures(chosen, base),
+            }
+        )
+    return result
+
+
+def summary_table(
+    config: Config, rows: Iterable[Row], step_times: Mapping[str, str] | None = None
+) -> list[dict[str, object]]:
+    """All tasks in one: of each method what `methods_table` has, rates and seeds task by task."""
+    rows, found = list(rows), {}
+    for task in config.tasks:
+        for line in methods_table(config, rows, task, step_times):
+            method = str(line["method"])
+            to = found.setdefault(method, {"method": method})
+            for name in ("trainable parameters", "step time"):
+                if name in line:
+                    to.setdefault(name, line[name])
+            for name, shown in _SHORT.items():
+                if name in line:
+                    to[f"{task}: {shown}"] = line[name]
+    columns = list(dict.fromkeys(name for line in found.values() for name in line))
+    first = [name for name in columns if ":" not in name]
+    columns = first + [name for task in config.tasks for name in columns if f"{task}:" in name]
+    return [{name: line.get(name) for name in columns} for line in found.values()]
+
+
+def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
+    """Each method at its best rate less `REFERENCE` at its own, seed by seed: mean and deviation.
+
+    Runs of one seed meet the same rows in the same order, so that these differences are steadier
+    than the figures themselves. Methods with fewer than two seeds in common are left out.
+    """
+    chosen = {
+        method: {row["seed"]: row for row in runs if row["test_loss"]}
+        for method, (_, runs) in _at_best_rates(config, of_config(config, rows), task).items()
+    }
+    reference, result = chosen.get(REFERENCE, {}), []
+    for method, runs in chosen.items():
+        seeds = sorted(runs.keys() & reference.keys())
+        if method == REFERENCE or len(seeds) < 2:
+            continue
+        line: dict[str, object] = {"method": method, "seeds": len(seeds)}
+        for title, (column, factor, digits) in _DIFFERENCES.items():
+            pairs = [(runs[seed][column], reference[seed][column]) for seed in seeds]
+            if all(map(all, pairs)):
+                found = [factor * (float(ours) - float(theirs)) for ours, theirs in pairs]
+                line[title] = _spread(found, digits, "+")
+        result.append(line)
+    return result
+
+
+def sweep_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
+    """Loss on the rows to choose by, at the first seed, by method and rate."""
+    have = {key_of(row): row for row in of_config(config, rows)}
+    rates = sorted({float(lr) for spec in config.methods.values() for lr in spec["rates"]})
+    result = []
+    for method in config.methods:
+        row: dict[str, object] = {"method": method}
+        for lr in rates:
+            found = have.get((task, method, lr, config.seeds[0]))
+            if found is not None:
+                row[f"{lr:g}"] = number(found["dev_loss"])
+        if len(row) > 1:
+            result.append(row)
+    columns = ["method", *(f"{lr:g}" for lr in rates if any(f"{lr:g}" in r for r in result))]
+    return [{name: row.get(name) for name in columns} for row in result]
+
+
+def step_table(path: Path) -> list[dict[str, object]]:
+    """What ``step_time`` measured, the quickest method first; empty where it has not been run."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: float(row["seconds"]))
+    over = next((name for name in rows[0] if name.startswith("over_")), "") if rows else ""
+    return [
+        {
+            "method": row["method"],
+            "seconds a step (quartiles)": (
+                f"{float(row['seconds']):.3f} ({float(row['seconds_low']):.3f}-"
+                f"{float(row['seconds_high']):.3f})"
+            ),
+            f"/ {over.removeprefix('over_')}": row[over],
+            "trainable parameters": f"{int(row['trainable']):,}",
+        }
+        for row in rows
+    ]
+
+
+def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
+    """Loss against rate, and loss against what was forgotten, a row of panels a task."""
+    rows = [row for row in of_config(config, rows) if row["test_loss"]]
+    tasks = [task for task in config.tasks if any(row["task"] == task for row in rows)]
+    figure = new_figure(11, 4 * max(len(tasks), 1))
+    for place, task in enumerate(tasks):
+        left = figure.add_subplot(len(tasks), 2, 2 * place + 1)
+        right = figure.add_subplot(len(tasks), 2, 2 * place + 2)
+        base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
+        for index, method in enumerate(config.methods):
+            runs = [r for r in rows if r["task"] == task and r["method"] == method]
+            # Ten colours; from the eleventh method on they come again as squares.
+            look = {"color": f"C{index % 10}", "marker": "os"[index // 10 % 2]}
+            by_rate: dict[float, list[float]] = {}
+            for run in runs:
+                by_rate.setdefault(float(run["lr"]), []).append(float(run["test_loss"]))
+            points = sorted((lr, statistics.mean(found)) for lr, found in by_rate.items())
+            left.plot(*zip(*points, strict=True), label=method, **look) if points else None
+            if base is not None:
+                forgot = [
+                    float(r["other_text_loss"]) - float(base["other_text_loss"]) for r in runs
+                ]
+                right.plot(forgot, [float(r["test_loss"]) for r in runs], linestyle="", **look)
+        left.set(xscale="log", xlabel="learning rate", ylabel="held-out loss", title=task)
+        right.set(xlabel="loss gained on other text", ylabel="held-out loss", title=task)
+        for axes in (left, right):
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3, which="both")
+        right.set_xscale("symlog", linthresh=0.1)  # a rate that is too high forgets by whole nats
+        left.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def _at_best_rates(
+    config: Config, rows: Iterable[Row], task: str
+) -> dict[str, tuple[int, list[Row]]]:
+    """Of every method in ``rows``: how many rates are swept, and its runs at the best of them."""
+    rows, result = list(rows), {}
+    for method in config.methods:
+        runs = [row for row in rows if row["task"] == task and row["method"] == method]
+        swept = sum(int(row["seed"]) == config.seeds[0] for row in runs)
+        if swept:
+            lr = _best_rate(config, runs, task, method)
+            result[method] = swept, [row for row in runs if float(row["lr"]) == lr]
+    return result
+
+
+def _best_rate(config: Config, runs: list[Row], task: str, method: str) -> float:
+    """By the sweep, or what there is of it; of two rates with several seeds, by their mean."""
+    have = {key_of(row): row for row in runs}
+    pair = best(config, have, task, method)
+    several = {
+        lr: [number(r["dev_loss"]) for r in runs if float(r["lr"]) == lr]
+        for lr in (pair or {float(r["lr"]) for r in runs})
+    }
+    # A rate is not preferred for a seed that the other has not had.
+    seeds = min(len(found) for found in several.values())
+    return min(several, key=lambda lr: statistics.mean(several[lr][:seeds]))
+
+
+def _figures(rows: list[Row], base: Row | None) -> dict[str, object]:
+    right = [100 * float(row["exact_match"]) for row in rows if row["exact_match"]]
+    figures = {"held-out loss": _spread([number(row["test_loss"]) for row in rows], 3)}
+    if right:
+        figures["exact match, %"] = _spread(right)
+    forgot = [number(r["other_text_loss"]) for r in rows]
+    if base is not None:
+        forgot = [loss - number(base["other_text_loss"]) for loss in forgot]
+    figures["loss gained on other text"] = _spread(forgot, 3)
+    return figures
+
+
+def _spread(values: list[float], digits: int = 0, sign: str = "-") -> str | None:
+    if not values:
+        return None
+    if not all(map(math.isfinite, values)):
+        return "diverged"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def main() -> None:
+    """Draw, and print the tables as markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of runs.csv")
+    given = parser.parse_args()
+    config = read_config(given.config)
+    rows = Table(given.results / "runs.csv", COLUMNS).rows()
+    if not of_config(config, rows):
+        raise SystemExit(f"{given.results / 'runs.csv'} has no run of this config yet")
+    steps = step_table(file_of(given.results, given.config, "step_time.csv"))
+    ratios = {str(row["method"]): str(list(row.values())[2]) for row in steps}
+    print(f"{markdown(summary_table(config, rows, ratios))}\n")
+    for task in config.tasks:
+        if any(row["task"] == task for row in of_config(config, rows)):
+            print(f"### {task}\n")
+            print(markdown(methods_table(config, rows, task, ratios)), end="\n\n")
+            paired = paired_table(config, rows, task)
+            if paired:
+                print(f"Less {REFERENCE}, seed by seed:\n\n{markdown(paired)}\n")
+            sweep = sweep_table(config, rows, task)
+            if sweep:
+                print("Loss to choose by, first seed, by rate:\n")
+                print(markdown(sweep), end="\n\n")
+    if steps:
+        print(f"### Step times\n\n{markdown(steps)}\n")
+    draw(config, rows, file_of(given.results, given.config, "runs.png"))
+
+
+if __name__ == "__main__":
+    main()

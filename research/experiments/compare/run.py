@@ -1,0 +1,207 @@
+"""Train SmolLM2-135M-Instruct by every method, at every rate, and write what came of it.
+
+    # results/runs.csv, a row a finished run
+    python -m research.experiments.compare.run [--minutes M]
+    python -m research.experiments.compare.report  # tables and pictures of it
+
+Started again, it goes on with the runs that the table lacks; started twice, the two share them.
+``--minutes`` ends after the run during which they pass; a run that is cut leaves no row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.batches import Row, collate
+from benchmarks.harness import machine
+from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
+from research.experiments.compare.config import (
+    BASE,
+    CONFIG,
+    RESULTS,
+    Config,
+    Key,
+    pending,
+    read_config,
+)
+from research.experiments.compare.methods import between, groups, optimizer, planned, prepared
+from research.experiments.table import Table
+from research.experiments.tasks import Task, make_task, other_text, solved
+from research.experiments.training import Recipe, Run, mean_loss
+
+COLUMNS = (
+    *("task", "method", "lr", "seed", "steps", "settings"),
+    *("dev_loss", "test_loss", "exact_match", "other_text_loss", "last_training_loss"),
+    *("trainable", "seconds_per_step", "timing", "date", "machine", "system"),
+)
+
+_AT_ONCE = 16
+"""Rows of which hidden states are measured at a time."""
+
+
+class Bench:
+    """The model, the tasks and the text that is measured for forgetting."""
+
+    def __init__(self, config: Config, base: Any, tokenizer: Any, results: Path) -> None:
+        """``base`` is float32 and stays as it is; ``results`` is the folder of tables."""
+        self.config, self.base, self.tokenizer = config, base, tokenizer
+        self.other = other_text(tokenizer, config.other_text)
+        self.results = results
+        self._tasks: dict[str, Task] = {}
+
+    def task(self, name: str) -> Task:
+        """A task, made when it is first needed."""
+        if name not in self._tasks:
+            sizes = {"train": self.config.train, "dev": self.config.dev, "test": self.config.test}
+            self._tasks[name] = make_task(name, self.tokenizer, **sizes)
+        return self._tasks[name]
+
+    def ranks(self, task: Task, rank: int) -> dict[str, int]:
+        """GeLoRA's ranks for a task by layer; planned once, then read from a table."""
+        table = Table(self.results / "ranks.csv", ("task", "train", "rank", "layer", "planned"))
+        same = {"task": task.name, "train": str(len(task.train)), "rank": str(rank)}
+        found = {r["layer"]: int(r["planned"]) for r in table.rows() if same.items() <= r.items()}
+        if not found:
+            rows = sorted(task.train, key=lambda row: len(row["input_ids"]))
+            batches = (
+                collate(rows[i : i + _AT_ONCE], self.tokenizer.pad_token_id)
+                for i in range(0, len(rows), _AT_ONCE)
+            )
+            read = ({k: v for k, v in batch.items() if k != "labels"} for batch in batches)
+            found = planned(self.base, read, rank)
+            table.append([{**same, "layer": layer, "planned": r} for layer, r in found.items()])
+        return found
+
+    def do(self, key: Key) -> dict[str, Any]:
+        """Train and measure one run; its row. A run that diverged has no losses."""
+        config, task, row = self.config, self.task(key.task), _head(self.config, key)
+        if key.method == BASE:
+            model = self.base.requires_grad_(False)
+            return row | {"steps": 0, "trainable": 0, **self._measured(model, task)}
+        spec = config.methods[key.method]
+        steps = max(1, round(spec.get("share", 1) * config.steps[key.task]))
+        recipe = Recipe(steps, config.batch_size, key.lr, seed=key.seed, bfloat16=config.bfloat16)
+        ranks = self.ranks(task, spec["rank"]) if "ranks" in spec else None
+        pad = self.tokenizer.pad_token_id
+        run = make_run(self.base, spec, task.train, pad, recipe, ranks)
+        while run.going:
+            run.advance()
+        row |= {"steps": run.step, "trainable": run.trainable, **_timing(run)}
+        if run.diverged:
+            return row
+        last = run.losses[-max(1, run.step // 10) :]
+        row["last_training_loss"] = _shown(sum(last) / len(last))
+        return row | self._measured(run.model, task)
+
+    def _measured(self, model: Any, task: Task) -> dict[str, str]:
+        def loss(rows: list[Row]) -> str:
+            pad = self.tokenizer.pad_token_id
+            return _shown(mean_loss(model, rows, pad, bfloat16=self.config.bfloat16))
+
+        right = solved(model, self.tokenizer, task, bfloat16=self.config.bfloat16)
+        return {
+            "dev_loss": loss(task.dev),
+            "test_loss": loss(task.test),
+            "exact_match": "" if right is None else _shown(right),
+            "other_text_loss": loss(self.other),
+        }
+
+
+def make_run(
+    base: Any,
+    spec: Mapping[str, Any],
+    rows: Sequence[Row],
+    pad_token_id: int,
+    recipe: Recipe,
+    ranks: Mapping[str, int] | None = None,
+) -> Run:
+    """A run of a method with all that it does, over a copy of ``base``."""
+    model = prepared(base, spec, recipe.seed, bfloat16=recipe.bfloat16, ranks=ranks)
+    return Run(
+        model,
+        rows,
+        pad_token_id,
+        recipe,
+        groups(model, spec, recipe.lr),
+        between(model, spec, recipe.seed),
+        optimizer(model, spec),
+    )
+
+
+def advance(bench: Any, table: Table) -> bool:
+    """Do the first run that the table lacks and no other process is at; False without any."""
+    for key in pending(bench.config, table.rows()):
+        with table.claim(repr(key)) as mine:
+            # Another process may have finished it since the table was read.
+            if not mine or key not in pending(bench.config, table.rows()):
+                continue
+            began = time.monotonic()
+            row = bench.do(key)
+            table.append([row])
+        left = len(pending(bench.config, table.rows()))
+        shown = {name: row.get(name) for name in ("dev_loss", "exact_match", "other_text_loss")}
+        print(f"{key}: {shown}, {time.monotonic() - began:.0f} s; {left} left", flush=True)
+        return True
+    return False
+
+
+def _head(config: Config, key: Key) -> dict[str, Any]:
+    return {
+        **key._asdict(),
+        "lr": repr(key.lr),
+        "settings": config.settings(key.task, key.method),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "machine": machine(),
+        "system": platform.platform(),
+    }
+
+
+def _timing(run: Run) -> dict[str, str]:
+    """The median step, and whether something else kept the machine busy at the end."""
+    others = os.getloadavg()[0] - torch.get_num_threads()
+    seconds = run.seconds[min(3, len(run.seconds) - 1) :]
+    return {
+        "seconds_per_step": f"{statistics.median(seconds):.3f}",
+        "timing": "under load" if others > 0.5 else "quiet",
+    }
+
+
+def _shown(value: float) -> str:
+    return f"{value:.5f}"
+
+
+def main() -> None:
+    """Run the command above."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for runs.csv")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--list", action="store_true", help="show what is to be done, do nothing")
+    given = parser.parse_args()
+    config = read_config(given.config)
+    table = Table(given.results / "runs.csv", COLUMNS)
+    if given.list:
+        print("\n".join(map(str, pending(config, table.rows()))))
+        return
+    name, end = find_smollm2(), time.monotonic() + 60 * given.minutes
+    bench = Bench(config, load_model(name, "float32"), load_tokenizer(name), given.results)
+    while (left := pending(config, table.rows())) and time.monotonic() < end:
+        if not advance(bench, table):
+            time.sleep(5)  # others are at all that is known; what they find may bring more
+    print(f"{len(left)} runs are known to be left" if left else "done")
+
+
+if __name__ == "__main__":
+    main()

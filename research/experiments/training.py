@@ -1,0 +1,188 @@
+"""A plain training run that every method goes through, and the losses it is judged by."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from benchmarks.batches import IGNORE, Row, collate
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """AdamW without decay; the rate rises over a tenth of the steps and falls to zero linearly."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    seed: int = 0
+    bfloat16: bool = True
+    """Products in bfloat16, by autocast; the trainable parameters stay as they are, float32."""
+    warmup: float = 0.1
+    clip: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step ``step``, counted from 0."""
+        rise = max(1, round(self.warmup * self.steps))
+        if step < rise:
+            return self.lr * (step + 1) / rise
+        return self.lr * (self.steps - step) / max(1, self.steps - rise)
+
+
+def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
+    """Indices of the rows of every step: pass after pass in fresh orders that the seed makes."""
+    draw, order, found = random.Random(seed), [], []
+    for _ in range(steps):
+        while len(order) < size:
+            order += draw.sample(range(count), count)
+        found.append(order[:size])
+        order = order[size:]
+    return found
+
+
+class Run:
+    """One training run, step by step; its state can be saved and taken up again."""
+
+    def __init__(
+        self,
+        model: Any,
+        rows: Sequence[Row],
+        pad_token_id: int,
+        recipe: Recipe,
+        groups: list[dict[str, Any]] | None = None,
+        between: Callable[[torch.optim.Optimizer], Callable[[], object]] | None = None,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+    ) -> None:
+        """Train the parameters of ``model`` that require a gradient on ``rows``.
+
+        ``groups`` are an optimizer's, whose rates stand to one another as theirs do; ``between``
+        makes what is called after each of the optimizer's steps; ``optimizer``, in the place of
+        AdamW, takes what it would.
+        """
+        self.model, self.rows, self.recipe = model, rows, recipe
+        self.losses: list[float] = []
+        """Of every step so far, before the step."""
+        self.seconds: list[float] = []
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._optimizer = (optimizer or torch.optim.AdamW)(
+            groups or self._trained, lr=recipe.lr, weight_decay=0.0, fused=True
+        )
+        self._factors = [group["lr"] / recipe.lr for group in self._optimizer.param_groups]
+        self._between = None if between is None else between(self._optimizer)
+        self._pad_token_id = pad_token_id
+        self._order = batches(len(rows), recipe.batch_size, recipe.steps, recipe.seed)
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return len(self.losses)
+
+    @property
+    def trainable(self) -> int:
+        """How many numbers are trained."""
+        return sum(p.numel() for p in self._trained)
+
+    @property
+    def going(self) -> bool:
+        """Whether steps are left, and the loss is still a number."""
+        return self.step < self.recipe.steps and not self.diverged
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss is not a number."""
+        return bool(self.losses) and not math.isfinite(self.losses[-1])
+
+    def advance(self) -> float:
+        """Do one step; returns its loss."""
+        began = time.perf_counter()
+        self.model.train()
+        for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
+            group["lr"] = factor * self.recipe.rate(self.step)
+        batch = collate([self.rows[i] for i in self._order[self.step]], self._pad_token_id)
+        with products_in(self.recipe.bfloat16):
+            loss = trained_losses(self.model, batch).mean()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self._trained, self.recipe.clip)
+        self._optimizer.step()
+        if self._between is not None:
+            self._between()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.losses.append(loss.item())
+        self.seconds.append(time.perf_counter() - began)
+        return self.losses[-1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that ``load_state_dict`` needs to go on as if nothing had happened."""
+        return {
+            "recipe": dataclasses.asdict(self.recipe),
+            "losses": self.losses,
+            "seconds": self.seconds,
+            "trained": [p.detach() for p in self._trained],
+            "optimizer": self._optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``. Raises ValueError where it is of another recipe."""
+        if state["recipe"] != dataclasses.asdict(self.recipe):
+            raise ValueError(
+                f"state: expected one of {self.recipe}, got one of {state['recipe']}; delete it to "
+                "begin anew, or give the options of the run that wrote it."
+            )
+        with torch.no_grad():
+            for parameter, stored in zip(self._trained, state["trained"], strict=True):
+                parameter.copy_(stored)
+        self._optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        self.losses, self.seconds = list(state["losses"]), list(state["seconds"])
+
+
+def trained_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The cross entropy in nats of every trained token, (n,) float32.
+
+    Logits are made for those tokens only: with a vocabulary of 49,152 the others would be a
+    quarter of a small model's work.
+    """
+    labels = batch["labels"][:, 1:]
+    kept = labels != IGNORE
+    hidden = model.get_decoder()(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[:, :-1][kept])
+    return cross_entropy(logits.float(), labels[kept], reduction="none")
+
+
+@torch.no_grad()
+def mean_loss(
+    model: Any,
+    rows: Sequence[Row],
+    pad_token_id: int,
+    *,
+    bfloat16: bool = True,
+    batch_size: int = 8,
+) -> float:
+    """Mean cross entropy in nats over all trained tokens of ``rows``, each counted once."""
+    model.eval()
+    total, count = 0.0, 0
+    by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
+    for start in range(0, len(rows), batch_size):
+        with products_in(bfloat16):
+            batch = collate(by_length[start : start + batch_size], pad_token_id)
+            losses = trained_losses(model, batch)
+        total += losses.double().sum().item()
+        count += losses.numel()
+    return total / max(count, 1)
+
+
+def products_in(bfloat16: bool) -> contextlib.AbstractContextManager:
+    """Within the context matrix products are in bfloat16, or left alone."""
+    return torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext()

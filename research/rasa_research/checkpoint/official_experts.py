@@ -1,0 +1,258 @@
+"""Experts in checkpoints of the official code: a layer for each matrix of each expert.
+
+That is how transformers 4 has them, and the pool of ``experts.3.w1`` is that of expert 3's over the
+model's layers. Stacked, gate and up are one matrix of twice the rows, and so
+
+    A = [A_gate ; A_up]    B = [B_gate  0 ; 0  B_up]    d = [private: gate, up | pooled: gate, up]
+
+for the private ranks and, likewise, for the pool: dW is the same, of twice the ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import RasaConfig
+from rasa_ext.checkpoint import (
+    PREFIX,
+    StackedWeight,
+    check_tensors,
+    load_official_tensors,
+    own_key,
+    pool_key,
+    read_adapter,
+    stacked_weights,
+)
+from rasa_ext.distributed import unwrap
+from rasa_research.methods import GatedRasaConfig
+
+_LAYER = re.compile(r"^base_model\.model\.(?P<name>.+)\.rasa_A\.weight$")
+
+
+def load_official_experts(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
+    """Load a checkpoint of the official code over experts, which the model stacks.
+
+    To transformers 4 each matrix of each expert was a layer (``experts.3.w1``). The result is the
+    same function, with ``experts="slot"``: the ranks of gate and up stand beside each other, on
+    rows of their own, in one adapter of twice the ranks, which makes it a ``GatedRasaConfig``. A
+    checkpoint without experts is read as by ``rasa_ext.load_official``.
+
+    Args:
+        model: the base that the adapter was trained on, or a model patched with the same config.
+        directory: ``adapter_config.json`` beside ``adapter_model.safetensors`` or
+            ``adapter_model.bin``.
+
+    Returns:
+        The same object.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing, unsafe or damaged, or does not fit the
+            model; the model is unchanged.
+        RuntimeError: the model is merged.
+
+    Example:
+        >>> from rasa_research.checkpoint import load_official_experts
+        >>> model = load_official_experts(model, "checkpoint")
+        >>> rasa_ext.save_adapter(model, "adapter")  # in this package's format
+    """
+    settings, found = read_adapter(directory)
+    config, where = RasaConfig.from_dict(settings), str(directory)
+    config, tensors = stack_experts(unwrap(model), config, found, where)
+    return load_official_tensors(model, config, tensors, where)
+
+
+def stack_experts(
+    model: nn.Module, config: RasaConfig, tensors: Mapping[str, Tensor], where: str
+) -> tuple[RasaConfig, dict[str, Tensor]]:
+    """Give config and tensors for stacked experts, those under the package's own names.
+
+    Both are given back as they are where the model stacks no experts, or the file has none.
+    ValueError, beginning with ``where``, where experts of the file do not fit the model.
+    """
+    weights = _adapted(model, tensors)
+    if not weights:
+        return config, dict(tensors)
+    _check_no_router({weight.path for weight in weights}, tensors, where)
+    groups: dict[tuple[str, tuple[str, ...]], list[StackedWeight]] = {}
+    for weight in weights:
+        groups.setdefault((_kind(weight.path), tuple(weight.parts)), []).append(weight)
+    _check(config, groups.values(), tensors, where)
+    kept, stacked, used = {}, {}, set[str]()
+    for members in groups.values():
+        own, pooled = config.ranks(len(members))
+        for index, weight in enumerate(members):
+            source = _Source(weight, tensors, own, pooled, used)
+            stacked.update(source.own())
+            if index == 0:
+                stacked.update(source.pool())
+            if (count := len(weight.parts)) > 1:
+                kept[weight.name] = (count * own, count * pooled, count * pooled)
+                stacked[own_key(weight.name, "slots")] = torch.arange(count * pooled)
+    rest = {key: tensor for key, tensor in tensors.items() if key not in used}
+    fields = {each.name: getattr(config, each.name) for each in dataclasses.fields(config)}
+    fields |= {"experts": "slot", "target_modules": _targets(model, config, weights, rest)}
+    chosen = GatedRasaConfig(**fields, kept=kept) if kept else RasaConfig(**fields)
+    return chosen, {**rest, **stacked}
+
+
+def _kind(name: str) -> str:
+    """``model.layers.3.self_attn.q_proj`` to ``self_attn__q_proj``: the name of its pool."""
+    return re.sub(r"^.*?\blayers\.\d+\.", "", name).replace(".", "__")
+
+
+def _layer(weight: StackedWeight, expert: int, part: str) -> str:
+    """Name one expert's matrix in the checkpoint."""
+    return f"{weight.path}.{expert}.{part}"
+
+
+def _adapted(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[StackedWeight]:
+    """List the stacked weights of which the checkpoint adapts matrices, with these alone."""
+    found = []
+    for weight in stacked_weights(model):
+        parts = {
+            part: rows
+            for part, rows in weight.parts.items()
+            if any(
+                f"{PREFIX}{_layer(weight, expert, part)}.rasa_A.weight" in tensors
+                for expert in range(weight.shape[0])
+            )
+        }
+        if parts:
+            found.append(dataclasses.replace(weight, parts=parts))
+    return found
+
+
+def _check_no_router(experts: set[str], tensors: Mapping[str, Tensor], where: str) -> None:
+    """ValueError where the file adapts what chooses the experts as well."""
+    for name in (match["name"] for match in map(_LAYER.match, tensors) if match):
+        parent, _, last = name.rpartition(".")
+        if last == "gate" and f"{parent}.experts" in experts:
+            raise ValueError(
+                f"{where}: the file adapts {name!r}, the router of experts, which is no linear "
+                "layer in transformers 5, so that nothing can take it here; merge this adapter "
+                "where it was trained, or train one that leaves gate out of its target_modules."
+            )
+
+
+def _check(
+    config: RasaConfig,
+    groups: Iterable[list[StackedWeight]],
+    tensors: Mapping[str, Tensor],
+    where: str,
+) -> None:
+    """ValueError, naming the file's own keys, where experts are not all there or misshapen."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for members in groups:
+        own, pooled = config.ranks(len(members))
+        for weight in members:
+            experts, out_features, in_features = weight.shape
+            for part, chosen in weight.parts.items():
+                rows = len(range(out_features)[chosen])
+                for expert in range(experts):
+                    layer = _layer(weight, expert, part)
+                    key = f"{PREFIX}{layer}.rasa_"
+                    expected[f"{key}A.weight"] = (own, in_features)
+                    expected[f"{key}B.weight"] = (rows, own)
+                    expected[f"{key}mixing.weight"] = (own + pooled,)
+                    if pooled:
+                        expected[_pool("A", layer)] = (pooled, in_features)
+                        expected[_pool("B", layer)] = (rows, pooled)
+    found = {key: tensor for key, tensor in tensors.items() if key in expected}
+    check_tensors(found, expected, where)
+
+
+def _pool(part: str, layer: str) -> str:
+    return f"base_model.rasa_shared_{part}.{_kind(layer)}.weight"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One weight's tensors in a checkpoint; ``used`` collects the keys that were read."""
+
+    weight: StackedWeight
+    tensors: Mapping[str, Tensor]
+    private: int
+    pooled: int
+    used: set[str]
+
+    def own(self) -> dict[str, Tensor]:
+        """Stack A, B and d of all experts."""
+        down = self._each("A", shared=False)
+        up = self._each("B", shared=False)
+        mixing = [
+            [self._take(f"{PREFIX}{_layer(self.weight, expert, part)}.rasa_mixing.weight")
+             for part in self.weight.parts]
+            for expert in range(self.weight.shape[0])
+        ]  # fmt: skip
+        d = [
+            torch.cat([each[: self.private] for each in of] + [each[self.private :] for each in of])
+            for of in mixing
+        ]
+        return {
+            own_key(self.weight.name, "A"): torch.stack([torch.cat(of) for of in down]),
+            own_key(self.weight.name, "B"): torch.stack([self._diagonal(of) for of in up]),
+            own_key(self.weight.name, "d"): torch.stack(d),
+        }
+
+    def pool(self) -> dict[str, Tensor]:
+        """Stack the pools of all experts; nothing where k = 0."""
+        if not self.pooled:
+            return {}
+        down, up = self._each("A", shared=True), self._each("B", shared=True)
+        return {
+            pool_key(self.weight.name, "A"): torch.stack([torch.cat(of) for of in down]),
+            pool_key(self.weight.name, "B"): torch.stack([self._diagonal(of) for of in up]),
+        }
+
+    def _each(self, field: str, *, shared: bool) -> list[list[Tensor]]:
+        """Read a factor for every expert and each of its matrices."""
+        found = []
+        for expert in range(self.weight.shape[0]):
+            layers = [_layer(self.weight, expert, part) for part in self.weight.parts]
+            found.append(
+                [
+                    self._take(
+                        _pool(field, each) if shared else f"{PREFIX}{each}.rasa_{field}.weight"
+                    )
+                    for each in layers
+                ]
+            )
+        return found
+
+    def _take(self, key: str) -> Tensor:
+        self.used.add(key)
+        return self.tensors[key]
+
+    def _diagonal(self, factors: list[Tensor]) -> Tensor:
+        """Put B's of matrices on their rows and on columns of their own, with zeros elsewhere."""
+        out_features, columns = self.weight.shape[1], sum(each.shape[1] for each in factors)
+        found = factors[0].new_zeros((out_features, columns))
+        begin = 0
+        for chosen, each in zip(self.weight.parts.values(), factors, strict=True):
+            found[chosen, begin : begin + each.shape[1]] = each
+            begin += each.shape[1]
+        return found
+
+
+def _targets(
+    model: nn.Module, config: RasaConfig, weights: list[StackedWeight], rest: Mapping[str, Tensor]
+) -> tuple[str, ...]:
+    """Name the layers that the file has: as its config does, and the stacked weights."""
+    stacked = [weight.name for weight in weights]
+    given = config.target_modules
+    if isinstance(given, str):  # a regular expression for names of transformers 4
+        return (*(match["name"] for match in map(_LAYER.match, rest) if match), *stacked)
+    parts = {part for weight in weights for part in weight.parts}
+    layers = {name.rpartition(".")[2] for name, each in model.named_modules() if _is_layer(each)}
+    gone = parts - layers
+    return (*(each for each in given if each.rpartition(".")[2] not in gone), *stacked)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "weight", None), Tensor)

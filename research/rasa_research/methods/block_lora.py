@@ -1,0 +1,78 @@
+"""Block-LoRA: blocks of ranks that share one A, which is a LoRA whose B moves faster."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from rasa_ext.methods import (
+    AdapterConfig,
+    Factors,
+    Place,
+    Rate,
+    checked_integer,
+    document_fields,
+    fresh_A,
+    fresh_B,
+    option,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockLoraConfig(AdapterConfig):
+    """The config of a Block-LoRA (arXiv 2501.16720): n blocks B_i share one A of rank r / n.
+
+    dW = s (B_1 + ... + B_n) A with A (r/n, in) and B_i (out, r/n), s = alpha / r. From zeros and
+    under an optimizer that treats every number alike, the blocks get one gradient and stay equal,
+    so that this keeps their sum alone, as B, which then moves n times as fast:
+    ``rasa_ext.training.parameter_groups`` gives B that rate. The paper leaves its initialisation
+    and its scale open; they are this package's choice.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> from rasa_research.methods import BlockLoraConfig
+        >>> config = BlockLoraConfig(rank=8, blocks=4)
+        >>> model = rasa_ext.patch_model(model, config=config)
+        >>> groups = rasa_ext.training.parameter_groups(model, lr=1e-3)
+        >>> sorted(group["lr"] for group in groups)
+        [0.001, 0.004]
+    """
+
+    method: ClassVar[str] = "block-lora"
+    title: ClassVar[str] = "Block-LoRA"
+    paper: ClassVar[str] = "2501.16720"
+    peft: ClassVar[str] = "its B needs a learning rate of its own"
+
+    rank: int = option(8, "r: all blocks' ranks together. The rank of dW is r / n.")
+    alpha: float = option(16.0, "The scale s is alpha / r.")
+    blocks: int = option(2, "n, the blocks that share A; it divides the rank.")
+
+    def __post_init__(self) -> None:
+        """Check every field and bring it into its canonical form."""
+        super().__post_init__()
+        if checked_integer("blocks", self.blocks) < 1 or self.rank % self.blocks:
+            raise ValueError(
+                f"blocks: expected a divisor of the rank, which is {self.rank}, got {self.blocks}."
+            )
+
+    def learning_rates(self, place: Place) -> dict[str, Rate]:
+        """Let B, the sum of n blocks, move n times as fast; the rate multiplies its decay."""
+        return {"B": Rate(lr=self.blocks, weight_decay=1 / self.blocks)}
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        """Make A (r/n, in) and the blocks' sum B (out, r/n)."""
+        rank, dtype = self.rank // self.blocks, self.adapter_dtype
+        return {"A": fresh_A(rank, place, dtype), "B": fresh_B(rank, place, dtype)}
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+        """Give A and B, and s for every rank."""
+        A = own["A"]
+        return Factors(A, None, own["B"], None, A.new_full((A.shape[0],), self.alpha / self.rank))
+
+
+document_fields(BlockLoraConfig)

@@ -1,0 +1,72 @@
+"""Boosters as slots of a pool: each is one pair for all layers of a group, and an entry of d."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.methods import Factors, Place, document_fields, fresh_A, fresh_B, option
+from rasa_research.methods.boosted_lora import Boosted
+from rasa_research.methods.stack import empty_stack
+
+
+@dataclasses.dataclass(frozen=True)
+class BoostedPoolConfig(Boosted):
+    """The config of boosters that a group's layers share: XGBLoRA's (arXiv 2410.19694) in a pool.
+
+    dW_i = sum_t d_it b_t a_t. The pair of the present booster t is trained, and of every layer i
+    the entry d_it that weights it, which begins at alpha / r; the boosters before stay.
+    ``rasa_research.training.Boosting`` begins one after the other, each of in + out + L numbers for
+    L layers. A group owns A (r, in) and B (out, r) of the present booster, and the buffers stack_A
+    and stack_B with those before; a layer owns d (r,), and stack_d (n,) for the n slots of the
+    stack. In no paper.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> from rasa_research.methods import BoostedPoolConfig
+        >>> from rasa_research.training import Boosting
+        >>> model = rasa_ext.patch_model(model, config=BoostedPoolConfig())
+        >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
+        >>> boosting = Boosting(model, optimizer, steps=100)
+    """
+
+    method: ClassVar[str] = "boosted-pool"
+    title: ClassVar[str] = "boosters in a pool, as XGBLoRA's"
+    peft: ClassVar[str] = f"it is trained by {Boosted.loop}"
+
+    train_past: bool = option(
+        False, "Whether the entries of d that weight former boosters are trained on."
+    )
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        """Make d (r,), and stack_d (n,) of zeros."""
+        where: dict[str, Any] = {"dtype": self.adapter_dtype, "device": place.device}
+        past = torch.zeros(self.stacked(place), **where)
+        return {
+            "d": nn.Parameter(torch.full((self.rank,), self.scale, **where)),
+            "stack_d": nn.Parameter(past) if self.train_past else past,
+        }
+
+    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Make A (r, in) and B (out, r), and the buffers stack_A (n, in) and stack_B (out, n)."""
+        first, dtype = places[0], self.adapter_dtype
+        return {
+            "A": fresh_A(self.rank, first, dtype),
+            "B": fresh_B(self.rank, first, dtype),
+            **empty_stack(self.stacked(first), first, dtype),
+        }
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+        """Give the present booster as the pool, and those before it, frozen, in front of it."""
+        d = torch.cat((own["stack_d"], own["d"]))
+        A, A_now, B, B_now = (pool[name].to(d.device) for name in ("stack_A", "A", "stack_B", "B"))
+        return Factors(A, A_now, B, B_now, d)
+
+
+document_fields(BoostedPoolConfig)

@@ -1,0 +1,91 @@
+"""ResLoRA's block shortcut: every layer also computes the LoRAs of the layers before it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rasa_ext.methods import (
+    AdapterConfig,
+    Factors,
+    Place,
+    checked_choice,
+    checked_integer,
+    document_fields,
+    fresh_A,
+    fresh_B,
+    option,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ResLoraConfig(AdapterConfig):
+    """The config of a ResLoRA with block shortcuts ("bs", arXiv 2402.18039).
+
+    Layer n of a group computes dW_n = s (B_n A_n + B_n-1 A_n-1 + ... + B_n-m A_n-m), with a LoRA
+    of rank r a layer and s = alpha / r. The group owns the LoRAs, as ``A0``, ``B0``, ``A1``, ...,
+    and a layer reads its own and those of up to m layers before it, so that merging is exact and
+    the effective rank r (m + 1). The shortcuts "is" and "ms" add the inputs of other layers, which
+    no change of weights can do; they are not offered. Dropout draws one mask a layer, where the
+    official code draws one a term.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> from rasa_research.methods import ResLoraConfig
+        >>> model = rasa_ext.patch_model(model, config=ResLoraConfig(rank=4, window=1))
+        >>> {row.R for row in rasa_ext.summary(model)}  # 4 ranks of its own, 4 of the one before
+        {8}
+    """
+
+    method: ClassVar[str] = "reslora"
+    title: ClassVar[str] = "ResLoRA"
+    paper: ClassVar[str] = "2402.18039"
+
+    rank: int = option(8, "The rank r of every layer's own LoRA.")
+    alpha: float = option(16.0, "The scale s is alpha / r.")
+    window: int = option(4, "m: of how many layers before it a layer computes the LoRAs too.")
+    shortcut: str = option("bs", "The kind of shortcut; the paper's 'is' and 'ms' are refused.")
+
+    def __post_init__(self) -> None:
+        """Check every field and bring it into its canonical form."""
+        if self.shortcut in ("is", "ms"):
+            raise ValueError(
+                f"shortcut: expected 'bs', got {self.shortcut!r}, which adds what another layer "
+                "reads: no change of this layer's weight does that, so that the adapter could be "
+                "neither merged exactly nor exported, and no program would serve it."
+            )
+        checked_choice("shortcut", self.shortcut, ("bs",))
+        if checked_integer("window", self.window) < 0:
+            raise ValueError(f"window: expected an integer >= 0, got {self.window}.")
+        super().__post_init__()
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        """Make nothing: the group owns the LoRAs of all its layers."""
+        return {}
+
+    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Make A_i (r, in) and B_i (out, r) of every layer i of the group."""
+        tensors: dict[str, Tensor] = {}
+        for i, place in enumerate(places):
+            tensors[f"A{i}"] = fresh_A(self.rank, place, self.adapter_dtype)
+            tensors[f"B{i}"] = fresh_B(self.rank, place, self.adapter_dtype)
+        return tensors
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+        """Give the layer's LoRA, those before it as its pool, and s for every rank."""
+        window = range(place.index, max(place.index - self.window, 0) - 1, -1)
+        A, *before = (pool[f"A{i}"] for i in window)
+        B, *up = (pool[f"B{i}"].t() for i in window)
+        d = A.new_full((len(window) * self.rank,), self.alpha / self.rank)
+        if not before:
+            return Factors(A, None, B.t(), None, d)
+        return Factors(A, torch.cat(before), B.t(), torch.cat(up).t(), d)
+
+
+document_fields(ResLoraConfig)

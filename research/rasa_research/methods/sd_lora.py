@@ -1,0 +1,150 @@
+"""SD-LoRA: a LoRA a task, whose directions stay while their magnitudes are trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext.methods import (
+    AdapterConfig,
+    Factors,
+    Place,
+    checked_choice,
+    document_fields,
+    fresh_A,
+    fresh_B,
+    option,
+)
+from rasa_research.methods.stack import empty_stack
+
+
+@dataclasses.dataclass(frozen=True)
+class SdLoraConfig(AdapterConfig):
+    """The config of an SD-LoRA (arXiv 2501.13198), for tasks that come one after the other.
+
+    dW = m_1 B_1 A_1 / n_1 + ... + m_t B A / n: the pairs of the tasks before, which stay as they
+    are, and that of the present task, which is trained, as are the magnitudes m of all.
+    ``rasa_research.training.next_task`` begins a task, and ``absorb`` takes one out again that the
+    others can express. A layer owns A (r, in), B (out, r), the buffers stack_A and stack_B with
+    all former ranks, and their norms; magnitudes m (tasks,), that of the present task last, are
+    the layer's own or the group's.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> from rasa_research import methods, training
+        >>> model = rasa_ext.patch_model(model, config=methods.SdLoraConfig(rank=4))
+        >>> model = training.next_task(model)  # after training on the first
+        >>> {row.R for row in rasa_ext.summary(model)}
+        {8}
+    """
+
+    method: ClassVar[str] = "sd-lora"
+    title: ClassVar[str] = "SD-LoRA"
+    paper: ClassVar[str] = "2501.13198"
+
+    rank: int = option(10, "The rank r of the first task's pair.")
+    alpha: float = option(
+        8.0, "A task's magnitude begins at alpha / r; at 0.8, the official code's, by default."
+    )
+    norm: str = option(
+        "none",
+        "What a direction is divided by: 'none'; 'frobenius', the norm of B_k A_k, the present "
+        "task's included once B is not zero, as in the paper; 'product', for former tasks alone "
+        "the norm of B_k times that of A_k, as in the official code.",
+    )
+    tied: bool = option(
+        True,
+        "Whether the layers of a group share their magnitudes, or each has its own. The paper ties "
+        "all layers of a model.",
+    )
+    rank_schedule: Mapping[int, int] | tuple[tuple[int, int], ...] = option(
+        (),
+        "Ranks of later tasks: {5: 8, 9: 6} means rank 8 from the fifth task on, 6 from the 9th.",
+        counts=1,
+    )
+    past: tuple[int, ...] = option(
+        (), "The ranks of the former tasks. rasa_research.training.next_task sets it."
+    )
+
+    def __post_init__(self) -> None:
+        """Check every field and bring it into its canonical form."""
+        checked_choice("norm", self.norm, ("none", "frobenius", "product"))
+        super().__post_init__()
+        schedule = []
+        for task, rank in dict(self.rank_schedule).items():
+            if not str(task).isdecimal() or int(task) < 2 or rank < 1:
+                raise ValueError(
+                    "rank_schedule: expected tasks from 2 on with ranks from 1 on, got "
+                    f"{{{task!r}: {rank}}}."
+                )
+            schedule.append((int(task), rank))
+        object.__setattr__(self, "rank_schedule", tuple(sorted(schedule)))
+        object.__setattr__(self, "past", tuple(self.past))
+
+    @property
+    def present_rank(self) -> int:
+        """The rank of the present task's pair."""
+        rank = self.rank
+        for task, later in dict(self.rank_schedule).items():
+            rank = later if task <= len(self.past) + 1 else rank
+        return rank
+
+    @property
+    def scale(self) -> float:
+        """The value that the present task's magnitude begins with."""
+        return self.alpha / self.present_rank
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        """Make A (r, in), B (out, r), for former tasks the stack and norms, and m if not tied."""
+        dtype = self.adapter_dtype
+        own: dict[str, Tensor] = {
+            "A": fresh_A(self.present_rank, place, dtype),
+            "B": fresh_B(self.present_rank, place, dtype),
+        }
+        if self.past:
+            own |= empty_stack(sum(self.past), place, dtype)
+            own["norms"] = torch.ones(len(self.past), dtype=dtype, device=place.device)
+        if not self.tied:
+            own["m"] = self._magnitudes(place)
+        return own
+
+    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        """Make m (tasks,) where it is tied."""
+        return {"m": self._magnitudes(places[0])} if self.tied else {}
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+        """Give the present pair, and the former ones as its pool, with m over the norms as d."""
+        A, B = own["A"], own["B"]
+        m = (pool if self.tied else own)["m"].to(A.device)
+        d = m[-1].repeat(len(A))
+        if self.norm == "frobenius":
+            B = B / direction_norm(A, B, self.norm)
+        if not self.past:
+            return Factors(A, None, B, None, d)
+        ranks = torch.tensor(self.past, device=A.device)
+        each = torch.repeat_interleave(m[:-1] / own["norms"], ranks, output_size=sum(self.past))
+        return Factors(A, own["stack_A"], B, own["stack_B"], torch.cat((d, each)))
+
+    def _magnitudes(self, place: Place) -> Tensor:
+        shape = (len(self.past) + 1,)
+        m = torch.full(shape, self.scale, dtype=self.adapter_dtype, device=place.device)
+        return nn.Parameter(m)
+
+
+def direction_norm(A: Tensor, B: Tensor, norm: str) -> Tensor:
+    """Give what a direction B A is divided by, from r x r matrices; one for a direction of zero."""
+    if norm == "none":
+        return A.new_ones(())
+    wide = torch.promote_types(A.dtype, torch.float32)
+    down, up = (rows @ rows.t() for rows in (A.to(wide), B.t().to(wide)))
+    square = (up * down).sum() if norm == "frobenius" else up.trace() * down.trace()
+    return torch.where(square > 0, square, 1.0).sqrt().to(A.dtype)
+
+
+document_fields(SdLoraConfig)

@@ -1,0 +1,66 @@
+"""SoRA: a LoRA whose ranks have gates, which training may close."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rasa_ext.methods import Place, Rate, document_fields, option
+from rasa_research.methods.gated_rasa import GatedRasaConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class SoraConfig(GatedRasaConfig):
+    """The config of a SoRA (arXiv 2311.11696): dW = s B diag(g) A with trained gates g.
+
+    Stored is d = s g, s = alpha / r. Under Adam, without a clipped norm, d follows s g where rate
+    and epsilon follow s: ``rasa_ext.training.parameter_groups`` sees to that. Gates begin as
+    N(0, 1). ``rasa_research.training.ProximalGates`` drives them to zero and ``prune`` takes closed
+    ones out.
+
+    Raises:
+        TypeError, ValueError: naming the field, what was expected and what came.
+
+    Example:
+        >>> from rasa_research.methods import SoraConfig
+        >>> model = rasa_ext.patch_model(model, config=SoraConfig(rank=8))
+        >>> from rasa_research.training import ProximalGates
+        >>> gates = ProximalGates(model, threshold=1e-3)
+    """
+
+    method: ClassVar[str] = "sora"
+    title: ClassVar[str] = "SoRA"
+    paper: ClassVar[str] = "2311.11696"
+    peft: ClassVar[str] = (
+        "rasa_research.training.ProximalGates drives the gates in steps of training"
+    )
+
+    rank: int = option(8, "The rank r that every layer begins with.")
+    k: int | None = option(
+        0, "How many of the r ranks every layer gives to a pool, as in RaSA; 0 is the paper's."
+    )
+    alpha: float = option(16.0, "The scale s is alpha / r.")
+
+    def diagonal(self, own: int, pooled: int) -> Tensor:
+        """Draw s N(0, 1)."""
+        return torch.randn(own + pooled) * (self.alpha / self.rank)
+
+    def learning_rates(self, place: Place) -> dict[str, Rate]:
+        """Let d = s g move as s g does under Adam: s times the rate, and epsilon over s."""
+        s = self.gate_scale(place.num_layers)
+        found = super().learning_rates(place)
+        return {n: r._replace(lr=s * r.lr, eps=1 / s) for n, r in found.items()}
+
+    def gate_entries(self, own: int, pooled: int) -> slice:
+        """All of d are gates."""
+        return slice(0, own + pooled)
+
+    def gate_scale(self, num_layers: int) -> float:
+        """Give s."""
+        return self.alpha / self.rank
+
+
+document_fields(SoraConfig)

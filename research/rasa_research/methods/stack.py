@@ -1,0 +1,25 @@
+"""Factors that stay as training left them, in buffers of a layer or of a pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rasa_ext.methods import Place
+
+
+def empty_stack(rank: int, place: Place, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Make buffers for factors that are not trained: stack_A (n, in), stack_B (out, n)."""
+    down, up = (
+        torch.zeros((rank, width), dtype=dtype, device=place.device)
+        for width in (place.in_features, place.out_features)
+    )
+    return {"stack_A": down, "stack_B": up.t()}
+
+
+def pushed(tensors: dict[str, Tensor], down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    """Give the stack among ``tensors``, if it is there, with A (r, in) and B (out, r) behind it."""
+    rows = [down.detach().clone()], [up.detach().t().clone()]
+    if "stack_A" in tensors:
+        rows = [tensors["stack_A"], *rows[0]], [tensors["stack_B"].t(), *rows[1]]
+    return {"stack_A": torch.cat(rows[0]), "stack_B": torch.cat(rows[1]).t()}

@@ -1,0 +1,262 @@
+"""Gradient boosting of rank-1 adapters over a stack that stays (XGBLoRA, arXiv 2410.19694)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import RasaLinear, RasaPool
+from rasa_ext.distributed import check_averaged
+from rasa_ext.methods import checked_integer, checked_number
+from rasa_ext.training import adapter_of, replace_tensors
+from rasa_research.methods import BoostedLoraConfig, BoostedPoolConfig
+from rasa_research.methods.boosted_lora import Boosted
+from rasa_research.methods.stack import pushed
+from rasa_research.training.callback import step_callback
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+
+class Boosting:
+    """Train one booster after the other: W + s B_1 A_1 + s B_2 A_2 + ..., only the last of them.
+
+    After so many steps the present pair of every drawn layer is pushed to the layer's stack and a
+    fresh one begins, B at zero and without the optimizer's state, its step count included; other
+    layers are drawn. The base is never written, so that it may be quantized, no rounding adds up
+    and the adapter stays one: ``merge_and_unload`` or ``export_lora`` at the end give what T
+    merges would have.
+
+    With ``BoostedPoolConfig`` a booster is a slot of a pool: one pair for all layers of a group,
+    and of each drawn layer an entry of d that weights it. Layers that are not drawn have a zero
+    there; a group none of whose layers is drawn keeps its present pair for later.
+
+    Args:
+        model: patched with ``BoostedLoraConfig``, whose scale s every booster has, or with
+            ``BoostedPoolConfig``.
+        optimizer: that of the adapter's parameters. One with state beside ``state``, as
+            ``rasa_research.optim.LoraPro`` has, is asked to ``forget`` parameters.
+        steps: the optimizer's steps of a booster.
+        layers: of how many layers, drawn at random, a booster consists; all unless given.
+        alpha: what a booster counts once it is pushed. Other than 1 the outputs jump then.
+        seed: of the draws of layers and of fresh factors; equal on every process.
+
+    Raises:
+        TypeError, ValueError: naming the argument; the model is patched with another method.
+
+    Example:
+        >>> from rasa_research import methods, training
+        >>> model = rasa_ext.patch_model(model, config=methods.BoostedLoraConfig())
+        >>> optimizer = torch.optim.AdamW(rasa_ext.adapter_parameters(model), lr=5e-4)
+        >>> boosting = training.Boosting(model, optimizer, steps=2)
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> for _ in range(4):
+        ...     model(tokens, labels=tokens).loss.backward()
+        ...     optimizer.step()
+        ...     pushed = boosting.step()
+        ...     optimizer.zero_grad()
+        >>> {row.R for row in rasa_ext.summary(model)}  # two boosters pushed, one begun
+        {3}
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        layers: int | None = None,
+        alpha: float = 1.0,
+        seed: int = 0,
+    ) -> None:
+        names = list(_adapter(model)[1])
+        if checked_integer("steps", steps) < 1:
+            raise ValueError(f"steps: expected an integer >= 1, got {steps}.")
+        if layers is not None and not 1 <= checked_integer("layers", layers) <= len(names):
+            raise ValueError(
+                f"layers: expected 1 to {len(names)}, as many as the model has, got {layers}."
+            )
+        self.alpha = checked_number("alpha", alpha)
+        self._seed = checked_integer("seed", seed)
+        self._model, self._optimizer = model, _checked_optimizer(optimizer, model)
+        self._steps, self._count, self._layers = steps, 0, layers
+        self._drawn = self._draw(self._generator())
+        self._freeze()
+
+    def step(self) -> bool:
+        """Count a step of the optimizer; tell whether it was a booster's last.
+
+        Raises:
+            RuntimeError: the adapter is merged; or layers are drawn, or entries trained on, in
+                several processes that DistributedDataParallel joins.
+        """
+        if self._layers is not None:
+            check_averaged(self._model, "layers")
+        if getattr(_adapter(self._model)[0], "train_past", False):
+            check_averaged(self._model, "train_past")
+        self._count += 1
+        if self._count % self._steps:
+            return False
+        generator = self._generator()
+        drawn = self._draw(generator)
+        self._push(generator)
+        self._drawn = drawn
+        self._freeze()
+        return True
+
+    def penalty(self) -> Tensor:
+        """Give the sum of ||A||^2 + ||B||^2 of the present booster, differentiable.
+
+        The paper's regularisation of a booster, whose weight it leaves to its user.
+        """
+        parts = [part for pair in self._live() for part in (pair.owner.A, pair.owner.B)]
+        return torch.stack([part.square().sum().to(parts[0].device) for part in parts]).sum()
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """The layers of the present booster."""
+        return self._drawn
+
+    def state_dict(self) -> dict[str, int]:
+        """Give what a resumed training needs beside the model and the optimizer."""
+        return {"count": self._count, "seed": self._seed, "pushed": self._pushed()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up what ``state_dict`` gave, over a model with the adapter of that moment.
+
+        Raises:
+            ValueError: the model has more, or fewer, pushed boosters.
+        """
+        if state["pushed"] != (pushed := self._pushed()):
+            raise ValueError(
+                f"state: expected a model with the {state['pushed']} ranks of the boosters so far, "
+                f"got {pushed}; make it by rasa_ext.load_adapter(base, directory), with the "
+                "adapter that was saved at that step."
+            )
+        self._count, self._seed = state["count"], state["seed"]
+        self._drawn = self._draw(self._generator())
+        self._freeze()
+
+    def callback(self) -> TrainerCallback:
+        """Give a callback for transformers' Trainer that does the steps.
+
+        The state is in Trainer's checkpoints. To resume, make the model by ``load_adapter`` of the
+        adapter that was saved at the checkpoint's step, so that it has the boosters.
+        """
+        return step_callback(self)
+
+    def _pushed(self) -> int:
+        return sum(dict(_adapter(self._model)[0].stack).values())
+
+    def _generator(self) -> torch.Generator:
+        """Begin the random numbers of the present booster, alike on every process."""
+        mixed = random.Random(f"{self._seed} {self._count // self._steps}")
+        return torch.Generator().manual_seed(mixed.getrandbits(63))
+
+    def _pairs(self) -> list[_Pair]:
+        """List the present pairs: a layer's own, or a pool's."""
+        found: dict[nn.Module, _Pair] = {}
+        for name, layer in _adapter(self._model)[1].items():
+            owner = layer if layer.pool is None else layer.pool
+            found.setdefault(owner, _Pair(owner, {})).layers[name] = layer
+        return list(found.values())
+
+    def _live(self) -> list[_Pair]:
+        """List those of the present booster."""
+        return [pair for pair in self._pairs() if pair.layers.keys() & set(self._drawn)]
+
+    def _draw(self, generator: torch.Generator) -> tuple[str, ...]:
+        names = list(_adapter(self._model)[1])
+        if self._layers is None:
+            return tuple(names)
+        order = torch.randperm(len(names), generator=generator)[: self._layers]
+        return tuple(names[i] for i in sorted(order.tolist()))
+
+    @torch.no_grad()
+    def _freeze(self) -> None:
+        """Train the drawn layers alone; where B is zero, also let no other one read a pool's."""
+        for owner, layers in self._pairs():
+            drawn = layers.keys() & set(self._drawn)
+            for parameter in (owner.A, owner.B):
+                parameter.requires_grad_(bool(drawn))
+            if not isinstance(owner, RasaPool):
+                continue
+            begins = not owner.B.any()
+            for name, layer in layers.items():
+                for tensor in layer.own_tensors().values():
+                    if isinstance(tensor, nn.Parameter):
+                        tensor.requires_grad_(name in drawn)
+                if begins:
+                    scale = _adapter(self._model)[0].scale
+                    layer.d.fill_(scale if name in drawn else 0.0)
+
+    @torch.no_grad()
+    def _push(self, generator: torch.Generator) -> None:
+        config, live = _adapter(self._model)[0], self._live()
+        counts = dict(config.stack)
+        changed: dict[RasaLinear | RasaPool, dict[str, Tensor]] = {}
+        grown: dict[Tensor, Tensor] = {}
+        for owner, layers in live:
+            first = next(iter(layers.values()))
+            own = first.own_tensors() if owner is first else first.pool_tensors()
+            changed[owner] = own | pushed(own, owner.A, self.alpha * owner.B)
+            for name, layer in layers.items():
+                counts[name] = counts.get(name, 0) + config.rank
+                if owner is not first:
+                    past = layer.own_tensors()["stack_d"]
+                    behind = torch.cat((past, layer.d)).detach()
+                    if isinstance(past, nn.Parameter):
+                        behind = grown[past] = nn.Parameter(behind)
+                    changed[layer] = {"d": layer.d, "stack_d": behind}
+        replace_tensors(self._model, dataclasses.replace(config, stack=counts), changed)
+        self._forget(list(grown))
+        for group in self._optimizer.param_groups:
+            group["params"] = [grown.get(each, each) for each in group["params"]]
+        for owner, layers in live:
+            bound = 1 / math.sqrt(next(iter(layers.values())).place.in_features)
+            drawn = torch.empty(owner.A.shape, dtype=owner.A.dtype)
+            owner.A.copy_(drawn.uniform_(-bound, bound, generator=generator))
+            owner.B.zero_()
+            entries = [layer.d for layer in layers.values()] if isinstance(owner, RasaPool) else []
+            self._forget([owner.A, owner.B, *entries])
+
+    def _forget(self, parameters: list[Tensor]) -> None:
+        """Drop what the optimizer knows of parameters that begin anew."""
+        for parameter in parameters:
+            parameter.grad = None
+            self._optimizer.state.pop(parameter, None)
+        forget = getattr(self._optimizer, "forget", None)
+        if forget is not None:
+            forget(parameters)
+
+
+def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """Return ``optimizer``; raise where it is none, or does not step every A and B of ``model``."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}."
+        )
+    stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    for name, layer in _adapter(model)[1].items():
+        owner = layer if layer.pool is None else layer.pool
+        if not {id(owner.A), id(owner.B)} <= stepped:
+            raise ValueError(
+                "optimizer: expected one of rasa_ext.adapter_parameters(model), got one without "
+                f"the parameters of {name!r}."
+            )
+    return optimizer
+
+
+def _adapter(model: nn.Module) -> tuple[Boosted, dict[str, RasaLinear]]:
+    return adapter_of(model, BoostedLoraConfig, BoostedPoolConfig)
+
+
+class _Pair(NamedTuple):
+    """A pair that a booster trains, and the layers that read it, by name."""
+
+    owner: RasaLinear | RasaPool
+    layers: dict[str, RasaLinear]

@@ -1,0 +1,112 @@
+"""finetune with gates: they close, closed ones are taken out, and options that do not fit."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import rasa_ext
+from rasa_research import methods
+from tests.commands.test_finetune_methods import (  # noqa: F401 - tests and a fixture, run here
+    KNOWN,
+    check_refused,
+    common,
+    more,
+    options_of,
+    run,
+    test_a_resumed_run_has_the_losses_of_an_uninterrupted_one,
+    test_another_adapter_is_not_resumed,
+    test_it_trains_what_the_method_trains,
+)
+from tests.helpers.cli import invoke
+from tests.helpers.methods import rasa_linears
+from tests.helpers.tiny_lm import make_model
+
+SMALL = more("gate_threshold: 1e-3")
+CASES = {
+    "gated-rasa": (SMALL, methods.GatedRasaConfig(4, 1, gate_threshold=1e-3)),
+    "sora": (SMALL, methods.SoraConfig(4, alpha=8.0, gate_threshold=1e-3)),
+    "sora, pool": ({"k": 1, **SMALL}, methods.SoraConfig(4, 1, 8.0, gate_threshold=1e-3)),
+}
+KNOWN.update(CASES)
+
+
+@pytest.fixture(params=CASES)
+def name(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["gated-rasa", "sora"])
+def resumed(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def another() -> tuple:
+    said = "method_options ('gate_threshold: 1e-3' before, 'gate_threshold: 2e-3' now)"
+    return "gated-rasa", more("gate_threshold: 2e-3"), said
+
+
+def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):  # noqa: F811
+    """Pruned or not, the two adapters are one function; the checkpoint has every rank."""
+    large = f"gate_threshold: {0.2 if name == 'gated-rasa' else 0.4}"
+    whole = options_of(common, name, tmp_path / "whole", max_steps=6, **more(large))
+    result, _ = run(whole)
+    text = capsys.readouterr().out
+    left, every = map(int, re.search(r"(\d+) of (\d+) gates are open\.", text).groups())
+    assert left < every
+    options = more(f"{large}, prune: true")
+    pruned = options_of(common, name, tmp_path / "pruned", max_steps=6, **options)
+    run(pruned)
+    text = capsys.readouterr().out
+    after, before = map(int, re.search(r"rank is (\d+), from (\d+)", text).groups())
+    assert after < before
+    ids = torch.arange(1, 9).unsqueeze(0)
+    models = [rasa_ext.load_adapter(make_model(), each.output) for each in (whole, pruned)]
+    torch.testing.assert_close(*(model(ids).logits for model in models))
+    ranks = [layer.effective_rank for layer in rasa_linears(models[1]).values()]
+    assert max(ranks) == after
+    assert result["trainable"] > rasa_ext.summary(models[1]).adapter
+    run(pruned, resume=True)  # what is complete is pruned once more
+    assert f"rank is {after}, from {before}" in capsys.readouterr().out
+    again = rasa_ext.load_adapter(make_model(), pruned.output)
+    assert torch.equal(again(ids).logits, models[1](ids).logits)
+
+
+def test_closed_altogether(common, tmp_path, capsys):  # noqa: F811
+    run(options_of(common, "sora", tmp_path, **more("gate_threshold: 100.0, prune: true")))
+    said = "0 of 56 gates are open; with the others taken out the effective rank is 0, from 4."
+    assert said in capsys.readouterr().out
+    model = rasa_ext.load_adapter(make_model(), tmp_path).eval()
+    ids = torch.arange(1, 9).unsqueeze(0)
+    torch.testing.assert_close(model(ids).logits, make_model()(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("sora", more(""), "gate_threshold: expected a number with the method 'sora'"),
+        ("sora", more("prune: true"), "gate_threshold: expected a number with the method 'sora'"),
+        ("sora", more("gate_threshold: -1"), "gate_threshold: expected a number >= 0, got -1"),
+        ("gated-rasa", {"k": 0}, "gates, as those of SoraConfig or of GatedRasaConfig with k > 0"),
+        ("gated-rasa", {"experts": "slot"}, "gate_threshold: expected None beside experts='slot'"),
+        ("lora", SMALL, "gate_threshold: expected none with the method 'lora', got 0.001"),
+        ("rasa", SMALL, "gate_threshold: expected none with the method 'rasa', got 0.001"),
+        ("sora", more("train_A: no"), "train_A: expected none with the method 'sora', got False"),
+    ],
+)
+def test_options_that_do_not_fit(name, changes, message, common, tmp_path, monkeypatch):  # noqa: F811
+    """They raise before the base's weights are read."""
+    monkeypatch.delattr("rasa_ext.commands.training.load_model")
+    check_refused(common, name, changes, message, tmp_path / "out")
+
+
+def test_by_the_command(common, tmp_path, capsys):  # noqa: F811
+    words = [
+        word for key, value in common.items() for word in (f"--{key.replace('_', '-')}", value)
+    ]
+    gates = ("--method", "sora", "--method-options", "gate_threshold: 0.4, prune: true")
+    text = invoke("finetune", *words, *gates, "--output", tmp_path / "sora")
+    assert "gates are open; with the others taken out" in text

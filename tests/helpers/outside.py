@@ -1,0 +1,59 @@
+"""Two methods that no package has: VeRA, and one whose layers own indices."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from rasa_ext import methods
+from rasa_ext.methods import Factors, Place
+
+
+@dataclasses.dataclass(frozen=True)
+class VeraConfig(methods.AdapterConfig):
+    """VeRA (arXiv 2310.11454): dW = diag(b) B diag(d) A, A and B being frozen and shared."""
+
+    method: ClassVar[str] = "vera"
+
+    rank: int = 8
+    d_initial: float = 0.1
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        zeros = torch.zeros(place.out_features, device=place.device)
+        d = torch.full((self.rank,), self.d_initial, device=place.device)
+        return {"b": nn.Parameter(zeros), "d": nn.Parameter(d)}
+
+    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+        out, width = places[0].out_features, places[0].in_features
+        A, B = torch.empty(self.rank, width), torch.empty(out, self.rank)
+        for each in (A, B):
+            nn.init.kaiming_uniform_(each)
+        return {"A": A.to(places[0].device), "B": B.to(places[0].device)}
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place) -> Factors:
+        return Factors(pool["A"], None, own["b"][:, None] * pool["B"], None, own["d"])
+
+
+@dataclasses.dataclass(frozen=True)
+class PickedConfig(methods.AdapterConfig):
+    """dW = B A[index]: every layer picks r of its 2 r rows of A."""
+
+    method: ClassVar[str] = "picked"
+
+    rank: int = 2
+
+    def own(self, place: Place) -> dict[str, Tensor]:
+        if self.rank > place.in_features:
+            raise ValueError(f"rank: expected at most {place.in_features}, got {self.rank}.")
+        return {
+            "A": methods.fresh_A(2 * self.rank, place, self.adapter_dtype),
+            "B": methods.fresh_B(self.rank, place, self.adapter_dtype),
+            "index": torch.arange(0, 2 * self.rank, 2, device=place.device),
+        }
+
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place) -> Factors:
+        return Factors(own["A"].index_select(0, own["index"]), None, own["B"], None, None)

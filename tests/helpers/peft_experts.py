@@ -1,0 +1,88 @@
+"""Mixtures of experts under PEFT: two layers, and adapters over all of their weights."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rasa_ext.peft import RasaConfig, RasaPeftBank
+from tests.helpers import peft
+from tests.helpers.models import randomize_weights
+
+EXPERTS, TOKENS = 5, torch.arange(20).view(2, 10)
+
+
+def moe(
+    family: str = "mixtral", dtype: torch.dtype = torch.float64, vocab_size: int = 32
+) -> nn.Module:
+    """Two layers whose weights all matter; gpt-oss has them transposed, with biases."""
+    counts = {"num_experts": EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True}
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=vocab_size,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        use_cache=False,
+        **(counts if family == "qwen3_moe" else {"num_local_experts": EXPERTS}),
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )
+    torch.manual_seed(0)
+    # transformers' grouped products have no float64 on a CPU.
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    randomize_weights(model, torch.Generator().manual_seed(1))
+    return model.to(dtype).eval()
+
+
+def lively(model: nn.Module, adapter: str = "default", seed: int = 3) -> nn.Module:
+    """Draws every tensor of an adapter, such that its change is about as large as the weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".rasa_" in name and name.endswith(f".{adapter}"):
+                drawn = torch.randn(parameter.shape, generator=generator) * 0.3
+                parameter.copy_(drawn + (".rasa_d." in name))
+    return model
+
+
+def tuned(
+    family: str = "mixtral", dtype: torch.dtype = torch.float64, vocab_size: int = 32, **options
+) -> PeftModel:
+    options = {"r": 3, "rasa_k": 1, "rasa_experts": "shared", "task_type": "CAUSAL_LM", **options}
+    model = get_peft_model(moe(family, dtype, vocab_size), RasaConfig(**options))
+    return lively(model).eval()
+
+
+def two(**options) -> PeftModel:
+    """Adapters of other groupings, ranks and targets; "default" is active."""
+    model = tuned(**options)
+    second = {"r": 2, "rasa_experts": "slot", "target_modules": ["q_proj", "experts.down_proj"]}
+    model.add_adapter("second", RasaConfig(**second))
+    model.add_adapter("third", RasaConfig(r=2, rasa_experts="layer"))
+    return lively(lively(model, "second", 9), "third", 11).eval()
+
+
+def banks(model: nn.Module) -> dict[str, RasaPeftBank]:
+    return {
+        name.removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, RasaPeftBank)
+    }
+
+
+def dense(model: PeftModel, *adapters: str, family: str = "mixtral") -> Tensor:
+    """The float64 logits of the base with these adapters' dW in its weights."""
+    return peft.dense(model, *adapters, base=moe(family), tokens=TOKENS)
+
+
+def close(logits: Tensor, expected: Tensor) -> None:
+    """Norms round to float32 within, also in a float64 model."""
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
