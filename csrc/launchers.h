@@ -47,7 +47,6 @@ struct PackLayer {
   int in, out;
   int own, pooled;
   int Rp;
-  int reserved;  // 0
 };
 
 // Up to so many layers travel as parameters of the kernel, which may take 4096 bytes: those of a

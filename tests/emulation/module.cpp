@@ -30,19 +30,12 @@ void bind_pack(py::module_& module) {
   py::class_<PackLayer>(module, "PackLayer")
       .def(py::init([](Address A, Address A_pool, Address B, Address B_pool, Address d, Address Ap,
                        Address Bp, int in, int out, int own, int pooled, int Rp) {
-        return PackLayer{pointer(A),
-                         pointer(A_pool),
-                         pointer(B),
-                         pointer(B_pool),
-                         pointer(d),
-                         pointer(Ap),
-                         pointer(Bp),
-                         in,
-                         out,
-                         own,
-                         pooled,
-                         Rp,
-                         0};
+        return PackLayer{pointer(A),  pointer(A_pool),
+                         pointer(B),  pointer(B_pool),
+                         pointer(d),  pointer(Ap),
+                         pointer(Bp), in,
+                         out,         own,
+                         pooled,      Rp};
       }));
   module.attr("layers_by_value") = kLayersByValue;
   module.def("pack", [](const std::vector<PackLayer>& layers, DType param, DType dtype) {

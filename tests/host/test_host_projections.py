@@ -294,6 +294,8 @@ def test_bad_input(host):
         host.ops.pack_projections(A, A_pool[:1], B, B_pool, d, torch.float32, 1)
     with pytest.raises(RuntimeError, match=r"dBp: expected as many layers as B has, 3, got 1"):
         host.ops.pack_projections_backward([], [Bp[0].float()], B, B_pool, d)
+    with pytest.raises(RuntimeError, match=r"B: expected 1 to 65535 layers, got 0"):
+        host.ops.pack_projections_backward([], [Bp[0].float()], [], [], [])
     with pytest.raises(RuntimeError, match=r"dBp: expected at least 9 rows"):
         host.ops.pack_projections_backward([], [up[1:].float() for up in Bp], B, B_pool, d)
     with pytest.raises(RuntimeError, match=r"multiple: expected at least 1, got 0"):
