@@ -70,15 +70,8 @@ void bind_decode(py::module_& module) {
   module.def("decode_workspace", &decode_workspace);
   module.def("decode", [](Address x, Address Ap, Address Bp, Address U, Address y,
                           Address workspace, int M, int in, int out, int Rp, DType dtype) {
-    launch_decode({pointer(x),
-                   pointer(Ap),
-                   pointer(U),
-                   pointer(workspace),
-                   M,
-                   in,
-                   Rp,
-                   1,
-                   {{pointer(Bp), pointer(y), out, 0, Rp}}},
+    launch_decode({pointer(x), pointer(Ap), pointer(Bp), pointer(U), pointer(y), pointer(workspace),
+                   M, in, out, Rp},
                   dtype, nullptr);
   });
 }
