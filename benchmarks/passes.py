@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from benchmarks.shapes import Linear
 
@@ -290,7 +290,6 @@ class Op:
     added_to: Tensor | None = None  # of the reads: what a product adds to
     inner: int = 0  # of a product (rows, inner) x (inner, cols)
     base: bool = False  # a product with W
-    launches: int = 1
 
     @property
     def bytes(self) -> float:
@@ -322,8 +321,7 @@ def ops(variant: Variant, linears: Sequence[Linear], setting: Setting) -> list[O
     lines = [*_expand(variant.forward, n), *_expand(variant.backward, n)]
     if variant.sums_dx:
         lines += [f"sum_dx: dX0 dX{i} -> dX0" for i in range(1, n)]
-    made = [_op(line, linears, setting, variant) for line in lines if _runs(line, setting)]
-    return _batched(made) if variant is FUSED else made
+    return [_op(line, linears, setting, variant) for line in lines if _runs(line, setting)]
 
 
 def _expand(lines: Lines, n: int) -> Iterator[str]:
@@ -397,26 +395,3 @@ def _tensor(name: str, linears: Sequence[Linear], setting: Setting, variant: Var
     size = {"x": setting.itemsize, "p": 4, "byte": 1, "bit": 1 / 8}[element]
     count = sizes[rows] * sizes[cols]
     return Tensor(name, sizes[rows], sizes[cols], math.ceil(count * size))
-
-
-def _batched(made: list[Op]) -> list[Op]:
-    """Neighbours' base products of one shape are one call where they fill a device badly.
-
-    ``batch_projections`` of csrc/heuristics.h.
-    """
-    found: list[Op] = []
-    for op in made:
-        before = found[-1] if found else None
-        if (
-            op.base
-            and op.writes[0].name.startswith("Y")
-            and before is not None
-            and before.base
-            and before.launches
-            and (op.writes[0].rows, op.writes[0].cols)
-            == (before.writes[0].rows, before.writes[0].cols)
-            and math.ceil(op.writes[0].rows / 128) * math.ceil(op.writes[0].cols / 128) < 132
-        ):
-            op = replace(op, launches=0)
-        found.append(op)
-    return found

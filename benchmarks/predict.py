@@ -213,7 +213,7 @@ def timed(
     """One operation after the other."""
     graph = variant.endswith(" graph")
     flat = [op for group in made for op in group]
-    launches = sum(op.launches for op in flat)
+    launches = len(flat)
     host = 1e-3 * (
         assumed.graph_us + assumed.graph_node_us * launches
         if graph
@@ -228,7 +228,7 @@ def timed(
     device += 1e-3 * each * launches
     if assumed.in_line:
         host += device
-    products = sum(op.launches for op in flat if op.kind == "product")
+    products = sum(op.kind == "product" for op in flat)
     return Prediction(device, host, sum(op.bytes for op in flat), launches, products)
 
 
@@ -263,7 +263,7 @@ def host_us(group: list[passes.Op], variant: str, assumed: Assumptions) -> float
     library |= dict.fromkeys(("pack", "pack_backward", "dropout", "keep"), assumed.kernel_us)
     linears = sum(op.base and op.writes[0].name.startswith("Y") for op in group)
     more = assumed.fused_us if variant.startswith("ours fused") else assumed.python_us
-    calls = sum(library.get(op.kind, assumed.torch_us) * op.launches for op in group)
+    calls = sum(library.get(op.kind, assumed.torch_us) for op in group)
     return calls + assumed.python_us + more * (linears - 1)
 
 

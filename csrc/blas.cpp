@@ -97,13 +97,7 @@ void gemm_strided(const Blas& blas, const GemmCall& call) {
 }
 
 void gemms(const Blas& blas, const std::vector<GemmCall>& calls) {
-  for (const GemmCall& call : calls) {
-    if (call.batch == 1) {
-      gemm(blas, call);
-    } else {
-      gemm_strided(blas, call);
-    }
-  }
+  for (const GemmCall& call : calls) gemm(blas, call);
 }
 
 void gemm_pointers(const Blas& blas, const GemmCall& call) {

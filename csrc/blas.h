@@ -20,7 +20,7 @@ struct [[gnu::visibility("hidden")]] Blas {
 // One product. Over k = 0, D becomes C, or 0, without cuBLAS.
 void gemm(const Blas& blas, const GemmCall& call);
 
-// One after the other; those with a batch at fixed distances.
+// One after the other.
 void gemms(const Blas& blas, const std::vector<GemmCall>& calls);
 
 // call.batch products at fixed distances.

@@ -47,7 +47,6 @@ struct PackLayer {
   int in, out;
   int own, pooled;
   int Rp;
-  int reserved;  // 0
 };
 
 // Up to so many layers travel as parameters of the kernel, which may take 4096 bytes: those of a
@@ -92,37 +91,25 @@ constexpr int kGroupsByValue = 8;
 void launch_pack_backward(const PackBackwardGroup* first, int groups, const PackBackwardLayer* host,
                           const PackBackwardLayer* device, DType param, Stream stream);
 
-// ---- decode: U = x Ap^T, y_i += U_i Bp_i, for few tokens and any number of outputs ----
-
-// U_i is columns of U, those from `first` on.
-struct DecodeOutput {
-  const void* Bp;  // (Rp, out) dtype
-  void* y;         // (M, out) dtype, added to: read, added in float32, rounded once
-  int out;
-  int first, Rp;
-};
-
-// Up to so many outputs travel as parameters of the kernel: more than there are projections of one
-// x.
-constexpr int kDecodeOutputs = 8;
+// ---- decode: U = x Ap^T, y += U Bp, for few tokens ----
 
 struct DecodeCall {
   const void* x;    // (M, in) dtype
   const void* Ap;   // (Rp, in) dtype
+  const void* Bp;   // (Rp, out) dtype
   void* U;          // (M, Rp) dtype, written; null where it is not wanted
+  void* y;          // (M, out) dtype, added to: read, added in float32, rounded once
   void* workspace;  // decode_workspace(...) bytes
-  int M, in, Rp;
-  int outputs;  // at least one; their columns are all of U
-  DecodeOutput output[kDecodeOutputs];
+  int M, in, out, Rp;
 };
 
-// Whether decode takes outputs of at most this rank: float32, float16 or bfloat16, M <= 16, and a
-// rank of which a block's rows of U fit in shared memory. Otherwise the products are cuBLAS's.
+// Whether decode takes the call: float32, float16 or bfloat16, M <= 16, and a rank of which a
+// block's rows of U fit in shared memory. Otherwise the products are cuBLAS's.
 bool decode_fits(int M, int Rp, DType dtype);
 
 size_t decode_workspace(int M, int in, int Rp);
 
-// In two launches. Expects decode_fits of every output.
+// In two launches. Expects decode_fits.
 void launch_decode(const DecodeCall& call, DType dtype, Stream stream);
 
 // ---- dropout: a mask of bits from Philox 4x32-10, and what it leaves ----

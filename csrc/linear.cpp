@@ -32,7 +32,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   const Tensor rows = gemm_operand(x), base = gemm_operand(weight);
   if (!kept && use_decode(tokens, Ap.size(0), dtype)) {
     gemm(device.blas(), multiply_add(matrix_of(rows), matrix_of(base).t(), addend, result));
-    decode(device, x, Ap, {Bp}, U, {y});
+    decode(device, x, Ap, Bp, U, y);
     return {y, U};
   }
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   const Matrix result = matrix_of(out);
   if (!kept && use_decode(x.size(0), Ap.size(0), dtype)) {
     copy(out, y);
-    decode(device, x, Ap, {Bp}, U, {out});
+    decode(device, x, Ap, Bp, U, out);
     return {out, U};
   }
   Matrix addend = matrix_of(y);

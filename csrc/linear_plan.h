@@ -12,9 +12,8 @@
 //
 // The adapter comes first and the base last, with beta = 1: reading Y again hides in the large
 // product, and Y is rounded once. The bias comes with the adapter's product, not with the base's:
-// cuBLAS adds one best to a product that adds nothing else, and two projections whose base products
-// are one batch each have their own. In the backward each product follows one that has read the
-// same: G is still in the cache for dBp, and dX for the base.
+// cuBLAS adds one best to a product that adds nothing else. In the backward each product follows
+// one that has read the same: G is still in the cache for dBp, and dX for the base.
 #pragma once
 
 #include <vector>

@@ -1,11 +1,11 @@
-// dW = Bp^T Ap of all layers of a group, alone or added to their weights, as batched products.
+// dW = Bp^T Ap of all layers of a group, alone or added to their weights: in batches, but for
+// weights of the sums' dtype, each of which takes a product where it lies.
 #include <algorithm>
 #include <vector>
 
 #include "batch.h"
 #include "blas.h"
 #include "device.h"
-#include "heuristics.h"
 #include "ops.h"
 #include "tensors.h"
 
@@ -21,27 +21,6 @@ void check_stacks(const Checks& checks, const Tensor& Ap, const Tensor& Bp) {
 GemmCall exact(GemmCall call) {
   call.allow_tf32 = false;
   return call;
-}
-
-// Whether the weights can be added to where they lie: of the dtype of the sums, all lying alike.
-bool can_add_in_place(const std::vector<Tensor>& weights, DType wide) {
-  return dtype_of(weights[0]) == wide && lie_alike(weights);
-}
-
-void add_in_place(const Device& device, const std::vector<Tensor>& weights, const Tensor& Bp,
-                  const Tensor& Ap) {
-  const int layers = static_cast<int>(weights.size());
-  if (fills_device(weights[0].size(0), weights[0].size(1))) {
-    for (int i = 0; i < layers; ++i) {
-      const Matrix up = matrix_of(layer_of(Bp, i)), down = matrix_of(layer_of(Ap, i));
-      gemm(device.blas(), exact(multiply(up.t(), down, matrix_of(weights[i]), 1)));
-    }
-    return;
-  }
-  std::optional<Tensor> table;
-  const GemmCall call = multiply(device, weights[0], scattered(layers_of(Bp).t(), layers),
-                                 scattered(layers_of(Ap), layers), scattered(weights), 1, table);
-  gemm_pointers(device.blas(), exact(call));
 }
 
 // How many layers' weights stand beside the model at a time: as many as 256 MiB hold, so that a
@@ -81,8 +60,16 @@ void merge_group(const std::vector<Tensor>& weights, const Tensor& Ap, const Ten
   const DType wide = any_float64 ? DType::kFloat64 : DType::kFloat32;
   const Device device(Ap);
   const Tensor up = batch_operand(Bp, wide), down = batch_operand(Ap, wide);
-  if (can_add_in_place(weights, wide)) {
-    add_in_place(device, weights, up, down);
+  const bool in_place = dtype_of(weights[0]) == wide &&
+                        std::all_of(weights.begin(), weights.end(), [](const Tensor& weight) {
+                          return is_gemm_operand(matrix_of(weight));
+                        });
+  if (in_place) {
+    for (size_t i = 0; i < weights.size(); ++i) {
+      gemm(device.blas(),
+           exact(multiply(matrix_of(layer_of(up, i)).t(), matrix_of(layer_of(down, i)),
+                          matrix_of(weights[i]), true)));
+    }
     return;
   }
   const int64_t rows = Bp.size(2), cols = Ap.size(2), layers = Ap.size(0);

@@ -75,8 +75,7 @@ PackLayer entry(const Adapter& adapter, void* Ap, void* Bp) {
           adapter.out,
           adapter.own,
           adapter.pooled,
-          adapter.Rp,
-          0};
+          adapter.Rp};
 }
 
 void launch(const char* op, const Device& device, const Tensor& like,

@@ -147,7 +147,6 @@ pack_projections_backward(const std::vector<Tensor>& dAp, const std::vector<Tens
                           const std::vector<Tensor>& B, const std::vector<Tensor>& B_pool,
                           const std::vector<Tensor>& d) {
   const char* op = "pack_projections_backward";
-  check_layers(op, "B", B.size(), "B", B.size());
   if (!dAp.empty()) check_layers(op, "B", B.size(), "dAp", dAp.size());
   if (!dBp.empty()) check_layers(op, "B", B.size(), "dBp", dBp.size());
   if (!B_pool.empty()) check_layers(op, "B", B.size(), "B_pool", B_pool.size());

@@ -1,15 +1,11 @@
 // n projections of one x: y_i = x W_i^T + bias_i + U_i Bp_i with one U = x Ap^T, whose columns are
 // the projections' side by side, and the backward with one H and one dAp.
-#include <algorithm>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "blas.h"
-#include "decode.h"
 #include "device.h"
 #include "dropout.h"
-#include "heuristics.h"
 #include "ops.h"
 #include "tensors.h"
 
@@ -36,60 +32,6 @@ std::vector<Tensor> gemm_operands(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> operands;
   for (const Tensor& tensor : tensors) operands.push_back(gemm_operand(tensor));
   return operands;
-}
-
-bool lie_alike(const Matrix& a, const Matrix& b) {
-  return a.rows == b.rows && a.cols == b.cols && a.row_stride == b.row_stride &&
-         a.col_stride == b.col_stride;
-}
-
-// Two projections whose base products are one call; `second` == `first` stands for one alone.
-struct Pair {
-  size_t first, second;
-};
-
-// Neighbours of equal shape are a pair where that fills the device better. Its first has the lower
-// address of weights, and is given the lower one of results: two matrices anywhere in memory then
-// lie at a fixed distance that is not negative.
-std::vector<Pair> pair_up(const Matrix& x, const std::vector<Tensor>& weights,
-                          std::vector<Tensor>& y) {
-  std::vector<Pair> pairs;
-  for (size_t i = 0; i < weights.size(); ++i) {
-    const Matrix weight = matrix_of(weights[i]);
-    if (i + 1 == weights.size() || fills_device(x.rows, weight.rows) ||
-        !lie_alike(weight, matrix_of(weights[i + 1]))) {
-      pairs.push_back({i, i});
-      continue;
-    }
-    const bool ascending = weights[i].data_ptr() <= weights[i + 1].data_ptr();
-    const Pair pair = ascending ? Pair{i, i + 1} : Pair{i + 1, i};
-    if (y[pair.first].data_ptr() > y[pair.second].data_ptr()) std::swap(y[i], y[i + 1]);
-    pairs.push_back(pair);
-    ++i;
-  }
-  return pairs;
-}
-
-int64_t distance(const Matrix& from, const Matrix& to) {
-  const int64_t bytes = static_cast<char*>(to.data) - static_cast<char*>(from.data);
-  return bytes / static_cast<int64_t>(size_of(from.dtype));
-}
-
-// y_i = x W_i^T, + y_i if `add`, of one or both.
-GemmCall base_product(const Matrix& x, const Pair& pair, const std::vector<Tensor>& weights,
-                      const std::vector<Tensor>& y, bool add) {
-  const Matrix weight = matrix_of(weights[pair.first]), result = matrix_of(y[pair.first]);
-  if (pair.first == pair.second) return multiply(x, weight.t(), result, add);
-  return multiply_strided(x, weight.t(), result, add, 2, 0,
-                          distance(weight, matrix_of(weights[pair.second])),
-                          distance(result, matrix_of(y[pair.second])));
-}
-
-// Whether the pair of kernels for few tokens takes all of them.
-bool all_use_decode(int64_t tokens, const std::vector<Tensor>& Bp, DType dtype) {
-  return Bp.size() <= kDecodeOutputs && std::all_of(Bp.begin(), Bp.end(), [&](const Tensor& up) {
-           return use_decode(tokens, up.size(0), dtype);
-         });
 }
 
 }  // namespace
@@ -121,41 +63,23 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   for (const Tensor& weight : weights) y.push_back(empty(x, {x.size(0), weight.size(0)}, dtype));
   if (x.size(0) == 0) return {y, U};
 
-  const Tensor rows = gemm_operand(x);
-  const std::vector<Tensor> bases = gemm_operands(weights);
+  const Tensor rows = gemm_operand(x), seen = kept ? gemm_operand(*kept) : rows;
+  const Tensor down = gemm_operand(Ap);
+  const std::vector<Tensor> bases = gemm_operands(weights), ups = gemm_operands(Bp);
   const Matrix input = matrix_of(rows), inner = matrix_of(U);
-  const std::vector<Pair> pairs = pair_up(input, bases, y);
   std::vector<std::optional<Tensor>> added(y.size());
   for (size_t i = 0; i < y.size() && !biases.empty(); ++i) {
     if (biases[i].numel() > 0) added[i] = dense(biases[i], dtype);
   }
-  std::vector<GemmCall> calls;
-  if (!kept && all_use_decode(x.size(0), Bp, dtype)) {
-    for (const Pair& pair : pairs) {
-      if (!added[pair.first] && !added[pair.second]) {
-        calls.push_back(base_product(input, pair, bases, y, false));
-        continue;
-      }
-      const auto alone = [&](size_t i) {  // a batch has no place for biases
-        calls.push_back(multiply_add(input, matrix_of(bases[i]).t(), repeated(added[i], x.size(0)),
-                                     matrix_of(y[i])));
-      };
-      alone(pair.first);
-      if (pair.second != pair.first) alone(pair.second);
-    }
-    gemms(device.blas(), calls);
-    decode(device, x, Ap, Bp, U, y);
-    return {y, U};
-  }
-  const Tensor seen = kept ? gemm_operand(*kept) : rows, down = gemm_operand(Ap);
-  const std::vector<Tensor> ups = gemm_operands(Bp);
-  calls.push_back(multiply(matrix_of(seen), matrix_of(down).t(), inner, false));
+  std::vector<GemmCall> calls{multiply(matrix_of(seen), matrix_of(down).t(), inner, false)};
   if (kept) calls[0].alpha = scale;
   for (size_t i = 0; i < y.size(); ++i) {
     calls.push_back(multiply_add(columns.of(inner, i, ups[i]), matrix_of(ups[i]),
                                  repeated(added[i], x.size(0)), matrix_of(y[i])));
   }
-  for (const Pair& pair : pairs) calls.push_back(base_product(input, pair, bases, y, true));
+  for (size_t i = 0; i < y.size(); ++i) {
+    calls.push_back(multiply(input, matrix_of(bases[i]).t(), matrix_of(y[i]), true));
+  }
   gemms(device.blas(), calls);
   return {y, U};
 }

@@ -1,8 +1,6 @@
 // Launchers of decode.cuh.
 #include "decode.cuh"
 
-#include <algorithm>
-
 #include "launch.cuh"
 #include "switches.cuh"
 
@@ -10,17 +8,17 @@ namespace rasa_ext {
 namespace {
 
 template <typename T, int tokens>
-void launch(const DecodeParams& params, int most_out, int most_rank, Stream stream) {
+void launch(const DecodeParams& params, Stream stream) {
   const DecodeCall& call = params.call;
   const unsigned tiles = ceil_div(call.M, tokens);
   const int rows = kDecodeThreads / kWarp * kShrinkRows;
   const dim3 shrink_grid(ceil_div(call.Rp, rows), static_cast<unsigned>(params.splits), tiles);
   RASA_LAUNCH((shrink_kernel<T, tokens>), shrink_grid, kDecodeThreads, 0, stream, params);
-  // A call without outputs still wants its U, which the first block writes.
+  // A call without columns of y still wants its U, which the first block writes.
   const int step = params.whole_out ? kExpandStep : 1;
-  const unsigned blocks = ceil_div(most_out, kDecodeThreads * step);
-  const dim3 expand_grid(blocks != 0 ? blocks : 1, tiles, static_cast<unsigned>(call.outputs));
-  const size_t shared = sizeof(float) * tokens * most_rank;
+  const unsigned blocks = ceil_div(call.out, kDecodeThreads * step);
+  const dim3 expand_grid(blocks != 0 ? blocks : 1, tiles);
+  const size_t shared = sizeof(float) * tokens * call.Rp;
   RASA_LAUNCH((expand_kernel<T, tokens>), expand_grid, kDecodeThreads, shared, stream, params);
 }
 
@@ -36,19 +34,13 @@ size_t decode_workspace(int M, int in, int Rp) {
 
 void launch_decode(const DecodeCall& call, DType dtype, Stream stream) {
   if (call.M == 0 || call.Rp == 0) return;
-  DecodeParams params{call, decode_splits(call.in), decode_part(call.in), false, true};
-  params.whole_in = at_16_bytes(call.x, call.in, dtype) && at_16_bytes(call.Ap, call.in, dtype);
-  int most_out = 0, most_rank = 0;
-  for (int i = 0; i < call.outputs; ++i) {
-    const DecodeOutput& output = call.output[i];
-    params.whole_out = params.whole_out && at_16_bytes(output.Bp, output.out, dtype) &&
-                       at_16_bytes(output.y, output.out, dtype);
-    most_out = std::max(most_out, output.out);
-    most_rank = std::max(most_rank, output.Rp);
-  }
+  const DecodeParams params{
+      call, decode_splits(call.in), decode_part(call.in),
+      at_16_bytes(call.x, call.in, dtype) && at_16_bytes(call.Ap, call.in, dtype),
+      at_16_bytes(call.Bp, call.out, dtype) && at_16_bytes(call.y, call.out, dtype)};
   with_single_or_half(dtype, [&](auto t) {
-    with_token_tile(token_tile(call.M, most_rank), [&](auto tokens) {
-      launch<TypeOf<decltype(t)>, decltype(tokens)::value>(params, most_out, most_rank, stream);
+    with_token_tile(token_tile(call.M, call.Rp), [&](auto tokens) {
+      launch<TypeOf<decltype(t)>, decltype(tokens)::value>(params, stream);
     });
   });
 }

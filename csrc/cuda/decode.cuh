@@ -1,10 +1,10 @@
 // decode: the low-rank product for few tokens, where a launch costs as much as the work.
 //
-//     U = x Ap^T        y_i += U_i Bp_i
+//     U = x Ap^T        y += U Bp
 //
 // The shrink cuts K = in into parts and leaves each part's U in the workspace; every block of the
-// expand adds the parts of its output's U_i up, in order, and multiplies with its columns of Bp_i.
-// U is never rounded.
+// expand adds the parts of U up, in order, and multiplies with its columns of Bp. U is never
+// rounded.
 #pragma once
 
 #include "collective.cuh"
@@ -17,9 +17,8 @@ struct DecodeParams {
   DecodeCall call;
   int splits, part;  // K is cut into `splits` parts of `part` elements, the last ones shorter
   bool whole_in;     // rows of x and Ap begin at 16 bytes
-  bool whole_out;    // rows of every Bp and y do
+  bool whole_out;    // rows of Bp and y do
 };
-static_assert(sizeof(DecodeParams) <= 4096, "kernel parameters");
 
 // sum[m][r] += x[m] . Ap[r] over [begin, end), this lane's share. `step` neighbours at a time.
 template <int step, int tokens, typename T>
@@ -123,35 +122,31 @@ __device__ __forceinline__ void add_product(const float* U,  // (Rp, tokens)
   }
 }
 
-// y_i += (sum_s partial_i[s]) Bp_i for `tokens` tokens, of which those beyond the last count as
-// zero, and output blockIdx.z; a thread takes neighbouring columns.
+// y += (sum_s partial[s]) Bp for `tokens` tokens, of which those beyond the last count as zero; a
+// thread takes neighbouring columns.
 template <typename T, int tokens>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     expand_kernel(const __grid_constant__ DecodeParams params) {
   RASA_SHARED(float, U);  // (Rp, tokens)
   const DecodeCall& call = params.call;
-  const DecodeOutput& output = call.output[blockIdx.z];
-  const int begin = blockIdx.x * kDecodeThreads * (params.whole_out ? kExpandStep : 1);
-  // Behind the output's last column; the first block is there to write U as well.
-  if (begin > 0 && begin >= output.out) return;
-  const int token = blockIdx.y * tokens, live = min(tokens, call.M - token), Rp = output.Rp;
-  const float* partial = static_cast<const float*>(call.workspace);  // (splits, M, call.Rp)
-  T* U_out = static_cast<T*>(call.U);                                // (M, call.Rp)
+  const int token = blockIdx.y * tokens, live = min(tokens, call.M - token);
+  const int Rp = call.Rp, out = call.out;
+  const float* partial = static_cast<const float*>(call.workspace);  // (splits, M, Rp)
+  T* U_out = static_cast<T*>(call.U);                                // (M, Rp)
   for (int i = threadIdx.x; i < tokens * Rp; i += kDecodeThreads) {
     const int m = i % tokens;
-    const int64_t at = int64_t{token + m} * call.Rp + output.first + i / tokens;
+    const int64_t at = int64_t{token + m} * Rp + i / tokens;
     float sum = 0;
     if (m < live) {
 #pragma unroll 8
-      for (int s = 0; s < params.splits; ++s) sum += partial[s * int64_t{call.M} * call.Rp + at];
+      for (int s = 0; s < params.splits; ++s) sum += partial[s * int64_t{call.M} * Rp + at];
       if (U_out != nullptr && blockIdx.x == 0) U_out[at] = narrow<T>(sum);
     }
     U[i] = sum;
   }
   __syncthreads();
-  const int out = output.out;
-  const T* Bp = static_cast<const T*>(output.Bp);           // (Rp, out)
-  T* y = static_cast<T*>(output.y) + int64_t{token} * out;  // (live, out)
+  const T* Bp = static_cast<const T*>(call.Bp);           // (Rp, out)
+  T* y = static_cast<T*>(call.y) + int64_t{token} * out;  // (live, out)
   if (params.whole_out) {
     add_product<kExpandStep, tokens>(U, Bp, y, Rp, out, live);
   } else {

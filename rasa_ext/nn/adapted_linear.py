@@ -89,7 +89,7 @@ class AdaptedLinear(AdaptedModule):
         p = adapter.config.dropout if self.training else 0.0
         # With dropout also without grad: a re-entrant checkpoint must draw the same masks twice.
         fused = self.fused if with_grad or p else None
-        if fused is not None and ops.fuse_projections(x) and not is_compiling():
+        if fused is not None and not is_compiling() and ops.fuse_projections(x):
             part = Projection(*plain, sources, adapter.factors, p)
             y = fused.output(self, part, x, dtype)
             if y is not None:

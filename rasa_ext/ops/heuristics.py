@@ -49,12 +49,12 @@ def rank_multiple(device_type: str, dtype: torch.dtype, rank: int, tokens: int =
 def fuse_projections(x: Tensor) -> bool:
     """Decide whether layers that read one x (..., in), as q, k and v do, share a forward with grad.
 
-    On a GPU, where the gain is predicted and not measured: two products read x in place of six, dx
-    is summed inside the products, and a step has 27 launches in place of 41. Decoding, without
-    grad, leaves each layer to the two kernels made for it. On a CPU the gain is below a twentieth
-    of what the official formula adds with the tokens of most steps.
+    On a GPU with more than 16 tokens, where the gain is predicted and not measured: two products
+    read x in place of six, dx is summed inside the products, and a step has 27 launches in place
+    of 41. Up to 16 tokens each layer has two kernels of its own. On a CPU the gain is below a
+    twentieth of what the official formula adds with the tokens of most steps.
     """
-    return x.device.type == "cuda"
+    return x.device.type == "cuda" and x.shape[:-1].numel() > 16
 
 
 def noise_words(device_type: str, elements: int) -> int:

@@ -30,19 +30,12 @@ void bind_pack(py::module_& module) {
   py::class_<PackLayer>(module, "PackLayer")
       .def(py::init([](Address A, Address A_pool, Address B, Address B_pool, Address d, Address Ap,
                        Address Bp, int in, int out, int own, int pooled, int Rp) {
-        return PackLayer{pointer(A),
-                         pointer(A_pool),
-                         pointer(B),
-                         pointer(B_pool),
-                         pointer(d),
-                         pointer(Ap),
-                         pointer(Bp),
-                         in,
-                         out,
-                         own,
-                         pooled,
-                         Rp,
-                         0};
+        return PackLayer{pointer(A),  pointer(A_pool),
+                         pointer(B),  pointer(B_pool),
+                         pointer(d),  pointer(Ap),
+                         pointer(Bp), in,
+                         out,         own,
+                         pooled,      Rp};
       }));
   module.attr("layers_by_value") = kLayersByValue;
   module.def("pack", [](const std::vector<PackLayer>& layers, DType param, DType dtype) {
@@ -77,15 +70,8 @@ void bind_decode(py::module_& module) {
   module.def("decode_workspace", &decode_workspace);
   module.def("decode", [](Address x, Address Ap, Address Bp, Address U, Address y,
                           Address workspace, int M, int in, int out, int Rp, DType dtype) {
-    launch_decode({pointer(x),
-                   pointer(Ap),
-                   pointer(U),
-                   pointer(workspace),
-                   M,
-                   in,
-                   Rp,
-                   1,
-                   {{pointer(Bp), pointer(y), out, 0, Rp}}},
+    launch_decode({pointer(x), pointer(Ap), pointer(Bp), pointer(U), pointer(y), pointer(workspace),
+                   M, in, out, Rp},
                   dtype, nullptr);
   });
 }

@@ -164,6 +164,14 @@ def test_what_lies_worse_than_at_16_bytes_is_no_batch_by_pointers(host, place, d
     assert len(pointers) == (place == "x")  # the backward reads no x there
 
 
+def test_more_layers_than_a_table_of_one_launch(host):
+    """A batch by pointers has three for each layer, and one launch writes 510 words."""
+    case = Case((200, 2, 8, 8, 2, 2), torch.float32)
+    host.reset()
+    check(host, case, torch.float32)
+    assert sum("GemmBatchedEx" in call for call in host.calls()) == 2
+
+
 def test_large_base_products_go_alone(host):
     """One layer fills a device: no batch by pointers, in either direction, and the same values."""
     case = Case((2, 128 * 11 + 1, 4, 128 * 11, 1, None), torch.float32)

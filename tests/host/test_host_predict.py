@@ -14,14 +14,15 @@ TOKENS, IN, OWN, POOLED, R = 33, 64, 7, 9, 16
 
 
 def asked(host) -> list[tuple[int, ...]]:
-    """(rows, columns, inner, beta, batch) of every product."""
+    """(rows, columns, inner, beta) of every product."""
     found = []
     for call in host.calls():
-        n, m, k, batch, beta = (
-            int(re.search(rf"\b{name}=(\d+)", call)[1]) for name in ("m", "n", "k", "batch", "beta")
+        assert "batch=1 " in call
+        n, m, k, beta = (
+            int(re.search(rf"\b{name}=(\d+)", call)[1]) for name in ("m", "n", "k", "beta")
         )
         # Row-major results are cuBLAS's transposes: m is the width.
-        found.append((m, n, k, beta, batch))
+        found.append((m, n, k, beta))
     return found
 
 
@@ -32,11 +33,8 @@ def listed(name: str, widths: list[int], biased: bool) -> list[tuple[int, ...]]:
     for op in passes.ops(passes.BY_NAME[name], linears, setting):
         if op.kind != "product":
             continue
-        if op.launches == 0:  # one call with the product before it
-            found[-1] = (*found[-1][:-1], found[-1][-1] + 1)
-            continue
         to = op.writes[0]
-        found.append((to.rows, to.cols, op.inner, int(op.added_to is not None), 1))
+        found.append((to.rows, to.cols, op.inner, int(op.added_to is not None)))
     return found
 
 

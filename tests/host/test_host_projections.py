@@ -1,4 +1,4 @@
-"""Projections of one x: one down-projection for all, pairs of equal shape as one batch."""
+"""Projections of one x: one down-projection for all, and the products of each after it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = (
 class Case:
     """A call of every operator, and what it must give in float64."""
 
-    def __init__(self, shape, tokens, dtype, transposed=False, descending=False):
+    def __init__(self, shape, tokens, dtype, transposed=False):
         generator = torch.Generator().manual_seed(tokens)
         self.width, self.layers = shape
         self.dtype = dtype
@@ -42,10 +42,6 @@ class Case:
             adapter = (draw(own, self.width), pools[0], draw(out, own), pools[1], draw(rank))
             self.adapters.append(tuple(None if t is None else t.float() for t in adapter))
         self.weights = [draw(out, self.width) for out, *_ in self.layers]
-        if descending:  # later projections at lower addresses
-            whole = draw(sum(out for out, *_ in self.layers), self.width).contiguous()
-            parts = whole.split([out for out, *_ in self.layers][::-1])[::-1]
-            self.weights = list(parts)
         self.biases = [draw(out) for out, *_ in self.layers[:-1]] + [draw(0)]
         self.grads = [draw(tokens, out) for out, *_ in self.layers]
 
@@ -106,12 +102,12 @@ def test_pack_backward(host, shape, param, copies):
                 assert mine.stride() == theirs.stride()
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "descending"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 5, 33])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(host, shape, tokens, dtype, layout):
-    case = Case(shape, tokens, dtype, layout == "transposed", layout == "descending")
+    case = Case(shape, tokens, dtype, layout == "transposed")
     Ap, Bp = host.ops.pack_projections(*case.lists(), dtype, 4)
     for biases in (case.biases, []):
         y, U = host.ops.linear_projections(case.x, case.weights, biases, Ap, Bp)
@@ -203,35 +199,12 @@ def test_opcheck(host, dtype):
             opcheck(ops.linear_projections_backward.default, args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_few_tokens(host, dtype):
-    """The bases first, then two kernels for all; not under dropout, nor for ranks too wide."""
-    for shape, tokens in itertools.product(SHAPES, (1, 16)):
-        case = Case(shape, tokens, dtype)
-        Ap, Bp = host.ops.pack_projections(*case.lists(), dtype, 4)
-        for biases in ([], case.biases):
-            host.reset()
-            y, U = host.ops.linear_projections(case.x, case.weights, biases, Ap, Bp)
-            assert all("k=" + str(case.width) in call for call in host.calls())
-            assert len(host.calls()) <= len(y)
-            check_forward(case, biases, Ap, Bp, y, U)
-        host.reset()
-        args = case.x, case.weights, case.biases, Ap, Bp
-        host.ops.linear_projections(*args, case.x, 1.0)
-        assert len(host.calls()) > len(y)
-    x, weights = torch.randn(2, 4), [torch.randn(3, 4)] * 9
-    host.reset()
-    host.ops.linear_projections(x, weights, [], torch.randn(9, 4), [torch.randn(1, 3)] * 9)
-    assert len(host.calls()) > 9, "more projections than the kernels take"
-
-
-@pytest.mark.parametrize("descending", [False, True])
-def test_products(host, descending):
-    """One down-projection; k and v, which are of one shape, as a batch that repeats x."""
-    case = Case(SHAPES[0], 17, torch.bfloat16, descending=descending)
+def test_products(host):
+    """One down-projection for all; in the backward one product for dAp."""
+    case = Case(SHAPES[0], 17, torch.bfloat16)
     Ap, Bp = host.ops.pack_projections(*case.lists(), torch.bfloat16, 16)
     host.reset()
-    y, U = host.ops.linear_projections(case.x, case.weights, case.biases, Ap, Bp)
+    _, U = host.ops.linear_projections(case.x, case.weights, case.biases, Ap, Bp)
     # Row-major results are cuBLAS's transposes: m is the width, n the tokens.
     shapes = [call.partition(" beta")[0] for call in host.calls()]
     assert shapes == [
@@ -240,14 +213,12 @@ def test_products(host, descending):
         "Matmul m=4 n=17 k=16 batch=1",
         "Matmul m=4 n=17 k=16 batch=1",
         "Matmul m=12 n=17 k=9 batch=1",
-        "GemmStridedBatchedEx m=4 n=17 k=9 batch=2",
+        "Matmul m=4 n=17 k=9 batch=1",
+        "Matmul m=4 n=17 k=9 batch=1",
     ]
     # Each bias comes with its adapter; the last projection has none.
-    assert [" bias" in call for call in host.calls()] == [False, True, True, False, False, False]
-    # Distances between neighbours are never negative.
-    weights_descend = case.weights[1].data_ptr() > case.weights[2].data_ptr()
-    assert (y[1].data_ptr() > y[2].data_ptr()) == weights_descend
-    assert weights_descend or not descending
+    biased = [" bias" in call for call in host.calls()]
+    assert biased == [False, True, True, False, False, False, False]
     # Then each H_i with its dBp_i, which read the same; dAp, dx and the bases.
     H = ["m=16 n=17 k=12", "m=16 n=17 k=4", "m=16 n=17 k=4"]
     dBp = ["m=12 n=16 k=17", "m=4 n=16 k=17", "m=4 n=16 k=17"]
@@ -268,15 +239,6 @@ def test_products(host, descending):
         assert [c.partition(" ")[2].partition(" batch")[0] for c in host.calls()] == expected
 
 
-def test_large_products_go_alone(host):
-    """A batch of two is for products that do not fill a device."""
-    x, weights = torch.randn(1, 4), [torch.randn(128 * 132, 4) for _ in range(2)]
-    Ap, Bp = torch.randn(2, 4), [torch.randn(1, 128 * 132) for _ in range(2)]
-    host.reset()
-    host.ops.linear_projections(x, weights, [], Ap, Bp)
-    assert not any("Strided" in call for call in host.calls())
-
-
 def test_bad_input(host):
     case = Case(SHAPES[0], 5, torch.float32)
     Ap, Bp = host.ops.pack_projections(*case.lists(), torch.float32, 1)
@@ -294,6 +256,8 @@ def test_bad_input(host):
         host.ops.pack_projections(A, A_pool[:1], B, B_pool, d, torch.float32, 1)
     with pytest.raises(RuntimeError, match=r"dBp: expected as many layers as B has, 3, got 1"):
         host.ops.pack_projections_backward([], [Bp[0].float()], B, B_pool, d)
+    with pytest.raises(RuntimeError, match=r"B: expected 1 to 65535 layers, got 0"):
+        host.ops.pack_projections_backward([], [Bp[0].float()], [], [], [])
     with pytest.raises(RuntimeError, match=r"dBp: expected at least 9 rows"):
         host.ops.pack_projections_backward([], [up[1:].float() for up in Bp], B, B_pool, d)
     with pytest.raises(RuntimeError, match=r"multiple: expected at least 1, got 0"):

@@ -208,8 +208,13 @@ def test_dropout_is_one_mask_for_all(log):
     ("device", "fused"), [("cpu", False), ("cuda", True), ("meta", False), ("mps", False)]
 )
 def test_where_projections_go_together(device, fused):
-    x = SimpleNamespace(device=torch.device(device))
-    assert heuristics.fuse_projections(x) == fused
+    """On a GPU, with more tokens than decoding has."""
+    for shape in ((17, 8), (2, 9, 8), (17, 0)):
+        x = SimpleNamespace(device=torch.device(device), shape=torch.Size(shape))
+        assert heuristics.fuse_projections(x) == fused
+    for shape in ((8,), (0, 8), (16, 8), (2, 8, 8)):
+        x = SimpleNamespace(device=torch.device(device), shape=torch.Size(shape))
+        assert not heuristics.fuse_projections(x)
 
 
 def test_with_and_without_grad_do_not_mix():

@@ -1,6 +1,4 @@
-#include <algorithm>
 #include <cmath>
-#include <memory>
 
 #include "arrays.h"
 #include "checks.h"
@@ -9,68 +7,26 @@
 namespace check {
 namespace {
 
-// One output, as wide as its U.
-struct Output {
-  int out, Rp;
-};
-
 struct Shape {
-  int M, in;
-  std::vector<Output> outputs;
-};
-
-struct Product {
-  Array Bp, base, y;
-  int out, first, Rp;
-
-  Product(int M, const Output& output, int start, DType dtype, int offset)
-      : Bp(dtype, int64_t{output.Rp} * output.out, offset),
-        base(dtype, int64_t{M} * output.out),
-        y(dtype, int64_t{M} * output.out, offset),
-        out(output.out),
-        first(start),
-        Rp(output.Rp) {
-    Bp.randomize();
-    base.randomize();
-  }
+  int M, in, out, Rp;
 };
 
 void check_one(const Shape& shape, DType dtype, bool wants_U, int offset) {
-  const int M = shape.M, in = shape.in;
-  std::string name = "M " + std::to_string(M) + " in " + std::to_string(in);
-  std::vector<std::unique_ptr<Product>> products;
-  int Rp = 0;
-  for (const Output& output : shape.outputs) {
-    name += " out " + std::to_string(output.out) + " Rp " + std::to_string(output.Rp);
-    if (!rasa_ext::decode_fits(M, output.Rp, dtype)) fail("decode_fits says no");
-    products.push_back(std::make_unique<Product>(M, output, Rp, dtype, offset));
-    Rp += output.Rp;
-  }
-  begin_case(name + " offset " + std::to_string(offset) + " " + name_of(dtype));
+  const int M = shape.M, in = shape.in, out = shape.out, Rp = shape.Rp;
+  if (!rasa_ext::decode_fits(M, Rp, dtype)) fail("decode_fits says no");
+  begin_case("M " + std::to_string(M) + " in " + std::to_string(in) + " out " +
+             std::to_string(out) + " Rp " + std::to_string(Rp) + " offset " +
+             std::to_string(offset) + " " + name_of(dtype));
   Array x(dtype, int64_t{M} * in, offset), Ap(dtype, int64_t{Rp} * in, offset);
-  x.randomize();
-  Ap.randomize();
-  Array U(dtype, wants_U ? int64_t{M} * Rp : 0);
+  Array Bp(dtype, int64_t{Rp} * out, offset), base(dtype, int64_t{M} * out);
+  for (Array* each : {&x, &Ap, &Bp, &base}) each->randomize();
+  Array U(dtype, wants_U ? int64_t{M} * Rp : 0), y(dtype, int64_t{M} * out, offset);
   Array workspace(DType::kFloat32, static_cast<int64_t>(rasa_ext::decode_workspace(M, in, Rp) / 4));
-  rasa_ext::DecodeCall call{x.data(),
-                            Ap.data(),
-                            wants_U ? U.data() : nullptr,
-                            workspace.data(),
-                            M,
-                            in,
-                            Rp,
-                            static_cast<int>(products.size()),
-                            {}};
-  std::vector<Array*> outputs{&U, &workspace};
-  for (size_t i = 0; i < products.size(); ++i) {
-    Product& each = *products[i];
-    call.output[i] = {each.Bp.data(), each.y.data(), each.out, each.first, each.Rp};
-    outputs.push_back(&each.y);
-  }
-  run_repeatedly("decode", outputs, [&] {
-    for (const auto& each : products) {
-      for (int64_t i = 0; i < each->y.size(); ++i) each->y.set(i, each->base[i]);
-    }
+  const rasa_ext::DecodeCall call{
+      x.data(), Ap.data(), Bp.data(), wants_U ? U.data() : nullptr, y.data(), workspace.data(), M,
+      in,       out,       Rp};
+  run_repeatedly("decode", {&U, &workspace, &y}, [&] {
+    for (int64_t i = 0; i < y.size(); ++i) y.set(i, base[i]);
     rasa_ext::launch_decode(call, dtype, nullptr);
   });
   workspace.check_guards("workspace");
@@ -87,7 +43,7 @@ void check_one(const Shape& shape, DType dtype, bool wants_U, int offset) {
     }
   }
   // Roundings on the way of one term: a lane's share, the lanes, the parts; then the rank.
-  const double shrink = (in / 32.0 + 25) * 0x1p-24;
+  const double shrink = (in / 32.0 + 25) * 0x1p-24, expand = (Rp + 2) * 0x1p-24;
   if (wants_U) {
     expect(
         "U", U, [&](int64_t i) { return wide[i]; },
@@ -95,65 +51,57 @@ void check_one(const Shape& shape, DType dtype, bool wants_U, int offset) {
           return std::abs(wide[i]) * rounding(dtype) + terms[i] * shrink + 0x1p-24;
         });
   }
-  for (const auto& each : products) {
-    const double expand = (each->Rp + 2) * 0x1p-24;
-    const auto product = [&](const std::vector<double>& factors, int64_t i, bool absolute) {
-      double all = 0;
-      for (int j = 0; j < each->Rp; ++j) {
-        const double b = each->Bp[int64_t{j} * each->out + i % each->out];
-        all += factors[i / each->out * Rp + each->first + j] * (absolute ? std::abs(b) : b);
-      }
-      return all;
-    };
-    expect(
-        "y", each->y, [&](int64_t i) { return each->base[i] + product(wide, i, false); },
-        [&](int64_t i) {
-          const double slack = product(terms, i, true) * (shrink + expand);
-          return std::abs(each->base[i] + product(wide, i, false)) * (rounding(dtype) + 0x1p-24) +
-                 slack + 0x1p-24;
-        });
-  }
+  const auto product = [&](const std::vector<double>& factors, int64_t i, bool absolute) {
+    double all = 0;
+    for (int j = 0; j < Rp; ++j) {
+      const double b = Bp[int64_t{j} * out + i % out];
+      all += factors[i / out * Rp + j] * (absolute ? std::abs(b) : b);
+    }
+    return all;
+  };
+  expect(
+      "y", y, [&](int64_t i) { return base[i] + product(wide, i, false); },
+      [&](int64_t i) {
+        const double slack = product(terms, i, true) * (shrink + expand);
+        return std::abs(base[i] + product(wide, i, false)) * (rounding(dtype) + 0x1p-24) + slack +
+               0x1p-24;
+      });
 }
 
 }  // namespace
 
 void check_decode() {
-  const std::vector<Shape> shapes{
-      {1, 64, {{33, 16}}},
-      {3, 1100, {{70, 48}}},
-      {16, 40, {{9, 39}}},
-      {4, 17, {{31, 7}}},
-      {5, 2080, {{20, 16}}},
-      {8, 0, {{5, 16}}},
-      {2, 24, {{0, 16}}},
-      {9, 531, {{40, 160}}},
-      {1, 1600, {{64, 8}}},
-      {16, 8, {{1, 1}}},
-      {0, 8, {{4, 16}}},
-      {3, 8, {{4, 0}}},
-      // Projections: the last needs fewer blocks than the first, and one has no columns.
-      {5, 72, {{300, 16}, {40, 16}, {8, 7}}},
-      {2, 600, {{9, 3}, {520, 20}}},
-      {16, 40, {{0, 5}, {24, 16}, {5, 0}}},
-      {1, 16, {{8, 1}, {8, 2}, {8, 3}, {8, 4}, {8, 5}, {8, 6}, {8, 7}, {8, 8}}}};
+  const std::vector<Shape> shapes{{1, 64, 33, 16},
+                                  {3, 1100, 70, 48},
+                                  {16, 40, 9, 39},
+                                  {4, 17, 31, 7},
+                                  {5, 2080, 20, 16},
+                                  {8, 0, 5, 16},
+                                  {2, 24, 0, 16},
+                                  {9, 531, 40, 160},
+                                  {1, 1600, 64, 8},
+                                  {16, 8, 1, 1},
+                                  {0, 8, 4, 16},
+                                  {3, 8, 4, 0},
+                                  {16, 40, 0, 5},
+                                  // Several blocks to a row of y.
+                                  {5, 72, 300, 16},
+                                  {2, 600, 520, 20}};
   if (is_small()) {
-    check_one({3, 1100, {{70, 16}, {9, 3}}}, DType::kBFloat16, true, 0);
-    check_one({4, 17, {{31, 7}}}, DType::kFloat32, true, 1);
+    check_one({3, 1100, 70, 16}, DType::kBFloat16, true, 0);
+    check_one({4, 17, 31, 7}, DType::kFloat32, true, 1);
     return;
   }
   for (const Shape& shape : shapes) {
-    const bool has_U = std::any_of(shape.outputs.begin(), shape.outputs.end(),
-                                   [](const Output& output) { return output.Rp > 0; });
     for (const DType dtype : dtypes()) {
-      for (const int offset : {0, 1}) check_one(shape, dtype, offset == 0 && has_U, offset);
+      for (const int offset : {0, 1}) check_one(shape, dtype, offset == 0 && shape.Rp > 0, offset);
     }
   }
   // Ranks that shared memory holds for 4 tokens and for 1.
-  check_one({8, 8, {{5, 1600}}}, DType::kBFloat16, true, 0);
-  check_one({2, 8, {{4, 3100}}}, DType::kBFloat16, true, 0);
-  check_one({8, 8, {{5, 3}, {5, 1600}}}, DType::kBFloat16, true, 0);
+  check_one({8, 8, 5, 1600}, DType::kBFloat16, true, 0);
+  check_one({2, 8, 4, 3100}, DType::kBFloat16, true, 0);
   // A block with a single column.
-  check_one({2, 16, {{257, 3}}}, DType::kBFloat16, true, 0);
+  check_one({2, 16, 257, 3}, DType::kBFloat16, true, 0);
   begin_case("decode_fits");
   if (rasa_ext::decode_fits(17, 16, DType::kFloat32)) fail("17 tokens fit");
   if (rasa_ext::decode_fits(1, 16, DType::kFloat64)) fail("float64 fits");

@@ -31,8 +31,8 @@ struct Layer {
   }
 
   PackLayer pointers() const {
-    return {A.data(), A_pool.data(), B.data(),  B_pool.data(), d.data(), Ap.data(), Bp.data(),
-            shape.in, shape.out,     shape.own, shape.pooled,  shape.Rp, 0};
+    return {A.data(),  A_pool.data(), B.data(),  B_pool.data(), d.data(),     Ap.data(),
+            Bp.data(), shape.in,      shape.out, shape.own,     shape.pooled, shape.Rp};
   }
 
   // `scaled`: whether d was given.
