@@ -1,6 +1,5 @@
-"""Autograd functions for packs and adapted linears.
+"""Autograd functions for adapted linears.
 
-    pack(factors)                     -> Pack: Ap (R, in), Bp (R, out)
     adapted_linear(x, W, bias, ...)   -> x W^T + bias + (x Ap^T) Bp
     adapted_projections(x, Ws, ...)   -> adapted_linear of every layer that reads the same x
     adapted_group(x, Ws, bias, ...)   -> adapted_linear of L layers on L given inputs
@@ -22,17 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from rasa_ext import ops
 from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
-from rasa_ext.ops import Factors, Pack
+from rasa_ext.ops import Factors
 
 _Grads: TypeAlias = "tuple[Tensor | None, ...]"
-_FactorGrads: TypeAlias = (
-    "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]"
-)
 _FactorLists: TypeAlias = (
     "tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]"
 )
 _PoolPack: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
-_NO_GRADS = (None, None, None, None, None)
 
 
 class Function(torch.autograd.Function):
@@ -43,28 +38,6 @@ class Function(torch.autograd.Function):
         @classmethod
         def apply(cls, *args: Any, **kwargs: Any) -> Any:
             """Compute the forward, and have autograd remember the backward."""
-
-
-class _Pack(Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        dtype: torch.dtype,
-        multiple: int,
-        A: Tensor,
-        A_pool: Tensor | None,
-        B: Tensor,
-        B_pool: Tensor | None,
-        d: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(B, B_pool, d)
-        return ops.pack(A, A_pool, B, B_pool, d, dtype, multiple)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dAp: Tensor, dBp: Tensor) -> _Grads:
-        # Copies: pack_backward overwrites what it is given.
-        return None, None, *_factor_grads(dAp.clone(), dBp.clone(), *ctx.saved_tensors)
 
 
 class _AdaptedLinear(Function):
@@ -241,20 +214,6 @@ class _AdaptedGroup(Function):
         return dx_needed, None, *pools, None, None, *frozen, *dA, *dB, *dd
 
 
-def pack(factors: Factors, dtype: torch.dtype, multiple: int = 1) -> Pack:
-    """Pack factors: Ap = [A ; A_pool] (Rp, in), Bp = diag(d) [B | B_pool]^T (Rp, out).
-
-    Differentiable.
-
-    Args:
-        factors: A (r-k, in), A_pool (L*k, in) or None, B (out, r-k), B_pool (out, L*k) or None and
-            d (R,) with R = r-k+L*k, or None for ones. B is best stored by ranks.
-        dtype: of the pack.
-        multiple: Rp is R rounded up to it, with rows of zeros.
-    """
-    return Pack(*_Pack.apply(dtype, multiple, *factors))
-
-
 def adapted_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -275,8 +234,9 @@ def adapted_linear(
         weight: (out, in) with any strides, without a gradient of its own.
         bias: (out,), likewise, or None. x, weight and bias share one dtype, in which the adapter
             is computed.
-        factors: see ``pack``.
-        multiple: see ``pack``.
+        factors: A (r-k, in), A_pool (L*k, in) or None, B (out, r-k), B_pool (out, L*k) or None and
+            d (R,) with R = r-k+L*k, or None for ones. B is best stored by ranks.
+        multiple: to which the pack's rank is rounded up, with rows of zeros.
         mask, kept, scale: from ``dropout``, where the x beside dW is what that left.
         y: output (..., out) of the base, in x's dtype; weight and bias are None then.
 
@@ -332,8 +292,9 @@ def adapted_group(
         x: (L, M, in).
         weights: one (out, in) a layer, with any strides, without gradients of their own.
         bias: one (out,) a layer, or None.
-        A, B, d: one tensor a layer, of the shapes of ``pack``; A_pool and B_pool are the group's.
-        multiple: see ``pack``.
+        A, B, d: one tensor a layer, of the shapes of ``adapted_linear``.
+        A_pool, B_pool: of the group, or None.
+        multiple: see ``adapted_linear``.
 
     Returns:
         (L, M, out). Differentiable in x and in the factors.
@@ -395,27 +356,6 @@ def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:
 def _needs(needs: Sequence[bool]) -> tuple[bool, bool]:
     """Tell whether an A, and whether a B or d, of factors one after the other is trained."""
     return any(needs[0::5]) or any(needs[1::5]), any(map(any, (needs[i::5] for i in (2, 3, 4))))
-
-
-def _factor_grads(
-    dAp: Tensor | None,
-    dBp: Tensor | None,
-    B: Tensor,
-    B_pool: Tensor | None,
-    d: Tensor | None,
-) -> _FactorGrads:
-    """Give the gradients of A, A_pool, B, B_pool and d from a pack's, which are given up."""
-    if dAp is None and dBp is None:
-        return _NO_GRADS
-    dA, dA_pool, dB, dB_pool, dd = ops.pack_backward(dAp, dBp, B, B_pool, d)
-    pool, down, up = B_pool is not None, dAp is not None, dBp is not None
-    return (
-        dA if down else None,
-        dA_pool if down and pool else None,
-        dB if up else None,
-        dB_pool if up and pool else None,
-        dd if up and d is not None else None,
-    )
 
 
 def _by_layer(tensors: Sequence[Any]) -> list[Factors]:

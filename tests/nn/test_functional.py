@@ -34,7 +34,7 @@ def trainable(adapter: Adapter) -> Adapter:
 
 
 @pytest.mark.parametrize("dropout", [False, True])
-@pytest.mark.parametrize("form", ["linear", "add", "projections", "pack"])
+@pytest.mark.parametrize("form", ["linear", "add", "projections"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gradcheck(shape, form, dropout, device):
     x, (weight, other), (bias, _), adapters, _ = draw(shape, device, layers=2)
@@ -45,8 +45,6 @@ def test_gradcheck(shape, form, dropout, device):
     def run(*values):
         kept = forward_of(values[0].flatten(0, -2), mask)
         drop = (mask[0], *kept) if dropout else ()
-        if form == "pack":
-            return functional.pack(Factors(*values[1:6]), torch.float64, 4)
         if form == "add":
             return functional.adapted_linear(
                 values[0], None, None, Factors(*values[1:6]), 1, *drop, y=x @ weight.T
