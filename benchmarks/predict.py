@@ -3,7 +3,7 @@
     python -m benchmarks.predict [--card H100] [--model llama] [--dropout 0.05] [--markdown]
     python -m benchmarks.predict --cards 4096        # every card and model
     python -m benchmarks.predict --counts 4096       # bytes, launches, products
-    python -m benchmarks.predict --write             # renews the tables of docs/kernels.md
+    python -m benchmarks.predict --write             # renews benchmarks/results/predicted.md
     python -m benchmarks.predict --check-cpu [--seconds 90]
 
 Nothing here is measured: each variant is a list of products and passes (benchmarks/passes.py), and
@@ -34,7 +34,7 @@ from benchmarks import block, harness, passes, records, roofline
 from benchmarks.linears import Case
 from benchmarks.shapes import BLOCKS, Block, Linear, decoder
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
+PAGE = Path(__file__).resolve().parent / "results" / "predicted.md"
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
 # Shapes by the models' config.json.
 MODELS = {
@@ -410,7 +410,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--cards", type=int, metavar="TOKENS", help="every card and model")
     made.add_argument("--counts", type=int, metavar="TOKENS", help="bytes and launches")
     made.add_argument("--markdown", action="store_true", help="a table for a page")
-    made.add_argument("--write", action="store_true", help="renew the tables of docs/kernels.md")
+    made.add_argument("--write", action="store_true", help="renew its tables in benchmarks/results")
     made.add_argument("--check-cpu", action="store_true", help="measure this machine beside it")
     made.add_argument("--seconds", type=float, default=90, help="that --check-cpu measures")
     made.add_argument("--quick", action="store_true", help="tiny shapes: a test of --check-cpu")

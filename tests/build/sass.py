@@ -4,8 +4,9 @@
 
 Compiles csrc/cuda/*.cu with nvcc, disassembles with nvdisasm (of a CUDA toolkit, or of the package
 nvidia-cuda-nvdisasm), and fails where a kernel spills, uses local memory or atomics, lacks the wide
-accesses that PROMISES has, or has fewer loads in flight; and where the table of kernels in
-docs/kernels.md is not the one made here, which ``--write`` puts there. No GPU is needed.
+accesses that PROMISES has, or has fewer loads in flight; and if the table of kernels in
+benchmarks/results/machine-code.md differs from the one made here. ``--write`` puts this one there.
+No GPU is needed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from build_support import toolchain
 from tests.build.check_build import ARCHS, ROOT, Kernel, Report, read_ptxas, run
 from tests.build.sass_code import Code, loads_in_flight, read
 
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "benchmarks" / "results" / "machine-code.md"
+NAME = PAGE.relative_to(ROOT)
 BEGIN, END = "<!-- kernels: made by tests/build/sass.py -->", "<!-- kernels: end -->"
 SHOWN = "sm_90"
 FOUR = 4  # loads in flight that hide most of a memory's latency
@@ -79,7 +81,7 @@ class Row(NamedTuple):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--write", action="store_true", help="put the table into docs/kernels.md")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {NAME}")
     given = parser.parse_args()
     report = Report()
     compiled = compile_all()
@@ -100,7 +102,7 @@ def main() -> int:
     if given.write:
         PAGE.write_text(with_table(page, made))
     same = given.write or table_in(page) == made
-    report.check(same, "docs/kernels.md has this table (python -m tests.build.sass --write)")
+    report.check(same, f"{NAME} has this table (python -m tests.build.sass --write)")
     return 1 if report.failures else 0
 
 
@@ -278,7 +280,7 @@ def table_in(page: str) -> str:
     _, begin, rest = page.partition(BEGIN + "\n")
     found, end, _ = rest.partition("\n" + END)
     if not begin or not end or BEGIN in rest:
-        raise SystemExit(f"docs/kernels.md: expected one table between {BEGIN} and {END}.")
+        raise SystemExit(f"{NAME}: expected one table between {BEGIN} and {END}.")
     return found
 
 
