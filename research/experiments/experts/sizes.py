@@ -1,6 +1,6 @@
 """What an adapter of all experts takes in three public models, on tensors without memory.
 
-    # the table of docs/experts.md; nothing is downloaded
+    # the table of sizes in this folder's README.md; nothing is downloaded
     python -m research.experiments.experts.sizes
 
 A model is built on the meta device from the shape written down here and patched as any other. The
