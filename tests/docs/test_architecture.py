@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -75,3 +76,22 @@ def test_arrows_point_down():
     assert not wrong, f"against the order: {wrong}"
     count, modules = (max(levels(each).values()) for each in (graph, IMPORTS))
     assert count <= 8, f"expected at most 8 levels of folders, got {count}, {modules} of modules"
+
+
+def test_contributing_lists_every_part():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    part = text.partition("## Where things are")[2].partition("\n## ")[0]
+    package, others = (
+        {name.rstrip("/") for name in re.findall(r"`([\w./]+)`", table)}
+        for table in part.split("| folder |")
+    )
+    modules = {path.name for path in (ROOT / "rasa_ext").glob("[!_]*.py")}
+    assert modules | children("rasa_ext") <= package
+    assert children("research/rasa_research") <= others
+    assert children("tests") <= {name.removeprefix("tests/") for name in others}
+    assert {"csrc", "csrc/cuda", "benchmarks", "build_support", "docs", "examples"} <= others
+
+
+def children(path: str) -> set[str]:
+    """The folders in one that hold Python."""
+    return {file.parent.name for file in (ROOT / path).glob("*/*.py")}
