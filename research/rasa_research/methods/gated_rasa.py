@@ -1,25 +1,33 @@
-"""RaSA with gates: the entries of d on pooled ranks, which training may close."""
+"""RaSA with gates on pooled ranks: a proximal step drives them to zero, and pruning takes them out.
+
+The steps are those of SoRA (arXiv 2311.11696), whose config derives from this one.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import RasaConfig
+from rasa_ext import RasaConfig, RasaLinear, RasaPool
 from rasa_ext.methods import (
     Factors,
     Place,
     Rate,
+    checked_choice,
+    checked_integer,
     checked_number,
     document_fields,
     option,
 )
+from rasa_ext.patching import owners
+from rasa_ext.training import adapter_of, replace_tensors
+from rasa_research.callback import step_callback
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -131,8 +139,6 @@ class GatedRasaConfig(RasaConfig):
 
     def callbacks(self, model: nn.Module) -> Sequence[TrainerCallback]:
         """Give what moves the gates after each step, and prunes at the end if asked."""
-        from rasa_research.training import ProximalGates
-
         if self.gate_threshold is None:
             raise ValueError(
                 f"gate_threshold: expected a number with the method {self.method!r}, whose gates "
@@ -157,3 +163,326 @@ def _by_name(
 
 
 document_fields(GatedRasaConfig)
+
+
+Threshold = float | Callable[[int], float]
+"""Of gates; or a callable from the number of steps so far to it."""
+
+
+class ProximalGates:
+    """The proximal step of SoRA: after each of the optimizer's, gates move towards zero.
+
+    With the rule "soft" a gate g becomes sign(g) max(|g| - threshold, 0), the proximal point of
+    threshold * |g|. "official" is what the official code does: gates first shrink by the threshold
+    where they are above it, and are then zero where they are below, so that all of |g| < 2
+    threshold vanish. A gate at zero keeps its gradient, and may come back.
+
+    Gates are entries of d over what they begin with: all of a SoRA's, g = d / s, and those of
+    pooled ranks under ``GatedRasaConfig``, which begin at one.
+
+    Args:
+        model: patched with ``SoraConfig`` or ``GatedRasaConfig``.
+        threshold: what is taken from every gate a step; not multiplied with the learning rate. Or
+            a callable from the number of steps so far, such as ``threshold_schedule`` gives.
+        rule: "soft" or "official".
+        l1: the weight of ``penalty()``, which the official code adds to the loss as well.
+
+    Raises:
+        TypeError, ValueError: naming the argument; the model has no gates.
+
+    Example:
+        >>> from rasa_research.methods import GatedRasaConfig
+        >>> from rasa_research.training import ProximalGates
+        >>> model = rasa_ext.patch_model(model, config=GatedRasaConfig(rank=8, k=1))
+        >>> optimizer = torch.optim.AdamW(rasa_ext.training.parameter_groups(model, lr=5e-4))
+        >>> gates = ProximalGates(model, threshold=1e-3)
+        >>> tokens = torch.tensor([[1, 2, 3]])
+        >>> loss = model(tokens, labels=tokens).loss
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> gates.step()
+    """
+
+    def __init__(
+        self, model: nn.Module, threshold: Threshold, rule: str = "soft", l1: float = 0.0
+    ) -> None:
+        if not callable(threshold):
+            _checked_size("threshold", threshold)
+        _checked_size("l1", l1)
+        self.rule = checked_choice("rule", rule, ("soft", "official"))
+        self.threshold, self.l1, self.steps = threshold, l1, 0
+        self._model = model
+        _gates(model)
+
+    def step(self) -> None:
+        """Move every gate; call it after ``optimizer.step()``.
+
+        Raises:
+            TypeError, ValueError: the threshold that a callable gave is no number >= 0, or the
+                model has no gates left.
+        """
+        threshold = self.threshold(self.steps) if callable(self.threshold) else self.threshold
+        _checked_size("threshold", threshold)
+        self.steps += 1
+        with torch.no_grad():
+            for d, entries, scale in _gates(self._model):
+                gates, by = d[entries], threshold * scale
+                if self.rule == "soft":
+                    gates.copy_(nn.functional.softshrink(gates, by))
+                else:
+                    shrunk = torch.where(gates.abs() > by, gates - by * gates.sign(), gates)
+                    gates.copy_(torch.where(shrunk.abs() < by, 0.0, shrunk))
+
+    def penalty(self) -> Tensor:
+        """Give l1 * the mean |g| over all gates, differentiable, to add to a loss."""
+        sizes = [d[entries].abs() / scale for d, entries, scale in _gates(self._model)]
+        device = sizes[0].device
+        return self.l1 * torch.cat([size.to(device) for size in sizes]).mean()
+
+    def add_penalty_gradient(self) -> None:
+        """Add the gradient of ``penalty()``, for loops whose loss is out of reach.
+
+        Call it between ``loss.backward()`` and ``optimizer.step()``.
+        """
+        gates = _gates(self._model)
+        count = sum(entries.stop - entries.start for _, entries, _ in gates)
+        for d, entries, scale in gates:
+            if self.l1 and d.grad is not None:
+                d.grad[entries] += self.l1 / (scale * count) * d.detach()[entries].sign()
+
+    def open_gates(self) -> tuple[int, int]:
+        """Count the gates that are not zero, and all."""
+        flags = [d.detach()[entries] != 0 for d, entries, _ in _gates(self._model)]
+        return sum(int(flag.sum()) for flag in flags), sum(map(len, flags))
+
+    def state_dict(self) -> dict[str, int]:
+        """Give what a resumed training needs: the steps so far."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up what ``state_dict`` gave."""
+        self.steps = state["steps"]
+
+    def callback(self, *, prune: bool = False) -> TrainerCallback:
+        """Give a callback for transformers' Trainer that does the steps, and adds the penalty.
+
+        The state is in Trainer's checkpoints. At the end of a training that was not stopped before,
+        it prints how many gates are open; with ``prune`` it takes the others out.
+        """
+        end = functools.partial(self._end, prune)
+        return step_callback(self, before=self.add_penalty_gradient, end=end)
+
+    def _end(self, pruned: bool) -> str:
+        """Prune if asked; say what is left."""
+        text = "{:,} of {:,} gates are open".format(*self.open_gates())
+        if pruned:
+            before, after = prune(self._model)
+            text += f"; with the others taken out the effective rank is {after}, from {before}"
+        return f"{text}."
+
+
+def threshold_schedule(
+    first: float, last: float, stages: int, steps: int, kind: str = "linear"
+) -> Callable[[int], float]:
+    """Make a threshold that rises in stages, as the official code's schedules of SoRA do.
+
+    Args:
+        first, last: the thresholds of the first and of the last stage.
+        stages: how many there are.
+        steps: the optimizer's steps of a stage; the last stage lasts.
+        kind: what grows evenly from stage to stage: the threshold, "linear"; its exponential,
+            "log" ("log_linear" in the official code); or its logarithm, "exp" ("exp_linear").
+
+    Returns:
+        A callable from the number of steps so far to the threshold.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> from rasa_research.training import threshold_schedule
+        >>> schedule = threshold_schedule(0.0, 6e-4, stages=4, steps=100)
+        >>> [round(1e4 * schedule(step), 1) for step in (0, 99, 100, 350, 999)]
+        [0.0, 0.0, 2.0, 6.0, 6.0]
+    """
+    checked_choice("kind", kind, ("linear", "log", "exp"))
+    for name, count in (("stages", stages), ("steps", steps)):
+        if checked_integer(name, count) < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {count}.")
+    for name, size in (("first", first), ("last", last)):
+        if _checked_size(name, size) == 0 and kind == "exp":
+            raise ValueError(f"{name}: expected a number above 0 with kind='exp', got {size}.")
+
+    def threshold(step: int) -> float:
+        part = min(step // steps, stages - 1) / max(stages - 1, 1)
+        if kind == "log":
+            return last + math.log(part + (1 - part) * math.exp(first - last))
+        if kind == "exp":
+            return float(first * (last / first) ** part)
+        return first + (last - first) * part
+
+    return threshold
+
+
+def _checked_size(name: str, value: Any) -> float:
+    """Return ``value``; raise TypeError or ValueError where it is no number >= 0."""
+    size = checked_number(name, value)
+    if not size >= 0:
+        raise ValueError(f"{name}: expected a number >= 0, got {size}.")
+    return size
+
+
+@torch.no_grad()
+def balance(model: nn.Module) -> None:
+    """Give the rows of A and the columns of B norm one, and their product to d; outputs stay.
+
+    A penalty on d alone is evaded by growing A and B; balanced, d says what a rank contributes.
+    For a pool one scale a slot goes to the d of all layers. Ranks of a zero row or column, as those
+    of a fresh B, stay as they are. An optimizer's moments still belong to the numbers before.
+
+    Args:
+        model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``.
+
+    Raises:
+        TypeError, ValueError: the model is no module, not patched, of another method, or has
+            adapted experts.
+
+    Example:
+        >>> from rasa_research.training import balance
+        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
+        >>> balance(model)
+    """
+    config, layers = adapter_of(model, RasaConfig)
+    _check_no_experts(model, "balance")
+    pools: dict[RasaPool, Tensor] = {}
+    for layer in layers.values():
+        own = config.ranks_at(layer.place)[0]
+        layer.d[:own] *= _normalize(layer.A, layer.B)
+        if layer.pool is not None and layer.pool_tensors():
+            if layer.pool not in pools:
+                pools[layer.pool] = _normalize(layer.pool.A, layer.pool.B)
+            layer.d[own:] *= pools[layer.pool].to(layer.d)[_slots(layer)]
+
+
+def _normalize(A: Tensor, B: Tensor) -> Tensor:
+    """Divide rows of A (R, in) and columns of B (out, R) by their norms; give the products (R,)."""
+    down, up = A.norm(dim=1), B.norm(dim=0)
+    whole = (down > 0) & (up > 0)
+    down, up = torch.where(whole, down, 1.0), torch.where(whole, up, 1.0)
+    A /= down.unsqueeze(1)
+    B /= up
+    return down * up
+
+
+@torch.no_grad()
+def prune(model: nn.Module) -> tuple[int, int]:
+    """Take ranks out whose gate is exactly zero; outputs stay, and layers get cheaper.
+
+    A layer loses the private ranks of zero gates and no longer reads pooled ones of zero gates; a
+    slot that no layer reads leaves the pool. Parameters are new ones: make a new optimizer, and
+    wrap the model in DistributedDataParallel anew. Saving, loading, merging and exporting go on as
+    before.
+
+    Args:
+        model: patched with ``SoraConfig`` or ``GatedRasaConfig``.
+
+    Returns:
+        The largest effective rank of a layer before and after.
+
+    Raises:
+        TypeError, ValueError: the model is no module, not patched, wrapped in
+            DistributedDataParallel, or has no gates.
+        RuntimeError: the adapter is merged.
+
+    Example:
+        >>> from rasa_research.methods import GatedRasaConfig
+        >>> from rasa_research.training import prune
+        >>> model = rasa_ext.patch_model(model, config=GatedRasaConfig(rank=8, k=1))
+        >>> before, after = prune(model)
+        >>> before == after  # no gate is zero yet
+        True
+    """
+    _gates(model)
+    config, layers = adapter_of(model, GatedRasaConfig)
+    before = max(layer.effective_rank for layer in layers.values())
+    groups: dict[RasaPool | RasaLinear, dict[str, RasaLinear]] = {}
+    for name, layer in layers.items():
+        groups.setdefault(layer.pool or layer, {})[name] = layer
+    kept: dict[str, tuple[int, int, int]] = {}
+    left: dict[RasaPool | RasaLinear, dict[str, Tensor]] = {}
+    for owner, members in groups.items():
+        slots = _used_slots(members.values(), config)
+        for name, layer in members.items():
+            left[layer] = _pruned(layer, config, slots)
+            kept[name] = (left[layer]["A"].shape[0], len(left[layer]["slots"]), len(slots))
+        if isinstance(owner, RasaPool):
+            rows = {"A": owner.A[slots], "B": owner.B.t()[slots].t()} if len(slots) else {}
+            left[owner] = {name: nn.Parameter(tensor) for name, tensor in rows.items()}
+    replace_tensors(model, dataclasses.replace(config, kept=kept), left)
+    return before, max(layer.effective_rank for layer in layers.values())
+
+
+def _used_slots(layers: Iterable[RasaLinear], config: GatedRasaConfig) -> Tensor:
+    """Find the slots of a group's pool that a layer still reads (n,)."""
+    used: set[int] = set()
+    for layer in layers:
+        own = config.ranks_at(layer.place)[0]
+        used.update(_slots(layer)[layer.d[own:] != 0].tolist())
+    return torch.tensor(sorted(used), dtype=torch.long)
+
+
+def _pruned(layer: RasaLinear, config: GatedRasaConfig, slots: Tensor) -> dict[str, Tensor]:
+    """Give a layer's own tensors less its zero gates; its slots count in what is left of the pool.
+
+    Private ranks whose d is zero but no gate stay.
+    """
+    ranks = config.ranks_at(layer.place)
+    own, entries = ranks[0], config.gate_entries(*ranks)
+    left = layer.d != 0
+    left[: entries.start] = True
+    private, pooled = left[:own], left[own:]
+    where = torch.searchsorted(slots.to(layer.d.device), _slots(layer)[pooled])
+    return {
+        "A": nn.Parameter(layer.A[private]),
+        "B": nn.Parameter(layer.B.t()[private].t()),
+        "d": nn.Parameter(layer.d[left]),
+        "slots": where,
+    }
+
+
+def _slots(layer: RasaLinear) -> Tensor:
+    """Give the slots of the pool that a layer reads now."""
+    slots = layer.own_tensors().get("slots")
+    if slots is not None:
+        return slots
+    return torch.arange(layer.d.shape[0] - layer.A.shape[0], device=layer.d.device)
+
+
+def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
+    """List every layer's d, the entries that are gates, and what they are divided by to be them.
+
+    ValueError where there are none, or experts, whose pools cannot be pruned.
+    """
+    config, layers = adapter_of(model, GatedRasaConfig)
+    _check_no_experts(model, "a step of gates")
+    found = []
+    for layer in layers.values():
+        entries = config.gate_entries(*config.ranks_at(layer.place))
+        if entries.stop > entries.start:
+            found.append((layer.d, entries, config.gate_scale(layer.place.num_layers)))
+    if not found:
+        raise ValueError(
+            "model: expected gates, as those of SoraConfig or of GatedRasaConfig with k > 0, but "
+            f"{type(config).__name__} has none{' left' if config.kept else ''}."
+        )
+    return found
+
+
+def _check_no_experts(model: nn.Module, what: str) -> None:
+    """Raise ValueError where the experts of a model are adapted, which ``what`` cannot do with."""
+    for name, owner in owners(model):
+        if not isinstance(owner, RasaLinear):
+            raise ValueError(
+                f"model: {what} is for adapters of linear layers, but {name!r} has adapted "
+                "experts; patch it with experts=None."
+            )

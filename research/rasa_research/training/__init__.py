@@ -1,10 +1,10 @@
 """What methods do between the steps of an optimizer."""
 
+from rasa_research.methods.gated_rasa import ProximalGates, balance, prune, threshold_schedule
 from rasa_research.training.boosting import Boosting
 from rasa_research.training.calibration import calibrate
 from rasa_research.training.continual import absorb, next_task
 from rasa_research.training.diagonals import diagonals, load_diagonals, train_diagonals
-from rasa_research.training.gates import ProximalGates, balance, prune, threshold_schedule
 
 __all__ = [
     "Boosting",

@@ -14,10 +14,10 @@ from rasa_ext import RasaLinear, RasaPool
 from rasa_ext.distributed import check_averaged
 from rasa_ext.methods import checked_integer, checked_number
 from rasa_ext.training import adapter_of, replace_tensors
+from rasa_research.callback import step_callback
 from rasa_research.methods import BoostedLoraConfig, BoostedPoolConfig
 from rasa_research.methods.boosted_lora import Boosted
 from rasa_research.methods.stack import pushed
-from rasa_research.training.callback import step_callback
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
