@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import os
 import re
-import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -127,10 +126,7 @@ class Base:
         """Say, where that is needed, what `BASE_FOLDER` stands for."""
         if self.id or not self.name:
             return ""
-        what = "the folder of this base"
-        if self.name.endswith(".gguf"):
-            what = f"the folder of the model that `{self.name}` was made from"
-        return f"`{BASE_FOLDER}` stands for {what}.\n"
+        return f"`{BASE_FOLDER}` stands for the folder of this base; a .gguf was made from one.\n"
 
 
 def hub_id(name_or_path: str) -> str | None:
@@ -209,8 +205,9 @@ def lora_card(
         text = serving_help(
             source, Path(), settings["r"], float32=float32, expert_layout=layout, format=format
         )
-        text = re.sub(r"(?m)^(?:  .+\n?)+", _fenced, f"{text}\n")
-        serve = f"{base.folder_note()}Commands are for the folder of this card.\n\n{text}"
+        text, *commands = text.split("\n  ")
+        serve = f"{base.folder_note()}Commands are for the folder of this card.\n\n{text}\n"
+        serve += "\n```bash\n" + "\n".join(commands) + "\n```" if commands else ""
     return compose(
         head_fields(base, task, card, _LIBRARIES[format], tags),
         title("LoRA", base),
@@ -227,10 +224,6 @@ def lora_card(
         },
         {"Load": load, "Serve": serve, **card.sections},
     )
-
-
-def _fenced(commands: re.Match[str]) -> str:
-    return f"\n```bash\n{textwrap.dedent(commands[0])}```\n\n"
 
 
 def title(what: str, base: Base) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 
 import numpy as np
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import rasa_ext
-from rasa_ext.checkpoint.serving import serving_help, vllm_command
+from rasa_ext.checkpoint.serving import serving_help
 from rasa_ext.commands import models as model_loading
 from rasa_ext.commands.measuring import exact_match, greedy_answers, last_number
 from rasa_ext.commands.models import (
@@ -181,25 +180,15 @@ def test_exact_match_counts_whole_answers():
     assert exact_match([], []) == 0
 
 
+def served_with(rank: int, base: str = "base") -> str:
+    return serving_help(base, Path("/lora"), rank, float32=False)
+
+
 @pytest.mark.parametrize(("rank", "limit"), [(1, 1), (5, 8), (37, 64), (64, 64), (321, 512)])
-def test_vllm_takes_the_next_rank_it_knows(tmp_path, rank, limit):
-    assert f"--max-lora-rank {limit} " in vllm_command("base", tmp_path, rank, float32=False)
-
-
-def test_vllm_has_a_largest_rank(tmp_path):
-    assert vllm_command("base", tmp_path, 513, float32=False) is None
-
-
-def test_a_gguf_is_served_by_llama_cpp_only(tmp_path):
-    """vLLM cannot start over a .gguf, and llama.cpp has no largest rank."""
-    text = serving_help("/a b/m.gguf", tmp_path / "lora", 600, float32=True)
-    assert "vllm serve" not in text
-    convert, serve = map(shlex.split, text.splitlines()[-2:])
-    lora = str(tmp_path / "lora")
-    assert convert[1:5] == ["convert_lora_to_gguf.py", lora, "--base", "BASE_FOLDER"]
-    assert convert[-2:] == ["--outfile", f"{lora}.gguf"]
-    assert serve[:3] == ["llama-server", "-m", "/a b/m.gguf"]
-    assert serve[3:] == ["--lora", f"{lora}.gguf", "--cache-ram", "0"]
+def test_vllm_takes_the_next_rank_it_knows(rank, limit):
+    assert f"--max-lora-rank {limit} " in served_with(rank)
+    assert "vllm serve" not in served_with(513)
+    assert "llama.cpp, export with --format gguf" in served_with(rank, "/a b/m.gguf")
 
 
 LLAMA3_ROPE = {

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import rasa_ext
-from rasa_ext.checkpoint.card import BASE_FOLDER
 from tests.readers.commands import printed
 from tests.readers.environments import ask
 from tests.readers.environments import convert as run_converter
@@ -128,13 +127,3 @@ def test_the_file_is_the_converter_s(tmp_path):
         ours = tmp_path / family / "gguf" / "adapter.gguf"
         assert len(read(ours)[0]) >= 2 * 2 * 4
         same(ours, tmp_path / family / "its.gguf")
-
-
-def test_the_printed_conversion_of_peft_s_files(case, tmp_path):
-    """What is printed for a .gguf: with the model's folder in place of BASE_FOLDER."""
-    out, adapter = tmp_path / "lora", case.adapters["second"]
-    convert, serve = printed("export-lora", adapter, "--output", out)
-    assert BASE_FOLDER in convert
-    run_converter(*[case.base if word == BASE_FOLDER else word for word in convert[1:]])
-    printed("export-lora", adapter, "--output", tmp_path / "gguf", "--format", "gguf")
-    same(tmp_path / "gguf" / "adapter.gguf", Path(serve[4]))
