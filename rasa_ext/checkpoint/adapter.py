@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from rasa_ext.base_layers.sharded import (
     sharded_modules,
     what_is_here,
 )
+from rasa_ext.base_layers.survey import survey
 from rasa_ext.checkpoint.card import PLAIN, Card, adapter_card, write_card
 from rasa_ext.checkpoint.files import (
     CONFIG,
@@ -254,16 +255,18 @@ def load_tensors_into(
 
     ``shown`` gives a tensor's name in the file that was read, for error messages.
     """
-    config = resolve_config(unwrap(model), config)
     patched = is_patched(model)
+    root = unwrap(model) if patched else model
+    found = survey(root)
+    config = resolve_config(root, config, found)
     if patched:
-        state = patch_state(model)
+        state = patch_state(root)
         if state.merged is not None:
             raise RuntimeError(
                 "model: an adapter cannot be loaded while one is merged into the base weights; "
                 "call rasa_ext.unmerge(model) first."
             )
-        if differences := resolve_config(unwrap(model), state.config).differences(config):
+        if differences := resolve_config(root, state.config, found).differences(config):
             raise ValueError(
                 f"{where}: the adapter's config differs from the model's patch in "
                 f"{'; '.join(differences)} (patch, adapter); call rasa_ext.unpatch(model) first."
@@ -271,13 +274,14 @@ def load_tensors_into(
         plan = state.plan
     else:
         check_unpatched(model)
-        plan = make_plan(model, config)
-    check_in_memory(_changed(unwrap(model), plan))
+        plan = make_plan(model, config, found=found)
+    check_in_memory(dict(_changed(root, plan)))
     planned = [group.planned(config) for group in plan.groups]
-    expected = _expected(unwrap(model), planned, plan)
-    hint = _other_base(tensors, expected)
-    check_tensors(_keyed(shown, tensors), _keyed(shown, expected), where, hint)
-    check_finite(_keyed(shown, tensors), where)
+    expected = _expected(root, planned, plan)
+    named = {shown(key): tensor for key, tensor in tensors.items()}
+    shapes = {shown(key): shape for key, shape in expected.items()}
+    check_tensors(named, shapes, where, _other_base(tensors, expected))
+    check_finite(named, where)
     _check_indices(planned, tensors, where)
     if not patched:
         apply_plan(model, config, plan)
@@ -287,25 +291,21 @@ def load_tensors_into(
     return model
 
 
-def _changed(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """The tensors of the modules that an adapter is loaded into, patched or not.
+def _changed(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Walk over the tensors of the modules that an adapter is loaded into, patched or not.
 
     Less the weights of linear layers that accelerate brings to a device as they run.
     """
     adapted = tuple(f"{name}." for group in plan.groups for name in group.names)
     others = (*plan.modules_to_save, *(name for rows in plan.tokens for name in rows.names))
     trained = tuple(f"{name}." for name in others)
-    brought = tuple(
-        f"{name}."
-        for name, module in root.named_modules()
-        if is_linear(module) and module.weight.is_meta and device_of(module).type != "meta"
-    )
-    found = {}
-    for name, tensor in (*root.named_parameters(), *root.named_buffers()):
-        inside = f"{name}.".startswith(adapted) and not name.startswith(brought)
-        if inside or f"{name}.".startswith(trained):
-            found[name] = tensor
-    return found
+    for name, module in root.named_modules():
+        brought = is_linear(module) and module.weight.is_meta and device_of(module).type != "meta"
+        for held in (module.named_parameters, module.named_buffers):
+            for key, tensor in held(name, recurse=False):
+                inside = f"{key}.".startswith(adapted) and not brought
+                if inside or key.startswith(trained):
+                    yield key, tensor
 
 
 def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
@@ -328,10 +328,6 @@ def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str
         f"{text}Load it into the model that it was trained on: base_model_name_or_path in its "
         "adapter_config.json."
     )
-
-
-def _keyed(name: Callable[[str], str], things: Mapping[str, Any]) -> dict[str, Any]:
-    return {name(key): thing for key, thing in things.items()}
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:

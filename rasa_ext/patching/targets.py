@@ -41,6 +41,7 @@ def make_plan(
     config: AdapterConfig,
     linears: Mapping[str, LinearLayer] | None = None,
     banks: Mapping[str, Bank] | None = None,
+    found: Survey | None = None,
 ) -> Plan:
     """Find the layers that a config names in a model, and group them. The model is only read.
 
@@ -49,6 +50,7 @@ def make_plan(
         config: of any method.
         linears: the layers to choose from, by name; by default every linear layer of the model.
         banks: stacked expert weights to choose from, which only a config with ``experts`` takes.
+        found: in place of both, what a walk over the model has found.
 
     Returns:
         What ``patch_model`` would change.
@@ -64,7 +66,7 @@ def make_plan(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    found = survey(model, linears, banks)
+    found = found or survey(model, linears, banks)
     if "" in found.linears:
         raise ValueError(
             "model: expected a module that holds linear layers, got a linear layer itself, which "
@@ -169,13 +171,16 @@ def _adaptable(found: Survey, config: AdapterConfig) -> frozenset[str]:
     return frozenset(names)
 
 
-def resolve_config(model: nn.Module, config: AdapterConfig) -> AdapterConfig:
+def resolve_config(
+    model: nn.Module, config: AdapterConfig, found: Survey | None = None
+) -> AdapterConfig:
     """Drop names in the lists of ``config`` that match no module of ``model``.
 
     ``modules_to_save`` become whole names, and so do those of ``trainable_token_indices``. This is
     for configs from files: PEFT takes lists that name layers of several kinds of models.
+    ``found`` is what a walk over the model has found, if there was one.
     """
-    found = survey(model)
+    found = found or survey(model)
     modules = [*(name for name in found.modules if name), *found.banks]
     targets = config.target_modules
     if not isinstance(targets, str):
