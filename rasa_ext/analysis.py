@@ -13,20 +13,20 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from rasa_ext.base_layers.survey import survey
 from rasa_ext.checkpoint.adapter import own_key, pool_key
-from rasa_ext.checkpoint.files import PREFIX, WEIGHTS, read_config, read_tensors
+from rasa_ext.checkpoint.files import PREFIX, read_adapter
 from rasa_ext.checkpoint.lora import Lora, read_lora
 from rasa_ext.methods import read_method
 from rasa_ext.methods.base import OFFICIAL, AdapterConfig
 from rasa_ext.ops import Factors
-from rasa_ext.patching.grouping import Group, grouped, groups_of
+from rasa_ext.patching.grouping import Group, groups_of
 from rasa_ext.patching.state import owners, patch_state
 from rasa_ext.patching.targets import make_plan, resolve_config
 
@@ -142,43 +142,47 @@ def analyze_adapter(
         >>> [group.pattern for group in analyze_adapter("adapter")]
         ['model.layers.*.mlp.down_proj']
     """
-    settings = read_config(directory)
-    tensors = read_tensors(Path(directory) / WEIGHTS)
-    if model is not None:
-        config = resolve_config(model, read_method(settings))
-        found = make_plan(model, config).groups
-        try:
-            return [_analyze_group(group, _factors(tensors, config, group)) for group in found]
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"model: expected the base that {directory} was trained on, but the tensors do not "
-                f"fit the model ({error})."
-            ) from error
-    keys = [
-        key.removesuffix(".rasa_A")
-        for key in tensors
-        if key.endswith(".rasa_A") and f"{key[:-1]}B" in tensors
-    ]
-    if not keys:
-        if (method := read_method(settings).method) != OFFICIAL:
-            raise ShapesUnknown(
-                f"{directory}: the files of the method {method!r} do not tell the shapes of all "
-                "layers; pass the base as model."
-            )
+    settings, tensors = read_adapter(directory)
+    config = read_method(settings)
+    if model is None:
+        shapes = _shapes(tensors, config.method, directory)
+        groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)
+    else:
+        found = survey(model)
+        config = resolve_config(model, config, found)
+        groups = make_plan(model, config, found=found).groups
+    try:
+        return [_analyze_group(group, _factors(tensors, config, group)) for group in groups]
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"model: expected the base that {directory} was trained on, but the tensors do not "
+            f"fit the model ({error})."
+        ) from error
+
+
+def _shapes(
+    tensors: Mapping[str, Tensor], method: str, directory: str | os.PathLike[str]
+) -> dict[str, tuple[int, ...]]:
+    """Read the layers' shapes off an A and a B of each, in the model's order."""
+    names = [key.removesuffix("A") for key in tensors if key.endswith(".rasa_A")]
+    names = [name for name in sorted(names, key=_in_model_order) if f"{name}B" in tensors]
+    if not names and method == OFFICIAL:
         raise ValueError(
             f"{directory}: expected an adapter that rasa_ext.save_adapter wrote, found no layer's "
             "rasa_A and rasa_B in its weights; import other formats first."
         )
-    config = read_method(settings)
-    shapes = {
-        key.removeprefix(PREFIX): (
-            *tensors[f"{key}.rasa_B"].shape[:-1],
-            tensors[f"{key}.rasa_A"].shape[-1],
+    if not names:
+        raise ShapesUnknown(
+            f"{directory}: the files of the method {method!r} do not tell the shapes of all "
+            "layers; pass the base as model."
         )
-        for key in sorted(keys, key=_in_model_order)
+    return {
+        name.removeprefix(PREFIX).removesuffix(".rasa_"): (
+            *tensors[f"{name}B"].shape[:-1],
+            tensors[f"{name}A"].shape[-1],
+        )
+        for name in names
     }
-    groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)
-    return [_analyze_group(group, _factors(tensors, config, group)) for group in groups]
 
 
 def analyze_lora(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
@@ -206,14 +210,10 @@ def analyze_lora(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
         ['model.layers.*.mlp.down_proj']
     """
     lora = read_lora(directory)
-    shapes = {
-        name: (B.shape[0], A.shape[1])
-        for name in sorted(lora.factors, key=_in_model_order)
-        for B, A in [lora.factors[name]]
-    }
+    shapes = {name: lora.shapes[name] for name in sorted(lora.shapes, key=_in_model_order)}
     return [
         _analyze_group(group, {name: _scaled(lora, name) for name in group.names})
-        for group in grouped(shapes)
+        for group in groups_of(shapes, None)
     ]
 
 
@@ -244,33 +244,26 @@ def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _analyze_group(group: Group, factors: Mapping[str, Factors]) -> GroupAnalysis:
-    layers: list[LayerAnalysis] = []
-    for name, each in factors.items():
-        layers += [
-            dataclasses.replace(_analyze_layer(name, each.of_expert(expert)), expert=expert)
-            for expert in range(group.experts)
-        ] or [_analyze_layer(name, each)]
+    experts: Sequence[int | None] = range(group.experts) or (None,)
+    layers = (_analyze_layer(n, each, expert) for n, each in factors.items() for expert in experts)
     return GroupAnalysis(group.pattern, group.shape, tuple(layers), group.experts)
 
 
 @torch.no_grad()
-def _analyze_layer(name: str, factors: Factors) -> LayerAnalysis:
+def _analyze_layer(name: str, factors: Factors, expert: int | None) -> LayerAnalysis:
+    factors = factors if expert is None else factors.of_expert(expert)
     A, A_pool, B, B_pool, d = factors.map(lambda t: t.double().contiguous())
     if d is None:  # a method without a diagonal
         d = A.new_ones(factors.rank)
-    own = A.shape[0]
+    own, use, pooled = A.shape[0], d.new_zeros(0), 0.0
     private = _singular_values(B * d[:own], A).square().sum().item()
-    if A_pool is None or B_pool is None:
-        return _result(name, _singular_values(B * d, A), private, 0.0, d.new_zeros(0))
-    use = d[own:].abs() * A_pool.norm(dim=1) * B_pool.norm(dim=0)
-    pooled = _singular_values(B_pool * d[own:], A_pool).square().sum().item()
-    whole = _singular_values(torch.cat([B, B_pool], 1) * d, torch.cat([A, A_pool]))
-    return _result(name, whole, private, pooled, use)
-
-
-def _result(name: str, S: Tensor, private: float, pooled: float, use: Tensor) -> LayerAnalysis:
+    if A_pool is not None and B_pool is not None:
+        use = d[own:].abs() * A_pool.norm(dim=1) * B_pool.norm(dim=0)
+        pooled = _singular_values(B_pool * d[own:], A_pool).square().sum().item()
+        A, B = torch.cat([A, A_pool]), torch.cat([B, B_pool], 1)
+    S = _singular_values(B * d, A)
     share = private / (private + pooled) if private + pooled else 0.0
-    return LayerAnalysis(name, S.cpu(), _entropy_rank(S), share, use.cpu())
+    return LayerAnalysis(name, S.cpu(), _entropy_rank(S), share, use.cpu(), expert)
 
 
 def _singular_values(left: Tensor, right: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class Lora:
     config: dict[str, Any]
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every layer, by name."""
+        return {name: (B.shape[0], A.shape[1]) for name, (B, A) in self.factors.items()}
+
+    @property
     def rank(self) -> int:
         """The largest rank of any layer."""
         return max(A.shape[0] for _, A in self.factors.values())
@@ -234,7 +239,6 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
         >>> from rasa_ext.checkpoint import convert_lora, read_lora
         >>> convert_lora(model, read_lora("lora"), "lora").save(model, "adapter")
     """
-    shapes = {name: (B.shape[0], A.shape[1]) for name, (B, A) in lora.factors.items()}
     config = RasaConfig(
         rank=lora.rank,
         k=0,
@@ -243,7 +247,7 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
         modules_to_save=_saved_modules(model, lora, where),
         trainable_token_indices=lora.config.get("trainable_token_indices"),
     )
-    config, plan = plan_layers(model, config, shapes, where)
+    config, plan = plan_layers(model, config, lora.shapes, where)
     tensors = _exact(lora, plan)
     expected = {name: tuple(t.shape) for name, t in saved_tensors(model, plan).items()}
     expected |= {rows_key(rows.names[0]): (len(rows.ids), rows.width) for rows in plan.tokens}
