@@ -90,11 +90,16 @@ def shard_model(
             "mp_policy: expected none, got one, which would cast what passes between the base and "
             "its float32 adapter; call model.to(torch.bfloat16) before patching, or use autocast."
         )
-    _check(model)
+    replicated = _checked(model)
+    for name, parameter in model.named_parameters():
+        if is_dtensor(parameter):
+            raise ValueError(
+                f"model: expected a model that is not sharded, but {name!r} is a DTensor; call "
+                "shard_model once, on the patched model, in place of fully_shard."
+            )
     chosen = blocks_of(model) if blocks is None else _ordered(model, blocks)
-    replicated = _replicated(model)
     groups = [mesh.get_group(dim) for dim in range(mesh.ndim)]
-    _place(replicated, groups, _device(mesh))
+    _place(replicated, groups, mesh.device_type)
     ignored = set(replicated)
     for module in (*chosen, model):
         fully_shard(module, mesh=mesh, ignored_params=ignored, **options)
@@ -146,13 +151,12 @@ def replicate_adapter(model: nn.Module, accelerator: Any = None) -> nn.Module:
         >>> model(tokens, labels=tokens).loss.backward()
         >>> dist.destroy_process_group()
     """
-    _check_ready(model)
+    replicated = _checked(model)
     if model in _AVERAGING and not _adapters(model).keys().isdisjoint(_AVERAGING[model].parameters):
         raise ValueError(
             "model: expected one whose gradients are not averaged yet; shard_model and "
             "replicate_adapter are called once, and one of them."
         )
-    replicated = _replicated(model)
     for name, parameter in model.named_parameters():
         if is_dtensor(parameter) and any(parameter is each for each in replicated):
             raise ValueError(
@@ -301,18 +305,12 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """The outermost items of lists and sequences of modules that hold an adapted layer."""
-    found: dict[nn.Module, None] = {}
-    lists = (nn.ModuleList, nn.ModuleDict)  # which are not run as a whole
-    waiting = [model]
-    while waiting:
-        parent = waiting.pop(0)
-        for child in parent.children():
-            item = isinstance(parent, (nn.ModuleList, nn.Sequential))
-            if item and not isinstance(child, lists) and _adapted(child):
-                found[child] = None
-            else:
-                waiting.append(child)
-    return list(found)
+    found: list[nn.Module] = []
+    item = isinstance(model, (nn.ModuleList, nn.Sequential))
+    for child in model.children():
+        whole = not isinstance(child, (nn.ModuleList, nn.ModuleDict))  # these are not run as one
+        found += [child] if item and whole and _adapted(child) else blocks_of(child)
+    return list(dict.fromkeys(found))
 
 
 def _adapted(module: nn.Module) -> bool:
@@ -331,17 +329,8 @@ def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
     return [module for module in inner_first if module in wanted]
 
 
-def _check(model: nn.Module) -> None:
-    _check_ready(model)
-    for name, parameter in model.named_parameters():
-        if is_dtensor(parameter):
-            raise ValueError(
-                f"model: expected a model that is not sharded, but {name!r} is a DTensor; call "
-                "shard_model once, on the patched model, in place of fully_shard."
-            )
-
-
-def _check_ready(model: nn.Module) -> None:
+def _checked(model: nn.Module) -> list[nn.Parameter]:
+    """Give what is replicated; raise where the model's adapter cannot be trained in processes."""
     if not isinstance(model, nn.Module) or not _adapted(model):
         patch_state(model)  # raises
     if unwrap(model) is not model:
@@ -355,12 +344,13 @@ def _check_ready(model: nn.Module) -> None:
                 f"model: the adapter of {name!r} is merged into a weight that would be sharded; "
                 "call rasa_ext.unmerge(model) first."
             )
-    for parameter in _replicated(model):
-        if parameter.is_meta:
-            raise ValueError(
-                "model: expected an adapter with values, got one on the meta device; patch a base "
-                "with values, or initialise the adapter after model.to_empty(device=...)."
-            )
+    replicated = _replicated(model)
+    if any(parameter.is_meta for parameter in replicated):
+        raise ValueError(
+            "model: expected an adapter with values, got one on the meta device; patch a base "
+            "with values, or initialise the adapter after model.to_empty(device=...)."
+        )
+    return replicated
 
 
 def _replicated(model: nn.Module) -> list[nn.Parameter]:
@@ -371,14 +361,6 @@ def _replicated(model: nn.Module) -> list[nn.Parameter]:
         for name in patch_state(model).plan.modules_to_save:
             found += model.get_submodule(name).parameters()
     return list(dict.fromkeys(found))
-
-
-def _device(mesh: DeviceMesh) -> torch.device:
-    """This process's device of a mesh."""
-    device = torch.device(mesh.device_type)
-    if device.type != "cpu":
-        device = torch.device(device.type, torch.get_device_module(device).current_device())
-    return device
 
 
 def _adapters(model: nn.Module) -> dict[nn.Parameter, None]:
@@ -395,7 +377,7 @@ def _adapters(model: nn.Module) -> dict[nn.Parameter, None]:
 def _place(
     parameters: list[nn.Parameter],
     groups: Sequence[dist.ProcessGroup | None],
-    device: torch.device | None,
+    device: torch.device | str | None,
 ) -> None:
     """Move parameters to a device, with the values of the groups' first process."""
     for parameter in parameters:
