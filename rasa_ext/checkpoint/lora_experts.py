@@ -38,10 +38,8 @@ _OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2"
 def checked_layout(experts: Mapping[str, Adapted], given: str | None) -> str | None:
     """Give the layout for a model's adapted experts, None where it has none.
 
-    Raises TypeError or ValueError, naming the argument, for one that it cannot have.
+    Raises ValueError, naming the argument, for one that it cannot have.
     """
-    if given is not None and not isinstance(given, str):
-        raise TypeError(f"expert_layout: expected a string or None, got {given!r}.")
     if given is not None:
         checked_choice("expert_layout", given, LAYOUTS)
     if not experts:
@@ -58,8 +56,7 @@ def checked_layout(experts: Mapping[str, Adapted], given: str | None) -> str | N
 
 def _check_shared(experts: Mapping[str, Adapted]) -> None:
     for path, stack in experts.items():
-        for name, adapter in stack.adapters.items():
-            A, A_pool, _, _, _ = adapter.factors()
+        for name, (A, A_pool, _, _, _) in stack.factors.items():
             if A_pool is None or A_pool.dim() == 3 or A.shape[1]:
                 raise ValueError(
                     "expert_layout: expected experts that read one pool and have no ranks of their "
@@ -77,7 +74,7 @@ def expert_factors(
         if layout == SHARED_OUTER:
             yield from _shared(path, stack, name, rank)
         else:
-            factors = stack.adapters[name].factors().with_pool_of_each()
+            factors = stack.factors[name].with_pool_of_each()
             Ap, Bp = (
                 nn.functional.pad(pack, (0, 0, 0, rank - pack.shape[1]))
                 for pack in ops.pack_experts(*factors, torch.float32)
@@ -92,7 +89,7 @@ def expert_factors(
 def _nested(stack: Adapted) -> list[str]:
     """Name the adapted weights as PEFT wraps them: the outermost, the last one, first."""
     names = [name for name, _ in stack.base.named_parameters(recurse=False)]
-    return sorted(stack.adapters, key=names.index, reverse=True)
+    return sorted(stack.factors, key=names.index, reverse=True)
 
 
 def _stacked(path: str, base: Any, Ap: Tensor, Bp: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -123,7 +120,7 @@ def _shared(path: str, stack: Adapted, name: str, rank: int) -> Iterator[tuple[s
 
     Where gate and up take turns as rows, they stand apart, under names that leave no doubt.
     """
-    own, A, _, B, d = stack.adapters[name].factors()
+    own, A, _, B, d = stack.factors[name]
     assert A is not None  # checked_layout has looked
     assert B is not None
     fill = (0, rank - A.shape[0])
@@ -158,10 +155,10 @@ def targets_of(export: Export, layout: str | None) -> tuple[list[str], list[str]
     taken = [n for n in export.linears if stacks and n.rpartition(".")[2] in _OF_EXPERTS]
     modules = suffixes([name for name in export.linears if name not in taken], export.root)
     stacked = export.experts.items() if layout == PEFT else ()
-    adapted = [f"{path}.{name}" for path, stack in stacked for name in stack.adapters]
+    adapted = [f"{path}.{name}" for path, stack in stacked for name in stack.factors]
     adapted += [f"{name}.weight" for name in taken]
-    for base, adapters in () if of_peft else export.experts.values():
-        for name in adapters:
+    for base, factors in () if of_peft else export.experts.values():
+        for name in factors:
             whole = layout == SHARED_OUTER and is_concatenated(base)
             modules += (name,) if whole else names_in_checkpoint(base, name)
     others = {name.replace(".base_layer", "") for name, _ in export.root.named_parameters()}

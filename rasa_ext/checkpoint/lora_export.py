@@ -12,7 +12,7 @@ from torch import nn
 from rasa_ext.checkpoint.adapter import saved_tensors, task_type
 from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_experts import checked_layout
-from rasa_ext.checkpoint.lora_file import check_rank, factors_of, write_lora, written_rank
+from rasa_ext.checkpoint.lora_file import factors_of, write_lora, written_rank
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
 from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
 from rasa_ext.linalg import svd_of_product
@@ -166,19 +166,16 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
         0.0
     """
     patch_state(model)
-    check_rank(rank, dict(adapted_experts(model)))
+    written_rank(0, dict(adapted_experts(model)), None, rank)
     lost, whole = {}, {}
     for name, layer in adapted_layers(model):
         Ap, Bp = layer.packed_factors()
         S = svd_of_product(Bp.t().double(), Ap.double()).S.square()
         whole[name] = S.sum().item()
         lost[name] = 0.0 if rank >= Ap.shape[0] else S[rank:].sum().item()
-    ratios = {name: _ratio(lost[name], whole[name]) for name in whole}
-    return Truncation(_ratio(sum(lost.values()), sum(whole.values())), ratios)
-
-
-def _ratio(lost: float, whole: float) -> float:
-    return math.sqrt(lost / whole) if whole else 0.0
+    ratios = {name: math.sqrt(lost[name] / whole[name] if whole[name] else 0.0) for name in whole}
+    total = sum(whole.values())
+    return Truncation(math.sqrt(sum(lost.values()) / total if total else 0.0), ratios)
 
 
 def _export_of(model: nn.Module) -> Export:
@@ -188,11 +185,13 @@ def _export_of(model: nn.Module) -> Export:
         root=root,
         config=state.config,
         linears={
-            name: Adapted(layer.base_layer, {WEIGHT: layer.adapter()})
+            name: Adapted(layer.base_layer, {WEIGHT: layer.adapter().factors()})
             for name, layer in adapted_layers(root)
         },
         experts={
-            path: Adapted(each.base_layer, {n: bank.adapter() for n, bank in each.banks().items()})
+            path: Adapted(
+                each.base_layer, {n: bank.adapter().factors() for n, bank in each.banks().items()}
+            )
             for path, each in adapted_experts(root)
         },
         saved={**row_tensors(root), **saved_tensors(root, state.plan)},

@@ -20,7 +20,7 @@ from rasa_ext.checkpoint.lora_experts import (
     expert_factors,
     targets_of,
 )
-from rasa_ext.checkpoint.lora_formats import PEFT_FILES, checked_format
+from rasa_ext.checkpoint.lora_formats import PEFT_FILES, check_format, write_format
 from rasa_ext.checkpoint.lora_limits import warn_of_readers
 from rasa_ext.checkpoint.lora_view import WEIGHT, Export
 from rasa_ext.checkpoint.writing import new_folder
@@ -46,7 +46,7 @@ def write_lora(
     modules, parameters = targets_of(export, layout)
     effective = export.effective_rank()
     written = written_rank(effective, export.experts, pad_to, rank)
-    write = checked_format(format, export)
+    check_format(format, export)
     if format == PEFT_FILES:
         default = layout is not None and expert_layout is None
         warn_of_readers(export, layout, parameters, default=default, allow_dropped=allow_dropped)
@@ -69,7 +69,7 @@ def write_lora(
         exact = written >= effective
         text = lora_card(export.root, settings, export.config, card, format, layout, exact)
     with new_folder(Path(directory), stale=()) as folder:
-        write(folder, settings, tensors, export.root)
+        write_format(format, folder, settings, tensors, export.root)
         write_card(folder, text, directory)
     return written
 
@@ -81,19 +81,12 @@ def written_rank(
 
     Raises TypeError or ValueError, naming the argument, where no LoRA is written so.
     """
-    if rank is not None:
-        check_rank(rank, experts, pad_to)
-        return rank
-    if pad_to is not None and checked_integer("pad_to", pad_to) < effective:
-        raise ValueError(f"pad_to: expected at least the effective rank {effective}, got {pad_to}.")
-    return pad_to or effective
-
-
-def check_rank(rank: int, experts: Collection[str], pad_to: int | None = None) -> None:
-    """Raise TypeError or ValueError, naming the argument, where no LoRA of ``rank`` can be made.
-
-    ``experts`` are the names of adapted experts, which have no such LoRA.
-    """
+    if rank is None:
+        if pad_to is not None and checked_integer("pad_to", pad_to) < effective:
+            raise ValueError(
+                f"pad_to: expected at least the effective rank {effective}, got {pad_to}."
+            )
+        return pad_to or effective
     if checked_integer("rank", rank) < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}.")
     if pad_to is not None:
@@ -105,6 +98,7 @@ def check_rank(rank: int, experts: Collection[str], pad_to: int | None = None) -
             "model: a LoRA of a chosen rank is made of adapters of linear layers, but "
             f"{next(iter(experts))!r} has adapted experts; patch it with experts=None."
         )
+    return rank
 
 
 def at_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -127,7 +121,7 @@ def at_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def factors_of(export: Export, layout: str | None, rank: int) -> Iterator[tuple[str, Tensor]]:
     """Make the tensors lora_A and lora_B of every layer, float32, by their keys."""
     for name, layer in export.linears.items():
-        Ap, Bp = ops.pack(*layer.adapters[WEIGHT].factors(), torch.float32, 1)
+        Ap, Bp = ops.pack(*layer.factors[WEIGHT], torch.float32, 1)
         A, B = at_rank(Ap, Bp.t(), rank)
         yield f"{PREFIX}{name}.lora_A.weight", A
         yield f"{PREFIX}{name}.lora_B.weight", B

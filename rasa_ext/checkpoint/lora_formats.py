@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from rasa_ext.checkpoint.files import CONFIG, PREFIX, write_files, write_json
 from rasa_ext.checkpoint.lora_limits import INSTEAD
 from rasa_ext.checkpoint.lora_view import Export
 from rasa_ext.checkpoint.serving import GGUF
+from rasa_ext.methods.base import checked_choice
 from rasa_ext.patching.tokens import ROWS
 
 PEFT_FILES = "peft"
+_FORMATS = (PEFT_FILES, "gguf", "mlx")
 MLX = "adapters.safetensors"
 
 _FAMILIES = {
@@ -38,24 +40,17 @@ layers have the same names in mlx-lm as in transformers."""
 
 _BLOCK = re.compile(r"^model\.layers\.\d+\.")
 
-Writer = Callable[[Path, Mapping[str, Any], Mapping[str, Tensor], Any], None]
-"""Takes a folder, PEFT's settings, PEFT's tensors, and the model."""
+Pairs = dict[str, tuple[Tensor, Tensor]]
+"""A (R, in) and B (out, R), float32, by the layer's name in the model."""
 
 
-def checked_format(format: str, export: Export) -> Writer:
-    """Give what writes a LoRA in a format.
-
-    Raises TypeError, ValueError or ImportError, naming the argument, where it cannot be written so.
-    """
-    if not isinstance(format, str):
-        raise TypeError(f"format: expected a string, got {format!r}.")
-    if format not in _WRITERS:
-        raise ValueError(f"format: expected {', '.join(map(repr, _WRITERS))}, got {format!r}.")
+def check_format(format: str, export: Export) -> None:
+    """Raise ValueError or ImportError, naming the argument, where no file is like it."""
+    checked_choice("format", format, _FORMATS)
     if format != PEFT_FILES:
         _check_plain(format, export)
     if format == "gguf":
         _names(export.root, list(export.linears))
-    return _WRITERS[format]
 
 
 def _check_plain(format: str, export: Export) -> None:
@@ -81,28 +76,27 @@ def _check_plain(format: str, export: Export) -> None:
         )
 
 
-def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Give A (R, in) and B (out, R) by the layer's name in the model, from PEFT's tensors."""
-    ends = ".lora_A.weight", ".lora_B.weight"
-    names = [key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
-    return {
-        name.removeprefix(PREFIX): (
-            tensors[name + ends[0]].float(),
-            tensors[name + ends[1]].float(),
-        )
+def write_format(
+    format: str,
+    folder: Path,
+    settings: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    root: nn.Module,
+) -> None:
+    """Write a LoRA of ``root``, given by PEFT's settings and tensors, in a format."""
+    if format == PEFT_FILES:
+        return write_files(folder, settings, tensors)
+    A, B = ".lora_A.weight", ".lora_B.weight"
+    names = [key.removesuffix(A) for key in tensors if key.endswith(A)]
+    pairs = {
+        name.removeprefix(PREFIX): (tensors[name + A].float(), tensors[name + B].float())
         for name in names
     }
+    write = _write_gguf if format == "gguf" else _write_mlx
+    return write(folder, settings, pairs, root)
 
 
-def _write_peft(
-    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], root: nn.Module
-) -> None:
-    write_files(folder, settings, tensors)
-
-
-def _write_gguf(
-    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], root: Any
-) -> None:
+def _write_gguf(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: Any) -> None:
     """Write ``adapter.gguf``, as llama.cpp's convert_lora_to_gguf.py does.
 
     It holds ``NAME.weight.lora_a`` (R, in) and ``NAME.weight.lora_b`` (out, R), float32, whose
@@ -111,7 +105,7 @@ def _write_gguf(
     import gguf
 
     architecture, reordered = _FAMILIES[root.config.model_type]
-    pairs, heads = _pairs(tensors), root.config.num_attention_heads
+    heads = root.config.num_attention_heads
     renamed = _names(root, list(pairs))
     writer = gguf.GGUFWriter(folder / GGUF, architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -156,15 +150,12 @@ def _names(root: Any, names: list[str]) -> dict[str, str]:
     return found
 
 
-def _write_mlx(
-    folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], root: nn.Module
-) -> None:
+def _write_mlx(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: Any) -> None:
     """Write both files that mlx-lm reads from ``--adapter-path``.
 
     It computes y + scale (x lora_a) lora_b, so that lora_a = A^T (in, R), lora_b = B^T (R, out).
     Its keys are names within a block, or whole names of what is in none.
     """
-    pairs = _pairs(tensors)
     found = {
         f"{name}.lora_{letter}": factor.cpu().t().contiguous()
         for name, (A, B) in pairs.items()
@@ -183,6 +174,3 @@ def _write_mlx(
     }
     save_file(found, folder / MLX, metadata={"format": "mlx"})
     write_json(folder / CONFIG, config)
-
-
-_WRITERS: dict[str, Writer] = {PEFT_FILES: _write_peft, "gguf": _write_gguf, "mlx": _write_mlx}

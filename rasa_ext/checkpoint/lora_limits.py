@@ -122,10 +122,10 @@ def _limits_of_experts(export: Export, layout: str | None, default: bool) -> Ite
             f"expert_layout={PEFT!r} (--expert-layout {PEFT}) where it keeps them so, and "
             f"llama.cpp no LoRA of them at all: for that, {INSTEAD}."
         )
-    for path, (base, adapters) in export.experts.items():
-        if len(adapters) < len(bank_names(base)):
+    for path, (base, factors) in export.experts.items():
+        if len(factors) < len(bank_names(base)):
             yield (
-                f"{path}.{next(iter(adapters))} is adapted without the other weight of its "
+                f"{path}.{next(iter(factors))} is adapted without the other weight of its "
                 "experts, and vLLM and llama.cpp refuse such a LoRA; for these, adapt both, or "
                 f"{INSTEAD}."
             )

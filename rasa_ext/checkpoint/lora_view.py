@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from rasa_ext.methods.base import AdapterConfig
-from rasa_ext.nn.adapter import Adapter
+from rasa_ext.ops import Factors
 from rasa_ext.patching.tokens import TokenRows
 
 WEIGHT = "weight"
@@ -21,7 +21,7 @@ class Adapted(NamedTuple):
     """An adapted linear layer, or stacked experts of which one or both weights are adapted."""
 
     base: Any
-    adapters: dict[str, Adapter]
+    factors: dict[str, Factors]
     """By the name of the weight; `WEIGHT` in a linear layer."""
 
 
@@ -46,14 +46,14 @@ class Export:
     def effective_rank(self) -> int:
         """Give the largest rank of the change of a weight."""
         layers = (*self.linears.values(), *self.experts.values())
-        return max(each.factors().rank for layer in layers for each in layer.adapters.values())
+        return max(each.rank for layer in layers for each in layer.factors.values())
 
     def on_meta(self) -> Export:
-        """Give a copy whose adapters are on the meta device: shapes, without memory."""
+        """Give a copy whose factors are on the meta device: shapes, without memory."""
         linears, experts = (
             {
-                name: Adapted(base, {key: _on_meta(each) for key, each in adapters.items()})
-                for name, (base, adapters) in layers.items()
+                name: Adapted(base, {key: f.map(_on_meta) for key, f in factors.items()})
+                for name, (base, factors) in layers.items()
             }
             for layers in (self.linears, self.experts)
         )
@@ -66,9 +66,5 @@ class Export:
         return next(tied, None)
 
 
-def _on_meta(adapter: Adapter) -> Adapter:
-    own, pool = (
-        {name: tensor.to("meta") for name, tensor in tensors.items()}
-        for tensors in (adapter.own, adapter.pool)
-    )
-    return adapter._replace(own=own, pool=pool)
+def _on_meta(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")

@@ -80,7 +80,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
         path: Adapted(
             each.base_layer,
             {
-                name: bank.named(adapter_name)
+                name: bank.named(adapter_name).factors()
                 for name, bank in each.banks().items()
                 if adapter_name in bank.configs
             },
@@ -98,11 +98,11 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
         root=root,
         config=configs[adapter_name],
         linears={
-            name: Adapted(layer.base_layer, {WEIGHT: layer.named(adapter_name)})
+            name: Adapted(layer.base_layer, {WEIGHT: layer.named(adapter_name).factors()})
             for name, layer in modules.items()
             if isinstance(layer, RasaPeftLinear) and adapter_name in layer.configs
         },
-        experts={path: stack for path, stack in stacks.items() if stack.adapters},
+        experts={path: stack for path, stack in stacks.items() if stack.factors},
         saved={
             **rows_of(root, adapter_name),
             **{

@@ -396,7 +396,7 @@ BAD = {
         {},
         "layout: expected 'peft' or 'per-expert' or 'shared-outer', got",
     ),
-    "no string": (3, {}, "expert_layout: expected a string or None, got 3"),
+    "no string": (3, {}, "layout: expected 'peft' or 'per-expert' or 'shared-outer', got 3"),
     "own ranks": (
         "shared-outer",
         {"experts": "shared", "k": 1},

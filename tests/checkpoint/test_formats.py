@@ -156,10 +156,10 @@ def test_a_layer_that_llama_cpp_has_no_name_for(tmp_path):
 
 def test_unknown_formats(tmp_path):
     model = patched(copy.deepcopy(BASE))
-    with pytest.raises(ValueError, match="format: expected 'peft', 'gguf', 'mlx', got 'onnx'"):
-        rasa_ext.export_lora(model, tmp_path, format="onnx")
-    with pytest.raises(TypeError, match="format: expected a string, got 3"):
-        rasa_ext.export_lora(model, tmp_path, format=3)
+    for other in ("onnx", 3):
+        said = f"format: expected 'peft' or 'gguf' or 'mlx', got {other!r}"
+        with pytest.raises(ValueError, match=said):
+            rasa_ext.export_lora(model, tmp_path, format=other)
 
 
 def test_what_sglang_would_drop_is_written_for_others(tmp_path):
