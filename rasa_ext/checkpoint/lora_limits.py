@@ -36,31 +36,25 @@ def warn_of_readers(
             "readers."
         )
     texts = [f"{text}; for that reader, {INSTEAD}." for text in dropped]
-    texts += [*_limits(export, layout, parameters), *_limits_of_experts(export, layout, default)]
-    for text in texts:
+    for text in (*texts, *_limits(export, layout, parameters, default)):
         warnings.warn(text, stacklevel=4)
 
 
 def _dropped(export: Export) -> Iterator[str]:
     """Name what a reader leaves out without an error, and so serves another function."""
     if norms := [key for key in export.saved if "_layernorm" in key or ".norm" in f".{key}"]:
-        yield (
-            f"llama.cpp takes the trained norms of modules_to_save ({', '.join(norms[:3])}"
-            f"{', ...' if len(norms) > 3 else ''}) and leaves them out without a word"
-        )
+        names = f"{', '.join(norms[:3])}{', ...' if len(norms) > 3 else ''}"
+        yield f"llama.cpp takes the trained norms of modules_to_save ({names}) and leaves them out"
     for part, other in (("k_proj", "q_proj"), ("v_proj", "q_proj"), ("up_proj", "gate_proj")):
         if alone := _alone(part, other, export):
             yield (
                 f"{part} is adapted without {other} in {alone} layers, and SGLang, which computes "
-                f"them together, leaves {part} out with no more than a line in its log (older "
-                "versions refuse it)"
+                f"them together, leaves {part} out (older versions refuse it)"
             )
             break
     if export.tokens:
-        yield (
-            f"SGLang leaves the trained rows of {export.tokens[0].names[0]} out without a word "
-            "(vLLM and llama.cpp refuse them)"
-        )
+        table = export.tokens[0].names[0]
+        yield f"SGLang leaves the trained rows of {table} out (vLLM and llama.cpp refuse them)"
     for name in (name for rows in export.tokens for name in rows.names):
         if getattr(export.root.get_submodule(name), "bias", None) is not None:
             yield f"PEFT leaves out the bias of {name}, a head with trained rows"
@@ -72,17 +66,16 @@ def _dropped(export: Export) -> Iterator[str]:
         )
 
 
-def _limits(export: Export, layout: str | None, parameters: list[str]) -> Iterator[str]:
+def _limits(
+    export: Export, layout: str | None, parameters: list[str], default: bool
+) -> Iterator[str]:
     """Name what some reader refuses, or reads only with an option of that reader."""
     if any(is_conv1d(linear.base) for linear in export.linears.values()):
+        yield f"the model has Conv1D layers, whose LoRA vLLM cannot serve; for vLLM, {INSTEAD}."
+    if names := ", ".join(export.modules_to_save):
         yield (
-            "the model has Conv1D layers, whose LoRA PEFT reads but vLLM cannot serve; for vLLM, "
-            f"{INSTEAD}."
-        )
-    if export.modules_to_save:
-        yield (
-            f"modules_to_save ({', '.join(export.modules_to_save)}) are written for PEFT; vLLM "
-            f"refuses them, and llama.cpp those that are no norms; for servers, {INSTEAD}."
+            f"modules_to_save ({names}) are refused by vLLM, and by llama.cpp where they are no "
+            f"norms; for these, {INSTEAD}."
         )
     if alone := _alone("q_proj", "v_proj", export):
         yield (
@@ -91,9 +84,8 @@ def _limits(export: Export, layout: str | None, parameters: list[str]) -> Iterat
         )
     if layout is None and parameters:
         yield (
-            f"{', '.join(parameters[:3])} stand in target_parameters, since PEFT takes such names "
-            "in target_modules for experts; start SGLang, which reads target_modules alone, with "
-            "--lora-target-modules all."
+            f"PEFT wants {', '.join(parameters[:3])} in target_parameters, and SGLang reads "
+            "target_modules alone; start SGLang with --lora-target-modules all."
         )
     if tied := export.tied_to_embedding():
         yield (
@@ -103,24 +95,21 @@ def _limits(export: Export, layout: str | None, parameters: list[str]) -> Iterat
     if export.fast_path:
         yield (
             "the adapted layers are in an nn.TransformerEncoder, whose fast path in eval mode "
-            "passes them by: PEFT then computes what the bare base does. After loading the LoRA, "
-            f"call torch.backends.mha.set_fastpath_enabled(False), or {INSTEAD}."
+            "passes them by in PEFT; after loading the LoRA, call "
+            f"torch.backends.mha.set_fastpath_enabled(False), or {INSTEAD}."
         )
-
-
-def _limits_of_experts(export: Export, layout: str | None, default: bool) -> Iterator[str]:
     if default:
         yield (
-            "the experts are written in PEFT's layout, for PEFT and for models whose experts vLLM "
-            f"keeps in three dimensions, such as gpt-oss; pass expert_layout={PER_EXPERT!r} "
-            f"(--expert-layout {PER_EXPERT}) for others of vLLM, which misreads it, and for SGLang "
-            f"and llama.cpp, or expert_layout={PEFT!r} to say that this is meant."
+            "the experts are written in PEFT's layout, which vLLM reads where it keeps them in "
+            f"three dimensions (gpt-oss) and misreads elsewhere; pass expert_layout={PER_EXPERT!r} "
+            f"(--expert-layout {PER_EXPERT}) for vLLM, SGLang and llama.cpp, or "
+            f"expert_layout={PEFT!r} to say that this is meant."
         )
     if layout == PER_EXPERT and any(is_stacked(stack.base) for stack in export.experts.values()):
         yield (
-            "the model's own checkpoints stack its experts, gate and up in one matrix; vLLM reads "
-            f"expert_layout={PEFT!r} (--expert-layout {PEFT}) where it keeps them so, and "
-            f"llama.cpp no LoRA of them at all: for that, {INSTEAD}."
+            "the model's own checkpoints stack its experts, gate and up in one matrix; vLLM then "
+            f"reads expert_layout={PEFT!r} (--expert-layout {PEFT}), and llama.cpp no LoRA of "
+            f"them: for that, {INSTEAD}."
         )
     for path, (base, factors) in export.experts.items():
         if len(factors) < len(bank_names(base)):

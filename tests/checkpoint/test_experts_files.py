@@ -302,7 +302,7 @@ def test_vllm_reads_the_stacked_layout_where_it_stacks(tmp_path):
 def test_other_readers_of_the_stacked_layout(tmp_path):
     """Why it is not written without a word: vLLM takes it for another model's, and is wrong."""
     model = adapted(base("qwen3_moe"))
-    with pytest.warns(UserWarning, match="PEFT's layout.*layout='per-expert'.*vLLM.*misreads it"):
+    with pytest.warns(UserWarning, match="PEFT's layout.*vLLM.*misreads.*layout='per-expert'"):
         config, tensors = export(tmp_path, model)
     assert config["target_parameters"] == ["gate_up_proj", "down_proj"]
     found = vllm(config, tensors, base("qwen3_moe"), 16)

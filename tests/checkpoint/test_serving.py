@@ -124,7 +124,7 @@ DROPPED = {
     "norms of layers": (
         "llama.cpp",
         {"modules_to_save": ["input_layernorm", "lm_head"]},
-        r"\(model\.layers\.0\.input_layernorm\.weight, .*\) and leaves them out without a word",
+        r"\(model\.layers\.0\.input_layernorm\.weight, .*\) and leaves them out",
     ),
     "k, v without q": (
         "sglang",
