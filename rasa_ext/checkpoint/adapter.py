@@ -171,23 +171,21 @@ def write_tensors(
     card: Card | None = None,
 ) -> None:
     """Write an adapter for ``model``, patched or not; ``tensors`` are named as in the file."""
-    settings = settled(config, plan.groups).to_dict()
-    settings["modules_to_save"] = list(plan.modules_to_save) or None
-    settings["base_model_name_or_path"] = base_name(model)
-    settings["task_type"] = task_type(model)
-    linears = [group for group in plan.groups if not group.experts]
-    settings["fan_in_fan_out"] = any(_transposed(model, g.names[0]) for g in linears)
-    settings["inference_mode"] = True
-    settings["rasa_ext_version"] = __version__
+    linears = (name for group in plan.groups if not group.experts for name in group.names[:1])
+    bases = (getattr(m, "base_layer", m) for m in map(model.get_submodule, linears))
+    settings = {
+        **settled(config, plan.groups).to_dict(),
+        "modules_to_save": list(plan.modules_to_save) or None,
+        "base_model_name_or_path": base_name(model),
+        "task_type": task_type(model),
+        "fan_in_fan_out": any(map(is_conv1d, bases)),
+        "inference_mode": True,
+        "rasa_ext_version": __version__,
+    }
     text = None if card is None else adapter_card(model, settings, config, plan, tensors, card)
     with new_folder(Path(directory), stale=()) as folder:
         write_files(folder, settings, tensors)
         write_card(folder, text, directory)
-
-
-def _transposed(model: nn.Module, name: str) -> bool:
-    module = model.get_submodule(name)
-    return is_conv1d(getattr(module, "base_layer", module))
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
@@ -313,20 +311,15 @@ def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str
     if any(".rasa_mixing" in key or ".rasa_shared_" in key for key in found):
         return "It is a checkpoint of the official code, which rasa_ext.load_official reads."
     theirs, ours = (
-        Counter(
-            pattern(key.removeprefix(PREFIX).removesuffix(".rasa_A"))
-            for key in keys
-            if key.endswith(".rasa_A")
-        )
+        Counter(pattern(key) for key in keys if key.endswith(".rasa_A"))
         for keys in (found, expected)
     )
-    kind = next((kind for kind in theirs if theirs[kind] != ours[kind]), None)
-    text = ""
-    if kind is not None:
-        text = f"The adapter has {theirs[kind]} layers {kind}, and the model {ours[kind]}. "
+    kind = next((kind for kind in theirs if theirs[kind] != ours[kind]), "")
+    layers = kind.removeprefix(PREFIX).removesuffix(".rasa_A")
+    text = f"The adapter has {theirs[kind]} layers {layers}, and the model {ours[kind]}. "
     return (
-        f"{text}Load it into the model that it was trained on: base_model_name_or_path in its "
-        "adapter_config.json."
+        f"{text if kind else ''}Load it into the model that it was trained on: "
+        "base_model_name_or_path in its adapter_config.json."
     )
 
 
@@ -439,9 +432,7 @@ def _check_indices(
             if all(tensor.is_floating_point() for tensor in made.own.values()):
                 break
             pool = {field: tensors[pool_key(first, field)] for field in made.pool}
-            own = {
-                field: tensors[own_key(name, field)].to(t.dtype) for field, t in made.own.items()
-            }
+            own = {key: tensors[own_key(name, key)].to(t.dtype) for key, t in made.own.items()}
             try:
                 made.config.factors(own, pool, made.place)
             except (IndexError, RuntimeError) as error:
