@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext._version import __version__
+from rasa_ext.checkpoint.lora_view import Export
 from rasa_ext.checkpoint.serving import BASE_FOLDER, serving_help
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.patching.targets import Plan
@@ -163,8 +164,7 @@ def adapter_card(
         {
             **about(base, config),
             "adapted": f"{sum(len(group.names) for group in plan.groups)} layers",
-            "trained in full": ", ".join(f"`{name}`" for name in plan.modules_to_save),
-            "trained rows": ", ".join(f"{len(t.ids)} of `{t.names[0]}`" for t in plan.tokens),
+            **_trained(plan),
             "numbers in the file": f"{sum(t.numel() for t in tensors.values()):,}",
         },
         {
@@ -177,9 +177,8 @@ def adapter_card(
 
 
 def lora_card(
-    model: nn.Module,
+    export: Export,
     settings: Mapping[str, Any],
-    config: AdapterConfig,
     card: Card,
     format: str,
     layout: str | None,
@@ -189,11 +188,10 @@ def lora_card(
 
     ``exact`` says that no rank was left out.
     """
-    base, task = Base.of(settings["base_model_name_or_path"]), settings["task_type"]
+    model, config, task = export.root, export.config, export.task_type
+    base = Base.of(settings["base_model_name_or_path"])
     tags = [config.method, "lora", *([] if format == "peft" else [format])]
     how = "computes the same function" if exact else "is the nearest of its rank to every layer"
-    own = about(base, config)
-    tokens = settings.get("trainable_token_indices") or {}
     adapted = [*settings["target_modules"], *settings.get("target_parameters", ())]
     load = serve = ""
     if format == "peft" and layout in (None, "peft"):
@@ -202,10 +200,9 @@ def lora_card(
     if base.name and task == "CAUSAL_LM":
         source = base.name if base.name.endswith(".gguf") else base.source
         float32 = getattr(model, "dtype", None) == torch.float32
-        text = serving_help(
+        text, *commands = serving_help(
             source, Path(), settings["r"], float32=float32, expert_layout=layout, format=format
-        )
-        text, *commands = text.split("\n  ")
+        ).split("\n  ")
         serve = f"{base.folder_note()}Commands are for the folder of this card.\n\n{text}\n"
         serve += "\n```bash\n" + "\n".join(commands) + "\n```" if commands else ""
     return compose(
@@ -213,17 +210,22 @@ def lora_card(
         title("LoRA", base),
         f"Written by rasa_ext {__version__} from an adapter of method {config.title}. It {how}.",
         {
-            "base model": own.pop("base model"),
-            "rank of the LoRA": settings["r"],
-            "scale": 1,
-            "written from": f"{own.pop('method')}, {', '.join(f'{k} {v}' for k, v in own.items())}",
+            **about(base, config),
+            "rank of the LoRA": f"{settings['r']}, of scale 1",
             "adapted": ", ".join(f"`{each}`" for each in adapted),
-            "trained in full": ", ".join(f"`{name}`" for name in settings["modules_to_save"] or ()),
-            "trained rows": ", ".join(f"{len(ids)} of `{name}`" for name, ids in tokens.items()),
+            **_trained(export),
             "experts": f"layout `{layout}`" if layout else "",
         },
         {"Load": load, "Serve": serve, **card.sections},
     )
+
+
+def _trained(adapted: Plan | Export) -> dict[str, str]:
+    """Give the rows on what is trained beside adapters."""
+    return {
+        "trained in full": ", ".join(f"`{name}`" for name in adapted.modules_to_save),
+        "trained rows": ", ".join(f"{len(t.ids)} of `{t.names[0]}`" for t in adapted.tokens),
+    }
 
 
 def title(what: str, base: Base) -> str:

@@ -66,8 +66,7 @@ def write_lora(
         settings["target_parameters"] = parameters
     text = None
     if card is not None:
-        exact = written >= effective
-        text = lora_card(export.root, settings, export.config, card, format, layout, exact)
+        text = lora_card(export, settings, card, format, layout, exact=written >= effective)
     with new_folder(Path(directory), stale=()) as folder:
         write_format(format, folder, settings, tensors, export.root)
         write_card(folder, text, directory)

@@ -220,7 +220,7 @@ def test_an_export_says_how_it_is_served(form, library, command, tmp_path):
     assert refused(text) is None
     assert head(text).get("library_name") == library
     assert (head(text)["base_model"], head(text)["datasets"]) == (ID, ["o/d"])
-    assert rows(text)["rank of the LoRA"] == "5"
+    assert rows(text)["rank of the LoRA"] == "5, of scale 1"
     assert "computes the same function" in text
     assert "\n## Data\n\nSums.\n" in text
     assert command in code(text, "bash")
@@ -230,7 +230,7 @@ def test_an_export_says_how_it_is_served(form, library, command, tmp_path):
 def test_an_export_of_a_lower_rank_says_so(tmp_path):
     rasa_ext.export_lora(model(), tmp_path, rank=2)
     text = card(tmp_path)
-    assert rows(text)["rank of the LoRA"] == "2"
+    assert rows(text)["rank of the LoRA"] == "2, of scale 1"
     assert "the nearest of its rank" in text
     assert "same function" not in text
 
