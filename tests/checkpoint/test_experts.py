@@ -30,6 +30,7 @@ def test_round_trip(family, grouping, k, tmp_path):
     assert rasa_ext.load_adapter(fresh, tmp_path) is fresh
     assert same_adapters(model, fresh)
     again = experts.patched(entry.build(), grouping, 3, k, dropout=0.1, **options)
+    again = copy.deepcopy(again)  # which shares nothing with what it was copied from
     experts.randomize(again, 8)
     assert not same_adapters(model, again)
     rasa_ext.load_adapter(again, tmp_path)
@@ -112,14 +113,3 @@ def test_a_tensor_with_what_is_no_number(tmp_path):
     fresh = experts.model()
     said = r"layers\.1\.mlp\.experts\.down_proj\.rasa_d"
     refused(lambda: rasa_ext.load_adapter(fresh, tmp_path), fresh, said)
-
-
-def test_it_loads_into_a_copy_that_shares_nothing(tmp_path):
-    model = experts.patched(experts.model(), "shared")
-    twin = copy.deepcopy(model)
-    experts.randomize(twin, 9)
-    rasa_ext.save_adapter(model, tmp_path)
-    rasa_ext.load_adapter(twin, tmp_path)
-    assert same_adapters(model, twin)
-    experts.randomize(twin, 9)
-    assert not same_adapters(model, twin)

@@ -134,14 +134,6 @@ def test_target_modules_are_the_modules_suffixes(tmp_path):
     assert sorted(config["target_modules"]) == sorted(expected)
 
 
-@pytest.mark.parametrize("pad_to", [16, 64])
-def test_padding_keeps_the_logits(pad_to, tmp_path):
-    base = LLAMA.build()
-    model = patched(base)
-    rasa_ext.export_lora(model, tmp_path, pad_to=pad_to)
-    assert_same_in_peft(LLAMA, base, model, tmp_path)
-
-
 @pytest.mark.parametrize("merged", [False, True])
 def test_export_leaves_the_model_alone_and_may_follow_a_merge(merged, tmp_path):
     base = LLAMA.build()

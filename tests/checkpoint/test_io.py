@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import random
 
 import pytest
 import torch
@@ -26,7 +25,7 @@ from tests.helpers.adapters import (
     same_bits,
 )
 from tests.helpers.models import BERT, EVERY, LLAMA, SEQUENTIAL, TIED, TWO_NAMES, ids
-from tests.helpers.refusals import Snapshot
+from tests.helpers.refusals import Snapshot, refused
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -79,10 +78,7 @@ def test_loading_into_a_patched_model(tmp_path):
     assert same_adapters(model, same)
     assert [id(p) for p in same.parameters()] == identities
     other = patched(base, RANK, 2)
-    before = Snapshot(other)
-    with pytest.raises(ValueError, match=r"k: 2, 1.*unpatch"):
-        rasa_ext.load_adapter(other, tmp_path)
-    before.assert_unchanged()
+    refused(lambda: rasa_ext.load_adapter(other, tmp_path), other, r"k: 2, 1.*unpatch")
 
 
 def test_loading_shows_in_a_cached_eval_forward(tmp_path):
@@ -168,10 +164,9 @@ def test_saving_while_merged(entry, tmp_path):
     rasa_ext.merge(model)
     rasa_ext.save_adapter(model, tmp_path / "merged")
     assert content(tmp_path / "free") == content(tmp_path / "merged")
-    before = Snapshot(model)
-    with pytest.raises(RuntimeError, match="unmerge"):
-        rasa_ext.load_adapter(model, tmp_path / "free")
-    before.assert_unchanged()
+    refused(
+        lambda: rasa_ext.load_adapter(model, tmp_path / "free"), model, "unmerge", kind=RuntimeError
+    )
 
 
 def _edit(change):
@@ -217,6 +212,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.k_proj.rasa_pool_"
         ),
         (lambda d: (d / WEIGHTS).write_bytes(b"12345678 nonsense"), "safetensors"),
         (lambda d: os.truncate(d / WEIGHTS, 700), "safetensors"),
+        (lambda d: torch.save({"weight": nn.Linear(2, 2)}, d / WEIGHTS), "safetensors"),
         (lambda d: (d / CONFIG).write_text("{"), rf"{CONFIG}.*JSON"),
         (lambda d: (d / CONFIG).write_text("[]"), rf"{CONFIG}.*object"),
         (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
@@ -237,13 +233,6 @@ def test_damaged_files_are_refused(damage, said, prepatched, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=said):
         rasa_ext.load_adapter(model, tmp_path)
     before.assert_unchanged()
-
-
-def test_a_pickle_in_the_place_of_the_weights_is_refused(tmp_path):
-    rasa_ext.save_adapter(patched(SEQUENTIAL.build()), tmp_path)
-    torch.save({"weight": nn.Linear(2, 2)}, tmp_path / WEIGHTS)
-    with pytest.raises(ValueError, match="safetensors"):
-        rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
 
 
 READERS = {
@@ -269,24 +258,6 @@ def test_a_rotten_file_is_refused_by_name(reader, tmp_path):
             read(tmp_path)
     (tmp_path / WEIGHTS).write_bytes(whole)
     read(tmp_path)
-
-
-def test_whatever_is_damaged_is_refused_or_loads_whole(tmp_path):
-    """Random bits and bytes, of header and payload, and cuts."""
-    model = patched(SEQUENTIAL.build())
-    rasa_ext.save_adapter(model, tmp_path)
-    whole, draw, refused = (tmp_path / WEIGHTS).read_bytes(), random.Random(0), 0
-    for i in range(200):
-        damaged, at = bytearray(whole), draw.randrange(len(whole))
-        damaged[at] = damaged[at] ^ 1 << draw.randrange(8) if i % 2 else draw.randrange(256)
-        if i % 5 == 0:
-            del damaged[at:]
-        (tmp_path / WEIGHTS).write_bytes(damaged)
-        try:
-            assert same_adapters(rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path), model)
-        except ValueError:
-            refused += 1
-    assert refused > 190
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from rasa_ext.checkpoint import serving
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, patched
 from tests.helpers.models import GPT2, LLAMA
-from tests.helpers.serving_rules import READERS, VLLM_RANKS, Refused, read, vllm
+from tests.helpers.serving_rules import READERS, VLLM_RANKS, Refused, read
 
 BASE = LLAMA.build()
 
@@ -65,15 +65,6 @@ def test_padding_to_every_rank_bucket(bucket, tmp_path):
 
 def test_the_command_knows_the_rank_buckets():
     assert serving.VLLM_RANKS == VLLM_RANKS
-
-
-def test_half_precision_bases(tmp_path):
-    """Factors are float32 whatever the base is, and so is their product."""
-    model = patched(copy.deepcopy(BASE).bfloat16())
-    config, tensors = export(tmp_path, model)
-    for name, delta in vllm(config, tensors, BASE, 16).items():
-        assert delta.dtype == torch.float32
-        assert delta.isfinite().all(), name
 
 
 NO_SERVER = "save what rasa_ext.merge_and_unload"

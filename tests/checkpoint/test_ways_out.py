@@ -290,24 +290,6 @@ def test_a_whole_model_that_was_saved_after_patching(shards, k, options, tmp_pat
     refused(lambda: rasa_ext.load_adapter(of_another_rank, tmp_path), of_another_rank, said)
 
 
-@pytest.mark.parametrize(
-    ("fields", "said"),
-    [
-        ({"use_rslora": [0]}, r"use_rslora as PEFT writes it, got \[0\]"),
-        ({"lora_alpha": False}, "lora_alpha: expected a number, got False"),
-        ({"lora_alpha": 10**400}, "a finite lora_alpha"),
-        ({"alpha_pattern": {"(": 1}}, "alpha_pattern: expected a regular expression"),
-        ({"alpha_pattern": [1]}, "alpha_pattern as PEFT writes it"),
-        ({"modules_to_save": "lm_head"}, "modules_to_save as PEFT writes it"),
-    ],
-)
-def test_a_lora_of_wrong_values(fields, said, tmp_path):
-    rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
-    edit(tmp_path, **fields)
-    base = LLAMA.build()
-    refused(lambda: rasa_ext.import_lora(base, tmp_path), base, said)
-
-
 @pytest.mark.parametrize("keep", [0.3, 0.9])
 def test_a_cut_bin(keep, tmp_path):
     rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
