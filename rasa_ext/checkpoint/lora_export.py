@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from rasa_ext.checkpoint.lora_file import factors_of, write_lora, written_rank
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
 from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
 from rasa_ext.linalg import svd_of_product
+from rasa_ext.nn.rasa import AdapterOwner
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.swap import FAST_PATH
 from rasa_ext.patching.tokens import row_tensors
@@ -118,9 +120,8 @@ def export_size(
         >>> rasa_ext.export_size(model)  # two layers of 9 * (48 + 32) numbers in float32
         5760
     """
-    export = _export_of(model)
+    export = _export_of(model, "meta")
     layout = checked_layout(export.experts, expert_layout)
-    export = export.on_meta()
     written = written_rank(export.effective_rank(), export.experts, pad_to, rank)
     factors = dict(factors_of(export, layout, written))
     return sum(tensor.nbytes for tensor in (*factors.values(), *export.saved.values()))
@@ -178,22 +179,22 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
     return Truncation(math.sqrt(sum(lost.values()) / total if total else 0.0), ratios)
 
 
-def _export_of(model: nn.Module) -> Export:
-    """Look at a patched model, in which nothing changes."""
+def _export_of(model: nn.Module, device: str | None = None) -> Export:
+    """Look at a patched model, in which nothing changes; factors go to ``device`` if there is one.
+
+    On "meta" they have shapes, and take no memory.
+    """
     state, root = patch_state(model), unwrap(model)
+
+    def adapted(base: Any, layers: Mapping[str, AdapterOwner]) -> Adapted:
+        found = {name: layer.adapter().factors() for name, layer in layers.items()}
+        return Adapted(base, {name: f.map(lambda t: t.to(device)) for name, f in found.items()})
+
     return Export(
         root=root,
         config=state.config,
-        linears={
-            name: Adapted(layer.base_layer, {WEIGHT: layer.adapter().factors()})
-            for name, layer in adapted_layers(root)
-        },
-        experts={
-            path: Adapted(
-                each.base_layer, {n: bank.adapter().factors() for n, bank in each.banks().items()}
-            )
-            for path, each in adapted_experts(root)
-        },
+        linears={n: adapted(each.base_layer, {WEIGHT: each}) for n, each in adapted_layers(root)},
+        experts={n: adapted(each.base_layer, each.banks()) for n, each in adapted_experts(root)},
         saved={**row_tensors(root), **saved_tensors(root, state.plan)},
         modules_to_save=state.plan.modules_to_save,
         tokens=state.plan.tokens,

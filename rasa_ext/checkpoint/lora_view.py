@@ -48,23 +48,8 @@ class Export:
         layers = (*self.linears.values(), *self.experts.values())
         return max(each.rank for layer in layers for each in layer.factors.values())
 
-    def on_meta(self) -> Export:
-        """Give a copy whose factors are on the meta device: shapes, without memory."""
-        linears, experts = (
-            {
-                name: Adapted(base, {key: f.map(_on_meta) for key, f in factors.items()})
-                for name, (base, factors) in layers.items()
-            }
-            for layers in (self.linears, self.experts)
-        )
-        return dataclasses.replace(self, linears=linears, experts=experts)
-
     def tied_to_embedding(self) -> str | None:
         """Name an adapted layer whose weight is an embedding's, if there is one."""
         tables = {id(m.weight) for m in self.root.modules() if isinstance(m, nn.Embedding)}
         tied = (name for name, each in self.linears.items() if id(each.base.weight) in tables)
         return next(tied, None)
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    return tensor.to("meta")

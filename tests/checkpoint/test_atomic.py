@@ -51,17 +51,6 @@ def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("writer", WRITERS)
-def test_all_files_may_be_read_by_whom_the_umask_lets(writer, saved):
-    directory, model = saved
-    usual = os.umask(0o022)
-    try:
-        WRITERS[writer](model, directory)
-    finally:
-        os.umask(usual)
-    assert {path.stat().st_mode & 0o777 for path in directory.iterdir()} == {0o644}
-
-
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left"), KeyboardInterrupt()])
 @pytest.mark.parametrize("call", range(1, 7))
 @pytest.mark.parametrize("writer", WRITERS)

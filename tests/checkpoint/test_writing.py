@@ -203,12 +203,3 @@ def test_an_output_is_looked_at_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_may_write", lambda _: False)  # root may, everywhere
     with pytest.raises(WriteError, match="permission denied; nothing was written"):
         check_output(tmp_path / "new", overwrite=True)
-
-
-def test_a_folder_may_be_written_by_what_makes_a_new_folder_itself(tmp_path):
-    """As a LoRA is for a server: the locks of the two do not wait for each other."""
-    for output in (tmp_path / "out", tmp_path):
-        with new_folder(output) as outer, new_folder(outer) as inner:
-            (inner / "one").write_text("new")
-        assert (output / "one").read_text() == "new"
-    assert tree(tmp_path) == {"one": "new", "out": "/", "out/one": "new"}
