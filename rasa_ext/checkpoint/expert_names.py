@@ -67,21 +67,17 @@ def stacked_weights(model: nn.Module) -> list[StackedWeight]:
         >>> list(weight.parts)
         ['w1', 'w3']
     """
-    found = []
-    for place, module in model.named_modules():
-        if is_experts(module):
-            path = place.removesuffix(".base_layer")
-            for name in bank_names(module):
-                parts = zip(names_in_checkpoint(module, name), rows_of(module, name), strict=True)
-                found.append(
-                    StackedWeight(
-                        f"{path}.{name}",
-                        path_in_checkpoint(path, module),
-                        bank_shape(module, name),
-                        dict(parts),
-                    )
-                )
-    return found
+    return [
+        StackedWeight(
+            f"{path.removesuffix('.base_layer')}.{name}",
+            path_in_checkpoint(path.removesuffix(".base_layer"), module),
+            bank_shape(module, name),
+            parts_of(module, name),
+        )
+        for path, module in model.named_modules()
+        if is_experts(module)
+        for name in bank_names(module)
+    ]
 
 
 def path_in_checkpoint(path: str, experts: Any) -> str:
@@ -91,22 +87,18 @@ def path_in_checkpoint(path: str, experts: Any) -> str:
     return f"{head}{new}{tail}" if found else path
 
 
-def names_in_checkpoint(experts: Any, bank: str) -> tuple[str, ...]:
-    """Name the matrices that an expert has in one stacked weight: gate and up, up, or down."""
+def parts_of(experts: Any, bank: str) -> dict[str, slice]:
+    """Name the matrices that an expert has in one stacked weight, and give their rows of it.
+
+    They are gate and up, up, or down; rows are those of the weight seen as (out, in).
+    """
     gate, up, down = _family(experts)[2]
-    if bank == "down_proj":
-        return (down,)
-    return (gate, up) if has_gate(experts) else (up,)
-
-
-def rows_of(experts: Any, bank: str) -> tuple[slice, ...]:
-    """Tell which rows of a stacked weight, seen as (out, in), each of those matrices has."""
     if bank == "down_proj" or not has_gate(experts):
-        return (slice(None),)
+        return {down if bank == "down_proj" else up: slice(None)}
     if not is_concatenated(experts):
-        return slice(0, None, 2), slice(1, None, 2)
+        return {gate: slice(0, None, 2), up: slice(1, None, 2)}
     half = bank_shape(experts, bank)[1] // 2
-    return slice(0, half), slice(half, None)
+    return {gate: slice(0, half), up: slice(half, None)}
 
 
 def is_stacked(experts: Any) -> bool:

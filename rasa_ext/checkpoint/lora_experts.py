@@ -21,9 +21,8 @@ from rasa_ext import ops
 from rasa_ext.base_layers.experts import is_experts, is_transposed
 from rasa_ext.checkpoint.expert_names import (
     is_concatenated,
-    names_in_checkpoint,
+    parts_of,
     path_in_checkpoint,
-    rows_of,
 )
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.checkpoint.lora_view import Adapted, Export
@@ -107,7 +106,7 @@ def _single(
     path: str, base: Any, name: str, Ap: Tensor, Bp: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
     """A pair for each matrix of each expert; gate and up have the same A."""
-    path, parts = path_in_checkpoint(path, base), _rows_by_name(base, name)
+    path, parts = path_in_checkpoint(path, base), parts_of(base, name)
     for expert, (A, B) in enumerate(zip(Ap, Bp, strict=True)):
         for part, rows in parts.items():
             key = f"{PREFIX}{path}.{expert}.{part}.lora_"
@@ -132,15 +131,11 @@ def _shared(path: str, stack: Adapted, name: str, rank: int) -> Iterator[tuple[s
     else:  # (1, rank, in) and (E, out, rank)
         A, B = A.unsqueeze(0), B * gates.unsqueeze(1)
     whole = is_concatenated(stack.base)
-    parts = {name: slice(None)} if whole else _rows_by_name(stack.base, name)
+    parts = {name: slice(None)} if whole else parts_of(stack.base, name)
     for part, rows in parts.items():
         key = f"{PREFIX}{path_in_checkpoint(path, stack.base)}.{part}.lora_"
         yield f"{key}A.weight", A
         yield f"{key}B.weight", B[:, rows]
-
-
-def _rows_by_name(base: Any, name: str) -> dict[str, slice]:
-    return dict(zip(names_in_checkpoint(base, name), rows_of(base, name), strict=True))
 
 
 def targets_of(export: Export, layout: str | None) -> tuple[list[str], list[str]]:
@@ -160,6 +155,6 @@ def targets_of(export: Export, layout: str | None) -> tuple[list[str], list[str]
     for base, factors in () if of_peft else export.experts.values():
         for name in factors:
             whole = layout == SHARED_OUTER and is_concatenated(base)
-            modules += (name,) if whole else names_in_checkpoint(base, name)
+            modules += (name,) if whole else parts_of(base, name)
     others = {name.replace(".base_layer", "") for name, _ in export.root.named_parameters()}
     return list(dict.fromkeys(modules)), shortest_suffixes(adapted, others - set(adapted))

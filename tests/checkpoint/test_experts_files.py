@@ -16,7 +16,7 @@ import rasa_ext
 from rasa_ext.checkpoint.expert_names import (
     _FAMILIES,
     _STACKED,
-    names_in_checkpoint,
+    parts_of,
     path_in_checkpoint,
 )
 from tests.helpers.adapters import adapters, content
@@ -485,5 +485,5 @@ def test_paths_of_checkpoints():
     }.items():
         experts.config.model_type = kind
         assert path_in_checkpoint("model.layers.3.mlp.experts", experts) == path
-        assert names_in_checkpoint(experts, "gate_up_proj") == ("w1", "w3")
-        assert names_in_checkpoint(experts, "down_proj") == ("w2",)
+        assert list(parts_of(experts, "gate_up_proj")) == ["w1", "w3"]
+        assert parts_of(experts, "down_proj") == {"w2": slice(None)}
