@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -251,7 +251,7 @@ def load_tensors_into(
 ) -> nn.Module:
     """Put tensors named as in the package's files into a model, patching it if need be.
 
-    ``shown`` gives a tensor's name in the file that was read, for error messages.
+    ``shown`` gives the name that another file has for a tensor; ``tensors`` may have either.
     """
     patched = is_patched(model)
     root = unwrap(model) if patched else model
@@ -276,6 +276,7 @@ def load_tensors_into(
     check_in_memory(dict(_changed(root, plan)))
     planned = [group.planned(config) for group in plan.groups]
     expected = _expected(root, planned, plan)
+    tensors = own_names(tensors, expected, shown, where)
     named = {shown(key): tensor for key, tensor in tensors.items()}
     shapes = {shown(key): shape for key, shape in expected.items()}
     check_tensors(named, shapes, where, _other_base(tensors, expected))
@@ -287,6 +288,24 @@ def load_tensors_into(
         for key, tensor in adapter_tensors(model).items():
             tensor.copy_(tensors[key])
     return model
+
+
+def own_names(
+    found: Mapping[str, Tensor], expected: Iterable[str], shown: Callable[[str], str], where: str
+) -> dict[str, Tensor]:
+    """Give tensors that a file calls as ``shown`` does the ``expected`` names; others keep theirs.
+
+    ValueError, beginning with ``where``, where one of them is a pool that two groups would share.
+    """
+    ours: dict[str, str] = {}
+    for key in expected:
+        name = shown(key)
+        if ours.setdefault(name, key) != key and name in found:
+            raise ValueError(
+                f"{where}: expected a pool for each group of layers, but {name} would be that of "
+                "several, since the model has layers of several shapes or places under its name."
+            )
+    return {ours.get(key, key): tensor for key, tensor in found.items()}
 
 
 def _changed(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:

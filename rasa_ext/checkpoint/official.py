@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -17,13 +17,9 @@ from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.checkpoint.expert_names import stacked_weights
 from rasa_ext.checkpoint.files import PREFIX, read_adapter
 from rasa_ext.config import RasaConfig
-from rasa_ext.patching.state import is_patched, patch_state, unwrap
-from rasa_ext.patching.targets import make_plan
+from rasa_ext.patching.state import unwrap
 
-_LAYER = re.compile(r"^base_model\.model\.(?P<path>.+)\.rasa_(?P<part>A|B|mixing)\.weight$")
-_SHARED = re.compile(r"^base_model\.rasa_shared_(?P<part>A|B)\.(?P<kind>.+)\.weight$")
-_PARTS = {"A": "rasa_A", "B": "rasa_B", "mixing": "rasa_d"}
-_OFFICIAL = {ours: f"rasa_{part}" for part, ours in _PARTS.items()}
+_OFFICIAL = {"rasa_A": "rasa_A", "rasa_B": "rasa_B", "rasa_d": "rasa_mixing"}
 _OFFICIAL_POOLS = {f"rasa_pool_{part}": f"rasa_shared_{part}" for part in "AB"}
 
 
@@ -89,36 +85,7 @@ def load_official_tensors(
         >>> config = rasa_ext.RasaConfig.from_dict(settings)
         >>> model = rasa_ext.checkpoint.load_official_tensors(model, config, tensors, "checkpoint")
     """
-    plan = patch_state(model).plan if is_patched(model) else make_plan(model, config)
-    owners = [f"{PREFIX}{group.names[0]}" for group in plan.groups]
-    named = own_names(tensors, owners, where)
-    return load_tensors_into(model, config, named, where, official_name)
-
-
-def own_names(found: Mapping[str, Tensor], owners: Iterable[str], where: str) -> dict[str, Tensor]:
-    """Tensors under the official names, under those of the package's own format.
-
-    ``owners`` are the first layers of all groups, with the prefix of keys; others keep their names.
-    ValueError, beginning with ``where``, where one of them is a pool that two groups would share.
-    """
-    pools: dict[str, list[str]] = {}
-    for owner in owners:
-        pools.setdefault(kind_of(owner), []).append(f"{owner}.rasa_pool")
-    renamed = {}
-    for key, tensor in found.items():
-        if match := _LAYER.match(key):
-            renamed[f"{PREFIX}{match['path']}.{_PARTS[match['part']]}"] = tensor
-        elif (match := _SHARED.match(key)) and match["kind"] in pools:
-            pool, *others = pools[match["kind"]]
-            if others:
-                raise ValueError(
-                    f"{where}: the official format has one pool for {match['kind']!r}, but the "
-                    "model has layers of several shapes or places under that name."
-                )
-            renamed[f"{pool}_{match['part']}"] = tensor
-        else:
-            renamed[key] = tensor  # reported as unexpected under its own name
-    return renamed
+    return load_tensors_into(model, config, tensors, where, official_name)
 
 
 def official_name(key: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.linear import LinearLayer
+from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.split import SplitLinear
@@ -93,10 +94,12 @@ class SplitPeftLinear(SplitLinear, RasaPeftLinear):
     """A RasaPeftLinear over a base layer of which every process has a part."""
 
 
-def pool_owners(model: nn.Module, adapter_name: str) -> list[str]:
-    """Name the layers of a model that own a pool of the adapter."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, RasaPeftLinear) and module.pool_names.get(adapter_name)
-    ]
+def keys_in_files(model: nn.Module, adapter_name: str) -> list[str]:
+    """Name the tensors of an adapter's linear layers as this package's files do."""
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, RasaPeftLinear) and adapter_name in module.configs:
+            prefix = f"{PREFIX}{name.removeprefix(PREFIX)}.rasa_"
+            found += [f"{prefix}{field}" for field in module.own_names[adapter_name]]
+            found += [f"{prefix}pool_{field}" for field in module.pool_names[adapter_name]]
+    return found

@@ -33,8 +33,9 @@ from rasa_ext.base_layers.quantized import (
 )
 from rasa_ext.base_layers.split import split_of
 from rasa_ext.base_layers.survey import survey
-from rasa_ext.checkpoint.files import PREFIX, check_finite
-from rasa_ext.checkpoint.official import own_names
+from rasa_ext.checkpoint.adapter import own_names
+from rasa_ext.checkpoint.files import check_finite
+from rasa_ext.checkpoint.official import official_name
 from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.advice import Names, advice
@@ -56,7 +57,7 @@ from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
-from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, pool_owners
+from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, keys_in_files
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.targets import (
@@ -384,9 +385,8 @@ class RasaModel(BaseTuner):
         Raises ValueError where it holds NaN, as ``rasa_ext.load_adapter`` does.
         """
         check_finite(state_dict, f"adapter {adapter_name!r}", "No tensor was loaded")
-        owners = pool_owners(model, adapter_name)
-        prefixed = [f"{PREFIX}{name.removeprefix(PREFIX)}" for name in owners]
-        state_dict = own_names(state_dict, prefixed, "the checkpoint")
+        expected = keys_in_files(model, adapter_name)
+        state_dict = own_names(state_dict, expected, official_name, "the checkpoint")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
