@@ -53,13 +53,20 @@ def write_adapter(
 
 
 def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write the two files into a folder that is there."""
+    """Write the two files into a folder that is there; equal tensors give equal bytes."""
     check_in_memory(tensors)
     ready = {
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
         for name, t in tensors.items()
     }
-    _save(ready, folder / WEIGHTS)
+    sha = digest(ready)
+    save_file(ready, folder / WEIGHTS, metadata={"format": "pt", DIGEST: sha})
+    first, second = b'"format":"pt"', f'"{DIGEST}":"{sha}"'.encode()
+    with open(folder / WEIGHTS, "rb+") as file:
+        header = file.read(int.from_bytes(file.read(8), "little"))
+        file.seek(8)
+        # safetensors leaves the order of the two to chance.
+        file.write(header.replace(second + b"," + first, first + b"," + second))
     write_json(folder / CONFIG, config)
 
 
@@ -77,18 +84,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         # Read in place: numpy, whose arrays hashlib would take, need not be installed.
         total.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
     return total.hexdigest()
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with a digest; equal tensors give equal bytes."""
-    sha = digest(tensors)
-    save_file(dict(tensors), path, metadata={"format": "pt", DIGEST: sha})
-    first, second = b'"format":"pt"', f'"{DIGEST}":"{sha}"'.encode()
-    with open(path, "rb+") as file:
-        header = file.read(int.from_bytes(file.read(8), "little"))
-        file.seek(8)
-        # safetensors leaves the order of the two to chance.
-        file.write(header.replace(second + b"," + first, first + b"," + second))
 
 
 def located(directory: str | os.PathLike[str]) -> Path:
