@@ -19,6 +19,7 @@ from rasa_ext.checkpoint.expert_names import (
     parts_of,
     path_in_checkpoint,
 )
+from tests.checkpoint.test_export import load_in_peft
 from tests.helpers.adapters import adapters, content
 from tests.helpers.expert_files import (
     FAMILIES,
@@ -86,15 +87,6 @@ def assert_close(found, expected):
     assert found.keys() == expected.keys()
     for name, change in found.items():
         torch.testing.assert_close(change.double(), expected[name], rtol=1e-5, atol=1e-5)
-
-
-def load_in_peft(plain, directory):
-    """PEFT's own loader; it warns of keys that are missing."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        return PeftModel.from_pretrained(copy.deepcopy(plain), directory).eval()
 
 
 def wrappers(loaded):
