@@ -18,11 +18,20 @@ METHODS = (
     "reslora",
     "sd-lora",
 )
+HOSTILE = {
+    "rasa_kept": ({"0.up_proj": [10**8, 10**8, 10**8]}, {"0.up_proj": [10**9, 1, 1]}),
+    "rasa_stack": ({"0.up_proj": 10**8}, {"0.up_proj": 2**31}),
+    "rasa_past": ([10**8], [1] * 10**5),
+}
+FIELDS = (*HOSTILE, "rasa_gates", "rasa_window", "rasa_seed", "rasa_side", "rasa_blocks")
+FIELDS += ("rasa_norm", "rasa_tied", "adapters")
 
 
 def test_damaged_folders_are_refused_in_a_sentence_or_load_whole(tmp_path, monkeypatch):
     packages = (fuzz.PACKAGE, str(Path(rasa_research.__file__).parent))
     monkeypatch.setattr(fuzz, "PACKAGE", packages)
+    monkeypatch.setattr(fuzz, "HOSTILE", {**fuzz.HOSTILE, **HOSTILE})
+    monkeypatch.setattr(fuzz, "FIELDS", (*fuzz.FIELDS, *FIELDS))
     monkeypatch.setattr(fuzz, "KINDS", {name: fuzz._of_method(name) for name in METHODS})
     monkeypatch.chdir(tmp_path)
     found = fuzz.fuzz(200, 20261127, tmp_path)
