@@ -155,8 +155,8 @@ def analyze_adapter(
         return [_analyze_group(group, _factors(tensors, config, group)) for group in groups]
     except (KeyError, RuntimeError) as error:
         raise ValueError(
-            f"model: expected the base that {directory} was trained on, but the tensors do not "
-            f"fit the model ({error})."
+            f"model: expected the base that {directory} was trained on, and all of the adapter's "
+            f"tensors, but they do not fit each other ({error})."
         ) from error
 
 

@@ -10,9 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import rasa_ext
+from tests.checkpoint.test_serving import tied
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, patched
 from tests.helpers.models import GPT2, LLAMA
@@ -104,12 +105,6 @@ def test_a_folder_that_is_there_keeps_its_files(form, tmp_path):
     assert first["model.safetensors"] == second["model.safetensors"] == b"weights"
     assert first.keys() == second.keys()
     assert first != second
-
-
-def tied():
-    config = copy.deepcopy(BASE.config)
-    config.tie_word_embeddings = True
-    return LlamaForCausalLM(config)
 
 
 class Renamed(nn.Module):

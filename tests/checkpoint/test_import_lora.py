@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_ext
+from tests.checkpoint.test_ways_out import edit
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters
 from tests.helpers.expert_files import RANK, adapted, banks, build
@@ -60,11 +61,6 @@ def changes(model):
             transposed = oracle.is_transposed(module.get_base_layer())
             found[name] = delta.T if transposed else delta
     return found
-
-
-def set_config(directory, **values):
-    path = directory / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 PATTERNS = {
@@ -190,7 +186,7 @@ def refuse(base, directory, message, kind=ValueError):
 )
 def test_configs_that_are_refused(values, message, tmp_path):
     base, _ = trained(LLAMA, tmp_path)
-    set_config(tmp_path, **values)
+    edit(tmp_path, **values)
     refuse(base, tmp_path, message, (ValueError, TypeError))
 
 

@@ -15,6 +15,7 @@ from torch import nn
 import rasa_ext
 from rasa_ext.analysis import analyze_adapter
 from rasa_ext.checkpoint.files import digest, read_tensors
+from tests.checkpoint.test_ways_out import edit
 from tests.helpers.adapters import (
     RANK,
     adapted_layers,
@@ -179,11 +180,7 @@ def _edit(change):
 
 
 def _config(**values):
-    def edit(directory):
-        config = json.loads((directory / CONFIG).read_text())
-        (directory / CONFIG).write_text(json.dumps({**config, **values}))
-
-    return edit
+    return lambda directory: edit(directory, **values)
 
 
 KEY = "base_model.model.model.layers.1.self_attn.k_proj.rasa_"

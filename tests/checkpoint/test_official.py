@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import rasa_ext
+from tests.checkpoint.test_ways_out import edit
 from tests.helpers import experts, oracle
 from tests.helpers.adapters import (
     RANK,
@@ -177,8 +178,7 @@ def test_pickles_that_are_damaged_or_of_other_things(content, tmp_path):
 )
 def test_configs_that_cannot_be_honoured(field, value, said, tmp_path):
     write(tmp_path)
-    file = tmp_path / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    edit(tmp_path, **{field: value})
     model = LLAMA.build()
     refused(lambda: rasa_ext.load_official(model, tmp_path), model, said)
 
