@@ -11,7 +11,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext import ops
-from rasa_ext.methods.base import group_places
+from rasa_ext.methods import Place
 
 
 class OfficialLinear(nn.Module):
@@ -59,7 +59,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ext.RasaLinear:
     """``base`` adapted as the first of a group of so many layers."""
-    place = dataclasses.replace(group_places({"": base})[0], num_layers=layers)
+    place = Place(0, layers, base.out_features, base.in_features, base.weight.device)
     pool = config.pool([dataclasses.replace(place, index=index) for index in range(layers)])
     return rasa_ext.RasaLinear(base, config, place, rasa_ext.RasaPool(pool))
 

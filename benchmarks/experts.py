@@ -36,8 +36,8 @@ import rasa_ext
 from benchmarks import harness, records
 from benchmarks.block import cpu_peak_bytes
 from rasa_ext import ops
-from rasa_ext.base_layers.experts import bank_names
-from rasa_ext.methods.base import group_places
+from rasa_ext.base_layers.experts import bank_names, bank_shape
+from rasa_ext.methods import Place
 from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
 
 RANK, K = 4, 1
@@ -205,7 +205,8 @@ class Case:
         base, layers = self._by(IMPLEMENTATIONS[0]), 1 if grouping == "layer" else layers
         banks = {}
         for name in bank_names(base):
-            place = dataclasses.replace(group_places({name: (base, name)})[0], num_layers=layers)
+            experts, out, width = bank_shape(base, name)
+            place = Place(0, layers, out, width, getattr(base, name).device, name, experts)
             pool = config.pool([dataclasses.replace(place, index=i) for i in range(layers)])
             banks[name] = RasaBank(config, place, rasa_ext.RasaPool(pool))
         return _lively(RasaExperts(base, banks))

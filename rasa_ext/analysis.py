@@ -213,7 +213,7 @@ def analyze_lora(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
     shapes = {name: lora.shapes[name] for name in sorted(lora.shapes, key=_in_model_order)}
     return [
         _analyze_group(group, {name: _scaled(lora, name) for name in group.names})
-        for group in groups_of(shapes, None)
+        for group in groups_of(shapes)
     ]
 
 

@@ -30,7 +30,7 @@ _MARKS = (
 _BNB_REPACK_FLAG = "support_avx512bf16_for_cpu"
 
 _FORWARD_ONLY = frozenset({"Int4OpaqueTensor"})
-"""torchao's tensors whose product with an input has no derivative."""
+"""torchao's tensors, int4 packed for CPUs, whose product with an input has no backward."""
 
 _READ_AT_ONCE = 1024
 """Columns of a weight that are read off its layer in one forward."""
@@ -43,9 +43,6 @@ class Format:
 
     def check(self, name: str, base: LinearLayer) -> None:
         """Raise ValueError where the layer called ``name`` cannot be adapted as it is."""
-
-    def check_gradient(self, base: LinearLayer) -> None:
-        """Raise RuntimeError where the layer's kernels give no gradient to its input."""
 
     def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
         """Give the dtype from which the weight was quantized, or None where it is not known."""
@@ -105,11 +102,6 @@ class BnbLinear4bit(Format):
         again: Tensor = functional.dequantize_4bit(packed, state)
         return again
 
-    def is_repacked(self, module: nn.Module) -> bool:
-        """Tell whether the layer has rearranged its weight: see ``disable_cpu_repacking``."""
-        state = _untyped(module.weight).quant_state
-        return bool(getattr(state, "packing_format_for_cpu", False))
-
 
 class BnbLinear8bit(Format):
     """bitsandbytes' Linear8bitLt: int8 with a scale for each row."""
@@ -149,15 +141,6 @@ class TorchaoTensor(Format):
     def __init__(self, kind: str) -> None:
         self.name = f"torchao {kind}"
 
-    def check_gradient(self, base: LinearLayer) -> None:
-        """Its packed int4 for CPUs runs by an operator of torch's that has no backward."""
-        if type(base.weight).__name__ in _FORWARD_ONLY:
-            raise RuntimeError(
-                f"{self.name} gives no gradient to its input, so nothing below it can be trained; "
-                "quantize with torchao's IntxWeightOnlyConfig(weight_dtype=torch.int4) to train, "
-                "or call the model under torch.no_grad()."
-            )
-
     def dequantize(self, base: LinearLayer) -> Tensor:
         """Use the tensor's own method, or where it has none, what the layer makes of ones."""
         try:
@@ -185,9 +168,12 @@ def format_of(module: nn.Module) -> Format | None:
 
 def check_gradient(base: LinearLayer) -> None:
     """Raise RuntimeError where ``base`` is quantized so that it gives its input no gradient."""
-    fmt = format_of(base)
-    if fmt is not None:
-        fmt.check_gradient(base)
+    if (kind := type(base.weight).__name__) in _FORWARD_ONLY:
+        raise RuntimeError(
+            f"torchao {kind} gives no gradient to its input, so nothing below it can be trained; "
+            "quantize with torchao's IntxWeightOnlyConfig(weight_dtype=torch.int4) to train, or "
+            "call the model under torch.no_grad()."
+        )
 
 
 def _untyped(part: nn.Module | Tensor) -> Any:
@@ -248,12 +234,14 @@ def forget_quantizer(model: nn.Module) -> nn.Module:
 def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
     """Raise ValueError where a Linear4bit among a model's modules has rearranged its weight.
 
-    See ``disable_cpu_repacking``. The library's way back rounds the scales, so that the weight
+    See ``repacking_flags``. The library's way back rounds the scales, so that the weight
     would not be what it was.
     """
     for name, module in modules.items():
-        fmt = format_of(module)
-        if isinstance(fmt, BnbLinear4bit) and fmt.is_repacked(module):
+        fmt, layer = format_of(module), _untyped(module)
+        if isinstance(fmt, BnbLinear4bit) and getattr(
+            layer.weight.quant_state, "packing_format_for_cpu", False
+        ):
             raise ValueError(
                 f"model: {name!r} ({fmt.name}) has rearranged its weight for evaluation, as "
                 "bitsandbytes does in a first forward without gradients on some CPUs, and gives no "
@@ -262,26 +250,22 @@ def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def disable_cpu_repacking(model: nn.Module, mark: bool) -> list[tuple[nn.Module, str, Any]]:
-    """Let gradients through quantized layers, adapted or not.
-
-    Returns what was changed, as (module, attribute, value before).
+def repacking_flags(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.Module, str, Any]]:
+    """List the attributes to change so that gradients pass quantized layers, adapted or not.
 
     Where a CPU has AVX512-BF16, bitsandbytes' Linear4bit rearranges its weight in the first forward
     without grad in eval mode, and from then on gives no gradient to its input, in silence. With
-    ``mark`` the model does not call itself quantized: transformers' Trainer would think that it has
-    no adapter.
+    ``hide_quantizer`` the model does not call itself quantized: transformers' Trainer would think
+    that it has no adapter.
+
+    Returns:
+        Of each the module, the name and the new value.
     """
-    quantized = [module for module in model.modules() if format_of(module) is not None]
-    changed = [
-        (module, _BNB_REPACK_FLAG)
-        for module in quantized
-        if getattr(module, _BNB_REPACK_FLAG, False)
-    ]
-    if quantized and mark:
-        marked = (m for m in model.modules() if m.__dict__.get("is_quantized", False))
-        changed += [(module, "is_quantized") for module in marked]
-    before = [(module, name, getattr(module, name)) for module, name in changed]
-    for module, name in changed:
-        setattr(module, name, False)
-    return before
+    modules = list(model.modules())
+    quantized = [module for module in modules if format_of(module) is not None]
+    repacking = [module for module in quantized if getattr(module, _BNB_REPACK_FLAG, False)]
+    changes: list[tuple[nn.Module, str, Any]] = [(m, _BNB_REPACK_FLAG, False) for m in repacking]
+    if quantized and hide_quantizer:
+        marked = (m for m in modules if m.__dict__.get("is_quantized", False))
+        changes += [(module, "is_quantized", False) for module in marked]
+    return changes

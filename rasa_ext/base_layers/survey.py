@@ -6,12 +6,22 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import Bank, bank_names, expert_weights, is_experts, routers_of
+from rasa_ext.base_layers.experts import (
+    Bank,
+    bank_names,
+    bank_shape,
+    check_bank,
+    expert_weights,
+    is_experts,
+    routers_of,
+)
 from rasa_ext.base_layers.linear import (
     LinearLayer,
     computes_linear,
+    device_of,
     is_linear,
     linear_shape,
     read_directly,
@@ -92,6 +102,17 @@ def base_of(model: nn.Module, name: str, experts: int) -> Any:
     return model.get_submodule(path), key
 
 
+def base_shape(base: LinearLayer | Bank) -> tuple[int, ...]:
+    """Give (out, in) of a linear layer, or (experts, out, in) of a stacked weight."""
+    return bank_shape(*base) if isinstance(base, tuple) else linear_shape(base)
+
+
+def base_device(base: LinearLayer | Bank) -> torch.device:
+    """Give the device on which a linear layer, or a stacked weight, is computed with."""
+    device: torch.device = getattr(*base).device if isinstance(base, tuple) else device_of(base)
+    return device
+
+
 def _refused(
     modules: Mapping[str, nn.Module], linears: Mapping[str, LinearLayer], banks: Mapping[str, Bank]
 ) -> Iterator[tuple[str, str]]:
@@ -100,7 +121,11 @@ def _refused(
         kind: Any = type(module)
         if hasattr(module, "base_layer"):
             reason = f"part of {path!r}, which is already adapted ({kind.__name__})"
-            yield from ((name, reason) for name in (*linears, *banks) if name.startswith(prefix))
+            inside = {
+                **{name: name for name in linears},
+                **{n: n.rpartition(".")[0] for n in banks},
+            }
+            yield from ((name, reason) for name, at in inside.items() if at.startswith(prefix))
             continue
         for key, child in module.named_children():
             if f"{prefix}{key}" in linears and is_linear(child) and key in read_directly(kind):
@@ -166,8 +191,11 @@ def _ask(model: nn.Module, method: str) -> Any:
         return None
 
 
-def check_linear(name: str, layer: LinearLayer) -> None:
-    """Raise TypeError or ValueError where a linear layer's weight cannot be adapted."""
+def check_base(name: str, layer: LinearLayer | Bank) -> None:
+    """Raise TypeError or ValueError where the weight of a layer or of experts cannot be adapted."""
+    if isinstance(layer, tuple):
+        check_bank(name, layer)
+        return
     weight: Any = layer.weight  # of a module of any origin, to be looked at
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import Bank, bank_shape
-from rasa_ext.base_layers.linear import LinearLayer, device_of, linear_shape
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.patterns import check_pattern
 from rasa_ext.methods.token_indices import GivenTokens, Tokens, checked_tokens, tokens_to_json
@@ -59,19 +57,6 @@ class Place:
     """The layer's name in the model."""
     experts: int = 0
     """How many experts a stacked weight has; 0 for a linear layer."""
-
-
-def group_places(bases: Mapping[str, LinearLayer | Bank]) -> list[Place]:
-    """Give the places of a group's layers, or stacked weights, given by name, in order."""
-    places = []
-    for index, (name, base) in enumerate(bases.items()):
-        if isinstance(base, tuple):
-            experts, out, width = bank_shape(*base)
-            device = getattr(*base).device
-        else:
-            experts, (out, width), device = 0, linear_shape(base), device_of(base)
-        places.append(Place(index, len(bases), out, width, device, name, experts))
-    return places
 
 
 def option(default: Any, text: str, counts: int = 0) -> Any:

@@ -11,7 +11,7 @@ from torch import nn
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
-from rasa_ext.patching.grouping import Group, every_index, grouped
+from rasa_ext.patching.grouping import Group, every_index, groups_of
 from rasa_ext.patching.targets import Plan
 
 _MUCH = 0.1
@@ -54,7 +54,7 @@ def _little_shared(config: RasaConfig, groups: Sequence[Group], names: Names) ->
     shapes = {name: group.shape for group in groups for name in group.names}
     ends = list(dict.fromkeys(every_index(name).rpartition("*.")[2] for name in shapes))
     chosen = tuple((end, (end,)) for end in ends)
-    better = grouped(shapes, chosen)
+    better = groups_of(shapes, groups=chosen)
     way_out = f"pass {names.k}=0 if that is meant"
     if _alone(better) < alone:
         shared = dict.fromkeys(group.pattern for group in better if len(group.names) > 1)

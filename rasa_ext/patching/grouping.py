@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -26,11 +27,12 @@ class Group:
     experts: int = 0
     """How many experts each of them stacks; 0 for linear layers."""
 
-    def places(self, device: torch.device) -> list[Place]:
-        """Give the places of its layers, with tensors on ``device``."""
+    def places(self, *devices: torch.device) -> list[Place]:
+        """Give the places of its layers, with tensors on ``devices``: one for each, or for all."""
+        each = zip(self.names, itertools.cycle(devices))
         return [
             Place(index, len(self.names), *self.shape, device, name, self.experts)
-            for index, name in enumerate(self.names)
+            for index, (name, device) in enumerate(each)
         ]
 
     def planned(self, config: AdapterConfig) -> dict[str, Adapter]:
@@ -66,41 +68,24 @@ def every_index(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def grouped(shapes: Mapping[str, Shape], groups: Groups = ()) -> tuple[Group, ...]:
-    """Group layers, given with their shapes, in the order in which they begin a group."""
-    found: dict[tuple[str, Shape], list[str]] = {}
-    for name, shape in shapes.items():
-        found.setdefault((group_of(name, groups), shape), []).append(name)
-    return tuple(Group(key, shape, tuple(names)) for (key, shape), names in found.items())
-
-
-def grouped_banks(
-    shapes: Mapping[str, tuple[int, int, int]], grouping: str, groups: Groups = ()
-) -> tuple[Group, ...]:
-    """Group stacked weights, given with (experts, out, in), in the order in which they begin.
-
-    With the grouping "layer" every one is a group of its own.
-    """
-    found: dict[tuple[str, int, Shape], list[str]] = {}
-    for name, (experts, *shape) in shapes.items():
-        label = name if grouping == "layer" else group_of(name, groups)
-        found.setdefault((label, experts, (shape[0], shape[1])), []).append(name)
-    return tuple(
-        Group(label, shape, tuple(names), experts)
-        for (label, experts, shape), names in found.items()
-    )
-
-
 def groups_of(
-    shapes: Mapping[str, tuple[int, ...]], experts: str | None, groups: Groups = ()
+    shapes: Mapping[str, tuple[int, ...]], experts: str | None = None, groups: Groups = ()
 ) -> tuple[Group, ...]:
-    """Group layers, given with (out, in), and stacked weights, with (experts, out, in), as a plan.
+    """Group layers in the order in which they begin a group, linear layers first.
 
-    ``experts`` is the grouping of the latter.
+    Args:
+        shapes: (out, in) of linear layers by name, (experts, out, in) of stacked weights.
+        experts: the grouping of the latter; with "layer" each is a group of its own.
+        groups: of a config.
     """
-    linears = {name: shape for name, shape in shapes.items() if len(shape) == 2}
-    banks = {name: shape for name, shape in shapes.items() if len(shape) == 3}
-    return grouped(linears, groups) + grouped_banks(banks, str(experts), groups)
+    found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for name, shape in sorted(shapes.items(), key=lambda item: len(item[1])):
+        alone = experts == "layer" and len(shape) == 3
+        found.setdefault((name if alone else group_of(name, groups), shape), []).append(name)
+    return tuple(
+        Group(label, (out, width), tuple(names), *stacked)
+        for (label, (*stacked, out, width)), names in found.items()
+    )
 
 
 def group_of(name: str, groups: Groups = ()) -> str:

@@ -11,10 +11,9 @@ import torch
 from torch import nn
 
 from rasa_ext.base_layers.linear import is_linear, linear_shape
-from rasa_ext.base_layers.quantized import disable_cpu_repacking
 from rasa_ext.base_layers.split import split_of
-from rasa_ext.base_layers.survey import base_of
-from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups, group_places
+from rasa_ext.base_layers.survey import base_device, base_of
+from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
@@ -32,8 +31,8 @@ from rasa_ext.patching.state import (
     unwrap,
 )
 from rasa_ext.patching.swap import (
-    disable_fused_encoder,
     enable_input_require_grads,
+    let_adapters_work,
     link_fused_projections,
     replace_modules,
 )
@@ -205,7 +204,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     stacked: dict[nn.Module, dict[str, RasaBank]] = {}
     for group in plan.groups:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
-        places = group_places(bases)
+        places = group.places(*map(base_device, bases.values()))
         tensors = config.pool(places)
         pool = RasaPool(tensors) if tensors else None
         for base, place in zip(bases.values(), places, strict=True):
@@ -221,8 +220,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         config=config,
         plan=plan,
         trainable_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
-        attributes_before=disable_fused_encoder(model, wrapped)
-        + disable_cpu_repacking(model, mark=True),
+        attributes_before=let_adapters_work(model, wrapped, hide_quantizer=True),
         hooks=enable_input_require_grads(model) + replace_save_pretrained(model),
     )
     model.requires_grad_(False)

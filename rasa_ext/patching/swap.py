@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.quantized import repacking_flags
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.fused_projections import FusedProjections
 
@@ -52,27 +53,31 @@ FAST_PATH = "activation_relu_or_gelu"
 """The attribute by which ``nn.TransformerEncoderLayer`` knows that its fused path may be taken."""
 
 
-def disable_fused_encoder(
-    model: nn.Module, wrapped: Container[nn.Module]
+def let_adapters_work(
+    model: nn.Module, adapted: Container[nn.Module], hide_quantizer: bool
 ) -> list[tuple[nn.Module, str, Any]]:
-    """Keep torch's fused encoder from reading an adapted layer's base weight behind its back.
+    """Switch off what passes adapted layers by, or stops gradients through quantized ones.
 
-    ``nn.TransformerEncoderLayer`` does so in eval without grad; clearing the attribute that says
-    its activation is a known one sends it down the ordinary path, with the same result.
+    ``nn.TransformerEncoderLayer`` reads its layers' weights in eval without grad; clearing the
+    attribute that says its activation is a known one sends it down the ordinary path, with the same
+    result. ``repacking_flags`` has the rest.
+
+    Returns:
+        What was changed, as (module, attribute, value before).
     """
-    before: list[tuple[nn.Module, str, Any]] = []
-    changed: list[tuple[nn.Module, str, Any]] = []
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer) and any(
-            child in wrapped for child in module.modules()
-        ):
-            changed.append((module, FAST_PATH, 0))
-        elif isinstance(module, nn.TransformerEncoder) and any(
-            child in wrapped for child in module.modules()
-        ):
-            changed.append((module, "use_nested_tensor", False))
-    for module, name, value in changed:
-        before.append((module, name, getattr(module, name)))
+    changes = repacking_flags(model, hide_quantizer)
+    for kind, name, value in (
+        (nn.TransformerEncoderLayer, FAST_PATH, 0),
+        (nn.TransformerEncoder, "use_nested_tensor", False),
+    ):
+        encoders = (module for module in model.modules() if isinstance(module, kind))
+        changes += [
+            (encoder, name, value)
+            for encoder in encoders
+            if any(child in adapted for child in encoder.modules())
+        ]
+    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    for module, name, value in changes:
         setattr(module, name, value)
     return before
 

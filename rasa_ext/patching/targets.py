@@ -8,9 +8,9 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from rasa_ext.base_layers.experts import Bank, bank_shape, check_bank
-from rasa_ext.base_layers.linear import LinearLayer, is_linear, linear_shape
-from rasa_ext.base_layers.survey import Survey, check_linear, survey
+from rasa_ext.base_layers.experts import Bank, check_bank
+from rasa_ext.base_layers.linear import LinearLayer, is_linear
+from rasa_ext.base_layers.survey import Survey, base_shape, check_base, survey
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.grouping import Group, check_groups, ends_in, groups_of
@@ -82,36 +82,42 @@ def make_plan(
         )
     saved = _modules_to_save(found, config.modules_to_save)
     tokens = find_rows(model, config)
-    chosen, skipped = _choose(found, config, (*found.linears, *stacked), saved)
-    shapes: dict[str, tuple[int, ...]] = {}
+    bases: dict[str, LinearLayer | Bank] = {**found.linears, **stacked}
+    chosen, skipped = _choose(found, config, bases, saved)
     for name in chosen:
-        if name in stacked:
-            check_bank(name, stacked[name])
-            shapes[name] = bank_shape(*stacked[name])
-        else:
-            check_linear(name, found.linears[name])
-            shapes[name] = linear_shape(found.linears[name])
-    if stacked and not stacked.keys() & shapes.keys():
+        check_base(name, bases[name])
+    if stacked and not stacked.keys() & set(chosen):
         first = next(iter(stacked))
         raise ValueError(
             f"experts: expected stacked weights to adapt, but every one is left out, such as "
             f"{first!r}: {skipped[first]}; change that, or leave out experts."
         )
     check_not_adapted(tokens, chosen)
-    check_groups(config.layer_groups, chosen)
-    config.check_layers(chosen)
-    groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)
+    groups = group_layers(config, {name: bases[name] for name in chosen})
     trained = tuple(f"{name}." for name in saved)
     untouched = {
         name: shape
         for name, shape in found.expert_weights.items()
-        if name not in shapes and name not in skipped and not name.startswith(trained)
+        if name not in chosen and name not in skipped and not name.startswith(trained)
     }
     adaptable = _adaptable(found, config) & untouched.keys()
     for name, shape in untouched.items():
         how = "the argument experts adapts them" if name in adaptable else "no linear layer"
         skipped[name] = f"weights of shape {shape}: {how}"
     return Plan(groups, skipped, untouched, adaptable, saved, tokens)
+
+
+def group_layers(
+    config: AdapterConfig, bases: Mapping[str, LinearLayer | Bank], argument: str = "groups"
+) -> tuple[Group, ...]:
+    """Group the layers that are adapted, by name; ``argument`` is where ``groups`` was given.
+
+    Raises ValueError where a field of the config names layers, and means none of these.
+    """
+    check_groups(config.layer_groups, bases, argument)
+    config.check_layers(bases)
+    shapes = {name: base_shape(base) for name, base in bases.items()}
+    return groups_of(shapes, config.grouping_of_experts, config.layer_groups)
 
 
 def _choose(

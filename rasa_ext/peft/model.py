@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
 
-import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import (
@@ -19,40 +17,22 @@ from peft.utils.other import (
 )
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import Bank, bank_shape
-from rasa_ext.base_layers.linear import (
-    LinearLayer,
-    check_weight_is_stored,
-    is_conv1d,
-    linear_shape,
-)
-from rasa_ext.base_layers.quantized import (
-    disable_cpu_repacking,
-    forget_quantizer,
-    format_of,
-)
+from rasa_ext.base_layers.experts import Bank
+from rasa_ext.base_layers.linear import LinearLayer, check_weight_is_stored, is_conv1d
+from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.split import split_of
-from rasa_ext.base_layers.survey import survey
+from rasa_ext.base_layers.survey import base_device, check_base, survey
 from rasa_ext.checkpoint.adapter import own_names
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.checkpoint.official import official_name
-from rasa_ext.methods.base import ALL_LINEAR, Place, group_places, groups_to_json
+from rasa_ext.methods.base import ALL_LINEAR, Place, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.advice import Names, advice
 from rasa_ext.patching.fold import Merging
-from rasa_ext.patching.grouping import (
-    Group,
-    check_groups,
-    groups_of,
-    settled,
-)
+from rasa_ext.patching.grouping import Group, settled
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
-from rasa_ext.patching.swap import (
-    disable_fused_encoder,
-    link_fused_projections,
-    replace_modules,
-)
-from rasa_ext.patching.targets import INSTEAD, resolve_config, suffixes
+from rasa_ext.patching.swap import let_adapters_work, link_fused_projections, replace_modules
+from rasa_ext.patching.targets import INSTEAD, group_layers, make_plan, resolve_config, suffixes
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.config import RasaConfig
@@ -63,7 +43,6 @@ from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.targets import (
     banks_of,
     chosen_banks,
-    every_target,
     linears_of,
     untouched,
     unwrap_experts,
@@ -160,7 +139,9 @@ class RasaModel(BaseTuner):
             if meant:
                 warnings.warn(untouched(meant), stacklevel=users_level())
         if every:
-            names = every_target(self.model, resolve_config(self.model, without_tokens(own.core())))
+            config = resolve_config(self.model, without_tokens(own.core()))
+            plan = make_plan(self.model, config, linears_of(self.model), banks_of(self.model))
+            names = [name for group in plan.groups for name in group.names]
             own.target_modules = set(suffixes(names, self.model))
         return own
 
@@ -233,31 +214,21 @@ class RasaModel(BaseTuner):
                     f"target_modules: expected linear layers, but {name!r} is a "
                     f"{type(module).__name__}; {INSTEAD}."
                 )
-            if not isinstance(module, RasaPeftLinear) and (fmt := format_of(module)) is not None:
-                fmt.check(name, linears[name])
+            if not isinstance(module, RasaPeftLinear):
+                check_base(name, linears[name])
             bases[name] = linears[name]
-        chosen: dict[nn.Module, None] = dict.fromkeys(
-            base for base in bases.values() if not isinstance(base, tuple)
-        )
-        self._attributes_before += disable_fused_encoder(self.model, chosen)
-        self._attributes_before += disable_cpu_repacking(self.model, mark=False)
+        groups = group_layers(config, bases, "rasa_groups")
+        chosen = {base for base in bases.values() if not isinstance(base, tuple)}
+        self._attributes_before += let_adapters_work(self.model, chosen, hide_quantizer=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
-        shapes = {
-            name: bank_shape(*base) if isinstance(base, tuple) else linear_shape(base)
-            for name, base in bases.items()
-        }
-        check_groups(config.layer_groups, bases, "rasa_groups")
-        config.check_layers(bases)
-        groups = groups_of(shapes, config.grouping_of_experts, config.layer_groups)
         peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)
         if not peft_config.inference_mode:
             for message in advice(config, groups, Names("r", "rasa_k", "rasa_groups")):
                 warnings.warn(message, stacklevel=users_level())
         found = {}
         for group in groups:
-            places = group_places({name: bases[name] for name in group.names})
-            for place in places:  # what the method refuses, before any layer is replaced
-                config.own(dataclasses.replace(place, device=torch.device("meta")))
+            group.planned(config)  # what the method refuses, before any layer is replaced
+            places = group.places(*(base_device(bases[name]) for name in group.names))
             found.update(dict.fromkeys(group.names, (group, places)))
         return found
 

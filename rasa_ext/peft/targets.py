@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from rasa_ext.base_layers.experts import Bank, bank_names, bank_shape, check_bank, is_experts
 from rasa_ext.base_layers.linear import LinearLayer, is_linear
-from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.patching.swap import replace_modules
-from rasa_ext.patching.targets import make_plan, matches
 from rasa_ext.peft.experts import RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
 
@@ -56,24 +52,6 @@ def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, RasaPeftLinear | RasaPeftExperts | AuxiliaryTrainingWrapper):
             inside += (f"{name}.",)
         yield name, module
-
-
-def every_target(model: nn.Module, config: AdapterConfig) -> list[str]:
-    """Name what "all-linear" adapts, as ``patch_model`` does; it may be adapted already."""
-    linears, banks = linears_of(model), banks_of(model)
-    if not (config.grouping_of_experts and experts_of(model)):
-        plan = make_plan(model, config, linears, banks)
-        return [name for group in plan.groups for name in group.names]
-    plain: Any = config  # one with the field
-    pattern = {"rank_pattern": ()} if hasattr(config, "rank_pattern") else {}
-    plan = make_plan(model, dataclasses.replace(plain, experts=None, **pattern), linears)
-    names = [name for group in plan.groups for name in group.names]
-    saved = tuple(f"{name}." for name in plan.modules_to_save)
-    return names + [
-        name
-        for name in banks
-        if not matches(name, config.exclude_modules) and not name.startswith(saved)
-    ]
 
 
 def experts_of(model: nn.Module) -> list[RasaPeftExperts]:
