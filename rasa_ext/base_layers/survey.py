@@ -121,11 +121,10 @@ def _refused(
         kind: Any = type(module)
         if hasattr(module, "base_layer"):
             reason = f"part of {path!r}, which is already adapted ({kind.__name__})"
-            inside = {
-                **{name: name for name in linears},
-                **{n: n.rpartition(".")[0] for n in banks},
-            }
-            yield from ((name, reason) for name, at in inside.items() if at.startswith(prefix))
+            yield from ((name, reason) for name in linears if name.startswith(prefix))
+            # Weights under the adapted module's own name, as in PEFT, may have more adapters.
+            paths = {name: name.rpartition(".")[0] for name in banks}
+            yield from ((name, reason) for name, at in paths.items() if at.startswith(prefix))
             continue
         for key, child in module.named_children():
             if f"{prefix}{key}" in linears and is_linear(child) and key in read_directly(kind):

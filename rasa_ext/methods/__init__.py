@@ -20,7 +20,6 @@ from rasa_ext.methods.base import (
     fresh_A,
     fresh_B,
     option,
-    other_method,
 )
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
@@ -103,10 +102,5 @@ def read_method(data: Mapping[str, Any]) -> AdapterConfig:
     Raises:
         ValueError: the method is not known, or a field is missing or not supported.
     """
-    if (kind := data.get("peft_type")) != AdapterConfig.peft_type:
-        raise ValueError(
-            f"adapter_config.json: expected peft_type {AdapterConfig.peft_type!r}, "
-            f"{other_method(kind)}."
-        )
     name = data.get("rasa_method", OFFICIAL)
     return method_named(name, "adapter_config.json: rasa_method").from_dict(data)

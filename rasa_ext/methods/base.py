@@ -212,8 +212,11 @@ class AdapterConfig:
 
     @property
     def grouping_of_experts(self) -> str | None:
-        """Tell which experts share a pool, or None where stacked experts are left alone."""
-        return None
+        """Tell which experts share a pool, or None where stacked experts are left alone.
+
+        It is a method's field ``experts``, unless this is overridden.
+        """
+        return getattr(self, "experts", None)
 
     def check_layers(self, names: Collection[str]) -> None:
         """Raise ValueError where a field names layers and none of the adapted ones is meant."""
@@ -292,30 +295,6 @@ class AdapterConfig:
         Raises:
             ValueError: the file is another method's, asks for a trained bias, or lacks a field.
         """
-        common = cls.common_from_dict(data)
-        fields = {field.name: _key(field.name) for field in cls._own_fields()}
-        needed = [fields[name] for name in ("rank", "k") if name in fields]
-        missing = [key for key in (*needed, "target_modules") if data.get(key) is None]
-        if missing:
-            raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")
-        given = {name: data[key] for name, key in fields.items() if data.get(key) is not None}
-        for field in cls._own_fields():
-            if field.name in given:
-                _check_json(fields[field.name], given[field.name], field)
-        return cls(dropout=data.get("rasa_dropout", 0.0), **common, **given)
-
-    @classmethod
-    def _own_fields(cls) -> list[dataclasses.Field[Any]]:
-        """List the fields that the method has beside those of all methods."""
-        common = {field.name for field in dataclasses.fields(AdapterConfig)}
-        return [field for field in dataclasses.fields(cls) if field.name not in common]
-
-    @classmethod
-    def common_from_dict(cls, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Read the fields that all methods have, save dropout, from what ``to_dict`` wrote.
-
-        Raises ValueError where the file is another method's or asks for a trained bias.
-        """
         kind = data.get("peft_type")
         if kind != cls.peft_type:
             raise ValueError(
@@ -335,14 +314,31 @@ class AdapterConfig:
                 "adapter_config.json: layers_to_transform is not supported; name the layers in "
                 "target_modules as a regular expression instead."
             )
-        return {
-            "target_modules": data.get("target_modules") or ALL_LINEAR,
-            "exclude_modules": data.get("exclude_modules") or (),
-            "modules_to_save": data.get("modules_to_save") or (),
-            "trainable_token_indices": data.get("trainable_token_indices"),
-            "groups": data.get("rasa_groups") or (),
-            "adapter_dtype": data.get("adapter_dtype", torch.float32),
-        }
+        fields = {field.name: _key(field.name) for field in cls._own_fields()}
+        needed = [fields[name] for name in ("rank", "k") if name in fields]
+        missing = [key for key in (*needed, "target_modules") if data.get(key) is None]
+        if missing:
+            raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")
+        given = {name: data[key] for name, key in fields.items() if data.get(key) is not None}
+        for field in cls._own_fields():
+            if field.name in given:
+                _check_json(fields[field.name], given[field.name], field)
+        return cls(
+            dropout=data.get("rasa_dropout", 0.0),
+            target_modules=data.get("target_modules") or ALL_LINEAR,
+            exclude_modules=data.get("exclude_modules") or (),
+            modules_to_save=data.get("modules_to_save") or (),
+            trainable_token_indices=data.get("trainable_token_indices"),
+            groups=data.get("rasa_groups"),
+            adapter_dtype=data.get("adapter_dtype", torch.float32),
+            **given,
+        )
+
+    @classmethod
+    def _own_fields(cls) -> list[dataclasses.Field[Any]]:
+        """List the fields that the method has beside those of all methods."""
+        common = {field.name for field in dataclasses.fields(AdapterConfig)}
+        return [field for field in dataclasses.fields(cls) if field.name not in common]
 
     def differences(self, other: AdapterConfig) -> list[str]:
         """List the fields in which two configs differ, as ``name: mine, theirs``."""

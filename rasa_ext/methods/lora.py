@@ -61,11 +61,6 @@ class LoraConfig(AdapterConfig):
         super().__post_init__()
 
     @property
-    def grouping_of_experts(self) -> str | None:
-        """Give the field ``experts``."""
-        return self.experts
-
-    @property
     def scale(self) -> float:
         """s, with which every layer's B A is multiplied."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)

@@ -86,11 +86,6 @@ class RasaConfig(AdapterConfig):
         _check_rank_pattern(self.rank_pattern, k)
         checked_choice("experts", self.experts, (None, *GROUPINGS))
 
-    @property
-    def grouping_of_experts(self) -> str | None:
-        """Give the field ``experts``."""
-        return self.experts
-
     def own(self, place: Place) -> dict[str, Tensor]:
         """Make A (r-k, in), B (out, r-k) and d (r-k+L*k,), all trained."""
         (own, pooled), dtype = self.ranks_at(place), self.adapter_dtype

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+_ASKED = {"bias", "num_embeddings", "embedding_dim", "padding_idx", "in_features", "out_features"}
+
+
 class TrainedTokens(AdaptedModule):
     """A frozen embedding, or linear head, with trained rows in place of some of its table's.
 
@@ -73,15 +76,10 @@ class TrainedTokens(AdaptedModule):
         self.register_buffer("index", self._index(weight.device), persistent=False)
         self.train(base_layer.training)
 
-    def trained_rows(self) -> Tensor:
-        """Give the rows (n, width), of this module or of its owner."""
-        return self.rows if self.owner is None else self.owner.rows
-
     @property
     def merged(self) -> bool:
         """Whether the rows stand in the base's table at present."""
-        owner = self if self.owner is None else self.owner
-        return owner.kept is not None
+        return (self.owner or self).kept is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute what the base would, were the trained rows in its table."""
@@ -95,7 +93,7 @@ class TrainedTokens(AdaptedModule):
                     "call rasa_ext.unmerge(model) first."
                 )
             return y
-        rows = self.trained_rows()
+        rows: Tensor = (self.owner or self).rows
         if not is_whole(rows):
             raise RuntimeError(
                 f"expected trained rows that are whole on every process, but they are "
@@ -139,7 +137,8 @@ class TrainedTokens(AdaptedModule):
         weight = self.base_layer.weight
         if self.disabled or self.merged:
             return weight
-        return weight.index_copy(0, self._ids(weight.device), self.trained_rows().to(weight))
+        rows = (self.owner or self).rows
+        return weight.index_copy(0, self._ids(weight.device), rows.to(weight))
 
     @torch.no_grad()
     def merge(self) -> float:
@@ -189,37 +188,9 @@ class TrainedTokens(AdaptedModule):
         )
         return index.index_copy_(0, ids, torch.arange(count, dtype=torch.int32, device=device))
 
-    # What model code reads off an embedding or a head.
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The head's bias, or None."""
-        return getattr(self.base_layer, "bias", None)
-
-    @property
-    def num_embeddings(self) -> Any:
-        """How many tokens an embedding has."""
-        return self.base_layer.num_embeddings
-
-    @property
-    def embedding_dim(self) -> Any:
-        """The width of an embedding."""
-        return self.base_layer.embedding_dim
-
-    @property
-    def padding_idx(self) -> Any:
-        """The token of an embedding that gets no gradient, or None."""
-        return self.base_layer.padding_idx
-
-    @property
-    def in_features(self) -> Any:
-        """The width of a head's input."""
-        return self.base_layer.in_features
-
-    @property
-    def out_features(self) -> Any:
-        """How many tokens a head has."""
-        return self.base_layer.out_features
+    def __getattr__(self, name: str) -> Any:
+        """Look up on the base layer what model code asks an embedding or a head for."""
+        return getattr(self.base_layer, name) if name in _ASKED else super().__getattr__(name)
 
     def extra_repr(self) -> str:
         """Show how many rows are trained."""

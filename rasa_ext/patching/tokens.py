@@ -32,29 +32,23 @@ class TokenRows:
 
 
 def tables_of(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
-    """Find embeddings and linear layers by name, second names too, as the base has them."""
-    found: dict[str, nn.Embedding | nn.Linear] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        base = module.base_layer if isinstance(module, TrainedTokens) else module
-        if isinstance(base, nn.Embedding | nn.Linear) and not name.endswith(".base_layer"):
-            found[name] = base
-    return found
+    """Find embeddings and linear layers by the names of the plain model, second names too."""
+    return {
+        # What stands there in a patched model, and below it in one of PEFT.
+        name.removesuffix(".base_layer").removesuffix(".token_adapter"): module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, nn.Embedding | nn.Linear)
+    }
 
 
-def find_rows(
-    model: nn.Module,
-    config: AdapterConfig,
-    tables: Mapping[str, nn.Embedding | nn.Linear] | None = None,
-) -> tuple[TokenRows, ...]:
+def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
     """Find the tables that ``config`` names, and who else reads them.
-
-    ``tables`` are those of the model by name, where it is wrapped by others.
 
     Raises ValueError, naming the argument, where there is none, or one that cannot be trained so.
     """
     if not config.tokens:
         return ()
-    tables = tables_of(model) if tables is None else tables
+    tables = tables_of(model)
     first: dict[int, str] = {}
     for name, module in tables.items():
         first.setdefault(id(module), name)

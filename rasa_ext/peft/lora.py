@@ -14,10 +14,11 @@ from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_file import write_lora
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
 from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
+from rasa_ext.patching.tokens import rows_key
 from rasa_ext.peft.experts import RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.named import NamedAdapters
-from rasa_ext.peft.tokens import rows_of, tokens_of
+from rasa_ext.peft.tokens import rows_of
 
 
 def export_lora(
@@ -94,6 +95,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
         for name, wrapper in modules.items()
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
     }
+    rows = rows_of(root, adapter_name)
     return Export(
         root=root,
         config=configs[adapter_name],
@@ -104,7 +106,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
         },
         experts={path: stack for path, stack in stacks.items() if stack.factors},
         saved={
-            **rows_of(root, adapter_name),
+            **{rows_key(table.names[0]): tensor for table, tensor in rows.items()},
             **{
                 f"{name}.{key}": tensor.detach()
                 for name, module in trained.items()
@@ -112,7 +114,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
             },
         },
         modules_to_save=tuple(trained),
-        tokens=tokens_of(root, adapter_name),
+        tokens=tuple(rows),
         task_type=str(getattr(task, "value", task)) if task else task_type(root),
         fast_path=any(
             isinstance(m, nn.TransformerEncoderLayer)

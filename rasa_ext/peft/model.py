@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
@@ -54,7 +55,6 @@ from rasa_ext.peft.tokens import (
     copy_rows,
     make_rows_optional,
     settled_tokens,
-    without_tokens,
 )
 
 REFERENCE, POLICY = "ref", "default"
@@ -139,7 +139,8 @@ class RasaModel(BaseTuner):
             if meant:
                 warnings.warn(untouched(meant), stacklevel=users_level())
         if every:
-            config = resolve_config(self.model, without_tokens(own.core()))
+            core = dataclasses.replace(own.core(), trainable_token_indices=())  # PEFT's affair
+            config = resolve_config(self.model, core)
             plan = make_plan(self.model, config, linears_of(self.model), banks_of(self.model))
             names = [name for group in plan.groups for name in group.names]
             own.target_modules = set(suffixes(names, self.model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from rasa_ext.checkpoint.lora_limits import peft_ties
 from rasa_ext.methods.base import AdapterConfig
-from rasa_ext.patching.tokens import ARGUMENT, TokenRows, check_not_adapted, find_rows, rows_key
+from rasa_ext.patching.tokens import ARGUMENT, TokenRows, check_not_adapted, find_rows, tables_of
 
 _INSTEAD = "rasa_ext.patch_model trains such rows"
 
@@ -24,11 +23,6 @@ def token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
     return [layer for layer in layers if layer.tied_adapter is None]
 
 
-def without_tokens(config: AdapterConfig) -> AdapterConfig:
-    """Give a config that leaves embeddings to PEFT."""
-    return dataclasses.replace(config, trainable_token_indices=())
-
-
 def settled_tokens(
     model: nn.Module, config: AdapterConfig, is_target: Callable[[str], bool]
 ) -> dict[str, list[int]] | None:
@@ -36,17 +30,16 @@ def settled_tokens(
 
     Raises ValueError where PEFT would compute something else, before it changes the model.
     """
-    tables = _tables(model)
-    found = find_rows(model, config, tables)
+    found = find_rows(model, config)
     adapted = [name for rows in found for name in rows.names if is_target(name)]
     check_not_adapted(found, adapted)
     for rows in found:
-        _check(model, rows, tables)
+        _check(model, rows)
     return {rows.names[0]: list(rows.ids) for rows in found} or None
 
 
-def _check(model: nn.Module, rows: TokenRows, tables: dict[str, Any]) -> None:
-    owner = rows.names[0]
+def _check(model: nn.Module, rows: TokenRows) -> None:
+    owner, tables = rows.names[0], tables_of(model)
     for name in rows.names:
         if getattr(tables[name], "bias", None) is not None:
             raise ValueError(
@@ -63,15 +56,6 @@ def _check(model: nn.Module, rows: TokenRows, tables: dict[str, Any]) -> None:
             f"{ARGUMENT}: {rows.names[1]!r} shares the weight of {owner!r}, which PEFT does not "
             f"see, as the model's config does not say so; {_INSTEAD}."
         )
-
-
-def _tables(model: nn.Module) -> dict[str, Any]:
-    """Find embeddings and linear layers by the names that they have in the plain model."""
-    found: dict[str, Any] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Embedding | nn.Linear):
-            found[name.replace(".token_adapter.base_layer", "")] = module
-    return found
 
 
 class OptionalRows(TrainableTokensWrapper):
@@ -104,26 +88,17 @@ def make_rows_optional(model: nn.Module) -> None:
             module.__class__ = OptionalRows
 
 
-def tokens_of(model: nn.Module, adapter_name: str) -> tuple[TokenRows, ...]:
-    """Give the tables of which an adapter has trained rows."""
+def rows_of(model: nn.Module, adapter_name: str) -> dict[TokenRows, Tensor]:
+    """Give the tables of which an adapter has trained rows, with the rows."""
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, TrainableTokensWrapper)}
-    found = []
+    found = {}
     for name, wrapper in wrappers.items():
         layer: Any = wrapper.token_adapter
         if layer.tied_adapter is None and adapter_name in layer.trainable_tokens_delta:
             tied = [n for n, m in wrappers.items() if m.token_adapter.tied_adapter is layer]
-            ids, rows = layer.token_indices[adapter_name], layer.trainable_tokens_delta
-            found.append(TokenRows((name, *tied), tuple(ids), rows[adapter_name].shape[1]))
-    return tuple(found)
-
-
-def rows_of(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    """Give an adapter's rows by their keys in a file, less the prefix."""
-    found = {}
-    for rows in tokens_of(model, adapter_name):
-        layer: Any = model.get_submodule(rows.names[0])
-        delta = layer.token_adapter.trainable_tokens_delta[adapter_name]
-        found[rows_key(rows.names[0])] = delta.detach()
+            rows = layer.trainable_tokens_delta[adapter_name].detach()
+            ids = tuple(layer.token_indices[adapter_name])
+            found[TokenRows((name, *tied), ids, rows.shape[1])] = rows
     return found
 
 
