@@ -80,9 +80,12 @@ def method_table(name: str) -> str:
 def peft_fields() -> list[Field]:
     """Those of ``rasa_ext.peft.RasaConfig``."""
     helps = {field.name: field.help for field in rasa_fields()}
-    return fields(
-        "peft/config.py", "RasaConfig", _HELP=helps, _option=lambda default, text: (default, text)
-    )
+
+    def shared(name: str, more: str = "", default: object = None) -> tuple[object, str]:
+        return default, f"{helps[name]} {more}".rstrip()
+
+    names = {"_option": lambda default, text: (default, text), "_shared": shared}
+    return fields("peft/config.py", "RasaConfig", **names)
 
 
 def table(rows: list[Field]) -> str:

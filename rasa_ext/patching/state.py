@@ -15,6 +15,8 @@ from rasa_ext.patching.targets import Plan
 from rasa_ext.patching.tokens import row_owners
 
 _STATE = "_rasa_ext"
+_INNER = ("_orig_mod", "module", "_fsdp_wrapped_module")
+"""The names under which torch.compile, data parallelism and FSDP 1 have what they wrap."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -56,8 +58,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         True
     """
     while isinstance(model, nn.Module) and _STATE not in model.__dict__:
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
+        inner = next((model._modules[name] for name in _INNER if name in model._modules), None)
+        if inner is None:
             break
         model = inner
     return model

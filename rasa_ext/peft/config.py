@@ -33,6 +33,11 @@ def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def _shared(name: str, more: str = "", default: Any = None) -> Any:
+    """Make a field that ``rasa_ext.RasaConfig`` has under ``name``, with its help text."""
+    return _option(default, f"{_HELP[name]} {more}".rstrip())
+
+
 @dataclass
 class RasaConfig(PeftConfig):
     """The config of one adapter under PEFT. Each field's ``metadata["help"]`` explains it.
@@ -54,25 +59,23 @@ class RasaConfig(PeftConfig):
         True
     """
 
-    r: int | None = _option(None, f"{_HELP['rank']} None is the method's default, 8 under rasa.")
-    rasa_k: int | None = _option(None, _HELP["k"])
-    rasa_alpha: float | None = _option(
-        None, f"{_HELP['alpha']} None is the method's default, 8 under rasa."
+    r: int | None = _shared("rank", "None is the method's default, 8 under rasa.")
+    rasa_k: int | None = _shared("k")
+    rasa_alpha: float | None = _shared("alpha", "None is the method's default, 8 under rasa.")
+    rasa_dropout: float = _shared("dropout", default=0.0)
+    target_modules: list[str] | set[str] | str | None = _shared(
+        "target_modules", "None is the same as 'all-linear'.", ALL_LINEAR
     )
-    rasa_dropout: float = _option(0.0, _HELP["dropout"])
-    target_modules: list[str] | set[str] | str | None = _option(
-        ALL_LINEAR, f"{_HELP['target_modules']} None is the same as 'all-linear'."
-    )
-    exclude_modules: list[str] | set[str] | str | None = _option(None, _HELP["exclude_modules"])
+    exclude_modules: list[str] | set[str] | str | None = _shared("exclude_modules")
     layers_to_transform: list[int] | int | None = _option(
         None, "Indices of the layers to adapt; the others stay out of the pool, too."
     )
     layers_pattern: list[str] | str | None = _option(
         None, "Names before a layer's index, with layers_to_transform only."
     )
-    modules_to_save: list[str] | None = _option(None, _HELP["modules_to_save"])
-    trainable_token_indices: Any = _option(None, _HELP["trainable_token_indices"])
-    rasa_groups: Any = _option(None, _HELP["groups"])
+    modules_to_save: list[str] | None = _shared("modules_to_save")
+    trainable_token_indices: Any = _shared("trainable_token_indices")
+    rasa_groups: Any = _shared("groups")
     rasa_method: str = _option(
         "rasa",
         "The method: rasa, lora, or another one of rasa_ext.methods that an optimizer alone "
@@ -83,11 +86,8 @@ class RasaConfig(PeftConfig):
         "Fields of the method's config in rasa_ext.methods that have none here, by name, such as "
         '{"rslora": True} under lora. Files have them as rasa_rslora.',
     )
-    rank_pattern: dict[str, int] | None = _option(None, _HELP["rank_pattern"])
-    rasa_experts: str | None = _option(
-        None,
-        f"{_HELP['experts']} Under lora 'own' gives each a pair of its own.",
-    )
+    rank_pattern: dict[str, int] | None = _shared("rank_pattern")
+    rasa_experts: str | None = _shared("experts", "Under lora 'own' gives each a pair of its own.")
     bias: str = _option("none", "Only 'none': the files of an adapter have no place for biases.")
     fan_in_fan_out: bool = _option(
         False,
@@ -99,7 +99,7 @@ class RasaConfig(PeftConfig):
         "Whether B starts at zero, so that the model computes what its base does. False draws it: "
         "for tests.",
     )
-    adapter_dtype: str = _option("float32", _HELP["adapter_dtype"])
+    adapter_dtype: str = _shared("adapter_dtype", default="float32")
     rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
 
     def __post_init__(self) -> None:

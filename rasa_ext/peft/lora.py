@@ -14,6 +14,7 @@ from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_file import write_lora
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES
 from rasa_ext.checkpoint.lora_view import WEIGHT, Adapted, Export
+from rasa_ext.patching.state import unwrap
 from rasa_ext.patching.tokens import rows_key
 from rasa_ext.peft.experts import RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
@@ -67,7 +68,9 @@ def export_lora(
 
 def _export_of(model: nn.Module, adapter_name: str) -> Export:
     """Look at an adapter of a PEFT model, in which nothing changes."""
-    outer = _unwrapped(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    outer = unwrap(model)
     root: nn.Module = outer.get_base_model() if isinstance(outer, PeftModel) else outer
     modules = dict(root.named_modules())
     owners = [each for each in modules.values() if isinstance(each, NamedAdapters)]
@@ -77,18 +80,13 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
             f"adapter_name: expected one of the model's RaSA adapters "
             f"({', '.join(map(repr, configs)) or 'it has none'}), got {adapter_name!r}."
         )
-    stacks = {
-        path: Adapted(
-            each.base_layer,
-            {
-                name: bank.named(adapter_name).factors()
-                for name, bank in each.banks().items()
-                if adapter_name in bank.configs
-            },
-        )
-        for path, each in modules.items()
-        if isinstance(each, RasaPeftExperts)
-    }
+    experts = {}
+    for path, each in modules.items():
+        if isinstance(each, RasaPeftExperts):
+            banks = [item for item in each.banks().items() if adapter_name in item[1].configs]
+            if banks:
+                factors = {name: bank.named(adapter_name).factors() for name, bank in banks}
+                experts[path] = Adapted(each.base_layer, factors)
     task = outer.peft_config[adapter_name].task_type if isinstance(outer, PeftModel) else None
     trained = {
         name: cast(Any, wrapper.modules_to_save)[adapter_name]
@@ -104,7 +102,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
             for name, layer in modules.items()
             if isinstance(layer, RasaPeftLinear) and adapter_name in layer.configs
         },
-        experts={path: stack for path, stack in stacks.items() if stack.factors},
+        experts=experts,
         saved={
             **{rows_key(table.names[0]): tensor for table, tensor in rows.items()},
             **{
@@ -122,15 +120,3 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
             for m in modules.values()
         ),
     )
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Find the model inside the wrappers of torch.compile and data parallelism."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    while not isinstance(model, PeftModel):
-        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
-    return model

@@ -42,9 +42,8 @@ from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, keys_in_files
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.targets import (
-    banks_of,
+    bases_of,
     chosen_banks,
-    linears_of,
     untouched,
     unwrap_experts,
     wrap_experts,
@@ -134,14 +133,14 @@ class RasaModel(BaseTuner):
         own = _rasa_config(peft_config)
         every = own.target_modules in (None, ALL_LINEAR)
         if own.rasa_experts is None and self._given is None and not own.inference_mode:
-            banks = banks_of(self.model)
+            _, banks = bases_of(self.model)
             meant = {n: bank for n, bank in banks.items() if every or self._is_target(own, n)}
             if meant:
                 warnings.warn(untouched(meant), stacklevel=users_level())
         if every:
             core = dataclasses.replace(own.core(), trainable_token_indices=())  # PEFT's affair
             config = resolve_config(self.model, core)
-            plan = make_plan(self.model, config, linears_of(self.model), banks_of(self.model))
+            plan = make_plan(self.model, config, *bases_of(self.model))
             names = [name for group in plan.groups for name in group.names]
             own.target_modules = set(suffixes(names, self.model))
         return own
@@ -192,8 +191,8 @@ class RasaModel(BaseTuner):
 
     def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[Place]]]:
         """Find group and places of every layer that PEFT is about to adapt, by its name."""
-        linears, config = linears_of(self.model), peft_config.core()
-        banks = banks_of(self.model) if config.grouping_of_experts else {}
+        (linears, banks), config = bases_of(self.model), peft_config.core()
+        banks = banks if config.grouping_of_experts else {}
         reasons = survey(self.model, linears, banks).refused
         inside: tuple[str, ...] = ()
         bases: dict[str, LinearLayer | Bank] = {}

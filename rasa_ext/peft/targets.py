@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -16,42 +16,27 @@ from rasa_ext.peft.layer import RasaPeftLinear
 HOW = "rasa_experts='shared', or 'slot' or 'layer' (the method lora: 'own')"
 
 
-def linears_of(model: nn.Module) -> dict[str, LinearLayer]:
-    """Find a model's linear layers by name, those inside adapted layers under the latters' names.
+def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, Bank]]:
+    """Find a model's linear layers and stacked weights by name, adapted or not.
 
-    What PEFT trains in full is left out.
+    The name of an adapted one is that of the layer, or experts, in its place. What PEFT trains in
+    full is left out.
     """
-    found: dict[str, LinearLayer] = {}
-    for name, module in _outer_modules(model):
-        if isinstance(module, RasaPeftLinear):
-            found[name] = module.base_layer
-        elif is_linear(module):
-            found[name] = module
-    return found
-
-
-def banks_of(model: nn.Module) -> dict[str, Bank]:
-    """Find a model's stacked weights by name, those of adapted experts under the latters' names.
-
-    What PEFT trains in full is left out.
-    """
-    found: dict[str, Bank] = {}
-    for path, module in _outer_modules(model):
-        base = module.base_layer if isinstance(module, RasaPeftExperts) else module
-        if is_experts(base):
-            found.update((f"{path}.{name}".lstrip("."), (base, name)) for name in bank_names(base))
-    return found
-
-
-def _outer_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Give modules by name, but none inside of adapted layers or of what is trained in full."""
+    linears: dict[str, LinearLayer] = {}
+    banks: dict[str, Bank] = {}
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if name.startswith(inside):
+    for path, module in model.named_modules():
+        if path.startswith(inside):
             continue
+        base = module
         if isinstance(module, RasaPeftLinear | RasaPeftExperts | AuxiliaryTrainingWrapper):
-            inside += (f"{name}.",)
-        yield name, module
+            inside += (f"{path}.",)
+            base = getattr(module, "base_layer", module)
+        if is_linear(base):
+            linears[path] = base
+        elif is_experts(base):
+            banks |= {f"{path}.{name}".lstrip("."): (base, name) for name in bank_names(base)}
+    return linears, banks
 
 
 def experts_of(model: nn.Module) -> list[RasaPeftExperts]:
@@ -107,10 +92,10 @@ def chosen_banks(
     Raises:
         ValueError: there is nothing that the two arguments agree on.
     """
-    banks = banks_of(model)
+    linears, banks = bases_of(model)
     named = {name: bank for name, bank in banks.items() if is_target(name)}
     if grouping is None:
-        if named and not any(map(is_target, linears_of(model))):
+        if named and not any(map(is_target, linears)):
             raise ValueError(
                 f"target_modules: {targets!r} names stacked expert weights alone, such as "
                 f"{next(iter(named))!r}, which are adapted with {HOW}."
