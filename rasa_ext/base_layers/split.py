@@ -67,7 +67,8 @@ def local_part(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
                 f"expected a frozen base layer, but its {name}, which is split over processes, "
                 "requires grad; an adapter over it is trained alone."
             )
-        parts.append(None if whole is None else _here(whole).detach().to(dtype))
+        here = whole.to_local() if whole is not None and is_dtensor(whole) else whole
+        parts.append(None if here is None else here.detach().to(dtype))
     weight, bias = parts
     assert weight is not None
     return weight, bias
@@ -91,10 +92,6 @@ def refusal(base: nn.Module) -> str | None:
             "with exclude_modules"
         )
     return None
-
-
-def _here(tensor: Any) -> Any:
-    return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def _style(base: nn.Module) -> Any:

@@ -150,8 +150,8 @@ def _heads(
     """Find the layers that turn features into the model's answer, with the reason to think so."""
     embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding)]
     tied = {id(embedding.weight) for embedding in embeddings}
-    output = _ask(model, "get_output_embeddings")
-    answer = _ask(model, "get_classifier")  # timm's; two where a model is distilled
+    output = ask(model, "get_output_embeddings")
+    answer = ask(model, "get_classifier")  # timm's; two where a model is distilled
     answers = answer if isinstance(answer, tuple | list) else (answer,)
     classifier: set[nn.Module] = {
         m for a in answers if isinstance(a, nn.Module) for m in a.modules()
@@ -182,8 +182,8 @@ def _heads(
     return heads
 
 
-def _ask(model: nn.Module, method: str) -> Any:
-    """What a model says of itself; None where it has another method of that name, or none."""
+def ask(model: nn.Module, method: str) -> Any:
+    """Give what a model says of itself; None where it has another method of that name, or none."""
     try:
         return getattr(model, method)()
     except (AttributeError, TypeError, NotImplementedError):

@@ -169,7 +169,9 @@ class AdapterConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(field.default, bool):
-                checked_boolean(field.name, value)
+                if not isinstance(value, bool):
+                    got = f"{value!r} ({type(value).__name__})"
+                    raise TypeError(f"{field.name}: expected True or False, got {got}.")
             elif field.name in _CHECKS:
                 self._set(**{field.name: _CHECKS[field.name](value)})
             elif field.metadata.get("counts") == 1:
@@ -281,7 +283,7 @@ class AdapterConfig:
             settings["trainable_token_indices"] = tokens_to_json(self.tokens)
         if self.method != OFFICIAL:
             settings["rasa_method"] = self.method
-        for field in self._own_fields():
+        for field in self.own_fields():
             value = getattr(self, field.name)
             if field.name in _ALWAYS or value != field.default:
                 mapping = field.metadata.get("counts")
@@ -314,13 +316,13 @@ class AdapterConfig:
                 "adapter_config.json: layers_to_transform is not supported; name the layers in "
                 "target_modules as a regular expression instead."
             )
-        fields = {field.name: _key(field.name) for field in cls._own_fields()}
+        fields = {field.name: _key(field.name) for field in cls.own_fields()}
         needed = [fields[name] for name in ("rank", "k") if name in fields]
         missing = [key for key in (*needed, "target_modules") if data.get(key) is None]
         if missing:
             raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")
         given = {name: data[key] for name, key in fields.items() if data.get(key) is not None}
-        for field in cls._own_fields():
+        for field in cls.own_fields():
             if field.name in given:
                 _check_json(fields[field.name], given[field.name], field)
         return cls(
@@ -335,7 +337,7 @@ class AdapterConfig:
         )
 
     @classmethod
-    def _own_fields(cls) -> list[dataclasses.Field[Any]]:
+    def own_fields(cls) -> list[dataclasses.Field[Any]]:
         """List the fields that the method has beside those of all methods."""
         common = {field.name for field in dataclasses.fields(AdapterConfig)}
         return [field for field in dataclasses.fields(cls) if field.name not in common]
@@ -470,13 +472,6 @@ def checked_number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{name}: expected a number, got {value!r} ({type(value).__name__}).")
     return math.inf if value > _LARGEST else float(value)
-
-
-def checked_boolean(name: str, value: Any) -> bool:
-    """Return ``value``; raise TypeError where it is not True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {value!r} ({type(value).__name__}).")
-    return value
 
 
 def checked_counts(name: str, value: Any) -> tuple[tuple[Any, int], ...]:

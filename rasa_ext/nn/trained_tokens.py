@@ -109,10 +109,8 @@ class TrainedTokens(AdaptedModule):
         count = len(self.token_ids)
         where = self.index[x.to(self.index.device)]
         if base.padding_idx in self.token_ids:  # to which an embedding gives no gradient
-            padding = self.token_ids.index(base.padding_idx)
-            rows = torch.cat(
-                [rows[:padding], rows[padding : padding + 1].detach(), rows[padding + 1 :]]
-            )
+            at = self.token_ids.index(base.padding_idx)
+            rows = torch.cat([rows[:at], rows[at : at + 1].detach(), rows[at + 1 :]])
         # One more row stands for all tokens that have none. As the padding it gets no gradient. In
         # the rows' own dtype, in which the gradients of a row's many places are summed.
         values = F.embedding(where, F.pad(rows, (0, 0, 0, 1)), padding_idx=count).to(y.dtype)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 from torch import nn
 
@@ -18,29 +17,23 @@ _MUCH = 0.1
 """The part of a model's parameters that is not left alone without a word."""
 
 
-class Names(NamedTuple):
-    """What arguments are called where they are given."""
-
-    rank: str = "rank"
-    k: str = "k"
-    groups: str = "groups"
-
-
-OURS = Names()
-"""Those of ``patch_model``."""
-
-
-def advice(config: AdapterConfig, groups: Sequence[Group], names: Names = OURS) -> Iterator[str]:
+def advice(
+    config: AdapterConfig, groups: Sequence[Group], rank: str = "rank", prefix: str = ""
+) -> Iterator[str]:
     """Give a sentence for each choice to think about: what is off, and what to do.
 
-    ``groups`` are those of the layers that are adapted.
+    Args:
+        config: what was chosen.
+        groups: of the layers that are adapted.
+        rank: the name of the argument ``rank`` where it was given.
+        prefix: before the names of ``k`` and ``groups``.
     """
     if isinstance(config, RasaConfig):
-        yield from _little_shared(config, groups, names)
-        yield from _rank_above_sides(config, groups, names)
+        yield from _little_shared(config, groups, prefix)
+        yield from _rank_above_sides(config, groups, rank)
 
 
-def _little_shared(config: RasaConfig, groups: Sequence[Group], names: Names) -> Iterator[str]:
+def _little_shared(config: RasaConfig, groups: Sequence[Group], prefix: str) -> Iterator[str]:
     """Without layers that share, RaSA is a LoRA with a diagonal. (Experts share in any case.)"""
     groups = [group for group in groups if not group.experts]
     total = sum(len(group.names) for group in groups)
@@ -55,30 +48,30 @@ def _little_shared(config: RasaConfig, groups: Sequence[Group], names: Names) ->
     ends = list(dict.fromkeys(every_index(name).rpartition("*.")[2] for name in shapes))
     chosen = tuple((end, (end,)) for end in ends)
     better = groups_of(shapes, groups=chosen)
-    way_out = f"pass {names.k}=0 if that is meant"
+    way_out = f"pass {prefix}k=0 if that is meant"
     if _alone(better) < alone:
         shared = dict.fromkeys(group.pattern for group in better if len(group.names) > 1)
         shown = ", ".join(repr(end) for end in list(shared)[:4])
         way_out = (
             "of a layer's name only the first integer counts as its index. To let layers of one "
-            f"shape share by the ends of their names, pass {names.groups}=[{shown}"
+            f"shape share by the ends of their names, pass {prefix}groups=[{shown}"
             f"{', ...' if len(shared) > 4 else ''}]"
         )
-    yield f"{names.groups}: {what}: that is close to a LoRA of rank {config.rank}; {way_out}."
+    yield f"{prefix}groups: {what}: that is close to a LoRA of rank {config.rank}; {way_out}."
 
 
 def _alone(groups: Sequence[Group]) -> int:
     return sum(len(group.names) == 1 for group in groups)
 
 
-def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], names: Names) -> Iterator[str]:
+def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], argument: str) -> Iterator[str]:
     """A layer's change has no more ranks than its smaller side; what is above trains nothing."""
     small = [group for group in groups if min(group.shape) < config.rank]
     if small:
         count = sum(len(group.names) for group in small)
         name, (out, width) = small[0].names[0], small[0].shape
         yield (
-            f"{names.rank}: {config.rank} is above the smaller side of {name!r}, (out, in) ({out}, "
+            f"{argument}: {config.rank} is above the smaller side of {name!r}, (out, in) ({out}, "
             f"{width}){f' and {count - 1} more layers' if count > 1 else ''}, whose change has at "
             f"most {min(out, width)} ranks; take a smaller rank, leave such layers out with "
             "exclude_modules, or train them in full with modules_to_save."

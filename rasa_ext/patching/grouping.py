@@ -13,6 +13,8 @@ import torch
 from rasa_ext.methods.base import AdapterConfig, Groups, Place
 from rasa_ext.nn.adapter import Adapter
 
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # between two dots, or a dot and an end
+
 Shape = tuple[int, int]
 """(out, in)"""
 
@@ -55,17 +57,12 @@ def pattern(name: str) -> str:
         >>> rasa_ext.patching.pattern("model.layers.3.mlp.up_proj")
         'model.layers.*.mlp.up_proj'
     """
-    parts = name.split(".")
-    for position, part in enumerate(parts):
-        if part.isdigit():
-            parts[position] = "*"
-            break
-    return ".".join(parts)
+    return _INDEX.sub("*", name, count=1)
 
 
 def every_index(name: str) -> str:
     """Replace every integer of a module path by ``*``."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+    return _INDEX.sub("*", name)
 
 
 def groups_of(
@@ -102,13 +99,8 @@ def group_of(name: str, groups: Groups = ()) -> str:
                 f"one, but for {name!r} it gave {chosen!r}."
             )
         return pattern(name) if chosen is None else chosen
-    exact = _whole_names(groups).get(name)
-    if exact is not None:
-        return exact
-    for label, patterns in groups:
-        if any(ends_in(name, each) for each in patterns):
-            return label
-    return pattern(name)
+    found = (label for label, items in groups if any(ends_in(name, each) for each in items))
+    return _whole_names(groups).get(name) or next(found, pattern(name))
 
 
 @functools.lru_cache(maxsize=8)

@@ -25,7 +25,13 @@ from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.parts import Part, bank_parts, chunks_of, deltas_of, linear_part
 from rasa_ext.patching.patch import remove_layers
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
-from rasa_ext.patching.tokens import check_rows_finite, merge_rows, trained_tokens, unmerge_rows
+from rasa_ext.patching.tokens import (
+    check_rows_finite,
+    merge_rows,
+    row_owners,
+    trained_tokens,
+    unmerge_rows,
+)
 
 _SWITCHING = threading.Lock()  # the adapters of a model off or on again
 
@@ -276,7 +282,7 @@ def _merge(
     tables = {name: module.base_layer for name, module in trained_tokens(root)}
     layers = {name: layer.base_layer for name, layer in adapted_layers(root)}
     check_base_whole(model, {**layers, **tables})
-    check_rows_finite(root)
+    check_rows_finite((repr(n), m.rows, m.base_layer.weight) for n, m in row_owners(root))
     parts = _parts(root)
     _check_dtype(dtype, parts)
     _check_own_weights(root, [part for part in parts if not part.is_quantized])

@@ -128,14 +128,10 @@ def model_dtype(model: nn.Module) -> torch.dtype | None:
 
     That is what reaches a linear layer. None where there is no such parameter.
     """
-    for child in model.children():
-        if isinstance(child, AdaptedLinear):
-            continue
-        own = (p.dtype for p in child.parameters(recurse=False) if p.is_floating_point())
-        found = next(own, None) or model_dtype(child)
-        if found is not None:
-            return found
-    return None
+    adapted = (name for name, each in model.named_modules() if isinstance(each, AdaptedLinear))
+    inside = tuple(f"{name}." for name in adapted)
+    others = (p for name, p in model.named_parameters() if not name.startswith(inside))
+    return next((p.dtype for p in others if p.is_floating_point()), None)
 
 
 def dense_dtype(base: LinearLayer, wanted: torch.dtype | None) -> torch.dtype:

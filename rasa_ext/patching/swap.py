@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.quantized import repacking_flags
+from rasa_ext.base_layers.survey import ask
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.fused_projections import FusedProjections
 
@@ -90,13 +91,8 @@ def enable_input_require_grads(model: nn.Module) -> list[Any]:
     """
     if getattr(model, "main_input_name", None) == "input_ids":
         return []
-    inputs: list[Any]
-    embeddings_of: Any = getattr(model, "get_input_embeddings", None)
-    if embeddings_of is not None:
-        try:
-            inputs = [embeddings_of()]
-        except NotImplementedError:
-            inputs = []
+    if hasattr(model, "get_input_embeddings"):
+        inputs = [ask(model, "get_input_embeddings")]
     else:
         inputs = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     return [m.register_forward_hook(_require_grad) for m in inputs if isinstance(m, nn.Module)]

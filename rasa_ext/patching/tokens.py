@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.base_layers.sharded import SHARDING_HINT, is_dtensor, is_emptied, what_is_here
+from rasa_ext.base_layers.survey import ask
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.token_indices import INPUT
 from rasa_ext.nn.trained_tokens import TrainedTokens
@@ -87,10 +88,7 @@ def _named(
                 f"{', '.join(map(repr, embeddings)) or 'none'}."
             )
         return found
-    try:
-        given = getattr(model, "get_input_embeddings")()  # noqa: B009 - of a model of any origin
-    except (AttributeError, NotImplementedError):
-        given = None
+    given = ask(model, "get_input_embeddings")
     given = getattr(given, "base_layer", getattr(given, "original_module", given))  # ours, PEFT's
     found = [name for name, each in embeddings.items() if each is given]
     if not found and len({id(each.weight) for each in embeddings.values()}) == 1:
@@ -200,12 +198,14 @@ def unmerge_rows(model: nn.Module) -> None:
         module.unmerge()
 
 
-def check_rows_finite(model: nn.Module) -> None:
-    """Raise ValueError where a row would not be finite in its table."""
-    for name, module in row_owners(model):
-        dtype = module.base_layer.weight.dtype
-        if not module.rows.detach().to(dtype).isfinite().all():
+def check_rows_finite(rows: Iterable[tuple[str, Tensor, Tensor]]) -> None:
+    """Raise ValueError where a row would not be finite in its table.
+
+    Of each table ``rows`` has what the error calls the rows, the rows, and the table itself.
+    """
+    for name, trained, table in rows:
+        if not trained.detach().to(table.dtype).isfinite().all():
             raise ValueError(
-                f"model: expected finite merged weights, but rows of {name!r} hold values that are "
-                f"not finite in {dtype}; nothing was merged."
+                f"model: expected finite merged weights, but trained rows of {name} hold values "
+                f"that are not finite in {table.dtype}; nothing was merged."
             )

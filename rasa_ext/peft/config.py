@@ -199,9 +199,8 @@ class RasaConfig(PeftConfig):
 
 def _options(config: type[AdapterConfig]) -> list[str]:
     """List the fields of a method's config that ``rasa_options`` has."""
-    common = {field.name for field in dataclasses.fields(AdapterConfig)}
-    names = (field.name for field in dataclasses.fields(config))
-    return [name for name in names if name not in {*common, *_CORE_NAMES.values()}]
+    names = (field.name for field in config.own_fields())
+    return [name for name in names if name not in _CORE_NAMES.values()]
 
 
 def _takes_options(init: Callable[..., None]) -> Callable[..., None]:

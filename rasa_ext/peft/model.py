@@ -28,12 +28,13 @@ from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.checkpoint.official import official_name
 from rasa_ext.methods.base import ALL_LINEAR, Place, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
-from rasa_ext.patching.advice import Names, advice
+from rasa_ext.patching.advice import advice
 from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import Group, settled
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.swap import let_adapters_work, link_fused_projections, replace_modules
 from rasa_ext.patching.targets import INSTEAD, group_layers, make_plan, resolve_config, suffixes
+from rasa_ext.patching.tokens import check_rows_finite
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.config import RasaConfig
@@ -50,9 +51,9 @@ from rasa_ext.peft.targets import (
 )
 from rasa_ext.peft.tokens import (
     cast_rows,
-    check_rows_finite,
     copy_rows,
     make_rows_optional,
+    rows_in_tables,
     settled_tokens,
 )
 
@@ -148,12 +149,7 @@ class RasaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Let the stacked weights that are targets have adapters, under their names."""
         own = _rasa_config(peft_config)
-        chosen = chosen_banks(
-            self.model,
-            own.rasa_experts,
-            own.target_modules,
-            lambda name: self._is_target(own, name),
-        )
+        chosen = chosen_banks(self.model, own, lambda name: self._is_target(own, name))
         if chosen and not self.owners():
             # PEFT freezes the base with the first adapter. It would take this one for a second one,
             # as there are layers of its kind, and leave the base as it finds it.
@@ -205,31 +201,25 @@ class RasaModel(BaseTuner):
                 if name in banks:
                     bases[name] = banks[name]
                 continue
-            if name in reasons:
-                raise ValueError(
-                    f"target_modules: cannot adapt {name!r}: {reasons[name]}; {INSTEAD}."
-                )
-            if name not in linears:
-                raise ValueError(
-                    f"target_modules: expected linear layers, but {name!r} is a "
-                    f"{type(module).__name__}; {INSTEAD}."
-                )
+            if name in reasons or name not in linears:
+                why = reasons.get(name, f"it is a {type(module).__name__}, no linear layer")
+                raise ValueError(f"target_modules: cannot adapt {name!r}: {why}; {INSTEAD}.")
             if not isinstance(module, RasaPeftLinear):
                 check_base(name, linears[name])
             bases[name] = linears[name]
         groups = group_layers(config, bases, "rasa_groups")
+        found = {}
+        for group in groups:
+            group.planned(config)  # what the method refuses, before anything changes
+            places = group.places(*(base_device(bases[name]) for name in group.names))
+            found.update(dict.fromkeys(group.names, (group, places)))
         chosen = {base for base in bases.values() if not isinstance(base, tuple)}
         self._attributes_before += let_adapters_work(self.model, chosen, hide_quantizer=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
         peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)
         if not peft_config.inference_mode:
-            for message in advice(config, groups, Names("r", "rasa_k", "rasa_groups")):
+            for message in advice(config, groups, "r", "rasa_"):
                 warnings.warn(message, stacklevel=users_level())
-        found = {}
-        for group in groups:
-            group.planned(config)  # what the method refuses, before any layer is replaced
-            places = group.places(*(base_device(bases[name]) for name in group.names))
-            found.update(dict.fromkeys(group.names, (group, places)))
         return found
 
     def _is_target(self, peft_config: PeftConfig, name: str) -> bool:
@@ -332,7 +322,8 @@ class RasaModel(BaseTuner):
         if safe_merge:
             for owner in self.owners():
                 owner.check_merge(adapter_names)
-            check_rows_finite(self.model, adapter_names or self.active_adapters)
+            names = adapter_names or self.active_adapters
+            check_rows_finite(rows_in_tables(self.model, names))
 
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module

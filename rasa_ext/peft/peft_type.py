@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import enum
-from typing import Any, TypeVar
+from typing import Any
 
 from peft.utils import PeftType
 
-_Kind = TypeVar("_Kind", bound=enum.Enum)
 
-
-def extend_enum(kinds: type[_Kind], name: str) -> _Kind:
+def extend_enum(kinds: Any, name: str) -> Any:
     """Give the member ``name`` of an enumeration of strings, made if it has none.
 
     Enumerations are closed, so this writes what ``enum`` itself writes for a member.
     """
     if name in kinds.__members__:
         return kinds[name]
-    string_kinds: Any = kinds
-    member: Any = str.__new__(string_kinds, name)
+    member: Any = str.__new__(kinds, name)
     member._name_ = member._value_ = name
     member.__objclass__ = kinds
     member._sort_order_ = len(kinds.__members__)

@@ -71,10 +71,7 @@ def joined(parts: Sequence[Factors]) -> Factors:
         if A_pool is not None and B_pool is not None:
             (own if A_pool.dim() == 3 else pooled).append((A_pool, B_pool, d[:, ranks:]))
     down, up, diagonals = zip(*own, strict=True)
-    if not pooled:
-        return Factors(torch.cat(down, 1), None, torch.cat(up, 2), None, torch.cat(diagonals, 1))
-    A_pools, B_pools, last = zip(*pooled, strict=True)
-    diagonal = torch.cat([*diagonals, *last], 1)
-    return Factors(
-        torch.cat(down, 1), torch.cat(A_pools), torch.cat(up, 2), torch.cat(B_pools, 1), diagonal
-    )
+    A_pools, B_pools, last = zip(*pooled, strict=True) if pooled else ((), (), ())
+    A_pool, B_pool = (torch.cat(A_pools), torch.cat(B_pools, 1)) if pooled else (None, None)
+    d = torch.cat([*diagonals, *last], 1)
+    return Factors(torch.cat(down, 1), A_pool, torch.cat(up, 2), B_pool, d)

@@ -10,6 +10,7 @@ from torch import nn
 from rasa_ext.base_layers.experts import Bank, bank_names, bank_shape, check_bank, is_experts
 from rasa_ext.base_layers.linear import LinearLayer, is_linear
 from rasa_ext.patching.swap import replace_modules
+from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
 
@@ -79,22 +80,22 @@ def untouched(banks: Mapping[str, Bank]) -> str:
 
 
 def chosen_banks(
-    model: nn.Module, grouping: str | None, targets: object, is_target: Callable[[str], bool]
+    model: nn.Module, config: RasaConfig, is_target: Callable[[str], bool]
 ) -> dict[str, Bank]:
     """Choose the stacked weights that an adapter is for, by name.
 
     Args:
         model: adapted or not.
-        grouping: ``rasa_experts``; None chooses none.
-        targets: ``target_modules``, for what is said of them.
-        is_target: tells whether they name a layer.
+        config: whose ``rasa_experts`` chooses none where it is None.
+        is_target: tells whether ``target_modules`` names a layer.
 
     Raises:
         ValueError: there is nothing that the two arguments agree on.
     """
     linears, banks = bases_of(model)
     named = {name: bank for name, bank in banks.items() if is_target(name)}
-    if grouping is None:
+    targets = config.target_modules
+    if config.rasa_experts is None:
         if named and not any(map(is_target, linears)):
             raise ValueError(
                 f"target_modules: {targets!r} names stacked expert weights alone, such as "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -102,12 +102,22 @@ def rows_of(model: nn.Module, adapter_name: str) -> dict[TokenRows, Tensor]:
     return found
 
 
-def cast_rows(model: nn.Module, adapter_name: str, dtype: torch.dtype) -> None:
-    """Give an adapter's rows the dtype of its config, whatever the base's."""
+def rows_in_tables(
+    model: nn.Module, adapter_names: Sequence[str]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Give the rows of these adapters: what an error calls them, the rows, and their table."""
     for layer in token_layers(model):
         rows: Any = layer.trainable_tokens_delta
-        if adapter_name in rows and not rows[adapter_name].is_meta:
-            rows[adapter_name].data = rows[adapter_name].data.to(dtype)
+        table: Any = layer.get_base_layer().weight
+        names = [name for name in adapter_names if name in rows]
+        yield from ((f"the adapter {name!r}", rows[name], table) for name in names)
+
+
+def cast_rows(model: nn.Module, adapter_name: str, dtype: torch.dtype) -> None:
+    """Give an adapter's rows the dtype of its config, whatever the base's."""
+    for _, rows, _ in rows_in_tables(model, [adapter_name]):
+        if not rows.is_meta:
+            rows.data = rows.data.to(dtype)
 
 
 def copy_rows(model: nn.Module, source: str, target: str) -> None:
@@ -116,16 +126,3 @@ def copy_rows(model: nn.Module, source: str, target: str) -> None:
         rows: Any = layer.trainable_tokens_delta
         if source in rows and target in rows:
             rows[target].data.copy_(rows[source].data)
-
-
-def check_rows_finite(model: nn.Module, adapter_names: Sequence[str]) -> None:
-    """Raise ValueError where rows of these adapters would not be finite in their table."""
-    for layer in token_layers(model):
-        rows: Any = layer.trainable_tokens_delta
-        dtype = layer.get_base_layer().weight.dtype
-        for name in adapter_names:
-            if name in rows and not rows[name].detach().to(dtype).isfinite().all():
-                raise ValueError(
-                    f"model: expected finite merged weights, but trained rows of the adapter "
-                    f"{name!r} are not finite in {dtype}; nothing was merged."
-                )
