@@ -44,13 +44,8 @@ def test_a_round_trip_keeps_every_bit(k, tmp_path):
     mine, theirs = model.state_dict(), again.state_dict()
     assert mine.keys() == theirs.keys()
     assert all(same_bits(mine[key], theirs[key]) for key in mine)
-
-
-def test_trainable_again(tmp_path):
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
-    assert trained(again).keys() == trained(model).keys()
+    trainable = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
+    assert trained(trainable).keys() == trained(model).keys()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -215,20 +210,17 @@ def test_a_state_dict_with_nan_is_its_owners_affair():
     assert logits(model).isnan().all()
 
 
-def test_auto_peft_model(tmp_path):
-    base = save_base(tmp_path / "base")
-    model = adapted(type(make_model()).from_pretrained(base), task_type="CAUSAL_LM")
-    model.save_pretrained(tmp_path / "adapter")
+@pytest.mark.parametrize("side", ["peft", "core"])
+def test_auto_peft_model(side, tmp_path):
+    base = type(make_model()).from_pretrained(save_base(tmp_path / "base"))
+    if side == "peft":
+        model = adapted(base, task_type="CAUSAL_LM")
+        model.save_pretrained(tmp_path / "adapter")
+    else:
+        model = patched(base).eval()
+        rasa_ext.save_adapter(model, tmp_path / "adapter")
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert layers(again)
-    assert torch.equal(logits(again), logits(model))
-
-
-def test_auto_peft_model_from_save_adapter(tmp_path):
-    base = save_base(tmp_path / "base")
-    model = patched(type(make_model()).from_pretrained(base)).eval()
-    rasa_ext.save_adapter(model, tmp_path / "adapter")
-    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
 
 

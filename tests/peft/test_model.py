@@ -63,12 +63,8 @@ def test_it_begins_as_the_base():
         torch.testing.assert_close(d.double(), oracle.initial_d(RANK, 1, 2, 3))
         for factor in (A, A_pool):
             assert 0.5 < factor.abs().max() * layer.base_layer.in_features**0.5 <= 1
-
-
-def test_init_weights_false_begins_elsewhere():
-    base = make_model()
-    model = get_peft_model(copy.deepcopy(base), RasaConfig(r=RANK, init_weights=False))
-    assert (model(TOKENS).logits - base(TOKENS).logits).abs().max() > 1e-3
+    drawn = get_peft_model(copy.deepcopy(base), RasaConfig(r=RANK, init_weights=False))
+    assert (drawn(TOKENS).logits - base(TOKENS).logits).abs().max() > 1e-3
 
 
 def test_what_is_trained_is_the_adapter_and_each_number_counts_once(capsys):
@@ -88,11 +84,8 @@ def test_what_is_trained_is_the_adapter_and_each_number_counts_once(capsys):
 def test_status_reports_of_peft():
     model = tiny()
     status = model.get_model_status()
-    assert (status.enabled, status.active_adapters, status.merged_adapters) == (
-        True,
-        ["default"],
-        [],
-    )
+    found = status.enabled, status.active_adapters, status.merged_adapters
+    assert found == (True, ["default"], [])
     assert status.trainable_params == model.get_nb_trainable_parameters()[0]
     assert status.num_adapter_layers == len(layers(model))
     assert "effective_rank={'default': 5}" in repr(model)
@@ -104,17 +97,9 @@ def test_status_reports_of_peft():
         ({"target_modules": ["q_proj", "mlp.up_proj"]}, {"q_proj", "up_proj"}),
         ({"target_modules": r".*\.(k|v)_proj"}, {"k_proj", "v_proj"}),
         ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"]}, {"q_proj"}),
-        (
-            {"exclude_modules": r".*_proj", "target_modules": "all-linear", "refused": True},
-            set(),
-        ),
     ],
 )
 def test_targets(options, names):
-    if options.pop("refused", False):
-        with pytest.raises(ValueError, match="leaves none"):
-            tiny(**options)
-        return
     model = tiny(**options)
     found = layers(plain(model))
     assert {name.rpartition(".")[2] for name in found} == names
@@ -142,6 +127,7 @@ def test_conv1d_is_seen():
         (LLAMA, {"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens.* is a Embedding"),
         (LLAMA, {"target_modules": ["nothing"]}, "nothing"),
         (ATTENTION, {"target_modules": ["out_proj", "project"]}, "out_proj.*without calling"),
+        (LLAMA, {"exclude_modules": r".*_proj"}, "leaves none"),
         (SEQUENTIAL, {"exclude_modules": ["0", "2", "4", "7", "6"]}, "leaves none"),
     ],
 )

@@ -7,6 +7,7 @@ import copy
 import bitsandbytes
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
@@ -14,6 +15,7 @@ from torchao.quantization import quantize_
 
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
+from rasa_ext.peft import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import (
     RANK,
@@ -159,16 +161,24 @@ def test_no_4_bit_layer_rearranges_its_weight_while_patched(target):
     assert all(layer.support_avx512bf16_for_cpu for layer in model)
 
 
+ENTRANCES = {
+    "core": lambda model, names: rasa_ext.patch_model(model, RANK, None, target_modules=names),
+    "peft": lambda model, names: get_peft_model(model, RasaConfig(r=RANK, target_modules=names)),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
 @pytest.mark.parametrize("target", ["0", "1"])
-def test_a_weight_rearranged_for_evaluation(target):
+def test_a_weight_rearranged_for_evaluation(target, entrance):
     """As bitsandbytes does on CPUs with AVX512-BF16; its way back changes the scales."""
     model = quantized(linears(1), "nf4")
     weight = model[0].weight
     weight.data, weight.quant_state = bitsandbytes.functional._convert_weight_packed_for_cpu(
         weight.data, weight.quant_state
     )
-    with pytest.raises(ValueError, match=r"model: '0' \(bitsandbytes nf4\) has rearranged"):
-        rasa_ext.patch_model(model, RANK, None, target_modules=[target])
+    said = r"model: '0' \(bitsandbytes nf4\) has rearranged .*patch it before it is evaluated"
+    with pytest.raises(ValueError, match=said):
+        ENTRANCES[entrance](model, [target])
     assert [type(layer).__name__ for layer in model] == ["Linear4bit"] * 2
 
 
@@ -260,14 +270,15 @@ def test_unpatching_gives_the_very_layers_back():
     assert all(same_bits(each.weight.data, was) for each, was in zip(base, bits, strict=True))
 
 
+@pytest.mark.parametrize("entrance", ENTRANCES)
 @pytest.mark.parametrize("kind", ["Linear4bit", "Linear8bitLt"])
-def test_a_layer_that_is_not_quantized_yet(kind):
+def test_a_layer_that_is_not_quantized_yet(kind, entrance):
     options = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {}
     model = nn.Sequential(getattr(bitsandbytes.nn, kind)(WIDTH, OUT, **options))
     with pytest.raises(ValueError, match=r"target_modules: '0' .*call model.to\(device\)"):
-        rasa_ext.patch_model(model, RANK, 1)
+        ENTRANCES[entrance](model, ["0"])
     assert type(model[0]).__name__ == kind
-    rasa_ext.patch_model(model.to("cpu"), RANK, 1)
+    ENTRANCES[entrance](model.to("cpu"), ["0"])
 
 
 def test_float_weights_under_int8_are_adapted_too():
