@@ -29,9 +29,8 @@ _ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 def is_experts(module: nn.Module) -> bool:
     """Tell whether a module holds stacked experts of which it is known how they lie."""
     known = type(module).__name__ in _UNMARKED or all(hasattr(module, mark) for mark in _MARKS)
-    return known and all(
-        isinstance(getattr(module, name, None), Tensor) for name in bank_names(module)
-    )
+    weights = (getattr(module, name, None) for name in bank_names(module))
+    return known and all(isinstance(weight, Tensor) for weight in weights)
 
 
 def bank_names(module: Any) -> tuple[str, str]:

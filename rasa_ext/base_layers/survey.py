@@ -153,9 +153,8 @@ def _heads(
     output = ask(model, "get_output_embeddings")
     answer = ask(model, "get_classifier")  # timm's; two where a model is distilled
     answers = answer if isinstance(answer, tuple | list) else (answer,)
-    classifier: set[nn.Module] = {
-        m for a in answers if isinstance(a, nn.Module) for m in a.modules()
-    }
+    parts = (answer for answer in answers if isinstance(answer, nn.Module))
+    classifier: set[nn.Module] = {module for part in parts for module in part.modules()}
     heads = {}
     for name, module in linears.items():
         if OUTPUT_HEADS & set(name.split(".")):

@@ -180,10 +180,8 @@ class TrainedTokens(AdaptedModule):
         ids = self._ids(device)
         if isinstance(self.base_layer, nn.Linear):
             return ids
-        count = len(self.token_ids)
-        index = torch.full(
-            (self.base_layer.num_embeddings,), count, dtype=torch.int32, device=device
-        )
+        count, tokens = len(self.token_ids), self.base_layer.num_embeddings
+        index = torch.full((tokens,), count, dtype=torch.int32, device=device)
         return index.index_copy_(0, ids, torch.arange(count, dtype=torch.int32, device=device))
 
     def __getattr__(self, name: str) -> Any:

@@ -111,9 +111,8 @@ def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
     kinds = Counter((change.format, change.dtype) for change in changes)
     what = " and ".join(f"{n} of {fmt} in {dtype}" for (fmt, dtype), n in kinds.items())
     before, after = (sum(getattr(c, f) for c in changes) / 2**20 for f in ("before", "after"))
-    again = max(
-        (c.requantized_error for c in changes if c.requantized_error is not None), default=None
-    )
+    known = [c.requantized_error for c in changes if c.requantized_error is not None]
+    again = max(known, default=None)
     lost = "" if again is None else f" Quantized again, weights would be off by {again:.1e}."
     warnings.warn(
         f"merging into a dequantized weight: relative error of a layer's output at most "

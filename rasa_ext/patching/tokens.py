@@ -165,11 +165,7 @@ def make_modules(
 
 def trained_tokens(model: nn.Module) -> list[tuple[str, TrainedTokens]]:
     """List ``(name, module)`` of all that read trained rows, each once, in module order."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, TrainedTokens)
-    ]
+    return [(name, each) for name, each in model.named_modules() if isinstance(each, TrainedTokens)]
 
 
 def row_owners(model: nn.Module) -> list[tuple[str, TrainedTokens]]:

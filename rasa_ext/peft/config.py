@@ -16,7 +16,7 @@ from peft import PeftConfig
 
 from rasa_ext import methods
 from rasa_ext._version import __version__
-from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, checked_dtype, groups_to_json
+from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, groups_to_json
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.token_indices import tokens_to_json
 from rasa_ext.peft.callers import users_level
@@ -186,7 +186,7 @@ class RasaConfig(PeftConfig):
                 exclude_modules=self.exclude_modules or (),
                 modules_to_save=self.modules_to_save or (),
                 trainable_token_indices=self.trainable_token_indices,
-                adapter_dtype=checked_dtype("adapter_dtype", self.adapter_dtype),
+                adapter_dtype=self.adapter_dtype,  # type: ignore[arg-type]  # checked there
                 **given,
                 **(self.rasa_options or {}),
             )

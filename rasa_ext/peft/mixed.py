@@ -39,10 +39,8 @@ def rows_through(
         TypeError, ValueError: saying what was expected, before anything is computed.
     """
     rows = RowAdapters(_checked(layers, names, known), beams)
-    handles = [
-        wrapper.register_forward_pre_hook(_with_names(rows), with_kwargs=True)
-        for wrapper in wrappers
-    ]
+    hook = _with_names(rows)
+    handles = [each.register_forward_pre_hook(hook, with_kwargs=True) for each in wrappers]
     try:
         for layer in layers:
             layer.rows = rows
