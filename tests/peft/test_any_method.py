@@ -25,10 +25,20 @@ ROOT = Path(__file__).parents[2]
 
 
 LAYERS = [f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("up", "down")]
+TARGETS = ["up_proj", "down_proj"]
 OTHERS = {
     "vera": ("vera", {"d_initial": 0.2}),
     "picked": ("picked", {}),
+    "lora": ("lora", {"alpha": 8.0}),
     "lora-fa": ("lora", {"train_A": False, "rslora": True}),
+    "ranks": ("rasa", {"alpha": 8.0, "k": 1, "rank_pattern": {"up_proj": 6}}),
+}
+TRAINED = {
+    "vera": {"b", "d"},
+    "picked": {"A", "B"},
+    "lora": {"A", "B"},
+    "lora-fa": {"B"},
+    "ranks": {"A", "B", "d", "pool_A", "pool_B"},
 }
 KNOWN = dict(OTHERS)
 """Those that another package's tests have added, too."""
@@ -43,10 +53,9 @@ def under_peft(case: str = "vera", seed: int = 1, **options) -> peft.PeftModel:
     """A tiny Llama with lively adapters; what is frozen is as it was drawn, or drawn here."""
     name, fields = KNOWN[case]
     torch.manual_seed(seed)
-    targets = ["up_proj", "down_proj"]
-    config = RasaConfig(
-        r=4, rasa_method=name, rasa_options=fields, target_modules=targets, task_type="CAUSAL_LM"
-    )
+    named = {key if key == "rank_pattern" else f"rasa_{key}": fields[key] for key in fields}
+    shared = {"r": 4, "target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    config = RasaConfig(rasa_method=name, **shared, **named)
     model = peft.get_peft_model(make_model(), config, **options)
     with torch.no_grad():
         for key, tensor in adapter_tensors(model).items():
@@ -64,16 +73,16 @@ def kinds(names) -> set[str]:
     return {name.rpartition(".rasa_")[2].partition(".")[0] for name in names}
 
 
-def test_a_step_trains_what_the_method_trains():
-    model = under_peft().train()
-    assert kinds(trained(model)) == {"b", "d"}
+def test_a_step_trains_what_the_method_trains(case):
+    model = under_peft(case).train()
+    assert kinds(trained(model)) == TRAINED[case]
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(trained(model).values(), lr=1e-2)
     model(TOKENS, labels=TOKENS).loss.backward()
     optimizer.step()
     moved = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
     assert moved == trained(model).keys()
-    assert {"pool_A", "pool_B"} <= kinds(before)
+    assert case != "vera" or {"pool_A", "pool_B"} <= kinds(before)
 
 
 def test_what_is_frozen_stays_so(case):
@@ -116,6 +125,10 @@ def test_files_go_both_ways(case, low_cpu_mem_usage, tmp_path):
     assert all(same_bits(mine[key], theirs[key]) for key in mine)
     read, config = again.peft_config["default"].core(), ours._rasa_ext.config
     assert {each.partition(":")[0] for each in read.differences(config)} <= {"target_modules"}
+    name, fields = KNOWN[case]
+    given = rasa_ext.methods.method_named(name)(rank=4, target_modules=TARGETS, **fields)
+    settings = {**given.to_dict(), "target_modules": config.to_dict()["target_modules"]}
+    assert config.to_dict() == settings
 
 
 IN_A_NEW_PROCESS = """
@@ -150,6 +163,8 @@ def test_merging_and_export(case, tmp_path):
     torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
     model.unmerge_adapter()
     assert torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits(model), logits(make_model()))
     rank = rasa_ext.peft.export_lora(model, tmp_path, allow_dropped=True)
     assert rank == max(layer.named("default").factors().rank for layer in model.base_model.owners())
     lora = peft.PeftModel.from_pretrained(make_model(), tmp_path)
@@ -220,3 +235,25 @@ def test_the_fields_of_a_config():
         RasaConfig(rasa_method="vera", rasa_d_initia=0.5)
     with pytest.warns(UserWarning, match="rasa_newer ignored"):
         assert peft.get_peft_config({**settings, "rasa_newer": 1}) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rasa_method": "elora"}, "^rasa_method: expected .*'lora' or"),
+        ({"rasa_method": "lora", "rasa_k": 1}, "rasa_k"),
+        ({"rasa_method": "lora", "rasa_gates": "pool"}, "argument 'rasa_gates'"),
+        (
+            {"rasa_method": "lora", "rasa_options": {"gates": "pool"}},
+            "^rasa_options: .*rslora.*gates",
+        ),
+        ({"rasa_method": "lora", "rasa_options": {"rank": 4}}, "^rasa_options: .*got 'rank'"),
+        ({"rasa_method": "lora", "rasa_options": ["rslora"]}, "^rasa_options: expected a dict"),
+        ({"rasa_rslora": "yes", "rasa_method": "lora"}, "^rasa_options: rslora: expected True"),
+        ({"rank_pattern": {"q_proj": 8, "w_q": 2}}, "w_q"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+    ],
+)
+def test_bad_input(options, named):
+    with pytest.raises((ValueError, TypeError), match=named):
+        peft.get_peft_model(make_model(), RasaConfig(r=4, **options))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from rasa_research import methods
-from tests.peft.test_methods import (  # noqa: F401 - tests, run here as well
+from rasa_research.methods import GatedRasaConfig
+from tests.peft.test_any_method import (  # noqa: F401 - tests, run here as well
     KNOWN,
-    test_it_trains_what_the_method_trains,
-    test_merged,
-    test_saved_it_is_the_package_s_own_adapter,
+    TRAINED,
+    test_a_step_trains_what_the_method_trains,
+    test_files_go_both_ways,
+    test_merging_and_export,
 )
 
-KNOWN["gated-rasa"] = ({"rasa_k": 1}, methods.GatedRasaConfig(4, 1))
+KNOWN[GatedRasaConfig.method] = (GatedRasaConfig.method, {"alpha": 8.0, "k": 1})
+TRAINED[GatedRasaConfig.method] = TRAINED["ranks"]
 
 
 @pytest.fixture
-def name() -> str:
-    return "gated-rasa"
+def case() -> str:
+    return GatedRasaConfig.method
