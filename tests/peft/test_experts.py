@@ -211,13 +211,6 @@ def test_bad_fields(options, said):
         RasaConfig(experts="slot")
 
 
-def test_the_field_is_the_cores_experts(tmp_path):
-    config = RasaConfig(rasa_experts="layer")
-    assert config.core() == rasa_ext.RasaConfig(experts="layer")
-    config.save_pretrained(tmp_path)
-    assert RasaConfig.from_pretrained(tmp_path) == config == copy.deepcopy(config)
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -27,17 +27,8 @@ def test_each_row_goes_through_its_own_adapter():
             close(found[row], expected[name][source])
     assert (expected["default"] - expected["second"]).abs().max() > 1e-2
     close(model(TOKENS).logits, expected["default"])  # and afterwards as before
-
-
-def test_the_active_adapter_does_not_matter():
-    model = two()
-    before = model(input_ids=ROWS, adapter_names=NAMES).logits
-    model.set_adapter("second")
-    assert torch.equal(model(input_ids=ROWS, adapter_names=NAMES).logits, before)
-
-
-def test_disabled_adapters_stay_disabled():
-    model = two()
+    model.set_adapter("second")  # does not matter
+    assert torch.equal(model(input_ids=ROWS, adapter_names=NAMES).logits, found)
     with model.disable_adapter():
         logits = model(input_ids=ROWS, adapter_names=NAMES).logits
     assert torch.equal(logits, make_model()(ROWS).logits)

@@ -21,13 +21,11 @@ from tests.helpers.adapters import (
     RANK,
     Errors,
     PlainRasa,
-    adapted_layers,
     adapters,
     excesses,
     gradients,
     patched,
     randomize,
-    same_adapters,
     same_bits,
     trainable_copies,
 )
@@ -102,6 +100,8 @@ def test_groups_are_of_the_layers_shapes_not_of_the_packed_ones(form):
     assert model[0].pool is model[2].pool
     assert model[0].A.shape == (RANK - 1, WIDTH)
     assert not any(p.requires_grad for p in model[0].base_layer.parameters())
+    assert all(format_of(layer.base_layer) is not None for layer in model)
+    assert format_of(nn.Linear(3, 4)) is format_of(nn.Embedding(3, 4)) is None
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -292,12 +292,3 @@ def test_float_weights_under_int8_are_adapted_too():
     torch.testing.assert_close(
         merged.double(), weight.double() + oracle.delta(adapter), rtol=1e-5, atol=1e-6
     )
-
-
-def test_layers_are_recognised():
-    model = quantized(linears(), "nf4")
-    assert all(format_of(layer) is not None for layer in model)
-    assert format_of(nn.Linear(3, 4)) is None
-    assert format_of(nn.Embedding(3, 4)) is None
-    assert set(adapted_layers(patched(model))) == {str(i) for i in range(6)}
-    assert same_adapters(model, model)
