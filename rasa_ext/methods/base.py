@@ -287,7 +287,7 @@ class AdapterConfig:
             value = getattr(self, field.name)
             if field.name in _ALWAYS or value != field.default:
                 mapping = field.metadata.get("counts")
-                settings[_key(field.name)] = dict(value) if mapping else value
+                settings[key_of(field.name)] = dict(value) if mapping else value
         return settings
 
     @classmethod
@@ -316,25 +316,15 @@ class AdapterConfig:
                 "adapter_config.json: layers_to_transform is not supported; name the layers in "
                 "target_modules as a regular expression instead."
             )
-        fields = {field.name: _key(field.name) for field in cls.own_fields()}
-        needed = [fields[name] for name in ("rank", "k") if name in fields]
-        missing = [key for key in (*needed, "target_modules") if data.get(key) is None]
-        if missing:
+        keys = {field.name: key_of(field.name) for field in dataclasses.fields(cls)}
+        needed = [keys[name] for name in ("rank", "k", "target_modules") if name in keys]
+        if missing := [key for key in needed if data.get(key) is None]:
             raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")
-        given = {name: data[key] for name, key in fields.items() if data.get(key) is not None}
+        given = {name: data[key] for name, key in keys.items() if data.get(key) is not None}
         for field in cls.own_fields():
             if field.name in given:
-                _check_json(fields[field.name], given[field.name], field)
-        return cls(
-            dropout=data.get("rasa_dropout", 0.0),
-            target_modules=data.get("target_modules") or ALL_LINEAR,
-            exclude_modules=data.get("exclude_modules") or (),
-            modules_to_save=data.get("modules_to_save") or (),
-            trainable_token_indices=data.get("trainable_token_indices"),
-            groups=data.get("rasa_groups"),
-            adapter_dtype=data.get("adapter_dtype", torch.float32),
-            **given,
-        )
+                _check_json(keys[field.name], given[field.name], field)
+        return cls(**given)
 
     @classmethod
     def own_fields(cls) -> list[dataclasses.Field[Any]]:
@@ -376,9 +366,11 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
                 )
 
 
-def _key(field: str) -> str:
-    """Give the name that a method's field has in ``adapter_config.json``."""
-    return {"rank": "r", "rank_pattern": "rank_pattern"}.get(field, f"rasa_{field}")
+def key_of(field: str) -> str:
+    """Give the name that a config's field has in ``adapter_config.json``, and under PEFT."""
+    shared = {each.name for each in dataclasses.fields(AdapterConfig)} - {"dropout", "groups"}
+    same = field in shared or field == "rank_pattern"
+    return field if same else {"rank": "r"}.get(field, f"rasa_{field}")
 
 
 def other_method(kind: Any) -> str:

@@ -16,15 +16,14 @@ from peft import PeftConfig
 
 from rasa_ext import methods
 from rasa_ext._version import __version__
-from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, groups_to_json
+from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, groups_to_json, key_of
 from rasa_ext.methods.keywords import check_keywords
 from rasa_ext.methods.token_indices import tokens_to_json
 from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.peft_type import RASA
 
-# A field here that not every method has, or has under this name, and its name in rasa_ext.methods.
-_CORE_NAMES = {"r": "rank", "rank_pattern": "rank_pattern"}
-_CORE_NAMES |= {f"rasa_{name}": name for name in ("k", "alpha", "dropout", "groups", "experts")}
+# Fields that rasa_ext.RasaConfig has, too, and the names that they have there.
+_CORE_NAMES = {key_of(each.name): each.name for each in dataclasses.fields(methods.RasaConfig)}
 _NAME = re.compile(r"[\w.-]+")
 _HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(methods.RasaConfig)}
 
@@ -181,15 +180,7 @@ class RasaConfig(PeftConfig):
                     f"({', '.join(options) or 'it has no others'}), got {name!r}."
                 )
         try:
-            return config(
-                target_modules=ALL_LINEAR if self.target_modules is None else self.target_modules,
-                exclude_modules=self.exclude_modules or (),
-                modules_to_save=self.modules_to_save or (),
-                trainable_token_indices=self.trainable_token_indices,
-                adapter_dtype=self.adapter_dtype,  # type: ignore[arg-type]  # checked there
-                **given,
-                **(self.rasa_options or {}),
-            )
+            return config(**given, **(self.rasa_options or {}))
         except (TypeError, ValueError) as error:
             core_name, _, text = str(error).partition(":")
             ours = {core: name for name, core in _CORE_NAMES.items()}
