@@ -283,7 +283,7 @@ class AdapterConfig:
             settings["trainable_token_indices"] = tokens_to_json(self.tokens)
         if self.method != OFFICIAL:
             settings["rasa_method"] = self.method
-        for field in self.own_fields():
+        for field in self._own_fields():
             value = getattr(self, field.name)
             if field.name in _ALWAYS or value != field.default:
                 mapping = field.metadata.get("counts")
@@ -321,13 +321,13 @@ class AdapterConfig:
         if missing := [key for key in needed if data.get(key) is None]:
             raise ValueError(f"adapter_config.json: {', '.join(missing)} missing.")
         given = {name: data[key] for name, key in keys.items() if data.get(key) is not None}
-        for field in cls.own_fields():
+        for field in cls._own_fields():
             if field.name in given:
                 _check_json(keys[field.name], given[field.name], field)
         return cls(**given)
 
     @classmethod
-    def own_fields(cls) -> list[dataclasses.Field[Any]]:
+    def _own_fields(cls) -> list[dataclasses.Field[Any]]:
         """List the fields that the method has beside those of all methods."""
         common = {field.name for field in dataclasses.fields(AdapterConfig)}
         return [field for field in dataclasses.fields(cls) if field.name not in common]

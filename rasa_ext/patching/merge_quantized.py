@@ -31,7 +31,6 @@ that are quantized again to see what that would lose."""
 class Dequantized:
     """The report on one layer that was made dense."""
 
-    name: str
     format: str
     dtype: torch.dtype
     before: int
@@ -47,10 +46,11 @@ class Dequantized:
 def dequantized_sum(part: Part, delta: Tensor, wanted: torch.dtype | None, argument: str) -> Tensor:
     """Compute a quantized layer's W + delta (out, in), rounded once, in the dtype for a dense base.
 
-    That is ``wanted``, or else what ``dense_dtype`` finds. ValueError, which begins with
-    ``argument``, where the sum is not finite; RuntimeError where the weight cannot be read.
+    That is ``wanted``, or else the dtype that the layer says it had before. ValueError, which
+    begins with ``argument``, where the sum is not finite; RuntimeError where the weight cannot be
+    read.
     """
-    fmt, dtype = format_of(part.base), dense_dtype(part.base, wanted)
+    fmt, bias = format_of(part.base), part.base.bias
     if fmt is None:
         raise TypeError(f"model: expected {part.name!r} to be quantized, got a dense layer.")
     try:
@@ -60,7 +60,8 @@ def dequantized_sum(part: Part, delta: Tensor, wanted: torch.dtype | None, argum
             f"model: the weight of {part.name!r} ({fmt.name}) cannot be dequantized here, which a "
             f"merge needs: {error}; nothing was merged, export the adapter instead."
         ) from error
-    merged = (dequantized.to(delta.dtype) + delta).to(dtype)
+    before = fmt.original_dtype(part.base) if bias is None else bias.dtype
+    merged = (dequantized.to(delta.dtype) + delta).to(wanted or before or torch.float32)
     check_finite([part], [merged], argument)
     return merged
 
@@ -84,7 +85,6 @@ def dequantize_and_merge(
     rows = merged[:PROBES].to(delta.dtype)
     again = fmt.requantize(base, rows)
     done = Dequantized(
-        part.name,
         fmt.name,
         merged.dtype,
         stored_bytes(base.weight),
@@ -131,16 +131,6 @@ def model_dtype(model: nn.Module) -> torch.dtype | None:
     inside = tuple(f"{name}." for name in adapted)
     others = (p for name, p in model.named_parameters() if not name.startswith(inside))
     return next((p.dtype for p in others if p.is_floating_point()), None)
-
-
-def dense_dtype(base: LinearLayer, wanted: torch.dtype | None) -> torch.dtype:
-    """Choose ``wanted``, or else the dtype that the layer itself says it had before."""
-    if wanted is not None:
-        return wanted
-    if base.bias is not None:
-        return base.bias.dtype
-    fmt = format_of(base)
-    return (None if fmt is None else fmt.original_dtype(base)) or torch.float32
 
 
 def _output_error(base: LinearLayer, fmt: Format, dense: nn.Linear, delta: Tensor) -> float:

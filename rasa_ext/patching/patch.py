@@ -24,8 +24,6 @@ from rasa_ext.patching.grouping import settled
 from rasa_ext.patching.pretrained import replace_save_pretrained, restore_save_pretrained
 from rasa_ext.patching.state import (
     PatchState,
-    adapted_experts,
-    adapted_layers,
     patch_state,
     set_patch_state,
     unwrap,
@@ -37,7 +35,7 @@ from rasa_ext.patching.swap import (
     replace_modules,
 )
 from rasa_ext.patching.targets import Plan, make_plan, suffixes
-from rasa_ext.patching.tokens import make_modules, trained_tokens
+from rasa_ext.patching.tokens import make_modules
 
 
 @suggests_keywords
@@ -236,9 +234,9 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
 def remove_layers(model: nn.Module) -> nn.Module:
     """Put every base layer, with the weights it has now, back in its place."""
     root, state = unwrap(model), patch_state(model)
-    adapted: list[tuple[str, RasaLinear | RasaExperts | TrainedTokens]]
-    adapted = [*adapted_layers(root), *adapted_experts(root), *trained_tokens(root)]
-    replace_modules(root, {layer: layer.base_layer for _, layer in adapted})
+    kinds = RasaLinear | RasaExperts | TrainedTokens
+    adapted = [module for module in root.modules() if isinstance(module, kinds)]
+    replace_modules(root, {module: module.base_layer for module in adapted})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
     for module, name, value in state.attributes_before:

@@ -190,8 +190,7 @@ class RasaConfig(PeftConfig):
 
 def _options(config: type[AdapterConfig]) -> list[str]:
     """List the fields of a method's config that ``rasa_options`` has."""
-    names = (field.name for field in config.own_fields())
-    return [name for name in names if name not in _CORE_NAMES.values()]
+    return [f.name for f in dataclasses.fields(config) if f.name not in _CORE_NAMES.values()]
 
 
 def _takes_options(init: Callable[..., None]) -> Callable[..., None]:
