@@ -39,7 +39,8 @@ _READ_AT_ONCE = 1024
 class Format:
     """One way of storing a quantized weight; ``base`` is always a layer that has it."""
 
-    name: str
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def check(self, name: str, base: LinearLayer) -> None:
         """Raise ValueError where the layer called ``name`` cannot be adapted as it is."""
@@ -63,9 +64,6 @@ class Format:
 class BnbLinear4bit(Format):
     """bitsandbytes' Linear4bit: nf4 or fp4 in blocks, packed two a byte."""
 
-    def __init__(self, kind: str) -> None:
-        self.name = f"bitsandbytes {kind}"
-
     def check(self, name: str, base: LinearLayer) -> None:
         """It is quantized as it is moved to a device, and on a CPU rows must be whole blocks."""
         state = getattr(base.weight, "quant_state", None)
@@ -79,20 +77,20 @@ class BnbLinear4bit(Format):
                 "values for others; do not quantize this layer, or use a GPU."
             )
 
-    def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
+    def original_dtype(self, base: Any) -> torch.dtype | None:
         """See ``Format``."""
-        dtype: torch.dtype | None = _untyped(base.weight).quant_state.dtype
+        dtype: torch.dtype | None = base.weight.quant_state.dtype
         return dtype
 
-    def dequantize(self, base: LinearLayer) -> Tensor:
+    def dequantize(self, base: Any) -> Tensor:
         """See ``Format``."""
-        own = _untyped(base.weight)
+        own = base.weight
         weight: Tensor = _bitsandbytes().functional.dequantize_4bit(own.data, own.quant_state)
         return weight
 
-    def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor:
+    def requantize(self, base: Any, weight: Tensor) -> Tensor:
         """See ``Format``."""
-        own, functional = _untyped(base.weight), _bitsandbytes().functional
+        own, functional = base.weight, _bitsandbytes().functional
         packed, state = functional.quantize_4bit(
             weight.contiguous(),
             blocksize=own.blocksize,
@@ -106,20 +104,18 @@ class BnbLinear4bit(Format):
 class BnbLinear8bit(Format):
     """bitsandbytes' Linear8bitLt: int8 with a scale for each row."""
 
-    name = "bitsandbytes int8"
-
-    def check(self, name: str, base: LinearLayer) -> None:
+    def check(self, name: str, base: Any) -> None:
         """It is quantized as it is moved to a device, unless it is to keep float weights."""
-        if base.weight.dtype != torch.int8 and not _untyped(base).state.has_fp16_weights:
+        if base.weight.dtype != torch.int8 and not base.state.has_fp16_weights:
             _raise_unquantized(name, self.name)
 
-    def dequantize(self, base: LinearLayer) -> Tensor:
+    def dequantize(self, base: Any) -> Tensor:
         """See ``Format``."""
-        weight, layer = base.weight, _untyped(base)
+        weight: Tensor = base.weight
         if weight.dtype != torch.int8:
             return weight.data
         # Before the first forward the scales lie on the weight, afterwards on the state.
-        scales: Tensor = layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
+        scales: Tensor = base.state.SCB if base.weight.SCB is None else base.weight.SCB
         return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
 
     def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor:
@@ -138,9 +134,6 @@ def _raise_unquantized(name: str, fmt: str) -> NoReturn:
 class TorchaoTensor(Format):
     """nn.Linear over one of torchao's tensors, which stand for the weight they were made from."""
 
-    def __init__(self, kind: str) -> None:
-        self.name = f"torchao {kind}"
-
     def dequantize(self, base: LinearLayer) -> Tensor:
         """Use the tensor's own method, or where it has none, what the layer makes of ones."""
         try:
@@ -157,12 +150,12 @@ def format_of(module: nn.Module) -> Format | None:
     """Tell how the weight of a linear layer is quantized; None where it is not."""
     library = getattr(_bitsandbytes(), "nn", None)
     if isinstance(module, getattr(library, "Linear4bit", ())):
-        return BnbLinear4bit(getattr(module.weight, "quant_type", "4 bit"))
+        return BnbLinear4bit(f"bitsandbytes {getattr(module.weight, 'quant_type', '4 bit')}")
     if isinstance(module, getattr(library, "Linear8bitLt", ())):
-        return BnbLinear8bit()
+        return BnbLinear8bit("bitsandbytes int8")
     kinds = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", ())
     if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), kinds):
-        return TorchaoTensor(type(module.weight).__name__)
+        return TorchaoTensor(f"torchao {type(module.weight).__name__}")
     return None
 
 
@@ -174,11 +167,6 @@ def check_gradient(base: LinearLayer) -> None:
             "quantize with torchao's IntxWeightOnlyConfig(weight_dtype=torch.int4) to train, or "
             "call the model under torch.no_grad()."
         )
-
-
-def _untyped(part: nn.Module | Tensor) -> Any:
-    """Give a layer or weight of a library's own class, which cannot be named here, as it is."""
-    return part
 
 
 def _bitsandbytes() -> Any:
@@ -238,10 +226,9 @@ def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
     would not be what it was.
     """
     for name, module in modules.items():
-        fmt, layer = format_of(module), _untyped(module)
-        if isinstance(fmt, BnbLinear4bit) and getattr(
-            layer.weight.quant_state, "packing_format_for_cpu", False
-        ):
+        fmt, weight = format_of(module), getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if isinstance(fmt, BnbLinear4bit) and getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
                 f"model: {name!r} ({fmt.name}) has rearranged its weight for evaluation, as "
                 "bitsandbytes does in a first forward without gradients on some CPUs, and gives no "
