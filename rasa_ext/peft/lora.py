@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
 
 from peft import PeftModel
-from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from rasa_ext.checkpoint.adapter import task_type
@@ -19,6 +17,7 @@ from rasa_ext.patching.tokens import rows_key
 from rasa_ext.peft.experts import RasaPeftExperts
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.named import NamedAdapters
+from rasa_ext.peft.targets import trained_in_full
 from rasa_ext.peft.tokens import rows_of
 
 
@@ -88,11 +87,7 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
                 factors = {name: bank.named(adapter_name).factors() for name, bank in banks}
                 experts[path] = Adapted(each.base_layer, factors)
     task = outer.peft_config[adapter_name].task_type if isinstance(outer, PeftModel) else None
-    trained = {
-        name: cast(Any, wrapper.modules_to_save)[adapter_name]
-        for name, wrapper in modules.items()
-        if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
-    }
+    trained = trained_in_full(root, adapter_name)
     rows = rows_of(root, adapter_name)
     return Export(
         root=root,

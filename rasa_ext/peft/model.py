@@ -11,11 +11,7 @@ from typing import Any, cast
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils.other import (
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
-)
+from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import Bank
@@ -45,6 +41,7 @@ from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.targets import (
     bases_of,
     chosen_banks,
+    trained_in_full,
     untouched,
     unwrap_experts,
     wrap_experts,
@@ -102,12 +99,7 @@ class RasaModel(BaseTuner):
         link_fused_projections(model, RasaPeftLinear)
         peft_config = _rasa_config(self.peft_config[adapter_name])
         if peft_config.modules_to_save:  # as they are, so that every reader finds the same ones
-            peft_config.modules_to_save = [
-                name
-                for name, module in model.named_modules()
-                if isinstance(module, ModulesToSaveWrapper)
-                and adapter_name in module.modules_to_save
-            ]
+            peft_config.modules_to_save = list(trained_in_full(model, adapter_name))
         make_rows_optional(model)
         self._cast_adapter_dtype(adapter_name)
         if adapter_name == REFERENCE and peft_config is self.peft_config.get(POLICY):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from rasa_ext.base_layers.experts import Bank, bank_names, bank_shape, check_bank, is_experts
@@ -68,6 +69,13 @@ def unwrap_experts(model: nn.Module) -> None:
                 del experts._modules[name]
         if not experts.banks():
             replace_modules(model, {experts: experts.base_layer})
+
+
+def trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Any]:
+    """Find the copies of modules that an adapter trains in full, by the modules' names."""
+    wrappers = {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    copies: dict[str, Any] = {name: each.modules_to_save for name, each in wrappers.items()}
+    return {name: each[adapter_name] for name, each in copies.items() if adapter_name in each}
 
 
 def untouched(banks: Mapping[str, Bank]) -> str:

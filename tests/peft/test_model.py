@@ -23,7 +23,7 @@ from tests.helpers.adapters import RANK, adapted_layers, check_step, same_bits
 from tests.helpers.models import ATTENTION, ENCODER, EVERY, GPT2, LLAMA, SEQUENTIAL
 from tests.helpers.peft import adapted, layers, plain, tiny, trained
 from tests.helpers.peft_sides import sides
-from tests.helpers.refusals import Snapshot
+from tests.helpers.refusals import Snapshot, refused
 from tests.helpers.tiny_lm import make_model
 
 TOKENS = torch.arange(24).view(2, 12)
@@ -223,3 +223,10 @@ def test_a_model_of_ones_own():
     model = get_peft_model(net, RasaConfig(r=2, target_modules=["0", "2"]))
     assert isinstance(model.base_model, RasaModel)
     assert [layer.adapter().factors()[1].shape[0] for layer in layers(model).values()] == [1, 1]
+
+
+def test_a_weight_of_integers_is_refused():
+    net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    net[1].weight = nn.Parameter(torch.zeros(3, 8, dtype=torch.int8), requires_grad=False)
+    config = RasaConfig(r=2, target_modules=["0", "1"])
+    refused(lambda: get_peft_model(net, config), net, "^target_modules: '1' has a weight of .*int8")
