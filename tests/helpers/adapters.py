@@ -6,6 +6,7 @@ Every tolerance is measured by the error of ``PlainRasa``, plain PyTorch's own R
 from __future__ import annotations
 
 import copy
+import io
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -164,6 +165,14 @@ class LargestTensor(TorchDispatchMode):
         sizes = [t.numel() for t in tensors if not t.is_meta]
         self.numel = max(self.numel, *sizes, 0)
         return result
+
+
+def through_file(model: nn.Module) -> nn.Module:
+    """The model that torch.save and torch.load make of this one."""
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
 
 
 def same_bits(left: Tensor, right: Tensor) -> bool:

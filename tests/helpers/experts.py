@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import weakref
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import rasa_ext
 from rasa_ext.nn.rasa_experts import RasaExperts
@@ -289,84 +284,3 @@ def unmarked_stack(kind: str, layers: int = 2) -> nn.Module:
     for parameter in stack.parameters():
         nn.init.normal_(parameter, std=0.3)
     return nn.ModuleDict({"layers": stack})
-
-
-class Made(TorchDispatchMode):
-    """While entered: the elements of every tensor that operations made, views left out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {_storage(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        made = [
-            t for t in tree_leaves(result) if isinstance(t, Tensor) and _storage(t) not in known
-        ]
-        self.sizes += [t.untyped_storage().nbytes() // t.element_size() for t in made]
-        return result
-
-
-class LiveBytes(TorchDispatchMode):
-    """While entered: bytes of the storages that operations made and that are alive, and their peak.
-
-    For any device; what an operator allocates and frees within itself is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):  # what was there before counts for nothing
-            if isinstance(tensor, Tensor):
-                self._note(tensor, new=False)
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._note(tensor, new=True)
-        return result
-
-    def _note(self, tensor: Tensor, new: bool) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes() if new else 0
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        self._known[key] = weakref.ref(storage, functools.partial(self._gone, key, size))
-
-    def _gone(self, key: int, size: int, _: object) -> None:
-        self._known.pop(key, None)
-        self.now -= size
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-@contextlib.contextmanager
-def saved_storages() -> Iterator[dict[int, int]]:
-    """Storages that autograd keeps meanwhile, each once: address to bytes."""
-    found: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        found[storage.data_ptr()] = storage.nbytes()
-        alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield found
-    found.pop(0, None)  # tensors without elements
-
-
-def peak(call: Callable[[], object]) -> int:
-    """The most bytes that ``call`` had alive beyond what was there before."""
-    with LiveBytes() as counted:
-        call()
-    return counted.peak

@@ -109,19 +109,3 @@ def test_a_compiled_model_calls_the_operators():
     assert ops.torch_differentiates(x)
     assert operators
     assert not any("addmm" in name for name in operators)
-
-
-def test_a_second_derivative_of_a_function_is_refused(monkeypatch):
-    """By PyTorch's autograd it is right, as shown above."""
-    model = patched(LLAMA.build())
-    layer = adapted_layers(model)["model.layers.0.mlp.down_proj"]
-    for refused in (False, True):
-        monkeypatch.setattr(ops, "torch_differentiates", lambda _, its=refused: not its)
-        x = torch.randn(2, layer.in_features, requires_grad=True)
-        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        if refused:
-            with pytest.raises(RuntimeError, match="once_differentiable"):
-                grad.sum().backward()
-        else:
-            grad.sum().backward()
-            assert x.grad is not None

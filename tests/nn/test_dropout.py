@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import rasa_ext
 from benchmarks import dropout
 from rasa_ext import ops
 from rasa_ext.nn import functional
@@ -96,26 +95,6 @@ def test_autocast(base_dtype, hooked):
     assert not excesses(ours, theirs, 0.0)[0]
 
 
-def test_it_is_on_the_adapters_input_alone():
-    """With dW = I, y - base(x) shows the mask itself; the backward must use the same one."""
-    base = nn.Sequential(nn.Linear(6, 6))
-    model = rasa_ext.patch_model(copy.deepcopy(base), 6, 0, dropout=0.5)
-    with torch.no_grad():
-        for parameter, value in ((model[0].A, torch.eye(6)), (model[0].B, torch.eye(6))):
-            parameter.copy_(value)
-        model[0].d.fill_(1)
-    x = torch.full((200, 6), 2.0, requires_grad=True)
-    y = model.train()(x)
-    change = (y - base(x)).detach()
-    kept = change > 1
-    torch.testing.assert_close(change, 4.0 * kept)
-    assert 0.4 < kept.float().mean() < 0.6
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, base[0].weight.detach().sum(0) + 2.0 * kept)
-    with torch.no_grad():
-        torch.testing.assert_close(model.eval()(x), base(x) + x)
-
-
 def step(model: nn.Module, entry, seed: int = 11, run=None) -> dict[str, Tensor]:
     """Logits and gradients in float64, of ``run`` where given, under a seed."""
     inputs = entry.inputs(0, torch.float64)
@@ -183,37 +162,6 @@ def test_eval_is_without_dropout():
     model = with_dropout(base).eval()
     inputs = SEQUENTIAL.inputs(0, torch.float64)
     assert_matches_oracle(SEQUENTIAL, base, model, step(model, SEQUENTIAL), inputs)
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_draws_anew():
-    """Each replay has a mask of its own, from torch's generator, and gradients under it."""
-    _, layer = layer_of(torch.float32)
-    layer.cuda()
-    x = torch.randn(64, 9, device="cuda", requires_grad=True)
-    inputs = x, *adapter_of(layer)
-
-    def step():
-        y = layer(x)
-        return y, *torch.autograd.grad(y.sum(), inputs)
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    replays = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        graph.replay()
-        replays.append([t.clone() for t in captured])
-    assert all(map(torch.equal, replays[0], replays[1]))
-    assert not torch.equal(replays[0][0], replays[2][0])
-    torch.manual_seed(1)
-    for found, expected in zip(replays[0], step(), strict=True):
-        torch.testing.assert_close(found, expected)
 
 
 def test_the_benchmark_counts_what_is_kept(capsys, monkeypatch):

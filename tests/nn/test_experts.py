@@ -122,15 +122,6 @@ def test_no_token(family, grouping):
         assert module(x, chosen, shares).shape == x.shape
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3, 4])
-def test_every_k(rank):
-    for k in range(rank + 1):
-        for grouping in GROUPINGS:
-            base = experts.model("gpt_oss").double()
-            model = experts.patched(base, grouping, rank, k, adapter_dtype=torch.float64)
-            check(experts.adapted(model)[1], *experts.inputs())
-
-
 def test_one_expert_that_every_token_chooses():
     _, module = doubles("mixtral", "slot")
     x, chosen, shares = experts.inputs(top=1)
@@ -316,51 +307,3 @@ def test_patching_keeps_the_output(family, dtype):
         ours.add({"y": module(x.to(dtype), chosen, shares)}, expected)
         theirs.add({"y": plain_module(x.to(dtype), chosen, shares)}, expected)
     assert not excesses(ours, theirs, FLOOR.get(dtype, 0.0))[0]
-
-
-def pool_leaves(modules: list[RasaExperts]) -> dict[str, Tensor]:
-    return {name: t for name, t in leaves_of(modules[0]).items() if name.endswith("_pool")}
-
-
-@pytest.mark.parametrize("k", [1, RANK])
-@pytest.mark.parametrize("family", [*UNLIKE, "normed"])
-def test_shared_is_slot_with_tied_pools(family, k):
-    """Its pool's gradient is the sum over the experts, and over the layers, of theirs."""
-    shared, slot = (doubles(family, grouping, k) for grouping in ("shared", "slot"))
-    with torch.no_grad():
-        for one, other in zip(shared, slot, strict=True):
-            for name, tensor in leaves_of(one).items():
-                leaves_of(other)[name].copy_(tensor)
-    x, chosen, shares = experts.inputs()
-    outputs, sums = [], []
-    for modules in (shared, slot):
-        pools = pool_leaves(modules)
-        y = [module(x, chosen, shares) for module in modules]
-        by_layer = [torch.autograd.grad(each.square().sum(), list(pools.values())) for each in y]
-        both = torch.autograd.grad(
-            sum(module(x, chosen, shares).square().sum() for module in modules),
-            list(pools.values()),
-        )
-        for total, one, two in zip(both, *by_layer, strict=True):
-            assert one.any()
-            assert two.any()
-            torch.testing.assert_close(total, one + two, rtol=EXACT, atol=EXACT)
-        outputs.append({str(i): each.detach() for i, each in enumerate(y)})
-        sums.append(
-            {name: g if g.ndim == 2 else g.sum(0) for name, g in zip(pools, both, strict=True)}
-        )
-    assert_close(*outputs)
-    assert_close(*sums)
-
-
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_a_norm_behind_each_expert_that_changes_nothing(grouping):
-    """The pool added to every pair is the pool added once a token."""
-    module = doubles("normed", grouping)[0]
-    x, chosen, shares = experts.inputs()
-    leaves = leaves_of(module)
-    module.base_layer.post_expert_norm = nn.Identity()
-    by_pair = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
-    module.base_layer.has_post_expert_norm = False
-    by_token = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
-    assert_close(by_token, by_pair)

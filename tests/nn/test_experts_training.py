@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext import ops
 from rasa_ext.nn.rasa_experts import RasaExperts
 from tests.helpers import experts, oracle
+from tests.helpers.adapters import through_file
 from tests.helpers.experts import FAMILIES, GROUPINGS, UNLIKE, bank_adapters
 
 P = 0.25
@@ -166,10 +165,7 @@ def test_copies(grouping, how):
         twin = copy.deepcopy(model)
     else:
         model = experts.patched(experts.model(), grouping)
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+        twin = through_file(model)
     inputs = experts.inputs(dtype=torch.float32)
     pairs = list(zip(experts.adapted(model), experts.adapted(twin), strict=True))
     for one, other in pairs:
@@ -200,83 +196,6 @@ def test_moving_and_casting(grouping):
         torch.testing.assert_close(found.float(), expected, rtol=1e-5, atol=1e-5)
         model.float().to("cpu")
         assert torch.equal(module(x.float(), chosen, shares.float()), expected)
-
-
-def test_an_adapter_that_was_cast_is_trained_in_its_dtype():
-    module = module_of(dtype=torch.float32).train()
-    trained = [p for p in module.parameters() if p.requires_grad]
-    for parameter in trained:  # as TRL does it, behind the module's back
-        parameter.data = parameter.data.bfloat16()
-    with pytest.warns(UserWarning, match="is torch.float32 again"):
-        y = module(*experts.inputs(dtype=torch.float32))
-    assert {parameter.dtype for parameter in trained} == {torch.float32}
-    y.sum().backward()
-    assert {parameter.grad.dtype for parameter in trained} == {torch.float32}
-
-
-@pytest.fixture
-def packs(monkeypatch) -> list:
-    """Grows with every pack that is made."""
-    made, direct = [], ops.pack_experts
-
-    def counting(*args):
-        made.append(args)
-        return direct(*args)
-
-    monkeypatch.setattr(ops, "pack_experts", counting)
-    return made
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("k", [0, 1, 3])
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("family", ["mixtral", "nemotron_h"])
-def test_a_write_to_any_source_is_seen_and_without_one_a_bank_packs_once(
-    family, grouping, k, packs
-):
-    model = experts.patched(experts.model(family), grouping, 3, k).eval()
-    module, inputs = experts.adapted(model)[1], experts.inputs(dtype=torch.float32)
-    for bank in module.banks().values():
-        sources = bank.adapter().sources()
-        assert len(sources) == (3 if k == 0 else 5)
-        for source in sources:
-            before = module(*inputs)
-            packs.clear()
-            assert torch.equal(module(*inputs), before)
-            assert not packs
-            if not source.numel():
-                continue
-            source.mul_(1.5)
-            after = module(*inputs)
-            assert len(packs) == 1
-            assert torch.equal(module(*inputs), after)
-            assert len(packs) == 1
-            assert not torch.allclose(after, before)
-            assert torch.equal(after, copy.deepcopy(module)(*inputs))
-
-
-@pytest.mark.parametrize("way", ["grad", "train", "eval", "to", "dtype", "replaced"])
-def test_what_experts_forget_their_packs_by(way, packs):
-    """Writing through .data is invisible; everything else that may follow it is not."""
-    module, inputs = module_of(dtype=torch.float32), experts.inputs(dtype=torch.float32)
-    with torch.no_grad():
-        module(*inputs)
-        module.down_proj.B.data.mul_(2)
-    if way == "grad":
-        module(*inputs)
-    elif way in ("train", "eval"):
-        getattr(module, way)()
-    elif way == "to":
-        module.to("cpu")
-    elif way == "dtype":
-        module, inputs = module.double(), experts.inputs()
-    else:
-        module.down_proj.d = nn.Parameter(module.down_proj.d.clone())
-    packs.clear()
-    with torch.no_grad():
-        found = module(*inputs)
-        assert len(packs) == (1 if way == "replaced" else 2)
-        assert torch.equal(found, copy.deepcopy(module)(*inputs))
 
 
 def transposed(t: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import pickle
 
 import bitsandbytes
@@ -37,16 +38,11 @@ class Source:
         return cache.get(self.tensors, (dtype, CPU), self.make)
 
 
-def test_kept_while_nothing_changes():
+@pytest.mark.parametrize("change", ["value", "tensor", "number", "form", "dropped"])
+def test_kept_while_nothing_changes_and_made_again_after_a_change(change):
     cache, source = PackCache(), Source()
     assert source.get(cache) is source.get(cache)
     assert source.made == 1
-
-
-@pytest.mark.parametrize("change", ["value", "tensor", "number", "form", "dropped"])
-def test_made_again_after_a_change(change):
-    cache, source = PackCache(), Source()
-    source.get(cache)
     if change == "value":
         source.tensors[1].mul_(2)
     elif change == "tensor":
@@ -120,14 +116,15 @@ def test_copies_are_empty(copied):
 
 @pytest.fixture
 def packs(monkeypatch) -> list:
-    """Grows with every pack that is made."""
-    made, direct = [], ops.pack
+    """Grows with every pack that is made, of a linear layer or of stacked experts."""
+    made = []
 
-    def counting(*args):
+    def counting(direct, *args):
         made.append(args)
         return direct(*args)
 
-    monkeypatch.setattr(ops, "pack", counting)
+    for name in ("pack", "pack_experts"):
+        monkeypatch.setattr(ops, name, functools.partial(counting, getattr(ops, name)))
     return made
 
 
@@ -143,58 +140,84 @@ def layers(config, hooked=False, frozen=False) -> nn.Sequential:
     return model.eval()
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("hooked", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"k={config.k}")
-def test_a_write_to_any_source_is_seen_and_without_one_a_layer_packs_once(
-    config, frozen, hooked, packs
-):
-    """Of whatever method, whether the source is trained or not, its own or the group's."""
-    model = layers(config, hooked, frozen)
-    x = torch.randn(3, 9)
-    sources = model[1].adapter().sources()
-    assert len(sources) == (3 if config.k == 0 else 5)
-    assert {t.requires_grad for t in sources} == {True, False} if frozen else {True}
+def assert_writes_are_seen(module, inputs, sources, packs) -> None:
+    """After a write to any source a forward packs once, and never without one."""
     for source in sources:
-        before = model[1](x)
+        before = module(*inputs)
         packs.clear()
-        assert torch.equal(model[1](x), before)
+        assert torch.equal(module(*inputs), before)
         assert not packs
         if not source.numel():
             continue
         source.mul_(1.5)
-        after = model[1](x)
+        after = module(*inputs)
         assert len(packs) == 1
-        assert torch.equal(model[1](x), after)
+        assert torch.equal(module(*inputs), after)
         assert len(packs) == 1
         assert not torch.allclose(after, before)
-        assert torch.equal(after, copy.deepcopy(model)[1](x))
+        assert torch.equal(after, copy.deepcopy(module)(*inputs))
 
 
-@pytest.mark.parametrize("way", ["grad", "train", "eval", "to", "dtype", "replaced", "autocast"])
-def test_what_a_layer_forgets_its_pack_by(way, packs):
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"k={config.k}")
+def test_a_layer_sees_writes_to_every_source(config, frozen, hooked, packs):
+    """Of whatever method, whether the source is trained or not, its own or the group's."""
+    layer = layers(config, hooked, frozen)[1]
+    sources = layer.adapter().sources()
+    assert len(sources) == (3 if config.k == 0 else 5)
+    assert {t.requires_grad for t in sources} == {True, False} if frozen else {True}
+    assert_writes_are_seen(layer, [torch.randn(3, 9)], sources, packs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [0, 1, 3])
+@pytest.mark.parametrize("grouping", experts.GROUPINGS)
+@pytest.mark.parametrize("family", ["mixtral", "nemotron_h"])
+def test_experts_see_writes_to_every_source(family, grouping, k, packs):
+    model = experts.patched(experts.model(family), grouping, 3, k).eval()
+    module, inputs = experts.adapted(model)[1], experts.inputs(dtype=torch.float32)
+    for bank in module.banks().values():
+        sources = bank.adapter().sources()
+        assert len(sources) == (3 if k == 0 else 5)
+        assert_writes_are_seen(module, inputs, sources, packs)
+
+
+WAYS = ("grad", "train", "eval", "to", "dtype", "replaced")
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [*itertools.product(("linear", "experts"), WAYS), ("linear", "autocast")],
+)
+def test_what_packs_are_forgotten_by(kind, way, packs):
     """Writing through .data is invisible; everything else that may follow it is not."""
-    layer = layers(CONFIGS[1])[1]
-    x = torch.randn(3, 9)
+    if kind == "linear":
+        owner = module = layers(CONFIGS[1])[1]
+        inputs = [torch.randn(3, 9)]
+    else:
+        module = experts.adapted(experts.patched(experts.model(), "shared"))[1]
+        owner, inputs = module.down_proj, experts.inputs(dtype=torch.float32)
     with torch.no_grad():
-        layer(x)
-        layer.B.data.mul_(2)
+        module(*inputs)
+        owner.B.data.mul_(2)
     if way == "grad":
-        layer(x)
+        module(*inputs)
     elif way in ("train", "eval"):
-        getattr(layer, way)()
+        getattr(module, way)()
     elif way == "to":
-        layer.to("cpu")
+        module.to("cpu")
     elif way == "dtype":
-        layer, x = layer.double(), x.double()
+        module = module.double()
+        inputs = [t.double() if t.is_floating_point() else t for t in inputs]
     elif way == "replaced":
-        layer.d = nn.Parameter(layer.d.clone())
+        owner.d = nn.Parameter(owner.d.clone())
     packs.clear()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=way == "autocast"):
-        found = layer(x)
-        assert len(packs) == 1
-        assert torch.equal(found, copy.deepcopy(layer)(x))
+        found = module(*inputs)
+        assert len(packs) == (2 if kind == "experts" and way != "replaced" else 1)
+        assert torch.equal(found, copy.deepcopy(module)(*inputs))
 
 
 def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_stream(monkeypatch):

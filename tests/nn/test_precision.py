@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rasa_ext
+from tests.helpers import experts
 from tests.helpers.adapters import patched, same_bits
 from tests.helpers.peft import TOKENS, tiny, trained
 from tests.helpers.tiny_lm import make_model
@@ -21,7 +22,11 @@ def ours(**options):
     return patched(make_model(), config=rasa_ext.RasaConfig(rank=4, k=1, **options))
 
 
-@pytest.fixture(params=[peft, ours])
+def stacked(**options):
+    return experts.patched(experts.model(), "shared", **options)
+
+
+@pytest.fixture(params=[peft, ours, stacked])
 def build(request):
     return request.param
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from tests.helpers.adapters import same_bits
+from tests.helpers.memory import Made
 
 IDS = (9, 2, 5)
 TOKENS = torch.tensor([[2, 3, 9, 9], [0, 11, 2, 5]])
@@ -165,20 +165,6 @@ def test_merge_and_back():
     torch.testing.assert_close(model(TOKENS), y)
 
 
-class LargestNew(TorchDispatchMode):
-    """While entered: the elements of the largest tensor that an operation made in new memory."""
-
-    def __init__(self, table: nn.Parameter):
-        super().__init__()
-        self.table, self.numel = table.data_ptr(), 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.data_ptr() != self.table:
-            self.numel = max(self.numel, result.numel())
-        return result
-
-
 def test_the_table_is_not_copied():
     """Neither in a forward nor in a backward."""
     embedding = nn.Embedding(5000, 64)
@@ -186,12 +172,12 @@ def test_the_table_is_not_copied():
     head.weight = embedding.weight
     owner = TrainedTokens(embedding.requires_grad_(False), [7, 4999], torch.float32)
     model = nn.Sequential(owner, TrainedTokens(head, [7, 4999], torch.float32, owner))
-    with LargestNew(embedding.weight) as largest:
+    with Made() as made:
         model(torch.tensor([[7, 3, 4999]])).sum().backward()
-    assert largest.numel == 3 * 5000
-    with LargestNew(embedding.weight) as largest:
+    assert max(made.sizes) == 3 * 5000
+    with Made() as made:
         model[1].weight.sum()
-    assert largest.numel == 64 * 5000
+    assert max(made.sizes) == 64 * 5000
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import rasa_ext
+from rasa_ext import ops
 from tests.helpers import oracle
 from tests.helpers.adapters import (
     RANK,
@@ -25,11 +26,20 @@ from tests.helpers.adapters import (
     patched,
     plain_model,
     randomize,
+    through_file,
     trainable_copies,
     wide,
 )
 from tests.helpers.models import FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, Checkpointed, ids
 from tests.helpers.refusals import Snapshot
+
+
+@pytest.fixture(params=["on a CPU", "as on a GPU"])
+def way(request, monkeypatch) -> None:
+    """By plain operations, or by autograd functions with projections computed together."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(ops, "torch_differentiates", lambda _: False)
+        monkeypatch.setattr(ops, "fuse_projections", lambda *_: True)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -82,7 +92,7 @@ def test_two_forwards_before_one_backward(order):
         assert_matches_oracle(LLAMA, base, model, observed, LLAMA.inputs(seed))
 
 
-def test_the_sum_of_two_forwards():
+def test_the_sum_of_two_forwards(way):
     base = LLAMA.build()
     model = patched(base)
     expected = {}
@@ -124,23 +134,6 @@ def test_eval_between_steps(optimizer, switch):
             with torch.no_grad():
                 LLAMA.loss(model.eval(), inputs)  # cached once more, right before the step
         step.step()
-
-
-def test_changes_in_place_after_a_cached_forward():
-    model = patched(SEQUENTIAL.build()).eval()
-    inputs = SEQUENTIAL.inputs(0)
-    parameters = rasa_ext.adapter_parameters(model)
-    with torch.no_grad():
-        for parameter in parameters:
-            before = model(inputs["x"])
-            parameter.mul_(1.5)
-            after = model(inputs["x"])
-            assert not torch.equal(before, after)
-            fresh = copy.deepcopy(model)(inputs["x"])
-            assert torch.equal(after, fresh)
-        model.load_state_dict(patched(SEQUENTIAL.build(), seed=9).state_dict())
-        expected = patched(SEQUENTIAL.build(), seed=9).eval()(inputs["x"])
-        assert torch.equal(model(inputs["x"]), expected)
 
 
 @pytest.mark.parametrize("k", [0, 1, RANK])
@@ -208,7 +201,7 @@ def test_saving_the_whole_model(entry):
     with torch.no_grad():
         entry.loss(model, entry.inputs(0))
     assert abs(len(written(model)) - size) < 1000
-    again = torch.load(io.BytesIO(written(model)), weights_only=False)
+    again = through_file(model)
     assert {id(p) for p in rasa_ext.adapter_parameters(again)} == {
         id(p) for p in again.parameters() if p.requires_grad
     }
@@ -221,7 +214,7 @@ def test_saving_the_whole_model(entry):
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_autocast(base_dtype, adapter_dtype):
+def test_autocast(base_dtype, adapter_dtype, way):
     """Error within twice that of plain PyTorch under the same autocast; gradients keep dtypes."""
     base = LLAMA.build().to(base_dtype)
     model = patched(base, adapter_dtype=adapter_dtype)
@@ -250,24 +243,6 @@ def test_dtypes(base_dtype, adapter_dtype):
     model = patched(base, adapter_dtype=adapter_dtype)
     check_step(LLAMA, base, model)
     assert LLAMA.loss(model, LLAMA.inputs(0))[0].dtype == base_dtype
-
-
-def test_a_few_steps_fit_a_teacher():
-    """The loss of a patched model falls to a small part when its teacher is within reach."""
-    base = SEQUENTIAL.build()
-    teacher, student = patched(base, 2, 1), rasa_ext.patch_model(copy.deepcopy(base), 4, 1)
-    x = torch.randn(64, 6)
-    with torch.no_grad():
-        target = teacher(x)
-    optimizer = torch.optim.Adam(rasa_ext.adapter_parameters(student), 0.02)
-    losses = []
-    for _ in range(150):
-        loss = (student(x) - target).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.05 * losses[0]
 
 
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6)], ids=str)

@@ -154,8 +154,3 @@ def test_gradients_come_in_the_parameters_dtype():
     Ap, Bp = ops.pack_experts(*adapter, torch.bfloat16, 8)
     for grad, tensor in zip(ops.pack_experts_backward(Ap, Bp, *adapter[2:]), adapter, strict=True):
         assert (grad.dtype, grad.shape) == (torch.float32, tensor.shape)
-
-
-def test_they_are_made_of_torchs_own_kernels():
-    assert {"experts_linear", "experts_outer"} == ops.COMPOSED
-    assert ops.OPERATORS.keys() > ops.COMPOSED
