@@ -10,7 +10,7 @@ import rasa_ext
 from rasa_ext.nn import functional
 from tests.gpu.steps import check_evaluation, check_model
 from tests.helpers import oracle
-from tests.helpers.adapters import adapted_layers, adapters, observe, patched
+from tests.helpers.adapters import adapted_layers, adapters, check_step, observe, patched
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, Entry, ids
 from tests.helpers.operators import P
 from tests.helpers.refusals import Snapshot
@@ -63,21 +63,6 @@ def test_projections_computed_together(entry, dtype, device, fused, monkeypatch)
     assert calls == ([3, 2] * 3 if entry is LLAMA else [3] * 2) * 4 * fused
 
 
-def test_one_mask_for_projections_computed_together(device, fused):
-    """With dW of one layer for all, their outputs differ only where their masks do."""
-    block = nn.ModuleDict({name: nn.Linear(32, 16, bias=False) for name in ("q_proj", "k_proj")})
-    model = patched(nn.Sequential(block).to(device), 4, 0, dropout=0.5).train()
-    layers = list(adapted_layers(model).values())
-    with torch.no_grad():
-        for name in ("A", "B", "d"):
-            getattr(layers[1], name).copy_(getattr(layers[0], name))
-        for layer in layers:
-            layer.base_layer.weight.zero_()
-    x = torch.randn(8, 32, device=device)
-    first, second = (layer(x) for layer in layers)
-    assert torch.allclose(first, second) == fused
-
-
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("k", [0, 1])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
@@ -112,7 +97,7 @@ def test_a_merged_model_computes_the_same(tokens, device):
         assert torch.equal(LLAMA.call(model, **inputs), free)
 
 
-def test_a_model_that_is_moved_after_patching(device):
+def test_a_model_that_is_moved_after_patching_and_back(device):
     """Its pools stay shared."""
     base = LLAMA.build()
     model = patched(base).to(device)
@@ -120,3 +105,4 @@ def test_a_model_that_is_moved_after_patching(device):
     assert len(pools) == len(adapted_layers(model)) // 3
     assert {p.device.type for p in rasa_ext.adapter_parameters(model)} == {device}
     check_model(LLAMA, base.to(device), model)
+    check_step(LLAMA, base.cpu(), model.cpu())

@@ -36,14 +36,6 @@ def step(model: nn.Module, tokens: Tensor) -> list[Tensor]:
     return [logits.detach(), *torch.autograd.grad(loss, rasa_ext.adapter_parameters(model))]
 
 
-def test_a_stream_of_ones_own(device, fused):
-    base = LLAMA.build().to(device)
-    model = patched(base).train()
-    (stream,) = new_streams(1)
-    with torch.cuda.stream(stream):
-        check_model(LLAMA, base, model)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_models_on_two_streams(dtype, device, fused):
     """Neither sees the other's workspaces, nor memory that the other has given back."""

@@ -11,7 +11,6 @@ import pytest
 
 import rasa_ext
 from rasa_ext.methods.patterns import check_pattern, matches_end, matches_whole
-from tests.helpers.models import LLAMA
 
 SINGLE = ("a", "b", r"\.", ".", "[ab]", "[^a]", r"\w", r"\d", "1", r"\b", "^", "$", "(?i:A)")
 REPEATS = ("*", "+", "?", "*?", "{1,2}", "{2}", "{0,3}?")
@@ -94,16 +93,3 @@ def test_names_and_alternatives_may_be_long():
     check_pattern("target_modules", pattern)
     assert matches_whole(pattern, names[-1])
     assert not matches_whole(pattern, names[-1][:-1])
-
-
-def test_a_model_is_patched_by_them():
-    model = rasa_ext.patch_model(
-        LLAMA.build(),
-        config=rasa_ext.RasaConfig(
-            target_modules=r"model\.layers\.\d+\..*(q|v)_proj", rank_pattern={r"1\..*": 6}
-        ),
-    )
-    layers = {name for name, m in model.named_modules() if isinstance(m, rasa_ext.RasaLinear)}
-    assert layers == {n for n in LLAMA.targets(LLAMA.build()) if n[-6:] in ("q_proj", "v_proj")}
-    ranks = {name: model.get_submodule(name).A.shape[0] for name in layers}
-    assert {name for name, rank in ranks.items() if rank == 5} == {n for n in layers if ".1." in n}

@@ -8,23 +8,8 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext import methods
+from tests.helpers.memory import saved_storages
 from tests.helpers.methods import base, rasa_linears
-
-
-def saved_bytes(model, x) -> int:
-    kept = {}
-
-    def pack(tensor):
-        if not isinstance(tensor, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = model(x)
-    weight = model[0].base_layer.weight
-    kept.pop(weight.untyped_storage().data_ptr(), None)
-    assert y.requires_grad
-    return sum(kept.values())
 
 
 @pytest.fixture
@@ -38,7 +23,11 @@ def test_a_frozen_A_keeps_no_x(frozen):
     sizes = {}
     for name, its in (("lora", methods.LoraConfig(4)), ("frozen", frozen)):
         model = rasa_ext.patch_model(nn.Sequential(nn.Linear(64, 64, bias=False)), config=its)
-        sizes[name] = saved_bytes(model, x)
+        with saved_storages() as kept:
+            assert model(x).requires_grad
+        for parameter in model.parameters():
+            kept.pop(parameter.untyped_storage().data_ptr(), None)
+        sizes[name] = sum(kept.values())
     A = 4 * 64 * 4  # a buffer, and counted; a Parameter is not
     assert sizes["lora"] - sizes["frozen"] >= x.nbytes - A
     assert sizes["frozen"] < x.nbytes / 8  # U, and what is of the weights' size
@@ -79,7 +68,6 @@ def test_ranks_by_pattern():
         (lambda: methods.LoraConfig(rslora=1), "rslora: expected True or False, got 1"),
         (lambda: methods.RasaConfig(4, k=5), "k: expected 0 <= k <= rank"),
         (lambda: methods.RasaConfig(rank_pattern={"x": 0}), "rank_pattern: expected ranks"),
-        (lambda: methods.RasaConfig(rank_pattern={"(": 4}), "rank_pattern"),
         (lambda: methods.RasaConfig(rank_pattern={4: 4}), "rank_pattern: expected patterns"),
         (lambda: methods.RasaConfig(rank_pattern=[4]), "rank_pattern: expected a mapping"),
         (lambda: methods.read_method({"peft_type": "RASA", "rasa_method": "elora"}), "rasa_method"),

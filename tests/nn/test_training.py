@@ -178,14 +178,6 @@ def test_moving_after_patching(move):
     check_step(LLAMA, base, model)
 
 
-@pytest.mark.gpu
-def test_moving_to_a_gpu_and_back():
-    base = LLAMA.build()
-    model = patched(base).cuda()
-    assert {p.device.type for p in rasa_ext.adapter_parameters(model)} == {"cuda"}
-    check_step(LLAMA, base, model.cpu())
-
-
 def written(model) -> bytes:
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -241,6 +233,8 @@ def test_autocast(base_dtype, adapter_dtype, way):
 def test_dtypes(base_dtype, adapter_dtype):
     base = LLAMA.build().to(base_dtype)
     model = patched(base, adapter_dtype=adapter_dtype)
+    assert {p.dtype for p in rasa_ext.adapter_parameters(model)} == {adapter_dtype}
+    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {base_dtype}
     check_step(LLAMA, base, model)
     assert LLAMA.loss(model, LLAMA.inputs(0))[0].dtype == base_dtype
 

@@ -9,7 +9,7 @@ import torch
 
 from rasa_ext import ops
 from tests.helpers import oracle
-from tests.helpers.operators import check_operator, draw_adapter
+from tests.helpers.operators import DTYPES, check_operator, draw_adapter
 from tests.helpers.oracle import Adapter
 
 # (layers, in, out, private ranks, pool ranks)
@@ -96,7 +96,7 @@ def test_pool_gradients_sum_over_layers(shape, multiple, device):
     assert dB_pool.t().is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_delta_in_the_accumulation_dtype(shape, dtype, device):
     adapters = group(shape, device, torch.float64)
@@ -113,7 +113,7 @@ def test_delta_in_the_accumulation_dtype(shape, dtype, device):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_rounds_once_into_weights_of_either_layout(dtype, transposed, device):
     adapters = group(SHAPES[0], device)
     Ap, Bp = ops.pack_group(*lists(adapters), torch.float32)

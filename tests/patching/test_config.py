@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 
@@ -164,7 +163,9 @@ def test_only_adapters_and_modules_to_save_are_trainable(entry):
         model = rasa_ext.patch_model(entry.build(), 2, 1, modules_to_save=saved)
         expected = {id(p) for p in rasa_ext.adapter_parameters(model)}
         if saved:
-            expected |= {id(p) for p in model.get_submodule(head).parameters()}
+            full = {id(p) for p in model.get_submodule(head).parameters()}
+            assert not expected & full
+            expected |= full
         assert {id(p) for p in model.parameters() if p.requires_grad} == expected
         assert not isinstance(model.get_submodule(head), rasa_ext.RasaLinear)
 
@@ -209,21 +210,6 @@ def test_summary_shows_what_was_left_out(entry, options, shown):
     table = str(rasa_ext.summary(rasa_ext.patch_model(entry.build(), 2, 1, **options)))
     for name in shown:
         assert name in table
-
-
-def test_expert_weights_are_reported_and_untouched():
-    base = EXPERTS.build()
-    model = copy.deepcopy(base)
-    with pytest.warns(UserWarning, match=r"experts\.down_proj"):
-        rasa_ext.patch_model(model, 2, 1)
-    assert "experts.down_proj" in str(rasa_ext.summary(model))
-    assert not model.experts.down_proj.requires_grad
-    assert same_bits(model.experts.down_proj, base.experts.down_proj)
-
-
-def test_summary_of_an_unpatched_model_is_refused():
-    with pytest.raises(ValueError, match="patch_model"):
-        rasa_ext.summary(LLAMA.build())
 
 
 def test_cuda_status_is_one_sentence():

@@ -14,6 +14,7 @@ from torch.distributed.tensor import distribute_tensor
 import rasa_ext
 from rasa_ext.nn.rasa_experts import RasaBank
 from tests.helpers import experts
+from tests.helpers.adapters import same_bits
 from tests.helpers.experts import EXPERTS, FAMILIES, GROUPINGS, HIDDEN, INNER
 from tests.helpers.models import EXPERTS as UNMARKED
 from tests.helpers.models import LLAMA
@@ -112,9 +113,13 @@ def test_without_the_argument_a_warning_says_how(family):
 
 
 def test_weights_that_do_not_say_how_they_lie():
-    model = UNMARKED.build()
+    base = UNMARKED.build()
+    model = copy.deepcopy(base)
     with pytest.warns(UserWarning, match=r"experts\.down_proj \(4, 8, 8\)\.$"):
         rasa_ext.patch_model(model, 2, 1)
+    assert not model.experts.down_proj.requires_grad
+    assert same_bits(model.experts.down_proj, base.experts.down_proj)
+    assert "experts.down_proj" in str(rasa_ext.summary(model))
     said = rasa_ext.summary(model).skipped["experts.down_proj"]
     assert said == "weights of shape (4, 8, 8): no linear layer"
     fresh = UNMARKED.build()

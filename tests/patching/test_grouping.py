@@ -113,7 +113,9 @@ def test_shapes_and_counts(entry, k):
                 assert layer.pool.A.shape == (pooled, width)
                 assert layer.pool.B.shape == (out, pooled)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    assert {id(p) for p in trainable} == {id(p) for p in rasa_ext.adapter_parameters(model)}
+    listed = rasa_ext.adapter_parameters(model)
+    assert isinstance(listed, list)
+    assert sorted(map(id, trainable)) == sorted(map(id, listed))  # each once
     assert sum(p.numel() for p in trainable) == oracle.trainable_count(shapes, RANK, k)
 
 
@@ -178,27 +180,8 @@ def test_every_parameter_has_one_place(entry):
     assert isinstance(layer.pool, rasa_ext.RasaPool)
 
 
-def test_adapter_parameters_are_listed_once():
-    model = rasa_ext.patch_model(LLAMA.build(), RANK, 1, modules_to_save=["lm_head"])
-    listed = rasa_ext.adapter_parameters(model)
-    assert isinstance(listed, list)
-    assert len({id(p) for p in listed}) == len(listed)
-    names = {name for name, p in model.named_parameters() if any(p is q for q in listed)}
-    assert len(names) == len(listed) == 21 * 3 + 7 * 2
-    assert not any("lm_head" in name for name in names)
-
-
 def test_a_module_with_two_names_is_one_layer():
     model = rasa_ext.patch_model(TWO_NAMES.build(), RANK, 1)
     assert model.first is model.second
     assert isinstance(model.first, rasa_ext.RasaLinear)
     assert model.first.d.shape == (RANK,)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_adapter_dtype_is_its_own(base_dtype, dtype):
-    base = SEQUENTIAL.build().to(base_dtype)
-    model = rasa_ext.patch_model(base, RANK, 1, adapter_dtype=dtype)
-    assert {p.dtype for p in rasa_ext.adapter_parameters(model)} == {dtype}
-    assert {p.dtype for p in model.parameters() if not p.requires_grad} == {base_dtype}

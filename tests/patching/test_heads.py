@@ -8,7 +8,6 @@ import pytest
 from torch import nn
 
 import rasa_ext
-from tests.helpers.models import LLAMA
 
 
 def body(width: int = 8) -> nn.ModuleList:
@@ -161,8 +160,3 @@ def test_pointwise_convolutions_are_named_with_the_reason():
         },
     }
     assert "left out: blocks.*.fc1 (2 layers): a 1x1 convolution, not a linear layer" in str(report)
-
-
-def test_a_language_model_s_head_is_told_as_before():
-    model = rasa_ext.patch_model(LLAMA.build(), 2, 1)
-    assert list(rasa_ext.summary(model).skipped) == ["lm_head"]
