@@ -223,15 +223,6 @@ def trainable_copies(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
     return {name: adapter.map(leaf) for name, adapter in adapters.items()}
 
 
-def refresh(copies: Mapping[str, Adapter], adapters: Mapping[str, Adapter]) -> None:
-    """Give ``trainable_copies`` the values that ``adapters`` have by now."""
-    with torch.no_grad():
-        for name, adapter in adapters.items():
-            for mine, theirs in zip(copies[name], adapter, strict=True):
-                if theirs is not None:
-                    mine.copy_(theirs)
-
-
 def plain_model(base: nn.Module, adapters: Mapping[str, Adapter]) -> nn.Module:
     """A copy of ``base`` with PlainRasa in place of every layer that ``adapters`` names."""
     model = copy.deepcopy(base)

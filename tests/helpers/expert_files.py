@@ -39,12 +39,7 @@ def banks(model: nn.Module) -> dict[str, RasaBank]:
 
 def of_experts(bank: RasaBank) -> list[oracle.Adapter]:
     """Each expert's adapter, its pool being its own or that of all."""
-    A, A_pool, B, B_pool, d = bank.adapter().factors()
-    own = A_pool is not None and A_pool.dim() == 3
-    return [
-        oracle.Adapter(A[e], A_pool[e] if own else A_pool, B[e], B_pool[e] if own else B_pool, d[e])
-        for e in range(len(A))
-    ]
+    return oracle.of_experts(bank.adapter().factors())
 
 
 def changes(model: nn.Module) -> dict[str, Tensor]:

@@ -90,95 +90,48 @@ def _positional(model: nn.Module, x: Tensor, **others: Tensor) -> Tensor:
     return model(x, **others)
 
 
+_SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
+_TEXT = {"vocab_size": 32, "max_position_embeddings": 32}
+
+
 def _llama(layers: int = 3) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=32,
-            use_cache=False,
-        )
-    )
+    more = {"num_hidden_layers": layers, "num_key_value_heads": 2, "use_cache": False}
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, **_TEXT, **more))
 
 
 def _gpt2(layers: int = 3) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=32,
-            n_embd=24,
-            n_layer=layers,
-            n_head=4,
-            n_inner=40,
-            n_positions=32,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-            use_cache=False,
-        )
-    )
+    sizes = {"vocab_size": 32, "n_positions": 32, "n_embd": 24, "n_inner": 40, "n_head": 4}
+    quiet = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    more = {"n_layer": layers, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **quiet, **more))
 
 
 def _bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
-    return BertForSequenceClassification(
-        BertConfig(
-            vocab_size=32,
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            num_labels=3,
-        )
-    )
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    more = {"num_hidden_layers": 2, "num_labels": 3}
+    return BertForSequenceClassification(BertConfig(**_SIZES, **_TEXT, **quiet, **more))
 
 
 def _t5(feed_forward: str = "gated-gelu", layers: int = 2) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=32,
-            d_model=24,
-            d_kv=8,
-            d_ff=40,
-            num_heads=4,
-            num_layers=layers,
-            num_decoder_layers=layers,
-            feed_forward_proj=feed_forward,
-            dropout_rate=0.0,
-            use_cache=False,
-        )
-    )
+    sizes = {"vocab_size": 32, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_heads": 4}
+    more = {"num_layers": layers, "num_decoder_layers": layers, "dropout_rate": 0.0}
+    config = T5Config(**sizes, **more, feed_forward_proj=feed_forward, use_cache=False)
+    return T5ForConditionalGeneration(config)
 
 
 def _vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(
-        ViTConfig(
-            hidden_size=24,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            image_size=12,
-            patch_size=4,
-            num_labels=3,
-        )
-    )
+    more = {"num_hidden_layers": 2, "image_size": 12, "patch_size": 4, "num_labels": 3}
+    return ViTForImageClassification(ViTConfig(**_SIZES, **more))
 
 
 def _sequential() -> nn.Module:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,16 +48,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> 
     return y if bias is None else y + bias.double()
 
 
+def of_experts(factors: Sequence[Tensor | None]) -> list[Adapter]:
+    """Each expert's adapter from A, A_pool, B, B_pool, d of all; a pool is of all or of each."""
+    A, A_pool, B, B_pool, d = factors
+    pools = [(A_pool, B_pool)] * len(A)
+    if A_pool is not None and A_pool.dim() == 3:
+        pools = list(zip(A_pool, B_pool, strict=True))
+    own = zip(A, B, d, pools, strict=True)
+    return [Adapter(a, pool[0], b, pool[1], scale) for a, b, scale, pool in own]
+
+
 def stacked_weight(weight: Tensor, adapter: Adapter) -> Tensor:
-    """W[e] + dW[e] (E, out, in) of stacked experts, differentiable; a pool is of all or of each."""
+    """W[e] + dW[e] (E, out, in) of stacked experts, differentiable."""
     changed = []
-    for e, matrix in enumerate(weight):
-        down, up = adapter.A[e], adapter.B[e]
-        if adapter.A_pool is not None:
-            each = adapter.A_pool.dim() == 3
-            down = torch.cat([down, adapter.A_pool[e] if each else adapter.A_pool])
-            up = torch.cat([up, adapter.B_pool[e] if each else adapter.B_pool], 1)
-        changed.append(matrix + up @ torch.diag(adapter.d[e]) @ down)
+    for matrix, (A, A_pool, B, B_pool, d) in zip(weight, of_experts(adapter), strict=True):
+        if A_pool is not None:
+            A, B = torch.cat([A, A_pool]), torch.cat([B, B_pool], 1)
+        changed.append(matrix + B @ torch.diag(d) @ A)
     return torch.stack(changed)
 
 

@@ -60,14 +60,10 @@ def dense(
 
 def changes(owner: NamedAdapters, adapter: str = "default") -> Tensor:
     """An adapter's dW (out, in), or (E, out, in) of every expert, by the oracle's formula."""
-    A, A_pool, B, B_pool, d = owner.named(adapter).factors()
-    if A.dim() == 2:
-        return oracle.delta(Adapter(A, A_pool, B, B_pool, d))
-    pools = [(A_pool, B_pool)] * len(A)
-    if A_pool is not None and A_pool.dim() == 3:
-        pools = list(zip(A_pool, B_pool, strict=True))
-    own = zip(A, B, d, pools, strict=True)
-    return torch.stack([oracle.delta(Adapter(a, p[0], b, p[1], v)) for a, b, v, p in own])
+    factors = owner.named(adapter).factors()
+    if factors.A.dim() == 2:
+        return oracle.delta(Adapter(*factors))
+    return torch.stack([oracle.delta(each) for each in oracle.of_experts(factors)])
 
 
 def close(logits: Tensor, expected: Tensor) -> None:

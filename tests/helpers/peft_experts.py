@@ -5,40 +5,21 @@ from __future__ import annotations
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rasa_ext.peft import RasaConfig, RasaPeftBank
-from tests.helpers import peft
-from tests.helpers.models import randomize_weights
+from tests.helpers import experts, peft
 
-EXPERTS, TOKENS = 5, torch.arange(20).view(2, 10)
+TOKENS = torch.arange(20).view(2, 10)
 
 
 def moe(
     family: str = "mixtral", dtype: torch.dtype = torch.float64, vocab_size: int = 32
 ) -> nn.Module:
     """Two layers whose weights all matter; gpt-oss has them transposed, with biases."""
-    counts = {"num_experts": EXPERTS, "moe_intermediate_size": 24, "norm_topk_prob": True}
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=vocab_size,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        use_cache=False,
-        **(counts if family == "qwen3_moe" else {"num_local_experts": EXPERTS}),
-        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )
-    torch.manual_seed(0)
+    options = {"norm_topk_prob": True} if family == "qwen3_moe" else {}
+    model = experts.model(family, vocab_size=vocab_size, num_key_value_heads=1, **options)
     # transformers' grouped products have no float64 on a CPU.
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
-    randomize_weights(model, torch.Generator().manual_seed(1))
+    model.config._experts_implementation = "eager"
     return model.to(dtype).eval()
 
 

@@ -122,15 +122,12 @@ def test_no_token(family, grouping):
         assert module(x, chosen, shares).shape == x.shape
 
 
-def test_one_expert_that_every_token_chooses():
-    _, module = doubles("mixtral", "slot")
+@pytest.mark.parametrize("grouping", ["slot", "shared"])
+def test_choices_that_no_router_makes(grouping):
+    """One expert for every token, and a token that chooses one twice: the sum says what it is."""
+    _, module = doubles("mixtral", grouping)
     x, chosen, shares = experts.inputs(top=1)
     check(module, x, torch.full_like(chosen, EXPERTS - 1), shares)
-
-
-def test_a_token_that_chooses_one_expert_twice():
-    """No router does, but the sum over choices says what it means."""
-    _, module = doubles("mixtral", "shared")
     x, chosen, shares = experts.inputs()
     chosen[2] = chosen[2, 0]
     check(module, x, chosen, shares)
@@ -197,19 +194,17 @@ def test_as_the_models_own_forward_with_changed_weights(family, grouping, implem
 def plain(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
     """The forward as PyTorch operations in x's dtype, an expert at a time."""
     base, out = module.base_layer, torch.zeros_like(x)
-    names, adapters = experts.weight_names(base), bank_adapters(module)
+    adapters = {name: oracle.of_experts(each) for name, each in bank_adapters(module).items()}
+    names = experts.weight_names(base)
     for e in range(EXPERTS):
         tokens, places = torch.where(chosen == e)
         rows = x[tokens]
         for name in names:
-            weight, adapter = getattr(base, name)[e], adapters[name]
-            down, up = adapter.A[e], adapter.B[e]
-            if adapter.A_pool is not None:
-                each = adapter.A_pool.ndim == 3
-                down = torch.cat([down, adapter.A_pool[e] if each else adapter.A_pool])
-                up = torch.cat([up, adapter.B_pool[e] if each else adapter.B_pool], 1)
+            weight, (A, A_pool, B, B_pool, d) = getattr(base, name)[e], adapters[name][e]
+            if A_pool is not None:
+                A, B = torch.cat([A, A_pool]), torch.cat([B, B_pool], 1)
             y = rows @ (weight if base.is_transposed else weight.T)
-            y = y + ((rows @ down.to(x.dtype).T) * adapter.d[e].to(x.dtype)) @ up.to(x.dtype).T
+            y = y + ((rows @ A.to(x.dtype).T) * d.to(x.dtype)) @ B.to(x.dtype).T
             y = y + getattr(base, f"{name}_bias")[e] if base.has_bias else y
             last = name == names[1]
             rows = y if last else (base._apply_gate(y) if base.has_gate else base.act_fn(y))

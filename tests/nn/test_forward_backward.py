@@ -23,7 +23,7 @@ from tests.helpers.adapters import (
     patched,
     plain_model,
     randomize,
-    refresh,
+    randomize_adapters,
     trainable_copies,
     wide,
 )
@@ -43,8 +43,8 @@ def compare(entry, base, model, device="cpu"):
     # Copies of a whole model take longer than its steps, so that each is made once.
     simple, dense = plain_model(base, copies), oracle.dense_model(base, copies)
     for draw in range(DRAWS):
-        randomize(model, draw)
-        refresh(copies, found)
+        for each in (found, copies):
+            randomize_adapters(each, draw)
         inputs = entry.inputs(draw, dtype, device)
         reference = oracle.run_model(
             base, copies, lambda m, inputs=inputs: entry.loss(m, wide(inputs)), dense
