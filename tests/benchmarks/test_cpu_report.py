@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_report, harness, records
+from benchmarks import cpu_report, harness
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -81,7 +81,3 @@ def test_the_interval_of_an_overhead_widens_with_the_rounds_spread():
 
     assert interval(0.0) == 0
     assert 0 < interval(0.01) < interval(0.1)
-
-
-def test_quartiles_are_shown_around_the_median():
-    assert records.shown([1.0, 2.0, 3.0]) == "2 (1-3)"

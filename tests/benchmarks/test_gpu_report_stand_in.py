@@ -146,11 +146,7 @@ def test_the_machine_and_the_commit_are_named(whole):
     assert machine["torch"] == torch.__version__
     assert machine["commit"] == "abc1234"
     assert machine["card"].startswith("NVIDIA Stand-in")
-    for key in ("card", "driver", "date", "host", "kernels"):
-        assert f"- {key}: " in text
     assert "its times say nothing" in text
-    for name in BENCHMARKS:
-        assert f"## {name.capitalize()}" in text
 
 
 @pytest.fixture(scope="module")

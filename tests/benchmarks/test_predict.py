@@ -260,11 +260,3 @@ def test_the_page_has_what_is_predicted():
         assert records.table(shown) in predict.with_tables(without)
     for name, value in predict.GPU._asdict().items():
         assert name == "in_line" or f"| `{name}` | {value} |" in page, name
-
-
-def test_a_table_stands_under_its_command():
-    said = "by `python -m benchmarks.predict --cards 512 --markdown`:\n\n"
-    after = "\n`python -m benchmarks.predict --check-cpu --markdown`:\n\n| measured |\n| 1 |\n"
-    made = records.table(predict.over_cards(512, 8, 0.0))
-    page = predict.with_tables(f"{said}| old |\n| 1 |\n{after}")
-    assert page == f"{said}{made}\n{after}"
