@@ -27,7 +27,7 @@ import pytest, torch
 absent, torch.cuda.is_available = {absent}, lambda: True
 find = importlib.machinery.PathFinder.find_spec
 importlib.machinery.PathFinder.find_spec = (
-    lambda name, *rest: None if name.partition(".")[0] in absent else find(name, *rest)
+    lambda name, *of, **how: None if name.partition(".")[0] in absent else find(name, *of, **how)
 )
 for name in absent:
     assert name not in sys.modules

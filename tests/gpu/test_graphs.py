@@ -1,7 +1,4 @@
-"""A whole training step as a CUDA graph; on a CPU, its operations noted and run again.
-
-Forwards, operators and cached packs under capture: tests/nn/test_graphs.py.
-"""
+"""CUDA graphs, replayed with other inputs and weights; on a CPU, operations noted and run again."""
 
 from __future__ import annotations
 
@@ -9,13 +6,136 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import rasa_ext
-from tests.helpers.adapters import patched
-from tests.helpers.cuda import Captured, assert_close
+from rasa_ext import ops
+from rasa_ext.nn import functional
+from tests.helpers import cuda
+from tests.helpers.adapters import patched, randomize
+from tests.helpers.cuda import assert_close
 from tests.helpers.models import LLAMA
-from tests.helpers.operators import P
+from tests.helpers.operators import P, draw_adapter
+from tests.helpers.refusals import Snapshot
+
+pytestmark = pytest.mark.usefixtures("streams")
+
+DTYPES = [torch.float32, torch.bfloat16]
+WIDTH, LAYERS = 64, 4
+
+
+class Captured(cuda.Captured):
+    def replay(self) -> list[Tensor]:
+        """The results of a replay, when what stood in memory that torch has ready is gone."""
+        spoil_memory(self.results[0].device)
+        return super().replay()
+
+
+def spoil_memory(device: torch.device) -> None:
+    """Fills free blocks of torch's allocators, pinned ones and the device's, with ones."""
+    for size in (64, 512, 4096, 1 << 16):
+        pinned = [torch.full((size,), 255, dtype=torch.uint8).pin_memory() for _ in range(32)]
+        moved = [part.to(device, non_blocking=True) for part in pinned]
+        torch.cuda.synchronize()
+        del pinned, moved
+
+
+def model_of(dtype: torch.dtype, device: str) -> nn.Module:
+    base = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+    return patched(base.to(device, dtype))
+
+
+def forward(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        return [model(x)]
+
+
+def step(model: nn.Module, x: Tensor) -> list[Tensor]:
+    y = model(x)
+    parameters = rasa_ext.adapter_parameters(model)
+    return [y, *torch.autograd.grad(y.float().square().mean(), [x, *parameters])]
+
+
+def draw(x: Tensor) -> None:
+    with torch.no_grad():
+        x.copy_(torch.randn_like(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_sees_new_weights(dtype, tokens, device):
+    """Though packs were cached before: up to 16 tokens by the hand-written pair of kernels."""
+    model, x = (
+        model_of(dtype, device).eval(),
+        torch.randn(tokens, WIDTH, device=device, dtype=dtype),
+    )
+    forward(model, x)
+    graph = Captured(lambda: forward(model, x))
+    assert_close(graph.replay(), forward(copy.deepcopy(model), x))
+    for seed in (7, 8):
+        draw(x)
+        randomize(model, seed)
+        assert_close(graph.replay(), forward(copy.deepcopy(model), x))
+    step(model, x.detach().clone().requires_grad_())
+    assert_close(graph.replay(), forward(copy.deepcopy(model), x))
+
+
+# The tables of 60 layers are more than one kernel's parameters.
+@pytest.mark.parametrize("layers", [1, LAYERS, 60])
+def test_operators_over_a_group(layers, device):
+    drawn = [draw_adapter(40, 24, 3, 6, device) for _ in range(layers)]
+    A, _, B, _, d = map(list, zip(*drawn, strict=True))
+    _, A_pool, _, B_pool, _ = drawn[0]
+    weights = [torch.randn(24, 40, device=device) for _ in A]
+
+    def run():
+        Ap, Bp = ops.pack_group(A, A_pool, B, B_pool, d, torch.float32, 16)
+        grads = ops.pack_group_backward(2 * Ap, 3 * Bp, B, B_pool, d)
+        merged = [weight.clone() for weight in weights]
+        ops.merge_group(merged, Ap, Bp)
+        halves = [weight.bfloat16() for weight in weights]
+        ops.merge_group(halves, Ap, Bp)
+        return [Ap, Bp, *grads, ops.delta_group(Ap, Bp), *merged, *halves]
+
+    graph = Captured(run)
+    for _ in range(2):
+        for tensor in (*A, *B, *d, *weights, A_pool, B_pool):
+            draw(tensor)
+        assert_close(graph.replay(), run())
+
+
+@pytest.mark.parametrize("tokens", [4, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_on_given_inputs(dtype, tokens, device):
+    """With the pool read by all layers, and packed into each of them."""
+    model = model_of(dtype, device)
+    parameters = rasa_ext.adapter_parameters(model)
+    pool = model[0].pool
+    x = torch.randn(LAYERS, tokens, WIDTH, device=device, dtype=dtype, requires_grad=True)
+
+    def run():
+        lists = ([getattr(layer, name) for layer in model] for name in ("weight", "bias"))
+        A, B, d = ([getattr(layer, name) for layer in model] for name in ("A", "B", "d"))
+        y = functional.adapted_group(x, *lists, A, pool.A, B, pool.B, d, 16)
+        return [y, *torch.autograd.grad(y.float().square().mean(), [x, *parameters])]
+
+    graph = Captured(run)
+    for seed in (7, 8):
+        draw(x)
+        randomize(model, seed)
+        assert_close(graph.replay(), run())
+
+
+def test_merging_refuses_to_be_captured(device):
+    model, x = model_of(torch.float32, device), torch.ones(3, device=device)
+    before = Snapshot(model)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x += 1  # a graph of nothing would only warn
+        with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
+            rasa_ext.merge(model)
+    before.assert_unchanged()
+    largest = rasa_ext.merge(model)
+    assert largest > 0
 
 
 class Training:
@@ -42,10 +162,10 @@ class Training:
 
 @pytest.mark.parametrize("dropout", [0.0, P])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_replays_train_as_steps_do(dtype, dropout, device, fused, streams):
+def test_replays_train_as_steps_do(dtype, dropout, device, fused):
     """Each on tokens and under masks of its own."""
     captured, eager = (Training(dtype, device, dropout) for _ in range(2))
-    graph = Captured(captured.step)
+    graph = cuda.Captured(captured.step)
     eager.become(captured)
     for seed in range(1, 4):
         tokens = LLAMA.inputs(seed, device=device)["input_ids"]
