@@ -92,13 +92,6 @@ def test_the_floor_is_the_one_counted_by_hand(tokens):
     assert found["ours"] > 1e3 * (base + six + sums)
 
 
-def test_launches_of_a_linear():
-    kinds = Counter(op.kind for op in one("ours", 100))
-    assert kinds == {"product": 8, "pack": 2, "pack_backward": 1, "sum_pool": 2}
-    more = Counter(op.kind for op in one("ours", 100, biased=True, dropout=True)) - kinds
-    assert more == {"randint": 1, "dropout": 1, "keep": 2}
-
-
 def test_launches_of_a_decoder_layer():
     def counted(variant: str) -> tuple[int, int]:
         found = predict.step("llama", 4096, 8, "H100", variant)

@@ -6,11 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import rasa_ext
-from tests.helpers.adapters import RANK
-from tests.helpers.models import FAMILIES, SEQUENTIAL, ids
 
 OPTIONAL = (
     *("accelerate", "bitsandbytes", "gguf", "matplotlib", "peft", "rich", "torchao", "trl"),
@@ -31,20 +27,3 @@ def test_the_library_imports_only_torch_safetensors_and_regex():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
     )
     assert run.stdout.split() == []
-
-
-@pytest.mark.parametrize("k", [0, 1, RANK])
-@pytest.mark.parametrize("entry", [*FAMILIES, SEQUENTIAL], ids=ids)
-def test_a_state_dict_holds_nothing_twice(entry, k):
-    """Beyond what the plain model ties itself, no storage stands under two names."""
-    base = entry.build()
-
-    def repeats(model) -> int:
-        addresses = [v.data_ptr() for v in model.state_dict().values() if v.numel()]
-        return len(addresses) - len(set(addresses))
-
-    before = repeats(base)
-    plain_entries = len(base.state_dict())
-    model = rasa_ext.patch_model(base, RANK, k)
-    assert repeats(model) == before
-    assert len(model.state_dict()) == plain_entries + len(rasa_ext.adapter_parameters(model))

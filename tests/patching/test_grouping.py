@@ -165,7 +165,9 @@ def test_the_seed_decides_the_draw():
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_every_parameter_has_one_place(entry):
     """The pool is registered on the first layer of its group, and nowhere else."""
-    model = rasa_ext.patch_model(entry.build(), RANK, 2)
+    base = entry.build()
+    plain = len(base.state_dict())
+    model = rasa_ext.patch_model(base, RANK, 2)
     named = list(model.named_parameters(remove_duplicate=False))
     modules = {id(m): n for n, m in model.named_modules()}
     for parameter in rasa_ext.adapter_parameters(model):
@@ -178,6 +180,8 @@ def test_every_parameter_has_one_place(entry):
         assert modules[id(layer.pool)] == f"{first}.pool"
         assert ("pool" in layer._modules) == (name == first)
     assert isinstance(layer.pool, rasa_ext.RasaPool)
+    if entry is not TWO_NAMES:  # one of whose layers stands under both
+        assert len(model.state_dict()) == plain + len(rasa_ext.adapter_parameters(model))
 
 
 def test_a_module_with_two_names_is_one_layer():

@@ -10,67 +10,53 @@ from torch import nn
 import rasa_ext
 
 
-def body(width: int = 8) -> nn.ModuleList:
-    return nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
+def body() -> nn.ModuleList:
+    return nn.ModuleList([nn.Linear(8, 8) for _ in range(2)])
 
 
-def vision(name: str = "head", parts: tuple[str, ...] = ()) -> nn.Module:
-    """Blocks and, last, a linear layer at the given path."""
+def vision(*paths: str, out: int = 10, **more: object) -> nn.Module:
+    """Blocks and, last, linear layers at the given paths; a model with attributes of its own."""
     model = nn.Module()
     model.blocks = body()
     model.norm = nn.LayerNorm(8)
-    head: nn.Module = nn.Linear(8, 10)
-    for part in reversed(parts):
-        head = nn.ModuleDict({part: head})
-    model.add_module(name, head)
+    for path in paths:
+        first, *parts = path.split(".")
+        head: nn.Module = nn.Linear(8, out)
+        for part in reversed(parts):
+            head = nn.ModuleDict({part: head})
+        model.add_module(first, head)
+    for name, value in more.items():
+        setattr(model, name, value)
     return model
 
 
-def timm() -> nn.Module:
-    """A classifier that only the model itself knows by name."""
-    model = vision("output_layer")
-    model.get_classifier = lambda: model.output_layer
-    return model
-
-
-def distilled() -> nn.Module:
-    model = vision("one")
-    model.two = nn.Linear(8, 10)
-    model.get_classifier = lambda: (model.one, model.two)
+def timm(*paths: str) -> nn.Module:
+    """Classifiers that only the model itself knows by name."""
+    model = vision(*paths)
+    found = tuple(map(model.get_submodule, paths))
+    model.get_classifier = lambda: found if len(found) > 1 else found[0]
     return model
 
 
 def language_model() -> nn.Module:
     """A bare module whose last layer scores the words, under a name of its own."""
-    model = nn.Module()
-    model.words, model.places = nn.Embedding(50, 8), nn.Embedding(16, 8)
-    model.blocks = body()
-    model.unembed = nn.Linear(8, 50)
-    return model
+    return vision("unembed", out=50, words=nn.Embedding(50, 8), places=nn.Embedding(16, 8))
 
 
-def labelled() -> nn.Module:
-    model = vision("qa_outputs")
-    model.config = types.SimpleNamespace(num_labels=10)
-    return model
+PATHS = ("head", "head.fc", "heads.head", "fc", "classifier")
+LABELS = types.SimpleNamespace(num_labels=10)
 
 
 def other_get_classifier() -> nn.Module:
-    model = labelled()
-    model.get_classifier = lambda name: name  # not timm's
-    return model
+    return vision("qa_outputs", config=LABELS, get_classifier=lambda name: name)  # not timm's
 
 
 HEADS = {
-    "head": (vision, ["head"]),
-    "head.fc": (lambda: vision("head", ("fc",)), ["head.fc"]),
-    "heads.head": (lambda: vision("heads", ("head",)), ["heads.head"]),
-    "fc": (lambda: vision("fc"), ["fc"]),
-    "classifier": (lambda: vision("classifier"), ["classifier"]),
-    "timm": (timm, ["output_layer"]),
-    "distilled": (distilled, ["one", "two"]),
+    **{path: (lambda path=path: vision(path), [path]) for path in PATHS},
+    "timm": (lambda: timm("output_layer"), ["output_layer"]),
+    "distilled": (lambda: timm("one", "two"), ["one", "two"]),
     "words": (language_model, ["unembed"]),
-    "labels": (labelled, ["qa_outputs"]),
+    "labels": (lambda: vision("qa_outputs", config=LABELS), ["qa_outputs"]),
     "another get_classifier": (other_get_classifier, ["qa_outputs"]),
 }
 
@@ -90,24 +76,15 @@ def test_heads_are_left_out(name):
 
 def square() -> nn.Module:
     """A layer as square as the table of places is no head."""
-    model = nn.Module()
-    model.places = nn.Embedding(8, 8)
-    model.blocks = body()
-    model.mix = nn.Linear(8, 8)
-    return model
+    return vision("mix", out=8, places=nn.Embedding(8, 8))
 
 
 def inner() -> nn.Module:
-    model = nn.Module()
-    model.layers = nn.ModuleList([nn.ModuleDict({"head": nn.Linear(8, 8)}) for _ in range(2)])
-    return model
+    return nn.Sequential(*(nn.ModuleDict({"head": nn.Linear(8, 8)}) for _ in range(2)))
 
 
 def first() -> nn.Module:
-    model = nn.Module()
-    model.head = nn.Linear(8, 8)
-    model.tail = nn.Linear(8, 8)
-    return model
+    return nn.ModuleDict({"head": nn.Linear(8, 8), "tail": nn.Linear(8, 8)})
 
 
 @pytest.mark.parametrize("build", [square, inner, first, lambda: nn.Sequential(*body())])
