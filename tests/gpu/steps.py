@@ -15,10 +15,9 @@ from tests.helpers.adapters import (
     Errors,
     PlainRasa,
     adapters,
+    compare,
     excesses,
-    observe,
     plain_model,
-    randomize,
     trainable_copies,
     wide,
 )
@@ -116,20 +115,9 @@ def check_model(
 
     ``run`` is what stands for the model, say compiled. Returns what was observed of it.
     """
-    weight = next(base.parameters())
-    dtype, device = weight.dtype, str(weight.device)
-    found, ours, theirs, seen = adapters(model), Errors(by_kind=True), Errors(by_kind=True), []
-    for draw in range(draws):
-        randomize(model, draw)
-        copies, inputs = trainable_copies(found), entry.inputs(draw, dtype, device)
-        reference = oracle.run_model(
-            base, copies, lambda dense, inputs=inputs: entry.loss(dense, wide(inputs))
-        )
-        with torch.autocast(weight.device.type, autocast, enabled=autocast is not None):
-            seen.append(observe(model if run is None else run, found, entry, inputs))
-            theirs.add(observe(plain_model(base, copies), copies, entry, inputs), reference)
-        ours.add(seen[-1], reference)
-    assert not excesses(ours, theirs, floor(dtype) if autocast is None else 0.0)[0]
+    ours, theirs, seen = compare(entry, base, model, run, autocast, draws, by_kind=True)
+    low = floor(next(base.parameters()).dtype) if autocast is None else 0.0
+    assert not excesses(ours, theirs, low)[0]
     return seen
 
 

@@ -236,3 +236,36 @@ def plain_model(base: nn.Module, adapters: Mapping[str, Adapter]) -> nn.Module:
             if id(child) in modules and not isinstance(parent, PlainRasa):
                 setattr(parent, key, modules[id(child)])
     return model
+
+
+def compare(
+    entry: Entry,
+    base: nn.Module,
+    model: nn.Module,
+    run: nn.Module | None = None,
+    autocast: torch.dtype | None = None,
+    draws: int = 16,
+    by_kind: bool = False,
+) -> tuple[Errors, Errors, list[dict[str, Tensor]]]:
+    """Errors of a patched model and of plain PyTorch over several adapters and inputs.
+
+    ``run`` is what stands for the model, say compiled. Beside them what was observed of it.
+    """
+    weight = next(base.parameters())
+    ours, theirs, seen = Errors(by_kind), Errors(by_kind), []
+    found = adapters(model)
+    copies = trainable_copies(found)
+    # Copies of a whole model take longer than its steps, so that each is made once.
+    simple, dense = plain_model(base, copies), oracle.dense_model(base, copies)
+    for draw in range(draws):
+        for each in (found, copies):
+            randomize_adapters(each, draw)
+        inputs = entry.inputs(draw, weight.dtype, str(weight.device))
+        reference = oracle.run_model(
+            base, copies, lambda m, inputs=inputs: entry.loss(m, wide(inputs)), dense
+        )
+        with torch.autocast(weight.device.type, autocast, enabled=autocast is not None):
+            seen.append(observe(model if run is None else run, found, entry, inputs))
+            theirs.add(observe(simple, copies, entry, inputs), reference)
+        ours.add(seen[-1], reference)
+    return ours, theirs, seen

@@ -18,8 +18,10 @@ class VeraConfig(methods.AdapterConfig):
     """VeRA (arXiv 2310.11454): dW = diag(b) B diag(d) A, A and B being frozen and shared."""
 
     method: ClassVar[str] = "vera"
+    title: ClassVar[str] = "VeRA"
+    paper: ClassVar[str] = "2310.11454"
 
-    rank: int = 8
+    rank: int = methods.option(8, "The rank of the A and B that a group shares, as drawn.")
     d_initial: float = 0.1
 
     def own(self, place: Place) -> dict[str, Tensor]:

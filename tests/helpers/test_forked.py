@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 SLEEP = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-
-
-def test_a_process_has_what_it_is_given(forked_python, tmp_path):
-    (tmp_path / "module.py").write_text("import sys, os\nprint(sys.argv[1:], os.environ['HERE'])")
-    words = ["a b", "--c"]
-    for command in (["-m", "module"], ["-u", tmp_path / "module.py"], ["-c", "import module"]):
-        found, expected = (
-            subprocess.run(
-                [python, *command, *words],
-                cwd=tmp_path,
-                env={**os.environ, "HERE": "1"},
-                capture_output=True,
-                text=True,
-            )
-            for python in (forked_python, sys.executable)
-        )
-        assert (found.returncode, found.stdout, found.stderr) == (0, expected.stdout, "")
-        assert found.stdout == "['a b', '--c'] 1\n"
 
 
 @pytest.mark.parametrize(

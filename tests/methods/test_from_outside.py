@@ -14,36 +14,10 @@ from transformers import AutoModelForCausalLM
 
 import rasa_ext
 from rasa_ext import methods
+from tests.helpers import outside
 from tests.helpers.tiny_lm import save_base, sums, write_jsonl
 
-VERA = '''
-"""VeRA (arXiv 2310.11454): dW = diag(b) B diag(d) A, of which layers train b and d alone."""
-
-import dataclasses
-
-import torch
-from torch import nn
-
-from rasa_ext.methods import AdapterConfig, Factors, fresh_A, option
-
-
-@dataclasses.dataclass(frozen=True)
-class VeraConfig(AdapterConfig):
-    method, title, paper = "outside-vera", "VeRA", "2310.11454"
-
-    rank: int = option(8, "The rank of the A and B that a group shares, as they were drawn.")
-
-    def own(self, place):
-        b = torch.zeros(place.out_features, device=place.device)
-        return {"b": nn.Parameter(b), "d": nn.Parameter(b.new_full((self.rank,), 0.1))}
-
-    def pool(self, places):
-        A = fresh_A(self.rank, places[0], torch.float32).detach()
-        return {"A": A, "B": torch.randn(places[0].out_features, self.rank, device=A.device)}
-
-    def factors(self, own, pool, place):
-        return Factors(pool["A"], None, own["b"][:, None] * pool["B"], None, own["d"])
-
+COUNT = '''
 
 def count(folder: str) -> None:
     """Count the files of a folder."""
@@ -62,7 +36,8 @@ METADATA = "Metadata-Version: 2.1\nName: vera-method\nVersion: 1.0\n"
 def installed(tmp_path_factory) -> Path:
     """A folder of packages, in which one announces VeRA."""
     folder = tmp_path_factory.mktemp("site")
-    (folder / "vera_method.py").write_text(VERA)
+    text = Path(outside.__file__).read_text().replace('"vera"', '"outside-vera"')
+    (folder / "vera_method.py").write_text(text + COUNT)
     about = folder / "vera_method-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text(METADATA)

@@ -21,7 +21,7 @@ from tests.helpers.adapters import (
     observe,
     patched,
 )
-from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, SHALLOW, T5, Checkpointed, ids
+from tests.helpers.models import SEQUENTIAL, SHALLOW, Checkpointed
 from tests.helpers.operators import P, drop, unpacked
 
 
@@ -109,17 +109,6 @@ def assert_same(found: dict, expected: dict) -> None:
 
 def with_dropout(base: nn.Module) -> nn.Module:
     return patched(base.double(), dropout=P, adapter_dtype=torch.float64).train()
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("entry", [LLAMA, GPT2, T5], ids=ids)
-def test_gradient_checkpointing(entry, use_reentrant):
-    """Restores the generator's state, and so draws the same masks again."""
-    model = with_dropout(entry.build())
-    expected = step(model, entry)
-    assert not torch.allclose(step(model, entry, 12)["logits"], expected["logits"])
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    assert_same(step(model, entry), expected)
 
 
 def test_compile():

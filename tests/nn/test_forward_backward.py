@@ -18,40 +18,16 @@ from tests.helpers.adapters import (
     adapted_layers,
     adapter_of,
     adapters,
+    compare,
     excesses,
-    observe,
     patched,
-    plain_model,
     randomize,
-    randomize_adapters,
-    trainable_copies,
     wide,
 )
 from tests.helpers.models import ENCODER, FAMILIES, LLAMA, OTHERS, SEQUENTIAL, T5, ids
 
-DRAWS = 16
 # No pool, own ranks beside it, and nothing but the pool; a cast is the same in all of them.
 CASES = [(k, torch.float32) for k in (0, RANK // 2, RANK)] + [(1, torch.bfloat16)]
-
-
-def compare(entry, base, model, device="cpu"):
-    """Errors of the patched model and of plain PyTorch, over several adapters and inputs."""
-    dtype = next(base.parameters()).dtype
-    ours, theirs = Errors(), Errors()
-    found = adapters(model)
-    copies = trainable_copies(found)
-    # Copies of a whole model take longer than its steps, so that each is made once.
-    simple, dense = plain_model(base, copies), oracle.dense_model(base, copies)
-    for draw in range(DRAWS):
-        for each in (found, copies):
-            randomize_adapters(each, draw)
-        inputs = entry.inputs(draw, dtype, device)
-        reference = oracle.run_model(
-            base, copies, lambda m, inputs=inputs: entry.loss(m, wide(inputs)), dense
-        )
-        ours.add(observe(model, found, entry, inputs), reference)
-        theirs.add(observe(simple, copies, entry, inputs), reference)
-    return ours, theirs
 
 
 @pytest.mark.parametrize(("k", "dtype"), CASES, ids=str)
@@ -60,7 +36,7 @@ def test_families(entry, k, dtype, device, figure):
     base = entry.build().to(device, dtype)
     model = patched(base, RANK, k)
     assert list(adapted_layers(model)) == entry.targets(base)
-    ours, theirs = compare(entry, base, model, device)
+    ours, theirs, _ = compare(entry, base, model)
     bad, worst = excesses(ours, theirs, FLOOR.get(dtype, 0.0))
     largest = max(ours.relative().values())
     figure(
@@ -75,15 +51,15 @@ def test_other_models(entry):
     base = entry.build()
     model = patched(base)
     assert list(adapted_layers(model)) == entry.targets(base)
-    bad, _ = excesses(*compare(entry, base, model), FLOOR[torch.float32])
-    assert not bad
+    ours, theirs, _ = compare(entry, base, model)
+    assert not excesses(ours, theirs, FLOOR[torch.float32])[0]
 
 
 @pytest.mark.parametrize("entry", [LLAMA, T5, SEQUENTIAL], ids=ids)
 def test_float64_agrees_to_float64_rounding(entry):
     base = entry.build().double()
     model = patched(base, adapter_dtype=torch.float64)
-    ours, theirs = compare(entry, base, model)
+    ours, theirs, _ = compare(entry, base, model)
     worst = max(theirs.relative().values())
     assert max(ours.relative().values()) <= max(2 * worst, FLOOR[torch.float64])
 

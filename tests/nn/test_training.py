@@ -20,6 +20,7 @@ from tests.helpers.adapters import (
     assert_matches_oracle,
     check_step,
     clear_gradients,
+    compare,
     excesses,
     gradients,
     observe,
@@ -210,15 +211,8 @@ def test_autocast(base_dtype, adapter_dtype, way):
     """Error within twice that of plain PyTorch under the same autocast; gradients keep dtypes."""
     base = LLAMA.build().to(base_dtype)
     model = patched(base, adapter_dtype=adapter_dtype)
-    found, copies = adapters(model), trainable_copies(adapters(model))
-    ours, theirs = Errors(), Errors()
-    for seed in range(4):  # one small gradient of one draw says little of the error to expect
-        inputs = LLAMA.inputs(seed)
-        reference = oracle.run_model(base, copies, lambda m, at=inputs: LLAMA.loss(m, at))
-        with torch.autocast("cpu", torch.bfloat16):
-            observed = observe(model, found, LLAMA, inputs)
-            theirs.add(observe(plain_model(base, copies), copies, LLAMA, inputs), reference)
-        ours.add(observed, reference)
+    # One small gradient of one draw says little of the error to expect.
+    ours, theirs, (*_, observed) = compare(LLAMA, base, model, autocast=torch.bfloat16, draws=4)
     assert {v.dtype for k, v in observed.items() if k != "logits"} == {adapter_dtype}
     largest = max(theirs.relative().values())
     assert max(ours.relative().values()) <= 2 * largest
