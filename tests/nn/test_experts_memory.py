@@ -52,17 +52,6 @@ def test_nothing_of_the_size_of_a_weight_is_made(family, grouping, dtype):
     assert 0 < max(made.sizes) < smallest
 
 
-def test_the_count_sees_what_is_made():
-    """As it would be by the formula W + dW."""
-    bank = module_of("mixtral", "slot").gate_up_proj
-    with Made() as made:
-        _ = bank.B @ bank.A
-    assert made.sizes == [COUNT * 2 * INNER * WIDTH]
-    with Made() as made:
-        _ = bank.A.transpose(1, 2)[:2]
-    assert made.sizes == []
-
-
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_what_is_saved(grouping):
     """x where it is, once a token; U; and what the model's own gate and router's weights need."""
@@ -86,23 +75,6 @@ def test_what_is_saved(grouping):
         expected += [PAIRS * P, PAIRS * P, TOKENS * P]  # of the output, and their sum by token
     assert found == sorted(expected)
     y.sum().backward()
-
-
-def test_live_bytes_are_those_that_are_alive():
-    ones = torch.ones(1000)
-    with LiveBytes() as counted:
-        held = ones * 2
-        assert counted.now == 4000
-        view = held[::2]
-        del held
-        assert counted.now == 4000
-        more = [view + 1, view * 3]
-        assert counted.now == 8000
-        del view
-        assert counted.now == 4000
-        more.clear()
-        ones.add_(1)
-    assert (counted.now, counted.peak) == (0, 8000)
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)

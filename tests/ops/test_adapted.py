@@ -15,8 +15,7 @@ from tests.helpers.operators import (
     forward_of,
     random_mask,
 )
-
-NEEDS = list(itertools.product((True, False), repeat=3))
+from tests.ops.test_linear import NEEDS
 
 
 def draw(tokens, pooled, dtype, device, params=torch.float32):

@@ -13,12 +13,12 @@ from tests.helpers.operators import (
     DTYPES,
     check_operator,
     draw_adapter,
-    drop,
     floor,
     forward_of,
     random_mask,
     unpacked,
 )
+from tests.ops import test_linear
 
 # (tokens, in, ((out, Rp), ...)): grouped-query attention, no tokens, one layer, ranks that differ.
 SHAPES = (
@@ -27,7 +27,6 @@ SHAPES = (
     (4, 5, ((3, 3),)),
     (33, 65, ((31, 39), (1, 9))),
 )
-NEEDS = list(itertools.product((True, False), repeat=3))
 
 
 def draw(shape, dtype, device):
@@ -48,15 +47,14 @@ def draw(shape, dtype, device):
 
 
 def formulas(x, weights, biases, Ap, Bp, grads, kept=None):
-    downs = Ap.split([len(up) for up in Bp])
-    found, dx, inner = {}, 0, 0
+    """Those of each layer alone, and the sum of their gradients of x."""
+    downs, found = Ap.split([len(up) for up in Bp]), {"dx": 0}
     for i, (weight, down, up, grad) in enumerate(zip(weights, downs, Bp, grads, strict=True)):
-        bias = biases[i] if biases and biases[i].numel() else 0
-        U, H = drop(x, kept) @ down.T, grad @ up.T
-        found |= {f"y{i}": x @ weight.T + U @ up + bias, f"U{i}": U}
-        found |= {f"dAp{i}": H.T @ drop(x, kept), f"dBp{i}": U.T @ grad}
-        dx, inner = dx + grad @ weight, inner + H @ down
-    return found | {"dx": dx + drop(inner, kept)}
+        bias = biases[i] if biases and biases[i].numel() else None
+        one = test_linear.formulas(x, weight, bias, down, up, grad, kept)
+        found |= {f"{name}{i}": one[name] for name in ("y", "U", "dAp", "dBp")}
+        found["dx"] = found["dx"] + one["dx"]
+    return found
 
 
 def operators(x, weights, biases, Ap, Bp, grads, *mask):
@@ -77,7 +75,7 @@ def test_operators(shape, device):
     for mask in ((), (random_mask(x), 1.25)):
         args = x, weights, [] if mask else biases, Ap, Bp, *forward_of(x, mask)
         check_operator("linear_projections", *args)
-        for need in NEEDS:
+        for need in test_linear.NEEDS:
             inputs, U = x if need[1] else None, x @ Ap.T if need[2] else None
             args = grads, inputs, weights, U, Ap, Bp, *need, *mask
             check_operator("linear_projections_backward", *args)
@@ -115,7 +113,7 @@ def test_only_what_is_needed_is_read_and_comes_back(dropout, device):
     mask = (random_mask(x), 1 / (1 - 0.25)) if dropout else ()
     expected = operators(*tensors, *mask)
     U = torch.cat([expected[f"U{i}"] for i in range(3)], 1)
-    for need_x, need_A, need_B in NEEDS:
+    for need_x, need_A, need_B in test_linear.NEEDS:
         dx, dAp, dBp = torch.ops.rasa_ext.linear_projections_backward(
             grads, x if need_A else None, weights, U if need_B else None, Ap, Bp,
             need_x, need_A, need_B, *mask,
