@@ -27,8 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rasa_ext
 from rasa_ext.commands.app import app
-from tests.helpers import lora_server, oracle, tiny_lm
-from tests.helpers.adapters import adapters, patched, trainable_copies
+from tests.helpers import docstrings, lora_server, tiny_lm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "examples")]  # the latter for pages that copy one
@@ -81,16 +80,7 @@ def offline(tmp_path, monkeypatch) -> Path:
             return real(name if Path(name).is_dir() else tiny, *args, **options)
 
         monkeypatch.setattr(kind, "from_pretrained", staticmethod(load))
-    found = trainable_copies(adapters(patched(tiny_lm.make_model(**widths), 8, 1)))
-    targets = sorted({name.rpartition(".")[2] for name in found})
-    oracle.write_official(
-        tmp_path / "checkpoint",
-        oracle.official_tensors(found),
-        rank=8,
-        k=1,
-        alpha=8,
-        target_modules=targets,
-    )
+    docstrings.write_official(tmp_path / "checkpoint", **widths)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

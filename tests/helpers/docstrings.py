@@ -11,6 +11,7 @@ import doctest
 import inspect
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,17 +32,17 @@ def functions(public: Mapping[str, Any]) -> dict[str, Any]:
     return {name: each for name, each in public.items() if inspect.isroutine(each)}
 
 
+def write_official(folder: Path, **widths: int) -> None:
+    """Make a checkpoint of the official code, for the tiny model."""
+    found = trainable_copies(adapters(patched(tiny_lm.make_model(**widths), 8, 1)))
+    targets = sorted({name.rpartition(".")[2] for name in found})
+    tensors = oracle.official_tensors(found)
+    oracle.write_official(folder, tensors, rank=8, k=1, alpha=8, target_modules=targets)
+
+
 @pytest.fixture
 def namespace(tmp_path, monkeypatch):
-    found = trainable_copies(adapters(patched(tiny_lm.make_model(), 8, 1)))
-    oracle.write_official(
-        tmp_path / "checkpoint",
-        oracle.official_tensors(found),
-        rank=8,
-        k=1,
-        alpha=8,
-        target_modules=sorted({name.rpartition(".")[2] for name in found}),
-    )
+    write_official(tmp_path / "checkpoint")
     monkeypatch.chdir(tmp_path)
     models = {
         "model": tiny_lm.make_model(),

@@ -115,12 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
         elif (repository, revision) not in self.hub.branches:
             self.answer({"error": "no such revision"}, 404, X_Error_Code="RevisionNotFound")
         elif action == "preupload":
-            listed = json.loads(body)["files"]
-            modes = [
-                {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for each in listed
-            ]
-            self.answer({"files": modes})
+            mode = {"uploadMode": "regular", "shouldIgnore": False}
+            paths = [each["path"] for each in json.loads(body)["files"]]
+            self.answer({"files": [{"path": path, **mode} for path in paths]})
         elif action == "commit":
             for line in map(json.loads, body.splitlines()):
                 value = line["value"]
@@ -145,23 +142,17 @@ class _Handler(BaseHTTPRequestHandler):
         owner, name, action, revision, *file = parts
         repository = f"{owner}/{name}"
         try:
-            sha, files = (
-                self.hub.commit_of(repository, revision),
-                self.hub.at(repository, revision),
-            )
+            sha = self.hub.commit_of(repository, revision)
         except KeyError:
             self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
             return
+        files = self.hub.at(repository, revision)
         oids = {path: hashlib.sha1(data).hexdigest() for path, data in files.items()}
         if action == "revision":
             self.answer({"id": repository, "sha": sha, "siblings": []})
         elif action == "tree":
-            self.answer(
-                [
-                    {"type": "file", "path": path, "size": len(data), "oid": oids[path]}
-                    for path, data in files.items()
-                ]
-            )
+            sizes = [{"path": path, "size": len(data)} for path, data in files.items()]
+            self.answer([{"type": "file", "oid": oids[each["path"]], **each} for each in sizes])
         elif (path := "/".join(file)) in files:
             self.answer(files[path], ETag=f'"{oids[path]}"', X_Repo_Commit=sha)
         else:

@@ -279,20 +279,17 @@ def write_official(
     else:
         save_file(dict(tensors), directory / "adapter_model.safetensors", {"format": "pt"})
     config = {
-        "auto_mapping": None,
+        **dict.fromkeys(("auto_mapping", "layers_pattern", "layers_to_transform")),
+        **dict.fromkeys(("modules_to_save", "revision")),
         "base_model_name_or_path": "some/model",
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "layers_pattern": None,
-        "layers_to_transform": None,
-        "modules_to_save": None,
         "peft_type": "RASA",
         "r": rank,
         "rasa_alpha": alpha,
         "rasa_dropout": 0.05,
         "rasa_k": k,
-        "revision": None,
         "target_modules": target_modules,
         "task_type": "CAUSAL_LM",
     }

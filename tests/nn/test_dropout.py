@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from tests.helpers.adapters import (
     observe,
     patched,
 )
-from tests.helpers.models import SEQUENTIAL, SHALLOW, Checkpointed
+from tests.helpers.models import SEQUENTIAL, Checkpointed
 from tests.helpers.operators import P, drop, unpacked
 
 
@@ -111,20 +109,6 @@ def with_dropout(base: nn.Module) -> nn.Module:
     return patched(base.double(), dropout=P, adapter_dtype=torch.float64).train()
 
 
-def test_compile():
-    """As one graph; backends that keep torch's generators give the same masks.
-
-    Compiled, projections of one input do not share theirs: the model has none.
-    """
-    torch._dynamo.reset()
-    _, entry, _ = SHALLOW
-    model = with_dropout(entry.build())
-    expected = step(model, entry)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for _ in range(2):
-        assert_same(step(model, entry, run=compiled), expected)
-
-
 def test_compile_with_checkpointing():
     torch._dynamo.reset()
     model = with_dropout(Checkpointed(use_reentrant=False))
@@ -134,16 +118,6 @@ def test_compile_with_checkpointing():
     expected = observe(model, adapters(model), SEQUENTIAL, inputs)
     torch.manual_seed(11)
     assert_same(observe(compiled, adapters(model), SEQUENTIAL, inputs), expected)
-
-
-def test_deep_copies_and_steps():
-    """Equal under equal seeds, and no two steps alike."""
-    model = with_dropout(SEQUENTIAL.build())
-    twin = copy.deepcopy(model)
-    expected = step(model, SEQUENTIAL)
-    assert_same(step(twin, SEQUENTIAL), expected)
-    following = observe(model, adapters(model), SEQUENTIAL, SEQUENTIAL.inputs(0, torch.float64))
-    assert not torch.equal(following["logits"], expected["logits"])
 
 
 def test_eval_is_without_dropout():

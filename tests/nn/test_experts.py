@@ -180,17 +180,6 @@ def merged(module: RasaExperts, implementation: str) -> nn.Module:
     return base
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_as_the_models_own_forward_with_changed_weights(family, grouping, implementation):
-    x, chosen, shares = experts.inputs()
-    for module in doubles(family, grouping):
-        base = merged(module, implementation)
-        theirs = gradients(lambda x, w, run=base: run(x, chosen, w), x, shares, {})
-        assert_close(gradients(lambda x, w, run=module: run(x, chosen, w), x, shares, {}), theirs)
-
-
 def plain(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
     """The forward as PyTorch operations in x's dtype, an expert at a time."""
     base, out = module.base_layer, torch.zeros_like(x)

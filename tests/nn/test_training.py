@@ -106,37 +106,6 @@ def test_the_sum_of_two_forwards(way):
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
-OPTIMISERS = {
-    "SGD": lambda p: torch.optim.SGD(p, 0.01),  # at 0.1 rounding alone is amplified tenfold
-    "AdamW": lambda p: torch.optim.AdamW(p, 0.05),
-    "AdamW foreach": lambda p: torch.optim.AdamW(p, 0.05, foreach=True),
-    "AdamW fused": lambda p: torch.optim.AdamW(p, 0.05, fused=True),
-}
-
-
-@pytest.mark.parametrize("switch", [True, False], ids=["eval()", "no_grad alone"])
-@pytest.mark.parametrize("optimizer", OPTIMISERS)
-def test_eval_between_steps(optimizer, switch):
-    """A pack cached by one evaluation must not be seen by the next step or evaluation."""
-    base = LLAMA.build()
-    model = patched(base)
-    step = OPTIMISERS[optimizer](rasa_ext.adapter_parameters(model))
-    inputs = LLAMA.inputs(0)
-    for _ in range(3):
-        for _ in range(2):  # the second is served from the cache
-            model.train(not switch)
-            with torch.no_grad():
-                quiet = LLAMA.loss(model, inputs)[0]
-        model.train()
-        observed = observe(model, adapters(model), LLAMA, inputs)
-        assert_matches_oracle(LLAMA, base, model, observed, inputs)
-        torch.testing.assert_close(quiet, observed["logits"], rtol=1e-5, atol=1e-5)
-        if switch:
-            with torch.no_grad():
-                LLAMA.loss(model.eval(), inputs)  # cached once more, right before the step
-        step.step()
-
-
 @pytest.mark.parametrize("k", [0, 1, RANK])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, T5, TWO_NAMES], ids=ids)
 def test_a_deep_copy_trains_on_its_own(entry, k):

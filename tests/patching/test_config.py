@@ -16,7 +16,6 @@ from tests.helpers.adapters import RANK, adapted_layers, same_bits
 from tests.helpers.models import (
     ATTENTION,
     BERT,
-    ENCODER,
     EVERY,
     EXPERTS,
     GPT2,
@@ -129,14 +128,8 @@ def test_all_linear(entry):
             llama("self_attn.q_proj", layers=[1, 2]),
         ),
         (BERT, {"target_modules": ["pooler.dense"]}, ["bert.pooler.dense"]),
-        (
-            GPT2,
-            {"target_modules": ["attn.c_proj"]},
-            [f"transformer.h.{i}.attn.c_proj" for i in range(3)],
-        ),
         (SEQUENTIAL, {"target_modules": ["2"]}, ["2"]),
         (SEQUENTIAL, {"exclude_modules": ["2", "4"]}, ["0", "6"]),
-        (ENCODER, {"target_modules": ["linear2"]}, ["layers.0.linear2", "layers.1.linear2"]),
     ],
 )
 def test_choosing_layers(entry, options, expected):
