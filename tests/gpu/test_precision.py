@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import rasa_ext
-from tests.gpu.steps import Case, OnDevice, check_model
+from tests.gpu.steps import Case, check_model
 from tests.helpers import oracle
-from tests.helpers.adapters import adapter_of, excesses, patched
+from tests.helpers.adapters import Errors, adapter_of, excesses, patched
 from tests.helpers.models import BERT, LLAMA, ids
 from tests.helpers.operators import floor
 
@@ -46,7 +46,7 @@ def rounds_to_tf32(device: str, tf32: bool) -> bool:
 def test_tf32_in_a_layer(device, tf32):
     """Where it is allowed, y and every gradient show it; where it is not, none does."""
     sizes = (512, 512, 1024, 8, 32) if device == "cuda" else (64, 64, 128, 8, 32)
-    ours, theirs = OnDevice(), OnDevice()
+    ours, theirs = Errors(), Errors()
     for _ in range(2):
         case = Case(sizes, torch.float32, device)
         reference = case.reference()
@@ -64,7 +64,7 @@ def test_fp32_precision_is_the_same_flag(device):
     sizes = (512, 512, 1024, 8, 32) if device == "cuda" else (64, 64, 128, 8, 32)
     for precision in ("tf32", "ieee"):
         with setting("fp32_precision", precision):
-            case, errors = Case(sizes, torch.float32, device), OnDevice()
+            case, errors = Case(sizes, torch.float32, device), Errors()
             errors.add(case.ours(), case.reference())
         shown = rounds_to_tf32(device, precision == "tf32")
         assert (errors.relative()["y"] > BETWEEN) == shown

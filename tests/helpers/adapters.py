@@ -109,7 +109,8 @@ class Errors:
             got = found[name]
             assert got.shape == expected.shape, name
             key = name.rpartition(".")[2] if self.by_kind else name
-            self.error[key] += (got.detach().cpu().double() - expected.cpu()).square().sum().item()
+            wide = got.detach().to(expected.device).double()
+            self.error[key] += (wide - expected).square().sum().item()
             self.scale[key] += expected.square().sum().item()
 
     def relative(self) -> dict[str, float]:

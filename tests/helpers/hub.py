@@ -11,15 +11,16 @@ import contextlib
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
 from huggingface_hub import constants
 from transformers.utils import hub as transformers_hub
+
+from tests.helpers.servers import JsonHandler, answering
 
 TOKEN = "hf_secret"
 _HEAD = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
@@ -68,22 +69,9 @@ def refused(card: str) -> str | None:
     return None
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     hub: Hub
     endpoint: str
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, content: object, status: int = 200, **headers: str) -> None:
-        data = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
 
     def parts(self) -> list[str]:
         return [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
@@ -178,11 +166,5 @@ def local_hub(monkeypatch, cache: Path) -> Iterator[Hub]:
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setenv("NO_PROXY", "127.0.0.1")
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        try:
+        with answering(server):
             yield hub
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()

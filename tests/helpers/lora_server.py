@@ -10,13 +10,15 @@ import copy
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+
+from tests.helpers.servers import JsonHandler, answering
 
 
 class LoraServer(ThreadingHTTPServer):
@@ -89,22 +91,17 @@ def log_probabilities(model: nn.Module, tokens: list[int]) -> Tensor:
 
 @contextlib.contextmanager
 def serving(base: nn.Module, **options: Any) -> Iterator[LoraServer]:
-    with LoraServer(base, **options) as server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.shutdown()
-            thread.join()
+    server = LoraServer(base, **options)
+    with answering(server):
+        yield server
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     server: LoraServer
 
     def do_GET(self) -> None:
         names = {"data": [{"id": name} for name in self.server.loras]}
-        self._answer(200, names if self.path == "/v1/models" else {"message": self.path})
+        self.answer(names if self.path == "/v1/models" else {"message": self.path})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -123,14 +120,4 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.lost.remove(self.path)
             self.close_connection = True
             return
-        self._answer(code, told)
-
-    def _answer(self, code: int, told: Any) -> None:
-        text = (told if isinstance(told, str) else json.dumps(told)).encode()
-        self.send_response(code)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.answer(told, code)

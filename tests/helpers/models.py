@@ -224,6 +224,9 @@ class Checkpointed(nn.Module):
         return x
 
 
+CHECKPOINTED = Entry(
+    "checkpointed", lambda: Checkpointed(False), _inputs(x=_tokens(4, 5)), _positional
+)
 _BATCH = {"input_ids": _tokens(8, 7)}
 
 LLAMA = Entry("llama", _llama, _inputs(**_BATCH), _logits, ("lm_head",))

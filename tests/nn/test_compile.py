@@ -5,15 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.adapters import (
-    adapters,
-    assert_matches_oracle,
-    check_step,
-    observe,
-    patched,
-    randomize,
-)
-from tests.helpers.models import SEQUENTIAL, SHALLOW, VIT, Checkpointed
+from tests.helpers.adapters import check_step, patched, randomize
+from tests.helpers.models import CHECKPOINTED, SEQUENTIAL, SHALLOW, VIT, ids
 
 
 @pytest.mark.parametrize(
@@ -35,21 +28,15 @@ def test_compile(entry, backend):
         torch.testing.assert_close(quiet, entry.loss(model, inputs)[0], rtol=1e-5, atol=1e-5)
 
 
-def test_compile_with_checkpointing():
-    """Where transformers' own checkpointing compiles as one graph at all."""
+@pytest.mark.parametrize("entry", [VIT, CHECKPOINTED], ids=ids)
+def test_compile_with_checkpointing(entry):
+    """Where transformers' own compiles as one graph at all, and in a model of one's own.
+
+    What lets gradients into re-entrant checkpoints must not break the graph.
+    """
     torch._dynamo.reset()
-    base = VIT.build()
+    base = entry.build()
     model = patched(base).train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    check_step(VIT, base, model, torch.compile(model, fullgraph=True, backend="aot_eager"))
-
-
-def test_compile_with_checkpointing_of_ones_own():
-    """What lets gradients into re-entrant checkpoints must not break the graph."""
-    torch._dynamo.reset()
-    base = Checkpointed(use_reentrant=False)
-    model = patched(base)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    inputs = {"x": torch.randint(0, 32, (4, 5))}
-    observed = observe(compiled, adapters(model), SEQUENTIAL, inputs)
-    assert_matches_oracle(SEQUENTIAL, base, model, observed, inputs)
+    if entry is VIT:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    check_step(entry, base, model, torch.compile(model, fullgraph=True, backend="aot_eager"))

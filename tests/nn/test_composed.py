@@ -40,25 +40,19 @@ def test_both_derivatives(shape, form):
     assert torch.autograd.gradgradcheck(run, (x, *factors))
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("missing", ["bias", "d", None])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_oracles_values(shape, bias):
-    x, weight, b, factors = draw(shape)
-    b = b if bias else None
-    expected = oracle.linear(x, weight, b, Adapter(*factors))
-    torch.testing.assert_close(composed.adapted_linear(x, weight, b, factors), expected)
+def test_the_oracles_values(shape, missing):
+    x, weight, bias, factors = draw(shape)
+    bias = None if missing == "bias" else bias
+    factors = factors._replace(d=None) if missing == "d" else factors
+    expected = oracle.linear(x, weight, bias, Adapter(*factors))
+    torch.testing.assert_close(composed.adapted_linear(x, weight, bias, factors), expected)
     y = torch.randn_like(expected)
     kept = y.clone()
     added = composed.adapted_linear(x, None, None, factors, y)
     torch.testing.assert_close(added, y + oracle.linear(x, 0 * weight, None, Adapter(*factors)))
     assert torch.equal(y, kept)
-
-
-def test_without_a_diagonal():
-    x, weight, bias, factors = draw((5, 9, 7, 3, 6))
-    factors = factors._replace(d=None)
-    expected = oracle.linear(x, weight, bias, Adapter(*factors))
-    torch.testing.assert_close(composed.adapted_linear(x, weight, bias, factors), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

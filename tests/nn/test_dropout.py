@@ -19,7 +19,7 @@ from tests.helpers.adapters import (
     observe,
     patched,
 )
-from tests.helpers.models import SEQUENTIAL, Checkpointed
+from tests.helpers.models import CHECKPOINTED, SEQUENTIAL
 from tests.helpers.operators import P, drop, unpacked
 
 
@@ -111,13 +111,10 @@ def with_dropout(base: nn.Module) -> nn.Module:
 
 def test_compile_with_checkpointing():
     torch._dynamo.reset()
-    model = with_dropout(Checkpointed(use_reentrant=False))
-    inputs = {"x": torch.randint(0, 32, (4, 5))}
+    model = with_dropout(CHECKPOINTED.build())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.manual_seed(11)
-    expected = observe(model, adapters(model), SEQUENTIAL, inputs)
-    torch.manual_seed(11)
-    assert_same(observe(compiled, adapters(model), SEQUENTIAL, inputs), expected)
+    expected = step(model, CHECKPOINTED)
+    assert_same(step(model, CHECKPOINTED, run=compiled), expected)
 
 
 def test_eval_is_without_dropout():

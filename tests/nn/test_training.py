@@ -31,7 +31,7 @@ from tests.helpers.adapters import (
     trainable_copies,
     wide,
 )
-from tests.helpers.models import FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, Checkpointed, ids
+from tests.helpers.models import CHECKPOINTED, FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
 from tests.helpers.refusals import Snapshot
 
 
@@ -54,12 +54,10 @@ def test_gradient_checkpointing(entry, use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_of_ones_own(use_reentrant):
-    base = Checkpointed(use_reentrant)
+    base = CHECKPOINTED.build()  # the plain model has nothing that lets gradients in
     model = patched(base)
-    inputs = {"x": torch.randint(0, 32, (4, 5))}
-    observed = observe(model, adapters(model), SEQUENTIAL, inputs)
-    base.use_reentrant = False  # the plain model has nothing that lets gradients in
-    assert_matches_oracle(SEQUENTIAL, base, model, observed, inputs)
+    model.use_reentrant = use_reentrant
+    check_step(CHECKPOINTED, base, model)
 
 
 @pytest.mark.parametrize("entry", [LLAMA, TWO_NAMES], ids=ids)

@@ -16,8 +16,6 @@ from tests.helpers.adapters import RANK, adapted_layers, same_bits
 from tests.helpers.models import (
     ATTENTION,
     BERT,
-    EVERY,
-    EXPERTS,
     GPT2,
     LLAMA,
     SEQUENTIAL,
@@ -93,12 +91,6 @@ def test_patching_is_in_place():
     layer = model.model.layers[1].mlp.up_proj
     assert layer.base_layer is base
     assert layer.base_layer.weight is weight
-
-
-@pytest.mark.parametrize("entry", [*EVERY, EXPERTS], ids=ids)
-@pytest.mark.filterwarnings("ignore:.*3-D")
-def test_all_linear(entry):
-    assert adapted(entry) == entry.targets(entry.build())
 
 
 @pytest.mark.parametrize(

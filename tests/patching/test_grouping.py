@@ -11,7 +11,7 @@ from torch import nn
 import rasa_ext
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapted_layers
-from tests.helpers.models import EVERY, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
+from tests.helpers.models import EVERY, EXPERTS, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
 
 SPLITS = [0, 1, RANK // 2, RANK]
 _LLAMA_8B = {
@@ -55,8 +55,10 @@ def plain_shapes(model: nn.Module, names) -> dict[str, tuple[int, int]]:
     return {name: oracle.weight_shape(model.get_submodule(name)) for name in names}
 
 
-@pytest.mark.parametrize("entry", EVERY, ids=ids)
+@pytest.mark.parametrize("entry", [*EVERY, EXPERTS], ids=ids)
+@pytest.mark.filterwarnings("ignore:.*3-D")
 def test_models(entry):
+    """Every linear layer but a head is adapted, and shares its pool with those of its group."""
     base = entry.build()
     model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1)
     assert pools_of(model) == oracle.groups(plain_shapes(base, entry.targets(base)))
