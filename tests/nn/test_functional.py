@@ -33,6 +33,14 @@ def trainable(adapter: Adapter) -> Adapter:
     return adapter.map(lambda t: t.requires_grad_())
 
 
+def outputs(x, weights, biases, adapters) -> tuple[torch.Tensor, ...]:
+    """Those of one layer, or of several that are computed together."""
+    factors = [Factors(*each) for each in adapters]
+    if len(factors) == 1:
+        return (functional.adapted_linear(x, weights[0], biases[0], factors[0]),)
+    return functional.adapted_projections(x, weights, biases, factors)
+
+
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("form", ["linear", "add", "projections"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -89,12 +97,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_theirs(layers, frozen, d
         trainable(each)
     for name in set(names) - {"x"}:
         getattr(adapters[-1], name).requires_grad_(False)
-    factors = [Factors(*each) for each in adapters]
-    if layers == 1:
-        y = [functional.adapted_linear(x, weights[0], biases[0], factors[0])]
-    else:
-        y = functional.adapted_projections(x, weights, biases, factors)
-    torch.autograd.backward(y, grads)
+    torch.autograd.backward(outputs(x, weights, biases, adapters), grads)
     total = 0
     for each, weight, grad in zip(adapters, weights, grads, strict=True):
         expected = oracle.linear_grads(grad, x.detach(), weight, each)
@@ -111,8 +114,7 @@ def test_what_is_frozen_gets_no_gradient_and_the_others_theirs(layers, frozen, d
 @pytest.mark.parametrize("layers", [1, 2])
 def test_an_output_that_nobody_used_counts_as_zero(layers, device):
     x, weights, biases, adapters, grads = draw(SHAPES[0], device, layers=3)
-    factors = [Factors(*trainable(each)) for each in adapters]
-    y = functional.adapted_projections(x.requires_grad_(), weights, biases, factors)
+    y = outputs(x.requires_grad_(), weights, biases, list(map(trainable, adapters)))
     torch.autograd.backward(y[:layers], grads[:layers])
     parts = zip(adapters, weights, grads, strict=True)
     expected = [oracle.linear_grads(g, x.detach(), w, a) for a, w, g in parts]
@@ -144,16 +146,14 @@ def step(frozen: str, layers: int, add: bool = False):
         trainable(each)
         for name in set(frozen.split()) - {"x"}:
             getattr(each, name).requires_grad_(False)
-    factors = [Factors(*each) for each in adapters]
     saved = []
     x.requires_grad_("x" not in frozen.split())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        if layers > 1:
-            y = functional.adapted_projections(x, weights, [None] * layers, factors)
-        elif add:
-            y = (functional.adapted_linear(x, None, None, factors[0], y=x @ weights[0].T),)
+        if add:
+            factors = Factors(*adapters[0])
+            y = (functional.adapted_linear(x, None, None, factors, y=x @ weights[0].T),)
         else:
-            y = (functional.adapted_linear(x, weights[0], None, factors[0]),)
+            y = outputs(x, weights, [None] * layers, adapters)
     with Products() as products:
         torch.autograd.backward(y, [torch.ones_like(t) for t in y])
     is_x = any(t.data_ptr() == x.data_ptr() for t in saved)
@@ -202,12 +202,7 @@ def test_gradients_of_B_have_its_strides_and_are_not_copied():
 @pytest.mark.parametrize("layers", [1, 2])
 def test_a_second_derivative_is_refused(layers, device):
     x, weights, biases, adapters, _ = draw(SHAPES[0], device, layers=layers)
-    factors = [Factors(*trainable(each)) for each in adapters]
-    x.requires_grad_()
-    if layers == 1:
-        y = functional.adapted_linear(x, weights[0], biases[0], factors[0])
-    else:
-        y = functional.adapted_projections(x, weights, biases, factors)[1]
+    *_, y = outputs(x.requires_grad_(), weights, biases, list(map(trainable, adapters)))
     (first,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate"):
         first.sum().backward()

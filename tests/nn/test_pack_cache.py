@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import itertools
 import pickle
+from unittest import mock
 
 import bitsandbytes
 import pytest
@@ -76,17 +78,13 @@ def test_the_packs_own_device_is_asked_whether_it_captures(monkeypatch):
     """A graph is captured on device 1, then on device 0, and device 0 is the current one."""
     current, capturing = [0], 1
 
-    class Current:
-        def __init__(self, device):
-            self.index = device.index
+    @contextlib.contextmanager
+    def entered(device):
+        current.append(device.index)
+        yield
+        current.pop()
 
-        def __enter__(self):
-            current.append(self.index)
-
-        def __exit__(self, *_):
-            current.pop()
-
-    monkeypatch.setattr(torch.cuda, "device", Current)
+    monkeypatch.setattr(torch.cuda, "device", entered)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == capturing)
     asked = {index: pack_cache._is_capturing(torch.device("cuda", index)) for index in (0, 1)}
     assert asked == {0: False, 1: True}
@@ -223,39 +221,22 @@ def test_what_packs_are_forgotten_by(kind, way, packs):
 def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_stream(monkeypatch):
     """Else it could read the pack before it is written, or after its memory was used again."""
 
-    class Stream:
-        def __init__(self) -> None:
-            self.waited: list[object] = []
-
-        def record_event(self) -> object:
-            return ("packed", id(self))
-
-        def wait_event(self, event: object) -> None:
-            self.waited.append(event)
-
-    class Memory:
-        device = torch.device("cuda:1")
-
-        def __init__(self) -> None:
-            self.streams: list[object] = []
-
-        def record_stream(self, stream: object) -> None:
-            self.streams.append(stream)
-
-    maker, reader = Stream(), Stream()
+    maker, reader = mock.Mock(), mock.Mock()
     current = [maker]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
     monkeypatch.setattr(pack_cache, "_is_capturing", lambda device: False)
     cache, sources, form = PackCache(), [torch.ones(2)], (torch.float32, torch.device("cuda:1"))
-    made = (Memory(), Memory())
+    made = mock.Mock(device=form[1]), mock.Mock(device=form[1])
     assert cache.get(sources, form, lambda: made) is made
     assert cache.get(sources, form, lambda: None) is made
-    assert [each.streams for each in made] == [[], []]
-    assert maker.waited == []
+    assert not any(each.record_stream.called for each in made)
+    maker.wait_event.assert_not_called()
     current[0] = reader
     assert cache.get(sources, form, lambda: None) is made
-    assert reader.waited == [("packed", id(maker))]
-    assert [each.streams for each in made] == [[reader], [reader]]
+    maker.record_event.assert_called_once_with()
+    reader.wait_event.assert_called_once_with(maker.record_event.return_value)
+    for each in made:
+        each.record_stream.assert_called_once_with(reader)
 
 
 def _linears():
