@@ -135,12 +135,6 @@ def test_suffixes_stop_at_dots():
             adapted(LLAMA, target_modules=target)
 
 
-def test_attention_that_reads_weights_is_refused_by_name():
-    """torch's attention would go past an adapter on its ``out_proj`` without a word."""
-    with pytest.raises(ValueError, match="out_proj"):
-        adapted(ATTENTION, target_modules=["out_proj"])
-
-
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, BERT, T5, TIED], ids=ids)
 def test_only_adapters_and_modules_to_save_are_trainable(entry):
     (head,) = entry.left_out

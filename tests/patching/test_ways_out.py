@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import re
 import warnings
 
 import pytest
@@ -96,12 +95,3 @@ def test_what_is_no_linear_layer(targets, said):
 def test_the_way_out_is_one():
     model = rasa_ext.patch_model(Attending(), 2, modules_to_save=["attention", "gru"])
     assert all(p.requires_grad for p in (*model.attention.parameters(), *model.gru.parameters()))
-
-
-def test_a_model_without_linear_layers():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GRU(4, 4))
-    refused(
-        lambda: rasa_ext.patch_model(model),
-        model,
-        re.escape("none of the model's 0. 0 (Conv2d), 1 (GRU): no linear layers;"),
-    )
