@@ -121,18 +121,15 @@ def test_a_stage_out_of_time_is_killed_with_its_children(tmp_path, monkeypatch):
 def test_stages_run_at_the_same_time_end_each_on_its_own(tmp_path):
     """Both wait for what the other writes."""
     code = (
-        "import pathlib, time\n"
-        "mine, other = (pathlib.Path(r'{folder}', name) for name in ('{mine}', '{other}'))\n"
-        "mine.touch()\n"
-        "while not other.exists(): time.sleep(0.01)\n"
-        "raise SystemExit({code})"
+        "import pathlib, sys, time\n"
+        "mine, other, status = sys.argv[1:]\n"
+        "pathlib.Path(mine).touch()\n"
+        "while not pathlib.Path(other).exists(): time.sleep(0.01)\n"
+        "raise SystemExit(int(status))"
     )
-    names = (("a", "b", 0), ("b", "a", 3))
-    stages = [
-        staged.Stage(mine, (sys.executable, "-c", code.format(folder=tmp_path, **vars_)), 60)
-        for mine, other, exit_code in names
-        for vars_ in [{"mine": mine, "other": other, "code": exit_code}]
-    ]
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    words = ((a, b, "0"), (b, a, "3"))
+    stages = [staged.Stage(w[0][-1], (sys.executable, "-c", code, *w), 60) for w in words]
     first, second = staged.run(stages, 60.0, tmp_path)
     assert (first["status"], second["status"], second["exit"]) == ("ok", "failed", 3)
 

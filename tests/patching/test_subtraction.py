@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
+from peft import PeftModel
 
 import rasa_ext
 from rasa_ext.patching.subtraction import MergeResidual, residual_of
@@ -38,36 +37,42 @@ def same(left, right) -> bool:
     return all(same_bits(left[name], right[name]) for name in right)
 
 
+def merge(model, subtract: bool = True) -> float | None:
+    """Merge a PEFT model or a patched one."""
+    if not isinstance(model, PeftModel):
+        return rasa_ext.merge(model, subtract=subtract)
+    model.unmerge_by_subtracting(subtract)
+    return model.merge_adapter()
+
+
+def unmerge(model) -> None:
+    if isinstance(model, PeftModel):
+        model.unmerge_adapter()
+    else:
+        rasa_ext.unmerge(model)
+
+
+@pytest.mark.parametrize("side", ["peft", "patched"])
 @pytest.mark.parametrize(("entry", "dtype"), CASES, ids=IDS)
-def test_peft_cycles_give_every_bit_back(entry, dtype):
+def test_cycles_give_every_bit_back(entry, dtype, side):
     """A hundred, each with other numbers: no drift, and merged weights as with a copy."""
-    model = adapted(entry.build().to(dtype))
+    base = entry.build().to(dtype)
+    model = adapted(base) if side == "peft" else patched(base)
     before = weights(model)
     for cycle in range(100):
         small(model, 10.0 ** -(cycle % 5))
         if cycle == 0:
-            model.merge_adapter()
+            merge(model, subtract=False)
             expected = weights(model)
-            model.unmerge_adapter()
-            model.unmerge_by_subtracting()
-        model.merge_adapter()
+            unmerge(model)
+        largest = merge(model)
         if cycle == 0:
             assert same(weights(model), expected)
-        model.unmerge_adapter()
-    assert same(weights(model), before)
-
-
-@pytest.mark.parametrize(("entry", "dtype"), CASES, ids=IDS)
-def test_cycles_give_every_bit_back(entry, dtype):
-    model = patched(entry.build().to(dtype))
-    before = weights(model)
-    for cycle in range(100):
-        small(model, 10.0 ** -(cycle % 5))
-        largest = rasa_ext.merge(model, subtract=True)
-        assert largest == rasa_ext.merge(model)  # merged already
-        with rasa_ext.disable_adapter(model):
-            assert cycle > 3 or same(weights(model), before)
-        rasa_ext.unmerge(model)
+        if side == "patched":
+            assert largest == rasa_ext.merge(model)  # merged already
+            with rasa_ext.disable_adapter(model):
+                assert cycle > 3 or same(weights(model), before)
+        unmerge(model)
     assert same(weights(model), before)
 
 
@@ -116,19 +121,13 @@ def test_several_adapters_one_after_the_other():
 def test_an_adapter_that_changed_meanwhile(side, bytes_, monkeypatch):
     """Nothing is unmerged then, whatever is taken at a time."""
     monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", bytes_)
-    if side == "patched":
-        model = patched(make_model())
-        merge = functools.partial(rasa_ext.merge, model, subtract=True)
-        unmerge = functools.partial(rasa_ext.unmerge, model)
-    else:
-        model = tiny() if side == "peft" else tuned()
-        model.unmerge_by_subtracting()
-        merge, unmerge = model.merge_adapter, model.unmerge_adapter
+    makers = {"patched": lambda: patched(make_model()), "peft": tiny, "experts": tuned}
+    model = makers[side]()
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.mul_(0.1)  # so that little is kept
     before = weights(model)
-    merge()
+    merge(model)
     merged = weights(model)
     changed = [*trained(model).values()]
     if side == "patched":  # the last chunk alone, which comes after others
@@ -138,12 +137,12 @@ def test_an_adapter_that_changed_meanwhile(side, bytes_, monkeypatch):
         for parameter in changed:
             parameter.add_(1e-3)
     with pytest.raises(RuntimeError, match="not what it was before merging: the adapter"):
-        unmerge()
+        unmerge(model)
     assert same(weights(model), merged)
     with torch.no_grad():
         for parameter, number in zip(changed, numbers, strict=True):
             parameter.copy_(number)
-    unmerge()
+    unmerge(model)
     assert same(weights(model), before)
 
 
