@@ -11,9 +11,8 @@ from torch import Tensor, nn
 import rasa_ext
 from rasa_ext import ops
 from rasa_ext.nn import functional
-from tests.helpers import cuda
 from tests.helpers.adapters import patched, randomize
-from tests.helpers.cuda import assert_close
+from tests.helpers.cuda import Captured, assert_close
 from tests.helpers.models import LLAMA
 from tests.helpers.operators import P, draw_adapter
 from tests.helpers.refusals import Snapshot
@@ -22,22 +21,6 @@ pytestmark = pytest.mark.usefixtures("streams")
 
 DTYPES = [torch.float32, torch.bfloat16]
 WIDTH, LAYERS = 64, 4
-
-
-class Captured(cuda.Captured):
-    def replay(self) -> list[Tensor]:
-        """The results of a replay, when what stood in memory that torch has ready is gone."""
-        spoil_memory(self.results[0].device)
-        return super().replay()
-
-
-def spoil_memory(device: torch.device) -> None:
-    """Fills free blocks of torch's allocators, pinned ones and the device's, with ones."""
-    for size in (64, 512, 4096, 1 << 16):
-        pinned = [torch.full((size,), 255, dtype=torch.uint8).pin_memory() for _ in range(32)]
-        moved = [part.to(device, non_blocking=True) for part in pinned]
-        torch.cuda.synchronize()
-        del pinned, moved
 
 
 def model_of(dtype: torch.dtype, device: str) -> nn.Module:
@@ -165,7 +148,7 @@ class Training:
 def test_replays_train_as_steps_do(dtype, dropout, device, fused):
     """Each on tokens and under masks of its own."""
     captured, eager = (Training(dtype, device, dropout) for _ in range(2))
-    graph = cuda.Captured(captured.step)
+    graph = Captured(captured.step)
     eager.become(captured)
     for seed in range(1, 4):
         tokens = LLAMA.inputs(seed, device=device)["input_ids"]

@@ -31,12 +31,25 @@ class Captured:
             self.results = run()
 
     def replay(self) -> list[Tensor]:
-        """Copies of a replay's results, where nothing of an earlier run is left."""
+        """Copies of a replay's results, where nothing of an earlier run is left.
+
+        Nor does anything of what stood in memory that torch has ready.
+        """
+        spoil_memory(self.results[0].device)
         with torch.no_grad():
             for result in self.results:
                 result.fill_(float("nan"))
         self.graph.replay()
         return [result.detach().clone() for result in self.results]
+
+
+def spoil_memory(device: torch.device) -> None:
+    """Fills free blocks of torch's allocators, pinned ones and the device's, with ones."""
+    for size in (64, 512, 4096, 1 << 16):
+        pinned = [torch.full((size,), 255, dtype=torch.uint8).pin_memory() for _ in range(32)]
+        moved = [part.to(device, non_blocking=True) for part in pinned]
+        torch.cuda.synchronize()
+        del pinned, moved
 
 
 def assert_close(
