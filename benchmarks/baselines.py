@@ -11,7 +11,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext import ops
-from rasa_ext.methods import Place
+from rasa_ext.methods import LayerSpec
 
 
 class OfficialLinear(nn.Module):
@@ -59,9 +59,9 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ext.RasaLinear:
     """``base`` adapted as the first of a group of so many layers."""
-    place = Place(0, layers, base.out_features, base.in_features, base.weight.device)
-    pool = config.pool([dataclasses.replace(place, index=index) for index in range(layers)])
-    return rasa_ext.RasaLinear(base, config, place, rasa_ext.RasaPool(pool))
+    spec = LayerSpec(0, layers, base.out_features, base.in_features, base.weight.device)
+    pool = config.group_tensors([dataclasses.replace(spec, index=index) for index in range(layers)])
+    return rasa_ext.RasaLinear(base, config, spec, rasa_ext.RasaPool(pool))
 
 
 class Alone(nn.Module):

@@ -36,9 +36,9 @@ import rasa_ext
 from benchmarks import harness, records
 from benchmarks.block import cpu_peak_bytes
 from rasa_ext import ops
-from rasa_ext.base_layers.experts import bank_names, bank_shape
-from rasa_ext.methods import Place
-from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
+from rasa_ext.base_layers.experts import expert_shape, expert_weight_names
+from rasa_ext.methods import LayerSpec
+from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 
 RANK, K = 4, 1
 IMPLEMENTATIONS = ("grouped_mm", "eager")
@@ -90,7 +90,7 @@ class Case:
 
     def step(self, module: nn.Module) -> Callable[[], None]:
         """Forward and backward; gradients are dropped before, save a pool's, which add up."""
-        pools = [bank.pool for bank in _banks(module)]
+        pools = [stack.pool for stack in _stacks(module)]
         kept = {id(t) for pool in pools if pool is not None for t in pool.parameters()}
         trained = [p for p in module.parameters() if p.requires_grad and id(p) not in kept]
         trained += [self.x, self.weights]
@@ -151,7 +151,7 @@ class Case:
     def _merged(self, module: nn.Module) -> nn.Module:
         dense = copy.deepcopy(self._by("eager"))
         with torch.no_grad():
-            for name in bank_names(dense):
+            for name in expert_weight_names(dense):
                 factors = module.adapter(name).factors()
                 if factors.A_pool.dim() == 2:
                     every = self.shape.experts
@@ -194,7 +194,7 @@ class Case:
             r=rank,
             lora_alpha=rank,
             target_modules=[],
-            target_parameters=[f"experts.{name}" for name in bank_names(self.base)],
+            target_parameters=[f"experts.{name}" for name in expert_weight_names(self.base)],
         )
         made = peft.inject_adapter_in_model(config, holder)
         return _lively(made.experts)
@@ -203,17 +203,17 @@ class Case:
         """One layer of a group of so many (with "layer", of a group of one)."""
         config = rasa_ext.RasaConfig(rank=rank, k=k, experts=grouping)
         base, layers = self._by(IMPLEMENTATIONS[0]), 1 if grouping == "layer" else layers
-        banks = {}
-        for name in bank_names(base):
-            experts, out, width = bank_shape(base, name)
-            place = Place(0, layers, out, width, getattr(base, name).device, name, experts)
-            pool = config.pool([dataclasses.replace(place, index=i) for i in range(layers)])
-            banks[name] = RasaBank(config, place, rasa_ext.RasaPool(pool))
-        return _lively(RasaExperts(base, banks))
+        stacks = {}
+        for name in expert_weight_names(base):
+            experts, out, width = expert_shape(base, name)
+            spec = LayerSpec(0, layers, out, width, getattr(base, name).device, name, experts)
+            pool = config.group_tensors([dataclasses.replace(spec, index=i) for i in range(layers)])
+            stacks[name] = RasaExpertWeight(config, spec, rasa_ext.RasaPool(pool))
+        return _lively(RasaExperts(base, stacks))
 
 
-def _banks(module: nn.Module) -> list[RasaBank]:
-    return [each for each in module.modules() if isinstance(each, RasaBank)]
+def _stacks(module: nn.Module) -> list[RasaExpertWeight]:
+    return [each for each in module.modules() if isinstance(each, RasaExpertWeight)]
 
 
 def _lively(module: nn.Module) -> nn.Module:
@@ -229,7 +229,7 @@ def measure(case: Case, rounds: int, at_most: float) -> list[dict]:
     """A row a variant."""
     variants = case.variants()
     for name, module in variants.items():
-        if _banks(module):
+        if _stacks(module):
             case.verify(name, module)
     saved = {name: case.saved_bytes(module) for name, module in variants.items()}
     peak = {name: case.peak_bytes(module) for name, module in variants.items()}
@@ -242,7 +242,7 @@ def measure(case: Case, rounds: int, at_most: float) -> list[dict]:
     extra = {name: peak[name] - peak[floor] for name in variants}
     rows = []
     for name, module in variants.items():
-        ours = bool(_banks(module))
+        ours = bool(_stacks(module))
         rows.append(
             {
                 "variant": name,

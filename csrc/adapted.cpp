@@ -10,14 +10,14 @@ std::tuple<Tensor, Tensor> adapted_linear(const std::optional<Tensor>& y, const 
                                           const std::optional<Tensor>& A_pool, const Tensor& B,
                                           const std::optional<Tensor>& B_pool,
                                           const std::optional<Tensor>& d, int64_t multiple,
-                                          const std::optional<Tensor>& kept, double scale) {
+                                          const std::optional<Tensor>& x_dropped, double scale) {
   const Checks checks("adapted_linear", "x", x);
   if (y.has_value() == weight.has_value()) {
     checks.refuse("weight", "a tensor, or y in its place", y ? "both" : "None for both");
   }
   const auto [Ap, Bp] = pack(A, A_pool, B, B_pool, d, x.scalar_type(), multiple);
-  return y ? low_rank_add(*y, x, Ap, Bp, kept, scale)
-           : low_rank_linear(x, *weight, bias, Ap, Bp, kept, scale);
+  return y ? low_rank_add(*y, x, Ap, Bp, x_dropped, scale)
+           : low_rank_linear(x, *weight, bias, Ap, Bp, x_dropped, scale);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(

@@ -12,9 +12,9 @@
 namespace rasa_ext {
 namespace {
 
-void launch(const Device& device, const Tensor& x, const Tensor& mask, const Tensor& kept) {
+void launch(const Device& device, const Tensor& x, const Tensor& mask, const Tensor& x_dropped) {
   const Tensor bits = torch::stable::contiguous(mask);
-  launch_keep(x.data_ptr(), static_cast<const uint8_t*>(bits.data_ptr()), kept.data_ptr(),
+  launch_keep(x.data_ptr(), static_cast<const uint8_t*>(bits.data_ptr()), x_dropped.data_ptr(),
               x.numel(), dtype_of(x), device.stream());
   device.check_launch("keep");
 }
@@ -30,16 +30,17 @@ std::tuple<Tensor, Tensor> dropout(const Tensor& noise, const Tensor& x, double 
   const Device device(x);
   const Tensor source = dense(x, dtype), words = torch::stable::contiguous(noise);
   const Tensor mask = empty_mask(x, dropout_mask_bytes(x.numel()));
-  const Tensor kept = empty(x, {x.size(0), x.size(1)}, dtype);
+  const Tensor x_dropped = empty(x, {x.size(0), x.size(1)}, dtype);
   launch_dropout(static_cast<const uint64_t*>(words.data_ptr()), source.data_ptr(),
-                 static_cast<uint8_t*>(mask.data_ptr()), kept.data_ptr(), x.numel(), p, dtype,
+                 static_cast<uint8_t*>(mask.data_ptr()), x_dropped.data_ptr(), x.numel(), p, dtype,
                  device.stream());
   device.check_launch("dropout");
-  return {mask, kept};
+  return {mask, x_dropped};
 }
 
-void check_kept(const Checks& checks, const std::optional<Tensor>& kept, const Tensor& x) {
-  if (kept) checks.like("kept", *kept, {x.size(0), x.size(1)});
+void check_x_dropped(const Checks& checks, const std::optional<Tensor>& x_dropped,
+                     const Tensor& x) {
+  if (x_dropped) checks.like("x_dropped", *x_dropped, {x.size(0), x.size(1)});
 }
 
 void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements) {
@@ -49,9 +50,10 @@ void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t
 
 Tensor kept_of(const Device& device, const Tensor& x, const std::optional<Tensor>& mask) {
   if (!mask) return gemm_operand(x);
-  const Tensor source = dense(x, dtype_of(x)), kept = empty(x, {x.size(0), x.size(1)}, dtype_of(x));
-  launch(device, source, *mask, kept);
-  return kept;
+  const Tensor source = dense(x, dtype_of(x)),
+               x_dropped = empty(x, {x.size(0), x.size(1)}, dtype_of(x));
+  launch(device, source, *mask, x_dropped);
+  return x_dropped;
 }
 
 void keep_in_place(const Device& device, Tensor& x, const Tensor& mask) {

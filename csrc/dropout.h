@@ -11,7 +11,7 @@
 namespace rasa_ext {
 
 // What dropout has left of x is like x; none is always right.
-void check_kept(const Checks& checks, const std::optional<Tensor>& kept, const Tensor& x);
+void check_x_dropped(const Checks& checks, const std::optional<Tensor>& x_dropped, const Tensor& x);
 
 // A mask is for so many elements, those of x; none is always right.
 void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements);

@@ -118,20 +118,20 @@ void launch_decode(const DecodeCall& call, DType dtype, Stream stream);
 // mean nothing.
 inline int64_t dropout_mask_bytes(int64_t n) { return (n + 7) / 8; }
 
-// kept = x where the mask says so, else 0 whatever x is.
+// x_dropped = x where the mask says so, else 0 whatever x is.
 
 // Draws the mask: element e is kept where the 16-bit word e % 8 of Philox block offset + e / 8
 // under the key is at least p * 2^16, rounded.
 void launch_dropout(const uint64_t* noise,  // (2,): key, offset
                     const void* x,          // (n,) dtype
                     uint8_t* mask,          // (dropout_mask_bytes(n),), aligned to 4 bytes, written
-                    void* kept,             // (n,) dtype, written
+                    void* x_dropped,        // (n,) dtype, written
                     int64_t n, double p, DType dtype, Stream stream);
 
-// Takes the mask as it is. kept may be x.
+// Takes the mask as it is. x_dropped may be x.
 void launch_keep(const void* x,        // (n,) dtype
                  const uint8_t* mask,  // (dropout_mask_bytes(n),)
-                 void* kept,           // (n,) dtype, written
+                 void* x_dropped,      // (n,) dtype, written
                  int64_t n, DType dtype, Stream stream);
 
 }  // namespace rasa_ext

@@ -11,7 +11,7 @@
 namespace rasa_ext {
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bp, const std::optional<Tensor>& kept,
+                                           const Tensor& Bp, const std::optional<Tensor>& x_dropped,
                                            double scale) {
   const Checks checks("low_rank_linear", "x", x);
   checks.shape("x", x, {-1, -1});
@@ -19,7 +19,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bp", Bp, {Ap.size(0), weight.size(0)});
   if (bias) checks.like("bias", *bias, {weight.size(0)});
-  check_kept(checks, kept, x);
+  check_x_dropped(checks, x_dropped, x);
 
   const int64_t tokens = x.size(0);
   const DType dtype = dtype_of(x);
@@ -30,28 +30,28 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   const std::optional<Tensor> row = bias ? std::optional(dense(*bias, dtype)) : std::nullopt;
   const Matrix addend = repeated(row, tokens), result = matrix_of(y);
   const Tensor rows = gemm_operand(x), base = gemm_operand(weight);
-  if (!kept && use_decode(tokens, Ap.size(0), dtype)) {
+  if (!x_dropped && use_decode(tokens, Ap.size(0), dtype)) {
     gemm(device.blas(), multiply_add(matrix_of(rows), matrix_of(base).t(), addend, result));
     decode(device, x, Ap, Bp, U, y);
     return {y, U};
   }
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
-  const Tensor seen = kept ? gemm_operand(*kept) : rows;
+  const Tensor seen = x_dropped ? gemm_operand(*x_dropped) : rows;
   gemms(device.blas(),
         plan_forward({matrix_of(rows), matrix_of(seen), matrix_of(base), matrix_of(down),
-                      matrix_of(up), matrix_of(U), addend, result, kept ? scale : 1}));
+                      matrix_of(up), matrix_of(U), addend, result, x_dropped ? scale : 1}));
   return {y, U};
 }
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bp, const std::optional<Tensor>& kept,
+                                        const Tensor& Bp, const std::optional<Tensor>& x_dropped,
                                         double scale) {
   const Checks checks("low_rank_add", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("y", y, {x.size(0), -1});
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bp", Bp, {Ap.size(0), y.size(1)});
-  check_kept(checks, kept, x);
+  check_x_dropped(checks, x_dropped, x);
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   Tensor U = empty(x, {x.size(0), Ap.size(0)}, dtype);
   if (x.size(0) == 0) return {out, U};
   const Matrix result = matrix_of(out);
-  if (!kept && use_decode(x.size(0), Ap.size(0), dtype)) {
+  if (!x_dropped && use_decode(x.size(0), Ap.size(0), dtype)) {
     copy(out, y);
     decode(device, x, Ap, Bp, U, out);
     return {out, U};
@@ -69,11 +69,11 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
     copy(out, y);
     addend = result;
   }
-  const Tensor seen = gemm_operand(kept ? *kept : x);
+  const Tensor seen = gemm_operand(x_dropped ? *x_dropped : x);
   const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
   gemms(device.blas(),
         plan_forward({Matrix{}, matrix_of(seen), Matrix{}, matrix_of(down), matrix_of(up),
-                      matrix_of(U), addend, result, kept ? scale : 1}));
+                      matrix_of(U), addend, result, x_dropped ? scale : 1}));
   return {out, U};
 }
 
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
     return {dx, dAp, dBp};
   }
   const Tensor outer = gemm_operand(grad), down = gemm_operand(Ap), up = gemm_operand(Bp);
-  std::optional<Tensor> kept, inner, H;
+  std::optional<Tensor> x_dropped, inner, H;
   LinearBackward backward;
   backward.grad = matrix_of(outer);
   backward.Ap = matrix_of(down);
@@ -116,8 +116,8 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
   }
   if (need_x) backward.dx = matrix_of(dx);
   if (need_A) {
-    kept = kept_of(device, *x, mask);
-    backward.kept = matrix_of(*kept);
+    x_dropped = kept_of(device, *x, mask);
+    backward.x_dropped = matrix_of(*x_dropped);
     backward.dAp = matrix_of(dAp);
   }
   if (need_B) {

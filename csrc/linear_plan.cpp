@@ -4,7 +4,7 @@ namespace rasa_ext {
 
 std::vector<GemmCall> plan_forward(const LinearForward& forward) {
   std::vector<GemmCall> calls;
-  calls.push_back(multiply(forward.kept, forward.Ap.t(), forward.U, false));
+  calls.push_back(multiply(forward.x_dropped, forward.Ap.t(), forward.U, false));
   calls.back().alpha = forward.scale;
   calls.push_back(multiply_add(forward.U, forward.Bp, forward.C, forward.y));
   if (forward.weight.data != nullptr) {
@@ -23,7 +23,7 @@ std::vector<GemmCall> plan_backward(const LinearBackward& backward) {
     calls.push_back(multiply(backward.U.t(), backward.grad, backward.dBp, false));
   }
   if (backward.dAp.data != nullptr) {
-    calls.push_back(multiply(backward.H.t(), backward.kept, backward.dAp, false));
+    calls.push_back(multiply(backward.H.t(), backward.x_dropped, backward.dAp, false));
   }
   if (backward.dx.data != nullptr) {
     calls.push_back(multiply(backward.H, backward.Ap, backward.dx, false));

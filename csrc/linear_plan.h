@@ -23,31 +23,31 @@
 namespace rasa_ext {
 
 struct LinearForward {
-  Matrix x;       // (M, in)
-  Matrix kept;    // (M, in): x, or what dropout leaves of it
-  Matrix weight;  // (out, in), or no data
-  Matrix Ap;      // (Rp, in)
-  Matrix Bp;      // (Rp, out)
-  Matrix U;       // (M, Rp), written
-  Matrix C;       // (M, out), an addend (gemm.h); y itself adds to y; or no data
-  Matrix y;       // (M, out), written
-  double scale;   // of dropout
+  Matrix x;          // (M, in)
+  Matrix x_dropped;  // (M, in): x, or what dropout leaves of it
+  Matrix weight;     // (out, in), or no data
+  Matrix Ap;         // (Rp, in)
+  Matrix Bp;         // (Rp, out)
+  Matrix U;          // (M, Rp), written
+  Matrix C;          // (M, out), an addend (gemm.h); y itself adds to y; or no data
+  Matrix y;          // (M, out), written
+  double scale;      // of dropout
 };
 
 std::vector<GemmCall> plan_forward(const LinearForward& forward);
 
 // Results without data are not computed.
 struct LinearBackward {
-  Matrix grad;   // (M, out)
-  Matrix kept;   // (M, in), for dAp: x, or what dropout leaves of it
-  Matrix U;      // (M, Rp), for dBp
-  Matrix Ap;     // (Rp, in)
-  Matrix Bp;     // (Rp, out)
-  Matrix H;      // (M, Rp), written; has data where dx or dAp has
-  Matrix dx;     // (M, in), written
-  Matrix dAp;    // (Rp, in), written
-  Matrix dBp;    // (Rp, out), written
-  double scale;  // of dropout
+  Matrix grad;       // (M, out)
+  Matrix x_dropped;  // (M, in), for dAp: x, or what dropout leaves of it
+  Matrix U;          // (M, Rp), for dBp
+  Matrix Ap;         // (Rp, in)
+  Matrix Bp;         // (Rp, out)
+  Matrix H;          // (M, Rp), written; has data where dx or dAp has
+  Matrix dx;         // (M, in), written
+  Matrix dAp;        // (Rp, in), written
+  Matrix dBp;        // (Rp, out), written
+  double scale;      // of dropout
 };
 
 // All but the last.

@@ -46,11 +46,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_group_backward(
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bp, const std::optional<Tensor>& kept,
+                                           const Tensor& Bp, const std::optional<Tensor>& x_dropped,
                                            double scale);
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bp, const std::optional<Tensor>& kept,
+                                        const Tensor& Bp, const std::optional<Tensor>& x_dropped,
                                         double scale);
 
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
@@ -64,7 +64,7 @@ std::tuple<Tensor, Tensor> adapted_linear(const std::optional<Tensor>& y, const 
                                           const std::optional<Tensor>& A_pool, const Tensor& B,
                                           const std::optional<Tensor>& B_pool,
                                           const std::optional<Tensor>& d, int64_t multiple,
-                                          const std::optional<Tensor>& kept, double scale);
+                                          const std::optional<Tensor>& x_dropped, double scale);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
     const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backwa
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& kept,
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& x_dropped,
     double scale);
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(

@@ -38,7 +38,7 @@ std::vector<Tensor> gemm_operands(const std::vector<Tensor>& tensors) {
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& kept,
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& x_dropped,
     double scale) {
   const char* op = "linear_projections";
   const Checks checks(op, "x", x);
@@ -54,7 +54,7 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   }
   const Columns columns(Bp);
   checks.like("Ap", Ap, {columns.total, x.size(1)});
-  check_kept(checks, kept, x);
+  check_x_dropped(checks, x_dropped, x);
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -63,7 +63,7 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   for (const Tensor& weight : weights) y.push_back(empty(x, {x.size(0), weight.size(0)}, dtype));
   if (x.size(0) == 0) return {y, U};
 
-  const Tensor rows = gemm_operand(x), seen = kept ? gemm_operand(*kept) : rows;
+  const Tensor rows = gemm_operand(x), seen = x_dropped ? gemm_operand(*x_dropped) : rows;
   const Tensor down = gemm_operand(Ap);
   const std::vector<Tensor> bases = gemm_operands(weights), ups = gemm_operands(Bp);
   const Matrix input = matrix_of(rows), inner = matrix_of(U);
@@ -72,7 +72,7 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     if (biases[i].numel() > 0) added[i] = dense(biases[i], dtype);
   }
   std::vector<GemmCall> calls{multiply(matrix_of(seen), matrix_of(down).t(), inner, false)};
-  if (kept) calls[0].alpha = scale;
+  if (x_dropped) calls[0].alpha = scale;
   for (size_t i = 0; i < y.size(); ++i) {
     calls.push_back(multiply_add(columns.of(inner, i, ups[i]), matrix_of(ups[i]),
                                  repeated(added[i], x.size(0)), matrix_of(y[i])));
@@ -129,9 +129,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
   const Tensor down = gemm_operand(Ap);
   const std::vector<Tensor> outer = gemm_operands(grads), ups = gemm_operands(Bp);
   const std::vector<Tensor> bases = need_x ? gemm_operands(weights) : std::vector<Tensor>{};
-  std::optional<Tensor> inner, kept;
+  std::optional<Tensor> inner, x_dropped;
   if (need_B) inner = gemm_operand(*U);
-  if (need_A) kept = kept_of(device, *x, mask);
+  if (need_A) x_dropped = kept_of(device, *x, mask);
   std::vector<GemmCall> calls;
   for (size_t i = 0; i < ups.size(); ++i) {
     if (need_H) {
@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
                                matrix_of(dBp[i]), 0));
     }
   }
-  if (need_A) calls.push_back(multiply(matrix_of(H).t(), matrix_of(*kept), matrix_of(dAp), 0));
+  if (need_A) calls.push_back(multiply(matrix_of(H).t(), matrix_of(*x_dropped), matrix_of(dAp), 0));
   if (need_x) calls.push_back(multiply(matrix_of(H), matrix_of(down), matrix_of(dx), 0));
   gemms(device.blas(), calls);
   if (need_x && mask) keep_in_place(device, dx, *mask);

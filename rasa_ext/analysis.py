@@ -230,8 +230,8 @@ def _factors(
     pools = (_under(tensors, pool_key(member, "")) for member in group.names)
     pool = next(filter(None, pools), {})
     return {
-        place.name: config.factors(_under(tensors, own_key(place.name, "")), pool, place)
-        for place in group.places(torch.device("cpu"))
+        spec.name: config.factors(_under(tensors, own_key(spec.name, "")), pool, spec)
+        for spec in group.specs(torch.device("cpu"))
     }
 
 

@@ -56,7 +56,7 @@ def parameter_groups(
     config = patch_state(model).config
     rates: dict[int, Rate] = {}
     for _, owner in owners(model):
-        for name, rate in config.learning_rates(owner.place).items():
+        for name, rate in config.learning_rates(owner.spec).items():
             rates[id(owner.own_tensors()[name])] = rate
     found: dict[Rate, list[nn.Parameter]] = {}
     for parameter in adapter_parameters(model):
@@ -125,7 +125,7 @@ def replace_tensors(
         >>> model = rasa_ext.patch_model(model, config=config)
         >>> config, layers = rasa_ext.training.adapter_of(model, rasa_ext.methods.LoraConfig)
         >>> later = dataclasses.replace(config, rank=3)
-        >>> larger = {layer: later.own(layer.place) for layer in layers.values()}
+        >>> larger = {layer: later.layer_tensors(layer.spec) for layer in layers.values()}
         >>> rasa_ext.training.replace_tensors(model, later, larger)
         >>> {row.R for row in rasa_ext.summary(model)}
         {3}

@@ -17,7 +17,7 @@ unsigned blocks_for(int64_t n) {
 
 }  // namespace
 
-void launch_dropout(const uint64_t* noise, const void* x, uint8_t* mask, void* kept, int64_t n,
+void launch_dropout(const uint64_t* noise, const void* x, uint8_t* mask, void* x_dropped, int64_t n,
                     double p, DType dtype, Stream stream) {
   if (n == 0) return;
   // 2^16 itself would drop everything.
@@ -25,18 +25,18 @@ void launch_dropout(const uint64_t* noise, const void* x, uint8_t* mask, void* k
   with_type(dtype, [&](auto t) {
     using T = TypeOf<decltype(t)>;
     RASA_LAUNCH((dropout_kernel<T>), blocks_for(n), kStreamThreads, 0, stream, noise,
-                static_cast<const T*>(x), mask, static_cast<T*>(kept), n,
+                static_cast<const T*>(x), mask, static_cast<T*>(x_dropped), n,
                 static_cast<uint32_t>(threshold));
   });
 }
 
-void launch_keep(const void* x, const uint8_t* mask, void* kept, int64_t n, DType dtype,
+void launch_keep(const void* x, const uint8_t* mask, void* x_dropped, int64_t n, DType dtype,
                  Stream stream) {
   if (n == 0) return;
   with_type(dtype, [&](auto t) {
     using T = TypeOf<decltype(t)>;
     RASA_LAUNCH((keep_kernel<T>), blocks_for(n), kStreamThreads, 0, stream,
-                static_cast<const T*>(x), mask, static_cast<T*>(kept), n);
+                static_cast<const T*>(x), mask, static_cast<T*>(x_dropped), n);
   });
 }
 

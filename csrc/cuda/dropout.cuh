@@ -17,16 +17,16 @@ __device__ __forceinline__ int64_t byte_of(int v, int lane) {
   return (warp * kDropoutBytes + v) * kWarp + lane;
 }
 
-// kept = x where bits_of(v, byte) says so, else 0 whatever x is, for all bytes of this thread: four
-// 16-byte loads at a time, asked for before any bits are. Read before written, so that kept may be
-// x.
+// x_dropped = x where bits_of(v, byte) says so, else 0 whatever x is, for all bytes of this thread:
+// four 16-byte loads at a time, asked for before any bits are. Read before written, so that
+// x_dropped may be x.
 template <typename T, typename Bits>
-__device__ __forceinline__ void keep(const T* x,  // (n,)
-                                     T* kept,     // (n,)
+__device__ __forceinline__ void keep(const T* x,    // (n,)
+                                     T* x_dropped,  // (n,)
                                      int64_t n, const Bits& bits_of) {
   constexpr int N = kDropoutElements, kCount = kDropoutBytes * 2 / static_cast<int>(sizeof(T));
   const int lane = threadIdx.x % kWarp;
-  const bool aligned = is_aligned(x) && is_aligned(kept);
+  const bool aligned = is_aligned(x) && is_aligned(x_dropped);
 #pragma unroll
   for (int start = 0; start < kDropoutBytes; start += kCount) {
     Vector<T, N> value[kCount];
@@ -46,12 +46,12 @@ __device__ __forceinline__ void keep(const T* x,  // (n,)
         for (int e = 0; e < N; ++e) {
           if (!(bits[v] >> e & 1)) value[v].at[e] = narrow<T>(0);
         }
-        store(kept + first, value[v]);
+        store(x_dropped + first, value[v]);
         continue;
       }
 #pragma unroll 1  // rarely taken
       for (int64_t i = first; i < min(first + N, n); ++i) {
-        kept[i] = bits[v] >> (i - first) & 1 ? x[i] : narrow<T>(0);
+        x_dropped[i] = bits[v] >> (i - first) & 1 ? x[i] : narrow<T>(0);
       }
     }
   }
@@ -74,12 +74,12 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
     dropout_kernel(const uint64_t* noise,  // (2,): key, offset
                    const T* x,             // (n,)
                    uint8_t* mask,          // ((n + 7) / 8,), aligned to 4 bytes
-                   T* kept,                // (n,)
+                   T* x_dropped,           // (n,)
                    int64_t n,
                    uint32_t threshold) {  // a 16-bit word below it drops
   const uint64_t key = noise[0], offset = noise[1];
   uint32_t bytes = 0;
-  keep(x, kept, n, [&](int v, int64_t byte) {
+  keep(x, x_dropped, n, [&](int v, int64_t byte) {
     const Words words = philox(key, offset + static_cast<uint64_t>(byte));
     unsigned bits = 0;
 #pragma unroll
@@ -105,9 +105,9 @@ template <typename T>
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
     keep_kernel(const T* x,           // (n,)
                 const uint8_t* mask,  // ((n + 7) / 8,)
-                T* kept,              // (n,)
+                T* x_dropped,         // (n,)
                 int64_t n) {
-  keep(x, kept, n, [&](int, int64_t byte) {
+  keep(x, x_dropped, n, [&](int, int64_t byte) {
     return byte * kDropoutElements < n ? static_cast<unsigned>(mask[byte]) : 0u;
   });
 }

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.sharded import is_dtensor
 
-Bank = tuple[nn.Module, str]
+ExpertWeight = tuple[nn.Module, str]
 """One stacked weight: the module, and the name of its parameter."""
 
 _MARKS = ("has_bias", "is_transposed", "_apply_gate")
@@ -29,11 +29,11 @@ _ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 def is_experts(module: nn.Module) -> bool:
     """Tell whether a module holds stacked experts of which it is known how they lie."""
     known = type(module).__name__ in _UNMARKED or all(hasattr(module, mark) for mark in _MARKS)
-    weights = (getattr(module, name, None) for name in bank_names(module))
+    weights = (getattr(module, name, None) for name in expert_weight_names(module))
     return known and all(isinstance(weight, Tensor) for weight in weights)
 
 
-def bank_names(module: Any) -> tuple[str, str]:
+def expert_weight_names(module: Any) -> tuple[str, str]:
     """Name the stacked weights of experts: the one on their input, the one on their output."""
     return ("gate_up_proj" if has_gate(module) else "up_proj"), "down_proj"
 
@@ -70,21 +70,21 @@ def has_post_expert_norm(module: Any) -> bool:
     return bool(getattr(module, "has_post_expert_norm", False))
 
 
-def bank_shape(module: Any, name: str) -> tuple[int, int, int]:
+def expert_shape(module: Any, name: str) -> tuple[int, int, int]:
     """Give (experts, out, in) of a stacked weight, however it lies."""
     experts, rows, columns = getattr(module, name).shape
     return (experts, columns, rows) if is_transposed(module) else (experts, rows, columns)
 
 
-def bank_weight(module: Any, name: str) -> Tensor:
+def expert_weight(module: Any, name: str) -> Tensor:
     """View a stacked weight as (experts, out, in)."""
     weight: Tensor = getattr(module, name)
     return weight.transpose(1, 2) if is_transposed(module) else weight
 
 
-def check_bank(full_name: str, bank: Bank) -> None:
+def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
     """Raise TypeError or ValueError where a stacked weight cannot be adapted."""
-    module, name = bank
+    module, name = stack
     weight: Any = getattr(module, name)
     where = f"experts: {full_name!r}"
     if getattr(module, "_is_expert_parallel", False):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import (
-    Bank,
-    bank_names,
-    bank_shape,
-    check_bank,
+    ExpertWeight,
+    check_expert_weight,
+    expert_shape,
+    expert_weight_names,
     expert_weights,
     is_experts,
     routers_of,
@@ -40,7 +40,7 @@ class Survey:
 
     modules: Mapping[str, nn.Module]
     linears: Mapping[str, LinearLayer]
-    banks: Mapping[str, Bank]
+    stacks: Mapping[str, ExpertWeight]
     """Stacked expert weights."""
     refused: Mapping[str, str]
     """Layers that cannot be adapted, with the reason."""
@@ -67,14 +67,14 @@ class Survey:
 def survey(
     model: nn.Module,
     linears: Mapping[str, LinearLayer] | None = None,
-    banks: Mapping[str, Bank] | None = None,
+    stacks: Mapping[str, ExpertWeight] | None = None,
 ) -> Survey:
     """Find the layers of a model that adapters may lie over. The model is only read.
 
     Args:
         model: any module.
         linears: linear layers by name; by default every one of the model.
-        banks: stacked expert weights by name; by default every one of the model.
+        stacks: stacked expert weights by name; by default every one of the model.
 
     Raises:
         ValueError: a layer of bitsandbytes has rearranged its weight, and gives no gradient.
@@ -83,15 +83,15 @@ def survey(
     check_not_repacked(modules)
     if linears is None:
         linears = {name: module for name, module in modules.items() if is_linear(module)}
-    if banks is None:
-        banks = {
+    if stacks is None:
+        stacks = {
             f"{path}.{name}".lstrip("."): (module, name)
             for path, module in modules.items()
             if is_experts(module)
-            for name in bank_names(module)
+            for name in expert_weight_names(module)
         }
-    refused = dict(_refused(modules, linears, banks))
-    return Survey(modules, linears, banks, refused, _left_out(model, modules, linears))
+    refused = dict(_refused(modules, linears, stacks))
+    return Survey(modules, linears, stacks, refused, _left_out(model, modules, linears))
 
 
 def base_of(model: nn.Module, name: str, experts: int) -> Any:
@@ -102,19 +102,21 @@ def base_of(model: nn.Module, name: str, experts: int) -> Any:
     return model.get_submodule(path), key
 
 
-def base_shape(base: LinearLayer | Bank) -> tuple[int, ...]:
+def base_shape(base: LinearLayer | ExpertWeight) -> tuple[int, ...]:
     """Give (out, in) of a linear layer, or (experts, out, in) of a stacked weight."""
-    return bank_shape(*base) if isinstance(base, tuple) else linear_shape(base)
+    return expert_shape(*base) if isinstance(base, tuple) else linear_shape(base)
 
 
-def base_device(base: LinearLayer | Bank) -> torch.device:
+def base_device(base: LinearLayer | ExpertWeight) -> torch.device:
     """Give the device on which a linear layer, or a stacked weight, is computed with."""
     device: torch.device = getattr(*base).device if isinstance(base, tuple) else device_of(base)
     return device
 
 
 def _refused(
-    modules: Mapping[str, nn.Module], linears: Mapping[str, LinearLayer], banks: Mapping[str, Bank]
+    modules: Mapping[str, nn.Module],
+    linears: Mapping[str, LinearLayer],
+    stacks: Mapping[str, ExpertWeight],
 ) -> Iterator[tuple[str, str]]:
     for path, module in modules.items():
         prefix = f"{path}." if path else ""
@@ -123,7 +125,7 @@ def _refused(
             reason = f"part of {path!r}, which is already adapted ({kind.__name__})"
             yield from ((name, reason) for name in linears if name.startswith(prefix))
             # Weights under the adapted module's own name, as in PEFT, may have more adapters.
-            paths = {name: name.rpartition(".")[0] for name in banks}
+            paths = {name: name.rpartition(".")[0] for name in stacks}
             yield from ((name, reason) for name, at in paths.items() if at.startswith(prefix))
             continue
         for key, child in module.named_children():
@@ -189,10 +191,10 @@ def ask(model: nn.Module, method: str) -> Any:
         return None
 
 
-def check_base(name: str, layer: LinearLayer | Bank) -> None:
+def check_base(name: str, layer: LinearLayer | ExpertWeight) -> None:
     """Raise TypeError or ValueError where the weight of a layer or of experts cannot be adapted."""
     if isinstance(layer, tuple):
-        check_bank(name, layer)
+        check_expert_weight(name, layer)
         return
     weight: Any = layer.weight  # of a module of any origin, to be looked at
     if isinstance(weight, nn.parameter.UninitializedParameter):

@@ -46,9 +46,9 @@ from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.rasa import AdapterOwner, RasaLinear, RasaPool
-from rasa_ext.nn.rasa_experts import RasaBank
+from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
-from rasa_ext.patching.grouping import pattern, settled
+from rasa_ext.patching.grouping import pattern, resolve_groups
 from rasa_ext.patching.patch import apply_plan, check_unpatched
 from rasa_ext.patching.state import is_patched, owners, patch_state, unwrap
 from rasa_ext.patching.targets import Plan, make_plan, resolve_config
@@ -93,7 +93,7 @@ def keyed(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
     """Name the tensors of the adapters of layers as in a file; the first layer has the pool's."""
     found: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
-        pool = adapter.pool if adapter.place.index == 0 else {}
+        pool = adapter.pool if adapter.spec.index == 0 else {}
         found.update((pool_key(name, field), tensor) for field, tensor in pool.items())
         found.update((own_key(name, field), tensor) for field, tensor in adapter.own.items())
     return found
@@ -174,7 +174,7 @@ def write_tensors(
     linears = (name for group in plan.groups if not group.experts for name in group.names[:1])
     bases = (getattr(m, "base_layer", m) for m in map(model.get_submodule, linears))
     settings = {
-        **settled(config, plan.groups).to_dict(),
+        **resolve_groups(config, plan.groups).to_dict(),
         "modules_to_save": list(plan.modules_to_save) or None,
         "base_model_name_or_path": base_name(model),
         "task_type": task_type(model),
@@ -393,7 +393,7 @@ def _check_unsharded(
     for name, module in root.named_modules():
         saved = any(f"{name}.".startswith(f"{each}.") for each in plan.modules_to_save)
         emptied = saved and any(map(is_emptied, module.parameters(recurse=False)))
-        adapter = isinstance(module, RasaLinear | RasaBank | RasaPool | TrainedTokens)
+        adapter = isinstance(module, RasaLinear | RasaExpertWeight | RasaPool | TrainedTokens)
         if emptied or (id(module) in sharded and (saved or adapter)):
             raise ValueError(
                 f"model: expected trained modules that are whole on every process, but {name!r} is "
@@ -453,7 +453,7 @@ def _check_indices(
             pool = {field: tensors[pool_key(first, field)] for field in made.pool}
             own = {key: tensors[own_key(name, key)].to(t.dtype) for key, t in made.own.items()}
             try:
-                made.config.factors(own, pool, made.place)
+                made.config.factors(own, pool, made.spec)
             except (IndexError, RuntimeError) as error:
                 raise ValueError(
                     f"{where}: expected indices within the layer or its pool, but those of "

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rasa_ext.base_layers.experts import bank_names, bank_shape, has_gate, is_experts
+from rasa_ext.base_layers.experts import expert_shape, expert_weight_names, has_gate, is_experts
 
 _STACKED = frozenset(
     {"gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid", "gemma4_text", "aria_text"}
@@ -71,12 +71,12 @@ def stacked_weights(model: nn.Module) -> list[StackedWeight]:
         StackedWeight(
             f"{path.removesuffix('.base_layer')}.{name}",
             path_in_checkpoint(path.removesuffix(".base_layer"), module),
-            bank_shape(module, name),
+            expert_shape(module, name),
             parts_of(module, name),
         )
         for path, module in model.named_modules()
         if is_experts(module)
-        for name in bank_names(module)
+        for name in expert_weight_names(module)
     ]
 
 
@@ -87,17 +87,17 @@ def path_in_checkpoint(path: str, experts: Any) -> str:
     return f"{head}{new}{tail}" if found else path
 
 
-def parts_of(experts: Any, bank: str) -> dict[str, slice]:
+def parts_of(experts: Any, stack: str) -> dict[str, slice]:
     """Name the matrices that an expert has in one stacked weight, and give their rows of it.
 
     They are gate and up, up, or down; rows are those of the weight seen as (out, in).
     """
     gate, up, down = _family(experts)[2]
-    if bank == "down_proj" or not has_gate(experts):
-        return {down if bank == "down_proj" else up: slice(None)}
+    if stack == "down_proj" or not has_gate(experts):
+        return {down if stack == "down_proj" else up: slice(None)}
     if not is_concatenated(experts):
         return {gate: slice(0, None, 2), up: slice(1, None, 2)}
-    half = bank_shape(experts, bank)[1] // 2
+    half = expert_shape(experts, stack)[1] // 2
     return {gate: slice(0, half), up: slice(half, None)}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rasa_ext.checkpoint.adapter import AdapterState, own_key, saved_tensors
 from rasa_ext.checkpoint.files import PREFIX, check_finite, check_tensors, read_adapter
 from rasa_ext.config import RasaConfig
-from rasa_ext.methods.base import Place, checked_number, fresh_A, fresh_B
+from rasa_ext.methods.base import LayerSpec, checked_number, fresh_A, fresh_B
 from rasa_ext.methods.patterns import check_pattern, matches_end
 from rasa_ext.patching.patch import plan_layers
 from rasa_ext.patching.targets import Plan, matches
@@ -264,8 +264,8 @@ def _exact(lora: Lora, plan: Plan) -> dict[str, Tensor]:
         for name in group.names:
             B, A = (factor.float() for factor in lora.factors[name])
             own = A.shape[0]
-            place = Place(0, len(group.names), *group.shape, A.device)
-            fresh, zeros = (make(lora.rank - own, place, A.dtype) for make in (fresh_A, fresh_B))
+            spec = LayerSpec(0, len(group.names), *group.shape, A.device)
+            fresh, zeros = (make(lora.rank - own, spec, A.dtype) for make in (fresh_A, fresh_B))
             tensors[own_key(name, "A")] = torch.cat([A, fresh])
             tensors[own_key(name, "B")] = torch.cat([B, zeros], 1)
             tensors[own_key(name, "d")] = A.new_full((lora.rank,), lora.scales[name])

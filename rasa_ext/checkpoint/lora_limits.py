@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from rasa_ext.base_layers.experts import bank_names
+from rasa_ext.base_layers.experts import expert_weight_names
 from rasa_ext.base_layers.linear import is_conv1d
 from rasa_ext.checkpoint.expert_names import is_stacked
 from rasa_ext.checkpoint.lora_experts import PEFT, PER_EXPERT
@@ -112,7 +112,7 @@ def _limits(
             f"them: for that, {INSTEAD}."
         )
     for path, (base, factors) in export.experts.items():
-        if len(factors) < len(bank_names(base)):
+        if len(factors) < len(expert_weight_names(base)):
             yield (
                 f"{path}.{next(iter(factors))} is adapted without the other weight of its "
                 "experts, and vLLM and llama.cpp refuse such a LoRA; for these, adapt both, or "

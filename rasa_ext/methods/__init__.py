@@ -11,7 +11,7 @@ from rasa_ext.methods.base import (
     METHODS,
     OFFICIAL,
     AdapterConfig,
-    Place,
+    LayerSpec,
     Rate,
     checked_choice,
     checked_integer,
@@ -28,8 +28,8 @@ from rasa_ext.ops import Factors
 __all__ = [
     "AdapterConfig",
     "Factors",
+    "LayerSpec",
     "LoraConfig",
-    "Place",
     "RasaConfig",
     "Rate",
     "checked_choice",

@@ -44,8 +44,8 @@ GivenGroups = Groups | Mapping[str, str | Sequence[str]] | Sequence[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """The place of an adapter's layer in its group, and the shape and device of its base."""
+class LayerSpec:
+    """A layer as a method sees it: index in the group, shape and device of the base layer."""
 
     index: int
     """0 for the first layer of the group, which owns its pool."""
@@ -223,19 +223,19 @@ class AdapterConfig:
     def check_layers(self, names: Collection[str]) -> None:
         """Raise ValueError where a field names layers and none of the adapted ones is meant."""
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make one layer's tensors, by name: Parameters, which are trained, and buffers.
 
-        Every shape depends on ``place`` alone, whose device may be meta.
+        Every shape depends on ``spec`` alone, whose device may be meta.
         """
         raise NotImplementedError
 
-    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+    def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
         """Make the tensors of a group, which its first layer owns; none unless overridden."""
         return {}
 
     def factors(
-        self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Place
+        self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: LayerSpec
     ) -> Factors:
         """Give the factors of one layer, differentiable in ``own`` and ``pool``.
 
@@ -243,7 +243,7 @@ class AdapterConfig:
         """
         return Factors(own["A"], pool.get("A"), own["B"], pool.get("B"), own.get("d"))
 
-    def learning_rates(self, place: Place) -> dict[str, Rate]:
+    def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
         """Give the rates of those of a layer's tensors, by name, that are not trained as usual."""
         return {}
 
@@ -401,24 +401,24 @@ def document_fields(config: type[AdapterConfig]) -> None:
 
 
 def fresh_A(
-    rank: int, place: Place, dtype: torch.dtype, experts: tuple[int, ...] = ()
+    rank: int, spec: LayerSpec, dtype: torch.dtype, experts: tuple[int, ...] = ()
 ) -> nn.Parameter:
     """Draw A (rank, in) as LoRA does: uniform in +-1/sqrt(in); ``experts`` comes first in shape."""
-    shape = (*experts, rank, place.in_features)
-    bound = 1 / math.sqrt(place.in_features)
-    A = torch.empty(shape, dtype=dtype, device=place.device)
+    shape = (*experts, rank, spec.in_features)
+    bound = 1 / math.sqrt(spec.in_features)
+    A = torch.empty(shape, dtype=dtype, device=spec.device)
     return nn.Parameter(A.uniform_(-bound, bound))
 
 
 def fresh_B(
-    rank: int, place: Place, dtype: torch.dtype, experts: tuple[int, ...] = ()
+    rank: int, spec: LayerSpec, dtype: torch.dtype, experts: tuple[int, ...] = ()
 ) -> nn.Parameter:
     """Make B (out, rank) of zeros, stored by ranks, so that packing it copies rows.
 
     ``experts`` comes first in its shape.
     """
-    shape = (*experts, rank, place.out_features)
-    zeros = torch.zeros(shape, dtype=dtype, device=place.device)
+    shape = (*experts, rank, spec.out_features)
+    zeros = torch.zeros(shape, dtype=dtype, device=spec.device)
     return nn.Parameter(zeros.transpose(-1, -2))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rasa_ext.methods.base import (
     AdapterConfig,
-    Place,
+    LayerSpec,
     checked_choice,
     document_fields,
     fresh_A,
@@ -65,17 +65,17 @@ class LoraConfig(AdapterConfig):
         """s, with which every layer's B A is multiplied."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make A (r, in) and B (out, r); A is a buffer if not trained.
 
         Of stacked experts A and B have these as their first dimension.
         """
-        experts = (place.experts,) if place.experts else ()
-        A = fresh_A(self.rank, place, self.adapter_dtype, experts)
-        B = fresh_B(self.rank, place, self.adapter_dtype, experts)
+        experts = (spec.experts,) if spec.experts else ()
+        A = fresh_A(self.rank, spec, self.adapter_dtype, experts)
+        B = fresh_B(self.rank, spec, self.adapter_dtype, experts)
         return {"A": A if self.train_A else A.detach(), "B": B}
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give A and B with s for every rank."""
         A = own["A"]
         return Factors(A, None, own["B"], None, A.new_full(A.shape[:-1], self.scale))

@@ -13,7 +13,7 @@ from rasa_ext.methods.base import (
     MOST_RANKS,
     AdapterConfig,
     Counts,
-    Place,
+    LayerSpec,
     checked_choice,
     checked_integer,
     document_fields,
@@ -86,19 +86,19 @@ class RasaConfig(AdapterConfig):
         _check_rank_pattern(self.rank_pattern, k)
         checked_choice("experts", self.experts, (None, *GROUPINGS))
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make A (r-k, in), B (out, r-k) and d (r-k+L*k,), all trained."""
-        (own, pooled), dtype = self.ranks_at(place), self.adapter_dtype
-        stack = (place.experts,) if place.experts else ()
-        d = torch.empty((*stack, own + pooled), dtype=dtype, device=place.device)
+        (own, pooled), dtype = self.ranks_at(spec), self.adapter_dtype
+        stack = (spec.experts,) if spec.experts else ()
+        d = torch.empty((*stack, own + pooled), dtype=dtype, device=spec.device)
         if not d.is_meta:  # where shapes are asked for, whatever a file says of them
             d.copy_(self.diagonal(own, pooled))
-        A, B = fresh_A(own, place, dtype, stack), fresh_B(own, place, dtype, stack)
+        A, B = fresh_A(own, spec, dtype, stack), fresh_B(own, spec, dtype, stack)
         return {"A": A, "B": B, "d": nn.Parameter(d)}
 
-    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+    def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
         """Make A (L*k, in) and B (out, L*k); nothing where k = 0."""
-        first, dtype = places[0], self.adapter_dtype
+        first, dtype = specs[0], self.adapter_dtype
         size = self.pool_size(first)
         if not size:
             return {}
@@ -111,18 +111,18 @@ class RasaConfig(AdapterConfig):
         k = cast(int, self.k)
         return self.rank - k, num_layers * k
 
-    def ranks_at(self, place: Place) -> tuple[int, int]:
-        """Count the same at one place, whose rank ``rank_pattern`` may have."""
-        own, pooled = self.ranks(1)[0], self.pool_size(place)
+    def ranks_at(self, spec: LayerSpec) -> tuple[int, int]:
+        """Count them for one layer, whose rank ``rank_pattern`` may have."""
+        own, pooled = self.ranks(1)[0], self.pool_size(spec)
         for pattern, rank in cast("tuple[tuple[str, int], ...]", self.rank_pattern):
-            if matches_end(pattern, place.name):
+            if matches_end(pattern, spec.name):
                 return own + rank - self.rank, pooled
         return own, pooled
 
-    def pool_size(self, place: Place) -> int:
-        """Count the ranks of the pool at a place: k for each layer, or expert, that shares it."""
-        each = self.grouping_of_experts == "layer" and place.experts
-        return self.ranks(place.experts if each else place.num_layers)[1]
+    def pool_size(self, spec: LayerSpec) -> int:
+        """Count the ranks of the pool of a layer: k for each layer, or expert, that shares it."""
+        each = self.grouping_of_experts == "layer" and spec.experts
+        return self.ranks(spec.experts if each else spec.num_layers)[1]
 
     def check_layers(self, names: Collection[str]) -> None:
         """Raise ValueError where a pattern of ``rank_pattern`` is that of no adapted layer."""

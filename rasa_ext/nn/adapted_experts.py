@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from rasa_ext import ops
 from rasa_ext.base_layers.experts import (
     activated,
-    bank_names,
-    bank_weight,
+    expert_weight,
+    expert_weight_names,
     has_bias,
     has_post_expert_norm,
 )
@@ -47,7 +47,7 @@ class AdaptedExperts(AdaptedModule):
         self.disabled = False
         # While merged: the matrices as they were, or less, by the weight's name and the expert.
         self.merged_base: dict[tuple[str, int], Any] | None = None
-        self._caches = {name: PackCache() for name in bank_names(base_layer)}
+        self._caches = {name: PackCache() for name in expert_weight_names(base_layer)}
 
     def adapter(self, name: str) -> Adapter | None:
         """Give the adapter of a stacked weight that a forward adds, or None."""
@@ -86,7 +86,7 @@ class AdaptedExperts(AdaptedModule):
             )
         if self.disabled or self.merged:
             return self.base_forward(hidden_states, top_k_index, top_k_weights)
-        up, down = bank_names(base)
+        up, down = expert_weight_names(base)
         if top_k_index is None or top_k_weights is None:
             every = torch.arange(getattr(base, up).shape[0], device=hidden_states.device)
             top_k_index = every.repeat_interleave(len(hidden_states) // len(every))[:, None]
@@ -123,7 +123,7 @@ class AdaptedExperts(AdaptedModule):
         Beside it stands what the adapter adds densely.
         """
         rows = routing.to_pairs(x) if by_token else x
-        y = experts_linear(rows, bank_weight(self.base_layer, name), routing)
+        y = experts_linear(rows, expert_weight(self.base_layer, name), routing)
         if has_bias(self.base_layer):
             y += getattr(self.base_layer, f"{name}_bias").index_select(0, routing.experts)
         adapter = self.adapter(name)

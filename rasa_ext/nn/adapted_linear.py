@@ -12,7 +12,7 @@ from torch.compiler import is_compiling
 from rasa_ext import ops
 from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, linear_shape
 from rasa_ext.base_layers.quantized import check_gradient
-from rasa_ext.nn import composed, functional
+from rasa_ext.nn import functional, functional_cpu
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
 from rasa_ext.nn.pack_cache import PackCache
@@ -157,19 +157,19 @@ class AdaptedLinear(AdaptedModule):
     ) -> Tensor:
         """Compute ``x W^T + bias + x dW^T``, or ``y + x dW^T`` where the base has given y."""
         if with_grad and not p and ops.torch_differentiates(x) and not is_compiling():
-            return composed.adapted_linear(x, weight, bias, make_factors(), y)
-        mask, kept, scale = functional.dropout(x, p)
+            return functional_cpu.adapted_linear(x, weight, bias, make_factors(), y)
+        mask, x_dropped, scale = functional.dropout(x, p)
         if with_grad:
             factors = make_factors()
             multiple = ops.rank_multiple(x.device.type, x.dtype, factors.rank, count_tokens(x))
-            drop = mask, kept, scale
+            drop = mask, x_dropped, scale
             return functional.adapted_linear(x, weight, bias, factors, multiple, *drop, y)
         pack, rows = self._packed(make_factors, sources, x.dtype, x.device), flatten_tokens(x)
         if y is not None:
-            out, _ = ops.low_rank_add(flatten_tokens(y), rows, *pack, kept, scale)
+            out, _ = ops.low_rank_add(flatten_tokens(y), rows, *pack, x_dropped, scale)
         else:
             assert weight is not None
-            out, _ = ops.low_rank_linear(rows, weight, bias, *pack, kept, scale)
+            out, _ = ops.low_rank_linear(rows, weight, bias, *pack, x_dropped, scale)
         return unflatten_like(out, x)
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -27,10 +27,10 @@ class Method(Protocol):
     def adapter_dtype(self) -> torch.dtype:
         """Dtype of the trainable parameters."""
 
-    def own(self, place: Any) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: Any) -> dict[str, Tensor]:
         """Make one layer's tensors, by name."""
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give the factors of one layer, from what it and its group own."""
 
 
@@ -40,7 +40,7 @@ class Adapter(NamedTuple):
     config: Method
     own: Mapping[str, Tensor]
     pool: Mapping[str, Tensor]
-    place: Any
+    spec: Any
 
     def sources(self) -> tuple[Tensor, ...]:
         """Give the tensors of which its factors are made, in a fixed order: the cache's key."""
@@ -53,7 +53,7 @@ class Adapter(NamedTuple):
             RuntimeError: they are sharded over processes, and this one has only pieces; or the
                 group's are offloaded.
         """
-        factors = self.config.factors(self.own, self.pool, self.place)
+        factors = self.config.factors(self.own, self.pool, self.spec)
         A, A_pool, B, B_pool, d = factors
         if A_pool is None or B_pool is None:
             if not is_whole(A):
@@ -82,7 +82,7 @@ class AdaptedModule(nn.Module):
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> layers = [m for m in model.modules() if isinstance(m, rasa_ext.AdaptedModule)]
         >>> adapter = next(layers[0].adapters())
-        >>> list(adapter.own), list(adapter.pool), adapter.place.name
+        >>> list(adapter.own), list(adapter.pool), adapter.spec.name
         (['A', 'B', 'd'], ['A', 'B'], 'model.layers.0.self_attn.q_proj')
     """
 
@@ -93,7 +93,7 @@ class AdaptedModule(nn.Module):
 
         Returns:
             Each has ``config``, the tensors ``own`` of the layer and ``pool`` of its group by name,
-            and ``place``; ``factors()`` gives the ``rasa_ext.methods.Factors`` made of them.
+            and ``spec``; ``factors()`` gives the ``rasa_ext.methods.Factors`` made of them.
         """
         raise NotImplementedError
 

@@ -52,7 +52,7 @@ class _AdaptedLinear(Function):
         bias: Tensor | None,
         multiple: int,
         mask: Tensor | None,
-        kept: Tensor | None,
+        x_dropped: Tensor | None,
         scale: float,
         A: Tensor,
         A_pool: Tensor | None,
@@ -62,7 +62,7 @@ class _AdaptedLinear(Function):
     ) -> Tensor:
         rows, base = flatten_tokens(x), None if y is None else flatten_tokens(y)
         factors = (A, A_pool, B, B_pool, d)
-        out, U = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, kept, scale)
+        out, U = ops.adapted_linear(base, rows, weight, bias, *factors, multiple, x_dropped, scale)
         *_, of_A, of_A_pool, of_B, of_B_pool, of_d = ctx.needs_input_grad
         need_A, need_B = ctx.needs = of_A or of_A_pool, of_B or of_B_pool or of_d
         ctx.save_for_backward(
@@ -114,14 +114,14 @@ class _AdaptedProjections(Function):
         n: int,
         multiple: int,
         mask: Tensor | None,
-        kept: Tensor | None,
+        x_dropped: Tensor | None,
         scale: float,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, factors = tensors[:n], tensors[n : 2 * n], _by_layer(tensors[2 * n :])
         Ap, Bp = ops.pack_projections(*as_op_lists(factors), x.dtype, multiple)
         x_rows = flatten_tokens(x)
-        y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, kept, scale)
+        y, U = ops.linear_projections(x_rows, weights, as_op_list(biases), Ap, Bp, x_dropped, scale)
         ctx.needs = _needs(ctx.needs_input_grad[6 + 2 * n :])
         ctx.save_for_backward(
             x if ctx.needs[0] else None,
@@ -221,7 +221,7 @@ def adapted_linear(
     factors: Factors,
     multiple: int = 1,
     mask: Tensor | None = None,
-    kept: Tensor | None = None,
+    x_dropped: Tensor | None = None,
     scale: float = 1.0,
     y: Tensor | None = None,
 ) -> Tensor:
@@ -237,13 +237,15 @@ def adapted_linear(
         factors: A (r-k, in), A_pool (L*k, in) or None, B (out, r-k), B_pool (out, L*k) or None and
             d (R,) with R = r-k+L*k, or None for ones. B is best stored by ranks.
         multiple: to which the pack's rank is rounded up, with rows of zeros.
-        mask, kept, scale: from ``dropout``, where the x beside dW is what that left.
+        mask, x_dropped, scale: from ``dropout``, where the x beside dW is what that left.
         y: output (..., out) of the base, in x's dtype; weight and bias are None then.
 
     Returns:
         (..., out); y is left as it was.
     """
-    out: Tensor = _AdaptedLinear.apply(y, x, weight, bias, multiple, mask, kept, scale, *factors)
+    out: Tensor = _AdaptedLinear.apply(
+        y, x, weight, bias, multiple, mask, x_dropped, scale, *factors
+    )
     return out
 
 
@@ -254,7 +256,7 @@ def adapted_projections(
     factors: Sequence[Factors],
     multiple: int = 1,
     mask: Tensor | None = None,
-    kept: Tensor | None = None,
+    x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, ...]:
     """Compute ``adapted_linear`` of n layers that read one x, with one down-projection for all.
@@ -265,7 +267,7 @@ def adapted_projections(
     """
     tensors = (*weights, *biases, *(t for each in factors for t in each))
     outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(
-        x, len(weights), multiple, mask, kept, scale, *tensors
+        x, len(weights), multiple, mask, x_dropped, scale, *tensors
     )
     return outputs
 
@@ -325,9 +327,9 @@ def adapted_group(
 
 
 def dropout(x: Tensor, p: float) -> tuple[Tensor | None, Tensor | None, float]:
-    """Draw what dropout leaves of x (..., in), for the linears: ``(mask, kept, 1 / (1 - p))``.
+    """Draw what dropout leaves of x (..., in), for the linears: ``(mask, x_dropped, 1 / (1 - p))``.
 
-    kept (M, in) is x with zeros, unscaled, and the mask, uint8 (ceil(x.numel() / 8),), what a
+    x_dropped (M, in) is x with zeros, unscaled, and the mask, uint8 (ceil(x.numel() / 8),), what a
     backward makes it from again; both are None where p is 0. Drawn from torch's generator of x's
     device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce them.
     Nothing waits for the device. p is in [0, 1); ValueError or RuntimeError where it is not.

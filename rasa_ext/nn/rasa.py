@@ -67,13 +67,13 @@ class AdapterOwner(nn.Module):
     d: Tensor
     pool: RasaPool | None
 
-    def begin(self, config: Method, place: Any, pool: RasaPool | None) -> None:
-        """Own what ``config`` makes for a place in a group, which has ``pool``."""
-        self.config, self.place = config, place
-        own = config.own(place)
+    def begin(self, config: Method, spec: Any, pool: RasaPool | None) -> None:
+        """Own what ``config`` makes for a layer of a group, which has ``pool``."""
+        self.config, self.spec = config, spec
+        own = config.layer_tensors(spec)
         self._names = tuple(own)
         register_tensors(self, own)
-        if place.index == 0:
+        if spec.index == 0:
             self.pool = pool
         else:
             self.__dict__["pool"] = pool
@@ -83,7 +83,7 @@ class AdapterOwner(nn.Module):
         pool: Any = self._modules.get("pool") or self.__dict__.get("pool")
         own = tensors_of(self, self._names)
         shared = {} if pool is None else pool.tensors()
-        return Adapter(self.config, own, shared, self.place)
+        return Adapter(self.config, own, shared, self.spec)
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Give its own tensors by name, the pool left out."""
@@ -114,7 +114,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
     Args:
         base_layer: any linear layer, quantized ones included.
         config: the method's config, which says what the layer owns.
-        place: the layer's place in its group; that of index 0 registers ``pool``.
+        spec: the layer's index in its group, shape and device; that of index 0 registers ``pool``.
         pool: the group's.
 
     Raises:
@@ -132,10 +132,10 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
     """
 
     def __init__(
-        self, base_layer: LinearLayer, config: Method, place: Any, pool: RasaPool | None
+        self, base_layer: LinearLayer, config: Method, spec: Any, pool: RasaPool | None
     ) -> None:
         super().__init__(base_layer)
-        self.begin(config, place, pool)
+        self.begin(config, spec, pool)
         self.train(base_layer.training)
 
     def adapters(self) -> Iterator[Adapter]:

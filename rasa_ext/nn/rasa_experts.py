@@ -1,4 +1,4 @@
-"""RasaExperts and RasaBank: the modules of a patched model that own the adapters of experts."""
+"""RasaExperts and RasaExpertWeight: what owns the adapters of experts in a patched model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from rasa_ext.base_layers.experts import bank_shape
+from rasa_ext.base_layers.experts import expert_shape
 from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapter import Adapter, Method
 from rasa_ext.nn.rasa import AdapterOwner, RasaPool
 
 
-class RasaBank(AdapterOwner):
+class RasaExpertWeight(AdapterOwner):
     """The adapter of one stacked weight (E, out, in): dW[e] is that of a linear layer for every e.
 
     Under RaSA it owns A (E, r-k, in), B (E, out, r-k) and d (E, R), and reads the pool of its
@@ -21,27 +21,27 @@ class RasaBank(AdapterOwner):
     pool of its own over the layers. It stands in its ``RasaExperts`` under the weight's name.
 
     Args:
-        config: the method's config, which says what the bank owns.
-        place: its place in its group; that of index 0 registers ``pool``.
+        config: the method's config, which says what the weight's adapter owns.
+        spec: its index, shape and device in its group; that of index 0 registers ``pool``.
         pool: the group's.
 
     Example:
         >>> config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
         >>> model = rasa_ext.patch_model(moe_model, config=config)
-        >>> bank = model.get_submodule("model.layers.0.mlp.experts.gate_up_proj")
-        >>> bank.A.shape[:2], bank.effective_rank  # four experts, two layers
+        >>> stack = model.get_submodule("model.layers.0.mlp.experts.gate_up_proj")
+        >>> stack.A.shape[:2], stack.effective_rank  # four experts, two layers
         (torch.Size([4, 3]), 5)
     """
 
-    def __init__(self, config: Method, place: Any, pool: RasaPool | None) -> None:
+    def __init__(self, config: Method, spec: Any, pool: RasaPool | None) -> None:
         super().__init__()
-        self.begin(config, place, pool)
+        self.begin(config, spec, pool)
 
     def extra_repr(self) -> str:
         """Show shapes and ranks."""
         return (
-            f"experts={self.place.experts}, in_features={self.place.in_features}, "
-            f"out_features={self.place.out_features}, effective_rank={self.effective_rank}"
+            f"experts={self.spec.experts}, in_features={self.spec.in_features}, "
+            f"out_features={self.spec.out_features}, effective_rank={self.effective_rank}"
         )
 
 
@@ -53,7 +53,7 @@ class RasaExperts(AdaptedExperts):
 
     Args:
         base_layer: the experts.
-        banks: the adapters by the name of the weight.
+        stacks: the adapters by the name of the weight.
 
     Raises:
         RuntimeError: in a forward, the adapter is sharded over processes; or it is merged, and the
@@ -63,30 +63,30 @@ class RasaExperts(AdaptedExperts):
         >>> config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
         >>> model = rasa_ext.patch_model(moe_model, config=config)
         >>> experts = model.get_submodule("model.layers.0.mlp.experts")
-        >>> sorted(experts.banks())
+        >>> sorted(experts.stacks())
         ['down_proj', 'gate_up_proj']
     """
 
-    def __init__(self, base_layer: nn.Module, banks: Mapping[str, RasaBank]) -> None:
+    def __init__(self, base_layer: nn.Module, stacks: Mapping[str, RasaExpertWeight]) -> None:
         super().__init__(base_layer)
-        for name, bank in banks.items():
-            _, out_features, in_features = bank_shape(base_layer, name)
-            if (bank.place.out_features, bank.place.in_features) != (out_features, in_features):
-                raise ValueError(f"banks: the adapter of {name!r} is made for another shape.")
-            self._modules[name] = bank  # add_module refuses a name that the base answers for
-        self._banks = tuple(banks)
+        for name, stack in stacks.items():
+            _, out_features, in_features = expert_shape(base_layer, name)
+            if (stack.spec.out_features, stack.spec.in_features) != (out_features, in_features):
+                raise ValueError(f"stacks: the adapter of {name!r} is made for another shape.")
+            self._modules[name] = stack  # add_module refuses a name that the base answers for
+        self._stacks = tuple(stacks)
         self.train(base_layer.training)
 
-    def banks(self) -> dict[str, RasaBank]:
+    def stacks(self) -> dict[str, RasaExpertWeight]:
         """Give the adapters by the name of the weight."""
-        return {name: self._modules[name] for name in self._banks}  # type: ignore[misc]  # banks
+        return {name: self._modules[name] for name in self._stacks}  # type: ignore[misc]  # owners
 
     def adapter(self, name: str) -> Adapter | None:
         """Give the adapter of a stacked weight, or None."""
-        bank: Any = self._modules.get(name)
-        return None if bank is None else bank.adapter()
+        stack: Any = self._modules.get(name)
+        return None if stack is None else stack.adapter()
 
     def adapters(self) -> Iterator[Adapter]:
         """Give every adapter of the experts."""
-        for bank in self.banks().values():
-            yield bank.adapter()
+        for stack in self.stacks().values():
+            yield stack.adapter()

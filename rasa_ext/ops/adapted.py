@@ -19,7 +19,8 @@ from rasa_ext.ops.pack import as_results, factor_grads, packed, with_own_memory
 
 @operator(
     "adapted_linear(Tensor? y, Tensor x, Tensor? weight, Tensor? bias, Tensor A, Tensor? A_pool, "
-    "Tensor B, Tensor? B_pool, Tensor? d, int multiple=1, Tensor? kept=None, float scale=1.0) -> "
+    "Tensor B, Tensor? B_pool, Tensor? d, int multiple=1, Tensor? x_dropped=None, "
+    "float scale=1.0) -> "
     "(Tensor out, Tensor U)"
 )
 def adapted_linear(
@@ -33,7 +34,7 @@ def adapted_linear(
     B_pool: Tensor | None,
     d: Tensor | None,
     multiple: int = 1,
-    kept: Tensor | None = None,
+    x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """X W^T + bias + U Bp (M, out), or y + U Bp where y is given and no weight; U beside it.
@@ -42,9 +43,9 @@ def adapted_linear(
     """
     Ap, Bp = packed(A, A_pool, B, B_pool, d, x.dtype, multiple)
     if weight is not None and y is None:
-        return linear(x, weight, bias, Ap, Bp, kept, scale)
+        return linear(x, weight, bias, Ap, Bp, x_dropped, scale)
     if y is not None and weight is None:
-        return linear_add(y, x, Ap, Bp, kept, scale)
+        return linear_add(y, x, Ap, Bp, x_dropped, scale)
     got = "both" if weight is not None else "None for both"
     raise ValueError(
         f"rasa_ext::adapted_linear: weight: expected a tensor, or y in its place, got {got}."

@@ -20,17 +20,19 @@ _INTEGERS = {
 
 
 def _results(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Shape mask and kept whatever the noise is: the compiled kernel takes two words of it."""
+    """Shape mask and x_dropped whatever the noise is: the compiled kernel takes two words of it."""
     return x.new_empty(-(-x.numel() // 8), dtype=torch.uint8), x.new_empty(x.shape)
 
 
-@operator("dropout(Tensor noise, Tensor x, float p) -> (Tensor mask, Tensor kept)", fake=_results)
+@operator(
+    "dropout(Tensor noise, Tensor x, float p) -> (Tensor mask, Tensor x_dropped)", fake=_results
+)
 def dropout(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     """Draw which elements of x (M, in) dropout keeps: a mask of bits, and x where they are set.
 
     The mask is uint8 (ceil(M in / 8),), for the backward: bit e % 8 of byte e // 8 is element e's,
     counted along x's rows, kept with the probability 1 - p in steps of 2^-16; bits behind the last
-    element mean nothing. kept (M, in) is x there and 0 elsewhere, unscaled, for the forward.
+    element mean nothing. x_dropped (M, in) is x there and 0 elsewhere, unscaled, for the forward.
     ``noise`` is int64 of uniformly distributed bits, as many as ``heuristics.noise_words`` says.
     Here element e is kept where the e-th 16 bits of the noise are at least p * 2^16.
 
@@ -49,8 +51,8 @@ def dropout(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     ones = torch.ge(drawn, min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty_like(drawn))
     # The product's top byte gathers the lowest bits of all eight bytes.
     mask = (ones.to(torch.int8).view(torch.int64).mul_(0x0102040810204080) >> 56).to(torch.uint8)
-    kept = ones.neg_()[: x.numel()].view(x.shape).to(_INTEGERS[x.dtype])  # all bits set, or none
-    return mask, keep(x.contiguous(), kept)
+    bits = ones.neg_()[: x.numel()].view(x.shape).to(_INTEGERS[x.dtype])  # all bits set, or none
+    return mask, keep(x.contiguous(), bits)
 
 
 def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -58,8 +60,8 @@ def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     # Every byte eight times, its k-th bit in the k-th of them, and that moved to the sign.
     spread = mask.to(torch.int64).mul_(0x0101010101010101)
     spread = spread.bitwise_and_(0x8040201008040201 - 2**64).add_(0x7F7F7F7F7F7F7F7F)
-    kept = spread.view(torch.int8).bitwise_right_shift_(7)[: shape[0] * shape[1]]
-    return kept.to(_INTEGERS[like.dtype]).view(shape)
+    bits = spread.view(torch.int8).bitwise_right_shift_(7)[: shape[0] * shape[1]]
+    return bits.to(_INTEGERS[like.dtype]).view(shape)
 
 
 def integers(x: Tensor) -> Tensor:
@@ -67,13 +69,13 @@ def integers(x: Tensor) -> Tensor:
     return x.view(_INTEGERS[x.dtype])
 
 
-def keep(x: Tensor, kept: Tensor) -> Tensor:
-    """Give x where ``kept``, from ``unpacked``, and 0 elsewhere."""
-    return torch.bitwise_and(integers(x), kept).view(x.dtype)
+def keep(x: Tensor, bits: Tensor) -> Tensor:
+    """Give x where ``bits``, from ``unpacked``, and 0 elsewhere."""
+    return torch.bitwise_and(integers(x), bits).view(x.dtype)
 
 
-def project(x: Tensor, Ap: Tensor, kept: Tensor | None, scale: float) -> Tensor:
+def project(x: Tensor, Ap: Tensor, x_dropped: Tensor | None, scale: float) -> Tensor:
     """Compute U = X Ap^T (M, Rp), from what dropout has left of X where that is given."""
-    if kept is None:
+    if x_dropped is None:
         return torch.mm(x, Ap.t())
-    return torch.mm(kept, Ap.t()).mul_(scale)
+    return torch.mm(x_dropped, Ap.t()).mul_(scale)

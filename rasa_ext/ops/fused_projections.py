@@ -97,7 +97,7 @@ def _by_kind(grads: Sequence[Gradients]) -> tuple[list[Tensor], ...]:
 
 @operator(
     "linear_projections(Tensor x, Tensor[] weights, Tensor[] biases, Tensor Ap, Tensor[] Bp, "
-    "Tensor? kept=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
+    "Tensor? x_dropped=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
 )
 def linear_projections(
     x: Tensor,
@@ -105,11 +105,11 @@ def linear_projections(
     biases: Sequence[Tensor],
     Ap: Tensor,
     Bp: Sequence[Tensor],
-    kept: Tensor | None = None,
+    x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
     """Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of one U = X Ap^T (M, Rp)."""
-    U = project(x, Ap, kept, scale)
+    U = project(x, Ap, x_dropped, scale)
     y = []
     for i, (weight, up, u) in enumerate(zip(weights, Bp, _columns(U, Bp), strict=True)):
         bias = biases[i] if biases and biases[i].numel() else None
@@ -155,14 +155,14 @@ def linear_projections_backward(
         H = like.new_empty((like.shape[0], Ap.shape[0]))
         for grad, up, h in zip(grads, Bp, _columns(H, Bp), strict=True):
             torch.mm(grad, up.t(), out=h)
-        kept = None
+        bits = None
         if mask is not None:
             H.mul_(scale)
-            kept = unpacked(mask, like, (like.shape[0], Ap.shape[1]))
+            bits = unpacked(mask, like, (like.shape[0], Ap.shape[1]))
         if need_A and x is not None:
-            dAp = torch.mm(H.t(), x if kept is None else keep(x, kept)).to(wide)
+            dAp = torch.mm(H.t(), x if bits is None else keep(x, bits)).to(wide)
         if need_x:
-            dx = input_grad(grads, weights, H, Ap, kept)
+            dx = input_grad(grads, weights, H, Ap, bits)
     return (
         like.new_empty(0) if dx is None else dx,
         like.new_empty(0, dtype=wide) if dAp is None else dAp,

@@ -4,7 +4,7 @@ Symbols: M tokens, ``in``/``out`` features, Rp the pack's rows. x and grad are 2
 the caller's. Within one call all tensors but the mask are of one dtype.
 
 Dropout is on the adapter's input alone: wherever x stands beside Ap it is ``scale`` times what
-dropout leaves of x. A forward is given that as ``kept`` (M, in), in x's dtype and unscaled; a
+dropout leaves of x. A forward is given that as ``x_dropped`` (M, in), in x's dtype and unscaled; a
 backward makes it again from x and ``mask``, a bit for each element (see ``dropout``). The scale is
 folded into U and H, so that in low precision no element of x is rounded again. U includes it.
 """
@@ -28,11 +28,11 @@ def linear(
     bias: Tensor | None,
     Ap: Tensor,
     Bp: Tensor,
-    kept: Tensor | None = None,
+    x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y = X W^T + bias + U Bp (M, out) with U = X Ap^T (M, Rp)."""
-    U = dense(x, Ap) if kept is None else project(x, Ap, kept, scale)
+    U = dense(x, Ap) if x_dropped is None else project(x, Ap, x_dropped, scale)
     return with_base(x, weight, bias, U, Bp), U
 
 
@@ -46,7 +46,7 @@ def with_base(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, Bp: Ten
 
 low_rank_linear = operator(
     "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor Ap, Tensor Bp, "
-    "Tensor? kept=None, float scale=1.0) -> (Tensor y, Tensor U)"
+    "Tensor? x_dropped=None, float scale=1.0) -> (Tensor y, Tensor U)"
 )(linear)
 
 
@@ -55,16 +55,16 @@ def linear_add(
     x: Tensor,
     Ap: Tensor,
     Bp: Tensor,
-    kept: Tensor | None = None,
+    x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Y + U Bp (M, out) with U = X Ap^T (M, Rp), over a base that is not a plain GEMM."""
-    U = project(x, Ap, kept, scale)
+    U = project(x, Ap, x_dropped, scale)
     return torch.addmm(y, U, Bp), U
 
 
 low_rank_add = operator(
-    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? kept=None, "
+    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? x_dropped=None, "
     "float scale=1.0) -> (Tensor out, Tensor U)"
 )(linear_add)
 
@@ -123,18 +123,18 @@ def linear_grads(
         dBp = torch.mm(U.t(), grad)
     if need_x or need_A:
         H = torch.mm(grad, Bp.t())
-        kept = None
+        bits = None
         if mask is not None:
             H.mul_(scale)
-            kept = unpacked(mask, grad, (grad.shape[0], Ap.shape[1]))
+            bits = unpacked(mask, grad, (grad.shape[0], Ap.shape[1]))
         if need_A and x is not None:
-            dAp = torch.mm(H.t(), x if kept is None else keep(x, kept))
+            dAp = torch.mm(H.t(), x if bits is None else keep(x, bits))
         if need_x:
-            if kept is None and adapter_first(grad.device.type, grad.dtype):
+            if bits is None and adapter_first(grad.device.type, grad.dtype):
                 dx = torch.mm(H, Ap)
                 dx = dx if weight is None else dx.addmm_(grad, weight)
             else:
-                dx = input_grad([grad], None if weight is None else [weight], H, Ap, kept)
+                dx = input_grad([grad], None if weight is None else [weight], H, Ap, bits)
     if (wide := accumulation_dtype(grad.dtype)) != grad.dtype:
         dAp, dBp = (None if each is None else each.to(wide) for each in (dAp, dBp))
     return dx, dAp, dBp
@@ -145,19 +145,19 @@ def input_grad(
     weights: Sequence[Tensor] | None,
     H: Tensor,
     Ap: Tensor,
-    kept: Tensor | None,
+    bits: Tensor | None,
 ) -> Tensor:
-    """dX = sum_i G_i W_i + H Ap, the latter where ``kept``, accumulated inside the products."""
+    """dX = sum_i G_i W_i + H Ap, the latter where ``bits``, accumulated inside the products."""
     if weights is None or adapter_first(H.device.type, H.dtype):
         dx = torch.mm(H, Ap)
-        if kept is not None:
-            integers(dx).bitwise_and_(kept)
+        if bits is not None:
+            integers(dx).bitwise_and_(bits)
         for grad, weight in zip(grads, weights or (), strict=weights is not None):
             dx.addmm_(grad, weight)
         return dx
     dx = torch.mm(grads[0], weights[0])
     for grad, weight in zip(grads[1:], weights[1:], strict=True):
         dx.addmm_(grad, weight)
-    if kept is None:
+    if bits is None:
         return dx.addmm_(H, Ap)
-    return dx.add_(keep(torch.mm(H, Ap), kept))
+    return dx.add_(keep(torch.mm(H, Ap), bits))

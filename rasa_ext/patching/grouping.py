@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from rasa_ext.methods.base import AdapterConfig, Groups, Place
+from rasa_ext.methods.base import AdapterConfig, Groups, LayerSpec
 from rasa_ext.nn.adapter import Adapter
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # between two dots, or a dot and an end
@@ -29,19 +29,19 @@ class Group:
     experts: int = 0
     """How many experts each of them stacks; 0 for linear layers."""
 
-    def places(self, *devices: torch.device) -> list[Place]:
-        """Give the places of its layers, with tensors on ``devices``: one for each, or for all."""
+    def specs(self, *devices: torch.device) -> list[LayerSpec]:
+        """Describe the layers, with tensors on ``devices``: one for each, or for all."""
         each = zip(self.names, itertools.cycle(devices))
         return [
-            Place(index, len(self.names), *self.shape, device, name, self.experts)
+            LayerSpec(index, len(self.names), *self.shape, device, name, self.experts)
             for index, (name, device) in enumerate(each)
         ]
 
     def planned(self, config: AdapterConfig) -> dict[str, Adapter]:
         """Give the adapters that a method makes for its layers, by name, on the meta device."""
-        places = self.places(torch.device("meta"))
-        pool = config.pool(places)
-        return {place.name: Adapter(config, config.own(place), pool, place) for place in places}
+        specs = self.specs(torch.device("meta"))
+        pool = config.group_tensors(specs)
+        return {s.name: Adapter(config, config.layer_tensors(s), pool, s) for s in specs}
 
 
 def pattern(name: str) -> str:
@@ -132,7 +132,7 @@ def check_groups(groups: Groups, names: Iterable[str], argument: str = "groups")
             )
 
 
-def settled(config: AdapterConfig, found: Iterable[Group]) -> AdapterConfig:
+def resolve_groups(config: AdapterConfig, found: Iterable[Group]) -> AdapterConfig:
     """The config with the mapping that a callable in it gave for these groups: that has a file's
     form, and means the same on load.
     """

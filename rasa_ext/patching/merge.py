@@ -22,7 +22,7 @@ from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_parts
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
-from rasa_ext.patching.parts import Part, bank_parts, chunks_of, deltas_of, linear_part
+from rasa_ext.patching.parts import Part, chunks_of, deltas_of, linear_part, stack_parts
 from rasa_ext.patching.patch import remove_layers
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.tokens import (
@@ -91,7 +91,7 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for chunk in chunks_of(_linear_parts(model)):
         deltas = deltas_of(chunk, torch.float32)
         yield from ((part.name, delta) for part, delta in zip(chunk, deltas, strict=True))
-    for name, parts in _bank_parts(model):
+    for name, parts in _stack_parts(model):
         delta = deltas_of(parts, torch.float32)
         yield name, delta.mT if is_transposed(parts[0].base) else delta
 
@@ -302,19 +302,19 @@ def _merge(
 
 def _parts(model: nn.Module) -> list[Part]:
     """List the matrices that a model's adapters change."""
-    return _linear_parts(model) + [part for _, parts in _bank_parts(model) for part in parts]
+    return _linear_parts(model) + [part for _, parts in _stack_parts(model) for part in parts]
 
 
 def _linear_parts(model: nn.Module) -> list[Part]:
     return [linear_part(n, layer, [layer.adapter()]) for n, layer in adapted_layers(model)]
 
 
-def _bank_parts(model: nn.Module) -> Iterator[tuple[str, list[Part]]]:
+def _stack_parts(model: nn.Module) -> Iterator[tuple[str, list[Part]]]:
     """Give the parts of each adapted stacked weight, by the parameter's name."""
     for path, experts in adapted_experts(model):
-        for key, bank in experts.banks().items():
-            name, adapters = f"{path}.{key}", [bank.adapter()]
-            yield name, bank_parts(name, experts.base_layer, key, adapters, experts)
+        for key, stack in experts.stacks().items():
+            name, adapters = f"{path}.{key}", [stack.adapter()]
+            yield name, stack_parts(name, experts.base_layer, key, adapters, experts)
 
 
 def _check_dtype(dtype: torch.dtype | None, parts: list[Part]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
-from rasa_ext.base_layers.experts import bank_weight
+from rasa_ext.base_layers.experts import expert_weight
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
@@ -85,7 +85,7 @@ def linear_part(name: str, layer: AdaptedLinear, adapters: Sequence[Adapter]) ->
     )
 
 
-def bank_parts(
+def stack_parts(
     name: str, base: nn.Module, key: str, adapters: Iterable[Adapter], owner: nn.Module
 ) -> list[Part]:
     """Make the parts of a stacked weight, ``base.key``, one for each expert."""
@@ -100,7 +100,7 @@ def bank_parts(
             owner,
             (key, i),
         )
-        for i, weight in enumerate(bank_weight(base, key).detach())
+        for i, weight in enumerate(expert_weight(base, key).detach())
     ]
 
 

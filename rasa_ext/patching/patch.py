@@ -17,10 +17,10 @@ from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
-from rasa_ext.nn.rasa_experts import RasaBank, RasaExperts
+from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
-from rasa_ext.patching.advice import advice, untouched
-from rasa_ext.patching.grouping import settled
+from rasa_ext.patching.config_warnings import config_warnings, untouched
+from rasa_ext.patching.grouping import resolve_groups
 from rasa_ext.patching.pretrained import replace_save_pretrained, restore_save_pretrained
 from rasa_ext.patching.state import (
     PatchState,
@@ -113,7 +113,7 @@ def patch_model(
     check_unpatched(model)
     plan = make_plan(model, config)
     apply_plan(model, config, plan)
-    for message in (*advice(config, plan.groups), *untouched(model, config, plan)):
+    for message in (*config_warnings(config, plan.groups), *untouched(model, config, plan)):
         warnings.warn(message, stacklevel=3)
     return model
 
@@ -196,23 +196,23 @@ def plan_layers(
 
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     """Carry out a plan that ``make_plan`` made for this model and config."""
-    config = settled(config, plan.groups)
+    config = resolve_groups(config, plan.groups)
     # Everything that can fail, running out of memory included, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
-    stacked: dict[nn.Module, dict[str, RasaBank]] = {}
+    stacked: dict[nn.Module, dict[str, RasaExpertWeight]] = {}
     for group in plan.groups:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
-        places = group.places(*map(base_device, bases.values()))
-        tensors = config.pool(places)
+        specs = group.specs(*map(base_device, bases.values()))
+        tensors = config.group_tensors(specs)
         pool = RasaPool(tensors) if tensors else None
-        for base, place in zip(bases.values(), places, strict=True):
+        for base, spec in zip(bases.values(), specs, strict=True):
             if isinstance(base, tuple):
                 module, name = base
-                stacked.setdefault(module, {})[name] = RasaBank(config, place, pool)
+                stacked.setdefault(module, {})[name] = RasaExpertWeight(config, spec, pool)
             else:
                 kind = RasaLinear if split_of(base) is None else SplitRasaLinear
-                wrapped[base] = kind(base, config, place, pool)
-    experts = {module: RasaExperts(module, banks) for module, banks in stacked.items()}
+                wrapped[base] = kind(base, config, spec, pool)
+    experts = {module: RasaExperts(module, stacks) for module, stacks in stacked.items()}
     tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(
         config=config,

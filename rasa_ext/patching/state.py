@@ -124,7 +124,7 @@ def owners(model: nn.Module) -> list[tuple[str, AdapterOwner]]:
 
     Returns:
         Pairs of a name in the model and a ``RasaLinear``, or what stands for one stacked weight of
-        experts, in the order of the model. Each has ``config``, ``place``, ``pool``,
+        experts, in the order of the model. Each has ``config``, ``spec``, ``pool``,
         ``own_tensors()`` and ``pool_tensors()``.
 
     Example:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from rasa_ext.base_layers.experts import Bank, check_bank
+from rasa_ext.base_layers.experts import ExpertWeight, check_expert_weight
 from rasa_ext.base_layers.linear import LinearLayer, is_linear
 from rasa_ext.base_layers.survey import Survey, base_shape, check_base, survey
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
@@ -40,7 +40,7 @@ def make_plan(
     model: nn.Module,
     config: AdapterConfig,
     linears: Mapping[str, LinearLayer] | None = None,
-    banks: Mapping[str, Bank] | None = None,
+    stacks: Mapping[str, ExpertWeight] | None = None,
     found: Survey | None = None,
 ) -> Plan:
     """Find the layers that a config names in a model, and group them. The model is only read.
@@ -49,7 +49,7 @@ def make_plan(
         model: any module that holds linear layers.
         config: of any method.
         linears: the layers to choose from, by name; by default every linear layer of the model.
-        banks: stacked expert weights to choose from, which only a config with ``experts`` takes.
+        stacks: stacked expert weights to choose from, which only a config with ``experts`` takes.
         found: in place of both, what a walk over the model has found.
 
     Returns:
@@ -66,13 +66,13 @@ def make_plan(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    found = found or survey(model, linears, banks)
+    found = found or survey(model, linears, stacks)
     if "" in found.linears:
         raise ValueError(
             "model: expected a module that holds linear layers, got a linear layer itself, which "
             "cannot be replaced in place; wrap it, for example in torch.nn.Sequential."
         )
-    stacked = found.banks if config.grouping_of_experts else {}
+    stacked = found.stacks if config.grouping_of_experts else {}
     if config.grouping_of_experts and not stacked:
         others = ", ".join(list(found.expert_weights)[:3])
         others = f"; its other weights are {others}" if others else ""
@@ -82,7 +82,7 @@ def make_plan(
         )
     saved = _modules_to_save(found, config.modules_to_save)
     tokens = find_rows(model, config)
-    bases: dict[str, LinearLayer | Bank] = {**found.linears, **stacked}
+    bases: dict[str, LinearLayer | ExpertWeight] = {**found.linears, **stacked}
     chosen, skipped = _choose(found, config, bases, saved)
     for name in chosen:
         check_base(name, bases[name])
@@ -108,7 +108,7 @@ def make_plan(
 
 
 def group_layers(
-    config: AdapterConfig, bases: Mapping[str, LinearLayer | Bank], argument: str = "groups"
+    config: AdapterConfig, bases: Mapping[str, LinearLayer | ExpertWeight], argument: str = "groups"
 ) -> tuple[Group, ...]:
     """Group the layers that are adapted, by name; ``argument`` is where ``groups`` was given.
 
@@ -170,9 +170,9 @@ def _choose(
 def _adaptable(found: Survey, config: AdapterConfig) -> frozenset[str]:
     """Name the stacked weights that the argument ``experts`` would adapt."""
     names = set()
-    for name, bank in found.banks.items() if hasattr(config, "experts") else ():
+    for name, stack in found.stacks.items() if hasattr(config, "experts") else ():
         with contextlib.suppress(TypeError, ValueError):
-            check_bank(name, bank)
+            check_expert_weight(name, stack)
             names.add(name)
     return frozenset(names)
 
@@ -187,7 +187,7 @@ def resolve_config(
     ``found`` is what a walk over the model has found, if there was one.
     """
     found = found or survey(model)
-    modules = [*(name for name in found.modules if name), *found.banks]
+    modules = [*(name for name in found.modules if name), *found.stacks]
     targets = config.target_modules
     if not isinstance(targets, str):
         known = (item for item in targets if any(matches(name, (item,)) for name in modules))
@@ -241,7 +241,7 @@ def _matched(found: Survey, names: Collection[str], targets: Names) -> list[str]
     for item in () if isinstance(targets, str) else targets:
         if any(matches(name, (item,)) for name in names):
             continue
-        if any(matches(name, (item,)) for name in found.banks):
+        if any(matches(name, (item,)) for name in found.stacks):
             raise ValueError(
                 f"target_modules: {item!r} names stacked expert weights, which are adapted "
                 "with the argument experts, such as experts='shared'."

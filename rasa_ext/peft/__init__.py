@@ -12,7 +12,7 @@ except ImportError as error:
     ) from error
 
 from rasa_ext.peft.config import RasaConfig
-from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
+from rasa_ext.peft.experts import RasaPeftExperts, RasaPeftExpertWeight
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.lora import export_lora
 from rasa_ext.peft.model import RasaModel
@@ -21,7 +21,7 @@ from rasa_ext.peft.register import register
 __all__ = [
     "RasaConfig",
     "RasaModel",
-    "RasaPeftBank",
+    "RasaPeftExpertWeight",
     "RasaPeftExperts",
     "RasaPeftLinear",
     "export_lora",

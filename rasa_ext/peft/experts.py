@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.experts import is_transposed
 from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapter import Adapter
-from rasa_ext.patching.parts import Part, bank_parts, deltas_of
+from rasa_ext.patching.parts import Part, deltas_of, stack_parts
 from rasa_ext.patching.subtraction import MergeResidual
 from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.summed import summed
 
 
-class RasaPeftBank(NamedAdapters):
+class RasaPeftExpertWeight(NamedAdapters):
     """The named adapters of one stacked weight (E, out, in): what PEFT switches, merges and saves.
 
     It stands in its ``RasaPeftExperts`` under the weight's own name. The weight stays the base's.
@@ -56,7 +56,7 @@ class RasaPeftBank(NamedAdapters):
         """Give the weight of each expert, as these adapters change it."""
         adapters = [self.named(name) for name in adapter_names]
         base = self.get_base_layer()
-        return bank_parts(adapters[0].place.name, base, self.name, adapters, self)
+        return stack_parts(adapters[0].spec.name, base, self.name, adapters, self)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Compute an adapter's dW of every expert, in the stacked weight's orientation.
@@ -74,32 +74,32 @@ class RasaPeftExperts(AdaptedExperts):
     it computes with those of them that are active.
     """
 
-    def banks(self) -> dict[str, RasaPeftBank]:
+    def stacks(self) -> dict[str, RasaPeftExpertWeight]:
         """Give what owns the adapters, by the name of the weight."""
         children = self._modules.items()
-        return {name: each for name, each in children if isinstance(each, RasaPeftBank)}
+        return {name: each for name, each in children if isinstance(each, RasaPeftExpertWeight)}
 
-    def add_bank(self, name: str) -> None:
+    def add_stack(self, name: str) -> None:
         """Let a weight have adapters, if it cannot yet."""
         if name not in self._modules:
             # add_module refuses a name that the base answers for.
-            self._modules[name] = RasaPeftBank(self, name)
+            self._modules[name] = RasaPeftExpertWeight(self, name)
 
     def adapter(self, name: str) -> Adapter | None:
         """Give the adapter of a stacked weight that a forward adds, or None."""
-        bank = self._modules.get(name)
-        return bank.adapter() if isinstance(bank, RasaPeftBank) else None
+        stack = self._modules.get(name)
+        return stack.adapter() if isinstance(stack, RasaPeftExpertWeight) else None
 
     def adapters(self) -> Iterator[Adapter]:
         """Give every adapter of the experts, active or not."""
-        for bank in self.banks().values():
-            yield from bank.adapters()
+        for stack in self.stacks().values():
+            yield from stack.adapters()
 
     @property
     def merged(self) -> bool:
         """Whether adapters are folded into the weights, and none is added beside them."""
-        banks = self.banks().values()
-        return any(bank.merged for bank in banks) and not any(bank.live() for bank in banks)
+        stacks = self.stacks().values()
+        return any(stack.merged for stack in stacks) and not any(stack.live() for stack in stacks)
 
     def forward(
         self,
@@ -109,10 +109,10 @@ class RasaPeftExperts(AdaptedExperts):
     ) -> Tensor:
         """Compute (T, H): the base and every active adapter."""
         live = False
-        for bank in self.banks().values():
-            if bank.disable_adapters and bank.merged:
-                bank.unmerge()
-            live = live or bool(bank.live())
+        for stack in self.stacks().values():
+            if stack.disable_adapters and stack.merged:
+                stack.unmerge()
+            live = live or bool(stack.live())
         if live:
             return super().forward(hidden_states, top_k_index, top_k_weights)
         return self.base_forward(hidden_states, top_k_index, top_k_weights)
@@ -121,7 +121,7 @@ class RasaPeftExperts(AdaptedExperts):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """Give PEFT the base, with adapters in it if asked."""
-        for bank in self.banks().values() if merge else ():
-            bank.merge(safe_merge, adapter_names)
+        for stack in self.stacks().values() if merge else ():
+            stack.merge(safe_merge, adapter_names)
         base: nn.Module = self.base_layer
         return base

@@ -75,7 +75,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:
         """Give the weight, as these adapters change it."""
         adapters = [self.named(name) for name in adapter_names]
-        return [linear_part(adapters[0].place.name, self, adapters)]
+        return [linear_part(adapters[0].spec.name, self, adapters)]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Compute an adapter's dW in its base weight's orientation.

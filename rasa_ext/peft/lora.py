@@ -82,9 +82,9 @@ def _export_of(model: nn.Module, adapter_name: str) -> Export:
     experts = {}
     for path, each in modules.items():
         if isinstance(each, RasaPeftExperts):
-            banks = [item for item in each.banks().items() if adapter_name in item[1].configs]
-            if banks:
-                factors = {name: bank.named(adapter_name).factors() for name, bank in banks}
+            stacks = [item for item in each.stacks().items() if adapter_name in item[1].configs]
+            if stacks:
+                factors = {name: stack.named(adapter_name).factors() for name, stack in stacks}
                 experts[path] = Adapted(each.base_layer, factors)
     task = outer.peft_config[adapter_name].task_type if isinstance(outer, PeftModel) else None
     trained = trained_in_full(root, adapter_name)

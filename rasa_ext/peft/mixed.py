@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from rasa_ext.peft.experts import RasaPeftBank
+from rasa_ext.peft.experts import RasaPeftExpertWeight
 from rasa_ext.peft.named import NamedAdapters, RowAdapters
 
 BASE = "__base__"
@@ -70,7 +70,7 @@ def _checked(
         raise ValueError(
             f"adapter_names: expected some of {BASE}, {', '.join(known)}, got {', '.join(unknown)}."
         )
-    experts = (layer for layer in layers if isinstance(layer, RasaPeftBank))
+    experts = (layer for layer in layers if isinstance(layer, RasaPeftExpertWeight))
     if stuck := {name for layer in experts for name in names if name in layer.configs}:
         raise ValueError(
             f"adapter_names: expected adapters of linear layers, but {', '.join(sorted(stuck))} "

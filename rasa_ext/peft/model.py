@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import Bank
+from rasa_ext.base_layers.experts import ExpertWeight
 from rasa_ext.base_layers.linear import LinearLayer, check_weight_is_stored, is_conv1d
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.split import split_of
@@ -22,11 +22,11 @@ from rasa_ext.base_layers.survey import base_device, check_base, survey
 from rasa_ext.checkpoint.adapter import own_names
 from rasa_ext.checkpoint.files import check_finite
 from rasa_ext.checkpoint.official import official_name
-from rasa_ext.methods.base import ALL_LINEAR, Place, groups_to_json
+from rasa_ext.methods.base import ALL_LINEAR, LayerSpec, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
-from rasa_ext.patching.advice import advice
+from rasa_ext.patching.config_warnings import config_warnings
 from rasa_ext.patching.fold import Merging
-from rasa_ext.patching.grouping import Group, settled
+from rasa_ext.patching.grouping import Group, resolve_groups
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.swap import let_adapters_work, link_fused_projections, replace_modules
 from rasa_ext.patching.targets import INSTEAD, group_layers, make_plan, resolve_config, suffixes
@@ -34,13 +34,13 @@ from rasa_ext.patching.tokens import check_rows_finite
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.config import RasaConfig
-from rasa_ext.peft.experts import RasaPeftBank, RasaPeftExperts
+from rasa_ext.peft.experts import RasaPeftExperts, RasaPeftExpertWeight
 from rasa_ext.peft.layer import RasaPeftLinear, SplitPeftLinear, keys_in_files
 from rasa_ext.peft.mixed import rows_through
 from rasa_ext.peft.named import NamedAdapters
 from rasa_ext.peft.targets import (
     bases_of,
-    chosen_banks,
+    chosen_stacks,
     trained_in_full,
     untouched,
     unwrap_experts,
@@ -80,7 +80,7 @@ class RasaModel(BaseTuner):
         adapted; the modules of the model are then what they were.
         """
         keys = kwargs.get("state_dict")
-        self._groups: dict[str, tuple[Group, list[Place]]] | None = None
+        self._groups: dict[str, tuple[Group, list[LayerSpec]]] | None = None
         self._given = None if keys is None else {_layer_of(key) for key in keys}
         self._frozen: list[nn.Parameter] = []
         own = self.peft_config[adapter_name]
@@ -126,8 +126,8 @@ class RasaModel(BaseTuner):
         own = _rasa_config(peft_config)
         every = own.target_modules in (None, ALL_LINEAR)
         if own.rasa_experts is None and self._given is None and not own.inference_mode:
-            _, banks = bases_of(self.model)
-            meant = {n: bank for n, bank in banks.items() if every or self._is_target(own, n)}
+            _, stacks = bases_of(self.model)
+            meant = {n: stack for n, stack in stacks.items() if every or self._is_target(own, n)}
             if meant:
                 warnings.warn(untouched(meant), stacklevel=users_level())
         if every:
@@ -141,7 +141,7 @@ class RasaModel(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Let the stacked weights that are targets have adapters, under their names."""
         own = _rasa_config(peft_config)
-        chosen = chosen_banks(self.model, own, lambda name: self._is_target(own, name))
+        chosen = chosen_stacks(self.model, own, lambda name: self._is_target(own, name))
         if chosen and not self.owners():
             # PEFT freezes the base with the first adapter. It would take this one for a second one,
             # as there are layers of its kind, and leave the base as it finds it.
@@ -165,7 +165,7 @@ class RasaModel(BaseTuner):
             self._groups = self._find_groups(own)
         if current_key not in self._groups:  # stacked weights that another adapter is for
             return
-        group, places = self._groups[current_key]
+        group, specs = self._groups[current_key]
         if isinstance(target, NamedAdapters):
             layer = target
         else:  # linear, as _find_groups has seen
@@ -175,23 +175,23 @@ class RasaModel(BaseTuner):
             replace_modules(self.model, {target: layer})  # a module may be registered twice
         owner = cast(NamedAdapters, self.model.get_submodule(group.names[0]))
         index = group.names.index(current_key)
-        layer.update_layer(adapter_name, own.core(), places, index, owner, own.init_weights)
+        layer.update_layer(adapter_name, own.core(), specs, index, owner, own.init_weights)
 
-    def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[Place]]]:
+    def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[LayerSpec]]]:
         """Find group and places of every layer that PEFT is about to adapt, by its name."""
-        (linears, banks), config = bases_of(self.model), peft_config.core()
-        banks = banks if config.grouping_of_experts else {}
-        reasons = survey(self.model, linears, banks).refused
+        (linears, stacks), config = bases_of(self.model), peft_config.core()
+        stacks = stacks if config.grouping_of_experts else {}
+        reasons = survey(self.model, linears, stacks).refused
         inside: tuple[str, ...] = ()
-        bases: dict[str, LinearLayer | Bank] = {}
+        bases: dict[str, LinearLayer | ExpertWeight] = {}
         for name, module in self.model.named_modules():
             if not name or name.startswith(inside) or not self._is_target(peft_config, name):
                 continue
             if isinstance(module, NamedAdapters):
                 inside += (f"{name}.",)
-            if isinstance(module, RasaPeftBank):
-                if name in banks:
-                    bases[name] = banks[name]
+            if isinstance(module, RasaPeftExpertWeight):
+                if name in stacks:
+                    bases[name] = stacks[name]
                 continue
             if name in reasons or name not in linears:
                 why = reasons.get(name, f"it is a {type(module).__name__}, no linear layer")
@@ -203,14 +203,14 @@ class RasaModel(BaseTuner):
         found = {}
         for group in groups:
             group.planned(config)  # what the method refuses, before anything changes
-            places = group.places(*(base_device(bases[name]) for name in group.names))
-            found.update(dict.fromkeys(group.names, (group, places)))
+            specs = group.specs(*(base_device(bases[name]) for name in group.names))
+            found.update(dict.fromkeys(group.names, (group, specs)))
         chosen = {base for base in bases.values() if not isinstance(base, tuple)}
         self._attributes_before += let_adapters_work(self.model, chosen, hide_quantizer=False)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
-        peft_config.rasa_groups = groups_to_json(settled(config, groups).layer_groups)
+        peft_config.rasa_groups = groups_to_json(resolve_groups(config, groups).layer_groups)
         if not peft_config.inference_mode:
-            for message in advice(config, groups, "r", "rasa_"):
+            for message in config_warnings(config, groups, "r", "rasa_"):
                 warnings.warn(message, stacklevel=users_level())
         return found
 

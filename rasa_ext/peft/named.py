@@ -11,7 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from rasa_ext.methods.base import AdapterConfig, Place
+from rasa_ext.methods.base import AdapterConfig, LayerSpec
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_parts
 from rasa_ext.patching.parts import Part
@@ -51,14 +51,14 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     Where the weight lies, and what caches depend on the adapters, is a subclass's affair.
     """
 
-    other_param_names = ("configs", "places", "pool_owners", "own_names", "pool_names")
+    other_param_names = ("configs", "specs", "pool_owners", "own_names", "pool_names")
 
     def _begin(self) -> None:
         """Own no adapter yet: the part of ``__init__`` that all have."""
         self.merging = Merging()
         self.adapter_layer_names = ()  # the methods of its adapters decide what it owns
         self.configs: dict[str, AdapterConfig] = {}
-        self.places: dict[str, Place] = {}
+        self.specs: dict[str, LayerSpec] = {}
         self.own_names: dict[str, tuple[str, ...]] = {}
         self.pool_names: dict[str, tuple[str, ...]] = {}
         self.pool_owners: dict[str, NamedAdapters] = {}
@@ -82,18 +82,18 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         self,
         adapter_name: str,
         config: AdapterConfig,
-        places: list[Place],
+        specs: list[LayerSpec],
         index: int,
         owner: NamedAdapters,
         init_weights: bool = True,
     ) -> None:
         """Add an adapter; ``owner`` is the first of its group."""
-        place = places[index]
-        own, pool = config.own(place), {} if index else config.pool(places)
+        spec = specs[index]
+        own, pool = config.layer_tensors(spec), {} if index else config.group_tensors(specs)
         self._add(adapter_name, "rasa_", own, init_weights)
         self._add(adapter_name, "rasa_pool_", pool, init_weights)
         self.own_names[adapter_name], self.pool_names[adapter_name] = tuple(own), tuple(pool)
-        self.configs[adapter_name], self.places[adapter_name] = config, place
+        self.configs[adapter_name], self.specs[adapter_name] = config, spec
         self.pool_owners[adapter_name] = owner
 
     @torch.no_grad()
@@ -123,7 +123,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         pools: dict[str, Any] = owner._modules
         names = owner.pool_names[adapter_name]
         pool = {f: tensor_of(pools[f"rasa_pool_{f}"], adapter_name) for f in names}
-        return Adapter(self.configs[adapter_name], own, pool, self.places[adapter_name])
+        return Adapter(self.configs[adapter_name], own, pool, self.specs[adapter_name])
 
     def adapters(self) -> Iterator[Adapter]:
         """Give every adapter of the weight, active or not."""

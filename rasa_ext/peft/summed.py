@@ -35,11 +35,11 @@ class Sum:
         """Dtype of the first one's parameters."""
         return self._adapters[0].config.adapter_dtype
 
-    def own(self, place: Any) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: Any) -> dict[str, Tensor]:
         """Raise NotImplementedError: a sum is of adapters that exist."""
         raise NotImplementedError("a sum of adapters makes no tensors.")
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give the factors whose dW is the sum of all."""
         return joined([adapter.factors() for adapter in self._adapters])
 
@@ -52,7 +52,7 @@ def summed(adapters: Sequence[Adapter]) -> Adapter:
         {f"{i}.{f}": t for i, each in enumerate(adapters) for f, t in getattr(each, part).items()}
         for part in ("own", "pool")
     )
-    return Adapter(Sum(adapters), own, pool, adapters[0].place)
+    return Adapter(Sum(adapters), own, pool, adapters[0].spec)
 
 
 def joined(parts: Sequence[Factors]) -> Factors:

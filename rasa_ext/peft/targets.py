@@ -8,7 +8,13 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from rasa_ext.base_layers.experts import Bank, bank_names, bank_shape, check_bank, is_experts
+from rasa_ext.base_layers.experts import (
+    ExpertWeight,
+    check_expert_weight,
+    expert_shape,
+    expert_weight_names,
+    is_experts,
+)
 from rasa_ext.base_layers.linear import LinearLayer, is_linear
 from rasa_ext.patching.swap import replace_modules
 from rasa_ext.peft.config import RasaConfig
@@ -18,14 +24,14 @@ from rasa_ext.peft.layer import RasaPeftLinear
 HOW = "rasa_experts='shared', or 'slot' or 'layer' (the method lora: 'own')"
 
 
-def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, Bank]]:
+def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, ExpertWeight]]:
     """Find a model's linear layers and stacked weights by name, adapted or not.
 
     The name of an adapted one is that of the layer, or experts, in its place. What PEFT trains in
     full is left out.
     """
     linears: dict[str, LinearLayer] = {}
-    banks: dict[str, Bank] = {}
+    stacks: dict[str, ExpertWeight] = {}
     inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
         if path.startswith(inside):
@@ -37,8 +43,9 @@ def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, Bank]]
         if is_linear(base):
             linears[path] = base
         elif is_experts(base):
-            banks |= {f"{path}.{name}".lstrip("."): (base, name) for name in bank_names(base)}
-    return linears, banks
+            names = expert_weight_names(base)
+            stacks |= {f"{path}.{name}".lstrip("."): (base, name) for name in names}
+    return linears, stacks
 
 
 def experts_of(model: nn.Module) -> list[RasaPeftExperts]:
@@ -46,28 +53,28 @@ def experts_of(model: nn.Module) -> list[RasaPeftExperts]:
     return [module for module in model.modules() if isinstance(module, RasaPeftExperts)]
 
 
-def wrap_experts(model: nn.Module, chosen: Mapping[str, Bank]) -> None:
+def wrap_experts(model: nn.Module, chosen: Mapping[str, ExpertWeight]) -> None:
     """Let these stacked weights have adapters, so that PEFT finds them by name as it does layers.
 
     Raises TypeError or ValueError, before anything changes, where one cannot be adapted.
     """
     wrapped = {experts.base_layer: experts for experts in experts_of(model)}
-    for name, bank in chosen.items():
-        check_bank(name, bank)
-    for base, bank_name in chosen.values():
+    for name, stack in chosen.items():
+        check_expert_weight(name, stack)
+    for base, stack_name in chosen.values():
         if base not in wrapped:
             wrapped[base] = RasaPeftExperts(base)
             replace_modules(model, {base: wrapped[base]})
-        wrapped[base].add_bank(bank_name)
+        wrapped[base].add_stack(stack_name)
 
 
 def unwrap_experts(model: nn.Module) -> None:
     """Put those experts back that have no adapter, as after an error on the way to one."""
     for experts in experts_of(model):
-        for name, bank in experts.banks().items():
-            if not bank.configs:
+        for name, stack in experts.stacks().items():
+            if not stack.configs:
                 del experts._modules[name]
-        if not experts.banks():
+        if not experts.stacks():
             replace_modules(model, {experts: experts.base_layer})
 
 
@@ -78,18 +85,18 @@ def trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Any]:
     return {name: each[adapter_name] for name, each in copies.items() if adapter_name in each}
 
 
-def untouched(banks: Mapping[str, Bank]) -> str:
+def untouched(stacks: Mapping[str, ExpertWeight]) -> str:
     """Say that stacked weights stay untouched, and what adapts them."""
-    shown = ", ".join(f"{name} {bank_shape(*bank)}" for name, bank in list(banks.items())[:3])
+    shown = ", ".join(f"{name} {expert_shape(*stack)}" for name, stack in list(stacks.items())[:3])
     return (
-        f"rasa_experts: {len(banks)} stacked (3-D) weights stay untouched, among them {shown}. "
+        f"rasa_experts: {len(stacks)} stacked (3-D) weights stay untouched, among them {shown}. "
         f"They are adapted with {HOW}."
     )
 
 
-def chosen_banks(
+def chosen_stacks(
     model: nn.Module, config: RasaConfig, is_target: Callable[[str], bool]
-) -> dict[str, Bank]:
+) -> dict[str, ExpertWeight]:
     """Choose the stacked weights that an adapter is for, by name.
 
     Args:
@@ -100,8 +107,8 @@ def chosen_banks(
     Raises:
         ValueError: there is nothing that the two arguments agree on.
     """
-    linears, banks = bases_of(model)
-    named = {name: bank for name, bank in banks.items() if is_target(name)}
+    linears, stacks = bases_of(model)
+    named = {name: stack for name, stack in stacks.items() if is_target(name)}
     targets = config.target_modules
     if config.rasa_experts is None:
         if named and not any(map(is_target, linears)):
@@ -110,7 +117,7 @@ def chosen_banks(
                 f"{next(iter(named))!r}, which are adapted with {HOW}."
             )
         return {}
-    if not banks:
+    if not stacks:
         raise ValueError(
             "rasa_experts: expected a model with stacked experts that say how they lie, as those "
             "of transformers 5 do, found none; leave out rasa_experts."
@@ -118,7 +125,7 @@ def chosen_banks(
     if not named:
         raise ValueError(
             f"rasa_experts: expected target_modules that name stacked weights, such as "
-            f"{next(iter(banks))!r}, but {targets!r} names none; add them, or leave out "
+            f"{next(iter(stacks))!r}, but {targets!r} names none; add them, or leave out "
             "rasa_experts."
         )
     return named

@@ -58,7 +58,7 @@ def test_it_uses_public_names_alone(path):
 
 def test_private_names_are_noticed():
     source = "import rasa_ext\nfrom rasa_ext.{} import {}\nrasa_ext.{}\nimport rasa_ext.{}"
-    assert private(source.format("methods", "Factors", "methods.Place.name", "methods")) == []
+    assert private(source.format("methods", "Factors", "methods.LayerSpec.name", "methods")) == []
     assert private(source.format("methods", "_f", "nn.rasa", "nn.rasa")) == [
         "rasa_ext.methods._f",
         "rasa_ext.nn.rasa",

@@ -11,7 +11,7 @@ import torch
 import rasa_ext
 from rasa_ext.analysis import analyze, analyze_adapter
 from tests.helpers import oracle
-from tests.helpers.expert_files import adapted, banks, build, of_experts
+from tests.helpers.expert_files import adapted, build, of_experts, stacks
 from tests.helpers.experts import EXPERTS
 
 base = functools.cache(build)
@@ -32,8 +32,8 @@ def test_agrees_with_the_dense_changes(family, grouping, k, tmp_path):
         found.update({(layer.name, layer.expert): layer for layer in group.layers})
     expected = {
         (name, e): each
-        for name, bank in banks(model).items()
-        for e, each in enumerate(of_experts(bank))
+        for name, stack in stacks(model).items()
+        for e, each in enumerate(of_experts(stack))
     }
     assert {key for key in found if key[1] is not None} == set(expected)
     for key, adapter in expected.items():

@@ -39,8 +39,8 @@ def test_it_leaves_a_row_for_each_variant(tmp_path, monkeypatch, capsys):
 def test_every_variant_has_the_rank_that_is_printed():
     case = experts.Case(SHAPE, torch.float32)
     for name, module in case.variants().items():
-        ranks = {bank.effective_rank for bank in experts._banks(module)}
-        assert ranks == ({case.R} if experts._banks(module) else set()), name
+        ranks = {stack.effective_rank for stack in experts._stacks(module)}
+        assert ranks == ({case.R} if experts._stacks(module) else set()), name
 
 
 def test_peft_keeps_a_changed_weight_and_ours_does_not():
@@ -59,7 +59,7 @@ def test_experts_that_compute_something_else_are_not_timed(tensor, monkeypatch):
     case.verify("shared", module)
     merged = case._merged(module)
     with torch.no_grad():
-        getattr(module.banks()["down_proj"], tensor)[0] *= 1.1
+        getattr(module.stacks()["down_proj"], tensor)[0] *= 1.1
     monkeypatch.setattr(case, "_merged", lambda module: merged)
     with pytest.raises(RuntimeError, match=r"shared differs from W \+ dW in out by"):
         case.verify("shared", module)

@@ -85,7 +85,7 @@ def test_a_router_that_is_trained_in_full(tmp_path):
     assert fresh.model.layers[1].mlp.gate.weight.requires_grad
 
 
-def test_one_bank_alone(tmp_path):
+def test_one_weight_alone(tmp_path):
     model = experts.patched(experts.model(), "slot", target_modules=["experts.down_proj"])
     rasa_ext.save_adapter(model, tmp_path)
     assert same_adapters(model, rasa_ext.load_adapter(experts.model(), tmp_path))

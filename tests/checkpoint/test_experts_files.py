@@ -25,11 +25,11 @@ from tests.helpers.expert_files import (
     FAMILIES,
     RANK,
     adapted,
-    banks,
     build,
     changes,
     logits,
     of_experts,
+    stacks,
 )
 from tests.helpers.experts import BESIDE, EXPERTS, INNER
 from tests.helpers.oracle import delta
@@ -154,8 +154,8 @@ def test_peft_has_the_merged_models_logits_to_the_last_bit(family, tmp_path):
     model = adapted(plain, target_modules=ONLY_EXPERTS)
     rasa_ext.export_lora(model, tmp_path, expert_layout="peft")
     merged = copy.deepcopy(plain)
-    for name, bank in banks(model).items():
-        each = [adapter.stacked() for adapter in of_experts(bank)]
+    for name, stack in stacks(model).items():
+        each = [adapter.stacked() for adapter in of_experts(stack)]
         down = torch.stack([A.float() for A, _, _ in each])
         up = torch.stack([B.float() * d.float() for _, B, d in each])
         weight = merged.get_parameter(name)
@@ -199,15 +199,15 @@ def test_the_stacked_layout_by_hand(family, tmp_path):
     model = adapted(base(family))
     config, tensors = export(tmp_path, model, expert_layout="peft", pad_to=8)
     assert config["r"] == config["lora_alpha"] == 8
-    for name, bank in banks(model).items():
+    for name, stack in stacks(model).items():
         path, _, last = name.rpartition(".")
         where = path if last == "down_proj" else f"{path}.base_layer"
         lora_A = tensors.pop(f"base_model.model.{where}.lora_A.weight")
         lora_B = tensors.pop(f"base_model.model.{where}.lora_B.weight")
         assert lora_A.dtype == lora_B.dtype == torch.float32
-        assert lora_A.shape == (EXPERTS * 8, bank.place.in_features)
-        assert lora_B.shape == (bank.place.out_features, 8 * EXPERTS)
-        for expert, adapter in enumerate(of_experts(bank)):
+        assert lora_A.shape == (EXPERTS * 8, stack.spec.in_features)
+        assert lora_B.shape == (stack.spec.out_features, 8 * EXPERTS)
+        for expert, adapter in enumerate(of_experts(stack)):
             A, B, d = adapter.stacked()
             filled = range(len(d))
             rows = lora_A[expert * 8 : (expert + 1) * 8]

@@ -14,7 +14,7 @@ import rasa_ext
 from tests.checkpoint.test_ways_out import edit
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters
-from tests.helpers.expert_files import RANK, adapted, banks, build
+from tests.helpers.expert_files import RANK, adapted, build, stacks
 from tests.helpers.expert_files import logits as logits_of
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, ids
 from tests.helpers.refusals import Snapshot, refused
@@ -250,5 +250,5 @@ def test_import_lora_of_linear_layers(family, beside, tmp_path):
     rasa_ext.export_lora(model, tmp_path)
     found = copy.deepcopy(plain)
     rasa_ext.import_lora(found, tmp_path)
-    assert not banks(found)
+    assert not stacks(found)
     torch.testing.assert_close(logits_of(found), logits_of(model), rtol=0, atol=1e-5)

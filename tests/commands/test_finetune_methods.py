@@ -16,7 +16,7 @@ import rasa_ext
 from rasa_ext import methods
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.parsing import parse_yaml
-from rasa_ext.nn.rasa_experts import RasaBank
+from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from rasa_ext.patching.state import owners
 from tests.helpers import experts
 from tests.helpers.cli import invoke
@@ -228,9 +228,9 @@ def test_a_mixture_of_experts(common, tmp_path):
     model = rasa_ext.load_adapter(base, output)
     trained = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
     assert f"{trained:,} of " in text
-    banks = {n: o for n, o in owners(model) if isinstance(o, RasaBank)}
-    assert len(banks) == 4
-    assert all(bank.B.any() for bank in banks.values())
+    stacks = {n: o for n, o in owners(model) if isinstance(o, RasaExpertWeight)}
+    assert len(stacks) == 4
+    assert all(stack.B.any() for stack in stacks.values())
     with pytest.raises(ValueError, match=re.escape("experts ('shared' before, 'slot' now)")):
         run(options, resume=True, experts="slot")
 

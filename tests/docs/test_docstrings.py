@@ -30,7 +30,7 @@ PUBLIC |= {
     not in (
         "AdapterConfig",
         "Factors",
-        "Place",
+        "LayerSpec",
         "Rate",
         "fresh_A",
         "fresh_B",
@@ -43,7 +43,8 @@ PUBLIC |= {
     for name, each in vars(analysis).items()
     if inspect.isfunction(each) and each.__module__ == analysis.__name__ and name[0] != "_"
 }
-PUBLIC |= {each.__name__: each for each in (rasa_experts.RasaBank, rasa_experts.RasaExperts)}
+for each in (rasa_experts.RasaExpertWeight, rasa_experts.RasaExperts):
+    PUBLIC[each.__name__] = each
 PUBLIC |= {f"routed.{each.__name__}": each for each in (routed.experts_linear,)}
 for name in ("output", "data", "models", "parsing"):
     module = importlib.import_module(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import rasa_ext
-from rasa_ext.nn.rasa_experts import RasaBank
+from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from tests.helpers import experts as mixtures
 from tests.helpers import oracle
 
@@ -33,20 +33,20 @@ def adapted(base: nn.Module, experts: str = "slot", k: int = 1, **options: Any) 
     return model
 
 
-def banks(model: nn.Module) -> dict[str, RasaBank]:
-    return {n: module for n, module in model.named_modules() if isinstance(module, RasaBank)}
+def stacks(model: nn.Module) -> dict[str, RasaExpertWeight]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, RasaExpertWeight)}
 
 
-def of_experts(bank: RasaBank) -> list[oracle.Adapter]:
+def of_experts(stack: RasaExpertWeight) -> list[oracle.Adapter]:
     """Each expert's adapter, its pool being its own or that of all."""
-    return oracle.of_experts(bank.adapter().factors())
+    return oracle.of_experts(stack.adapter().factors())
 
 
 def changes(model: nn.Module) -> dict[str, Tensor]:
     """dW (E, out, in), float64, of every adapted stacked weight."""
     return {
-        name: torch.stack([oracle.delta(each) for each in of_experts(bank)])
-        for name, bank in banks(model).items()
+        name: torch.stack([oracle.delta(each) for each in of_experts(stack)])
+        for name, stack in stacks(model).items()
     }
 
 

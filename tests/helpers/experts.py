@@ -245,12 +245,12 @@ def randomize(model: nn.Module, seed: int = 3) -> None:
                 parameter.copy_(0.3 * noise + d)
 
 
-def bank_adapters(module: RasaExperts) -> dict[str, Adapter]:
+def stack_adapters(module: RasaExperts) -> dict[str, Adapter]:
     """The live tensors of its adapters by the name of the weight."""
     found = {}
-    for name, bank in module.banks().items():
-        pool = (None, None) if bank.pool is None else (bank.pool.A, bank.pool.B)
-        found[name] = Adapter(bank.A, pool[0], bank.B, pool[1], bank.d)
+    for name, stack in module.stacks().items():
+        pool = (None, None) if stack.pool is None else (stack.pool.A, stack.pool.B)
+        found[name] = Adapter(stack.A, pool[0], stack.B, pool[1], stack.d)
     return found
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import methods
-from rasa_ext.methods import Factors, Place
+from rasa_ext.methods import Factors, LayerSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,19 +24,19 @@ class VeraConfig(methods.AdapterConfig):
     rank: int = methods.option(8, "The rank of the A and B that a group shares, as drawn.")
     d_initial: float = 0.1
 
-    def own(self, place: Place) -> dict[str, Tensor]:
-        zeros = torch.zeros(place.out_features, device=place.device)
-        d = torch.full((self.rank,), self.d_initial, device=place.device)
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
+        zeros = torch.zeros(spec.out_features, device=spec.device)
+        d = torch.full((self.rank,), self.d_initial, device=spec.device)
         return {"b": nn.Parameter(zeros), "d": nn.Parameter(d)}
 
-    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
-        out, width = places[0].out_features, places[0].in_features
+    def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
+        out, width = specs[0].out_features, specs[0].in_features
         A, B = torch.empty(self.rank, width), torch.empty(out, self.rank)
         for each in (A, B):
             nn.init.kaiming_uniform_(each)
-        return {"A": A.to(places[0].device), "B": B.to(places[0].device)}
+        return {"A": A.to(specs[0].device), "B": B.to(specs[0].device)}
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec) -> Factors:
         return Factors(pool["A"], None, own["b"][:, None] * pool["B"], None, own["d"])
 
 
@@ -48,14 +48,14 @@ class PickedConfig(methods.AdapterConfig):
 
     rank: int = 2
 
-    def own(self, place: Place) -> dict[str, Tensor]:
-        if self.rank > place.in_features:
-            raise ValueError(f"rank: expected at most {place.in_features}, got {self.rank}.")
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
+        if self.rank > spec.in_features:
+            raise ValueError(f"rank: expected at most {spec.in_features}, got {self.rank}.")
         return {
-            "A": methods.fresh_A(2 * self.rank, place, self.adapter_dtype),
-            "B": methods.fresh_B(self.rank, place, self.adapter_dtype),
-            "index": torch.arange(0, 2 * self.rank, 2, device=place.device),
+            "A": methods.fresh_A(2 * self.rank, spec, self.adapter_dtype),
+            "B": methods.fresh_B(self.rank, spec, self.adapter_dtype),
+            "index": torch.arange(0, 2 * self.rank, 2, device=spec.device),
         }
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec) -> Factors:
         return Factors(own["A"].index_select(0, own["index"]), None, own["B"], None, None)

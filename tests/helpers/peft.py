@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from rasa_ext.peft import RasaConfig, RasaPeftBank, RasaPeftLinear
+from rasa_ext.peft import RasaConfig, RasaPeftExpertWeight, RasaPeftLinear
 from rasa_ext.peft.named import NamedAdapters
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapters, randomize, randomize_adapters
@@ -52,7 +52,7 @@ def dense(
         for adapter in adapter_names:
             if adapter not in getattr(owner, "configs", ()):
                 continue
-            change, stacked = changes(owner, adapter), isinstance(owner, RasaPeftBank)
+            change, stacked = changes(owner, adapter), isinstance(owner, RasaPeftExpertWeight)
             weight = base.get_parameter(name if stacked else f"{name}.weight")
             weight.add_(change if change.shape == weight.shape else change.mT)
     return base(tokens).logits

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from rasa_ext.peft import RasaConfig, RasaPeftBank
+from rasa_ext.peft import RasaConfig, RasaPeftExpertWeight
 from tests.helpers import experts, peft
 
 TOKENS = torch.arange(20).view(2, 10)
@@ -51,11 +51,11 @@ def two(**options) -> PeftModel:
     return lively(lively(model, "second", 9), "third", 11).eval()
 
 
-def banks(model: nn.Module) -> dict[str, RasaPeftBank]:
+def stacks(model: nn.Module) -> dict[str, RasaPeftExpertWeight]:
     return {
         name.removeprefix("base_model.model."): module
         for name, module in model.named_modules()
-        if isinstance(module, RasaPeftBank)
+        if isinstance(module, RasaPeftExpertWeight)
     }
 
 

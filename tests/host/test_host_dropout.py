@@ -163,8 +163,8 @@ def test_refusals_of_the_backward(host, mask, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x: x[1:], r"kept: expected shape \(5, 9\), got shape \(4, 9\)"),
-        (lambda x: x.double(), "kept: expected the dtype of x, float32, got float64"),
+        (lambda x: x[1:], r"x_dropped: expected shape \(5, 9\), got shape \(4, 9\)"),
+        (lambda x: x.double(), "x_dropped: expected the dtype of x, float32, got float64"),
     ],
     ids=["shape", "dtype"],
 )

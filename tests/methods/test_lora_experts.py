@@ -38,8 +38,8 @@ def dense(base: nn.Module, model: nn.Module, scale: float) -> dict[str, torch.Te
     """W[e] + s B[e] A[e] of every stacked weight by its name, differentiable in A and B."""
     found = {}
     for path, module in model.named_modules():
-        for name, bank in module.banks().items() if hasattr(module, "banks") else ():
-            change = scale * bank.B @ bank.A
+        for name, stack in module.stacks().items() if hasattr(module, "stacks") else ():
+            change = scale * stack.B @ stack.A
             weight = base.get_parameter(f"{path}.{name}").detach()
             found[f"{path}.{name}"] = weight + (
                 change if change.shape == weight.shape else change.mT
@@ -119,7 +119,8 @@ def test_it_trains_under_peft():
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
     names = {n.split(".experts.")[1] for n, p in model.named_parameters() if ".experts." in n}
-    assert {f"{bank}_proj.rasa_{f}.default" for bank in ("gate_up", "down") for f in "AB"} <= names
+    ends = {f"{each}_proj.rasa_{f}.default" for each in ("gate_up", "down") for f in "AB"}
+    assert ends <= names
 
 
 def test_what_is_refused():

@@ -21,11 +21,11 @@ def one_more(model: nn.Module):
     """A config of one rank more, and tensors of that rank for every layer and pool."""
     config, layers = adapter_of(model, rasa_ext.RasaConfig)
     later = dataclasses.replace(config, k=config.k + 1, rank=config.rank + 1)
-    changed = {layer: later.own(layer.place) for layer in layers.values()}
+    changed = {layer: later.layer_tensors(layer.spec) for layer in layers.values()}
     groups: dict[nn.Module, list] = {}
     for layer in layers.values():
-        groups.setdefault(layer.pool, []).append(layer.place)
-    changed |= {pool: later.pool(places) for pool, places in groups.items()}
+        groups.setdefault(layer.pool, []).append(layer.spec)
+    changed |= {pool: later.group_tensors(specs) for pool, specs in groups.items()}
     return later, changed
 
 
@@ -62,7 +62,7 @@ def test_layers_that_are_not_given_stay():
     config, layers = adapter_of(model, LoraConfig)
     later, first = dataclasses.replace(config, alpha=1.0), next(iter(layers.values()))
     rest = [(layer, layer.own_tensors()) for layer in layers.values() if layer is not first]
-    replace_tensors(model, later, {first: later.own(first.place)})
+    replace_tensors(model, later, {first: later.layer_tensors(first.spec)})
     assert all(layer.config is later for layer in layers.values())
     for layer, own in rest:
         assert all(tensor is own[name] for name, tensor in layer.own_tensors().items())

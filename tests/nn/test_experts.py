@@ -14,7 +14,7 @@ import rasa_ext
 from rasa_ext.nn.rasa_experts import RasaExperts
 from tests.helpers import experts, oracle
 from tests.helpers.adapters import FLOOR, Errors, excesses
-from tests.helpers.experts import EXPERTS, FAMILIES, GROUPINGS, TOP, UNLIKE, bank_adapters
+from tests.helpers.experts import EXPERTS, FAMILIES, GROUPINGS, TOP, UNLIKE, stack_adapters
 from tests.helpers.oracle import Adapter
 
 RANK = 3
@@ -24,7 +24,7 @@ EXACT = 1e-12
 def leaves_of(module: RasaExperts) -> dict[str, Tensor]:
     """Every tensor of its adapters once, by name."""
     found = {}
-    for name, adapter in bank_adapters(module).items():
+    for name, adapter in stack_adapters(module).items():
         for field, tensor in adapter._asdict().items():
             if tensor is not None:
                 found[f"{name}.{field}"] = tensor
@@ -151,7 +151,7 @@ def test_experts_without_marks(kind, grouping, tokens):
 
     def expected(x):
         found = {}
-        for name, adapter in bank_adapters(module).items():
+        for name, adapter in stack_adapters(module).items():
             weight = getattr(plain, name).detach()
             changed = oracle.stacked_weight(weight.mT if turned else weight, adapter)
             found[name] = changed.mT if turned else changed
@@ -171,7 +171,7 @@ def merged(module: RasaExperts, implementation: str) -> nn.Module:
     """A copy of the plain experts with W + dW in the base's dtype, run as transformers would."""
     base = copy.deepcopy(module.base_layer)
     with torch.no_grad():
-        for name, adapter in bank_adapters(module).items():
+        for name, adapter in stack_adapters(module).items():
             weight = getattr(base, name)
             stacked = weight.double().transpose(1, 2) if base.is_transposed else weight.double()
             changed = oracle.stacked_weight(stacked, adapter.map(lambda t: t.double()))
@@ -183,7 +183,7 @@ def merged(module: RasaExperts, implementation: str) -> nn.Module:
 def plain(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
     """The forward as PyTorch operations in x's dtype, an expert at a time."""
     base, out = module.base_layer, torch.zeros_like(x)
-    adapters = {name: oracle.of_experts(each) for name, each in bank_adapters(module).items()}
+    adapters = {name: oracle.of_experts(each) for name, each in stack_adapters(module).items()}
     names = experts.weight_names(base)
     for e in range(EXPERTS):
         tokens, places = torch.where(chosen == e)

@@ -12,7 +12,7 @@ import rasa_ext
 from rasa_ext.nn.rasa_experts import RasaExperts
 from tests.helpers import experts, oracle
 from tests.helpers.adapters import through_file
-from tests.helpers.experts import FAMILIES, GROUPINGS, UNLIKE, bank_adapters
+from tests.helpers.experts import FAMILIES, GROUPINGS, UNLIKE, stack_adapters
 
 P = 0.25
 HALF_AND_FULL = (torch.bfloat16, torch.float32)
@@ -47,7 +47,7 @@ def concatenated(module: RasaExperts, name: str) -> Tensor:
     """[W | dW] (E, out, 2 in) of one weight."""
     base, weight = module.base_layer, getattr(module.base_layer, name).detach()
     weight = weight.transpose(1, 2) if base.is_transposed else weight
-    adapter = bank_adapters(module).get(name)
+    adapter = stack_adapters(module).get(name)
     nothing = torch.zeros_like(weight)
     change = nothing if adapter is None else oracle.stacked_weight(nothing, adapter)
     return torch.cat((weight, change), 2)

@@ -133,7 +133,7 @@ def layers(config, hooked=False, frozen=False) -> nn.Sequential:
         if hooked:
             layer.base_layer.register_forward_hook(lambda module, args, y: y)
         if frozen:
-            for owner in (layer, layer.pool) if layer.place.index == 0 and layer.pool else (layer,):
+            for owner in (layer, layer.pool) if layer.spec.index == 0 and layer.pool else (layer,):
                 owner._buffers["A"] = owner._parameters.pop("A").data
     return model.eval()
 
@@ -176,8 +176,8 @@ def test_a_layer_sees_writes_to_every_source(config, frozen, hooked, packs):
 def test_experts_see_writes_to_every_source(family, grouping, k, packs):
     model = experts.patched(experts.model(family), grouping, 3, k).eval()
     module, inputs = experts.adapted(model)[1], experts.inputs(dtype=torch.float32)
-    for bank in module.banks().values():
-        sources = bank.adapter().sources()
+    for stack in module.stacks().values():
+        sources = stack.adapter().sources()
         assert len(sources) == (3 if k == 0 else 5)
         assert_writes_are_seen(module, inputs, sources, packs)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
 import rasa_ext
-from rasa_ext.nn.rasa_experts import RasaBank
+from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from tests.helpers import experts
 from tests.helpers.adapters import same_bits
 from tests.helpers.experts import EXPERTS, FAMILIES, GROUPINGS, HIDDEN, INNER
@@ -23,8 +23,8 @@ from tests.helpers.refusals import refused
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 
 
-def banks(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, RasaBank)]
+def stacks(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, RasaExpertWeight)]
 
 
 def named(*parts: str) -> list[str]:
@@ -32,7 +32,7 @@ def named(*parts: str) -> list[str]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_linear_takes_every_bank_beside_the_linear_layers(family):
+def test_all_linear_takes_every_expert_weight_beside_the_linear_layers(family):
     entry = experts.entry(family)
     base = entry.build()
     options = {"exclude_modules": ("shared_expert_gate",)}
@@ -45,7 +45,7 @@ def test_all_linear_takes_every_bank_beside_the_linear_layers(family):
         for weight in experts.weight_names(module)
     ]
     assert len(expected) == 4
-    assert banks(model) == expected
+    assert stacks(model) == expected
     linears = [n for n, m in model.named_modules() if isinstance(m, rasa_ext.RasaLinear)]
     assert linears == [n for n in entry.targets(base) if not n.endswith("shared_expert_gate")]
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
@@ -64,7 +64,7 @@ def test_all_linear_takes_every_bank_beside_the_linear_layers(family):
     ],
     ids=str,
 )
-def test_some_of_the_banks(options, expected):
+def test_some_of_the_expert_weights(options, expected):
     """The others compute as before. Nothing is said of a choice, but in the summary."""
     base = experts.model()
     model = copy.deepcopy(base)
@@ -76,7 +76,7 @@ def test_some_of_the_banks(options, expected):
     reasons["modules_to_save"] = "trained in full, named by"
     for name in set(named(UP, DOWN)) - set(expected):
         assert any(said[name] == f"{reasons[each]} {each}" for each in options)
-    assert banks(model) == expected
+    assert stacks(model) == expected
     experts.randomize(model)
     inputs = experts.inputs(dtype=torch.float32)
     for name, plain in experts.experts_of(base).items():
@@ -85,13 +85,13 @@ def test_some_of_the_banks(options, expected):
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
-def test_one_bank_alone_changes_its_weight_alone(name):
+def test_one_expert_weight_changes_alone(name):
     base = experts.model().double()
     options = {"target_modules": [f"experts.{name}"], "adapter_dtype": torch.float64}
     model = experts.patched(copy.deepcopy(base), "slot", **options)
     module, plain = experts.adapted(model)[0], next(iter(experts.experts_of(base).values()))
-    assert list(module.banks()) == [name]
-    A, A_pool, B, B_pool, d = experts.bank_adapters(module)[name]
+    assert list(module.stacks()) == [name]
+    A, A_pool, B, B_pool, d = experts.stack_adapters(module)[name]
     change = torch.cat((B, B_pool), 2) @ torch.diag_embed(d) @ torch.cat((A, A_pool), 1)
     plain.config._experts_implementation = "batched_mm"
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_without_the_argument_a_warning_says_how(family):
     said = r"weights of experts, \d\d % of .* stay untouched, .*\(5, .*experts='shared'"
     with pytest.warns(UserWarning, match=said):
         rasa_ext.patch_model(model, 1, 1)
-    assert not banks(model)
+    assert not stacks(model)
     table = str(rasa_ext.summary(model))
     assert table.count("(2 layers): weights of shape (5, ") >= 2
     assert table.count("the argument experts adapts them") == 2

@@ -12,7 +12,7 @@ import rasa_ext
 from rasa_ext.patching import parts
 from rasa_ext.patching.state import adapted_experts
 from tests.helpers import experts
-from tests.helpers.expert_files import banks, changes
+from tests.helpers.expert_files import changes, stacks
 from tests.helpers.experts import EXPERTS, GROUPINGS
 
 FAMILIES = ("mixtral", "gpt_oss", "llama4_text")
@@ -134,9 +134,9 @@ def test_changes_of_weights_come_under_their_parameters_names(grouping):
 
 def test_a_merge_that_overflows_changes_no_expert():
     model = patched(base_model("mixtral", torch.float16), experts="layer")
-    bank = banks(model)["model.layers.1.mlp.experts.down_proj"]
+    stack = stacks(model)["model.layers.1.mlp.experts.down_proj"]
     with torch.no_grad():
-        bank.B[3].fill_(1e6)
+        stack.B[3].fill_(1e6)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj\[3\]"):
         rasa_ext.merge(model)

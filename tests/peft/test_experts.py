@@ -23,20 +23,20 @@ from rasa_ext import ops
 from rasa_ext.checkpoint.adapter import adapter_tensors, own_key, pool_key
 from rasa_ext.patching.state import owners
 from rasa_ext.patching.subtraction import MergeResidual
-from rasa_ext.peft import RasaConfig, RasaPeftBank, RasaPeftExperts, RasaPeftLinear
+from rasa_ext.peft import RasaConfig, RasaPeftExperts, RasaPeftExpertWeight, RasaPeftLinear
 from tests.helpers import experts as mixtures
 from tests.helpers.adapters import same_bits
 from tests.helpers.models import LLAMA
 from tests.helpers.peft import adapted, changes, trained
 from tests.helpers.peft import logits as logits_of
-from tests.helpers.peft_experts import TOKENS, banks, close, dense, lively, moe, tuned, two
+from tests.helpers.peft_experts import TOKENS, close, dense, lively, moe, stacks, tuned, two
 from tests.helpers.peft_sides import FAMILIES, needs_experts
 from tests.helpers.refusals import Snapshot, refused
 from tests.peft.test_training import train
 
 GROUPINGS = ("slot", "layer", "shared")
 UP, DOWN = (f"model.layers.{{}}.mlp.experts.{name}_proj" for name in ("gate_up", "down"))
-BANKS = {form.format(layer) for form in (UP, DOWN) for layer in (0, 1)}
+STACKS = {form.format(layer) for form in (UP, DOWN) for layer in (0, 1)}
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 pytestmark = needs_experts
 
@@ -89,7 +89,7 @@ def gradients_of(core: nn.Module) -> dict[str, Tensor]:
     """The gradients of a patched model, by the keys that its tensors have in a file."""
     found = {}
     for name, owner in owners(core):
-        pool = owner.pool_tensors() if owner.place.index == 0 else {}
+        pool = owner.pool_tensors() if owner.spec.index == 0 else {}
         found.update((own_key(name, field), t.grad) for field, t in owner.own_tensors().items())
         found.update((pool_key(name, field), t.grad) for field, t in pool.items())
     return found
@@ -115,15 +115,15 @@ def test_files_go_both_ways(family, grouping, tmp_path):
     core = rasa_ext.load_adapter(moe(family), tmp_path / "peft").eval()
     assert torch.equal(core(TOKENS).logits, expected)
     rasa_ext.save_adapter(core, tmp_path / "core")
-    for place in ("peft", "core"):
-        assert json.loads((tmp_path / place / "adapter_config.json").read_text())[
+    for folder in ("peft", "core"):
+        assert json.loads((tmp_path / folder / "adapter_config.json").read_text())[
             "rasa_experts"
         ] == grouping  # fmt: skip
         for low_cpu_mem_usage in (False, True):
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)
                 again = PeftModel.from_pretrained(
-                    moe(family), tmp_path / place, low_cpu_mem_usage=low_cpu_mem_usage
+                    moe(family), tmp_path / folder, low_cpu_mem_usage=low_cpu_mem_usage
                 )
             assert torch.equal(again.eval()(TOKENS).logits, expected)
             assert not trained(again)
@@ -160,7 +160,7 @@ def has_one(layer: nn.Module) -> bool:
 def test_the_base_is_frozen_and_every_number_counted_once(capsys):
     base = sum(p.numel() for p in moe().parameters())
     model = tuned()
-    assert banks(model).keys() == BANKS
+    assert stacks(model).keys() == STACKS
     assert all(".rasa_" in name for name in trained(model))
     expected = sum(t.numel() for t in get_peft_model_state_dict(model).values())
     assert model.get_nb_trainable_parameters() == (expected, base + expected)
@@ -168,9 +168,9 @@ def test_the_base_is_frozen_and_every_number_counted_once(capsys):
     assert f"trainable params: {expected:,} || all params" in capsys.readouterr().out
     status = model.get_model_status()
     assert (status.active_adapters, status.merged_adapters) == (["default"], [])
-    assert status.num_adapter_layers == len(BANKS) + 8
-    assert f"RasaPeftBank(\n  effective_rank={{'default': {3 - 1 + 2}}}" in repr(
-        banks(model)[DOWN.format(0)]
+    assert status.num_adapter_layers == len(STACKS) + 8
+    assert f"RasaPeftExpertWeight(\n  effective_rank={{'default': {3 - 1 + 2}}}" in repr(
+        stacks(model)[DOWN.format(0)]
     )
 
 
@@ -179,7 +179,7 @@ def test_without_the_field_experts_stay_and_a_warning_names_it():
     with pytest.warns(UserWarning, match=r"^rasa_experts: 4 stacked .*rasa_experts='shared'") as w:
         model = get_peft_model(base, RasaConfig(r=2))
     assert [each.filename for each in w if "rasa_experts" in str(each.message)] == [__file__]
-    assert not banks(model)
+    assert not stacks(model)
     assert type(base.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
     with pytest.warns(UserWarning, match=r"^rasa_experts: 2 stacked .*down_proj"):
         get_peft_model(moe(), RasaConfig(r=2, target_modules=["q_proj", "down_proj"]))
@@ -304,7 +304,7 @@ def test_a_second_adapter_that_leaves_experts_alone():
     with pytest.warns(UserWarning, match=r"^rasa_experts: 4 stacked"):
         model.add_adapter("second", RasaConfig(r=2))
     lively(model, "second").eval()
-    assert not any("second" in bank.configs for bank in banks(model).values())
+    assert not any("second" in stack.configs for stack in stacks(model).values())
     close(model(TOKENS).logits, before)
     model.set_adapter("second")
     close(model(TOKENS).logits, dense(model, "second"))
@@ -325,10 +325,10 @@ def test_trls_reference_is_a_copy_of_the_policy():
 
 
 def test_the_weights_of_an_adapter():
-    found = banks(two())
+    found = stacks(two())
     downs = {DOWN.format(0), DOWN.format(1)}
-    assert {name for name, bank in found.items() if "second" in bank.configs} == downs
-    assert all({"default", "third"} <= bank.configs.keys() for bank in found.values())
+    assert {name for name, stack in found.items() if "second" in stack.configs} == downs
+    assert all({"default", "third"} <= stack.configs.keys() for stack in found.values())
 
 
 BATCH, ROWS = {"input_ids": TOKENS}, torch.cat([TOKENS, TOKENS.flip(0)])
@@ -358,7 +358,7 @@ def test_rows_of_adapters_of_linear_layers_see_the_bases_experts():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_weights_are_rounded_once(family, dtype, grouping):
     base, model = moe(family, dtype), tuned(family, dtype, rasa_experts=grouping)
-    exact = {name: changes(bank) for name, bank in banks(model).items()}
+    exact = {name: changes(stack) for name, stack in stacks(model).items()}
     core = rasa_ext.merge_and_unload(same_in_the_core(model, family))
     merged = model.merge_and_unload()
     assert type(merged) is type(base)
@@ -389,24 +389,24 @@ def test_merging_and_back_is_exact(family, dtype, bytes_, subtract, monkeypatch)
         for key, parameter in model.named_parameters():
             if subtract and ".rasa_d." in key:
                 parameter.mul_(1e-4)  # so that little is kept
-    weights = {name: bank.weight.clone() for name, bank in banks(model).items()}
+    weights = {name: stack.weight.clone() for name, stack in stacks(model).items()}
     logits = model(TOKENS).logits
     if subtract:
         model.unmerge_by_subtracting()
     model.merge_adapter()
     assert model.get_model_status().merged_adapters == ["default"]
-    one = {name: bank.weight.clone() for name, bank in banks(model).items()}
+    one = {name: stack.weight.clone() for name, stack in stacks(model).items()}
     assert all(not same_bits(one[name], weights[name]) for name in one)
-    kept = {type(each) for bank in banks(model).values() for each in bank.merged_base.values()}
+    kept = {type(each) for stack in stacks(model).values() for each in stack.merged_base.values()}
     assert kept == ({MergeResidual} if subtract else {Tensor})
     with pytest.warns(UserWarning, match="additionally merging"):
         model.merge_adapter(["second"])
-    assert not same_bits(banks(model)[DOWN.format(0)].weight.detach(), one[DOWN.format(0)])
-    assert same_bits(banks(model)[UP.format(0)].weight.detach(), one[UP.format(0)])
+    assert not same_bits(stacks(model)[DOWN.format(0)].weight.detach(), one[DOWN.format(0)])
+    assert same_bits(stacks(model)[UP.format(0)].weight.detach(), one[UP.format(0)])
     model.unmerge_adapter()
-    for name, bank in banks(model).items():
-        assert same_bits(bank.weight.detach(), weights[name].detach())
-        assert not bank.merged
+    for name, stack in stacks(model).items():
+        assert same_bits(stack.weight.detach(), weights[name].detach())
+        assert not stack.merged
     assert torch.equal(model(TOKENS).logits, logits)
 
 
@@ -415,10 +415,10 @@ def test_an_adapter_of_one_weight_merged_beside_an_active_one():
     model = two()
     model.merge_adapter(["second"])
     downs = {DOWN.format(0), DOWN.format(1)}
-    assert {name for name, bank in banks(model).items() if bank.merged} == downs
+    assert {name for name, stack in stacks(model).items() if stack.merged} == downs
     base = moe().requires_grad_(False)
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, RasaPeftLinear | RasaPeftBank):
+        if isinstance(module, RasaPeftLinear | RasaPeftExpertWeight):
             end = ".weight" if isinstance(module, RasaPeftLinear) else ""
             change = changes(module, "second" if module.merged else "default")
             base.get_parameter(f"{name}{end}").add_(change)
@@ -429,8 +429,8 @@ def test_a_merge_that_stops_midway_leaves_the_weight(monkeypatch):
     monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", 1)
     direct = ops.merge_group
     for subtract in (False, True):
-        bank = banks(tuned())[UP.format(0)]
-        bank.merging.subtract, before, calls = subtract, bank.weight.clone(), []
+        stack = stacks(tuned())[UP.format(0)]
+        stack.merging.subtract, before, calls = subtract, stack.weight.clone(), []
 
         def failing(weights, Ap, Bp, calls=calls):
             direct(weights, Ap, Bp)
@@ -440,16 +440,16 @@ def test_a_merge_that_stops_midway_leaves_the_weight(monkeypatch):
 
         monkeypatch.setattr(ops, "merge_group", failing)
         with pytest.raises(MemoryError):
-            bank.merge()
-        assert same_bits(bank.weight.detach(), before.detach())
-        assert not bank.merged
+            stack.merge()
+        assert same_bits(stack.weight.detach(), before.detach())
+        assert not stack.merged
 
 
 def test_merging_makes_no_tensor_of_a_whole_weight(monkeypatch):
     """What is kept for unmerging is a copy by chunks; unloading keeps none."""
     monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", 1)
     model = tuned(target_modules=["gate_up_proj", "down_proj"])
-    weights = [bank.weight for bank in banks(model).values()]
+    weights = [stack.weight for stack in stacks(model).values()]
     one = max(weight[0].numel() for weight in weights)
     for call in (model.merge_adapter, model.unmerge_adapter, model.merge_and_unload):
         with Copies(*weights) as copied:
@@ -476,9 +476,9 @@ class Copies(TorchDispatchMode):
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_delta_weight_is_the_oracles(family, grouping):
-    for bank in banks(tuned(family, torch.float32, rasa_experts=grouping)).values():
-        delta, exact = bank.get_delta_weight("default"), changes(bank)
-        assert (delta.shape, delta.dtype) == (bank.weight.shape, torch.float32)
+    for stack in stacks(tuned(family, torch.float32, rasa_experts=grouping)).values():
+        delta, exact = stack.get_delta_weight("default"), changes(stack)
+        assert (delta.shape, delta.dtype) == (stack.weight.shape, torch.float32)
         exact = exact.mT if family == "gpt_oss" else exact
         torch.testing.assert_close(delta.double(), exact, rtol=0, atol=1e-6)
 
@@ -551,15 +551,15 @@ def test_experts_without_marks(grouping, tmp_path):
         assert not torch.allclose(base(TOKENS).logits, expected, atol=1e-2)
         loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path).eval()
         torch.testing.assert_close(loaded(TOKENS).logits, expected)
-        for name, bank in banks(model).items():
-            assert bank.get_delta_weight("default").shape == base.get_parameter(name).shape
+        for name, stack in stacks(model).items():
+            assert stack.get_delta_weight("default").shape == base.get_parameter(name).shape
         with model.disable_adapter():
             assert torch.equal(model(TOKENS).logits, base(TOKENS).logits)
         close(model.merge_and_unload()(TOKENS).logits, expected)
 
 
 def test_it_is_no_lora_of_peft():
-    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*RasaPeftBank"):
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*RasaPeftExpertWeight"):
         convert_to_lora(tuned(), rank=4)
 
 
@@ -581,8 +581,8 @@ def test_fresh_adapters_change_nothing_and_drawn_ones_do():
     fresh = get_peft_model(moe(), RasaConfig(r=2, rasa_experts="layer"))
     torch.testing.assert_close(fresh(TOKENS).logits, moe()(TOKENS).logits)
     drawn = get_peft_model(moe(), RasaConfig(r=2, rasa_experts="layer", init_weights=False))
-    for bank in banks(drawn).values():
-        B = bank.rasa_B["default"]
+    for stack in stacks(drawn).values():
+        B = stack.rasa_B["default"]
         assert 0.5 < B.abs().max() <= 1  # of rank one: uniform in +-1 for every expert
         assert all(each.any() for each in B)
     assert isinstance(drawn.get_base_model().model.layers[0].mlp.experts, RasaPeftExperts)

@@ -56,7 +56,7 @@ def grow(model: nn.Module) -> None:
     """Draw an adapter of one rank more."""
     config, layers = training.adapter_of(model, methods.LoraConfig)
     later = dataclasses.replace(config, rank=config.rank + 1)
-    drawn = {layer: later.own(layer.place) for layer in layers.values()}
+    drawn = {layer: later.layer_tensors(layer.spec) for layer in layers.values()}
     training.replace_tensors(model, later, drawn)
 
 

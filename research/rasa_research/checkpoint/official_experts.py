@@ -88,9 +88,9 @@ def stack_experts(
         own, pooled = config.ranks(len(members))
         for index, weight in enumerate(members):
             source = _Source(weight, tensors, own, pooled, used)
-            stacked.update(source.own())
+            stacked.update(source.layer_tensors())
             if index == 0:
-                stacked.update(source.pool())
+                stacked.update(source.group_tensors())
             if (count := len(weight.parts)) > 1:
                 kept[weight.name] = (count * own, count * pooled, count * pooled)
                 stacked[own_key(weight.name, "slots")] = torch.arange(count * pooled)
@@ -181,7 +181,7 @@ class _Source:
     pooled: int
     used: set[str]
 
-    def own(self) -> dict[str, Tensor]:
+    def layer_tensors(self) -> dict[str, Tensor]:
         """Stack A, B and d of all experts."""
         down = self._each("A", shared=False)
         up = self._each("B", shared=False)
@@ -200,7 +200,7 @@ class _Source:
             own_key(self.weight.name, "d"): torch.stack(d),
         }
 
-    def pool(self) -> dict[str, Tensor]:
+    def group_tensors(self) -> dict[str, Tensor]:
         """Stack the pools of all experts; nothing where k = 0."""
         if not self.pooled:
             return {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from rasa_ext.methods import (
     AdapterConfig,
     Factors,
-    Place,
+    LayerSpec,
     Rate,
     checked_integer,
     document_fields,
@@ -60,16 +60,16 @@ class BlockLoraConfig(AdapterConfig):
                 f"blocks: expected a divisor of the rank, which is {self.rank}, got {self.blocks}."
             )
 
-    def learning_rates(self, place: Place) -> dict[str, Rate]:
+    def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
         """Let B, the sum of n blocks, move n times as fast; the rate multiplies its decay."""
         return {"B": Rate(lr=self.blocks, weight_decay=1 / self.blocks)}
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make A (r/n, in) and the blocks' sum B (out, r/n)."""
         rank, dtype = self.rank // self.blocks, self.adapter_dtype
-        return {"A": fresh_A(rank, place, dtype), "B": fresh_B(rank, place, dtype)}
+        return {"A": fresh_A(rank, spec, dtype), "B": fresh_B(rank, spec, dtype)}
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give A and B, and s for every rank."""
         A = own["A"]
         return Factors(A, None, own["B"], None, A.new_full((A.shape[0],), self.alpha / self.rank))

@@ -11,7 +11,7 @@ from torch import Tensor
 from rasa_ext.methods import (
     AdapterConfig,
     Factors,
-    Place,
+    LayerSpec,
     document_fields,
     fresh_A,
     fresh_B,
@@ -40,9 +40,9 @@ class Boosted(AdapterConfig):
         """What the present booster's B A is multiplied with as it begins."""
         return self.alpha / self.rank
 
-    def stacked(self, place: Place) -> int:
+    def stacked(self, spec: LayerSpec) -> int:
         """Count the ranks of former boosters that a layer has."""
-        return dict(self.stack).get(place.name, 0)
+        return dict(self.stack).get(spec.name, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,17 +66,17 @@ class BoostedLoraConfig(Boosted):
     method: ClassVar[str] = "boosted-lora"
     title: ClassVar[str] = "XGBLoRA"
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make A (r, in) and B (out, r), and after the first booster buffers for the stack."""
         dtype = self.adapter_dtype
         own: dict[str, Tensor] = {
-            "A": fresh_A(self.rank, place, dtype),
-            "B": fresh_B(self.rank, place, dtype),
+            "A": fresh_A(self.rank, spec, dtype),
+            "B": fresh_B(self.rank, spec, dtype),
         }
-        count = self.stacked(place)
-        return own | empty_stack(count, place, dtype) if count else own
+        count = self.stacked(spec)
+        return own | empty_stack(count, spec, dtype) if count else own
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give A and B, and the stack as their pool, with s for every rank."""
         A, stack = own["A"], own.get("stack_A")
         d = A.new_full((len(A) + (0 if stack is None else len(stack)),), self.scale)

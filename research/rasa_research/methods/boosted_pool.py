@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.methods import Factors, Place, document_fields, fresh_A, fresh_B, option
+from rasa_ext.methods import Factors, LayerSpec, document_fields, fresh_A, fresh_B, option
 from rasa_research.methods.boosted_lora import Boosted
 from rasa_research.methods.stack import empty_stack
 
@@ -44,25 +44,25 @@ class BoostedPoolConfig(Boosted):
         False, "Whether the entries of d that weight former boosters are trained on."
     )
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make d (r,), and stack_d (n,) of zeros."""
-        where: dict[str, Any] = {"dtype": self.adapter_dtype, "device": place.device}
-        past = torch.zeros(self.stacked(place), **where)
+        where: dict[str, Any] = {"dtype": self.adapter_dtype, "device": spec.device}
+        past = torch.zeros(self.stacked(spec), **where)
         return {
             "d": nn.Parameter(torch.full((self.rank,), self.scale, **where)),
             "stack_d": nn.Parameter(past) if self.train_past else past,
         }
 
-    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+    def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
         """Make A (r, in) and B (out, r), and the buffers stack_A (n, in) and stack_B (out, n)."""
-        first, dtype = places[0], self.adapter_dtype
+        first, dtype = specs[0], self.adapter_dtype
         return {
             "A": fresh_A(self.rank, first, dtype),
             "B": fresh_B(self.rank, first, dtype),
             **empty_stack(self.stacked(first), first, dtype),
         }
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give the present booster as the pool, and those before it, frozen, in front of it."""
         d = torch.cat((own["stack_d"], own["d"]))
         A, A_now, B, B_now = (pool[name].to(d.device) for name in ("stack_A", "A", "stack_B", "B"))

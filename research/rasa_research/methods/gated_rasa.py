@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rasa_ext import RasaConfig, RasaLinear, RasaPool
 from rasa_ext.methods import (
     Factors,
-    Place,
+    LayerSpec,
     Rate,
     checked_choice,
     checked_integer,
@@ -105,35 +105,35 @@ class GatedRasaConfig(RasaConfig):
         """Give a pruned layer's ranks (private, pooled, of the pool), or None for another."""
         return _by_name(self.kept).get(name)
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make A (r-k, in), B (out, r-k) and d, all trained, and slots where ranks were pruned."""
-        tensors = super().own(place)
-        if kept := self.kept_at(place.name):
-            tensors["slots"] = torch.arange(kept[1], device=place.device)
+        tensors = super().layer_tensors(spec)
+        if kept := self.kept_at(spec.name):
+            tensors["slots"] = torch.arange(kept[1], device=spec.device)
         return tensors
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give A, B, d and the ranks of the pool that the layer reads."""
         slots = own.get("slots")
         if slots is None or not pool:
-            return super().factors(own, pool, place)
+            return super().factors(own, pool, spec)
         rows = (pool["A"], pool["B"].transpose(-1, -2))
         A_pool, B_pool = (each.index_select(-2, slots) for each in rows)
         return Factors(own["A"], A_pool, own["B"], B_pool.transpose(-1, -2), own["d"])
 
-    def ranks_at(self, place: Place) -> tuple[int, int]:
+    def ranks_at(self, spec: LayerSpec) -> tuple[int, int]:
         """Count a layer's private and pooled ranks, which pruning may have lowered."""
-        kept = self.kept_at(place.name)
-        return super().ranks_at(place) if kept is None else kept[:2]
+        kept = self.kept_at(spec.name)
+        return super().ranks_at(spec) if kept is None else kept[:2]
 
-    def pool_size(self, place: Place) -> int:
+    def pool_size(self, spec: LayerSpec) -> int:
         """Count the ranks of the pool at a place, which pruning may have lowered."""
-        kept = self.kept_at(place.name)
-        return super().pool_size(place) if kept is None else kept[2]
+        kept = self.kept_at(spec.name)
+        return super().pool_size(spec) if kept is None else kept[2]
 
-    def learning_rates(self, place: Place) -> dict[str, Rate]:
+    def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
         """Let gates follow a rate of their own, without decay."""
-        entries = self.gate_entries(*self.ranks_at(place))
+        entries = self.gate_entries(*self.ranks_at(spec))
         gates = entries.stop > entries.start
         return {"d": Rate(lr=self.gate_rate, weight_decay=0.0)} if gates else {}
 
@@ -356,7 +356,7 @@ def balance(model: nn.Module) -> None:
     _check_no_experts(model, "balance")
     pools: dict[RasaPool, Tensor] = {}
     for layer in layers.values():
-        own = config.ranks_at(layer.place)[0]
+        own = config.ranks_at(layer.spec)[0]
         layer.d[:own] *= _normalize(layer.A, layer.B)
         if layer.pool is not None and layer.pool_tensors():
             if layer.pool not in pools:
@@ -426,7 +426,7 @@ def _used_slots(layers: Iterable[RasaLinear], config: GatedRasaConfig) -> Tensor
     """Find the slots of a group's pool that a layer still reads (n,)."""
     used: set[int] = set()
     for layer in layers:
-        own = config.ranks_at(layer.place)[0]
+        own = config.ranks_at(layer.spec)[0]
         used.update(_slots(layer)[layer.d[own:] != 0].tolist())
     return torch.tensor(sorted(used), dtype=torch.long)
 
@@ -436,7 +436,7 @@ def _pruned(layer: RasaLinear, config: GatedRasaConfig, slots: Tensor) -> dict[s
 
     Private ranks whose d is zero but no gate stay.
     """
-    ranks = config.ranks_at(layer.place)
+    ranks = config.ranks_at(layer.spec)
     own, entries = ranks[0], config.gate_entries(*ranks)
     left = layer.d != 0
     left[: entries.start] = True
@@ -467,9 +467,9 @@ def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
     _check_no_experts(model, "a step of gates")
     found = []
     for layer in layers.values():
-        entries = config.gate_entries(*config.ranks_at(layer.place))
+        entries = config.gate_entries(*config.ranks_at(layer.spec))
         if entries.stop > entries.start:
-            found.append((layer.d, entries, config.gate_scale(layer.place.num_layers)))
+            found.append((layer.d, entries, config.gate_scale(layer.spec.num_layers)))
     if not found:
         raise ValueError(
             "model: expected gates, as those of SoraConfig or of GatedRasaConfig with k > 0, but "

@@ -12,7 +12,7 @@ from torch import Tensor
 from rasa_ext.methods import (
     AdapterConfig,
     Factors,
-    Place,
+    LayerSpec,
     checked_choice,
     checked_integer,
     document_fields,
@@ -65,21 +65,21 @@ class ResLoraConfig(AdapterConfig):
             raise ValueError(f"window: expected an integer >= 0, got {self.window}.")
         super().__post_init__()
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make nothing: the group owns the LoRAs of all its layers."""
         return {}
 
-    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+    def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
         """Make A_i (r, in) and B_i (out, r) of every layer i of the group."""
         tensors: dict[str, Tensor] = {}
-        for i, place in enumerate(places):
-            tensors[f"A{i}"] = fresh_A(self.rank, place, self.adapter_dtype)
-            tensors[f"B{i}"] = fresh_B(self.rank, place, self.adapter_dtype)
+        for i, spec in enumerate(specs):
+            tensors[f"A{i}"] = fresh_A(self.rank, spec, self.adapter_dtype)
+            tensors[f"B{i}"] = fresh_B(self.rank, spec, self.adapter_dtype)
         return tensors
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give the layer's LoRA, those before it as its pool, and s for every rank."""
-        window = range(place.index, max(place.index - self.window, 0) - 1, -1)
+        window = range(spec.index, max(spec.index - self.window, 0) - 1, -1)
         A, *before = (pool[f"A{i}"] for i in window)
         B, *up = (pool[f"B{i}"].t() for i in window)
         d = A.new_full((len(window) * self.rank,), self.alpha / self.rank)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from rasa_ext.methods import (
     AdapterConfig,
     Factors,
-    Place,
+    LayerSpec,
     checked_choice,
     checked_integer,
     document_fields,
@@ -68,28 +68,28 @@ class SboraConfig(AdapterConfig):
         checked_integer("seed", self.seed)
         super().__post_init__()
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make index (r,), and B (out, r) or A (r, in), of zeros."""
         reads = self.side == "A"
-        features = place.in_features if reads else place.out_features
+        features = spec.in_features if reads else spec.out_features
         if self.rank > features:
             raise ValueError(
                 f"rank: expected at most the {features} {'inputs' if reads else 'outputs'} of "
-                f"{place.name or 'a layer'!r}, got {self.rank}."
+                f"{spec.name or 'a layer'!r}, got {self.rank}."
             )
-        dtype, device = self.adapter_dtype, place.device
-        zeros = torch.zeros((self.rank, place.in_features), dtype=dtype, device=device)
+        dtype, device = self.adapter_dtype, spec.device
+        zeros = torch.zeros((self.rank, spec.in_features), dtype=dtype, device=device)
         return {
-            "index": self._drawn(features, place.name).to(device),
-            **({"B": fresh_B(self.rank, place, dtype)} if reads else {"A": nn.Parameter(zeros)}),
+            "index": self._drawn(features, spec.name).to(device),
+            **({"B": fresh_B(self.rank, spec, dtype)} if reads else {"A": nn.Parameter(zeros)}),
         }
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give the trained factor, the other one as rows of the identity, and s for every rank."""
         trained, index = own.get("A", own.get("B")), own["index"]
         if trained is None:
             raise KeyError("A or B")
-        features = place.in_features if self.side == "A" else place.out_features
+        features = spec.in_features if self.side == "A" else spec.out_features
         rows = trained.new_zeros((self.rank, features))
         rows.scatter_(1, index.unsqueeze(1), 1.0)
         d = trained.new_full((self.rank,), self.alpha / self.rank)

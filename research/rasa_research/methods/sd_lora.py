@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rasa_ext.methods import (
     AdapterConfig,
     Factors,
-    Place,
+    LayerSpec,
     checked_choice,
     document_fields,
     fresh_A,
@@ -100,25 +100,25 @@ class SdLoraConfig(AdapterConfig):
         """The value that the present task's magnitude begins with."""
         return self.alpha / self.present_rank
 
-    def own(self, place: Place) -> dict[str, Tensor]:
+    def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make A (r, in), B (out, r), for former tasks the stack and norms, and m if not tied."""
         dtype = self.adapter_dtype
         own: dict[str, Tensor] = {
-            "A": fresh_A(self.present_rank, place, dtype),
-            "B": fresh_B(self.present_rank, place, dtype),
+            "A": fresh_A(self.present_rank, spec, dtype),
+            "B": fresh_B(self.present_rank, spec, dtype),
         }
         if self.past:
-            own |= empty_stack(sum(self.past), place, dtype)
-            own["norms"] = torch.ones(len(self.past), dtype=dtype, device=place.device)
+            own |= empty_stack(sum(self.past), spec, dtype)
+            own["norms"] = torch.ones(len(self.past), dtype=dtype, device=spec.device)
         if not self.tied:
-            own["m"] = self._magnitudes(place)
+            own["m"] = self._magnitudes(spec)
         return own
 
-    def pool(self, places: Sequence[Place]) -> dict[str, Tensor]:
+    def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
         """Make m (tasks,) where it is tied."""
-        return {"m": self._magnitudes(places[0])} if self.tied else {}
+        return {"m": self._magnitudes(specs[0])} if self.tied else {}
 
-    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], place: Any) -> Factors:
+    def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
         """Give the present pair, and the former ones as its pool, with m over the norms as d."""
         A, B = own["A"], own["B"]
         m = (pool if self.tied else own)["m"].to(A.device)
@@ -131,9 +131,9 @@ class SdLoraConfig(AdapterConfig):
         each = torch.repeat_interleave(m[:-1] / own["norms"], ranks, output_size=sum(self.past))
         return Factors(A, own["stack_A"], B, own["stack_B"], torch.cat((d, each)))
 
-    def _magnitudes(self, place: Place) -> Tensor:
+    def _magnitudes(self, spec: LayerSpec) -> Tensor:
         shape = (len(self.past) + 1,)
-        m = torch.full(shape, self.scale, dtype=self.adapter_dtype, device=place.device)
+        m = torch.full(shape, self.scale, dtype=self.adapter_dtype, device=spec.device)
         return nn.Parameter(m)
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from rasa_ext.methods import Place, Rate, document_fields, option
+from rasa_ext.methods import LayerSpec, Rate, document_fields, option
 from rasa_research.methods.gated_rasa import GatedRasaConfig
 
 
@@ -48,10 +48,10 @@ class SoraConfig(GatedRasaConfig):
         """Draw s N(0, 1)."""
         return torch.randn(own + pooled) * (self.alpha / self.rank)
 
-    def learning_rates(self, place: Place) -> dict[str, Rate]:
+    def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
         """Let d = s g move as s g does under Adam: s times the rate, and epsilon over s."""
-        s = self.gate_scale(place.num_layers)
-        found = super().learning_rates(place)
+        s = self.gate_scale(spec.num_layers)
+        found = super().learning_rates(spec)
         return {n: r._replace(lr=s * r.lr, eps=1 / s) for n, r in found.items()}
 
     def gate_entries(self, own: int, pooled: int) -> slice:

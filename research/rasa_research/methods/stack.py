@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rasa_ext.methods import Place
+from rasa_ext.methods import LayerSpec
 
 
-def empty_stack(rank: int, place: Place, dtype: torch.dtype) -> dict[str, Tensor]:
+def empty_stack(rank: int, spec: LayerSpec, dtype: torch.dtype) -> dict[str, Tensor]:
     """Make buffers for factors that are not trained: stack_A (n, in), stack_B (out, n)."""
     down, up = (
-        torch.zeros((rank, width), dtype=dtype, device=place.device)
-        for width in (place.in_features, place.out_features)
+        torch.zeros((rank, width), dtype=dtype, device=spec.device)
+        for width in (spec.in_features, spec.out_features)
     )
     return {"stack_A": down, "stack_B": up.t()}
 

@@ -27,7 +27,7 @@ class TrainedLayer:
     def factors(self) -> Factors:
         """Give the factors as they stand, each on its own device."""
         adapter = next(islice(self.layer.adapters(), self.index, None))
-        return adapter.config.factors(adapter.own, adapter.pool, adapter.place)
+        return adapter.config.factors(adapter.own, adapter.pool, adapter.spec)
 
 
 class Part(NamedTuple):
@@ -163,7 +163,7 @@ def find_groups(model: nn.Module) -> list[Group]:
     for name, layer in unwrap(model).named_modules():
         if not isinstance(layer, AdaptedModule):
             continue
-        if any(adapter.place.experts for adapter in layer.adapters()):
+        if any(adapter.spec.experts for adapter in layer.adapters()):
             raise ValueError(
                 f"model: expected adapters of linear layers, but {name!r} has adapted experts, "
                 "whose step is not solved for; patch the model with experts=None."

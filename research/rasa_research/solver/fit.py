@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rasa_ext import RasaConfig
 from rasa_ext.checkpoint import AdapterState, own_key, pool_key
-from rasa_ext.methods import Place, fresh_A
+from rasa_ext.methods import LayerSpec, fresh_A
 from rasa_ext.patching import Group, Plan, plan_layers
 from rasa_research.solver.decompose import Decomposition, Delta, check_delta, decompose
 
@@ -136,7 +136,7 @@ def group_tensors(group: Group, result: Decomposition, dtype: torch.dtype) -> di
         tensors[pool_key(group.names[0], "B")] = result.pool_B
     for i, name in enumerate(group.names):
         A = result.A[i]
-        fresh = fresh_A(A.shape[0], Place(i, len(group.names), *group.shape, A.device), A.dtype)
+        fresh = fresh_A(A.shape[0], LayerSpec(i, len(group.names), *group.shape, A.device), A.dtype)
         tensors[own_key(name, "A")] = torch.where(A.any(1, keepdim=True), A, fresh.detach())
         tensors[own_key(name, "B")] = result.B[i]
         tensors[own_key(name, "d")] = result.d[i]

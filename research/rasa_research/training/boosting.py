@@ -217,7 +217,7 @@ class Boosting:
         for group in self._optimizer.param_groups:
             group["params"] = [grown.get(each, each) for each in group["params"]]
         for owner, layers in live:
-            bound = 1 / math.sqrt(next(iter(layers.values())).place.in_features)
+            bound = 1 / math.sqrt(next(iter(layers.values())).spec.in_features)
             drawn = torch.empty(owner.A.shape, dtype=owner.A.dtype)
             owner.A.copy_(drawn.uniform_(-bound, bound, generator=generator))
             owner.B.zero_()

@@ -119,11 +119,11 @@ def absorb(model: nn.Module, threshold: float = 9e-4) -> bool:
 
 def _grown(layer: RasaLinear, later: SdLoraConfig) -> dict[str, Tensor]:
     """Give a layer's own tensors for the next task, magnitudes left out; its pair is pushed."""
-    own, place, dtype = layer.own_tensors(), layer.place, layer.A.dtype
+    own, spec, dtype = layer.own_tensors(), layer.spec, layer.A.dtype
     norm = direction_norm(layer.A, layer.B, later.norm).unsqueeze(0)
     return {
-        "A": fresh_A(later.present_rank, place, dtype),
-        "B": fresh_B(later.present_rank, place, dtype),
+        "A": fresh_A(later.present_rank, spec, dtype),
+        "B": fresh_B(later.present_rank, spec, dtype),
         **pushed(own, layer.A, layer.B),
         "norms": torch.cat((own.get("norms", norm[:0]), norm)),
     }

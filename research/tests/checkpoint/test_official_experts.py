@@ -16,7 +16,7 @@ from rasa_ext.patching.state import patch_state
 from rasa_research.checkpoint import load_official_experts
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, same_bits
-from tests.helpers.expert_files import banks, build, changes, logits
+from tests.helpers.expert_files import build, changes, logits, stacks
 from tests.helpers.experts import EXPERTS, HIDDEN, INNER
 from tests.helpers.refusals import Snapshot
 from tests.helpers.serving_rules import read, vllm
@@ -110,14 +110,14 @@ def test_every_experts_change_is_the_official_formulas(family, k, tmp_path):
     assert load_official_experts(model, tmp_path) is model
     assert_loaded(model, family, found)
     own, pooled = RANK - k, k * LAYERS
-    for name, bank in banks(model).items():
+    for name, stack in stacks(model).items():
         double = 2 if name.endswith("gate_up_proj") else 1
-        assert bank.A.shape[1] == double * own
-        assert bank.d.shape == (EXPERTS, double * (own + pooled))
+        assert stack.A.shape[1] == double * own
+        assert stack.d.shape == (EXPERTS, double * (own + pooled))
         if k:
-            assert bank.pool.A.shape[:2] == (EXPERTS, double * pooled)
+            assert stack.pool.A.shape[:2] == (EXPERTS, double * pooled)
     first, second = (
-        banks(model)[f"model.layers.{layer}.mlp.experts.down_proj"] for layer in range(LAYERS)
+        stacks(model)[f"model.layers.{layer}.mlp.experts.down_proj"] for layer in range(LAYERS)
     )
     assert first.pool is second.pool
 

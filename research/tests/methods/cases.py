@@ -61,7 +61,7 @@ def _sbora(layer: RasaLinear) -> Tensor:
 
 
 def _reslora(layer: RasaLinear) -> Tensor:
-    config, pool, index = layer.config, layer.pool_tensors(), layer.place.index
+    config, pool, index = layer.config, layer.pool_tensors(), layer.spec.index
     terms = range(max(0, index - config.window), index + 1)
     return sum(pool[f"B{i}"] @ pool[f"A{i}"] for i in terms) * (config.alpha / config.rank)
 

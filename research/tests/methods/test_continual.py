@@ -139,10 +139,10 @@ def test_a_tied_magnitudes_gradient_is_the_sum_of_its_layers():
         model(inputs()).square().sum().backward()
     sums = {}
     for layer in rasa_linears(apart).values():
-        key = layer.place.name.rpartition(".")[2]
+        key = layer.spec.name.rpartition(".")[2]
         sums[key] = sums.get(key, 0) + layer.own_tensors()["m"].grad
     for layer in rasa_linears(tied).values():
-        key = layer.place.name.rpartition(".")[2]
+        key = layer.spec.name.rpartition(".")[2]
         torch.testing.assert_close(layer.pool_tensors()["m"].grad, sums[key], **EXACT)
 
 

@@ -34,8 +34,8 @@ def gates(model) -> torch.Tensor:
     config = next(iter(rasa_linears(model).values())).config
     return torch.cat(
         [
-            layer.d.detach()[config.gate_entries(*config.ranks_at(layer.place))]
-            / config.gate_scale(layer.place.num_layers)
+            layer.d.detach()[config.gate_entries(*config.ranks_at(layer.spec))]
+            / config.gate_scale(layer.spec.num_layers)
             for layer in rasa_linears(model).values()
         ]
     )

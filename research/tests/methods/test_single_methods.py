@@ -134,7 +134,7 @@ def test_reslora_is_rasa_with_a_band():
     band = rasa_ext.patch_model(base(), config=RasaConfig(2, 2, **WIDE))
     with torch.no_grad():
         for name, layer in rasa_linears(band).items():
-            pool, i = rasa_linears(model)[name].pool_tensors(), layer.place.index
+            pool, i = rasa_linears(model)[name].pool_tensors(), layer.spec.index
             if i == 0:
                 layer.pool.A.copy_(torch.cat([pool[f"A{j}"] for j in range(3)]))
                 layer.pool.B.copy_(torch.cat([pool[f"B{j}"] for j in range(3)], 1))
@@ -145,7 +145,7 @@ def test_reslora_is_rasa_with_a_band():
     for each in (model, band):
         each(x).square().sum().backward()
     for name, layer in rasa_linears(band).items():
-        if layer.place.index == 0:
+        if layer.spec.index == 0:
             pool = rasa_linears(model)[name].pool_tensors()
             grads = torch.cat([pool[f"A{j}"].grad for j in range(3)])
             torch.testing.assert_close(layer.pool.A.grad, grads, **EXACT)

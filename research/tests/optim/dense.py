@@ -24,7 +24,7 @@ class Ragged(AdapterConfig):
     pooled: bool = True
     scale: float | None = 1.5
 
-    def own(self, place) -> dict[str, Tensor]:
+    def layer_tensors(self, place) -> dict[str, Tensor]:
         rank, pool = place.index + 1, 2 if self.pooled else 0
         own = {
             "A": nn.Parameter(torch.zeros(rank, place.in_features, dtype=self.adapter_dtype)),
@@ -35,7 +35,7 @@ class Ragged(AdapterConfig):
             own["d"] = self.scale + ranks / (1 + place.index)
         return own
 
-    def pool(self, places: Sequence) -> dict[str, Tensor]:
+    def group_tensors(self, places: Sequence) -> dict[str, Tensor]:
         if not self.pooled:
             return {}
         width, out = places[0].in_features, places[0].out_features

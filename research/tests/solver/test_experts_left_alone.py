@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from rasa_research import solver
-from tests.helpers.expert_files import RANK, adapted, banks, build
+from tests.helpers.expert_files import RANK, adapted, build, stacks
 from tests.helpers.experts import HIDDEN
 from tests.helpers.refusals import Snapshot
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*stay untouched", "ignore:.*SGLang")
 
 base = functools.cache(build)
-BANK = "model.layers.0.mlp.experts.gate_up_proj"
+STACK = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 def states(seed=0):
@@ -33,22 +33,22 @@ def test_compress_tells_what_experts_lost():
     found = solver.compress(model, before, after, rank=RANK, k=1, iterations=2)
     names = {name for group in found.plan.groups for name in group.names}
     assert all("experts" not in name for name in names)
-    change = (after[BANK].double() - before[BANK].double()).norm().item()
-    assert found.lost[BANK].change == pytest.approx(change)
+    change = (after[STACK].double() - before[STACK].double()).norm().item()
+    assert found.lost[STACK].change == pytest.approx(change)
     assert found.residual_share > 0.5  # experts are most of this model
     found.install(model)
-    assert not banks(model)
-    assert torch.equal(model.get_parameter(BANK), before[BANK])
+    assert not stacks(model)
+    assert torch.equal(model.get_parameter(STACK), before[STACK])
 
 
 def test_fit_adapter_leaves_experts_alone():
     name = "model.layers.0.self_attn.q_proj"
     model = copy.deepcopy(base("mixtral"))
     solver.fit_adapter(model, {name: torch.randn(HIDDEN, HIDDEN)}, RANK, 0, iterations=2)
-    assert not banks(model)
+    assert not stacks(model)
     for deltas in (
-        {BANK: torch.randn(5, 48, HIDDEN)},
-        {BANK: torch.randn(48, HIDDEN)},
+        {STACK: torch.randn(5, 48, HIDDEN)},
+        {STACK: torch.randn(48, HIDDEN)},
         {name: torch.randn(HIDDEN, HIDDEN), "model.layers.0.mlp.experts": torch.randn(4, 4)},
     ):
         plain = copy.deepcopy(base("mixtral"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rasa_ext import ops
-from rasa_ext.nn import composed, functional
+from rasa_ext.nn import functional, functional_cpu
 from rasa_ext.ops import Factors, heuristics
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, patched
@@ -33,8 +33,8 @@ def test_both_derivatives(shape, form):
     def run(x, *tensors):
         its = Factors(*tensors)
         if form == "add":
-            return composed.adapted_linear(x, None, None, its, torch.tanh(x) @ weight.T)
-        return composed.adapted_linear(x, weight, bias, its)
+            return functional_cpu.adapted_linear(x, None, None, its, torch.tanh(x) @ weight.T)
+        return functional_cpu.adapted_linear(x, weight, bias, its)
 
     assert torch.autograd.gradcheck(run, (x, *factors))
     assert torch.autograd.gradgradcheck(run, (x, *factors))
@@ -47,10 +47,10 @@ def test_the_oracles_values(shape, missing):
     bias = None if missing == "bias" else bias
     factors = factors._replace(d=None) if missing == "d" else factors
     expected = oracle.linear(x, weight, bias, Adapter(*factors))
-    torch.testing.assert_close(composed.adapted_linear(x, weight, bias, factors), expected)
+    torch.testing.assert_close(functional_cpu.adapted_linear(x, weight, bias, factors), expected)
     y = torch.randn_like(expected)
     kept = y.clone()
-    added = composed.adapted_linear(x, None, None, factors, y)
+    added = functional_cpu.adapted_linear(x, None, None, factors, y)
     torch.testing.assert_close(added, y + oracle.linear(x, 0 * weight, None, Adapter(*factors)))
     assert torch.equal(y, kept)
 
@@ -60,7 +60,7 @@ def test_the_oracles_values(shape, missing):
 def test_dtypes_are_those_of_the_functions(dtype, params):
     x, weight, bias, factors = draw((5, 64, 48, 3, 6), dtype, params)
     found = []
-    for module in (composed, functional):
+    for module in (functional_cpu, functional):
         y = module.adapted_linear(x, weight, bias, factors)
         found.append((y, *torch.autograd.grad(y.float().square().sum(), (x, *factors))))
     for mine, theirs in zip(*found, strict=True):
@@ -78,7 +78,7 @@ def test_what_is_frozen_gets_no_gradient_and_a_frozen_A_keeps_no_x():
     x, frozen = x.detach(), factors._replace(A=factors.A.detach(), A_pool=factors.A_pool.detach())
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = composed.adapted_linear(x, weight, bias, frozen)
+        y = functional_cpu.adapted_linear(x, weight, bias, frozen)
     assert not any(t.untyped_storage().data_ptr() == x.untyped_storage().data_ptr() for t in saved)
     y.sum().backward()
     assert frozen.B.grad is not None

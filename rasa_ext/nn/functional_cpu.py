@@ -1,4 +1,4 @@
-"""Adapted linears on a CPU, composed of PyTorch operations, which PyTorch differentiates.
+"""Adapted linears on a CPU: plain PyTorch operations, which PyTorch differentiates.
 
 They compute what ``nn.functional`` does, where ``ops.torch_differentiates``. Besides the GEMMs, the
 cost on a CPU is Python overhead and small ops with cold caches; a backward of PyTorch's own has no

@@ -17,7 +17,7 @@ _MUCH = 0.1
 """The part of a model's parameters that is not left alone without a word."""
 
 
-def advice(
+def config_warnings(
     config: AdapterConfig, groups: Sequence[Group], rank: str = "rank", prefix: str = ""
 ) -> Iterator[str]:
     """Give a sentence for each choice to think about: what is off, and what to do.
