@@ -61,7 +61,7 @@ def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ex
     """``base`` adapted as the first of a group of so many layers."""
     spec = LayerSpec(0, layers, base.out_features, base.in_features, base.weight.device)
     pool = config.group_tensors([dataclasses.replace(spec, index=index) for index in range(layers)])
-    return rasa_ext.RasaLinear(base, config, spec, rasa_ext.RasaPool(pool))
+    return rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool))
 
 
 class Alone(nn.Module):

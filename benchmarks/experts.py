@@ -208,7 +208,7 @@ class Case:
             experts, out, width = expert_shape(base, name)
             spec = LayerSpec(0, layers, out, width, getattr(base, name).device, name, experts)
             pool = config.group_tensors([dataclasses.replace(spec, index=i) for i in range(layers)])
-            stacks[name] = RasaExpertWeight(config, spec, rasa_ext.RasaPool(pool))
+            stacks[name] = RasaExpertWeight(config, spec, rasa_ext.nn.RasaPool(pool))
         return _lively(RasaExperts(base, stacks))
 
 

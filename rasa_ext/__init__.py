@@ -11,16 +11,14 @@ from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
 from rasa_ext.checkpoint.card import Card
 from rasa_ext.checkpoint.lora import import_lora
-from rasa_ext.checkpoint.lora_export import Truncation, export_error, export_lora, export_size
+from rasa_ext.checkpoint.lora_export import export_error, export_lora, export_size
 from rasa_ext.checkpoint.official import load_official
 from rasa_ext.checkpoint.push import push_to_hub
 from rasa_ext.config import RasaConfig
-from rasa_ext.nn.adapter import AdaptedModule, drop_packs
-from rasa_ext.nn.rasa import RasaLinear, RasaPool
-from rasa_ext.nn.rasa_experts import RasaExperts
+from rasa_ext.nn.adapter import drop_packs
+from rasa_ext.nn.rasa import RasaLinear
 from rasa_ext.ops import cuda_status
 from rasa_ext.patching.merge import (
-    delta_weight,
     delta_weights,
     disable_adapter,
     merge,
@@ -33,18 +31,13 @@ from rasa_ext.patching.state import adapter_parameters
 from rasa_ext.patching.summary import summary
 
 __all__ = [
-    "AdaptedModule",
     "Card",
     "RasaConfig",
-    "RasaExperts",
     "RasaLinear",
-    "RasaPool",
-    "Truncation",
     "__version__",
     "adapter_parameters",
     "checkpoint",
     "cuda_status",
-    "delta_weight",
     "delta_weights",
     "disable_adapter",
     "distributed",

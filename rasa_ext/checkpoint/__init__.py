@@ -10,6 +10,7 @@ from rasa_ext.checkpoint.files import (
     write_adapter,
 )
 from rasa_ext.checkpoint.lora import Lora, convert_lora, read_lora
+from rasa_ext.checkpoint.lora_export import Truncation
 from rasa_ext.checkpoint.lora_file import plain_settings
 from rasa_ext.checkpoint.official import load_official_tensors
 
@@ -18,6 +19,7 @@ __all__ = [
     "AdapterState",
     "Lora",
     "StackedWeight",
+    "Truncation",
     "check_finite",
     "check_tensors",
     "convert_lora",

@@ -1,1 +1,7 @@
 """Autograd and modules: packs, the low-rank linear, the adapted layers."""
+
+from rasa_ext.nn.adapter import AdaptedModule
+from rasa_ext.nn.rasa import RasaLinear, RasaPool
+from rasa_ext.nn.rasa_experts import RasaExperts
+
+__all__ = ["AdaptedModule", "RasaExperts", "RasaLinear", "RasaPool"]

@@ -80,7 +80,7 @@ class AdaptedModule(nn.Module):
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
-        >>> layers = [m for m in model.modules() if isinstance(m, rasa_ext.AdaptedModule)]
+        >>> layers = [m for m in model.modules() if isinstance(m, rasa_ext.nn.AdaptedModule)]
         >>> adapter = next(layers[0].adapters())
         >>> list(adapter.own), list(adapter.pool), adapter.spec.name
         (['A', 'B', 'd'], ['A', 'B'], 'model.layers.0.self_attn.q_proj')

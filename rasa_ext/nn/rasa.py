@@ -25,7 +25,7 @@ class RasaPool(nn.Module):
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> layers = [each for each in model.modules() if isinstance(each, rasa_ext.RasaLinear)]
-        >>> isinstance(layers[0].pool, rasa_ext.RasaPool)
+        >>> isinstance(layers[0].pool, rasa_ext.nn.RasaPool)
         True
         >>> group = [each for each in layers if each.pool is layers[0].pool]
         >>> layers[0].pool.A.shape == (len(group), layers[0].in_features)

@@ -36,35 +36,8 @@ from rasa_ext.patching.tokens import (
 _SWITCHING = threading.Lock()  # the adapters of a model off or on again
 
 
-def delta_weight(layer: RasaLinear) -> Tensor:
-    """Compute the change of one layer's weight, dW = [B | B_pool] diag(d) [A ; A_pool].
-
-    The formula is that of arXiv 2503.12576, section 3.
-
-    Args:
-        layer: of a patched model, merged or not.
-
-    Returns:
-        dW (out, in), float32, without grad, on the layer's device.
-
-    Raises:
-        TypeError: ``layer`` is no RasaLinear.
-        RuntimeError: the adapter is sharded over processes.
-
-    Example:
-        >>> model = rasa_ext.patch_model(model, rank=8, k=1)
-        >>> layer = next(m for m in model.modules() if isinstance(m, rasa_ext.RasaLinear))
-        >>> dW = rasa_ext.delta_weight(layer)
-        >>> dW.shape == (layer.out_features, layer.in_features), dW.dtype
-        (True, torch.float32)
-    """
-    if not isinstance(layer, RasaLinear):
-        raise TypeError(f"layer: expected a RasaLinear, got {type(layer).__name__}.")
-    return deltas_of([linear_part("", layer, [layer.adapter()])], torch.float32)[0]
-
-
 def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Compute the change of every adapted layer's weight, as ``delta_weight`` does.
+    """Compute the change of every adapted layer's weight, dW = [B | B_pool] diag(d) [A ; A_pool].
 
     Layers of one group come one after the other. They are computed in chunks of at most 64 MiB of
     dW (or one layer), each one product; a dW is a view of its chunk, which lives as long. The
@@ -99,7 +72,7 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool = False) -> float:
     """Fold every adapter into its base weight, so that the model runs at its base's speed.
 
-    W becomes W + dW, with dW as ``delta_weight`` gives it (arXiv 2503.12576, section 3). The sum
+    W becomes W + dW, with dW as ``delta_weights`` gives it (arXiv 2503.12576, section 3). The sum
     is taken in float32 (float64 for float64 weights) and rounded once. The weights as they were are
     kept beside the merged ones, so that ``unmerge`` restores them exactly; ``subtract`` and
     ``merge_and_unload`` save that memory. A quantized layer becomes a dense one, with a warning

@@ -21,7 +21,7 @@ from tests.helpers.docstrings import namespace  # noqa: F401 - a fixture
 FOLDER = Path(rasa_research.__file__).parent
 MODULES = (
     "rasa_ext",
-    *(f"rasa_ext.{name}" for name in ("checkpoint", "distributed", "linalg", "methods")),
+    *(f"rasa_ext.{name}" for name in ("checkpoint", "distributed", "linalg", "methods", "nn")),
     *(f"rasa_ext.{name}" for name in ("patching", "training", "commands.output", "commands.data")),
     *(f"rasa_ext.commands.{name}" for name in ("models", "parsing")),
 )

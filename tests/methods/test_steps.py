@@ -48,7 +48,7 @@ def test_layers_and_pools_own_what_they_are_given(tmp_path):
     replace_tensors(model, later, changed)
     assert {layer.effective_rank for layer in rasa_linears(model).values()} == {3 + 3 * 2}
     for owner, tensors in changed.items():
-        own = owner.tensors() if isinstance(owner, rasa_ext.RasaPool) else owner.own_tensors()
+        own = owner.tensors() if isinstance(owner, rasa_ext.nn.RasaPool) else owner.own_tensors()
         assert own.keys() == tensors.keys()
         assert all(own[name] is tensors[name] for name in own)
     assert not torch.equal(model(x), before)

@@ -183,11 +183,6 @@ def test_calls_that_need_a_patched_model(call, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_delta_weight_of_a_plain_layer():
-    with pytest.raises(TypeError, match="layer: expected a RasaLinear, got Linear"):
-        rasa_ext.delta_weight(nn.Linear(2, 2))
-
-
 def test_an_adapter_of_another_model(tmp_path):
     rasa_ext.save_adapter(patched(SEQUENTIAL.build(), 2, 1), tmp_path)
     wider = nn.Sequential(*copy.deepcopy(SEQUENTIAL.build())[:-1], nn.Linear(10, 9))

@@ -181,7 +181,7 @@ def test_every_parameter_has_one_place(entry):
         first = next(n for n, other in adapted_layers(model).items() if other.pool is layer.pool)
         assert modules[id(layer.pool)] == f"{first}.pool"
         assert ("pool" in layer._modules) == (name == first)
-    assert isinstance(layer.pool, rasa_ext.RasaPool)
+    assert isinstance(layer.pool, rasa_ext.nn.RasaPool)
     if entry is not TWO_NAMES:  # one of whose layers stands under both
         assert len(model.state_dict()) == plain + len(rasa_ext.adapter_parameters(model))
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import RasaConfig, RasaLinear, RasaPool
+from rasa_ext import RasaConfig, RasaLinear
 from rasa_ext.methods import (
     Factors,
     LayerSpec,
@@ -25,6 +25,7 @@ from rasa_ext.methods import (
     document_fields,
     option,
 )
+from rasa_ext.nn import RasaPool
 from rasa_ext.patching import owners
 from rasa_ext.training import adapter_of, replace_tensors
 from rasa_research.callback import step_callback

@@ -57,7 +57,7 @@ def fit_adapter(
         >>> found = solver.fit_adapter(model, deltas, rank=8, k=1, iterations=5)
         >>> [group.pattern for group in found]
         ['model.layers.*.mlp.down_proj']
-        >>> change = rasa_ext.delta_weight(model.get_submodule(names[0]))  # (out, in)
+        >>> change = dict(rasa_ext.delta_weights(model))[names[0]]  # (out, in)
         >>> change.shape
         torch.Size([32, 48])
     """

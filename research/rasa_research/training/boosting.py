@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import RasaLinear, RasaPool
+from rasa_ext import RasaLinear
 from rasa_ext.distributed import check_averaged
 from rasa_ext.methods import checked_integer, checked_number
+from rasa_ext.nn import RasaPool
 from rasa_ext.training import adapter_of, replace_tensors
 from rasa_research.callback import step_callback
 from rasa_research.methods import BoostedLoraConfig, BoostedPoolConfig

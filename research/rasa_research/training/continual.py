@@ -7,8 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import RasaLinear, RasaPool
+from rasa_ext import RasaLinear
 from rasa_ext.methods import checked_choice, checked_number, fresh_A, fresh_B
+from rasa_ext.nn import RasaPool
 from rasa_ext.training import adapter_of, replace_tensors
 from rasa_research.methods import SdLoraConfig
 from rasa_research.methods.sd_lora import direction_norm

@@ -76,7 +76,7 @@ def adam(parameters) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-2)
 
 
-def pools(model) -> dict[str, rasa_ext.RasaPool]:
+def pools(model) -> dict[str, rasa_ext.nn.RasaPool]:
     return {group: rasa_linears(model)[f"0.{group}"].pool for group in GROUPS}
 
 

@@ -64,7 +64,8 @@ def test_sbora_reads_features_exactly():
     change = model(x) - x @ layer.base_layer.weight.t()
     torch.testing.assert_close(change, 2 * x[:, index] @ layer.B.t(), **EXACT)
     rasa_ext.merge(model)
-    columns = rasa_ext.delta_weight(layer).abs().sum(0).nonzero().flatten()
+    ((_, dW),) = rasa_ext.delta_weights(model)
+    columns = dW.abs().sum(0).nonzero().flatten()
     assert columns.tolist() == sorted(index.tolist())
 
 
