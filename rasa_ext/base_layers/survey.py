@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -51,6 +52,16 @@ class Survey:
     def expert_weights(self) -> dict[str, tuple[int, ...]]:
         """Weights of experts and routers that are not linear layers', with their shapes."""
         return expert_weights(self.modules)
+
+    @property
+    def adaptable(self) -> set[str]:
+        """Names of the stacked weights that adapters may lie over."""
+        names = set()
+        for name, stack in self.stacks.items():
+            with contextlib.suppress(TypeError, ValueError):
+                check_expert_weight(name, stack)
+                names.add(name)
+        return names
 
     @property
     def pointwise_convolutions(self) -> list[str]:

@@ -10,6 +10,9 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from rasa_ext.base_layers.experts import ExpertWeight
+from rasa_ext.base_layers.linear import LinearLayer
+from rasa_ext.base_layers.survey import base_shape
 from rasa_ext.methods.base import AdapterConfig, Groups, LayerSpec
 from rasa_ext.nn.adapter import Adapter
 
@@ -119,17 +122,25 @@ def _compiled(item: str) -> re.Pattern[str]:
     return re.compile(r"(^|\.)" + r"\.".join(parts) + "$")
 
 
-def check_groups(groups: Groups, names: Iterable[str], argument: str = "groups") -> None:
-    """Raise ValueError where a pattern of ``groups`` is that of none of the adapted layers."""
-    names = list(names)
+def group_layers(
+    config: AdapterConfig, bases: Mapping[str, LinearLayer | ExpertWeight], argument: str = "groups"
+) -> tuple[Group, ...]:
+    """Group the layers that are adapted, by name; ``argument`` is where ``groups`` was given.
+
+    Raises ValueError where a field of the config names layers, and means none of these.
+    """
+    groups = config.layer_groups
     for item in () if callable(groups) else (item for _, items in groups for item in items):
-        if not any(ends_in(name, item) for name in names):
-            known = sorted({every_index(name) for name in names})
+        if not any(ends_in(name, item) for name in bases):
+            known = sorted({every_index(name) for name in bases})
             raise ValueError(
                 f"{argument}: expected patterns of adapted layers' names, but none ends in "
                 f"{item!r}; they are {', '.join(known[:10])}{', ...' if len(known) > 10 else ''} "
                 "('*' stands for one part of a name)."
             )
+    config.check_layers(bases)
+    shapes = {name: base_shape(base) for name, base in bases.items()}
+    return groups_of(shapes, config.grouping_of_experts, groups)
 
 
 def resolve_groups(config: AdapterConfig, found: Iterable[Group]) -> AdapterConfig:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
-from rasa_ext.base_layers.experts import ExpertWeight, check_expert_weight
+from rasa_ext.base_layers.experts import ExpertWeight
 from rasa_ext.base_layers.linear import LinearLayer, is_linear
-from rasa_ext.base_layers.survey import Survey, base_shape, check_base, survey
+from rasa_ext.base_layers.survey import Survey, check_base, survey
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, Names
 from rasa_ext.methods.patterns import matches_whole
-from rasa_ext.patching.grouping import Group, check_groups, ends_in, groups_of
+from rasa_ext.patching.grouping import Group, ends_in, group_layers
 from rasa_ext.patching.tokens import TokenRows, check_not_adapted, find_rows
 
 INSTEAD = "leave it out with exclude_modules, or train it in full with modules_to_save"
@@ -81,7 +80,6 @@ def make_plan(
             f"transformers 5 do, found none{others}; leave out experts."
         )
     saved = _modules_to_save(found, config.modules_to_save)
-    tokens = find_rows(model, config)
     bases: dict[str, LinearLayer | ExpertWeight] = {**found.linears, **stacked}
     chosen, skipped = _choose(found, config, bases, saved)
     for name in chosen:
@@ -92,6 +90,7 @@ def make_plan(
             f"experts: expected stacked weights to adapt, but every one is left out, such as "
             f"{first!r}: {skipped[first]}; change that, or leave out experts."
         )
+    tokens = find_rows(model, config)
     check_not_adapted(tokens, chosen)
     groups = group_layers(config, {name: bases[name] for name in chosen})
     trained = tuple(f"{name}." for name in saved)
@@ -100,24 +99,11 @@ def make_plan(
         for name, shape in found.expert_weights.items()
         if name not in chosen and name not in skipped and not name.startswith(trained)
     }
-    adaptable = _adaptable(found, config) & untouched.keys()
+    adaptable = untouched.keys() & (found.adaptable if hasattr(config, "experts") else ())
     for name, shape in untouched.items():
         how = "the argument experts adapts them" if name in adaptable else "no linear layer"
         skipped[name] = f"weights of shape {shape}: {how}"
-    return Plan(groups, skipped, untouched, adaptable, saved, tokens)
-
-
-def group_layers(
-    config: AdapterConfig, bases: Mapping[str, LinearLayer | ExpertWeight], argument: str = "groups"
-) -> tuple[Group, ...]:
-    """Group the layers that are adapted, by name; ``argument`` is where ``groups`` was given.
-
-    Raises ValueError where a field of the config names layers, and means none of these.
-    """
-    check_groups(config.layer_groups, bases, argument)
-    config.check_layers(bases)
-    shapes = {name: base_shape(base) for name, base in bases.items()}
-    return groups_of(shapes, config.grouping_of_experts, config.layer_groups)
+    return Plan(groups, skipped, untouched, frozenset(adaptable), saved, tokens)
 
 
 def _choose(
@@ -165,16 +151,6 @@ def _choose(
         if not any(name == each or name.startswith(f"{each}.") for each in saved):
             skipped[name] = "a 1x1 convolution, not a linear layer"
     return chosen, skipped
-
-
-def _adaptable(found: Survey, config: AdapterConfig) -> frozenset[str]:
-    """Name the stacked weights that the argument ``experts`` would adapt."""
-    names = set()
-    for name, stack in found.stacks.items() if hasattr(config, "experts") else ():
-        with contextlib.suppress(TypeError, ValueError):
-            check_expert_weight(name, stack)
-            names.add(name)
-    return frozenset(names)
 
 
 def resolve_config(

@@ -26,10 +26,10 @@ from rasa_ext.methods.base import ALL_LINEAR, LayerSpec, groups_to_json
 from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.config_warnings import config_warnings
 from rasa_ext.patching.fold import Merging
-from rasa_ext.patching.grouping import Group, resolve_groups
+from rasa_ext.patching.grouping import Group, group_layers, resolve_groups
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.swap import let_adapters_work, link_fused_projections, replace_modules
-from rasa_ext.patching.targets import INSTEAD, group_layers, make_plan, resolve_config, suffixes
+from rasa_ext.patching.targets import INSTEAD, make_plan, resolve_config, suffixes
 from rasa_ext.patching.tokens import check_rows_finite
 from rasa_ext.peft.backends import backend_of
 from rasa_ext.peft.callers import users_level
