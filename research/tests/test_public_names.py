@@ -59,10 +59,10 @@ def test_it_uses_public_names_alone(path):
 def test_private_names_are_noticed():
     source = "import rasa_ext\nfrom rasa_ext.{} import {}\nrasa_ext.{}\nimport rasa_ext.{}"
     assert private(source.format("methods", "Factors", "methods.LayerSpec.name", "methods")) == []
-    assert private(source.format("methods", "_f", "nn.rasa", "nn.rasa")) == [
+    assert private(source.format("methods", "_f", "ops.pack", "ops.pack")) == [
         "rasa_ext.methods._f",
-        "rasa_ext.nn.rasa",
-        "rasa_ext.nn",
+        "rasa_ext.ops.pack",
+        "rasa_ext.ops",
     ]
     assert private(source.format("patching.state", "unwrap", "methods.base", "ops")) == [
         "rasa_ext.patching.state.unwrap",
