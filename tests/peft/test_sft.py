@@ -1,17 +1,13 @@
-"""A RaSA config in TRL's SFTTrainer, over plain and quantized bases."""
+"""A RaSA config in TRL's SFTTrainer."""
 
 from __future__ import annotations
 
 import pytest
-import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-import rasa_ext
 from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import same_bits
-from tests.helpers.peft import layers, trained
-from tests.helpers.quantized import make_model as quantizable
-from tests.helpers.quantized import quantized
+from tests.helpers.peft import layers
 from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
 from tests.helpers.trainers import QUIET
 
@@ -62,80 +58,3 @@ def test_a_config_is_all_it_takes(checkpointing, tmp_path):
     for name, parameter in model.merge_and_unload().named_parameters():
         adapted = name.endswith("_proj.weight")
         assert same_bits(parameter.detach(), base[name]) != adapted, name
-
-
-# Over a quantized base TRL casts all that is trained to bfloat16.
-
-
-def base(form: str) -> torch.nn.Module:
-    """As transformers loads it: marked, and with a config that says so."""
-    model = quantized(quantizable(), form)
-    model.is_loaded_in_8bit = form == "int8"
-    model.is_loaded_in_4bit = not model.is_loaded_in_8bit
-    return model
-
-
-def diagonals(model) -> dict[str, torch.Tensor]:
-    """d of every layer, under PEFT or without it, as it is now."""
-    last = (".rasa_d.default", ".d")
-    return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(last)}
-
-
-def moved(before, after) -> tuple[int, int]:
-    pairs = [(before[name].float(), after[name].float()) for name in before]
-    return sum((x != y).sum().item() for x, y in pairs), sum(x.numel() for x, _ in pairs)
-
-
-def tuned(base):
-    return get_peft_model(base, RasaConfig(r=8, rasa_k=1, task_type="CAUSAL_LM"))
-
-
-def patched(base):
-    return rasa_ext.patch_model(base, rank=8, k=1)
-
-
-CASES = [(adapt, form, None) for adapt in (tuned, patched) for form in ("nf4", "int8")]
-CASES += [(tuned, "nf4", reentrant) for reentrant in (True, False)]  # kinds of checkpointing
-
-
-@pytest.mark.parametrize(("adapt", "form", "reentrant"), CASES)
-def test_every_entry_of_the_diagonal_moves(adapt, form, reentrant, tmp_path):
-    options = {
-        "max_steps": 10,
-        "learning_rate": 5e-4,
-        "lr_scheduler_type": "constant",
-        "gradient_checkpointing": reentrant is not None,
-        "gradient_checkpointing_kwargs": {"use_reentrant": bool(reentrant)},
-    }
-    training = trainer(adapt(base(form)), tmp_path, **options)
-    before = diagonals(training.model)
-    assert {d.dtype for d in before.values()} == {torch.bfloat16}  # TRL's doing
-    with pytest.warns(UserWarning, match="cast to torch.bfloat16.* is torch.float32 again"):
-        training.train()
-    after = diagonals(training.model)
-    count, total = moved(before, after)
-    assert total == 14 * 9
-    assert count == total
-    assert {p.dtype for p in trained(training.model).values()} == {torch.float32}
-    state = training.optimizer.state.values()
-    assert {each["exp_avg"].dtype for each in state} == {torch.float32}
-
-
-def test_a_config_that_says_bfloat16_is_kept_to(tmp_path, recwarn):
-    config = RasaConfig(r=8, adapter_dtype="bfloat16", task_type="CAUSAL_LM")
-    training = trainer(base("nf4"), tmp_path, config, max_steps=1)
-    training.train()
-    assert {p.dtype for p in trained(training.model).values()} == {torch.bfloat16}
-    assert not [w for w in recwarn if "adapter_dtype" in str(w.message)]
-
-
-def test_a_resumed_run_goes_on_with_unrounded_numbers(tmp_path):
-    """The file's float32 goes into parameters that TRL has cast, before the first step."""
-    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
-    whole = trainer(tuned(base("nf4")), tmp_path, **saving)
-    whole.train()
-    again = trainer(tuned(base("nf4")), tmp_path / "resumed", **saving)
-    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    expected = trained(whole.model)
-    for name, parameter in trained(again.model).items():
-        assert same_bits(parameter.detach(), expected[name].detach()), name
