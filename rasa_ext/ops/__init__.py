@@ -1,6 +1,6 @@
-"""Operators: contract, schema and PyTorch kernel side by side; compiled code only adds kernels.
+"""Operators, each with a schema and a PyTorch kernel. Compiled code only adds kernels.
 
-One file a family. The functions of this module are what the package calls.
+Each file holds one family. The rest of the package calls only the functions of this module.
 """
 
 from rasa_ext.ops.adapted import adapted_linear, adapted_linear_backward

@@ -1,9 +1,9 @@
-"""An adapted linear in two calls: one packs and multiplies, one is the whole backward.
+"""An adapted linear in two calls: one for the forward, one for the whole backward.
 
-What ``pack``, ``low_rank_linear`` or ``low_rank_add`` and their backwards do one after the other,
-for a layer that trains: every call from Python costs as much as a product of a few tokens.
+Each call replaces several (``pack`` and ``low_rank_linear`` or ``low_rank_add``), because a call
+from Python costs as much as a product of a few tokens.
 
-Symbols and shapes as in ``pack`` and ``linear``; the factors are A, A_pool, B, B_pool and d.
+Symbols and shapes are as in ``pack`` and ``linear``; the factors are A, A_pool, B, B_pool and d.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def adapted_linear(
     x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """X W^T + bias + U Bp (M, out), or y + U Bp where y is given and no weight; U beside it.
+    """Return X W^T + bias + U Bp (M, out), or y + U Bp if y replaces the weight, and U.
 
     U = X Ap^T (M, Rp), with the pack in x's dtype.
     """
@@ -69,10 +69,11 @@ def _gradients(
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of ``adapted_linear``'s x (M, in) and factors; what is not needed has no elements.
+    """Return the gradients of ``adapted_linear``'s x (M, in) and factors.
 
-    ``weight=None`` is that of ``y + U Bp``. The pack is made again from the factors, whose
-    gradients come in their dtype, dB (out, r-k) and dB_pool (out, L*k) stored by ranks.
+    A gradient that is not needed has no elements. ``weight=None`` is the backward of ``y + U Bp``.
+    The pack is rebuilt from the factors. Gradients of the factors have the factors' dtype; dB
+    (out, r-k) and dB_pool (out, L*k) are stored by ranks.
     """
     Ap, Bp = packed(A, A_pool, B, B_pool, d, grad.dtype, multiple)
     dx, dAp, dBp = linear_grads(grad, x, weight, U, Ap, Bp, need_x, need_A, need_B, mask, scale)

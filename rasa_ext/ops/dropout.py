@@ -1,7 +1,7 @@
-"""Dropout of the adapter's input: the operator that draws it, and the functions that apply a mask.
+"""Dropout of the adapter's input: an operator that draws a mask, and functions that apply it.
 
-A mask is applied to the bits of the elements, as integers of their width: a tenth of the time of
-``torch.where`` on a CPU, and zero for whatever is dropped, NaN included.
+A mask is applied to elements as integers, bit by bit. On a CPU this takes a tenth of the time of
+``torch.where``, and every dropped element becomes zero, NaN included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _INTEGERS = {
 
 
 def _results(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Shape mask and x_dropped whatever the noise is: the compiled kernel takes two words of it."""
+    """Shape mask and x_dropped for noise of any length: the compiled kernel takes two words."""
     return x.new_empty(-(-x.numel() // 8), dtype=torch.uint8), x.new_empty(x.shape)
 
 
@@ -28,16 +28,16 @@ def _results(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     "dropout(Tensor noise, Tensor x, float p) -> (Tensor mask, Tensor x_dropped)", fake=_results
 )
 def dropout(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Draw which elements of x (M, in) dropout keeps: a mask of bits, and x where they are set.
+    """Draw a dropout mask for x (M, in), and return the mask and the masked x.
 
-    The mask is uint8 (ceil(M in / 8),), for the backward: bit e % 8 of byte e // 8 is element e's,
-    counted along x's rows, kept with the probability 1 - p in steps of 2^-16; bits behind the last
-    element mean nothing. x_dropped (M, in) is x there and 0 elsewhere, unscaled, for the forward.
-    ``noise`` is int64 of uniformly distributed bits, as many as ``heuristics.noise_words`` says.
-    Here element e is kept where the e-th 16 bits of the noise are at least p * 2^16.
+    The mask is uint8 (ceil(M in / 8),), for the backward. Bit e % 8 of byte e // 8 belongs to
+    element e, counted along x's rows. It is set with probability 1 - p, in steps of 2^-16. Bits
+    after the last element mean nothing. x_dropped (M, in), for the forward, is x where the bit is
+    set and 0 elsewhere, unscaled. ``noise`` is ``heuristics.noise_words`` int64 of uniform bits.
+    This kernel keeps element e if the e-th 16 bits of the noise are at least p * 2^16.
 
-    Words of 16 bits are compared and packed eight at a time, which takes a tenth of the time in
-    which the noise is drawn; ``bernoulli_`` alone takes five times as long as that.
+    Words of 16 bits are compared and packed eight at a time. This takes a tenth of the time of
+    drawing the noise; ``bernoulli_`` alone takes five times as long as drawing it.
     """
     if not 0 <= p < 1:
         raise ValueError(f"rasa_ext::dropout: p: expected a number in [0, 1), got {p}.")
@@ -47,7 +47,7 @@ def dropout(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
             f"rasa_ext::dropout: noise: expected int64 of shape ({words},), got {noise.dtype} "
             f"of shape {tuple(noise.shape)}; draw ops.noise_words."
         )
-    drawn = noise.view(torch.int16)  # uniform from -2^15 on
+    drawn = noise.view(torch.int16)  # uniform, starting at -2^15
     ones = torch.ge(drawn, min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty_like(drawn))
     # The product's top byte gathers the lowest bits of all eight bytes.
     mask = (ones.to(torch.int8).view(torch.int64).mul_(0x0102040810204080) >> 56).to(torch.uint8)
@@ -56,8 +56,8 @@ def dropout(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Give the mask in ``shape``, as integers of the width of ``like``: all bits set, or none."""
-    # Every byte eight times, its k-th bit in the k-th of them, and that moved to the sign.
+    """Return the mask in ``shape``, as integers as wide as ``like`` with all bits set or none."""
+    # Repeat every byte eight times; in copy k, shift bit k to the sign.
     spread = mask.to(torch.int64).mul_(0x0101010101010101)
     spread = spread.bitwise_and_(0x8040201008040201 - 2**64).add_(0x7F7F7F7F7F7F7F7F)
     bits = spread.view(torch.int8).bitwise_right_shift_(7)[: shape[0] * shape[1]]
@@ -65,17 +65,17 @@ def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def integers(x: Tensor) -> Tensor:
-    """View x as integers: its memory is shared."""
+    """View x as integers, sharing memory."""
     return x.view(_INTEGERS[x.dtype])
 
 
 def keep(x: Tensor, bits: Tensor) -> Tensor:
-    """Give x where ``bits``, from ``unpacked``, and 0 elsewhere."""
+    """Return x where ``bits`` (from ``unpacked``) are set, and 0 elsewhere."""
     return torch.bitwise_and(integers(x), bits).view(x.dtype)
 
 
 def project(x: Tensor, Ap: Tensor, x_dropped: Tensor | None, scale: float) -> Tensor:
-    """Compute U = X Ap^T (M, Rp), from what dropout has left of X where that is given."""
+    """Compute U = X Ap^T (M, Rp), from the masked X if dropout is used."""
     if x_dropped is None:
         return torch.mm(x, Ap.t())
     return torch.mm(x_dropped, Ap.t()).mul_(scale)

@@ -1,7 +1,7 @@
-"""Products by expert: rows that are sorted by expert, each with its own expert's matrix.
+"""Products by expert: rows are sorted by expert, and each is multiplied by one expert's matrix.
 
-``offsets`` (E,) int32 has, for each expert, the row at which its own end. Nothing here is
-differentiable: see ``nn.routed``.
+``offsets`` (E,) int32 holds the row at which each expert's rows end. Nothing here is
+differentiable; see ``nn.routed``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.functional import grouped_mm as torch_grouped_mm
 from rasa_ext.ops.library import operator
 
 _ALIGNED = 16
-"""Bytes of which strides and addresses must be multiples for torch's grouped product."""
+"""Alignment in bytes that torch's grouped product needs for strides and addresses."""
 
 
 def _by_expert_fake(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
@@ -28,9 +28,9 @@ def _by_expert_fake(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     composed=True,
 )
 def experts_linear(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """y (S, n) with y[s] = x[s] weights[e] for the rows s of expert e; weights (E, m, n).
+    """Compute y (S, n) with y[s] = x[s] weights[e] for the rows s of expert e; weights (E, m, n).
 
-    Torch's grouped product where it runs, a loop over the experts elsewhere, as in float64.
+    Uses torch's grouped product where it runs, else a loop over the experts, as in float64.
     """
     if _grouped(x, weights):
         return torch_grouped_mm(x, weights, offs=offsets).contiguous()
@@ -51,7 +51,7 @@ def _outer_fake(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
     "experts_outer(Tensor x, Tensor y, Tensor offsets) -> Tensor", fake=_outer_fake, composed=True
 )
 def experts_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
-    """x_e^T y_e (E, m, n) of the rows of every expert e, zero where it has none."""
+    """Compute x_e^T y_e (E, m, n) over each expert's rows; zero for an expert without rows."""
     if x.shape[0] and _grouped(x, y):
         return torch_grouped_mm(x.t(), y, offs=offsets).contiguous()
     found = x.new_zeros((offsets.shape[0], x.shape[1], y.shape[1]))
@@ -64,7 +64,7 @@ def experts_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
 
 
 def experts_rank_multiple(dtype: torch.dtype) -> int:
-    """Choose the multiple to which packs of experts are padded, so that rows are aligned."""
+    """Return the multiple to which the ranks of experts' packs are padded, to align rows."""
     return max(1, _ALIGNED // dtype.itemsize) if dtype != torch.float64 else 1
 
 
@@ -77,12 +77,12 @@ def pack_experts(
     dtype: torch.dtype,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """``pack`` of E experts, each with a pool of its own: Ap (E, Rp, in), Bp (E, Rp, out).
+    """Pack E experts, each with a private pool, to Ap (E, Rp, in) and Bp (E, Rp, out).
 
     A (E, r-k, in), A_pool (E, P, in), B (E, out, r-k), B_pool (E, out, P), and d (E, R).
 
-    All experts are one batch: on a core of a CPU, R = 7 and in = out = 512 in float32 take 0.1 ms
-    for 32 experts and 0.2 ms for 128, where ``pack_group`` over views of them takes 1.2 and 12 ms.
+    All experts are one batch. On one CPU core, with R = 7 and in = out = 512 in float32, 32 experts
+    take 0.1 ms and 128 take 0.2 ms; ``pack_group`` over views takes 1.2 and 12 ms.
     """
     down = _joined(A, A_pool, multiple).to(dtype)
     up = _joined(B.transpose(1, 2), None if B_pool is None else B_pool.transpose(1, 2), multiple)
@@ -96,15 +96,15 @@ def pack_experts(
 def pack_experts_backward(
     dAp: Tensor, dBp: Tensor, B: Tensor, B_pool: Tensor | None, d: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of ``pack_experts``' parameters, in B's dtype, from those of its results.
+    """Return the gradients of ``pack_experts``' parameters, in B's dtype.
 
-    The caller gives both up: dBp may be overwritten, and the gradients be views of them.
+    The caller must not use dAp and dBp again: dBp may be overwritten, and results may be views.
     """
     own, pooled, dtype = B.shape[2], 0 if B_pool is None else B_pool.shape[2], B.dtype
     dAp, dBp = dAp[:, : own + pooled].to(dtype), dBp[:, : own + pooled].to(dtype)
     dd = None
     if d is not None:
-        # Part by part: B joined with its pool would be as large as the pack once more.
+        # Part by part: joining B with B_pool would need another tensor as large as the pack.
         dots = [torch.linalg.vecdot(dBp[:, :own], B.transpose(1, 2))]
         if B_pool is not None:
             dots.append(torch.linalg.vecdot(dBp[:, own:], B_pool.transpose(1, 2)))
@@ -117,7 +117,7 @@ def pack_experts_backward(
 
 
 def _joined(own: Tensor, pool: Tensor | None, multiple: int) -> Tensor:
-    """Put own, pool and rows of zeros below each other, for every expert."""
+    """Stack own, pool and rows of zeros, for every expert."""
     parts = [own] if pool is None else [own, pool]
     if fill := -sum(part.shape[1] for part in parts) % multiple:
         parts.append(own.new_zeros((own.shape[0], fill, own.shape[2])))
@@ -125,14 +125,14 @@ def _joined(own: Tensor, pool: Tensor | None, multiple: int) -> Tensor:
 
 
 def _grouped(x: Tensor, y: Tensor) -> bool:
-    """Tell whether torch's grouped product takes these operands."""
+    """Return whether torch's grouped product accepts these operands."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != y.dtype:
         return False
     return _on_device(x.device) and _is_aligned(x) and _is_aligned(y)
 
 
 def _is_aligned(tensor: Tensor) -> bool:
-    """Tell whether rows, or columns, are dense, apart, and begin at multiples of 16 bytes."""
+    """Return whether rows, or columns, are dense, do not overlap, and start 16-byte aligned."""
     if 0 in tensor.shape:
         return False
     *others, rows, columns = tensor.stride()

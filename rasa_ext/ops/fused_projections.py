@@ -1,8 +1,8 @@
-"""Low-rank linears of n projections that read the same x, such as q, k and v, computed together.
+"""Low-rank linears of n projections of one x, such as q, k and v, computed together.
 
-Their ranks stand side by side: Rp = sum of Rp_i. Lists have one entry a projection, or none where
-no projection has such a tensor; a bias without elements is none. See ``pack`` and ``linear`` for
-one of them, dropout included: all share one mask.
+The ranks are concatenated: Rp = sum of Rp_i. Lists have one entry for each projection, or are
+empty if no projection has such a tensor; a bias without elements means no bias. See ``pack`` and
+``linear`` for a single projection. With dropout, all projections share one mask.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def pack_projections(
     dtype: torch.dtype,
     multiple: int = 1,
 ) -> tuple[Tensor, list[Tensor]]:
-    """One Ap (Rp, in) with the projections' rows in order, and the Bp (Rp_i, out_i) of each."""
+    """Return one Ap (Rp, in) with the projections' rows in order, and each Bp (Rp_i, out_i)."""
     none = [None] * len(B)
     factors = zip(B, B_pool or none, d or none, strict=True)
     up = [packed_up(b, b_pool, v, dtype, multiple) for b, b_pool, v in factors]
@@ -54,7 +54,7 @@ def _each_grads(
     B_pool: Sequence[Tensor],
     d: Sequence[Tensor],
 ) -> list[Gradients]:
-    """Give ``pack_backward`` of every projection; dBp is overwritten."""
+    """Run ``pack_backward`` for every projection; dBp is overwritten."""
     none = [None] * len(B)
     each = zip(dAp or none, dBp or none, B, B_pool or none, d or none, strict=True)
     return [as_results(its[2], factor_grads(*its)) for its in each]
@@ -83,10 +83,10 @@ def pack_projections_backward(
     B_pool: Sequence[Tensor],
     d: Sequence[Tensor],
 ) -> tuple[list[Tensor], ...]:
-    """``pack_backward`` of every projection, with a list of each of its results.
+    """Run ``pack_backward`` for every projection, and return one list for each kind of result.
 
-    dAp and dBp have one matrix a projection, (Rp_i, in) and (Rp_i, out_i), or none where they are
-    not given; the caller gives them up.
+    dAp and dBp hold one matrix for each projection, (Rp_i, in) and (Rp_i, out_i), or are empty if
+    not needed. The caller must not use them again.
     """
     return _by_kind(_each_grads(dAp, dBp, B, B_pool, d))
 
@@ -108,7 +108,7 @@ def linear_projections(
     x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
-    """Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of one U = X Ap^T (M, Rp)."""
+    """Compute Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of U = X Ap^T."""
     U = project(x, Ap, x_dropped, scale)
     y = []
     for i, (weight, up, u) in enumerate(zip(weights, Bp, _columns(U, Bp), strict=True)):
@@ -135,10 +135,10 @@ def linear_projections_backward(
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """dX = sum_i G_i W_i + H Ap, dAp = H^T X and dBp_i = U_i^T G_i, with H_i = G_i Bp_i^T.
+    """Compute dX = sum_i G_i W_i + H Ap, dAp = H^T X and dBp_i = U_i^T G_i, with H_i = G_i Bp_i^T.
 
-    H (M, Rp) has the H_i side by side. Needs and dtypes as in ``low_rank_linear_backward``; dBp is
-    an empty list where not needed.
+    H (M, Rp) concatenates the H_i. Arguments and dtypes are as in ``low_rank_linear_backward``;
+    dBp is an empty list if not needed.
     """
     like = grads[0]
     wide = accumulation_dtype(like.dtype)
@@ -171,5 +171,5 @@ def linear_projections_backward(
 
 
 def _columns(U: Tensor, Bp: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Each projection's columns of U (M, Rp)."""
+    """Split U (M, Rp) into each projection's columns."""
     return U.split_with_sizes([up.shape[0] for up in Bp], 1)

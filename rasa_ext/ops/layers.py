@@ -1,6 +1,6 @@
-"""The L layers of one group, which share A_pool and B_pool, in one call.
+"""Operators over the L layers of one group, which share A_pool and B_pool.
 
-Results are stacked along a new first dimension. See ``pack`` and ``linear`` for one of them.
+Results are stacked along a new first dimension. See ``pack`` and ``linear`` for a single layer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def pack_group(
     dtype: torch.dtype,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """``pack`` of every layer: Ap (L, Rp, in), Bp (L, Rp, out)."""
+    """Pack every layer to Ap (L, Rp, in) and Bp (L, Rp, out)."""
     packs = [
         packed(a, A_pool, b, B_pool, v, dtype, multiple) for a, b, v in zip(A, B, d, strict=True)
     ]
@@ -42,7 +42,7 @@ def pack_group(
 def pack_group_backward(
     dAp: Tensor, dBp: Tensor, B: Sequence[Tensor], B_pool: Tensor | None, d: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``pack_backward`` of every layer, the pool's gradients summed over the layers in order.
+    """Run ``pack_backward`` for every layer; the pool's gradients are summed in layer order.
 
     dA (L, r-k, in), dA_pool (L*k, in), dB (L, out, r-k) and dB_pool (out, L*k), both stored by
     ranks, and dd (L, R).
@@ -63,7 +63,7 @@ def pack_group_backward(
 
 @operator("delta_group(Tensor Ap, Tensor Bp) -> Tensor")
 def delta_group(Ap: Tensor, Bp: Tensor) -> Tensor:
-    """dW = Bp^T Ap of every layer, (L, out, in) in the accumulation dtype."""
+    """Compute dW = Bp^T Ap of every layer, (L, out, in) in the accumulation dtype."""
     wide = accumulation_dtype(Ap.dtype)
     with torch.autocast(Ap.device.type, enabled=False):
         return torch.bmm(Bp.transpose(1, 2).to(wide), Ap.to(wide))
@@ -71,7 +71,7 @@ def delta_group(Ap: Tensor, Bp: Tensor) -> Tensor:
 
 @operator("merge_group(Tensor(a!)[] weights, Tensor Ap, Tensor Bp) -> ()")
 def merge_group(weights: Sequence[Tensor], Ap: Tensor, Bp: Tensor) -> None:
-    """W += Bp^T Ap of every layer in place, summed wide and rounded once."""
+    """Add Bp^T Ap to every layer's W in place, summed wide and rounded once."""
     narrow = accumulation_dtype(Ap.dtype)
     for weight, down, up in zip(weights, Ap, Bp, strict=True):
         wide = torch.promote_types(accumulation_dtype(weight.dtype), narrow)
@@ -93,13 +93,13 @@ def linear_group(
     Bp_pool: Tensor | None,
     d_pool: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Y_l = x_l W_l^T + bias_l + U_l Bp_l + V_l diag(d_l) Bp_pool on given x (L, M, in).
+    """Compute Y_l = x_l W_l^T + bias_l + U_l Bp_l + V_l diag(d_l) Bp_pool for x (L, M, in).
 
     y (L, M, out), U_l = x_l Ap_l^T (L, M, Rp) and V_l = x_l Ap_pool^T (L, M, P). Ap (L, Rp, in) and
-    Bp (L, Rp, out) are packs, bias is (L, out), and Ap_pool (P, in), Bp_pool (P, out) a pack of a
-    pool, read by all layers and nowhere repeated; d_pool (L, P) in any dtype, for it would have to
-    be repeated to be folded. All three are None where there is no pool or it stands in the packs,
-    and V then has no elements.
+    Bp (L, Rp, out) are packs, and bias is (L, out). Ap_pool (P, in) and Bp_pool (P, out) are the
+    pool's pack, which all layers read without a copy. d_pool (L, P), in any dtype, stays apart:
+    folding it into the pack would need a copy for each layer. All three are None if there is no
+    pool or the packs contain it; V then has no elements.
     """
     y = x.new_empty((*x.shape[:2], Bp.shape[2]))
     for layer, weight in enumerate(weights):
@@ -109,7 +109,7 @@ def linear_group(
     U, V = torch.bmm(x, Ap.transpose(1, 2)), x.new_empty(0)
     y.baddbmm_(U, Bp)
     if Ap_pool is not None and Bp_pool is not None and d_pool is not None:
-        # The tokens of all layers are rows of one product, which reads the pool once.
+        # One product over the tokens of all layers reads the pool once.
         V = torch.matmul(x, Ap_pool.t())
         y.flatten(0, 1).addmm_((V * d_pool[:, None].to(x.dtype)).flatten(0, 1), Bp_pool)
     return y, U, V
@@ -135,11 +135,12 @@ def linear_group_backward(
     need_x: bool,
     need_adapter: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """H = G Bp^T, K = G Bp_pool^T diag(d): dX = G W + H Ap + K Ap_pool, dAp = H^T X, dBp = U^T G.
+    """Compute dX = G W + H Ap + K Ap_pool, dAp = H^T X, dBp = U^T G and the pool's gradients.
 
-    Those of the pool's pack are summed over the layers, one product over all tokens of all layers:
-    dAp_pool (P, in) = K^T X, dBp_pool (P, out) = (V diag(d))^T G; dd_pool (L, P). dAp (L, Rp, in)
-    and dBp (L, Rp, out) and the pool's come in the accumulation dtype.
+    H = G Bp^T and K = G Bp_pool^T diag(d). Gradients of the pool's pack are summed over the layers
+    by one product over all tokens: dAp_pool (P, in) = K^T X, dBp_pool (P, out) = (V diag(d))^T G;
+    dd_pool is (L, P). dAp (L, Rp, in), dBp (L, Rp, out) and the pool's gradients have the
+    accumulation dtype.
     """
     wide, width = accumulation_dtype(x.dtype), x.shape[2]
     pooled = 0 if Ap_pool is None else Ap_pool.shape[0]

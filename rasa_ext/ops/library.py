@@ -1,4 +1,4 @@
-"""The library of operators, and the compiled kernels that attach themselves to it."""
+"""The operator library, to which the compiled kernels register."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from torch.utils._pytree import tree_leaves
 
 LIBRARY = torch.library.Library("rasa_ext", "DEF")
 OPERATORS: dict[str, tuple[str, Callable[..., Any]]] = {}
-"""The schema of every operator and its fake kernel, the PyTorch kernel wherever that can be."""
+"""The schema and the fake kernel of every operator. The fake is the PyTorch kernel if possible."""
 COMPOSED: set[str] = set()
-"""Those of them that call torch's own kernels on every device: none is compiled for them."""
+"""Operators without a compiled kernel: they call torch's kernels on every device."""
 
-# The compiled library registers CUDA kernels for the schemas of this package when it is loaded.
+# Loading the compiled library registers CUDA kernels for the schemas of this package.
 _MODULE = "rasa_ext._C"
-# Written by an install without it: why.
+# An install without compiled kernels writes the reason here.
 _WHY_NOT = Path(__file__).parents[1] / "_no_kernels.txt"
 
 _P = ParamSpec("_P")
@@ -35,19 +35,19 @@ def operator(
     fake: Callable[..., Any] | None = None,
     composed: bool = False,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Define an operator from its PyTorch kernel; what stands under that name calls the operator.
+    """Define an operator from its PyTorch kernel; the decorated name then calls the operator.
 
-    Where no compiled kernel exists the call skips the dispatcher, which costs several microseconds
-    an operator; under ``torch.compile`` it is always the operator, opaque to the compiler. The
-    PyTorch kernel serves every device and, run on fake tensors, says shapes, dtypes and strides.
+    If no compiled kernel exists, the call skips the dispatcher, which costs several microseconds.
+    Under ``torch.compile`` the operator is always called, and is opaque to the compiler. The
+    PyTorch kernel runs on every device, and on fake tensors gives shapes, dtypes and strides.
 
     Args:
         schema: name, arguments and results as ``torch.library`` takes them.
-        kernel: what is registered, where the function itself gives views for speed, which no
-            result of an operator may be.
-        fake: what says shapes, dtypes and strides where compiled kernels take other inputs, or
-            where the PyTorch kernel looks at values.
-        composed: whether it has no compiled kernel, since torch has what it needs.
+        kernel: the function to register, if the decorated one returns views for speed; an operator
+            must not return views.
+        fake: the fake kernel, if compiled kernels take other inputs or the PyTorch kernel reads
+            values.
+        composed: whether torch's kernels suffice, so that no kernel is compiled.
     """
     name = schema.partition("(")[0]
 
@@ -74,15 +74,15 @@ def operator(
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Choose the dtype in which weight gradients of a computation in ``dtype`` are returned."""
+    """Return the dtype of weight gradients for a computation in ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def warning_once(call: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let the first call with a tensor on a CUDA device warn that the compiled kernels are missing.
+    """Warn in the first call with a CUDA tensor that the compiled kernels are missing.
 
-    For a library that is there and does not load, as one for another major of CUDA: whoever
-    installed it counts on it, and the operators run without it all the same.
+    This is for a library that exists but does not load, such as a build for another CUDA major:
+    users expect it to be used, but the operators run without it.
     """
 
     @functools.wraps(call)
@@ -102,7 +102,7 @@ _warned = False
 
 
 def _load() -> tuple[bool, bool, str]:
-    """Say whether the library is loaded, whether it is there but does not load, and why not."""
+    """Return whether the library is loaded, whether it exists but fails to load, and the reason."""
     spec = importlib.util.find_spec(_MODULE)
     if spec is None or spec.origin is None:
         why = f" ({_WHY_NOT.read_text().strip()})" if _WHY_NOT.exists() else ""
@@ -118,10 +118,10 @@ COMPILED, BROKEN, _REASON = _load()
 
 
 def cuda_status() -> str:
-    """Tell in one sentence whether the CUDA kernels are in use, and if not, why not.
+    """Return one sentence that says whether the CUDA kernels are in use, and if not, why.
 
     Returns:
-        The sentence. It is for people; nothing depends on its words.
+        The sentence, for people to read; code should not depend on the wording.
 
     Example:
         >>> rasa_ext.cuda_status()

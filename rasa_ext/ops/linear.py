@@ -1,12 +1,12 @@
-"""The low-rank linear over a pack, and its backward.
+"""The low-rank linear over a pack, and the backward.
 
-Symbols: M tokens, ``in``/``out`` features, Rp the pack's rows. x and grad are 2-D; flattening is
-the caller's. Within one call all tensors but the mask are of one dtype.
+Symbols: M tokens, ``in``/``out`` features, Rp the pack's rows. x and grad are 2-D; the caller
+flattens them. Within one call all tensors but the mask have one dtype.
 
-Dropout is on the adapter's input alone: wherever x stands beside Ap it is ``scale`` times what
-dropout leaves of x. A forward is given that as ``x_dropped`` (M, in), in x's dtype and unscaled; a
-backward makes it again from x and ``mask``, a bit for each element (see ``dropout``). The scale is
-folded into U and H, so that in low precision no element of x is rounded again. U includes it.
+Dropout affects the adapter's input only: wherever x is multiplied with Ap, it is ``scale`` times
+the masked x. A forward takes the masked x as ``x_dropped`` (M, in), in x's dtype and unscaled. A
+backward computes it from x and ``mask``, which has one bit for each element (see ``dropout``). The
+scale is folded into U and H, so that low precision rounds no element of x again. U includes it.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def linear(
     x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Y = X W^T + bias + U Bp (M, out) with U = X Ap^T (M, Rp)."""
+    """Compute Y = X W^T + bias + U Bp (M, out) and U = X Ap^T (M, Rp)."""
     U = dense(x, Ap) if x_dropped is None else project(x, Ap, x_dropped, scale)
     return with_base(x, weight, bias, U, Bp), U
 
 
 def with_base(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, Bp: Tensor) -> Tensor:
-    """X W^T + bias + U Bp (M, out), one product accumulated into the other: ``adapter_first``."""
+    """Compute X W^T + bias + U Bp (M, out); ``adapter_first`` decides which product comes first."""
     if adapter_first(x.device.type, x.dtype):
         y = torch.mm(U, Bp) if bias is None else torch.addmm(bias, U, Bp)
         return y.addmm_(x, weight.t())
@@ -58,7 +58,7 @@ def linear_add(
     x_dropped: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Y + U Bp (M, out) with U = X Ap^T (M, Rp), over a base that is not a plain GEMM."""
+    """Compute y + U Bp (M, out) and U = X Ap^T (M, Rp), for a base that is not a plain GEMM."""
     U = project(x, Ap, x_dropped, scale)
     return torch.addmm(y, U, Bp), U
 
@@ -87,11 +87,11 @@ def low_rank_linear_backward(
     mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dX = G W + H Ap, dAp = H^T X and dBp = U^T G, with H = G Bp^T.
+    """Compute dX = G W + H Ap, dAp = H^T X and dBp = U^T G, with H = G Bp^T.
 
-    ``weight=None`` is the backward of ``low_rank_add``. x is wanted for dAp alone, and U for dBp.
-    dAp (Rp, in) and dBp (Rp, out) come in the accumulation dtype: float32, or float64 for float64.
-    What is not needed comes back with no elements.
+    ``weight=None`` is the backward of ``low_rank_add``. Only dAp needs x, and only dBp needs U.
+    dAp (Rp, in) and dBp (Rp, out) have the accumulation dtype: float32, or float64 for float64.
+    A result that is not needed has no elements.
     """
     dx, dAp, dBp = linear_grads(grad, x, weight, U, Ap, Bp, need_x, need_A, need_B, mask, scale)
     wide = accumulation_dtype(grad.dtype)
@@ -115,7 +115,7 @@ def linear_grads(
     mask: Tensor | None,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute ``low_rank_linear_backward``, with None for what is not needed."""
+    """Compute ``low_rank_linear_backward``, with None for results that are not needed."""
     dx = dAp = dBp = None
     if (need_A and x is None) or (need_B and U is None):
         raise ValueError("rasa_ext: expected x for need_A and U for need_B, got None.")
@@ -147,7 +147,7 @@ def input_grad(
     Ap: Tensor,
     bits: Tensor | None,
 ) -> Tensor:
-    """dX = sum_i G_i W_i + H Ap, the latter where ``bits``, accumulated inside the products."""
+    """Compute dX = sum_i G_i W_i + H Ap, with H Ap masked by ``bits``."""
     if weights is None or adapter_first(H.device.type, H.dtype):
         dx = torch.mm(H, Ap)
         if bits is not None:

@@ -3,9 +3,9 @@
 Symbols: ``in``/``out`` features, R = r - k + L*k the effective rank, Rp = R rounded up to
 ``multiple`` (the rows beyond R are zero).
 
-Every rank is a row: A (r-k, in) and A_pool (L*k, in) lie so, and B (out, r-k) and B_pool
-(out, L*k) are best stored by ranks, as the transposed view of an (r-k, out) tensor. Other strides
-are correct and slower. A_pool and B_pool are both None, or neither is; d = None stands for ones.
+Every rank is a row. A (r-k, in) and A_pool (L*k, in) already have this layout; B (out, r-k) and
+B_pool (out, L*k) are best stored by ranks, as the transposed view of an (r-k, out) tensor. Other
+strides are correct but slower. A_pool and B_pool are both None or both given; d = None means ones.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from rasa_ext.ops.library import operator
 
 
 class Factors(NamedTuple):
-    """A layer's adapter: dW = [B | B_pool] diag(d) [A ; A_pool]; d = None stands for ones.
+    """A layer's adapter: dW = [B | B_pool] diag(d) [A ; A_pool]; d = None means ones.
 
-    Of stacked experts A, B and d have a first dimension more, and a pool that is not shared by all.
+    With stacked experts, A, B and d have the experts as an extra first dimension, and so has a
+    pool that the experts do not share.
     """
 
     A: Tensor
@@ -33,25 +34,25 @@ class Factors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """R, the effective rank."""
+        """The effective rank R."""
         return self.A.shape[-2] + (0 if self.A_pool is None else self.A_pool.shape[-2])
 
     def of_expert(self, expert: int) -> Factors:
-        """Give one expert's factors, the pool being its own or that of all."""
+        """Return one expert's factors, with a private or a shared pool."""
         A, A_pool, B, B_pool, d = self
         if A_pool is not None and B_pool is not None and A_pool.dim() == 3:
             A_pool, B_pool = A_pool[expert], B_pool[expert]
         return Factors(A[expert], A_pool, B[expert], B_pool, None if d is None else d[expert])
 
     def with_pool_of_each(self) -> Factors:
-        """Give every expert a view of the pool that all of them read; as it is without one."""
+        """Return factors in which every expert has a view of the shared pool, if there is one."""
         A, A_pool, B, B_pool, d = self
         if A_pool is not None and B_pool is not None and A_pool.dim() == 2:
             A_pool, B_pool = (pool.expand(A.shape[0], -1, -1) for pool in (A_pool, B_pool))
         return Factors(A, A_pool, B, B_pool, d)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
-        """Put every tensor through ``function``."""
+        """Apply ``function`` to every tensor."""
         A, A_pool, B, B_pool, d = self
         return Factors(
             function(A),
@@ -63,7 +64,7 @@ class Factors(NamedTuple):
 
 
 class Pack(NamedTuple):
-    """All that a low-rank linear knows of an adapter: dW = Bp^T Ap."""
+    """An adapter as a low-rank linear reads it: dW = Bp^T Ap."""
 
     Ap: Tensor
     """(Rp, in)"""
@@ -72,7 +73,7 @@ class Pack(NamedTuple):
 
 
 Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor, Tensor]"
-"""Those of A, A_pool, B, B_pool and d."""
+"""Gradients of A, A_pool, B, B_pool and d."""
 FactorGrads: TypeAlias = (
     "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]"
 )
@@ -87,9 +88,9 @@ def packed(
     dtype: torch.dtype,
     multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
-    """Ap = [A ; A_pool] (Rp, in), Bp = diag(d) [B | B_pool]^T (Rp, out), both in ``dtype``."""
-    # Joined first and cast then: with few tokens the number of operations counts, and of functions
-    # that Python calls on the way.
+    """Return Ap = [A ; A_pool] (Rp, in) and Bp = diag(d) [B | B_pool]^T (Rp, out) in ``dtype``."""
+    # Join first, then cast: with few tokens, the time depends on the number of operations and of
+    # Python calls.
     Ap = torch.cat(rows_of(A, A_pool, multiple))
     return Ap if Ap.dtype == dtype else Ap.to(dtype), packed_up(B, B_pool, d, dtype, multiple)
 
@@ -97,7 +98,7 @@ def packed(
 def packed_up(
     B: Tensor, B_pool: Tensor | None, d: Tensor | None, dtype: torch.dtype, multiple: int
 ) -> Tensor:
-    """Pack B, B_pool and d alone: Bp (Rp, out); d B is rounded once, to ``dtype``."""
+    """Pack B, B_pool and d to Bp (Rp, out); d B is rounded once, to ``dtype``."""
     Bp = torch.cat(rows_of(B.t(), None if B_pool is None else B_pool.t(), multiple))
     if d is not None:
         if not Bp.dtype == d.dtype == dtype:
@@ -107,7 +108,7 @@ def packed_up(
 
 
 def rows_of(own: Tensor, pool: Tensor | None, multiple: int) -> list[Tensor]:
-    """List what stands below each other in a pack: own, pool and rows of zeros."""
+    """Return the parts to stack in a pack: own, pool and rows of zeros."""
     rows = [own] if pool is None else [own, pool]
     if multiple != 1 and (fill := -sum(map(len, rows)) % multiple):
         rows.append(own.new_zeros((fill, own.shape[1])))
@@ -135,14 +136,14 @@ def _registered(
 def pack_backward(
     dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
 ) -> Gradients:
-    """Gradients of ``pack``'s parameters, in B's dtype, from those of its results.
+    """Return the gradients of ``pack``'s parameters, in B's dtype.
 
     dA (r-k, in) and dA_pool (L*k, in) are rows of dAp (Rp, in); dB (out, r-k) and dB_pool
     (out, L*k), stored by ranks, are diag(d) dBp, with dBp (Rp, out); dd_j = <B[:, j], dBp[j]>.
-    Results have no elements where dAp or dBp, from which they come, is None, dd also where d is.
+    A result has no elements if the dAp or dBp that it comes from is None; dd also if d is None.
 
-    The caller gives dAp and dBp up: dBp may be overwritten, and the pool's gradients be views of
-    them. The private ones are copies, so that a small gradient does not keep a large one alive.
+    The caller must not use dAp and dBp again: dBp may be overwritten, and the pool's gradients may
+    be views. The private gradients are copies, so that they do not keep a large tensor alive.
     """
     return as_results(B, factor_grads(dAp, dBp, B, B_pool, d))
 
@@ -150,7 +151,7 @@ def pack_backward(
 def factor_grads(
     dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
 ) -> FactorGrads:
-    """Compute ``pack_backward``, with None for what is not asked for; dBp is overwritten."""
+    """Compute ``pack_backward``, with None for results not needed; dBp is overwritten."""
     own, pooled, dtype = B.shape[1], 0 if B_pool is None else B_pool.shape[1], B.dtype
     dA = dA_pool = dB = dB_pool = dd = None
     if dAp is not None:
@@ -160,7 +161,7 @@ def factor_grads(
     if dBp is not None:
         up, up_pool = dBp.narrow(0, 0, own), dBp.narrow(0, own, pooled)
         if d is not None:
-            # Row dots: a fraction of the time of products of matrices of one row each.
+            # Row-wise dot products take a fraction of the time of one-row matrix products.
             dd = torch.linalg.vecdot(up, B.t().to(dBp.dtype))
             if B_pool is not None:
                 dots = torch.linalg.vecdot(up_pool, B_pool.t().to(dBp.dtype))
@@ -174,7 +175,7 @@ def factor_grads(
 
 
 def as_results(like: Tensor, grads: FactorGrads) -> Gradients:
-    """Put a tensor without elements for None, which an operator cannot give."""
+    """Replace None, which an operator cannot return, by a tensor without elements."""
     a, b, c, d, e = [like.new_empty(0) if grad is None else grad for grad in grads]
     return a, b, c, d, e
 
@@ -182,7 +183,7 @@ def as_results(like: Tensor, grads: FactorGrads) -> Gradients:
 def with_own_memory(
     dA: Tensor, dA_pool: Tensor, dB: Tensor, dB_pool: Tensor, dd: Tensor
 ) -> Gradients:
-    """Copy the pool's gradients out of those that they are views of, as no result may be one."""
+    """Copy the pool's gradients, since an operator must not return views."""
     if dB_pool.dim() == 2:
         dB_pool = dB_pool.t().clone().t()
     return dA, dA_pool.clone(), dB, dB_pool, dd
