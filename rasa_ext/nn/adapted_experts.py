@@ -1,4 +1,4 @@
-"""AdaptedExperts: frozen stacked experts with an adapter over each of their weights."""
+"""AdaptedExperts: frozen stacked experts with an adapter over each stacked weight."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from rasa_ext.ops import Factors
 class AdaptedExperts(AdaptedModule):
     """Frozen stacked experts with adapters: expert e computes with W[e] + dW[e].
 
-    A weight's adapter has, for each expert, factors of its own, A (E, r-k, in), B (E, out, r-k) and
-    d (E, R), and reads a pool: one for each expert, A_pool (E, P, in), or one for all, (P, in). The
-    former is computed by expert as the private part is. The latter is computed densely, on the
-    output's side once a token, after the sum over its experts, where no norm stands between.
+    A weight's adapter has private factors for each expert, A (E, r-k, in), B (E, out, r-k) and
+    d (E, R), and a pool: one for each expert, A_pool (E, P, in), or one for all, (P, in). A pool
+    for each expert is computed by expert, like the private factors. A shared pool is computed
+    densely. The product with B_pool runs once for each token, after the sum over the token's
+    experts, unless a norm comes first.
 
-    No tensor of the size of a whole stacked weight is made. As transformers' grouped products do,
-    it computes in the weights' dtype, whatever autocast says.
+    No tensor as large as a stacked weight is made. Products run in the weights' dtype and ignore
+    autocast, as transformers' grouped products do.
 
-    Who owns the adapters' tensors is a subclass's affair; it answers ``adapter(name)``.
+    A subclass owns the adapters' tensors and implements ``adapter(name)``.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -45,21 +46,21 @@ class AdaptedExperts(AdaptedModule):
             )
         self.base_layer = base_layer
         self.disabled = False
-        # While merged: the matrices as they were, or less, by the weight's name and the expert.
+        # While merged: what restores each matrix, by the weight's name and the expert.
         self.merged_base: dict[tuple[str, int], Any] | None = None
         self._caches = {name: PackCache() for name in expert_weight_names(base_layer)}
 
     def adapter(self, name: str) -> Adapter | None:
-        """Give the adapter of a stacked weight that a forward adds, or None."""
+        """Return the adapter that a forward adds to a stacked weight, or None."""
         raise NotImplementedError
 
     @property
     def merged(self) -> bool:
-        """Whether the adapters are folded into the base's weights at present."""
+        """Whether the adapters are currently merged into the base's weights."""
         return self.merged_base is not None
 
     def __getattr__(self, name: str) -> Any:
-        """Look up on the base layer what model code asks its experts for."""
+        """Fall back to attributes of the base layer."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -75,8 +76,8 @@ class AdaptedExperts(AdaptedModule):
     ) -> Tensor:
         """Compute (T, H) from hidden states (T, H) and a router's choices and weights (T, k).
 
-        Without the latter two, as Llama 4 has it, the rows are as many for each expert, which its
-        router has weighted, one expert's after another's.
+        Without choices and weights, as in Llama 4, the rows are sorted by expert, equally many for
+        each, and already weighted by the router.
         """
         base: Any = self.base_layer
         if self.merged and self.training and torch.is_grad_enabled():
@@ -99,7 +100,7 @@ class AdaptedExperts(AdaptedModule):
             if pool is not None:
                 y.addmm_(routing.scaled(pool.V, pool.d, by_token=True), pool.B.t())
             z, pool = self._product(down, activated(base, y), routing, by_token=False)
-            # Once a token, after the sum over its experts, but where a norm stands before that.
+            # Once for each token, after the sum over experts, unless a norm comes first.
             used = None if pool is None else routing.scaled(pool.V, pool.d, by_token=False)
             if has_post_expert_norm(base):
                 if pool is not None and used is not None:
@@ -111,16 +112,16 @@ class AdaptedExperts(AdaptedModule):
             return out.to(hidden_states.dtype)
 
     def base_forward(self, hidden_states: Tensor, *choices: Tensor | None) -> Tensor:
-        """Compute what the experts do without adapters."""
+        """Run the experts without adapters."""
         found: Tensor = self.base_layer(hidden_states, *(c for c in choices if c is not None))
         return found
 
     def _product(
         self, name: str, x: Tensor, routing: Routing, *, by_token: bool
     ) -> tuple[Tensor, _Pooled | None]:
-        """Compute one weight's product by expert, with what its adapter adds by expert.
+        """Compute one weight's product by expert, including the adapter's part by expert.
 
-        Beside it stands what the adapter adds densely.
+        The second result is the adapter's dense part, or None.
         """
         rows = routing.to_pairs(x) if by_token else x
         y = experts_linear(rows, expert_weight(self.base_layer, name), routing)
@@ -154,7 +155,7 @@ class AdaptedExperts(AdaptedModule):
     def _packed(
         self, name: str, adapter: Adapter, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Give Ap and Bp without grad, from the cache while no source has changed."""
+        """Return Ap and Bp without grad, from the cache if no source has changed."""
 
         def make() -> tuple[Tensor, Tensor]:
             multiple = ops.experts_rank_multiple(dtype)
@@ -165,16 +166,16 @@ class AdaptedExperts(AdaptedModule):
         return self._caches[name].get(adapter.sources(), (dtype, device), make)
 
     def drop_pack(self) -> None:
-        """Forget the cached packs."""
+        """Drop the cached packs."""
         for cache in self._caches.values():
             cache.drop()
 
 
 class _Pooled(NamedTuple):
-    """What a pool that all experts share adds: (V[s] * d[e]) B^T to each pair s of expert e."""
+    """The part of a shared pool: it adds (V[s] * d[e]) B^T to each pair s of expert e."""
 
     V: Tensor
-    """x A_pool^T, a row for each of x."""
+    """x A_pool^T, one row for each row of x."""
     d: Tensor
     """(E, P)"""
     B: Tensor
@@ -182,19 +183,19 @@ class _Pooled(NamedTuple):
 
 
 def _pooled(factors: Factors, x: Tensor) -> _Pooled | None:
-    """Compute the dense part of an adapter on x, None where experts share no pool."""
+    """Compute the dense part of an adapter on x, or None if experts share no pool."""
     A, A_pool, B, B_pool, d = factors
     if A_pool is None or B_pool is None or A_pool.dim() == 3:
         return None
     ranks = A_pool.shape[0]
     d = A_pool.new_ones((A.shape[0], ranks)) if d is None else d[:, -ranks:]
-    if not A.numel():  # DistributedDataParallel waits for gradients of these as well
+    if not A.numel():  # DistributedDataParallel waits for gradients of A and B too
         d = d + A.sum() + B.sum()
     return _Pooled(x @ A_pool.to(x.dtype).t(), d, B_pool.to(x.dtype))
 
 
 def _by_expert(factors: Factors) -> Factors:
-    """Give the factors that are computed by expert: all, or without a pool that all share."""
+    """Return the factors that are computed by expert: all but a shared pool."""
     A, A_pool, B, B_pool, d = factors
     if A_pool is None or A_pool.dim() == 3:
         return Factors(A, A_pool, B, B_pool, d)

@@ -1,4 +1,4 @@
-"""AdaptedLinear: a frozen linear layer with an adapter over it, whatever the adapter's method."""
+"""AdaptedLinear: a frozen linear layer with an adapter of any method."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from rasa_ext.ops import Factors, Pack
 class AdaptedLinear(AdaptedModule):
     """A frozen linear layer with one adapter over it: ``base(x) + x dW^T``.
 
-    Who owns the adapter's tensors is a subclass's affair; it answers ``adapter()``.
+    A subclass owns the adapter's tensors and implements ``adapter()``.
 
-    Without grad the pack is cached, keyed by identity and version of the adapter's tensors. Writing
-    through ``.data`` is invisible to that key; ``train()``, ``eval()`` and any forward with grad
-    forget the pack.
+    Without grad the pack is cached, keyed by identity and version of the adapter's tensors. Writes
+    through ``.data`` do not change that key; ``train()``, ``eval()`` and any forward with grad
+    drop the pack.
 
-    ``fused``, where not None, is shared with the projections that read the same inputs.
+    ``fused``, if not None, is shared by the projections that read one input.
     """
 
     base_layer: LinearLayer
@@ -40,35 +40,35 @@ class AdaptedLinear(AdaptedModule):
         self.base_layer = base_layer
         self.transposed = is_conv1d(base_layer)
         self.disabled = False
-        # While merged: the weight as it was, or what subtracting would not give back of it, or the
-        # quantized layer whose place a dense one took.
+        # While merged: the original weight, or the part that subtracting dW would not restore, or
+        # the quantized layer that a dense one replaced.
         self.merged_base: Any = None
         self.fused: FusedProjections | None = None
         self._cache = PackCache()
 
     def adapter(self) -> Adapter | None:
-        """Give the adapter that a forward adds to the base's output, or None."""
+        """Return the adapter that a forward adds to the base's output, or None."""
         raise NotImplementedError
 
     @property
     def dropout(self) -> float:
-        """The probability with which an element of the adapter's input is dropped in training."""
+        """Dropout probability of the adapter's input in training."""
         adapter = self.adapter()
         return 0.0 if adapter is None else adapter.config.dropout
 
     @property
     def in_features(self) -> int:
-        """Width of the input."""
+        """Number of input features."""
         return linear_shape(self.base_layer)[1]
 
     @property
     def out_features(self) -> int:
-        """Width of the output."""
+        """Number of output features."""
         return linear_shape(self.base_layer)[0]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute y (..., out) from x (..., in), in the dtype that the base layer would give."""
-        # On a CPU, every function that Python calls here is seen in a step's time.
+        """Compute y (..., out) from x (..., in), in the base layer's output dtype."""
+        # On a CPU, every Python call here shows in the time of a step.
         adapter = None if self.disabled or self.merged_base is not None else self.adapter()
         if adapter is None:
             return self._base_alone(x, args, kwargs)
@@ -87,7 +87,7 @@ class AdaptedLinear(AdaptedModule):
         if plain is None:
             return self._over_base(x, adapter, sources, with_grad, args, kwargs)
         p = adapter.config.dropout if self.training else 0.0
-        # With dropout also without grad: a re-entrant checkpoint must draw the same masks twice.
+        # With dropout also without grad: a re-entrant checkpoint must draw equal masks twice.
         fused = self.fused if with_grad or p else None
         if fused is not None and not is_compiling() and ops.fuse_projections(x):
             part = Projection(*plain, sources, adapter.factors, p)
@@ -99,9 +99,9 @@ class AdaptedLinear(AdaptedModule):
         return self._adapted(x, *plain, adapter.factors, p, sources, with_grad)
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
-        """Give the layer as one of several that read one input, computed in ``dtype`` together.
+        """Return the layer as a projection to fuse with others, computed in ``dtype``.
 
-        None where it is more than a GEMM with an adapter.
+        None if the layer is more than a GEMM with an adapter.
         """
         adapter = self._live_adapter()
         plain = None if adapter is None else as_plain_gemm(self._modules["base_layer"], dtype)
@@ -111,7 +111,7 @@ class AdaptedLinear(AdaptedModule):
         return Projection(*plain, adapter.sources(), adapter.factors, dropout)
 
     def _live_adapter(self) -> Adapter | None:
-        """Give ``adapter()``, unless it is disabled or merged."""
+        """Return ``adapter()``, or None if the adapter is disabled or merged."""
         if self.merged_base is not None or self.disabled:
             return None
         return self.adapter()
@@ -125,7 +125,7 @@ class AdaptedLinear(AdaptedModule):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Add the adapter to whatever the base layer makes of x."""
+        """Run the base layer on x and add the adapter."""
         if x.requires_grad and torch.is_grad_enabled():
             check_gradient(self.base_layer)
         y: Tensor = self.base_layer(x, *args, **kwargs)
@@ -139,7 +139,7 @@ class AdaptedLinear(AdaptedModule):
         sources: tuple[Tensor, ...] = (),
         with_grad: bool = True,
     ) -> Tensor:
-        """Compute ``y + x dW^T``, without grad by the cached pack of ``sources``."""
+        """Compute ``y + x dW^T``; without grad, use the cached pack of ``sources``."""
         p = adapter.config.dropout if self.training else 0.0
         x = x.to(y.dtype)
         return self._adapted(x, None, None, adapter.factors, p, sources, with_grad, y)
@@ -155,7 +155,7 @@ class AdaptedLinear(AdaptedModule):
         with_grad: bool,
         y: Tensor | None = None,
     ) -> Tensor:
-        """Compute ``x W^T + bias + x dW^T``, or ``y + x dW^T`` where the base has given y."""
+        """Compute ``x W^T + bias + x dW^T``, or ``y + x dW^T`` for a base output y."""
         if with_grad and not p and ops.torch_differentiates(x) and not is_compiling():
             return functional_cpu.adapted_linear(x, weight, bias, make_factors(), y)
         mask, x_dropped, scale = functional.dropout(x, p)
@@ -173,7 +173,7 @@ class AdaptedLinear(AdaptedModule):
         return unflatten_like(out, x)
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Run the base on x, in the dtype in which it ran before it was dequantized."""
+        """Run the base on x, in the dtype of the base before it was dequantized."""
         if self.merged_base is not None and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "the adapter is merged into the base weights, so it would not be trained; "
@@ -188,16 +188,16 @@ class AdaptedLinear(AdaptedModule):
 
     @torch.no_grad()
     def packed_factors(self, dtype: torch.dtype = torch.float32) -> Pack:
-        """Pack to Ap (R, in), Bp (R, out) in ``dtype``, unpadded, without grad: dW = Bp^T Ap."""
+        """Return Ap (R, in) and Bp (R, out) in ``dtype``, unpadded, without grad: dW = Bp^T Ap."""
         adapter = self.adapter()
         if adapter is None:
             raise RuntimeError("expected a layer with an active adapter, got one without.")
         return Pack(*ops.pack(*adapter.factors(), dtype, 1))
 
     def _restore_together(self) -> None:
-        """``restore`` in a forward, with the layers that are computed together with this one.
+        """Restore dtypes in a forward, also in the layers fused with this one.
 
-        What is half there may also be what FSDP computes with, whose parameters lie elsewhere.
+        Half-precision tensors may also be FSDP's copies for compute, which stay.
         """
         if is_compiling() or is_sharing():
             return
@@ -205,7 +205,7 @@ class AdaptedLinear(AdaptedModule):
             each.restore()
 
     def drop_pack(self) -> None:
-        """Forget the cached pack."""
+        """Drop the cached pack."""
         self._cache.drop()
         if self.fused is not None:
             self.fused.forget()
@@ -217,7 +217,7 @@ class AdaptedLinear(AdaptedModule):
         dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Tensor, Tensor]:
-        """Give Ap and Bp without grad, from the cache while no source has changed."""
+        """Return Ap and Bp without grad, from the cache if no source has changed."""
 
         def make() -> tuple[Tensor, Tensor]:
             factors = make_factors()
@@ -230,7 +230,7 @@ class AdaptedLinear(AdaptedModule):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Give the dtype in which a linear layer computes on x: autocast's, or x's own."""
+    """Return the dtype in which a linear layer computes: autocast's, or the dtype of x."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -1,4 +1,4 @@
-"""Adapter, and AdaptedModule: what every frozen module with adapters over it does alike."""
+"""Adapter, and AdaptedModule: the base class of frozen modules with adapters."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 class Method(Protocol):
-    """The part of its adapter's config that a layer uses: see ``methods.base.AdapterConfig``."""
+    """The part of a config that a layer uses; see ``methods.base.AdapterConfig``."""
 
     @property
     def dropout(self) -> float:
-        """Probability with which dropout zeroes an element of the adapter's input."""
+        """Dropout probability of the adapter's input."""
 
     @property
     def adapter_dtype(self) -> torch.dtype:
@@ -31,11 +31,11 @@ class Method(Protocol):
         """Make one layer's tensors, by name."""
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give the factors of one layer, from what it and its group own."""
+        """Return the factors of one layer from the layer's and the group's tensors."""
 
 
 class Adapter(NamedTuple):
-    """One adapter of a layer: its method, its tensors by name, and its place in its group."""
+    """One adapter of a layer: config, tensors by name, and place in the group."""
 
     config: Method
     own: Mapping[str, Tensor]
@@ -43,15 +43,15 @@ class Adapter(NamedTuple):
     spec: Any
 
     def sources(self) -> tuple[Tensor, ...]:
-        """Give the tensors of which its factors are made, in a fixed order: the cache's key."""
+        """Return the tensors that make up the factors, in a fixed order: the cache's key."""
         return (*self.own.values(), *self.pool.values())
 
     def factors(self) -> Factors:
-        """Give its factors on the layer's device and in its dtype, differentiable.
+        """Return the factors on the layer's device and in the layer's dtype, differentiable.
 
         Raises:
-            RuntimeError: they are sharded over processes, and this one has only pieces; or the
-                group's are offloaded.
+            RuntimeError: the tensors are sharded over processes, so that only a piece is here; or
+                the group's tensors are offloaded.
         """
         factors = self.config.factors(self.own, self.pool, self.spec)
         A, A_pool, B, B_pool, d = factors
@@ -73,10 +73,10 @@ class Adapter(NamedTuple):
 
 
 class AdaptedModule(nn.Module):
-    """A frozen module with adapters over it, which keeps their dtypes and forgets stale packs.
+    """A frozen module with adapters, which restores their dtypes and drops stale packs.
 
-    ``patch_model`` and ``rasa_ext.peft`` put one in the place of a layer, or of stacked experts;
-    ``base_layer`` is what was there.
+    ``patch_model`` and ``rasa_ext.peft`` replace a layer, or stacked experts, by such a module;
+    ``base_layer`` is the replaced module.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -89,59 +89,59 @@ class AdaptedModule(nn.Module):
     base_layer: Any
 
     def adapters(self) -> Iterator[Adapter]:
-        """Give every adapter of the module, whether a forward adds it or not.
+        """Return every adapter of the module, whether or not a forward uses it.
 
         Returns:
-            Each has ``config``, the tensors ``own`` of the layer and ``pool`` of its group by name,
-            and ``spec``; ``factors()`` gives the ``rasa_ext.methods.Factors`` made of them.
+            Each has ``config``, ``spec``, the layer's tensors ``own`` and the group's tensors
+            ``pool`` by name; ``factors()`` returns their ``rasa_ext.methods.Factors``.
         """
         raise NotImplementedError
 
     def drop_pack(self) -> None:
-        """Forget what is cached of the adapters' packs."""
+        """Drop the cached packs of the adapters."""
         raise NotImplementedError
 
     def restore(self) -> None:
-        """Give trainable parameters that were cast to a coarser dtype their config's again."""
+        """Cast trainable parameters of a coarser dtype back to their config's dtype."""
         for adapter in self.adapters():
             if restored(adapter.sources(), adapter.config.adapter_dtype):
                 self.drop_pack()
 
     def train(self, mode: bool = True) -> Self:
-        """Switch the mode and forget cached packs; for training, ``restore``."""
+        """Switch the mode and drop cached packs; for training, also ``restore``."""
         if mode:
             self.restore()
         self.drop_pack()
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load as any module does, but round nothing on its way into trainable parameters."""
+        """Load as any module does, but without rounding values of trainable parameters."""
         self.restore()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Forget the pack: moving and casting may replace memory behind a parameter's identity."""
+        """Drop the pack: moving and casting may replace a parameter's memory."""
         self.drop_pack()
-        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # nn.Module's has no types
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]  # nn.Module's is untyped
         return self
 
 
 def drop_packs(model: nn.Module) -> None:
-    """Forget what is cached of a model's adapters, after a write that PyTorch cannot see.
+    """Drop a model's cached packs, after a write that PyTorch cannot see.
 
-    Without grad every layer keeps its adapter packed for the GEMMs. In-place operations, a
-    ``load_state_dict`` and steps of any ``torch.optim.Optimizer`` are noticed. Collectives
-    (``dist.broadcast(p)``), another process over shared memory, writes through ``.data`` or a numpy
-    view, and replays of a CUDA graph that holds the optimizer are not.
+    Without grad, every layer caches the adapter's pack. In-place operations, ``load_state_dict``
+    and steps of any ``torch.optim.Optimizer`` are noticed. Collectives (``dist.broadcast(p)``),
+    writes by another process to shared memory, writes through ``.data`` or a numpy view, and
+    replays of a CUDA graph with the optimizer are not.
 
     Args:
-        model: with adapters of this package, by ``patch_model`` or as a method of PEFT.
+        model: a model with adapters of this package, from ``patch_model`` or PEFT.
 
     Returns:
         Nothing.
 
     Raises:
-        TypeError, ValueError: ``model`` is no module, or has no adapter of this package.
+        TypeError, ValueError: ``model`` is not a module, or has no adapter of this package.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)

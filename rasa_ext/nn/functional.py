@@ -1,12 +1,12 @@
 """Autograd functions for adapted linears.
 
     adapted_linear(x, W, bias, ...)   -> x W^T + bias + (x Ap^T) Bp
-    adapted_projections(x, Ws, ...)   -> adapted_linear of every layer that reads the same x
+    adapted_projections(x, Ws, ...)   -> adapted_linear of every layer that reads one x
     adapted_group(x, Ws, bias, ...)   -> adapted_linear of L layers on L given inputs
 
-Saved for the backward are x, U = x Ap^T and the parameters themselves: x only where an A is
-trained, U only where a B or d is. The pack is made again there, in weight space. Dropout adds its
-mask, a bit for each element of x. All gradients are first order; differentiating twice raises.
+The backward saves x, U = x Ap^T and the parameters: x only if an A is trained, U only if a B or d
+is trained. It rebuilds the pack, in weight space. Dropout adds a mask of one bit for each element
+of x. All gradients are first order; differentiating twice raises.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _PoolPack: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None]"
 
 
 class Function(torch.autograd.Function):
-    """torch's, with types for its ``apply``."""
+    """``torch.autograd.Function`` with a typed ``apply``."""
 
-    if TYPE_CHECKING:  # torch's has no types
+    if TYPE_CHECKING:  # torch's apply has no types
 
         @classmethod
         def apply(cls, *args: Any, **kwargs: Any) -> Any:
-            """Compute the forward, and have autograd remember the backward."""
+            """Run the forward, and record the backward for autograd."""
 
 
 class _AdaptedLinear(Function):
-    """``y`` is the output of a base that is not a plain GEMM; else ``weight`` is given."""
+    """An adapted linear over ``weight``, or over ``y``, the output of any other base."""
 
     @staticmethod
     def forward(
@@ -105,7 +105,7 @@ class _AdaptedLinear(Function):
 
 
 class _AdaptedProjections(Function):
-    """``tensors`` are n weights, n biases, and the factors of each of n layers."""
+    """Adapted projections: ``tensors`` are n weights, n biases, and the factors of n layers."""
 
     @staticmethod
     def forward(
@@ -162,7 +162,7 @@ class _AdaptedProjections(Function):
         if need_A or need_B:
             downs = dAp.split([up.shape[0] for up in Bp]) if need_A else ()
             kinds = ops.pack_projections_backward(downs, dBp, B, B_pool, d)
-            # A tensor without elements stands for what was not computed.
+            # A tensor without elements means that the gradient was not computed.
             needs = ctx.needs_input_grad[6 + 2 * n :]
             grads_by_layer = chain.from_iterable(zip(*kinds, strict=True))
             own = (g if need else None for g, need in zip(grads_by_layer, needs, strict=True))
@@ -227,21 +227,21 @@ def adapted_linear(
 ) -> Tensor:
     """Compute ``x W^T + bias + x dW^T`` with dW = Bp^T Ap, the pack of ``factors``.
 
-    Over a base that is not a plain GEMM, ``y + x dW^T``. Differentiable in x, y and the factors.
+    For a base that is not a plain GEMM, ``y + x dW^T``. Differentiable in x, y and the factors.
 
     Args:
         x: (..., in).
-        weight: (out, in) with any strides, without a gradient of its own.
-        bias: (out,), likewise, or None. x, weight and bias share one dtype, in which the adapter
-            is computed.
+        weight: (out, in) with any strides; gets no gradient.
+        bias: (out,) or None; gets no gradient. x, weight and bias have one dtype, in which the
+            adapter is computed.
         factors: A (r-k, in), A_pool (L*k, in) or None, B (out, r-k), B_pool (out, L*k) or None and
             d (R,) with R = r-k+L*k, or None for ones. B is best stored by ranks.
-        multiple: to which the pack's rank is rounded up, with rows of zeros.
-        mask, x_dropped, scale: from ``dropout``, where the x beside dW is what that left.
-        y: output (..., out) of the base, in x's dtype; weight and bias are None then.
+        multiple: the pack's rank is rounded up to a multiple of this, with rows of zeros.
+        mask, x_dropped, scale: from ``dropout``, if the adapter's input is dropped.
+        y: output (..., out) of the base, in x's dtype; weight and bias are then None.
 
     Returns:
-        (..., out); y is left as it was.
+        (..., out); y is not changed.
     """
     out: Tensor = _AdaptedLinear.apply(
         y, x, weight, bias, multiple, mask, x_dropped, scale, *factors
@@ -261,9 +261,9 @@ def adapted_projections(
 ) -> tuple[Tensor, ...]:
     """Compute ``adapted_linear`` of n layers that read one x, with one down-projection for all.
 
-    One ``Factors`` a layer, of any ranks and output widths; either every layer has a pool or none
-    has. In the backward the layers' gradients with respect to x add up inside the products.
-    Differentiable in x and in the factors. Other arguments as for ``adapted_linear``.
+    Each layer has one ``Factors``, of any rank and output width; either every layer has a pool or
+    none has. The backward sums the gradients with respect to x inside the products. Differentiable
+    in x and in the factors. The other arguments are as for ``adapted_linear``.
     """
     tensors = (*weights, *biases, *(t for each in factors for t in each))
     outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(
@@ -285,24 +285,24 @@ def adapted_group(
 ) -> Tensor:
     """Compute ``adapted_linear`` of the L layers of one group, each on its own x.
 
-    For layers whose inputs are given at once: distillation, layerwise reconstruction, experts. The
-    products of all layers are batches, so that layers with few tokens fill a device together; with
-    few tokens the pool is read as it is and not repeated (``ops.pool_in_packs``). The pool's
-    gradients are summed over the layers.
+    For layers whose inputs are all known: distillation, layerwise reconstruction, experts. The
+    products of all layers are batched, so that layers with few tokens fill a device together. With
+    few tokens the pool is read without copies (``ops.pool_in_packs``). The pool's gradients are
+    summed over the layers.
 
     Args:
         x: (L, M, in).
-        weights: one (out, in) a layer, with any strides, without gradients of their own.
-        bias: one (out,) a layer, or None.
-        A, B, d: one tensor a layer, of the shapes of ``adapted_linear``.
-        A_pool, B_pool: of the group, or None.
+        weights: one (out, in) for each layer, with any strides; get no gradients.
+        bias: one (out,) for each layer, or None.
+        A, B, d: one tensor for each layer, with shapes as in ``adapted_linear``.
+        A_pool, B_pool: the group's pool, or None.
         multiple: see ``adapted_linear``.
 
     Returns:
         (L, M, out). Differentiable in x and in the factors.
 
     Raises:
-        ValueError: x is not (L, M, in) with one tensor a layer in each list.
+        ValueError: x is not (L, M, in), or a list does not have one tensor for each layer.
     """
     lists = {"weights": weights, "A": A, "B": B, "d": d}
     if bias is not None:
@@ -327,12 +327,12 @@ def adapted_group(
 
 
 def dropout(x: Tensor, p: float) -> tuple[Tensor | None, Tensor | None, float]:
-    """Draw what dropout leaves of x (..., in), for the linears: ``(mask, x_dropped, 1 / (1 - p))``.
+    """Draw dropout of x (..., in) for the linears: return ``(mask, x_dropped, 1 / (1 - p))``.
 
-    x_dropped (M, in) is x with zeros, unscaled, and the mask, uint8 (ceil(x.numel() / 8),), what a
-    backward makes it from again; both are None where p is 0. Drawn from torch's generator of x's
-    device, so that ``manual_seed`` and checkpointing, which restores its state, reproduce them.
-    Nothing waits for the device. p is in [0, 1); ValueError or RuntimeError where it is not.
+    x_dropped (M, in) is x with zeros, unscaled. The mask, uint8 (ceil(x.numel() / 8),), lets a
+    backward compute x_dropped again. Both are None if p is 0. They come from torch's generator of
+    x's device, so that ``manual_seed`` and checkpointing reproduce them. No call waits for the
+    device. Raises ValueError or RuntimeError if p is not in [0, 1).
     """
     if p == 0:
         return None, None, 1.0
@@ -342,7 +342,7 @@ def dropout(x: Tensor, p: float) -> tuple[Tensor | None, Tensor | None, float]:
 
 
 def as_op_lists(factors: Sequence[Factors]) -> _FactorLists:
-    """Make an operator's lists of A, A_pool, B, B_pool and d, with ones for some that lack a d."""
+    """Return an operator's lists of A, A_pool, B, B_pool and d; a missing d becomes ones."""
     A, A_pool, B, B_pool, d = zip(*factors, strict=True)
     if any(v is None for v in d) and any(v is not None for v in d):
         d = tuple(each.A.new_ones(each.rank) if each.d is None else each.d for each in factors)
@@ -350,13 +350,13 @@ def as_op_lists(factors: Sequence[Factors]) -> _FactorLists:
 
 
 def as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    """Make an operator's list, which cannot hold None: [] if all are, else empty tensors."""
+    """Replace None for an operator: return [] if all are None, else empty tensors for None."""
     some = next((t for t in tensors if t is not None), None)
     return [] if some is None else [some.new_empty(0) if t is None else t for t in tensors]
 
 
 def _needs(needs: Sequence[bool]) -> tuple[bool, bool]:
-    """Tell whether an A, and whether a B or d, of factors one after the other is trained."""
+    """Return whether an A is trained, and whether a B or d is, for concatenated factors."""
     return any(needs[0::5]) or any(needs[1::5]), any(map(any, (needs[i::5] for i in (2, 3, 4))))
 
 
@@ -365,7 +365,7 @@ def _by_layer(tensors: Sequence[Any]) -> list[Factors]:
 
 
 def _lists(tensors: Sequence[Tensor], layers: int) -> list[list[Tensor]]:
-    """Cut tensors that stand one kind after the other into a list of each kind."""
+    """Split tensors that are ordered by kind into one list for each kind."""
     return [list(tensors[at : at + layers]) for at in range(0, len(tensors), layers)]
 
 
@@ -378,7 +378,7 @@ def _pack_group(
     d: list[Tensor],
     multiple: int,
 ) -> tuple[tuple[Tensor, Tensor], _PoolPack]:
-    """Pack every layer in x's dtype, and the pool to (Ap_pool, Bp_pool, d_pool) or three None."""
+    """Pack every layer in x's dtype, and the pool into (Ap_pool, Bp_pool, d_pool) or three None."""
     if A_pool is None or B_pool is None or ops.pool_in_packs(x.shape[1], A_pool.shape[0]):
         return ops.pack_group(A, A_pool, B, B_pool, d, x.dtype, multiple), (None, None, None)
     own = A[0].shape[0]

@@ -1,8 +1,8 @@
 """Projections that read one input, such as q, k and v, computed together.
 
-Which layers may belong together is told by their parent and their names as a model is patched. The
-first of them that meets an x computes all, and the others find their outputs waiting if they read
-the very same x, unchanged. Those that turn out to read another one leave for good.
+Patching groups layers by parent and name. The first layer of a group that gets an x computes all
+outputs; the others return the stored outputs if they get this x, unchanged. Layers that get another
+x leave the group for good.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ class Projection(NamedTuple):
     dropout: float
 
     def stamp(self) -> list[int]:
-        """Give what differs once a tensor was replaced or written to; all of them are alive."""
+        """Return a list that changes once a tensor is replaced or written to."""
         base = (self.weight,) if self.bias is None else (self.weight, self.bias)
         tensors = (*self.sources, *base)
         return [*map(id, self.sources), *map(_version, tensors), *map(Tensor.data_ptr, base)]
 
 
 class Projected(Protocol):
-    """A layer that can be computed together with others."""
+    """A layer that can be fused with others."""
 
     def projection(self, dtype: torch.dtype) -> Projection | None:
-        """Give the layer as a projection in ``dtype``, or None where it is more than that."""
+        """Return the layer as a projection in ``dtype``, or None if it is more than that."""
 
 
 class _Round:
-    """One x, and the outputs that wait for the layers which are still to read it."""
+    """One x, and the outputs of layers that have not read x yet."""
 
     def __init__(self, x: Tensor, dtype: torch.dtype, leader: Projected, stamp: list[int]) -> None:
         self.x, self.form = weakref.ref(x), self._form(x, dtype)
@@ -64,7 +64,7 @@ class _Round:
         return x._version, x.requires_grad, torch.is_grad_enabled(), dtype
 
     def drop_in_backward(self, y: Tensor) -> None:
-        """Let go of outputs in a backward through y, which frees what they share with it."""
+        """Drop the outputs in a backward through y, which frees what they share with y."""
         current = weakref.ref(self)
 
         def drop(grads: tuple[Tensor | None, ...]) -> None:
@@ -77,16 +77,16 @@ class _Round:
 
 
 class _Rounds(threading.local):
-    """The round of each thread, whose forwards may read one x beside those of others."""
+    """The round of each thread: threads may run forwards on one x at once."""
 
     current: _Round | None = None
 
 
 class FusedProjections:
-    """Shared by the layers of one parent that may read one input; holds none of them alive.
+    """A group of layers of one parent that may read one input, held by weak references.
 
-    For forwards with grad, where ``ops.fuse_projections`` says that they gain by it, and for those
-    with dropout, whose mask they share.
+    Used in forwards with grad if ``ops.fuse_projections`` expects a gain, and in forwards with
+    dropout, in which the layers share a mask.
     """
 
     def __init__(self, layers: Iterable[Projected]) -> None:
@@ -96,11 +96,11 @@ class FusedProjections:
     def output(
         self, layer: Projected, part: Projection, x: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
-        """Give the layer's output for x (..., in) in ``dtype``, or None: compute it alone.
+        """Return the layer's output for x (..., in) in ``dtype``, or None to compute it alone.
 
-        ``part`` is what ``layer.projection(dtype)`` would give.
+        ``part`` equals ``layer.projection(dtype)``.
         """
-        if x.is_inference():  # without a version by which x would be known again
+        if x.is_inference():  # such an x has no version, so a change would not be noticed
             return None
         current = self._rounds.current
         if current is not None:
@@ -112,14 +112,14 @@ class FusedProjections:
         return self._compute(layer, part, x, dtype)
 
     def layers(self) -> list[Projected]:
-        """Give the layers that still go together."""
+        """Return the layers that are still fused."""
         return [layer for layer in (each() for each in self._layers) if layer is not None]
 
     def _part(self, last: _Round, dtype: torch.dtype) -> None:
-        """Let go for good of those that did not read the x of the round before.
+        """Remove the layers that did not read the x of the last round, for good.
 
-        The leader, where none of the others did; else the others. Only once the parameters have
-        been written to: a checkpoint that runs a forward again must save the same tensors.
+        This is the leader if no other layer read x, else the other layers that did not. It waits
+        until the parameters were written to: a recomputing checkpoint must save equal tensors.
         """
         leader = last.leader()
         part = None if leader is None else leader.projection(dtype)
@@ -134,7 +134,7 @@ class FusedProjections:
     def _compute(
         self, leader: Projected, first: Projection, x: Tensor, dtype: torch.dtype
     ) -> Tensor | None:
-        """Compute all outputs: give the leader's, and let those of the others wait."""
+        """Compute all outputs: return the leader's, and store the others."""
         layers = [layer for layer in (each() for each in self._layers) if layer is not leader]
         if not layers or len(layers) == len(self._layers) or not _fit(first, first, x):
             return None
@@ -145,7 +145,7 @@ class FusedProjections:
                 return None
             parts.append(part)
         outputs = _adapted_projections(x if x.dtype == dtype else x.to(dtype), parts)
-        # Only now: a checkpoint that stops in the middle of a recomputation leaves no round.
+        # Only now, so that a checkpoint that stops a recomputation midway leaves no round.
         current = _Round(x, dtype, leader, first.stamp())
         for each, part, y in zip(layers, parts[1:], outputs[1:], strict=True):
             current.waiting[id(each)] = y, part.stamp()
@@ -154,11 +154,11 @@ class FusedProjections:
         return outputs[0]
 
     def forget(self) -> None:
-        """Let go of outputs that wait in this thread."""
+        """Drop the stored outputs of this thread."""
         self._rounds.current = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Give its layers themselves: a copy's are the copies."""
+        """Return the layers as strong references, so that a copy refers to the copied layers."""
         return {"layers": [layer() for layer in self._layers if layer() is not None]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ class FusedProjections:
 
 
 def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, ...]:
-    """Compute every part's output for x (..., in), in its dtype."""
+    """Compute every part's output for x (..., in), in x's dtype."""
     weights, biases = [part.weight for part in parts], [part.bias for part in parts]
     factors = [part.factors() for part in parts]
     rank, tokens = max(each.rank for each in factors), count_tokens(x)
@@ -177,11 +177,11 @@ def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor
 
 
 def _fit(part: Projection, first: Projection, x: Tensor) -> bool:
-    """Tell whether a projection can be computed with the first of them, on x's device.
+    """Return whether a projection can be fused with the first one, on x's device.
 
-    Adapters of several dtypes, as where one was cast alone, are computed one by one.
+    Adapters of different dtypes are computed one by one.
 
-    A pool that lies on another device than the layer's own tensors is brought to it.
+    A pool on another device than the layer's private tensors is moved to their device.
     """
     if part.dropout != first.dropout or len(part.sources) != len(first.sources):
         return False

@@ -1,4 +1,4 @@
-"""Packs made without grad, kept while no parameter has changed."""
+"""A cache of packs made without grad, valid while no parameter changes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Form = tuple[torch.dtype, torch.device]
 Made = tuple[Tensor, Tensor]
 """A pack: Ap and Bp."""
 _Kept = tuple[Made, tuple[Any, Any] | None, Form, Sequence[Tensor], Sequence[int], object]
-"""A pack, on a GPU the stream that made it and an event behind the kernel, and the key."""
+"""A pack, the stream that made it and an event after the kernel (on a GPU), and the key."""
 
-_last_step = object()  # another one after every step of any optimizer of the process
+_last_step = object()  # replaced after every step of any optimizer in the process
 
 
 def _stepped(*_: Any) -> None:
@@ -24,27 +24,27 @@ def _stepped(*_: Any) -> None:
     _last_step = object()
 
 
-# Fused optimizers, torch's and those of bitsandbytes, write without raising a tensor's version.
+# Fused optimizers of torch and bitsandbytes write without raising a tensor's version.
 register_optimizer_step_post_hook(_stepped)
 
 
 class PackCache:
-    """The last pack, keyed by the identity and version of what it was made from.
+    """A cache of the last pack, keyed by the identity and version of the source tensors.
 
-    A step of any optimizer makes it stale as well. While a CUDA graph is captured nothing is taken
-    from here or put here: packing becomes part of the graph, whose replays then see new parameters.
-    Copies and pickles are empty.
+    A step of any optimizer also makes the pack stale. The cache is not used while a CUDA graph is
+    captured: packing becomes part of the graph, so that replays see new parameters. Copies and
+    pickles are empty.
     """
 
     def __init__(self) -> None:
-        # Replaced as one, since threads that serve share it. Keeping the tensors alive keeps their
-        # identities from being taken over by others.
+        # Replaced in one assignment, since threads share it. Holding the tensors alive ensures
+        # that no other tensor gets their identities.
         self._kept: _Kept | None = None
 
     def get(self, sources: Sequence[Tensor], form: Form, make: Callable[[], Made]) -> Made:
-        """Return what was made of ``sources`` in ``form``, or else ``make()``, which is kept.
+        """Return the cached pack of ``sources`` in ``form``, or call ``make()`` and cache the pack.
 
-        Every forward of every layer asks this while decoding, where microseconds count: hence one
+        While decoding, every forward of every layer calls this, and microseconds count: hence one
         loop over plain comparisons.
         """
         kept = self._kept
@@ -61,7 +61,7 @@ class PackCache:
                         return made
         if _is_capturing(form[1]) or any(source.is_inference() for source in sources):
             return make()
-        # Read before packing: what another thread writes meanwhile is then seen.
+        # Read before packing, so that a write by another thread meanwhile makes the pack stale.
         versions, step = [source._version for source in sources], _last_step
         made, packed = make(), None
         if form[1].type == "cuda":
@@ -71,7 +71,7 @@ class PackCache:
         return made
 
     def drop(self) -> None:
-        """Forget the pack."""
+        """Drop the pack."""
         self._kept = None
 
     def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
@@ -79,10 +79,10 @@ class PackCache:
 
 
 def _wait(made: Made, maker: Any, packed: Any) -> None:
-    """Order this stream behind the kernel that packed, and reuse of the memory behind this stream.
+    """Make this stream wait for the packing kernel, and reuse of the memory wait for this stream.
 
-    Another stream than the maker's could read the pack before it is written, and the memory could
-    be taken for something else as soon as the pack is dropped over there.
+    Otherwise a stream other than the maker's could read the pack before it is written, and the
+    memory could be reused as soon as the maker drops the pack.
     """
     stream = torch.cuda.current_stream(made[0].device)
     if stream != maker:
@@ -94,6 +94,6 @@ def _wait(made: Made, maker: Any, packed: Any) -> None:
 def _is_capturing(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
-    # The question is about the current device, which need not be the pack's.
+    # This asks about the current device, which may not be the pack's.
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()

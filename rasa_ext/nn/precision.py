@@ -1,7 +1,7 @@
-"""An adapter is trained in the dtype of its config, whoever has cast it since.
+"""Restores the config's dtype of an adapter that was cast.
 
-The steps of d are smaller than what bfloat16 resolves: cast, d would stand still without a word.
-TRL's trainers cast whatever is trained over a quantized base, by way of ``.data``.
+Steps of d are smaller than bfloat16 resolves, so a cast d would silently stop training. TRL's
+trainers cast all trained parameters over a quantized base, through ``.data``.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from rasa_ext.base_layers.sharded import is_dtensor
 
 HALVES = frozenset({torch.bfloat16, torch.float16})
 
-# Set where FSDP, DeepSpeed or DistributedDataParallel's mixed precision holds the parameter, in a
-# dtype of its own, and this is its copy.
+# Set if this is a copy, and FSDP, DeepSpeed or DistributedDataParallel's mixed precision holds the
+# parameter in another dtype.
 _COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping", "_mp_param")
 
 
 def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
-    """Give trainable parameters of a coarser dtype than ``dtype`` that one; tell whether any was.
+    """Cast trainable parameters of a coarser dtype to ``dtype``; return whether there were any.
 
-    It happens in place, so that an optimizer finds what it was given; a warning tells of it.
-    RuntimeError where several processes train: DistributedDataParallel would no longer average the
-    gradients of what it has wrapped, and whether it has cannot be seen from here.
+    Parameters change in place, so that an optimizer still refers to them, and a warning is given.
+    Raises RuntimeError if several processes train: DistributedDataParallel would no longer average
+    the gradients of wrapped parameters, and this function cannot see whether they are wrapped.
     """
     coarse = [each for each in tensors if each is not None and _is_coarse(each, dtype)]
     if coarse and is_sharing() and dist.get_world_size() > 1:
@@ -46,7 +46,7 @@ def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
             f"an adapter that is trained was cast to {before}, in which steps of its diagonal "
             f"would be lost; it is {dtype} again, the adapter_dtype of its config. An optimizer "
             "that has copied the parameters must be made after that: call model.train() first.",
-            stacklevel=1,  # one place, so that it is said once
+            stacklevel=1,  # one place, so that the warning appears once
         )
     return bool(coarse)
 
@@ -62,5 +62,5 @@ def _is_coarse(parameter: Tensor, dtype: torch.dtype) -> bool:
 
 
 def is_sharing() -> bool:
-    """Tell whether several processes train, so that a parameter may be a copy for a forward."""
+    """Return whether several processes train, so that a parameter may be a temporary copy."""
     return dist.is_available() and dist.is_initialized()

@@ -1,4 +1,4 @@
-"""RasaLinear and RasaPool: the modules of a patched model that own an adapter's tensors."""
+"""RasaLinear and RasaPool: the modules that own an adapter's tensors in a patched model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from rasa_ext.nn.split import SplitLinear
 class RasaPool(nn.Module):
     """The shared rank pool of one group of L layers: under RaSA A (L*k, in) and B (out, L*k).
 
-    The A_S and B_S of arXiv 2503.12576, section 3. ``patch_model`` makes one a group, and registers
-    it on the group's first layer, so that its parameters stand once in a ``state_dict``.
+    They are A_S and B_S of arXiv 2503.12576, section 3. ``patch_model`` makes one pool for each
+    group and registers it on the group's first layer, so that a ``state_dict`` has it once.
 
     Args:
-        tensors: by name; Parameters are trained, others become buffers.
+        tensors: the tensors by name; Parameters are trained, others become buffers.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -41,25 +41,25 @@ class RasaPool(nn.Module):
         register_tensors(self, tensors)
 
     def tensors(self) -> dict[str, Any]:
-        """Give the tensors by name."""
+        """Return the pool's tensors by name."""
         return tensors_of(self, self._names)
 
     def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Own these tensors in place of those so far."""
+        """Replace the pool's tensors."""
         unregister_tensors(self, self._names)
         self._names = tuple(tensors)
         register_tensors(self, tensors)
 
     def extra_repr(self) -> str:
-        """Show the shapes by name."""
+        """Return the shapes by name, for ``repr``."""
         return ", ".join(f"{name}={tuple(t.shape)}" for name, t in self.tensors().items())
 
 
 class AdapterOwner(nn.Module):
-    """What owns an adapter's tensors as attributes, and knows the pool of its group.
+    """A module that owns an adapter's tensors as attributes and refers to the group's pool.
 
-    The pool is a registered submodule of the group's first owner only, so that no parameter stands
-    twice in a ``state_dict``; the others hold a plain reference.
+    The pool is a registered submodule of the group's first owner only, so that a ``state_dict`` has
+    each parameter once; the other owners hold a plain reference.
     """
 
     A: Tensor
@@ -68,7 +68,7 @@ class AdapterOwner(nn.Module):
     pool: RasaPool | None
 
     def begin(self, config: Method, spec: Any, pool: RasaPool | None) -> None:
-        """Own what ``config`` makes for a layer of a group, which has ``pool``."""
+        """Register the tensors that ``config`` makes for a layer, and the group's ``pool``."""
         self.config, self.spec = config, spec
         own = config.layer_tensors(spec)
         self._names = tuple(own)
@@ -79,47 +79,47 @@ class AdapterOwner(nn.Module):
             self.__dict__["pool"] = pool
 
     def adapter(self) -> Adapter:
-        """Give the adapter."""
+        """Return the layer's adapter."""
         pool: Any = self._modules.get("pool") or self.__dict__.get("pool")
         own = tensors_of(self, self._names)
         shared = {} if pool is None else pool.tensors()
         return Adapter(self.config, own, shared, self.spec)
 
     def own_tensors(self) -> dict[str, Tensor]:
-        """Give its own tensors by name, the pool left out."""
+        """Return the private tensors by name, without the pool."""
         return {name: getattr(self, name) for name in self._names}
 
     def pool_tensors(self) -> dict[str, Tensor]:
-        """Give the tensors of its pool by name."""
+        """Return the pool's tensors by name."""
         return {} if self.pool is None else dict(self.pool.tensors())
 
     @property
     def effective_rank(self) -> int:
-        """R: the rank of the change of its weight; r - k + L*k under RaSA."""
+        """The rank R of the weight's change: r - k + L*k under RaSA."""
         return self.adapter().factors().rank
 
 
 class RasaLinear(AdapterOwner, AdaptedLinear):
     """A frozen linear layer with an adapter: ``base(x) + x dW^T``, x (..., in) to (..., out).
 
-    Under RaSA dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv 2503.12576, section 3). The layer's own
-    tensors are attributes: ``A`` (r-k, in), ``B`` (out, r-k) and ``d`` (r-k+L*k,), float32 unless
-    ``adapter_dtype`` says otherwise and cast to the activations' dtype as they are used. ``pool``
-    is its group's, or None where the method has none (k = 0). The pool is a registered submodule of
-    the group's first layer only, so that no parameter stands twice in a ``state_dict``; the other
-    layers hold a plain reference, which follows through ``copy.deepcopy`` and ``torch.save``.
+    Under RaSA dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv 2503.12576, section 3). The layer's
+    private tensors are attributes: ``A`` (r-k, in), ``B`` (out, r-k) and ``d`` (r-k+L*k,). They are
+    float32 unless ``adapter_dtype`` says otherwise, and are cast to the activations' dtype in use.
+    ``pool`` is the group's pool, or None if the method has none (k = 0). The pool is a registered
+    submodule of the group's first layer only, so that a ``state_dict`` has each parameter once; the
+    other layers hold a plain reference, which ``copy.deepcopy`` and ``torch.save`` preserve.
 
-    ``patch_model`` makes these layers; few have a reason to make one themselves.
+    ``patch_model`` makes these layers; it is rarely useful to make one directly.
 
     Args:
-        base_layer: any linear layer, quantized ones included.
-        config: the method's config, which says what the layer owns.
-        spec: the layer's index in its group, shape and device; that of index 0 registers ``pool``.
-        pool: the group's.
+        base_layer: any linear layer, also a quantized one.
+        config: the method's config, which defines the layer's tensors.
+        spec: the layer's index in the group, shape and device; index 0 registers ``pool``.
+        pool: the group's pool.
 
     Raises:
         RuntimeError: in a forward, the adapter is sharded over processes; or it is merged, and the
-            forward is one of training with grad.
+            forward is for training, with grad.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -139,11 +139,11 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
         self.train(base_layer.training)
 
     def adapters(self) -> Iterator[Adapter]:
-        """Give that one."""
+        """Return the layer's only adapter."""
         yield self.adapter()
 
     def replace(self, config: Method, tensors: Mapping[str, Tensor]) -> None:
-        """Own these tensors, under a config that has them, in place of those so far."""
+        """Replace the private tensors and the config."""
         unregister_tensors(self, self._names)
         self.config, self._names = config, tuple(tensors)
         register_tensors(self, tensors)
@@ -151,7 +151,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
 
     @property
     def weight(self) -> Tensor:
-        """The base's weight, as model code that looks at its dtype or device expects it."""
+        """The base's weight, for model code that reads the dtype or device."""
         return self.base_layer.weight
 
     @property
@@ -161,11 +161,11 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
 
     @property
     def merged(self) -> bool:
-        """Whether the adapter is folded into the base's weight at present."""
+        """Whether the adapter is currently merged into the base's weight."""
         return self.merged_base is not None
 
     def extra_repr(self) -> str:
-        """Show widths and ranks."""
+        """Return widths and ranks, for ``repr``."""
         out_features, in_features = linear_shape(self.base_layer)
         state = ", merged" if self.merged else ""
         return (
@@ -175,11 +175,11 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
 
 
 class SplitRasaLinear(SplitLinear, RasaLinear):
-    """A RasaLinear over a base layer of which every process has a part."""
+    """A RasaLinear over a base layer that is split over processes."""
 
 
 def register_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Give a module tensors of its own: Parameters, and others as buffers."""
+    """Register a module's tensors: Parameters as they are, others as buffers."""
     for name, tensor in tensors.items():
         if isinstance(tensor, nn.Parameter):
             module.register_parameter(name, tensor)
@@ -188,15 +188,15 @@ def register_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def unregister_tensors(module: nn.Module, names: Iterable[str]) -> None:
-    """Take tensors away from a module."""
+    """Remove tensors from a module."""
     for name in names:
         delattr(module, name)
 
 
 def tensors_of(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """Look up a module's own parameters and buffers in nn.Module's own dictionaries.
+    """Look up a module's parameters and buffers in nn.Module's dictionaries.
 
-    ``getattr`` is slow, and every forward of every layer asks.
+    ``getattr`` is slow, and every forward of every layer calls this.
     """
     found: dict[str, Any] = module._parameters
     if module._buffers:

@@ -1,4 +1,4 @@
-"""RasaExperts and RasaExpertWeight: what owns the adapters of experts in a patched model."""
+"""RasaExperts and RasaExpertWeight: the modules that own the adapters of stacked experts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from rasa_ext.nn.rasa import AdapterOwner, RasaPool
 
 
 class RasaExpertWeight(AdapterOwner):
-    """The adapter of one stacked weight (E, out, in): dW[e] is that of a linear layer for every e.
+    """The adapter of one stacked weight (E, out, in), with a dW[e] for every expert e.
 
-    Under RaSA it owns A (E, r-k, in), B (E, out, r-k) and d (E, R), and reads the pool of its
-    group, A (L*k, in) and B (out, L*k), or (E, L*k, in) and (E, out, L*k) where each expert has a
-    pool of its own over the layers. It stands in its ``RasaExperts`` under the weight's name.
+    Under RaSA it owns A (E, r-k, in), B (E, out, r-k) and d (E, R), and reads the group's pool:
+    A (L*k, in) and B (out, L*k), or (E, L*k, in) and (E, out, L*k) if each expert has a pool over
+    the layers. It is a child of ``RasaExperts``, under the weight's name.
 
     Args:
-        config: the method's config, which says what the weight's adapter owns.
-        spec: its index, shape and device in its group; that of index 0 registers ``pool``.
-        pool: the group's.
+        config: the method's config, which defines the adapter's tensors.
+        spec: the weight's index in the group, shape and device; index 0 registers ``pool``.
+        pool: the group's pool.
 
     Example:
         >>> config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
@@ -38,7 +38,7 @@ class RasaExpertWeight(AdapterOwner):
         self.begin(config, spec, pool)
 
     def extra_repr(self) -> str:
-        """Show shapes and ranks."""
+        """Return shapes and ranks, for ``repr``."""
         return (
             f"experts={self.spec.experts}, in_features={self.spec.in_features}, "
             f"out_features={self.spec.out_features}, effective_rank={self.effective_rank}"
@@ -46,18 +46,18 @@ class RasaExpertWeight(AdapterOwner):
 
 
 class RasaExperts(AdaptedExperts):
-    """Frozen stacked experts, with an adapter over each of their weights, or over one of them.
+    """Frozen stacked experts with an adapter over one or each of the stacked weights.
 
-    It stands where the experts stood: forward(hidden states (T, H), chosen experts (T, k), their
-    weights (T, k)) gives (T, H). The adapters are children under the weights' own names.
+    It replaces the experts: forward(hidden states (T, H), chosen experts (T, k), their weights
+    (T, k)) returns (T, H). The adapters are children under the weights' names.
 
     Args:
         base_layer: the experts.
-        stacks: the adapters by the name of the weight.
+        stacks: the adapters by weight name.
 
     Raises:
         RuntimeError: in a forward, the adapter is sharded over processes; or it is merged, and the
-            forward is one of training with grad.
+            forward is for training, with grad.
 
     Example:
         >>> config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
@@ -73,20 +73,20 @@ class RasaExperts(AdaptedExperts):
             _, out_features, in_features = expert_shape(base_layer, name)
             if (stack.spec.out_features, stack.spec.in_features) != (out_features, in_features):
                 raise ValueError(f"stacks: the adapter of {name!r} is made for another shape.")
-            self._modules[name] = stack  # add_module refuses a name that the base answers for
+            self._modules[name] = stack  # add_module refuses names of the base's attributes
         self._stacks = tuple(stacks)
         self.train(base_layer.training)
 
     def stacks(self) -> dict[str, RasaExpertWeight]:
-        """Give the adapters by the name of the weight."""
+        """Return the adapters by weight name."""
         return {name: self._modules[name] for name in self._stacks}  # type: ignore[misc]  # owners
 
     def adapter(self, name: str) -> Adapter | None:
-        """Give the adapter of a stacked weight, or None."""
+        """Return the adapter of a stacked weight, or None."""
         stack: Any = self._modules.get(name)
         return None if stack is None else stack.adapter()
 
     def adapters(self) -> Iterator[Adapter]:
-        """Give every adapter of the experts."""
+        """Return every adapter of the experts."""
         for stack in self.stacks().values():
             yield stack.adapter()

@@ -1,14 +1,14 @@
-"""Autograd of products by expert, and of the order in which a router's choices are worked off.
+"""Differentiable products by expert, and the sorting of a router's choices.
 
-    Routing.to_pairs(x)               a row for each (token, expert) pair, sorted by expert
+    Routing.to_pairs(x)               one row for each (token, expert) pair, sorted by expert
     Routing.to_tokens(z)              the sum over the experts of each token
-    Routing.scaled(V, d)              V[s] d[e]: a diagonal by expert, over rows that all computed
+    Routing.scaled(V, d)              V[s] d[e]: each expert's diagonal, on rows shared by all
     experts_linear(x, W, routing)     x[s] W[e]^T
     experts_low_rank(x, ..., routing) (x[s] Ap[e]^T) Bp[e], with the pack of the factors
 
-Of an adapter x is saved as it is for tokens, not for pairs, beside U = x Ap^T and the parameters;
-the pack is made again in the backward. No weight is summed with its change anywhere, and no sum
-depends on an order that a GPU is free to choose. All gradients are first order.
+For an adapter's backward, x is saved by token, not by pair, with U = x Ap^T and the parameters; the
+backward rebuilds the pack. W + dW is never formed, and every sum has a fixed order, also on a GPU.
+All gradients are first order.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class Routing(NamedTuple):
     tokens: Tensor
     """(S,) the token of each pair."""
     order: Tensor
-    """(S,) which of the T * k choices, token by token, a pair is."""
+    """(S,) the index of each pair among the T * k choices, token by token."""
     place: Tensor
     """(S,) the pair of each choice: the inverse of ``order``."""
     offsets: Tensor
-    """(E,) int32, where the pairs of each expert end."""
+    """(E,) int32, the index at which each expert's pairs end."""
     choices: int
-    """k, the experts of a token."""
+    """k, the number of experts for each token."""
 
     @classmethod
     def of(cls, top_k_index: Tensor, experts: int) -> Routing:
-        """Sort the choices (T, k) of a router over so many experts."""
+        """Sort a router's choices (T, k) by expert."""
         ids, order = torch.sort(top_k_index.reshape(-1), stable=True)
         place = torch.empty_like(order)
         place[order] = torch.arange(len(order), device=order.device)
@@ -53,7 +53,7 @@ class Routing(NamedTuple):
         return cls(ids, tokens, order, place, offsets, choices)
 
     def to_pairs(self, x: Tensor) -> Tensor:
-        """Give x (T, n) a row for each pair, (S, n); differentiable."""
+        """Return x (T, n) with one row for each pair, (S, n); differentiable."""
         found: Tensor = _ToPairs.apply(x, self)
         return found
 
@@ -63,9 +63,9 @@ class Routing(NamedTuple):
         return found
 
     def scaled(self, V: Tensor, d: Tensor, by_token: bool) -> Tensor:
-        """Scale each pair's row of V, (T, n) by token or (S, n), by its expert's of d (E, n).
+        """Scale each pair's row of V by the expert's row of d (E, n).
 
-        Differentiable; (S, n), in V's dtype.
+        V is (T, n) if ``by_token``, else (S, n). Returns (S, n) in V's dtype; differentiable.
         """
         found: Tensor = _Scaled.apply(V, d, self, by_token)
         return found
@@ -120,7 +120,7 @@ class _Scaled(Function):
         V, d = ctx.saved_tensors
         routing: Routing = ctx.routing
         dV = grad * d.to(V.dtype).index_select(0, routing.experts)
-        # An expert's sum over all its tokens: in halves it would stand still early.
+        # A sum over all of an expert's tokens: half precision would lose small terms.
         dots = grad.to(ops.accumulation_dtype(grad.dtype))
         dots = dots * (_pairs(V, routing) if ctx.by_token else V)
         bounds = torch.cat((routing.offsets.new_zeros(1), routing.offsets))
@@ -188,7 +188,7 @@ def experts_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
         routing: the router's choices.
 
     Returns:
-        (S, out). Of a frozen weight's product nothing but the weight is saved.
+        (S, out). For a frozen weight, only the weight is saved for the backward.
 
     Example:
         >>> from rasa_ext.nn.routed import Routing, experts_linear
@@ -208,9 +208,9 @@ def experts_low_rank(x: Tensor, factors: Factors, routing: Routing, by_token: bo
     Args:
         x: (T, in) with ``by_token``, else (S, in), sorted by expert.
         factors: A (E, r-k, in), A_pool (E, P, in) or None, B (E, out, r-k), B_pool (E, out, P) or
-            None, and d (E, R) or None for ones; cast to x's dtype as they are packed.
+            None, and d (E, R) or None for ones; packing casts them to x's dtype.
         routing: the router's choices.
-        by_token: whether x has a row for each token.
+        by_token: whether x has one row for each token.
 
     Returns:
         (S, out).

@@ -1,4 +1,4 @@
-"""Activations (..., n) as matrices (M, n), one row a token, and back."""
+"""Conversion of activations (..., n) to matrices (M, n) with one row for each token, and back."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe
 
 
 def count_tokens(x: Tensor) -> int:
-    """Give M, the tokens in x (..., n)."""
+    """Return M, the number of tokens in x (..., n)."""
     return x.numel() // max(x.shape[-1], 1)
 
 
 def flatten_tokens(x: Tensor) -> Tensor:
-    """Give x (..., n) as (M, n)."""
+    """Reshape x (..., n) to (M, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def unflatten_like(y: Tensor, x: Tensor) -> Tensor:
-    """Give y (M, n), which the caller gives up, as (..., n) with x's leading dimensions.
+    """Reshape y (M, n) to (..., n) with x's leading dimensions; do not use y afterwards.
 
-    Not a view to autograd: what a Function returns as one could not be modified in place.
+    To autograd the result is not a view: a view returned by a Function cannot be modified in place.
     """
     return y if x.dim() == 2 else _unsafe_view(y, (*x.shape[:-1], y.shape[-1]))

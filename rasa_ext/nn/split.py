@@ -1,15 +1,15 @@
-"""Adapters under tensor parallelism: each is whole on every process, over a part of the base.
+"""Adapters under tensor parallelism: every process has the whole adapter and a part of the base.
 
-Of a base that is cut by rows the process uses the same rows of B, and of one that is cut by columns
-the same columns of A; nothing else of the adapter is cut. So dW's part is that of the whole dW, and
-a sum of y over processes, which a cut by columns needs in any case, has the adapter's in it.
+For a base cut by rows, a process uses the matching rows of B; for a base cut by columns, the
+matching columns of A. Nothing else of the adapter is cut. So each process adds its part of dW, and
+the sum of y over processes, which a cut by columns needs anyway, includes the adapter.
 
     by rows:     y_p = x W_p^T + (x A^T) diag(d) B_p^T            dx = sum over p
     by columns:  y = sum over p of x_p W_p^T + (x_p A_p^T) diag(d) B^T
 
-Each process's gradient of A, B and d is one summand of the true one. Here it is multiplied by their
-number, so that the mean over all processes, which is what layers want that are not cut, and data
-parallelism, is the sum.
+Each process's gradient of A, B and d is one summand of the true gradient. It is multiplied by the
+number of processes, so that the mean over all processes, which data parallelism and uncut layers
+need, equals the sum.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from rasa_ext.ops import Factors
 
 
 class SplitLinear(AdaptedLinear):
-    """An adapted linear layer of which every process has a part: ``split_of(base_layer)``.
+    """An adapted linear layer that is split over processes, by ``split_of(base_layer)``.
 
-    A mixin before the class that owns the adapter's tensors.
+    A mixin, placed before the class that owns the adapter's tensors.
     """
 
     averaged = False
-    """Whether a backward ends with a mean of gradients over processes."""
+    """Whether a backward averages gradients over processes at the end."""
 
     def _over_base(
         self,
@@ -46,9 +46,9 @@ class SplitLinear(AdaptedLinear):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Compute this process's part of y, or its summand and the sum.
+        """Compute this process's rows of y, or the sum over processes.
 
-        In place of the base's own forward: sums over processes then have both summands.
+        Replaces the base's forward, so that a sum over processes includes base and adapter.
         """
         if with_grad and not self.averaged and any(each.requires_grad for each in sources):
             raise RuntimeError(
@@ -57,7 +57,7 @@ class SplitLinear(AdaptedLinear):
                 "patching."
             )
         split = split_of(self.base_layer)
-        assert split is not None  # else the model would not have this class
+        assert split is not None  # patching uses this class only for split layers
         dtype = compute_dtype(x)
         weight, bias = local_part(self.base_layer, dtype)
         x, added = x.to(dtype), None
@@ -71,12 +71,12 @@ class SplitLinear(AdaptedLinear):
         y = self._adapted(x, weight, added, factors, p, sources, with_grad)
         if split.dim == 0:
             return y
-        total: Tensor = _Summed.apply(y, split.group)  # whose gradient each process has whole
+        total: Tensor = _Summed.apply(y, split.group)  # every process has the whole gradient
         return total if bias is None else total + bias
 
 
 def _part_of(factors: Factors, split: Split) -> Factors:
-    """Give the factors of this process's part of dW, with gradients times the processes."""
+    """Return this process's factors of dW; gradients are multiplied by the number of processes."""
     A, A_pool, B, B_pool, d = factors
 
     def cut(tensor: Tensor | None, dim: int | None) -> Any:
@@ -89,13 +89,13 @@ def _part_of(factors: Factors, split: Split) -> Factors:
 
 
 def _shared(x: Tensor, split: Split) -> Tensor:
-    """Give x (..., in), the same on all processes, whose gradients a backward sums over them."""
+    """Return x (..., in), equal on all processes; a backward sums the gradients over processes."""
     needed = torch.is_grad_enabled() and x.requires_grad
     return _Shared.apply(x, split.group) if needed else x
 
 
 class _Part(Function):
-    """Rows or columns of a tensor, or all of it where ``dim`` is None."""
+    """Select rows or columns of a tensor, or the whole tensor if ``dim`` is None."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, split: Split, dim: int | None) -> Tensor:
@@ -126,7 +126,7 @@ class _Shared(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad = grad.contiguous()  # what one layer's backward has just made, and nothing else reads
+        grad = grad.contiguous()  # just made by one layer's backward; nothing else reads it
         dist.all_reduce(grad, group=ctx.group)
         return grad, None
 

@@ -1,4 +1,4 @@
-"""TrainedTokens: an embedding, or a head, of whose table a few rows are trained."""
+"""TrainedTokens: an embedding or a head with a few trained rows."""
 
 from __future__ import annotations
 
@@ -21,26 +21,25 @@ _ASKED = {"bias", "num_embeddings", "embedding_dim", "padding_idx", "in_features
 
 
 class TrainedTokens(AdaptedModule):
-    """A frozen embedding, or linear head, with trained rows in place of some of its table's.
+    """A frozen embedding or linear head in which trained rows replace some rows of the table.
 
-    An embedding gives the trained row for each token that has one, and a head takes the logits of
-    those tokens from them. The table is neither copied nor written to, until a merge. The rows
-    start as the table's; they are values, not changes, so that they mean the same over a table
-    whose own rows of these tokens are others, as new tokens' may be.
+    An embedding returns the trained rows of these tokens, and a head computes their logits from the
+    trained rows. The table is neither copied nor changed before a merge. The trained rows start as
+    copies of the table's rows. They are values, not changes, so that they also fit a table with
+    other rows for these tokens, as for new tokens.
 
-    Where a head shares the embedding's table, one module owns the rows as ``rows`` (n, width), and
-    the others know that one, unregistered, so that no parameter stands twice in a ``state_dict``.
+    If a head shares the embedding's table, one module owns the rows as ``rows`` (n, width). The
+    others hold a plain reference to it, so that a ``state_dict`` has each parameter once.
 
     Args:
-        base_layer: an ``nn.Embedding``, which may scale its output by ``embed_scale``, or an
-            ``nn.Linear``.
-        token_ids: the n rows of the table that are trained, each once.
-        dtype: of ``rows``.
-        owner: the module whose rows these are; None makes this one the owner.
+        base_layer: an ``nn.Embedding``, optionally with an ``embed_scale``, or an ``nn.Linear``.
+        token_ids: the n rows of the table to train, each once.
+        dtype: the dtype of ``rows``.
+        owner: the module that owns the rows; None makes this module the owner.
 
     Raises:
         RuntimeError: in a forward, the rows are sharded over processes; or they are merged, and
-            the forward is one of training with grad.
+            the forward is for training, with grad.
 
     Example:
         >>> from rasa_ext.nn.trained_tokens import TrainedTokens
@@ -53,7 +52,7 @@ class TrainedTokens(AdaptedModule):
     owner: TrainedTokens | None
     rows: nn.Parameter
     index: Tensor
-    """Of an embedding, for each token: its row, or n where it has none. Of a head: the tokens."""
+    """For an embedding: the trained row of each token, or n for none. For a head: the tokens."""
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class TrainedTokens(AdaptedModule):
         self.token_ids = tuple(token_ids)
         self.dtype = dtype
         self.disabled = False
-        self.kept: Tensor | None = None  # while merged: the table's rows as they were
+        self.kept: Tensor | None = None  # while merged: the table's original rows
         self.__dict__["owner"] = owner
         weight = base_layer.weight
         if owner is None:
@@ -78,11 +77,11 @@ class TrainedTokens(AdaptedModule):
 
     @property
     def merged(self) -> bool:
-        """Whether the rows stand in the base's table at present."""
+        """Whether the rows are currently merged into the base's table."""
         return (self.owner or self).kept is not None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute what the base would, were the trained rows in its table."""
+        """Compute the base's output as if the table had the trained rows."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disabled:
             return y
@@ -99,20 +98,20 @@ class TrainedTokens(AdaptedModule):
                 f"expected trained rows that are whole on every process, but they are "
                 f"{what_is_here(rows)}; {SHARDING_HINT}."
             )
-        rows = rows.to(y.device)  # a head may lie elsewhere than the embedding
+        rows = rows.to(y.device)  # a head may be on another device than the embedding
         if isinstance(self.base_layer, nn.Linear):
             return self._logits(self.base_layer, x, y, rows)
         return self._embedded(self.base_layer, x, y, rows)
 
     def _embedded(self, base: nn.Embedding, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-        """Put the trained rows into y (..., width), the rows that the base gives for x (...)."""
+        """Put the trained rows into y (..., width), the base's output for x (...)."""
         count = len(self.token_ids)
         where = self.index[x.to(self.index.device)]
-        if base.padding_idx in self.token_ids:  # to which an embedding gives no gradient
+        if base.padding_idx in self.token_ids:  # an embedding gives the padding row no gradient
             at = self.token_ids.index(base.padding_idx)
             rows = torch.cat([rows[:at], rows[at : at + 1].detach(), rows[at + 1 :]])
-        # One more row stands for all tokens that have none. As the padding it gets no gradient. In
-        # the rows' own dtype, in which the gradients of a row's many places are summed.
+        # An extra row stands for all untrained tokens. As the padding, it gets no gradient. The
+        # lookup uses the rows' dtype, in which a row's gradients are summed.
         values = F.embedding(where, F.pad(rows, (0, 0, 0, 1)), padding_idx=count).to(y.dtype)
         scale = getattr(base, "embed_scale", None)
         if scale is not None:
@@ -120,17 +119,17 @@ class TrainedTokens(AdaptedModule):
         return torch.where((where < count).unsqueeze(-1), values, y)
 
     def _logits(self, base: nn.Linear, x: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-        """Put the trained tokens' logits into y (..., tokens), the base's of x (..., width)."""
+        """Put the trained tokens' logits into y (..., tokens), the base's output for x."""
         bias = None if base.bias is None else base.bias[self.index]
         logits = F.linear(x, rows.to(base.weight.dtype), bias)
-        # In place, as y may be the largest tensor of all; no backward of a linear layer reads it.
+        # In place, as y may be the largest tensor; no backward of a linear layer reads y.
         return y.index_copy_(-1, self.index, logits.to(y.dtype))
 
     @property
     def weight(self) -> Tensor:
-        """The table with the trained rows in it, for code that reads it past ``forward``.
+        """The table with the trained rows, for code that reads it outside ``forward``.
 
-        A differentiable copy; the base's own weight while merged or disabled.
+        A differentiable copy; the base's weight while merged or disabled.
         """
         weight = self.base_layer.weight
         if self.disabled or self.merged:
@@ -140,7 +139,7 @@ class TrainedTokens(AdaptedModule):
 
     @torch.no_grad()
     def merge(self) -> float:
-        """Write an owner's rows into the table, and give the largest change of an entry."""
+        """Write the owner's rows into the table, and return the largest change of an entry."""
         weight = self.base_layer.weight
         ids = self._ids(weight.device)
         self.kept = weight[ids]
@@ -149,26 +148,26 @@ class TrainedTokens(AdaptedModule):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Give the table its rows back, to the bit, if an owner's are in it."""
+        """Restore the table's rows bit for bit, if the owner's rows are merged."""
         if self.kept is not None:
             weight = self.base_layer.weight
             weight.index_copy_(0, self._ids(weight.device), self.kept)
             self.kept = None
 
     def adapters(self) -> Iterator[Adapter]:
-        """Give none: rows are no low-rank adapter."""
+        """Return no adapter: trained rows are not low-rank."""
         yield from ()
 
     def drop_pack(self) -> None:
-        """Forget nothing: nothing is cached."""
+        """Do nothing, as nothing is cached."""
 
     def restore(self) -> None:
-        """Give rows that were cast to a coarser dtype their own again."""
+        """Cast rows of a coarser dtype back to the configured dtype."""
         if self.owner is None:
             restored([self._parameters.get("rows")], self.dtype)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        """Move and cast as any module, and fill the index again: ``to_empty`` leaves it without."""
+        """Move and cast as any module, and refill the index, which ``to_empty`` leaves unset."""
         super()._apply(*args, **kwargs)
         self.index = self._index(self.index.device)
         return self
@@ -185,9 +184,9 @@ class TrainedTokens(AdaptedModule):
         return index.index_copy_(0, ids, torch.arange(count, dtype=torch.int32, device=device))
 
     def __getattr__(self, name: str) -> Any:
-        """Look up on the base layer what model code asks an embedding or a head for."""
+        """Fall back to the base layer for attributes of an embedding or a head."""
         return getattr(self.base_layer, name) if name in _ASKED else super().__getattr__(name)
 
     def extra_repr(self) -> str:
-        """Show how many rows are trained."""
+        """Return the number of trained rows, for ``repr``."""
         return f"rows={len(self.token_ids)}{', merged' if self.merged else ''}"
