@@ -1,1 +1,1 @@
-"""The layers that an adapter may lie over; nothing here knows of adapters."""
+"""Base layers that can have an adapter; this package does not depend on adapters."""

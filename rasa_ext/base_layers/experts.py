@@ -1,8 +1,7 @@
-"""Stacked experts: modules that hold the weights of all their experts in 3-D parameters.
+"""Stacked experts: modules that hold the weights of all experts in 3-D parameters.
 
-transformers marks such a module with attributes (its ``use_experts_implementation``) that say how
-the weights lie. They are all that is asked for here, whatever the module's class, but for a few
-classes that have no such marks.
+transformers' ``use_experts_implementation`` sets attributes on such a module that describe the
+layout of the weights. Only these attributes are read, except for a few classes without them.
 """
 
 from __future__ import annotations
@@ -17,44 +16,44 @@ from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.sharded import is_dtensor
 
 ExpertWeight = tuple[nn.Module, str]
-"""One stacked weight: the module, and the name of its parameter."""
+"""One stacked weight: the module, and the name of the parameter."""
 
 _MARKS = ("has_bias", "is_transposed", "_apply_gate")
 _UNMARKED = {"Llama4TextExperts": True, "Step3p7Experts": False}
-"""Classes of transformers without those marks: whether their weights are transposed."""
+"""transformers' classes without these attributes, and whether their weights are transposed."""
 
 _ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Tell whether a module holds stacked experts of which it is known how they lie."""
+    """Return whether a module holds stacked experts of a known layout."""
     known = type(module).__name__ in _UNMARKED or all(hasattr(module, mark) for mark in _MARKS)
     weights = (getattr(module, name, None) for name in expert_weight_names(module))
     return known and all(isinstance(weight, Tensor) for weight in weights)
 
 
 def expert_weight_names(module: Any) -> tuple[str, str]:
-    """Name the stacked weights of experts: the one on their input, the one on their output."""
+    """Return the names of the input and the output stacked weight of experts."""
     return ("gate_up_proj" if has_gate(module) else "up_proj"), "down_proj"
 
 
 def has_gate(module: Any) -> bool:
-    """Tell whether experts multiply by a gate; older releases of transformers knew no others."""
+    """Return whether experts have a gate; in older releases of transformers all do."""
     return bool(getattr(module, "has_gate", True))
 
 
 def is_transposed(module: Any) -> bool:
-    """Tell whether a stacked weight lies as (experts, in, out)."""
+    """Return whether stacked weights have the layout (experts, in, out)."""
     return bool(getattr(module, "is_transposed", _UNMARKED.get(type(module).__name__, False)))
 
 
 def has_bias(module: Any) -> bool:
-    """Tell whether each stacked weight has a bias."""
+    """Return whether each stacked weight has a bias."""
     return bool(getattr(module, "has_bias", False))
 
 
 def activated(module: Any, y: Tensor) -> Tensor:
-    """Give what experts make of the product (S, 2I), or (S, I) without a gate, with their input."""
+    """Apply the experts' activation to y: (S, 2I), or (S, I) without a gate."""
     if not has_gate(module):
         found: Tensor = module.act_fn(y)
     elif hasattr(module, "_apply_gate"):
@@ -66,12 +65,12 @@ def activated(module: Any, y: Tensor) -> Tensor:
 
 
 def has_post_expert_norm(module: Any) -> bool:
-    """Tell whether a norm follows each expert; older releases of transformers knew none."""
+    """Return whether a norm follows each expert; in older releases of transformers none does."""
     return bool(getattr(module, "has_post_expert_norm", False))
 
 
 def expert_shape(module: Any, name: str) -> tuple[int, int, int]:
-    """Give (experts, out, in) of a stacked weight, however it lies."""
+    """Return (experts, out, in) of a stacked weight of either layout."""
     experts, rows, columns = getattr(module, name).shape
     return (experts, columns, rows) if is_transposed(module) else (experts, rows, columns)
 
@@ -83,7 +82,7 @@ def expert_weight(module: Any, name: str) -> Tensor:
 
 
 def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
-    """Raise TypeError or ValueError where a stacked weight cannot be adapted."""
+    """Raise TypeError or ValueError if a stacked weight cannot be adapted."""
     module, name = stack
     weight: Any = getattr(module, name)
     where = f"experts: {full_name!r}"
@@ -110,7 +109,7 @@ def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
 
 
 def routers_of(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
-    """Name the modules that choose experts or weigh them: by their names, beside experts."""
+    """Return the names of the routers: modules next to experts with a router's name."""
     return tuple(
         f"{path}.{key}".lstrip(".")
         for path, module in modules.items()
@@ -120,10 +119,10 @@ def routers_of(modules: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 
 def expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Find the weights of experts and routers that are no linear layers', with their shapes.
+    """Return the shapes of weights of experts and routers outside of linear layers, by name.
 
-    They are 3-D parameters of modules that are not torch's own, and beside experts 2-D ones as
-    well, also in embeddings.
+    They are 3-D parameters of modules outside ``torch.nn``, and, next to experts, also 2-D
+    parameters, including embeddings.
     """
     found: dict[str, tuple[int, ...]] = {}
     for path, module in modules.items():
@@ -141,5 +140,5 @@ def expert_weights(modules: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...
 
 
 def _knows_experts(module: nn.Module) -> bool:
-    """Tell whether a module has anything that is named after experts, such as their number."""
+    """Return whether an attribute or a child of a module has "expert" in the name."""
     return any("expert" in key for key in (*vars(module), *module._modules))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
     class Conv1D(nn.Module):
-        """transformers' Conv1D, as far as it is used here; that library is not imported."""
+        """The used part of transformers' Conv1D, without importing transformers."""
 
         nf: int
         weight: nn.Parameter
@@ -26,34 +26,34 @@ if TYPE_CHECKING:
 
 _LOOKED_AT = frozenset({"dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_meta"})
 _LOOKED_AT |= {"requires_grad", "to", "type_as", "isinstance", "hasattr", "getattr"}
-"""What asks a weight how it is, and computes nothing with it."""
+"""Attributes and functions that inspect a weight without computing with it."""
 
 LinearLayer: TypeAlias = "nn.Linear | Conv1D"
-"""A layer that ``is_linear``, for annotations."""
+"""The type of a layer for which ``is_linear`` is true."""
 
 
 def is_conv1d(module: nn.Module | None) -> TypeIs[Conv1D]:
-    """Tell whether ``module`` is transformers' Conv1D, a linear layer whose weight is (in, out)."""
+    """Return whether a module is transformers' Conv1D, a linear layer with a weight (in, out)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
 def is_linear(module: nn.Module) -> TypeIs[LinearLayer]:
-    """Tell whether a module is a linear layer that can be adapted: nn.Linear or Conv1D.
+    """Return whether a module is a linear layer that can be adapted: nn.Linear or Conv1D.
 
-    Those of bitsandbytes are nn.Linear too, and torchao's only have another weight.
+    Linear layers of bitsandbytes are subclasses of nn.Linear; torchao only replaces the weight.
     """
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def linear_shape(module: LinearLayer) -> tuple[int, int]:
-    """(out, in) of a linear layer or Conv1D."""
+    """Return (out, in) of a linear layer."""
     if is_conv1d(module):
         return module.nf, module.weight.shape[0]
     return module.out_features, module.in_features
 
 
 def device_of(layer: LinearLayer) -> torch.device:
-    """Give the device on which a layer computes, also where accelerate has offloaded its weight."""
+    """Return the device on which a layer computes, also if accelerate offloads the weight."""
     device: torch.device = layer.weight.device
     hook: Any = getattr(layer, "_hf_hook", None)
     if device.type == "meta" and hook is not None and hook.execution_device is not None:
@@ -64,10 +64,10 @@ def device_of(layer: LinearLayer) -> torch.device:
 def as_plain_gemm(
     base: nn.Module | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Weight (out, in) and bias of a layer that is just ``x W^T + bias`` in ``dtype``, else None.
+    """Return weight (out, in) and bias of a layer that is just ``x W^T + bias`` in ``dtype``.
 
-    None where the layer has hooks (offloading, pruning), a replaced ``forward``, quantized or
-    sharded weights, a weight of another dtype, or is being trained itself.
+    Return None if the layer has hooks (offloading, pruning), a replaced ``forward``, a quantized or
+    sharded weight, a weight of another dtype, or is trained.
     """
     transposed = False
     if type(base) is not nn.Linear:
@@ -86,9 +86,9 @@ def as_plain_gemm(
 
 @torch.no_grad()
 def computes_linear(module: LinearLayer) -> bool:
-    """Tell whether a layer, of any subclass of nn.Linear, computes x W^T + bias.
+    """Return whether a linear layer, also of a subclass of nn.Linear, computes x W^T + bias.
 
-    Where a subclass has a forward of its own, one row of input is tried.
+    If a subclass overrides ``forward``, one row of input is tried.
     """
     kind = type(module)
     if not isinstance(module, nn.Linear) or kind.forward is nn.Linear.forward:
@@ -101,15 +101,15 @@ def computes_linear(module: LinearLayer) -> bool:
             return found.shape == expected.shape and found.dtype == expected.dtype
         rounding = 0.02 * expected.abs().max().item()
         return torch.allclose(found, expected, rtol=0.0, atol=rounding, equal_nan=True)
-    except Exception:  # whatever its code makes of an input that is not meant for it
+    except Exception:  # the code may fail in any way on an unexpected input
         return False
 
 
 def check_weight_is_stored(name: str, base: nn.Module) -> None:
-    """Raise ValueError where a linear layer makes its weight of other tensors, time and again.
+    """Raise ValueError if a linear layer computes the weight from other tensors in each forward.
 
-    So do weight_norm, spectral_norm and pruning of torch, and whatever is parametrized: what is
-    added to the weight would be gone with the next forward.
+    torch's weight_norm, spectral_norm, pruning and parametrizations do so: the next forward would
+    discard a change of the weight.
     """
     if base._parameters.get("weight") is None:
         raise ValueError(
@@ -123,11 +123,11 @@ def check_weight_is_stored(name: str, base: nn.Module) -> None:
 
 @functools.cache
 def read_directly(parent: type[nn.Module]) -> frozenset[str]:
-    """Name the children of a class whose ``weight`` its forward computes with by itself.
+    """Return the names of children whose ``weight`` the forward of a class uses directly.
 
-    That of an adapted child is the base's, so the adapter would have no effect there. It is what
-    the source code says: a whole weight that is handed to a function or a product, or a part of one
-    (``weight[:, :n]``) where the child itself is never called.
+    An adapted child's ``weight`` is the base's weight, so the adapter would have no effect there.
+    The source code shows it: a whole weight is an operand or an argument, or a part of a weight
+    (``weight[:, :n]``) is used and the child is never called.
     """
     whole: set[str] = set()
     parts: set[str] = set()
@@ -135,7 +135,7 @@ def read_directly(parent: type[nn.Module]) -> frozenset[str]:
     for function in _run_by_forward(parent):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        except (OSError, SyntaxError):  # no source: nothing is known
+        except (OSError, SyntaxError):  # no source, so nothing to report
             continue
         users = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
         for node in ast.walk(tree):
@@ -158,9 +158,9 @@ def read_directly(parent: type[nn.Module]) -> frozenset[str]:
 
 
 def _run_by_forward(parent: type[nn.Module]) -> Iterator[FunctionType]:
-    """Give the methods of a class that its forward calls, itself included."""
+    """Yield the forward of a class and all methods that it calls."""
     names, seen = ["forward"], set()
-    # The fast path of torch's encoder layer is switched off where one of its layers is adapted.
+    # torch's encoder layer does not use the fast path if one of the layers is adapted.
     kinds = [kind for kind in parent.__mro__ if kind not in (nn.Module, nn.TransformerEncoderLayer)]
     while names:
         name = names.pop()

@@ -1,10 +1,10 @@
-"""Bases whose weight is quantized: bitsandbytes' 4 and 8 bit layers, and torchao's tensors.
+"""Quantized bases: bitsandbytes' 4 and 8 bit layers, and torchao's tensors.
 
-They are no plain GEMM: the base runs first, by its library's kernels, and the adapter adds to its
-output. Here is what patching and merging need to know beyond that: which layers are quantized, and
-what their weights are once dequantized.
+They are not plain GEMMs: the base runs first, with the library's kernels, and the adapter adds to
+the output. This module serves patching and merging: it detects quantized layers and dequantizes
+their weights.
 
-Neither library is imported here. A layer of theirs can only exist where it was imported before.
+Neither library is imported here: if a model has such a layer, the library is imported already.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 
-# What transformers writes on a model that it quantized; and a flag of bitsandbytes' Linear4bit.
+# Attributes that transformers sets on a quantized model, and a flag of bitsandbytes' Linear4bit.
 _MARKS = (
     "hf_quantizer",
     "quantization_method",
@@ -30,42 +30,42 @@ _MARKS = (
 _BNB_REPACK_FLAG = "support_avx512bf16_for_cpu"
 
 _FORWARD_ONLY = frozenset({"Int4OpaqueTensor"})
-"""torchao's tensors, int4 packed for CPUs, whose product with an input has no backward."""
+"""torchao's tensor classes without a backward: int4 packed for CPUs."""
 
 _READ_AT_ONCE = 1024
-"""Columns of a weight that are read off its layer in one forward."""
+"""How many columns of a weight one product reads in ``_read_off``."""
 
 
 class Format:
-    """One way of storing a quantized weight; ``base`` is always a layer that has it."""
+    """A format of quantized weights; ``base`` is always a layer of this format."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def check(self, name: str, base: LinearLayer) -> None:
-        """Raise ValueError where the layer called ``name`` cannot be adapted as it is."""
+        """Raise ValueError if the layer called ``name`` cannot be adapted in this state."""
 
     def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
-        """Give the dtype from which the weight was quantized, or None where it is not known."""
+        """Return the dtype of the weight before quantization, or None if unknown."""
         return None
 
     def dequantize(self, base: LinearLayer) -> Tensor:
-        """Give the weight (out, in) in whatever float dtype the library dequantizes it to."""
+        """Return the weight (out, in), dequantized to a float dtype that the library chooses."""
         raise NotImplementedError
 
     def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor | None:
-        """Quantize ``weight`` (rows, in) as the base's is, and dequantize it again.
+        """Quantize ``weight`` (rows, in) like the base's weight, and dequantize it again.
 
-        None where how to do so is not known.
+        Return None if the format does not support it.
         """
         return None
 
 
 class BnbLinear4bit(Format):
-    """bitsandbytes' Linear4bit: nf4 or fp4 in blocks, packed two a byte."""
+    """bitsandbytes' Linear4bit: nf4 or fp4 in blocks, two values in each byte."""
 
     def check(self, name: str, base: LinearLayer) -> None:
-        """It is quantized as it is moved to a device, and on a CPU rows must be whole blocks."""
+        """Raise ValueError if the layer is not quantized yet, or on a CPU if blocks cross rows."""
         state = getattr(base.weight, "quant_state", None)
         if state is None:
             _raise_unquantized(name, self.name)
@@ -102,10 +102,10 @@ class BnbLinear4bit(Format):
 
 
 class BnbLinear8bit(Format):
-    """bitsandbytes' Linear8bitLt: int8 with a scale for each row."""
+    """bitsandbytes' Linear8bitLt: int8 with one scale for each row."""
 
     def check(self, name: str, base: Any) -> None:
-        """It is quantized as it is moved to a device, unless it is to keep float weights."""
+        """Raise ValueError if the layer is not quantized yet, unless it uses float weights."""
         if base.weight.dtype != torch.int8 and not base.state.has_fp16_weights:
             _raise_unquantized(name, self.name)
 
@@ -114,7 +114,7 @@ class BnbLinear8bit(Format):
         weight: Tensor = base.weight
         if weight.dtype != torch.int8:
             return weight.data
-        # Before the first forward the scales lie on the weight, afterwards on the state.
+        # The scales are on the weight before the first forward, and on the state after it.
         scales: Tensor = base.state.SCB if base.weight.SCB is None else base.weight.SCB
         return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
 
@@ -132,22 +132,22 @@ def _raise_unquantized(name: str, fmt: str) -> NoReturn:
 
 
 class TorchaoTensor(Format):
-    """nn.Linear over one of torchao's tensors, which stand for the weight they were made from."""
+    """nn.Linear with a weight of one of torchao's tensor classes."""
 
     def dequantize(self, base: LinearLayer) -> Tensor:
-        """Use the tensor's own method, or where it has none, what the layer makes of ones."""
+        """Call the tensor's ``dequantize``, or multiply the layer by an identity matrix."""
         try:
             return base.weight.dequantize()
         except (AttributeError, NotImplementedError):
             return _read_off(base)
 
     def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
-        """Give the dtype that the tensor claims to have."""
+        """Return the dtype that the tensor reports."""
         return base.weight.dtype
 
 
 def format_of(module: nn.Module) -> Format | None:
-    """Tell how the weight of a linear layer is quantized; None where it is not."""
+    """Return the format of a linear layer's quantized weight, or None if it is not quantized."""
     library = getattr(_bitsandbytes(), "nn", None)
     if isinstance(module, getattr(library, "Linear4bit", ())):
         return BnbLinear4bit(f"bitsandbytes {getattr(module.weight, 'quant_type', '4 bit')}")
@@ -160,7 +160,7 @@ def format_of(module: nn.Module) -> Format | None:
 
 
 def check_gradient(base: LinearLayer) -> None:
-    """Raise RuntimeError where ``base`` is quantized so that it gives its input no gradient."""
+    """Raise RuntimeError if the format of ``base`` has no gradient for the input."""
     if (kind := type(base.weight).__name__) in _FORWARD_ONLY:
         raise RuntimeError(
             f"torchao {kind} gives no gradient to its input, so nothing below it can be trained; "
@@ -170,12 +170,12 @@ def check_gradient(base: LinearLayer) -> None:
 
 
 def _bitsandbytes() -> Any:
-    """Give the library where somebody imported it, else None."""
+    """Return bitsandbytes if it is imported, else None."""
     return sys.modules.get("bitsandbytes")
 
 
 def stored_bytes(weight: Tensor) -> int:
-    """Count the bytes of a quantized weight and of what belongs to it."""
+    """Return the bytes of a quantized weight, including scales and other tensors of the format."""
     names = getattr(type(weight), "tensor_data_names", None)
     if names is not None:
         optional = getattr(type(weight), "optional_tensor_data_names", ())
@@ -189,7 +189,7 @@ def stored_bytes(weight: Tensor) -> int:
 
 
 def _read_off(base: LinearLayer) -> Tensor:
-    """Read W (out, in) off what the layer makes of the rows of an identity matrix."""
+    """Read W (out, in) from the product of the layer with an identity matrix."""
     weight, columns = base.weight, []
     _, in_features = linear_shape(base)
     for begin in range(0, in_features, _READ_AT_ONCE):
@@ -201,9 +201,9 @@ def _read_off(base: LinearLayer) -> Tensor:
 
 
 def forget_quantizer(model: nn.Module) -> nn.Module:
-    """Take transformers' marks of a quantized model off one that has no quantized layer any more.
+    """Remove transformers' quantization attributes from a model without quantized layers.
 
-    They would be saved with it, and loading would quantize again. Returns the model.
+    Otherwise they would be saved, and loading would quantize again. Returns the model.
     """
     modules = list(model.modules())
     if not any(getattr(module, "is_quantized", False) for module in modules):
@@ -220,10 +220,10 @@ def forget_quantizer(model: nn.Module) -> nn.Module:
 
 
 def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError where a Linear4bit among a model's modules has rearranged its weight.
+    """Raise ValueError if a Linear4bit among a model's modules has rearranged the weight.
 
-    See ``repacking_flags``. The library's way back rounds the scales, so that the weight
-    would not be what it was.
+    See ``repacking_flags``. The library's inverse rounds the scales, so that it does not restore
+    the weight exactly.
     """
     for name, module in modules.items():
         fmt, weight = format_of(module), getattr(module, "weight", None)
@@ -238,15 +238,15 @@ def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
 
 
 def repacking_flags(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.Module, str, Any]]:
-    """List the attributes to change so that gradients pass quantized layers, adapted or not.
+    """Return the attributes to change so that gradients pass quantized layers, adapted or not.
 
-    Where a CPU has AVX512-BF16, bitsandbytes' Linear4bit rearranges its weight in the first forward
-    without grad in eval mode, and from then on gives no gradient to its input, in silence. With
-    ``hide_quantizer`` the model does not call itself quantized: transformers' Trainer would think
-    that it has no adapter.
+    On a CPU with AVX512-BF16, bitsandbytes' Linear4bit rearranges the weight in the first forward
+    without grad in eval mode; from then on the input silently gets no gradient. With
+    ``hide_quantizer`` the model does not report that it is quantized: transformers' Trainer would
+    assume that it has no adapter.
 
     Returns:
-        Of each the module, the name and the new value.
+        The module, the name and the new value of each attribute.
     """
     modules = list(model.modules())
     quantized = [module for module in modules if format_of(module) is not None]

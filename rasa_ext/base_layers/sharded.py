@@ -1,6 +1,6 @@
-"""Detects sharded adapters and bases, and raises where they cannot be used.
+"""Detects sharded adapters and bases, and raises if they cannot be used.
 
-Layers share their pool, so a process needs all of it whichever layer runs. ``fully_shard`` and
+Layers share a pool, so every layer needs the whole pool on each process. ``fully_shard`` and
 ``FullyShardedDataParallel`` over an adapter, and ZeRO-3, gather a parameter only while the module
 that owns it runs; ``rasa_ext.distributed.shard_model`` shards the base alone.
 """
@@ -20,17 +20,17 @@ _PLAIN = (nn.Parameter, Tensor)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
-    """Tell whether a tensor is a DTensor, without importing that class."""
+    """Return whether a tensor is a DTensor, without importing that class."""
     return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def is_whole(matrix: Tensor) -> bool:
-    """Tell whether a matrix or stack is all here: no DTensor, nor what FSDP1 and ZeRO-3 leave."""
+    """Return whether a matrix or stack is whole: not a DTensor, nor sharded by FSDP1 or ZeRO-3."""
     return matrix.dim() >= 2 and not is_dtensor(matrix)
 
 
 def is_emptied(parameter: Tensor) -> bool:
-    """Tell whether ZeRO-3 has taken a parameter's elements away for the time being."""
+    """Return whether ZeRO-3 has removed a parameter's elements for now."""
     return hasattr(parameter, "ds_id") and parameter.numel() == 0
 
 
@@ -44,7 +44,7 @@ def what_is_here(tensor: Tensor) -> str:
 
 
 def check_whole(A: Tensor, A_pool: Tensor | None) -> None:
-    """Raise RuntimeError where an adapter's matrices are, in a forward, not all here."""
+    """Raise RuntimeError if an adapter's matrices are not whole in a forward."""
     for name, matrix in (("A", A), ("pool", A_pool)):
         if matrix is not None and not is_whole(matrix):
             raise RuntimeError(
@@ -54,9 +54,9 @@ def check_whole(A: Tensor, A_pool: Tensor | None) -> None:
 
 
 def sharded_modules(model: nn.Module) -> set[int]:
-    """Find the modules, by id, of which ``fully_shard`` shards a parameter, gathered or not.
+    """Return the ids of modules with a parameter that ``fully_shard`` shards, gathered or not.
 
-    A gathered parameter looks like any other, and holds what it was before the optimizer's step.
+    A gathered parameter looks like any other, but has the value before the optimizer's step.
     """
     found: set[int] = set()
     for module in model.modules():
@@ -73,7 +73,7 @@ def sharded_modules(model: nn.Module) -> set[int]:
 
 
 def check_base_whole(model: nn.Module, layers: Mapping[str, Any]) -> None:
-    """Raise ValueError where a merge could not change a base layer's weight for good."""
+    """Raise ValueError if a merge could not permanently change a base layer's weight."""
     sharded = sharded_modules(model)
     for name, base in layers.items():
         weight = base.weight

@@ -1,9 +1,9 @@
-"""Base layers of which every process has a part, as transformers' ``tp_plan`` cuts them.
+"""Base layers that transformers' ``tp_plan`` splits over processes.
 
-A layer of style "colwise" holds some rows of its weight (out, in), and gives as many outputs; one
-of style "rowwise" holds some columns, reads as many inputs, and its products are summed over the
-processes. The weight is a DTensor of the whole shape, and ``forward`` is replaced by one that keeps
-its style in a closure.
+A "colwise" layer holds some rows of the weight (out, in) and returns these outputs. A "rowwise"
+layer holds some columns, reads these inputs, and sums the products over the processes. The weight
+is a DTensor of the whole shape, and ``forward`` is replaced by a function with the style in a
+closure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Split(NamedTuple):
-    """Which part of a linear layer this process has."""
+    """The part of a linear layer on this process."""
 
     dim: int
     """The dimension of the weight (out, in) that is cut: 0 for "colwise", 1 for "rowwise"."""
@@ -32,7 +32,7 @@ class Split(NamedTuple):
 
 
 def split_of(base: nn.Module) -> Split | None:
-    """Tell which part of a linear layer is here, or None where no style that is known cut it."""
+    """Return the part of a linear layer on this process, or None if no known style splits it."""
     weight: Any = base._parameters.get("weight")
     style = _style(base)
     if style is None or not is_dtensor(weight) or type(base) is not nn.Linear:
@@ -50,7 +50,7 @@ def split_of(base: nn.Module) -> Split | None:
         return None
     if not placement.is_shard(dim) and not placement.is_shard(dim - 2):
         return None
-    # As torch.chunk cuts, and DTensor with it: the last processes may have less, or nothing.
+    # DTensor splits like torch.chunk: the last processes may have less, or nothing.
     size, processes, rank = weight.shape[dim], mesh.size(), mesh.get_local_rank()
     each = -(-size // processes)
     start, stop = min(rank * each, size), min((rank + 1) * each, size)
@@ -58,7 +58,7 @@ def split_of(base: nn.Module) -> Split | None:
 
 
 def local_part(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Give this process's part of a frozen layer's weight and bias, in ``dtype``."""
+    """Return this process's part of a frozen layer's weight and bias, in ``dtype``."""
     parts: list[Tensor | None] = []
     for name in ("weight", "bias"):
         whole: Any = base._parameters.get(name)
@@ -75,7 +75,7 @@ def local_part(base: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
 
 
 def refusal(base: nn.Module) -> str | None:
-    """Say why a layer that is sharded, or runs in a parallel style, cannot be adapted, or None."""
+    """Return why a sharded or parallel layer cannot be adapted, or None if it can."""
     style = _style(base)
     if style is None:
         weight: Any = base._parameters.get("weight")
@@ -95,7 +95,7 @@ def refusal(base: nn.Module) -> str | None:
 
 
 def _style(base: nn.Module) -> Any:
-    """Find the style of transformers' parallelism in which a module runs, or None."""
+    """Return the style of transformers' tensor parallelism of a module, or None."""
     forward: Any = base.__dict__.get("forward")
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
     if "mesh" not in names or "self" not in names:

@@ -1,4 +1,4 @@
-"""What adapters may lie over in a model, and what speaks against it, found in one walk."""
+"""Finds the layers of a model that can be adapted, and the reasons against others."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from rasa_ext.base_layers.split import refusal
 
 OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
 _LAST_NAMES = frozenset({"head", "heads", "fc"})
-"""Of a vision model's output head, where it is the last linear layer and outside of all blocks."""
+"""Names of a vision model's output head, if it is the last linear layer and outside all blocks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """The layers of a model that matter to adapters, by name."""
+    """The layers of a model that are relevant to adapters, by name."""
 
     modules: Mapping[str, nn.Module]
     linears: Mapping[str, LinearLayer]
@@ -46,16 +46,16 @@ class Survey:
     refused: Mapping[str, str]
     """Layers that cannot be adapted, with the reason."""
     left_out: Mapping[str, str]
-    """Layers that are adapted only where they are named, with the reason."""
+    """Layers that are adapted only if named explicitly, with the reason."""
 
     @property
     def expert_weights(self) -> dict[str, tuple[int, ...]]:
-        """Weights of experts and routers that are not linear layers', with their shapes."""
+        """Shapes of weights of experts and routers outside of linear layers, by name."""
         return expert_weights(self.modules)
 
     @property
     def adaptable(self) -> set[str]:
-        """Names of the stacked weights that adapters may lie over."""
+        """Names of the stacked weights that can be adapted."""
         names = set()
         for name, stack in self.stacks.items():
             with contextlib.suppress(TypeError, ValueError):
@@ -65,7 +65,7 @@ class Survey:
 
     @property
     def pointwise_convolutions(self) -> list[str]:
-        """Convolutions that compute what a linear layer does."""
+        """Names of convolutions that are equivalent to a linear layer."""
         return [
             name
             for name, module in self.modules.items()
@@ -80,15 +80,15 @@ def survey(
     linears: Mapping[str, LinearLayer] | None = None,
     stacks: Mapping[str, ExpertWeight] | None = None,
 ) -> Survey:
-    """Find the layers of a model that adapters may lie over. The model is only read.
+    """Return the layers of a model that can be adapted, without changing the model.
 
     Args:
         model: any module.
-        linears: linear layers by name; by default every one of the model.
-        stacks: stacked expert weights by name; by default every one of the model.
+        linears: linear layers by name; by default all of the model.
+        stacks: stacked expert weights by name; by default all of the model.
 
     Raises:
-        ValueError: a layer of bitsandbytes has rearranged its weight, and gives no gradient.
+        ValueError: a layer of bitsandbytes has rearranged the weight and has no gradient.
     """
     modules = dict(model.named_modules())
     check_not_repacked(modules)
@@ -106,7 +106,7 @@ def survey(
 
 
 def base_of(model: nn.Module, name: str, experts: int) -> Any:
-    """Give the linear layer of a name, or the stacked weight where it has experts."""
+    """Return the linear layer called ``name``, or the stacked weight if ``experts`` is not 0."""
     if not experts:
         return model.get_submodule(name)
     path, _, key = name.rpartition(".")
@@ -114,12 +114,12 @@ def base_of(model: nn.Module, name: str, experts: int) -> Any:
 
 
 def base_shape(base: LinearLayer | ExpertWeight) -> tuple[int, ...]:
-    """Give (out, in) of a linear layer, or (experts, out, in) of a stacked weight."""
+    """Return (out, in) of a linear layer, or (experts, out, in) of a stacked weight."""
     return expert_shape(*base) if isinstance(base, tuple) else linear_shape(base)
 
 
 def base_device(base: LinearLayer | ExpertWeight) -> torch.device:
-    """Give the device on which a linear layer, or a stacked weight, is computed with."""
+    """Return the device on which a linear layer or a stacked weight is used."""
     device: torch.device = getattr(*base).device if isinstance(base, tuple) else device_of(base)
     return device
 
@@ -135,7 +135,7 @@ def _refused(
         if hasattr(module, "base_layer"):
             reason = f"part of {path!r}, which is already adapted ({kind.__name__})"
             yield from ((name, reason) for name in linears if name.startswith(prefix))
-            # Weights under the adapted module's own name, as in PEFT, may have more adapters.
+            # A module that holds weights under the adapted name, as in PEFT, may get more adapters.
             paths = {name: name.rpartition(".")[0] for name in stacks}
             yield from ((name, reason) for name, at in paths.items() if at.startswith(prefix))
             continue
@@ -160,11 +160,11 @@ def _left_out(
 def _heads(
     model: nn.Module, modules: Mapping[str, nn.Module], linears: Mapping[str, LinearLayer]
 ) -> dict[str, str]:
-    """Find the layers that turn features into the model's answer, with the reason to think so."""
+    """Return the model's output heads, with the reason to take each for a head."""
     embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding)]
     tied = {id(embedding.weight) for embedding in embeddings}
     output = ask(model, "get_output_embeddings")
-    answer = ask(model, "get_classifier")  # timm's; two where a model is distilled
+    answer = ask(model, "get_classifier")  # timm's; a distilled model has two
     answers = answer if isinstance(answer, tuple | list) else (answer,)
     parts = (answer for answer in answers if isinstance(answer, nn.Module))
     classifier: set[nn.Module] = {module for part in parts for module in part.modules()}
@@ -195,7 +195,7 @@ def _heads(
 
 
 def ask(model: nn.Module, method: str) -> Any:
-    """Give what a model says of itself; None where it has another method of that name, or none."""
+    """Return the result of a model's method, or None if it does not exist or takes arguments."""
     try:
         return getattr(model, method)()
     except (AttributeError, TypeError, NotImplementedError):
@@ -203,11 +203,11 @@ def ask(model: nn.Module, method: str) -> Any:
 
 
 def check_base(name: str, layer: LinearLayer | ExpertWeight) -> None:
-    """Raise TypeError or ValueError where the weight of a layer or of experts cannot be adapted."""
+    """Raise TypeError or ValueError if the weight of a layer or of experts cannot be adapted."""
     if isinstance(layer, tuple):
         check_expert_weight(name, layer)
         return
-    weight: Any = layer.weight  # of a module of any origin, to be looked at
+    weight: Any = layer.weight  # Any: a module of any origin
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(
             f"target_modules: {name!r} has no weight yet (a lazy layer); run one forward first."
