@@ -1,4 +1,4 @@
-"""The methods, one config each: which factors a layer owns and which it gives to its group."""
+"""Adapter methods, with one config class each, which define the tensors of layers and groups."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ __all__ = [
 
 
 def every_method() -> dict[str, type[AdapterConfig]]:
-    """Give the methods by name: those that are defined, and those that installed packages announce.
+    """Return the methods by name: defined classes and those announced by installed packages.
 
     Returns:
         A copy. A package announces its methods in its metadata, under the entry-point group
         ``rasa_ext.methods``: names and the config classes, or modules that define them.
 
     Raises:
-        ImportError: what was announced cannot be imported.
+        ImportError: an announced module or class cannot be imported.
 
     Example:
         >>> rasa_ext.methods.every_method()["lora"]
@@ -70,17 +70,17 @@ def _load_announced() -> None:
 
 
 def method_named(name: Any, what: str = "method") -> type[AdapterConfig]:
-    """Look up a method's config class; what installed packages announce is loaded if need be.
+    """Return a method's config class, loading methods of installed packages if needed.
 
     Args:
-        name: the method's, as in files and on the command line.
-        what: the argument or field that gave it, for the error.
+        name: the method's name, as in files and on the command line.
+        what: the argument or field that gave the name, for the error.
 
     Returns:
         The class, a subclass of ``AdapterConfig``.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: no method has this name.
 
     Example:
         >>> rasa_ext.methods.method_named("rasa")
@@ -97,10 +97,10 @@ def method_named(name: Any, what: str = "method") -> type[AdapterConfig]:
 
 
 def read_method(data: Mapping[str, Any]) -> AdapterConfig:
-    """Read the content of an ``adapter_config.json``, whatever its method.
+    """Read the content of an ``adapter_config.json`` of any method.
 
     Raises:
-        ValueError: the method is not known, or a field is missing or not supported.
+        ValueError: the method is unknown, or a field is missing or not supported.
     """
     name = data.get("rasa_method", OFFICIAL)
     return method_named(name, "adapter_config.json: rasa_method").from_dict(data)

@@ -1,4 +1,4 @@
-"""AdapterConfig: what one method is, told by its config alone."""
+"""AdapterConfig: a method, defined by a config class."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ if TYPE_CHECKING:
 
 ALL_LINEAR = "all-linear"
 OFFICIAL = "rasa"
-"""The method that a file means which names none, as those of the official code do."""
+"""The method of files without a method name, as the official code writes them."""
 MOST_RANKS, MOST_POOLED = 1 << 16, 1 << 31
-"""More ranks than any layer, or any pool, has: larger numbers in a file are damage."""
-_LARGEST = 1e308  # of a float, but not of an integer
+"""More ranks than any layer or pool has: a file with a larger number is damaged."""
+_LARGEST = 1e308  # the limit for a float, but not for an integer
 _ALWAYS = ("rank", "k", "alpha")
-"""The fields that the official code writes, which a file has whatever they are."""
+"""Fields that a file always has, since the official code writes them."""
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 Names = str | Collection[str]
-"""A regular expression, or name suffixes: a tuple of them once a config has checked them."""
+"""A regular expression, or name suffixes, which a config stores as a tuple."""
 
 Groups = tuple[tuple[str, tuple[str, ...]], ...] | Callable[[str], str | None]
-"""Which layers share a pool, once a config has checked it: names of groups, each with patterns of
-layers' names, or a callable from a layer's name to its group's."""
+"""Which layers share a pool, as a config stores it: group names with patterns of layer names, or a
+callable from a layer's name to a group's name."""
 
 Counts = tuple[tuple[str, int], ...] | Mapping[str, int]
-"""A number for each of some layers, by name. Pairs, once a config has checked it."""
+"""A number for some layers, by name, which a config stores as pairs."""
 
 GivenGroups = Groups | Mapping[str, str | Sequence[str]] | Sequence[str] | None
-"""The same as users give it."""
+"""``Groups`` as users give them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """A layer as a method sees it: index in the group, shape and device of the base layer."""
+    """A layer's index in the group, and the shape and device of the base layer."""
 
     index: int
-    """0 for the first layer of the group, which owns its pool."""
+    """0 for the first layer of the group, which owns the pool."""
     num_layers: int
     out_features: int
     in_features: int
@@ -60,36 +60,36 @@ class LayerSpec:
 
 
 def option(default: Any, text: str, counts: int = 0) -> Any:
-    """A field of a config, with the help text that ``metadata["help"]`` gives.
+    """Return a field of a config, with ``text`` as ``metadata["help"]``.
 
-    A mapping, which is an object in files and pairs in the config, says how many ``counts`` of
-    ranks each name has.
+    ``counts`` is not 0 for a mapping from names to that many counts of ranks. Such a mapping is an
+    object in files and pairs in the config.
     """
     return dataclasses.field(default=default, metadata={"help": text, "counts": counts})
 
 
 class Rate(NamedTuple):
-    """How one of a layer's tensors is trained beside others, as factors."""
+    """Factors on the optimizer's settings for one of a layer's tensors."""
 
     lr: float = 1.0
-    """Of the learning rate."""
+    """Factor on the learning rate."""
     weight_decay: float = 1.0
     eps: float = 1.0
-    """Of Adam's."""
+    """Factor on Adam's epsilon."""
 
 
 METHODS: dict[str, type[AdapterConfig]] = {}
-"""Every method whose class is defined, by the name that it has in files and on the command line."""
+"""Every defined method, by the name in files and on the command line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """The part of a config that all methods share; ``metadata["help"]`` explains each field.
+    """The base class of configs; ``metadata["help"]`` explains each field.
 
-    A method is a subclass with a name, that says which tensors a layer owns, which it gives to its
-    group, and how they make up the factors of dW = [B | B_pool] diag(d) [A ; A_pool] = Bp^T Ap.
-    That is all that a change can be: not DoRA, IA3 or OFT. It is known as soon as it is defined.
-    An installed package announces methods by the entry-point group ``rasa_ext.methods``.
+    A method is a subclass with a name. It defines the tensors of a layer and of a group, and how
+    they make up the factors of dW = [B | B_pool] diag(d) [A ; A_pool] = Bp^T Ap. Other changes,
+    such as DoRA, IA3 or OFT, are not possible. Defining the class registers the method. An
+    installed package announces methods by the entry-point group ``rasa_ext.methods``.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -98,15 +98,15 @@ class AdapterConfig:
     method: ClassVar[str]
     """The method's name, in files and on the command line."""
     title: ClassVar[str] = ""
-    """What a reader calls the method; its name, unless given."""
+    """The method's name in text; by default ``method``."""
     paper: ClassVar[str] = ""
     """The paper's number on arXiv."""
     loop: ClassVar[str] = ""
-    """What trains the method, where that is no optimizer alone: ``rasa-ext finetune`` says so."""
+    """How to train the method, if an optimizer is not enough; ``rasa-ext finetune`` shows it."""
     peft_type: ClassVar[str] = "RASA"
-    """What PEFT knows all of them under."""
+    """The type of all methods in PEFT."""
     peft: ClassVar[str] = ""
-    """Why PEFT cannot take the method; nothing where it can."""
+    """Why PEFT cannot use the method; empty if it can."""
 
     dropout: float = option(0.0, "Dropout on the adapter's input in training, in [0, 1).")
     target_modules: Names = option(
@@ -142,7 +142,7 @@ class AdapterConfig:
     )
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Make a method known by its name; ValueError where that is another one's."""
+        """Register a method by name; raise ValueError if another method has the name."""
         super().__init_subclass__(**kwargs)
         if "method" not in vars(cls):
             return
@@ -156,15 +156,15 @@ class AdapterConfig:
         cls.title = vars(cls).get("title") or cls.method
 
     def __new__(cls, *args: Any, **kwargs: Any) -> AdapterConfig:
-        """Make a config; TypeError, with the name that was meant, for a field it does not have."""
+        """Make a config; raise TypeError for an unknown field, suggesting a known one."""
         check_keywords(cls.__name__, kwargs, [field.name for field in dataclasses.fields(cls)])
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every field and bring it into its canonical form.
 
-        Of a method's own fields these are checked here: ``rank``, ``alpha``, mappings from names to
-        a count, and what is True or False.
+        Of a subclass's fields, this checks ``rank``, ``alpha``, booleans and mappings from names to
+        counts.
         """
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -200,12 +200,12 @@ class AdapterConfig:
 
     @property
     def layer_groups(self) -> Groups:
-        """``groups``, as it stands after the check."""
+        """``groups``, after the check."""
         return cast(Groups, self.groups)
 
     @property
     def tokens(self) -> Tokens:
-        """``trainable_token_indices``, as it stands after the check."""
+        """``trainable_token_indices``, after the check."""
         return cast(Tokens, self.trainable_token_indices)
 
     def _set(self, **values: Any) -> None:
@@ -214,60 +214,60 @@ class AdapterConfig:
 
     @property
     def grouping_of_experts(self) -> str | None:
-        """Tell which experts share a pool, or None where stacked experts are left alone.
+        """Which experts share a pool, or None if stacked experts are not adapted.
 
-        It is a method's field ``experts``, unless this is overridden.
+        By default this is the field ``experts``, if the method has one.
         """
         return getattr(self, "experts", None)
 
     def check_layers(self, names: Collection[str]) -> None:
-        """Raise ValueError where a field names layers and none of the adapted ones is meant."""
+        """Raise ValueError if a field names layers but matches no adapted layer."""
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
-        """Make one layer's tensors, by name: Parameters, which are trained, and buffers.
+        """Make one layer's tensors by name: trained Parameters, and buffers.
 
-        Every shape depends on ``spec`` alone, whose device may be meta.
+        All shapes depend on ``spec`` only. The device of ``spec`` may be meta.
         """
         raise NotImplementedError
 
     def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
-        """Make the tensors of a group, which its first layer owns; none unless overridden."""
+        """Make a group's tensors, which the first layer owns; by default none."""
         return {}
 
     def factors(
         self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: LayerSpec
     ) -> Factors:
-        """Give the factors of one layer, differentiable in ``own`` and ``pool``.
+        """Return the factors of one layer, differentiable in ``own`` and ``pool``.
 
-        They are taken as they stand, under the names A, B and d, unless this is overridden.
+        By default the factors are the tensors named A, B and d.
         """
         return Factors(own["A"], pool.get("A"), own["B"], pool.get("B"), own.get("d"))
 
     def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
-        """Give the rates of those of a layer's tensors, by name, that are not trained as usual."""
+        """Return the rates, by name, of a layer's tensors that are not trained as usual."""
         return {}
 
     def callbacks(self, model: nn.Module) -> Sequence[TrainerCallback]:
-        """Give what ``rasa-ext finetune`` adds to its Trainer: steps beside the optimizer's.
+        """Return the callbacks that ``rasa-ext finetune`` adds to the Trainer.
 
-        It is asked once before the base's weights are read too, for a model of empty tensors.
+        It is also called once on a model of empty tensors, before the base's weights are read.
 
         Args:
             model: patched with this config.
 
         Returns:
-            Callbacks of transformers' Trainer; none unless overridden.
+            Callbacks of transformers' Trainer; by default none.
 
         Raises:
-            ValueError: naming the field by which the method cannot be trained.
+            ValueError: the method cannot be trained; the message names the field at fault.
         """
         return ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the config as the JSON values of ``adapter_config.json``, whatever the method.
+        """Return the config as the JSON values of ``adapter_config.json``.
 
-        Names are the official code's: ``r`` for rank, and ``rasa_`` before a method's other fields,
-        which stand there where they are needed or not at their defaults.
+        Names follow the official code: ``r`` for rank, and the prefix ``rasa_`` for other fields of
+        a method. A field at the default is left out, unless the official code writes it.
         """
         settings: dict[str, Any] = {
             "peft_type": self.peft_type,
@@ -292,10 +292,10 @@ class AdapterConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Read what ``to_dict``, or the official code, wrote.
+        """Read a config that ``to_dict`` or the official code wrote.
 
         Raises:
-            ValueError: the file is another method's, asks for a trained bias, or lacks a field.
+            ValueError: the file is for another method, asks for a trained bias, or lacks a field.
         """
         kind = data.get("peft_type")
         if kind != cls.peft_type:
@@ -328,12 +328,12 @@ class AdapterConfig:
 
     @classmethod
     def _own_fields(cls) -> list[dataclasses.Field[Any]]:
-        """List the fields that the method has beside those of all methods."""
+        """Return the fields that only this method has."""
         common = {field.name for field in dataclasses.fields(AdapterConfig)}
         return [field for field in dataclasses.fields(cls) if field.name not in common]
 
     def differences(self, other: AdapterConfig) -> list[str]:
-        """List the fields in which two configs differ, as ``name: mine, theirs``."""
+        """Return the fields in which two configs differ, as ``name: mine, theirs``."""
         if type(self) is not type(other):
             return [f"method: {type(self).__name__}, {type(other).__name__}"]
         return [
@@ -344,7 +344,7 @@ class AdapterConfig:
 
 
 def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
-    """Raise ValueError where a value in a file is of another type than its field, or too large."""
+    """Raise ValueError if a value in a file is too large or has the wrong type for the field."""
     kind: Any = object
     words = ""
     if each_has := field.metadata.get("counts", 0):
@@ -367,14 +367,14 @@ def _check_json(key: str, value: Any, field: dataclasses.Field[Any]) -> None:
 
 
 def key_of(field: str) -> str:
-    """Give the name that a config's field has in ``adapter_config.json``, and under PEFT."""
+    """Return the name of a config's field in ``adapter_config.json`` and in PEFT."""
     shared = {each.name for each in dataclasses.fields(AdapterConfig)} - {"dropout", "groups"}
     same = field in shared or field == "rank_pattern"
     return field if same else {"rank": "r"}.get(field, f"rasa_{field}")
 
 
 def other_method(kind: Any) -> str:
-    """Say of another method's adapter what it is and what reads it, as a clause."""
+    """Return a clause that describes another method's adapter, and the library that reads it."""
     if kind == "LORA":
         return (
             "got 'LORA'; this is a LoRA, which rasa_ext.import_lora(model, directory), or "
@@ -386,10 +386,10 @@ def other_method(kind: Any) -> str:
 
 
 def document_fields(config: type[AdapterConfig]) -> None:
-    """Put every field's help text into the class's docstring, as its arguments.
+    """Add every field's help text to the class's docstring, as the section ``Args``.
 
     Args:
-        config: whose docstring has a section ``Raises``.
+        config: a class with a docstring that has a section ``Raises``.
 
     Example:
         >>> rasa_ext.methods.LoraConfig.__doc__.count("rank: The rank r of every layer")
@@ -403,7 +403,7 @@ def document_fields(config: type[AdapterConfig]) -> None:
 def fresh_A(
     rank: int, spec: LayerSpec, dtype: torch.dtype, experts: tuple[int, ...] = ()
 ) -> nn.Parameter:
-    """Draw A (rank, in) as LoRA does: uniform in +-1/sqrt(in); ``experts`` comes first in shape."""
+    """Draw A (*experts, rank, in) as LoRA does, uniformly in +-1/sqrt(in)."""
     shape = (*experts, rank, spec.in_features)
     bound = 1 / math.sqrt(spec.in_features)
     A = torch.empty(shape, dtype=dtype, device=spec.device)
@@ -413,10 +413,7 @@ def fresh_A(
 def fresh_B(
     rank: int, spec: LayerSpec, dtype: torch.dtype, experts: tuple[int, ...] = ()
 ) -> nn.Parameter:
-    """Make B (out, rank) of zeros, stored by ranks, so that packing it copies rows.
-
-    ``experts`` comes first in its shape.
-    """
+    """Make B (*experts, out, rank) of zeros, stored by ranks, so that packing copies rows."""
     shape = (*experts, rank, spec.out_features)
     zeros = torch.zeros(shape, dtype=dtype, device=spec.device)
     return nn.Parameter(zeros.transpose(-1, -2))
@@ -433,7 +430,7 @@ def checked_integer(name: str, value: Any) -> int:
         ``value``.
 
     Raises:
-        TypeError: it is no integer; True and False are none.
+        TypeError: it is not an integer; booleans are refused.
 
     Example:
         >>> rasa_ext.methods.checked_integer("rank", 8)
@@ -452,10 +449,10 @@ def checked_number(name: str, value: Any) -> float:
         value: what was given.
 
     Returns:
-        ``value`` as a float, infinity for an integer that is too large for one.
+        ``value`` as a float; infinity for an integer that is too large.
 
     Raises:
-        TypeError: it is no number; True and False are none.
+        TypeError: it is not a number; booleans are refused.
 
     Example:
         >>> rasa_ext.methods.checked_number("alpha", 8)
@@ -467,7 +464,7 @@ def checked_number(name: str, value: Any) -> float:
 
 
 def checked_counts(name: str, value: Any) -> tuple[tuple[Any, int], ...]:
-    """Return a mapping to integers, or its pairs, as pairs; raise TypeError where it is neither."""
+    """Return a mapping to integers, or pairs, as pairs; raise TypeError for other values."""
     try:
         pairs = tuple(dict(value).items())
     except (TypeError, ValueError):
@@ -478,7 +475,7 @@ def checked_counts(name: str, value: Any) -> tuple[tuple[Any, int], ...]:
 
 
 def checked_rank(value: Any) -> int:
-    """Return ``value``; raise TypeError or ValueError where it is no rank."""
+    """Return ``value``; raise TypeError or ValueError if it is not a rank."""
     rank = checked_integer("rank", value)
     if not 1 <= rank <= MOST_RANKS:
         limit = ">= 1" if rank < 1 else f"<= {MOST_RANKS}"
@@ -487,7 +484,7 @@ def checked_rank(value: Any) -> int:
 
 
 def checked_alpha(value: Any) -> float:
-    """Return ``value``; raise TypeError or ValueError where it is no finite number above 0."""
+    """Return ``value``; raise TypeError or ValueError if it is not a finite number above 0."""
     alpha = checked_number("alpha", value)
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha: expected a finite number above 0, got {alpha}.")
@@ -503,13 +500,13 @@ def checked_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
     Args:
         name: of the argument, for the error.
         value: what was given.
-        choices: the values that it may be.
+        choices: the allowed values.
 
     Returns:
         ``value``.
 
     Raises:
-        ValueError: it is another value.
+        ValueError: it is not among the choices.
 
     Example:
         >>> rasa_ext.methods.checked_choice("side", "A", ("A", "B"))
@@ -521,7 +518,7 @@ def checked_choice(name: str, value: Any, choices: Sequence[Any]) -> Any:
 
 
 def checked_dtype(name: str, value: Any) -> torch.dtype:
-    """Return ``value``, or the dtype of that name; raise where it is none for parameters."""
+    """Return ``value`` as a dtype; raise if it is not a dtype for parameters."""
     dtype = getattr(torch, value, None) if isinstance(value, str) else value
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"{name}: expected a torch.dtype, got {value!r} ({type(value).__name__}).")
@@ -533,11 +530,11 @@ def checked_dtype(name: str, value: Any) -> torch.dtype:
 
 
 def checked_groups(value: Any) -> Groups:
-    """Bring ``groups`` into the form of a config; raise where it is none of the forms it has."""
+    """Convert ``groups`` to the form in a config; raise for any other value."""
     if value is None:
         return ()
     if callable(value):
-        return value  # type: ignore[no-any-return]  # what it returns is looked at when called
+        return value  # type: ignore[no-any-return]  # the result is checked at each call
     kinds = "a sequence of patterns, a mapping of names to patterns, or a callable"
     if isinstance(value, str | bytes) or not isinstance(value, Mapping | Iterable):
         raise TypeError(f"groups: expected {kinds}, got {value!r} ({type(value).__name__}).")
@@ -556,7 +553,7 @@ def checked_groups(value: Any) -> Groups:
 
 
 def groups_to_json(groups: Any) -> dict[str, list[str]] | None:
-    """``groups`` as it stands in a file; ValueError for a callable, which has no such form."""
+    """Return ``groups`` for a file; raise ValueError for a callable, which cannot be saved."""
     if callable(groups):
         raise ValueError(
             "groups: a callable has no form in a file; patch a model with the config first, whose "

@@ -1,4 +1,4 @@
-"""Arguments under names that other libraries have for them: refused with the name to use."""
+"""Errors for argument names of other libraries, which suggest the name to use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
-# PEFT's and the official code's names, and those of this package: one is known to each function.
+# Names in PEFT, the official code and this package: each function knows one of a set.
 _SAME = (
     {"r", "rank", "lora_rank"},
     {"k", "rasa_k"},
@@ -24,18 +24,18 @@ _SAME = (
 
 
 def check_keywords(function: str, given: Iterable[str], known: Collection[str]) -> None:
-    """Raise TypeError, with the name that was likely meant, where a given name is not known."""
+    """Raise TypeError for an unknown name, suggesting the likely one."""
     for name in given:
         if name not in known:
             meant = [other for same in _SAME if name in same for other in same if other in known]
             meant = meant or difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {meant[0]}?" if meant else f"expected one of {', '.join(known)}."
-            # Python's own words, by which PEFT knows a config of a newer version.
+            # Python's wording, by which PEFT recognizes a config of a newer version.
             raise TypeError(f"{function}() got an unexpected keyword argument {name!r}; {hint}")
 
 
 def suggests_keywords(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Let a function say what was likely meant by a keyword that it does not know."""
+    """Wrap a function so that the error for an unknown keyword suggests the likely one."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)

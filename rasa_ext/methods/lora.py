@@ -1,4 +1,4 @@
-"""LoRA, for comparisons over one implementation: a pair of factors a layer at a fixed scale."""
+"""LoRA, for comparisons in one implementation: one A and B for each layer, at a fixed scale."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from rasa_ext.ops import Factors
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(AdapterConfig):
-    """The config of a LoRA (arXiv 2106.09685): dW = s B A, s = alpha / r, of A and B a layer.
+    """The config of LoRA (arXiv 2106.09685): dW = s B A with s = alpha / r.
 
-    ``RasaConfig(k=0)`` is not the same: it trains a diagonal in the place of s.
+    ``RasaConfig(k=0)`` differs: it trains a diagonal instead of s.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -62,13 +62,13 @@ class LoraConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """s, with which every layer's B A is multiplied."""
+        """The scale s of every layer's B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
         """Make A (r, in) and B (out, r); A is a buffer if not trained.
 
-        Of stacked experts A and B have these as their first dimension.
+        For stacked experts, A and B have the experts as the first dimension.
         """
         experts = (spec.experts,) if spec.experts else ()
         A = fresh_A(self.rank, spec, self.adapter_dtype, experts)
@@ -76,7 +76,7 @@ class LoraConfig(AdapterConfig):
         return {"A": A if self.train_A else A.detach(), "B": B}
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give A and B with s for every rank."""
+        """Return A and B, with s for every rank."""
         A = own["A"]
         return Factors(A, None, own["B"], None, A.new_full(A.shape[:-1], self.scale))
 

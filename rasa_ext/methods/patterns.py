@@ -1,6 +1,6 @@
-"""Regular expressions over the names of layers, in bounded time.
+"""Regular expressions over layer names, matched in bounded time.
 
-A downloaded config may hold one on which Python's own matcher never ends, such as ``(.*)*x``.
+A downloaded config may have a pattern on which Python's ``re`` never ends, such as ``(.*)*x``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import time
 
 import regex
 
-_SECONDS = 1.0  # of this thread's time, for one pattern over all names
-_NOTICED = 1e-3  # what usual patterns need is less by far
+_SECONDS = 1.0  # CPU time of this thread, for one pattern over all names
+_NOTICED = 1e-3  # usual patterns need far less
 _MOST_CHARACTERS, _MOST_REPEATS = 100_000, 10_000
 
 
 class _Pattern:
-    """A compiled pattern, and how much time is left for slow matches of it."""
+    """A compiled pattern, and the time left for slow matches."""
 
     def __init__(self, pattern: str) -> None:
         repeats = math.prod(map(int, regex.findall(r"\{(?:\d*,)?(\d+)\}", pattern)))
@@ -29,7 +29,7 @@ class _Pattern:
         self.left = _SECONDS
 
     def matches(self, name: str) -> bool:
-        """Tell whether the pattern matches a whole name."""
+        """Return whether the pattern matches the whole name."""
         began = time.thread_time()
         try:
             found = self.compiled.fullmatch(name, timeout=self.left) is not None
@@ -49,17 +49,17 @@ _compiled = functools.lru_cache(maxsize=256)(_Pattern)
 
 
 def matches_whole(pattern: str, name: str) -> bool:
-    """Tell whether a pattern matches a whole name; raise ValueError where that takes too long."""
+    """Return whether a pattern matches the whole name; raise ValueError if it takes too long."""
     return _compiled(pattern).matches(name)
 
 
 def matches_end(pattern: str, name: str) -> bool:
-    """Tell the same of the end of a name, from its beginning or a dot on."""
+    """Return whether a pattern matches a name from the start or from a dot to the end."""
     return _compiled(rf"(?:.*\.)?(?:{pattern})").matches(name)
 
 
 def check_pattern(field: str, pattern: str) -> None:
-    """Raise ValueError, naming the field, for what is no regular expression, or too large a one."""
+    """Raise ValueError, naming the field, if a regular expression is invalid or too large."""
     try:
         _compiled(pattern)
     except (regex.error, OverflowError, RecursionError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""RaSA: every layer gives k of its ranks to a pool, which it weights with its own diagonal."""
+"""RaSA: layers share a pool of ranks, k from each, and each layer has a diagonal over it."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ GROUPINGS = ("slot", "layer", "shared")
 class RasaConfig(AdapterConfig):
     """The config of one RaSA adapter (arXiv 2503.12576, section 3).
 
-    A layer of weight (out, in) owns A (r-k, in), B (out, r-k) and d (r-k+L*k,), and its group of L
-    layers A_pool (L*k, in) and B_pool (out, L*k): dW = [B | B_pool] diag(d) [A ; A_pool]. Of
-    stacked experts A, B and d have the experts as their first dimension, and with
-    ``experts="slot"`` the pool as well. It is frozen, and each field's ``metadata["help"]`` has the
-    text below.
+    A layer with a weight (out, in) owns A (r-k, in), B (out, r-k) and d (r-k+L*k,). A group of L
+    layers owns A_pool (L*k, in) and B_pool (out, L*k): dW = [B | B_pool] diag(d) [A ; A_pool]. For
+    stacked experts, A, B and d have the experts as the first dimension; with ``experts="slot"`` the
+    pool has it too. The config is frozen, and each field's ``metadata["help"]`` has the text below.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -91,7 +90,7 @@ class RasaConfig(AdapterConfig):
         (own, pooled), dtype = self.ranks_at(spec), self.adapter_dtype
         stack = (spec.experts,) if spec.experts else ()
         d = torch.empty((*stack, own + pooled), dtype=dtype, device=spec.device)
-        if not d.is_meta:  # where shapes are asked for, whatever a file says of them
+        if not d.is_meta:  # meta: only the shapes matter
             d.copy_(self.diagonal(own, pooled))
         A, B = fresh_A(own, spec, dtype, stack), fresh_B(own, spec, dtype, stack)
         return {"A": A, "B": B, "d": nn.Parameter(d)}
@@ -107,12 +106,12 @@ class RasaConfig(AdapterConfig):
         return {"A": fresh_A(size, first, dtype, stack), "B": fresh_B(size, first, dtype, stack)}
 
     def ranks(self, num_layers: int) -> tuple[int, int]:
-        """Count a layer's private and pooled ranks in a group of L layers: r-k and L*k."""
+        """Return a layer's private and pooled ranks in a group of L layers: r-k and L*k."""
         k = cast(int, self.k)
         return self.rank - k, num_layers * k
 
     def ranks_at(self, spec: LayerSpec) -> tuple[int, int]:
-        """Count them for one layer, whose rank ``rank_pattern`` may have."""
+        """Return one layer's private and pooled ranks, with ``rank_pattern`` applied."""
         own, pooled = self.ranks(1)[0], self.pool_size(spec)
         for pattern, rank in cast("tuple[tuple[str, int], ...]", self.rank_pattern):
             if matches_end(pattern, spec.name):
@@ -120,12 +119,12 @@ class RasaConfig(AdapterConfig):
         return own, pooled
 
     def pool_size(self, spec: LayerSpec) -> int:
-        """Count the ranks of the pool of a layer: k for each layer, or expert, that shares it."""
+        """Return the ranks of a layer's pool: k for each layer, or expert, that shares the pool."""
         each = self.grouping_of_experts == "layer" and spec.experts
         return self.ranks(spec.experts if each else spec.num_layers)[1]
 
     def check_layers(self, names: Collection[str]) -> None:
-        """Raise ValueError where a pattern of ``rank_pattern`` is that of no adapted layer."""
+        """Raise ValueError if a pattern of ``rank_pattern`` matches no adapted layer."""
         for pattern in dict(self.rank_pattern):
             if not any(matches_end(pattern, name) for name in names):
                 raise ValueError(
@@ -134,17 +133,17 @@ class RasaConfig(AdapterConfig):
                 )
 
     def diagonal(self, own: int, pooled: int) -> Tensor:
-        """Make the d of a layer that begins: (own + pooled,) float32, private entries first.
+        """Return a layer's initial d: (own + pooled,) float32, private entries first.
 
-        alpha/2/own for private entries and alpha/2/pooled for those of the pool; without a pool, as
-        LoRA, alpha/own.
+        Private entries are alpha/2/own and pooled entries alpha/2/pooled; without a pool, entries
+        are alpha/own, as in LoRA.
         """
         share = self.alpha / 2 if pooled else self.alpha
         return torch.cat([torch.full((n,), share / max(n, 1)) for n in (own, pooled)])
 
 
 def _check_rank_pattern(pairs: Any, k: int) -> None:
-    """Raise where ``rank_pattern`` has no patterns, or ranks that cannot be."""
+    """Raise TypeError or ValueError if ``rank_pattern`` has invalid patterns or ranks."""
     for pattern, rank in pairs:
         if not isinstance(pattern, str) or not pattern:
             raise TypeError(f"rank_pattern: expected patterns as strings, got {pattern!r}.")

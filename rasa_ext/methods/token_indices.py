@@ -1,4 +1,4 @@
-"""``trainable_token_indices``: the rows of embeddings and heads that are trained, in a config."""
+"""``trainable_token_indices``: a config's trained rows of embeddings and heads."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 INPUT = ""
-"""The name that stands for the model's input embedding, which a bare list of tokens is for."""
+"""The name of the model's input embedding, to which a bare list of tokens applies."""
 
 Tokens = tuple[tuple[str, tuple[int, ...]], ...]
-"""Names of embeddings or heads, each with its tokens, once a config has checked them."""
+"""Names of embeddings or heads with tokens, as a config stores them."""
 
 GivenTokens = Tokens | Mapping[str, Sequence[int]] | Sequence[int] | None
-"""The same as users give it."""
+"""Tokens as users give them."""
 
 _KINDS = "a list of token indices, or a mapping of names of embeddings to such lists"
 
 
 def checked_tokens(value: Any) -> Tokens:
-    """Bring ``trainable_token_indices`` into a config's form; raise where it has none."""
+    """Convert ``trainable_token_indices`` to the form in a config; raise for any other value."""
     if value is None:
         return ()
     if isinstance(value, str | bytes) or not isinstance(value, Mapping | Iterable):
@@ -40,7 +40,7 @@ def checked_tokens(value: Any) -> Tokens:
 
 
 def tokens_to_json(tokens: Tokens) -> list[int] | dict[str, list[int]] | None:
-    """Give what a config holds in PEFT's form: a list, or lists by the names of modules."""
+    """Return a config's tokens in PEFT's form: a list, or lists by module name."""
     if [name for name, _ in tokens] == [INPUT]:
         return list(tokens[0][1])
     return {name: list(ids) for name, ids in tokens} or None
