@@ -135,7 +135,7 @@ class TorchaoTensor(Format):
     """nn.Linear with a weight of one of torchao's tensor classes."""
 
     def dequantize(self, base: LinearLayer) -> Tensor:
-        """Call the tensor's ``dequantize``, or multiply the layer by an identity matrix."""
+        """Call the tensor's ``dequantize``, or read W from a product with an identity matrix."""
         try:
             return base.weight.dequantize()
         except (AttributeError, NotImplementedError):

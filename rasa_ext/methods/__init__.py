@@ -49,7 +49,7 @@ def every_method() -> dict[str, type[AdapterConfig]]:
     """Return the methods by name: defined classes and those announced by installed packages.
 
     Returns:
-        A copy. A package announces its methods in its metadata, under the entry-point group
+        A copy. A package announces methods in the package metadata, under the entry-point group
         ``rasa_ext.methods``: names and the config classes, or modules that define them.
 
     Raises:

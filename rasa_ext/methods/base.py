@@ -161,7 +161,7 @@ class AdapterConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form.
+        """Check every field and convert it to the canonical form.
 
         Of a subclass's fields, this checks ``rank``, ``alpha``, booleans and mappings from names to
         counts.

@@ -56,7 +56,7 @@ class LoraConfig(AdapterConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form."""
+        """Check every field and convert it to the canonical form."""
         checked_choice("experts", self.experts, (None, "own"))
         super().__post_init__()
 

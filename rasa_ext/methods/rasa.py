@@ -76,7 +76,7 @@ class RasaConfig(AdapterConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form."""
+        """Check every field and convert it to the canonical form."""
         super().__post_init__()
         k = max(self.rank // 8, 1) if self.k is None else checked_integer("k", self.k)
         if not 0 <= k <= self.rank:
@@ -96,7 +96,7 @@ class RasaConfig(AdapterConfig):
         return {"A": A, "B": B, "d": nn.Parameter(d)}
 
     def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
-        """Make A (L*k, in) and B (out, L*k); nothing where k = 0."""
+        """Make A (L*k, in) and B (out, L*k); nothing if k = 0."""
         first, dtype = specs[0], self.adapter_dtype
         size = self.pool_size(first)
         if not size:

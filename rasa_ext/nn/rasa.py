@@ -104,7 +104,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
 
     Under RaSA dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv 2503.12576, section 3). The layer's
     private tensors are attributes: ``A`` (r-k, in), ``B`` (out, r-k) and ``d`` (r-k+L*k,). They are
-    float32 unless ``adapter_dtype`` says otherwise, and are cast to the activations' dtype in use.
+    float32 unless ``adapter_dtype`` says otherwise, and are cast to the activations' dtype on use.
     ``pool`` is the group's pool, or None if the method has none (k = 0). The pool is a registered
     submodule of the group's first layer only, so that a ``state_dict`` has each parameter once; the
     other layers hold a plain reference, which ``copy.deepcopy`` and ``torch.save`` preserve.

@@ -35,7 +35,7 @@ def operator(
     fake: Callable[..., Any] | None = None,
     composed: bool = False,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
-    """Define an operator from its PyTorch kernel; the decorated name then calls the operator.
+    """Define an operator from a PyTorch kernel; the decorated name then calls the operator.
 
     If no compiled kernel exists, the call skips the dispatcher, which costs several microseconds.
     Under ``torch.compile`` the operator is always called, and is opaque to the compiler. The
