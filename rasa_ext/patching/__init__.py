@@ -1,4 +1,4 @@
-"""A model in place: finding its layers, swapping them, merging, taking the patch off again."""
+"""Patching of a model in place: choosing layers, swapping them, merging, unpatching."""
 
 from rasa_ext.patching.grouping import Group, pattern
 from rasa_ext.patching.patch import check_unpatched, plan_layers

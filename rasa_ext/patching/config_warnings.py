@@ -1,4 +1,4 @@
-"""Choices that work and are likely not what was meant, found before training begins."""
+"""Warnings about valid settings that are probably a mistake, given before training."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from rasa_ext.patching.grouping import Group, every_index, groups_of
 from rasa_ext.patching.targets import Plan
 
 _MUCH = 0.1
-"""The part of a model's parameters that is not left alone without a word."""
+"""Smallest part of a model's parameters, left untouched, that is worth a warning."""
 
 
 def config_warnings(
     config: AdapterConfig, groups: Sequence[Group], rank: str = "rank", prefix: str = ""
 ) -> Iterator[str]:
-    """Give a sentence for each choice to think about: what is off, and what to do.
+    """Yield one sentence per doubtful setting: the problem, and what to do.
 
     Args:
-        config: what was chosen.
-        groups: of the layers that are adapted.
-        rank: the name of the argument ``rank`` where it was given.
-        prefix: before the names of ``k`` and ``groups``.
+        config: the config.
+        groups: groups of the adapted layers.
+        rank: name of the argument that set the rank.
+        prefix: put before the names ``k`` and ``groups``.
     """
     if isinstance(config, RasaConfig):
         yield from _little_shared(config, groups, prefix)
@@ -34,7 +34,7 @@ def config_warnings(
 
 
 def _little_shared(config: RasaConfig, groups: Sequence[Group], prefix: str) -> Iterator[str]:
-    """Without layers that share, RaSA is a LoRA with a diagonal. (Experts share in any case.)"""
+    """Yield a warning if most linear layers share no pool: RaSA is then close to a LoRA."""
     groups = [group for group in groups if not group.experts]
     total = sum(len(group.names) for group in groups)
     alone = _alone(groups)
@@ -65,7 +65,7 @@ def _alone(groups: Sequence[Group]) -> int:
 
 
 def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], argument: str) -> Iterator[str]:
-    """A layer's change has no more ranks than its smaller side; what is above trains nothing."""
+    """Yield a warning if the rank exceeds a layer's smaller side: extra ranks train nothing."""
     small = [group for group in groups if min(group.shape) < config.rank]
     if small:
         count = sum(len(group.names) for group in small)
@@ -79,7 +79,7 @@ def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], argument: str
 
 
 def untouched(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[str]:
-    """Say that much of a model, which nobody chose to leave out, is in experts that stay as is."""
+    """Yield a warning if untouched experts, which nobody excluded, are much of the model."""
     sizes = {name: math.prod(shape) for name, shape in plan.untouched.items()}
     share = sum(sizes.values()) / sum(parameter.numel() for parameter in model.parameters())
     if share < _MUCH:

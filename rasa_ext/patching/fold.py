@@ -1,4 +1,4 @@
-"""The one merge: dW of parts added to their weights, and taken out of them again."""
+"""The merge itself: add dW to the weights of parts, and undo that."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Merging:
     """How a merge is done, and what it reports."""
 
     dtype: torch.dtype | None = None
-    """Of the dense weights that quantized ones become; None: as the layers themselves say."""
+    """Dtype of the dense weights that replace quantized ones; None: the dtype each layer states."""
     subtract: bool = False
-    """Whether unmerging subtracts, so that no copy of the weights is kept."""
+    """Whether unmerging subtracts dW, so that no copy of the weights is stored."""
     keep: bool = True
-    """Whether anything is kept for unmerging."""
+    """Whether anything is stored for unmerging."""
     changes: list[Dequantized] = dataclasses.field(default_factory=list)
-    """The layers that became dense."""
+    """Reports on the layers that became dense."""
 
 
 @torch.no_grad()
 def check_parts(parts: Sequence[Part], dtype: torch.dtype | None, argument: str) -> None:
-    """Raise ValueError, before a merge, where a merged weight would not be finite.
+    """Raise ValueError, before a merge, if a merged weight would not be finite.
 
-    ``dtype`` is that of ``Merging``. The error begins with ``argument``. No part is merged yet.
+    ``dtype`` is as in ``Merging``. The error begins with ``argument``. No part may be merged yet.
     """
     for part in parts:
         if part.is_quantized:
@@ -51,19 +51,19 @@ def check_parts(parts: Sequence[Part], dtype: torch.dtype | None, argument: str)
 
 @torch.no_grad()
 def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = None) -> float:
-    """Add dW to the weights of all parts; after an error, to none.
+    """Add dW to the weights of all parts, or after an error to none.
 
-    The sum is taken in float32 (float64 for float64 weights) and rounded once. Nothing can be
-    undone where nothing is kept: call ``check_parts`` first.
+    The sum is taken in float32 (float64 for float64 weights) and rounded once. If nothing is
+    stored, a merge cannot be undone: call ``check_parts`` first.
 
     Args:
-        parts: none of them merged.
-        merging: how; the report on quantized layers is added to it.
-        argument: how the error begins where a merged weight is not finite. With None, dense
+        parts: parts that are not merged.
+        merging: the options. Reports on quantized layers are appended to it.
+        argument: start of the error for a merged weight that is not finite. With None, dense
             weights are not checked.
 
     Returns:
-        max |dW|, or 0 without an argument.
+        max |dW|, or 0 without ``argument``.
     """
     largest = 0.0
     try:
@@ -96,14 +96,14 @@ def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = 
 
 @torch.no_grad()
 def unmerge_parts(parts: Sequence[Part]) -> None:
-    """Give those parts that are merged the exact weights they had before.
+    """Restore the exact weights that merged parts had before the merge.
 
-    Raises RuntimeError where unmerging subtracts, and an adapter has changed since; all parts stay
-    merged then.
+    Raises RuntimeError if unmerging subtracts and an adapter has changed since. All parts then
+    stay merged.
     """
     undone: list[tuple[Chunk, list[Any]]] = []
     try:
-        for chunk in _dense_chunks(parts):  # as merging had them: others round otherwise
+        for chunk in _dense_chunks(parts):  # the chunks of the merge: others round differently
             kept = [part.kept for part in chunk]
             originals = list(kept)
             if any(isinstance(each, MergeResidual) for each in kept):
@@ -131,10 +131,10 @@ def _dense_chunks(parts: Iterable[Part]) -> list[Chunk]:
 
 
 def _add(chunk: Chunk, weights: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Add dW to ``weights``, each (out, in), and give the packs of which it is made."""
+    """Add dW to ``weights``, each (out, in), and return the packs that dW was made of."""
     packs = packs_of(chunk, ops.accumulation_dtype(weights[0].dtype))
     ops.merge_group(weights, *packs)
-    # A compiled operator writes without autograd's knowledge; a backward through the old values
-    # must still be refused.
+    # A compiled operator writes without autograd's knowledge. A backward through the old values
+    # must still raise an error.
     torch.autograd.graph.increment_version(weights)
     return packs

@@ -1,4 +1,4 @@
-"""Which layers share a pool: by default those of one name pattern and shape, or as one chooses."""
+"""Grouping of layers that share a pool: by name pattern and shape, or by ``groups``."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ Shape = tuple[int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Layers that share one pool: one name pattern, or chosen name, and one (out, in) shape."""
+    """Layers that share one pool: one name pattern or chosen name, and one (out, in) shape."""
 
     pattern: str
     shape: Shape
     names: tuple[str, ...]
     experts: int = 0
-    """How many experts each of them stacks; 0 for linear layers."""
+    """Number of experts in each stacked weight; 0 for linear layers."""
 
     def specs(self, *devices: torch.device) -> list[LayerSpec]:
-        """Describe the layers, with tensors on ``devices``: one for each, or for all."""
+        """Return a spec per layer, with tensors on ``devices``: one per layer, or one for all."""
         each = zip(self.names, itertools.cycle(devices))
         return [
             LayerSpec(index, len(self.names), *self.shape, device, name, self.experts)
@@ -41,20 +41,20 @@ class Group:
         ]
 
     def planned(self, config: AdapterConfig) -> dict[str, Adapter]:
-        """Give the adapters that a method makes for its layers, by name, on the meta device."""
+        """Return the adapters that the method makes for the group, by layer name, on meta."""
         specs = self.specs(torch.device("meta"))
         pool = config.group_tensors(specs)
         return {s.name: Adapter(config, config.layer_tensors(s), pool, s) for s in specs}
 
 
 def pattern(name: str) -> str:
-    """Replace the layer index of a module path, the first integer in it, by ``*``.
+    """Replace the first integer in a module path, the layer index, by ``*``.
 
     Args:
-        name: as in ``model.named_modules()``.
+        name: a name from ``model.named_modules()``.
 
     Returns:
-        The name that layers of one kind have in common.
+        The name pattern of the layer.
 
     Example:
         >>> rasa_ext.patching.pattern("model.layers.3.mlp.up_proj")
@@ -71,12 +71,12 @@ def every_index(name: str) -> str:
 def groups_of(
     shapes: Mapping[str, tuple[int, ...]], experts: str | None = None, groups: Groups = ()
 ) -> tuple[Group, ...]:
-    """Group layers in the order in which they begin a group, linear layers first.
+    """Group layers by name and shape, linear layers first, in order of each group's first layer.
 
     Args:
         shapes: (out, in) of linear layers by name, (experts, out, in) of stacked weights.
-        experts: the grouping of the latter; with "layer" each is a group of its own.
-        groups: of a config.
+        experts: how stacked weights are grouped; with "layer" each one is a group.
+        groups: ``groups`` of the config.
     """
     found: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for name, shape in sorted(shapes.items(), key=lambda item: len(item[1])):
@@ -89,10 +89,10 @@ def groups_of(
 
 
 def group_of(name: str, groups: Groups = ()) -> str:
-    """Name the group of a layer: as ``groups`` has it, or its name pattern where that has none.
+    """Return the name of a layer's group: from ``groups``, else the name pattern.
 
-    A layer that is listed by its whole name belongs there, and otherwise to the first pattern that
-    its name ends in.
+    An entry with the whole name of the layer comes first, then the first pattern that the name
+    ends in.
     """
     if callable(groups):
         chosen = groups(name)
@@ -112,7 +112,7 @@ def _whole_names(groups: tuple[tuple[str, tuple[str, ...]], ...]) -> dict[str, s
 
 
 def ends_in(name: str, item: str) -> bool:
-    """Tell whether a name ends in a pattern, at a dot; ``*`` stands for one part of the name."""
+    """Return whether a name ends in a pattern, at a dot; ``*`` matches one part of the name."""
     return _compiled(item).search(name) is not None
 
 
@@ -125,9 +125,10 @@ def _compiled(item: str) -> re.Pattern[str]:
 def group_layers(
     config: AdapterConfig, bases: Mapping[str, LinearLayer | ExpertWeight], argument: str = "groups"
 ) -> tuple[Group, ...]:
-    """Group the layers that are adapted, by name; ``argument`` is where ``groups`` was given.
+    """Group the adapted layers, given by name.
 
-    Raises ValueError where a field of the config names layers, and means none of these.
+    ``argument`` is the name of ``groups`` in errors. Raises ValueError if a field of the config
+    names layers and matches none of these.
     """
     groups = config.layer_groups
     for item in () if callable(groups) else (item for _, items in groups for item in items):
@@ -144,8 +145,9 @@ def group_layers(
 
 
 def resolve_groups(config: AdapterConfig, found: Iterable[Group]) -> AdapterConfig:
-    """The config with the mapping that a callable in it gave for these groups: that has a file's
-    form, and means the same on load.
+    """Return the config with a callable ``groups`` replaced by the mapping it gave.
+
+    The mapping can be written to a file, and gives equal groups on load.
     """
     if not callable(config.layer_groups):
         return config

@@ -1,7 +1,7 @@
-"""Folding adapters into the base weights, and taking them out again: W += dW = Bp^T Ap.
+"""Merging adapters into the base weights and unmerging them: W += dW = Bp^T Ap.
 
-These are the calls for patched models. ``parts`` describes the matrices that an adapter changes,
-and ``fold`` merges them: those that are alike together, those over a quantized base one by one.
+These calls take patched models. ``parts`` describes the matrices that an adapter changes, and
+``fold`` merges them: equal shapes together, quantized layers one by one.
 """
 
 from __future__ import annotations
@@ -33,22 +33,23 @@ from rasa_ext.patching.tokens import (
     unmerge_rows,
 )
 
-_SWITCHING = threading.Lock()  # the adapters of a model off or on again
+_SWITCHING = threading.Lock()  # held while a model's adapters are switched off or on
 
 
 def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Compute the change of every adapted layer's weight, dW = [B | B_pool] diag(d) [A ; A_pool].
+    """Compute the weight change dW = [B | B_pool] diag(d) [A ; A_pool] of every adapted layer.
 
-    Layers of one group come one after the other. They are computed in chunks of at most 64 MiB of
-    dW (or one layer), each one product; a dW is a view of its chunk, which lives as long. The
-    formula is that of arXiv 2503.12576, section 3. Stacked expert weights come last, each whole.
+    The formula is from arXiv 2503.12576, section 3. Layers of one group follow each other. They are
+    computed in chunks of at most 64 MiB of dW (or one layer), one product per chunk. A dW is a view
+    of its chunk, so it holds the whole chunk in memory. Stacked expert weights come last, each
+    whole.
 
     Args:
         model: a patched model, merged or not.
 
     Returns:
-        An iterator over ``(name, dW)``, dW (out, in) in float32 and without grad; of a stacked
-        weight under the name of its parameter, and as that lies: (E, out, in) or (E, in, out).
+        An iterator over ``(name, dW)``, with dW (out, in) in float32 and without grad. For a
+        stacked weight, name and layout are the parameter's: (E, out, in) or (E, in, out).
 
     Raises:
         TypeError, ValueError: at the first step, the model is no module, or not patched.
@@ -70,32 +71,32 @@ def delta_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool = False) -> float:
-    """Fold every adapter into its base weight, so that the model runs at its base's speed.
+    """Merge every adapter into its base weight, so that the model runs at the base's speed.
 
-    W becomes W + dW, with dW as ``delta_weights`` gives it (arXiv 2503.12576, section 3). The sum
-    is taken in float32 (float64 for float64 weights) and rounded once. The weights as they were are
-    kept beside the merged ones, so that ``unmerge`` restores them exactly; ``subtract`` and
-    ``merge_and_unload`` save that memory. A quantized layer becomes a dense one, with a warning
-    that tells by how much its output is off.
+    W becomes W + dW, with dW from ``delta_weights`` (arXiv 2503.12576, section 3). The sum is taken
+    in float32 (float64 for float64 weights) and rounded once. A copy of the original weights is
+    stored, from which ``unmerge`` restores them exactly; ``subtract`` and ``merge_and_unload`` save
+    that memory. A quantized layer becomes dense, with a warning that states the error of the
+    output.
 
     Args:
         model: a patched model.
-        dtype: that of the dense weights which quantized ones become; unless given, that of the
-            model's first float parameter, which is usually the embedding.
-        subtract: let ``unmerge`` subtract what was added. Of a weight, only those entries are kept
-            that this does not give back: few where dW is small beside W. Still exact, as long as
-            the adapter is not changed while it is merged.
+        dtype: dtype of the dense weights that replace quantized ones. Defaults to the dtype of the
+            model's first float parameter, usually the embedding.
+        subtract: let ``unmerge`` subtract dW. Only entries that this does not restore are stored:
+            few where dW is small beside W. Unmerging is still exact, provided the adapter does not
+            change while it is merged.
 
     Returns:
-        max |dW| over all layers and entries. Merging a merged model changes nothing and returns the
-        same.
+        max |dW| over all layers and entries. Merging a merged model changes nothing and returns
+        that value again.
 
     Raises:
         TypeError, ValueError: ``dtype`` is no float dtype, or no adapted layer is quantized.
         ValueError: a merged weight would not be finite, or a weight is shared with another module,
             sharded over processes or parametrized. No layer is then merged.
-        RuntimeError: a CUDA graph is being captured, a quantized weight cannot be read, or the call
-            stands inside of ``disable_adapter``.
+        RuntimeError: a CUDA graph is being captured, a quantized weight cannot be read, or the
+            model is inside ``disable_adapter``.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -107,9 +108,9 @@ def merge(model: nn.Module, dtype: torch.dtype | None = None, *, subtract: bool 
 
 
 def unmerge(model: nn.Module) -> None:
-    """Give every base weight back the exact values it had before ``merge``.
+    """Restore the exact values that every base weight had before ``merge``.
 
-    Nothing happens to a model that is not merged. The adapter is active again, as before.
+    The adapter is active again. A model that is not merged stays as it is.
 
     Args:
         model: a patched model.
@@ -140,10 +141,10 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-    """Fold every adapter into its base weight and take the adapters off: a plain model.
+    """Merge every adapter into its base weight and remove the adapters.
 
-    W becomes W + dW (arXiv 2503.12576, section 3), as by ``merge``, but no second copy of the
-    weights is needed, save that quantized ones are let go at the end.
+    W becomes W + dW (arXiv 2503.12576, section 3), as in ``merge``, but without a second copy of
+    the weights. Quantized weights are freed only at the end.
 
     Args:
         model: a patched model.
@@ -168,16 +169,15 @@ def merge_and_unload(model: nn.Module, dtype: torch.dtype | None = None) -> nn.M
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Take the adapters off: base weights, modules and ``requires_grad`` flags as before the patch.
+    """Remove the adapters and restore base weights, modules and ``requires_grad`` flags.
 
-    A merged model is unmerged first. Modules of ``modules_to_save`` keep the values that training
-    gave them.
+    A merged model is unmerged first. Modules of ``modules_to_save`` keep their trained values.
 
     Args:
         model: a patched model.
 
     Returns:
-        The same object, as ``patch_model`` found it.
+        The same object, as it was before ``patch_model``.
 
     Raises:
         TypeError, ValueError, RuntimeError: as for ``unmerge``.
@@ -194,17 +194,17 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def disable_adapter(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the context the model computes what its base computes (``modules_to_save`` stay).
+    """Run the model without adapters within the context; ``modules_to_save`` stay trained.
 
-    Merged weights are unmerged for its duration. So a model is its own reference, as the losses of
-    preference training need one. Contexts may overlap in any order, also those of several threads:
-    the adapter is back when the last of them ends.
+    Merged weights are unmerged meanwhile. The model can thus be its own reference in preference
+    training. Contexts may overlap in any order and across threads: the adapter is back when the
+    last one ends.
 
     Args:
         model: a patched model.
 
     Returns:
-        A context manager that gives the model.
+        A context manager that yields the model.
 
     Raises:
         TypeError, ValueError, RuntimeError: on entering, as for ``unmerge``.
@@ -260,7 +260,7 @@ def _merge(
     _check_dtype(dtype, parts)
     _check_own_weights(root, [part for part in parts if not part.is_quantized])
     merging = Merging(dtype or model_dtype(root), subtract, keep_base)
-    if not keep_base:  # nothing could be undone: look at the results before the first is written
+    if not keep_base:  # this cannot be undone: check all results before the first write
         check_parts(parts, merging.dtype, "model")
     try:
         largest = max(merge_rows(root), merge_parts(parts, merging, "model"))
@@ -274,7 +274,7 @@ def _merge(
 
 
 def _parts(model: nn.Module) -> list[Part]:
-    """List the matrices that a model's adapters change."""
+    """List the matrices that the model's adapters change."""
     return _linear_parts(model) + [part for _, parts in _stack_parts(model) for part in parts]
 
 
@@ -283,7 +283,7 @@ def _linear_parts(model: nn.Module) -> list[Part]:
 
 
 def _stack_parts(model: nn.Module) -> Iterator[tuple[str, list[Part]]]:
-    """Give the parts of each adapted stacked weight, by the parameter's name."""
+    """Yield the parts of each adapted stacked weight, with the parameter's name."""
     for path, experts in adapted_experts(model):
         for key, stack in experts.stacks().items():
             name, adapters = f"{path}.{key}", [stack.adapter()]
@@ -307,7 +307,7 @@ def _is_capturing() -> bool:
 
 
 def _check_not_capturing() -> None:
-    """Raise in a capture: what it records has not happened yet, but the model would believe so."""
+    """Raise during a capture: recorded work has not run yet, but the state would say it has."""
     if _is_capturing():
         raise RuntimeError(
             "a CUDA graph is being captured: merging reads its results back, and nothing that is "
@@ -316,13 +316,13 @@ def _check_not_capturing() -> None:
 
 
 def _check_own_weights(root: nn.Module, parts: list[Part]) -> None:
-    """Raise ValueError where a weight is not here, or where a merge would change others with it."""
+    """Raise ValueError if a weight is not here, or a merge would change another module with it."""
     if offloaded := next((part.name for part in parts if part.weight.is_meta), None):
         raise ValueError(
             f"model: expected base weights to merge into, but that of {offloaded!r} is offloaded "
             "or on the meta device; load the base whole, or export instead of merging."
         )
-    # Those of torchao have no storage of their own, and thus all the same address.
+    # torchao's tensors have no storage of their own, and thus all have one address.
     wrappers = {id(m.weight) for m in root.modules() if format_of(m) is not None}
     users: dict[int, list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -332,7 +332,7 @@ def _check_own_weights(root: nn.Module, parts: list[Part]) -> None:
         if part.expert is None:
             check_weight_is_stored(part.name, part.base)
         # A module registered under several names is one layer; only other modules count. The
-        # address of a stacked weight is that of the first expert's.
+        # address of a stacked weight is the address of the first expert.
         others = [
             other
             for other in users.get(part.weight.data_ptr(), ())

@@ -1,8 +1,8 @@
-"""A quantized base made dense while an adapter is merged into it, and what that costs.
+"""Merging into a quantized base: the layer becomes dense, and the error is measured.
 
-A change as small as an adapter's is mostly lost when the sum is quantized again, so merging makes
-the layer dense: the dequantized weight plus dW, rounded once. The quantized layer itself is kept
-beside it and put back unchanged.
+Most of an adapter's small change would be lost if the sum were quantized again. So the merged layer
+is dense: the dequantized weight plus dW, rounded once. The quantized layer is stored beside it and
+put back unchanged.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.patching.parts import Part, check_finite
 
 PROBES = 32
-"""Rows of random input on which a merged layer is compared with what it was, and of its weight
-that are quantized again to see what that would lose."""
+"""Number of random input rows on which a merged layer is compared with the original, and of weight
+rows that are quantized again to measure that error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Dequantized:
-    """The report on one layer that was made dense."""
+    """Report on one layer that became dense."""
 
     format: str
     dtype: torch.dtype
     before: int
-    """Bytes of the quantized weight, its scales included."""
+    """Bytes of the quantized weight, scales included."""
     after: int
-    """Bytes of the dense one."""
+    """Bytes of the dense weight."""
     error: float
-    """Norm of the error of the merged layer's output, relative to the output's."""
+    """Norm of the merged layer's output error, relative to the norm of the output."""
     requantized_error: float | None
-    """Likewise the error of the merged weight, were it quantized again; None where unknown."""
+    """Relative error of the merged weight if it were quantized again; None where unknown."""
 
 
 def dequantized_sum(part: Part, delta: Tensor, wanted: torch.dtype | None, argument: str) -> Tensor:
     """Compute a quantized layer's W + delta (out, in), rounded once, in the dtype for a dense base.
 
-    That is ``wanted``, or else the dtype that the layer says it had before. ValueError, which
-    begins with ``argument``, where the sum is not finite; RuntimeError where the weight cannot be
+    The dtype is ``wanted``, else the layer's dtype before quantization. Raises ValueError, which
+    begins with ``argument``, if the sum is not finite, and RuntimeError if the weight cannot be
     read.
     """
     fmt, bias = format_of(part.base), part.base.bias
@@ -72,7 +72,7 @@ def dequantize_and_merge(
 ) -> Dequantized:
     """Replace a layer's quantized base by a dense one that holds ``dequantized_sum``.
 
-    ``merged_base`` of the layer is the quantized one then. The layer is unchanged after an error.
+    The quantized base becomes the layer's ``merged_base``. An error leaves the layer unchanged.
     """
     base, merged = part.base, dequantized_sum(part, delta, wanted, argument)
     fmt: Any = format_of(base)
@@ -92,20 +92,20 @@ def dequantize_and_merge(
         _output_error(base, fmt, dense, delta),
         None if again is None else _relative(again, rows),
     )
-    part.owner.__dict__["merged_base"] = base  # kept, but not as a submodule
+    part.owner.__dict__["merged_base"] = base  # stored, but not as a submodule
     part.owner.base_layer = dense
     return done
 
 
 def restore_quantized(layer: AdaptedLinear) -> None:
-    """Put the quantized base back, the very same one, on the device where the dense one is now."""
+    """Put the original quantized base back, on the device of the dense one."""
     base, device = layer.merged_base, layer.base_layer.weight.device
     layer.base_layer = base if base.weight.device == device else base.to(device)
     layer.merged_base = None
 
 
 def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
-    """Warn of layers that became dense, with the largest errors among them."""
+    """Warn about layers that became dense, with the largest errors."""
     if not changes:
         return
     kinds = Counter((change.format, change.dtype) for change in changes)
@@ -123,9 +123,9 @@ def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
 
 
 def model_dtype(model: nn.Module) -> torch.dtype | None:
-    """Find the dtype of the first float parameter outside adapted layers: often the embedding's.
+    """Return the dtype of the first float parameter outside adapted layers, or None.
 
-    That is what reaches a linear layer. None where there is no such parameter.
+    It is often the embedding's, and thus the dtype of a linear layer's input.
     """
     adapted = (name for name, each in model.named_modules() if isinstance(each, AdaptedLinear))
     inside = tuple(f"{name}." for name in adapted)
@@ -134,17 +134,17 @@ def model_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def _output_error(base: LinearLayer, fmt: Format, dense: nn.Linear, delta: Tensor) -> float:
-    """Measure how far apart the layers' outputs are, the adapter's added to the first one's."""
+    """Measure the output error of the dense layer against the quantized one plus the adapter."""
     device, dtype = dense.weight.device, dense.weight.dtype
-    own = fmt.original_dtype(base) or dtype  # torchao's layers take no other
-    generator = torch.Generator().manual_seed(0)  # torch's own generator stays as it is
+    own = fmt.original_dtype(base) or dtype  # torchao's layers accept no other
+    generator = torch.Generator().manual_seed(0)  # leaves torch's global generator alone
     x = torch.randn(PROBES, dense.in_features, generator=generator).to(device, own).to(dtype)
     before = _without_trace(base)(x.to(own)).to(delta.dtype) + x.to(delta.dtype) @ delta.t()
     return _relative(dense(x).to(delta.dtype), before)
 
 
 def _without_trace(base: LinearLayer) -> LinearLayer:
-    """Copy the layer's object: Linear4bit keeps the dtype of its first input, its bias too."""
+    """Copy the layer object: Linear4bit stores the dtype of its first input, and casts its bias."""
     probe = copy.copy(base)
     probe._parameters = dict(base._parameters)
     if base.bias is not None:

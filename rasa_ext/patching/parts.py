@@ -1,6 +1,6 @@
-"""Parts: the matrices that adapters change, linear layers' weights and each expert's alike.
+"""Parts: the matrices that adapters change, which are linear layers and single experts.
 
-Those that are alike go through the operators over whole groups together, a chunk at a time.
+Parts of equal shape go through the group operators together, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.ops import Factors
 
-# Bytes of dW, in the dtype of the sums, that stand beside the model at a time. 64 MiB are 16
-# million entries in float32, one 4096 x 4096 layer: enough for one product to fill any card, and
-# little beside a model whose layers are worth taking together. A larger layer goes alone.
+# Bytes of dW, in the dtype of the sums, that are in memory at a time. 64 MiB are 16 million
+# float32 entries, one 4096 x 4096 layer: enough for one product to fill any card, and little
+# beside a model whose layers are worth grouping. A larger layer goes alone.
 CHUNK_BYTES = 64 << 20
 
 
 @dataclass(eq=False)
 class Part:
-    """One matrix that adapters change, and where to keep what unmerging needs."""
+    """One matrix that adapters change, and where its data for unmerging is stored."""
 
     name: str
     base: Any
-    """The module whose weight it is."""
+    """The module that holds the weight."""
     weight: Tensor
-    """(out, in), a view of the base's weight. Of a quantized base, the weight as it is stored."""
+    """(out, in), a view of the base's weight; for a quantized base, the stored weight."""
     factors: tuple[Factors, ...]
-    """One for each adapter; the changes add up."""
+    """One per adapter; their changes add up."""
     alike: Hashable
-    """What it has in common with the parts that go into one product."""
+    """Key that is equal for parts that can go into one product."""
     owner: Any
-    """The module that has, as ``merged_base``, what unmerging needs; None while it is not merged.
-    That of experts is a dict, by the weight's name and the expert."""
+    """The module whose ``merged_base`` holds the data for unmerging; None while not merged. For
+    experts it is a dict, by weight name and expert."""
     expert: tuple[str, int] | None = None
 
     @property
     def kept(self) -> Any:
-        """The weight (out, in) before the merge, or less, or the quantized layer; or None."""
+        """The weight (out, in) before the merge, a residual, the quantized layer, or None."""
         kept = self.owner.merged_base
         return kept if self.expert is None else (kept or {}).get(self.expert)
 
@@ -62,7 +62,7 @@ class Part:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the base is quantized, or a dense layer in the place of a quantized one."""
+        """Whether the base is quantized, or a dense layer that replaces a quantized one."""
         if self.expert is not None:
             return False
         return isinstance(self.kept, nn.Module) or format_of(self.base) is not None
@@ -72,7 +72,7 @@ Chunk = list[Part]
 
 
 def linear_part(name: str, layer: AdaptedLinear, adapters: Sequence[Adapter]) -> Part:
-    """Make the part of a linear layer, which these adapters change."""
+    """Make the part of a linear layer for these adapters."""
     weight = layer.base_layer.weight.detach()
     pools = tuple(id(tensor) for each in adapters for tensor in each.pool.values())
     return Part(
@@ -88,7 +88,7 @@ def linear_part(name: str, layer: AdaptedLinear, adapters: Sequence[Adapter]) ->
 def stack_parts(
     name: str, base: nn.Module, key: str, adapters: Iterable[Adapter], owner: nn.Module
 ) -> list[Part]:
-    """Make the parts of a stacked weight, ``base.key``, one for each expert."""
+    """Make the parts of a stacked weight, ``base.key``: one per expert."""
     factors = [adapter.factors() for adapter in adapters]
     return [
         Part(
@@ -105,9 +105,9 @@ def stack_parts(
 
 
 def chunks_of(parts: Iterable[Part]) -> Iterator[Chunk]:
-    """Cut ``parts`` into those that one product takes, alike and of at most CHUNK_BYTES of dW.
+    """Split ``parts`` into chunks for one product: equal keys, at most CHUNK_BYTES of dW.
 
-    That is dW in the dtype in which weights are summed.
+    Bytes are counted in the dtype in which weights are summed.
     """
     alike: dict[Hashable, Chunk] = {}
     for part in parts:
@@ -124,7 +124,7 @@ def chunks_of(parts: Iterable[Part]) -> Iterator[Chunk]:
 
 @torch.no_grad()
 def packs_of(chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Pack the parts of a chunk: Ap (L, R, in), Bp (L, R, out), R over all adapters of a part."""
+    """Pack a chunk into Ap (L, R, in) and Bp (L, R, out), R over all adapters of a part."""
     packs = [_packs(each, dtype) for each in zip(*(part.factors for part in chunk), strict=True)]
     down, up = zip(*packs, strict=True)
     return torch.cat(down, 1), torch.cat(up, 1)
@@ -134,7 +134,7 @@ def _packs(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Tens
     """Pack one adapter of each part."""
     first = factors[0]
     if any(each.A_pool is not first.A_pool or each.d is None for each in factors):
-        # Each reads ranks of its own from the pool, or the pool lies on another device.
+        # Each part reads other ranks of the pool, or the pool is on another device.
         packs = [ops.pack(*each, dtype, 1) for each in factors]
         return torch.stack([Ap for Ap, _ in packs]), torch.stack([Bp for _, Bp in packs])
     A, _, B, _, d = zip(*factors, strict=True)
@@ -142,13 +142,13 @@ def _packs(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Tens
 
 
 def deltas_of(chunk: Chunk, dtype: torch.dtype | None = None) -> Tensor:
-    """Compute dW (L, out, in) of the parts of a chunk, in the dtype of the sums unless given."""
+    """Compute dW (L, out, in) of a chunk, by default in the dtype of the sums."""
     wide = dtype or ops.accumulation_dtype(chunk[0].weight.dtype)
     return ops.delta_group(*packs_of(chunk, wide))
 
 
 def check_finite(parts: Sequence[Part], weights: Sequence[Tensor], argument: str) -> None:
-    """Raise ValueError, which begins with ``argument``, where a merged weight is not finite."""
+    """Raise ValueError, beginning with ``argument``, if a merged weight is not finite."""
     finite = torch.stack([weight.isfinite().all() for weight in weights]).tolist()
     for part, weight, good in zip(parts, weights, finite, strict=True):
         if not good:

@@ -1,4 +1,4 @@
-"""Patching a model in place, and taking the patch off again."""
+"""Patching a model in place, and undoing the patch."""
 
 from __future__ import annotations
 
@@ -55,31 +55,31 @@ def patch_model(
     experts: str | None = None,
     config: AdapterConfig | None = None,
 ) -> nn.Module:
-    """Give a model's linear layers RaSA adapters, in place, and freeze everything else.
+    """Add RaSA adapters to a model's linear layers, in place, and freeze everything else.
 
-    A layer of weight W (out, in) computes x (W + dW)^T from then on, with dW = [B | B_pool] diag(d)
-    [A ; A_pool] of rank r-k+L*k, the pool being shared by the L layers of one name and shape (arXiv
-    2503.12576, section 3). The output stays what it was until training begins, since every B starts
-    at zero. Which layers are adapted, how they are grouped and what was left out is in
-    ``summary(model)``.
+    A layer with weight W (out, in) then computes x (W + dW)^T, with dW = [B | B_pool] diag(d)
+    [A ; A_pool] of rank r-k+L*k. The L layers of one name and shape share the pool (arXiv
+    2503.12576, section 3). The output stays the base's until training begins, since every B starts
+    at zero. ``summary(model)`` shows which layers are adapted, how they are grouped and what was
+    left out.
 
     Args:
         model: any module that holds ``nn.Linear`` or transformers ``Conv1D`` layers.
-        rank, k, alpha, dropout, adapter_dtype: fields of ``RasaConfig``, whose help texts say what
-            each does and costs.
-        target_modules, exclude_modules, modules_to_save, groups: more of its fields: which layers
-            are adapted or trained in full, and which share a pool.
-        trainable_token_indices: tokens whose rows of the embedding are trained, such as new ones.
-        experts: adapts the stacked expert weights of a mixture of experts as well: "slot", "layer"
-            or "shared" tells which of them share a pool. None leaves them alone, with a warning.
-        config: all of them at once; the others must then be left at their defaults.
+        rank, k, alpha, dropout, adapter_dtype: fields of ``RasaConfig``; the help texts there
+            explain what each does and costs.
+        target_modules, exclude_modules, modules_to_save, groups: fields of ``RasaConfig``: which
+            layers are adapted or trained in full, and which share a pool.
+        trainable_token_indices: tokens whose embedding rows are trained, such as new tokens.
+        experts: also adapt the stacked expert weights of a mixture of experts. "slot", "layer" or
+            "shared" sets which of them share a pool. None leaves them alone, with a warning.
+        config: replaces all other arguments, which must then be left at their defaults.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came. The model is
-            then unchanged.
+        ValueError, TypeError: an argument is wrong; the message says what was expected and what
+            came. The model is then unchanged.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1, alpha=32.0)
@@ -119,13 +119,13 @@ def patch_model(
 
 
 def check_unpatched(model: nn.Module) -> None:
-    """Check that a model carries no RaSA layers; warn of PEFT's, which patching freezes.
+    """Check that a model has no RaSA layers; warn about PEFT's, which patching freezes.
 
     Args:
-        model: to be patched, or to be compared with.
+        model: the model to check.
 
     Raises:
-        ValueError: it is patched already.
+        ValueError: the model is patched already.
 
     Example:
         >>> rasa_ext.patching.check_unpatched(model)
@@ -151,19 +151,19 @@ def check_unpatched(model: nn.Module) -> None:
 def plan_layers(
     model: nn.Module, config: RasaConfig, shapes: Mapping[str, tuple[int, int]], where: str
 ) -> tuple[RasaConfig, Plan]:
-    """Plan an adapter for just these layers.
+    """Plan an adapter for exactly these layers.
 
     Args:
         model: an unpatched model.
-        config: whose targets are replaced.
+        config: the config whose ``target_modules`` are replaced.
         shapes: (out, in) by the layer's name in ``model.named_modules()``.
-        where: with what errors about ``shapes`` begin.
+        where: start of errors about ``shapes``.
 
     Returns:
-        The config, with such targets, and its plan.
+        The config with the new targets, and the plan.
 
     Raises:
-        ValueError: the model is patched, or a name is no linear layer of that shape.
+        ValueError: the model is patched, or a name is no linear layer of the given shape.
 
     Example:
         >>> shapes = {"model.layers.0.mlp.down_proj": (32, 48)}
@@ -195,9 +195,9 @@ def plan_layers(
 
 
 def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
-    """Carry out a plan that ``make_plan`` made for this model and config."""
+    """Apply a plan that ``make_plan`` made for this model and config."""
     config = resolve_groups(config, plan.groups)
-    # Everything that can fail, running out of memory included, happens before the model changes.
+    # Everything that can fail, including running out of memory, happens before the model changes.
     wrapped: dict[nn.Module, RasaLinear] = {}
     stacked: dict[nn.Module, dict[str, RasaExpertWeight]] = {}
     for group in plan.groups:
@@ -232,7 +232,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
 
 
 def remove_layers(model: nn.Module) -> nn.Module:
-    """Put every base layer, with the weights it has now, back in its place."""
+    """Put every base layer back in place, with the current weights."""
     root, state = unwrap(model), patch_state(model)
     kinds = RasaLinear | RasaExperts | TrainedTokens
     adapted = [module for module in root.modules() if isinstance(module, kinds)]

@@ -1,4 +1,4 @@
-"""What a patched model of transformers does in place of its own ``save_pretrained``."""
+"""Replacement for ``save_pretrained`` of a patched transformers model."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _write: Callable[..., None] | None = None
 
 
 def writes_pretrained(function: Callable[..., None]) -> Callable[..., None]:
-    """Make a function of a model and a folder what ``save_pretrained`` calls."""
+    """Register a function of a model and a folder as the one ``save_pretrained`` calls."""
     global _write
     _write = function
     return function
 
 
 class SavePretrained:
-    """``save_pretrained`` as an attribute of one patched model, which a copy has of itself."""
+    """``save_pretrained`` as an attribute of one patched model; a copied model gets a new one."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)  # no circle, which would keep the model's memory
+        self._model = weakref.ref(model)  # a cycle would hold the model's memory
 
     def __call__(self, save_directory: Any, *args: Any, **options: Any) -> None:
-        """Write what ``checkpoint.pretrained`` says."""
+        """Write what ``checkpoint.pretrained`` describes."""
         assert _write is not None
         _write(self._model(), save_directory, *args, **options)
 
@@ -41,7 +41,7 @@ class SavePretrained:
 
 
 def replace_save_pretrained(model: nn.Module) -> list[Any]:
-    """Let a model that has ``save_pretrained`` write its adapter; give the hooks to remove."""
+    """Replace ``save_pretrained`` of a model, if it has one; return the hooks to remove."""
     if not hasattr(model, _NAME):
         return []
     model.__dict__[_NAME] = SavePretrained(model)
@@ -49,14 +49,14 @@ def replace_save_pretrained(model: nn.Module) -> list[Any]:
 
 
 def restore_save_pretrained(model: nn.Module) -> None:
-    """Give a model that is no longer patched its own method again."""
+    """Restore ``save_pretrained`` of a model that is no longer patched."""
     model.__dict__.pop(_NAME, None)
 
 
 def trained_state(root: nn.Module) -> dict[str, Tensor]:
-    """Give what training changes of a patched model's ``state_dict``: an adapter, trained modules.
+    """Return the part of ``state_dict`` that training changes: adapters and trained modules.
 
-    So are frozen tensors of an adapter, and buffers of modules that are trained in full.
+    It includes frozen tensors of an adapter, and buffers of modules trained in full.
     """
     mine = {id(module.rows) for _, module in row_owners(root)}
     for _, owner in owners(root):
@@ -67,7 +67,7 @@ def trained_state(root: nn.Module) -> dict[str, Tensor]:
 
 
 def _nothing_missing(model: nn.Module, keys: Any) -> None:
-    """Hook: a state of all that is trained, and nothing else, is whole: the base stays as it is."""
+    """Hook: accept a state of exactly the trained tensors, which leaves the base unchanged."""
     missing = set(keys.missing_keys)
     if missing and missing == set(model.state_dict()) - set(trained_state(model)):
         keys.missing_keys.clear()

@@ -1,4 +1,4 @@
-"""The state that a model keeps of its patch, and how its layers are found again."""
+"""State of a patched model, and lookup of its adapted layers."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from rasa_ext.patching.tokens import row_owners
 
 _STATE = "_rasa_ext"
 _INNER = ("_orig_mod", "module", "_fsdp_wrapped_module")
-"""The names under which torch.compile, data parallelism and FSDP 1 have what they wrap."""
+"""Attribute names under which torch.compile, data parallelism and FSDP 1 hold the inner module."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclasses.dataclass
 class PatchState:
-    """The memory that a patched model keeps of its patch: enough to report it and to undo it."""
+    """State of a patched model: what ``summary`` reports and ``unpatch`` needs."""
 
     config: AdapterConfig
     plan: Plan
     trainable_before: frozenset[str]
     attributes_before: list[tuple[nn.Module, str, Any]]
-    """Attributes of modules that were changed: (module, name, value before)."""
+    """Module attributes that were changed: (module, name, value before)."""
     hooks: list[Any]
     merged: float | None = None
-    """The largest change of any weight while merged, None while not."""
+    """Largest change of any weight while merged; None while not merged."""
     dense_dtype: torch.dtype | None = None
-    """The dtype that the last merge was asked to give to dequantized weights."""
+    """Dtype that the last merge was asked to give dequantized weights."""
     subtract: bool = False
-    """Whether the last merge was asked to keep no copy of the base's weights."""
+    """Whether the last merge was asked to store no copy of the base's weights."""
     disabled: int = 0
-    """How many contexts of ``disable_adapter`` are open."""
+    """Number of open ``disable_adapter`` contexts."""
     merge_again: bool = False
-    """Whether the model was merged when the first of them began."""
+    """Whether the model was merged when the first of them was entered."""
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Find the patched module inside the wrappers of torch.compile and data parallelism.
+    """Return the patched module inside the wrappers of torch.compile and data parallelism.
 
     Args:
         model: a model, wrapped or not.
 
     Returns:
-        The patched module; where none is, what is inside all the wrappers.
+        The patched module; without one, the innermost module.
 
     Example:
         >>> wrapped = torch.nn.DataParallel(rasa_ext.patch_model(model, rank=8, k=1))
@@ -66,12 +66,12 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Tell whether ``patch_model`` or ``load_adapter`` has patched this very module."""
+    """Return whether ``patch_model`` or ``load_adapter`` patched this very module."""
     return isinstance(model, nn.Module) and _STATE in unwrap(model).__dict__
 
 
 def patch_state(model: nn.Module) -> PatchState:
-    """Give the state of a patched model; raise ValueError where there is none."""
+    """Return the state of a patched model; raise ValueError if the model is not patched."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     state: PatchState | None = unwrap(model).__dict__.get(_STATE)
@@ -90,7 +90,7 @@ def patch_state(model: nn.Module) -> PatchState:
 
 
 def check_unmerged(model: nn.Module) -> None:
-    """Check that a model's adapter may change: while it is merged, its tensors must stay.
+    """Check that a model's adapter is not merged, and so may change.
 
     Args:
         model: a patched model.
@@ -117,14 +117,14 @@ def adapted_experts(model: nn.Module) -> list[tuple[str, RasaExperts]]:
 
 
 def owners(model: nn.Module) -> list[tuple[str, AdapterOwner]]:
-    """List what owns an adapter's tensors: adapted linear layers, and adapted expert weights.
+    """List the owners of adapter tensors: adapted linear layers and adapted expert weights.
 
     Args:
         model: a model, patched or not.
 
     Returns:
-        Pairs of a name in the model and a ``RasaLinear``, or what stands for one stacked weight of
-        experts, in the order of the model. Each has ``config``, ``spec``, ``pool``,
+        Pairs of a name and an owner, in the model's order. An owner is a ``RasaLinear``, or the
+        adapter of one stacked expert weight. Each has ``config``, ``spec``, ``pool``,
         ``own_tensors()`` and ``pool_tensors()``.
 
     Example:
@@ -141,7 +141,7 @@ def _modules_of(model: nn.Module, kind: type[_Module]) -> list[tuple[str, _Modul
 
 
 def check_no_experts(model: nn.Module, what: str) -> None:
-    """Raise ValueError where the experts of a model are adapted, which ``what`` cannot do with."""
+    """Raise ValueError if a model has adapted experts, which ``what`` does not support."""
     if found := adapted_experts(model):
         raise ValueError(
             f"model: {what} is for adapters of linear layers, but {found[0][0]!r} has adapted "
@@ -152,8 +152,8 @@ def check_no_experts(model: nn.Module, what: str) -> None:
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """List the adapter's trainable parameters, each once: A, B and d of layers, A and B of pools.
 
-    Rows of ``trainable_token_indices`` come last. These are what an optimizer takes, unless
-    ``modules_to_save`` are trained too: then give it every parameter with ``requires_grad``.
+    Rows of ``trainable_token_indices`` come last. Pass the list to an optimizer. If
+    ``modules_to_save`` are trained too, pass every parameter with ``requires_grad`` instead.
 
     Args:
         model: a patched model.
@@ -161,6 +161,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     Returns:
         The parameters, in the order of the model's layers, in the config's ``adapter_dtype``.
         A layer has A (r-k, in), B (out, r-k) and d (r-k+L*k,), a pool A (L*k, in) and B (out, L*k)
+        (arXiv 2503.12576, section 3).
         (arXiv 2503.12576, section 3).
 
     Raises:

@@ -1,8 +1,8 @@
-"""Taking an adapter out of a merged weight by subtracting it again, to the bit.
+"""Exact unmerging by subtraction.
 
 ``round(round(W + dW) - dW)``, summed in float32, is W wherever the merged entry is no coarser than
-W's own: all but those that dW lifts to a larger power of two. Merging finds these out and keeps
-them, in place of a copy of the whole weight.
+W's own. It fails only for entries that dW lifts to a larger power of two. Merging stores these
+entries, in place of a copy of the whole weight.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclasses.dataclass(frozen=True)
 class MergeResidual:
-    """The entries of a weight (out, in) that subtracting does not give back."""
+    """The entries of a weight (out, in) that subtraction does not restore."""
 
     index: Tensor
-    """(n,) places of these entries in the flattened weight: int32, or int64 in a huge one."""
+    """(n,) indices into the flattened weight: int32, or int64 in a huge weight."""
     value: Tensor
-    """(n,) what stood there, in the weight's dtype."""
+    """(n,) original values, in the weight's dtype."""
     sum: Tensor
-    """() int64, the sum of the weight's bits, by which ``original`` knows it again."""
+    """() int64 checksum of the weight's bits, which ``original`` compares."""
 
     def original(self, merged: Tensor, delta: Tensor) -> Tensor:
-        """Restore the weight (out, in) as it was before ``delta`` (out, in) was added to it.
+        """Restore the weight (out, in) as it was before ``delta`` (out, in) was added.
 
-        Raises RuntimeError where the result is not that weight.
+        Raises RuntimeError if the result is not that weight.
         """
         weight, device = _subtracted(merged, delta), merged.device
         weight.view(-1)[self.index.to(device).long()] = self.value.to(device)
@@ -44,7 +44,7 @@ class MergeResidual:
 
 
 def residual_of(weight: Tensor, merged: Tensor, delta: Tensor) -> MergeResidual | Tensor:
-    """Choose what to keep of ``weight``, all (out, in); a copy of it where that is smaller."""
+    """Return the residual of ``weight``, or a copy of it where that is smaller; all (out, in)."""
     wrong = (_bits(_subtracted(merged, delta)) != _bits(weight)).flatten()
     small = wrong.numel() <= torch.iinfo(torch.int32).max
     index = wrong.nonzero().flatten().to(torch.int32 if small else torch.int64)
@@ -58,7 +58,7 @@ def _subtracted(merged: Tensor, delta: Tensor) -> Tensor:
 
 
 def _bits(weight: Tensor) -> Tensor:
-    """View it as integers, where the sign of a zero counts and NaN equals itself."""
+    """View a weight as integers, where the sign of a zero counts and NaN equals itself."""
     return weight.detach().contiguous().view(_BITS[weight.itemsize])
 
 

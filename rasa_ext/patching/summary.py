@@ -1,4 +1,4 @@
-"""summary(model): what was matched, how it is grouped, and what was left out."""
+"""``summary(model)``: the adapted layers, their groups, and what was left out."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ class Row:
     """One group of layers that share a pool."""
 
     pattern: str
-    """Their module path, the layer index replaced by ``*``, or the name that ``groups`` gave."""
+    """Module path with the layer index replaced by ``*``, or the name from ``groups``."""
     L: int
-    """How many layers the group has."""
+    """Number of layers in the group."""
     shape: tuple[int, int]
-    """(out, in) of each."""
+    """(out, in) of each layer."""
     R: int
-    """Effective rank, r - k + L*k under RaSA; the largest, where layers differ."""
+    """Effective rank, r - k + L*k under RaSA; the largest where layers differ."""
     trainable: int
-    """Trainable parameters of the group, its pool counted once."""
+    """Trainable parameters of the group, with the pool counted once."""
     R_min: int
-    """The smallest effective rank of a layer."""
+    """Smallest effective rank of a layer."""
     experts: int = 0
-    """How many experts each of the L stacked weights has; 0 for linear layers."""
+    """Number of experts in each of the L stacked weights; 0 for linear layers."""
 
 
 class Summary(list[Row]):
-    """The rows, one per group; ``str()`` and ``print`` give a table."""
+    """Rows of the summary, one per group; ``str()`` and ``print`` give a table."""
 
     skipped: dict[str, str]
-    """Linear layers, 1x1 convolutions and weights of experts that stay as they are, and why."""
+    """Linear layers, 1x1 convolutions and expert weights that are not adapted, with the reason."""
     modules_to_save: tuple[str, ...]
     """Modules that are trained in full."""
     tokens: dict[str, tuple[int, ...]]
-    """Of what has trained rows, by the names of all that read them: the tokens."""
+    """Trained tokens, by the names of all modules that read their rows."""
     groups: dict[str, tuple[str, ...]]
-    """The groups that the argument ``groups`` chose: names, and the patterns of their layers."""
+    """Groups set by the argument ``groups``: their names, and the patterns of their layers."""
     adapter: int
-    """Parameters of the adapter."""
+    """Number of parameters of the adapter."""
     trainable: int
-    """All trainable parameters, those of ``modules_to_save`` included."""
+    """Number of trainable parameters, with ``modules_to_save``."""
     total: int
-    """All parameters of the model, the adapter included."""
+    """Number of parameters of the model, with the adapter."""
 
     def __str__(self) -> str:
         table = [("group", "L", "out x in", "R", "trainable")]
@@ -70,7 +70,7 @@ class Summary(list[Row]):
         return "\n".join([*lines, *self.left_out()])
 
     def left_out(self) -> list[str]:
-        """Give a line for each kind of layer that was skipped, with the reason."""
+        """Return one line per kind of layer that was skipped, with the reason."""
         counts = Counter((pattern(name), reason) for name, reason in self.skipped.items())
         return [
             f"left out: {name}{f' ({count} layers)' if count > 1 else ''}: {reason}"
@@ -79,19 +79,19 @@ class Summary(list[Row]):
 
 
 def summary(model: nn.Module) -> Summary:
-    """Show what was adapted: one row per group of layers that share a pool.
+    """Summarize a patched model: one row per group of layers that share a pool.
 
-    A row has the group's name pattern (or its name in ``groups``), its L layers, their shape
-    (out, in), the effective rank R = r-k+L*k (arXiv 2503.12576, section 3) and its trainable
-    parameters.
+    A row has the group's name pattern (or its name in ``groups``), the number L of layers, their
+    shape (out, in), the effective rank R = r-k+L*k (arXiv 2503.12576, section 3) and the number of
+    trainable parameters.
 
     Args:
         model: a patched model.
 
     Returns:
-        A list of rows that prints as a table. What was left out and why is in ``.skipped``, what is
-        trained in full in ``.modules_to_save``, and counts of parameters are in ``.adapter``,
-        ``.trainable`` and ``.total``.
+        A list of rows that prints as a table. ``.skipped`` has what was left out and why,
+        ``.modules_to_save`` the modules trained in full, and ``.adapter``, ``.trainable`` and
+        ``.total`` the parameter counts.
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched.

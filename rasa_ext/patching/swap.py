@@ -1,4 +1,4 @@
-"""Changes to a model beside its new layers, so that they are called, trained and fused."""
+"""Changes to a model beside the new layers, so that they are called, trained and fused."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ PROJECTIONS_OF_ONE_INPUT = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
-"""Names that one parent gives to projections of one input."""
+"""Names of sibling projections that read one input."""
 
 
 def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
-    """Put ``new[module]`` in place of each module, under every name that it is registered by."""
+    """Replace each module by ``new[module]``, under every name it is registered by."""
     found = [
         (parent, key, child)
         for parent in model.modules()
@@ -39,7 +39,7 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def link_fused_projections(model: nn.Module, kind: type[AdaptedLinear]) -> None:
-    """Let the layers of ``kind`` in a model know which of them may read one input."""
+    """Link layers of ``kind`` that may read one input, so that they can be fused."""
     for parent in model.modules():
         for names in PROJECTIONS_OF_ONE_INPUT:
             children = (parent._modules.get(name) for name in names)
@@ -51,20 +51,20 @@ def link_fused_projections(model: nn.Module, kind: type[AdaptedLinear]) -> None:
 
 
 FAST_PATH = "activation_relu_or_gelu"
-"""The attribute by which ``nn.TransformerEncoderLayer`` knows that its fused path may be taken."""
+"""The attribute that lets ``nn.TransformerEncoderLayer`` take its fused path."""
 
 
 def let_adapters_work(
     model: nn.Module, adapted: Container[nn.Module], hide_quantizer: bool
 ) -> list[tuple[nn.Module, str, Any]]:
-    """Switch off what passes adapted layers by, or stops gradients through quantized ones.
+    """Disable what bypasses adapted layers, or blocks gradients through quantized ones.
 
-    ``nn.TransformerEncoderLayer`` reads its layers' weights in eval without grad; clearing the
-    attribute that says its activation is a known one sends it down the ordinary path, with the same
-    result. ``repacking_flags`` has the rest.
+    In eval without grad, ``nn.TransformerEncoderLayer`` reads the layers' weights directly. Without
+    the attribute for a known activation it takes the ordinary path, with an equal result.
+    ``repacking_flags`` has the rest.
 
     Returns:
-        What was changed, as (module, attribute, value before).
+        The changes, as (module, attribute, value before).
     """
     changes = repacking_flags(model, hide_quantizer)
     for kind, name, value in (
@@ -84,10 +84,10 @@ def let_adapters_work(
 
 
 def enable_input_require_grads(model: nn.Module) -> list[Any]:
-    """Make the embeddings' outputs require grad, as re-entrant checkpoints need; give the hooks.
+    """Make the embeddings' outputs require grad, for re-entrant checkpoints; return the hooks.
 
-    A re-entrant checkpoint none of whose inputs requires grad gives its parameters none. Models of
-    transformers that take token ids see to it themselves when checkpointing is switched on.
+    A re-entrant checkpoint gives its parameters no gradient if none of its inputs requires grad.
+    transformers models that take token ids handle this when checkpointing is switched on.
     """
     if getattr(model, "main_input_name", None) == "input_ids":
         return []
@@ -99,7 +99,7 @@ def enable_input_require_grads(model: nn.Module) -> list[Any]:
 
 
 def _require_grad(module: nn.Module, args: Any, output: Any) -> None:
-    """Forward hook: let the output take part in autograd. (A module-level function pickles.)"""
+    """Forward hook: make the output require grad. (A module-level function can be pickled.)"""
     if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
         return
     if isinstance(output, Tensor) and output.is_floating_point() and output.is_leaf:

@@ -1,4 +1,4 @@
-"""Which layers of a model are adapted, and which of them share a pool. Looks, changes nothing."""
+"""Choice of the layers to adapt, and of those that share a pool. The model is only read."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ INSTEAD = "leave it out with exclude_modules, or train it in full with modules_t
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The changes that patching a model would make."""
+    """The changes that patching would make to a model."""
 
     groups: tuple[Group, ...]
     skipped: dict[str, str]
-    """Linear layers, 1x1 convolutions and weights of experts that stay as they are, and why."""
+    """Linear layers, 1x1 convolutions and expert weights that are not adapted, with the reason."""
     untouched: dict[str, tuple[int, ...]]
-    """Names and shapes of those expert weights that nobody chose to leave out."""
+    """Names and shapes of the expert weights that nobody chose to leave out."""
     adaptable: frozenset[str]
-    """Those of them that the argument ``experts`` would adapt."""
+    """The untouched weights that the argument ``experts`` would adapt."""
     modules_to_save: tuple[str, ...]
     """Names of the modules that are trained in full."""
     tokens: tuple[TokenRows, ...] = ()
-    """The tables of which rows are trained."""
+    """The tables with trained rows."""
 
 
 def make_plan(
@@ -42,20 +42,20 @@ def make_plan(
     stacks: Mapping[str, ExpertWeight] | None = None,
     found: Survey | None = None,
 ) -> Plan:
-    """Find the layers that a config names in a model, and group them. The model is only read.
+    """Choose the layers that a config names in a model, and group them. The model is only read.
 
     Args:
         model: any module that holds linear layers.
-        config: of any method.
-        linears: the layers to choose from, by name; by default every linear layer of the model.
-        stacks: stacked expert weights to choose from, which only a config with ``experts`` takes.
-        found: in place of both, what a walk over the model has found.
+        config: a config of any method.
+        linears: the layers to choose from, by name. Defaults to every linear layer of the model.
+        stacks: the stacked expert weights to choose from. Only a config with ``experts`` uses them.
+        found: result of a survey of the model, in place of both.
 
     Returns:
-        What ``patch_model`` would change.
+        The changes that ``patch_model`` would make.
 
     Raises:
-        TypeError, ValueError: naming the argument, where nothing or something impossible is named.
+        TypeError, ValueError: an argument names nothing, or something impossible.
 
     Example:
         >>> config = rasa_ext.RasaConfig(target_modules=["q_proj", "v_proj"])
@@ -109,7 +109,7 @@ def make_plan(
 def _choose(
     found: Survey, config: AdapterConfig, names: Collection[str], saved: Collection[str]
 ) -> tuple[list[str], dict[str, str]]:
-    """Choose the layers to adapt among ``names``; give them, and the others with the reason."""
+    """Choose the layers to adapt among ``names``; return them, and the others with the reason."""
     explicit = config.target_modules != ALL_LINEAR
     chosen: list[str] = []
     skipped: dict[str, str] = {}
@@ -156,11 +156,11 @@ def _choose(
 def resolve_config(
     model: nn.Module, config: AdapterConfig, found: Survey | None = None
 ) -> AdapterConfig:
-    """Drop names in the lists of ``config`` that match no module of ``model``.
+    """Drop names from the lists of ``config`` that match no module of ``model``.
 
-    ``modules_to_save`` become whole names, and so do those of ``trainable_token_indices``. This is
-    for configs from files: PEFT takes lists that name layers of several kinds of models.
-    ``found`` is what a walk over the model has found, if there was one.
+    ``modules_to_save`` and ``trainable_token_indices`` get whole names. This is for configs from
+    files: PEFT accepts lists that name layers of several kinds of models. ``found`` is a survey of
+    the model, if one was made.
     """
     found = found or survey(model)
     modules = [*(name for name in found.modules if name), *found.stacks]
@@ -188,14 +188,14 @@ def resolve_config(
 
 
 def matches(name: str, names: Names) -> bool:
-    """Tell whether a name matches a regular expression as a whole, or ends in a suffix."""
+    """Return whether a name matches a regular expression in full, or ends in a suffix."""
     if isinstance(names, str):
         return matches_whole(names, name)
     return any(name == item or name.endswith(f".{item}") for item in names)
 
 
 def _others(found: Survey, config: AdapterConfig) -> str:
-    """Name the modules that hold weights of their own and were meant, but are no linear layers."""
+    """Return a clause for errors: matched modules with weights that are no linear layers."""
     targets = config.target_modules
     meant = {
         name: type(module).__name__
@@ -211,7 +211,7 @@ def _others(found: Survey, config: AdapterConfig) -> str:
 
 
 def _matched(found: Survey, names: Collection[str], targets: Names) -> list[str]:
-    """Give those of the names that ``target_modules`` means."""
+    """Return the names that ``target_modules`` matches."""
     if targets == ALL_LINEAR:
         return list(names)
     for item in () if isinstance(targets, str) else targets:
@@ -251,7 +251,7 @@ def _modules_to_save(found: Survey, names: Collection[str]) -> tuple[str, ...]:
 
 
 def suffixes(names: list[str], model: nn.Module) -> list[str]:
-    """Find the shortest name suffixes that match these layers and no other module of the model."""
+    """Return the shortest name suffixes that match these layers and no other module."""
     adapted = set(names)
     others = {
         name.replace(".base_layer", "")
@@ -262,7 +262,7 @@ def suffixes(names: list[str], model: nn.Module) -> list[str]:
 
 
 def shortest_suffixes(names: Iterable[str], others: Collection[str]) -> list[str]:
-    """Find the shortest suffixes, at dots, of names that none of the others ends in."""
+    """Return the shortest suffixes, at dots, of ``names`` that none of ``others`` ends in."""
     taken: dict[str, None] = {}
     for name in names:
         parts = name.split(".")

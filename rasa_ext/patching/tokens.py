@@ -1,4 +1,4 @@
-"""Which tables ``trainable_token_indices`` means, and the trained rows of a patched model."""
+"""Tables named by ``trainable_token_indices``, and the trained rows of a patched model."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from rasa_ext.nn.trained_tokens import TrainedTokens
 
 ARGUMENT = "trainable_token_indices"
 ROWS = ".token_adapter.trainable_tokens_delta"
-"""The end of PEFT's keys of trained rows."""
+"""End of PEFT's keys of trained rows."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenRows:
-    """Rows of one table, a weight (tokens, width), that are trained."""
+    """Trained rows of one table, which is a weight (tokens, width)."""
 
     names: tuple[str, ...]
-    """The modules that read the table; the first owns the trained rows. Embeddings come first."""
+    """Modules that read the table; the first owns the trained rows. Embeddings come first."""
     ids: tuple[int, ...]
-    """The tokens, in the order of their rows."""
+    """Token ids, in the order of the rows."""
     width: int
 
 
 def tables_of(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
-    """Find embeddings and linear layers by the names of the plain model, second names too."""
+    """Return embeddings and linear layers by name in the plain model, aliases included."""
     return {
-        # What stands there in a patched model, and below it in one of PEFT.
+        # PEFT's wrappers hold the module one level below its name; ours replace it there.
         name.removesuffix(".base_layer").removesuffix(".token_adapter"): module
         for name, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Embedding | nn.Linear)
@@ -43,9 +43,9 @@ def tables_of(model: nn.Module) -> dict[str, nn.Embedding | nn.Linear]:
 
 
 def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
-    """Find the tables that ``config`` names, and who else reads them.
+    """Return the tables that ``config`` names, with all modules that read them.
 
-    Raises ValueError, naming the argument, where there is none, or one that cannot be trained so.
+    Raises ValueError, naming the argument, if there is no such table or it cannot be trained.
     """
     if not config.tokens:
         return ()
@@ -77,7 +77,7 @@ def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
 def _named(
     model: nn.Module, suffix: str, tables: Mapping[str, nn.Embedding | nn.Linear]
 ) -> list[str]:
-    """Name the tables that an entry of the config is for."""
+    """Return the names of the tables that an entry of the config matches."""
     embeddings = {name: each for name, each in tables.items() if isinstance(each, nn.Embedding)}
     if suffix != INPUT:
         found = [name for name in tables if f".{name}".endswith(f".{suffix}")]
@@ -105,7 +105,7 @@ def _named(
 def _check(
     name: str, module: nn.Embedding | nn.Linear, ids: Sequence[int], config: AdapterConfig
 ) -> None:
-    """Raise ValueError where rows of a module's weight cannot be trained."""
+    """Raise ValueError if rows of a module's weight cannot be trained."""
     weight, why = module.weight, ""
     if is_dtensor(weight) or is_emptied(weight) or weight.dim() != 2:
         why = f"a weight that is {what_is_here(weight)}; {SHARDING_HINT}"
@@ -139,7 +139,7 @@ def _check(
 
 
 def check_not_adapted(rows: Sequence[TokenRows], adapted: Sequence[str]) -> None:
-    """Raise ValueError where a layer is adapted whose weight has trained rows."""
+    """Raise ValueError if an adapted layer's weight has trained rows."""
     for each in rows:
         if both := [name for name in each.names if name in adapted]:
             raise ValueError(
@@ -152,7 +152,7 @@ def check_not_adapted(rows: Sequence[TokenRows], adapted: Sequence[str]) -> None
 def make_modules(
     model: nn.Module, rows: Sequence[TokenRows], dtype: torch.dtype
 ) -> dict[nn.Module, TrainedTokens]:
-    """Make the modules that take the place of those that read a table with trained rows."""
+    """Make the replacements of all modules that read a table with trained rows."""
     made: dict[nn.Module, TrainedTokens] = {}
     for each in rows:
         owner = None
@@ -164,40 +164,40 @@ def make_modules(
 
 
 def trained_tokens(model: nn.Module) -> list[tuple[str, TrainedTokens]]:
-    """List ``(name, module)`` of all that read trained rows, each once, in module order."""
+    """List ``(name, module)`` of all readers of trained rows, each once, in module order."""
     return [(name, each) for name, each in model.named_modules() if isinstance(each, TrainedTokens)]
 
 
 def row_owners(model: nn.Module) -> list[tuple[str, TrainedTokens]]:
-    """List those that own them."""
+    """List ``(name, module)`` of the owners of trained rows."""
     return [(name, module) for name, module in trained_tokens(model) if module.owner is None]
 
 
 def rows_key(name: str) -> str:
-    """The key in a file, less its prefix, of the rows that a module owns; it is PEFT's."""
+    """Return the key, without prefix, of a module's trained rows in a file; it is PEFT's."""
     return name + ROWS
 
 
 def row_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live rows by their keys, less the prefix."""
+    """Return the live trained rows by key, without prefix."""
     return {rows_key(name): module.rows.detach() for name, module in row_owners(model)}
 
 
 def merge_rows(model: nn.Module) -> float:
-    """Write all rows into their tables; give the largest change of an entry."""
+    """Write all trained rows into their tables; return the largest change of an entry."""
     return max((module.merge() for _, module in row_owners(model)), default=0.0)
 
 
 def unmerge_rows(model: nn.Module) -> None:
-    """Give all tables their own rows back."""
+    """Restore the original rows of all tables."""
     for _, module in row_owners(model):
         module.unmerge()
 
 
 def check_rows_finite(rows: Iterable[tuple[str, Tensor, Tensor]]) -> None:
-    """Raise ValueError where a row would not be finite in its table.
+    """Raise ValueError if a row would not be finite in its table.
 
-    Of each table ``rows`` has what the error calls the rows, the rows, and the table itself.
+    An item of ``rows`` is the name for the error, the rows, and the table.
     """
     for name, trained, table in rows:
         if not trained.detach().to(table.dtype).isfinite().all():
