@@ -1,4 +1,4 @@
-"""RaSA as a method of PEFT (0.21 or newer): importing this registers it.
+"""RaSA as a PEFT method (PEFT 0.21 or newer). Importing this module registers it.
 
 import rasa_ext.peft
 model = peft.get_peft_model(model, rasa_ext.peft.RasaConfig(r=8))

@@ -1,4 +1,4 @@
-"""PEFT's own backends for quantized bases, as other PEFT methods carry them."""
+"""PEFT's backends for quantized bases, which adapter layers of other PEFT methods also hold."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from rasa_ext.base_layers.quantized import format_of
 
 
 def backend_of(base: nn.Module, model: nn.Module) -> Any:
-    """Give PEFT's backend for a layer of ``model``, or None where the layer is not quantized.
+    """Return PEFT's backend for a layer of ``model``, or None if the layer is not quantized.
 
-    It is what PEFT's reports name, and what reads and writes the quantized weight for others.
-    Merging does not use it, but dequantizes: see ``patching.merge_quantized``.
+    PEFT's reports name the backend, and other code reads and writes quantized weights through it.
+    Merging does not use it: it dequantizes, see ``patching.merge_quantized``.
     """
     if format_of(base) is None:
         return None

@@ -1,4 +1,4 @@
-"""The user's line, which PEFT calls this package for, through libraries of its own choice."""
+"""Stack level of the user's line, below PEFT and the libraries that call it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ _BETWEEN = {"rasa_ext", "peft", "transformers", "trl", "torch", "contextlib"}
 
 
 def users_level() -> int:
-    """Give ``warnings.warn`` the stacklevel of the user's line, whatever library called us for it.
+    """Return the ``stacklevel`` with which ``warnings.warn`` points at the user's line.
 
-    To be called by the function that warns.
+    Call it in the function that warns.
     """
     frame: FrameType | None = sys._getframe(1)
     level = 1

@@ -1,4 +1,4 @@
-"""RaSA's configuration in PEFT's form, under the field names of the official code."""
+"""RaSA's config in PEFT's form, with the field names of the official code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rasa_ext.methods.token_indices import tokens_to_json
 from rasa_ext.peft.callers import users_level
 from rasa_ext.peft.peft_type import RASA
 
-# Fields that rasa_ext.RasaConfig has, too, and the names that they have there.
+# Fields that rasa_ext.RasaConfig also has, and their names there.
 _CORE_NAMES = {key_of(each.name): each.name for each in dataclasses.fields(methods.RasaConfig)}
 _NAME = re.compile(r"[\w.-]+")
 _HELP = {field.name: field.metadata["help"] for field in dataclasses.fields(methods.RasaConfig)}
@@ -33,22 +33,22 @@ def _option(default: Any, text: str) -> Any:
 
 
 def _shared(name: str, more: str = "", default: Any = None) -> Any:
-    """Make a field that ``rasa_ext.RasaConfig`` has under ``name``, with its help text."""
+    """Make a field that ``rasa_ext.RasaConfig`` has as ``name``, with the help text from there."""
     return _option(default, f"{_HELP[name]} {more}".rstrip())
 
 
 @dataclass
 class RasaConfig(PeftConfig):
-    """The config of one adapter under PEFT. Each field's ``metadata["help"]`` explains it.
+    """Config of one RaSA adapter under PEFT. Each field's ``metadata["help"]`` explains it.
 
-    The fields are those of ``rasa_ext.RasaConfig`` under the official code's names, r for rank,
-    and PEFT's own. A layer of weight (out, in) gets dW = [B | B_pool] diag(d) [A ; A_pool] of rank
-    r-k+L*k, the pool being shared by the L layers of one name and shape (arXiv 2503.12576,
-    section 3). ``rasa_method`` names another method than RaSA, and ``rasa_options`` has the fields
-    of that method's config that have none here.
+    The fields are PEFT's own, and the fields of ``rasa_ext.RasaConfig`` under the official code's
+    names, such as r for rank. A layer with weight (out, in) gets dW = [B | B_pool] diag(d)
+    [A ; A_pool] of rank r-k+L*k. The L layers of one name and shape share the pool (arXiv
+    2503.12576, section 3). ``rasa_method`` selects another method than RaSA. ``rasa_options`` has
+    the fields of that method's config that are missing here.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: a field is wrong; the message says what was expected and what came.
 
     Example:
         >>> import peft, rasa_ext.peft
@@ -102,7 +102,7 @@ class RasaConfig(PeftConfig):
     rasa_ext_version: str | None = _option(None, "The version that wrote the file; leave empty.")
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into PEFT's form."""
+        """Check every field and convert it to PEFT's form."""
         super().__post_init__()  # type: ignore[no-untyped-call]  # PEFT's has no types
         self.peft_type = RASA
         self.rasa_ext_version = self.rasa_ext_version or __version__
@@ -143,9 +143,9 @@ class RasaConfig(PeftConfig):
             self.rasa_groups = groups_to_json(core.layer_groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the config as the values of ``adapter_config.json``.
+        """Return the config as the content of ``adapter_config.json``.
 
-        Raises ValueError where ``rasa_groups`` is a callable that no model has been given to.
+        Raises ValueError if ``rasa_groups`` is a callable that no model has resolved.
         """
         written = self.core().to_dict()
         settings: dict[str, Any] = super().to_dict()
@@ -153,7 +153,7 @@ class RasaConfig(PeftConfig):
         return settings | {key: value for key, value in written.items() if key in keys}
 
     def core(self) -> AdapterConfig:
-        """Give the same choices as ``rasa_ext.patch_model`` takes them."""
+        """Return the config that ``rasa_ext.patch_model`` takes for these settings."""
         config = methods.method_named(self.rasa_method, "rasa_method")
         if config.peft:
             raise ValueError(
@@ -189,12 +189,12 @@ class RasaConfig(PeftConfig):
 
 
 def _options(config: type[AdapterConfig]) -> list[str]:
-    """List the fields of a method's config that ``rasa_options`` has."""
+    """List the fields of a method's config that go into ``rasa_options``."""
     return [f.name for f in dataclasses.fields(config) if f.name not in _CORE_NAMES.values()]
 
 
 def _takes_options(init: Callable[..., None]) -> Callable[..., None]:
-    """Let ``__init__`` take a method's options under the names that they have in files, too."""
+    """Let ``__init__`` also take a method's options by the names that files use."""
     known = list(inspect.signature(init).parameters)[1:]
 
     @functools.wraps(init)
@@ -205,7 +205,7 @@ def _takes_options(init: Callable[..., None]) -> Callable[..., None]:
             given["rasa_options"] = {**(given.get("rasa_options") or {}), **options}
         unknown = sorted(given.keys() - known)
         if unknown and "peft_type" in given:
-            # A file's. PEFT would drop the options with them, as its signature has neither.
+            # From a file. PEFT would drop the options, which are not in the signature.
             warnings.warn(
                 f"adapter_config.json: {', '.join(unknown)} ignored; a newer rasa_ext may have "
                 "written the file.",

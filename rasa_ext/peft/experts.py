@@ -1,4 +1,4 @@
-"""Adapted experts under PEFT: parameters under adapter names, the maths of ``AdaptedExperts``."""
+"""Adapted experts under PEFT: parameters by adapter name, computation by ``AdaptedExperts``."""
 
 from __future__ import annotations
 
@@ -16,88 +16,88 @@ from rasa_ext.peft.summed import summed
 
 
 class RasaPeftExpertWeight(NamedAdapters):
-    """The named adapters of one stacked weight (E, out, in): what PEFT switches, merges and saves.
+    """Named adapters of one stacked weight (E, out, in), which PEFT switches, merges and saves.
 
-    It stands in its ``RasaPeftExperts`` under the weight's own name. The weight stays the base's.
+    It is a child of ``RasaPeftExperts`` under the weight's name. The base still owns the weight.
     """
 
     experts: RasaPeftExperts
 
     def __init__(self, experts: RasaPeftExperts, name: str) -> None:
         super().__init__()
-        self.__dict__["experts"] = experts  # known, but not as a submodule
+        self.__dict__["experts"] = experts  # a reference, not a submodule
         self.name = name
-        # While merged: the experts' weights as they were, or what subtracting would not give back.
+        # While merged: the original weights, or the entries that subtraction does not restore.
         self.merged_base: dict[tuple[str, int], Tensor | MergeResidual] | None = None
         self._begin()
         self.train(experts.training)
 
     def get_base_layer(self) -> nn.Module:
-        """Give the experts without adapters."""
+        """Return the experts without adapters."""
         base: nn.Module = self.experts.base_layer
         return base
 
     @property
     def weight(self) -> Tensor:
-        """The stacked weight, as it lies."""
+        """The stacked weight in the base's layout."""
         weight: Tensor = getattr(self.get_base_layer(), self.name)
         return weight
 
     def forget(self) -> None:
-        """Forget the experts' cached packs."""
+        """Clear the experts' cached packs."""
         self.experts.drop_pack()
 
     def adapter(self) -> Adapter | None:
-        """Give the adapter that a forward adds, the sum of all active ones, or None."""
+        """Return the adapter that a forward adds, the sum of all active ones, or None."""
         names = self.live()
         return summed([self.named(name) for name in names]) if names else None
 
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:
-        """Give the weight of each expert, as these adapters change it."""
+        """Return one part per expert, with the changes of these adapters."""
         adapters = [self.named(name) for name in adapter_names]
         base = self.get_base_layer()
         return stack_parts(adapters[0].spec.name, base, self.name, adapters, self)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Compute an adapter's dW of every expert, in the stacked weight's orientation.
+        """Compute an adapter's dW of all experts, in the layout of the stacked weight.
 
-        It is float32, or float64 over a float64 base, and of the size of the whole weight.
+        It is in float32, or float64 over a float64 base, and as large as the whole weight.
         """
         delta = deltas_of(self.parts([adapter]))
         return delta.mT if is_transposed(self.get_base_layer()) else delta
 
 
 class RasaPeftExperts(AdaptedExperts):
-    """Frozen stacked experts, with any number of named adapters over each of their weights.
+    """Frozen stacked experts with any number of named adapters on each weight.
 
-    The adapters are children under the weights' own names, and PEFT's layers, which this is not:
-    it computes with those of them that are active.
+    The adapters are children under the weights' names. They are PEFT's layers; this module is not,
+    and computes with the active ones.
     """
 
     def stacks(self) -> dict[str, RasaPeftExpertWeight]:
-        """Give what owns the adapters, by the name of the weight."""
+        """Return the adapter owners by the name of the weight."""
         children = self._modules.items()
         return {name: each for name, each in children if isinstance(each, RasaPeftExpertWeight)}
 
     def add_stack(self, name: str) -> None:
-        """Let a weight have adapters, if it cannot yet."""
+        """Prepare a weight for adapters, unless that is done already."""
         if name not in self._modules:
-            # add_module refuses a name that the base answers for.
+            # add_module refuses a name that the base resolves.
             self._modules[name] = RasaPeftExpertWeight(self, name)
 
     def adapter(self, name: str) -> Adapter | None:
-        """Give the adapter of a stacked weight that a forward adds, or None."""
+        """Return the adapter that a forward adds to a stacked weight, or None."""
         stack = self._modules.get(name)
         return stack.adapter() if isinstance(stack, RasaPeftExpertWeight) else None
 
     def adapters(self) -> Iterator[Adapter]:
-        """Give every adapter of the experts, active or not."""
+        """Return every adapter of the experts, active or not."""
         for stack in self.stacks().values():
             yield from stack.adapters()
 
     @property
     def merged(self) -> bool:
-        """Whether adapters are folded into the weights, and none is added beside them."""
+        """Whether adapters are merged into the weights, so that a forward adds none."""
         stacks = self.stacks().values()
         return any(stack.merged for stack in stacks) and not any(stack.live() for stack in stacks)
 
@@ -107,7 +107,7 @@ class RasaPeftExperts(AdaptedExperts):
         top_k_index: Tensor | None = None,
         top_k_weights: Tensor | None = None,
     ) -> Tensor:
-        """Compute (T, H): the base and every active adapter."""
+        """Compute (T, H) from the base and every active adapter."""
         live = False
         for stack in self.stacks().values():
             if stack.disable_adapters and stack.merged:
@@ -120,7 +120,7 @@ class RasaPeftExperts(AdaptedExperts):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """Give PEFT the base, with adapters in it if asked."""
+        """Return the base to PEFT, with adapters merged if asked."""
         for stack in self.stacks().values() if merge else ():
             stack.merge(safe_merge, adapter_names)
         base: nn.Module = self.base_layer

@@ -1,4 +1,4 @@
-"""One adapted layer under PEFT: parameters under adapter names, the maths of ``AdaptedLinear``."""
+"""Adapted linear layer under PEFT: parameters by adapter name, computation by ``AdaptedLinear``."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
     """A frozen linear layer with any number of named RaSA adapters."""
 
     def __init__(self, base_layer: LinearLayer, backend: Any = None) -> None:
-        """Adapt ``base_layer``; ``backend`` is PEFT's for it, where it is quantized."""
+        """Wrap ``base_layer``; ``backend`` is PEFT's for a quantized one."""
         super().__init__(base_layer)
         self._backend = backend
         self._begin()
         self.train(base_layer.training)
 
     def forget(self) -> None:
-        """Forget the cached pack."""
+        """Clear the cached pack."""
         self.drop_pack()
 
     @property
     def quantization_backend(self) -> Any:  # type: ignore[override]  # it follows the base
-        """PEFT's way to a quantized base's weight; None over a dense base, as while merged."""
+        """PEFT's backend for a quantized base; None over a dense one, also while merged."""
         return None if isinstance(self.merged_base, nn.Module) else self._backend
 
     def adapter(self) -> Adapter | None:
-        """Give the first adapter that the forward adds to all rows, if any."""
+        """Return the first adapter that the forward adds to all rows, or None."""
         names = self.live()
         return self.named(names[0]) if names else None
 
@@ -53,7 +53,7 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         return y
 
     def _row_by_row(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
-        """Run the base, and add to each of its output's rows that of the row's own adapter."""
+        """Run the base, and add to each output row the change of the row's adapter."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
         names = rows.of(len(x))
         for name in dict.fromkeys(names):
@@ -73,29 +73,29 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         return y
 
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:
-        """Give the weight, as these adapters change it."""
+        """Return the weight as a part, with the changes of these adapters."""
         adapters = [self.named(name) for name in adapter_names]
         return [linear_part(adapters[0].spec.name, self, adapters)]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Compute an adapter's dW in its base weight's orientation.
+        """Compute an adapter's dW in the layout of the base weight.
 
-        It is float32, or float64 over a float64 base.
+        It is in float32, or float64 over a float64 base.
         """
         delta = deltas_of(self.parts([adapter]))[0]
         return delta.t() if self.transposed else delta
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Tell PEFT that it can turn this into a LoRA, since RaSA adds dW to its base."""
+        """Return True: PEFT can convert the layer to LoRA, since RaSA adds dW to the base."""
         return True
 
 
 class SplitPeftLinear(SplitLinear, RasaPeftLinear):
-    """A RasaPeftLinear over a base layer of which every process has a part."""
+    """A RasaPeftLinear over a base layer that is split over processes."""
 
 
 def keys_in_files(model: nn.Module, adapter_name: str) -> list[str]:
-    """Name the tensors of an adapter's linear layers as this package's files do."""
+    """Return the names that an adapter's linear tensors have in this package's files."""
     found = []
     for name, module in model.named_modules():
         if isinstance(module, RasaPeftLinear) and adapter_name in module.configs:

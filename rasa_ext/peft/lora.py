@@ -1,4 +1,4 @@
-"""Writing an adapter of a PEFT model as a plain LoRA, as ``rasa_ext.export_lora`` does others."""
+"""Export of a PEFT model's adapter as a plain LoRA, like ``rasa_ext.export_lora``."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ def export_lora(
     allow_dropped: bool = False,
     card: Card | None = PLAIN,
 ) -> int:
-    """Write one adapter of a PEFT model as the LoRA that ``rasa_ext.export_lora`` would write.
+    """Write one adapter of a PEFT model as a plain LoRA, like ``rasa_ext.export_lora``.
 
-    The LoRA's product is the adapter's dW in float32 (arXiv 2503.12576, section 3). It is made of
-    the adapter's own tensors, a layer at a time: PEFT's ``convert_to_lora`` decomposes every dW
-    instead. The adapter need not be active, and may be merged.
+    The LoRA's product is the adapter's dW in float32 (arXiv 2503.12576, section 3). It is built
+    from the adapter's tensors, a layer at a time, whereas PEFT's ``convert_to_lora`` decomposes
+    every dW. The adapter may be inactive or merged.
 
     Args:
-        model: what ``peft.get_peft_model`` returned, or ``inject_adapter_in_model``; also inside
+        model: result of ``peft.get_peft_model`` or ``inject_adapter_in_model``, also inside
             ``torch.compile`` or DistributedDataParallel.
-        directory: made if it is missing; an adapter that is there is replaced.
+        directory: created if missing; an adapter in it is replaced.
         adapter_name: the adapter's name in the model.
         pad_to, expert_layout, rank, format, allow_dropped, card: as in ``rasa_ext.export_lora``.
 
     Returns:
-        The rank that was written.
+        The written rank.
 
     Raises:
-        TypeError, ValueError: the model has no such adapter of this package, or as
-            ``rasa_ext.export_lora``.
+        TypeError, ValueError: the model has no such adapter of this package, or for the reasons
+            of ``rasa_ext.export_lora``.
 
     Example:
         Two layers: R = 8 - 1 + 2 * 1 = 9.
@@ -66,7 +66,7 @@ def export_lora(
 
 
 def _export_of(model: nn.Module, adapter_name: str) -> Export:
-    """Look at an adapter of a PEFT model, in which nothing changes."""
+    """Describe an adapter of a PEFT model, without changing the model."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     outer = unwrap(model)

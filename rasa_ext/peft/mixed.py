@@ -1,4 +1,4 @@
-"""Batches whose rows go through adapters of their own: PEFT's ``adapter_names`` of a forward."""
+"""Batches with one adapter per row: PEFT's ``adapter_names`` of a forward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rasa_ext.peft.experts import RasaPeftExpertWeight
 from rasa_ext.peft.named import NamedAdapters, RowAdapters
 
 BASE = "__base__"
-"""PEFT's name for a row that goes through no adapter."""
+"""PEFT's name for a row without an adapter."""
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -26,17 +26,17 @@ def rows_through(
     known: Collection[str],
     beams: int = 1,
 ) -> Iterator[None]:
-    """Within the context row i of every layer's input goes through the adapter ``names[i]``.
+    """Within the context, send row i of every layer's input through adapter ``names[i]``.
 
     Args:
-        layers: of one model, what owns adapters.
-        wrappers: PEFT's, around the model's modules that are trained in full.
-        names: one for each row of a batch; ``BASE`` for none.
+        layers: adapter owners of one model.
+        wrappers: PEFT's wrappers of modules that are trained in full.
+        names: one name per row of a batch; ``BASE`` for no adapter.
         known: the model's adapters.
         beams: how often beam search repeats each row.
 
     Raises:
-        TypeError, ValueError: saying what was expected, before anything is computed.
+        TypeError, ValueError: an argument is wrong; raised before anything is computed.
     """
     rows = RowAdapters(_checked(layers, names, known), beams)
     hook = _with_names(rows)
@@ -81,7 +81,7 @@ def _checked(
 
 
 def _with_names(rows: RowAdapters) -> Callable[..., _Arguments]:
-    """Make a hook that hands PEFT's wrapper of a module trained in full its rows' names."""
+    """Make a hook that passes the rows' names to PEFT's wrapper of a module trained in full."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
         wrapper: Any = module

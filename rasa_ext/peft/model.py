@@ -1,4 +1,4 @@
-"""RaSA as a PEFT tuner: which layers it adapts, and which of them share a pool."""
+"""RaSA as a PEFT tuner: choice of the layers to adapt, and of those that share a pool."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ from rasa_ext.peft.tokens import (
 )
 
 REFERENCE, POLICY = "ref", "default"
-"""TRL's names: its trainers add the first as a copy of the second, to hold the policy against."""
+"""TRL's adapter names. Its trainers add the reference as a copy of the policy."""
 
 
 class RasaModel(BaseTuner):
-    """PEFT's tuner for RaSA; ``peft.get_peft_model`` makes it, not its users."""
+    """PEFT's tuner for RaSA, created by ``peft.get_peft_model``."""
 
     prefix = "rasa_"
     tuner_layer_cls = NamedAdapters
@@ -76,8 +76,8 @@ class RasaModel(BaseTuner):
     ) -> None:
         """Adapt the layers that the adapter's config names; see PEFT's ``inject_adapter``.
 
-        Raises ValueError or TypeError, naming the layer, where one is not linear or cannot be
-        adapted; the modules of the model are then what they were.
+        Raises ValueError or TypeError, naming the layer, if one is not linear or cannot be adapted.
+        The model's modules are then unchanged.
         """
         keys = kwargs.get("state_dict")
         self._groups: dict[str, tuple[Group, list[LayerSpec]]] | None = None
@@ -98,7 +98,7 @@ class RasaModel(BaseTuner):
             unwrap_experts(model)
         link_fused_projections(model, RasaPeftLinear)
         peft_config = _rasa_config(self.peft_config[adapter_name])
-        if peft_config.modules_to_save:  # as they are, so that every reader finds the same ones
+        if peft_config.modules_to_save:  # whole names, so that every reader matches equal modules
             peft_config.modules_to_save = list(trained_in_full(model, adapter_name))
         make_rows_optional(model)
         self._cast_adapter_dtype(adapter_name)
@@ -106,12 +106,12 @@ class RasaModel(BaseTuner):
             self._copy_policy()
 
     def _copy_policy(self) -> None:
-        """Give the reference the policy's parameters.
+        """Copy the policy's parameters to the reference.
 
-        TRL adds the adapter with the policy's very config, and then copies every parameter whose
-        name has ".default." in it. Ours end in the adapter's name, as PEFT has it for parameters
-        that are no module's weight, and as the files and transformers' own loading need it; so
-        nothing would be copied, and the reference would be the bare base.
+        TRL adds the reference with the policy's config, then copies every parameter whose name
+        contains ".default.". Our names end in the adapter's name, as PEFT has it for parameters
+        that are no module's weight, and as the files and transformers' own loading need it. So TRL
+        would copy nothing, and the reference would be the bare base.
         """
         for owner in self.owners():
             for part in (getattr(owner, name) for name in owner.adapter_layer_names):
@@ -122,7 +122,7 @@ class RasaModel(BaseTuner):
     def _prepare_adapter_config(
         self, peft_config: PeftConfig, model_config: dict[str, Any]
     ) -> PeftConfig:
-        """Settle 'all-linear' as ``patch_model`` does, which is more careful than PEFT."""
+        """Resolve 'all-linear' as ``patch_model`` does, which is stricter than PEFT."""
         own = _rasa_config(peft_config)
         every = own.target_modules in (None, ALL_LINEAR)
         if own.rasa_experts is None and self._given is None and not own.inference_mode:
@@ -131,7 +131,7 @@ class RasaModel(BaseTuner):
             if meant:
                 warnings.warn(untouched(meant), stacklevel=users_level())
         if every:
-            core = dataclasses.replace(own.core(), trainable_token_indices=())  # PEFT's affair
+            core = dataclasses.replace(own.core(), trainable_token_indices=())  # PEFT handles these
             config = resolve_config(self.model, core)
             plan = make_plan(self.model, config, *bases_of(self.model))
             names = [name for group in plan.groups for name in group.names]
@@ -139,12 +139,12 @@ class RasaModel(BaseTuner):
         return own
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        """Let the stacked weights that are targets have adapters, under their names."""
+        """Prepare the targeted stacked weights for adapters, under their names."""
         own = _rasa_config(peft_config)
         chosen = chosen_stacks(self.model, own, lambda name: self._is_target(own, name))
         if chosen and not self.owners():
-            # PEFT freezes the base with the first adapter. It would take this one for a second one,
-            # as there are layers of its kind, and leave the base as it finds it.
+            # PEFT freezes the base with the first adapter. It would take this adapter for a second
+            # one, since layers of its kind exist, and not freeze the base.
             self._frozen = [p for p in self.model.parameters() if p.requires_grad]
         wrap_experts(self.model, chosen)
         for parameter in self._frozen:
@@ -161,14 +161,14 @@ class RasaModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         own = _rasa_config(peft_config)
-        if self._groups is None:  # the adapter's first layer: PEFT has settled the targets by now
+        if self._groups is None:  # the adapter's first layer: PEFT has resolved the targets by now
             self._groups = self._find_groups(own)
-        if current_key not in self._groups:  # stacked weights that another adapter is for
+        if current_key not in self._groups:  # stacked weights of another adapter
             return
         group, specs = self._groups[current_key]
         if isinstance(target, NamedAdapters):
             layer = target
-        else:  # linear, as _find_groups has seen
+        else:  # linear, as _find_groups checked
             base = cast(LinearLayer, target)
             kind = RasaPeftLinear if split_of(base) is None else SplitPeftLinear
             layer = kind(base, backend_of(base, self.model))
@@ -178,7 +178,7 @@ class RasaModel(BaseTuner):
         layer.update_layer(adapter_name, own.core(), specs, index, owner, own.init_weights)
 
     def _find_groups(self, peft_config: RasaConfig) -> dict[str, tuple[Group, list[LayerSpec]]]:
-        """Find group and places of every layer that PEFT is about to adapt, by its name."""
+        """Return the group and specs of every layer that PEFT will adapt, by layer name."""
         (linears, stacks), config = bases_of(self.model), peft_config.core()
         stacks = stacks if config.grouping_of_experts else {}
         reasons = survey(self.model, linears, stacks).refused
@@ -202,7 +202,7 @@ class RasaModel(BaseTuner):
         groups = group_layers(config, bases, "rasa_groups")
         found = {}
         for group in groups:
-            group.planned(config)  # what the method refuses, before anything changes
+            group.planned(config)  # the method's own checks, before anything changes
             specs = group.specs(*(base_device(bases[name]) for name in group.names))
             found.update(dict.fromkeys(group.names, (group, specs)))
         chosen = {base for base in bases.values() if not isinstance(base, tuple)}
@@ -221,7 +221,7 @@ class RasaModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        """Match as PEFT does, but regular expressions in bounded time."""
+        """Match as PEFT does, but run regular expressions in bounded time."""
         own = copy.copy(_rasa_config(peft_config))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(pattern := getattr(own, name), str):
@@ -230,7 +230,7 @@ class RasaModel(BaseTuner):
 
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """Run a forward or ``generate``, as PEFT calls them, with their ``adapter_names``."""
+        """Apply ``adapter_names`` around a forward or ``generate``; PEFT calls this."""
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -242,7 +242,7 @@ class RasaModel(BaseTuner):
             yield
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
-        """Raise NotImplementedError: there is none for RaSA."""
+        """Raise NotImplementedError: RaSA does not support it."""
         raise NotImplementedError(
             "add_weighted_adapter: not supported for RaSA; activate several adapters together "
             "with model.base_model.set_adapter([...]), or export each as a LoRA "
@@ -250,26 +250,26 @@ class RasaModel(BaseTuner):
         )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast to the config's dtype, whatever the base's and the file's."""
+        """Cast to the config's dtype, whatever the dtype of the base or the file."""
         for owner in self.owners():
             owner.cast_adapter(adapter_name)
         own = _rasa_config(self.peft_config[adapter_name])
         cast_rows(self.model, adapter_name, own.core().adapter_dtype)
 
     def unmerge_by_subtracting(self, enabled: bool = True) -> None:
-        """Let later merges keep no copy of the base's weights: unmerging subtracts what was added.
+        """Make later merges store no copy of the base's weights: unmerging then subtracts dW.
 
-        Whoever merges obeys it, such as a trainer that merges to hand the weights on. Unmerging
-        still gives the exact weights back: entries that subtracting does not, which are few where
-        dW is small beside W, are kept. An adapter that is merged must not be changed meanwhile;
-        ``unmerge_adapter`` raises RuntimeError then. A quantized base needs no copy anyway.
+        This holds for every merge, such as by a trainer that hands the weights on. Unmerging is
+        still exact: entries that subtraction does not restore are stored, few where dW is small
+        beside W. Do not change an adapter while it is merged: ``unmerge_adapter`` then raises
+        RuntimeError. A quantized base needs no copy in any case.
         """
         self._subtracts = enabled
 
     def merge_adapter(
         self, adapter_names: list[str] | None = None, safe_merge: bool = False
     ) -> None:
-        """Merge as PEFT does, but with ``safe_merge`` look at every layer before the first."""
+        """Merge as PEFT does; with ``safe_merge`` check every layer before the first is merged."""
         self._check_merge(safe_merge, adapter_names)
         with self._merging(stacklevel=2):
             super().merge_adapter(adapter_names=adapter_names)
@@ -297,7 +297,7 @@ class RasaModel(BaseTuner):
 
     @contextlib.contextmanager
     def _merging(self, stacklevel: int, keep: bool = True) -> Iterator[None]:
-        """Within, merges make quantized bases dense in the model's dtype; a warning reports it."""
+        """Within the context, merges make quantized bases dense in the model's dtype, and warn."""
         merging = Merging(model_dtype(self.model), self._subtracts, keep)
         for owner in self.owners():
             owner.merging = merging
@@ -320,23 +320,23 @@ class RasaModel(BaseTuner):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        """Replace as PEFT does, which knows modules of one weight only, a Parameter."""
+        """Replace as PEFT does, which only supports modules of one weight, a Parameter."""
         if isinstance(child, RasaPeftExperts | TrainableTokensWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
     def owners(self) -> list[NamedAdapters]:
-        """List all that own adapters, those of stacked weights too, in the model's order."""
+        """List all adapter owners, stacked weights included, in the model's order."""
         return [module for module in self.model.modules() if isinstance(module, NamedAdapters)]
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Bring a checkpoint's names, the official code's too, to the model's.
+        """Rename a checkpoint's tensors, also the official code's, to the model's names.
 
-        Raises ValueError where it holds NaN, as ``rasa_ext.load_adapter`` does.
+        Raises ValueError if a tensor holds NaN, as ``rasa_ext.load_adapter`` does.
         """
         check_finite(state_dict, f"adapter {adapter_name!r}", "No tensor was loaded")
         expected = keys_in_files(model, adapter_name)
@@ -345,7 +345,7 @@ class RasaModel(BaseTuner):
 
 
 def _rasa_config(peft_config: PeftConfig) -> RasaConfig:
-    """Return the config; raise TypeError where it is another method's."""
+    """Return the config; raise TypeError if it is another method's."""
     if not isinstance(peft_config, RasaConfig):
         raise TypeError(
             f"peft_config: expected a rasa_ext.peft.RasaConfig, got {type(peft_config).__name__}."
@@ -354,5 +354,5 @@ def _rasa_config(peft_config: PeftConfig) -> RasaConfig:
 
 
 def _layer_of(key: str) -> str:
-    """Name the layer that a tensor of an adapter belongs to, as PEFT reads it off its name."""
+    """Return the name of the layer that a tensor belongs to, from the tensor's name."""
     return key.rsplit(f".{RasaModel.prefix}", 1)[0].removeprefix("_orig_mod.")

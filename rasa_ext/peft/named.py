@@ -1,4 +1,4 @@
-"""Adapters under names, in PEFT's form: what a linear layer's and a stacked weight's share."""
+"""Named adapters in PEFT's form: the shared part of linear layers and stacked weights."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class RowAdapters:
     beams: int = 1
 
     def of(self, rows: int) -> list[str]:
-        """Give the adapter of each of ``rows`` rows; an encoder's are not repeated.
+        """Return the adapter of each of ``rows`` rows; an encoder's rows are not repeated.
 
-        Raises ValueError where the counts do not fit.
+        Raises ValueError if the counts do not fit.
         """
         for repeat in (1, self.beams):
             if rows == len(self.names) * repeat:
@@ -42,40 +42,40 @@ class RowAdapters:
 class NamedAdapters(BaseTunerLayer, nn.Module):
     """The named adapters of one weight.
 
-    A tensor that the method names A is ``rasa_A[adapter_name]``. The pool of an adapter is owned,
-    such as ``rasa_pool_A``, by the first of its group; the others know that one, unregistered, and
-    look the pool up in each forward. So every tensor stands once in a ``state_dict``, and whatever
-    replaces one (loading with ``assign``, moving, casting) is seen by all. Less the adapter's name,
-    tensors are named as in the package's own files.
+    A tensor that the method names A is ``rasa_A[adapter_name]``. The first layer of an adapter's
+    group owns the pool, such as ``rasa_pool_A``. The others hold an unregistered reference to that
+    layer, and look the pool up in each forward. So a ``state_dict`` has every tensor once, and all
+    layers see a replaced tensor (loading with ``assign``, moving, casting). Without the adapter's
+    name, tensor names are equal to the names in the package's files.
 
-    Where the weight lies, and what caches depend on the adapters, is a subclass's affair.
+    Subclasses decide where the weight is and what caches depend on the adapters.
     """
 
     other_param_names = ("configs", "specs", "pool_owners", "own_names", "pool_names")
 
     def _begin(self) -> None:
-        """Own no adapter yet: the part of ``__init__`` that all have."""
+        """Start without adapters: the part of ``__init__`` that all subclasses share."""
         self.merging = Merging()
-        self.adapter_layer_names = ()  # the methods of its adapters decide what it owns
+        self.adapter_layer_names = ()  # set by the methods of the adapters
         self.configs: dict[str, AdapterConfig] = {}
         self.specs: dict[str, LayerSpec] = {}
         self.own_names: dict[str, tuple[str, ...]] = {}
         self.pool_names: dict[str, tuple[str, ...]] = {}
         self.pool_owners: dict[str, NamedAdapters] = {}
         self.merged_adapters: list[str] = []
-        self.rows: RowAdapters | None = None  # set for the time of a forward with adapter_names
+        self.rows: RowAdapters | None = None  # set during a forward with adapter_names
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """Device of the weight."""
         return self.weight.device
 
     def forget(self) -> None:
-        """Forget what was computed from the adapters, as their memory is another now."""
+        """Clear what was computed from the adapters, whose memory has changed."""
         raise NotImplementedError
 
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:
-        """Give the matrices of the weight, as these adapters change them, one or more."""
+        """Return the parts of the weight, one or more, with the changes of these adapters."""
         raise NotImplementedError
 
     def update_layer(
@@ -87,7 +87,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         owner: NamedAdapters,
         init_weights: bool = True,
     ) -> None:
-        """Add an adapter; ``owner`` is the first of its group."""
+        """Add an adapter; ``owner`` is the first layer of the group."""
         spec = specs[index]
         own, pool = config.layer_tensors(spec), {} if index else config.group_tensors(specs)
         self._add(adapter_name, "rasa_", own, init_weights)
@@ -111,11 +111,11 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
             getattr(self, name)[adapter_name] = tensor
 
     def _get_available_adapters(self) -> set[str]:
-        """Name the adapters, for PEFT: also those of which a layer owns no tensor."""
+        """Return the adapter names for PEFT, also of adapters without tensors in this layer."""
         return set(self.configs)
 
     def named(self, adapter_name: str) -> Adapter:
-        """Give an adapter by its name, active or not."""
+        """Return an adapter by name, active or not."""
         parts: dict[str, Any] = self._modules
         names = self.own_names[adapter_name]
         own = {f: tensor_of(parts[f"rasa_{f}"], adapter_name) for f in names}
@@ -126,21 +126,21 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         return Adapter(self.configs[adapter_name], own, pool, self.specs[adapter_name])
 
     def adapters(self) -> Iterator[Adapter]:
-        """Give every adapter of the weight, active or not."""
+        """Return every adapter of the weight, active or not."""
         return (self.named(name) for name in self.configs)
 
     def live(self) -> list[str]:
-        """List those that the forward adds to all rows of the base's output."""
+        """List the adapters that the forward adds to all rows of the base's output."""
         if self._disable_adapters or self.merged or self.rows is not None:
             return []
         return [name for name in self.active_adapters if name in self.configs]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base weight, beside those that are merged already.
+        """Merge adapters into the base weight, in addition to those already merged.
 
-        W + dW of all of them is one sum, rounded once. ``merging`` says what is kept for
-        ``unmerge``. A quantized base becomes dense. An error changes nothing; ValueError, with
-        ``safe_merge`` or over a quantized base, where the sum is not finite.
+        W + dW of all of them is one sum, rounded once. ``merging`` sets what is stored for
+        ``unmerge``. A quantized base becomes dense. An error changes nothing. With ``safe_merge``
+        or over a quantized base, raises ValueError if the sum is not finite.
         """
         names = check_adapters_to_merge(self, adapter_names)
         names = [name for name in names if name in self.configs]
@@ -157,7 +157,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
             raise
 
     def check_merge(self, adapter_names: list[str] | None = None) -> None:
-        """Raise ValueError where the sum with these adapters, or the active ones, is not finite."""
+        """Raise ValueError if the sum with these adapters, or the active ones, is not finite."""
         before = self.merged_adapters
         names = dict.fromkeys([*before, *(adapter_names or self.active_adapters)])
         chosen = [name for name in names if name in self.configs]
@@ -170,15 +170,15 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
             self._merge(before)
 
     def _merge(self, names: list[str]) -> None:
-        """Fold all these into the base weight, which is not merged."""
+        """Merge these adapters into the base weight, which is not merged."""
         if names:
             merge_parts(self.parts(names), self.merging)
             self.merged_adapters = names
 
     def unmerge(self) -> None:
-        """Give the base weight back the exact values it had before the first ``merge``.
+        """Restore the exact values that the base weight had before the first ``merge``.
 
-        Raises RuntimeError where unmerging subtracts, and an adapter has changed since.
+        Raises RuntimeError if unmerging subtracts and an adapter has changed since.
         """
         if self.merged:
             self._unmerge()
@@ -193,12 +193,12 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
-        """Move as PEFT does, but keep the dtype: an adapter's is its config's, not its base's."""
+        """Move as PEFT does, but leave the dtype, which the adapter's config sets."""
         target = self.device if device is None else device
         self._change(adapter_name, lambda tensor: tensor.to(target))
 
     def cast_adapter(self, adapter_name: str) -> None:
-        """Give an adapter's tensors the dtype of its config, whatever a file had; not integers."""
+        """Cast an adapter's tensors to the config's dtype, whatever a file had; not integers."""
         if adapter_name in self.configs:
             dtype = self.configs[adapter_name].adapter_dtype
             self._change(adapter_name, lambda t: t.to(dtype) if t.is_floating_point() else t)
@@ -217,13 +217,13 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
 
 
 class Tensors(nn.ParameterDict):
-    """A tensor of each adapter: Parameters, and buffers, which PEFT shall not train.
+    """A tensor per adapter: Parameters, and buffers, which PEFT must not train.
 
-    PEFT switches ``requires_grad`` of what ``items`` and ``values`` give.
+    PEFT sets ``requires_grad`` of what ``items`` and ``values`` return.
     """
 
     def __setitem__(self, key: str, value: Any) -> None:
-        """Register a Parameter as such, and another tensor as a buffer."""
+        """Register a Parameter as a parameter, and any other tensor as a buffer."""
         if isinstance(value, nn.Parameter):
             super().__setitem__(key, value)
         else:
@@ -231,16 +231,16 @@ class Tensors(nn.ParameterDict):
             self.register_buffer(key, value)
 
     def items(self) -> Iterable[tuple[str, Any]]:
-        """Give the Parameters by adapter."""
+        """Return the Parameters by adapter."""
         return self._parameters.items()
 
     def values(self) -> Iterable[Any]:
-        """Give the Parameters."""
+        """Return the Parameters."""
         return self._parameters.values()
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
-    """Do ``getattr`` without nn.Module's slow lookup, as every forward of every layer needs it."""
+    """Do ``getattr`` without nn.Module's slow lookup, as every forward of every layer calls it."""
     found: Tensor | None = module._parameters.get(name)
     if found is None:  # a buffer, parametrized, or a replica of nn.DataParallel
         found = getattr(module, name)

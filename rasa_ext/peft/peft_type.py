@@ -1,4 +1,4 @@
-"""RaSA's member of PEFT's closed list of methods."""
+"""RaSA's member in PEFT's enumeration of methods."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from peft.utils import PeftType
 
 
 def extend_enum(kinds: Any, name: str) -> Any:
-    """Give the member ``name`` of an enumeration of strings, made if it has none.
+    """Return the member ``name`` of a string enumeration, and add it if missing.
 
-    Enumerations are closed, so this writes what ``enum`` itself writes for a member.
+    Enumerations are closed, so this writes the attributes that ``enum`` writes for a member.
     """
     if name in kinds.__members__:
         return kinds[name]

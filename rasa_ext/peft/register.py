@@ -1,4 +1,4 @@
-"""Making RaSA known to PEFT under the name ``rasa``."""
+"""Registration of RaSA with PEFT, as ``rasa``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rasa_ext.peft.peft_type import RASA
 def register() -> None:
     """Register config and tuner with PEFT, once.
 
-    Raises ImportError where PEFT has a RaSA of its own, which stays as it is.
+    Raises ImportError if PEFT has a RaSA of its own, which is left as it is.
     """
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(RASA)
     if known is RasaConfig:

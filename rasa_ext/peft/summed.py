@@ -1,4 +1,4 @@
-"""Several adapters of one stacked weight as one: their changes add up."""
+"""Several adapters of one stacked weight as a single adapter: their changes add up."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rasa_ext.ops import Factors
 
 
 class Sum:
-    """A method whose factors are those of several adapters below each other."""
+    """A method whose factors are the concatenated factors of several adapters."""
 
     def __init__(self, adapters: Sequence[Adapter]) -> None:
         self._adapters = adapters
 
     @property
     def dropout(self) -> float:
-        """The rate of all of them, which see one input; ValueError where they have several."""
+        """The adapters' common rate, since they read one input; ValueError if rates differ."""
         rates = sorted({adapter.config.dropout for adapter in self._adapters})
         if len(rates) > 1:
             raise ValueError(
@@ -32,20 +32,20 @@ class Sum:
 
     @property
     def adapter_dtype(self) -> torch.dtype:
-        """Dtype of the first one's parameters."""
+        """Dtype of the first adapter's parameters."""
         return self._adapters[0].config.adapter_dtype
 
     def layer_tensors(self, spec: Any) -> dict[str, Tensor]:
-        """Raise NotImplementedError: a sum is of adapters that exist."""
+        """Raise NotImplementedError: a sum is only made of existing adapters."""
         raise NotImplementedError("a sum of adapters makes no tensors.")
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give the factors whose dW is the sum of all."""
+        """Return the factors whose dW is the sum of all."""
         return joined([adapter.factors() for adapter in self._adapters])
 
 
 def summed(adapters: Sequence[Adapter]) -> Adapter:
-    """Give one adapter that changes a stacked weight by what all of them together do."""
+    """Return one adapter whose change of a stacked weight is the sum of all."""
     if len(adapters) == 1:
         return adapters[0]
     own, pool = (
@@ -56,10 +56,10 @@ def summed(adapters: Sequence[Adapter]) -> Adapter:
 
 
 def joined(parts: Sequence[Factors]) -> Factors:
-    """Put factors of one stacked weight below each other, private and pooled ones apart.
+    """Concatenate factors of one stacked weight, private and pooled ones apart.
 
-    A (E, r-k, in), B (E, out, r-k) and d (E, R), and a pool (P, in) and (out, P) that all experts
-    read. A pool of each expert, (E, P, in) and (E, out, P), is private as far as sums go.
+    Shapes: A (E, r-k, in), B (E, out, r-k), d (E, R), and a pool (P, in) and (out, P) that all
+    experts read. In a sum, pools per expert, (E, P, in) and (E, out, P), count as private.
     """
     own: list[tuple[Tensor, Tensor, Tensor]] = []
     pooled: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""What the weights are that PEFT may adapt, by the names that they have in the plain model."""
+"""The weights that PEFT may adapt, by their names in the plain model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ HOW = "rasa_experts='shared', or 'slot' or 'layer' (the method lora: 'own')"
 
 
 def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, ExpertWeight]]:
-    """Find a model's linear layers and stacked weights by name, adapted or not.
+    """Return a model's linear layers and stacked weights by name, adapted or not.
 
-    The name of an adapted one is that of the layer, or experts, in its place. What PEFT trains in
-    full is left out.
+    An adapted weight goes by the name of the layer or experts in its place. Modules that PEFT
+    trains in full are left out.
     """
     linears: dict[str, LinearLayer] = {}
     stacks: dict[str, ExpertWeight] = {}
@@ -54,9 +54,9 @@ def experts_of(model: nn.Module) -> list[RasaPeftExperts]:
 
 
 def wrap_experts(model: nn.Module, chosen: Mapping[str, ExpertWeight]) -> None:
-    """Let these stacked weights have adapters, so that PEFT finds them by name as it does layers.
+    """Prepare stacked weights for adapters, so that PEFT can match them by name like layers.
 
-    Raises TypeError or ValueError, before anything changes, where one cannot be adapted.
+    Raises TypeError or ValueError, before anything changes, if one cannot be adapted.
     """
     wrapped = {experts.base_layer: experts for experts in experts_of(model)}
     for name, stack in chosen.items():
@@ -69,7 +69,7 @@ def wrap_experts(model: nn.Module, chosen: Mapping[str, ExpertWeight]) -> None:
 
 
 def unwrap_experts(model: nn.Module) -> None:
-    """Put those experts back that have no adapter, as after an error on the way to one."""
+    """Unwrap experts that have no adapter, for example after an error while adding one."""
     for experts in experts_of(model):
         for name, stack in experts.stacks().items():
             if not stack.configs:
@@ -79,14 +79,14 @@ def unwrap_experts(model: nn.Module) -> None:
 
 
 def trained_in_full(model: nn.Module, adapter_name: str) -> dict[str, Any]:
-    """Find the copies of modules that an adapter trains in full, by the modules' names."""
+    """Return an adapter's copies of modules that are trained in full, by module name."""
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
     copies: dict[str, Any] = {name: each.modules_to_save for name, each in wrappers.items()}
     return {name: each[adapter_name] for name, each in copies.items() if adapter_name in each}
 
 
 def untouched(stacks: Mapping[str, ExpertWeight]) -> str:
-    """Say that stacked weights stay untouched, and what adapts them."""
+    """Return a warning that stacked weights stay untouched, and how to adapt them."""
     shown = ", ".join(f"{name} {expert_shape(*stack)}" for name, stack in list(stacks.items())[:3])
     return (
         f"rasa_experts: {len(stacks)} stacked (3-D) weights stay untouched, among them {shown}. "
@@ -97,15 +97,15 @@ def untouched(stacks: Mapping[str, ExpertWeight]) -> str:
 def chosen_stacks(
     model: nn.Module, config: RasaConfig, is_target: Callable[[str], bool]
 ) -> dict[str, ExpertWeight]:
-    """Choose the stacked weights that an adapter is for, by name.
+    """Return the stacked weights that an adapter changes, by name.
 
     Args:
-        model: adapted or not.
-        config: whose ``rasa_experts`` chooses none where it is None.
-        is_target: tells whether ``target_modules`` names a layer.
+        model: a model, adapted or not.
+        config: the config; with ``rasa_experts`` None it selects none.
+        is_target: returns whether ``target_modules`` matches a layer.
 
     Raises:
-        ValueError: there is nothing that the two arguments agree on.
+        ValueError: no weight fits both arguments.
     """
     linears, stacks = bases_of(model)
     named = {name: stack for name, stack in stacks.items() if is_target(name)}

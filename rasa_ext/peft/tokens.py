@@ -1,4 +1,4 @@
-"""``trainable_token_indices`` under PEFT, whose own wrappers hold the rows."""
+"""``trainable_token_indices`` under PEFT, whose wrappers hold the rows."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def token_layers(model: nn.Module) -> list[TrainableTokensLayer]:
 def settled_tokens(
     model: nn.Module, config: AdapterConfig, is_target: Callable[[str], bool]
 ) -> dict[str, list[int]] | None:
-    """Give ``trainable_token_indices`` by whole names of embeddings, in place of what a user gave.
+    """Return ``trainable_token_indices`` with whole names of embeddings, or None.
 
-    Raises ValueError where PEFT would compute something else, before it changes the model.
+    Raises ValueError if PEFT would compute something else, before PEFT changes the model.
     """
     found = find_rows(model, config)
     adapted = [name for rows in found for name in rows.names if is_target(name)]
@@ -59,22 +59,22 @@ def _check(model: nn.Module, rows: TokenRows) -> None:
 
 
 class OptionalRows(TrainableTokensWrapper):
-    """PEFT's wrapper, for adapters of one model of which only some have trained rows.
+    """PEFT's wrapper, for models in which only some adapters have trained rows.
 
-    PEFT 0.21 can neither save nor load one that has none.
+    PEFT 0.21 can neither save nor load an adapter without them.
     """
 
     def adapter_state_dict(  # type: ignore[override]  # as PEFT's own subclasses have it
         self, adapter_name: str, state_dict: dict[str, Any]
     ) -> dict[str, Any]:
-        """Give the rows of an adapter, if it has any."""
+        """Return the rows of an adapter, if it has any."""
         if adapter_name not in self.token_adapter.trainable_tokens_delta:
             return {}
         found: dict[str, Any] = cast(Any, super()).adapter_state_dict(adapter_name, state_dict)
         return found
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Say under which keys they are loaded."""
+        """Return the keys under which rows are loaded."""
         if adapter_name not in self.token_adapter.trainable_tokens_delta:
             return {}
         found: dict[str, str] = cast(Any, super()).adapter_state_dict_load_map(adapter_name)
@@ -82,14 +82,14 @@ class OptionalRows(TrainableTokensWrapper):
 
 
 def make_rows_optional(model: nn.Module) -> None:
-    """Let wrappers that PEFT has made, of a class that it does not let a tuner choose, be those."""
+    """Change the class of PEFT's wrappers to ``OptionalRows``: a tuner cannot choose the class."""
     for module in model.modules():
         if type(module) is TrainableTokensWrapper:
             module.__class__ = OptionalRows
 
 
 def rows_of(model: nn.Module, adapter_name: str) -> dict[TokenRows, Tensor]:
-    """Give the tables of which an adapter has trained rows, with the rows."""
+    """Return the tables in which an adapter has trained rows, with the rows."""
     wrappers = {n: m for n, m in model.named_modules() if isinstance(m, TrainableTokensWrapper)}
     found = {}
     for name, wrapper in wrappers.items():
@@ -105,7 +105,7 @@ def rows_of(model: nn.Module, adapter_name: str) -> dict[TokenRows, Tensor]:
 def rows_in_tables(
     model: nn.Module, adapter_names: Sequence[str]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Give the rows of these adapters: what an error calls them, the rows, and their table."""
+    """Yield the rows of these adapters: the name for an error, the rows, and the table."""
     for layer in token_layers(model):
         rows: Any = layer.trainable_tokens_delta
         table: Any = layer.get_base_layer().weight
@@ -114,14 +114,14 @@ def rows_in_tables(
 
 
 def cast_rows(model: nn.Module, adapter_name: str, dtype: torch.dtype) -> None:
-    """Give an adapter's rows the dtype of its config, whatever the base's."""
+    """Cast an adapter's rows to the dtype of its config, whatever the base's."""
     for _, rows, _ in rows_in_tables(model, [adapter_name]):
         if not rows.is_meta:
             rows.data = rows.data.to(dtype)
 
 
 def copy_rows(model: nn.Module, source: str, target: str) -> None:
-    """Give one adapter the rows of another."""
+    """Copy the rows of one adapter to another."""
     for layer in token_layers(model):
         rows: Any = layer.trainable_tokens_delta
         if source in rows and target in rows:
