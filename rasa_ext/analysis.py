@@ -1,10 +1,9 @@
-"""An adapter's effect on each layer: effective ranks, and who uses whose rank of the pool.
+"""Analysis of an adapter's effect on each layer: effective ranks, and use of the pool.
 
-An effective rank is exp of the entropy of the singular values over their sum (Roy and Vetterli,
-2007). Work that reports effective ranks of adapters, such as arXiv 2412.00029, may define it
-otherwise.
+The effective rank is exp of the entropy of the normalized singular values (Roy and Vetterli, 2007).
+Other work on adapters, such as arXiv 2412.00029, may define it differently.
 
-Everything comes from the factors, by the QR of each: no (out, in) matrix is formed.
+Everything is computed from the factors, by QR: no (out, in) matrix is formed.
 """
 
 from __future__ import annotations
@@ -33,21 +32,21 @@ from rasa_ext.patching.targets import make_plan, resolve_config
 
 @dataclasses.dataclass(frozen=True)
 class LayerAnalysis:
-    """One layer's change dW = [B | B_pool] diag(d) [A ; A_pool]."""
+    """Analysis of one layer's change dW = [B | B_pool] diag(d) [A ; A_pool]."""
 
     name: str
     singular_values: Tensor
-    """(min(R, in, out),) float64, falling."""
+    """(min(R, in, out),) float64, descending."""
     effective_rank: float
-    """exp of the entropy of the singular values over their sum (Roy and Vetterli, 2007); 0 for
+    """exp of the entropy of the normalized singular values (Roy and Vetterli, 2007); 0 for
     no change."""
     private_share: float
     """||private part||^2 / (||private part||^2 + ||pooled part||^2)."""
     pool_use: Tensor
-    """(L*k,) float64: |d_j| times the lengths of the slot's two vectors, that is, the norm of what
-    the slot adds to this layer, and |d_j| itself where those lengths are one."""
+    """(L*k,) float64: per slot of the pool, the norm of the slot's change to this layer. That is
+    |d_j| times the norms of the slot's two vectors."""
     expert: int | None = None
-    """Which expert of a stacked weight; None for a linear layer."""
+    """Index of the expert in a stacked weight; None for a linear layer."""
 
     @property
     def norm(self) -> float:
@@ -56,7 +55,7 @@ class LayerAnalysis:
 
     @property
     def slots_used(self) -> float:
-        """exp of the entropy of the squared pool use: how many slots carry this layer's part."""
+        """exp of the entropy of the squared pool use: the effective number of slots."""
         return _entropy_rank(self.pool_use.square())
 
 
@@ -68,33 +67,33 @@ class GroupAnalysis:
     shape: tuple[int, int]
     """(out, in)"""
     layers: tuple[LayerAnalysis, ...]
-    """Of stacked weights every expert is one, weight by weight."""
+    """One entry per layer; for stacked weights one per expert, weight by weight."""
     experts: int = 0
-    """How many experts each of the stacked weights has; 0 for linear layers."""
+    """Number of experts in each stacked weight; 0 for linear layers."""
 
     @property
     def pool_use(self) -> Tensor:
-        """(L, L*k): every layer's use of every slot."""
+        """(L, L*k): use of every slot by every layer."""
         return pad_sequence([layer.pool_use for layer in self.layers], batch_first=True)
 
     @property
     def weights(self) -> list[tuple[LayerAnalysis, ...]]:
-        """The layers by the weight that they change: its experts, or the one layer alone."""
+        """Layers by the weight they change: all experts of one weight, or a single layer."""
         each = self.experts or 1
         return [self.layers[i : i + each] for i in range(0, len(self.layers), each)]
 
 
 def analyze(model: nn.Module) -> list[GroupAnalysis]:
-    """Analyze the adapter of a patched model: each layer's spectrum and its use of the pool.
+    """Analyze the adapter of a patched model: spectrum and pool use of each layer.
 
-    dW = [B | B_pool] diag(d) [A ; A_pool] is that of arXiv 2503.12576, section 3. It is computed in
-    float64, from the factors. Of adapted experts each is analyzed by itself.
+    dW = [B | B_pool] diag(d) [A ; A_pool] is defined in arXiv 2503.12576, section 3. All values are
+    computed in float64 from the factors. Each adapted expert is analyzed separately.
 
     Args:
         model: a patched model.
 
     Returns:
-        One entry for every group of layers that share a pool.
+        One entry per group of layers that share a pool.
 
     Raises:
         TypeError, ValueError: the model is not patched.
@@ -115,25 +114,25 @@ def analyze(model: nn.Module) -> list[GroupAnalysis]:
 
 
 class ShapesUnknown(ValueError):
-    """An adapter whose files do not tell the shapes of all layers: the base model has to."""
+    """Error for an adapter whose files lack layer shapes, so that the base model is needed."""
 
 
 def analyze_adapter(
     directory: str | os.PathLike[str], model: nn.Module | None = None
 ) -> list[GroupAnalysis]:
-    """Analyze what ``save_adapter`` wrote, as ``analyze`` does; most need no base model.
+    """Analyze an adapter that ``save_adapter`` wrote; most need no base model.
 
     Args:
         directory: what ``save_adapter`` wrote.
-        model: the base, for names and shapes: it may lie on the meta device. A method needs it
+        model: the base, for names and shapes; it may be on the meta device. Needed for methods
             whose files do not hold an A and a B of every layer.
 
     Returns:
-        One entry for every group of layers that share a pool.
+        One entry per group of layers that share a pool.
 
     Raises:
-        FileNotFoundError, ValueError: it is not an adapter of this package; or it needs ``model``
-            and got none, or another's.
+        FileNotFoundError, ValueError: it is not an adapter of this package, or ``model`` is needed
+            and is missing or the wrong one.
 
     Example:
         >>> from rasa_ext.analysis import analyze_adapter
@@ -163,7 +162,7 @@ def analyze_adapter(
 def _shapes(
     tensors: Mapping[str, Tensor], method: str, directory: str | os.PathLike[str]
 ) -> dict[str, tuple[int, ...]]:
-    """Read the layers' shapes off an A and a B of each, in the model's order."""
+    """Return the layers' shapes, from the A and B of each, in the model's order."""
     names = [key.removesuffix("A") for key in tensors if key.endswith(".rasa_A")]
     names = [name for name in sorted(names, key=_in_model_order) if f"{name}B" in tensors]
     if not names and method == OFFICIAL:
@@ -186,17 +185,16 @@ def _shapes(
 
 
 def analyze_lora(directory: str | os.PathLike[str]) -> list[GroupAnalysis]:
-    """Analyze a plain LoRA in PEFT's format, as ``analyze`` does; no base model is needed.
+    """Analyze a plain LoRA in PEFT's format; no base model is needed.
 
-    dW = scale * B A, the scale being alpha / r, or alpha / sqrt(r) where the file says so. There is
-    no pool: all of a change is private.
+    dW = scale * B A, where scale is alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA. There
+    is no pool: all of the change is private.
 
     Args:
-        directory: with ``adapter_config.json`` and the weights.
+        directory: a directory with ``adapter_config.json`` and the weights.
 
     Returns:
-        One entry for every group of layers that would share a pool: those of one name, but for the
-        layer's index, and one shape.
+        One entry per group of layers that would share a pool: one name pattern and one shape.
 
     Raises:
         FileNotFoundError, ValueError: it is not a plain LoRA of linear layers; the message says
@@ -226,7 +224,7 @@ def _scaled(lora: Lora, name: str) -> Factors:
 def _factors(
     tensors: Mapping[str, Tensor], config: AdapterConfig, group: Group
 ) -> dict[str, Factors]:
-    """A group's factors by its method; its pool stands under one of the members."""
+    """Return a group's factors by layer name; the pool is stored under one of the layers."""
     pools = (_under(tensors, pool_key(member, "")) for member in group.names)
     pool = next(filter(None, pools), {})
     return {
@@ -274,7 +272,7 @@ def _singular_values(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _entropy_rank(values: Tensor) -> float:
-    """exp of the entropy of values >= 0 over their sum; 0 where there are none."""
+    """exp of the entropy of normalized values >= 0; 0 if all are zero."""
     total = values.sum()
     if not total > 0:
         return 0.0
@@ -283,6 +281,6 @@ def _entropy_rank(values: Tensor) -> float:
 
 
 def _in_model_order(name: str) -> list[tuple[int, str]]:
-    """A key under which layer 10 comes after layer 9."""
+    """Return a sort key that puts layer 10 after layer 9."""
     parts = re.split(r"(\d+)", name)
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

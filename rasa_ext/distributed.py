@@ -1,8 +1,8 @@
-"""Training in many processes: the base is sharded, the adapter whole on each.
+"""Training in many processes: the base is sharded, and every process has the whole adapter.
 
-An adapter is small and its pools belong to many layers, so all that is trained is replicated.
-``shard_model`` lets ``fully_shard`` (FSDP2) have the rest; ``replicate_adapter`` is for a rest that
-others shard: transformers by its ``tp_plan``, or accelerate.
+An adapter is small and a pool belongs to many layers, so all trained parameters are replicated.
+``shard_model`` shards the base with ``fully_shard`` (FSDP2). ``replicate_adapter`` is for a base
+that others shard: transformers by ``tp_plan``, or accelerate.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ def shard_model(
     blocks: Sequence[nn.Module] | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Shard a patched model's base over the processes of a mesh, and keep its adapter whole.
+    """Shard a patched model's base over the processes of a mesh, and replicate the adapter.
 
-    Frozen parameters are sharded by ``fully_shard``, block by block, and gathered while their block
-    runs. What is trained (A, B, d, pools, ``modules_to_save``) stays on every process: it is moved
-    to the mesh's device, made equal to the first process's, and at the end of every backward its
+    ``fully_shard`` shards the frozen parameters block by block, and gathers them while their block
+    runs. Trained parameters (A, B, d, pools, ``modules_to_save``) stay whole on every process. They
+    move to the mesh's device and get the first process's values. At the end of every backward their
     gradients are averaged over the mesh. So clipping, optimizers, ``save_adapter`` and
-    ``load_adapter`` work as in a single process. Every process must have built the same base.
+    ``load_adapter`` work as in a single process. Every process must have built an equal base.
 
     Args:
-        model: what ``patch_model`` patched, or a PEFT model with RaSA adapters, not wrapped. It may
-            lie on the CPU: parts are moved to the mesh's device as they are sharded.
-        mesh: from ``torch.distributed.init_device_mesh``; with two dimensions, the base is
+        model: a model that ``patch_model`` patched, or a PEFT model with RaSA adapters, not
+            wrapped. It may be on the CPU: parts move to the mesh's device as they are sharded.
+        mesh: from ``torch.distributed.init_device_mesh``. With two dimensions, the base is
             replicated over the first and sharded over the second.
-        blocks: the modules that are gathered as one each; unless given, the outermost items of the
-            model's ``ModuleList`` and ``Sequential`` that hold an adapted layer. All else is
-            gathered with the model itself.
-        options: for ``fully_shard``, such as ``reshard_after_forward``; not ``mp_policy``: give the
-            base its dtype before it is patched.
+        blocks: the modules to gather as one each. Defaults to the outermost items of the model's
+            ``ModuleList`` and ``Sequential`` that hold an adapted layer. All else is gathered with
+            the model itself.
+        options: options of ``fully_shard``, such as ``reshard_after_forward``; not ``mp_policy``:
+            give the base its dtype before patching.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError, ValueError, RuntimeError: the model is not patched, is wrapped, sharded or
-            merged already, or its adapter is on the meta device. The model is then unchanged.
+        TypeError, ValueError, RuntimeError: the model is not patched, or is wrapped, sharded or
+            merged already, or the adapter is on the meta device. The model is then unchanged.
 
     Example:
-        One process; ``torchrun`` starts as many as there are devices.
+        One process; ``torchrun`` starts one per device.
 
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -108,26 +108,25 @@ def shard_model(
 
 
 def replicate_adapter(model: nn.Module, accelerator: Any = None) -> nn.Module:
-    """Keep an adapter whole and equal on all processes, over a base that others shard.
+    """Replicate an adapter on all processes, over a base that others shard.
 
-    What is trained (A, B, d, pools, ``modules_to_save``) gets the first process's values, and at
-    the end of every backward its gradients are averaged over all processes, as ``shard_model`` has
-    it. So clipping, optimizers, ``save_adapter`` and ``load_adapter`` work as in a single process.
+    Trained parameters (A, B, d, pools, ``modules_to_save``) get the first process's values. At the
+    end of every backward their gradients are averaged over all processes, as in ``shard_model``. So
+    clipping, optimizers, ``save_adapter`` and ``load_adapter`` work as in a single process.
 
-    For tensor parallelism, load the base with transformers' ``DistributedConfig(tp_plan="auto")``
-    and patch it; then call this before training. A layer of style "colwise" uses its rows of B,
-    one of style "rowwise" its columns of A, and the mean of gradients is that of the whole layer.
-    Processes that share a base must be given the same tokens, and the same seed where there is
-    dropout.
+    For tensor parallelism, load the base with transformers' ``DistributedConfig(tp_plan="auto")``,
+    patch it, and call this before training. A layer of style "colwise" uses part of the rows of B,
+    a layer of style "rowwise" part of the columns of A; the mean gradient is the whole layer's.
+    Processes that share a base need equal tokens, and equal seeds if there is dropout.
 
-    For accelerate's FSDP2, also under transformers' ``Trainer``, give the accelerator before it
-    prepares the model: its plugin is told to leave the adapter whole. The environment variable
-    ``FSDP_IGNORED_MODULES`` cannot say so, since the base's weight lies inside the module that has
+    For accelerate's FSDP2, also under transformers' ``Trainer``, pass the accelerator before it
+    prepares the model. The FSDP2 plugin is then set to ignore the adapter. The environment variable
+    ``FSDP_IGNORED_MODULES`` cannot do that, since the base's weight is inside the module that has
     A, B and d.
 
     Args:
-        model: what ``patch_model`` patched, or a PEFT model with RaSA adapters, not wrapped. Every
-            process of the default group must call this.
+        model: a model that ``patch_model`` patched, or a PEFT model with RaSA adapters, not
+            wrapped. Every process of the default group must call this.
         accelerator: an ``accelerate.Accelerator`` with FSDP2, such as ``trainer.accelerator``, that
             has not prepared the model yet; None for tensor parallelism.
 
@@ -135,13 +134,13 @@ def replicate_adapter(model: nn.Module, accelerator: Any = None) -> nn.Module:
         The same object.
 
     Raises:
-        TypeError, ValueError, RuntimeError: the model is not patched, or is wrapped or merged; its
+        TypeError, ValueError, RuntimeError: the model is not patched, or is wrapped or merged; the
             adapter is sharded or on the meta device; the accelerator has no FSDP2, ignores modules
             already or loads the base on one process alone; or there is no process group. The model
             is then unchanged.
 
     Example:
-        One process; ``torchrun`` starts as many as there are devices.
+        One process; ``torchrun`` starts one per device.
 
         >>> import torch.distributed as dist
         >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -178,7 +177,7 @@ def replicate_adapter(model: nn.Module, accelerator: Any = None) -> nn.Module:
 
 
 def _fsdp2_plugin(accelerator: Any) -> Any:
-    """The plugin by which an accelerator shards; ValueError or TypeError where it would not do."""
+    """Return the FSDP2 plugin of an accelerator; raise ValueError or TypeError if unsuitable."""
     if not hasattr(getattr(accelerator, "state", None), "distributed_type"):
         raise TypeError(
             f"accelerator: expected an accelerate.Accelerator, got {type(accelerator).__name__}; "
@@ -209,7 +208,7 @@ def _fsdp2_plugin(accelerator: Any) -> Any:
 def _average(
     model: nn.Module, replicated: list[nn.Parameter], groups: Sequence[dist.ProcessGroup | None]
 ) -> None:
-    """Average gradients from now on, whenever a backward through the model ends."""
+    """Average gradients at the end of every backward through the model from now on."""
     averaging = _Averaging(model, replicated, groups)
     layers = [module for module in model.modules() if isinstance(module, AdaptedModule)]
     for layer in layers:
@@ -222,7 +221,7 @@ def _average(
 
 
 def check_unwrapped(model: nn.Module) -> None:
-    """Raise ValueError for DistributedDataParallel, which would not average new parameters."""
+    """Raise ValueError for DistributedDataParallel, which does not average new parameters."""
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "model: expected the model inside DistributedDataParallel, which does not average the "
@@ -231,13 +230,13 @@ def check_unwrapped(model: nn.Module) -> None:
 
 
 def check_averaged(model: nn.Module, what: str) -> None:
-    """Raise RuntimeError where gradients of what is trained from now on would not be averaged.
+    """Raise RuntimeError if gradients of newly trained parameters would not be averaged.
 
-    That is so in several processes, unless ``shard_model`` or ``replicate_adapter`` averages them.
+    With several processes, ``shard_model`` or ``replicate_adapter`` must average them.
 
     Args:
         model: a patched model, wrapped or not.
-        what: the argument that lets other parameters be trained, for the error.
+        what: the argument that makes other parameters trainable, for the error.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -252,9 +251,9 @@ def check_averaged(model: nn.Module, what: str) -> None:
 
 
 def follow(model: nn.Module) -> None:
-    """Average the gradients of parameters that have taken the place of others.
+    """Average the gradients of parameters that replaced others.
 
-    They get the first process's values, so that every process must call this.
+    Every process must call this, because the parameters get the first process's values.
     """
     root = unwrap(model)
     averaging = _AVERAGING.get(root)
@@ -266,14 +265,14 @@ def follow(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def no_sync(model: nn.Module) -> Iterator[None]:
-    """Leave the adapter's gradients, in this context, as each process's own backwards make them.
+    """Do not average the adapter's gradients within the context.
 
-    For gradient accumulation: the first backward after it averages what has accumulated, so only
-    the last backward before an optimizer's step need communicate. Without it the result is the
-    same: averages are averaged again.
+    Use it for gradient accumulation: the first backward after it averages what has accumulated, so
+    only the last backward before an optimizer step communicates. Without it the result is equal:
+    averages are averaged again.
 
     Args:
-        model: what ``shard_model`` or ``replicate_adapter`` returned.
+        model: result of ``shard_model`` or ``replicate_adapter``.
 
     Raises:
         ValueError: it is another model.
@@ -304,11 +303,11 @@ def no_sync(model: nn.Module) -> Iterator[None]:
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The outermost items of lists and sequences of modules that hold an adapted layer."""
+    """Return the outermost items of module lists and sequences that hold an adapted layer."""
     found: list[nn.Module] = []
     item = isinstance(model, (nn.ModuleList, nn.Sequential))
     for child in model.children():
-        whole = not isinstance(child, (nn.ModuleList, nn.ModuleDict))  # these are not run as one
+        whole = not isinstance(child, (nn.ModuleList, nn.ModuleDict))  # these have no forward
         found += [child] if item and whole and _adapted(child) else blocks_of(child)
     return list(dict.fromkeys(found))
 
@@ -318,7 +317,7 @@ def _adapted(module: nn.Module) -> bool:
 
 
 def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
-    """The given blocks, inner ones first, as ``fully_shard`` wants them."""
+    """Return the given blocks, inner ones first, as ``fully_shard`` requires."""
     inner_first, wanted = dict.fromkeys(reversed(list(model.modules()))), set(blocks)
     for block in blocks:
         if block is model or block not in inner_first:
@@ -330,7 +329,7 @@ def _ordered(model: nn.Module, blocks: Sequence[nn.Module]) -> list[nn.Module]:
 
 
 def _checked(model: nn.Module) -> list[nn.Parameter]:
-    """Give what is replicated; raise where the model's adapter cannot be trained in processes."""
+    """Return the replicated parameters; raise if the adapter cannot be trained in processes."""
     if not isinstance(model, nn.Module) or not _adapted(model):
         patch_state(model)  # raises
     if unwrap(model) is not model:
@@ -354,7 +353,7 @@ def _checked(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _replicated(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter that is trained, or an adapter's, or a saved module's; each once."""
+    """Return every parameter that is trained, an adapter's, or a saved module's; each once."""
     found = [p for p in model.parameters() if p.requires_grad]
     found += _adapters(model)
     if is_patched(model):
@@ -364,7 +363,7 @@ def _replicated(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _adapters(model: nn.Module) -> dict[nn.Parameter, None]:
-    """Every parameter of an adapter, trained or not; each once, in the order of layers."""
+    """Return every adapter parameter, trained or not; each once, in the order of layers."""
     found: dict[nn.Parameter, None] = {}
     for module in model.modules():
         if isinstance(module, AdaptedModule):
@@ -379,7 +378,7 @@ def _place(
     groups: Sequence[dist.ProcessGroup | None],
     device: torch.device | str | None,
 ) -> None:
-    """Move parameters to a device, with the values of the groups' first process."""
+    """Move parameters to a device, and broadcast the values of each group's first process."""
     for parameter in parameters:
         parameter.data = parameter.data.to(device)
         for group in groups:
@@ -389,8 +388,8 @@ def _place(
 class _Averaging:
     """Averages gradients over processes, once at the end of each backward.
 
-    All that has accumulated is averaged, not the last backward's contribution: what earlier
-    backwards left is either equal everywhere, and stays what it is, or was not averaged yet.
+    The whole accumulated gradient is averaged, not the last backward's part. What earlier backwards
+    left is either equal everywhere, so the mean does not change it, or not averaged yet.
     """
 
     def __init__(
@@ -399,7 +398,7 @@ class _Averaging:
         parameters: list[nn.Parameter],
         groups: Sequence[dist.ProcessGroup | None],
     ) -> None:
-        self.groups = groups  # the dimensions of a mesh
+        self.groups = groups  # one per dimension of the mesh
         self.wanted = True
         self._queued = False
         self._hooks: list[Any] = [
@@ -409,7 +408,7 @@ class _Averaging:
         self.watch(parameters)
 
     def watch(self, parameters: list[nn.Parameter]) -> None:
-        """Average these from now on, also after a backward through a part of the model."""
+        """Average these parameters from now on, also after a backward through part of the model."""
         for hook in self._hooks[2:]:
             hook.remove()
         self.parameters = parameters
@@ -417,19 +416,19 @@ class _Averaging:
         self._hooks[2:] = [p.register_post_accumulate_grad_hook(self._queue) for p in trained]
 
     def remove(self) -> None:
-        """Average no more."""
+        """Stop averaging."""
         for hook in self._hooks:
             hook.remove()
 
     def _begin(self, *_: Any) -> None:
-        """No backward is on its way; one that was broken off has left its mark."""
+        """Forward pre-hook: reset the flag, which an interrupted backward may have left set."""
         self._queued = False
 
     def _watch(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Gradients of the outputs arrive first, and in the outermost backward.
+        """Forward hook: queue the average when gradients of the outputs arrive.
 
-        Parameter hooks alone would average once per re-entrant checkpoint, because each runs a
-        nested backward.
+        They arrive first, and in the outermost backward. Parameter hooks alone would average once
+        per re-entrant checkpoint, because each runs a nested backward.
         """
         if torch.is_grad_enabled():
             for tensor in tree_leaves(output):
@@ -443,9 +442,9 @@ class _Averaging:
 
     @torch.no_grad()
     def average(self) -> None:
-        """Replace every gradient by its mean over the processes, in one all-reduce.
+        """Replace every gradient by the mean over the processes, in one all-reduce.
 
-        A gradient that only other processes have counts as zero here, and is made.
+        A gradient that only other processes have is created here, and counts as zero.
         """
         self._queued = False
         trained = [p for p in self.parameters if p.requires_grad]
@@ -462,7 +461,7 @@ class _Averaging:
             dist.all_reduce(flat, group=group)
         flat /= math.prod(dist.get_world_size(group) for group in self.groups)
         *means, counts = flat.split([*(p.numel() for p in trained), len(here)])
-        # Reading the counts waits for the device, so only where one of them is in question.
+        # Reading the counts waits for the device, so it is done only if one is in question.
         somewhere = here if all(here) else counts.gt(0).tolist()
         for parameter, part, mean, found in zip(trained, parts, means, somewhere, strict=True):
             if found:

@@ -1,4 +1,4 @@
-"""Singular components of products that are never formed."""
+"""Singular value decomposition of low-rank products, without forming the product."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Components", "svd_of_product"]
 
 
 class Components(NamedTuple):
-    """U (out, n) and V (n, in) orthonormal, S (n,) falling: U diag(S) V."""
+    """SVD U diag(S) V with U (out, n) and V (n, in) orthonormal, S (n,) descending."""
 
     U: Tensor
     S: Tensor
@@ -19,7 +19,7 @@ class Components(NamedTuple):
 
 
 def svd_of_product(B: Tensor, A: Tensor) -> Components:
-    """Compute the exact SVD of a product by the QR of each factor.
+    """Compute the exact SVD of the product B A, by QR of each factor.
 
     Args:
         B: (out, s).

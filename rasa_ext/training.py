@@ -1,4 +1,4 @@
-"""What a loop of training needs: an optimizer's groups, and other tensors for an adapter."""
+"""Helpers for training loops: parameter groups, and replacement of an adapter's tensors."""
 
 from __future__ import annotations
 
@@ -31,19 +31,18 @@ def parameter_groups(
     weight_decay: float = 0.0,
     eps: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Give an optimizer's parameter groups for a patched model, with the rates of its method.
+    """Return an optimizer's parameter groups for a patched model, with the method's rates.
 
-    ``AdapterConfig.learning_rates`` has them. Everything else goes in one group.
+    The rates come from ``AdapterConfig.learning_rates``. All other parameters share one group.
 
     Args:
         model: a patched model.
         lr: the learning rate.
-        weight_decay: that of what has no rate of its own.
-        eps: Adam's; the optimizer's own for all groups unless given.
+        weight_decay: weight decay of parameters without a rate of their own.
+        eps: Adam's eps for all groups. Defaults to the optimizer's.
 
     Returns:
-        Groups, each with ``params``, ``lr``, ``weight_decay`` and ``eps`` where it was given, none
-        of them empty.
+        Groups with ``params``, ``lr``, ``weight_decay`` and, if given, ``eps``. No group is empty.
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched.
@@ -71,11 +70,11 @@ def parameter_groups(
 
 
 def adapter_of(model: nn.Module, *methods: type[Config]) -> tuple[Config, dict[str, RasaLinear]]:
-    """Give the config of a patched model, and its adapted linear layers.
+    """Return the config of a patched model and the adapted linear layers.
 
     Args:
         model: a patched model.
-        methods: the config classes that are expected.
+        methods: the expected config classes.
 
     Returns:
         The config, and the layers by name in the model's order.
@@ -104,19 +103,19 @@ def replace_tensors(
     config: AdapterConfig,
     tensors: Mapping[RasaLinear | RasaPool, Mapping[str, Tensor]],
 ) -> None:
-    """Let layers and pools own other tensors, under a config that makes tensors of these shapes.
+    """Replace tensors of layers and pools, and set a config that makes tensors of these shapes.
 
-    Parameters are trained from then on, other tensors are buffers. In many processes, every one
-    calls this, and parameters get the first process's values.
+    Parameters are trained from then on; other tensors become buffers. With several processes, every
+    process calls this, and parameters get the first process's values.
 
     Args:
         model: a patched model.
-        config: the model's from now on.
-        tensors: by name, for each layer and each pool that changes: all that it then owns.
+        config: the model's new config.
+        tensors: by name, all new tensors of each layer and each pool that changes.
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched; or there are new parameters,
-            and it is wrapped in DistributedDataParallel. The model is then unchanged.
+            and the model is in DistributedDataParallel. The model is then unchanged.
         RuntimeError: the adapter is merged.
 
     Example:
