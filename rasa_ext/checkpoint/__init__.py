@@ -1,4 +1,4 @@
-"""Adapter directories: this package's, those of the official code, and plain LoRAs."""
+"""Adapter directories: this package's, the official code's, and plain LoRAs."""
 
 from rasa_ext.checkpoint.adapter import AdapterState, own_key, pool_key, saved_tensors
 from rasa_ext.checkpoint.expert_names import StackedWeight, stacked_weights

@@ -1,9 +1,9 @@
 """Saving and loading adapters in the package's own format.
 
-For a layer at ``<path>``: ``base_model.model.<path>.rasa_A``, ``.rasa_B`` and ``.rasa_d``; a pool
-is stored once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of the group's first layer. Trained modules
-have their own names, trained rows of an embedding PEFT's. The configuration uses the
-field names of the official code.
+A layer at ``<path>`` has ``base_model.model.<path>.rasa_A``, ``.rasa_B`` and ``.rasa_d``. A pool is
+stored once, as ``.rasa_pool_A`` and ``.rasa_pool_B`` of the group's first layer. Trained modules
+have their own names, trained embedding rows have PEFT's. The config uses the field names of the
+official code.
 """
 
 from __future__ import annotations
@@ -56,11 +56,11 @@ from rasa_ext.patching.tokens import row_tensors, rows_key
 
 
 def own_key(name: str, field: str) -> str:
-    """Give the key in a file of a tensor that a layer owns.
+    """Return the key of a layer's tensor in an adapter file.
 
     Args:
-        name: of the layer.
-        field: A, B, d, or what else the method has.
+        name: name of the layer.
+        field: A, B, d, or another tensor of the method.
 
     Returns:
         The key.
@@ -73,11 +73,11 @@ def own_key(name: str, field: str) -> str:
 
 
 def pool_key(first: str, field: str) -> str:
-    """Give the key in a file of a tensor that a group owns.
+    """Return the key of a group's tensor in an adapter file.
 
     Args:
-        first: the name of the group's first layer.
-        field: A or B, or what else the method has.
+        first: name of the group's first layer.
+        field: A, B, or another tensor of the method.
 
     Returns:
         The key.
@@ -90,7 +90,7 @@ def pool_key(first: str, field: str) -> str:
 
 
 def keyed(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Name the tensors of the adapters of layers as in a file; the first layer has the pool's."""
+    """Return the layers' tensors by key in a file; the first layer of a group has the pool."""
     found: dict[str, Tensor] = {}
     for name, adapter in adapters.items():
         pool = adapter.pool if adapter.spec.index == 0 else {}
@@ -102,18 +102,17 @@ def keyed(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 def save_adapter(
     model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
 ) -> None:
-    """Write the adapter of a patched model, and its ``modules_to_save``, into a directory.
+    """Write the adapter of a patched model, and ``modules_to_save``, into a directory.
 
-    They are ``adapter_config.json``, with the field names of the official code, and
-    ``adapter_model.safetensors``, which has every trainable parameter once, in its own dtype, and
-    nothing of the base. A merged model saves the same adapter. ``README.md`` is its model card.
+    The files are ``adapter_config.json``, with the field names of the official code,
+    ``adapter_model.safetensors``, with every trainable parameter once in its own dtype and nothing
+    of the base, and ``README.md``, the model card. A merged model saves an equal adapter.
 
     Args:
         model: a patched model, also inside ``torch.compile`` or DistributedDataParallel.
-        directory: made if it is missing. An adapter that is there is replaced; an error on the way,
-            such as a full disk, leaves it as it was. A README.md that was edited, or is of another
-            origin, stays.
-        card: what the card says beside what is read off the model; None writes no card.
+        directory: created if missing. An adapter in it is replaced; an error, such as a full disk,
+            leaves it unchanged. A README.md that was edited, or is not from this package, stays.
+        card: additions to the model card; None writes no card.
 
     Raises:
         TypeError, ValueError: the model is not patched, or its adapter is sharded.
@@ -151,7 +150,7 @@ class AdapterState:
     def save(
         self, model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN
     ) -> None:
-        """Write the adapter's directory, for ``load_adapter``; of ``model`` only names count.
+        """Write an adapter directory for ``load_adapter``; of ``model`` only the names are used.
 
         ``card`` is as in ``save_adapter``.
         """
@@ -170,7 +169,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     card: Card | None = None,
 ) -> None:
-    """Write an adapter for ``model``, patched or not; ``tensors`` are named as in the file."""
+    """Write an adapter for ``model``, patched or not; ``tensors`` has the keys of the file."""
     linears = (name for group in plan.groups if not group.experts for name in group.names[:1])
     bases = (getattr(m, "base_layer", m) for m in map(model.get_submodule, linears))
     settings = {
@@ -189,13 +188,13 @@ def write_tensors(
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Load what ``save_adapter`` wrote; an unpatched model is patched from the saved config.
+    """Load an adapter that ``save_adapter`` wrote; patch the model first if needed.
 
     Args:
-        model: the base that the adapter was trained on, or a model patched with the same config.
-            The tensors are cast to the dtype of its adapter and go where that is.
-        directory: what ``save_adapter`` wrote; or, where there is none of that name, its id on the
-            Hub ("owner/name"). Of a whole model that ``save_pretrained`` wrote after patching, the
+        model: the base that the adapter was trained on, or a model patched with an equal config.
+            Tensors are cast to the dtype, and moved to the device, of the model's adapter.
+        directory: what ``save_adapter`` wrote or, if there is no such path, an id on the Hub
+            ("owner/name"). From a whole model that ``save_pretrained`` wrote after patching, the
             adapter is loaded if the model is patched with the config of its training.
 
     Returns:
@@ -203,7 +202,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or does not fit the model or
-            its present patch; the message names the keys or fields, and the model is unchanged.
+            the patch; the message names the keys or fields, and the model is unchanged.
         RuntimeError: the model is merged.
 
     Example:
@@ -224,7 +223,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
 
 
 def _load_from_whole(model: nn.Module, shards: list[Path], where: str) -> nn.Module:
-    """Load the adapter out of the files of a whole model that was saved while it was patched."""
+    """Load the adapter from the files of a whole model that was saved while patched."""
     if not is_patched(model):
         raise ValueError(
             f"{where}: expected an adapter's directory, got that of a whole model; if it was saved "
@@ -249,9 +248,9 @@ def load_tensors_into(
     where: str,
     shown: Callable[[str], str] = str,
 ) -> nn.Module:
-    """Put tensors named as in the package's files into a model, patching it if need be.
+    """Load tensors, named as in the package's files, into a model, and patch it if needed.
 
-    ``shown`` gives the name that another file has for a tensor; ``tensors`` may have either.
+    ``shown`` maps a key to the name in another format; ``tensors`` may use either.
     """
     patched = is_patched(model)
     root = unwrap(model) if patched else model
@@ -293,9 +292,9 @@ def load_tensors_into(
 def own_names(
     found: Mapping[str, Tensor], expected: Iterable[str], shown: Callable[[str], str], where: str
 ) -> dict[str, Tensor]:
-    """Give tensors that a file calls as ``shown`` does the ``expected`` names; others keep theirs.
+    """Rename tensors from ``shown(key)`` to the ``expected`` key; leave other names.
 
-    ValueError, beginning with ``where``, where one of them is a pool that two groups would share.
+    Raises ValueError, beginning with ``where``, if two groups would share one pool.
     """
     ours: dict[str, str] = {}
     for key in expected:
@@ -309,9 +308,9 @@ def own_names(
 
 
 def _changed(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-    """Walk over the tensors of the modules that an adapter is loaded into, patched or not.
+    """Yield the tensors of the modules that an adapter is loaded into, patched or not.
 
-    Less the weights of linear layers that accelerate brings to a device as they run.
+    Weights of linear layers that accelerate moves to a device when they run are left out.
     """
     adapted = tuple(f"{name}." for group in plan.groups for name in group.names)
     others = (*plan.modules_to_save, *(name for rows in plan.tokens for name in rows.names))
@@ -326,7 +325,7 @@ def _changed(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
 
 
 def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str:
-    """Say which model an adapter that does not fit is for, and what to do."""
+    """Return a hint for an adapter that does not fit: which model it is for, and what to do."""
     if any(".rasa_mixing" in key or ".rasa_shared_" in key for key in found):
         return "It is a checkpoint of the official code, which rasa_ext.load_official reads."
     theirs, ours = (
@@ -343,7 +342,7 @@ def _other_base(found: Mapping[str, Tensor], expected: Mapping[str, Any]) -> str
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The live tensors of an adapter under the names they have in a file, each once."""
+    """Return the live tensors of an adapter by key in a file, each once."""
     root, state = unwrap(model), patch_state(model)
     plan, layers = state.plan, dict(owners(model))
     _check_in_place(plan, layers)
@@ -357,7 +356,7 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _check_in_place(plan: Plan, layers: Mapping[str, AdapterOwner]) -> None:
-    """ValueError where adapted layers are not those that were made, or not where they were."""
+    """Raise ValueError if the adapted layers are not the ones of the plan, or were moved."""
     for name in (name for group in plan.groups for name in group.names):
         if name not in layers:
             now = next((each for each in layers if each.endswith(name.rpartition(".")[2])), None)
@@ -382,7 +381,7 @@ def _check_unsharded(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, tuple[int, ...]],
 ) -> None:
-    """ValueError where a tensor of the adapter, or of a saved module, is not whole here."""
+    """Raise ValueError if a tensor of the adapter, or of a saved module, is not whole here."""
     for key, tensor in tensors.items():
         if is_dtensor(tensor) or tuple(tensor.shape) != tuple(expected[key]):
             raise ValueError(
@@ -402,14 +401,14 @@ def _check_unsharded(
 
 
 def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """Find the state of the modules that are trained in full.
+    """Return the state of the modules that are trained in full.
 
     Args:
         root: the model.
-        plan: of its adapter.
+        plan: the adapter's plan.
 
     Returns:
-        The tensors by their names in the model; tied ones stand under one name.
+        The tensors by name in the model; tied ones under one name.
 
     Example:
         >>> config = rasa_ext.RasaConfig(modules_to_save=["norm"])
@@ -432,7 +431,7 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
 def _expected(
     root: nn.Module, planned: list[dict[str, Adapter]], plan: Plan
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor in the file of an adapter for ``root``, patched or not."""
+    """Return the shape of every tensor in an adapter file for ``root``, patched or not."""
     tensors = {key: tensor for group in planned for key, tensor in keyed(group).items()}
     tensors.update((f"{PREFIX}{key}", t) for key, t in saved_tensors(root, plan).items())
     expected = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
@@ -444,7 +443,7 @@ def _expected(
 def _check_indices(
     planned: list[dict[str, Adapter]], tensors: Mapping[str, Tensor], where: str
 ) -> None:
-    """ValueError where indices in a file, such as features to read, are out of a layer's range."""
+    """Raise ValueError if indices in a file, such as input features, exceed a layer's range."""
     for group in planned:
         first = next(iter(group))
         for name, made in group.items():
@@ -462,11 +461,11 @@ def _check_indices(
 
 
 def task_type(root: nn.Module) -> str | None:
-    """PEFT's word for what the model does, where that decides how PEFT loads the adapter."""
+    """Return PEFT's task type of the model, if it affects how PEFT loads the adapter."""
     return "CAUSAL_LM" if type(root).__name__.endswith("ForCausalLM") else None
 
 
 def base_name(root: nn.Module) -> str | None:
-    """Where the base model came from, as far as it knows."""
+    """Return the name or path of the base model, if known."""
     config = getattr(root, "config", None)
     return getattr(config, "_name_or_path", None) or None

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a directory, whose head the Hub reads and whose text people do."""
+"""Model cards: the README.md of a directory, with a head for the Hub and text for people."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _SEAL = re.compile(r"\n<!-- Written by rasa_ext [^\n]*: ([0-9a-f]{64}) -->\n\Z")
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CACHED = re.compile(r"models--([^/\\]+?)--([^/\\]+)[/\\]snapshots[/\\]")
 _OWN = ("Load", "Serve", "Layers")
-"""The sections that are written for a directory, whatever its card was given."""
+"""Sections that are written for each directory, whatever the card was given."""
 _HERE = '`"."` is the folder of this card.\n\n'
 _ROWS = 40
-"""The most groups of layers that a card lists."""
+"""Largest number of layer groups that a card lists."""
 _ALWAYS = ("rank", "k", "alpha")
 _LIBRARIES = {"peft": "peft", "gguf": None, "mlx": "mlx"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-    """What a model card says beside what is read off the model: data, figures of a run, notes.
+    """Additions to a model card: data sets, figures of a run, notes.
 
-    ``save_adapter`` and ``export_lora`` write a README.md of base model, method, ranks and layers,
-    and of how to load and serve the directory; this adds to it.
+    ``save_adapter`` and ``export_lora`` write a README.md with base model, method, ranks, layers,
+    and how to load and serve the directory. This adds to it.
 
     Args:
         datasets: ids on the Hub, for the card's head.
         sections: Markdown by heading, in order.
 
     Raises:
-        TypeError: ``datasets`` is no sequence of strings, or ``sections`` no mapping of them.
+        TypeError: ``datasets`` is no sequence of strings, or ``sections`` no mapping of strings.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
@@ -60,7 +60,7 @@ class Card:
     sections: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check both."""
+        """Check both fields."""
         names, texts = self.datasets, self.sections
         if isinstance(names, str) or not all(isinstance(name, str) for name in names):
             raise TypeError(f"datasets: expected a sequence of ids on the Hub, got {names!r}.")
@@ -69,13 +69,14 @@ class Card:
 
     @classmethod
     def read(cls, directory: str | os.PathLike[str]) -> Card:
-        """Read what a directory's card was given, so that another form of it says the same.
+        """Read the additions of a directory's card, to use them in another card.
 
         Args:
-            directory: of an adapter or a LoRA; empty if it has no card that this package began.
+            directory: directory of an adapter or a LoRA.
 
         Returns:
-            The data sets of the head, and the sections but for "Load", "Serve" and "Layers".
+            The data sets of the head, and the sections except "Load", "Serve" and "Layers". Empty
+            if the directory has no card of this package.
 
         Raises:
             ValueError: the head of the card is no YAML.
@@ -94,21 +95,21 @@ class Card:
 
 
 PLAIN = Card()
-"""Says no more than what is read off the model."""
+"""A card without additions."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A base model as a card may name it: never by a path of the machine that wrote the card."""
+    """A base model as a card may name it, without paths of the machine that wrote the card."""
 
     id: str | None
-    """On the Hub."""
+    """Id on the Hub."""
     name: str | None
     """The id, or the last part of a path."""
 
     @classmethod
     def of(cls, name_or_path: str | None) -> Base:
-        """Look at what a model knows of where it came from."""
+        """Make it from the name or path that a model states."""
         if not name_or_path:
             return cls(None, None)
         found = hub_id(name_or_path)
@@ -116,22 +117,22 @@ class Base:
 
     @property
     def source(self) -> str:
-        """What ``from_pretrained`` is given."""
+        """Return the argument for ``from_pretrained``."""
         return self.id or BASE_FOLDER
 
     def link(self) -> str:
-        """Give it as Markdown."""
+        """Return the name as a Markdown link."""
         return f"[{self.id}](https://huggingface.co/{self.id})" if self.id else f"`{self.name}`"
 
     def folder_note(self) -> str:
-        """Say, where that is needed, what `BASE_FOLDER` stands for."""
+        """Return a note on `BASE_FOLDER`, if the card uses it."""
         if self.id or not self.name:
             return ""
         return f"`{BASE_FOLDER}` stands for the folder of this base; a .gguf was made from one.\n"
 
 
 def hub_id(name_or_path: str) -> str | None:
-    """Give the id on the Hub that a model's name is, or None where it is a path of this machine."""
+    """Return a model's name as an id on the Hub, or None if it is a path of this machine."""
     if cached := _CACHED.search(name_or_path):
         return f"{cached[1]}/{cached[2]}"
     local = Path(name_or_path).exists() or name_or_path.endswith(".gguf")
@@ -146,7 +147,7 @@ def adapter_card(
     tensors: Mapping[str, Tensor],
     card: Card,
 ) -> str:
-    """Give the card of an adapter in the package's format, whose ``settings`` are its config."""
+    """Return the card of an adapter in the package's format; ``settings`` are its config."""
     base, task = Base.of(settings["base_model_name_or_path"]), settings["task_type"]
     serve = ""
     if base.name and task == "CAUSAL_LM":
@@ -184,9 +185,9 @@ def lora_card(
     layout: str | None,
     exact: bool,
 ) -> str:
-    """Give the card of a LoRA. ``settings`` are PEFT's, ``layout`` is the one of adapted experts.
+    """Return the card of a LoRA with PEFT's ``settings``; ``layout`` is for adapted experts.
 
-    ``exact`` says that no rank was left out.
+    ``exact`` states that no rank was left out.
     """
     model, config, task = export.root, export.config, export.task_type
     base = Base.of(settings["base_model_name_or_path"])
@@ -221,7 +222,7 @@ def lora_card(
 
 
 def _trained(adapted: Plan | Export) -> dict[str, str]:
-    """Give the rows on what is trained beside adapters."""
+    """Return the rows on what is trained besides adapters."""
     return {
         "trained in full": ", ".join(f"`{name}`" for name in adapted.modules_to_save),
         "trained rows": ", ".join(f"{len(t.ids)} of `{t.names[0]}`" for t in adapted.tokens),
@@ -229,12 +230,12 @@ def _trained(adapted: Plan | Export) -> dict[str, str]:
 
 
 def title(what: str, base: Base) -> str:
-    """Give the heading of a card."""
+    """Return the heading of a card."""
     return f"{what} for {base.name.rpartition('/')[2]}" if base.name else what
 
 
 def about(base: Base, config: AdapterConfig) -> dict[str, Any]:
-    """Give the rows on the base, the method and its options that are not at their defaults."""
+    """Return the rows on the base, the method and the options that differ from the defaults."""
     link = f" ([arXiv {config.paper}](https://arxiv.org/abs/{config.paper}))"
     common = {field.name for field in dataclasses.fields(AdapterConfig)} - {"dropout"}
     rows = {
@@ -252,7 +253,7 @@ def about(base: Base, config: AdapterConfig) -> dict[str, Any]:
 def head_fields(
     base: Base, task: str | None, card: Card, library: str | None, tags: list[str]
 ) -> dict[str, Any]:
-    """Give the head of the card of an adapter over a base; TypeError where ``card`` is none."""
+    """Return the head of an adapter's card; raise TypeError if ``card`` is not a Card."""
     if not isinstance(card, Card):
         raise TypeError(f"card: expected a rasa_ext.Card or None, got {card!r}.")
     return {
@@ -268,7 +269,7 @@ def head_fields(
 def _load(
     model: nn.Module, base: Base, task: str | None, imports: str, call: str, result: str = ""
 ) -> str:
-    """Give the lines that load a directory's adapter into its base, run in that directory."""
+    """Return the lines of code that load a directory's adapter, run in that directory."""
     kind = "AutoModelForCausalLM" if task == "CAUSAL_LM" else type(model).__name__
     if not base.name or not type(model).__module__.startswith("transformers."):
         code = f'{imports}\n\n{result}{call}(model, ".")  # the base, as it was before training'
@@ -279,7 +280,7 @@ def _load(
 
 
 def _layers(config: AdapterConfig, plan: Plan) -> str:
-    """Give a table of the groups of layers, with their shapes and, from these, effective ranks."""
+    """Return a table of the layer groups, with shapes and effective ranks."""
     lines = ["| layers | how many | out x in | rank of the change |", "| --- | --- | --- | --- |"]
     for group in plan.groups[:_ROWS]:
         found = {adapter.factors().rank for adapter in group.planned(config).values()}
@@ -298,7 +299,7 @@ def compose(
     rows: Mapping[str, Any],
     sections: Mapping[str, str],
 ) -> str:
-    """Put a card together; fields, rows and sections of no content are left out."""
+    """Compose a card; fields, rows and sections without content are left out."""
     from huggingface_hub import ModelCardData
 
     table = [f"| {name} | {value} |" for name, value in rows.items() if value not in (None, "")]
@@ -308,10 +309,10 @@ def compose(
 
 
 def moved(text: str, repo_id: str, base_model: str | None, local: str | None) -> str:
-    """Give a card as it reads in a repository of the Hub.
+    """Return a card changed for a repository of the Hub.
 
-    The lines that load ``"."`` load the repository, and a base under another name, ``local`` or
-    `BASE_FOLDER`, gets its id there. A card that was edited counts as edited.
+    Lines that load ``"."`` load the repository instead. A base named ``local`` or `BASE_FOLDER` is
+    replaced by the id. An edited card still counts as edited.
     """
     body, seal = _split(text)
     edited = text != _sealed(body)
@@ -335,7 +336,7 @@ def moved(text: str, repo_id: str, base_model: str | None, local: str | None) ->
 
 
 def _parsed(text: str, where: str) -> Any:
-    """Give a card's ``data``, the head, and ``text``; ValueError where the head is no YAML."""
+    """Return the head as ``data``, and ``text``; raise ValueError if the head is no YAML."""
     from huggingface_hub import ModelCard
     from yaml import YAMLError
 
@@ -346,10 +347,10 @@ def _parsed(text: str, where: str) -> Any:
 
 
 def write_card(folder: Path, card: str | None, directory: str | os.PathLike[str]) -> None:
-    """Write a card into ``folder``, whose files become those of ``directory``.
+    """Write a card into ``folder``, whose files replace files of ``directory``.
 
-    A card that somebody edited stays there, with a warning if it was written for something else. So
-    does a README.md of any other origin.
+    An edited card in ``directory`` stays, with a warning if it was written for something else. A
+    README.md that is not from this package stays too.
     """
     if card is None:
         return
@@ -367,7 +368,7 @@ def write_card(folder: Path, card: str | None, directory: str | os.PathLike[str]
 
 
 def _sealed(text: str) -> str:
-    """Append the line by which an edited card differs from one as it was written."""
+    """Append the line that shows later whether the card was edited."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return (
         f"{text}\n<!-- Written by rasa_ext and replaced by its next save, unless you edit it: "
@@ -376,7 +377,7 @@ def _sealed(text: str) -> str:
 
 
 def _split(text: str) -> tuple[str, str]:
-    """Give a card without that line, and the line, which is empty if there is none."""
+    """Split a card into the text and that line, which is empty if missing."""
     seal = _SEAL.search(text)
     return (text[: seal.start()], seal[0]) if seal else (text, "")
 

@@ -1,4 +1,4 @@
-"""What checkpoints call the weights of single experts, which a model stacks."""
+"""Names that checkpoints give the weights of single experts, which a model stacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _STACKED = frozenset(
     {"gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid", "gemma4_text", "aria_text"}
     | {"qwen3_vl_moe_text"}
 )
-"""By model_type: those whose checkpoints hold all experts of a layer in one tensor, too."""
+"""Model types whose checkpoints also store all experts of a layer in one tensor."""
 
 _PLAIN = ("gate_proj", "up_proj", "down_proj")
 _NUMBERED = ("w1", "w3", "w2")
@@ -28,13 +28,13 @@ _FAMILIES = {
     "kimi_linear": (".mlp.", ".block_sparse_moe.", _NUMBERED),
     "mistral_large4_text": (".mlp.", ".", _NUMBERED),
 }
-"""The families of transformers 5 whose checkpoints have other names than their models: those of
-transformers 4, which servers and llama.cpp keep. A test compares them with transformers' own."""
+"""Families of transformers 5 whose checkpoints use other names than their models. They are the
+names of transformers 4, as servers and llama.cpp use them. A test compares with transformers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StackedWeight:
-    """A stacked weight of a model, and the matrices of single experts that are in it.
+    """A stacked weight of a model, and the matrices of single experts in it.
 
     Example:
         >>> rasa_ext.checkpoint.stacked_weights(moe_model)[0].shape  # (experts, out, in)
@@ -42,17 +42,17 @@ class StackedWeight:
     """
 
     name: str
-    """The weight's name in the model."""
+    """Name of the weight in the model."""
     path: str
-    """The experts' path in checkpoints."""
+    """Path of the experts in checkpoints."""
     shape: tuple[int, int, int]
     """(experts, out, in)"""
     parts: dict[str, slice]
-    """The names that an expert's matrices have in checkpoints, and their rows of the weight."""
+    """Names of an expert's matrices in checkpoints, and their rows of the weight."""
 
 
 def stacked_weights(model: nn.Module) -> list[StackedWeight]:
-    """List the stacked weights of a model's experts, with the names that checkpoints use.
+    """List the stacked weights of a model's experts, with the names in checkpoints.
 
     Args:
         model: a model, patched or not.
@@ -81,16 +81,16 @@ def stacked_weights(model: nn.Module) -> list[StackedWeight]:
 
 
 def path_in_checkpoint(path: str, experts: Any) -> str:
-    """Give the path of an experts' module as checkpoints have it."""
+    """Return the path of an experts module in checkpoints."""
     old, new, _ = _family(experts)
     head, found, tail = path.rpartition(old) if old else (path, "", "")
     return f"{head}{new}{tail}" if found else path
 
 
 def parts_of(experts: Any, stack: str) -> dict[str, slice]:
-    """Name the matrices that an expert has in one stacked weight, and give their rows of it.
+    """Return the names of an expert's matrices in one stacked weight, with their rows.
 
-    They are gate and up, up, or down; rows are those of the weight seen as (out, in).
+    They are gate and up, up, or down. Rows are of the weight viewed as (out, in).
     """
     gate, up, down = _family(experts)[2]
     if stack == "down_proj" or not has_gate(experts):
@@ -102,13 +102,13 @@ def parts_of(experts: Any, stack: str) -> dict[str, slice]:
 
 
 def is_stacked(experts: Any) -> bool:
-    """Tell whether the family's checkpoints have no names for single experts."""
+    """Return whether the family's checkpoints have no names for single experts."""
     unmarked = not hasattr(experts, "is_concatenated")
     return unmarked or not is_concatenated(experts) or _kind(experts) in _STACKED
 
 
 def is_concatenated(experts: Any) -> bool:
-    """Tell whether gate's rows stand before up's; otherwise they take turns."""
+    """Return whether gate's rows precede up's; otherwise they alternate."""
     return bool(getattr(experts, "is_concatenated", True))
 
 

@@ -1,4 +1,4 @@
-"""The files of an adapter directory: a configuration and a safetensors file, written as one."""
+"""Files of an adapter directory: a config and a safetensors file, written together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PICKLE = "adapter_model.bin"
 PREFIX = "base_model.model."
 _ANOTHER_COPY = "take a whole copy of it, or the checkpoint before it"
 DIGEST = "sha256"
-"""The entry of a safetensors file's metadata that `digest` fills."""
+"""Metadata entry of a safetensors file that holds the `digest`."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FACTOR = re.compile(r"\.(rasa|lora)_\w+(\.weight)?$")
@@ -34,12 +34,12 @@ _FACTOR = re.compile(r"\.(rasa|lora)_\w+(\.weight)?$")
 def write_adapter(
     directory: str | os.PathLike[str], config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write the files of an adapter directory, or leave all of them as they were.
+    """Write the files of an adapter directory, or leave all of them unchanged.
 
     Args:
-        directory: made if it is missing.
-        config: the content of ``adapter_config.json``.
-        tensors: the content of ``adapter_model.safetensors``.
+        directory: created if missing.
+        config: content of ``adapter_config.json``.
+        tensors: content of ``adapter_model.safetensors``.
 
     Raises:
         OSError: the files cannot be written (a ``WriteError``).
@@ -53,7 +53,7 @@ def write_adapter(
 
 
 def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Write the two files into a folder that is there; equal tensors give equal bytes."""
+    """Write both files into an existing folder; equal tensors give equal bytes."""
     check_in_memory(tensors)
     ready = {
         name: torch.empty_like(t, device="cpu", memory_format=torch.contiguous_format).copy_(t)
@@ -65,31 +65,31 @@ def write_files(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, T
     with open(folder / WEIGHTS, "rb+") as file:
         header = file.read(int.from_bytes(file.read(8), "little"))
         file.seek(8)
-        # safetensors leaves the order of the two to chance.
+        # safetensors does not fix the order of the two.
         file.write(header.replace(second + b"," + first, first + b"," + second))
     write_json(folder / CONFIG, config)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Write a configuration."""
+    """Write a config as JSON."""
     path.write_text(json.dumps(dict(data), indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all names, dtypes, shapes and bytes, in the order of names; on the CPU."""
+    """Return SHA-256 over names, dtypes, shapes and bytes, in order of names; on the CPU."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(f"{name!r} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.contiguous()
-        # Read in place: numpy, whose arrays hashlib would take, need not be installed.
+        # Read in place: hashlib would take numpy arrays, but numpy may not be installed.
         total.update((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
     return total.hexdigest()
 
 
 def located(directory: str | os.PathLike[str]) -> Path:
-    """Give a directory as it is, or where the adapter of that id on the Hub was downloaded to.
+    """Return a directory as it is, or the local copy of the adapter with that id on the Hub.
 
-    Raises FileNotFoundError where there is neither.
+    Raises FileNotFoundError if there is neither.
     """
     path, name = Path(directory), os.fspath(directory)
     if path.exists() or not _REPOSITORY.fullmatch(name):
@@ -107,7 +107,7 @@ def located(directory: str | os.PathLike[str]) -> Path:
 
 
 def file_in(directory: str | os.PathLike[str], name: str) -> Path:
-    """Give the path of an adapter's file: of the old one, where a save was killed half done."""
+    """Return the path of an adapter's file; of the old file if a save was killed halfway."""
     directory = Path(directory)
     if not (directory / CONFIG).exists():
         for old in directory.glob(f".{INSIDE}.*.part/{OLD}"):
@@ -119,13 +119,13 @@ def file_in(directory: str | os.PathLike[str], name: str) -> Path:
 def read_adapter(
     directory: str | os.PathLike[str],
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the config and the tensors of one version, whatever is saved there meanwhile.
+    """Read config and tensors of one version, even if a save runs meanwhile.
 
     Args:
-        directory: of an adapter, of any method.
+        directory: directory of an adapter of any method.
 
     Returns:
-        The content of ``adapter_config.json``, and the tensors by their names.
+        The content of ``adapter_config.json``, and the tensors by name.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged; the message has the path.
@@ -145,7 +145,7 @@ def read_adapter(
 
 
 def read_config(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of ``adapter_config.json``; FileNotFoundError or ValueError with the path."""
+    """Return ``adapter_config.json``; raise FileNotFoundError or ValueError with the path."""
     return _parsed(*_config_text(directory))
 
 
@@ -174,10 +174,10 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, Tensor]:
-    """Read every tensor of a safetensors file, or the tensors of some names, on the CPU.
+    """Read all tensors of a safetensors file, or the tensors named, onto the CPU.
 
-    ValueError where the file is damaged: it does not parse, or states another digest than the
-    tensors have. Files of other writers state none, and are read as they are.
+    Raises ValueError if the file is damaged: it does not parse, or the digest in it does not match.
+    Files of other writers have no digest and are not compared.
     """
     if not path.is_file():
         raise FileNotFoundError(f"directory: expected an adapter directory, but {path} is missing.")
@@ -200,9 +200,9 @@ def read_tensors(path: Path, names: Collection[str] | None = None) -> dict[str, 
 
 
 def read_either(directory: Path) -> dict[str, Tensor]:
-    """Read an adapter's safetensors file or, where there is none, the ``.bin``.
+    """Read an adapter's safetensors file or, if there is none, the ``.bin``.
 
-    Nothing in a ``.bin`` can run code: it is read with ``weights_only=True``, or refused.
+    A ``.bin`` cannot run code: it is read with ``weights_only=True``, or refused.
     """
     path = directory / PICKLE
     if (directory / WEIGHTS).is_file() or not path.is_file():
@@ -227,7 +227,7 @@ def read_either(directory: Path) -> dict[str, Tensor]:
 
 
 def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
-    """ValueError, naming it, where a tensor is on the meta device, and so has no values."""
+    """Raise ValueError, naming the tensor, if one is on meta and so has no values."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(
@@ -238,7 +238,7 @@ def check_in_memory(tensors: Mapping[str, Tensor]) -> None:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """List the tensors that hold NaN, or, among an adapter's factors, infinity."""
+    """List the tensors that hold NaN or, among an adapter's factors, infinity."""
     factors = {name for name in tensors if _FACTOR.search(name) and not _is_narrow(tensors[name])}
     return [
         name
@@ -248,7 +248,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def _is_narrow(tensor: Tensor) -> bool:
-    """Tell whether numbers have 8 bits or fewer, with which torch cannot compute."""
+    """Return whether numbers have 8 bits or fewer, with which torch cannot compute."""
     return tensor.is_floating_point() and tensor.dtype.itemsize < 2
 
 
@@ -258,12 +258,12 @@ def check_finite(
     """Check that tensors hold finite numbers of 16 bits or more.
 
     Args:
-        tensors: by their names.
-        where: with what the error begins.
-        state: what the error says of what was done so far.
+        tensors: tensors by name.
+        where: start of the error.
+        state: what the error says about the work done so far.
 
     Raises:
-        ValueError: some do not; the message names them.
+        ValueError: a tensor does not; the message names it.
 
     Example:
         >>> rasa_ext.checkpoint.check_finite({"x": torch.ones(2)}, "adapter")
@@ -288,16 +288,16 @@ def check_tensors(
     where: str,
     hint: str = "",
 ) -> None:
-    """Check that tensors have just the expected names and shapes.
+    """Check that tensors have exactly the expected names and shapes.
 
     Args:
         found: the tensors.
         expected: shapes by name.
-        where: with what the error begins.
+        where: start of the error.
         hint: a sentence on what to do.
 
     Raises:
-        ValueError: some do not; the message names them.
+        ValueError: names or shapes differ; the message has them.
 
     Example:
         >>> rasa_ext.checkpoint.check_tensors({"x": torch.ones(2)}, {"x": (2,)}, "adapter")

@@ -1,7 +1,7 @@
 """Reading checkpoints of the official RaSA code.
 
-There a layer has ``rasa_A.weight``, ``rasa_B.weight`` and ``rasa_mixing.weight`` (private entries
-first), and a module type has one ``rasa_shared_A.<path with . as __>.weight`` and one
+In these, a layer has ``rasa_A.weight``, ``rasa_B.weight`` and ``rasa_mixing.weight`` (private
+entries first). A module type has one ``rasa_shared_A.<path with . as __>.weight`` and one
 ``rasa_shared_B...`` under ``base_model.``, for layers named ``layers.N.<path>``.
 """
 
@@ -24,19 +24,19 @@ _OFFICIAL_POOLS = {f"rasa_pool_{part}": f"rasa_shared_{part}" for part in "AB"}
 
 
 def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint of the official code; an unpatched model is patched from its config.
+    """Load a checkpoint of the official code; patch the model first if needed.
 
     The official code (github.com/zwhe99/RaSA) names a layer's diagonal d ``rasa_mixing``, private
-    entries first, and keeps one pool for a module type. Nothing in the checkpoint can run code: a
-    ``.bin`` is read with ``weights_only=True`` or refused.
+    entries first, and has one pool per module type. The checkpoint cannot run code: a ``.bin`` is
+    read with ``weights_only=True`` or refused.
 
-    To transformers 4 each matrix of each expert was a layer (``experts.3.w1``). A checkpoint of
-    these is refused where the model stacks them: ``rasa_research.checkpoint.load_official_experts``
-    reads it.
+    In transformers 4 each matrix of each expert was a layer (``experts.3.w1``). A checkpoint of
+    such layers is refused if the model stacks them;
+    ``rasa_research.checkpoint.load_official_experts`` reads it.
 
     Args:
-        model: the base that the adapter was trained on, or a model patched with the same config.
-        directory: ``adapter_config.json`` beside ``adapter_model.safetensors`` or
+        model: the base that the adapter was trained on, or a model patched with an equal config.
+        directory: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` or
             ``adapter_model.bin``.
 
     Returns:
@@ -65,19 +65,19 @@ def load_official(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Mod
 def load_official_tensors(
     model: nn.Module, config: RasaConfig, tensors: Mapping[str, Tensor], where: str
 ) -> nn.Module:
-    """Load tensors under the official code's names; an unpatched model is patched first.
+    """Load tensors named as in the official code; patch the model first if needed.
 
     Args:
-        model: the base that the adapter was trained on, or a model patched with the same config.
-        config: the adapter's.
-        tensors: under the official names; some may have those of this package's files.
-        where: with what errors about ``tensors`` begin.
+        model: the base that the adapter was trained on, or a model patched with an equal config.
+        config: the adapter's config.
+        tensors: tensors by official name; some may have names of this package's files.
+        where: start of errors about ``tensors``.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: the tensors, or the config, do not fit the model, which is unchanged.
+        ValueError: tensors or config do not fit the model, which is unchanged.
         RuntimeError: the model is merged.
 
     Example:
@@ -89,7 +89,7 @@ def load_official_tensors(
 
 
 def official_name(key: str) -> str:
-    """The official name of a tensor of the package's own format; another name is its own."""
+    """Return the official name of a tensor of the package's format; leave other names."""
     layer, _, part = key.rpartition(".")
     if part in _OFFICIAL:
         return f"{layer}.{_OFFICIAL[part]}.weight"
@@ -99,5 +99,5 @@ def official_name(key: str) -> str:
 
 
 def kind_of(name: str) -> str:
-    """``model.layers.3.self_attn.q_proj`` to ``self_attn__q_proj``: the name of its pool."""
+    """Return a layer's pool name: ``self_attn__q_proj`` for ``layers.3.self_attn.q_proj``."""
     return re.sub(r"^.*?\blayers\.\d+\.", "", name).replace(".", "__")

@@ -1,7 +1,7 @@
-"""``save_pretrained`` of a patched model: the adapter, or the merged model while it is merged.
+"""``save_pretrained`` of a patched model: writes the adapter or, while merged, the merged model.
 
-transformers' own method would write wrapped layers, under names that ``from_pretrained`` does not
-know: every linear of the model that it reads back is random.
+transformers' own method would write wrapped layers under names that ``from_pretrained`` does not
+know: every linear layer of the loaded model would be random.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def save_pretrained(
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
-    """Write the adapter of a patched model, or the merged model, as ``save_pretrained`` is called.
+    """Write the adapter of a patched model, or the merged model if it is merged.
 
-    In a folder ``checkpoint-N``, which is Trainer's, ``model.safetensors`` has the trained tensors
-    beside the adapter, under the model's names: from there Trainer resumes.
+    In Trainer's folders ``checkpoint-N``, ``model.safetensors`` also has the trained tensors under
+    the model's names: Trainer resumes from it.
 
     Args:
-        model: patched; this function is its ``save_pretrained``.
-        save_directory: made if it is missing.
+        model: a patched model, whose ``save_pretrained`` this is.
+        save_directory: created if missing.
         is_main_process: False writes nothing.
-        push_to_hub: for a merged model only.
-        options: what the model's own method takes; an adapter needs none of them.
+        push_to_hub: only for a merged model.
+        options: arguments of the model's own method; an adapter ignores them.
 
     Raises:
-        ValueError: the adapter is to be pushed, or the merged model cannot be written; the message
+        ValueError: an adapter is to be pushed, or the merged model cannot be written; the message
             has the call to use.
     """
     root = unwrap(model)
@@ -84,7 +84,7 @@ def _save_merged(root: nn.Module, folder: str | os.PathLike[str], options: dict[
 
 
 def _plain_state(root: nn.Module, state: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """Give a merged model's state under the names that it has without adapters."""
+    """Return a merged model's state under the names of the plain model."""
     adapted = (*adapted_layers(root), *adapted_experts(root), *trained_tokens(root))
     layers = [f"{name}." for name, _ in adapted]
     plain = {}
