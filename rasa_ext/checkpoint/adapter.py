@@ -115,7 +115,7 @@ def save_adapter(
         card: additions to the model card; None writes no card.
 
     Raises:
-        TypeError, ValueError: the model is not patched, or its adapter is sharded.
+        TypeError, ValueError: the model is not patched, or the adapter is sharded.
         OSError: the files cannot be written.
 
     Example:
@@ -195,7 +195,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Modu
             Tensors are cast to the dtype, and moved to the device, of the model's adapter.
         directory: what ``save_adapter`` wrote or, if there is no such path, an id on the Hub
             ("owner/name"). From a whole model that ``save_pretrained`` wrote after patching, the
-            adapter is loaded if the model is patched with the config of its training.
+            adapter is loaded if the model is patched with the config it was trained with.
 
     Returns:
         The same object.

@@ -18,7 +18,7 @@ _STACKED = frozenset(
 _PLAIN = ("gate_proj", "up_proj", "down_proj")
 _NUMBERED = ("w1", "w3", "w2")
 _FAMILIES = {
-    # By model_type: (the part of a path in a model, the same in a checkpoint, names).
+    # By model_type: (path part in a model, path part in a checkpoint, names).
     "mixtral": (".mlp.", ".block_sparse_moe.", _NUMBERED),
     "minimax": (".mlp.", ".block_sparse_moe.", _NUMBERED),
     "minimax_m2": (".mlp.", ".block_sparse_moe.", _NUMBERED),

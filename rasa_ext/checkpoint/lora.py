@@ -1,4 +1,4 @@
-"""A LoRA that PEFT wrote: its factors and scales, and the RaSA adapter of the same function."""
+"""Reading a LoRA that PEFT wrote, and converting it to the equal RaSA adapter."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from rasa_ext.patching.tokens import ROWS, rows_key
 _FACTOR = re.compile(r"^(?P<name>.+)\.lora_(?P<part>[AB])(\.default)?\.weight$")
 _MERGE = "merge it with PEFT's merge_and_unload instead"
 
-# Settings under which an adapter is more, or something else, than W + scale * B A.
+# Settings that make an adapter different from W + scale * B A.
 _VARIANTS = (
     "use_dora",
     "lora_bias",
@@ -37,21 +37,21 @@ _VARIANTS = (
     "kasa_config",
 )
 
-# Ways to begin that take the first B A away from the base's weights.
+# Initializations that subtract the first B A from the base's weights.
 _MOVED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """A plain LoRA: layer ``name`` is changed by ``scales[name] * B A``."""
+    """A plain LoRA, which changes layer ``name`` by ``scales[name] * B A``."""
 
     factors: dict[str, tuple[Tensor, Tensor]]
-    """(B, A) of (out, r) and (r, in), by the layer's name in the model."""
+    """(B, A) of shapes (out, r) and (r, in), by the layer's name in the model."""
     scales: dict[str, float]
     saved: dict[str, Tensor]
-    """Parameters of the modules that were trained in full, by their names in the model."""
+    """Parameters of modules that were trained in full, by name in the model."""
     rows: dict[str, Tensor]
-    """Trained rows of embeddings, by PEFT's keys less the prefix."""
+    """Trained embedding rows, by PEFT's keys without prefix."""
     config: dict[str, Any]
 
     @property
@@ -61,12 +61,12 @@ class Lora:
 
     @property
     def rank(self) -> int:
-        """The largest rank of any layer."""
+        """Largest rank of any layer."""
         return max(A.shape[0] for _, A in self.factors.values())
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of all factors."""
+        """Number of parameters of all factors."""
         return sum(B.numel() + A.numel() for B, A in self.factors.values())
 
 
@@ -77,11 +77,11 @@ def read_lora(directory: str | os.PathLike[str]) -> Lora:
         directory: what PEFT's ``save_pretrained`` or ``export_lora`` wrote.
 
     Returns:
-        The factors and the scale of each layer, and what was trained beside them.
+        Factors and scale of each layer, and what else was trained.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing, unsafe or damaged, or holds what is not a
-            plain LoRA of linear layers; the message says what to do.
+        FileNotFoundError, ValueError: a file is missing, unsafe or damaged, or is not a plain LoRA
+            of linear layers; the message says what to do.
 
     Example:
         >>> rasa_ext.export_lora(rasa_ext.patch_model(model, rank=8, k=1), "lora")
@@ -144,11 +144,11 @@ def _check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def _reasons(config: Mapping[str, Any]) -> Iterator[str]:
-    """Name the settings under which an adapter is more than a LoRA of the base's linear layers."""
+    """Yield the settings that make an adapter more than a LoRA of the base's linear layers."""
     for name in _VARIANTS:
         if config.get(name):
             yield f"{name} {config[name]!r}"
-    # Weights of linear layers may be named as parameters; PEFT calls stacked ones otherwise.
+    # target_parameters may name weights of linear layers; stacked weights have other names in PEFT.
     if stacked := [n for n in config.get("target_parameters") or () if n[-7:] != ".weight"]:
         yield f"stacked experts as well ({', '.join(stacked[:3])})"
     if config.get("bias", "none") != "none":
@@ -177,7 +177,7 @@ def _factors(name: str, found: Mapping[str, Tensor], where: str) -> tuple[Tensor
 
 
 def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / r, or alpha / sqrt(r) in rank-stabilized LoRA; r is that of the layer."""
+    """Return a layer's scale: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA."""
     alpha: float = config.get("lora_alpha", 8)
     for key, value in (config.get("alpha_pattern") or {}).items():
         if matches_end(key, name):
@@ -189,16 +189,16 @@ def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
 def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> AdapterState:
     """Patch a model, in place, with a LoRA that PEFT wrote.
 
-    The adapter is the LoRA, exactly: RaSA of k = 0, its diagonals the LoRA's scale, its rank the
-    largest of any layer. Modules that were trained in full come along as ``modules_to_save``,
-    trained rows of embeddings as ``trainable_token_indices``; the LoRA's dropout, too.
+    The adapter equals the LoRA exactly: RaSA with k = 0, diagonals of the LoRA's scale, and the
+    largest rank of any layer. Modules that were trained in full become ``modules_to_save``, trained
+    embedding rows become ``trainable_token_indices``. The LoRA's dropout is used too.
 
     Args:
         model: an unpatched base model.
         directory: what PEFT's ``save_pretrained`` wrote.
 
     Returns:
-        The adapter that the model was patched with.
+        The adapter with which the model was patched.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: a file is missing or damaged, does not fit the
@@ -219,12 +219,12 @@ def import_lora(model: nn.Module, directory: str | os.PathLike[str]) -> AdapterS
 
 @torch.no_grad()
 def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
-    """Turn a LoRA into the RaSA adapter of k = 0 that computes the same function.
+    """Convert a LoRA to the RaSA adapter with k = 0 that computes an equal function.
 
     Args:
-        model: the unpatched base, for names and shapes; it may lie on the meta device.
-        lora: what ``read_lora`` gave.
-        where: with what errors begin.
+        model: the unpatched base, for names and shapes; it may be on the meta device.
+        lora: result of ``read_lora``.
+        where: start of errors.
 
     Returns:
         The adapter; ``model`` is unchanged.
@@ -258,7 +258,7 @@ def convert_lora(model: nn.Module, lora: Lora, where: str) -> AdapterState:
 
 
 def _exact(lora: Lora, plan: Plan) -> dict[str, Tensor]:
-    """The LoRA's factors, filled up to one rank: a fresh A beside a B of zeros changes nothing."""
+    """Return the LoRA's factors, padded to one rank with a fresh A and a B of zeros."""
     tensors = {}
     for group in plan.groups:
         for name in group.names:
@@ -273,14 +273,14 @@ def _exact(lora: Lora, plan: Plan) -> dict[str, Tensor]:
 
 
 def _alpha(lora: Lora) -> float:
-    """One under which a new adapter of k = 0 would begin with the LoRA's scale, if that is one."""
+    """Return an alpha with which a new adapter of k = 0 has the LoRA's scale, if it has one."""
     scales = set(lora.scales.values())
     scale = scales.pop() if len(scales) == 1 else 0.0
     return scale * lora.rank if scale > 0 else 8.0
 
 
 def _saved_modules(model: nn.Module, lora: Lora, where: str) -> tuple[str, ...]:
-    """Names of the modules that the LoRA's file holds in full."""
+    """Return the names of the modules that the LoRA's file holds in full."""
     modules = {name for name, _ in model.named_modules() if name}
     listed = [m for m in modules if matches(m, tuple(lora.config.get("modules_to_save") or ()))]
     found: dict[str, None] = {}

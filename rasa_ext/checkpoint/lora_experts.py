@@ -1,12 +1,12 @@
-"""Adapted experts in the files of a LoRA: the layouts that readers know.
+"""Adapted experts in LoRA files, in the layouts that readers know.
 
-    peft          A (E*R, in) and B (out, R*E) of a stacked weight, as PEFT's target_parameters has
-                  them: A by expert, then rank, and the columns of B by rank, then expert
+    peft          A (E*R, in) and B (out, R*E) of a stacked weight, as for PEFT's target_parameters:
+                  rows of A by expert, then rank; columns of B by rank, then expert
     per-expert    A (R, in) and B (out, R) of every expert's matrices, as if they were layers
     shared-outer  A (1, R, in) and B (E, out, R) on the experts' input, A (E, R, in) and
-                  B (1, out, R) on their output, of pools that all experts read
+                  B (1, out, R) on the output, from pools that all experts read
 
-In each, B A of an expert is its dW.
+In each layout, B A of an expert is dW.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2"
 
 
 def checked_layout(experts: Mapping[str, Adapted], given: str | None) -> str | None:
-    """Give the layout for a model's adapted experts, None where it has none.
+    """Return the layout for a model's adapted experts, or None without any.
 
-    Raises ValueError, naming the argument, for one that it cannot have.
+    Raises ValueError, naming the argument, if the layout is not possible.
     """
     if given is not None:
         checked_choice("expert_layout", given, LAYOUTS)
@@ -67,7 +67,7 @@ def _check_shared(experts: Mapping[str, Adapted]) -> None:
 def expert_factors(
     path: str, stack: Adapted, layout: str, rank: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Make the tensors of one module's adapted experts in a layout, every rank being ``rank``."""
+    """Yield the tensors of a module's adapted experts in a layout, at rank ``rank``."""
     inner = path
     for name in _nested(stack):
         if layout == SHARED_OUTER:
@@ -86,15 +86,15 @@ def expert_factors(
 
 
 def _nested(stack: Adapted) -> list[str]:
-    """Name the adapted weights as PEFT wraps them: the outermost, the last one, first."""
+    """Return the adapted weights in PEFT's wrapping order: the outermost, the last one, first."""
     names = [name for name, _ in stack.base.named_parameters(recurse=False)]
     return sorted(stack.factors, key=names.index, reverse=True)
 
 
 def _stacked(path: str, base: Any, Ap: Tensor, Bp: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """PEFT's: as its target_parameters wraps the module ``path``.
+    """Yield PEFT's layout, in which target_parameters wraps the module ``path``.
 
-    A weight that does not say that it is transposed it takes for (experts, out, in), as Llama 4's.
+    PEFT assumes (experts, out, in) unless a module states that it is transposed; Llama 4's do not.
     """
     turned = is_transposed(base) and not getattr(base, "is_transposed", False)
     first, second = (Bp, Ap) if turned else (Ap, Bp)
@@ -105,7 +105,7 @@ def _stacked(path: str, base: Any, Ap: Tensor, Bp: Tensor) -> Iterator[tuple[str
 def _single(
     path: str, base: Any, name: str, Ap: Tensor, Bp: Tensor
 ) -> Iterator[tuple[str, Tensor]]:
-    """A pair for each matrix of each expert; gate and up have the same A."""
+    """Yield a pair per matrix of each expert; gate and up have equal A."""
     path, parts = path_in_checkpoint(path, base), parts_of(base, name)
     for expert, (A, B) in enumerate(zip(Ap, Bp, strict=True)):
         for part, rows in parts.items():
@@ -115,12 +115,12 @@ def _single(
 
 
 def _shared(path: str, stack: Adapted, name: str, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """SGLang's: what all experts share stands once, and d goes to the other side.
+    """Yield SGLang's layout: factors that all experts share are stored once; d goes to the others.
 
-    Where gate and up take turns as rows, they stand apart, under names that leave no doubt.
+    Where gate and up rows alternate, they are written apart, under unambiguous names.
     """
     own, A, _, B, d = stack.factors[name]
-    assert A is not None  # checked_layout has looked
+    assert A is not None  # checked by checked_layout
     assert B is not None
     fill = (0, rank - A.shape[0])
     gates = A.new_ones((own.shape[0], A.shape[0])) if d is None else d
@@ -139,11 +139,11 @@ def _shared(path: str, stack: Adapted, name: str, rank: int) -> Iterator[tuple[s
 
 
 def targets_of(export: Export, layout: str | None) -> tuple[list[str], list[str]]:
-    """Give ``target_modules`` and ``target_parameters`` of PEFT's config.
+    """Return ``target_modules`` and ``target_parameters`` for PEFT's config.
 
-    In a model with stacked experts, of many families, PEFT takes the names `_OF_EXPERTS` in
-    ``target_modules`` for experts and routers as they were before they were stacked. In
-    ``target_parameters`` it takes such linear layers as they stand.
+    In many families with stacked experts, PEFT treats the names `_OF_EXPERTS` in ``target_modules``
+    as experts and routers from before stacking. In ``target_parameters`` it takes linear layers of
+    these names as they are.
     """
     of_peft = layout in (None, PEFT)
     stacks = of_peft and any(is_experts(module) for module in export.root.modules())

@@ -1,4 +1,4 @@
-"""Writing a RaSA adapter as a plain LoRA, exactly: lora_A = Ap, lora_B = Bp^T, scale 1, rank R."""
+"""Exact export of a RaSA adapter as a plain LoRA: lora_A = Ap, lora_B = Bp^T, scale 1, rank R."""
 
 from __future__ import annotations
 
@@ -34,52 +34,50 @@ def export_lora(
     allow_dropped: bool = False,
     card: Card | None = PLAIN,
 ) -> int:
-    """Write the adapter as a LoRA that PEFT, vLLM, SGLang, llama.cpp or mlx-lm read.
+    """Write the adapter as a LoRA for PEFT, vLLM, SGLang, llama.cpp or mlx-lm.
 
-    Not every reader knows ranks and scales of single layers, so every layer is written at the
-    largest effective rank, or at ``pad_to``, filled up with zeros, and with a scale of 1. The
-    LoRA's product is this adapter's, in float32: lora_B = [B | B_pool] diag(d), (out, R), and
-    lora_A = [A ; A_pool], (R, in), from the definition of dW (arXiv 2503.12576, section 3).
+    Not every reader supports ranks and scales per layer. So every layer has scale 1 and the largest
+    effective rank, or ``pad_to``, padded with zeros. The LoRA's product is the adapter's dW in
+    float32: lora_B = [B | B_pool] diag(d), (out, R), and lora_A = [A ; A_pool], (R, in), from the
+    definition of dW (arXiv 2503.12576, section 3).
 
-    A warning names what some reader refuses. What a reader would leave out, to serve another
-    function, is refused here: trained norms (llama.cpp), k or v without q, up without gate, and
-    trained rows of an embedding (SGLang).
+    A warning names what some reader refuses. An error is raised for what a reader would drop
+    silently: trained norms (llama.cpp), k or v without q, up without gate, and trained embedding
+    rows (SGLang).
 
-    For adapted experts there is no layout that all read. Written out, each expert has R ranks, its
-    pool's included, which may make large files: ``export_size`` counts their bytes.
+    No layout for adapted experts suits all readers. In the files each expert has R ranks, the pool
+    included, which may make them large: ``export_size`` counts the bytes.
 
     Args:
         model: a patched model.
-        directory: made if it is missing; an adapter that is there is replaced.
-        pad_to: the rank to write; the largest effective rank if None.
+        directory: created if missing; an adapter in it is replaced.
+        pad_to: the rank to write. Defaults to the largest effective rank.
         expert_layout: how adapted experts are written. "peft" is the layout of PEFT's
-            ``target_parameters``, for PEFT, and for vLLM where it keeps a model's experts in three
-            dimensions (gpt-oss); "per-expert" names the matrices of every expert as checkpoints do,
-            for vLLM, SGLang and llama.cpp; "shared-outer" is SGLang's for experts that share what
-            reads their input and what writes their output, and only for ``experts="shared"`` with
-            k = rank. None is "peft", with a warning, and leaves models without adapted experts as
-            they are.
-        rank: the rank to write, which may be lower: each layer is then the nearest of that rank to
-            its dW, and ``export_error`` measures how near. Not beside ``pad_to``.
-        format: "peft" for PEFT, vLLM and SGLang, and llama.cpp's converter; "gguf" is what that
-            converter writes, ``adapter.gguf``, and needs the package gguf; "mlx" is for mlx-lm.
-            The last two hold low-rank pairs alone, of the families of models whose names they are
-            checked for.
-        allow_dropped: write what some reader leaves out all the same, with a warning; for others,
-            such as PEFT.
-        card: what the model card, README.md, says beside what is read off the model, such as
-            ``Card.read("adapter")``; None writes no card. One that was edited stays.
+            ``target_parameters``, for PEFT, and for vLLM where it stores a model's experts in three
+            dimensions (gpt-oss). "per-expert" names the matrices of every expert as checkpoints do,
+            for vLLM, SGLang and llama.cpp. "shared-outer" is SGLang's for experts that share the
+            factors on their input and output, only for ``experts="shared"`` with k = rank. None is
+            "peft", with a warning if the model has adapted experts.
+        rank: a rank to write that may be lower. Each layer is then the best approximation of dW
+            with that rank; ``export_error`` measures the error. Not together with ``pad_to``.
+        format: "peft" is for PEFT, vLLM, SGLang and llama.cpp's converter. "gguf" is the
+            converter's output, ``adapter.gguf``, and needs the package gguf. "mlx" is for mlx-lm.
+            The last two only hold low-rank pairs, of model families whose names were checked.
+        allow_dropped: write even what some reader drops, with a warning; for other readers, such
+            as PEFT.
+        card: additions to the model card, README.md, such as ``Card.read("adapter")``; None writes
+            no card. An edited card stays.
 
     Returns:
-        The rank that was written; a server's ``max_lora_rank`` must not be below it.
+        The written rank; a server's ``max_lora_rank`` must be at least this.
 
     Raises:
-        TypeError, ValueError: the model is not patched, ``pad_to`` is not an integer, or below the
-            largest effective rank, or the adapter has no such form as ``expert_layout`` asks for.
+        TypeError, ValueError: the model is not patched, ``pad_to`` is not an integer or is below
+            the largest effective rank, or the adapter cannot have this ``expert_layout``.
         TypeError, ValueError: ``rank`` is no positive integer or comes with ``pad_to`` or adapted
-            experts, or ``format`` is none of those or cannot hold the adapter.
+            experts, or ``format`` is unknown or cannot hold the adapter.
         ImportError: ``format`` is "gguf", and the package is missing.
-        ValueError: a reader would leave a part of the adapter out.
+        ValueError: a reader would drop a part of the adapter.
 
     Example:
         Two layers: R = 8 - 1 + 2 * 1 = 9.
@@ -103,14 +101,14 @@ def export_size(
     expert_layout: str | None = None,
     rank: int | None = None,
 ) -> int:
-    """Count the bytes of the tensors that ``export_lora`` would write; makes none of them.
+    """Count the bytes of the tensors that ``export_lora`` would write, without making them.
 
     Args:
         model: a patched model.
         pad_to, expert_layout, rank: as in ``export_lora``.
 
     Returns:
-        Bytes; the file has some more, for the tensors' names.
+        Bytes; the file is slightly larger, because of the tensors' names.
 
     Raises:
         TypeError, ValueError: as ``export_lora``, for the model and these arguments.
@@ -128,7 +126,7 @@ def export_size(
 
 
 class Truncation(NamedTuple):
-    """What a LoRA of a chosen rank lacks, relative and in the Frobenius norm.
+    """Relative error, in the Frobenius norm, of a LoRA of a chosen rank.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1, target_modules=["down_proj"])
@@ -140,22 +138,24 @@ class Truncation(NamedTuple):
     error: float
     """||dW' - dW|| / ||dW|| over all layers together."""
     layers: dict[str, float]
-    """The same of every layer, by name; 0 where nothing is cut off or dW is zero."""
+    """The error of every layer, by name; 0 if nothing is cut off or dW is zero."""
 
 
 @torch.no_grad()
 def export_error(model: nn.Module, rank: int) -> Truncation:
-    """Tell how far ``export_lora(model, directory, rank=rank)`` is from the adapter.
+    """Compute the error of ``export_lora(model, directory, rank=rank)`` against the adapter.
 
-    Each layer's dW' is the truncated SVD of its dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv
-    2503.12576, section 3), which no matrix of that rank is nearer to. In float64, from the factors.
+    Each layer's dW' is the truncated SVD of dW = [B | B_pool] diag(d) [A ; A_pool] (arXiv
+    2503.12576, section 3), the best approximation of that rank. It is computed in float64, from the
+    factors.
 
     Args:
         model: a patched model.
         rank: as in ``export_lora``.
 
     Returns:
-        The error in all and of every layer; zeros if ``rank`` is at least the effective rank.
+        The total error and the error of every layer; zeros if ``rank`` is at least the effective
+        rank.
 
     Raises:
         TypeError, ValueError: the model is not patched, or has adapted experts, or ``rank`` is no
@@ -180,9 +180,9 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
 
 
 def _export_of(model: nn.Module, device: str | None = None) -> Export:
-    """Look at a patched model, in which nothing changes; factors go to ``device`` if there is one.
+    """Describe a patched model for export, without changing it; ``device`` is for the factors.
 
-    On "meta" they have shapes, and take no memory.
+    On "meta" the factors have shapes only, and take no memory.
     """
     state, root = patch_state(model), unwrap(model)
 

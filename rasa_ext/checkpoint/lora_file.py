@@ -1,4 +1,4 @@
-"""Writing a LoRA in the files of a reader, whatever the adapter came from."""
+"""Writing a LoRA in the files of a reader, from an adapter of any origin."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def write_lora(
     allow_dropped: bool,
     card: Card | None,
 ) -> int:
-    """Write the files; give the rank that was written.
+    """Write the files; return the written rank.
 
-    Raises, and warns the caller's caller, as ``rasa_ext.export_lora`` does.
+    Errors, and warnings at the caller's caller, are as in ``rasa_ext.export_lora``.
     """
     layout = checked_layout(export.experts, expert_layout)
     modules, parameters = targets_of(export, layout)
@@ -76,9 +76,9 @@ def write_lora(
 def written_rank(
     effective: int, experts: Collection[str], pad_to: int | None, rank: int | None
 ) -> int:
-    """Give the rank of all pairs, the largest of which is ``effective``.
+    """Return the rank of all written pairs; ``effective`` is the largest rank.
 
-    Raises TypeError or ValueError, naming the argument, where no LoRA is written so.
+    Raises TypeError or ValueError, naming the argument, if the rank is not possible.
     """
     if rank is None:
         if pad_to is not None and checked_integer("pad_to", pad_to) < effective:
@@ -101,11 +101,11 @@ def written_rank(
 
 
 def at_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Give factors A (rank, in) and B (out, rank) of the product B A, or of the nearest to it.
+    """Return factors A (rank, in) and B (out, rank) of the product B A, or of the nearest product.
 
-    Factors of fewer ranks are filled up with zeros; no more than zeros above it lose nothing. The
-    singular values of others go to both factors alike, so that neither is large where the other is
-    small.
+    Factors of fewer ranks are padded with zeros. If only zeros are above ``rank``, nothing is lost.
+    Otherwise both factors get the square roots of the singular values, so that neither is large
+    while the other is small.
     """
     if A.shape[0] > rank and not A.is_meta and (A[rank:].any() or B[:, rank:].any()):
         U, S, V = svd_of_product(B.double(), A.double())
@@ -118,7 +118,7 @@ def at_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def factors_of(export: Export, layout: str | None, rank: int) -> Iterator[tuple[str, Tensor]]:
-    """Make the tensors lora_A and lora_B of every layer, float32, by their keys."""
+    """Yield the tensors lora_A and lora_B of every layer, in float32, by key."""
     for name, layer in export.linears.items():
         Ap, Bp = ops.pack(*layer.factors[WEIGHT], torch.float32, 1)
         A, B = at_rank(Ap, Bp.t(), rank)
@@ -129,10 +129,10 @@ def factors_of(export: Export, layout: str | None, rank: int) -> Iterator[tuple[
 
 
 def plain_settings(rank: int, **others: Any) -> dict[str, Any]:
-    """Give PEFT's settings of a LoRA of one rank and a scale of 1.
+    """Return PEFT's settings for a LoRA of one rank and scale 1.
 
     Args:
-        rank: of every layer.
+        rank: rank of every layer.
         others: further settings, such as ``target_modules``.
 
     Returns:

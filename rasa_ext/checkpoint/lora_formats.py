@@ -1,4 +1,4 @@
-"""The files that a LoRA can be written as: for PEFT, for llama.cpp, for mlx-lm."""
+"""File formats of a LoRA: for PEFT, for llama.cpp, for mlx-lm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FORMATS = (PEFT_FILES, "gguf", "mlx")
 MLX = "adapters.safetensors"
 
 _FAMILIES = {
-    # By model_type: (llama.cpp's architecture, whether q and k have their rows in another order).
+    # By model_type: (llama.cpp's architecture, whether it reorders the rows of q and k).
     "llama": ("llama", True),
     "mistral": ("llama", True),
     "smollm3": ("smollm3", True),
@@ -35,8 +35,8 @@ _FAMILIES = {
     "gemma3_text": ("gemma3", False),
     "phi3": ("phi3", False),
 }
-"""Those whose linear layers llama.cpp's converter only renames, but for that order, and whose
-layers have the same names in mlx-lm as in transformers."""
+"""Families whose linear layers llama.cpp's converter only renames, except for that order, and whose
+layers have equal names in mlx-lm and transformers."""
 
 _BLOCK = re.compile(r"^model\.layers\.\d+\.")
 
@@ -45,7 +45,7 @@ Pairs = dict[str, tuple[Tensor, Tensor]]
 
 
 def check_format(format: str, export: Export) -> None:
-    """Raise ValueError or ImportError, naming the argument, where no file is like it."""
+    """Raise ValueError or ImportError, naming the argument, if the format cannot be written."""
     checked_choice("format", format, _FORMATS)
     if format != PEFT_FILES:
         _check_plain(format, export)
@@ -54,7 +54,7 @@ def check_format(format: str, export: Export) -> None:
 
 
 def _check_plain(format: str, export: Export) -> None:
-    """Raise ValueError where a reader of pairs alone would not compute the adapted model."""
+    """Raise ValueError if a format of low-rank pairs alone would not give the adapted model."""
     kind = getattr(getattr(export.root, "config", None), "model_type", None)
     tied = export.tied_to_embedding()
     rows = [key.removesuffix(ROWS) for key in export.saved if key.endswith(ROWS)]
@@ -83,7 +83,7 @@ def write_format(
     tensors: Mapping[str, Tensor],
     root: nn.Module,
 ) -> None:
-    """Write a LoRA of ``root``, given by PEFT's settings and tensors, in a format."""
+    """Write a LoRA of ``root``, given as PEFT's settings and tensors, in a format."""
     if format == PEFT_FILES:
         return write_files(folder, settings, tensors)
     A, B = ".lora_A.weight", ".lora_B.weight"
@@ -99,8 +99,8 @@ def write_format(
 def _write_gguf(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: Any) -> None:
     """Write ``adapter.gguf``, as llama.cpp's convert_lora_to_gguf.py does.
 
-    It holds ``NAME.weight.lora_a`` (R, in) and ``NAME.weight.lora_b`` (out, R), float32, whose
-    product llama.cpp scales by alpha / R, and rows of B in the order that the base's have there.
+    It holds ``NAME.weight.lora_a`` (R, in) and ``NAME.weight.lora_b`` (out, R) in float32.
+    llama.cpp scales the product by alpha / R. Rows of B are in the order of llama.cpp's base.
     """
     import gguf
 
@@ -126,12 +126,12 @@ def _write_gguf(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: A
 
 
 def _as_pairs(B: Tensor, heads: int) -> Tensor:
-    """Move the rows of each head from halves, as transformers rotates them, to pairs (out, R)."""
+    """Reorder each head's rows of B (out, R) from halves, as in transformers, to pairs."""
     return torch.stack(B.unflatten(0, (heads, 2, -1)).unbind(1), 2).reshape(B.shape).contiguous()
 
 
 def _names(root: Any, names: list[str]) -> dict[str, str]:
-    """Give llama.cpp's names of a model's layers; the table is the package gguf's."""
+    """Return llama.cpp's names of a model's layers, from the table of the package gguf."""
     try:
         import gguf
     except ImportError:
@@ -153,8 +153,8 @@ def _names(root: Any, names: list[str]) -> dict[str, str]:
 def _write_mlx(folder: Path, settings: Mapping[str, Any], pairs: Pairs, root: Any) -> None:
     """Write both files that mlx-lm reads from ``--adapter-path``.
 
-    It computes y + scale (x lora_a) lora_b, so that lora_a = A^T (in, R), lora_b = B^T (R, out).
-    Its keys are names within a block, or whole names of what is in none.
+    mlx-lm computes y + scale (x lora_a) lora_b, so lora_a = A^T (in, R) and lora_b = B^T (R, out).
+    Keys are names within a block, or whole names of layers outside the blocks.
     """
     found = {
         f"{name}.lora_{letter}": factor.cpu().t().contiguous()

@@ -1,4 +1,4 @@
-"""What readers of PEFT's files leave out, refuse, or read only if asked, and what to do then."""
+"""What readers of PEFT's files drop, refuse, or read only with an option, and what to do then."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def warn_of_readers(
     default: bool,
     allow_dropped: bool,
 ) -> None:
-    """Warn, three callers up, of what some reader does not take, or raise ValueError.
+    """Warn, three callers up, about what some reader does not support, or raise ValueError.
 
-    ``parameters`` are PEFT's ``target_parameters``, and ``default`` says that nobody chose the
-    layout of experts.
+    ``parameters`` are PEFT's ``target_parameters``. ``default`` states that nobody chose the layout
+    of experts.
     """
     dropped = list(_dropped(export))
     if dropped and not allow_dropped:
@@ -41,7 +41,7 @@ def warn_of_readers(
 
 
 def _dropped(export: Export) -> Iterator[str]:
-    """Name what a reader leaves out without an error, and so serves another function."""
+    """Yield what a reader drops without an error, so that it serves another function."""
     if norms := [key for key in export.saved if "_layernorm" in key or ".norm" in f".{key}"]:
         names = f"{', '.join(norms[:3])}{', ...' if len(norms) > 3 else ''}"
         yield f"llama.cpp takes the trained norms of modules_to_save ({names}) and leaves them out"
@@ -69,7 +69,7 @@ def _dropped(export: Export) -> Iterator[str]:
 def _limits(
     export: Export, layout: str | None, parameters: list[str], default: bool
 ) -> Iterator[str]:
-    """Name what some reader refuses, or reads only with an option of that reader."""
+    """Yield what some reader refuses, or reads only with an option."""
     if any(is_conv1d(linear.base) for linear in export.linears.values()):
         yield f"the model has Conv1D layers, whose LoRA vLLM cannot serve; for vLLM, {INSTEAD}."
     if names := ", ".join(export.modules_to_save):
@@ -122,14 +122,14 @@ def _limits(
 
 
 def _alone(part: str, other: str, export: Export) -> int:
-    """Count the layers called ``part`` that are adapted while ``other`` beside them is not."""
+    """Count the adapted layers named ``part`` whose sibling ``other`` is not adapted."""
     beside = [n[: -len(part)] + other for n in export.linears if n.endswith(f".{part}")]
     modules = {name for name, _ in export.root.named_modules()}
     return sum(name in modules and name not in export.linears for name in beside)
 
 
 def peft_ties(root: Any, owners: list[str]) -> bool:
-    """Tell whether PEFT knows the modules that share the weights of ``owners``."""
+    """Return whether PEFT knows the modules that share the weights of ``owners``."""
     config = getattr(root, "config", None)
     said = getattr(config, "tie_word_embeddings", False) and hasattr(root, "_tied_weights_keys")
     if not said or not hasattr(root, "get_input_embeddings"):

@@ -16,14 +16,14 @@ from rasa_ext.checkpoint.card import CARD, hub_id, moved
 from rasa_ext.checkpoint.files import CONFIG
 
 _BASE_FIELDS = ("base_model_name_or_path", "model")
-"""What names the base in PEFT's and this package's files, and in mlx-lm's."""
+"""Fields that name the base in PEFT's and this package's files, and in mlx-lm's."""
 
 _KEPT_BACK = re.compile(
     r"(^|/)(\.|checkpoint-|rng_state|"
     r"(finetune\.yaml|summary\.json|training_args\.bin|trainer_state\.json)$|"
     r"(optimizer|scheduler|scaler)\.pt$)"
 )
-"""Hidden files and what a training writes for going on with it, some of which names paths."""
+"""Hidden files, and files for resuming a training run, some of which contain paths."""
 
 
 def push_to_hub(
@@ -36,31 +36,31 @@ def push_to_hub(
     revision: str | None = None,
     commit_message: str | None = None,
 ) -> str:
-    """Push an adapter, or a LoRA that was exported, to the Hub, in one commit.
+    """Push an adapter, or an exported LoRA, to the Hub in one commit.
 
-    ``rasa_ext.load_adapter(model, repo_id)`` loads it from there. You must be logged in
-    (``hf auth login``, or HF_TOKEN). In the repository the card's code names it, and not
-    a directory. Checkpoints, hidden files, and what a training writes for going on with it
-    (finetune.yaml, summary.json, which name paths of this machine) stay here.
+    ``rasa_ext.load_adapter(model, repo_id)`` loads it from there. Log in first (``hf auth login``,
+    or HF_TOKEN). The pushed card's code names the repository instead of a directory. Checkpoints,
+    hidden files, and files for resuming a training run (finetune.yaml, summary.json, which contain
+    local paths) are not pushed.
 
     Args:
         source: a directory that ``save_adapter``, ``export_lora`` or a command wrote, or a patched
             model, whose adapter is saved for the push.
-        repo_id: "owner/name", or "name" for who is logged in; made if it is missing.
-        base_model: the base's id on the Hub, where the adapter was made over a local folder, which
-            nobody else has. It stands in the pushed files in place of the path.
-        private: whether a repository that is made is private; None leaves that to the Hub.
-        token: of the Hub; None is that of the login.
-        revision: a branch to push to, made if it is missing; None is the main one.
-        commit_message: of the commit.
+        repo_id: "owner/name", or "name" for the logged-in user; created if missing.
+        base_model: the base's id on the Hub. Needed if the adapter was made over a local folder; it
+            replaces the path in the pushed files.
+        private: whether a new repository is private; None leaves that to the Hub.
+        token: Hub token. Defaults to the login's.
+        revision: branch to push to, created if missing. Defaults to the main branch.
+        commit_message: message of the commit.
 
     Returns:
-        The commit's address.
+        URL of the commit.
 
     Raises:
         FileNotFoundError: there is no such directory, or nothing in it.
-        ValueError: the adapter names a path of this machine as its base, and ``base_model`` is
-            None; or the directory holds a link. Nothing was pushed.
+        ValueError: the adapter names a local path as the base and ``base_model`` is None, or the
+            directory holds a link. Nothing was pushed.
         TypeError, ValueError: the model is not patched.
         OSError: the Hub refuses, or does not answer.
 
@@ -80,7 +80,7 @@ def push_to_hub(
         files = _files(folder)
         local, base = _rename_base(files, base_model)
         text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else ""
-        moved(text, repo_id, base, local)  # a card that cannot be is refused before all else
+        moved(text, repo_id, base, local)  # raises for a bad card before the Hub is called
         api = HfApi(token=token, library_name="rasa_ext", library_version=__version__)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
@@ -97,10 +97,10 @@ def push_to_hub(
 
 
 def _files(folder: Path) -> dict[str, str | bytes]:
-    """Give the paths of the files to push, by their names there.
+    """Return the paths of the files to push, by name in the repository.
 
-    Raises FileNotFoundError where there is none, and ValueError where one of them is a link, which
-    may lead to any file of this machine.
+    Raises FileNotFoundError if there is none, and ValueError if one is a link, which may point to
+    any file of this machine.
     """
     files: dict[str, str | bytes] = {}
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
@@ -125,10 +125,10 @@ def _files(folder: Path) -> dict[str, str | bytes]:
 def _rename_base(
     files: dict[str, str | bytes], base_model: str | None
 ) -> tuple[str | None, str | None]:
-    """Replace the path of the base in the configuration that is pushed by an id on the Hub.
+    """Replace the path of the base in the pushed config by an id on the Hub.
 
-    Returns the path and the id; neither where nothing is replaced. Raises ValueError where there is
-    a path, and no id is known.
+    Returns the path and the id, or None and None if nothing is replaced. Raises ValueError if there
+    is a path and no id is known.
     """
     if CONFIG not in files:
         return None, base_model

@@ -1,4 +1,4 @@
-"""Command lines that serve what was exported; docs/serving.md has the options of each server."""
+"""Command lines to serve an exported adapter; docs/serving.md has the options of each server."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import shlex
 from pathlib import Path
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM takes for --max-lora-rank."""
+"""Values that vLLM takes for --max-lora-rank."""
 
 GGUF = "adapter.gguf"
-"""The file of a LoRA for llama.cpp."""
+"""File name of a LoRA for llama.cpp."""
 
 BASE_FOLDER = "BASE_FOLDER"
-"""Stands in a card, or a command, for the folder of a base that has no name on the Hub."""
+"""Placeholder in cards and commands for the folder of a base without a name on the Hub."""
 
 
 def serving_help(
@@ -24,13 +24,13 @@ def serving_help(
     expert_layout: str | None = None,
     format: str = "peft",
 ) -> str:
-    """Explain how to serve a LoRA over ``base``: a hub id, a directory or a .gguf file.
+    """Explain how to serve a LoRA over ``base``: a Hub id, a directory or a .gguf file.
 
-    Commands stand at the end, a line each, after two spaces. They have the path ``lora`` as it is
-    given, and `BASE_FOLDER` where nothing names the folder of the model that a .gguf was made from.
+    The text ends with the commands, one per line, after two spaces. They contain the path ``lora``
+    as given, and `BASE_FOLDER` if the folder of the model behind a .gguf is unknown.
 
-    ``float32`` says that the base is of that dtype, in which vLLM serves it only if asked to;
-    ``expert_layout`` is None where the LoRA has no experts.
+    ``float32`` states that the base has that dtype, which vLLM only serves on request.
+    ``expert_layout`` is None if the LoRA has no experts.
     """
     of_gguf, named = base.endswith(".gguf"), f"{lora.name or 'rasa'}={lora}"
     if format == "gguf":
@@ -60,9 +60,9 @@ def serving_help(
             f"vLLM serves ranks up to {VLLM_RANKS[-1]}; for this adapter use `rasa-ext merge`, or "
             "a lower --rank."
         )
-    # Left alone, vLLM rounds a float32 model to bfloat16.
+    # By default, vLLM rounds a float32 model to bfloat16.
     words = ["vllm", "serve", base, *(["--dtype", "float32"] if float32 else [])]
-    # One slot more than adapters: on a CPU, vLLM takes the last slot for rows without an adapter.
+    # One slot more than adapters: on a CPU, vLLM uses the last slot for rows without an adapter.
     words += ["--enable-lora", "--max-lora-rank", str(limit), "--max-loras", "2"]
     return _with("vLLM", [*words, "--lora-modules", named])
 
@@ -74,12 +74,12 @@ def _with(server: str, *commands: list[str]) -> str:
 def _with_llama_cpp(base: str, lora: Path, *, float32: bool) -> str:
     of_gguf = base.endswith(".gguf")
     gguf = base if of_gguf else str(lora / "base.gguf")
-    # The cache in memory knows nothing of adapters: it mixes up requests with and without one.
+    # The cache in memory ignores adapters, so it mixes up requests with and without one.
     serve = ["llama-server", "-m", gguf, "--lora", str(lora / GGUF), "--cache-ram", "0"]
     if of_gguf:
         return _with("llama.cpp", serve)
     remote = [] if base == BASE_FOLDER or Path(base).is_dir() else ["--remote"]
-    # Left alone, the converter chooses float16.
+    # By default, the converter chooses float16.
     dtype = ["--outtype", "f32"] if float32 else []
     convert = ["python", "convert_hf_to_gguf.py", *remote, base, "--outfile", gguf, *dtype]
     return _with("llama.cpp, whose source has the converter of the base", convert, serve)

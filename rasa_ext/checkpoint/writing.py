@@ -1,4 +1,4 @@
-"""Writing folders: all of a folder or nothing of it, and one sentence where that fails."""
+"""Atomic writing of folders, and one-sentence errors if it fails."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.b
 """A model's weights, which must not stay beside the weights of a new one."""
 
 INSIDE, NEW, OLD = "saving", "new", "old"
-"""Names of a temporary folder within the folder that it is for, and of the two folders in it."""
+"""Names of the temporary folder within the output folder, and of the two folders in it."""
 
 _CONFIGS = ("adapter_config.json", "config.json")
-"""Without its configuration a folder is read by no reader."""
+"""Configs, without which no reader reads a folder."""
 
 _PATIENCE = 10.0  # seconds; a lock is held while a few files are renamed
 
@@ -32,20 +32,20 @@ _CURES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM), "change the permissions or "),
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "move the file that stands there or "),
 }
-"""What to do about an error of the system, beside choosing another folder."""
-# Libraries in Rust have the system's number in the text of an error of their own; torch has none.
+"""What to do about a system error, other than choosing another folder."""
+# Rust libraries have the system's number in their own error's text; torch has none.
 _RUST = re.compile(r" \(os error (\d+)\)")
 _TORCH = ("iostream error", "PytorchStreamWriter failed", "unexpected pos")
 
 
 class WriteError(OSError):
-    """Files that could not be written: where, why, what is whole, and how to go on.
+    """Error for files that could not be written: where, why, what is intact, and what to do.
 
     ``errno`` and ``filename`` are the system's, and ``str()`` is one sentence.
     """
 
     def __str__(self) -> str:
-        """Give the sentence alone."""
+        """Return the sentence alone."""
         return str(self.strerror)
 
 
@@ -53,7 +53,7 @@ class WriteError(OSError):
 def writing(path: str | os.PathLike[str], whole: str) -> Iterator[None]:
     """Turn an error of a failed write into a `WriteError` about ``path``.
 
-    ``whole`` is a clause that says what the failure has left as it was. Other errors pass.
+    ``whole`` is a clause on what the failure left unchanged. Other errors pass.
     """
     try:
         yield
@@ -67,16 +67,16 @@ def writing(path: str | os.PathLike[str], whole: str) -> Iterator[None]:
 
 
 def is_full(error: BaseException) -> bool:
-    """Tell whether an error says that the system took no more bytes, whatever the file was."""
+    """Return whether an error means that the system took no more bytes, whatever the file."""
     return _number(error) in (*_FULL, errno.EFBIG, errno.EROFS)
 
 
 def write_error(
     path: str | os.PathLike[str], error: BaseException, whole: str
 ) -> WriteError | None:
-    """Describe a failed write below ``path``; None where the error is of another kind.
+    """Describe a failed write below ``path``, or return None for other errors.
 
-    safetensors, tokenizers and torch each have errors of their own for what the system refused.
+    safetensors, tokenizers and torch each raise errors of their own for system errors.
     """
     number = _number(error)
     return None if number is None else _described(path, number, whole)
@@ -94,7 +94,7 @@ def _described(path: str | os.PathLike[str], number: int, whole: str) -> WriteEr
 
 
 def _number(error: BaseException) -> int | None:
-    """Give the system's number of a failed write, 0 where it has none; None for other errors."""
+    """Return the system's number of a failed write, 0 if it has none, or None for other errors."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     if match := _RUST.search(str(error)):
@@ -104,10 +104,10 @@ def _number(error: BaseException) -> int | None:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raise, before a command's work, where ``output`` could not be written after it.
+    """Raise, before a command's work, if ``output`` could not be written afterwards.
 
     Raises:
-        ValueError: it holds files, and ``overwrite`` was not asked for.
+        ValueError: it holds files, and ``overwrite`` is False.
         WriteError: it is a file, or this user cannot write there.
     """
     nearest, number = _nearest(output), 0
@@ -130,19 +130,19 @@ def _may_write(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) -> Iterator[Path]:
-    """Give a temporary folder whose files become those of ``output`` if all within succeeds.
+    """Yield a temporary folder whose files move to ``output`` if the context succeeds.
 
-    A new folder appears by one rename. In one that is there already the files change places with
-    the old ones of their names, and old files of the patterns ``stale`` go, by default weights of
-    an earlier model; what else it holds stays. After an error ``output`` is as it was. Whenever the
-    process is killed, a folder has all its old files, or all the new ones, or no configuration:
-    then the old ones are in the temporary folder, and the next save puts them back first.
+    A new folder appears by one rename. In an existing folder the files replace old files of their
+    names, and old files that match ``stale`` are removed, by default weights of an earlier model.
+    Other files stay. After an error ``output`` is unchanged. If the process is killed, a folder has
+    all old files, or all new ones, or no config: then the old files are in the temporary folder,
+    and the next save first puts them back.
 
-    The temporary folder is new, and so no link that lies in ``output`` is written through. Files
-    have the mode that the umask gives, which not every release of safetensors respects, and are on
-    the disk before the first of them moves.
+    The temporary folder is new, so no link in ``output`` is written through. Files get the mode of
+    the umask, which not every release of safetensors respects, and are on the disk before the first
+    of them moves.
 
-    Raises `WriteError`; ``whole`` is a clause that says what else is whole.
+    Raises `WriteError`; ``whole`` is a clause on what else is unchanged.
     """
     fresh = not output.exists()
     left = "nothing was left there" if fresh else "what was there is whole"
@@ -169,9 +169,9 @@ def new_folder(output: Path, whole: str = "", stale: tuple[str, ...] = STALE) ->
 
 @contextlib.contextmanager
 def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold the system's lock on a folder, which ends with the process; give whether it is held.
+    """Hold the system's lock on a folder, which ends with the process; yield whether it is held.
 
-    It is not where the file system has no locks, or where another holds it longer than any save.
+    It is not if the file system has no locks, or another process holds it longer than any save.
     """
     last = time.monotonic() + (_PATIENCE if wait else 0)
     with contextlib.ExitStack() as stack:
@@ -192,19 +192,19 @@ def _locked(folder: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _clear(parent: Path, name: str, output: Path) -> None:
-    """Remove temporary folders of killed processes; files of ``output`` in them go back first."""
+    """Remove temporary folders of killed processes, after moving files of ``output`` back."""
     for part in parent.glob(f".{glob.escape(name)}.*.part"):
         if part.is_symlink() or (part / OLD).is_symlink():
             continue
         with _locked(part, wait=False) as dead:
             if dead:
-                if any(part.glob(f"{NEW}/*")) and (part / OLD).is_dir():  # it was not done
+                if any(part.glob(f"{NEW}/*")) and (part / OLD).is_dir():  # unfinished
                     _put_back(part / OLD, output)
                 shutil.rmtree(part, ignore_errors=True)
 
 
 def _put(source: Path, target: Path, stale: tuple[str, ...]) -> None:
-    """Make the files of a folder those of ``target``."""
+    """Move the files of a folder to ``target``."""
     if source.parent.parent == target:
         return _exchange(source, target, stale)
     try:
@@ -212,12 +212,12 @@ def _put(source: Path, target: Path, stale: tuple[str, ...]) -> None:
     except OSError:
         if not target.is_dir():
             raise
-        with _locked(target):  # another process has made it meanwhile
+        with _locked(target):  # another process created it meanwhile
             _exchange(source, target, stale)
 
 
 def _exchange(source: Path, target: Path, stale: tuple[str, ...]) -> None:
-    """Let new files and old ones change places: the old configuration first, the new one last."""
+    """Exchange new and old files: the old config moves first, the new config last."""
     new, old = _in_order(source), source.parent / OLD
     leaving = [target / path.name for path in reversed(new)]
     leaving += [path for pattern in stale for path in target.glob(pattern)]
@@ -248,7 +248,7 @@ def _in_order(folder: Path) -> list[Path]:
 
 
 def _finish(folder: Path) -> None:
-    """Give files the mode that the umask gives, and flush them to the disk."""
+    """Give files the umask's mode, and flush them to the disk."""
     mode = folder.stat().st_mode & 0o666
     for path in folder.rglob("*"):
         if path.is_file():
@@ -259,7 +259,7 @@ def _finish(folder: Path) -> None:
 
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """Make a folder and its parents; after an error within, those that were made are gone."""
+    """Create a folder and missing parents; after an error within, remove what was created."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -272,5 +272,5 @@ def made(folder: Path) -> Iterator[None]:
 
 
 def _nearest(path: Path) -> Path:
-    """The path itself, or the first of its parents that exists."""
+    """Return the path itself, or the nearest parent that exists."""
     return next(each for each in (path, *path.absolute().parents) if each.exists())

@@ -1,6 +1,6 @@
 """Parts: the matrices that adapters change, which are linear layers and single experts.
 
-Parts of equal shape go through the group operators together, a chunk at a time.
+Parts with equal keys go through the group operators together, a chunk at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHUNK_BYTES = 64 << 20
 
 @dataclass(eq=False)
 class Part:
-    """One matrix that adapters change, and where its data for unmerging is stored."""
+    """One matrix that adapters change, and where the data for unmerging is stored."""
 
     name: str
     base: Any
