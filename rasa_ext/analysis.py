@@ -61,7 +61,7 @@ class LayerAnalysis:
 
 @dataclasses.dataclass(frozen=True)
 class GroupAnalysis:
-    """The layers that share a pool, in the order of the model."""
+    """Layers that share a pool, in the model's order."""
 
     pattern: str
     shape: tuple[int, int]
@@ -265,14 +265,14 @@ def _analyze_layer(name: str, factors: Factors, expert: int | None) -> LayerAnal
 
 
 def _singular_values(left: Tensor, right: Tensor) -> Tensor:
-    """Singular values of left (out, n) times right (n, in)."""
+    """Return the singular values of left (out, n) times right (n, in)."""
     R, T = torch.linalg.qr(left, mode="r").R, torch.linalg.qr(right.t(), mode="r").R
     values: Tensor = torch.linalg.svdvals(R @ T.t())
     return values
 
 
 def _entropy_rank(values: Tensor) -> float:
-    """exp of the entropy of normalized values >= 0; 0 if all are zero."""
+    """Return exp of the entropy of normalized values >= 0; 0 if all are zero."""
     total = values.sum()
     if not total > 0:
         return 0.0

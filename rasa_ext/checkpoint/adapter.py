@@ -145,7 +145,7 @@ class AdapterState:
     config: RasaConfig
     plan: Plan
     tensors: dict[str, Tensor]
-    """Under the names of an adapter's file."""
+    """Tensors by key in an adapter file."""
 
     def save(
         self, model: nn.Module, directory: str | os.PathLike[str], *, card: Card | None = PLAIN

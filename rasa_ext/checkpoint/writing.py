@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
-"""A model's weights, which must not stay beside the weights of a new one."""
+"""Weights of an earlier model, which must not stay beside new ones."""
 
 INSIDE, NEW, OLD = "saving", "new", "old"
 """Names of the temporary folder within the output folder, and of the two folders in it."""

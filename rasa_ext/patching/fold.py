@@ -22,7 +22,7 @@ from rasa_ext.patching.subtraction import MergeResidual, residual_of
 
 @dataclasses.dataclass
 class Merging:
-    """How a merge is done, and what it reports."""
+    """Options of a merge, and the reports it makes."""
 
     dtype: torch.dtype | None = None
     """Dtype of the dense weights that replace quantized ones; None: the dtype each layer states."""
@@ -88,7 +88,7 @@ def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = 
             if merging.keep and merging.subtract:
                 for part, delta in zip(chunk, deltas, strict=True):
                     part.kept = residual_of(part.kept, part.weight, delta)
-    except BaseException:  # not finite, out of memory, or an interrupt
+    except BaseException:  # not finite, out of memory, or interrupted
         unmerge_parts(parts)
         raise
     return largest

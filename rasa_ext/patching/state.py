@@ -182,7 +182,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def set_patch_state(model: nn.Module, state: PatchState | None) -> None:
-    """Mark a module as patched, or with None as unpatched."""
+    """Set the state of a patched module; None marks it as unpatched."""
     if state is None:
         del model.__dict__[_STATE]
     else:

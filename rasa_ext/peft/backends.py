@@ -1,4 +1,4 @@
-"""PEFT's backends for quantized bases, which adapter layers of other PEFT methods also hold."""
+"""PEFT's backends for quantized bases, as layers of other PEFT methods have them."""
 
 from __future__ import annotations
 

@@ -283,14 +283,14 @@ class RasaModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_merge(safe_merge, adapter_names)
-        keep = any(owner.merged for owner in self.owners())  # for an error on the way
+        keep = any(owner.merged for owner in self.owners())  # to restore after an error
         with self._merging(stacklevel=3, keep=keep):
             super()._unload_and_optionally_merge(
                 merge=merge, progressbar=progressbar, adapter_names=adapter_names
             )
         kinds = RasaPeftLinear | RasaPeftExperts
         left = [module for module in self.model.modules() if isinstance(module, kinds)]
-        replace_modules(self.model, {each: each.base_layer for each in left})  # second names
+        replace_modules(self.model, {each: each.base_layer for each in left})  # aliases too
         for module, name, value in reversed(self._attributes_before):
             setattr(module, name, value)
         return forget_quantizer(self.model)

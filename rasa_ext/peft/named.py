@@ -19,7 +19,7 @@ from rasa_ext.patching.parts import Part
 
 @dataclass(frozen=True)
 class RowAdapters:
-    """The adapter of each row of a batch, whose rows beam search repeats ``beams`` times."""
+    """One adapter per row of a batch; beam search repeats each row ``beams`` times."""
 
     names: tuple[str, ...]
     beams: int = 1
