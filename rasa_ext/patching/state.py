@@ -140,15 +140,6 @@ def _modules_of(model: nn.Module, kind: type[_Module]) -> list[tuple[str, _Modul
     return [(name, each) for name, each in unwrap(model).named_modules() if isinstance(each, kind)]
 
 
-def check_no_experts(model: nn.Module, what: str) -> None:
-    """Raise ValueError if a model has adapted experts, which ``what`` does not support."""
-    if found := adapted_experts(model):
-        raise ValueError(
-            f"model: {what} is for adapters of linear layers, but {found[0][0]!r} has adapted "
-            "experts; patch it with experts=None."
-        )
-
-
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """List the adapter's trainable parameters, each once: A, B and d of layers, A and B of pools.
 
