@@ -82,9 +82,10 @@ def make_plan(
     saved = _modules_to_save(found, config.modules_to_save)
     bases: dict[str, LinearLayer | ExpertWeight] = {**found.linears, **stacked}
     chosen, skipped = _choose(found, config, bases, saved)
-    for name in chosen:
-        check_base(name, bases[name])
-    if stacked and not stacked.keys() & set(chosen):
+    adapted = {name: bases[name] for name in chosen}
+    for name, base in adapted.items():
+        check_base(name, base)
+    if stacked and not stacked.keys() & adapted.keys():
         first = next(iter(stacked))
         raise ValueError(
             f"experts: expected stacked weights to adapt, but every one is left out, such as "
@@ -92,12 +93,12 @@ def make_plan(
         )
     tokens = find_rows(model, config)
     check_not_adapted(tokens, chosen)
-    groups = group_layers(config, {name: bases[name] for name in chosen})
+    groups = group_layers(config, adapted)
     trained = tuple(f"{name}." for name in saved)
     untouched = {
         name: shape
         for name, shape in found.expert_weights.items()
-        if name not in chosen and name not in skipped and not name.startswith(trained)
+        if name not in adapted and name not in skipped and not name.startswith(trained)
     }
     adaptable = untouched.keys() & (found.adaptable if hasattr(config, "experts") else ())
     for name, shape in untouched.items():
