@@ -81,6 +81,12 @@ def expert_weight(module: Any, name: str) -> Tensor:
     return weight.transpose(1, 2) if is_transposed(module) else weight
 
 
+def named_expert_weights(path: str, module: nn.Module) -> dict[str, ExpertWeight]:
+    """Return the stacked weights of a module by name, ``path`` first; none if it has no experts."""
+    names = expert_weight_names(module) if is_experts(module) else ()
+    return {f"{path}.{name}".lstrip("."): (module, name) for name in names}
+
+
 def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
     """Raise TypeError or ValueError if a stacked weight cannot be adapted."""
     module, name = stack

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,9 +15,8 @@ from rasa_ext.base_layers.experts import (
     ExpertWeight,
     check_expert_weight,
     expert_shape,
-    expert_weight_names,
     expert_weights,
-    is_experts,
+    named_expert_weights,
     routers_of,
 )
 from rasa_ext.base_layers.linear import (
@@ -39,14 +39,21 @@ _LAST_NAMES = frozenset({"head", "heads", "fc"})
 class Survey:
     """The layers of a model that are relevant to adapters, by name."""
 
+    model: nn.Module
     modules: Mapping[str, nn.Module]
     linears: Mapping[str, LinearLayer]
     stacks: Mapping[str, ExpertWeight]
     """Stacked expert weights."""
-    refused: Mapping[str, str]
-    """Layers that cannot be adapted, with the reason."""
-    left_out: Mapping[str, str]
-    """Layers that are adapted only if named explicitly, with the reason."""
+
+    @functools.cached_property
+    def refused(self) -> dict[str, str]:
+        """Layers that cannot be adapted, with the reason."""
+        return dict(_refused(self.modules, self.linears, self.stacks))
+
+    @functools.cached_property
+    def left_out(self) -> dict[str, str]:
+        """Layers that are adapted only if named explicitly, with the reason."""
+        return _left_out(self.model, self.modules, self.linears)
 
     @property
     def expert_weights(self) -> dict[str, tuple[int, ...]]:
@@ -95,14 +102,10 @@ def survey(
     if linears is None:
         linears = {name: module for name, module in modules.items() if is_linear(module)}
     if stacks is None:
-        stacks = {
-            f"{path}.{name}".lstrip("."): (module, name)
-            for path, module in modules.items()
-            if is_experts(module)
-            for name in expert_weight_names(module)
-        }
-    refused = dict(_refused(modules, linears, stacks))
-    return Survey(modules, linears, stacks, refused, _left_out(model, modules, linears))
+        stacks = {}
+        for path, module in modules.items():
+            stacks |= named_expert_weights(path, module)
+    return Survey(model, modules, linears, stacks)
 
 
 def base_of(model: nn.Module, name: str, experts: int) -> Any:

@@ -12,8 +12,7 @@ from rasa_ext.base_layers.experts import (
     ExpertWeight,
     check_expert_weight,
     expert_shape,
-    expert_weight_names,
-    is_experts,
+    named_expert_weights,
 )
 from rasa_ext.base_layers.linear import LinearLayer, is_linear
 from rasa_ext.patching.swap import replace_modules
@@ -42,9 +41,7 @@ def bases_of(model: nn.Module) -> tuple[dict[str, LinearLayer], dict[str, Expert
             base = getattr(module, "base_layer", module)
         if is_linear(base):
             linears[path] = base
-        elif is_experts(base):
-            names = expert_weight_names(base)
-            stacks |= {f"{path}.{name}".lstrip("."): (base, name) for name in names}
+        stacks |= named_expert_weights(path, base)
     return linears, stacks
 
 
