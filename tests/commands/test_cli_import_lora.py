@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import rasa_ext
-from tests.helpers.cli import invoke, load, logits
+from tests.helpers.cli import invoke, load, logits, save_lora
 from tests.helpers.tiny_lm import save_base
 
 
@@ -19,17 +19,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(base, tmp_path_factory) -> Path:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(load(base), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn_like(parameter))
-    directory = tmp_path_factory.mktemp("import") / "lora"
-    model.save_pretrained(directory)
-    return directory
+    return save_lora(base, tmp_path_factory.mktemp("import") / "lora")
 
 
 def test_import_lora(base, lora, tmp_path):

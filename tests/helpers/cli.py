@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -20,6 +21,19 @@ def load(directory: Path):
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
     return model(input_ids=TOKENS).logits
+
+
+def save_lora(base: Path, directory: Path) -> Path:
+    """Write a LoRA of PEFT, of rank 6 and not zero, for a base."""
+    config = LoraConfig(r=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(load(base), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return directory
 
 
 def invoke(*words: object, code: int = 0) -> str:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import rasa_ext
 from rasa_research import solver
 from rasa_research.solver.plots import plot_errors
-from tests.helpers.cli import TOKENS, invoke, load, logits
+from tests.helpers.cli import TOKENS, invoke, load, logits, save_lora
 from tests.helpers.file_limit import file_limit
 from tests.helpers.tiny_lm import make_model, save_base
 
@@ -41,17 +41,7 @@ def tuned(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(base, tmp_path_factory) -> Path:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(load(base), config)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn_like(parameter))
-    directory = tmp_path_factory.mktemp("compress") / "lora"
-    model.save_pretrained(directory)
-    return directory
+    return save_lora(base, tmp_path_factory.mktemp("compress") / "lora")
 
 
 def test_compress_a_fine_tuning(base, tuned, tmp_path):
