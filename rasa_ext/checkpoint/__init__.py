@@ -12,7 +12,7 @@ from rasa_ext.checkpoint.files import (
 from rasa_ext.checkpoint.lora import Lora, convert_lora, read_lora
 from rasa_ext.checkpoint.lora_export import Truncation
 from rasa_ext.checkpoint.lora_file import plain_settings
-from rasa_ext.checkpoint.official import load_official_tensors
+from rasa_ext.checkpoint.official import load_official_tensors, official_name
 
 __all__ = [
     "PREFIX",
@@ -24,6 +24,7 @@ __all__ = [
     "check_tensors",
     "convert_lora",
     "load_official_tensors",
+    "official_name",
     "own_key",
     "plain_settings",
     "pool_key",

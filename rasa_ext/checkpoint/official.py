@@ -89,7 +89,21 @@ def load_official_tensors(
 
 
 def official_name(key: str) -> str:
-    """Return the official name of a tensor of the package's format; leave other names."""
+    """Return the official name of a tensor of the package's format; leave other names.
+
+    Args:
+        key: a name in the package's files, such as from ``own_key`` or ``pool_key``.
+
+    Returns:
+        The name in a checkpoint of the official code.
+
+    Example:
+        >>> from rasa_ext.checkpoint import official_name, own_key, pool_key
+        >>> official_name(own_key("model.layers.3.mlp.up_proj", "d"))
+        'base_model.model.model.layers.3.mlp.up_proj.rasa_mixing.weight'
+        >>> official_name(pool_key("model.layers.3.mlp.up_proj", "A"))
+        'base_model.rasa_shared_A.mlp__up_proj.weight'
+    """
     layer, _, part = key.rpartition(".")
     if part in _OFFICIAL:
         return f"{layer}.{_OFFICIAL[part]}.weight"

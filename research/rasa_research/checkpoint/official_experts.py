@@ -13,17 +13,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from rasa_ext import RasaConfig
 from rasa_ext.checkpoint import (
-    PREFIX,
     StackedWeight,
     check_tensors,
     load_official_tensors,
+    official_name,
     own_key,
     pool_key,
     read_adapter,
@@ -81,7 +81,8 @@ def stack_experts(
     _check_no_router({weight.path for weight in weights}, tensors, where)
     groups: dict[tuple[str, tuple[str, ...]], list[StackedWeight]] = {}
     for weight in weights:
-        groups.setdefault((_kind(weight.path), tuple(weight.parts)), []).append(weight)
+        kind = official_name(pool_key(weight.path, "A"))  # of a pool for all layers of a model
+        groups.setdefault((kind, tuple(weight.parts)), []).append(weight)
     _check(config, groups.values(), tensors, where)
     kept, stacked, used = {}, {}, set[str]()
     for members in groups.values():
@@ -101,11 +102,6 @@ def stack_experts(
     return chosen, {**rest, **stacked}
 
 
-def _kind(name: str) -> str:
-    """``model.layers.3.self_attn.q_proj`` to ``self_attn__q_proj``: the name of its pool."""
-    return re.sub(r"^.*?\blayers\.\d+\.", "", name).replace(".", "__")
-
-
 def _layer(weight: StackedWeight, expert: int, part: str) -> str:
     """Name one expert's matrix in the checkpoint."""
     return f"{weight.path}.{expert}.{part}"
@@ -119,7 +115,7 @@ def _adapted(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[StackedWei
             part: rows
             for part, rows in weight.parts.items()
             if any(
-                f"{PREFIX}{_layer(weight, expert, part)}.rasa_A.weight" in tensors
+                official_name(own_key(_layer(weight, expert, part), "A")) in tensors
                 for expert in range(weight.shape[0])
             )
         }
@@ -156,19 +152,14 @@ def _check(
                 rows = len(range(out_features)[chosen])
                 for expert in range(experts):
                     layer = _layer(weight, expert, part)
-                    key = f"{PREFIX}{layer}.rasa_"
-                    expected[f"{key}A.weight"] = (own, in_features)
-                    expected[f"{key}B.weight"] = (rows, own)
-                    expected[f"{key}mixing.weight"] = (own + pooled,)
+                    expected[official_name(own_key(layer, "A"))] = (own, in_features)
+                    expected[official_name(own_key(layer, "B"))] = (rows, own)
+                    expected[official_name(own_key(layer, "d"))] = (own + pooled,)
                     if pooled:
-                        expected[_pool("A", layer)] = (pooled, in_features)
-                        expected[_pool("B", layer)] = (rows, pooled)
+                        expected[official_name(pool_key(layer, "A"))] = (pooled, in_features)
+                        expected[official_name(pool_key(layer, "B"))] = (rows, pooled)
     found = {key: tensor for key, tensor in tensors.items() if key in expected}
     check_tensors(found, expected, where)
-
-
-def _pool(part: str, layer: str) -> str:
-    return f"base_model.rasa_shared_{part}.{_kind(layer)}.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,13 +174,7 @@ class _Source:
 
     def layer_tensors(self) -> dict[str, Tensor]:
         """Stack A, B and d of all experts."""
-        down = self._each("A", shared=False)
-        up = self._each("B", shared=False)
-        mixing = [
-            [self._take(f"{PREFIX}{_layer(self.weight, expert, part)}.rasa_mixing.weight")
-             for part in self.weight.parts]
-            for expert in range(self.weight.shape[0])
-        ]  # fmt: skip
+        down, up, mixing = (self._each(own_key, field) for field in "ABd")
         d = [
             torch.cat([each[: self.private] for each in of] + [each[self.private :] for each in of])
             for of in mixing
@@ -204,26 +189,21 @@ class _Source:
         """Stack the pools of all experts; nothing where k = 0."""
         if not self.pooled:
             return {}
-        down, up = self._each("A", shared=True), self._each("B", shared=True)
+        down, up = self._each(pool_key, "A"), self._each(pool_key, "B")
         return {
             pool_key(self.weight.name, "A"): torch.stack([torch.cat(of) for of in down]),
             pool_key(self.weight.name, "B"): torch.stack([self._diagonal(of) for of in up]),
         }
 
-    def _each(self, field: str, *, shared: bool) -> list[list[Tensor]]:
+    def _each(self, key_of: Callable[[str, str], str], field: str) -> list[list[Tensor]]:
         """Read a factor for every expert and each of its matrices."""
-        found = []
-        for expert in range(self.weight.shape[0]):
-            layers = [_layer(self.weight, expert, part) for part in self.weight.parts]
-            found.append(
-                [
-                    self._take(
-                        _pool(field, each) if shared else f"{PREFIX}{each}.rasa_{field}.weight"
-                    )
-                    for each in layers
-                ]
-            )
-        return found
+        return [
+            [
+                self._take(official_name(key_of(_layer(self.weight, expert, part), field)))
+                for part in self.weight.parts
+            ]
+            for expert in range(self.weight.shape[0])
+        ]
 
     def _take(self, key: str) -> Tensor:
         self.used.add(key)
