@@ -12,6 +12,7 @@ from torch import nn
 import rasa_ext
 from rasa_ext import ops
 from rasa_ext.methods import LayerSpec
+from rasa_ext.nn.packs import PackSet
 
 
 class OfficialLinear(nn.Module):
@@ -24,13 +25,13 @@ class OfficialLinear(nn.Module):
     def __init__(self, layer: rasa_ext.RasaLinear) -> None:
         super().__init__()
         self.base_layer, self.A, self.d = layer.base_layer, layer.A, layer.d
-        self.A_pool = layer.pool.A
-        # (out, r) as the official code stores it, one for all layers of a pool.
+        # B is (out, r) as the official code stores it.
         self.B = nn.Parameter(layer.B.detach().contiguous())
         shared = layer.pool.__dict__
-        if "contiguous_B" not in shared:
-            shared["contiguous_B"] = nn.Parameter(layer.pool.B.detach().contiguous())
-        self.B_pool = shared["contiguous_B"]
+        if "official" not in shared:  # one for all layers of a pool, with gradients of its own
+            copies = (layer.pool.A.detach().clone(), layer.pool.B.detach().contiguous())
+            shared["official"] = tuple(map(nn.Parameter, copies))
+        self.A_pool, self.B_pool = shared["official"]
 
     def factors(self):
         return self.A, self.A_pool, self.B, self.B_pool, self.d
@@ -61,7 +62,7 @@ def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ex
     """``base`` adapted as the first of a group of so many layers."""
     spec = LayerSpec(0, layers, base.out_features, base.in_features, base.weight.device)
     pool = config.group_tensors([dataclasses.replace(spec, index=index) for index in range(layers)])
-    return rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool))
+    return rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
 
 
 class Alone(nn.Module):

@@ -19,7 +19,6 @@ from torch import nn
 
 import rasa_ext
 from benchmarks import harness, layer
-from rasa_ext import ops
 from rasa_ext.nn import functional
 
 
@@ -33,9 +32,7 @@ class Naive(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (M, in) to (M, out)."""
         y, x = self.ours.base_layer(x), nn.functional.dropout(x, self.p)
-        factors = self.ours.adapter().factors()
-        multiple = ops.rank_multiple(x.device.type, x.dtype, factors.rank, len(x))
-        return functional.adapted_linear(x, None, None, factors, multiple, y=y)
+        return functional.low_rank_linear(x, None, None, self.ours.adapter().pack(x.dtype), y=y)
 
 
 def kept(module: nn.Module, x: torch.Tensor) -> int:

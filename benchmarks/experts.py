@@ -38,6 +38,7 @@ from benchmarks.block import cpu_peak_bytes
 from rasa_ext import ops
 from rasa_ext.base_layers.experts import expert_shape, expert_weight_names
 from rasa_ext.methods import LayerSpec
+from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 
 RANK, K = 4, 1
@@ -152,11 +153,7 @@ class Case:
         dense = copy.deepcopy(self._by("eager"))
         with torch.no_grad():
             for name in expert_weight_names(dense):
-                factors = module.adapter(name).factors()
-                if factors.A_pool.dim() == 2:
-                    every = self.shape.experts
-                    A_pool, B_pool = (t.expand(every, -1, -1) for t in factors[1::2])
-                    factors = factors._replace(A_pool=A_pool, B_pool=B_pool)
+                factors = module.stacks()[name].adapter().factors().with_pool_of_each()
                 Ap, Bp = ops.pack_experts(*factors, torch.float32)
                 weight = getattr(dense, name)
                 weight.copy_((weight.float() + Bp.mT @ Ap).to(weight.dtype))
@@ -208,7 +205,7 @@ class Case:
             experts, out, width = expert_shape(base, name)
             spec = LayerSpec(0, layers, out, width, getattr(base, name).device, name, experts)
             pool = config.group_tensors([dataclasses.replace(spec, index=i) for i in range(layers)])
-            stacks[name] = RasaExpertWeight(config, spec, rasa_ext.nn.RasaPool(pool))
+            stacks[name] = RasaExpertWeight(config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
         return _lively(RasaExperts(base, stacks))
 
 

@@ -2,18 +2,20 @@
 
     python -m benchmarks.host [--rounds 300]
 
-The operators are replaced by stubs that return uninitialised results, and a chain of layers is
-measured at two lengths: the slope between them is a layer's own. What remains is what keeps a GPU
-waiting where it has little to do; the compiled operators' share and the launches are not in it.
+The operators are replaced by stubs that return uninitialised results, and a chain of layers, which
+are one group, is measured at two lengths. The slope between them is a layer's own: its linear, its
+part in packing the group and in the packs' backward. What is left without layers is what a group
+does once in a step; a layer of 32 has a 32nd of it. ``fused`` is one more linear of those that read
+one input. What remains is what keeps a GPU waiting where it has little to do; the compiled
+operators' share and the launches are not in it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -21,86 +23,117 @@ from torch import Tensor, nn
 import rasa_ext
 from benchmarks import harness
 from rasa_ext import ops
-from rasa_ext.nn import adapted_linear, functional, fused_projections
 
-WIDTH, LENGTHS = 64, (4, 20)
-
-
-def _forward(y: Any, x: Tensor, weight: Any, bias: Any, A: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return x.new_empty((x.shape[0], WIDTH)), x.new_empty((x.shape[0], 8))
+WIDTH, LENGTHS, LAYERS = 64, (4, 20), 32
+NAMES = ("q_proj", "k_proj", "v_proj")
 
 
-def _backward(
-    grad: Tensor, x: Any, weight: Any, U: Any, A: Any, A_pool: Any, B: Any, B_pool: Any,
-    d: Any, *_: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    return grad.new_empty((grad.shape[0], WIDTH)), *(
-        None if t is None else torch.empty_like(t) for t in (A, A_pool, B, B_pool, d)
+def _forward(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return x.new_empty((len(x), WIDTH)), x.new_empty((len(x), 16))
+
+
+def _backward(grad: Tensor, x: Any, weight: Any, U: Any, *packs: Any) -> tuple[Tensor, ...]:
+    return grad.new_empty((len(grad), WIDTH)), *map(torch.empty_like, packs[:2])
+
+
+def _projections(
+    x: Tensor, weights: list[Tensor], biases: Any, Ap: Tensor, *_: Any
+) -> tuple[list[Tensor], Tensor]:
+    return [x.new_empty((len(x), WIDTH)) for _ in weights], x.new_empty((len(x), len(Ap)))
+
+
+def _projections_backward(
+    grads: list[Tensor], x: Any, weights: Any, U: Any, Ap: Tensor, Bp: list[Tensor], *_: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return torch.empty_like(grads[0]), torch.empty_like(Ap), [torch.empty_like(up) for up in Bp]
+
+
+def _pack(A: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
+    return tuple(A[0].new_empty((len(A), 16, WIDTH)) for _ in range(2))
+
+
+def _pack_backward(
+    downs: Any, ups: Any, B: list[Tensor], B_pool: Tensor, d: list[Tensor]
+) -> tuple[Tensor, ...]:
+    # In the parameters' layout, so that autograd takes them without a copy.
+    dA, dB = (d[0].new_empty((len(B), *B[0].t().shape)) for _ in range(2))
+    dA_pool, dB_pool = (torch.empty_like(B_pool.t()) for _ in range(2))
+    return dA, dA_pool, dB.mT, dB_pool.t(), d[0].new_empty((len(d), *d[0].shape))
+
+
+# Operators that compute nothing, chosen as on a GPU.
+STUBS = {
+    "low_rank_linear": _forward,
+    "low_rank_linear_backward": _backward,
+    "linear_projections": _projections,
+    "linear_projections_backward": _projections_backward,
+    "pack_group": _pack,
+    "pack_group_backward": _pack_backward,
+    "rank_multiple": lambda *_: 16,
+    "fuse_projections": lambda *_: True,
+}
+
+
+def chain(length: int, adapted: bool, names: tuple[str, ...] = NAMES[:1]) -> Callable[[], None]:
+    """A step through so many blocks of linears that read one input, on one token."""
+    blocks = nn.ModuleList(
+        nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH, bias=False) for name in names})
+        for _ in range(length)
     )
-
-
-@contextmanager
-def stubbed() -> Iterator[None]:
-    """Operators that compute nothing, for a linear that is not fused, as on a GPU."""
-    names = {name: getattr(ops, name) for name in ops.__all__}
-    stubs = {
-        "adapted_linear": _forward,
-        "adapted_linear_backward": _backward,
-        "rank_multiple": lambda *_: 16,
-        "fuse_projections": lambda *_: False,
-        "torch_differentiates": lambda _: False,
-    }
-    before = [(module, module.ops) for module in (adapted_linear, functional, fused_projections)]
-    for module, _ in before:
-        module.ops = SimpleNamespace(**(names | stubs))
-    try:
-        yield
-    finally:
-        for module, its in before:
-            module.ops = its
-
-
-def chain(length: int, adapted: bool) -> Callable[[], None]:
-    """A step through so many linears, one after the other, on one token."""
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(length)))
+    blocks.requires_grad_(False)
     if adapted:
-        rasa_ext.patch_model(model, rank=8, k=1)
-    else:
-        model.requires_grad_(False)
-    parameters = list(model.parameters())
-    x = torch.randn(1, WIDTH, requires_grad=True)
-    grad = torch.ones(1, WIDTH)
+        rasa_ext.patch_model(blocks, rank=8, k=1)
+    parameters = list(blocks.parameters())
+    layers = [list(block.values()) for block in blocks]
+    given = torch.randn(1, WIDTH, requires_grad=True)
+    grads = [torch.ones(1, WIDTH)] * (length * (len(names) - 1) + 1)
 
     def step() -> None:
         for parameter in parameters:
             parameter.grad = None
-        model(x).backward(grad)
+        x, others = given, []
+        for first, *more in layers:
+            y = first(x)
+            others += [layer(x) for layer in more]
+            x = y
+        torch.autograd.backward([x, *others], grads)
 
     return step
+
+
+def measured(rounds: int, **chains: tuple) -> dict[str, tuple[float, float]]:
+    """Microseconds by chain, lower quartiles: of one more block, and of a step without blocks."""
+    run = {(name, n): chain(n, *how) for name, how in chains.items() for n in LENGTHS}
+    seconds = harness.interleaved(run, rounds, warmup=20, device="cpu")
+    found = {}
+    for name in chains:
+        short, long = (1e6 * harness.quartiles(seconds[name, n])[0] for n in LENGTHS)
+        slope = (long - short) / (LENGTHS[1] - LENGTHS[0])
+        found[name] = slope, short - LENGTHS[0] * slope
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=300)
-    arguments = parser.parse_args()
-    x, factors = torch.randn(1, WIDTH), [torch.randn(8, WIDTH) for _ in range(5)]
+    rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    with stubbed():
-        run = {
-            f"{name} {length}": chain(length, name == "rasa_ext")
-            for name in ("nn.Linear", "rasa_ext")
-            for length in LENGTHS
-        }
-        run["stubs"] = lambda: (
-            _forward(None, x, None, None, x),
-            _backward(x, *[None] * 3, *factors),
-        )
-        seconds = harness.interleaved(run, arguments.rounds, warmup=20, device="cpu")
-    print(f"{harness.machine()}\nmicroseconds a layer and step: lower quartiles")
-    for name in ("nn.Linear", "rasa_ext"):
-        short, long = (harness.quartiles(seconds[f"{name} {n}"])[0] for n in LENGTHS)
-        print(f"{name:10} {1e6 * (long - short) / (LENGTHS[1] - LENGTHS[0]):6.1f}")
-    print(f"{'of it stubs':11} {1e6 * harness.quartiles(seconds['stubs'])[0]:5.1f}")
+    x, pack = torch.randn(1, WIDTH), torch.randn(16, WIDTH)
+    stubs = {"": lambda: (_forward(x), _backward(x, None, None, None, pack, pack))}
+    seconds = harness.interleaved(stubs, rounds, warmup=20, device="cpu")
+    with mock.patch.multiple(ops, **STUBS):
+        alone = measured(rounds, frozen=(False,), ours=(True,))
+        fused = measured(rounds, ours=(True,), fused=(True, NAMES))
+    shown = {
+        "nn.Linear": alone["frozen"][0],
+        "rasa_ext": alone["ours"][0],
+        f"1/{LAYERS} of a group": (alone["ours"][1] - alone["frozen"][1]) / LAYERS,
+        "of it stubs": 1e6 * harness.quartiles(seconds[""])[0],
+        "fused": (fused["fused"][0] - fused["ours"][0]) / (len(NAMES) - 1),
+    }
+    print(f"{harness.machine()}\nmicroseconds a layer and step")
+    for name, value in shown.items():
+        print(f"{name:16} {value:6.1f}")
 
 
 if __name__ == "__main__":

@@ -101,12 +101,14 @@ class Case:
         return int(variant.partition("=")[2]) if variant.startswith("peft") else self.R
 
     def step(self, module: nn.Module):
-        """Forward and backward; gradients are dropped before, so that packs go stale.
+        """Forward and backward; gradients are dropped before.
 
-        But for the pools': those of a model are sums over its layers, and adding them up is a part
-        of each layer's step.
+        But for the official formula's pools: those of a model are sums over its layers, and adding
+        them up is a part of each layer's step. Ours are summed once for all layers; here each
+        linear is packed alone, so that ours has a whole launch for its share of a group's.
         """
-        pools = {id(t) for _, A, _, B, _ in self._factors(module).values() for t in (A, B)}
+        official = (m for m in module.modules() if isinstance(m, baselines.OfficialLinear))
+        pools = {id(pool) for each in official for pool in (each.A_pool, each.B_pool)}
         trained = [tensor for tensor in self._trained(module) if id(tensor) not in pools]
 
         def run() -> list[Tensor]:

@@ -44,31 +44,20 @@ def adapter(shape: tuple[int, ...]) -> tuple:
 
 def weight_space(functions, dtype: torch.dtype, tensors: dict) -> dict[str, object]:
     """The operators of ``functions`` that launch kernels of this package alone."""
-    A, A_pool, B, B_pool, d = tensors["adapter"]
-    both = [A[:2], [A_pool] * 2, B[:2], [B_pool] * 2, d[:2]]
-    wide = tensors["dAp"], tensors["dBp"]
-    first = wide[0][0], wide[1][0].clone()  # which may be written to
+    _, _, *rest = tensors["adapter"]
+    grads = list(tensors["dAp"]), list(tensors["dBp"])
     return {
-        "pack": functions.pack(A[0], A_pool, B[0], B_pool, d[0], dtype, 16),
-        "pack_projections": functions.pack_projections(*both, dtype, 16),
-        "pack_backward": functions.pack_backward(*first, B[0], B_pool, d[0]),
-        "pack_projections_backward": functions.pack_projections_backward(
-            [wide[0][0], wide[0][1]],
-            [wide[1][0].clone(), wide[1][1].clone()],
-            both[2],
-            both[3],
-            both[4],
-        ),
         "pack_group": functions.pack_group(*tensors["adapter"], dtype, 16),
-        "pack_group_backward": functions.pack_group_backward(*wide, B, B_pool, d),
+        "without d": functions.pack_group(*tensors["adapter"][:-1], [], dtype, 16),
+        "pack_group_backward": functions.pack_group_backward(*grads, *rest),
+        "of dAp": functions.pack_group_backward(grads[0], [], *rest),
+        "of dBp": functions.pack_group_backward([], grads[1], *rest[:-1], []),
     }
 
 
 def products(functions, tensors: dict, packs) -> dict[str, object]:
     """The operators of ``functions`` with matrix products in them."""
-    A, A_pool, B, B_pool, d = tensors["adapter"]
     x, weight, grad = (tensors[name] for name in ("x", "weight", "grad"))
-    single = (A[0], A_pool, B[0], B_pool, d[0])
     # All start from the same packs, so that only their own rounding is compared.
     Ap, Bp = packs
     y, U = functions.low_rank_linear(x, weight, None, Ap, Bp)
@@ -83,10 +72,6 @@ def products(functions, tensors: dict, packs) -> dict[str, object]:
     found["masked_backward"] = functions.low_rank_linear_backward(
         grad, x, weight, tensors.get("U", U), Ap, Bp, True, True, True, *dropped
     )
-    found["adapted"] = functions.adapted_linear(None, x, weight, None, *single, 16)
-    found["adapted_backward"] = functions.adapted_linear_backward(
-        grad, x, weight, tensors.get("U", U), *single, 16, True, True, True
-    )
     wide_Ap, ups, weights = torch.cat([Ap, Ap]), [Bp, Bp], [weight, weight]
     outputs, wide_U = functions.linear_projections(x, weights, [], wide_Ap, ups)
     found["projections"] = (*outputs, wide_U)
@@ -97,11 +82,10 @@ def products(functions, tensors: dict, packs) -> dict[str, object]:
     stacked = tensors["stacked_Ap"], tensors["stacked_Bp"]
     found["delta_group"] = functions.delta_group(*stacked)
     xs, grads, Us = (torch.stack([t] * LAYERS) for t in (x, grad, tensors.get("U", U)))
-    pool = (Ap, Bp, torch.stack([d[0].new_ones(Ap.shape[0])] * LAYERS))
     weights = [weight] * LAYERS
-    found["layers"] = functions.linear_group(xs, weights, None, *stacked, *pool)
+    found["layers"] = functions.linear_group(xs, weights, None, *stacked)
     found["layers_backward"] = functions.linear_group_backward(
-        grads, xs, weights, Us, Us, *stacked, *pool, True, True
+        grads, xs, weights, Us, *stacked, True, True
     )
     ends, by_expert = tensors["ends"], torch.stack([weight.t()] * LAYERS)
     found["experts"] = functions.experts_linear(x, by_expert, ends)
@@ -146,7 +130,7 @@ def check(
         "ends": torch.tensor([tokens // 3, tokens // 3, tokens], dtype=torch.int32),
         "mask": torch.randint(256, (-(-tokens * width // 8),), dtype=torch.uint8),
     }
-    packs = ops.pack(made[0][0], made[1], made[2][0], made[3], made[4][0], dtype, 16)
+    packs = [stacked[0] for stacked in ops.pack_group(*made, dtype, 16)]
     here = {name: moved(value, device) for name, value in (low | high).items()}
     exact = {name: moved(value, "cpu", torch.float64) for name, value in (low | high).items()}
     found = weight_space(ops, dtype, here)

@@ -1,6 +1,6 @@
 """What each variant of a training step does to memory: products and passes over named tensors.
 
-A variant is two lists of lines, forward and backward, for n linears that read one X:
+A variant is lists of lines, forward and backward, for n linears that read one X:
 
     Y# = X W#'                  a product; ' is transposition
     Y# += X W#'                 one that reads what it adds to
@@ -9,8 +9,10 @@ A variant is two lists of lines, forward and backward, for n linears that read o
 
 ``#`` is a linear's number; the lines of an inner tuple are run for one linear after the other.
 ``*`` stands for all numbers. Lines that begin with ``?`` are run with dropout only, with ``!``
-without it only, with ``cast`` where activations are not float32, and with ``sum_pool`` where a pool
-has several layers.
+without it only, and with ``cast`` where activations are not float32.
+
+A third list holds what is launched once for all layers of a linear's group. A layer has its share
+of the launch, and of the group's pool.
 
 M tokens, ``in`` and ``out`` features, R the rank (Rp as it is padded), of which ``own`` are a
 layer's own and ``pooled`` the pool's. Shapes and sizes stand in ``SHAPES``.
@@ -21,7 +23,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.shapes import Linear
 
@@ -37,6 +39,7 @@ SHAPES: dict[str, tuple[str, str, str]] = {
     "mask": ("M", "in", "bit"),
     "bytes": ("M", "in", "byte"),  # torch's mask
     "noise": ("1", "2", "p"),
+    "zero": ("1", "1", "p"),
     "Y": ("M", "out", "x"),  # the output
     "V": ("M", "out", "x"),  # the adapter's part of it
     "Vs": ("M", "out", "x"),  # that, scaled
@@ -86,10 +89,11 @@ SHAPES: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Forward and backward of n linears that read one X."""
+    """Forward and backward of n linears that read one X; what is run once for a group's layers."""
 
     forward: Lines
     backward: Lines
+    group: Lines = ()
     compiled: bool = False  # the library's own kernels and cuBLAS calls, not PyTorch's operators
     sums_dx: bool = True  # whether autograd adds the linears' dX up
 
@@ -203,8 +207,14 @@ ADDMM = Variant(
     ),
 )
 
-_PACK_BACKWARD = "pack_backward: dAp# dBp# B# B_pool# d# -> dA# dA_pool# dB# dB_pool# dd#"
-_POOL = ("sum_pool: dA_pool# A_sum# -> A_sum#", "sum_pool: dB_pool# B_sum# -> B_sum#")
+# rasa_ext/nn/packs.py: the packs of a step's forward also serve its backward.
+_PACKS = (
+    (
+        "pack: A# A_pool# B# B_pool# d# -> Ap# Bp#",
+        "fill: -> zero#",  # what the ports are expanded from
+        "pack_backward: dAp# dBp# B# B_pool# d# -> dA# dA_pool# dB# dB_pool# dd#",
+    ),
+)
 
 # csrc/linear_plan.h: the adapter first, the base last.
 OURS = Variant(
@@ -212,7 +222,6 @@ OURS = Variant(
         (
             "?randint: -> noise#",
             "?dropout: noise# X -> mask# Xk#",
-            "pack: A# A_pool# B# B_pool# d# -> Ap# Bp#",
             "U# = Xs# Ap#'",
             "Y# = U# Bp# + b#",
             "Y# += X W#'",
@@ -220,7 +229,6 @@ OURS = Variant(
     ),
     backward=(
         (
-            "pack: A# A_pool# B# B_pool# d# -> Ap# Bp#",
             "?keep: X mask# -> Xk#",
             "H# = G# Bp#'",
             "dBp# = U#' G#",
@@ -228,10 +236,9 @@ OURS = Variant(
             "dX# = H# Ap#",
             "?keep: dX# mask# -> dX#",
             "dX# += G# W#",
-            _PACK_BACKWARD,
-            *_POOL,
         ),
     ),
+    group=_PACKS,
     compiled=True,
 )
 
@@ -240,22 +247,20 @@ FUSED = Variant(
     forward=(
         "?randint: -> noise",
         "?dropout: noise X -> mask Xk",
-        "pack: A* A_pool* B* B_pool* d* -> Ap Bp*",
+        "cat: Ap* -> Ap",
         "U = Xs Ap'",
         ("Y# = U# Bp# + b#",),
         ("Y# += X W#'",),
     ),
     backward=(
-        "pack: A* A_pool* B* B_pool* d* -> Ap Bp*",
         "?keep: X mask -> Xk",
         ("H# = G# Bp#'", "dBp# = U#' G#"),
         "dAp = H' Xs",
         "dX = H Ap",
         "?keep: dX mask -> dX",
         ("dX += G# W#",),
-        _PACK_BACKWARD.replace("#", "*").replace("dAp*", "dAp"),
-        _POOL,
     ),
+    group=_PACKS,
     compiled=True,
     sums_dx=False,
 )
@@ -290,6 +295,7 @@ class Op:
     added_to: Tensor | None = None  # of the reads: what a product adds to
     inner: int = 0  # of a product (rows, inner) x (inner, cols)
     base: bool = False  # a product with W
+    launches: float = 1.0
 
     @property
     def bytes(self) -> float:
@@ -312,7 +318,7 @@ class Setting:
     multiple: int = 1  # to which ours pads the rank
     dropout: bool = False
     biased: bool = False
-    pool_layers: bool = True  # whether the pool has other layers, whose gradients are added
+    layers: int = 32  # that share a launch of a group, and its pool
 
 
 def ops(variant: Variant, linears: Sequence[Linear], setting: Setting) -> list[Op]:
@@ -321,7 +327,9 @@ def ops(variant: Variant, linears: Sequence[Linear], setting: Setting) -> list[O
     lines = [*_expand(variant.forward, n), *_expand(variant.backward, n)]
     if variant.sums_dx:
         lines += [f"sum_dx: dX0 dX{i} -> dX0" for i in range(1, n)]
-    return [_op(line, linears, setting, variant) for line in lines if _runs(line, setting)]
+    listed = [(line, replace(setting, layers=1)) for line in lines]
+    listed += [(line, setting) for line in _expand(variant.group, n)]
+    return [_op(line, linears, its, variant) for line, its in listed if _runs(line, its)]
 
 
 def _expand(lines: Lines, n: int) -> Iterator[str]:
@@ -339,7 +347,6 @@ def _runs(line: str, setting: Setting) -> bool:
         (line.startswith("?") and not setting.dropout)
         or (line.startswith("!") and setting.dropout)
         or (kind == "cast" and setting.itemsize == 4)
-        or (kind == "sum_pool" and not setting.pool_layers)
     )
 
 
@@ -352,7 +359,7 @@ def _op(line: str, linears: Sequence[Linear], setting: Setting, variant: Variant
 
     if colon:
         read, _, written = rest.partition("->")
-        return Op(kind, tensors(read), tensors(written))
+        return Op(kind, tensors(read), tensors(written), launches=1 / setting.layers)
     line, _, bias = line.partition(" + ")
     _, sign, left, right = line.split()
     to, a, b = tensors(line.replace("'", "").replace(sign, ""))
@@ -393,5 +400,5 @@ def _tensor(name: str, linears: Sequence[Linear], setting: Setting, variant: Var
     }
     rows, cols, element = SHAPES[plain]
     size = {"x": setting.itemsize, "p": 4, "byte": 1, "bit": 1 / 8}[element]
-    count = sizes[rows] * sizes[cols]
+    count = sizes[rows] * sizes[cols] / (setting.layers if plain.endswith("_pool") else 1)
     return Tensor(name, sizes[rows], sizes[cols], math.ceil(count * size))

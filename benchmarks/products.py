@@ -44,7 +44,7 @@ def of_linear(
     linear: Linear, M: int, rank: int, dtype: torch.dtype, device: str
 ) -> dict[str, Product]:
     """By name and formula; ``rank`` is padded as the operators pad it."""
-    multiple = ops.rank_multiple(device, dtype, rank)
+    multiple = ops.rank_multiple(device)
     width, out, padded = linear.in_features, linear.out_features, -(-rank // multiple) * multiple
     # A CPU has no product of two dtypes.
     wide = ops.accumulation_dtype(dtype) if device.startswith("cuda") else dtype

@@ -92,7 +92,7 @@ def profiled(run, device: str, steps: int):
 def parts_of(profile, case: Case, steps: int) -> dict[str, float]:
     """Microseconds a step by part: of kernels on a GPU, of operations' own time on a CPU."""
     cuda = case.device.startswith("cuda")
-    padded = ops.rank_multiple(case.device, case.dtype, case.R)
+    padded = ops.rank_multiple(case.device)
     ranks = {case.R, -(-case.R // padded) * padded}
     ranks |= {n * rank for rank in ranks for n in (2, 3)}  # of gate and up; of q, k and v
     found: dict[str, float] = defaultdict(float)

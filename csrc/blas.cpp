@@ -96,10 +96,6 @@ void gemm_strided(const Blas& blas, const GemmCall& call) {
         "cublasGemmStridedBatchedEx", call);
 }
 
-void gemms(const Blas& blas, const std::vector<GemmCall>& calls) {
-  for (const GemmCall& call : calls) gemm(blas, call);
-}
-
 void gemm_pointers(const Blas& blas, const GemmCall& call) {
   if (call.empty()) return;
   const auto handle = static_cast<cublasHandle_t>(blas.handle);

@@ -3,8 +3,6 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include <vector>
-
 #include "gemm.h"
 
 namespace rasa_ext {
@@ -19,9 +17,6 @@ struct [[gnu::visibility("hidden")]] Blas {
 
 // One product. Over k = 0, D becomes C, or 0, without cuBLAS.
 void gemm(const Blas& blas, const GemmCall& call);
-
-// One after the other.
-void gemms(const Blas& blas, const std::vector<GemmCall>& calls);
 
 // call.batch products at fixed distances.
 void gemm_strided(const Blas& blas, const GemmCall& call);

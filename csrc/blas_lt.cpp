@@ -8,8 +8,8 @@
 // the stream, part of a graph's memory while one is captured, and never that of another stream.
 // torch's handle has one as well, but does not give it out. Most choices need none.
 //
-// A bias costs least where nothing else is added to the product (cuBLAS documents it so): the plans
-// put it on the first product of a sum. Where `can_add_bias` says no, the caller copies it into D.
+// A bias costs least where nothing else is added to the product (cuBLAS documents it so): it comes
+// with the first product of a sum. Where `can_add_bias` says no, the caller copies it into D.
 //
 // Whatever cublasLt fails at is left to cuBLAS, as torch leaves it: an error of the device itself
 // comes back there.

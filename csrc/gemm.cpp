@@ -54,8 +54,7 @@ Operand operand(const char* name, const Matrix& matrix) {
 }
 
 // D is column-major.
-GemmCall by_columns(const Matrix& a, const Matrix& b, const Matrix& d, bool add, int batch,
-                    int64_t stride_a, int64_t stride_b, int64_t stride_d) {
+GemmCall by_columns(const Matrix& a, const Matrix& b, const Matrix& d, bool add, double alpha) {
   const Operand left = operand("A", a);
   const Operand right = operand("B", b);
   GemmCall call;
@@ -64,6 +63,7 @@ GemmCall by_columns(const Matrix& a, const Matrix& b, const Matrix& d, bool add,
   call.m = to_int("rows of D", a.rows);
   call.n = to_int("columns of D", b.cols);
   call.k = to_int("columns of A", a.cols);
+  call.alpha = alpha;
   call.add = add;
   call.a = a.data;
   call.b = b.data;
@@ -75,10 +75,10 @@ GemmCall by_columns(const Matrix& a, const Matrix& b, const Matrix& d, bool add,
   call.ldd = call.ldc;
   call.in = a.dtype;
   call.out = d.dtype;
-  call.batch = batch;
-  call.stride_a = stride_a;
-  call.stride_b = stride_b;
-  call.stride_d = stride_d;
+  call.batch = d.layers;
+  call.stride_a = a.stride;
+  call.stride_b = b.stride;
+  call.stride_d = d.stride;
   return call;
 }
 
@@ -93,12 +93,7 @@ bool is_addend(const Matrix& matrix) {
   return one_row || is_column_major(matrix.t());
 }
 
-GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& d, bool add) {
-  return multiply_strided(a, b, d, add, 1, 0, 0, 0);
-}
-
-GemmCall multiply_strided(const Matrix& a, const Matrix& b, const Matrix& d, bool add, int batch,
-                          int64_t stride_a, int64_t stride_b, int64_t stride_d) {
+GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& d, bool add, double alpha) {
   if (a.cols != b.rows) refuse("B", std::to_string(a.cols) + " rows", shape(b));
   if (d.rows != a.rows || d.cols != b.cols) {
     refuse("D", "(" + std::to_string(a.rows) + ", " + std::to_string(b.cols) + ")", shape(d));
@@ -108,11 +103,9 @@ GemmCall multiply_strided(const Matrix& a, const Matrix& b, const Matrix& d, boo
     refuse("D", "the dtype of A, or float32", "another");
   }
   // cuBLAS writes columns: D^T = B^T A^T has D's rows as its columns.
-  if (is_column_major(d.t())) {
-    return by_columns(b.t(), a.t(), d.t(), add, batch, stride_b, stride_a, stride_d);
-  }
+  if (is_column_major(d.t())) return by_columns(b.t(), a.t(), d.t(), add, alpha);
   operand("D", d);
-  return by_columns(a, b, d, add, batch, stride_a, stride_b, stride_d);
+  return by_columns(a, b, d, add, alpha);
 }
 
 GemmCall multiply_add(const Matrix& a, const Matrix& b, const Matrix& c, const Matrix& d) {

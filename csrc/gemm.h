@@ -7,7 +7,8 @@
 
 namespace rasa_ext {
 
-// A view of memory as a matrix: element (i, j) is data[i * row_stride + j * col_stride].
+// A view of memory as a matrix: element (i, j) is data[i * row_stride + j * col_stride]. With
+// `layers` it is the first of a batch, whose matrices lie `stride` elements apart.
 struct Matrix {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -15,8 +16,18 @@ struct Matrix {
   int64_t cols = 0;
   int64_t row_stride = 0;
   int64_t col_stride = 0;
+  int layers = 1;
+  int64_t stride = 0;
 
-  Matrix t() const { return {data, dtype, cols, rows, col_stride, row_stride}; }
+  Matrix t() const { return {data, dtype, cols, rows, col_stride, row_stride, layers, stride}; }
+
+  // `count` layers from the given one on.
+  Matrix from(int64_t first, int count = 1) const {
+    Matrix result = *this;
+    result.data = static_cast<char*>(data) + first * stride * static_cast<int64_t>(size_of(dtype));
+    result.layers = count;
+    return result;
+  }
 
   // `count` columns from the given one on.
   Matrix columns(int64_t first, int64_t count) const {
@@ -49,7 +60,7 @@ struct GemmCall {
   DType out = DType::kFloat32;  // of C and D
   bool allow_tf32 = true;       // if torch's flag does
   // For a batch, in which C is D: the distances in elements between one product's matrices and the
-  // next one's. A batch given by pointers has none; its a, b and d are arrays of `batch` pointers.
+  // next one's. They say nothing of a batch whose a, b and d are arrays of `batch` pointers.
   int batch = 1;
   int64_t stride_a = 0, stride_b = 0, stride_d = 0;
 
@@ -58,14 +69,11 @@ struct GemmCall {
   bool adds_bias() const { return add && ldc == 0; }
 };
 
-// The call for D (M, N) = A (M, K) B (K, N), + D if `add`. A and B share a dtype; D has it too or
-// is float32. Throws std::invalid_argument, with what was expected and what came, where shapes do
-// not fit, a view is no GEMM operand, or a size does not fit cuBLAS's int.
-GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& d, bool add);
-
-// The same for `batch` products whose matrices lie at fixed distances; 0 repeats a matrix.
-GemmCall multiply_strided(const Matrix& a, const Matrix& b, const Matrix& d, bool add, int batch,
-                          int64_t stride_a, int64_t stride_b, int64_t stride_d);
+// The call for D (M, N) = alpha * A (M, K) B (K, N), + D if `add`, for all layers of D. A and B
+// share a dtype; D has it too or is float32. Throws std::invalid_argument, with what was expected
+// and what came, where shapes do not fit, a view is no GEMM operand, or a size does not fit
+// cuBLAS's int.
+GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& d, bool add, double alpha = 1);
 
 // The call for D = A B + C, or A B where C has no data. C has D's shape and dtype and is_addend;
 // the elements of each of D's rows are neighbours.

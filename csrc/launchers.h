@@ -34,61 +34,58 @@ void launch_write_table(const void* host,  // (words,) of 8 bytes
                         void* device,      // (words,), aligned to 8 bytes, written
                         size_t words, Stream stream);
 
-// ---- pack: Ap = [A ; A_pool], Bp = diag(d) [B ; B_pool], cast, zero from R to Rp ----
-
-struct PackLayer {
-  const void* A;       // (own, in) param
-  const void* A_pool;  // (pooled, in) param
-  const void* B;       // (own, out) param
-  const void* B_pool;  // (pooled, out) param
-  const void* d;       // (own + pooled,) param; null stands for ones
-  void* Ap;            // (Rp, in) dtype, written
-  void* Bp;            // (Rp, out) dtype, written
-  int in, out;
-  int own, pooled;
-  int Rp;
-};
+// ---- pack, of a group: layers of one shape with one pool ----
 
 // Up to so many layers travel as parameters of the kernel, which may take 4096 bytes: those of a
 // group of an 8B model. More need a table in device memory.
 constexpr int kLayersByValue = 32;
 
-// `count` layers of any shapes, at most 65535, in one launch. `host` is read before the call
-// returns; `device` is the same table in device memory, null up to kLayersByValue layers.
-void launch_pack(const PackLayer* host, const PackLayer* device, int count, DType param,
-                 DType dtype, Stream stream);
+struct PackLayer {
+  const void* A;  // (own, in) param
+  const void* B;  // (own, out) param
+  const void* d;  // (own + pooled,) param; null stands for ones
+};
 
-// ---- pack_backward, row by row: dB = diag(d) dBp, dd_j = <[B ; B_pool]_j, dBp_j>, dA and dA_pool
-// ---- are rows of dAp ----
+struct PackGroup {
+  const void* A_pool;  // (pooled, in) param
+  const void* B_pool;  // (pooled, out) param
+  void* Ap;            // (layers, Rp, in) dtype, written
+  void* Bp;            // (layers, Rp, out) dtype, written
+  int layers;          // at most 65535
+  int in, out;
+  int own, pooled;
+  int Rp;
+};
+
+// For every layer Ap = [A ; A_pool] and Bp = diag(d) [B ; B_pool], cast, zero from R to Rp; in one
+// launch. `host` (layers,) is read before the call returns; `device` is the same table in device
+// memory, null up to kLayersByValue layers.
+void launch_pack(const PackGroup& group, const PackLayer* host, const PackLayer* device,
+                 DType param, DType dtype, Stream stream);
 
 struct PackBackwardLayer {
   const void* dAp;  // (Rp, in) accumulation(param): float32, or float64 where param is
   const void* dBp;  // (Rp, out) accumulation(param)
   const void* B;    // (own, out) param
   const void* d;    // (own + pooled,) param; null stands for ones
-  void* dA;         // (own, in) param, written
-  void* dB;         // (own, out) param, written
-  void* dd;         // (own + pooled,) param, written; null in all layers where it is not wanted
 };
 
-// Layers of one shape with one pool: those of a group, or one alone. Where dAp is not given, in is
-// 0; where dBp is not, out is 0 and dd null.
+// Where dAp is not given, in is 0; where dBp is not, out is 0 and dd null.
 struct PackBackwardGroup {
   const void* B_pool;  // (pooled, out) param
+  void* dA;            // (layers, own, in) param, written
   void* dA_pool;       // (pooled, in) param, written: summed over the layers, in their order
+  void* dB;            // (layers, own, out) param, written
   void* dB_pool;       // (pooled, out) param, written: summed likewise
-  int count;
+  void* dd;            // (layers, own + pooled) param, written; null where it is not wanted
+  int layers;
   int in, out;
   int own, pooled;
 };
 
-// Up to so many groups travel as parameters of the kernel: more than there are projections of one
-// x.
-constexpr int kGroupsByValue = 8;
-
-// `groups` groups of any shapes, at most kGroupsByValue, in one launch. Their layers stand one
-// group after the other in `host` and `device`, which are tables as for launch_pack.
-void launch_pack_backward(const PackBackwardGroup* first, int groups, const PackBackwardLayer* host,
+// For every row j of every layer dB_j = d_j dBp_j and dd_j = <[B ; B_pool]_j, dBp_j>; dA and
+// dA_pool are rows of dAp. In one launch, with tables as for launch_pack.
+void launch_pack_backward(const PackBackwardGroup& group, const PackBackwardLayer* host,
                           const PackBackwardLayer* device, DType param, Stream stream);
 
 // ---- decode: U = x Ap^T, y += U Bp, for few tokens ----

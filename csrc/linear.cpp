@@ -1,14 +1,52 @@
-// y = x W^T + bias + U Bp with U = x Ap^T, and its backward, as cuBLAS products.
+// The low-rank linear and its backward, as cuBLAS products. M tokens, Rp the padded rank:
+//
+//     U = X Ap^T      Y   = U Bp + C         Y   += X W^T
+//     H = G Bp^T      dBp = U^T G            dAp  = H^T X      dX = H Ap      dX += G W
+//
+// C is the bias, or the base's output in place of X W^T, or nothing.
+//
+// With dropout the X beside Ap is what the mask leaves of it, its scale stands before the products
+// that give U and H, and the mask is put on dX before the last product.
+//
+// The adapter comes first and the base last, with beta = 1: reading Y again hides in the large
+// product, and Y is rounded once. The bias comes with the adapter's product, not with the base's:
+// cuBLAS adds one best to a product that adds nothing else. In the backward each product follows
+// one that has read the same: G is still in the cache for dBp, and dX for the base.
 #include "blas.h"
-#include "decode.h"
 #include "device.h"
 #include "dropout.h"
 #include "heuristics.h"
-#include "linear_plan.h"
+#include "launchers.h"
 #include "ops.h"
 #include "tensors.h"
 
 namespace rasa_ext {
+namespace {
+
+// U = scale * X Ap^T and Y = U Bp + C.
+void multiply_adapter(const Blas& blas, const Tensor& x, const Tensor& Ap, const Tensor& Bp,
+                      double scale, const Matrix& C, const Tensor& U, const Tensor& y) {
+  const Tensor seen = gemm_operand(x), down = gemm_operand(Ap), up = gemm_operand(Bp);
+  gemm(blas, multiply(matrix_of(seen), matrix_of(down).t(), matrix_of(U), false, scale));
+  gemm(blas, multiply_add(matrix_of(U), matrix_of(up), C, matrix_of(y)));
+}
+
+// U = X Ap^T and Y += U Bp by the hand-written pair of kernels. Expects use_decode.
+void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tensor& Bp,
+            const Tensor& U, const Tensor& y) {
+  const DType dtype = dtype_of(x);
+  const Tensor tokens = dense(x, dtype), down = dense(Ap, dtype), up = dense(Bp, dtype);
+  const int M = to_int("tokens", x.size(0)), in = to_int("in_features", x.size(1));
+  const int out = to_int("out_features", Bp.size(1)), rank = to_int("rank", Ap.size(0));
+  const Tensor workspace = empty_bytes(x, decode_workspace(M, in, rank));
+  launch_decode({tokens.data_ptr(), down.data_ptr(), up.data_ptr(), U.data_ptr(), y.data_ptr(),
+                 workspace.data_ptr(), M, in, out, rank},
+                dtype, device.stream());
+  device.check_launch("decode");
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
                                            const Tensor& Bp, const std::optional<Tensor>& x_dropped,
@@ -24,22 +62,21 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   const int64_t tokens = x.size(0);
   const DType dtype = dtype_of(x);
   const Device device(x);
-  Tensor y = empty(x, {tokens, weight.size(0)}, dtype);
-  Tensor U = empty(x, {tokens, Ap.size(0)}, dtype);
+  const Tensor y = empty(x, {tokens, weight.size(0)}, dtype);
+  const Tensor U = empty(x, {tokens, Ap.size(0)}, dtype);
   if (tokens == 0) return {y, U};
+  const Blas blas = device.blas();
   const std::optional<Tensor> row = bias ? std::optional(dense(*bias, dtype)) : std::nullopt;
   const Matrix addend = repeated(row, tokens), result = matrix_of(y);
   const Tensor rows = gemm_operand(x), base = gemm_operand(weight);
   if (!x_dropped && use_decode(tokens, Ap.size(0), dtype)) {
-    gemm(device.blas(), multiply_add(matrix_of(rows), matrix_of(base).t(), addend, result));
+    gemm(blas, multiply_add(matrix_of(rows), matrix_of(base).t(), addend, result));
     decode(device, x, Ap, Bp, U, y);
     return {y, U};
   }
-  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
-  const Tensor seen = x_dropped ? gemm_operand(*x_dropped) : rows;
-  gemms(device.blas(),
-        plan_forward({matrix_of(rows), matrix_of(seen), matrix_of(base), matrix_of(down),
-                      matrix_of(up), matrix_of(U), addend, result, x_dropped ? scale : 1}));
+  multiply_adapter(blas, x_dropped ? *x_dropped : rows, Ap, Bp, x_dropped ? scale : 1, addend, U,
+                   y);
+  gemm(blas, multiply(matrix_of(rows), matrix_of(base).t(), result, true));
   return {y, U};
 }
 
@@ -56,24 +93,17 @@ std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const 
   const DType dtype = dtype_of(x);
   const Device device(x);
   Tensor out = empty(x, {y.size(0), y.size(1)}, dtype);
-  Tensor U = empty(x, {x.size(0), Ap.size(0)}, dtype);
+  const Tensor U = empty(x, {x.size(0), Ap.size(0)}, dtype);
   if (x.size(0) == 0) return {out, U};
-  const Matrix result = matrix_of(out);
-  if (!x_dropped && use_decode(x.size(0), Ap.size(0), dtype)) {
-    copy(out, y);
+  const bool few = !x_dropped && use_decode(x.size(0), Ap.size(0), dtype);
+  const bool copied = few || !is_addend(matrix_of(y));
+  if (copied) copy(out, y);
+  if (few) {
     decode(device, x, Ap, Bp, U, out);
-    return {out, U};
+  } else {
+    multiply_adapter(device.blas(), x_dropped ? *x_dropped : x, Ap, Bp, x_dropped ? scale : 1,
+                     matrix_of(copied ? out : y), U, out);
   }
-  Matrix addend = matrix_of(y);
-  if (!is_addend(addend)) {
-    copy(out, y);
-    addend = result;
-  }
-  const Tensor seen = gemm_operand(x_dropped ? *x_dropped : x);
-  const Tensor down = gemm_operand(Ap), up = gemm_operand(Bp);
-  gemms(device.blas(),
-        plan_forward({Matrix{}, matrix_of(seen), Matrix{}, matrix_of(down), matrix_of(up),
-                      matrix_of(U), addend, result, x_dropped ? scale : 1}));
   return {out, U};
 }
 
@@ -103,33 +133,31 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
     fill_zero(dBp);
     return {dx, dAp, dBp};
   }
-  const Tensor outer = gemm_operand(grad), down = gemm_operand(Ap), up = gemm_operand(Bp);
-  std::optional<Tensor> x_dropped, inner, H;
-  LinearBackward backward;
-  backward.grad = matrix_of(outer);
-  backward.Ap = matrix_of(down);
-  backward.Bp = matrix_of(up);
-  backward.scale = mask ? scale : 1;
-  if (need_x || need_A) {
-    H = empty(grad, {tokens, rank}, dtype);
-    backward.H = matrix_of(*H);
-  }
-  if (need_x) backward.dx = matrix_of(dx);
-  if (need_A) {
-    x_dropped = kept_of(device, *x, mask);
-    backward.x_dropped = matrix_of(*x_dropped);
-    backward.dAp = matrix_of(dAp);
+  const Blas blas = device.blas();
+  const Tensor outer = gemm_operand(grad);
+  const bool need_H = need_x || need_A;
+  const Tensor H = need_H ? empty(grad, {tokens, rank}, dtype) : nothing(grad, dtype);
+  if (need_H) {
+    const Tensor up = gemm_operand(Bp);
+    gemm(blas,
+         multiply(matrix_of(outer), matrix_of(up).t(), matrix_of(H), false, mask ? scale : 1));
   }
   if (need_B) {
-    inner = gemm_operand(*U);
-    backward.U = matrix_of(*inner);
-    backward.dBp = matrix_of(dBp);
+    const Tensor inner = gemm_operand(*U);
+    gemm(blas, multiply(matrix_of(inner).t(), matrix_of(outer), matrix_of(dBp), false));
   }
-  gemms(device.blas(), plan_backward(backward));
-  if (need_x && mask) keep_in_place(device, dx, *mask);
-  if (need_x && weight) {
-    const Tensor base = gemm_operand(*weight);
-    gemm(device.blas(), multiply(matrix_of(outer), matrix_of(base), matrix_of(dx), true));
+  if (need_A) {
+    const Tensor seen = kept_of(device, *x, mask);
+    gemm(blas, multiply(matrix_of(H).t(), matrix_of(seen), matrix_of(dAp), false));
+  }
+  if (need_x) {
+    const Tensor down = gemm_operand(Ap);
+    gemm(blas, multiply(matrix_of(H), matrix_of(down), matrix_of(dx), false));
+    if (mask) keep_in_place(device, dx, *mask);
+    if (weight) {
+      const Tensor base = gemm_operand(*weight);
+      gemm(blas, multiply(matrix_of(outer), matrix_of(base), matrix_of(dx), true));
+    }
   }
   return {dx, dAp, dBp};
 }

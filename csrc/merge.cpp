@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "batch.h"
 #include "blas.h"
 #include "device.h"
 #include "ops.h"
@@ -40,8 +39,7 @@ Tensor delta_group(const Tensor& Ap, const Tensor& Bp) {
   const Tensor delta = empty(Ap, {Ap.size(0), Bp.size(2), Ap.size(2)}, accumulation(dtype));
   if (delta.numel() == 0) return delta;
   const Tensor up = batch_operand(Bp, dtype), down = batch_operand(Ap, dtype);
-  const GemmCall call = multiply(layers_of(up).t(), layers_of(down), layers_of(delta), 0,
-                                 to_int("layers", Ap.size(0)));
+  const GemmCall call = multiply(layers_of(up).t(), layers_of(down), layers_of(delta), false);
   gemm_strided(device.blas(), exact(call));
   return delta;
 }
@@ -60,15 +58,14 @@ void merge_group(const std::vector<Tensor>& weights, const Tensor& Ap, const Ten
   const DType wide = any_float64 ? DType::kFloat64 : DType::kFloat32;
   const Device device(Ap);
   const Tensor up = batch_operand(Bp, wide), down = batch_operand(Ap, wide);
+  const Matrix ups = layers_of(up).t(), downs = layers_of(down);
   const bool in_place = dtype_of(weights[0]) == wide &&
                         std::all_of(weights.begin(), weights.end(), [](const Tensor& weight) {
                           return is_gemm_operand(matrix_of(weight));
                         });
   if (in_place) {
     for (size_t i = 0; i < weights.size(); ++i) {
-      gemm(device.blas(),
-           exact(multiply(matrix_of(layer_of(up, i)).t(), matrix_of(layer_of(down, i)),
-                          matrix_of(weights[i]), true)));
+      gemm(device.blas(), exact(multiply(ups.from(i), downs.from(i), matrix_of(weights[i]), true)));
     }
     return;
   }
@@ -81,9 +78,8 @@ void merge_group(const std::vector<Tensor>& weights, const Tensor& Ap, const Ten
       Tensor sum = layer_of(sums, i);
       copy(sum, weights[begin + i]);
     }
-    const GemmCall call = multiply(layers_of(up).from(begin).t(), layers_of(down).from(begin),
-                                   layers_of(sums), 1, count);
-    gemm_strided(device.blas(), exact(call));
+    gemm_strided(device.blas(), exact(multiply(ups.from(begin, count), downs.from(begin, count),
+                                               layers_of(sums).from(0, count), true)));
     for (int i = 0; i < count; ++i) {
       Tensor weight = weights[begin + i];
       copy(weight, layer_of(sums, i));

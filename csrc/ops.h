@@ -13,26 +13,6 @@ namespace rasa_ext {
 
 using torch::stable::Tensor;
 
-std::tuple<Tensor, Tensor> pack(const Tensor& A, const std::optional<Tensor>& A_pool,
-                                const Tensor& B, const std::optional<Tensor>& B_pool,
-                                const std::optional<Tensor>& d, torch::headeronly::ScalarType dtype,
-                                int64_t multiple);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_backward(
-    const std::optional<Tensor>& dAp, const std::optional<Tensor>& dBp, const Tensor& B,
-    const std::optional<Tensor>& B_pool, const std::optional<Tensor>& d);
-
-std::tuple<Tensor, std::vector<Tensor>> pack_projections(
-    const std::vector<Tensor>& A, const std::vector<Tensor>& A_pool, const std::vector<Tensor>& B,
-    const std::vector<Tensor>& B_pool, const std::vector<Tensor>& d,
-    torch::headeronly::ScalarType dtype, int64_t multiple);
-
-std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>,
-           std::vector<Tensor>>
-pack_projections_backward(const std::vector<Tensor>& dAp, const std::vector<Tensor>& dBp,
-                          const std::vector<Tensor>& B, const std::vector<Tensor>& B_pool,
-                          const std::vector<Tensor>& d);
-
 std::tuple<Tensor, Tensor> pack_group(const std::vector<Tensor>& A,
                                       const std::optional<Tensor>& A_pool,
                                       const std::vector<Tensor>& B,
@@ -41,7 +21,7 @@ std::tuple<Tensor, Tensor> pack_group(const std::vector<Tensor>& A,
                                       torch::headeronly::ScalarType dtype, int64_t multiple);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_group_backward(
-    const Tensor& dAp, const Tensor& dBp, const std::vector<Tensor>& B,
+    const std::vector<Tensor>& dAp, const std::vector<Tensor>& dBp, const std::vector<Tensor>& B,
     const std::optional<Tensor>& B_pool, const std::vector<Tensor>& d);
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
@@ -57,21 +37,6 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
     const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
     const std::optional<Tensor>& U, const Tensor& Ap, const Tensor& Bp, bool need_x, bool need_A,
     bool need_B, const std::optional<Tensor>& mask, double scale);
-
-std::tuple<Tensor, Tensor> adapted_linear(const std::optional<Tensor>& y, const Tensor& x,
-                                          const std::optional<Tensor>& weight,
-                                          const std::optional<Tensor>& bias, const Tensor& A,
-                                          const std::optional<Tensor>& A_pool, const Tensor& B,
-                                          const std::optional<Tensor>& B_pool,
-                                          const std::optional<Tensor>& d, int64_t multiple,
-                                          const std::optional<Tensor>& x_dropped, double scale);
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapted_linear_backward(
-    const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& weight,
-    const std::optional<Tensor>& U, const Tensor& A, const std::optional<Tensor>& A_pool,
-    const Tensor& B, const std::optional<Tensor>& B_pool, const std::optional<Tensor>& d,
-    int64_t multiple, bool need_x, bool need_A, bool need_B, const std::optional<Tensor>& mask,
-    double scale);
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
@@ -90,17 +55,14 @@ Tensor delta_group(const Tensor& Ap, const Tensor& Bp);
 
 void merge_group(const std::vector<Tensor>& weights, const Tensor& Ap, const Tensor& Bp);
 
-std::tuple<Tensor, Tensor, Tensor> linear_group(const Tensor& x, const std::vector<Tensor>& weights,
-                                                const std::optional<Tensor>& bias, const Tensor& Ap,
-                                                const Tensor& Bp,
-                                                const std::optional<Tensor>& Ap_pool,
-                                                const std::optional<Tensor>& Bp_pool,
-                                                const std::optional<Tensor>& d_pool);
+std::tuple<Tensor, Tensor> linear_group(const Tensor& x, const std::vector<Tensor>& weights,
+                                        const std::optional<Tensor>& bias, const Tensor& Ap,
+                                        const Tensor& Bp);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_group_backward(
-    const Tensor& grad, const Tensor& x, const std::vector<Tensor>& weights, const Tensor& U,
-    const Tensor& V, const Tensor& Ap, const Tensor& Bp, const std::optional<Tensor>& Ap_pool,
-    const std::optional<Tensor>& Bp_pool, const std::optional<Tensor>& d_pool, bool need_x,
-    bool need_adapter);
+std::tuple<Tensor, Tensor, Tensor> linear_group_backward(const Tensor& grad, const Tensor& x,
+                                                         const std::vector<Tensor>& weights,
+                                                         const Tensor& U, const Tensor& Ap,
+                                                         const Tensor& Bp, bool need_x,
+                                                         bool need_adapter);
 
 }  // namespace rasa_ext

@@ -28,12 +28,6 @@ struct Columns {
   }
 };
 
-std::vector<Tensor> gemm_operands(const std::vector<Tensor>& tensors) {
-  std::vector<Tensor> operands;
-  for (const Tensor& tensor : tensors) operands.push_back(gemm_operand(tensor));
-  return operands;
-}
-
 }  // namespace
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
@@ -63,24 +57,22 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   for (const Tensor& weight : weights) y.push_back(empty(x, {x.size(0), weight.size(0)}, dtype));
   if (x.size(0) == 0) return {y, U};
 
+  const Blas blas = device.blas();
   const Tensor rows = gemm_operand(x), seen = x_dropped ? gemm_operand(*x_dropped) : rows;
   const Tensor down = gemm_operand(Ap);
-  const std::vector<Tensor> bases = gemm_operands(weights), ups = gemm_operands(Bp);
   const Matrix input = matrix_of(rows), inner = matrix_of(U);
-  std::vector<std::optional<Tensor>> added(y.size());
-  for (size_t i = 0; i < y.size() && !biases.empty(); ++i) {
-    if (biases[i].numel() > 0) added[i] = dense(biases[i], dtype);
-  }
-  std::vector<GemmCall> calls{multiply(matrix_of(seen), matrix_of(down).t(), inner, false)};
-  if (x_dropped) calls[0].alpha = scale;
+  gemm(blas, multiply(matrix_of(seen), matrix_of(down).t(), inner, false, x_dropped ? scale : 1));
   for (size_t i = 0; i < y.size(); ++i) {
-    calls.push_back(multiply_add(columns.of(inner, i, ups[i]), matrix_of(ups[i]),
-                                 repeated(added[i], x.size(0)), matrix_of(y[i])));
+    std::optional<Tensor> bias;
+    if (!biases.empty() && biases[i].numel() > 0) bias = dense(biases[i], dtype);
+    const Tensor up = gemm_operand(Bp[i]);
+    gemm(blas, multiply_add(columns.of(inner, i, up), matrix_of(up), repeated(bias, x.size(0)),
+                            matrix_of(y[i])));
   }
   for (size_t i = 0; i < y.size(); ++i) {
-    calls.push_back(multiply(input, matrix_of(bases[i]).t(), matrix_of(y[i]), true));
+    const Tensor base = gemm_operand(weights[i]);
+    gemm(blas, multiply(input, matrix_of(base).t(), matrix_of(y[i]), true));
   }
-  gemms(device.blas(), calls);
   return {y, U};
 }
 
@@ -124,33 +116,35 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
     return {dx, dAp, dBp};
   }
 
+  const Blas blas = device.blas();
   const bool need_H = need_x || need_A;
   const Tensor H = need_H ? empty(like, {tokens, columns.total}, dtype) : nothing(like, dtype);
-  const Tensor down = gemm_operand(Ap);
-  const std::vector<Tensor> outer = gemm_operands(grads), ups = gemm_operands(Bp);
-  const std::vector<Tensor> bases = need_x ? gemm_operands(weights) : std::vector<Tensor>{};
-  std::optional<Tensor> inner, x_dropped;
-  if (need_B) inner = gemm_operand(*U);
-  if (need_A) x_dropped = kept_of(device, *x, mask);
-  std::vector<GemmCall> calls;
-  for (size_t i = 0; i < ups.size(); ++i) {
+  std::vector<Tensor> outer;
+  for (const Tensor& grad : grads) outer.push_back(gemm_operand(grad));
+  const std::optional<Tensor> inner = need_B ? std::optional(gemm_operand(*U)) : std::nullopt;
+  for (size_t i = 0; i < Bp.size(); ++i) {
     if (need_H) {
-      calls.push_back(multiply(matrix_of(outer[i]), matrix_of(ups[i]).t(),
-                               columns.of(matrix_of(H), i, ups[i]), 0));
-      if (mask) calls.back().alpha = scale;
+      const Tensor up = gemm_operand(Bp[i]);
+      gemm(blas, multiply(matrix_of(outer[i]), matrix_of(up).t(), columns.of(matrix_of(H), i, up),
+                          false, mask ? scale : 1));
     }
     if (need_B) {
-      calls.push_back(multiply(columns.of(matrix_of(*inner), i, ups[i]).t(), matrix_of(outer[i]),
-                               matrix_of(dBp[i]), 0));
+      gemm(blas, multiply(columns.of(matrix_of(*inner), i, Bp[i]).t(), matrix_of(outer[i]),
+                          matrix_of(dBp[i]), false));
     }
   }
-  if (need_A) calls.push_back(multiply(matrix_of(H).t(), matrix_of(*x_dropped), matrix_of(dAp), 0));
-  if (need_x) calls.push_back(multiply(matrix_of(H), matrix_of(down), matrix_of(dx), 0));
-  gemms(device.blas(), calls);
-  if (need_x && mask) keep_in_place(device, dx, *mask);
+  if (need_A) {
+    const Tensor seen = kept_of(device, *x, mask);
+    gemm(blas, multiply(matrix_of(H).t(), matrix_of(seen), matrix_of(dAp), false));
+  }
+  if (!need_x) return {dx, dAp, dBp};
+  const Tensor down = gemm_operand(Ap);
+  gemm(blas, multiply(matrix_of(H), matrix_of(down), matrix_of(dx), false));
+  if (mask) keep_in_place(device, dx, *mask);
   // Every product adds to the sum of those before it: no pass over dx of its own.
-  for (size_t i = 0; i < bases.size(); ++i) {
-    gemm(device.blas(), multiply(matrix_of(outer[i]), matrix_of(bases[i]), matrix_of(dx), 1));
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const Tensor base = gemm_operand(weights[i]);
+    gemm(blas, multiply(matrix_of(outer[i]), matrix_of(base), matrix_of(dx), true));
   }
   return {dx, dAp, dBp};
 }

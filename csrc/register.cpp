@@ -10,17 +10,11 @@
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(RASA_EXT_NAMESPACE, RASA_EXT_DISPATCH_KEY, m) {
-  m.impl("pack", TORCH_BOX(&rasa_ext::pack));
-  m.impl("pack_backward", TORCH_BOX(&rasa_ext::pack_backward));
-  m.impl("pack_projections", TORCH_BOX(&rasa_ext::pack_projections));
-  m.impl("pack_projections_backward", TORCH_BOX(&rasa_ext::pack_projections_backward));
   m.impl("pack_group", TORCH_BOX(&rasa_ext::pack_group));
   m.impl("pack_group_backward", TORCH_BOX(&rasa_ext::pack_group_backward));
   m.impl("low_rank_linear", TORCH_BOX(&rasa_ext::low_rank_linear));
   m.impl("low_rank_add", TORCH_BOX(&rasa_ext::low_rank_add));
   m.impl("low_rank_linear_backward", TORCH_BOX(&rasa_ext::low_rank_linear_backward));
-  m.impl("adapted_linear", TORCH_BOX(&rasa_ext::adapted_linear));
-  m.impl("adapted_linear_backward", TORCH_BOX(&rasa_ext::adapted_linear_backward));
   m.impl("linear_projections", TORCH_BOX(&rasa_ext::linear_projections));
   m.impl("linear_projections_backward", TORCH_BOX(&rasa_ext::linear_projections_backward));
   m.impl("dropout", TORCH_BOX(&rasa_ext::dropout));

@@ -79,13 +79,6 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
   return Tensor(made);
 }
 
-// Elementwise, broadcast. The stable ABI has no function for it, but reaches every operator.
-Tensor product(const Tensor& a, const Tensor& b) {
-  StableIValue stack[] = {torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mul", "Tensor", stack, TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 // The memory of `tensor` from `offset` elements after its first one on.
 Tensor view_of(const Tensor& tensor, const std::vector<int64_t>& sizes,
                const std::vector<int64_t>& strides, int64_t offset) {
@@ -189,6 +182,13 @@ Matrix matrix_of(const Tensor& tensor) {
   return {tensor.data_ptr(), dtype_of(tensor), sizes[0], sizes[1], strides[0], strides[1]};
 }
 
+Matrix layers_of(const Tensor& stacked) {
+  Matrix result = matrix_of(layer_of(stacked, 0));
+  result.layers = to_int("layers", stacked.size(0));
+  result.stride = stacked.stride(0);
+  return result;
+}
+
 Tensor tensor_of(const Matrix& matrix, const Tensor& like) {
   const int64_t sizes[] = {matrix.rows, matrix.cols};
   const int64_t strides[] = {matrix.row_stride, matrix.col_stride};
@@ -207,6 +207,12 @@ Tensor gemm_operand(const Tensor& tensor) {
   return is_gemm_operand(matrix_of(tensor)) ? tensor : torch::stable::contiguous(tensor);
 }
 
+Tensor batch_operand(const Tensor& stacked, DType dtype) {
+  const bool usable =
+      dtype_of(stacked) == dtype && is_gemm_operand(matrix_of(layer_of(stacked, 0)));
+  return usable ? stacked : dense(stacked, dtype);
+}
+
 Tensor dense(const Tensor& tensor, DType dtype) {
   if (tensor.is_contiguous() && raw_dtype(tensor) == raw_dtype(dtype)) return tensor;
   const auto sizes = tensor.sizes();
@@ -223,11 +229,6 @@ Tensor transposed(const Tensor& matrix) {
 Tensor transposed_layers(const Tensor& stacked) {
   const auto sizes = stacked.sizes(), strides = stacked.strides();
   return view_of(stacked, {sizes[0], sizes[2], sizes[1]}, {strides[0], strides[2], strides[1]}, 0);
-}
-
-Tensor all_rows(const Tensor& stacked) {
-  const std::vector<int64_t> sizes = {stacked.size(0) * stacked.size(1), stacked.size(2)};
-  return view_of(stacked, sizes, strides_of(sizes), 0);
 }
 
 Tensor layer_of(const Tensor& stacked, int64_t layer) {
@@ -266,18 +267,6 @@ void fill_zero(Tensor& tensor) { torch::stable::zero_(tensor); }
 void fill_rows_of_layers(Tensor& y, const Tensor& rows) {
   const std::vector<int64_t> sizes = {y.size(0), y.size(1), y.size(2)};
   copy(y, view_of(rows, sizes, {rows.stride(0), 0, rows.stride(1)}, 0));
-}
-
-Tensor scale_columns(const Tensor& V, const Tensor& d) {
-  return product(V, view_of(d, {d.size(0), 1, d.size(1)}, {d.stride(0), 0, d.stride(1)}, 0));
-}
-
-Tensor sum_of_products(const Tensor& V, const Tensor& K, DType dtype) {
-  const int64_t tokens = 1;
-  return torch::stable::sum(product(V, K), torch::headeronly::IntHeaderOnlyArrayRef(&tokens, 1),
-                            false,
-                            dtype == DType::kFloat64 ? torch::headeronly::ScalarType::Double
-                                                     : torch::headeronly::ScalarType::Float);
 }
 
 void copy(Tensor& y, const Tensor& source) { torch::stable::copy_(y, source); }

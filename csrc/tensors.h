@@ -60,6 +60,9 @@ inline const void* data_of(const std::optional<Tensor>& tensor) {
 // A 2-D tensor as it lies in memory.
 Matrix matrix_of(const Tensor& tensor);
 
+// The matrices of a (L, rows, cols) tensor.
+Matrix layers_of(const Tensor& stacked);
+
 // A matrix in memory as a tensor, on the device of `like`. It does not own the memory.
 Tensor tensor_of(const Matrix& matrix, const Tensor& like);
 
@@ -68,6 +71,9 @@ Matrix repeated(const std::optional<Tensor>& row, int64_t rows);
 
 // The tensor if a GEMM can read it as it lies, else a contiguous copy.
 Tensor gemm_operand(const Tensor& tensor);
+
+// The stacked tensor if GEMMs can read its layers as they lie in the dtype, else a copy.
+Tensor batch_operand(const Tensor& stacked, DType dtype);
 
 // The tensor if it has the dtype and its elements lie one after the other, else a copy.
 Tensor dense(const Tensor& tensor, DType dtype);
@@ -80,9 +86,6 @@ Tensor layer_of(const Tensor& stacked, int64_t layer);
 
 // A view of (L, rows, cols) as (L, cols, rows).
 Tensor transposed_layers(const Tensor& stacked);
-
-// A dense (L, rows, cols) as (L * rows, cols).
-Tensor all_rows(const Tensor& stacked);
 
 // As many layers as one launch takes, and as many in the argument `other` as in the argument
 // `name`.
@@ -105,12 +108,6 @@ void fill_zero(Tensor& tensor);
 
 // Every row of layer l of y (L, M, out) becomes row l of rows (L, out).
 void fill_rows_of_layers(Tensor& y, const Tensor& rows);
-
-// V (L, M, P) with column j of layer l multiplied by d[l, j], d (L, P) of V's dtype.
-Tensor scale_columns(const Tensor& V, const Tensor& d);
-
-// sum over m of V[l, m, j] * K[l, m, j]: (L, P), summed in `dtype`.
-Tensor sum_of_products(const Tensor& V, const Tensor& K, DType dtype);
 
 // y becomes a copy of source, of the same shape.
 void copy(Tensor& y, const Tensor& source);

@@ -1,22 +1,17 @@
-// pack: the adapter's parameters of one layer, or of many, as the two matrices that GEMMs read.
+// pack: the adapter's parameters of every layer of a group as the two matrices that GEMMs read.
 #pragma once
 
 #include "collective.cuh"
 #include "heuristics.cuh"
-#include "launchers.h"
+#include "layers.cuh"
 
 namespace rasa_ext {
 
 struct PackParams {
-  const PackLayer* table;  // (gridDim.y,); null where the layers stand here
-  PackLayer layers[kLayersByValue];
+  PackGroup group;
+  Layers<PackLayer> layers;
 };
 static_assert(sizeof(PackParams) <= 4096, "kernel parameters");
-
-// Warps that one layer wants: one to each piece of each row of Ap and Bp.
-__host__ __device__ __forceinline__ int64_t pieces_of(const PackLayer& layer) {
-  return int64_t{layer.Rp} * (pieces_of(layer.in) + pieces_of(layer.out));
-}
 
 // to = from * scale for the n <= kPiece elements of a piece, by a warp; zeros where from is null.
 template <int N, typename P, typename T>
@@ -33,29 +28,29 @@ __device__ __forceinline__ void copy_piece(const P* from, T* to, int n, Wide<P> 
 //     Ap = [A ; A_pool ; 0]        Bp = diag(d) [B ; B_pool ; 0]
 //
 // One layer to blockIdx.y. A warp takes a piece of a row, first those of Ap, then those of Bp;
-// warps beyond a small layer's last have nothing to do.
+// warps beyond the last have nothing to do.
 template <typename P, typename T>
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
     pack_kernel(const __grid_constant__ PackParams params) {
-  const PackLayer layer =
-      params.table != nullptr ? params.table[blockIdx.y] : params.layers[blockIdx.y];
+  const PackGroup& group = params.group;
+  const PackLayer layer = params.layers[blockIdx.y];
   int piece = blockIdx.x * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
-  const int down = layer.Rp * pieces_of(layer.in);
+  const int down = group.Rp * pieces_of(group.in);
   const bool up = piece >= down;
   if (up) piece -= down;
-  const int width = up ? layer.out : layer.in, across = max(pieces_of(width), 1);
+  const int width = up ? group.out : group.in, across = max(pieces_of(width), 1);
   const int row = piece / across, begin = piece % across * kPiece;
-  if (row >= layer.Rp) return;
+  if (row >= group.Rp) return;
 
   const P* own = global<const P>(up ? layer.B : layer.A);             // (own, width)
-  const P* pool = global<const P>(up ? layer.B_pool : layer.A_pool);  // (pooled, width)
+  const P* pool = global<const P>(up ? group.B_pool : group.A_pool);  // (pooled, width)
   const P* d = global<const P>(layer.d);                              // (own + pooled,)
-  T* to = global<T>(up ? layer.Bp : layer.Ap);                        // (Rp, width)
-  const bool pad = row >= layer.own + layer.pooled;
-  const P* from = row < layer.own ? own : pool;
-  const int64_t from_row = row < layer.own ? row : row - layer.own;
+  T* to = global<T>(up ? group.Bp : group.Ap);                        // (layers, Rp, width)
+  const bool pad = row >= group.own + group.pooled;
+  const P* from = row < group.own ? own : pool;
+  const int64_t from_row = row < group.own ? row : row - group.own;
   from = global<const P>(pad ? nullptr : from + from_row * width + begin);
-  to += int64_t{row} * width + begin;
+  to += (int64_t{blockIdx.y} * group.Rp + row) * width + begin;
   const Wide<P> scale = up && !pad && d != nullptr ? widen(d[row]) : Wide<P>(1);
   const int n = min(kPiece, width - begin);
   constexpr int N = kStep<P, T>;

@@ -9,48 +9,39 @@
 
 #include "collective.cuh"
 #include "heuristics.cuh"
-#include "launchers.h"
+#include "layers.cuh"
 
 namespace rasa_ext {
 
-struct PackBackwardPart {
+struct PackBackwardParams {
   PackBackwardGroup group;
-  int first;                 // of its layers
   int dots;                  // blocks that take a row of some layer's dBp
   bool whole_in, whole_out;  // rows of `in` and of `out` elements begin at 16 bytes
-};
-
-struct PackBackwardParams {
-  PackBackwardPart parts[kGroupsByValue];
-  const PackBackwardLayer* table;  // of all groups; null where the layers stand here
-  PackBackwardLayer layers[kLayersByValue];
+  Layers<PackBackwardLayer> layers;
 };
 static_assert(sizeof(PackBackwardParams) <= 4096, "kernel parameters");
-
-__device__ __forceinline__ PackBackwardLayer layer_of(const PackBackwardParams& params, int i) {
-  return params.table != nullptr ? params.table[i] : params.layers[i];
-}
 
 template <typename P>
 __device__ __forceinline__ Wide<P> scale_of(const PackBackwardLayer& layer, int row) {
   return layer.d != nullptr ? widen(global<const P>(layer.d)[row]) : Wide<P>(1);
 }
 
-// Row j of one layer's dBp, by a block: dd_j, and dB_j. Of a pooled row only a lone layer writes
+// Row j of layer i's dBp, by a block: dd_j, and dB_j. Of a pooled row only a lone layer writes
 // dB_pool_j; that of several is a sum, and sum_piece's.
 template <int N, typename P>
-__device__ __forceinline__ void up_row(const PackBackwardGroup& group,
-                                       const PackBackwardLayer& layer, int j) {
+__device__ __forceinline__ void up_row(const PackBackwardParams& params, int i, int j) {
   using W = Wide<P>;
   constexpr int kCount = kDotBytes / static_cast<int>(sizeof(W)) / N;
   RASA_SHARED(W, warp_sums);  // (kStreamThreads / kWarp,)
+  const PackBackwardGroup& group = params.group;
+  const PackBackwardLayer layer = params.layers[i];
   const bool own = j < group.own;
-  const int out = group.out;
-  const int64_t at = int64_t{own ? j : j - group.own} * out;
-  const W* dBp = global<const W>(layer.dBp) + int64_t{j} * out;     // (out,)
-  const P* B = global<const P>(own ? layer.B : group.B_pool) + at;  // (out,)
-  P* dB = global<P>(own ? layer.dB : group.count == 1 ? group.dB_pool : nullptr);
-  P* dd = global<P>(layer.dd);  // (R,)
+  const int out = group.out, row = own ? j : j - group.own;
+  const W* dBp = global<const W>(layer.dBp) + int64_t{j} * out;                     // (out,)
+  const P* B = global<const P>(own ? layer.B : group.B_pool) + int64_t{row} * out;  // (out,)
+  P* dB = global<P>(own ? group.dB : group.layers == 1 ? group.dB_pool : nullptr);
+  const int64_t at = (own ? int64_t{i} * group.own + j : row) * out;
+  P* dd = global<P>(group.dd);  // (layers, R)
   const W scale = scale_of<P>(layer, j);
   W sum = 0;
   for (int begin = 0; begin < out; begin += kCount * N * kStreamThreads) {
@@ -76,7 +67,7 @@ __device__ __forceinline__ void up_row(const PackBackwardGroup& group,
   W all = 0;
 #pragma unroll
   for (int warp = 0; warp < kStreamThreads / kWarp; ++warp) all += warp_sums[warp];
-  dd[j] = narrow<P>(all);
+  dd[int64_t{i} * (group.own + group.pooled) + j] = narrow<P>(all);
 }
 
 // One piece of a row of gradients, by a warp: the sum over the layers from `first` to before
@@ -91,7 +82,7 @@ __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int 
   Vector<W, N> sum[kCount] = {};
 #pragma unroll 4
   for (int i = first; i < last; ++i) {
-    const PackBackwardLayer layer = layer_of(params, i);
+    const PackBackwardLayer layer = params.layers[i];
     const W* from = global<const W>(up ? layer.dBp : layer.dAp);  // (Rp, width)
     const W scale = up ? scale_of<P>(layer, j) : W(1);
     Vector<W, N> part[kCount];
@@ -107,37 +98,33 @@ __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int 
   store_share(to + begin, n, lane, kWarp, narrowed);
 }
 
-// One group to blockIdx.y. Its first blocks take a row of dBp each, of one layer after the other.
-// The warps of the others take pieces of rows: of every layer's dA, of dA_pool, and of several
-// layers' dB_pool; blocks beyond a small group's last have nothing to do.
+// The first blocks take a row of dBp each, of one layer after the other. The warps of the others
+// take pieces of rows: of every layer's dA, of dA_pool, and of several layers' dB_pool.
 template <typename P>
 __global__ void __launch_bounds__(kStreamThreads, kGradBlocks)
     pack_backward_kernel(const __grid_constant__ PackBackwardParams params) {
   constexpr int N = kPer16Bytes<Wide<P>>;
-  const PackBackwardPart& part = params.parts[blockIdx.y];
-  const PackBackwardGroup& group = part.group;
+  const PackBackwardGroup& group = params.group;
   const int own = group.own, R = own + group.pooled, block = blockIdx.x;
-  if (block < part.dots) {
-    const PackBackwardLayer layer = layer_of(params, part.first + block / R);
-    return part.whole_out ? up_row<N, P>(group, layer, block % R)
-                          : up_row<1, P>(group, layer, block % R);
+  if (block < params.dots) {
+    return params.whole_out ? up_row<N, P>(params, block / R, block % R)
+                            : up_row<1, P>(params, block / R, block % R);
   }
-  int piece = (block - part.dots) * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
-  const int rows = group.count * own, down = (rows + group.pooled) * pieces_of(group.in);
+  int piece = (block - params.dots) * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
+  const int rows = group.layers * own, down = (rows + group.pooled) * pieces_of(group.in);
   const bool up = piece >= down;
   if (up) piece -= down;
   const int width = up ? group.out : group.in, across = max(pieces_of(width), 1);
   // dB_pool's rows stand where dA_pool's do, behind all layers' own.
   const int row = piece / across + (up ? rows : 0), begin = piece % across * kPiece;
-  if (row >= rows + group.pooled || (up && group.count == 1)) return;
+  if (row >= rows + group.pooled || (up && group.layers == 1)) return;
 
   const bool pool = row >= rows;
-  const int first = part.first + (pool ? 0 : row / own), last = first + (pool ? group.count : 1);
-  const int to_row = pool ? row - rows : row % own;
-  P* to = global<P>(up ? group.dB_pool : pool ? group.dA_pool : layer_of(params, first).dA);
-  to += int64_t{to_row} * width;  // (width,)
-  const int j = pool ? own + to_row : to_row;
-  return (up ? part.whole_out : part.whole_in)
+  const int first = pool ? 0 : row / own, last = pool ? group.layers : first + 1;
+  const int j = pool ? own + row - rows : row % own;
+  P* to = global<P>(up ? group.dB_pool : pool ? group.dA_pool : group.dA);
+  to += int64_t{pool ? row - rows : row} * width;  // (width,)
+  return (up ? params.whole_out : params.whole_in)
              ? sum_piece<N>(params, first, last, up, width, j, begin, to)
              : sum_piece<1>(params, first, last, up, width, j, begin, to);
 }

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import ops
 from rasa_ext.base_layers.experts import (
     activated,
     expert_weight,
@@ -16,8 +15,6 @@ from rasa_ext.base_layers.experts import (
     has_post_expert_norm,
 )
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
-from rasa_ext.nn.pack_cache import PackCache
-from rasa_ext.nn.precision import HALVES, is_sharing
 from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank
 from rasa_ext.ops import Factors
 
@@ -34,7 +31,7 @@ class AdaptedExperts(AdaptedModule):
     No tensor as large as a stacked weight is made. Products run in the weights' dtype and ignore
     autocast, as transformers' grouped products do.
 
-    A subclass owns the adapters' tensors and implements ``adapter(name)``.
+    A subclass owns the adapters' tensors and implements ``live(name)``.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -48,10 +45,9 @@ class AdaptedExperts(AdaptedModule):
         self.disabled = False
         # While merged: what restores each matrix, by the weight's name and the expert.
         self.merged_base: dict[tuple[str, int], Any] | None = None
-        self._caches = {name: PackCache() for name in expert_weight_names(base_layer)}
 
-    def adapter(self, name: str) -> Adapter | None:
-        """Return the adapter that a forward adds to a stacked weight, or None."""
+    def live(self, name: str) -> list[Adapter]:
+        """Return the adapters that a forward adds to a stacked weight."""
         raise NotImplementedError
 
     @property
@@ -96,19 +92,20 @@ class AdaptedExperts(AdaptedModule):
         with torch.autocast(hidden_states.device.type, enabled=False):
             routing = Routing.of(top_k_index, getattr(base, up).shape[0])
             shares = top_k_weights.reshape(-1, 1).index_select(0, routing.order)
-            y, pool = self._product(up, hidden_states.to(dtype), routing, by_token=True)
-            if pool is not None:
+            y, pools = self._product(up, hidden_states.to(dtype), routing, by_token=True)
+            for pool in pools:
                 y.addmm_(routing.scaled(pool.V, pool.d, by_token=True), pool.B.t())
-            z, pool = self._product(down, activated(base, y), routing, by_token=False)
-            # Once for each token, after the sum over experts, unless a norm comes first.
-            used = None if pool is None else routing.scaled(pool.V, pool.d, by_token=False)
-            if has_post_expert_norm(base):
-                if pool is not None and used is not None:
-                    z.addmm_(used, pool.B.t())
+            z, pools = self._product(down, activated(base, y), routing, by_token=False)
+            used = [(routing.scaled(pool.V, pool.d, by_token=False), pool.B) for pool in pools]
+            early = has_post_expert_norm(base)
+            if early:
+                for rows, B in used:
+                    z.addmm_(rows, B.t())
                 z = base.post_expert_norm(z)
             out = routing.to_tokens(z * shares)
-            if pool is not None and used is not None and not has_post_expert_norm(base):
-                out = out + routing.to_tokens(used * shares).to(dtype) @ pool.B.t()
+            # Once for each token, after the sum over experts, unless a norm comes first.
+            for rows, B in () if early else used:
+                out = out + routing.to_tokens(rows * shares).to(dtype) @ B.t()
             return out.to(hidden_states.dtype)
 
     def base_forward(self, hidden_states: Tensor, *choices: Tensor | None) -> Tensor:
@@ -118,57 +115,24 @@ class AdaptedExperts(AdaptedModule):
 
     def _product(
         self, name: str, x: Tensor, routing: Routing, *, by_token: bool
-    ) -> tuple[Tensor, _Pooled | None]:
-        """Compute one weight's product by expert, including the adapter's part by expert.
+    ) -> tuple[Tensor, list[_Pooled]]:
+        """Compute one weight's product by expert, including the adapters' parts by expert.
 
-        The second result is the adapter's dense part, or None.
+        The second result has the adapters' dense parts.
         """
         rows = routing.to_pairs(x) if by_token else x
         y = experts_linear(rows, expert_weight(self.base_layer, name), routing)
         if has_bias(self.base_layer):
             y += getattr(self.base_layer, f"{name}_bias").index_select(0, routing.experts)
-        adapter = self.adapter(name)
-        if adapter is None:
-            return y, None
-        if self.training and (p := adapter.config.dropout):
-            x = nn.functional.dropout(x, p)
-            rows = routing.to_pairs(x) if by_token else x
-        sources, factors = adapter.sources(), adapter.factors()
-        with_grad = torch.is_grad_enabled() and (
-            x.requires_grad or any(source.requires_grad for source in sources)
-        )
-        if with_grad:
-            self._caches[name].drop()
-            if sources[0].dtype in HALVES and not (torch.compiler.is_compiling() or is_sharing()):
-                self.restore()
-                factors = adapter.factors()
-            own = _by_expert(factors)
-            if own.rank:
-                y += experts_low_rank(x, own, routing, by_token)
-        else:
-            Ap, Bp = self._packed(name, adapter, x.dtype, x.device)
-            if Ap.shape[1]:
-                U = ops.experts_linear(rows, Ap.transpose(1, 2), routing.offsets)
-                y += ops.experts_linear(U, Bp, routing.offsets)
-        return y, _pooled(factors, x)
-
-    def _packed(
-        self, name: str, adapter: Adapter, dtype: torch.dtype, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Return Ap and Bp without grad, from the cache if no source has changed."""
-
-        def make() -> tuple[Tensor, Tensor]:
-            multiple = ops.experts_rank_multiple(dtype)
-            return ops.pack_experts(*_by_expert(adapter.factors()), dtype, multiple)
-
-        if torch.compiler.is_compiling():
-            return make()
-        return self._caches[name].get(adapter.sources(), (dtype, device), make)
-
-    def drop_pack(self) -> None:
-        """Drop the cached packs."""
-        for cache in self._caches.values():
-            cache.drop()
+        pools = []
+        for adapter in self.live(name):
+            p = adapter.config.dropout if self.training else 0.0
+            dropped = nn.functional.dropout(x, p) if p else x
+            pack = adapter.pack(x.dtype)
+            if pack.Ap.shape[1]:
+                y = y + experts_low_rank(dropped, pack, routing, by_token)
+            pools += _pooled(adapter.factors(), dropped)
+        return y, pools
 
 
 class _Pooled(NamedTuple):
@@ -182,21 +146,13 @@ class _Pooled(NamedTuple):
     """(out, P)"""
 
 
-def _pooled(factors: Factors, x: Tensor) -> _Pooled | None:
-    """Compute the dense part of an adapter on x, or None if experts share no pool."""
+def _pooled(factors: Factors, x: Tensor) -> list[_Pooled]:
+    """Compute the dense part of an adapter on x, if experts share a pool."""
     A, A_pool, B, B_pool, d = factors
     if A_pool is None or B_pool is None or A_pool.dim() == 3:
-        return None
+        return []
     ranks = A_pool.shape[0]
     d = A_pool.new_ones((A.shape[0], ranks)) if d is None else d[:, -ranks:]
     if not A.numel():  # DistributedDataParallel waits for gradients of A and B too
         d = d + A.sum() + B.sum()
-    return _Pooled(x @ A_pool.to(x.dtype).t(), d, B_pool.to(x.dtype))
-
-
-def _by_expert(factors: Factors) -> Factors:
-    """Return the factors that are computed by expert: all but a shared pool."""
-    A, A_pool, B, B_pool, d = factors
-    if A_pool is None or A_pool.dim() == 3:
-        return Factors(A, A_pool, B, B_pool, d)
-    return Factors(A, None, B, None, None if d is None else d[:, : A.shape[1]])
+    return [_Pooled(x @ A_pool.to(x.dtype).t(), d, B_pool.to(x.dtype))]

@@ -34,6 +34,16 @@ class Method(Protocol):
         """Return the factors of one layer from the layer's and the group's tensors."""
 
 
+class Packs(Protocol):
+    """The packs of a group's layers; see ``nn.packs.PackSet``."""
+
+    def take(self, adapter: Any, dtype: torch.dtype) -> Any:
+        """Return an adapter's pack."""
+
+    def drop(self) -> None:
+        """Drop the packs."""
+
+
 class Adapter(NamedTuple):
     """One adapter of a layer: config, tensors by name, and place in the group."""
 
@@ -41,10 +51,17 @@ class Adapter(NamedTuple):
     own: Mapping[str, Tensor]
     pool: Mapping[str, Tensor]
     spec: Any
+    owner: Any
+    """The module that has the tensors, as ``packs`` knows it."""
+    packs: Packs
 
     def sources(self) -> tuple[Tensor, ...]:
-        """Return the tensors that make up the factors, in a fixed order: the cache's key."""
+        """Return the tensors that make up the factors, in a fixed order."""
         return (*self.own.values(), *self.pool.values())
+
+    def pack(self, dtype: torch.dtype) -> Any:
+        """Return the ``Packed`` in ``dtype``, which the layers of a group make together."""
+        return self.packs.take(self, dtype)
 
     def factors(self) -> Factors:
         """Return the factors on the layer's device and in the layer's dtype, differentiable.
@@ -98,14 +115,14 @@ class AdaptedModule(nn.Module):
         raise NotImplementedError
 
     def drop_pack(self) -> None:
-        """Drop the cached packs of the adapters."""
-        raise NotImplementedError
+        """Drop the packs of the adapters' groups."""
+        for adapter in self.adapters():
+            adapter.packs.drop()
 
     def restore(self) -> None:
         """Cast trainable parameters of a coarser dtype back to their config's dtype."""
         for adapter in self.adapters():
-            if restored(adapter.sources(), adapter.config.adapter_dtype):
-                self.drop_pack()
+            restored(adapter.sources(), adapter.config.adapter_dtype)
 
     def train(self, mode: bool = True) -> Self:
         """Switch the mode and drop cached packs; for training, also ``restore``."""
@@ -127,12 +144,12 @@ class AdaptedModule(nn.Module):
 
 
 def drop_packs(model: nn.Module) -> None:
-    """Drop a model's cached packs, after a write that PyTorch cannot see.
+    """Drop a model's packs, after a write that PyTorch cannot see.
 
-    Without grad, every layer caches the adapter's pack. In-place operations, ``load_state_dict``
-    and steps of any ``torch.optim.Optimizer`` are noticed. Collectives (``dist.broadcast(p)``),
-    writes by another process to shared memory, writes through ``.data`` or a numpy view, and
-    replays of a CUDA graph with the optimizer are not.
+    A pack made without grad stays until the adapter changes. In-place operations,
+    ``load_state_dict`` and steps of any ``torch.optim.Optimizer`` are noticed. Collectives
+    (``dist.broadcast(p)``), writes by another process to shared memory, writes through ``.data`` or
+    a numpy view, and replays of a CUDA graph with the optimizer are not.
 
     Args:
         model: a model with adapters of this package, from ``patch_model`` or PEFT.

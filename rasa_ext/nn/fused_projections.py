@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from rasa_ext import ops
 from rasa_ext.nn import functional
-from rasa_ext.nn.shapes import count_tokens
-from rasa_ext.ops import Factors
+from rasa_ext.nn.adapter import Adapter
 
 
 def _version(tensor: Tensor) -> int:
@@ -30,15 +28,15 @@ class Projection(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    sources: tuple[Tensor, ...]
-    factors: Callable[[], Factors]
+    adapter: Adapter
     dropout: float
 
     def stamp(self) -> list[int]:
         """Return a list that changes once a tensor is replaced or written to."""
         base = (self.weight,) if self.bias is None else (self.weight, self.bias)
-        tensors = (*self.sources, *base)
-        return [*map(id, self.sources), *map(_version, tensors), *map(Tensor.data_ptr, base)]
+        sources = self.adapter.sources()
+        tensors = (*sources, *base)
+        return [*map(id, sources), *map(_version, tensors), *map(Tensor.data_ptr, base)]
 
 
 class Projected(Protocol):
@@ -169,11 +167,9 @@ class FusedProjections:
 def _adapted_projections(x: Tensor, parts: Sequence[Projection]) -> tuple[Tensor, ...]:
     """Compute every part's output for x (..., in), in x's dtype."""
     weights, biases = [part.weight for part in parts], [part.bias for part in parts]
-    factors = [part.factors() for part in parts]
-    rank, tokens = max(each.rank for each in factors), count_tokens(x)
-    multiple = ops.rank_multiple(x.device.type, x.dtype, rank, tokens)
-    drop = functional.dropout(x, parts[0].dropout)
-    return functional.adapted_projections(x, weights, biases, factors, multiple, *drop)
+    packs = [part.adapter.pack(x.dtype) for part in parts]
+    dropped = functional.dropout(x, parts[0].dropout)
+    return functional.adapted_projections(x, weights, biases, packs, dropped)
 
 
 def _fit(part: Projection, first: Projection, x: Tensor) -> bool:
@@ -183,7 +179,6 @@ def _fit(part: Projection, first: Projection, x: Tensor) -> bool:
 
     A pool on another device than the layer's private tensors is moved to their device.
     """
-    if part.dropout != first.dropout or len(part.sources) != len(first.sources):
-        return False
-    mine, its = part.sources[0], first.sources[0]
-    return part.weight.device == x.device == mine.device and mine.dtype == its.dtype
+    mine, its = part.adapter.sources()[0], first.adapter.sources()[0]
+    same = part.dropout == first.dropout and mine.dtype == its.dtype
+    return same and part.weight.device == x.device == mine.device

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter, Method
+from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.split import SplitLinear
 
 
@@ -67,9 +68,10 @@ class AdapterOwner(nn.Module):
     d: Tensor
     pool: RasaPool | None
 
-    def begin(self, config: Method, spec: Any, pool: RasaPool | None) -> None:
+    def begin(self, config: Method, spec: Any, pool: RasaPool | None, packs: PackSet) -> None:
         """Register the tensors that ``config`` makes for a layer, and the group's ``pool``."""
-        self.config, self.spec = config, spec
+        self.config, self.spec, self.packs = config, spec, packs
+        packs.join(spec.index, self)
         own = config.layer_tensors(spec)
         self._names = tuple(own)
         register_tensors(self, own)
@@ -83,7 +85,12 @@ class AdapterOwner(nn.Module):
         pool: Any = self._modules.get("pool") or self.__dict__.get("pool")
         own = tensors_of(self, self._names)
         shared = {} if pool is None else pool.tensors()
-        return Adapter(self.config, own, shared, self.spec)
+        return Adapter(self.config, own, shared, self.spec, self, self.packs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, and join the copied group."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # nn.Module's is untyped
+        self.packs.join(self.spec.index, self)
 
     def own_tensors(self) -> dict[str, Tensor]:
         """Return the private tensors by name, without the pool."""
@@ -116,6 +123,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
         config: the method's config, which defines the layer's tensors.
         spec: the layer's index in the group, shape and device; index 0 registers ``pool``.
         pool: the group's pool.
+        packs: the group's packs.
 
     Raises:
         RuntimeError: in a forward, the adapter is sharded over processes; or it is merged, and the
@@ -132,10 +140,15 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
     """
 
     def __init__(
-        self, base_layer: LinearLayer, config: Method, spec: Any, pool: RasaPool | None
+        self,
+        base_layer: LinearLayer,
+        config: Method,
+        spec: Any,
+        pool: RasaPool | None,
+        packs: PackSet,
     ) -> None:
         super().__init__(base_layer)
-        self.begin(config, spec, pool)
+        self.begin(config, spec, pool, packs)
         self.train(base_layer.training)
 
     def adapters(self) -> Iterator[Adapter]:

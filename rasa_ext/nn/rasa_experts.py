@@ -10,6 +10,7 @@ from torch import nn
 from rasa_ext.base_layers.experts import expert_shape
 from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapter import Adapter, Method
+from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.rasa import AdapterOwner, RasaPool
 
 
@@ -24,6 +25,7 @@ class RasaExpertWeight(AdapterOwner):
         config: the method's config, which defines the adapter's tensors.
         spec: the weight's index in the group, shape and device; index 0 registers ``pool``.
         pool: the group's pool.
+        packs: the group's packs.
 
     Example:
         >>> config = rasa_ext.RasaConfig(rank=4, k=1, experts="shared")
@@ -33,9 +35,9 @@ class RasaExpertWeight(AdapterOwner):
         (torch.Size([4, 3]), 5)
     """
 
-    def __init__(self, config: Method, spec: Any, pool: RasaPool | None) -> None:
+    def __init__(self, config: Method, spec: Any, pool: RasaPool | None, packs: PackSet) -> None:
         super().__init__()
-        self.begin(config, spec, pool)
+        self.begin(config, spec, pool, packs)
 
     def extra_repr(self) -> str:
         """Return shapes and ranks, for ``repr``."""
@@ -81,10 +83,10 @@ class RasaExperts(AdaptedExperts):
         """Return the adapters by weight name."""
         return {name: self._modules[name] for name in self._stacks}  # type: ignore[misc]  # owners
 
-    def adapter(self, name: str) -> Adapter | None:
-        """Return the adapter of a stacked weight, or None."""
+    def live(self, name: str) -> list[Adapter]:
+        """Return the adapters that a forward adds to a stacked weight."""
         stack: Any = self._modules.get(name)
-        return None if stack is None else stack.adapter()
+        return [] if stack is None else [stack.adapter()]
 
     def adapters(self) -> Iterator[Adapter]:
         """Return every adapter of the experts."""

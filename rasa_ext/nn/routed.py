@@ -4,11 +4,10 @@
     Routing.to_tokens(z)              the sum over the experts of each token
     Routing.scaled(V, d)              V[s] d[e]: each expert's diagonal, on rows shared by all
     experts_linear(x, W, routing)     x[s] W[e]^T
-    experts_low_rank(x, ..., routing) (x[s] Ap[e]^T) Bp[e], with the pack of the factors
+    experts_low_rank(x, pack, ...)    (x[s] Ap[e]^T) Bp[e]
 
-For an adapter's backward, x is saved by token, not by pair, with U = x Ap^T and the parameters; the
-backward rebuilds the pack. W + dW is never formed, and every sum has a fixed order, also on a GPU.
-All gradients are first order.
+For an adapter's backward, x is saved by token, not by pair, with U = x Ap^T. W + dW is never
+formed, and every sum has a fixed order, also on a GPU. All gradients are first order.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rasa_ext import ops
-from rasa_ext.nn.functional import Function
-from rasa_ext.ops import Factors
+from rasa_ext.nn.function import Function
+from rasa_ext.nn.packs import Packed
 
 
 class Routing(NamedTuple):
@@ -150,33 +149,34 @@ class _LowRank(Function):
         x: Tensor,
         routing: Routing,
         by_token: bool,
-        A: Tensor,
-        A_pool: Tensor | None,
-        B: Tensor,
-        B_pool: Tensor | None,
-        d: Tensor | None,
+        Ap: Tensor,
+        Bp: Tensor,
+        Ap_port: Tensor | None,
+        Bp_port: Tensor | None,
     ) -> Tensor:
         ctx.routing, ctx.by_token = routing, by_token
-        ctx.multiple = ops.experts_rank_multiple(x.dtype)
-        Ap, Bp = ops.pack_experts(A, A_pool, B, B_pool, d, x.dtype, ctx.multiple)
         rows = _pairs(x, routing) if by_token else x
         U = ops.experts_linear(rows, Ap.transpose(1, 2), routing.offsets)
-        ctx.save_for_backward(x, U, A, A_pool, B, B_pool, d)
+        need_A, need_B = ctx.needs_input_grad[5:]
+        ctx.save_for_backward(x if need_A else None, U if need_B else None, Ap, Bp)
         return ops.experts_linear(U, Bp, routing.offsets)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, U, A, A_pool, B, B_pool, d = ctx.saved_tensors
-        routing, grad, dx = ctx.routing, grad.contiguous(), None
-        Ap, Bp = ops.pack_experts(A, A_pool, B, B_pool, d, grad.dtype, ctx.multiple)
-        H = ops.experts_linear(grad, Bp.transpose(1, 2), routing.offsets)
-        dBp = ops.experts_outer(U, grad, routing.offsets)
-        dAp = ops.experts_outer(H, _pairs(x, routing) if ctx.by_token else x, routing.offsets)
-        if ctx.needs_input_grad[0]:
-            dx = ops.experts_linear(H, Ap, routing.offsets)
-            dx = _summed(dx, routing) if ctx.by_token else dx
-        return dx, None, None, *ops.pack_experts_backward(dAp, dBp, B, B_pool, d)
+        x, U, Ap, Bp = ctx.saved_tensors
+        routing, grad, dx, dAp, dBp = ctx.routing, grad.contiguous(), None, None, None
+        if U is not None:
+            dBp = ops.experts_outer(U, grad, routing.offsets)
+        if x is not None or ctx.needs_input_grad[0]:
+            H = ops.experts_linear(grad, Bp.transpose(1, 2), routing.offsets)
+            if x is not None:
+                rows = _pairs(x, routing) if ctx.by_token else x
+                dAp = ops.experts_outer(H, rows, routing.offsets)
+            if ctx.needs_input_grad[0]:
+                dx = ops.experts_linear(H, Ap, routing.offsets)
+                dx = _summed(dx, routing) if ctx.by_token else dx
+        return dx, None, None, None, None, dAp, dBp
 
 
 def experts_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
@@ -202,18 +202,17 @@ def experts_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
     return found
 
 
-def experts_low_rank(x: Tensor, factors: Factors, routing: Routing, by_token: bool) -> Tensor:
+def experts_low_rank(x: Tensor, pack: Packed, routing: Routing, by_token: bool) -> Tensor:
     """Compute (x[s] Ap[e]^T) Bp[e] for the pairs s of every expert e; differentiable.
 
     Args:
         x: (T, in) with ``by_token``, else (S, in), sorted by expert.
-        factors: A (E, r-k, in), A_pool (E, P, in) or None, B (E, out, r-k), B_pool (E, out, P) or
-            None, and d (E, R) or None for ones; packing casts them to x's dtype.
+        pack: Ap (E, Rp, in) and Bp (E, Rp, out) in x's dtype; gradients go to the ports.
         routing: the router's choices.
         by_token: whether x has one row for each token.
 
     Returns:
         (S, out).
     """
-    found: Tensor = _LowRank.apply(x, routing, by_token, *factors)
+    found: Tensor = _LowRank.apply(x, routing, by_token, *pack)
     return found

@@ -24,8 +24,9 @@ from torch.autograd.function import once_differentiable
 from rasa_ext.base_layers.split import Split, local_part, split_of
 from rasa_ext.nn.adapted_linear import AdaptedLinear, compute_dtype
 from rasa_ext.nn.adapter import Adapter
-from rasa_ext.nn.functional import Function
-from rasa_ext.ops import Factors
+from rasa_ext.nn.function import Function
+from rasa_ext.nn.functional import dropout, low_rank_linear
+from rasa_ext.nn.packs import Packed
 
 
 class SplitLinear(AdaptedLinear):
@@ -38,54 +39,47 @@ class SplitLinear(AdaptedLinear):
     """Whether a backward averages gradients over processes at the end."""
 
     def _over_base(
-        self,
-        x: Tensor,
-        adapter: Adapter,
-        sources: tuple[Tensor, ...],
-        with_grad: bool,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, x: Tensor, adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """Compute this process's rows of y, or the sum over processes.
 
         Replaces the base's forward, so that a sum over processes includes base and adapter.
         """
-        if with_grad and not self.averaged and any(each.requires_grad for each in sources):
+        split = split_of(self.base_layer)
+        assert split is not None  # patching uses this class only for split layers
+        dtype = compute_dtype(x)
+        weight, bias = local_part(self.base_layer, dtype)
+        pack = adapter.pack(dtype)
+        if not self.averaged and (pack.Ap_port is not None or pack.Bp_port is not None):
             raise RuntimeError(
                 "expected an adapter whose gradients are averaged over processes, since each has a "
                 "part of the base; call rasa_ext.distributed.replicate_adapter(model) after "
                 "patching."
             )
-        split = split_of(self.base_layer)
-        assert split is not None  # patching uses this class only for split layers
-        dtype = compute_dtype(x)
-        weight, bias = local_part(self.base_layer, dtype)
         x, added = x.to(dtype), None
         if split.dim == 0:
             x, added = _shared(x, split), bias
-
-        def factors() -> Factors:
-            return _part_of(adapter.factors(), split)
-
-        p = adapter.config.dropout if self.training else 0.0
-        y = self._adapted(x, weight, added, factors, p, sources, with_grad)
+        dropped = dropout(x, self._dropout_of(adapter))
+        y = low_rank_linear(x, weight, added, _part_of(pack, split), dropped)
         if split.dim == 0:
             return y
         total: Tensor = _Summed.apply(y, split.group)  # every process has the whole gradient
         return total if bias is None else total + bias
 
 
-def _part_of(factors: Factors, split: Split) -> Factors:
-    """Return this process's factors of dW; gradients are multiplied by the number of processes."""
-    A, A_pool, B, B_pool, d = factors
-
-    def cut(tensor: Tensor | None, dim: int | None) -> Any:
-        return None if tensor is None else _Part.apply(tensor, split, dim)
-
-    rows, columns = (0, None) if split.dim == 0 else (None, 1)
-    return Factors(
-        cut(A, columns), cut(A_pool, columns), cut(B, rows), cut(B_pool, rows), cut(d, None)
+def _part_of(pack: Packed, split: Split) -> Packed:
+    """Return this process's part of a pack; gradients are multiplied by the number of processes."""
+    Ap, Bp, Ap_port, Bp_port = pack
+    if split.dim == 0:
+        Bp = Bp[:, split.start : split.stop]
+    else:
+        Ap = Ap[:, split.start : split.stop]
+    cut = split.dim != 0, split.dim == 0
+    ports = (
+        None if port is None else _Part.apply(port, split, columns)
+        for port, columns in zip((Ap_port, Bp_port), cut, strict=True)
     )
+    return Packed(Ap, Bp, *ports)
 
 
 def _shared(x: Tensor, split: Split) -> Tensor:
@@ -95,26 +89,22 @@ def _shared(x: Tensor, split: Split) -> Tensor:
 
 
 class _Part(Function):
-    """Select rows or columns of a tensor, or the whole tensor if ``dim`` is None."""
+    """Select this process's columns of a pack's port, or all."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, split: Split, dim: int | None) -> Tensor:
-        ctx.split, ctx.dim, ctx.like = split, dim, (whole.shape, whole.stride())
-        if dim is None:
-            return whole.view_as(whole)
-        here = whole.narrow(dim, split.start, split.stop - split.start)
-        return here.t().contiguous().t() if dim == 0 else here.contiguous()  # ranks are rows
+    def forward(ctx: Any, port: Tensor, split: Split, columns: bool) -> Tensor:
+        ctx.split, ctx.columns, ctx.shape = split, columns, port.shape
+        return port[:, split.start : split.stop] if columns else port.view_as(port)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        split = ctx.split
-        if ctx.dim is None:
-            return grad * split.processes, None, None
-        whole = torch.empty_strided(*ctx.like, dtype=grad.dtype, device=grad.device).zero_()
-        here = whole.narrow(ctx.dim, split.start, split.stop - split.start)
-        torch.mul(grad, split.processes, out=here)
-        return whole, None, None
+        split, scaled = ctx.split, grad * ctx.split.processes
+        if ctx.columns:
+            whole = grad.new_zeros(ctx.shape)
+            whole[:, split.start : split.stop] = scaled
+            return whole, None, None
+        return scaled, None, None
 
 
 class _Shared(Function):

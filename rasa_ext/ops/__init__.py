@@ -3,7 +3,6 @@
 Each file holds one family. The rest of the package calls only the functions of this module.
 """
 
-from rasa_ext.ops.adapted import adapted_linear, adapted_linear_backward
 from rasa_ext.ops.dropout import dropout
 from rasa_ext.ops.experts import (
     experts_linear,
@@ -15,27 +14,28 @@ from rasa_ext.ops.experts import (
 from rasa_ext.ops.fused_projections import (
     linear_projections,
     linear_projections_backward,
-    pack_projections,
-    pack_projections_backward,
 )
 from rasa_ext.ops.heuristics import (
     fuse_projections,
     noise_words,
-    pool_in_packs,
     rank_multiple,
-    torch_differentiates,
 )
 from rasa_ext.ops.layers import (
     delta_group,
     linear_group,
     linear_group_backward,
     merge_group,
-    pack_group,
-    pack_group_backward,
 )
 from rasa_ext.ops.library import COMPILED, COMPOSED, OPERATORS, accumulation_dtype, cuda_status
 from rasa_ext.ops.linear import low_rank_add, low_rank_linear, low_rank_linear_backward
-from rasa_ext.ops.pack import Factors, Pack, pack, pack_backward
+from rasa_ext.ops.pack import (
+    Factors,
+    Pack,
+    differentiable_pack,
+    pack,
+    pack_group,
+    pack_group_backward,
+)
 
 __all__ = [
     "COMPILED",
@@ -44,10 +44,9 @@ __all__ = [
     "Factors",
     "Pack",
     "accumulation_dtype",
-    "adapted_linear",
-    "adapted_linear_backward",
     "cuda_status",
     "delta_group",
+    "differentiable_pack",
     "dropout",
     "experts_linear",
     "experts_outer",
@@ -63,14 +62,9 @@ __all__ = [
     "merge_group",
     "noise_words",
     "pack",
-    "pack_backward",
     "pack_experts",
     "pack_experts_backward",
     "pack_group",
     "pack_group_backward",
-    "pack_projections",
-    "pack_projections_backward",
-    "pool_in_packs",
     "rank_multiple",
-    "torch_differentiates",
 ]

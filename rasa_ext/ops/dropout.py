@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rasa_ext.ops.heuristics import ranks_first
 from rasa_ext.ops.library import operator
 
 _INTEGERS = {
@@ -76,6 +77,7 @@ def keep(x: Tensor, bits: Tensor) -> Tensor:
 
 def project(x: Tensor, Ap: Tensor, x_dropped: Tensor | None, scale: float) -> Tensor:
     """Compute U = X Ap^T (M, Rp), from the masked X if dropout is used."""
-    if x_dropped is None:
-        return torch.mm(x, Ap.t())
-    return torch.mm(x_dropped, Ap.t()).mul_(scale)
+    source = x if x_dropped is None else x_dropped
+    by_ranks = ranks_first(x.device.type, x.dtype)
+    U = torch.mm(Ap, source.t()).t() if by_ranks else torch.mm(source, Ap.t())
+    return U if x_dropped is None else U.mul_(scale)

@@ -94,26 +94,29 @@ def pack_experts(
 
 
 def pack_experts_backward(
-    dAp: Tensor, dBp: Tensor, B: Tensor, B_pool: Tensor | None, d: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of ``pack_experts``' parameters, in B's dtype.
+    dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of ``pack_experts``' parameters, in B's dtype; None without dAp or dBp.
 
     The caller must not use dAp and dBp again: dBp may be overwritten, and results may be views.
     """
     own, pooled, dtype = B.shape[2], 0 if B_pool is None else B_pool.shape[2], B.dtype
-    dAp, dBp = dAp[:, : own + pooled].to(dtype), dBp[:, : own + pooled].to(dtype)
-    dd = None
-    if d is not None:
-        # Part by part: joining B with B_pool would need another tensor as large as the pack.
-        dots = [torch.linalg.vecdot(dBp[:, :own], B.transpose(1, 2))]
-        if B_pool is not None:
-            dots.append(torch.linalg.vecdot(dBp[:, own:], B_pool.transpose(1, 2)))
-        dd = torch.cat(dots, 1).to(d.dtype)
-        dBp.mul_(d.unsqueeze(2))
-    dA, dB = dAp[:, :own], dBp[:, :own].transpose(1, 2)
-    if B_pool is None:
-        return dA, None, dB, None, dd
-    return dA, dAp[:, own:], dB, dBp[:, own:].transpose(1, 2), dd
+    dA = dA_pool = dB = dB_pool = dd = None
+    if dAp is not None:
+        dAp = dAp[:, : own + pooled].to(dtype)
+        dA, dA_pool = dAp[:, :own], None if B_pool is None else dAp[:, own:]
+    if dBp is not None:
+        dBp = dBp[:, : own + pooled].to(dtype)
+        if d is not None:
+            # Part by part: joining B with B_pool would need another tensor as large as the pack.
+            dots = [torch.linalg.vecdot(dBp[:, :own], B.transpose(1, 2))]
+            if B_pool is not None:
+                dots.append(torch.linalg.vecdot(dBp[:, own:], B_pool.transpose(1, 2)))
+            dd = torch.cat(dots, 1).to(d.dtype)
+            dBp.mul_(d.unsqueeze(2))
+        dB = dBp[:, :own].transpose(1, 2)
+        dB_pool = None if B_pool is None else dBp[:, own:].transpose(1, 2)
+    return dA, dA_pool, dB, dB_pool, dd
 
 
 def _joined(own: Tensor, pool: Tensor | None, multiple: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Low-rank linears of n projections of one x, such as q, k and v, computed together.
 
 The ranks are concatenated: Rp = sum of Rp_i. Lists have one entry for each projection, or are
-empty if no projection has such a tensor; a bias without elements means no bias. See ``pack`` and
-``linear`` for a single projection. With dropout, all projections share one mask.
+empty if no projection has such a tensor; a bias without elements means no bias. See ``linear`` for
+a single projection. With dropout, all projections share one mask.
 """
 
 from __future__ import annotations
@@ -15,84 +15,6 @@ from torch import Tensor
 from rasa_ext.ops.dropout import keep, project, unpacked
 from rasa_ext.ops.library import accumulation_dtype, operator
 from rasa_ext.ops.linear import input_grad, with_base
-from rasa_ext.ops.pack import (
-    Gradients,
-    as_results,
-    factor_grads,
-    packed_up,
-    rows_of,
-    with_own_memory,
-)
-
-
-@operator(
-    "pack_projections(Tensor[] A, Tensor[] A_pool, Tensor[] B, Tensor[] B_pool, Tensor[] d, "
-    "ScalarType dtype, int multiple=1) -> (Tensor Ap, Tensor[] Bp)"
-)
-def pack_projections(
-    A: Sequence[Tensor],
-    A_pool: Sequence[Tensor],
-    B: Sequence[Tensor],
-    B_pool: Sequence[Tensor],
-    d: Sequence[Tensor],
-    dtype: torch.dtype,
-    multiple: int = 1,
-) -> tuple[Tensor, list[Tensor]]:
-    """Return one Ap (Rp, in) with the projections' rows in order, and each Bp (Rp_i, out_i)."""
-    none = [None] * len(B)
-    factors = zip(B, B_pool or none, d or none, strict=True)
-    up = [packed_up(b, b_pool, v, dtype, multiple) for b, b_pool, v in factors]
-    downs = zip(A, A_pool or none, strict=True)
-    Ap = torch.cat([row for own, pool in downs for row in rows_of(own, pool, multiple)])
-    return Ap if Ap.dtype == dtype else Ap.to(dtype), up
-
-
-def _each_grads(
-    dAp: Sequence[Tensor],
-    dBp: Sequence[Tensor],
-    B: Sequence[Tensor],
-    B_pool: Sequence[Tensor],
-    d: Sequence[Tensor],
-) -> list[Gradients]:
-    """Run ``pack_backward`` for every projection; dBp is overwritten."""
-    none = [None] * len(B)
-    each = zip(dAp or none, dBp or none, B, B_pool or none, d or none, strict=True)
-    return [as_results(its[2], factor_grads(*its)) for its in each]
-
-
-def _registered(
-    dAp: Sequence[Tensor],
-    dBp: Sequence[Tensor],
-    B: Sequence[Tensor],
-    B_pool: Sequence[Tensor],
-    d: Sequence[Tensor],
-) -> tuple[list[Tensor], ...]:
-    grads = _each_grads(dAp, [grad.clone() for grad in dBp], B, B_pool, d)
-    return _by_kind([with_own_memory(*each) for each in grads])
-
-
-@operator(
-    "pack_projections_backward(Tensor[] dAp, Tensor[] dBp, Tensor[] B, Tensor[] B_pool, "
-    "Tensor[] d) -> (Tensor[] dA, Tensor[] dA_pool, Tensor[] dB, Tensor[] dB_pool, Tensor[] dd)",
-    kernel=_registered,
-)
-def pack_projections_backward(
-    dAp: Sequence[Tensor],
-    dBp: Sequence[Tensor],
-    B: Sequence[Tensor],
-    B_pool: Sequence[Tensor],
-    d: Sequence[Tensor],
-) -> tuple[list[Tensor], ...]:
-    """Run ``pack_backward`` for every projection, and return one list for each kind of result.
-
-    dAp and dBp hold one matrix for each projection, (Rp_i, in) and (Rp_i, out_i), or are empty if
-    not needed. The caller must not use them again.
-    """
-    return _by_kind(_each_grads(dAp, dBp, B, B_pool, d))
-
-
-def _by_kind(grads: Sequence[Gradients]) -> tuple[list[Tensor], ...]:
-    return tuple(map(list, zip(*grads, strict=True)))
 
 
 @operator(

@@ -18,31 +18,22 @@ def adapter_first(device_type: str, dtype: torch.dtype) -> bool:
     return device_type != "cpu" or dtype in (torch.float32, torch.float64)
 
 
-def pool_in_packs(tokens: int, pooled: int) -> bool:
-    """Decide whether a stack of layers copies the pool into every pack, or reads one pool.
-
-    Reading one pool costs a layer of n to n features another pass over the tokens: 3 M n elements
-    read and written in the forward and 5 M n in the backward. A copy in the pack, with the
-    diagonal folded in, costs 4 P n elements written and read, twice, and 8 P n for the copy's
-    gradients in float32. So a copy is cheaper from two tokens per pooled rank on. This counts
-    bytes; it is not measured.
-    """
-    return tokens > 2 * pooled
-
-
-def rank_multiple(device_type: str, dtype: torch.dtype, rank: int, tokens: int = 2048) -> int:
+def rank_multiple(device_type: str) -> int:
     """Return the multiple to which a pack's rank is padded with zeros.
 
     On a GPU, half-precision GEMMs with an odd or only 8-aligned inner width miss the tensor cores'
-    fast path. On a CPU, float32 GEMMs of 256 or more tokens take a third longer at rank 39 than at
-    40. Padding does not help bfloat16 there, and with few tokens it costs more than it saves.
-    Padding slows the other GEMMs, so it is used only if it adds an eighth or less.
+    fast path.
     """
-    if device_type == "cuda":
-        return 16
-    if dtype == torch.float32 and tokens >= 128 and 8 * (-rank % 8) <= rank:
-        return 8
-    return 1
+    return 16 if device_type == "cuda" else 1
+
+
+def ranks_first(device_type: str, dtype: torch.dtype) -> bool:
+    """Decide whether U = X Ap^T is computed as (Ap X^T)^T, with ranks as rows.
+
+    On a CPU in float32, this takes 0.8 of the time at a rank that is no multiple of 8, such as 37.
+    In bfloat16 it takes 1.3 times as long.
+    """
+    return device_type == "cpu" and dtype == torch.float32
 
 
 def fuse_projections(x: Tensor) -> bool:
@@ -65,12 +56,3 @@ def noise_words(device_type: str, elements: int) -> int:
     if COMPILED and device_type == "cuda":
         return 2
     return 2 * -(-elements // 8)
-
-
-def torch_differentiates(x: Tensor) -> bool:
-    """Decide whether PyTorch differentiates the adapter of a forward with grad on x (..., in).
-
-    It does on a CPU, which saves 33 % (float32) or 25 % (bfloat16) of the overhead at 16 tokens.
-    On a GPU the operators need fewer launches.
-    """
-    return x.is_cpu

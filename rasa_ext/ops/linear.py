@@ -32,7 +32,7 @@ def linear(
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute Y = X W^T + bias + U Bp (M, out) and U = X Ap^T (M, Rp)."""
-    U = dense(x, Ap) if x_dropped is None else project(x, Ap, x_dropped, scale)
+    U = project(x, Ap, x_dropped, scale)
     return with_base(x, weight, bias, U, Bp), U
 
 
@@ -122,7 +122,7 @@ def linear_grads(
     if need_B and U is not None:
         dBp = torch.mm(U.t(), grad)
     if need_x or need_A:
-        H = torch.mm(grad, Bp.t())
+        H = project(grad, Bp, None, 1.0)
         bits = None
         if mask is not None:
             H.mul_(scale)

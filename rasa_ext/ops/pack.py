@@ -1,22 +1,23 @@
 """Packs: an adapter's parameters as the two matrices that a low-rank linear reads.
 
-Symbols: ``in``/``out`` features, R = r - k + L*k the effective rank, Rp = R rounded up to
-``multiple`` (the rows beyond R are zero).
+One call packs the L layers of a group, which share A_pool and B_pool. Symbols: ``in``/``out``
+features, R = r - k + L*k the effective rank, Rp = R rounded up to ``multiple`` (the rows beyond R
+are zero).
 
 Every rank is a row. A (r-k, in) and A_pool (L*k, in) already have this layout; B (out, r-k) and
 B_pool (out, L*k) are best stored by ranks, as the transposed view of an (r-k, out) tensor. Other
-strides are correct but slower. A_pool and B_pool are both None or both given; d = None means ones.
+strides are correct but slower. A_pool and B_pool are both None or both given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rasa_ext.ops.library import operator
+from rasa_ext.ops.library import accumulation_dtype, operator
 
 
 class Factors(NamedTuple):
@@ -72,14 +73,99 @@ class Pack(NamedTuple):
     """(Rp, out)"""
 
 
-Gradients: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor, Tensor]"
-"""Gradients of A, A_pool, B, B_pool and d."""
-FactorGrads: TypeAlias = (
-    "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]"
+@operator(
+    "pack_group(Tensor[] A, Tensor? A_pool, Tensor[] B, Tensor? B_pool, Tensor[] d, "
+    "ScalarType dtype, int multiple=1) -> (Tensor Ap, Tensor Bp)"
 )
+def pack_group(
+    A: Sequence[Tensor],
+    A_pool: Tensor | None,
+    B: Sequence[Tensor],
+    B_pool: Tensor | None,
+    d: Sequence[Tensor],
+    dtype: torch.dtype,
+    multiple: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Return Ap = [A ; A_pool] (L, Rp, in) and Bp = diag(d) [B | B_pool]^T (L, Rp, out).
+
+    Both are in ``dtype``; d B is rounded once. An empty list ``d`` means ones.
+    """
+    D = None
+    if d:
+        wide = torch.promote_types(torch.promote_types(B[0].dtype, d[0].dtype), dtype)
+        D = torch.stack(list(d)).unsqueeze(-1).to(wide)
+    up = None if B_pool is None else B_pool.t()
+    return _rows(A, A_pool, None, dtype, multiple), _rows(
+        [each.t() for each in B], up, D, dtype, multiple
+    )
 
 
-def packed(
+def _rows(
+    own: Sequence[Tensor],
+    pool: Tensor | None,
+    D: Tensor | None,
+    dtype: torch.dtype,
+    multiple: int,
+) -> Tensor:
+    """Return [own ; pool ; 0] (L, Rp, width) of every layer in ``dtype``, scaled by D (L, R, 1)."""
+    ranks, width = own[0].shape
+    rank = ranks + (0 if pool is None else len(pool))
+    rows = own[0].new_empty((len(own), -(-rank // multiple) * multiple, width), dtype=dtype)
+    rows[:, rank:] = 0
+    mine, shared = rows[:, :ranks], rows[:, ranks:rank]
+    if D is None:
+        mine.copy_(torch.stack(list(own)))
+        if pool is not None:
+            shared.copy_(pool)
+        return rows
+    torch.mul(torch.stack(list(own)), D[:, :ranks], out=mine)
+    if pool is not None:
+        torch.mul(pool, D[:, ranks:], out=shared)
+    return rows
+
+
+@operator(
+    "pack_group_backward(Tensor[] dAp, Tensor[] dBp, Tensor[] B, Tensor? B_pool, Tensor[] d) -> "
+    "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)"
+)
+def pack_group_backward(
+    dAp: Sequence[Tensor],
+    dBp: Sequence[Tensor],
+    B: Sequence[Tensor],
+    B_pool: Tensor | None,
+    d: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of ``pack_group``'s parameters, in B's dtype.
+
+    dA (L, r-k, in) is rows of dAp; dB (L, out, r-k) is diag(d) dBp; dd (L, R) is <B[:, j], dBp[j]>
+    for every rank j. dA_pool (L*k, in) and dB_pool (out, L*k) are summed over the layers, in a
+    fixed order. dB and dB_pool are stored by ranks.
+
+    dAp holds a matrix (Rp, in) for each layer, and dBp (Rp, out), in the accumulation dtype. Each
+    list may be empty; the results that come from it then have no elements. So has dd if d is empty.
+    """
+    own, pooled, dtype = B[0].shape[1], 0 if B_pool is None else B_pool.shape[1], B[0].dtype
+    dA, dA_pool, dB, dB_pool, dd = (B[0].new_empty(0) for _ in range(5))
+    if dAp:
+        down = torch.stack(list(dAp))
+        dA = down[:, :own].to(dtype, copy=True)
+        dA_pool = down[:, own : own + pooled].sum(0).to(dtype)
+    if dBp:
+        up = torch.stack(list(dBp))[:, : own + pooled]
+        wide = up.dtype
+        if d:
+            # Row-wise dot products take a fraction of the time of one-row matrix products.
+            dots = [torch.linalg.vecdot(up[:, :own], torch.stack([b.t() for b in B]).to(wide))]
+            if B_pool is not None:
+                dots.append(torch.linalg.vecdot(up[:, own:], B_pool.t().to(wide)))
+            dd = torch.cat(dots, 1).to(dtype)
+            up *= torch.stack(list(d)).unsqueeze(-1)
+        dB = up[:, :own].to(dtype, copy=True).transpose(1, 2)
+        dB_pool = up[:, own:].sum(0).to(dtype).t()
+    return dA, dA_pool, dB, dB_pool, dd
+
+
+def pack(
     A: Tensor,
     A_pool: Tensor | None,
     B: Tensor,
@@ -87,103 +173,24 @@ def packed(
     d: Tensor | None,
     dtype: torch.dtype,
     multiple: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Return Ap = [A ; A_pool] (Rp, in) and Bp = diag(d) [B | B_pool]^T (Rp, out) in ``dtype``."""
-    # Join first, then cast: with few tokens, the time depends on the number of operations and of
-    # Python calls.
-    Ap = torch.cat(rows_of(A, A_pool, multiple))
-    return Ap if Ap.dtype == dtype else Ap.to(dtype), packed_up(B, B_pool, d, dtype, multiple)
+) -> Pack:
+    """Pack one layer, without grad: Ap (Rp, in) and Bp (Rp, out) in ``dtype``."""
+    Ap, Bp = pack_group([A], A_pool, [B], B_pool, [] if d is None else [d], dtype, multiple)
+    return Pack(Ap[0], Bp[0])
 
 
-def packed_up(
-    B: Tensor, B_pool: Tensor | None, d: Tensor | None, dtype: torch.dtype, multiple: int
-) -> Tensor:
-    """Pack B, B_pool and d to Bp (Rp, out); d B is rounded once, to ``dtype``."""
-    Bp = torch.cat(rows_of(B.t(), None if B_pool is None else B_pool.t(), multiple))
-    if d is not None:
-        if not Bp.dtype == d.dtype == dtype:
-            Bp = Bp.to(torch.promote_types(torch.promote_types(Bp.dtype, d.dtype), dtype))
-        (Bp if multiple == 1 else Bp.narrow(0, 0, d.shape[0])).mul_(d.unsqueeze(1))
-    return Bp if Bp.dtype == dtype else Bp.to(dtype)
+def differentiable_pack(factors: Factors, dtype: torch.dtype, multiple: int = 1) -> Pack:
+    """Pack one layer, or stacked experts, by operations that autograd differentiates.
 
-
-def rows_of(own: Tensor, pool: Tensor | None, multiple: int) -> list[Tensor]:
-    """Return the parts to stack in a pack: own, pool and rows of zeros."""
-    rows = [own] if pool is None else [own, pool]
-    if multiple != 1 and (fill := -sum(map(len, rows)) % multiple):
-        rows.append(own.new_zeros((fill, own.shape[1])))
-    return rows
-
-
-pack = operator(
-    "pack(Tensor A, Tensor? A_pool, Tensor B, Tensor? B_pool, Tensor? d, ScalarType dtype, "
-    "int multiple=1) -> (Tensor Ap, Tensor Bp)"
-)(packed)
-
-
-def _registered(
-    dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
-) -> Gradients:
-    own = None if dBp is None else dBp.clone()
-    return with_own_memory(*as_results(B, factor_grads(dAp, own, B, B_pool, d)))
-
-
-@operator(
-    "pack_backward(Tensor? dAp, Tensor? dBp, Tensor B, Tensor? B_pool, Tensor? d) -> "
-    "(Tensor dA, Tensor dA_pool, Tensor dB, Tensor dB_pool, Tensor dd)",
-    kernel=_registered,
-)
-def pack_backward(
-    dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
-) -> Gradients:
-    """Return the gradients of ``pack``'s parameters, in B's dtype.
-
-    dA (r-k, in) and dA_pool (L*k, in) are rows of dAp (Rp, in); dB (out, r-k) and dB_pool
-    (out, L*k), stored by ranks, are diag(d) dBp, with dBp (Rp, out); dd_j = <B[:, j], dBp[j]>.
-    A result has no elements if the dAp or dBp that it comes from is None; dd also if d is None.
-
-    The caller must not use dAp and dBp again: dBp may be overwritten, and the pool's gradients may
-    be views. The private gradients are copies, so that they do not keep a large tensor alive.
+    The pack is in the accumulation dtype of ``dtype``.
     """
-    return as_results(B, factor_grads(dAp, dBp, B, B_pool, d))
-
-
-def factor_grads(
-    dAp: Tensor | None, dBp: Tensor | None, B: Tensor, B_pool: Tensor | None, d: Tensor | None
-) -> FactorGrads:
-    """Compute ``pack_backward``, with None for results not needed; dBp is overwritten."""
-    own, pooled, dtype = B.shape[1], 0 if B_pool is None else B_pool.shape[1], B.dtype
-    dA = dA_pool = dB = dB_pool = dd = None
-    if dAp is not None:
-        dA, dA_pool = dAp.narrow(0, 0, own).clone(), dAp.narrow(0, own, pooled)
-        if dAp.dtype != dtype:
-            dA, dA_pool = dA.to(dtype), dA_pool.to(dtype)
-    if dBp is not None:
-        up, up_pool = dBp.narrow(0, 0, own), dBp.narrow(0, own, pooled)
-        if d is not None:
-            # Row-wise dot products take a fraction of the time of one-row matrix products.
-            dd = torch.linalg.vecdot(up, B.t().to(dBp.dtype))
-            if B_pool is not None:
-                dots = torch.linalg.vecdot(up_pool, B_pool.t().to(dBp.dtype))
-                dd = torch.cat((dd, dots))
-            dBp.narrow(0, 0, own + pooled).mul_(d.unsqueeze(1))
-        dB, dB_pool = up.clone().t(), up_pool.t()
-        if dBp.dtype != dtype:
-            dB, dB_pool = dB.to(dtype), dB_pool.to(dtype)
-            dd = None if dd is None else dd.to(dtype)
-    return dA, dA_pool, dB, dB_pool, dd
-
-
-def as_results(like: Tensor, grads: FactorGrads) -> Gradients:
-    """Replace None, which an operator cannot return, by a tensor without elements."""
-    a, b, c, d, e = [like.new_empty(0) if grad is None else grad for grad in grads]
-    return a, b, c, d, e
-
-
-def with_own_memory(
-    dA: Tensor, dA_pool: Tensor, dB: Tensor, dB_pool: Tensor, dd: Tensor
-) -> Gradients:
-    """Copy the pool's gradients, since an operator must not return views."""
-    if dB_pool.dim() == 2:
-        dB_pool = dB_pool.t().clone().t()
-    return dA, dA_pool.clone(), dB, dB_pool, dd
+    A, A_pool, B, B_pool, d = factors
+    wide, fill = accumulation_dtype(dtype), -factors.rank % multiple
+    downs = [A] if A_pool is None else [A, A_pool]
+    ups = [B.mT] if B_pool is None else [B.mT, B_pool.mT]
+    Ap, Bp = (torch.cat([part.to(wide) for part in parts], -2) for parts in (downs, ups))
+    if d is not None:
+        Bp = Bp * d.to(wide).unsqueeze(-1)
+    if fill:
+        Ap, Bp = (torch.nn.functional.pad(each, (0, 0, 0, fill)) for each in (Ap, Bp))
+    return Pack(Ap, Bp)

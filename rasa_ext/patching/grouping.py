@@ -15,6 +15,7 @@ from rasa_ext.base_layers.linear import LinearLayer
 from rasa_ext.base_layers.survey import base_shape
 from rasa_ext.methods.base import AdapterConfig, Groups, LayerSpec
 from rasa_ext.nn.adapter import Adapter
+from rasa_ext.nn.packs import PackSet
 
 _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")  # between two dots, or a dot and an end
 
@@ -43,8 +44,11 @@ class Group:
     def planned(self, config: AdapterConfig) -> dict[str, Adapter]:
         """Return the adapters that the method makes for the group, by layer name, on meta."""
         specs = self.specs(torch.device("meta"))
-        pool = config.group_tensors(specs)
-        return {s.name: Adapter(config, config.layer_tensors(s), pool, s) for s in specs}
+        pool, packs = config.group_tensors(specs), PackSet()
+        return {
+            spec.name: Adapter(config, config.layer_tensors(spec), pool, spec, None, packs)
+            for spec in specs
+        }
 
 
 def pattern(name: str) -> str:

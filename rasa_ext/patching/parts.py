@@ -133,12 +133,12 @@ def packs_of(chunk: Chunk, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _packs(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Pack one adapter of each part."""
     first = factors[0]
-    if any(each.A_pool is not first.A_pool or each.d is None for each in factors):
+    if any(each.A_pool is not first.A_pool for each in factors):
         # Each part reads other ranks of the pool, or the pool is on another device.
-        packs = [ops.pack(*each, dtype, 1) for each in factors]
+        packs = [ops.pack(*each, dtype) for each in factors]
         return torch.stack([Ap for Ap, _ in packs]), torch.stack([Bp for _, Bp in packs])
-    A, _, B, _, d = zip(*factors, strict=True)
-    return ops.pack_group(A, first.A_pool, B, first.B_pool, d, dtype, 1)
+    A, _, B, _, d = map(list, zip(*factors, strict=True))
+    return ops.pack_group(A, first.A_pool, B, first.B_pool, [] if first.d is None else d, dtype)
 
 
 def deltas_of(chunk: Chunk, dtype: torch.dtype | None = None) -> Tensor:

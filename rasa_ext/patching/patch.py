@@ -16,6 +16,7 @@ from rasa_ext.base_layers.survey import base_device, base_of
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig, GivenGroups
 from rasa_ext.methods.keywords import suggests_keywords
 from rasa_ext.methods.rasa import RasaConfig
+from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
@@ -204,14 +205,14 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         bases = {name: base_of(model, name, group.experts) for name in group.names}
         specs = group.specs(*map(base_device, bases.values()))
         tensors = config.group_tensors(specs)
-        pool = RasaPool(tensors) if tensors else None
+        pool, packs = RasaPool(tensors) if tensors else None, PackSet()
         for base, spec in zip(bases.values(), specs, strict=True):
             if isinstance(base, tuple):
                 module, name = base
-                stacked.setdefault(module, {})[name] = RasaExpertWeight(config, spec, pool)
+                stacked.setdefault(module, {})[name] = RasaExpertWeight(config, spec, pool, packs)
             else:
                 kind = RasaLinear if split_of(base) is None else SplitRasaLinear
-                wrapped[base] = kind(base, config, spec, pool)
+                wrapped[base] = kind(base, config, spec, pool, packs)
     experts = {module: RasaExperts(module, stacks) for module, stacks in stacked.items()}
     tokens = make_modules(model, plan.tokens, config.adapter_dtype)
     state = PatchState(

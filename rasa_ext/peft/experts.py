@@ -12,7 +12,6 @@ from rasa_ext.nn.adapter import Adapter
 from rasa_ext.patching.parts import Part, deltas_of, stack_parts
 from rasa_ext.patching.subtraction import MergeResidual
 from rasa_ext.peft.named import NamedAdapters
-from rasa_ext.peft.summed import summed
 
 
 class RasaPeftExpertWeight(NamedAdapters):
@@ -47,11 +46,6 @@ class RasaPeftExpertWeight(NamedAdapters):
         """Clear the experts' cached packs."""
         self.experts.drop_pack()
 
-    def adapter(self) -> Adapter | None:
-        """Return the adapter that a forward adds, the sum of all active ones, or None."""
-        names = self.live()
-        return summed([self.named(name) for name in names]) if names else None
-
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:
         """Return one part per expert, with the changes of these adapters."""
         adapters = [self.named(name) for name in adapter_names]
@@ -85,10 +79,12 @@ class RasaPeftExperts(AdaptedExperts):
             # add_module refuses a name that the base resolves.
             self._modules[name] = RasaPeftExpertWeight(self, name)
 
-    def adapter(self, name: str) -> Adapter | None:
-        """Return the adapter that a forward adds to a stacked weight, or None."""
+    def live(self, name: str) -> list[Adapter]:
+        """Return the adapters that a forward adds to a stacked weight."""
         stack = self._modules.get(name)
-        return stack.adapter() if isinstance(stack, RasaPeftExpertWeight) else None
+        if not isinstance(stack, RasaPeftExpertWeight):
+            return []
+        return [stack.named(each) for each in stack.live()]
 
     def adapters(self) -> Iterator[Adapter]:
         """Return every adapter of the experts, active or not."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from rasa_ext.methods.base import AdapterConfig, LayerSpec
 from rasa_ext.nn.adapter import Adapter
+from rasa_ext.nn.packs import PackSet
 from rasa_ext.patching.fold import Merging, check_parts, merge_parts, unmerge_parts
 from rasa_ext.patching.parts import Part
 
@@ -51,7 +53,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
     Subclasses decide where the weight is and what caches depend on the adapters.
     """
 
-    other_param_names = ("configs", "specs", "pool_owners", "own_names", "pool_names")
+    other_param_names = ("configs", "specs", "pool_owners", "own_names", "pool_names", "packs")
 
     def _begin(self) -> None:
         """Start without adapters: the part of ``__init__`` that all subclasses share."""
@@ -62,6 +64,7 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         self.own_names: dict[str, tuple[str, ...]] = {}
         self.pool_names: dict[str, tuple[str, ...]] = {}
         self.pool_owners: dict[str, NamedAdapters] = {}
+        self.packs: dict[str, PackSet] = {}
         self.merged_adapters: list[str] = []
         self.rows: RowAdapters | None = None  # set during a forward with adapter_names
 
@@ -95,6 +98,17 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         self.own_names[adapter_name], self.pool_names[adapter_name] = tuple(own), tuple(pool)
         self.configs[adapter_name], self.specs[adapter_name] = config, spec
         self.pool_owners[adapter_name] = owner
+        packs = (
+            owner.packs if index else {adapter_name: PackSet(methodcaller("named", adapter_name))}
+        )
+        self.packs[adapter_name] = packs[adapter_name]
+        self.packs[adapter_name].join(spec.index, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy, and join the copied groups."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # nn.Module's is untyped
+        for name, packs in self.packs.items():
+            packs.join(self.specs[name].index, self)
 
     @torch.no_grad()
     def _add(
@@ -123,7 +137,8 @@ class NamedAdapters(BaseTunerLayer, nn.Module):
         pools: dict[str, Any] = owner._modules
         names = owner.pool_names[adapter_name]
         pool = {f: tensor_of(pools[f"rasa_pool_{f}"], adapter_name) for f in names}
-        return Adapter(self.configs[adapter_name], own, pool, self.specs[adapter_name])
+        config, spec = self.configs[adapter_name], self.specs[adapter_name]
+        return Adapter(config, own, pool, spec, self, self.packs[adapter_name])
 
     def adapters(self) -> Iterator[Adapter]:
         """Return every adapter of the weight, active or not."""

@@ -303,7 +303,7 @@ def test_a_step_has_what_was_predicted_beside_it():
         ({**row, "block": "tiny"}, "NVIDIA H100 80GB HBM3"),
         ({**row, "what": "decode"}, "NVIDIA H100 80GB HBM3"),
         (row, "NVIDIA B200"),
-        ({"operator": "pack"}, "NVIDIA H100 80GB HBM3"),
+        ({"operator": "pack_group"}, "NVIDIA H100 80GB HBM3"),
     ]
     for other, card in unknown:
         assert staged.with_prediction(other, card) == other

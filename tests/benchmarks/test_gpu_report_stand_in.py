@@ -104,7 +104,7 @@ def test_the_files_are_few(whole):
         trace = archive.extractfile("ours.trace.json").read().decode()
         picture = archive.extractfile("step.png").read()
     assert {"memcheck.log", "tests.log", "decode.json", "official.txt"} < inside
-    assert "rasa_ext.adapted_linear_backward" in trace
+    assert "rasa_ext.low_rank_linear_backward" in trace
     assert picture.startswith(b"\x89PNG")
 
 

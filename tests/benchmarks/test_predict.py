@@ -45,20 +45,21 @@ def test_the_bytes_of_a_frozen_linear():
 
 def test_the_bytes_of_an_adapted_linear():
     """Counted by hand: bfloat16 activations, float32 parameters and gradients of them."""
-    M, inner, out, R, own, pooled = 100, 64, 48, 16, 7, 9
-    parameters = 4 * (own + pooled) * (inner + out) + 4 * R
+    M, inner, out, R, own = 100, 64, 48, 16, 7 + 9 // 3  # a third of the pool's ranks is a layer's
+    parameters = 4 * own * (inner + out) + 4 * R
     pack = parameters + 2 * R * (inner + out)
     x, y, U, W = 2 * M * inner, 2 * M * out, 2 * M * R, 2 * inner * out
     Ap, Bp, dAp, dBp = 2 * R * inner, 2 * R * out, 4 * R * inner, 4 * R * out
     expected = [
-        *(pack, x + Ap + U, U + Bp + y, x + W + 2 * y),
-        *(pack, y + Bp + U, U + y + dBp, U + x + dAp, U + Ap + x, y + W + 2 * x),
+        *(x + Ap + U, U + Bp + y, x + W + 2 * y),
+        *(y + Bp + U, U + y + dBp, U + x + dAp, U + Ap + x, y + W + 2 * x),
         # dAp, dBp, B, B_pool and d are read; the five gradients are written.
-        dAp + dBp + 4 * R * out + 4 * R + parameters,
-        *(3 * 4 * pooled * inner, 3 * 4 * pooled * out),
+        *(pack, 4, dAp + dBp + 4 * own * out + 4 * R + parameters),
     ]
-    assert [op.bytes for op in one("ours", M)] == expected
-    biased = [op.bytes for op in one("ours", M, biased=True)]
+    found = one("ours", M, layers=3)
+    assert [op.bytes for op in found] == expected
+    assert [op.launches for op in found] == [1] * 8 + [1 / 3] * 3
+    biased = [op.bytes for op in one("ours", M, layers=3, biased=True)]
     assert sum(biased) - sum(expected) == 2 * out  # added as the result is written
 
 
@@ -93,14 +94,15 @@ def test_the_floor_is_the_one_counted_by_hand(tokens):
 
 
 def test_launches_of_a_decoder_layer():
-    def counted(variant: str) -> tuple[int, int]:
+    def counted(variant: str) -> tuple[float, int]:
         found = predict.step("llama", 4096, 8, "H100", variant)
         return found.launches, found.products
 
     assert counted("frozen") == (14 + 3, 14)
-    assert counted("ours") == (56 + 21 + 14 + 3, 56)
-    # q, k and v: 18 products; gate and up: 13; two packs and a pack_backward for what reads one x.
-    assert counted("ours fused") == (47 + 3 * 4 + 14, 47)
+    # Seven groups of 32 layers: a pack, its ports' zero and its backward.
+    assert counted("ours") == (56 + 3 + 7 * 3 / 32, 56)
+    # q, k and v: 18 products; gate and up: 13; each a cat of the Ap.
+    assert counted("ours fused") == (47 + 2 + 7 * 3 / 32, 47)
 
 
 class Recorded(TorchDispatchMode):

@@ -27,42 +27,47 @@ void bind_table(py::module_& module) {
 }
 
 void bind_pack(py::module_& module) {
-  py::class_<PackLayer>(module, "PackLayer")
-      .def(py::init([](Address A, Address A_pool, Address B, Address B_pool, Address d, Address Ap,
-                       Address Bp, int in, int out, int own, int pooled, int Rp) {
-        return PackLayer{pointer(A),  pointer(A_pool),
-                         pointer(B),  pointer(B_pool),
-                         pointer(d),  pointer(Ap),
-                         pointer(Bp), in,
-                         out,         own,
-                         pooled,      Rp};
-      }));
+  py::class_<PackLayer>(module, "PackLayer").def(py::init([](Address A, Address B, Address d) {
+    return PackLayer{pointer(A), pointer(B), pointer(d)};
+  }));
   module.attr("layers_by_value") = kLayersByValue;
-  module.def("pack", [](const std::vector<PackLayer>& layers, DType param, DType dtype) {
-    launch_pack(layers.data(), on_device(layers).data(), static_cast<int>(layers.size()), param,
-                dtype, nullptr);
+  module.def("pack", [](const std::vector<PackLayer>& layers, Address A_pool, Address B_pool,
+                        Address Ap, Address Bp, int in, int out, int own, int pooled, int Rp,
+                        DType param, DType dtype) {
+    const PackGroup group{pointer(A_pool),
+                          pointer(B_pool),
+                          pointer(Ap),
+                          pointer(Bp),
+                          static_cast<int>(layers.size()),
+                          in,
+                          out,
+                          own,
+                          pooled,
+                          Rp};
+    launch_pack(group, layers.data(), on_device(layers).data(), param, dtype, nullptr);
   });
 }
 
 void bind_pack_backward(py::module_& module) {
   py::class_<PackBackwardLayer>(module, "PackBackwardLayer")
-      .def(py::init(
-          [](Address dAp, Address dBp, Address B, Address d, Address dA, Address dB, Address dd) {
-            return PackBackwardLayer{pointer(dAp), pointer(dBp), pointer(B), pointer(d),
-                                     pointer(dA),  pointer(dB),  pointer(dd)};
-          }));
+      .def(py::init([](Address dAp, Address dBp, Address B, Address d) {
+        return PackBackwardLayer{pointer(dAp), pointer(dBp), pointer(B), pointer(d)};
+      }));
   module.def("pack_backward", [](const std::vector<PackBackwardLayer>& layers, Address B_pool,
-                                 Address dA_pool, Address dB_pool, int in, int out, int own,
-                                 int pooled, DType param) {
+                                 Address dA, Address dA_pool, Address dB, Address dB_pool,
+                                 Address dd, int in, int out, int own, int pooled, DType param) {
     const PackBackwardGroup group{pointer(B_pool),
+                                  pointer(dA),
                                   pointer(dA_pool),
+                                  pointer(dB),
                                   pointer(dB_pool),
+                                  pointer(dd),
                                   static_cast<int>(layers.size()),
                                   in,
                                   out,
                                   own,
                                   pooled};
-    launch_pack_backward(&group, 1, layers.data(), on_device(layers).data(), param, nullptr);
+    launch_pack_backward(group, layers.data(), on_device(layers).data(), param, nullptr);
   });
 }
 

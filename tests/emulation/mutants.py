@@ -22,6 +22,7 @@ FILES = {
     "pack.cu": ("pack",),
     "pack_backward.cuh": ("pack_backward",),
     "pack_backward.cu": ("pack_backward",),
+    "layers.cuh": ("pack", "pack_backward"),
     "decode.cuh": ("decode",),
     "decode.cu": ("decode",),
     "dropout.cuh": ("dropout",),

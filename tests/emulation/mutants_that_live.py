@@ -9,13 +9,10 @@ BY_VALUE = "where the numbers are equal no table is given, and the layers travel
 
 # File, part of the line before, part of the line after, reason.
 REASONS: list[tuple[str, str, str, str]] = [
-    ("pack.cu", "count > kLayersByValue", "count >= kLayersByValue", BY_VALUE),
-    ("pack.cu", "std::max(pieces", "+ 1)", EXTRA_BLOCK),
+    ("layers.cuh", "count > kLayersByValue", "count >= kLayersByValue", BY_VALUE),
     ("pack_backward.cuh", "begin < out; begin +=", "begin <= out", LAST_TURN),
-    ("pack_backward.cu", "layers > kLayersByValue", "layers >= kLayersByValue", BY_VALUE),
-    ("pack_backward.cu", "std::max(blocks", "+ 1)", EXTRA_BLOCK),
     ("pack_backward.cu", "group.out > 0", "group.out >= 0", EXTRA_BLOCK),
-    ("pack_backward.cu", "if (group.count > 1)", "if (group.count >= 1)", EXTRA_BLOCK),
+    ("pack_backward.cu", "if (group.layers > 1)", "if (group.layers >= 1)", EXTRA_BLOCK),
     ("decode.cuh", "m < tokens", "m <= tokens", GUARDED),
     ("decode.cuh", "j < Rp; j +=", "j <= Rp", LAST_TURN),
     ("dropout.cuh", "first + N <= n", "first + N < n", "the last eight, one by one"),

@@ -34,69 +34,91 @@ def launches(kernels: ModuleType, call: Callable[[], None]) -> int:
     return kernels.launches() - before
 
 
-def packing(kernels: ModuleType, adapter: Adapter, dtype: torch.dtype, Rp: int):
-    """A layer for ``kernels.pack``, and where its pack will be. B and B_pool lie by ranks."""
-    (own, width), out = adapter.A.shape, adapter.B.shape[0]
-    Ap, Bp = (torch.empty(Rp, size, dtype=dtype) for size in (width, out))
-    tensors = (adapter.A, adapter.A_pool, adapter.B, adapter.B_pool, adapter.d, Ap, Bp)
-    sizes = width, out, own, adapter.d.numel() - own, Rp
-    return kernels.PackLayer(*map(address, tensors), *sizes), Ap, Bp
+def packing(
+    kernels: ModuleType, adapters: list[Adapter], sizes: tuple[int, ...], dtype: torch.dtype
+) -> tuple[tuple, tuple[Tensor, Tensor]]:
+    """The arguments of ``kernels.pack``, and the packs that it will write.
+
+    Sizes are in, out, private and pooled ranks, and Rp. B and B_pool lie by ranks; the adapters
+    share the first one's pool.
+    """
+    width, out, *_, Rp = sizes
+    made = tuple(torch.empty(len(adapters), Rp, size, dtype=dtype) for size in (width, out))
+    layers = [kernels.PackLayer(*map(address, (each.A, each.B, each.d))) for each in adapters]
+    pools = [address(t) for each in adapters[:1] for t in (each.A_pool, each.B_pool)] or [0, 0]
+    types = kernels.DType.float32, dtype_of(kernels, dtype)
+    return (layers, *pools, *map(address, made), *sizes, *types), made
 
 
-def backward(kernels: ModuleType, adapters: list[Adapter], dAp: Tensor, dBp: Tensor) -> tuple:
+def backward(
+    kernels: ModuleType, adapters: list[Adapter], sizes: tuple[int, ...], dAp: Tensor, dBp: Tensor
+) -> tuple[tuple, tuple[Tensor, ...]]:
     """The arguments of ``kernels.pack_backward``, and the gradients that it will write."""
-    first = adapters[0]
-    (own, width), out, pooled = first.A.shape, first.B.shape[0], first.A_pool.shape[0]
-    layers, grads = [], []
-    pool = torch.empty(pooled, width), torch.empty(pooled, out)
-    for i, each in enumerate(adapters):
-        found = torch.empty(own, width), torch.empty(own, out), torch.empty(own + pooled)
-        tensors = (dAp[i], dBp[i], each.B, each.d, *found)
-        layers.append(kernels.PackBackwardLayer(*map(address, tensors)))
-        grads.append(found)
-    rest = (first.B_pool, *pool)
-    call = layers, *map(address, rest), width, out, own, pooled, kernels.DType.float32
-    return call, grads, pool
+    width, out, own, pooled, _ = sizes
+    count = len(adapters)
+    shapes = (count, own, width), (pooled, width), (count, own, out), (pooled, out)
+    found = tuple(map(torch.empty, (*shapes, (count, own + pooled))))
+    layers = [
+        kernels.PackBackwardLayer(*map(address, (*grads, each.B, each.d)))
+        for each, *grads in zip(adapters, dAp, dBp, strict=True)
+    ]
+    pool = address(adapters[0].B_pool) if adapters else 0
+    return (layers, pool, *map(address, found), *sizes[:4], kernels.DType.float32), found
+
+
+def draw_group(count: int, sizes: tuple[int, ...]) -> tuple[list[Adapter], tuple]:
+    """Adapters of one pool, and what the operators take of them."""
+    drawn = [draw_adapter(*sizes[:4]) for _ in range(count)]
+    group = [each._replace(A_pool=drawn[0].A_pool, B_pool=drawn[0].B_pool) for each in drawn]
+    A, A_pool, B, B_pool, d = zip(*group, strict=True)
+    return group, (list(A), A_pool[0], list(B), B_pool[0], list(d))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("own", "pooled"), [(0, 8), (7, 32)])
-def test_pack_gives_the_bits_of_the_pytorch_kernel(kernels, own, pooled, dtype):
-    adapter = draw_adapter(40, 300, own, pooled)
-    layer, *found = packing(kernels, adapter, dtype, 8 if own == 0 else 48)
-    kernels.pack([layer], kernels.DType.float32, dtype_of(kernels, dtype))
-    expected = ops.pack(*adapter, dtype, 8 if own == 0 else 16)
-    assert all(map(torch.equal, found, expected))
+@pytest.mark.parametrize("sizes", [(40, 300, 0, 8, 8), (40, 300, 7, 32, 48)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_pack_gives_the_bits_of_the_pytorch_kernel(kernels, count, sizes, dtype):
+    group, lists = draw_group(count, sizes)
+    call, made = packing(kernels, group, sizes, dtype)
+    kernels.pack(*call)
+    assert all(map(torch.equal, made, ops.pack_group(*lists, dtype, 8 if sizes[2] == 0 else 16)))
 
 
-def test_pack_backward_gives_the_bits_of_the_pytorch_kernel(kernels):
-    """But for dd, a sum in another order."""
-    adapter = draw_adapter(64, 300, 7, 32)
-    dAp, dBp = torch.randn(1, 48, 64), torch.randn(1, 48, 300)
-    call, ((dA, dB, dd),), (dA_pool, dB_pool) = backward(kernels, [adapter], dAp, dBp)
+@pytest.mark.parametrize("count", [1, 3])
+def test_pack_backward_gives_the_bits_of_the_pytorch_kernel(kernels, count):
+    """But for sums in another order: dd, and the pool's over several layers."""
+    sizes = 64, 300, 7, 32, 48
+    group, lists = draw_group(count, sizes)
+    dAp, dBp = torch.randn(count, 48, 64), torch.randn(count, 48, 300)
+    call, (dA, dA_pool, dB, dB_pool, dd) = backward(kernels, group, sizes, dAp, dBp)
     kernels.pack_backward(*call)
-    *expected, dots = ops.pack_backward(dAp[0], dBp[0], adapter.B, adapter.B_pool, adapter.d)
-    assert all(map(torch.equal, (dA, dA_pool, dB.t(), dB_pool.t()), expected))
-    torch.testing.assert_close(dd, dots, rtol=1e-5, atol=1e-5)
+    expected = ops.pack_group_backward(list(dAp), list(dBp), *lists[2:])
+    found = dA, dA_pool, dB.transpose(1, 2), dB_pool.t(), dd
+    for place, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        if place in (0, 2) or (count == 1 and place != 4):
+            assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", ["none", 1, 3, "by value", "from a table"])
 def test_one_launch_for_all_layers(kernels, count):
-    most = kernels.layers_by_value
+    most, sizes = kernels.layers_by_value, (9, 5, 2, 1, 3)
     count = {"none": 0, "by value": most, "from a table": most + 1}.get(count, count)
-    adapters = [draw_adapter(9, 5, 2, 1) for _ in range(count)]
-    made = [packing(kernels, each, torch.bfloat16, 3) for each in adapters]
-    types = kernels.DType.float32, kernels.DType.bfloat16
-    layers = [layer for layer, *_ in made]
-    assert launches(kernels, lambda: kernels.pack(layers, *types)) == (count > 0)
-    if count == 0:
-        empty = kernels.PackLayer(*[0] * 7, 4, 4, 0, 0, 0)
-        assert launches(kernels, lambda: kernels.pack([empty], *types)) == 0
-        call = [], 0, 0, 0, 4, 4, 1, 1, kernels.DType.float32
-    else:
-        grads = torch.randn(count, 3, 9), torch.randn(count, 3, 5)
-        call, *_alive = backward(kernels, adapters, *grads)
-    assert launches(kernels, lambda: kernels.pack_backward(*call)) == (count > 0)
+    group = [draw_adapter(*sizes[:4]) for _ in range(count)]
+    call, _alive = packing(kernels, group, sizes, torch.bfloat16)
+    assert launches(kernels, lambda: kernels.pack(*call)) == (count > 0)
+    grads = torch.randn(count, 3, 9), torch.randn(count, 3, 5)
+    back, _alive_too = backward(kernels, group, sizes, *grads)
+    assert launches(kernels, lambda: kernels.pack_backward(*back)) == (count > 0)
+
+
+def test_no_launch_over_nothing(kernels):
+    group = [draw_adapter(4, 4, 0, 0)]
+    call, _alive = packing(kernels, group, (4, 4, 0, 0, 0), torch.bfloat16)
+    assert launches(kernels, lambda: kernels.pack(*call)) == 0
+    grads = torch.randn(1, 0, 4), torch.randn(1, 0, 4)
+    back, _alive_too = backward(kernels, group, (4, 4, 0, 0, 0), *grads)
+    assert launches(kernels, lambda: kernels.pack_backward(*back)) == 0
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
@@ -118,6 +140,6 @@ def test_refusals(kernels):
     single, double = kernels.DType.float32, kernels.DType.float64
     with pytest.raises(ValueError, match="decode_fits"):
         kernels.decode(0, 0, 0, 0, 0, 0, 1, 8, 8, 12289, single)
-    layer, *_ = packing(kernels, draw_adapter(8, 8, 3, 2), torch.float32, 16)
+    call, _ = packing(kernels, [draw_adapter(8, 8, 3, 2)], (8, 8, 3, 2, 16), torch.float32)
     with pytest.raises(ValueError, match="expected float32, float16 or bfloat16, got float64"):
-        kernels.pack([layer], double, single)
+        kernels.pack(*call[:-2], double, single)

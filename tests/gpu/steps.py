@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from rasa_ext import ops
 from rasa_ext.nn import functional
 from rasa_ext.ops import Factors
 from tests.helpers import oracle
@@ -22,7 +21,7 @@ from tests.helpers.adapters import (
     wide,
 )
 from tests.helpers.models import Entry
-from tests.helpers.operators import draw_adapter, floor
+from tests.helpers.operators import draw_adapter, floor, packed
 from tests.helpers.oracle import Adapter
 
 
@@ -50,12 +49,11 @@ class Case:
 
     def ours(self) -> dict[str, Tensor]:
         """y and every gradient, and y without grad: few tokens then have kernels of their own."""
-        base, factors = (self.base.weight, self.base.bias), Factors(*self.adapter)
-        Rp = ops.rank_multiple(self.x.device.type, self.x.dtype, factors.rank)
-        found = self._step(lambda: functional.adapted_linear(self.x, *base, factors, Rp))
+        pack = packed(Factors(*self.adapter), self.x.dtype)
+        args = self.x, self.base.weight, self.base.bias, pack
+        found = self._step(lambda: functional.low_rank_linear(*args))
         with torch.no_grad():
-            quiet, _ = ops.low_rank_linear(self.x, *base, *ops.pack(*factors, self.x.dtype, Rp))
-        return {**found, "quiet": quiet}
+            return {**found, "quiet": functional.low_rank_linear(*args)}
 
     def plain(self) -> dict[str, Tensor]:
         """The same by the official formula."""

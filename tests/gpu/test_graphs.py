@@ -14,7 +14,7 @@ from rasa_ext.nn import functional
 from tests.helpers.adapters import patched, randomize
 from tests.helpers.cuda import Captured, assert_close
 from tests.helpers.models import LLAMA
-from tests.helpers.operators import P, draw_adapter
+from tests.helpers.operators import P, draw_group, lists
 from tests.helpers.refusals import Snapshot
 
 pytestmark = pytest.mark.usefixtures("streams")
@@ -66,14 +66,12 @@ def test_forward_sees_new_weights(dtype, tokens, device):
 # The tables of 60 layers are more than one kernel's parameters.
 @pytest.mark.parametrize("layers", [1, LAYERS, 60])
 def test_operators_over_a_group(layers, device):
-    drawn = [draw_adapter(40, 24, 3, 6, device) for _ in range(layers)]
-    A, _, B, _, d = map(list, zip(*drawn, strict=True))
-    _, A_pool, _, B_pool, _ = drawn[0]
+    A, A_pool, B, B_pool, d = lists(draw_group(layers, 40, 24, 3, 6, device=device))
     weights = [torch.randn(24, 40, device=device) for _ in A]
 
     def run():
         Ap, Bp = ops.pack_group(A, A_pool, B, B_pool, d, torch.float32, 16)
-        grads = ops.pack_group_backward(2 * Ap, 3 * Bp, B, B_pool, d)
+        grads = ops.pack_group_backward(list(2 * Ap), list(3 * Bp), B, B_pool, d)
         merged = [weight.clone() for weight in weights]
         ops.merge_group(merged, Ap, Bp)
         halves = [weight.bfloat16() for weight in weights]
@@ -87,19 +85,17 @@ def test_operators_over_a_group(layers, device):
         assert_close(graph.replay(), run())
 
 
-@pytest.mark.parametrize("tokens", [4, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layers_on_given_inputs(dtype, tokens, device):
-    """With the pool read by all layers, and packed into each of them."""
+def test_layers_on_given_inputs(dtype, device):
     model = model_of(dtype, device)
     parameters = rasa_ext.adapter_parameters(model)
     pool = model[0].pool
-    x = torch.randn(LAYERS, tokens, WIDTH, device=device, dtype=dtype, requires_grad=True)
+    x = torch.randn(LAYERS, 64, WIDTH, device=device, dtype=dtype, requires_grad=True)
 
     def run():
         lists = ([getattr(layer, name) for layer in model] for name in ("weight", "bias"))
         A, B, d = ([getattr(layer, name) for layer in model] for name in ("A", "B", "d"))
-        y = functional.adapted_group(x, *lists, A, pool.A, B, pool.B, d, 16)
+        y = functional.adapted_group(x, *lists, A, pool.A, B, pool.B, d)
         return [y, *torch.autograd.grad(y.float().square().mean(), [x, *parameters])]
 
     graph = Captured(run)

@@ -15,7 +15,7 @@ from rasa_ext.ops import Factors
 from tests.gpu.steps import Case, check_layer
 from tests.helpers.adapters import Errors, excesses
 from tests.helpers.cuda import assert_close
-from tests.helpers.operators import DTYPES, draw_adapter, floor
+from tests.helpers.operators import DTYPES, draw_group, floor, lists, packed
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -150,9 +150,9 @@ def test_projections_with_sizes_of_zero(sizes, device):
     """Two layers of one x give what each gives alone."""
     case = Case(sizes, torch.float64, device)
     expected, grads = case.reference(), (case.grad, case.grad)
-    factors = [Factors(*case.adapter)] * 2
+    packs = [packed(Factors(*case.adapter), case.x.dtype)] * 2
     base = [case.base.weight] * 2, [case.base.bias] * 2
-    y = functional.adapted_projections(case.x, *base, factors, 16)
+    y = functional.adapted_projections(case.x, *base, packs)
     for each in y:
         torch.testing.assert_close(each, expected["y"])
     torch.autograd.backward(y, grads)
@@ -163,10 +163,9 @@ def test_projections_with_sizes_of_zero(sizes, device):
 
 @pytest.mark.parametrize(("width", "out"), [(0, 7), (9, 0)])
 def test_merging_layers_of_no_width(width, out, device):
-    adapters = [draw_adapter(width, out, 3, 6, device) for _ in range(2)]
-    A, A_pool, B, B_pool, d = map(list, zip(*adapters, strict=True))
-    Ap, Bp = ops.pack_group(A, A_pool[0], B, B_pool[0], d, torch.float32)
-    weights = [torch.randn(out, width, device=device) for _ in adapters]
+    group = draw_group(2, width, out, 3, 6, device=device)
+    Ap, Bp = ops.pack_group(*lists(group), torch.float32)
+    weights = [torch.randn(out, width, device=device) for _ in group]
     assert ops.delta_group(Ap, Bp).shape == (2, out, width)
     ops.merge_group(weights, Ap, Bp)
     assert all(weight.shape == (out, width) for weight in weights)

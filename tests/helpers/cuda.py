@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rasa_ext.nn import pack_cache
+from rasa_ext.nn import packs
 from rasa_ext.patching import merge
 
 
@@ -123,5 +123,5 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, part)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     # They ask only where there is a CUDA device.
-    monkeypatch.setattr(pack_cache, "_is_capturing", lambda device: Graph.capturing)
+    monkeypatch.setattr(packs, "_is_capturing", lambda device: Graph.capturing)
     monkeypatch.setattr(merge, "_is_capturing", lambda: Graph.capturing)

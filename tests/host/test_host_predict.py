@@ -10,7 +10,7 @@ import torch
 from benchmarks import passes
 from benchmarks.shapes import Linear
 
-TOKENS, IN, OWN, POOLED, R = 33, 64, 7, 9, 16
+TOKENS, IN, POOLED, R = 33, 64, 9, 16
 
 
 def asked(host) -> list[tuple[int, ...]]:
@@ -42,37 +42,25 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape).bfloat16()
 
 
-def adapter(out: int) -> tuple[torch.Tensor, ...]:
-    return (
-        torch.randn(OWN, IN),
-        torch.randn(POOLED, IN),
-        torch.randn(OWN, out).t(),
-        torch.randn(POOLED, out).t(),
-        torch.randn(R),
-    )
-
-
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_linear_alone(host, biased):
-    out, factors = 48, adapter(48)
+    out = 48
     x, weight, grad = draw(TOKENS, IN), draw(out, IN), draw(TOKENS, out)
+    pack = draw(R, IN), draw(R, out)
     host.reset()
-    _, U = host.ops.adapted_linear(
-        None, x, weight, draw(out) if biased else None, *factors, R, None, 1.0
-    )
-    host.ops.adapted_linear_backward(grad, x, weight, U, *factors, R, True, True, True, None, 1.0)
+    _, U = host.ops.low_rank_linear(x, weight, draw(out) if biased else None, *pack)
+    host.ops.low_rank_linear_backward(grad, x, weight, U, *pack, True, True, True)
     assert asked(host) == listed("ours", [out], biased)
 
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("widths", [[48, 24, 40], [48, 24, 24]])
 def test_fused_projections(host, widths, biased):
-    factors = zip(*(adapter(out) for out in widths), strict=True)
     x, weights = draw(TOKENS, IN), [draw(out, IN) for out in widths]
-    Ap, Bp = host.ops.pack_projections(*map(list, factors), torch.bfloat16, R)
+    Ap, Bp = draw(R * len(widths), IN), [draw(R, out) for out in widths]
     host.reset()
     biases = [draw(out) for out in widths] if biased else []
-    _, U = host.ops.linear_projections(x, weights, biases, Ap, Bp, None, 1.0)
+    _, U = host.ops.linear_projections(x, weights, biases, Ap, Bp)
     grads = [draw(TOKENS, out) for out in widths]
-    host.ops.linear_projections_backward(grads, x, weights, U, Ap, Bp, True, True, True, None, 1.0)
+    host.ops.linear_projections_backward(grads, x, weights, U, Ap, Bp, True, True, True)
     assert asked(host) == listed("ours fused", widths, biased)

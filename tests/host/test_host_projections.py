@@ -11,12 +11,12 @@ from test_host_dropout import SCALE, kept, random_mask
 from tests.helpers.operators import forward_of, opcheck
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# (in, ((out, private ranks, pooled ranks), ...))
+# (in, ((out, rank), ...))
 SHAPES = (
-    (9, ((12, 3, 6), (4, 3, 6), (4, 3, 6))),
-    (17, ((5, 0, 5), (5, 0, 5))),
-    (6, ((4, 2, None), (3, 2, None), (4, 2, None))),
-    (33, ((18, 7, 32),)),
+    (9, ((12, 9), (4, 9), (4, 9))),
+    (17, ((5, 5), (5, 5))),
+    (6, ((4, 2), (3, 1), (4, 0))),
+    (33, ((18, 39),)),
 )
 
 
@@ -33,21 +33,11 @@ class Case:
             return (drawn.t() if transposed and len(size) == 2 else drawn).to(dtype)
 
         self.x = draw(tokens, self.width)
-        self.adapters = []
-        for out, own, pooled in self.layers:
-            pools = (
-                (None, None) if pooled is None else (draw(pooled, self.width), draw(out, pooled))
-            )
-            rank = own + (pooled or 0)
-            adapter = (draw(own, self.width), pools[0], draw(out, own), pools[1], draw(rank))
-            self.adapters.append(tuple(None if t is None else t.float() for t in adapter))
-        self.weights = [draw(out, self.width) for out, *_ in self.layers]
-        self.biases = [draw(out) for out, *_ in self.layers[:-1]] + [draw(0)]
-        self.grads = [draw(tokens, out) for out, *_ in self.layers]
-
-    def lists(self):
-        by_field = zip(*self.adapters, strict=True)
-        return [[t for t in kind if t is not None] for kind in by_field]
+        self.Ap = draw(sum(rank for _, rank in self.layers), self.width)
+        self.Bp = [draw(rank, out) for out, rank in self.layers]
+        self.weights = [draw(out, self.width) for out, _ in self.layers]
+        self.biases = [draw(out) for out, _ in self.layers[:-1]] + [draw(0)]
+        self.grads = [draw(tokens, out) for out, _ in self.layers]
 
 
 def close(found, expected, size, dtype):
@@ -60,55 +50,13 @@ def wide(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@pytest.mark.parametrize("multiple", [1, 16])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pack(host, shape, dtype, multiple):
-    """The same bits as packs of single layers."""
-    case = Case(shape, 1, torch.float64 if dtype == torch.float64 else torch.float32)
-    if dtype == torch.float64:
-        case.adapters = [tuple(t if t is None else t.double() for t in a) for a in case.adapters]
-    Ap, Bp = host.ops.pack_projections(*case.lists(), dtype, multiple)
-    rows = Ap.split([up.shape[0] for up in Bp])
-    for adapter, down, up in zip(case.adapters, rows, Bp, strict=True):
-        alone = host.ops.pack(*adapter, dtype, multiple)
-        assert torch.equal(down, alone[0])
-        assert torch.equal(up, alone[1])
-    without = host.ops.pack_projections(*case.lists()[:4], [], dtype, multiple)[1]
-    for adapter, up in zip(case.adapters, without, strict=True):
-        assert torch.equal(up, host.ops.pack(*adapter[:4], None, dtype, multiple)[1])
-
-
-@pytest.mark.parametrize("copies", [1, 5], ids=["one launch", "more than a launch takes"])
-@pytest.mark.parametrize("param", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_pack_backward(host, shape, param, copies):
-    """The same bits as of single layers, whatever is given."""
-    case = Case((shape[0], shape[1] * copies), 1, torch.float64)
-    _, _, B, B_pool, d = ([t.to(param) for t in kind] for kind in case.lists())
-    ranks = [v.numel() + 2 for v in d]
-    downs = [torch.randn(rank, case.width).to(param) for rank in ranks]
-    ups = [torch.randn(rank, len(b)).to(param) for rank, b in zip(ranks, B, strict=True)]
-    for down, up, scales in itertools.product((downs, []), (ups, []), (d, [])):
-        if not (down or up):
-            continue
-        found = host.ops.pack_projections_backward(down, up, B, B_pool, scales)
-        for i, b in enumerate(B):
-            its = (each[i] if each else None for each in (B_pool, scales))
-            grads = (each[i] if each else None for each in (down, up))
-            alone = host.ops.pack_backward(*grads, b, *its)
-            for mine, theirs in zip((kind[i] for kind in found), alone, strict=True):
-                assert torch.equal(mine, theirs)
-                assert mine.stride() == theirs.stride()
-
-
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 5, 33])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(host, shape, tokens, dtype, layout):
     case = Case(shape, tokens, dtype, layout == "transposed")
-    Ap, Bp = host.ops.pack_projections(*case.lists(), dtype, 4)
+    Ap, Bp = case.Ap, case.Bp
     for biases in (case.biases, []):
         y, U = host.ops.linear_projections(case.x, case.weights, biases, Ap, Bp)
         assert len({t.data_ptr() for t in y if t.numel()}) == sum(bool(t.numel()) for t in y)
@@ -156,7 +104,7 @@ def test_dropout(host, dtype):
     for shape, tokens in itertools.product(SHAPES, (0, 1, 33)):
         case = Case(shape, tokens, dtype)
         mask = random_mask(case.x)
-        Ap, Bp = host.ops.pack_projections(*case.lists(), dtype, 4)
+        Ap, Bp = case.Ap, case.Bp
         forward = (case.x, case.weights, case.biases, Ap, Bp)
         y, U = host.ops.linear_projections(*forward, *forward_of(case.x, (mask, SCALE)))
         check_forward(case, case.biases, Ap, Bp, y, U, mask, SCALE)
@@ -182,12 +130,7 @@ def check_forward(case, biases, Ap, Bp, y, U, mask=None, scale=1.0):
 def test_opcheck(host, dtype):
     for shape, tokens in itertools.product(SHAPES, (0, 5)):
         case = Case(shape, tokens, dtype)
-        ops = host.ops
-        opcheck(ops.pack_projections.default, (*case.lists(), dtype, 16))
-        _, _, B, B_pool, d = case.lists()
-        ups = [torch.randn(v.numel(), len(b)) for b, v in zip(B, d, strict=True)]
-        opcheck(ops.pack_projections_backward.default, ([], ups, B, B_pool, d))
-        Ap, Bp = ops.pack_projections(*case.lists(), dtype, 16)
+        ops, Ap, Bp = host.ops, case.Ap, case.Bp
         args = (case.x, case.weights, case.biases, Ap, Bp)
         opcheck(ops.linear_projections.default, args)
         U = ops.linear_projections(*args)[1]
@@ -201,8 +144,8 @@ def test_opcheck(host, dtype):
 
 def test_products(host):
     """One down-projection for all; in the backward one product for dAp."""
-    case = Case(SHAPES[0], 17, torch.bfloat16)
-    Ap, Bp = host.ops.pack_projections(*case.lists(), torch.bfloat16, 16)
+    case = Case((9, ((12, 16), (4, 16), (4, 16))), 17, torch.bfloat16)
+    Ap, Bp = case.Ap, case.Bp
     host.reset()
     _, U = host.ops.linear_projections(case.x, case.weights, case.biases, Ap, Bp)
     # Row-major results are cuBLAS's transposes: m is the width, n the tokens.
@@ -241,7 +184,7 @@ def test_products(host):
 
 def test_bad_input(host):
     case = Case(SHAPES[0], 5, torch.float32)
-    Ap, Bp = host.ops.pack_projections(*case.lists(), torch.float32, 1)
+    Ap, Bp = case.Ap, case.Bp
     linear, x, weights = host.ops.linear_projections, case.x, case.weights
     with pytest.raises(RuntimeError, match=r"Ap: expected shape"):
         linear(x, weights, [], Ap[1:], Bp)
@@ -251,14 +194,3 @@ def test_bad_input(host):
         linear(x, weights, [torch.zeros(3)] * 3, Ap, Bp)
     with pytest.raises(RuntimeError, match=r"weights\[i\]"):
         linear(x, [weights[0].half(), *weights[1:]], [], Ap, Bp)
-    A, A_pool, B, B_pool, d = case.lists()
-    with pytest.raises(RuntimeError, match=r"A_pool: expected as many layers as A has, 3, got 1"):
-        host.ops.pack_projections(A, A_pool[:1], B, B_pool, d, torch.float32, 1)
-    with pytest.raises(RuntimeError, match=r"dBp: expected as many layers as B has, 3, got 1"):
-        host.ops.pack_projections_backward([], [Bp[0].float()], B, B_pool, d)
-    with pytest.raises(RuntimeError, match=r"B: expected 1 to 65535 layers, got 0"):
-        host.ops.pack_projections_backward([], [Bp[0].float()], [], [], [])
-    with pytest.raises(RuntimeError, match=r"dBp: expected at least 9 rows"):
-        host.ops.pack_projections_backward([], [up[1:].float() for up in Bp], B, B_pool, d)
-    with pytest.raises(RuntimeError, match=r"multiple: expected at least 1, got 0"):
-        host.ops.pack_projections(A, A_pool, B, B_pool, d, torch.float32, 0)

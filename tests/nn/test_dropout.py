@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import dropout
-from rasa_ext import ops
 from rasa_ext.nn import functional
 from tests.helpers import oracle
 from tests.helpers.adapters import (
@@ -124,9 +123,8 @@ def test_eval_is_without_dropout():
     assert_matches_oracle(SEQUENTIAL, base, model, step(model, SEQUENTIAL), inputs)
 
 
-def test_the_benchmark_counts_what_is_kept(capsys, monkeypatch):
+def test_the_benchmark_counts_what_is_kept(capsys):
     """A bit for each element of x, against a dropped copy and a mask in x's dtype instead of x."""
-    monkeypatch.setattr(ops, "torch_differentiates", lambda _: False)  # the pack is kept else
     dropout.compare((520, 32, 24), torch.float32, P, 2, "cpu")
     *_, mine, theirs = capsys.readouterr().out.split()
     assert (mine, theirs) == (f"{520 * 32 // 8:,}", f"{520 * 32 * 4:,}")

@@ -54,7 +54,7 @@ def test_nothing_of_the_size_of_a_weight_is_made(family, grouping, dtype):
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_what_is_saved(grouping):
-    """x where it is, once a token; U; and what the model's own gate and router's weights need."""
+    """x where it is, once a token; U; the packs; and what the model's gate and router need."""
     module = module_of("mixtral", grouping)
     x, chosen, shares = inputs()
     with saved_storages() as saved:
@@ -65,10 +65,12 @@ def test_what_is_saved(grouping):
     own, size = RANK - 1, 4
     rank = own + {"slot": LAYERS, "layer": 0, "shared": 0}[grouping]
     multiple = ops.experts_rank_multiple(torch.float32)
-    U = size * PAIRS * (-(-rank // multiple) * multiple)
+    rank = -(-rank // multiple) * multiple
+    U = size * PAIRS * rank
     gate = [size * PAIRS * 2 * INNER, size * PAIRS * INNER]  # the gate's argument and its half
     expected = [U, U, *gate, size * PAIRS * INNER, size * PAIRS * WIDTH]  # h, z
     expected += [size * COUNT, size * PAIRS, 8 * PAIRS]  # offsets, shares, order
+    expected += [size * COUNT * rank * n for n in (WIDTH, 2 * INNER, INNER, WIDTH)]
     if grouping != "slot":
         P = size * {"layer": COUNT, "shared": LAYERS}[grouping]
         expected += [TOKENS * P, PAIRS * P]  # V and V * d of the input

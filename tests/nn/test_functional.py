@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rasa_ext.nn import functional
+from rasa_ext.nn.functional import Dropped
 from rasa_ext.ops import Factors
 from tests.helpers import oracle
-from tests.helpers.operators import SHAPES, P, draw_adapter, forward_of, random_mask
+from tests.helpers.operators import SHAPES, P, draw_adapter, forward_of, packed, random_mask
 from tests.helpers.oracle import Adapter
 
 FIELDS = Adapter._fields
@@ -33,12 +34,21 @@ def trainable(adapter: Adapter) -> Adapter:
     return adapter.map(lambda t: t.requires_grad_())
 
 
+def linear(x, weight, bias, factors, dropped=functional.NO_DROPOUT, y=None) -> torch.Tensor:
+    pack = packed(Factors(*factors), x.dtype)
+    return functional.low_rank_linear(x, weight, bias, pack, dropped, y)
+
+
+def projections(x, weights, biases, factors, dropped=functional.NO_DROPOUT):
+    packs = [packed(Factors(*each), x.dtype) for each in factors]
+    return functional.adapted_projections(x, weights, biases, packs, dropped)
+
+
 def outputs(x, weights, biases, adapters) -> tuple[torch.Tensor, ...]:
     """Those of one layer, or of several that are computed together."""
-    factors = [Factors(*each) for each in adapters]
-    if len(factors) == 1:
-        return (functional.adapted_linear(x, weights[0], biases[0], factors[0]),)
-    return functional.adapted_projections(x, weights, biases, factors)
+    if len(adapters) == 1:
+        return (linear(x, weights[0], biases[0], adapters[0]),)
+    return projections(x, weights, biases, adapters)
 
 
 @pytest.mark.parametrize("dropout", [False, True])
@@ -52,20 +62,48 @@ def test_gradcheck(shape, form, dropout, device):
 
     def run(*values):
         kept = forward_of(values[0].flatten(0, -2), mask)
-        drop = (mask[0], *kept) if dropout else ()
+        drop = Dropped(mask[0], *kept) if dropout else functional.NO_DROPOUT
         if form == "add":
-            return functional.adapted_linear(
-                values[0], None, None, Factors(*values[1:6]), 1, *drop, y=x @ weight.T
-            )
+            return linear(values[0], None, None, values[1:6], drop, x @ weight.T)
         if form == "linear":
-            args = values[0], weight, bias, Factors(*values[1:6]), 4
-            return functional.adapted_linear(*args, *drop)
-        factors = [Factors(*values[1:6]), Factors(*values[6:])]
-        args = values[0], (weight, other), (bias, None), factors, 1
-        return functional.adapted_projections(*args, *drop)
+            return linear(values[0], weight, bias, values[1:6], drop)
+        factors = values[1:6], values[6:]
+        return projections(values[0], (weight, other), (bias, None), factors, drop)
 
     values = (x, *first, *(second if form == "projections" else ()))
     assert torch.autograd.gradcheck(run, values, fast_mode=shape[1] == 16)
+
+
+@pytest.mark.parametrize("missing", ["bias", "d", None])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_oracles_values(shape, missing, device):
+    x, (weight,), (bias,), (adapter,), _ = draw(shape, device)
+    bias = None if missing == "bias" else bias
+    adapter = adapter._replace(d=None) if missing == "d" else adapter
+    expected = oracle.linear(x, weight, bias, adapter)
+    torch.testing.assert_close(linear(x, weight, bias, adapter), expected)
+    y = torch.randn_like(expected)
+    kept = y.clone()
+    added = linear(x, None, None, adapter, y=y)
+    torch.testing.assert_close(added, y + oracle.linear(x, 0 * weight, None, adapter))
+    assert torch.equal(y, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_gradients_have_the_dtypes_of_the_parameters(dtype, stored, device):
+    """Gradients of a pack are summed and scaled in float32, whatever the pack's dtype."""
+    x, (weight,), (bias,), (adapter,), (grad,) = draw((64, 48, 40, 3, 6), device, dtype)
+    x, adapter = x.requires_grad_(), trainable(adapter.map(lambda t: t.detach().to(stored)))
+    y = linear(x, weight, bias, adapter)
+    assert y.dtype == dtype
+    found = torch.autograd.grad(y, (x, *adapter), grad)
+    expected = oracle.linear_grads(grad, x.detach(), weight, adapter)
+    for mine, name in zip(found, ("x", *FIELDS), strict=True):
+        leaf = x if name == "x" else getattr(adapter, name)
+        assert (mine.dtype, mine.shape) == (leaf.dtype, leaf.shape)
+        error = (mine.double() - expected[name]).norm() / expected[name].norm()
+        assert error <= 4 * max(torch.finfo(each).eps for each in (dtype, stored))
 
 
 def test_d_of_none_stands_for_ones(device):
@@ -75,10 +113,8 @@ def test_d_of_none_stands_for_ones(device):
     leaves = [list(each[:4]) for each in (*plain, *ones)]
 
     def run(factors):
-        alone = functional.adapted_linear(x, weights[0], None, Factors(*factors[0]))
-        both = functional.adapted_projections(
-            x, weights, (None, None), [Factors(*f) for f in factors]
-        )
+        alone = linear(x, weights[0], None, factors[0])
+        both = projections(x, weights, (None, None), factors)
         return alone.square().sum() + sum(y.square().sum() for y in both)
 
     mine = torch.autograd.grad(run(plain), leaves[0] + leaves[1])
@@ -150,8 +186,7 @@ def step(frozen: str, layers: int, add: bool = False):
     x.requires_grad_("x" not in frozen.split())
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         if add:
-            factors = Factors(*adapters[0])
-            y = (functional.adapted_linear(x, None, None, factors, y=x @ weights[0].T),)
+            y = (linear(x, None, None, adapters[0], y=x @ weights[0].T),)
         else:
             y = outputs(x, weights, [None] * layers, adapters)
     with Products() as products:
@@ -191,7 +226,7 @@ def test_gradients_of_B_have_its_strides_and_are_not_copied():
     trainable(adapter)
     for t in adapter:
         t.register_hook(lambda grad: made.append(grad.data_ptr()))
-    y = functional.adapted_linear(x, weights[0], None, Factors(*adapter))
+    y = linear(x, weights[0], None, adapter)
     y.sum().backward()
     kept = {t.grad.data_ptr() for t in adapter}
     assert kept == set(made)

@@ -31,7 +31,6 @@ GROUPS = {
 
 @pytest.fixture(autouse=True)
 def _as_on_a_gpu(monkeypatch) -> None:
-    monkeypatch.setattr(ops, "torch_differentiates", lambda _: False)
     monkeypatch.setattr(ops, "fuse_projections", lambda *_: True)
 
 

@@ -17,8 +17,7 @@ from tests.helpers.operators import DTYPES, draw_adapter, floor
 from tests.helpers.oracle import Adapter
 
 POOL = ("A_pool", "B_pool")
-# (layers, tokens, in, out, private ranks, pool ranks): odd, one, none, k = 0, and with so many
-# tokens that the pool is packed into every layer.
+# (layers, tokens, in, out, private ranks, pool ranks): odd, one, none, k = 0, and more tokens.
 SHAPES = (
     (3, 5, 9, 7, 3, 6),
     (1, 3, 17, 2, 0, 5),
@@ -74,9 +73,9 @@ class Case:
                     found[f"0.{field}"] = found.get(f"0.{field}", 0) + grads[field]
         return {**found, "x": torch.stack(dx), "y": torch.stack(ys)}
 
-    def observed(self, run=functional.adapted_group, multiple=1) -> dict[str, Tensor]:
+    def observed(self, run=functional.adapted_group) -> dict[str, Tensor]:
         leaves = self.leaves()
-        y = run(*self.args(), multiple)
+        y = run(*self.args())
         grads = torch.autograd.grad(y, list(leaves.values()), self.grad)
         return {"y": y, **dict(zip(leaves, grads, strict=True))}
 
@@ -112,13 +111,10 @@ def test_values(shape, dtype, device):
     assert not excesses(ours, theirs, floor(dtype))[0]
 
 
-@pytest.mark.parametrize("in_packs", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_padding_and_the_place_of_the_pool_change_nothing(shape, in_packs, device, monkeypatch):
-    monkeypatch.setattr(ops, "pool_in_packs", lambda *_: in_packs)
-    for multiple in (1, 16):
-        case = Case(shape, device=device)
-        case.check(case.observed(multiple=multiple))
+def test_padding_changes_nothing(shape, device, monkeypatch):
+    monkeypatch.setattr(ops, "rank_multiple", lambda *_: 16)
+    Case(shape, device=device).check()
 
 
 @pytest.mark.parametrize("place", ["x", "grad", "weights", "B"])

@@ -37,9 +37,8 @@ from tests.helpers.refusals import Snapshot
 
 @pytest.fixture(params=["on a CPU", "as on a GPU"])
 def way(request, monkeypatch) -> None:
-    """By plain operations, or by autograd functions with projections computed together."""
+    """Layer by layer, or with projections computed together."""
     if request.param == "as on a GPU":
-        monkeypatch.setattr(ops, "torch_differentiates", lambda _: False)
         monkeypatch.setattr(ops, "fuse_projections", lambda *_: True)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rasa_ext import ops
+from rasa_ext.ops import Factors
 from rasa_ext.ops import experts as module
 from tests.helpers.adapters import Errors, excesses
 from tests.helpers.operators import check_operator, draw_adapter, floor
@@ -124,6 +125,8 @@ def test_packs_are_those_of_each_expert(own, pooled, dtype, multiple):
     adapter = stack(3, own, pooled, torch.float32)
     for d in (adapter.d, None):
         found = ops.pack_experts(*adapter[:4], d, dtype, multiple)
+        wide = ops.differentiable_pack(Factors(*adapter[:4], d), dtype, multiple)
+        assert all(torch.equal(w.to(dtype), t) for w, t in zip(wide, found, strict=True))
         for e in range(3):
             single = Adapter(*adapter[:4], d).map(lambda t, e=e: t[e])
             for mine, theirs in zip(found, ops.pack(*single, dtype, multiple), strict=True):

@@ -1,8 +1,6 @@
-"""Packs and linears of n layers that read one x, and their backwards."""
+"""Linears of n layers that read one x, and their backward."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from tests.helpers.adapters import Errors, excesses
 from tests.helpers.operators import (
     DTYPES,
     check_operator,
-    draw_adapter,
     floor,
     forward_of,
     random_mask,
@@ -123,49 +120,3 @@ def test_only_what_is_needed_is_read_and_comes_back(dropout, device):
         assert torch.equal(dAp, rows) if need_A else not dAp.numel()
         assert len(dBp) == (3 if need_B else 0)
         assert all(torch.equal(t, expected[f"dBp{i}"]) for i, t in enumerate(dBp))
-
-
-@pytest.mark.parametrize(
-    "layers", [((7, 3, 6), (2, 3, 6), (2, 1, 2)), ((4, 2, None), (8, 2, None))]
-)
-def test_packs_are_those_of_single_layers(layers, device):
-    """Wherever B lies; each layer has its own rank, and its own pad."""
-    adapters = [draw_adapter(9, *layer, device) for layer in layers]
-    adapters[1] = adapters[1]._replace(B=adapters[1].B.contiguous())
-    lists = [[t for t in kind if t is not None] for kind in zip(*adapters, strict=True)]
-    for dtype, multiple in itertools.product(DTYPES, (1, 8)):
-        check_operator("pack_projections", *lists, dtype, multiple)
-        Ap, Bp = ops.pack_projections(*lists, dtype, multiple)
-        rows = Ap.split([len(up) for up in Bp])
-        for adapter, down, up in zip(adapters, rows, Bp, strict=True):
-            single = ops.pack(*adapter, dtype, multiple)
-            assert torch.equal(down, single[0])
-            assert torch.equal(up, single[1])
-
-
-@pytest.mark.parametrize("given", ["both", "dAp", "dBp"])
-@pytest.mark.parametrize(
-    "layers", [((7, 3, 6), (2, 3, 6), (2, 1, 2)), ((4, 2, None), (8, 2, None))]
-)
-def test_gradients_are_those_of_single_layers(layers, given, device):
-    """Of packs with a pad; with a diagonal and without."""
-    adapters = [draw_adapter(9, *layer, device) for layer in layers]
-    ranks = [each.d.numel() + 3 for each in adapters]
-    downs = [torch.randn(rank, 9, device=device) for rank in ranks]
-    _, _, B, B_pool, d = (
-        [t for t in kind if t is not None] for kind in zip(*adapters, strict=True)
-    )
-    ups = [torch.randn(rank, len(b), device=device) for rank, b in zip(ranks, B, strict=True)]
-    for scales in (d, []):
-        args = [] if given == "dBp" else downs, [] if given == "dAp" else ups, B, B_pool, scales
-        check_operator("pack_projections_backward", *args)
-        found = torch.ops.rasa_ext.pack_projections_backward(*args)
-        for i, each in enumerate(adapters):
-            alone = torch.ops.rasa_ext.pack_backward(
-                None if given == "dBp" else downs[i],
-                None if given == "dAp" else ups[i],
-                *(each.B, each.B_pool, each.d if scales else None),
-            )
-            for mine, theirs in zip((kind[i] for kind in found), alone, strict=True):
-                assert torch.equal(mine, theirs)
-                assert mine.stride() == theirs.stride()

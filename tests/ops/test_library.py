@@ -18,17 +18,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from rasa_ext import ops
 
-def pack(device):
-    A, B = torch.ones(2, 4, device=device), torch.ones(3, 2, device=device)
-    assert ops.pack(A, None, B, None, None, torch.float32)[0].shape == (2, 4)
+def linear(device):
+    sizes = ((5, 4), (3, 4), (2, 4), (2, 3))
+    x, weight, Ap, Bp = (torch.ones(size, device=device) for size in sizes)
+    assert ops.low_rank_linear(x, weight, None, Ap, Bp)[0].shape == (5, 3)
 
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    pack("cpu")
+    linear("cpu")
     assert not caught
     with FakeTensorMode():  # of a device that need not be there
-        pack("cuda")
-        pack("cuda")
+        linear("cuda")
+        linear("cuda")
 (warning,) = caught
 print(warning.category.__name__, warning.filename, warning.message)
 """

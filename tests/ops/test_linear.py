@@ -17,6 +17,7 @@ from tests.helpers.operators import (
     drop,
     floor,
     forward_of,
+    lists,
     random_mask,
     unpacked,
 )
@@ -145,7 +146,8 @@ def test_with_packing_the_gradients_are_the_oracles(pooled, multiple, device):
     assert not any(t[adapter.d.numel() :].any() for t in grads)
     torch.testing.assert_close(y, oracle.linear(x, weight, bias, adapter))
     names = ("x", "A", "A_pool", "B", "B_pool", "d")
-    found = dict(zip(names, (dx, *ops.pack_backward(*grads, *adapter[2:])), strict=True))
+    made = ops.pack_group_backward(*([t] for t in grads), *lists([adapter])[2:])
+    found = dict(zip(names, (dx, *made), strict=True))
     for name, value in oracle.linear_grads(grad, x, weight, adapter).items():
         torch.testing.assert_close(found[name], value.reshape(found[name].shape), msg=name)
 

@@ -287,14 +287,14 @@ def test_the_gradients_of_a_sum_are_those_of_its_parts():
         torch.testing.assert_close(gradient, alone[key], rtol=1e-5, atol=1e-6)
 
 
-def test_a_sum_has_one_rate_of_dropout():
+def test_each_adapter_has_its_rate_of_dropout():
     model = two(rasa_dropout=0.5)
     model.base_model.set_adapter(["default", "third"])
     close(model(TOKENS).logits, dense(model, "default", "third"))
-    with pytest.raises(ValueError, match=r"^rasa_dropout: .*got 0.0, 0.5; train one at a time"):
-        model.train()(TOKENS)
-    model.set_adapter("default")
+    model.train()
     assert not torch.equal(model(TOKENS).logits, model(TOKENS).logits)
+    model.set_adapter("third")
+    assert torch.equal(model(TOKENS).logits, model(TOKENS).logits)
 
 
 @pytest.mark.filterwarnings("ignore:rasa_experts")
@@ -494,7 +494,9 @@ def test_checkpointing_changes_no_gradient(family, reentrant):
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model(TOKENS).logits.square().sum().backward()
         found.append({name: p.grad for name, p in trained(model).items()})
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    # A re-entrant checkpoint adds a pool's gradients layer by layer.
+    exact = {"rtol": 0, "atol": 0} if not reentrant else {}
+    torch.testing.assert_close(*found, **exact)
 
 
 def test_the_router_trained_in_full(tmp_path):

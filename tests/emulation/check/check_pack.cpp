@@ -7,84 +7,66 @@
 namespace check {
 namespace {
 
+using rasa_ext::PackGroup;
 using rasa_ext::PackLayer;
 
 struct Shape {
   int in, out, own, pooled, Rp;
 };
 
-// One layer's arrays, and what must come of them.
+// One layer's arrays.
 struct Layer {
-  Shape shape;
-  Array A, A_pool, B, B_pool, d, Ap, Bp;
+  Array A, B, d;
 
-  Layer(const Shape& s, DType param, DType dtype, int offset)
-      : shape(s),
-        A(param, int64_t{s.own} * s.in, offset),
-        A_pool(param, int64_t{s.pooled} * s.in, offset),
+  Layer(const Shape& s, DType param, int offset)
+      : A(param, int64_t{s.own} * s.in, offset),
         B(param, int64_t{s.out} * s.own, offset),
-        B_pool(param, int64_t{s.out} * s.pooled, offset),
-        d(param, s.own + s.pooled, offset),
-        Ap(dtype, int64_t{s.Rp} * s.in, offset),
-        Bp(dtype, int64_t{s.Rp} * s.out, offset) {
-    for (Array* input : {&A, &A_pool, &B, &B_pool, &d}) input->randomize();
-  }
-
-  PackLayer pointers() const {
-    return {A.data(),  A_pool.data(), B.data(),  B_pool.data(), d.data(),     Ap.data(),
-            Bp.data(), shape.in,      shape.out, shape.own,     shape.pooled, shape.Rp};
-  }
-
-  // `scaled`: whether d was given.
-  void expect_packed(bool scaled) const {
-    const auto stacked = [&](const Array& own, const Array& pool, int width, int64_t i) {
-      const int64_t j = i / width, n = i % width;
-      if (j < shape.own) return own[i];
-      return j < shape.own + shape.pooled ? pool[(j - shape.own) * width + n] : 0.0;
-    };
-    expect_rounded("Ap", Ap, [&](int64_t i) { return stacked(A, A_pool, shape.in, i); });
-    expect_rounded("Bp", Bp, [&](int64_t i) {
-      const int64_t j = i / shape.out;
-      const bool scales = scaled && j < shape.own + shape.pooled;
-      return stacked(B, B_pool, shape.out, i) * (scales ? d[j] : 1.0);
-    });
+        d(param, s.own + s.pooled, offset) {
+    for (Array* input : {&A, &B, &d}) input->randomize();
   }
 };
 
-void check_one(const Shape& shape, DType param, DType dtype, int offset, bool scaled = true) {
-  begin_case("in " + std::to_string(shape.in) + " out " + std::to_string(shape.out) + " own " +
-             std::to_string(shape.own) + " pooled " + std::to_string(shape.pooled) + " Rp " +
-             std::to_string(shape.Rp) + " offset " + std::to_string(offset) + " " + name_of(param) +
-             " to " + name_of(dtype));
-  Layer layer(shape, param, dtype, offset);
-  PackLayer pointers = layer.pointers();
-  if (!scaled) pointers.d = nullptr;
-  run_repeatedly("pack", {&layer.Ap, &layer.Bp},
-                 [&] { rasa_ext::launch_pack(&pointers, nullptr, 1, param, dtype, nullptr); });
-  layer.expect_packed(scaled);
-}
-
-// Layers of different shapes, most of them smaller than the first.
-void check_many(DType param, DType dtype, const std::vector<Shape>& shapes) {
-  begin_case(std::to_string(shapes.size()) + " layers " + name_of(param) + " to " + name_of(dtype));
+// Layers of one shape with one pool, and what must come of them. `scaled`: whether d is given.
+void check_group(const Shape& shape, int count, DType param, DType dtype, int offset,
+                 bool scaled = true) {
+  begin_case(std::to_string(count) + " layers in " + std::to_string(shape.in) + " out " +
+             std::to_string(shape.out) + " own " + std::to_string(shape.own) + " pooled " +
+             std::to_string(shape.pooled) + " Rp " + std::to_string(shape.Rp) + " offset " +
+             std::to_string(offset) + " " + name_of(param) + " to " + name_of(dtype));
+  const int64_t in = shape.in, out = shape.out;
+  Array A_pool(param, shape.pooled * in, offset), B_pool(param, shape.pooled * out, offset);
+  Array Ap(dtype, count * shape.Rp * in, offset), Bp(dtype, count * shape.Rp * out, offset);
+  for (Array* input : {&A_pool, &B_pool}) input->randomize();
   std::vector<std::unique_ptr<Layer>> layers;
-  std::vector<Array*> outputs;
   std::vector<PackLayer> host;
-  for (const Shape& shape : shapes) {
-    layers.push_back(std::make_unique<Layer>(shape, param, dtype, 0));
-    outputs.push_back(&layers.back()->Ap);
-    outputs.push_back(&layers.back()->Bp);
-    host.push_back(layers.back()->pointers());
+  for (int i = 0; i < count; ++i) {
+    const Layer& layer = *layers.emplace_back(std::make_unique<Layer>(shape, param, offset));
+    host.push_back({layer.A.data(), layer.B.data(), scaled ? layer.d.data() : nullptr});
   }
-  const int count = static_cast<int>(host.size());
-  const size_t bytes = host.size() * sizeof(PackLayer);
-  auto* table =
-      count > rasa_ext::kLayersByValue ? static_cast<PackLayer*>(allocate(bytes)) : nullptr;
+  const PackGroup group{A_pool.data(), B_pool.data(), Ap.data(), Bp.data(),    count,
+                        shape.in,      shape.out,     shape.own, shape.pooled, shape.Rp};
+  auto* table = count > rasa_ext::kLayersByValue
+                    ? static_cast<PackLayer*>(allocate(host.size() * sizeof(PackLayer)))
+                    : nullptr;
   if (table != nullptr) std::copy(host.begin(), host.end(), table);
-  run_repeatedly("pack", outputs,
-                 [&] { rasa_ext::launch_pack(host.data(), table, count, param, dtype, nullptr); });
+  run_repeatedly("pack", {&Ap, &Bp},
+                 [&] { rasa_ext::launch_pack(group, host.data(), table, param, dtype, nullptr); });
   release(table);
-  for (const auto& layer : layers) layer->expect_packed(true);
+  const int rank = shape.own + shape.pooled;
+  const auto stacked = [&](const Array& own, const Array& pool, int64_t width, int64_t j,
+                           int64_t n) {
+    if (j < shape.own) return own[j * width + n];
+    return j < rank ? pool[(j - shape.own) * width + n] : 0.0;
+  };
+  expect_rounded("Ap", Ap, [&](int64_t i) {
+    const int64_t row = i / in, j = row % shape.Rp;
+    return stacked(layers[row / shape.Rp]->A, A_pool, in, j, i % in);
+  });
+  expect_rounded("Bp", Bp, [&](int64_t i) {
+    const int64_t row = i / out, j = row % shape.Rp;
+    const Layer& layer = *layers[row / shape.Rp];
+    return stacked(layer.B, B_pool, out, j, i % out) * (scaled && j < rank ? layer.d[j] : 1.0);
+  });
 }
 
 }  // namespace
@@ -106,30 +88,28 @@ void check_pack() {
                                   {6, 0, 3, 2, 16},
                                   {4, 4, 0, 0, 0}};
   if (is_small()) {
-    for (int i = 0; i < 3; ++i) check_one(shapes[i], DType::kFloat32, DType::kBFloat16, i % 2);
+    for (int i = 0; i < 3; ++i) {
+      check_group(shapes[i], 1 + i % 2, DType::kFloat32, DType::kBFloat16, i % 2);
+    }
     return;
   }
   for (const Shape& shape : shapes) {
-    for (const DType param : dtypes()) {
-      for (const DType dtype : dtypes()) {
-        for (const int offset : {0, 1}) check_one(shape, param, dtype, offset);
+    for (const int offset : {0, 1}) {
+      for (const DType param : dtypes()) {
+        for (const DType dtype : dtypes()) {
+          for (const int count : {1, 3}) check_group(shape, count, param, dtype, offset);
+        }
       }
+      check_group(shape, 2, DType::kFloat64, DType::kFloat64, offset);
     }
-    check_one(shape, DType::kFloat64, DType::kFloat64, 0);
-    check_one(shape, DType::kFloat64, DType::kFloat64, 1);
   }
   for (const Shape& shape : {shapes[0], shapes[1]}) {
-    check_one(shape, DType::kFloat32, DType::kBFloat16, 0, false);
+    check_group(shape, 2, DType::kFloat32, DType::kBFloat16, 0, false);
   }
-  for (const DType dtype : dtypes()) check_many(DType::kFloat32, dtype, shapes);
-  check_many(DType::kFloat32, DType::kBFloat16, {});
-  // As many as travel by value, and one more.
-  std::vector<Shape> many(rasa_ext::kLayersByValue, {9, 5, 2, 1, 4});
-  many[1] = shapes[0];
-  many.back() = shapes[1];
-  check_many(DType::kFloat32, DType::kBFloat16, many);
-  many.push_back(shapes[2]);
-  check_many(DType::kFloat32, DType::kBFloat16, many);
+  // None, as many as travel by value, and one more.
+  for (const int count : {0, rasa_ext::kLayersByValue, rasa_ext::kLayersByValue + 1}) {
+    check_group({9, 5, 2, 1, 4}, count, DType::kFloat32, DType::kBFloat16, 0);
+  }
 }
 
 }  // namespace check

@@ -1,0 +1,412 @@
+"""PackSet: the packs of all layers of a group, made in one call for a whole forward.
+
+The first layer that needs a pack packs every layer of the group: one call for the values, and one
+autograd node, through which the gradients of all packs come back. The node runs once they are
+complete, and sums the pool's gradients over the layers in a fixed order.
+
+A gradient reaches the node as that of a *port*: a tensor of the pack's shape in the accumulation
+dtype, expanded from one element. So autograd carries it in float32 whatever the pack's dtype.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from operator import methodcaller
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from rasa_ext import ops
+from rasa_ext.nn.adapter import Adapter
+from rasa_ext.nn.function import Function
+from rasa_ext.nn.precision import is_sharing, restored
+from rasa_ext.ops import Factors
+
+_Stamp: TypeAlias = "tuple[Tensor, int, bool, torch.dtype]"
+_Port: TypeAlias = "tuple[Tensor | None, Tensor | None]"
+
+_last_step = object()  # replaced after every step of any optimizer in the process
+
+
+def _stepped(*_: Any) -> None:
+    global _last_step
+    _last_step = object()
+
+
+# Fused optimizers of torch and bitsandbytes write without raising a tensor's version.
+register_optimizer_step_post_hook(_stepped)
+
+
+class Packed(NamedTuple):
+    """One layer's pack, and the ports that take the gradients; None for what is not trained."""
+
+    Ap: Tensor
+    Bp: Tensor
+    Ap_port: Tensor | None = None
+    Bp_port: Tensor | None = None
+
+
+class PackSet:
+    """The packs of a group's layers. Layers ``join`` it, and adapters ask it with ``take``.
+
+    With grad, every forward packs anew: a layer that has read the packs already, or a backward
+    through them, makes them stale. A forward inside a backward, such as a checkpoint's, reads the
+    packs again. Without grad, packs stay until a tensor changes in identity, version, dtype or
+    ``requires_grad``, or any optimizer steps. Writes through ``.data`` are not seen without grad.
+
+    A layer packs for itself while ``torch.compile`` traces or a CUDA graph is captured, so that
+    graphs see new values; if it is a copy that did not join, as a replica of ``nn.DataParallel``;
+    and with grad if a factor is computed from trained tensors. Copies and pickles of a set are
+    empty: a layer joins again as it is copied.
+
+    Args:
+        ask: gives a layer's adapter.
+    """
+
+    def __init__(self, ask: Callable[[Any], Any] = methodcaller("adapter")) -> None:
+        self._ask = ask
+        self._members: dict[int, weakref.ref[Any]] = {}
+        # Replaced in one assignment, since threads share it.
+        self._rounds: dict[tuple[torch.dtype, torch.device], _Round] = {}
+        self._computed = False
+
+    def join(self, index: int, owner: Any) -> None:
+        """Make ``owner`` the group's layer number ``index``."""
+        self._members[index] = weakref.ref(owner)
+        self.drop()
+
+    def drop(self) -> None:
+        """Drop the packs."""
+        self._rounds, self._computed = {}, False
+
+    def take(self, adapter: Adapter, dtype: torch.dtype) -> Packed:
+        """Return an adapter's pack in ``dtype``, with ports if gradients are needed."""
+        index, sources, grad = adapter.spec.index, adapter.sources(), torch.is_grad_enabled()
+        device = sources[0].device
+        if is_compiling() or _is_capturing(device):
+            return _alone(adapter, dtype)
+        found = self._rounds.get((dtype, device))
+        entry = None if found is None else found.entry(index, sources, grad)
+        if entry is None:
+            if grad and self._computed:
+                return _alone(adapter, dtype)
+            found = self._pack(adapter, dtype, device)
+            entry = found.entries.get(index)
+            if entry is None:
+                return _alone(adapter, dtype)
+            self._rounds = {**self._rounds, (dtype, device): found}
+        assert found is not None
+        if found.made is not None:
+            _wait(entry.pack[:2], *found.made)
+        if not grad or not entry.trained:
+            return entry.pack
+        if not found.linked:  # a re-entrant checkpoint packs without grad
+            self._link(found, self._layers(device))
+        entry.served = True
+        if entry.ported is None:
+            self._computed = True
+            return _alone(adapter, dtype)
+        return entry.ported
+
+    def _layers(self, device: torch.device) -> dict[int, tuple[Sequence[Tensor], Factors]]:
+        """Return the tensors and factors of all layers on ``device`` that still exist."""
+        found = {}
+        for index, member in self._members.items():
+            owner = member()
+            if owner is None:
+                continue
+            adapter = self._ask(owner)
+            sources = adapter.sources()
+            if sources[0].device == device and not any(map(Tensor.is_inference, sources)):
+                found[index] = sources, adapter.factors()
+        return found
+
+    def _pack(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> _Round:
+        """Pack all layers on ``device``, if the adapter's layer is one."""
+        found = _Round()
+        if torch.is_grad_enabled() and adapter.sources()[0].dtype != adapter.config.adapter_dtype:
+            self._restore(adapter)
+        member = self._members.get(adapter.spec.index)
+        if member is None or member() is not adapter.owner:
+            return found
+        layers = self._layers(device)
+        for index, (sources, _) in layers.items():
+            # Read before packing, so that a write by another thread meanwhile makes it stale.
+            found.entries[index] = _Entry(sources)
+        # A pack made in inference mode could not be saved for a backward.
+        with torch.inference_mode(False):
+            for group in _alike(layers):
+                packs = pack_layers([layers[index][1] for index in group], dtype)
+                for index, Ap, Bp in zip(group, *packs, strict=True):
+                    found.entries[index].pack = Packed(Ap, Bp)
+                found.groups.append((group, packs))
+        if torch.is_grad_enabled():
+            self._link(found, layers)
+        if device.type == "cuda":
+            stream = torch.cuda.current_stream(device)
+            found.made = stream, stream.record_event()
+        return found
+
+    def _restore(self, adapter: Adapter) -> None:
+        """Restore dtypes in all layers; copies that FSDP casts for the computation stay."""
+        if not is_sharing():
+            owners = (member() for member in self._members.values())
+            others = (self._ask(owner) for owner in owners if owner is not None)
+            for each in (adapter, *others):
+                restored(each.sources(), each.config.adapter_dtype)
+
+    def _link(self, found: _Round, layers: Mapping[int, tuple[Sequence[Tensor], Factors]]) -> None:
+        """Make the ports of all packs whose trained factors are themselves trained tensors."""
+        for group, packs in found.groups:
+            if all(index in layers and _is_direct(*layers[index]) for index in group):
+                factors = [layers[index][1] for index in group]
+                made = ports(packs, factors, weakref.ref(found))
+                for index, each in zip(group, made, strict=True):
+                    entry = found.entries[index]
+                    entry.ported = Packed(*entry.pack[:2], *each)
+        found.linked = True
+
+    def __reduce__(self) -> tuple[type[PackSet], tuple[Any]]:
+        return type(self), (self._ask,)
+
+
+class _Round:
+    """Packs of several layers in one dtype and on one device, and what they were made of."""
+
+    def __init__(self) -> None:
+        self.step = _last_step
+        self.entries: dict[int, _Entry] = {}
+        self.groups: list[tuple[list[int], tuple[Tensor, Tensor]]] = []
+        self.linked = False
+        """Whether there are ports."""
+        self.spent = False
+        """Whether a backward has gone through a port."""
+        self.made: tuple[Any, Any] | None = None
+        """On a GPU, the stream that packed, and an event after the kernels."""
+
+    def entry(self, index: int, sources: Sequence[Tensor], grad: bool) -> _Entry | None:
+        """Return a layer's entry, or None if it is stale.
+
+        Every forward of every layer calls this, and microseconds count: hence one loop over plain
+        comparisons.
+        """
+        entry = self.entries.get(index)
+        if entry is None or self.step is not _last_step or len(entry.stamps) != len(sources):
+            return None
+        old = self.spent or (grad and entry.trained and (entry.served or not self.linked))
+        if old and torch._C._current_graph_task_id() == -1:  # not inside a backward
+            return None
+        for source, (its, version, trained, dtype) in zip(sources, entry.stamps, strict=True):
+            if source is not its or source._version != version:
+                return None
+            if source.requires_grad is not trained or source.dtype is not dtype:
+                return None
+        return entry
+
+
+class _Entry:
+    """One layer's pack."""
+
+    pack: Packed
+
+    def __init__(self, sources: Sequence[Tensor]) -> None:
+        # Holding the tensors ensures that no other tensor gets their identities.
+        self.stamps: list[_Stamp] = [(s, s._version, s.requires_grad, s.dtype) for s in sources]
+        self.trained = any(each.requires_grad for each in sources)
+        self.ported: Packed | None = None
+        """The pack with ports; None if a factor is computed."""
+        self.served = False
+        """Whether the layer has read the pack with grad."""
+
+
+def _is_direct(sources: Sequence[Tensor], factors: Factors) -> bool:
+    """Return whether every trained factor is itself one of the adapter's tensors."""
+    known = set(map(id, sources))
+    return all(t is None or id(t) in known or not t.requires_grad for t in factors)
+
+
+def _alone(adapter: Adapter, dtype: torch.dtype) -> Packed:
+    """Pack one layer."""
+    factors = adapter.factors()
+    if torch.is_grad_enabled() and any(each.requires_grad for each in adapter.sources()):
+        return differentiable_pack(factors, dtype)
+    Ap, Bp = pack_layers([factors], dtype)
+    return Packed(Ap[0], Bp[0])
+
+
+def differentiable_pack(factors: Factors, dtype: torch.dtype) -> Packed:
+    """Pack one layer by operations that autograd differentiates; the ports are wide packs."""
+    wide = ops.differentiable_pack(by_expert(factors), dtype, _multiple(factors, dtype))
+    Ap, Bp = (each.detach().to(dtype) for each in wide)
+    return Packed(Ap, Bp, *(each if each.requires_grad else None for each in wide))
+
+
+def _alike(layers: Mapping[int, tuple[Any, Factors]]) -> list[list[int]]:
+    """Group layers that one call can pack: equal shapes and dtypes, and one pool."""
+    groups: dict[Any, list[int]] = {}
+    for index, (_, (A, A_pool, B, B_pool, d)) in layers.items():
+        key: Any = index
+        if A.dim() == 2:
+            diagonal = None if d is None else (d.shape, d.dtype)
+            key = A.shape, A.dtype, B.shape, B.dtype, diagonal, id(A_pool), id(B_pool)
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def pack_layers(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Pack layers of equal shapes with one pool to Ap (L, Rp, in) and Bp (L, Rp, out).
+
+    Stacked experts come alone, and the packs are (1, E, Rp, in) and (1, E, Rp, out). Not
+    differentiable.
+    """
+    first, multiple = factors[0], _multiple(factors[0], dtype)
+    if first.A.dim() == 3:
+        Ap, Bp = ops.pack_experts(*by_expert(first), dtype, multiple)
+        return Ap[None], Bp[None]
+    A, _, B, _, d = map(list, zip(*factors, strict=True))
+    d = [] if first.d is None else d
+    return ops.pack_group(A, first.A_pool, B, first.B_pool, d, dtype, multiple)
+
+
+def _multiple(factors: Factors, dtype: torch.dtype) -> int:
+    """Return the multiple to which the rank is padded."""
+    if factors.A.dim() == 3:
+        return ops.experts_rank_multiple(dtype)
+    return ops.rank_multiple(factors.A.device.type)
+
+
+def by_expert(factors: Factors) -> Factors:
+    """Return the factors that are packed: for stacked experts, all but a shared pool."""
+    A, A_pool, B, _, d = factors
+    if A.dim() == 2 or A_pool is None or A_pool.dim() == 3:
+        return factors
+    return Factors(A, None, B, None, None if d is None else d[:, : A.shape[1]])
+
+
+def ports(
+    packs: tuple[Tensor, Tensor],
+    factors: Sequence[Factors],
+    found: Callable[[], _Round | None] = lambda: None,
+) -> list[_Port]:
+    """Return the ports of every layer in what ``pack_layers`` made; gradients go to the factors.
+
+    A port is None if no gradient is needed. A backward makes ``found()`` spent.
+    """
+    first, layers = factors[0], len(factors)
+    A, _, B, _, d = zip(*factors, strict=True)
+    made = _Gate.apply(packs, factors, found, first.A_pool, first.B_pool, *A, *B, *d)
+    A_pool, B_pool = (
+        pool is not None and pool.requires_grad for pool in (first.A_pool, first.B_pool)
+    )
+    return [
+        (
+            down if A_pool or a.requires_grad else None,
+            up if B_pool or b.requires_grad or (v is not None and v.requires_grad) else None,
+        )
+        for down, up, a, b, v in zip(made[:layers], made[layers:], A, B, d, strict=True)
+    ]
+
+
+class _Gate(Function):
+    """One node for the packs of L layers, with two ports a layer, which take no memory.
+
+    The node holds the factors itself instead of saving them for the backward, so that several
+    backwards can run through it, and a checkpoint does not count them. So it checks versions.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        packs: tuple[Tensor, Tensor],
+        factors: Sequence[Factors],
+        found: Callable[[], _Round | None],
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.factors, ctx.found = factors, found
+        ctx.versions = [_versions(each) for each in factors]
+        zero = packs[0].new_zeros((), dtype=ops.accumulation_dtype(packs[0].dtype))
+        down, up = (zero.expand(each.shape).unbind(0) for each in packs)
+        return *down, *up
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        factors: Sequence[Factors] = ctx.factors
+        layers, found = len(factors), ctx.found()
+        if found is not None:
+            found.spent = True
+        downs, ups = grads[:layers], grads[layers:]
+        live = [i for i in range(layers) if downs[i] is not None or ups[i] is not None]
+        if any(_versions(factors[i]) != ctx.versions[i] for i in live):
+            raise RuntimeError(
+                "expected an adapter that is unchanged from a forward to the backward, but it has "
+                "been modified by an inplace operation, such as a step of an optimizer; run the "
+                "forward again."
+            )
+        results: list[Tensor | None] = [None] * (2 + 3 * layers)
+        if live:
+            chosen = (_complete([side[i] for i in live]) for side in (downs, ups))
+            results[:2], own = _unpack([factors[i] for i in live], *chosen)
+            for i, of_layer in zip(live, own, strict=True):
+                results[2 + i :: layers] = of_layer
+        needs = ctx.needs_input_grad[3:]
+        wanted = (each if need else None for each, need in zip(results, needs, strict=True))
+        return None, None, None, *wanted
+
+
+def _versions(factors: Factors) -> list[int]:
+    return [-1 if each is None else each._version for each in factors]
+
+
+def _complete(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Replace None by zeros; return an empty list if all are None."""
+    some = next((grad for grad in grads if grad is not None), None)
+    return [] if some is None else [torch.zeros_like(some) if g is None else g for g in grads]
+
+
+def _unpack(
+    factors: Sequence[Factors], downs: list[Tensor], ups: list[Tensor]
+) -> tuple[Sequence[Tensor | None], list[Sequence[Tensor | None]]]:
+    """Return the gradients of A_pool and B_pool, and of every layer's A, B and d."""
+    A, _, B, B_pool, d = by_expert(factors[0])
+    if A.dim() == 3:
+        down, up = (each[0] if each else None for each in (downs, ups))
+        dA, dA_pool, dB, dB_pool, dd = ops.pack_experts_backward(down, up, B, B_pool, d)
+        if dd is not None and factors[0].d is not None:
+            dd = torch.nn.functional.pad(dd, (0, factors[0].d.shape[1] - dd.shape[1]))
+        return (dA_pool, dB_pool), [(dA, dB, dd)]
+    diagonals = [each.d for each in factors if each.d is not None]
+    results = ops.pack_group_backward(downs, ups, [each.B for each in factors], B_pool, diagonals)
+    made = [bool(downs), bool(downs), bool(ups), bool(ups), bool(ups and diagonals)]
+    dA, dA_pool, dB, dB_pool, dd = (r if m else None for r, m in zip(results, made, strict=True))
+    none = [None] * len(factors)
+    own = zip(*(none if each is None else each for each in (dA, dB, dd)), strict=True)
+    return (dA_pool, dB_pool), list(own)
+
+
+def _wait(pack: tuple[Tensor, Tensor], maker: Any, made: Any) -> None:
+    """Make this stream wait for the packing kernel, and reuse of the memory wait for this stream.
+
+    Otherwise a stream other than the maker's could read the pack before it is written, and the
+    memory could be reused as soon as the maker drops the pack.
+    """
+    stream = torch.cuda.current_stream(pack[0].device)
+    if stream != maker:
+        stream.wait_event(made)
+        for tensor in pack:
+            tensor.record_stream(stream)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    # This asks about the current device, which may not be the pack's.
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
