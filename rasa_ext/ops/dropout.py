@@ -78,6 +78,5 @@ def keep(x: Tensor, bits: Tensor) -> Tensor:
 def project(x: Tensor, Ap: Tensor, x_dropped: Tensor | None, scale: float) -> Tensor:
     """Compute U = X Ap^T (M, Rp), from the masked X if dropout is used."""
     source = x if x_dropped is None else x_dropped
-    by_ranks = ranks_first(x.device.type, x.dtype)
-    U = torch.mm(Ap, source.t()).t() if by_ranks else torch.mm(source, Ap.t())
+    U = torch.mm(Ap, source.t()).t() if ranks_first(x) else torch.mm(source, Ap.t())
     return U if x_dropped is None else U.mul_(scale)

@@ -38,7 +38,7 @@ def linear(
 
 def with_base(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, Bp: Tensor) -> Tensor:
     """Compute X W^T + bias + U Bp (M, out); ``adapter_first`` decides which product comes first."""
-    if adapter_first(x.device.type, x.dtype):
+    if adapter_first(x):
         y = torch.mm(U, Bp) if bias is None else torch.addmm(bias, U, Bp)
         return y.addmm_(x, weight.t())
     return dense(x, weight, bias).addmm_(U, Bp)
@@ -130,7 +130,7 @@ def linear_grads(
         if need_A and x is not None:
             dAp = torch.mm(H.t(), x if bits is None else keep(x, bits))
         if need_x:
-            if bits is None and adapter_first(grad.device.type, grad.dtype):
+            if bits is None and adapter_first(grad):
                 dx = torch.mm(H, Ap)
                 dx = dx if weight is None else dx.addmm_(grad, weight)
             else:
@@ -148,7 +148,7 @@ def input_grad(
     bits: Tensor | None,
 ) -> Tensor:
     """Compute dX = sum_i G_i W_i + H Ap, with H Ap masked by ``bits``."""
-    if weights is None or adapter_first(H.device.type, H.dtype):
+    if weights is None or adapter_first(H):
         dx = torch.mm(H, Ap)
         if bits is not None:
             integers(dx).bitwise_and_(bits)
