@@ -154,7 +154,7 @@ class Case:
         with torch.no_grad():
             for name in expert_weight_names(dense):
                 factors = module.stacks()[name].adapter().factors().with_pool_of_each()
-                Ap, Bp = ops.pack_experts(*factors, torch.float32)
+                Ap, Bp = ops.differentiable_pack(factors, torch.float32)
                 weight = getattr(dense, name)
                 weight.copy_((weight.float() + Bp.mT @ Ap).to(weight.dtype))
         return dense

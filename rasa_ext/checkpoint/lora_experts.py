@@ -76,7 +76,7 @@ def expert_factors(
             factors = stack.factors[name].with_pool_of_each()
             Ap, Bp = (
                 nn.functional.pad(pack, (0, 0, 0, rank - pack.shape[1]))
-                for pack in ops.pack_experts(*factors, torch.float32)
+                for pack in ops.differentiable_pack(factors, torch.float32)
             )
             if layout == PEFT:
                 yield from _stacked(inner, stack.base, Ap, Bp)

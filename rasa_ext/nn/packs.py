@@ -267,8 +267,8 @@ def pack_layers(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor,
     """
     first, multiple = factors[0], _multiple(factors[0], dtype)
     if first.A.dim() == 3:
-        Ap, Bp = ops.pack_experts(*by_expert(first), dtype, multiple)
-        return Ap[None], Bp[None]
+        Ap, Bp = ops.differentiable_pack(by_expert(first), dtype, multiple)
+        return Ap.to(dtype)[None], Bp.to(dtype)[None]
     A, _, B, _, d = map(list, zip(*factors, strict=True))
     d = [] if first.d is None else d
     return ops.pack_group(A, first.A_pool, B, first.B_pool, d, dtype, multiple)

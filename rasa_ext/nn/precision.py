@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.sharded import is_dtensor
 
-HALVES = frozenset({torch.bfloat16, torch.float16})
-
 # Set if this is a copy, and FSDP, DeepSpeed or DistributedDataParallel's mixed precision holds the
 # parameter in another dtype.
 _COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping", "_mp_param")

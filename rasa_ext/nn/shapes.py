@@ -10,11 +10,6 @@ from torch import Tensor
 _unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = torch.ops.aten._unsafe_view.default
 
 
-def count_tokens(x: Tensor) -> int:
-    """Return M, the number of tokens in x (..., n)."""
-    return x.numel() // max(x.shape[-1], 1)
-
-
 def flatten_tokens(x: Tensor) -> Tensor:
     """Reshape x (..., n) to (M, n)."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])

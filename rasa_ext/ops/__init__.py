@@ -8,7 +8,6 @@ from rasa_ext.ops.experts import (
     experts_linear,
     experts_outer,
     experts_rank_multiple,
-    pack_experts,
     pack_experts_backward,
 )
 from rasa_ext.ops.fused_projections import (
@@ -62,7 +61,6 @@ __all__ = [
     "merge_group",
     "noise_words",
     "pack",
-    "pack_experts",
     "pack_experts_backward",
     "pack_group",
     "pack_group_backward",

@@ -31,7 +31,6 @@ _R = TypeVar("_R")
 
 def operator(
     schema: str,
-    kernel: Callable[..., Any] | None = None,
     fake: Callable[..., Any] | None = None,
     composed: bool = False,
 ) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -43,8 +42,6 @@ def operator(
 
     Args:
         schema: name, arguments and results as ``torch.library`` takes them.
-        kernel: the function to register, if the decorated one returns views for speed; an operator
-            must not return views.
         fake: the fake kernel, if compiled kernels take other inputs or the PyTorch kernel reads
             values.
         composed: whether torch's kernels suffice, so that no kernel is compiled.
@@ -52,11 +49,10 @@ def operator(
     name = schema.partition("(")[0]
 
     def define(direct: Callable[_P, _R]) -> Callable[_P, _R]:
-        registered: Callable[..., Any] = direct if kernel is None else kernel
-        shapes = registered if fake is None else fake
+        shapes = direct if fake is None else fake
         OPERATORS[name] = schema, shapes
         LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, registered, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, direct, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{LIBRARY.ns}::{name}", shapes, lib=LIBRARY)
         overload: Callable[_P, _R] = getattr(getattr(torch.ops, LIBRARY.ns), name).default
         if composed:

@@ -38,7 +38,7 @@ def packs(monkeypatch) -> list:
         made.append(weakref.ref(pack[0]))
         return pack
 
-    for name in ("pack_group", "pack_experts"):
+    for name in ("pack_group", "differentiable_pack"):
         monkeypatch.setattr(ops, name, functools.partial(counting, getattr(ops, name)))
     return made
 

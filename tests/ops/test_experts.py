@@ -124,9 +124,8 @@ def stack(count: int, own: int, pooled: int | None, dtype=torch.float64) -> Adap
 def test_packs_are_those_of_each_expert(own, pooled, dtype, multiple):
     adapter = stack(3, own, pooled, torch.float32)
     for d in (adapter.d, None):
-        found = ops.pack_experts(*adapter[:4], d, dtype, multiple)
         wide = ops.differentiable_pack(Factors(*adapter[:4], d), dtype, multiple)
-        assert all(torch.equal(w.to(dtype), t) for w, t in zip(wide, found, strict=True))
+        found = [each.to(dtype) for each in wide]
         for e in range(3):
             single = Adapter(*adapter[:4], d).map(lambda t, e=e: t[e])
             for mine, theirs in zip(found, ops.pack(*single, dtype, multiple), strict=True):
@@ -141,7 +140,7 @@ def test_gradients_of_packs(own, pooled, multiple):
     adapter = stack(3, own, pooled)
     for d in (adapter.d, None):
         leaves = Adapter(*adapter[:4], d).map(lambda t: t.detach().clone().requires_grad_())
-        packs = ops.pack_experts(*leaves, torch.float64, multiple)
+        packs = ops.differentiable_pack(Factors(*leaves), torch.float64, multiple)
         probes = [torch.randn_like(pack) for pack in packs]
         given = [leaf for leaf in leaves if leaf is not None]
         expected = iter(torch.autograd.grad(packs, given, probes))
@@ -154,6 +153,6 @@ def test_gradients_of_packs(own, pooled, multiple):
 
 def test_gradients_come_in_the_parameters_dtype():
     adapter = stack(2, 3, 2, torch.float32)
-    Ap, Bp = ops.pack_experts(*adapter, torch.bfloat16, 8)
+    Ap, Bp = ops.differentiable_pack(Factors(*adapter), torch.bfloat16, 8)
     for grad, tensor in zip(ops.pack_experts_backward(Ap, Bp, *adapter[2:]), adapter, strict=True):
         assert (grad.dtype, grad.shape) == (torch.float32, tensor.shape)
