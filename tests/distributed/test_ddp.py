@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import rasa_ext
 from tests.helpers.processes import WORKERS, launch
@@ -18,6 +22,7 @@ sys.path.insert(0, str(WORKERS))
 import trainer
 import training
 
+from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
 
 PARITY = 1e-6
@@ -83,6 +88,38 @@ def test_layers_that_some_processes_do_not_use(trained):
         assert (grad is None) == (not parts), name
         if parts:
             torch.testing.assert_close(grad, sum(parts) / 2)
+
+
+class Skipping(nn.Module):
+    """Three layers of one group, of which a forward leaves out the middle one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[2](self.layers[0](x))
+
+
+@pytest.mark.parametrize("find_unused", [True, False])
+def test_ddp_over_a_layer_that_takes_no_part(find_unused):
+    """The group's packs are one node of the graph, through which DDP finds the layer's tensors."""
+    model, x = patched(Skipping()), torch.randn(5, 6)
+    alone = copy.deepcopy(model)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused)
+        for each in (alone, wrapped, wrapped):
+            each.zero_grad()
+            each(x).square().sum().backward()
+    finally:
+        dist.destroy_process_group()
+    for (name, mine), other in zip(model.named_parameters(), alone.parameters(), strict=True):
+        if ".1." in name:
+            assert mine.grad is None or not mine.grad.any()
+            assert (mine.grad is None) or not find_unused
+        elif mine.requires_grad:
+            torch.testing.assert_close(mine.grad, other.grad)
 
 
 FSDP2 = (
