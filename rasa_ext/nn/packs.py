@@ -54,10 +54,11 @@ class Packed(NamedTuple):
 class PackSet:
     """The packs of a group's layers. Layers ``join`` it, and adapters ask it with ``take``.
 
-    With grad, every forward packs anew: a layer that has read the packs already, or a backward
-    through them, makes them stale. A forward inside a backward, such as a checkpoint's, reads the
-    packs again. Without grad, packs stay until a tensor changes in identity, version, dtype or
-    ``requires_grad``, or any optimizer steps. Writes through ``.data`` are not seen without grad.
+    With grad, every forward packs anew: a backward through the packs makes them stale, and so does
+    the layer that was the first to read them, once it asks again. A forward inside a backward, such
+    as a checkpoint's, reads the packs again. Without grad, packs stay until a tensor changes in
+    identity, version, dtype or ``requires_grad``, or any optimizer steps. Writes through ``.data``
+    are not seen without grad.
 
     A layer packs for itself while ``torch.compile`` traces or a CUDA graph is captured, so that
     graphs see new values; if it is a copy that did not join, as a replica of ``nn.DataParallel``;
@@ -107,7 +108,6 @@ class PackSet:
             return entry.pack
         if not found.linked:  # a re-entrant checkpoint packs without grad
             self._link(found, self._layers(device))
-        entry.served = True
         if entry.ported is None:
             self._computed = True
             return _alone(adapter, dtype)
@@ -128,7 +128,7 @@ class PackSet:
 
     def _pack(self, adapter: Adapter, dtype: torch.dtype, device: torch.device) -> _Round:
         """Pack all layers on ``device``, if the adapter's layer is one."""
-        found = _Round()
+        found = _Round(adapter.spec.index)
         if torch.is_grad_enabled() and adapter.sources()[0].dtype != adapter.config.adapter_dtype:
             self._restore(adapter)
         member = self._members.get(adapter.spec.index)
@@ -178,8 +178,8 @@ class PackSet:
 class _Round:
     """Packs of several layers in one dtype and on one device, and what they were made of."""
 
-    def __init__(self) -> None:
-        self.step = _last_step
+    def __init__(self, first: int) -> None:
+        self.step, self.first = _last_step, first
         self.entries: dict[int, _Entry] = {}
         self.groups: list[tuple[list[int], tuple[Tensor, Tensor]]] = []
         self.linked = False
@@ -198,7 +198,8 @@ class _Round:
         entry = self.entries.get(index)
         if entry is None or self.step is not _last_step or len(entry.stamps) != len(sources):
             return None
-        old = self.spent or (grad and entry.trained and (entry.served or not self.linked))
+        again = index == self.first or not self.linked
+        old = self.spent or (grad and entry.trained and again)
         if old and torch._C._current_graph_task_id() == -1:  # not inside a backward
             return None
         for source, (its, version, trained, dtype) in zip(sources, entry.stamps, strict=True):
@@ -220,8 +221,6 @@ class _Entry:
         self.trained = any(each.requires_grad for each in sources)
         self.ported: Packed | None = None
         """The pack with ports; None if a factor is computed."""
-        self.served = False
-        """Whether the layer has read the pack with grad."""
 
 
 def _is_direct(sources: Sequence[Tensor], factors: Factors) -> bool:

@@ -313,6 +313,20 @@ def test_a_group_is_packed_once_a_forward(use_reentrant, packs):
     assert groups == 7
 
 
+def test_layers_that_are_called_in_pairs_do_not_pack_in_pairs(packs):
+    """As two towers, or chunks of a batch, that go through the layers side by side."""
+    model, simple, copies = chain(layers=5)
+    for each in (model, simple):
+        a, b = X[0], X[1]
+        for layer in each:
+            a, b = layer(a), layer(b)
+        loss(a + b).backward()
+    assert len(packs) == 2  # the first layer's two calls
+    expected = gradients(copies)
+    for name, value in gradients(adapters(model)).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+
+
 def test_without_grad_a_group_is_packed_once_a_change(packs):
     model = patched(LLAMA.build()).eval()
     with torch.no_grad():
