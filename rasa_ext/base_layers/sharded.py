@@ -31,7 +31,12 @@ def is_whole(matrix: Tensor) -> bool:
 
 def is_emptied(parameter: Tensor) -> bool:
     """Return whether ZeRO-3 has removed a parameter's elements for now."""
-    return hasattr(parameter, "ds_id") and parameter.numel() == 0
+    return is_of_zero_3(parameter) and parameter.numel() == 0
+
+
+def is_of_zero_3(parameter: Tensor) -> bool:
+    """Return whether ZeRO-3 gathers a parameter for the forward of a single module."""
+    return hasattr(parameter, "ds_id")
 
 
 def what_is_here(tensor: Tensor) -> str:

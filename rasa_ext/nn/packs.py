@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from rasa_ext import ops
+from rasa_ext.base_layers.sharded import is_of_zero_3
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.precision import is_sharing, restored
@@ -62,8 +63,8 @@ class PackSet:
 
     A layer packs for itself while ``torch.compile`` traces or a CUDA graph is captured, so that
     graphs see new values; if it is a copy that did not join, as a replica of ``nn.DataParallel``;
-    and with grad if a factor is computed from trained tensors. Copies and pickles of a set are
-    empty: a layer joins again as it is copied.
+    under ZeRO-3, which gathers one layer at a time; and with grad if a factor is computed from
+    trained tensors. Copies and pickles of a set are empty: a layer joins again as it is copied.
 
     Args:
         ask: gives a layer's adapter.
@@ -94,7 +95,7 @@ class PackSet:
         found = self._rounds.get((dtype, device))
         entry = None if found is None else found.entry(index, sources, grad)
         if entry is None:
-            if grad and self._computed:
+            if (grad and self._computed) or is_of_zero_3(sources[0]):
                 return _alone(adapter, dtype)
             found = self._pack(adapter, dtype, device)
             entry = found.entries.get(index)
