@@ -130,7 +130,10 @@ class AdaptedExperts(AdaptedModule):
             dropped = nn.functional.dropout(x, p) if p else x
             pack = adapter.pack(x.dtype)
             if pack.Ap.shape[1]:
-                y = y + experts_low_rank(dropped, pack, routing, by_token)
+                if p or torch.is_grad_enabled():  # a backward saves x by token
+                    y += experts_low_rank(dropped, pack, routing, by_token)
+                else:
+                    y += experts_low_rank(rows, pack, routing, by_token=False)
             pools += _pooled(adapter.factors(), dropped)
         return y, pools
 

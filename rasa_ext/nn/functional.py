@@ -190,8 +190,8 @@ class _AdaptedGroup(Function):
         x, U, Ap, Bp, *weights = ctx.saved_tensors
         need_x, *_ = ctx.needs_input_grad
         needs = ctx.needs_input_grad[4 + len(weights) :]
-        dx, *found = ops.linear_group_backward(grad, x, weights, U, Ap, Bp, need_x, any(needs))
-        made = (each for of_all in found for each in (of_all if any(needs) else weights))
+        dx, dAp, dBp = ops.linear_group_backward(grad, x, weights, U, Ap, Bp, need_x, any(needs))
+        made = (*dAp, *dBp) if any(needs) else (None,) * len(needs)
         wanted = (each if need else None for each, need in zip(made, needs, strict=True))
         return dx if need_x else None, *(None,) * (3 + len(weights)), *wanted
 

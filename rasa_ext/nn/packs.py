@@ -259,13 +259,15 @@ def _alike(layers: Mapping[int, tuple[Any, Factors]]) -> list[list[int]]:
 
 
 @torch.no_grad()
-def pack_layers(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def pack_layers(
+    factors: Sequence[Factors], dtype: torch.dtype, multiple: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Pack layers of equal shapes with one pool to Ap (L, Rp, in) and Bp (L, Rp, out).
 
-    Stacked experts come alone, and the packs are (1, E, Rp, in) and (1, E, Rp, out). Not
-    differentiable.
+    Stacked experts come alone, and the packs are (1, E, Rp, in) and (1, E, Rp, out). The rank is
+    padded to ``multiple``, by default as the products like it. Not differentiable.
     """
-    first, multiple = factors[0], _multiple(factors[0], dtype)
+    first, multiple = factors[0], multiple or _multiple(factors[0], dtype)
     if first.A.dim() == 3:
         Ap, Bp = ops.differentiable_pack(by_expert(first), dtype, multiple)
         return Ap.to(dtype)[None], Bp.to(dtype)[None]

@@ -17,6 +17,7 @@ from rasa_ext.base_layers.experts import expert_weight
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
+from rasa_ext.nn.packs import pack_layers
 from rasa_ext.ops import Factors
 
 # Bytes of dW, in the dtype of the sums, that are in memory at a time. 64 MiB are 16 million
@@ -135,10 +136,9 @@ def _packs(factors: Sequence[Factors], dtype: torch.dtype) -> tuple[Tensor, Tens
     first = factors[0]
     if any(each.A_pool is not first.A_pool for each in factors):
         # Each part reads other ranks of the pool, or the pool is on another device.
-        packs = [ops.pack(*each, dtype) for each in factors]
-        return torch.stack([Ap for Ap, _ in packs]), torch.stack([Bp for _, Bp in packs])
-    A, _, B, _, d = map(list, zip(*factors, strict=True))
-    return ops.pack_group(A, first.A_pool, B, first.B_pool, [] if first.d is None else d, dtype)
+        downs, ups = zip(*(pack_layers([each], dtype, 1) for each in factors), strict=True)
+        return torch.cat(downs), torch.cat(ups)
+    return pack_layers(factors, dtype, 1)
 
 
 def deltas_of(chunk: Chunk, dtype: torch.dtype | None = None) -> Tensor:
