@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models
 from rasa_ext.checkpoint import writing as module
 from rasa_ext.checkpoint.writing import WriteError, check_output, new_folder, writing
 from tests.helpers.file_limit import file_limit
+from tests.helpers.threads import run_in_threads
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -179,11 +180,7 @@ def test_threads_that_save_into_one_folder(tmp_path):
             wrong.append(error)
             barrier.abort()
 
-    threads = [threading.Thread(target=save, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(4, save)
     assert not wrong
     found = tree(tmp_path / "out")
     assert found.keys() == {"one", "two"}

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.threads import run_in_threads
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Ways of cublasLt to refuse a product: by a status, by no or by a bad result, when it is to run.
 REFUSALS = {"status": 1, "no result": 2, "state": 3, "product": 4}
@@ -333,18 +335,14 @@ def test_threads_share_choices(host):
     host.heuristics()
     start, wrong = threading.Barrier(4), []
 
-    def run() -> None:
+    def run(_: int) -> None:
         start.wait()
         for case, y in zip(cases, expected, strict=True):
             found = host.ops.low_rank_linear(*case)[0]
             if not torch.allclose(found.double(), y, rtol=0, atol=1e-3):
                 wrong.append(found)
 
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(4, run)
     assert not wrong
     lines = host.heuristics()
     assert len(set(lines)) == len(lines)

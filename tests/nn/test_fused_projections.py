@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -18,6 +19,7 @@ from rasa_ext.nn import functional
 from rasa_ext.ops import heuristics
 from tests.helpers.adapters import adapted_layers, check_step, patched, through_file
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, VIT, ids
+from tests.helpers.threads import run_in_threads
 
 # How many layers each call of a forward computes together.
 GROUPS = {
@@ -292,7 +294,7 @@ def test_threads_that_train_on_one_x():
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)
     x = torch.randn(5, attention.q_proj.in_features)
 
-    def step(barrier: threading.Barrier, found: list) -> None:
+    def step(barrier: threading.Barrier, found: list, _: int) -> None:
         outputs = []
         for layer in layers:
             barrier.wait()
@@ -305,11 +307,7 @@ def test_threads_that_train_on_one_x():
     for _ in range(4):
         found: list = []
         barrier = threading.Barrier(2)
-        threads = [threading.Thread(target=step, args=(barrier, found)) for _ in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_in_threads(2, functools.partial(step, barrier, found))
         assert len(found) == 2
         for outputs in found:
             torch.testing.assert_close(outputs, expected)

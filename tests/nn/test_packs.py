@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import itertools
-import threading
 import weakref
 from unittest import mock
 
@@ -23,6 +22,7 @@ from tests.helpers import experts, oracle, peft
 from tests.helpers.adapters import adapters, gradients, patched, plain_model, trainable_copies
 from tests.helpers.models import LLAMA
 from tests.helpers.oracle import Adapter
+from tests.helpers.threads import run_in_threads
 
 CONFIGS = [rasa_ext.RasaConfig(rank=4, k=k) for k in (0, 1, 4)]
 X = [torch.randn(3, 6, generator=torch.Generator().manual_seed(i)).double() for i in range(3)]
@@ -361,17 +361,13 @@ def test_threads_that_serve_one_model():
     with torch.no_grad():
         expected, found = simple(X[0]), []
 
-    def serve() -> None:
+    def serve(_: int) -> None:
         with torch.no_grad():
             for _ in range(20):
                 found.append(model(X[0]))
                 model[0].drop_pack()
 
-    threads = [threading.Thread(target=serve) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_in_threads(4, serve)
     assert len(found) == 80
     for y in found:
         torch.testing.assert_close(y, expected)

@@ -1,0 +1,15 @@
+"""Work that several threads do at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+def run_in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Run ``work(number)`` in ``count`` threads, and wait for all."""
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
