@@ -115,7 +115,7 @@ def shown(value: Any) -> str:
 def environment(device: str) -> dict[str, Any]:
     """Card, driver and versions: what a figure is worth nothing without."""
     found: dict[str, Any] = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
         "card": None,
         "driver": None,

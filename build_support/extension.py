@@ -16,7 +16,7 @@ from build_support.toolchain import Toolchain, supported_archs
 ARCHS = ("8.0", "9.0", "10.0", "12.0")
 TARGET = "0x020a000000000000"  # the oldest torch that the library runs under: 2.10
 DEFINES = [f"-DTORCH_TARGET_VERSION={TARGET}", "-DUSE_CUDA"]
-PYTHON = "cp310"
+PYTHON = "cp311"
 
 
 def sources(root: Path) -> list[str]:

@@ -16,8 +16,9 @@ from rasa_ext.methods.token_indices import GivenTokens, Tokens, checked_tokens, 
 from rasa_ext.ops import Factors
 
 if TYPE_CHECKING:
+    from typing import Self
+
     from transformers import TrainerCallback
-    from typing_extensions import Self
 
 ALL_LINEAR = "all-linear"
 OFFICIAL = "rasa"

@@ -13,7 +13,7 @@ from rasa_ext.nn.precision import restored
 from rasa_ext.ops import Factors
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 class Method(Protocol):

@@ -14,7 +14,7 @@ from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.precision import restored
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
+    from typing import Self
 
 
 _ASKED = {"bias", "num_embeddings", "embedding_dim", "padding_idx", "in_features", "out_features"}

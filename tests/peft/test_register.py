@@ -22,7 +22,7 @@ from rasa_ext.peft.register import register
 MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
 
 
-class Kind(str, enum.Enum):  # as PeftType is, and as Python 3.10 knows it
+class Kind(str, enum.Enum):  # noqa: UP042 - as PeftType is
     """A closed list to extend."""
 
     FIRST = "FIRST"

@@ -160,7 +160,7 @@ def _head(config: Config, key: Key) -> dict[str, Any]:
         **key._asdict(),
         "lr": repr(key.lr),
         "settings": config.settings(key.task, key.method),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
         "system": platform.platform(),
     }

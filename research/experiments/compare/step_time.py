@@ -121,7 +121,7 @@ def main() -> None:
         "clock": "processor" if given.processor else "wall",
         "threads": torch.get_num_threads(),
         "machine": harness.machine(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
     found = measure(runs, given.rounds, reference=given.reference, processor=given.processor)
     print(markdown(found))

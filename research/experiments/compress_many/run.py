@@ -112,7 +112,7 @@ def measure(name: str, make: Callable[[Path], list[Path]]) -> Iterator[dict[str,
                 "numbers": f"{found.loras.num_parameters / found.given:.4f}",
                 "error": f"{found.errors.total:.5f}",
                 "apart": f"{found.separate.total:.5f}",
-                "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
                 "machine": machine(),
             }
 

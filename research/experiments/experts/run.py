@@ -131,7 +131,7 @@ def do(base: Any, before: dict[str, Any], task: Task, key: Key) -> dict[str, Any
         "R": _rank(model, key.method),
         "seconds_per_step": f"{statistics.median(run.seconds[3:] or run.seconds):.4f}",
         "timing": "under load" if os.getloadavg()[0] > torch.get_num_threads() + 0.5 else "quiet",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
     }
     if run.diverged:

@@ -94,7 +94,7 @@ def do(base: Any, tokenizer: Any, key: Key) -> dict[str, Any]:
         "effective_rank": f"{statistics.mean(e.effective_rank for e in layers):.3f}",
         **{kind: f"{rank:.3f}" for kind, rank in ranks.items()},
         "norm": f"{statistics.mean(layer.norm for layer in layers):.4f}",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
     }
 

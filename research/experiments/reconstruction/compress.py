@@ -71,7 +71,7 @@ class Judge:
     def row(self, key: Key, iterations: int = ITERATIONS) -> dict[str, Any]:
         """Make and judge one."""
         row: dict[str, Any] = {**key._asdict(), "machine": machine()}
-        row["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+        row["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
         if key.what == WHOLE:
             return row | self._scores(self.tuned)
         model = copy.deepcopy(self.base)

@@ -128,7 +128,7 @@ def main() -> None:
     )
     found = finetune(model, tokenizer, task, recipe, given.weights)
     found["machine"] = machine()
-    found["date"] = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    found["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
     given.results.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found, indent=1)
     (given.results / "finetune.json").write_text(text + "\n", encoding="utf-8")
