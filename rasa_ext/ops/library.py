@@ -123,8 +123,7 @@ def cuda_status() -> str:
         >>> rasa_ext.cuda_status()
         'CUDA kernels are ...'
     """
-    if not COMPILED:
-        return f"CUDA kernels are not in use: {_REASON}; every operator runs as PyTorch operations."
-    if not torch.cuda.is_available():
-        return f"CUDA kernels are not in use: {_REASON}, but torch sees no CUDA device."
+    reason = _REASON if BROKEN or torch.cuda.is_available() else "torch sees no CUDA device"
+    if not (COMPILED and torch.cuda.is_available()):
+        return f"CUDA kernels are not in use: {reason}; every operator runs as PyTorch operations."
     return f"CUDA kernels are in use on {torch.cuda.get_device_name()}: {_REASON}."
