@@ -5,58 +5,24 @@ rasa_ext.save_adapter(model, "adapter")
 rasa_ext.merge_and_unload(model)              # or rasa_ext.export_lora(model, "lora")
 """
 
-import rasa_ext.checkpoint.pretrained  # noqa: F401 - what a patched model's own one calls
-from rasa_ext import checkpoint, distributed, methods, patching, training
-from rasa_ext._version import __version__
-from rasa_ext.checkpoint.adapter import load_adapter, save_adapter
-from rasa_ext.checkpoint.card import Card
-from rasa_ext.checkpoint.lora import import_lora
-from rasa_ext.checkpoint.lora_export import export_error, export_lora, export_size
-from rasa_ext.checkpoint.official import load_official
-from rasa_ext.checkpoint.push import push_to_hub
-from rasa_ext.config import RasaConfig
-from rasa_ext.nn.adapter import drop_packs
-from rasa_ext.nn.rasa import RasaLinear
-from rasa_ext.ops import cuda_status
-from rasa_ext.patching.merge import (
-    delta_weights,
-    disable_adapter,
-    merge,
-    merge_and_unload,
-    unmerge,
-    unpatch,
-)
-from rasa_ext.patching.patch import patch_model
-from rasa_ext.patching.state import adapter_parameters
-from rasa_ext.patching.summary import summary
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "Card",
-    "RasaConfig",
-    "RasaLinear",
-    "__version__",
-    "adapter_parameters",
-    "checkpoint",
-    "cuda_status",
-    "delta_weights",
-    "disable_adapter",
-    "distributed",
-    "drop_packs",
-    "export_error",
-    "export_lora",
-    "export_size",
-    "import_lora",
-    "load_adapter",
-    "load_official",
-    "merge",
-    "merge_and_unload",
-    "methods",
-    "patch_model",
-    "patching",
-    "push_to_hub",
-    "save_adapter",
-    "summary",
-    "training",
-    "unmerge",
-    "unpatch",
-]
+from rasa_ext._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from rasa_ext.api import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is public as it is first used: the command's help and checks need no torch."""
+    if find_spec(f"rasa_ext.{name}") is not None:
+        return import_module(f"rasa_ext.{name}")
+    value = getattr(import_module("rasa_ext.api"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *import_module("rasa_ext.api").__all__]

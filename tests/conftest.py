@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command does in a process of its own
 os.environ["COLUMNS"] = "200"  # rich takes it once, as it is imported; a worker of -n has 80
 
 pytest.register_assert_rewrite("tests.helpers")

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.checkpoint.adapter import save_adapter
 from rasa_ext.checkpoint.writing import new_folder
-from rasa_ext.patching.pretrained import trained_state, writes_pretrained
+from rasa_ext.patching.pretrained import trained_state
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.tokens import trained_tokens
 
 
-@writes_pretrained
 def save_pretrained(
     model: nn.Module,
     save_directory: str | os.PathLike[str],

@@ -17,8 +17,8 @@ def main() -> None:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(
-            f'rasa-ext needs {", ".join(missing)}: pip install "rasa-ext[train]" '
-            '(from a source checkout: pip install ".[train]")',
+            f"rasa-ext needs {', '.join(missing)}: in a checkout of rasa_ext, run "
+            'pip install ".[train]"',
             file=sys.stderr,
         )
         raise SystemExit(1)

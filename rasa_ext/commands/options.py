@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rasa_ext import methods
 from rasa_ext.commands.parsing import (
     DTYPES,
     check_differs,
@@ -17,6 +16,9 @@ from rasa_ext.commands.parsing import (
     parse_targets,
     parse_yaml,
 )
+
+if TYPE_CHECKING:
+    from rasa_ext.methods import AdapterConfig
 
 RECORD = "finetune.yaml"  # the file in the output directory that holds the options of a run
 
@@ -131,8 +133,10 @@ class FinetuneOptions:
         parse_yaml("training_arguments", self.training_arguments)
         self._check_output()
 
-    def adapter(self) -> methods.AdapterConfig:
+    def adapter(self) -> AdapterConfig:
         """The adapter's config. Raises ValueError where its options are no good."""
+        from rasa_ext import methods  # needs torch, as help does not
+
         config = methods.method_named(self.method)
         if config.loop:
             raise ValueError(

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import logging
+import os
 import re
 import typing
 import warnings
@@ -150,10 +151,11 @@ def sentence(message: Warning | str, *_: object, **__: object) -> str:
 
 def _prepare() -> None:
     """Silence other libraries' advice; let tables in a file or a pipe, of no width, cut no name."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    # Read as transformers is imported, which takes seconds and comes later.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # as they are imported
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for each in (console, progress):
         if not each.is_terminal:

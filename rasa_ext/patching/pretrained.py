@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,14 +12,6 @@ from rasa_ext.patching.state import owners, patch_state
 from rasa_ext.patching.tokens import row_owners
 
 _NAME = "save_pretrained"
-_write: Callable[..., None] | None = None
-
-
-def writes_pretrained(function: Callable[..., None]) -> Callable[..., None]:
-    """Register a function of a model and a folder as the one ``save_pretrained`` calls."""
-    global _write
-    _write = function
-    return function
 
 
 class SavePretrained:
@@ -30,8 +22,9 @@ class SavePretrained:
 
     def __call__(self, save_directory: Any, *args: Any, **options: Any) -> None:
         """Write what ``checkpoint.pretrained`` describes."""
-        assert _write is not None
-        _write(self._model(), save_directory, *args, **options)
+        # Above this module, which must not need it to be imported.
+        write = import_module("rasa_ext.checkpoint.pretrained").save_pretrained
+        write(self._model(), save_directory, *args, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self._model()}

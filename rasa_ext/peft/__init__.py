@@ -8,7 +8,7 @@ try:
     import peft  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "rasa_ext.peft: expected PEFT 0.21 or newer, found none; pip install 'rasa-ext[peft]'."
+        "rasa_ext.peft: expected PEFT 0.21 or newer, found none: pip install peft."
     ) from error
 
 from rasa_ext.peft.config import RasaConfig

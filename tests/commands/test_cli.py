@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -381,9 +383,17 @@ def test_missing_packages_are_named_with_how_to_install_them(monkeypatch, capsys
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "typer" in lines[0]
-    assert 'pip install "rasa-ext[train]"' in lines[0]
+    assert 'pip install ".[train]"' in lines[0]
 
 
 def test_merge_and_export_say_what_they_do(tuned, tmp_path):
     assert f"Merging {tuned} ..." in invoke("merge", tuned, "--output", tmp_path / "merged")
     assert f"Exporting {tuned} ..." in invoke("export-lora", tuned, "--output", tmp_path / "lora")
+
+
+def test_other_libraries_print_nothing(base):
+    """As a process of its own: what they print, they print as they are imported."""
+    program = "from rasa_ext.commands import main; main()"
+    command = [sys.executable, "-c", program, "inspect", "--model", str(base)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

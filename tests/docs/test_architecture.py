@@ -19,6 +19,7 @@ ORDER = [
     {"patching"},
     {"checkpoint", "distributed"},
     {"peft", "analysis", "training"},
+    {"api"},
     {""},
     {"commands"},
 ]

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import rasa_ext
 
 OPTIONAL = (
@@ -27,3 +29,10 @@ def test_the_library_imports_only_torch_safetensors_and_regex():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root
     )
     assert run.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", ["rasa_ext", "rasa_ext.commands.app"])
+def test_help_and_checks_of_options_need_no_torch(module):
+    program = f"import sys, {module}; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.split() == ["False"], run.stderr
