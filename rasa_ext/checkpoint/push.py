@@ -35,6 +35,7 @@ def push_to_hub(
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str | None = None,
+    dry_run: bool = False,
 ) -> str:
     """Push an adapter, or an exported LoRA, to the Hub in one commit.
 
@@ -53,9 +54,10 @@ def push_to_hub(
         token: Hub token. Defaults to the login's.
         revision: branch to push to, created if missing. Defaults to the main branch.
         commit_message: message of the commit.
+        dry_run: make every check that needs no Hub, and push nothing.
 
     Returns:
-        URL of the commit.
+        URL of the commit; in a dry run, the names of the files, a line each.
 
     Raises:
         FileNotFoundError: there is no such directory, or nothing in it.
@@ -81,6 +83,8 @@ def push_to_hub(
         local, base = _rename_base(files, base_model)
         text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else ""
         moved(text, repo_id, base, local)  # raises for a bad card before the Hub is called
+        if dry_run:
+            return "\n".join(files)
         api = HfApi(token=token, library_name="rasa_ext", library_version=__version__)
         repository = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:

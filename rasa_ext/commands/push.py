@@ -16,6 +16,7 @@ def push(
     private: bool = False,
     revision: str | None = None,
     message: str | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Push an adapter or an exported LoRA, with its card, to the Hugging Face Hub.
 
@@ -26,6 +27,7 @@ def push(
         private: Make a repository that is missing a private one.
         revision: Branch to push to. [default: main]
         message: Message of the commit.
+        dry_run: Make every check that needs no Hub, list the files, and push nothing.
     """
     from rasa_ext import push_to_hub
 
@@ -36,5 +38,8 @@ def push(
         private=private or None,
         revision=revision,
         commit_message=message,
+        dry_run=dry_run,
     )
+    if dry_run:
+        console.print(f"{repository} would get these files, and nothing was pushed:")
     console.print(address, markup=False)

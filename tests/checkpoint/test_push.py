@@ -204,6 +204,10 @@ def test_a_directory_of_that_name_comes_first(hub, tmp_path, monkeypatch):
 def test_the_command(hub, tmp_path):
     rasa_ext.save_adapter(model(LOCAL), tmp_path)
     assert "base_model: expected the id" in invoke("push", tmp_path, "me/sums", code=1)
+    text = invoke("push", tmp_path, "me/sums", "--model", ID, "--dry-run")
+    assert "nothing was pushed" in text
+    assert set(content(tmp_path)) <= set(text.split())
+    assert hub.created == []
     words = ["--model", ID, "--private", "--revision", "v2", "--message", "Sums"]
     text = invoke("push", tmp_path, "me/sums", *words)
     assert re.search(r"http://\S+/me/sums/commit/[0-9a-f]{40}$", text)
