@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,7 +30,7 @@ def inspect(
     """Show an adapter's config, groups and size; or what an adapter of a model would be.
 
     Args:
-        target: Adapter directory, or a model's directory or .gguf.
+        target: Directory of an adapter or a LoRA, or a model's directory or .gguf.
         model: Instead: a model, which may be on the hub.
         rank: For a model: the rank to plan with.
         k: For a model: ranks to share. [default: rank // 8]
@@ -80,13 +81,14 @@ def read_groups(
     from rasa_ext.patching.grouping import groups_of
 
     layers: dict[str, dict[str, Tensor]] = {}
-    other = []
-    for key, tensor in tensors.items():
-        name, found, part = key.removeprefix(PREFIX).rpartition(".rasa_")
-        if found and {f"{PREFIX}{name}.rasa_A", f"{PREFIX}{name}.rasa_B"} <= tensors.keys():
-            layers.setdefault(name, {})[part] = tensor
-        else:
-            other.append(key)
+    names = {}
+    for key in tensors:
+        if found := re.fullmatch(r"(.+)\.(?:rasa_(\w+)|lora_([AB])\.weight)", key):
+            name, ours, theirs = found.groups()
+            names[key] = name.removeprefix(PREFIX)
+            layers.setdefault(names[key], {})[ours or theirs] = tensors[key]
+    layers = {name: parts for name, parts in layers.items() if {"A", "B"} <= parts.keys()}
+    other = [key for key in tensors if names.get(key) not in layers]
     shapes = {name: (*p["B"].shape[:-1], p["A"].shape[-1]) for name, p in layers.items()}
     chosen = checked_groups(config.get("rasa_groups"))
     groups = []
@@ -103,6 +105,7 @@ def read_groups(
 
 def _show_adapter(directory: Path) -> None:
     from rasa_ext.checkpoint.files import WEIGHTS, not_finite, read_config, read_tensors
+    from rasa_ext.methods import every_method
 
     config, tensors = read_config(directory), read_tensors(directory / WEIGHTS)
     groups, other = read_groups(config, tensors)
@@ -111,6 +114,11 @@ def _show_adapter(directory: Path) -> None:
         for key, value in config.items()
         if value not in (None, [], {})
     }
+    kind = str(config.get("rasa_method") or config.get("peft_type"))
+    found = every_method().get(kind.lower())
+    title = kind if found is None else found.title
+    base = config.get("base_model_name_or_path") or "a model without a name"
+    console.print(f"An adapter of the method {title}, over {base}.", markup=False)
     console.print(pairs_of(settings))
     if groups:
         table = table_of("group", "L", "out x in", "private", "pooled", "R", "parameters")
@@ -184,6 +192,7 @@ def _show_plan(
     model, targets = load_skeleton(name), parse_targets(target_modules)
     patch_model(model, rank=rank, k=k, target_modules=targets, experts=experts)
     report = summary(model)
+    console.print(f"A model, {type(model).__name__}, and what an adapter of it would be:")
     console.print(str(report), markup=False)
     console.print(f"An adapter file would have {4 * report.adapter / 2**20:.1f} MiB.")
 

@@ -54,8 +54,22 @@ def test_a_folder_without_an_adapter(tmp_path):
     assert f"but {empty} holds no adapter_config.json." in text
 
 
+def test_it_says_what_it_is(tmp_path):
+    """A LoRA's groups are those of the layers, as RaSA's are."""
+    model = patched(load(save_base(tmp_path / "base")), 4, 1)
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
+    rasa_ext.export_lora(model, tmp_path / "lora")
+    ours, lora = invoke("inspect", tmp_path / "adapter"), invoke("inspect", tmp_path / "lora")
+    assert ours.startswith(f"An adapter of the method RaSA, over {tmp_path / 'base'}.")
+    assert lora.startswith(f"An adapter of the method LoRA, over {tmp_path / 'base'}.")
+    assert "model.layers.*.mlp.up_proj 2 48 x 32 3 2 5 " in " ".join(ours.split())
+    assert "model.layers.*.mlp.up_proj 2 48 x 32 5 0 5 " in " ".join(lora.split())
+    assert "other tensors" not in ours + lora
+
+
 def test_a_model_by_its_folder_or_by_option(tmp_path):
     base = save_base(tmp_path / "base")
+    assert invoke("inspect", base).startswith("A model, LlamaForCausalLM, and")
     assert invoke("inspect", base) == invoke("inspect", "--model", base)
     text = invoke("inspect", code=1)
     assert text == invoke("inspect", base, "--model", base, code=1)
