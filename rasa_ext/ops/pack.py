@@ -185,12 +185,12 @@ def differentiable_pack(factors: Factors, dtype: torch.dtype, multiple: int = 1)
     The pack is in the accumulation dtype of ``dtype``.
     """
     A, A_pool, B, B_pool, d = factors
-    wide, fill = accumulation_dtype(dtype), -factors.rank % multiple
+    wide = accumulation_dtype(dtype)
     downs = [A] if A_pool is None else [A, A_pool]
     ups = [B.mT] if B_pool is None else [B.mT, B_pool.mT]
     Ap, Bp = (torch.cat([part.to(wide) for part in parts], -2) for parts in (downs, ups))
     if d is not None:
         Bp = Bp * d.to(wide).unsqueeze(-1)
-    if fill:
+    if fill := -Ap.shape[-2] % multiple:
         Ap, Bp = (torch.nn.functional.pad(each, (0, 0, 0, fill)) for each in (Ap, Bp))
     return Pack(Ap, Bp)

@@ -6,6 +6,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,19 @@ def test_what_a_plain_run_of_the_tests_leaves_out_has_a_stage():
     assert {name for name, _ in stages} == set(markers) - {"gpu"}
     for name, folder in stages:
         assert any(f"mark.{name}\n" in path.read_text() for path in (ROOT / folder).glob("*.py"))
+
+
+def test_the_oldest_versions_are_those_of_the_metadata():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *(each for name in extras for each in extras[name])]
+    floors = dict(re.findall(r"^(\w+)>=([\d.]+)", "\n".join(asked), re.MULTILINE))
+    pins = (ROOT / "tests" / "requirements" / "oldest.txt").read_text()
+    pinned = dict(re.findall(r"^(\w+)==([\d.]+)", pins, re.MULTILINE))
+    del pinned["huggingface_hub"], floors["huggingface_hub"]  # transformers needs a newer one
+    assert pinned.keys() >= {"torch", "safetensors", "transformers", "peft", "trl", "typer"}
+    for name, version in pinned.items():
+        assert f"{version}.".startswith(f"{floors[name]}."), (name, version)
 
 
 def test_a_run_ends_with_the_summary_of_the_second_command():
