@@ -1,14 +1,12 @@
-"""Draws the pictures of the documentation, each for a light and for a dark page, as it is built.
+"""The pictures of the documentation, each for a light and for a dark page.
 
-``python docs/pictures.py`` writes the README's, which are committed. Numbers in them come from the
-formulas below, to which tests hold the package. A picture is about as wide as a phone's screen, so
-that its text can be read there.
+Numbers in them come from the formulas below, to which tests hold the package. A picture is about as
+wide as a phone's screen, so that its text can be read there.
 """
 
 from __future__ import annotations
 
 import io
-from pathlib import Path
 
 import matplotlib
 
@@ -18,8 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-FOLDER = Path(__file__).resolve().parent / "pictures"
-README = ("pool", "pool-dark")
 PRIVATE, POOL, FROZEN, WEIGHTS = "#4c8bd0", "#e08a45", "#9a9a9a", "#4fa56b"
 LIGHT = {"text.color": "#222222", "axes.edgecolor": "#555555", "axes.labelcolor": "#222222"}
 DARK = {"text.color": "#e2e4e9", "axes.edgecolor": "#a0a4ad", "axes.labelcolor": "#e2e4e9"}
@@ -194,9 +190,3 @@ def box(axes: Axes, x: float, y: float, width: float, text: str, color: str) -> 
     """One step."""
     axes.add_patch(Rectangle((x, y), width, 1.2, facecolor=color, alpha=0.4))
     axes.text(x + width / 2, y + 0.6, text, ha="center", va="center")
-
-
-if __name__ == "__main__":
-    drawn = draw_all()
-    for name in README:
-        (FOLDER / f"{name}.svg").write_text(drawn[name])

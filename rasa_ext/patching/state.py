@@ -153,7 +153,6 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
         The parameters, in the order of the model's layers, in the config's ``adapter_dtype``.
         A layer has A (r-k, in), B (out, r-k) and d (r-k+L*k,), a pool A (L*k, in) and B (out, L*k)
         (arXiv 2503.12576, section 3).
-        (arXiv 2503.12576, section 3).
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched.

@@ -18,7 +18,7 @@ from rasa_ext.commands.models import SMOLLM2, load_model
 from tests.helpers.tiny_lm import save_base
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOK = ROOT / "examples" / "demo.ipynb"
+NOTEBOOK = ROOT / "docs" / "demo.ipynb"
 TINY = {
     "STEPS": 12,
     "BATCH_SIZE": 4,

@@ -1,8 +1,7 @@
-"""The site's generated parts: options, fields, the notebook, what examples print, pictures."""
+"""What is generated: options, fields, references, the notebook, pictures; and what is printed."""
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import re
@@ -14,90 +13,57 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
-import rasa_ext.peft
 from tests.docs.test_docs import COMMANDS, PAGES, RESEARCH, ROOT, blocks
 
-import command_reference  # isort: skip
-import config_fields  # isort: skip
+import generate  # isort: skip
 import notebook  # isort: skip
-import pictures  # isort: skip
-import repository  # isort: skip
 import run_page  # isort: skip
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
-def test_the_reference_has_every_command_and_option():
-    text = command_reference.markdown()
-    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
-    assert list(sections) == list(COMMANDS)
-    for name, command in COMMANDS.items():
-        shown = set(re.findall(r"`[^`]*`", sections[name]))
-        for parameter in command.params:
-            if not parameter.hidden:
-                option = parameter.opts[-1]
-                assert any(re.search(rf"{option}\b", each) for each in shown), (name, option)
-
-
-@pytest.mark.parametrize(
-    "module", ["command_reference", "config_fields", "notebook", "pictures", "repository"]
-)
-def test_the_site_is_built_without_torch(module):
-    program = (
-        "import sys\nsys.modules['torch'] = None\n"
-        f"import {module}\n"
-        "if hasattr(module := sys.modules[sys.argv[1]], 'markdown'):\n    module.markdown()\n"
-    )
-    run = [sys.executable, "-c", program, module]
-    done = subprocess.run(run, cwd=ROOT / "docs", capture_output=True, text=True)
+def test_what_is_generated_is_current():
+    """In a process of its own: it defines the methods of research."""
+    program = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
+    done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("read", "config"),
-    [
-        (config_fields.rasa_fields, rasa_ext.RasaConfig),
-        (config_fields.peft_fields, rasa_ext.peft.RasaConfig),
-        *(
-            (lambda name=name: method_fields(name), getattr(rasa_ext.methods, name))
-            for name in config_fields.METHODS.keys() & set(rasa_ext.methods.__all__)
-        ),
-    ],
-)
-def test_fields_are_those_of_the_config(read, config):
-    check_fields(read, config)
+def test_the_command_s_page_has_every_option():
+    text = generate.options("rasa_ext")
+    sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    for name, section in sections.items():
+        shown = set(re.findall(r"^- `([^`]*)`", section, re.MULTILINE))
+        assert shown == {each.opts[0] for each in COMMANDS[name].params}
+    assert set(sections) == {
+        name for name, each in COMMANDS.items() if each.callback.__module__.startswith("rasa_ext.")
+    }
 
 
-def method_fields(name: str) -> list[config_fields.Field]:
-    own = config_fields.fields(config_fields.METHODS[name], name)
-    return own + config_fields.fields("methods/base.py", "AdapterConfig")
-
-
-def check_fields(read, config) -> None:
-    ours = [each for each in config.__mro__ if each.__module__.startswith("rasa_")]
-    names = {name for each in ours for name in each.__annotations__}
-    real = {f.name: f for f in dataclasses.fields(config) if f.name in names}
-    found = {field.name: field for field in read()}
-    assert set(found) == set(real)
-    for name, field in found.items():
-        told = (repr(real[name].default), real[name].metadata["help"])
-        assert (field.default, field.help) == told
-
-
-def test_the_python_page_has_every_public_name():
-    text = (ROOT / "docs" / "api.md").read_text()
-    names = ("methods", "patching", "training", "checkpoint", "linalg")
+def test_the_python_pages_have_every_public_name():
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("api.md", "extending.md"))
+    names = ("methods", "patching", "training", "checkpoint", "linalg", "distributed")
     names += tuple(f"commands.{each}" for each in ("output", "data", "models", "parsing"))
     modules = {name: importlib.import_module(f"rasa_ext.{name}") for name in names}
-    shown = {
-        name
-        for name in re.findall(r"^::: rasa_ext\.([\w.]+)", text, re.MULTILINE)
-        if "." not in name or name.rpartition(".")[0] in modules
-    }
+    shown = set(re.findall(r"\brasa_ext\.([\w.]+\w)", text))
     inside = {f"{name}.{each}" for name, module in modules.items() for each in module.__all__}
     left_out = {f"methods.{name}" for name in ("RasaConfig", "read_method")}
-    expected = {*rasa_ext.__all__, "analysis"} - {"__version__", *modules}
-    assert shown == expected | (inside - left_out)
+    own = set(rasa_ext.__all__) - {"__version__", *modules}
+    assert own | inside - left_out <= shown
+
+
+def test_a_signature_is_the_source_s():
+    thing = rasa_ext.patching.plan_layers
+    assert generate.signature("plan_layers", thing) == (
+        "plan_layers(\n    model: nn.Module, config: RasaConfig, "
+        "shapes: Mapping[str, tuple[int, int]], where: str\n) -> tuple[RasaConfig, Plan]"
+    )
+    own = generate.signature("nn.RasaPool", rasa_ext.nn.RasaPool)
+    assert own == "nn.RasaPool(tensors: Mapping[str, Tensor])"
+
+
+def test_text_of_docstrings_is_not_read_as_marks():
+    assert generate.escape("L*k of <id>, 0 <= `a*<b>`") == r"L\*k of \<id>, 0 <= `a*<b>`"
 
 
 def test_the_kernels_page_has_every_operator():
@@ -157,34 +123,6 @@ def test_a_page_is_given_its_output():
     assert re.sub(r"```text\n.*?```", "", done, flags=re.DOTALL) == re.sub(
         r"```text\n.*?```", "", page, flags=re.DOTALL
     )
-
-
-@pytest.mark.parametrize(
-    ("remote", "page"),
-    [
-        ("https://host.org/someone/rasa_ext.git", "https://host.org/someone/rasa_ext"),
-        ("https://token@host.org/someone/rasa_ext", "https://host.org/someone/rasa_ext"),
-        ("git@host.org:someone/rasa_ext.git", "https://host.org/someone/rasa_ext"),
-        ("ssh://git@host.org/someone/rasa_ext.git", "https://host.org/someone/rasa_ext"),
-        ("/srv/rasa_ext.git", None),
-        ("", None),
-    ],
-)
-def test_the_link_to_the_repository(remote, page):
-    assert repository.web_address(remote) == page
-
-
-def test_the_readme_s_pictures_are_those_that_are_drawn():
-    """By what is written in them: matplotlib's releases place a line a little differently."""
-    drawn = pictures.draw_all()
-    for name in pictures.README:
-        committed = (pictures.FOLDER / f"{name}.svg").read_text()
-        assert words(committed) == words(drawn[name]) != []
-    assert words(drawn["pool"]) == words(drawn["pool-dark"])
-
-
-def words(svg: str) -> list[str]:
-    return re.findall(r"<!--(.*?)-->", svg, re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES + RESEARCH, ids=lambda page: page.name)

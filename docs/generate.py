@@ -1,0 +1,193 @@
+"""Write what the documentation has from the sources: ``python docs/generate.py``.
+
+A page says what belongs between a comment and ``<!-- end -->``: ``<!-- options PACKAGE -->`` of
+commands, ``<!-- fields CONFIG -->``, or ``<!-- reference NAME ... -->`` from docstrings. Pictures
+and the tutorial's notebook are written, too. ``--check`` writes nothing, and fails with the names
+of the files that are not current.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import pydoc
+import re
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "research")]
+
+import notebook  # noqa: E402
+import pictures  # noqa: E402
+import typer  # noqa: E402
+
+from rasa_ext.commands.app import app  # noqa: E402
+from rasa_ext.methods import AdapterConfig  # noqa: E402
+
+PART = re.compile(r"(<!-- (options|fields|reference)\b(.*?)\s-->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+def options(package: str) -> str:
+    """Every command of a package: its help text, arguments and options."""
+    group = typer.main.get_command(app)
+    index, parts = [], []
+    for name, command in group.commands.items():
+        if not command.callback.__module__.startswith(f"{package}."):
+            continue
+        text = inspect.cleandoc(command.help)
+        index.append(entry(f"[`rasa-ext {name}`](#{name})", text.splitlines()[0]))
+        rows = [option(each) for each in command.params if each.name != "help"]
+        parts += [f"## {name}", text, "\n".join(rows)]
+    return "\n\n".join(["\n".join(index), *filter(None, parts)])
+
+
+def option(parameter: typer.core.TyperOption | typer.core.TyperArgument) -> str:
+    """One option or argument. What ``--help`` adds to it changes with typer's releases."""
+    names, default = [*parameter.opts, *parameter.secondary_opts], parameter.default
+    if default is False:
+        names = parameter.opts
+    elif default is True:
+        default = names[0]
+    text, *notes = re.split(r"\s*\[(default: [^]]*)\]$", parameter.help or "As its name says.")
+    if parameter.required:
+        notes = ["required"]
+    elif default not in (None, False, ""):
+        notes = [f"default: {default}"]
+    head = " / ".join(f"`{name}`" for name in names)
+    return entry(f"{head} ({notes[0]})" if notes else head, text)
+
+
+def fields(name: str) -> str:
+    """The fields of a config: its own, and under a ``RasaConfig`` those that all methods share."""
+    shared = {each.name for each in dataclasses.fields(AdapterConfig)}
+    every = [each for each in dataclasses.fields(pydoc.locate(name)) if "help" in each.metadata]
+    rows = [each for each in every if each.name not in shared]
+    if name.endswith(".RasaConfig"):
+        rows += [each for each in every if each.name in shared]
+    return "\n".join(
+        entry(f"`{each.name}` (default: `{each.default!r}`)", each.metadata["help"])
+        for each in rows
+    )
+
+
+def reference(names: str) -> str:
+    """An index of the names, and each with its signature and docstring."""
+    index, parts = [], []
+    for name in names.split():
+        thing, short = pydoc.locate(name), name.rpartition(".")[2]
+        text, *sections = re.split(r"^(\w+):\n", inspect.getdoc(thing), flags=re.MULTILINE)
+        index.append(entry(f"[`{short}`](#{short.lower()})", text.partition("\n\n")[0]))
+        parts += [f"### {short}", f"```py\n{signature(name, thing)}\n```", escape(text.strip())]
+        if inspect.isclass(thing):
+            parts.append("\n".join(attributes(thing, "Args" in sections)))
+        for title, body in zip(sections[::2], sections[1::2], strict=True):
+            if not (title == "Args" and is_config(thing)):  # `fields` has them, with defaults
+                parts += [f"**{title}**", section(title, textwrap.dedent(body).strip())]
+    return "\n\n".join(["\n".join(index), *filter(None, parts)])
+
+
+def section(title: str, body: str) -> str:
+    """One section of a docstring."""
+    if title == "Example":
+        return f"```pycon\n{body}\n```"
+    if title in ("Returns", "Yields"):
+        return escape(body)
+    items = (item.partition(": ") for item in re.split(r"\n(?=\S)", body))
+    return "\n".join(entry(f"`{name}`", text) for name, _, text in items)
+
+
+def is_config(thing: Any) -> bool:
+    """Whether it is the config of a method."""
+    return inspect.isclass(thing) and issubclass(thing, AdapterConfig) and thing != AdapterConfig
+
+
+def signature(name: str, thing: Any) -> str:
+    """The signature as the sources have it, over several lines where it is long."""
+    own = "__init__" in vars(thing) and not dataclasses.is_dataclass(thing)
+    if inspect.isclass(thing) and (not own or issubclass(thing, tuple)):
+        return f"class {name}"
+    source = textwrap.dedent(inspect.getsource(thing.__init__ if own else thing))
+    (node,) = ast.parse(source).body
+    lines = source.splitlines()[node.lineno - 1 : node.body[0].lineno - 1]
+    text = re.sub(r"^def \w+", name, "\n".join(lines).removesuffix(":"))
+    if own:
+        text = re.sub(r"\bself(, |,\n    )?", "", text, count=1).removesuffix(" -> None")
+    if len(text.partition("\n")[0]) > 100:
+        text = re.sub(r"\((.*)\)", r"(\n    \1\n)", text)
+    return text
+
+
+def attributes(cls: type, only_methods: bool) -> list[str]:
+    """A class's fields and methods, with their first lines; a config's are the base class's."""
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    found = []
+    for line, after in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(line, ast.AnnAssign) and not only_methods:
+            text = after.value.value if isinstance(after, ast.Expr) else ""
+            if not isinstance(line.value, ast.Call):  # that of a config's field
+                name, kind = ast.unparse(line.target), ast.unparse(line.annotation)
+                found.append(entry(f"`{name}: {kind}`", text))
+        elif isinstance(line, ast.FunctionDef) and not is_config(cls):
+            text = ast.get_docstring(line)
+            if text and line.name[0] != "_" and line.name not in ("extra_repr", "train"):
+                is_property = "property" in "".join(map(ast.unparse, line.decorator_list))
+                arguments = [*line.args.args[1:], *line.args.kwonlyargs]
+                names = ", ".join(each.arg for each in arguments)
+                head = line.name if is_property else f"{line.name}({names})"
+                found.append(entry(f"`{head}`", text.partition("\n\n")[0]))
+    return found
+
+
+def entry(head: str, text: str) -> str:
+    """One line of a list."""
+    return f"- {head}: {escape(' '.join(text.split()))}" if text else f"- {head}"
+
+
+def escape(text: str) -> str:
+    """Text whose stars and angles stand for themselves, outside code."""
+    parts = re.split(r"(`+.*?`+)", text, flags=re.DOTALL)
+    parts[::2] = [re.sub(r"\*|<(?=[\w/])", r"\\\g<0>", part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def generated() -> dict[Path, str]:
+    """The text of every file with generated parts."""
+    files = {DOCS / "pictures" / f"{name}.svg": svg for name, svg in pictures.draw_all().items()}
+    make = {"options": options, "fields": fields, "reference": reference}
+    for page in sorted(DOCS.rglob("*.md")):
+        text = page.read_text()
+        if PART.search(text):
+            files[page] = PART.sub(
+                lambda part: f"{part[1]}\n{make[part[2]](part[3].strip())}\n\n", text
+            )
+    files[DOCS / "tutorial.ipynb"] = notebook.from_markdown((DOCS / "tutorial.md").read_text())
+    return files
+
+
+def comparable(text: str) -> str | list[str]:
+    """Of a picture what is written in it: matplotlib's releases place a line differently."""
+    return re.findall(r"<!--(.*?)-->", text, re.DOTALL) if "<svg" in text else text
+
+
+def main() -> None:
+    """Write the files, or check them."""
+    files = generated()
+    if "--check" not in sys.argv:
+        for path, text in files.items():
+            path.write_text(text)
+        return
+    stale = [
+        str(path.relative_to(DOCS))
+        for path, text in files.items()
+        if not path.is_file() or comparable(path.read_text()) != comparable(text)
+    ]
+    if stale:
+        raise SystemExit(f"not current: {', '.join(stale)}; run: python docs/generate.py")
+
+
+if __name__ == "__main__":
+    main()
