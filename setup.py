@@ -9,9 +9,12 @@ environment has a CUDA build of torch and nvcc; no GPU need be there. Environmen
 """
 
 import os
+import re
+import runpy
 import sys
 from pathlib import Path
 
+import tomllib
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
@@ -58,4 +61,20 @@ def arguments() -> dict:
     return extension.arguments(found, ROOT)
 
 
-setup(**arguments())
+def description() -> str:
+    """The README as a package page can show it: its links lead to the tag, or are left out."""
+    text = (ROOT / "README.md").read_text()
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
+    if "Repository" not in urls:
+        text = re.sub(r"<picture>.*?</picture>\s*", "", text, flags=re.DOTALL)
+        return re.sub(r"!?\[([^]]*)\]\((?!\w+:).*?\)", r"\1", text)
+    version = runpy.run_path(str(ROOT / "rasa_ext" / "_version.py"))["__version__"]
+    tag = f"v{version.partition('+')[0]}"
+    raw, page = (f"{urls['Repository']}/{kind}/{tag}/" for kind in ("raw", "blob"))
+    text = re.sub(r'((?:src|srcset)="|!\[[^]]*\]\()(?!\w+:)', rf"\1{raw}", text)
+    text = text.replace("](#", f"]({page}README.md#")
+    return re.sub(r"\]\((?!\w+:)", f"]({page}", text)
+
+
+readme = {"long_description": description(), "long_description_content_type": "text/markdown"}
+setup(**readme, **arguments())
