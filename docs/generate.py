@@ -93,7 +93,8 @@ def reference(names: str) -> str:
 def section(title: str, body: str) -> str:
     """One section of a docstring."""
     if title == "Example":
-        return f"```pycon\n{body}\n```"
+        text, _, code = body.partition(">>>")
+        return f"{escape(text)}\n```pycon\n>>>{code}\n```".strip()
     if title in ("Returns", "Yields"):
         return escape(body)
     items = (item.partition(": ") for item in re.split(r"\n(?=\S)", body))
