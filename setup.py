@@ -12,9 +12,9 @@ import os
 import re
 import runpy
 import sys
+import tomllib
 from pathlib import Path
 
-import tomllib
 from setuptools import setup
 from setuptools.command.build_py import build_py
 

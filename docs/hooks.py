@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
-
 import tomllib
+from pathlib import Path
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 PICTURE = re.compile(r'<picture>.*srcset="(.+)">\n<img src="(.+?)".* alt="(.+)"></picture>')
