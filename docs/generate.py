@@ -55,7 +55,7 @@ def option(parameter: typer.core.TyperOption | typer.core.TyperArgument) -> str:
     text, *notes = re.split(r"\s*\[(default: [^]]*)\]$", parameter.help or "As its name says.")
     if parameter.required:
         notes = ["required"]
-    elif default not in (None, False, ""):
+    elif default not in (None, "") and default is not False:
         notes = [f"default: {default}"]
     head = " / ".join(f"`{name}`" for name in names)
     return entry(f"{head} ({notes[0]})" if notes else head, text)
@@ -151,7 +151,7 @@ def entry(head: str, text: str) -> str:
 def escape(text: str) -> str:
     """Text whose stars and angles stand for themselves, outside code."""
     parts = re.split(r"(`+.*?`+)", text, flags=re.DOTALL)
-    parts[::2] = [re.sub(r"\*|<(?=[\w/])", r"\\\g<0>", part) for part in parts[::2]]
+    parts[::2] = [part.replace("*", r"\*").replace("<", "&lt;") for part in parts[::2]]
     return "".join(parts)
 
 

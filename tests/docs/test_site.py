@@ -63,7 +63,7 @@ def test_a_signature_is_the_source_s():
 
 
 def test_text_of_docstrings_is_not_read_as_marks():
-    assert generate.escape("L*k of <id>, 0 <= `a*<b>`") == r"L\*k of \<id>, 0 <= `a*<b>`"
+    assert generate.escape("L*k of <id>, 0 <= `a*<b>`") == r"L\*k of &lt;id>, 0 &lt;= `a*<b>`"
 
 
 def test_the_kernels_page_has_every_operator():
