@@ -7,11 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
 import rasa_ext
+import tests.docs.test_docs  # noqa: F401 - makes docs/ importable
+
+import hooks  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,8 +47,8 @@ def test_help_and_checks_of_options_need_no_torch(module):
 
 
 @pytest.mark.parametrize("repository", [None, "https://host.invalid/someone/rasa_ext"])
-def test_a_package_page_has_no_dead_link(tmp_path, repository):
-    """Whether or not pyproject.toml has the repository's address."""
+def test_a_package_page_has_no_dead_link(tmp_path, monkeypatch, repository):
+    """Whether or not pyproject.toml has the repository's address. The site has the same."""
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "rasa_ext/_version.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -57,6 +61,9 @@ def test_a_package_page_has_no_dead_link(tmp_path, repository):
     (found,) = tmp_path.glob("*.dist-info/METADATA")
     metadata = email.message_from_string(found.read_text())
     assert metadata.get_all("Project-URL") == (repository and [f"Repository, {repository}"])
+    monkeypatch.setattr(hooks, "PYPROJECT", tmp_path / "pyproject.toml")
+    site = hooks.on_config(types.SimpleNamespace(repo_url=None))
+    assert (site.repo_url, site.site_url) == (repository, None)
     text = metadata.get_payload()
     links = re.findall(r'(?:\]\(|src="|srcset=")([^)"]*)', text)
     assert all(link.startswith("https://") for link in links)

@@ -16,6 +16,7 @@ import rasa_ext
 from tests.docs.test_docs import COMMANDS, PAGES, RESEARCH, ROOT, blocks
 
 import generate  # isort: skip
+import hooks  # isort: skip
 import notebook  # isort: skip
 import run_page  # isort: skip
 
@@ -123,6 +124,13 @@ def test_a_page_is_given_its_output():
     assert re.sub(r"```text\n.*?```", "", done, flags=re.DOTALL) == re.sub(
         r"```text\n.*?```", "", page, flags=re.DOTALL
     )
+
+
+def test_the_site_shows_every_picture_as_it_is_lit():
+    text = (ROOT / "docs" / "how.md").read_text()
+    shown = hooks.on_page_markdown(text, None, None, None)
+    assert "<picture>" not in shown
+    assert text.count("<picture>") == shown.count("-dark.svg#only-dark)") > 0
 
 
 @pytest.mark.parametrize("page", PAGES + RESEARCH, ids=lambda page: page.name)
