@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
+
+import nbformat
+from nbformat import v4
 
 BASH = "%%bash -e"
 """Not ``!``: that is a terminal, for which bars move, and it goes on after a command that fails."""
@@ -18,37 +19,26 @@ def from_markdown(page: str) -> str:
     A Python block is a code cell and a shell block one of bash; a text block right after one is
     what it printed. Links to other pages, which do not lie beside a notebook, become their text.
     """
-    cells: list[dict[str, Any]] = []
+    cells: list[nbformat.NotebookNode] = []
     end = 0
+
+    def add_text(text: str) -> None:
+        if text.strip():
+            cells.append(v4.new_markdown_cell(LINK.sub(r"*\1*", text.strip())))
+
     for block in BLOCK.finditer(page):
-        between, language, code = page[end : block.start()], block[1], block[2].rstrip("\n")
-        if between.strip():
-            cells.append(_cell("markdown", between.strip(), metadata={}))
-        if language == "text" and cells and cells[-1]["cell_type"] == "code":
-            cells[-1]["outputs"].append(
-                {"output_type": "stream", "name": "stdout", "text": _lines(code + "\n")}
-            )
+        language, code = block[1], block[2].rstrip("\n")
+        add_text(page[end : block.start()])
+        if language == "text" and cells and cells[-1].cell_type == "code":
+            cells[-1].outputs.append(v4.new_output("stream", text=f"{code}\n"))
         elif language == "text":
-            cells.append(_cell("markdown", block[0].strip(), metadata={}))
+            add_text(block[0])
         else:
-            source = code if language == "python" else f"{BASH}\n{code}"
-            cells.append(_cell("code", source, metadata={}, outputs=[], execution_count=None))
+            cells.append(v4.new_code_cell(code if language == "python" else f"{BASH}\n{code}"))
         end = block.end()
-    if page[end:].strip():
-        cells.append(_cell("markdown", page[end:].strip(), metadata={}))
+    add_text(page[end:])
     for number, cell in enumerate(cells):
-        cell["id"] = f"cell-{number}"
+        cell.id = f"cell-{number}"
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
-    book = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
-
-
-def _cell(kind: str, source: str, **rest: Any) -> dict[str, Any]:
-    if kind == "markdown":
-        source = LINK.sub(r"*\1*", source)
-    return {"cell_type": kind, "source": _lines(source), **rest}
-
-
-def _lines(text: str) -> list[str]:
-    return text.splitlines(keepends=True)
+    return nbformat.writes(v4.new_notebook(cells=cells, metadata=metadata)) + "\n"
