@@ -1,11 +1,14 @@
-"""Training data: rows of a JSONL file or of a hub data set, in the forms that TRL takes.
+"""Training data: rows of a file or of a hub data set, in the forms that TRL takes.
 
-A row is ``{"prompt": str, "completion": str}``, in the data under these or other names, or
-``{"messages": [{"role": ..., "content": ...}, ...]}``.
+A row is ``{"prompt": str, "completion": str}``, in the data under these or other names,
+``{"messages": [{"role": ..., "content": ...}, ...]}``, in the data also as ShareGPT has it, or
+``{"text": str}``.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,10 +26,24 @@ PLAIN_TEMPLATE = (
     "{{ ' ' + message['content'] }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 class DataError(ValueError):
     """Data that cannot be used; the message says where it is and what was expected."""
+
+
+def check_source(source: str, option: str) -> None:
+    """Raise DataError, naming the option, where a path of data holds no file."""
+    path = Path(source)
+    if path.is_file():
+        return
+    if path.is_dir() or path.suffix in _SUFFIXES or source.startswith((".", "/", "~")):
+        what = "is a directory" if path.is_dir() else "does not exist"
+        raise DataError(
+            f"{option}: expected a file ({', '.join(_SUFFIXES)}) or a hub data set, but {source} "
+            f"{what}."
+        )
 
 
 def read_examples(
@@ -35,17 +52,18 @@ def read_examples(
     completion_field: str = "completion",
     option: str = "data",
 ) -> list[Row]:
-    """Read the rows of a JSONL file, or of a hub data set's split ``train``.
+    """Read the rows of a file, or of a hub data set's split ``train``.
 
     Args:
-        source: the file, or the data set's name.
+        source: a file of JSON Lines, a JSON array, CSV, Parquet, or text with an example a line; or
+            a data set's name.
         prompt_field: the name of the prompt's field; several, with commas, are joined by an empty
             line.
         completion_field: the name of the completion's field.
         option: what gave the source, for the error.
 
     Returns:
-        A row for each line: a prompt and a completion under these names, or messages.
+        A row for each example: a prompt and a completion under these names, messages, or a text.
 
     Raises:
         ValueError: naming the line and what was expected there; for a name that is neither a file
@@ -61,9 +79,11 @@ def read_examples(
     names = [name.strip() for name in prompt_field.split(",")]
     expected = (
         f"an object with the strings {', '.join(map(repr, names))} and {completion_field!r}, the "
-        "last not empty (--prompt-field and --completion-field give other names), or with "
-        "'messages', a list of {'role': ..., 'content': ...} in which the assistant answers"
+        "last not empty (--prompt-field and --completion-field give other names), with 'messages', "
+        "a list of {'role': ..., 'content': ...} in which the assistant answers, with such "
+        "'conversations' of {'from': ..., 'value': ...}, or with 'text' alone"
     )
+    check_source(source, option)
     rows = []
     for where, text, value in _values(source, option):
         row = _row(value, names, completion_field)
@@ -77,63 +97,105 @@ def read_examples(
 
 
 def _values(source: str, option: str) -> Iterable[tuple[str, str, Any]]:
-    """Where each value is, its text, and the value; None where the text is no JSON."""
+    """Where each value is, its text, and the value; None where the text cannot be read."""
     path = Path(source)
-    if path.is_file():
+    if not path.is_file() or path.suffix == ".parquet":
+        values = _loaded(source, option)
+    elif path.suffix == ".csv":
+        return _table(path)
+    elif path.suffix == ".json" and path.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
+        values = _array(path)
+    else:
         return _lines(path)
-    if path.is_dir() or path.suffix in (".jsonl", ".json") or source.startswith((".", "/", "~")):
-        what = "is a directory" if path.is_dir() else "does not exist"
-        raise DataError(f"{option}: expected a JSONL file or a hub data set, but {source} {what}.")
-    return ((f"{source}, row {i}", str(row), row) for i, row in enumerate(_hub(source, option)))
+    return ((f"{source}, row {i}", str(row), row) for i, row in enumerate(values))
 
 
 def _lines(path: Path) -> Iterable[tuple[str, str, Any]]:
     for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
         text = raw.decode("utf-8-sig", errors="replace").strip()
         try:
-            value = json.loads(raw.decode("utf-8-sig")) if text else None
+            line = raw.decode("utf-8-sig")
+            value = {"text": line} if path.suffix == ".txt" else json.loads(line) if text else None
         except ValueError:  # not UTF-8, either
             value = None
         if text:
             yield f"{path}, line {number}", text, value
 
 
-def _hub(name: str, option: str) -> Iterable[Any]:
+def _table(path: Path) -> Iterable[tuple[str, str, Any]]:
+    """The rows of a CSV file, whose fields stay texts."""
+    try:
+        reader = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
+        for row in reader:
+            fits = None not in row  # as where a comma in a text stands without quotes
+            yield f"{path}, line {reader.line_num}", str(row), row if fits else None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: expected CSV in UTF-8, but it does not parse: {error}.") from None
+
+
+def _array(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path}: expected a JSON array, but it does not parse: {error}.") from None
+
+
+def _loaded(source: str, option: str) -> Iterable[Any]:
     from rasa_ext.commands.models import go_offline_without_hub
 
-    go_offline_without_hub()
+    file = source.endswith(".parquet")
+    if not file:
+        go_offline_without_hub()
     import datasets  # reads as it is imported whether it is offline
 
+    datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(name, split="train")
+        if file:
+            return datasets.load_dataset("parquet", data_files=source, split="train")
+        return datasets.load_dataset(source, split="train")
     except Exception as error:
-        raise DataError(
-            f"{option}: {name!r} is neither a file nor a hub data set that can be loaded: {error}"
-        ) from error
+        what = "no Parquet file" if file else "neither a file nor a hub data set"
+        raise DataError(f"{option}: {source!r} is {what} that can be loaded: {error}") from error
 
 
 def _row(value: Any, prompts: Sequence[str], completion: str) -> Row | None:
     """A decoded line as a row; None where it is none."""
     if not isinstance(value, dict):
         return None
-    if "messages" in value:
-        turns = value["messages"]
-        whole = isinstance(turns, list) and all(
-            isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in _TURN)
-            for turn in turns
-        )
+    if "messages" in value or "conversations" in value:
+        turns = value.get("messages", value.get("conversations"))
+        turns = [_turn(turn) for turn in turns] if isinstance(turns, list) else []
+        whole = all(isinstance(turn.get(k), str) for turn in turns for k in ("role", "content"))
         return {"messages": turns} if whole and _answers(turns) else None
-    texts = [value.get(name) for name in (*prompts, completion)]
+    names = (*prompts, completion)
+    texts = [value.get(name) for name in names]
+    if names == ("prompt", "completion") and not value.keys() & set(names):
+        texts = [value.get("text")]
     if not (all(isinstance(text, str) for text in texts) and texts[-1]):
         return None
+    if len(texts) == 1:
+        return {"text": texts[0]}
     return {"prompt": "\n\n".join(filter(None, texts[:-1])), "completion": texts[-1]}
 
 
-_TURN = ("role", "content")
+def _turn(turn: Any) -> dict[str, Any]:
+    """A turn of a conversation, also of one that ShareGPT wrote."""
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn if isinstance(turn, dict) else {}
+    role = {"human": "user", "gpt": "assistant"}.get(str(turn["from"]), turn["from"])
+    return {"role": role, "content": turn.get("value")}
 
 
 def conversation(row: Row) -> Turns:
-    """A row's messages; of a prompt and a completion, a turn of the user and the assistant's."""
+    """A row's messages; of a prompt and a completion, a turn of the user and the assistant's.
+
+    Raises DataError for a plain text.
+    """
+    if "text" in row:
+        raise DataError(
+            "data: expected prompts and completions, or conversations, got plain text, which has "
+            "no questions and answers."
+        )
     if "messages" in row:
         return list(row["messages"])
     return [
@@ -147,16 +209,25 @@ def rows_for_sft(
 ) -> tuple[list[list[Row]], bool]:
     """The rows of data sets for TRL's SFTTrainer, and whether it must tell the turns apart.
 
-    Without ``template``, or over a tokenizer without one, prompts and completions stay texts; TRL
-    joins them as they stand and closes them with the end-of-sequence token. Else conversations
-    are made of them, whose last turn is the completion. Where a conversation has several turns of
-    the assistant, TRL learns them all at once if it can mark them in the template, and otherwise
-    each becomes a row with all that came before it as the prompt.
+    Plain texts stay as they are, for TRL to learn whole. Without ``template``, or over a tokenizer
+    without one, prompts and completions stay texts; TRL joins them as they stand and closes them
+    with the end-of-sequence token. Else conversations are made of them, whose last turn is the
+    completion. Where a conversation has several turns of the assistant, TRL learns them all at once
+    if it can mark them in the template, and otherwise each becomes a row with all that came before
+    it as the prompt.
 
     A tokenizer without a template gets `PLAIN_TEMPLATE` where there are conversations.
 
     Raises DataError where the template refuses a conversation.
     """
+    texts = ["text" in row for rows in sets for row in rows]
+    if any(texts):
+        if not all(texts):
+            raise DataError(
+                "data: expected all rows, of --eval-data as well, to be plain texts or none, got "
+                f"{sum(texts)} texts among {len(texts)} rows."
+            )
+        return [list(rows) for rows in sets], False
     if any("messages" in row for rows in sets for row in rows):
         if not template:
             raise DataError(

@@ -34,7 +34,7 @@ def evaluate(
         completion_field: As in finetune.
         template: Use the chat template, where there is one. [default: as an adapter was trained]
         answers: Let the models answer and count exact matches, where every completion has an
-            answer to match: by default its last number.
+            answer to match: by default its last number. Plain text has a loss alone.
         answer_pattern: Regular expression whose last match in a text is the answer: its first
             group, or all of it, such as '#### *(.+)'. [default: the last number]
         limit: Take so many examples from the top.
@@ -50,7 +50,9 @@ def evaluate(
 
     rule = measuring.by_pattern(answer_pattern) if answer_pattern else measuring.last_number
     examples = read_examples(data, prompt_field, completion_field)[:limit]
-    expected = [rule(conversation(row)[-1]["content"]) for row in examples]
+    if "text" in examples[0] and not (show or answer_pattern):
+        answers = False  # plain text has none
+    expected = [rule(conversation(row)[-1]["content"]) for row in examples if answers or show]
     judged = answers and None not in expected
     table = table_of(f"{len(examples):,} examples of {data}", "loss", "exact match")
     given: dict[str, list[str]] = {}

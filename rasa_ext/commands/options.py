@@ -29,7 +29,8 @@ class FinetuneOptions:
 
     Args:
         model: Hub id, local directory, .gguf file, or smollm2: the demo's model.
-        data: JSONL file with prompt and completion, or messages, a line; or a hub data set.
+        data: File (.jsonl, .json, .csv, .parquet, .txt) or hub data set: rows with prompt and
+            completion, messages, conversations as ShareGPT has them, or text.
         output: Directory for the adapter.
         prompt_field: Name of the prompt's field in the data; several are joined by an empty
             line.

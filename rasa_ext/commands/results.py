@@ -139,7 +139,7 @@ def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None
     axes.plot(steps, means, color="tab:blue", label="training")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
-    axes.set(xlabel="step", ylabel="loss on completion tokens (nats)", title=title)
+    axes.set(xlabel="step", ylabel="loss per trained token (nats)", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path)

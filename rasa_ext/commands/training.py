@@ -94,7 +94,7 @@ def train(
     prepared = (trainer.train_dataset, trainer.eval_dataset)
     for source, given, learnt in zip(sources.values(), rows, prepared, strict=False):
         describe_rows(source, len(given), learnt, options, console)
-    show_example(trainer.train_dataset[0], tokenizer, console)
+    show_example(trainer.train_dataset[0], tokenizer, console, plain="text" in rows[0][0])
     trained = _describe_adapter(trainer.base_model, console)
 
     metrics = MetricsCallback(output / "metrics.jsonl", console, len(trainer.eval_dataset or ()))
@@ -251,7 +251,9 @@ def describe_rows(
         )
 
 
-def show_example(row: Mapping[str, Any], tokenizer: Any, console: Console) -> None:
+def show_example(
+    row: Mapping[str, Any], tokenizer: Any, console: Console, *, plain: bool = False
+) -> None:
     """Print a row as the model sees it, what is trained within `OPEN` and `CLOSE`."""
     text = Text()
     for trained, stretch in marked(row, tokenizer):
@@ -261,7 +263,8 @@ def show_example(row: Mapping[str, Any], tokenizer: Any, console: Console) -> No
             text.append(stretch)
         else:
             text.append(f"{stretch[: _SHOWN // 2]} [...] {stretch[-_SHOWN // 2 :]}")
-    console.print(f"The first example; what is trained stands in {OPEN} {CLOSE}:", style="dim")
+    kind = "The first example, plain text without a chat template" if plain else "The first example"
+    console.print(f"{kind}; what is trained stands in {OPEN} {CLOSE}:", style="dim")
     console.print(text)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from rich.console import Console
 from trl import SFTConfig
 
@@ -226,7 +228,8 @@ BAD_LINES = [
     "{",
     "[1]",
     '{"prompt": "a"}',
-    '{"text": "a"}',
+    '{"text": ""}',
+    '{"text": "a", "prompt": "b"}',
     '{"prompt": "a", "completion": 3}',
     '{"prompt": "a", "completion": ""}',
     '{"messages": []}',
@@ -236,6 +239,8 @@ BAD_LINES = [
     json.dumps({"messages": [USER]}),
     json.dumps({"messages": [FOUR]}),
     json.dumps({"question": "a", "answer": "b"}),
+    json.dumps({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt"}]}),
+    json.dumps({"conversations": "a"}),
 ]
 
 
@@ -248,7 +253,7 @@ def test_a_bad_line_names_file_line_and_what_was_expected(tmp_path, line):
     text = str(caught.value)
     assert text.startswith(
         f"{path}, line 3: expected an object with the strings 'prompt' and 'completion', the last "
-        "not empty (--prompt-field and --completion-field give other names), or with 'messages'"
+        "not empty (--prompt-field and --completion-field give other names), with 'messages'"
     )
     assert text.endswith(f", got {line}." if len(line) <= 100 else "....")
 
@@ -267,7 +272,7 @@ def test_blank_lines_and_a_byte_order_mark_are_fine(tmp_path):
 
 
 def test_files_that_are_not_there_or_empty(tmp_path):
-    with pytest.raises(DataError, match=r"data: expected a JSONL .*missing\.jsonl does not exist"):
+    with pytest.raises(DataError, match=r"data: expected a file .*missing\.jsonl does not exist"):
         read_examples(str(tmp_path / "missing.jsonl"))
     with pytest.raises(DataError, match="got an empty file"):
         read_examples(str(write_jsonl(tmp_path / "empty.jsonl", [])))
@@ -294,6 +299,81 @@ def test_files_that_are_not_there_or_empty(tmp_path):
 def test_fields_of_other_names(row, fields, prompt, tmp_path):
     path = write_jsonl(tmp_path / "data.jsonl", [row])
     assert read_examples(str(path), *fields) == [pair(prompt, "4")]
+
+
+QUESTIONS = [pair("what, 1?", "007"), pair("two\nlines", "NA")]
+
+
+def write_data(path: Path, rows: list[dict]) -> Path:
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix == ".json":
+        path.write_text("\ufeff\n" + json.dumps(rows, indent=1))
+    else:
+        path.write_text("".join(f"{row['text']}\n\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "json"])
+def test_files_of_other_formats_have_the_same_rows(suffix, tmp_path):
+    """Numbers of a CSV stay the texts that they are."""
+    assert read_examples(str(write_data(tmp_path / f"d.{suffix}", QUESTIONS))) == QUESTIONS
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "json"])
+def test_conversations_of_sharegpt_become_messages(suffix, tmp_path):
+    turns = [("system", "brief"), ("human", "1?"), ("gpt", "2"), ("user", "3?"), ("assistant", "4")]
+    given = [{"id": "x", "conversations": [{"from": who, "value": text} for who, text in turns]}]
+    names = {"human": "user", "gpt": "assistant"}
+    expected = messages(*({"role": names.get(w, w), "content": text} for w, text in turns))
+    assert read_examples(str(write_data(tmp_path / f"d.{suffix}", given))) == [expected]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "json", "parquet"])
+def test_plain_text_is_learnt_whole_without_a_template(suffix, tmp_path):
+    rows = [{"text": "  what is 2, 3?"}, {"text": "the answer"}]
+    examples = read_examples(str(write_data(tmp_path / f"d.{suffix}", rows)))
+    assert examples == rows
+    tokenizer, text = make_tokenizer(), io.StringIO()
+    learnt = prepared(examples, tokenizer, tmp_path)
+    assert [text_of(row, tokenizer) for row in learnt] == [
+        [(True, f"{row['text']}<|end|>")] for row in rows
+    ]
+    show_example(learnt[0], tokenizer, Console(file=text, width=200), plain=True)
+    assert "first example, plain text without a chat template; what is trained" in text.getvalue()
+    assert f"{OPEN}  what is 2, 3?<|end|>{CLOSE}" in text.getvalue()
+
+
+def test_plain_text_stays_apart_from_questions_and_answers():
+    with pytest.raises(DataError, match=r"data: expected all rows, .* got 1 texts among 2 rows"):
+        data.rows_for_sft([[{"text": "a"}], [pair("a", "b")]], make_tokenizer(), True)
+    with pytest.raises(DataError, match=r"data: expected prompts and completions, or .* got plain"):
+        data.questions([{"text": "a"}], make_tokenizer(), True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.json", '[{"text": "a"},\n{"text" "b"}]', "expected a JSON array, .*: line 2 column 9"),
+        ("d.json", '[{"text": "a"}, 3]', "d.json, row 1: expected an object .*, got 3."),
+        ("d.json", '{"text": 3}', "d.json, line 1: expected an object"),
+        ("d.csv", "prompt,completion\na,b\nc\n", "d.csv, line 3: expected an object"),
+        ("d.csv", "prompt,completion\na,b,c\n", "d.csv, line 2: expected an object"),
+        ("d.csv", 'prompt,completion\na,"b', "expected CSV in UTF-8, .*: unexpected end of data"),
+        ("d.csv", "prompt,completion\n", "expected at least one example"),
+        ("d.parquet", "prompt", "data: '.*d.parquet' is no Parquet file that can be loaded: "),
+        ("d.txt", "\n \n", "expected at least one example"),
+    ],
+)
+def test_files_that_do_not_parse(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_examples(str(tmp_path / name))
 
 
 def test_a_name_that_is_no_file_and_no_data_set_says_so():

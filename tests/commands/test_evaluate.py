@@ -87,6 +87,17 @@ def test_a_rule_takes_the_last_match():
         by_pattern("(")
 
 
+def test_plain_text_has_a_loss_alone(folder):
+    data = folder / "test.txt"
+    data.write_text("what is 2?\nthe answer is 4\n")
+    words = ["--model", folder / "base", "--data", data, "--eval-data", data, "--output"]
+    invoke("finetune", *words, folder / "plain", "--max-steps", 1)
+    loss = f"{summary(folder, 'plain')['eval_loss']:.4f}"
+    assert f"{loss} -" in invoke("evaluate", folder / "plain", "--data", data)
+    text = invoke("evaluate", folder / "plain", "--data", data, "--show", 1, code=1)
+    assert "data: expected prompts and completions, or conversations, got plain text" in text
+
+
 def test_generate_answers_side_by_side(folder):
     prompts = ["--prompt", "what is 1 plus 7?", "--prompt", "what is 2?"]
     words = ["generate", folder / "one", folder / "base", *prompts, "--max-new-tokens", 5]
