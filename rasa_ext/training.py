@@ -33,7 +33,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Return an optimizer's parameter groups for a patched model, with the method's rates.
 
-    The rates come from ``AdapterConfig.learning_rates``. All other parameters share one group.
+    The rates come from ``AdapterConfig.learning_rates``. All other parameters that are trained
+    share one group, those of ``modules_to_save`` as well.
 
     Args:
         model: a patched model.
@@ -58,7 +59,7 @@ def parameter_groups(
         for name, rate in config.learning_rates(owner.spec).items():
             rates[id(owner.own_tensors()[name])] = rate
     found: dict[Rate, list[nn.Parameter]] = {}
-    for parameter in adapter_parameters(model):
+    for parameter in dict.fromkeys([*adapter_parameters(model), *model.parameters()]):
         if parameter.requires_grad:
             found.setdefault(rates.get(id(parameter), Rate()), []).append(parameter)
     groups: list[dict[str, Any]] = []
