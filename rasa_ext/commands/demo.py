@@ -79,8 +79,9 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
     import rasa_ext
     from rasa_ext.commands.data import write_examples
     from rasa_ext.commands.measuring import exact_match, greedy_answers
-    from rasa_ext.commands.models import SMOLLM2, load_model, load_tokenizer, save_model
+    from rasa_ext.commands.models import load_model, load_tokenizer, save_model
     from rasa_ext.commands.options import FinetuneOptions
+    from rasa_ext.commands.paths import SMOLLM2
     from rasa_ext.commands.problems import make_problems
     from rasa_ext.commands.results import describe
     from rasa_ext.commands.training import train

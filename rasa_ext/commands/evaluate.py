@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rasa_ext.commands.data import check_source, conversation, questions, read_examples
 from rasa_ext.commands.output import command, console, table_of
 from rasa_ext.commands.parsing import check_least
 
@@ -45,8 +46,8 @@ def evaluate(
         dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
     """
     check_least(limit=(limit, 1), batch_size=(batch_size, 1), seq_len=(seq_len, 1))
+    check_source(data, "data")
     from rasa_ext.commands import measuring
-    from rasa_ext.commands.data import conversation, questions, read_examples
 
     rule = measuring.by_pattern(answer_pattern) if answer_pattern else measuring.last_number
     examples = read_examples(data, prompt_field, completion_field)[:limit]

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from rasa_ext.commands.options import RECORD, FinetuneOptions
-from rasa_ext.commands.output import INTERRUPTED, command, console
+from rasa_ext.commands.output import INTERRUPTED, command, console, working
 from rasa_ext.commands.parsing import options_of
 
 
@@ -18,8 +18,9 @@ from rasa_ext.commands.parsing import options_of
 def finetune(**values: Any) -> None:
     """Fine-tune a language model; only completions, or the assistant's turns, carry a loss."""
     options = FinetuneOptions(**values)  # checked before the libraries are imported
-    from rasa_ext.commands.results import describe
-    from rasa_ext.commands.training import train
+    with working("Loading PyTorch, transformers and TRL"):
+        from rasa_ext.commands.results import describe
+        from rasa_ext.commands.training import train
 
     result = train(options, console)
     if result["interrupted"]:

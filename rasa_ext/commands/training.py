@@ -15,11 +15,15 @@ import torch
 import yaml
 from rich.console import Console
 from rich.text import Text
+from torch import Tensor
+from transformers import SchedulerType
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTConfig
 
 from rasa_ext import patch_model, summary, unpatch
+from rasa_ext.checkpoint import convert_lora, read_adapter, read_lora
+from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback, read_metrics
 from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
 from rasa_ext.commands.data import DataError, read_examples, rows_for_sft
@@ -29,11 +33,12 @@ from rasa_ext.commands.output import working
 from rasa_ext.commands.parsing import parse_yaml
 from rasa_ext.commands.results import write_results
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, check_head, dataset
+from rasa_ext.methods import AdapterConfig, checked_choice, read_method
 
 OPEN, CLOSE = ">>>", "<<<"  # around what is trained, in the example that is shown
 _SHOWN = 400  # characters of an untrained stretch, which is cut in its middle
 # What may be another on a resume: no step depends on it.
-_HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_every"})
+_HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_steps", "save_steps"})
 
 
 def train(
@@ -75,6 +80,7 @@ def train(
     if loaded:
         _check_plan(options)
         model = _load(options)
+    config, start = _adapter(options, model)
     if model.dtype == torch.float16:
         arguments = _arguments(options, marks, fp16=True)
     with warnings.catch_warnings():
@@ -83,12 +89,17 @@ def train(
         trainer = AdapterTrainer(
             model,
             arguments,
-            adapter=options.adapter(),
+            adapter=config,
             warmup=options.warmup,
             train_dataset=dataset(rows[0]),
             eval_dataset=dataset(rows[1]) if options.eval_data is not None else None,
             processing_class=tokenizer,
         )
+    if start:
+        load_tensors_into(trainer.base_model, config, start, str(options.init_adapter))
+        sizes = {name: getattr(config, name) for name in ("rank", "k") if hasattr(config, name)}
+        size = "".join(f", {name} {value}" for name, value in sizes.items())
+        console.print(f"Training on from {options.init_adapter}: {config.title}{size}.")
     trainer.record = json.dumps(record)
     trainer.remove_callback(PrinterCallback)
     prepared = (trainer.train_dataset, trainer.eval_dataset)
@@ -98,7 +109,7 @@ def train(
     trained = _describe_adapter(trainer.base_model, console)
 
     metrics = MetricsCallback(output / "metrics.jsonl", console, len(trainer.eval_dataset or ()))
-    steps = options.adapter().callbacks(trainer.base_model)
+    steps = config.callbacks(trainer.base_model)
     for callback in steps:
         trainer.add_callback(callback)
     if state is not None and state.global_step >= state.max_steps:
@@ -147,15 +158,36 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
 
 def _check_plan(options: FinetuneOptions) -> None:
     """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
-    config = options.adapter()
-    model = patch_model(load_skeleton(options.model), config=config)
-    check_head(model)
+    model = load_skeleton(options.model)
+    config, _ = _adapter(options, model)
+    check_head(patch_model(model, config=config))
     config.callbacks(model)
+
+
+def _adapter(options: FinetuneOptions, model: Any) -> tuple[AdapterConfig, dict[str, Tensor]]:
+    """The adapter's config, and the tensors with which it starts; none where it is new.
+
+    Of ``model``, which may be on the meta device, only names and shapes are read.
+    """
+    if options.init_adapter is None:
+        return options.adapter(), {}
+    settings, tensors = read_adapter(options.init_adapter)
+    if settings.get("peft_type") == "LORA":
+        lora = convert_lora(model, read_lora(options.init_adapter), options.init_adapter)
+        return lora.config, lora.tensors
+    config = read_method(settings)
+    if config.loop:
+        raise ValueError(
+            f"init_adapter: expected an adapter of a method that an optimizer trains, got "
+            f"{config.method!r}: train it in a loop of yours, by {config.loop}."
+        )
+    return config, tensors
 
 
 def _load(options: FinetuneOptions) -> Any:
     with working(f"Loading {options.model}"):
-        model = load_model(options.model, options.dtype)
+        kind = next((n for n in ("load_in_4bit", "load_in_8bit") if getattr(options, n)), "")
+        model = load_model(options.model, options.dtype, kind)
     if model.dtype == torch.float16 and not torch.cuda.is_available():
         if options.dtype == "float16":
             raise ValueError(
@@ -177,9 +209,10 @@ def _describe_adapter(model: Any, console: Console) -> int:
 
 
 def _arguments(options: FinetuneOptions, marks: bool, fp16: bool = False) -> SFTConfig:
+    kinds = [kind.value for kind in SchedulerType]
+    checked_choice("lr_scheduler_type", options.lr_scheduler_type, kinds)
     evaluate = options.eval_data is not None
     usual = {
-        "weight_decay": 0.0,
         "optim": "adamw_torch",
         "per_device_eval_batch_size": 2 * options.batch_size,  # nothing is kept for a backward
         "save_total_limit": 2,
@@ -196,6 +229,8 @@ def _arguments(options: FinetuneOptions, marks: bool, fp16: bool = False) -> SFT
             per_device_train_batch_size=options.batch_size,
             gradient_accumulation_steps=options.grad_accum,
             learning_rate=options.lr,
+            lr_scheduler_type=options.lr_scheduler_type,
+            weight_decay=options.weight_decay,
             max_length=options.seq_len,
             packing=options.packing,
             eval_packing=False,
@@ -210,11 +245,11 @@ def _arguments(options: FinetuneOptions, marks: bool, fp16: bool = False) -> SFT
             include_num_input_tokens_seen="non_padding",
             eval_strategy="steps" if evaluate else "no",
             # Below 1 it is a share of the steps: an evaluation after the last alone.
-            eval_steps=options.eval_every or 1 - 1e-9,
+            eval_steps=options.eval_steps or 1 - 1e-9,
             eval_on_start=evaluate and not options.resume,
             prediction_loss_only=True,
             save_strategy="steps",
-            save_steps=0.1,  # a share as well
+            save_steps=options.save_steps,
             disable_tqdm=True,
         )
     except (TypeError, ValueError) as error:  # of another name, or one that an option sets

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import rasa_ext
 from rasa_ext.checkpoint import writing
-from rasa_ext.commands import models
+from rasa_ext.commands import models, paths
 from rasa_ext.commands.app import app
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
@@ -142,12 +142,12 @@ def test_what_no_command_expected(error, said, monkeypatch):
     def failing(_):
         raise error
 
-    monkeypatch.setattr(models, "is_adapter", failing)
+    monkeypatch.setattr(paths, "is_adapter", failing)
     text = invoke("inspect", "anything", code=1)
     assert "Error: " in text
     assert said in text
 
 
 def test_another_error_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(models, "is_adapter", lambda _: 1 / 0)
+    monkeypatch.setattr(paths, "is_adapter", lambda _: 1 / 0)
     assert isinstance(CliRunner().invoke(app, ["inspect", "x"]).exception, ZeroDivisionError)

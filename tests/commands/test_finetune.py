@@ -65,7 +65,7 @@ def options(base, files, tmp_path) -> FinetuneOptions:
 
 def test_a_run_learns_and_leaves_its_files(options, files):
     result, text = run(
-        options, max_steps=20, eval_data=str(files / "test.jsonl"), eval_every=10, lr=1e-2
+        options, max_steps=20, eval_data=str(files / "test.jsonl"), eval_steps=10, lr=1e-2
     )
     output = Path(options.output)
     for name in ("tokenizer.json", "loss.png", "summary.json", "finetune.yaml"):
@@ -131,7 +131,7 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
 def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
     options, files, tmp_path, monkeypatch, stop_at
 ):
-    evaluated = {"eval_data": str(files / "test.jsonl"), "eval_every": 2}
+    evaluated = {"eval_data": str(files / "test.jsonl"), "eval_steps": 2}
     whole = dataclasses.replace(options, output=str(tmp_path / "whole"), **evaluated)
     run(whole)
 
@@ -366,12 +366,17 @@ def test_gradient_checkpointing_changes_no_loss(options, tmp_path):
 
 def test_other_arguments_of_trl(options):
     """A schedule of Trainer's own has the warm-up of ``warmup``."""
-    text = "lr_scheduler_type: constant_with_warmup, weight_decay: 0.01"
-    run(options, training_arguments=text, warmup=0.5, max_steps=4)
+    text = "max_grad_norm: 0.5, adam_beta1: 0.8"
+    more = {"lr_scheduler_type": "constant_with_warmup", "weight_decay": 0.25, "save_steps": 3}
+    run(options, training_arguments=text, warmup=0.5, max_steps=4, **more)
     assert [rate for _, _, rate, _ in losses(options.output)] == pytest.approx(
         [0, 1.5e-3, 3e-3, 3e-3]
     )
     assert text in (Path(options.output) / "README.md").read_text()
+    (_, third), _ = checkpoints_in(Path(options.output))
+    assert third.name == "checkpoint-3"
+    (group,) = torch.load(third / "optimizer.pt", weights_only=True)["param_groups"]
+    assert (group["weight_decay"], group["betas"][0]) == (0.25, 0.8)
 
 
 def test_target_modules_and_dtype(options):
@@ -423,7 +428,7 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
         ({"target_modules": "q_projection"}, "target_modules: "),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32"),
-        ({"eval_every": 5}, "eval_every: expected eval_data"),
+        ({"eval_steps": 5}, "eval_steps: expected eval_data"),
         ({"target_modules": ","}, "target_modules: expected 'all-linear'"),
         ({"k": 9}, "k: expected 0 <= k <= rank"),
         ({"model": "./nowhere"}, "model: the directory ./nowhere does not exist"),
@@ -432,10 +437,18 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"training_arguments": "pigeon: 1"}, "unexpected keyword argument 'pigeon'"),
         (
             {"training_arguments": "learning_rate: 1"},
-            "SFTConfig() got multiple values for keyword argument 'learning_rate'",
+            "training_arguments: learning_rate is set by the option lr",
         ),
         ({"eval_data": "no.jsonl"}, "hub data set, but no.jsonl does not exist"),
-        ({"eval_data": "."}, "eval_data: expected a JSONL file or a hub data set, but . is a dir"),
+        ({"eval_data": "."}, "eval_data: expected a file (.jsonl, .json, .csv, .parquet, .txt) or"),
+        ({"eval_steps": 0}, "eval_steps: expected a number above 0, got 0"),
+        ({"save_steps": -1}, "save_steps: expected a number above 0, got -1"),
+        ({"weight_decay": -1}, "weight_decay: expected at least 0, got -1"),
+        ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected 'linear' or 'cosine'"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit: expected it without load_in"),
+        ({"rank_pattern": "no.json"}, "rank_pattern: the file no.json does not exist"),
+        ({"rank_pattern": __file__}, f"rank_pattern: expected JSON or YAML in {__file__}, but"),
+        ({"modules_to_save": "pigeon"}, "modules_to_save: expected suffixes of module names, but"),
     ],
 )
 def test_bad_options_name_themselves_before_a_model_is_loaded(

@@ -1,0 +1,72 @@
+"""Models and adapters by path, checked before torch is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+SMOLLM2 = "smollm2"  # the name of the demo's model, wherever it is
+ADAPTER = "adapter_config.json"
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says which and what to do."""
+
+
+def is_adapter(path: Path) -> bool:
+    """Tell whether a path is an adapter's directory, of any method."""
+    return (path / ADAPTER).is_file()
+
+
+def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") -> None:
+    """Raise FileNotFoundError where a path is no adapter's directory.
+
+    The hub is not asked: what is on it has to be called a model. ``otherwise`` ends the message.
+    """
+    if is_adapter(path):
+        return
+    what = f"{path} holds no {ADAPTER}" if path.is_dir() else f"{path} does not exist"
+    if path.is_file():
+        what = f"{path} is a file"
+    raise FileNotFoundError(f"{argument}: expected an adapter's directory, but {what}.{otherwise}")
+
+
+def check_model(name: str, *instead: str) -> Path | None:
+    """Return a model's directory or .gguf file; None where the name is no path, but a hub id.
+
+    ``instead`` names files that a directory may have in place of a model's config.json.
+
+    Raises ModelError where a path holds no model, but an adapter or something else.
+    """
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model: the file {name} does not exist.")
+        if importlib.util.find_spec("gguf") is None:
+            raise ModelError(f"model: reading {path.name} needs the package gguf: pip install gguf")
+        return path
+    if path.is_dir():
+        _check_directory(path, instead)
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"model: the directory {name} does not exist.")
+    return None
+
+
+def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
+    if any((path / name).is_file() for name in instead):
+        return
+    if is_adapter(path):  # transformers would load the base that it names
+        from rasa_ext.checkpoint.files import read_config
+
+        base = read_config(path).get("base_model_name_or_path")
+        raise ModelError(
+            f"model: expected a base model, but {path} is an adapter's directory; give the "
+            f"adapter's base ({base}), with --init-adapter {path} to train the adapter on, or what "
+            "`rasa-ext merge` writes of the two."
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(
+            f"model: expected a model's directory, with a config.json, but {path} "
+            f"{'holds none' if any(path.iterdir()) else 'is empty'}."
+        )

@@ -1,0 +1,189 @@
+"""finetune: adapters that are trained on, and the options of a new one beyond rank and targets."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+
+import rasa_ext
+from rasa_ext.commands.models import load_model
+from rasa_ext.commands.options import FinetuneOptions
+from tests.helpers.adapters import patched
+from tests.helpers.cli import invoke, load, logits, save_lora
+from tests.helpers.finetuning import interrupted, losses, run
+from tests.helpers.tiny_lm import save_base, sums, write_jsonl
+
+STILL = 1e-30  # a rate at which nothing moves
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A base, data, and what may be trained on: adapters of this package and LoRAs of PEFT."""
+    folder = tmp_path_factory.mktemp("start")
+    base = save_base(folder / "base", hidden_size=64, intermediate_size=128)
+    write_jsonl(folder / "train.jsonl", sums(16))
+    config = rasa_ext.RasaConfig(
+        rank=6, k=2, dropout=0.1, target_modules=["q_proj", "up_proj"], modules_to_save=["norm"]
+    )
+    rasa_ext.save_adapter(patched(load(base), config=config), folder / "rasa")
+    lora = rasa_ext.methods.LoraConfig(rank=3, alpha=6.0, rslora=True)
+    rasa_ext.save_adapter(patched(load(base), config=lora), folder / "lora")
+    save_lora(base, folder / "peft")
+    return folder
+
+
+@pytest.fixture
+def options(folder, tmp_path) -> FinetuneOptions:
+    return FinetuneOptions(
+        model=str(folder / "base"),
+        data=str(folder / "train.jsonl"),
+        output=str(tmp_path / "out"),
+        lr=1e-2,
+        max_steps=4,
+        batch_size=4,
+        dtype="float32",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("rasa", "RaSA, rank 6, k 2"),
+        ("lora", "LoRA, rank 3"),
+        ("peft", "RaSA, rank 6, k 0"),
+    ],
+)
+def test_an_adapter_is_trained_on_from_what_it_computes(name, said, folder, options):
+    before, start = load(folder / "base"), folder / name
+    read = PeftModel.from_pretrained if name == "peft" else rasa_ext.load_adapter
+    expected = logits(read(before, start).eval())
+    text = run(options, init_adapter=str(start), lr=STILL, max_steps=1)[1]
+    assert f"Training on from {start}: {said}." in text
+    model = rasa_ext.load_adapter(load(folder / "base"), options.output).eval()
+    torch.testing.assert_close(logits(model), expected)
+    _, again = run(options, init_adapter=str(start), overwrite=True)
+    assert losses(options.output)[-1][1] < losses(options.output)[0][1]
+    assert said in again
+    model = rasa_ext.load_adapter(load(folder / "base"), options.output).eval()
+    assert (logits(model) - expected).abs().max() > 0.01
+
+
+def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path, monkeypatch):
+    start = {"init_adapter": str(folder / "rasa")}
+    run(options, **start, output=str(tmp_path / "whole"))
+    interrupted(monkeypatch, 2, options, **start)
+    record = yaml.safe_load((Path(options.output) / "finetune.yaml").read_text())
+    assert record["init_adapter"] == start["init_adapter"]
+    assert not {"rank", "method", "target_modules"} & record.keys()
+    with pytest.raises(ValueError, match=r"resume: .* init_adapter \('\S+rasa' before, '\S+lora' "):
+        run(options, init_adapter=str(folder / "lora"), resume=True)
+    with pytest.raises(ValueError, match=r"resume: .* init_adapter \('\S+rasa' before, None now\)"):
+        run(options, resume=True)
+    invoke("finetune", "--config", Path(options.output) / "finetune.yaml", "--resume")
+    assert losses(options.output) == losses(tmp_path / "whole")
+    ours, theirs = (
+        load_file(Path(each) / "adapter_model.safetensors")
+        for each in (options.output, tmp_path / "whole")
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    card = (Path(options.output) / "README.md").read_text()
+    assert "| init_adapter | `rasa` |" in card
+    assert str(folder) not in card
+    assert "| target_modules |" not in card  # of a new adapter, as the option has them
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 4}, "rank: expected none with init_adapter, since the adapter in"),
+        ({"method": "lora"}, "method: expected none with init_adapter, .*, got 'lora'"),
+        ({"modules_to_save": "norm"}, "modules_to_save: expected none with init_adapter"),
+        ({"init_adapter": "base"}, "init_adapter: expected an adapter's directory, but .*base hol"),
+        ({"init_adapter": "none"}, "init_adapter: expected an adapter's directory, but .*none doe"),
+    ],
+)
+def test_options_that_an_adapter_has_of_its_own(change, message, folder, options, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(options, **{"init_adapter": "rasa", **change})
+    assert not Path(options.output).exists()
+
+
+def test_an_adapter_of_another_model_is_refused(folder, options, tmp_path):
+    other = save_base(tmp_path / "other")
+    for name in ("rasa", "peft"):
+        with pytest.raises(ValueError, match=f"{name}: .*(not fit the model|layer's .out, in)"):
+            run(options, model=str(other), init_adapter=str(folder / name))
+
+
+def test_an_adapter_in_place_of_a_model_names_the_option_for_it(folder):
+    message = f"give the adapter's base .*, with --init-adapter {folder / 'rasa'} to train"
+    with pytest.raises(ValueError, match=message):
+        FinetuneOptions(str(folder / "rasa"), "d")
+
+
+def test_modules_are_left_out_or_trained_in_full(options):
+    text = run(options, exclude_modules="mlp.up_proj, o_proj", modules_to_save="norm, lm_head")[1]
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert {name.split(".")[-2] for name in stored if ".rasa_" in name} == {
+        *("q_proj", "k_proj", "v_proj", "gate_proj", "down_proj")
+    }
+    base = load(Path(options.model))
+    for name in ("model.norm.weight", "lm_head.weight"):
+        change = stored[f"base_model.model.{name}"] - base.get_parameter(name)
+        assert change.abs().max() > 1e-3
+    total = sum(tensor.numel() for tensor in stored.values())
+    assert f"{total:,} of " in text
+    run(options, exclude_modules=r"regex:.*layers\.0\..*", overwrite=True, max_steps=1)
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert not [name for name in stored if "layers.0." in name]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_ranks_of_single_layers_come_from_a_file(nested, options, tmp_path):
+    ranks, file = {"0.self_attn.q_proj": 5, "up_proj": 3}, tmp_path / "ranks.json"
+    file.write_text(json.dumps({"k": 1, "rank_pattern": ranks} if nested else ranks))
+    run(options, rank=4, k=1, rank_pattern=str(file), max_steps=1)
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    private = {name.split("layers.")[1]: len(A) for name, A in stored.items() if "rasa_A" in name}
+    assert private["0.self_attn.q_proj.rasa_A"] == 4
+    assert private["1.self_attn.q_proj.rasa_A"] == 3
+    assert private["1.mlp.up_proj.rasa_A"] == 2
+    with pytest.raises(ValueError, match="rank_pattern: expected none with the method 'lora'"):
+        run(options, method="lora", rank_pattern=str(file), overwrite=True)
+    file.write_text(json.dumps({"rank_pattern": ["q_proj"]}))
+    with pytest.raises(TypeError, match="rank_pattern: expected a mapping to integers, got"):
+        run(options, rank_pattern=str(file), overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit"])
+def test_a_base_in_fewer_bits(kind, options, folder, tmp_path, monkeypatch):
+    if kind == "load_in_4bit":
+        with monkeypatch.context() as patch:
+            patch.setattr("importlib.util.find_spec", lambda _: None)
+            with pytest.raises(ValueError, match="load_in_4bit: needs bitsandbytes: pip install"):
+                run(options, **{kind: True})
+    run(options, **{kind: True})
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+    quantized = losses(options.output)
+    assert quantized[-1][1] < quantized[0][1]
+    run(options, output=str(tmp_path / "whole"))
+    assert quantized[0][1] != losses(tmp_path / "whole")[0][1]
+    assert quantized[0][1] == pytest.approx(losses(tmp_path / "whole")[0][1], rel=0.05)
+    invoke("merge", options.output, "--output", tmp_path / "merged")
+    with pytest.raises(ValueError, match=re.escape(f"resume: the run of {options.output}")):
+        run(options, resume=True)
+
+
+def test_a_gguf_is_not_quantized_again(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"load_in_4bit: expected a model in .* format, got "):
+        load_model(str(tmp_path / "m.gguf"), quantization="load_in_4bit")
