@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 from transformers import SchedulerType
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTConfig
@@ -254,6 +255,12 @@ def _arguments(options: FinetuneOptions, marks: bool, fp16: bool = False) -> SFT
         )
     except (TypeError, ValueError) as error:  # of another name, or one that an option sets
         raise ValueError(f"training_arguments: {error}") from error
+    available = get_available_reporting_integrations()
+    if missing := set(arguments.report_to) - {*available}:
+        raise ValueError(
+            f"training_arguments: report_to: expected what is installed ({', '.join(available)}), "
+            f"got {', '.join(missing)}."
+        )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: DataParallel would copy the model every step
     return arguments

@@ -434,6 +434,7 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"model": "./nowhere"}, "model: the directory ./nowhere does not exist"),
         ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
         ({"training_arguments": "pigeon"}, "training_arguments: expected YAML such as"),
+        ({"training_arguments": "report_to: pigeon"}, "report_to: expected what is installed ("),
         ({"training_arguments": "pigeon: 1"}, "unexpected keyword argument 'pigeon'"),
         (
             {"training_arguments": "learning_rate: 1"},
