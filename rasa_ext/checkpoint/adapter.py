@@ -41,7 +41,6 @@ from rasa_ext.checkpoint.files import (
     read_tensors,
     write_files,
 )
-from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.methods import RasaConfig, read_method
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.nn.adapter import Adapter
@@ -53,6 +52,7 @@ from rasa_ext.patching.patch import apply_plan, check_unpatched
 from rasa_ext.patching.state import is_patched, owners, patch_state, unwrap
 from rasa_ext.patching.targets import Plan, make_plan, resolve_config
 from rasa_ext.patching.tokens import row_tensors, rows_key
+from rasa_ext.writing import new_folder
 
 
 def own_key(name: str, field: str) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rasa_ext.checkpoint.writing import INSIDE, OLD, new_folder
+from rasa_ext.writing import INSIDE, OLD, new_folder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -23,9 +23,9 @@ from rasa_ext.checkpoint.lora_experts import (
 from rasa_ext.checkpoint.lora_formats import PEFT_FILES, check_format, write_format
 from rasa_ext.checkpoint.lora_limits import warn_of_readers
 from rasa_ext.checkpoint.lora_view import WEIGHT, Export
-from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.linalg import svd_of_product
 from rasa_ext.methods.base import checked_integer
+from rasa_ext.writing import new_folder
 
 
 def write_lora(

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.checkpoint.adapter import save_adapter
-from rasa_ext.checkpoint.writing import new_folder
 from rasa_ext.patching.pretrained import trained_state
 from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
 from rasa_ext.patching.tokens import trained_tokens
+from rasa_ext.writing import new_folder
 
 
 def save_pretrained(

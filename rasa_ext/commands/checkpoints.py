@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from rasa_ext.checkpoint.files import CONFIG, PICKLE, WEIGHTS, read_config, read_tensors
-from rasa_ext.checkpoint.writing import STALE
+from rasa_ext.writing import STALE
 
 # What the steps up to a checkpoint were made with: options, processes and the data's digest.
 RUN = "run.json"

@@ -27,8 +27,8 @@ def merge(
     """
     import rasa_ext
     from rasa_ext.checkpoint.card import write_card
-    from rasa_ext.checkpoint.writing import new_folder
     from rasa_ext.commands.models import base_of, load_model, load_tokenizer, save_model
+    from rasa_ext.writing import new_folder
 
     with base_of(adapter, model) as name, working(f"Merging {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite)

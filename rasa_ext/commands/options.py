@@ -205,7 +205,6 @@ class FinetuneOptions:
                     f"{name}: expected none with init_adapter, since the adapter in "
                     f"{self.init_adapter} has its own, got {value!r}."
                 )
-        self._check_output()
 
     def _check_paths(self) -> None:
         for option in ("data", "eval_data"):
@@ -217,6 +216,7 @@ class FinetuneOptions:
             check_adapter(Path(self.init_adapter), "init_adapter")
         if self.rank_pattern is not None and not Path(self.rank_pattern).is_file():
             raise ValueError(f"rank_pattern: the file {self.rank_pattern} does not exist.")
+        self._check_output()
 
     def adapter(self) -> AdapterConfig:
         """The new adapter's config. Raises ValueError where its options are no good."""
@@ -250,12 +250,11 @@ class FinetuneOptions:
 
     def _check_output(self) -> None:
         """Raise where the output is no place for this run."""
-        from rasa_ext.commands.checkpoints import checkpoints_in  # needs torch, as help does not
-
         output = Path(self.output)
         if self.resume and self.overwrite:
             raise ValueError("overwrite: expected it without resume, which goes on with a run.")
-        if not (self.resume or self.overwrite) and checkpoints_in(output):
+        trained = any(output.glob("checkpoint-*/trainer_state.json"))
+        if trained and not (self.resume or self.overwrite):
             raise ValueError(
                 f"output: {output} holds checkpoints of an earlier run; pass --resume to continue "
                 "it, --overwrite to replace it, or choose another --output."

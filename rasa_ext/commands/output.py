@@ -167,7 +167,7 @@ def _one_sentence(error: Exception, output: str) -> str | None:
 
     ``output`` is where the command writes, for errors that name no file.
     """
-    from rasa_ext.checkpoint.writing import WriteError, is_full, write_error
+    from rasa_ext.writing import WriteError, is_full, write_error
 
     if isinstance(error, WriteError):
         return str(error)

@@ -161,7 +161,7 @@ def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: boo
         >>> from rasa_ext.commands.parsing import check_differs
         >>> check_differs(["checkpoint"], Path("new"), overwrite=False)
     """
-    from rasa_ext.checkpoint.writing import check_output
+    from rasa_ext.writing import check_output
 
     for source in sources:
         if Path(source).resolve() == output.resolve():

@@ -35,7 +35,7 @@ from torch import nn
 import rasa_ext
 import rasa_ext.peft
 from rasa_ext.checkpoint.files import digest
-from rasa_ext.checkpoint.writing import WriteError
+from rasa_ext.writing import WriteError
 from tests.helpers import experts, methods, oracle
 from tests.helpers.adapters import adapters, patched, trainable_copies
 from tests.helpers.models import LLAMA

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import rasa_ext
-from rasa_ext.checkpoint import files, writing
-from rasa_ext.checkpoint.writing import WriteError
+from rasa_ext import writing
+from rasa_ext.checkpoint import files
 from rasa_ext.methods import LoraConfig
+from rasa_ext.writing import WriteError
 from tests.helpers.adapters import RANK, content, patched, same_adapters
 from tests.helpers.file_limit import file_limit
 from tests.helpers.models import SEQUENTIAL

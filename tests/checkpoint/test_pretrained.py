@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import rasa_ext
 from rasa_ext.checkpoint import pretrained
-from rasa_ext.checkpoint.writing import WriteError
+from rasa_ext.writing import WriteError
 from tests.helpers import experts
 from tests.helpers.adapters import adapters, patched, randomize
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 
-from rasa_ext.checkpoint import writing as module
-from rasa_ext.checkpoint.writing import WriteError, check_output, new_folder, writing
+from rasa_ext import writing as module
+from rasa_ext.writing import WriteError, check_output, new_folder, writing
 from tests.helpers.file_limit import file_limit
 from tests.helpers.threads import run_in_threads
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import rasa_ext
-from rasa_ext.checkpoint import writing
+from rasa_ext import writing
 from rasa_ext.commands import models, paths
 from rasa_ext.commands.app import app
 from tests.helpers import oracle

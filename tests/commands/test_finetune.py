@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,13 +20,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import rasa_ext
-from rasa_ext.checkpoint.writing import WriteError
 from rasa_ext.commands import callbacks, training
 from rasa_ext.commands.callbacks import read_metrics
 from rasa_ext.commands.checkpoints import checkpoints_in
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.results import plot_loss
 from rasa_ext.commands.training import train
+from rasa_ext.writing import WriteError
 from tests.helpers.cli import invoke
 from tests.helpers.file_limit import file_limit
 from tests.helpers.finetuning import interrupted, losses, run
@@ -459,6 +460,30 @@ def test_bad_options_name_themselves_before_a_model_is_loaded(
     with pytest.raises(ValueError, match=re.escape(message)):
         run(options, **change)
     assert not Path(options.output).exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "path", "message"),
+    [
+        ("data", "no.csv", "data: expected a file (.jsonl, .json, .csv, .parquet, .txt) or a hub"),
+        ("eval-data", "no.txt", "eval_data: expected a file"),
+        ("model", "./no", "model: the directory ./no does not exist"),
+        ("init-adapter", "no", "init_adapter: expected an adapter's directory, but no does not"),
+        ("rank-pattern", "no.json", "rank_pattern: the file no.json does not exist"),
+        ("output", "file", "file: cannot be written: not a directory"),
+    ],
+)
+def test_paths_are_checked_before_torch_is_imported(option, path, message, options, tmp_path):
+    (tmp_path / "file").touch()
+    given = {"model": options.model, "data": options.data, option: path}
+    words = [word for name, value in given.items() for word in (f"--{name}", value)]
+    program = (
+        "import sys; sys.modules['torch'] = None; from rasa_ext.commands.app import app; app()"
+    )
+    command = [sys.executable, "-c", program, "finetune", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"Error: {message}")
 
 
 def test_a_4_bit_base_trains_a_float32_adapter_without_a_warning(options, recwarn):

@@ -265,4 +265,4 @@ def test_trained_rows(tied, common, tmp_path):
     assert moved[1] > 1e-4
     assert (moved[0] > 1e-4) == tied  # as a logit, it is in every step
     with pytest.raises(TypeError, match="trainable_token_indices: expected integers"):
-        options_of(common, "rasa", output, **more("trainable_token_indices: [<tool>]"))
+        options_of(common, "rasa", tmp_path / "new", **more("trainable_token_indices: [<tool>]"))

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 # From the bottom to the top. A line may import from lines below it and, within a folder, from the
 # folder itself; "" is the root, whose names users import.
 ORDER = [
-    {"_version", "base_layers", "linalg", "ops"},
+    {"_version", "base_layers", "linalg", "ops", "writing"},
     {"nn"},
     {"methods"},
     {"config"},
