@@ -26,36 +26,27 @@ if TYPE_CHECKING:
 
 RECORD = "finetune.yaml"  # the file in the output directory that holds the options of a run
 
-# What says which adapter is trained: an adapter that is trained on has it in its own config.
+# The options of a new adapter; one that is trained on has them in adapter_config.json.
 OF_AN_ADAPTER = (
     *("method", "rank", "k", "rank_pattern", "experts", "alpha", "method_options", "dropout"),
     *("target_modules", "exclude_modules", "modules_to_save"),
 )
 
-# Names that transformers, PEFT and TRL have for the options.
+# Names of the options in transformers, PEFT and TRL.
 OTHER_NAMES = {
     "model_name_or_path": "model",
-    "dataset_name": "data",
     "output_dir": "output",
-    "overwrite_output_dir": "overwrite",
     "resume_from_checkpoint": "resume",
-    "r": "rank",
     "lora_r": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
-    "lora_target_modules": "target_modules",
-    "lora_modules_to_save": "modules_to_save",
     "learning_rate": "lr",
     "warmup_ratio": "warmup",
-    "warmup_steps": "warmup",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "grad_accum",
     "max_length": "seq_len",
-    "max_seq_length": "seq_len",
     "torch_dtype": "dtype",
-    "load_in_4_bit": "load_in_4bit",
-    "load_in_8_bit": "load_in_8bit",
 }
 
 
@@ -108,7 +99,8 @@ class FinetuneOptions:
         grad_accum: Forward passes per optimizer step.
         seq_len: Tokens after which an example is cut.
         packing: Join examples into rows of up to --seq-len tokens, without padding; each
-            still sees only itself. A batch then has --batch-size such rows.
+            still sees only itself. A batch then has --batch-size such rows. Longer plain
+            texts are split, other examples cut.
         dtype: Of the frozen base: float32, bfloat16, float16 (GPU), or auto, as it is
             stored.
         load_in_4bit: Quantize the frozen base to NF4, by bitsandbytes.
@@ -199,12 +191,11 @@ class FinetuneOptions:
                 raise ValueError(f"training_arguments: {name} is set by the option {ours}.")
         if self.init_adapter is None:
             self.adapter()
-        for name in OF_AN_ADAPTER if self.init_adapter is not None else ():
-            if (value := getattr(self, name)) != fields[name]:
-                raise ValueError(
-                    f"{name}: expected none with init_adapter, since the adapter in "
-                    f"{self.init_adapter} has its own, got {value!r}."
-                )
+        elif given := [name for name in OF_AN_ADAPTER if getattr(self, name) != fields[name]]:
+            raise ValueError(
+                f"{given[0]}: expected none with init_adapter, since the adapter in "
+                f"{self.init_adapter} has its own, got {getattr(self, given[0])!r}."
+            )
 
     def _check_paths(self) -> None:
         for option in ("data", "eval_data"):

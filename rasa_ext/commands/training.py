@@ -76,14 +76,15 @@ def train(
     if resumed is not None:
         _check_run(resumed, record)
         state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
-    arguments = _arguments(options, marks)
+    plain = "text" in rows[0][0]
+    arguments = _arguments(options, marks, plain)
     loaded = model is None
     if loaded:
         _check_plan(options)
         model = _load(options)
     config, start = _adapter(options, model)
     if model.dtype == torch.float16:
-        arguments = _arguments(options, marks, fp16=True)
+        arguments = _arguments(options, marks, plain, fp16=True)
     with warnings.catch_warnings():
         if loaded:  # the plan's check gave this advice
             warnings.filterwarnings("ignore", "(rank|groups): ")
@@ -106,7 +107,7 @@ def train(
     prepared = (trainer.train_dataset, trainer.eval_dataset)
     for source, given, learnt in zip(sources.values(), rows, prepared, strict=False):
         describe_rows(source, len(given), learnt, options, console)
-    show_example(trainer.train_dataset[0], tokenizer, console, plain="text" in rows[0][0])
+    show_example(trainer.train_dataset[0], tokenizer, console, plain=plain)
     trained = _describe_adapter(trainer.base_model, console)
 
     metrics = MetricsCallback(output / "metrics.jsonl", console, len(trainer.eval_dataset or ()))
@@ -209,7 +210,7 @@ def _describe_adapter(model: Any, console: Console) -> int:
     return report.trainable
 
 
-def _arguments(options: FinetuneOptions, marks: bool, fp16: bool = False) -> SFTConfig:
+def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = False) -> SFTConfig:
     kinds = [kind.value for kind in SchedulerType]
     checked_choice("lr_scheduler_type", options.lr_scheduler_type, kinds)
     evaluate = options.eval_data is not None
@@ -218,6 +219,7 @@ def _arguments(options: FinetuneOptions, marks: bool, fp16: bool = False) -> SFT
         "per_device_eval_batch_size": 2 * options.batch_size,  # nothing is kept for a backward
         "save_total_limit": 2,
         "report_to": [],
+        "packing_strategy": "bfd_split" if plain else "bfd",  # which cuts longer examples
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     given = parse_yaml("training_arguments", options.training_arguments)

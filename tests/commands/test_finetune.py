@@ -380,6 +380,19 @@ def test_other_arguments_of_trl(options):
     assert (group["weight_decay"], group["betas"][0]) == (0.25, 0.8)
 
 
+def test_packing_splits_plain_text_and_leaves_nothing_out(options, tmp_path):
+    (tmp_path / "d.txt").write_text(f"{'what is the answer? ' * 50}\nit is 4\n")
+    plain = {"data": str(tmp_path / "d.txt"), "max_steps": 1}
+    whole, split = (
+        re.search(r"2 examples(?: in \d+ rows)?, ([\d,]+) tokens to learn", text)[1]
+        for text in (
+            run(options, **plain)[1],
+            run(options, **plain, packing=True, seq_len=32, overwrite=True)[1],
+        )
+    )
+    assert split == whole
+
+
 def test_target_modules_and_dtype(options):
     _, text = run(options, target_modules="q_proj, v_proj", dtype="bfloat16", max_steps=1)
     stored = load_file(Path(options.output) / "adapter_model.safetensors")
