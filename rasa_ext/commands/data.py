@@ -113,13 +113,14 @@ def _values(source: str, option: str) -> Iterable[tuple[str, str, Any]]:
 def _lines(path: Path) -> Iterable[tuple[str, str, Any]]:
     for number, raw in enumerate(path.read_bytes().splitlines(), start=1):
         text = raw.decode("utf-8-sig", errors="replace").strip()
+        if not text:
+            continue
         try:
             line = raw.decode("utf-8-sig")
-            value = {"text": line} if path.suffix == ".txt" else json.loads(line) if text else None
+            value = {"text": line} if path.suffix == ".txt" else json.loads(line)
         except ValueError:  # not UTF-8, either
             value = None
-        if text:
-            yield f"{path}, line {number}", text, value
+        yield f"{path}, line {number}", text, value
 
 
 def _table(path: Path) -> Iterable[tuple[str, str, Any]]:

@@ -93,7 +93,7 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
 
 def _bitsandbytes(quantization: str, dtype: str, name: str) -> Any:
     if name.endswith(".gguf"):
-        raise ModelError(f"{quantization}: expected a model in transformers' format, got {name}.")
+        raise ModelError(f"{quantization}: expected a hub id or a model's directory, got {name}.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(f"{quantization}: needs bitsandbytes: pip install bitsandbytes")
     computed = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
