@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -67,6 +68,9 @@ def train(
     sources = {option: source for option, source in asked.items() if source is not None}
     examples = [read_examples(source, *names, option) for option, source in sources.items()]
     rows, marks = rows_for_sft(examples, tokenizer, options.template)
+    plain = "text" in rows[0][0]
+    if plain:  # what generate reads in the record
+        options = dataclasses.replace(options, template=False)
     record = {
         **options.to_dict(),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
@@ -76,7 +80,6 @@ def train(
     if resumed is not None:
         _check_run(resumed, record)
         state = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME))
-    plain = "text" in rows[0][0]
     arguments = _arguments(options, marks, plain)
     loaded = model is None
     if loaded:

@@ -87,7 +87,7 @@ def test_a_rule_takes_the_last_match():
         by_pattern("(")
 
 
-def test_plain_text_has_a_loss_alone(folder):
+def test_plain_text_has_a_loss_alone_and_no_template(folder, monkeypatch):
     data = folder / "test.txt"
     data.write_text("what is 2?\nthe answer is 4\n")
     words = ["--model", folder / "base", "--data", data, "--eval-data", data, "--output"]
@@ -96,6 +96,11 @@ def test_plain_text_has_a_loss_alone(folder):
     assert f"{loss} -" in invoke("evaluate", folder / "plain", "--data", data)
     text = invoke("evaluate", folder / "plain", "--data", data, "--show", 1, code=1)
     assert "data: expected prompts and completions, or conversations, got plain text" in text
+    given = []
+    monkeypatch.setattr(generate, "print_answer", lambda *_: given.append(_))
+    invoke("generate", folder / "plain", "--prompt", "what is")
+    (_, _, template, *_), *_ = given
+    assert template is False
 
 
 def test_generate_answers_side_by_side(folder):
