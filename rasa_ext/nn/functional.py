@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 
 from rasa_ext import ops
 from rasa_ext.nn.function import Function
-from rasa_ext.nn.packs import Packed, differentiable_pack, pack_layers, ports
+from rasa_ext.nn.packs import Packed, pack_alone, pack_layers, ports
 from rasa_ext.nn.shapes import flatten_tokens, unflatten_like
 from rasa_ext.ops import Factors
 
@@ -289,7 +289,7 @@ def adapted_group(
     stacked = None if bias is None else torch.stack(list(bias)).detach()
     factors = [Factors(a, A_pool, b, B_pool, v) for a, b, v in zip(A, B, d, strict=True)]
     if is_compiling():
-        each = [differentiable_pack(its, x.dtype) for its in factors]
+        each = [pack_alone(its, x.dtype) for its in factors]
         downs, ups, Ap_ports, Bp_ports = zip(*each, strict=True)
         Ap, Bp = torch.stack(downs), torch.stack(ups)
     else:

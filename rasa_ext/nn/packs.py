@@ -234,12 +234,12 @@ def _alone(adapter: Adapter, dtype: torch.dtype) -> Packed:
     """Pack one layer."""
     factors = adapter.factors()
     if torch.is_grad_enabled() and any(each.requires_grad for each in adapter.sources()):
-        return differentiable_pack(factors, dtype)
+        return pack_alone(factors, dtype)
     Ap, Bp = pack_layers([factors], dtype)
     return Packed(Ap[0], Bp[0])
 
 
-def differentiable_pack(factors: Factors, dtype: torch.dtype) -> Packed:
+def pack_alone(factors: Factors, dtype: torch.dtype) -> Packed:
     """Pack one layer by operations that autograd differentiates; the ports are wide packs."""
     wide = ops.differentiable_pack(by_expert(factors), dtype, _multiple(factors, dtype))
     Ap, Bp = (each.detach().to(dtype) for each in wide)
