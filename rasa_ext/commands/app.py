@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from rasa_ext import __version__
 from rasa_ext.commands.demo import demo
@@ -18,6 +19,7 @@ from rasa_ext.commands.import_lora import import_lora
 from rasa_ext.commands.import_official import import_official
 from rasa_ext.commands.inspection import inspect
 from rasa_ext.commands.merge import merge
+from rasa_ext.commands.options import OTHER_NAMES
 from rasa_ext.commands.push import push
 
 app = typer.Typer(
@@ -28,9 +30,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+class _Command(typer.core.TyperCommand):
+    """A command that knows what others call its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the words of the command line; for a name of TRL's, raise with ours."""
+        known = {each.name for each in self.params}
+        for word in args:
+            ours = OTHER_NAMES.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
+            if word.startswith("--") and ours in known:
+                raise typer.BadParameter(f"{word}: did you mean --{ours.replace('_', '-')}?")
+        return super().parse_args(ctx, args)
+
+
 _FILES = (merge, export_lora, import_lora, import_official, push, inspect)
 for _command in (finetune, evaluate, generate, *_FILES, env, demo):
-    app.command()(_command)
+    app.command(cls=_Command)(_command)
 for _announced in entry_points(group="rasa_ext.commands"):  # of installed packages
     app.command(_announced.name)(_announced.load())
 

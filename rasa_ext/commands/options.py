@@ -38,6 +38,7 @@ OTHER_NAMES = {
     "output_dir": "output",
     "resume_from_checkpoint": "resume",
     "lora_r": "rank",
+    "lora_rank": "rank",
     "lora_alpha": "alpha",
     "lora_dropout": "dropout",
     "learning_rate": "lr",
@@ -46,6 +47,7 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "batch_size",
     "gradient_accumulation_steps": "grad_accum",
     "max_length": "seq_len",
+    "max_seq_length": "seq_len",
     "torch_dtype": "dtype",
 }
 

@@ -10,7 +10,7 @@ import difflib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,8 +27,12 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write
 Overwrite = Annotated[bool, typer.Option(help="Replace what the output directory holds.")]
 
 
-def options_of(fields: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def options_of(
+    fields: type, others: Mapping[str, str]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a function of keywords the fields of a dataclass as parameters, and ``config``.
+
+    ``others`` are names that other programs have for fields: for suggestions.
 
     The help of each is in the section ``Args`` of the class's docstring, and goes into the
     function's, where `rasa_ext.commands.output.command` reads it.
@@ -37,7 +41,7 @@ def options_of(fields: type) -> Callable[[Callable[..., None]], Callable[..., No
 
     def use(context: typer.Context, value: Path | None) -> None:
         if value is not None:
-            context.default_map = _read_config_file(value, defaults)
+            context.default_map = _read_config_file(value, defaults, others)
 
     text = "YAML file with any of these options; the command line overrides it."
     config = typer.Option(is_eager=True, callback=use, help=text)
@@ -62,7 +66,9 @@ def options_of(fields: type) -> Callable[[Callable[..., None]], Callable[..., No
     return declare
 
 
-def _read_config_file(path: Path, known: Collection[str]) -> dict[str, str]:
+def _read_config_file(
+    path: Path, known: Collection[str], others: Mapping[str, str]
+) -> dict[str, str]:
     """The file's values by option name, as texts, which typer parses as those of a command line.
 
     Keys may be written with ``-`` or ``_``. Raises typer.BadParameter naming the file, and the key
@@ -82,8 +88,8 @@ def _read_config_file(path: Path, known: Collection[str]) -> dict[str, str]:
     for key, value in data.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+            near = others.get(name) or next(iter(difflib.get_close_matches(name, known, 1)), None)
+            hint = f"did you mean {near!r}?" if near else f"known are {', '.join(known)}."
             raise typer.BadParameter(f"{path}: unknown key {str(key)!r}; {hint}")
         if isinstance(value, dict):
             value = yaml.safe_dump(value, default_flow_style=True, width=1e9).strip()[1:-1]

@@ -245,6 +245,7 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(base, tmp
     ("text", "message"),
     [
         ("k: 1\nrnak: 4", r"run.yaml: unknown key 'rnak'; did you mean 'rank'\?"),
+        ("learning_rate: 4", r"unknown key 'learning_rate'; did you mean 'lr'\?"),
         ("zebra: 4", r"unknown key 'zebra'; known are model, data, output"),
         ("config: other.yaml", r"unknown key 'config'"),
         ("rank: [1, 2]", "Invalid value for '--rank'"),
@@ -263,6 +264,12 @@ def test_a_bad_config_file_names_the_key(tmp_path, text, message):
     result = CliRunner().invoke(app, words, env={"COLUMNS": "1000", "TERMINAL_WIDTH": "1000"})
     assert result.exit_code == 2
     assert re.search(message, " ".join(result.output.split())), result.output
+
+
+def test_a_name_of_another_program_is_answered_with_ours():
+    words = ["--model", "m", "--data", "d", "--per-device-train-batch-size=4"]
+    text = invoke("finetune", *words, code=2)
+    assert "--per-device-train-batch-size=4: did you mean --batch-size?" in text
 
 
 def test_a_missing_config_file(tmp_path):
