@@ -97,7 +97,7 @@ def test_the_notebook_has_the_page_s_code_and_output():
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     told = [
         text.rstrip("\n") if language == "python" else f"%%bash -e\n{text.rstrip()}"
-        for language, text, _ in blocks(TUTORIAL)
+        for language, text in blocks(TUTORIAL)
     ]
     assert code == told
     assert len({cell["id"] for cell in cells}) == len(cells)

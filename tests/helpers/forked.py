@@ -24,11 +24,13 @@ ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
     "matplotlib.pyplot",
     "peft",
+    "rasa_ext.commands.training",
     "rasa_ext.peft",
     "tests.helpers.adapters",
     "torch.distributed.fsdp",
     "torch.distributed.run",
     "transformers.trainer",
+    "trl.trainer.sft_trainer",
 )
 # The second keeps pyarrow from starting a thread.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}

