@@ -100,17 +100,16 @@ MODELS = {
 
 
 def parts(tokens: int, rank: int, k: int) -> str:
-    """A row a model: its parts in GB, as Markdown."""
-    head = "base, 16 bits | 8 bits | 4 bits | adapter | packs | activations | checkpointed | logits"
-    lines = [f"| | {head} |", "| --- " * 9 + "|"]
-    for name, model in MODELS.items():
-        row = [
-            *(model.base(bits) for bits in BITS),
-            model.adapter(rank, k),
-            model.packs(rank, k),
-            *(model.activations(tokens, rank, k, each) for each in (False, True)),
-            model.logits(tokens),
-        ]
+    """A column a model: its parts in GB, as Markdown."""
+    models = MODELS.values()
+    rows = {f"base, {bits} bits": [each.base(bits) for each in models] for bits in BITS}
+    rows["adapter"] = [each.adapter(rank, k) for each in models]
+    rows["packs"] = [each.packs(rank, k) for each in models]
+    for name, checkpointing in (("activations", False), ("the same, checkpointed", True)):
+        rows[name] = [each.activations(tokens, rank, k, checkpointing) for each in models]
+    rows["logits"] = [each.logits(tokens) for each in models]
+    lines = [f"| | {' | '.join(MODELS)} |", "| --- " * (1 + len(MODELS)) + "|"]
+    for name, row in rows.items():
         lines.append(f"| {name} | " + " | ".join(f"{each / 1e9:.2f}" for each in row) + " |")
     return "\n".join(lines)
 
