@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
-from benchmarks.batches import IGNORE, Row, encoded
-from rasa_ext.commands.demo import conversation
+from benchmarks.batches import Row, encoded
+from rasa_ext.commands.demo import INSTRUCTION, conversation
 from rasa_ext.commands.measuring import exact_match, greedy_answers
 from rasa_ext.commands.problems import make_problems
 from research.experiments import docstrings
 from research.experiments.training import products_in
 
-NAMES = ("maths", "docstrings")
+NAMES = ("maths", "docstrings", "gsm8k")
+SEQ_LEN = 320
 
-_SEQ_LEN = 320
-_NEW_TOKENS = 32
-"""The longest worked solution has 27 tokens."""
+_GSM8K = {
+    "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+}
+"""SHA-256 of the two files."""
+_CALCULATION = re.compile("<<.*?>>")
 _DEV_SEED = 1
 """Problems to choose a rate by are of another seed than those to judge by, in the same scenes."""
 
@@ -33,26 +41,45 @@ class Task:
     dev: list[Row]
     test: list[Row]
     prompts: tuple[str, ...] = ()
-    answers: tuple[int, ...] = ()
+    answers: tuple[float, ...] = ()
+    new_tokens: int = 32
+    """Of an answer, at most; the longest worked solution of "maths" has 27."""
+    other: tuple[Row, ...] = ()
+    """What is measured for forgetting, where it is the task's own."""
 
 
-def make_task(name: str, tokenizer: Any, *, train: int, dev: int, test: int) -> Task:
-    """A task by name with so many rows (fewer where the library has no more).
+def make_task(
+    name: str,
+    tokenizer: Any,
+    *,
+    train: int,
+    dev: int,
+    test: int,
+    seq_len: int = SEQ_LEN,
+    questions: int | None = None,
+    gsm8k: Path | None = None,
+) -> Task:
+    """A task by name with so many rows (fewer where there are no more) of at most ``seq_len``.
 
     "maths": word problems with worked solutions (``rasa_ext.commands.problems``). "docstrings":
-    functions of Python's standard library with the first line of their docstrings.
+    functions of Python's standard library with the first line of their docstrings. "gsm8k": the
+    files train.jsonl and test.jsonl in the folder ``gsm8k``. Longer conversations are left out.
+    ``questions`` are asked, as many as ``test`` unless given.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, or files that are not GSM8K's.
     """
     sizes = {"train": train, "dev": dev, "test": test}
+    questions = test if questions is None else questions
     if name == "maths":
-        return _maths(tokenizer, sizes)
+        return _maths(tokenizer, sizes, questions, seq_len)
     if name == "docstrings":
         rows = {
-            split: _encoded([_described(f) for f in docstrings.functions(split)[:size]], tokenizer)
+            split: _encoded(map(_described, docstrings.functions(split)), tokenizer, size, seq_len)
             for split, size in sizes.items()
         }
         return Task(name, **rows)
+    if name == "gsm8k":
+        return _gsm8k(tokenizer, sizes, questions, seq_len, gsm8k)
     raise ValueError(f"task: expected one of {', '.join(NAMES)}, got {name!r}.")
 
 
@@ -77,27 +104,58 @@ def solved(model: Any, tokenizer: Any, task: Task, *, bfloat16: bool = True) -> 
         return None
     model.eval()
     with products_in(bfloat16):
-        answers = greedy_answers(model, tokenizer, task.prompts, _NEW_TOKENS, batch_size=64)
+        answers = greedy_answers(model, tokenizer, task.prompts, task.new_tokens, batch_size=64)
     return exact_match(answers, task.answers)
 
 
-def _maths(tokenizer: Any, sizes: dict[str, int]) -> Task:
-    test = make_problems(sizes["test"], split="test", seed=0)
+def _maths(tokenizer: Any, sizes: dict[str, int], questions: int, seq_len: int) -> Task:
+    test = make_problems(max(sizes["test"], questions), split="test", seed=0)
     asked = {problem.question for problem in test}
     dev = make_problems(2 * sizes["dev"], split="test", seed=_DEV_SEED)
     dev = [problem for problem in dev if problem.question not in asked][: sizes["dev"]]
     drawn = {"train": make_problems(sizes["train"], split="train", seed=0), "dev": dev}
     rows = {
-        split: _encoded([conversation(p) for p in problems], tokenizer)
+        split: _encoded(map(conversation, problems), tokenizer, sizes[split], seq_len)
         for split, problems in (drawn | {"test": test}).items()
     }
-    prompts = (
-        tokenizer.apply_chat_template(
-            conversation(problem)[:-1], tokenize=False, add_generation_prompt=True
-        )
-        for problem in test
-    )
-    return Task("maths", **rows, prompts=tuple(prompts), answers=tuple(p.answer for p in test))
+    prompts = tuple(_prompt(conversation(each), tokenizer) for each in test[:questions])
+    answers = tuple(problem.answer for problem in test[:questions])
+    return Task("maths", **rows, prompts=prompts, answers=answers)
+
+
+def _gsm8k(
+    tokenizer: Any, sizes: dict[str, int], questions: int, seq_len: int, folder: Path | None
+) -> Task:
+    """GSM8K: its own split; the rows to choose by are the last that fit of its training set."""
+    train, test = (_of_gsm8k(split, folder) for split in ("train", "test"))
+    rows = {
+        "train": _encoded(train, tokenizer, sizes["train"], seq_len),
+        "dev": _encoded(reversed(train), tokenizer, sizes["dev"], seq_len),
+        "test": _encoded(test, tokenizer, sizes["test"], seq_len),
+    }
+    fit = (each for each in test if _encoded([each], tokenizer, 1, seq_len))
+    asked = list(itertools.islice(fit, questions))
+    prompts = tuple(_prompt(each, tokenizer) for each in asked)
+    answers = tuple(float(each[-1]["content"].split("####")[-1].replace(",", "")) for each in asked)
+    return Task("gsm8k", **rows, prompts=prompts, answers=answers, new_tokens=128)
+
+
+def _of_gsm8k(split: str, folder: Path | None) -> list[list[dict[str, str]]]:
+    """The conversations of a file of GSM8K, without its calculator's notes between << and >>."""
+    if folder is None:
+        raise ValueError("gsm8k: expected the folder of train.jsonl and test.jsonl, got none.")
+    path = folder / f"{split}.jsonl"
+    found = path.read_bytes()
+    if (mark := hashlib.sha256(found).hexdigest()) != _GSM8K[split]:
+        raise ValueError(f"gsm8k: expected {path} of SHA-256 {_GSM8K[split]}, got {mark}.")
+    return [
+        [
+            {"role": "system", "content": INSTRUCTION},
+            {"role": "user", "content": problem["question"]},
+            {"role": "assistant", "content": _CALCULATION.sub("", problem["answer"])},
+        ]
+        for problem in map(json.loads, found.decode().splitlines())
+    ]
 
 
 def _described(function: docstrings.Function) -> list[dict[str, str]]:
@@ -108,14 +166,23 @@ def _described(function: docstrings.Function) -> list[dict[str, str]]:
     ]
 
 
-def _encoded(conversations: Sequence[list[dict[str, str]]], tokenizer: Any) -> list[Row]:
-    """The rows of conversations that fit; the last turn is learnt, with its closing token."""
-    rows = []
-    for messages in conversations:
-        template = functools.partial(tokenizer.apply_chat_template, tokenize=False)
-        prompt = template(messages[:-1], add_generation_prompt=True)
-        answer = template(messages).removeprefix(prompt).rstrip()
-        row = encoded(prompt, answer, tokenizer, _SEQ_LEN)
-        if any(label != IGNORE for label in row["labels"]):
-            rows.append(row)
-    return rows
+def _prompt(messages: list[dict[str, str]], tokenizer: Any) -> str:
+    return tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+
+
+def _encoded(
+    conversations: Iterable[list[dict[str, str]]], tokenizer: Any, count: int, seq_len: int
+) -> list[Row]:
+    """The first rows that fit; the last turn is learnt, with its closing token."""
+
+    def each() -> Iterator[Row]:
+        for messages in conversations:
+            prompt = _prompt(messages, tokenizer)
+            whole = tokenizer.apply_chat_template(messages, tokenize=False)
+            answer = whole.removeprefix(prompt).rstrip()
+            # One token more shows which are too long.
+            row = encoded(prompt, answer, tokenizer, seq_len + 1)
+            if len(row["input_ids"]) <= seq_len:
+                yield row
+
+    return list(itertools.islice(each(), count))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 import torch
 
 from benchmarks.batches import collate, encoded
-from research.experiments import docstrings
+from research.experiments import docstrings, tasks
 from research.experiments.table import Table
 from research.experiments.tasks import make_task, other_text
 from research.experiments.training import Recipe, Run, batches, mean_loss, trained_losses
@@ -130,8 +133,41 @@ def test_maths_rows_share_no_question_and_their_answers_are_the_last_numbers():
         text = tokenizer.decode(row["input_ids"])
         assert text.startswith(prompt)
         assert f"={answer}<|im_end|>" in text
-    with pytest.raises(ValueError, match="task: expected one of maths, docstrings, got 'chess'"):
+    with pytest.raises(ValueError, match="task: expected one of maths, docstrings, gsm8k, got"):
         make_task("chess", tokenizer, train=1, dev=1, test=1)
+
+
+def test_gsm8k_is_its_own_files_and_rows_fit(tmp_path, monkeypatch):
+    tokenizer = make_tokenizer()
+    marks = {}
+    for split, answers in (("train", range(20, 32)), ("test", (1000, 7, 8))):
+        problems = [
+            {"question": f"{split} {n}? ", "answer": f"<<{n}+0={n}>>so {n}\n#### {n:,}"}
+            for n in answers
+        ]
+        problems.insert(1, {"question": "long " * 90, "answer": "1\n#### 1"})
+        text = "\n".join(map(json.dumps, problems)).encode()
+        (tmp_path / f"{split}.jsonl").write_bytes(text)
+        marks[split] = hashlib.sha256(text).hexdigest()
+    sizes = {"train": 4, "dev": 2, "test": 3, "questions": 2, "seq_len": 200}
+    with pytest.raises(
+        ValueError, match=f"gsm8k: expected .*train.jsonl of SHA-256 17f347.*, got {marks['train']}"
+    ):
+        make_task("gsm8k", tokenizer, **sizes, gsm8k=tmp_path)
+    with pytest.raises(
+        ValueError, match=r"gsm8k: expected the folder of train.jsonl and test.jsonl"
+    ):
+        make_task("gsm8k", tokenizer, **sizes)
+    monkeypatch.setattr(tasks, "_GSM8K", marks)
+    task = make_task("gsm8k", tokenizer, **sizes, gsm8k=tmp_path)
+    texts = [[tokenizer.decode(r["input_ids"]) for r in rows] for rows in (task.train, task.dev)]
+    assert ["train 2" in text for text in texts[0]] == [True] * 4
+    assert ["train 31?" in texts[1][0], "train 30?" in texts[1][1]] == [True, True]
+    learnt = [label for label in task.train[0]["labels"] if label != -100]
+    assert tokenizer.decode(learnt) == "so 20\n#### 20<|im_end|>"
+    assert len(task.test) == 3
+    assert task.answers == (1000.0, 7.0)
+    assert task.prompts[0].endswith("test 1000? <|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_docstrings_are_split_by_module_and_leave_the_code(library):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -11,15 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import rasa_ext
 from benchmarks.batches import collate, encoded
 from rasa_research.optim import LoraPro
 from rasa_research.ranks import hidden_dimensions, intrinsic_ranks
 from research.experiments.compare import config as compare_config
-from research.experiments.compare import report, run, step_time
-from research.experiments.compare.config import BASE, Key, pending, read_config
+from research.experiments.compare import curves, report, run, step_time
+from research.experiments.compare.config import BASE, REFERENCE, Key, pending, read_config
 from research.experiments.compare.methods import between, groups, optimizer, planned, prepared
+from research.experiments.compare.run import make_run
 from research.experiments.table import Table
 from research.experiments.training import Recipe, Run
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums
@@ -156,7 +159,7 @@ def test_the_shipped_config_is_valid_and_covers_what_it_should():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": ["chess"]}, "tasks: expected some of maths, docstrings, got 'chess'"),
+        ({"tasks": ["chess"]}, "tasks: expected some of maths, docstrings, gsm8k, got 'chess'"),
         ({"methods": {"x": {"kind": "dora", "rates": [1]}}}, "methods: x: expected a kind"),
         ({"methods": {"x": {"kind": "lora", "rates": [1]}}}, "methods: x: expected alpha, kind"),
         (
@@ -164,6 +167,22 @@ def test_the_shipped_config_is_valid_and_covers_what_it_should():
             "methods: x: expected kind, rates, got kind, optimizer, rates",
         ),
         ({"stepz": 1}, "expected the keys"),
+        (
+            {"methods": {"x": {"kind": "ours", "method": "lora", "options": {}}}},
+            "methods: x: expected kind, method, options, rates, steps, got",
+        ),
+        (
+            {
+                "every": 5,
+                "methods": {
+                    "x": {
+                        **{"kind": "ours", "method": "sora", "options": {}, "rates": [1]},
+                        "steps": {"gates": {}},
+                    }
+                },
+            },
+            "every: expected 0 with x, whose state between steps is not saved, got 5",
+        ),
         ({"steps": {"docstrings": 3}}, "steps: expected a number, or one for each of maths, got"),
     ],
 )
@@ -213,9 +232,88 @@ def test_further_seeds_go_to_the_best_two_rates_of_complete_sweeps(small):
     ]
 
 
+def test_the_ladder_goes_on_while_the_best_rate_is_at_an_end(small):
+    given = yaml.safe_load(small.read_text()) | {"ladder": [0.5, 1, 2, 3, 4], "best": 1}
+    given["methods"] = {"lora": {"kind": "lora", "rank": 4, "alpha": 4, "rates": [2, 3]}}
+    small.write_text(yaml.safe_dump(given))
+    config, rows = read_config(small), []
+
+    def after(lr: float, loss: float) -> list[float]:
+        rows.append(row(Key("maths", "lora", lr, 0), config, loss))
+        return [(key.lr, key.seed) for key in pending(config, rows) if key.method != BASE]
+
+    assert after(2.0, 0.5) == [(3.0, 0)]
+    assert after(3.0, 0.6) == [(1.0, 0)]
+    assert after(1.0, 0.4) == [(0.5, 0)]
+    assert after(0.5, 0.45) == [(1.0, 5)]
+    assert report.methods_table(config, rows, "maths")[0]["rates"] == "4 of 4"
+
+
+def test_a_run_that_is_cut_goes_on_from_its_last_loss(small, tmp_path, monkeypatch):
+    given = yaml.safe_load(small.read_text()) | {"steps": 5, "every": 2}
+    small.write_text(yaml.safe_dump(given))
+    config, key = read_config(small), Key("maths", "rasa", 1e-2, 5)
+    whole, cut = (
+        run.Bench(config, make_model(), make_tokenizer(), tmp_path / name, tmp_path / "state")
+        for name in ("whole", "cut")
+    )
+    expected = whole.do(key)
+    advance, done = Run.advance, []
+
+    def cut_in_the_fourth_step(self):
+        done.append(self.step)
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        return advance(self)
+
+    monkeypatch.setattr(Run, "advance", cut_in_the_fourth_step)
+    with pytest.raises(KeyboardInterrupt):
+        cut.do(key)
+    found = cut.do(key)
+    assert done == [0, 1, 2, 3, 2, 3, 4]
+    for name in ("dev_loss", "test_loss", "last_training_loss", "trainable", "steps"):
+        assert found[name] == expected[name]
+    paths = [curves.curve_path(b.results, key, found["settings"]) for b in (whole, cut)]
+    records = [json.loads(path.read_text()) for path in paths]
+    assert records[0]["curve"] == records[1]["curve"]
+    assert [point["step"] for point in records[0]["curve"]] == [2, 4, 5]
+    assert f"{records[0]['curve'][-1]['loss']:.5f}" == expected["dev_loss"]
+    assert list((tmp_path / "state").iterdir()) == []
+
+    rows = [{name: str(value) for name, value in expected.items()}]
+    losses = curves.losses_of(whole.results, rows)
+    table = curves.curve_table({"rasa": losses, "none": {}})
+    assert table[0].keys() == {"method", "2", "4", "5"}
+    curves.draw_curves(config, {"maths": {"rasa": losses}}, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_small", "docstrings_long"])
+def test_methods_of_a_long_comparison_train_as_many_numbers(name, rows):
+    config = read_config(compare_config.HERE / f"{name}.yaml")
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 64}
+    with torch.device("meta"):
+        smollm2 = LlamaForCausalLM(LlamaConfig(**shape, **heads))
+    trained, losses = {}, {}
+    for method, spec in config.methods.items():
+        model = prepared(smollm2, spec, 0, bfloat16=False)
+        trained[method] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        tiny = make_run(make_model(), spec, rows, PAD, Recipe(6, 4, 1e-2, bfloat16=False))
+        while tiny.going:
+            tiny.advance()
+        losses[method] = (tiny.losses[-1], tiny.losses[0])
+    assert all(last < first for last, first in losses.values())
+    for method, spec in config.methods.items():
+        if spec["kind"] != "lora":
+            against = spec.get("against", REFERENCE)
+            assert trained[method] == pytest.approx(trained[against], rel=0.021)
+
+
 def test_differences_are_taken_seed_by_seed(small, monkeypatch):
     monkeypatch.setattr(report, "REFERENCE", "lora")
     config = read_config(small)
+    assert report.interval([1.0, 2.0, 3.0], 2) == "+2.00 (-0.48 to +4.48)"
     rows = [row(key, config, 1) for key in pending(config, [])]
     assert report.paired_table(config, rows, "maths") == []  # one seed each
     rows += [row(key, config, 1) for key in pending(config, rows)]
@@ -229,9 +327,9 @@ def test_differences_are_taken_seed_by_seed(small, monkeypatch):
     found = {line["method"]: line for line in report.paired_table(config, rows, "maths")}
     assert set(found) == {"rasa", "vera", "full"}
     assert found["rasa"]["seeds"] == 2
-    assert found["rasa"]["held-out loss"] == "+0.200 ± 0.141"
-    assert found["rasa"]["exact match, %"] == "+0 ± 0"
-    assert found["vera"]["held-out loss"] == "+0.300 ± 0.283"
+    assert found["rasa"]["held-out loss"] == "+0.200 (-1.071 to +1.471)"
+    assert found["rasa"]["exact match, %"] == "+0 (+0 to +0)"
+    assert found["vera"]["held-out loss"] == "+0.300 (-2.241 to +2.841)"
     assert "exact match, %" not in found["vera"]
 
 

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from research.experiments.tasks import NAMES
+from research.experiments.tasks import NAMES, SEQ_LEN
 
 HERE = Path(__file__).parent
 CONFIG, RESULTS = HERE / "config.yaml", HERE / "results"
@@ -20,20 +20,24 @@ KINDS = {
     "lora": ("rank", "alpha"),
     "rasa": ("rank", "k", "alpha"),
     "vera": ("rank",),
+    "peft": ("method", "options"),
     "full": (),
     "ours": ("method", "options", "steps"),
 }
 """Kinds of methods and what each needs besides its rates.
 
+"peft" is a method of PEFT by name, with the options of its config, over all linear layers.
 "ours" is a method of ``rasa_ext.methods`` by name, with the options of its config and those of what
 it does between the steps: see ``methods.between``.
 """
-OPTIONS = {"lora": ("ranks", "share"), "rasa": ("share",), "ours": ("optimizer", "share")}
-"""What some kinds may have besides.
+OPTIONS = {"lora": ("ranks",), "ours": ("optimizer",)}
+"""What some kinds may have besides "share" and "against", which all may.
 
 "ranks" are planned, by ``methods.planned``; "optimizer" is for ``methods.optimizer``; "share" is
-the part of a task's steps that the method gets, 1 unless given.
+the part of a task's steps that the method gets, 1 unless given; "against" the method that the
+report takes from this one, ``REFERENCE`` unless given.
 """
+REFERENCE = "lora-r8"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +57,28 @@ class Config:
     best: int
     """Rates of a method that get the further seeds."""
     methods: Mapping[str, Mapping[str, Any]]
+    ladder: tuple[float, ...] = ()
+    """Rates beyond a method's own, tried one by one while the best is the lowest or the highest."""
+    seq_len: int = SEQ_LEN
+    questions: int | None = None
+    """Of exact match; as many as ``test`` unless given."""
+    every: int = 0
+    """Steps after which the loss to choose by is measured and the run saved; 0: never."""
 
     def settings(self, task: str, method: str) -> str:
         """A short mark of all that makes runs of a method comparable, rate and seed left out."""
-        left_out = ("tasks", "seeds", "best", "methods")
-        same = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        left_out = ("tasks", "seeds", "best", "methods", "ladder", "every")
+        # A field that is left at its default came after the first results, and changes none.
+        default = {field.name: field.default for field in dataclasses.fields(self)}
+        same = {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in left_out and value != default[name]
+        }
         same["steps"] = self.steps[task]
         if method != BASE:
             spec = self.methods[method]
-            same["method"] = {k: v for k, v in spec.items() if k != "rates"}
+            same["method"] = {k: v for k, v in spec.items() if k not in ("rates", "against")}
         return f"{zlib.crc32(json.dumps(same, sort_keys=True).encode()):08x}"
 
 
@@ -78,25 +95,36 @@ class Key(NamedTuple):
     seed: int
 
 
-def read_config(path: Path | str = CONFIG) -> Config:
-    """Read and check a YAML. Raises ValueError naming the key, what was expected and what came."""
+def read_config(path: Path | str = CONFIG, names: Collection[str] = NAMES) -> Config:
+    """Read and check a YAML whose tasks are some of ``names``.
+
+    Raises ValueError naming the key, what was expected and what came.
+    """
     given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    fields = {field.name for field in dataclasses.fields(Config)}
-    if not isinstance(given, dict) or set(given) != fields:
+    fields = dataclasses.fields(Config)
+    needed = {field.name for field in fields if field.default is dataclasses.MISSING}
+    optional = {field.name for field in fields} - needed
+    if not isinstance(given, dict) or set(given) - optional != needed:
         got = ", ".join(map(str, given)) if isinstance(given, dict) else type(given).__name__
-        raise ValueError(f"{path}: expected the keys {', '.join(sorted(fields))}, got {got}.")
+        raise ValueError(f"{path}: expected the keys {', '.join(sorted(needed))}, got {got}.")
     for task in given["tasks"]:
-        if task not in NAMES:
-            raise ValueError(f"tasks: expected some of {', '.join(NAMES)}, got {task!r}.")
+        if task not in names:
+            raise ValueError(f"tasks: expected some of {', '.join(names)}, got {task!r}.")
     for name, spec in given["methods"].items():
         kind = spec.get("kind")
         if kind not in KINDS:
             raise ValueError(f"methods: {name}: expected a kind of {tuple(KINDS)}, got {kind!r}.")
         needed = {"kind", "rates", *KINDS[kind]}
-        if set(spec) - set(OPTIONS.get(kind, ())) != needed or not spec["rates"]:
+        options = {*OPTIONS.get(kind, ()), "share", "against"}
+        if set(spec) - options != needed or not spec["rates"]:
             raise ValueError(
                 f"methods: {name}: expected {', '.join(sorted(needed))}, got "
                 f"{', '.join(sorted(spec))}."
+            )
+        if given.get("every") and (spec.get("steps") or "optimizer" in spec):
+            raise ValueError(
+                f"every: expected 0 with {name}, whose state between steps is not saved, got "
+                f"{given['every']}."
             )
     tasks, steps = tuple(given["tasks"]), given["steps"]
     if isinstance(steps, int):
@@ -105,15 +133,16 @@ def read_config(path: Path | str = CONFIG) -> Config:
         raise ValueError(
             f"steps: expected a number, or one for each of {', '.join(tasks)}, got {steps}."
         )
-    return Config(**given | {"tasks": tasks, "seeds": tuple(given["seeds"]), "steps": steps})
+    lists = {name: tuple(given.get(name, ())) for name in ("seeds", "ladder")}
+    return Config(**given | lists | {"tasks": tasks, "steps": steps})
 
 
 def pending(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Key]:
     """The runs that are known to be needed and not in ``rows``, the most telling first.
 
     At the first seed: of every task the untrained model and every method's first rate, then every
-    method's second, and so on; then, seed by seed, the rates that were best on the rows to choose
-    by, for every method whose rates are all done.
+    method's second, and so on, and rates of the ladder; then, seed by seed, the rates that were
+    best on the rows to choose by, for every method whose rates are all done.
     """
     have = {key_of(row): row for row in of_config(config, rows)}
     first, *others = config.seeds
@@ -126,6 +155,9 @@ def pending(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Key]:
                 for method, spec in config.methods.items()
                 if place < len(spec["rates"])
             ]
+    for task in config.tasks:
+        for method in config.methods:
+            wanted += [Key(task, method, lr, first) for lr in further(config, have, task, method)]
     for seed in others:
         for task in config.tasks:
             for method in config.methods:
@@ -137,12 +169,37 @@ def best(
     config: Config, have: Mapping[Key, Mapping[str, str]], task: str, method: str
 ) -> list[float]:
     """The best rates of a method by the loss to choose by; none until all rates are done."""
-    rates = [float(lr) for lr in config.methods[method]["rates"]]
-    keys = [Key(task, method, lr, config.seeds[0]) for lr in rates]
-    if any(key not in have for key in keys):
+    losses = _swept(config, have, task, method)
+    rates = set(map(float, config.methods[method]["rates"]))
+    if not rates <= losses.keys() or further(config, have, task, method):
         return []
-    losses = {key.lr: number(have[key]["dev_loss"]) for key in keys}
-    return sorted((lr for lr in rates if math.isfinite(losses[lr])), key=losses.get)[: config.best]
+    finite = (lr for lr in losses if math.isfinite(losses[lr]))
+    return sorted(finite, key=losses.__getitem__)[: config.best]
+
+
+def further(
+    config: Config, have: Mapping[Key, Mapping[str, str]], task: str, method: str
+) -> list[float]:
+    """The next rate of the ladder, where the best so far is at the end of those that are done."""
+    losses = _swept(config, have, task, method)
+    rates = set(map(float, config.methods[method]["rates"]))
+    if not rates <= losses.keys():
+        return []
+    top = min(losses, key=losses.__getitem__)
+    lower = [lr for lr in config.ladder if lr < min(losses)]
+    higher = [lr for lr in config.ladder if lr > max(losses)]
+    if top == min(losses):
+        return [max(lower)] if lower else []
+    return [min(higher)] if higher and top == max(losses) else []
+
+
+def _swept(
+    config: Config, have: Mapping[Key, Mapping[str, str]], task: str, method: str
+) -> dict[float, float]:
+    """Loss to choose by at the first seed, by rate."""
+    rates = {*map(float, config.methods[method]["rates"]), *config.ladder}
+    keys = (Key(task, method, lr, config.seeds[0]) for lr in sorted(rates))
+    return {key.lr: number(have[key]["dev_loss"]) for key in keys if key in have}
 
 
 def of_config(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
@@ -152,7 +209,10 @@ def of_config(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Mapping
         for task in config.tasks
         for method in (*config.methods, BASE)
     }
-    rates = {method: set(map(float, spec["rates"])) for method, spec in config.methods.items()}
+    rates = {
+        method: {*map(float, spec["rates"]), *config.ladder}
+        for method, spec in config.methods.items()
+    }
     return [
         row
         for row in rows

@@ -46,9 +46,12 @@ def prepared(
     if spec["kind"] == "ours":
         config = method_named(spec["method"])(**spec["options"])
         return rasa_ext.patch_model(model, config=config)
-    from peft import LoraConfig, VeraConfig, get_peft_model
+    from peft import LoraConfig, VeraConfig, get_peft_config, get_peft_model
 
-    if spec["kind"] == "lora":
+    if spec["kind"] == "peft":
+        chosen = {"peft_type": spec["method"].upper(), "target_modules": "all-linear"}
+        config = get_peft_config(chosen | spec["options"])
+    elif spec["kind"] == "lora":
         config = LoraConfig(
             r=spec["rank"],
             lora_alpha=spec["alpha"],

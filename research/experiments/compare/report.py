@@ -1,6 +1,9 @@
 """Tables and pictures of the comparison.
 
 python -m research.experiments.compare.report > tables.md
+
+Differences are seed by seed, with Student's 95 % interval of their mean. One that holds 0 shows no
+difference; of twenty that are none, one does not hold it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from rasa_research.solver.plots import new_figure
 from research.experiments.compare.config import (
     BASE,
     CONFIG,
+    REFERENCE,
     RESULTS,
     Config,
     best,
@@ -26,11 +30,13 @@ from research.experiments.compare.config import (
     of_config,
     read_config,
 )
+from research.experiments.compare.curves import curve_table, draw_curves, losses_of
 from research.experiments.compare.run import COLUMNS
 from research.experiments.table import Table
 
 Row = Mapping[str, str]
-REFERENCE = "lora-r8"
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""The 0.975 quantile of Student's t, for 2 to 10 differences."""
 _DIFFERENCES = {
     "held-out loss": ("test_loss", 1, 3),
     "exact match, %": ("exact_match", 100, 0),
@@ -66,7 +72,7 @@ def methods_table(
     result = []
     if base is not None:
         result.append({"method": "before training", **_figures([base], base)})
-    found = _at_best_rates(config, rows, task)
+    found = at_best_rates(config, rows, task)
     several = len({chosen[0]["steps"] for _, chosen in found.values()}) > 1
     for method, (swept, chosen) in found.items():
         result.append(
@@ -75,7 +81,7 @@ def methods_table(
                 "trainable parameters": f"{int(chosen[0]['trainable']):,}",
                 **({"step time": step_times.get(method)} if step_times else {}),
                 **({"steps": chosen[0]["steps"]} if several else {}),
-                "rates": f"{swept} of {len(config.methods[method]['rates'])}",
+                "rates": f"{swept} of {max(swept, len(config.methods[method]['rates']))}",
                 "best": f"{float(chosen[0]['lr']):g}",
                 "seeds": len(chosen),
                 **_figures(chosen, base),
@@ -106,34 +112,44 @@ def summary_table(
 
 
 def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
-    """Each method at its best rate less `REFERENCE` at its own, seed by seed: mean and deviation.
+    """Each method at its best rate less the one it stands against at its own, seed by seed.
 
     Runs of one seed meet the same rows in the same order, so that these differences are steadier
     than the figures themselves. Methods with fewer than two seeds in common are left out.
     """
     chosen = {
         method: {row["seed"]: row for row in runs if row["test_loss"]}
-        for method, (_, runs) in _at_best_rates(config, of_config(config, rows), task).items()
+        for method, (_, runs) in at_best_rates(config, of_config(config, rows), task).items()
     }
-    reference, result = chosen.get(REFERENCE, {}), []
+    result = []
     for method, runs in chosen.items():
+        against = str(config.methods[method].get("against", REFERENCE))
+        reference = chosen.get(against, {})
         seeds = sorted(runs.keys() & reference.keys())
-        if method == REFERENCE or len(seeds) < 2:
+        if method == against or len(seeds) < 2:
             continue
-        line: dict[str, object] = {"method": method, "seeds": len(seeds)}
+        line: dict[str, object] = {"method": method, "less": against, "seeds": len(seeds)}
         for title, (column, factor, digits) in _DIFFERENCES.items():
             pairs = [(runs[seed][column], reference[seed][column]) for seed in seeds]
             if all(map(all, pairs)):
                 found = [factor * (float(ours) - float(theirs)) for ours, theirs in pairs]
-                line[title] = _spread(found, digits, "+")
+                line[title] = interval(found, digits)
         result.append(line)
     return result
+
+
+def interval(differences: list[float], digits: int) -> str:
+    """The mean of 2 to 10 differences, and its 95 % interval."""
+    mean = statistics.mean(differences)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    half = _STUDENT[len(differences) - 2] * error
+    return f"{mean:+.{digits}f} ({mean - half:+.{digits}f} to {mean + half:+.{digits}f})"
 
 
 def sweep_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
     """Loss on the rows to choose by, at the first seed, by method and rate."""
     have = {key_of(row): row for row in of_config(config, rows)}
-    rates = sorted({float(lr) for spec in config.methods.values() for lr in spec["rates"]})
+    rates = sorted({key.lr for key in have})
     result = []
     for method in config.methods:
         row: dict[str, object] = {"method": method}
@@ -168,6 +184,20 @@ def step_table(path: Path) -> list[dict[str, object]]:
     ]
 
 
+def at_best_rates(
+    config: Config, rows: Iterable[Row], task: str
+) -> dict[str, tuple[int, list[Row]]]:
+    """Of every method in ``rows``: how many rates are swept, and its runs at the best of them."""
+    rows, result = list(rows), {}
+    for method in config.methods:
+        runs = [row for row in rows if row["task"] == task and row["method"] == method]
+        swept = sum(int(row["seed"]) == config.seeds[0] for row in runs)
+        if swept:
+            lr = _best_rate(config, runs, task, method)
+            result[method] = swept, [row for row in runs if float(row["lr"]) == lr]
+    return result
+
+
 def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
     """Loss against rate, and loss against what was forgotten, a row of panels a task."""
     rows = [row for row in of_config(config, rows) if row["test_loss"]]
@@ -199,20 +229,6 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
         right.set_xscale("symlog", linthresh=0.1)  # a rate that is too high forgets by whole nats
         left.legend(fontsize=7)
     figure.savefig(path)
-
-
-def _at_best_rates(
-    config: Config, rows: Iterable[Row], task: str
-) -> dict[str, tuple[int, list[Row]]]:
-    """Of every method in ``rows``: how many rates are swept, and its runs at the best of them."""
-    rows, result = list(rows), {}
-    for method in config.methods:
-        runs = [row for row in rows if row["task"] == task and row["method"] == method]
-        swept = sum(int(row["seed"]) == config.seeds[0] for row in runs)
-        if swept:
-            lr = _best_rate(config, runs, task, method)
-            result[method] = swept, [row for row in runs if float(row["lr"]) == lr]
-    return result
 
 
 def _best_rate(config: Config, runs: list[Row], task: str, method: str) -> float:
@@ -249,6 +265,24 @@ def _spread(values: list[float], digits: int = 0, sign: str = "-") -> str | None
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
+def print_tasks(
+    config: Config, rows: Iterable[Row], ratios: Mapping[str, str] | None = None
+) -> None:
+    """The tables of every task that has rows."""
+    rows = list(rows)
+    for task in config.tasks:
+        if any(row["task"] == task for row in of_config(config, rows)):
+            print(f"### {task}\n")
+            print(markdown(methods_table(config, rows, task, ratios)), end="\n\n")
+            paired = paired_table(config, rows, task)
+            if paired:
+                print(f"Differences, seed by seed:\n\n{markdown(paired)}\n")
+            sweep = sweep_table(config, rows, task)
+            if sweep:
+                print("Loss to choose by, first seed, by rate:\n")
+                print(markdown(sweep), end="\n\n")
+
+
 def main() -> None:
     """Draw, and print the tables as markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -262,20 +296,23 @@ def main() -> None:
     steps = step_table(file_of(given.results, given.config, "step_time.csv"))
     ratios = {str(row["method"]): str(list(row.values())[2]) for row in steps}
     print(f"{markdown(summary_table(config, rows, ratios))}\n")
-    for task in config.tasks:
-        if any(row["task"] == task for row in of_config(config, rows)):
-            print(f"### {task}\n")
-            print(markdown(methods_table(config, rows, task, ratios)), end="\n\n")
-            paired = paired_table(config, rows, task)
-            if paired:
-                print(f"Less {REFERENCE}, seed by seed:\n\n{markdown(paired)}\n")
-            sweep = sweep_table(config, rows, task)
-            if sweep:
-                print("Loss to choose by, first seed, by rate:\n")
-                print(markdown(sweep), end="\n\n")
+    print_tasks(config, rows, ratios)
     if steps:
         print(f"### Step times\n\n{markdown(steps)}\n")
     draw(config, rows, file_of(given.results, given.config, "runs.png"))
+    if config.every:
+        curves = {
+            task: {
+                method: losses_of(given.results, runs)
+                for method, (_, runs) in at_best_rates(
+                    config, of_config(config, rows), task
+                ).items()
+            }
+            for task in config.tasks
+        }
+        for task, found in curves.items():
+            print(f"### {task}: loss by step\n\n{markdown(curve_table(found))}\n")
+        draw_curves(config, curves, file_of(given.results, given.config, "curves.png"))
 
 
 if __name__ == "__main__":

@@ -5,12 +5,14 @@
     python -m research.experiments.compare.report  # tables and pictures of it
 
 Started again, it goes on with the runs that the table lacks; started twice, the two share them.
-``--minutes`` ends after the run during which they pass; a run that is cut leaves no row.
+``--minutes`` ends after the run during which they pass. A run that is cut leaves no row; where the
+config has ``every``, it goes on from the last loss that was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import platform
@@ -24,6 +26,7 @@ import torch
 
 from benchmarks.batches import Row, collate
 from benchmarks.harness import machine
+from benchmarks.records import environment, write_json
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 from research.experiments.compare.config import (
     BASE,
@@ -34,6 +37,7 @@ from research.experiments.compare.config import (
     pending,
     read_config,
 )
+from research.experiments.compare.curves import curve_path
 from research.experiments.compare.methods import between, groups, optimizer, planned, prepared
 from research.experiments.table import Table
 from research.experiments.tasks import Task, make_task, other_text, solved
@@ -45,6 +49,7 @@ COLUMNS = (
     *("trainable", "seconds_per_step", "timing", "date", "machine", "system"),
 )
 
+STATE = Path(__file__).parents[3] / "build" / "runs"
 _AT_ONCE = 16
 """Rows of which hidden states are measured at a time."""
 
@@ -52,19 +57,40 @@ _AT_ONCE = 16
 class Bench:
     """The model, the tasks and the text that is measured for forgetting."""
 
-    def __init__(self, config: Config, base: Any, tokenizer: Any, results: Path) -> None:
-        """``base`` is float32 and stays as it is; ``results`` is the folder of tables."""
+    def __init__(
+        self,
+        config: Config,
+        base: Any,
+        tokenizer: Any,
+        results: Path,
+        state: Path = STATE,
+        gsm8k: Path | None = None,
+    ) -> None:
+        """``base`` is float32 and stays as it is; ``results`` is the folder of tables.
+
+        ``state`` is that of runs that are under way, ``gsm8k`` that of the task's files.
+        """
         self.config, self.base, self.tokenizer = config, base, tokenizer
+        self.pad = tokenizer.pad_token_id
         self.other = other_text(tokenizer, config.other_text)
-        self.results = results
+        self.results, self.state, self.gsm8k = results, state, gsm8k
         self._tasks: dict[str, Task] = {}
 
     def task(self, name: str) -> Task:
         """A task, made when it is first needed."""
         if name not in self._tasks:
-            sizes = {"train": self.config.train, "dev": self.config.dev, "test": self.config.test}
-            self._tasks[name] = make_task(name, self.tokenizer, **sizes)
+            asked = ("train", "dev", "test", "seq_len", "questions")
+            given = {each: getattr(self.config, each) for each in asked}
+            self._tasks[name] = make_task(name, self.tokenizer, **given, gsm8k=self.gsm8k)
         return self._tasks[name]
+
+    def task_of(self, key: Key) -> Task:
+        """The task of a run."""
+        return self.task(key.task)
+
+    def base_of(self, key: Key) -> Any:
+        """The model that a run begins with."""
+        return self.base
 
     def ranks(self, task: Task, rank: int) -> dict[str, int]:
         """GeLoRA's ranks for a task by layer; planned once, then read from a table."""
@@ -74,8 +100,7 @@ class Bench:
         if not found:
             rows = sorted(task.train, key=lambda row: len(row["input_ids"]))
             batches = (
-                collate(rows[i : i + _AT_ONCE], self.tokenizer.pad_token_id)
-                for i in range(0, len(rows), _AT_ONCE)
+                collate(rows[i : i + _AT_ONCE], self.pad) for i in range(0, len(rows), _AT_ONCE)
             )
             read = ({k: v for k, v in batch.items() if k != "labels"} for batch in batches)
             found = planned(self.base, read, rank)
@@ -84,16 +109,19 @@ class Bench:
 
     def do(self, key: Key) -> dict[str, Any]:
         """Train and measure one run; its row. A run that diverged has no losses."""
-        config, task, row = self.config, self.task(key.task), _head(self.config, key)
+        config, task, row = self.config, self.task_of(key), _head(self.config, key)
+        base = self.base_of(key)
         if key.method == BASE:
-            model = self.base.requires_grad_(False)
-            return row | {"steps": 0, "trainable": 0, **self._measured(model, task)}
+            measured = self._measured(base.requires_grad_(False), task)
+            return row | {"steps": 0, "trainable": 0, **measured}
         spec = config.methods[key.method]
         steps = max(1, round(spec.get("share", 1) * config.steps[key.task]))
         recipe = Recipe(steps, config.batch_size, key.lr, seed=key.seed, bfloat16=config.bfloat16)
         ranks = self.ranks(task, spec["rank"]) if "ranks" in spec else None
-        pad = self.tokenizer.pad_token_id
-        run = make_run(self.base, spec, task.train, pad, recipe, ranks)
+        _forget_peak()
+        run = make_run(base, spec, task.train, self.pad, recipe, ranks)
+        if config.every:
+            self._train_and_measure(run, task, key, row)
         while run.going:
             run.advance()
         row |= {"steps": run.step, "trainable": run.trainable, **_timing(run)}
@@ -103,17 +131,46 @@ class Bench:
         row["last_training_loss"] = _shown(sum(last) / len(last))
         return row | self._measured(run.model, task)
 
+    def _train_and_measure(self, run: Run, task: Task, key: Key, row: Mapping[str, Any]) -> None:
+        """Train, with the loss to choose by every so many steps, and save both each time."""
+        path = curve_path(self.results, key, row["settings"])
+        state, curve = self.state / f"{path.stem}.pt", []
+        if state.is_file():
+            found = torch.load(state)
+            run.load_state_dict(found["run"])
+            curve = found["curve"]
+        while run.going:
+            run.advance()
+            if run.going and run.step % self.config.every:
+                continue
+            last = run.losses[-self.config.every :]
+            loss = mean_loss(run.model, task.dev, self.pad, bfloat16=self.config.bfloat16)
+            curve.append({"step": run.step, "loss": loss, "training_loss": sum(last) / len(last)})
+            state.parent.mkdir(parents=True, exist_ok=True)
+            beside = state.with_suffix(".part")
+            torch.save({"run": run.state_dict(), "curve": curve}, beside)
+            os.replace(beside, state)
+        record = {
+            **key._asdict(),
+            "settings": row["settings"],
+            "curve": curve,
+            "peak_memory_bytes": _peak(),
+            "machine": environment("cpu"),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
+        state.unlink(missing_ok=True)
+
     def _measured(self, model: Any, task: Task) -> dict[str, str]:
         def loss(rows: list[Row]) -> str:
-            pad = self.tokenizer.pad_token_id
-            return _shown(mean_loss(model, rows, pad, bfloat16=self.config.bfloat16))
+            return _shown(mean_loss(model, rows, self.pad, bfloat16=self.config.bfloat16))
 
         right = solved(model, self.tokenizer, task, bfloat16=self.config.bfloat16)
         return {
             "dev_loss": loss(task.dev),
             "test_loss": loss(task.test),
             "exact_match": "" if right is None else _shown(right),
-            "other_text_loss": loss(self.other),
+            "other_text_loss": loss(task.other or self.other),
         }
 
 
@@ -176,31 +233,60 @@ def _timing(run: Run) -> dict[str, str]:
     }
 
 
+def _forget_peak() -> None:
+    """Have the system count the process's peak of memory anew, where it can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int | None:
+    """Bytes of memory that the process had at most since then: the base's copy is among them."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(each.split()[1]) << 10 for each in lines if each.startswith("VmHWM"))
+    return None
+
+
 def _shown(value: float) -> str:
     return f"{value:.5f}"
 
 
-def main() -> None:
-    """Run the command above."""
+def work(bench: Any, table: Table, minutes: float) -> None:
+    """Do runs until none is left, or until so many minutes have passed."""
+    end = time.monotonic() + 60 * minutes
+    while (left := pending(bench.config, table.rows())) and time.monotonic() < end:
+        if not advance(bench, table):
+            time.sleep(5)  # others are at all that is known; what they find may bring more
+    print(f"{len(left)} runs are known to be left" if left else "done")
+
+
+def arguments(description: str | None, config: Path, results: Path) -> argparse.ArgumentParser:
+    """What every command that does runs takes."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=CONFIG)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for runs.csv")
+    parser.add_argument("--config", type=Path, default=config)
+    parser.add_argument("--results", type=Path, default=results, help="folder for runs.csv")
+    parser.add_argument("--state", type=Path, default=STATE, help="folder for what is not results")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--list", action="store_true", help="show what is to be done, do nothing")
+    return parser
+
+
+def main() -> None:
+    """Run the command above."""
+    parser = arguments(__doc__, CONFIG, RESULTS)
+    parser.add_argument("--gsm8k", type=Path, help="folder of GSM8K's train.jsonl and test.jsonl")
     given = parser.parse_args()
     config = read_config(given.config)
     table = Table(given.results / "runs.csv", COLUMNS)
     if given.list:
         print("\n".join(map(str, pending(config, table.rows()))))
         return
-    name, end = find_smollm2(), time.monotonic() + 60 * given.minutes
-    bench = Bench(config, load_model(name, "float32"), load_tokenizer(name), given.results)
-    while (left := pending(config, table.rows())) and time.monotonic() < end:
-        if not advance(bench, table):
-            time.sleep(5)  # others are at all that is known; what they find may bring more
-    print(f"{len(left)} runs are known to be left" if left else "done")
+    name = find_smollm2()
+    base, tokenizer = load_model(name, "float32"), load_tokenizer(name)
+    bench = Bench(config, base, tokenizer, given.results, given.state, given.gsm8k)
+    work(bench, table, given.minutes)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python -m research.experiments.compare.step_time [--lora-ranks 8 16 32 37 48] [--rounds 15]
 
-Forward, backward, optimizer and what a method does after it, on one batch of word problems. It
-wants an idle machine, and says where it was not: ``--processor`` then takes the processor's time
-in the place of the clock's. LoRAs of further ranks are PEFT's, or with ``--own-lora-ranks`` those
-of this package. Writes results/step_time.csv, with another config its name before it.
+Forward, backward, optimizer and what a method does after it, on one batch of the config's first
+task. It wants an idle machine, and says where it was not: ``--processor`` then takes the
+processor's time in the place of the clock's. LoRAs of further ranks are PEFT's, or with
+``--own-lora-ranks`` those of this package. Writes results/step_time.csv, with another config its
+name before it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from benchmarks.records import table as markdown
 from rasa_ext.commands.models import find_smollm2, load_model, load_tokenizer
 from research.experiments.compare.config import CONFIG, RESULTS, file_of, read_config
 from research.experiments.compare.run import Bench, make_run
-from research.experiments.tasks import make_task
 from research.experiments.training import Recipe, Run
 
 REFERENCE = "rasa-r8-k1"
@@ -93,6 +93,7 @@ def main() -> None:
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--gsm8k", type=Path, help="folder of GSM8K's train.jsonl and test.jsonl")
     parser.add_argument("--methods", nargs="*", help="of the config; all unless given")
     parser.add_argument("--lora-ranks", type=int, nargs="*", default=[])
     parser.add_argument("--own-lora-ranks", type=int, nargs="*", default=[])
@@ -110,10 +111,10 @@ def main() -> None:
         own = {"kind": "ours", "method": "lora", "options": options, "steps": {}}
         specs[f"own-lora-r{r}"] = own
     base, tokenizer = load_model(name, "float32"), load_tokenizer(name)
-    bench = Bench(config, base, tokenizer, given.results)
+    bench = Bench(config, base, tokenizer, given.results, gsm8k=given.gsm8k)
     sizes = {spec["rank"] for spec in specs.values() if "ranks" in spec}
-    ranks = bench.ranks(bench.task("maths"), *sizes) if sizes else None
-    rows = make_task("maths", tokenizer, train=config.batch_size, dev=0, test=0).train
+    ranks = bench.ranks(bench.task(config.tasks[0]), *sizes) if sizes else None
+    rows = bench.task(config.tasks[0]).train[: config.batch_size]
     recipe = Recipe(given.rounds + 3, config.batch_size, 1e-4, bfloat16=config.bfloat16)
     runs = make_runs(base, rows, tokenizer.pad_token_id, specs, recipe, ranks)
     same = {
