@@ -1,0 +1,63 @@
+"""Tables and a picture of held-out loss against rank.
+
+python -m research.experiments.known_rank.report > tables.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from rasa_research.solver.plots import new_figure
+from research.experiments.compare.config import Config, of_config, read_config
+from research.experiments.compare.report import Row, at_best_rates, print_tasks
+from research.experiments.compare.run import COLUMNS
+from research.experiments.known_rank.run import CONFIG, RESULTS, TASKS
+from research.experiments.table import Table
+
+LOOKS = {"lora": ("LoRA", "C1"), "rasa": ("RaSA, k = r", "C0")}
+
+
+def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
+    """Loss against rank, a panel a task: the median over the seeds, and all seeds as dots."""
+    rows = of_config(config, rows)
+    tasks = [task for task in config.tasks if any(row["task"] == task for row in rows)]
+    figure = new_figure(4.5 * max(len(tasks), 1), 4)
+    for place, task in enumerate(tasks):
+        axes = figure.add_subplot(1, len(tasks), place + 1)
+        found = at_best_rates(config, rows, task)
+        for method, (label, colour) in LOOKS.items():
+            points = {
+                int(config.methods[name]["options"]["rank"]): [float(r["test_loss"]) for r in runs]
+                for name, (_, runs) in found.items()
+                if config.methods[name]["method"] == method
+            }
+            ranks = sorted(points)
+            medians = [statistics.median(points[rank]) for rank in ranks]
+            axes.plot(ranks, medians, color=colour, label=label)
+            for rank in ranks:
+                dots = points[rank]
+                axes.plot([rank] * len(dots), dots, ".", color=colour, alpha=0.4)
+        axes.set_xscale("log", base=2)
+        axes.set(yscale="log", xlabel="rank r", ylabel="held-out loss", title=task)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Draw, and print the tables as markdown."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of runs.csv")
+    given = parser.parse_args()
+    config = read_config(given.config, TASKS)
+    rows = Table(given.results / "runs.csv", COLUMNS).rows()
+    print_tasks(config, rows)
+    draw(config, rows, given.results / "loss.png")
+
+
+if __name__ == "__main__":
+    main()

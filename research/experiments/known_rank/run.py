@@ -1,0 +1,58 @@
+"""Train small models on new tasks of a known rank, by LoRA and RaSA of every rank.
+
+    # results/runs.csv, a row a finished run
+    python -m research.experiments.known_rank.run [--minutes M]
+    python -m research.experiments.known_rank.report  # tables and a picture of it
+
+Started again, it goes on with the runs that the table lacks; started twice, the two share them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from research.experiments.compare.config import Config, Key, pending, read_config
+from research.experiments.compare.run import COLUMNS, Bench, arguments, work
+from research.experiments.known_rank.targets import PAD, make_base, make_target
+from research.experiments.table import Table
+from research.experiments.tasks import Task
+
+HERE = Path(__file__).parent
+CONFIG, RESULTS = HERE / "config.yaml", HERE / "results"
+RANKS, DEPTHS = {"permute": 16, "values": 32}, (2, 4, 6)
+TASKS = {f"{kind}-L{depth}": (kind, depth) for depth in DEPTHS for kind in RANKS}
+"""Kind of the target and depth of the model, by the task's name."""
+
+
+class KnownRank(Bench):
+    """Models of several depths, whose facts and new tasks are the seed's."""
+
+    def __init__(self, config: Config, results: Path, state: Path) -> None:
+        """``state`` is the folder of bases, which are made when they are first needed."""
+        self.config, self.results, self.state, self.pad = config, results, state, PAD
+        self.tokenizer, self.other = None, []
+
+    def task_of(self, key: Key) -> Task:
+        """The target of a run's kind and seed."""
+        kind, _ = TASKS[key.task]
+        return make_target(kind, RANKS[kind], key.seed)
+
+    def base_of(self, key: Key) -> Any:
+        """The model of the run's depth that knows the facts of the run's seed."""
+        return make_base(TASKS[key.task][1], key.seed, self.state / "known-rank")
+
+
+def main() -> None:
+    """Run the command above."""
+    given = arguments(__doc__, CONFIG, RESULTS).parse_args()
+    config = read_config(given.config, TASKS)
+    table = Table(given.results / "runs.csv", COLUMNS)
+    if given.list:
+        print("\n".join(map(str, pending(config, table.rows()))))
+        return
+    work(KnownRank(config, given.results, given.state), table, given.minutes)
+
+
+if __name__ == "__main__":
+    main()
