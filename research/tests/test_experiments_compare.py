@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -288,7 +289,15 @@ def test_a_run_that_is_cut_goes_on_from_its_last_loss(small, tmp_path, monkeypat
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_small", "docstrings_long"])
+def test_long_comparisons_of_two_tasks_are_alike():
+    first, second = (
+        read_config(compare_config.HERE / f"{name}.yaml") for name in ("gsm8k", "docstrings_long")
+    )
+    changed = {"tasks": second.tasks, "steps": second.steps}
+    assert dataclasses.replace(first, **changed) == second
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_small"])
 def test_methods_of_a_long_comparison_train_as_many_numbers(name, rows):
     config = read_config(compare_config.HERE / f"{name}.yaml")
     shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
