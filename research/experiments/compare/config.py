@@ -34,8 +34,8 @@ OPTIONS = {"lora": ("ranks",), "ours": ("optimizer",)}
 """What some kinds may have besides "share" and "against", which all may.
 
 "ranks" are planned, by ``methods.planned``; "optimizer" is for ``methods.optimizer``; "share" is
-the part of a task's steps that the method gets, 1 unless given; "against" the method that the
-report takes from this one, ``REFERENCE`` unless given.
+the part of a task's steps that the method gets, 1 unless given; "against" the methods that
+the report takes from this one, ``REFERENCE`` unless given.
 """
 REFERENCE = "lora-r8"
 

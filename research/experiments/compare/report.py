@@ -112,7 +112,7 @@ def summary_table(
 
 
 def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
-    """Each method at its best rate less the one it stands against at its own, seed by seed.
+    """Each method at its best rate less those it stands against at their own, seed by seed.
 
     Runs of one seed meet the same rows in the same order, so that these differences are steadier
     than the figures themselves. Methods with fewer than two seeds in common are left out.
@@ -123,18 +123,18 @@ def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[st
     }
     result = []
     for method, runs in chosen.items():
-        against = str(config.methods[method].get("against", REFERENCE))
-        reference = chosen.get(against, {})
-        seeds = sorted(runs.keys() & reference.keys())
-        if method == against or len(seeds) < 2:
-            continue
-        line: dict[str, object] = {"method": method, "less": against, "seeds": len(seeds)}
-        for title, (column, factor, digits) in _DIFFERENCES.items():
-            pairs = [(runs[seed][column], reference[seed][column]) for seed in seeds]
-            if all(map(all, pairs)):
-                found = [factor * (float(ours) - float(theirs)) for ours, theirs in pairs]
-                line[title] = interval(found, digits)
-        result.append(line)
+        for against in config.methods[method].get("against", [REFERENCE]):
+            reference = chosen.get(against, {})
+            seeds = sorted(runs.keys() & reference.keys())
+            if method == against or len(seeds) < 2:
+                continue
+            line: dict[str, object] = {"method": method, "less": against, "seeds": len(seeds)}
+            for title, (column, factor, digits) in _DIFFERENCES.items():
+                pairs = [(runs[seed][column], reference[seed][column]) for seed in seeds]
+                if all(map(all, pairs)):
+                    found = [factor * (float(ours) - float(theirs)) for ours, theirs in pairs]
+                    line[title] = interval(found, digits)
+            result.append(line)
     return result
 
 

@@ -17,7 +17,7 @@ from research.experiments.compare.run import COLUMNS
 from research.experiments.known_rank.run import CONFIG, RESULTS, TASKS
 from research.experiments.table import Table
 
-LOOKS = {"lora": ("LoRA", "C1"), "rasa": ("RaSA, k = r", "C0")}
+LOOKS = {"lora": ("LoRA", "C1"), "rasa": ("RaSA, k = r", "C0"), "diagonal": ("RaSA, k = 0", "C2")}
 
 
 def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
@@ -32,7 +32,7 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
             points = {
                 int(config.methods[name]["options"]["rank"]): [float(r["test_loss"]) for r in runs]
                 for name, (_, runs) in found.items()
-                if config.methods[name]["method"] == method
+                if name.startswith(method)
             }
             ranks = sorted(points)
             medians = [statistics.median(points[rank]) for rank in ranks]
