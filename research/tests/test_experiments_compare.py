@@ -279,6 +279,7 @@ def test_a_run_that_is_cut_goes_on_from_its_last_loss(small, tmp_path, monkeypat
     assert records[0]["curve"] == records[1]["curve"]
     assert [point["step"] for point in records[0]["curve"]] == [2, 4, 5]
     assert f"{records[0]['curve'][-1]['loss']:.5f}" == expected["dev_loss"]
+    assert records[0]["peak_memory_bytes"] > 2**20
     assert list((tmp_path / "state").iterdir()) == []
 
     rows = [{name: str(value) for name, value in expected.items()}]

@@ -6,6 +6,7 @@ that a fact has contexts that no training row shows. Keys are drawn by the seed.
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -128,5 +129,7 @@ def make_base(depth: int, seed: int, folder: Path) -> Any:
     if loss > BASE_LOSS:
         raise ValueError(f"base: expected a loss of at most {BASE_LOSS} on the facts, got {loss}.")
     folder.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
+    beside = path.with_suffix(f".{os.getpid()}")  # another process may make the same base
+    torch.save(model.state_dict(), beside)
+    os.replace(beside, path)
     return model.requires_grad_(False)
