@@ -337,6 +337,7 @@ def test_differences_are_taken_seed_by_seed(small, monkeypatch):
     assert set(found) == {"rasa", "vera", "full"}
     assert found["rasa"]["seeds"] == 2
     assert found["rasa"]["held-out loss"] == "+0.200 (-1.071 to +1.471)"
+    assert found["rasa"]["lower at"] == "0 of 2"
     assert found["rasa"]["exact match, %"] == "+0 (+0 to +0)"
     assert found["vera"]["held-out loss"] == "+0.300 (-2.241 to +2.841)"
     assert "exact match, %" not in found["vera"]

@@ -84,6 +84,9 @@ def test_runs_and_report(tmp_path, monkeypatch):
     assert not any(p.requires_grad for p in again.parameters())
     monkeypatch.setattr("sys.argv", ["report", *words])
     report.main()
+    table = report.rank_table(read_config(path, run.TASKS), rows, "permute-L2")
+    assert [line["r"] for line in table] == [2]
+    assert table[0]["lower at"] in ("0 of 2", "1 of 2", "2 of 2")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -134,6 +134,8 @@ def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[st
                 if all(map(all, pairs)):
                     found = [factor * (float(ours) - float(theirs)) for ours, theirs in pairs]
                     line[title] = interval(found, digits)
+                    if column == "test_loss":
+                        line["lower at"] = f"{sum(d < 0 for d in found)} of {len(found)}"
             result.append(line)
     return result
 

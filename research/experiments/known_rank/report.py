@@ -10,14 +10,47 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.records import table as markdown
 from rasa_research.solver.plots import new_figure
 from research.experiments.compare.config import Config, of_config, read_config
-from research.experiments.compare.report import Row, at_best_rates, print_tasks
+from research.experiments.compare.report import Row, at_best_rates, methods_table, paired_table
 from research.experiments.compare.run import COLUMNS
 from research.experiments.known_rank.run import CONFIG, RESULTS, TASKS
 from research.experiments.table import Table
 
 LOOKS = {"lora": ("LoRA", "C1"), "rasa": ("RaSA, k = r", "C0"), "diagonal": ("RaSA, k = 0", "C2")}
+
+
+def rank_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
+    """A row a rank: held-out losses over the seeds, and differences seed by seed."""
+    rows = list(rows)
+    losses = {line["method"]: line["held-out loss"] for line in methods_table(config, rows, task)}
+    less = {
+        (line["method"], line["less"]): line
+        for line in paired_table(config, rows, task)
+        if "held-out loss" in line
+    }
+    ranks = {int(spec["options"]["rank"]) for spec in config.methods.values()}
+    result = []
+    for rank in sorted(ranks):
+        shared, lora, apart = (
+            f"{name}-r{rank}{end}"
+            for name, end in (("rasa", f"-k{rank}"), ("lora", ""), ("diagonal", ""))
+        )
+        to_lora, to_apart = less.get((shared, lora), {}), less.get((shared, apart), {})
+        result.append(
+            {
+                "r": rank,
+                "LoRA": losses.get(lora),
+                "RaSA, k = 0": losses.get(apart),
+                "RaSA, k = r": losses.get(shared),
+                "k = r less LoRA": to_lora.get("held-out loss"),
+                "lower at": to_lora.get("lower at"),
+                "k = r less k = 0": to_apart.get("held-out loss"),
+                "forgot, less LoRA": to_lora.get("loss on other text"),
+            }
+        )
+    return result
 
 
 def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
@@ -55,7 +88,8 @@ def main() -> None:
     given = parser.parse_args()
     config = read_config(given.config, TASKS)
     rows = Table(given.results / "runs.csv", COLUMNS).rows()
-    print_tasks(config, rows)
+    for task in config.tasks:
+        print(f"### {task}\n\n{markdown(rank_table(config, rows, task))}\n")
     draw(config, rows, given.results / "loss.png")
 
 
