@@ -59,7 +59,7 @@ def test_new_values_are_those_of_so_many_facts():
             make_target(kind, rank, 0)
 
 
-def test_runs_and_report(tmp_path, monkeypatch):
+def test_runs_and_report(tmp_path, monkeypatch, capsys):
     short = dataclasses.replace(targets.BASE_RECIPE, steps=2)
     monkeypatch.setattr(targets, "BASE_RECIPE", short)
     with pytest.raises(ValueError, match=r"base: expected a loss of at most 0.01 on the facts"):
@@ -84,6 +84,9 @@ def test_runs_and_report(tmp_path, monkeypatch):
     assert not any(p.requires_grad for p in again.parameters())
     monkeypatch.setattr("sys.argv", ["report", *words])
     report.main()
+    monkeypatch.setattr("sys.argv", ["report", *words, "--all"])
+    report.main()
+    assert "| rasa-r2-k2 | lora-r2 | 2 |" in capsys.readouterr().out
     table = report.rank_table(read_config(path, run.TASKS), rows, "permute-L2")
     assert [line["r"] for line in table] == [2]
     assert table[0]["lower at"] in ("0 of 2", "1 of 2", "2 of 2")

@@ -13,7 +13,13 @@ from pathlib import Path
 from benchmarks.records import table as markdown
 from rasa_research.solver.plots import new_figure
 from research.experiments.compare.config import Config, of_config, read_config
-from research.experiments.compare.report import Row, at_best_rates, methods_table, paired_table
+from research.experiments.compare.report import (
+    Row,
+    at_best_rates,
+    methods_table,
+    paired_table,
+    print_tasks,
+)
 from research.experiments.compare.run import COLUMNS
 from research.experiments.known_rank.run import CONFIG, RESULTS, TASKS
 from research.experiments.table import Table
@@ -85,9 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of runs.csv")
+    parser.add_argument("--all", action="store_true", help="a row a method, and no picture")
     given = parser.parse_args()
     config = read_config(given.config, TASKS)
     rows = Table(given.results / "runs.csv", COLUMNS).rows()
+    if given.all:
+        print_tasks(config, rows)
+        return
     for task in config.tasks:
         print(f"### {task}\n\n{markdown(rank_table(config, rows, task))}\n")
     draw(config, rows, given.results / "loss.png")
