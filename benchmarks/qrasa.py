@@ -81,9 +81,11 @@ def load(base: str) -> nn.Module:
 
 def base_bytes(model: nn.Module) -> int:
     """Bytes of all weights of an unpatched model, scales of quantized ones included."""
-    scaled = {id(m.weight): m.weight for m in model.modules() if format_of(m) is not None}
-    plain = (p.nbytes for p in model.parameters() if id(p) not in scaled)
-    return sum(plain) + sum(map(stored_bytes, scaled.values()))
+    layers = [module for module in model.modules() if format_of(module) is not None]
+    parts = (each for layer in layers for each in layer.named_parameters(recurse=False))
+    inside = {id(parameter) for name, parameter in parts if name != "bias"}
+    plain = (p.nbytes for p in model.parameters() if id(p) not in inside)
+    return sum(plain) + sum(map(stored_bytes, layers))
 
 
 def batches(tokenizer, count: int, size: int, split: str) -> list[dict[str, torch.Tensor]]:

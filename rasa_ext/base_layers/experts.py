@@ -102,7 +102,8 @@ def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
             f"{where} is sharded over processes, expected a whole weight; patch first, then call "
             "rasa_ext.distributed.shard_model(model, mesh)."
         )
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.is_floating_point():
+    numbers = weight.is_floating_point() and weight.itemsize > 1
+    if type(weight) not in (nn.Parameter, Tensor) or not numbers:
         raise TypeError(
             f"{where} is a {type(weight).__name__} of {weight.dtype}, expected floating-point "
             "weights; load the model dequantized, or leave out experts."

@@ -38,11 +38,12 @@ def is_conv1d(module: nn.Module | None) -> TypeIs[Conv1D]:
 
 
 def is_linear(module: nn.Module) -> TypeIs[LinearLayer]:
-    """Return whether a module is a linear layer that can be adapted: nn.Linear or Conv1D.
+    """Return whether a module is a linear layer: nn.Linear, Conv1D, or one of GPTQ or AWQ.
 
-    Linear layers of bitsandbytes are subclasses of nn.Linear; torchao only replaces the weight.
+    Linear layers of most libraries are subclasses of nn.Linear; torchao only replaces the weight.
     """
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    packed = "qweight" in module._buffers or "qweight" in module._parameters  # GPTQ, AWQ
+    return isinstance(module, nn.Linear) or is_conv1d(module) or packed
 
 
 def linear_shape(module: LinearLayer) -> tuple[int, int]:
@@ -52,9 +53,24 @@ def linear_shape(module: LinearLayer) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
+def stored_weight(layer: Any) -> Tensor:
+    """Return the tensor that holds a layer's weight, as numbers or packed."""
+    names = ("weight_packed", "qweight", "weight")
+    weight: Tensor = next(w for name in names if (w := getattr(layer, name, None)) is not None)
+    return weight
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a linear layer computes: autocast's, or the dtype of x."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 def device_of(layer: LinearLayer) -> torch.device:
     """Return the device on which a layer computes, also if accelerate offloads the weight."""
-    device: torch.device = layer.weight.device
+    device: torch.device = stored_weight(layer).device
     hook: Any = getattr(layer, "_hf_hook", None)
     if device.type == "meta" and hook is not None and hook.execution_device is not None:
         device = torch.device(hook.execution_device)

@@ -1,14 +1,16 @@
-"""Quantized bases: bitsandbytes' 4 and 8 bit layers, and torchao's tensors.
+"""Quantized bases: bitsandbytes' 4 and 8 bit layers, torchao's tensors, and packed layouts.
 
-They are not plain GEMMs: the base runs first, with the library's kernels, and the adapter adds to
-the output. This module serves patching and merging: it detects quantized layers and dequantizes
-their weights.
+They are not plain GEMMs: the base runs first, and the adapter adds to the output. Layers of
+bitsandbytes and torchao run with the library's kernels, packed layouts with ``layouts``. This
+module serves patching and merging: it detects quantized layers, refuses those whose forward gives
+no gradient, and dequantizes weights.
 
-Neither library is imported here: if a model has such a layer, the library is imported already.
+No library is imported here: if a model has such a layer, the library is imported already.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -16,7 +18,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer, linear_shape
+from rasa_ext.base_layers.layouts import Format, Layout, layout_of, tiled_linear
+from rasa_ext.base_layers.linear import LinearLayer, linear_shape, stored_weight
+from rasa_ext.base_layers.sharded import is_dtensor
 
 # Attributes that transformers sets on a quantized model, and a flag of bitsandbytes' Linear4bit.
 _MARKS = (
@@ -29,36 +33,8 @@ _MARKS = (
 )
 _BNB_REPACK_FLAG = "support_avx512bf16_for_cpu"
 
-_FORWARD_ONLY = frozenset({"Int4OpaqueTensor"})
-"""torchao's tensor classes without a backward: int4 packed for CPUs."""
-
 _READ_AT_ONCE = 1024
 """How many columns of a weight one product reads in ``_read_off``."""
-
-
-class Format:
-    """A format of quantized weights; ``base`` is always a layer of this format."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def check(self, name: str, base: LinearLayer) -> None:
-        """Raise ValueError if the layer called ``name`` cannot be adapted in this state."""
-
-    def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
-        """Return the dtype of the weight before quantization, or None if unknown."""
-        return None
-
-    def dequantize(self, base: LinearLayer) -> Tensor:
-        """Return the weight (out, in), dequantized to a float dtype that the library chooses."""
-        raise NotImplementedError
-
-    def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor | None:
-        """Quantize ``weight`` (rows, in) like the base's weight, and dequantize it again.
-
-        Return None if the format does not support it.
-        """
-        return None
 
 
 class BnbLinear4bit(Format):
@@ -156,17 +132,7 @@ def format_of(module: nn.Module) -> Format | None:
     kinds = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", ())
     if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), kinds):
         return TorchaoTensor(f"torchao {type(module.weight).__name__}")
-    return None
-
-
-def check_gradient(base: LinearLayer) -> None:
-    """Raise RuntimeError if the format of ``base`` has no gradient for the input."""
-    if (kind := type(base.weight).__name__) in _FORWARD_ONLY:
-        raise RuntimeError(
-            f"torchao {kind} gives no gradient to its input, so nothing below it can be trained; "
-            "quantize with torchao's IntxWeightOnlyConfig(weight_dtype=torch.int4) to train, or "
-            "call the model under torch.no_grad()."
-        )
+    return layout_of(module)
 
 
 def _bitsandbytes() -> Any:
@@ -174,12 +140,16 @@ def _bitsandbytes() -> Any:
     return sys.modules.get("bitsandbytes")
 
 
-def stored_bytes(weight: Tensor) -> int:
-    """Return the bytes of a quantized weight, including scales and other tensors of the format."""
+def stored_bytes(base: LinearLayer) -> int:
+    """Return the bytes of a layer's quantized weight, with scales and whatever else it needs."""
+    weight = stored_weight(base)
     names = getattr(type(weight), "tensor_data_names", None)
     if names is not None:
         optional = getattr(type(weight), "optional_tensor_data_names", ())
         parts = [getattr(weight, name, None) for name in (*names, *optional)]
+    elif isinstance(format_of(base), Layout):
+        own = {**base._parameters, **base._buffers}
+        parts = [tensor for name, tensor in own.items() if name != "bias"]
     else:
         state = getattr(weight, "quant_state", None)
         nested = getattr(state, "state2", None)
@@ -219,15 +189,18 @@ def forget_quantizer(model: nn.Module) -> nn.Module:
     return model
 
 
-def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ValueError if a Linear4bit among a model's modules has rearranged the weight.
+def check_gradients(modules: Mapping[str, nn.Module]) -> None:
+    """Raise ValueError if a layer of the model, adapted or not, would block the gradient.
 
-    See ``repacking_flags``. The library's inverse rounds the scales, so that it does not restore
-    the weight exactly.
+    An adapter over such a layer would train, and every layer below would silently get no gradient.
+    Refused are quantized layers of a layout that is not known, layers whose forward gives the input
+    no gradient, and a Linear4bit that has rearranged the weight (see ``quantizer_changes``): the
+    library's inverse rounds the scales, so that it does not restore the weight exactly.
     """
+    tried: dict[Any, bool] = {}
     for name, module in modules.items():
-        fmt, weight = format_of(module), getattr(module, "weight", None)
-        state = getattr(weight, "quant_state", None)
+        fmt, kind = format_of(module), type(module).__name__
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
         if isinstance(fmt, BnbLinear4bit) and getattr(state, "packing_format_for_cpu", False):
             raise ValueError(
                 f"model: {name!r} ({fmt.name}) has rearranged its weight for evaluation, as "
@@ -235,24 +208,107 @@ def check_not_repacked(modules: Mapping[str, nn.Module]) -> None:
                 "gradient to its input any more; load the model again and patch it before it is "
                 "evaluated."
             )
+        if fmt is None and (dtype := _unknown_dtype(module)) is not None:
+            raise ValueError(
+                f"model: {name!r} is a {kind} with a weight of {dtype} in a layout that is not "
+                "known here, so that layers below it might get no gradient; load the model "
+                "dequantized, or in a layout of docs/quantized.md."
+            )
+        if _blocks_experts(module):
+            raise ValueError(
+                f"model: {name!r} is a {kind}, quantized experts whose forward gives no gradient "
+                "to its input, so that nothing below it would be trained; load the model "
+                "dequantized, such as with Mxfp4Config(dequantize=True)."
+            )
+        if isinstance(module, nn.Linear) and (fmt is None or isinstance(fmt, TorchaoTensor)):
+            own: Any = module.__dict__.get("forward")
+            key = module if own else (type(module), type(module._parameters.get("weight")))
+            if key not in tried:
+                tried[key] = _blocks_gradient(module)
+            if tried[key]:
+                raise ValueError(
+                    f"model: {name!r} ({kind if fmt is None else fmt.name}) gives no gradient to "
+                    "its input, so that nothing below it would be trained; load the model in "
+                    "another layout, or dequantized."
+                )
 
 
-def repacking_flags(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.Module, str, Any]]:
+def _unknown_dtype(module: nn.Module) -> torch.dtype | None:
+    """Return the dtype of what a linear layer without a matrix of numbers has instead, or None."""
+    sizes = (getattr(module, f"{way}_features", None) for way in ("in", "out"))
+    width, out = (size if isinstance(size, int) else 0 for size in sizes)
+    if width * out == 0:
+        return None
+    matrices = [t for t in (*module.parameters(False), *module.buffers(False)) if t.dim() > 1]
+    if any(t.numel() == width * out and not _is_packed(t) for t in matrices):
+        return None
+    return next((t.dtype for t in matrices if _is_packed(t)), None)
+
+
+def _is_packed(tensor: Tensor) -> bool:
+    """Return whether a tensor's elements are integers, or floats of one byte."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.itemsize == 1
+    return tensor.dtype != torch.bool
+
+
+def _blocks_experts(module: nn.Module) -> bool:
+    """Return whether a module is of quantized experts without a known backward."""
+    kind: Any = type(module)
+    if kind.__name__ == "FP8Experts":  # a function of the first releases with a backward
+        return not hasattr(sys.modules[kind.__module__], "FP8LinearFunction")
+    packed = (tensor for tensor in module.parameters(False) if _is_packed(tensor))
+    return kind.__name__ == "Mxfp4GptOssExperts" or any(tensor.dim() == 3 for tensor in packed)
+
+
+def _blocks_gradient(module: nn.Linear) -> bool:
+    """Return whether one row of input gets no gradient; not tried for torch's own forward."""
+    weight, kind = module._parameters.get("weight"), type(module)
+    usual = kind.forward is nn.Linear.forward and "forward" not in module.__dict__
+    if weight is None or (usual and type(weight) is nn.Parameter) or hasattr(module, "_hf_hook"):
+        return False
+    if weight.is_meta or is_dtensor(weight) or not weight.is_floating_point():
+        return False
+    with torch.enable_grad():
+        x = torch.ones(1, module.in_features, dtype=weight.dtype, device=weight.device)
+        x.requires_grad_()
+        try:
+            y = module.forward(x)
+        except Exception:  # it cannot run here, or wants another input
+            return False
+        if not isinstance(y, Tensor):  # a router's choices
+            return False
+        try:
+            return torch.autograd.grad(y.sum(), x, allow_unused=True)[0] is None
+        except RuntimeError:  # no part of it has a backward
+            return True
+
+
+def quantizer_changes(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.Module, str, Any]]:
     """Return the attributes to change so that gradients pass quantized layers, adapted or not.
 
-    On a CPU with AVX512-BF16, bitsandbytes' Linear4bit rearranges the weight in the first forward
-    without grad in eval mode; from then on the input silently gets no gradient. With
-    ``hide_quantizer`` the model does not report that it is quantized: transformers' Trainer would
-    assume that it has no adapter.
+    Layers of a packed layout run by tiles, and compressed-tensors' hook, which would make the model
+    dense in its first forward, is left out. On a CPU with AVX512-BF16, bitsandbytes' Linear4bit
+    rearranges the weight in the first forward without grad in eval mode; from then on the input
+    silently gets no gradient. With ``hide_quantizer`` the model does not report that it is
+    quantized: transformers' Trainer would assume that it has no adapter.
 
     Returns:
         The module, the name and the new value of each attribute.
     """
-    modules = list(model.modules())
-    quantized = [module for module in modules if format_of(module) is not None]
-    repacking = [module for module in quantized if getattr(module, _BNB_REPACK_FLAG, False)]
-    changes: list[tuple[nn.Module, str, Any]] = [(m, _BNB_REPACK_FLAG, False) for m in repacking]
-    if quantized and hide_quantizer:
-        marked = (m for m in modules if m.__dict__.get("is_quantized", False))
-        changes += [(module, "is_quantized", False) for module in marked]
+    changes: list[tuple[nn.Module, str, Any]] = []
+    found = {module: fmt for module in model.modules() if (fmt := format_of(module)) is not None}
+    base: Any
+    for base, fmt in found.items():
+        if isinstance(fmt, Layout):
+            changes.append((base, "forward", functools.partial(tiled_linear, fmt, base)))
+        elif getattr(base, _BNB_REPACK_FLAG, False):
+            changes.append((base, _BNB_REPACK_FLAG, False))
+    for module in model.modules() if found else ():
+        if (handle := module.__dict__.get("ct_decompress_hook")) is not None:
+            hooks = module._forward_pre_hooks.copy()
+            hooks.pop(handle.id, None)
+            changes.append((module, "_forward_pre_hooks", hooks))
+        if hide_quantizer and module.__dict__.get("is_quantized", False):
+            changes.append((module, "is_quantized", False))
     return changes

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.linear import stored_weight
+
 SHARDING_HINT = (
     "shard with rasa_ext.distributed.shard_model(model, mesh), which leaves the adapter whole on "
     "every process, in place of fully_shard or FullyShardedDataParallel over it, or of ZeRO-3"
@@ -81,7 +83,7 @@ def check_base_whole(model: nn.Module, layers: Mapping[str, Any]) -> None:
     """Raise ValueError if a merge could not permanently change a base layer's weight."""
     sharded = sharded_modules(model)
     for name, base in layers.items():
-        weight = base.weight
+        weight = stored_weight(base)
         if id(base) in sharded or is_dtensor(weight) or weight.dim() < 2 or is_emptied(weight):
             raise ValueError(
                 f"model: expected whole base weights to merge into, but the one of {name!r} is "

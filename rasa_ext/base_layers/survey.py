@@ -26,8 +26,9 @@ from rasa_ext.base_layers.linear import (
     is_linear,
     linear_shape,
     read_directly,
+    stored_weight,
 )
-from rasa_ext.base_layers.quantized import check_not_repacked, format_of
+from rasa_ext.base_layers.quantized import check_gradients, format_of
 from rasa_ext.base_layers.split import refusal
 
 OUTPUT_HEADS = frozenset({"lm_head", "score", "classifier"})
@@ -95,10 +96,10 @@ def survey(
         stacks: stacked expert weights by name; by default all of the model.
 
     Raises:
-        ValueError: a layer of bitsandbytes has rearranged the weight and has no gradient.
+        ValueError: a quantized layer would give no gradient to the layers below it.
     """
     modules = dict(model.named_modules())
-    check_not_repacked(modules)
+    check_gradients(modules)
     if linears is None:
         linears = {name: module for name, module in modules.items() if is_linear(module)}
     if stacks is None:
@@ -175,7 +176,7 @@ def _heads(
     for name, module in linears.items():
         if OUTPUT_HEADS & set(name.split(".")):
             heads[name] = "an output head"
-        elif id(module.weight) in tied:
+        elif id(stored_weight(module)) in tied:
             heads[name] = "tied to an embedding"
         elif module is output:
             heads[name] = "the model's output embedding"
@@ -210,7 +211,7 @@ def check_base(name: str, layer: LinearLayer | ExpertWeight) -> None:
     if isinstance(layer, tuple):
         check_expert_weight(name, layer)
         return
-    weight: Any = layer.weight  # Any: a module of any origin
+    weight: Any = stored_weight(layer)  # Any: a module of any origin
     if isinstance(weight, nn.parameter.UninitializedParameter):
         raise ValueError(
             f"target_modules: {name!r} has no weight yet (a lazy layer); run one forward first."

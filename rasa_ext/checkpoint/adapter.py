@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext._version import __version__
-from rasa_ext.base_layers.linear import device_of, is_conv1d, is_linear
+from rasa_ext.base_layers.linear import device_of, is_conv1d, is_linear, stored_weight
 from rasa_ext.base_layers.sharded import (
     SHARDING_HINT,
     is_dtensor,
@@ -316,7 +316,8 @@ def _changed(root: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     others = (*plan.modules_to_save, *(name for rows in plan.tokens for name in rows.names))
     trained = tuple(f"{name}." for name in others)
     for name, module in root.named_modules():
-        brought = is_linear(module) and module.weight.is_meta and device_of(module).type != "meta"
+        brought = is_linear(module) and stored_weight(module).is_meta
+        brought = brought and device_of(module).type != "meta"
         for held in (module.named_parameters, module.named_buffers):
             for key, tensor in held(name, recurse=False):
                 inside = f"{key}.".startswith(adapted) and not brought

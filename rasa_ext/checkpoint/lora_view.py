@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.linear import stored_weight
 from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.ops import Factors
 from rasa_ext.patching.tokens import TokenRows
@@ -51,5 +52,5 @@ class Export:
     def tied_to_embedding(self) -> str | None:
         """Return an adapted layer that shares the weight of an embedding, or None."""
         tables = {id(m.weight) for m in self.root.modules() if isinstance(m, nn.Embedding)}
-        tied = (name for name, each in self.linears.items() if id(each.base.weight) in tables)
-        return next(tied, None)
+        weights = {name: id(stored_weight(each.base)) for name, each in self.linears.items()}
+        return next((name for name, weight in weights.items() if weight in tables), None)

@@ -9,8 +9,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from rasa_ext import ops
-from rasa_ext.base_layers.linear import LinearLayer, as_plain_gemm, is_conv1d, linear_shape
-from rasa_ext.base_layers.quantized import check_gradient
+from rasa_ext.base_layers.linear import (
+    LinearLayer,
+    as_plain_gemm,
+    compute_dtype,
+    is_conv1d,
+    linear_shape,
+)
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.functional import dropout, low_rank_linear
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
@@ -98,8 +103,6 @@ class AdaptedLinear(AdaptedModule):
         self, x: Tensor, adapter: Adapter, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         """Run the base layer on x and add the adapter."""
-        if x.requires_grad and torch.is_grad_enabled():
-            check_gradient(self.base_layer)
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return self._added(y, x, adapter)
 
@@ -136,11 +139,3 @@ class AdaptedLinear(AdaptedModule):
         super().drop_pack()
         if self.fused is not None:
             self.fused.forget()
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a linear layer computes: autocast's, or the dtype of x."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer, linear_shape
+from rasa_ext.base_layers.linear import LinearLayer, linear_shape, stored_weight
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter, Method
 from rasa_ext.nn.packs import PackSet
@@ -165,7 +165,7 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
     @property
     def weight(self) -> Tensor:
         """The base's weight, for model code that reads the dtype or device."""
-        return self.base_layer.weight
+        return stored_weight(self.base_layer)
 
     @property
     def bias(self) -> Tensor | None:

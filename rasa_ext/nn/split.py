@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rasa_ext.base_layers.linear import compute_dtype
 from rasa_ext.base_layers.split import Split, local_part, split_of
-from rasa_ext.nn.adapted_linear import AdaptedLinear, compute_dtype
+from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.functional import dropout, low_rank_linear

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import is_transposed
-from rasa_ext.base_layers.linear import check_weight_is_stored
+from rasa_ext.base_layers.linear import check_weight_is_stored, stored_weight
 from rasa_ext.base_layers.quantized import forget_quantizer, format_of
 from rasa_ext.base_layers.sharded import check_base_whole
 from rasa_ext.nn.rasa import RasaLinear
@@ -323,7 +323,8 @@ def _check_own_weights(root: nn.Module, parts: list[Part]) -> None:
             "or on the meta device; load the base whole, or export instead of merging."
         )
     # torchao's tensors have no storage of their own, and thus all have one address.
-    wrappers = {id(m.weight) for m in root.modules() if format_of(m) is not None}
+    quantized = (module for module in root.modules() if format_of(module) is not None)
+    wrappers = {id(stored_weight(module)) for module in quantized}
     users: dict[int, list[str]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if id(parameter) not in wrappers:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer
-from rasa_ext.base_layers.quantized import Format, format_of, stored_bytes
+from rasa_ext.base_layers.layouts import Format
+from rasa_ext.base_layers.linear import LinearLayer, stored_weight
+from rasa_ext.base_layers.quantized import format_of, stored_bytes
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.patching.parts import Part, check_finite
 
@@ -87,7 +88,7 @@ def dequantize_and_merge(
     done = Dequantized(
         fmt.name,
         merged.dtype,
-        stored_bytes(base.weight),
+        stored_bytes(base),
         merged.nbytes,
         _output_error(base, fmt, dense, delta),
         None if again is None else _relative(again, rows),
@@ -100,7 +101,7 @@ def dequantize_and_merge(
 def restore_quantized(layer: AdaptedLinear) -> None:
     """Put the original quantized base back, on the device of the dense one."""
     base, device = layer.merged_base, layer.base_layer.weight.device
-    layer.base_layer = base if base.weight.device == device else base.to(device)
+    layer.base_layer = base if stored_weight(base).device == device else base.to(device)
     layer.merged_base = None
 
 

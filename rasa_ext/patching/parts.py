@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rasa_ext import ops
 from rasa_ext.base_layers.experts import expert_weight
+from rasa_ext.base_layers.linear import stored_weight
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
@@ -74,7 +75,7 @@ Chunk = list[Part]
 
 def linear_part(name: str, layer: AdaptedLinear, adapters: Sequence[Adapter]) -> Part:
     """Make the part of a linear layer for these adapters."""
-    weight = layer.base_layer.weight.detach()
+    weight = stored_weight(layer.base_layer).detach()
     pools = tuple(id(tensor) for each in adapters for tensor in each.pool.values())
     return Part(
         name,

@@ -34,6 +34,7 @@ from rasa_ext.patching.swap import (
     let_adapters_work,
     link_fused_projections,
     replace_modules,
+    undo,
 )
 from rasa_ext.patching.targets import Plan, make_plan, suffixes
 from rasa_ext.patching.tokens import make_modules
@@ -240,8 +241,7 @@ def remove_layers(model: nn.Module) -> nn.Module:
     replace_modules(root, {module: module.base_layer for module in adapted})
     for name, parameter in root.named_parameters():
         parameter.requires_grad_(name in state.trainable_before)
-    for module, name, value in state.attributes_before:
-        setattr(module, name, value)
+    undo(state.attributes_before)
     for hook in state.hooks:
         hook.remove()
     restore_save_pretrained(root)

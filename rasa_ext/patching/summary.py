@@ -7,6 +7,7 @@ from collections import Counter
 
 from torch import nn
 
+from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.patching.grouping import pattern
 from rasa_ext.patching.state import adapter_parameters, owners, patch_state, unwrap
 
@@ -42,6 +43,8 @@ class Summary(list[Row]):
     """Trained tokens, by the names of all modules that read their rows."""
     groups: dict[str, tuple[str, ...]]
     """Groups set by the argument ``groups``: their names, and the patterns of their layers."""
+    formats: dict[str, int]
+    """Formats of the quantized layers under adapters, and the number of layers in each."""
     adapter: int
     """Number of parameters of the adapter."""
     trainable: int
@@ -62,6 +65,7 @@ class Summary(list[Row]):
             f"trainable: {self.trainable:,} of {self.total:,} "
             f"({100 * self.trainable / self.total:.3f} %), {self.adapter:,} of them the adapter's"
         )
+        lines += [f"quantized: {n} layers in {name}" for name, n in self.formats.items()]
         if self.groups:
             lines.append(f"groups chosen: {', '.join(self.groups)}")
         if self.modules_to_save:
@@ -118,6 +122,9 @@ def summary(model: nn.Module) -> Summary:
     result.skipped, result.modules_to_save = plan.skipped, plan.modules_to_save
     result.tokens = {", ".join(rows.names): rows.ids for rows in plan.tokens}
     result.groups = {} if callable(chosen) else dict(chosen)
+    bases = (getattr(layer, "base_layer", layer) for layer in layers.values())
+    formats = (fmt.name for base in bases if (fmt := format_of(base)) is not None)
+    result.formats = dict(Counter(formats))
     result.adapter = sum(p.numel() for p in adapter_parameters(model))
     parameters = list(unwrap(model).parameters())
     result.trainable = sum(p.numel() for p in parameters if p.requires_grad)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.quantized import repacking_flags
+from rasa_ext.base_layers.quantized import quantizer_changes
 from rasa_ext.base_layers.survey import ask
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.fused_projections import FusedProjections
@@ -50,6 +50,10 @@ def link_fused_projections(model: nn.Module, kind: type[AdaptedLinear]) -> None:
                     layer.fused = fused
 
 
+class Absent:
+    """Stands for the value of an attribute that an object itself does not have."""
+
+
 FAST_PATH = "activation_relu_or_gelu"
 """The attribute that lets ``nn.TransformerEncoderLayer`` take its fused path."""
 
@@ -61,12 +65,12 @@ def let_adapters_work(
 
     In eval without grad, ``nn.TransformerEncoderLayer`` reads the layers' weights directly. Without
     the attribute for a known activation it takes the ordinary path, with an equal result.
-    ``repacking_flags`` has the rest.
+    ``quantizer_changes`` has the rest.
 
     Returns:
-        The changes, as (module, attribute, value before).
+        The changes, as (module, attribute, value before), for ``undo``.
     """
-    changes = repacking_flags(model, hide_quantizer)
+    changes = quantizer_changes(model, hide_quantizer)
     for kind, name, value in (
         (nn.TransformerEncoderLayer, FAST_PATH, 0),
         (nn.TransformerEncoder, "use_nested_tensor", False),
@@ -77,10 +81,19 @@ def let_adapters_work(
             for encoder in encoders
             if any(child in adapted for child in encoder.modules())
         ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in changes]
+    before = [(module, name, vars(module).get(name, Absent)) for module, name, _ in changes]
     for module, name, value in changes:
         setattr(module, name, value)
     return before
+
+
+def undo(changes: Sequence[tuple[nn.Module, str, Any]]) -> None:
+    """Restore the attributes that ``let_adapters_work`` changed, the last first."""
+    for module, name, value in reversed(changes):
+        if value is Absent:  # the class has it
+            delattr(module, name)
+        else:
+            setattr(module, name, value)
 
 
 def enable_input_require_grads(model: nn.Module) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer
+from rasa_ext.base_layers.linear import LinearLayer, stored_weight
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
@@ -35,6 +35,11 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
     def quantization_backend(self) -> Any:  # type: ignore[override]  # it follows the base
         """PEFT's backend for a quantized base; None over a dense one, also while merged."""
         return None if isinstance(self.merged_base, nn.Module) else self._backend
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor that holds the base's weight, as numbers or packed."""
+        return stored_weight(self.base_layer)
 
     def adapter(self) -> Adapter | None:
         """Return the first adapter that the forward adds to all rows, or None."""

@@ -28,7 +28,12 @@ from rasa_ext.patching.config_warnings import config_warnings
 from rasa_ext.patching.fold import Merging
 from rasa_ext.patching.grouping import Group, group_layers, resolve_groups
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
-from rasa_ext.patching.swap import let_adapters_work, link_fused_projections, replace_modules
+from rasa_ext.patching.swap import (
+    let_adapters_work,
+    link_fused_projections,
+    replace_modules,
+    undo,
+)
 from rasa_ext.patching.targets import INSTEAD, make_plan, resolve_config, suffixes
 from rasa_ext.patching.tokens import check_rows_finite
 from rasa_ext.peft.backends import backend_of
@@ -291,8 +296,7 @@ class RasaModel(BaseTuner):
         kinds = RasaPeftLinear | RasaPeftExperts
         left = [module for module in self.model.modules() if isinstance(module, kinds)]
         replace_modules(self.model, {each: each.base_layer for each in left})  # aliases too
-        for module, name, value in reversed(self._attributes_before):
-            setattr(module, name, value)
+        undo(self._attributes_before)
         return forget_quantizer(self.model)
 
     @contextlib.contextmanager

@@ -143,7 +143,7 @@ def _integer_weight() -> nn.Module:
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
-        (_integer_weight(), "int8"),
+        (_integer_weight(), "int8 in a layout that is not known"),
         (nn.Linear(0, 4), r"\(4, 0\)"),
         (nn.Linear(4, 0), r"\(0, 4\)"),
         (nn.LazyLinear(4), "no weight yet"),
@@ -154,7 +154,7 @@ def test_weights_that_cannot_be_adapted(layer, said):
     """Found before anything changes, although the layer in front could be adapted."""
     model = nn.Sequential(nn.Linear(4, 4), layer)
     places = {name: id(module) for name, module in model.named_modules()}
-    with pytest.raises((ValueError, TypeError), match=f"target_modules.*'1'.*{said}"):
+    with pytest.raises((ValueError, TypeError), match=f"(target_modules|model): '1'.*{said}"):
         rasa_ext.patch_model(model)
     assert {name: id(module) for name, module in model.named_modules()} == places
     assert model[0].weight.requires_grad

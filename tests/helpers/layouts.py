@@ -1,0 +1,275 @@
+"""Models in packed layouts, each written by the library that writes it, where there is one here.
+
+GPTQ's and AWQ's layers are written by the formats' public descriptions: gptqmodel, which writes
+both, needs a newer torch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor, ModelCompressor
+from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    apply_quantization_config,
+    preset_name_to_scheme,
+)
+from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.integrations.finegrained_fp8 import FP8Linear, Fp8Quantize
+
+from tests.helpers import tiny_lm
+
+WIDTH, INNER = 64, 160
+"""Widths that are whole groups of every layout; 160 rows are a tile of 128 and a part of one."""
+
+
+def make_model() -> nn.Module:
+    return tiny_lm.make_model(hidden_size=WIDTH, intermediate_size=INNER)
+
+
+def compressed(preset: str, **weights: Any) -> Callable[[nn.Module], nn.Module]:
+    """A model in one of compressed-tensors' schemes, its weights' arguments changed by name."""
+
+    def write(model: nn.Module) -> nn.Module:
+        scheme = preset_name_to_scheme(preset, ["Linear"])
+        given = scheme.weights.model_dump() | weights
+        scheme.weights = QuantizationArgs(**given)
+        if (inputs := scheme.input_activations) is not None and inputs.group_size == 128:
+            inputs.group_size = 32
+        apply_quantization_config(
+            model, QuantizationConfig(config_groups={"all": scheme}, ignore=["lm_head"])
+        )
+        for module in model.modules():
+            if getattr(module, "quantization_scheme", None) is not None:
+                _calibrate(module, scheme.weights)
+        ModelCompressor.from_pretrained_model(model).compress_model(model)
+        return model
+
+    return write
+
+
+def _calibrate(module: Any, args: QuantizationArgs) -> None:
+    """Set scales, and zero points, from the largest and smallest weights."""
+    weight, whole = module.weight.detach(), None
+    if args.strategy == "tensor":
+        grouped = weight.reshape(1, -1)
+    elif args.strategy == "channel":
+        grouped = weight
+    elif args.strategy == "block":
+        rows, columns = args.block_structure
+        padded = nn.functional.pad(weight, (0, 0, 0, -len(weight) % rows))
+        blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
+        grouped = blocks.transpose(1, 2).flatten(2)
+    else:
+        grouped = weight.unflatten(1, (-1, args.group_size))
+    if args.strategy == "tensor_group":
+        whole = generate_gparam(weight.min(), weight.max())
+        module.weight_global_scale.data.copy_(whole)
+    scale, zero = calculate_qparams(grouped.amin(-1), grouped.amax(-1), args, whole)
+    own = module.weight_scale
+    own.data = scale.reshape(own.shape).to(own.dtype)
+    if getattr(module, "weight_zero_point", None) is not None:
+        module.weight_zero_point.data = zero.reshape(own.shape).to(torch.int8)
+
+
+def fine_grained(block: tuple[int, int] | None, scale_fmt: str = "float") -> Any:
+    """A model with transformers' FP8Linear, as its quantizer makes it on a GPU."""
+    config = SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt)
+    quantize = Fp8Quantize(SimpleNamespace(quantization_config=config))
+
+    def layer(linear: nn.Linear) -> nn.Module:
+        bias = linear.bias is not None
+        size = linear.in_features, linear.out_features
+        made = FP8Linear(*size, block, scale_fmt=scale_fmt, has_bias=bias)
+        state = quantize.convert({"weight": linear.weight.detach()})
+        if block is None:
+            state["weight_scale_inv"] = state["weight_scale_inv"].reshape(())
+        made.weight = nn.Parameter(state["weight"], requires_grad=False)
+        made.weight_scale_inv = nn.Parameter(state["weight_scale_inv"], requires_grad=False)
+        made.bias = linear.bias
+        return made
+
+    return lambda model: _replaced(model, layer)
+
+
+class _Kernel(nn.Module):
+    """A layer of gptqmodel without its kernel."""
+
+    def __init__(self, linear: nn.Linear, bits: int, **tensors: Tensor) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.bits = bits
+        for name, tensor in (*tensors.items(), ("bias", linear.bias)):
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+
+
+class TorchLinear(_Kernel):
+    """GPTQ's."""
+
+
+class AwqTorchLinear(_Kernel):
+    """AWQ's."""
+
+
+def gptq(bits: int = 4, size: int = 16, act_order: bool = False) -> Any:
+    """A model in GPTQ's first format: words along the inputs, zero points stored less one."""
+
+    def layer(linear: nn.Linear) -> nn.Module:
+        width = linear.in_features
+        group = torch.arange(width) // size
+        if act_order:
+            group = group[torch.randperm(width, generator=torch.Generator().manual_seed(0))]
+        codes, scale, zero = _integers(linear.weight.detach(), group, bits)
+        made = TorchLinear(
+            linear,
+            bits,
+            qweight=_packed(codes.t(), bits, 0),
+            qzeros=_packed((zero.t() - 1) % (1 << bits), bits, 1),
+            scales=scale.t().contiguous(),
+            g_idx=group.int(),
+        )
+        made.numbers = (codes - zero[:, group]).double() * scale[:, group].double()
+        return made
+
+    return lambda model: _replaced(model, layer)
+
+
+def awq(size: int = 16) -> Any:
+    """A model in AWQ's format: words along the outputs, eight of them in an order of their own."""
+
+    def layer(linear: nn.Linear) -> nn.Module:
+        group = torch.arange(linear.in_features) // size
+        codes, scale, zero = _integers(linear.weight.detach(), group, 4)
+
+        def packed(each: Tensor) -> Tensor:
+            ordered = each.t().unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]].flatten(1)
+            return _packed(ordered, 4, 1)
+
+        stored = scale.t().contiguous()
+        made = AwqTorchLinear(linear, 4, qweight=packed(codes), qzeros=packed(zero), scales=stored)
+        made.numbers = (codes - zero[:, group]).double() * scale[:, group].double()
+        return made
+
+    return lambda model: _replaced(model, layer)
+
+
+def _integers(weight: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Integers (out, in), and scales in half precision and zero points (out, groups)."""
+    members = [weight[:, group == each] for each in range(int(group.max()) + 1)]
+    low = torch.stack([each.amin(1) for each in members], 1).clamp_max(0)
+    high = torch.stack([each.amax(1) for each in members], 1).clamp_min(0)
+    top = (1 << bits) - 1
+    scale = ((high - low) / top).half()
+    zero = (-low / scale).round().clamp(0, top).long()
+    codes = (weight / scale[:, group] + zero[:, group]).round().clamp(0, top).long()
+    return codes, scale, zero
+
+
+def _packed(codes: Tensor, bits: int, dim: int) -> Tensor:
+    """Words of 32 bits along a dimension, the first integer in the lowest bits."""
+    each = 32 // bits
+    split = codes.unflatten(dim, (-1, each)).movedim(dim + 1, 0)
+    words = sum(part << (bits * at) for at, part in enumerate(split))
+    return (words - (words >> 31 << 32)).int()  # in two's complement
+
+
+def _replaced(model: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> nn.Module:
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if type(child) is nn.Linear and name != "lm_head":
+                parent._modules[name] = layer(child)
+    return model
+
+
+COMPRESSED = {
+    "fp8 tensor": compressed("FP8"),
+    "fp8 channel": compressed("FP8_DYNAMIC"),
+    "fp8 block": compressed("FP8_BLOCK", block_structure=[48, 32]),
+    "mxfp8": compressed("MXFP8A16"),
+    "int8": compressed("INT8"),
+    "packed int8": compressed("W8A16", group_size=16),
+    "packed int4": compressed("W4A16", group_size=16),
+    "packed int4 channel": compressed("W4A16", strategy="channel", group_size=None),
+    "packed int4 zero": compressed("W4A16_ASYM", group_size=16),
+    "mxfp4": compressed("MXFP4"),
+    "nvfp4": compressed("NVFP4A16"),
+}
+LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    **COMPRESSED,
+    "FP8Linear": fine_grained(None),
+    "FP8Linear block": fine_grained((16, 32)),
+    "FP8Linear block ue8m0": fine_grained((16, 32), "ue8m0"),
+    "gptq": gptq(),
+    "gptq int8": gptq(8),
+    "gptq act-order": gptq(act_order=True),
+    "awq": awq(),
+}
+
+
+def packed_model(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The tiny model in a layout."""
+    return LAYOUTS[form](make_model().to(dtype)).requires_grad_(False)
+
+
+def from_folder(form: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The tiny model in a layout of compressed-tensors, loaded from a folder by transformers."""
+    model = packed_model(form, dtype)
+    model.save_pretrained(folder)
+    ModelCompressor.from_pretrained_model(model).update_config(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+
+
+def packed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
+    """The packed layers of a model, each with its parent and its name there."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            own = isinstance(child, FP8Linear | _Kernel)
+            if own or getattr(child, "quantization_scheme", None) is not None:
+                yield parent, name, child
+
+
+def numbers(layer: Any) -> Tensor:
+    """The weight of a packed layer in float64, by its library or by what was packed."""
+    if isinstance(layer, _Kernel):
+        return layer.numbers
+    if isinstance(layer, FP8Linear):
+        scale = layer.weight_scale_inv.double()
+        for dim, size in enumerate(layer.block_size or ()):
+            scale = scale.repeat_interleave(size, dim)
+        return layer.weight.double() * scale
+    scheme: QuantizationScheme = layer.quantization_scheme
+    own = {name: tensor.detach() for name, tensor in layer.named_parameters()}
+    if (whole := own.get("weight_global_scale")) is not None:  # the library's result is rounded
+        rows, half = own["weight_packed"].shape
+        codes = unpack_fp4_from_uint8(own["weight_packed"], rows, 2 * half, torch.float64)
+        scale = own["weight_scale"].double() / whole.double()
+        return codes * scale.repeat_interleave(16, 1)
+    if own["weight_scale"].dtype != torch.uint8:
+        own["weight_scale"] = own["weight_scale"].double()
+    library = BaseCompressor.get_value_from_registry(scheme.format.value)
+    return library.decompress(own, scheme)["weight"].double()
+
+
+def dense(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """A copy of a packed model with the numbers of its weights in plain layers."""
+    model = copy.deepcopy(model)
+    for parent, name, layer in packed_layers(model):
+        out, width = (weight := numbers(layer)).shape
+        plain = nn.Linear(width, out, layer.bias is not None)
+        plain.weight = nn.Parameter(weight, requires_grad=False)
+        if layer.bias is not None:
+            plain.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=False)
+        parent._modules[name] = plain
+    if (handle := getattr(model, "ct_decompress_hook", None)) is not None:
+        handle.remove()
+    return model.to(dtype)

@@ -1,0 +1,352 @@
+"""Packed layouts: numbers, gradients of every layer, memory, merge and files; and refusals."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationStatus
+from datasets import Dataset
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.finegrained_fp8 import FP8Experts, FP8GroupedLinear
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+from trl import SFTConfig, SFTTrainer
+
+import rasa_ext
+from rasa_ext.base_layers import layouts
+from rasa_ext.base_layers.experts import check_expert_weight
+from rasa_ext.base_layers.quantized import format_of, stored_bytes
+from rasa_ext.peft import RasaConfig
+from tests.helpers import oracle, tiny_lm
+from tests.helpers.adapters import (
+    RANK,
+    Errors,
+    adapted_layers,
+    adapters,
+    excesses,
+    gradients,
+    patched,
+    randomize,
+)
+from tests.helpers.layouts import (
+    COMPRESSED,
+    LAYOUTS,
+    compressed,
+    dense,
+    from_folder,
+    numbers,
+    packed_layers,
+    packed_model,
+)
+from tests.helpers.memory import LiveBytes
+from tests.helpers.peft import plain
+
+TOKENS = torch.arange(48).view(2, 24) * 7 % 320
+FOLDERS = [form for form in COMPRESSED if form != "packed int4 zero"]
+"""transformers 5.24 and compressed-tensors 0.20 do not load packed zero points."""
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Tiles of 128 rows, so that layers of 160 take two."""
+    monkeypatch.setattr(layouts, "_TILE", 1)
+
+
+def step(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Logits, and the gradients of the input and of every adapter, of one step in training."""
+    inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    result = model.train()(inputs_embeds=inputs, labels=TOKENS)
+    found = adapters(plain(model) if hasattr(model, "peft_config") else model)
+    for adapter in found.values():
+        adapter.map(lambda t: setattr(t, "grad", None))
+    result.loss.backward()
+    seen = {"logits": result.logits.detach(), "input": inputs.grad, **gradients(found)}
+    assert all(gradient is not None and gradient.norm() > 0 for gradient in seen.values())
+    return seen
+
+
+def off(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).double().norm() / expected.double().norm()).item()
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_numbers(form):
+    for _, _, layer in packed_layers(packed_model(form)):
+        found = format_of(layer).dequantize(layer)
+        torch.testing.assert_close(found.double(), numbers(layer), rtol=2e-7, atol=0)
+
+
+def through_peft(base: nn.Module) -> nn.Module:
+    model = get_peft_model(base, RasaConfig(r=RANK, rasa_k=1, task_type="CAUSAL_LM"))
+    randomize(plain(model), 4)
+    return model
+
+
+def checkpointed(base: nn.Module) -> nn.Module:
+    model = patched(base, seed=4)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+ENTRANCES = {
+    "float32": (lambda base: patched(base, seed=4), torch.float32),
+    "bfloat16": (lambda base: patched(base, seed=4), torch.bfloat16),
+    "checkpointed": (checkpointed, torch.float32),
+    "peft": (through_peft, torch.float32),
+}
+
+
+@pytest.mark.parametrize("entrance", ENTRANCES)
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_gradients_of_all_layers(form, entrance, figure):
+    """The input's and every adapter's, against the dequantized base in float64."""
+    enter, dtype = ENTRANCES[entrance]
+    base = packed_model(form, dtype)
+    reference = {n: t.double() for n, t in step(patched(dense(base), seed=4)).items()}
+    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
+    theirs.add(step(patched(dense(base, dtype), seed=4)), reference)
+    ours.add(step(enter(base)), reference)
+    bad, ratio = excesses(ours, theirs, 1e-6)
+    largest = max(ours.relative().values())
+    figure(f"{form}, {entrance}: error {largest:.1e}, {ratio:.2f} times a dense base's")
+    assert not bad
+
+
+@pytest.mark.parametrize("form", FOLDERS)
+def test_folders_that_transformers_loads(form, tmp_path):
+    """Patched, the model stays packed over forwards; unpatched, it is as it was."""
+    model = from_folder(form, tmp_path, torch.bfloat16)
+    before = {name: t.dtype for name, t in model.named_parameters()}
+    expected = step(patched(dense(model), seed=4))["input"]
+    rasa_ext.patch_model(model, RANK, 1)
+    randomize(model, 4)
+    assert off(step(model)["input"], expected) < 0.05
+    assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
+    (said,) = rasa_ext.summary(model).formats.items()
+    assert said[0].startswith("compressed-tensors ")
+    assert said[0].endswith("fp8 e4m3" if "fp8" in form else f"{8 if '8' in form else 4} bits")
+    assert said[1] == 14
+    assert f"quantized: 14 layers in {said[0]}" in str(rasa_ext.summary(model))
+    rasa_ext.unpatch(model)
+    assert {name: t.dtype for name, t in model.named_parameters()} == before
+    logits(model)  # the library makes it dense in its first forward
+    assert not any(t.dtype == torch.int32 for t in model.parameters())
+
+
+def test_what_a_step_holds(monkeypatch):
+    """No more than a tile of W at a time, and nothing of W for the backward."""
+    shapes, kept = [], []
+    read = layouts.Layout.dequantized
+
+    def watched(self, base, start, stop, dtype):
+        shapes.append(stop - start)
+        return read(self, base, start, stop, dtype)
+
+    monkeypatch.setattr(layouts.Layout, "dequantized", watched)
+    model = patched(packed_model("packed int4")).train()
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.untyped_storage()) or t, lambda t: t
+    )
+    with hooks:
+        model(input_ids=TOKENS).logits.sum().backward()
+    assert max(shapes) == 128
+    # 4 of the 14 layers take two tiles; the first three read tokens, which need no gradient.
+    assert len(shapes) == (14 + 4) + (14 + 4 - 3)
+    weights = {
+        t.untyped_storage().data_ptr() for _, _, m in packed_layers(model) for t in m.parameters()
+    }
+    assert not weights & {storage.data_ptr() for storage in kept}
+
+
+@pytest.mark.parametrize("form", ["packed int4 zero", "gptq", "awq", "FP8Linear block"])
+def test_one_layer(form):
+    """Bias, no tokens, autocast, and float64 inputs."""
+    base = LAYOUTS[form](nn.Sequential(nn.Linear(64, 160).requires_grad_(False)))
+    weight, bias = numbers(base[0]), base[0].bias.double()
+    layer = patched(base)[0]
+    with torch.no_grad():
+        layer.B.zero_()
+        layer.pool.B.zero_()
+    x = torch.randn(3, 5, 64, dtype=torch.float64)
+    for given, limit in ((x, 1e-12), (x.float(), 1e-6), (x[:0], 0)):
+        torch.testing.assert_close(
+            layer(given).double(), given.double() @ weight.T + bias, rtol=limit, atol=10 * limit
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x.float())
+    assert y.dtype == torch.bfloat16
+    assert off(y, x @ weight.T + bias) < 0.01
+
+
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_merging(form):
+    model = patched(packed_model(form))
+    before, bases = logits(model), [layer.base_layer for layer in adapted_layers(model).values()]
+    with pytest.warns(UserWarning, match="merging into a dequantized weight"):
+        rasa_ext.merge(model)
+    for adapter, layer, base in zip(
+        adapters(model).values(), adapted_layers(model).values(), bases, strict=True
+    ):
+        wanted = numbers(base) + oracle.delta(adapter)
+        torch.testing.assert_close(layer.base_layer.weight.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert off(logits(model), before) < 1e-5
+    rasa_ext.unmerge(model)
+    assert torch.equal(logits(model), before)
+    with pytest.warns(UserWarning, match="merging into a dequantized weight"):
+        plain_model = rasa_ext.merge_and_unload(model)
+    assert not any(format_of(module) for module in plain_model.modules())
+    assert off(logits(plain_model), before) < 1e-5
+
+
+def test_merging_through_peft():
+    model = through_peft(packed_model("packed int4"))
+    before = logits(model)
+    with pytest.warns(UserWarning, match="merging into a dequantized weight"):
+        merged = model.merge_and_unload()
+    assert not any(format_of(module) for module in merged.modules())
+    assert off(logits(merged), before) < 1e-5
+
+
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_copies_and_files(form, tmp_path):
+    base = packed_model(form)
+    model = patched(base)
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
+    loaded = rasa_ext.load_adapter(copy.deepcopy(base), tmp_path / "adapter")
+    assert torch.equal(logits(loaded), logits(model))
+    assert torch.equal(logits(copy.deepcopy(model)), logits(model))
+    over_dense = rasa_ext.load_adapter(dense(base, torch.float32), tmp_path / "adapter")
+    files = []
+    for name, each in (("packed", model), ("dense", over_dense)):
+        rasa_ext.export_lora(each, tmp_path / name)
+        files.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+
+
+def test_sft_trainer(tmp_path):
+    """TRL's, with checkpointing: every adapter learns, the first layer's too."""
+    model = from_folder("packed int4", tmp_path / "base")
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            tmp_path / "out",
+            learning_rate=1e-2,
+            max_steps=4,
+            logging_steps=1,
+            gradient_checkpointing=True,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=Dataset.from_list([{"text": "what is two plus two"}] * 8),
+        processing_class=tiny_lm.make_tokenizer(),
+        peft_config=RasaConfig(r=RANK, rasa_k=1, task_type="CAUSAL_LM"),
+    )
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    after = dict(model.named_parameters())
+    assert len(before) > 14
+    assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
+
+
+def other_kernel() -> nn.Module:
+    """As gptqmodel's layers that rearrange the words in place."""
+    layer = LAYOUTS["gptq"](nn.Sequential(nn.Linear(64, 160)))[0]
+    layer.__class__ = type("ExllamaV2Linear", (type(layer),), {})
+    return layer
+
+
+def without_backward() -> nn.Module:
+    """A model of compressed-tensors that was evaluated: dense, and rounds inputs without grad."""
+    layer = compressed("FP8_DYNAMIC")(nn.Sequential(nn.Linear(64, 160)))
+    layer(torch.ones(1, 64))
+    assert layer[0].quantization_status == QuantizationStatus.DECOMPRESSED
+    return layer[0]
+
+
+def experts() -> nn.Module:
+    config = GptOssConfig(num_local_experts=2, hidden_size=64, intermediate_size=64)
+    return Mxfp4GptOssExperts(config)
+
+
+class Rounding(nn.Linear):
+    """A layer of no library whose output has no history."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias).detach()
+
+
+REFUSED = {
+    "3 bits": (lambda: compressed("W3A16", group_size=32)(nn.Sequential(nn.Linear(64, 160)))[0],
+               r"'0' is a Linear with a weight of torch.int32 in a layout that is not known"),
+    "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32"),
+    "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
+    "evaluated": (without_backward, r"'0' \(Linear\) gives no gradient to its input"),
+    "experts": (experts, r"'0' is a Mxfp4GptOssExperts, quantized experts whose forward gives no"),
+    "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) gives no gradient to its input"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", ["0", "1"])
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals(case, target):
+    """By name, in both entrances, adapted or not; the model stays as it was."""
+    make, said = REFUSED[case]
+    model = nn.Sequential(make(), nn.Linear(160, 64)).requires_grad_(False)
+    modules = list(model.modules())
+    with pytest.raises(ValueError, match=f"model: {said}"):
+        rasa_ext.patch_model(model, RANK, None, target_modules=[target])
+    with pytest.raises(ValueError, match=f"model: {said}"):
+        get_peft_model(model, RasaConfig(r=RANK, target_modules=[target]))
+    assert list(model.modules()) == modules
+
+
+def test_fp8_experts_are_not_adapted():
+    """Beside adapted layers they stay as they are: transformers gives them a backward."""
+    config = GptOssConfig(num_local_experts=2, hidden_size=64, intermediate_size=64)
+    stacked = FP8Experts(config, (16, 32))
+    model = nn.Sequential(OrderedDict(experts=stacked, head=nn.Linear(64, 64)))
+    with pytest.raises(TypeError, match=r"'experts.gate_up_proj' is a Parameter of torch.float8"):
+        check_expert_weight("experts.gate_up_proj", (stacked, "gate_up_proj"))
+    rasa_ext.patch_model(model, RANK, None, target_modules=["head"])
+    assert model.experts is stacked
+
+
+@pytest.mark.parametrize("form", LAYOUTS)
+def test_peak_memory_of_a_step(form, monkeypatch, figure):
+    """At SmolLM2's shapes: what a step needs beyond a dense base's, beside 30 packed layers."""
+    monkeypatch.setattr(layouts, "_TILE", 1 << 18)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+    base = LAYOUTS[form](LlamaForCausalLM(config).bfloat16()).requires_grad_(False)
+    packed = 30 // 2 * sum(stored_bytes(layer) for _, _, layer in packed_layers(base))
+    peaks = []
+    for each in (dense(base, torch.bfloat16), base):
+        model = rasa_ext.patch_model(each, 8, 1).train()
+        with LiveBytes() as live:
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+        peaks.append(live.peak)
+    ratio = 1 + max(peaks[1] - peaks[0], 0) / packed
+    figure(f"{form}: peak of a step {ratio:.3f} times the packed base, plus activations")
+    assert ratio < 1.15
