@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.sharded import is_dtensor
 
@@ -103,7 +104,8 @@ def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
             "rasa_ext.distributed.shard_model(model, mesh)."
         )
     numbers = weight.is_floating_point() and weight.itemsize > 1
-    if type(weight) not in (nn.Parameter, Tensor) or not numbers:
+    known = numbers or packed_experts(module, name) is not None
+    if type(weight) not in (nn.Parameter, Tensor) or not known:
         raise TypeError(
             f"{where} is a {type(weight).__name__} of {weight.dtype}, expected floating-point "
             "weights; load the model dequantized, or leave out experts."

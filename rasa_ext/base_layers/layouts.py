@@ -12,6 +12,7 @@ No library is imported here: a layout is known by the names and dtypes of a laye
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +87,7 @@ class Layout(Format):
         """Read the rows from ``start``, a multiple of 128, to before ``stop``."""
         raise NotImplementedError
 
-    def dequantized(self, base: LinearLayer, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+    def dequantized(self, base: Any, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Return rows (stop - start, in) of W in ``dtype``, computed in float32 or float64."""
         codes, scale, zero, group = self.tile(base, start, stop)
         wide = torch.promote_types(dtype, torch.float32)
@@ -196,6 +197,29 @@ def layout_of(module: nn.Module) -> Layout | None:
     return None
 
 
+def packed_experts(module: nn.Module, name: str) -> tuple[Layout, list[Any]] | None:
+    """Return the layout of a stacked weight, and each expert's part in place of a layer, or None.
+
+    Known is transformers' FP8Experts: FP8 with scales of the tensor, of halves, or of blocks.
+    """
+    weight, scales = (module._parameters.get(f"{name}{end}") for end in ("", "_scale_inv"))
+    if weight is None or scales is None or weight.dtype != torch.float8_e4m3fn:
+        return None
+    _, out, width = weight.shape
+    block = getattr(module, "block_size", None) or (out // scales.shape[1], width)
+    parts = [
+        SimpleNamespace(
+            in_features=width,
+            out_features=out,
+            block_size=block,
+            weight=part,
+            _parameters={"weight_scale_inv": scale},
+        )
+        for part, scale in zip(weight.detach(), scales.detach(), strict=True)
+    ]
+    return OneByte(f"{type(module).__name__}, fp8 e4m3"), parts
+
+
 def unpack(words: Tensor, bits: int) -> Tensor:
     """Unpack integers of 2, 4 or 8 bits along the last dimension, the lowest bits first.
 
@@ -266,7 +290,7 @@ def _words(form: Any) -> str:
     return str(getattr(form, "value", form))
 
 
-def _tiles(layout: Layout, base: LinearLayer, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+def _tiles(layout: Layout, base: Any, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows and the numbers of each tile of W."""
     out, width = linear_shape(base)
     step = max(_ROWS, _TILE // width // _ROWS * _ROWS)
@@ -275,29 +299,39 @@ def _tiles(layout: Layout, base: LinearLayer, dtype: torch.dtype) -> Iterator[tu
         yield slice(start, stop), layout.dequantized(base, start, stop, dtype)
 
 
+def multiply(layout: Layout, base: Any, x: Tensor) -> Tensor:
+    """Compute x W^T (M, out) of x (M, in) by tiles."""
+    y = x.new_empty(len(x), linear_shape(base)[0])
+    for rows, tile in _tiles(layout, base, x.dtype):
+        y[:, rows] = x @ tile.t()
+    return y
+
+
+def multiply_back(layout: Layout, base: Any, grad: Tensor) -> Tensor:
+    """Compute grad W (M, in) of grad (M, out) by tiles."""
+    wide = torch.promote_types(grad.dtype, torch.float32)  # a sum over tiles, rounded once
+    dx = grad.new_zeros(len(grad), linear_shape(base)[1], dtype=wide)
+    for rows, tile in _tiles(layout, base, grad.dtype):
+        dx += grad[:, rows] @ tile
+    return dx.to(grad.dtype)
+
+
 class _TiledLinear(torch.autograd.Function):
     """x W^T over a packed W. The backward dequantizes again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: Layout, base: LinearLayer) -> Tensor:
         ctx.layout, ctx.base = layout, base
-        (out, width), dtype = linear_shape(base), x.dtype
-        tokens = x.reshape(x.numel() // width, width)
-        y = x.new_empty(len(tokens), out)
-        for rows, tile in _tiles(layout, base, dtype):
-            y[:, rows] = tokens @ tile.t()
+        out, width = linear_shape(base)
+        y = multiply(layout, base, x.reshape(x.numel() // width, width))
         return y.view(*x.shape[:-1], out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (out, width), dtype = linear_shape(ctx.base), grad.dtype
-        tokens = grad.reshape(grad.numel() // out, out)
-        wide = torch.promote_types(dtype, torch.float32)  # a sum over tiles, rounded once
-        dx = grad.new_zeros(len(tokens), width, dtype=wide)
-        for rows, tile in _tiles(ctx.layout, ctx.base, dtype):
-            dx += tokens[:, rows] @ tile
-        return dx.to(dtype).view(*grad.shape[:-1], width), None, None
+        out, width = linear_shape(ctx.base)
+        dx = multiply_back(ctx.layout, ctx.base, grad.reshape(grad.numel() // out, out))
+        return dx.view(*grad.shape[:-1], width), None, None
 
 
 def tiled_linear(layout: Layout, base: LinearLayer, x: Tensor) -> Tensor:

@@ -14,8 +14,14 @@ from rasa_ext.base_layers.experts import (
     has_bias,
     has_post_expert_norm,
 )
+from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
-from rasa_ext.nn.routed import Routing, experts_linear, experts_low_rank
+from rasa_ext.nn.routed import (
+    Routing,
+    experts_linear,
+    experts_low_rank,
+    packed_experts_linear,
+)
 from rasa_ext.ops import Factors
 
 
@@ -75,7 +81,6 @@ class AdaptedExperts(AdaptedModule):
         Without choices and weights, as in Llama 4, the rows are sorted by expert, equally many for
         each, and already weighted by the router.
         """
-        base: Any = self.base_layer
         if self.merged and self.training and torch.is_grad_enabled():
             raise RuntimeError(
                 "the adapter is merged into the base weights, so it would not be trained; "
@@ -83,12 +88,23 @@ class AdaptedExperts(AdaptedModule):
             )
         if self.disabled or self.merged:
             return self.base_forward(hidden_states, top_k_index, top_k_weights)
+        return self.computed(hidden_states, top_k_index, top_k_weights)
+
+    def computed(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor | None = None,
+        top_k_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Compute ``forward`` with the live adapters, whatever the base's own forward is."""
+        base: Any = self.base_layer
         up, down = expert_weight_names(base)
         if top_k_index is None or top_k_weights is None:
             every = torch.arange(getattr(base, up).shape[0], device=hidden_states.device)
             top_k_index = every.repeat_interleave(len(hidden_states) // len(every))[:, None]
             top_k_weights = hidden_states.new_ones(()).expand(len(hidden_states), 1)
-        dtype = getattr(base, up).dtype
+        packed = packed_experts(base, up) is not None
+        dtype = hidden_states.dtype if packed else getattr(base, up).dtype
         with torch.autocast(hidden_states.device.type, enabled=False):
             routing = Routing.of(top_k_index, getattr(base, up).shape[0])
             shares = top_k_weights.reshape(-1, 1).index_select(0, routing.order)
@@ -121,7 +137,10 @@ class AdaptedExperts(AdaptedModule):
         The second result has the adapters' dense parts.
         """
         rows = routing.to_pairs(x) if by_token else x
-        y = experts_linear(rows, expert_weight(self.base_layer, name), routing)
+        if packed_experts(self.base_layer, name) is None:
+            y = experts_linear(rows, expert_weight(self.base_layer, name), routing)
+        else:
+            y = packed_experts_linear(rows, self.base_layer, name, routing)
         if has_bias(self.base_layer):
             y += getattr(self.base_layer, f"{name}_bias").index_select(0, routing.experts)
         pools = []
@@ -136,6 +155,14 @@ class AdaptedExperts(AdaptedModule):
                     y += experts_low_rank(rows, pack, routing, by_token=False)
             pools += _pooled(adapter.factors(), dropped)
         return y, pools
+
+
+class BareExperts(AdaptedExperts):
+    """Experts without an adapter, computed as adapted ones are: for packed weights."""
+
+    def live(self, name: str) -> list[Adapter]:
+        """Return no adapter."""
+        return []
 
 
 class _Pooled(NamedTuple):

@@ -15,10 +15,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from rasa_ext import ops
+from rasa_ext.base_layers.layouts import multiply, multiply_back, packed_experts
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.packs import Packed
 
@@ -127,6 +128,31 @@ class _Scaled(Function):
         return _summed(dV, routing) if ctx.by_token else dV, dd.to(d.dtype), None, None
 
 
+class _PackedLinear(Function):
+    """``_Linear`` over a packed stacked weight; the backward reads it again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: nn.Module, name: str, offsets: Tensor) -> Tensor:
+        ctx.module, ctx.name, ctx.offsets = module, name, offsets
+        return _by_expert(x, module, name, offsets, multiply)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        dx = _by_expert(grad, ctx.module, ctx.name, ctx.offsets, multiply_back)
+        return dx, None, None, None
+
+
+def _by_expert(x: Tensor, module: nn.Module, name: str, offsets: Tensor, product: Any) -> Tensor:
+    """Run a product of each expert's rows with the expert's packed weight."""
+    found = packed_experts(module, name)
+    assert found is not None
+    layout, parts = found
+    sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
+    rows = zip(parts, x.split(sizes), strict=True)
+    return torch.cat([product(layout, part, chunk) for part, chunk in rows])
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
@@ -199,6 +225,12 @@ def experts_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
         True
     """
     found: Tensor = _Linear.apply(x, weight, routing.offsets)
+    return found
+
+
+def packed_experts_linear(x: Tensor, module: nn.Module, name: str, routing: Routing) -> Tensor:
+    """Compute ``experts_linear`` of a packed stacked weight of ``module``, by tiles of rows."""
+    found: Tensor = _PackedLinear.apply(x, module, name, routing.offsets)
     return found
 
 

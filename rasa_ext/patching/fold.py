@@ -40,6 +40,7 @@ def check_parts(parts: Sequence[Part], dtype: torch.dtype | None, argument: str)
 
     ``dtype`` is as in ``Merging``. The error begins with ``argument``. No part may be merged yet.
     """
+    _check_not_packed(parts)
     for part in parts:
         if part.is_quantized:
             dequantized_sum(part, deltas_of([part])[0], dtype, argument)
@@ -65,6 +66,7 @@ def merge_parts(parts: Sequence[Part], merging: Merging, argument: str | None = 
     Returns:
         max |dW|, or 0 without ``argument``.
     """
+    _check_not_packed(parts)
     largest = 0.0
     try:
         for part in (part for part in parts if part.is_quantized):
@@ -124,6 +126,16 @@ def unmerge_parts(parts: Sequence[Part]) -> None:
     for part in parts:
         if isinstance(part.kept, nn.Module):
             restore_quantized(part.owner)
+
+
+def _check_not_packed(parts: Iterable[Part]) -> None:
+    """Raise ValueError if experts hold packed numbers, to which nothing can be added."""
+    for part in parts:
+        if part.expert is not None and part.weight.itemsize == 1:
+            raise ValueError(
+                f"model: the weight of {part.name!r} is packed as {part.weight.dtype}, into which "
+                "nothing can be merged; load the model dequantized, or export the adapter instead."
+            )
 
 
 def _dense_chunks(parts: Iterable[Part]) -> list[Chunk]:

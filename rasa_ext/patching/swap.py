@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.experts import expert_weight_names, is_experts
+from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.base_layers.quantized import quantizer_changes
 from rasa_ext.base_layers.survey import ask
+from rasa_ext.nn.adapted_experts import BareExperts
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.fused_projections import FusedProjections
 
@@ -71,6 +74,11 @@ def let_adapters_work(
         The changes, as (module, attribute, value before), for ``undo``.
     """
     changes = quantizer_changes(model, hide_quantizer)
+    changes += [
+        (module, "forward", BareExperts(module).computed)
+        for module in list(model.modules())
+        if is_experts(module) and packed_experts(module, expert_weight_names(module)[1])
+    ]
     for kind, name, value in (
         (nn.TransformerEncoderLayer, FAST_PATH, 0),
         (nn.TransformerEncoder, "use_nested_tensor", False),

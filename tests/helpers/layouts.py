@@ -24,8 +24,16 @@ from compressed_tensors.quantization import (
 )
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-from transformers.integrations.finegrained_fp8 import FP8Linear, Fp8Quantize
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config
+from transformers.integrations.compressed_tensors import (
+    CompressedTensorsFP8Linear,
+    quantize_fp8_per_row,
+)
+from transformers.integrations.finegrained_fp8 import (
+    FP8Linear,
+    Fp8Quantize,
+    replace_with_fp8_linear,
+)
 
 from tests.helpers import tiny_lm
 
@@ -121,6 +129,36 @@ class AwqTorchLinear(_Kernel):
     """AWQ's."""
 
 
+def row_wise(model: nn.Module) -> nn.Module:
+    """A model with transformers' layer for FP8 kernels, whose scales are (1, out)."""
+
+    def layer(linear: nn.Linear) -> nn.Module:
+        bias = linear.bias is not None
+        made = CompressedTensorsFP8Linear(linear.in_features, linear.out_features, bias)
+        weight, scale = quantize_fp8_per_row(linear.weight.detach())
+        made.weight = nn.Parameter(weight, requires_grad=False)
+        made.weight_scale = nn.Parameter(scale[None], requires_grad=False)
+        made.bias = linear.bias
+        return made
+
+    return _replaced(model, layer)
+
+
+def fp8_experts(model: nn.Module, block: tuple[int, int] | None) -> nn.Module:
+    """A model with transformers' FP8Experts and FP8Linear, as its quantizer makes it on a GPU."""
+    config = FineGrainedFP8Config(weight_block_size=block)
+    quantize = Fp8Quantize(SimpleNamespace(quantization_config=config))
+    before = dict(model.named_parameters())
+    replace_with_fp8_linear(model, ["lm_head"], config)
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and name in before:
+            key = name.rpartition(".")[2]
+            module = model.get_submodule(name.rpartition(".")[0])
+            for own, tensor in quantize.convert({key: before[name].detach()}).items():
+                setattr(module, own, nn.Parameter(tensor, requires_grad=False))
+    return model
+
+
 def gptq(bits: int = 4, size: int = 16, act_order: bool = False) -> Any:
     """A model in GPTQ's first format: words along the inputs, zero points stored less one."""
 
@@ -209,6 +247,7 @@ LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "FP8Linear": fine_grained(None),
     "FP8Linear block": fine_grained((16, 32)),
     "FP8Linear block ue8m0": fine_grained((16, 32), "ue8m0"),
+    "fp8 kernel": row_wise,
     "gptq": gptq(),
     "gptq int8": gptq(8),
     "gptq act-order": gptq(act_order=True),
@@ -233,7 +272,7 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
     """The packed layers of a model, each with its parent and its name there."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
-            own = isinstance(child, FP8Linear | _Kernel)
+            own = isinstance(child, FP8Linear | CompressedTensorsFP8Linear | _Kernel)
             if own or getattr(child, "quantization_scheme", None) is not None:
                 yield parent, name, child
 
@@ -242,6 +281,8 @@ def numbers(layer: Any) -> Tensor:
     """The weight of a packed layer in float64, by its library or by what was packed."""
     if isinstance(layer, _Kernel):
         return layer.numbers
+    if isinstance(layer, CompressedTensorsFP8Linear):
+        return layer.weight.double() * layer.weight_scale.double().T
     if isinstance(layer, FP8Linear):
         scale = layer.weight_scale_inv.double()
         for dim, size in enumerate(layer.block_size or ()):

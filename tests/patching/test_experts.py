@@ -185,10 +185,6 @@ def quantized(module: nn.Module) -> None:
     module.down_proj = Params4bit(module.down_proj.data)
 
 
-def integers(module: nn.Module) -> None:
-    module.down_proj = nn.Parameter(module.down_proj.data.to(torch.int8), requires_grad=False)
-
-
 def emptied(module: nn.Module) -> None:
     module.down_proj = nn.Parameter(torch.empty(0, HIDDEN, INNER))
 
@@ -196,7 +192,6 @@ def emptied(module: nn.Module) -> None:
 REFUSED = [
     (parallel, "gate_up_proj' is spread over processes by expert parallelism"),
     (quantized, "down_proj' is a Params4bit of torch.float32.*load the model dequantized"),
-    (integers, "down_proj' is a Parameter of torch.int8.*load the model dequantized"),
     (emptied, r"down_proj' has the shape \(0, 16, 24\)"),
 ]
 

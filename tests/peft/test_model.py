@@ -229,4 +229,6 @@ def test_a_weight_of_integers_is_refused():
     net = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
     net[1].weight = nn.Parameter(torch.zeros(3, 8, dtype=torch.int8), requires_grad=False)
     config = RasaConfig(r=2, target_modules=["0", "1"])
-    refused(lambda: get_peft_model(net, config), net, "^target_modules: '1' has a weight of .*int8")
+    refused(
+        lambda: get_peft_model(net, config), net, "^model: '1' is a Linear with a weight of .*int8"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+import warnings
 
 import pytest
 import torch
@@ -13,16 +13,15 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM
-from transformers.integrations.finegrained_fp8 import FP8Experts, FP8GroupedLinear
+from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
 from trl import SFTConfig, SFTTrainer
 
 import rasa_ext
 from rasa_ext.base_layers import layouts
-from rasa_ext.base_layers.experts import check_expert_weight
 from rasa_ext.base_layers.quantized import format_of, stored_bytes
 from rasa_ext.peft import RasaConfig
-from tests.helpers import oracle, tiny_lm
+from tests.helpers import experts, oracle, tiny_lm
 from tests.helpers.adapters import (
     RANK,
     Errors,
@@ -38,6 +37,7 @@ from tests.helpers.layouts import (
     LAYOUTS,
     compressed,
     dense,
+    fp8_experts,
     from_folder,
     numbers,
     packed_layers,
@@ -234,9 +234,13 @@ def test_copies_and_files(form, tmp_path):
     assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
 
 
-def test_sft_trainer(tmp_path):
+@pytest.mark.parametrize("entrance", ["core", "peft"])
+def test_sft_trainer(entrance, tmp_path):
     """TRL's, with checkpointing: every adapter learns, the first layer's too."""
     model = from_folder("packed int4", tmp_path / "base")
+    config = RasaConfig(r=RANK, rasa_k=1, task_type="CAUSAL_LM")
+    if entrance == "core":
+        rasa_ext.patch_model(model, RANK, 1)
     trainer = SFTTrainer(
         model,
         SFTConfig(
@@ -252,7 +256,7 @@ def test_sft_trainer(tmp_path):
         ),
         train_dataset=Dataset.from_list([{"text": "what is two plus two"}] * 8),
         processing_class=tiny_lm.make_tokenizer(),
-        peft_config=RasaConfig(r=RANK, rasa_k=1, task_type="CAUSAL_LM"),
+        peft_config=config if entrance == "peft" else None,
     )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     trainer.train()
@@ -279,7 +283,7 @@ def without_backward() -> nn.Module:
     return layer[0]
 
 
-def experts() -> nn.Module:
+def mxfp4_experts() -> nn.Module:
     config = GptOssConfig(num_local_experts=2, hidden_size=64, intermediate_size=64)
     return Mxfp4GptOssExperts(config)
 
@@ -297,7 +301,7 @@ REFUSED = {
     "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32"),
     "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
     "evaluated": (without_backward, r"'0' \(Linear\) gives no gradient to its input"),
-    "experts": (experts, r"'0' is a Mxfp4GptOssExperts, quantized experts whose forward gives no"),
+    "experts": (mxfp4_experts, r"'0' is a Mxfp4GptOssExperts, quantized experts whose"),
     "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) gives no gradient to its input"),
 }  # fmt: skip
 
@@ -316,15 +320,61 @@ def test_refusals(case, target):
     assert list(model.modules()) == modules
 
 
-def test_fp8_experts_are_not_adapted():
-    """Beside adapted layers they stay as they are: transformers gives them a backward."""
-    config = GptOssConfig(num_local_experts=2, hidden_size=64, intermediate_size=64)
-    stacked = FP8Experts(config, (16, 32))
-    model = nn.Sequential(OrderedDict(experts=stacked, head=nn.Linear(64, 64)))
-    with pytest.raises(TypeError, match=r"'experts.gate_up_proj' is a Parameter of torch.float8"):
-        check_expert_weight("experts.gate_up_proj", (stacked, "gate_up_proj"))
-    rasa_ext.patch_model(model, RANK, None, target_modules=["head"])
-    assert model.experts is stacked
+@pytest.mark.parametrize("grouping", ["shared", "slot", None])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_fp8_experts(family, grouping, figure):
+    """Adapted or not, the gradients of all layers are those over the dequantized experts."""
+    packed = fp8_experts(experts.model(family), (8, 8)).requires_grad_(False)
+    wide = experts.model(family).double().requires_grad_(False)
+    wide.set_experts_implementation("eager")  # the only one in float64
+    for name, weight in wide.named_parameters():
+        stored = packed.get_parameter(name)
+        if stored.itemsize == 1:
+            scale = packed.get_parameter(
+                name + "_inv" if name.endswith("scale") else f"{name}_scale_inv"
+            )
+            scale = scale.double().repeat_interleave(8, -2).repeat_interleave(8, -1)
+            weight.copy_(stored.double() * scale)
+    seen = []
+    for base in (wide, copy.deepcopy(wide).float(), packed):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            model = rasa_ext.patch_model(base, 3, 1, experts=grouping).train()
+        experts.randomize(model)
+        inputs = model.get_input_embeddings()(TOKENS % 32).detach().requires_grad_()
+        logits = model(inputs_embeds=inputs).logits
+        logits.square().sum().backward()
+        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        seen.append({"logits": logits.detach(), "input": inputs.grad, **trained})
+    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
+    theirs.add(seen[1], seen[0])
+    ours.add(seen[2], seen[0])
+    bad, ratio = excesses(ours, theirs, 1e-6)
+    figure(f"{family} in FP8, experts {grouping}: error {ratio:.2f} times a dense base's")
+    assert not bad
+    if grouping is not None:
+        with pytest.raises(ValueError, match=r"is packed as .*float8_e4m3fn, into which"):
+            rasa_ext.merge(packed)
+
+
+def test_fp8_experts_through_peft():
+    """At the start, the input's gradient is what the core gives."""
+    found = []
+    for entrance in ("core", "peft"):
+        model = fp8_experts(experts.model("mixtral"), (8, 8)).train()
+        names = ["gate_up_proj", "down_proj"]
+        if entrance == "core":
+            rasa_ext.patch_model(model, 3, 1, experts="shared", target_modules=names)
+        else:
+            get_peft_model(
+                model, RasaConfig(r=3, rasa_k=1, rasa_experts="shared", target_modules=names)
+            )
+        inputs = model.get_input_embeddings()(TOKENS % 32).detach().requires_grad_()
+        model(inputs_embeds=inputs).logits.square().sum().backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        found.append(inputs.grad)
+    assert found[0].norm() > 0
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("form", LAYOUTS)
