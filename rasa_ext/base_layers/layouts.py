@@ -175,6 +175,8 @@ def layout_of(module: nn.Module) -> Layout | None:
     kind, scheme = type(module).__name__, getattr(module, "quantization_scheme", None)
     by = f"compressed-tensors {_words(scheme.format)}" if scheme is not None else kind
     packed, weight = own.get("weight_packed"), own.get("weight")
+    if isinstance(module, nn.Embedding):
+        return None
     if packed is not None and scheme is not None:
         bits = scheme.weights.num_bits
         if packed.dtype == torch.int32 and bits in (2, 4, 8):

@@ -208,6 +208,15 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
                 "gradient to its input any more; load the model again and patch it before it is "
                 "evaluated."
             )
+        if (
+            isinstance(fmt, Layout)
+            and stored_weight(module).is_meta
+            and hasattr(module, "_hf_hook")
+        ):
+            raise ValueError(
+                f"model: {name!r} ({fmt.name}) is offloaded by accelerate, expected packed weights "
+                "on a device, since a backward reads them again; load the model without offloading."
+            )
         if fmt is None and (dtype := _unknown_dtype(module)) is not None:
             raise ValueError(
                 f"model: {name!r} is a {kind} with a weight of {dtype} in a layout that is not "
@@ -234,7 +243,14 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
 
 
 def _unknown_dtype(module: nn.Module) -> torch.dtype | None:
-    """Return the dtype of what a linear layer without a matrix of numbers has instead, or None."""
+    """Return the dtype of what a linear layer without a matrix of numbers has instead, or None.
+
+    Also of an embedding that compressed-tensors packs, whose forward would need its hook.
+    """
+    if isinstance(module, nn.Embedding):
+        weight = stored_weight(module)
+        packed = hasattr(module, "quantization_scheme") and _is_packed(weight)
+        return weight.dtype if packed else None
     sizes = (getattr(module, f"{way}_features", None) for way in ("in", "out"))
     width, out = (size if isinstance(size, int) else 0 for size in sizes)
     if width * out == 0:
@@ -301,7 +317,8 @@ def quantizer_changes(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.M
     base: Any
     for base, fmt in found.items():
         if isinstance(fmt, Layout):
-            changes.append((base, "forward", functools.partial(tiled_linear, fmt, base)))
+            inner = "_old_forward" if hasattr(base, "_old_forward") else "forward"  # accelerate's
+            changes.append((base, inner, functools.partial(tiled_linear, fmt, base)))
         elif getattr(base, _BNB_REPACK_FLAG, False):
             changes.append((base, _BNB_REPACK_FLAG, False))
     for module in model.modules() if found else ():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rasa_ext.base_layers.linear import stored_weight
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.base_layers.sharded import SHARDING_HINT, is_dtensor, is_emptied, what_is_here
 from rasa_ext.base_layers.survey import ask
@@ -56,7 +57,7 @@ def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
     chosen: dict[int, tuple[str, tuple[int, ...]]] = {}
     for suffix, ids in config.tokens:
         for name in _named(model, suffix, tables):
-            table = id(tables[name].weight)
+            table = id(stored_weight(tables[name]))
             before = chosen.setdefault(table, (name, ids))
             if before[1] != ids:
                 raise ValueError(
@@ -66,7 +67,7 @@ def find_rows(model: nn.Module, config: AdapterConfig) -> tuple[TokenRows, ...]:
                 )
     found = []
     for table, (_, ids) in chosen.items():
-        readers = [n for n in first.values() if id(tables[n].weight) == table]
+        readers = [n for n in first.values() if id(stored_weight(tables[n])) == table]
         readers.sort(key=lambda name: isinstance(tables[name], nn.Linear))
         for name in readers:
             _check(name, tables[name], ids, config)
@@ -106,7 +107,7 @@ def _check(
     name: str, module: nn.Embedding | nn.Linear, ids: Sequence[int], config: AdapterConfig
 ) -> None:
     """Raise ValueError if rows of a module's weight cannot be trained."""
-    weight, why = module.weight, ""
+    weight, why = stored_weight(module), ""
     if is_dtensor(weight) or is_emptied(weight) or weight.dim() != 2:
         why = f"a weight that is {what_is_here(weight)}; {SHARDING_HINT}"
     elif format_of(module) is not None or not weight.is_floating_point():

@@ -48,8 +48,8 @@ def make_model() -> nn.Module:
 def compressed(preset: str, **weights: Any) -> Callable[[nn.Module], nn.Module]:
     """A model in one of compressed-tensors' schemes, its weights' arguments changed by name."""
 
-    def write(model: nn.Module) -> nn.Module:
-        scheme = preset_name_to_scheme(preset, ["Linear"])
+    def write(model: nn.Module, kind: str = "Linear") -> nn.Module:
+        scheme = preset_name_to_scheme(preset, [kind])
         given = scheme.weights.model_dump() | weights
         scheme.weights = QuantizationArgs(**given)
         if (inputs := scheme.input_activations) is not None and inputs.group_size == 128:

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from compressed_tensors.quantization import QuantizationStatus
 from datasets import Dataset
 from peft import get_peft_model
@@ -208,6 +209,31 @@ def test_merging(form):
     assert off(logits(plain_model), before) < 1e-5
 
 
+def test_trained_tokens():
+    """The embedding's rows are trained beside packed layers; rows of a packed one are refused."""
+    model = rasa_ext.patch_model(packed_model("packed int4"), RANK, 1, trainable_token_indices=[3])
+    model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert rasa_ext.summary(model).tokens == {"model.embed_tokens": (3,)}
+    rows = {"q_proj": [3]}
+    with pytest.raises(ValueError, match=r"train rows of .*q_proj', since it has a quantized"):
+        rasa_ext.patch_model(packed_model("packed int4"), RANK, 1, trainable_token_indices=rows)
+
+
+def test_under_accelerate():
+    """A hook moves the inputs, and the tiles run inside; offloaded weights are refused."""
+    model, x = packed_model("packed int4"), torch.randn(3, 64)
+    layer = model.model.layers[0].self_attn.q_proj
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
+    rasa_ext.patch_model(model, RANK, 1)
+    wanted = x.double() @ numbers(layer).T
+    assert off(model.model.layers[0].self_attn.q_proj(x), wanted) < 1e-6
+    offloaded = packed_model("packed int4")
+    layer = offloaded.model.layers[0].self_attn.q_proj
+    add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu", offload=True))
+    with pytest.raises(ValueError, match=r"q_proj' \(compressed-tensors .* is offloaded"):
+        rasa_ext.patch_model(offloaded, RANK, 1)
+
+
 def test_merging_through_peft():
     model = through_peft(packed_model("packed int4"))
     before = logits(model)
@@ -275,6 +301,10 @@ def other_kernel() -> nn.Module:
     return layer
 
 
+def packed_embedding() -> nn.Module:
+    return compressed("W4A16", group_size=16)(nn.Sequential(nn.Embedding(8, 64)), "Embedding")[0]
+
+
 def without_backward() -> nn.Module:
     """A model of compressed-tensors that was evaluated: dense, and rounds inputs without grad."""
     layer = compressed("FP8_DYNAMIC")(nn.Sequential(nn.Linear(64, 160)))
@@ -298,6 +328,7 @@ class Rounding(nn.Linear):
 REFUSED = {
     "3 bits": (lambda: compressed("W3A16", group_size=32)(nn.Sequential(nn.Linear(64, 160)))[0],
                r"'0' is a Linear with a weight of torch.int32 in a layout that is not known"),
+    "embedding": (packed_embedding, r"'0' is a Embedding with a weight of torch.int32"),
     "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32"),
     "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
     "evaluated": (without_backward, r"'0' \(Linear\) gives no gradient to its input"),
