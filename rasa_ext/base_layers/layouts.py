@@ -348,5 +348,5 @@ def tiled_linear(layout: Layout, base: LinearLayer, x: Tensor) -> Tensor:
         (..., out), in autocast's dtype or that of x.
     """
     dtype = compute_dtype(x)
-    y: Tensor = _TiledLinear.apply(x.to(dtype), layout, base)  # type: ignore[no-untyped-call]
+    y: Tensor = _TiledLinear.apply(x.to(dtype), layout, base)  # type: ignore[no-untyped-call]  # torch's
     return y if base.bias is None else y + base.bias.to(dtype)
