@@ -18,7 +18,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.layouts import Format, Layout, layout_of, tiled_linear
+from rasa_ext.base_layers.experts import is_experts
+from rasa_ext.base_layers.layouts import Format, Layout, layout_of, packed_experts, tiled_linear
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape, stored_weight
 from rasa_ext.base_layers.sharded import is_dtensor
 
@@ -230,8 +231,10 @@ def check_gradients(modules: Mapping[str, nn.Module]) -> None:
                 "dequantized, such as with Mxfp4Config(dequantize=True)."
             )
         if isinstance(module, nn.Linear) and (fmt is None or isinstance(fmt, TorchaoTensor)):
-            own: Any = module.__dict__.get("forward")
-            key = module if own else (type(module), type(module._parameters.get("weight")))
+            key: Any = module
+            if "forward" not in module.__dict__:
+                weight: Any = module._parameters.get("weight")
+                key = type(module), type(weight), getattr(weight, "device", None)
             if key not in tried:
                 tried[key] = _blocks_gradient(module)
             if tried[key]:
@@ -269,12 +272,14 @@ def _is_packed(tensor: Tensor) -> bool:
 
 
 def _blocks_experts(module: nn.Module) -> bool:
-    """Return whether a module is of quantized experts without a known backward."""
-    kind: Any = type(module)
-    if kind.__name__ == "FP8Experts":  # a function of the first releases with a backward
-        return not hasattr(sys.modules[kind.__module__], "FP8LinearFunction")
-    packed = (tensor for tensor in module.parameters(False) if _is_packed(tensor))
-    return kind.__name__ == "Mxfp4GptOssExperts" or any(tensor.dim() == 3 for tensor in packed)
+    """Return whether a module holds quantized experts that are not computed here."""
+    stacks = [
+        name
+        for name, tensor in module.named_parameters(recurse=False)
+        if _is_packed(tensor) and tensor.dim() == 3 and not name.endswith("_scale_inv")
+    ]
+    known = is_experts(module) and all(packed_experts(module, name) for name in stacks)
+    return type(module).__name__ == "Mxfp4GptOssExperts" or (bool(stacks) and not known)
 
 
 def _blocks_gradient(module: nn.Linear) -> bool:

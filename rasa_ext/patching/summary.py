@@ -94,8 +94,8 @@ def summary(model: nn.Module) -> Summary:
 
     Returns:
         A list of rows that prints as a table. ``.skipped`` has what was left out and why,
-        ``.modules_to_save`` the modules trained in full, and ``.adapter``, ``.trainable`` and
-        ``.total`` the parameter counts.
+        ``.modules_to_save`` the modules trained in full, ``.formats`` the formats of quantized
+        layers, and ``.adapter``, ``.trainable`` and ``.total`` the parameter counts.
 
     Raises:
         TypeError, ValueError: the model is no module, or not patched.
