@@ -150,6 +150,7 @@ def _loaded(source: str, option: str) -> Iterable[Any]:
     import datasets  # reads as it is imported whether it is offline
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it
     try:
         if file:
             return datasets.load_dataset("parquet", data_files=source, split="train")

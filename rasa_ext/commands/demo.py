@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from rasa_ext.commands.output import command, console, table_of, working
+from rasa_ext.commands.parsing import check_seed
 
 if TYPE_CHECKING:
     from rasa_ext.commands.problems import Problem
@@ -53,6 +54,7 @@ def demo(
         seed: For problems, adapter and order.
         overwrite: Delete an earlier demo in --output first.
     """
+    check_seed(seed)
     if output.exists() and any(output.iterdir()):
         # Only what looks like a demo's directory is ever deleted.
         if not (output / "test.jsonl").is_file() or not overwrite:

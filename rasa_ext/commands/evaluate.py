@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rasa_ext.commands.data import check_source, conversation, questions, read_examples
 from rasa_ext.commands.output import command, console, table_of
-from rasa_ext.commands.parsing import check_least
+from rasa_ext.commands.parsing import check_dtype, check_least
 
 
 @command
@@ -46,6 +46,8 @@ def evaluate(
         dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
     """
     check_least(limit=(limit, 1), batch_size=(batch_size, 1), seq_len=(seq_len, 1))
+    check_least(show=(show, 0), max_new_tokens=(max_new_tokens, 1))
+    check_dtype(dtype)
     check_source(data, "data")
     from rasa_ext.commands import measuring
 

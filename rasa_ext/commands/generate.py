@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rasa_ext.commands.output import command, console
-from rasa_ext.commands.parsing import check_least
+from rasa_ext.commands.parsing import check_dtype, check_least, check_seed
 
 
 @command
@@ -39,9 +39,14 @@ def generate(
         seed: Of the sampling.
         dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
     """
-    check_least(temperature=(temperature, 0))
+    check_least(temperature=(temperature, 0), max_new_tokens=(max_new_tokens, 1))
+    check_dtype(dtype)
+    check_seed(seed)
     if prompt is None and len(targets) > 1:
-        raise ValueError("prompt: expected one, since a conversation is held with one model only.")
+        raise ValueError(
+            "prompt: expected --prompt with several models, since a conversation is held with one, "
+            f"got the models {', '.join(targets)}."
+        )
     from rasa_ext.commands.measuring import each_model, trained_with_template
 
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}

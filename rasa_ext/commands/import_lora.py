@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rasa_ext.commands.output import command, console
 from rasa_ext.commands.parsing import Output, Overwrite, check_differs
+from rasa_ext.commands.paths import check_adapter
 
 
 @command
@@ -18,6 +19,7 @@ def import_lora(
         lora: A LoRA in PEFT's format.
         model: Base model: hub id, directory or .gguf. [default: as the adapter says]
     """
+    check_adapter(lora, "lora")
     from rasa_ext import Card
     from rasa_ext.checkpoint import convert_lora, read_lora
     from rasa_ext.commands.models import base_skeleton

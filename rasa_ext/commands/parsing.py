@@ -146,8 +146,20 @@ def parse_targets(text: str) -> str | list[str]:
 def check_least(**numbers: tuple[float | None, float]) -> None:
     """Raise ValueError where an option, unless it is None, is below its least value."""
     for name, (value, least) in numbers.items():
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # NaN, too
             raise ValueError(f"{name}: expected at least {least}, got {value}.")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise ValueError where the option is no dtype."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
+
+
+def check_seed(seed: int) -> None:
+    """Raise ValueError where the option is no seed of all random generators; numpy's decides."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {seed}.")
 
 
 def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: bool) -> None:
@@ -159,7 +171,7 @@ def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: boo
         overwrite: whether it may hold files.
 
     Raises:
-        ValueError: it is one of the sources, or holds files.
+        ValueError: it is one of the sources, or a file, or holds files.
         OSError: it cannot be written (a ``WriteError``).
 
     Example:
@@ -175,4 +187,6 @@ def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: boo
                 f"output: expected another directory than that of what it is made from, got "
                 f"{output}."
             )
+    if output.is_file():
+        raise ValueError(f"output: expected a folder, but {output} is a file.")
     check_output(output, overwrite=overwrite)

@@ -62,8 +62,8 @@ def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
         base = read_config(path).get("base_model_name_or_path")
         raise ModelError(
             f"model: expected a base model, but {path} is an adapter's directory; give the "
-            f"adapter's base ({base}), with --init-adapter {path} to train the adapter on, or what "
-            "`rasa-ext merge` writes of the two."
+            f"adapter's base ({base}), or what `rasa-ext merge` writes of the two. To train the "
+            f"adapter further, pass the base and `--init-adapter {path}` to `rasa-ext finetune`."
         )
     if not (path / "config.json").is_file():
         raise ModelError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rasa_ext.commands.output import command, console
+from rasa_ext.commands.paths import is_adapter
 
 
 @command
@@ -29,6 +30,17 @@ def push(
         message: Message of the commit.
         dry_run: Make every check that needs no Hub, list the files, and push nothing.
     """
+    from huggingface_hub.utils import validate_repo_id
+
+    if (directory / "config.json").is_file() and not is_adapter(directory):
+        raise ValueError(
+            f"directory: expected an adapter's or a LoRA's, but {directory} is a model's, which "
+            f"`hf upload {repository} {directory}` pushes."
+        )
+    try:
+        validate_repo_id(repository)
+    except ValueError as error:
+        raise ValueError(f"repository: expected owner/name, got {repository!r}: {error}") from None
     from rasa_ext import push_to_hub
 
     address = push_to_hub(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -226,45 +227,55 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     given = parse_yaml("training_arguments", options.training_arguments)
+    ours: dict[str, Any] = {
+        "output_dir": options.output,
+        "max_steps": -1 if options.max_steps is None else options.max_steps,
+        "num_train_epochs": options.epochs,
+        "per_device_train_batch_size": options.batch_size,
+        "gradient_accumulation_steps": options.grad_accum,
+        "learning_rate": options.lr,
+        "lr_scheduler_type": options.lr_scheduler_type,
+        "weight_decay": options.weight_decay,
+        "max_length": options.seq_len,
+        "packing": options.packing,
+        "eval_packing": False,
+        "assistant_only_loss": marks,
+        # The base's dtype decides; TRL would compute in bfloat16.
+        "bf16": False,
+        "fp16": fp16,
+        "gradient_checkpointing": options.gradient_checkpointing,
+        "seed": options.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "include_num_input_tokens_seen": "non_padding",
+        "eval_strategy": "steps" if evaluate else "no",
+        # Below 1 it is a share of the steps: an evaluation after the last alone.
+        "eval_steps": options.eval_steps or 1 - 1e-9,
+        "eval_on_start": evaluate and not options.resume,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": options.save_steps,
+        "disable_tqdm": True,
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(SFTConfig)}
+    for name, value in given.items():
+        if name in ours:
+            raise ValueError(f"training_arguments: {name} is set by the command.")
+        if name not in defaults:
+            near = difflib.get_close_matches(name, defaults, 1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ValueError(f"training_arguments: SFTConfig has no {name}{hint}")
+        if isinstance(defaults[name], int | float) and isinstance(value, str):
+            raise ValueError(f"training_arguments: {name}: expected a number, got {value!r}.")
     try:
-        arguments = SFTConfig(
-            **{**usual, **given},
-            output_dir=options.output,
-            max_steps=-1 if options.max_steps is None else options.max_steps,
-            num_train_epochs=options.epochs,
-            per_device_train_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.grad_accum,
-            learning_rate=options.lr,
-            lr_scheduler_type=options.lr_scheduler_type,
-            weight_decay=options.weight_decay,
-            max_length=options.seq_len,
-            packing=options.packing,
-            eval_packing=False,
-            assistant_only_loss=marks,
-            # The base's dtype decides; TRL would compute in bfloat16.
-            bf16=False,
-            fp16=fp16,
-            gradient_checkpointing=options.gradient_checkpointing,
-            seed=options.seed,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            include_num_input_tokens_seen="non_padding",
-            eval_strategy="steps" if evaluate else "no",
-            # Below 1 it is a share of the steps: an evaluation after the last alone.
-            eval_steps=options.eval_steps or 1 - 1e-9,
-            eval_on_start=evaluate and not options.resume,
-            prediction_loss_only=True,
-            save_strategy="steps",
-            save_steps=options.save_steps,
-            disable_tqdm=True,
-        )
-    except (TypeError, ValueError) as error:  # of another name, or one that an option sets
+        arguments = SFTConfig(**{**usual, **given, **ours})
+    except (ImportError, TypeError, ValueError) as error:
         raise ValueError(f"training_arguments: {error}") from error
     available = get_available_reporting_integrations()
     if missing := set(arguments.report_to) - {*available}:
         raise ValueError(
-            f"training_arguments: report_to: expected what is installed ({', '.join(available)}), "
-            f"got {', '.join(missing)}."
+            "training_arguments: report_to: expected what is installed "
+            f"({', '.join(available) or 'nothing'}), got {', '.join(missing)}."
         )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process, one GPU: DataParallel would copy the model every step

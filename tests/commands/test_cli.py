@@ -293,6 +293,28 @@ def test_a_missing_config_file(tmp_path):
         (["generate", "tuned", "--prompt", "x"], "config.json names this base; --model says where"),
         (["inspect", "./nowhere"], "expected an adapter's directory, but nowhere does not exist"),
         (
+            ["import-lora", "data.jsonl", "-o", "o"],
+            "lora: expected an adapter's directory, but data",
+        ),
+        (
+            ["generate", "tuned", "--temperature", "nan"],
+            "temperature: expected at least 0, got nan",
+        ),
+        (
+            ["generate", "tuned", "--max-new-tokens", "0"],
+            "max_new_tokens: expected at least 1, got 0",
+        ),
+        (["generate", "tuned", "--seed", "-1"], "seed: expected an integer from 0 to 2**32 - 1"),
+        (["generate", "tuned", "hello"], "prompt: expected --prompt with several models"),
+        (
+            ["generate", "tuned", "--prompt", "x", "--dtype", "int4"],
+            "bfloat16, float16, got 'int4'.",
+        ),
+        (["evaluate", "m", "--data", "m", "--show", "-1"], "show: expected at least 0, got -1"),
+        (["push", "tuned", "a/b/c", "--dry-run"], "repository: expected owner/name, got 'a/b/c': "),
+        (["push", "m", "me/x", "--dry-run"], "directory: expected an adapter's or a LoRA's, but"),
+        (["demo", "--seed", "-1"], "seed: expected an integer from 0 to 2**32 - 1, got -1"),
+        (
             ["finetune", "--model", "m", "--data", "no.jsonl"],
             "data set, but no.jsonl does not exist",
         ),

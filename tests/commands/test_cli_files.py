@@ -98,7 +98,7 @@ def test_an_output_without_permission_is_found_before_the_work(places, tmp_path,
 def test_a_file_where_the_output_goes(places, tmp_path):
     (tmp_path / "out").touch()
     for command in COMMANDS:
-        assert "not a directory" in run(command, places, tmp_path / "out", code=1)
+        assert "output: expected a folder, but" in run(command, places, tmp_path / "out", code=1)
 
 
 def test_the_base_is_never_overwritten(places):

@@ -449,7 +449,20 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
         ({"training_arguments": "pigeon"}, "training_arguments: expected YAML such as"),
         ({"training_arguments": "report_to: pigeon"}, "report_to: expected what is installed ("),
-        ({"training_arguments": "pigeon: 1"}, "unexpected keyword argument 'pigeon'"),
+        ({"training_arguments": "pigeon: 1"}, "training_arguments: SFTConfig has no pigeon."),
+        ({"training_arguments": "max_grad_nrm: 1"}, "no max_grad_nrm; did you mean max_grad_norm?"),
+        (
+            {"training_arguments": "max_grad_norm: one"},
+            "max_grad_norm: expected a number, got 'one'",
+        ),
+        (
+            {"training_arguments": "bf16: true"},
+            "training_arguments: bf16 is set by the option dtype",
+        ),
+        ({"training_arguments": "eval_packing: true"}, "eval_packing is set by the command"),
+        ({"training_arguments": "deepspeed: no.json"}, "training_arguments: "),
+        ({"seed": -1}, "seed: expected an integer from 0 to 2**32 - 1, got -1"),
+        ({"weight_decay": float("nan")}, "weight_decay: expected at least 0, got nan"),
         (
             {"training_arguments": "learning_rate: 1"},
             "training_arguments: learning_rate is set by the option lr",
@@ -483,7 +496,7 @@ def test_bad_options_name_themselves_before_a_model_is_loaded(
         ("model", "./no", "model: the directory ./no does not exist"),
         ("init-adapter", "no", "init_adapter: expected an adapter's directory, but no does not"),
         ("rank-pattern", "no.json", "rank_pattern: the file no.json does not exist"),
-        ("output", "file", "file: cannot be written: not a directory"),
+        ("output", "file", "output: expected a folder, but file is a file"),
     ],
 )
 def test_paths_are_checked_before_torch_is_imported(option, path, message, options, tmp_path):

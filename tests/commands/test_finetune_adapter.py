@@ -187,3 +187,8 @@ def test_a_gguf_is_not_quantized_again(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"")
     with pytest.raises(ValueError, match="load_in_4bit: expected a hub id or a model"):
         load_model(str(tmp_path / "m.gguf"), quantization="load_in_4bit")
+
+
+def test_an_adapter_is_not_overwritten_by_the_run_that_begins_with_it(options, folder):
+    with pytest.raises(ValueError, match="output: expected another directory than that of what"):
+        run(options, init_adapter=str(folder / "rasa"), output=str(folder / "rasa"), overwrite=True)

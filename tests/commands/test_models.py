@@ -65,7 +65,7 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 
 def test_names_that_cannot_be_loaded(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "none of these"}')
-    with pytest.raises(ModelError, match="is neither a local model directory, nor"):
+    with pytest.raises(ModelError, match=f"{tmp_path} holds no causal language model that tr"):
         load_model(str(tmp_path))
     with pytest.raises(ModelError, match=r"dtype: expected one of auto, .*, got 'int4'"):
         load_model(str(tmp_path), "int4")
@@ -94,6 +94,13 @@ def test_a_model_with_weights_missing_is_not_filled_up_with_random_ones(tmp_path
     del stored["model.layers.1.mlp.up_proj.weight"]
     save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 of its weights .*layers\.1\.mlp\.up_proj\.weight"):
+        load_model(str(tmp_path))
+
+
+def test_weights_that_are_cut_are_refused_in_one_line(tmp_path):
+    path = save_base(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(ModelError, match=f"^model: {tmp_path} holds no causal .*header.*$"):
         load_model(str(tmp_path))
 
 
