@@ -4,7 +4,7 @@
 
 For each base, in a process of its own: bytes of the base and of the adapter (r=8, k=1, all
 linears), what one training step keeps for its backward, the process's peak in training, seconds a
-step, and the loss on held-out word problems before and after. Needs ``pip install ".[demo]"
+step, and the loss on held-out word problems before and after. Needs ``pip install ".[train]"
 ".[quantized]"`` and SmolLM2 as ``rasa-ext demo`` finds it.
 """
 

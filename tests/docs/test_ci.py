@@ -25,7 +25,7 @@ def test_the_readme_s_two_commands_are_found():
     assert list(found) == ["demo", "tests"]
     for command in found.values():
         assert README.count(f"```bash\n{command}\n```\n") == 1
-    assert found["demo"].startswith('pip install ".[demo]" && ')
+    assert found["demo"].startswith('pip install ".[train]" && ')
     assert found["tests"].startswith('pip install ".[test]" && ')
 
 
