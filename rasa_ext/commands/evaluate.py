@@ -38,12 +38,12 @@ def evaluate(
             answer to match: by default its last number. Plain text has a loss alone.
         answer_pattern: Regular expression whose last match in a text is the answer: its first
             group, or all of it, such as '#### *(.+)'. [default: the last number]
-        limit: Take so many examples from the top.
-        show: Print the answers to so many questions.
-        max_new_tokens: Room for an answer.
+        limit: Number of examples to use, from the top. [default: all]
+        show: Number of questions whose answers are printed.
+        max_new_tokens: Longest answer, in tokens.
         seq_len: Tokens after which an example is cut.
-        batch_size: Examples at a time.
-        dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
+        batch_size: Examples per forward pass.
+        dtype: Dtype of the base: float32, bfloat16, float16, or auto, as it is stored.
     """
     check_least(limit=(limit, 1), batch_size=(batch_size, 1), seq_len=(seq_len, 1))
     check_least(show=(show, 0), max_new_tokens=(max_new_tokens, 1))

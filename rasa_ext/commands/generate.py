@@ -25,19 +25,19 @@ def generate(
     seed: int = 0,
     dtype: str = "auto",
 ) -> None:
-    """Let adapters and models answer, side by side: in a chat, or going on with a text.
+    """Let adapters and models answer, side by side, or hold a conversation.
 
     Args:
         targets: Adapter directories, merged models, or models: hub id, directory, .gguf or smollm2.
         prompt: What is asked; may be given several times. Without it a conversation is held, a
             line a turn, with the one model that is given; /quit or Ctrl-D ends it.
-        system: A turn of the system before all.
+        system: The system's message, before the first prompt.
         model: Base model of the adapters. [default: as each of them says]
         template: Use the chat template, where there is one. [default: as an adapter was trained]
-        max_new_tokens: Room for an answer.
-        temperature: Of the sampling; 0 takes the most likely token.
-        seed: Of the sampling.
-        dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
+        max_new_tokens: Longest answer, in tokens.
+        temperature: Temperature of the sampling; 0 always takes the most likely token.
+        seed: Seed of the sampling.
+        dtype: Dtype of the base: float32, bfloat16, float16, or auto, as it is stored.
     """
     check_least(temperature=(temperature, 0), max_new_tokens=(max_new_tokens, 1))
     check_dtype(dtype)

@@ -31,7 +31,7 @@ def inspect(
 
     Args:
         target: Directory of an adapter or a LoRA, or a model's directory or .gguf.
-        model: Instead: a model, which may be on the hub.
+        model: A model to look at instead, which may be on the hub.
         rank: For a model: the rank to plan with.
         k: For a model: ranks to share. [default: rank // 8]
         target_modules: For a model: as in `rasa-ext finetune`.

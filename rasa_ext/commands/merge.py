@@ -23,7 +23,7 @@ def merge(
     Args:
         adapter: Adapter directory.
         model: Base model: hub id, directory or .gguf. [default: as the adapter says]
-        dtype: Of the base: float32, bfloat16, float16, or auto, as it is stored.
+        dtype: Dtype of the base: float32, bfloat16, float16, or auto, as it is stored.
     """
     check_dtype(dtype)
     import rasa_ext

@@ -71,13 +71,13 @@ class FinetuneOptions:
             one, as a turn of the user and one of the assistant. Without, the text is
             <prompt><completion><EOS>, joined as it stands: a space or line break between
             the two must be in the data.
-        init_adapter: Directory of an adapter, or of a LoRA that PEFT wrote, to train on from. The
-            adapter has a method, rank and layers: their options are then left out.
+        init_adapter: Directory of an adapter, or of a LoRA that PEFT wrote, to train further.
+            Method, rank and layers are the adapter's; leave their options out.
         method: The adapter's method: rasa, lora or another that rasa_ext.methods or an
             installed package has, by the name in its files.
         rank: LoRA rank r per layer.
-        k: How many of them go to the shared pool, where the method has one. [default: rank
-            // 8, at least 1, under rasa; else the method's own]
+        k: Ranks per layer that go to the shared pool, where the method has one. [default:
+            rank // 8, at least 1, under rasa; else the method's own]
         rank_pattern: JSON or YAML file with ranks of single layers by pattern, such as
             `rasa-ext ranks` writes.
         experts: Under rasa: slot, layer or shared adapts the stacked experts of a mixture
@@ -86,18 +86,18 @@ class FinetuneOptions:
             the others the scale times the rank.
         method_options: Other fields of the method's config, as YAML:
             'trainable_token_indices: [5, 9]', or 'rslora: true, train_A: false' under lora.
-        dropout: On the adapter's input, in [0, 1).
+        dropout: Dropout on the adapter's input, in [0, 1).
         target_modules: all-linear, name suffixes with commas, or regex: and a regular
             expression.
         exclude_modules: Layers to leave out of the targets: name suffixes with commas, or
             regex: and a regular expression.
         modules_to_save: Modules trained in full and saved with the adapter: name suffixes with
             commas, such as norm.
-        lr: Peak learning rate; RaSA likes it higher than LoRA does.
+        lr: Peak learning rate; small models want more, up to 3e-3.
         lr_scheduler_type: How the rate falls after the warm-up: linear, cosine, constant, or
             another schedule of transformers.
         warmup: Share of the steps over which the rate rises to --lr.
-        weight_decay: Of all that is trained.
+        weight_decay: Weight decay of all trained parameters.
         max_steps: Optimizer steps; overrides --epochs.
         epochs: Passes over the data.
         batch_size: Examples per device and forward pass.
@@ -106,7 +106,7 @@ class FinetuneOptions:
         packing: Join examples into rows of up to --seq-len tokens, without padding; each
             still sees only itself. A batch then has --batch-size such rows. Longer plain
             texts are split, other examples cut.
-        dtype: Of the frozen base: float32, bfloat16, float16 (GPU), or auto, as it is
+        dtype: Dtype of the frozen base: float32, bfloat16, float16 (GPU), or auto, as it is
             stored.
         load_in_4bit: Quantize the frozen base to NF4, by bitsandbytes.
         load_in_8bit: Quantize the frozen base to 8 bits, by bitsandbytes.

@@ -25,12 +25,14 @@ def push(
         directory: Directory of an adapter, or of a LoRA.
         repository: Where to: owner/name; made if missing.
         model: The base's id on the Hub, where the adapter names a local folder.
-        private: Make a repository that is missing a private one.
+        private: Make the repository private, where it is new.
         revision: Branch to push to. [default: main]
         message: Message of the commit.
         dry_run: Make every check that needs no Hub, list the files, and push nothing.
     """
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import (
+        validate_repo_id,  # type: ignore[attr-defined]  # public, but typed as an import
+    )
 
     if (directory / "config.json").is_file() and not is_adapter(directory):
         raise ValueError(
