@@ -30,9 +30,7 @@ def push(
         message: Message of the commit.
         dry_run: Make every check that needs no Hub, list the files, and push nothing.
     """
-    from huggingface_hub.utils import (
-        validate_repo_id,  # type: ignore[attr-defined]  # public, but typed as an import
-    )
+    from huggingface_hub import utils
 
     if (directory / "config.json").is_file() and not is_adapter(directory):
         raise ValueError(
@@ -40,7 +38,7 @@ def push(
             f"`hf upload {repository} {directory}` pushes."
         )
     try:
-        validate_repo_id(repository)
+        utils.validate_repo_id(repository)  # type: ignore[attr-defined]  # not in its __all__
     except ValueError as error:
         raise ValueError(f"repository: expected owner/name, got {repository!r}: {error}") from None
     from rasa_ext import push_to_hub
