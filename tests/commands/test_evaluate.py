@@ -150,7 +150,7 @@ def test_sampling_follows_its_seed(folder):
     [
         (["evaluate", "base", "--data", "no.jsonl"], "but no.jsonl does not exist"),
         (["evaluate", "base", "--data", "test.jsonl", "--limit", 0], "limit: expected at least 1"),
-        (["generate", "base", "one"], "prompt: expected one, since a conversation"),
+        (["generate", "base", "one"], "prompt: expected --prompt with several models"),
         (
             ["generate", "base", "--prompt", "x", "--temperature", -1],
             "expected at least 0, got -1",
