@@ -6,7 +6,6 @@ from pathlib import Path
 
 from rasa_ext.commands.output import command, console
 from rasa_ext.commands.parsing import Output, Overwrite, check_differs
-from rasa_ext.commands.paths import check_adapter
 
 
 @command
@@ -19,16 +18,16 @@ def import_lora(
         lora: A LoRA in PEFT's format.
         model: Base model: hub id, directory or .gguf. [default: as the adapter says]
     """
-    check_adapter(lora, "lora")
     from rasa_ext import Card
     from rasa_ext.checkpoint import convert_lora, read_lora
-    from rasa_ext.commands.models import base_skeleton
+    from rasa_ext.commands.models import base_of, load_skeleton
 
-    check_differs((lora,), output, overwrite=overwrite)
+    with base_of(lora, model, "lora") as base_name:
+        check_differs((lora, base_name), output, overwrite=overwrite)
+        base = load_skeleton(base_name)
     read = read_lora(lora)
     name = f"the LoRA `{lora.resolve().name}` of rank {read.rank}"
     card = Card(sections={"Source": f"Computes the same function as {name}."})
-    base = base_skeleton(lora, model)
     convert_lora(base, read, str(lora)).save(base, output, card=card)
     console.print(
         f"The same adapter, of k = 0 and rank {read.rank}, for {len(read.factors)} layers in "

@@ -38,6 +38,7 @@ def test_import_lora_for_another_base(lora, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_nothing_is_written_over_what_is_read(lora):
-    text = invoke("import-lora", lora, "-o", lora, "--overwrite", code=1)
-    assert "output: expected another directory" in text
+def test_nothing_is_written_over_what_is_read(base, lora):
+    for read in (base, lora):
+        text = invoke("import-lora", lora, "-o", read, "--overwrite", code=1)
+        assert "output: expected another directory" in text
