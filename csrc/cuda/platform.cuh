@@ -14,6 +14,11 @@
 #define RASA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
+// The same with more shared memory than every launch may have.
+#define RASA_LAUNCH_LARGE(kernel, grid, block, shared_bytes, stream, ...)                   \
+  (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), \
+   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__))
+
 // The launch's shared memory as an array of `type`.
 #define RASA_SHARED(type, name)                                      \
   extern __shared__ __align__(16) unsigned char rasa_shared_bytes[]; \
@@ -83,6 +88,72 @@ __device__ __forceinline__ void store_aligned(void* to, const V& value) {
   }
 }
 
+// ---- Tensor cores, from sm_80 on ----
+
+__device__ __forceinline__ uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+// Four 8 x 8 matrices of 16-bit numbers, of which lane i names row i % 8 of matrix i / 8, at 16
+// bytes. Lane l gets of each matrix elements 2 * (l % 4) and the next of row l / 4; transposed, of
+// column l / 4.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row)));
+}
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row)));
+}
+
+// sum (16, 8) += A (16, 16) B (16, 8), with g = lane / 4 and t = lane % 4: sum has rows g and g + 8
+// at columns 2t and the next; `a` has A's rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8
+// and the next; b0 and b1 have B's column g at rows 2t, 2t + 8 and the next.
+template <typename T>
+__device__ __forceinline__ void multiply_matrices(float (&sum)[4], const uint32_t (&a)[4],
+                                                  uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
+}
+
+// Copies 4 or 16 bytes of global to shared memory, or writes zeros where they are not wanted. They
+// are there once wait_copies has been called by this thread, and for others after a barrier.
+template <int bytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool wanted) {
+  static_assert(bytes == 4 || bytes == 16, "what cp.async has");
+  if constexpr (bytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(wanted ? 16 : 0)
+                 : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(wanted ? 4 : 0)
+                 : "memory");
+  }
+}
+
+// Ends a group of copies.
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits until all groups but the last `groups` have landed.
+template <int groups>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
 __device__ __forceinline__ float as_float(float16 value) { return __half2float(value); }
 __device__ __forceinline__ float as_float(bfloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float16 as_float16(float value) { return __float2half_rn(value); }
@@ -99,6 +170,10 @@ __device__ __forceinline__ bfloat16 as_bfloat16(float value) { return __float2bf
 #define RASA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream),                                       \
    emulation::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }))
+
+#define RASA_LAUNCH_LARGE(kernel, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream),                                             \
+   emulation::launch(grid, block, shared_bytes, [=] { kernel(__VA_ARGS__); }, shared_bytes))
 
 #define RASA_SHARED(type, name) type* const name = static_cast<type*>(emulation::shared_memory())
 
@@ -136,6 +211,28 @@ template <typename V>
 void store_aligned(void* to, const V& value) {
   emulation::check_alignment(to, sizeof(V));
   std::memcpy(to, &value, sizeof(V));
+}
+
+inline void load_matrices(uint32_t (&to)[4], const void* row) {
+  emulation::load_matrices(to, row, false);
+}
+inline void load_transposed(uint32_t (&to)[4], const void* row) {
+  emulation::load_matrices(to, row, true);
+}
+
+template <typename T>
+void multiply_matrices(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulation::multiply_matrices(sum, a, b0, b1, [](uint16_t bits) { return as_float(T{bits}); });
+}
+
+template <int bytes>
+void copy_async(void* to, const void* from, bool wanted) {
+  emulation::copy_async(to, from, bytes, wanted);
+}
+inline void commit_copies() { emulation::commit_copies(); }
+template <int groups>
+void wait_copies() {
+  emulation::wait_copies(groups);
 }
 
 }  // namespace rasa_ext

@@ -1,10 +1,11 @@
 // CUDA's words on a host, so that a C++ compiler takes kernels as they are.
 //
 // The threads of a block are fibers or, under ThreadSanitizer, threads of the system; they change
-// at barriers and shuffles. Blocks and threads run in an order drawn from a seed. Shared memory is
-// filled with NaN before each block. What is undefined in CUDA and can be seen here throws
+// at barriers and where a warp works together. Blocks and threads run in an order drawn from a
+// seed. Shared memory is filled with NaN before each block. An asynchronous copy lands at once or
+// only where it is waited for, by a draw. What is undefined in CUDA and can be seen here throws
 // std::logic_error from the launch: threads that wait at different barriers, or leave while others
-// wait; shuffles without all 32 lanes; accesses to vectors at crooked addresses.
+// wait; shuffles and products without all 32 lanes; accesses to vectors at crooked addresses.
 //
 // Speed, bank conflicts and the memory model of a GPU cannot be seen.
 #pragma once
@@ -28,12 +29,16 @@ namespace emulation {
 // The order of everything launched from now on.
 void set_schedule(uint64_t seed);
 
+// Shared memory that a block may have: without being asked for, and at most (sm_120 has the least).
+constexpr size_t kSharedBytes = 48 * 1024, kMostSharedBytes = 99 * 1024;
+
 // Runs `kernel` once for every thread of every block. One-dimensional blocks of whole warps.
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel,
+            size_t most_shared = kSharedBytes);
 
 // What launches did since the program began.
 struct Counts {
-  int64_t launches, blocks, barriers, shuffles;  // barriers: one a block, shuffles: one a warp
+  int64_t launches, blocks;
 };
 Counts counts();
 
@@ -52,20 +57,43 @@ inline void* shared_memory() { return place().shared; }
 
 void barrier(const char* file, int line);
 
-// The 64 bits that the lane whose number differs in `lanes` has brought.
-uint64_t exchange(uint64_t bits, int lanes);
+constexpr int kLanes = 32;
+
+// What a lane brings where a warp works together.
+struct Brought {
+  uint64_t bits[3];
+};
+
+// What all lanes of this warp have brought, good until the warp's next meeting. They do the same:
+// `what` is equal in all of them.
+const Brought* meet_warp(const Brought& brought, int what);
 
 void check_alignment(const void* pointer, size_t size);
 
 template <typename T>
 T shuffle_xor(T value, int lanes) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "one register, or two");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = exchange(bits, lanes);
-  std::memcpy(&value, &bits, sizeof(T));
+  Brought mine{};
+  std::memcpy(&mine, &value, sizeof(T));
+  const Brought* all = meet_warp(mine, lanes);
+  std::memcpy(&value, &all[(place().thread.x ^ lanes) % kLanes], sizeof(T));
   return value;
 }
+
+// ---- Words of the tensor cores, by the PTX manual ----
+
+// ldmatrix.x4: lane i brings row i % 8 of matrix i / 8; `transposed` as .trans.
+void load_matrices(uint32_t (&to)[4], const void* row, bool transposed);
+
+// mma.m16n8k16 (row, col): sum += A B, with a half type's number from its bits. A GPU's order of
+// adding up is not known: here the products are exact and are added in double.
+void multiply_matrices(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                       float (*widen)(uint16_t));
+
+// cp.async of 4 or 16 bytes, zeros where `wanted` is false; commit_group; wait_group.
+void copy_async(void* to, const void* from, size_t bytes, bool wanted);
+void commit_copies();
+void wait_copies(int groups_in_flight);
 
 }  // namespace emulation
 

@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kStackBytes = 128 * 1024;
 
-enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
+enum class State { kReady, kAtBarrier, kWithWarp, kDone };
 
 // Where a stack was left. Compiler built-ins, since swapcontext asks the kernel for the signal mask
 // at each change, and AddressSanitizer's version of it clears the shadow of a whole stack.
@@ -46,8 +46,9 @@ struct Fiber {
   State state = State::kDone;
   const char* file = nullptr;  // of the barrier it waits at
   int line = 0;
-  int lanes = 0;  // of the shuffle it waits for
-  uint64_t bits = 0;
+  int what = 0;  // that it waits for with the warp
+  Brought brought;
+  Copies copies;
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
@@ -56,6 +57,7 @@ class Block {
  public:
   explicit Block(int threads) {
     for (int i = 0; i < threads; ++i) fibers_.push_back(make_fiber());
+    warps_.resize(threads / kLanes);
   }
 
   int size() const { return static_cast<int>(fibers_.size()); }
@@ -63,6 +65,9 @@ class Block {
   void run(const Place& place, const std::function<void()>& kernel);
 
   Fiber& current() { return *current_; }
+
+  // What the lanes of the warp that is running have brought.
+  const Brought* brought() const { return warps_[current_->place.thread.x / kLanes].lanes; }
 
   // Back to the scheduler, until it says otherwise.
   void wait(State state) {
@@ -79,6 +84,10 @@ class Block {
   void release_barrier();
 
   std::vector<std::unique_ptr<Fiber>> fibers_;
+  struct Warp {
+    Brought lanes[kLanes];
+  };
+  std::vector<Warp> warps_;
   std::vector<int> ready_;
   Fiber* current_ = nullptr;
   Jump scheduler_;
@@ -144,29 +153,27 @@ void Block::leave() {
 #endif
 }
 
-// If all lanes of a warp wait for the same shuffle, each gets the bits of its partner.
+// If all lanes of a warp wait for the same, each sees what all have brought. None comes to the next
+// meeting before all have left this one.
 void Block::release_warp(int first) {
-  uint64_t bits[kLanes];
   for (int i = 0; i < kLanes; ++i) {
     const Fiber& fiber = *fibers_[first + i];
-    if (fiber.state != State::kAtShuffle || fiber.lanes != fibers_[first]->lanes) return;
-    bits[i] = fiber.bits;
+    if (fiber.state != State::kWithWarp || fiber.what != fibers_[first]->what) return;
   }
   for (int i = 0; i < kLanes; ++i) {
     Fiber& fiber = *fibers_[first + i];
-    fiber.bits = bits[i ^ fiber.lanes];
+    warps_[first / kLanes].lanes[i] = fiber.brought;
     fiber.state = State::kReady;
     ready_.push_back(first + i);
   }
-  ++mutable_counts().shuffles;
 }
 
 // Nobody can go on: right only if all wait at one barrier.
 void Block::release_barrier() {
   const Fiber& first = *fibers_[0];
   for (const auto& fiber : fibers_) {
-    if (fiber->state == State::kAtShuffle) {
-      throw std::logic_error("a shuffle waits for lanes that do not come");
+    if (fiber->state == State::kWithWarp) {
+      throw std::logic_error("a warp waits for lanes that do not come");
     }
     if (fiber->state != State::kAtBarrier) {
       throw std::logic_error("threads left the kernel while others wait at a barrier");
@@ -180,7 +187,6 @@ void Block::release_barrier() {
     fibers_[i]->state = State::kReady;
     ready_.push_back(i);
   }
-  ++mutable_counts().barriers;
 }
 
 void Block::run(const Place& place, const std::function<void()>& kernel) {
@@ -191,6 +197,8 @@ void Block::run(const Place& place, const std::function<void()>& kernel) {
     fibers_[i]->place = place;
     fibers_[i]->place.thread = dim3(i, 0, 0);
     fibers_[i]->state = State::kReady;
+    fibers_[i]->copies = {};
+    fibers_[i]->copies.draws = static_cast<uint32_t>(random_source()());
     ready_.push_back(i);
   }
   while (done < size()) {
@@ -203,7 +211,7 @@ void Block::run(const Place& place, const std::function<void()>& kernel) {
     if (error_) std::rethrow_exception(error_);
     const State state = fibers_[index]->state;
     if (state == State::kDone) ++done;
-    if (state == State::kAtShuffle) release_warp(index / kLanes * kLanes);
+    if (state == State::kWithWarp) release_warp(index / kLanes * kLanes);
   }
 }
 
@@ -218,16 +226,19 @@ void barrier(const char* file, int line) {
   block_now->wait(State::kAtBarrier);
 }
 
-uint64_t exchange(uint64_t bits, int lanes) {
+const Brought* meet_warp(const Brought& brought, int what) {
   Fiber& fiber = block_now->current();
-  fiber.bits = bits;
-  fiber.lanes = lanes;
-  block_now->wait(State::kAtShuffle);
-  return fiber.bits;
+  fiber.brought = brought;
+  fiber.what = what;
+  block_now->wait(State::kWithWarp);
+  return block_now->brought();
 }
 
-void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
-  check_launch(grid, block, shared_bytes);
+Copies& copies() { return block_now->current().copies; }
+
+void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel,
+            size_t most_shared) {
+  check_launch(grid, block, shared_bytes, most_shared);
   ++mutable_counts().launches;
   if (block_now == nullptr || block_now->size() != static_cast<int>(block.x)) {
     block_now = std::make_unique<Block>(static_cast<int>(block.x));

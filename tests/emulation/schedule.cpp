@@ -30,7 +30,7 @@ std::vector<dim3> shuffled_blocks(dim3 grid) {
   return blocks;
 }
 
-void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
+void check_launch(dim3 grid, dim3 block, size_t shared_bytes, size_t most_shared) {
   const auto refuse = [](const char* name, const char* expected, uint64_t actual) {
     throw std::logic_error(std::string(name) + ": expected " + expected + ", got " +
                            std::to_string(actual));
@@ -42,7 +42,9 @@ void check_launch(dim3 grid, dim3 block, size_t shared_bytes) {
     refuse("block.x", "whole warps up to 1024 threads", block.x);
   }
   if (block.y != 1 || block.z != 1) refuse("block.y * block.z", "1", block.y * block.z);
-  if (shared_bytes > 48 * 1024) refuse("shared memory", "at most 49152 bytes", shared_bytes);
+  if (shared_bytes > std::min(most_shared, kMostSharedBytes)) {
+    refuse("shared memory", "no more than was asked for or there is", shared_bytes);
+  }
 }
 
 void check_alignment(const void* pointer, size_t size) {
@@ -50,6 +52,80 @@ void check_alignment(const void* pointer, size_t size) {
   if (reinterpret_cast<uintptr_t>(pointer) % needed != 0) {
     throw std::logic_error("a vector of " + std::to_string(size) +
                            " bytes is read or written at a crooked address");
+  }
+}
+
+void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
+  check_alignment(row, 16);
+  Brought mine{};
+  mine.bits[0] = reinterpret_cast<uintptr_t>(row);
+  const Brought* all = meet_warp(mine, transposed ? kLanes + 1 : kLanes);
+  const unsigned lane = place().thread.x % kLanes, row_of = lane / 4, pair = lane % 4 * 2;
+  for (unsigned matrix = 0; matrix < 4; ++matrix) {
+    uint16_t two[2];
+    for (unsigned i = 0; i < 2; ++i) {
+      const unsigned r = transposed ? pair + i : row_of, c = transposed ? row_of : pair + i;
+      const auto* from = reinterpret_cast<const char*>(all[matrix * 8 + r].bits[0]);
+      std::memcpy(&two[i], from + c * sizeof(uint16_t), sizeof(uint16_t));
+    }
+    to[matrix] = two[0] | uint32_t{two[1]} << 16;
+  }
+}
+
+void multiply_matrices(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                       float (*widen)(uint16_t)) {
+  const Brought mine{
+      {a[0] | uint64_t{a[1]} << 32, a[2] | uint64_t{a[3]} << 32, b0 | uint64_t{b1} << 32}};
+  const Brought* all = meet_warp(mine, kLanes + 2);
+  const unsigned lane = place().thread.x % kLanes, group = lane / 4, pair = lane % 4 * 2;
+  const auto number = [&](unsigned of, unsigned which, unsigned element) {
+    const auto bits = static_cast<uint16_t>(all[of].bits[which] >> (16 * element));
+    return static_cast<double>(widen(bits));
+  };
+  for (unsigned half = 0; half < 2; ++half) {
+    for (unsigned i = 0; i < 2; ++i) {
+      double total = sum[2 * half + i];
+      for (unsigned k = 0; k < 16; ++k) {
+        const unsigned in_pair = k % 8 / 2, high = k / 8, odd = k % 2;
+        // A's row and column k, and B's row k and column.
+        total += number(group * 4 + in_pair, high, 2 * half + odd) *
+                 number((pair + i) * 4 + in_pair, 2, 2 * high + odd);
+      }
+      sum[2 * half + i] = static_cast<float>(total);
+    }
+  }
+}
+
+namespace {
+
+void land(const Copies::Copy& copy) {
+  if (copy.from == nullptr) {
+    std::memset(copy.to, 0, copy.bytes);
+  } else {
+    std::memcpy(copy.to, copy.from, copy.bytes);
+  }
+}
+
+}  // namespace
+
+void copy_async(void* to, const void* from, size_t bytes, bool wanted) {
+  check_alignment(to, bytes);
+  check_alignment(from, bytes);
+  Copies& mine = copies();
+  const Copies::Copy copy{to, wanted ? from : nullptr, bytes, mine.group};
+  // Threads draw each for themselves, so that the draws of a schedule can be repeated.
+  mine.draws = mine.draws * 1664525u + 1013904223u + place().thread.x;
+  if (mine.draws >> 31 != 0) return land(copy);
+  mine.waiting.push_back(copy);
+}
+
+void commit_copies() { ++copies().group; }
+
+void wait_copies(int groups_in_flight) {
+  Copies& mine = copies();
+  while (!mine.waiting.empty() && mine.waiting.front().group < mine.group - groups_in_flight) {
+    land(mine.waiting.front());
+    mine.waiting.pop_front();
   }
 }
 

@@ -24,7 +24,7 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  uint64_t bits[2][kLanes];  // of this meeting and of the one before, which may still be read
+  Brought lanes[2][kLanes];  // of this meeting and of the one before, which may still be read
 };
 
 struct Block {
@@ -42,6 +42,7 @@ struct Block {
 
 thread_local Place place_now;
 thread_local Block* block_now = nullptr;
+thread_local Copies copies_now;
 
 void fail(Block& block, const std::string& error) {
   if (block.error.empty()) block.error = error;
@@ -73,6 +74,7 @@ void meet(Block& block, std::unique_lock<std::mutex>& lock, Meeting& meeting, in
 void run_thread(Block& block, Place place, const std::function<void()>& kernel) {
   place_now = place;
   block_now = &block;
+  copies_now.draws = place.thread.x * 2654435761u + place.block.x;
   std::string error;
   try {
     kernel();
@@ -95,19 +97,22 @@ void barrier(const char*, int line) {
   meet(*block_now, lock, block_now->all, line, "barrier");
 }
 
-uint64_t exchange(uint64_t bits, int lanes) {
+const Brought* meet_warp(const Brought& brought, int what) {
   const int thread = static_cast<int>(place_now.thread.x);
   Warp& warp = block_now->warps[thread / kLanes];
   std::unique_lock<std::mutex> lock(block_now->mutex);
-  uint64_t (&slots)[kLanes] = warp.bits[warp.meeting.generation % 2];
-  slots[thread % kLanes] = bits;
-  meet(*block_now, lock, warp.meeting, lanes, "shuffle");
-  return slots[(thread ^ lanes) % kLanes];
+  Brought(&lanes)[kLanes] = warp.lanes[warp.meeting.generation % 2];
+  lanes[thread % kLanes] = brought;
+  meet(*block_now, lock, warp.meeting, what, "a warp");
+  return lanes;
 }
 
-void launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& kernel) {
+Copies& copies() { return copies_now; }
+
+void launch(dim3 grid, dim3 block_dim, size_t shared_bytes, const std::function<void()>& kernel,
+            size_t most_shared) {
   constexpr size_t kAtOnce = 2;
-  check_launch(grid, block_dim, shared_bytes);
+  check_launch(grid, block_dim, shared_bytes, most_shared);
   ++mutable_counts().launches;
   const std::vector<dim3> indices = shuffled_blocks(grid);
   for (size_t first = 0; first < indices.size(); first += kAtOnce) {
