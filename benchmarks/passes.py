@@ -9,7 +9,9 @@ A variant is lists of lines, forward and backward, for n linears that read one X
 
 ``#`` is a linear's number; the lines of an inner tuple are run for one linear after the other.
 ``*`` stands for all numbers. Lines that begin with ``?`` are run with dropout only, with ``!``
-without it only, and with ``cast`` where activations are not float32.
+without it only, and with ``cast`` where activations are not float32. ``~`` and ``^`` before them
+mark what the kernels of csrc/cuda/skinny.cuh do with X and what cuBLAS does without them; with G,
+``2`` is one read for both products, ``1`` a read for each, ``0`` cuBLAS.
 
 A third list holds what is launched once for all layers of a linear's group. A layer has its share
 of the launch, and of the group's pool.
@@ -27,6 +29,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.shapes import Linear
 
+MARKS = "?!~^210"
 Lines = tuple  # of str, or of tuples of str: those are run for each linear
 
 # Rows, columns, and the kind of element: "x" of the activations' size, "p" a parameter or its
@@ -51,6 +54,13 @@ SHAPES: dict[str, tuple[str, str, str]] = {
     "Ud": ("M", "R", "x"),
     "dU": ("M", "R", "x"),
     "H": ("M", "R", "x"),
+    # What csrc/cuda/skinny.cuh leaves to be added up.
+    "Upart": ("M*u", "R", "p"),
+    "Gpart": ("M*g", "R", "p"),
+    "Hpart": ("M*h", "R", "p"),
+    "Apart": ("R*a", "in", "p"),
+    "Bpart": ("R*b", "out", "p"),
+    "Bbpart": ("R*bb", "out", "p"),
     "Hu": ("M", "R", "x"),
     # Ours: the pack and its gradients, by ranks.
     "Ap": ("R", "in", "x"),
@@ -216,23 +226,39 @@ _PACKS = (
     ),
 )
 
-# csrc/linear_plan.h: the adapter first, the base last.
+_OF_G = (
+    "2both: G# Bp# U# -> Hpart# Bbpart#",
+    "2add_parts: Hpart# Bbpart# -> H# dBp#",
+    "1down: G# Bp# -> Gpart#",
+    "1grad: G# U# -> Bpart#",
+    "1add_parts: Gpart# Bpart# -> H# dBp#",
+    "0H# = G# Bp#'",
+    "0dBp# = U#' G#",
+)
+
+# csrc/linear.cpp: the adapter first, the base last.
 OURS = Variant(
     forward=(
         (
             "?randint: -> noise#",
-            "?dropout: noise# X -> mask# Xk#",
-            "U# = Xs# Ap#'",
+            "?dropout: noise# -> mask#",
+            "^?keep: X mask# -> Xk#",
+            "^U# = Xs# Ap#'",
+            "~!down: X Ap# -> Upart#",
+            "~?down: X mask# Ap# -> Upart#",
+            "~add_parts: Upart# -> U#",
             "Y# = U# Bp# + b#",
             "Y# += X W#'",
         ),
     ),
     backward=(
         (
-            "?keep: X mask# -> Xk#",
-            "H# = G# Bp#'",
-            "dBp# = U#' G#",
-            "dAp# = H#' Xs#",
+            *_OF_G,
+            "^?keep: X mask# -> Xk#",
+            "^dAp# = H#' Xs#",
+            "~!grad: X H# -> Apart#",
+            "~?grad: X mask# H# -> Apart#",
+            "~add_parts: Apart# -> dAp#",
             "dX# = H# Ap#",
             "?keep: dX# mask# -> dX#",
             "dX# += G# W#",
@@ -246,16 +272,23 @@ OURS = Variant(
 FUSED = Variant(
     forward=(
         "?randint: -> noise",
-        "?dropout: noise X -> mask Xk",
+        "?dropout: noise -> mask",
         "cat: Ap* -> Ap",
-        "U = Xs Ap'",
+        "^?keep: X mask -> Xk",
+        "^U = Xs Ap'",
+        "~!down: X Ap -> Upart",
+        "~?down: X mask Ap -> Upart",
+        "~add_parts: Upart -> U",
         ("Y# = U# Bp# + b#",),
         ("Y# += X W#'",),
     ),
     backward=(
-        "?keep: X mask -> Xk",
-        ("H# = G# Bp#'", "dBp# = U#' G#"),
-        "dAp = H' Xs",
+        _OF_G,
+        "^?keep: X mask -> Xk",
+        "^dAp = H' Xs",
+        "~!grad: X H -> Apart",
+        "~?grad: X mask H -> Apart",
+        "~add_parts: Apart -> dAp",
         "dX = H Ap",
         "?keep: dX mask -> dX",
         ("dX += G# W#",),
@@ -285,6 +318,22 @@ class Tensor:
     bytes: float
 
 
+KERNELS = ("down", "grad", "both")  # of csrc/cuda/skinny.cuh
+
+
+def down_parts(tokens: int, features: int) -> int:
+    """Sums that ``down`` leaves: csrc/cuda/heuristics.cuh."""
+    most = max(1, min(132 // math.ceil(tokens / 128), features // 256))
+    return math.ceil(features / (64 * math.ceil(math.ceil(features / most) / 64)))
+
+
+def grad_groups(tokens: int, features: int, tile_tokens: int, tile_features: int) -> int:
+    """Sums that ``grad`` leaves: csrc/cuda/heuristics.cuh."""
+    slices = math.ceil(features / tile_features)
+    most = max(1, min(132 // slices, 16, tokens // (4 * tile_tokens)))
+    return math.ceil(tokens / (tile_tokens * math.ceil(math.ceil(tokens / most) / tile_tokens)))
+
+
 @dataclass(frozen=True)
 class Op:
     """A product or a pass: each tensor that it reads or writes crosses the bus once."""
@@ -303,6 +352,10 @@ class Op:
 
     @property
     def flops(self) -> float:
+        if self.kind in KERNELS:
+            wide, narrow = self.reads[0], self.reads[-1]
+            rank = narrow.rows if self.kind == "down" else narrow.cols
+            return 2.0 * wide.rows * wide.cols * rank * (1 + (self.kind == "both"))
         to = self.writes[0]
         return 2.0 * to.rows * to.cols * self.inner
 
@@ -319,6 +372,19 @@ class Setting:
     dropout: bool = False
     biased: bool = False
     layers: int = 32  # that share a launch of a group, and its pool
+    kernels: bool = False  # whether csrc/cuda/skinny.cuh runs where it takes the shapes
+
+    @property
+    def padded(self) -> int:
+        """The rank as ours pads it."""
+        return self.rank + -self.rank % self.multiple
+
+    def marks(self, wide: int) -> str:
+        """Those of the lines that are run, for ``wide`` times the ranks beside X."""
+        able = self.kernels and self.tokens >= 512 and self.itemsize == 2
+        of_X = "~" if able and self.padded * wide <= 160 else "^"
+        of_G = "0" if not able or self.padded > 160 else "2" if self.padded <= 96 else "1"
+        return of_X + of_G + ("?" if self.dropout else "!")
 
 
 def ops(variant: Variant, linears: Sequence[Linear], setting: Setting) -> list[Op]:
@@ -329,7 +395,10 @@ def ops(variant: Variant, linears: Sequence[Linear], setting: Setting) -> list[O
         lines += [f"sum_dx: dX0 dX{i} -> dX0" for i in range(1, n)]
     listed = [(line, replace(setting, layers=1)) for line in lines]
     listed += [(line, setting) for line in _expand(variant.group, n)]
-    return [_op(line, linears, its, variant) for line, its in listed if _runs(line, its)]
+    marks = setting.marks(1 if variant.sums_dx else n)
+    made = [_op(line, linears, its, variant) for line, its in listed if _runs(line, its, marks)]
+    # One sum is the result itself.
+    return [op for op in made if not (op.kind == "add_parts" and op.reads == _alone(op))]
 
 
 def _expand(lines: Lines, n: int) -> Iterator[str]:
@@ -341,17 +410,19 @@ def _expand(lines: Lines, n: int) -> Iterator[str]:
                 yield from (each.replace("#", str(i)) for each in line)
 
 
-def _runs(line: str, setting: Setting) -> bool:
-    kind = line.lstrip("?!").partition(":")[0]
-    return not (
-        (line.startswith("?") and not setting.dropout)
-        or (line.startswith("!") and setting.dropout)
-        or (kind == "cast" and setting.itemsize == 4)
-    )
+def _alone(op: Op) -> tuple[Tensor, ...]:
+    return tuple(t for t in op.reads if t.name[0] == "A" and t.rows == op.writes[0].rows)
+
+
+def _runs(line: str, setting: Setting, marks: str) -> bool:
+    bare = line.lstrip(MARKS)
+    if bare.startswith("cast:") and setting.itemsize == 4:
+        return False
+    return set(line[: len(line) - len(bare)]) <= set(marks)
 
 
 def _op(line: str, linears: Sequence[Linear], setting: Setting, variant: Variant) -> Op:
-    line = line.lstrip("?!")
+    line = line.lstrip(MARKS)
     kind, colon, rest = line.partition(": ")
 
     def tensors(names: str) -> tuple[Tensor, ...]:
@@ -384,15 +455,22 @@ def _tensor(name: str, linears: Sequence[Linear], setting: Setting, variant: Var
     if plain == "Xs":  # what the adapter sees
         return _tensor(f"Xk{number}" if setting.dropout else "X", linears, setting, variant)
     linear = linears[int(number or 0)]
-    padded = setting.rank + (-setting.rank % setting.multiple if variant.compiled else 0)
+    padded = setting.padded if variant.compiled else setting.rank
     # Without a number the ranks of all linears stand side by side.
     wide = 1 if number else len(linears)
+    M, width, out = setting.tokens, linear.in_features, linear.out_features
     sizes: Mapping[str, int] = {
+        "M*u": M * down_parts(M, width),
+        "M*g": M * down_parts(M, out),
+        "M*h": M * math.ceil(out / 256),
+        "R*a": padded * wide * grad_groups(M, width, 64, 128),
+        "R*b": padded * grad_groups(M, out, 64, 128),
+        "R*bb": padded * grad_groups(M, out, 32, 256),
         "1": 1,
         "2": 2,
-        "M": setting.tokens,
-        "in": linear.in_features,
-        "out": linear.out_features,
+        "M": M,
+        "in": width,
+        "out": out,
         "R": padded * wide,
         "rank": setting.rank,
         "own": setting.rank - setting.pooled,

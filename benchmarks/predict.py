@@ -71,7 +71,9 @@ class Assumptions(NamedTuple):
     skinny_rate: float = 0.70  # and products with one side of the rank's width
     skinny_read: float = 0.65  # share of the bandwidth, where such a product reads the most
     skinny_write: float = 0.85  # and where it writes the most
-    stream: float = 0.90  # and of passes
+    kernel: float = 0.85  # share of the bandwidth of the kernels for such products
+    kernel_rate: float = 0.45  # and of the rate, by mma.sync
+    stream: float = 0.90  # share of the bandwidth of passes
     hidden: float = 0.5  # share of reading Y and dX to add to them that hides in the base's product
     l2: float = 0.5  # share of the L2 in which a tensor of the operation before is found again
     launch_us: float = 1.5  # what a kernel takes beyond its work: its start, and its last blocks
@@ -109,6 +111,7 @@ VARIANTS = (
     "addmm",
     "ours",
     "ours fused",
+    "ours fused cublas",
     "ours fused graph",
 )
 
@@ -181,7 +184,7 @@ def operations(
 
     ``layers`` are packed at once, by default all of the model.
     """
-    name = variant.removesuffix(" graph")
+    name = variant.removesuffix(" graph").removesuffix(" cublas")
     of_rank, peft = name == "peft r", name.startswith("peft")
     k = max(rank // 8, 1)
     R = rank if of_rank else layer.effective_rank(rank, k)
@@ -197,6 +200,7 @@ def operations(
             dropout=dropout > 0,
             biased=linears[0].name in biased,
             layers=layers or layer.layers,
+            kernels=not variant.endswith(" cublas"),
         )
         alone = name == "ours fused" and len(linears) == 1
         its = "ours" if alone else "peft" if peft else name
@@ -246,6 +250,9 @@ def seconds(op: passes.Op, before: passes.Op | None, card: Card, assumed: Assump
         return sum(t.bytes for t in tensors if t.name not in near or t.bytes > assumed.l2 * card.l2)
 
     written = sum(t.bytes for t in op.writes)
+    if op.kind in passes.KERNELS:
+        memory = (far(op.reads) + written) / (card.bandwidth * assumed.kernel)
+        return max(memory, op.flops / (card.flops * assumed.kernel_rate))
     if op.kind != "product":
         return (far(op.reads) + written) / (card.bandwidth * assumed.stream)
     if not op.base:
@@ -265,7 +272,8 @@ def host_us(group: list[passes.Op], variant: str, assumed: Assumptions) -> float
     if not variant.startswith("ours"):
         return assumed.torch_us * len(group)
     library = {"product": assumed.cublas_us}
-    library |= dict.fromkeys(("pack", "pack_backward", "dropout", "keep"), assumed.kernel_us)
+    ours = ("pack", "pack_backward", "dropout", "keep", "add_parts", *passes.KERNELS)
+    library |= dict.fromkeys(ours, assumed.kernel_us)
     linears = sum(op.base and op.writes[0].name.startswith("Y") for op in group)
     more = assumed.fused_us if variant.startswith("ours fused") else assumed.python_us
     calls = sum(op.launches * library.get(op.kind, assumed.torch_us) for op in group)

@@ -1,5 +1,3 @@
-// What dropout leaves of the adapter's input: drawn with a mask in the forward, and by that mask in
-// the backward.
 #include "dropout.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -21,26 +19,18 @@ void launch(const Device& device, const Tensor& x, const Tensor& mask, const Ten
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> dropout(const Tensor& noise, const Tensor& x, double p) {
+Tensor dropout(const Tensor& noise, const Tensor& x, double p) {
   const Checks checks("dropout", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.integers("noise", noise, 2, torch::headeronly::ScalarType::Long);
   if (!(p >= 0 && p < 1)) checks.refuse("p", "a number in [0, 1)", std::to_string(p));
-  const DType dtype = dtype_of(x);
   const Device device(x);
-  const Tensor source = dense(x, dtype), words = torch::stable::contiguous(noise);
+  const Tensor words = torch::stable::contiguous(noise);
   const Tensor mask = empty_mask(x, dropout_mask_bytes(x.numel()));
-  const Tensor x_dropped = empty(x, {x.size(0), x.size(1)}, dtype);
-  launch_dropout(static_cast<const uint64_t*>(words.data_ptr()), source.data_ptr(),
-                 static_cast<uint8_t*>(mask.data_ptr()), x_dropped.data_ptr(), x.numel(), p, dtype,
-                 device.stream());
+  launch_dropout(static_cast<const uint64_t*>(words.data_ptr()),
+                 static_cast<uint8_t*>(mask.data_ptr()), x.numel(), p, device.stream());
   device.check_launch("dropout");
-  return {mask, x_dropped};
-}
-
-void check_x_dropped(const Checks& checks, const std::optional<Tensor>& x_dropped,
-                     const Tensor& x) {
-  if (x_dropped) checks.like("x_dropped", *x_dropped, {x.size(0), x.size(1)});
+  return mask;
 }
 
 void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements) {

@@ -1,4 +1,4 @@
-// Dropout of the adapter's input, for the operators that take what it has left, or its mask.
+// Dropout of the adapter's input, for the operators that take its mask.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,9 +9,6 @@
 #include "tensors.h"
 
 namespace rasa_ext {
-
-// What dropout has left of x is like x; none is always right.
-void check_x_dropped(const Checks& checks, const std::optional<Tensor>& x_dropped, const Tensor& x);
 
 // A mask is for so many elements, those of x; none is always right.
 void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 
 #include "launchers.h"
 
@@ -12,6 +14,15 @@ namespace rasa_ext {
 // would be empty. By count of bytes, not yet by measurement.
 inline bool use_decode(int64_t tokens, int64_t rank, DType dtype) {
   return tokens <= 16 && decode_fits(static_cast<int>(tokens), static_cast<int>(rank), dtype);
+}
+
+// Whether a linear's products with one narrow side are the kernels' of cuda/skinny.cuh, where they
+// take the shapes: with fewer tokens they have too few blocks to fill a card. By count of blocks,
+// not yet by measurement. RASA_EXT_KERNELS=cublas in the environment says no, at any time, so that
+// one run can compare.
+inline bool use_skinny(int64_t tokens) {
+  const char* chosen = std::getenv("RASA_EXT_KERNELS");
+  return tokens >= 512 && (chosen == nullptr || std::strcmp(chosen, "cublas") != 0);
 }
 
 // Whether one product (rows, cols) leaves no multiprocessor idle, so that several are better run

@@ -109,23 +109,51 @@ size_t decode_workspace(int M, int in, int Rp);
 // In two launches. Expects decode_fits.
 void launch_decode(const DecodeCall& call, DType dtype, Stream stream);
 
+// ---- skinny: products with one narrow side, from one read of the wide matrix ----
+
+// S (M, N) is x or a gradient, and keep(S) what `mask` leaves of it, all of it without one. The
+// strides are distances between rows, in elements.
+struct SkinnyCall {
+  const void* S;  // (M, N) dtype
+  int64_t S_stride;
+  const uint8_t* mask;  // (dropout_mask_bytes(M * N),) of S's elements row by row, or null
+  // Where P is given: D = scale * keep(S) P^T.
+  const void* P;  // (Rp, N) dtype
+  int64_t P_stride;
+  void* D;  // (M, Rp) dtype, written
+  int64_t D_stride;
+  double scale;
+  // Where Q is given: C = Q^T keep(S).
+  const void* Q;  // (M, Rp) dtype
+  int64_t Q_stride;
+  void* C;          // (Rp, N) float32, written
+  void* workspace;  // skinny_workspace(...) bytes
+  int M, N, Rp;
+};
+
+// Whether the kernels take the call: float16 or bfloat16, Rp of 16, 32, ... 160, M and N not zero,
+// rows that begin at 16 bytes, and with a mask N a multiple of 32.
+bool skinny_fits(const SkinnyCall& call, DType dtype);
+
+size_t skinny_workspace(const SkinnyCall& call);
+
+// In two launches; in three where both are wanted with a mask or with more than 96 ranks. Expects
+// skinny_fits, and P or Q.
+void launch_skinny(const SkinnyCall& call, DType dtype, Stream stream);
+
 // ---- dropout: a mask of bits from Philox 4x32-10, and what it leaves ----
 
 // Bytes of a mask of n elements: bit e % 8 of byte e / 8 says whether e is kept. Bits from n on
 // mean nothing.
 inline int64_t dropout_mask_bytes(int64_t n) { return (n + 7) / 8; }
 
-// x_dropped = x where the mask says so, else 0 whatever x is.
-
 // Draws the mask: element e is kept where the 16-bit word e % 8 of Philox block offset + e / 8
 // under the key is at least p * 2^16, rounded.
 void launch_dropout(const uint64_t* noise,  // (2,): key, offset
-                    const void* x,          // (n,) dtype
                     uint8_t* mask,          // (dropout_mask_bytes(n),), aligned to 4 bytes, written
-                    void* x_dropped,        // (n,) dtype, written
-                    int64_t n, double p, DType dtype, Stream stream);
+                    int64_t n, double p, Stream stream);
 
-// Takes the mask as it is. x_dropped may be x.
+// x_dropped = x where the mask says so, else 0 whatever x is. x_dropped may be x.
 void launch_keep(const void* x,        // (n,) dtype
                  const uint8_t* mask,  // (dropout_mask_bytes(n),)
                  void* x_dropped,      // (n,) dtype, written

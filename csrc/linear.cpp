@@ -1,9 +1,12 @@
-// The low-rank linear and its backward, as cuBLAS products. M tokens, Rp the padded rank:
+// The low-rank linear and its backward. M tokens, Rp the padded rank:
 //
 //     U = X Ap^T      Y   = U Bp + C         Y   += X W^T
 //     H = G Bp^T      dBp = U^T G            dAp  = H^T X      dX = H Ap      dX += G W
 //
 // C is the bias, or the base's output in place of X W^T, or nothing.
+//
+// Products with one narrow side and no sum over Rp are the skinny kernels' (skinny.h), all others
+// cuBLAS's.
 //
 // With dropout the X beside Ap is what the mask leaves of it, its scale stands before the products
 // that give U and H, and the mask is put on dX before the last product.
@@ -11,23 +14,26 @@
 // The adapter comes first and the base last, with beta = 1: reading Y again hides in the large
 // product, and Y is rounded once. The bias comes with the adapter's product, not with the base's:
 // cuBLAS adds one best to a product that adds nothing else. In the backward each product follows
-// one that has read the same: G is still in the cache for dBp, and dX for the base.
+// one that has read the same: H and dBp come from one read of G where they can, and dX is still in
+// the cache for the base.
 #include "blas.h"
 #include "device.h"
 #include "dropout.h"
 #include "heuristics.h"
 #include "launchers.h"
 #include "ops.h"
+#include "skinny.h"
 #include "tensors.h"
 
 namespace rasa_ext {
 namespace {
 
-// U = scale * X Ap^T and Y = U Bp + C.
-void multiply_adapter(const Blas& blas, const Tensor& x, const Tensor& Ap, const Tensor& Bp,
-                      double scale, const Matrix& C, const Tensor& U, const Tensor& y) {
-  const Tensor seen = gemm_operand(x), down = gemm_operand(Ap), up = gemm_operand(Bp);
-  gemm(blas, multiply(matrix_of(seen), matrix_of(down).t(), matrix_of(U), false, scale));
+// U = scale * keep(X) Ap^T and Y = U Bp + C.
+void multiply_adapter(const Device& device, const Blas& blas, const Tensor& x,
+                      const std::optional<Tensor>& mask, double scale, const Tensor& Ap,
+                      const Tensor& Bp, const Matrix& C, const Tensor& U, const Tensor& y) {
+  multiply_narrow(device, x, mask, Down{Ap, matrix_of(U), mask ? scale : 1}, std::nullopt);
+  const Tensor up = gemm_operand(Bp);
   gemm(blas, multiply_add(matrix_of(U), matrix_of(up), C, matrix_of(y)));
 }
 
@@ -49,7 +55,7 @@ void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tenso
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bp, const std::optional<Tensor>& x_dropped,
+                                           const Tensor& Bp, const std::optional<Tensor>& mask,
                                            double scale) {
   const Checks checks("low_rank_linear", "x", x);
   checks.shape("x", x, {-1, -1});
@@ -57,7 +63,7 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bp", Bp, {Ap.size(0), weight.size(0)});
   if (bias) checks.like("bias", *bias, {weight.size(0)});
-  check_x_dropped(checks, x_dropped, x);
+  check_mask(checks, mask, x.numel());
 
   const int64_t tokens = x.size(0);
   const DType dtype = dtype_of(x);
@@ -69,40 +75,39 @@ std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight
   const std::optional<Tensor> row = bias ? std::optional(dense(*bias, dtype)) : std::nullopt;
   const Matrix addend = repeated(row, tokens), result = matrix_of(y);
   const Tensor rows = gemm_operand(x), base = gemm_operand(weight);
-  if (!x_dropped && use_decode(tokens, Ap.size(0), dtype)) {
+  if (!mask && use_decode(tokens, Ap.size(0), dtype)) {
     gemm(blas, multiply_add(matrix_of(rows), matrix_of(base).t(), addend, result));
     decode(device, x, Ap, Bp, U, y);
     return {y, U};
   }
-  multiply_adapter(blas, x_dropped ? *x_dropped : rows, Ap, Bp, x_dropped ? scale : 1, addend, U,
-                   y);
+  multiply_adapter(device, blas, rows, mask, scale, Ap, Bp, addend, U, y);
   gemm(blas, multiply(matrix_of(rows), matrix_of(base).t(), result, true));
   return {y, U};
 }
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bp, const std::optional<Tensor>& x_dropped,
+                                        const Tensor& Bp, const std::optional<Tensor>& mask,
                                         double scale) {
   const Checks checks("low_rank_add", "x", x);
   checks.shape("x", x, {-1, -1});
   checks.like("y", y, {x.size(0), -1});
   checks.like("Ap", Ap, {-1, x.size(1)});
   checks.like("Bp", Bp, {Ap.size(0), y.size(1)});
-  check_x_dropped(checks, x_dropped, x);
+  check_mask(checks, mask, x.numel());
 
   const DType dtype = dtype_of(x);
   const Device device(x);
   Tensor out = empty(x, {y.size(0), y.size(1)}, dtype);
   const Tensor U = empty(x, {x.size(0), Ap.size(0)}, dtype);
   if (x.size(0) == 0) return {out, U};
-  const bool few = !x_dropped && use_decode(x.size(0), Ap.size(0), dtype);
+  const bool few = !mask && use_decode(x.size(0), Ap.size(0), dtype);
   const bool copied = few || !is_addend(matrix_of(y));
   if (copied) copy(out, y);
   if (few) {
     decode(device, x, Ap, Bp, U, out);
   } else {
-    multiply_adapter(device.blas(), x_dropped ? *x_dropped : x, Ap, Bp, x_dropped ? scale : 1,
-                     matrix_of(copied ? out : y), U, out);
+    multiply_adapter(device, device.blas(), x, mask, scale, Ap, Bp, matrix_of(copied ? out : y), U,
+                     out);
   }
   return {out, U};
 }
@@ -137,22 +142,18 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
   const Tensor outer = gemm_operand(grad);
   const bool need_H = need_x || need_A;
   const Tensor H = need_H ? empty(grad, {tokens, rank}, dtype) : nothing(grad, dtype);
-  if (need_H) {
-    const Tensor up = gemm_operand(Bp);
-    gemm(blas,
-         multiply(matrix_of(outer), matrix_of(up).t(), matrix_of(H), false, mask ? scale : 1));
-  }
-  if (need_B) {
-    const Tensor inner = gemm_operand(*U);
-    gemm(blas, multiply(matrix_of(inner).t(), matrix_of(outer), matrix_of(dBp), false));
-  }
+  const std::optional<Tensor> inner = need_B ? std::optional(gemm_operand(*U)) : std::nullopt;
+  std::optional<Down> down;
+  std::optional<Grad> up;
+  if (need_H) down = Down{Bp, matrix_of(H), mask ? scale : 1};
+  if (need_B) up = Grad{matrix_of(*inner), matrix_of(dBp)};
+  multiply_narrow(device, outer, std::nullopt, down, up);
   if (need_A) {
-    const Tensor seen = kept_of(device, *x, mask);
-    gemm(blas, multiply(matrix_of(H).t(), matrix_of(seen), matrix_of(dAp), false));
+    multiply_narrow(device, *x, mask, std::nullopt, Grad{matrix_of(H), matrix_of(dAp)});
   }
   if (need_x) {
-    const Tensor down = gemm_operand(Ap);
-    gemm(blas, multiply(matrix_of(H), matrix_of(down), matrix_of(dx), false));
+    const Tensor inner_down = gemm_operand(Ap);
+    gemm(blas, multiply(matrix_of(H), matrix_of(inner_down), matrix_of(dx), false));
     if (mask) keep_in_place(device, dx, *mask);
     if (weight) {
       const Tensor base = gemm_operand(*weight);

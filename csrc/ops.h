@@ -26,11 +26,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pack_group_backward(
 
 std::tuple<Tensor, Tensor> low_rank_linear(const Tensor& x, const Tensor& weight,
                                            const std::optional<Tensor>& bias, const Tensor& Ap,
-                                           const Tensor& Bp, const std::optional<Tensor>& x_dropped,
+                                           const Tensor& Bp, const std::optional<Tensor>& mask,
                                            double scale);
 
 std::tuple<Tensor, Tensor> low_rank_add(const Tensor& y, const Tensor& x, const Tensor& Ap,
-                                        const Tensor& Bp, const std::optional<Tensor>& x_dropped,
+                                        const Tensor& Bp, const std::optional<Tensor>& mask,
                                         double scale);
 
 std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> low_rank_linear_backward(
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& x_dropped,
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& mask,
     double scale);
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
     const std::vector<Tensor>& Bp, bool need_x, bool need_A, bool need_B,
     const std::optional<Tensor>& mask, double scale);
 
-std::tuple<Tensor, Tensor> dropout(const Tensor& noise, const Tensor& x, double p);
+Tensor dropout(const Tensor& noise, const Tensor& x, double p);
 
 Tensor delta_group(const Tensor& Ap, const Tensor& Bp);
 

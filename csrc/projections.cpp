@@ -7,6 +7,7 @@
 #include "device.h"
 #include "dropout.h"
 #include "ops.h"
+#include "skinny.h"
 #include "tensors.h"
 
 namespace rasa_ext {
@@ -32,7 +33,7 @@ struct Columns {
 
 std::tuple<std::vector<Tensor>, Tensor> linear_projections(
     const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
-    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& x_dropped,
+    const Tensor& Ap, const std::vector<Tensor>& Bp, const std::optional<Tensor>& mask,
     double scale) {
   const char* op = "linear_projections";
   const Checks checks(op, "x", x);
@@ -48,7 +49,7 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   }
   const Columns columns(Bp);
   checks.like("Ap", Ap, {columns.total, x.size(1)});
-  check_x_dropped(checks, x_dropped, x);
+  check_mask(checks, mask, x.numel());
 
   const DType dtype = dtype_of(x);
   const Device device(x);
@@ -58,10 +59,9 @@ std::tuple<std::vector<Tensor>, Tensor> linear_projections(
   if (x.size(0) == 0) return {y, U};
 
   const Blas blas = device.blas();
-  const Tensor rows = gemm_operand(x), seen = x_dropped ? gemm_operand(*x_dropped) : rows;
-  const Tensor down = gemm_operand(Ap);
+  const Tensor rows = gemm_operand(x);
   const Matrix input = matrix_of(rows), inner = matrix_of(U);
-  gemm(blas, multiply(matrix_of(seen), matrix_of(down).t(), inner, false, x_dropped ? scale : 1));
+  multiply_narrow(device, rows, mask, Down{Ap, inner, mask ? scale : 1}, std::nullopt);
   for (size_t i = 0; i < y.size(); ++i) {
     std::optional<Tensor> bias;
     if (!biases.empty() && biases[i].numel() > 0) bias = dense(biases[i], dtype);
@@ -123,19 +123,14 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
   for (const Tensor& grad : grads) outer.push_back(gemm_operand(grad));
   const std::optional<Tensor> inner = need_B ? std::optional(gemm_operand(*U)) : std::nullopt;
   for (size_t i = 0; i < Bp.size(); ++i) {
-    if (need_H) {
-      const Tensor up = gemm_operand(Bp[i]);
-      gemm(blas, multiply(matrix_of(outer[i]), matrix_of(up).t(), columns.of(matrix_of(H), i, up),
-                          false, mask ? scale : 1));
-    }
-    if (need_B) {
-      gemm(blas, multiply(columns.of(matrix_of(*inner), i, Bp[i]).t(), matrix_of(outer[i]),
-                          matrix_of(dBp[i]), false));
-    }
+    std::optional<Down> down;
+    std::optional<Grad> up;
+    if (need_H) down = Down{Bp[i], columns.of(matrix_of(H), i, Bp[i]), mask ? scale : 1};
+    if (need_B) up = Grad{columns.of(matrix_of(*inner), i, Bp[i]), matrix_of(dBp[i])};
+    multiply_narrow(device, outer[i], std::nullopt, down, up);
   }
   if (need_A) {
-    const Tensor seen = kept_of(device, *x, mask);
-    gemm(blas, multiply(matrix_of(H).t(), matrix_of(seen), matrix_of(dAp), false));
+    multiply_narrow(device, *x, mask, std::nullopt, Grad{matrix_of(H), matrix_of(dAp)});
   }
   if (!need_x) return {dx, dAp, dBp};
   const Tensor down = gemm_operand(Ap);

@@ -17,17 +17,12 @@ unsigned blocks_for(int64_t n) {
 
 }  // namespace
 
-void launch_dropout(const uint64_t* noise, const void* x, uint8_t* mask, void* x_dropped, int64_t n,
-                    double p, DType dtype, Stream stream) {
+void launch_dropout(const uint64_t* noise, uint8_t* mask, int64_t n, double p, Stream stream) {
   if (n == 0) return;
   // 2^16 itself would drop everything.
   const double threshold = std::min(std::nearbyint(p * 65536.0), 65535.0);
-  with_type(dtype, [&](auto t) {
-    using T = TypeOf<decltype(t)>;
-    RASA_LAUNCH((dropout_kernel<T>), blocks_for(n), kStreamThreads, 0, stream, noise,
-                static_cast<const T*>(x), mask, static_cast<T*>(x_dropped), n,
-                static_cast<uint32_t>(threshold));
-  });
+  RASA_LAUNCH(dropout_kernel, blocks_for(n), kStreamThreads, 0, stream, noise, mask, n,
+              static_cast<uint32_t>(threshold));
 }
 
 void launch_keep(const void* x, const uint8_t* mask, void* x_dropped, int64_t n, DType dtype,

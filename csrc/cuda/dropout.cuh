@@ -1,4 +1,4 @@
-// dropout: what a mask of bits leaves of a tensor, and the mask itself, drawn from a counter.
+// dropout: a mask of bits drawn from a counter, and what it leaves of a tensor.
 #pragma once
 
 #include "collective.cuh"
@@ -17,13 +17,52 @@ __device__ __forceinline__ int64_t byte_of(int v, int lane) {
   return (warp * kDropoutBytes + v) * kWarp + lane;
 }
 
-// x_dropped = x where bits_of(v, byte) says so, else 0 whatever x is, for all bytes of this thread:
-// four 16-byte loads at a time, asked for before any bits are. Read before written, so that
-// x_dropped may be x.
-template <typename T, typename Bits>
-__device__ __forceinline__ void keep(const T* x,    // (n,)
-                                     T* x_dropped,  // (n,)
-                                     int64_t n, const Bits& bits_of) {
+// Byte v of the four neighbouring lanes, in their order, where v is this lane's place among them:
+// of four bytes a lane, those that stand next to each other in memory.
+__device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes) {
+  const uint32_t near = shuffle_xor(bytes, 1);
+  bytes = threadIdx.x & 1 ? (bytes & 0xff00ff00) | (near >> 8 & 0x00ff00ff)
+                          : (bytes & 0x00ff00ff) | (near & 0x00ff00ff) << 8;
+  const uint32_t far = shuffle_xor(bytes, 2);
+  return threadIdx.x & 2 ? (bytes & 0xffff0000) | far >> 16 : (bytes & 0x0000ffff) | far << 16;
+}
+
+// Draws the mask. Sixteen bits an element are enough for any p that is used, and take half the
+// multiplications of 32.
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
+    dropout_kernel(const uint64_t* noise,  // (2,): key, offset
+                   uint8_t* mask,          // ((n + 7) / 8,), aligned to 4 bytes
+                   int64_t n,
+                   uint32_t threshold) {  // a 16-bit word below it drops
+  const uint64_t key = noise[0], offset = noise[1];
+  const int lane = threadIdx.x % kWarp;
+  uint32_t bytes = 0;
+#pragma unroll
+  for (int v = 0; v < kDropoutBytes; ++v) {
+    const Words words = philox(key, offset + static_cast<uint64_t>(byte_of(v, lane)));
+#pragma unroll
+    for (int e = 0; e < kDropoutElements; ++e) {
+      const uint32_t word = words.at[e / 2] >> (e % 2 * 16) & 0xffff;
+      bytes |= static_cast<uint32_t>(word >= threshold) << (8 * v + e);
+    }
+  }
+  // One store of 128 bytes a warp.
+  bytes = transpose_bytes(bytes);
+  const int64_t first = byte_of(lane % kDropoutBytes, lane / kDropoutBytes * kDropoutBytes);
+  const int64_t end = (n + kDropoutElements - 1) / kDropoutElements;
+  if (first + kDropoutBytes <= end) return store_aligned(mask + first, bytes);
+#pragma unroll 1  // rarely taken
+  for (int64_t i = first; i < end; ++i) mask[i] = static_cast<uint8_t>(bytes >> (i - first) * 8);
+}
+
+// x_dropped = x where the mask says so, else 0 whatever x is: four 16-byte loads at a time, asked
+// for before any bits are. Read before written, so that x_dropped may be x.
+template <typename T>
+__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
+    keep_kernel(const T* x,           // (n,)
+                const uint8_t* mask,  // ((n + 7) / 8,)
+                T* x_dropped,         // (n,)
+                int64_t n) {
   constexpr int N = kDropoutElements, kCount = kDropoutBytes * 2 / static_cast<int>(sizeof(T));
   const int lane = threadIdx.x % kWarp;
   const bool aligned = is_aligned(x) && is_aligned(x_dropped);
@@ -37,7 +76,10 @@ __device__ __forceinline__ void keep(const T* x,    // (n,)
       if (aligned && first + N <= n) value[v] = load<N>(x + first);
     }
 #pragma unroll
-    for (int v = 0; v < kCount; ++v) bits[v] = bits_of(start + v, byte_of(start + v, lane));
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t byte = byte_of(start + v, lane);
+      bits[v] = byte * N < n ? mask[byte] : 0u;
+    }
 #pragma unroll
     for (int v = 0; v < kCount; ++v) {
       const int64_t first = byte_of(start + v, lane) * N;
@@ -55,61 +97,6 @@ __device__ __forceinline__ void keep(const T* x,    // (n,)
       }
     }
   }
-}
-
-// Byte v of the four neighbouring lanes, in their order, where v is this lane's place among them:
-// of four bytes a lane, those that stand next to each other in memory.
-__device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes) {
-  const uint32_t near = shuffle_xor(bytes, 1);
-  bytes = threadIdx.x & 1 ? (bytes & 0xff00ff00) | (near >> 8 & 0x00ff00ff)
-                          : (bytes & 0x00ff00ff) | (near & 0x00ff00ff) << 8;
-  const uint32_t far = shuffle_xor(bytes, 2);
-  return threadIdx.x & 2 ? (bytes & 0xffff0000) | far >> 16 : (bytes & 0x0000ffff) | far << 16;
-}
-
-// Draws the mask, and keeps what it says. Sixteen bits an element are enough for any p that is
-// used, and take half the multiplications of 32.
-template <typename T>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    dropout_kernel(const uint64_t* noise,  // (2,): key, offset
-                   const T* x,             // (n,)
-                   uint8_t* mask,          // ((n + 7) / 8,), aligned to 4 bytes
-                   T* x_dropped,           // (n,)
-                   int64_t n,
-                   uint32_t threshold) {  // a 16-bit word below it drops
-  const uint64_t key = noise[0], offset = noise[1];
-  uint32_t bytes = 0;
-  keep(x, x_dropped, n, [&](int v, int64_t byte) {
-    const Words words = philox(key, offset + static_cast<uint64_t>(byte));
-    unsigned bits = 0;
-#pragma unroll
-    for (int e = 0; e < kDropoutElements; ++e) {
-      const uint32_t word = words.at[e / 2] >> (e % 2 * 16) & 0xffff;
-      bits |= static_cast<unsigned>(word >= threshold) << e;
-    }
-    bytes |= bits << (8 * v);
-    return bits;
-  });
-  // One store of 128 bytes a warp.
-  bytes = transpose_bytes(bytes);
-  const int lane = threadIdx.x % kWarp;
-  const int64_t first = byte_of(lane % kDropoutBytes, lane / kDropoutBytes * kDropoutBytes);
-  const int64_t end = (n + kDropoutElements - 1) / kDropoutElements;
-  if (first + kDropoutBytes <= end) return store_aligned(mask + first, bytes);
-#pragma unroll 1  // rarely taken
-  for (int64_t i = first; i < end; ++i) mask[i] = static_cast<uint8_t>(bytes >> (i - first) * 8);
-}
-
-// The same under a mask that is there.
-template <typename T>
-__global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
-    keep_kernel(const T* x,           // (n,)
-                const uint8_t* mask,  // ((n + 7) / 8,)
-                T* x_dropped,         // (n,)
-                int64_t n) {
-  keep(x, x_dropped, n, [&](int, int64_t byte) {
-    return byte * kDropoutElements < n ? static_cast<unsigned>(mask[byte]) : 0u;
-  });
 }
 
 }  // namespace rasa_ext

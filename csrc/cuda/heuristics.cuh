@@ -1,6 +1,8 @@
 // Every choice of size, each a function or a constant with its reason.
 #pragma once
 
+#include <algorithm>
+
 #include "numbers.cuh"
 
 namespace rasa_ext {
@@ -90,5 +92,50 @@ constexpr int kDropoutElements = 8;
 
 // Such bytes that a thread handles: four 16-byte loads in half precision, and a word of the mask.
 constexpr int kDropoutBytes = 4;
+
+// The most ranks of a skinny product: q, k and v of an 8B model at r = 8 side by side. Of more, a
+// warp's sums would not fit in registers.
+constexpr int kSkinnyRanks = 160;
+
+// The most ranks for which both products of the backward come from one read of the gradient: with
+// more, the slice of Bp does not fit in shared memory beside the ring.
+constexpr int kBothRanks = 96;
+
+// Threads of a skinny product's block.
+constexpr int kSkinnyThreads = 256;
+
+// Blocks that fill a card: about one for each of an H100's 132 multiprocessors. More would hide
+// latency better, but each adds a float32 sum of its own to write and to read again.
+constexpr int kSkinnyBlocks = 132;
+
+// Tokens and features of a tile of `down`: 16 tokens a warp, and a line of memory of each.
+constexpr int kDownTokens = 128, kDownFeatures = 64;
+
+// Of a tile of `grad`: 16 features a warp. Where it computes `down` as well, 32 a warp, so that
+// half as many sums of `down` are written, and fewer tokens for the ring to fit.
+constexpr int kGradTokens = 64, kGradFeatures = 128;
+constexpr int kBothTokens = 32, kBothFeatures = 256;
+
+// Stages of the ring: what fits in the 99 KB that a block may have on sm_120.
+constexpr int kRing = 3, kRingOfManyRanks = 2;
+
+// Parts into which `down` cuts the features, so that its blocks fill a card; each a multiple of a
+// tile, and at least four of them, since the ring takes a few to fill.
+inline int down_part(int tokens, int features) {
+  const int tiles = (tokens + kDownTokens - 1) / kDownTokens;
+  const int parts = std::max(1, std::min(kSkinnyBlocks / tiles, features / (4 * kDownFeatures)));
+  const int part = (features + parts - 1) / parts;
+  return (part + kDownFeatures - 1) / kDownFeatures * kDownFeatures;
+}
+
+// Tokens that a block of `grad` takes, likewise: at most 16 groups of them, whose sums are added up
+// one after the other.
+inline int grad_group(int tokens, int features, int tile_tokens, int tile_features) {
+  const int slices = (features + tile_features - 1) / tile_features;
+  const int most = std::min(16, tokens / (4 * tile_tokens));
+  const int groups = std::max(1, std::min(kSkinnyBlocks / slices, most));
+  const int group = (tokens + groups - 1) / groups;
+  return (group + tile_tokens - 1) / tile_tokens * tile_tokens;
+}
 
 }  // namespace rasa_ext

@@ -46,6 +46,19 @@ void with_single_or_half(DType dtype, const Body& body) {
   }
 }
 
+// The same with the half types alone.
+template <typename Body>
+void with_half(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kFloat16:
+      return body(Type<float16>{});
+    case DType::kBFloat16:
+      return body(Type<bfloat16>{});
+    default:
+      throw std::invalid_argument("dtype: expected float16 or bfloat16, got another");
+  }
+}
+
 // Calls body(Type<P>{}, Type<T>{}): both float64, or neither.
 template <typename Body>
 void with_types(DType param, DType dtype, const Body& body) {
@@ -70,6 +83,15 @@ void with_token_tile(int tokens, const Body& body) {
       throw std::invalid_argument(
           "decode: expected a call that decode_fits, got M or Rp too large");
   }
+}
+
+// Calls body with a std::integral_constant: the least of the ranks that kernels are made for that
+// holds Rp, which is at most kSkinnyRanks.
+template <typename Body>
+void with_ranks(int Rp, const Body& body) {
+  if (Rp <= 48) return body(std::integral_constant<int, 48>{});
+  if (Rp <= 96) return body(std::integral_constant<int, 96>{});
+  return body(std::integral_constant<int, 160>{});
 }
 
 }  // namespace rasa_ext

@@ -32,9 +32,7 @@ class Dropped(NamedTuple):
     """Dropout of a linear's input, from ``dropout``; the default is none."""
 
     mask: Tensor | None = None
-    """uint8 (ceil(x.numel() / 8),), for the backward."""
-    x: Tensor | None = None
-    """x (M, in) with zeros, unscaled, for the forward."""
+    """uint8 (ceil(x.numel() / 8),)."""
     scale: float = 1.0
 
 
@@ -52,15 +50,14 @@ class _LowRankLinear(Function):
         weight: Tensor | None,
         bias: Tensor | None,
         mask: Tensor | None,
-        x_dropped: Tensor | None,
         scale: float,
         Ap: Tensor,
         Bp: Tensor,
         Ap_port: Tensor | None,
         Bp_port: Tensor | None,
     ) -> Tensor:
-        out, U = _forward(y, x, weight, bias, x_dropped, scale, Ap, Bp)
-        need_A, need_B = ctx.needs_input_grad[9:]
+        out, U = _forward(y, x, weight, bias, mask, scale, Ap, Bp)
+        need_A, need_B = ctx.needs_input_grad[8:]
         ctx.save_for_backward(x if need_A else None, weight, U if need_B else None, mask, Ap, Bp)
         ctx.scale, ctx.width = scale, x.shape[-1]
         return out
@@ -86,7 +83,7 @@ class _LowRankLinear(Function):
         return (
             grad if need_y else None,
             dx.view((*grad.shape[:-1], ctx.width)) if need_x else None,
-            *(None,) * 7,
+            *(None,) * 6,
             dAp if need_A else None,
             dBp if need_B else None,
         )
@@ -97,17 +94,17 @@ def _forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    x_dropped: Tensor | None,
+    mask: Tensor | None,
     scale: float,
     Ap: Tensor,
     Bp: Tensor,
 ) -> tuple[Tensor, Tensor]:
     rows = flatten_tokens(x)
     if y is not None:
-        out, U = ops.low_rank_add(flatten_tokens(y), rows, Ap, Bp, x_dropped, scale)
+        out, U = ops.low_rank_add(flatten_tokens(y), rows, Ap, Bp, mask, scale)
     else:
         assert weight is not None
-        out, U = ops.low_rank_linear(rows, weight, bias, Ap, Bp, x_dropped, scale)
+        out, U = ops.low_rank_linear(rows, weight, bias, Ap, Bp, mask, scale)
     return unflatten_like(out, x), U
 
 
@@ -120,15 +117,14 @@ class _AdaptedProjections(Function):
         x: Tensor,
         n: int,
         mask: Tensor | None,
-        x_dropped: Tensor | None,
         scale: float,
         *tensors: Any,
     ) -> tuple[Tensor, ...]:
         weights, biases, downs, Bp, *_ = _lists(tensors, n)
         Ap = torch.cat(downs)
         rows = flatten_tokens(x)
-        y, U = ops.linear_projections(rows, weights, _as_op_list(biases), Ap, Bp, x_dropped, scale)
-        needs = ctx.needs_input_grad[5 + 4 * n :]
+        y, U = ops.linear_projections(rows, weights, _as_op_list(biases), Ap, Bp, mask, scale)
+        needs = ctx.needs_input_grad[4 + 4 * n :]
         ctx.needs = any(needs[:n]), any(needs[n:])
         ctx.save_for_backward(
             x if ctx.needs[0] else None,
@@ -163,10 +159,10 @@ class _AdaptedProjections(Function):
         )
         downs = dAp.split([len(up) for up in Bp]) if need_A else [None] * n
         ups = dBp if need_B else [None] * n
-        needs = ctx.needs_input_grad[5 + 4 * n :]
+        needs = ctx.needs_input_grad[4 + 4 * n :]
         made = (g if need else None for g, need in zip((*downs, *ups), needs, strict=True))
         dx_shaped = dx.view((*grads[0].shape[:-1], ctx.width)) if need_x else None
-        return dx_shaped, *(None,) * (4 + 4 * n), *made
+        return dx_shaped, *(None,) * (3 + 4 * n), *made
 
 
 class _AdaptedGroup(Function):
@@ -223,7 +219,7 @@ def low_rank_linear(
     if torch.is_grad_enabled():
         out: Tensor = _LowRankLinear.apply(y, x, weight, bias, *dropped, *pack)
         return out
-    return _forward(y, x, weight, bias, dropped.x, dropped.scale, pack.Ap, pack.Bp)[0]
+    return _forward(y, x, weight, bias, dropped.mask, dropped.scale, pack.Ap, pack.Bp)[0]
 
 
 def adapted_projections(
@@ -310,7 +306,7 @@ def dropout(x: Tensor, p: float) -> Dropped:
         return NO_DROPOUT
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(-(2**63), 2**63 - 1, (words,), dtype=torch.int64, device=x.device)
-    return Dropped(*ops.dropout(noise, flatten_tokens(x.detach()), p), 1 / (1 - p))
+    return Dropped(ops.dropout(noise, flatten_tokens(x.detach()), p), 1 / (1 - p))
 
 
 def _as_op_list(tensors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -20,22 +20,19 @@ _INTEGERS = {
 }
 
 
-def _results(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Shape mask and x_dropped for noise of any length: the compiled kernel takes two words."""
-    return x.new_empty(-(-x.numel() // 8), dtype=torch.uint8), x.new_empty(x.shape)
+def _mask(noise: Tensor, x: Tensor, p: float) -> Tensor:
+    """Shape a mask for noise of any length: the compiled kernel takes two words."""
+    return x.new_empty(-(-x.numel() // 8), dtype=torch.uint8)
 
 
-@operator(
-    "dropout(Tensor noise, Tensor x, float p) -> (Tensor mask, Tensor x_dropped)", fake=_results
-)
-def dropout(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
-    """Draw a dropout mask for x (M, in), and return the mask and the masked x.
+@operator("dropout(Tensor noise, Tensor x, float p) -> Tensor mask", fake=_mask)
+def dropout(noise: Tensor, x: Tensor, p: float) -> Tensor:
+    """Draw a dropout mask for x (M, in), of which only the shape is read.
 
-    The mask is uint8 (ceil(M in / 8),), for the backward. Bit e % 8 of byte e // 8 belongs to
-    element e, counted along x's rows. It is set with probability 1 - p, in steps of 2^-16. Bits
-    after the last element mean nothing. x_dropped (M, in), for the forward, is x where the bit is
-    set and 0 elsewhere, unscaled. ``noise`` is ``heuristics.noise_words`` int64 of uniform bits.
-    This kernel keeps element e if the e-th 16 bits of the noise are at least p * 2^16.
+    The mask is uint8 (ceil(M in / 8),). Bit e % 8 of byte e // 8 belongs to element e, counted
+    along x's rows. It is set with probability 1 - p, in steps of 2^-16. Bits after the last element
+    mean nothing. ``noise`` is ``heuristics.noise_words`` int64 of uniform bits. This kernel keeps
+    element e if the e-th 16 bits of the noise are at least p * 2^16.
 
     Words of 16 bits are compared and packed eight at a time. This takes a tenth of the time of
     drawing the noise; ``bernoulli_`` alone takes five times as long as drawing it.
@@ -51,9 +48,7 @@ def dropout(noise: Tensor, x: Tensor, p: float) -> tuple[Tensor, Tensor]:
     drawn = noise.view(torch.int16)  # uniform, starting at -2^15
     ones = torch.ge(drawn, min(round(p * 2**16), 2**16 - 1) - 2**15, out=torch.empty_like(drawn))
     # The product's top byte gathers the lowest bits of all eight bytes.
-    mask = (ones.to(torch.int8).view(torch.int64).mul_(0x0102040810204080) >> 56).to(torch.uint8)
-    bits = ones.neg_()[: x.numel()].view(x.shape).to(_INTEGERS[x.dtype])  # all bits set, or none
-    return mask, keep(x.contiguous(), bits)
+    return (ones.to(torch.int8).view(torch.int64).mul_(0x0102040810204080) >> 56).to(torch.uint8)
 
 
 def unpacked(mask: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -75,8 +70,8 @@ def keep(x: Tensor, bits: Tensor) -> Tensor:
     return torch.bitwise_and(integers(x), bits).view(x.dtype)
 
 
-def project(x: Tensor, Ap: Tensor, x_dropped: Tensor | None, scale: float) -> Tensor:
-    """Compute U = X Ap^T (M, Rp), from the masked X if dropout is used."""
-    source = x if x_dropped is None else x_dropped
+def project(x: Tensor, Ap: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Compute U = X Ap^T (M, Rp), from ``scale`` times the masked X if dropout is used."""
+    source = x if mask is None else keep(x, unpacked(mask, x, (x.shape[0], x.shape[1])))
     U = torch.mm(Ap, source.t()).t() if ranks_first(x) else torch.mm(source, Ap.t())
-    return U if x_dropped is None else U.mul_(scale)
+    return U if mask is None else U.mul_(scale)

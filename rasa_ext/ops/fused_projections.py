@@ -19,7 +19,7 @@ from rasa_ext.ops.linear import input_grad, with_base
 
 @operator(
     "linear_projections(Tensor x, Tensor[] weights, Tensor[] biases, Tensor Ap, Tensor[] Bp, "
-    "Tensor? x_dropped=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
+    "Tensor? mask=None, float scale=1.0) -> (Tensor[] y, Tensor U)"
 )
 def linear_projections(
     x: Tensor,
@@ -27,11 +27,11 @@ def linear_projections(
     biases: Sequence[Tensor],
     Ap: Tensor,
     Bp: Sequence[Tensor],
-    x_dropped: Tensor | None = None,
+    mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[list[Tensor], Tensor]:
     """Compute Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of U = X Ap^T."""
-    U = project(x, Ap, x_dropped, scale)
+    U = project(x, Ap, mask, scale)
     y = []
     for i, (weight, up, u) in enumerate(zip(weights, Bp, _columns(U, Bp), strict=True)):
         bias = biases[i] if biases and biases[i].numel() else None

@@ -4,9 +4,8 @@ Symbols: M tokens, ``in``/``out`` features, Rp the pack's rows. x and grad are 2
 flattens them. Within one call all tensors but the mask have one dtype.
 
 Dropout affects the adapter's input only: wherever x is multiplied with Ap, it is ``scale`` times
-the masked x. A forward takes the masked x as ``x_dropped`` (M, in), in x's dtype and unscaled. A
-backward computes it from x and ``mask``, which has one bit for each element (see ``dropout``). The
-scale is folded into U and H, so that low precision rounds no element of x again. U includes it.
+the masked x. ``mask`` has one bit for each element of x (see ``dropout``). The scale is folded into
+U and H, so that low precision rounds no element of x again. U includes it.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ def linear(
     bias: Tensor | None,
     Ap: Tensor,
     Bp: Tensor,
-    x_dropped: Tensor | None = None,
+    mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute Y = X W^T + bias + U Bp (M, out) and U = X Ap^T (M, Rp)."""
-    U = project(x, Ap, x_dropped, scale)
+    U = project(x, Ap, mask, scale)
     return with_base(x, weight, bias, U, Bp), U
 
 
@@ -46,7 +45,7 @@ def with_base(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, Bp: Ten
 
 low_rank_linear = operator(
     "low_rank_linear(Tensor x, Tensor weight, Tensor? bias, Tensor Ap, Tensor Bp, "
-    "Tensor? x_dropped=None, float scale=1.0) -> (Tensor y, Tensor U)"
+    "Tensor? mask=None, float scale=1.0) -> (Tensor y, Tensor U)"
 )(linear)
 
 
@@ -55,16 +54,16 @@ def linear_add(
     x: Tensor,
     Ap: Tensor,
     Bp: Tensor,
-    x_dropped: Tensor | None = None,
+    mask: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Compute y + U Bp (M, out) and U = X Ap^T (M, Rp), for a base that is not a plain GEMM."""
-    U = project(x, Ap, x_dropped, scale)
+    U = project(x, Ap, mask, scale)
     return torch.addmm(y, U, Bp), U
 
 
 low_rank_add = operator(
-    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? x_dropped=None, "
+    "low_rank_add(Tensor y, Tensor x, Tensor Ap, Tensor Bp, Tensor? mask=None, "
     "float scale=1.0) -> (Tensor out, Tensor U)"
 )(linear_add)
 

@@ -21,6 +21,8 @@ IDEAL = predict.Assumptions(
     skinny_rate=1,
     skinny_read=1,
     skinny_write=1,
+    kernel=1,
+    kernel_rate=1,
     stream=1,
     hidden=1,
     l2=0,
@@ -67,8 +69,34 @@ def test_dropout_reads_and_writes_x():
     M, inner = 104, 64
     x, mask = 2 * M * inner, M * inner // 8
     without, with_it = (sum(op.bytes for op in one("ours", M, dropout=d)) for d in (False, True))
-    # The noise is drawn and read; x is kept twice, with the mask written or read, and dx once.
-    assert with_it - without == 2 * 8 + 3 * (2 * x + mask)
+    # The noise is drawn and read, the mask is written; x is kept twice and dx once.
+    assert with_it - without == 2 * 8 + mask + 3 * (2 * x + mask)
+    # By the kernels there is no copy of x: the mask is read beside it.
+    with_it, without = (
+        sum(op.bytes for op in one("ours", 1024, dropout=d, kernels=True)) for d in (True, False)
+    )
+    x, mask = 2 * 1024 * inner, 1024 * inner // 8
+    assert with_it - without == 2 * 8 + mask + 2 * mask + 2 * x + mask
+
+
+def test_the_bytes_of_the_kernels():
+    """Counted by hand: 1024 tokens, a part of the features and 4 groups of the tokens."""
+    M, inner, out, R = 1024, 64, 48, 16
+    x, y, U, H = 2 * M * inner, 2 * M * out, 2 * M * R, 2 * M * R
+    Ap, Bp, dAp, dBp = 2 * R * inner, 2 * R * out, 4 * R * inner, 4 * R * out
+    by_kind = {"down": [], "both": [], "grad": [], "add_parts": []}
+    for op in one("ours", M, kernels=True):
+        if op.kind in by_kind:
+            by_kind[op.kind].append(op.bytes)
+    assert by_kind["down"] == [x + Ap + 4 * M * R]
+    assert by_kind["both"] == [y + Bp + U + 4 * M * R + 8 * dBp]
+    assert by_kind["grad"] == [x + H + 4 * dAp]
+    parts = [4 * M * R + U, 4 * M * R + 8 * dBp + H + dBp, 4 * dAp + dAp]
+    assert by_kind["add_parts"] == parts
+    wide = [op.kind for op in one("ours", M, rank=160, kernels=True)]
+    assert wide.count("both") == 0
+    assert wide.count("down") == wide.count("grad") == 2
+    assert not set(passes.KERNELS) & {op.kind for op in one("ours", M, rank=161, kernels=True)}
 
 
 @pytest.mark.parametrize("tokens", [4096, 8192])
@@ -85,12 +113,12 @@ def test_the_floor_is_the_one_counted_by_hand(tokens):
             predict.CARDS["H100"],
             IDEAL,
         ).device_ms
-        for variant in ("frozen", "ours")
+        for variant in ("frozen", "ours cublas")
     }
     assert found["frozen"] == pytest.approx(1e3 * (base + sums), rel=1e-3)
     # U and H, weights and what is in weight space stand beside them: a fortieth of it.
-    assert found["ours"] == pytest.approx(1e3 * (base + six + sums), rel=0.025)
-    assert found["ours"] > 1e3 * (base + six + sums)
+    assert found["ours cublas"] == pytest.approx(1e3 * (base + six + sums), rel=0.025)
+    assert found["ours cublas"] > 1e3 * (base + six + sums)
 
 
 def test_launches_of_a_decoder_layer():
@@ -100,9 +128,12 @@ def test_launches_of_a_decoder_layer():
 
     assert counted("frozen") == (14 + 3, 14)
     # Seven groups of 32 layers: a pack, its ports' zero and its backward.
-    assert counted("ours") == (56 + 3 + 7 * 3 / 32, 56)
-    # q, k and v: 18 products; gate and up: 13; each a cat of the Ap.
-    assert counted("ours fused") == (47 + 2 + 7 * 3 / 32, 47)
+    assert counted("ours fused cublas") == (47 + 2 + 7 * 3 / 32, 47)
+    # Four products of each linear are the kernels'; U, H with dBp and dAp are two launches each,
+    # but for down_proj's dAp, which has one group of tokens.
+    assert counted("ours") == (28 + 7 * 6 - 1 + 3 + 7 * 3 / 32, 28)
+    # q, k and v share U, dAp and dX = H Ap, as gate and up do; each a cat of the Ap.
+    assert counted("ours fused") == (25 + 4 * 4 + 7 * 2 - 1 + 2 + 7 * 3 / 32, 25)
 
 
 class Recorded(TorchDispatchMode):

@@ -81,6 +81,28 @@ void bind_decode(py::module_& module) {
   });
 }
 
+// A call over no memory, for what sizes alone decide.
+SkinnyCall sizes_of(int M, int N, int Rp, bool down, bool grad) {
+  static char memory[16];
+  SkinnyCall call{};
+  call.P = down ? memory : nullptr;
+  call.Q = grad ? memory : nullptr;
+  call.M = M, call.N = N, call.Rp = Rp;
+  return call;
+}
+
+void bind_skinny(py::module_& module) {
+  module.def("skinny_workspace", [](int M, int N, int Rp, bool down, bool grad) {
+    return skinny_workspace(sizes_of(M, N, Rp, down, grad));
+  });
+  module.def("skinny", [](Address S, Address P, Address D, Address Q, Address C, Address workspace,
+                          int M, int N, int Rp, DType dtype) {
+    launch_skinny({pointer(S), N, nullptr, pointer(P), N, pointer(D), Rp, 1, pointer(Q), Rp,
+                   pointer(C), pointer(workspace), M, N, Rp},
+                  dtype, nullptr);
+  });
+}
+
 // Bits of float16 or bfloat16 and back, for a test of the emulation's own types.
 void bind_half_types(py::module_& module) {
   module.def("to_float16", [](float value) { return emulation::as_float16(value).bits; });
@@ -104,5 +126,6 @@ PYBIND11_MODULE(rasa_emulated, module) {
   bind_pack(module);
   bind_pack_backward(module);
   bind_decode(module);
+  bind_skinny(module);
   bind_half_types(module);
 }

@@ -12,33 +12,35 @@ inline const int chosen = std::getenv("RASA_MUTANT") ? std::atoi(std::getenv("RA
 
 RASA_INLINE bool on(int mutant) { return chosen == mutant; }
 
-// A bound: `a < At{7} > b`, that is (a < At{7}) > b, is a < b. Where mutant 7 is on it is what
-// FIRST makes of it, and where 8 is, what SECOND does.
+// A bound: `a < At{7, 1} > b`, that is (a < At{7, 1}) > b, is a < b. Where mutant 7 is on it is
+// FIRST, and where 8 is, SECOND, which is further off by `step`.
 struct At {
-  int mutant;
+  int mutant, step;
 };
 
 #define RASA_BOUND(NAME, OPERATOR, FIRST, SECOND)     \
   template <typename A>                               \
   struct NAME {                                       \
     A a;                                              \
-    int mutant;                                       \
+    int mutant, step;                                 \
   };                                                  \
   template <typename A>                               \
   RASA_INLINE NAME<A> operator OPERATOR(A a, At at) { \
-    return {a, at.mutant};                            \
+    return {a, at.mutant, at.step};                   \
   }                                                   \
   template <typename A, typename B>                   \
   RASA_INLINE bool operator>(NAME<A> left, B b) {     \
+    const int step = left.step;                       \
+    static_cast<void>(step);                          \
     if (on(left.mutant)) return left.a FIRST b;       \
     if (on(left.mutant + 1)) return left.a SECOND b;  \
     return left.a OPERATOR b;                         \
   }
 
-RASA_BOUND(Less, <, <=, +1 <)
-RASA_BOUND(LessEqual, <=, <, <= 1 +)
-RASA_BOUND(Greater, >, >=, > 1 +)
-RASA_BOUND(GreaterEqual, >=, >, +1 >=)
+RASA_BOUND(Less, <, <=, +step <)
+RASA_BOUND(LessEqual, <=, <, <= step +)
+RASA_BOUND(Greater, >, >=, > step +)
+RASA_BOUND(GreaterEqual, >=, >, +step >=)
 #undef RASA_BOUND
 #undef RASA_INLINE
 

@@ -1,9 +1,11 @@
 """The breaks of the kernels: where they are, and sources that hold many of them at once.
 
-Every barrier is deleted, every bound shifted by one in both directions, indices are swapped; in all
-kernels and launchers, but not in heuristics.cuh, where either side of a bound is right. Compiling
-them one by one would take longer than all else, so a source is written with every break in it, and
-the one that is on is chosen as the program starts (mutants.h).
+Every barrier and every wait for a copy is deleted, every bound shifted in both directions (by one,
+by a loop's step, or by the numbers that all sizes are multiples of), indices are swapped, lanes
+taken for others, masks left out; in all kernels and launchers, but not in heuristics.cuh, where
+either side of a bound is right. Compiling them one by one would take longer than all else, so a
+source is written with every break in it, and the one that is on is chosen as the program starts
+(mutants.h).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-KERNELS = ("dropout", "pack", "pack_backward", "decode", "table")
+KERNELS = ("dropout", "pack", "pack_backward", "decode", "skinny", "table")
 
 # What of a file a mutant can break; what several include breaks them all.
 FILES = {
@@ -25,6 +27,8 @@ FILES = {
     "layers.cuh": ("pack", "pack_backward"),
     "decode.cuh": ("decode",),
     "decode.cu": ("decode",),
+    "skinny.cuh": ("skinny",),
+    "skinny.cu": ("skinny",),
     "dropout.cuh": ("dropout",),
     "dropout.cu": ("dropout",),
     "philox.cuh": ("dropout",),
@@ -68,11 +72,14 @@ class Mutant:
 # A comparison and the two ways to shift its bound, as in mutants.h. Templates have no blanks around
 # their brackets.
 COMPARISONS = {
-    "<": ("<=", "+ 1 <"),
-    "<=": ("<", "<= 1 +"),
-    ">": (">=", "> 1 +"),
-    ">=": (">", "+ 1 >="),
+    "<": ("<=", "+ {} <"),
+    "<=": ("<", "<= {} +"),
+    ">": (">=", "> {} +"),
+    ">=": (">", "+ {} >="),
 }
+# Where all sizes are multiples of a number, a bound shifted by less is the bound that it was.
+STEPS = {"skinny.cuh": "8", "skinny.cu": "8"}
+LOOP = re.compile(r"for \(.*; (\w+) [<>]=? [^;]*; (?:\+\+\1|\1 \+= (?P<step>.*))\) ")
 NAME = r"[A-Za-z_][\w.]*(?:\[\d\])?"
 ROW_COL = re.compile(rf"(?P<row>{NAME}) \* (?P<width>{NAME}) \+ (?P<col>{NAME})")
 CASTED = re.compile(
@@ -80,20 +87,37 @@ CASTED = re.compile(
     rf"(?P<width>{NAME}) \+ (?P<col>{NAME})"
 )
 BLOCK = re.compile(r"blockIdx\.([xyz])")
+LANE = re.compile(r"\blane ([/%]) (\d+)")
 
 
-def sites(text: str) -> Iterator[Site]:
-    """Every place of a file's text that can be broken."""
+def sites(text: str, sizes: str = "1") -> Iterator[Site]:
+    """Every place of a file's text that can be broken; ``sizes`` are multiples of a number."""
     for found in re.finditer(r"__syncthreads\(\);", text):
         yield Site("barrier", *found.span(), (";",), f"if (!mutants::on(@0)) {found[0]}")
+    for found in re.finditer(r"wait_copies<[^;]*;", text):
+        yield Site("wait", *found.span(), (";",), f"if (!mutants::on(@0)) {found[0]}")
+    for found in re.finditer(r"keep_two\((?=\w+\[)", text):
+        end = closing(text, found.end() - 1)
+        plain = text[found.end() : text.index(",", found.end())]
+        choice = f"(mutants::on(@0) ? {plain} : {text[found.start() : end]})"
+        yield Site("mask", found.start(), end, (plain,), choice)
+    for found in LANE.finditer(text):
+        other = f"lane {'%' if found[1] == '/' else '/'} {found[2]}"
+        choice = f"(mutants::on(@0) ? {other} : {found[0]})"
+        yield Site("lane", *found.span(), (other,), choice)
     for found in re.finditer(r"(?<= )(<=|>=|<|>)(?= )", text):
-        choice = f"{found[1]} mutants::At{{@0}} >"
-        yield Site("bound", *found.span(), COMPARISONS[found[1]], choice)
+        start = text.rfind("\n", 0, found.start()) + 1
+        loop = LOOP.search(text, start, text.index("\n", found.end()))
+        step = (loop["step"] or "1") if loop else sizes
+        choice = f"{found[1]} mutants::At{{@0, {step}}} >"
+        broken = tuple(each.format(step) for each in COMPARISONS[found[1]])
+        yield Site("bound", *found.span(), broken, choice)
     for found in re.finditer(r"\b(?:std::)?(?:min|max)\(", text):
         end = closing(text, found.end() - 1)
         whole = text[found.start() : end]
-        choice = f"({whole} + mutants::on(@0) - mutants::on(@1))"
-        yield Site("bound", found.start(), end, (f"({whole} + 1)", f"({whole} - 1)"), choice)
+        choice = f"({whole} + {sizes} * (mutants::on(@0) - mutants::on(@1)))"
+        broken = f"({whole} + {sizes})", f"({whole} - {sizes})"
+        yield Site("bound", found.start(), end, broken, choice)
     for pattern in (ROW_COL, CASTED):
         for found in pattern.finditer(text):
             row, col = found["row"], found["col"]
@@ -134,7 +158,8 @@ def line_of(text: str, site: Site) -> tuple[int, int, int] | None:
     """The number, begin and end of a site's line or lines; None where it is not run."""
     start = text.rfind("\n", 0, site.begin) + 1
     in_comment = "//" in text[start : site.begin]
-    if in_comment or text[start:].lstrip().startswith(("#", "static_assert", "constexpr")):
+    fixed = ("#", "static_assert", "constexpr", "if constexpr", "__global__")
+    if in_comment or text[start:].lstrip().startswith(fixed):
         return None
     return text.count("\n", 0, start) + 1, start, text.index("\n", site.end)
 
@@ -145,7 +170,7 @@ def mutants_of(csrc: Path = CSRC) -> tuple[list[Mutant], list[dict[str, str]]]:
     layers: list[dict[str, str]] = []
     for file in FILES:
         text = (csrc / "cuda" / file).read_text()
-        found = [site for site in sites(text) if line_of(text, site)]
+        found = [site for site in sites(text, STEPS.get(file, "1")) if line_of(text, site)]
         for layer, apart in enumerate(layers_of(found)):
             if layer == len(layers):
                 layers.append({})

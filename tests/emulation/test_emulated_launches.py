@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import passes
 from rasa_ext import ops
 from tests.helpers.operators import draw_adapter
 from tests.helpers.oracle import Adapter
@@ -128,6 +129,41 @@ def test_two_launches_of_decode_whatever_the_size(kernels, tokens):
     call = *map(address, (x, Ap, Bp)), 0, address(y), address(space), tokens, 2048, 32, 16
     assert launches(kernels, lambda: kernels.decode(*call, kernels.DType.float32)) == 2
     torch.testing.assert_close(y, x @ Ap.t() @ Bp, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rank", "down", "grad", "count"),
+    [
+        (600, 48, True, False, 2),
+        (600, 48, False, True, 2),
+        (60, 48, False, True, 1),  # of one group of tokens
+        (600, 96, True, True, 2),
+        (600, 112, True, True, 3),
+    ],
+)
+def test_launches_of_skinny_products(kernels, tokens, rank, down, grad, count):
+    S, P, Q = (torch.randn(n).bfloat16() for n in (tokens * 64, rank * 64, tokens * rank))
+    D, C = torch.empty(tokens, rank).bfloat16(), torch.empty(rank, 64)
+    space = torch.empty(kernels.skinny_workspace(tokens, 64, rank, down, grad) // 4)
+    given = (P if down else None, D, Q if grad else None, C, space)
+    places = [0 if each is None else address(each) for each in (S, *given)]
+    sizes = tokens, 64, rank, kernels.DType.bfloat16
+    assert launches(kernels, lambda: kernels.skinny(*places, *sizes)) == count
+
+
+@pytest.mark.parametrize("tokens", [512, 4096, 8192, 100_000])
+@pytest.mark.parametrize("features", [64, 1024, 4096, 14336])
+def test_what_is_predicted_to_be_added_up(kernels, tokens, features):
+    """benchmarks/passes.py has the sums that the kernels leave."""
+
+    def space(rank: int, down: bool, grad: bool) -> int:
+        return kernels.skinny_workspace(tokens, features, rank, down, grad) // (4 * rank)
+
+    assert space(48, True, False) == tokens * passes.down_parts(tokens, features)
+    groups = passes.grad_groups(tokens, features, 64, 128)
+    assert space(48, False, True) == (groups > 1) * groups * features
+    groups = passes.grad_groups(tokens, features, 32, 256)
+    assert space(96, True, True) == tokens * -(-features // 256) + (groups > 1) * groups * features
 
 
 @pytest.mark.parametrize(("words", "count"), [(0, 0), (510, 1), (511, 2), (1021, 3)])

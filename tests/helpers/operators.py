@@ -48,14 +48,6 @@ def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
     return bits.reshape(-1)[: shape.numel()].view(shape).bool()
 
 
-def forward_of(x: Tensor, mask: tuple) -> tuple:
-    """What a forward is given of a dropout, kept and scale, where a backward has mask and scale."""
-    if not mask:
-        return ()
-    bits, scale = mask
-    return torch.where(unpacked(bits, x.shape), x.detach(), 0), scale
-
-
 def drop(x: Tensor, kept: Tensor | None, p: float = P) -> Tensor:
     """Dropout by its definition; ``kept`` None is none."""
     return x if kept is None else torch.where(kept, x / (1 - p), 0)

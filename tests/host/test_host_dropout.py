@@ -9,7 +9,7 @@ import torch
 from test_host_linear import DTYPES, LAYOUTS, WIDTHS, Case, assert_close, contiguous
 from torch import Tensor
 
-from tests.helpers.operators import forward_of, opcheck
+from tests.helpers.operators import opcheck
 
 SCALE = 1.375
 
@@ -41,9 +41,8 @@ def expected(case: Case, mask: Tensor) -> dict[str, Tensor]:
 
 def run(host, case: Case, mask: Tensor) -> dict[str, Tensor]:
     pack, drop = (case.Ap, case.Bp), (mask, SCALE)
-    dropped = forward_of(case.x, drop)
-    y, U = host.ops.low_rank_linear(case.x, case.weight, case.bias, *pack, *dropped)
-    added, U_again = host.ops.low_rank_add(case.grad, case.x, *pack, *dropped)
+    y, U = host.ops.low_rank_linear(case.x, case.weight, case.bias, *pack, *drop)
+    added, U_again = host.ops.low_rank_add(case.grad, case.x, *pack, *drop)
     assert torch.equal(U, U_again)
     call = host.ops.low_rank_linear_backward
     dx, dAp, dBp = call(case.grad, case.x, case.weight, case.U, *pack, True, True, True, *drop)
@@ -72,8 +71,7 @@ def test_products_under_a_mask(host):
     counts = []
     for drop in ((), (random_mask(case.x), SCALE)):
         host.reset()
-        dropped = forward_of(case.x, drop)
-        host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bp, *dropped)
+        host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bp, *drop)
         args = case.grad, case.x, case.weight, case.U, case.Ap, case.Bp, True, True, True
         host.ops.low_rank_linear_backward(*args, *drop)
         counts.append(host.calls())
@@ -85,33 +83,26 @@ def test_opcheck(host):
     for tokens, widths in itertools.product((0, 5), WIDTHS[:2]):
         case = Case(tokens, widths, torch.float32, (contiguous,))
         pack, drop = (case.Ap, case.Bp), (random_mask(case.x), SCALE)
-        noise, dropped = torch.randint(2**62, (2,)), forward_of(case.x, drop)
-        forward = (case.x, case.weight, None, *pack, *dropped)
+        noise = torch.randint(2**62, (2,))
+        forward = (case.x, case.weight, None, *pack, *drop)
         backward = (case.grad, case.x, case.weight, case.U, *pack, True, True, True, *drop)
         opcheck(host.ops.dropout.default, (noise, case.x, 0.5))
         opcheck(host.ops.low_rank_linear.default, forward)
-        opcheck(host.ops.low_rank_add.default, (case.grad, case.x, *pack, *dropped))
+        opcheck(host.ops.low_rank_add.default, (case.grad, case.x, *pack, *drop))
         opcheck(host.ops.low_rank_linear_backward.default, backward)
 
 
 def test_the_mask_comes_from_both_words(host):
     """The key and the offset of the stream, and from nothing else."""
     x = torch.ones(100, 33)
-    drawn, kept_ones = zip(
-        *(
-            host.ops.dropout(torch.tensor(words), x, 0.25)
-            for words in ([1, 2], [1, 2], [2, 2], [1, 3])
-        ),
-        strict=True,
-    )
-    for mask, ones in zip(drawn, kept_ones, strict=True):
-        assert torch.equal(ones, kept(x, mask))
+    words = [1, 2], [1, 2], [2, 2], [1, 3]
+    drawn = [host.ops.dropout(torch.tensor(each), x, 0.25) for each in words]
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0][1:], drawn[3][:-1])
     assert not torch.equal(drawn[0], drawn[2])
-    share = kept_ones[0].mean().item()
+    share = kept(x, drawn[0]).mean().item()
     assert abs(share - 0.75) < 5 * (0.25 * 0.75 / 3300) ** 0.5
-    assert host.ops.dropout(torch.tensor([1, 2]), x[:0], 0.25)[0].shape == (0,)
+    assert host.ops.dropout(torch.tensor([1, 2]), x[:0], 0.25).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -133,19 +124,6 @@ def test_refusals_of_the_mask(host, change, message):
         host.ops.dropout(*args.values())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_kept(host, dtype, layout):
-    """Dense, wherever x lies, and the bits that the mask says; a NaN that is dropped is zero."""
-    for shape in ((1, 1), (3, 17), (33, 64), (70, 33)):
-        x = layout(lambda *size: torch.randn(size).to(dtype), *shape)
-        mask, found = host.ops.dropout(torch.tensor([1, 2]), x, 0.5)
-        assert torch.equal(found, kept(x, mask))
-        assert found.is_contiguous()
-        nothing = host.ops.dropout(torch.tensor([1, 2]), x * torch.nan, 0.5)[1]
-        assert torch.equal(nothing.isnan(), kept(torch.ones(shape), mask).bool())
-
-
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
@@ -153,25 +131,13 @@ def test_what_is_kept(host, dtype, layout):
         (torch.ones(6), "mask: expected Byte, got Float"),
     ],
 )
-def test_refusals_of_the_backward(host, mask, message):
+def test_refusals(host, mask, message):
     case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
-    args = case.grad, case.x, case.weight, case.U, case.Ap, case.Bp, True, True, True
-    with pytest.raises(RuntimeError, match=f"low_rank_linear_backward: {message}"):
-        host.ops.low_rank_linear_backward(*args, mask, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda x: x[1:], r"x_dropped: expected shape \(5, 9\), got shape \(4, 9\)"),
-        (lambda x: x.double(), "x_dropped: expected the dtype of x, float32, got float64"),
-    ],
-    ids=["shape", "dtype"],
-)
-def test_refusals_of_the_forwards(host, change, message):
-    case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
-    pack, dropped = (case.Ap, case.Bp), (change(case.x), 1.0)
+    pack, drop = (case.Ap, case.Bp), (mask, 1.0)
     with pytest.raises(RuntimeError, match=f"low_rank_linear: {message}"):
-        host.ops.low_rank_linear(case.x, case.weight, None, *pack, *dropped)
+        host.ops.low_rank_linear(case.x, case.weight, None, *pack, *drop)
     with pytest.raises(RuntimeError, match=f"low_rank_add: {message}"):
-        host.ops.low_rank_add(case.grad, case.x, *pack, *dropped)
+        host.ops.low_rank_add(case.grad, case.x, *pack, *drop)
+    args = case.grad, case.x, case.weight, case.U, *pack, True, True, True
+    with pytest.raises(RuntimeError, match=f"low_rank_linear_backward: {message}"):
+        host.ops.low_rank_linear_backward(*args, *drop)

@@ -10,7 +10,7 @@ import torch
 from benchmarks import passes
 from benchmarks.shapes import Linear
 
-TOKENS, IN, POOLED, R = 33, 64, 9, 16
+IN, POOLED, R = 64, 9, 16
 
 
 def asked(host) -> list[tuple[int, ...]]:
@@ -26,9 +26,11 @@ def asked(host) -> list[tuple[int, ...]]:
     return found
 
 
-def listed(name: str, widths: list[int], biased: bool) -> list[tuple[int, ...]]:
+def listed(name: str, tokens: int, widths: list[int], biased: bool) -> list[tuple[int, ...]]:
     linears = [Linear(f"l{i}", IN, width, "x") for i, width in enumerate(widths)]
-    setting = passes.Setting(TOKENS, R, POOLED, itemsize=2, multiple=16, biased=biased)
+    setting = passes.Setting(
+        tokens, R, POOLED, itemsize=2, multiple=16, biased=biased, kernels=True
+    )
     found: list[tuple[int, ...]] = []
     for op in passes.ops(passes.BY_NAME[name], linears, setting):
         if op.kind != "product":
@@ -42,25 +44,27 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape).bfloat16()
 
 
+@pytest.mark.parametrize("tokens", [33, 512])
 @pytest.mark.parametrize("biased", [False, True])
-def test_a_linear_alone(host, biased):
+def test_a_linear_alone(host, biased, tokens):
     out = 48
-    x, weight, grad = draw(TOKENS, IN), draw(out, IN), draw(TOKENS, out)
+    x, weight, grad = draw(tokens, IN), draw(out, IN), draw(tokens, out)
     pack = draw(R, IN), draw(R, out)
     host.reset()
     _, U = host.ops.low_rank_linear(x, weight, draw(out) if biased else None, *pack)
     host.ops.low_rank_linear_backward(grad, x, weight, U, *pack, True, True, True)
-    assert asked(host) == listed("ours", [out], biased)
+    assert asked(host) == listed("ours", tokens, [out], biased)
 
 
+@pytest.mark.parametrize("tokens", [33, 512])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("widths", [[48, 24, 40], [48, 24, 24]])
-def test_fused_projections(host, widths, biased):
-    x, weights = draw(TOKENS, IN), [draw(out, IN) for out in widths]
+def test_fused_projections(host, widths, biased, tokens):
+    x, weights = draw(tokens, IN), [draw(out, IN) for out in widths]
     Ap, Bp = draw(R * len(widths), IN), [draw(R, out) for out in widths]
     host.reset()
     biases = [draw(out) for out in widths] if biased else []
     _, U = host.ops.linear_projections(x, weights, biases, Ap, Bp)
-    grads = [draw(TOKENS, out) for out in widths]
+    grads = [draw(tokens, out) for out in widths]
     host.ops.linear_projections_backward(grads, x, weights, U, Ap, Bp, True, True, True)
-    assert asked(host) == listed("ours fused", widths, biased)
+    assert asked(host) == listed("ours fused", tokens, widths, biased)

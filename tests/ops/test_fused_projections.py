@@ -11,7 +11,6 @@ from tests.helpers.operators import (
     DTYPES,
     check_operator,
     floor,
-    forward_of,
     random_mask,
     unpacked,
 )
@@ -55,7 +54,7 @@ def formulas(x, weights, biases, Ap, Bp, grads, kept=None):
 
 
 def operators(x, weights, biases, Ap, Bp, grads, *mask):
-    y, U = ops.linear_projections(x, weights, biases, Ap, Bp, *forward_of(x, mask))
+    y, U = ops.linear_projections(x, weights, biases, Ap, Bp, *mask)
     dx, dAp, dBp = ops.linear_projections_backward(
         grads, x, weights, U, Ap, Bp, True, True, True, *mask
     )
@@ -70,7 +69,7 @@ def operators(x, weights, biases, Ap, Bp, grads, *mask):
 def test_operators(shape, device):
     x, weights, biases, Ap, Bp, grads = draw(shape, torch.float32, device)
     for mask in ((), (random_mask(x), 1.25)):
-        args = x, weights, [] if mask else biases, Ap, Bp, *forward_of(x, mask)
+        args = x, weights, [] if mask else biases, Ap, Bp, *mask
         check_operator("linear_projections", *args)
         for need in test_linear.NEEDS:
             inputs, U = x if need[1] else None, x @ Ap.T if need[2] else None

@@ -48,20 +48,16 @@ void expect_kept(const Array& x, const uint8_t* mask, const Array& kept) {
 // Bytes behind the mask's last that must stay as they are.
 constexpr int64_t kGuard = 8;
 
-void check_drawn(const Case& c, DType dtype, int x_offset, int kept_offset) {
-  begin_case("n " + std::to_string(c.n) + " p " + std::to_string(c.p) + " offsets " +
-             std::to_string(x_offset) + " " + std::to_string(kept_offset) + " " + name_of(dtype));
-  Array x(dtype, c.n, x_offset), kept(dtype, c.n, kept_offset);
-  x.randomize();
-  if (c.n > 2) x.set(2, HUGE_VAL);
+void check_drawn(const Case& c) {
+  begin_case("n " + std::to_string(c.n) + " p " + std::to_string(c.p));
   const int64_t bytes = rasa_ext::dropout_mask_bytes(c.n);
   auto* noise = static_cast<uint64_t*>(allocate(2 * sizeof(uint64_t)));
   noise[0] = c.key;
   noise[1] = c.offset;
   auto* mask = static_cast<uint8_t*>(allocate(bytes + kGuard));
-  run_repeatedly("dropout", {&kept}, [&] {
+  run_repeatedly("dropout", {}, [&] {
     std::memset(mask, 0xa5, bytes + kGuard);
-    rasa_ext::launch_dropout(noise, x.data(), mask, kept.data(), c.n, c.p, dtype, nullptr);
+    rasa_ext::launch_dropout(noise, mask, c.n, c.p, nullptr);
     finish();
     for (int64_t e = 0; e < c.n; ++e) {
       const bool is_kept = bits_of(c.key, c.offset, e) >= std::min(c.p * 0x1p16, 65535.0);
@@ -71,7 +67,6 @@ void check_drawn(const Case& c, DType dtype, int x_offset, int kept_offset) {
       if (mask[bytes + i] != 0xa5) fail("behind the mask, byte " + std::to_string(i));
     }
   });
-  expect_kept(x, mask, kept);
   release(mask);
   release(noise);
 }
@@ -100,7 +95,7 @@ void check_kept(int64_t n, DType dtype, int x_offset, int kept_offset) {
 
 void check_dropout() {
   const uint64_t key = 0x9abcdef012345678u;
-  check_drawn({1000, 0.25, key, 0}, DType::kBFloat16, 0, 0);
+  check_drawn({1000, 0.25, key, 0});
   check_kept(1000, DType::kBFloat16, 0, 0);
   if (is_small()) return;
   for (const Case& c : {Case{4096, 0.5, 7, 12},
@@ -112,26 +107,24 @@ void check_dropout() {
                         {333, 0.375, ~0ull, 5},
                         {0, 0.5, 1, 1},
                         {1 << 16, 1, key, 9}}) {
-    check_drawn(c, DType::kBFloat16, 0, 0);
+    check_drawn(c);
   }
   // A word that is the threshold is kept, one that is less by one is not.
   for (int64_t e = 0; e < 8; ++e) {
-    check_drawn({8, bits_of(key, 0, e) * 0x1p-16, key, 0}, DType::kFloat32, 0, 0);
-    check_drawn({8, (bits_of(key, 0, e) + 1) * 0x1p-16, key, 0}, DType::kFloat32, 0, 0);
+    check_drawn({8, bits_of(key, 0, e) * 0x1p-16, key, 0});
+    check_drawn({8, (bits_of(key, 0, e) + 1) * 0x1p-16, key, 0});
   }
   std::vector<DType> all = dtypes();
   all.push_back(DType::kFloat64);
-  for (const DType dtype : all) {
-    // A lane's bytes are 256 elements apart, a warp has 1024, a block 8192. Of 9 the last byte of
-    // the mask keeps its only element; 56 are a byte less than a whole store.
-    for (const int64_t n : {0, 1, 7, 8, 9, 15, 31, 32, 56, 255, 256, 264, 1024, 2049, 4099, 8200}) {
+  // A lane's bytes are 256 elements apart, a warp has 1024, a block 8192. Of 9 the last byte of
+  // the mask keeps its only element; 56 are a byte less than a whole store.
+  for (const int64_t n : {0, 1, 7, 8, 9, 15, 31, 32, 56, 255, 256, 264, 1024, 2049, 4099, 8200}) {
+    check_drawn({n, 0.5, key, 1});
+    for (const DType dtype : all) {
       for (const int offset : {0, 1}) {
         check_kept(n, dtype, offset, offset);
         check_kept(n, dtype, offset, 1 - offset);
-        check_drawn({n, 0.5, key, 1}, dtype, offset, offset);
       }
-      check_drawn({n, 0.5, key, 1}, dtype, 0, 1);
-      check_drawn({n, 0.5, key, 1}, dtype, 1, 0);
     }
   }
 }

@@ -8,6 +8,7 @@ void check_pack();
 void check_pack_backward();
 void check_decode();
 void check_dropout();
+void check_skinny();
 void check_table();
 
 }  // namespace check

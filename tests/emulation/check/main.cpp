@@ -36,7 +36,7 @@ int main(int count, char** arguments) {
 #endif
       {"pack", check::check_pack},       {"pack_backward", check::check_pack_backward},
       {"decode", check::check_decode},   {"dropout", check::check_dropout},
-      {"table", check::check_table}};
+      {"skinny", check::check_skinny},   {"table", check::check_table}};
   std::vector<std::string> wanted;
   for (int i = 1; i < count; ++i) {
     if (std::strcmp(arguments[i], "--small") == 0) {
