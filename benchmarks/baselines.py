@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import os
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,7 @@ class OfficialLinear(nn.Module):
     def __init__(self, layer: rasa_ext.RasaLinear) -> None:
         super().__init__()
         self.base_layer, self.A, self.d = layer.base_layer, layer.A, layer.d
+        self.p = layer.config.dropout
         # B is (out, r) as the official code stores it.
         self.B = nn.Parameter(layer.B.detach().contiguous())
         shared = layer.pool.__dict__
@@ -40,8 +44,11 @@ class OfficialLinear(nn.Module):
         result = self.base_layer(x)
         A = torch.cat([self.A, self.A_pool], 0).to(x.dtype)
         B = torch.cat([self.B, self.B_pool], 1).to(x.dtype)
-        result += F.linear(F.linear(x, A) * self.d.to(x.dtype), B) * 1.0
+        result += F.linear(F.linear(self.dropped(x), A) * self.d.to(x.dtype), B) * 1.0
         return result
+
+    def dropped(self, x):
+        return F.dropout(x, self.p) if self.p and self.training else x
 
 
 def swap(model: nn.Module, make) -> nn.Module:
@@ -90,21 +97,52 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+@contextlib.contextmanager
+def cublas() -> Iterator[None]:
+    """Products of the compiled library by cuBLAS alone, also where kernels of its own take them."""
+    before = os.environ.get("RASA_EXT_KERNELS")
+    os.environ["RASA_EXT_KERNELS"] = "cublas"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["RASA_EXT_KERNELS"]
+        else:
+            os.environ["RASA_EXT_KERNELS"] = before
+
+
+class Cublas(nn.Module):
+    """A model whose training step is to run under ``cublas``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        with cublas():
+            return self.model(*args, **kwargs)
+
+
 class _LowRankAddmm(torch.autograd.Function):
     """y = x W^T + (x Ap^T) Bt^T, the base first and every product accumulated in place."""
 
     @staticmethod
-    def forward(ctx, x, weight, Ap, Bt):
-        U = x @ Ap.t()
-        ctx.save_for_backward(x, U, weight, Ap, Bt)
+    def forward(ctx, x, seen, weight, Ap, Bt):
+        U = seen @ Ap.t()
+        ctx.save_for_backward(seen, U, weight, Ap, Bt)
+        ctx.one = seen is x
         return F.linear(x, weight).addmm_(U, Bt.t())
 
     @staticmethod
     def backward(ctx, grad):
-        x, U, weight, Ap, Bt = ctx.saved_tensors
+        seen, U, weight, Ap, Bt = ctx.saved_tensors
         H = grad @ Bt
-        dx = (grad @ weight).addmm_(H, Ap) if ctx.needs_input_grad[0] else None
-        return dx, None, H.t() @ x, grad.t() @ U
+        dx, dseen = grad @ weight if ctx.needs_input_grad[0] else None, None
+        if dx is not None and ctx.one:
+            dx.addmm_(H, Ap)
+        elif dx is not None:
+            dseen = H @ Ap
+        return dx, dseen, None, H.t() @ seen, grad.t() @ U
 
 
 class AddmmLinear(OfficialLinear):
@@ -116,4 +154,4 @@ class AddmmLinear(OfficialLinear):
     def forward(self, x):
         Ap = torch.cat([self.A, self.A_pool], 0).to(x.dtype)
         Bt = (torch.cat([self.B, self.B_pool], 1) * self.d).to(x.dtype)
-        return _LowRankAddmm.apply(x, self.base_layer.weight, Ap, Bt)
+        return _LowRankAddmm.apply(x, self.dropped(x), self.base_layer.weight, Ap, Bt)

@@ -3,9 +3,9 @@
 Ratios are taken between variants of the same run, since machines drift; nothing here judges.
 
 On a CUDA device a call is timed by events on its stream. Before each one the L2 cache is
-overwritten and the device is idle, so that launches which the host cannot make in time count,
-unless ``hide_launches`` has it wait for them. On a CPU the caches are overwritten where that is
-asked for (``cold``).
+overwritten, and written back by reading other memory, and the device is idle, so that launches
+which the host cannot make in time count, unless ``hide_launches`` has it wait for them. On a CPU
+the caches are overwritten where that is asked for (``cold``).
 """
 
 from __future__ import annotations
@@ -95,13 +95,14 @@ def _last_cache_bytes() -> int:
 
 def _cuda_timer(hide_launches: bool) -> Callable[[Callable[[], object]], float]:
     size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
-    cache = torch.empty(max(size, 1 << 20), dtype=torch.int8, device="cuda")
+    cache, other = torch.zeros(2, max(size, 1 << 20) // 8, dtype=torch.int64, device="cuda")
     launching: dict[Callable[[], object], float] = {}  # seconds of the host, last time
 
     def seconds(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         cache.zero_()
+        other.sum()  # the zeros would be written back while the call is timed
         if hide_launches:
             torch.cuda._sleep(int(1.5 * launching.get(call, 1e-3) * _CYCLES))
         start.record()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -86,6 +88,8 @@ class Case:
                 self.adapted[name].fused = fused
         first = next(iter(self.inputs.values()))
         by_default = ops.fuse_projections(first)
+        if self.device.startswith("cuda"):  # as by default, without the kernels of skinny.cuh
+            made[f"{self.ours}, cublas"] = baselines.Cublas(ours)
         name = f"{self.ours}, {'each alone' if by_default else 'fused'}"
         made[name] = baselines.Alone(ours, not by_default)
         for rank in (8, self.R):
@@ -114,7 +118,8 @@ class Case:
         def run() -> list[Tensor]:
             for tensor in trained:
                 tensor.grad = None
-            torch.autograd.backward(module(self.inputs), self.grads)
+            with _environment(module):
+                torch.autograd.backward(module(self.inputs), self.grads)
             return [tensor.grad for tensor in trained if tensor.grad is not None]
 
         return run
@@ -141,7 +146,8 @@ class Case:
     def failures(self, variants: dict[str, nn.Module]) -> dict[str, str]:
         """Why, by name, of the variants that raise, or are not the function that they should be.
 
-        All but frozen, PEFT's and compiled ones are one function, the first of them for reference.
+        All but frozen, PEFT's and compiled ones are one function, the first of them for reference;
+        without dropout, of which each draws its own.
         """
         limit, found = 2e-5 if self.dtype == torch.float32 else 3e-2, {}
         reference, expected = "", {}
@@ -152,7 +158,8 @@ class Case:
                 if name.startswith(("frozen", "peft")):
                     self.step(module)()
                     continue
-                answers = self._answers(module)
+                answers = self._answers(module.eval())
+                module.train()
                 if not expected:
                     reference, expected = name, answers
                 for key, value in answers.items():
@@ -168,8 +175,9 @@ class Case:
         """Outputs with and without grad, and gradients of all that they depend on."""
         self.drop_gradients(module)
         alone = self.forward(module)()
-        outputs = module(self.inputs)
-        torch.autograd.backward(outputs, self.grads)
+        with _environment(module):
+            outputs = module(self.inputs)
+            torch.autograd.backward(outputs, self.grads)
         found = {f"y of {n}": y for n, y in zip(self.adapted, outputs, strict=True)}
         found |= {f"y without grad of {n}": y for n, y in zip(self.adapted, alone, strict=True)}
         found |= {f"dx of {name}": x.grad for name, x in self.inputs.items()}
@@ -230,6 +238,11 @@ class Case:
         except Exception as error:
             return Absent(error)
         return _lively(made)
+
+
+def _environment(module: nn.Module) -> contextlib.AbstractContextManager:
+    """Under which a module's backward runs as its forward does."""
+    return baselines.cublas() if isinstance(module, baselines.Cublas) else contextlib.nullcontext()
 
 
 def said(error: Exception) -> str:

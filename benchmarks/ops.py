@@ -2,7 +2,7 @@
 
     python -m benchmarks.ops [products] [one] [model] [--device cuda] [--json FILE] [--seconds 60]
 
-- ``products``: each matrix product of one linear's step alone (benchmarks.products).
+- ``products``: the matrix products of one linear's step alone (benchmarks.products).
 - ``one``: the operators of one linear, for every shape of a decoder layer.
 - ``model``: the operators over all layers, each group of equal layers at once: packing a model's
   adapters, their gradients, and merging them into its weights; then their sums over the model.

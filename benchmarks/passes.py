@@ -381,7 +381,7 @@ class Setting:
 
     def marks(self, wide: int) -> str:
         """Those of the lines that are run, for ``wide`` times the ranks beside X."""
-        able = self.kernels and self.tokens >= 512 and self.itemsize == 2
+        able = self.kernels and self.tokens >= 1024 and self.itemsize == 2
         of_X = "~" if able and self.padded * wide <= 160 else "^"
         of_G = "0" if not able or self.padded > 160 else "2" if self.padded <= 96 else "1"
         return of_X + of_G + ("?" if self.dropout else "!")

@@ -1,17 +1,21 @@
-"""The matrix products of one adapted linear's training step, as csrc/linear_plan.h lists them.
+"""The products of one adapted linear's training step, each as alone as the operators run it.
 
-Torch calls cuBLAS for them with the operands, strides and dtypes that the compiled operators have.
-The base's comes with beta = 1, as the operators have it, and with beta = 0, as a frozen linear has.
+Those with one narrow side are operators of the package with as little as possible to compute: with
+``need_B`` alone the backward is dBp, with ``need_A`` alone H and dAp. ``cublas`` beside a name is
+the same without the kernels of csrc/cuda/skinny.cuh. The base's products are torch's, with beta = 1
+as the operators have it, and with beta = 0 as a frozen linear has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks.baselines import cublas
 from benchmarks.roofline import Work
 from benchmarks.shapes import Linear
 from rasa_ext import ops
@@ -26,15 +30,13 @@ class Product:
 
 
 def multiply(a: Tensor, b: Tensor, c: Tensor, beta: int = 0) -> Product:
-    """c (m, n) = a (m, k) b (k, n) + beta c; c is float32 where weight gradients are."""
+    """c (m, n) = a (m, k) b (k, n) + beta c."""
 
     def run() -> None:
         if beta:
             c.addmm_(a, b)
-        elif c.dtype == a.dtype:
-            torch.mm(a, b, out=c)
         else:
-            torch.mm(a, b, out_dtype=c.dtype, out=c)
+            torch.mm(a, b, out=c)
 
     moved = a.nbytes + b.nbytes + (1 + beta) * c.nbytes
     return Product(run, Work(moved, 2 * a.numel() * b.shape[1]))
@@ -46,25 +48,48 @@ def of_linear(
     """By name and formula; ``rank`` is padded as the operators pad it."""
     multiple = ops.rank_multiple(device)
     width, out, padded = linear.in_features, linear.out_features, -(-rank // multiple) * multiple
-    # A CPU has no product of two dtypes.
-    wide = ops.accumulation_dtype(dtype) if device.startswith("cuda") else dtype
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).to(dtype)
 
     X, Y, G, dX = draw(M, width), draw(M, out), draw(M, out), draw(M, width)
     W, Ap, Bp = draw(out, width) / width**0.5, draw(padded, width), draw(padded, out)
-    U, H = draw(M, padded), draw(M, padded)
-    dAp, dBp = (torch.empty_like(pack, dtype=wide) for pack in (Ap, Bp))
-    return {
-        "U = X Ap^T": multiply(X, Ap.t(), U),
-        "Y = U Bp": multiply(U, Bp, Y),
+    U = draw(M, padded)
+    mask = torch.randint(256, (-(-X.numel() // 8),), dtype=torch.uint8, device=device)
+
+    def backward(*need: bool, drop: tuple = ()) -> Callable[[], object]:
+        return partial(ops.low_rank_linear_backward, G, X, None, U, Ap, Bp, *need, *drop)
+
+    x, y, u = X.nbytes, Y.nbytes, U.nbytes
+    down, up, wide = Ap.nbytes, Bp.nbytes, ops.accumulation_dtype(dtype).itemsize
+    dAp, dBp, bits = wide * Ap.numel(), wide * Bp.numel(), mask.nbytes
+    of_x, of_y = 2 * M * padded * width, 2 * M * padded * out
+    U_and_Y = partial(ops.low_rank_add, Y, X, Ap, Bp)
+    H_and_dAp, drop = y + up + 2 * u + x + dAp, (mask, 1.25)
+    ours = {
+        "U = X Ap^T, Y + U Bp": Product(U_and_Y, Work(x + down + 2 * u + 2 * y + up, of_x + of_y)),
+        "the same, dropout": Product(
+            partial(U_and_Y, *drop), Work(x + bits + down + 2 * u + 2 * y + up, of_x + of_y)
+        ),
+        "H = G Bp^T, dX = H Ap": Product(
+            backward(True, False, False), Work(y + up + 2 * u + down + x, of_x + of_y)
+        ),
+        "dBp = U^T G": Product(backward(False, False, True), Work(u + y + dBp, of_y)),
+        "H, dAp = H^T X": Product(backward(False, True, False), Work(H_and_dAp, of_x + of_y)),
+        "H, dAp, dropout": Product(
+            backward(False, True, False, drop=drop), Work(H_and_dAp + bits, of_x + of_y)
+        ),
+        "H, dBp, dAp": Product(
+            backward(False, True, True), Work(H_and_dAp + u + dBp, of_x + 2 * of_y)
+        ),
+    }
+    found = dict(ours)
+    for name, product in ours.items():
+        found[f"{name}, cublas"] = Product(cublas()(product.run), product.work)
+    found |= {
         "Y += X W^T": multiply(X, W.t(), Y, 1),
         "Y = X W^T": multiply(X, W.t(), Y),
-        "H = G Bp^T": multiply(G, Bp.t(), H),
-        "dBp = U^T G": multiply(U.t(), G, dBp),
-        "dAp = H^T X": multiply(H.t(), X, dAp),
-        "dX = H Ap": multiply(H, Ap, dX),
         "dX += G W": multiply(G, W, dX, 1),
         "dX = G W": multiply(G, W, dX),
     }
+    return found

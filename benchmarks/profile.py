@@ -63,7 +63,8 @@ def named_ranges() -> Iterator[None]:
 def part(name: str, shapes: list, M: int, ranks: set[int]) -> str:
     """Which of PARTS an operation belongs to."""
     sides = {n for shape in shapes if isinstance(shape, list | tuple) for n in shape}
-    if name.startswith(("rasa_ext::low_rank", "rasa_ext::linear_projections")):
+    ours = ("rasa_ext::low_rank", "rasa_ext::linear_projections", "rasa_ext::adapted_linear")
+    if name.startswith(ours):
         return PARTS[1]
     if name in PRODUCTS:
         return PARTS[2] if sides & ranks else PARTS[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TOKENS = (1, 16, 512, 2048, 8192)
+TOKENS = (1, 16, 512, 2048, 4096, 8192)
 # rank and k by the rule k = rank / 8; with 32 layers R = 39, 78, 156.
 RANKS = ((8, 1), (16, 2), (32, 4))
 

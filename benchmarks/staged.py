@@ -203,13 +203,15 @@ def with_prediction(row: dict[str, Any], card: str) -> dict[str, Any]:
     """A step's row with what was predicted for it beside what was measured, where that can be."""
     known = next((name for name in predict.CARDS if name in card.replace(" ", "-")), None)
     names = {name.format(R=row.get("R")): its for name, its in predict.CHECKED.items()}
+    names["ours, cublas"] = "ours fused cublas"
     variant = names.get(row.get("variant", ""))
     if known is None or variant is None or row.get("what") != "step":
         return row
     if row["block"] not in predict.MODELS or row["r"] != 8:
         return row
     of = (row["block"], row["M"], row["r"], known)
-    found, frozen = (predict.step(*of, name).ms for name in (variant, "frozen"))
+    dropout = row.get("dropout", 0.0)
+    found, frozen = (predict.step(*of, name, dropout).ms for name in (variant, "frozen"))
     return {**row, "predicted_us": 1e3 * found, "predicted_over_frozen": found / frozen}
 
 

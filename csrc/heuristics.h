@@ -17,12 +17,12 @@ inline bool use_decode(int64_t tokens, int64_t rank, DType dtype) {
 }
 
 // Whether a linear's products with one narrow side are the kernels' of cuda/skinny.cuh, where they
-// take the shapes: with fewer tokens they have too few blocks to fill a card. By count of blocks,
-// not yet by measurement. RASA_EXT_KERNELS=cublas in the environment says no, at any time, so that
-// one run can compare.
+// take the shapes: with fewer tokens they leave multiprocessors idle, and the launch that adds up
+// their sums costs more than their reads save. By benchmarks/predict.py, not yet by measurement.
+// RASA_EXT_KERNELS=cublas in the environment says no, at any time, so that one run can compare.
 inline bool use_skinny(int64_t tokens) {
   const char* chosen = std::getenv("RASA_EXT_KERNELS");
-  return tokens >= 512 && (chosen == nullptr || std::strcmp(chosen, "cublas") != 0);
+  return tokens >= 1024 && (chosen == nullptr || std::strcmp(chosen, "cublas") != 0);
 }
 
 // Whether one product (rows, cols) leaves no multiprocessor idle, so that several are better run

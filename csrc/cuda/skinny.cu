@@ -7,6 +7,9 @@
 namespace rasa_ext {
 namespace {
 
+// What sm_120 has for a block.
+constexpr size_t kMostShared = 99 * 1024;
+
 // Whether rows that lie `stride` elements apart all begin at 16 bytes.
 bool whole_rows(const void* rows, int64_t stride) {
   return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride % 8 == 0;
@@ -36,16 +39,18 @@ template <typename T, int R>
 void launch_down(const SkinnyParams& params, Stream stream) {
   const SkinnyCall& call = params.call;
   const dim3 grid(ceil_div(call.M, kDownTokens), ceil_div(call.N, params.part));
-  RASA_LAUNCH_LARGE((down_kernel<T, R>), grid, kSkinnyThreads,
-                    sizeof(DownStage<T, R>) * kDownRing<R>, stream, params);
+  constexpr size_t kShared = sizeof(DownStage<T, R>) * kDownRing<R>;
+  static_assert(kShared <= kMostShared, "a block of every card");
+  RASA_LAUNCH_LARGE((down_kernel<T, R>), grid, kSkinnyThreads, kShared, stream, params);
 }
 
 template <typename T, int R, bool both>
 void launch_grad(const SkinnyParams& params, Stream stream) {
   const SkinnyCall& call = params.call;
   const dim3 grid(ceil_div(call.N, kTileFeatures<both>), ceil_div(call.M, params.group));
-  RASA_LAUNCH_LARGE((grad_kernel<T, R, both>), grid, kSkinnyThreads, sizeof(GradShared<T, R, both>),
-                    stream, params);
+  constexpr size_t kShared = sizeof(GradShared<T, R, both>);
+  static_assert(kShared <= kMostShared, "a block of every card");
+  RASA_LAUNCH_LARGE((grad_kernel<T, R, both>), grid, kSkinnyThreads, kShared, stream, params);
 }
 
 template <typename T>

@@ -295,7 +295,7 @@ __device__ __forceinline__ void add_parts(const Parts& parts, int64_t thread) {
   const int64_t all = parts.rows * parts.cols, at = thread * N;
   if (at >= all) return;
   Vector<float, N> sum{};
-#pragma unroll 4
+#pragma unroll 8
   for (int i = 0; i < parts.count; ++i) {
     const Vector<float, N> one = load<N>(parts.from + i * all + at);
 #pragma unroll

@@ -201,7 +201,7 @@ def measured(monkeypatch, tmp_path: Path) -> tuple[int, dict[str, dict]]:
     path = tmp_path / "step.json"
     given = ["step", "--quick", "--device", "cpu", "--seconds", "0", "--json", str(path)]
     monkeypatch.setattr(sys, "argv", ["block", *given])
-    monkeypatch.setattr(block, "cases", lambda *_: [("step", shapes.BLOCKS["tiny"], 6, 8, 1)])
+    monkeypatch.setattr(block, "cases", lambda *_: [("step", shapes.BLOCKS["tiny"], 6, 8, 1, 0.0)])
     with pytest.raises(SystemExit) as end:
         block.main()
     rows = json.loads(path.read_text())["rows"]
@@ -296,6 +296,10 @@ def test_a_step_has_what_was_predicted_beside_it():
     frozen = predict.step("llama-3.1-8b", 8192, 8, "H100", "frozen")
     assert found["predicted_us"] == pytest.approx(1e3 * fused.ms)
     assert found["predicted_over_frozen"] == pytest.approx(fused.ms / frozen.ms)
+    dropped = staged.with_prediction({**row, "dropout": 0.05}, "NVIDIA H100 80GB HBM3")
+    assert dropped["predicted_us"] > found["predicted_us"]
+    library = staged.with_prediction({**row, "variant": "ours, cublas"}, "NVIDIA H100 80GB HBM3")
+    assert library["predicted_us"] > found["predicted_us"]
     wide = staged.with_prediction({**row, "variant": "peft r=39"}, "NVIDIA H100 80GB HBM3")
     assert wide["predicted_us"] > found["predicted_us"]
     unknown = [

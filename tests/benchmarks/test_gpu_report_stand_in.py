@@ -110,8 +110,10 @@ def test_the_files_are_few(whole):
 
 def test_the_matrix_holds_every_baseline_and_column(whole):
     (rows,) = (stage["rows"] for stage in whole[1]["stages"] if stage["name"] == "step")
-    first = {row["variant"]: row for row in rows if row["R"] == rows[0]["R"]}
-    assert {"frozen", "official", "addmm", "ours", OFF, "peft r=8", "peft r=11"} == set(first)
+    first = {row["variant"]: row for row in rows if row["dropout"]}
+    ours = {"ours", "ours, cublas", OFF}
+    assert {"frozen", "official", "addmm", "peft r=8", "peft r=11"} | ours == set(first)
+    assert {row["dropout"] for row in rows} == {0.05, 0.0}
     assert first["frozen"]["over_frozen"] == first["frozen"]["graph_over_frozen"] == 1
     assert first["official"]["removed"] == 0
     assert first["frozen"]["saved"] == 0
@@ -128,7 +130,9 @@ def test_single_products_are_told_apart(whole):
     (rows,) = (stage["rows"] for stage in whole[1]["stages"] if stage["name"] == "one linear")
     assert rows[0]["copy_gb_s"] > 0
     by_name = {row["what"]: row for row in rows if "tb_s" in row}
-    products = {"U = X Ap^T", "Y = U Bp", "H = G Bp^T", "dBp = U^T G", "dAp = H^T X", "dX = H Ap"}
+    products = {"U = X Ap^T, Y + U Bp", "the same, dropout", "H = G Bp^T, dX = H Ap"}
+    products |= {"dBp = U^T G", "H, dAp = H^T X", "H, dAp, dropout", "H, dBp, dAp"}
+    products |= {f"{name}, cublas" for name in products}
     assert set(by_name) == {*products, "Y += X W^T", "Y = X W^T", "dX += G W", "dX = G W"}
     assert all(row["us"] > 0 and row["tb_s"] > 0 for row in by_name.values())
 

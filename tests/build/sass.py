@@ -4,7 +4,8 @@
 
 Compiles csrc/cuda/*.cu with nvcc, disassembles with nvdisasm (of a CUDA toolkit, or of the package
 nvidia-cuda-nvdisasm), and fails where a kernel spills, uses local memory or atomics, lacks the wide
-accesses that PROMISES has, or has fewer loads in flight; and if the table of kernels in
+accesses or the tensor cores' words that PROMISES has, has fewer loads in flight, or does not fit on
+a multiprocessor; and if the table of kernels in
 benchmarks/results/machine-code.md differs from the one made here. ``--write`` puts this one there.
 No GPU is needed.
 """
@@ -36,6 +37,17 @@ SHOWN = "sm_90"
 FOUR = 4  # loads in flight that hide most of a memory's latency
 
 
+TENSOR = ("HMMA.16816", "LDSM", "LDGSTS")  # products, loads for them, copies to shared memory
+# Bytes of shared memory of a multiprocessor and of a block (CUDA C++ Programming Guide, technical
+# specifications by compute capability); a block takes 1 KB more than it asks for.
+SHARED = {
+    "sm_80": (164 << 10, 163 << 10),
+    "sm_90": (228 << 10, 227 << 10),
+    "sm_100": (228 << 10, 227 << 10),
+    "sm_120": (100 << 10, 99 << 10),
+}
+
+
 class Promise(NamedTuple):
     """Bits of the widest loads and stores, and how many such loads a thread has in flight."""
 
@@ -43,6 +55,7 @@ class Promise(NamedTuple):
     load: int
     store: int
     in_flight: int | None = FOUR  # None: there are no such loads, or they cannot be told apart
+    tensor: bool = False  # whether it has all of TENSOR
 
 
 # The first that matches. Widths are kStep's, kPer16Bytes' or kExpandStep's elements.
@@ -65,7 +78,11 @@ PROMISES = (
     Promise(r"shrink<\w+, \d>", 128, 32),
     Promise(r"expand<float, \d>", 64, 64),
     Promise(r"expand<(half|bf16), \d>", 32, 32),
-    Promise(r"(dropout|keep)<\w+>", 128, 128),
+    Promise(r"keep<\w+>", 128, 128),
+    Promise("dropout", 64, 32, None),
+    # Tiles come by asynchronous copies, two or three stages of them ahead.
+    Promise(r"(down|grad)<\w+, \d+(, \w+)?>", 128, 64, None, tensor=True),
+    Promise(r"sum<\w+>", 128, 64),
     Promise("write_table", 0, 64, None),
 )
 
@@ -90,7 +107,11 @@ def main() -> int:
         found = [
             f"{row.name}: {fault}"
             for row in compiled[arch]
-            for fault in (*spilled(row.ptxas), *faults(row.code, promises[row.name]))
+            for fault in (
+                *spilled(row.ptxas),
+                *faults(row.code, promises[row.name]),
+                *crowded(row, arch),
+            )
         ]
         report.check(not found, f"{arch}: {len(compiled[arch])} kernels, {len(found)} faults")
         print("".join(f"      {each}\n" for each in found), end="")
@@ -131,7 +152,12 @@ def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, scratch: Pa
     codes = list(read(run([str(nvdisasm), "--print-code", str(cubin)])))
     names = demangled([code.name for code in codes])
     return [
-        Row(short(name), code, ptxas[code.name], shared_bytes(log, code.name))
+        Row(
+            short(name),
+            code,
+            ptxas[code.name],
+            shared_bytes(log, code.name) + ring_bytes(short(name)),
+        )
         for name, code in zip(names, codes, strict=True)
     ]
 
@@ -183,7 +209,7 @@ def order(name: str) -> tuple:
 
 
 def shared_bytes(log: str, kernel: str) -> int:
-    """Static shared memory, in ptxas's words; what a launch adds is the launcher's."""
+    """Static shared memory, in ptxas's words."""
     said = log.partition(f"Compiling entry function '{kernel}'")[2].partition("Compiling entry")[0]
     found = re.search(r"(\d+) bytes smem", said)
     return int(found[1]) if found else 0
@@ -208,6 +234,33 @@ def spilled(kernel: Kernel) -> Iterator[str]:
         yield f"{kernel.stack} bytes of stack, {kernel.spills} of spills"
 
 
+def crowded(row: Row, arch: str) -> Iterator[str]:
+    if row.shared > SHARED[arch][1]:
+        yield f"{row.shared} bytes of shared memory, a block has {SHARED[arch][1]}"
+    if row.shared and blocks(row, arch) < 1:
+        yield f"no block fits, with {row.ptxas.registers} registers"
+
+
+def blocks(row: Row, arch: str) -> int:
+    """How many blocks of 256 threads a multiprocessor holds, by registers and shared memory."""
+    registers = -(-row.ptxas.registers // 8) * 8
+    return min(65536 // (256 * registers), SHARED[arch][0] // (row.shared + 1024), 2048 // 256)
+
+
+def ring_bytes(name: str) -> int:
+    """Shared memory that csrc/cuda/skinny.cu launches a kernel with; 0 for other kernels."""
+    found = re.fullmatch(r"(down|grad)<\w+, (\d+)(, true)?.*>", name)
+    if not found:
+        return 0
+    rank, both = int(found[2]), bool(found[3])
+    tokens, features = (128, 64) if found[1] == "down" else (32, 256) if both else (64, 128)
+    narrow = rank * (64 + 8) if found[1] == "down" else tokens * (rank + 8)
+    stage = 2 * (tokens * (features + 8) + narrow) + 4 * tokens * features // 32
+    most = 48 if both else 96
+    stages = 3 if rank <= most else 2
+    return stages * stage + (2 * rank * (features + 8) if both else 0)
+
+
 def faults(code: Code, promise: Promise) -> list[str]:
     """What a kernel does that none may, or does not do that it should."""
     found = []
@@ -217,6 +270,9 @@ def faults(code: Code, promise: Promise) -> list[str]:
     for what, used in (("local memory", local), ("atomics", atomic)):
         if used:
             found.append(f"{what}: {', '.join(used)}")
+    missing = [each for each in TENSOR if not any(op.startswith(each) for op in ops)]
+    if promise.tensor and missing:
+        found.append(f"no {', '.join(missing)}")
     load, store = widest(code)
     for what, got, promised in (("load", load, promise.load), ("store", store, promise.store)):
         if got < promised:
@@ -233,7 +289,7 @@ def faults(code: Code, promise: Promise) -> list[str]:
 
 def widest(code: Code) -> tuple[int, int]:
     """Bits of the widest load and store of global memory; 0 where there is none."""
-    loads = [each.width for each in code.instructions if each.is_load()]
+    loads = [each.width for each in code.instructions if each.is_load() or each.is_copy()]
     stores = [each.width for each in code.instructions if each.is_store()]
     return max(loads, default=0), max(stores, default=0)
 
@@ -261,8 +317,8 @@ def table(rows: list[Row], promises: Mapping[str, Promise]) -> str:
     lines = [
         f"nvcc {release[1] if release else '?'}, {SHOWN}:",
         "",
-        "| kernel | registers | shared | load | store | loads in flight |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| kernel | registers | shared | blocks | load | store | loads in flight |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         promise = promises[row.name]
@@ -271,7 +327,8 @@ def table(rows: list[Row], promises: Mapping[str, Promise]) -> str:
             counts = in_flight(row.code, promise.load).items()
             flying = ", ".join(f"{count} ({where})" for where, count in sorted(counts))
         load, store = (f"{bits} bits" if bits else "-" for bits in widest(row.code))
-        cells = (f"`{row.name}`", row.ptxas.registers, row.shared, load, store, flying)
+        fit = blocks(row, SHOWN) if row.shared else "-"
+        cells = (f"`{row.name}`", row.ptxas.registers, row.shared, fit, load, store, flying)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -47,6 +47,10 @@ class Instruction:
     def is_load(self) -> bool:
         return self.base in LOADS
 
+    def is_copy(self) -> bool:
+        """Whether it copies from global to shared memory, past all registers."""
+        return self.base == "LDGSTS"
+
     def is_store(self) -> bool:
         return self.base in STORES
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.build import sass
@@ -138,6 +140,41 @@ def test_a_kernel_that_keeps_its_promise_has_no_faults():
 def test_a_broken_promise_is_named(old, new, fault):
     assert old in GOOD
     assert any(fault in each for each in sass.faults(code(GOOD.replace(old, new)), PROMISE))
+
+
+TILES = """
+    LDGSTS.E.BYPASS.LTC128B.128 [R3+0x10], desc[UR4][R6.64], !PT
+    LDSM.16.M88.4 R8, [R3]
+    HMMA.16816.F32.BF16 R4, R8, R12, R4
+    STG.E.64 desc[UR4][R2.64], R4
+    EXIT
+    """
+
+
+@pytest.mark.parametrize("word", ["LDGSTS", "LDSM", "HMMA.16816"])
+def test_the_tensor_cores_words_are_asked_for(word):
+    promise = sass.Promise("tiles", load=128, store=64, in_flight=None, tensor=True)
+    assert sass.faults(code(TILES), promise) == []
+    broken = code(TILES.replace(word, "MOV"))
+    assert any(word in each for each in sass.faults(broken, promise))
+
+
+@pytest.mark.parametrize(
+    ("name", "registers", "arch", "count"),
+    [
+        ("down<bf16, 48>", 120, "sm_80", 2),
+        ("down<bf16, 48>", 120, "sm_120", 1),
+        ("grad<half, 96, false>", 120, "sm_90", 2),
+        ("grad<half, 96, true>", 166, "sm_90", 1),
+        ("grad<half, 48, true>", 168, "sm_90", 1),
+    ],
+)
+def test_blocks_by_registers_and_shared_memory(name, registers, arch, count):
+    row = sass.Row(name, None, SimpleNamespace(registers=registers), sass.ring_bytes(name))
+    assert sass.blocks(row, arch) == count
+    assert list(sass.crowded(row, arch)) == []
+    large = row._replace(shared=2 * row.shared + 100_000)
+    assert "a block has" in next(sass.crowded(large, arch))
 
 
 def test_a_reduction_within_a_warp_is_no_atomic():

@@ -17,6 +17,7 @@ REASONS: list[tuple[str, str, str, str]] = [
     ("pack_backward.cu", "if (group.layers > 1)", "if (group.layers >= 1)", EXTRA_BLOCK),
     ("decode.cuh", "m < tokens", "m <= tokens", GUARDED),
     ("decode.cuh", "j < Rp; j +=", "j <= Rp", LAST_TURN),
+    ("dropout.cuh", "start < kDropoutBytes", "start <= k", "the next warp's work, as well"),
     ("dropout.cuh", "first + N <= n", "first + N < n", "the last eight, one by one"),
     ("dropout.cuh", "kDropoutBytes <= end", "kDropoutBytes < end", "the last four, one by one"),
     ("skinny.cuh", "start < kAll", "start <= kAll", GUARDED),

@@ -15,7 +15,15 @@ from rasa_ext.ops import Factors
 from tests.gpu.steps import Case, check_layer
 from tests.helpers.adapters import Errors, excesses
 from tests.helpers.cuda import assert_close
-from tests.helpers.operators import DTYPES, draw_group, floor, lists, packed
+from tests.helpers.operators import (
+    DTYPES,
+    draw_group,
+    floor,
+    lists,
+    packed,
+    random_mask,
+    unpacked,
+)
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -62,7 +70,7 @@ def test_few_tokens(tokens, dtype, device):
 
 @pytest.mark.parametrize("offset", [1, 2, 4])
 @pytest.mark.parametrize("place", ["x", "weight", "bias", "Ap", "Bp", "y"])
-@pytest.mark.parametrize("tokens", [3, 200])
+@pytest.mark.parametrize("tokens", [3, 1030])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_pieces_of_flat_buffers(tokens, place, offset, dtype, device):
     """What begins so many elements into its memory, with a bias, and the gradients of it."""
@@ -88,6 +96,62 @@ def test_pieces_of_flat_buffers(tokens, place, offset, dtype, device):
     t = given[place]
     moved = torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view_as(t)
     assert_close(run(**{**given, place: moved}), expected, dtype)
+
+
+# (tokens, in, out, ranks) of the skinny kernels, on a GPU and on the CPU: tails of every tile, both
+# products of the gradient from one read and from two, ranks that fill a kernel's and do not.
+SKINNY = (
+    ((8192, 4096, 4096, 48), (1032, 64, 264, 48)),
+    ((4093, 4096, 14336, 96), (1027, 64, 272, 96)),
+    ((2049, 14336, 4096, 160), (1024, 288, 40, 160)),
+    ((1025, 1056, 1032, 16), (1025, 96, 72, 16)),
+)
+
+
+def skinny_products(x, Ap, Bp, grad, U, drop):
+    """U, dAp and dBp of a linear without a base."""
+    added, down = ops.low_rank_add(grad, x, Ap, Bp, *drop)
+    need = True, True, True
+    dx, dAp, dBp = ops.low_rank_linear_backward(grad, x, None, U, Ap, Bp, *need, *drop)
+    return {"added": added, "U": down, "dx": dx, "dAp": dAp, "dBp": dBp}
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("sizes", SKINNY, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_skinny_products(sizes, dtype, dropout, device, monkeypatch):
+    """Within cuBLAS's own error, and the same bits each time."""
+    tokens, width, out, rank = sizes[device != "cuda"]
+    x, Ap, Bp, grad, U = (
+        torch.randn(size, device=device).to(dtype)
+        for size in ((tokens, width), (rank, width), (rank, out), (tokens, out), (tokens, rank))
+    )
+    Ap, Bp = Ap * width**-0.5, Bp * out**-0.5
+    drop = (random_mask(x), 1.25) if dropout else ()
+    seen = x.double()
+    if dropout:
+        seen = torch.where(unpacked(drop[0], x.shape), seen, 0)
+        x[~unpacked(drop[0], x.shape)] = torch.nan  # what is dropped must not be seen
+    scale = drop[1] if drop else 1.0
+    inner, H = scale * seen @ Ap.double().T, scale * grad.double() @ Bp.double().T
+    dx = H @ Ap.double()
+    if dropout:
+        dx = torch.where(unpacked(drop[0], x.shape), dx, 0)
+    reference = {
+        "added": grad.double() + inner @ Bp.double(),
+        "U": inner,
+        "dx": dx,
+        "dAp": H.T @ seen,
+        "dBp": U.double().T @ grad.double(),
+    }
+    args = x, Ap, Bp, grad, U, drop
+    found, again = skinny_products(*args), skinny_products(*args)
+    assert all(torch.equal(found[name], again[name]) for name in found)
+    monkeypatch.setenv("RASA_EXT_KERNELS", "cublas")
+    ours, theirs = Errors(), Errors()
+    ours.add(found, reference)
+    theirs.add(skinny_products(*args), reference)
+    assert not excesses(ours, theirs, floor(dtype))[0]
 
 
 # (tokens, rank): the tokens whose U fits in shared memory side by side are 8, 4, 1 and none.

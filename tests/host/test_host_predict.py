@@ -44,7 +44,7 @@ def draw(*shape: int) -> torch.Tensor:
     return torch.randn(shape).bfloat16()
 
 
-@pytest.mark.parametrize("tokens", [33, 512])
+@pytest.mark.parametrize("tokens", [33, 1024])
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_linear_alone(host, biased, tokens):
     out = 48
@@ -56,7 +56,7 @@ def test_a_linear_alone(host, biased, tokens):
     assert asked(host) == listed("ours", tokens, [out], biased)
 
 
-@pytest.mark.parametrize("tokens", [33, 512])
+@pytest.mark.parametrize("tokens", [33, 1024])
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("widths", [[48, 24, 40], [48, 24, 24]])
 def test_fused_projections(host, widths, biased, tokens):

@@ -10,10 +10,10 @@ from test_host_projections import Case as Projections
 from test_host_projections import check_forward, close
 from torch import Tensor
 
-TOKENS = 512  # from which on the kernels are asked
+TOKENS = 1024  # from which on the kernels are asked
 WIDTHS = (64, 72, 16)
 # Y = U Bp and Y += X W^T; dX = H Ap and dX += G W.
-REST = ["m=72 n=512 k=16", "m=72 n=512 k=64", "m=64 n=512 k=16", "m=64 n=512 k=72"]
+REST = ["m=72 n=1024 k=16", "m=72 n=1024 k=64", "m=64 n=1024 k=16", "m=64 n=1024 k=72"]
 
 
 def run(host, case: Case, *drop) -> dict[str, Tensor]:
