@@ -291,15 +291,22 @@ struct Parts {
 
 template <typename T>
 __device__ __forceinline__ void add_parts(const Parts& parts, int64_t thread) {
-  constexpr int N = 4;
+  constexpr int N = 4, kAtOnce = 4;
   const int64_t all = parts.rows * parts.cols, at = thread * N;
   if (at >= all) return;
   Vector<float, N> sum{};
-#pragma unroll 8
-  for (int i = 0; i < parts.count; ++i) {
-    const Vector<float, N> one = load<N>(parts.from + i * all + at);
+  for (int i = 0; i < parts.count; i += kAtOnce) {
+    Vector<float, N> some[kAtOnce];
 #pragma unroll
-    for (int v = 0; v < N; ++v) sum.at[v] += one.at[v];
+    for (int p = 0; p < kAtOnce; ++p) {
+      if (i + p < parts.count) some[p] = load<N>(parts.from + (i + p) * all + at);
+    }
+#pragma unroll
+    for (int p = 0; p < kAtOnce; ++p) {
+      if (i + p >= parts.count) break;
+#pragma unroll
+      for (int v = 0; v < N; ++v) sum.at[v] += some[p].at[v];
+    }
   }
   Vector<T, N> result;
 #pragma unroll

@@ -25,6 +25,7 @@ REASONS: list[tuple[str, str, str, str]] = [
     ("skinny.cuh", "col < end", "col <= end", NOTHING_THERE),
     ("skinny.cuh", "token < end", "token <= end", NOTHING_THERE),
     ("skinny.cuh", "step + 1 < kStages", "step + 1 <= kStages", ASKED_TWICE),
+    ("skinny.cuh", "i < parts.count", "i <= parts.count", GUARDED),
     ("skinny.cuh", "unit < tokens", "unit <= tokens", NOTHING_THERE),
     ("skinny.cuh", "j < R /", "j <= R /", NOTHING_THERE),
     ("skinny.cu", "Rp <= kBothRanks", "kBothRanks", "no Rp, or another cut of the sums, as right"),

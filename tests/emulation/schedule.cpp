@@ -78,21 +78,21 @@ void multiply_matrices(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uin
       {a[0] | uint64_t{a[1]} << 32, a[2] | uint64_t{a[3]} << 32, b0 | uint64_t{b1} << 32}};
   const Brought* all = meet_warp(mine, kLanes + 2);
   const unsigned lane = place().thread.x % kLanes, group = lane / 4, pair = lane % 4 * 2;
-  const auto number = [&](unsigned of, unsigned which, unsigned element) {
-    const auto bits = static_cast<uint16_t>(all[of].bits[which] >> (16 * element));
-    return static_cast<double>(widen(bits));
-  };
-  for (unsigned half = 0; half < 2; ++half) {
+  // This lane's two rows of A and two columns of B.
+  double rows[2][16], columns[2][16];
+  for (unsigned k = 0; k < 16; ++k) {
+    const unsigned in_pair = k % 8 / 2, high = k / 8, odd = k % 2;
     for (unsigned i = 0; i < 2; ++i) {
-      double total = sum[2 * half + i];
-      for (unsigned k = 0; k < 16; ++k) {
-        const unsigned in_pair = k % 8 / 2, high = k / 8, odd = k % 2;
-        // A's row and column k, and B's row k and column.
-        total += number(group * 4 + in_pair, high, 2 * half + odd) *
-                 number((pair + i) * 4 + in_pair, 2, 2 * high + odd);
-      }
-      sum[2 * half + i] = static_cast<float>(total);
+      const uint64_t A = all[group * 4 + in_pair].bits[high];
+      const uint64_t B = all[(pair + i) * 4 + in_pair].bits[2];
+      rows[i][k] = widen(static_cast<uint16_t>(A >> 16 * (2 * i + odd)));
+      columns[i][k] = widen(static_cast<uint16_t>(B >> 16 * (2 * high + odd)));
     }
+  }
+  for (unsigned i = 0; i < 4; ++i) {
+    double total = sum[i];
+    for (unsigned k = 0; k < 16; ++k) total += rows[i / 2][k] * columns[i % 2][k];
+    sum[i] = static_cast<float>(total);
   }
 }
 
