@@ -13,7 +13,7 @@ from torch import nn
 from rasa_ext._version import __version__
 from rasa_ext.checkpoint.adapter import save_adapter
 from rasa_ext.checkpoint.card import CARD, hub_id, moved
-from rasa_ext.checkpoint.files import CONFIG
+from rasa_ext.checkpoint.files import CONFIG, WEIGHTS, read_tensors
 
 _BASE_FIELDS = ("base_model_name_or_path", "model")
 """Fields that name the base in PEFT's and this package's files, and in mlx-lm's."""
@@ -61,8 +61,8 @@ def push_to_hub(
 
     Raises:
         FileNotFoundError: there is no such directory, or nothing in it.
-        ValueError: the adapter names a local path as the base and ``base_model`` is None, or the
-            directory holds a link. Nothing was pushed.
+        ValueError: the weights are damaged, the adapter names a local path as the base and
+            ``base_model`` is None, or the directory holds a link. Nothing was pushed.
         TypeError, ValueError: the model is not patched.
         OSError: the Hub refuses, or does not answer.
 
@@ -80,6 +80,8 @@ def push_to_hub(
             source = temporary
         folder = Path(source)
         files = _files(folder)
+        if WEIGHTS in files:
+            read_tensors(folder / WEIGHTS)  # raises for a damaged file
         local, base = _rename_base(files, base_model)
         text = (folder / CARD).read_text(encoding="utf-8") if CARD in files else ""
         moved(text, repo_id, base, local)  # raises for a bad card before the Hub is called

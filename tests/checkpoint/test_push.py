@@ -185,6 +185,15 @@ def test_nothing_to_push(hub, tmp_path):
     assert hub.created == []
 
 
+def test_a_damaged_adapter_is_not_pushed(hub, tmp_path):
+    rasa_ext.save_adapter(model(), tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="damaged or cut"):
+        rasa_ext.push_to_hub(tmp_path, "me/sums")
+    assert hub.created == []
+
+
 def test_an_id_that_the_hub_does_not_have(hub):
     base = tiny_lm.make_model()
     before = copy.deepcopy(base.state_dict())
