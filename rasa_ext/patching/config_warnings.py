@@ -11,7 +11,7 @@ from rasa_ext.methods.base import AdapterConfig
 from rasa_ext.methods.lora import LoraConfig
 from rasa_ext.methods.rasa import RasaConfig
 from rasa_ext.patching.grouping import Group, every_index, groups_of
-from rasa_ext.patching.targets import Plan
+from rasa_ext.patching.targets import EXCLUDED, Plan, matches
 
 _MUCH = 0.1
 """Smallest part of a model's parameters, left untouched, that is worth a warning."""
@@ -76,6 +76,16 @@ def _rank_above_sides(config: RasaConfig, groups: Sequence[Group], argument: str
             f"most {min(out, width)} ranks; take a smaller rank, leave such layers out with "
             "exclude_modules, or train them in full with modules_to_save."
         )
+
+
+def unused_exclusions(config: AdapterConfig, plan: Plan) -> Iterator[str]:
+    """Yield a warning for each name in ``exclude_modules`` that leaves out no layer."""
+    given = config.exclude_modules
+    excluded = [name for name, why in plan.skipped.items() if why == EXCLUDED]
+    for item in (given,) if isinstance(given, str) else given:
+        wanted = item if isinstance(given, str) else (item,)
+        if not any(matches(name, wanted) for name in excluded):
+            yield f"exclude_modules: {item!r} leaves out no layer that target_modules names."
 
 
 def untouched(model: nn.Module, config: AdapterConfig, plan: Plan) -> Iterator[str]:

@@ -20,7 +20,7 @@ from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.rasa import RasaLinear, RasaPool, SplitRasaLinear
 from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
-from rasa_ext.patching.config_warnings import config_warnings, untouched
+from rasa_ext.patching.config_warnings import config_warnings, untouched, unused_exclusions
 from rasa_ext.patching.grouping import resolve_groups
 from rasa_ext.patching.pretrained import replace_save_pretrained, restore_save_pretrained
 from rasa_ext.patching.state import (
@@ -115,7 +115,8 @@ def patch_model(
     check_unpatched(model)
     plan = make_plan(model, config)
     apply_plan(model, config, plan)
-    for message in (*config_warnings(config, plan.groups), *untouched(model, config, plan)):
+    messages = [*config_warnings(config, plan.groups), *unused_exclusions(config, plan)]
+    for message in (*messages, *untouched(model, config, plan)):
         warnings.warn(message, stacklevel=3)
     return model
 

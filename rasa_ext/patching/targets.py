@@ -15,6 +15,7 @@ from rasa_ext.methods.patterns import matches_whole
 from rasa_ext.patching.grouping import Group, ends_in, group_layers
 from rasa_ext.patching.tokens import TokenRows, check_not_adapted, find_rows
 
+EXCLUDED = "named by exclude_modules"
 INSTEAD = "leave it out with exclude_modules, or train it in full with modules_to_save"
 
 
@@ -117,7 +118,7 @@ def _choose(
     for name in _matched(found, names, config.target_modules):
         within = next((s for s in saved if name == s or name.startswith(f"{s}.")), None)
         if matches(name, config.exclude_modules):
-            skipped[name] = "named by exclude_modules"
+            skipped[name] = EXCLUDED
         elif explicit and within is not None:
             raise ValueError(
                 f"modules_to_save: {within!r} is trained in full, but target_modules also adapts "

@@ -191,6 +191,14 @@ def test_summary_shows_what_was_left_out(entry, options, shown):
         assert name in table
 
 
+@pytest.mark.parametrize("given", [["o_proj", "zebra"], r".*zebra.*"])
+def test_an_exclusion_without_effect_is_warned_of(given):
+    message = "exclude_modules: '.*zebra.*' leaves out no layer"
+    with pytest.warns(UserWarning, match=message) as said:
+        rasa_ext.patch_model(LLAMA.build(), 2, 1, exclude_modules=given)
+    assert len(said) == 1
+
+
 def test_cuda_status_is_one_sentence():
     status = rasa_ext.cuda_status()
     assert status.endswith(".")
