@@ -124,7 +124,7 @@ def test_an_adapter_of_another_model_is_refused(folder, options, tmp_path):
 
 
 def test_an_adapter_in_place_of_a_model_names_the_option_for_it(folder):
-    message = f"give the adapter's base .*, with --init-adapter {folder / 'rasa'} to train"
+    message = f"give the adapter's base .* pass the base and `--init-adapter {folder / 'rasa'}` to"
     with pytest.raises(ValueError, match=message):
         FinetuneOptions(str(folder / "rasa"), "d")
 
