@@ -181,7 +181,7 @@ void check_skinny() {
   const std::vector<Shape> shapes{
       // Several parts of the features; ranks that fill 48, 96 and 160 or do not.
       {130, 584, 48, true, false, false, 8},
-      {9, 1088, 64, true, false, true, 8},
+      {9, 1632, 64, true, false, true, 8},  // six, more than are in flight at once
       {150, 64, 96, true, false, true},
       {129, 1032, 112, true, false, false},
       {20, 544, 160, true, false, true, 24},
