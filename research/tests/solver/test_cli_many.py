@@ -121,7 +121,8 @@ def test_nothing_is_written_over_what_is_read(loras, tmp_path):
 def test_a_set_is_told_from_an_adapter(base, loras, tmp_path):
     words = ["compress-many", *loras, "--rank", 2, "--iterations", 0, "-o", tmp_path / "set"]
     invoke(*words)
-    for words in (["import-lora", tmp_path / "set"], ["merge", tmp_path / "set", "--model", base]):
+    for command in ("import-lora", "merge"):
+        words = [command, tmp_path / "set", "--model", base]
         text = invoke(*words, "--output", tmp_path / "out", code=1)
         assert "got 'LORA_SET'" in text
     text = invoke("expand", loras[0], "-o", tmp_path / "out", code=1)
