@@ -20,7 +20,8 @@ STALE = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.b
 INSIDE, NEW, OLD = "saving", "new", "old"
 """Names of the temporary folder within the output folder, and of the two folders in it."""
 
-_CONFIGS = ("adapter_config.json", "config.json")
+CONFIG = "adapter_config.json"
+_CONFIGS = (CONFIG, "config.json")
 """Configs, without which no reader reads a folder."""
 
 _PATIENCE = 10.0  # seconds; a lock is held while a few files are renamed

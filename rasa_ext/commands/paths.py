@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from rasa_ext.writing import CONFIG
+
 SMOLLM2 = "smollm2"  # the name of the demo's model, wherever it is
-ADAPTER = "adapter_config.json"
 
 
 class ModelError(ValueError):
@@ -15,7 +16,7 @@ class ModelError(ValueError):
 
 def is_adapter(path: Path) -> bool:
     """Tell whether a path is an adapter's directory, of any method."""
-    return (path / ADAPTER).is_file()
+    return (path / CONFIG).is_file()
 
 
 def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") -> None:
@@ -25,7 +26,7 @@ def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") ->
     """
     if is_adapter(path):
         return
-    what = f"{path} holds no {ADAPTER}" if path.is_dir() else f"{path} does not exist"
+    what = f"{path} holds no {CONFIG}" if path.is_dir() else f"{path} does not exist"
     if path.is_file():
         what = f"{path} is a file"
     raise FileNotFoundError(f"{argument}: expected an adapter's directory, but {what}.{otherwise}")
