@@ -7,12 +7,14 @@ layout of the weights. Only these attributes are read, except for a few classes 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.layouts import packed_experts
+from rasa_ext.base_layers.layouts import MXFP4_EXPERTS, packed_experts
 from rasa_ext.base_layers.linear import is_linear
 from rasa_ext.base_layers.sharded import is_dtensor
 
@@ -20,8 +22,12 @@ ExpertWeight = tuple[nn.Module, str]
 """One stacked weight: the module, and the name of the parameter."""
 
 _MARKS = ("has_bias", "is_transposed", "_apply_gate")
-_UNMARKED = {"Llama4TextExperts": True, "Step3p7Experts": False}
-"""transformers' classes without these attributes, and whether their weights are transposed."""
+_UNMARKED = {
+    "Llama4TextExperts": {"is_transposed": True},
+    "Step3p7Experts": {},
+    MXFP4_EXPERTS: {"is_transposed": True, "has_bias": True, "is_concatenated": False},
+}
+"""transformers' classes without these attributes, and what theirs would be."""
 
 _ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 
@@ -29,8 +35,15 @@ _ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module holds stacked experts of a known layout."""
     known = type(module).__name__ in _UNMARKED or all(hasattr(module, mark) for mark in _MARKS)
-    weights = (getattr(module, name, None) for name in expert_weight_names(module))
-    return known and all(isinstance(weight, Tensor) for weight in weights)
+    return known and all(
+        isinstance(getattr(module, name, None), Tensor) or packed_experts(module, name) is not None
+        for name in expert_weight_names(module)
+    )
+
+
+def has_packed_experts(module: nn.Module) -> bool:
+    """Return whether a module holds stacked experts of a packed layout."""
+    return is_experts(module) and packed_experts(module, "down_proj") is not None
 
 
 def expert_weight_names(module: Any) -> tuple[str, str]:
@@ -45,12 +58,18 @@ def has_gate(module: Any) -> bool:
 
 def is_transposed(module: Any) -> bool:
     """Return whether stacked weights have the layout (experts, in, out)."""
-    return bool(getattr(module, "is_transposed", _UNMARKED.get(type(module).__name__, False)))
+    return mark(module, "is_transposed")
 
 
 def has_bias(module: Any) -> bool:
     """Return whether each stacked weight has a bias."""
-    return bool(getattr(module, "has_bias", False))
+    return mark(module, "has_bias")
+
+
+def mark(module: Any, name: str, default: bool = False) -> bool:
+    """Return an attribute that describes the layout of experts' weights."""
+    unmarked: Mapping[str, bool] = _UNMARKED.get(type(module).__name__, {})
+    return bool(getattr(module, name, unmarked.get(name, default)))
 
 
 def activated(module: Any, y: Tensor) -> Tensor:
@@ -59,6 +78,9 @@ def activated(module: Any, y: Tensor) -> Tensor:
         found: Tensor = module.act_fn(y)
     elif hasattr(module, "_apply_gate"):
         found = module._apply_gate(y)
+    elif type(module).__name__ == MXFP4_EXPERTS:
+        source = sys.modules["transformers.models.gpt_oss.modeling_gpt_oss"]
+        found = source.GptOssExperts._apply_gate(module, y)
     else:
         gate, up = y.chunk(2, -1)
         found = up * module.act_fn(gate)
@@ -71,14 +93,19 @@ def has_post_expert_norm(module: Any) -> bool:
 
 
 def expert_shape(module: Any, name: str) -> tuple[int, int, int]:
-    """Return (experts, out, in) of a stacked weight of either layout."""
+    """Return (experts, out, in) of a stacked weight of any layout."""
+    if (packed := packed_experts(module, name)) is not None:
+        return packed.shape
     experts, rows, columns = getattr(module, name).shape
     return (experts, columns, rows) if is_transposed(module) else (experts, rows, columns)
 
 
 def expert_weight(module: Any, name: str) -> Tensor:
-    """View a stacked weight as (experts, out, in)."""
+    """View a stacked weight as (experts, out, in); one of Triton's as bytes without values."""
     weight: Tensor = getattr(module, name)
+    if not isinstance(weight, Tensor):
+        nothing = torch.empty((), dtype=torch.uint8, device=weight.device)
+        return nothing.expand(expert_shape(module, name))
     return weight.transpose(1, 2) if is_transposed(module) else weight
 
 
@@ -103,14 +130,14 @@ def check_expert_weight(full_name: str, stack: ExpertWeight) -> None:
             f"{where} is sharded over processes, expected a whole weight; patch first, then call "
             "rasa_ext.distributed.shard_model(model, mesh)."
         )
-    numbers = weight.is_floating_point() and weight.itemsize > 1
-    known = numbers or packed_experts(module, name) is not None
-    if type(weight) not in (nn.Parameter, Tensor) or not known:
+    usual = type(weight) in (nn.Parameter, Tensor)
+    numbers = usual and weight.is_floating_point() and weight.itemsize > 1
+    if not numbers and packed_experts(module, name) is None:
         raise TypeError(
             f"{where} is a {type(weight).__name__} of {weight.dtype}, expected floating-point "
             "weights; load the model dequantized, or leave out experts."
         )
-    if weight.dim() != 3 or 0 in weight.shape:
+    if len(weight.shape) != 3 or 0 in weight.shape:
         raise ValueError(
             f"{where} has the shape {tuple(weight.shape)}, expected a stack of matrices; gather "
             "sharded weights before patching, or leave out experts."

@@ -40,6 +40,9 @@ _AWQ = frozenset({"WQLinear_GEMM", "AwqTorchLinear", "AwqGEMMLinear", "AwqGEMMTr
 """Classes of gptqmodel and AutoAWQ that leave the checkpoint's words as they are. Others rearrange
 them for a kernel, some in place and in the same shape."""
 
+MXFP4_EXPERTS = "Mxfp4GptOssExperts"
+"""transformers' class for gpt-oss's experts in MXFP4, whose weights are tensors of Triton's."""
+
 _CHANGED = ("planar", "online_full_had", "online_partial_had")
 """Flags of gptqmodel's layers under which a layer computes something else."""
 
@@ -201,27 +204,63 @@ def layout_of(module: nn.Module) -> Layout | None:
     return None
 
 
-def packed_experts(module: nn.Module, name: str) -> tuple[Layout, list[Any]] | None:
-    """Return the layout of a stacked weight, and each expert's part in place of a layer, or None.
+class PackedStack(NamedTuple):
+    """A packed stacked weight, which is read as its parts are asked for."""
 
-    Known is transformers' FP8Experts: FP8 with scales of the tensor, of halves, or of blocks.
+    layout: Layout
+    shape: tuple[int, int, int]
+    """(experts, out, in)."""
+    block: tuple[int, int]
+    """Rows and columns that share a scale."""
+    weight: Any
+    scales: Any
+
+    def parts(self) -> list[Any]:
+        """Return each expert's part, in place of a linear layer."""
+        _, out, width = self.shape
+        stored = (_plain(each)[:, :out] for each in (self.weight, self.scales))  # some are padded
+        return [
+            SimpleNamespace(
+                in_features=width,
+                out_features=out,
+                block_size=self.block,
+                weight=part,
+                weight_packed=part,
+                _parameters={"weight_scale": scale},
+            )
+            for part, scale in zip(*stored, strict=True)
+        ]
+
+
+def packed_experts(module: nn.Module, name: str) -> PackedStack | None:
+    """Return a stacked weight of a known layout, or None.
+
+    Known are transformers' FP8Experts, with scales of the tensor, of halves, or of blocks, and
+    its Mxfp4GptOssExperts with loaded weights, in the order of any card's kernels.
     """
-    weight, scales = (module._parameters.get(f"{name}{end}") for end in ("", "_scale_inv"))
+    weight: Any = getattr(module, name, None)
+    kind = type(module).__name__
+    if kind == MXFP4_EXPERTS and hasattr(module, "forward_routed"):
+        config = getattr(module, f"{name}_precision_config", None)
+        if config is None:
+            return None
+        experts, width, out = weight.shape
+        layout: Layout = PackedFloats(f"{kind}, mxfp4, 4 bits")
+        return PackedStack(layout, (experts, out, width), (1, 32), weight, config.weight_scale)
+    scales = module._parameters.get(f"{name}_scale_inv")
     if weight is None or scales is None or weight.dtype != torch.float8_e4m3fn:
         return None
     _, out, width = weight.shape
     block = getattr(module, "block_size", None) or (out // scales.shape[1], width)
-    parts = [
-        SimpleNamespace(
-            in_features=width,
-            out_features=out,
-            block_size=block,
-            weight=part,
-            _parameters={"weight_scale_inv": scale},
-        )
-        for part, scale in zip(weight.detach(), scales.detach(), strict=True)
-    ]
-    return OneByte(f"{type(module).__name__}, fp8 e4m3"), parts
+    return PackedStack(OneByte(f"{kind}, fp8 e4m3"), tuple(weight.shape), block, weight, scales)
+
+
+def _plain(stored: Any) -> Tensor:
+    """Return numbers by experts and rows, out of the order that Triton's kernels want."""
+    if isinstance(stored, Tensor):
+        return stored.detach()
+    plain: Tensor = stored.storage.layout.unswizzle_data(stored.storage.data)
+    return plain.transpose(-1, -2)
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
@@ -307,7 +346,7 @@ def _tiles(layout: Layout, base: Any, dtype: torch.dtype) -> Iterator[tuple[slic
 def multiply(layout: Layout, base: Any, x: Tensor) -> Tensor:
     """Compute x W^T (M, out) of x (M, in) by tiles."""
     y = x.new_empty(len(x), linear_shape(base)[0])
-    for rows, tile in _tiles(layout, base, x.dtype):
+    for rows, tile in _tiles(layout, base, x.dtype) if len(x) else ():
         y[:, rows] = x @ tile.t()
     return y
 
@@ -316,7 +355,7 @@ def multiply_back(layout: Layout, base: Any, grad: Tensor) -> Tensor:
     """Compute grad W (M, in) of grad (M, out) by tiles."""
     wide = torch.promote_types(grad.dtype, torch.float32)  # a sum over tiles, rounded once
     dx = grad.new_zeros(len(grad), linear_shape(base)[1], dtype=wide)
-    for rows, tile in _tiles(layout, base, grad.dtype):
+    for rows, tile in _tiles(layout, base, grad.dtype) if len(grad) else ():
         dx += grad[:, rows] @ tile
     return dx.to(grad.dtype)
 

@@ -18,8 +18,15 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import is_experts
-from rasa_ext.base_layers.layouts import Format, Layout, layout_of, packed_experts, tiled_linear
+from rasa_ext.base_layers.experts import has_packed_experts, is_experts
+from rasa_ext.base_layers.layouts import (
+    MXFP4_EXPERTS,
+    Format,
+    Layout,
+    layout_of,
+    packed_experts,
+    tiled_linear,
+)
 from rasa_ext.base_layers.linear import LinearLayer, linear_shape, stored_weight
 from rasa_ext.base_layers.sharded import is_dtensor
 
@@ -279,7 +286,7 @@ def _blocks_experts(module: nn.Module) -> bool:
         if _is_packed(tensor) and tensor.dim() == 3 and not name.endswith("_scale_inv")
     ]
     known = is_experts(module) and all(packed_experts(module, name) for name in stacks)
-    return type(module).__name__ == "Mxfp4GptOssExperts" or (bool(stacks) and not known)
+    return (type(module).__name__ == MXFP4_EXPERTS or bool(stacks)) and not known
 
 
 def _blocks_gradient(module: nn.Linear) -> bool:
@@ -312,7 +319,8 @@ def quantizer_changes(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.M
     dense in its first forward, is left out. On a CPU with AVX512-BF16, bitsandbytes' Linear4bit
     rearranges the weight in the first forward without grad in eval mode; from then on the input
     silently gets no gradient. With ``hide_quantizer`` the model does not report that it is
-    quantized: transformers' Trainer would assume that it has no adapter.
+    quantized: transformers' Trainer would assume that it has no adapter, and that experts in MXFP4
+    cannot be trained through, whoever owns the adapter.
 
     Returns:
         The module, the name and the new value of each attribute.
@@ -326,11 +334,15 @@ def quantizer_changes(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.M
             changes.append((base, inner, functools.partial(tiled_linear, fmt, base)))
         elif getattr(base, _BNB_REPACK_FLAG, False):
             changes.append((base, _BNB_REPACK_FLAG, False))
-    for module in model.modules() if found else ():
+    experts = [module for module in model.modules() if has_packed_experts(module)]
+    triton = [module for module in experts if type(module).__name__ == MXFP4_EXPERTS]
+    # Their parent then calls the router and ``forward``, not only Triton's kernels.
+    changes += [(module, "_is_hooked", True) for module in triton]
+    for module in model.modules() if found or experts else ():
         if (handle := module.__dict__.get("ct_decompress_hook")) is not None:
             hooks = module._forward_pre_hooks.copy()
             hooks.pop(handle.id, None)
             changes.append((module, "_forward_pre_hooks", hooks))
-        if hide_quantizer and module.__dict__.get("is_quantized", False):
+        if (hide_quantizer or triton) and module.__dict__.get("is_quantized", False):
             changes.append((module, "is_quantized", False))
     return changes

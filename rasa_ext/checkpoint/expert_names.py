@@ -7,7 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from rasa_ext.base_layers.experts import expert_shape, expert_weight_names, has_gate, is_experts
+from rasa_ext.base_layers.experts import (
+    expert_shape,
+    expert_weight_names,
+    has_gate,
+    is_experts,
+    mark,
+)
 
 _STACKED = frozenset(
     {"gpt_oss", "granitemoe", "granitemoeshared", "granitemoehybrid", "gemma4_text", "aria_text"}
@@ -109,7 +115,7 @@ def is_stacked(experts: Any) -> bool:
 
 def is_concatenated(experts: Any) -> bool:
     """Return whether gate's rows precede up's; otherwise they alternate."""
-    return bool(getattr(experts, "is_concatenated", True))
+    return mark(experts, "is_concatenated", default=True)
 
 
 def _family(experts: Any) -> tuple[str, str, tuple[str, str, str]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext import ops
-from rasa_ext.base_layers.experts import is_experts, is_transposed
+from rasa_ext.base_layers.experts import expert_weight_names, is_experts
 from rasa_ext.checkpoint.expert_names import (
     is_concatenated,
     parts_of,
@@ -88,15 +88,17 @@ def expert_factors(
 def _nested(stack: Adapted) -> list[str]:
     """Return the adapted weights in PEFT's wrapping order: the outermost, the last one, first."""
     names = [name for name, _ in stack.base.named_parameters(recurse=False)]
+    names += expert_weight_names(stack.base)  # Triton's tensors are no parameters
     return sorted(stack.factors, key=names.index, reverse=True)
 
 
 def _stacked(path: str, base: Any, Ap: Tensor, Bp: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield PEFT's layout, in which target_parameters wraps the module ``path``.
 
-    PEFT assumes (experts, out, in) unless a module states that it is transposed; Llama 4's do not.
+    PEFT assumes (experts, out, in) unless a module states that it is transposed; Llama 4's does
+    not.
     """
-    turned = is_transposed(base) and not getattr(base, "is_transposed", False)
+    turned = type(base).__name__ == "Llama4TextExperts"
     first, second = (Bp, Ap) if turned else (Ap, Bp)
     yield f"{PREFIX}{path}.lora_A.weight", first.flatten(0, 1)
     yield f"{PREFIX}{path}.lora_B.weight", second.permute(2, 1, 0).flatten(1)

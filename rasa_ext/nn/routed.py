@@ -145,12 +145,11 @@ class _PackedLinear(Function):
 
 def _by_expert(x: Tensor, module: nn.Module, name: str, offsets: Tensor, product: Any) -> Tensor:
     """Run a product of each expert's rows with the expert's packed weight."""
-    found = packed_experts(module, name)
-    assert found is not None
-    layout, parts = found
+    stack = packed_experts(module, name)
+    assert stack is not None
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    rows = zip(parts, x.split(sizes), strict=True)
-    return torch.cat([product(layout, part, chunk) for part, chunk in rows])
+    rows = zip(stack.parts(), x.split(sizes), strict=True)
+    return torch.cat([product(stack.layout, part, chunk) for part, chunk in rows])
 
 
 class _Linear(Function):

@@ -134,7 +134,8 @@ def _check_not_packed(parts: Iterable[Part]) -> None:
         if part.expert is not None and part.weight.itemsize == 1:
             raise ValueError(
                 f"model: the weight of {part.name!r} is packed as {part.weight.dtype}, into which "
-                "nothing can be merged; load the model dequantized, or export the adapter instead."
+                "nothing can be merged; save the adapter and load it into the dequantized model, "
+                "or export it."
             )
 
 

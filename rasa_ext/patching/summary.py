@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from typing import Any
 
 from torch import nn
 
+from rasa_ext.base_layers.layouts import Format, packed_experts
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.patching.grouping import pattern
 from rasa_ext.patching.state import adapter_parameters, owners, patch_state, unwrap
@@ -122,14 +124,23 @@ def summary(model: nn.Module) -> Summary:
     result.skipped, result.modules_to_save = plan.skipped, plan.modules_to_save
     result.tokens = {", ".join(rows.names): rows.ids for rows in plan.tokens}
     result.groups = {} if callable(chosen) else dict(chosen)
-    bases = (getattr(layer, "base_layer", layer) for layer in layers.values())
-    formats = (fmt.name for base in bases if (fmt := format_of(base)) is not None)
-    result.formats = dict(Counter(formats))
+    formats = (_format(unwrap(model), name, layer) for name, layer in layers.items())
+    result.formats = dict(Counter(fmt.name for fmt in formats if fmt is not None))
     result.adapter = sum(p.numel() for p in adapter_parameters(model))
     parameters = list(unwrap(model).parameters())
     result.trainable = sum(p.numel() for p in parameters if p.requires_grad)
     result.total = sum(p.numel() for p in parameters)
     return result
+
+
+def _format(model: nn.Module, name: str, layer: Any) -> Format | None:
+    """Return the format of the quantized weight under an adapter, or None."""
+    if not layer.spec.experts:
+        return format_of(layer.base_layer)
+    path, _, key = name.rpartition(".")
+    base: Any = model.get_submodule(path)
+    stack = packed_experts(base.base_layer, key)
+    return None if stack is None else stack.layout
 
 
 def _shape(row: Row) -> str:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.experts import expert_weight_names, is_experts
-from rasa_ext.base_layers.layouts import packed_experts
+from rasa_ext.base_layers.experts import has_packed_experts
 from rasa_ext.base_layers.quantized import quantizer_changes
 from rasa_ext.base_layers.survey import ask
 from rasa_ext.nn.adapted_experts import BareExperts
@@ -77,7 +76,7 @@ def let_adapters_work(
     changes += [
         (module, "forward", BareExperts(module).computed)
         for module in list(model.modules())
-        if is_experts(module) and packed_experts(module, expert_weight_names(module)[1])
+        if has_packed_experts(module)
     ]
     for kind, name, value in (
         (nn.TransformerEncoderLayer, FAST_PATH, 0),

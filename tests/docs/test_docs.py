@@ -47,7 +47,7 @@ NOT_RUN = {
     "lora-pro.md": 1,
     "memory.md": 1,
     "peft.md": 1,
-    "quantized.md": 1,
+    "quantized.md": 2,
     "rl.md": 2,
     "serving.md": 3,
     "solver.md": 1,

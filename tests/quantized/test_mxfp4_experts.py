@@ -1,0 +1,154 @@
+"""gpt-oss with experts in MXFP4: numbers, gradients of every layer, training, files, refusals."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
+from trl import SFTConfig, SFTTrainer
+
+import rasa_ext
+from rasa_ext.base_layers.layouts import packed_experts
+from rasa_ext.peft import RasaConfig
+from tests.helpers import experts, mxfp4, tiny_lm
+from tests.helpers.adapters import Errors, excesses
+
+TOKENS = torch.arange(48).view(2, 24) * 7 % 320
+STACKS = ("gate_up_proj", "down_proj")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return mxfp4.write_gpt_oss(tmp_path_factory.mktemp("gpt-oss"))
+
+
+@pytest.fixture
+def packed(folder):
+    model = mxfp4.packed(folder)
+    assert isinstance(model.model.layers[0].mlp.experts, Mxfp4GptOssExperts)
+    return model
+
+
+def patched(model, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # without experts: that they are left out
+        return rasa_ext.patch_model(model, 4, 1, **options).train()
+
+
+def step(model):
+    """Logits, and the gradients of the input and of what is trained."""
+    inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
+    logits = model(inputs_embeds=inputs).logits
+    logits.float().square().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"logits": logits.detach(), "input": inputs.grad, **trained}
+
+
+def test_the_numbers_are_transformers(packed, folder):
+    wide = mxfp4.dense(folder)
+    for layer, other in zip(packed.model.layers, wide.model.layers, strict=True):
+        for name in STACKS:
+            stack = packed_experts(layer.mlp.experts, name)
+            weight = getattr(other.mlp.experts, name).transpose(1, 2)
+            assert stack.shape == weight.shape
+            for part, expected in zip(stack.parts(), weight, strict=True):
+                assert torch.equal(stack.layout.dequantize(part), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("grouping", ["shared", "slot", None])
+def test_gradients(folder, grouping, dtype, figure):
+    """Adapted or not, the gradients of all layers are those over the dequantized experts."""
+    wide = mxfp4.dense(folder, dtype)
+    seen = []
+    for base in (copy.deepcopy(wide).double(), wide, mxfp4.packed(folder, dtype=dtype)):
+        model = patched(base, experts=grouping)
+        experts.randomize(model)
+        seen.append(step(model))
+    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
+    theirs.add(seen[1], seen[0])
+    ours.add(seen[2], seen[0])
+    bad, ratio = excesses(ours, theirs, 1e-6)
+    figure(f"gpt-oss in MXFP4, {dtype}, experts {grouping}: error {ratio:.2f} times a dense base's")
+    assert not bad
+
+
+def test_through_peft(packed):
+    """At the start, the input's gradient is what the core gives."""
+    core = step(patched(copy.deepcopy(packed), experts="shared", target_modules=list(STACKS)))
+    config = RasaConfig(r=4, rasa_k=1, rasa_experts="shared", target_modules=list(STACKS))
+    get_peft_model(packed, config)
+    found = step(packed.train())
+    assert torch.equal(found["input"], core["input"])
+    assert found["input"].norm() > 0
+    assert all(gradient is not None for gradient in found.values())
+
+
+@pytest.mark.parametrize("entrance", ["core", "peft"])
+def test_sft_trainer(packed, entrance, tmp_path):
+    """TRL's, with checkpointing: every adapter learns, the first layer's too."""
+    config = None
+    if entrance == "core":
+        patched(packed, experts="shared")
+    else:
+        config = RasaConfig(r=4, rasa_k=1, rasa_experts="shared", task_type="CAUSAL_LM")
+    options = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    trainer = SFTTrainer(
+        packed,
+        SFTConfig(tmp_path, learning_rate=1e-2, use_cpu=True, bf16=False, **options),
+        train_dataset=Dataset.from_list([{"text": "what is two plus two"}] * 8),
+        processing_class=tiny_lm.make_tokenizer(),
+        peft_config=config,
+    )
+    before = {name: p.detach().clone() for name, p in packed.named_parameters() if p.requires_grad}
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    after = dict(packed.named_parameters())
+    assert any("experts" in name for name in before)
+    assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@torch.no_grad()
+def test_files_and_unpatching(packed, folder, tmp_path):
+    """An adapter fits the dequantized model; without it, the experts run as before patching."""
+    own = {name: dict(vars(module)) for name, module in packed.named_modules()}
+    model = patched(packed, experts="shared").eval()
+    rows = rasa_ext.summary(model).formats
+    assert rows == {"Mxfp4GptOssExperts, mxfp4, 4 bits": 4}
+    wide = mxfp4.dense(folder)
+    with rasa_ext.disable_adapter(model):
+        torch.testing.assert_close(model(TOKENS).logits, wide(TOKENS).logits)
+    experts.randomize(model)
+    rasa_ext.save_adapter(model, tmp_path / "adapter")
+    loaded = rasa_ext.load_adapter(wide, tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits)
+    deltas = dict(rasa_ext.delta_weights(loaded))
+    assert any("experts" in name for name in deltas)
+    for name, delta in rasa_ext.delta_weights(model):
+        torch.testing.assert_close(delta, deltas.pop(name))
+    assert not deltas
+    for layout in ("peft", "per-expert"):
+        files = []
+        for each, base in (("packed", model), ("dense", loaded)):
+            path = tmp_path / layout / each
+            rasa_ext.export_lora(base, path, expert_layout=layout)
+            files.append(load_file(path / "adapter_model.safetensors"))
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(tensor, files[1][key]) for key, tensor in files[0].items())
+    rasa_ext.unpatch(model)
+    assert all(vars(module).keys() == own[name].keys() for name, module in model.named_modules())
+    assert "forward" not in vars(model.model.layers[0].mlp.experts)
+
+
+def test_refusals(packed):
+    model = patched(packed, experts="shared")
+    with pytest.raises(ValueError, match=r"gate_up_proj\[0\]' is packed as torch.uint8, into"):
+        rasa_ext.merge(model)
+    assert not model.model.layers[0].self_attn.q_proj.merged
