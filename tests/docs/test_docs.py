@@ -48,6 +48,7 @@ NOT_RUN = {
     "memory.md": 1,
     "peft.md": 1,
     "quantized.md": 2,
+    "reproduce.md": 1,
     "rl.md": 2,
     "serving.md": 3,
     "solver.md": 1,
@@ -156,6 +157,14 @@ def check_commands(page: Path) -> None:
         assert done.returncode == 0, done.stderr
         for words in commands(text):
             check(words)
+
+
+def test_modules_exist():
+    """Also those that are named in a sentence or a table."""
+    text = "".join(page.read_text() for page in PAGES + RESEARCH)
+    modules = set(re.findall(r"python -m ([\w.]*\w)", text))
+    assert len(modules) > 20
+    assert not [name for name in modules if not importlib.util.find_spec(name)]
 
 
 def check(words: list[str]) -> None:
