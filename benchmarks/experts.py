@@ -153,7 +153,7 @@ class Case:
         dense = copy.deepcopy(self._by("eager"))
         with torch.no_grad():
             for name in expert_weight_names(dense):
-                factors = module.stacks()[name].adapter().factors().with_pool_of_each()
+                factors = module.stacks()[name].adapter().factors()
                 Ap, Bp = ops.differentiable_pack(factors, torch.float32)
                 weight = getattr(dense, name)
                 weight.copy_((weight.float() + Bp.mT @ Ap).to(weight.dtype))

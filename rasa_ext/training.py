@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rasa_ext.distributed import check_unwrapped, follow
 from rasa_ext.methods.base import AdapterConfig, Rate
+from rasa_ext.nn.adapter import drop_packs
 from rasa_ext.nn.rasa import RasaLinear, RasaPool
 from rasa_ext.patching.state import (
     adapted_layers,
@@ -141,8 +142,6 @@ def replace_tensors(
     for _, each in owners(model):
         each.config = config
     for owner, own in tensors.items():
-        if isinstance(owner, RasaPool):
-            owner.replace(own)
-        else:
-            owner.replace(config, own)
+        owner.replace(own)
+    drop_packs(model)
     follow(model)

@@ -50,9 +50,9 @@ def what_is_here(tensor: Tensor) -> str:
     return f"of shape {tuple(tensor.shape)} here"
 
 
-def check_whole(A: Tensor, A_pool: Tensor | None) -> None:
-    """Raise RuntimeError if an adapter's matrices are not whole in a forward."""
-    for name, matrix in (("A", A), ("pool", A_pool)):
+def check_whole(**matrices: Tensor | None) -> None:
+    """Raise RuntimeError if an adapter's matrices, by name, are not whole in a forward."""
+    for name, matrix in matrices.items():
         if matrix is not None and not is_whole(matrix):
             raise RuntimeError(
                 f"expected an adapter that is whole on every process, but its {name} is "

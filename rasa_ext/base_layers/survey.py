@@ -49,12 +49,35 @@ class Survey:
     @functools.cached_property
     def refused(self) -> dict[str, str]:
         """Layers that cannot be adapted, with the reason."""
-        return dict(_refused(self.modules, self.linears, self.stacks))
+        return dict(self._refused())
+
+    def _refused(self) -> Iterator[tuple[str, str]]:
+        for path, module in self.modules.items():
+            prefix = f"{path}." if path else ""
+            kind: Any = type(module)
+            if hasattr(module, "base_layer"):
+                reason = f"part of {path!r}, which is already adapted ({kind.__name__})"
+                yield from ((name, reason) for name in self.linears if name.startswith(prefix))
+                # A module that holds weights under the adapted name, as in PEFT, may get more.
+                paths = {name: name.rpartition(".")[0] for name in self.stacks}
+                yield from ((name, reason) for name, at in paths.items() if at.startswith(prefix))
+                continue
+            for key, child in module.named_children():
+                name = f"{prefix}{key}"
+                if name in self.linears and is_linear(child) and key in read_directly(kind):
+                    yield name, f"{kind.__name__} reads its weight without calling it"
+        for name, layer in self.linears.items():
+            if format_of(layer) is None and not computes_linear(layer):
+                yield name, f"a {type(layer).__name__}, which does not compute x W^T + bias"
 
     @functools.cached_property
     def left_out(self) -> dict[str, str]:
         """Layers that are adapted only if named explicitly, with the reason."""
-        return _left_out(self.model, self.modules, self.linears)
+        routers = routers_of(self.modules)
+        inside = tuple(f"{name}." for name in routers)
+        reason = "a router or gate of experts, adapted if target_modules names it"
+        found = {n: reason for n in self.linears if n in routers or n.startswith(inside)}
+        return {**found, **_heads(self)}
 
     @property
     def expert_weights(self) -> dict[str, tuple[int, ...]]:
@@ -128,44 +151,10 @@ def base_device(base: LinearLayer | ExpertWeight) -> torch.device:
     return device
 
 
-def _refused(
-    modules: Mapping[str, nn.Module],
-    linears: Mapping[str, LinearLayer],
-    stacks: Mapping[str, ExpertWeight],
-) -> Iterator[tuple[str, str]]:
-    for path, module in modules.items():
-        prefix = f"{path}." if path else ""
-        kind: Any = type(module)
-        if hasattr(module, "base_layer"):
-            reason = f"part of {path!r}, which is already adapted ({kind.__name__})"
-            yield from ((name, reason) for name in linears if name.startswith(prefix))
-            # A module that holds weights under the adapted name, as in PEFT, may get more adapters.
-            paths = {name: name.rpartition(".")[0] for name in stacks}
-            yield from ((name, reason) for name, at in paths.items() if at.startswith(prefix))
-            continue
-        for key, child in module.named_children():
-            if f"{prefix}{key}" in linears and is_linear(child) and key in read_directly(kind):
-                yield f"{prefix}{key}", f"{kind.__name__} reads its weight without calling it"
-    for name, layer in linears.items():
-        if format_of(layer) is None and not computes_linear(layer):
-            yield name, f"a {type(layer).__name__}, which does not compute x W^T + bias"
-
-
-def _left_out(
-    model: nn.Module, modules: Mapping[str, nn.Module], linears: Mapping[str, LinearLayer]
-) -> dict[str, str]:
-    routers = routers_of(modules)
-    inside = tuple(f"{name}." for name in routers)
-    reason = "a router or gate of experts, adapted if target_modules names it"
-    chosen = {name: reason for name in linears if name in routers or name.startswith(inside)}
-    return {**chosen, **_heads(model, modules, linears)}
-
-
-def _heads(
-    model: nn.Module, modules: Mapping[str, nn.Module], linears: Mapping[str, LinearLayer]
-) -> dict[str, str]:
+def _heads(found: Survey) -> dict[str, str]:
     """Return the model's output heads, with the reason to take each for a head."""
-    embeddings = [m for m in modules.values() if isinstance(m, nn.Embedding)]
+    model, linears = found.model, found.linears
+    embeddings = [m for m in found.modules.values() if isinstance(m, nn.Embedding)]
     tied = {id(embedding.weight) for embedding in embeddings}
     output = ask(model, "get_output_embeddings")
     answer = ask(model, "get_classifier")  # timm's; a distilled model has two

@@ -73,10 +73,9 @@ def expert_factors(
         if layout == SHARED_OUTER:
             yield from _shared(path, stack, name, rank)
         else:
-            factors = stack.factors[name].with_pool_of_each()
             Ap, Bp = (
                 nn.functional.pad(pack, (0, 0, 0, rank - pack.shape[1]))
-                for pack in ops.differentiable_pack(factors, torch.float32)
+                for pack in ops.differentiable_pack(stack.factors[name], torch.float32)
             )
             if layout == PEFT:
                 yield from _stacked(inner, stack.base, Ap, Bp)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from rasa_ext import ops
 from rasa_ext.checkpoint.adapter import saved_tensors, task_type
 from rasa_ext.checkpoint.card import PLAIN, Card
 from rasa_ext.checkpoint.lora_experts import checked_layout
@@ -170,7 +171,7 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
     written_rank(0, dict(adapted_experts(model)), None, rank)
     lost, whole = {}, {}
     for name, layer in adapted_layers(model):
-        Ap, Bp = layer.packed_factors()
+        Ap, Bp = ops.differentiable_pack(layer.adapter().factors(), torch.float32)
         S = svd_of_product(Bp.t().double(), Ap.double()).S.square()
         whole[name] = S.sum().item()
         lost[name] = 0.0 if rank >= Ap.shape[0] else S[rank:].sum().item()

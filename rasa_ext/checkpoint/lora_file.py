@@ -120,7 +120,7 @@ def at_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def factors_of(export: Export, layout: str | None, rank: int) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors lora_A and lora_B of every layer, in float32, by key."""
     for name, layer in export.linears.items():
-        Ap, Bp = ops.pack(*layer.factors[WEIGHT], torch.float32, 1)
+        Ap, Bp = ops.differentiable_pack(layer.factors[WEIGHT], torch.float32)
         A, B = at_rank(Ap, Bp.t(), rank)
         yield f"{PREFIX}{name}.lora_A.weight", A
         yield f"{PREFIX}{name}.lora_B.weight", B

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
@@ -59,14 +58,9 @@ def every_method() -> dict[str, type[AdapterConfig]]:
         >>> rasa_ext.methods.every_method()["lora"]
         <class 'rasa_ext.methods.lora.LoraConfig'>
     """
-    _load_announced()
-    return dict(METHODS)
-
-
-@functools.cache
-def _load_announced() -> None:
     for announced in entry_points(group="rasa_ext.methods"):
         announced.load()
+    return dict(METHODS)
 
 
 def method_named(name: Any, what: str = "method") -> type[AdapterConfig]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +82,15 @@ class RasaConfig(AdapterConfig):
         if not 0 <= k <= self.rank:
             raise ValueError(f"k: expected 0 <= k <= rank (rank is {self.rank}), got {k}.")
         self._set(k=k)
-        _check_rank_pattern(self.rank_pattern, k)
+        for pattern, rank in dict(self.rank_pattern).items():
+            if not isinstance(pattern, str) or not pattern:
+                raise TypeError(f"rank_pattern: expected patterns as strings, got {pattern!r}.")
+            check_pattern("rank_pattern", pattern)
+            if not max(k, 1) <= rank <= MOST_RANKS:
+                raise ValueError(
+                    f"rank_pattern: expected ranks of at least {max(k, 1)} (k is {k}) and at most "
+                    f"{MOST_RANKS}, got {rank} for {pattern!r}."
+                )
         checked_choice("experts", self.experts, (None, *GROUPINGS))
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
@@ -140,19 +148,6 @@ class RasaConfig(AdapterConfig):
         """
         share = self.alpha / 2 if pooled else self.alpha
         return torch.cat([torch.full((n,), share / max(n, 1)) for n in (own, pooled)])
-
-
-def _check_rank_pattern(pairs: Any, k: int) -> None:
-    """Raise TypeError or ValueError if ``rank_pattern`` has invalid patterns or ranks."""
-    for pattern, rank in pairs:
-        if not isinstance(pattern, str) or not pattern:
-            raise TypeError(f"rank_pattern: expected patterns as strings, got {pattern!r}.")
-        check_pattern("rank_pattern", pattern)
-        if not max(k, 1) <= rank <= MOST_RANKS:
-            raise ValueError(
-                f"rank_pattern: expected ranks of at least {max(k, 1)} (k is {k}) and at most "
-                f"{MOST_RANKS}, got {rank} for {pattern!r}."
-            )
 
 
 document_fields(RasaConfig)

@@ -70,7 +70,15 @@ class AdaptedExperts(AdaptedModule):
                 raise
             return getattr(super().__getattr__("base_layer"), name)
 
-    def forward(
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Compute (T, H) by the base while merged or disabled, else by ``computed``."""
+        if self.merged:
+            self.check_not_trained()
+        run: Any = self.base_layer if self.disabled or self.merged else self.computed
+        y: Tensor = run(*args, **kwargs)
+        return y
+
+    def computed(
         self,
         hidden_states: Tensor,
         top_k_index: Tensor | None = None,
@@ -81,22 +89,6 @@ class AdaptedExperts(AdaptedModule):
         Without choices and weights, as in Llama 4, the rows are sorted by expert, equally many for
         each, and already weighted by the router.
         """
-        if self.merged and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "the adapter is merged into the base weights, so it would not be trained; "
-                "call rasa_ext.unmerge(model) first."
-            )
-        if self.disabled or self.merged:
-            return self.base_forward(hidden_states, top_k_index, top_k_weights)
-        return self.computed(hidden_states, top_k_index, top_k_weights)
-
-    def computed(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor | None = None,
-        top_k_weights: Tensor | None = None,
-    ) -> Tensor:
-        """Compute ``forward`` with the live adapters, whatever the base's own forward is."""
         base: Any = self.base_layer
         up, down = expert_weight_names(base)
         if top_k_index is None or top_k_weights is None:
@@ -124,11 +116,6 @@ class AdaptedExperts(AdaptedModule):
                 out = out + routing.to_tokens(rows * shares).to(dtype) @ B.t()
             return out.to(hidden_states.dtype)
 
-    def base_forward(self, hidden_states: Tensor, *choices: Tensor | None) -> Tensor:
-        """Run the experts without adapters."""
-        found: Tensor = self.base_layer(hidden_states, *(c for c in choices if c is not None))
-        return found
-
     def _product(
         self, name: str, x: Tensor, routing: Routing, *, by_token: bool
     ) -> tuple[Tensor, list[_Pooled]]:
@@ -137,10 +124,10 @@ class AdaptedExperts(AdaptedModule):
         The second result has the adapters' dense parts.
         """
         rows = routing.to_pairs(x) if by_token else x
-        if packed_experts(self.base_layer, name) is None:
-            y = experts_linear(rows, expert_weight(self.base_layer, name), routing)
+        if (stack := packed_experts(self.base_layer, name)) is not None:
+            y = packed_experts_linear(rows, stack, routing)
         else:
-            y = packed_experts_linear(rows, self.base_layer, name, routing)
+            y = experts_linear(rows, expert_weight(self.base_layer, name), routing)
         if has_bias(self.base_layer):
             y += getattr(self.base_layer, f"{name}_bias").index_select(0, routing.experts)
         pools = []

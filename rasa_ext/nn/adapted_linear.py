@@ -19,7 +19,6 @@ from rasa_ext.base_layers.linear import (
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.functional import dropout, low_rank_linear
 from rasa_ext.nn.fused_projections import FusedProjections, Projection
-from rasa_ext.ops import Pack
 
 
 class AdaptedLinear(AdaptedModule):
@@ -45,12 +44,6 @@ class AdaptedLinear(AdaptedModule):
     def adapter(self) -> Adapter | None:
         """Return the adapter that a forward adds to the base's output, or None."""
         raise NotImplementedError
-
-    @property
-    def dropout(self) -> float:
-        """Dropout probability of the adapter's input in training."""
-        adapter = self.adapter()
-        return 0.0 if adapter is None else adapter.config.dropout
 
     @property
     def in_features(self) -> int:
@@ -114,25 +107,14 @@ class AdaptedLinear(AdaptedModule):
 
     def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Run the base on x, in the dtype of the base before it was dequantized."""
-        if self.merged_base is not None and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "the adapter is merged into the base weights, so it would not be trained; "
-                "call rasa_ext.unmerge(model) first."
-            )
+        if self.merged_base is not None:
+            self.check_not_trained()
         base = self.base_layer
         if isinstance(self.merged_base, nn.Module) and compute_dtype(x) != base.weight.dtype:
             dense: Tensor = base(x.to(base.weight.dtype), *args, **kwargs)
             return dense.to(x.dtype)
         y: Tensor = base(x, *args, **kwargs)
         return y
-
-    @torch.no_grad()
-    def packed_factors(self, dtype: torch.dtype = torch.float32) -> Pack:
-        """Return Ap (R, in) and Bp (R, out) in ``dtype``, unpadded, without grad: dW = Bp^T Ap."""
-        adapter = self.adapter()
-        if adapter is None:
-            raise RuntimeError("expected a layer with an active adapter, got one without.")
-        return ops.pack(*adapter.factors(), dtype)
 
     def drop_pack(self) -> None:
         """Drop the packs, and outputs of fused projections."""

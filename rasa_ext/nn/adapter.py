@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.sharded import check_whole, is_whole
+from rasa_ext.base_layers.sharded import check_whole
 from rasa_ext.nn.precision import restored
 from rasa_ext.ops import Factors
 
@@ -72,12 +72,9 @@ class Adapter(NamedTuple):
         """
         factors = self.config.factors(self.own, self.pool, self.spec)
         A, A_pool, B, B_pool, d = factors
+        check_whole(A=A, pool=A_pool)
         if A_pool is None or B_pool is None:
-            if not is_whole(A):
-                check_whole(A, None)
             return factors
-        if not (is_whole(A) and is_whole(A_pool)):
-            check_whole(A, A_pool)
         if A_pool.is_meta and not A.is_meta:
             raise RuntimeError(
                 "expected the pool of a group of layers on a device, but it is offloaded; offload "
@@ -104,6 +101,8 @@ class AdaptedModule(nn.Module):
     """
 
     base_layer: Any
+    unmerging = "rasa_ext.unmerge(model)"
+    """The call that unmerges a model with such modules."""
 
     def adapters(self) -> Iterator[Adapter]:
         """Return every adapter of the module, whether or not a forward uses it.
@@ -118,6 +117,14 @@ class AdaptedModule(nn.Module):
         """Drop the packs of the adapters' groups."""
         for adapter in self.adapters():
             adapter.packs.drop()
+
+    def check_not_trained(self) -> None:
+        """Raise RuntimeError in a forward for training: what is merged would not be trained."""
+        if self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the adapter is merged into the base weights, so it would not be trained; "
+                f"call {self.unmerging} first."
+            )
 
     def restore(self) -> None:
         """Cast trainable parameters of a coarser dtype back to their config's dtype."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 
 class Function(torch.autograd.Function):
@@ -13,5 +14,5 @@ class Function(torch.autograd.Function):
     if TYPE_CHECKING:  # torch's apply has no types
 
         @classmethod
-        def apply(cls, *args: Any, **kwargs: Any) -> Any:
+        def apply(cls, *args: Any, **kwargs: Any) -> Tensor:
             """Run the forward, and record the backward for autograd."""

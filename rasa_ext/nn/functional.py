@@ -217,8 +217,7 @@ def low_rank_linear(
         (..., out); y is not changed.
     """
     if torch.is_grad_enabled():
-        out: Tensor = _LowRankLinear.apply(y, x, weight, bias, *dropped, *pack)
-        return out
+        return _LowRankLinear.apply(y, x, weight, bias, *dropped, *pack)
     return _forward(y, x, weight, bias, dropped.mask, dropped.scale, pack.Ap, pack.Bp)[0]
 
 
@@ -235,8 +234,7 @@ def adapted_projections(
     x inside the products. Differentiable as ``low_rank_linear``, where the arguments are explained.
     """
     tensors = (*weights, *biases, *(t for kind in zip(*packs, strict=True) for t in kind))
-    outputs: tuple[Tensor, ...] = _AdaptedProjections.apply(x, len(weights), *dropped, *tensors)
-    return outputs
+    return tuple(_AdaptedProjections.apply(x, len(weights), *dropped, *tensors))
 
 
 def adapted_group(
@@ -291,8 +289,7 @@ def adapted_group(
     else:
         Ap, Bp = pack_layers(factors, x.dtype)
         Ap_ports, Bp_ports = zip(*ports((Ap, Bp), factors), strict=True)
-    y: Tensor = _AdaptedGroup.apply(x, stacked, Ap, Bp, *weights, *Ap_ports, *Bp_ports)
-    return y
+    return _AdaptedGroup.apply(x, stacked, Ap, Bp, *weights, *Ap_ports, *Bp_ports)
 
 
 def dropout(x: Tensor, p: float) -> Dropped:

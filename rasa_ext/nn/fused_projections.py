@@ -109,10 +109,6 @@ class FusedProjections:
                 self._part(current, dtype)
         return self._compute(layer, part, x, dtype)
 
-    def layers(self) -> list[Projected]:
-        """Return the layers that are still fused."""
-        return [layer for layer in (each() for each in self._layers) if layer is not None]
-
     def _part(self, last: _Round, dtype: torch.dtype) -> None:
         """Remove the layers that did not read the x of the last round, for good.
 

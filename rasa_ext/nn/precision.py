@@ -20,7 +20,7 @@ from rasa_ext.base_layers.sharded import is_dtensor
 _COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping", "_mp_param")
 
 
-def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
+def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> None:
     """Cast trainable parameters of a coarser dtype to ``dtype``; return whether there were any.
 
     Parameters change in place, so that an optimizer still refers to them, and a warning is given.
@@ -46,7 +46,6 @@ def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> bool:
             "that has copied the parameters must be made after that: call model.train() first.",
             stacklevel=1,  # one place, so that the warning appears once
         )
-    return bool(coarse)
 
 
 def _is_coarse(parameter: Tensor, dtype: torch.dtype) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,36 @@ from rasa_ext.nn.packs import PackSet
 from rasa_ext.nn.split import SplitLinear
 
 
-class RasaPool(nn.Module):
+class TensorOwner(nn.Module):
+    """A module with an adapter's tensors as attributes: Parameters are trained, others buffers."""
+
+    _names: tuple[str, ...] = ()
+
+    def replace(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the tensors by these."""
+        for name in self._names:
+            delattr(self, name)
+        self._names = tuple(tensors)
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor)
+
+    def tensors(self) -> dict[str, Any]:
+        """Look up the tensors by name in nn.Module's dictionaries.
+
+        ``getattr`` is slow, and every forward of every layer calls this.
+        """
+        found: dict[str, Any] = self._parameters
+        if self._buffers:
+            found = {**found, **self._buffers}
+        if len(found) != len(self._names):  # parametrized, or a replica of nn.DataParallel
+            found = {name: getattr(self, name) for name in self._names}
+        return found
+
+
+class RasaPool(TensorOwner):
     """The shared rank pool of one group of L layers: under RaSA A (L*k, in) and B (out, L*k).
 
     They are A_S and B_S of arXiv 2503.12576, section 3. ``patch_model`` makes one pool for each
@@ -38,25 +67,14 @@ class RasaPool(nn.Module):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self._names = tuple(tensors)
-        register_tensors(self, tensors)
-
-    def tensors(self) -> dict[str, Any]:
-        """Return the pool's tensors by name."""
-        return tensors_of(self, self._names)
-
-    def replace(self, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the pool's tensors."""
-        unregister_tensors(self, self._names)
-        self._names = tuple(tensors)
-        register_tensors(self, tensors)
+        self.replace(tensors)
 
     def extra_repr(self) -> str:
         """Return the shapes by name, for ``repr``."""
         return ", ".join(f"{name}={tuple(t.shape)}" for name, t in self.tensors().items())
 
 
-class AdapterOwner(nn.Module):
+class AdapterOwner(TensorOwner):
     """A module that owns an adapter's tensors as attributes and refers to the group's pool.
 
     The pool is a registered submodule of the group's first owner only, so that a ``state_dict`` has
@@ -72,9 +90,7 @@ class AdapterOwner(nn.Module):
         """Register the tensors that ``config`` makes for a layer, and the group's ``pool``."""
         self.config, self.spec, self.packs = config, spec, packs
         packs.join(spec.index, self)
-        own = config.layer_tensors(spec)
-        self._names = tuple(own)
-        register_tensors(self, own)
+        self.replace(config.layer_tensors(spec))
         if spec.index == 0:
             self.pool = pool
         else:
@@ -83,9 +99,8 @@ class AdapterOwner(nn.Module):
     def adapter(self) -> Adapter:
         """Return the layer's adapter."""
         pool: Any = self._modules.get("pool") or self.__dict__.get("pool")
-        own = tensors_of(self, self._names)
         shared = {} if pool is None else pool.tensors()
-        return Adapter(self.config, own, shared, self.spec, self, self.packs)
+        return Adapter(self.config, self.tensors(), shared, self.spec, self, self.packs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copy, and join the copied group."""
@@ -155,13 +170,6 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
         """Return the layer's only adapter."""
         yield self.adapter()
 
-    def replace(self, config: Method, tensors: Mapping[str, Tensor]) -> None:
-        """Replace the private tensors and the config."""
-        unregister_tensors(self, self._names)
-        self.config, self._names = config, tuple(tensors)
-        register_tensors(self, tensors)
-        self.drop_pack()
-
     @property
     def weight(self) -> Tensor:
         """The base's weight, for model code that reads the dtype or device."""
@@ -189,31 +197,3 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
 
 class SplitRasaLinear(SplitLinear, RasaLinear):
     """A RasaLinear over a base layer that is split over processes."""
-
-
-def register_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Register a module's tensors: Parameters as they are, others as buffers."""
-    for name, tensor in tensors.items():
-        if isinstance(tensor, nn.Parameter):
-            module.register_parameter(name, tensor)
-        else:
-            module.register_buffer(name, tensor)
-
-
-def unregister_tensors(module: nn.Module, names: Iterable[str]) -> None:
-    """Remove tensors from a module."""
-    for name in names:
-        delattr(module, name)
-
-
-def tensors_of(module: nn.Module, names: Sequence[str]) -> dict[str, Any]:
-    """Look up a module's parameters and buffers in nn.Module's dictionaries.
-
-    ``getattr`` is slow, and every forward of every layer calls this.
-    """
-    found: dict[str, Any] = module._parameters
-    if module._buffers:
-        found = {**found, **module._buffers}
-    if len(found) != len(names):  # parametrized, or a replica of nn.DataParallel
-        found = {name: getattr(module, name) for name in names}
-    return found

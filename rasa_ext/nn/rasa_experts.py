@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from rasa_ext.base_layers.experts import expert_shape
 from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapter import Adapter, Method
 from rasa_ext.nn.packs import PackSet
@@ -72,9 +71,6 @@ class RasaExperts(AdaptedExperts):
     def __init__(self, base_layer: nn.Module, stacks: Mapping[str, RasaExpertWeight]) -> None:
         super().__init__(base_layer)
         for name, stack in stacks.items():
-            _, out_features, in_features = expert_shape(base_layer, name)
-            if (stack.spec.out_features, stack.spec.in_features) != (out_features, in_features):
-                raise ValueError(f"stacks: the adapter of {name!r} is made for another shape.")
             self._modules[name] = stack  # add_module refuses names of the base's attributes
         self._stacks = tuple(stacks)
         self.train(base_layer.training)

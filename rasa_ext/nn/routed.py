@@ -15,11 +15,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from rasa_ext import ops
-from rasa_ext.base_layers.layouts import multiply, multiply_back, packed_experts
+from rasa_ext.base_layers.layouts import PackedStack, multiply, multiply_back
 from rasa_ext.nn.function import Function
 from rasa_ext.nn.packs import Packed
 
@@ -54,21 +54,18 @@ class Routing(NamedTuple):
 
     def to_pairs(self, x: Tensor) -> Tensor:
         """Return x (T, n) with one row for each pair, (S, n); differentiable."""
-        found: Tensor = _ToPairs.apply(x, self)
-        return found
+        return _Moved.apply(x, self, True)
 
     def to_tokens(self, z: Tensor) -> Tensor:
         """Sum z (S, n) over the pairs of each token, (T, n); differentiable."""
-        found: Tensor = _ToTokens.apply(z, self)
-        return found
+        return _Moved.apply(z, self, False)
 
     def scaled(self, V: Tensor, d: Tensor, by_token: bool) -> Tensor:
         """Scale each pair's row of V by the expert's row of d (E, n).
 
         V is (T, n) if ``by_token``, else (S, n). Returns (S, n) in V's dtype; differentiable.
         """
-        found: Tensor = _Scaled.apply(V, d, self, by_token)
-        return found
+        return _Scaled.apply(V, d, self, by_token)
 
 
 def _pairs(x: Tensor, routing: Routing) -> Tensor:
@@ -82,28 +79,18 @@ def _summed(z: Tensor, routing: Routing) -> Tensor:
     return by_token.sum(1)
 
 
-class _ToPairs(Function):
+class _Moved(Function):
+    """Compute ``_pairs`` or ``_summed``; each is the other's backward."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return _pairs(x, routing)
+    def forward(ctx: Any, x: Tensor, routing: Routing, to_pairs: bool) -> Tensor:
+        ctx.routing, ctx.back = routing, _summed if to_pairs else _pairs
+        return _pairs(x, routing) if to_pairs else _summed(x, routing)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _summed(grad, ctx.routing), None
-
-
-class _ToTokens(Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, routing: Routing) -> Tensor:
-        ctx.routing = routing
-        return _summed(z, routing)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _pairs(grad, ctx.routing), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad, ctx.routing), None, None
 
 
 class _Scaled(Function):
@@ -132,21 +119,18 @@ class _PackedLinear(Function):
     """``_Linear`` over a packed stacked weight; the backward reads it again."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: nn.Module, name: str, offsets: Tensor) -> Tensor:
-        ctx.module, ctx.name, ctx.offsets = module, name, offsets
-        return _by_expert(x, module, name, offsets, multiply)
+    def forward(ctx: Any, x: Tensor, stack: PackedStack, offsets: Tensor) -> Tensor:
+        ctx.stack, ctx.offsets = stack, offsets
+        return _by_expert(x, stack, offsets, multiply)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        dx = _by_expert(grad, ctx.module, ctx.name, ctx.offsets, multiply_back)
-        return dx, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _by_expert(grad, ctx.stack, ctx.offsets, multiply_back), None, None
 
 
-def _by_expert(x: Tensor, module: nn.Module, name: str, offsets: Tensor, product: Any) -> Tensor:
+def _by_expert(x: Tensor, stack: PackedStack, offsets: Tensor, product: Any) -> Tensor:
     """Run a product of each expert's rows with the expert's packed weight."""
-    stack = packed_experts(module, name)
-    assert stack is not None
     sizes = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
     rows = zip(stack.parts(), x.split(sizes), strict=True)
     return torch.cat([product(stack.layout, part, chunk) for part, chunk in rows])
@@ -223,14 +207,12 @@ def experts_linear(x: Tensor, weight: Tensor, routing: Routing) -> Tensor:
         >>> torch.allclose(routing.to_tokens(y)[0], (weight[0] + weight[2]) @ x[0], atol=1e-5)
         True
     """
-    found: Tensor = _Linear.apply(x, weight, routing.offsets)
-    return found
+    return _Linear.apply(x, weight, routing.offsets)
 
 
-def packed_experts_linear(x: Tensor, module: nn.Module, name: str, routing: Routing) -> Tensor:
-    """Compute ``experts_linear`` of a packed stacked weight of ``module``, by tiles of rows."""
-    found: Tensor = _PackedLinear.apply(x, module, name, routing.offsets)
-    return found
+def packed_experts_linear(x: Tensor, stack: PackedStack, routing: Routing) -> Tensor:
+    """Compute ``experts_linear`` of a packed stacked weight, by tiles of rows."""
+    return _PackedLinear.apply(x, stack, routing.offsets)
 
 
 def experts_low_rank(x: Tensor, pack: Packed, routing: Routing, by_token: bool) -> Tensor:
@@ -245,5 +227,4 @@ def experts_low_rank(x: Tensor, pack: Packed, routing: Routing, by_token: bool) 
     Returns:
         (S, out).
     """
-    found: Tensor = _LowRank.apply(x, routing, by_token, *pack)
-    return found
+    return _LowRank.apply(x, routing, by_token, *pack)

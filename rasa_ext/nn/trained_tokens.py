@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.sharded import SHARDING_HINT, is_whole, what_is_here
+from rasa_ext.base_layers.sharded import check_whole
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.precision import restored
 
@@ -86,18 +86,10 @@ class TrainedTokens(AdaptedModule):
         if self.disabled:
             return y
         if self.merged:
-            if self.training and torch.is_grad_enabled():
-                raise RuntimeError(
-                    "the trained rows are merged into their table, so they would not be trained; "
-                    "call rasa_ext.unmerge(model) first."
-                )
+            self.check_not_trained()
             return y
         rows: Tensor = (self.owner or self).rows
-        if not is_whole(rows):
-            raise RuntimeError(
-                f"expected trained rows that are whole on every process, but they are "
-                f"{what_is_here(rows)}; {SHARDING_HINT}."
-            )
+        check_whole(rows=rows)
         rows = rows.to(y.device)  # a head may be on another device than the embedding
         if isinstance(self.base_layer, nn.Linear):
             return self._logits(self.base_layer, x, y, rows)
@@ -157,9 +149,6 @@ class TrainedTokens(AdaptedModule):
     def adapters(self) -> Iterator[Adapter]:
         """Return no adapter: trained rows are not low-rank."""
         yield from ()
-
-    def drop_pack(self) -> None:
-        """Do nothing, as nothing is cached."""
 
     def restore(self) -> None:
         """Cast rows of a coarser dtype back to the configured dtype."""

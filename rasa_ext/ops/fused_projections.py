@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rasa_ext.ops.dropout import keep, project, unpacked
-from rasa_ext.ops.library import accumulation_dtype, operator
-from rasa_ext.ops.linear import input_grad, with_base
+from rasa_ext.ops.dropout import project
+from rasa_ext.ops.library import operator
+from rasa_ext.ops.linear import low_rank_linear_backward, with_base
 
 
 @operator(
@@ -33,7 +33,8 @@ def linear_projections(
     """Compute Y_i = X W_i^T + bias_i + U_i Bp_i (M, out_i), U_i being columns of U = X Ap^T."""
     U = project(x, Ap, mask, scale)
     y = []
-    for i, (weight, up, u) in enumerate(zip(weights, Bp, _columns(U, Bp), strict=True)):
+    columns = U.split([len(up) for up in Bp], 1)
+    for i, (weight, up, u) in enumerate(zip(weights, Bp, columns, strict=True)):
         bias = biases[i] if biases and biases[i].numel() else None
         y.append(with_base(x, weight, bias, u, up))
     return y, U
@@ -62,36 +63,13 @@ def linear_projections_backward(
     H (M, Rp) concatenates the H_i. Arguments and dtypes are as in ``low_rank_linear_backward``;
     dBp is an empty list if not needed.
     """
-    like = grads[0]
-    wide = accumulation_dtype(like.dtype)
-    dx = dAp = None
-    dBp: list[Tensor] = []
-    if (need_A and x is None) or (need_B and U is None):
-        raise ValueError(
-            "rasa_ext::linear_projections_backward: expected x for need_A, U for need_B, got None."
-        )
-    if need_B and U is not None:
-        for grad, u in zip(grads, _columns(U, Bp), strict=True):
-            dBp.append(torch.mm(u.t(), grad).to(wide))
-    if need_x or need_A:
-        H = like.new_empty((like.shape[0], Ap.shape[0]))
-        for grad, up, h in zip(grads, Bp, _columns(H, Bp), strict=True):
-            torch.mm(grad, up.t(), out=h)
-        bits = None
-        if mask is not None:
-            H.mul_(scale)
-            bits = unpacked(mask, like, (like.shape[0], Ap.shape[1]))
-        if need_A and x is not None:
-            dAp = torch.mm(H.t(), x if bits is None else keep(x, bits)).to(wide)
-        if need_x:
-            dx = input_grad(grads, weights, H, Ap, bits)
-    return (
-        like.new_empty(0) if dx is None else dx,
-        like.new_empty(0, dtype=wide) if dAp is None else dAp,
-        dBp,
-    )
-
-
-def _columns(U: Tensor, Bp: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Split U (M, Rp) into each projection's columns."""
-    return U.split_with_sizes([up.shape[0] for up in Bp], 1)
+    ranks = [len(up) for up in Bp]
+    of_U = [None] * len(Bp) if U is None else U.split(ranks, 1)
+    parts = zip(grads, weights, of_U, Ap.split(ranks), Bp, strict=True)
+    needs = need_x, need_A, need_B
+    found = [
+        low_rank_linear_backward(G, x, W, u, down, up, *needs, mask, scale)
+        for G, W, u, down, up in parts
+    ]
+    dx, dAp, dBp = zip(*found, strict=True)
+    return sum(dx[1:], dx[0]), torch.cat(dAp), list(dBp) if need_B else []

@@ -10,8 +10,6 @@ U and H, so that low precision rounds no element of x again. U includes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense
@@ -92,29 +90,6 @@ def low_rank_linear_backward(
     dAp (Rp, in) and dBp (Rp, out) have the accumulation dtype: float32, or float64 for float64.
     A result that is not needed has no elements.
     """
-    dx, dAp, dBp = linear_grads(grad, x, weight, U, Ap, Bp, need_x, need_A, need_B, mask, scale)
-    wide = accumulation_dtype(grad.dtype)
-    return (
-        grad.new_empty(0) if dx is None else dx,
-        grad.new_empty(0, dtype=wide) if dAp is None else dAp,
-        grad.new_empty(0, dtype=wide) if dBp is None else dBp,
-    )
-
-
-def linear_grads(
-    grad: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    U: Tensor | None,
-    Ap: Tensor,
-    Bp: Tensor,
-    need_x: bool,
-    need_A: bool,
-    need_B: bool,
-    mask: Tensor | None,
-    scale: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Compute ``low_rank_linear_backward``, with None for results that are not needed."""
     dx = dAp = dBp = None
     if (need_A and x is None) or (need_B and U is None):
         raise ValueError("rasa_ext: expected x for need_A and U for need_B, got None.")
@@ -128,35 +103,18 @@ def linear_grads(
             bits = unpacked(mask, grad, (grad.shape[0], Ap.shape[1]))
         if need_A and x is not None:
             dAp = torch.mm(H.t(), x if bits is None else keep(x, bits))
-        if need_x:
-            if bits is None and adapter_first(grad):
-                dx = torch.mm(H, Ap)
-                dx = dx if weight is None else dx.addmm_(grad, weight)
-            else:
-                dx = input_grad([grad], None if weight is None else [weight], H, Ap, bits)
-    if (wide := accumulation_dtype(grad.dtype)) != grad.dtype:
-        dAp, dBp = (None if each is None else each.to(wide) for each in (dAp, dBp))
-    return dx, dAp, dBp
-
-
-def input_grad(
-    grads: Sequence[Tensor],
-    weights: Sequence[Tensor] | None,
-    H: Tensor,
-    Ap: Tensor,
-    bits: Tensor | None,
-) -> Tensor:
-    """Compute dX = sum_i G_i W_i + H Ap, with H Ap masked by ``bits``."""
-    if weights is None or adapter_first(H):
-        dx = torch.mm(H, Ap)
-        if bits is not None:
-            integers(dx).bitwise_and_(bits)
-        for grad, weight in zip(grads, weights or (), strict=weights is not None):
-            dx.addmm_(grad, weight)
-        return dx
-    dx = torch.mm(grads[0], weights[0])
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        dx.addmm_(grad, weight)
-    if bits is None:
-        return dx.addmm_(H, Ap)
-    return dx.add_(keep(torch.mm(H, Ap), bits))
+        if need_x and (weight is None or adapter_first(grad)):
+            dx = torch.mm(H, Ap)
+            if bits is not None:
+                integers(dx).bitwise_and_(bits)
+            if weight is not None:
+                dx.addmm_(grad, weight)
+        elif need_x and weight is not None:
+            dx = torch.mm(grad, weight)
+            dx = dx.addmm_(H, Ap) if bits is None else dx.add_(keep(torch.mm(H, Ap), bits))
+    wide = accumulation_dtype(grad.dtype)
+    return (
+        grad.new_empty(0) if dx is None else dx,
+        grad.new_empty(0, dtype=wide) if dAp is None else dAp.to(wide),
+        grad.new_empty(0, dtype=wide) if dBp is None else dBp.to(wide),
+    )

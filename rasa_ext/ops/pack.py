@@ -45,32 +45,9 @@ class Factors(NamedTuple):
             A_pool, B_pool = A_pool[expert], B_pool[expert]
         return Factors(A[expert], A_pool, B[expert], B_pool, None if d is None else d[expert])
 
-    def with_pool_of_each(self) -> Factors:
-        """Return factors in which every expert has a view of the shared pool, if there is one."""
-        A, A_pool, B, B_pool, d = self
-        if A_pool is not None and B_pool is not None and A_pool.dim() == 2:
-            A_pool, B_pool = (pool.expand(A.shape[0], -1, -1) for pool in (A_pool, B_pool))
-        return Factors(A, A_pool, B, B_pool, d)
-
     def map(self, function: Callable[[Tensor], Tensor]) -> Factors:
         """Apply ``function`` to every tensor."""
-        A, A_pool, B, B_pool, d = self
-        return Factors(
-            function(A),
-            None if A_pool is None else function(A_pool),
-            function(B),
-            None if B_pool is None else function(B_pool),
-            None if d is None else function(d),
-        )
-
-
-class Pack(NamedTuple):
-    """An adapter as a low-rank linear reads it: dW = Bp^T Ap."""
-
-    Ap: Tensor
-    """(Rp, in)"""
-    Bp: Tensor
-    """(Rp, out)"""
+        return Factors._make(None if each is None else function(each) for each in self)
 
 
 @operator(
@@ -165,32 +142,21 @@ def pack_group_backward(
     return dA, dA_pool, dB, dB_pool, dd
 
 
-def pack(
-    A: Tensor,
-    A_pool: Tensor | None,
-    B: Tensor,
-    B_pool: Tensor | None,
-    d: Tensor | None,
-    dtype: torch.dtype,
-    multiple: int = 1,
-) -> Pack:
-    """Pack one layer, without grad: Ap (Rp, in) and Bp (Rp, out) in ``dtype``."""
-    Ap, Bp = pack_group([A], A_pool, [B], B_pool, [] if d is None else [d], dtype, multiple)
-    return Pack(Ap[0], Bp[0])
-
-
-def differentiable_pack(factors: Factors, dtype: torch.dtype, multiple: int = 1) -> Pack:
+def differentiable_pack(
+    factors: Factors, dtype: torch.dtype, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
     """Pack one layer, or stacked experts, by operations that autograd differentiates.
 
     The pack is in the accumulation dtype of ``dtype``.
     """
     A, A_pool, B, B_pool, d = factors
     wide = accumulation_dtype(dtype)
-    downs = [A] if A_pool is None else [A, A_pool]
-    ups = [B.mT] if B_pool is None else [B.mT, B_pool.mT]
+    experts = A.shape[:-2]  # which may share the pool
+    downs = [A] if A_pool is None else [A, A_pool.expand(*experts, -1, -1)]
+    ups = [B.mT] if B_pool is None else [B.mT, B_pool.mT.expand(*experts, -1, -1)]
     Ap, Bp = (torch.cat([part.to(wide) for part in parts], -2) for parts in (downs, ups))
     if d is not None:
         Bp = Bp * d.to(wide).unsqueeze(-1)
     if fill := -Ap.shape[-2] % multiple:
         Ap, Bp = (torch.nn.functional.pad(each, (0, 0, 0, fill)) for each in (Ap, Bp))
-    return Pack(Ap, Bp)
+    return Ap, Bp

@@ -51,9 +51,8 @@ def dequantized_sum(part: Part, delta: Tensor, wanted: torch.dtype | None, argum
     begins with ``argument``, if the sum is not finite, and RuntimeError if the weight cannot be
     read.
     """
-    fmt, bias = format_of(part.base), part.base.bias
-    if fmt is None:
-        raise TypeError(f"model: expected {part.name!r} to be quantized, got a dense layer.")
+    fmt: Any = format_of(part.base)
+    bias = part.base.bias
     try:
         dequantized = fmt.dequantize(part.base)
     except (NotImplementedError, RuntimeError) as error:
@@ -62,7 +61,7 @@ def dequantized_sum(part: Part, delta: Tensor, wanted: torch.dtype | None, argum
             f"merge needs: {error}; nothing was merged, export the adapter instead."
         ) from error
     before = fmt.original_dtype(part.base) if bias is None else bias.dtype
-    merged = (dequantized.to(delta.dtype) + delta).to(wanted or before or torch.float32)
+    merged: Tensor = (dequantized.to(delta.dtype) + delta).to(wanted or before or torch.float32)
     check_finite([part], [merged], argument)
     return merged
 

@@ -24,9 +24,9 @@ from rasa_ext.patching.config_warnings import config_warnings, untouched, unused
 from rasa_ext.patching.grouping import resolve_groups
 from rasa_ext.patching.pretrained import replace_save_pretrained, restore_save_pretrained
 from rasa_ext.patching.state import (
+    STATE,
     PatchState,
     patch_state,
-    set_patch_state,
     unwrap,
 )
 from rasa_ext.patching.swap import (
@@ -231,7 +231,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         for parameter in model.get_submodule(name).parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
-    set_patch_state(model, state)
+    model.__dict__[STATE] = state
 
 
 def remove_layers(model: nn.Module) -> nn.Module:
@@ -246,5 +246,5 @@ def remove_layers(model: nn.Module) -> nn.Module:
     for hook in state.hooks:
         hook.remove()
     restore_save_pretrained(root)
-    set_patch_state(root, None)
+    del root.__dict__[STATE]
     return model

@@ -14,7 +14,7 @@ from rasa_ext.nn.rasa_experts import RasaExperts
 from rasa_ext.patching.targets import Plan
 from rasa_ext.patching.tokens import row_owners
 
-_STATE = "_rasa_ext"
+STATE = "_rasa_ext"
 _INNER = ("_orig_mod", "module", "_fsdp_wrapped_module")
 """Attribute names under which torch.compile, data parallelism and FSDP 1 hold the inner module."""
 
@@ -57,7 +57,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         >>> rasa_ext.distributed.unwrap(wrapped) is model
         True
     """
-    while isinstance(model, nn.Module) and _STATE not in model.__dict__:
+    while isinstance(model, nn.Module) and STATE not in model.__dict__:
         inner = next((model._modules[name] for name in _INNER if name in model._modules), None)
         if inner is None:
             break
@@ -67,14 +67,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def is_patched(model: nn.Module) -> bool:
     """Return whether ``patch_model`` or ``load_adapter`` patched this very module."""
-    return isinstance(model, nn.Module) and _STATE in unwrap(model).__dict__
+    return isinstance(model, nn.Module) and STATE in unwrap(model).__dict__
 
 
 def patch_state(model: nn.Module) -> PatchState:
     """Return the state of a patched model; raise ValueError if the model is not patched."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    state: PatchState | None = unwrap(model).__dict__.get(_STATE)
+    state: PatchState | None = unwrap(model).__dict__.get(STATE)
     if state is None:
         way_out = (
             "call PEFT's own: print_trainable_parameters(), save_pretrained(directory), "
@@ -169,11 +169,3 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
                 found.setdefault(id(tensor), tensor)
     found.update((id(module.rows), module.rows) for _, module in row_owners(unwrap(model)))
     return list(found.values())
-
-
-def set_patch_state(model: nn.Module, state: PatchState | None) -> None:
-    """Set the state of a patched module; None marks it as unpatched."""
-    if state is None:
-        del model.__dict__[_STATE]
-    else:
-        model.__dict__[_STATE] = state

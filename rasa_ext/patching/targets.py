@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 
 from torch import nn
 
@@ -36,13 +36,7 @@ class Plan:
     """The tables with trained rows."""
 
 
-def make_plan(
-    model: nn.Module,
-    config: AdapterConfig,
-    linears: Mapping[str, LinearLayer] | None = None,
-    stacks: Mapping[str, ExpertWeight] | None = None,
-    found: Survey | None = None,
-) -> Plan:
+def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = None) -> Plan:
     """Choose the layers that a config names in a model, and group them. The model is only read.
 
     Args:
@@ -66,7 +60,7 @@ def make_plan(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
-    found = found or survey(model, linears, stacks)
+    found = found or survey(model)
     if "" in found.linears:
         raise ValueError(
             "model: expected a module that holds linear layers, got a linear layer itself, which "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -97,21 +98,14 @@ class RasaPeftExperts(AdaptedExperts):
         stacks = self.stacks().values()
         return any(stack.merged for stack in stacks) and not any(stack.live() for stack in stacks)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        top_k_index: Tensor | None = None,
-        top_k_weights: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Compute (T, H) from the base and every active adapter."""
-        live = False
-        for stack in self.stacks().values():
+        stacks = self.stacks().values()
+        for stack in stacks:
             if stack.disable_adapters and stack.merged:
                 stack.unmerge()
-            live = live or bool(stack.live())
-        if live:
-            return super().forward(hidden_states, top_k_index, top_k_weights)
-        return self.base_forward(hidden_states, top_k_index, top_k_weights)
+        self.disabled = not any(stack.live() for stack in stacks)
+        return super().forward(*args, **kwargs)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

@@ -20,6 +20,8 @@ from rasa_ext.peft.named import NamedAdapters, RowAdapters
 class RasaPeftLinear(NamedAdapters, AdaptedLinear):
     """A frozen linear layer with any number of named RaSA adapters."""
 
+    unmerging = "unmerge_adapter() of the PEFT model"
+
     def __init__(self, base_layer: LinearLayer, backend: Any = None) -> None:
         """Wrap ``base_layer``; ``backend`` is PEFT's for a quantized one."""
         super().__init__(base_layer)
@@ -66,15 +68,6 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
                 chosen = [row for row, its in enumerate(names) if its == name]
                 index = torch.tensor(chosen, device=x.device)
                 y = y.index_copy(0, index, self._added(y[index], x[index], self.named(name)))
-        return y
-
-    def _base_alone(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        if self.merged and self.training and torch.is_grad_enabled():
-            raise RuntimeError(
-                "the adapter is merged into the base weights, so it would not be trained; "
-                "call unmerge_adapter() of the PEFT model first."
-            )
-        y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
     def parts(self, adapter_names: Sequence[str]) -> list[Part]:

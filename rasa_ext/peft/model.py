@@ -138,7 +138,7 @@ class RasaModel(BaseTuner):
         if every:
             core = dataclasses.replace(own.core(), trainable_token_indices=())  # PEFT handles these
             config = resolve_config(self.model, core)
-            plan = make_plan(self.model, config, *bases_of(self.model))
+            plan = make_plan(self.model, config, survey(self.model, *bases_of(self.model)))
             names = [name for group in plan.groups for name in group.names]
             own.target_modules = set(suffixes(names, self.model))
         return own

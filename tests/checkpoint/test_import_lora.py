@@ -121,7 +121,7 @@ def test_factors_dropout_and_scale_come_along(tmp_path):
         assert torch.equal(adapter.A, stored[f"base_model.model.{name}.lora_A.weight"])
         assert torch.equal(adapter.B, stored[f"base_model.model.{name}.lora_B.weight"])
         assert adapter.d.tolist() == [4.0] * 5
-    assert {layer.dropout for layer in adapted_layers(base).values()} == {0.25}
+    assert {layer.config.dropout for layer in adapted_layers(base).values()} == {0.25}
     again = rasa_ext.patch_model(LLAMA.build(), 5, 0, alpha=20)
     assert {tuple(a.d.tolist()) for a in adapters(again).values()} == {(4.0,) * 5}
 

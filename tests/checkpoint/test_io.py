@@ -41,7 +41,7 @@ def test_round_trip(entry, k, tmp_path):
     assert rasa_ext.load_adapter(fresh, tmp_path) is fresh
     assert same_adapters(model, fresh)
     assert {p.requires_grad for p in rasa_ext.adapter_parameters(fresh)} == {True}
-    assert {layer.dropout for layer in adapted_layers(fresh).values()} == {0.1}
+    assert {layer.config.dropout for layer in adapted_layers(fresh).values()} == {0.1}
     inputs = entry.inputs(0)
     assert torch.equal(entry.loss(model.eval(), inputs)[0], entry.loss(fresh.eval(), inputs)[0])
 

@@ -63,7 +63,7 @@ def test_the_config_is_taken_over(tmp_path):
     model = rasa_ext.load_official(LLAMA.build(), tmp_path)
     layer = model.model.layers[0].mlp.up_proj
     assert layer.A.shape[0] == RANK - 2
-    assert layer.dropout == 0.05
+    assert layer.config.dropout == 0.05
     rasa_ext.save_adapter(model, tmp_path / "ours")
     config = json.loads((tmp_path / "ours" / "adapter_config.json").read_text())
     official = json.loads((tmp_path / "adapter_config.json").read_text())

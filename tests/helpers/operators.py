@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rasa_ext import ops
 from rasa_ext.nn.packs import Packed, pack_layers, ports
 from rasa_ext.ops import Factors
 from tests.helpers.oracle import Adapter
@@ -23,6 +24,13 @@ def floor(dtype: torch.dtype) -> float:
     """An error that no sum in ``dtype`` is asked to stay below."""
     known = {torch.float64: 1e-14, torch.float32: 1e-6}
     return known.get(dtype, torch.finfo(dtype).eps)
+
+
+def pack(A, A_pool, B, B_pool, d, dtype, multiple=1) -> tuple[Tensor, Tensor]:
+    """The pack of one layer, by the operator for groups."""
+    given = [A], A_pool, [B], B_pool, [] if d is None else [d]
+    (Ap,), (Bp,) = ops.pack_group(*given, dtype, multiple)
+    return Ap, Bp
 
 
 def draw_adapter(width, out, own, pooled, device="cpu", dtype=torch.float32) -> Adapter:

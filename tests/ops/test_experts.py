@@ -10,7 +10,7 @@ from rasa_ext import ops
 from rasa_ext.ops import Factors
 from rasa_ext.ops import experts as module
 from tests.helpers.adapters import Errors, excesses
-from tests.helpers.operators import check_operator, draw_adapter, floor
+from tests.helpers.operators import check_operator, draw_adapter, floor, pack
 from tests.helpers.oracle import Adapter
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -128,7 +128,7 @@ def test_packs_are_those_of_each_expert(own, pooled, dtype, multiple):
         found = [each.to(dtype) for each in wide]
         for e in range(3):
             single = Adapter(*adapter[:4], d).map(lambda t, e=e: t[e])
-            for mine, theirs in zip(found, ops.pack(*single, dtype, multiple), strict=True):
+            for mine, theirs in zip(found, pack(*single, dtype, multiple), strict=True):
                 assert mine.dtype == dtype
                 assert torch.equal(mine[e], theirs)
 

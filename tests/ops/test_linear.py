@@ -17,6 +17,7 @@ from tests.helpers.operators import (
     drop,
     floor,
     lists,
+    pack,
     random_mask,
     unpacked,
 )
@@ -137,7 +138,7 @@ def test_any_strides(dropout, device):
 def test_with_packing_the_gradients_are_the_oracles(pooled, multiple, device):
     adapter = draw_adapter(9, 7, 3, pooled, device, torch.float64)
     x, weight, bias, *_, grad = draw(SHAPES[0], torch.float64, device)
-    Ap, Bp = ops.pack(*adapter, x.dtype, multiple)
+    Ap, Bp = pack(*adapter, x.dtype, multiple)
     y, U = ops.low_rank_linear(x, weight, bias, Ap, Bp)
     dx, *grads = ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bp, True, True, True)
     assert not any(t[adapter.d.numel() :].any() for t in grads)

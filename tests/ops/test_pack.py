@@ -11,7 +11,7 @@ import torch
 from rasa_ext import ops
 from rasa_ext.ops import Factors
 from tests.helpers import oracle
-from tests.helpers.operators import DTYPES, check_operator, draw_adapter, draw_group, lists
+from tests.helpers.operators import DTYPES, check_operator, draw_adapter, draw_group, lists, pack
 
 # (layers, in, out, private ranks, pool ranks): odd, k = r, no pool, one of each, an empty pool.
 SHAPES = (
@@ -61,7 +61,7 @@ def test_each_factor_is_rounded_once_and_padded_with_zeros(shape, dtype, device)
             assert torch.equal(Bp[i, :rank], (up * d).to(dtype).t())
             assert not Ap[i, rank:].any()
             assert not Bp[i, rank:].any()
-            alone = ops.pack(*each, dtype, multiple)
+            alone = pack(*each, dtype, multiple)
             differentiable = ops.differentiable_pack(Factors(*each), dtype, multiple)
             for mine, other, theirs in zip(alone, differentiable, (Ap[i], Bp[i]), strict=True):
                 assert torch.equal(mine, theirs)
@@ -151,7 +151,7 @@ def test_every_layout_gives_the_same_and_gradients_stored_by_ranks(device):
 def test_narrow_adapters_lose_nothing_in_a_wide_pack(dtype, stored, device):
     """d is folded in the wider of the two dtypes; gradients are as good as the stored one."""
     adapter = draw_adapter(17, 9, 3, 4, device).map(lambda t: t.to(stored))
-    Ap, Bp = ops.pack(*adapter, dtype)
+    Ap, Bp = pack(*adapter, dtype)
     _, up, d = adapter.stacked()
     accurate = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     change = oracle.delta(adapter)
@@ -168,6 +168,6 @@ def test_narrow_adapters_lose_nothing_in_a_wide_pack(dtype, stored, device):
 def test_a_narrow_B_beside_a_wide_A_is_packed_in_the_dtype_asked_for():
     """As after a cast of one of them; the compiled kernels want one dtype, and refuse it."""
     A, B, d = torch.randn(3, 9), torch.randn(3, 7).bfloat16().t(), torch.randn(3)
-    Ap, Bp = ops.pack(A, None, B, None, d, torch.float32)
+    Ap, Bp = pack(A, None, B, None, d, torch.float32)
     assert Ap.dtype == Bp.dtype == torch.float32
     assert torch.equal(Bp, B.t().float() * d[:, None])

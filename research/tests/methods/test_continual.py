@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import rasa_ext
+from rasa_ext import ops
 from rasa_research import methods, training
 from tests.helpers.methods import base, inputs, randomize, rasa_linears
 
@@ -21,10 +22,11 @@ def patched(**options):
 
 
 def deltas(model) -> dict[str, torch.Tensor]:
-    return {
-        name: layer.packed_factors(torch.float64).Bp.t() @ layer.packed_factors(torch.float64).Ap
+    packs = {
+        name: ops.differentiable_pack(layer.adapter().factors(), torch.float64)
         for name, layer in rasa_linears(model).items()
     }
+    return {name: (Bp.t() @ Ap).detach() for name, (Ap, Bp) in packs.items()}
 
 
 @pytest.mark.parametrize(
