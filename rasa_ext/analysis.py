@@ -274,10 +274,7 @@ def _singular_values(left: Tensor, right: Tensor) -> Tensor:
 def _entropy_rank(values: Tensor) -> float:
     """Return exp of the entropy of normalized values >= 0; 0 if all are zero."""
     total = values.sum()
-    if not total > 0:
-        return 0.0
-    p = values / total
-    return math.exp(-torch.special.xlogy(p, p).sum().item())
+    return math.exp(torch.special.entr(values / total).sum().item()) if total > 0 else 0.0
 
 
 def _in_model_order(name: str) -> list[tuple[int, str]]:

@@ -27,7 +27,6 @@ from rasa_ext.patching.tokens import row_tensors
 def export_lora(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    pad_to: int | None = None,
     *,
     expert_layout: str | None = None,
     rank: int | None = None,
@@ -38,7 +37,7 @@ def export_lora(
     """Write the adapter as a LoRA for PEFT, vLLM, SGLang, llama.cpp or mlx-lm.
 
     Not every reader supports ranks and scales per layer. So every layer has scale 1 and the largest
-    effective rank, or ``pad_to``, padded with zeros. The LoRA's product is the adapter's dW in
+    effective rank, padded with zeros. The LoRA's product is the adapter's dW in
     float32: lora_B = [B | B_pool] diag(d), (out, R), and lora_A = [A ; A_pool], (R, in), from the
     definition of dW (arXiv 2503.12576, section 3).
 
@@ -52,15 +51,15 @@ def export_lora(
     Args:
         model: a patched model.
         directory: created if missing; an adapter in it is replaced.
-        pad_to: the rank to write. Defaults to the largest effective rank.
         expert_layout: how adapted experts are written. "peft" is the layout of PEFT's
             ``target_parameters``, for PEFT, and for vLLM where it stores a model's experts in three
             dimensions (gpt-oss). "per-expert" names the matrices of every expert as checkpoints do,
             for vLLM, SGLang and llama.cpp. "shared-outer" is SGLang's for experts that share the
             factors on their input and output, only for ``experts="shared"`` with k = rank. None is
             "peft", with a warning if the model has adapted experts.
-        rank: a rank to write that may be lower. Each layer is then the best approximation of dW
-            with that rank; ``export_error`` measures the error. Not together with ``pad_to``.
+        rank: the rank to write; by default the largest effective rank. Factors of fewer ranks are
+            padded with zeros. Layers of more ranks become the best approximation of dW with that
+            rank, and ``export_error`` measures the error.
         format: "peft" is for PEFT, vLLM, SGLang and llama.cpp's converter. "gguf" is the
             converter's output, ``adapter.gguf``, and needs the package gguf. "mlx" is for mlx-lm.
             The last two only hold low-rank pairs, of model families whose names were checked.
@@ -73,10 +72,9 @@ def export_lora(
         The written rank; a server's ``max_lora_rank`` must be at least this.
 
     Raises:
-        TypeError, ValueError: the model is not patched, ``pad_to`` is not an integer or is below
-            the largest effective rank, or the adapter cannot have this ``expert_layout``.
-        TypeError, ValueError: ``rank`` is no positive integer or comes with ``pad_to`` or adapted
-            experts, or ``format`` is unknown or cannot hold the adapter.
+        TypeError, ValueError: the model is not patched, the adapter cannot have this
+            ``expert_layout``, ``rank`` is no positive integer or is below the effective rank of
+            adapted experts, or ``format`` is unknown or cannot hold the adapter.
         ImportError: ``format`` is "gguf", and the package is missing.
         ValueError: a reader would drop a part of the adapter.
 
@@ -86,18 +84,17 @@ def export_lora(
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)
         >>> rasa_ext.export_lora(model, "lora")
         9
-        >>> rasa_ext.export_lora(model, "lora", pad_to=16)  # one of the ranks that vLLM takes
+        >>> rasa_ext.export_lora(model, "lora", rank=16)  # one of the ranks that vLLM takes
         16
         >>> rasa_ext.export_lora(model, "lora", rank=4)  # no longer exact
         4
     """
     export = _export_of(model)
-    return write_lora(export, directory, pad_to, expert_layout, rank, format, allow_dropped, card)
+    return write_lora(export, directory, expert_layout, rank, format, allow_dropped, card)
 
 
 def export_size(
     model: nn.Module,
-    pad_to: int | None = None,
     *,
     expert_layout: str | None = None,
     rank: int | None = None,
@@ -106,7 +103,7 @@ def export_size(
 
     Args:
         model: a patched model.
-        pad_to, expert_layout, rank: as in ``export_lora``.
+        expert_layout, rank: as in ``export_lora``.
 
     Returns:
         Bytes; the file is slightly larger, because of the tensors' names.
@@ -121,7 +118,7 @@ def export_size(
     """
     export = _export_of(model, "meta")
     layout = checked_layout(export.experts, expert_layout)
-    written = written_rank(export.effective_rank(), export.experts, pad_to, rank)
+    written = written_rank(export.effective_rank(), export.experts, rank)
     factors = dict(factors_of(export, layout, written))
     return sum(tensor.nbytes for tensor in (*factors.values(), *export.saved.values()))
 
@@ -168,7 +165,7 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
         0.0
     """
     patch_state(model)
-    written_rank(0, dict(adapted_experts(model)), None, rank)
+    written_rank(math.inf, dict(adapted_experts(model)), rank)
     lost, whole = {}, {}
     for name, layer in adapted_layers(model):
         Ap, Bp = ops.differentiable_pack(layer.adapter().factors(), torch.float32)

@@ -31,7 +31,6 @@ from rasa_ext.writing import new_folder
 def write_lora(
     export: Export,
     directory: str | os.PathLike[str],
-    pad_to: int | None,
     expert_layout: str | None,
     rank: int | None,
     format: str,
@@ -45,7 +44,7 @@ def write_lora(
     layout = checked_layout(export.experts, expert_layout)
     modules, parameters = targets_of(export, layout)
     effective = export.effective_rank()
-    written = written_rank(effective, export.experts, pad_to, rank)
+    written = written_rank(effective, export.experts, rank)
     check_format(format, export)
     if format == PEFT_FILES:
         default = layout is not None and expert_layout is None
@@ -73,28 +72,18 @@ def write_lora(
     return written
 
 
-def written_rank(
-    effective: int, experts: Collection[str], pad_to: int | None, rank: int | None
-) -> int:
+def written_rank(effective: float, experts: Collection[str], rank: int | None) -> int:
     """Return the rank of all written pairs; ``effective`` is the largest rank.
 
     Raises TypeError or ValueError, naming the argument, if the rank is not possible.
     """
     if rank is None:
-        if pad_to is not None and checked_integer("pad_to", pad_to) < effective:
-            raise ValueError(
-                f"pad_to: expected at least the effective rank {effective}, got {pad_to}."
-            )
-        return pad_to or effective
+        return int(effective)
     if checked_integer("rank", rank) < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}.")
-    if pad_to is not None:
+    if experts and rank < effective:
         raise ValueError(
-            f"pad_to: expected None beside rank, which is the rank that is written, got {pad_to}."
-        )
-    if experts:
-        raise ValueError(
-            "model: a LoRA of a chosen rank is made of adapters of linear layers, but "
+            "rank: a LoRA of a lower rank is made of adapters of linear layers, but "
             f"{next(iter(experts))!r} has adapted experts; patch it with experts=None."
         )
     return rank

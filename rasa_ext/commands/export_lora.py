@@ -16,7 +16,6 @@ def export_lora(
     *,
     output: Output,
     model: str | None = None,
-    pad_to: int | None = None,
     rank: int | None = None,
     format: str = "peft",
     allow_dropped: bool = False,
@@ -29,8 +28,8 @@ def export_lora(
     Args:
         adapter: Adapter directory.
         model: Base model: hub id, directory or .gguf. [default: as the adapter says]
-        pad_to: Rank to write. [default: the largest effective rank]
-        rank: Rank to write, which may be lower; the error of every layer is then printed.
+        rank: Rank to write. If it is lower than the largest effective rank, which is the default,
+            the error of every layer is printed.
         format: peft (and vLLM, SGLang), gguf (llama.cpp), or mlx (mlx-lm).
         allow_dropped: Write it even if llama.cpp or SGLang would leave a part out.
         expert_layout: Layout of adapted experts: peft (PEFT, and vLLM for gpt-oss), per-expert
@@ -47,7 +46,7 @@ def export_lora(
     with base_of(adapter, model) as name, working(f"Exporting {adapter}"):
         check_differs((adapter, name), output, overwrite=overwrite)
         base = rasa_ext.load_adapter(load_model(name, "auto"), adapter)
-        size = rasa_ext.export_size(base, pad_to, expert_layout=expert_layout, rank=rank)
+        size = rasa_ext.export_size(base, expert_layout=expert_layout, rank=rank)
         console.print(f"The LoRA takes {_bytes(size)}.")
         adapted = bool(adapted_experts(base))
         if adapted and size > LARGE and not yes:
@@ -60,7 +59,6 @@ def export_lora(
         written = rasa_ext.export_lora(
             base,
             output,
-            pad_to=pad_to,
             expert_layout=expert_layout,
             rank=rank,
             format=format,

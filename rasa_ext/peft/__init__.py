@@ -4,19 +4,14 @@ import rasa_ext.peft
 model = peft.get_peft_model(model, rasa_ext.peft.RasaConfig(r=8))
 """
 
-try:
-    import peft  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        "rasa_ext.peft: expected PEFT 0.21 or newer, found none: pip install peft."
-    ) from error
+from peft.utils import register_peft_method
 
 from rasa_ext.peft.config import RasaConfig
 from rasa_ext.peft.experts import RasaPeftExperts, RasaPeftExpertWeight
 from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.lora import export_lora
 from rasa_ext.peft.model import RasaModel
-from rasa_ext.peft.register import register
+from rasa_ext.peft.peft_type import RASA
 
 __all__ = [
     "RasaConfig",
@@ -27,4 +22,6 @@ __all__ = [
     "export_lora",
 ]
 
-register()
+register_peft_method(
+    name=RASA.name.lower(), config_cls=RasaConfig, model_cls=RasaModel, prefix=RasaModel.prefix
+)

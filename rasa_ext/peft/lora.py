@@ -25,7 +25,6 @@ def export_lora(
     model: nn.Module,
     directory: str | os.PathLike[str],
     adapter_name: str = "default",
-    pad_to: int | None = None,
     *,
     expert_layout: str | None = None,
     rank: int | None = None,
@@ -44,7 +43,7 @@ def export_lora(
             ``torch.compile`` or DistributedDataParallel.
         directory: created if missing; an adapter in it is replaced.
         adapter_name: the adapter's name in the model.
-        pad_to, expert_layout, rank, format, allow_dropped, card: as in ``rasa_ext.export_lora``.
+        expert_layout, rank, format, allow_dropped, card: as in ``rasa_ext.export_lora``.
 
     Returns:
         The written rank.
@@ -62,7 +61,7 @@ def export_lora(
         9
     """
     export = _export_of(model, adapter_name)
-    return write_lora(export, directory, pad_to, expert_layout, rank, format, allow_dropped, card)
+    return write_lora(export, directory, expert_layout, rank, format, allow_dropped, card)
 
 
 def _export_of(model: nn.Module, adapter_name: str) -> Export:

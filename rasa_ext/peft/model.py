@@ -70,11 +70,7 @@ class RasaModel(BaseTuner):
     tuner_layer_cls = NamedAdapters
     target_module_mapping: dict[str, Any] = {}  # noqa: RUF012 - as in PEFT; never needed here
     _subtracts = False
-    _attributes_before: list[tuple[nn.Module, str, Any]]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__["_attributes_before"] = []  # before nn.Module can take attributes
-        super().__init__(*args, **kwargs)
+    _attributes_before: tuple[tuple[nn.Module, str, Any], ...] = ()
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
@@ -102,7 +98,7 @@ class RasaModel(BaseTuner):
         finally:
             unwrap_experts(model)
         link_fused_projections(model, RasaPeftLinear)
-        peft_config = _rasa_config(self.peft_config[adapter_name])
+        peft_config = cast(RasaConfig, self.peft_config[adapter_name])
         if peft_config.modules_to_save:  # whole names, so that every reader matches equal modules
             peft_config.modules_to_save = list(trained_in_full(model, adapter_name))
         make_rows_optional(model)
@@ -128,7 +124,7 @@ class RasaModel(BaseTuner):
         self, peft_config: PeftConfig, model_config: dict[str, Any]
     ) -> PeftConfig:
         """Resolve 'all-linear' as ``patch_model`` does, which is stricter than PEFT."""
-        own = _rasa_config(peft_config)
+        own = cast(RasaConfig, peft_config)
         every = own.target_modules in (None, ALL_LINEAR)
         if own.rasa_experts is None and self._given is None and not own.inference_mode:
             _, stacks = bases_of(self.model)
@@ -145,7 +141,7 @@ class RasaModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Prepare the targeted stacked weights for adapters, under their names."""
-        own = _rasa_config(peft_config)
+        own = cast(RasaConfig, peft_config)
         chosen = chosen_stacks(self.model, own, lambda name: self._is_target(own, name))
         if chosen and not self.owners():
             # PEFT freezes the base with the first adapter. It would take this adapter for a second
@@ -165,7 +161,7 @@ class RasaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        own = _rasa_config(peft_config)
+        own = cast(RasaConfig, peft_config)
         if self._groups is None:  # the adapter's first layer: PEFT has resolved the targets by now
             self._groups = self._find_groups(own)
         if current_key not in self._groups:  # stacked weights of another adapter
@@ -211,7 +207,8 @@ class RasaModel(BaseTuner):
             specs = group.specs(*(base_device(bases[name]) for name in group.names))
             found.update(dict.fromkeys(group.names, (group, specs)))
         chosen = {base for base in bases.values() if not isinstance(base, tuple)}
-        self._attributes_before += let_adapters_work(self.model, chosen, hide_quantizer=False)
+        changed = let_adapters_work(self.model, chosen, hide_quantizer=False)
+        self._attributes_before += tuple(changed)
         peft_config.fan_in_fan_out = any(map(is_conv1d, chosen))
         peft_config.rasa_groups = groups_to_json(resolve_groups(config, groups).layer_groups)
         if not peft_config.inference_mode:
@@ -227,7 +224,7 @@ class RasaModel(BaseTuner):
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         """Match as PEFT does, but run regular expressions in bounded time."""
-        own = copy.copy(_rasa_config(peft_config))
+        own = copy.copy(cast(RasaConfig, peft_config))
         for name in ("target_modules", "exclude_modules"):
             if isinstance(pattern := getattr(own, name), str):
                 setattr(own, name, {key} if matches_whole(pattern, key) else {""})
@@ -258,7 +255,7 @@ class RasaModel(BaseTuner):
         """Cast to the config's dtype, whatever the dtype of the base or the file."""
         for owner in self.owners():
             owner.cast_adapter(adapter_name)
-        own = _rasa_config(self.peft_config[adapter_name])
+        own = cast(RasaConfig, self.peft_config[adapter_name])
         cast_rows(self.model, adapter_name, own.core().adapter_dtype)
 
     def unmerge_by_subtracting(self, enabled: bool = True) -> None:
@@ -346,15 +343,6 @@ class RasaModel(BaseTuner):
         expected = keys_in_files(model, adapter_name)
         state_dict = own_names(state_dict, expected, official_name, "the checkpoint")
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _rasa_config(peft_config: PeftConfig) -> RasaConfig:
-    """Return the config; raise TypeError if it is another method's."""
-    if not isinstance(peft_config, RasaConfig):
-        raise TypeError(
-            f"peft_config: expected a rasa_ext.peft.RasaConfig, got {type(peft_config).__name__}."
-        )
-    return peft_config
 
 
 def _layer_of(key: str) -> str:

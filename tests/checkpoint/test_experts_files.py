@@ -197,7 +197,7 @@ def test_peft_with_some_of_the_weights(family, targets, parameters, tmp_path):
 def test_the_stacked_layout_by_hand(family, tmp_path):
     """A's rows by expert, then rank; B's columns by rank, then expert."""
     model = adapted(base(family))
-    config, tensors = export(tmp_path, model, expert_layout="peft", pad_to=8)
+    config, tensors = export(tmp_path, model, expert_layout="peft", rank=8)
     assert config["r"] == config["lora_alpha"] == 8
     for name, stack in stacks(model).items():
         path, _, last = name.rpartition(".")
@@ -337,19 +337,17 @@ class OnMeta(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize("pad_to", [None, 16])
+@pytest.mark.parametrize("rank", [None, 16])
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_size_is_that_of_the_file(family, layout, pad_to, tmp_path):
+def test_the_size_is_that_of_the_file(family, layout, rank, tmp_path):
     options = POOL_ONLY if layout == "shared-outer" else {"experts": "layer"}
     model = adapted(base(family).to(torch.float32), modules_to_save=["norm"], **options)
     with OnMeta():
-        size = rasa_ext.export_size(model, pad_to, expert_layout=layout)
+        size = rasa_ext.export_size(model, rank=rank, expert_layout=layout)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _, tensors = export(
-            tmp_path, model, pad_to=pad_to, expert_layout=layout, allow_dropped=True
-        )
+        _, tensors = export(tmp_path, model, rank=rank, expert_layout=layout, allow_dropped=True)
     assert size == sum(tensor.nbytes for tensor in tensors.values())
 
 

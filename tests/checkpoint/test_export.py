@@ -97,13 +97,13 @@ def test_any_choice_of_layers(entry, options, tmp_path):
 
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=ids)
-@pytest.mark.parametrize("pad_to", [None, 16])
-def test_files(entry, pad_to, tmp_path):
+@pytest.mark.parametrize("asked", [None, 16])
+def test_files(entry, asked, tmp_path):
     """One rank and one scale for every module, no patterns, and the oracle's matrices."""
     model = patched(entry.build(), RANK, 1)
-    rasa_ext.export_lora(model, tmp_path, pad_to=pad_to)
+    rasa_ext.export_lora(model, tmp_path, rank=asked)
     found = adapters(model)
-    rank = pad_to or max(adapter.d.numel() for adapter in found.values())
+    rank = asked or max(adapter.d.numel() for adapter in found.values())
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     assert config["r"] == config["lora_alpha"] == rank

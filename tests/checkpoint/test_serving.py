@@ -54,7 +54,7 @@ def test_every_reader_computes_the_adapter(reader, options, tmp_path):
 @pytest.mark.parametrize("bucket", [rank for rank in VLLM_RANKS if rank >= 8])
 def test_padding_to_every_rank_bucket(bucket, tmp_path):
     model = patched(BASE)
-    config, tensors = export(tmp_path, model, pad_to=bucket)
+    config, tensors = export(tmp_path, model, rank=bucket)
     assert config["r"] == bucket
     for reader in READERS:
         assert_read(reader, config, tensors, bucket, model)

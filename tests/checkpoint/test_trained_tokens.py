@@ -115,7 +115,7 @@ def test_an_export_is_refused_unless_asked_for(tmp_path):
         rasa_ext.export_lora(model, tmp_path)
     assert not [*tmp_path.iterdir()]
     with pytest.warns(UserWarning, match="vLLM and llama.cpp refuse them"):
-        rasa_ext.export_lora(model, tmp_path, pad_to=16, allow_dropped=True)
+        rasa_ext.export_lora(model, tmp_path, rank=16, allow_dropped=True)
     for reader in ("vllm", "llama.cpp"):
         with pytest.raises(Refused):
             READERS[reader](*read(tmp_path), LLAMA.build(), 16)

@@ -85,11 +85,11 @@ def test_export_lora_is_read_by_peft_and_prints_how_to_serve_it(base, tuned, exp
 
 def test_export_lora_at_a_given_rank(tuned, tmp_path):
     assert "--max-lora-rank 16" in invoke(
-        "export-lora", tuned, "--output", tmp_path / "lora", "--pad-to", 16
+        "export-lora", tuned, "--output", tmp_path / "lora", "--rank", 16
     )
     stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert {t.shape[0] for name, t in stored.items() if "lora_A" in name} == {16}
-    text = invoke("export-lora", tuned, "--output", tmp_path / "wide", "--pad-to", 600)
+    text = invoke("export-lora", tuned, "--output", tmp_path / "wide", "--rank", 600)
     assert "vLLM serves ranks up to 512" in text
     assert "vllm serve" not in text
 

@@ -188,14 +188,3 @@ def test_an_adapter_of_another_model(tmp_path):
     wider = nn.Sequential(*copy.deepcopy(SEQUENTIAL.build())[:-1], nn.Linear(10, 9))
     for model, key in ((wider, r"6\.rasa_B"), (TIED.build(), r"body\.rasa_pool_A")):
         refused(lambda m=model: rasa_ext.load_adapter(m, tmp_path), model, key, "expected|missing")
-
-
-@pytest.mark.parametrize("rank", [-1, 3])
-def test_pad_to_below_the_rank(rank, tmp_path):
-    model = patched(SEQUENTIAL.build(), 4, 0)
-    refused(
-        lambda: rasa_ext.export_lora(model, tmp_path, pad_to=rank), model, "pad_to", "4", str(rank)
-    )
-    with pytest.raises(TypeError, match="pad_to"):
-        rasa_ext.export_lora(model, tmp_path, pad_to="16")
-    assert not list(tmp_path.iterdir())

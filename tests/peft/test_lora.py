@@ -28,7 +28,7 @@ def of_the_package(model, directory, base=None, **options):
 
 
 ADAPTERS = [{}, {"rasa_k": 0}, {"rasa_k": 4}, {"modules_to_save": ["lm_head"]}]
-FORMS = [{"rank": 2}, {"format": "mlx"}, {"pad_to": 16}]
+FORMS = [{"rank": 2}, {"format": "mlx"}, {"rank": 16}]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_the_same_bytes(adapter, form, tmp_path):
     rank = of_the_package(model, tmp_path, **form)
     assert export_lora(model, tmp_path / "lora", **form) == rank
     assert content(tmp_path / "lora") == content(tmp_path / "expected")
-    if "pad_to" in form:
+    if form.get("rank") == 16:
         assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["r"] == 16
 
 
@@ -85,8 +85,8 @@ def test_what_is_refused(tmp_path):
             export_lora(model, tmp_path / "lora", name)
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got str"):
         export_lora("model", tmp_path / "lora")
-    with pytest.raises(ValueError, match="pad_to: expected at least the effective rank 5, got 4"):
-        export_lora(tiny(), tmp_path / "lora", pad_to=4)
+    with pytest.raises(ValueError, match="rank: expected at least 1, got 0"):
+        export_lora(tiny(), tmp_path / "lora", rank=0)
     with pytest.raises(ValueError, match="expert_layout: expected a model with adapted experts"):
         export_lora(tiny(), tmp_path / "lora", expert_layout="peft")
     assert not (tmp_path / "lora").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import json
 import pickle
 
@@ -17,7 +18,6 @@ from peft.utils import PeftType
 
 import rasa_ext.peft
 from rasa_ext.peft.peft_type import extend_enum
-from rasa_ext.peft.register import register
 
 MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING)
 
@@ -60,24 +60,8 @@ def test_importing_registers():
     assert config.rasa_k == 2
 
 
-def test_registering_twice_changes_nothing():
+def test_a_peft_with_a_rasa_of_its_own_is_left_alone():
     before = [dict(mapping) for mapping in MAPPINGS]
-    register()
+    with pytest.raises(KeyError, match="already PEFT method called 'rasa'"):
+        importlib.reload(rasa_ext.peft)
     assert [dict(mapping) for mapping in MAPPINGS] == before
-
-
-def test_a_peft_that_only_lists_the_name(monkeypatch):
-    for mapping in MAPPINGS:
-        monkeypatch.delitem(mapping, PeftType.RASA)
-    register()
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RASA] is rasa_ext.peft.RasaConfig
-
-
-def test_a_peft_with_a_rasa_of_its_own_is_left_alone(monkeypatch):
-    class RasaConfig(peft.LoraConfig):
-        """PEFT's own, one day."""
-
-    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.RASA, RasaConfig)
-    with pytest.raises(ImportError, match=r"already .*RasaConfig.*patch_model"):
-        register()
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.RASA] is RasaConfig
