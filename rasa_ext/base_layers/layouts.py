@@ -64,13 +64,6 @@ class Format:
         """Return the weight (out, in), dequantized to a float dtype that the library chooses."""
         raise NotImplementedError
 
-    def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor | None:
-        """Quantize ``weight`` (rows, in) like the base's weight, and dequantize it again.
-
-        Return None if the format does not support it.
-        """
-        return None
-
 
 class Tile(NamedTuple):
     """Some rows of a packed weight."""

@@ -41,9 +41,6 @@ _MARKS = (
 )
 _BNB_REPACK_FLAG = "support_avx512bf16_for_cpu"
 
-_READ_AT_ONCE = 1024
-"""How many columns of a weight one product reads in ``_read_off``."""
-
 
 class BnbLinear4bit(Format):
     """bitsandbytes' Linear4bit: nf4 or fp4 in blocks, two values in each byte."""
@@ -72,18 +69,6 @@ class BnbLinear4bit(Format):
         weight: Tensor = _bitsandbytes().functional.dequantize_4bit(own.data, own.quant_state)
         return weight
 
-    def requantize(self, base: Any, weight: Tensor) -> Tensor:
-        """See ``Format``."""
-        own, functional = base.weight, _bitsandbytes().functional
-        packed, state = functional.quantize_4bit(
-            weight.contiguous(),
-            blocksize=own.blocksize,
-            compress_statistics=own.compress_statistics,
-            quant_type=own.quant_type,
-        )
-        again: Tensor = functional.dequantize_4bit(packed, state)
-        return again
-
 
 class BnbLinear8bit(Format):
     """bitsandbytes' Linear8bitLt: int8 with one scale for each row."""
@@ -102,11 +87,6 @@ class BnbLinear8bit(Format):
         scales: Tensor = base.state.SCB if base.weight.SCB is None else base.weight.SCB
         return weight.data * (scales.to(weight.device).float() / 127).unsqueeze(1)
 
-    def requantize(self, base: LinearLayer, weight: Tensor) -> Tensor:
-        """See ``Format``."""
-        scales = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
-        return torch.round(weight.float() / scales) * scales
-
 
 def _raise_unquantized(name: str, fmt: str) -> NoReturn:
     raise ValueError(
@@ -123,7 +103,9 @@ class TorchaoTensor(Format):
         try:
             return base.weight.dequantize()
         except (AttributeError, NotImplementedError):
-            return _read_off(base)
+            weight = base.weight
+            each = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            return nn.functional.linear(each, weight).t()
 
     def original_dtype(self, base: LinearLayer) -> torch.dtype | None:
         """Return the dtype that the tensor reports."""
@@ -164,18 +146,6 @@ def stored_bytes(base: LinearLayer) -> int:
         parts = [weight.data, getattr(weight, "SCB", None)]
         parts += [getattr(each, "absmax", None) for each in (state, nested)]
     return sum(part.nbytes for part in parts if isinstance(part, Tensor))
-
-
-def _read_off(base: LinearLayer) -> Tensor:
-    """Read W (out, in) from the product of the layer with an identity matrix."""
-    weight, columns = base.weight, []
-    _, in_features = linear_shape(base)
-    for begin in range(0, in_features, _READ_AT_ONCE):
-        count = min(_READ_AT_ONCE, in_features - begin)
-        ones = torch.zeros(count, in_features, dtype=weight.dtype, device=weight.device)
-        ones[range(count), range(begin, begin + count)] = 1
-        columns.append(nn.functional.linear(ones, weight).t())
-    return torch.cat(columns, 1)
 
 
 def forget_quantizer(model: nn.Module) -> nn.Module:

@@ -40,8 +40,6 @@ class Dequantized:
     """Bytes of the dense weight."""
     error: float
     """Norm of the merged layer's output error, relative to the norm of the output."""
-    requantized_error: float | None
-    """Relative error of the merged weight if it were quantized again; None where unknown."""
 
 
 def dequantized_sum(part: Part, delta: Tensor, wanted: torch.dtype | None, argument: str) -> Tensor:
@@ -82,15 +80,12 @@ def dequantize_and_merge(
     if base.bias is not None:
         dense.bias = nn.Parameter(base.bias.detach().to(merged.dtype), requires_grad=False)
     dense.train(base.training)
-    rows = merged[:PROBES].to(delta.dtype)
-    again = fmt.requantize(base, rows)
     done = Dequantized(
         fmt.name,
         merged.dtype,
         stored_bytes(base),
         merged.nbytes,
         _output_error(base, fmt, dense, delta),
-        None if again is None else _relative(again, rows),
     )
     part.owner.__dict__["merged_base"] = base  # stored, but not as a submodule
     part.owner.base_layer = dense
@@ -111,13 +106,10 @@ def warn_dequantized(changes: Sequence[Dequantized], stacklevel: int) -> None:
     kinds = Counter((change.format, change.dtype) for change in changes)
     what = " and ".join(f"{n} of {fmt} in {dtype}" for (fmt, dtype), n in kinds.items())
     before, after = (sum(getattr(c, f) for c in changes) / 2**20 for f in ("before", "after"))
-    known = [c.requantized_error for c in changes if c.requantized_error is not None]
-    again = max(known, default=None)
-    lost = "" if again is None else f" Quantized again, weights would be off by {again:.1e}."
     warnings.warn(
         f"merging into a dequantized weight: relative error of a layer's output at most "
         f"{max(change.error for change in changes):.1e}. Layers made dense: {what}; "
-        f"{after:.1f} MiB instead of {before:.1f}.{lost}",
+        f"{after:.1f} MiB instead of {before:.1f}.",
         stacklevel=stacklevel + 1,
     )
 
@@ -140,7 +132,8 @@ def _output_error(base: LinearLayer, fmt: Format, dense: nn.Linear, delta: Tenso
     generator = torch.Generator().manual_seed(0)  # leaves torch's global generator alone
     x = torch.randn(PROBES, dense.in_features, generator=generator).to(device, own).to(dtype)
     before = _without_trace(base)(x.to(own)).to(delta.dtype) + x.to(delta.dtype) @ delta.t()
-    return _relative(dense(x).to(delta.dtype), before)
+    scale = before.norm().item()
+    return (dense(x).to(delta.dtype) - before).norm().item() / scale if scale else 0.0
 
 
 def _without_trace(base: LinearLayer) -> LinearLayer:
@@ -150,8 +143,3 @@ def _without_trace(base: LinearLayer) -> LinearLayer:
     if base.bias is not None:
         probe._parameters["bias"] = nn.Parameter(base.bias.detach().clone(), requires_grad=False)
     return probe
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    scale = expected.norm().item()
-    return (found - expected).norm().item() / scale if scale else 0.0

@@ -20,7 +20,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 WARNING = re.compile(
     r"merging into a dequantized weight: relative error of a layer's output at most (\S+)\. "
-    r"Layers made dense: (\d+) of (.+) in (torch\.\w+); (\S+) MiB instead of (\S+)\.( .*)?$"
+    r"Layers made dense: (\d+) of (.+) in (torch\.\w+); (\S+) MiB instead of (\S+)\.$"
 )
 
 
@@ -72,7 +72,7 @@ def test_the_merged_weight(form, dtype):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_warning_tells_what_was_measured(form):
-    """Its error bounds that of other inputs; its second one is what quantizing again would lose."""
+    """Its error bounds that of other inputs."""
     base = quantized(linears(), form)
     model = patched(base)
     x = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -85,21 +85,6 @@ def test_the_warning_tells_what_was_measured(form):
     assert error < 2 * told + 1e-7
     assert told < (0.05 if form == "int8" else 1e-6)
     assert (told > 1e-3) == (form == "int8")  # whose kernel rounds the activations
-    weight = layer.base_layer.weight
-    if form.startswith("torchao"):
-        assert said[7] is None
-    else:
-        lost = float(re.search(r"Quantized again, weights would be off by (\S+)\.$", said[7])[1])
-        again = FORMATS[form](linear_over(weight))
-        own = (numbers(again) - weight.double()).norm() / weight.double().norm()
-        assert own < 1.5 * lost
-        assert lost < 3 * own
-
-
-def linear_over(weight: torch.Tensor) -> nn.Linear:
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-    made.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
-    return made
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
