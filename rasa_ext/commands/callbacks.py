@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import signal
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +27,21 @@ class MetricsCallback(TrainerCallback):
 
     A step has `step`, `epoch`, `loss`, `lr`, `grad_norm`, `tokens` (without padding), `seconds`
     (of the step alone: neither evaluations nor saving) and `tokens_per_s`; an evaluation has
-    `step` and `eval_loss`. On a resume, lines after the checkpoint's step are dropped first.
+    `step` and `eval_loss`. They take the place of Trainer's own rows in `state.log_history`, which
+    checkpoints hold, so that a resume goes on with the rows up to the checkpoint's step.
     """
 
-    def __init__(self, path: Path, console: Console, held_out: int = 0) -> None:
+    def __init__(self, path: Path, console: Console) -> None:
         self.path = path
         self.console = console
-        self.held_out = held_out  # how many examples
-        self.rows: list[dict[str, Any]] = []
-        self._began = self._shown = 0.0
-        self._seen = self._first = 0
-
-    def values(self, name: str) -> list[Any]:
-        """Those of one figure, in order, from before a resume too."""
-        return [row[name] for row in self.rows if name in row]
+        self._began, self._shown = 0.0, -math.inf
+        self._seen = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Keep what an earlier part of this run wrote up to here."""
-        if state.global_step and self.path.is_file():
-            self.rows = [r for r in read_metrics(self.path) if r["step"] <= state.global_step]
-        text = "".join(json.dumps(row) + "\n" for row in self.rows)
+        """Write what an earlier part of this run had up to here."""
+        text = "".join(json.dumps(row) + "\n" for row in state.log_history)
         self.path.write_text(text, encoding="utf-8")
-        self._seen, self._first = state.num_input_tokens_seen, state.global_step
-        if args.eval_on_start:
-            self._announce(0)
+        self._seen = state.num_input_tokens_seen
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start the step's clock."""
@@ -82,35 +75,29 @@ class MetricsCallback(TrainerCallback):
                 f"lr: the loss became {row['loss']} at step {state.global_step}; lower --lr "
                 f"(now {args.learning_rate:g}) or use --dtype float32."
             )
-        self.rows.append(row)
+        state.log_history[-1] = row
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        self._show(row, state, control)
+        self._show(row, state)
 
-    def _show(self, row: dict[str, Any], state: Any, control: Any) -> None:
+    def _show(self, row: dict[str, Any], state: Any) -> None:
         """Print an evaluation, and a step if it is the first, the last, or a line is due."""
         step, steps = row["step"], state.max_steps
         if "eval_loss" in row:
             self.console.print(f"step {step}: held-out loss {row['eval_loss']:.4f}")
             return
         now = time.perf_counter()
-        if step in (self._first + 1, steps) or now - self._shown >= _SILENCE:
+        if step == steps or now - self._shown >= _SILENCE:
             self._shown = now
-            seconds = self.values("seconds")
-            here = seconds[self._first - step :]  # of this process
-            left = sum(here) / len(here) * (steps - step)
+            seconds = sum(values(state.log_history, "seconds"))
+            elapsed, left = (
+                datetime.timedelta(seconds=round(each))
+                for each in (seconds, seconds / step * (steps - step))
+            )
             self.console.print(
                 f"step {step}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-                f"{row['tokens_per_s']:,.0f} tokens/s  {_clock(sum(seconds))} elapsed, "
-                f"{_clock(left)} left"
+                f"{row['tokens_per_s']:,.0f} tokens/s  {elapsed} elapsed, {left} left"
             )
-        if control.should_evaluate:
-            self._announce(step)
-
-    def _announce(self, step: int) -> None:
-        self.console.print(
-            f"step {step}: measuring the held-out loss on {self.held_out:,} examples"
-        )
 
 
 class InterruptCallback(TrainerCallback):
@@ -150,19 +137,6 @@ class InterruptCallback(TrainerCallback):
     on_evaluate = on_step_end
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a line that a crash cut off is skipped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def _clock(seconds: float) -> str:
-    """Such as 0:07, 12:34 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+def values(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
+    """The values of one figure, in order."""
+    return [row[name] for row in rows if name in row]

@@ -50,11 +50,6 @@ def newest_whole(folder: Path, console: Console) -> Path:
     )
 
 
-def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
-    """List checkpoints as (step, path), oldest first, less those whose writing was cut off."""
-    return sorted(each for each in _numbered(folder) if (each[1] / _STATE).is_file())
-
-
 def make_room(folder: Path) -> None:
     """Remove what would pass for a new run's own: an earlier run's checkpoints, and weights."""
     for _, path in _numbered(folder):

@@ -85,12 +85,18 @@ def read_examples(
     )
     check_source(source, option)
     rows = []
-    for where, text, value in _values(source, option):
-        row = _row(value, names, completion_field)
-        if row is None:
-            text = text if len(text) <= 100 else f"{text[:97]}..."
-            raise DataError(f"{where}: expected {expected}, got {text}.")
-        rows.append(row)
+    try:
+        for where, text, value in _values(source, option):
+            row = _row(value, names, completion_field)
+            if row is None:
+                text = text if len(text) <= 100 else f"{text[:97]}..."
+                raise DataError(f"{where}: expected {expected}, got {text}.")
+            rows.append(row)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        kind = Path(source).suffix
+        raise DataError(
+            f"{source}: expected {kind} in UTF-8, but it does not parse: {error}."
+        ) from None
     if not rows:
         raise DataError(f"{source}: expected at least one example, got an empty file.")
     return rows
@@ -104,7 +110,7 @@ def _values(source: str, option: str) -> Iterable[tuple[str, str, Any]]:
     elif path.suffix == ".csv":
         return _table(path)
     elif path.suffix == ".json" and path.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-        values = _array(path)
+        values = json.loads(path.read_text("utf-8-sig"))
     else:
         return _lines(path)
     return ((f"{source}, row {i}", str(row), row) for i, row in enumerate(values))
@@ -125,20 +131,10 @@ def _lines(path: Path) -> Iterable[tuple[str, str, Any]]:
 
 def _table(path: Path) -> Iterable[tuple[str, str, Any]]:
     """The rows of a CSV file, whose fields stay texts."""
-    try:
-        reader = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
-        for row in reader:
-            fits = None not in row  # as where a comma in a text stands without quotes
-            yield f"{path}, line {reader.line_num}", str(row), row if fits else None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: expected CSV in UTF-8, but it does not parse: {error}.") from None
-
-
-def _array(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8-sig"))
-    except ValueError as error:
-        raise DataError(f"{path}: expected a JSON array, but it does not parse: {error}.") from None
+    reader = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
+    for row in reader:
+        fits = None not in row  # as where a comma in a text stands without quotes
+        yield f"{path}, line {reader.line_num}", str(row), row if fits else None
 
 
 def _loaded(source: str, option: str) -> Iterable[Any]:

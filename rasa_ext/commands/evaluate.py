@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rasa_ext.commands.data import check_source, conversation, questions, read_examples
-from rasa_ext.commands.output import command, console, table_of
+from rasa_ext.commands.output import command, console, table_of, working
 from rasa_ext.commands.parsing import check_dtype, check_least
 
 
@@ -66,17 +66,15 @@ def evaluate(
         matched = "-"
         if judged:
             prompts = [prompt for prompt, _ in questions(examples, tokenizer, uses)]
-            given[name] = []
-            for start in range(0, len(prompts), batch_size):
-                some = prompts[start : start + batch_size]
-                given[name] += measuring.greedy_answers(
+            with working(f"Answering {len(prompts)} questions"):
+                given[name] = measuring.greedy_answers(
                     each,
                     tokenizer,
-                    some,
+                    prompts,
                     max_new_tokens,
+                    batch_size=batch_size,
                     special_tokens=not (uses and tokenizer.chat_template),
                 )
-                console.print(f"{len(given[name])} of {len(prompts)} questions answered")
             matched = f"{measuring.exact_match(given[name], expected, rule):.1%}"
         table.add_row(name, f"{loss:.4f}", matched)
     console.print(table)

@@ -26,8 +26,7 @@ def finetune(**values: Any) -> None:
     if result["interrupted"]:
         record = shlex.quote(str(Path(result["output"]) / RECORD))
         console.print(
-            f"Stopped after step {result['step']} of {result['total_steps']}; "
-            f"the checkpoint is {result['checkpoint']}. Go on with:\n"
+            f"Stopped after step {result['step']} of {result['total_steps']}. Go on with:\n"
             f"  rasa-ext finetune --config {record} --resume"
         )
         raise typer.Exit(INTERRUPTED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rasa_ext import Card
-from rasa_ext.commands.callbacks import MetricsCallback
-from rasa_ext.commands.checkpoints import checkpoints_in
+from rasa_ext.commands.callbacks import values
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer
 from rasa_ext.patching.state import patch_state
@@ -25,7 +23,6 @@ def write_results(
     trainer: AdapterTrainer,
     options: FinetuneOptions,
     interrupted: bool,
-    metrics: MetricsCallback,
     trainable: int,
 ) -> dict[str, Any]:
     """Write adapter, card, tokenizer, `loss.png` and `summary.json`, and give the latter's content.
@@ -34,23 +31,22 @@ def write_results(
     "last_loss" are means over a tenth of the steps.
     """
     output = Path(options.output)
-    losses, held_out = metrics.values("loss"), metrics.values("eval_loss") or [None]
-    tenth = max(1, len(losses) // 10)
-    seconds, saved = sum(metrics.values("seconds")), checkpoints_in(output)
+    rows = trainer.state.log_history
+    losses, held_out = values(rows, "loss"), values(rows, "eval_loss") or [None]
+    tenth, seconds = max(1, len(losses) // 10), sum(values(rows, "seconds"))
     result = {
         "output": options.output,
         "interrupted": interrupted,
         "step": trainer.state.global_step,
         "total_steps": trainer.state.max_steps,
         "seconds": seconds,
-        "tokens_per_s": sum(metrics.values("tokens")) / seconds if seconds else None,
+        "tokens_per_s": sum(values(rows, "tokens")) / seconds if seconds else None,
         "first_loss": sum(losses[:tenth]) / tenth if losses else None,
         "last_loss": sum(losses[-tenth:]) / tenth if losses else None,
         "eval_loss_before": held_out[0],
         "eval_loss": held_out[-1],
         "trainable": trainable,
         "peak_memory": peak_memory(),
-        "checkpoint": str(saved[-1][1]) if saved else None,
     }
     trainer.model.eval()
     trainer.card = run_card(trainer, options, result)
@@ -59,7 +55,7 @@ def write_results(
         config = patch_state(trainer.base_model).config
         rank = f" r={config.rank}" if hasattr(config, "rank") else ""
         title = f"{config.title}{rank}, {Path(options.model).name}"
-        plot_loss(metrics.rows, output / "loss.png", title)
+        plot_loss(rows, output / "loss.png", title)
     text = json.dumps(result, indent=2)
     (output / "summary.json").write_text(text + "\n", encoding="utf-8")
     return result
@@ -120,8 +116,7 @@ def peak_memory() -> dict[str, int]:
 
     The resident set counts the libraries and everything the process ever held at once.
     """
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
-    peak = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    peak = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if torch.cuda.is_available():
         peak["cuda_bytes"] = torch.cuda.max_memory_allocated()
     return peak

@@ -18,6 +18,7 @@ import rasa_ext
 from rasa_ext.checkpoint.adapter import load_tensors_into
 from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
 from rasa_ext.commands.checkpoints import RUN
+from rasa_ext.commands.output import working
 from rasa_ext.methods import AdapterConfig
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.patching.state import is_patched, patch_state
@@ -140,7 +141,8 @@ class AdapterTrainer(SFTTrainer):
         So the losses depend neither on when there was an evaluation, nor on one being left out at
         an interrupt.
         """
-        with torch.random.fork_rng(devices=[]):  # a data loader draws its seed on the CPU
+        rng = torch.random.fork_rng(devices=[])  # a data loader draws its seed on the CPU
+        with rng, working("Measuring the held-out loss"):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

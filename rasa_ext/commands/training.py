@@ -27,7 +27,7 @@ from trl import SFTConfig
 from rasa_ext import patch_model, summary, unpatch
 from rasa_ext.checkpoint import convert_lora, read_adapter, read_lora
 from rasa_ext.checkpoint.adapter import load_tensors_into
-from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback, read_metrics
+from rasa_ext.commands.callbacks import InterruptCallback, MetricsCallback
 from rasa_ext.commands.checkpoints import RUN, make_room, newest_whole
 from rasa_ext.commands.data import DataError, read_examples, rows_for_sft
 from rasa_ext.commands.models import load_model, load_skeleton, load_tokenizer
@@ -114,7 +114,6 @@ def train(
     show_example(trainer.train_dataset[0], tokenizer, console, plain=plain)
     trained = _describe_adapter(trainer.base_model, console)
 
-    metrics = MetricsCallback(output / "metrics.jsonl", console, len(trainer.eval_dataset or ()))
     steps = config.callbacks(trainer.base_model)
     for callback in steps:
         trainer.add_callback(callback)
@@ -122,7 +121,6 @@ def train(
         trainer.state, stopped = state, False
         console.print(f"The run in {output} is complete: {state.global_step} steps.")
         trainer._load_from_checkpoint(str(resumed))
-        metrics.rows = read_metrics(metrics.path)
         for callback in steps:
             callback.on_train_end(trainer.args, trainer.state, trainer.control)
     else:
@@ -131,12 +129,12 @@ def train(
             make_room(output)
         text = yaml.safe_dump(options.to_dict(), sort_keys=False)
         (output / RECORD).write_text(text, encoding="utf-8")
-        trainer.add_callback(metrics)
+        trainer.add_callback(MetricsCallback(output / "metrics.jsonl", console))
         with InterruptCallback(console) as stop:
             trainer.add_callback(stop)
             trainer.train(resume_from_checkpoint=resumed and str(resumed))
         stopped = stop.requested and trainer.state.global_step < trainer.state.max_steps
-    result = write_results(trainer, options, stopped, metrics, trained)
+    result = write_results(trainer, options, stopped, trained)
     if not loaded:
         unpatch(model)
         vars(model).pop("forward", None)  # TRL's, which can leave logits out

@@ -15,11 +15,11 @@ from rich.console import Console
 from trl import SFTConfig
 
 import rasa_ext
-from rasa_ext.commands.checkpoints import checkpoints_in
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer, dataset
 from rasa_ext.commands.training import train
 from tests.helpers.cli import invoke, load, logits
+from tests.helpers.finetuning import checkpoints_in
 from tests.helpers.hub import local_hub
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 

@@ -21,15 +21,13 @@ from safetensors.torch import load_file
 
 import rasa_ext
 from rasa_ext.commands import callbacks, training
-from rasa_ext.commands.callbacks import read_metrics
-from rasa_ext.commands.checkpoints import checkpoints_in
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.results import plot_loss
 from rasa_ext.commands.training import train
 from rasa_ext.writing import WriteError
 from tests.helpers.cli import invoke
 from tests.helpers.file_limit import file_limit
-from tests.helpers.finetuning import interrupted, losses, run
+from tests.helpers.finetuning import checkpoints_in, interrupted, losses, read_metrics, run
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
@@ -86,9 +84,8 @@ def test_a_run_learns_and_leaves_its_files(options, files):
     assert held_out[-1] < held_out[0] - 0.5
     assert ">>>0<|im_end|>" in text  # the first sum's answer
     for step in (0, 10, 20):
-        announced = text.index(f"step {step}: measuring the held-out loss on 10 examples")
-        assert text.index(f"step {step}: held-out loss") > announced
-    assert re.search(r"step 20/20  loss \d.* tokens/s  \d:\d\d elapsed, 0:00 left", text)
+        assert f"step {step}: held-out loss" in text
+    assert re.search(r"step 20/20  loss \d.* tokens/s  0:\d\d:\d\d elapsed, 0:00:00 left", text)
 
     summary = json.loads((output / "summary.json").read_text())
     assert summary["peak_memory"]["rss_bytes"] > 2**20
@@ -108,7 +105,6 @@ def test_a_checkpoint_holds_the_adapter_and_not_the_base(options):
     result, _ = run(options)
     step, checkpoint = checkpoints_in(Path(options.output))[-1]
     assert step == 9
-    assert result["checkpoint"] == str(checkpoint)
     assert {path.name for path in checkpoint.iterdir()} >= {
         "adapter_config.json",
         "adapter_model.safetensors",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import signal
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 from rich.console import Console
 
 from rasa_ext.commands import callbacks
-from rasa_ext.commands.callbacks import read_metrics
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.training import train
 
@@ -21,6 +21,16 @@ def run(options: FinetuneOptions, **changes: Any) -> tuple[dict[str, Any], str]:
     text = io.StringIO()
     result = train(dataclasses.replace(options, **changes), Console(file=text, width=200))
     return result, text.getvalue()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints as (step, path), oldest first, less those whose writing was cut off."""
+    found = (path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))
+    return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in found)
 
 
 def losses(directory: str | Path) -> list[tuple[int, float, float, float]]:
