@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
@@ -107,15 +106,6 @@ def test_the_base_is_never_overwritten(places):
         text = run(command, places, places["base"], "--overwrite", code=1)
         assert "output: expected another directory than that of what it is made from" in text
     assert content(places["base"]) == before
-
-
-def test_a_merged_model_may_be_read_by_whom_the_umask_lets(places, tmp_path):
-    usual = os.umask(0o022)
-    try:
-        run("merge", places, tmp_path / "out")
-    finally:
-        os.umask(usual)
-    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()} == {0o644}
 
 
 def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatch):

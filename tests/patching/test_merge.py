@@ -188,13 +188,6 @@ def test_unpatch_keeps_what_modules_to_save_learned():
     assert model.classifier.bias.requires_grad
 
 
-def test_a_model_can_be_patched_again_after_unpatch():
-    base = LLAMA.build()
-    model = rasa_ext.unpatch(patched(base, 2, 1))
-    rasa_ext.patch_model(model, RANK, 2)
-    assert {layer.d.numel() for layer in adapted_layers(model).values()} == {RANK - 2 + 3 * 2}
-
-
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_disable_adapter(entry, merged):
@@ -274,15 +267,6 @@ def test_delta_weights(entry, k, dtype):
         )
     with pytest.raises(ValueError, match=r"expected a model that rasa_ext\.patch_model patched"):
         next(rasa_ext.delta_weights(entry.build()))
-
-
-def test_a_module_with_two_names_is_merged_once():
-    base = TWO_NAMES.build()
-    model = patched(base)
-    expected = oracle.merged_weight(base.first, adapters(model)["first"])
-    rasa_ext.merge_and_unload(model)
-    assert model.first is model.second
-    torch.testing.assert_close(model.first.weight.double(), expected)
 
 
 def test_a_tied_weight_is_not_merged():

@@ -27,11 +27,6 @@ def test_defaults():
     assert config.core() == rasa_ext.RasaConfig()
 
 
-@pytest.mark.parametrize(("r", "k"), [(1, 1), (8, 1), (15, 1), (16, 2), (32, 4)])
-def test_k_follows_the_papers_rule(r, k):
-    assert RasaConfig(r=r).rasa_k == k
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -151,16 +151,6 @@ def test_adapters_of_several_methods_are_not_mixed():
     assert list(model.peft_config) == ["default"]
 
 
-def test_several_active_adapters_by_a_list():
-    """PEFT takes a list at the tuner; a name that no adapter has is refused there or ignored."""
-    model = two()
-    model.base_model.set_adapter(["second", "default"])
-    close(model(TOKENS).logits, dense(model, "default", "second"))
-    assert model.active_adapters == ["second", "default"]
-    model.base_model.set_adapter(["second"])
-    close(model(TOKENS).logits, dense(model, "second"))
-
-
 def test_freezing_one_of_two():
     model = two()
     model.base_model.set_adapter(["default", "second"])

@@ -151,12 +151,6 @@ def test_bfloat16_bases_keep_float32_numbers():
     assert model(TOKENS).logits.dtype == torch.bfloat16
 
 
-def test_adapter_dtype_holds_whatever_peft_would_cast_to():
-    model = get_peft_model(make_model(), RasaConfig(r=RANK, adapter_dtype="bfloat16"))
-    assert {p.dtype for p in trained(model).values()} == {torch.bfloat16}
-    assert model(TOKENS).logits.dtype == torch.float32
-
-
 def test_dropout_is_on_the_adapters_input_in_training_only():
     model = tiny(rasa_dropout=0.5)
     model.eval()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from peft import PeftModel
@@ -12,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 import rasa_ext
 from tests.helpers.adapters import patched, same_bits
-from tests.helpers.peft import logits, named, tiny, trained
+from tests.helpers.peft import logits, named, tiny
 from tests.helpers.tiny_lm import make_model
 from tests.helpers.trainers import QUIET
 
@@ -72,22 +70,6 @@ def test_a_merged_adapter_is_not_trained():
 def test_calls_for_patched_models_name_peft_s(call):
     with pytest.raises(ValueError, match=r"an unpatched PeftModel.*; call PEFT's own: .*save_pret"):
         call(tiny())
-
-
-def test_checkpointing_changes_nothing(tmp_path):
-    models = {kind: tiny() for kind in CHECKPOINTING}
-    losses = {kind: train(model, tmp_path, kind) for kind, model in models.items()}
-    for kind in (True, False):
-        assert losses[kind] == pytest.approx(losses[None], rel=1e-4)
-
-
-def test_every_number_of_the_adapter_is_trained(tmp_path):
-    model = tiny(modules_to_save=["lm_head"])
-    before = copy.deepcopy(trained(model))
-    train(model, tmp_path)
-    assert before.keys() == trained(model).keys()
-    for name, parameter in trained(model).items():
-        assert not torch.equal(parameter, before[name]), name
 
 
 @pytest.mark.parametrize(("reentrant", "dropout"), [(None, 0.0), (False, 0.2)])
