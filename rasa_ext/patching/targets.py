@@ -42,9 +42,7 @@ def make_plan(model: nn.Module, config: AdapterConfig, found: Survey | None = No
     Args:
         model: any module that holds linear layers.
         config: a config of any method.
-        linears: the layers to choose from, by name. Defaults to every linear layer of the model.
-        stacks: the stacked expert weights to choose from. Only a config with ``experts`` uses them.
-        found: result of a survey of the model, in place of both.
+        found: a survey of the model, with the layers to choose from; by default of all layers.
 
     Returns:
         The changes that ``patch_model`` would make.
