@@ -12,6 +12,7 @@ from rasa_ext.nn.adapted_experts import AdaptedExperts
 from rasa_ext.nn.adapter import Adapter
 from rasa_ext.patching.parts import Part, deltas_of, stack_parts
 from rasa_ext.patching.subtraction import MergeResidual
+from rasa_ext.peft.layer import RasaPeftLinear
 from rasa_ext.peft.named import NamedAdapters
 
 
@@ -68,6 +69,8 @@ class RasaPeftExperts(AdaptedExperts):
     The adapters are children under the weights' names. They are PEFT's layers; this module is not,
     and computes with the active ones.
     """
+
+    unmerging = RasaPeftLinear.unmerging
 
     def stacks(self) -> dict[str, RasaPeftExpertWeight]:
         """Return the adapter owners by the name of the weight."""

@@ -582,3 +582,15 @@ def test_fresh_adapters_change_nothing_and_drawn_ones_do():
         assert 0.5 < B.abs().max() <= 1  # of rank one: uniform in +-1 for every expert
         assert all(each.any() for each in B)
     assert isinstance(drawn.get_base_model().model.layers[0].mlp.experts, RasaPeftExperts)
+
+
+def test_merged_adapters_are_not_trained():
+    model = tuned(rasa_experts="shared").train()
+    model.merge_adapter()
+    for module in model.modules():
+        if isinstance(module, RasaPeftLinear):
+            module.eval()  # raises before the experts
+    with pytest.raises(RuntimeError, match=r"is merged .* unmerge_adapter\(\) of the PEFT model"):
+        model(TOKENS)
+    with torch.no_grad():
+        model(TOKENS)
