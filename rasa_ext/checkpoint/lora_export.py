@@ -156,16 +156,16 @@ def export_error(model: nn.Module, rank: int) -> Truncation:
         rank.
 
     Raises:
-        TypeError, ValueError: the model is not patched, or has adapted experts, or ``rank`` is no
-            positive integer.
+        TypeError, ValueError: the model is not patched, or ``rank`` is no positive integer or is
+            below the effective rank of adapted experts.
 
     Example:
         >>> model = rasa_ext.patch_model(model, rank=8, k=1)  # R = 9
         >>> rasa_ext.export_error(model, rank=9).error
         0.0
     """
-    patch_state(model)
-    written_rank(math.inf, dict(adapted_experts(model)), rank)
+    export = _export_of(model, "meta")
+    written_rank(export.effective_rank(), export.experts, rank)
     lost, whole = {}, {}
     for name, layer in adapted_layers(model):
         Ap, Bp = ops.differentiable_pack(layer.adapter().factors(), torch.float32)

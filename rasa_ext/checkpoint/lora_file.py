@@ -72,13 +72,13 @@ def write_lora(
     return written
 
 
-def written_rank(effective: float, experts: Collection[str], rank: int | None) -> int:
+def written_rank(effective: int, experts: Collection[str], rank: int | None) -> int:
     """Return the rank of all written pairs; ``effective`` is the largest rank.
 
     Raises TypeError or ValueError, naming the argument, if the rank is not possible.
     """
     if rank is None:
-        return int(effective)
+        return effective
     if checked_integer("rank", rank) < 1:
         raise ValueError(f"rank: expected at least 1, got {rank}.")
     if experts and rank < effective:

@@ -28,8 +28,8 @@ def export_lora(
     Args:
         adapter: Adapter directory.
         model: Base model: hub id, directory or .gguf. [default: as the adapter says]
-        rank: Rank to write. If it is lower than the largest effective rank, which is the default,
-            the error of every layer is printed.
+        rank: Rank to write, which may be lower; the error of every layer is then printed.
+            [default: the largest effective rank]
         format: peft (and vLLM, SGLang), gguf (llama.cpp), or mlx (mlx-lm).
         allow_dropped: Write it even if llama.cpp or SGLang would leave a part out.
         expert_layout: Layout of adapted experts: peft (PEFT, and vLLM for gpt-oss), per-expert

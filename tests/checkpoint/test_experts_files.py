@@ -351,6 +351,17 @@ def test_the_size_is_that_of_the_file(family, layout, rank, tmp_path):
     assert size == sum(tensor.nbytes for tensor in tensors.values())
 
 
+def test_a_lower_rank_is_refused(tmp_path):
+    """A higher one cuts nothing off."""
+    model = adapted(base("mixtral"), experts="layer")
+    effective = export(tmp_path / "whole", model, expert_layout="peft")[0]["r"]
+    assert rasa_ext.export_error(model, effective).error == 0
+    with pytest.raises(ValueError, match="rank: a LoRA of a lower rank is made of adapters of lin"):
+        rasa_ext.export_error(model, effective - 1)
+    with pytest.raises(ValueError, match="rank: a LoRA of a lower rank is made of adapters of lin"):
+        rasa_ext.export_lora(model, tmp_path, rank=effective - 1, expert_layout="peft")
+
+
 def test_a_model_without_experts_has_a_size_too(tmp_path):
     model = rasa_ext.patch_model(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), 2, 0)
     _, tensors = export(tmp_path, model)
