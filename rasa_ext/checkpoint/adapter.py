@@ -417,11 +417,16 @@ def saved_tensors(root: nn.Module, plan: Plan) -> dict[str, Tensor]:
         >>> list(rasa_ext.checkpoint.saved_tensors(model, plan))
         ['model.norm.weight']
     """
-    found: dict[int, tuple[str, Tensor]] = {}
+    tensors: dict[str, Tensor] = {}
+    seen: set[tuple[object, ...]] = set()
     for name in plan.modules_to_save:
         for key, tensor in root.get_submodule(name).state_dict(keep_vars=True).items():
-            found.setdefault(id(tensor), (f"{name}.{key}", tensor))
-    return {key: tensor.detach() for key, tensor in found.values()}
+            where = id(tensor) if tensor.is_meta else tensor.data_ptr()
+            mark = (where, tensor.shape, tensor.stride(), tensor.dtype)
+            if mark not in seen or not tensor.numel():
+                seen.add(mark)
+                tensors[f"{name}.{key}"] = tensor.detach()
+    return tensors
 
 
 def _expected(
