@@ -7,6 +7,7 @@ both, needs a newer torch.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,7 +36,10 @@ from transformers.integrations.finegrained_fp8 import (
     replace_with_fp8_linear,
 )
 
-from tests.helpers import tiny_lm
+import rasa_ext
+from rasa_ext.ops import accumulation_dtype
+from tests.helpers import experts, tiny_lm
+from tests.helpers.adapters import Errors, excesses
 
 WIDTH, INNER = 64, 160
 """Widths that are whole groups of every layout; 160 rows are a tile of 128 and a part of one."""
@@ -314,3 +318,29 @@ def dense(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
     if (handle := getattr(model, "ct_decompress_hook", None)) is not None:
         handle.remove()
     return model.to(dtype)
+
+
+def step_over_experts(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
+    """Logits, and the gradients of the input and of what is trained."""
+    inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
+    logits = model(inputs_embeds=inputs).logits
+    logits.to(accumulation_dtype(logits.dtype)).square().sum().backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"logits": logits.detach(), "input": inputs.grad, **trained}
+
+
+def excesses_over_experts(
+    wide: nn.Module, plain: nn.Module, packed: nn.Module, grouping: str | None, tokens: Tensor
+) -> tuple[dict[str, str], float]:
+    """``excesses`` of a patched model of packed experts, beside dense ones; ``wide`` is float64."""
+    seen = []
+    for base in (wide, plain, packed):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # without experts: that they are left out
+            model = rasa_ext.patch_model(base, 3, 1, experts=grouping).train()
+        experts.randomize(model)
+        seen.append(step_over_experts(model, tokens))
+    theirs, ours = Errors(by_kind=True), Errors(by_kind=True)
+    theirs.add(seen[1], seen[0])
+    ours.add(seen[2], seen[0])
+    return excesses(ours, theirs, 1e-6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -38,11 +37,13 @@ from tests.helpers.layouts import (
     LAYOUTS,
     compressed,
     dense,
+    excesses_over_experts,
     fp8_experts,
     from_folder,
     numbers,
     packed_layers,
     packed_model,
+    step_over_experts,
 )
 from tests.helpers.memory import LiveBytes
 from tests.helpers.peft import plain
@@ -366,21 +367,8 @@ def test_fp8_experts(family, grouping, figure):
             )
             scale = scale.double().repeat_interleave(8, -2).repeat_interleave(8, -1)
             weight.copy_(stored.double() * scale)
-    seen = []
-    for base in (wide, copy.deepcopy(wide).float(), packed):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            model = rasa_ext.patch_model(base, 3, 1, experts=grouping).train()
-        experts.randomize(model)
-        inputs = model.get_input_embeddings()(TOKENS % 32).detach().requires_grad_()
-        logits = model(inputs_embeds=inputs).logits
-        logits.square().sum().backward()
-        trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-        seen.append({"logits": logits.detach(), "input": inputs.grad, **trained})
-    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
-    theirs.add(seen[1], seen[0])
-    ours.add(seen[2], seen[0])
-    bad, ratio = excesses(ours, theirs, 1e-6)
+    unpacked = copy.deepcopy(wide).float()
+    bad, ratio = excesses_over_experts(wide, unpacked, packed, grouping, TOKENS % 32)
     figure(f"{family} in FP8, experts {grouping}: error {ratio:.2f} times a dense base's")
     assert not bad
     if grouping is not None:
@@ -400,10 +388,9 @@ def test_fp8_experts_through_peft():
             get_peft_model(
                 model, RasaConfig(r=3, rasa_k=1, rasa_experts="shared", target_modules=names)
             )
-        inputs = model.get_input_embeddings()(TOKENS % 32).detach().requires_grad_()
-        model(inputs_embeds=inputs).logits.square().sum().backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-        found.append(inputs.grad)
+        seen = step_over_experts(model, TOKENS % 32)
+        assert all(gradient is not None for gradient in seen.values())
+        found.append(seen["input"])
     assert found[0].norm() > 0
     assert torch.equal(*found)
 

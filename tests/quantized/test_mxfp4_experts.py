@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ import rasa_ext
 from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.peft import RasaConfig
 from tests.helpers import experts, mxfp4, tiny_lm
-from tests.helpers.adapters import Errors, excesses
+from tests.helpers.layouts import excesses_over_experts, step_over_experts
 
 TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 STACKS = ("gate_up_proj", "down_proj")
@@ -36,18 +35,7 @@ def packed(folder):
 
 
 def patched(model, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # without experts: that they are left out
-        return rasa_ext.patch_model(model, 4, 1, **options).train()
-
-
-def step(model):
-    """Logits, and the gradients of the input and of what is trained."""
-    inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
-    logits = model(inputs_embeds=inputs).logits
-    logits.float().square().sum().backward()
-    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    return {"logits": logits.detach(), "input": inputs.grad, **trained}
+    return rasa_ext.patch_model(model, 4, 1, **options).train()
 
 
 def test_the_numbers_are_transformers(packed, folder):
@@ -66,26 +54,21 @@ def test_the_numbers_are_transformers(packed, folder):
 def test_gradients(folder, grouping, dtype, figure):
     """Adapted or not, the gradients of all layers are those over the dequantized experts."""
     wide = mxfp4.dense(folder, dtype)
-    seen = []
-    for base in (copy.deepcopy(wide).double(), wide, mxfp4.packed(folder, dtype=dtype)):
-        model = patched(base, experts=grouping)
-        experts.randomize(model)
-        seen.append(step(model))
-    ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
-    theirs.add(seen[1], seen[0])
-    ours.add(seen[2], seen[0])
-    bad, ratio = excesses(ours, theirs, 1e-6)
+    packed = mxfp4.packed(folder, dtype=dtype)
+    double = copy.deepcopy(wide).double()
+    bad, ratio = excesses_over_experts(double, wide, packed, grouping, TOKENS)
     figure(f"gpt-oss in MXFP4, {dtype}, experts {grouping}: error {ratio:.2f} times a dense base's")
     assert not bad
 
 
 def test_through_peft(packed):
     """At the start, the input's gradient is what the core gives."""
-    core = step(patched(copy.deepcopy(packed), experts="shared", target_modules=list(STACKS)))
+    core = patched(copy.deepcopy(packed), experts="shared", target_modules=list(STACKS))
+    wanted = step_over_experts(core, TOKENS)
     config = RasaConfig(r=4, rasa_k=1, rasa_experts="shared", target_modules=list(STACKS))
     get_peft_model(packed, config)
-    found = step(packed.train())
-    assert torch.equal(found["input"], core["input"])
+    found = step_over_experts(packed.train(), TOKENS)
+    assert torch.equal(found["input"], wanted["input"])
     assert found["input"].norm() > 0
     assert all(gradient is not None for gradient in found.values())
 
