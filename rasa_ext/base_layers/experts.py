@@ -34,7 +34,7 @@ _ROUTER = re.compile(r"gate|moe_gate|router.*|.*router|.*experts?_gate")
 
 def is_experts(module: nn.Module) -> bool:
     """Return whether a module holds stacked experts of a known layout."""
-    known = type(module).__name__ in _UNMARKED or all(hasattr(module, mark) for mark in _MARKS)
+    known = type(module).__name__ in _UNMARKED or all(hasattr(module, each) for each in _MARKS)
     return known and all(
         isinstance(getattr(module, name, None), Tensor) or packed_experts(module, name) is not None
         for name in expert_weight_names(module)

@@ -233,6 +233,7 @@ def packed_experts(module: nn.Module, name: str) -> PackedStack | None:
     """
     weight: Any = getattr(module, name, None)
     kind = type(module).__name__
+    # With forward_routed (transformers 5.24) the parent can be made to call ``forward``.
     if kind == MXFP4_EXPERTS and hasattr(module, "forward_routed"):
         config = getattr(module, f"{name}_precision_config", None)
         if config is None:

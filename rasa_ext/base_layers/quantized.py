@@ -289,8 +289,8 @@ def quantizer_changes(model: nn.Module, hide_quantizer: bool) -> list[tuple[nn.M
     dense in its first forward, is left out. On a CPU with AVX512-BF16, bitsandbytes' Linear4bit
     rearranges the weight in the first forward without grad in eval mode; from then on the input
     silently gets no gradient. With ``hide_quantizer`` the model does not report that it is
-    quantized: transformers' Trainer would assume that it has no adapter, and that experts in MXFP4
-    cannot be trained through, whoever owns the adapter.
+    quantized: transformers' Trainer would assume that it has no adapter. A model with experts in
+    MXFP4 never does, since Trainer refuses to train over them, even in PEFT.
 
     Returns:
         The module, the name and the new value of each attribute.

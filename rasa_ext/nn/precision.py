@@ -21,7 +21,7 @@ _COPIES = ("_fsdp_flattened", "ds_id", "_hp_mapping", "_mp_param")
 
 
 def restored(tensors: Iterable[Tensor | None], dtype: torch.dtype) -> None:
-    """Cast trainable parameters of a coarser dtype to ``dtype``; return whether there were any.
+    """Cast trainable parameters of a coarser dtype to ``dtype``.
 
     Parameters change in place, so that an optimizer still refers to them, and a warning is given.
     Raises RuntimeError if several processes train: DistributedDataParallel would no longer average

@@ -24,8 +24,7 @@ from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.patching.parts import Part, check_finite
 
 PROBES = 32
-"""Number of random input rows on which a merged layer is compared with the original, and of weight
-rows that are quantized again to measure that error."""
+"""Number of random input rows on which a merged layer is compared with the original."""
 
 
 @dataclasses.dataclass(frozen=True)
