@@ -52,6 +52,7 @@ class Survey:
         return dict(self._refused())
 
     def _refused(self) -> Iterator[tuple[str, str]]:
+        kernels = any(getattr(module, "use_kernels", False) for module in self.modules.values())
         for path, module in self.modules.items():
             prefix = f"{path}." if path else ""
             kind: Any = type(module)
@@ -62,6 +63,10 @@ class Survey:
                 paths = {name: name.rpartition(".")[0] for name in self.stacks}
                 yield from ((name, reason) for name, at in paths.items() if at.startswith(prefix))
                 continue
+            # With transformers' use_kernels such a parent may read the weights of its experts.
+            if kernels and hasattr(kind, "kernel_layer_name"):
+                reason = f"{kind.__name__} runs a kernel that reads it; load without use_kernels"
+                yield from ((name, reason) for name in self.stacks if name.startswith(prefix))
             for key, child in module.named_children():
                 name = f"{prefix}{key}"
                 if name in self.linears and is_linear(child) and key in read_directly(kind):

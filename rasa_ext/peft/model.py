@@ -190,13 +190,14 @@ class RasaModel(BaseTuner):
                 continue
             if isinstance(module, NamedAdapters):
                 inside += (f"{name}.",)
-            if isinstance(module, RasaPeftExpertWeight):
+            stacked = isinstance(module, RasaPeftExpertWeight)
+            if name in reasons or not (stacked or name in linears):
+                why = reasons.get(name, f"it is a {type(module).__name__}, no linear layer")
+                raise ValueError(f"target_modules: cannot adapt {name!r}: {why}; {INSTEAD}.")
+            if stacked:
                 if name in stacks:
                     bases[name] = stacks[name]
                 continue
-            if name in reasons or name not in linears:
-                why = reasons.get(name, f"it is a {type(module).__name__}, no linear layer")
-                raise ValueError(f"target_modules: cannot adapt {name!r}: {why}; {INSTEAD}.")
             if not isinstance(module, RasaPeftLinear):
                 check_base(name, linears[name])
             bases[name] = linears[name]

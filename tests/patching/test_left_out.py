@@ -7,9 +7,12 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 
 import rasa_ext
+from rasa_ext.nn import RasaLinear
+from rasa_ext.peft import RasaConfig
 from tests.helpers import experts
 from tests.helpers.expert_files import adapted, logits
 from tests.helpers.outside import VeraConfig
@@ -131,6 +134,29 @@ def test_layers_whose_weight_is_read_are_found_in_the_code():
     reason = "Reads reads its weight without calling it"
     skipped = rasa_ext.summary(model).skipped
     assert skipped == {f"reads.{name}": reason for name in Reads.names}
+
+
+@pytest.fixture
+def kernelized(monkeypatch):
+    """gpt-oss as use_kernels=True marks it: a kernel of the hub replaces the forward of MLPs."""
+    base = experts.model("gpt_oss")
+    base._use_kernels = True
+    kind = type(base.model.layers[0].mlp)
+    monkeypatch.setattr(kind, "kernel_layer_name", "MegaBlocksMoeMLP", raising=False)
+    return base
+
+
+def test_experts_that_a_kernel_reads(kernelized):
+    """Such a kernel would pass by an adapter."""
+    reason = "GptOssMLP runs a kernel that reads it; load without use_kernels"
+    named = RasaConfig(r=2, rasa_experts="shared", target_modules=["q_proj", "experts.down_proj"])
+    for call in (
+        lambda: rasa_ext.patch_model(kernelized, 2, 1, experts="shared"),
+        lambda: get_peft_model(kernelized, RasaConfig(r=2, rasa_experts="shared")),
+        lambda: get_peft_model(kernelized, named),
+    ):
+        refused(call, kernelized, reason)
+    assert isinstance(adapted(kernelized, None).model.layers[0].self_attn.q_proj, RasaLinear)
 
 
 @pytest.mark.parametrize(("family", "names"), ROUTERS.items())
