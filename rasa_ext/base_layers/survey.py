@@ -63,7 +63,7 @@ class Survey:
                 paths = {name: name.rpartition(".")[0] for name in self.stacks}
                 yield from ((name, reason) for name, at in paths.items() if at.startswith(prefix))
                 continue
-            # With transformers' use_kernels such a parent may read the weights of its experts.
+            # With transformers' use_kernels such a parent reads the weights of its experts itself.
             if kernels and hasattr(kind, "kernel_layer_name"):
                 reason = f"{kind.__name__} runs a kernel that reads it; load without use_kernels"
                 yield from ((name, reason) for name in self.stacks if name.startswith(prefix))

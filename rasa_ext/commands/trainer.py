@@ -20,7 +20,6 @@ from rasa_ext.checkpoint.files import WEIGHTS, read_tensors
 from rasa_ext.commands.checkpoints import RUN
 from rasa_ext.commands.output import working
 from rasa_ext.methods import AdapterConfig
-from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.patching.state import is_patched, patch_state
 from rasa_ext.training import parameter_groups
 
@@ -59,8 +58,6 @@ class AdapterTrainer(SFTTrainer):
         set_seed(args.seed)
         if adapter is not None:
             rasa_ext.patch_model(model, config=adapter)
-        if adapter is not None or args.device.type != "cpu":
-            check_head(model)
         exact = {p: p.data for p in model.parameters() if p.requires_grad}
         super().__init__(model, args, **options)
         for parameter, data in exact.items():
@@ -184,16 +181,6 @@ class AdapterTrainer(SFTTrainer):
 
     def _send_telemetry(self) -> None:
         pass
-
-
-def check_head(model: Any) -> None:
-    """Raise ValueError where the output head is adapted: TRL's loss reads its weight alone."""
-    if isinstance(model.get_output_embeddings(), AdaptedLinear):
-        raise ValueError(
-            "target_modules: expected layers other than the output head, from whose weight alone "
-            "the trainer computes the loss, so that an adapter over it has no part in it; leave it "
-            "out, or train in a loop of yours."
-        )
 
 
 def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:

@@ -35,7 +35,7 @@ from rasa_ext.commands.options import RECORD, FinetuneOptions
 from rasa_ext.commands.output import working
 from rasa_ext.commands.parsing import parse_yaml
 from rasa_ext.commands.results import write_results
-from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, check_head, dataset
+from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
 from rasa_ext.methods import AdapterConfig, checked_choice, read_method
 
 OPEN, CLOSE = ">>>", "<<<"  # around what is trained, in the example that is shown
@@ -164,7 +164,7 @@ def _check_plan(options: FinetuneOptions) -> None:
     """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
     model = load_skeleton(options.model)
     config, _ = _adapter(options, model)
-    check_head(patch_model(model, config=config))
+    patch_model(model, config=config)
     config.callbacks(model)
 
 

@@ -15,6 +15,7 @@ from rasa_ext.base_layers.linear import (
     compute_dtype,
     is_conv1d,
     linear_shape,
+    stored_weight,
 )
 from rasa_ext.nn.adapter import AdaptedModule, Adapter
 from rasa_ext.nn.functional import dropout, low_rank_linear
@@ -40,10 +41,30 @@ class AdaptedLinear(AdaptedModule):
         # the quantized layer that a dense one replaced.
         self.merged_base: Any = None
         self.fused: FusedProjections | None = None
+        self.is_head = False  # the model's output embedding
 
     def adapter(self) -> Adapter | None:
         """Return the adapter that a forward adds to the base's output, or None."""
         raise NotImplementedError
+
+    def live_adapters(self) -> list[Adapter]:
+        """Return the adapters that a forward adds to all rows."""
+        adapter = None if self.disabled or self.merged_base is not None else self.adapter()
+        return [] if adapter is None else [adapter]
+
+    @property
+    def weight(self) -> Tensor:
+        """The tensor that holds the base's weight, for code that reads the dtype or device.
+
+        An output head gives a differentiable W + dW instead, since fused losses, such as TRL's and
+        Liger's, compute with the weight and do not call the layer. Dropout has no part in it.
+        """
+        weight = stored_weight(self.base_layer)
+        if self.is_head and weight.is_floating_point():
+            for adapter in self.live_adapters():
+                Ap, Bp = ops.differentiable_pack(adapter.factors(), weight.dtype)
+                weight = torch.addmm(weight.to(Ap.dtype), Bp.mT, Ap).to(weight.dtype)
+        return weight
 
     @property
     def in_features(self) -> int:

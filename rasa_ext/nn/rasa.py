@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer, linear_shape, stored_weight
+from rasa_ext.base_layers.linear import LinearLayer, linear_shape
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter, Method
 from rasa_ext.nn.packs import PackSet
@@ -169,11 +169,6 @@ class RasaLinear(AdapterOwner, AdaptedLinear):
     def adapters(self) -> Iterator[Adapter]:
         """Return the layer's only adapter."""
         yield self.adapter()
-
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight, for model code that reads the dtype or device."""
-        return stored_weight(self.base_layer)
 
     @property
     def bias(self) -> Tensor | None:

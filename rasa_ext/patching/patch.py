@@ -32,7 +32,7 @@ from rasa_ext.patching.state import (
 from rasa_ext.patching.swap import (
     enable_input_require_grads,
     let_adapters_work,
-    link_fused_projections,
+    link_layers,
     replace_modules,
     undo,
 )
@@ -226,7 +226,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
     )
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
-    link_fused_projections(model, RasaLinear)
+    link_layers(model, RasaLinear)
     for name in plan.modules_to_save:
         for parameter in model.get_submodule(name).parameters():
             if parameter.is_floating_point():

@@ -40,8 +40,11 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
         parent._modules[key] = new[child]
 
 
-def link_fused_projections(model: nn.Module, kind: type[AdaptedLinear]) -> None:
-    """Link layers of ``kind`` that may read one input, so that they can be fused."""
+def link_layers(model: nn.Module, kind: type[AdaptedLinear]) -> None:
+    """Link layers of ``kind`` that may read one input, to be fused; mark the output head."""
+    head = ask(model, "get_output_embeddings")
+    if isinstance(head, kind):
+        head.is_head = True
     for parent in model.modules():
         for names in PROJECTIONS_OF_ONE_INPUT:
             children = (parent._modules.get(name) for name in names)

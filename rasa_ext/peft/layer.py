@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rasa_ext.base_layers.linear import LinearLayer, stored_weight
+from rasa_ext.base_layers.linear import LinearLayer
 from rasa_ext.checkpoint.files import PREFIX
 from rasa_ext.nn.adapted_linear import AdaptedLinear
 from rasa_ext.nn.adapter import Adapter
@@ -38,10 +38,11 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         """PEFT's backend for a quantized base; None over a dense one, also while merged."""
         return None if isinstance(self.merged_base, nn.Module) else self._backend
 
-    @property
-    def weight(self) -> Tensor:
-        """The tensor that holds the base's weight, as numbers or packed."""
-        return stored_weight(self.base_layer)
+    weight = AdaptedLinear.weight  # and not PEFT's
+
+    def live_adapters(self) -> list[Adapter]:
+        """Return the adapters that a forward adds to all rows."""
+        return [self.named(name) for name in self.live()]
 
     def adapter(self) -> Adapter | None:
         """Return the first adapter that the forward adds to all rows, or None."""
@@ -55,8 +56,8 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         if self.rows is not None and not self._disable_adapters:
             return self._row_by_row(x, self.rows, *args, **kwargs)
         y = super().forward(x, *args, **kwargs)
-        for name in self.live()[1:]:
-            y = self._added(y, x, self.named(name))
+        for adapter in self.live_adapters()[1:]:
+            y = self._added(y, x, adapter)
         return y
 
     def _row_by_row(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:

@@ -30,7 +30,7 @@ from rasa_ext.patching.grouping import Group, group_layers, resolve_groups
 from rasa_ext.patching.merge_quantized import model_dtype, warn_dequantized
 from rasa_ext.patching.swap import (
     let_adapters_work,
-    link_fused_projections,
+    link_layers,
     replace_modules,
     undo,
 )
@@ -97,7 +97,7 @@ class RasaModel(BaseTuner):
             raise
         finally:
             unwrap_experts(model)
-        link_fused_projections(model, RasaPeftLinear)
+        link_layers(model, RasaPeftLinear)
         peft_config = cast(RasaConfig, self.peft_config[adapter_name])
         if peft_config.modules_to_save:  # whole names, so that every reader matches equal modules
             peft_config.modules_to_save = list(trained_in_full(model, adapter_name))

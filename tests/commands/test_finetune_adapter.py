@@ -146,6 +146,12 @@ def test_modules_are_left_out_or_trained_in_full(options):
     assert not [name for name in stored if "layers.0." in name]
 
 
+def test_an_adapter_over_the_output_head_is_trained(options):
+    run(options, target_modules="q_proj, lm_head")
+    stored = load_file(Path(options.output) / "adapter_model.safetensors")
+    assert stored["base_model.model.lm_head.rasa_B"].abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("nested", [True, False])
 def test_ranks_of_single_layers_come_from_a_file(nested, options, tmp_path):
     ranks, file = {"0.self_attn.q_proj": 5, "up_proj": 3}, tmp_path / "ranks.json"

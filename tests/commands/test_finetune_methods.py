@@ -177,11 +177,6 @@ def test_a_method_s_callbacks_take_part(common, tmp_path, monkeypatch):
     ("name", "changes", "message"),
     [
         ("rasa", {"method": "elora"}, "method: expected "),
-        (
-            "lora",
-            {"target_modules": "lm_head"},
-            "target_modules: expected layers other than the out",
-        ),
         ("lora", {"experts": "slot"}, "experts: expected None or 'own', got 'slot'"),
         ("rasa", {"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
         ("rasa", {"experts": "slot"}, "experts: expected a model with stacked experts"),

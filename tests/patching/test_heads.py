@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import types
+from functools import partial
 
 import pytest
+import torch
 from torch import nn
 
 import rasa_ext
+from tests.helpers import oracle, peft
+from tests.helpers.adapters import adapters, check_step, patched
+from tests.helpers.models import LLAMA
 
 
 def body() -> nn.ModuleList:
@@ -137,3 +142,35 @@ def test_pointwise_convolutions_are_named_with_the_reason():
         },
     }
     assert "left out: blocks.*.fc1 (2 layers): a 1x1 convolution, not a linear layer" in str(report)
+
+
+class FusedHead(nn.Module):
+    """As fused losses compute logits: from the head's weight, without a call of the head."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        hidden = self.model.model(input_ids).last_hidden_state
+        logits = nn.functional.linear(hidden, self.model.get_output_embeddings().weight)
+        return types.SimpleNamespace(logits=logits)
+
+
+@pytest.mark.parametrize("under_peft", [False, True])
+def test_losses_that_read_the_head_s_weight_train_its_adapter(under_peft):
+    base, targets = LLAMA.build(), ["q_proj", "lm_head"]
+    if under_peft:
+        model = peft.adapted(LLAMA.build(), target_modules=targets)
+        inner, disabled, merge = peft.plain(model), model.disable_adapter, model.merge_adapter
+    else:
+        inner = model = patched(LLAMA.build(), target_modules=targets)
+        disabled, merge = (partial(f, model) for f in (rasa_ext.disable_adapter, rasa_ext.merge))
+    check_step(LLAMA, base, inner, FusedHead(inner))
+    head = inner.get_output_embeddings()
+    with disabled():
+        assert head.weight is head.base_layer.weight
+    merged = oracle.merged_weight(base.lm_head, adapters(inner)["lm_head"]).float()
+    merge()
+    assert head.weight is head.base_layer.weight
+    torch.testing.assert_close(head.weight, merged)

@@ -147,7 +147,7 @@ def kernelized(monkeypatch):
 
 
 def test_experts_that_a_kernel_reads(kernelized):
-    """Such a kernel would pass by an adapter."""
+    """Such a kernel does not call the experts."""
     reason = "GptOssMLP runs a kernel that reads it; load without use_kernels"
     named = RasaConfig(r=2, rasa_experts="shared", target_modules=["q_proj", "experts.down_proj"])
     for call in (
