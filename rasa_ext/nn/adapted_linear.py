@@ -41,7 +41,7 @@ class AdaptedLinear(AdaptedModule):
         # the quantized layer that a dense one replaced.
         self.merged_base: Any = None
         self.fused: FusedProjections | None = None
-        self.is_head = False  # the model's output embedding
+        self.is_dense_head = False  # the model's output embedding, not quantized
 
     def adapter(self) -> Adapter | None:
         """Return the adapter that a forward adds to the base's output, or None."""
@@ -60,10 +60,9 @@ class AdaptedLinear(AdaptedModule):
         Liger's, compute with the weight and do not call the layer. Dropout has no part in it.
         """
         weight = stored_weight(self.base_layer)
-        if self.is_head and weight.is_floating_point():
-            for adapter in self.live_adapters():
-                Ap, Bp = ops.differentiable_pack(adapter.factors(), weight.dtype)
-                weight = torch.addmm(weight.to(Ap.dtype), Bp.mT, Ap).to(weight.dtype)
+        for adapter in self.live_adapters() if self.is_dense_head else ():
+            Ap, Bp = ops.differentiable_pack(adapter.factors(), weight.dtype)
+            weight = torch.addmm(weight.to(Ap.dtype), Bp.mT, Ap).to(weight.dtype)
         return weight
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rasa_ext.base_layers.experts import has_packed_experts
-from rasa_ext.base_layers.quantized import quantizer_changes
+from rasa_ext.base_layers.quantized import format_of, quantizer_changes
 from rasa_ext.base_layers.survey import ask
 from rasa_ext.nn.adapted_experts import BareExperts
 from rasa_ext.nn.adapted_linear import AdaptedLinear
@@ -41,10 +41,10 @@ def replace_modules(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def link_layers(model: nn.Module, kind: type[AdaptedLinear]) -> None:
-    """Link layers of ``kind`` that may read one input, to be fused; mark the output head."""
+    """Link layers of ``kind`` that may read one input, to be fused; mark a dense output head."""
     head = ask(model, "get_output_embeddings")
-    if isinstance(head, kind):
-        head.is_head = True
+    if isinstance(head, kind) and format_of(head.base_layer) is None:
+        head.is_dense_head = True
     for parent in model.modules():
         for names in PROJECTIONS_OF_ONE_INPUT:
             children = (parent._modules.get(name) for name in names)
