@@ -1,6 +1,7 @@
 """The fixtures of the core's tests, and what they do with the tests that are collected."""
 
 from tests.conftest import (  # noqa: F401
+    _frozen_heap,
     _seed,
     device,
     figure,

@@ -20,7 +20,7 @@ from rasa_ext.writing import WriteError
 from tests.helpers import experts
 from tests.helpers.adapters import adapters, patched, randomize
 from tests.helpers.models import BERT, FAMILIES, GPT2, LLAMA, SEQUENTIAL, ids
-from tests.helpers.trainers import QUIET, frozen_heap
+from tests.helpers.trainers import QUIET
 
 
 def logits(entry, model):
@@ -155,8 +155,7 @@ def trained(entry, folder, resume=None, **options):
     )
     data = [{"input_ids": row, "labels": row} for row in rows]
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:4])
-    with frozen_heap():
-        trainer.train(resume_from_checkpoint=resume and str(resume))
+    trainer.train(resume_from_checkpoint=resume and str(resume))
     return trainer, [each["loss"] for each in trainer.state.log_history if "loss" in each]
 
 

@@ -16,24 +16,14 @@ from tests.helpers.adapters import adapters, patched, randomize, same_bits
 from tests.helpers.lora_server import log_probabilities, serving
 from tests.helpers.peft import tiny
 from tests.helpers.tiny_lm import make_model, make_tokenizer, sums
-from tests.helpers.trainers import QUIET, frozen_heap
+from tests.helpers.trainers import QUIET
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
 
 TOKENS = list(range(3, 40))
 LIMIT = 1e-5  # in nats; 9.5e-7 was measured
-LOAD, UNLOAD, COMPLETE = (
-    "/v1/load_lora_adapter",
-    "/v1/unload_lora_adapter",
-    "/v1/completions",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with frozen_heap():
-        yield
+LOAD, UNLOAD, COMPLETE = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions")
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from tests.helpers.adapters import adapters, patched, plain_model, same_bits, tr
 from tests.helpers.adapters import randomize as fill
 from tests.helpers.peft import close, dense, logits, tiny, trained
 from tests.helpers.tiny_lm import make_tokenizer, save_base, sums
-from tests.helpers.trainers import QUIET, frozen_heap
+from tests.helpers.trainers import QUIET
 
 trl = pytest.importorskip("trl", reason="TRL is not installed")
 datasets = pytest.importorskip("datasets")
@@ -29,12 +29,6 @@ KINDS = ("SFT", "DPO", "KTO", "Reward", "GRPO", "RLOO")
 DRAWING = {"num_generations": 2, "max_completion_length": 4, "beta": 0.1}
 HEAD = {"modules_to_save": ["score"]}
 STEPS = 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick():
-    with frozen_heap():
-        yield
 
 
 @pytest.fixture(scope="module")
