@@ -13,16 +13,7 @@ import rasa_ext
 from rasa_ext import RasaConfig
 from tests.helpers import oracle
 from tests.helpers.adapters import RANK, adapted_layers, same_bits
-from tests.helpers.models import (
-    ATTENTION,
-    BERT,
-    GPT2,
-    LLAMA,
-    SEQUENTIAL,
-    T5,
-    TIED,
-    ids,
-)
+from tests.helpers.models import ATTENTION, BERT, GPT2, LLAMA, SEQUENTIAL, T5, TIED, ids
 
 
 def adapted(entry, **options) -> list[str]:
@@ -81,16 +72,6 @@ def test_config_equals_arguments():
     assert all(same_bits(left[key], right[key]) for key in left)
     flags = [[(n, p.requires_grad) for n, p in model.named_parameters()] for model in models]
     assert flags[0] == flags[1]
-
-
-def test_patching_is_in_place():
-    model = LLAMA.build()
-    weight = model.model.layers[1].mlp.up_proj.weight
-    base = model.model.layers[1].mlp.up_proj
-    assert rasa_ext.patch_model(model) is model
-    layer = model.model.layers[1].mlp.up_proj
-    assert layer.base_layer is base
-    assert layer.base_layer.weight is weight
 
 
 @pytest.mark.parametrize(

@@ -12,19 +12,15 @@ from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
 import rasa_ext
-from rasa_ext.nn.rasa_experts import RasaExpertWeight
 from tests.helpers import experts
 from tests.helpers.adapters import same_bits
+from tests.helpers.expert_files import stacks
 from tests.helpers.experts import EXPERTS, FAMILIES, GROUPINGS, HIDDEN, INNER
 from tests.helpers.models import EXPERTS as UNMARKED
 from tests.helpers.models import LLAMA
-from tests.helpers.refusals import refused
+from tests.helpers.refusals import Snapshot, refused
 
 UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-
-
-def stacks(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, RasaExpertWeight)]
 
 
 def named(*parts: str) -> list[str]:
@@ -46,7 +42,7 @@ def test_all_linear_takes_every_expert_weight_beside_the_linear_layers(family):
         for weight in experts.weight_names(module)
     ]
     assert len(expected) == 4
-    assert stacks(model) == expected
+    assert list(stacks(model)) == expected
     linears = [n for n, m in model.named_modules() if isinstance(m, rasa_ext.RasaLinear)]
     assert linears == [n for n in entry.targets(base) if n not in gates]
     trained = {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad}
@@ -77,28 +73,12 @@ def test_some_of_the_expert_weights(options, expected):
     reasons["modules_to_save"] = "trained in full, named by"
     for name in set(named(UP, DOWN)) - set(expected):
         assert any(said[name] == f"{reasons[each]} {each}" for each in options)
-    assert stacks(model) == expected
+    assert list(stacks(model)) == expected
     experts.randomize(model)
     inputs = experts.inputs(dtype=torch.float32)
     for name, plain in experts.experts_of(base).items():
         same = torch.equal(model.get_submodule(name)(*inputs), plain(*inputs))
         assert same == (not any(each.startswith(name) for each in expected))
-
-
-@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
-def test_one_expert_weight_changes_alone(name):
-    base = experts.model().double()
-    options = {"target_modules": [f"experts.{name}"], "adapter_dtype": torch.float64}
-    model = experts.patched(copy.deepcopy(base), "slot", **options)
-    module, plain = experts.adapted(model)[0], next(iter(experts.experts_of(base).values()))
-    assert list(module.stacks()) == [name]
-    A, A_pool, B, B_pool, d = experts.stack_adapters(module)[name]
-    change = torch.cat((B, B_pool), 2) @ torch.diag_embed(d) @ torch.cat((A, A_pool), 1)
-    plain.config._experts_implementation = "batched_mm"
-    with torch.no_grad():
-        getattr(plain, name).add_(change)
-        inputs = experts.inputs()
-        torch.testing.assert_close(module(*inputs), plain(*inputs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,11 +139,7 @@ def test_a_grouping_that_is_none(value):
             "experts: .* left out, .*: trained in full, named by modules_to_save",
         ),
         (
-            {
-                "target_modules": ["down_proj"],
-                "modules_to_save": ["experts"],
-                "experts": "layer",
-            },
+            {"target_modules": ["down_proj"], "modules_to_save": ["experts"], "experts": "layer"},
             "modules_to_save: .*experts' is trained in full, but target_modules also adapts",
         ),
     ],
@@ -236,15 +212,10 @@ def test_a_second_patch():
 def test_unpatch_gives_the_model_back(family, grouping):
     model = experts.model(family)
     model.get_input_embeddings().requires_grad_(False)
-    twin = copy.deepcopy(model)
-    before = {name: id(module) for name, module in model.named_modules()}
-    flags = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    before = Snapshot(model)
     experts.patched(model, grouping, target_modules="all-linear", rank=1)
     assert rasa_ext.unpatch(model) is model
-    assert {name: id(module) for name, module in model.named_modules()} == before
-    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == flags
-    tokens = torch.arange(12).view(2, 6)
-    assert torch.equal(model(tokens).logits, twin(tokens).logits)
+    before.assert_unchanged()
     rasa_ext.patch_model(model, 1, 1, experts=grouping)
 
 
@@ -309,9 +280,7 @@ def test_a_router_that_is_trained_in_full():
 
 
 def test_experts_of_two_shapes_have_pools_of_their_own():
-    class Both(nn.ModuleDict):
-        pass
-
-    model = Both({"a": experts.model(), "b": experts.model("qwen3_moe", num_experts=6)})
+    both = {"a": experts.model(), "b": experts.model("qwen3_moe", num_experts=6)}
+    model = nn.ModuleDict(both)
     rasa_ext.patch_model(model, 3, 1, experts="shared", target_modules=["gate_up_proj"])
     assert [(row.L, row.experts) for row in rasa_ext.summary(model)] == [(2, 5), (2, 6)]

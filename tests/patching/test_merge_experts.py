@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,8 +10,9 @@ import rasa_ext
 from rasa_ext.patching import parts
 from rasa_ext.patching.state import adapted_experts
 from tests.helpers import experts
+from tests.helpers.expert_files import adapted as patched
 from tests.helpers.expert_files import changes, stacks
-from tests.helpers.experts import EXPERTS, GROUPINGS
+from tests.helpers.experts import GROUPINGS
 
 FAMILIES = ("mixtral", "gpt_oss", "llama4_text")
 
@@ -21,15 +20,6 @@ FAMILIES = ("mixtral", "gpt_oss", "llama4_text")
 def base_model(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     model = experts.model(family).to(dtype).eval()
     model.config._experts_implementation = "eager"
-    return model
-
-
-def patched(model: nn.Module, k: int = 1, **options) -> nn.Module:
-    model = rasa_ext.patch_model(copy.deepcopy(model), rank=4, k=k, **options)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in rasa_ext.adapter_parameters(model):
-            parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
 
@@ -46,13 +36,15 @@ def output(model: nn.Module) -> Tensor:
         return model(torch.arange(12).view(2, 6)).logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("k", [0, 1, 4])
-@pytest.mark.parametrize("grouping", GROUPINGS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "grouping", "k", "dtype"),
+    [(family, grouping, 1, torch.float32) for family in FAMILIES for grouping in GROUPINGS]
+    + [("gpt_oss", grouping, k, torch.bfloat16) for grouping in GROUPINGS for k in (0, 3)]
+    + [("mixtral", grouping, 1, torch.float64) for grouping in GROUPINGS],
+)
 def test_merging_adds_dw_and_unmerging_takes_it_out(family, grouping, k, dtype):
     base = base_model(family, dtype)
-    model = patched(base, k, experts=grouping)
+    model = patched(base, grouping, k)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     expected = changes(model)
     largest = rasa_ext.merge(model)
@@ -85,19 +77,6 @@ def test_a_merged_model_computes_what_the_adapted_one_does(family, grouping, chu
     assert list(merged.state_dict()) == list(base_model(family).state_dict())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_disabled_and_unpatched_models_are_the_base(family):
-    base = base_model(family)
-    model = patched(base, experts="shared")
-    assert not torch.equal(output(model), output(base))
-    with rasa_ext.disable_adapter(model):
-        assert torch.equal(output(model), output(base))
-    plain = rasa_ext.unpatch(model)
-    assert torch.equal(output(plain), output(base))
-    assert [*plain.state_dict()] == [*base.state_dict()]
-    assert all(parameter.requires_grad for parameter in plain.parameters())
-
-
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_subtracting_restores_every_expert(grouping):
     model = patched(base_model("gpt_oss", torch.bfloat16), experts=grouping)
@@ -115,21 +94,9 @@ def test_changes_lie_as_their_parameters_do(family):
     base = base_model(family)
     model = patched(base, experts="shared", target_modules=r".*experts\.\w+_proj")
     for name, dW in rasa_ext.delta_weights(model):
+        assert dW.dtype == torch.float32
         base.get_parameter(name).data += dW
     torch.testing.assert_close(output(base), output(model), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_changes_of_weights_come_under_their_parameters_names(grouping):
-    model = patched(base_model("mixtral"), experts=grouping, target_modules=["down_proj", "v_proj"])
-    found = dict(rasa_ext.delta_weights(model))
-    names = [f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)]
-    assert [name for name in found if "experts" in name] == names
-    for name in names:
-        assert found[name].shape == (EXPERTS, 16, 24)
-        assert found[name].dtype == torch.float32
-        expected = changes(model)[name]
-        torch.testing.assert_close(found[name].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_merge_that_overflows_changes_no_expert():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,7 @@ from rasa_ext import ops
 from rasa_ext.patching import merge as merging
 from rasa_ext.patching import parts
 from tests.helpers import oracle
-from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
+from tests.helpers.adapters import adapters, patched, same_bits
 from tests.helpers.models import GPT2
 from tests.helpers.refusals import Snapshot
 
@@ -52,10 +54,6 @@ def test_layers_are_merged_in_chunks(size, counts, monkeypatch):
     )
 
 
-def base_weights(model) -> dict[str, torch.Tensor]:
-    return {n: m.base_layer.weight.detach().clone() for n, m in adapted_layers(model).items()}
-
-
 def mixed_group() -> nn.Module:
     """One group by names and shapes, of every dtype and both layouts."""
     layers = [kind().to(dtype) for dtype in DTYPES for kind in (lambda: nn.Linear(6, 6), conv1d)]
@@ -72,7 +70,7 @@ def test_layers_of_a_group_may_differ(call, monkeypatch):
     model = patched(base)
     assert len({id(layer.pool) for layer in model}) == 2
     found = adapters(model)
-    before, counts = base_weights(model), watched(monkeypatch)
+    before, counts = Snapshot(model), watched(monkeypatch)
     expected = [oracle.merged_weight(b, found[str(i)]) for i, b in enumerate(base)]
     call(model)
     looks = 1 if call is rasa_ext.merge else 2
@@ -83,12 +81,15 @@ def test_layers_of_a_group_may_differ(call, monkeypatch):
         torch.testing.assert_close(weight.double(), value, rtol=1.01 * rounding, atol=1e-6)
     if call is rasa_ext.merge:
         rasa_ext.unmerge(model)
-        assert all(same_bits(value, before[name]) for name, value in base_weights(model).items())
+        before.assert_unchanged()
+
+
+subtracting = functools.partial(rasa_ext.merge, subtract=True)
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize("when", [1, 2, 3])
-@pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload])
+@pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload, subtracting])
 def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
     """merge puts back what it has written; merge_and_unload has looked at copies up to there."""
     model = patched(nn.Sequential(*(nn.Linear(8, 6) for _ in range(3))))
