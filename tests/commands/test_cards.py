@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ import rasa_ext
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer, dataset
 from rasa_ext.commands.training import train
+from tests.checkpoint.test_card import card, code, rows
 from tests.helpers.cli import invoke, load, logits
 from tests.helpers.finetuning import checkpoints_in
 from tests.helpers.hub import local_hub
@@ -29,8 +29,8 @@ def run(tmp_path_factory) -> Path:
     """A folder with a base, data, and what a short run has written."""
     folder = tmp_path_factory.mktemp("anna")
     save_base(folder / "Tiny-LM")
-    for name, rows in (("train", sums(22)), ("test", sums(30)[22:])):
-        write_jsonl(folder / f"{name}.jsonl", rows)
+    for name, each in (("train", sums(22)), ("test", sums(30)[22:])):
+        write_jsonl(folder / f"{name}.jsonl", each)
     options = FinetuneOptions(
         model=str(folder / "Tiny-LM"),
         data=str(folder / "train.jsonl"),
@@ -45,14 +45,6 @@ def run(tmp_path_factory) -> Path:
     )
     train(options, Console(file=io.StringIO()))
     return folder
-
-
-def card(folder: Path) -> str:
-    return (folder / "README.md").read_text()
-
-
-def rows(text: str) -> dict[str, str]:
-    return dict(re.findall(r"^\| ([^|`]+) \| ([^|]+) \|$", text, re.MULTILINE))
 
 
 def test_a_run_s_card_has_its_data_choices_and_figures(run):
@@ -107,7 +99,7 @@ def test_a_merged_model_s_card(run, tmp_path, monkeypatch):
     assert rows(text)["base model"] == "`Tiny-LM`"
     namespace: dict = {}
     monkeypatch.chdir(tmp_path / "merged")
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], namespace)
+    exec(code(text), namespace)
     adapted = rasa_ext.load_adapter(load(run / "Tiny-LM"), run / "out")
     torch.testing.assert_close(
         logits(namespace["model"].eval()), logits(adapted), rtol=1e-4, atol=1e-4
@@ -146,12 +138,12 @@ def test_a_trainer_that_pushes(tmp_path, monkeypatch):
             disable_tqdm=True,
             bf16=False,
         )
-        rows = [{"messages": [{"role": "user", "content": "a"}]}] * 4
+        turns = [{"messages": [{"role": "user", "content": "a"}]}] * 4
         trainer = AdapterTrainer(
             make_model(),
             arguments,
             adapter=rasa_ext.RasaConfig(rank=4),
-            train_dataset=dataset(rows),
+            train_dataset=dataset(turns),
             processing_class=tokenizer,
         )
         trainer.train()

@@ -132,10 +132,6 @@ def test_inspect_has_a_line_for_each_group(grouping, places):
     assert f"{count:,} parameters" in text
     assert f"rasa_experts {grouping}" in text
     assert text.count(f"{EXPERTS} x {2 * INNER} x {HIDDEN}") == (2 if grouping == "layer" else 1)
-
-
-@pytest.mark.parametrize("grouping", GROUPINGS)
-def test_inspect_shows_spectra(grouping, places):
     text = invoke("inspect", places[grouping], "--spectrum")
     assert f"{EXPERTS} x {HIDDEN} x {INNER}" in text
     assert "Means over layers and experts." in text

@@ -100,12 +100,13 @@ def test_a_file_where_the_output_goes(places, tmp_path):
         assert "output: expected a folder, but" in run(command, places, tmp_path / "out", code=1)
 
 
-def test_the_base_is_never_overwritten(places):
-    before = content(places["base"])
-    for command in ("merge", "export-lora", "import-official"):
-        text = run(command, places, places["base"], "--overwrite", code=1)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_read_is_never_overwritten(command, places):
+    for read in (places["base"], places[COMMANDS[command][1]]):
+        before = content(read)
+        text = run(command, places, read, "--overwrite", code=1)
         assert "output: expected another directory than that of what it is made from" in text
-    assert content(places["base"]) == before
+        assert content(read) == before
 
 
 def test_a_merge_that_is_interrupted_leaves_nothing(places, tmp_path, monkeypatch):

@@ -130,6 +130,6 @@ def test_a_warning_is_a_sentence(tmp_path):
     done = subprocess.run(
         run, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
     )
-    (told,) = [line for line in done.stderr.splitlines() if "share" in line]
+    (told,) = done.stderr.splitlines()  # and other libraries print nothing
     assert told.startswith("Warning: groups: 'model.layers.0.self_attn.q_proj' is the only layer")
-    assert "patch_model(" not in done.stderr  # the line of the source
+    assert "patch_model(" not in told  # the line of the source

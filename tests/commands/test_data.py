@@ -359,20 +359,12 @@ def test_plain_text_stays_apart_from_questions_and_answers():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (
-            "d.json",
-            '[{"text": "a"},\n{"text" "b"}]',
-            r"json in UTF-8, .*: line 2 column 9",
-        ),
+        ("d.json", '[{"text": "a"},\n{"text" "b"}]', r"json in UTF-8, .*: line 2 column 9"),
         ("d.json", '[{"text": "a"}, 3]', "d.json, row 1: expected an object .*, got 3."),
         ("d.json", '{"text": 3}', "d.json, line 1: expected an object"),
         ("d.csv", "prompt,completion\na,b\nc\n", "d.csv, line 3: expected an object"),
         ("d.csv", "prompt,completion\na,b,c\n", "d.csv, line 2: expected an object"),
-        (
-            "d.csv",
-            'prompt,completion\na,"b',
-            r"csv in UTF-8, .*: unexpected end of data",
-        ),
+        ("d.csv", 'prompt,completion\na,"b', r"csv in UTF-8, .*: unexpected end of data"),
         ("d.csv", "prompt,completion\n", "expected at least one example"),
         ("d.parquet", "prompt", "data: '.*d.parquet' is no Parquet file that can be loaded: "),
         ("d.txt", "\n \n", "expected at least one example"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 
@@ -83,17 +82,6 @@ def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
     bad = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "bad")])
     assert bad.exit_code == 1
     assert "The three differ" in bad.output
-
-
-def test_before_is_measured_on_the_untouched_model(tiny_base, tmp_path):
-    """Measuring before must not depend on what follows: another rate, the same numbers."""
-    losses = []
-    for name, lr in (("a", TINY.lr), ("b", 1e-4)):
-        demo.run_demo(tmp_path / name, dataclasses.replace(TINY, lr=lr))
-        summary = json.loads((tmp_path / name / "adapter" / "summary.json").read_text())
-        losses.append((summary["eval_loss_before"], summary["eval_loss"]))
-    assert losses[0][0] == losses[1][0]
-    assert losses[0][1] != losses[1][1]
 
 
 def test_an_earlier_demo_is_only_deleted_when_asked_and_nothing_else_ever(tmp_path, tiny_base):

@@ -126,11 +126,7 @@ def test_generate_answers_side_by_side(folder):
 
 def test_a_conversation_remembers_its_turns(folder, monkeypatch):
     heard = []
-    monkeypatch.setattr(
-        generate,
-        "print_answer",
-        lambda *_: heard.append(list(_[-1])) or "so?",
-    )
+    monkeypatch.setattr(generate, "print_answer", lambda *_: heard.append(list(_[-1])) or "so?")
     words = ["generate", str(folder / "one"), "--system", "Be brief."]
     result = CliRunner().invoke(app, words, input="one\n\ntwo\n/quit\nthree\n")
     assert result.exit_code == 0, result.output
@@ -143,22 +139,3 @@ def test_sampling_follows_its_seed(folder):
     words += ["--temperature", 5, "--no-template"]
     texts = [invoke(*words, "--seed", seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["evaluate", "base", "--data", "no.jsonl"], "but no.jsonl does not exist"),
-        (["evaluate", "base", "--data", "test.jsonl", "--limit", 0], "limit: expected at least 1"),
-        (["generate", "base", "one"], "prompt: expected --prompt with several models"),
-        (
-            ["generate", "base", "--prompt", "x", "--temperature", -1],
-            "expected at least 0, got -1",
-        ),
-        (["generate", "./none", "--prompt", "x"], "model: the directory ./none does not exist"),
-    ],
-)
-def test_what_is_refused(folder, monkeypatch, words, message):
-    monkeypatch.chdir(folder)
-    text = invoke(*words, code=1)
-    assert message in text.partition("Error: ")[2]

@@ -28,7 +28,14 @@ from rasa_ext.commands.training import train
 from rasa_ext.writing import WriteError
 from tests.helpers.cli import invoke
 from tests.helpers.file_limit import file_limit
-from tests.helpers.finetuning import checkpoints_in, interrupted, losses, read_metrics, run
+from tests.helpers.finetuning import (
+    assert_same_runs,
+    checkpoints_in,
+    interrupted,
+    losses,
+    read_metrics,
+    run,
+)
 from tests.helpers.quantized import quantized
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
@@ -141,11 +148,7 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(
 
     resumed, _ = run(options, resume=True, **evaluated)
     assert (resumed["interrupted"], resumed["step"]) == (False, 9)
-    assert losses(options.output) == losses(whole.output)  # bit for bit
-    ours, theirs = (
-        load_file(Path(d) / "adapter_model.safetensors") for d in (options.output, whole.output)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_runs(options.output, whole.output)
 
 
 @pytest.fixture(scope="module")
@@ -211,11 +214,7 @@ def test_a_stopped_command_resumes_to_the_bit(number, uninterrupted, tmp_path, f
         assert checkpoints_in(output)[-1][0] < stopped_at
 
     invoke("finetune", *resume.split())
-    assert losses(output) == losses(uninterrupted.output)
-    ours, theirs = (
-        load_file(Path(d) / "adapter_model.safetensors") for d in (output, uninterrupted.output)
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_runs(output, uninterrupted.output)
     rows = [row for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
     summary = json.loads((output / "summary.json").read_text())
     assert summary["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))  # both runs
@@ -245,15 +244,9 @@ def test_output_and_resume_guard_each_other(options):
         run(options, resume=True, overwrite=True)
 
 
-@pytest.mark.parametrize("form", ["adapter", "lora", "merged"])
-def test_what_others_wrote_is_replaced_only_where_that_is_asked_for(form, options):
-    model, output = rasa_ext.patch_model(make_model(), rank=2, k=0), options.output
-    if form == "adapter":
-        rasa_ext.save_adapter(model, output)
-    elif form == "lora":
-        rasa_ext.export_lora(model, output)
-    else:
-        rasa_ext.merge_and_unload(model).save_pretrained(output)
+def test_what_others_wrote_is_replaced_only_where_that_is_asked_for(options):
+    output = options.output
+    make_model().save_pretrained(output)
     before = content(output)
     with pytest.raises(ValueError, match=f"output: .*{output} holds files; pass --overwrite"):
         run(options)
@@ -312,24 +305,8 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
     """Also where the record in the output, which --config reads, was edited in between."""
     run(options, max_steps=3)
     before = content(options.output)
-    changes = {
-        "lr": 1e-4,
-        "warmup": 0.5,
-        "max_steps": 5,  # the rate falls to zero over all steps
-        "epochs": 2.0,
-        "batch_size": 1,
-        "grad_accum": 1,
-        "seed": 1,
-        "rank": 2,
-        "alpha": 4.0,
-        "dropout": 0.0,
-        "seq_len": 512,
-        "packing": True,
-        "template": False,
-        "eval_data": str(files / "test.jsonl"),
-        "data": str(files / "test.jsonl"),
-    }
-    for name, value in changes.items():
+    changes = {"lr": 1e-4, "max_steps": 5, "template": False}  # the rate falls over all steps
+    for name, value in {**changes, "eval_data": str(files / "test.jsonl")}.items():
         old = {**options.to_dict(), "max_steps": 3}[name]
         told = f"{name} ({old!r} before, {value!r} now)"
         with pytest.raises(ValueError, match=f"resume: .*{re.escape(told)}"):
@@ -432,50 +409,28 @@ def test_float16_without_a_gpu_is_refused(options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
-        ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
         ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
         ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
         ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
-        ({"dropout": 1.0}, "dropout: expected a number in [0, 1)"),
         ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
-        ({"alpha": 0.0}, "alpha: expected a finite number"),
-        ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
         ({"target_modules": "q_projection"}, "target_modules: "),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32"),
         ({"eval_steps": 5}, "eval_steps: expected eval_data"),
         ({"target_modules": ","}, "target_modules: expected 'all-linear'"),
-        ({"k": 9}, "k: expected 0 <= k <= rank"),
-        ({"model": "./nowhere"}, "model: the directory ./nowhere does not exist"),
         ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
         ({"training_arguments": "pigeon"}, "training_arguments: expected YAML such as"),
         ({"training_arguments": "report_to: pigeon"}, "report_to: expected what is installed ("),
         ({"training_arguments": "pigeon: 1"}, "training_arguments: SFTConfig has no pigeon."),
         ({"training_arguments": "max_grad_nrm: 1"}, "no max_grad_nrm; did you mean max_grad_norm?"),
-        (
-            {"training_arguments": "max_grad_norm: one"},
-            "max_grad_norm: expected a number, got 'one'",
-        ),
-        (
-            {"training_arguments": "bf16: true"},
-            "training_arguments: bf16 is set by the option dtype",
-        ),
+        ({"training_arguments": "max_grad_norm: one"}, "norm: expected a number, got 'one'"),
+        ({"training_arguments": "bf16: true"}, "arguments: bf16 is set by the option dtype"),
         ({"training_arguments": "eval_packing: true"}, "eval_packing is set by the command"),
         ({"training_arguments": "deepspeed: no.json"}, "training_arguments: "),
         ({"seed": -1}, "seed: expected an integer from 0 to 2**32 - 1, got -1"),
         ({"weight_decay": float("nan")}, "weight_decay: expected at least 0, got nan"),
-        (
-            {"training_arguments": "learning_rate: 1"},
-            "training_arguments: learning_rate is set by the option lr",
-        ),
-        ({"eval_data": "no.jsonl"}, "hub data set, but no.jsonl does not exist"),
         ({"eval_data": "."}, "eval_data: expected a file (.jsonl, .json, .csv, .parquet, .txt) or"),
-        ({"eval_steps": 0}, "eval_steps: expected a number above 0, got 0"),
-        ({"save_steps": -1}, "save_steps: expected a number above 0, got -1"),
-        ({"weight_decay": -1}, "weight_decay: expected at least 0, got -1"),
         ({"lr_scheduler_type": "sine"}, "lr_scheduler_type: expected 'linear' or 'cosine'"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit: expected it without load_in"),
-        ({"rank_pattern": "no.json"}, "rank_pattern: the file no.json does not exist"),
         ({"rank_pattern": __file__}, f"rank_pattern: expected JSON or YAML in {__file__}, but"),
         ({"modules_to_save": "pigeon"}, "modules_to_save: expected suffixes of module names, but"),
     ],
@@ -493,7 +448,6 @@ def test_bad_options_name_themselves_before_a_model_is_loaded(
     ("option", "path", "message"),
     [
         ("data", "no.csv", "data: expected a file (.jsonl, .json, .csv, .parquet, .txt) or a hub"),
-        ("eval-data", "no.txt", "eval_data: expected a file"),
         ("model", "./no", "model: the directory ./no does not exist"),
         ("init-adapter", "no", "init_adapter: expected an adapter's directory, but no does not"),
         ("rank-pattern", "no.json", "rank_pattern: the file no.json does not exist"),

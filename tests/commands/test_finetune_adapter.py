@@ -17,7 +17,7 @@ from rasa_ext.commands.models import load_model
 from rasa_ext.commands.options import FinetuneOptions
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke, load, logits, save_lora
-from tests.helpers.finetuning import interrupted, losses, run
+from tests.helpers.finetuning import assert_same_runs, interrupted, losses, run
 from tests.helpers.tiny_lm import save_base, sums, write_jsonl
 
 STILL = 1e-30  # a rate at which nothing moves
@@ -54,11 +54,7 @@ def options(folder, tmp_path) -> FinetuneOptions:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [
-        ("rasa", "RaSA, rank 6, k 2"),
-        ("lora", "LoRA, rank 3"),
-        ("peft", "RaSA, rank 6, k 0"),
-    ],
+    [("rasa", "RaSA, rank 6, k 2"), ("lora", "LoRA, rank 3"), ("peft", "RaSA, rank 6, k 0")],
 )
 def test_an_adapter_is_trained_on_from_what_it_computes(name, said, folder, options):
     before, start = load(folder / "base"), folder / name
@@ -87,12 +83,7 @@ def test_a_run_that_trains_on_is_resumed_to_the_bit(folder, options, tmp_path, m
     with pytest.raises(ValueError, match=r"resume: .* init_adapter \('\S+rasa' before, None now\)"):
         run(options, resume=True)
     invoke("finetune", "--config", Path(options.output) / "finetune.yaml", "--resume")
-    assert losses(options.output) == losses(tmp_path / "whole")
-    ours, theirs = (
-        load_file(Path(each) / "adapter_model.safetensors")
-        for each in (options.output, tmp_path / "whole")
-    )
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert_same_runs(options.output, tmp_path / "whole")
     card = (Path(options.output) / "README.md").read_text()
     assert "| init_adapter | `rasa` |" in card
     assert str(folder) not in card

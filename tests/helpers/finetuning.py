@@ -9,7 +9,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from rasa_ext.commands import callbacks
 from rasa_ext.commands.options import FinetuneOptions
@@ -52,3 +54,11 @@ def interrupted(monkeypatch, stop_at: int, options: FinetuneOptions, **changes: 
     with monkeypatch.context() as patch:
         patch.setattr(callbacks.InterruptCallback, "on_step_end", interrupt)
         return run(options, **changes)
+
+
+def assert_same_runs(one: str | Path, two: str | Path) -> None:
+    """The losses of all steps and the adapter are the same, bit for bit."""
+    assert losses(one) == losses(two)
+    ours, theirs = (load_file(Path(each) / "adapter_model.safetensors") for each in (one, two))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
