@@ -31,6 +31,16 @@ def model(base: str | None = ID, **options):
     return patched(plain, RANK, 1, **options)
 
 
+FORMS = ["adapter", "peft", "mlx"]
+
+
+def write(form: str, adapted, directory: Path, **options) -> None:
+    if form == "adapter":
+        rasa_ext.save_adapter(adapted, directory, **options)
+    else:
+        rasa_ext.export_lora(adapted, directory, format=form, **options)
+
+
 def card(directory: Path) -> str:
     return (directory / "README.md").read_text()
 
@@ -140,15 +150,14 @@ def loaded(text: str, folder: Path, monkeypatch, base: str):
 
 
 @pytest.mark.parametrize("where", ["hub", "folder"])
-@pytest.mark.parametrize("form", ["adapter", "lora"])
+@pytest.mark.parametrize("form", ["adapter", "peft"])
 @torch.no_grad()
 def test_the_lines_that_load_it_run(form, where, tmp_path, monkeypatch):
     base = tiny_lm.save_base(tmp_path / "base")
     plain = AutoModelForCausalLM.from_pretrained(base)
     plain.config._name_or_path = ID if where == "hub" else str(base)
     adapted = patched(plain, RANK, 1)
-    write = {"adapter": rasa_ext.save_adapter, "lora": rasa_ext.export_lora}[form]
-    write(adapted, tmp_path / "out")
+    write(form, adapted, tmp_path / "out")
     found, names = loaded(card(tmp_path / "out"), tmp_path / "out", monkeypatch, str(base))
     assert names == [ID if where == "hub" else BASE_FOLDER]
     expected = adapted.eval()(TOKENS).logits
@@ -179,14 +188,12 @@ LOCAL = [
 ]
 
 
-@pytest.mark.parametrize("path", LOCAL)
-@pytest.mark.parametrize("form", ["adapter", "peft", "gguf", "mlx"])
+@pytest.mark.parametrize(
+    ("form", "path"),
+    [("adapter", path) for path in LOCAL] + [(form, LOCAL[0]) for form in ("peft", "gguf", "mlx")],
+)
 def test_a_path_of_the_base_stays_here(form, path, tmp_path):
-    adapted = model(path)
-    if form == "adapter":
-        rasa_ext.save_adapter(adapted, tmp_path)
-    else:
-        rasa_ext.export_lora(adapted, tmp_path, format=form)
+    write(form, model(path), tmp_path)
     text = card(tmp_path)
     assert "anna" not in text
     assert str(tmp_path) not in text
@@ -243,16 +250,6 @@ def test_an_export_that_peft_does_not_load_has_no_lines_for_it(tmp_path):
             rasa_ext.export_lora(adapted, tmp_path, expert_layout=layout)
         assert ("PeftModel" in card(tmp_path)) == (layout == "peft")
         assert rows(card(tmp_path))["experts"] == f"layout `{layout}`"
-
-
-FORMS = ["adapter", "peft", "mlx"]
-
-
-def write(form: str, adapted, directory: Path, **options) -> None:
-    if form == "adapter":
-        rasa_ext.save_adapter(adapted, directory, **options)
-    else:
-        rasa_ext.export_lora(adapted, directory, format=form, **options)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 
 import pytest
 import torch
@@ -31,12 +30,27 @@ from tests.helpers.refusals import Snapshot, refused
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("k", [0, 1, RANK // 2, RANK])
+@pytest.mark.parametrize("k", [0, 1, RANK])
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_round_trip(entry, k, tmp_path):
+    """The file is its numbers, each once and 4 bytes, and a header; names are as documented."""
     base = entry.build()
     model = patched(base, RANK, k, dropout=0.1, alpha=3.0)
     assert rasa_ext.save_adapter(model, tmp_path) is None
+    assert sorted(content(tmp_path)) == ["README.md", CONFIG, WEIGHTS]
+    expected, pools = {}, set()
+    for name, adapter in adapters(model).items():
+        prefix = f"base_model.model.{name}.rasa_"
+        expected |= {f"{prefix}{field}": getattr(adapter, field) for field in ("A", "B", "d")}
+        if k and id(adapter.A_pool) not in pools:
+            pools.add(id(adapter.A_pool))
+            expected |= {f"{prefix}pool_A": adapter.A_pool, f"{prefix}pool_B": adapter.B_pool}
+    tensors = load_file(tmp_path / WEIGHTS)
+    assert tensors.keys() == expected.keys()
+    assert all(same_bits(tensors[key], value.detach()) for key, value in expected.items())
+    file = (tmp_path / WEIGHTS).read_bytes()
+    numbers = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
+    assert len(file) == 4 * numbers + 8 + int.from_bytes(file[:8], "little")
     fresh = copy.deepcopy(base)
     assert rasa_ext.load_adapter(fresh, tmp_path) is fresh
     assert same_adapters(model, fresh)
@@ -70,51 +84,19 @@ def test_round_trip_of_options(options, tmp_path):
 
 def test_loading_into_a_patched_model(tmp_path):
     """The same config overwrites; another config is refused, and says in what it differs."""
-    base = LLAMA.build()
-    model = patched(base, seed=1)
+    base, inputs = LLAMA.build(), LLAMA.inputs(0)
+    model = patched(base, seed=1).eval()
     rasa_ext.save_adapter(model, tmp_path)
-    same = patched(base, seed=2)
+    same = patched(base, seed=2).eval()
     identities = [id(p) for p in same.parameters()]
-    rasa_ext.load_adapter(same, tmp_path)
+    with torch.no_grad():
+        LLAMA.loss(same, inputs)  # leaves packs of what it was
+        rasa_ext.load_adapter(same, tmp_path)
+        assert torch.equal(LLAMA.loss(same, inputs)[0], LLAMA.loss(model, inputs)[0])
     assert same_adapters(model, same)
     assert [id(p) for p in same.parameters()] == identities
     other = patched(base, RANK, 2)
     refused(lambda: rasa_ext.load_adapter(other, tmp_path), other, r"k: 2, 1.*unpatch")
-
-
-def test_loading_shows_in_a_cached_eval_forward(tmp_path):
-    base = LLAMA.build()
-    model = patched(base, seed=1).eval()
-    rasa_ext.save_adapter(model, tmp_path)
-    other = patched(base, seed=2).eval()
-    inputs = LLAMA.inputs(0)
-    with torch.no_grad():
-        stale = LLAMA.loss(other, inputs)[0]
-        rasa_ext.load_adapter(other, tmp_path)
-        assert torch.equal(LLAMA.loss(other, inputs)[0], LLAMA.loss(model, inputs)[0])
-        assert not torch.equal(LLAMA.loss(other, inputs)[0], stale)
-
-
-@pytest.mark.parametrize("k", [0, 1, RANK])
-@pytest.mark.parametrize("entry", [*EVERY], ids=ids)
-def test_every_number_is_written_once(entry, k, tmp_path):
-    """The file is its numbers, 4 bytes each, and a header; names are as documented."""
-    model = patched(entry.build(), RANK, k)
-    rasa_ext.save_adapter(model, tmp_path)
-    assert sorted(content(tmp_path)) == ["README.md", CONFIG, WEIGHTS]
-    expected, pools = {}, set()
-    for name, adapter in adapters(model).items():
-        prefix = f"base_model.model.{name}.rasa_"
-        expected |= {f"{prefix}{field}": getattr(adapter, field) for field in ("A", "B", "d")}
-        if k and id(adapter.A_pool) not in pools:
-            pools.add(id(adapter.A_pool))
-            expected |= {f"{prefix}pool_A": adapter.A_pool, f"{prefix}pool_B": adapter.B_pool}
-    tensors = load_file(tmp_path / WEIGHTS)
-    assert tensors.keys() == expected.keys()
-    assert all(same_bits(tensors[key], value.detach()) for key, value in expected.items())
-    file = (tmp_path / WEIGHTS).read_bytes()
-    numbers = sum(p.numel() for p in rasa_ext.adapter_parameters(model))
-    assert len(file) == 4 * numbers + 8 + int.from_bytes(file[:8], "little")
 
 
 def test_modules_to_save_are_written_under_their_names(tmp_path):
@@ -208,11 +190,8 @@ FIRST = "base_model.model.model.layers.0.self_attn.k_proj.rasa_pool_"
             rf"{KEY}B \(expected \(12, 3\), got \(3, 12\)\)",
         ),
         (lambda d: (d / WEIGHTS).write_bytes(b"12345678 nonsense"), "safetensors"),
-        (lambda d: os.truncate(d / WEIGHTS, 700), "safetensors"),
         (lambda d: torch.save({"weight": nn.Linear(2, 2)}, d / WEIGHTS), "safetensors"),
-        (lambda d: (d / CONFIG).write_text("{"), rf"{CONFIG}.*JSON"),
         (lambda d: (d / CONFIG).write_text("[]"), rf"{CONFIG}.*object"),
-        (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
         (_config(r=0), "rank.*0"),
         (_config(r=None), r"\br\b"),
         (_config(rasa_dropout=7), "dropout.*7"),

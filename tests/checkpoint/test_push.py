@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import rasa_ext
+from tests.checkpoint.test_card import FORMS, write
 from tests.helpers import tiny_lm
 from tests.helpers.adapters import RANK, content, patched
 from tests.helpers.cli import TOKENS, invoke
@@ -56,12 +57,7 @@ def test_what_is_pushed_is_loaded_by_its_id(kind, hub, tmp_path):
 def test_repository_branch_message_and_token(hub, tmp_path):
     rasa_ext.save_adapter(model(), tmp_path)
     rasa_ext.push_to_hub(
-        tmp_path,
-        "sums",
-        private=True,
-        token="hf_other",
-        revision="v2",
-        commit_message="Second",
+        tmp_path, "sums", private=True, token="hf_other", revision="v2", commit_message="Second"
     )
     assert [(each["name"], each["visibility"]) for each in hub.created] == [("sums", "private")]
     assert hub.messages == ["Second"]
@@ -79,12 +75,9 @@ def test_a_push_replaces_an_earlier_one(hub, tmp_path):
     assert rasa_ext.summary(found)[0].R == 5
 
 
-@pytest.mark.parametrize("form", ["adapter", "peft", "mlx"])
+@pytest.mark.parametrize("form", FORMS)
 def test_a_path_of_this_machine_is_not_pushed(form, hub, tmp_path):
-    if form == "adapter":
-        rasa_ext.save_adapter(model(LOCAL), tmp_path)
-    else:
-        rasa_ext.export_lora(model(LOCAL), tmp_path, format=form)
+    write(form, model(LOCAL), tmp_path)
     before = content(tmp_path)
     with pytest.raises(ValueError, match=rf"base_model: .*{LOCAL}.*base_model='owner/name'"):
         rasa_ext.push_to_hub(tmp_path, "me/sums")

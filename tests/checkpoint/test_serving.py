@@ -87,12 +87,7 @@ NO_SERVER = "save what rasa_ext.merge_and_unload"
             "lm_head is tied to the embedding, and llama.cpp refuses",
         ),
     ],
-    ids=[
-        "Conv1D",
-        "modules_to_save",
-        "q alone",
-        "tied head",
-    ],
+    ids=["Conv1D", "modules_to_save", "q alone", "tied head"],
 )
 def test_what_a_reader_refuses_is_warned_of(model, readers, warning, tmp_path):
     model = model()

@@ -144,16 +144,6 @@ def trainable_count(shapes: Mapping[str, tuple[int, int]], rank: int, k: int) ->
     return total
 
 
-def lora_matrices(adapter: Adapter, width: int) -> tuple[Tensor, Tensor]:
-    """lora_A (width, in) and lora_B (out, width), zero-padded, whose product is dW at scale 1."""
-    down, up, d = adapter.stacked()
-    pad = width - d.numel()
-    return (
-        torch.cat([down, down.new_zeros(pad, down.shape[1])]),
-        torch.cat([up * d, up.new_zeros(up.shape[0], pad)], 1),
-    )
-
-
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module keeps its weight as (in, out)."""
     return type(module).__name__ == "Conv1D"
