@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,15 +14,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import rasa_ext
-from tests.helpers.processes import WORKERS, launch
-
-sys.path.insert(0, str(WORKERS))
-
-import trainer
-import training
-
 from tests.helpers.adapters import patched
 from tests.helpers.models import LLAMA
+from tests.helpers.processes import launch
+from tests.workers import trainer, training
 
 PARITY = 1e-6
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,9 @@ from safetensors.torch import load_file
 
 import rasa_ext
 from tests.helpers.adapters import randomize
-from tests.helpers.processes import WORKERS, launch
-
-sys.path.insert(0, str(WORKERS))
-
-import split
-
 from tests.helpers.models import LLAMA
+from tests.helpers.processes import launch
+from tests.workers import split
 
 PARITY = {torch.float64: 1e-12, torch.float32: 1e-6}
 

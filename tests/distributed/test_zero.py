@@ -16,12 +16,9 @@ import torch
 
 import rasa_ext
 from tests.distributed.test_ddp import PARITY, difference
-from tests.helpers.processes import WORKERS, launch
+from tests.helpers.processes import launch
 from tests.readers.environments import beside
-
-sys.path.insert(0, str(WORKERS))
-
-import zero
+from tests.workers import zero
 
 pytestmark = pytest.mark.engines
 
