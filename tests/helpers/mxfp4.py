@@ -48,11 +48,7 @@ def _converted(tensor: TritonTensor, layout: type[Rearranged]) -> TritonTensor:
 
 
 STAND_IN = SimpleNamespace(
-    tensor=SimpleNamespace(
-        FP4="fp4",
-        convert_layout=_converted,
-        wrap_torch_tensor=TritonTensor,
-    ),
+    tensor=SimpleNamespace(FP4="fp4", convert_layout=_converted, wrap_torch_tensor=TritonTensor),
     tensor_details=SimpleNamespace(
         layout=SimpleNamespace(
             StridedLayout=Rearranged,

@@ -14,11 +14,22 @@ from torchao.quantization.granularity import PerGroup
 from tests.helpers import tiny_lm
 
 WIDTH, OUT = 64, 128
+TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 
 
 def make_model() -> nn.Module:
     """The tiny model in the smallest widths that bitsandbytes' CPU kernels take: 64 and 128."""
     return tiny_lm.make_model(hidden_size=WIDTH, intermediate_size=OUT)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model.eval()(input_ids=TOKENS).logits
+
+
+def off(found: Tensor, expected: Tensor) -> float:
+    """The error of all numbers together, relative."""
+    return ((found - expected).double().norm() / expected.double().norm()).item()
 
 
 def bits4(linear: nn.Linear, kind: str = "nf4", nested: bool = False) -> nn.Module:

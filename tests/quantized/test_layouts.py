@@ -8,20 +8,18 @@ import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from compressed_tensors.quantization import QuantizationStatus
-from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
-from trl import SFTConfig, SFTTrainer
 
 import rasa_ext
 from rasa_ext.base_layers import layouts
 from rasa_ext.base_layers.quantized import format_of, stored_bytes
 from rasa_ext.peft import RasaConfig
-from tests.helpers import experts, oracle, tiny_lm
+from tests.helpers import experts, oracle
 from tests.helpers.adapters import (
     RANK,
     Errors,
@@ -43,12 +41,12 @@ from tests.helpers.layouts import (
     numbers,
     packed_layers,
     packed_model,
-    step_over_experts,
 )
 from tests.helpers.memory import LiveBytes
-from tests.helpers.peft import plain
+from tests.helpers.peft import plain, trained
+from tests.helpers.quantized import TOKENS, logits, off
+from tests.peft.test_sft import train
 
-TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 FOLDERS = [form for form in COMPRESSED if form != "packed int4 zero"]
 """transformers 5.24 and compressed-tensors 0.20 do not load packed zero points."""
 
@@ -70,15 +68,6 @@ def step(model: nn.Module) -> dict[str, torch.Tensor]:
     seen = {"logits": result.logits.detach(), "input": inputs.grad, **gradients(found)}
     assert all(gradient is not None and gradient.norm() > 0 for gradient in seen.values())
     return seen
-
-
-def off(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((found - expected).double().norm() / expected.double().norm()).item()
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=TOKENS).logits
 
 
 @pytest.mark.parametrize("form", LAYOUTS)
@@ -235,15 +224,6 @@ def test_under_accelerate():
         rasa_ext.patch_model(offloaded, RANK, 1)
 
 
-def test_merging_through_peft():
-    model = through_peft(packed_model("packed int4"))
-    before = logits(model)
-    with pytest.warns(UserWarning, match="merging into a dequantized weight"):
-        merged = model.merge_and_unload()
-    assert not any(format_of(module) for module in merged.modules())
-    assert off(logits(merged), before) < 1e-5
-
-
 @pytest.mark.parametrize("form", LAYOUTS)
 def test_copies_and_files(form, tmp_path):
     base = packed_model(form)
@@ -264,34 +244,13 @@ def test_copies_and_files(form, tmp_path):
 @pytest.mark.parametrize("entrance", ["core", "peft"])
 def test_sft_trainer(entrance, tmp_path):
     """TRL's, with checkpointing: every adapter learns, the first layer's too."""
-    model = from_folder("packed int4", tmp_path / "base")
-    config = RasaConfig(r=RANK, rasa_k=1, task_type="CAUSAL_LM")
+    model, config = from_folder("packed int4", tmp_path / "base"), None
     if entrance == "core":
         rasa_ext.patch_model(model, RANK, 1)
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(
-            tmp_path / "out",
-            learning_rate=1e-2,
-            max_steps=4,
-            logging_steps=1,
-            gradient_checkpointing=True,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-        ),
-        train_dataset=Dataset.from_list([{"text": "what is two plus two"}] * 8),
-        processing_class=tiny_lm.make_tokenizer(),
-        peft_config=config if entrance == "peft" else None,
-    )
-    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    after = dict(model.named_parameters())
-    assert len(before) > 14
-    assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
+    else:
+        config = RasaConfig(r=RANK, rasa_k=1, task_type="CAUSAL_LM")
+    model = train(model, tmp_path, config, gradient_checkpointing=True)
+    assert len(trained(model)) > 14
     assert all(format_of(layer.base_layer) for layer in adapted_layers(model).values())
 
 
@@ -374,25 +333,6 @@ def test_fp8_experts(family, grouping, figure):
     if grouping is not None:
         with pytest.raises(ValueError, match=r"is packed as .*float8_e4m3fn, into which"):
             rasa_ext.merge(packed)
-
-
-def test_fp8_experts_through_peft():
-    """At the start, the input's gradient is what the core gives."""
-    found = []
-    for entrance in ("core", "peft"):
-        model = fp8_experts(experts.model("mixtral"), (8, 8)).train()
-        names = ["gate_up_proj", "down_proj"]
-        if entrance == "core":
-            rasa_ext.patch_model(model, 3, 1, experts="shared", target_modules=names)
-        else:
-            get_peft_model(
-                model, RasaConfig(r=3, rasa_k=1, rasa_experts="shared", target_modules=names)
-            )
-        seen = step_over_experts(model, TOKENS % 32)
-        assert all(gradient is not None for gradient in seen.values())
-        found.append(seen["input"])
-    assert found[0].norm() > 0
-    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("form", LAYOUTS)

@@ -14,10 +14,17 @@ import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
 from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters, patched, same_bits
-from tests.helpers.quantized import FORMATS, WIDTH, linears, make_model, numbers, quantized
+from tests.helpers.quantized import (
+    FORMATS,
+    TOKENS,
+    WIDTH,
+    linears,
+    make_model,
+    numbers,
+    quantized,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
-TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 WARNING = re.compile(
     r"merging into a dequantized weight: relative error of a layer's output at most (\S+)\. "
     r"Layers made dense: (\d+) of (.+) in (torch\.\w+); (\S+) MiB instead of (\S+)\.$"

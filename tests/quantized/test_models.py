@@ -16,9 +16,8 @@ from transformers import (
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
 from tests.helpers.adapters import adapted_layers, patched
-from tests.helpers.quantized import make_model
+from tests.helpers.quantized import TOKENS, make_model
 
-TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 CONFIGS = {
     "nf4": lambda: BitsAndBytesConfig(
         load_in_4bit=True,

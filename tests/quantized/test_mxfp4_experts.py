@@ -6,19 +6,19 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
-from trl import SFTConfig, SFTTrainer
 
 import rasa_ext
 from rasa_ext.base_layers.layouts import packed_experts
 from rasa_ext.peft import RasaConfig
-from tests.helpers import experts, mxfp4, tiny_lm
+from tests.helpers import experts, mxfp4
 from tests.helpers.layouts import excesses_over_experts, step_over_experts
+from tests.helpers.peft import trained
+from tests.helpers.quantized import TOKENS
+from tests.peft.test_sft import train
 
-TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 STACKS = ("gate_up_proj", "down_proj")
 
 
@@ -81,21 +81,8 @@ def test_sft_trainer(packed, entrance, tmp_path):
         patched(packed, experts="shared")
     else:
         config = RasaConfig(r=4, rasa_k=1, rasa_experts="shared", task_type="CAUSAL_LM")
-    options = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
-    trainer = SFTTrainer(
-        packed,
-        SFTConfig(tmp_path, learning_rate=1e-2, use_cpu=True, bf16=False, **options),
-        train_dataset=Dataset.from_list([{"text": "what is two plus two"}] * 8),
-        processing_class=tiny_lm.make_tokenizer(),
-        peft_config=config,
-    )
-    before = {name: p.detach().clone() for name, p in packed.named_parameters() if p.requires_grad}
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
-    after = dict(packed.named_parameters())
-    assert any("experts" in name for name in before)
-    assert not any(torch.equal(after[name], tensor) for name, tensor in before.items())
+    model = train(packed, tmp_path, config, gradient_checkpointing=True)
+    assert any("experts" in name for name in trained(model))
 
 
 @torch.no_grad()
