@@ -44,22 +44,15 @@ def test_both_front_ends_read_and_compute_the_same(entry, tmp_path):
     model.save_pretrained(tmp_path / "peft")
     ours = rasa_ext.load_adapter(entry.build().eval(), tmp_path / "peft")
     torch.testing.assert_close(entry.call(ours, **inputs), y, rtol=1e-4, atol=1e-4)
+    for each in (model, ours):
+        entry.loss(each, inputs)[1].backward()
+    (rows,) = (layer.trainable_tokens_delta["default"] for layer in token_layers(model))
+    expected = rasa_ext.adapter_parameters(ours)[-1].grad
+    torch.testing.assert_close(rows.grad, expected, rtol=1e-3, atol=1e-4)
     rasa_ext.save_adapter(ours, tmp_path / "core")
     for folder in ("peft", "core"):
         loaded = PeftModel.from_pretrained(entry.build(), tmp_path / folder).eval()
         torch.testing.assert_close(entry.call(loaded, **inputs), y, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("entry", FAMILIES, ids=ids)
-def test_gradients_are_those_of_patch_model(entry, tmp_path):
-    model = tuned(entry)
-    model.save_pretrained(tmp_path)
-    ours = rasa_ext.load_adapter(entry.build(), tmp_path).eval()
-    for each in (model, ours):
-        entry.loss(each, entry.inputs(0))[1].backward()
-    (rows,) = (layer.trainable_tokens_delta["default"] for layer in token_layers(model))
-    expected = rasa_ext.adapter_parameters(ours)[-1].grad
-    torch.testing.assert_close(rows.grad, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("entry", FAMILIES, ids=ids)
@@ -162,7 +155,6 @@ class Biased(nn.Module):
 
 
 BAD = {
-    "negative": (LLAMA.build, [-1], {}, ">= 0, got -1"),
     "too large": (LLAMA.build, [32], {}, "below 32"),
     "no such": (LLAMA.build, {"wte": [1]}, {}, "none ends in 'wte'"),
     "saved": (LLAMA.build, [1], {"modules_to_save": ["embed_tokens"]}, "trained in full"),

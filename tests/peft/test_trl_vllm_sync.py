@@ -99,26 +99,3 @@ def near(weight: Tensor, wanted: Tensor) -> bool:
     """Apart by no more than the last place, where the float32 sum lies by a tie."""
     one = torch.finfo(weight.dtype).eps * wanted.abs().clamp(min=2**-20)
     return bool(((weight.double() - wanted.double()).abs() <= one.double()).all())
-
-
-def test_a_sync_keeps_less_than_a_copy():
-    model = tiny()
-    with torch.no_grad():
-        small(model)
-    model.unmerge_by_subtracting()
-    model.merge_adapter()
-    found = layers(model).values()
-    kept = sum(
-        tensor.nbytes
-        for layer in found
-        for tensor in (layer.merged_base.index, layer.merged_base.value, layer.merged_base.sum)
-    )
-    whole = sum(layer.base_layer.weight.nbytes for layer in found)
-    assert kept < 0.2 * whole
-    model.unmerge_adapter()
-
-
-def test_the_names_are_those_of_the_base():
-    model = tiny()
-    names = [name for name, _ in generation(model)[0]._iter_named_params()]
-    assert names == [name for name, _ in make_model().named_parameters()]
