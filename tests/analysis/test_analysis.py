@@ -6,18 +6,15 @@ import math
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 import rasa_ext
 from rasa_ext import methods
 from rasa_ext.analysis import analyze, analyze_adapter
-from rasa_ext.commands.app import app
 from tests.helpers import oracle
 from tests.helpers.adapters import adapters, patched
+from tests.helpers.cli import invoke
 from tests.helpers.models import FAMILIES, LLAMA, TIED, ids
 from tests.helpers.outside import VeraConfig
-
-WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
 
 @pytest.mark.parametrize("k", [0, 1, 4])
@@ -128,17 +125,14 @@ def test_no_out_x_in_matrix_is_formed(monkeypatch):
 
 @pytest.mark.parametrize("k", [0, 1])
 def test_the_command_prints_a_table(k, tmp_path):
-    rasa_ext.save_adapter(patched(LLAMA.build(), 4, k), tmp_path / "a")
-    words = ["inspect", "--spectrum", str(tmp_path / "a")]
-    result = CliRunner().invoke(app, words, env=WIDE)
-    assert result.exit_code == 0, result.output
-    assert "model.layers.*.self_attn.q_proj" in result.output
-    assert f"of {3 * k}" in result.output
+    rasa_ext.save_adapter(patched(LLAMA.build(), 4, k), tmp_path)
+    text = invoke("inspect", "--spectrum", tmp_path)
+    assert "model.layers.*.self_attn.q_proj" in text
+    assert f"of {3 * k}" in text
 
 
 def test_what_is_not_an_adapter(tmp_path):
-    result = CliRunner().invoke(app, ["inspect", "--spectrum", str(tmp_path)])
-    assert result.exit_code == 1
+    invoke("inspect", "--spectrum", tmp_path, code=1)
     rasa_ext.export_lora(patched(LLAMA.build()), tmp_path)
     with pytest.raises(ValueError, match="this is a LoRA, which"):
         analyze_adapter(tmp_path)

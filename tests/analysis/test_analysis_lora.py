@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 import rasa_ext
-from rasa_ext.analysis import analyze, analyze_adapter, analyze_lora
+from rasa_ext.analysis import analyze, analyze_lora
 from tests.helpers.adapters import patched
 from tests.helpers.models import FAMILIES, LLAMA, ids
 
@@ -108,26 +107,3 @@ def test_what_is_no_lora(tmp_path):
         analyze_lora(tmp_path)
     with pytest.raises(FileNotFoundError, match="is missing"):
         analyze_lora(tmp_path / "nothing")
-
-
-def test_effective_ranks_by_hand(tmp_path):
-    """Of a LoRA and of a RaSA adapter, which can be compared; 0 for a change of zeros."""
-    eye = torch.eye(10)
-    pairs = {
-        "a.0.q": (eye[:, :4], eye[:4]),
-        "a.1.q": (eye[:, :2], eye[:2]),
-        "a.0.v": (torch.zeros(10, 2), eye[:2]),
-    }
-    q, v = analyze_lora(write(tmp_path / "lora", pairs))
-    assert [layer.effective_rank for layer in q.layers] == pytest.approx([4, 2])
-    assert v.layers[0].effective_rank == 0
-    blocks = [nn.ModuleDict({"q": nn.Linear(10, 10)}) for _ in range(2)]
-    model = patched(nn.ModuleDict({"a": nn.ModuleList(blocks)}), 3, 0)
-    with torch.no_grad():
-        for i, block in enumerate(model["a"]):
-            block["q"].A.copy_(eye[:3])
-            block["q"].B.copy_(eye[:, :3])
-            block["q"].d.copy_(torch.tensor([1.0, 1.0, float(i)]))
-    rasa_ext.save_adapter(model, tmp_path / "rasa")
-    (q,) = analyze_adapter(tmp_path / "rasa")
-    assert [layer.effective_rank for layer in q.layers] == pytest.approx([2, 3])
