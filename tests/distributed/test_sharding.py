@@ -9,11 +9,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 import rasa_ext
 from rasa_ext.distributed import blocks_of, no_sync, shard_model
 from tests.helpers.adapters import content, patched
-from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, T5, Entry
+from tests.helpers.models import GPT2, LLAMA, SEQUENTIAL, T5, TIED, Entry, ids
+from tests.patching.test_trained_tokens import moved
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,7 +61,7 @@ def test_the_base_is_sharded_and_the_adapter_is_not(mesh):
     assert "lm_head.weight" in trained
 
 
-@pytest.mark.parametrize("entry", [LLAMA, GPT2, T5, SEQUENTIAL], ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, T5, SEQUENTIAL], ids=ids)
 def test_every_block_is_gathered_by_itself(entry, mesh):
     model = patched(entry.build())
     blocks = blocks_of(model)
@@ -164,3 +166,19 @@ def test_a_model_of_peft(mesh, tmp_path):
         assert isinstance(parameter, DTensor) != parameter.requires_grad, name
     model.save_pretrained(tmp_path / "sharded")
     assert content(tmp_path / "plain") == content(tmp_path / "sharded")
+
+
+@pytest.mark.filterwarnings("ignore:groups")
+@pytest.mark.parametrize("entry", [LLAMA, GPT2, TIED], ids=ids)
+@pytest.mark.parametrize("sharded", [True, False])
+def test_trained_rows(entry, sharded, mesh, tmp_path):
+    """Beside a sharded base, and under DistributedDataParallel."""
+    alone, model = moved(entry).train(), moved(entry).train()
+    entry.loss(alone, entry.inputs(0))[1].backward()
+    model = shard_model(model, mesh) if sharded else DistributedDataParallel(model)
+    entry.loss(model, entry.inputs(0))[1].backward()
+    rows = rasa_ext.adapter_parameters(model)[-1]
+    torch.testing.assert_close(rows.grad, rasa_ext.adapter_parameters(alone)[-1].grad)
+    rasa_ext.save_adapter(model, tmp_path)
+    loaded = rasa_ext.load_adapter(entry.build(), tmp_path)
+    assert torch.equal(rasa_ext.adapter_parameters(loaded)[-1], rows)
