@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import rasa_ext
-from tests.readers.commands import printed
+from tests.readers.commands import exported
 from tests.readers.conftest import difference
 from tests.readers.environments import ask
 from tests.readers.families import FAMILIES, adapted
@@ -26,26 +26,16 @@ def log_probabilities(path: str) -> list[torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def exported(case, tmp_path_factory):
+def loras(case, tmp_path_factory):
     """Both adapters in mlx-lm's format, and the commands that are printed."""
-    folder = tmp_path_factory.mktemp("mlx")
-    return {
-        name: (
-            folder / name,
-            *printed(
-                "export-lora", adapter, "--model", case.base, "--output", folder / name,
-                "--format", "mlx",
-            ),
-        )
-        for name, adapter in case.adapters.items()
-    }  # fmt: skip
+    return exported(case, tmp_path_factory.mktemp("mlx"), "--format", "mlx")
 
 
-def test_every_log_probability(case, exported, tmp_path, figure, record_property):
+def test_every_log_probability(case, loras, tmp_path, figure, record_property):
     asked = [
         {
             "base": str(case.base),
-            "adapter": str(exported[name][0]) if name in exported else None,
+            "adapter": str(loras[name][0]) if name in loras else None,
             "tokens": case.prompts,
             "out": str(tmp_path / f"{name}.safetensors"),
         }
@@ -99,9 +89,9 @@ def _name_rope_theta(path) -> None:
     path.write_text(json.dumps(config))
 
 
-def test_the_server_as_printed(case, exported, tmp_path, figure, record_property):
+def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
     """The likeliest token after each prompt, which is less likely by other adapters, or by none."""
-    _, words = exported["first"]
+    _, words = loras["first"]
     assert words[0] == "mlx_lm.server"
     asked = {"max_tokens": 1, "temperature": 0.0, "logprobs": True}
     with served("mlx", words, tmp_path / "log") as post:

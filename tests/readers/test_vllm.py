@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.readers.commands import printed
+from tests.readers.commands import exported
 from tests.readers.environments import ask
 from tests.readers.likeliest import COUNT, off, prompts
 from tests.readers.servers import served
@@ -22,19 +22,12 @@ ENVIRONMENT = {
 
 
 @pytest.fixture(scope="module")
-def exported(case, tmp_path_factory):
+def loras(case, tmp_path_factory):
     """Both adapters as LoRAs, and the command that is printed."""
-    folder = tmp_path_factory.mktemp("vllm")
-    return {
-        name: (
-            folder / name,
-            *printed("export-lora", path, "--model", case.base, "--output", folder / name),
-        )
-        for name, path in case.adapters.items()
-    }
+    return exported(case, tmp_path_factory.mktemp("vllm"))
 
 
-def test_adapters_and_the_base_in_one_batch(case, exported, tmp_path, figure, record_property):
+def test_adapters_and_the_base_in_one_batch(case, loras, tmp_path, figure, record_property):
     names = list(case.expected)
     asked = [
         {"tokens": case.prompts[i][:n], "adapter": name} for i, n in prompts(case) for name in names
@@ -43,7 +36,7 @@ def test_adapters_and_the_base_in_one_batch(case, exported, tmp_path, figure, re
         "base": str(case.base),
         "rank": 64,
         "count": COUNT,
-        "adapters": {name: str(path) for name, (path, _) in exported.items()},
+        "adapters": {name: str(path) for name, (path, _) in loras.items()},
         "requests": asked,
     }
     told = ask("vllm", "ask_vllm.py", question, tmp_path, **ENVIRONMENT)
@@ -53,15 +46,15 @@ def test_adapters_and_the_base_in_one_batch(case, exported, tmp_path, figure, re
     assert max(found.values()) < LIMIT, found
 
 
-def test_the_server_as_printed(case, exported, tmp_path, figure, record_property):
+def test_the_server_as_printed(case, loras, tmp_path, figure, record_property):
     """The adapter that it starts with, the base, and one that it is given by HTTP."""
-    _, words = exported["first"]
+    _, words = loras["first"]
     assert words[:2] == ["vllm", "serve"]
-    names = {"first": exported["first"][0].name, "base": str(case.base), "second": "pushed"}
+    names = {"first": loras["first"][0].name, "base": str(case.base), "second": "pushed"}
     found = {}
     with served("vllm", words, tmp_path / "log", **ENVIRONMENT) as post:
         post("/v1/load_lora_adapter", {
-            "lora_name": names["second"], "lora_path": str(exported["second"][0])
+            "lora_name": names["second"], "lora_path": str(loras["second"][0])
         })  # fmt: skip
         for name, model in names.items():
             told = [complete(post, model, case.prompts[i][:n]) for i, n in prompts(case)]
