@@ -99,8 +99,10 @@ def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
 
 
 @pytest.mark.filterwarnings("ignore:.*stay untouched", "ignore:.*in target_parameters")
-@pytest.mark.parametrize("grouping", ["shared", None])
-@pytest.mark.parametrize("family", BESIDE)
+@pytest.mark.parametrize(
+    ("family", "grouping"),
+    [*((family, None) for family in BESIDE), ("deepseek_v3", "shared"), ("qwen2_moe", "shared")],
+)
 def test_peft_computes_the_adapter_of_linear_mlps_beside_the_experts(family, grouping, tmp_path):
     """In target_modules it takes their names for those that experts once had."""
     plain = build(family, beside=True)

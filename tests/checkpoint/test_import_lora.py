@@ -243,10 +243,7 @@ def test_import_lora_refuses_experts(layout, tmp_path):
 def test_import_lora_of_linear_layers(family, beside, tmp_path):
     """Also where some stand in target_parameters."""
     plain = stacked(family, beside=beside)
-    model = rasa_ext.patch_model(copy.deepcopy(plain), RANK, 1)
-    with torch.no_grad():
-        for parameter in rasa_ext.adapter_parameters(model):
-            parameter.normal_(std=0.3)
+    model = adapted(plain, None)
     rasa_ext.export_lora(model, tmp_path)
     found = copy.deepcopy(plain)
     rasa_ext.import_lora(found, tmp_path)

@@ -13,8 +13,8 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.methods import AdapterConfig, LoraConfig
-from tests.helpers import oracle
 from tests.helpers.adapters import LargestTensor, adapters, patched, same_adapters
+from tests.helpers.cli import save_official
 from tests.helpers.models import LLAMA
 from tests.helpers.outside import PickedConfig
 from tests.helpers.refusals import refused
@@ -52,11 +52,7 @@ def test_an_adapter_where_a_lora_was_expected(tmp_path):
 
 
 def test_an_official_checkpoint_where_an_adapter_was_expected(tmp_path):
-    found = adapters(patched(LLAMA.build(), 4, 1))
-    oracle.write_official(
-        tmp_path, oracle.official_tensors(found), rank=4, k=1, alpha=8,
-        target_modules=sorted({name.rpartition(".")[2] for name in found}),
-    )  # fmt: skip
+    save_official(patched(LLAMA.build()), tmp_path)
     model = LLAMA.build()
     refused(lambda: rasa_ext.load_adapter(model, tmp_path), model, "rasa_ext.load_official reads")
 

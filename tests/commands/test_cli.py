@@ -20,9 +20,8 @@ import rasa_ext
 from rasa_ext.commands import main, models
 from rasa_ext.commands.app import app
 from tests.checkpoint.test_ways_out import edit
-from tests.helpers import oracle
-from tests.helpers.adapters import adapters, trainable_copies
-from tests.helpers.cli import invoke, load, logits, save_lora
+from tests.helpers.adapters import patched
+from tests.helpers.cli import invoke, load, logits, save_lora, save_official
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
 
 
@@ -34,14 +33,8 @@ def base(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tuned(base, tmp_path_factory) -> Path:
     """An adapter, away from its start, whose config names the base."""
-    model = load(base)
-    rasa_ext.patch_model(model, rank=4, k=1)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in rasa_ext.adapter_parameters(model):
-            parameter.add_(torch.randn_like(parameter) * 0.1)
     directory = tmp_path_factory.mktemp("cli") / "adapter"
-    rasa_ext.save_adapter(model, directory)
+    rasa_ext.save_adapter(patched(load(base)), directory)
     return directory
 
 
@@ -146,11 +139,7 @@ def test_export_lora_refuses_what_a_reader_would_drop(base, tmp_path):
 
 
 def test_import_official(base, tuned, expected, tmp_path):
-    official = tmp_path / "official"
-    found = adapters(rasa_ext.load_adapter(load(base), tuned))
-    targets = sorted({name.rpartition(".")[2] for name in found})
-    tensors = oracle.official_tensors(trainable_copies(found))
-    oracle.write_official(official, tensors, rank=4, k=1, alpha=8, target_modules=targets)
+    official = save_official(rasa_ext.load_adapter(load(base), tuned), tmp_path / "official")
     edit(official, base_model_name_or_path=str(base))
     invoke("import-official", official, "--output", tmp_path / "ours")
     ours = rasa_ext.load_adapter(load(base), tmp_path / "ours")

@@ -13,9 +13,8 @@ import rasa_ext
 from rasa_ext import writing
 from rasa_ext.commands import models, paths
 from rasa_ext.commands.app import app
-from tests.helpers import oracle
-from tests.helpers.adapters import adapters, patched
-from tests.helpers.cli import invoke, load
+from tests.helpers.adapters import patched
+from tests.helpers.cli import invoke, load, save_official
 from tests.helpers.file_limit import file_limit
 from tests.helpers.tiny_lm import save_base
 
@@ -28,15 +27,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     model = patched(load(folder / "base"), 4, 1)
     rasa_ext.save_adapter(model, folder / "adapter")
     rasa_ext.export_lora(model, folder / "lora")
-    found = adapters(model)
-    oracle.write_official(
-        folder / "official",
-        oracle.official_tensors(found),
-        rank=4,
-        k=1,
-        alpha=8,
-        target_modules=sorted({name.rpartition(".")[2] for name in found}),
-    )
+    save_official(model, folder / "official")
     return {path.name: path for path in folder.iterdir()}
 
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from rasa_ext.commands.app import app
+from tests.helpers import oracle
+from tests.helpers.adapters import adapters, trainable_copies
 
 TOKENS = torch.arange(24).view(2, 12) * 11 % 320
 
@@ -34,6 +37,15 @@ def save_lora(base: Path, directory: Path) -> Path:
                 parameter.copy_(torch.randn_like(parameter))
     model.save_pretrained(directory)
     return directory
+
+
+def save_official(model: nn.Module, directory: Path, rank: int = 4) -> Path:
+    """Write the adapters of a patched model, of k = 1, as the official code does."""
+    found = trainable_copies(adapters(model))
+    targets = sorted({name.rpartition(".")[2] for name in found})
+    tensors = oracle.official_tensors(found)
+    options = {"rank": rank, "k": 1, "alpha": 8, "target_modules": targets}
+    return oracle.write_official(directory, tensors, **options)
 
 
 def invoke(*words: object, code: int = 0) -> str:

@@ -11,15 +11,15 @@ import doctest
 import inspect
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import rasa_ext
-from tests.helpers import experts, oracle, tiny_lm
-from tests.helpers.adapters import adapters, patched, trainable_copies
+from tests.helpers import experts, tiny_lm
+from tests.helpers.adapters import patched
+from tests.helpers.cli import save_official
 from tests.helpers.hub import local_hub
 
 
@@ -32,17 +32,9 @@ def functions(public: Mapping[str, Any]) -> dict[str, Any]:
     return {name: each for name, each in public.items() if inspect.isroutine(each)}
 
 
-def write_official(folder: Path, **widths: int) -> None:
-    """Make a checkpoint of the official code, for the tiny model."""
-    found = trainable_copies(adapters(patched(tiny_lm.make_model(**widths), 8, 1)))
-    targets = sorted({name.rpartition(".")[2] for name in found})
-    tensors = oracle.official_tensors(found)
-    oracle.write_official(folder, tensors, rank=8, k=1, alpha=8, target_modules=targets)
-
-
 @pytest.fixture
 def namespace(tmp_path, monkeypatch):
-    write_official(tmp_path / "checkpoint")
+    save_official(patched(tiny_lm.make_model(), 8, 1), tmp_path / "checkpoint", rank=8)
     monkeypatch.chdir(tmp_path)
     models = {
         "model": tiny_lm.make_model(),

@@ -238,12 +238,7 @@ T5_UNGATED = Entry("t5-ungated", lambda: _t5("gelu"), _inputs(**_PAIR), _logits,
 VIT = Entry("vit", _vit, _inputs(pixel_values=_sixteenths(8, 3, 12, 12)), _logits, ("classifier",))
 
 SEQUENTIAL = Entry("sequential", _sequential, _inputs(x=_sixteenths(5, 6)), _positional)
-ENCODER = Entry(
-    "encoder",
-    _encoder,
-    _inputs(x=_sixteenths(3, 6, 16)),
-    _positional,
-)
+ENCODER = Entry("encoder", _encoder, _inputs(x=_sixteenths(3, 6, 16)), _positional)
 ATTENTION = Entry("attention", AttentionHolder, _inputs(x=_sixteenths(2, 5, 12)), _positional)
 TWO_NAMES = Entry("two-names", TwoNames, _inputs(x=_sixteenths(5, 8)), _positional)
 TIED = Entry("tied", TiedHead, _inputs(x=_tokens(8, 7)), _positional, ("readout",))
