@@ -97,8 +97,11 @@ ENTRANCES = {
 }
 
 
-@pytest.mark.parametrize("entrance", ENTRANCES)
-@pytest.mark.parametrize("form", LAYOUTS)
+CASES = [(form, dtype) for form in LAYOUTS for dtype in ("float32", "bfloat16")]
+CASES += [(form, how) for form in ("packed int4", "FP8Linear") for how in ("checkpointed", "peft")]
+
+
+@pytest.mark.parametrize(("form", "entrance"), CASES)
 def test_gradients_of_all_layers(form, entrance, figure):
     """The input's and every adapter's, against the dequantized base in float64."""
     enter, dtype = ENTRANCES[entrance]
