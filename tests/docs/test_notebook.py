@@ -19,13 +19,7 @@ from tests.helpers.tiny_lm import save_base
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "docs" / "demo.ipynb"
-TINY = {
-    "STEPS": 12,
-    "BATCH_SIZE": 4,
-    "LEARNING_RATE": 1e-2,
-    "HELD_OUT": 8,
-    "NEW_TOKENS": 4,
-}
+TINY = {"STEPS": 12, "BATCH_SIZE": 4, "LEARNING_RATE": 1e-2, "HELD_OUT": 8, "NEW_TOKENS": 4}
 
 
 def parameters(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
