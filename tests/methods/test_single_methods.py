@@ -61,13 +61,11 @@ def test_ranks_by_pattern():
 @pytest.mark.parametrize(
     ("make", "named"),
     [
-        (lambda: methods.LoraConfig(r=4), "did you mean rank"),
         (lambda: methods.LoraConfig(train_A="no"), "train_A: expected True or False, got 'no'"),
         (lambda: methods.LoraConfig(rslora=1), "rslora: expected True or False, got 1"),
         (lambda: methods.RasaConfig(rank_pattern={"x": 0}), "rank_pattern: expected ranks"),
         (lambda: methods.RasaConfig(rank_pattern={4: 4}), "rank_pattern: expected patterns"),
         (lambda: methods.RasaConfig(rank_pattern=[4]), "rank_pattern: expected a mapping"),
-        (lambda: methods.read_method({"peft_type": "RASA", "rasa_method": "elora"}), "rasa_method"),
         (lambda: methods.LoraConfig.from_dict({"peft_type": "RASA"}), "rasa_method"),
     ],
 )

@@ -84,11 +84,6 @@ def test_bad_groups(groups, error, said):
         get_peft_model(Unet(), RasaConfig(r=2, target_modules=["to_q"], rasa_groups=groups))
 
 
-def test_a_callable_has_no_form_in_a_file(tmp_path):
-    with pytest.raises(ValueError, match="a callable has no form in a file"):
-        RasaConfig(rasa_groups=by_end).save_pretrained(tmp_path)
-
-
 def test_little_sharing_is_warned_of():
     with pytest.warns(UserWarning, match=r"rasa_groups: .* pass rasa_groups=\['attn1.to_q'"):
         get_peft_model(Unet(), RasaConfig(r=2))

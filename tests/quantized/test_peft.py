@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import get_peft_model, prepare_model_for_kbit_training
 
 import rasa_ext
 from rasa_ext.base_layers.quantized import format_of
@@ -97,26 +97,6 @@ def test_two_adapters_in_one_dense_weight():
     model.unmerge_adapter()
     assert [layer.base_layer for layer in layers(model).values()] == bases
     assert torch.equal(logits(model), before)
-
-
-def test_safe_merge_looks_at_every_layer_first():
-    model = adapted(quantized(make_model(), "nf4"))
-    last = list(layers(model).values())[-1]
-    with torch.no_grad():
-        last.rasa_d["default"][0] = float("nan")
-    with pytest.raises(ValueError, match="safe_merge: expected finite merged weights"):
-        model.merge_adapter(safe_merge=True)
-    assert not any(layer.merged for layer in layers(model).values())
-
-
-def test_files(tmp_path):
-    base = quantized(make_model(), "nf4")
-    model = adapted(base, task_type="CAUSAL_LM")
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(quantized(make_model(), "nf4"), tmp_path)
-    assert torch.equal(logits(again), logits(model))
-    ours = rasa_ext.load_adapter(quantized(make_model(), "nf4"), tmp_path)
-    assert torch.equal(logits(ours), logits(model))
 
 
 def test_prepared_for_kbit_training():
