@@ -30,39 +30,36 @@ def call(model: nn.Module) -> torch.Tensor:
     return LLAMA.call(model, **LLAMA.inputs(0))
 
 
-def test_a_mesh_that_is_none(mesh):
-    model = patched(LLAMA.build())
-    refused(lambda: shard_model(model, 2), model, "mesh: expected a DeviceMesh, got int")
+def llama() -> nn.Module:
+    return patched(LLAMA.build())
 
 
-def test_a_policy_of_mixed_precision(mesh):
-    model = patched(LLAMA.build())
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    refused(lambda: shard_model(model, mesh, mp_policy=policy), model, "mp_policy: expected none")
+def merged() -> nn.Module:
+    model = llama()
+    rasa_ext.merge(model)
+    return model
 
 
-def test_models_that_are_not_patched(mesh):
-    model = SEQUENTIAL.build()
-    refused(lambda: shard_model(model, mesh), model, "model: expected", "patch_model", "Sequential")
+HALF = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+REFUSED = {
+    "mesh": (llama, {"mesh": 2}, "mesh: expected a DeviceMesh, got int"),
+    "mp_policy": (llama, {"mp_policy": HALF}, "mp_policy: expected none"),
+    "blocks": (llama, {"blocks": [nn.Linear(2, 2)]}, "blocks: expected.*inside.*got Linear"),
+    "plain": (SEQUENTIAL.build, {}, "model: expected.*patch_model.*Sequential"),
+    "ddp": (lambda: DistributedDataParallel(llama()), {}, "expected.*itself, got Distributed"),
+    "compiled": (lambda: torch.compile(llama()), {}, "expected.*itself, got OptimizedModule"),
+    "merged": (merged, {}, r"merged.*rasa_ext\.unmerge"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_sharded(case, mesh):
+    make, options, said = REFUSED[case]
+    model, options = make(), {"mesh": mesh, **options}
+    kinds = (TypeError, ValueError, RuntimeError)
+    refused(lambda: shard_model(model, **options), model, said, kind=kinds)
     with pytest.raises(TypeError, match="model: expected"):
         shard_model(3, mesh)
-
-
-@pytest.mark.parametrize("wrap", [DistributedDataParallel, torch.compile])
-def test_models_that_are_wrapped(wrap, mesh):
-    model = wrap(patched(LLAMA.build()))
-    kind = type(model).__name__
-    refused(lambda: shard_model(model, mesh), model, f"model: expected.*itself, got {kind}")
-
-
-def test_a_merged_model(mesh):
-    model = patched(LLAMA.build())
-    rasa_ext.merge(model)
-
-    def call():
-        return shard_model(model, mesh)
-
-    refused(call, model, r"merged", r"rasa_ext\.unmerge", kind=RuntimeError)
 
 
 def test_an_adapter_without_values(mesh):
@@ -72,16 +69,6 @@ def test_an_adapter_without_values(mesh):
         shard_model(model, mesh)
 
 
-def test_blocks_from_elsewhere(mesh):
-    model = patched(LLAMA.build())
-    for block in (nn.Linear(2, 2), model):
-
-        def call(block=block):
-            return shard_model(model, mesh, blocks=[block])
-
-        refused(call, model, f"blocks: expected.*inside.*got {type(block).__name__}")
-
-
 def test_sharding_twice(mesh):
     model = shard_model(patched(SEQUENTIAL.build()), mesh)
     with pytest.raises(ValueError, match=r"model: expected.*not sharded, but '0\.base_layer\.wei"):
@@ -89,7 +76,7 @@ def test_sharding_twice(mesh):
 
 
 def test_no_sync_of_another_model():
-    model = patched(LLAMA.build())
+    model = llama()
     refused(lambda: no_sync(model).__enter__(), model, "model: expected.*shard_model.*got Llama")
 
 
@@ -103,7 +90,7 @@ def test_patching_a_sharded_base(mesh):
 @pytest.mark.parametrize("merge", [rasa_ext.merge, rasa_ext.merge_and_unload])
 def test_merging_into_a_sharded_base(merge, gathered, mesh):
     """Also where its weights are gathered: what is written to those is lost."""
-    model = shard_model(patched(LLAMA.build()), mesh, reshard_after_forward=False)
+    model = shard_model(llama(), mesh, reshard_after_forward=False)
     with torch.no_grad():
         if gathered:
             before = call(model)
@@ -130,16 +117,16 @@ def contiguous(model: nn.Module) -> nn.Module:
 
 def test_fully_shard_over_the_adapter(mesh, tmp_path):
     def sharded() -> nn.Module:
-        model = contiguous(patched(LLAMA.build()))
+        model = contiguous(llama())
         return by_block(model, lambda module: fully_shard(module, mesh=mesh))
 
     with pytest.raises(NotImplementedError, match="non-contiguous"):
-        by_block(patched(LLAMA.build()), lambda module: fully_shard(module, mesh=mesh))
+        by_block(llama(), lambda module: fully_shard(module, mesh=mesh))
     said = r"(A|pool) is a DTensor, placed as.*shard_model"
     with pytest.raises(RuntimeError, match=f"expected an adapter that is whole.*{said}"):
         call(sharded())
     for write in (rasa_ext.save_adapter, rasa_ext.load_adapter):
-        rasa_ext.save_adapter(patched(LLAMA.build()), tmp_path / "there")
+        rasa_ext.save_adapter(llama(), tmp_path / "there")
         with pytest.raises(ValueError, match=r"model: expected an adapter of whole.*a DTensor"):
             write(sharded(), tmp_path / "there")
 
@@ -151,7 +138,7 @@ def test_fully_shard_over_everything_at_once(saved, mesh, tmp_path):
     mine = {p for p in model.parameters() if p.requires_grad}
     mine -= set(model.lm_head.parameters())
     fully_shard(model, mesh=mesh, ignored_params=mine if saved else set())
-    torch.testing.assert_close(call(model), call(patched(LLAMA.build())))
+    torch.testing.assert_close(call(model), call(llama()))
     name = "lm_head" if saved else "q_proj"
     with pytest.raises(ValueError, match=f"model: expected .*{name}.*shard_model"):
         rasa_ext.save_adapter(model, tmp_path / "adapter")
@@ -160,7 +147,7 @@ def test_fully_shard_over_everything_at_once(saved, mesh, tmp_path):
 
 def test_wrappers_around_parts(tmp_path):
     """As FullyShardedDataParallel is by block, which needs an accelerator."""
-    model = patched(LLAMA.build())
+    model = llama()
     model.model.layers[0] = nn.Sequential(model.model.layers[0])
     with pytest.raises(ValueError, match=r"model: expected the adapted layer.*shard_model"):
         rasa_ext.save_adapter(model, tmp_path / "adapter")
@@ -176,7 +163,7 @@ def emptied(model: nn.Module, *names: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", ["self_attn.q_proj.pool.B", "mlp.up_proj.A", "mlp.up_proj.d"])
 def test_zero_3_on_saving(name, tmp_path):
-    model = emptied(patched(LLAMA.build()), f"model.layers.0.{name}")
+    model = emptied(llama(), f"model.layers.0.{name}")
     key = name.rpartition(".")[2]
     with pytest.raises(ValueError, match=f"model: expected.*{key} is without any.*ZeRO-3.*shard"):
         rasa_ext.save_adapter(model, tmp_path / "adapter")
@@ -193,10 +180,10 @@ def test_zero_3_over_a_trained_module(tmp_path):
 def test_zero_3_in_a_forward_and_a_merge():
     pool = "model.layers.0.self_attn.q_proj.pool.A"
     with pytest.raises(RuntimeError, match="its pool is without any element"):
-        call(emptied(patched(LLAMA.build()), pool))
+        call(emptied(llama(), pool))
     weight = "model.layers.1.mlp.up_proj.base_layer.weight"
     with pytest.raises(ValueError, match=r"whole base weights.*layers\.1\.mlp\.up_proj"):
-        rasa_ext.merge(emptied(patched(LLAMA.build()), weight))
+        rasa_ext.merge(emptied(llama(), weight))
 
 
 def test_an_adapter_without_own_ranks_is_whole(tmp_path):
@@ -229,7 +216,7 @@ def an_accelerator(version: int | None = 2, **changes) -> SimpleNamespace:
     ],
 )
 def test_accelerators_that_would_not_do(accelerator, said):
-    model = patched(LLAMA.build())
+    model = llama()
     with pytest.raises((TypeError, ValueError), match=f"^accelerator: .*{said}"):
         replicate_adapter(model, accelerator)
     with (
@@ -242,7 +229,7 @@ def test_accelerators_that_would_not_do(accelerator, said):
 def test_models_that_no_adapter_can_be_replicated_of(mesh):
     with pytest.raises(ValueError, match=r"model: expected.*patch_model.*Sequential"):
         replicate_adapter(SEQUENTIAL.build())
-    model = shard_model(patched(LLAMA.build()), mesh)
+    model = shard_model(llama(), mesh)
     with pytest.raises(ValueError, match=r"model: expected one whose gradients.*called once"):
         replicate_adapter(model)
 
