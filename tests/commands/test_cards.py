@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -10,16 +9,15 @@ import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from rich.console import Console
 from trl import SFTConfig
 
 import rasa_ext
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer, dataset
-from rasa_ext.commands.training import train
 from tests.checkpoint.test_card import card, code, rows
 from tests.helpers.cli import invoke, load, logits
 from tests.helpers.finetuning import checkpoints_in
+from tests.helpers.finetuning import run as finetune
 from tests.helpers.hub import local_hub
 from tests.helpers.tiny_lm import make_model, make_tokenizer, save_base, sums, write_jsonl
 
@@ -43,7 +41,7 @@ def run(tmp_path_factory) -> Path:
         grad_accum=2,
         seed=5,
     )
-    train(options, Console(file=io.StringIO()))
+    finetune(options)
     return folder
 
 

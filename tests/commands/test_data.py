@@ -33,20 +33,21 @@ MARKED = CHATML.replace(
 )
 
 
-def trainer(rows, marks, tokenizer, directory, model=None, **options) -> AdapterTrainer:
+def trainer(examples, tokenizer, directory, template=True, **options) -> AdapterTrainer:
+    """As `finetune` makes it."""
+    (rows,), marks = data.rows_for_sft([examples], tokenizer, template)
     settings = {"max_length": 256, "bf16": False, "use_cpu": True, "report_to": "none", **options}
     return AdapterTrainer(
-        make_model() if model is None else model,
+        make_model(),
         SFTConfig(str(directory), assistant_only_loss=marks, **settings),
         train_dataset=dataset(rows),
         processing_class=tokenizer,
     )
 
 
-def prepared(examples, tokenizer, directory, template=True, **options):
-    """The rows that are trained, as `finetune` has them made."""
-    (rows,), marks = data.rows_for_sft([examples], tokenizer, template)
-    return trainer(rows, marks, tokenizer, directory, **options).train_dataset
+def prepared(*args, **options):
+    """The rows that are trained."""
+    return trainer(*args, **options).train_dataset
 
 
 def text_of(row, tokenizer) -> list[tuple[bool, str]]:
@@ -174,12 +175,9 @@ def test_the_first_example_is_shown_with_its_trained_part_marked(tmp_path):
 
 
 def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_batch(tmp_path):
-    tokenizer = make_tokenizer()
-    examples = sums(7)
     losses = []
     for size in (1, 3):
-        (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
-        made = trainer(rows, False, tokenizer, tmp_path, per_device_eval_batch_size=size)
+        made = trainer(sums(7), make_tokenizer(), tmp_path, per_device_eval_batch_size=size)
         losses.append(made.evaluate(made.train_dataset)["eval_loss"])
     terms, model = [], make_model()
     with torch.no_grad():
@@ -195,9 +193,7 @@ def test_the_loss_is_the_mean_over_completion_tokens_whatever_the_batch(tmp_path
 
 @pytest.mark.parametrize("accumulated", [None, 20])
 def test_logits_of_trained_tokens_alone_give_trl_s_loss(accumulated, tmp_path):
-    examples, tokenizer = sums(5), make_tokenizer()
-    (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
-    made = trainer(rows, False, tokenizer, tmp_path)
+    made = trainer(sums(5), make_tokenizer(), tmp_path)
     assert made._compacts
     batch = made.data_collator(list(made.train_dataset))
     found = []
@@ -210,9 +206,8 @@ def test_logits_of_trained_tokens_alone_give_trl_s_loss(accumulated, tmp_path):
 
 def test_a_packed_example_sees_only_itself(tmp_path):
     examples, tokenizer = sums(6), make_tokenizer()
-    (rows,), _ = data.rows_for_sft([examples], tokenizer, True)
-    plain = trainer(rows, False, tokenizer, tmp_path)
-    packed = trainer(rows, False, tokenizer, tmp_path, packing=True, max_length=128)
+    plain = trainer(examples, tokenizer, tmp_path)
+    packed = trainer(examples, tokenizer, tmp_path, packing=True, max_length=128)
     assert len(packed.train_dataset) < len(plain.train_dataset)
     losses = []
     for made in (plain, packed):

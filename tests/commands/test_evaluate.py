@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 import rasa_ext
@@ -14,7 +13,7 @@ from rasa_ext.commands import generate, measuring
 from rasa_ext.commands.app import app
 from rasa_ext.commands.measuring import by_pattern
 from tests.helpers.cli import invoke, load
-from tests.helpers.tiny_lm import save_base, sums, write_jsonl
+from tests.helpers.tiny_lm import make_tokenizer, save_base, sums, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -109,17 +108,9 @@ def test_generate_answers_side_by_side(folder):
     text = invoke(*words)
     assert text.count("what is 1 plus 7?") == text.count("what is 2?") == 2
     model = rasa_ext.load_adapter(load(folder / "base"), folder / "one")
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    ids = tokenizer("<|im_start|>user\nwhat is 2?<|im_end|>\n<|im_start|>assistant\n")["input_ids"]
-    asked = len(ids)
-    for _ in range(5):
-        with torch.no_grad():
-            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        if ids[-1] == tokenizer.eos_token_id:
-            break
-    answer = " ".join(tokenizer.decode(ids[asked:], skip_special_tokens=True).split())
+    asked = "<|im_start|>user\nwhat is 2?<|im_end|>\n<|im_start|>assistant\n"
+    (answer,) = measuring.greedy_answers(model, make_tokenizer(), [asked], 5, 1)
+    answer = " ".join(answer.split())
     assert answer
     assert f"what is 2? {answer}" in text.partition(f"{folder / 'base'} what")[0]
 

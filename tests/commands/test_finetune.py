@@ -24,7 +24,6 @@ import rasa_ext
 from rasa_ext.commands import callbacks, training
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.results import plot_loss
-from rasa_ext.commands.training import train
 from rasa_ext.writing import WriteError
 from tests.helpers.cli import invoke
 from tests.helpers.file_limit import file_limit
@@ -374,7 +373,7 @@ def test_a_loss_that_is_no_number_stops_the_run(options):
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     with pytest.raises(ValueError, match=r"lr: the loss became nan at step 1; lower --lr"):
-        train(options, Console(file=io.StringIO()), model=model)
+        run(options, model)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains in float16")
@@ -448,8 +447,7 @@ def test_a_4_bit_base_trains_a_float32_adapter_without_a_warning(options, recwar
     """TRL rounds what is trained over such a base to bfloat16; that is undone, to the bit."""
     model = quantized(make_model(hidden_size=64, intermediate_size=128), "nf4")
     model.is_loaded_in_4bit = True
-    settings = dataclasses.replace(options, lr=1e-9, dropout=0.0, max_steps=1)
-    train(settings, Console(file=io.StringIO()), model=model)
+    run(options, model, lr=1e-9, dropout=0.0, max_steps=1)
     assert not [w for w in recwarn if "cast to" in str(w.message)]
     stored = load_file(Path(options.output) / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
@@ -459,7 +457,7 @@ def test_a_4_bit_base_trains_a_float32_adapter_without_a_warning(options, recwar
 def test_a_given_model_is_left_as_it_was(options):
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    train(dataclasses.replace(options, max_steps=1), Console(file=io.StringIO()), model=model)
+    run(options, model, max_steps=1)
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)

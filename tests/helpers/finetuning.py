@@ -18,10 +18,10 @@ from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.training import train
 
 
-def run(options: FinetuneOptions, **changes: Any) -> tuple[dict[str, Any], str]:
-    """A run's figures and what it printed."""
-    text = io.StringIO()
-    result = train(dataclasses.replace(options, **changes), Console(file=text, width=200))
+def run(options: FinetuneOptions, given: Any = None, **changes: Any) -> tuple[dict[str, Any], str]:
+    """A run's figures and what it printed; over a model that is ``given``, if any."""
+    text, options = io.StringIO(), dataclasses.replace(options, **changes)
+    result = train(options, Console(file=text, width=200), model=given)
     return result, text.getvalue()
 
 
