@@ -110,11 +110,7 @@ def killed_at(call: int, work: Callable[[], object]) -> bool:
 
 def lora(alpha: float, seed: int):
     """A LoRA whose scale is in its config alone."""
-    model = rasa_ext.patch_model(SEQUENTIAL.build(), config=LoraConfig(rank=2, alpha=alpha))
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in rasa_ext.adapter_parameters(model):
-        parameter.data.normal_(generator=generator)
-    return model
+    return patched(SEQUENTIAL.build(), config=LoraConfig(rank=2, alpha=alpha), seed=seed)
 
 
 def outputs(model):
