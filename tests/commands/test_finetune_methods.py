@@ -169,7 +169,6 @@ def test_a_method_s_callbacks_take_part(common, tmp_path, monkeypatch):
     [
         ("rasa", {"method": "elora"}, "method: expected "),
         ("rasa", {"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
-        ("rasa", {"experts": "all"}, "experts: expected None or 'slot' or 'layer' or 'shared'"),
         ("rasa", {"experts": "slot"}, "experts: expected a model with stacked experts"),
         ("lora", {"k": 0}, "k: expected none with the method 'lora', got 0"),
         ("lora", more("blocks: 2"), "blocks: expected none with the method 'lora', got 2"),
