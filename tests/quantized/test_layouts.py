@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import bitsandbytes
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -11,6 +12,8 @@ from compressed_tensors.quantization import QuantizationStatus
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+from torchao.quantization import quantize_
 from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.finegrained_fp8 import FP8GroupedLinear
 from transformers.integrations.mxfp4 import Mxfp4GptOssExperts
@@ -44,7 +47,7 @@ from tests.helpers.layouts import (
 )
 from tests.helpers.memory import LiveBytes
 from tests.helpers.peft import plain, trained
-from tests.helpers.quantized import TOKENS, logits, off
+from tests.helpers.quantized import TOKENS, bits4, logits, off
 from tests.peft.test_sft import train
 
 FOLDERS = [form for form in COMPRESSED if form != "packed int4 zero"]
@@ -276,6 +279,21 @@ def without_backward() -> nn.Module:
     return layer[0]
 
 
+def rearranged() -> nn.Module:
+    """As bitsandbytes does on CPUs with AVX512-BF16; its way back changes the scales."""
+    layer = bits4(nn.Linear(64, 160))
+    weight, convert = layer.weight, bitsandbytes.functional._convert_weight_packed_for_cpu
+    weight.data, weight.quant_state = convert(weight.data, weight.quant_state)
+    return layer
+
+
+def opaque() -> nn.Module:
+    """torchao's packed int4 for CPUs."""
+    model = nn.Sequential(nn.Linear(64, 160))
+    quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=32))
+    return model[0]
+
+
 def mxfp4_experts() -> nn.Module:
     config = GptOssConfig(num_local_experts=2, hidden_size=64, intermediate_size=64)
     return Mxfp4GptOssExperts(config)
@@ -295,6 +313,8 @@ REFUSED = {
     "kernel": (other_kernel, r"'0' is a ExllamaV2Linear with a weight of torch.int32"),
     "grouped": (lambda: FP8GroupedLinear(64, 160, 2, (16, 32)), r"'0' is a FP8GroupedLinear with"),
     "evaluated": (without_backward, r"'0' \(Linear\) gives no gradient to its input"),
+    "opaque": (opaque, r"'0' \(torchao Int4OpaqueTensor\) gives no gradient to its input"),
+    "rearranged": (rearranged, r"'0' \(bitsandbytes nf4\) has rearranged .*patch it before it is"),
     "experts": (mxfp4_experts, r"'0' is a Mxfp4GptOssExperts, quantized experts whose"),
     "detached": (lambda: Rounding(64, 160), r"'0' \(Rounding\) gives no gradient to its input"),
 }  # fmt: skip
