@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import gguf
@@ -15,21 +14,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 import rasa_ext
 from tests.checkpoint.test_serving import tied
 from tests.helpers import oracle
-from tests.helpers.adapters import RANK, adapters, patched
+from tests.helpers.adapters import RANK, adapters, content, patched
 from tests.helpers.models import GPT2, LLAMA
 from tests.helpers.serving_rules import read
 
 BASE = LLAMA.build()
-QWEN = Qwen2ForCausalLM(
-    Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-).eval()
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+QWEN = Qwen2ForCausalLM(Qwen2Config(**SIZES, **HEADS)).eval()
 PARTS = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -55,7 +47,7 @@ def as_halves(delta, heads):
 
 @pytest.mark.parametrize("base", [BASE, QWEN], ids=["llama", "qwen2"])
 def test_gguf_holds_the_adapter_in_llama_cpp_s_order(base, tmp_path):
-    model, config = patched(copy.deepcopy(base)), base.config
+    model, config = patched(base), base.config
     rank = rasa_ext.export_lora(model, tmp_path, format="gguf")
     told, tensors = read_gguf(tmp_path)
     assert told["general.type"] == "adapter"
@@ -76,7 +68,7 @@ def test_gguf_holds_the_adapter_in_llama_cpp_s_order(base, tmp_path):
 
 
 def test_mlx_holds_the_transposed_factors(tmp_path):
-    model = patched(copy.deepcopy(BASE), exclude_modules=["layers.1.mlp.down_proj"])
+    model = patched(BASE, exclude_modules=["layers.1.mlp.down_proj"])
     rank = rasa_ext.export_lora(model, tmp_path, format="mlx")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     keys = config["lora_parameters"].pop("keys")
@@ -98,23 +90,13 @@ def test_mlx_holds_the_transposed_factors(tmp_path):
 def test_a_folder_that_is_there_keeps_its_files(form, tmp_path):
     """A base model's weights, above all."""
     (tmp_path / "model.safetensors").write_text("weights")
-    rasa_ext.export_lora(patched(copy.deepcopy(BASE)), tmp_path, format=form)
-    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    rasa_ext.export_lora(patched(copy.deepcopy(BASE), RANK + 1), tmp_path, format=form)
-    second = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    rasa_ext.export_lora(patched(BASE), tmp_path, format=form)
+    first = content(tmp_path)
+    rasa_ext.export_lora(patched(BASE, RANK + 1), tmp_path, format=form)
+    second = content(tmp_path)
     assert first["model.safetensors"] == second["model.safetensors"] == b"weights"
     assert first.keys() == second.keys()
     assert first != second
-
-
-class Renamed(nn.Module):
-    """Says that it is a Llama, and has a layer that no Llama has."""
-
-    config = BASE.config
-
-    def __init__(self):
-        super().__init__()
-        self.extra = nn.Linear(8, 8)
 
 
 REFUSED = {
@@ -124,7 +106,7 @@ REFUSED = {
         "format: .*got None",
     ),
     "norms": (
-        lambda: patched(copy.deepcopy(BASE), modules_to_save=["norm"]),
+        lambda: patched(BASE, modules_to_save=["norm"]),
         "format: .* has trained model.norm.weight; save what rasa_ext.merge_and_unload",
     ),
     "tied head": (
@@ -144,13 +126,16 @@ def test_what_a_format_cannot_hold(form, case, tmp_path):
 
 
 def test_a_layer_that_llama_cpp_has_no_name_for(tmp_path):
+    """Of a model that says that it is a Llama."""
+    model = nn.ModuleDict({"extra": nn.Linear(8, 8)})
+    model.config = BASE.config
     with pytest.raises(ValueError, match=r"format: expected layers .* but 'extra' is none"):
-        rasa_ext.export_lora(patched(Renamed()), tmp_path, format="gguf")
+        rasa_ext.export_lora(patched(model), tmp_path, format="gguf")
     assert not [*tmp_path.iterdir()]
 
 
 def test_unknown_formats(tmp_path):
-    model = patched(copy.deepcopy(BASE))
+    model = patched(BASE)
     for other in ("onnx", 3):
         said = f"format: expected 'peft' or 'gguf' or 'mlx', got {other!r}"
         with pytest.raises(ValueError, match=said):
@@ -159,7 +144,7 @@ def test_unknown_formats(tmp_path):
 
 def test_what_sglang_would_drop_is_written_for_others(tmp_path):
     """v without q is refused as PEFT's files, which SGLang reads."""
-    model = patched(copy.deepcopy(BASE), target_modules=["v_proj", "o_proj"])
+    model = patched(BASE, target_modules=["v_proj", "o_proj"])
     rasa_ext.export_lora(model, tmp_path, format="gguf")
     assert len(read_gguf(tmp_path)[1]) == 2 * len(adapters(model))
 
@@ -167,7 +152,7 @@ def test_what_sglang_would_drop_is_written_for_others(tmp_path):
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_a_lower_rank_is_each_layer_s_nearest(rank, tmp_path):
     """As the dense SVD in float64 has it, its singular values split evenly."""
-    model = patched(copy.deepcopy(BASE), exclude_modules=["layers.1.mlp.down_proj"])
+    model = patched(BASE, exclude_modules=["layers.1.mlp.down_proj"])
     assert rasa_ext.export_lora(model, tmp_path, rank=rank) == rank
     config, tensors = read(tmp_path)
     assert config["r"] == config["lora_alpha"] == rank
@@ -191,7 +176,7 @@ def test_a_lower_rank_is_each_layer_s_nearest(rank, tmp_path):
 
 
 def test_at_the_effective_rank_or_above_nothing_changes(tmp_path):
-    model = patched(copy.deepcopy(BASE))
+    model = patched(BASE)
     R = rasa_ext.export_lora(model, tmp_path / "whole")
     _, whole = read(tmp_path / "whole")
     for rank in (R, R + 3):
@@ -207,7 +192,7 @@ def test_at_the_effective_rank_or_above_nothing_changes(tmp_path):
 
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
 def test_every_format_has_the_chosen_rank(form, tmp_path):
-    assert rasa_ext.export_lora(patched(copy.deepcopy(BASE)), tmp_path, rank=2, format=form) == 2
+    assert rasa_ext.export_lora(patched(BASE), tmp_path, rank=2, format=form) == 2
     if form == "gguf":
         told, tensors = read_gguf(tmp_path)
         assert told["adapter.lora.alpha"] == 2
@@ -226,7 +211,7 @@ def test_every_format_has_the_chosen_rank(form, tmp_path):
     ],
 )
 def test_ranks_that_are_none(rank, error, message, tmp_path):
-    model = patched(copy.deepcopy(BASE))
+    model = patched(BASE)
     for call in (
         lambda: rasa_ext.export_lora(model, tmp_path, rank=rank),
         lambda: rasa_ext.export_error(model, rank),
