@@ -58,6 +58,9 @@ def test_what_cannot_be_sharded(case, mesh):
     model, options = make(), {"mesh": mesh, **options}
     kinds = (TypeError, ValueError, RuntimeError)
     refused(lambda: shard_model(model, **options), model, said, kind=kinds)
+
+
+def test_what_is_no_module(mesh):
     with pytest.raises(TypeError, match="model: expected"):
         shard_model(3, mesh)
 

@@ -53,7 +53,7 @@ def test_the_same_losses_and_adapters_as_patch_model(side, reentrant, tmp_path):
     base = {k: v.clone() for k, v in model.state_dict().items() if "rasa_" not in k}
     losses = train(model, tmp_path / "a", reentrant)
     assert losses == train(ours, tmp_path / "b", reentrant)
-    assert losses[-1] < losses[0] - 0.2
+    assert losses[-1] < (0.9 if side is LINEAR else 0.96) * losses[0]
     assert torch.equal(side.logits(model), side.logits(ours))
     state = model.state_dict()
     assert all(same_bits(state[key], base[key]) for key in base)

@@ -19,6 +19,7 @@ from tests.helpers.adapters import (
     Errors,
     PlainRasa,
     adapters,
+    clear_gradients,
     excesses,
     gradients,
     patched,
@@ -102,26 +103,31 @@ def test_groups_are_of_the_layers_shapes_not_of_the_packed_ones(form):
     assert format_of(nn.Linear(3, 4)) is format_of(nn.Embedding(3, 4)) is None
 
 
-@pytest.mark.parametrize("reentrant", [None, True, False])
+def step(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradients of every adapter."""
+    found = adapters(model)
+    clear_gradients(found)
+    model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    return gradients(found)
+
+
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_model_and_its_gradients(form, reentrant):
-    """A whole model, checkpointed or not, against the same model over dense weights."""
+def test_a_model_and_its_gradients(form):
+    """A whole model against the same model over dense weights, and checkpointed against itself."""
     base = quantized(make_model(), form)
     model, reference = patched(base, seed=4), patched(dense(base).float(), seed=4)
-    if reentrant is not None:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     limit = 0.05 if form == "int8" else 2e-4  # bitsandbytes' int8 rounds the activations, too
-    for _ in range(2):
-        steps = []
-        for each in (model, reference):
-            found = adapters(each)
-            for adapter in found.values():
-                adapter.map(lambda t: setattr(t, "grad", None))
-            each.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
-            steps.append(gradients(found))
-        errors = Errors(by_kind=True)
-        errors.add(*steps)
-        assert max(errors.relative().values()) < limit, errors.relative()
+    expected, errors = step(model), Errors(by_kind=True)
+    errors.add(expected, step(reference))
+    assert max(errors.relative().values()) < limit, errors.relative()
+    for reentrant in (True, False):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        found, errors = step(model), Errors()
+        errors.add(found, expected)
+        # The re-entrant kind runs forward without grad first: another kernel, whose last bits
+        # differ (relative 3.8e-6 at most, over a dense float32 base; no more over these).
+        assert max(errors.relative().values()) < 2e-5
+        assert reentrant or all(torch.equal(found[key], expected[key]) for key in found)
 
 
 @pytest.mark.parametrize("form", FORMATS)
