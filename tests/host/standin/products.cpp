@@ -49,13 +49,22 @@ cublasStatus_t judge(const Product& p) {
 
 void multiply(const Product& p, const void* a, const void* b, const void* c, void* d) {
   const rasa_ext::DType in = dtype_of(p.in), out = dtype_of(p.out);
+  // Each number is read once: what is summed lies side by side.
+  std::vector<double> rows(p.m * p.k), columns(p.k * p.n);
+  for (int64_t l = 0; l < p.k; ++l) {
+    for (int64_t i = 0; i < p.m; ++i) {
+      rows[i * p.k + l] =
+          rasa_ext::load(a, in, p.transa == CUBLAS_OP_N ? i + l * p.lda : l + i * p.lda);
+    }
+    for (int64_t j = 0; j < p.n; ++j) {
+      columns[j * p.k + l] =
+          rasa_ext::load(b, in, p.transb == CUBLAS_OP_N ? l + j * p.ldb : j + l * p.ldb);
+    }
+  }
   for (int64_t j = 0; j < p.n; ++j) {
     for (int64_t i = 0; i < p.m; ++i) {
       double sum = 0;
-      for (int64_t l = 0; l < p.k; ++l) {
-        sum += rasa_ext::load(a, in, p.transa == CUBLAS_OP_N ? i + l * p.lda : l + i * p.lda) *
-               rasa_ext::load(b, in, p.transb == CUBLAS_OP_N ? l + j * p.ldb : j + l * p.ldb);
-      }
+      for (int64_t l = 0; l < p.k; ++l) sum += rows[i * p.k + l] * columns[j * p.k + l];
       sum *= p.alpha;
       // Where beta is 0, C may hold anything.
       if (p.beta != 0) sum += p.beta * rasa_ext::load(c, out, i + j * p.ldc);
