@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,16 +49,19 @@ class Host:
     def math_mode(self) -> int:
         return self._standin.current_math_mode()
 
-    def take_over(self, monkeypatch: pytest.MonkeyPatch, fused: bool = False) -> None:
+    def take_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The package's operators become the compiled ones, with a GPU's heuristics."""
         heuristics = {
             "rank_multiple": lambda _: 16,
-            "fuse_projections": lambda *_: fused,
+            "fuse_projections": lambda *_: False,
             "noise_words": lambda *_: 2,
         }
         compiled_ones = {name: getattr(self.ops, name).default for name in self.names}
         for name, its in {**compiled_ones, **heuristics}.items():
             monkeypatch.setattr(ops, name, its)
+        # Where fake kernels see tensors of a CPU, U would have other strides.
+        module = sys.modules["rasa_ext.ops.dropout"]  # the package has an operator of that name
+        monkeypatch.setattr(module, "ranks_first", lambda *_: False)
 
     def refused(self) -> int:
         """How many products cublasLt had an algorithm for, but would not run."""

@@ -1,11 +1,13 @@
-"""What the operators' tests share: drawn adapters, and the checks of every operator."""
+"""What the operators' tests share: drawn adapters, layouts, and the checks of every operator."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from rasa_ext import ops
 from rasa_ext.nn.packs import Packed, pack_layers, ports
@@ -56,6 +58,14 @@ def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
     return bits.reshape(-1)[: shape.numel()].view(shape).bool()
 
 
+def draw_mask(x: Tensor, dropout: bool) -> tuple[tuple, Tensor | None]:
+    """An operator's last arguments, and the mask as booleans; nothing without dropout."""
+    if not dropout:
+        return (), None
+    mask = random_mask(x)
+    return (mask, 1 / (1 - P)), unpacked(mask, x.shape)
+
+
 def drop(x: Tensor, kept: Tensor | None, p: float = P) -> Tensor:
     """Dropout by its definition; ``kept`` None is none."""
     return x if kept is None else torch.where(kept, x / (1 - p), 0)
@@ -79,21 +89,84 @@ def packed(factors: Factors, dtype: torch.dtype) -> Packed:
     return Packed(Ap[0], Bp[0], *ports((Ap, Bp), [factors])[0])
 
 
-def check_operator(name: str, *args) -> None:
-    """Schema (nothing is mutated or aliased unsaid), fake kernel and compilation of an operator."""
-    opcheck(getattr(torch.ops.rasa_ext, name).default, args)
+def columns(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT
+
+
+def part(t: Tensor) -> Tensor:
+    """Rows that lie apart, and begin in the middle of their memory."""
+    return F.pad(t, (2, 1, 1, 1))[..., 1:-1, 2:-1]
+
+
+def part_of_columns(t: Tensor) -> Tensor:
+    return part(t.mT).mT
+
+
+def every_other(t: Tensor) -> Tensor:
+    return t.repeat_interleave(2, -1).repeat_interleave(2, -2)[..., ::2, ::2]
+
+
+def one_row(t: Tensor) -> Tensor:
+    return t[..., :1, :].expand_as(t)
+
+
+def one_number(t: Tensor) -> Tensor:
+    return t[..., :1, :1].expand_as(t)
+
+
+# Of one matrix or of several: the numbers as they are, and numbers that repeat.
+LAYOUTS = (columns, part, part_of_columns, every_other, one_row, one_number)
+
+
+def assert_within(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    sizes: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Every element to a few roundings of ``sizes``, the formulas over the magnitudes.
+
+    One wrong element shows, where a mean over all would hide it.
+    """
+    info = torch.finfo(dtype)
+    roundings = 8 if dtype == torch.float64 else 4  # there the formulas round as well
+    for name, value in found.items():
+        assert value.shape == expected[name].shape, name
+        error = (value.double() - expected[name]).abs()
+        # Numbers below `tiny` are a step of eps * tiny apart.
+        limit = info.eps * (roundings * sizes[name] + info.tiny)
+        assert (error <= limit).all(), f"{name}: {(error / limit).max():.1f} times the limit"
+
+
+def check_values(
+    operators: Callable[..., dict[str, Tensor]],
+    formulas: Callable[..., dict[str, Tensor]],
+    tensors: Sequence,
+    mask: tuple = (),
+    kept: Tensor | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the operators give of the tensors, and the formulas in float64; ``assert_within``."""
+    wide = tree_map_only(Tensor, Tensor.double, list(tensors))
+    expected = formulas(*wide, kept)
+    sizes = formulas(*tree_map_only(Tensor, Tensor.abs, wide), kept)
+    found = operators(*tensors, *mask)
+    assert_within(found, expected, sizes, tensors[0].dtype)
+    return found, expected
 
 
 _traced: set[tuple] = set()
 
 
-def opcheck(operator: torch._ops.OpOverload, args: tuple) -> None:
-    """torch.library.opcheck, but one trace under dynamic shapes for calls of one form.
+def check_operator(name: str, *args) -> None:
+    """Schema (nothing is mutated or aliased unsaid), fake kernel and compilation of an operator.
 
-    That trace is nine tenths of the time, and sees which arguments are given, of how many
-    dimensions. What the fake kernel says of sizes, strides and dtypes, and the schema, are checked
-    of every call.
+    By torch.library.opcheck, but one trace under dynamic shapes for calls of one form. That trace
+    is nine tenths of the time, and sees which arguments are given, of how many dimensions. What the
+    fake kernel says of sizes, strides and dtypes, and the schema, are checked of every call.
     """
+    operator = getattr(ops, name)
+    if not isinstance(operator, torch._ops.OpOverload):  # the PyTorch kernel
+        operator = getattr(torch.ops.rasa_ext, name).default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     traced = (operator, _form(args))
     # Operators over other kernels have the fakes of the package's, which are traced as these.

@@ -34,7 +34,7 @@ class Adapter(NamedTuple):
         A, A_pool, B, B_pool, d = self.map(lambda t: t.detach().double())
         if A_pool is not None:
             A, B = torch.cat([A, A_pool]), torch.cat([B, B_pool], 1)
-        return A, B, torch.ones_like(A[:, 0]) if d is None else d
+        return A, B, A.new_ones(len(A)) if d is None else d
 
 
 def delta(adapter: Adapter) -> Tensor:

@@ -9,53 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.helpers.operators import DTYPES, columns, every_other, one_row, part
 from tests.helpers.threads import run_in_threads
+from tests.ops.test_linear import EMPTY, draw
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Ways of cublasLt to refuse a product: by a status, by no or by a bad result, when it is to run.
 REFUSALS = {"status": 1, "no result": 2, "state": 3, "product": 4}
 BROKEN = 5
 
 
-def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
-
-
 def inputs(tokens, width, out, rank, dtype=torch.float32):
     """x, weight, bias, Ap and Bp."""
-    return (
-        draw(tokens, width, dtype=dtype),
-        draw(out, width, dtype=dtype),
-        draw(out, dtype=dtype),
-        draw(rank, width, dtype=dtype),
-        draw(rank, out, dtype=dtype),
-    )
+    return draw((tokens, width, out, rank), dtype, "cpu")[:5]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, U: Tensor, Bp: Tensor) -> Tensor:
+    return x.double() @ weight.double().T + bias.double() + U.double() @ Bp.double()
 
 
 def close(found: Tensor, expected: Tensor) -> None:
     eps = torch.finfo(found.dtype).eps
     size = expected.abs().max().item() if expected.numel() else 0
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=32 * eps * size)
-
-
-def rows(y: Tensor) -> Tensor:
-    return y
-
-
-def sliced(y: Tensor) -> Tensor:
-    return torch.cat([y, y], 1)[:, : y.shape[1]]
-
-
-def one_row(y: Tensor) -> Tensor:
-    return y[:1].expand_as(y)
-
-
-def columns(y: Tensor) -> Tensor:
-    return y.t().contiguous().t()
-
-
-def every_other(y: Tensor) -> Tensor:
-    return y.repeat_interleave(2, 1)[:, ::2]
 
 
 def one_column(y: Tensor) -> Tensor:
@@ -66,8 +41,8 @@ def one_column(y: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("layout", "how"),
     [
-        (rows, "C!=D"),
-        (sliced, "C!=D"),
+        (Tensor.contiguous, "C!=D"),
+        (part, "C!=D"),
         (one_row, "bias"),
         (columns, "copy"),
         (every_other, "copy"),
@@ -77,8 +52,8 @@ def one_column(y: Tensor) -> Tensor:
 )
 def test_base_output(host, layout, how, dtype):
     """The base's output is added where it lies if its rows do, else a copy of it is."""
-    x, _, _, Ap, Bp = inputs(18, 5, 6, 3, dtype)
-    y = layout(draw(18, 6, dtype=dtype))
+    x, _, _, Ap, Bp, y, _ = draw((18, 5, 6, 3), dtype, "cpu")
+    y = layout(y)
     before = y.clone()
     host.reset()
     added, U = host.ops.low_rank_add(y, x, Ap, Bp)
@@ -98,8 +73,7 @@ def test_bias(host, dtype):
             bias = bias.repeat_interleave(2)[::2]
         host.reset()
         y, U = host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
-        expected = x.double() @ weight.double().T + bias.double() + U.double() @ Bp.double()
-        close(y, expected)
+        close(y, linear(x, weight, bias, U, Bp))
         assert sum(call.endswith(" bias") for call in host.calls()) == 1
         first = next(call for call in host.calls() if "m=6" in call)
         assert "beta=0" in first
@@ -145,8 +119,7 @@ def test_fall_back(host, few_choices, how, dtype):
     """What cublasLt refuses, cuBLAS computes to the same bits; and it is not asked again."""
     # So many tokens as nowhere else, or algorithms would be known and stay refused.
     tokens = 140 + len(REFUSALS) * DTYPES.index(dtype) + list(REFUSALS).index(how)
-    x, weight, bias, Ap, Bp = inputs(tokens, 5, 6, 3, dtype)
-    y = draw(tokens, 6, dtype=dtype)
+    x, weight, bias, Ap, Bp, y, _ = draw((tokens, 5, 6, 3), dtype, "cpu")
 
     def run() -> list[Tensor]:
         linear, U = host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
@@ -169,9 +142,8 @@ def test_fall_back(host, few_choices, how, dtype):
         asked += host.heuristics()
         assert len(set(asked)) == len(asked)
         assert host.refused() == (len(asked) if how == "product" else 0)
-    U = found[1].double()
-    close(found[0], x.double() @ weight.double().T + bias.double() + U @ Bp.double())
-    close(found[2], y.double() + U @ Bp.double())
+    close(found[0], linear(x, weight, bias, found[1], Bp))
+    close(found[2], y.double() + found[1].double() @ Bp.double())
     # With new memory some products go through cublasLt again, with the same result.
     for mine, theirs in zip(found, run(), strict=True):
         assert torch.equal(mine, theirs)
@@ -185,8 +157,7 @@ def test_a_failure_is_told_once_and_cublas_takes_over(host, capfd):
         y, U = host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
         host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
     assert {call.partition(" ")[0] for call in host.calls()} == {"GemmEx"}
-    expected = x.double() @ weight.double().T + bias.double() + U.double() @ Bp.double()
-    close(y, expected)
+    close(y, linear(x, weight, bias, U, Bp))
     assert capfd.readouterr().err.count("cublasLtMatmul failed with cuBLAS status 13") == 1
 
 
@@ -200,8 +171,7 @@ def test_a_bias_below_16_bytes_is_no_epilogue(host, shift, tokens, dtype):
     host.reset()
     with host.refusing(0):
         y, U = host.ops.low_rank_linear(x, weight, piece, Ap, Bp)
-    expected = x.double() @ weight.double().T + bias.double() + U.double() @ Bp.double()
-    close(y, expected)
+    close(y, linear(x, weight, bias, U, Bp))
     aligned = shift * dtype.itemsize % 16 == 0
     assert any(call.endswith(" bias") for call in host.calls()) == aligned
     assert host.refused() == 0
@@ -210,11 +180,10 @@ def test_a_bias_below_16_bytes_is_no_epilogue(host, shift, tokens, dtype):
 def test_a_bias_is_added_before_a_long_sum_is_rounded(host):
     """A sum that may be split is rounded before its epilogue: there D holds the bias first."""
     for width, epilogue in ((512, True), (513, False)):
-        x, weight, bias, _, _ = inputs(1, width, 6, 3)
-        Ap, Bp = draw(3, width), draw(3, 6)
+        x, weight, bias, Ap, Bp = inputs(1, width, 6, 3)
         host.reset()
         y, U = host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
-        close(y, x.double() @ weight.double().T + bias.double() + U.double() @ Bp.double())
+        close(y, linear(x, weight, bias, U, Bp))
         assert any(call.endswith(" bias") for call in host.calls()) == epilogue
 
 
@@ -283,49 +252,16 @@ def test_tf32(host):
         assert all(f" compute={expected}" in call for call in host.calls())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [1, 18])
-@pytest.mark.parametrize(
-    ("width", "out", "rank"), [(0, 6, 3), (5, 0, 3), (5, 6, 0), (0, 6, 0), (0, 0, 3), (5, 0, 0)]
-)
-def test_sums_over_nothing(host, width, out, rank, tokens, dtype):
-    """No features or no ranks: what is left of the sum, and no product reaches cuBLAS for it."""
-    x, weight, bias, Ap, Bp = inputs(tokens, width, out, rank, dtype)
-    wide = [t.double() for t in (x, weight, bias, Ap, Bp)]
-    y, grad = draw(tokens, out, dtype=dtype), draw(tokens, out, dtype=dtype)
-    base = wide[0] @ wide[1].T
+@pytest.mark.parametrize("tokens", [0, 1, 18])
+@pytest.mark.parametrize("sizes", EMPTY, ids=str)
+def test_no_sum_over_nothing_reaches_cublas(host, sizes, tokens):
+    x, weight, bias, Ap, Bp, grad, U = draw((tokens, *sizes), torch.float32, "cpu")
+    host.reset()
     for given in (bias, None):
-        host.reset()
-        found, U = host.ops.low_rank_linear(x, weight, given, Ap, Bp)
-        close(U, wide[0] @ wide[3].T)
-        close(found, base + U.double() @ wide[4] + (0 if given is None else wide[2]))
-    added, _ = host.ops.low_rank_add(y, x, Ap, Bp)
-    close(added, y.double() + U.double() @ wide[4])
-    call = host.ops.low_rank_linear_backward
-    dx, dAp, dBp = call(grad, x, weight, U, Ap, Bp, True, True, True)
-    H = (grad.double() @ wide[4].T).to(dtype).double()
-    close(dx, H @ wide[3] + grad.double() @ wide[1])
-    close(dAp, H.T @ wide[0])
-    close(dBp, U.double().T @ grad.double())
+        host.ops.low_rank_linear(x, weight, given, Ap, Bp)
+    host.ops.low_rank_add(grad, x, Ap, Bp)
+    host.ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bp, True, True, True)
     assert not any(" m=0 " in c or " n=0 " in c or " k=0 " in c for c in host.calls())
-
-
-@pytest.mark.parametrize(("width", "out"), [(0, 6), (5, 0)])
-def test_batches_of_sums_over_nothing(host, width, out):
-    """The same for batches: at distances, and by pointers."""
-    x, weights = draw(3, 4, width), [draw(out, width) + i for i in range(3)]
-    grad, bias = draw(3, 4, out), draw(3, out)
-    expected = {  # rank: (y, dx); x W^T is a sum over `width`, and dx one over `out`
-        rank: (torch.zeros(3, 4, out) + bias[:, None], torch.zeros(3, 4, width)) for rank in (0, 2)
-    }
-    for rank, (y, dx) in expected.items():
-        Ap, Bp = draw(3, rank, width), draw(3, rank, out)
-        found, U = host.ops.linear_group(x, weights, bias, Ap, Bp)
-        assert torch.equal(found, y)
-        found = host.ops.linear_group(x, weights, None, Ap, Bp)[0]
-        assert torch.equal(found, y - bias[:, None])
-        args = (grad, x, weights, U, Ap, Bp)
-        assert torch.equal(host.ops.linear_group_backward(*args, True, True)[0], dx)
 
 
 def test_threads_share_choices(host):

@@ -1,185 +1,23 @@
-"""The low-rank linear's host code against float64 formulas, whatever lies how in memory."""
+"""The low-rank linear's host code: what it asks cuBLAS for, dropout's mask, what it refuses."""
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from torch import Tensor
 
-from tests.helpers.operators import opcheck
+from tests.helpers.operators import DTYPES, random_mask
+from tests.ops.test_linear import draw
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-TOKENS = (0, 1, 3, 17, 64)
-# (in, out, padded rank)
-WIDTHS = ((1, 1, 1), (9, 7, 3), (16, 24, 16), (33, 18, 39), (64, 31, 48), (7, 1, 8), (1, 12, 7))
-
-
-def contiguous(draw, rows, cols):
-    return draw(rows, cols)
-
-
-def transposed(draw, rows, cols):
-    return draw(cols, rows).t()
-
-
-def sliced(draw, rows, cols):
-    return draw(rows + 2, cols + 3)[1:-1, 2:-1]
-
-
-def sliced_transposed(draw, rows, cols):
-    return draw(cols + 2, rows + 3)[1:-1, 2:-1].t()
-
-
-def every_other(draw, rows, cols):
-    return draw(2 * rows, 2 * cols)[::2, ::2]
-
-
-def one_row(draw, rows, cols):
-    return draw(1, cols).expand(rows, cols)
-
-
-def one_number(draw, rows, cols):
-    return draw(1, 1).expand(rows, cols)
-
-
-LAYOUTS = (
-    contiguous, transposed, sliced, sliced_transposed, every_other, one_row, one_number,
-)  # fmt: skip
-
-
-class Case:
-    """Tensors of one call, each in a layout of its own."""
-
-    def __init__(self, tokens, widths, dtype, layouts, seed=0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        width, out, rank = widths
-
-        def draw(*shape):
-            return torch.randn(*shape, generator=generator).to(dtype)
-
-        layout = itertools.cycle(layouts)
-        self.x = next(layout)(draw, tokens, width)
-        self.weight = next(layout)(draw, out, width)
-        self.Ap = next(layout)(draw, rank, width)
-        self.Bp = next(layout)(draw, rank, out)
-        self.grad = next(layout)(draw, tokens, out)
-        self.U = next(layout)(draw, tokens, rank)
-        self.bias = draw(2 * out + 3)[3::2]
-        self.eps = torch.finfo(dtype).eps
-
-    def wide(self) -> Case:
-        """The same in float64."""
-        return self._each(lambda t: t.double())
-
-    def sizes(self) -> Case:
-        """The magnitudes in float64: the same formulas then bound what rounding can do."""
-        return self._each(lambda t: t.double().abs())
-
-    def _each(self, change) -> Case:
-        result = object.__new__(Case)
-        for name, value in vars(self).items():
-            setattr(result, name, change(value) if isinstance(value, Tensor) else value)
-        return result
-
-    def forward(self, bias: bool) -> dict[str, Tensor]:
-        U = self.x @ self.Ap.T
-        low_rank = U @ self.Bp
-        y = low_rank + self.x @ self.weight.T
-        return {"y": y + self.bias if bias else y, "U": U, "added": self.grad + low_rank}
-
-    def backward(self) -> dict[str, Tensor]:
-        H = self.grad @ self.Bp.T
-        return {
-            "dx": H @ self.Ap + self.grad @ self.weight,
-            "dx_add": H @ self.Ap,
-            "dAp": H.T @ self.x,
-            "dBp": self.U.T @ self.grad,
-        }
-
-
-def assert_close(found: dict, expected: dict, bounds: dict, eps: float) -> None:
-    for name, value in found.items():
-        error = (value.double() - expected[name]).abs()
-        limit = 4 * eps * bounds[name] + 1e-300
-        assert (error <= limit).all(), f"{name}: {(error / limit).max()} times what rounding does"
-
-
-def run_forward(host, case: Case, bias: bool) -> dict[str, Tensor]:
-    y, U = host.ops.low_rank_linear(
-        case.x, case.weight, case.bias if bias else None, case.Ap, case.Bp
-    )
-    added, U_again = host.ops.low_rank_add(case.grad, case.x, case.Ap, case.Bp)
-    assert torch.equal(U, U_again)
-    return {"y": y, "U": U, "added": added}
-
-
-def run_backward(host, case: Case) -> dict[str, Tensor]:
-    """All that is needed at once, and each part of it alone with no more than it needs."""
-    call, pack = host.ops.low_rank_linear_backward, (case.Ap, case.Bp)
-    whole = call(case.grad, case.x, case.weight, case.U, *pack, True, True, True)
-    for need in itertools.product((True, False), repeat=3):
-        x, U = case.x if need[1] else None, case.U if need[2] else None
-        found = call(case.grad, x, case.weight, U, *pack, *need)
-        for mine, all_, needed in zip(found, whole, need, strict=True):
-            assert torch.equal(mine, all_ if needed else all_.new_empty(0))
-    dx_add = call(case.grad, None, None, None, *pack, True, False, False)[0]
-    return {"dx": whole[0], "dx_add": dx_add, "dAp": whole[1], "dBp": whole[2]}
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_values(host, tokens, dtype):
-    for widths, bias in itertools.product(WIDTHS, (True, False)):
-        case = Case(tokens, widths, dtype, (contiguous,))
-        check_values(host, case, bias)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-def test_layouts(host, layout, dtype):
-    """Each tensor in turn in the layout, the others contiguous; and all of them."""
-    for widths, tokens in itertools.product(WIDTHS[1:3], (1, 3, 17)):
-        for place in range(6):
-            layouts = [contiguous] * 6
-            layouts[place] = layout
-            check_values(host, Case(tokens, widths, dtype, layouts), bias=False)
-        check_values(host, Case(tokens, widths, dtype, (layout,)), bias=True)
-
-
-def check_values(host, case: Case, bias: bool) -> None:
-    wide, sizes = case.wide(), case.sizes()
-    found = run_forward(host, case, bias)
-    assert_close(found, wide.forward(bias), sizes.forward(bias), case.eps)
-    found = run_backward(host, case)
-    assert_close(found, wide.backward(), sizes.backward(), case.eps)
-    # dBp goes from operands to float32 without a stop in the low precision.
-    exact = {"dBp": found["dBp"]}
-    eps = min(case.eps, torch.finfo(torch.float32).eps)
-    assert_close(exact, wide.backward(), sizes.backward(), eps)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(host, dtype):
-    """Fake kernels give the shapes, dtypes and strides of these kernels; nothing aliases."""
-    for tokens, widths in itertools.product((0, 5), WIDTHS[:3]):
-        case = Case(tokens, widths, dtype, (contiguous,))
-        ops, pack = host.ops, (case.Ap, case.Bp)
-        backward = (case.grad, case.x, case.weight, case.U, *pack)
-        opcheck(ops.low_rank_linear.default, (case.x, case.weight, case.bias, *pack))
-        opcheck(ops.low_rank_add.default, (case.grad, case.x, *pack))
-        for need in itertools.product((True, False), repeat=3):
-            opcheck(ops.low_rank_linear_backward.default, (*backward, *need))
+SHAPE = (17, 9, 7, 3)
 
 
 def test_products(host):
     """The adapter comes first, the base is added to it, and nothing is computed in vain."""
-    case = Case(17, (9, 7, 3), torch.bfloat16, (contiguous,))
+    x, weight, bias, Ap, Bp, grad, U = draw(SHAPE, torch.bfloat16, "cpu")
     host.reset()
-    host.ops.low_rank_linear(case.x, case.weight, case.bias, case.Ap, case.Bp)
-    host.ops.low_rank_linear(case.x, case.weight, None, case.Ap, case.Bp)
-    host.ops.low_rank_add(case.grad, case.x, case.Ap, case.Bp)
+    host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
+    host.ops.low_rank_linear(x, weight, None, Ap, Bp)
+    host.ops.low_rank_add(grad, x, Ap, Bp)
     # Row-major results are cuBLAS's transposes: m is the width, n the tokens.
     down, base = "Matmul m=3 n=17 k=9 batch=1", "Matmul m=7 n=17 k=9 batch=1"
     up, rest = "Matmul m=7 n=17 k=3 batch=1", "out=2 compute=32F"
@@ -209,25 +47,50 @@ def test_products(host):
     }
     for need, products in counts.items():
         host.reset()
-        host.ops.low_rank_linear_backward(
-            case.grad, case.x, case.weight, case.U, case.Ap, case.Bp, *need
-        )
+        found = host.ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bp, *need)
         assert [call.partition(" batch")[0] for call in host.calls()] == products, need
         assert all(("out=4" in c) == c.startswith((dAp, dBp)) for c in host.calls())
         assert all(("beta=1" in c) == c.startswith(add) for c in host.calls())
+        if need[2]:  # from operands to float32 without a stop in the low precision
+            torch.testing.assert_close(found[2], U.float().T @ grad.float())
     assert host.math_mode() == 3, "torch's math mode is put back"
+
+
+def test_products_under_a_mask(host):
+    """No product more than without: scales are alphas, and the base comes last."""
+    x, weight, bias, Ap, Bp, grad, U = draw(SHAPE, torch.bfloat16, "cpu")
+    counts = []
+    for mask in ((), (random_mask(x), 1.375)):
+        host.reset()
+        host.ops.low_rank_linear(x, weight, bias, Ap, Bp, *mask)
+        args = grad, x, weight, U, Ap, Bp, True, True, True
+        host.ops.low_rank_linear_backward(*args, *mask)
+        counts.append(host.calls())
+    assert counts[0] == counts[1]
+    assert "beta=1" in counts[1][-1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_tokens(host, dtype):
     """Up to 16 tokens cuBLAS computes the base alone; float64 has no kernel of its own."""
     for tokens in (1, 16):
-        case = Case(tokens, (9, 7, 3), dtype, (contiguous,))
+        x, weight, _, Ap, Bp, *_ = draw((tokens, 9, 7, 3), dtype, "cpu")
         host.reset()
-        host.ops.low_rank_linear(case.x, case.weight, None, case.Ap, case.Bp)
+        host.ops.low_rank_linear(x, weight, None, Ap, Bp)
         expected = 3 if dtype == torch.float64 else 1
         assert len(host.calls()) == expected
         assert f"m=7 n={tokens} k=9 batch=1 beta={int(expected == 3)}" in host.calls()[-1]
+
+
+def test_the_mask_comes_from_both_words(host):
+    """The key and the offset of the stream, and from nothing else."""
+    x = torch.ones(100, 33)
+    words = [1, 2], [1, 2], [2, 2], [1, 3]
+    drawn = [host.ops.dropout(torch.tensor(each), x, 0.25) for each in words]
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0][1:], drawn[3][:-1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert host.ops.dropout(torch.tensor([1, 2]), x[:0], 0.25).shape == (0,)
 
 
 @pytest.mark.parametrize(
@@ -242,19 +105,28 @@ def test_few_tokens(host, dtype):
     ],
 )
 def test_refusals(host, change, message):
-    case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
-    args = {name: getattr(case, name) for name in ("x", "weight", "bias", "Ap", "Bp")}
+    tensors = draw((5, 9, 7, 3), torch.float32, "cpu")
+    args = dict(zip(("x", "weight", "bias", "Ap", "Bp"), tensors, strict=False))
     with pytest.raises(RuntimeError, match=message):
         host.ops.low_rank_linear(*(args | change).values())
 
 
-def test_what_is_needed_must_be_given(host):
-    case = Case(5, (9, 7, 3), torch.float32, (contiguous,))
-    call, rest = host.ops.low_rank_linear_backward, (case.Ap, case.Bp, True)
-    with pytest.raises(RuntimeError, match="x: expected a tensor with need_A, got None"):
-        call(case.grad, None, case.weight, case.U, *rest, True, False)
-    with pytest.raises(RuntimeError, match="U: expected a tensor with need_B, got None"):
-        call(case.grad, case.x, case.weight, None, *rest, False, True)
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(5, dtype=torch.uint8), r"mask: expected shape \(6\), got shape \(5\)"),
+        (torch.ones(6), "mask: expected Byte, got Float"),
+    ],
+)
+def test_refusals_of_a_mask(host, mask, message):
+    x, weight, _, Ap, Bp, grad, U = draw((5, 9, 7, 3), torch.float32, "cpu")
+    with pytest.raises(RuntimeError, match=f"low_rank_linear: {message}"):
+        host.ops.low_rank_linear(x, weight, None, Ap, Bp, mask, 1.0)
+    with pytest.raises(RuntimeError, match=f"low_rank_add: {message}"):
+        host.ops.low_rank_add(grad, x, Ap, Bp, mask, 1.0)
+    args = grad, x, weight, U, Ap, Bp, True, True, True, mask, 1.0
+    with pytest.raises(RuntimeError, match=f"low_rank_linear_backward: {message}"):
+        host.ops.low_rank_linear_backward(*args)
 
 
 def test_integers_are_refused(host):

@@ -10,10 +10,11 @@ from rasa_ext import ops
 from rasa_ext.ops import Factors
 from rasa_ext.ops import experts as module
 from tests.helpers.adapters import Errors, excesses
-from tests.helpers.operators import check_operator, draw_adapter, floor, pack
+from tests.helpers.operators import DTYPES, check_operator, draw_adapter, floor, pack
 from tests.helpers.oracle import Adapter
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Products by expert have no compiled kernel of their own.
+devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 # (rows of each expert, in, out): aligned or not, experts without rows, no row at all.
 SHAPES = (
     ((3, 0, 5, 1), 16, 24),
@@ -45,6 +46,7 @@ def by_loop(shape, x, weights, y) -> tuple[Tensor, Tensor]:
     return product, torch.stack([rows.t() @ others for rows, _, others in parts])
 
 
+@devices
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_operators(shape, dtype, device):
@@ -54,6 +56,7 @@ def test_operators(shape, dtype, device):
     check_operator("experts_outer", x, y, ends)
 
 
+@devices
 @pytest.mark.parametrize("grouped", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

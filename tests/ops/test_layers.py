@@ -6,61 +6,150 @@ import itertools
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from rasa_ext import ops
-from tests.helpers import oracle
-from tests.helpers.operators import DTYPES, check_operator, draw_group, lists
+from tests.helpers.operators import (
+    DTYPES,
+    LAYOUTS,
+    assert_within,
+    check_operator,
+    check_values,
+    columns,
+    every_other,
+    part,
+)
 
-# (layers, in, out, rank)
-SHAPES = ((3, 9, 7, 9), (1, 17, 2, 5), (2, 6, 4, 2))
+# (layers, tokens, in, out, rank); the last are sums over nothing.
+SHAPES = (
+    (3, 5, 9, 7, 9), (1, 1, 1, 1, 1), (2, 0, 6, 4, 2), (4, 4, 16, 1, 7), (2, 17, 16, 24, 48),
+    (2, 3, 0, 7, 2), (2, 3, 9, 0, 2), (3, 4, 9, 7, 0), (2, 4, 0, 6, 0), (2, 4, 5, 0, 0),
+)  # fmt: skip
 
 
+def draw(shape, dtype, device):
+    """x, weights, bias, Ap, Bp, grad and U, which is not that of x."""
+    layers, tokens, width, out, rank = shape
+
+    def random(*size):
+        return torch.randn(*size, device=device).to(dtype)
+
+    return [
+        random(layers, tokens, width),
+        [random(out, width) for _ in range(layers)],
+        random(layers, out),
+        random(layers, rank, width),
+        random(layers, rank, out),
+        random(layers, tokens, out),
+        random(layers, tokens, rank),
+    ]
+
+
+def formulas(x, weights, bias, Ap, Bp, grad, saved, kept=None):
+    W, U, H = torch.stack(weights), x @ Ap.mT, grad @ Bp.mT
+    return {
+        "y": x @ W.mT + U @ Bp + (0 if bias is None else bias[:, None]),
+        "U": U,
+        "dx": grad @ W + H @ Ap,
+        "dAp": H.mT @ x,
+        "dBp": saved.mT @ grad,
+    }
+
+
+def operators(x, weights, bias, Ap, Bp, grad, saved):
+    y, U = ops.linear_group(x, weights, bias, Ap, Bp)
+    dx, dAp, dBp = ops.linear_group_backward(grad, x, weights, saved, Ap, Bp, True, True)
+    return {"y": y, "U": U, "dx": dx, "dAp": dAp, "dBp": dBp}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_operators(shape, dtype, device):
+    """With a bias and without, and what is needed in every combination."""
+    x, weights, bias, Ap, Bp, grad, U = draw(shape, dtype, device)
+    check_operator("delta_group", Ap, Bp)
+    check_operator("merge_group", weights, Ap, Bp)
+    for given in (bias, None):
+        check_operator("linear_group", x, weights, given, Ap, Bp)
+    for need in itertools.product((True, False), repeat=2):
+        check_operator("linear_group_backward", grad, x, weights, U, Ap, Bp, *need)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_operators(shape, device):
-    """Over packs, with tokens and without, and what is needed in every combination."""
-    layers, width, out, rank = shape
+def test_linears(shape, dtype, device):
+    tensors = draw(shape, dtype, device)
+    found, _ = check_values(operators, formulas, tensors)
+    assert found["y"].dtype == found["U"].dtype == found["dx"].dtype == dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert found["dAp"].dtype == found["dBp"].dtype == wide
+    tensors[2] = None
+    check_values(operators, formulas, tensors)
 
-    def draw(*size):
-        return torch.randn(*size, device=device)
 
-    weights = [draw(out, width) for _ in range(layers)]
-    packs = draw(layers, rank, width), draw(layers, rank, out)
-    check_operator("delta_group", *packs)
-    check_operator("merge_group", weights, *packs)
-    for tokens in (5, 0):
-        x, grad = draw(layers, tokens, width), draw(layers, tokens, out)
-        bias = draw(layers, out) if tokens else None
-        check_operator("linear_group", x, weights, bias, *packs)
-        _, U = ops.linear_group(x, weights, bias, *packs)
-        for need in itertools.product((True, False), repeat=2):
-            check_operator("linear_group_backward", grad, x, weights, U, *packs, *need)
+def one_layer(t):
+    return t[:1].expand_as(t)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, one_layer], ids=lambda layout: layout.__name__)
+def test_linears_of_any_strides(layout, device):
+    """Each tensor in turn in the layout, the others contiguous; and all of them."""
+    for shape, place in itertools.product((SHAPES[0], SHAPES[4]), (*range(7), None)):
+        tensors = draw(shape, torch.float32, device)
+        for i in range(7) if place is None else (place,):
+            tensors[i] = tree_map(layout, tensors[i])
+        check_values(operators, formulas, tensors)
+
+
+def test_weights_that_lie_differently(device):
+    tensors = draw(SHAPES[4], torch.float32, device)
+    tensors[1][1] = columns(tensors[1][1])
+    check_values(operators, formulas, tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_delta_in_the_accumulation_dtype(shape, dtype, device):
-    layers, width, out, rank = shape
-    Ap, Bp = (torch.randn(layers, rank, n, device=device).to(dtype) for n in (width, out))
-    found = ops.delta_group(Ap, Bp)
+    """Also of one pack in every layer."""
+    _, _, _, *packs, _, _ = draw(shape, dtype, device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    assert found.dtype == wide
-    eps = torch.finfo(wide).eps
-    expected = Bp.double().transpose(1, 2) @ Ap.double()
-    torch.testing.assert_close(found.double(), expected, rtol=8 * eps, atol=8 * eps)
+    for layout in (torch.clone, columns, every_other, one_layer):
+        Ap, Bp = map(layout, packs)
+        found = ops.delta_group(Ap, Bp)
+        assert found.dtype == wide
+        assert found.is_contiguous()
+        up, down = Bp.mT.double(), Ap.double()
+        assert_within({"": found}, {"": up @ down}, {"": up.abs() @ down.abs()}, wide)
+
+
+@pytest.mark.parametrize("layout", [torch.clone, columns, part, every_other])
+@pytest.mark.parametrize("packed", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merge_rounds_once_into_weights_where_they_lie(dtype, packed, layout, device):
+    """All of them in the layout, and the last one alone."""
+    wide = torch.float64 if torch.float64 in (dtype, packed) else torch.float32
+    for shape, others in itertools.product(SHAPES, (layout, torch.clone)):
+        weights, (Ap, Bp) = draw(shape, dtype, device)[1], draw(shape, packed, device)[3:5]
+        weights = [*map(others, weights[1:]), layout(weights[0])]
+        before = [(w.clone().double(), w.stride(), w.data_ptr()) for w in weights]
+        assert ops.merge_group(weights, Ap, Bp) is None
+        up, down = Bp.mT.double(), Ap.double()
+        for i, (weight, (old, *where)) in enumerate(zip(weights, before, strict=True)):
+            value = old + up[i] @ down[i]
+            sums = 4 * torch.finfo(wide).eps * (up[i].abs() @ down[i].abs() + value.abs())
+            rounding = 0.51 * torch.finfo(dtype).eps * value.abs()
+            assert ((weight.double() - value).abs() <= rounding + sums).all()
+            assert [weight.stride(), weight.data_ptr()] == where
+            assert weight.dtype == dtype
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge_rounds_once_into_weights_of_either_layout(dtype, transposed, device):
-    adapters = draw_group(3, 9, 7, 3, 6, device=device)
-    Ap, Bp = ops.pack_group(*lists(adapters), torch.float32)
-    weights = [torch.randn(7, 9, device=device).to(dtype) for _ in adapters]
-    if transposed:
-        weights = [weight.T.contiguous().T for weight in weights]
-    before = [weight.clone() for weight in weights]
-    assert ops.merge_group(weights, Ap, Bp) is None
-    rounding = max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
-    for weight, old, each in zip(weights, before, adapters, strict=True):
-        expected = old.double() + oracle.delta(each)
-        assert weight.dtype == dtype
-        torch.testing.assert_close(weight.double(), expected, rtol=1.01 * rounding, atol=2e-6)
+def test_merge_of_stacked_experts(transposed, device):
+    """Views of one tensor, transposed where a model keeps (in, out); the rest of it stays."""
+    _, weights, _, Ap, Bp, *_ = draw(SHAPES[0], torch.float32, device)
+    whole = torch.stack([w.T if transposed else w for w in [*weights, weights[0]]])
+    before = whole.clone()
+    ops.merge_group([each.T if transposed else each for each in whole[:3]], Ap, Bp)
+    delta = Bp.mT @ Ap
+    torch.testing.assert_close(whole[:3], before[:3] + (delta.mT if transposed else delta))
+    assert torch.equal(whole[3], before[3])

@@ -7,13 +7,24 @@ import itertools
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
 from rasa_ext import ops
 from rasa_ext.ops import Factors
 from tests.helpers import oracle
-from tests.helpers.operators import DTYPES, check_operator, draw_adapter, draw_group, lists, pack
+from tests.helpers.operators import (
+    DTYPES,
+    LAYOUTS,
+    assert_within,
+    check_operator,
+    draw_group,
+    lists,
+    pack,
+)
 
-# (layers, in, out, private ranks, pool ranks): odd, k = r, no pool, one of each, an empty pool.
+# (layers, in, out, private ranks, pool ranks): odd, k = r, no pool, one of each, an empty pool, no
+# features.
 SHAPES = (
     (3, 9, 7, 3, 6),
     (1, 17, 2, 0, 5),
@@ -21,7 +32,11 @@ SHAPES = (
     (1, 1, 1, 1, 1),
     (3, 5, 3, 2, 0),
     (1, 65, 31, 7, 32),
+    (2, 0, 7, 3, 6),
+    (2, 9, 0, 3, 6),
 )
+# More layers than travel to a kernel by value, and more words than one upload takes.
+MANY = (120, 9, 7, 3, 6)
 NAMES = ("A", "A_pool", "B", "B_pool", "d")
 
 
@@ -32,11 +47,11 @@ def groups(shape, device, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
 def test_operators(shape, dtype, device):
-    for adapters, multiple in zip(groups(shape, device), (1, 4), strict=True):
+    for adapters, multiple in zip(groups(shape, device, dtype), (1, 4), strict=True):
         args = lists(adapters)
-        check_operator("pack_group", *args, dtype, multiple)
+        check_operator("pack_group", *args, torch.bfloat16, multiple)
         packs = ops.pack_group(*args, dtype, multiple)
         downs, ups = (list(torch.randn_like(pack, dtype=torch.float32)) for pack in packs)
         for grads in ((downs, ups), (downs, []), ([], ups)):
@@ -44,29 +59,75 @@ def test_operators(shape, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_each_factor_is_rounded_once_and_padded_with_zeros(shape, dtype, device):
-    layers, width, out, *_ = shape
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    for adapters, multiple in itertools.product(groups(shape, device), (1, 2, 16)):
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, MANY], ids=str)
+def test_each_factor_is_rounded_once_and_padded_with_zeros(shape, stored, dtype, device):
+    """d is folded in the wider of the two dtypes, so that narrow adapters lose nothing."""
+    layers, width, out, own, pooled = shape
+    rank = own + (pooled or 0)
+    wide = torch.promote_types(torch.promote_types(stored, dtype), torch.float32)
+    for adapters, multiple in itertools.product(groups(shape, device, stored), (1, 2, 16)):
         Ap, Bp = ops.pack_group(*lists(adapters), dtype, multiple)
-        assert Ap.dtype == Bp.dtype == dtype
-        for i, each in enumerate(adapters):
-            down, up, d = (t.to(wide) for t in each.stacked())
-            rank = len(d)
-            Rp = -(-rank // multiple) * multiple
-            assert Ap.shape == (layers, Rp, width)
-            assert Bp.shape == (layers, Rp, out)
-            assert torch.equal(Ap[i, :rank], down.to(dtype))
-            assert torch.equal(Bp[i, :rank], (up * d).to(dtype).t())
-            assert not Ap[i, rank:].any()
-            assert not Bp[i, rank:].any()
+        Rp = -(-rank // multiple) * multiple
+        assert (Ap.dtype, Ap.shape, Ap.is_contiguous()) == (dtype, (layers, Rp, width), True)
+        assert (Bp.dtype, Bp.shape, Bp.is_contiguous()) == (dtype, (layers, Rp, out), True)
+        for each, down, up in zip(adapters, Ap, Bp, strict=True):
+            A, B, d = (t.to(wide) for t in each.stacked())
+            assert torch.equal(down[:rank], A.to(dtype))
+            assert torch.equal(up[:rank], (B * d).to(dtype).t())
+            assert not down[rank:].any()
+            assert not up[rank:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_pack_of_one_layer(shape, dtype, device):
+    """Alone, and as autograd differentiates it."""
+    for adapters, multiple in itertools.product(groups(shape, device), (1, 16)):
+        of_group = zip(*ops.pack_group(*lists(adapters), dtype, multiple), strict=True)
+        for each, expected in zip(adapters, of_group, strict=True):
             alone = pack(*each, dtype, multiple)
             differentiable = ops.differentiable_pack(Factors(*each), dtype, multiple)
-            for mine, other, theirs in zip(alone, differentiable, (Ap[i], Bp[i]), strict=True):
+            for mine, other, theirs in zip(alone, differentiable, expected, strict=True):
                 assert torch.equal(mine, theirs)
-                assert other.dtype == wide
+                assert other.dtype == torch.promote_types(dtype, torch.float32)
                 assert torch.equal(other.to(dtype), theirs)
+
+
+def formulas(dAp, dBp, B, B_pool, d):
+    """Of every layer dA, dB and dd; the pool's are sums over the layers."""
+    pool = [] if B_pool is None else [B_pool]
+    up = torch.stack([torch.cat([each, *pool], 1) for each in B])
+    own, rank = B[0].shape[1], up.shape[2]
+    down, T = torch.stack(dAp)[:, :rank], torch.stack(dBp)[:, :rank].mT
+    scaled = T * torch.stack(d)[:, None] if d else T
+    parts = down[:, :own], down[:, own:].sum(0), scaled[..., :own], scaled[..., own:].sum(0)
+    return dict(zip(NAMES, (*parts, (T * up).sum(1)), strict=True))
+
+
+@pytest.mark.parametrize("stored", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, MANY], ids=str)
+def test_gradients(shape, stored, device):
+    """Together, from dAp alone and from dBp alone; what comes from an empty list is empty."""
+    _, width, out, own, pooled = shape
+    wide = torch.promote_types(stored, torch.float32)
+    for adapters, padding in itertools.product(groups(shape, device, stored), (0, 5)):
+        rows, (_, _, B, B_pool, d) = own + (pooled or 0) + padding, lists(adapters)
+        downs, ups = (
+            [torch.randn(rows, size, dtype=wide, device=device) for _ in B] for size in (width, out)
+        )
+        numbers = tree_map_only(Tensor, Tensor.double, [downs, ups, B, B_pool, d])
+        expected, sizes = formulas(*numbers), formulas(*tree_map_only(Tensor, Tensor.abs, numbers))
+        both = (downs, ups), (downs, []), ([], ups), ([], [])
+        for given, names in zip(both, (NAMES, NAMES[:2], NAMES[2:], ()), strict=True):
+            found = dict(zip(NAMES, ops.pack_group_backward(*given, B, B_pool, d), strict=True))
+            assert {value.dtype for value in found.values()} == {stored}
+            for name in NAMES:
+                if name not in names or (name == "d" and not d):
+                    assert not found.pop(name).numel()
+            assert_within(found, expected, sizes, stored)
+            for name in found.keys() & {"A", "B"}:  # without a sum
+                assert torch.equal(found[name], expected[name].to(stored)), name
 
 
 def dense_gradients(adapters, multiple):
@@ -82,23 +143,6 @@ def dense_gradients(adapters, multiple):
         for name in NAMES
     }
     return list(Bp @ S), list(Ap @ S.mT), expected
-
-
-@pytest.mark.parametrize("multiple", [1, 16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_gradients(shape, multiple, device):
-    """Together, from dAp alone and from dBp alone; what comes from an empty list is empty."""
-    for adapters in groups(shape, device, torch.float64):
-        downs, ups, expected = dense_gradients(adapters, multiple)
-        _, _, *rest = lists(adapters)
-        for given, names in ((downs, ups), NAMES), ((downs, []), NAMES[:2]), (([], ups), NAMES[2:]):
-            found = dict(zip(NAMES, ops.pack_group_backward(*given, *rest), strict=True))
-            for name, value in found.items():
-                if name in names and (name != "d" or rest[-1]):
-                    wanted = expected[name].reshape(value.shape)
-                    torch.testing.assert_close(value, wanted, msg=name)
-                else:
-                    assert not value.numel()
 
 
 @pytest.mark.parametrize("multiple", [1, 16])
@@ -119,50 +163,27 @@ def test_gradients_of_the_differentiable_pack(shape, multiple, device):
                 torch.testing.assert_close(tensors.grad, expected[name], msg=name)
 
 
-def layouts(B):
-    """The same numbers: by ranks, by outputs, and with gaps."""
-    yield B.t().contiguous().t()
-    yield B.contiguous()
-    yield torch.stack([B, B], -1)[..., 0]
-    yield torch.cat([B, B], 1)[:, : B.shape[1]]
+def every_other_number(t):
+    return t.repeat_interleave(2, -1)[..., ::2]
 
 
 def test_every_layout_gives_the_same_and_gradients_stored_by_ranks(device):
-    A, A_pool, B, B_pool, d = lists(draw_group(3, 9, 7, 3, 6, device=device))
-    downs, ups = ([torch.randn(9, n, device=device) for _ in B] for n in (9, 7))
+    given = [*lists(draw_group(3, 9, 7, 3, 6, device=device))]
+    given += [[torch.randn(9, size, device=device) for _ in range(3)] for size in (9, 7)]
 
-    def run(A, B, B_pool):
+    def run(A, A_pool, B, B_pool, d, downs, ups):
         packs = ops.pack_group(A, A_pool, B, B_pool, d, torch.float32)
         return *packs, *ops.pack_group_backward(downs, ups, B, B_pool, d)
 
-    expected = run(A, B, B_pool)
-    of_layers = zip(*map(layouts, B), strict=True)
-    for others, pool in zip(of_layers, layouts(B_pool), strict=True):
-        for downs_of in (A, [each.t().contiguous().t() for each in A]):
-            found = run(downs_of, list(others), pool)
-            assert all(map(torch.equal, found, expected))
-            *_, dB, dB_pool, _ = found
-            assert dB.mT.is_contiguous()
-            assert dB_pool.t().is_contiguous()
-
-
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_narrow_adapters_lose_nothing_in_a_wide_pack(dtype, stored, device):
-    """d is folded in the wider of the two dtypes; gradients are as good as the stored one."""
-    adapter = draw_adapter(17, 9, 3, 4, device).map(lambda t: t.to(stored))
-    Ap, Bp = pack(*adapter, dtype)
-    _, up, d = adapter.stacked()
-    accurate = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    change = oracle.delta(adapter)
-    assert (Bp.double().t() @ Ap.double() - change).norm() <= accurate * change.norm()
-    dAp, dBp = torch.randn_like(Ap.float()), torch.randn_like(Bp.float())
-    scaled = (dBp * d[:, None]).t()
-    expected = (dAp[:3], dAp[3:], scaled[:, :3], scaled[:, 3:], (up.t() * dBp).sum(1))
-    found = ops.pack_group_backward([dAp], [dBp], *lists([adapter])[2:])
-    for got, value in zip(found, expected, strict=True):
-        assert got.dtype == stored
-        assert (got.view(value.shape) - value).norm() <= torch.finfo(stored).eps * value.norm()
+    expected = run(*given)
+    for layout, place in itertools.product((Tensor.contiguous, *LAYOUTS[:4]), range(7)):
+        changed = list(given)
+        changed[place] = tree_map(layout if place != 4 else every_other_number, given[place])
+        found = run(*changed)
+        assert all(map(torch.equal, found, expected))
+        *_, dB, dB_pool, _ = found
+        assert dB.mT.is_contiguous()
+        assert dB_pool.t().is_contiguous()
 
 
 def test_a_narrow_B_beside_a_wide_A_is_packed_in_the_dtype_asked_for():

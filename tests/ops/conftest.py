@@ -1,0 +1,13 @@
+"""The PyTorch kernels, the compiled operators over CPU memory, and those on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture(params=["cpu", "host", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "host":
+        request.getfixturevalue("host").take_over(monkeypatch)
+        return "cpu"
+    return request.param
