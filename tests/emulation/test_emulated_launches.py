@@ -1,7 +1,7 @@
-"""What the stand-alone check leaves: launches, refusals, and the bits of PyTorch's kernels.
+"""What the stand-alone check leaves: launches and refusals.
 
 Values, margins, crooked addresses and the order of execution are the check's, which the sanitizers
-and the mutants run as well.
+and the mutants run as well; tests/ops compares with the PyTorch kernels.
 """
 
 from __future__ import annotations
@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import passes
-from rasa_ext import ops
 from tests.helpers.operators import draw_adapter
 from tests.helpers.oracle import Adapter
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def address(tensor: Tensor) -> int:
@@ -65,40 +62,6 @@ def backward(
     ]
     pool = address(adapters[0].B_pool) if adapters else 0
     return (layers, pool, *map(address, found), *sizes[:4], kernels.DType.float32), found
-
-
-def draw_group(count: int, sizes: tuple[int, ...]) -> tuple[list[Adapter], tuple]:
-    """Adapters of one pool, and what the operators take of them."""
-    drawn = [draw_adapter(*sizes[:4]) for _ in range(count)]
-    group = [each._replace(A_pool=drawn[0].A_pool, B_pool=drawn[0].B_pool) for each in drawn]
-    A, A_pool, B, B_pool, d = zip(*group, strict=True)
-    return group, (list(A), A_pool[0], list(B), B_pool[0], list(d))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("sizes", [(40, 300, 0, 8, 8), (40, 300, 7, 32, 48)])
-@pytest.mark.parametrize("count", [1, 3])
-def test_pack_gives_the_bits_of_the_pytorch_kernel(kernels, count, sizes, dtype):
-    group, lists = draw_group(count, sizes)
-    call, made = packing(kernels, group, sizes, dtype)
-    kernels.pack(*call)
-    assert all(map(torch.equal, made, ops.pack_group(*lists, dtype, 8 if sizes[2] == 0 else 16)))
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_pack_backward_gives_the_bits_of_the_pytorch_kernel(kernels, count):
-    """But for sums in another order: dd, and the pool's over several layers."""
-    sizes = 64, 300, 7, 32, 48
-    group, lists = draw_group(count, sizes)
-    dAp, dBp = torch.randn(count, 48, 64), torch.randn(count, 48, 300)
-    call, (dA, dA_pool, dB, dB_pool, dd) = backward(kernels, group, sizes, dAp, dBp)
-    kernels.pack_backward(*call)
-    expected = ops.pack_group_backward(list(dAp), list(dBp), *lists[2:])
-    found = dA, dA_pool, dB.transpose(1, 2), dB_pool.t(), dd
-    for place, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
-        if place in (0, 2) or (count == 1 and place != 4):
-            assert torch.equal(mine, theirs)
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", ["none", 1, 3, "by value", "from a table"])
