@@ -9,42 +9,33 @@ from torch import nn
 import rasa_ext
 from rasa_ext.nn import functional
 from tests.gpu.steps import check_evaluation, check_model
-from tests.helpers import oracle
 from tests.helpers.adapters import adapted_layers, adapters, check_step, observe, patched
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, Entry, ids
 from tests.helpers.operators import P
-from tests.helpers.refusals import Snapshot
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def step(entry: Entry, model: nn.Module, device: str, seed: int = 0) -> dict:
-    """Logits and gradients, with the same masks under the same seed."""
+    """Logits and gradients, under the masks of a seed."""
     torch.manual_seed(seed)
     dtype = next(model.parameters()).dtype
-    return observe(model, adapters(model), entry, entry.inputs(seed, dtype, device))
+    return observe(model, adapters(model), entry, entry.inputs(0, dtype, device))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, P])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, T5], ids=ids)
-def test_checkpointing_draws_the_same_masks_again(entry, use_reentrant, device, fused):
+def test_checkpointing(entry, dropout, use_reentrant, device, fused):
+    """Also under the same masks again."""
     base = entry.build().to(device, torch.float64)
-    model = patched(base, dropout=P, adapter_dtype=torch.float64).train()
+    model = patched(base, dropout=dropout, adapter_dtype=torch.float64).train()
     expected = step(entry, model, device)
     other = step(entry, model, device, seed=1)
-    assert not torch.allclose(other["logits"], expected["logits"])
+    assert torch.equal(other["logits"], expected["logits"]) == (dropout == 0)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     for name, value in step(entry, model, device).items():
         torch.testing.assert_close(value, expected[name], msg=name)
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_checkpointing(dtype, use_reentrant, device, fused):
-    base = LLAMA.build().to(device, dtype)
-    model = patched(base).train()
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
-    check_model(LLAMA, base, model)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
@@ -61,27 +52,6 @@ def test_projections_computed_together(entry, dtype, device, fused, monkeypatch)
     base = entry.build().to(device, dtype)
     check_model(entry, base, patched(base).train(), draws=4)
     assert calls == ([3, 2] * 3 if entry is LLAMA else [3] * 2) * 4 * fused
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("k", [0, 1])
-@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
-def test_merging(entry, k, dtype, device):
-    """W + dW summed wide and rounded once; unmerged, every bit is what it was."""
-    base = entry.build().to(device, dtype)
-    model = patched(base, 4, k).eval()
-    before = Snapshot(model)
-    largest = rasa_ext.merge(model)
-    changes = [oracle.delta(adapter).abs().max().item() for adapter in adapters(model).values()]
-    assert largest == pytest.approx(max(changes), rel=1e-5)
-    rounding = 1.01 * max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
-    for name, adapter in adapters(model).items():
-        expected = oracle.merged_weight(base.get_submodule(name), adapter)
-        got = model.get_submodule(name).base_layer.weight
-        assert got.dtype == dtype
-        torch.testing.assert_close(got.double(), expected, rtol=rounding, atol=1e-6)
-    rasa_ext.unmerge(model)
-    before.assert_unchanged()
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

@@ -13,12 +13,8 @@ from rasa_ext import ops
 from tests.gpu.steps import check_layer
 from tests.helpers.adapters import Errors, excesses
 from tests.helpers.cuda import assert_close
-from tests.helpers.operators import (
-    DTYPES,
-    floor,
-    random_mask,
-    unpacked,
-)
+from tests.helpers.operators import DTYPES, draw_mask, floor, shifted
+from tests.ops import test_linear
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -63,34 +59,18 @@ def test_few_tokens(tokens, dtype, device):
     check_layer((tokens, width - 3, out - 1, 7, 32), dtype, device, 8)
 
 
-@pytest.mark.parametrize("place", ["x", "weight", "bias", "Ap", "Bp", "y"])
+@pytest.mark.parametrize("place", range(7), ids=("x", "weight", "bias", "Ap", "Bp", "y", "U"))
 @pytest.mark.parametrize("tokens", [3, 1030])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_pieces_of_flat_buffers(tokens, place, dtype, device):
     """What begins 1, 2 or 4 elements into its memory, with a bias, and the gradients of it."""
-    given = {
-        name: torch.randn(size, device=device).to(dtype)
-        for name, size in {
-            "x": (tokens, 64),
-            "weight": (72, 64),
-            "bias": (72,),
-            "Ap": (16, 64),
-            "Bp": (16, 72),
-            "y": (tokens, 72),
-        }.items()
-    }
-
-    def run(x, weight, bias, Ap, Bp, y):
-        linear, U = ops.low_rank_linear(x, weight, bias, Ap, Bp)
-        added, _ = ops.low_rank_add(y, x, Ap, Bp)
-        grads = ops.low_rank_linear_backward(y, x, weight, U, Ap, Bp, True, True, True)
-        return [linear, U, added, *grads]
-
-    expected = run(**given)
-    t = given[place]
+    tensors = test_linear.draw((tokens, 64, 72, 16), dtype, device)
+    expected = test_linear.operators(*tensors)
     for offset in (1, 2, 4):
-        moved = torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view_as(t)
-        assert_close(run(**{**given, place: moved}), expected, dtype)
+        moved = list(tensors)
+        moved[place] = shifted(tensors[place], offset)
+        found = test_linear.operators(*moved)
+        assert_close(list(found.values()), list(expected.values()), dtype)
 
 
 # (tokens, in, out, ranks) of the skinny kernels, on a GPU and on the CPU: tails of every tile, both
@@ -103,12 +83,11 @@ SKINNY = (
 )
 
 
-def skinny_products(x, Ap, Bp, grad, U, drop):
-    """U, dAp and dBp of a linear without a base."""
-    added, down = ops.low_rank_add(grad, x, Ap, Bp, *drop)
-    need = True, True, True
-    dx, dAp, dBp = ops.low_rank_linear_backward(grad, x, None, U, Ap, Bp, *need, *drop)
-    return {"added": added, "U": down, "dx": dx, "dAp": dAp, "dBp": dBp}
+def skinny_products(x, weight, bias, Ap, Bp, grad, U, *mask):
+    """Those of a linear without a base."""
+    added, down = ops.low_rank_add(grad, x, Ap, Bp, *mask)
+    grads = ops.low_rank_linear_backward(grad, x, None, U, Ap, Bp, True, True, True, *mask)
+    return dict(zip(("added", "U", "dx_add", "dAp", "dBp"), (added, down, *grads), strict=True))
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
@@ -116,36 +95,18 @@ def skinny_products(x, Ap, Bp, grad, U, drop):
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_skinny_products(sizes, dtype, dropout, device, monkeypatch):
     """Within cuBLAS's own error, and the same bits each time."""
-    tokens, width, out, rank = sizes[device != "cuda"]
-    x, Ap, Bp, grad, U = (
-        torch.randn(size, device=device).to(dtype)
-        for size in ((tokens, width), (rank, width), (rank, out), (tokens, out), (tokens, rank))
-    )
-    Ap, Bp = Ap * width**-0.5, Bp * out**-0.5
-    drop = (random_mask(x), 1.25) if dropout else ()
-    seen = x.double()
+    tensors = test_linear.draw(sizes[device != "cuda"], dtype, device)
+    mask, kept = draw_mask(tensors[0], dropout)
+    wide = test_linear.formulas(*(t.double() for t in tensors), kept)
     if dropout:
-        seen = torch.where(unpacked(drop[0], x.shape), seen, 0)
-        x[~unpacked(drop[0], x.shape)] = torch.nan  # what is dropped must not be seen
-    scale = drop[1] if drop else 1.0
-    inner, H = scale * seen @ Ap.double().T, scale * grad.double() @ Bp.double().T
-    dx = H @ Ap.double()
-    if dropout:
-        dx = torch.where(unpacked(drop[0], x.shape), dx, 0)
-    reference = {
-        "added": grad.double() + inner @ Bp.double(),
-        "U": inner,
-        "dx": dx,
-        "dAp": H.T @ seen,
-        "dBp": U.double().T @ grad.double(),
-    }
-    args = x, Ap, Bp, grad, U, drop
-    found, again = skinny_products(*args), skinny_products(*args)
+        tensors[0][~kept] = torch.nan  # what is dropped must not be seen
+    found, again = (skinny_products(*tensors, *mask) for _ in range(2))
     assert all(torch.equal(found[name], again[name]) for name in found)
     monkeypatch.setenv("RASA_EXT_KERNELS", "cublas")
     ours, theirs = Errors(), Errors()
+    reference = {name: wide[name] for name in found}
     ours.add(found, reference)
-    theirs.add(skinny_products(*args), reference)
+    theirs.add(skinny_products(*tensors, *mask), reference)
     assert not excesses(ours, theirs, floor(dtype))[0]
 
 

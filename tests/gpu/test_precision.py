@@ -89,20 +89,3 @@ def test_autocast(entry, dtype, device, fused):
     for observed in check_model(entry, base, patched(base).train(), autocast=dtype):
         assert observed.pop("logits").dtype == dtype
         assert {grad.dtype for grad in observed.values()} == {torch.float32}
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("dropout", [0.0, 0.25])
-def test_autocast_of_a_layer(dtype, dropout, device):
-    """y comes in autocast's dtype, with grad and without, and the gradient of x in x's."""
-    stack = nn.Sequential(*(nn.Linear(40, 24) for _ in range(3))).to(device)
-    layer = patched(stack, dropout=dropout).train()[1]
-    x = torch.randn(5, 40, device=device, requires_grad=True)
-    with torch.autocast(device, dtype):
-        y = layer(x)
-        with torch.no_grad():
-            assert layer(x).dtype == dtype
-    assert y.dtype == dtype
-    y.backward(torch.ones_like(y))
-    assert x.grad.dtype == torch.float32
-    assert all(adapter_part.grad.dtype == torch.float32 for adapter_part in adapter_of(layer))

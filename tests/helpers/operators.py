@@ -114,6 +114,11 @@ def one_number(t: Tensor) -> Tensor:
     return t[..., :1, :1].expand_as(t)
 
 
+def shifted(t: Tensor, offset: int = 1) -> Tensor:
+    """As a piece of a flat buffer lies, so many elements after its beginning."""
+    return torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view_as(t)
+
+
 # Of one matrix or of several: the numbers as they are, and numbers that repeat.
 LAYOUTS = (columns, part, part_of_columns, every_other, one_row, one_number)
 

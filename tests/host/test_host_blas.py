@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.operators import DTYPES, columns, every_other, one_row, part
+from tests.helpers.operators import DTYPES, columns, every_other, one_row, part, shifted
 from tests.helpers.threads import run_in_threads
 from tests.ops.test_linear import EMPTY, draw
 
@@ -167,10 +167,9 @@ def test_a_failure_is_told_once_and_cublas_takes_over(host, capfd):
 def test_a_bias_below_16_bytes_is_no_epilogue(host, shift, tokens, dtype):
     """As a piece of a flat buffer lies; cublasLt is not asked, since its kernels may fault."""
     x, weight, bias, Ap, Bp = inputs(tokens, 5, 6, 3, dtype)
-    piece = torch.cat([bias.new_zeros(shift), bias])[shift:]
     host.reset()
     with host.refusing(0):
-        y, U = host.ops.low_rank_linear(x, weight, piece, Ap, Bp)
+        y, U = host.ops.low_rank_linear(x, weight, shifted(bias, shift), Ap, Bp)
     close(y, linear(x, weight, bias, U, Bp))
     aligned = shift * dtype.itemsize % 16 == 0
     assert any(call.endswith(" bias") for call in host.calls()) == aligned
@@ -226,8 +225,7 @@ def test_alignment(host):
     y = host.ops.low_rank_linear(*args)[0]
     for place, shift in itertools.product(range(5), (1, 2, 4)):
         moved = list(args)
-        moved[place] = torch.cat([args[place].new_zeros(shift), args[place].flatten()])[shift:]
-        moved[place] = moved[place].view_as(args[place])
+        moved[place] = shifted(args[place], shift)
         host.heuristics()
         assert torch.equal(host.ops.low_rank_linear(*moved)[0], y)
         found = [line.partition("alignment=")[2] for line in host.heuristics()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.helpers.operators import DTYPES, check_values, columns
+from tests.helpers.operators import DTYPES, check_values, columns, shifted
 from tests.ops.test_layers import draw, formulas, operators
 
 
@@ -59,13 +59,10 @@ def test_what_lies_worse_than_at_16_bytes_is_no_batch_by_pointers(check, place, 
     tokens, width = (15, 9) if place == "layers" else (16, 8)
     tensors = draw((3, tokens, width, 24, 8), dtype, "cpu")
 
-    def moved(t: torch.Tensor) -> torch.Tensor:
-        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t)
-
     if place == "x":
-        tensors[0] = moved(tensors[0])
+        tensors[0] = shifted(tensors[0])
     elif place == "weights":
-        tensors[1][1] = moved(tensors[1][1])
+        tensors[1][1] = shifted(tensors[1][1])
     pointers = [call for call in check(tensors) if call.startswith("GemmBatchedEx")]
     assert len(pointers) == (place == "x")  # the backward reads no x there
 

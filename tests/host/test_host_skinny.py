@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rasa_ext import ops
-from tests.helpers.operators import check_values, columns, draw_mask, part
+from tests.helpers.operators import check_values, columns, draw_mask, part, shifted
 from tests.ops import test_fused_projections
 from tests.ops.test_linear import draw, formulas, operators
 
@@ -59,7 +59,7 @@ def test_layouts(check, layout, place):
 def test_pieces_of_flat_buffers(host, check, offset, count):
     """An x that begins 8 elements into its memory is read as it lies; one in, it is cuBLAS's."""
     x, *others = draw(SHAPE, torch.bfloat16, "cpu")
-    moved = torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view_as(x)
+    moved = shifted(x, offset)
     assert len(products(host, moved, *others)) == count
     check([moved, *others])
 

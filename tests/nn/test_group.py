@@ -117,27 +117,15 @@ def test_padding_changes_nothing(shape, device, monkeypatch):
     Case(shape, device=device).check()
 
 
-@pytest.mark.parametrize("place", ["x", "grad", "weights", "B"])
-@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[4]], ids=str)
-def test_any_strides(shape, place, device):
-    """One input for all layers, transposed weights, weights and adapters that lie differently."""
-    layouts = (
+@pytest.mark.parametrize("place", ["x", "grad"])
+def test_any_strides(place, device):
+    """One for all layers, and layers side by side; of matrices: tests/ops."""
+    for layout in (
         lambda t: t[:1].expand_as(t),
-        lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
-        lambda t: torch.stack([t, t], -1)[..., 0],
         lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
-    )
-    for layout in layouts:
-        case = Case(shape, device=device)
-        if place == "weights":
-            stacked = layout(torch.stack(case.weights))
-            case.weights = [*stacked[:-1], stacked[-1].contiguous()]
-        elif place == "B":
-            stacked = layout(torch.stack([each.B for each in case.adapters]))
-            changed = zip(case.adapters, stacked, strict=True)
-            case.adapters = [each._replace(B=B.detach()) for each, B in changed]
-        else:
-            setattr(case, place, layout(getattr(case, place)))
+    ):
+        case = Case(SHAPES[0], device=device)
+        setattr(case, place, layout(getattr(case, place)))
         case.check()
 
 

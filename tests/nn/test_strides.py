@@ -10,14 +10,11 @@ import bitsandbytes
 import pytest
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import prune
-from transformers import Trainer, TrainingArguments
 
 import rasa_ext
-from rasa_ext.peft import RasaConfig
 from tests.helpers.adapters import (
     adapted_layers,
     adapters,
@@ -27,7 +24,6 @@ from tests.helpers.adapters import (
     through_file,
 )
 from tests.helpers.models import LLAMA, SEQUENTIAL
-from tests.helpers.trainers import QUIET
 
 
 def ups(model: nn.Module) -> list[torch.Tensor]:
@@ -95,15 +91,15 @@ def test_any_strides_train_alike_and_run_alike(entry, change):
             assert min(t.shape) < 2 or t.grad.stride() == t.stride()
 
 
-@pytest.mark.parametrize("change", CHANGES[:3])
-def test_a_compiled_model_takes_other_strides(change):
+def test_a_compiled_model_takes_other_strides():
     torch._dynamo.reset()
     base = SEQUENTIAL.build()
     model = patched(base)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     check_step(SEQUENTIAL, base, model, compiled)
-    change(model)
-    check_step(SEQUENTIAL, base, model, compiled, seed=1)
+    for seed, change in enumerate(CHANGES[:3], 1):
+        change(model)
+        check_step(SEQUENTIAL, base, model, compiled, seed=seed)
 
 
 @pytest.mark.parametrize("use", ["vector", "lbfgs", "prune"])
@@ -238,29 +234,3 @@ def test_adapter_files_are_contiguous_and_loaded_by_ranks(tmp_path):
     again = rasa_ext.load_adapter(SEQUENTIAL.build(), tmp_path)
     assert by_ranks(again)
     assert same_adapters(again, model)
-
-
-def trainer_of(model: nn.Module, directory, steps: int) -> Trainer:
-    rows = (torch.arange(16)[:, None] + torch.arange(8)) % 32
-    data = [{"input_ids": row, "labels": row} for row in rows]
-    saving = {"max_steps": steps, "save_strategy": "steps", "save_steps": 2}
-    arguments = TrainingArguments(directory, learning_rate=0.01, **QUIET | saving)
-    return Trainer(model, arguments, train_dataset=data)
-
-
-@pytest.mark.parametrize("kind", ["patched", "peft"])
-def test_a_trainer_resumes_from_its_checkpoint(kind, tmp_path):
-    def make():
-        if kind == "patched":
-            return patched(LLAMA.build())
-        torch.manual_seed(0)
-        return get_peft_model(LLAMA.build(), RasaConfig(r=4, rasa_k=1))
-
-    straight, resumed = make(), make()
-    trainer_of(straight, tmp_path, 4).train()
-    trainer_of(resumed, tmp_path, 4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    for name, layer in adapted_layers(straight).items():
-        other = adapted_layers(resumed)[name]
-        for mine, theirs in zip(layer.adapter().sources(), other.adapter().sources(), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
-    assert by_ranks(resumed)

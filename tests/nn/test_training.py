@@ -145,9 +145,13 @@ def test_autocast(base_dtype, adapter_dtype, way):
     largest = max(theirs.relative().values())
     assert max(ours.relative().values()) <= 2 * largest
     assert largest < 0.1
-    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 24)
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert layer(x).dtype == torch.bfloat16
+    layer, x = model.model.layers[0].mlp.up_proj, torch.randn(3, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        with torch.no_grad():
+            assert layer(x).dtype == y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -10,7 +10,7 @@ from rasa_ext import ops
 from rasa_ext.ops import Factors
 from rasa_ext.ops import experts as module
 from tests.helpers.adapters import Errors, excesses
-from tests.helpers.operators import DTYPES, check_operator, draw_adapter, floor, pack
+from tests.helpers.operators import DTYPES, check_operator, draw_adapter, floor, pack, shifted
 from tests.helpers.oracle import Adapter
 
 # Products by expert have no compiled kernel of their own.
@@ -92,8 +92,7 @@ def test_which_operands_take_torchs_product():
     assert not module._grouped(x, weights.bfloat16())
     assert not module._grouped(x[:, ::2], weights[:, ::2])
     assert not module._grouped(x[:0], weights)
-    shifted = torch.cat((torch.zeros(1), x.flatten()))[1:].view(x.shape)
-    assert not module._grouped(shifted, weights)
+    assert not module._grouped(shifted(x), weights)
     narrow = torch.randn(8, 3), torch.randn(2, 3, 24)
     assert not module._grouped(*narrow)
 

@@ -44,9 +44,9 @@ def largest_change(model) -> float:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k", [0, 1, RANK])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, SEQUENTIAL], ids=ids)
-def test_merged_weights(entry, k, dtype):
+def test_merged_weights(entry, k, dtype, device):
     """W + dW summed in float32 (or wider) and rounded once; the returned figure is max |dW|."""
-    base = entry.build().to(dtype)
+    base = entry.build().to(device, dtype)
     model = patched(base, RANK, k)
     before = Snapshot(model)
     rasa_ext.unmerge(model)  # of nothing
