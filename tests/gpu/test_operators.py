@@ -125,23 +125,18 @@ def rank_by_rank(U, Bp):
 @pytest.mark.parametrize(("tokens", "rank"), LARGE_RANKS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_few_tokens_of_a_large_rank(tokens, rank, dtype, device):
-    width, out = (1024, 1000) if device == "cuda" else (9, 6)
-    ours, theirs = Errors(), Errors()
-    x, weight, bias, Ap, Bp = (
-        torch.randn(size, device=device).to(dtype)
-        for size in ((tokens, width), (out, width), (out,), (rank, width), (rank, out))
-    )
+    sizes = (tokens, 1024, 1000, rank) if device == "cuda" else (tokens, 9, 6, rank)
+    tensors = test_linear.draw(sizes, dtype, device)
+    x, weight, bias, Ap, Bp, base, _ = tensors
+    wide = test_linear.formulas(*(t.double() for t in tensors))
     y, U = ops.low_rank_linear(x, weight, bias, Ap, Bp)
-    added, _ = ops.low_rank_add(y, x, Ap, Bp)
+    found = {"y": y, "U": U, "added": ops.low_rank_add(base, x, Ap, Bp)[0]}
     narrow = rank_by_rank(x @ Ap.T, Bp) if dtype == torch.float32 else (x @ Ap.T) @ Bp
-    plain = x @ weight.T + narrow + bias
-    wide = [t.double() for t in (x, weight, bias, Ap, Bp)]
-    inner = wide[0] @ wide[3].T
-    change = inner @ wide[4]
-    reference = wide[0] @ wide[1].T + change + wide[2]
-    expected = {"y": reference, "U": inner, "added": y.double() + change}
-    ours.add({"y": y, "U": U, "added": added}, expected)
-    theirs.add({"y": plain, "U": x @ Ap.T, "added": y + narrow}, expected)
+    plain = {"y": x @ weight.T + narrow + bias, "U": x @ Ap.T, "added": base + narrow}
+    expected = {name: wide[name] for name in found}
+    ours, theirs = Errors(), Errors()
+    ours.add(found, expected)
+    theirs.add(plain, expected)
     assert not excesses(ours, theirs, floor(dtype))[0]
 
 

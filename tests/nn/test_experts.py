@@ -167,8 +167,8 @@ def test_experts_without_marks(kind, grouping, tokens):
         assert torch.equal(module(*inputs), plain(*inputs))
 
 
-def merged(module: RasaExperts, implementation: str) -> nn.Module:
-    """A copy of the plain experts with W + dW in the base's dtype, run as transformers would."""
+def merged(module: RasaExperts) -> nn.Module:
+    """A copy of the plain experts with W + dW in the base's dtype, an expert at a time."""
     base = copy.deepcopy(module.base_layer)
     with torch.no_grad():
         for name, adapter in stack_adapters(module).items():
@@ -176,7 +176,7 @@ def merged(module: RasaExperts, implementation: str) -> nn.Module:
             stacked = weight.double().transpose(1, 2) if base.is_transposed else weight.double()
             changed = oracle.stacked_weight(stacked, adapter.map(lambda t: t.double()))
             weight.copy_(changed.transpose(1, 2) if base.is_transposed else changed)
-    base.config._experts_implementation = implementation
+    base.config._experts_implementation = "eager"
     return base
 
 
@@ -231,20 +231,17 @@ def test_rounding(family, grouping, dtype, figure):
     assert not bad
 
 
-@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_whole_models(family, implementation, figure):
-    """Logits in float32, against the model's own with W + dW, in every way that it has."""
+def test_whole_models(family, figure):
+    """Logits in float32, against the model's own with W + dW."""
     entry = experts.entry(family)
     model = experts.patched(entry.build(), "shared", RANK, 1).eval()
     plain_model = entry.build().eval()
     names = experts.experts_of(plain_model)
     for name, module in zip(names, experts.adapted(model), strict=True):
         parent, _, last = name.rpartition(".")
-        setattr(plain_model.get_submodule(parent), last, merged(module, implementation))
+        setattr(plain_model.get_submodule(parent), last, merged(module))
     exact = copy.deepcopy(plain_model).double()
-    for name in names:
-        exact.get_submodule(name).config._experts_implementation = "eager"
     inputs = entry.inputs(0)
     with torch.no_grad():
         with oracle.AllInFloat64():
@@ -253,7 +250,7 @@ def test_whole_models(family, implementation, figure):
         ours.add({"logits": entry.call(model, **inputs)}, expected)
         theirs.add({"logits": entry.call(plain_model, **inputs)}, expected)
     bad, worst = excesses(ours, theirs, FLOOR[torch.float32])
-    figure(f"{family}, logits: {ours.relative()['logits']:.1e}, {worst:.2f} of {implementation}'s")
+    figure(f"{family}, logits: {ours.relative()['logits']:.1e}, {worst:.2f} of eager's")
     assert not bad
 
 

@@ -13,7 +13,7 @@ from rasa_ext import ops
 from rasa_ext.nn import functional
 from tests.helpers import oracle
 from tests.helpers.adapters import Errors, PlainRasa, excesses
-from tests.helpers.operators import DTYPES, draw_adapter, floor
+from tests.helpers.operators import DTYPES, draw_group, floor, lists
 from tests.helpers.oracle import Adapter
 
 POOL = ("A_pool", "B_pool")
@@ -40,14 +40,10 @@ class Case:
         self.x, self.grad = draw(layers, tokens, width), draw(layers, tokens, out)
         self.weights = [draw(out, width) for _ in range(layers)]
         self.bias = [draw(out) for _ in range(layers)] if bias else None
-        drawn = [draw_adapter(width, out, *ranks, device, stored) for _ in range(layers)]
-        pool = {field: getattr(drawn[0], field) for field in POOL}
-        self.adapters: list[Adapter] = [each._replace(**pool) for each in drawn]
+        self.adapters = draw_group(layers, width, out, *ranks, device=device, dtype=stored)
 
     def args(self) -> tuple:
-        A, _, B, _, d = map(list, zip(*self.adapters, strict=True))
-        first = self.adapters[0]
-        return self.x, self.weights, self.bias, A, first.A_pool, B, first.B_pool, d
+        return self.x, self.weights, self.bias, *lists(self.adapters)
 
     def leaves(self) -> dict[str, Tensor]:
         """x and every parameter, each once, under its name."""
