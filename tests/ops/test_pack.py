@@ -35,8 +35,9 @@ SHAPES = (
     (2, 0, 7, 3, 6),
     (2, 9, 0, 3, 6),
 )
-# More layers than travel to a kernel by value, and more words than one upload takes.
-MANY = (120, 9, 7, 3, 6)
+# With every dtype of the parameters; and more layers than travel to a kernel by value, of more
+# words than one upload takes.
+STORED = [*itertools.product(SHAPES, DTYPES), ((120, 9, 7, 3, 6), torch.float32)]
 NAMES = ("A", "A_pool", "B", "B_pool", "d")
 
 
@@ -59,8 +60,7 @@ def test_operators(shape, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, MANY], ids=str)
+@pytest.mark.parametrize(("shape", "stored"), STORED, ids=str)
 def test_each_factor_is_rounded_once_and_padded_with_zeros(shape, stored, dtype, device):
     """d is folded in the wider of the two dtypes, so that narrow adapters lose nothing."""
     layers, width, out, own, pooled = shape
@@ -105,8 +105,7 @@ def formulas(dAp, dBp, B, B_pool, d):
     return dict(zip(NAMES, (*parts, (T * up).sum(1)), strict=True))
 
 
-@pytest.mark.parametrize("stored", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [*SHAPES, MANY], ids=str)
+@pytest.mark.parametrize(("shape", "stored"), STORED, ids=str)
 def test_gradients(shape, stored, device):
     """Together, from dAp alone and from dBp alone; what comes from an empty list is empty."""
     _, width, out, own, pooled = shape
