@@ -5,13 +5,10 @@ The packs of all layers exist anyway: a group has one of each kind.
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
 from torch import nn
 
-from rasa_ext import ops
 from tests.helpers.adapters import RANK, adapter_of, patched
 from tests.helpers.memory import saved_storages
 from tests.helpers.models import GPT2
@@ -87,20 +84,3 @@ def test_nothing_is_kept_without_grad(context):
         y = layer(torch.randn(TOKENS, WIDTH))
     assert not storages
     assert y.grad_fn is None
-
-
-def test_a_training_forward_drops_the_cached_pack(monkeypatch):
-    """What an evaluation cached does not outlive it into training."""
-    made, direct = [], ops.pack_group
-
-    def noted(*args):
-        pack = direct(*args)
-        made.extend(map(weakref.ref, pack))
-        return pack
-
-    monkeypatch.setattr(ops, "pack_group", noted)
-    layer, x = layer_of(8, 1), torch.randn(TOKENS, WIDTH)
-    with torch.no_grad():
-        layer(x)
-    layer(x)
-    assert [each() is None for each in made] == [True, True, False, False]

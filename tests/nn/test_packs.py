@@ -342,11 +342,13 @@ def test_without_grad_a_group_is_packed_once_a_change(packs):
 
 
 def test_packs_of_past_forwards_are_freed_at_once(packs):
-    """No cycle waits for the garbage collector."""
+    """That of an evaluation as well; no cycle waits for the garbage collector."""
     model, *_ = chain()
+    with torch.no_grad():
+        model(X[0])
     for x in X:
         loss(model(x)).backward()
-    assert [each() is None for each in packs] == [True, True, False]
+    assert [each() is None for each in packs] == [True, True, True, False]
     loss(model(X[0]))
     model.eval()
     assert all(each() is None for each in packs)
