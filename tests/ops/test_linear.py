@@ -8,19 +8,15 @@ import pytest
 import torch
 
 from rasa_ext import ops
-from tests.helpers import oracle
 from tests.helpers.adapters import Errors, excesses
 from tests.helpers.operators import (
     DTYPES,
     LAYOUTS,
     check_operator,
     check_values,
-    draw_adapter,
     draw_mask,
     drop,
     floor,
-    lists,
-    pack,
     random_mask,
 )
 
@@ -143,23 +139,6 @@ def test_any_strides(layout, dtype, dropout, device):
         for i in (place,) if place is not None else (0, 1, 3, 4, 5, 6):
             tensors[i] = layout(tensors[i])
         check_values(operators, formulas, tensors, *draw_mask(tensors[0], dropout))
-
-
-@pytest.mark.parametrize("multiple", [1, 16])
-@pytest.mark.parametrize("pooled", [6, 0, None])
-def test_with_packing_the_gradients_are_the_oracles(pooled, multiple, device):
-    adapter = draw_adapter(9, 7, 3, pooled, device, torch.float64)
-    x, weight, bias, *_, grad, _ = draw(SHAPES[0], torch.float64, device)
-    Ap, Bp = pack(*adapter, x.dtype, multiple)
-    y, U = ops.low_rank_linear(x, weight, bias, Ap, Bp)
-    dx, *grads = ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bp, True, True, True)
-    assert not any(t[adapter.d.numel() :].any() for t in grads)
-    torch.testing.assert_close(y, oracle.linear(x, weight, bias, adapter))
-    names = ("x", "A", "A_pool", "B", "B_pool", "d")
-    made = ops.pack_group_backward(*([t] for t in grads), *lists([adapter])[2:])
-    found = dict(zip(names, (dx, *made), strict=True))
-    for name, value in oracle.linear_grads(grad, x, weight, adapter).items():
-        torch.testing.assert_close(found[name], value.reshape(found[name].shape), msg=name)
 
 
 @pytest.mark.parametrize("missing", ["x", "U"])
