@@ -281,8 +281,13 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
     """Also where the record in the output, which --config reads, was edited in between."""
     run(options, max_steps=3)
     before = content(options.output)
-    changes = {"lr": 1e-4, "max_steps": 5, "template": False}  # the rate falls over all steps
-    for name, value in {**changes, "eval_data": str(files / "test.jsonl")}.items():
+    changes = {
+        **{"lr": 1e-4, "warmup": 0.5, "max_steps": 5, "epochs": 2.0},  # the rate falls over all
+        **{"batch_size": 1, "grad_accum": 1, "seed": 1, "rank": 2, "alpha": 4.0, "dropout": 0.0},
+        **{"seq_len": 512, "packing": True, "template": False},
+        **dict.fromkeys(("data", "eval_data"), str(files / "test.jsonl")),
+    }
+    for name, value in changes.items():
         old = {**options.to_dict(), "max_steps": 3}[name]
         told = f"{name} ({old!r} before, {value!r} now)"
         with pytest.raises(ValueError, match=f"resume: .*{re.escape(told)}"):
@@ -385,13 +390,21 @@ def test_float16_without_a_gpu_is_refused(options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"batch_size": 0}, "batch_size: expected at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps: expected at least 1, got 0"),
         ({"seq_len": 1}, "seq_len: expected at least 2, got 1"),
         ({"lr": 0.0}, "lr: expected a number above 0, got 0.0"),
         ({"warmup": 1.0}, "warmup: expected a share in [0, 1), got 1.0"),
+        ({"dropout": 1.0}, "dropout: expected a number in [0, 1)"),
         ({"rank": 0}, "rank: expected an integer >= 1, got 0"),
+        ({"k": 9}, "k: expected 0 <= k <= rank"),
+        ({"alpha": 0.0}, "alpha: expected a finite number"),
+        ({"target_modules": "regex:("}, "target_modules: expected a regular expression"),
         ({"target_modules": "q_projection"}, "target_modules: "),
         ({"dtype": "int8"}, "dtype: expected one of auto, float32"),
         ({"eval_steps": 5}, "eval_steps: expected eval_data"),
+        ({"eval_steps": 0}, "eval_steps: expected a number above 0, got 0"),
+        ({"save_steps": -1}, "save_steps: expected a number above 0, got -1"),
         ({"target_modules": ","}, "target_modules: expected 'all-linear'"),
         ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
         ({"training_arguments": "pigeon"}, "training_arguments: expected YAML such as"),
@@ -400,6 +413,7 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"training_arguments": "max_grad_nrm: 1"}, "no max_grad_nrm; did you mean max_grad_norm?"),
         ({"training_arguments": "max_grad_norm: one"}, "norm: expected a number, got 'one'"),
         ({"training_arguments": "bf16: true"}, "arguments: bf16 is set by the option dtype"),
+        ({"training_arguments": "learning_rate: 1"}, "learning_rate is set by the option lr"),
         ({"training_arguments": "eval_packing: true"}, "eval_packing is set by the command"),
         ({"training_arguments": "deepspeed: no.json"}, "training_arguments: "),
         ({"seed": -1}, "seed: expected an integer from 0 to 2**32 - 1, got -1"),
