@@ -56,8 +56,8 @@ class RasaPeftLinear(NamedAdapters, AdaptedLinear):
         if self.rows is not None and not self._disable_adapters:
             return self._row_by_row(x, self.rows, *args, **kwargs)
         y = super().forward(x, *args, **kwargs)
-        for adapter in self.live_adapters()[1:]:
-            y = self._added(y, x, adapter)
+        for name in self.live()[1:]:
+            y = self._added(y, x, self.named(name))
         return y
 
     def _row_by_row(self, x: Tensor, rows: RowAdapters, *args: Any, **kwargs: Any) -> Tensor:
