@@ -144,7 +144,7 @@ def test_killed_at_any_moment_a_folder_loads_as_one_whole_version(tmp_path):
 
 def test_two_processes_that_save_into_one_folder_leave_a_whole_adapter(tmp_path):
     models = [lora(8.0, seed=1), lora(32.0, seed=2)]
-    for trial in range(15):
+    for trial in range(30):
         folder, (ready, go) = tmp_path / str(trial % 3), os.pipe()
 
         def save(model, folder=folder, ready=ready, go=go):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -190,8 +191,11 @@ FIRST = "base_model.model.model.layers.0.self_attn.k_proj.rasa_pool_"
             rf"{KEY}B \(expected \(12, 3\), got \(3, 12\)\)",
         ),
         (lambda d: (d / WEIGHTS).write_bytes(b"12345678 nonsense"), "safetensors"),
+        (lambda d: os.truncate(d / WEIGHTS, 700), "safetensors"),
         (lambda d: torch.save({"weight": nn.Linear(2, 2)}, d / WEIGHTS), "safetensors"),
+        (lambda d: (d / CONFIG).write_text("{"), rf"{CONFIG}.*JSON"),
         (lambda d: (d / CONFIG).write_text("[]"), rf"{CONFIG}.*object"),
+        (_config(peft_type="LORA"), "peft_type.*RASA.*LORA"),
         (_config(r=0), "rank.*0"),
         (_config(r=None), r"\br\b"),
         (_config(rasa_dropout=7), "dropout.*7"),

@@ -282,10 +282,21 @@ def test_a_run_is_resumed_as_it_began_or_not_at_all(options, files, tmp_path, mo
     run(options, max_steps=3)
     before = content(options.output)
     changes = {
-        **{"lr": 1e-4, "warmup": 0.5, "max_steps": 5, "epochs": 2.0},  # the rate falls over all
-        **{"batch_size": 1, "grad_accum": 1, "seed": 1, "rank": 2, "alpha": 4.0, "dropout": 0.0},
-        **{"seq_len": 512, "packing": True, "template": False},
-        **dict.fromkeys(("data", "eval_data"), str(files / "test.jsonl")),
+        "lr": 1e-4,
+        "warmup": 0.5,
+        "max_steps": 5,  # the rate falls to zero over all steps
+        "epochs": 2.0,
+        "batch_size": 1,
+        "grad_accum": 1,
+        "seed": 1,
+        "rank": 2,
+        "alpha": 4.0,
+        "dropout": 0.0,
+        "seq_len": 512,
+        "packing": True,
+        "template": False,
+        "eval_data": str(files / "test.jsonl"),
+        "data": str(files / "test.jsonl"),
     }
     for name, value in changes.items():
         old = {**options.to_dict(), "max_steps": 3}[name]

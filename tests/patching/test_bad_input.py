@@ -22,16 +22,21 @@ NAN, INF = float("nan"), float("inf")
 ARGUMENTS = [
     ({"rank": 0}, "rank", "0"),
     ({"rank": 2.5}, "rank", "2.5"),
+    ({"rank": "8"}, "rank", "'8'"),
     ({"rank": True}, "rank", "True"),
+    ({"rank": None}, "rank", "None"),
     ({"k": -1}, "k", "-1"),
     ({"rank": 4, "k": 5}, "k", "5"),
     ({"k": 1.0}, "k", "1.0"),
     ({"dropout": -0.1}, "dropout", "-0.1"),
     ({"dropout": 1.0}, "dropout", "1"),
     ({"dropout": NAN}, "dropout", "nan"),
+    ({"dropout": "0.1"}, "dropout", "'0.1'"),
     ({"alpha": 0}, "alpha", "0"),
+    ({"alpha": NAN}, "alpha", "nan"),
     ({"alpha": INF}, "alpha", "inf"),
     ({"alpha": "8"}, "alpha", "'8'"),
+    ({"alpha": None}, "alpha", "None"),
     ({"target_modules": 5}, "target_modules", "5"),
     ({"target_modules": None}, "target_modules", "None"),
     ({"target_modules": []}, "target_modules", "list"),
@@ -62,7 +67,7 @@ def test_arguments(options, name, came):
 
 
 @pytest.mark.parametrize(
-    ("options", "name", "came"), [row for row in ARGUMENTS if "config" not in row[0]][:15], ids=str
+    ("options", "name", "came"), [row for row in ARGUMENTS if "config" not in row[0]][:20], ids=str
 )
 def test_config_checks_alike(options, name, came):
     with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b.*{re.escape(came)}"):

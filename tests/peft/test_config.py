@@ -30,12 +30,20 @@ def test_defaults():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"r": 0}, ValueError, "^r: expected an integer >= 1, got 0"),
         ({"r": "8"}, TypeError, "^r: expected an integer, got '8'"),
         ({"rasa_k": 9}, ValueError, "^rasa_k: expected 0 <= k <= rank .rank is 8., got 9"),
         ({"rasa_alpha": 0}, ValueError, "^rasa_alpha: expected a finite number"),
         ({"rasa_dropout": 1.0}, ValueError, r"^rasa_dropout: expected a number in \[0, 1\)"),
+        ({"target_modules": []}, ValueError, "^target_modules: expected"),
+        ({"target_modules": "("}, ValueError, "^target_modules: expected a regular expression"),
         ({"target_modules": [["q"]]}, TypeError, "^target_modules: expected a string or a seq"),
         ({"rasa_experts": "slots"}, ValueError, "^rasa_experts: expected None or 'slot' or"),
+        (
+            {"rasa_experts": "slot", "rasa_method": "lora"},
+            ValueError,
+            "^rasa_experts: expected None or 'own', got",
+        ),
         ({"adapter_dtype": "int8"}, ValueError, "^adapter_dtype: expected one of"),
         ({"experts": "slot"}, TypeError, "argument 'experts'; did you mean rasa_experts"),
         ({"rank": 8}, TypeError, "unexpected keyword argument 'rank'; did you mean r"),

@@ -158,8 +158,10 @@ def test_no_warning_where_experts_are_not_meant(tmp_path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
+        ({"target_modules": ["q_proj"]}, r"^rasa_experts: .*names none; add them"),
         ({"target_modules": ["q_proj", "experts"]}, r"^rasa_experts: .*names none; add them"),
         ({"rasa_experts": None, "target_modules": ["gate_up_proj"]}, "^target_modules: .*alone"),
+        ({"rasa_groups": ["gate_down_proj"]}, "^rasa_groups: .*none ends in 'gate_down_proj'"),
         ({"target_modules": ["gate_up_proj", "embed_tokens"]}, "embed_tokens.* is a Embedding"),
     ],
 )
