@@ -128,13 +128,13 @@ def assert_within(
     expected: Mapping[str, Tensor],
     sizes: Mapping[str, Tensor],
     dtype: torch.dtype,
+    roundings: int = 4,
 ) -> None:
     """Every element to a few roundings of ``sizes``, the formulas over the magnitudes.
 
     One wrong element shows, where a mean over all would hide it.
     """
     info = torch.finfo(dtype)
-    roundings = 8 if dtype == torch.float64 else 4  # there the formulas round as well
     for name, value in found.items():
         assert value.shape == expected[name].shape, name
         error = (value.double() - expected[name]).abs()
@@ -149,13 +149,14 @@ def check_values(
     tensors: Sequence,
     mask: tuple = (),
     kept: Tensor | None = None,
+    roundings: int = 4,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the operators give of the tensors, and the formulas in float64; ``assert_within``."""
     wide = tree_map_only(Tensor, Tensor.double, list(tensors))
     expected = formulas(*wide, kept)
     sizes = formulas(*tree_map_only(Tensor, Tensor.abs, wide), kept)
     found = operators(*tensors, *mask)
-    assert_within(found, expected, sizes, tensors[0].dtype)
+    assert_within(found, expected, sizes, tensors[0].dtype, roundings)
     return found, expected
 
 

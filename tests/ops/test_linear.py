@@ -17,6 +17,8 @@ from tests.helpers.operators import (
     draw_mask,
     drop,
     floor,
+    one_number,
+    one_row,
     random_mask,
 )
 
@@ -133,12 +135,16 @@ def test_only_what_is_needed_is_read_and_comes_back(dropout, device):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_any_strides(layout, dtype, dropout, device):
     """Each tensor in turn in the layout, the others contiguous; and all of them."""
+    repeated = layout in (one_row, one_number)
+    # Errors of equal summands add up, also in the formulas over float64.
+    roundings = 8 if repeated and dtype == torch.float64 else 4
     for shape, place in itertools.product((SHAPES[0], SHAPES[-1]), (0, 1, 3, 4, 5, 6, None)):
         tensors = draw(shape, dtype, device)
         tensors[2] = torch.stack([tensors[2]] * 2, -1)[:, 0]
         for i in (place,) if place is not None else (0, 1, 3, 4, 5, 6):
             tensors[i] = layout(tensors[i])
-        check_values(operators, formulas, tensors, *draw_mask(tensors[0], dropout))
+        given = draw_mask(tensors[0], dropout)
+        check_values(operators, formulas, tensors, *given, roundings)
 
 
 @pytest.mark.parametrize("missing", ["x", "U"])
