@@ -7,7 +7,12 @@ import json
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, PeftModelForCausalLM
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+)
 from safetensors.torch import load_file, save_file
 
 import rasa_ext
@@ -173,6 +178,27 @@ def test_auto_peft_model(side, tmp_path):
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     assert layers(again)
     assert torch.equal(logits(again), logits(model))
+
+
+def test_a_classifiers_head_is_trained_and_saved(tmp_path):
+    """PEFT lists every usual name of a head, of which a model has one; load_adapter copes."""
+    from transformers import LlamaForSequenceClassification
+
+    def build():
+        torch.manual_seed(0)
+        config = make_model().config
+        config.num_labels = 3
+        return LlamaForSequenceClassification(config)
+
+    model = adapted(build(), task_type="SEQ_CLS").eval()
+    assert isinstance(model, PeftModelForSequenceClassification)
+    with torch.no_grad():
+        model.base_model.model.score.weight.add_(1)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(), tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    ours = rasa_ext.load_adapter(build(), tmp_path).eval()
+    assert torch.equal(logits(ours), logits(model))
 
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
