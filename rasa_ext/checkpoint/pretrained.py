@@ -9,6 +9,8 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,49 @@ from torch import Tensor, nn
 
 from rasa_ext.base_layers.quantized import format_of
 from rasa_ext.checkpoint.adapter import save_adapter
-from rasa_ext.patching.pretrained import trained_state
-from rasa_ext.patching.state import adapted_experts, adapted_layers, patch_state, unwrap
-from rasa_ext.patching.tokens import trained_tokens
+from rasa_ext.patching.state import (
+    AFTER_PATCHING,
+    adapted_experts,
+    adapted_layers,
+    owners,
+    patch_state,
+    unwrap,
+)
+from rasa_ext.patching.tokens import row_owners, trained_tokens
 from rasa_ext.writing import new_folder
+
+
+class SavePretrained:
+    """``save_pretrained`` as an attribute of one patched model; a copied model gets a new one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        # A strong reference would be a cycle, which holds the model's memory.
+        self._model: Callable[[], Any] = weakref.ref(model)
+
+    def __call__(self, save_directory: Any, *args: Any, **options: Any) -> None:
+        """Write what ``save_pretrained`` below describes."""
+        save_pretrained(self._model(), save_directory, *args, **options)
+
+    def remove(self) -> None:
+        """Restore the model's own method."""
+        self._model().__dict__.pop("save_pretrained", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self._model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._model = weakref.ref(state["model"])
+
+
+def replace_save_pretrained(model: nn.Module) -> list[Any]:
+    """Replace ``save_pretrained`` of a patched model, if it has one; return what to remove."""
+    if not hasattr(model, "save_pretrained"):
+        return []
+    replaced = model.__dict__["save_pretrained"] = SavePretrained(model)
+    return [replaced, model.register_load_state_dict_post_hook(_nothing_missing)]
+
+
+AFTER_PATCHING.append(replace_save_pretrained)
 
 
 def save_pretrained(
@@ -66,6 +107,26 @@ def save_pretrained(
         save_adapter(root, unfinished, card=None)
         tensors = {key: tensor.contiguous() for key, tensor in trained_state(root).items()}
         save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+
+
+def trained_state(root: nn.Module) -> dict[str, Tensor]:
+    """Return the part of ``state_dict`` that training changes: adapters and trained modules.
+
+    It includes frozen tensors of an adapter, and buffers of modules trained in full.
+    """
+    mine = {id(module.rows) for _, module in row_owners(root)}
+    for _, owner in owners(root):
+        mine |= {id(tensor) for tensor in owner.adapter().sources()}
+    saved = tuple(f"{name}." for name in patch_state(root).plan.modules_to_save)
+    state = root.state_dict(keep_vars=True)
+    return {k: t.detach() for k, t in state.items() if id(t) in mine or k.startswith(saved)}
+
+
+def _nothing_missing(model: nn.Module, keys: Any) -> None:
+    """Hook: accept a state of exactly the trained tensors, which leaves the base unchanged."""
+    missing = set(keys.missing_keys)
+    if missing and missing == set(model.state_dict()) - set(trained_state(model)):
+        keys.missing_keys.clear()
 
 
 def _save_merged(root: nn.Module, folder: str | os.PathLike[str], options: dict[str, Any]) -> None:

@@ -22,8 +22,8 @@ from rasa_ext.nn.rasa_experts import RasaExperts, RasaExpertWeight
 from rasa_ext.nn.trained_tokens import TrainedTokens
 from rasa_ext.patching.config_warnings import config_warnings, untouched, unused_exclusions
 from rasa_ext.patching.grouping import resolve_groups
-from rasa_ext.patching.pretrained import replace_save_pretrained, restore_save_pretrained
 from rasa_ext.patching.state import (
+    AFTER_PATCHING,
     STATE,
     PatchState,
     patch_state,
@@ -222,7 +222,7 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
         plan=plan,
         trainable_before=frozenset(n for n, p in model.named_parameters() if p.requires_grad),
         attributes_before=let_adapters_work(model, wrapped, hide_quantizer=True),
-        hooks=enable_input_require_grads(model) + replace_save_pretrained(model),
+        hooks=enable_input_require_grads(model),
     )
     model.requires_grad_(False)
     replace_modules(model, {**wrapped, **experts, **tokens})
@@ -232,6 +232,8 @@ def apply_plan(model: nn.Module, config: AdapterConfig, plan: Plan) -> None:
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)
     model.__dict__[STATE] = state
+    for action in AFTER_PATCHING:
+        state.hooks += action(model)
 
 
 def remove_layers(model: nn.Module) -> nn.Module:
@@ -245,6 +247,5 @@ def remove_layers(model: nn.Module) -> nn.Module:
     undo(state.attributes_before)
     for hook in state.hooks:
         hook.remove()
-    restore_save_pretrained(root)
     del root.__dict__[STATE]
     return model

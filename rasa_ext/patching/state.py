@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,9 @@ from rasa_ext.patching.tokens import row_owners
 STATE = "_rasa_ext"
 _INNER = ("_orig_mod", "module", "_fsdp_wrapped_module")
 """Attribute names under which torch.compile, data parallelism and FSDP 1 hold the inner module."""
+
+AFTER_PATCHING: list[Callable[[nn.Module], list[Any]]] = []
+"""Called with every patched model; what they return is removed when the model is unpatched."""
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -44,6 +44,8 @@ def imported(module: str) -> set[str]:
             for name in node.names:
                 submodule = f"{node.module}.{name.name}"
                 found.add(submodule if submodule in MODULES else str(node.module))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {each.value for each in node.args if isinstance(each, ast.Constant)}
     return found & set(MODULES) - {module}
 
 
