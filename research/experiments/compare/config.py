@@ -1,4 +1,4 @@
-"""What is compared: the YAML, checked, and the runs that follow from it and from what is done."""
+"""The config of a comparison: read and check the YAML, and list the runs still to do."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ KINDS = {
     "full": (),
     "ours": ("method", "options", "steps"),
 }
-"""Kinds of methods and what each needs besides its rates.
+"""Kinds of methods and the keys that each needs besides "rates".
 
 "peft" is a method of PEFT by name, with the options of its config, over all linear layers.
-"ours" is a method of ``rasa_ext.methods`` by name, with the options of its config and those of what
-it does between the steps: see ``methods.between``.
+"ours" is a method of ``rasa_ext.methods`` by name. Its "options" are those of its config, and its
+"steps" configure the work between optimizer steps: see ``methods.between``.
 """
 OPTIONS = {"lora": ("ranks",), "ours": ("optimizer",)}
-"""What some kinds may have besides "share" and "against", which all may.
+"""Optional keys of some kinds; every kind may also have "share" and "against".
 
-"ranks" are planned, by ``methods.planned``; "optimizer" is for ``methods.optimizer``; "share" is
-the part of a task's steps that the method gets, 1 unless given; "against" the methods that
-the report takes from this one, ``REFERENCE`` unless given.
+"ranks": plan the ranks by ``methods.planned``. "optimizer": options for ``methods.optimizer``.
+"share": the share of the task's steps that the method trains for, by default 1. "against": the
+methods that the report subtracts from this one, by default ``REFERENCE``.
 """
 REFERENCE = "lora-r8"
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The choices of a comparison; see ``config.yaml``."""
+    """The config of a comparison; see ``config.yaml``."""
 
     steps: Mapping[str, int]
-    """Of every task."""
+    """Training steps by task."""
     batch_size: int
     train: int
     dev: int
@@ -55,20 +55,23 @@ class Config:
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
     best: int
-    """Rates of a method that get the further seeds."""
+    """How many of a method's best rates also run with the other seeds."""
     methods: Mapping[str, Mapping[str, Any]]
     ladder: tuple[float, ...] = ()
-    """Rates beyond a method's own, tried one by one while the best is the lowest or the highest."""
+    """Further rates, tried one by one while the best rate is the lowest or highest so far."""
     seq_len: int = SEQ_LEN
     questions: int | None = None
-    """Of exact match; as many as ``test`` unless given."""
+    """Number of questions for exact match; defaults to ``test``."""
     every: int = 0
-    """Steps after which the loss to choose by is measured and the run saved; 0: never."""
+    """Steps between measurements of the dev loss, each of which saves the run; 0 means never."""
 
     def settings(self, task: str, method: str) -> str:
-        """A short mark of all that makes runs of a method comparable, rate and seed left out."""
+        """Return a short hash of all settings that must agree for runs to be comparable.
+
+        Rate and seed are not part of it.
+        """
         left_out = ("tasks", "seeds", "best", "methods", "ladder", "every")
-        # A field that is left at its default came after the first results, and changes none.
+        # Fields with defaults were added after the first results; defaults leave old hashes valid.
         default = {field.name: field.default for field in dataclasses.fields(self)}
         same = {
             name: value
@@ -83,11 +86,11 @@ class Config:
 
 
 BASE = "base"
-"""The model before any training stands in the table as a method."""
+"""Name of the untrained model, which the table lists as a method."""
 
 
 class Key(NamedTuple):
-    """What tells one run from another."""
+    """The values that identify a run."""
 
     task: str
     method: str
@@ -96,9 +99,9 @@ class Key(NamedTuple):
 
 
 def read_config(path: Path | str = CONFIG, names: Collection[str] = NAMES) -> Config:
-    """Read and check a YAML whose tasks are some of ``names``.
+    """Read and check a YAML config with tasks from ``names``.
 
-    Raises ValueError naming the key, what was expected and what came.
+    Raises ValueError if a key or value is wrong; the message names the key.
     """
     given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     fields = dataclasses.fields(Config)
@@ -138,11 +141,11 @@ def read_config(path: Path | str = CONFIG, names: Collection[str] = NAMES) -> Co
 
 
 def pending(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Key]:
-    """The runs that are known to be needed and not in ``rows``, the most telling first.
+    """Return the runs that are known to be needed and are not in ``rows``, in order of running.
 
-    At the first seed: of every task the untrained model and every method's first rate, then every
-    method's second, and so on, and rates of the ladder; then, seed by seed, the rates that were
-    best on the rows to choose by, for every method whose rates are all done.
+    First come the runs with the first seed: the untrained model on every task, every method's first
+    rate, then every method's second rate, and so on, then rates of the ladder. Then, for each other
+    seed, come the rates with the best dev loss of every method that has run at all its rates.
     """
     have = {key_of(row): row for row in of_config(config, rows)}
     first, *others = config.seeds
@@ -168,7 +171,7 @@ def pending(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Key]:
 def best(
     config: Config, have: Mapping[Key, Mapping[str, str]], task: str, method: str
 ) -> list[float]:
-    """The best rates of a method by the loss to choose by; none until all rates are done."""
+    """Return a method's rates with the best dev loss, or no rate until all rates are done."""
     losses = _swept(config, have, task, method)
     rates = set(map(float, config.methods[method]["rates"]))
     if not rates <= losses.keys() or further(config, have, task, method):
@@ -180,7 +183,7 @@ def best(
 def further(
     config: Config, have: Mapping[Key, Mapping[str, str]], task: str, method: str
 ) -> list[float]:
-    """The next rate of the ladder, where the best so far is at the end of those that are done."""
+    """Return the next rate of the ladder if the best rate is the lowest or highest done."""
     losses = _swept(config, have, task, method)
     rates = set(map(float, config.methods[method]["rates"]))
     if not rates <= losses.keys():
@@ -196,14 +199,14 @@ def further(
 def _swept(
     config: Config, have: Mapping[Key, Mapping[str, str]], task: str, method: str
 ) -> dict[float, float]:
-    """Loss to choose by at the first seed, by rate."""
+    """Return the dev loss with the first seed, by rate."""
     rates = {*map(float, config.methods[method]["rates"]), *config.ladder}
     keys = (Key(task, method, lr, config.seeds[0]) for lr in sorted(rates))
     return {key.lr: number(have[key]["dev_loss"]) for key in keys if key in have}
 
 
 def of_config(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """The rows whose settings are those of ``config``, and whose rates are among its method's."""
+    """Return the rows with the settings and rates of ``config``."""
     marks = {
         (task, method): config.settings(task, method)
         for task in config.tasks
@@ -222,15 +225,15 @@ def of_config(config: Config, rows: Iterable[Mapping[str, str]]) -> list[Mapping
 
 
 def file_of(results: Path, config: Path, name: str) -> Path:
-    """The place of what belongs to one YAML alone; the rows of all stand in one file."""
+    """Return the path of a result file of one YAML, unlike runs.csv, which all YAMLs share."""
     return results / (name if config.stem == CONFIG.stem else f"{config.stem}-{name}")
 
 
 def key_of(row: Mapping[str, str]) -> Key:
-    """The run that a row of the table is about."""
+    """Return the run of a table row."""
     return Key(row["task"], row["method"], float(row["lr"]), int(row["seed"]))
 
 
 def number(text: str) -> float:
-    """A cell of the table; infinity for an empty one, which a run that diverged leaves."""
+    """Convert a table cell to a number; an empty cell (a diverged run) becomes infinity."""
     return float(text) if text else math.inf

@@ -1,4 +1,4 @@
-"""The loss to choose by over the steps, of every method at its best rate."""
+"""Curves of the dev loss over the steps, for every method at its best rate."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rasa_research.solver.plots import new_figure
 from research.experiments.compare.config import Config, Key, key_of
 
 Losses = dict[int, list[float]]
-"""Of every seed, by step."""
+"""Losses of all seeds, by step."""
 
 
 def curve_path(folder: Path, key: Key, settings: str) -> Path:
-    """The file of one run's curve."""
+    """Return the path of a run's curve."""
     name = f"{key.task}-{key.method}-{key.lr!r}-seed{key.seed}-{settings}"
     return folder / "curves" / f"{name}.json"
 
 
 def losses_of(folder: Path, runs: Iterable[Mapping[str, str]]) -> Losses:
-    """The losses of runs by step; a run without a file has none."""
+    """Read the losses of runs by step; a run without a file adds none."""
     found: Losses = {}
     for row in runs:
         path = curve_path(folder, key_of(row), row["settings"])
@@ -36,7 +36,7 @@ def _curve(path: Path) -> list[dict[str, Any]]:
 
 
 def curve_table(curves: Mapping[str, Losses]) -> list[dict[str, object]]:
-    """Mean loss by step, a row a method."""
+    """Make a table of the mean loss by step, one row per method."""
     steps = sorted({step for losses in curves.values() for step in losses})
     return [
         {"method": method}
@@ -47,7 +47,7 @@ def curve_table(curves: Mapping[str, Losses]) -> list[dict[str, object]]:
 
 
 def draw_curves(config: Config, curves: Mapping[str, Mapping[str, Losses]], path: Path) -> None:
-    """Mean loss by step, and a band from the lowest to the highest seed: a panel a task."""
+    """Plot the mean loss by step with a band over the seeds, one panel per task."""
     figure = new_figure(7 * max(len(curves), 1), 5)
     for place, (task, methods) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), place + 1)

@@ -1,4 +1,4 @@
-"""A copy of the base model made ready for one method."""
+"""Prepare the base model, the optimizer and the work between steps for one method."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def prepared(
     bfloat16: bool,
     ranks: Mapping[str, int] | None = None,
 ) -> Any:
-    """A copy of ``base`` (float32) whose parameters that require a gradient are the method's.
+    """Return a copy of ``base`` (float32) in which only the method's parameters require grad.
 
-    All linear layers are adapted, the output head left alone. What is trained is float32; with
-    ``bfloat16`` the frozen weights are rounded to it, which the products would do in any case.
-    ``ranks`` are those of single layers, by name, where the method plans them: see ``planned``.
+    All linear layers except the output head are adapted. Trainable parameters are float32. With
+    ``bfloat16`` the frozen weights are rounded, which autocast would do anyway. ``ranks`` are the
+    planned ranks by layer name, for methods that plan them: see ``planned``.
     """
     torch.manual_seed(seed)
     model = copy.deepcopy(base)
@@ -64,12 +64,12 @@ def prepared(
 
 
 def planned(base: Any, batches: Iterable[Mapping[str, Any]], rank: int) -> dict[str, int]:
-    """GeLoRA's ranks from a task's rows, in proportion, of about as many numbers as ``rank`` has.
+    """Plan GeLoRA's ranks from a task's rows, scaled to the size of a LoRA of ``rank``.
 
-    The formula's own values, max(d_{i+1} - d_i, 0) + 1, are little above 1 here, which would
-    compare sizes instead of methods. They are multiplied by one factor and rounded, at least 1,
-    such that the sum of r (in + out) over the layers is as near as it comes to a LoRA's of
-    ``rank``.
+    The formula's values, max(d_{i+1} - d_i, 0) + 1, are only slightly above 1 here, so unscaled
+    ranks would compare sizes instead of methods. All values are multiplied by one factor and
+    rounded to at least 1. The factor makes the sum of r (in + out) over the layers as close as
+    possible to that of a LoRA of ``rank``.
     """
     gains = [max(b - a, 0.0) + 1 for a, b in itertools.pairwise(hidden_dimensions(base, batches))]
     blocks = rank_pattern(base, range(len(gains)))
@@ -87,9 +87,9 @@ def planned(base: Any, batches: Iterable[Mapping[str, Any]], rank: int) -> dict[
 
 
 def optimizer(model: Any, spec: Mapping[str, Any]) -> Callable[..., torch.optim.Optimizer] | None:
-    """What makes a method's optimizer of parameters and options, None for AdamW.
+    """Return a factory for the method's optimizer, or None for AdamW.
 
-    ``optimizer: {lora_pro: {...}}`` are the options of ``LoraPro``, over the same AdamW.
+    ``optimizer: {lora_pro: {...}}`` has the options of ``LoraPro``, which wraps AdamW.
     """
     options = (spec.get("optimizer") or {}).get("lora_pro")
     if options is None:
@@ -102,17 +102,17 @@ def optimizer(model: Any, spec: Mapping[str, Any]) -> Callable[..., torch.optim.
 
 
 def groups(model: Any, spec: Mapping[str, Any], lr: float) -> list[dict[str, Any]] | None:
-    """The optimizer's groups of a method that has some."""
+    """Return the method's parameter groups for the optimizer, or None if it has none."""
     return training.parameter_groups(model, lr) if spec["kind"] == "ours" else None
 
 
 def between(
     model: Any, spec: Mapping[str, Any], seed: int
 ) -> Callable[[torch.optim.Optimizer], Callable[[], object]] | None:
-    """What a method does after each of the optimizer's steps, None for nothing.
+    """Return a factory for the function to call after each optimizer step, or None.
 
-    ``steps: {gates: {...}}`` are the options of ``ProximalGates``, ``{boosting: {...}}`` those of
-    ``Boosting``.
+    ``steps: {gates: {...}}`` has the options of ``ProximalGates``, ``steps: {boosting: {...}}``
+    those of ``Boosting``.
     """
     steps = spec.get("steps") or {}
     if "gates" in steps:

@@ -1,9 +1,9 @@
-"""Tables and pictures of the comparison.
+"""Make tables and plots of the comparison.
 
 python -m research.experiments.compare.report > tables.md
 
-Differences are seed by seed, with Student's 95 % interval of their mean. One that holds 0 shows no
-difference; of twenty that are none, one does not hold it.
+Differences are taken seed by seed, with Student's 95 % interval of their mean. An interval that
+includes 0 shows no difference. Without any difference, one interval in twenty still excludes 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DIFFERENCES = {
     "exact match, %": ("exact_match", 100, 0),
     "loss on other text": ("other_text_loss", 1, 3),
 }
-"""Column of the runs, factor and digits, by the title of the differences' column."""
+"""Column of runs.csv, factor and digits, by the title of the column of differences."""
 _SHORT = {
     "held-out loss": "loss",
     "exact match, %": "solved, %",
@@ -52,7 +52,7 @@ _SHORT = {
     "rates": "rates",
     "seeds": "seeds",
 }
-"""Titles in the table of all tasks."""
+"""Short column titles for the table of all tasks."""
 
 
 def methods_table(
@@ -61,11 +61,11 @@ def methods_table(
     task: str,
     step_times: Mapping[str, str] | None = None,
 ) -> list[dict[str, object]]:
-    """A row a method: its best rate so far by the loss to choose by, and what that reached.
+    """Make a table with one row per method: its best rate by dev loss, and results at that rate.
 
-    Means over seeds with the standard deviation, where there are several. "rates" says how much of
-    the sweep is done; before it is complete, the best rate may be another. ``step_times`` are
-    figures by method to show as they stand.
+    Results are means over the seeds, with the standard deviation if there are several. "rates" is
+    the progress of the sweep; until it is complete, the best rate may change. ``step_times`` has
+    text by method, which is shown unchanged.
     """
     rows = of_config(config, rows)
     base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
@@ -93,7 +93,7 @@ def methods_table(
 def summary_table(
     config: Config, rows: Iterable[Row], step_times: Mapping[str, str] | None = None
 ) -> list[dict[str, object]]:
-    """All tasks in one: of each method what `methods_table` has, rates and seeds task by task."""
+    """Make one table of all tasks with the columns of `methods_table`, most of them per task."""
     rows, found = list(rows), {}
     for task in config.tasks:
         for line in methods_table(config, rows, task, step_times):
@@ -112,10 +112,10 @@ def summary_table(
 
 
 def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
-    """Each method at its best rate less those it stands against at their own, seed by seed.
+    """Make a table of differences between methods at their best rates, seed by seed.
 
-    Runs of one seed meet the same rows in the same order, so that these differences are steadier
-    than the figures themselves. Methods with fewer than two seeds in common are left out.
+    Runs with one seed train on the same rows in the same order, so differences vary less than the
+    losses. Pairs with fewer than two common seeds are left out.
     """
     chosen = {
         method: {row["seed"]: row for row in runs if row["test_loss"]}
@@ -141,7 +141,7 @@ def paired_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[st
 
 
 def interval(differences: list[float], digits: int) -> str:
-    """The mean of 2 to 10 differences, and its 95 % interval."""
+    """Format the mean of 2 to 10 differences with its 95 % interval."""
     mean = statistics.mean(differences)
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     half = _STUDENT[len(differences) - 2] * error
@@ -149,7 +149,7 @@ def interval(differences: list[float], digits: int) -> str:
 
 
 def sweep_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
-    """Loss on the rows to choose by, at the first seed, by method and rate."""
+    """Make a table of the dev loss with the first seed, by method and rate."""
     have = {key_of(row): row for row in of_config(config, rows)}
     rates = sorted({key.lr for key in have})
     result = []
@@ -166,7 +166,7 @@ def sweep_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str
 
 
 def step_table(path: Path) -> list[dict[str, object]]:
-    """What ``step_time`` measured, the quickest method first; empty where it has not been run."""
+    """Make a table of the step times, fastest first; empty if ``step_time`` has not been run."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -189,7 +189,7 @@ def step_table(path: Path) -> list[dict[str, object]]:
 def at_best_rates(
     config: Config, rows: Iterable[Row], task: str
 ) -> dict[str, tuple[int, list[Row]]]:
-    """Of every method in ``rows``: how many rates are swept, and its runs at the best of them."""
+    """Return, for every method in ``rows``, the number of rates done and the best rate's runs."""
     rows, result = list(rows), {}
     for method in config.methods:
         runs = [row for row in rows if row["task"] == task and row["method"] == method]
@@ -201,7 +201,7 @@ def at_best_rates(
 
 
 def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
-    """Loss against rate, and loss against what was forgotten, a row of panels a task."""
+    """Plot loss against rate, and loss against forgetting, one row of panels per task."""
     rows = [row for row in of_config(config, rows) if row["test_loss"]]
     tasks = [task for task in config.tasks if any(row["task"] == task for row in rows)]
     figure = new_figure(11, 4 * max(len(tasks), 1))
@@ -211,7 +211,7 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
         base = next((r for r in rows if r["task"] == task and r["method"] == BASE), None)
         for index, method in enumerate(config.methods):
             runs = [r for r in rows if r["task"] == task and r["method"] == method]
-            # Ten colours; from the eleventh method on they come again as squares.
+            # There are ten colours; methods from the eleventh on have square markers.
             look = {"color": f"C{index % 10}", "marker": "os"[index // 10 % 2]}
             by_rate: dict[float, list[float]] = {}
             for run in runs:
@@ -234,14 +234,14 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
 
 
 def _best_rate(config: Config, runs: list[Row], task: str, method: str) -> float:
-    """By the sweep, or what there is of it; of two rates with several seeds, by their mean."""
+    """Return the best rate of the sweep so far; the best rates are compared by mean over seeds."""
     have = {key_of(row): row for row in runs}
     pair = best(config, have, task, method)
     several = {
         lr: [number(r["dev_loss"]) for r in runs if float(r["lr"]) == lr]
         for lr in (pair or {float(r["lr"]) for r in runs})
     }
-    # A rate is not preferred for a seed that the other has not had.
+    # Only seeds that all these rates have count, so no rate wins by an extra seed.
     seeds = min(len(found) for found in several.values())
     return min(several, key=lambda lr: statistics.mean(several[lr][:seeds]))
 
@@ -270,7 +270,7 @@ def _spread(values: list[float], digits: int = 0, sign: str = "-") -> str | None
 def print_tasks(
     config: Config, rows: Iterable[Row], ratios: Mapping[str, str] | None = None
 ) -> None:
-    """The tables of every task that has rows."""
+    """Print the tables of every task that has rows."""
     rows = list(rows)
     for task in config.tasks:
         if any(row["task"] == task for row in of_config(config, rows)):
@@ -286,7 +286,7 @@ def print_tasks(
 
 
 def main() -> None:
-    """Draw, and print the tables as markdown."""
+    """Draw the plots and print the tables as markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of runs.csv")

@@ -1,12 +1,12 @@
-"""Train SmolLM2-135M-Instruct by every method, at every rate, and write what came of it.
+"""Train SmolLM2-135M-Instruct with every method at every rate, and write the results.
 
-    # results/runs.csv, a row a finished run
+    # writes results/runs.csv, one row per finished run
     python -m research.experiments.compare.run [--minutes M]
-    python -m research.experiments.compare.report  # tables and pictures of it
+    python -m research.experiments.compare.report  # tables and plots of runs.csv
 
-Started again, it goes on with the runs that the table lacks; started twice, the two share them.
-``--minutes`` ends after the run during which they pass. A run that is cut leaves no row; where the
-config has ``every``, it goes on from the last loss that was measured.
+A new start continues with the runs that the table lacks; two processes share the runs. After M
+minutes the command finishes the current run and ends. An interrupted run leaves no row; if the
+config sets ``every``, the run resumes from its last measured loss.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ COLUMNS = (
 
 STATE = Path(__file__).parents[3] / "build" / "runs"
 _AT_ONCE = 16
-"""Rows of which hidden states are measured at a time."""
+"""Batch size for measuring hidden states."""
 
 
 class Bench:
-    """The model, the tasks and the text that is measured for forgetting."""
+    """The base model, the tasks and the text that measures forgetting."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class Bench:
         state: Path = STATE,
         gsm8k: Path | None = None,
     ) -> None:
-        """``base`` is float32 and stays as it is; ``results`` is the folder of tables.
+        """Set the float32 base model, which is never changed, and the folders.
 
-        ``state`` is that of runs that are under way, ``gsm8k`` that of the task's files.
+        ``results`` has the tables, ``state`` the unfinished runs, ``gsm8k`` the files of GSM8K.
         """
         self.config, self.base, self.tokenizer = config, base, tokenizer
         self.pad = tokenizer.pad_token_id
@@ -77,7 +77,7 @@ class Bench:
         self._tasks: dict[str, Task] = {}
 
     def task(self, name: str) -> Task:
-        """A task, made when it is first needed."""
+        """Return a task, which is made on first use."""
         if name not in self._tasks:
             asked = ("train", "dev", "test", "seq_len", "questions")
             given = {each: getattr(self.config, each) for each in asked}
@@ -85,15 +85,15 @@ class Bench:
         return self._tasks[name]
 
     def task_of(self, key: Key) -> Task:
-        """The task of a run."""
+        """Return the task of a run."""
         return self.task(key.task)
 
     def base_of(self, key: Key) -> Any:
-        """The model that a run begins with."""
+        """Return the model that a run starts from."""
         return self.base
 
     def ranks(self, task: Task, rank: int) -> dict[str, int]:
-        """GeLoRA's ranks for a task by layer; planned once, then read from a table."""
+        """Return GeLoRA's ranks for a task by layer, planned once and then read from a table."""
         table = Table(self.results / "ranks.csv", ("task", "train", "rank", "layer", "planned"))
         same = {"task": task.name, "train": str(len(task.train)), "rank": str(rank)}
         found = {r["layer"]: int(r["planned"]) for r in table.rows() if same.items() <= r.items()}
@@ -108,7 +108,7 @@ class Bench:
         return found
 
     def do(self, key: Key) -> dict[str, Any]:
-        """Train and measure one run; its row. A run that diverged has no losses."""
+        """Train and measure one run and return its row. A diverged run has no losses."""
         config, task, row = self.config, self.task_of(key), _head(self.config, key)
         base = self.base_of(key)
         if key.method == BASE:
@@ -132,7 +132,7 @@ class Bench:
         return row | self._measured(run.model, task)
 
     def _train_and_measure(self, run: Run, task: Task, key: Key, row: Mapping[str, Any]) -> None:
-        """Train, with the loss to choose by every so many steps, and save both each time."""
+        """Train, and measure the dev loss and save the run every ``config.every`` steps."""
         path = curve_path(self.results, key, row["settings"])
         state, curve = self.state / f"{path.stem}.pt", []
         if state.is_file():
@@ -182,7 +182,7 @@ def make_run(
     recipe: Recipe,
     ranks: Mapping[str, int] | None = None,
 ) -> Run:
-    """A run of a method with all that it does, over a copy of ``base``."""
+    """Make a method's run over a copy of ``base``, with its optimizer and work between steps."""
     model = prepared(base, spec, recipe.seed, bfloat16=recipe.bfloat16, ranks=ranks)
     return Run(
         model,
@@ -196,10 +196,10 @@ def make_run(
 
 
 def advance(bench: Any, table: Table) -> bool:
-    """Do the first run that the table lacks and no other process is at; False without any."""
+    """Do the first missing run that no other process has claimed; return False if there is none."""
     for key in pending(bench.config, table.rows()):
         with table.claim(repr(key)) as mine:
-            # Another process may have finished it since the table was read.
+            # Another process may have finished the run since the table was read.
             if not mine or key not in pending(bench.config, table.rows()):
                 continue
             began = time.monotonic()
@@ -224,7 +224,7 @@ def _head(config: Config, key: Key) -> dict[str, Any]:
 
 
 def _timing(run: Run) -> dict[str, str]:
-    """The median step, and whether something else kept the machine busy at the end."""
+    """Return the median step time and whether the machine had other load at the end."""
     others = os.getloadavg()[0] - torch.get_num_threads()
     seconds = run.seconds[min(3, len(run.seconds) - 1) :]
     return {
@@ -234,13 +234,13 @@ def _timing(run: Run) -> dict[str, str]:
 
 
 def _forget_peak() -> None:
-    """Have the system count the process's peak of memory anew, where it can."""
+    """Reset the process's peak memory in the kernel, if the system supports that."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak() -> int | None:
-    """Bytes of memory that the process had at most since then: the base's copy is among them."""
+    """Return the process's peak memory in bytes since the reset, including the base's copy."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(each.split()[1]) << 10 for each in lines if each.startswith("VmHWM"))
@@ -252,29 +252,29 @@ def _shown(value: float) -> str:
 
 
 def work(bench: Any, table: Table, minutes: float) -> None:
-    """Do runs until none is left, or until so many minutes have passed."""
+    """Do runs until none is left or ``minutes`` have passed."""
     end = time.monotonic() + 60 * minutes
     while (left := pending(bench.config, table.rows())) and time.monotonic() < end:
         if not advance(bench, table):
-            time.sleep(5)  # others are at all that is known; what they find may bring more
+            time.sleep(5)  # other processes do all known runs; their results may require more runs
     print(f"{len(left)} runs are known to be left" if left else "done")
 
 
 def arguments(description: str | None, config: Path, results: Path) -> argparse.ArgumentParser:
-    """What every command that does runs takes."""
+    """Return a parser with the options that all commands with runs share."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=config)
     parser.add_argument("--results", type=Path, default=results, help="folder for runs.csv")
-    parser.add_argument("--state", type=Path, default=STATE, help="folder for what is not results")
+    parser.add_argument("--state", type=Path, default=STATE, help="folder for unfinished runs")
     parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--list", action="store_true", help="show what is to be done, do nothing")
+    parser.add_argument("--list", action="store_true", help="list the runs to do, run nothing")
     return parser
 
 
 def main() -> None:
-    """Run the command above."""
+    """Run the command."""
     parser = arguments(__doc__, CONFIG, RESULTS)
     parser.add_argument("--gsm8k", type=Path, help="folder of GSM8K's train.jsonl and test.jsonl")
     given = parser.parse_args()

@@ -1,12 +1,12 @@
-"""A training step of every method, interleaved in one process: the only place that compares times.
+"""Time a training step of every method, interleaved in one process.
 
     python -m research.experiments.compare.step_time [--lora-ranks 8 16 32 37 48] [--rounds 15]
 
-Forward, backward, optimizer and what a method does after it, on one batch of the config's first
-task. It wants an idle machine, and says where it was not: ``--processor`` then takes the
-processor's time in the place of the clock's. LoRAs of further ranks are PEFT's, or with
-``--own-lora-ranks`` those of this package. Writes results/step_time.csv, with another config its
-name before it.
+Only these times can be compared between methods. A step is forward, backward, optimizer and the
+method's work after it, on one batch of the config's first task. The machine should be idle; the
+command warns if it was not. On a busy machine, ``--processor`` measures processor time instead of
+wall time. ``--lora-ranks`` adds LoRAs of PEFT, ``--own-lora-ranks`` LoRAs of rasa_ext. The times go
+to results/step_time.csv, or to NAME-step_time.csv for another config NAME.yaml.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def measure(
     reference: str = REFERENCE,
     processor: bool = False,
 ) -> list[dict[str, Any]]:
-    """Quartiles of seconds per step of every run, and its median over the reference's.
+    """Measure quartiles of every run's seconds per step, and the median over the reference's.
 
-    ``processor``: seconds of this process on the processor, which those of others do not add to.
+    With ``processor``, count the processor time of this process instead of wall time.
     """
     used: dict[str, list[float]] = {name: [] for name in runs}
 
@@ -79,7 +79,7 @@ def make_runs(
     recipe: Recipe,
     ranks: Mapping[str, int] | None = None,
 ) -> dict[str, Run]:
-    """A run of every method on the same rows; ``ranks`` for those that plan them."""
+    """Make a run of every method on the same rows; ``ranks`` go to methods that plan ranks."""
     return {
         name: make_run(base, spec, rows, pad, recipe, ranks if "ranks" in spec else None)
         for name, spec in specs.items()
@@ -87,18 +87,18 @@ def make_runs(
 
 
 def main() -> None:
-    """Run the command above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--gsm8k", type=Path, help="folder of GSM8K's train.jsonl and test.jsonl")
-    parser.add_argument("--methods", nargs="*", help="of the config; all unless given")
+    parser.add_argument("--methods", nargs="*", help="methods of the config; by default all")
     parser.add_argument("--lora-ranks", type=int, nargs="*", default=[])
     parser.add_argument("--own-lora-ranks", type=int, nargs="*", default=[])
-    parser.add_argument("--reference", default=REFERENCE, help="the method that ratios are to")
-    parser.add_argument("--processor", action="store_true", help="time on the processor")
+    parser.add_argument("--reference", default=REFERENCE, help="method to divide times by")
+    parser.add_argument("--processor", action="store_true", help="measure processor time")
     parser.add_argument("--rounds", type=int, default=15)
     given = parser.parse_args()
     harness.pin_allocator()
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The table, anew: times of different runs of this command do not mix."""
+    """Overwrite the table, because times of different runs of this command cannot be compared."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
