@@ -1,1 +1,1 @@
-"""Tasks whose weight change has a known rank: held-out loss against rank, by depth."""
+"""Measure held-out loss against rank on tasks that need a weight change of known rank."""

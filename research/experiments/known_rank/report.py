@@ -1,4 +1,4 @@
-"""Tables and a picture of held-out loss against rank.
+"""Make tables and a plot of held-out loss against rank.
 
 python -m research.experiments.known_rank.report > tables.md
 """
@@ -28,7 +28,7 @@ LOOKS = {"lora": ("LoRA", "C1"), "rasa": ("RaSA, k = r", "C0"), "diagonal": ("Ra
 
 
 def rank_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str, object]]:
-    """A row a rank: held-out losses over the seeds, and differences seed by seed."""
+    """Make a table with a row per rank: held-out losses, and differences seed by seed."""
     rows = list(rows)
     losses = {line["method"]: line["held-out loss"] for line in methods_table(config, rows, task)}
     less = {
@@ -60,7 +60,7 @@ def rank_table(config: Config, rows: Iterable[Row], task: str) -> list[dict[str,
 
 
 def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
-    """Loss against rank, a panel a task: the median over the seeds, and all seeds as dots."""
+    """Plot loss against rank, a panel per task, with medians as lines and all seeds as dots."""
     rows = of_config(config, rows)
     tasks = [task for task in config.tasks if any(row["task"] == task for row in rows)]
     figure = new_figure(4.5 * max(len(tasks), 1), 4)
@@ -87,11 +87,11 @@ def draw(config: Config, rows: Iterable[Row], path: Path) -> None:
 
 
 def main() -> None:
-    """Draw, and print the tables as markdown."""
+    """Draw the plot and print the tables as markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of runs.csv")
-    parser.add_argument("--all", action="store_true", help="a row a method, and no picture")
+    parser.add_argument("--all", action="store_true", help="one row per method, and no plot")
     given = parser.parse_args()
     config = read_config(given.config, TASKS)
     rows = Table(given.results / "runs.csv", COLUMNS).rows()

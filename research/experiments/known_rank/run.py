@@ -1,10 +1,10 @@
-"""Train small models on new tasks of a known rank, by LoRA and RaSA of every rank.
+"""Train small models on new tasks of known rank, with LoRA and RaSA at every rank.
 
-    # results/runs.csv, a row a finished run
+    # writes results/runs.csv, one row per finished run
     python -m research.experiments.known_rank.run [--minutes M]
-    python -m research.experiments.known_rank.report  # tables and a picture of it
+    python -m research.experiments.known_rank.report  # tables and a plot of runs.csv
 
-Started again, it goes on with the runs that the table lacks; started twice, the two share them.
+A new start continues with the runs that the table lacks; two processes share the runs.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ TASKS = {f"{kind}-L{depth}": (kind, depth) for depth in DEPTHS for kind in RANKS
 
 
 class KnownRank(Bench):
-    """Models of several depths, whose facts and new tasks are the seed's."""
+    """Models of several depths; the run's seed determines their facts and new tasks."""
 
     def __init__(self, config: Config, results: Path, state: Path) -> None:
-        """``state`` is the folder of bases, which are made when they are first needed."""
+        """Set the folders; ``state`` has the base models, which are made on first use."""
         self.config, self.results, self.state, self.pad = config, results, state, PAD
         self.tokenizer, self.other = None, []
 
     def task_of(self, key: Key) -> Task:
-        """The target of a run's kind and seed."""
+        """Return the target task for the run's kind and seed."""
         kind, _ = TASKS[key.task]
         return make_target(kind, RANKS[kind], key.seed)
 
     def base_of(self, key: Key) -> Any:
-        """The model of the run's depth that knows the facts of the run's seed."""
+        """Return a model of the run's depth that has learnt the facts of the run's seed."""
         return make_base(TASKS[key.task][1], key.seed, self.state / "known-rank")
 
 
 def main() -> None:
-    """Run the command above."""
+    """Run the command."""
     given = arguments(__doc__, CONFIG, RESULTS).parse_args()
     config = read_config(given.config, TASKS)
     table = Table(given.results / "runs.csv", COLUMNS)

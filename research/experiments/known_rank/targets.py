@@ -1,7 +1,7 @@
-"""A small model that has learnt facts, and new tasks of a known rank for it.
+"""A small model that has learnt facts, and new tasks of known rank for this model.
 
-A fact is a pair of key tokens and the value that follows them. A token of noise comes first, so
-that a fact has contexts that no training row shows. Keys are drawn by the seed.
+A fact is a pair of key tokens followed by a value token. Each row starts with a noise token, so
+that a fact can be tested in contexts that no training row shows. The seed draws the keys.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from research.experiments.tasks import Task
 from research.experiments.training import Recipe, Run, mean_loss
 
 PAD, VALUES, KEYS = 0, 64, 32
-"""A token of padding; how many tokens are values, and how many first or second keys."""
+"""The padding token; the number of values; the number of first keys, and also of second keys."""
 _NOISE = range(1 + VALUES + 2 * KEYS, 17 + VALUES + 2 * KEYS)
 TRAIN_NOISE, HELD_OUT_NOISE = _NOISE[:12], _NOISE[12:]
-"""Tokens before a fact. A base is trained with all of them, a new task with the first ones."""
+"""Noise tokens before a fact: the base trains with all of them, a new task with the first 12."""
 _EACH = 4
-"""Facts that a value has."""
+"""Number of facts per value."""
 WIDTH = 64
 BASE_RECIPE = Recipe(steps=1200, batch_size=64, lr=2e-3, bfloat16=False)
 BASE_LOSS = 0.01
-"""Of the facts in nats, at most: a base with a higher loss has not learnt them."""
+"""Highest loss in nats on the facts at which the base counts as having learnt them."""
 KINDS = ("permute", "values")
 
 Fact = tuple[int, int, int]
-"""First key, second key, value, as tokens."""
+"""The tokens of a fact: first key, second key, value."""
 
 
 def facts(seed: int) -> list[Fact]:
-    """What the base of a seed knows: random keys. Every ``VALUES`` facts have all values once."""
+    """Return the facts of a seed's base, with random keys.
+
+    Each run of ``VALUES`` facts has every value once.
+    """
     draw = random.Random(f"facts/{seed}")
     first, second = 1 + VALUES, 1 + VALUES + KEYS
     pairs = [(first + a, second + b) for a in range(KEYS) for b in range(KEYS)]
@@ -45,7 +48,7 @@ def facts(seed: int) -> list[Fact]:
 
 
 def rows_of(known: list[Fact], noise: range, count: int, seed: int = 0) -> list[Row]:
-    """``count`` rows for each fact, each with another of the tokens of noise before it."""
+    """Return ``count`` rows for each fact, each with a different noise token before the fact."""
     draw = random.Random(f"rows/{seed}")
     return [
         {"input_ids": [each, a, b, value], "labels": [IGNORE, IGNORE, IGNORE, value]}
@@ -55,15 +58,15 @@ def rows_of(known: list[Fact], noise: range, count: int, seed: int = 0) -> list[
 
 
 def make_target(kind: str, rank: int, seed: int) -> Task:
-    """A new task for the base of a seed.
+    """Make a new task for the base of a seed.
 
-    "permute": ``rank`` + 1 values change places in one cycle, so that the map of values has a
-    change of exactly that rank, whatever the keys. Half of every value's facts are shown; held out
-    are other facts. "values": ``rank`` facts get new values, so that a linear memory needs a change
-    of at most that rank. All of them are shown; held out are contexts. Of the facts that keep their
-    value, half are shown, and half are held out as ``other``.
+    "permute": ``rank`` + 1 values change places in one cycle, so the map of values changes by
+    exactly this rank, whatever the keys. Half of each moved value's facts are training rows; dev
+    and test have the other facts. "values": ``rank`` facts get new values, so a linear memory needs
+    a change of at most this rank. All changed facts are training rows; dev and test show them in
+    other contexts. Half of the unchanged facts are training rows; the other half is ``other``.
 
-    Raises ValueError for another kind, or a rank that the kind cannot have.
+    Raises ValueError if the kind is unknown or the rank is out of range.
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}.")
@@ -76,10 +79,10 @@ def make_target(kind: str, rank: int, seed: int) -> Task:
         moved = dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
         changed = [(a, b, moved[value]) for a, b, value in known if value in moved]
         same = [fact for fact in known if fact[2] not in moved]
-        once = len(cycle)  # facts that change, one of each value
+        once = len(cycle)  # number of changed facts with each value once
         shown, dev, test = changed[: 2 * once], changed[2 * once : 3 * once], changed[3 * once :]
     else:
-        others = [draw.choice(range(1, VALUES)) for _ in range(rank)]  # any value but the old one
+        others = [draw.choice(range(1, VALUES)) for _ in range(rank)]  # offset to another value
         changed = [
             (a, b, 1 + (value - 1 + other) % VALUES)
             for (a, b, value), other in zip(known, others, strict=False)
@@ -97,9 +100,10 @@ def make_target(kind: str, rank: int, seed: int) -> Task:
 
 
 def make_base(depth: int, seed: int, folder: Path) -> Any:
-    """A Llama of ``depth`` layers that knows the facts of a seed, read from ``folder`` if it can.
+    """Return a Llama of ``depth`` layers that has learnt the facts of a seed.
 
-    Raises ValueError where it has not learnt them: a new task would then be another one.
+    The model is read from ``folder`` if it is there, else trained and saved. Raises ValueError if
+    the model has not learnt the facts, because the new tasks assume that it has.
     """
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
@@ -129,7 +133,7 @@ def make_base(depth: int, seed: int, folder: Path) -> Any:
     if loss > BASE_LOSS:
         raise ValueError(f"base: expected a loss of at most {BASE_LOSS} on the facts, got {loss}.")
     folder.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}")  # another process may make the same base
+    beside = path.with_suffix(f".{os.getpid()}")  # another process may be making the same base
     torch.save(model.state_dict(), beside)
     os.replace(beside, path)
     return model.requires_grad_(False)
