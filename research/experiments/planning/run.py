@@ -1,10 +1,10 @@
-"""Train SmolLM2-135M-Instruct to hop and to chain hashes, and measure what ranks were used.
+"""Train SmolLM2-135M-Instruct on HashHop and on HashChain, and measure the ranks that are used.
 
-    # results/runs.csv, a row a finished run
+    # writes results/runs.csv, one row per finished run
     python -m research.experiments.planning.run [--minutes M]
-    python -m research.experiments.planning.run --report  # the tables of the README, from that file
+    python -m research.experiments.planning.run --report  # the README's tables, from runs.csv
 
-Started again, it goes on with the runs that the table lacks.
+A new start continues with the runs that the table lacks.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COLUMNS = (
 
 
 class Key(NamedTuple):
-    """One run."""
+    """The values that identify a run."""
 
     task: str
     method: str
@@ -54,21 +54,21 @@ class Key(NamedTuple):
 
 
 def pending(rows: list[dict[str, str]]) -> list[Key]:
-    """The runs that the table lacks, seed by seed, so that what is cut is whole seeds."""
+    """Return the runs that the table lacks, seed by seed, so that early seeds finish first."""
     done = {Key(row["task"], row["method"], int(row["seed"])) for row in rows}
     every = (Key(task, name, seed) for seed in SEEDS for name in METHODS for task in TASKS)
     return [key for key in every if key not in done]
 
 
 def rows_of(task: str, count: int, seed: int, tokenizer: Any) -> list[Row]:
-    """Encoded records of a task; the completion is learnt, with the token that ends it."""
+    """Encode records of a task; the completion and its end token have a loss."""
     records = TASKS[task](count, HOPS, seed=seed, pairs=PAIRS)
     end = tokenizer.eos_token
     return [encoded(r["prompt"], r["completion"] + end, tokenizer, 256) for r in records]
 
 
 def do(base: Any, tokenizer: Any, key: Key) -> dict[str, Any]:
-    """Train and measure one run; its row. Raises ValueError where the loss is no number."""
+    """Train and measure one run and return its row. Raises ValueError if the run diverges."""
     model = prepared(base, METHODS[key.method], key.seed, bfloat16=True)
     pad = tokenizer.pad_token_id
     train = rows_of(key.task, STEPS * BATCH_SIZE, key.seed, tokenizer)
@@ -100,7 +100,7 @@ def do(base: Any, tokenizer: Any, key: Key) -> dict[str, Any]:
 
 
 def analyzed(model: Any) -> list[GroupAnalysis]:
-    """The adapter of a model of this package, or of PEFT."""
+    """Analyze the adapter of a model patched by rasa_ext or PEFT."""
     if not hasattr(model, "peft_config"):
         return analyze(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +109,7 @@ def analyzed(model: Any) -> list[GroupAnalysis]:
 
 
 def report(rows: list[dict[str, str]]) -> Iterator[str]:
-    """Mean ± standard deviation over the seeds, as lines of markdown tables."""
+    """Yield the lines of markdown tables with mean ± standard deviation over the seeds."""
     yield "| method | task | loss before | after | effective rank | norm | seeds |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for method in METHODS:
@@ -127,7 +127,7 @@ def report(rows: list[dict[str, str]]) -> Iterator[str]:
 
 
 def _ratios(rows: list[dict[str, str]], method: str, name: str) -> list[dict[str, str]]:
-    """Hop's over chain's, seed by seed."""
+    """Return the ratios of hop's value to chain's, seed by seed."""
     found = {(r["task"], r["seed"]): float(r[name]) for r in rows if r["method"] == method}
     both = (seed for task, seed in found if task == "hop" and ("chain", seed) in found)
     return [{"ratio": str(found["hop", seed] / found["chain", seed])} for seed in both]
@@ -141,7 +141,7 @@ def _spread(rows: list[dict[str, str]], name: str) -> str:
 
 
 def main() -> None:
-    """Run the commands above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
