@@ -1,1 +1,1 @@
-"""LoRAs over one shared basis beside LoRAs apart of the same size."""
+"""Compare LoRAs over one shared basis with separate LoRAs of the same total size."""

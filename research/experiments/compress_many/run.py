@@ -1,11 +1,11 @@
-"""Errors of `compress_many` beside those of LoRAs apart of the same size.
+"""Compare errors of `compress_many` with errors of separate LoRAs of the same total size.
 
-    python -m research.experiments.compress_many.run  # made-up LoRAs: seconds
+    python -m research.experiments.compress_many.run  # random LoRAs: seconds
     # LoRAs of SmolLM2-135M-Instruct: minutes
     python -m research.experiments.compress_many.run --trained
-    python -m research.experiments.compress_many.run --report  # the table of the README
+    python -m research.experiments.compress_many.run --report  # the README's table
 
-Rows go to results/errors.csv. A kind of LoRAs that is there already is left out.
+Rows go to results/errors.csv. Kinds of LoRAs that are in the file are not measured again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BASES = {"trained": (8, 16, 24), "made": (16, 32, 48)}
 
 
 def made(folder: Path, shared: int, count: int = 8, out: int = 256, width: int = 192) -> list[Path]:
-    """Random LoRAs; so many of their ranks are the same for all, but for a diagonal each."""
+    """Write random LoRAs that share ``shared`` ranks, each with its own diagonal over them."""
     draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
     B, A = draw(out, shared), draw(shared, width)
     found = []
@@ -57,7 +57,7 @@ def made(folder: Path, shared: int, count: int = 8, out: int = 256, width: int =
 
 
 def trained(folder: Path, same_start: bool) -> list[Path]:
-    """LoRAs over q_proj and v_proj of SmolLM2-135M-Instruct, one for each of four tasks."""
+    """Train a LoRA over q_proj and v_proj of SmolLM2-135M-Instruct for each of four tasks."""
     name = find_smollm2()
     base, tokenizer = load_model(name, "float32"), load_tokenizer(name)
     found = []
@@ -78,7 +78,7 @@ def trained(folder: Path, same_start: bool) -> list[Path]:
 
 
 def rows_of(task: str, tokenizer: object) -> list[Row]:
-    """What a task trains on."""
+    """Return the training rows of a task."""
     count = STEPS * BATCH_SIZE
     if task in ("maths", "docstrings"):
         return make_task(task, tokenizer, train=count, dev=0, test=0).train
@@ -99,7 +99,7 @@ TRAINED: dict[str, Callable[[Path], list[Path]]] = {
 
 
 def measure(name: str, make: Callable[[Path], list[Path]]) -> Iterator[dict[str, object]]:
-    """A row for each rank of the basis."""
+    """Compress the LoRAs and yield a row for each rank of the basis."""
     with tempfile.TemporaryDirectory() as folder:
         directories = make(Path(folder))
         for basis in BASES[name.partition(",")[0]]:
@@ -118,7 +118,7 @@ def measure(name: str, make: Callable[[Path], list[Path]]) -> Iterator[dict[str,
 
 
 def report(rows: list[dict[str, str]]) -> str:
-    """The README's table."""
+    """Return the README's table."""
     return markdown(
         [
             {
@@ -135,7 +135,7 @@ def report(rows: list[dict[str, str]]) -> str:
 
 
 def main() -> None:
-    """Run the commands above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
