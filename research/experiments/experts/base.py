@@ -1,4 +1,4 @@
-"""A small mixture of experts that is made here: its tokenizer, its text, its training in full."""
+"""A small mixture-of-experts base model: the tokenizer, the text and the full training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TEMPLATE = (
     "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}"
     "{% if m['role'] == 'user' %}\n>{% else %}<|end|>{% endif %}{% endif %}{% endfor %}"
 )
-"""A text, a mark, the answer, and the token that ends it; what the task is stands nowhere."""
+"""Chat template: text, mark, answer, end token. It omits system messages, which name the task."""
 
 SHAPE = {
     "vocab_size": 512,
@@ -39,15 +39,18 @@ SHAPE = {
 }
 RECIPE = Recipe(steps=400, batch_size=16, lr=3e-3, bfloat16=False)
 LONGEST = 96
-"""Tokens of a row of the base's text."""
+"""Limit of tokens in a row of the base's text."""
 HELD_OUT = 64
 EVERY = 100
-"""Steps after which the training of the base is kept."""
+"""Steps between checkpoints of the base's training."""
 
 
 @functools.cache
 def make_tokenizer(vocab_size: int = 512) -> Any:
-    """Byte-level BPE over the training text of both tasks, the same for the same Python release."""
+    """Train byte-level BPE on the training text of both tasks.
+
+    Equal Python releases give equal tokenizers.
+    """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -65,7 +68,7 @@ def make_tokenizer(vocab_size: int = 512) -> Any:
 
 
 def text_rows(split: docstrings.Split, tokenizer: Any) -> list[Row]:
-    """The text that the base is trained on: functions with their summaries, every token learnt."""
+    """Encode the base's text, functions with summaries; every token except the first has a loss."""
     found = []
     for text in _texts(split):
         ids = list(tokenizer(text + PAD, add_special_tokens=False)["input_ids"])[:LONGEST]
@@ -78,16 +81,16 @@ def _texts(split: docstrings.Split) -> list[str]:
 
 
 def make_model(seed: int = 0, **shape: Any) -> Any:
-    """A Qwen3-MoE of random numbers, of ``SHAPE`` but for what is given."""
+    """Make a Qwen3-MoE with random weights and the config ``SHAPE``, updated by ``shape``."""
     torch.manual_seed(seed)
     given = {**SHAPE, "max_position_embeddings": 512, "tie_word_embeddings": True, **shape}
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**given, norm_topk_prob=True))
 
 
 def make_base(path: Path, recipe: Recipe = RECIPE, **shape: Any) -> tuple[Any, float]:
-    """The base, trained or read from ``path``, and its loss on held-out text in nats a token.
+    """Train the base or read it from ``path``; return it with its held-out loss in nats per token.
 
-    A training that is cut goes on from ``path``, which is written every ``EVERY`` steps.
+    Interrupted training resumes from ``path``, which is written every ``EVERY`` steps.
     """
     tokenizer, model = make_tokenizer(), make_model(**shape)
     pad = tokenizer.pad_token_id
@@ -110,9 +113,10 @@ def make_base(path: Path, recipe: Recipe = RECIPE, **shape: Any) -> tuple[Any, f
 
 @torch.no_grad()
 def experts_used(model: Any, rows: Sequence[Row], pad: int) -> float:
-    """How many experts a layer uses: the exponential of the entropy of its choices, layers' mean.
+    """Return the effective number of experts that a layer uses, as a mean over layers.
 
-    A layer that gives every expert the same share uses all of them.
+    It is the exponential of the entropy of the layer's choices, so a layer that chooses all experts
+    equally often uses all of them.
     """
     counts: dict[str, torch.Tensor] = {}
     hooks = []

@@ -1,11 +1,11 @@
 """Adapt a small mixture of experts to a second task, with each way of sharing pools and with LoRA.
 
-    # results/runs.csv, a row a finished run
+    # writes results/runs.csv, one row per finished run
     python -m research.experiments.experts.run [--minutes M]
-    python -m research.experiments.experts.run --report  # the tables of the README, from that file
+    python -m research.experiments.experts.run --report  # the README's tables, from runs.csv
 
-The base is trained first, and kept in ``build/experts-base`` (git ignores it) so that it is made
-once. Started again, it goes on with what is left: of the base's steps, and of the table's runs.
+The base is trained once and saved in ``build/experts-base``, which git ignores. A new start resumes
+the base's training and continues with the runs that the table lacks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "shared r3 k1": {"rank": 3, "k": 1, "experts": "shared"},
     "shared, pool only r8": {"rank": 8, "k": 8, "experts": "shared"},
 }
-"""What lies over the experts. Attention has a LoRA of PEFT's in all of them."""
+"""The adapter of the experts. Attention has a PEFT LoRA in every method."""
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 STEPS, BATCH_SIZE = 150, 8
@@ -64,7 +64,7 @@ COLUMNS = (
 
 
 class Key(NamedTuple):
-    """One run."""
+    """The values that identify a run."""
 
     method: str
     lr: float
@@ -72,7 +72,7 @@ class Key(NamedTuple):
 
 
 def pending(rows: list[dict[str, str]]) -> list[Key]:
-    """The runs that the table lacks: all rates at the first seed, then the best at the others."""
+    """Return the missing runs: all rates with the first seed, the best rate with the others."""
     done = {Key(row["method"], float(row["lr"]), int(row["seed"])): row for row in rows}
     first, *others = SEEDS
     wanted = [Key(method, lr, first) for lr in RATES for method in METHODS]
@@ -83,7 +83,7 @@ def pending(rows: list[dict[str, str]]) -> list[Key]:
 
 
 def best_rate(rows: list[dict[str, str]], method: str) -> float | None:
-    """The rate of the lowest loss to choose by at the first seed; None before all are known."""
+    """Return the rate with the lowest dev loss at the first seed, or None until all rates ran."""
     losses = {
         float(row["lr"]): float(row["dev_loss"] or math.inf)
         for row in rows
@@ -95,7 +95,7 @@ def best_rate(rows: list[dict[str, str]], method: str) -> float | None:
 
 
 def prepared(base: Any, method: str, seed: int) -> Any:
-    """A copy of the base whose parameters that require a gradient are the method's."""
+    """Return a copy of the base in which only the method's parameters require grad."""
     torch.manual_seed(seed)
     model, spec = copy.deepcopy(base), METHODS[method]
     attention = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -115,7 +115,7 @@ def prepared(base: Any, method: str, seed: int) -> Any:
 
 
 def do(base: Any, before: dict[str, Any], task: Task, key: Key) -> dict[str, Any]:
-    """Train and measure one run; its row. A run that diverged has no losses."""
+    """Train and measure one run and return its row. A diverged run has no losses."""
     pad = make_tokenizer().pad_token_id
     model = prepared(base, key.method, key.seed)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -151,7 +151,7 @@ def do(base: Any, before: dict[str, Any], task: Task, key: Key) -> dict[str, Any
 
 
 def _rank(model: Any, method: str) -> int | str:
-    """The rank of the change of one expert's weight."""
+    """Return the rank of the weight change of one expert."""
     spec = METHODS[method]
     if spec is None:
         return ""
@@ -162,7 +162,7 @@ def _rank(model: Any, method: str) -> int | str:
 
 
 def report(rows: list[dict[str, str]]) -> Iterator[str]:
-    """Markdown tables: every method at its best rate over the seeds, and all rates."""
+    """Yield markdown tables: each method at its best rate over the seeds, then all rates."""
     head = ("experts", "R", "trained in experts", "rate", "held-out loss", "less PEFT's LoRA")
     yield f"| {' | '.join((*head, 'loss on the base text', 'ms a step', 'seeds'))} |"
     yield f"|{' --- |' * (len(head) + 3)}"
@@ -202,7 +202,7 @@ def report(rows: list[dict[str, str]]) -> Iterator[str]:
 
 
 def _at_best(rows: list[dict[str, str]], method: str) -> dict[int, dict[str, str]]:
-    """The rows of a method at its best rate, by seed; none before all rates are known."""
+    """Return a method's rows at its best rate by seed, or no rows until all rates ran."""
     lr = best_rate(rows, method)
     return {
         int(row["seed"]): row
@@ -218,12 +218,12 @@ def _spread(values: list[float], sign: str = "") -> str:
 
 
 def main() -> None:
-    """Run the commands above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for runs.csv")
-    parser.add_argument("--base", type=Path, default=BASE, help="where the base is kept")
+    parser.add_argument("--base", type=Path, default=BASE, help="file of the base model")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--report", action="store_true", help="print tables, run nothing")
     given = parser.parse_args()

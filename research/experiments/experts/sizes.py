@@ -1,11 +1,11 @@
-"""What an adapter of all experts takes in three public models, on tensors without memory.
+"""Compute the size of an adapter of all experts in three public models.
 
-    # the table of sizes in this folder's README.md; nothing is downloaded
+    # prints the table of sizes in this folder's README.md; downloads nothing
     python -m research.experiments.experts.sizes
 
-A model is built on the meta device from the shape written down here and patched as any other. The
-LoRA beside it is PEFT's ``target_parameters``, of the same r. Attention is left alone in both.
-Files are float32, as ``save_adapter`` and ``export_lora`` write them.
+Each model is built on the meta device from a shape in this file, and patched like any other model.
+The LoRA in the table is PEFT's, over ``target_parameters`` and with the same r. Attention has no
+adapter in either. Files are float32, like the files of ``save_adapter`` and ``export_lora``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import rasa_ext
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The part of a model's published config that its experts follow from, and a rank for it."""
+    """The values of a published config that determine a model's experts, and an adapter rank."""
 
     name: str
     model_type: str
@@ -35,7 +35,7 @@ class Shape:
     rank: int
 
     def config(self) -> Any:
-        """The config of a model that is small but for its experts."""
+        """Return the config of a model that is small except for the experts."""
         mixtral = self.model_type != "qwen3_moe"
         return AutoConfig.for_model(
             self.model_type,
@@ -53,29 +53,30 @@ SHAPES = {
     "Qwen3-30B-A3B": Shape("Qwen3-30B-A3B", "qwen3_moe", 2048, 768, 48, 128, 8, rank=2),
     "gpt-oss-20b": Shape("gpt-oss-20b", "gpt_oss", 2880, 2880, 24, 32, 4, rank=4),
 }
-"""From the configs of mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B and openai/gpt-oss-20b."""
+"""Config values of mistralai/Mixtral-8x7B-v0.1, Qwen/Qwen3-30B-A3B and openai/gpt-oss-20b."""
 
 WAYS = ("slot", "layer", "shared", "pool only")
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """One adapter of all experts of a model."""
+    """The size of an adapter of all experts of a model."""
 
     way: str
     rank: int
     k: int
     R: int
-    """The rank of the change of each expert's weights."""
+    """Rank of the weight change of each expert."""
     trained: int
     written_out: int
-    """Numbers of the LoRA that computes the same, each expert with all R ranks of its own."""
+    """Parameters of the equivalent LoRA, in which each expert has R private ranks."""
 
 
 def size(shape: Shape, way: str, rank: int | None = None, k: int = 1) -> Size:
-    """Count the adapter of one grouping; "pool only" is "shared" with k = rank = 1 unless given.
+    """Count the parameters of an adapter with one grouping of the experts.
 
-    Raises ValueError for another way.
+    "pool only" is "shared" with k = rank, both 1 by default. Raises ValueError if ``way`` is
+    unknown.
     """
     if way not in WAYS:
         raise ValueError(f"way: expected one of {', '.join(WAYS)}, got {way!r}.")
@@ -95,7 +96,7 @@ def size(shape: Shape, way: str, rank: int | None = None, k: int = 1) -> Size:
 
 
 def lora_size(shape: Shape) -> Size:
-    """Count PEFT's LoRA over the same weights, of the same r."""
+    """Count the parameters of PEFT's LoRA over the same weights, with the same r."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -106,19 +107,19 @@ def lora_size(shape: Shape) -> Size:
 
 
 def materialised(shape: Shape) -> int:
-    """Bytes of one layer's expert weights in bfloat16: what is made anew where W + dW is."""
+    """Return the bytes of a layer's expert weights in bfloat16, which W + dW would allocate."""
     one = shape.experts * shape.hidden * shape.intermediate
     return 2 * (2 * one + one)
 
 
 def meta_model(shape: Shape) -> nn.Module:
-    """The model with all its layers, without memory."""
+    """Build the model with all layers on the meta device, without memory for weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(shape.config())
 
 
 def table(shapes: dict[str, Shape] = SHAPES) -> Iterator[str]:
-    """Lines of a markdown table, a row for each model and way."""
+    """Yield the lines of a markdown table with a row for each model and way."""
     yield "| model | experts | r, k | R | trained | adapter's file | as a LoRA |"
     yield "| --- | --- | --- | --- | --- | --- | --- |"
     for name, shape in shapes.items():
@@ -135,7 +136,7 @@ def _bytes(count: int) -> str:
 
 
 def main() -> None:
-    """Print the table, and what one layer's weights take."""
+    """Print the table, and the memory of one layer's expert weights."""
     print("\n".join(table()))
     for name, shape in SHAPES.items():
         print(f"{name}: the experts of a layer take {materialised(shape) / 2**20:.0f} MiB")
