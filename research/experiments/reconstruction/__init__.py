@@ -1,1 +1,1 @@
-"""The paper's figures on the weight changes of a real fine-tune."""
+"""Reproduce the paper's figures on the weight changes of a real fine-tune."""

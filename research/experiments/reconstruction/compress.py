@@ -1,13 +1,13 @@
-"""The fine-tune as adapters: what RaSA and truncated-SVD LoRA keep of its accuracy, and their size.
+"""Compress a fine-tune into RaSA and LoRA adapters, and measure accuracy and size.
 
     python -m research.experiments.reconstruction.finetune  # once: the weight changes
-    python -m research.experiments.reconstruction.compress  # results/compress.csv, a row an adapter
+    # writes results/compress.csv, one row per adapter, and prints the table
+    python -m research.experiments.reconstruction.compress
 
-An adapter is made by ``rasa_research.solver.compress``, written, read into a fresh copy of the base
-and judged on the fine-tune's held-out problems; k = 0 is LoRA's optimum, the truncated SVD of every
-change.
-Beside them stand the base, the fine-tune, and the base with the whole change of the adapted layers:
-no adapter can carry more. An adapter that is in the table is not made again. Prints the table.
+Each adapter is made by ``rasa_research.solver.compress``, saved, loaded into a fresh copy of the
+base and tested on the fine-tune's held-out problems. k = 0 is the optimal LoRA, the truncated SVD
+of every change. The table also has the base, the fine-tune, and the base with the whole change of
+the adapted layers, the most that an adapter could represent. Adapters in the table are not remade.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BASE, LAYERS, WHOLE, ADAPTER = "base", "adapted layers, whole change", "fine-tun
 
 
 class Key(NamedTuple):
-    """What tells one row from another; rank and k are 0 where there is no adapter."""
+    """The values that identify a row; rank and k are 0 for a row without adapter."""
 
     what: str
     rank: int = 0
@@ -52,24 +52,24 @@ class Key(NamedTuple):
 
 
 def planned() -> list[Key]:
-    """The rows in the order of making."""
+    """Return the keys of all rows in order of running."""
     ks = {rank: (0, 1, rank // 4) for rank in RANKS}
     adapters = [Key(ADAPTER, rank, k) for rank in RANKS for k in ks[rank]]
     return [Key(BASE), Key(WHOLE), Key(LAYERS), *adapters]
 
 
 class Judge:
-    """The two models, and the problems that adapters between them are judged by."""
+    """The base model, the fine-tune, and the held-out problems that test the adapters."""
 
     def __init__(
         self, base: Any, tuned: Any, tokenizer: Any, task: Task, *, bfloat16: bool = True
     ) -> None:
-        """Both models are float32 and stay as they are."""
+        """Set both models, which are float32 and never changed, and the problems."""
         self.base, self.tuned, self.tokenizer, self.task = base, tuned, tokenizer, task
         self.bfloat16 = bfloat16
 
     def row(self, key: Key, iterations: int = ITERATIONS) -> dict[str, Any]:
-        """Make and judge one."""
+        """Make and test the model of one row."""
         row: dict[str, Any] = {**key._asdict(), "machine": machine()}
         row["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
         if key.what == WHOLE:
@@ -96,7 +96,7 @@ class Judge:
         with tempfile.TemporaryDirectory() as folder:
             found.save(self.base, folder)
             rasa_ext.load_adapter(model, folder)
-            if not key.k:  # a LoRA as others store it has no diagonal
+            if not key.k:  # a LoRA file of other tools has no diagonal
                 rasa_ext.export_lora(model, folder)
             size = (Path(folder) / FILE).stat().st_size
         return {
@@ -121,12 +121,12 @@ class Judge:
 
 
 def key_of(row: Mapping[str, str]) -> Key:
-    """What a row of the table is about."""
+    """Return the key of a table row."""
     return Key(row["what"], int(row["rank"]), int(row["k"]))
 
 
 def shown(rows: list[dict[str, str]]) -> list[dict[str, object]]:
-    """The table for people, in the order of making."""
+    """Format the rows as a readable table, in order of running."""
     lines = []
     for row in sorted(rows, key=lambda row: planned().index(key_of(row))):
         rank, k = int(row["rank"]), int(row["k"])
@@ -144,13 +144,13 @@ def shown(rows: list[dict[str, str]]) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Run the command above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where finetune wrote")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="output folder of finetune")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for compress.csv")
-    parser.add_argument("--held-out", type=int, default=100, help="problems to judge by")
+    parser.add_argument("--held-out", type=int, default=100, help="number of held-out problems")
     given = parser.parse_args()
     table = Table(given.results / "compress.csv", COLUMNS)
     have = {key_of(row) for row in table.rows()}

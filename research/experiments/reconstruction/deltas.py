@@ -1,4 +1,4 @@
-"""The change of every linear weight between two models, by groups that would share a pool."""
+"""Weight changes between two models, grouped by the layers that would share a pool."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rasa_ext.patching.targets import make_plan
 
 
 def tuned_deltas(weights: Path) -> dict[str, list[Tensor]]:
-    """What ``finetune`` changed, of the model that it wrote to ``weights``; see ``deltas_of``."""
+    """Return the weight changes of the fine-tune stored in ``weights``; see ``deltas_of``."""
     return deltas_of(
         load_model(find_smollm2(), "float32"), load_model(str(weights / "tuned"), "float32")
     )
 
 
 def deltas_of(base: Any, tuned: Any) -> dict[str, list[Tensor]]:
-    """The layers' weight changes, (out, in) float32 each, by the last name of their module.
+    """Return the layers' weight changes, each (out, in) float32, by module type such as q_proj.
 
-    Groups and their order are those of ``rasa_ext.patch_model`` with all linear layers.
+    Groups and their order are like those of ``rasa_ext.patch_model`` with all linear layers.
 
-    Raises ValueError where the two models do not have the same layers.
+    Raises ValueError if ``tuned`` lacks a layer of the base or has it in another shape.
     """
     before, after = dict(base.named_modules()), dict(tuned.named_modules())
     found = {}

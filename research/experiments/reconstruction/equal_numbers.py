@@ -1,12 +1,12 @@
-"""RaSA's reconstruction beside LoRA's at as many trainable parameters, diagonals counted.
+"""Compare the reconstruction by RaSA and LoRA at equal numbers of trainable parameters.
 
     python -m research.experiments.reconstruction.reconstruct  # once: the errors
-    # results/equal_numbers.csv, and a table
+    # writes results/equal_numbers.csv and prints a table
     python -m research.experiments.reconstruction.equal_numbers
 
-At the same rank RaSA has the larger adapter, by r-k+L*k numbers a layer. Given to LoRA, they pay
-for another rank in some of the layers; which, is left to chance here: the error falls linearly from
-LoRA's minimum at r to that at r+1, between the two with the numbers.
+At equal rank, RaSA's adapter is larger by the diagonal, r-k+L*k parameters per layer. A LoRA with
+these parameters could have one more rank in some layers. The layers are assumed to be random: the
+error falls linearly with the parameters, from LoRA's minimum at r to LoRA's minimum at r+1.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ COLUMNS = ("module", "rank", "k", "extra_ranks", "error", "lora_error", "lora_er
 
 
 def spectrum(deltas: Sequence[Tensor]) -> Tensor:
-    """What each further rank takes off LoRA's relative error, summed over the layers; float64."""
+    """Return how much each rank reduces LoRA's relative error, summed over layers, in float64."""
     squares = sum(torch.linalg.svdvals(delta).double().square() for delta in deltas)
     return squares / squares.sum()
 
 
 def lora_errors(values: Tensor, rank: int, extra: float) -> tuple[float, float]:
-    """LoRA's minimum at ``rank``, and at ``rank + extra`` with extra ranks for some layers only."""
+    """Return LoRA's minimum error at ``rank`` and at ``rank + extra``, which may be fractional."""
     at = values[rank:].sum().item()
     whole = int(extra)
     beyond = values[rank : rank + whole].sum() + (extra - whole) * values[rank + whole]
@@ -46,7 +46,7 @@ def lora_errors(values: Tensor, rank: int, extra: float) -> tuple[float, float]:
 def compare(
     module: str, deltas: Sequence[Tensor], errors: Mapping[int, Mapping[int, float]]
 ) -> list[dict[str, object]]:
-    """Rows of a module type; ``errors`` has RaSA's by rank and k."""
+    """Return the rows of a module type; ``errors`` has RaSA's errors by rank and k."""
     values, (out, width), layers = spectrum(deltas), deltas[0].shape, len(deltas)
     rows = []
     for rank, by_k in errors.items():
@@ -70,7 +70,7 @@ def compare(
 
 
 def shown(rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
-    """RaSA's error over LoRA's at the same numbers, a row a module type and rank."""
+    """Make a table of RaSA's error over LoRA's, one row per module type and rank."""
     lines: dict[tuple[str, str], dict[str, object]] = {}
     for row in rows:
         line = lines.setdefault(
@@ -81,11 +81,11 @@ def shown(rows: Sequence[Mapping[str, str]]) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Run the command above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where finetune wrote")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="output folder of finetune")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of errors.csv")
     given = parser.parse_args()
     found, _ = curves(Table(given.results / "errors.csv", ERRORS).rows())

@@ -1,4 +1,4 @@
-"""Pictures and tables of results/errors.csv.
+"""Make plots and tables of results/errors.csv.
 
 python -m research.experiments.reconstruction.figures
 """
@@ -24,14 +24,14 @@ from research.experiments.reconstruction.reconstruct import (
 from research.experiments.table import Table
 
 Curves = dict[Key, dict[int, float]]
-"""Of every run: error over LoRA's exact minimum, by iteration."""
+"""The relative error of every run, by iteration."""
 
 _LOOK = {"svd": ("tab:blue", "-"), "random": ("tab:orange", "--")}
 _COLOURS = dict(zip(RANKS, ("tab:blue", "tab:green", "tab:purple"), strict=True))
 
 
 def curves(rows: Iterable[Mapping[str, str]]) -> tuple[Curves, dict[tuple[str, int], float]]:
-    """The runs of a table, and LoRA's minimum by (module, rank)."""
+    """Return the curves of a table's runs, and LoRA's minimum by (module, rank)."""
     found: Curves = {}
     lora: dict[tuple[str, int], float] = {}
     for row in rows:
@@ -42,7 +42,7 @@ def curves(rows: Iterable[Mapping[str, str]]) -> tuple[Curves, dict[tuple[str, i
 
 
 def against_k(found: Curves, module: str, rank: int, init: str) -> dict[int, float]:
-    """Error by k after the sweep's iterations (k = 0: after its only one)."""
+    """Return the error by k after ``SWEEP`` iterations, or for k = 0 after the only iteration."""
     result = {}
     for key, errors in found.items():
         if (key.module, key.rank, key.init) == (module, rank, init):
@@ -53,7 +53,7 @@ def against_k(found: Curves, module: str, rank: int, init: str) -> dict[int, flo
 
 
 def draw_iterations(found: Curves, lora: Mapping[tuple[str, int], float], path: Path) -> None:
-    """Error against iteration, a panel a module type."""
+    """Plot error against iteration, one panel per module type."""
     rank, k, last = CURVE
     modules = [m for m in _modules(found) if any((m, rank, k, i) in found for i in INITS)]
     figure, panels = panels_for(len(modules))
@@ -62,7 +62,7 @@ def draw_iterations(found: Curves, lora: Mapping[tuple[str, int], float], path: 
             errors = found.get(Key(module, rank, k, init), {})
             axes.plot(*_points(errors), line, color=colour, label=f"RaSA, {init}")
         axes.axhline(lora[module, rank], color="black", linewidth=0.8, label="LoRA's minimum")
-        # A random start begins above 1; the part that tells the starts apart is further down.
+        # A random start begins above 1, but the starts differ visibly only at lower errors.
         axes.set_xlim(0, last)
         axes.set_ylim(top=min(1.0, 1.15 * lora[module, rank]))
         axes.set(title=f"{module}, r={rank}, k={k}", xlabel="iteration", ylabel="relative error")
@@ -71,7 +71,7 @@ def draw_iterations(found: Curves, lora: Mapping[tuple[str, int], float], path: 
 
 
 def draw_k(found: Curves, lora: Mapping[tuple[str, int], float], path: Path) -> None:
-    """Error over LoRA's minimum against k, a panel a module type."""
+    """Plot error over LoRA's minimum against k, one panel per module type."""
     modules = _modules(found)
     figure, panels = panels_for(len(modules))
     for axes, module in zip(panels, modules, strict=True):
@@ -88,7 +88,7 @@ def draw_k(found: Curves, lora: Mapping[tuple[str, int], float], path: Path) -> 
 
 
 def summary(found: Curves, lora: Mapping[tuple[str, int], float]) -> list[dict[str, object]]:
-    """Error over LoRA's minimum by r and start: its mean and extremes over module types, per k."""
+    """Make a table of error over LoRA's minimum by r, start and k: mean, lowest and highest."""
     rows = []
     for rank in RANKS:
         for init in INITS:
@@ -109,7 +109,7 @@ def summary(found: Curves, lora: Mapping[tuple[str, int], float]) -> list[dict[s
 
 
 def by_iteration(found: Curves, lora: Mapping[tuple[str, int], float]) -> list[dict[str, object]]:
-    """Error over LoRA's minimum after some iterations, a row a module type and start."""
+    """Make a table of error over LoRA's minimum by iteration, one row per module type and start."""
     rank, k, last = CURVE
     rows = []
     for module in _modules(found):
@@ -135,7 +135,7 @@ def _modules(found: Curves) -> list[str]:
 
 
 def main() -> None:
-    """Draw, and print the tables as markdown."""
+    """Draw the plots and print the tables as markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of errors.csv")
     given = parser.parse_args()

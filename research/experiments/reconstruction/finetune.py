@@ -1,10 +1,10 @@
-"""Fine-tune SmolLM2-135M-Instruct in full, all weights, on word problems; keep the result.
+"""Fine-tune all weights of SmolLM2-135M-Instruct on word problems, and save the model.
 
     python -m research.experiments.reconstruction.finetune [--steps N] [--batch-size N] [--lr R]
 
-What the figures need is the change of every weight, so the whole model is written, in float32, to
-``weights/tuned`` beside this file (git ignores it), with the figures in ``finetune.json``. A run
-that is cut goes on from its last checkpoint when started again.
+The experiments need the change of every weight, so the whole model is saved in float32 to
+``weights/tuned`` beside this file (git ignores it). Losses and settings go to
+``results/finetune.json``. An interrupted run resumes from its last checkpoint when started again.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def finetune(
     every: int = 50,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Train all weights of ``model`` and write it to ``weights/tuned``; returns the figures.
+    """Train all weights of ``model``, save it to ``weights/tuned``, and return the measurements.
 
-    After every ``every`` steps the state of the run goes to ``weights/run.pt``, from which a later
-    call with the same recipe goes on; it is deleted at the end.
+    Every ``every`` steps the state of the run is saved to ``weights/run.pt``, from which a later
+    call with the same recipe resumes. The file is deleted at the end.
 
-    Raises ValueError where ``weights`` holds a run of another recipe.
+    Raises ValueError if ``weights`` has a run of another recipe, or if the run diverges.
     """
     pad, state = tokenizer.pad_token_id, weights / "run.pt"
     weights.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def finetune(
 
 
 def scores(model: Any, tokenizer: Any, task: Task, bfloat16: bool) -> dict[str, float | None]:
-    """Loss on the rows to judge by, and the share of problems solved."""
+    """Measure the test loss and the share of problems solved."""
     return {
         "loss": mean_loss(model, task.test, tokenizer.pad_token_id, bfloat16=bfloat16),
         "exact_match": solved(model, tokenizer, task, bfloat16=bfloat16),
@@ -105,7 +105,7 @@ def _shown(figures: dict[str, float | None]) -> str:
 
 
 def main() -> None:
-    """Run the command above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--held-out", type=int, default=100, help="problems to judge by")
+    parser.add_argument("--held-out", type=int, default=100, help="number of held-out problems")
     parser.add_argument("--float32", action="store_true", help="products in float32; slower")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder for the weights")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for finetune.json")

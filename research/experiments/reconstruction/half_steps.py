@@ -1,12 +1,13 @@
-"""What the theorem and the descent promise, checked on the fine-tune's weight changes in float64.
+"""Check the theorem and the descent on the fine-tune's weight changes, in float64.
 
     python -m research.experiments.reconstruction.finetune  # once: the weight changes
-    # results/half_steps.csv, and its table
+    # writes results/half_steps.csv and prints the table
     python -m research.experiments.reconstruction.half_steps
 
-For every module type, k and start the error is taken after each of the four half-steps of every
-iteration. No half-step may raise it, and from the theorem's start it may not be above LoRA's
-minimum, which is taken from dense singular values here. The command fails where one does.
+For every module type, k and start, the error is measured after each of the four half-steps of every
+iteration. No half-step may raise the error. From the theorem's start, the last error must not
+exceed LoRA's minimum, which is computed from dense singular values. The command fails if either
+check fails.
 """
 
 from __future__ import annotations
@@ -35,13 +36,16 @@ COLUMNS = (
 STEPS = ("update_private", "update_pool_B", "update_pool_A", "update_d")
 RANK, KS, ITERATIONS = 8, (1, 4, 8), 5
 ROUNDING = 1e-12
-"""Errors are sums of float64 squares over a total of one."""
+"""Largest rise that counts as rounding: errors are float64 sums of squares with a total of one."""
 
 
 def check(
     module: str, deltas: Sequence[Tensor], lora: float, k: int, start: str, iterations: int
 ) -> dict[str, Any]:
-    """The row of one run; ``lora`` is LoRA's minimum. Errors are relative to the squared norm."""
+    """Do one run and return its row, with errors relative to the squared norm.
+
+    ``lora`` is LoRA's minimum.
+    """
     norm = sum(delta.double().square().sum().item() for delta in deltas) ** 0.5
     targets = [delta.double() / norm for delta in deltas]
     descent = CoordinateDescent([Matrix(target) for target in targets], RANK - k, k * len(targets))
@@ -71,7 +75,7 @@ def check(
 
 
 def broken(row: dict[str, Any]) -> str | None:
-    """What a row says against the theorem or the descent."""
+    """Return how a row contradicts the theorem or the descent, or None if it does not."""
     if float(row["largest_rise"]) > ROUNDING:
         return f"a half-step raised the error by {row['largest_rise']}"
     if row["start"] == "svd" and float(row["last"]) > float(row["lora_error"]) + 1e-8:
@@ -80,11 +84,11 @@ def broken(row: dict[str, Any]) -> str | None:
 
 
 def main() -> None:
-    """Run the command above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where finetune wrote")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="output folder of finetune")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for half_steps.csv")
     parser.add_argument("--iterations", type=int, default=ITERATIONS)
     given = parser.parse_args()

@@ -1,14 +1,14 @@
-"""How near RaSA comes to the weight changes of a real fine-tune: the two figures of the paper.
+"""Measure how well RaSA reconstructs a real fine-tune's weight changes: the paper's two figures.
 
     python -m research.experiments.reconstruction.finetune  # once: the weight changes
-    python -m research.experiments.reconstruction.reconstruct  # results/errors.csv, as runs finish
-    python -m research.experiments.reconstruction.figures  # results/*.png and tables
+    python -m research.experiments.reconstruction.reconstruct  # writes results/errors.csv
+    python -m research.experiments.reconstruction.figures  # writes results/*.png, prints tables
 
-Every run is ``rasa_research.solver.decompose`` on one module type: all layers, rank r, k shared,
-one of two starts. First come runs of error against iteration (r = 8, k = 1, 50 iterations; the two
-cheapest module types also for 400), then those of error against k (0, 1, 2, 4, 6, 8 at r = 8, 16,
-32; 15 iterations). A run that is in the table is not done again; ``--minutes`` ends after the run
-during which they pass.
+Every run is ``rasa_research.solver.decompose`` on all layers of one module type, with rank r, k
+shared ranks and one of two starts. The first runs measure error against iteration (r = 8, k = 1, 50
+iterations; the two cheapest module types also for 400). The others measure error against k (0, 1,
+2, 4, 6, 8 at r = 8, 16, 32; 15 iterations). Runs that are in the table are not repeated. With
+``--minutes M`` no run starts after M minutes.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ COLUMNS = (
     *("layers", "out", "in", "dtype"),
 )
 CURVE = (8, 1, 50)
-"""r, k and iterations of error against iteration."""
+"""r, k and iterations of the runs of error against iteration."""
 RANKS, KS, SWEEP = (8, 16, 32), (1, 2, 4, 8, 6, 0), 15
-"""Of error against k; k in the order of running, and the iterations."""
+"""r, k and iterations of the runs of error against k; k is in order of running."""
 LONG = ("k_proj", "v_proj"), 400
-"""Module types that are run further at the curve's r and k, and how far: a random start is slow."""
+"""Module types with longer runs at ``CURVE``'s r and k, and iterations: a random start is slow."""
 INITS = ("svd", "random")
 
 
 class Key(NamedTuple):
-    """What tells one run from another."""
+    """The values that identify a run."""
 
     module: str
     rank: int
@@ -52,7 +52,10 @@ class Key(NamedTuple):
 
 
 def planned(modules: Iterable[str]) -> list[tuple[Key, int]]:
-    """Every run with its iterations, in the order of running. k = 0 needs one: nothing couples."""
+    """Return every run with its iterations, in order of running.
+
+    k = 0 needs one iteration, because without a pool the layers are independent.
+    """
     modules = list(modules)
     rank, k, iterations = CURVE
     runs = [(Key(m, rank, k, init), iterations) for m, init in itertools.product(modules, INITS)]
@@ -66,7 +69,7 @@ def planned(modules: Iterable[str]) -> list[tuple[Key, int]]:
 
 
 def done(rows: Iterable[dict[str, str]]) -> dict[Key, int]:
-    """The runs of a table and the iterations of each."""
+    """Return the runs of a table and the iterations of each."""
     found: dict[Key, int] = {}
     for row in rows:
         key = Key(row["module"], int(row["rank"]), int(row["k"]), row["init"])
@@ -77,9 +80,9 @@ def done(rows: Iterable[dict[str, str]]) -> dict[Key, int]:
 def reconstruct(
     key: Key, deltas: Sequence[Tensor], iterations: int, dtype: torch.dtype
 ) -> list[dict[str, Any]]:
-    """The rows of one run, one per iteration, the start's first.
+    """Do one run and return its rows: the start, then one row per iteration.
 
-    A random start depends on the key alone, not on what ran before.
+    A random start depends only on the key, not on earlier runs.
     """
     torch.manual_seed(zlib.crc32(repr(tuple(key)).encode()))
     found = decompose(deltas, key.rank, key.k, iterations=iterations, init=key.init, dtype=dtype)
@@ -104,7 +107,7 @@ def fill(
     seconds: float = float("inf"),
     runs: Sequence[tuple[Key, int]] | None = None,
 ) -> int:
-    """Do the runs that ``table`` lacks until time is up; returns how many are left."""
+    """Do the runs that ``table`` lacks until time is up, and return how many are left."""
     end = time.monotonic() + seconds
     runs = planned(deltas) if runs is None else runs
     for number, (key, iterations) in enumerate(runs, start=1):
@@ -127,13 +130,13 @@ def fill(
 
 
 def main() -> None:
-    """Run the command above."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="where finetune wrote")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="output folder of finetune")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for errors.csv")
-    parser.add_argument("--float64", action="store_true", help="see the README on precision")
+    parser.add_argument("--float64", action="store_true", help="compute in float64; see the README")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     given = parser.parse_args()
     deltas = tuned_deltas(given.weights)
