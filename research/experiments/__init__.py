@@ -1,1 +1,1 @@
-"""What RaSA's claims look like on real weights and in training, each with one command."""
+"""Experiments that check RaSA's claims on real weights and in training, one command each."""

@@ -1,8 +1,8 @@
-"""A real text task that comes with Python: a function's code, and the first line of its docstring.
+"""A text task from real code: given a function, write the first line of its docstring.
 
-Functions are those of the standard library's own files, as they are where this runs, so figures of
-two Python releases differ a little; results name the release. Whole modules are held out, so that
-no function of a held-out module, nor any summary in it, is met in training.
+The functions come from the installed standard library, so figures differ a little between Python
+releases; results name the release. Whole modules are held out: training shows no function and no
+summary of a held-out module.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Literal
 
 Split = Literal["train", "dev", "test"]
 
-# Tests, code that breaks on purpose, and what many installations leave out.
+# Tests, code that is broken on purpose, and modules that many installations lack.
 _SKIPPED = {"test", "tests", "lib2to3", "idlelib", "tkinter", "turtle", "turtledemo"}
 _SKIPPED |= {"site-packages", "dist-packages"}
 _SHORTEST, _LONGEST = 20, 100
-"""Characters of a summary. Shorter ones say nothing; longer ones are paragraphs."""
+"""Length limits of a summary, in characters: they exclude empty phrases and paragraphs."""
 _CODE = 700
-"""Characters of code that are shown; longer functions are left out."""
+"""Length limit of a function's code, in characters; longer functions are left out."""
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function without its docstring, and the docstring's first line."""
+    """A function's code without its docstring, and the first line of the docstring."""
 
     module: str
     code: str
@@ -37,16 +37,16 @@ class Function:
 
 
 def split_of(module: str) -> Split:
-    """The split of a module: one in ten to choose by, two in ten to judge by."""
+    """Return the split of a module: one in ten modules is "dev", two in ten are "test"."""
     place = zlib.crc32(module.encode()) % 10
     return "dev" if place == 0 else "test" if place < 3 else "train"
 
 
 def functions(split: Split, library: Path | None = None) -> list[Function]:
-    """The functions of one split, in a fixed order that mixes the modules.
+    """Return the functions of one split, in a fixed order that mixes the modules.
 
-    ``library`` is the folder of the modules, the standard library unless given. Code or a summary
-    that stands in several places is taken once, in whichever split has it first by module name.
+    ``library`` is the folder of the modules and defaults to the standard library. If code or a
+    summary occurs several times, only the first function by path is used, across all splits.
     """
     library = Path(sysconfig.get_path("stdlib")) if library is None else library
     found = [function for function in _all(library) if split_of(function.module) == split]
@@ -60,7 +60,7 @@ def _all(library: Path) -> list[Function]:
         parts = path.relative_to(library).with_suffix("").parts
         if _SKIPPED.intersection(parts):
             continue
-        # A package is one module here: its files quote each other.
+        # A package counts as one module, because its files quote each other.
         for function in _functions_of(parts[0], path):
             if not seen & {function.code, function.summary}:
                 seen |= {function.code, function.summary}
@@ -71,7 +71,7 @@ def _all(library: Path) -> list[Function]:
 def _functions_of(module: str, path: Path) -> Iterator[Function]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):  # the library keeps some broken files on purpose
+    except (SyntaxError, UnicodeDecodeError):  # the library has some broken files on purpose
         return
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -1,17 +1,17 @@
-"""Hashes that lead to one another: one table, asked for in one leap or step by step.
+"""Tasks over a table of linked hashes: write only the last hash, or write every step.
 
-Two kinds of tasks after "Planning vs Reasoning" (arXiv 2412.00029), which compares what adapters
-learn on HashHop (planning) and on HashChain (reasoning). The exact form of its data is not public;
-the definitions here are this package's own:
+The two tasks follow "Planning vs Reasoning" (arXiv 2412.00029), which compares what adapters learn
+on HashHop (planning) and on HashChain (reasoning). The paper's data format is not public, so the
+definitions here are our own:
 
-- A table has ``pairs`` lines ``a=b`` in random order. They are one circle: every hash stands once
-  on the left and once on the right, so that only following it leads to the answer.
-- The prompt is the table, a hash to start from, and how many steps to go.
-- `hash_hop`: the completion is the hash at the end, with nothing written on the way.
-- `hash_chain`: the completion is every step of the way, each as it stands in the table.
+- A table has ``pairs`` lines ``a=b`` in random order. The lines form one circle: every hash is once
+  on the left and once on the right, so only following the lines leads to the answer.
+- The prompt is the table, a start hash, and the number of steps.
+- `hash_hop`: the completion is the last hash only.
+- `hash_chain`: the completion is every step, each written like its line of the table.
 
-For the same arguments both have the same prompts, but for the line that says what is asked, so two
-adapters that are trained on them differ by what has to be written alone.
+With equal arguments the two tasks have the same prompts except for the question, so two adapters
+trained on them differ only in what they have to write.
 """
 
 from __future__ import annotations
@@ -22,35 +22,36 @@ import string
 from collections.abc import Callable
 
 LETTERS = 4
-"""Of a hash: there are 26**4 of them."""
+"""Letters of a hash, so there are 26**4 hashes."""
 
 HOP_QUESTION = "Only the hash at the end:"
 CHAIN_QUESTION = "Every step:"
 
 
 def hash_hop(count: int, hops: int, seed: int = 0, pairs: int = 8) -> list[dict[str, str]]:
-    """Make records that ask for the hash ``hops`` steps on, at once.
+    """Make records that ask only for the last hash after ``hops`` steps.
 
     Args:
-        count: how many.
+        count: number of records.
         hops: steps from the start to the answer.
-        seed: other seeds give other tables.
+        seed: seed of the random tables.
         pairs: lines of a table, more than ``hops``.
 
     Returns:
-        Objects of "prompt" and "completion", as `write_examples` writes and `finetune` reads them;
-        the same for the same arguments.
+        Objects with "prompt" and "completion", in the format that `write_examples` writes and
+        `finetune` reads. Equal arguments give equal records.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        ValueError: an argument is out of range; the message names the argument, what was expected
+            and what was given.
     """
     return _records(count, hops, seed, pairs, HOP_QUESTION, lambda way: f" {way[-1]}")
 
 
 def hash_chain(count: int, hops: int, seed: int = 0, pairs: int = 8) -> list[dict[str, str]]:
-    """Make records that ask for all the ``hops`` steps, one after the other.
+    """Make records that ask for all ``hops`` steps in order.
 
-    The arguments, the result and the errors are those of `hash_hop`.
+    Arguments, result and errors are like those of `hash_hop`.
     """
     return _records(count, hops, seed, pairs, CHAIN_QUESTION, _steps)
 
@@ -71,9 +72,9 @@ def _records(
         raise ValueError(f"count: expected 0 or more, got {count}.")
     if hops < 1:
         raise ValueError(f"hops: expected at least 1, got {hops}.")
-    if pairs <= hops:  # the way would come back to where it began
+    if pairs <= hops:  # the steps would return to the start
         raise ValueError(f"pairs: expected more than the {hops} hops, got {pairs}.")
-    rng = random.Random(f"{hops}/{pairs}/{seed}")  # strings give the same in every process
+    rng = random.Random(f"{hops}/{pairs}/{seed}")  # a string seeds the same in every process
     found = []
     for _ in range(count):
         circle = _different(rng, pairs)
@@ -87,7 +88,7 @@ def _records(
 
 
 def _different(rng: random.Random, count: int) -> list[str]:
-    """Hashes that differ from one another, in random order."""
+    """Draw ``count`` distinct hashes in random order."""
     found: dict[str, None] = {}
     while len(found) < count:
         found["".join(rng.choices(string.ascii_lowercase, k=LETTERS))] = None

@@ -1,4 +1,4 @@
-"""CSV files that grow by whole runs, so that work can be cut anywhere and go on from there."""
+"""CSV files that grow by whole runs, so that interrupted work can resume."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from typing import Any
 
 
 class Table:
-    """A CSV file of fixed columns. Values come back as strings, the empty string for nothing."""
+    """A CSV file with fixed columns. Values are read as strings; an empty string means no value."""
 
     def __init__(self, path: Path | str, columns: Sequence[str]) -> None:
-        """Name the file, which need not exist yet.
+        """Set the file, which need not exist yet.
 
-        Raises ValueError where it exists with other columns: rows of two kinds do not mix.
+        Raises ValueError if the file exists with other columns, because one file holds one kind of
+        row.
         """
         self.path = Path(path)
         self.columns = list(columns)
@@ -33,17 +34,17 @@ class Table:
                 )
 
     def rows(self) -> list[dict[str, str]]:
-        """All rows so far."""
+        """Return all rows so far."""
         if not self.path.is_file():
             return []
         with self.path.open(encoding="utf-8", newline="") as file:
             return list(csv.DictReader(file))
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Add the rows of one run: all of them or, if the process dies, none.
+        """Append the rows of one run: all of them or, if the process dies, none.
 
-        The file is written anew beside its place and moved there; a lock on the folder keeps two
-        processes from losing each other's rows.
+        The whole file is written under another name and then renamed. A lock on the folder prevents
+        two processes from losing each other's rows.
         """
         text = io.StringIO()
         writer = csv.DictWriter(text, self.columns, lineterminator="\n")
@@ -63,10 +64,10 @@ class Table:
 
     @contextlib.contextmanager
     def claim(self, run: str) -> Iterator[bool]:
-        """Whether this process has ``run`` to itself for as long as the context lasts.
+        """Claim ``run`` for this process while the context lasts, and yield whether that worked.
 
-        A byte of a file beside the table is locked; the system gives it back when the process ends
-        in whatever way. Claims are between processes: one process is not kept from its own.
+        The claim locks one byte of a file beside the table; the system unlocks it however the
+        process ends. Claims exclude other processes only: a process can claim a run twice.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_name(self.path.name + ".lock").open("w") as file:
@@ -80,7 +81,7 @@ class Table:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in this context for ``folder``."""
+    """Hold a lock on ``folder`` within the context, after waiting for other processes."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

@@ -1,4 +1,4 @@
-"""The tasks: rows to train on, rows to choose a learning rate by, rows to judge by."""
+"""The tasks: training rows, dev rows for choosing a learning rate, and test rows."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _GSM8K = {
     "train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
     "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
 }
-"""SHA-256 of the two files."""
+"""SHA-256 of the two GSM8K files."""
 _CALCULATION = re.compile("<<.*?>>")
 _DEV_SEED = 1
-"""Problems to choose a rate by are of another seed than those to judge by, in the same scenes."""
+"""Dev problems have another seed than test problems, but the same scenes."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Encoded rows of three disjoint sets and, where answers can be right or wrong, questions."""
+    """Encoded rows of three disjoint sets, and questions if answers can be right or wrong."""
 
     name: str
     train: list[Row]
@@ -43,9 +43,9 @@ class Task:
     prompts: tuple[str, ...] = ()
     answers: tuple[float, ...] = ()
     new_tokens: int = 32
-    """Of an answer, at most; the longest worked solution of "maths" has 27."""
+    """Limit of an answer's tokens; the longest worked solution of "maths" has 27."""
     other: tuple[Row, ...] = ()
-    """What is measured for forgetting, where it is the task's own."""
+    """The task's own rows for measuring forgetting, if it has some."""
 
 
 def make_task(
@@ -59,14 +59,15 @@ def make_task(
     questions: int | None = None,
     gsm8k: Path | None = None,
 ) -> Task:
-    """A task by name with so many rows (fewer where there are no more) of at most ``seq_len``.
+    """Make a task by name, with the given numbers of rows of at most ``seq_len`` tokens.
 
     "maths": word problems with worked solutions (``rasa_ext.commands.problems``). "docstrings":
     functions of Python's standard library with the first line of their docstrings. "gsm8k": the
-    files train.jsonl and test.jsonl in the folder ``gsm8k``. Longer conversations are left out.
-    ``questions`` are asked, as many as ``test`` unless given.
+    files train.jsonl and test.jsonl in the folder ``gsm8k``. Longer conversations are left out; a
+    set is smaller if the task has too few rows. ``questions`` is the number of questions and
+    defaults to ``test``.
 
-    Raises ValueError for an unknown name, or files that are not GSM8K's.
+    Raises ValueError if the name is unknown or the files are not GSM8K's.
     """
     sizes = {"train": train, "dev": dev, "test": test}
     questions = test if questions is None else questions
@@ -84,9 +85,9 @@ def make_task(
 
 
 def other_text(tokenizer: Any, count: int, length: int = 128) -> list[Row]:
-    """Windows of text that no task trains on: the language reference that ``help()`` shows.
+    """Return windows of text that no task trains on: the language reference in ``help()``.
 
-    Every token but a window's first carries a loss.
+    Every token except the first of a window has a loss.
     """
     rows = []
     for key in sorted(topics):
@@ -99,7 +100,10 @@ def other_text(tokenizer: Any, count: int, length: int = 128) -> list[Row]:
 
 
 def solved(model: Any, tokenizer: Any, task: Task, *, bfloat16: bool = True) -> float | None:
-    """The share of questions whose greedy answer ends in the right number; None without any."""
+    """Return the share of questions that greedy answers solve, or None if there are no questions.
+
+    An answer is right if it ends in the right number.
+    """
     if not task.prompts:
         return None
     model.eval()
@@ -126,7 +130,7 @@ def _maths(tokenizer: Any, sizes: dict[str, int], questions: int, seq_len: int) 
 def _gsm8k(
     tokenizer: Any, sizes: dict[str, int], questions: int, seq_len: int, folder: Path | None
 ) -> Task:
-    """GSM8K: its own split; the rows to choose by are the last that fit of its training set."""
+    """Make the task from GSM8K's own split; dev rows are the last of the training set that fit."""
     train, test = (_of_gsm8k(split, folder) for split in ("train", "test"))
     rows = {
         "train": _encoded(train, tokenizer, sizes["train"], seq_len),
@@ -141,7 +145,7 @@ def _gsm8k(
 
 
 def _of_gsm8k(split: str, folder: Path | None) -> list[list[dict[str, str]]]:
-    """The conversations of a file of GSM8K, without its calculator's notes between << and >>."""
+    """Read the conversations of a GSM8K file, without the calculator notes between << and >>."""
     if folder is None:
         raise ValueError("gsm8k: expected the folder of train.jsonl and test.jsonl, got none.")
     path = folder / f"{split}.jsonl"
@@ -173,14 +177,14 @@ def _prompt(messages: list[dict[str, str]], tokenizer: Any) -> str:
 def _encoded(
     conversations: Iterable[list[dict[str, str]]], tokenizer: Any, count: int, seq_len: int
 ) -> list[Row]:
-    """The first rows that fit; the last turn is learnt, with its closing token."""
+    """Encode the first ``count`` conversations that fit; the last turn and its end have a loss."""
 
     def each() -> Iterator[Row]:
         for messages in conversations:
             prompt = _prompt(messages, tokenizer)
             whole = tokenizer.apply_chat_template(messages, tokenize=False)
             answer = whole.removeprefix(prompt).rstrip()
-            # One token more shows which are too long.
+            # One token above the limit shows which rows are too long.
             row = encoded(prompt, answer, tokenizer, seq_len + 1)
             if len(row["input_ids"]) <= seq_len:
                 yield row

@@ -1,4 +1,4 @@
-"""A plain training run that every method goes through, and the losses it is judged by."""
+"""The training loop that all methods share, and the losses that compare them."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from benchmarks.batches import IGNORE, Row, collate
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """AdamW without decay; the rate rises over a tenth of the steps and falls to zero linearly."""
+    """AdamW without weight decay, with a linear warmup and a linear decay of the rate to zero."""
 
     steps: int
     batch_size: int
     lr: float
     seed: int = 0
     bfloat16: bool = True
-    """Products in bfloat16, by autocast; the trainable parameters stay as they are, float32."""
+    """Compute products in bfloat16 by autocast; trainable parameters stay float32."""
     warmup: float = 0.1
     clip: float = 1.0
 
     def rate(self, step: int) -> float:
-        """The learning rate of step ``step``, counted from 0."""
+        """Return the learning rate of step ``step``, counted from 0."""
         rise = max(1, round(self.warmup * self.steps))
         if step < rise:
             return self.lr * (step + 1) / rise
@@ -39,7 +39,7 @@ class Recipe:
 
 
 def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
-    """Indices of the rows of every step: pass after pass in fresh orders that the seed makes."""
+    """Return the row indices of every step; each pass over the rows has a new seeded order."""
     draw, order, found = random.Random(seed), [], []
     for _ in range(steps):
         while len(order) < size:
@@ -50,7 +50,7 @@ def batches(count: int, size: int, steps: int, seed: int) -> list[list[int]]:
 
 
 class Run:
-    """One training run, step by step; its state can be saved and taken up again."""
+    """A training run that advances step by step and can save and restore its state."""
 
     def __init__(
         self,
@@ -64,13 +64,13 @@ class Run:
     ) -> None:
         """Train the parameters of ``model`` that require a gradient on ``rows``.
 
-        ``groups`` are an optimizer's, whose rates stand to one another as theirs do; ``between``
-        makes what is called after each of the optimizer's steps; ``optimizer``, in the place of
-        AdamW, takes what it would.
+        ``groups`` are parameter groups for the optimizer; the run preserves the ratios of their
+        rates. ``between`` takes the optimizer and returns the function to call after each step.
+        ``optimizer`` replaces AdamW and is called with the same arguments.
         """
         self.model, self.rows, self.recipe = model, rows, recipe
         self.losses: list[float] = []
-        """Of every step so far, before the step."""
+        """The loss of every step so far, measured before the update."""
         self.seconds: list[float] = []
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = (optimizer or torch.optim.AdamW)(
@@ -83,26 +83,26 @@ class Run:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """The number of steps done."""
         return len(self.losses)
 
     @property
     def trainable(self) -> int:
-        """How many numbers are trained."""
+        """The number of trainable parameters."""
         return sum(p.numel() for p in self._trained)
 
     @property
     def going(self) -> bool:
-        """Whether steps are left, and the loss is still a number."""
+        """Whether steps are left and the run has not diverged."""
         return self.step < self.recipe.steps and not self.diverged
 
     @property
     def diverged(self) -> bool:
-        """Whether the last loss is not a number."""
+        """Whether the last loss is not finite."""
         return bool(self.losses) and not math.isfinite(self.losses[-1])
 
     def advance(self) -> float:
-        """Do one step; returns its loss."""
+        """Do one training step and return its loss."""
         began = time.perf_counter()
         self.model.train()
         for group, factor in zip(self._optimizer.param_groups, self._factors, strict=True):
@@ -121,7 +121,7 @@ class Run:
         return self.losses[-1]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that ``load_state_dict`` needs to go on as if nothing had happened."""
+        """Return the state from which ``load_state_dict`` resumes, without state of ``between``."""
         return {
             "recipe": dataclasses.asdict(self.recipe),
             "losses": self.losses,
@@ -132,7 +132,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``. Raises ValueError where it is of another recipe."""
+        """Resume from ``state``. Raises ValueError if it belongs to another recipe."""
         if state["recipe"] != dataclasses.asdict(self.recipe):
             raise ValueError(
                 f"state: expected one of {self.recipe}, got one of {state['recipe']}; delete it to "
@@ -147,10 +147,10 @@ class Run:
 
 
 def trained_losses(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The cross entropy in nats of every trained token, (n,) float32.
+    """Compute the cross entropy in nats of every token with a loss, (n,) float32.
 
-    Logits are made for those tokens only: with a vocabulary of 49,152 the others would be a
-    quarter of a small model's work.
+    Logits are computed for these tokens only: with a vocabulary of 49,152 the other logits would be
+    a quarter of a small model's work.
     """
     labels = batch["labels"][:, 1:]
     kept = labels != IGNORE
@@ -170,7 +170,7 @@ def mean_loss(
     bfloat16: bool = True,
     batch_size: int = 8,
 ) -> float:
-    """Mean cross entropy in nats over all trained tokens of ``rows``, each counted once."""
+    """Compute the mean cross entropy in nats over all tokens of ``rows`` that have a loss."""
     model.eval()
     total, count = 0.0, 0
     by_length = sorted(rows, key=lambda row: len(row["input_ids"]))
@@ -184,5 +184,5 @@ def mean_loss(
 
 
 def products_in(bfloat16: bool) -> contextlib.AbstractContextManager:
-    """Within the context matrix products are in bfloat16, or left alone."""
+    """Return a context that computes matrix products in bfloat16, or changes nothing."""
     return torch.autocast("cpu", torch.bfloat16) if bfloat16 else contextlib.nullcontext()
