@@ -1,4 +1,4 @@
-"""LoRA-Pro by dense matrices: what the package must find without ever forming them."""
+"""LoRA-Pro with dense matrices, as a reference for the package, which never forms them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTHS = (5, 7)
 
 @dataclasses.dataclass(frozen=True)
 class Ragged(AdapterConfig):
-    """Layer i of a group owns i + 1 ranks and, with ``pooled``, reads a pool of 2; d is fixed."""
+    """Layer i of a group has i + 1 private ranks and, if ``pooled``, a pool of 2; d is fixed."""
 
     peft_type: ClassVar[str] = "RAGGED"
     pooled: bool = True
@@ -46,7 +46,7 @@ class Ragged(AdapterConfig):
 
 
 def build(layers: int, config: AdapterConfig, device: str = "cpu") -> nn.ModuleList:
-    """Layers of one group, whose adapters are random numbers in float64."""
+    """Build the layers of one group, with random float64 adapters."""
     model = nn.ModuleList(nn.Linear(*WIDTHS, dtype=torch.float64) for _ in range(layers))
     config = dataclasses.replace(config, adapter_dtype=torch.float64)
     rasa_ext.patch_model(model.to(device), config=config)
@@ -57,13 +57,13 @@ def build(layers: int, config: AdapterConfig, device: str = "cpu") -> nn.ModuleL
 
 
 def parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The factors that are trained, by name, without d."""
+    """Return the trained factors by name, without d."""
     named = model.named_parameters()
     return {n: p for n, p in named if p.requires_grad and n.rpartition(".")[2] in ("A", "B")}
 
 
 def changes(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
-    """Every layer's dW = [B | B_pool] diag(d) [A ; A_pool] for given factors: (L, out, in)."""
+    """Compute every layer's dW = [B | B_pool] diag(d) [A ; A_pool] from factors: (L, out, in)."""
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     tensors |= {name: b.detach() for name, b in model.named_buffers()} | dict(values)
     result = []
@@ -78,7 +78,7 @@ def changes(model: nn.Module, values: Mapping[str, Tensor]) -> Tensor:
 
 
 def jacobian(model: nn.Module) -> Tensor:
-    """J (L * out * in, number of trained factors' elements), column by column through autograd."""
+    """Compute J (L * out * in, elements of the trained factors) by forward-mode autograd."""
     factors = {name: p.detach() for name, p in parameters(model).items()}
     parts = torch.func.jacfwd(lambda values: changes(model, values))(factors)
     rows = len(model) * WIDTHS[0] * WIDTHS[1]
@@ -98,7 +98,7 @@ def unflat(vector: Tensor, model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_gradients(model: nn.Module, gradient: Tensor) -> Tensor:
-    """Give every factor its gradient J^T g, for g (L, out, in); return it, flat."""
+    """Set every factor's gradient to J^T g, for g (L, out, in), and return J^T g, flat."""
     G = jacobian(model).T @ gradient.reshape(-1)
     for name, value in unflat(G, model).items():
         parameters(model)[name].grad = value.clone()

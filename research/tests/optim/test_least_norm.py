@@ -1,4 +1,4 @@
-"""The gradients that LoraPro writes, against dense least squares: z = J^+ g."""
+"""The gradients that LoraPro writes equal dense least squares: z = J^+ g."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from research.tests.optim.dense import (
     unflat,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:groups")  # one layer that shares with none
+pytestmark = pytest.mark.filterwarnings("ignore:groups")  # a group of one layer warns
 
 EXACT = {"ridge": 0.0, "iterations": 1000, "tolerance": 1e-14}
 CASES = {
@@ -51,7 +51,7 @@ FROZEN = {
 
 
 def solved(model, gradient, **options):
-    """z, as LoraPro writes it for the gradients J^T g; the parameters stay."""
+    """Return z, which LoraPro writes for the gradients J^T g; the parameters do not change."""
     set_gradients(model, gradient)
     LoraPro(model, torch.optim.SGD, lr=0.0, **{**EXACT, **options}).step()
     return gradients(model)
@@ -69,7 +69,7 @@ def check(model):
     torch.testing.assert_close(z, expected, rtol=1e-8, atol=1e-9)
     torch.testing.assert_close((J @ z - g).norm(), (J @ expected - g).norm(), rtol=1e-12, atol=0)
     torch.testing.assert_close(J.T @ (J @ z), J.T @ g, rtol=1e-9, atol=1e-9)
-    # And not by way of a full column rank: there is a null space to stay out of.
+    # Callers check that J has a null space, which z must stay out of.
     return J.shape[1] - torch.linalg.matrix_rank(J).item()
 
 
@@ -100,7 +100,7 @@ def test_what_is_frozen_takes_no_part(case):
     ids=["LoRA-FA", "SBoRA-FA", "SBoRA-FB"],
 )
 def test_one_trained_factor(config):
-    """G_B (A A^T)^-1 / s^2 is left, or its like for A; of SBoRA's chosen features A A^T is 1."""
+    """The gradient is G_B (A A^T)^-1 / s^2, or the like for A; for SBoRA A A^T is the identity."""
     model = build(2, config)
     for layer in model:
         A, _, B, _, d = layer.adapter().factors()
@@ -119,11 +119,11 @@ def test_one_trained_factor(config):
 
 
 def paper(A, B, G_A, G_B, s):
-    """The published formulas for a pair, with X by a Kronecker product; X too."""
+    """Compute g_A, g_B and X of a pair by the published formulas, X by a Kronecker product."""
     BB, AA = B.T @ B, A @ A.T
     eye = torch.eye(len(A), dtype=A.dtype)
     right = -torch.linalg.solve(BB, G_A) @ A.T / s**2
-    # BB X + X AA, as a matrix over X read row by row.
+    # The inverted matrix maps X, flattened by rows, to BB X + X AA.
     X = torch.linalg.inv(torch.kron(BB, eye) + torch.kron(eye, AA)) @ right.reshape(-1)
     X = X.reshape(len(A), len(A))
     projector = torch.eye(len(B), dtype=A.dtype) - B @ torch.linalg.solve(BB, B.T)
@@ -148,7 +148,7 @@ def test_the_published_formulas():
     LoraPro(model, torch.optim.SGD, lr=0.0, **EXACT).step()
     torch.testing.assert_close(model[0].A.grad, g_A, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(model[0].B.grad, g_B, rtol=1e-9, atol=1e-10)
-    # The X that these gradients amount to solves the Sylvester equation of the paper.
+    # The X that follows from these gradients solves the paper's Sylvester equation.
     ours = (model[0].A.grad - torch.linalg.solve(B.T @ B, G_A) / s**2) @ torch.linalg.pinv(A)
     left = B.T @ B @ ours + ours @ A @ A.T
     right = -torch.linalg.solve(B.T @ B, G_A) @ A.T / s**2
@@ -158,7 +158,7 @@ def test_the_published_formulas():
 
 @pytest.mark.parametrize("case", ["a pair", "pairs of several ranks", "a pool"])
 def test_the_norm_is_the_least(case):
-    """A step along the null space would turn the private ranks, and change no weight."""
+    """No step goes along the null space, where private ranks mix and no weight changes."""
     model = build(*CASES[case])
     solved(model, draw(model))
     for layer in model:
@@ -170,7 +170,7 @@ def test_the_norm_is_the_least(case):
 
 
 def gathered(case):
-    """What the solvers are given: ranks, gradient, what is trained."""
+    """Return the inputs of the solvers (ranks, gradient, trained) and the weight gradient."""
     model = build(*CASES[case])
     gradient = draw(model)
     set_gradients(model, gradient)
@@ -201,7 +201,7 @@ def test_a_descent_direction_at_every_cut(case):
         Jz = torch.stack([ranks.change(i, z) for i in range(ranks.layers)])
         distances.append((Jz - gradient).norm())
         assert z.dot(G) > 0
-        if count == 1:  # the raw gradient, scaled
+        if count == 1:  # one iteration only scales the raw gradient
             torch.testing.assert_close(z / z.norm(), G / G.norm())
     assert all(b <= a * (1 + 1e-12) for a, b in itertools.pairwise(distances))
     assert distances[-1] < distances[0]
@@ -221,9 +221,9 @@ def test_the_iterations_end_at_the_tolerance(monkeypatch):
 
 @pytest.mark.parametrize("case", ["a pair", "a pool"])
 def test_the_change_of_weights_knows_no_gauge(case):
-    """B C and C^-1 A are the same adapter, and J z is the same change of its weights."""
+    """B C and C^-1 A are the same adapter, so J z is the same change of the weights."""
     model = build(*CASES[case])
-    with torch.no_grad():  # one scale for a layer's own: then any C is the same adapter
+    with torch.no_grad():  # if a layer's private ranks have one scale, any C preserves dW
         for layer in model:
             layer.d[: len(layer.A)] = 0.8
     gradient = draw(model)
@@ -244,13 +244,13 @@ def test_the_change_of_weights_knows_no_gauge(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_ridge_is_over_the_mean_of_the_diagonal(case):
-    """(J^T J + rho) z = G, rho being a share of the mean over ranks of J^T J's diagonal."""
+    """(J^T J + rho) z = G, where rho is a share of the mean over ranks of J^T J's diagonal."""
     model, ridge = build(*CASES[case]), 0.05
     G = set_gradients(model, draw(model))
     J, rho = jacobian(model), torch.zeros(0, dtype=torch.float64)
     names = list(parameters(model))
     squares = unflat(J.square().sum(0), model)
-    # An element's square is that of its rank's other factor: one of each rank is enough.
+    # All elements of a rank in one factor have equal squares, so one of them is enough.
     ranks = {
         name: value[:, 0] if name.endswith("A") else value[0] for name, value in squares.items()
     }
@@ -266,7 +266,7 @@ def test_the_ridge_is_over_the_mean_of_the_diagonal(case):
 
 
 def test_ranks_that_are_one_another_s_multiples():
-    """A pair of lower rank than it has room for has a larger null space, and z = J^+ g still."""
+    """A pair with dependent ranks has a larger null space, and still z = J^+ g."""
     model = pair()
     with torch.no_grad():
         model[0].B[:, 1] = 2 * model[0].B[:, 0]
@@ -278,7 +278,7 @@ def test_ranks_that_are_one_another_s_multiples():
 
 
 def test_a_pair_that_begins_at_zero():
-    """B = 0 and no ridge: nothing of A can be told, and nothing is divided by zero."""
+    """With B = 0 and no ridge, A gets a zero gradient, and nothing is divided by zero."""
     model = pair()
     with torch.no_grad():
         model[0].B.zero_()

@@ -1,4 +1,4 @@
-"""LoraPro as an optimizer: whole runs against dense ones, and what users do with an optimizer."""
+"""LoraPro as an optimizer: whole runs against dense ones, and common uses of an optimizer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ADAM = {"lr": 0.005, "betas": (0.8, 0.95), "eps": 1e-8}
 
 
 class Regression:
-    """Every layer reads x and is asked for y: a loss whose gradient of a weight is plain."""
+    """A task to map x to y by every layer, whose weight gradients have a simple formula."""
 
     def __init__(self, model):
         generator = torch.Generator().manual_seed(5)
@@ -56,14 +56,14 @@ class Regression:
         )
 
     def gradient(self, model) -> torch.Tensor:
-        """Of the loss, by the layers' weights (L, out, in)."""
+        """Compute the gradient of the loss by the layers' weights, (L, out, in)."""
         W = self.weights + changes(model, parameters(model)).detach()
         error = self.x @ W.mT + self.biases.unsqueeze(1) - self.y
         return 2 * error.mT @ self.x / error[0].numel()
 
 
 def started(layers, config, frozen=()):
-    """Adapters as training starts them, B = 0, in float64."""
+    """Build float64 adapters in their initial state, with B = 0."""
     model = build(layers, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,7 +75,7 @@ def started(layers, config, frozen=()):
 
 
 class DenseAdam:
-    """Adam over named numbers, with the bias corrections of its paper."""
+    """Adam over tensors by name, with the bias corrections of its paper."""
 
     def __init__(self):
         self.t, self.m, self.v = 0, {}, {}
@@ -93,7 +93,7 @@ class DenseAdam:
 
 
 def rho(model, J) -> torch.Tensor:
-    """The ridge of each element, by the means that the package's own docs state."""
+    """Compute the ridge of each element from the means that the docs define."""
     squares = unflat(J.square().sum(0), model)
     ranks = {n: v[:, 0] if n.endswith("A") else v[0] for n, v in squares.items()}
     single = not any("pool" in name for name in ranks)
@@ -106,7 +106,7 @@ def rho(model, J) -> torch.Tensor:
 
 
 def dense_step(model, J, gradient):
-    """(J^T J + rho)^-1 J^T g, by name."""
+    """Compute (J^T J + rho)^-1 J^T g, by name."""
     z = torch.linalg.solve(J.T @ J + torch.diag(rho(model, J)), J.T @ gradient.reshape(-1))
     return unflat(z, model)
 
@@ -122,7 +122,7 @@ RUNS = {
 
 @pytest.mark.parametrize("run", RUNS)
 def test_fifty_steps(run, figure):
-    """Against a loop of dense solutions and of Adam, d by its own gradient beside it."""
+    """Fifty steps equal a loop of dense solutions and Adam; d uses its own gradient."""
     model = started(*RUNS[run])
     theirs, task = copy.deepcopy(model), Regression(model)
     optimizer = LoraPro(model, torch.optim.Adam, **ADAM, **TO_THE_END)
@@ -150,7 +150,7 @@ def test_fifty_steps(run, figure):
 
 @pytest.mark.parametrize("run", RUNS)
 def test_fifty_steps_with_moments_of_the_full_gradients(run, figure):
-    """The published algorithm: Adam over J z, and the factors' step solved from its direction."""
+    """Fifty steps equal the published algorithm: Adam over J z, factors solved from its result."""
     model = started(*RUNS[run])
     theirs, task = copy.deepcopy(model), Regression(model)
     optimizer = LoraPro(model, torch.optim.Adam, **ADAM, **TO_THE_END, moments="full")
@@ -185,7 +185,7 @@ def test_fifty_steps_with_moments_of_the_full_gradients(run, figure):
 @pytest.mark.parametrize("moments", ["factors", "full"])
 @pytest.mark.parametrize("run", RUNS)
 def test_the_first_steps(run, moments):
-    """B = 0: there is nothing to adjust of A, whose gradient is zero, and no division by it."""
+    """At B = 0 the gradient of A is zero: A does not move, and nothing is divided by zero."""
     model = started(*RUNS[run])
     task = Regression(model)
     before = copy.deepcopy(model)
@@ -216,7 +216,7 @@ def test_what_is_no_factor_keeps_its_gradient():
 
 
 def test_a_layer_without_gradients():
-    """It stays as it is, and the others' solution is that of the problem with it held fixed."""
+    """A layer without gradients stays unchanged, and the others are solved with it fixed."""
     model = build(3, rasa_ext.RasaConfig(rank=2, k=1))
     gradient = torch.randn(3, WIDTHS[1], WIDTHS[0], dtype=torch.float64)
     gradient[1] = 0
@@ -241,7 +241,7 @@ def test_no_gradients_at_all():
 
 
 def test_parameters_of_ones_own_choice():
-    """What the optimizer was not given is held fixed; groups have rates of their own."""
+    """Parameters that the optimizer does not get stay fixed; groups have their own rates."""
     model = build(2, rasa_ext.RasaConfig(rank=3, k=0))
     groups = [
         {"params": [layer.A for layer in model], "lr": 0.5},
@@ -277,7 +277,7 @@ def trained_on(model, optimizer, steps, task):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("moments", ["factors", "full"])
 def test_going_on_from_a_checkpoint(moments, dtype):
-    """To the bit; moments of full gradients are float32 whatever the adapter is."""
+    """A resumed run is bit-identical; moments of full gradients are float32 for any adapter."""
 
     def begin():
         model = patched(LLAMA.build(), adapter_dtype=dtype)
@@ -306,18 +306,18 @@ def test_going_on_from_a_checkpoint(moments, dtype):
             shape = model.get_submodule(name).base_layer.weight.shape
             assert layer["exp_avg"].dtype == layer["exp_avg_sq"].dtype == torch.float32
             assert layer["exp_avg"].shape == layer["exp_avg_sq"].shape == shape
-            # What was loaded is still what it was.
+            # Later steps leave the loaded state unchanged.
             assert torch.equal(
                 saved["optimizer"]["lora_pro"][name]["exp_avg"], full[name]["exp_avg"]
             )
 
-    its.param_groups[0]["lr"] = 0.0  # as a scheduler sets it
+    its.param_groups[0]["lr"] = 0.0  # like a scheduler does
     trained_on(again, its, [6], LLAMA)
     assert same_adapters(again, model)
 
 
 def test_schedulers_and_scalers():
-    """Both work on the inner optimizer's own groups; a scaled gradient is unscaled before."""
+    """Both act on the inner optimizer's groups; a scaled gradient is unscaled before the step."""
     model = patched(LLAMA.build())
     plain = copy.deepcopy(model)
     optimizer = LoraPro(model, torch.optim.SGD, lr=1e-3)

@@ -28,9 +28,9 @@ COMPUTED = {
     "gated-rasa, pruned": "GatedRasaConfig",
     "sd-lora, a layer": "SdLoraConfig",
 }
-"""Whose factors are put together of others, picked from a pool, or divided by a norm, as used."""
+"""Refused methods: the factors in use are concatenated, picked from a pool or normalized."""
 FREE = ("d", "m", "stack_d")
-"""What is trained and no factor."""
+"""Names of trained parameters that are not factors."""
 WIDE = {"adapter_dtype": torch.float64}
 
 
@@ -39,7 +39,7 @@ def trained(model) -> dict[str, nn.Parameter]:
 
 
 def jacobian(model, name: str, factors: list[Tensor]) -> Tensor:
-    """J (all layers' out * in, the factors' elements), row by row, of the method's own formula."""
+    """Compute J (all layers' out * in, the factors' elements) row by row from the formula."""
     flat = torch.cat([dW.flatten() for dW in changes(model, name).values()])
     rows = []
     for number in flat:
@@ -51,7 +51,7 @@ def jacobian(model, name: str, factors: list[Tensor]) -> Tensor:
 
 
 def least_norm_gradients(model, name: str) -> tuple[Tensor, Tensor]:
-    """What LoraPro writes for a random gradient of the weights, and J^+ g by dense matrices."""
+    """Return LoraPro's gradients for a random weight gradient g, and J^+ g by dense matrices."""
     parameters = trained(model)
     factors = {n: p for n, p in parameters.items() if n.rpartition(".")[2] not in FREE}
     J = jacobian(model, name, list(factors.values()))
@@ -69,7 +69,7 @@ def least_norm_gradients(model, name: str) -> tuple[Tensor, Tensor]:
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """As vectors and by element; of a vector of thousands, small elements err as large ones do."""
+    """Compare by norm and by element; small elements may err by as much as large ones."""
     size = expected.norm().item()
     assert (found - expected).norm() <= 1e-9 * size
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=max(1e-8, 1e-11 * size))
@@ -88,7 +88,7 @@ def test_what_is_refused(name):
 
 @pytest.mark.parametrize("name", ["sora", "sora, pool"])
 def test_closed_gates(name):
-    """Their ranks change nothing, so that they have no gradient and take no step."""
+    """Ranks with closed gates change nothing, so they have no gradient and take no step."""
     model = case(name)
     with torch.no_grad():
         for i, layer in enumerate(rasa_linears(model).values()):
@@ -101,9 +101,9 @@ def loss_of(model, x) -> Tensor:
 
 
 class DenseSora:
-    """SoRA's steps under LoraPro over plain matrices: J^+ g by pinv, Adam, and the soft threshold.
+    """SoRA's steps under LoraPro with dense matrices: J^+ g by pinv, Adam, and soft threshold.
 
-    One linear layer y = x (W + B diag(d) A)^T; d has its own gradient.
+    The model is one linear layer y = x (W + B diag(d) A)^T; d has its own gradient.
     """
 
     def __init__(self, layer, lr: float, betas: tuple[float, float], by: float) -> None:
@@ -140,7 +140,7 @@ class DenseSora:
 
 
 def test_a_sora_s_steps_with_gates_that_close():
-    """Thirty steps, a proximal step after each, one gate closing on the way; then pruned."""
+    """Thirty steps with a proximal step after each match dense ones, though a gate closes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(9, 7, dtype=torch.float64))
     rasa_ext.patch_model(model, config=methods.SoraConfig(rank=3, alpha=3.0, **WIDE))
@@ -165,11 +165,11 @@ def test_a_sora_s_steps_with_gates_that_close():
     before = model(x)
     assert training.prune(model) == (3, 2)
     torch.testing.assert_close(model(x), before)
-    LoraPro(model, torch.optim.Adam, lr=1e-3)  # over the new parameters
+    LoraPro(model, torch.optim.Adam, lr=1e-3)  # pruning made new parameters
 
 
 def test_an_sd_lora_s_tasks():
-    """The newest pair by least squares at each task, whatever came before it."""
+    """At each task the newest pair takes least-squares steps, whatever came before it."""
     model, x = case("sd-lora"), inputs(20)
     for task in range(3):
         optimizer = LoraPro(model, torch.optim.AdamW, lr=1e-3)
@@ -188,7 +188,7 @@ def test_an_sd_lora_s_tasks():
 
 @pytest.mark.parametrize("moments", ["factors", "full"])
 def test_boosters_are_sequential_merges(moments):
-    """Every booster begins without moments, also without those of full gradients."""
+    """Every booster starts without moments, including the moments of full gradients."""
 
     def patched(model):
         config = methods.BoostedLoraConfig(**WIDE)

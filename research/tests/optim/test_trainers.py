@@ -63,7 +63,7 @@ def stepped(model):
 
 
 def test_an_adapter_of_peft():
-    """The same numbers under other names, and so the same steps."""
+    """In PEFT the parameters are equal and only their names differ, so the steps are equal."""
     ours, theirs = (adapters(stepped(model)) for model in (patched(make_model()), tiny()))
     for name, adapter in ours.items():
         twin = theirs[f"base_model.model.{name}"]

@@ -1,7 +1,7 @@
-"""Training with LoraPro in one process or, under torchrun, in several that share the batches.
+"""Train with LoraPro in one process, or under torchrun in several that share the batches.
 
-torchrun --nproc-per-node 2 research/tests/optim/worker.py DIRECTORY MOMENTS leaves what each has
-trained.
+torchrun --nproc-per-node 2 research/tests/optim/worker.py DIRECTORY MOMENTS writes the parameters
+that each process trained to DIRECTORY/RANK.pt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.helpers.models import LLAMA
 
 
 class StopAfter(TrainerCallback):
-    """Ends a training as an interrupt would, a number of steps in."""
+    """A callback that stops training after ``steps`` steps, like an interrupt."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -33,9 +33,10 @@ class StopAfter(TrainerCallback):
 
 
 def train(moments: str) -> nn.Module:
-    """The model after four steps; each process takes its rows of the same batches.
+    """Train a model for four steps; each process takes its rows of every batch.
 
-    In float64, where two processes' sums differ from one's by less than the steps enlarge.
+    It is float64, because the steps enlarge the difference between the sums of one and of two
+    processes.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = patched(LLAMA.build().double(), adapter_dtype=torch.float64).train()
