@@ -26,7 +26,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory) -> Path:
-    """The base after a few real steps on all its weights."""
+    """The folder of the base after ten training steps on all weights, in several shards."""
     model = make_model().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(10):
@@ -93,7 +93,7 @@ def test_compress_keeps_what_else_changed(base, tuned, tmp_path):
 
 
 def test_compress_a_checkpoint_that_is_no_safetensors_folder(base, tuned, tmp_path):
-    """What transformers can read, it reads, in full."""
+    """compress reads every checkpoint that transformers reads, with equal results."""
     model = load(tuned)
     (tmp_path / "pickled").mkdir()
     model.config.save_pretrained(tmp_path / "pickled")
@@ -183,7 +183,7 @@ def test_files_that_cannot_or_should_not_be_written(base, tuned, tmp_path):
     with file_limit(30_000):
         text = invoke(*words, "--rank", 1, code=1)
     assert f"Error: {out}: cannot be written" in text
-    assert "what was written before is whole" in text  # the adapter, but not the picture
+    assert "what was written before is whole" in text  # the adapter is written, the picture is not
     assert rasa_ext.load_adapter(load(base), out)
     text = invoke(*words, code=1)
     assert f"output: expected a new folder or an empty one, but {out} holds files" in text

@@ -25,7 +25,7 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def loras(base, tmp_path_factory) -> list[Path]:
-    """Three LoRAs over one A, B and pool, which differ in their diagonals: R = 9 in each layer."""
+    """Three LoRAs with equal A, B and pool and different diagonals, with R = 9 in each layer."""
     directories = []
     model = rasa_ext.patch_model(load(base), rank=8, k=1, target_modules=["q_proj", "down_proj"])
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""compress: full fine-tunings as adapters, from weights that are read one by one."""
+"""compress makes adapters from full fine-tunings, and reads the weights one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers.tiny_lm import make_model
 
 
 def finetuned(entry, base, others=True, rank=3, seed=0):
-    """A copy whose linear layers changed by matrices of a rank, and other parameters a little."""
+    """Copy a model, add matrices of ``rank`` to its linear layers and noise to the rest."""
     g = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(base)
     targets = entry.targets(base)
@@ -39,7 +39,7 @@ def finetuned(entry, base, others=True, rank=3, seed=0):
 
 
 def deltas(entry, base, changed):
-    """finetuned - base in float64, (out, in)."""
+    """Return finetuned - base by layer, (out, in) float64."""
     found = {}
     for name in entry.targets(base):
         before, after = base.get_submodule(name), changed.get_submodule(name)
@@ -49,7 +49,7 @@ def deltas(entry, base, changed):
 
 
 def outside(entry, base, changed):
-    """{name: ||change||} of the parameters that are no weight of an adapted layer."""
+    """Return {name: ||change||} of the parameters that are not weights of adapted layers."""
     adapted = {f"{name}.weight" for name in entry.targets(base)}
     after = dict(changed.named_parameters())
     return {
@@ -102,10 +102,10 @@ def test_it_is_the_fit_of_the_changes_and_tells_what_is_lost(entry, k, tmp_path)
 
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, TIED], ids=ids)
 def test_with_what_else_changed_the_adapter_is_the_whole_fine_tuning(entry, tmp_path):
-    """A rank as large as the changes' own; norms, embeddings and head are kept in full."""
+    """At the rank of the changes, with norms, embeddings and head in full, nothing is lost."""
     base = entry.build()
     changed = finetuned(entry, base)
-    with torch.no_grad():  # biases of adapted layers have no place in an adapter
+    with torch.no_grad():  # an adapter cannot store biases of adapted layers
         for name in entry.targets(base):
             if (bias := base.get_submodule(name).bias) is not None:
                 changed.get_submodule(name).bias.copy_(bias)
@@ -162,7 +162,7 @@ def test_half_precision_weights(dtype):
 
 
 class Watched(Mapping):
-    """Copies of tensors, of which it knows how many are still in use."""
+    """A mapping that returns copies of tensors and counts their elements that are in use."""
 
     def __init__(self, tensors):
         self.tensors, self.alive, self.most = tensors, 0, 0
@@ -193,7 +193,7 @@ def test_one_weight_of_each_model_is_held_at_a_time():
 
 
 def save_shards(model, directory, drop="", skip=()):
-    """A sharded checkpoint as hubs have them, written out by hand."""
+    """Write a sharded checkpoint in the format of the Hub by hand."""
     import json
 
     state = {k.removeprefix(drop): v for k, v in model.state_dict().items() if k not in skip}
@@ -257,7 +257,7 @@ def test_folders_that_cannot_be_read(tmp_path):
     ids=lambda text: text[:40],
 )
 def test_an_index_of_another_form_is_refused(text, tmp_path):
-    """Among others one that names files elsewhere."""
+    """An index of another form is refused, and also one that names files in other folders."""
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"index\.json: expected a weight_map.*files beside it"):

@@ -1,4 +1,4 @@
-"""compress_lora: what PEFT saved, as a smaller RaSA adapter."""
+"""compress_lora makes a smaller RaSA adapter from a LoRA that PEFT saved."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_fewer_numbers_by_the_solver(rank, k, tmp_path):
 
 
 def test_no_out_x_in_matrix_is_formed(tmp_path):
-    """A model of 300 x 400 layers, on the meta device."""
+    """The largest tensor stays far below 300 x 400; the model is on the meta device."""
     with torch.device("meta"):
         model = torch.nn.Sequential(*[torch.nn.Linear(400, 300) for _ in range(3)])
     tensors = {}

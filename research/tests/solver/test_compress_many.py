@@ -1,4 +1,4 @@
-"""compress_many: LoRAs over one basis, their errors by dense float64 sums, and their files."""
+"""compress_many: LoRAs over one basis, errors against dense float64 sums, and files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def random(*shape, seed=0):
 
 
 def write(directory, factors, **config):
-    """A LoRA in PEFT's format: (B, A) by layer; returns the directory."""
+    """Write a LoRA in PEFT's format from (B, A) by layer, and return the directory."""
     directory.mkdir()
     tensors = {}
     for name, (B, A) in factors.items():
@@ -39,7 +39,7 @@ def write(directory, factors, **config):
 
 
 def own(n, r, seed=0):
-    """Factors of n adapters with nothing in common."""
+    """Return factors of n adapters with nothing in common."""
     return [(random(OUT, r, seed=9 * seed + i), random(r, WIDTH, seed=-i - 1)) for i in range(n)]
 
 
@@ -52,7 +52,7 @@ def dense(pair):
 
 
 def common(n, rank, extra=0):
-    """Factors over one basis of ``rank``, with ``extra`` ranks of their own."""
+    """Return factors of n adapters over one basis of ``rank``, with ``extra`` private ranks."""
     B, A = random(OUT, rank, seed=1), random(rank, WIDTH, seed=2)
     return [
         (torch.cat([B * random(rank, seed=3 + i), Bi], 1), torch.cat([A, Ai]))
@@ -71,7 +71,7 @@ def test_a_common_basis_is_found(n, rank, tmp_path):
 
 
 def test_errors_are_those_of_dense_matrices(tmp_path):
-    """Of two layers, the second larger; an adapter of large changes counts as the others do."""
+    """All adapters count equally, also one with larger changes in one of its two layers."""
     n, rank = 3, 6
     layers = {
         "a.x": common(n, 3, 3),
@@ -139,11 +139,11 @@ def test_no_farther_than_as_many_singular_components(extra, tmp_path):
         least = (values.sort(descending=True).values[rank:].sum().item() / 4) ** 0.5
         found = solver.compress_many(paths, rank)
         assert found.errors.total <= least + 1e-6
-        assert found.separate.total <= least + 1e-6  # it has n R / (in + out) components more
+        assert found.separate.total <= least + 1e-6  # it has n R / (in + out) more components
 
 
 def test_every_block_is_a_least_squares_solution(tmp_path):
-    """At the end, dense least squares over B, A or one diagonal alone finds nothing nearer."""
+    """At convergence, dense least squares over only B, A or d does not lower the error."""
     changes = [dense(p) / dense(p).norm() for p in common(3, 4, 2)]
     paths = written(tmp_path, common(3, 4, 2))
     found = solver.compress_many(paths, 6, iterations=1500, tol=1e-12)
@@ -154,7 +154,7 @@ def test_every_block_is_a_least_squares_solution(tmp_path):
         near = [(B * row) @ A for row in d]
         return sum((m - n).square().sum().item() for m, n in zip(changes, near, strict=True))
 
-    rows = torch.cat([row[:, None] * A for row in d], 1)  # M_1, M_2, ... beside one another
+    rows = torch.cat([row[:, None] * A for row in d], 1)  # for M_1, M_2, ... side by side
     best_B = torch.linalg.lstsq(rows.T, torch.cat(changes, 1).T).solution.T
     best_A = torch.linalg.lstsq(torch.cat([B * row for row in d]), torch.cat(changes)).solution
     ranks = torch.einsum("or,ri->oir", B, A).reshape(-1, B.shape[1])
@@ -177,7 +177,7 @@ def test_no_out_x_in_matrix_is_formed(tmp_path):
 
 
 def test_ranks_scales_and_layers_may_differ(tmp_path):
-    """Two layers of which each adapter has one or both, with all that sets a scale."""
+    """Adapters may have one or both of two layers, different ranks and every kind of scale."""
     x, y, z, w = own(4, 5)
     paths = [
         write(tmp_path / "plain", {"a.x": x, "b.x": (y[0][:, :2], y[1][:2])}, lora_alpha=10),
@@ -189,7 +189,7 @@ def test_ranks_scales_and_layers_may_differ(tmp_path):
         "stable": {"a.x": 3 / 5**0.5 * dense(z), "b.x": torch.zeros(OUT, WIDTH).double()},
         "other": {"a.x": torch.zeros(OUT, WIDTH).double(), "b.x": 4 * dense(w)},
     }
-    found = solver.compress_many(paths, 10)  # all components that there are
+    found = solver.compress_many(paths, 10)  # enough for all components
     assert found.given == 5 * (OUT + WIDTH) * 3 + 2 * (OUT + WIDTH)
     assert found.loras.num_parameters == 2 * 10 * (OUT + WIDTH + 3)
     assert not found.loras.layers["b.x"].d[1].any()
@@ -221,7 +221,7 @@ def test_more_rank_than_there_is_and_adapters_that_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)])
 def test_the_file(dtypes, tmp_path):
-    """The widest dtype of the LoRAs, and errors that count the rounding to it."""
+    """The file has the widest dtype of the LoRAs, and the errors include the rounding to it."""
     pairs = [[t.to(dtype) for t in p] for p, dtype in zip(common(2, 5), dtypes, strict=True)]
     found = solver.compress_many(dict(zip("uv", written(tmp_path, pairs), strict=True)), 5)
     B, A, d = (tensor.double() for tensor in found.loras.layers["x"])
@@ -241,7 +241,7 @@ def test_the_file(dtypes, tmp_path):
 
 @pytest.fixture
 def llamas(tmp_path):
-    """LoRAs of a model: of all layers, and of some, by another choice of names."""
+    """Two LoRAs of a model: one over all linear layers, one over some of them."""
     paths = []
     for name, targets in (
         ("all", "all-linear"),
@@ -258,7 +258,7 @@ def llamas(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*SGLang")
 def test_in_a_model(llamas, tmp_path):
-    """PEFT over an expansion, and diagonals in this package, compute the set's changes."""
+    """An expanded LoRA in PEFT and diagonals in rasa_ext both compute the set's changes."""
     peft = pytest.importorskip("peft")
     loras = solver.compress_many(llamas, 6, iterations=5).loras
     model = loras.install(LLAMA.build(), "some")

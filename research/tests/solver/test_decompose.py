@@ -1,4 +1,4 @@
-"""decompose against the paper's formulas written out densely, and at the edges of its domain."""
+"""decompose against the paper's formulas with dense matrices, and in edge cases."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from tests.helpers.adapters import LargestTensor
 from tests.helpers.tiny_lm import make_model
 
 NOISE = 1e-12
-"""Errors are sums of float64 squares over a total of one."""
+"""Tolerance of errors, which are float64 sums of squares with a total of one."""
 
 
 def random_deltas(layers=4, out=20, width=28, inner=10, seed=0, noise=0.1) -> list[Tensor]:
-    """Matrices with falling spectra that share a part of their spaces."""
+    """Return matrices with falling spectra that share a part of their spaces."""
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -36,7 +36,7 @@ def random_deltas(layers=4, out=20, width=28, inner=10, seed=0, noise=0.1) -> li
 
 @pytest.fixture(scope="module")
 def trained_deltas() -> dict[str, list[Tensor]]:
-    """The weight changes of a tiny model after twenty real steps on all its weights, by type."""
+    """Weight changes of a tiny model by module type, after twenty steps on all weights."""
     model = make_model().train()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -58,7 +58,7 @@ def trained_deltas() -> dict[str, list[Tensor]]:
 
 
 class Plain:
-    """The paper's coordinate descent, dense and by explicit inverses, in float64."""
+    """The paper's coordinate descent in float64, with dense matrices and explicit inverses."""
 
     def __init__(self, targets, B, A, d, pool_B, pool_A):
         self.M, self.B, self.A, self.d = list(targets), list(B), list(A), d.clone()
@@ -122,7 +122,7 @@ STEPS = ("update_private", "update_pool_B", "update_pool_A", "update_d")
 
 
 def tail(targets, r):
-    """LoRA's minimum from the singular values."""
+    """Compute LoRA's minimum from the singular values."""
     total = sum(M.double().square().sum() for M in targets)
     left = sum(torch.linalg.svdvals(M.double())[r:].square().sum() for M in targets)
     return (left / total).item()
@@ -199,7 +199,7 @@ def test_large_matrices_take_another_way_to_the_same_result(factors, monkeypatch
     [(4, 20, 28, 4, 1), (5, 20, 12, 5, 3), (6, 10, 9, 4, 4), (1, 9, 11, 3, 1), (3, 16, 16, 4, 0)],
 )
 def test_lora_with_as_many_numbers(layers, out, width, r, k, factors, exact, monkeypatch):
-    """LoRAs that spend a budget evenly over the layers, in every way, on the average."""
+    """The error is the mean over all LoRAs that spend a budget evenly over the layers."""
     monkeypatch.setattr(lowrank, "EXACT", exact)
     targets = random_deltas(layers, out, width)
     given = [(M, torch.eye(width, dtype=M.dtype)) for M in targets] if factors else targets
@@ -318,7 +318,7 @@ def test_edges(case, k, init):
     assert found.lora_error == pytest.approx(tail(targets, 3), abs=NOISE)
     if init == "svd":
         assert found.errors[-1] <= found.lora_error + NOISE
-    if case == "one layer" or k == 0:  # RaSA is LoRA then
+    if case == "one layer" or k == 0:  # RaSA equals LoRA here
         assert found.errors[-1] == pytest.approx(found.lora_error, abs=0.05 if k else NOISE)
     if case in ("rank two", "narrow") and init == "svd":
         assert found.errors[-1] < NOISE
@@ -331,7 +331,7 @@ def test_normal_equations_of_unequal_scales_and_without_full_rank():
     expected = torch.randn(6, 2, generator=g, dtype=torch.float64) / scales[:, None]
     N = X.T @ X
     torch.testing.assert_close(lowrank.solve_normal(N, N @ expected), expected)
-    # Of two equal columns each gets half; of a column of zeros nothing is known.
+    # Two equal columns get half each; a column of zeros gets zero.
     X = torch.stack([X[:, 0], X[:, 0], X[:, 1] * 0, X[:, 3]], 1)
     N = X.T @ X
     y = N @ torch.tensor([[1.0], [3.0], [5.0], [7.0]], dtype=torch.float64)
@@ -340,7 +340,7 @@ def test_normal_equations_of_unequal_scales_and_without_full_rank():
 
 
 def test_slots_a_layer_leaves_free_serve_the_others():
-    """The first layer needs no rank at all; its slots lower the second's error below LoRA's."""
+    """If one layer needs no rank, its slots lower the other layer's error below LoRA's."""
     targets = [torch.zeros(20, 28), random_deltas(1)[0]]
     found = solver.decompose(targets, 4, 2, iterations=40)
     assert found.errors[-1] == pytest.approx(tail(targets[1:], 6), rel=0.02)

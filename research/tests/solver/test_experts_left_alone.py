@@ -1,4 +1,4 @@
-"""What makes adapters of linear layers alone, over models that stack experts."""
+"""Functions that adapt only linear layers, on models with stacked experts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STACK = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 def states(seed=0):
-    """A base's tensors, and the same with every one changed."""
+    """Return a base's tensors, and a copy with every tensor changed."""
     before = {name: t.clone() for name, t in base("mixtral").state_dict().items()}
     generator = torch.Generator().manual_seed(seed)
     after = {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in before.items()}

@@ -1,4 +1,4 @@
-"""fit_adapter: a patched model whose adapters are the decomposition of given weight changes."""
+"""fit_adapter patches a model with adapters that decompose given weight changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.patching.test_groups import expected, members
 
 
 def changes(base, names, seed=0):
-    """Random changes (out, in) that share a part of their spaces."""
+    """Return random weight changes (out, in) that share a part of their spaces."""
     g = torch.Generator().manual_seed(seed)
     found = {}
     for name in names:
@@ -54,7 +54,7 @@ def test_adapters_approximate_the_changes_group_by_group(entry, k):
 
 @pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
 def test_an_exact_fit_makes_the_changed_model(entry):
-    """A rank as large as the changes' own: the patched model computes what the changed one does."""
+    """At the rank of the changes, the patched model's outputs equal the changed model's."""
     base, changed = entry.build(), entry.build()
     deltas = changes(base, entry.targets(base))
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_just_the_named_layers_are_adapted(names, tmp_path):
 
 
 def test_names_that_no_suffixes_tell_apart():
-    """ "0" ends "1.0" as well."""
+    """The name "0" is also a suffix of "1.0"."""
     inner = torch.nn.Sequential(torch.nn.Linear(4, 4))
     base = torch.nn.Sequential(torch.nn.Linear(4, 4), inner)
     solver.fit_adapter(base, {"0": torch.randn(4, 4)}, 2, 1)

@@ -1,4 +1,4 @@
-"""Damaged sets of LoRAs and folders of weights, as tests/checkpoint/fuzz.py damages adapters."""
+"""Sets of LoRAs and folders of weights, damaged like adapters in tests/checkpoint/fuzz.py."""
 
 from __future__ import annotations
 
