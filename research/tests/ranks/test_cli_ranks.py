@@ -1,4 +1,4 @@
-"""ranks: from a model and a file of data to a table and a rank_pattern."""
+"""The command ranks: from a model and a data file to a table and a rank_pattern."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 
 
 def by_hand(base, records, k, pooling):
-    """One text at a time, so without padding."""
+    """Compute dimensions and ranks from one text at a time, so without padding."""
     tokenizer, model = make_tokenizer(), load(base)
     batches = []
     for record in records:

@@ -1,4 +1,4 @@
-"""Dimensions of point sets and of hidden states, and the ranks that they give."""
+"""Dimensions of point sets and of hidden states, and the ranks that follow from them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def swiss_roll() -> torch.Tensor:
 
 
 def by_numpy(x: torch.Tensor) -> float:
-    """TwoNN from all distances, of points that differ."""
+    """Compute TwoNN from all distances between distinct points."""
     points = x.double().numpy()
     distances = np.sort([np.sqrt(((points - p) ** 2).sum(1)) for p in points], axis=1)
     mu = np.sort(distances[:, 2] / distances[:, 1])
@@ -88,7 +88,7 @@ def test_no_change_by_scale_rotation_and_place(scale):
 
 
 def test_points_far_from_the_origin_and_from_one_another():
-    """Products of float64 alone would leave few digits of a distance here."""
+    """Distances stay accurate here, where float64 products alone would leave few digits."""
     x = cube(3, width=20)
     for far in (x + 1e5, torch.cat([x[:1000] - 1e4, x[1000:] + 1e4])):
         assert twonn(far) == pytest.approx(by_numpy(far), rel=1e-9)
@@ -146,22 +146,24 @@ def test_the_formula():
 
 
 class Sum(nn.Module):
-    """Every token is added to those after it."""
+    """A block that adds every token to all later tokens."""
 
     def forward(self, hidden_states):
         return hidden_states.cumsum(1)
 
 
 class Flatten(nn.Module):
-    """Only two coordinates stay."""
+    """A block that sets all but two coordinates to zero."""
 
     def forward(self, hidden_states):
         return (hidden_states * (torch.arange(hidden_states.shape[2]) < 2),)
 
 
 class Known(nn.Module):
-    """Token t lies on the axis t. Before the blocks the last token has one dimension, after the
-    sum one for every token, and at the end two.
+    """A model of known dimensions: token t is a point on axis t.
+
+    The last tokens have dimension 1 before the blocks, one per token after ``Sum``, and 2 at the
+    end.
     """
 
     def __init__(self):
@@ -185,7 +187,7 @@ def test_a_model_of_known_dimensions():
 
 @pytest.fixture
 def seen(monkeypatch) -> list[torch.Tensor]:
-    """The points whose dimensions are taken."""
+    """The points that hidden_dimensions passes to twonn."""
     found: list[torch.Tensor] = []
     monkeypatch.setattr(intrinsic, "twonn", lambda x: found.append(x) or 1.0)
     return found
@@ -198,7 +200,7 @@ REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 1
 def test_pooling_takes_tokens_with_a_one_alone(pooling, seen):
     model = Known()
     places = torch.rand(4, 5)
-    places[~REAL.bool()] = 1e30  # what stands there must not matter
+    places[~REAL.bool()] = 1e30  # masked values must not matter
     hidden_dimensions(
         model, [{"places": places, "attention_mask": REAL}], [model.blocks[0]], pooling
     )
@@ -221,7 +223,7 @@ def test_states_are_those_that_the_model_tells(entry, pooling, seen):
     norm = model.base_model.norm if entry is LLAMA else getattr(model.base_model, "ln_f", None)
     for i, (found, state) in enumerate(zip(seen, states, strict=True)):
         if i == len(states) - 1 and norm is not None:
-            if pooling == "mean":  # a mean of what is normed is not what the norm makes of a mean
+            if pooling == "mean":  # a norm of the mean is not a mean of norms
                 continue
             found = norm(found)
         torch.testing.assert_close(found, take[pooling](state))
@@ -252,7 +254,7 @@ def test_the_model_is_left_as_it_was(entry, monkeypatch):
     heads = [getattr(model, name) for name in ("lm_head", "classifier") if hasattr(model, name)]
     assert heads
     for head in heads:
-        monkeypatch.setattr(head, "forward", None)  # which would fail if it were called
+        monkeypatch.setattr(head, "forward", None)  # a call would fail
     hidden_dimensions(model, [entry.inputs(0)])
     tokens = entry.inputs(0)["input_ids"]
     short = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens[:, 1:])}
@@ -293,7 +295,7 @@ def test_a_choice_of_points(seen):
     )
     for points, seed in ((5, 0), (5, 0), (5, 1), (12, 0), (99, 0)):
         hidden_dimensions(model, batches, [model.blocks[0]], "last", points, seed)
-    few, same, other, *whole = seen[::2]  # each has a place before the block, and one after
+    few, same, other, *whole = seen[::2]  # points before the block, without those after it
     assert torch.equal(few, same)
     assert len(few) == len(other) == 5
     assert not torch.equal(few, other)
