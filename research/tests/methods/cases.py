@@ -1,4 +1,4 @@
-"""Every method of this package over the core's small model, and its formula."""
+"""Cases of every method of this package: the core's small model and the method's formula."""
 
 from __future__ import annotations
 

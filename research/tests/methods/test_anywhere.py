@@ -1,4 +1,4 @@
-"""The core's tests that take a method, over methods of this package."""
+"""The core's tests that take a method, run over methods of this package."""
 
 from __future__ import annotations
 

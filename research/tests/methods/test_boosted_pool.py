@@ -1,4 +1,4 @@
-"""Boosters as slots of a pool, against a naive model that adds every booster by itself."""
+"""Boosters as slots of a pool, against a naive model that adds every booster separately."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def patched(**options) -> nn.Module:
 
 
 class Naive:
-    """W_i + sum over boosters of B_t diag(d_it) A_t, a list of them a group."""
+    """W_i + sum over boosters of B_t diag(d_it) A_t, with a list of boosters per group."""
 
     def __init__(self, rank: int, alpha: float) -> None:
         self.start = alpha / rank
@@ -46,7 +46,7 @@ class Naive:
         self.boosters[group].append((A.detach().clone(), B, d))
 
     def trained(self, drawn, past: bool) -> list[Tensor]:
-        """The newest pairs of groups with a drawn layer, and the drawn layers' entries."""
+        """Return the newest pairs of groups with a drawn layer, and the drawn layers' entries."""
         found = []
         for group, boosters in self.boosters.items():
             names = [name for name in drawn if name.endswith(group)]
@@ -84,7 +84,7 @@ def pools(model) -> dict[str, rasa_ext.nn.RasaPool]:
 @pytest.mark.parametrize("past", [False, True])
 @pytest.mark.parametrize("layers", [None, 2])
 def test_several_boosters_are_the_naive_model_s(layers, past, rank, tmp_path, figure):
-    """Step for step over five boosters, each under an optimizer of its own; then every way out."""
+    """Five boosters equal a naive model with an optimizer per booster, and so do all exports."""
     x, model = inputs(20), patched(rank=rank, alpha=1.5, train_past=past)
     naive = Naive(rank, 1.5)
     optimizer = adam(rasa_ext.adapter_parameters(model))
@@ -96,7 +96,7 @@ def test_several_boosters_are_the_naive_model_s(layers, past, rank, tmp_path, fi
         for group, pool in pools(model).items():
             if number == 0 or any(name.endswith(group) for name in before):
                 naive.begin(group, pool.A, len(pool.B), drawn)
-            else:  # the group's pair has not begun; now others may be drawn
+            else:  # no layer trained the newest pair; it starts again with these layers
                 A, B, _ = naive.boosters[group].pop()
                 naive.begin(group, A, len(B), drawn)
         fresh = adam(naive.trained(drawn, past))
@@ -136,7 +136,7 @@ def test_several_boosters_are_the_naive_model_s(layers, past, rank, tmp_path, fi
 
 
 def test_what_a_booster_costs():
-    """in + out + L numbers of a group, not L (in + out)."""
+    """A booster trains in + out + L parameters per group, not L (in + out)."""
     rows = rasa_ext.summary(patched())
     assert {row.trainable for row in rows} == {7 + 9 + 3}
 
@@ -156,7 +156,7 @@ def test_what_is_not_drawn_stays():
         for name, dW in rasa_ext.delta_weights(model):
             assert torch.equal(dW, deltas[name]) == (name not in drawn)
     sizes = {group: len(pool.stack_A) for group, pool in pools(model).items()}
-    assert sum(sizes.values()) == 6  # a pair a booster, of the group that was drawn
+    assert sum(sizes.values()) == 6  # one pair per booster, in the drawn group
     trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in rasa_ext.adapter_parameters(model)}
 
@@ -184,7 +184,7 @@ def test_the_penalty():
 
 
 @pytest.mark.parametrize("past", [False, True])
-@pytest.mark.parametrize("stop", [6, 7])  # as a booster begins, and in its middle
+@pytest.mark.parametrize("stop", [6, 7])  # at the start and in the middle of a booster
 def test_resumed(stop, past, tmp_path):
     x = inputs(20)
 

@@ -1,4 +1,4 @@
-"""Boosters over a kept stack: the same as merging each into the base, and never a write to it."""
+"""Boosters on a stack: equal to merging each into the base, without writing to the base."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def adam(model) -> torch.optim.Optimizer:
 
 
 def test_a_stack_is_sequential_merges():
-    """Step for step over four boosters of three steps, with a fresh optimizer for each."""
+    """Losses equal those of merging at every step, over four boosters with fresh optimizers."""
     x, model, merged = inputs(20), patched(), patched()
     optimizer = adam(model)
     boosting = training.Boosting(model, optimizer, steps=3)
@@ -57,7 +57,7 @@ def test_a_stack_is_sequential_merges():
 
 
 def test_in_bfloat16_a_stack_is_nearer_than_merges():
-    """The base is never written, so that its rounding does not add up."""
+    """A stack never writes to the base, so rounding errors do not add up."""
     exact = patched()
     stacked, merged = (patched(base().bfloat16(), torch.float32) for _ in range(2))
     x = inputs().bfloat16()
@@ -75,7 +75,7 @@ def test_in_bfloat16_a_stack_is_nearer_than_merges():
         merged = patched(rasa_ext.merge_and_unload(merged), torch.float32)
     first = base().bfloat16().double()
     with torch.no_grad():
-        for name, layer in rasa_linears(exact).items():  # the exact sum over the same rounded base
+        for name, layer in rasa_linears(exact).items():  # the exact sum over the rounded base
             layer.base_layer.weight += (
                 first.get_submodule(name).weight - base().get_submodule(name).weight
             )
@@ -112,7 +112,7 @@ def test_layers_that_are_not_drawn_stay():
 
 
 def test_a_booster_begins_as_with_a_fresh_optimizer():
-    """The count of steps goes with the moments; kept, it would make the first step too large."""
+    """The step count is reset with the moments; otherwise the first step would be too large."""
     model, x = patched(), inputs(20)
     optimizer = adam(model)
     boosting = training.Boosting(model, optimizer, steps=4)
@@ -208,7 +208,7 @@ def test_bad_input(options, named):
 
 
 def test_a_file_of_more_boosters_than_it_has(tmp_path):
-    """It is refused before anything of that size is made."""
+    """The file is refused before a tensor of that size is allocated."""
     stack = {"model.layers.0.self_attn.q_proj": 10**8}
     check_large(methods.BoostedLoraConfig(), "rasa_stack", stack, tmp_path)
 
@@ -221,7 +221,7 @@ def test_other_methods_are_refused():
 
 
 def test_over_four_bits():
-    """Merging cannot be told from rounding there; the stack is exact."""
+    """Over a 4-bit base rounding would hide a merge; the stack is exact."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     model = nn.Sequential(bitsandbytes.nn.Linear4bit(64, 64, bias=False, quant_type="nf4"))

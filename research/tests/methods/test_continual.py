@@ -1,4 +1,4 @@
-"""SD-LoRA's tasks: what a switch does to outputs, and which directions may go."""
+"""SD-LoRA's tasks: outputs when the task changes, and directions that can be absorbed."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def test_nothing_jumps_at_a_switch(options):
 
 
 class Published(nn.Module):
-    """Up-projections with tasks' pairs at magnitudes that all layers share; the rest stays.
+    """SD-LoRA over up-projections: one pair per task and layer, one magnitude per task.
 
-    The official code divides former pairs by the norms of both factors, the paper all of them by
-    the norm of the product.
+    The official code divides former pairs by the norms of both factors; the paper divides all pairs
+    by the norm of the product.
     """
 
     def __init__(self, official: bool) -> None:
@@ -56,7 +56,7 @@ class Published(nn.Module):
         self.m = []
 
     def begin(self, model) -> list[nn.Parameter]:
-        """A task over ``model``'s fresh A; what it trains."""
+        """Start a task with ``model``'s fresh A, and return the trained parameters."""
         start = nn.Parameter(torch.tensor(0.8, dtype=torch.float64))
         self.m = (
             [nn.Parameter(torch.full_like(m, 0.8)) for m in self.m] if self.official else self.m
@@ -87,7 +87,7 @@ class Published(nn.Module):
 
 @pytest.mark.parametrize("norm", ["product", "frobenius"])
 def test_three_tasks_are_the_published_ones(norm):
-    """Twelve steps of SGD a task, the present task's magnitude trained, from B = 0 each."""
+    """Twelve SGD steps per task, each from B = 0, equal the published method."""
     config = methods.SdLoraConfig(
         rank=3, alpha=2.4, norm=norm, target_modules=["up_proj"], adapter_dtype=torch.float64
     )
@@ -109,7 +109,7 @@ def test_three_tasks_are_the_published_ones(norm):
 
 
 def test_the_official_start():
-    """Norms of the factors, and every magnitude at 0.8 again, whatever was learned."""
+    """The official start divides by the factors' norms and resets every magnitude to 0.8."""
     model = patched(norm="product")
     training.next_task(model, start="official")
     randomize(model, 2)
@@ -159,7 +159,7 @@ def test_ranks_follow_the_schedule():
 
 
 def third_task(kind: str, **options):
-    """Two former directions, and a third pair that is a sum of them, or nearly, or not at all."""
+    """Make two directions, and a third that is a combination of them, nearly one, or new."""
     model = patched(rank_schedule={3: 6}, **options)
     training.next_task(model)
     randomize(model, 2)
@@ -180,7 +180,7 @@ def third_task(kind: str, **options):
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("norm", ["none", "frobenius"])
 def test_what_the_others_express_goes(tied, norm):
-    # Under a norm of its own for each layer a sum holds for one layer, not for all that share m.
+    # If each layer has its own norm, one m cannot express the sum in all layers.
     model, x = third_task("sum", tied=tied, norm=norm), inputs()
     before = model(x)
     if tied and norm == "frobenius":
@@ -196,7 +196,7 @@ def test_what_the_others_express_goes(tied, norm):
 @pytest.mark.parametrize("kind", ["nearly", "new"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_residual_is_that_of_dense_least_squares(kind, tied):
-    """A direction goes where, and only where, the dense residual is below the threshold."""
+    """A direction is absorbed if and only if every dense residual is below the threshold."""
     model = third_task(kind, tied=tied)
     groups = {}
     for name, layer in rasa_linears(model).items():

@@ -1,4 +1,4 @@
-"""Tasks as diagonals over directions that stay."""
+"""Tasks that train only a diagonal over fixed directions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold for any method, by the core's tests, over the methods of this package."""
+"""The core's tests of any method, run over the methods of this package."""
 
 from __future__ import annotations
 

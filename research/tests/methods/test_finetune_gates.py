@@ -1,4 +1,4 @@
-"""finetune with gates: they close, closed ones are taken out, and options that do not fit."""
+"""finetune with gates: gates close, closed gates are pruned, wrong options are refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def another() -> tuple:
 
 
 def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):  # noqa: F811
-    """Pruned or not, the two adapters are one function; the checkpoint has every rank."""
+    """Pruning changes no output; the training has every rank and the pruned adapter fewer."""
     large = f"gate_threshold: {0.2 if name == 'gated-rasa' else 0.4}"
     whole = options_of(common, name, tmp_path / "whole", max_steps=6, **more(large))
     result, _ = run(whole)
@@ -69,7 +69,7 @@ def test_gates_close_and_are_pruned(name, common, tmp_path, capsys):  # noqa: F8
     ranks = [layer.effective_rank for layer in rasa_linears(models[1]).values()]
     assert max(ranks) == after
     assert result["trainable"] > rasa_ext.summary(models[1]).adapter
-    run(pruned, resume=True)  # what is complete is pruned once more
+    run(pruned, resume=True)  # a finished run is pruned again
     assert f"rank is {after}, from {before}" in capsys.readouterr().out
     again = rasa_ext.load_adapter(make_model(), pruned.output)
     assert torch.equal(again(ids).logits, models[1](ids).logits)
@@ -98,7 +98,7 @@ def test_closed_altogether(common, tmp_path, capsys):  # noqa: F811
     ],
 )
 def test_options_that_do_not_fit(name, changes, message, common, tmp_path, monkeypatch):  # noqa: F811
-    """They raise before the base's weights are read."""
+    """Wrong options raise before the base's weights are read."""
     monkeypatch.delattr("rasa_ext.commands.training.load_model")
     check_refused(common, name, changes, message, tmp_path / "out")
 

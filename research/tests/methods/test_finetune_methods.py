@@ -1,4 +1,4 @@
-"""finetune with every method of this package, by the core's tests and some of their own."""
+"""finetune with every method of this package: the core's tests and some more."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def another() -> tuple:
 
 
 def test_every_method_of_one_run_is_there():
-    """But for those that want a loop of their own."""
+    """Every method has a case here, except methods that need a loop of the user's."""
     ours = {n: c for n, c in every_method().items() if c.__module__.startswith("rasa_research.")}
     trained = {name for name, each in ours.items() if not each.loop}
     assert trained == {name.partition(",")[0] for name in (*CASES, *GATED)}
@@ -56,7 +56,7 @@ def test_every_method_of_one_run_is_there():
 
 
 def test_rates_are_the_method_s(common, tmp_path):  # noqa: F811
-    """Block-LoRA with one block is a LoRA; with n its B moves n times as fast."""
+    """Block-LoRA with one block is a LoRA; with n blocks, B moves n times as fast."""
     stored = {}
     for name, changes in (
         ("lora", {}),
@@ -70,7 +70,7 @@ def test_rates_are_the_method_s(common, tmp_path):  # noqa: F811
     lora, one, two = stored.values()
     for key, tensor in lora.items():
         assert torch.equal(one[key], tensor)
-        if key.endswith("_B"):  # of the first step's Adam, the sign of the gradient
+        if key.endswith("_B"):  # Adam's first step is the gradient's sign
             moved = tensor.abs() > 1e-4
             torch.testing.assert_close(two[key][moved], 2 * tensor[moved], rtol=1e-3, atol=0)
 

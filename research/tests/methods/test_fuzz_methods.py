@@ -1,4 +1,4 @@
-"""Damaged adapters of this package's methods, as tests/checkpoint/fuzz.py damages the core's."""
+"""Adapters of this package's methods, damaged like the core's in tests/checkpoint/fuzz.py."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_only_gates_move():
 
 
 def test_the_official_rule():
-    """Its order: shrink what is above the threshold, then drop what is below it."""
+    """The official rule shrinks gates above the threshold, then zeroes gates below it."""
     model = patched(SORA)
     layer = next(iter(rasa_linears(model).values()))
     given = torch.tensor([0.05, -0.15, 0.21, -0.5], dtype=torch.float64)
@@ -77,7 +77,7 @@ def test_the_official_rule():
 
 
 def test_a_diagonal_trained_as_gates_are():
-    """d = s g with the rate, threshold and L1 of parameter_groups follows g over 50 steps."""
+    """With the rate, threshold and L1 of parameter_groups, d = s g follows g over 50 steps."""
 
     class Gated(nn.Module):
         def __init__(self, layer: rasa_ext.RasaLinear) -> None:
@@ -134,7 +134,7 @@ def test_pruning_changes_no_output_and_lowers_ranks(config):
     left = [layer.effective_rank for layer in rasa_linears(model).values()]
     assert sum(left) < sum(ranks)
     torch.testing.assert_close(model(x), before, **EXACT)
-    # What is left trains on, and may be pruned again.
+    # The remaining ranks can be trained and pruned again.
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=1e-2))
     loss_of(model, x).backward()
     optimizer.step()
@@ -176,7 +176,7 @@ def test_a_slot_that_no_layer_reads_leaves_the_pool():
 
 
 def test_the_true_support_is_found():
-    """Layers that need two of six slots end with those, where others start as large."""
+    """A layer that needs two of six slots ends with these two, from equal starts."""
     torch.manual_seed(3)
     plain = nn.Sequential(nn.Linear(8, 8, bias=False).double())
     config = methods.GatedRasaConfig(6, 6, adapter_dtype=torch.float64)
@@ -239,7 +239,7 @@ def test_the_penaltys_gradient():
 
 @pytest.mark.parametrize("first", [1.0, 1e-3])
 def test_the_official_schedules(first):
-    """Seven stages as numpy's linspace has them in the official code."""
+    """Seven stages have the values of numpy's linspace in the official code."""
     last, exp, log = 7 * first, math.exp, math.log
     even = [i / 6 for i in range(7)]
     expected = {
@@ -317,7 +317,7 @@ def test_bad_input(make, named):
 
 
 def test_a_file_of_more_ranks_than_it_has(tmp_path):
-    """It is refused before anything of that size is made."""
+    """The file is refused before a tensor of that size is allocated."""
     kept = {"model.layers.0.self_attn.q_proj": [10**8, 10**8, 10**8]}
     check_large(methods.GatedRasaConfig(4, 1), "rasa_kept", kept, tmp_path)
 
@@ -369,7 +369,7 @@ def test_experts_have_no_gates():
 @pytest.mark.parametrize("steps", [2, 4])
 @pytest.mark.parametrize("pruned", [True, False])
 def test_only_a_training_to_its_end_is_pruned(pruned, steps, tmp_path, capsys):
-    """One that is stopped before has all its ranks, to go on with."""
+    """Training that stops early leaves all ranks, so that it can resume."""
     model = patched(dataclasses.replace(SORA, gate_threshold=5.0, prune=pruned)).float()
     callbacks = model[0].up_proj.config.callbacks(model)
 

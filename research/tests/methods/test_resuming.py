@@ -1,4 +1,4 @@
-"""Steps of training under transformers' Trainer, interrupted and resumed from a checkpoint."""
+"""Boosting and gates under transformers' Trainer, interrupted and resumed from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Model(nn.Module):
         return {"loss": (self.inner(x) - x.roll(1, 1)).square().mean()}
 
     def state_dict(self, *args, **kwargs):
-        """As safetensors takes it."""
+        """Return contiguous tensors, which safetensors needs."""
         return {name: t.contiguous() for name, t in super().state_dict(*args, **kwargs).items()}
 
 
 class SaveAdapter(TrainerCallback):
-    """Beside every checkpoint the adapter of that step."""
+    """A callback that saves the adapter with every checkpoint."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

@@ -1,4 +1,4 @@
-"""What one method alone promises."""
+"""Properties that only one method has."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def frozen() -> AdapterConfig:
 
 
 class Blocks(nn.Module):
-    """n blocks B_i over one A, each a parameter of its own."""
+    """n blocks B_i over one A, each a separate parameter."""
 
     def __init__(self, layer: rasa_ext.RasaLinear, n: int, scale: float) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ def test_what_calibrate_refuses(make):
 
 
 def test_reslora_is_rasa_with_a_band():
-    """Equal to RaSA with k = r, whose frozen d is s within the window and zero elsewhere."""
+    """ResLoRA equals RaSA with k = r and a frozen d: s within the window, zero elsewhere."""
     config = methods.ResLoraConfig(rank=2, alpha=3.0, window=1, **WIDE)
     model = rasa_ext.patch_model(base(), config=config)
     randomize(model, 1)
