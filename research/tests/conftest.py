@@ -1,4 +1,4 @@
-"""The fixtures of the core's tests, and what they do with the tests that are collected."""
+"""The fixtures and collection hooks of the core's tests."""
 
 from tests.conftest import (  # noqa: F401
     _frozen_heap,

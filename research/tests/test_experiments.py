@@ -1,4 +1,4 @@
-"""What the experiments share: tables, training and tasks, on a tiny model."""
+"""Shared parts of the experiments: tables, training and tasks, on a tiny model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_rows_come_back_and_other_columns_are_refused(tmp_path):
         Table(path, ["a", "c"])
     with pytest.raises(ValueError, match="dict contains fields"):
         Table(path, ["a", "b"]).append([{"a": 4}, {"z": 1}])
-    assert len(Table(path, ["a", "b"]).rows()) == 3  # all of a run's rows or none
+    assert len(Table(path, ["a", "b"]).rows()) == 3  # the failed run added no row
 
 
 # Training

@@ -1,4 +1,4 @@
-"""The comparison on a tiny model: its plan, that it resumes and is shared, and its report."""
+"""The comparison on a tiny model: the plan, resuming, sharing between processes, the report."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rows():
 
 @pytest.fixture
 def small(tmp_path):
-    """A comparison of seconds, in a file."""
+    """The config file of a comparison that takes seconds."""
     given = {
         "steps": 2,
         "batch_size": 2,
@@ -68,7 +68,7 @@ def small(tmp_path):
 
 
 def test_every_method_of_the_family_trains(rows):
-    """Each by the steps that its config names: gates move, boosters are pushed."""
+    """Each method trains with the steps of its config: gates move, boosters are stacked."""
     config = read_config(compare_config.HERE / "family.yaml")
     assert {spec["kind"] for spec in config.methods.values()} == {"rasa", "lora", "ours"}
     assert config.best == 1
@@ -216,11 +216,11 @@ def test_further_seeds_go_to_the_best_two_rates_of_complete_sweeps(small):
     assert pending(config, rows) == [Key("maths", "lora", lr, 5) for lr in (3.0, 1.0)]
     rows.append(row(Key("maths", "lora", 3.0, 5), config, 0.4))
     assert pending(config, rows) == [Key("maths", "lora", 1.0, 5)]
-    # A rate that another config sweeps is none of this one's.
+    # Rates that only another config sweeps do not count.
     less = read_config(small)
     less.methods["lora"]["rates"] = [3.0]
     assert {line["rates"] for line in report.methods_table(less, rows, "maths")[1:]} == {"1 of 1"}
-    # Another number of steps: none of these rows counts.
+    # Rows with another number of steps do not count.
     small.write_text(yaml.safe_dump(given | {"steps": 3}))
     assert len(pending(read_config(small), rows)) == 5
 
@@ -324,7 +324,7 @@ def test_differences_are_taken_seed_by_seed(small, monkeypatch):
     config = read_config(small)
     assert report.interval([1.0, 2.0, 3.0], 2) == "+2.00 (-0.48 to +4.48)"
     rows = [row(key, config, 1) for key in pending(config, [])]
-    assert report.paired_table(config, rows, "maths") == []  # one seed each
+    assert report.paired_table(config, rows, "maths") == []  # each method has one seed
     rows += [row(key, config, 1) for key in pending(config, rows)]
     losses = {("lora", "0"): 0.5, ("lora", "5"): 0.9, ("rasa", "0"): 0.6, ("rasa", "5"): 1.2}
     for each in rows:
@@ -390,7 +390,7 @@ def test_the_comparison_runs_resumes_and_is_reported(small, tmp_path, monkeypatc
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(small, tmp_path):
-    """The other claims the first run, and another row comes in while this one works."""
+    """The first run waits while another process claims it; this process does the second."""
     config, table = read_config(small), Table(tmp_path / "runs.csv", run.COLUMNS)
     first, second, *_ = pending(config, [])
     code = (
@@ -418,7 +418,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(small, tmp_path):
 
 
 def test_a_share_of_the_steps_is_a_run_of_its_own(small, tmp_path):
-    """Equal step time: other steps, another mark, and the steps in the table."""
+    """A method with a share has its own settings hash, and the table shows its steps."""
     given = yaml.safe_load(small.read_text())
     given |= {"steps": 10, "seeds": [0]}
     given["methods"] = {name: given["methods"][name] for name in ("rasa", "lora")}
@@ -448,7 +448,7 @@ def test_other_steps_of_one_task_leave_the_other_tasks_rows(small):
         config = read_config(small)
         rows = rows or [row(key, config, 1) for key in pending(config, [])]
         left += [{key.task for key in pending(config, rows)}]
-    assert left[0] == {"maths", "docstrings"}  # the seeds to come
+    assert left[0] == {"maths", "docstrings"}  # only the other seed is left
     done = {key.task for key in map(compare_config.key_of, compare_config.of_config(config, rows))}
     assert done == {"maths"}
 
@@ -486,6 +486,3 @@ def test_steps_of_all_methods_are_timed_together(small, rows, tmp_path):
     times = [float(line["seconds a step (quartiles)"].split()[0]) for line in shown]
     assert times == sorted(times)
     assert next(line for line in shown if line["method"] == "rasa")["/ rasa-r8-k1"] == "1.000"
-
-
-# PEFT's benchmark

@@ -1,4 +1,4 @@
-"""The experiment with LoRAs over one basis: LoRAs whose answer is known, and the table."""
+"""The experiment with LoRAs over one basis: LoRAs with a known answer, and the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sharing among experts: the base, a run of every way, the plan, the tables, and real sizes."""
+"""Sharing among experts: the base, a run of every method, the plan, the tables, real sizes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_cut_base_goes_on_and_is_read_back(tmp_path, monkeypatch):
         make_base(tmp_path / "cut.pt", recipe, **SMALL)
     steps = []
     monkeypatch.setattr(Run, "advance", lambda self: (steps.append(self.step), advance(self)))
-    for expected in ([4, 5], []):  # the second time it is read
+    for expected in ([4, 5], []):  # the second call reads the finished base
         steps.clear()
         again, other = make_base(tmp_path / "cut.pt", recipe, **SMALL)
         assert steps == expected
@@ -150,7 +150,7 @@ def test_other_seeds_wait_for_the_best_rate():
     losses = zip(run.RATES, ("2", "1", "3", ""), strict=True)
     rows = rows_of({(method, lr, 0): loss for lr, loss in losses})
     assert best_rate(rows[:3], method) is None
-    assert best_rate(rows, method) == run.RATES[1]  # the last one diverged
+    assert best_rate(rows, method) == run.RATES[1]  # the last rate diverged
     further = [key for key in pending(rows) if key.seed]
     assert further == [Key(method, run.RATES[1], seed) for seed in (1, 2)]
 
@@ -169,7 +169,7 @@ def test_the_tables_by_hand():
 # Sizes of real models
 
 
-EXPECTED = {  # millions of numbers, R
+EXPECTED = {  # millions of parameters, R
     "Mixtral-8x7B": {"slot": (52.45, 35), "layer": (52.43, 11), "shared": (40.98, 35)},
     "Qwen3-30B-A3B": {"slot": (79.25, 49), "layer": (80.23, 129), "shared": (40.23, 49)},
     "gpt-oss-20b": {"slot": (44.28, 27), "layer": (44.29, 35), "shared": (33.56, 27)},
@@ -179,7 +179,7 @@ POOL_ONLY = {"Mixtral-8x7B": (1.65, 32), "Qwen3-30B-A3B": (0.90, 48), "gpt-oss-2
 
 @pytest.mark.parametrize("name", sizes.SHAPES)
 def test_sizes_of_a_public_model(name):
-    """By hand, of what each expert has: a LoRA E r (in + out) a layer and weight, and so on."""
+    """Sizes equal formulas by hand, such as E r (in + out) for a LoRA of one layer's weight."""
     shape = sizes.SHAPES[name]
     sides = (shape.hidden + 2 * shape.intermediate) + (shape.intermediate + shape.hidden)
     lora = sizes.lora_size(shape).trained

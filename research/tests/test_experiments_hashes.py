@@ -1,4 +1,4 @@
-"""Hash tasks: answers by a solver of the test's own, the same for the same seed, no short cut."""
+"""Hash tasks: answers equal a separate solver's, seeds fix the records, no short cut works."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_the_table_gives_nothing_away(hops, pairs):
     places = []
     for record in hash_hop(400, hops, pairs=pairs):
         table, start, _ = parsed(record["prompt"])
-        assert set(table) == set(table.values())  # one circle: as many steps lead through all
+        assert set(table) == set(table.values())  # every hash is on both sides
         met = [start]
         while (following := table[met[-1]]) != start:
             met.append(following)
         assert len(met) == pairs
         places.append(list(table).index(start))
-    for place in range(pairs):  # a start stands anywhere: 400 / pairs times, 5 sigma about it
+    for place in range(pairs):  # each place is a start 400 / pairs times, within 5 sigma
         mean = 400 / pairs
         assert abs(places.count(place) - mean) < 5 * mean**0.5
 

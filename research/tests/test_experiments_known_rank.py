@@ -1,4 +1,4 @@
-"""Targets of a known rank: what changes and what is held out; and the runs, on tiny models."""
+"""Targets of known rank: the changed facts, the held-out rows, and runs on tiny models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from research.experiments.table import Table
 
 
 def pairs(rows):
-    """Value by keys, and the tokens of noise."""
+    """Return the values by keys, and the noise tokens."""
     return {tuple(r["input_ids"][1:3]): r["input_ids"][3] for r in rows}, {
         r["input_ids"][0] for r in rows
     }
@@ -37,7 +37,7 @@ def test_a_permutation_has_the_rank_and_its_facts_are_apart():
     moved = torch.zeros(VALUES, VALUES)
     for keys, value in everything.items():
         moved[value - 1, known[keys] - 1] = 1
-    assert torch.equal(moved.sum(0), torch.ones(VALUES))  # a map of values, whatever the keys
+    assert torch.equal(moved.sum(0), torch.ones(VALUES))  # the keys do not matter
     assert torch.linalg.matrix_rank(moved - torch.eye(VALUES)) == 16
     assert len(dev) == len(test) == 17
     assert {known[keys] for keys in test} <= {known[keys] for keys in train}

@@ -1,4 +1,4 @@
-"""The comparison of hops and chains on a tiny model: a run, the plan, and the tables."""
+"""The comparison of HashHop and HashChain on a tiny model: a run, the plan, and the tables."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def test_reconstruction_resumes_and_draws(deltas, tmp_path, monkeypatch, capsys)
     rows = table.rows()
     assert rows[: len(early)] == early
     assert len({tuple(row.values())[:5] for row in rows}) == len(rows)
-    assert reconstruct.fill(table, {"a": [], "b": []}) == 0  # nothing is done twice
+    assert reconstruct.fill(table, {"a": [], "b": []}) == 0  # no run is repeated
     assert rows == table.rows()
 
     found, lora = figures.curves(rows)
@@ -166,7 +166,7 @@ def test_half_steps_are_checked_on_real_changes(tmp_path, monkeypatch, capsys):
 
 
 def test_lora_at_the_same_numbers(deltas):
-    """A LoRA with one rank more in as many layers as the diagonals pay for, on the average."""
+    """The error is the mean over all choices of the layers that get one more rank."""
     values = [torch.linalg.svdvals(delta.double()).square() for delta in deltas["a"]]
     total = sum(v.sum() for v in values)
 
@@ -200,7 +200,7 @@ def test_lora_at_the_same_numbers(deltas):
 
 @pytest.fixture(scope="module")
 def judge():
-    """A base, and a fine-tune of it in which everything changed, embeddings and norms too."""
+    """A base, and a fine-tune that changed every parameter, embeddings and norms included."""
     base, tuned = make_model(), make_model()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -212,7 +212,7 @@ def judge():
 
 
 def test_adapters_are_judged_as_written(judge, monkeypatch):
-    """Every row's loss is that of the weights it stands for, from dense matrices."""
+    """Every row's loss equals the loss of its weights computed with dense matrices."""
     installed = []
     real = compress.scores
     monkeypatch.setattr(
@@ -247,7 +247,7 @@ def test_adapters_are_judged_as_written(judge, monkeypatch):
     missed = sum((tuned[name] - lora[name]).square().sum() for name in adapted)
     for key in keys[3:]:
         assert float(rows[key]["lora_error"]) == pytest.approx((missed / squares).item(), abs=2e-6)
-        assert 0 < rows[key]["bytes"] - 4 * rows[key]["numbers"] < 8000  # the names
+        assert 0 < rows[key]["bytes"] - 4 * rows[key]["numbers"] < 8000  # the header
     assert rows[keys[3]]["error"] == rows[keys[3]]["lora_error"]
     assert float(rows[keys[4]]["error"]) < float(rows[keys[4]]["lora_error"])
     assert rows[keys[3]]["numbers"] == sum(4 * sum(base[name].shape) for name in adapted)

@@ -1,4 +1,4 @@
-"""What rasa_research uses of rasa_ext is public there; what it shows itself is documented."""
+"""rasa_research uses only public names of rasa_ext, and documents its own public names."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBL
 
 
 def private(source: str) -> list[str]:
-    """What a module uses of rasa_ext beside public names."""
+    """Return the names of rasa_ext that a module uses although they are not public."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""Checkpoints of the official code over experts, which transformers 4 has as single layers."""
+"""Checkpoints of the official code over experts, which were single layers in transformers 4."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EVERY = {family: [GATE[family], UP[family], DOWN[family]] for family in FOLDERS}
 
 
 def official(family, k, parts, layers=range(LAYERS), dtype=torch.float64):
-    """Lively adapters by name; those of one name but for the layer share a pool."""
+    """Make random adapters by name; adapters with equal paths in all layers share a pool."""
     generator = torch.Generator().manual_seed(5)
     found, pools = {}, {}
 
@@ -69,7 +69,7 @@ def write(directory, found, k, targets, dtype="float64", change=lambda tensors: 
 
 
 def stacked(family, found):
-    """By hand: dW (E, out, in) of the stacked weights, gate's rows before up's."""
+    """Compute dW (E, out, in) of the stacked weights by hand, gate's rows before up's."""
     dW = {name: oracle.delta(adapter) for name, adapter in found.items() if ".experts." in name}
     expected = {}
     for layer in {int(name.split(".")[2]) for name in dW}:
@@ -144,7 +144,7 @@ def test_outputs_are_those_of_the_merged_model(k, tmp_path):
     ids="-".join,
 )
 def test_some_of_the_matrices(targets, tmp_path):
-    """Of gate and up one alone has its usual ranks, and no change on the other's rows."""
+    """If only gate or only up is adapted, its ranks are as usual and the other's rows unchanged."""
     found = official("mixtral", 1, targets[1:])
     write(tmp_path, found, 1, targets)
     model = load_official_experts(copy.deepcopy(base("mixtral")), tmp_path)
@@ -168,7 +168,7 @@ def test_saved_loaded_and_exported(tmp_path):
     rasa_ext.save_adapter(model, tmp_path / "ours")
     again = rasa_ext.load_adapter(copy.deepcopy(base("mixtral")), tmp_path / "ours")
     trained = sum(p.numel() for p in rasa_ext.adapter_parameters(again))
-    groups, _ = read_groups(*read_adapter(tmp_path / "ours"))  # with the integers "slots"
+    groups, _ = read_groups(*read_adapter(tmp_path / "ours"))  # it also has the integers "slots"
     assert sum(group.parameters for group in groups) == trained
     left, right = again.state_dict(), model.state_dict()
     assert left.keys() == right.keys()
@@ -235,7 +235,7 @@ _POOL = "base_model.rasa_shared_B.block_sparse_moe__experts__3__w2.weight"
     ],
 )
 def test_strict(change, named, tmp_path):
-    """What is wrong is said under the names that the file has."""
+    """Errors use the tensor names of the file."""
     write(tmp_path, official("mixtral", 1, EVERY["mixtral"]), 1, ["q_proj", "w1", "w2", "w3"],
           change=change)  # fmt: skip
     model = copy.deepcopy(base("mixtral"))
@@ -246,7 +246,7 @@ def test_strict(change, named, tmp_path):
 
 
 def test_a_file_that_adapts_the_router(tmp_path):
-    """To transformers 4 it was a linear layer."""
+    """The router was a linear layer in transformers 4, so the official code could adapt it."""
     found = official("mixtral", 1, EVERY["mixtral"])
     like = found["model.layers.0.self_attn.q_proj"]
     router = {"model.layers.0.block_sparse_moe.gate": like, **found}

@@ -1,4 +1,4 @@
-"""What tests/workers/family.py does, over the methods of this package.
+"""Run tests/workers/family.py over the methods of this package.
 
 torchrun --nproc-per-node 2 research/tests/distributed/family_worker.py DIRECTORY
 """

@@ -1,4 +1,4 @@
-"""Every method of this package in two processes, by the core's tests."""
+"""The core's tests in two processes, over every method of this package."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.workers.family import Change
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory, forked_python) -> Path:
-    """What two processes left."""
+    """The folder with the files of two processes."""
     return run(family_worker.__file__, tmp_path_factory.mktemp("family"), forked_python)
 
 

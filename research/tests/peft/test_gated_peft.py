@@ -1,4 +1,4 @@
-"""RaSA with gates under PEFT, which trains it as RaSA: the core's tests over it."""
+"""The core's PEFT tests over RaSA with gates, which PEFT trains like RaSA."""
 
 from __future__ import annotations
 

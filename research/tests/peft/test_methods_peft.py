@@ -1,4 +1,4 @@
-"""Methods of this package under PEFT: the core's tests over them, and what PEFT cannot take."""
+"""The core's PEFT tests over the methods of this package, and methods that PEFT cannot use."""
 
 from __future__ import annotations
 
