@@ -1,12 +1,12 @@
-"""How long the solver takes for one group of an 8B model, from factors and from dense matrices.
+"""Time the solver on one group of an 8B model, from factors or from dense matrices.
 
     python -m research.benchmarks.decompose [--layers 32] [--side 4096] [--inner 64] [--rank 8]
                                             [--k 1] [--iterations 50] [--dtype float64] [--dense]
                                             [--device cpu]
 
-The weight changes are random with falling spectra and a part in common, as factors of rank
-``inner``, or with ``--dense`` as products of them plus noise. Before the time counts, a small
-problem is held against LoRA's minimum from dense singular values.
+The weight changes are random, with falling spectra and a common part: factors of rank ``inner``, or
+with ``--dense`` the factors' products plus noise. Before the timing, the solver's errors on a small
+problem are checked against LoRA's minimum from dense singular values.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rasa_research import solver
 
 
 def factors(layers: int, side: int, inner: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """(B, A) of every layer, (side, inner) and (inner, side)."""
+    """Return (B, A) of every layer, (side, inner) and (inner, side)."""
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -38,7 +38,7 @@ def factors(layers: int, side: int, inner: int, dtype: torch.dtype) -> list[tupl
 
 
 def verify(rank: int, k: int) -> None:
-    """A small problem against LoRA's minimum; SystemExit where the solver is wrong."""
+    """Check a small problem against LoRA's minimum; raise SystemExit if the solver is wrong."""
     pairs = factors(3, 200, 24, torch.float64)
     found = solver.decompose(pairs, rank, k, iterations=5)
     values = [torch.linalg.svdvals(B @ A).square() for B, A in pairs]

@@ -1,13 +1,14 @@
-"""What LoraPro adds to a training step, over a model of SmolLM2-135M's shapes.
+"""Time what LoraPro adds to a training step, on a model with SmolLM2-135M's shapes.
 
     python -m research.benchmarks.lora_pro [--rounds 9] [--tokens 160] [--iterations 16]
 
-Timed are forward and backward of batch 2 x TOKENS in float32 with all linear layers adapted, and
-each optimizer's step on the gradients of one such pass; a ratio is that of both together to the
-same adapter with AdamW, measured in the same run. "lora" is LoraConfig(rank=8): pairs, solved in
-closed form; "rasa" is of r = 8, k = 1, whose pools are solved by conjugate gradients, ITERATIONS of
-them. The weights are random, which does not change the time. The table in docs/research/lora-pro.md
-is of an earlier form, whose "lora" was RaSA with k = 0 and a frozen d.
+The benchmark times forward and backward of batch 2 x TOKENS in float32, with all linear layers
+adapted, and each optimizer's step on the gradients of one such pass. A ratio compares pass plus
+step with pass plus AdamW step, for the same adapter in the same run. "lora" is LoraConfig(rank=8),
+with pairs that are solved in closed form. "rasa" has r = 8 and k = 1, with pools that are solved by
+ITERATIONS conjugate gradient iterations. The weights are random, which does not change the time.
+The table in docs/research/lora-pro.md is from an earlier version, in which "lora" was RaSA with
+k = 0 and a frozen d.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ OPTIMIZERS = ("adamw", "factors", "full")
 
 
 def build(adapter: str, base):
-    """A patched model over the base's own weights."""
+    """Patch a copy of the model that shares the base's weights."""
     config = LoraConfig(rank=8) if adapter == "lora" else RasaConfig(rank=8, k=1)
     model = rasa_ext.patch_model(baselines.sharing_copy(base), config=config)
     return baselines.lively(model).train()
 
 
 def optimizer_step(kind: str, model, iterations: int, seconds: list[float]) -> Callable[[], None]:
-    """A step on the gradients that the model has now; its time is appended to ``seconds``."""
+    """Return a step on the model's current gradients, which appends its time to ``seconds``."""
     trained = rasa_ext.adapter_parameters(model)
     gradients = [parameter.grad.clone() for parameter in trained]
     options = {"lr": 1e-6, "weight_decay": 0.0}
@@ -48,7 +49,7 @@ def optimizer_step(kind: str, model, iterations: int, seconds: list[float]) -> C
 
     def step() -> None:
         for parameter, gradient in zip(trained, gradients, strict=True):
-            parameter.grad = gradient.clone()  # LoraPro writes over it
+            parameter.grad = gradient.clone()  # LoraPro overwrites it
         start = time.perf_counter()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
@@ -61,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--iterations", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=80.0, help="no round begins after these")
+    parser.add_argument("--seconds", type=float, default=80.0, help="no new round after this")
     arguments = parser.parse_args()
     harness.pin_allocator()
     base = base_model(torch.float32)

@@ -1,11 +1,11 @@
-"""A training step of a whole SmolLM2-135M under each method, beside the frozen base's.
+"""Time a training step of a whole SmolLM2-135M under each method and of the frozen base.
 
     python -m research.benchmarks.methods [--dtype D] [--rounds 7] [--tokens 160] [--json FILE]
 
-Forward and backward (no optimizer) of a batch of 2, all linear layers adapted, weights random.
-"RaSA, pruned" is RaSA with gates on its pool after every layer has kept 8 of the pool's 30 slots,
-drawn at random: what a training would leave is its own affair. "kept" is what a forward keeps for
-the backward beside parameters, above the frozen base's.
+A step is forward and backward (no optimizer) of a batch of 2, with all linear layers adapted and
+random weights. "RaSA, pruned" is RaSA with gates on its pool, in which every layer uses 8 of the
+pool's 30 slots, drawn at random; real training may leave other numbers. "kept" is the memory that a
+forward stores for the backward, without parameters, minus that of the frozen base.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def layers(model: nn.Module) -> list[rasa_ext.RasaLinear]:
 
 
 def kept(model: nn.Module, ids: torch.Tensor) -> float:
-    """MiB that a forward keeps, each storage once, without the model's own."""
+    """Return the MiB that a forward stores for the backward, without the model's own tensors.
+
+    Each storage counts once.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     found: dict[int, int] = {}
 
