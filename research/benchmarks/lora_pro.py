@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--tokens", type=int, default=160)
     parser.add_argument("--iterations", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=80.0, help="no new round after this")
+    parser.add_argument("--seconds", type=float, default=80.0, help="no new round after this time")
     arguments = parser.parse_args()
     harness.pin_allocator()
     base = base_model(torch.float32)

@@ -1,1 +1,1 @@
-"""Methods trained alike, each at rates of its own."""
+"""Compare methods under equal training, each at its own learning rates."""
