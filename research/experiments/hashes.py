@@ -42,8 +42,7 @@ def hash_hop(count: int, hops: int, seed: int = 0, pairs: int = 8) -> list[dict[
         `finetune` reads. Equal arguments give equal records.
 
     Raises:
-        ValueError: an argument is out of range; the message names the argument, what was expected
-            and what was given.
+        ValueError: an argument is out of range; the message names it and what was expected.
     """
     return _records(count, hops, seed, pairs, HOP_QUESTION, lambda way: f" {way[-1]}")
 

@@ -257,7 +257,7 @@ def test_folders_that_cannot_be_read(tmp_path):
     ids=lambda text: text[:40],
 )
 def test_an_index_of_another_form_is_refused(text, tmp_path):
-    """An index of another form is refused, and also one that names files in other folders."""
+    """An index must be a weight_map of files in its own folder."""
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
     with pytest.raises(ValueError, match=r"index\.json: expected a weight_map.*files beside it"):
