@@ -1,6 +1,6 @@
-"""Patching with randomized adapters, reading them, and comparing models with the oracle.
+"""Patch models with randomized adapters, read adapters, and compare models with the oracle.
 
-Every tolerance is measured by the error of ``PlainRasa``, plain PyTorch's own RaSA.
+Tolerances are relative to the error of ``PlainRasa``, RaSA in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RANK = 4
 
 
 def patched(base: nn.Module, *args, seed: int = 3, **options) -> nn.Module:
-    """A patched copy of ``base`` whose adapters are far from their initial zeros."""
+    """Return a patched copy of ``base`` with randomized adapters, so that dW != 0."""
     default = () if "config" in options else (RANK, 1)
     model = rasa_ext.patch_model(copy.deepcopy(base), *(args or default), **options)
     randomize(model, seed)
@@ -35,7 +35,7 @@ def patched(base: nn.Module, *args, seed: int = 3, **options) -> nn.Module:
 
 
 def randomize(model: nn.Module, seed: int) -> None:
-    """Draws every adapter tensor, such that dW is about as large as a model's W."""
+    """Randomize every adapter tensor, so that dW is about as large as W."""
     randomize_adapters(adapters(model), seed)
 
 
@@ -61,12 +61,12 @@ def adapter_of(layer: AdaptedLinear) -> Adapter:
 
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """The live parameters of every adapted layer, under its name in the plain model."""
+    """Return every adapted layer's parameters (not copies) by the name in the plain model."""
     return {name: adapter_of(layer) for name, layer in adapted_layers(model).items()}
 
 
 def gradients(found: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Gradients keyed as the oracle keys them; each pool once, under its first layer."""
+    """Return gradients with the oracle's keys: each pool once, with the group's first layer."""
     result, pools = {}, set()
     for name, adapter in found.items():
         for field in ("A", "B", "d"):
@@ -84,7 +84,10 @@ def clear_gradients(found: Mapping[str, Adapter]) -> None:
 
 
 def observe(model: nn.Module, found: Mapping[str, Adapter], entry: Entry, inputs) -> dict:
-    """Logits and adapter gradients of one training step of any model over ``found``."""
+    """Return logits and adapter gradients of one forward and backward.
+
+    ``found`` are the adapters that ``model`` uses.
+    """
     clear_gradients(found)
     logits, loss = entry.loss(model, inputs)
     loss.backward()
@@ -92,10 +95,10 @@ def observe(model: nn.Module, found: Mapping[str, Adapter], entry: Entry, inputs
 
 
 class Errors:
-    """Root mean square errors relative to the reference, pooled over draws, per quantity.
+    """Relative root mean square errors of each quantity, pooled over draws.
 
-    With ``by_kind`` the quantities are only logits, A, B, d and the pool's, each over all layers:
-    what a single draw needs, which says little of the error to expect of one small tensor.
+    With ``by_kind`` the quantities are only logits, A, B, d and the pool's, each over all layers.
+    Use that for a single draw: the error of one small tensor varies too much between draws.
     """
 
     def __init__(self, by_kind: bool = False):
@@ -118,7 +121,7 @@ class Errors:
 
 
 def excesses(ours: Errors, plain_: Errors, floor: float) -> tuple[dict[str, str], float]:
-    """Quantities worse than max(floor, 2 x plain PyTorch's error), and the worst ratio."""
+    """Return quantities with errors above max(floor, 2 x plain PyTorch's), and the worst ratio."""
     bad, worst, theirs = {}, 0.0, plain_.relative()
     for key, error in ours.relative().items():
         if not error <= max(floor, 2 * theirs[key]):
@@ -134,7 +137,7 @@ FLOOR = {torch.float32: 1e-6, torch.float64: 1e-12}
 def assert_matches_oracle(
     entry: Entry, base: nn.Module, model: nn.Module, observed: Mapping[str, Tensor], inputs
 ) -> None:
-    """One observation of ``model`` against the oracle, measured by the official formula."""
+    """Assert that ``observed``, one step of ``model``, is about as exact as the plain formula."""
     found = trainable_copies(adapters(model))
     reference = oracle.run_model(base, found, lambda dense: entry.loss(dense, wide(inputs)))
     ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
@@ -145,7 +148,10 @@ def assert_matches_oracle(
 
 
 def check_step(entry, base, model, run=None, seed=0):
-    """One step of ``run`` (the model unless given, say compiled) against the oracle."""
+    """Assert that one step of ``run`` agrees with the oracle.
+
+    ``run`` is by default the model; it may be the compiled model.
+    """
     inputs = entry.inputs(seed, next(base.parameters()).dtype)
     observed = observe(model if run is None else run, adapters(model), entry, inputs)
     assert_matches_oracle(entry, base, model, observed, inputs)
@@ -156,7 +162,7 @@ def wide(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class LargestTensor(TorchDispatchMode):
-    """While entered: the elements of the largest tensor in memory that any operation made."""
+    """A mode that records the number of elements of the largest tensor made by an operation."""
 
     numel = 0
 
@@ -169,7 +175,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def through_file(model: nn.Module) -> nn.Module:
-    """The model that torch.save and torch.load make of this one."""
+    """Return the model after torch.save and torch.load."""
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -188,12 +194,12 @@ def same_adapters(left: nn.Module, right: nn.Module) -> bool:
 
 
 def content(directory: Path) -> dict[str, bytes]:
-    """The bytes of every file of a directory, hidden ones included."""
+    """Return the bytes of every file in a directory, including hidden files."""
     return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
 class PlainRasa(nn.Module):
-    """base(x) + ((x [A ; A_pool]^T) * d) [B | B_pool]^T, the adapter cast to x's dtype."""
+    """base(x) + ((x [A ; A_pool]^T) * d) [B | B_pool]^T, in the dtype of base(x)."""
 
     def __init__(self, base: nn.Module, adapter: Adapter):
         super().__init__()
@@ -213,7 +219,7 @@ class PlainRasa(nn.Module):
 
 
 def trainable_copies(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
-    """Copies that require grad; tensors shared between layers stay shared."""
+    """Return copies that require grad; tensors shared between layers stay shared."""
     seen: dict[int, Tensor] = {}
 
     def leaf(tensor: Tensor) -> Tensor:
@@ -225,10 +231,10 @@ def trainable_copies(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 
 def plain_model(base: nn.Module, adapters: Mapping[str, Adapter]) -> nn.Module:
-    """A copy of ``base`` with PlainRasa in place of every layer that ``adapters`` names."""
+    """Return a copy of ``base`` with every layer in ``adapters`` wrapped in PlainRasa."""
     model = copy.deepcopy(base)
     model.requires_grad_(False)
-    modules = {}  # one wrapper per module, also where the model registers it under two names
+    modules = {}  # one wrapper for a module that is registered under two names
     for name, adapter in adapters.items():
         module = model.get_submodule(name)
         modules[id(module)] = PlainRasa(module, adapter)
@@ -248,15 +254,16 @@ def compare(
     draws: int = 16,
     by_kind: bool = False,
 ) -> tuple[Errors, Errors, list[dict[str, Tensor]]]:
-    """Errors of a patched model and of plain PyTorch over several adapters and inputs.
+    """Measure errors of a patched model and plain PyTorch over several adapters and inputs.
 
-    ``run`` is what stands for the model, say compiled. Beside them what was observed of it.
+    ``run`` replaces the model in forwards; it may be the compiled model. Also returns the logits
+    and gradients of every step of it.
     """
     weight = next(base.parameters())
     ours, theirs, seen = Errors(by_kind), Errors(by_kind), []
     found = adapters(model)
     copies = trainable_copies(found)
-    # Copies of a whole model take longer than its steps, so that each is made once.
+    # Copying a model takes longer than a step, so both copies are reused.
     simple, dense = plain_model(base, copies), oracle.dense_model(base, copies)
     for draw in range(draws):
         for each in (found, copies):

@@ -1,4 +1,4 @@
-"""What the tests of the command share."""
+"""Helpers for the tests of the command line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logits(model) -> torch.Tensor:
 
 
 def save_lora(base: Path, directory: Path) -> Path:
-    """Write a LoRA of PEFT, of rank 6 and not zero, for a base."""
+    """Save a PEFT LoRA of rank 6, with a nonzero B, for the base model in ``base``."""
     config = LoraConfig(r=6, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     model = get_peft_model(load(base), config)
     torch.manual_seed(1)
@@ -40,7 +40,7 @@ def save_lora(base: Path, directory: Path) -> Path:
 
 
 def save_official(model: nn.Module, directory: Path, rank: int = 4) -> Path:
-    """Write the adapters of a patched model, of k = 1, as the official code does."""
+    """Write the adapters of a model patched with k = 1 in the official code's format."""
     found = trainable_copies(adapters(model))
     targets = sorted({name.rpartition(".")[2] for name in found})
     tensors = oracle.official_tensors(found)
@@ -49,9 +49,9 @@ def save_official(model: nn.Module, directory: Path, rank: int = 4) -> Path:
 
 
 def invoke(*words: object, code: int = 0) -> str:
-    """Run the command; its whole output on one line, since a terminal wraps where it likes."""
+    """Run the command and return its output on one line, without the terminal's line breaks."""
     result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
     assert result.exit_code == code, (result.output, result.exception)
-    if result.output.endswith("Aborted!\n"):  # an EOFError from anywhere, of which it says no more
+    if result.output.endswith("Aborted!\n"):  # from any EOFError, whose traceback is lost
         raise AssertionError("the command was aborted") from result.exception
     return " ".join(result.output.split())

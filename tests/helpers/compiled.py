@@ -1,4 +1,4 @@
-"""Compiles the kernels for the host, and the operators over them, once for all workers."""
+"""Compile the kernels for the CPU, and operators that call them, once for all test workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(*targets: str) -> Path:
-    """The build folder of CMakeLists.txt with these targets up to date. It stays between runs."""
+    """Bring CMake ``targets`` up to date and return the build folder, which outlasts the run."""
     beside_python = Path(sys.executable).parent
     cmake = shutil.which("cmake", path=f"{beside_python}{os.pathsep}{os.environ['PATH']}")
     compiler = shutil.which(os.environ.get("CXX", "c++"))
@@ -26,7 +26,7 @@ def build(*targets: str) -> Path:
     folder = ROOT / "build" / "emulation"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be compiling the same
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be building the same targets
         options = (f"-DPython3_EXECUTABLE={sys.executable}", f"-DRASA_TORCH={torch.__path__[0]}")
         _run(cmake, "-S", ROOT, "-B", folder, *options)
         jobs = os.environ.get("MAX_JOBS", str(os.cpu_count()))

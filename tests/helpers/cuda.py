@@ -1,4 +1,4 @@
-"""CUDA graphs and streams, and what stands in for ``torch.cuda``'s on a CPU."""
+"""CUDA graphs and streams, and stand-ins for them on a CPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rasa_ext.patching import merge
 
 
 class Captured:
-    """``run()`` as a graph. Its results are the graph's own memory."""
+    """``run()`` captured as a CUDA graph; ``results`` are in the graph's memory."""
 
     def __init__(self, run: Callable[[], list[Tensor]]) -> None:
-        # What a first call allocates for good, such as cuBLAS's workspace, must not be the graph's.
+        # Warm up first, so that lasting allocations such as cuBLAS's workspace are not the graph's.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -31,9 +31,10 @@ class Captured:
             self.results = run()
 
     def replay(self) -> list[Tensor]:
-        """Copies of a replay's results, where nothing of an earlier run is left.
+        """Replay and return copies of the results.
 
-        Nor does anything of what stood in memory that torch has ready.
+        Results of earlier runs and torch's free memory are overwritten first, so that stale values
+        show.
         """
         spoil_memory(self.results[0].device)
         with torch.no_grad():
@@ -44,7 +45,7 @@ class Captured:
 
 
 def spoil_memory(device: torch.device) -> None:
-    """Fills free blocks of torch's allocators, pinned ones and the device's, with ones."""
+    """Fill free blocks of torch's pinned and device allocators with 0xFF bytes."""
     for size in (64, 512, 4096, 1 << 16):
         pinned = [torch.full((size,), 255, dtype=torch.uint8).pin_memory() for _ in range(32)]
         moved = [part.to(device, non_blocking=True) for part in pinned]
@@ -55,9 +56,9 @@ def spoil_memory(device: torch.device) -> None:
 def assert_close(
     found: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype | None = None
 ) -> None:
-    """To a few roundings of ``dtype``, their own unless given.
+    """Assert equality within a few roundings of ``dtype``, by default the tensors' own.
 
-    What is stale or torn is off by as much as it is large.
+    Stale or half-written values have much larger errors.
     """
     for mine, theirs in zip(found, expected, strict=True):
         rounding = torch.finfo(dtype or theirs.dtype).eps
@@ -66,10 +67,10 @@ def assert_close(
 
 
 class Graph(TorchDispatchMode):
-    """While it captures it runs and notes every operation; a replay runs them again.
+    """A stand-in for a CUDA graph: a capture runs and records operations, a replay repeats them.
 
-    Results stay where they were, and what Python has worked out in between is as fixed as in a
-    CUDA graph.
+    As in a CUDA graph, results stay in the same memory, and values that Python computed during the
+    capture are fixed.
     """
 
     capturing = False
@@ -101,13 +102,13 @@ class Graph(TorchDispatchMode):
 
 
 class Stream:
-    """On a CPU all is in the order in which it is called."""
+    """A stand-in for a stream: on a CPU, operations run in the order of the calls."""
 
     def wait_stream(self, other: Stream) -> None: ...
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts them in the places of ``torch.cuda``'s."""
+    """Replace ``torch.cuda``'s graphs and streams by the stand-ins."""
     current = Stream()
     parts = {
         "CUDAGraph": Graph,
@@ -122,6 +123,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, part in parts.items():
         monkeypatch.setattr(torch.cuda, name, part)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
-    # They ask only where there is a CUDA device.
+    # Without a CUDA device, the package's own functions would not call torch.cuda.
     monkeypatch.setattr(packs, "_is_capturing", lambda device: Graph.capturing)
     monkeypatch.setattr(merge, "_is_capturing", lambda: Graph.capturing)

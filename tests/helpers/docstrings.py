@@ -1,8 +1,8 @@
-"""Docstrings of public names: what their sections must tell, and their examples run.
+"""Checks of public docstrings: required sections, and examples that run.
 
-Each example runs alone, in an empty folder with a small checkpoint of the official code, in a
-namespace of ``rasa_ext``, ``torch`` and ``model``, a fresh causal language model of two layers, or
-``moe_model``, one with four experts in each layer. The Hub is one of this machine.
+Each example runs by itself, in a folder with only a small checkpoint in the official format. Its
+namespace has ``rasa_ext``, ``torch``, ``model`` (a fresh two-layer causal language model) and
+``moe_model`` (the same with four experts in each layer). A local server replaces the Hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.helpers.hub import local_hub
 
 
 def documented(public: Mapping[str, Any]) -> dict[str, Any]:
-    """The classes and functions among public names."""
+    """Return the classes and functions among public names."""
     return {n: each for n, each in public.items() if inspect.isclass(each)} | functions(public)
 
 

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts with adapters, and the dense changes of their stacked weights."""
+"""Tiny mixtures of experts with adapters, and dW of their stacked weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ RANK = 3
 
 
 def build(family: str, **options: Any) -> nn.Module:
-    """A causal language model of two layers, whose weights all matter."""
+    """Build a causal language model of two layers in which every weight affects the output."""
     return mixtures.model(family, **options).eval()
 
 
 def adapted(base: nn.Module, experts: str = "slot", k: int = 1, **options: Any) -> nn.Module:
-    """A patched copy whose adapters are far from their initial zeros."""
+    """Return a patched copy with randomized adapters, so that dW != 0."""
     model = rasa_ext.patch_model(copy.deepcopy(base), RANK, k, experts=experts, **options)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -38,12 +38,12 @@ def stacks(model: nn.Module) -> dict[str, RasaExpertWeight]:
 
 
 def of_experts(stack: RasaExpertWeight) -> list[oracle.Adapter]:
-    """Each expert's adapter, its pool being its own or that of all."""
+    """Return each expert's adapter, with the expert's own pool or the pool of all experts."""
     return oracle.of_experts(stack.adapter().factors())
 
 
 def changes(model: nn.Module) -> dict[str, Tensor]:
-    """dW (E, out, in), float64, of every adapted stacked weight."""
+    """Compute dW (E, out, in) in float64 of every adapted stacked weight."""
     return {
         name: torch.stack([oracle.delta(each) for each in of_experts(stack)])
         for name, stack in stacks(model).items()

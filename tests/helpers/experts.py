@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts of many families, their experts alone, and what is counted of them."""
+"""Tiny mixtures of experts of many families, and stacks of experts without a model."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**_SPARSE, **_DEEPSEEK, **_ONE_GROUP, "v_head_dim": 8, "head_dim": None},
     "glm4_moe": {**_SPARSE, **_ONE_GROUP},
 }
-"""By transformers' name. gpt-oss has its weights transposed, biases and gates interleaved with ups;
-nemotron_h has no gates."""
+"""Config options by transformers' family name. gpt-oss has transposed weights, biases, and gates
+interleaved with ups; nemotron_h has no gates."""
 FAMILIES = tuple(OPTIONS)
 _DENSE_FIRST = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
 _NAMED = {"num_experts": EXPERTS, "moe_intermediate_size": INNER, "num_shared_experts": 1}
@@ -73,7 +73,7 @@ BESIDE: dict[str, dict[str, Any]] = {
     "cohere2_moe": {**_NAMED, **_FULL, **_THEN_SPARSE},
     "lfm2_moe": {**_NAMED, **_FULL, "num_dense_layers": 1},
 }
-"""Families with linear MLPs beside their experts: shared by all tokens, or in a layer of theirs."""
+"""Families that also have linear MLPs: shared experts, or dense MLPs in layers without experts."""
 _BARE: dict[str, Any] = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim")),
     **dict.fromkeys(("intermediate_size", "num_experts_per_tok", "max_position_embeddings")),
@@ -120,18 +120,18 @@ RARE: dict[str, dict[str, Any]] = {
     },
     "doge": {"is_moe": True, "num_experts": 16, "num_experts_per_tok": 4},
 }
-"""Families of which something cannot be adapted, or is adapted only where it is named."""
+"""Families in which a layer cannot be adapted, or is adapted only if named as a target."""
 UNMARKED = ("Llama4TextExperts", "Step3p7Experts")
-"""Classes without the marks of transformers' decorator; of these the first has weights that are
-transposed, and gets the rows of every expert in place of a router's choices."""
+"""Classes without the attributes that transformers' decorator sets. The first has transposed
+weights, and its forward gets rows for every expert, not a router's choices."""
 UNLIKE = ("mixtral", "gpt_oss", "nemotron_h")
-"""One of each layout."""
+"""One family of each layout."""
 
 
 def model(family: str = "mixtral", beside: bool = False, **options: Any) -> nn.Module:
-    """A causal language model of two layers, whose weights all matter.
+    """Build a causal language model of two layers in which every weight affects the output.
 
-    ``beside`` makes one with linear MLPs beside the experts, as ``BESIDE`` has it.
+    With ``beside``, take the options from ``BESIDE``, for a model that also has linear MLPs.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -170,7 +170,7 @@ def model(family: str = "mixtral", beside: bool = False, **options: Any) -> nn.M
 
 
 def entry(family: str = "mixtral", **options: Any) -> Entry:
-    """The same as an Entry, for what takes a step of a whole model."""
+    """Return ``model`` as an Entry, for tests that run a step of a whole model."""
     return Entry(
         family,
         functools.partial(model, family, **options),
@@ -181,7 +181,7 @@ def entry(family: str = "mixtral", **options: Any) -> Entry:
 
 
 def experts_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The plain modules that hold stacked experts, by name."""
+    """Return the unpatched modules with stacked expert weights, by name."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -199,7 +199,7 @@ def weight_names(module: Any) -> tuple[str, str]:
 
 @functools.cache
 def _normed() -> type[nn.Module]:
-    """Experts with a norm behind each, of which transformers' decorator is told."""
+    """Define experts with a norm on each output, declared to transformers' decorator."""
     from transformers.integrations.moe import use_experts_implementation
 
     class NormedExperts(nn.Module):
@@ -218,7 +218,7 @@ def _normed() -> type[nn.Module]:
 
 
 def normed_stack(layers: int = 2) -> nn.Module:
-    """Layers of experts with a norm behind each, in a module as a model is one."""
+    """Return layers of experts with a norm on each output, nested like the layers of a model."""
     torch.manual_seed(0)
     config = SimpleNamespace(_experts_implementation="batched_mm")
     stack = nn.ModuleList(nn.ModuleDict({"experts": _normed()(config)}) for _ in range(layers))
@@ -226,7 +226,7 @@ def normed_stack(layers: int = 2) -> nn.Module:
 
 
 def patched(base: nn.Module, grouping: str, rank: int = 3, k: int = 1, **options: Any) -> nn.Module:
-    """Patches ``base`` itself, experts alone unless told, with adapters far from their start."""
+    """Patch ``base`` in place, by default only the experts, and randomize the adapters."""
     names = {name for module in experts_of(base).values() for name in weight_names(module)}
     options.setdefault("target_modules", rf"(.*\.)?experts\.({'|'.join(sorted(names))})")
     model = rasa_ext.patch_model(base, rank, k, experts=grouping, **options)
@@ -235,7 +235,7 @@ def patched(base: nn.Module, grouping: str, rank: int = 3, k: int = 1, **options
 
 
 def randomize(model: nn.Module, seed: int = 3) -> None:
-    """Draws every adapter tensor, such that dW is about as large as W."""
+    """Randomize every adapter tensor, so that dW is about as large as W."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -246,7 +246,7 @@ def randomize(model: nn.Module, seed: int = 3) -> None:
 
 
 def stack_adapters(module: RasaExperts) -> dict[str, Adapter]:
-    """The live tensors of its adapters by the name of the weight."""
+    """Return the adapters' parameters (not copies) by weight name."""
     found = {}
     for name, stack in module.stacks().items():
         pool = (None, None) if stack.pool is None else (stack.pool.A, stack.pool.B)
@@ -262,7 +262,10 @@ def inputs(
     hidden: int = HIDDEN,
     count: int = EXPERTS,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x (T, H), chosen (T, top) of which expert 1 is none unless all are, and shares (T, top)."""
+    """Draw x (T, H), chosen experts (T, top) and shares (T, top).
+
+    Expert 1 is never chosen, unless every token chooses all experts.
+    """
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, hidden, generator=generator, dtype=torch.float64)
     free = [e for e in range(count) if top == count or e != 1]
@@ -272,7 +275,7 @@ def inputs(
 
 
 def unmarked_stack(kind: str, layers: int = 2) -> nn.Module:
-    """Layers of such experts, in a module as a model is one."""
+    """Return layers of ``UNMARKED`` experts, nested like the layers of a model."""
     from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
     from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
 

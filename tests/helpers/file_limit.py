@@ -1,4 +1,4 @@
-"""A limit on the size of files, as on a disk that is full then."""
+"""Limit the size of files, to simulate a full disk."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 @contextlib.contextmanager
 def file_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond ``size`` bytes.
+    """Make writes beyond ``size`` bytes of a file fail within the context.
 
-    A module that is first imported here would leave its bytecode cut off for all who come after:
-    Python 3.11 does not look how much of it was written.
+    Writing bytecode is off: a module first imported here would leave a truncated .pyc file, since
+    Python 3.11 does not check how much was written.
     """
     usual = resource.getrlimit(resource.RLIMIT_FSIZE)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""What the tests of fine-tuning share."""
+"""Helpers for the tests of fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from rasa_ext.commands.training import train
 
 
 def run(options: FinetuneOptions, given: Any = None, **changes: Any) -> tuple[dict[str, Any], str]:
-    """A run's figures and what it printed; over a model that is ``given``, if any."""
+    """Fine-tune, and return the run's figures and printed text.
+
+    ``given`` replaces the model that the run would load.
+    """
     text, options = io.StringIO(), dataclasses.replace(options, **changes)
     result = train(options, Console(file=text, width=200), model=given)
     return result, text.getvalue()
@@ -30,20 +33,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
-    """Checkpoints as (step, path), oldest first, less those whose writing was cut off."""
+    """List complete checkpoints as (step, path), oldest first."""
     found = (path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))
     return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in found)
 
 
 def losses(directory: str | Path) -> list[tuple[int, float, float, float]]:
-    """The step, loss, rate and norm of the gradients of every step."""
+    """Return step, loss, learning rate and gradient norm of every step."""
     rows = read_metrics(Path(directory) / "metrics.jsonl")
     names = ("step", "loss", "lr", "grad_norm")
     return [tuple(row[name] for name in names) for row in rows if "loss" in row]
 
 
 def interrupted(monkeypatch, stop_at: int, options: FinetuneOptions, **changes: Any):
-    """As `run`, with a Ctrl-C in a step."""
+    """Call `run` with a Ctrl-C at the end of step ``stop_at``."""
     original = callbacks.InterruptCallback.on_step_end
 
     def interrupt(self, args, state, control, **kwargs):
@@ -57,7 +60,7 @@ def interrupted(monkeypatch, stop_at: int, options: FinetuneOptions, **changes: 
 
 
 def assert_same_runs(one: str | Path, two: str | Path) -> None:
-    """The losses of all steps and the adapter are the same, bit for bit."""
+    """Assert that the losses of all steps and the adapters are bit-identical."""
     assert losses(one) == losses(two)
     ours, theirs = (load_file(Path(each) / "adapter_model.safetensors") for each in (one, two))
     assert ours.keys() == theirs.keys()

@@ -1,12 +1,12 @@
-"""A stand-in for the Python interpreter whose processes begin with the libraries imported.
+"""A stand-in for the Python interpreter that starts processes with large libraries imported.
 
-The program that ``interpreter`` gives is started instead of ``sys.executable``: a small client asks
-a server, which has imported torch, transformers and peft once, to fork. The fork has the client's
-arguments, environment, folder and standard files, and is otherwise a process of its own; signals to
-the client reach it, and it ends when its client does. The server has a single thread, so that a
-fork is sound, and serves all workers of a run until the last lets go of it.
+Tests start the program that ``interpreter`` yields instead of ``sys.executable``. The program is a
+small client. It asks a server, which has imported torch, transformers and peft once, to fork. The
+fork has the client's arguments, environment, folder and standard files, receives the client's
+signals, and ends when the client ends. The server has a single thread, so that forks are safe. It
+serves all test workers of a run, and exits after the last one disconnects.
 
-What a process imports can only be tested with ``sys.executable``.
+Tests of what a process imports must use ``sys.executable``.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ PRELOADED = (
     "transformers.trainer",
     "trl.trainer.sft_trainer",
 )
-# The second keeps pyarrow from starting a thread.
+# JE_ARROW_MALLOC_CONF stops pyarrow from starting a thread.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 
 @contextmanager
 def interpreter(folder: Path) -> Iterator[Path]:
-    """The program, whose server is started unless another worker with this folder has."""
+    """Yield the program, and start its server unless another worker has done so for ``folder``."""
     import fcntl
     import subprocess
 
@@ -47,7 +47,7 @@ def interpreter(folder: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             kept = _keep(program)
-        except OSError:  # none is there
+        except OSError:  # no server runs
             program.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {__file__} {program} "$@"\n')
             program.chmod(0o755)
             with open(folder / "python.log", "w") as log:
@@ -65,7 +65,7 @@ def interpreter(folder: Path) -> Iterator[Path]:
 
 
 def _keep(program: Path) -> socket.socket:
-    """While this connection is open the server stays."""
+    """Open a connection that keeps the server running until it is closed."""
     connection = _connect(str(program))
     connection.sendall(b"stay")
     if not connection.recv(1):
@@ -75,12 +75,12 @@ def _keep(program: Path) -> socket.socket:
 
 def _connect(name: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
-    connection.connect(f"\0{name}")  # one of Linux's names without a file
+    connection.connect(f"\0{name}")  # an abstract Linux socket, without a file
     return connection
 
 
 def _client(name: str, arguments: list[str]) -> int:
-    """Has the server run Python with these arguments, and ends as that does."""
+    """Run Python with ``arguments`` in a fork, and return the exit code or end by its signal."""
     server = _connect(name)
     request = {"words": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}
     socket.send_fds(server, [json.dumps(request).encode() + b"\n"], [0, 1, 2])
@@ -97,16 +97,19 @@ def _client(name: str, arguments: list[str]) -> int:
 
 
 def _serve(name: str) -> dict:
-    """Forks as clients ask, and exits when none is left; returns in a fork what it is to run."""
+    """Fork for each client until no client or worker is left, then exit.
+
+    Returns only in a fork, with the client's request.
+    """
     import select
 
-    # A shell starts what it leaves in the background with SIGINT ignored, and forks inherit that.
+    # A shell starts background processes with SIGINT ignored, and forks inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{name}")
     listener.listen()
     print("ready", flush=True)
-    forks: dict[socket.socket, int] = {}  # each client's, as a file that is ready when it ends
+    forks: dict[socket.socket, int] = {}  # by client: the fork's pidfd, readable at its end
     keepers: set[socket.socket] = set()
     begun = False
     while forks or keepers or not begun:
@@ -148,7 +151,7 @@ def _serve(name: str) -> dict:
 
 
 def _run(words: list[str], folder: str, environment: dict[str, str]) -> None:
-    """As the interpreter would with these words, as far as the tests use them."""
+    """Run a script, ``-m`` module or ``-c`` code like the Python interpreter."""
     import runpy
 
     from huggingface_hub import constants
@@ -190,7 +193,7 @@ def main() -> None:
     torch.set_num_threads(1)
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a fork would lose {threads - 1} threads"
-    gc.freeze()  # a fork's collections would copy the pages of all that is imported
+    gc.freeze()  # or else collections in a fork would copy the memory of all modules
     sys.executable = sys.argv[2]
     try:
         _run(**_serve(sys.executable))
@@ -199,7 +202,7 @@ def main() -> None:
         if not isinstance(end.code, int | None):
             raise
         code = end.code or 0
-    # The interpreter's own end, but for its last visit to every module, which copies their pages.
+    # Exit like the interpreter, but skip the clean-up of modules, which copies their memory.
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

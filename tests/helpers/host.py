@@ -1,4 +1,7 @@
-"""The host code over its stand-ins: operators of another namespace, or the package's own."""
+"""The host code compiled over stand-ins for CUDA and cuBLAS, as operators that run on a CPU.
+
+The operators are in a namespace of their own, or replace the package's.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,15 @@ from tests.helpers import compiled
 
 
 def load() -> Host:
-    """Builds it where it is not up to date. Once a process: a namespace is defined once."""
+    """Build the library if needed, and load it.
+
+    Call this once in a process: a namespace cannot be defined twice.
+    """
     return Host(compiled.build("rasa_host_ops") / "tests" / "host" / "librasa_host_ops.so")
 
 
 class Host:
-    """``torch.ops.rasa_ext_host``, and what its cuBLAS was asked for."""
+    """``torch.ops.rasa_ext_host``, and the calls that reached the cuBLAS stand-in."""
 
     def __init__(self, path: Path) -> None:
         self.library = torch.library.Library("rasa_ext_host", "DEF")
@@ -43,14 +49,14 @@ class Host:
         return self._standin.recorded_calls().decode().splitlines()
 
     def heuristics(self) -> list[str]:
-        """What cublasLt was asked to choose algorithms for since the last look."""
+        """Return the products that cublasLt chose algorithms for since the previous call."""
         return self._standin.asked_heuristics().decode().splitlines()
 
     def math_mode(self) -> int:
         return self._standin.current_math_mode()
 
     def take_over(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The package's operators become the compiled ones, with a GPU's heuristics."""
+        """Replace the package's operators by the compiled ones, with the heuristics of a GPU."""
         heuristics = {
             "rank_multiple": lambda _: 16,
             "fuse_projections": lambda *_: False,
@@ -59,12 +65,12 @@ class Host:
         compiled_ones = {name: getattr(self.ops, name).default for name in self.names}
         for name, its in {**compiled_ones, **heuristics}.items():
             monkeypatch.setattr(ops, name, its)
-        # Where fake kernels see tensors of a CPU, U would have other strides.
+        # Fake kernels see CPU tensors, for which U would have other strides.
         module = sys.modules["rasa_ext.ops.dropout"]  # the package has an operator of that name
         monkeypatch.setattr(module, "ranks_first", lambda *_: False)
 
     def refused(self) -> int:
-        """How many products cublasLt had an algorithm for, but would not run."""
+        """Return how many products cublasLt chose an algorithm for but refused to run."""
         return self._standin.refused_products()
 
     @contextmanager
@@ -78,7 +84,7 @@ class Host:
 
     @contextmanager
     def refusing(self, how: int) -> Iterator[None]:
-        """cublasLt refuses meanwhile; ``how`` is one of standin/cublasLt.cpp's ``Refusal``."""
+        """Make cublasLt refuse products; ``how`` is a ``Refusal`` of standin/cublasLt.cpp."""
         self._standin.refuse_products(how)
         try:
             yield

@@ -1,7 +1,7 @@
-"""A small Hub on this machine, as far as pushing to it and downloading from it ask of one.
+"""A local server with the parts of the Hub's interface that pushing and downloading need.
 
-Its answers have the form that huggingface_hub reads; of a card's head it checks what the real one
-is known to refuse. Repositories are of files in memory, by revision.
+Answers have the form that huggingface_hub reads. Errors in a model card's metadata that the real
+Hub refuses are refused here, too. Repositories are files in memory, by revision.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Hub:
-    """What was asked of it, and what it holds."""
+    """The Hub's repositories, and a record of requests."""
 
     def __init__(self) -> None:
         self.created: list[dict] = []
@@ -40,7 +40,7 @@ class Hub:
         return self.branches[repository, revision]
 
     def commit_of(self, repository: str, revision: str) -> str:
-        """The id of a revision, which may be one already."""
+        """Return the commit id of a revision, which may be a branch or a commit id."""
         for (name, branch), files in self.branches.items():
             sha = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
             if name == repository and revision in (branch, sha):
@@ -54,9 +54,9 @@ class Hub:
 
 
 def refused(card: str) -> str | None:
-    """Why the Hub would not take a card's head, or None."""
+    """Return why the Hub would refuse a card's metadata, or None."""
     found = _HEAD.match(card)
-    if found is None:  # a warning, there
+    if found is None:  # the Hub only warns
         return None
     data = yaml.safe_load(found[1])
     for field in ("base_model", "datasets"):
@@ -124,7 +124,7 @@ class _Handler(JsonHandler):
         parts = self.parts()
         if parts[0] == "api":
             parts = parts[2:]
-        if len(parts) < 4:  # not of a repository
+        if len(parts) < 4:  # not a path in a repository
             self.answer({"error": self.path}, 404)
             return
         owner, name, action, revision, *file = parts
@@ -151,14 +151,14 @@ class _Handler(JsonHandler):
 
 @contextlib.contextmanager
 def local_hub(monkeypatch, cache: Path) -> Iterator[Hub]:
-    """Run one, and have huggingface_hub use it, with a token and a cache of its own."""
+    """Run a local Hub, and make huggingface_hub use it with a token and a separate cache."""
     hub = Hub()
     handler = type("Handler", (_Handler,), {"hub": hub})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     handler.endpoint = endpoint = f"http://127.0.0.1:{server.server_port}"
     with monkeypatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", endpoint)
-        # transformers keeps one client, with the address of the time when it was first asked for.
+        # transformers caches a client with the endpoint at the first use.
         patch.setattr(transformers_hub, "_hf_api", None, raising=False)
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

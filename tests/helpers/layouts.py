@@ -1,7 +1,7 @@
-"""Models in packed layouts, each written by the library that writes it, where there is one here.
+"""Models in packed layouts, each written by the layout's own library if it is installed.
 
-GPTQ's and AWQ's layers are written by the formats' public descriptions: gptqmodel, which writes
-both, needs a newer torch.
+GPTQ and AWQ layers follow the formats' public descriptions, because gptqmodel, which writes both,
+needs a newer torch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from tests.helpers import experts, tiny_lm
 from tests.helpers.adapters import Errors, excesses
 
 WIDTH, INNER = 64, 160
-"""Widths that are whole groups of every layout; 160 rows are a tile of 128 and a part of one."""
+"""Multiples of every layout's group size; 160 rows are one tile of 128 and a partial tile."""
 
 
 def make_model() -> nn.Module:
@@ -50,7 +50,10 @@ def make_model() -> nn.Module:
 
 
 def compressed(preset: str, **weights: Any) -> Callable[[nn.Module], nn.Module]:
-    """A model in one of compressed-tensors' schemes, its weights' arguments changed by name."""
+    """Return a function that compresses a model by a compressed-tensors preset.
+
+    ``weights`` replaces arguments of the preset's weight quantization.
+    """
 
     def write(model: nn.Module, kind: str = "Linear") -> nn.Module:
         scheme = preset_name_to_scheme(preset, [kind])
@@ -71,7 +74,7 @@ def compressed(preset: str, **weights: Any) -> Callable[[nn.Module], nn.Module]:
 
 
 def _calibrate(module: Any, args: QuantizationArgs) -> None:
-    """Set scales, and zero points, from the largest and smallest weights."""
+    """Set scales and zero points from the largest and smallest weights."""
     weight, whole = module.weight.detach(), None
     if args.strategy == "tensor":
         grouped = weight.reshape(1, -1)
@@ -95,7 +98,7 @@ def _calibrate(module: Any, args: QuantizationArgs) -> None:
 
 
 def fine_grained(block: tuple[int, int] | None, scale_fmt: str = "float") -> Any:
-    """A model with transformers' FP8Linear, as its quantizer makes it on a GPU."""
+    """Return a function that replaces layers by FP8Linear, as transformers does on a GPU."""
     config = SimpleNamespace(weight_block_size=block, scale_fmt=scale_fmt)
     quantize = Fp8Quantize(SimpleNamespace(quantization_config=config))
 
@@ -115,7 +118,7 @@ def fine_grained(block: tuple[int, int] | None, scale_fmt: str = "float") -> Any
 
 
 class _Kernel(nn.Module):
-    """A layer of gptqmodel without its kernel."""
+    """A layer with the attributes of gptqmodel's, but without a kernel."""
 
     def __init__(self, linear: nn.Linear, bits: int, **tensors: Tensor) -> None:
         super().__init__()
@@ -126,15 +129,15 @@ class _Kernel(nn.Module):
 
 
 class TorchLinear(_Kernel):
-    """GPTQ's."""
+    """A GPTQ layer."""
 
 
 class AwqTorchLinear(_Kernel):
-    """AWQ's."""
+    """An AWQ layer."""
 
 
 def row_wise(model: nn.Module) -> nn.Module:
-    """A model with transformers' layer for FP8 kernels, whose scales are (1, out)."""
+    """Replace linear layers by transformers' layer for FP8 kernels, with scales (1, out)."""
 
     def layer(linear: nn.Linear) -> nn.Module:
         bias = linear.bias is not None
@@ -149,7 +152,7 @@ def row_wise(model: nn.Module) -> nn.Module:
 
 
 def fp8_experts(model: nn.Module, block: tuple[int, int] | None) -> nn.Module:
-    """A model with transformers' FP8Experts and FP8Linear, as its quantizer makes it on a GPU."""
+    """Replace layers by transformers' FP8Experts and FP8Linear, as its quantizer does on a GPU."""
     config = FineGrainedFP8Config(weight_block_size=block)
     quantize = Fp8Quantize(SimpleNamespace(quantization_config=config))
     before = dict(model.named_parameters())
@@ -164,7 +167,10 @@ def fp8_experts(model: nn.Module, block: tuple[int, int] | None) -> nn.Module:
 
 
 def gptq(bits: int = 4, size: int = 16, act_order: bool = False) -> Any:
-    """A model in GPTQ's first format: words along the inputs, zero points stored less one."""
+    """Return a function that packs a model in GPTQ's first format.
+
+    Words run along the inputs, and zero points are stored minus one.
+    """
 
     def layer(linear: nn.Linear) -> nn.Module:
         width = linear.in_features
@@ -187,7 +193,10 @@ def gptq(bits: int = 4, size: int = 16, act_order: bool = False) -> Any:
 
 
 def awq(size: int = 16) -> Any:
-    """A model in AWQ's format: words along the outputs, eight of them in an order of their own."""
+    """Return a function that packs a model in AWQ's format.
+
+    Words run along the outputs, with eight integers in each word in AWQ's own order.
+    """
 
     def layer(linear: nn.Linear) -> nn.Module:
         group = torch.arange(linear.in_features) // size
@@ -206,7 +215,7 @@ def awq(size: int = 16) -> Any:
 
 
 def _integers(weight: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Integers (out, in), and scales in half precision and zero points (out, groups)."""
+    """Return integers (out, in), float16 scales (out, groups) and zero points (out, groups)."""
     members = [weight[:, group == each] for each in range(int(group.max()) + 1)]
     low = torch.stack([each.amin(1) for each in members], 1).clamp_max(0)
     high = torch.stack([each.amax(1) for each in members], 1).clamp_min(0)
@@ -218,7 +227,7 @@ def _integers(weight: Tensor, group: Tensor, bits: int) -> tuple[Tensor, Tensor,
 
 
 def _packed(codes: Tensor, bits: int, dim: int) -> Tensor:
-    """Words of 32 bits along a dimension, the first integer in the lowest bits."""
+    """Pack integers into 32-bit words along ``dim``, the first integer in the lowest bits."""
     each = 32 // bits
     split = codes.unflatten(dim, (-1, each)).movedim(dim + 1, 0)
     words = sum(part << (bits * at) for at, part in enumerate(split))
@@ -260,12 +269,12 @@ LAYOUTS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def packed_model(form: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The tiny model in a layout."""
+    """Build the tiny model in a layout."""
     return LAYOUTS[form](make_model().to(dtype)).requires_grad_(False)
 
 
 def from_folder(form: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The tiny model in a layout of compressed-tensors, loaded from a folder by transformers."""
+    """Save the tiny model in a compressed-tensors layout, and load it with transformers."""
     model = packed_model(form, dtype)
     model.save_pretrained(folder)
     ModelCompressor.from_pretrained_model(model).update_config(folder)
@@ -273,7 +282,7 @@ def from_folder(form: str, folder: Path, dtype: torch.dtype = torch.float32) -> 
 
 
 def packed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
-    """The packed layers of a model, each with its parent and its name there."""
+    """Yield each packed layer with the parent and the name in the parent."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             own = isinstance(child, FP8Linear | CompressedTensorsFP8Linear | _Kernel)
@@ -282,7 +291,7 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
 
 
 def numbers(layer: Any) -> Tensor:
-    """The weight of a packed layer in float64, by its library or by what was packed."""
+    """Return a packed layer's weight in float64, from the layout's library or saved when packed."""
     if isinstance(layer, _Kernel):
         return layer.numbers
     if isinstance(layer, CompressedTensorsFP8Linear):
@@ -306,7 +315,7 @@ def numbers(layer: Any) -> Tensor:
 
 
 def dense(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A copy of a packed model with the numbers of its weights in plain layers."""
+    """Return a copy of a packed model with the dequantized weights in plain layers."""
     model = copy.deepcopy(model)
     for parent, name, layer in packed_layers(model):
         out, width = (weight := numbers(layer)).shape
@@ -321,7 +330,7 @@ def dense(model: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
 
 
 def step_over_experts(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
-    """Logits, and the gradients of the input and of what is trained."""
+    """Return logits, and gradients of the input and the trainable parameters."""
     inputs = model.get_input_embeddings()(tokens).detach().requires_grad_()
     logits = model(inputs_embeds=inputs).logits
     logits.to(accumulation_dtype(logits.dtype)).square().sum().backward()
@@ -332,11 +341,14 @@ def step_over_experts(model: nn.Module, tokens: Tensor) -> dict[str, Tensor]:
 def excesses_over_experts(
     wide: nn.Module, plain: nn.Module, packed: nn.Module, grouping: str | None, tokens: Tensor
 ) -> tuple[dict[str, str], float]:
-    """``excesses`` of a patched model of packed experts, beside dense ones; ``wide`` is float64."""
+    """Return ``excesses`` of a model patched over packed experts, compared with dense experts.
+
+    ``wide`` is the dense base in float64, from which errors are measured.
+    """
     seen = []
     for base in (wide, plain, packed):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # without experts: that they are left out
+            warnings.simplefilter("ignore", UserWarning)  # warns of left-out experts
             model = rasa_ext.patch_model(base, 3, 1, experts=grouping).train()
         experts.randomize(model)
         seen.append(step_over_experts(model, tokens))

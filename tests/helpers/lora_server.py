@@ -1,6 +1,6 @@
-"""A server of LoRAs as a trainer sees vLLM's: load, unload, list, complete.
+"""A LoRA server with the HTTP interface that trainers use of vLLM: load, unload, list, complete.
 
-PEFT loads and computes. That owes nothing to the package: the base, and the files it was told of.
+PEFT loads the files and computes, so the server shares no code with the package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.helpers.servers import JsonHandler, answering
 
 
 class LoraServer(ThreadingHTTPServer):
-    """Completes token ids with a causal language model and the LoRA that a request names."""
+    """A server that completes token ids with a causal language model and a request's LoRA."""
 
     daemon_threads = True
 
@@ -33,7 +33,7 @@ class LoraServer(ThreadingHTTPServer):
         self.loras: dict[str, nn.Module] = {}
         self.requests: list[tuple[str, dict[str, Any]]] = []
         self.lost: list[str] = []
-        """Paths of requests that are served, but whose answer is lost, each once."""
+        """Paths of requests that the server executes once without sending the answer."""
         self.turn = threading.Lock()
 
     def load(self, body: dict[str, Any]) -> str:
@@ -77,12 +77,15 @@ class LoraServer(ThreadingHTTPServer):
 
 
 class Refusal(Exception):
-    """An answer that is an error."""
+    """An error answer: HTTP status and message."""
 
 
 @torch.no_grad()
 def log_probabilities(model: nn.Module, tokens: list[int]) -> Tensor:
-    """Of every next token (tokens, vocabulary), in eval, whose mode stays what it was."""
+    """Compute log-probabilities of next tokens (tokens, vocabulary) in eval mode.
+
+    The model's mode is restored.
+    """
     training = model.training
     logits = model.eval()(input_ids=torch.tensor([tokens])).logits[0]
     model.train(training)

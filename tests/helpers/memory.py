@@ -1,4 +1,4 @@
-"""What operations make and keep: elements made, bytes alive, what autograd saves."""
+"""Measure memory: sizes of tensors made, bytes alive, and storages that autograd saves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Made(TorchDispatchMode):
-    """While entered: the elements of every tensor that operations made, views left out."""
+    """A mode that records the number of elements of every tensor made, except views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,9 +31,9 @@ class Made(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered: bytes of the storages that operations made and that are alive, and their peak.
+    """A mode that counts the bytes of live storages made inside the mode, and their peak.
 
-    For any device; what an operator allocates and frees within itself is not seen.
+    It works for any device, but does not see memory that an operator allocates and frees itself.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        for tensor in tree_leaves((args, kwargs)):  # what was there before counts for nothing
+        for tensor in tree_leaves((args, kwargs)):  # older storages are not counted
             if isinstance(tensor, Tensor):
                 self._note(tensor, new=False)
         result = function(*args, **(kwargs or {}))
@@ -72,9 +72,9 @@ def _storage(tensor: Tensor) -> int:
 
 @contextlib.contextmanager
 def saved_storages() -> Iterator[dict[int, int]]:
-    """Storages that autograd keeps meanwhile, each once: address to bytes."""
+    """Collect the storages that autograd saves within the context: {address: bytes}."""
     found: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
+    alive: list[Tensor] = []  # so that no address is reused
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

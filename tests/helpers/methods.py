@@ -1,4 +1,4 @@
-"""Every method over a small model, and plain modules that compute the same from its tensors."""
+"""Every method over a small model, and the formula of each in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ def plain(name: str, **options) -> nn.Module:
 
 
 class Case(NamedTuple):
-    """A method over the small model, and its formula."""
+    """A method over the small model, and the method's formula."""
 
     make: Callable[[], nn.Module]
     change: Callable[[rasa_ext.RasaLinear], Tensor]
-    """A layer's dW (out, in) by the method's own formula, differentiable in its tensors."""
+    """A layer's dW (out, in) by the method's formula, differentiable in the layer's tensors."""
     begun: bool = True
-    """Whether a fresh model of the same config computes what its base does."""
+    """Whether a newly patched model computes the same as the base."""
     all_trained: bool = True
     """Whether every parameter of the adapter is trained; a booster leaves layers out."""
     follows: bool = True
-    """Whether the formula holds after a write to any tensor; norms are taken before it."""
+    """Whether the formula holds after a write to a tensor; not if it uses norms from before."""
 
 
 def _pooled(layer: rasa_ext.RasaLinear) -> Tensor:
@@ -55,7 +55,7 @@ def _pooled(layer: rasa_ext.RasaLinear) -> Tensor:
 
 
 def _pair(power: float) -> Callable[[rasa_ext.RasaLinear], Tensor]:
-    """alpha / r^power B A."""
+    """Return the formula dW = alpha / r^power B A."""
     return lambda layer: layer.config.alpha / layer.config.rank**power * layer.B @ layer.A
 
 
@@ -70,18 +70,18 @@ CASES = {
     "lora-fa": Case(lambda: plain("lora", rank=3, train_A=False), _pair(1)),
 }
 KNOWN = dict(CASES)
-"""Those that another package's tests have added, too."""
+"""``CASES``, and cases that tests of other packages add."""
 
 
 def case(name: str) -> nn.Module:
-    """A patched model whose adapter is far from its start."""
+    """Return a patched model with a randomized adapter."""
     model = KNOWN[name].make()
     randomize(model, 7)
     return model
 
 
 def randomize(model: nn.Module, seed: int) -> None:
-    """Draw everything that is trained, about as large as keeps a layer's change at its weight's."""
+    """Randomize all adapter parameters, so that dW is about as large as W."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in rasa_ext.adapter_parameters(model):
@@ -99,12 +99,12 @@ def inputs(rows: int = 5, seed: int = 3) -> Tensor:
 
 
 def changes(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """Each layer's dW (out, in) by the method's own formula, differentiable in its tensors."""
+    """Compute each layer's dW (out, in) by the method's formula, differentiable."""
     return {path: KNOWN[name].change(layer) for path, layer in rasa_linears(model).items()}
 
 
 def plain_forward(model: nn.Module, deltas: dict[str, Tensor], x: Tensor) -> Tensor:
-    """The model's output with dense weights W + dW, block by block."""
+    """Compute the model's output with dense weights W + dW, block by block."""
     for i, block in enumerate(model):
         W = {
             name: getattr(block, name).base_layer.weight + deltas[f"{i}.{name}"]

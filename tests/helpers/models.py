@@ -1,4 +1,4 @@
-"""Small models of many kinds, built from configurations: factory, inputs and loss of each."""
+"""Small models of many kinds, each with a factory, inputs and a loss."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Entry:
-    """A model with something to feed it.
+    """A model and inputs for it.
 
-    ``left_out`` names the linear layers that "all-linear" must not touch; ``build`` is
-    deterministic; every dropout of the model is 0, so train and eval agree.
+    ``left_out`` names the linear layers that "all-linear" must not adapt. ``build`` is
+    deterministic. Every dropout of the model is 0, so that train and eval mode agree.
     """
 
     name: str
@@ -38,14 +38,14 @@ class Entry:
         }
 
     def loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits and their product with a fixed probe, which every dtype holds exactly."""
+        """Return logits, and the sum of their product with a fixed probe, exact in every dtype."""
         logits = self.call(model, **inputs)
         generator = torch.Generator().manual_seed(2)
         probe = torch.randint(-8, 9, logits.shape, generator=generator) / 8
         return logits, (logits * probe.to(logits)).sum()
 
     def targets(self, model: nn.Module) -> list[str]:
-        """The layers that "all-linear" must adapt in a plain ``model``."""
+        """List the layers that "all-linear" must adapt in an unpatched ``model``."""
         return [
             name
             for name, module in model.named_modules()
@@ -54,7 +54,7 @@ class Entry:
 
 
 def randomize_weights(model: nn.Module, generator: torch.Generator) -> None:
-    """Weights large enough for every layer to matter, small enough for a stable gradient."""
+    """Draw weights large enough that every layer matters, small enough for stable gradients."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -74,7 +74,7 @@ def _tokens(*shape: int) -> Callable[[torch.Generator], Tensor]:
 
 
 def _sixteenths(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    """Multiples of 1/16 in [-2, 2], exact in every dtype."""
+    """Return a function that draws multiples of 1/16 in [-2, 2], exact in every dtype."""
     return lambda generator: torch.randint(-32, 33, shape, generator=generator) / 16
 
 
@@ -145,7 +145,7 @@ def _encoder() -> nn.Module:
 
 
 class AttentionHolder(nn.Module):
-    """nn.MultiheadAttention reads ``out_proj.weight`` itself and never calls the module."""
+    """A model with nn.MultiheadAttention, which reads ``out_proj.weight`` but never calls it."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +170,7 @@ class TwoNames(nn.Module):
 
 
 class TiedHead(nn.Module):
-    """A head that shares the embedding's weight under a name that no list would hold."""
+    """A head that shares the embedding's weight, with a name that no list of heads contains."""
 
     def __init__(self):
         super().__init__()
@@ -195,7 +195,7 @@ class Experts(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Experts and their router behind an ordinary linear layer."""
+    """A linear layer, then a router and experts."""
 
     def __init__(self):
         super().__init__()
@@ -209,7 +209,7 @@ class Mixture(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A model of the user's own: frozen embedding, then checkpointed blocks."""
+    """A user-defined model: an embedding, then blocks under gradient checkpointing."""
 
     def __init__(self, use_reentrant: bool):
         super().__init__()
@@ -244,7 +244,7 @@ TWO_NAMES = Entry("two-names", TwoNames, _inputs(x=_sixteenths(5, 8)), _position
 TIED = Entry("tied", TiedHead, _inputs(x=_tokens(8, 7)), _positional, ("readout",))
 EXPERTS = Entry("experts", Mixture, _inputs(x=_sixteenths(2, 8)), _positional, ("router",))
 
-# As few layers as share a pool: compilers take their time for each.
+# The fewest layers that share a pool, since each costs compile time.
 SHALLOW = tuple(
     replace(entry, make=functools.partial(entry.make, layers=layers))
     for entry, layers in ((LLAMA, 2), (GPT2, 2), (T5, 1))

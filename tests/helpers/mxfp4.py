@@ -1,4 +1,4 @@
-"""gpt-oss as it is published, experts in MXFP4, loaded as on a GPU with a stand-in for Triton."""
+"""A tiny gpt-oss with MXFP4 experts, loaded as on a GPU with a stand-in for Triton's kernels."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transformers.integrations import hub_kernels
 from transformers.quantizers import quantizer_mxfp4
 
 EXPERTS, HIDDEN, INNER = 4, 96, 64
-"""Three and two blocks of 32 along a row."""
+"""Rows of three (HIDDEN) and two (INNER) blocks of 32."""
 
 
 class Rearranged:
-    """A layout of Triton's: numbers by columns, in an order that suits some kernel."""
+    """A stand-in for a Triton layout: column order, reversed along the last dimension."""
 
     def swizzle_data(self, data: Tensor) -> Tensor:
         return data.flip(-1).transpose(-1, -2).contiguous()
@@ -32,7 +32,7 @@ class Rearranged:
 
 
 class TritonTensor:
-    """As ``triton_kernels.tensor.Tensor``, which is no tensor of torch's."""
+    """A stand-in for ``triton_kernels.tensor.Tensor``, which is not a torch.Tensor."""
 
     def __init__(self, data: Tensor, dtype: Any = None, layout: Any = None) -> None:
         self.storage = SimpleNamespace(data=data, layout=layout)
@@ -59,12 +59,12 @@ STAND_IN = SimpleNamespace(
         PrecisionConfig=SimpleNamespace, FlexCtx=SimpleNamespace, InFlexData=SimpleNamespace
     ),
 )
-"""What transformers takes of the kernels as it loads a model."""
+"""The parts of the kernels package that transformers uses to load a model."""
 
 
 @contextlib.contextmanager
 def as_on_a_gpu(kernels: Any) -> Iterator[None]:
-    """Have transformers load experts in MXFP4 packed, in the order of ``kernels``."""
+    """Make transformers load MXFP4 experts packed, in the layout of ``kernels``."""
     quantizer = quantizer_mxfp4.Mxfp4HfQuantizer
     with (
         mock.patch.object(quantizer, "validate_environment"),
@@ -77,7 +77,7 @@ def as_on_a_gpu(kernels: Any) -> Iterator[None]:
 
 
 def write_gpt_oss(folder: Path) -> Path:
-    """Write a tiny gpt-oss whose experts are random numbers in MXFP4."""
+    """Write a tiny gpt-oss checkpoint with random MXFP4 experts."""
     config = GptOssConfig(
         num_hidden_layers=2,
         num_local_experts=EXPERTS,

@@ -1,4 +1,4 @@
-"""What the operators' tests share: drawn adapters, layouts, and the checks of every operator."""
+"""Helpers for tests of operators: random adapters, memory layouts, and checks."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 P = 0.25
 
 
-# (tokens, in, out, private ranks, pool ranks): odd, k = r, no tokens, k = 0, one.
+# (tokens, in, out, private ranks, pool ranks): odd sizes, k = r, no tokens, k = 0, all sizes one.
 SHAPES = ((5, 9, 7, 3, 6), (3, 17, 2, 0, 5), (0, 6, 4, 2, 4), (8, 16, 24, 4, None), (1, 1, 1, 1, 1))
 
 
 def floor(dtype: torch.dtype) -> float:
-    """An error that no sum in ``dtype`` is asked to stay below."""
+    """Return the smallest error limit for sums in ``dtype``."""
     known = {torch.float64: 1e-14, torch.float32: 1e-6}
     return known.get(dtype, torch.finfo(dtype).eps)
 
 
 def pack(A, A_pool, B, B_pool, d, dtype, multiple=1) -> tuple[Tensor, Tensor]:
-    """The pack of one layer, by the operator for groups."""
+    """Pack one layer with the operator for groups."""
     given = [A], A_pool, [B], B_pool, [] if d is None else [d]
     (Ap,), (Bp,) = ops.pack_group(*given, dtype, multiple)
     return Ap, Bp
 
 
 def draw_adapter(width, out, own, pooled, device="cpu", dtype=torch.float32) -> Adapter:
-    """B is stored by ranks; ``pooled`` is None where there is no pool."""
+    """Draw an adapter, with B stored by ranks; without a pool if ``pooled`` is None."""
 
     def draw(*shape):
         return torch.randn(*shape, dtype=dtype, device=device)
@@ -48,18 +48,18 @@ def draw_adapter(width, out, own, pooled, device="cpu", dtype=torch.float32) -> 
 
 
 def random_mask(x: Tensor) -> Tensor:
-    """A bit for each element of x, as dropout's."""
+    """Draw a mask of one bit for each element of x, like dropout's."""
     return torch.randint(256, (-(-x.numel() // 8),), dtype=torch.uint8, device=x.device)
 
 
 def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
-    """The bits of a mask as booleans."""
+    """Return the bits of a mask as booleans of ``shape``."""
     bits = mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
     return bits.reshape(-1)[: shape.numel()].view(shape).bool()
 
 
 def draw_mask(x: Tensor, dropout: bool) -> tuple[tuple, Tensor | None]:
-    """An operator's last arguments, and the mask as booleans; nothing without dropout."""
+    """Return an operator's mask arguments, and the mask as booleans; () and None if no dropout."""
     if not dropout:
         return (), None
     mask = random_mask(x)
@@ -67,24 +67,24 @@ def draw_mask(x: Tensor, dropout: bool) -> tuple[tuple, Tensor | None]:
 
 
 def drop(x: Tensor, kept: Tensor | None, p: float = P) -> Tensor:
-    """Dropout by its definition; ``kept`` None is none."""
+    """Apply dropout by definition; return x if ``kept`` is None."""
     return x if kept is None else torch.where(kept, x / (1 - p), 0)
 
 
 def draw_group(layers, *sizes, device="cpu", dtype=torch.float32) -> list[Adapter]:
-    """Adapters of a group's layers, which share a pool."""
+    """Draw adapters of a group's layers, which share a pool."""
     first, *others = (draw_adapter(*sizes, device, dtype) for _ in range(layers))
     return [first, *(each._replace(A_pool=first.A_pool, B_pool=first.B_pool) for each in others)]
 
 
 def lists(adapters: Sequence[Adapter]) -> tuple:
-    """A, A_pool, B, B_pool, d of a group as the operators take them."""
+    """Return A, A_pool, B, B_pool, d of a group in the form of the operators' arguments."""
     A, _, B, _, d = map(list, zip(*adapters, strict=True))
     return A, adapters[0].A_pool, B, adapters[0].B_pool, [] if d[0] is None else d
 
 
 def packed(factors: Factors, dtype: torch.dtype) -> Packed:
-    """One layer's pack, with ports by which gradients come to the factors."""
+    """Return one layer's pack, with ports that carry gradients to the factors."""
     Ap, Bp = pack_layers([factors], dtype)
     return Packed(Ap[0], Bp[0], *ports((Ap, Bp), [factors])[0])
 
@@ -94,7 +94,7 @@ def columns(t: Tensor) -> Tensor:
 
 
 def part(t: Tensor) -> Tensor:
-    """Rows that lie apart, and begin in the middle of their memory."""
+    """Return rows with gaps between them, inside a larger tensor."""
     return F.pad(t, (2, 1, 1, 1))[..., 1:-1, 2:-1]
 
 
@@ -115,11 +115,11 @@ def one_number(t: Tensor) -> Tensor:
 
 
 def shifted(t: Tensor, offset: int = 1) -> Tensor:
-    """As a piece of a flat buffer lies, so many elements after its beginning."""
+    """Return a copy that starts ``offset`` elements after the beginning of its memory."""
     return torch.cat([t.new_zeros(offset), t.flatten()])[offset:].view_as(t)
 
 
-# Of one matrix or of several: the numbers as they are, and numbers that repeat.
+# Layouts of one matrix or a stack; the last two repeat values.
 LAYOUTS = (columns, part, part_of_columns, every_other, one_row, one_number)
 
 
@@ -130,15 +130,15 @@ def assert_within(
     dtype: torch.dtype,
     roundings: int = 4,
 ) -> None:
-    """Every element to a few roundings of ``sizes``, the formulas over the magnitudes.
+    """Assert that every element is within a few roundings, relative to ``sizes``.
 
-    One wrong element shows, where a mean over all would hide it.
+    ``sizes`` are the formulas over magnitudes. A mean over all elements would hide a wrong one.
     """
     info = torch.finfo(dtype)
     for name, value in found.items():
         assert value.shape == expected[name].shape, name
         error = (value.double() - expected[name]).abs()
-        # Numbers below `tiny` are a step of eps * tiny apart.
+        # Numbers below `tiny` are spaced eps * tiny apart.
         limit = info.eps * (roundings * sizes[name] + info.tiny)
         assert (error <= limit).all(), f"{name}: {(error / limit).max():.1f} times the limit"
 
@@ -151,7 +151,10 @@ def check_values(
     kept: Tensor | None = None,
     roundings: int = 4,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What the operators give of the tensors, and the formulas in float64; ``assert_within``."""
+    """Compute by the operators and by the float64 formulas, and ``assert_within`` that they agree.
+
+    Returns both.
+    """
     wide = tree_map_only(Tensor, Tensor.double, list(tensors))
     expected = formulas(*wide, kept)
     sizes = formulas(*tree_map_only(Tensor, Tensor.abs, wide), kept)
@@ -164,28 +167,28 @@ _traced: set[tuple] = set()
 
 
 def check_operator(name: str, *args) -> None:
-    """Schema (nothing is mutated or aliased unsaid), fake kernel and compilation of an operator.
+    """Check an operator's schema, fake kernel and compilation with torch.library.opcheck.
 
-    By torch.library.opcheck, but one trace under dynamic shapes for calls of one form. That trace
-    is nine tenths of the time, and sees which arguments are given, of how many dimensions. What the
-    fake kernel says of sizes, strides and dtypes, and the schema, are checked of every call.
+    The schema, and the fake kernel's sizes, strides and dtypes, are checked for every call. The
+    trace under dynamic shapes takes nine tenths of the time and depends only on which arguments are
+    given and on their dimensions, so it runs once for each such form.
     """
     operator = getattr(ops, name)
-    if not isinstance(operator, torch._ops.OpOverload):  # the PyTorch kernel
+    if not isinstance(operator, torch._ops.OpOverload):  # the PyTorch kernel, a function
         operator = getattr(torch.ops.rasa_ext, name).default
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     traced = (operator, _form(args))
-    # Operators over other kernels have the fakes of the package's, which are traced as these.
+    # Operators of other namespaces share the package's fake kernels, so their trace is equal.
     if operator.namespace == "rasa_ext" and traced not in _traced:
         checks.append("test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, args, test_utils=checks)
-    _traced.add(traced)  # only now: it has passed
+    _traced.add(traced)  # only after it passed
 
 
 def _form(value: object) -> object:
     if isinstance(value, Tensor):
         return value.ndim
-    if isinstance(value, list):  # of alike tensors, one or more
+    if isinstance(value, list):  # one or more tensors of equal form
         return frozenset(map(_form, value))
     if isinstance(value, tuple):
         return tuple(map(_form, value))

@@ -1,4 +1,4 @@
-"""What the package must compute, written out densely in float64 and sharing no code with it.
+"""Dense float64 reference of what the package must compute. It shares no code with the package.
 
 Shapes: A (r-k, in), B (out, r-k), d (R,), pool A (L*k, in), pool B (out, L*k), R = r-k + L*k.
 """
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Adapter(NamedTuple):
-    """The tensors of one adapted layer; the pool's are None where k = 0, and d = None is ones."""
+    """The tensors of one adapted layer. Pool tensors are None if k = 0; d = None means ones."""
 
     A: Tensor
     A_pool: Tensor | None
@@ -30,7 +30,7 @@ class Adapter(NamedTuple):
         return Adapter(*(None if value is None else function(value) for value in self))
 
     def stacked(self) -> tuple[Tensor, Tensor, Tensor]:
-        """[A ; A_pool] (R, in), [B | B_pool] (out, R) and d (R,) in float64."""
+        """Return [A ; A_pool] (R, in), [B | B_pool] (out, R) and d (R,) in float64."""
         A, A_pool, B, B_pool, d = self.map(lambda t: t.detach().double())
         if A_pool is not None:
             A, B = torch.cat([A, A_pool]), torch.cat([B, B_pool], 1)
@@ -38,7 +38,7 @@ class Adapter(NamedTuple):
 
 
 def delta(adapter: Adapter) -> Tensor:
-    """dW = [B | B_pool] diag(d) [A ; A_pool], (out, in)."""
+    """Compute dW = [B | B_pool] diag(d) [A ; A_pool], (out, in)."""
     down, up, d = adapter.stacked()
     return up @ torch.diag(d) @ down
 
@@ -49,7 +49,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, adapter: Adapter) -> 
 
 
 def of_experts(factors: Sequence[Tensor | None]) -> list[Adapter]:
-    """Each expert's adapter from A, A_pool, B, B_pool, d of all; a pool is of all or of each."""
+    """Split stacked factors (A, A_pool, B, B_pool, d) into one adapter for each expert.
+
+    A pool may be shared by all experts (2-D) or stacked, one for each expert (3-D).
+    """
     A, A_pool, B, B_pool, d = factors
     pools = [(A_pool, B_pool)] * len(A)
     if A_pool is not None and A_pool.dim() == 3:
@@ -59,7 +62,7 @@ def of_experts(factors: Sequence[Tensor | None]) -> list[Adapter]:
 
 
 def stacked_weight(weight: Tensor, adapter: Adapter) -> Tensor:
-    """W[e] + dW[e] (E, out, in) of stacked experts, differentiable."""
+    """Compute W[e] + dW[e] (E, out, in) of stacked experts, differentiable."""
     changed = []
     for matrix, (A, A_pool, B, B_pool, d) in zip(weight, of_experts(adapter), strict=True):
         if A_pool is not None:
@@ -71,9 +74,10 @@ def stacked_weight(weight: Tensor, adapter: Adapter) -> Tensor:
 def experts(
     x: Tensor, chosen: Tensor, shares: Tensor, up: tuple, down: tuple, act, norm=lambda z: z
 ) -> Tensor:
-    """y[t] = sum over k of share norm(W2[e] act(W1[e] x[t] + b1[e]) + b2[e]), e = chosen[t, k].
+    """Compute y[t] = sum_k shares[t, k] norm(W2[e] act(W1[e] x[t] + b1[e]) + b2[e]).
 
-    ``up`` and ``down`` are (W (E, out, in), bias (E, out) or None), ``act`` takes rows.
+    e is chosen[t, k]. ``up`` and ``down`` are (W (E, out, in), bias (E, out) or None). ``act`` and
+    ``norm`` take rows.
     """
     (W1, b1), (W2, b2) = up, down
     y = x.new_zeros(len(x), W2.shape[1])
@@ -86,7 +90,7 @@ def experts(
 
 
 def linear_grads(grad: Tensor, x: Tensor, weight: Tensor, adapter: Adapter) -> dict[str, Tensor]:
-    """Gradients of x and of the adapter by the token-sized formulas; grad (M, out), x (M, in)."""
+    """Compute gradients of x (M, in) and the adapter from ``grad`` (M, out), without forming dW."""
     down, up, d = adapter.stacked()
     G, X = grad.double(), x.double()
     U, H = X @ down.T, G @ (up * d)
@@ -98,7 +102,7 @@ def linear_grads(grad: Tensor, x: Tensor, weight: Tensor, adapter: Adapter) -> d
 
 
 def adapter_grads(weight_grad: Tensor, adapter: Adapter) -> dict[str, Tensor]:
-    """Gradients of the adapter from S = dL/dW of the dense weight: T = S [A ; A_pool]^T."""
+    """Compute the adapter's gradients from S = dL/dW, by T = S [A ; A_pool]^T."""
     down, up, d = adapter.stacked()
     S = weight_grad.double()
     T = S @ down.T
@@ -116,7 +120,11 @@ def _split(down: Tensor, up: Tensor, d: Tensor, own: int) -> dict[str, Tensor]:
 
 
 def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    """Names that share a pool: equal paths once the first integer is masked, equal (out, in)."""
+    """List the groups of layer names that share a pool.
+
+    Layers are in one group if their (out, in) are equal, and their paths are equal after the first
+    integer is masked.
+    """
     found: dict[tuple, list[str]] = {}
     for name, shape in shapes.items():
         parts = name.split(".")
@@ -128,7 +136,11 @@ def groups(shapes: Mapping[str, tuple[int, int]]) -> list[list[str]]:
 
 
 def initial_d(rank: int, k: int, layers: int, alpha: float) -> Tensor:
-    """As the official code has it, alpha / 2 / (L k) at k = r as well; alpha / r without a pool."""
+    """Return d (R,) at the start, as in the official code.
+
+    Private ranks have alpha / 2 / (r - k), and pool ranks alpha / 2 / (L k), even if k = r. Without
+    a pool, all have alpha / r.
+    """
     if k == 0:
         return torch.full((rank,), alpha / rank, dtype=torch.float64)
     values = [alpha / 2 / (rank - k) for _ in range(rank - k)]
@@ -136,7 +148,7 @@ def initial_d(rank: int, k: int, layers: int, alpha: float) -> Tensor:
 
 
 def trainable_count(shapes: Mapping[str, tuple[int, int]], rank: int, k: int) -> int:
-    """L*r*(in+out) + L*R summed over the groups."""
+    """Count trainable parameters: L*r*(in+out) + L*R, summed over the groups."""
     total = 0
     for names in groups(shapes):
         layers, (out, width) = len(names), shapes[names[0]]
@@ -145,27 +157,27 @@ def trainable_count(shapes: Mapping[str, tuple[int, int]], rank: int, k: int) ->
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the module keeps its weight as (in, out)."""
+    """Return whether the module stores the weight as (in, out)."""
     return type(module).__name__ == "Conv1D"
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in), however the module keeps its weight."""
+    """Return (out, in), however the module stores the weight."""
     first, second = module.weight.shape
     return (second, first) if is_transposed(module) else (first, second)
 
 
 def merged_weight(module: nn.Module, adapter: Adapter) -> Tensor:
-    """W + dW in the module's own layout, float64."""
+    """Compute W + dW in float64, in the module's own layout."""
     change = delta(adapter)
     return module.weight.detach().double() + (change.T if is_transposed(module) else change)
 
 
 class AllInFloat64(TorchFunctionMode):
-    """Turns every request for float32 into one for float64.
+    """A mode that replaces float32 by float64 in the arguments of every call.
 
-    Models ask for float32 inside their norms, rotary tables and softmax whatever their own dtype,
-    which would leave a float64 reference with float32 errors.
+    Models use float32 in norms, rotary tables and softmax whatever the model's dtype, which would
+    leave a float64 reference with float32 errors.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -181,9 +193,9 @@ class AllInFloat64(TorchFunctionMode):
 def dense_model(
     base: nn.Module, adapters: Mapping[str, Adapter], model: nn.Module | None = None
 ) -> nn.Module:
-    """A float64 copy of the plain model ``base`` whose weights are W + dW.
+    """Return a float64 copy of the plain model ``base`` with weights W + dW.
 
-    ``model`` is an earlier such copy, which gets other weights.
+    If ``model`` is an earlier copy, replace the weights in that instead.
     """
     if model is None:
         model = copy.deepcopy(base).double()
@@ -195,9 +207,10 @@ def dense_model(
 
 
 def model_gradients(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Adapter gradients, keyed ``<layer>.A`` and so on, from those of the dense model's weights.
+    """Compute adapter gradients from the gradients of the dense model's weights.
 
-    Pool gradients sum over the layers of a group and stand under its first layer.
+    Keys are ``<layer>.A`` and so on. Pool gradients are summed over the layers of a group, with the
+    group's first layer in the key.
     """
     shapes, found = {}, {}
     for name, adapter in adapters.items():
@@ -219,7 +232,7 @@ def run_model(
     loss: Callable[[nn.Module], tuple[Tensor, Tensor]],
     model: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """Logits (under the key ``logits``) and every adapter gradient of the float64 dense model.
+    """Return the float64 dense model's logits (key ``logits``) and every adapter gradient.
 
     ``model`` is an earlier copy, as in ``dense_model``.
     """
@@ -236,7 +249,7 @@ def run_model(
 
 
 def official_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """The official code's checkpoint: layers named ``<prefix>layers.N.<path>``."""
+    """Return the tensors of an official checkpoint, for layers ``<prefix>layers.N.<path>``."""
     tensors = {}
     for name, adapter in adapters.items():
         path = name.split("layers.")[1].split(".", 1)[1].replace(".", "__")
@@ -260,7 +273,7 @@ def write_official(
     target_modules: list[str],
     pickled: bool = False,
 ) -> Path:
-    """A checkpoint directory as the official code writes it."""
+    """Write a checkpoint directory like the official code, and return ``directory``."""
     from safetensors.torch import save_file
 
     directory.mkdir(parents=True, exist_ok=True)

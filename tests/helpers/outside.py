@@ -1,4 +1,4 @@
-"""Two methods that no package has: VeRA, and one whose layers own indices."""
+"""Two methods defined outside the package: VeRA, and one with an index tensor in each layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rasa_ext.methods import Factors, LayerSpec
 
 @dataclasses.dataclass(frozen=True)
 class VeraConfig(methods.AdapterConfig):
-    """VeRA (arXiv 2310.11454): dW = diag(b) B diag(d) A, A and B being frozen and shared."""
+    """VeRA (arXiv 2310.11454): dW = diag(b) B diag(d) A, with frozen, shared A and B."""
 
     method: ClassVar[str] = "vera"
     title: ClassVar[str] = "VeRA"
@@ -42,7 +42,7 @@ class VeraConfig(methods.AdapterConfig):
 
 @dataclasses.dataclass(frozen=True)
 class PickedConfig(methods.AdapterConfig):
-    """dW = B A[index]: every layer picks r of its 2 r rows of A."""
+    """dW = B A[index]: every layer picks r of 2 r rows of A."""
 
     method: ClassVar[str] = "picked"
 

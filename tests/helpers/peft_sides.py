@@ -1,4 +1,4 @@
-"""What PEFT's adapters lie over: linear layers alone, or stacked experts as well."""
+"""Base models for tests of PEFT: one with linear layers only, and some with stacked experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers import peft, peft_experts
 from tests.helpers.tiny_lm import make_model
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss")
-# Older releases of transformers say too little of how their experts lie.
+# Older releases of transformers do not describe the layout of expert weights well enough.
 needs_experts = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.20"), reason="needs transformers 5.20"
 )
@@ -26,20 +26,20 @@ needs_experts = pytest.mark.skipif(
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """A base, and PEFT models over copies of it, whose first adapter is "default"."""
+    """A base, and PEFT models over copies of the base, with a first adapter named "default"."""
 
     base: Callable[..., nn.Module]
     one: Callable[..., PeftModel]
     two: Callable[..., PeftModel]
-    """With "second" beside it, or more."""
+    """A model with "default", "second" and perhaps more adapters."""
     dense: Callable[..., Tensor]
-    """The logits of ``tokens`` by the oracle: a model, and the names of its adapters."""
+    """The oracle's logits of ``tokens``, given a model and adapter names."""
     close: Callable[[Tensor, Tensor], None]
     tokens: Tensor
     up: str
-    """A weight of each block."""
+    """Name of a weight that every block has."""
     options: dict[str, Any]
-    """Those of the config by which ``one`` adapts."""
+    """Options of the config that ``one`` uses."""
 
     def logits(self, model: nn.Module) -> Tensor:
         with torch.no_grad():
@@ -72,6 +72,6 @@ EXPERTS = {
 
 
 def sides(*families: str) -> pytest.MarkDecorator:
-    """Parametrize by ``side``: linear layers, and these families of experts."""
+    """Parametrize a test by ``side``: linear layers, and ``families`` of experts."""
     found = [pytest.param(EXPERTS[family], marks=needs_experts, id=family) for family in families]
     return pytest.mark.parametrize("side", [pytest.param(LINEAR, id="linear"), *found])

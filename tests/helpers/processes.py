@@ -1,4 +1,4 @@
-"""Worker scripts in several processes."""
+"""Run worker scripts in several processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ WORKERS = Path(__file__).parents[1] / "workers"
 
 
 def launch(python: Path, launcher: str, worker: str, directory: Path, *options: str) -> None:
-    """Two processes of a worker script, which meet on a free port of this machine."""
+    """Run a script of tests/workers under ``launcher``, with a free port for the processes.
+
+    ``options`` must end with the launcher's port option; the port is appended.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

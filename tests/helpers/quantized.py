@@ -1,4 +1,4 @@
-"""Layers and models of every quantized format, and what they hold as numbers."""
+"""Layers and models in every quantized format, and their dequantized weights in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TOKENS = torch.arange(48).view(2, 24) * 7 % 320
 
 
 def make_model() -> nn.Module:
-    """The tiny model in the smallest widths that bitsandbytes' CPU kernels take: 64 and 128."""
+    """Build the tiny model in the smallest widths that bitsandbytes' CPU kernels take: 64, 128."""
     return tiny_lm.make_model(hidden_size=WIDTH, intermediate_size=OUT)
 
 
@@ -28,7 +28,7 @@ def logits(model: nn.Module) -> Tensor:
 
 
 def off(found: Tensor, expected: Tensor) -> float:
-    """The error of all numbers together, relative."""
+    """Return the relative error in the norm over all entries."""
     return ((found - expected).double().norm() / expected.double().norm()).item()
 
 
@@ -46,7 +46,7 @@ def bits8(linear: nn.Linear) -> nn.Module:
 def _loaded(made: nn.Module, linear: nn.Linear) -> nn.Module:
     made.to(dtype=linear.weight.dtype)
     made.load_state_dict(linear.state_dict())
-    return made.to("cpu")  # which quantizes
+    return made.to("cpu")  # quantizes the weight
 
 
 def torchao8(linear: nn.Linear) -> nn.Module:
@@ -72,7 +72,7 @@ FORMATS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 
 
 def numbers(module: nn.Module) -> Tensor:
-    """The weight of a quantized layer in float64, from its stored parts alone."""
+    """Compute a quantized layer's weight in float64, only from the stored tensors."""
     weight = module.weight
     if isinstance(module, bitsandbytes.nn.Linear4bit):
         state = weight.quant_state
@@ -92,7 +92,7 @@ def numbers(module: nn.Module) -> Tensor:
     codes = weight.qdata.double()
 
     def spread(each: Tensor) -> Tensor:
-        """One number a row, or a group of a row, to all that it is for."""
+        """Expand one number for each row, or each group of a row, to the shape of ``codes``."""
         each = each.double().view(len(codes), -1)
         return each.repeat_interleave(codes.shape[1] // each.shape[1], 1)
 
@@ -101,14 +101,14 @@ def numbers(module: nn.Module) -> Tensor:
 
 
 def linears(count: int = 3, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Sequential:
-    """A stack of layers of two shapes, one after the other."""
+    """Return a stack of layers of two alternating shapes."""
     torch.manual_seed(5)
     shapes = [(WIDTH, OUT), (OUT, WIDTH)] * count
     return nn.Sequential(*(nn.Linear(*shape, bias=bias) for shape in shapes)).to(dtype)
 
 
 def quantized(model: nn.Module, form: str, skip: tuple[str, ...] = ("lm_head",)) -> nn.Module:
-    """A copy of a model with its linear layers in one of ``FORMATS``."""
+    """Return a copy of a model with linear layers quantized in one of ``FORMATS``."""
     model = copy.deepcopy(model).requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
@@ -118,7 +118,7 @@ def quantized(model: nn.Module, form: str, skip: tuple[str, ...] = ("lm_head",))
 
 
 def dense(model: nn.Module) -> nn.Module:
-    """A float64 copy of a quantized model, with the numbers of its weights in plain layers."""
+    """Return a float64 copy of a quantized model, with dequantized weights in plain layers."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

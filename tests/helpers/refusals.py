@@ -1,4 +1,4 @@
-"""Calls that must be refused, and the model that they must leave alone."""
+"""Check that a call raises an error and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from tests.helpers.adapters import same_bits
 
 
 def refused(call: Callable, model: nn.Module, *said: str, kind=(ValueError, TypeError)) -> None:
-    """The call raises, its message holds every part, and the model is what it was."""
+    """Assert that the call raises, the message matches every part, and the model is unchanged.
+
+    ``said`` are regular expressions.
+    """
     before = Snapshot(model)
     with pytest.raises(kind) as caught:
         call()
@@ -22,7 +25,7 @@ def refused(call: Callable, model: nn.Module, *said: str, kind=(ValueError, Type
 
 
 class Snapshot:
-    """Everything about a model that a refused call must leave alone."""
+    """Everything about a model that a refused call must not change."""
 
     def __init__(self, model: nn.Module):
         self.model = model

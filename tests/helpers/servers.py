@@ -1,4 +1,4 @@
-"""Servers of this process, that answer in JSON."""
+"""HTTP servers in the test's process, with JSON answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class JsonHandler(BaseHTTPRequestHandler):
         pass
 
     def answer(self, content: object, status: int = 200, **headers: str) -> None:
-        """Send bytes and strings as they are, all else as JSON."""
+        """Send bytes and strings unchanged, and anything else as JSON."""
         text = content if isinstance(content, str | bytes) else json.dumps(content)
         data = text.encode() if isinstance(text, str) else text
         self.send_response(status)
@@ -28,7 +28,7 @@ class JsonHandler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def answering(server: HTTPServer) -> Iterator[None]:
-    """Answer requests from a thread, and close the server behind."""
+    """Serve requests from a thread within the context, then close the server."""
     thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     try:

@@ -1,14 +1,13 @@
-"""What readers of LoRA directories accept and what they then compute, written from their sources.
+"""Which LoRA directories serving engines accept, and what they compute, by their sources of 2026.
 
-vLLM (lora/peft_helper.py, lora/utils.py, config/lora.py), SGLang (srt/lora/lora.py,
+Sources: vLLM (lora/peft_helper.py, lora/utils.py, config/lora.py), SGLang (srt/lora/lora.py,
 lora_config.py, mem_pool.py) and llama.cpp (convert_lora_to_gguf.py, and the adapter's scale in
-llama-graph), as they stood in 2026. Each reader takes the configuration and the tensors of a
-directory and gives the weight change (out, in) of every module that it applies, or raises Refused.
-Nothing here knows how the package writes its files.
+llama-graph). Each reader takes a directory's configuration and tensors. It returns dW (out, in) of
+every module that it applies, or raises Refused. This file shares no code with the package.
 
 Experts: vLLM (lora/lora_model.py, lora/model_manager.py), SGLang (srt/lora/lora.py and mem_pool.py
-of its pull request 21466) and llama.cpp's converter, which stacks single experts. Stacked changes
-are (experts, out, in).
+of pull request 21466) and llama.cpp's converter, which stacks single experts. Their dW is (experts,
+out, in).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class Refused(Exception):
-    """The reader would not load the directory."""
+    """Raised if the reader would not load the directory."""
 
 
 def need(condition: Any, reason: str) -> None:
@@ -45,9 +44,9 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def vllm(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int) -> dict:
-    """One scale; linear layers by the last part of their names; nothing besides.
+    """Read as vLLM does: one scale, and only linear layers, by the last part of the name.
 
-    Newer versions (0.32) honour rank_pattern, older ones do not know it; here it must be empty.
+    Newer versions (0.32) apply rank_pattern, older ones ignore it; here it must be empty.
     """
     need(max_lora_rank in VLLM_RANKS, "max_lora_rank is one of a list")
     for field in ("r", "lora_alpha", "target_modules"):
@@ -63,7 +62,7 @@ def vllm(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int)
     experts, single = _experts(model), _single_experts(model)
     supported |= {name.rpartition(".")[2] for name in single}
     targets = config["target_modules"]
-    if isinstance(targets, str):  # only a regular expression that ends in (one|or|another)
+    if isinstance(targets, str):  # only a regular expression that ends in (a|b|c)
         ending = re.search(r"\((.*?)\)\$?$", targets)
         need(ending and set(ending[1].split("|")) <= supported, "target_modules is a string")
     else:
@@ -73,7 +72,7 @@ def vllm(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int)
     found = {}
     for path, count in experts.items():
         stacked = {n: pairs.pop(n) for n in (path, f"{path}.base_layer") if n in pairs}
-        if stacked:  # it asserts both
+        if stacked:  # vLLM asserts that both exist
             need(len(stacked) == 2, f"{path} has one stacked weight without the other")
             three = model.config.model_type in VLLM_STACKED
             read = _vllm_stacked if three else _vllm_fallback
@@ -89,11 +88,11 @@ def vllm(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int)
 
 
 VLLM_STACKED = ("gpt_oss",)
-"""Models with is_3d_moe_weight, as far as the tests have them."""
+"""The tests' models with vLLM's is_3d_moe_weight."""
 
 
 def _vllm_stacked(path: str, count: int, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict:
-    """PEFT's layout: A by expert, then rank, B's columns by rank, then expert."""
+    """Read PEFT's layout: rows of A by expert, then rank; columns of B by rank, then expert."""
     found = {}
     for suffix, name in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
         A, B = pairs[f"{path}{suffix}"]
@@ -104,7 +103,7 @@ def _vllm_stacked(path: str, count: int, pairs: Mapping[str, tuple[Tensor, Tenso
 
 
 def _vllm_fallback(path: str, count: int, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict:
-    """What it does with the same for other models: another function, without an error."""
+    """Read PEFT's layout as vLLM does for other models: a wrong dW, without an error."""
     A, B = pairs[f"{path}.base_layer"]
     gate, up = (rows.chunk(count, dim=-1) for rows in (B[::2], B[1::2]))
     each = [torch.cat([g @ a, u @ a]) for g, u, a in zip(gate, up, A.chunk(count), strict=True)]
@@ -114,11 +113,11 @@ def _vllm_fallback(path: str, count: int, pairs: Mapping[str, tuple[Tensor, Tens
 
 
 def sglang(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int) -> dict:
-    """One rank and alpha / r, whatever use_rslora says; q, k, v and gate, up are stacked.
+    """Read as SGLang does: one rank, scale alpha / r even with use_rslora; qkv and gate-up stacked.
 
-    Stacking begins with q and with gate: k and up may be missing, and are zeros then, but v may
-    not. What is left unstacked has no buffer: older versions refuse it, newer ones, as here, log a
-    warning and serve the rest, which is another function.
+    Stacking starts from q and from gate: k and up may be missing and become zeros, v may not. An
+    unstacked layer has no buffer. Older versions refuse it; newer ones, and this reader, skip it
+    with a warning, so the served dW is wrong.
     """
     need(str(config.get("peft_type")).lower() == "lora", "peft_type is not LORA")
     for field in ("r", "lora_alpha", "target_modules"):
@@ -150,14 +149,14 @@ def sglang(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: in
 
 
 def _sglang_stacked(tensors: Tensors, model: nn.Module) -> tuple[dict, dict]:
-    """The pairs of three dimensions, one of whose sides all experts share; and all the rest."""
+    """Split tensors into 3-D pairs, with one factor shared by all experts, and 2-D tensors."""
     flat = {key: tensor for key, tensor in tensors.items() if tensor.dim() == 2}
     parts: dict[str, dict[str, Tensor]] = {}
     for key in tensors.keys() - flat.keys():
         match = re.fullmatch(r"base_model\.model\.(.+\.experts\.\w+)\.lora_([AB])\.weight", key)
         need(match, f"{key} is unsupported")
         parts.setdefault(match[1], {})[match[2]] = tensors[key]
-    for name in [name for name in parts if name.endswith(".gate_proj")]:  # stacked below each other
+    for name in [name for name in parts if name.endswith(".gate_proj")]:  # concatenate their rows
         path = name.removesuffix("gate_proj")
         gate, up = parts.pop(name), parts.pop(f"{path}up_proj")
         need(torch.equal(gate["A"], up["A"]), "one A is all that the tests look at")
@@ -171,9 +170,9 @@ def _sglang_stacked(tensors: Tensors, model: nn.Module) -> tuple[dict, dict]:
 
 
 def llama_cpp(config: Config, tensors: Tensors, model: nn.Module, max_lora_rank: int) -> dict:
-    """alpha over the rank of each pair, whatever r, use_rslora or the patterns say.
+    """Read as llama.cpp does: alpha / rank of each pair, whatever r, use_rslora or patterns say.
 
-    Norms are converted, and then left out without a word; any other whole tensor is refused.
+    Norms are converted, then silently ignored. Any other tensor without a LoRA pair is refused.
     """
     need("lora_alpha" in config, "lora_alpha is missing")
     tensors = {n: t for n, t in tensors.items() if "_layernorm" not in n and ".norm" not in n}
@@ -201,11 +200,11 @@ READERS: dict[str, Callable[..., dict[str, Tensor]]] = {
 
 
 CHECKPOINTS = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
-"""Where experts are in checkpoints, and the names of their matrices: by model_type."""
+"""By model_type: the module name of experts in checkpoints, and the names of their matrices."""
 
 
 def _experts(model: nn.Module) -> dict[str, int]:
-    """The modules of stacked experts, under their paths in a checkpoint, and how many they are."""
+    """Return the number of experts of each module with stacked experts, by checkpoint path."""
     folder, *_ = CHECKPOINTS.get(model.config.model_type, ("mlp",))
     return {
         name.replace(".mlp.", f".{folder}."): module.down_proj.shape[0]
@@ -215,7 +214,7 @@ def _experts(model: nn.Module) -> dict[str, int]:
 
 
 def _single_experts(model: nn.Module) -> set[str]:
-    """The names of all experts' matrices in a checkpoint; none where it stacks them."""
+    """Return names of all experts' matrices in a checkpoint, or none if it stacks experts."""
     if model.config.model_type in VLLM_STACKED:
         return set()
     usual = ("mlp", "gate_proj", "up_proj", "down_proj")

@@ -1,10 +1,10 @@
-"""A CUDA device that is not there: what asks for one gets the CPU, and torch.cuda answers.
+"""A pretended CUDA device: calls that name one run on the CPU, and torch.cuda has plain answers.
 
-``program`` gives a Python to start instead of ``sys.executable``, in whose processes this holds.
-Code for a GPU then runs from end to end, which tells nothing of kernels, memory or time.
+``program`` returns a Python to start instead of ``sys.executable``; its processes have the device.
+Code for a GPU then runs from end to end. That tests neither kernels nor memory nor speed.
 
-KERNELS=1 in the environment has every operator say that it has a compiled kernel, and setup.py
-succeed. BREAK names a function "module:attribute.attribute" that raises when it is called.
+With STAND_IN_KERNELS=1 in the environment, every operator reports a compiled kernel, and setup.py
+succeeds. STAND_IN_BREAK names a function "module:attribute.attribute" that raises when called.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PYTHON, KERNELS, BREAK = "STAND_IN_PYTHON", "STAND_IN_KERNELS", "STAND_IN_BREAK"
 
 
 def program(forked_python: Path, folder: Path) -> Path:
-    """A Python whose processes have the device."""
+    """Write a Python program whose processes have the device, and return the path."""
     path = folder / "python"
     path.write_text(
         f'#!/bin/sh\n{PYTHON}={path} exec {forked_python} -m tests.helpers.stand_in_cuda "$@"\n'
@@ -38,11 +38,11 @@ def program(forked_python: Path, folder: Path) -> Path:
 
 
 class OnCpu(TorchFunctionMode):
-    """Devices named in a call of torch are the CPU."""
+    """A mode that replaces CUDA devices by the CPU in the arguments of every call."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = {name: here(value) for name, value in (kwargs or {}).items()}
-        if "out_dtype" in kwargs:  # a product of two dtypes, which a CPU has not
+        if "out_dtype" in kwargs:  # the CPU has no product with another output dtype
             wide = kwargs.pop("out_dtype")
             args = [each.to(wide) for each in args]
         return function(*map(here, args), **kwargs)
@@ -72,7 +72,7 @@ class Stream:
 
 
 class CUDAGraph:
-    """What was captured was computed as well, and stands where a replay would put it."""
+    """A graph without a replay: the capture itself has computed the results in their place."""
 
     def replay(self) -> None: ...
 
@@ -105,7 +105,7 @@ ANSWERS = {
 
 
 def install() -> None:
-    """For the rest of the process."""
+    """Install the device for the rest of the process."""
     for attribute, value in ANSWERS.items():
         assert hasattr(torch.cuda, attribute)
         setattr(torch.cuda, attribute, value)

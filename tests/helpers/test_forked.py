@@ -1,4 +1,4 @@
-"""The stand-in for the interpreter: what its processes get, and how they end."""
+"""Tests of the stand-in for the interpreter: exit codes, stderr and signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Work that several threads do at once."""
+"""Run a function in several threads at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def run_in_threads(count: int, work: Callable[[int], None]) -> None:
-    """Run ``work(number)`` in ``count`` threads, and wait for all."""
+    """Run ``work(number)`` in ``count`` threads, and wait for them."""
     threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
     for thread in threads:
         thread.start()

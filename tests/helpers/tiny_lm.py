@@ -1,4 +1,4 @@
-"""A random two-layer Llama and a byte-level tokenizer, built here: no download, milliseconds."""
+"""A random two-layer Llama and a byte-level tokenizer, built in milliseconds without a download."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ def make_model(seed: int = 0, **options: Any) -> LlamaForCausalLM:
         bos_token_id=None,
         eos_token_id=0,
         pad_token_id=0,
-        initializer_range=0.2,  # logits far enough apart to tell models apart
+        initializer_range=0.2,  # large, so that logits of two models differ clearly
         **options,
     )
     return LlamaForCausalLM(config).eval()
 
 
 def save_base(directory: Path, **options: Any) -> Path:
-    """Model and tokenizer in a directory that from_pretrained reads."""
+    """Save model and tokenizer in a directory for from_pretrained."""
     make_model(**options).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return directory
 
 
 def save_gguf(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
-    """Write a model as llama.cpp's converter does."""
+    """Write a GGUF file like llama.cpp's converter."""
     import gguf
 
     config = model.config
@@ -101,7 +101,7 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 def sums(count: int) -> list[dict[str, str]]:
-    """Prompt/completion pairs of different lengths."""
+    """Return ``count`` prompt/completion pairs of different lengths."""
     return [
         {"prompt": f"what is {i} plus {i * 7 % 120}? ", "completion": f"{i + i * 7 % 120}"}
         for i in range(count)

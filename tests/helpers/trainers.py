@@ -1,4 +1,4 @@
-"""What the tests over trainers share."""
+"""Arguments for tests with a Trainer."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ QUIET = {
     "use_cpu": True,
     "disable_tqdm": True,
 }
-"""Arguments of short trainings on a CPU, of which the log alone is looked at."""
+"""Arguments for short trainings on a CPU, of which tests read only the log."""

@@ -1,4 +1,4 @@
-"""A look-alike of diffusers' UNet2DConditionModel: its paths, whose names have several integers."""
+"""A small model with module paths like diffusers' UNet2DConditionModel: several integers each."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Stage(nn.Module):
 
 
 class Unet(nn.Module):
-    """Paths of diffusers' UNet2DConditionModel, of three kinds of blocks."""
+    """Down, middle and up blocks with module paths like diffusers' UNet2DConditionModel."""
 
     def __init__(self):
         super().__init__()
