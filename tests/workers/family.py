@@ -1,7 +1,7 @@
-"""Training every method over a small model, in one process or in several on parts of one batch.
+"""Train every method over a small model, in one process or in several on parts of one batch.
 
-torchrun --nproc-per-node 2 tests/workers/family.py DIRECTORY leaves DIRECTORY/outputs.pt, and what
-``refused`` says in DIRECTORY/refused.json.
+torchrun --nproc-per-node 2 tests/workers/family.py DIRECTORY writes DIRECTORY/outputs.pt, and the
+errors from ``refused`` to DIRECTORY/refused.json.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ Act = Callable[[nn.Module], object]
 
 
 class Change(NamedTuple):
-    """What changes an adapter between trainings, and in each, between the optimizer's steps."""
+    """Functions that change an adapter between trainings and after optimizer steps."""
 
     config: methods.AdapterConfig
     acts: list[Act]
-    """One after each training but the last."""
+    """Functions to call after each training but the last."""
     steps: Callable[[nn.Module, torch.optim.Optimizer], Any] | None = None
-    """Makes what has a ``step`` that follows the optimizer's."""
+    """Makes an object with a ``step()`` that is called after the optimizer's."""
     ddp: bool = True
-    """Whether DistributedDataParallel can follow."""
+    """Whether the change works under DistributedDataParallel."""
 
 
 class Family(NamedTuple):
-    """What a worker does."""
+    """The cases that a worker runs."""
 
     cases: list[str]
     changes: dict[str, Change]
     refused: dict[str, tuple[Callable[[], nn.Module], Act]]
-    """Models, and what is refused over one in DistributedDataParallel."""
+    """Models, and functions that must raise for the model in DistributedDataParallel."""
 
 
 LORA = methods.LoraConfig(2, 4.0, **WIDE)
 
 
 def grow(model: nn.Module) -> None:
-    """Draw an adapter of one rank more."""
+    """Replace the adapter by a new one with one more rank."""
     config, layers = training.adapter_of(model, methods.LoraConfig)
     later = dataclasses.replace(config, rank=config.rank + 1)
     drawn = {layer: later.layer_tensors(layer.spec) for layer in layers.values()}
@@ -68,7 +68,7 @@ FAMILY = Family(
 
 
 def train(model: nn.Module) -> Tensor:
-    """The outputs after five steps."""
+    """Train for five steps and return the outputs."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     x = inputs(20)
     trained = [p for p in rasa_ext.adapter_parameters(model) if p.requires_grad]
@@ -77,14 +77,17 @@ def train(model: nn.Module) -> Tensor:
     for step in range(5):
         rows = x.roll(step, 0)[rank::size]
         (wrapped(rows) - rows.flip(1)).square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(trained, 0.5)  # drawn adapters are steep
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)  # random adapters have large gradients
         optimizer.step()
         optimizer.zero_grad()
     return model(x).detach()
 
 
 def change(given: Change, how: str) -> Tensor:
-    """The outputs after steps that change the adapter, of processes whose generators differ."""
+    """Train with changes of the adapter, and return the outputs.
+
+    Processes have different random seeds, but must end with equal adapters.
+    """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model, x = rasa_ext.patch_model(base(), config=given.config), inputs(20)
     torch.manual_seed(rank)
@@ -113,7 +116,10 @@ def change(given: Change, how: str) -> Tensor:
 
 
 def refused(family: Family) -> dict[str, str]:
-    """What is said of steps that DistributedDataParallel cannot follow; models stay as they are."""
+    """Return errors of calls that do not work under DistributedDataParallel.
+
+    The models must be unchanged afterwards.
+    """
     said: dict[str, str] = {}
     for name, (make, call) in family.refused.items():
         model = make()

@@ -1,8 +1,8 @@
-"""Small models in one process, or in two that share a base by transformers' tp_plan.
+"""Train small models in one process, or in two that split a base by transformers' tp_plan.
 
-torchrun --nproc-per-node 2 tests/workers/split.py DIRECTORY trains every case, whose base one
-process has saved as DIRECTORY/base-CASE, and leaves what ``train`` says in DIRECTORY/CASE; beside
-these, what ``loaded`` and ``refused`` say.
+torchrun --nproc-per-node 2 tests/workers/split.py DIRECTORY trains every case. The base must have
+been saved by one process in DIRECTORY/base-CASE. The adapter and the results of ``train`` are
+written to DIRECTORY/CASE, the results of ``loaded`` and ``refused`` to DIRECTORY.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def llama(**options) -> nn.Module:
 
 
 def biased() -> nn.Module:
-    """With biases everywhere, and a width that two processes cannot halve."""
+    """Build a Llama with biases, and with an odd width that two processes split unevenly."""
     return llama(attention_bias=True, mlp_bias=True, intermediate_size=41)
 
 
@@ -46,14 +46,17 @@ CASES = {
 }
 MICRO = 2
 CLIP = 0.01
-# One pool for layers that are cut by rows, by columns, and in both ways.
+# One pool for layers that are cut by rows and layers that are cut by columns.
 GROUPS = {"square": ["q_proj", "o_proj"]}
 
 
 def train(model: nn.Module) -> dict[str, Tensor]:
-    """Losses and norms of three steps of two backwards each, and the first step's gradients."""
+    """Train for three steps of two backwards each.
+
+    Returns losses, gradient norms, and the first step's gradients by parameter name.
+    """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # A step divides by the size of gradients: eps is above what float32 rounds of them.
+    # AdamW divides by the size of gradients, so eps must be above their float32 rounding errors.
     optimizer = torch.optim.AdamW(trained.values(), 0.01, eps=1e-5)
     losses, norms = torch.zeros(2, 3, dtype=model.dtype)
     first: dict[str, Tensor] = {}
@@ -85,7 +88,7 @@ def adapted(base: nn.Module) -> nn.Module:
 
 
 def halved(directory: Path, case: str) -> nn.Module:
-    """The base of a case, of which each process reads its half."""
+    """Load the base of a case, a half in each process."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
@@ -98,7 +101,7 @@ def halved(directory: Path, case: str) -> nn.Module:
 
 
 def step_of_peft(base: nn.Module) -> dict[str, Tensor]:
-    """Logits and gradients of a model that PEFT made, whose adapter is far from its zeros."""
+    """Return logits and gradients of a PEFT model with a randomized adapter."""
     import peft
 
     import rasa_ext.peft
@@ -118,17 +121,17 @@ def step_of_peft(base: nn.Module) -> dict[str, Tensor]:
 
 
 def loaded(directory: Path) -> None:
-    """What one process wrote, read by two, run without grad, and written again."""
+    """Load in two processes an adapter that one process saved, run it without grad, save it."""
     model = rasa_ext.load_adapter(halved(directory, "biased"), directory / "start").eval()
     with torch.no_grad():
-        logits = [model(**LLAMA.inputs(0)).logits for _ in range(2)]  # the second: packs kept
+        logits = [model(**LLAMA.inputs(0)).logits for _ in range(2)]  # the second reuses packs
     if dist.get_rank() == 0:
         torch.save(logits, directory / "logits.pt")
         rasa_ext.save_adapter(model, directory / "again")
 
 
 def refused(directory: Path) -> None:
-    """What is refused, by what is said of it."""
+    """Write the errors of calls that must raise to refused.json."""
     said: dict[str, str] = {}
 
     def attempt(name, call) -> None:
@@ -156,7 +159,7 @@ def main(directory: Path) -> None:
     dist.init_process_group("gloo")
     for case in CASES:
         model = adapted(halved(directory, case))
-        randomize(model, 3 + dist.get_rank())  # the first process's is the one that counts
+        randomize(model, 3 + dist.get_rank())  # the first process's values must win
         rasa_ext.distributed.replicate_adapter(model)
         found = train(model)
         assert_alike(p for p in model.parameters() if p.requires_grad)

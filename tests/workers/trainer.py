@@ -1,4 +1,4 @@
-"""transformers' Trainer over a patched model, in one process or under `accelerate launch`.
+"""Train a patched model with transformers' Trainer, in one process or under `accelerate launch`.
 
 accelerate launch ... tests/workers/trainer.py DIRECTORY writes an adapter and the logged losses.
 """
@@ -28,10 +28,10 @@ GLOBAL_BATCH = 8
 
 
 def shard_on_cpus() -> None:
-    """Let accelerate shard on CPUs, where it takes DistributedDataParallel whatever it is asked."""
+    """Make accelerate use FSDP on CPUs, where it always chooses DistributedDataParallel."""
     Accelerator(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    plugin = FullyShardedDataParallelPlugin()  # as the launcher's environment has it
+    plugin = FullyShardedDataParallelPlugin()  # reads the launcher's environment
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
@@ -73,7 +73,7 @@ def train(directory: Path, processes: int, fsdp2: bool = False) -> None:
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]), processes=2, fsdp2="FSDP_VERSION" in os.environ)
-    # All work is done, and gloo's own way out has hung once, longer than a test waits.
+    # All work is done. Exit at once, because gloo's shutdown has hung beyond a test's timeout.
     sys.stdout.flush()
-    time.sleep(1)  # until the other process has left the barrier, too
+    time.sleep(1)  # until the other process has left the barrier
     os._exit(0)

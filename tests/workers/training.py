@@ -1,8 +1,8 @@
-"""Training small models in one process or in several, each taking its part of the same batches.
+"""Train small models in one process, or in several that split the same batches.
 
 torchrun --nproc-per-node 2 tests/workers/training.py DIRECTORY trains every case by every recipe of
-RECIPES and leaves an adapter, its losses and gradient norms in DIRECTORY/RECIPE-CASE; beside these,
-what ``loaded`` and ``unused`` say.
+RECIPES. It writes adapter, losses and gradient norms to DIRECTORY/RECIPE-CASE, and the results of
+``loaded`` and ``unused`` to DIRECTORY.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from tests.helpers.models import GPT2, LLAMA, TIED, Entry
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained, and how."""
+    """A model, and how it is trained."""
 
     entry: Entry
     micro: int = 1
     """Backwards before each step."""
     use_reentrant: bool | None = None
-    """The kind of gradient checkpointing, None for none."""
+    """The kind of gradient checkpointing; None: no checkpointing."""
     saved: tuple[str, ...] = ()
     dtype: torch.dtype = torch.float32
-    """The base's."""
+    """The base's dtype."""
     mesh: tuple[int, ...] = (2,)
-    """For FSDP2: (processes that share a base,), or before it how many such groups there are."""
+    """For FSDP2: (processes that share a base,), or (number of such groups, processes in each)."""
     options: dict[str, object] = field(default_factory=dict)
-    """For fully_shard."""
+    """Options of fully_shard."""
     grouping: str | None = None
-    """Of stacked experts."""
+    """Grouping of stacked experts; None: the model has none."""
     k: int = 1
 
 
@@ -80,23 +80,23 @@ def build(case: Case) -> nn.Module:
 
 
 def alone(case: Case) -> Case:
-    """What a single process does for the same numbers.
+    """Return the case with which a single process computes the same values as two.
 
-    In bfloat16, where a sum over twice the rows rounds otherwise, it takes the rows of one process
-    at a time; in float32 it takes them all.
+    In bfloat16, a sum over twice the rows rounds differently, so the single process takes the rows
+    of one process at a time. In float32 it takes all rows.
     """
     return replace(case, micro=2 * case.micro) if case.dtype == torch.bfloat16 else case
 
 
 def train(case: Case, wrap: Wrap = lambda model, case: model) -> tuple[nn.Module, Tensor, Tensor]:
-    """The model after three steps; of each step the loss over all processes, the gradient's norm.
+    """Train for three steps, and return the model, losses over all processes and gradient norms.
 
-    The norm does not forgive what AdamW does, a gradient that is too large by a factor.
+    The norms show a gradient that is wrong by a factor, which AdamW's steps would hide.
     """
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     model = wrap(build(case), case)
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The eps keeps what float32 rounds of a gradient near zero from becoming much of a step.
+    # Without this eps, float32 rounding of a gradient near zero would change the step.
     optimizer = torch.optim.AdamW(trained, 0.01, eps=1e-5)
     losses, norms = torch.zeros(2, 3)
     for step in range(len(losses)):
@@ -118,9 +118,10 @@ def train(case: Case, wrap: Wrap = lambda model, case: model) -> tuple[nn.Module
 
 
 def quiet(model: nn.Module, case: Case) -> contextlib.AbstractContextManager:
-    """Backwards that no step follows need not communicate; DDP's static graph insists.
+    """Return a context in which backwards do not communicate, if the case can use one.
 
-    FSDP2's cases with checkpoints average after each of them, with the same result.
+    DDP's static graph always communicates. FSDP2's cases with checkpointing average gradients after
+    every backward, with the same result.
     """
     if isinstance(model, FSDPModule) and case.use_reentrant is None:
         return rasa_ext.distributed.no_sync(model)
@@ -130,13 +131,13 @@ def quiet(model: nn.Module, case: Case) -> contextlib.AbstractContextManager:
 
 
 def ddp(model: nn.Module, case: Case) -> nn.Module:
-    # Re-entrant checkpoints run a backward each, and a pool takes part in all of them.
+    # Each re-entrant checkpoint runs its own backward, and the pool takes part in all of them.
     return DistributedDataParallel(model, static_graph=bool(case.use_reentrant))
 
 
 def fsdp2(model: nn.Module, case: Case) -> nn.Module:
     draw = randomize if case.grouping is None else experts.randomize
-    draw(model, 3 + dist.get_rank())  # the first process's is the one that counts
+    draw(model, 3 + dist.get_rank())  # the first process's values must win
     names = ("replicate", "shard")[-len(case.mesh) :]
     mesh = init_device_mesh("cpu", case.mesh, mesh_dim_names=names)
     return rasa_ext.distributed.shard_model(model, mesh, **case.options)
@@ -146,13 +147,13 @@ RECIPES: dict[str, Wrap] = {"ddp": ddp, "fsdp2": fsdp2}
 
 
 def loaded(directory: Path) -> None:
-    """What one process wrote, read by two that share a base, run, and written again."""
+    """Load in two processes that share a base an adapter saved by one process, run it, save it."""
     if dist.get_rank() == 0:
         rasa_ext.save_adapter(patched(LLAMA.build(), seed=7), directory / "start")
     dist.barrier()
     model = fsdp2(patched(LLAMA.build()), Case(LLAMA)).eval()
     with torch.no_grad():
-        LLAMA.call(model, **LLAMA.inputs(0))  # leaves packs of another adapter
+        LLAMA.call(model, **LLAMA.inputs(0))  # caches packs, which loading must drop
         rasa_ext.load_adapter(model, directory / "start")
         logits = LLAMA.call(model, **LLAMA.inputs(0))
     if dist.get_rank() == 0:
@@ -161,7 +162,7 @@ def loaded(directory: Path) -> None:
 
 
 class Branches(nn.Module):
-    """A process may use the second layer or not; nobody uses the third."""
+    """Three layers: the second is used only if asked for, the third never."""
 
     def __init__(self):
         super().__init__()
@@ -183,14 +184,14 @@ def gradients(model: nn.Module, both: bool) -> dict[str, Tensor | None]:
 
 
 def unused(directory: Path) -> None:
-    """Gradients where the first process uses one layer more than the second."""
+    """Save gradients of a step in which only the first process uses the second layer."""
     found = gradients(fsdp2(branches(), Case(LLAMA)), both=dist.get_rank() == 0)
     assert_alike(grad for grad in found.values() if grad is not None)
     torch.save(found, directory / f"unused{dist.get_rank()}.pt")
 
 
 def assert_alike(tensors: Iterable[Tensor]) -> None:
-    """The same bits on every process."""
+    """Assert that tensors are bit-identical on every process."""
     for tensor in tensors:
         first = tensor.detach().clone()
         dist.broadcast(first, 0)

@@ -1,7 +1,7 @@
-"""A small model trained by DeepSpeed's ZeRO in two processes, or by PyTorch in one.
+"""Train a small model with DeepSpeed's ZeRO in two processes, or with PyTorch in one.
 
-torchrun --nproc-per-node 2 tests/workers/zero.py DIRECTORY leaves, of every case, an adapter, its
-losses and gradient norms in DIRECTORY/CASE, or in DIRECTORY/CASE.txt the error that came.
+torchrun --nproc-per-node 2 tests/workers/zero.py DIRECTORY writes adapter, losses and gradient
+norms of every case to DIRECTORY/CASE, or an error to DIRECTORY/CASE.txt.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.helpers.models import LLAMA
 class Case:
     stage: int
     dtype: torch.dtype = torch.float32
-    """The base's."""
+    """The base's dtype."""
     threshold: int = 0
     """For ZeRO-3: tensors with fewer elements stay whole."""
 
@@ -53,12 +53,12 @@ def loss_of(model, tokens: Tensor) -> Tensor:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    # The eps keeps what float32 rounds of a gradient near zero from becoming much of a step.
+    # Without this eps, float32 rounding of a gradient near zero would change the step.
     return torch.optim.AdamW(rasa_ext.adapter_parameters(model), 0.01, eps=1e-5)
 
 
 def alone(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
-    """One process, which takes the rows of both, in bfloat16 those of one at a time."""
+    """Train in one process on all rows; in bfloat16, on the rows of one process at a time."""
     model = build(case)
     optimizer, (losses, norms) = optimizer_of(model), torch.zeros(2, 3)
     parts = 2 * MICRO if case.dtype == torch.bfloat16 else MICRO
@@ -77,7 +77,7 @@ def together(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
     import deepspeed
 
     model = build(case)
-    for parameter in rasa_ext.adapter_parameters(model):  # DeepSpeed views its bytes
+    for parameter in rasa_ext.adapter_parameters(model):  # DeepSpeed views the bytes
         parameter.data = parameter.data.contiguous()
     zero = {"stage": case.stage}
     if case.stage == 3:
@@ -90,7 +90,7 @@ def together(case: Case) -> tuple[nn.Module, Tensor, Tensor]:
         "zero_force_ds_cpu_optimizer": False,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer_of(model), config=config)
-    if case.threshold:  # DeepSpeed gathers what stays whole as its module runs, and pools never do
+    if case.threshold:  # DeepSpeed gathers these when their module runs, but a pool never runs
         kept = engine.optimizer.persistent_parameters
         kept[0].all_gather(kept)
     losses, norms = torch.zeros(2, 3)
