@@ -1,4 +1,4 @@
-"""Seeds, devices, the table of measured figures, and how workers share the files."""
+"""Fixtures and hooks for all tests: seeds, devices, measured figures, distribution to workers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command does in a process of its own
-os.environ["COLUMNS"] = "200"  # rich takes it once, as it is imported; a worker of -n has 80
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as the command line does
+os.environ["COLUMNS"] = "200"  # rich reads it on import; a worker of -n would have 80
 
 pytest.register_assert_rewrite("tests.helpers")
 
@@ -23,13 +23,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked readers or engines are for who asks; those marked gpu need a CUDA device."""
+    """Deselect readers and engines unless -m names them, and gpu without a CUDA device."""
     for marker in ("readers", "engines"):
         if marker not in config.getoption("markexpr"):
             _deselect(config, items, marker)
-    import torch  # here: the process that only hands out tests to workers needs none
+    import torch  # here, because the process that only distributes tests needs no torch
 
-    torch.set_num_threads(1)  # models this small only lose time to waiting threads
+    torch.set_num_threads(1)  # more threads make small models slower
     if torch.cuda.is_available():
         return
     _deselect(config, items, "gpu")
@@ -54,8 +54,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """A file is one worker's, so that what its fixtures make is made once."""
-    if config.getoption("dist") != "load":  # something else was asked for
+    """Run all tests of a file in one worker, so that module fixtures are created once."""
+    if config.getoption("dist") != "load":  # the user chose another one
         return None
     from xdist.scheduler import LoadFileScheduling
 
@@ -71,9 +71,9 @@ def _seed() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen_heap() -> Iterator[None]:
-    """Leave what libraries have loaded to no collection of garbage.
+    """Exclude existing objects from garbage collection.
 
-    accelerate collects whenever training begins, which takes a second for each.
+    accelerate collects garbage at the start of every training, which would take a second.
     """
     gc.freeze()
     yield
@@ -87,7 +87,7 @@ def device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def host():
-    """The compiled operators over CPU memory."""
+    """The compiled host code as operators on CPU memory."""
     from tests.helpers import host
 
     return host.load()
@@ -95,7 +95,7 @@ def host():
 
 @pytest.fixture(scope="session")
 def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A program to start instead of ``sys.executable`` where what it imports is not the subject."""
+    """A program to start instead of ``sys.executable``, with the libraries already imported."""
     from tests.helpers import forked
 
     folder = tmp_path_factory.getbasetemp()
@@ -105,5 +105,5 @@ def forked_python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Adds a line to the table that --figures prints. A worker's report carries it there."""
+    """A function that adds a line to the table printed by --figures, also from a worker."""
     return lambda line: record_property(_FIGURE, line)
