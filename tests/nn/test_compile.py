@@ -1,4 +1,4 @@
-"""torch.compile of patched models as one graph, gradients against the oracle."""
+"""torch.compile of patched models as one graph, with gradients compared with the oracle."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_compile(entry, backend):
     model = patched(base).train()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     check_step(entry, base, model, compiled)
-    randomize(model, 5)  # the compiled graph must read the parameters anew
+    randomize(model, 5)  # the compiled graph must read the new values
     check_step(entry, base, model, compiled, seed=1)
     with torch.no_grad():
         inputs = entry.inputs(2)
@@ -30,9 +30,9 @@ def test_compile(entry, backend):
 
 @pytest.mark.parametrize("entry", [VIT, CHECKPOINTED], ids=ids)
 def test_compile_with_checkpointing(entry):
-    """Where transformers' own compiles as one graph at all, and in a model of one's own.
+    """Models with checkpointing compile as one graph: a transformers model and a user-defined one.
 
-    What lets gradients into re-entrant checkpoints must not break the graph.
+    The code that passes gradients into re-entrant checkpoints must not break the graph.
     """
     torch._dynamo.reset()
     base = entry.build()

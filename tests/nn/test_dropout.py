@@ -1,4 +1,4 @@
-"""Dropout on the adapter's input, in layers and in whole models that train."""
+"""Dropout on the adapter's input, in single layers and in training of whole models."""
 
 from __future__ import annotations
 
@@ -23,14 +23,17 @@ from tests.helpers.operators import P, drop, unpacked
 
 
 def drawn(seed: int, shape: tuple) -> Tensor:
-    """The mask of one draw under a seed, as booleans."""
+    """Draw a dropout mask with ``seed``, as booleans."""
     torch.manual_seed(seed)
     mask, *_ = functional.dropout(torch.empty(shape), P)
     return unpacked(mask, torch.Size(shape))
 
 
 def layer_of(dtype=torch.float64, hooked=False, **options):
-    """One adapted layer of (9, 7) with dropout, whose base is a plain GEMM unless hooked."""
+    """Return a base layer (9, 7) and its adapted layer with dropout.
+
+    A hook on the base prevents the path for plain linear layers.
+    """
     stack = nn.Sequential(*(nn.Linear(9, 7) for _ in range(3))).to(dtype)
     if hooked:
         stack[1].register_forward_hook(lambda module, args, output: output)
@@ -42,7 +45,7 @@ def layer_of(dtype=torch.float64, hooked=False, **options):
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("needs_dx", [False, True])
 def test_a_layer(needs_dx, hooked, shape):
-    """Output and gradients, given the mask; without grad the same under the same seed."""
+    """Output and gradients equal the formula with the same mask; no_grad gives the same output."""
     base, layer = layer_of(hooked=hooked, adapter_dtype=torch.float64)
     x = torch.randn(shape, dtype=torch.float64).requires_grad_(needs_dx)
     kept = drawn(7, shape).view(-1, 9)
@@ -70,7 +73,7 @@ def test_a_layer(needs_dx, hooked, shape):
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(base_dtype, hooked):
-    """In autocast's dtype, as good as plain PyTorch in it; x may come in another."""
+    """Under autocast, errors are at most twice plain PyTorch's; x may have another dtype."""
     ours, theirs = Errors(), Errors()
     base, layer = layer_of(base_dtype, hooked)
     adapter = adapter_of(layer)
@@ -93,7 +96,7 @@ def test_autocast(base_dtype, hooked):
 
 
 def step(model: nn.Module, entry, seed: int = 11, run=None) -> dict[str, Tensor]:
-    """Logits and gradients in float64, of ``run`` where given, under a seed."""
+    """Return float64 logits and gradients of ``run``, or the model, under a seed."""
     inputs = entry.inputs(0, torch.float64)
     torch.manual_seed(seed)
     return observe(model if run is None else run, adapters(model), entry, inputs)
@@ -124,7 +127,7 @@ def test_eval_is_without_dropout():
 
 
 def test_the_benchmark_counts_what_is_kept(capsys):
-    """A bit for each element of x, against a dropped copy and a mask in x's dtype instead of x."""
+    """The benchmark reports one bit for each element of x; plain PyTorch saves a whole copy."""
     dropout.compare((520, 32, 24), torch.float32, P, 2, "cpu")
     *_, mine, theirs = capsys.readouterr().out.split()
     assert (mine, theirs) == (f"{520 * 32 // 8:,}", f"{520 * 32 * 4:,}")

@@ -1,4 +1,4 @@
-"""Adapted experts against a loop over tokens and experts, and against the model's own forwards."""
+"""Adapted experts agree with a loop over tokens and experts, and with the model's own forward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXACT = 1e-12
 
 
 def leaves_of(module: RasaExperts) -> dict[str, Tensor]:
-    """Every tensor of its adapters once, by name."""
+    """Return every tensor of the module's adapters once, by name."""
     found = {}
     for name, adapter in stack_adapters(module).items():
         for field, tensor in adapter._asdict().items():
@@ -32,7 +32,7 @@ def leaves_of(module: RasaExperts) -> dict[str, Tensor]:
 
 
 def naive(module: RasaExperts, leaves: Mapping[str, Tensor], x, chosen, shares) -> Tensor:
-    """The output by the loop, over leaves that may be others than the module's."""
+    """Compute the output by the loop, with ``leaves`` as adapter tensors."""
     base = module.base_layer
     parts = []
     for name in experts.weight_names(base):
@@ -49,7 +49,7 @@ def naive(module: RasaExperts, leaves: Mapping[str, Tensor], x, chosen, shares) 
 
 
 def gradients(call, x: Tensor, shares: Tensor, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Output and gradients of x, the shares and all leaves under one probe."""
+    """Return the output, and gradients of x, the shares and all leaves for a fixed probe."""
     x, shares = x.clone().requires_grad_(), shares.clone().requires_grad_()
     y = call(x, shares)
     probe = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -59,7 +59,7 @@ def gradients(call, x: Tensor, shares: Tensor, leaves: Mapping[str, Tensor]) -> 
 
 
 def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """To 1e-12 of the largest element."""
+    """Assert equality within 1e-12 (1 + the largest element)."""
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         scale = value.abs().max().item() if value.numel() else 0.0
@@ -67,7 +67,7 @@ def assert_close(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
 
 
 def check(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> dict[str, Tensor]:
-    """Output and every gradient of the module against the loop; gives the module's."""
+    """Compare the module's output and every gradient with the loop, and return the module's."""
     leaves = leaves_of(module)
     found = gradients(lambda x, w: module(x, chosen, w), x, shares, leaves)
     wide = {name: t.detach().double().requires_grad_() for name, t in leaves.items()}
@@ -79,7 +79,7 @@ def check(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> dic
 
 
 def doubles(family: str, grouping: str, k: int = 1, **options) -> list[RasaExperts]:
-    """The adapted experts of a tiny model of two layers, in float64."""
+    """Return the adapted experts of a tiny two-layer model, in float64."""
     base = experts.normed_stack() if family == "normed" else experts.model(family)
     options.setdefault("adapter_dtype", torch.float64)
     return experts.adapted(experts.patched(base.double(), grouping, RANK, k, **options))
@@ -89,7 +89,10 @@ def doubles(family: str, grouping: str, k: int = 1, **options) -> list[RasaExper
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("family", [*FAMILIES, "normed"])
 def test_output_and_gradients(family, grouping, k):
-    """Expert 1 is chosen by no token: its own tensors have zeros for gradients."""
+    """Output and gradients agree with the loop.
+
+    No token chooses expert 1, so gradients of this expert's own tensors are zero.
+    """
     for module in doubles(family, grouping, k):
         found = check(module, *experts.inputs())
         for name, grad in found.items():
@@ -124,7 +127,7 @@ def test_no_token(family, grouping):
 
 @pytest.mark.parametrize("grouping", ["slot", "shared"])
 def test_choices_that_no_router_makes(grouping):
-    """One expert for every token, and a token that chooses one twice: the sum says what it is."""
+    """The sum also holds if all tokens choose one expert, or a token chooses an expert twice."""
     _, module = doubles("mixtral", grouping)
     x, chosen, shares = experts.inputs(top=1)
     check(module, x, torch.full_like(chosen, EXPERTS - 1), shares)
@@ -138,7 +141,7 @@ def test_choices_that_no_router_makes(grouping):
     ("kind", "tokens"), [("Llama4TextExperts", 6), ("Llama4TextExperts", 0), ("Step3p7Experts", 6)]
 )
 def test_experts_without_marks(kind, grouping, tokens):
-    """Against their own forward, over weights that are W + dW."""
+    """Undecorated experts agree with their own forward with weights W + dW."""
     base = experts.unmarked_stack(kind).double()
     model = experts.patched(copy.deepcopy(base), grouping, RANK, adapter_dtype=torch.float64)
     module = experts.adapted(model)[0]
@@ -168,7 +171,7 @@ def test_experts_without_marks(kind, grouping, tokens):
 
 
 def merged(module: RasaExperts) -> nn.Module:
-    """A copy of the plain experts with W + dW in the base's dtype, an expert at a time."""
+    """Return a copy of the plain experts with weights W + dW in the base's dtype."""
     base = copy.deepcopy(module.base_layer)
     with torch.no_grad():
         for name, adapter in stack_adapters(module).items():
@@ -181,7 +184,7 @@ def merged(module: RasaExperts) -> nn.Module:
 
 
 def plain(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-    """The forward as PyTorch operations in x's dtype, an expert at a time."""
+    """Compute the forward in plain PyTorch in x's dtype, expert by expert."""
     base, out = module.base_layer, torch.zeros_like(x)
     adapters = {name: oracle.of_experts(each) for name, each in stack_adapters(module).items()}
     names = experts.weight_names(base)
@@ -205,7 +208,7 @@ def plain(module: RasaExperts, x: Tensor, chosen: Tensor, shares: Tensor) -> Ten
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("family", UNLIKE)
 def test_rounding(family, grouping, dtype, figure):
-    """At most twice that of plain PyTorch; the router's weights come in float32, as they do."""
+    """Errors are at most twice plain PyTorch's. Router weights are float32, as in models."""
     ours, theirs = Errors(), Errors()
     model = experts.patched(experts.model(family).to(dtype), grouping, RANK, 1)
     module = experts.adapted(model)[0]
@@ -233,7 +236,7 @@ def test_rounding(family, grouping, dtype, figure):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_models(family, figure):
-    """Logits in float32, against the model's own with W + dW."""
+    """float32 logits are about as exact as those of the model's own forward with W + dW."""
     entry = experts.entry(family)
     model = experts.patched(entry.build(), "shared", RANK, 1).eval()
     plain_model = entry.build().eval()
@@ -257,7 +260,7 @@ def test_whole_models(family, figure):
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_disabled_it_is_the_base(family, implementation):
-    """To the bit, with whatever implementation the model has."""
+    """Disabled experts give bit-identical logits to the base in every implementation."""
     entry = experts.entry(family)
     base = entry.build()
     model = experts.patched(entry.build(), "slot", RANK, 1)
@@ -275,7 +278,7 @@ def test_disabled_it_is_the_base(family, implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patching_keeps_the_output(family, dtype):
-    """Every B is zero at first: only the last rounding may differ from the model's own."""
+    """Every B starts at zero, so outputs may differ from the base only in the last rounding."""
     ours, theirs = Errors(), Errors()
     base = experts.model(family).to(dtype)
     model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1, experts="shared")

@@ -1,4 +1,4 @@
-"""What adapted experts keep and make: nothing of the size of a stacked weight."""
+"""Memory of adapted experts: they make and save no tensor as large as a stacked weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAIRS, LAYERS = TOKENS * TOP, 2
 
 
 def module_of(family: str, grouping: str, dtype: torch.dtype = torch.float32, **options):
-    """The first layer's adapted experts of a model that is wide for its tokens."""
+    """Return the first layer's adapted experts, in a model with large weights for few tokens."""
     sizes = {"hidden_size": WIDTH, "intermediate_size": INNER}
     if family == "nemotron_h":
         sizes |= {"n_routed_experts": COUNT, "moe_intermediate_size": INNER}
@@ -54,7 +54,7 @@ def test_nothing_of_the_size_of_a_weight_is_made(family, grouping, dtype):
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_what_is_saved(grouping):
-    """x where it is, once a token; U; the packs; and what the model's gate and router need."""
+    """Autograd saves x without a copy, U, the packs, and tensors that gate and router need."""
     module = module_of("mixtral", grouping)
     x, chosen, shares = inputs()
     with saved_storages() as saved:
@@ -74,14 +74,14 @@ def test_what_is_saved(grouping):
     if grouping != "slot":
         P = size * {"layer": COUNT, "shared": LAYERS}[grouping]
         expected += [TOKENS * P, PAIRS * P]  # V and V * d of the input
-        expected += [PAIRS * P, PAIRS * P, TOKENS * P]  # of the output, and their sum by token
+        expected += [PAIRS * P, PAIRS * P, TOKENS * P]  # for the output, and their sum by token
     assert found == sorted(expected)
     y.sum().backward()
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_the_peak_is_a_fraction_of_pefts(grouping, figure):
-    """Of one layer's training step, beyond that of the frozen base."""
+    """The peak of one layer's training step, over the frozen base's, is at most a quarter."""
     from peft import LoraConfig, get_peft_model
 
     count, width, inner, tokens, rank = 32, 256, 512, 512, 4

@@ -1,4 +1,4 @@
-"""Adapted experts in training and around it: dropout, checkpoints, copies, casts, packs, graphs."""
+"""Training of adapted experts: dropout, checkpointing, autocast, copies, casts, torch.compile."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ P = 0.25
 def module_of(
     family: str = "mixtral", grouping: str = "shared", dtype=torch.float64, **options
 ) -> RasaExperts:
-    """The second layer's adapted experts of a tiny model, whose first layer owns the pool."""
+    """Return the adapted experts of the second of two layers, whose pool is in the first."""
     options = ({"adapter_dtype": dtype} if dtype == torch.float64 else {}) | options
     model = experts.patched(experts.model(family).to(dtype), grouping, **options)
     return experts.adapted(model)[1]
 
 
 def entry_step(model: nn.Module, entry, seed: int = 11, run=None) -> dict[str, Tensor]:
-    """Logits and the gradient of everything that is trained, under a seed."""
+    """Return logits and the gradients of all trainable parameters, under a seed."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
@@ -44,7 +44,7 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 def concatenated(module: RasaExperts, name: str) -> Tensor:
-    """[W | dW] (E, out, 2 in) of one weight."""
+    """Return [W | dW] (E, out, 2 in) of one weight."""
     base, weight = module.base_layer, getattr(module.base_layer, name).detach()
     weight = weight.transpose(1, 2) if base.is_transposed else weight
     adapter = stack_adapters(module).get(name)
@@ -56,7 +56,10 @@ def concatenated(module: RasaExperts, name: str) -> Tensor:
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("family", UNLIKE)
 def test_dropout_is_on_the_adapters_inputs_alone(family, grouping):
-    """One mask over x, one over h, whose rows are sorted by expert; gradients under the same."""
+    """Dropout has one mask over x and one over h, and does not change the base's inputs.
+
+    The rows of h are sorted by expert. Gradients use the same masks.
+    """
     module = module_of(family, grouping, dropout=P).train()
     x, chosen, shares = experts.inputs()
     x.requires_grad_()
@@ -97,7 +100,7 @@ def test_dropout_draws_in_training_and_not_in_eval():
     first = run(1)
     assert not torch.equal(run(2), first)
     assert torch.equal(run(1), first)
-    with torch.no_grad():  # as the first pass of a re-entrant checkpoint
+    with torch.no_grad():  # like the first pass of a re-entrant checkpoint
         torch.testing.assert_close(run(1), first, rtol=1e-12, atol=1e-12)
     module.eval()
     assert torch.equal(run(1), run(2))
@@ -109,7 +112,7 @@ def test_dropout_draws_in_training_and_not_in_eval():
 @pytest.mark.parametrize("dropout", [0.0, P])
 @pytest.mark.parametrize("family", UNLIKE)
 def test_gradient_checkpointing(family, dropout, use_reentrant):
-    """Replays the masks, and the router chooses the same experts again."""
+    """Checkpointing repeats the dropout masks and the router's choices."""
     entry = experts.entry(family)
     options = {"target_modules": "all-linear", "dropout": dropout}
     model = experts.patched(entry.build(), "slot", **options).train()
@@ -123,7 +126,7 @@ def test_gradient_checkpointing(family, dropout, use_reentrant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("incoming", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(dtype, incoming):
-    """It computes in the base's dtype all the same, as transformers' grouped product does."""
+    """Experts compute in the base's dtype even under autocast, like transformers' grouped_mm."""
     module = module_of(dtype=dtype)
     x, chosen, shares = experts.inputs(dtype=torch.float32)
     x = x.to(incoming).requires_grad_()
@@ -155,7 +158,7 @@ def test_whole_models_train_under_autocast(family, dtype):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_copies(grouping, how):
-    """They compute the same, and share nothing with the original but among themselves the pool."""
+    """Layers of a copy share a pool, and share nothing with the original; outputs are equal."""
     model = experts.patched(experts.normed_stack(), grouping)
     if how == "deepcopy":
         twin = copy.deepcopy(model)
@@ -203,7 +206,7 @@ def every_other(t: Tensor) -> Tensor:
 @pytest.mark.parametrize("grouping", GROUPINGS)
 @pytest.mark.parametrize("family", UNLIKE)
 def test_any_strides(family, grouping, dtype, layout):
-    """Of the base's weights and of the adapter's, in and out of torch's grouped product."""
+    """Base weights and adapter tensors may have any strides, with or without grouped products."""
     inputs = experts.inputs(dtype=dtype)
     module = module_of(family, grouping, dtype)
     parameters = [p for p in module.parameters() if p.numel()]
@@ -235,7 +238,7 @@ def test_any_strides(family, grouping, dtype, layout):
     ids=str,
 )
 def test_compile(family, dtype, backend):
-    """As one graph, with gradients, and quiet; written parameters are read anew."""
+    """Experts compile as one graph, with and without grad, and read changed parameters."""
     torch._dynamo.reset()
     module = module_of(family, "shared", dtype)
     compiled = torch.compile(module, fullgraph=True, backend=backend)

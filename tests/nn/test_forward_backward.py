@@ -1,4 +1,4 @@
-"""Logits and every gradient against the float64 oracle, measured by plain PyTorch's own error."""
+"""Errors of logits and gradients from the float64 oracle, compared with those of plain PyTorch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.helpers.adapters import (
 )
 from tests.helpers.models import ENCODER, FAMILIES, LLAMA, OTHERS, SEQUENTIAL, T5, ids
 
-# No pool, own ranks beside it, and nothing but the pool; a cast is the same in all of them.
+# No pool, private ranks and a pool, only a pool. One bfloat16 case suffices: the cast is the same.
 KINDS = [(k, torch.float32) for k in (0, RANK // 2, RANK)] + [(1, torch.bfloat16)]
 CASES = [(entry, *kind) for entry in FAMILIES for kind in KINDS]
 CASES += [(entry, 1, torch.float32) for entry in OTHERS]
@@ -61,7 +61,7 @@ def test_float64_agrees_to_float64_rounding(entry):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("entry", [*FAMILIES, SEQUENTIAL], ids=ids)
 def test_patching_keeps_the_output(entry, dtype):
-    """B is zero at first, so that only the last rounding may differ from the base's."""
+    """B starts at zero, so outputs may differ from the base only in the last rounding."""
     base = entry.build().to(dtype)
     model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1)
     inputs = entry.inputs(0, dtype)
@@ -78,7 +78,7 @@ def test_patching_keeps_the_output(entry, dtype):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_transformer_encoder_fast_path(padded):
-    """Its eval path reads ``linear1.weight`` itself, which would bypass the adapters."""
+    """The eval path must use the adapters, although it reads ``linear1.weight`` directly."""
     base = ENCODER.build()
     model = patched(base).eval()
     inputs = ENCODER.inputs(0)
@@ -96,7 +96,7 @@ def test_transformer_encoder_fast_path(padded):
 
 
 def layer_case(bias=True):
-    """One adapted layer in a list of three, in float64, and its plain base."""
+    """Return a plain layer and the adapted copy, in float64, from a stack of three."""
     stack = nn.Sequential(*(nn.Linear(9, 7, bias=bias) for _ in range(3))).double()
     return stack[1], patched(stack, adapter_dtype=torch.float64)[1]
 
@@ -144,7 +144,7 @@ def test_views_of_inputs_and_gradients(view):
 
 @pytest.mark.parametrize("to", ["cpu", "disk"])
 def test_over_a_base_that_accelerate_offloads(to, tmp_path):
-    """Weights come layer by layer; the adapter stays where they come to, patched or loaded."""
+    """Offloaded weights are loaded layer by layer; the adapter stays on the computing device."""
     base = LLAMA.build().eval()
     model, inputs = patched(base).eval(), LLAMA.inputs(0, torch.float32)
     rasa_ext.save_adapter(model, tmp_path / "adapter")

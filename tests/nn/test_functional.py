@@ -1,4 +1,4 @@
-"""The autograd functions: gradients, frozen inputs, and what the backward computes and saves."""
+"""The autograd functions: gradients, frozen inputs, and work and memory of the backward."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FIELDS = Adapter._fields
 
 
 def draw(shape, device, dtype=torch.float64, layers=1):
-    """x, and of every layer weight, bias, adapter and grad."""
+    """Draw x, and a list over layers each of weights, biases, adapters and output gradients."""
     M, width, out, own, pooled = shape
 
     def random(*size):
@@ -45,7 +45,7 @@ def projections(x, weights, biases, factors, dropped=functional.NO_DROPOUT):
 
 
 def outputs(x, weights, biases, adapters) -> tuple[torch.Tensor, ...]:
-    """Those of one layer, or of several that are computed together."""
+    """Compute the outputs of one layer, or of several layers together."""
     if len(adapters) == 1:
         return (linear(x, weights[0], biases[0], adapters[0]),)
     return projections(x, weights, biases, adapters)
@@ -163,7 +163,7 @@ TOKENS, WIDTH, OUT, RANK = 64, 320, 480, 8
 
 
 class Products(TorchDispatchMode):
-    """While entered: the multiplications of all matrix products."""
+    """A mode that counts the multiplications of all matrix products."""
 
     count = 0
 
@@ -175,7 +175,7 @@ class Products(TorchDispatchMode):
 
 
 def step(frozen: str, layers: int, add: bool = False):
-    """The multiplications of a backward, and whether x and U were saved for it."""
+    """Return the multiplications of a backward, and whether x and U were saved for it."""
     x, weights, _, adapters, _ = draw((TOKENS, WIDTH, OUT, 4, 4), "cpu", torch.float32, layers)
     for each in adapters:
         trainable(each)
@@ -197,7 +197,7 @@ def step(frozen: str, layers: int, add: bool = False):
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_only_what_is_needed_is_saved_and_computed(layers):
-    """x is kept for dAp alone, U for dBp and dd; the frozen weight takes part in dx alone."""
+    """x is saved only for dAp, U only for dBp and dd; the frozen weight is used only for dx."""
     M, R = TOKENS, RANK * layers
     dBp = H = M * R * OUT
     dAp = dx_low = M * R * WIDTH
@@ -219,7 +219,7 @@ def test_over_a_base_that_is_no_plain_gemm_only_what_is_needed_is_saved():
 
 
 def test_gradients_of_B_have_its_strides_and_are_not_copied():
-    """So that autograd keeps the tensor that the backward made."""
+    """Autograd then stores the tensor that the backward made, without a copy."""
     x, weights, _, (adapter,), _ = draw(SHAPES[0], "cpu", torch.float32)
     made = []
     trainable(adapter)

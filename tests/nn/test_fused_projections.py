@@ -1,4 +1,4 @@
-"""Projections of one input are computed together, and equal the oracle whatever users do."""
+"""Projections of one input are computed together, and always agree with the oracle."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from tests.helpers.adapters import adapted_layers, check_step, patched, through_
 from tests.helpers.models import BERT, GPT2, LLAMA, T5, VIT, ids
 from tests.helpers.threads import run_in_threads
 
-# How many layers each call of a forward computes together.
+# The number of layers that each joint computation of a forward covers.
 GROUPS = {
     "llama": [3, 2] * 3,
     "bert": [3] * 2,
-    "t5": [3, 2] * 2 + [3, 2, 2] * 2,  # of the decoder's cross-attention k and v alone
+    "t5": [3, 2] * 2 + [3, 2, 2] * 2,  # cross-attention: only k and v
     "vit": [3] * 2,
     "gpt2": [],
 }
@@ -38,7 +38,7 @@ def _as_on_a_gpu(monkeypatch) -> None:
 
 @pytest.fixture
 def log(monkeypatch) -> list[int]:
-    """How many layers were computed together, call by call."""
+    """The number of layers in each joint computation so far."""
     found, direct = [], functional.adapted_projections
 
     def counting(x, weights, *args):
@@ -50,7 +50,7 @@ def log(monkeypatch) -> list[int]:
 
 
 def touch(model: nn.Module) -> None:
-    """What an optimizer's step looks like from outside, with no change."""
+    """Write to every parameter like an optimizer's step, without changing a value."""
     with torch.no_grad():
         for parameter in rasa_ext.adapter_parameters(model):
             parameter.mul_(1)
@@ -64,7 +64,7 @@ def test_training(entry, k, log):
     for seed in range(3):
         log.clear()
         check_step(entry, base, model, seed=seed)
-        if seed or entry is not T5:  # after a first step, cross-attention's q goes alone
+        if seed or entry is not T5:  # then cross-attention's q is separate
             assert sorted(log) == sorted(GROUPS[entry.name])
         touch(model)
 
@@ -72,7 +72,7 @@ def test_training(entry, k, log):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("entry", [LLAMA, T5], ids=ids)
 def test_checkpointing(entry, use_reentrant, log):
-    """Also between the steps in which layers part, and without a step between two of them."""
+    """Steps agree with the oracle, also while layers separate and if no write is between steps."""
     base = entry.build()
     model = patched(base).train()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -97,7 +97,7 @@ def test_copies_go_together_on_their_own(log):
 
 
 class Pair(nn.Module):
-    """Two layers of one input, ``shift`` of which only the second sees."""
+    """Two layers of one input; with ``shift``, the second gets another input."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class Pair(nn.Module):
 
 
 def pair(**options):
-    """The model, its two layers, and a function that gives a layer's output alone."""
+    """Return the model, both layers, and a function that computes a layer's output separately."""
     model = patched(nn.Sequential(Pair()), **options).train()
 
     def alone(layer, x):
@@ -152,7 +152,7 @@ def test_what_is_no_plain_layer_goes_alone(what, log):
 
 
 def test_dropout_is_one_mask_for_all(log):
-    """That of the layer which comes first."""
+    """All layers use the mask of the layer that runs first."""
     model, a, b, _ = pair(dropout=0.5)
     x = torch.randn(3, 6, requires_grad=True)
 
@@ -180,7 +180,7 @@ def test_dropout_is_one_mask_for_all(log):
     ("device", "fused"), [("cpu", False), ("cuda", True), ("meta", False), ("mps", False)]
 )
 def test_where_projections_go_together(device, fused):
-    """On a GPU, with more tokens than decoding has."""
+    """Only on a GPU, and only with more tokens than in decoding."""
     for shape in ((17, 8), (2, 9, 8), (17, 0)):
         x = SimpleNamespace(device=torch.device(device), shape=torch.Size(shape))
         assert heuristics.fuse_projections(x) == fused
@@ -190,7 +190,10 @@ def test_where_projections_go_together(device, fused):
 
 
 def test_with_and_without_grad_do_not_mix():
-    """With dropout, layers go together without grad as well."""
+    """Outputs computed with grad are not used without, or the reverse.
+
+    With dropout, layers are computed together without grad, too.
+    """
     _, a, b, _ = pair(dropout=0.5)
     x = torch.randn(3, 6)
     a(x)
@@ -274,7 +277,7 @@ def test_waiting_outputs_and_layers_are_not_kept_alive():
 
 @pytest.mark.parametrize("entry", [LLAMA, BERT], ids=ids)
 def test_dropout_under_inference_mode(entry):
-    """x has no version there by which a layer would know it again, so that each computes alone."""
+    """Inference tensors have no version to recognize x by, so each layer computes separately."""
     model = patched(entry.build(), dropout=0.25).train()
     inputs = entry.inputs(0, torch.float32)
     with torch.inference_mode():
@@ -288,7 +291,7 @@ def test_dropout_under_inference_mode(entry):
 
 
 def test_threads_that_train_on_one_x():
-    """None of them takes an output that another thread's backward goes through."""
+    """No thread uses an output that belongs to another thread's backward."""
     model = patched(LLAMA.build()).train()
     attention = next(m for m in model.modules() if hasattr(m, "q_proj"))
     layers = (attention.q_proj, attention.k_proj, attention.v_proj)

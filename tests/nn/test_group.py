@@ -1,4 +1,4 @@
-"""adapted_group: the layers of one group on inputs that are given at once."""
+"""adapted_group: all layers of a group in one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from tests.helpers.operators import DTYPES, draw_group, floor, lists
 from tests.helpers.oracle import Adapter
 
 POOL = ("A_pool", "B_pool")
-# (layers, tokens, in, out, private ranks, pool ranks): odd, one, none, k = 0, and more tokens.
+# (layers, tokens, in, out, private ranks, pool ranks): odd sizes, one layer, no tokens, k = 0, and
+# many tokens.
 SHAPES = (
     (3, 5, 9, 7, 3, 6),
     (1, 3, 17, 2, 0, 5),
@@ -28,7 +29,7 @@ SHAPES = (
 
 
 class Case:
-    """Inputs, weights and the adapters of one group, which share their pool."""
+    """Inputs, weights and adapters of one group, with a shared pool."""
 
     def __init__(self, shape, dtype=torch.float64, device="cpu", bias=True, stored=None) -> None:
         layers, tokens, width, out, *ranks = shape
@@ -46,7 +47,7 @@ class Case:
         return self.x, self.weights, self.bias, *lists(self.adapters)
 
     def leaves(self) -> dict[str, Tensor]:
-        """x and every parameter, each once, under its name."""
+        """Return x and every parameter, each once, by name."""
         found = {"x": self.x}
         for i, each in enumerate(self.adapters):
             fields = ("A", "B", "d") if i or each.A_pool is None else Adapter._fields
@@ -56,7 +57,7 @@ class Case:
         return found
 
     def expected(self) -> dict[str, Tensor]:
-        """y and every gradient in float64, layer by layer."""
+        """Compute y and every gradient in float64, layer by layer."""
         found, ys, dx = {}, [], []
         for i, each in enumerate(self.adapters):
             x, weight = self.x[i].detach(), self.weights[i]
@@ -76,7 +77,7 @@ class Case:
         return {"y": y, **dict(zip(leaves, grads, strict=True))}
 
     def plain(self) -> dict[str, Tensor]:
-        """The official formula, one layer after the other."""
+        """Compute y and gradients by the official formula, layer by layer."""
 
         def run(x, weights, bias, *_):
             ys = []
@@ -96,9 +97,9 @@ class Case:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape, dtype, device):
-    """Against float64, within twice the error of the official formula at that dtype."""
+    """Errors from float64 are at most twice those of the official formula in the same dtype."""
     ours, theirs = Errors(by_kind=True), Errors(by_kind=True)
-    for turn in range(8):  # pooled, since one rounding of a single number says little
+    for turn in range(8):  # pooled over draws, since one rounding error is random
         case = Case(shape, dtype, device, bias=bool(turn % 2))
         found, expected = case.observed(), case.expected()
         assert found["y"].dtype == found["x"].dtype == dtype
@@ -115,7 +116,7 @@ def test_padding_changes_nothing(shape, device, monkeypatch):
 
 @pytest.mark.parametrize("place", ["x", "grad"])
 def test_any_strides(place, device):
-    """One for all layers, and layers side by side; of matrices: tests/ops."""
+    """One matrix expanded to all layers, and interleaved layers. tests/ops has more layouts."""
     for layout in (
         lambda t: t[:1].expand_as(t),
         lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
@@ -151,7 +152,7 @@ def test_each_input_may_be_frozen(frozen, device):
 
 
 def test_equal_runs_give_equal_bits(device):
-    """The pool's sums over layers have one order."""
+    """The pool's gradients are summed over layers in a fixed order."""
     case = Case((4, 33, 64, 48, 3, 32), torch.bfloat16, device)
     first, second = case.observed(), case.observed()
     assert all(torch.equal(first[name], second[name]) for name in first)

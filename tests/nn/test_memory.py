@@ -1,6 +1,6 @@
-"""What one adapted linear layer keeps for its backward: x, U, and what exists anyway.
+"""Memory that an adapted linear layer saves for the backward: only x and U.
 
-The packs of all layers exist anyway: a group has one of each kind.
+Base weights, adapter tensors and the group's packs exist anyway and are not counted.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from tests.helpers.models import GPT2
 
 TOKENS, WIDTH, OUT, LAYERS = 256, 512, 384, 32
 alive: list[nn.Module] = []
-"""The model of the present layer, of which only the layer is in use."""
+"""Keeps the model of the tested layer alive."""
 
 
 def new(layer, x) -> tuple[list[int], torch.Tensor]:
-    """Bytes of each storage that autograd keeps of a forward, without the group's packs, and y."""
+    """Return bytes of each storage newly saved by a forward, except the group's packs, and y."""
     base = layer.base_layer
     with saved_storages() as storages:
         y = layer(x)
@@ -33,7 +33,7 @@ def new(layer, x) -> tuple[list[int], torch.Tensor]:
 
 
 def assert_is_u(size: int, layer, tokens: int, dtype) -> None:
-    """(M, R) in the compute dtype."""
+    """Assert that ``size`` is the bytes of an (M, R) tensor in the compute dtype."""
     assert size == tokens * dtype.itemsize * layer.effective_rank
 
 
@@ -48,7 +48,7 @@ def layer_of(rank, k, dtype=torch.float32, bias=True, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("rank", "k"), [(8, 0), (8, 1), (8, 8), (16, 2)])
 def test_only_u_is_new(rank, k, dtype, bias, needs_dx):
-    """One (M, R) tensor in the compute dtype: no concatenated or cast weights, no U * d."""
+    """A forward saves one (M, R) tensor in the compute dtype: no concatenated or cast weights."""
     layer = layer_of(rank, k, dtype, bias)
     x = torch.randn(4, TOKENS // 4, WIDTH, dtype=dtype, requires_grad=needs_dx)
     (u,), y = new(layer, x)

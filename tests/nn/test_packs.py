@@ -1,4 +1,7 @@
-"""Packs: made once a forward with grad, and without grad once a change; gradients come through."""
+"""Packs: made once for each forward with grad, and once for each change without grad.
+
+Gradients of packs must reach the adapter in every order of forwards and backwards.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ X = [torch.randn(3, 6, generator=torch.Generator().manual_seed(i)).double() for 
 
 @pytest.fixture
 def packs(monkeypatch) -> list:
-    """Grows with every call that packs, a group of linear layers or stacked experts."""
+    """A list that gets an entry for every packing of a group or of stacked experts."""
     made = []
 
     def counting(direct, *args):
@@ -44,7 +47,7 @@ def packs(monkeypatch) -> list:
 
 
 def chain(config=CONFIGS[1], layers: int = 3) -> tuple[nn.Module, nn.Module, dict[str, Adapter]]:
-    """Layers of one group, the official formula over copies of the adapters, and the copies."""
+    """Return a group's layers, the official formula over copies of adapters, and the copies."""
     base = nn.Sequential(*(nn.Linear(6, 6) for _ in range(layers))).double()
     options = {"rank": config.rank, "k": config.k, "adapter_dtype": torch.float64}
     model = patched(base, config=rasa_ext.RasaConfig(**options)).train()
@@ -91,7 +94,7 @@ def other_layers_each_time(model, _):
 
 
 def part_by_part(model, _):
-    """The graph of one forward, in two backwards."""
+    """Run two backwards over the graph of one forward."""
     middle = model[0](X[0])
     leaf = middle.detach().requires_grad_()
     loss(model[2](model[1](leaf))).backward()
@@ -154,7 +157,7 @@ def frozen_between(model, tensors):
 
 
 def written_through_data(model, tensors):
-    """As in loops that know no optimizer."""
+    """Update through ``.data``, like training loops without an optimizer."""
     for x in X:
         for tensor in tensors:
             tensor.grad = None
@@ -174,7 +177,7 @@ def written_in_place(model, tensors):
 
 
 def swapped(model, tensors):
-    """As averaged weights are, for an evaluation in training mode."""
+    """Swap weights through ``.data`` for an evaluation in training mode, like weight averaging."""
     loss(model(X[0])).backward()
     kept = [tensor.detach().clone() for tensor in tensors]
     for tensor in tensors:
@@ -225,7 +228,7 @@ RUNS = (
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"k={config.k}")
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: getattr(run, "__name__", "reentrant"))
 def test_gradients_and_values_are_those_of_the_formula(run, config):
-    """Whatever happens between forwards and backwards."""
+    """Gradients and values equal the formula's, whatever happens between forward and backward."""
     model, simple, copies = chain(config)
     run(model, parameters(adapters(model)))
     run(simple, parameters(copies))
@@ -300,7 +303,7 @@ def test_functional_call_reads_the_given_tensors():
 
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 def test_a_group_is_packed_once_a_forward(use_reentrant, packs):
-    """Once a step then; a checkpoint's recomputation reads the packs again."""
+    """Each training step packs a group once; recomputation in a checkpoint reuses the packs."""
     model = patched(LLAMA.build()).train()
     groups = len({id(layer.pool) for layer in model.modules() if hasattr(layer, "pool")})
     if use_reentrant is not None:
@@ -314,7 +317,7 @@ def test_a_group_is_packed_once_a_forward(use_reentrant, packs):
 
 
 def test_layers_that_are_called_in_pairs_do_not_pack_in_pairs(packs):
-    """As two towers, or chunks of a batch, that go through the layers side by side."""
+    """Two inputs, such as two towers or chunks of a batch, may pass the layers in turn."""
     model, simple, copies = chain(layers=5)
     for each in (model, simple):
         a, b = X[0], X[1]
@@ -342,7 +345,7 @@ def test_without_grad_a_group_is_packed_once_a_change(packs):
 
 
 def test_packs_of_past_forwards_are_freed_at_once(packs):
-    """That of an evaluation as well; no cycle waits for the garbage collector."""
+    """Packs, also an evaluation's, are freed without waiting for the garbage collector."""
     model, *_ = chain()
     with torch.no_grad():
         model(X[0])
@@ -377,7 +380,10 @@ def test_threads_that_serve_one_model():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_in_half_precision_err_less_than_the_formulas(dtype):
-    """Of every kind of tensor, over the layers of a group and four draws."""
+    """In half precision, gradients of A, B, d and the pool have smaller errors than the formula's.
+
+    Errors are summed over the layers of a group and four draws.
+    """
     errors: dict[str, list[float]] = {}
     for seed in range(4):
         torch.manual_seed(seed)
@@ -404,7 +410,10 @@ def test_gradients_in_half_precision_err_less_than_the_formulas(dtype):
 
 
 def layers(config, hooked=False, frozen=False) -> nn.Sequential:
-    """Two layers of one group; over a base that is no plain GEMM if hooked; A as buffers."""
+    """Return two layers of one group.
+
+    With ``hooked``, the base has a forward hook; with ``frozen``, A and the pool's A are buffers.
+    """
     model = patched(nn.Sequential(nn.Linear(9, 7), nn.Linear(9, 7)), config=config)
     for layer in model:
         if hooked:
@@ -416,7 +425,7 @@ def layers(config, hooked=False, frozen=False) -> nn.Sequential:
 
 
 def assert_writes_are_seen(module, inputs, sources, packs, times) -> None:
-    """After a write to any source a forward packs the group, and never without one."""
+    """Assert that a forward packs the group after a write to any source, and only then."""
     for source in sources:
         before = module(*inputs)
         packs.clear()
@@ -439,7 +448,7 @@ def assert_writes_are_seen(module, inputs, sources, packs, times) -> None:
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"k={config.k}")
 def test_a_layer_sees_writes_to_every_source(config, frozen, hooked, packs):
-    """Of whatever method, whether the source is trained or not, its own or the group's."""
+    """A layer sees writes to its own and the group's tensors, trained or frozen."""
     layer = layers(config, hooked, frozen)[1]
     sources = layer.adapter().sources()
     assert len(sources) == (3 if config.k == 0 else 5)
@@ -469,7 +478,7 @@ WAYS = ("grad", "train", "eval", "to", "dtype", "replaced")
     [*itertools.product(("linear", "experts"), WAYS), ("linear", "autocast")],
 )
 def test_what_packs_are_forgotten_by(kind, way, packs):
-    """Writing through .data is invisible; everything else that may follow it is not."""
+    """A write through .data is not seen, but each of these later actions drops the stale pack."""
     if kind == "linear":
         owner = module = layers(CONFIGS[1])[1]
         inputs = [torch.randn(3, 9)]
@@ -500,7 +509,7 @@ def test_what_packs_are_forgotten_by(kind, way, packs):
 
 
 def test_a_stream_that_did_not_make_a_pack_waits_for_it_and_the_memory_for_the_stream(monkeypatch):
-    """Else it could read the pack before it is written, or after its memory was used again."""
+    """Otherwise a stream could read a pack before it is written, or after its memory is reused."""
     maker, reader, made = mock.Mock(), mock.Mock(), mock.Mock()
     current = [maker]
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
@@ -535,7 +544,7 @@ def test_a_capture_packs_each_layer_and_neither_reads_nor_keeps(monkeypatch, pac
 
 
 def test_the_packs_own_device_is_asked_whether_it_captures(monkeypatch):
-    """A graph is captured on device 1, then on device 0, and device 0 is the current one."""
+    """A graph is captured on device 1, then on device 0, while device 0 is current."""
     current, capturing = [0], 1
 
     @contextlib.contextmanager
@@ -591,7 +600,7 @@ def _experts():
     return patched(experts.model(), config=config), lambda each: each(tokens).logits
 
 
-# Their kernels write without raising a version; the first is the default of transformers' Trainer.
+# Optimizers whose kernels do not raise a tensor's version. transformers' Trainer uses the first.
 UNSEEN = {
     "fused": functools.partial(torch.optim.AdamW, lr=0.1, fused=True),
     "8-bit": functools.partial(bitsandbytes.optim.Lion8bit, lr=0.1, min_8bit_size=0),
@@ -602,7 +611,7 @@ UNSEEN = {
 @pytest.mark.parametrize("optimizer", UNSEEN)
 @pytest.mark.parametrize("make", [_linears, _peft, _experts])
 def test_a_step_that_raises_no_version_is_seen(make, optimizer):
-    """In eval mode nothing but the step tells of it: an older policy would answer."""
+    """In eval mode, an optimizer's step drops packs; otherwise the old policy would answer."""
     model, run = make()
     model.eval()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -619,7 +628,7 @@ def test_a_step_that_raises_no_version_is_seen(make, optimizer):
 
 @pytest.mark.parametrize("make", [_linears, _peft, _experts])
 def test_packs_dropped_by_hand(make):
-    """After what PyTorch cannot see, as a collective's write to a parameter."""
+    """drop_packs makes writes visible that PyTorch cannot see, such as those of a collective."""
     model, run = make()
     model.eval()
     with torch.no_grad():
@@ -641,7 +650,7 @@ def test_packs_of_what_has_none():
 
 
 def test_a_compiled_optimizer_steps():
-    """The hook by which a step is seen stands in no compiler's way."""
+    """The hook that detects an optimizer's step does not prevent compiling the step."""
     model, run = _linears()
     optimizer = torch.optim.SGD(rasa_ext.adapter_parameters(model), lr=0.1)
     run(model).square().mean().backward()

@@ -1,4 +1,4 @@
-"""An adapter that something has cast: trained in the dtype of its config all the same."""
+"""An adapter that other code has cast still trains in the dtype of the config."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def build(request):
 
 
 def cast(model, dtype=torch.bfloat16) -> None:
-    """As TRL does it, behind the modules' back."""
+    """Cast like TRL, by writes to ``.data`` that modules cannot see."""
     for parameter in trained(model).values():
         parameter.data = parameter.data.to(dtype)
 
@@ -49,7 +49,7 @@ def backward(model) -> float:
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
 def test_the_first_forward_with_grad_restores(build, warm):
-    """Layers that are computed together, which is learned in a first forward, are restored so."""
+    """A forward restores dtypes, also in layers that earlier forwards made to compute together."""
     model = build().train()
     for _ in range(3 * warm):
         backward(model)
@@ -81,7 +81,7 @@ def test_training_mode_restores(build):
 def test_gradients_that_were_there_follow(build):
     model = build().train()
     backward(model)
-    model.bfloat16()  # gradients as well
+    model.bfloat16()  # casts gradients, too
     with pytest.warns(UserWarning, match=CAST):
         model.train()
     assert {p.grad.dtype for p in trained(model).values()} == {torch.float32}
@@ -127,7 +127,7 @@ def test_loading_does_not_round(build):
 
 
 def test_several_processes_are_refused(build, monkeypatch):
-    """DistributedDataParallel would no longer average the gradients of what it has wrapped."""
+    """After a cast, DistributedDataParallel would not average gradients of wrapped parameters."""
     model = build().eval()
     cast(model)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -1,4 +1,4 @@
-"""B is stored by ranks, and whatever others make of its strides gives the same numbers."""
+"""B is stored by ranks, and results do not change if other code changes the strides."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.helpers.models import LLAMA, SEQUENTIAL
 
 
 def ups(model: nn.Module) -> list[torch.Tensor]:
-    """Every B, pools' included, as long as it has more than one rank."""
+    """List every B, including pools, in which both dimensions are larger than one."""
     found = [t for each in adapters(model).values() for t in (each.B, each.B_pool)]
     return [t for t in found if t is not None and min(t.shape) > 1]
 
@@ -38,17 +38,17 @@ def by_ranks(model: nn.Module) -> bool:
 
 
 def contiguous(model: nn.Module) -> nn.Module:
-    """As some optimizers make parameters."""
+    """Make parameters contiguous, like some optimizers."""
     for parameter in rasa_ext.adapter_parameters(model):
         parameter.data = parameter.data.contiguous()
     return model
 
 
 def flattened(model: nn.Module) -> nn.Module:
-    """Pieces of one buffer, as under ZeRO."""
+    """Make parameters pieces of one buffer, as under ZeRO."""
     parameters = rasa_ext.adapter_parameters(model)
     flat = torch.cat([torch.zeros(1), *(p.detach().reshape(-1) for p in parameters)])
-    at = 1  # so that none of them is aligned
+    at = 1  # so that no piece is aligned
     for parameter in parameters:
         parameter.data = flat[at : at + parameter.numel()].view(parameter.shape)
         at += parameter.numel()
@@ -62,7 +62,7 @@ def with_gaps(model: nn.Module) -> nn.Module:
 
 
 def assigned(model: nn.Module) -> nn.Module:
-    """A state dict of contiguous tensors that become the parameters."""
+    """Replace parameters by contiguous tensors from a state dict."""
     state = {key: value.clone().contiguous() for key, value in model.state_dict().items()}
     model.load_state_dict(state, assign=True)
     model.requires_grad_(False)
@@ -104,7 +104,7 @@ def test_a_compiled_model_takes_other_strides():
 
 @pytest.mark.parametrize("use", ["vector", "lbfgs", "prune"])
 def test_what_views_a_parameters_elements_takes_contiguous_ones(use):
-    """As the docs say to make them: torch's own tools refuse the view of another layout."""
+    """After ``contiguous``, as the docs advise, torch's tools can view parameters as vectors."""
     base = SEQUENTIAL.build()
     model = contiguous(patched(base))
     parameters = rasa_ext.adapter_parameters(model)
@@ -154,7 +154,7 @@ def optimized(model: nn.Module, make: Callable, steps: int = 3) -> list[torch.Te
     parameters = rasa_ext.adapter_parameters(getattr(model, "module", model))
     optimizer = make(parameters)
     for seed in range(steps):
-        for part in (0, 1):  # a sum of gradients has the strides of its first
+        for part in (0, 1):  # accumulated gradients have the first one's strides
             SEQUENTIAL.loss(model, SEQUENTIAL.inputs(2 * seed + part))[1].backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -171,7 +171,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("change", [lambda model: model, contiguous, flattened])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_step_alike(name, change):
-    """Plain, foreach and fused."""
+    """Plain, foreach and fused optimizers take the same steps with any strides."""
     model = patched(SEQUENTIAL.build())
     before = [p.detach().clone() for p in rasa_ext.adapter_parameters(model)]
     make = OPTIMIZERS[name]
@@ -187,7 +187,7 @@ def test_optimizers_step_alike(name, change):
 
 
 def test_an_8_bit_optimizer_steps_alike():
-    """Its blocks are of memory, so that other strides quantize a state in other blocks."""
+    """Errors stay small with other strides, which put other elements in a quantization block."""
 
     def make(parameters):
         return bitsandbytes.optim.AdamW8bit(parameters, 0.01, min_8bit_size=0)
@@ -203,7 +203,7 @@ def test_an_8_bit_optimizer_steps_alike():
 
 @pytest.fixture
 def group(tmp_path):
-    """One process that is a group by itself."""
+    """A process group of one process."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -212,7 +212,7 @@ def group(tmp_path):
 @pytest.mark.parametrize("view", [False, True])
 @pytest.mark.parametrize("change", [lambda model: model, contiguous])
 def test_buckets_of_ddp(change, view, group):
-    """With no complaint of strides that do not match."""
+    """DDP's buckets work without a warning of strides that do not match."""
     model = patched(SEQUENTIAL.build())
     expected = optimized(copy.deepcopy(model), OPTIMIZERS["AdamW"])
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""An embedding, or a head, with trained rows, against a table that is trained as a whole."""
+"""Embeddings and heads with trained rows, compared with training the whole table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ALL = {"dtype": torch.float64}
 
 
 class Scaled(nn.Embedding):
-    """As Gemma's: multiplied in the forward, in the weight's dtype."""
+    """An embedding with outputs multiplied by a scale in the weight's dtype, like Gemma's."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -49,7 +49,7 @@ BASES = {
 
 
 def case(name: str, dtype: torch.dtype = torch.float64):
-    """A wrapped base whose rows have moved, the base with the same in its table, an input."""
+    """Return a wrapped base with changed rows, a base with these rows in its table, an input."""
     base = drawn(BASES[name]()).to(dtype)
     module = TrainedTokens(base, IDS, torch.promote_types(dtype, torch.float32))
     assert torch.equal(module.rows, base.weight[list(IDS)].to(module.rows.dtype))
@@ -63,7 +63,7 @@ def case(name: str, dtype: torch.dtype = torch.float64):
 
 @pytest.mark.parametrize("name", BASES)
 def test_forward_and_gradients(name):
-    """Those of a trained table, of whose gradients the other rows' are left out."""
+    """Output and gradients equal a fully trained table's, for the trained rows."""
     module, dense, x = case(name)
     dense.weight.requires_grad_(True)
     if x.is_floating_point():
@@ -85,7 +85,7 @@ def test_forward_and_gradients(name):
 
 @pytest.mark.parametrize("name", BASES)
 def test_half_precision(name):
-    """Rows stay float32; a look-up gives just what the merged table would."""
+    """Rows stay float32; a look-up is bit-identical to the merged table."""
     module, dense, x = case(name, torch.bfloat16)
     y = module(x)
     assert module.rows.dtype == torch.float32
@@ -141,7 +141,7 @@ def test_a_tied_head_has_the_rows_of_its_embedding(copied):
 
 
 def test_code_that_reads_the_weight_trains_the_rows():
-    """Such as losses that take the head's weight in pieces."""
+    """Rows also train if code reads ``weight``, such as losses that compute in chunks."""
     module, dense, x = case("head")
     y = F.linear(x, module.weight)
     torch.testing.assert_close(y, dense(x))
@@ -166,7 +166,7 @@ def test_merge_and_back():
 
 
 def test_the_table_is_not_copied():
-    """Neither in a forward nor in a backward."""
+    """Neither a forward nor a backward copies the table."""
     embedding = nn.Embedding(5000, 64)
     head = nn.Linear(64, 5000, bias=False)
     head.weight = embedding.weight
@@ -193,7 +193,7 @@ def test_compile_without_a_break(training):
 
 
 def test_values_given_after_the_meta_device():
-    """``to_empty`` leaves no tensor as it was, and the index is in no file."""
+    """Row indices survive ``to_empty``, although no state dict contains them."""
     model = tied()
     with torch.device("meta"):
         empty = nn.Sequential(

@@ -1,4 +1,4 @@
-"""Training as users do it: every combination must leave the gradients those of the oracle."""
+"""Training in the ways users train: in every combination, gradients must agree with the oracle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.helpers.refusals import Snapshot
 
 @pytest.fixture(params=["on a CPU", "as on a GPU"])
 def way(request, monkeypatch) -> None:
-    """Layer by layer, or with projections computed together."""
+    """Run layer by layer, or compute projections together."""
     if request.param == "as on a GPU":
         monkeypatch.setattr(ops, "fuse_projections", lambda *_: True)
 
@@ -46,7 +46,7 @@ def test_gradient_checkpointing(entry, use_reentrant):
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_of_ones_own(use_reentrant):
-    base = CHECKPOINTED.build()  # the plain model has nothing that lets gradients in
+    base = CHECKPOINTED.build()  # no input of a checkpoint requires grad
     model = patched(base)
     model.use_reentrant = use_reentrant
     check_step(CHECKPOINTED, base, model)
@@ -115,7 +115,7 @@ def written(model) -> bytes:
 
 @pytest.mark.parametrize("entry", [*FAMILIES, TWO_NAMES], ids=ids)
 def test_saving_the_whole_model(entry):
-    """Shared pools stay shared, and what an evaluation cached is not written."""
+    """Shared pools stay shared, and packs cached by an evaluation are not written."""
     base = entry.build()
     model = patched(base)
     size = len(written(model))
@@ -136,10 +136,10 @@ def test_saving_the_whole_model(entry):
 @pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(base_dtype, adapter_dtype, way):
-    """Error within twice that of plain PyTorch under the same autocast; gradients keep dtypes."""
+    """Errors are at most twice plain PyTorch's under the same autocast; gradients keep dtypes."""
     base = LLAMA.build().to(base_dtype)
     model = patched(base, adapter_dtype=adapter_dtype)
-    # One small gradient of one draw says little of the error to expect.
+    # Pool over draws, since the error of one small gradient varies much.
     ours, theirs, (*_, observed) = compare(LLAMA, base, model, autocast=torch.bfloat16, draws=4)
     assert {v.dtype for k, v in observed.items() if k != "logits"} == {adapter_dtype}
     largest = max(theirs.relative().values())
@@ -168,9 +168,9 @@ def test_dtypes(base_dtype, adapter_dtype):
 @pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6)], ids=str)
 @pytest.mark.parametrize("hooked", [False, True])
 def test_outputs_can_be_modified_in_place(shape, hooked):
-    """As those of nn.Linear can, whichever path made them."""
+    """Outputs can be modified in place like nn.Linear's, whichever path made them."""
     model = patched(torch.nn.Sequential(torch.nn.Linear(6, 4))).train()
-    if hooked:  # no plain GEMM
+    if hooked:  # takes the path for other bases
         model[0].base_layer.register_forward_hook(lambda module, args, output: output)
     x = torch.randn(shape)
     grads = []
@@ -184,7 +184,7 @@ def test_outputs_can_be_modified_in_place(shape, hooked):
 
 @pytest.fixture
 def replicate(monkeypatch):
-    """torch's own for nn.DataParallel, whose copies lie on the CPU as well."""
+    """torch's ``replicate`` for nn.DataParallel, with all copies on the CPU."""
     module = sys.modules["torch.nn.parallel.replicate"]
 
     monkeypatch.setattr(module, "_get_device_index", lambda device, _: device)
@@ -201,7 +201,7 @@ def replicate(monkeypatch):
 @pytest.mark.parametrize("k", [0, 1, 4])
 @pytest.mark.parametrize("entry", [LLAMA, SEQUENTIAL], ids=ids)
 def test_replicas_of_data_parallel(entry, k, replicate):
-    """They have tensors as attributes and no parameters; gradients reach the model's own."""
+    """Replicas have tensors instead of parameters; gradients reach the model's parameters."""
     model = patched(entry.build(), 4, k).train()
     halves = [entry.inputs(i, torch.float32) for i in range(2)]
     expected = [entry.loss(model, inputs)[1] for inputs in halves]
