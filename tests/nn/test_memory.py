@@ -69,7 +69,7 @@ def test_transposed_weights_are_not_copied():
 @pytest.mark.parametrize("hooked", [False, True])
 def test_dropout_adds_a_bit_for_each_element_of_x(hooked):
     layer = layer_of(8, 1, dropout=0.1)
-    if hooked:  # no plain GEMM
+    if hooked:  # takes the path for other bases
         layer.base_layer.register_forward_hook(lambda module, args, output: output)
     x = torch.randn(4, TOKENS // 4, WIDTH, requires_grad=True)
     (mask, u), _ = new(layer.train(), x)
