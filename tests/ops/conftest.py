@@ -1,4 +1,4 @@
-"""The PyTorch kernels, the compiled operators over CPU memory, and those on a GPU."""
+"""Run operator tests with PyTorch kernels, compiled host code on CPU memory, and on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dropout: each element is kept with the probability 1 - p and independent of all others."""
+"""dropout: each element is kept with probability 1 - p, independent of all others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers.operators import P, check_operator, unpacked
 
 
 def drawn(seed: int, shape: tuple, p: float, device: str = "cpu") -> Tensor:
-    """The mask of one draw under a seed, as booleans."""
+    """Draw a dropout mask with ``seed``, as booleans."""
     torch.manual_seed(seed)
     x = torch.empty(shape, device=device)
     mask, scale = functional.dropout(x, p)
@@ -30,7 +30,7 @@ def test_operator(dtype, device):
 
 @pytest.mark.parametrize("p", [2**-16, 0.05, 0.5, 0.9])
 def test_share_of_the_dropped(p, device):
-    """At each of the eight places of a byte, within five standard deviations."""
+    """At each bit of a byte, the dropped share is within five standard deviations of p."""
     kept = drawn(0, (1000, 640), p, device)
     dropped = (~kept).view(-1, 8).sum(0)
     count, rate = kept.numel() / 8, round(p * 2**16) / 2**16
@@ -38,7 +38,7 @@ def test_share_of_the_dropped(p, device):
 
 
 def test_the_share_under_inductor():
-    """Which draws from a generator of its own."""
+    """The share is right under inductor, too, which has its own random generator."""
     torch._dynamo.reset()
     draw = torch.compile(lambda x: functional.dropout(x, 0.05)[0], fullgraph=True)
     dropped = (~unpacked(draw(torch.empty(80_000)), torch.Size([80_000]))).view(-1, 8).sum(0)
@@ -46,7 +46,7 @@ def test_the_share_under_inductor():
 
 
 def test_elements_are_independent(device):
-    """Rows, columns, neighbours, layers and seeds do not correlate."""
+    """Masks of rows, columns, neighbours, consecutive draws and seeds do not correlate."""
     size, p = 512, 0.3
     first, other = drawn(1, (size, size), p, device), drawn(2, (size, size), p, device)
     next_mask, *_ = functional.dropout(torch.empty(size, size, device=device), p)
@@ -56,7 +56,7 @@ def test_elements_are_independent(device):
     )
     for rows in (z, z.T):
         correlation = rows @ rows.T / size**0.5
-        # The largest of 131,000 normal numbers is above 6 once in 4,000 draws.
+        # The largest of 131,000 normal numbers exceeds 6 once in 4,000 draws.
         assert correlation.fill_diagonal_(0).abs().max() < 6
     flat = z.flatten()
     neighbours = [flat.roll(n) for n in (1, 2, 8, 16, 64, 4096)]
@@ -89,7 +89,7 @@ def test_bad_noise_is_refused(noise, device):
 
 
 def test_what_is_dropped_is_zero_whatever_it_was(device):
-    """Not-a-numbers where the adapter does not look do not reach it."""
+    """NaN in a dropped element does not reach outputs or gradients."""
     x = torch.full((6, 9), float("nan"), device=device)
     mask = torch.zeros(7, dtype=torch.uint8, device=device)
     y = torch.ones(6, 4, device=device)

@@ -1,4 +1,4 @@
-"""Products by expert, and packs of all experts in one piece."""
+"""Products for each expert's rows, and packs of all experts in one tensor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tests.helpers.adapters import Errors, excesses
 from tests.helpers.operators import DTYPES, check_operator, draw_adapter, floor, pack, shifted
 from tests.helpers.oracle import Adapter
 
-# Products by expert have no compiled kernel of their own.
+# Products by expert have no compiled kernel in this package.
 devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-# (rows of each expert, in, out): aligned or not, experts without rows, no row at all.
+# (rows of each expert, in, out): aligned or not, experts without rows, no rows at all.
 SHAPES = (
     ((3, 0, 5, 1), 16, 24),
     ((0, 7, 0), 9, 5),
@@ -26,7 +26,7 @@ SHAPES = (
 
 
 def draw(shape, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (S, in), weights (E, in, out), y (S, out) and the rows' ends."""
+    """Draw x (S, in), weights (E, in, out), y (S, out), and the end of each expert's rows."""
     counts, width, out = shape
 
     def numbers(*size):
@@ -38,7 +38,7 @@ def draw(shape, dtype=torch.float32, device="cpu") -> tuple[Tensor, Tensor, Tens
 
 
 def by_loop(shape, x, weights, y) -> tuple[Tensor, Tensor]:
-    """Both products in float64, an expert at a time."""
+    """Compute both products in float64, expert by expert."""
     parts = list(
         zip(x.double().split(shape[0]), weights.double(), y.double().split(shape[0]), strict=True)
     )
@@ -61,7 +61,7 @@ def test_operators(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape, dtype, grouped, device, monkeypatch):
-    """As exact as a plain product; torch's grouped one and the loop, weights in either layout."""
+    """The grouped product and the loop are as exact as a rounded product, in both layouts."""
     if not grouped:
         monkeypatch.setattr(module, "_grouped", lambda *_: False)
     ours, theirs = Errors(), Errors()
@@ -107,7 +107,7 @@ def test_padded_packs_take_it_whatever_the_rank(dtype):
 
 
 def stack(count: int, own: int, pooled: int | None, dtype=torch.float64) -> Adapter:
-    """Adapters (E, ...) of so many experts, each with a pool of its own, B stored by ranks."""
+    """Draw adapters (E, ...) of ``count`` experts, each with its own pool; B stored by ranks."""
     each = [draw_adapter(9, 7, own, pooled, dtype=dtype) for _ in range(count)]
 
     def join(tensors):
@@ -138,7 +138,7 @@ def test_packs_are_those_of_each_expert(own, pooled, dtype, multiple):
 @pytest.mark.parametrize("multiple", [1, 4])
 @pytest.mark.parametrize(("own", "pooled"), [(3, 2), (0, 5), (4, None)])
 def test_gradients_of_packs(own, pooled, multiple):
-    """By autograd through the formula."""
+    """Gradients equal those of autograd through the formula."""
     adapter = stack(3, own, pooled)
     for d in (adapter.d, None):
         leaves = Adapter(*adapter[:4], d).map(lambda t: t.detach().clone().requires_grad_())

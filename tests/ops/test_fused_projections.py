@@ -1,4 +1,4 @@
-"""Linears of n layers that read one x, and their backward."""
+"""linear_projections, for several layers that read one x, and the backward."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.helpers.operators import (
 )
 from tests.ops import test_linear
 
-# (tokens, in, ((out, Rp), ...)): grouped-query attention, no tokens, one layer, ranks that differ,
-# and sums over nothing.
+# (tokens, in, ((out, Rp), ...)): grouped-query attention, no tokens, one layer, different ranks,
+# and empty sums.
 SHAPES = (
     (5, 9, ((7, 9), (2, 9), (2, 9))),
     (0, 6, ((4, 6), (3, 6))),
@@ -33,7 +33,7 @@ SHAPES = (
 
 
 def draw(shape, dtype, device):
-    """x, weights, biases of which the last is none, Ap, Bp, grads and U."""
+    """Draw x, weights, biases (the last is empty), Ap, Bp, grads and U."""
     M, width, layers = shape
 
     def random(*size):
@@ -52,7 +52,7 @@ def draw(shape, dtype, device):
 
 
 def formulas(x, weights, biases, Ap, Bp, grads, saved, kept=None):
-    """Those of each layer alone, and the sum of their gradients of x."""
+    """Apply the formulas of one layer to each layer, and sum the gradients of x."""
     ranks, found = [len(up) for up in Bp], {"dx": 0}
     parts = zip(weights, Ap.split(ranks), Bp, grads, saved.split(ranks, 1), strict=True)
     for i, (weight, *rest) in enumerate(parts):
@@ -90,7 +90,7 @@ def test_operators(shape, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape, dtype, dropout, device):
-    """Against float64, each element, and all within twice plain PyTorch's error."""
+    """Every element is within a few roundings, and RMS errors are at most twice plain PyTorch's."""
     ours, theirs = Errors(), Errors()
     for turn in range(32):
         tensors = draw(shape, dtype, device)
@@ -98,7 +98,7 @@ def test_values(shape, dtype, dropout, device):
             tensors[2] = []
         mask, kept = draw_mask(tensors[0], dropout)
         if dropout:
-            tensors[0][~kept] *= 1e3  # what is dropped must not be seen
+            tensors[0][~kept] *= 1e3  # dropped elements must have no effect
         found, reference = check_values(operators, formulas, tensors, mask, kept)
         ours.add(found, reference)
         theirs.add(formulas(*tensors, kept), reference)

@@ -1,4 +1,4 @@
-"""The operators over the packs of all layers of a group."""
+"""Operators on the packs of all layers of a group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.helpers.operators import (
     part,
 )
 
-# (layers, tokens, in, out, rank); the last are sums over nothing.
+# (layers, tokens, in, out, rank); the last ones have empty sums.
 SHAPES = (
     (3, 5, 9, 7, 9), (1, 1, 1, 1, 1), (2, 0, 6, 4, 2), (4, 4, 16, 1, 7), (2, 17, 16, 24, 48),
     (2, 3, 0, 7, 2), (2, 3, 9, 0, 2), (3, 4, 9, 7, 0), (2, 4, 0, 6, 0), (2, 4, 5, 0, 0),
@@ -28,7 +28,7 @@ SHAPES = (
 
 
 def draw(shape, dtype, device):
-    """x, weights, bias, Ap, Bp, grad and U, which is not that of x."""
+    """Draw x, weights, bias, Ap, Bp, grad and an independent U."""
     layers, tokens, width, out, rank = shape
 
     def random(*size):
@@ -65,7 +65,7 @@ def operators(x, weights, bias, Ap, Bp, grad, saved):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_operators(shape, dtype, device):
-    """With a bias and without, and what is needed in every combination."""
+    """Operators pass their checks with and without bias, and for all combinations of gradients."""
     x, weights, bias, Ap, Bp, grad, U = draw(shape, dtype, device)
     check_operator("delta_group", Ap, Bp)
     check_operator("merge_group", weights, Ap, Bp)
@@ -93,7 +93,7 @@ def one_layer(t):
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, one_layer], ids=lambda layout: layout.__name__)
 def test_linears_of_any_strides(layout, device):
-    """Each tensor in turn in the layout, the others contiguous; and all of them."""
+    """Results are right with each tensor in the layout and the others contiguous, and with all."""
     for shape, place in itertools.product((SHAPES[0], SHAPES[4]), (*range(7), None)):
         tensors = draw(shape, torch.float32, device)
         for i in range(7) if place is None else (place,):
@@ -110,7 +110,7 @@ def test_weights_that_lie_differently(device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_delta_in_the_accumulation_dtype(shape, dtype, device):
-    """Also of one pack in every layer."""
+    """dW has the accumulation dtype, also if all layers share one expanded pack."""
     _, _, _, *packs, _, _ = draw(shape, dtype, device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for layout in (torch.clone, columns, every_other, one_layer):
@@ -126,7 +126,7 @@ def test_delta_in_the_accumulation_dtype(shape, dtype, device):
 @pytest.mark.parametrize("packed", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merge_rounds_once_into_weights_where_they_lie(dtype, packed, layout, device):
-    """All of them in the layout, and the last one alone."""
+    """Weights keep their memory and strides, with all or only the last one in the layout."""
     wide = torch.float64 if torch.float64 in (dtype, packed) else torch.float32
     for shape, others in itertools.product(SHAPES, (layout, torch.clone)):
         weights, (Ap, Bp) = draw(shape, dtype, device)[1], draw(shape, packed, device)[3:5]
@@ -145,7 +145,7 @@ def test_merge_rounds_once_into_weights_where_they_lie(dtype, packed, layout, de
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_merge_of_stacked_experts(transposed, device):
-    """Views of one tensor, transposed where a model keeps (in, out); the rest of it stays."""
+    """A merge into views of a stack changes only these experts, also if stored as (in, out)."""
     _, weights, _, Ap, Bp, *_ = draw(SHAPES[0], torch.float32, device)
     whole = torch.stack([w.T if transposed else w for w in [*weights, weights[0]]])
     before = whole.clone()

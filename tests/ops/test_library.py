@@ -1,4 +1,4 @@
-"""A compiled library that is there and does not load: nothing fails, and who uses CUDA hears."""
+"""A compiled library that does not load: nothing fails, and the first use of CUDA warns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""low_rank_linear, low_rank_add and their backward over a pack."""
+"""low_rank_linear, low_rank_add and their backward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers.operators import (
     random_mask,
 )
 
-# (tokens, in, out, Rp): odd, none of them, one; a compiled kernel of its own has up to 16 tokens.
+# (tokens, in, out, Rp): odd sizes, no tokens, all sizes one. Up to 16 tokens have their own kernel.
 SHAPES = (
     (5, 9, 7, 9),
     (3, 17, 2, 5),
@@ -32,13 +32,13 @@ SHAPES = (
     (33, 65, 31, 39),
     (17, 16, 24, 16),
 )
-# Sums over nothing.
+# (in, out, Rp) with empty sums.
 EMPTY = ((0, 6, 3), (5, 0, 3), (5, 6, 0), (0, 6, 0), (0, 0, 3), (5, 0, 0))
 NEEDS = list(itertools.product((True, False), repeat=3))
 
 
 def draw(shape, dtype, device):
-    """x, weight, bias, Ap, Bp, grad and U, which is not that of x."""
+    """Draw x, weight, bias, Ap, Bp, grad and an independent U."""
     M, width, out, Rp = shape
     sizes = ((M, width), (out, width), (out,), (Rp, width), (Rp, out), (M, out), (M, Rp))
     return [torch.randn(size, dtype=dtype, device=device) for size in sizes]
@@ -84,15 +84,15 @@ def test_operators(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values(shape, dtype, dropout, device):
-    """Against float64, each element, and all within twice plain PyTorch's error."""
+    """Every element is within a few roundings, and RMS errors are at most twice plain PyTorch's."""
     ours, theirs = Errors(), Errors()
-    for turn in range(32):  # pooled, since one rounding of a single number says little
+    for turn in range(32):  # pooled over draws, since one rounding error is random
         tensors = draw(shape, dtype, device)
         if turn % 2:
             tensors[2] = None
         mask, kept = draw_mask(tensors[0], dropout)
         if dropout:
-            tensors[0][~kept] *= 1e3  # what is dropped must not be seen
+            tensors[0][~kept] *= 1e3  # dropped elements must have no effect
         found, reference = check_values(operators, formulas, tensors, mask, kept)
         ours.add(found, reference)
         theirs.add(formulas(*tensors, kept), reference)
@@ -105,7 +105,7 @@ def test_values(shape, dtype, dropout, device):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_over_nothing(dtype, dropout, device):
-    """Without features or ranks: what is left of the sum."""
+    """Without features or ranks, the result is the remaining terms."""
     for tokens, sizes, biased in itertools.product((1, 18), EMPTY, (True, False)):
         tensors = draw((tokens, *sizes), dtype, device)
         if not biased:
@@ -115,7 +115,7 @@ def test_sums_over_nothing(dtype, dropout, device):
 
 @pytest.mark.parametrize("dropout", [False, True])
 def test_only_what_is_needed_is_read_and_comes_back(dropout, device):
-    """x is read for dAp alone, U for dBp alone."""
+    """x is read only for dAp, U only for dBp; gradients that are not needed are empty."""
     tensors = draw(SHAPES[0], torch.float32, device)
     x, weight, _, Ap, Bp, grad, U = tensors
     mask, _ = draw_mask(x, dropout)
@@ -134,9 +134,9 @@ def test_only_what_is_needed_is_read_and_comes_back(dropout, device):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
 def test_any_strides(layout, dtype, dropout, device):
-    """Each tensor in turn in the layout, the others contiguous; and all of them."""
+    """Results are right with each tensor in the layout and the others contiguous, and with all."""
     repeated = layout in (one_row, one_number)
-    # Errors of equal summands add up, also in the formulas over float64.
+    # Rounding errors of equal summands add up, even in the float64 formulas.
     roundings = 8 if repeated and dtype == torch.float64 else 4
     for shape, place in itertools.product((SHAPES[0], SHAPES[-1]), (0, 1, 3, 4, 5, 6, None)):
         tensors = draw(shape, dtype, device)

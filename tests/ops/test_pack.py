@@ -1,4 +1,4 @@
-"""Packs of a group's layers, and gradients: every rank is a row, however A and B are stored."""
+"""Packs of a group's layers, and their gradients: ranks are rows, however A and B are stored."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.helpers.operators import (
     pack,
 )
 
-# (layers, in, out, private ranks, pool ranks): odd, k = r, no pool, one of each, an empty pool, no
-# features.
+# (layers, in, out, private ranks, pool ranks): odd sizes, k = r, no pool, all sizes one, an empty
+# pool, no features.
 SHAPES = (
     (3, 9, 7, 3, 6),
     (1, 17, 2, 0, 5),
@@ -35,14 +35,14 @@ SHAPES = (
     (2, 0, 7, 3, 6),
     (2, 9, 0, 3, 6),
 )
-# With every dtype of the parameters; and more layers than travel to a kernel by value, of more
-# words than one upload takes.
+# Every shape with every dtype of parameters; then more layers than a kernel takes by value, with
+# more words than one upload takes.
 STORED = [*itertools.product(SHAPES, DTYPES), ((120, 9, 7, 3, 6), torch.float32)]
 NAMES = ("A", "A_pool", "B", "B_pool", "d")
 
 
 def groups(shape, device, dtype=torch.float32):
-    """A group with d and without."""
+    """Draw a group with d, and return it with d and without."""
     drawn = draw_group(*shape, device=device, dtype=dtype)
     return drawn, [each._replace(d=None) for each in drawn]
 
@@ -62,7 +62,7 @@ def test_operators(shape, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "stored"), STORED, ids=str)
 def test_each_factor_is_rounded_once_and_padded_with_zeros(shape, stored, dtype, device):
-    """d is folded in the wider of the two dtypes, so that narrow adapters lose nothing."""
+    """B is multiplied by d in the wider of both dtypes, then rounded once; padding is zeros."""
     layers, width, out, own, pooled = shape
     rank = own + (pooled or 0)
     wide = torch.promote_types(torch.promote_types(stored, dtype), torch.float32)
@@ -82,7 +82,7 @@ def test_each_factor_is_rounded_once_and_padded_with_zeros(shape, stored, dtype,
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_pack_of_one_layer(shape, dtype, device):
-    """Alone, and as autograd differentiates it."""
+    """One layer's pack, differentiable or not, equals this layer's in the group's pack."""
     for adapters, multiple in itertools.product(groups(shape, device), (1, 16)):
         of_group = zip(*ops.pack_group(*lists(adapters), dtype, multiple), strict=True)
         for each, expected in zip(adapters, of_group, strict=True):
@@ -95,7 +95,7 @@ def test_the_pack_of_one_layer(shape, dtype, device):
 
 
 def formulas(dAp, dBp, B, B_pool, d):
-    """Of every layer dA, dB and dd; the pool's are sums over the layers."""
+    """Compute dA, dB and dd of every layer; the pool's gradients are sums over the layers."""
     pool = [] if B_pool is None else [B_pool]
     up = torch.stack([torch.cat([each, *pool], 1) for each in B])
     own, rank = B[0].shape[1], up.shape[2]
@@ -107,7 +107,7 @@ def formulas(dAp, dBp, B, B_pool, d):
 
 @pytest.mark.parametrize(("shape", "stored"), STORED, ids=str)
 def test_gradients(shape, stored, device):
-    """Together, from dAp alone and from dBp alone; what comes from an empty list is empty."""
+    """Gradients are right from dAp and dBp, or one of them; the other's gradients are empty."""
     _, width, out, own, pooled = shape
     wide = torch.promote_types(stored, torch.float32)
     for adapters, padding in itertools.product(groups(shape, device, stored), (0, 5)):
@@ -125,14 +125,14 @@ def test_gradients(shape, stored, device):
                 if name not in names or (name == "d" and not d):
                     assert not found.pop(name).numel()
             assert_within(found, expected, sizes, stored)
-            for name in found.keys() & {"A", "B"}:  # without a sum
+            for name in found.keys() & {"A", "B"}:  # not sums, so exact
                 assert torch.equal(found[name], expected[name].to(stored)), name
 
 
 def dense_gradients(adapters, multiple):
-    """Gradients of packs, and the oracle's of the parameters, from S = dL/dW of every layer.
+    """Return gradients of packs and the oracle's of parameters, from S = dL/dW of every layer.
 
-    dAp = Bp S, dBp = Ap S^T; the pool's are sums over the layers.
+    dAp = Bp S, dBp = Ap S^T; the pool's gradients are sums over the layers.
     """
     Ap, Bp = ops.pack_group(*lists(adapters), torch.float64, multiple)
     S = torch.randn_like(Bp.mT @ Ap)
@@ -149,7 +149,7 @@ def dense_gradients(adapters, multiple):
 def test_gradients_of_the_differentiable_pack(shape, multiple, device):
     for adapters in groups(shape, device, torch.float64):
         downs, ups, expected = dense_gradients(adapters, multiple)
-        leaf = functools.cache(lambda t: t.detach().requires_grad_())  # one of a pool
+        leaf = functools.cache(lambda t: t.detach().requires_grad_())  # one leaf for a shared pool
         leaves = [each.map(leaf) for each in adapters]
         for each, *grads in zip(leaves, downs, ups, strict=True):
             pack = ops.differentiable_pack(Factors(*each), torch.float64, multiple)
@@ -186,7 +186,7 @@ def test_every_layout_gives_the_same_and_gradients_stored_by_ranks(device):
 
 
 def test_a_narrow_B_beside_a_wide_A_is_packed_in_the_dtype_asked_for():
-    """As after a cast of one of them; the compiled kernels want one dtype, and refuse it."""
+    """A and B may have different dtypes after a cast. Compiled kernels refuse that."""
     A, B, d = torch.randn(3, 9), torch.randn(3, 7).bfloat16().t(), torch.randn(3)
     Ap, Bp = pack(A, None, B, None, d, torch.float32)
     assert Ap.dtype == Bp.dtype == torch.float32
