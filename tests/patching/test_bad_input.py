@@ -1,4 +1,4 @@
-"""Bad input: an error that names the argument, what was expected and what came; nothing changes."""
+"""Bad input raises an error that names the argument and value, and the model does not change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.refusals import refused
 
 NAN, INF = float("nan"), float("inf")
 
-# (arguments, the argument that the message names, what came)
+# (arguments, the argument and the value that the message names)
 ARGUMENTS = [
     ({"rank": 0}, "rank", "0"),
     ({"rank": 2.5}, "rank", "2.5"),
@@ -109,7 +109,7 @@ def test_a_second_patch(options):
 
 
 def test_a_model_that_peft_has_adapted():
-    """Its LoRA is frozen, which a warning tells."""
+    """A warning says that PEFT's adapter is frozen."""
     peft = pytest.importorskip("peft")
     settings = peft.LoraConfig(r=2, target_modules=["q_proj"])
     model = peft.get_peft_model(LLAMA.build(), settings)
@@ -151,7 +151,7 @@ def _integer_weight() -> nn.Module:
 )
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")
 def test_weights_that_cannot_be_adapted(layer, said):
-    """Found before anything changes, although the layer in front could be adapted."""
+    """The error is raised before any change, although an earlier layer could be adapted."""
     model = nn.Sequential(nn.Linear(4, 4), layer)
     places = {name: id(module) for name, module in model.named_modules()}
     with pytest.raises((ValueError, TypeError), match=f"(target_modules|model): '1'.*{said}"):

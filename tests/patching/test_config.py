@@ -1,4 +1,4 @@
-"""RasaConfig, the choice of layers, what is frozen, and what ``summary`` tells of it."""
+"""RasaConfig: arguments, choice of layers, frozen parameters, and ``summary``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def llama(*suffixes: str, layers=(0, 1, 2)) -> list[str]:
 
 
 def test_fields_are_the_arguments():
-    """The same names and defaults as patch_model's, each with a help text, and frozen.
+    """RasaConfig is frozen and has patch_model's arguments and defaults, each with a help text.
 
-    What few need is in the config alone.
+    Rarely needed options are only in the config.
     """
     parameters = inspect.signature(rasa_ext.patch_model).parameters
     fields = {field.name: field for field in dataclasses.fields(RasaConfig)}
@@ -110,7 +110,7 @@ def test_choosing_layers(entry, options, expected):
 
 
 def test_suffixes_stop_at_dots():
-    """``proj`` does not match ``q_proj``, and a regular expression matches the whole name."""
+    """``proj`` does not match ``q_proj``; a regular expression must match the whole name."""
     for target in (["proj"], ["_proj"], "q_proj", r".*\.q"):
         with pytest.raises(ValueError, match="target_modules"):
             adapted(LLAMA, target_modules=target)

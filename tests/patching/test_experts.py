@@ -1,4 +1,4 @@
-"""Which stacked weights are adapted, what is said of the others, and the way back."""
+"""Patching of stacked expert weights: targets, reasons for skipped weights, unpatch, errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_all_linear_takes_every_expert_weight_beside_the_linear_layers(family):
     ids=str,
 )
 def test_some_of_the_expert_weights(options, expected):
-    """The others compute as before. Nothing is said of a choice, but in the summary."""
+    """Other experts compute as before. Only the summary mentions them, no warning does."""
     base = experts.model()
     model = copy.deepcopy(base)
     with warnings.catch_warnings():
@@ -155,7 +155,7 @@ def parallel(module: nn.Module) -> None:
 
 
 class Params4bit(nn.Parameter):
-    """As bitsandbytes' is one."""
+    """A stand-in for bitsandbytes' class of this name."""
 
 
 def quantized(module: nn.Module) -> None:
@@ -175,7 +175,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("change", "said"), REFUSED, ids=lambda value: str(value)[:20])
 def test_weights_that_cannot_be_adapted(change, said):
-    """Found before anything changes, although what stands in front could be adapted."""
+    """The error is raised before any change, although earlier weights could be adapted."""
     model = experts.model()
     change(list(experts.experts_of(model).values())[1])
     where = r"^experts: 'model\.layers\.1\.mlp\.experts\."
@@ -184,7 +184,7 @@ def test_weights_that_cannot_be_adapted(change, said):
         warnings.simplefilter("ignore")
         skipped = rasa_ext.summary(rasa_ext.patch_model(model, 3, 1)).skipped
     advised = [name for name, reason in skipped.items() if "the argument experts" in reason]
-    assert 2 <= len(advised) < 4  # not of what it would refuse
+    assert 2 <= len(advised) < 4  # not for weights that it would refuse
 
 
 def test_sharded_weights():
@@ -222,7 +222,7 @@ def test_unpatch_gives_the_model_back(family, grouping):
 @pytest.mark.parametrize("k", [0, 1, 3])
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_summary(grouping, k):
-    """Rows, counts and text, against a count by hand."""
+    """Rows, counts and text agree with an independent count."""
     rank, layers = 3, 2
     model = experts.patched(experts.model(), grouping, rank, k)
     found = rasa_ext.summary(model)
@@ -247,7 +247,7 @@ def test_summary(grouping, k):
 
 
 def test_groups_of_ones_own():
-    """They split the pools of "slot" and "shared"; with "layer" each layer is a group anyway."""
+    """``groups`` splits pools of "slot" and "shared"; with "layer", layers are separate anyway."""
     options = {"groups": {"first": ["layers.0.mlp.experts.gate_up_proj"]}}
     for grouping, expected in (("shared", 3), ("slot", 3), ("layer", 4)):
         model = experts.patched(experts.model(), grouping, **options)
@@ -269,7 +269,7 @@ def test_ranks_of_ones_own():
 
 
 def test_a_router_that_is_trained_in_full():
-    """Its gradient comes through the weights of what it chose."""
+    """A router trained in full gets a gradient through the shares of the chosen experts."""
     model = experts.patched(experts.model(), "shared", modules_to_save=["gate"])
     tokens = torch.arange(12).view(2, 6)
     model(tokens, labels=tokens).loss.backward()

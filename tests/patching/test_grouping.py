@@ -1,4 +1,4 @@
-"""Which layers share a pool, how the tensors are shaped and drawn, and who owns them."""
+"""Groups of layers that share a pool; shapes, initial values and owners of adapter tensors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _LLAMA_8B = {
 
 
 def nested(shapes: dict[str, tuple[int, int]], device: str = "cpu") -> nn.Module:
-    """A tree of modules with linear layers (out, in) at the given paths."""
+    """Build a tree of modules with linear layers (out, in) at the given paths."""
     root = nn.Module()
     for name, (out, width) in shapes.items():
         *path, last = name.split(".")
@@ -44,7 +44,7 @@ def nested(shapes: dict[str, tuple[int, int]], device: str = "cpu") -> nn.Module
 
 
 def pools_of(model: nn.Module) -> list[list[str]]:
-    """Names by the pool that they hold, in order."""
+    """List the names of layers that share a pool, in model order."""
     found: dict[int, list[str]] = {}
     for name, layer in adapted_layers(model).items():
         found.setdefault(id(layer.pool), []).append(name)
@@ -58,7 +58,7 @@ def plain_shapes(model: nn.Module, names) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("entry", [*EVERY, EXPERTS], ids=ids)
 @pytest.mark.filterwarnings("ignore:.*3-D")
 def test_models(entry):
-    """Every linear layer but a head is adapted, and shares its pool with those of its group."""
+    """Every linear layer except heads is adapted, and shares a pool with its group's layers."""
     base = entry.build()
     model = rasa_ext.patch_model(copy.deepcopy(base), RANK, 1)
     assert pools_of(model) == oracle.groups(plain_shapes(base, entry.targets(base)))
@@ -166,7 +166,7 @@ def test_the_seed_decides_the_draw():
 
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_every_parameter_has_one_place(entry):
-    """The pool is registered on the first layer of its group, and nowhere else."""
+    """Each parameter has one owner; a pool is registered only on its group's first layer."""
     base = entry.build()
     plain = len(base.state_dict())
     model = rasa_ext.patch_model(base, RANK, 2)
@@ -182,7 +182,7 @@ def test_every_parameter_has_one_place(entry):
         assert modules[id(layer.pool)] == f"{first}.pool"
         assert ("pool" in layer._modules) == (name == first)
     assert isinstance(layer.pool, rasa_ext.nn.RasaPool)
-    if entry is not TWO_NAMES:  # one of whose layers stands under both
+    if entry is not TWO_NAMES:  # its state dict has one layer twice
         assert len(model.state_dict()) == plain + len(rasa_ext.adapter_parameters(model))
 
 

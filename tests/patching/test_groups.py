@@ -1,4 +1,4 @@
-"""groups: the layers that share a pool where the usual rule does not fit, chosen by the user."""
+"""groups: the user chooses which layers share a pool if the default rule does not fit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.unet import ENDS, Unet, by_end
 
 
 def members(model: nn.Module) -> set[frozenset[str]]:
-    """The sets of layers that hold one pool."""
+    """Return the sets of layers that share a pool."""
     pools: dict[int, list[str]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, rasa_ext.RasaLinear):
@@ -32,7 +32,7 @@ def members(model: nn.Module) -> set[frozenset[str]]:
 
 
 def expected(key) -> set[frozenset[str]]:
-    """The same, from a rule: layers of one key and shape."""
+    """Return the sets of layers with equal ``key(name)`` and shape."""
     found: dict[object, set[str]] = {}
     for name, layer in Unet().named_modules():
         if isinstance(layer, nn.Linear):
@@ -57,13 +57,13 @@ NAMES = {
 def test_each_form_gives_the_groups(form):
     model = rasa_ext.patch_model(Unet(), 2, 1, groups=FORMS[form])
     assert members(model) == expected(by_end)
-    assert len(members(model)) == 12  # six ends of two widths
+    assert len(members(model)) == 12  # six ends, two widths
     names = {row.pattern for row in rasa_ext.summary(model)}
     assert names == NAMES.get(form, set(ENDS))
 
 
 def test_the_formula_holds_over_chosen_groups():
-    """Outputs and gradients against the dense formula, the pool of a group being its own."""
+    """Outputs equal the dense formula, and every row of a group's pool gets a gradient."""
     base, x = Unet(), torch.randn(2, 5, 8, dtype=torch.float64)
     model = patched(base, 3, 1, groups=ENDS).double()
     torch.testing.assert_close(model(x), oracle.dense_model(base, adapters(model))(x))
@@ -172,7 +172,7 @@ def test_little_sharing_is_warned_of_with_groups_that_help():
     ends = [item.strip("' ") for item in suggested.strip("[]").split(",")]
     assert ends == ENDS[:4]
     assert told(Unet(), k=1, groups=ENDS) == []
-    assert told(Unet(), k=0) == []  # asked for a LoRA
+    assert told(Unet(), k=0) == []  # k = 0 is a LoRA on purpose
     assert told(LLAMA.build(), k=1) == []
 
 

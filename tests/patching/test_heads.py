@@ -1,4 +1,4 @@
-"""Output heads that all-linear leaves out, and 1x1 convolutions, which are named as left out."""
+"""Layers that all-linear skips: output heads, and 1x1 convolutions, which the summary lists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def body() -> nn.ModuleList:
 
 
 def vision(*paths: str, out: int = 10, **more: object) -> nn.Module:
-    """Blocks and, last, linear layers at the given paths; a model with attributes of its own."""
+    """Build a model of blocks, then heads at ``paths``, with further attributes ``more``."""
     model = nn.Module()
     model.blocks = body()
     model.norm = nn.LayerNorm(8)
@@ -36,7 +36,7 @@ def vision(*paths: str, out: int = 10, **more: object) -> nn.Module:
 
 
 def timm(*paths: str) -> nn.Module:
-    """Classifiers that only the model itself knows by name."""
+    """Build a model with heads that only the model's ``get_classifier`` identifies."""
     model = vision(*paths)
     found = tuple(map(model.get_submodule, paths))
     model.get_classifier = lambda: found if len(found) > 1 else found[0]
@@ -44,7 +44,7 @@ def timm(*paths: str) -> nn.Module:
 
 
 def language_model() -> nn.Module:
-    """A bare module whose last layer scores the words, under a name of its own."""
+    """Build a plain module with an output layer over words that has an unusual name."""
     return vision("unembed", out=50, words=nn.Embedding(50, 8), places=nn.Embedding(16, 8))
 
 
@@ -75,12 +75,12 @@ def test_heads_are_left_out(name):
     skipped = rasa_ext.summary(model).skipped
     assert list(skipped) == heads
     assert all("head" in reason or "classifier" in reason for reason in skipped.values())
-    model = rasa_ext.patch_model(build(), 2, 1, target_modules=heads)  # asked for by name
+    model = rasa_ext.patch_model(build(), 2, 1, target_modules=heads)  # heads named as targets
     assert len(rasa_ext.summary(model).skipped) == 2
 
 
 def square() -> nn.Module:
-    """A layer as square as the table of places is no head."""
+    """Build a model with a square layer, as large as the position table, that is no head."""
     return vision("mix", out=8, places=nn.Embedding(8, 8))
 
 
@@ -99,7 +99,7 @@ def test_layers_that_are_no_heads_stay(build):
 
 
 def convnext() -> nn.Module:
-    """timm's ConvNeXt with conv_mlp: everything but the head is a convolution."""
+    """Build a model like timm's ConvNeXt with conv_mlp: all convolutions, except the head."""
     model = nn.Module()
     model.stem = nn.Conv2d(3, 8, 4)
     model.blocks = nn.ModuleList(
@@ -145,7 +145,7 @@ def test_pointwise_convolutions_are_named_with_the_reason():
 
 
 class FusedHead(nn.Module):
-    """As fused losses compute logits: from the head's weight, without a call of the head."""
+    """Computes logits like fused losses: from the head's weight, without calling the head."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

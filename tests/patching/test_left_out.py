@@ -1,4 +1,4 @@
-"""Layers that stay as they are though "all-linear" is asked for, and what is said of them."""
+"""Layers that "all-linear" skips, and the reasons in ``summary``."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ REST = {
 
 
 def left_out(model, suffixes):
-    """The reasons against layers of these names, of which there are some of each."""
+    """Return the reasons for skipping layers with these suffixes, after checking that all exist."""
     skipped = rasa_ext.summary(model).skipped
     found = {s: {skipped[n] for n in skipped if n.endswith(f".{s}")} for s in suffixes}
     assert all(found.values()), skipped
@@ -58,7 +58,7 @@ def left_out(model, suffixes):
 
 @pytest.mark.parametrize(("family", "names"), {**OTHER_FORWARD, **READ}.items())
 def test_what_cannot_be_adapted(family, names):
-    """The rest trains, every parameter of it, and merges to what it was."""
+    """Other layers are adapted: each adapter parameter gets a gradient, and merging works."""
     base = experts.model(family).eval()
     model = adapted(base, None)
     word = "reads its weight without calling it" if family in READ else "does not compute x W"
@@ -77,7 +77,7 @@ def test_what_cannot_be_adapted(family, names):
 
 
 class OwnForward(nn.Linear):
-    """A linear layer all the same, as Falcon writes it."""
+    """A linear layer with a forward like Falcon's."""
 
     def forward(self, x):
         return x @ self.weight.T + self.bias
@@ -101,7 +101,7 @@ def test_a_forward_of_its_own_that_computes_another_function_is_not():
 
 
 class Reads(nn.Module):
-    """Each of its layers is used in another way; ``names`` are those that cannot be adapted."""
+    """A module that uses each layer differently; layers in ``names`` cannot be adapted."""
 
     names = ("product", "functional", "later", "part")
 
@@ -138,7 +138,7 @@ def test_layers_whose_weight_is_read_are_found_in_the_code():
 
 @pytest.fixture
 def kernelized(monkeypatch):
-    """gpt-oss as use_kernels=True marks it: a kernel of the hub replaces the forward of MLPs."""
+    """gpt-oss as loaded with use_kernels=True: a kernel of the hub replaces the MLPs' forward."""
     base = experts.model("gpt_oss")
     base._use_kernels = True
     kind = type(base.model.layers[0].mlp)
@@ -147,7 +147,7 @@ def kernelized(monkeypatch):
 
 
 def test_experts_that_a_kernel_reads(kernelized):
-    """Such a kernel does not call the experts."""
+    """Experts are refused if a kernel reads their weights without calling them."""
     reason = "GptOssMLP runs a kernel that reads it; load without use_kernels"
     named = RasaConfig(r=2, rasa_experts="shared", target_modules=["q_proj", "experts.down_proj"])
     for call in (
@@ -186,7 +186,7 @@ def test_other_methods_are_not_advised_to_adapt_experts():
 
 
 def test_one_shared_expert_is_named():
-    """A stack of one, as Inkling has it."""
+    """A stack of one shared expert, as in Inkling, is listed."""
 
     class SharedExperts(nn.Module):
         def __init__(self):
@@ -202,7 +202,7 @@ def test_one_shared_expert_is_named():
 
 
 def test_nothing_is_said_where_little_is_left_alone():
-    """Of routers alone, once the experts are adapted."""
+    """There is no warning if only routers are skipped."""
     model = experts.model()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

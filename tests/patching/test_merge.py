@@ -45,15 +45,15 @@ def largest_change(model) -> float:
 @pytest.mark.parametrize("k", [0, 1, RANK])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, SEQUENTIAL], ids=ids)
 def test_merged_weights(entry, k, dtype, device):
-    """W + dW summed in float32 (or wider) and rounded once; the returned figure is max |dW|."""
+    """W + dW is summed in float32 or wider and rounded once; merge returns max |dW|."""
     base = entry.build().to(device, dtype)
     model = patched(base, RANK, k)
     before = Snapshot(model)
-    rasa_ext.unmerge(model)  # of nothing
+    rasa_ext.unmerge(model)  # not merged, so no effect
     largest = rasa_ext.merge(model)
     assert isinstance(largest, float)
     assert largest == pytest.approx(largest_change(model), rel=1e-5)
-    assert rasa_ext.merge(model) == largest  # once more adds nothing
+    assert rasa_ext.merge(model) == largest  # a second merge has no effect
     rounding = 1.01 * max(torch.finfo(dtype).eps / 2, torch.finfo(torch.float32).eps)
     for name, adapter in adapters(model).items():
         module = base.get_submodule(name)
@@ -69,7 +69,7 @@ def test_merged_weights(entry, k, dtype, device):
 @pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload])
 @pytest.mark.parametrize("k", [0, 1])
 def test_results_that_are_not_finite_are_refused(bad, call, k):
-    """In the last layer, after all others would have been merged; 1e6 is too much for float16."""
+    """No layer is merged if the last one would not be finite; 1e6 overflows float16."""
     model = patched(LLAMA.build().half(), RANK, k)
     name = list(adapted_layers(model))[-1]
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_unpatch_keeps_what_modules_to_save_learned():
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_disable_adapter(entry, merged):
-    base = entry.build().eval().requires_grad_(False)  # torch's matmul looks at that flag
+    base = entry.build().eval().requires_grad_(False)  # torch's matmul depends on that flag
     model = patched(base).eval()
     if merged:
         rasa_ext.merge(model)
@@ -171,7 +171,7 @@ def test_disable_adapter_ends_with_an_exception():
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_contexts_that_overlap(merged):
-    """Neither of two threads, say, ends what the other began, nor leaves the adapter off."""
+    """The adapter is off until the last overlapping context ends, and then on again."""
     base = LLAMA.build().eval().requires_grad_(False)
     model = patched(base).eval()
     if merged:
@@ -192,7 +192,7 @@ def test_contexts_that_overlap(merged):
 
 @pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)
 def test_autocast_does_not_reach_a_merge(entry):
-    """dW is float32 whatever the products around it are computed in."""
+    """dW and merged weights are computed in float32 under autocast, too."""
     model, inside = (patched(entry.build()) for _ in range(2))
     expected = dict(rasa_ext.delta_weights(model))
     rasa_ext.merge(model)
@@ -210,7 +210,7 @@ def test_autocast_does_not_reach_a_merge(entry):
 @pytest.mark.parametrize("k", [0, 1, RANK])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, TWO_NAMES], ids=ids)
 def test_delta_weights(entry, k, dtype):
-    """(out, in) in float32 whatever the base's dtype and layout, and detached."""
+    """dW is (out, in), float32 and detached, for every dtype and layout of the base."""
     model = patched(entry.build().to(dtype), RANK, k)
     found = dict(rasa_ext.delta_weights(model))
     assert found.keys() == adapted_layers(model).keys()
@@ -225,7 +225,7 @@ def test_delta_weights(entry, k, dtype):
 
 
 def test_a_tied_weight_is_not_merged():
-    """The embedding that shares the head's weight would change with it."""
+    """A merge must not change an embedding that shares the head's weight."""
     model = patched(TIED.build(), RANK, 1, target_modules=["readout"])
     before = Snapshot(model)
     with pytest.raises(ValueError, match=r"readout.*shared with.*embed"):
@@ -253,7 +253,7 @@ MADE_ANEW = {
 
 @pytest.mark.parametrize("kind", MADE_ANEW)
 def test_a_weight_that_is_made_of_others_takes_no_merge(kind):
-    """It adapts, and trains; a merge would be gone with the next forward."""
+    """A layer with a recomputed weight can train, but a merge would be lost in the next forward."""
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
     MADE_ANEW[kind](model[2])
     x = torch.randn(3, 6)

@@ -24,7 +24,7 @@ def base_model(family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def stacked(model: nn.Module, name: str) -> Tensor:
-    """A stacked weight of a model, patched or plain, as (E, out, in)."""
+    """Return a stacked weight of a patched or plain model as (E, out, in)."""
     path, _, key = name.rpartition(".")
     experts = model.get_submodule(path)
     weight = getattr(getattr(experts, "base_layer", experts), key).detach()
@@ -90,7 +90,7 @@ def test_subtracting_restores_every_expert(grouping):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_changes_lie_as_their_parameters_do(family):
-    """So that they can be added to those, also where these are square."""
+    """dW has the parameter's layout, so that users can add it, even if the shape is square."""
     base = base_model(family)
     model = patched(base, experts="shared", target_modules=r".*experts\.\w+_proj")
     for name, dW in rasa_ext.delta_weights(model):

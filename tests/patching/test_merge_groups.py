@@ -1,4 +1,4 @@
-"""Merging takes the layers of a group together: in chunks, whatever they are, all or none."""
+"""Merging layers of a group together: in chunks, for mixed layers, all or none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def watched(monkeypatch) -> list[int]:
-    """From now on, how many layers each merge of a chunk takes."""
+    """Return a list that gets the number of layers of each chunk that is merged from now on."""
     counts, direct = [], ops.merge_group
 
     def counting(weights, Ap, Bp):
@@ -37,7 +37,7 @@ def watched(monkeypatch) -> list[int]:
     [(0, [1] * 5), (4 * 48, [1] * 5), (8 * 48 - 1, [1] * 5), (8 * 48, [2, 2, 1]), (1 << 20, [5])],
 )
 def test_layers_are_merged_in_chunks(size, counts, monkeypatch):
-    """As many as CHUNK_BYTES of dW in float32 hold, at least one, with the same bits."""
+    """A chunk has the layers that fit CHUNK_BYTES of float32 dW, or one; results do not change."""
     base = nn.Sequential(*(nn.Linear(8, 6) for _ in range(5))).bfloat16()
     alone, model = patched(base), patched(base)
     monkeypatch.setattr(parts, "CHUNK_BYTES", 0)
@@ -55,7 +55,7 @@ def test_layers_are_merged_in_chunks(size, counts, monkeypatch):
 
 
 def mixed_group() -> nn.Module:
-    """One group by names and shapes, of every dtype and both layouts."""
+    """Return layers with one group's names and shapes, in every dtype and both layouts."""
     layers = [kind().to(dtype) for dtype in DTYPES for kind in (lambda: nn.Linear(6, 6), conv1d)]
     return nn.Sequential(*layers, nn.Linear(6, 6), nn.Linear(6, 2))
 
@@ -91,7 +91,7 @@ subtracting = functools.partial(rasa_ext.merge, subtract=True)
 @pytest.mark.parametrize("when", [1, 2, 3])
 @pytest.mark.parametrize("call", [rasa_ext.merge, rasa_ext.merge_and_unload, subtracting])
 def test_an_interrupted_merge_changes_nothing(call, when, error, monkeypatch):
-    """merge puts back what it has written; merge_and_unload has looked at copies up to there."""
+    """merge restores weights when interrupted; merge_and_unload first checks copies."""
     model = patched(nn.Sequential(*(nn.Linear(8, 6) for _ in range(3))))
     before, direct, calls = Snapshot(model), ops.merge_group, []
 

@@ -1,4 +1,4 @@
-"""Merging without a copy of the base: unmerging subtracts, and still gives every bit back."""
+"""Merging without a copy of the base: unmerging subtracts dW and still restores every bit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = [f"{entry.name}-{dtype}" for entry, dtype in CASES]
 
 
 def small(model, size: float) -> None:
-    """Trainable parameters that make dW about ``size``."""
+    """Draw trainable parameters so that dW is about ``size``."""
     with torch.no_grad():
         for parameter in trained(model).values():
             parameter.normal_().mul_(size if parameter.dim() == 1 else 0.3)
@@ -55,7 +55,7 @@ def unmerge(model) -> None:
 @pytest.mark.parametrize("side", ["peft", "patched"])
 @pytest.mark.parametrize(("entry", "dtype"), CASES, ids=IDS)
 def test_cycles_give_every_bit_back(entry, dtype, side):
-    """A hundred, each with other numbers: no drift, and merged weights as with a copy."""
+    """A hundred different merges cause no drift; merged weights are the same as with a copy."""
     base = entry.build().to(dtype)
     model = adapted(base) if side == "peft" else patched(base)
     before = weights(model)
@@ -93,7 +93,7 @@ def test_what_is_kept_is_small_where_the_change_is(dtype, figure):
     assert shares == sorted(shares)
     assert shares[1] < 0.05
     assert shares[2] < 0.3
-    assert shares[-1] == 1  # a copy, which is smaller
+    assert shares[-1] == 1  # stored as a copy, which is smaller
 
 
 def test_signs_of_zeros_and_values_that_are_no_numbers_come_back():
@@ -109,7 +109,7 @@ def test_several_adapters_one_after_the_other():
     before = weights(model)
     model.unmerge_by_subtracting()
     model.base_model.merge_adapter(["default"])
-    model.unmerge_by_subtracting(False)  # what was begun goes on
+    model.unmerge_by_subtracting(False)  # merged layers keep subtracting
     model.base_model.merge_adapter(["second"])
     close(logits(model), dense(model, "default", "second"))
     model.unmerge_adapter()
@@ -119,18 +119,18 @@ def test_several_adapters_one_after_the_other():
 @pytest.mark.parametrize("side", ["peft", "patched", pytest.param("experts", marks=needs_experts)])
 @pytest.mark.parametrize("bytes_", [1, 1 << 20])
 def test_an_adapter_that_changed_meanwhile(side, bytes_, monkeypatch):
-    """Nothing is unmerged then, whatever is taken at a time."""
+    """If the adapter has changed, no layer is unmerged, for any chunk size."""
     monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", bytes_)
     makers = {"patched": lambda: patched(make_model()), "peft": tiny, "experts": tuned}
     model = makers[side]()
     with torch.no_grad():
         for parameter in trained(model).values():
-            parameter.mul_(0.1)  # so that little is kept
+            parameter.mul_(0.1)  # so that few entries are stored
     before = weights(model)
     merge(model)
     merged = weights(model)
     changed = [*trained(model).values()]
-    if side == "patched":  # the last chunk alone, which comes after others
+    if side == "patched":  # only the last chunk
         changed = changed[-1:]
     numbers = [parameter.detach().clone() for parameter in changed]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""trainable_token_indices of patch_model: against a model whose whole table is trained."""
+"""trainable_token_indices of patch_model, compared with training a whole table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def with_rows(entry, given=IDS, **options):
 
 
 def moved(entry, given=IDS, dtype=torch.float32, **options):
-    """Rows and adapters far from where they start."""
+    """Return a patched model with randomized rows and adapters."""
     model = patched(entry.build().to(dtype), trainable_token_indices=given, **options)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -49,7 +49,7 @@ def moved(entry, given=IDS, dtype=torch.float32, **options):
 def test_twenty_steps_are_those_of_a_masked_table(entry):
     inputs = entry.inputs(0)
     model = with_rows(entry, adapter_dtype=torch.float64).double()
-    rows = rasa_ext.adapter_parameters(model)[-1]  # others stay, and with B = 0 they do nothing
+    rows = rasa_ext.adapter_parameters(model)[-1]  # others stay at B = 0, without effect
     assert rows.shape[0] == 3
     dense = entry.build().double().requires_grad_(False)
     table = dense.get_submodule(TABLES[entry.name][0]).weight.requires_grad_(True)
@@ -149,7 +149,7 @@ def test_a_tied_head_may_be_named_as_well():
 
 
 def test_resized_embeddings():
-    """New tokens: their rows are past the old end, and only they are trained."""
+    """Rows of new tokens, beyond the old end of the table, can be trained."""
     model = LLAMA.build()
     model.resize_token_embeddings(34)
     rasa_ext.patch_model(model, 4, trainable_token_indices={"embed_tokens": [32, 33]})
@@ -185,7 +185,7 @@ def gemma():
 
 
 GEMMA = dataclasses.replace(LLAMA, name="gemma", make=gemma)
-"""Its embeddings are scaled, its head is tied, and it has a padding token."""
+"""A model with scaled embeddings, a tied head and a padding token."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Messages for what is often tried: each says what to do instead."""
+"""Messages for common mistakes: each says what to do instead."""
 
 from __future__ import annotations
 
