@@ -1,4 +1,4 @@
-"""How products reach cuBLAS: through cublasLt where it has an algorithm, and never over nothing."""
+"""How products reach cuBLAS: through cublasLt if it has an algorithm, and never as empty sums."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.helpers.operators import DTYPES, columns, every_other, one_row, part,
 from tests.helpers.threads import run_in_threads
 from tests.ops.test_linear import EMPTY, draw
 
-# Ways of cublasLt to refuse a product: by a status, by no or by a bad result, when it is to run.
+# Ways in which cublasLt refuses a product: a status, no result, a bad result, an error on launch.
 REFUSALS = {"status": 1, "no result": 2, "state": 3, "product": 4}
 BROKEN = 5
 
 
 def inputs(tokens, width, out, rank, dtype=torch.float32):
-    """x, weight, bias, Ap and Bp."""
+    """Draw x, weight, bias, Ap and Bp."""
     return draw((tokens, width, out, rank), dtype, "cpu")[:5]
 
 
@@ -51,7 +51,7 @@ def one_column(y: Tensor) -> Tensor:
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_base_output(host, layout, how, dtype):
-    """The base's output is added where it lies if its rows do, else a copy of it is."""
+    """cublasLt reads the base's output in place if the layout allows; otherwise a copy is added."""
     x, _, _, Ap, Bp, y, _ = draw((18, 5, 6, 3), dtype, "cpu")
     y = layout(y)
     before = y.clone()
@@ -66,7 +66,7 @@ def test_base_output(host, layout, how, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bias(host, dtype):
-    """Added by the first product that gives y, whatever lies how: nothing else writes y before."""
+    """The first product that writes y adds the bias, whatever the bias's strides."""
     for tokens, strided in itertools.product((1, 18), (False, True)):
         x, weight, bias, Ap, Bp = inputs(tokens, 5, 6, 3, dtype)
         if strided:
@@ -84,9 +84,9 @@ ROWS = itertools.count(2)
 
 
 def is_asked_again(host) -> bool:
-    """Whether a kind of product is, at the latest after as many others as the table has room for.
+    """Return whether cublasLt is asked twice for one kind of product, after up to 4096 other kinds.
 
-    The table of choices is emptied when it is full, and has just been.
+    The table of choices is emptied when it is full, so afterwards it is almost empty.
     """
     x, weight, _, Ap, Bp = inputs(1, 1, 1, 1, torch.float64)
 
@@ -96,7 +96,7 @@ def is_asked_again(host) -> bool:
     first, before, others = next(ROWS), set(), 0
     host.heuristics()
     while True:
-        held = [multiply(first) for _ in range(20)]  # all alignments that a result may have
+        held = [multiply(first) for _ in range(20)]  # results in every alignment
         asked = set(host.heuristics())
         del held
         if before & asked or others > 4096:
@@ -109,15 +109,15 @@ def is_asked_again(host) -> bool:
 
 @pytest.fixture
 def few_choices(host) -> None:
-    """So that the table is not emptied in the middle of a test."""
+    """Empty the table of choices, so that it is not emptied in the middle of a test."""
     assert is_asked_again(host)
 
 
 @pytest.mark.parametrize("how", REFUSALS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fall_back(host, few_choices, how, dtype):
-    """What cublasLt refuses, cuBLAS computes to the same bits; and it is not asked again."""
-    # So many tokens as nowhere else, or algorithms would be known and stay refused.
+    """cuBLAS computes what cublasLt refuses, bit-identically, and cublasLt is not asked again."""
+    # A number of tokens used nowhere else: other tests would find the algorithms refused.
     tokens = 140 + len(REFUSALS) * DTYPES.index(dtype) + list(REFUSALS).index(how)
     x, weight, bias, Ap, Bp, y, _ = draw((tokens, 5, 6, 3), dtype, "cpu")
 
@@ -136,7 +136,7 @@ def test_fall_back(host, few_choices, how, dtype):
         found = run()
         assert [call.partition(" ")[0] for call in host.calls()] == ["GemmEx"] * 10
         asked = host.heuristics()
-        assert len(asked) in (9, 10)  # U is computed twice, into memory that may lie otherwise
+        assert len(asked) in (9, 10)  # U twice, perhaps in another alignment
         for _ in range(5):
             run()
         asked += host.heuristics()
@@ -144,14 +144,14 @@ def test_fall_back(host, few_choices, how, dtype):
         assert host.refused() == (len(asked) if how == "product" else 0)
     close(found[0], linear(x, weight, bias, found[1], Bp))
     close(found[2], y.double() + found[1].double() @ Bp.double())
-    # With new memory some products go through cublasLt again, with the same result.
+    # In memory of other alignments, some products use cublasLt again, with equal results.
     for mine, theirs in zip(found, run(), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_a_failure_is_told_once_and_cublas_takes_over(host, capfd):
-    """As in torch, whatever the status; what is wrong with the device comes back from cuBLAS."""
-    x, weight, bias, Ap, Bp = inputs(29, 70, 7, 3)  # elsewhere such products are not refused
+    """Any failure of cublasLt warns once, as in torch; cuBLAS reports errors of the device."""
+    x, weight, bias, Ap, Bp = inputs(29, 70, 7, 3)  # a shape that no other test uses
     host.reset()
     with host.refusing(BROKEN):
         y, U = host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
@@ -165,7 +165,10 @@ def test_a_failure_is_told_once_and_cublas_takes_over(host, capfd):
 @pytest.mark.parametrize("tokens", [1, 18])
 @pytest.mark.parametrize("shift", [1, 2, 4, 8])
 def test_a_bias_below_16_bytes_is_no_epilogue(host, shift, tokens, dtype):
-    """As a piece of a flat buffer lies; cublasLt is not asked, since its kernels may fault."""
+    """cublasLt gets no bias that is not aligned to 16 bytes, since its kernels may fault.
+
+    Pieces of a flat buffer can have such an address.
+    """
     x, weight, bias, Ap, Bp = inputs(tokens, 5, 6, 3, dtype)
     host.reset()
     with host.refusing(0):
@@ -177,7 +180,10 @@ def test_a_bias_below_16_bytes_is_no_epilogue(host, shift, tokens, dtype):
 
 
 def test_a_bias_is_added_before_a_long_sum_is_rounded(host):
-    """A sum that may be split is rounded before its epilogue: there D holds the bias first."""
+    """For a sum that may be split, the bias is written to D first.
+
+    cublasLt rounds a split sum before it adds an epilogue's bias.
+    """
     for width, epilogue in ((512, True), (513, False)):
         x, weight, bias, Ap, Bp = inputs(1, width, 6, 3)
         host.reset()
@@ -187,14 +193,14 @@ def test_a_bias_is_added_before_a_long_sum_is_rounded(host):
 
 
 def test_choices_are_kept(host):
-    """One choice for each kind of product; sums in two parts stay in float32, in a workspace."""
+    """cublasLt chooses once for each kind of product; split sums stay float32, in a workspace."""
 
     def asked(*args: Tensor | None) -> dict[str, list[str]]:
-        """Products that algorithms were chosen for, with the rest that was said of each."""
+        """Return products that algorithms were chosen for, and the other details of each choice."""
         for _ in range(10):
             host.ops.low_rank_linear(*(t if t is None else t.clone() for t in args))
         lines = host.heuristics()
-        # Memory that lies otherwise gives other kinds, but no kind comes twice.
+        # Other alignments are other kinds, but no kind occurs twice.
         assert len(set(lines)) == len(lines)
         chosen: dict[str, list[str]] = {}
         for line in lines:
@@ -210,7 +216,7 @@ def test_choices_are_kept(host):
     assert all("bias" in line for line in chosen[up])
     for line in itertools.chain(*chosen.values()):
         assert f"workspace={32 << 20} reduction=2 " in line
-    # Another dtype, math mode or distance of rows, or no bias: other kinds.
+    # Another dtype, math mode or row stride, or no bias, is another kind.
     assert set(asked(*(t.bfloat16() for t in args))) == {down, up, base}
     with host.with_math_mode(0):
         assert set(asked(*args)) == {down, up, base}
@@ -220,7 +226,7 @@ def test_choices_are_kept(host):
 
 
 def test_alignment(host):
-    """Pointers that lie worse than those before need a choice of their own."""
+    """Pointers with a smaller alignment than before need a new choice."""
     args = inputs(18, 84, 85, 3)
     y = host.ops.low_rank_linear(*args)[0]
     for place, shift in itertools.product(range(5), (1, 2, 4)):
@@ -230,13 +236,13 @@ def test_alignment(host):
         assert torch.equal(host.ops.low_rank_linear(*moved)[0], y)
         found = [line.partition("alignment=")[2] for line in host.heuristics()]
         alignments = [line.replace(" bias=", ",").split(",") for line in found]
-        # x is an operand of two products. A bias that lies worse than at 16 bytes is copied.
+        # x is an operand of two products. A bias that is not aligned to 16 bytes is copied.
         expected = 2 if place == 0 else 0 if place == 2 and shift < 4 else 1
         assert sum(str(4 * shift) in each for each in alignments) == expected
 
 
 def test_tf32(host):
-    """Only float32 has it, and only with torch's flag, which its handle's math mode carries."""
+    """Only float32 uses TF32, and only if torch's flag, the handle's math mode, allows it."""
     modes = {0: "32F", 3: "TF32", 16: "32F", 19: "TF32"}
     for (mode, float32), dtype in itertools.product(modes.items(), DTYPES):
         expected = {torch.float32: float32, torch.float64: "64F"}.get(dtype, "32F")
@@ -263,7 +269,7 @@ def test_no_sum_over_nothing_reaches_cublas(host, sizes, tokens):
 
 
 def test_threads_share_choices(host):
-    """Threads that meet new kinds of product at once ask once for each."""
+    """Threads that need the same new kinds of product at once ask once for each."""
     cases = [inputs(18, width, 90, 3) for width in range(91, 131)]
     expected = [host.ops.low_rank_linear(*(t.double() for t in case))[0] for case in cases]
     host.heuristics()
@@ -283,5 +289,5 @@ def test_threads_share_choices(host):
 
 
 def test_choices_are_bounded(host):
-    """After thousands of other kinds a choice is made anew: what is kept does not grow for ever."""
+    """After thousands of other kinds a choice is made again, so the table does not grow forever."""
     assert is_asked_again(host)

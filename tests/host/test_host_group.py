@@ -1,4 +1,4 @@
-"""A group's low-rank linears at once: what the host code hands to cuBLAS, and how it lies."""
+"""The operators over a whole group: which products the host code passes to cuBLAS, and how."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.ops.test_layers import draw, formulas, operators
 
 @pytest.fixture
 def check(host, monkeypatch):
-    """The operators' values, and what they ask cuBLAS for."""
+    """A function that checks the operators' values and returns their cuBLAS calls."""
     host.take_over(monkeypatch)
 
     def run(tensors) -> list[str]:
@@ -26,8 +26,8 @@ def test_products(host):
     x, weights, bias, Ap, Bp, grad, U = draw((3, 16, 8, 24, 2), torch.bfloat16, "cpu")
     host.reset()
     host.ops.linear_group(x, weights, bias, Ap, Bp)
-    # Row-major results are cuBLAS's transposes: m is the width, n the tokens. The strides are those
-    # of its operands A and B and of the result.
+    # Row-major results are cuBLAS's transposes: m is the width, n the tokens. The strides are of
+    # cuBLAS's operands A and B and of the result.
     batch = "GemmStridedBatchedEx m={} n={} k={} batch=3 beta={} out={} math=19 strides={}"
     assert host.calls() == [
         batch.format(2, 16, 8, 0, 2, "16,128,32"),
@@ -55,7 +55,10 @@ def test_products(host):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("place", ["x", "weights", "layers"])
 def test_what_lies_worse_than_at_16_bytes_is_no_batch_by_pointers(check, place, dtype):
-    """cuBLAS does not see where pointers lead, and its kernels may fault."""
+    """A batch by pointers must be aligned to 16 bytes.
+
+    cuBLAS does not check the pointers, and its kernels may fault.
+    """
     tokens, width = (15, 9) if place == "layers" else (16, 8)
     tensors = draw((3, tokens, width, 24, 8), dtype, "cpu")
 
@@ -64,17 +67,20 @@ def test_what_lies_worse_than_at_16_bytes_is_no_batch_by_pointers(check, place, 
     elif place == "weights":
         tensors[1][1] = shifted(tensors[1][1])
     pointers = [call for call in check(tensors) if call.startswith("GemmBatchedEx")]
-    assert len(pointers) == (place == "x")  # the backward reads no x there
+    assert len(pointers) == (place == "x")  # dx's product does not read x
 
 
 def test_more_layers_than_a_table_of_one_launch(check):
-    """A batch by pointers has three for each layer, and one launch writes 510 words."""
+    """200 layers need two launches to write the table of pointers.
+
+    A batch has three pointers for each layer, and one launch writes 510 words.
+    """
     calls = check(draw((200, 2, 8, 8, 4), torch.float32, "cpu"))
     assert sum("GemmBatchedEx" in call for call in calls) == 2
 
 
 def test_large_base_products_go_alone(check):
-    """One layer fills a device: no batch by pointers, in either direction, and the same values."""
+    """Base products that fill a device are computed layer by layer, forward and backward."""
     calls = check(draw((2, 128 * 11 + 1, 4, 128 * 11, 1), torch.float32, "cpu"))
     bases = [call for call in calls if call.startswith("Matmul")]
     assert [call.split(" batch")[0] for call in bases] == ["Matmul m=1408 n=1409 k=4"] * 2

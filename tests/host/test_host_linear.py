@@ -1,4 +1,4 @@
-"""The low-rank linear's host code: what it asks cuBLAS for, dropout's mask, what it refuses."""
+"""The host code of the low-rank linear: cuBLAS calls, dropout's mask, errors for bad input."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SHAPE = (17, 9, 7, 3)
 
 
 def test_products(host):
-    """The adapter comes first, the base is added to it, and nothing is computed in vain."""
+    """The adapter's product is first, the base is added to it, and no result is unused."""
     x, weight, bias, Ap, Bp, grad, U = draw(SHAPE, torch.bfloat16, "cpu")
     host.reset()
     host.ops.low_rank_linear(x, weight, bias, Ap, Bp)
@@ -32,7 +32,7 @@ def test_products(host):
         f"{up} beta=1 {rest} C!=D",
     ]
 
-    # Each product follows one that has read the same: G for dBp, H for dAp, dx for the base.
+    # Each product follows one that used the same tensor: G for dBp, H for dAp, dx for the base.
     H, dBp = "Matmul m=3 n=17 k=7", "Matmul m=7 n=3 k=17"
     dAp, dx, add = "Matmul m=9 n=3 k=17", "Matmul m=9 n=17 k=3", "Matmul m=9 n=17 k=7"
     counts = {
@@ -51,13 +51,13 @@ def test_products(host):
         assert [call.partition(" batch")[0] for call in host.calls()] == products, need
         assert all(("out=4" in c) == c.startswith((dAp, dBp)) for c in host.calls())
         assert all(("beta=1" in c) == c.startswith(add) for c in host.calls())
-        if need[2]:  # from operands to float32 without a stop in the low precision
+        if need[2]:  # summed in float32, never rounded to the low precision
             torch.testing.assert_close(found[2], U.float().T @ grad.float())
     assert host.math_mode() == 3, "torch's math mode is put back"
 
 
 def test_products_under_a_mask(host):
-    """No product more than without: scales are alphas, and the base comes last."""
+    """A mask adds no products: scales are passed as alpha, and the base is last."""
     x, weight, bias, Ap, Bp, grad, U = draw(SHAPE, torch.bfloat16, "cpu")
     counts = []
     for mask in ((), (random_mask(x), 1.375)):
@@ -72,7 +72,7 @@ def test_products_under_a_mask(host):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_tokens(host, dtype):
-    """Up to 16 tokens cuBLAS computes the base alone; float64 has no kernel of its own."""
+    """Up to 16 tokens, cuBLAS computes only the base, except in float64, which has no kernel."""
     for tokens in (1, 16):
         x, weight, _, Ap, Bp, *_ = draw((tokens, 9, 7, 3), dtype, "cpu")
         host.reset()
@@ -83,7 +83,7 @@ def test_few_tokens(host, dtype):
 
 
 def test_the_mask_comes_from_both_words(host):
-    """The key and the offset of the stream, and from nothing else."""
+    """The mask depends only on the random stream's key and offset."""
     x = torch.ones(100, 33)
     words = [1, 2], [1, 2], [2, 2], [1, 3]
     drawn = [host.ops.dropout(torch.tensor(each), x, 0.25) for each in words]

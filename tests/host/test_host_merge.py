@@ -1,4 +1,4 @@
-"""dW of all layers of a group, and adding it to their weights: in batches, or where they lie."""
+"""Computing dW of a group's layers and adding it to weights, in batches or in place."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def draw_packs(layers, width, out, rank):
 
 
 def test_products(host):
-    """float32 weights take a product each, without TF32; others go through float32 in a batch."""
+    """float32 weights use one product each, without TF32; others a float32 batch."""
     Ap, Bp = draw_packs(3, 5, 6, 4)
     weights = [torch.randn(6, 5) for _ in range(3)]
     host.reset()
@@ -32,7 +32,7 @@ def test_products(host):
 
 
 def test_a_group_of_a_model_is_one_batch(host, monkeypatch):
-    """And autograd learns that the weights have changed."""
+    """A model's group is merged in one batch, and autograd sees that weights have changed."""
     model = patched(LLAMA.build().bfloat16()).train()
     _, loss = LLAMA.loss(model, LLAMA.inputs(0))
     host.take_over(monkeypatch)
@@ -45,7 +45,7 @@ def test_a_group_of_a_model_is_one_batch(host, monkeypatch):
 
 
 def test_merge_in_steps(host):
-    """Sums of large layers stand in memory one after the other, not all at once."""
+    """For large layers, float32 sums are in memory one layer after the other, not all at once."""
     Ap, Bp = draw_packs(2, 8192, 4500, 1)
     weights = [torch.zeros(4500, 8192, dtype=torch.bfloat16) for _ in range(2)]
     host.reset()

@@ -1,4 +1,4 @@
-"""Packs and their gradients: what the host code takes beyond the contract, and what it refuses."""
+"""Packs and their gradients: input that the host code accepts beyond the contract, and errors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.helpers.operators import draw_group, lists
 
 
 def test_gradients_in_a_low_precision(host):
-    """As under a module that casts them: they are float32 before anything is summed."""
+    """Gradients that a module has cast are converted to float32 before any sum."""
     _, _, *rest = lists(draw_group(3, 9, 7, 3, 6))
     given = [[torch.randn(9, size).bfloat16() for _ in range(3)] for size in (9, 7)]
     wide = [[each.float() for each in grads] for grads in given]

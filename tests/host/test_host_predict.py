@@ -1,4 +1,4 @@
-"""benchmarks/passes.py lists the products that the host code asks cuBLAS for, in their order."""
+"""benchmarks/passes.py lists the host code's cuBLAS products in the right order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IN, POOLED, R = 64, 9, 16
 
 
 def asked(host) -> list[tuple[int, ...]]:
-    """(rows, columns, inner, beta) of every product."""
+    """Return (rows, columns, inner, beta) of every product."""
     found = []
     for call in host.calls():
         assert "batch=1 " in call

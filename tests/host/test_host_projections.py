@@ -1,4 +1,4 @@
-"""Projections of one x: one down-projection for all, and the products of each after it."""
+"""Projections of one x: one down-projection for all layers, then the products of each layer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.ops.test_fused_projections import SHAPES, draw
 
 
 def test_products(host):
-    """One down-projection for all; in the backward one product for dAp."""
+    """All layers share one down-projection, and in the backward one product for dAp."""
     shape = (17, 9, ((12, 16), (4, 16), (4, 16)))
     *tensors, grads, U = draw(shape, torch.bfloat16, "cpu")
     x, weights, _, Ap, Bp = tensors
@@ -26,10 +26,10 @@ def test_products(host):
         "Matmul m=4 n=17 k=9 batch=1",
         "Matmul m=4 n=17 k=9 batch=1",
     ]
-    # Each bias comes with its adapter; the last projection has none.
+    # Each adapter's product adds the bias; the last projection has none.
     biased = [" bias" in call for call in host.calls()]
     assert biased == [False, True, True, False, False, False, False]
-    # Then each H_i with its dBp_i, which read the same; dAp, dx and the bases.
+    # Each H_i and then dBp_i, which read the same gradient; then dAp, dx and the bases.
     H = ["m=16 n=17 k=12", "m=16 n=17 k=4", "m=16 n=17 k=4"]
     dBp = ["m=12 n=16 k=17", "m=4 n=16 k=17", "m=4 n=16 k=17"]
     dAp, dx = ["m=9 n=48 k=17"], ["m=9 n=17 k=48", "m=9 n=17 k=12", "m=9 n=17 k=4", "m=9 n=17 k=4"]

@@ -1,4 +1,4 @@
-"""Products with one narrow side: where hand-written kernels take them, and where cuBLAS does."""
+"""Products with one narrow side: when hand-written kernels compute them, and when cuBLAS does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers.operators import check_values, columns, draw_mask, part, shif
 from tests.ops import test_fused_projections
 from tests.ops.test_linear import draw, formulas, operators
 
-SHAPE = (1024, 64, 72, 16)  # tokens from which on the kernels are asked, in, out, rank
+SHAPE = (1024, 64, 72, 16)  # the fewest tokens for the kernels, in, out, rank
 # Y = U Bp and Y += X W^T; dX = H Ap and dX += G W.
 REST = ["m=72 n=1024 k=16", "m=72 n=1024 k=64", "m=64 n=1024 k=16", "m=64 n=1024 k=72"]
 
@@ -24,7 +24,7 @@ def gradients_alone(x, weight, bias, Ap, Bp, grad, U, *mask):
 
 @pytest.fixture
 def check(host, monkeypatch):
-    """Values without dropout and with it, and of each gradient alone."""
+    """A function that checks values with and without dropout, also of each gradient alone."""
     host.take_over(monkeypatch)
 
     def run(tensors) -> None:
@@ -32,7 +32,7 @@ def check(host, monkeypatch):
             given = tensors, *draw_mask(tensors[0], dropout)
             found, expected = check_values(operators, formulas, *given)
             check_values(gradients_alone, formulas, *given)
-            # From operands to float32 without a stop in the low precision.
+            # Summed in float32, never rounded to the low precision.
             accuracy = 4 * torch.finfo(torch.float32).eps * expected["dBp"].abs().max().item()
             torch.testing.assert_close(found["dBp"], expected["dBp"].float(), rtol=0, atol=accuracy)
 
@@ -40,7 +40,7 @@ def check(host, monkeypatch):
 
 
 def products(host, x, weight, _, Ap, Bp, grad, U, *mask) -> list[str]:
-    """What cuBLAS is asked for by a forward and a backward."""
+    """Return the cuBLAS products of a forward and a backward."""
     host.reset()
     host.ops.low_rank_linear(x, weight, None, Ap, Bp, *mask)
     host.ops.low_rank_linear_backward(grad, x, weight, U, Ap, Bp, True, True, True, *mask)
@@ -57,7 +57,7 @@ def test_layouts(check, layout, place):
 
 @pytest.mark.parametrize(("offset", "count"), [(8, 4), (1, 6)])
 def test_pieces_of_flat_buffers(host, check, offset, count):
-    """An x that begins 8 elements into its memory is read as it lies; one in, it is cuBLAS's."""
+    """The kernels read an x that starts 8 elements into its memory; cuBLAS, if it starts at 1."""
     x, *others = draw(SHAPE, torch.bfloat16, "cpu")
     moved = shifted(x, offset)
     assert len(products(host, moved, *others)) == count
@@ -65,7 +65,7 @@ def test_pieces_of_flat_buffers(host, check, offset, count):
 
 
 def test_rows_that_lie_apart(host, check):
-    """The mask counts along x's rows, wherever they lie."""
+    """The mask's bits follow x's rows, even with gaps between rows."""
     _, *others = draw(SHAPE, torch.bfloat16, "cpu")
     x = torch.randn(1024, 80).bfloat16()[:, 8:72]
     assert products(host, x, *others) == REST
@@ -101,7 +101,7 @@ def test_what_is_left_to_cublas(host, shape, dtype):
 @pytest.mark.parametrize("drop", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_projections(host, dtype, drop, monkeypatch):
-    """One down-projection of 48 ranks, and columns of H and U that lie side by side."""
+    """One down-projection computes 48 ranks; each projection's H and U are adjacent columns."""
     shape = 1024, 64, ((72, 16), (40, 16), (40, 16))
     tensors = test_fused_projections.draw(shape, dtype, "cpu")
     host.take_over(monkeypatch)

@@ -1,5 +1,5 @@
-// The three cuBLAS products on the CPU, from the same arguments: pointers, leading dimensions,
-// strides, scalars and types. Refuses what cuBLAS refuses, and records every call for the tests.
+// The three cuBLAS products on the CPU, with cuBLAS's arguments: pointers, leading dimensions,
+// strides, scalars and types. Refuses the same calls as cuBLAS, and records every call for tests.
 #include "cublas_v2.h"
 
 #include <string>
@@ -95,7 +95,7 @@ cublasStatus_t cublasGemmBatchedEx(cublasHandle_t, cublasOperation_t transa,
   standin::record("GemmBatchedEx", p, batchCount, mode());
   const cublasStatus_t status = standin::judge(p);
   if (status != CUBLAS_STATUS_SUCCESS) return status;
-  // What cuBLAS documents for 16-bit types and TF32, and a kernel would fault over.
+  // cuBLAS requires this alignment for 16-bit types and TF32; without it a kernel would fault.
   const bool at_16 = Atype == CUDA_R_16F || Atype == CUDA_R_16BF ||
                      (Atype == CUDA_R_32F && (mode_of_handle & CUBLAS_TF32_TENSOR_OP_MATH) != 0);
   for (int i = 0; i < batchCount && at_16; ++i) {
@@ -109,7 +109,7 @@ cublasStatus_t cublasGemmBatchedEx(cublasHandle_t, cublasOperation_t transa,
   return status;
 }
 
-// For the tests: the handle's math mode, which is torch's.
+// For the tests: the handle's math mode, which torch sets.
 extern "C" int current_math_mode() { return mode_of_handle; }
 
 extern "C" void set_math_mode(int mode) { mode_of_handle = static_cast<cublasMath_t>(mode); }

@@ -1,6 +1,6 @@
-// cublasLt on the CPU, from the same descriptors. An algorithm here is the list of what it was
-// chosen for: a product that is not of that kind, or lies worse than was promised, is refused. It
-// writes all over its workspace, and a test can have it refuse.
+// cublasLt on the CPU, with the same descriptors. An algorithm stores what it was chosen for, and
+// refuses a product of another kind or with a smaller alignment than promised. It overwrites the
+// whole workspace. Tests can make it refuse products.
 #include "cublasLt.h"
 
 #include <chrono>
@@ -17,7 +17,7 @@ using standin::Product;
 
 namespace {
 
-// What the opaque structs hold.
+// Contents of the opaque structs.
 struct Layout {
   uint64_t type, rows, cols;
   int64_t ld;
@@ -67,7 +67,7 @@ uint16_t alignment_of(const void* data) {
   return alignment;
 }
 
-// The product that the descriptors tell of; beta is 1 where C has a layout of its own.
+// The product that the descriptors describe; alpha and beta are not set.
 Product product_of(const Operation& operation, const Layout& a, const Layout& b, const Layout& c,
                    const Layout& d) {
   Product p{};
@@ -105,7 +105,7 @@ cublasStatus_t judge(const Operation& operation, const Layout& a, const Layout& 
   return standin::judge(p);
 }
 
-// Of everything that an algorithm may depend on but alignment.
+// A hash of everything that an algorithm may depend on, except alignment.
 uint64_t hash_of(const Operation& operation, std::initializer_list<const Layout*> layouts) {
   uint64_t hash = 0;
   const auto add = [&](uint64_t value) { hash = (hash ^ value) * 0x9e3779b97f4a7c15; };
@@ -204,11 +204,11 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(
     const std::lock_guard<std::mutex> lock(heuristics_mutex);
     heuristics += line + "\n";
   }
-  // A sum of some length is split in two, whose parts stand in the workspace.
+  // Sums of 16 and more terms are split into two partial sums in the workspace.
   const uint64_t parts = p.k >= 16 ? 2 * 8 * static_cast<uint64_t>(p.m * p.n) : 0;
   algorithm.workspace = static_cast<uint32_t>(parts <= wanted.workspace ? parts : 0);
 
-  // As long as a choice takes: threads that ask for the same at once would be seen.
+  // About the time of a real choice, so that a test sees threads that ask for the same one at once.
   std::this_thread::sleep_for(std::chrono::microseconds(50));
   *count = 0;
   if (refusal == Refusal::kStatus) return CUBLAS_STATUS_NOT_SUPPORTED;
@@ -245,7 +245,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matmul, con
   for (int i = 0; i < 5; ++i) {
     if (alignment_of(pointers[i]) < algorithm.alignment[i]) return CUBLAS_STATUS_INVALID_VALUE;
   }
-  // Kernels read a bias 16 bytes at a time, and on a GPU end the context.
+  // Kernels read a bias 16 bytes at a time; a misaligned one would fault and end the CUDA context.
   if (operation.bias != nullptr && alignment_of(operation.bias) < 16) {
     ++refused;
     return CUBLAS_STATUS_EXECUTION_FAILED;
@@ -270,8 +270,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t matmul, con
   return CUBLAS_STATUS_SUCCESS;
 }
 
-// For the tests: what algorithms were asked for since the last call of this, one a line, which says
-// all that the choice may depend on.
+// For the tests: the algorithms requested since the last call of this function. Each line has all
+// that the choice may depend on.
 extern "C" const char* asked_heuristics() {
   static std::string text;
   text.swap(heuristics);
@@ -279,11 +279,11 @@ extern "C" const char* asked_heuristics() {
   return text.c_str();
 }
 
-// How cublasLt refuses from now on: one of Refusal.
+// Sets how cublasLt refuses products from now on: a `Refusal`.
 extern "C" void refuse_products(int how) {
   refusal = static_cast<Refusal>(how);
   refused = 0;
 }
 
-// How many products it has refused to run since then.
+// The number of products that it refused to run since then.
 extern "C" int refused_products() { return refused; }

@@ -1,4 +1,4 @@
-// What csrc/blas_lt.cpp uses of cublasLt, declared for a library that computes on the CPU.
+// The part of cublasLt that csrc/blas_lt.cpp uses, declared for a stand-in that computes on a CPU.
 #pragma once
 
 #include <cstddef>

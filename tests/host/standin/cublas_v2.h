@@ -1,4 +1,4 @@
-// What csrc/ uses of cuBLAS, declared for a library that computes on the CPU.
+// The part of cuBLAS that csrc/ uses, declared for a stand-in that computes on a CPU.
 #pragma once
 
 #include <cstdint>

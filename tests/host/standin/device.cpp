@@ -1,4 +1,4 @@
-// A device that is the CPU, and memory that comes full of NaN, so that reading it shows.
+// The CPU as a device. Allocated memory is filled with NaN, so that tests see reads of it.
 #include "device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -19,7 +19,7 @@ extern "C" AOTITorchError __real_aoti_torch_empty_strided(int64_t ndim, const in
                                                           int32_t device_type, int32_t device_index,
                                                           AtenTensorHandle* made);
 
-// The linker sends the library's allocations here.
+// The linker redirects the library's allocations to this function.
 extern "C" AOTITorchError __wrap_aoti_torch_empty_strided(int64_t ndim, const int64_t* sizes,
                                                           const int64_t* strides, int32_t dtype,
                                                           int32_t device_type, int32_t device_index,

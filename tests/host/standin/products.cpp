@@ -34,7 +34,7 @@ double scalar(cublasComputeType_t compute, const void* value) {
 }
 
 cublasStatus_t judge(const Product& p) {
-  // What cuBLAS does with a sum over nothing is not documented.
+  // cuBLAS does not document empty sums.
   if (p.m <= 0 || p.n <= 0 || p.k <= 0) return CUBLAS_STATUS_INVALID_VALUE;
   if (p.lda < (p.transa == CUBLAS_OP_N ? p.m : p.k)) return CUBLAS_STATUS_INVALID_VALUE;
   if (p.ldb < (p.transb == CUBLAS_OP_N ? p.k : p.n)) return CUBLAS_STATUS_INVALID_VALUE;
@@ -49,7 +49,7 @@ cublasStatus_t judge(const Product& p) {
 
 void multiply(const Product& p, const void* a, const void* b, const void* c, void* d) {
   const rasa_ext::DType in = dtype_of(p.in), out = dtype_of(p.out);
-  // Each number is read once: what is summed lies side by side.
+  // Convert each number once, with the summed dimension contiguous.
   std::vector<double> rows(p.m * p.k), columns(p.k * p.n);
   for (int64_t l = 0; l < p.k; ++l) {
     for (int64_t i = 0; i < p.m; ++i) {
@@ -66,7 +66,7 @@ void multiply(const Product& p, const void* a, const void* b, const void* c, voi
       double sum = 0;
       for (int64_t l = 0; l < p.k; ++l) sum += rows[i * p.k + l] * columns[j * p.k + l];
       sum *= p.alpha;
-      // Where beta is 0, C may hold anything.
+      // If beta is 0, C may contain anything, even NaN.
       if (p.beta != 0) sum += p.beta * rasa_ext::load(c, out, i + j * p.ldc);
       if (p.bias != nullptr) sum += rasa_ext::load(p.bias, out, i);
       rasa_ext::store(d, out, i + j * p.ldd, sum);
@@ -84,7 +84,7 @@ void record(const char* name, const Product& p, int batch, const std::string& mo
 
 }  // namespace standin
 
-// For the tests: what was called since the last reset, one call a line.
+// For the tests: the calls since the last reset, one on each line.
 extern "C" const char* recorded_calls() {
   static std::string text;
   text.clear();

@@ -1,4 +1,4 @@
-// What the stand-ins for cuBLAS and cublasLt share: products on the CPU, and a record of them.
+// Products on the CPU, and a record of them, for the stand-ins of cuBLAS and cublasLt.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace standin {
 
-// D = alpha op(A) op(B) + beta C, column-major. beta and ldc say nothing where C is not read.
+// D = alpha op(A) op(B) + beta C, column-major. If C is not read, beta and ldc have no meaning.
 struct Product {
   cublasOperation_t transa, transb;
   int64_t m, n, k;
@@ -19,15 +19,15 @@ struct Product {
   const void* bias = nullptr;  // added to every column
 };
 
-// alpha or beta, in the type that cuBLAS reads it in.
+// Reads alpha or beta in the type that cuBLAS expects for `compute`.
 double scalar(cublasComputeType_t compute, const void* value);
 
-// The documented limits of the leading dimensions, and the documented combinations of types.
+// Checks the documented limits of leading dimensions and the documented combinations of types.
 cublasStatus_t judge(const Product& product);
 
 void multiply(const Product& product, const void* a, const void* b, const void* c, void* d);
 
-// "name m=... n=... k=... batch=... beta=... out=..., bytes of an element"; and what is appended.
+// Records "name m=... n=... k=... batch=... beta=... out=<bytes of an element>" and then `more`.
 void record(const char* name, const Product& product, int batch, const std::string& more);
 
 int size_of(cudaDataType type);
