@@ -1,4 +1,4 @@
-"""The emulated kernels as a Python module."""
+"""A fixture for the emulated kernels as a Python module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.helpers import compiled
 
 @pytest.fixture(scope="session")
 def kernels() -> ModuleType:
-    """The emulated launchers of csrc/launchers.h."""
+    """The launchers of csrc/launchers.h over emulated kernels."""
     (path,) = (compiled.build("rasa_emulated") / "tests" / "emulation").glob("rasa_emulated.*.so")
     spec = importlib.util.spec_from_file_location("rasa_emulated", path)
     module = importlib.util.module_from_spec(spec)

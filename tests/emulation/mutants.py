@@ -1,11 +1,10 @@
-"""The breaks of the kernels: where they are, and sources that hold many of them at once.
+"""Find the mutants of the kernels, and write sources that contain many of them at once.
 
-Every barrier and every wait for a copy is deleted, every bound shifted in both directions (by one,
-by a loop's step, or by the numbers that all sizes are multiples of), indices are swapped, lanes
-taken for others, masks left out; in all kernels and launchers, but not in heuristics.cuh, where
-either side of a bound is right. Compiling them one by one would take longer than all else, so a
-source is written with every break in it, and the one that is on is chosen as the program starts
-(mutants.h).
+The mutants delete every barrier and every wait for a copy, shift every bound in both directions (by
+one, by a loop's step, or by the number that all sizes are multiples of), swap indices, confuse
+lanes and omit masks. They cover all kernels and launchers except heuristics.cuh, in which both
+sides of a bound are right. Compiling each mutant by itself would take most of the time. So a source
+contains all mutants, and the program chooses one at the start (mutants.h).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 KERNELS = ("dropout", "pack", "pack_backward", "decode", "skinny", "table")
 
-# What of a file a mutant can break; what several include breaks them all.
+# The kernels that a mutant in a file can break. A header may belong to several kernels.
 FILES = {
     "pack.cuh": ("pack",),
     "pack.cu": ("pack",),
@@ -41,9 +40,10 @@ FILES = {
 
 @dataclass(frozen=True)
 class Site:
-    """Characters [begin, end) of a text, and what breaks them; ``choice`` is all of it in one.
+    """Characters [begin, end) of a text, and replacements that break the code.
 
-    In ``choice``, @0 and @1 stand for the numbers of the mutants.
+    ``choice`` is an expression that selects the original or a replacement at run time. In it, @0
+    and @1 are placeholders for the mutants' numbers.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Mutant:
-    """One break: the line as it is and as it becomes, and the program that holds it."""
+    """One change that breaks a kernel: the line before and after, and the program's layer."""
 
     kind: str
     file: str
@@ -69,15 +69,15 @@ class Mutant:
         return f"{self.kind}: {self.file}:{self.line}: {self.before}  ->  {self.after}"
 
 
-# A comparison and the two ways to shift its bound, as in mutants.h. Templates have no blanks around
-# their brackets.
+# Two ways to shift the bound of each comparison, as in mutants.h. Angle brackets of templates are
+# not matched, since they have no spaces around them.
 COMPARISONS = {
     "<": ("<=", "+ {} <"),
     "<=": ("<", "<= {} +"),
     ">": (">=", "> {} +"),
     ">=": (">", "+ {} >="),
 }
-# Where all sizes are multiples of a number, a bound shifted by less is the bound that it was.
+# In these files all sizes are multiples of 8, so a bound shifted by less has no effect.
 STEPS = {"skinny.cuh": "8", "skinny.cu": "8"}
 LOOP = re.compile(r"for \(.*; (\w+) [<>]=? [^;]*; (?:\+\+\1|\1 \+= (?P<step>.*))\) ")
 NAME = r"[A-Za-z_][\w.]*(?:\[\d\])?"
@@ -91,7 +91,7 @@ LANE = re.compile(r"\blane ([/%]) (\d+)")
 
 
 def sites(text: str, sizes: str = "1") -> Iterator[Site]:
-    """Every place of a file's text that can be broken; ``sizes`` are multiples of a number."""
+    """Yield every place in a text that can be broken; all sizes are multiples of ``sizes``."""
     for found in re.finditer(r"__syncthreads\(\);", text):
         yield Site("barrier", *found.span(), (";",), f"if (!mutants::on(@0)) {found[0]}")
     for found in re.finditer(r"wait_copies<[^;]*;", text):
@@ -134,7 +134,7 @@ def sites(text: str, sizes: str = "1") -> Iterator[Site]:
 
 
 def closing(text: str, opening: int) -> int:
-    """The place after the bracket that closes the one at ``opening``."""
+    """Return the position after the bracket that closes the one at ``opening``."""
     depth = 0
     for place in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
@@ -144,7 +144,7 @@ def closing(text: str, opening: int) -> int:
 
 
 def layers_of(found: list[Site]) -> list[list[Site]]:
-    """The sites in as few lists as it takes for those of one list to lie apart."""
+    """Split the sites into as few lists as possible, so that sites of a list do not overlap."""
     layers: list[list[Site]] = []
     for site in sorted(found, key=lambda site: (site.begin, site.end)):
         free = next((layer for layer in layers if layer[-1].end <= site.begin), None)
@@ -155,7 +155,7 @@ def layers_of(found: list[Site]) -> list[list[Site]]:
 
 
 def line_of(text: str, site: Site) -> tuple[int, int, int] | None:
-    """The number, begin and end of a site's line or lines; None where it is not run."""
+    """Return number, begin and end of a site's line or lines, or None if it is not executed."""
     start = text.rfind("\n", 0, site.begin) + 1
     in_comment = "//" in text[start : site.begin]
     fixed = ("#", "static_assert", "constexpr", "if constexpr", "__global__")
@@ -165,7 +165,7 @@ def line_of(text: str, site: Site) -> tuple[int, int, int] | None:
 
 
 def mutants_of(csrc: Path = CSRC) -> tuple[list[Mutant], list[dict[str, str]]]:
-    """All mutants, numbered, and the files of each layer with its mutants in them."""
+    """Return all mutants, numbered, and for each layer the files with that layer's mutants."""
     mutants: list[Mutant] = []
     layers: list[dict[str, str]] = []
     for file in FILES:

@@ -1,4 +1,4 @@
-"""Why some mutants are no faults: what they change is never seen in any result."""
+"""Reasons why some mutants are not faults: their change affects no result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ REASONS: list[tuple[str, str, str, str]] = [
 
 
 def reason_of(file: str, before: str, after: str) -> str | None:
-    """The reason why this mutant is no fault; None if there is none."""
+    """Return the reason why this mutant is not a fault, or None if no reason is known."""
     for where, old, new, reason in REASONS:
         if where == file and old in before and new in after:
             return reason

@@ -1,12 +1,12 @@
-"""Breaks the kernels in one place at a time and counts how many of the breaks the check notices.
+"""Break the kernels in one place at a time, and count how many breaks the check notices.
 
     python tests/emulation/mutate.py [--jobs N] [--only SUBSTRING]
 
-What is broken stands in mutants.py. The kernels are compiled for the host with AddressSanitizer and
-linked to the stand-alone check, which is run for each mutant: its short list of cases, and all of
-them only where those see nothing. Prints the score of each kind and the mutants that survive, each
-with the reason why it is no fault where one is known. Fails if a barrier or a wait survives, if
-fewer than 92 % die, or if a survivor has no reason.
+mutants.py lists the breaks (mutants). The kernels are compiled for the host with AddressSanitizer
+and linked to the stand-alone check. The check runs for each mutant with the short list of cases,
+and with all cases only if the short list notices nothing. The program prints the score of each
+kind, and the surviving mutants with the known reason why each is not a fault. It fails if a barrier
+or a wait survives, if fewer than 92 % of the mutants die, or if a survivor has no reason.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from mutants_that_live import reason_of
 HERE = Path(__file__).resolve().parent
 CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-w", "-O1", "-fsanitize=address"]
-# A compiler that trusts loops to keep within their arrays would make something else of mutants.
+# Otherwise the compiler assumes that loops stay within their arrays, which is false in mutants.
 FLAGS += ["-fno-aggressive-loop-optimizations"]
-# Without what costs half of the time, and sees none of these breaks.
+# Switch off checks that take half of the time and notice none of these breaks.
 ASAN = "detect_leaks=0:detect_stack_use_after_return=0:symbolize=0"
-PATIENCE = 4  # times what the unbroken kernel takes; a loop that never ends is noticed, too
-LISTS = (("--small",), ())  # of cases: the short one, and all
+PATIENCE = 4  # time limit as a multiple of the unbroken kernel's time, to stop endless loops
+LISTS = (("--small",), ())  # arguments for the short list of cases, and for all
 
 
 def few_types(csrc: Path) -> None:
-    """Leaves float32, bfloat16 and float64: float16 takes the same paths and costs compile time."""
+    """Remove float16 from the sources: it has the same paths as bfloat16 and costs compile time."""
     switches = csrc / "cuda" / "switches.cuh"
     text = re.sub(
         r" *case DType::kFloat16:\s*return body\(Type<float16>\{\}\);\n", "", switches.read_text()
@@ -48,7 +48,7 @@ def few_types(csrc: Path) -> None:
 
 
 class Workshop:
-    """A folder with the programs that hold all mutants."""
+    """A folder with the programs that contain all mutants."""
 
     def __init__(self, folder: Path, layers: list[dict[str, str]], pool: Executor):
         self.folder = folder
@@ -59,7 +59,7 @@ class Workshop:
         jobs = [pool.submit(self.compile, part, CSRC, folder) for part in parts]
         made = [self.kernels(layer, i) for i, layer in enumerate(layers)]
         objects = [job.result() for job in jobs]
-        # A later layer has few files; the other kernels are the first one's.
+        # A later layer changes few files; the other kernels are those of the first layer.
         whole = [[job.result() for job in (made[0] | each).values()] for each in made]
         self.programs = [
             self.link([*objects, *each], folder / f"check{i}") for i, each in enumerate(whole)
@@ -72,7 +72,7 @@ class Workshop:
             self.seconds[check] = 1 + int(PATIENCE * took)
 
     def kernels(self, layer: dict[str, str], number: int) -> dict:
-        """The kernels that a layer's files change, being compiled."""
+        """Start compiling the kernels that a layer's files change; return the jobs by kernel."""
         folder = self.folder / f"layer{number}"
         csrc = folder / "csrc"
         shutil.copytree(CSRC, csrc)
@@ -98,7 +98,7 @@ class Workshop:
         return program
 
     def unbroken(self, check: tuple) -> float:
-        """The processor time of a check without any mutant, which must pass."""
+        """Run a check without a mutant, which must pass, and return the processor time."""
         program, name, *cases = check
         noticed, seconds = self.run(self.programs[program], [name, *cases], 600)
         if noticed:
@@ -106,9 +106,9 @@ class Workshop:
         return seconds
 
     def is_noticed(self, mutant: Mutant) -> str:
-        """How the mutant is noticed, or nothing if it is not."""
+        """Return how the check notices the mutant, or "" if it does not."""
         for cases in LISTS:
-            for name in FILES[mutant.file]:  # a kernel at a time: most mutants die at the first
+            for name in FILES[mutant.file]:  # one kernel at a time: most mutants die at the first
                 limit = self.seconds[(mutant.layer, name, *cases)]
                 program = self.programs[mutant.layer]
                 noticed, _ = self.run(program, [name, *cases], limit, mutant.number)
@@ -119,11 +119,11 @@ class Workshop:
     def run(
         self, program: Path, words: list[str], seconds: int, mutant: int | None = None
     ) -> tuple[str, float]:
-        """How a mutant is noticed by a check, and the processor time that it took."""
+        """Run a check, and return how it failed ("" if it passed) and the processor time."""
         environment = {**os.environ, "ASAN_OPTIONS": ASAN}
         if mutant is not None:
             environment["RASA_MUTANT"] = str(mutant)
-        # Processor time, since other programs may be running.
+        # Limit processor time, not elapsed time, since other programs may be running.
         limit = ["sh", "-c", 'ulimit -t "$0"; exec "$@"', str(seconds)]
         with subprocess.Popen(
             [*limit, program, *words],
@@ -144,7 +144,7 @@ class Workshop:
 
 
 def report(results: list[tuple[Mutant, str]], seconds: float) -> bool:
-    """Prints the score; whether it is good enough."""
+    """Print the score, and return whether it is good enough."""
     survivors = [mutant for mutant, how in results if not how]
     good = True
     for kind in ("barrier", "wait", "bound", "index", "lane", "mask"):

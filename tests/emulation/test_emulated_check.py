@@ -1,4 +1,4 @@
-"""The stand-alone check, in several orders of execution and under the sanitizers."""
+"""Run the stand-alone check, plain in several orders of execution, and under sanitizers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers import compiled
 
-# The test's name in CTest, and what it runs.
+# Test names in CTest, and the program that each runs.
 PROGRAMS = {
     "check": "rasa_check",
     "address_and_undefined": "rasa_check_address",

@@ -1,7 +1,7 @@
-"""What the stand-alone check leaves: launches and refusals.
+"""Launch counts and refused calls of the emulated kernels.
 
-Values, margins, crooked addresses and the order of execution are the check's, which the sanitizers
-and the mutants run as well; tests/ops compares with the PyTorch kernels.
+The stand-alone check, which sanitizers and mutants also run, tests values, writes out of bounds,
+misaligned addresses and the order of execution. tests/ops compares with the PyTorch kernels.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def launches(kernels: ModuleType, call: Callable[[], None]) -> int:
 def packing(
     kernels: ModuleType, adapters: list[Adapter], sizes: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[tuple, tuple[Tensor, Tensor]]:
-    """The arguments of ``kernels.pack``, and the packs that it will write.
+    """Return the arguments of ``kernels.pack``, and the packs that it will write.
 
-    Sizes are in, out, private and pooled ranks, and Rp. B and B_pool lie by ranks; the adapters
-    share the first one's pool.
+    ``sizes`` are in, out, private ranks, pool ranks and Rp. B and B_pool are stored by ranks; the
+    adapters share the first one's pool.
     """
     width, out, *_, Rp = sizes
     made = tuple(torch.empty(len(adapters), Rp, size, dtype=dtype) for size in (width, out))
@@ -51,7 +51,7 @@ def packing(
 def backward(
     kernels: ModuleType, adapters: list[Adapter], sizes: tuple[int, ...], dAp: Tensor, dBp: Tensor
 ) -> tuple[tuple, tuple[Tensor, ...]]:
-    """The arguments of ``kernels.pack_backward``, and the gradients that it will write."""
+    """Return the arguments of ``kernels.pack_backward``, and the gradients that it will write."""
     width, out, own, pooled, _ = sizes
     count = len(adapters)
     shapes = (count, own, width), (pooled, width), (count, own, out), (pooled, out)
@@ -99,7 +99,7 @@ def test_two_launches_of_decode_whatever_the_size(kernels, tokens):
     [
         (600, 48, True, False, 2),
         (600, 48, False, True, 2),
-        (60, 48, False, True, 1),  # of one group of tokens
+        (60, 48, False, True, 1),  # one group of tokens
         (600, 96, True, True, 2),
         (600, 112, True, True, 3),
     ],
@@ -117,7 +117,7 @@ def test_launches_of_skinny_products(kernels, tokens, rank, down, grad, count):
 @pytest.mark.parametrize("tokens", [512, 4096, 8192, 100_000])
 @pytest.mark.parametrize("features", [64, 1024, 4096, 14336])
 def test_what_is_predicted_to_be_added_up(kernels, tokens, features):
-    """benchmarks/passes.py has the sums that the kernels leave."""
+    """benchmarks/passes.py predicts the partial sums that the kernels write."""
 
     def space(rank: int, down: bool, grad: bool) -> int:
         return kernels.skinny_workspace(tokens, features, rank, down, grad) // (4 * rank)

@@ -1,4 +1,4 @@
-"""The emulation's float16 and bfloat16 against torch's, over every number there is."""
+"""The emulation's float16 and bfloat16 agree with torch's for every number."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_every_number_widens_and_comes_back(kernels, dtype):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_rounding(kernels, dtype):
-    """Halfway between neighbours, just beside it, and random numbers of every size."""
+    """Rounding agrees halfway between neighbours, just beside that, and for random numbers."""
     bits = torch.arange(0, 0x7C00, 7).to(torch.uint16).view(getattr(torch, dtype)).float()
     above = (torch.arange(0, 0x7C00, 7) + 1).to(torch.uint16).view(getattr(torch, dtype)).float()
     middle = (bits + above) / 2
