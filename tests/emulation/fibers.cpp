@@ -1,4 +1,4 @@
-// Runs the threads of a block as fibers of one host thread: fast, and every order can be repeated.
+// Runs the threads of a block as fibers of one host thread: fast, and any order can be repeated.
 #include <ucontext.h>
 
 #include <memory>
@@ -17,8 +17,8 @@ constexpr size_t kStackBytes = 128 * 1024;
 
 enum class State { kReady, kAtBarrier, kWithWarp, kDone };
 
-// Where a stack was left. Compiler built-ins, since swapcontext asks the kernel for the signal mask
-// at each change, and AddressSanitizer's version of it clears the shadow of a whole stack.
+// The point at which a stack was left. Uses compiler built-ins: swapcontext asks the kernel for the
+// signal mask at each switch, and AddressSanitizer's version clears the shadow of a whole stack.
 struct Jump {
   void* buffer[5];
 };
@@ -32,27 +32,28 @@ __attribute__((noinline, no_sanitize("address"))) void change(Jump& from, Jump& 
   if (__builtin_setjmp(from.buffer) == 0) jump(to);
 }
 
-// The same for a stack that has not run yet.
+// Like `change`, for a stack that has not run yet.
 __attribute__((noinline, no_sanitize("address"))) void begin(Jump& from, const ucontext_t& to) {
   if (__builtin_setjmp(from.buffer) == 0) setcontext(&to);
 }
 
 struct Fiber {
-  ucontext_t first;  // where it begins
+  ucontext_t first;  // start of the fiber
   bool begun = false;
   Jump here;
   std::unique_ptr<char[]> stack;
   Place place;
   State state = State::kDone;
-  const char* file = nullptr;  // of the barrier it waits at
+  const char* file = nullptr;  // of the barrier at which it waits
   int line = 0;
-  int what = 0;  // that it waits for with the warp
+  int what = 0;  // the warp operation for which it waits
   Brought brought;
   Copies copies;
   void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
-// The fibers of one block after the other. Made anew after an error, which leaves fibers half-way.
+// Fibers that run one block after another. Created again after an error, since then fibers are left
+// in the middle of a kernel.
 class Block {
  public:
   explicit Block(int threads) {
@@ -66,10 +67,10 @@ class Block {
 
   Fiber& current() { return *current_; }
 
-  // What the lanes of the warp that is running have brought.
+  // The values that the lanes of the running warp exchanged.
   const Brought* brought() const { return warps_[current_->place.thread.x / kLanes].lanes; }
 
-  // Back to the scheduler, until it says otherwise.
+  // Switches to the scheduler until it resumes this fiber.
   void wait(State state) {
     current_->state = state;
     leave();
@@ -153,8 +154,8 @@ void Block::leave() {
 #endif
 }
 
-// If all lanes of a warp wait for the same, each sees what all have brought. None comes to the next
-// meeting before all have left this one.
+// If all lanes of a warp wait for the same operation, hands each the values of all. No lane reaches
+// the next exchange before all have left this one.
 void Block::release_warp(int first) {
   for (int i = 0; i < kLanes; ++i) {
     const Fiber& fiber = *fibers_[first + i];
@@ -168,7 +169,7 @@ void Block::release_warp(int first) {
   }
 }
 
-// Nobody can go on: right only if all wait at one barrier.
+// No fiber can continue. That is an error, unless all wait at one barrier.
 void Block::release_barrier() {
   const Fiber& first = *fibers_[0];
   for (const auto& fiber : fibers_) {

@@ -1,4 +1,4 @@
-// float16 and bfloat16 of a host, as storage: kernels convert, and compute in float.
+// float16 and bfloat16 on a host, only for storage: kernels convert, and compute in float.
 #pragma once
 
 #include <cstdint>
@@ -60,7 +60,7 @@ inline float16 as_float16(float value) {
   if (magnitude > 0x7f800000u) return {0x7fff};
   if (magnitude >= 0x477ff000u) return with_sign(0x7c00);  // 65520 and more
   if (magnitude >= 0x38800000u) return with_sign(round_off(magnitude - (112u << 23), 13));
-  if (magnitude < 0x33000000u) return with_sign(0);  // less than half of the least
+  if (magnitude < 0x33000000u) return with_sign(0);  // less than half of the smallest number
   const int shift = 126 - static_cast<int>(magnitude >> 23);
   return with_sign(round_off((magnitude & 0x7fffffu) | 0x800000u, shift));
 }

@@ -1,4 +1,4 @@
-// The emulated launchers for Python. Pointers are integers: Tensor.data_ptr().
+// Python bindings of the emulated launchers. Pointers are integers: Tensor.data_ptr().
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,7 +14,7 @@ using Address = uintptr_t;
 
 void* pointer(Address address) { return reinterpret_cast<void*>(address); }
 
-// The table as the device has it: other memory than the host's, and none where it is not needed.
+// The device's copy of the table, in separate memory; empty if the layers are passed by value.
 template <typename Layer>
 std::vector<Layer> on_device(const std::vector<Layer>& host) {
   return host.size() > kLayersByValue ? host : std::vector<Layer>{};
@@ -81,7 +81,7 @@ void bind_decode(py::module_& module) {
   });
 }
 
-// A call over no memory, for what sizes alone decide.
+// A call without real memory, for results that depend only on sizes.
 SkinnyCall sizes_of(int M, int N, int Rp, bool down, bool grad) {
   static char memory[16];
   SkinnyCall call{};
@@ -103,7 +103,7 @@ void bind_skinny(py::module_& module) {
   });
 }
 
-// Bits of float16 or bfloat16 and back, for a test of the emulation's own types.
+// Conversions from and to bits of float16 and bfloat16, to test the emulation's types.
 void bind_half_types(py::module_& module) {
   module.def("to_float16", [](float value) { return emulation::as_float16(value).bits; });
   module.def("to_bfloat16", [](float value) { return emulation::as_bfloat16(value).bits; });

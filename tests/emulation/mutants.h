@@ -1,5 +1,5 @@
-// Breaks that lie in a program side by side, of which one is chosen as it starts: mutate.py writes
-// them into the kernels. RASA_MUTANT is the number of the one that is on; without it none is.
+// Lets one program contain many mutants, which mutate.py writes into the kernels. The environment
+// variable RASA_MUTANT is the number of the active mutant; without it, none is active.
 #pragma once
 
 #include <cstdlib>
@@ -12,8 +12,8 @@ inline const int chosen = std::getenv("RASA_MUTANT") ? std::atoi(std::getenv("RA
 
 RASA_INLINE bool on(int mutant) { return chosen == mutant; }
 
-// A bound: `a < At{7, 1} > b`, that is (a < At{7, 1}) > b, is a < b. Where mutant 7 is on it is
-// FIRST, and where 8 is, SECOND, which is further off by `step`.
+// A bound: `a < At{7, 1} > b`, parsed as (a < At{7, 1}) > b, means a < b. If mutant 7 is active, it
+// means FIRST; if mutant 8 is active, SECOND, which shifts the bound by `step`.
 struct At {
   int mutant, step;
 };

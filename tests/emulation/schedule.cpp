@@ -113,7 +113,7 @@ void copy_async(void* to, const void* from, size_t bytes, bool wanted) {
   check_alignment(from, bytes);
   Copies& mine = copies();
   const Copies::Copy copy{to, wanted ? from : nullptr, bytes, mine.group};
-  // Threads draw each for themselves, so that the draws of a schedule can be repeated.
+  // Each thread has its own random state, so that a schedule's draws can be repeated.
   mine.draws = mine.draws * 1664525u + 1013904223u + place().thread.x;
   if (mine.draws >> 31 != 0) return land(copy);
   mine.waiting.push_back(copy);

@@ -1,4 +1,4 @@
-// What both ways of running threads share.
+// Shared parts of both ways of running threads: fibers.cpp and threads.cpp.
 #pragma once
 
 #include <deque>
@@ -9,7 +9,7 @@
 
 namespace emulation {
 
-// Draws from the seed that set_schedule gave.
+// The random generator, seeded by set_schedule.
 std::mt19937_64& random_source();
 
 Counts& mutable_counts();
@@ -17,10 +17,10 @@ Counts& mutable_counts();
 // Every place of a grid, in a random order.
 std::vector<dim3> shuffled_blocks(dim3 grid);
 
-// Throws std::logic_error if no launch can have this shape.
+// Throws std::logic_error if a launch cannot have this shape.
 void check_launch(dim3 grid, dim3 block, size_t shared_bytes, size_t most_shared);
 
-// The copies that a thread has asked for and that have not landed.
+// A thread's asynchronous copies that are not done yet.
 struct Copies {
   struct Copy {
     void* to;
@@ -29,14 +29,14 @@ struct Copies {
     int64_t group;
   };
   std::deque<Copy> waiting;
-  int64_t group = 0;   // that the next copy belongs to
-  uint32_t draws = 0;  // of whether a copy lands at once
+  int64_t group = 0;   // the group of the next copy
+  uint32_t draws = 0;  // random state, which decides whether a copy is done at once
 };
 
-// Of the thread that is running.
+// The copies of the running thread.
 Copies& copies();
 
-// Shared memory of exactly that size, all NaN; null for none.
+// Shared memory of exactly `bytes` bytes; null if 0. `poison` fills it with NaN.
 class SharedMemory {
  public:
   explicit SharedMemory(size_t bytes);

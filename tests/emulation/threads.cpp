@@ -1,6 +1,6 @@
-// Runs the threads of a block as threads of the system, two blocks at a time: slow, and for
-// ThreadSanitizer, which sees what fibers cannot: two threads that touch one place without a
-// barrier between them, in shared memory or, across blocks, in global memory.
+// Runs the threads of a block as threads of the system, two blocks at a time. This is slow, but
+// lets ThreadSanitizer find races that fibers cannot show: two threads that access one place
+// without a barrier between them, in shared memory or, across blocks, in global memory.
 #include <condition_variable>
 #include <memory>
 #include <mutex>
@@ -12,19 +12,19 @@
 namespace emulation {
 namespace {
 
-struct Gave {};  // thrown in threads that wait in vain
+struct Gave {};  // thrown in waiting threads after an error
 
-// A meeting of a fixed number of threads, again and again.
+// A reusable barrier for a fixed number of threads.
 struct Meeting {
   std::condition_variable over;
   int expected = 0, arrived = 0;
   int64_t generation = 0;
-  int site = 0;  // where those that have arrived came from
+  int site = 0;  // the barrier or operation of the threads that have arrived
 };
 
 struct Warp {
   Meeting meeting;
-  Brought lanes[2][kLanes];  // of this meeting and of the one before, which may still be read
+  Brought lanes[2][kLanes];  // of this meeting and the previous one, which may still be read
 };
 
 struct Block {
@@ -50,7 +50,7 @@ void fail(Block& block, const std::string& error) {
   throw Gave{};
 }
 
-// Waits until all have come.
+// Waits until all threads have arrived.
 void meet(Block& block, std::unique_lock<std::mutex>& lock, Meeting& meeting, int site,
           const char* what) {
   if (meeting.arrived > 0 && meeting.site != site) fail(block, std::string(what) + ": several");

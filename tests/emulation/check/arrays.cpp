@@ -133,7 +133,7 @@ void expect(const std::string& name, const Array& actual,
 void expect_rounded(const std::string& name, const Array& actual,
                     const std::function<double(int64_t)>& expected) {
   const double once = rounding(actual.dtype()) + rounding(accumulation(actual.dtype()));
-  // float16's numbers end at 2^-24.
+  // The smallest float16 is 2^-24.
   const double least = actual.dtype() == DType::kFloat16 ? 0x1p-24 : 0x1p-126;
   expect(name, actual, expected,
          [&](int64_t i) { return once * std::abs(expected(i)) * (1 + 1e-6) + least; });
@@ -143,9 +143,9 @@ void run_repeatedly(const std::string& name, const std::vector<Array*>& outputs,
                     const std::function<void()>& run) {
   std::vector<std::vector<uint8_t>> first;
 #if defined(__SANITIZE_ADDRESS__) && !defined(RASA_FEW_TYPES)
-  const int schedules = 1;  // what is read and written where is the same in all
+  const int schedules = 1;  // addresses do not depend on the schedule
 #else
-  const int schedules = is_small() ? 1 : 2;  // which every mutant of a barrier dies of
+  const int schedules = is_small() ? 1 : 2;  // enough for every mutant of a barrier to fail
 #endif
   for (int schedule = 0; schedule < schedules; ++schedule) {
     for (Array* output : outputs) output->poison();

@@ -1,4 +1,4 @@
-// Arrays that a launcher reads and writes, and how they are held against float64.
+// Arrays that a launcher reads and writes, and comparisons of them with float64.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace check {
 
 using rasa_ext::DType;
 
-// n elements at a chosen distance from 16 bytes. Around them lie guards that must stay as they are;
-// under AddressSanitizer nothing does, so that it sees every access beyond.
+// n elements at a chosen offset from a 16-byte boundary. Guard bytes around them must not change.
+// Under AddressSanitizer there are no guards, so that it detects every access out of bounds.
 class Array {
  public:
   Array(DType dtype, int64_t n, int offset = 0);  // offset in elements
@@ -26,9 +26,9 @@ class Array {
   void* data() const { return n_ > 0 ? data_ : nullptr; }
   double operator[](int64_t i) const;
   void set(int64_t i, double value);
-  // Values in (-1, 1) with a few zeros; every draw of a program differs.
+  // Draws values in (-1, 1), a few of them zero. No two draws in a program are equal.
   Array& randomize();
-  // NaN everywhere, as before something is written.
+  // Fills the array with NaN, to show elements that are not written.
   Array& poison();
   std::vector<uint8_t> bytes() const;
   void check_guards(const std::string& name) const;
@@ -43,25 +43,27 @@ class Array {
 // The relative rounding error of one cast.
 double rounding(DType dtype);
 
-// Fails the program's run, and says what: `name` at element i.
+// Fails with `name` and the index if an element differs from `expected` by more than `allowed`.
 void expect(const std::string& name, const Array& actual,
             const std::function<double(int64_t)>& expected,
             const std::function<double(int64_t)>& allowed);
 
-// Within one cast of `expected`, computed with one rounding in the accumulation dtype.
+// Fails unless each element is `expected`, rounded once in the accumulation dtype and once by the
+// cast.
 void expect_rounded(const std::string& name, const Array& actual,
                     const std::function<double(int64_t)>& expected);
 
-// Calls `run` under several schedules, with poisoned outputs, and expects equal bits.
+// Calls `run` under several schedules, with poisoned outputs. Fails unless results are
+// bit-identical.
 void run_repeatedly(const std::string& name, const std::vector<Array*>& outputs,
                     const std::function<void()>& run);
 
-// What all cases may ask.
-bool is_small();  // the short list, for slow instruments
+// For all cases.
+bool is_small();  // whether to run only the short list, for slow runs
 void begin_case(const std::string& name);
 [[noreturn]] void fail(const std::string& message);
 
-// Device memory; finish() waits for what was launched.
+// Device memory; finish() waits for all launched work.
 void* allocate(size_t bytes);
 void release(void* memory);
 void finish();

@@ -31,7 +31,7 @@ void check_one(const Shape& shape, DType dtype, bool wants_U, int offset) {
   });
   workspace.check_guards("workspace");
 
-  // U and the sum of |terms| it is made of, in float64.
+  // U and the sums of |terms| of its elements, in float64.
   std::vector<double> wide(M * Rp), terms(M * Rp);
   for (int m = 0; m < M; ++m) {
     for (int j = 0; j < Rp; ++j) {
@@ -42,7 +42,7 @@ void check_one(const Shape& shape, DType dtype, bool wants_U, int offset) {
       }
     }
   }
-  // Roundings on the way of one term: a lane's share, the lanes, the parts; then the rank.
+  // Roundings of one term: in a lane's share, over lanes, over parts; then over ranks.
   const double shrink = (in / 32.0 + 25) * 0x1p-24, expand = (Rp + 2) * 0x1p-24;
   if (wants_U) {
     expect(
@@ -84,7 +84,7 @@ void check_decode() {
                                   {0, 8, 4, 16},
                                   {3, 8, 4, 0},
                                   {16, 40, 0, 5},
-                                  // Several blocks to a row of y.
+                                  // Several blocks for each row of y.
                                   {5, 72, 300, 16},
                                   {2, 600, 520, 20}};
   if (is_small()) {
@@ -97,7 +97,7 @@ void check_decode() {
       for (const int offset : {0, 1}) check_one(shape, dtype, offset == 0 && shape.Rp > 0, offset);
     }
   }
-  // Ranks that shared memory holds for 4 tokens and for 1.
+  // Ranks for which shared memory holds 4 tokens, and 1.
   check_one({8, 8, 5, 1600}, DType::kBFloat16, true, 0);
   check_one({2, 8, 4, 3100}, DType::kBFloat16, true, 0);
   // A block with a single column.

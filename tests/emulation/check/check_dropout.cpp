@@ -9,7 +9,7 @@
 namespace check {
 namespace {
 
-// Philox 4x32-10 by the paper, on 64-bit products; 32-bit word `which` of block `counter`.
+// Philox 4x32-10 by the paper, with 64-bit products: 32-bit word `which` of block `counter`.
 uint32_t philox_word(uint64_t key, uint64_t counter, int which) {
   uint32_t c[4] = {static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), 0, 0};
   uint32_t k[2] = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32)};
@@ -25,7 +25,7 @@ uint32_t philox_word(uint64_t key, uint64_t counter, int which) {
   return c[which];
 }
 
-// The 16 bits that decide about element e.
+// The 16 random bits for element e.
 uint32_t bits_of(uint64_t key, uint64_t offset, int64_t e) {
   const uint32_t word = philox_word(key, offset + e / 8, static_cast<int>(e % 8 / 2));
   return e % 2 ? word >> 16 : word & 0xffff;
@@ -45,7 +45,7 @@ void expect_kept(const Array& x, const uint8_t* mask, const Array& kept) {
   kept.check_guards("kept");
 }
 
-// Bytes behind the mask's last that must stay as they are.
+// Bytes after the mask that must not change.
 constexpr int64_t kGuard = 8;
 
 void check_drawn(const Case& c) {
@@ -109,15 +109,15 @@ void check_dropout() {
                         {1 << 16, 1, key, 9}}) {
     check_drawn(c);
   }
-  // A word that is the threshold is kept, one that is less by one is not.
+  // An element is kept if its bits equal the threshold, and dropped if they are one less.
   for (int64_t e = 0; e < 8; ++e) {
     check_drawn({8, bits_of(key, 0, e) * 0x1p-16, key, 0});
     check_drawn({8, (bits_of(key, 0, e) + 1) * 0x1p-16, key, 0});
   }
   std::vector<DType> all = dtypes();
   all.push_back(DType::kFloat64);
-  // A lane's bytes are 256 elements apart, a warp has 1024, a block 8192. Of 9 the last byte of
-  // the mask keeps its only element; 56 are a byte less than a whole store.
+  // A lane's bytes are 256 elements apart, a warp has 1024, a block 8192. With 9 elements, the
+  // mask's last byte keeps its only element; 56 elements are one byte less than a whole store.
   for (const int64_t n : {0, 1, 7, 8, 9, 15, 31, 32, 56, 255, 256, 264, 1024, 2049, 4099, 8200}) {
     check_drawn({n, 0.5, key, 1});
     for (const DType dtype : all) {

@@ -1,4 +1,4 @@
-// Whether the emulation sees what it is there to see: each of these kernels is wrong in one way.
+// Checks the emulation itself: correct operations give right results, wrong kernels are detected.
 #include <cstring>
 #include <random>
 #include <stdexcept>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr unsigned kThreads = 64;
 
-// Fails unless the kernel is stopped with a message that holds `words`.
+// Fails unless the kernel is stopped with a message that contains `words`.
 void expect_stopped(const std::string& words, const std::function<void()>& kernel) {
   begin_case(words);
   try {
@@ -26,7 +26,7 @@ void expect_stopped(const std::string& words, const std::function<void()>& kerne
   fail("not stopped");
 }
 
-// The neighbour's number through shared memory, with a barrier or without.
+// Each thread reads its neighbour's number from shared memory, with or without a barrier.
 std::vector<int> neighbours(bool with_barrier, uint64_t seed) {
   std::vector<int> result(kThreads);
   emulation::set_schedule(seed);
@@ -40,10 +40,10 @@ std::vector<int> neighbours(bool with_barrier, uint64_t seed) {
   return result;
 }
 
-// ---- the tensor cores' words ----
+// ---- Instructions of the tensor cores ----
 
-// By the PTX manual's "Matrix fragments for mma.m16n8k16 with floating point type": row and column
-// of each element of a lane.
+// Rows and columns of a lane's elements follow the PTX manual, "Matrix fragments for mma.m16n8k16
+// with floating point type".
 void check_products(std::mt19937& source) {
   begin_case("mma.m16n8k16");
   std::uniform_int_distribution<int> small(-8, 8);
@@ -83,7 +83,8 @@ void check_products(std::mt19937& source) {
   }
 }
 
-// By the manual's figure of ldmatrix: thread T has elements 2 * (T % 4) and the next of row T / 4.
+// By the manual's figure of ldmatrix, thread T gets elements 2 * (T % 4) and the next one of row
+// T / 4.
 void check_loads() {
   begin_case("ldmatrix");
   alignas(16) uint16_t matrices[4][8][8];
@@ -105,7 +106,7 @@ void check_loads() {
   if (!same) fail("an element differs");
 }
 
-// What 32 threads have copied, looked at when `groups` may still be on their way.
+// Counts the copied elements that 32 threads see while `groups` groups may still be in flight.
 template <int groups>
 int copies_seen(uint64_t seed) {
   alignas(16) uint32_t from[2][32 * 4];
@@ -194,7 +195,7 @@ void check_machine() {
     }
   });
 #if !defined(__SANITIZE_THREAD__)
-  // Threads of the system would wait for ever, as on a GPU.
+  // Threads of the system would wait forever, as on a GPU.
   expect_stopped("a warp waits", [] {
     if (threadIdx.x != 3) emulation::shuffle_xor(1, 1);
   });

@@ -14,7 +14,6 @@ struct Shape {
   int in, out, own, pooled, Rp;
 };
 
-// One layer's arrays.
 struct Layer {
   Array A, B, d;
 
@@ -26,7 +25,7 @@ struct Layer {
   }
 };
 
-// Layers of one shape with one pool, and what must come of them. `scaled`: whether d is given.
+// Checks the packs of layers of one shape with a shared pool. `scaled`: whether d is given.
 void check_group(const Shape& shape, int count, DType param, DType dtype, int offset,
                  bool scaled = true) {
   begin_case(std::to_string(count) + " layers in " + std::to_string(shape.in) + " out " +
@@ -79,7 +78,7 @@ void check_pack() {
                                   {9, 5, 1, 0, 1},
                                   {24, 40, 8, 0, 16},
                                   {16, 2, 28, 128, 160},
-                                  // Rows of a piece, of one and a bit, and of several.
+                                  // Rows of one piece, slightly more, and several pieces.
                                   {256, 264, 2, 1, 4},
                                   {257, 255, 2, 1, 4},
                                   {520, 8, 1, 2, 3},
@@ -106,7 +105,7 @@ void check_pack() {
   for (const Shape& shape : {shapes[0], shapes[1]}) {
     check_group(shape, 2, DType::kFloat32, DType::kBFloat16, 0, false);
   }
-  // None, as many as travel by value, and one more.
+  // No layers, as many as are passed by value, and one more.
   for (const int count : {0, rasa_ext::kLayersByValue, rasa_ext::kLayersByValue + 1}) {
     check_group({9, 5, 2, 1, 4}, count, DType::kFloat32, DType::kBFloat16, 0);
   }

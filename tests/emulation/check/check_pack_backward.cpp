@@ -29,7 +29,7 @@ struct Layer {
   PackBackwardLayer pointers() const { return {dAp.data(), dBp.data(), B.data(), d.data()}; }
 };
 
-// Layers of one shape with one pool, and their gradients.
+// Layers of one shape with a shared pool, and their gradients.
 struct Group {
   Shape shape;
   std::vector<std::unique_ptr<Layer>> layers;
@@ -93,7 +93,7 @@ struct Group {
     expect(
         "dd", dd, [&](int64_t j) { return sum[j]; },
         [&](int64_t j) {
-          // A thread's share of the row, the lanes, the warps.
+          // Roundings in a thread's share of the row, over lanes, and over warps.
           const double steps = 32 + out / 256.0;
           return terms[j] * steps * rounding(accumulation(dd.dtype())) +
                  std::abs(sum[j]) * rounding(dd.dtype()) + 0x1p-24;
@@ -127,8 +127,8 @@ std::string text_of(const Shape& shape) {
          std::to_string(shape.Rp);
 }
 
-// What is not given, or not wanted, is left alone. No d stands for ones. `crooked`: the last
-// layer's arrays alone do not begin at 16 bytes.
+// Arrays that are not given or not wanted must not be written. A missing d means ones.
+// `crooked`: only the last layer's arrays are not aligned to 16 bytes.
 struct Given {
   bool down = true, up = true, scaled = true, crooked = false;
 };
@@ -183,7 +183,7 @@ void check_pack_backward() {
                                   {9, 5, 1, 0, 1},
                                   {24, 140, 8, 0, 16},
                                   {16, 40, 28, 128, 160},
-                                  // Rows of a piece, of one and a bit, and of several.
+                                  // Rows of one piece, slightly more, and several pieces.
                                   {256, 264, 2, 1, 4},
                                   {257, 255, 2, 2, 4},
                                   {520, 8, 1, 2, 3},
@@ -191,7 +191,7 @@ void check_pack_backward() {
                                   {0, 6, 3, 2, 16},
                                   {6, 0, 3, 2, 16},
                                   {4, 4, 0, 0, 0},
-                                  // A row of what a block takes at a time, and a bit.
+                                  // Rows slightly longer than a block takes at a time.
                                   {4, 4104, 1, 1, 2},
                                   {4, 4097, 1, 1, 2}};
   if (is_small()) {

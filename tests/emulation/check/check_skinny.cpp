@@ -14,10 +14,10 @@ using rasa_ext::SkinnyCall;
 struct Shape {
   int M, N, Rp;
   bool down, grad, masked;
-  int gap = 0;  // elements between rows, and before the first of them: a multiple of 8
+  int gap = 0;  // elements between rows and before the first row: a multiple of 8
 };
 
-// One call's tensors; rows of S, P, Q and D lie `gap` elements apart.
+// The tensors of one call; rows of S, P, Q and D have gaps of `gap` elements.
 struct Tensors {
   Shape shape;
   Array S, P, Q, D, C, workspace;
@@ -37,7 +37,7 @@ struct Tensors {
     const int64_t bytes = rasa_ext::dropout_mask_bytes(int64_t{s.M} * s.N);
     mask = static_cast<uint8_t*>(allocate(bytes));
     for (int64_t i = 0; i < bytes; ++i) mask[i] = static_cast<uint8_t>(i * i * 77 + i * 31 + 9);
-    // What is dropped is zero whatever it is.
+    // Dropped elements count as zero, even if they are infinite.
     for (int64_t e = 0; e < int64_t{s.M} * s.N; e += 13) {
       if (!kept(e)) S.set(e / s.N * (s.N + s.gap) + e % s.N, HUGE_VAL);
     }
@@ -47,7 +47,7 @@ struct Tensors {
   }
 
   int64_t rows(int64_t count, int width) const {
-    return count * (width + shape.gap) - shape.gap;  // nothing behind the last
+    return count * (width + shape.gap) - shape.gap;  // no gap after the last row
   }
   bool kept(int64_t e) const { return mask == nullptr || (mask[e / 8] >> (e % 8) & 1) != 0; }
   double seen(int m, int n) const {
@@ -75,7 +75,7 @@ struct Tensors {
   }
 };
 
-// A product summed in float64 and its terms' sizes, against what roundings of float32 can do.
+// Compares with a product summed in float64, within float32 rounding errors of the terms.
 void expect_products(const std::string& name, const Array& actual, int rows, int cols, int gap,
                      double scale, int inner, const std::function<double(int, int, int)>& term) {
   std::vector<double> sum(int64_t{rows} * cols), size(sum.size());
@@ -95,8 +95,8 @@ void expect_products(const std::string& name, const Array& actual, int rows, int
       continue;
     }
     const double want = sum[place(i)], got = actual[i];
-    // A rounding for each product of 16, and for each sum of a part. The emulation takes 7 % of it;
-    // a GPU's tensor cores may cut off where it rounds.
+    // One rounding for each product of 16 terms, and for each partial sum. The emulation needs 7 %
+    // of this limit, but a GPU's tensor cores may truncate instead of rounding.
     const double slack = size[place(i)] * (inner / 16 + 4) * 0x1p-24;
     if (!(std::abs(got - want) <= slack + std::abs(want) * rounding(actual.dtype()) * 1.01)) {
       fail(name + "[" + std::to_string(i) + "]: expected " + std::to_string(want) + ", got " +
@@ -179,19 +179,19 @@ void check_skinny() {
   check_one({40, 264, 32, true, true, false}, brain);
   if (is_small()) return;
   const std::vector<Shape> shapes{
-      // Several parts of the features; ranks that fill 48, 96 and 160 or do not.
+      // Several parts of the features; ranks equal to 48, 96 and 160, and smaller ones.
       {130, 584, 48, true, false, false, 8},
-      {9, 1632, 64, true, false, true, 8},  // six, more than are in flight at once
+      {9, 1632, 64, true, false, true, 8},  // six parts, more than are in flight at once
       {150, 64, 96, true, false, true},
       {129, 1032, 112, true, false, false},
       {20, 544, 160, true, false, true, 24},
-      // Several groups of the tokens, and one.
+      // Several groups of tokens, and one.
       {520, 136, 48, false, true, false, 8},
       {515, 64, 16, false, true, true},
       {65, 128, 80, false, true, true, 8},
       {200, 288, 144, false, true, true},
       {1, 8, 160, false, true, false, 16},
-      // Both from one read, and from two: with a mask, and with many ranks.
+      // Both products from one read; from two with a mask or many ranks.
       {300, 264, 48, true, true, false, 8},
       {257, 512, 96, true, true, false},
       {33, 8, 80, true, true, false, 24},

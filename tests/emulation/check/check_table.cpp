@@ -8,7 +8,8 @@
 
 namespace check {
 
-// The words arrive, none beside them changes, and the host's may change once the call is back.
+// All words are written, and memory beside them is not. The host may change its words after the
+// call.
 void check_table() {
   constexpr size_t kMargin = 4;
   for (const size_t words : {size_t{0}, size_t{1}, size_t{128}, size_t{129}, size_t{510},

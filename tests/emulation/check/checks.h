@@ -1,9 +1,9 @@
-// The checks that the program runs; each throws where something does not hold.
+// The checks of the program; each throws an exception if it fails.
 #pragma once
 
 namespace check {
 
-void check_machine();  // of the emulation itself
+void check_machine();  // checks the emulation itself
 void check_pack();
 void check_pack_backward();
 void check_decode();

@@ -1,4 +1,4 @@
-// Runs every launcher and holds it against float64: `rasa_check [--small]
+// Runs every launcher and compares it with float64: `rasa_check [--small]
 // [pack|pack_backward|...]`.
 #include <cstdio>
 #include <cstring>

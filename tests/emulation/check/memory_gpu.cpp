@@ -1,4 +1,4 @@
-// The arrays' memory on a GPU, where the host sees it as well.
+// The arrays' memory on a GPU: managed, so that the host can access it.
 #include <cuda_runtime_api.h>
 
 #include <string>
@@ -27,7 +27,7 @@ void finish() {
   expect_success(cudaDeviceSynchronize());
 }
 
-// The GPU has its own.
+// A GPU chooses its own schedule.
 void set_schedule(uint64_t) {}
 
 }  // namespace check

@@ -1,4 +1,4 @@
-// The arrays' memory where kernels are emulated.
+// The arrays' memory if kernels are emulated.
 #include <cstdlib>
 #include <new>
 
@@ -8,7 +8,7 @@
 namespace check {
 
 void* allocate(size_t bytes) {
-  void* memory = nullptr;  // exactly so many bytes, for AddressSanitizer to see the first beyond
+  void* memory = nullptr;  // exact size, so that AddressSanitizer sees the first byte beyond
   if (posix_memalign(&memory, 16, bytes) != 0) throw std::bad_alloc();
   return memory;
 }

@@ -1,5 +1,5 @@
-// Two threads write one place: within a block or, with an argument, across blocks. ThreadSanitizer
-// must stop this program.
+// Two threads write to one place, within a block or, with an argument, across blocks.
+// ThreadSanitizer must report the race.
 #include "emulation.h"
 
 int main(int count, char**) {
