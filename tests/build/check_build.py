@@ -1,13 +1,17 @@
-"""Builds the compiled library once and holds that file against every torch and Python it is for.
+"""Build the compiled library once, and check the file under every supported torch and Python.
 
     python tests/build/check_build.py [--envs DIR] [--env PYTHON=TORCH ...]
 
-Environments are made in DIR where they are missing (about 5 GB each, from the package index); the
-first one is what is built against. No GPU is needed and nothing is launched. Checked are: the build
-takes less than its budget; every operator that does not call torch's own kernels has a CUDA kernel
-under every torch and Python; the file
-needs no symbols but those of libc, libstdc++, CUDA and torch's C shims; and no kernel has a stack
-frame or spills registers on any architecture. The exit status is 1 where one of these fails.
+Missing environments are created in DIR (about 5 GB each, from the package index). The library is
+built in the first one. No GPU is needed, and no kernel is launched. The script checks that:
+
+- the build takes less than its time budget;
+- every operator that does not call torch's own kernels has a CUDA kernel under every torch and
+  Python;
+- the file needs only symbols of libc, libstdc++, CUDA and torch's C shims;
+- no kernel has a stack frame or spills registers on any architecture.
+
+The exit status is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ SOURCES = (
     "README.md",
 )
 
-# Symbols of other libraries carry the version of their library; torch's and CUDA's have prefixes.
+# Symbols of system libraries have a version suffix; those of torch and CUDA have a prefix.
 SYSTEM_VERSIONS = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 PREFIXES = ("aoti_torch_", "torch_", "cuda", "__cuda", "cublas")
 
@@ -58,7 +62,7 @@ print(platform.python_version(), torch.__version__, len(names), ",".join(missing
 
 @dataclass
 class Report:
-    """Lines as they come, and what failed."""
+    """Prints the result of each check and collects failures."""
 
     failures: list[str] = field(default_factory=list)
 
@@ -90,8 +94,8 @@ def main() -> int:
 
 
 def make_env(folder: Path, python: str, torch: str) -> Path:
-    """The interpreter of an environment with this Python and torch."""
-    if Path(python).is_dir():  # an environment that exists
+    """Return the interpreter of an environment with this Python and torch; create it if missing."""
+    if Path(python).is_dir():  # an existing environment
         return Path(python) / "bin" / "python"
     found = shutil.which(python)
     if found is None:
@@ -109,7 +113,7 @@ def make_env(folder: Path, python: str, torch: str) -> Path:
 
 
 def build(python: Path, scratch: Path) -> tuple[Path, str, float]:
-    """The wheel, what the build printed, and its seconds; in a copy, under build isolation."""
+    """Build a copy of the sources with build isolation; return wheel, output and seconds."""
     source = scratch / "source"
     source.mkdir()
     for name in SOURCES:
@@ -129,7 +133,7 @@ def build(python: Path, scratch: Path) -> tuple[Path, str, float]:
 
 def check_symbols(report: Report, library: Path) -> None:
     listing = run(["nm", "-D", "--undefined-only", str(library)])
-    # torch exports some of libstdc++'s templates as its own, and the linker then binds to either.
+    # torch also exports some templates of libstdc++, and the linker may bind to those.
     standard = run([os.environ.get("CXX", "c++"), "-print-file-name=libstdc++.so.6"]).strip()
     defined = {
         line.split()[-1].partition("@")[0]
@@ -153,7 +157,7 @@ def check_symbols(report: Report, library: Path) -> None:
 
 
 def check_kernels(report: Report, log: str) -> None:
-    """ptxas's words about every kernel on every architecture."""
+    """Check ptxas's report on every kernel for every architecture."""
     kernels = list(read_ptxas(log))
     print(f"      {'':8} kernels  registers (most)  stack frames  spills")
     for arch in ARCHS:
@@ -169,7 +173,7 @@ def check_kernels(report: Report, log: str) -> None:
 
 @dataclass
 class Kernel:
-    """One kernel on one architecture; stack and spills in bytes."""
+    """ptxas's report on one kernel for one architecture; stack and spills in bytes."""
 
     name: str
     arch: str

@@ -1,13 +1,12 @@
-"""Holds the machine code of every kernel against what the sources promise, on four architectures.
+"""Check the machine code of every kernel against PROMISES, on four architectures.
 
     python -m tests.build.sass [--write]
 
-Compiles csrc/cuda/*.cu with nvcc, disassembles with nvdisasm (of a CUDA toolkit, or of the package
-nvidia-cuda-nvdisasm), and fails where a kernel spills, uses local memory or atomics, lacks the wide
-accesses or the tensor cores' words that PROMISES has, has fewer loads in flight, or does not fit on
-a multiprocessor; and if the table of kernels in
-benchmarks/results/machine-code.md differs from the one made here. ``--write`` puts this one there.
-No GPU is needed.
+Compiles csrc/cuda/*.cu with nvcc and disassembles with nvdisasm (from a CUDA toolkit or the package
+nvidia-cuda-nvdisasm). Fails if a kernel spills, uses local memory or atomics, lacks the wide
+accesses or tensor core instructions in PROMISES, has fewer loads in flight, or does not fit on a
+multiprocessor. Also fails if the table of kernels in benchmarks/results/machine-code.md is out of
+date; ``--write`` updates it. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ PAGE = ROOT / "benchmarks" / "results" / "machine-code.md"
 NAME = PAGE.relative_to(ROOT)
 BEGIN, END = "<!-- kernels: made by tests/build/sass.py -->", "<!-- kernels: end -->"
 SHOWN = "sm_90"
-FOUR = 4  # loads in flight that hide most of a memory's latency
+FOUR = 4  # loads in flight that hide most of the memory latency
 
 
 TENSOR = ("HMMA.16816", "LDSM", "LDGSTS")  # products, loads for them, copies to shared memory
-# Bytes of shared memory of a multiprocessor and of a block (CUDA C++ Programming Guide, technical
-# specifications by compute capability); a block takes 1 KB more than it asks for.
+# Bytes of shared memory of a multiprocessor, and the most for a block (CUDA C++ Programming Guide,
+# technical specifications by compute capability). A block uses 1 KB more than it requests.
 SHARED = {
     "sm_80": (164 << 10, 163 << 10),
     "sm_90": (228 << 10, 227 << 10),
@@ -49,38 +48,38 @@ SHARED = {
 
 
 class Promise(NamedTuple):
-    """Bits of the widest loads and stores, and how many such loads a thread has in flight."""
+    """The widest loads and stores in bits, and how many such loads a thread has in flight."""
 
-    kernel: str  # a pattern of short names
+    kernel: str  # a regular expression for short names
     load: int
     store: int
-    in_flight: int | None = FOUR  # None: there are no such loads, or they cannot be told apart
+    in_flight: int | None = FOUR  # None: there are no such loads, or they cannot be identified
     tensor: bool = False  # whether it has all of TENSOR
 
 
-# The first that matches. Widths are kStep's, kPer16Bytes' or kExpandStep's elements.
+# The first match counts. Widths follow kStep, kPer16Bytes or kExpandStep elements.
 PROMISES = (
-    # A warp takes 256 elements, so that there are two loads to a lane: fewer bytes in flight would
-    # do, but more warps are idle in a small matrix.
+    # A warp takes 256 elements, so each lane has two loads. Larger pieces would have more bytes in
+    # flight, but would leave multiprocessors idle in a small matrix.
     Promise("pack<double, double>", 128, 128),
     Promise("pack<float, float>", 128, 128, 2),
     Promise("pack<float, (half|bf16)>", 128, 64, 2),
-    # Entries of the table of layers are loaded with 64 bits as well.
+    # Entries of the table of layers are also 64-bit loads.
     Promise("pack<(half|bf16), float>", 64, 128, None),
     # One load covers a lane's 8 elements.
     Promise("pack<(half|bf16), (half|bf16)>", 128, 128, 1),
-    # Sums over layers are unrolled; a layer alone runs the rest of that loop, two loads to a lane.
+    # Sums over layers are unrolled; a single layer runs the loop's remainder, two loads a lane.
     Promise("pack_backward<(float|double)>", 128, 128),
     Promise("pack_backward<(half|bf16)>", 128, 64),
-    # Of one token there are three loads a round, two of Ap and one of x. The loop is unrolled, but
-    # on sm_80 and sm_100 ptxas uses the results of a round before it loads those of the next.
+    # For one token, an iteration has three loads, two of Ap and one of x. The loop is unrolled, but
+    # on sm_80 and sm_100 ptxas uses an iteration's results before the next one's loads.
     Promise(r"shrink<\w+, 1>", 128, 32, 3),
     Promise(r"shrink<\w+, \d>", 128, 32),
     Promise(r"expand<float, \d>", 64, 64),
     Promise(r"expand<(half|bf16), \d>", 32, 32),
     Promise(r"keep<\w+>", 128, 128),
     Promise("dropout", 64, 32, None),
-    # Tiles come by asynchronous copies, two or three stages of them ahead.
+    # Asynchronous copies fetch tiles two or three stages ahead.
     Promise(r"(down|grad)<\w+, \d+(, \w+)?>", 128, 64, None, tensor=True),
     Promise(r"sum<\w+>", 128, 64),
     Promise("write_table", 0, 64, None),
@@ -88,7 +87,7 @@ PROMISES = (
 
 
 class Row(NamedTuple):
-    """One kernel on one architecture."""
+    """One kernel compiled for one architecture."""
 
     name: str
     code: Code
@@ -128,7 +127,7 @@ def main() -> int:
 
 
 def compile_all() -> dict[str, list[Row]]:
-    """The kernels of every architecture."""
+    """Compile the kernels for every architecture, and return them by architecture."""
     nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
     sources = sorted((ROOT / "csrc").glob("**/*.cu"))
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -144,7 +143,7 @@ def compile_all() -> dict[str, list[Row]]:
 
 
 def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, scratch: Path) -> list[Row]:
-    """The kernels of one file, compiled as build_support/extension.py has it."""
+    """Compile the kernels of one file, with the options of build_support/extension.py."""
     cubin = scratch / f"{source.stem}.{arch}.cubin"
     options = ["-O3", "-std=c++17", "--ptxas-options=-v", "-cubin", f"-arch={arch}"]
     log = run([str(nvcc), *options, "-I", str(ROOT / "csrc"), "-o", str(cubin), str(source)])
@@ -170,7 +169,7 @@ def find_nvcc() -> Path:
 
 
 def find_nvdisasm() -> Path:
-    """Beside nvcc, on PATH, or in a package of this Python."""
+    """Find nvdisasm beside nvcc, on PATH, or in a package of this Python."""
     candidates = [
         find_nvcc().parent / "nvdisasm",
         *map(Path, filter(None, [shutil.which("nvdisasm")])),
@@ -193,7 +192,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def short(name: str) -> str:
-    """``pack<float, bf16>`` of ``void rasa_ext::pack_kernel<float, __nv_bfloat16>(...)``."""
+    """Shorten ``rasa_ext::pack_kernel<float, __nv_bfloat16>(...)`` to ``pack<float, bf16>``."""
     name = re.sub(r"\(.*", "", name).removeprefix("void ").removeprefix("rasa_ext::")
     for old, new in (("_kernel", ""), ("__nv_bfloat16", "bf16"), ("__half", "half")):
         name = name.replace(old, new)
@@ -201,7 +200,7 @@ def short(name: str) -> str:
 
 
 def order(name: str) -> tuple:
-    """By kernel, then wide types before narrow ones, then by number."""
+    """Return a sort key: kernel, then wide types before narrow ones, then numbers."""
     kernel, _, types = name.partition("<")
     rank = {"double": 0, "float": 1, "half": 2, "bf16": 3}
     parts = re.findall(r"\w+", types)
@@ -209,14 +208,14 @@ def order(name: str) -> tuple:
 
 
 def shared_bytes(log: str, kernel: str) -> int:
-    """Static shared memory, in ptxas's words."""
+    """Return a kernel's static shared memory in bytes, from ptxas's report."""
     said = log.partition(f"Compiling entry function '{kernel}'")[2].partition("Compiling entry")[0]
     found = re.search(r"(\d+) bytes smem", said)
     return int(found[1]) if found else 0
 
 
 def promises_of(names: Iterable[str]) -> dict[str, Promise]:
-    """What each kernel's source promises."""
+    """Return the promise of each kernel; raise SystemExit if one has none."""
     found = {
         name: next((each for each in PROMISES if re.fullmatch(each.kernel, name)), None)
         for name in sorted(names)
@@ -242,13 +241,13 @@ def crowded(row: Row, arch: str) -> Iterator[str]:
 
 
 def blocks(row: Row, arch: str) -> int:
-    """How many blocks of 256 threads a multiprocessor holds, by registers and shared memory."""
+    """Return how many blocks of 256 threads fit on a multiprocessor, by registers and memory."""
     registers = -(-row.ptxas.registers // 8) * 8
     return min(65536 // (256 * registers), SHARED[arch][0] // (row.shared + 1024), 2048 // 256)
 
 
 def ring_bytes(name: str) -> int:
-    """Shared memory that csrc/cuda/skinny.cu launches a kernel with; 0 for other kernels."""
+    """Return the bytes of dynamic shared memory of kernels of csrc/cuda/skinny.cu; 0 for others."""
     found = re.fullmatch(r"(down|grad)<\w+, (\d+)(, true)?.*>", name)
     if not found:
         return 0
@@ -262,7 +261,7 @@ def ring_bytes(name: str) -> int:
 
 
 def faults(code: Code, promise: Promise) -> list[str]:
-    """What a kernel does that none may, or does not do that it should."""
+    """List a kernel's violations: forbidden instructions, and broken promises."""
     found = []
     ops = list(dict.fromkeys(each.op for each in code.instructions))
     local = [op for op in ops if op.startswith(("LDL", "STL"))]
@@ -288,17 +287,17 @@ def faults(code: Code, promise: Promise) -> list[str]:
 
 
 def widest(code: Code) -> tuple[int, int]:
-    """Bits of the widest load and store of global memory; 0 where there is none."""
+    """Return the widest load and store of global memory in bits; 0 if there is none."""
     loads = [each.width for each in code.instructions if each.is_load() or each.is_copy()]
     stores = [each.width for each in code.instructions if each.is_store()]
     return max(loads, default=0), max(stores, default=0)
 
 
 def in_flight(code: Code, width: int) -> dict[str, int]:
-    """Loads of ``width`` bits in flight, by kind of loop; in all of the code where no loop has any.
+    """Count loads of ``width`` bits in flight by kind of loop, or in all code if no loop has any.
 
-    Loops with such loads that store alike are copies of one: nvcc unrolls a loop and leaves a rest.
-    The best of them counts.
+    The kind is whether a loop stores. Loops of one kind are parts of one loop that nvcc unrolled,
+    and the best of them counts.
     """
     *loops, rest = code.stretches()
     found: dict[str, int] = {}
@@ -311,7 +310,7 @@ def in_flight(code: Code, width: int) -> dict[str, int]:
 
 
 def table(rows: list[Row], promises: Mapping[str, Promise]) -> str:
-    """In markdown, with the compiler's version, on which it depends."""
+    """Return the table in Markdown, with the compiler's version, which affects the numbers."""
     version = run([str(find_nvcc()), "--version"])
     release = re.search(r"V(\d+\.\d+\.\d+)", version)
     lines = [

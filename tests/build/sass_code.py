@@ -1,8 +1,7 @@
-"""Reads what nvdisasm prints of a kernel: instructions, loops, and the loads that are in flight.
+"""Parse nvdisasm's output of kernels: instructions, loops, and loads in flight.
 
-Only what tests/build/sass.py asks is understood. Code is followed in the order of its addresses:
-both sides of a branch that jumps forward count as run, and a jump that is always taken ends what is
-in flight.
+The parser understands only what tests/build/sass.py needs. It reads code in address order: both
+sides of a forward branch count as executed, and an unconditional jump ends all loads in flight.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ TARGET = re.compile(r"`\((\.L\w+)\)")
 REGISTER = re.compile(r"(?<![\w])R(\d+)(\.64)?")
 WIDTH = re.compile(r"\.[US]?(8|16|64|128|256)(?:\.|$)")
 
-LOADS = ("LDG", "LD")  # of global memory, and by a pointer to whatever memory
+LOADS = ("LDG", "LD")  # from global memory, and by a generic pointer
 STORES = ("STG", "ST")
 SHARED_STORES = ("STS",)
 DOUBLE = ("DADD", "DFMA", "DMUL", "DSETP")
@@ -35,12 +34,12 @@ class Instruction:
 
     @property
     def base(self) -> str:
-        """The operation without its modifiers."""
+        """The operation without modifiers."""
         return self.op.partition(".")[0]
 
     @property
     def width(self) -> int:
-        """Bits of a load or store."""
+        """Width of a load or store in bits."""
         found = WIDTH.search(self.op)
         return int(found[1]) if found else 32
 
@@ -48,19 +47,19 @@ class Instruction:
         return self.base in LOADS
 
     def is_copy(self) -> bool:
-        """Whether it copies from global to shared memory, past all registers."""
+        """Return whether it copies from global to shared memory without registers."""
         return self.base == "LDGSTS"
 
     def is_store(self) -> bool:
         return self.base in STORES
 
     def loaded(self) -> set[int]:
-        """The registers that a load writes."""
+        """Return the registers that a load writes."""
         first = REGISTER.search(self.operands)
         return set() if first is None else self._span(int(first[1]), self.width)
 
     def named(self) -> set[int]:
-        """All registers that it reads or writes."""
+        """Return all registers that it reads or writes."""
         found = list(REGISTER.finditer(self.operands))
         registers: set[int] = set()
         for index, match in enumerate(found):
@@ -76,18 +75,18 @@ class Instruction:
 
 @dataclass
 class Code:
-    """One kernel, under its mangled name."""
+    """The code of one kernel, with the mangled name."""
 
     name: str
     instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)  # the index of what follows
+    labels: dict[str, int] = field(default_factory=dict)  # index of the next instruction
 
     def loops(self) -> list[range]:
-        """The innermost loops: from where a branch jumps back to, to the branch."""
+        """Return the innermost loops, each from the target of a backward branch to the branch."""
         found = set()
         for index, instruction in enumerate(self.instructions):
             target = TARGET.search(instruction.operands) if instruction.base == "BRA" else None
-            # A branch to itself fills the end of every kernel.
+            # Every kernel ends with a branch to itself, which is no loop.
             if target and self.labels[target[1]] < index:
                 found.add(range(self.labels[target[1]], index + 1))
         return sorted(
@@ -96,7 +95,7 @@ class Code:
         )
 
     def stretches(self) -> list[list[Instruction]]:
-        """The body of each innermost loop, and all that is in none of them."""
+        """Return the body of each innermost loop, and last all instructions outside of them."""
         loops = self.loops()
         inside = {index for loop in loops for index in loop}
         bodies = [[self.instructions[index] for index in loop] for loop in loops]
@@ -109,7 +108,7 @@ def _within(inner: range, outer: range) -> bool:
 
 
 def read(listing: str) -> Iterator[Code]:
-    """The kernels in the output of ``nvdisasm --print-code``."""
+    """Yield the kernels in the output of ``nvdisasm --print-code``."""
     code = None
     for line in listing.splitlines():
         if section := SECTION.match(line):
@@ -127,10 +126,10 @@ def read(listing: str) -> Iterator[Code]:
 
 
 def loads_in_flight(instructions: Iterable[Instruction], width: int) -> int:
-    """The most loads of so many bits that are issued before one of their results is used.
+    """Return the most loads of ``width`` bits that are in flight at once.
 
-    Results come in the order of the loads: using one ends the wait for those before it, and those
-    after it stay in flight.
+    Results arrive in the order of the loads. The use of a result ends the flight of this load and
+    all earlier ones; later ones stay in flight.
     """
     most, flying = 0, []
     for instruction in instructions:

@@ -1,4 +1,4 @@
-"""The reader of machine code, on short pieces written by hand, and what the check refuses."""
+"""Tests of the parser and the checks of machine code, on short hand-written examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEAD = "\t.section\t.text.kernel\n.text.kernel:\n"
 
 
 def code(text: str):
-    """One kernel of these lines; a line that ends in a colon is a label."""
+    """Parse a kernel of these lines; lines that end in a colon are labels."""
     lines = [
         line if line.endswith(":") else f"        /*{16 * index:04x}*/    {line} ;"
         for index, line in enumerate(filter(None, map(str.strip, text.splitlines())))
@@ -39,7 +39,7 @@ def test_an_instruction_has_a_guard_a_width_and_registers():
     assert Instruction(None, "LDG.E.U16", "R1, desc[UR4][R2.64]").width == 16
     assert Instruction(None, "LDG.E", "R1, desc[UR4][R2.64]").width == 32
     assert Instruction(None, "DADD", "R4, R4, R6").named() == {4, 5, 6, 7}
-    # Uniform registers and special ones are no registers of this kind.
+    # Uniform and special registers do not count.
     assert Instruction(None, "S2UR", "UR4, SR_CTAID.X").named() == set()
 
 
@@ -48,8 +48,8 @@ def test_loads_are_in_flight_until_a_result_is_used():
         "\n".join(f"LDG.E.128 R{at + 4 * i}, desc[UR4][R2.64]" for i in range(4)) for at in (8, 24)
     )
     assert flight(four) == 4
-    assert flight(f"{four}\nFADD R0, R8, R1\n{more}") == 7  # only the first has arrived
-    assert flight(f"{four}\nFADD R0, R23, R1\n{more}") == 4  # the last register of the last one
+    assert flight(f"{four}\nFADD R0, R8, R1\n{more}") == 7  # only the first load has arrived
+    assert flight(f"{four}\nFADD R0, R23, R1\n{more}") == 4  # R23 is the last load's last register
     assert flight(four, width=64) == 0
 
 
@@ -182,7 +182,7 @@ def test_a_reduction_within_a_warp_is_no_atomic():
 
 
 def test_loops_that_differ_in_their_stores_count_apart():
-    """Of loops alike, the unrolled one counts; a loop of another kind is not hidden by it."""
+    """Only the best of similar loops counts, but a loop without stores counts separately."""
     alone = "LDG.E.128 R8, desc[UR4][R2.64]\nFADD R0, R8, R0\n"
     text = GOOD.replace("EXIT", f".L_x_1:\n{alone}@P0 BRA `(.L_x_1)\nEXIT")
     assert sass.in_flight(code(text), 128) == {"loop that stores": 2, "loop": 1}
