@@ -1,4 +1,4 @@
-"""A CUDA device, or the same operators compiled for CPU memory where there is none."""
+"""Run GPU tests on a CUDA device, and on the CPU with the same operators compiled for it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers import cuda
 
 @pytest.fixture(params=["host", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The CPU stands in with the compiled operators and a GPU's heuristics."""
+    """A CUDA device, or the CPU with compiled operators and a GPU's heuristics."""
     if request.param == "cuda":
         return "cuda"
     request.getfixturevalue("host").take_over(monkeypatch)
@@ -19,13 +19,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.fixture(params=[False, True], ids=["alone", "fused"])
 def fused(request: pytest.FixtureRequest, device: str, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether projections of one input are computed together, whatever the heuristic says."""
+    """Whether projections of one input are computed together; overrides the heuristic."""
     monkeypatch.setattr(ops, "fuse_projections", lambda *_: request.param)
     return request.param
 
 
 @pytest.fixture
 def streams(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.cuda has streams and graphs, on a CPU stand-ins for them."""
+    """Replace torch.cuda's streams and graphs by stand-ins on a CPU."""
     if device == "cpu":
         cuda.stand_in(monkeypatch)

@@ -1,4 +1,4 @@
-"""Steps of adapted layers and models, by the package and by plain PyTorch, and their errors."""
+"""Run steps of adapted layers and models with the package and plain PyTorch, and compare errors."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from tests.helpers.oracle import Adapter
 
 
 class Case:
-    """x, a frozen layer and an adapter whose dW is about as large as its W, and a gradient of y.
+    """x, a frozen layer, an adapter with dW about as large as W, and a gradient of y.
 
-    ``sizes``: tokens, in, out, private ranks and pool ranks (None without a pool).
+    Args:
+        sizes: tokens, in, out, private ranks and pool ranks (None: no pool).
     """
 
     def __init__(self, sizes: tuple, dtype: torch.dtype, device: str) -> None:
@@ -48,7 +49,7 @@ class Case:
         self.adapter = trainable_copies({"": scaled})[""]
 
     def ours(self) -> dict[str, Tensor]:
-        """y and every gradient, and y without grad: few tokens then have kernels of their own."""
+        """Compute y, every gradient, and y without grad, which has other kernels for few tokens."""
         pack = packed(Factors(*self.adapter), self.x.dtype)
         args = self.x, self.base.weight, self.base.bias, pack
         found = self._step(lambda: functional.low_rank_linear(*args))
@@ -56,7 +57,7 @@ class Case:
             return {**found, "quiet": functional.low_rank_linear(*args)}
 
     def plain(self) -> dict[str, Tensor]:
-        """The same by the official formula."""
+        """Compute the same quantities by the official formula."""
         found = self._step(lambda: PlainRasa(self.base, self.adapter)(self.x))
         return {**found, "quiet": found["y"]}
 
@@ -69,7 +70,7 @@ class Case:
 
     @torch.no_grad()
     def reference(self) -> dict[str, Tensor]:
-        """In float64, on the device."""
+        """Compute the same quantities in float64 on the device."""
         x, adapter = self.x.detach(), self.adapter
         found = oracle.linear_grads(self.grad, x, self.base.weight, adapter)
         if adapter.A_pool is None:
@@ -79,7 +80,7 @@ class Case:
 
 
 def check_layer(sizes: tuple, dtype: torch.dtype, device: str, draws: int) -> None:
-    """Every quantity within twice plain PyTorch's error against float64."""
+    """Assert that every quantity's error from float64 is at most twice plain PyTorch's."""
     ours, theirs = Errors(), Errors()
     for _ in range(draws):
         case = Case(sizes, dtype, device)
@@ -98,9 +99,10 @@ def check_model(
     autocast: torch.dtype | None = None,
     draws: int = 4,
 ) -> list[dict[str, Tensor]]:
-    """``check_layer`` of a patched model, over several adapters and inputs.
+    """Check a patched model like ``check_layer``, over several adapters and inputs.
 
-    ``run`` is what stands for the model, say compiled. Returns what was observed of it.
+    ``run`` replaces the model in forwards; it may be the compiled model. Returns the logits and
+    gradients of every step.
     """
     ours, theirs, seen = compare(entry, base, model, run, autocast, draws, by_kind=True)
     low = floor(next(base.parameters()).dtype) if autocast is None else 0.0
@@ -109,7 +111,10 @@ def check_model(
 
 
 def check_evaluation(entry: Entry, base: nn.Module, model: nn.Module, inputs: dict) -> Tensor:
-    """Logits without grad, merged or not, within twice plain PyTorch's error; returns them."""
+    """Assert that logits without grad have at most twice plain PyTorch's error; return them.
+
+    The model may be merged.
+    """
     copies, ours, theirs = trainable_copies(adapters(model)), Errors(), Errors()
     reference = oracle.run_model(base, copies, lambda dense: entry.loss(dense, wide(inputs)))
     with torch.no_grad():

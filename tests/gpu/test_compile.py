@@ -1,4 +1,4 @@
-"""torch.compile on the device; on a CPU by the backend that compiles no code."""
+"""torch.compile on the device; on a CPU with the backend that generates no code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.helpers.operators import P
 
 
 def compiled(model: nn.Module, device: str) -> nn.Module:
-    """As one graph. Inductor on a CPU: tests/nn/test_compile.py."""
+    """Compile as one graph. tests/nn/test_compile.py tests Inductor on a CPU."""
     torch._dynamo.reset()
     backend = "inductor" if device == "cuda" else "aot_eager"
     return torch.compile(model, fullgraph=True, backend=backend)
@@ -33,7 +33,7 @@ def test_steps_and_evaluation(dtype, device):
 
 
 def test_dropout_of_torchs_generator(device):
-    """The masks of an eager step, where Inductor is told to draw as torch does."""
+    """Masks equal those of an eager step if Inductor is set to draw like torch."""
     base = SEQUENTIAL.build().to(device)
     model = patched(base, dropout=P).train()
     run = compiled(model, device)
@@ -47,7 +47,7 @@ def test_dropout_of_torchs_generator(device):
 
 
 def test_dropout_of_inductors_generator(device):
-    """With W = 0 and dW = I, y shows the mask, and the gradient of x that of the backward."""
+    """Forward and backward use one mask: with W = 0 and dW = I, y and dx show it."""
     size, p = 64, 0.25
     model = rasa_ext.patch_model(nn.Sequential(nn.Linear(size, size)), size, 0, dropout=p)
     layer = model.to(device).train()[0]

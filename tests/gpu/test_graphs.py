@@ -1,4 +1,4 @@
-"""CUDA graphs, replayed with other inputs and weights; on a CPU, operations noted and run again."""
+"""CUDA graphs replayed with other inputs and weights; on a CPU, recorded operations run again."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def draw(x: Tensor) -> None:
 @pytest.mark.parametrize("tokens", [1, 16, 17, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_forward_sees_new_weights(dtype, tokens, device):
-    """Though packs were cached before: up to 16 tokens by the hand-written pair of kernels."""
+    """A captured forward reads new weights, although packs were cached before the capture.
+
+    Up to 16 tokens use the hand-written pair of kernels.
+    """
     model, x = (
         model_of(dtype, device).eval(),
         torch.randn(tokens, WIDTH, device=device, dtype=dtype),
@@ -63,7 +66,7 @@ def test_forward_sees_new_weights(dtype, tokens, device):
     assert_close(graph.replay(), forward(copy.deepcopy(model), x))
 
 
-# The tables of 60 layers are more than one kernel's parameters.
+# The tables of 60 layers do not fit in one kernel's parameters.
 @pytest.mark.parametrize("layers", [1, LAYERS, 60])
 def test_operators_over_a_group(layers, device):
     A, A_pool, B, B_pool, d = lists(draw_group(layers, 40, 24, 3, 6, device=device))
@@ -109,7 +112,7 @@ def test_merging_refuses_to_be_captured(device):
     model, x = model_of(torch.float32, device), torch.ones(3, device=device)
     before = Snapshot(model)
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
-        x += 1  # a graph of nothing would only warn
+        x += 1  # an empty graph would cause a warning
         with pytest.raises(RuntimeError, match="a CUDA graph is being captured"):
             rasa_ext.merge(model)
     before.assert_unchanged()
@@ -118,7 +121,7 @@ def test_merging_refuses_to_be_captured(device):
 
 
 class Training:
-    """A patched Llama, its optimizer, and the memory from which a step takes its tokens."""
+    """A patched Llama, an optimizer, and the tensor from which a step reads tokens."""
 
     def __init__(self, dtype: torch.dtype, device: str, dropout: float) -> None:
         self.model = patched(LLAMA.build().to(device, dtype), dropout=dropout).train()
@@ -127,7 +130,7 @@ class Training:
         self.optimizer = torch.optim.SGD(self.parameters, 0.05, momentum=0.9)
 
     def step(self) -> list[Tensor]:
-        """Logits and gradients, which show what earlier steps have done to the parameters."""
+        """Return logits and gradients, which depend on the parameters after earlier steps."""
         logits = LLAMA.call(self.model, input_ids=self.tokens)
         self.optimizer.zero_grad()
         logits.float().square().mean().backward()
@@ -142,7 +145,7 @@ class Training:
 @pytest.mark.parametrize("dropout", [0.0, P])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_replays_train_as_steps_do(dtype, dropout, device, fused):
-    """Each on tokens and under masks of its own."""
+    """Replays with new tokens and masks train like eager steps."""
     captured, eager = (Training(dtype, device, dropout) for _ in range(2))
     graph = Captured(captured.step)
     eager.become(captured)
@@ -153,5 +156,5 @@ def test_replays_train_as_steps_do(dtype, dropout, device, fused):
             training.tokens.copy_(tokens)
             torch.manual_seed(seed)
             found.append(run())
-        # While it is captured, transformers' attention takes a mask, and thus other kernels.
+        # During a capture, transformers' attention uses a mask, and thus other kernels.
         assert_close(*found, dtype)

@@ -1,4 +1,4 @@
-"""Whole models: checkpointing, projections computed together, merging."""
+"""Whole models on the device: checkpointing, projections computed together, merging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def step(entry: Entry, model: nn.Module, device: str, seed: int = 0) -> dict:
-    """Logits and gradients, under the masks of a seed."""
+    """Return logits and gradients, with dropout masks of ``seed``."""
     torch.manual_seed(seed)
     dtype = next(model.parameters()).dtype
     return observe(model, adapters(model), entry, entry.inputs(0, dtype, device))
@@ -27,7 +27,7 @@ def step(entry: Entry, model: nn.Module, device: str, seed: int = 0) -> dict:
 @pytest.mark.parametrize("dropout", [0.0, P])
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, T5], ids=ids)
 def test_checkpointing(entry, dropout, use_reentrant, device, fused):
-    """Also under the same masks again."""
+    """Checkpointing gives the same gradients, also with dropout under the same seed."""
     base = entry.build().to(device, torch.float64)
     model = patched(base, dropout=dropout, adapter_dtype=torch.float64).train()
     expected = step(entry, model, device)
@@ -41,7 +41,7 @@ def test_checkpointing(entry, dropout, use_reentrant, device, fused):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16], ids=str)
 @pytest.mark.parametrize("entry", [LLAMA, BERT], ids=ids)
 def test_projections_computed_together(entry, dtype, device, fused, monkeypatch):
-    """As exact as plain PyTorch either way, and so as each layer alone."""
+    """Projections are as exact as plain PyTorch, computed together or separately."""
     calls, direct = [], functional.adapted_projections
 
     def counting(x, weights, *args):
@@ -68,7 +68,7 @@ def test_a_merged_model_computes_the_same(tokens, device):
 
 
 def test_a_model_that_is_moved_after_patching_and_back(device):
-    """Its pools stay shared."""
+    """Pools stay shared when a patched model moves to a device and back."""
     base = LLAMA.build()
     model = patched(base).to(device)
     pools = {id(layer.pool) for layer in adapted_layers(model).values()}

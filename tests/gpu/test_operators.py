@@ -1,6 +1,6 @@
-"""Operators where a GPU goes other ways: real sizes, few tokens, pieces of buffers.
+"""Operators in cases where a GPU uses other kernels: real sizes, few tokens, pieces of buffers.
 
-Values at small sizes, in every dtype: tests/ops and tests/nn/test_group.py, on the device as well.
+tests/ops and tests/nn/test_group.py test small sizes in every dtype, also on the device.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def test_every_operator_has_a_compiled_kernel(device):
-    """Without one it would run as PyTorch operations, and every other test hold all the same.
+    """Every operator has a compiled kernel, except those composed of torch's own kernels.
 
-    But for those that are made of torch's own kernels.
+    Without one, an operator runs as PyTorch operations, and all other tests still pass.
     """
     namespace, key = ("rasa_ext", "CUDA") if device == "cuda" else ("rasa_ext_host", "CPU")
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -31,7 +31,7 @@ def test_every_operator_has_a_compiled_kernel(device):
     assert not missing, rasa_ext.cuda_status()
 
 
-# (tokens, in, out) on a GPU, where products take several waves of tiles, and on the CPU.
+# (tokens, in, out) on a GPU, with several waves of tiles, and on the CPU.
 SIZES = {
     "q": ((8192, 4096, 4096), (64, 32, 32)),
     "gate": ((4096, 4096, 14336), (32, 32, 112)),
@@ -45,7 +45,7 @@ SIZES = {
 @pytest.mark.parametrize("layer", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_layers_of_a_large_model(layer, dtype, device):
-    """r = 8 and k = 1 over 32 layers: R = 39."""
+    """Large layers are as exact as plain PyTorch at r = 8, k = 1 and 32 layers, so R = 39."""
     large, small = SIZES[layer]
     sizes, draws = (large, 1) if device == "cuda" else (small, 8)
     check_layer((*sizes, 7, 32), dtype, device, draws)
@@ -63,7 +63,7 @@ def test_few_tokens(tokens, dtype, device):
 @pytest.mark.parametrize("tokens", [3, 1030])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_pieces_of_flat_buffers(tokens, place, dtype, device):
-    """What begins 1, 2 or 4 elements into its memory, with a bias, and the gradients of it."""
+    """Outputs and gradients are right if a tensor starts 1, 2 or 4 elements into its memory."""
     tensors = test_linear.draw((tokens, 64, 72, 16), dtype, device)
     expected = test_linear.operators(*tensors)
     for offset in (1, 2, 4):
@@ -73,8 +73,8 @@ def test_pieces_of_flat_buffers(tokens, place, dtype, device):
         assert_close(list(found.values()), list(expected.values()), dtype)
 
 
-# (tokens, in, out, ranks) of the skinny kernels, on a GPU and on the CPU: tails of every tile, both
-# products of the gradient from one read and from two, ranks that fill a kernel's and do not.
+# (tokens, in, out, ranks) of the skinny kernels, on a GPU and on the CPU: partial tiles in every
+# dimension, both gradient products from one read or two, ranks equal to and below the kernel's.
 SKINNY = (
     ((8192, 4096, 4096, 48), (1032, 64, 264, 48)),
     ((4093, 4096, 14336, 96), (1027, 64, 272, 96)),
@@ -84,7 +84,7 @@ SKINNY = (
 
 
 def skinny_products(x, weight, bias, Ap, Bp, grad, U, *mask):
-    """Those of a linear without a base."""
+    """Compute the products of a linear without the base."""
     added, down = ops.low_rank_add(grad, x, Ap, Bp, *mask)
     grads = ops.low_rank_linear_backward(grad, x, None, U, Ap, Bp, True, True, True, *mask)
     return dict(zip(("added", "U", "dx_add", "dAp", "dBp"), (added, down, *grads), strict=True))
@@ -94,12 +94,12 @@ def skinny_products(x, weight, bias, Ap, Bp, grad, U, *mask):
 @pytest.mark.parametrize("sizes", SKINNY, ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_skinny_products(sizes, dtype, dropout, device, monkeypatch):
-    """Within cuBLAS's own error, and the same bits each time."""
+    """The kernels' errors are at most twice cuBLAS's, and repeated results are bit-identical."""
     tensors = test_linear.draw(sizes[device != "cuda"], dtype, device)
     mask, kept = draw_mask(tensors[0], dropout)
     wide = test_linear.formulas(*(t.double() for t in tensors), kept)
     if dropout:
-        tensors[0][~kept] = torch.nan  # what is dropped must not be seen
+        tensors[0][~kept] = torch.nan  # dropped elements must have no effect
     found, again = (skinny_products(*tensors, *mask) for _ in range(2))
     assert all(torch.equal(found[name], again[name]) for name in found)
     monkeypatch.setenv("RASA_EXT_KERNELS", "cublas")
@@ -110,12 +110,12 @@ def test_skinny_products(sizes, dtype, dropout, device, monkeypatch):
     assert not excesses(ours, theirs, floor(dtype))[0]
 
 
-# (tokens, rank): the tokens whose U fits in shared memory side by side are 8, 4, 1 and none.
+# (tokens, rank): shared memory holds U of 8, 4, 1 or no tokens at once.
 LARGE_RANKS = ((16, 1536), (9, 1536), (5, 3072), (3, 3072), (2, 12288), (1, 12288), (2, 12304))
 
 
 def rank_by_rank(U, Bp):
-    """``U Bp`` summed as a kernel does it: how a library cuts the sum is its processor's affair."""
+    """Compute ``U Bp`` with a kernel's order of summation; a library's depends on the processor."""
     total = U.new_zeros((U.shape[0], Bp.shape[1]))
     for u, row in zip(U.unbind(1), Bp, strict=True):
         total.addcmul_(u[:, None], row)
@@ -140,7 +140,7 @@ def test_few_tokens_of_a_large_rank(tokens, rank, dtype, device):
     assert not excesses(ours, theirs, floor(dtype))[0]
 
 
-# (tokens, in, out, private ranks, pool ranks), with products whose inner size is 0.
+# (tokens, in, out, private ranks, pool ranks), with products of inner size 0.
 EMPTY = (
     (0, 9, 7, 3, 6),
     (5, 0, 7, 3, 6),

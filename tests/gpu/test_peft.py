@@ -22,7 +22,7 @@ def test_a_step(device, fused):
 
 
 def test_two_adapters(device, tmp_path):
-    """Each alone and both together, with and without grad, and from their files."""
+    """Two adapters are right one at a time and together, with and without grad, and from files."""
     model, tokens = two().to(device), TOKENS.to(device)
     twin = copy.deepcopy(model).cpu()
     names = ("default", "second")

@@ -1,4 +1,4 @@
-"""TF32 as torch's flag says, and autocast over float32 bases."""
+"""TF32 follows torch's flag; autocast works over float32 bases."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.helpers.adapters import Errors, adapter_of, excesses, patched
 from tests.helpers.models import BERT, LLAMA, ids
 from tests.helpers.operators import floor
 
-# Between the roundings of TF32's 11 bits and of float32's 24: their geometric mean.
+# Geometric mean of the rounding errors of TF32 (11 bits) and float32 (24 bits).
 BETWEEN = (2**-11 * 2**-24) ** 0.5
 
 
 @contextlib.contextmanager
 def setting(name: str, value: object) -> Iterator[None]:
-    """A flag of torch's for products on a GPU, put back afterwards."""
+    """Set one of torch's flags for products on a GPU, and restore it at the end."""
     flags = torch.backends.cuda.matmul
     before = getattr(flags, name)
     setattr(flags, name, value)
@@ -39,12 +39,12 @@ def tf32(request: pytest.FixtureRequest) -> Iterator[bool]:
 
 
 def rounds_to_tf32(device: str, tf32: bool) -> bool:
-    """The products of the CPU know no such flag."""
+    """Return whether products use TF32; on the CPU they never do."""
     return tf32 and device == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def test_tf32_in_a_layer(device, tf32):
-    """Where it is allowed, y and every gradient show it; where it is not, none does."""
+    """If TF32 is allowed, the errors of y and dx show its use; otherwise no error does."""
     sizes = (512, 512, 1024, 8, 32) if device == "cuda" else (64, 64, 128, 8, 32)
     ours, theirs = Errors(), Errors()
     for _ in range(2):
@@ -60,7 +60,7 @@ def test_tf32_in_a_layer(device, tf32):
 
 
 def test_fp32_precision_is_the_same_flag(device):
-    """The name that torch gives it since 2.9."""
+    """torch's newer name for the flag, since 2.9, has the same effect."""
     sizes = (512, 512, 1024, 8, 32) if device == "cuda" else (64, 64, 128, 8, 32)
     for precision in ("tf32", "ieee"):
         with setting("fp32_precision", precision):
@@ -84,7 +84,7 @@ def test_merging_is_in_float32_whatever_is_allowed(device, tf32):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("entry", [LLAMA, BERT], ids=ids)
 def test_autocast(entry, dtype, device, fused):
-    """In autocast's dtype, whose error is plain PyTorch's; gradients have their parameters'."""
+    """Outputs have autocast's dtype and errors like plain PyTorch's; gradients are float32."""
     base = entry.build().to(device)
     for observed in check_model(entry, base, patched(base).train(), autocast=dtype):
         assert observed.pop("logits").dtype == dtype

@@ -1,4 +1,4 @@
-"""Quantized bases on the device, by bitsandbytes' kernels for it."""
+"""Quantized bases on the device, with bitsandbytes' kernels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORMS = ("nf4", "nf4 nested", "fp4", "int8")
 
 @pytest.fixture
 def quantized():
-    """tests.helpers.quantized, which imports both."""
+    """tests.helpers.quantized, which needs bitsandbytes and torchao."""
     for name in ("bitsandbytes", "torchao"):
         pytest.importorskip(name, reason=WHY)
     from tests.helpers import quantized
@@ -42,7 +42,7 @@ def observe(layer, x, adapter, grad) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_forward_and_backward(form, dtype, device, quantized):
-    """base(x) + x dW^T and G W + H Ap, with the quantized weight as numbers."""
+    """y is base(x) + x dW^T, and dx is G W + H Ap with the dequantized W."""
     model = quantized.quantized(quantized.linears(dtype=dtype), form).to(device)
     base, layer = model[2], patched(model)[2].train()
     adapter = adapter_of(layer)
@@ -62,7 +62,7 @@ def test_forward_and_backward(form, dtype, device, quantized):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_merging(form, device, quantized):
-    """Dense while merged; the stored bytes are back afterwards."""
+    """Weights are dense while merged; unmerging restores the stored bytes."""
     model = patched(quantized.quantized(quantized.linears(), form).to(device)).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     dense = [quantized.numbers(layer.base_layer) for layer in model]

@@ -19,13 +19,13 @@ pytestmark = pytest.mark.usefixtures("streams")
 
 
 def new_streams(count: int) -> list[torch.cuda.Stream]:
-    """They begin after all that was launched before."""
+    """Return new streams, after waiting for all earlier work."""
     torch.cuda.synchronize()
     return [torch.cuda.Stream() for _ in range(count)]
 
 
 def hold_up(stream: torch.cuda.Stream) -> None:
-    """What follows is launched before any of it runs: a few steps take less than these cycles."""
+    """Delay a stream, so that a few later steps are launched before any of them runs."""
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)
 
@@ -38,7 +38,7 @@ def step(model: nn.Module, tokens: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_two_models_on_two_streams(dtype, device, fused):
-    """Neither sees the other's workspaces, nor memory that the other has given back."""
+    """Models on two streams do not share workspaces or freed memory."""
     base = LLAMA.build().to(device, dtype)
     models = [patched(base, seed=seed).train() for seed in (3, 4)]
     tokens = LLAMA.inputs(0, device=device)["input_ids"]
@@ -59,7 +59,7 @@ def test_two_models_on_two_streams(dtype, device, fused):
 
 @pytest.mark.parametrize("tokens", [4, 64])
 def test_a_pack_made_on_one_stream_and_read_on_another(tokens, device):
-    """And forgotten on the first while the second has still to read it."""
+    """A pack stays valid for a waiting stream after the stream that made it drops it."""
     base = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).to(device)
     model = patched(base).eval()
     x = torch.randn(tokens, 64, device=device)
@@ -74,7 +74,7 @@ def test_a_pack_made_on_one_stream_and_read_on_another(tokens, device):
             found = model(x)
         with torch.cuda.stream(maker):
             model.train()
-            # Packs of (16, 64) in the memory of those that were forgotten.
+            # Tensors of the packs' shape (16, 64), to reuse the memory of the dropped packs.
             others = [torch.full((16, 64), float("nan"), device=device) for _ in range(64)]
     torch.cuda.synchronize()
     assert_close([found], [expected])
@@ -82,7 +82,7 @@ def test_a_pack_made_on_one_stream_and_read_on_another(tokens, device):
 
 
 def test_a_pack_is_read_by_a_stream_that_nobody_orders_behind_its_maker(device):
-    """Two threads that serve: one's forward finds the pack whose kernel the other has queued."""
+    """A stream waits for a pack that another stream is still making, as in two serving threads."""
     model = patched(nn.Sequential(*(nn.Linear(64, 64) for _ in range(3))).to(device)).eval()
     x = torch.randn(4, 64, device=device)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_a_pack_is_read_by_a_stream_that_nobody_orders_behind_its_maker(device):
 
 
 def test_a_device_that_is_not_the_current_one(device, fused):
-    """Training, evaluation, dropout and merging there, and nothing left on the current one."""
+    """A model on another device trains and merges there, and allocates none on the current one."""
     if device == "cuda":
         if torch.cuda.device_count() < 2:
             pytest.skip("there is one GPU")
