@@ -52,6 +52,6 @@ def invoke(*words: object, code: int = 0) -> str:
     """Run the command and return its output on one line, without the terminal's line breaks."""
     result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "200"})
     assert result.exit_code == code, (result.output, result.exception)
-    if result.output.endswith("Aborted!\n"):  # from any EOFError, whose traceback is lost
+    if result.output.endswith("Aborted!\n"):  # printed for any EOFError, without a traceback
         raise AssertionError("the command was aborted") from result.exception
     return " ".join(result.output.split())

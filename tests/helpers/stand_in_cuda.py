@@ -1,4 +1,4 @@
-"""A pretended CUDA device: calls that name one run on the CPU, and torch.cuda has plain answers.
+"""A fake CUDA device: calls that name it run on the CPU, and torch.cuda reports that it exists.
 
 ``program`` returns a Python to start instead of ``sys.executable``; its processes have the device.
 Code for a GPU then runs from end to end. That tests neither kernels nor memory nor speed.

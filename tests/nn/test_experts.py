@@ -127,7 +127,7 @@ def test_no_token(family, grouping):
 
 @pytest.mark.parametrize("grouping", ["slot", "shared"])
 def test_choices_that_no_router_makes(grouping):
-    """The sum also holds if all tokens choose one expert, or a token chooses an expert twice."""
+    """Outputs are also right if all tokens choose one expert, or a token chooses one twice."""
     _, module = doubles("mixtral", grouping)
     x, chosen, shares = experts.inputs(top=1)
     check(module, x, torch.full_like(chosen, EXPERTS - 1), shares)

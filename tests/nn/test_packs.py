@@ -317,7 +317,7 @@ def test_a_group_is_packed_once_a_forward(use_reentrant, packs):
 
 
 def test_layers_that_are_called_in_pairs_do_not_pack_in_pairs(packs):
-    """Two inputs, such as two towers or chunks of a batch, may pass the layers in turn."""
+    """Two inputs that pass each layer in turn, such as two towers, need two packs of the group."""
     model, simple, copies = chain(layers=5)
     for each in (model, simple):
         a, b = X[0], X[1]

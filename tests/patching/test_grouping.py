@@ -182,7 +182,7 @@ def test_every_parameter_has_one_place(entry):
         assert modules[id(layer.pool)] == f"{first}.pool"
         assert ("pool" in layer._modules) == (name == first)
     assert isinstance(layer.pool, rasa_ext.nn.RasaPool)
-    if entry is not TWO_NAMES:  # its state dict has one layer twice
+    if entry is not TWO_NAMES:  # the state dict has this layer twice
         assert len(model.state_dict()) == plain + len(rasa_ext.adapter_parameters(model))
 
 
