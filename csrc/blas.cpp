@@ -1,14 +1,14 @@
-// Single products go to cublasLt, which adds a bias or another matrix as it writes the result; what
-// it refuses, and batches, to cuBLAS's own functions.
+// Single products go to cublasLt, which can add a bias or another matrix while it writes the
+// result. Batches, and products that cublasLt refuses, go to cuBLAS's own functions.
 //
-// Sums run in float32 (float64 for float64) whatever the operands' type, and no product may be
-// summed in halves: torch's own default lets cuBLAS do that.
+// Sums run in float32 (float64 for float64) for all operand types. No product may use partial sums
+// in half precision, which torch allows cuBLAS by default.
 //
-// TF32 follows torch's flag: the handle comes from torch with that flag in its math mode, which
-// is kept. cuBLAS repeats its results bit for bit on the one stream and workspace that torch
-// gave the handle, so torch's determinism flag needs no other path here; and since that
-// workspace is torch's, calls can be captured into a graph. The same holds of cublasLt with the
-// workspace that it is given.
+// TF32 follows torch's flag: torch sets it in the math mode of its handle, and this file keeps that
+// mode. cuBLAS repeats results bit for bit on one stream with one workspace, and torch assigns both
+// to the handle, so torch's determinism flag needs no other path. The workspace belongs to torch,
+// so calls can be captured into a graph. Both also hold for cublasLt with the workspace passed to
+// it.
 #include "blas.h"
 
 #include "blas_lt.h"
@@ -18,7 +18,8 @@
 namespace rasa_ext {
 namespace {
 
-// For one call: the handle's math mode without sums in half precision.
+// Forbids partial sums in half precision in the handle's math mode, and TF32 if the call forbids
+// it, while the object lives.
 class FullPrecisionSums {
  public:
   FullPrecisionSums(cublasHandle_t handle, const GemmCall& call) : handle_(handle) {
@@ -36,7 +37,7 @@ class FullPrecisionSums {
   cublasMath_t before_ = CUBLAS_DEFAULT_MATH;
 };
 
-// D becomes what the product is added to: C, each of its columns a bias, or zeros.
+// Writes to D what the product is added to: C, a bias in each column, or zeros.
 void set_result(const Blas& blas, const GemmCall& call) {
   if (call.add && call.in_place()) return;
   Tensor result = tensor_of({call.d, call.out, call.n, call.m, call.ldd, 1}, blas.like);

@@ -1,4 +1,4 @@
-// The only ways in which this library calls cuBLAS, and where it is called.
+// The only functions through which this library runs products on cuBLAS.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -7,22 +7,22 @@
 
 namespace rasa_ext {
 
-// What products run on: a cublasHandle_t of torch's, its stream (a cudaStream_t), and any tensor on
-// that device. Hidden, as torch's stable types are.
+// Where products run: torch's cublasHandle_t, the stream of that handle (a cudaStream_t), and any
+// tensor on the device. Hidden, like torch's stable types.
 struct [[gnu::visibility("hidden")]] Blas {
   void* handle;
   void* stream;
   torch::stable::Tensor like;
 };
 
-// One product. Over k = 0, D becomes C, or 0, without cuBLAS.
+// Computes one product. If k = 0, D becomes C, or 0, without cuBLAS.
 void gemm(const Blas& blas, const GemmCall& call);
 
-// call.batch products at fixed distances.
+// Computes call.batch products of matrices at fixed distances.
 void gemm_strided(const Blas& blas, const GemmCall& call);
 
-// call.batch products, k > 0, whose matrices are given by pointers: call.a, call.b and call.d are
-// arrays of call.batch device pointers each, in device memory.
+// Computes call.batch products, k > 0, of matrices given by pointers: call.a, call.b and call.d are
+// arrays of call.batch device pointers, in device memory.
 void gemm_pointers(const Blas& blas, const GemmCall& call);
 
 }  // namespace rasa_ext

@@ -1,18 +1,21 @@
-// What cublasLt needs to be told about a product, and what it has chosen for it.
+// A product as cublasLt describes it, and the algorithm that cublasLt chose.
 //
-// A choice takes tens of microseconds on the host, so it is made once for a kind of product and
-// kept. It may split the sum over k only where the parts stay in the type that sums run in and are
-// added in a step of their own: partial sums in the result's type would be sums in halves.
+// A choice takes tens of microseconds on the host, so it is made once for each kind of product and
+// cached. An algorithm may split the sum over k only if the partial sums stay in the accumulation
+// type and a separate step adds them: partial sums in the result's type would be sums in half
+// precision.
 //
-// The workspace is a tensor of torch's allocator for the time of the call: reused in the order of
-// the stream, part of a graph's memory while one is captured, and never that of another stream.
-// torch's handle has one as well, but does not give it out. Most choices need none.
+// The workspace is a tensor from torch's allocator that lives for one call. It is therefore reused
+// in stream order, belongs to the graph's memory during capture, and is never shared between
+// streams. torch's handle has a workspace too, but torch does not expose it. Most algorithms need
+// none.
 //
-// A bias costs least where nothing else is added to the product (cuBLAS documents it so): it comes
-// with the first product of a sum. Where `can_add_bias` says no, the caller copies it into D.
+// cuBLAS's documentation says that a bias is cheapest in a product that adds nothing else, so
+// callers add it in the first product of a sum. If `can_add_bias` is false, gemm copies the bias
+// into D.
 //
-// Whatever cublasLt fails at is left to cuBLAS, as torch leaves it: an error of the device itself
-// comes back there.
+// If cublasLt fails, cuBLAS computes the product, as in torch. An error of the device itself
+// appears again there.
 #include "blas_lt.h"
 
 #include <cublasLt.h>
@@ -31,24 +34,25 @@
 namespace rasa_ext {
 namespace {
 
-// As much as torch gives cuBLAS on the devices that need the most.
+// The most that torch gives cuBLAS on any device.
 constexpr uint64_t kMaxWorkspace = uint64_t{32} << 20;
 constexpr size_t kWorkspaceAlignment = 256;
 
-// As many as a model with a hundred shapes meets at forty lengths.
+// Enough for a model with a hundred shapes at forty sequence lengths.
 constexpr size_t kMaxChoices = 4096;
 
-// Sums up to this length are not split. A bias is added to a split one after it was rounded to the
-// result's type, and thus rounded twice.
+// Sums up to this length are not split. A split sum is rounded to the result's type before a bias
+// is added, so it would be rounded twice.
 constexpr int kLongestWithBias = 512;
 
-// The largest power of two up to 256 that divides the address; cublasLt asks for no more.
+// Returns the largest power of two up to 256 that divides the address; cublasLt needs no larger
+// one.
 uint32_t alignment_of(const void* data) {
   const uintptr_t bits = reinterpret_cast<uintptr_t>(data) | 256;
   return static_cast<uint32_t>(bits & (~bits + 1));
 }
 
-// float32 products may run in TF32 where the call allows it, and torch's flag in its handle.
+// Returns TF32 for float32 products if the call allows it and torch has set it in the handle.
 cublasComputeType_t lt_compute_type(cublasHandle_t handle, const GemmCall& call) {
   if (call.in != DType::kFloat32 || !call.allow_tf32) return compute_type(call);
   cublasMath_t mode = CUBLAS_DEFAULT_MATH;
@@ -57,13 +61,13 @@ cublasComputeType_t lt_compute_type(cublasHandle_t handle, const GemmCall& call)
   return flags == CUBLAS_TF32_TENSOR_OP_MATH ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
 }
 
-// Kernels may read a bias 16 bytes at a time, and nothing tells the heuristic how it lies: less
-// aligned, it can fault and end the CUDA context.
+// Kernels may read a bias 16 bytes at a time, and the heuristic is not given the alignment of the
+// bias. A less aligned bias can fault and end the CUDA context.
 bool can_add_bias(const GemmCall& call) {
   return alignment_of(call.c) >= 16 && call.k <= kLongestWithBias;
 }
 
-// The descriptors of one product. They own nothing.
+// The descriptors of one product. They own no memory.
 class Product {
  public:
   Product(const GemmCall& call, cublasComputeType_t compute) : call_(call) {
@@ -84,7 +88,7 @@ class Product {
   Product(const Product&) = delete;
   Product& operator=(const Product&) = delete;
 
-  // Whether there is an algorithm, which `result` then holds.
+  // Returns whether cublasLt has an algorithm, and stores it in `result`.
   bool ask(cublasLtHandle_t handle, cublasLtMatmulHeuristicResult_t* result) {
     cublasLtMatmulPreferenceOpaque_t preference;
     check(cublasLtMatmulPreferenceInit(&preference), "cublasLtMatmulPreferenceInit", call_);
@@ -114,7 +118,8 @@ class Product {
   }
 
  private:
-  // In place, and where nothing or a bias is added, C is D and has its layout.
+  // cublasLt reads a separate C only if C is neither D nor a bias. Otherwise D and D's layout take
+  // the place of C.
   bool reads_c() const { return !call_.in_place() && !call_.adds_bias(); }
   const void* c() const { return reads_c() ? call_.c : call_.d; }
   cublasLtMatrixLayout_t c_layout() { return reads_c() ? &c_ : &d_; }
@@ -135,14 +140,14 @@ class Product {
   cublasLtMatrixLayoutOpaque_t a_, b_, c_, d_;
 };
 
-// The algorithm for one kind of product, if there is one, and the bytes that it needs.
+// The algorithm for one kind of product, if there is one, and the workspace bytes that it needs.
 struct Choice {
   bool found = false;
   cublasLtMatmulAlgo_t algorithm = {};
   size_t workspace = 0;
 };
 
-// All that a choice depends on.
+// Everything that a choice depends on.
 using Kind = std::array<int64_t, 12>;
 
 Kind kind_of(const Blas& blas, const GemmCall& call, cublasComputeType_t compute) {
@@ -155,7 +160,7 @@ Kind kind_of(const Blas& blas, const GemmCall& call, cublasComputeType_t compute
           call.ldd, how,    types,  operands, results,  blas.like.get_device_index()};
 }
 
-// Of all threads.
+// The cache of choices, shared by all threads.
 class Choices {
  public:
   Choice of(const Kind& kind, cublasLtHandle_t handle, Product& product) {
@@ -172,7 +177,7 @@ class Choices {
     return choice;
   }
 
-  // The product is refused from now on. The first failure other than "not supported" is told.
+  // Refuses products of this kind from now on. Prints the first failure other than "not supported".
   void refuse(const Kind& kind, cublasStatus_t status) {
     const std::lock_guard<std::mutex> lock(mutex_);
     choices_[kind] = Choice{};
@@ -199,7 +204,7 @@ Choices& choices() {
 
 bool gemm_lt(const Blas& blas, const GemmCall& call) {
   if (call.adds_bias() && !can_add_bias(call)) return false;
-  // A cuBLAS handle is one of cublasLt as well.
+  // A cuBLAS handle is also a cublasLt handle.
   const auto handle = static_cast<cublasLtHandle_t>(blas.handle);
   const cublasComputeType_t compute =
       lt_compute_type(static_cast<cublasHandle_t>(blas.handle), call);

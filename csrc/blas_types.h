@@ -1,4 +1,4 @@
-// A GemmCall in cuBLAS's words, for the files that call it.
+// A GemmCall in cuBLAS's types, for the files that call cuBLAS.
 #pragma once
 
 #include <cublas_v2.h>
@@ -40,7 +40,7 @@ inline cublasComputeType_t compute_type(const GemmCall& call) {
   return call.out == DType::kFloat64 ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F;
 }
 
-// alpha or beta in the type that the compute type asks for.
+// alpha or beta in the type that the compute type requires.
 class Scalar {
  public:
   Scalar(const GemmCall& call, double value)

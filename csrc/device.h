@@ -1,4 +1,4 @@
-// Where one operator runs: the device of its tensors, and torch's current stream there.
+// The device of an operator's tensors, and torch's current stream on it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,7 +9,7 @@
 
 namespace rasa_ext {
 
-// Makes the tensor's device current for its own lifetime.
+// Makes the tensor's device current while the object lives.
 class [[gnu::visibility("hidden")]] Device {
  public:
   explicit Device(const torch::stable::Tensor& tensor);
@@ -17,18 +17,19 @@ class [[gnu::visibility("hidden")]] Device {
   Device(const Device&) = delete;
   Device& operator=(const Device&) = delete;
 
-  // A cudaStream_t.
+  // Returns a cudaStream_t.
   void* stream() const { return stream_; }
 
-  // What products run on: torch's cuBLAS handle, on that stream.
+  // Returns torch's cuBLAS handle, on that stream.
   Blas blas() const;
 
-  // A small table of host memory, whole 8-byte words, on the device: in the order of the stream,
-  // waited for by nobody, and safe under graph capture (table.cpp). `host` may change at once.
+  // Copies a small table of whole 8-byte words from host memory to the device, in stream order.
+  // Does not wait, and is safe under graph capture (table.cpp). `host` may change right after the
+  // call.
   torch::stable::Tensor upload(const torch::stable::Tensor& like, const void* host,
                                size_t bytes) const;
 
-  // Throws if the launch before it failed; `kernel` names it.
+  // Throws if the launch before this call failed. The message names `kernel`.
   void check_launch(const char* kernel) const;
 
  private:

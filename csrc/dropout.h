@@ -1,4 +1,4 @@
-// Dropout of the adapter's input, for the operators that take its mask.
+// Dropout of the adapter's input, for the operators that take a mask.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -10,13 +10,13 @@
 
 namespace rasa_ext {
 
-// A mask is for so many elements, those of x; none is always right.
+// Throws if the mask does not fit the `elements` elements of x. No mask is always valid.
 void check_mask(const Checks& checks, const std::optional<Tensor>& mask, int64_t elements);
 
-// What the mask leaves of x; all of it without a mask. A GEMM can read it.
+// Returns x with dropped elements set to 0, or all of x without a mask. A GEMM can read the result.
 Tensor kept_of(const Device& device, const Tensor& x, const std::optional<Tensor>& mask);
 
-// The same where x, which is dense, stands.
+// Sets the dropped elements of x to 0 in place; x is dense.
 void keep_in_place(const Device& device, Tensor& x, const Tensor& mask);
 
 }  // namespace rasa_ext

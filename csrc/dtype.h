@@ -18,7 +18,7 @@ inline size_t size_of(DType dtype) {
   }
 }
 
-// In which sums run and weight gradients come back.
+// Returns the dtype of sums and of weight gradients.
 inline DType accumulation(DType dtype) {
   return dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }

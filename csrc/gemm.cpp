@@ -29,14 +29,15 @@ int to_int(const char* name, int64_t value) {
   return static_cast<int>(value);
 }
 
-// Each column's elements are neighbours. A stride along one element or none says nothing.
+// Whether each column's elements are contiguous and columns do not overlap. A stride over fewer
+// than two elements does not matter.
 bool is_column_major(const Matrix& matrix) {
   const bool dense = matrix.row_stride == 1 || matrix.rows <= 1;
   const bool apart = matrix.col_stride >= std::max<int64_t>(matrix.rows, 1) || matrix.cols <= 1;
   return dense && apart;
 }
 
-// The distance between columns of a column-major view, which cuBLAS wants to be at least `rows`.
+// Returns the distance between columns of a column-major view; cuBLAS requires at least `rows`.
 int leading(const Matrix& matrix) {
   const int64_t least = std::max<int64_t>(matrix.rows, 1);
   return to_int("leading dimension", matrix.cols <= 1 ? least : matrix.col_stride);
@@ -53,7 +54,7 @@ Operand operand(const char* name, const Matrix& matrix) {
   refuse(name, "rows or columns of neighbouring elements", strides(matrix));
 }
 
-// D is column-major.
+// Expects a column-major D.
 GemmCall by_columns(const Matrix& a, const Matrix& b, const Matrix& d, bool add, double alpha) {
   const Operand left = operand("A", a);
   const Operand right = operand("B", b);
@@ -102,7 +103,7 @@ GemmCall multiply(const Matrix& a, const Matrix& b, const Matrix& d, bool add, d
   if (d.dtype != a.dtype && d.dtype != DType::kFloat32) {
     refuse("D", "the dtype of A, or float32", "another");
   }
-  // cuBLAS writes columns: D^T = B^T A^T has D's rows as its columns.
+  // cuBLAS writes column-major results, and a row-major D is a column-major D^T = B^T A^T.
   if (is_column_major(d.t())) return by_columns(b.t(), a.t(), d.t(), add, alpha);
   operand("D", d);
   return by_columns(a, b, d, add, alpha);

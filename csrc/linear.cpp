@@ -1,21 +1,21 @@
-// The low-rank linear and its backward. M tokens, Rp the padded rank:
+// The low-rank linear and the backward, with M tokens and Rp the padded rank:
 //
 //     U = X Ap^T      Y   = U Bp + C         Y   += X W^T
 //     H = G Bp^T      dBp = U^T G            dAp  = H^T X      dX = H Ap      dX += G W
 //
-// C is the bias, or the base's output in place of X W^T, or nothing.
+// C is the bias or nothing. In low_rank_add, C is the base's output and X W^T is not added.
 //
-// Products with one narrow side and no sum over Rp are the skinny kernels' (skinny.h), all others
-// cuBLAS's.
+// The skinny kernels (skinny.h) compute products with one narrow side and no sum over Rp. cuBLAS
+// computes all others.
 //
-// With dropout the X beside Ap is what the mask leaves of it, its scale stands before the products
-// that give U and H, and the mask is put on dX before the last product.
+// With dropout, the X beside Ap is masked, the products that give U and H are scaled, and dX is
+// masked before the last product.
 //
-// The adapter comes first and the base last, with beta = 1: reading Y again hides in the large
-// product, and Y is rounded once. The bias comes with the adapter's product, not with the base's:
-// cuBLAS adds one best to a product that adds nothing else. In the backward each product follows
-// one that has read the same: H and dBp come from one read of G where they can, and dX is still in
-// the cache for the base.
+// The adapter's product comes first and the base's last, with beta = 1: the large product hides the
+// extra read of Y, and Y is rounded once. The bias is added in the adapter's product, because
+// cuBLAS adds a bias best to a product that adds nothing else. In the backward, each product
+// follows one that reads the same matrix: H and dBp come from one read of G if possible, and dX is
+// still in cache for the base's product.
 #include "blas.h"
 #include "device.h"
 #include "dropout.h"
@@ -28,7 +28,7 @@
 namespace rasa_ext {
 namespace {
 
-// U = scale * keep(X) Ap^T and Y = U Bp + C.
+// Computes U = scale * keep(X) Ap^T and Y = U Bp + C.
 void multiply_adapter(const Device& device, const Blas& blas, const Tensor& x,
                       const std::optional<Tensor>& mask, double scale, const Tensor& Ap,
                       const Tensor& Bp, const Matrix& C, const Tensor& U, const Tensor& y) {
@@ -37,7 +37,7 @@ void multiply_adapter(const Device& device, const Blas& blas, const Tensor& x,
   gemm(blas, multiply_add(matrix_of(U), matrix_of(up), C, matrix_of(y)));
 }
 
-// U = X Ap^T and Y += U Bp by the hand-written pair of kernels. Expects use_decode.
+// Computes U = X Ap^T and Y += U Bp with the decode kernels. Expects use_decode to be true.
 void decode(const Device& device, const Tensor& x, const Tensor& Ap, const Tensor& Bp,
             const Tensor& U, const Tensor& y) {
   const DType dtype = dtype_of(x);

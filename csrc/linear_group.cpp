@@ -1,5 +1,5 @@
-// Low-rank linears of a group's L layers on given activations, and their backward, as batched
-// products. The base's weights are where the model has them.
+// Low-rank linears of the L layers of a group on given activations, and the backward, as batched
+// products. The base weights are not stacked: each is read from the model's own tensor.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -13,7 +13,7 @@
 namespace rasa_ext {
 namespace {
 
-// What forward and backward are given: shapes checked, packs and x readable by a batch.
+// The inputs of forward and backward: shapes are checked, and a batch can read packs and x.
 struct Stack {
   Tensor x, Ap, Bp;
 
@@ -41,8 +41,8 @@ bool is_aligned(const Matrix& batch) {
   return is_aligned(batch.data) && (batch.layers == 1 || is_aligned(batch.from(1).data));
 }
 
-// Whether a GEMM can read all matrices, and they lie alike. cuBLAS, which cannot see where a
-// batch's pointers lead, wants them at 16 bytes for halves and TF32 (cublasGemmBatchedEx).
+// Whether a GEMM can read all matrices, and all have equal strides. cuBLAS cannot see the alignment
+// of a batch's pointers, so it requires 16 bytes for half types and TF32 (cublasGemmBatchedEx).
 bool lie_alike(const std::vector<Tensor>& matrices) {
   const Matrix first = matrix_of(matrices[0]);
   return is_gemm_operand(first) &&
@@ -52,7 +52,8 @@ bool lie_alike(const std::vector<Tensor>& matrices) {
          });
 }
 
-// C_l += A_l W_l, or W_l^T, with one weight a layer: a batch where each product is small.
+// C_l += A_l W_l, or A_l W_l^T, with one weight per layer. Runs as a batch if each product is
+// small.
 void add_base(const Device& device, const Tensor& a, const std::vector<Tensor>& weights,
               bool transpose, const Tensor& c) {
   Matrix left = layers_of(a), sum = layers_of(c);

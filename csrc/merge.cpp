@@ -1,5 +1,5 @@
-// dW = Bp^T Ap of all layers of a group, alone or added to their weights: in batches, but for
-// weights of the sums' dtype, each of which takes a product where it lies.
+// dW = Bp^T Ap of all layers of a group, returned or added to the weights. Products run in batches.
+// Weights that have the dtype of the sums are added to in place instead, one product each.
 #include <algorithm>
 #include <vector>
 
@@ -16,14 +16,14 @@ void check_stacks(const Checks& checks, const Tensor& Ap, const Tensor& Bp) {
   checks.like("Bp", Bp, {Ap.size(0), Ap.size(1), -1});
 }
 
-// What is merged is kept: its precision is not a matter of speed.
+// Merged weights are permanent, so precision matters more than speed.
 GemmCall exact(GemmCall call) {
   call.allow_tf32 = false;
   return call;
 }
 
-// How many layers' weights stand beside the model at a time: as many as 256 MiB hold, so that a
-// merge needs little memory of its own, and one product still fills the device.
+// Returns how many layers' sums are in memory at a time: as many as fit in 256 MiB, so that a merge
+// needs little memory and one product still fills the device.
 int layers_at_a_time(int64_t layer_bytes, int64_t layers) {
   const int64_t budget = int64_t{256} << 20;
   return static_cast<int>(

@@ -1,4 +1,4 @@
-// The operators' host functions. Shapes and contracts: rasa_ext/ops/.
+// Host functions of the operators. rasa_ext/ops/ documents shapes and contracts.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// Checks, allocation and launches of pack and of its backward, for the layers of a group.
+// Checks, allocation and launches of pack and pack_backward, for the layers of a group.
 #include <vector>
 
 #include "device.h"
@@ -9,7 +9,8 @@
 namespace rasa_ext {
 namespace {
 
-// Tensors as kernels read them: dense and of one dtype, kept until they are launched.
+// Tensors as kernels read them: dense and of one dtype. The object keeps them alive until the
+// launch.
 class Operands {
  public:
   explicit Operands(DType dtype) : dtype_(dtype) {}
@@ -19,7 +20,7 @@ class Operands {
     return kept_.back().data_ptr();
   }
   const void* data(const std::optional<Tensor>& tensor) { return tensor ? data(*tensor) : nullptr; }
-  // B and B_pool, by ranks.
+  // For B and B_pool, which kernels read with ranks as rows.
   const void* transposed_data(const std::optional<Tensor>& matrix) {
     return matrix ? data(transposed(*matrix)) : nullptr;
   }
@@ -29,7 +30,7 @@ class Operands {
   std::vector<Tensor> kept_;
 };
 
-// The layers in device memory, where they are more than travel by value.
+// Returns the layers in device memory, or nullopt if they are few enough to pass by value.
 template <typename Layer>
 std::optional<Tensor> uploaded(const Device& device, const Tensor& like,
                                const std::vector<Layer>& layers) {
@@ -37,7 +38,7 @@ std::optional<Tensor> uploaded(const Device& device, const Tensor& like,
   return device.upload(like, layers.data(), layers.size() * sizeof(Layer));
 }
 
-// `others` has as many entries as `B`, or none.
+// Throws unless `others` has as many entries as `B`, or none.
 void check_list(const char* op, const std::vector<Tensor>& B, const char* name,
                 const std::vector<Tensor>& others) {
   check_layers(op, "B", B.size(), name, others.empty() ? B.size() : others.size());
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor> pack_group(const std::vector<Tensor>& A,
   if (B_pool) checks.like("B_pool", *B_pool, {out, pooled});
   if (multiple < 1) checks.refuse("multiple", "at least 1", std::to_string(multiple));
 
-  // The kernels compute in float64 only where all is float64.
+  // The kernels compute in float64 only if both dtypes are float64.
   const DType asked = dtype_of(dtype);
   const bool wide = asked == DType::kFloat64 || dtype_of(A[0]) == DType::kFloat64;
   const DType param = wide ? DType::kFloat64 : dtype_of(A[0]);

@@ -1,5 +1,5 @@
-// n projections of one x: y_i = x W_i^T + bias_i + U_i Bp_i with one U = x Ap^T, whose columns are
-// the projections' side by side, and the backward with one H and one dAp.
+// n projections of one x: y_i = x W_i^T + bias_i + U_i Bp_i. One product computes U = x Ap^T, which
+// has the columns U_i of all projections side by side. The backward has one H and one dAp.
 #include <cstdint>
 #include <vector>
 
@@ -13,7 +13,7 @@
 namespace rasa_ext {
 namespace {
 
-// Where each projection's columns of U begin, and how many there are in all.
+// The first column of U for each projection, and the total number of columns.
 struct Columns {
   std::vector<int64_t> first;
   int64_t total = 0;
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> linear_projections_backward(
   const Tensor down = gemm_operand(Ap);
   gemm(blas, multiply(matrix_of(H), matrix_of(down), matrix_of(dx), false));
   if (mask) keep_in_place(device, dx, *mask);
-  // Every product adds to the sum of those before it: no pass over dx of its own.
+  // Each product accumulates into dx, so no separate pass over dx is needed.
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor base = gemm_operand(weights[i]);
     gemm(blas, multiply(matrix_of(outer[i]), matrix_of(base), matrix_of(dx), true));

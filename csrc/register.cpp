@@ -1,9 +1,9 @@
-// Attaches the kernels to the schemas of rasa_ext/ops/, which must be loaded before.
+// Attaches the kernels to the schemas of rasa_ext/ops/, which must be loaded first.
 #include <torch/csrc/stable/library.h>
 
 #include "ops.h"
 
-// Tests put the same host code under another name, on CPU tensors.
+// Tests register the same host code under another name, for CPU tensors.
 #ifndef RASA_EXT_NAMESPACE
 #define RASA_EXT_NAMESPACE rasa_ext
 #define RASA_EXT_DISPATCH_KEY CUDA

@@ -10,10 +10,10 @@
 namespace rasa_ext {
 namespace {
 
-// Whether each row's elements are neighbours.
+// Whether each row's elements are contiguous.
 bool by_rows(const Matrix& matrix) { return matrix.col_stride == 1 || matrix.cols <= 1; }
 
-// Whether the kernels have computed what is asked for.
+// Runs the kernels if they support the products, and returns whether they ran.
 bool launched(const Device& device, const Tensor& S, const std::optional<Tensor>& bits,
               const std::optional<Down>& down, const std::optional<Grad>& grad) {
   const Matrix wide = matrix_of(S), P = down ? matrix_of(down->P) : Matrix{};

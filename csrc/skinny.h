@@ -1,5 +1,5 @@
-// The products of a wide matrix with narrow ones, by the kernels of cuda/skinny.cuh where they take
-// the shapes, else by cuBLAS.
+// Products of a wide matrix with narrow ones. The kernels of cuda/skinny.cuh compute them if they
+// support the shapes, else cuBLAS does.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -18,13 +18,14 @@ struct [[gnu::visibility("hidden")]] Down {
   double scale;
 };
 
-// C (Rp, N) = Q^T keep(S), with Q (M, Rp); C is contiguous, and float32 where S is of a half type.
+// C (Rp, N) = Q^T keep(S), with Q (M, Rp). C is contiguous, and float32 if S has a half type.
 struct [[gnu::visibility("hidden")]] Grad {
   Matrix Q;
   Matrix C;
 };
 
-// Whichever are given, from S (M, N), M > 0, of which `mask` leaves keep(S).
+// Computes `down`, `grad` or both from S (M, N), M > 0. keep(S) is S with dropped elements set to
+// 0.
 void multiply_narrow(const Device& device, const Tensor& S, const std::optional<Tensor>& mask,
                      const std::optional<Down>& down, const std::optional<Grad>& grad);
 

@@ -1,14 +1,14 @@
-// Tables that the device reads, and why that is safe under graph capture.
+// Tables that the device reads, and why they are safe under graph capture.
 //
-// Their words travel as kernel parameters, which a captured graph keeps by value, so no host memory
-// has to outlive the call or stay as it is. Their device memory comes from torch's allocator: while
-// a graph is captured that is the graph's own pool, where an address freed here may serve a later
-// operator of the same graph. Every replay runs the same kernels in the same order, so a table is
-// written before it is read, each time.
+// The words travel as kernel parameters. A captured graph stores parameters by value, so the host
+// memory need not outlive the call or stay unchanged. The device memory comes from torch's
+// allocator. During capture that is the graph's own pool, in which a later operator of the graph
+// may reuse a freed address. Every replay runs the same kernels in the same order, so a table is
+// always written before it is read.
 //
-// What the words point to must stay where it is for as long as the graph is replayed: parameters
-// and weights do as long as the model is not moved or reallocated, and results and workspaces are
-// of the graph's pool themselves.
+// The addresses in a table must stay valid as long as the graph is replayed. Parameters and weights
+// stay valid if the model is not moved or reallocated. Results and workspaces belong to the graph's
+// pool.
 #include <stdexcept>
 
 #include "device.h"

@@ -43,7 +43,7 @@ std::string device_name(const Tensor& tensor) {
   return (tensor.is_cuda() ? "cuda:" : "another:") + std::to_string(tensor.get_device_index());
 }
 
-// "(3, 4)", with * for any.
+// Returns "(3, 4)", with * for any size.
 template <typename Sizes>
 std::string text_of(const Sizes& sizes) {
   std::string text;
@@ -53,7 +53,7 @@ std::string text_of(const Sizes& sizes) {
   return "(" + text + ")";
 }
 
-// As torch gives them: a size of 0 counts as 1.
+// Returns torch's strides of a contiguous tensor: a size of 0 counts as 1.
 std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
@@ -79,7 +79,7 @@ Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& sizes,
   return Tensor(made);
 }
 
-// The memory of `tensor` from `offset` elements after its first one on.
+// Views the memory of `tensor`, starting `offset` elements after the first.
 Tensor view_of(const Tensor& tensor, const std::vector<int64_t>& sizes,
                const std::vector<int64_t>& strides, int64_t offset) {
   AtenTensorHandle view = nullptr;

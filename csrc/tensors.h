@@ -18,20 +18,20 @@ using torch::stable::Tensor;
 // The checks of one operator. Messages read "rasa_ext::op: name: expected ..., got ...".
 class Checks {
  public:
-  // The other tensors of a computation are held against the dtype and device of `first`.
+  // Sets the dtype and device of `first` as those that the other tensors must have.
   Checks(const char* op, const char* name, const Tensor& first);
 
-  // sizes: -1 stands for any.
+  // In `sizes`, -1 stands for any size.
   void shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const;
   void dtype(const char* name, const Tensor& tensor) const;
   void device(const char* name, const Tensor& tensor) const;
-  // All three.
+  // Checks shape, dtype and device.
   void like(const char* name, const Tensor& tensor, std::initializer_list<int64_t> sizes) const;
 
-  // `tensor` is there, as it must be where `need` says so.
+  // Throws if `tensor` is missing. `need` names the flag that requires it.
   void given(const char* name, const std::optional<Tensor>& tensor, const char* need) const;
 
-  // One row of integers of a type, on the same device.
+  // Checks for shape (size,), the integer type and the device.
   void integers(const char* name, const Tensor& tensor, int64_t size,
                 torch::headeronly::ScalarType type) const;
 
@@ -45,71 +45,71 @@ class Checks {
   std::string device_;
 };
 
-// The tensor's dtype; throws where no kernel computes in it.
+// Returns the tensor's dtype; throws if no kernel computes in it.
 DType dtype_of(const Tensor& tensor);
 DType dtype_of(torch::headeronly::ScalarType dtype);
 
-// A size as kernels take it; throws where it does not fit.
+// Converts a size to the int that kernels take; throws if it does not fit.
 int to_int(const char* name, int64_t size);
 
-// Null where there is no tensor.
+// Returns null if there is no tensor.
 inline const void* data_of(const std::optional<Tensor>& tensor) {
   return tensor ? tensor->data_ptr() : nullptr;
 }
 
-// A 2-D tensor as it lies in memory.
+// Views the memory of a 2-D tensor as a matrix.
 Matrix matrix_of(const Tensor& tensor);
 
-// The matrices of a (L, rows, cols) tensor.
+// Views a (L, rows, cols) tensor as a batch of matrices.
 Matrix layers_of(const Tensor& stacked);
 
-// A matrix in memory as a tensor, on the device of `like`. It does not own the memory.
+// Views a matrix as a tensor on the device of `like`. The tensor does not own the memory.
 Tensor tensor_of(const Matrix& matrix, const Tensor& like);
 
-// A row (cols,) of neighbouring elements as `rows` rows; no data without a row.
+// Views a contiguous row (cols,) as `rows` equal rows. The matrix has no data without a row.
 Matrix repeated(const std::optional<Tensor>& row, int64_t rows);
 
-// The tensor if a GEMM can read it as it lies, else a contiguous copy.
+// Returns the tensor if a GEMM can read it without a copy, else a contiguous copy.
 Tensor gemm_operand(const Tensor& tensor);
 
-// The stacked tensor if GEMMs can read its layers as they lie in the dtype, else a copy.
+// Returns the stacked tensor if it has the dtype and GEMMs can read its layers, else a copy.
 Tensor batch_operand(const Tensor& stacked, DType dtype);
 
-// The tensor if it has the dtype and its elements lie one after the other, else a copy.
+// Returns the tensor if it has the dtype and is contiguous, else a copy.
 Tensor dense(const Tensor& tensor, DType dtype);
 
-// A view of a matrix with rows and columns exchanged.
+// Views a matrix with rows and columns exchanged.
 Tensor transposed(const Tensor& matrix);
 
-// stacked[layer], a view.
+// Returns a view of stacked[layer].
 Tensor layer_of(const Tensor& stacked, int64_t layer);
 
-// A view of (L, rows, cols) as (L, cols, rows).
+// Views (L, rows, cols) as (L, cols, rows).
 Tensor transposed_layers(const Tensor& stacked);
 
-// As many layers as one launch takes, and as many in the argument `other` as in the argument
-// `name`.
+// Throws unless the argument `name` has 1 to 65535 layers, the limit of one launch, and the
+// argument `other` has as many.
 void check_layers(const char* op, const char* name, size_t layers, const char* other,
                   size_t others);
 
-// Uninitialised, on the device of `like`, one row after the other.
+// Returns an uninitialised contiguous tensor on the device of `like`.
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, DType dtype);
 
-// Uninitialised memory of at least so many bytes.
+// Returns at least `bytes` bytes of uninitialised memory.
 Tensor empty_bytes(const Tensor& like, size_t bytes);
 
-// Uninitialised uint8.
+// Returns uninitialised uint8 of shape (bytes,).
 Tensor empty_mask(const Tensor& like, int64_t bytes);
 
-// An operator's result where none is needed.
+// Returns the empty tensor that an operator returns for a result that is not needed.
 inline Tensor nothing(const Tensor& like, DType dtype) { return empty(like, {0}, dtype); }
 
 void fill_zero(Tensor& tensor);
 
-// Every row of layer l of y (L, M, out) becomes row l of rows (L, out).
+// Sets every row of layer l of y (L, M, out) to row l of rows (L, out).
 void fill_rows_of_layers(Tensor& y, const Tensor& rows);
 
-// y becomes a copy of source, of the same shape.
+// Copies `source` to y, which has the same shape.
 void copy(Tensor& y, const Tensor& source);
 
 }  // namespace rasa_ext
