@@ -1,4 +1,4 @@
-// What a block or a warp does together: reading and writing a row, adding up.
+// Operations of a block or a warp: read or write a row, and add up.
 #pragma once
 
 #include "numbers.cuh"
@@ -7,14 +7,14 @@ namespace rasa_ext {
 
 constexpr int kWarp = 32;
 
-// How many elements a thread takes at a time where rows of A go to rows of B: 16 bytes of the
-// larger type, so that neighbouring lanes have neighbouring bytes of both.
+// Elements that a thread takes at a time when rows of type A become rows of type B: 16 bytes of the
+// larger type, so that neighbouring lanes access neighbouring bytes of both.
 template <typename A, typename B>
 constexpr int kStep = kPer16Bytes<A> < kPer16Bytes<B> ? kPer16Bytes<A> : kPer16Bytes<B>;
 
-// One thread's share of row[0, n): vectors of N neighbours, `threads` vectors apart, and zeros from
-// n on. All are asked for before any is used: it is latency that these kernels wait for. N divides
-// n, and with N > 1 the row begins at 16 bytes.
+// Loads one thread's share of row[0, n): vectors of N neighbouring elements, one every `threads`
+// vectors, and zeros from n on. All loads are issued before any value is used, since latency limits
+// these kernels. N divides n, and for N > 1 the row starts at a multiple of 16 bytes.
 template <int N, int count, typename T>
 __device__ __forceinline__ void load_share(const T* row, int n, int thread, int threads,
                                            Vector<T, N> (&share)[count]) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void scale_share(const Vector<From, N> (&from)[count]
   }
 }
 
-// The sum over groups of `lanes` neighbouring lanes, the same bits in every lane.
+// Returns the sum over each group of `lanes` neighbouring lanes, with equal bits in every lane.
 template <int lanes, typename T>
 __device__ __forceinline__ T sum_over_lanes(T value) {
   static_assert(lanes > 0 && (lanes & (lanes - 1)) == 0 && lanes <= kWarp, "within a warp");

@@ -14,7 +14,7 @@ void launch(const DecodeParams& params, Stream stream) {
   const int rows = kDecodeThreads / kWarp * kShrinkRows;
   const dim3 shrink_grid(ceil_div(call.Rp, rows), static_cast<unsigned>(params.splits), tiles);
   RASA_LAUNCH((shrink_kernel<T, tokens>), shrink_grid, kDecodeThreads, 0, stream, params);
-  // A call without columns of y still wants its U, which the first block writes.
+  // The first block of the expand kernel writes U, so one block runs even if y has no columns.
   const int step = params.whole_out ? kExpandStep : 1;
   const unsigned blocks = ceil_div(call.out, kDecodeThreads * step);
   const dim3 expand_grid(blocks != 0 ? blocks : 1, tiles);

@@ -1,10 +1,10 @@
-// decode: the low-rank product for few tokens, where a launch costs as much as the work.
+// decode: the low-rank product for few tokens, for which a launch costs as much as the work.
 //
 //     U = x Ap^T        y += U Bp
 //
-// The shrink cuts K = in into parts and leaves each part's U in the workspace; every block of the
-// expand adds the parts of U up, in order, and multiplies with its columns of Bp. U is never
-// rounded.
+// The shrink kernel splits K = in into parts and writes each part's U to the workspace. Every block
+// of the expand kernel adds up the parts of U, in order, and multiplies the sum with the block's
+// columns of Bp. This sum stays in float32.
 #pragma once
 
 #include "collective.cuh"
@@ -16,11 +16,12 @@ namespace rasa_ext {
 struct DecodeParams {
   DecodeCall call;
   int splits, part;  // K is cut into `splits` parts of `part` elements, the last ones shorter
-  bool whole_in;     // rows of x and Ap begin at 16 bytes
-  bool whole_out;    // rows of Bp and y do
+  bool whole_in;     // rows of x and Ap start at multiples of 16 bytes
+  bool whole_out;    // rows of Bp and y start at multiples of 16 bytes
 };
 
-// sum[m][r] += x[m] . Ap[r] over [begin, end), this lane's share. `step` neighbours at a time.
+// sum[m][r] += x[m] . Ap[r] over this lane's share of [begin, end), `step` neighbouring elements at
+// a time.
 template <int step, int tokens, typename T>
 __device__ __forceinline__ void dot_rows(const T* const (&x)[tokens],
                                          const T* const (&Ap)[kShrinkRows], int begin, int end,
@@ -43,7 +44,7 @@ __device__ __forceinline__ void dot_rows(const T* const (&x)[tokens],
 }
 
 // partial[s] = x[:, part s] Ap[:, part s]^T. A warp takes kShrinkRows rows of Ap, part blockIdx.y
-// and `tokens` tokens; rows and tokens beyond the last are computed as the last, and not written.
+// and `tokens` tokens. Rows and tokens beyond the last repeat the last and are not written.
 template <typename T, int tokens>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     shrink_kernel(const __grid_constant__ DecodeParams params) {
@@ -85,7 +86,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
   }
 }
 
-// y[m, n] += sum_j U[j, m] Bp[j, n] for this thread's `step` neighbours n.
+// y[m, n] += sum_j U[j, m] Bp[j, n] for this thread's `step` neighbouring columns n.
 template <int step, int tokens, typename T>
 __device__ __forceinline__ void add_product(const float* U,  // (Rp, tokens)
                                             const T* Bp,     // (Rp, out)
@@ -122,8 +123,8 @@ __device__ __forceinline__ void add_product(const float* U,  // (Rp, tokens)
   }
 }
 
-// y += (sum_s partial[s]) Bp for `tokens` tokens, of which those beyond the last count as zero; a
-// thread takes neighbouring columns.
+// y += (sum_s partial[s]) Bp for `tokens` tokens. Tokens beyond the last count as zero. A thread
+// takes neighbouring columns.
 template <typename T, int tokens>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks)
     expand_kernel(const __grid_constant__ DecodeParams params) {

@@ -19,7 +19,7 @@ unsigned blocks_for(int64_t n) {
 
 void launch_dropout(const uint64_t* noise, uint8_t* mask, int64_t n, double p, Stream stream) {
   if (n == 0) return;
-  // 2^16 itself would drop everything.
+  // A threshold of 2^16 would drop everything.
   const double threshold = std::min(std::nearbyint(p * 65536.0), 65535.0);
   RASA_LAUNCH(dropout_kernel, blocks_for(n), kStreamThreads, 0, stream, noise, mask, n,
               static_cast<uint32_t>(threshold));

@@ -1,4 +1,4 @@
-// dropout: a mask of bits drawn from a counter, and what it leaves of a tensor.
+// dropout: draws a mask of bits from a counter, and applies it to a tensor.
 #pragma once
 
 #include "collective.cuh"
@@ -10,15 +10,15 @@ namespace rasa_ext {
 static_assert(kDropoutElements == 8, "a Philox block of 16-bit words is a byte of the mask");
 static_assert(kDropoutBytes == 4, "four lanes exchange four bytes each");
 
-// The v-th byte of the mask that this thread handles: a warp has kDropoutBytes * kWarp in a row,
-// and neighbouring lanes neighbours of them.
+// Returns the index of the v-th mask byte that this thread handles. A warp handles kDropoutBytes *
+// kWarp consecutive bytes, and neighbouring lanes handle neighbouring bytes.
 __device__ __forceinline__ int64_t byte_of(int v, int lane) {
   const int64_t warp = int64_t{blockIdx.x} * (kStreamThreads / kWarp) + threadIdx.x / kWarp;
   return (warp * kDropoutBytes + v) * kWarp + lane;
 }
 
-// Byte v of the four neighbouring lanes, in their order, where v is this lane's place among them:
-// of four bytes a lane, those that stand next to each other in memory.
+// Transposes the bytes of four neighbouring lanes: the lane at place v among them gets byte v of
+// each lane, in lane order. These four bytes are consecutive in memory.
 __device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes) {
   const uint32_t near = shuffle_xor(bytes, 1);
   bytes = threadIdx.x & 1 ? (bytes & 0xff00ff00) | (near >> 8 & 0x00ff00ff)
@@ -27,13 +27,13 @@ __device__ __forceinline__ uint32_t transpose_bytes(uint32_t bytes) {
   return threadIdx.x & 2 ? (bytes & 0xffff0000) | far >> 16 : (bytes & 0x0000ffff) | far << 16;
 }
 
-// Draws the mask. Sixteen bits an element are enough for any p that is used, and take half the
+// Draws the mask. Sixteen bits per element are enough for any p in use, and take half the
 // multiplications of 32.
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
     dropout_kernel(const uint64_t* noise,  // (2,): key, offset
                    uint8_t* mask,          // ((n + 7) / 8,), aligned to 4 bytes
                    int64_t n,
-                   uint32_t threshold) {  // a 16-bit word below it drops
+                   uint32_t threshold) {  // a 16-bit word below it drops the element
   const uint64_t key = noise[0], offset = noise[1];
   const int lane = threadIdx.x % kWarp;
   uint32_t bytes = 0;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
       bytes |= static_cast<uint32_t>(word >= threshold) << (8 * v + e);
     }
   }
-  // One store of 128 bytes a warp.
+  // Each warp makes one store of 128 bytes.
   bytes = transpose_bytes(bytes);
   const int64_t first = byte_of(lane % kDropoutBytes, lane / kDropoutBytes * kDropoutBytes);
   const int64_t end = (n + kDropoutElements - 1) / kDropoutElements;
@@ -55,8 +55,9 @@ __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
   for (int64_t i = first; i < end; ++i) mask[i] = static_cast<uint8_t>(bytes >> (i - first) * 8);
 }
 
-// x_dropped = x where the mask says so, else 0 whatever x is: four 16-byte loads at a time, asked
-// for before any bits are. Read before written, so that x_dropped may be x.
+// x_dropped = x for elements that the mask keeps, and 0 for all others, even NaN. Issues four
+// 16-byte loads at a time, before any mask bits are read. Reads before it writes, so that x_dropped
+// may be x.
 template <typename T>
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
     keep_kernel(const T* x,           // (n,)

@@ -1,4 +1,4 @@
-// Every choice of size, each a function or a constant with its reason.
+// Sizes that the kernels use: one constant or function for each, with the reason.
 #pragma once
 
 #include <algorithm>
@@ -7,64 +7,66 @@
 
 namespace rasa_ext {
 
-// Threads of a block that streams memory: eight warps keep enough loads in flight, and several
+// Threads of a block that streams memory. Eight warps keep enough loads in flight, and several
 // blocks still fit on a multiprocessor.
 constexpr int kStreamThreads = 256;
 
-// Threads of the block that writes a table: four words each at most, read one after the other.
+// Threads of the block that writes a table. Each writes at most four words, one after the other.
 constexpr int kTableThreads = 128;
 
-// Blocks of them that must fit on a multiprocessor: 64 registers a thread. Left to itself ptxas
-// aims at more blocks on some architectures (40 registers, or 32) and spills one register or two
-// for it.
+// Streaming blocks that must fit on a multiprocessor: this allows 64 registers per thread. Without
+// this limit, ptxas aims at more blocks on some architectures (40 registers, or 32) and spills one
+// or two registers.
 constexpr int kStreamBlocks = 4;
 
-// Elements of a row that a warp takes: two 16-byte loads of float32 a lane, both in flight at once.
-// One layer alone (two matrices of 48 x 4096) then still makes 192 blocks, more than a card has
-// multiprocessors, and rows of a few hundred numbers leave few lanes idle.
+// Elements of a row that a warp takes: two 16-byte loads of float32 per lane, both in flight at
+// once. A single layer (two matrices of 48 x 4096) then still makes 192 blocks, more than a card
+// has multiprocessors, and rows of a few hundred elements leave few lanes idle.
 constexpr int kPiece = 256;
 
 __host__ __device__ __forceinline__ constexpr int pieces_of(int width) {
   return (width + kPiece - 1) / kPiece;
 }
 
-// Bytes of a row of dBp that a thread of pack_backward takes at a time, and as much of B: a block
-// has 4096 numbers of float32 in flight, a row of many models. A row is one block's, so that dd
-// needs no second kernel to add up what several have found.
+// Bytes of a row of dBp that a thread of pack_backward takes at a time, with the matching elements
+// of B. A block has 4096 float32 elements in flight, which is a row of many models. One block takes
+// a whole row, so that dd needs no second kernel to add up partial sums.
 constexpr int kDotBytes = 64;
 
-// Blocks of pack_backward that must fit on a multiprocessor: 80 registers a thread, since with 64
-// the numbers in flight are spilled in float64.
+// Blocks of pack_backward that must fit on a multiprocessor: this allows 80 registers per thread.
+// With 64, float64 spills the elements in flight.
 constexpr int kGradBlocks = 3;
 
-// Tokens that decode takes.
+// Most tokens that decode takes.
 constexpr int kDecodeTokens = 16;
 
-// Threads of a decode block: few, since there is little work and many multiprocessors to spread it
-// over.
+// Threads of a decode block: few, so that little work spreads over many multiprocessors.
 constexpr int kDecodeThreads = 128;
 
-// Blocks of them that must fit on a multiprocessor: 128 registers a thread. Left to itself ptxas
-// aims at more blocks and spills for it.
+// Decode blocks that must fit on a multiprocessor: this allows 128 registers per thread. Without
+// this limit, ptxas aims at more blocks and spills.
 constexpr int kDecodeBlocks = 4;
 
-// Rows of Ap that a warp of the shrink multiplies with each token it has read: two halve the reads
-// of x, and more would leave too few warps (24 for Rp = 48 and each part of K).
+// Rows of Ap that a warp of the shrink kernel multiplies with each token that it reads. Two rows
+// halve the reads of x. More would leave too few warps: with two, Rp = 48 has 24 warps for each
+// part of K.
 constexpr int kShrinkRows = 2;
 
-// Neighbours of y that a thread of the expand computes: in half precision a warp then reads 128
-// bytes of a row of Bp, a whole line, and more would leave fewer blocks than multiprocessors.
+// Neighbouring columns of y that a thread of the expand kernel computes. In half precision a warp
+// then reads 128 bytes of a row of Bp, a whole cache line. More columns would leave fewer blocks
+// than multiprocessors.
 constexpr int kExpandStep = 2;
 
-// Rows of Bp that it has in flight; a padded rank is a multiple of it.
+// Rows of Bp that a thread of the expand kernel has in flight. A padded rank is a multiple of this.
 constexpr int kExpandRows = 16;
 
-// Shared memory that needs no opt-in.
+// Bytes of shared memory that a block may use without an opt-in.
 constexpr int kSharedBytes = 48 * 1024;
 
-// Tokens that one thread of decode sums at a time, so many accumulators it holds: all, as long as
-// registers allow it (8), else the packs are read again for the next ones, from cache. 0: none fit,
-// since the expand keeps these tokens' U (tokens, Rp) in shared memory.
+// Returns how many tokens one thread of decode sums at a time: all, as long as their accumulators
+// fit in registers (8 tokens). Otherwise the packs are read again, from cache, for the next tokens.
+// Returns 0 if no token fits: the expand kernel holds U (tokens, Rp) of these tokens in shared
+// memory.
 inline int token_tile(int M, int Rp) {
   const int64_t fit = Rp > 0 ? kSharedBytes / (int64_t{4} * Rp) : 8;
   const int wanted = M > 4 ? 8 : M > 1 ? 4 : 1;
@@ -72,55 +74,58 @@ inline int token_tile(int M, int Rp) {
   return fit >= 4 ? 4 : fit >= 1 ? 1 : 0;
 }
 
-// Parts into which decode cuts K = in: a warp's part should be at least 512 elements (two 16-byte
-// loads a lane in half precision); more than 16 parts would make the expand's blocks, each of which
-// adds them all up again, wait longer than is won.
+// Returns the number of parts into which decode splits K = in. A warp's part should have at least
+// 512 elements (two 16-byte loads per lane in half precision). Every block of the expand kernel
+// adds up all parts, so more than 16 would cost it more time than the split saves.
 inline int decode_splits(int in) {
   const int parts = in / 512;
   return parts < 1 ? 1 : parts > 16 ? 16 : parts;
 }
 
-// Elements of such a part: a multiple of 8, so that every part begins at 16 bytes if the first
-// does.
+// Returns the elements of such a part: a multiple of 8, so that every part starts at a multiple of
+// 16 bytes if the first does.
 inline int decode_part(int in) {
   const int splits = decode_splits(in), part = (in + splits - 1) / splits;
   return (part + 7) / 8 * 8;
 }
 
-// Elements of a byte of dropout's mask: those of one Philox block, 16 bytes in half precision.
+// Elements of one byte of dropout's mask: one Philox block serves them, and they take 16 bytes in
+// half precision.
 constexpr int kDropoutElements = 8;
 
-// Such bytes that a thread handles: four 16-byte loads in half precision, and a word of the mask.
+// Mask bytes that a thread handles: four 16-byte loads in half precision, and one word of the mask.
 constexpr int kDropoutBytes = 4;
 
-// The most ranks of a skinny product: q, k and v of an 8B model at r = 8 side by side. Of more, a
+// Most ranks of a skinny product: q, k and v of an 8B model at r = 8 side by side. With more, a
 // warp's sums would not fit in registers.
 constexpr int kSkinnyRanks = 160;
 
-// The most ranks for which both products of the backward come from one read of the gradient: with
-// more, the slice of Bp does not fit in shared memory beside the ring.
+// Most ranks for which both products of the backward come from one read of the gradient. With more,
+// the slice of Bp does not fit in shared memory beside the ring.
 constexpr int kBothRanks = 96;
 
-// Threads of a skinny product's block.
+// Threads of a block of the skinny kernels.
 constexpr int kSkinnyThreads = 256;
 
 // Blocks that fill a card: about one for each of an H100's 132 multiprocessors. More would hide
-// latency better, but each adds a float32 sum of its own to write and to read again.
+// latency better, but each adds a float32 sum to write and read again.
 constexpr int kSkinnyBlocks = 132;
 
-// Tokens and features of a tile of `down`: 16 tokens a warp, and a line of memory of each.
+// Tokens and features of a `down` tile: 16 tokens per warp, and one cache line of each token.
 constexpr int kDownTokens = 128, kDownFeatures = 64;
 
-// Of a tile of `grad`: 16 features a warp. Where it computes `down` as well, 32 a warp, so that
-// half as many sums of `down` are written, and fewer tokens for the ring to fit.
+// Tokens and features of a `grad` tile: 16 features per warp. If the kernel computes `down` as
+// well, a warp takes 32 features, so that half as many sums of `down` are written, and the tile has
+// fewer tokens, so that the ring fits.
 constexpr int kGradTokens = 64, kGradFeatures = 128;
 constexpr int kBothTokens = 32, kBothFeatures = 256;
 
-// Stages of the ring: what fits in the 99 KB that a block may have on sm_120.
+// Stages of the ring: as many as fit in the 99 KB that a block may have on sm_120.
 constexpr int kRing = 3, kRingOfManyRanks = 2;
 
-// Parts into which `down` cuts the features, so that its blocks fill a card; each a multiple of a
-// tile, and at least four of them, since the ring takes a few to fill.
+// Returns the features that a block of `down` takes, few enough that the blocks fill a card. It is
+// a multiple of a tile, and at least four tiles if there are as many, since the ring takes a few to
+// fill.
 inline int down_part(int tokens, int features) {
   const int tiles = (tokens + kDownTokens - 1) / kDownTokens;
   const int parts = std::max(1, std::min(kSkinnyBlocks / tiles, features / (4 * kDownFeatures)));
@@ -128,8 +133,8 @@ inline int down_part(int tokens, int features) {
   return (part + kDownFeatures - 1) / kDownFeatures * kDownFeatures;
 }
 
-// Tokens that a block of `grad` takes, likewise: at most 16 groups of them, whose sums are added up
-// one after the other.
+// Returns the tokens that a block of `grad` takes, by the same rule, but in at most 16 groups,
+// since the groups' sums are added up one after the other.
 inline int grad_group(int tokens, int features, int tile_tokens, int tile_features) {
   const int slices = (features + tile_features - 1) / tile_features;
   const int most = std::min(16, tokens / (4 * tile_tokens));

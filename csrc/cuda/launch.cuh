@@ -1,4 +1,4 @@
-// What launchers share.
+// Helpers of the launchers.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace rasa_ext {
 
 inline unsigned ceil_div(int64_t a, int64_t b) { return static_cast<unsigned>((a + b - 1) / b); }
 
-// Whether rows of so many elements, one after the other, all begin at 16 bytes.
+// Whether all rows start at multiples of 16 bytes, if `row` elements lie between their starts.
 inline bool at_16_bytes(const void* rows, int64_t row, DType dtype) {
   return reinterpret_cast<uintptr_t>(rows) % 16 == 0 &&
          row * static_cast<int64_t>(size_of(dtype)) % 16 == 0;

@@ -1,4 +1,4 @@
-// The layers of a group as parameters of a kernel.
+// The layers of a group as kernel parameters.
 #pragma once
 
 #include <algorithm>
@@ -10,7 +10,7 @@ namespace rasa_ext {
 
 template <typename Layer>
 struct Layers {
-  const Layer* table;  // null where the layers stand here
+  const Layer* table;  // null if the layers are in `here`
   Layer here[kLayersByValue];
 
   Layers(const Layer* host, const Layer* device, int count)

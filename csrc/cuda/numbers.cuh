@@ -1,11 +1,11 @@
-// Element types: what sums run in, casts, and 16-byte vectors.
+// Element types: accumulation types, casts, and 16-byte vectors.
 #pragma once
 
 #include "platform.cuh"
 
 namespace rasa_ext {
 
-// The type that a T is computed in.
+// The type in which values of type T are computed.
 template <typename T>
 struct WideOf {
   using type = float;
@@ -48,7 +48,7 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Vector {
   T at[N];
 };
 
-// How many T make 16 bytes.
+// Number of T in 16 bytes.
 template <typename T>
 constexpr int kPer16Bytes = 16 / static_cast<int>(sizeof(T));
 
@@ -56,7 +56,8 @@ __device__ __forceinline__ bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// N neighbours, the first of them aligned to 16 bytes (or to all of them, where they are fewer).
+// Loads N neighbouring elements. The address is a multiple of 16 bytes, or of the elements' size
+// together if that is smaller.
 template <int N, typename T>
 __device__ __forceinline__ Vector<T, N> load(const T* from) {
   return load_aligned<Vector<T, N>>(from);

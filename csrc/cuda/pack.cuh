@@ -1,4 +1,5 @@
-// pack: the adapter's parameters of every layer of a group as the two matrices that GEMMs read.
+// pack: writes the adapter's parameters of every layer of a group as the two matrices that GEMMs
+// read.
 #pragma once
 
 #include "collective.cuh"
@@ -13,7 +14,8 @@ struct PackParams {
 };
 static_assert(sizeof(PackParams) <= 4096, "kernel parameters");
 
-// to = from * scale for the n <= kPiece elements of a piece, by a warp; zeros where from is null.
+// A warp computes to = from * scale for the n <= kPiece elements of a piece, or zeros if `from` is
+// null.
 template <int N, typename P, typename T>
 __device__ __forceinline__ void copy_piece(const P* from, T* to, int n, Wide<P> scale) {
   constexpr int kCount = kPiece / kWarp / N;
@@ -27,8 +29,8 @@ __device__ __forceinline__ void copy_piece(const P* from, T* to, int n, Wide<P> 
 
 //     Ap = [A ; A_pool ; 0]        Bp = diag(d) [B ; B_pool ; 0]
 //
-// One layer to blockIdx.y. A warp takes a piece of a row, first those of Ap, then those of Bp;
-// warps beyond the last have nothing to do.
+// blockIdx.y is the layer. A warp takes one piece of a row: first the pieces of Ap, then the pieces
+// of Bp. Warps beyond the last piece do nothing.
 template <typename P, typename T>
 __global__ void __launch_bounds__(kStreamThreads, kStreamBlocks)
     pack_kernel(const __grid_constant__ PackParams params) {

@@ -1,10 +1,10 @@
-// pack_backward: the gradients of the adapter's parameters from those of the pack.
+// pack_backward: the gradients of the adapter's parameters from the gradients of the pack.
 //
-// Ranks are rows: with B* = [B ; B_pool] (R, out), for every row j
+// Ranks are rows. With B* = [B ; B_pool] (R, out), for every row j
 //
 //     [dA ; dA_pool] = dAp        [dB ; dB_pool]_j = d_j dBp_j        dd_j = <B*_j, dBp_j>
 //
-// and over the layers i of a group the pool's gradients are sum_i dA_pool_i, sum_i dB_pool_i.
+// The pool's gradients are sums over the layers i of a group: sum_i dA_pool_i and sum_i dB_pool_i.
 #pragma once
 
 #include "collective.cuh"
@@ -15,8 +15,8 @@ namespace rasa_ext {
 
 struct PackBackwardParams {
   PackBackwardGroup group;
-  int dots;                  // blocks that take a row of some layer's dBp
-  bool whole_in, whole_out;  // rows of `in` and of `out` elements begin at 16 bytes
+  int dots;                  // blocks that each take one row of one layer's dBp
+  bool whole_in, whole_out;  // rows of `in` and of `out` elements start at multiples of 16 bytes
   Layers<PackBackwardLayer> layers;
 };
 static_assert(sizeof(PackBackwardParams) <= 4096, "kernel parameters");
@@ -26,8 +26,9 @@ __device__ __forceinline__ Wide<P> scale_of(const PackBackwardLayer& layer, int 
   return layer.d != nullptr ? widen(global<const P>(layer.d)[row]) : Wide<P>(1);
 }
 
-// Row j of layer i's dBp, by a block: dd_j, and dB_j. Of a pooled row only a lone layer writes
-// dB_pool_j; that of several is a sum, and sum_piece's.
+// A block computes dd_j and dB_j from row j of layer i's dBp. For a pooled row it writes dB_pool_j
+// only if the group has a single layer. With several layers dB_pool_j is a sum, which sum_piece
+// computes.
 template <int N, typename P>
 __device__ __forceinline__ void up_row(const PackBackwardParams& params, int i, int j) {
   using W = Wide<P>;
@@ -70,8 +71,8 @@ __device__ __forceinline__ void up_row(const PackBackwardParams& params, int i, 
   dd[int64_t{i} * (group.own + group.pooled) + j] = narrow<P>(all);
 }
 
-// One piece of a row of gradients, by a warp: the sum over the layers from `first` to before
-// `last`, in their order and in wide, of row j of dAp, or of row j of dBp times d_j.
+// A warp computes one piece of a row of gradients: the sum over the layers [first, last), in order
+// and in the accumulation type, of row j of dAp, or of row j of dBp times d_j.
 template <int N, typename P>
 __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int first, int last,
                                           bool up, int width, int j, int begin, P* to) {
@@ -98,8 +99,8 @@ __device__ __forceinline__ void sum_piece(const PackBackwardParams& params, int 
   store_share(to + begin, n, lane, kWarp, narrowed);
 }
 
-// The first blocks take a row of dBp each, of one layer after the other. The warps of the others
-// take pieces of rows: of every layer's dA, of dA_pool, and of several layers' dB_pool.
+// The first blocks take one row of dBp each, layer by layer. The warps of the other blocks take
+// pieces of rows: of every layer's dA, of dA_pool, and of dB_pool if there are several layers.
 template <typename P>
 __global__ void __launch_bounds__(kStreamThreads, kGradBlocks)
     pack_backward_kernel(const __grid_constant__ PackBackwardParams params) {
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kStreamThreads, kGradBlocks)
   const bool up = piece >= down;
   if (up) piece -= down;
   const int width = up ? group.out : group.in, across = max(pieces_of(width), 1);
-  // dB_pool's rows stand where dA_pool's do, behind all layers' own.
+  // Rows of dB_pool are numbered like rows of dA_pool, after the private rows of all layers.
   const int row = piece / across + (up ? rows : 0), begin = piece % across * kPiece;
   if (row >= rows + group.pooled || (up && group.layers == 1)) return;
 

@@ -1,4 +1,4 @@
-// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw 2011): random words from a key and a counter alone.
+// Philox 4x32-10 (Salmon, Moraes, Dror, Shaw 2011): random words from a key and a counter.
 #pragma once
 
 #include "platform.cuh"
@@ -9,7 +9,7 @@ struct Words {
   uint32_t at[4];
 };
 
-// Block `counter` of the stream under `key`.
+// Returns block `counter` of the stream that `key` selects.
 __device__ __forceinline__ Words philox(uint64_t key, uint64_t counter) {
   constexpr uint32_t kMultiply0 = 0xD2511F53, kMultiply1 = 0xCD9E8D57;
   constexpr uint32_t kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;

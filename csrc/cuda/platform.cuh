@@ -1,5 +1,5 @@
-// What kernels are written in: CUDA, or on a host without it the words of an emulation. Everything
-// that is spelled differently there stands in this file.
+// The primitives that kernels use: CUDA's, or those of an emulation on a host without CUDA. No
+// other file differs between the two.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +14,12 @@
 #define RASA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 
-// The same with more shared memory than every launch may have.
+// Like RASA_LAUNCH, with more shared memory than a launch may use by default.
 #define RASA_LAUNCH_LARGE(kernel, grid, block, shared_bytes, stream, ...)                   \
   (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), \
    kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__))
 
-// The launch's shared memory as an array of `type`.
+// Declares the launch's shared memory as an array of `type`.
 #define RASA_SHARED(type, name)                                      \
   extern __shared__ __align__(16) unsigned char rasa_shared_bytes[]; \
   type* const name = reinterpret_cast<type*>(rasa_shared_bytes)
@@ -29,16 +29,17 @@ namespace rasa_ext {
 using float16 = __half;
 using bfloat16 = __nv_bfloat16;
 
-// A pointer that came from a table, said to be one into global memory: the compiler would otherwise
-// have to think that stores to shared memory change what it points to, and hold loads back. Null
-// pointers are passed on.
+// Tells the compiler that a pointer from a table points to global memory. Otherwise the compiler
+// must assume that stores to shared memory change what it points to, and delays loads. A null
+// pointer stays null.
 template <typename T, typename From>
 __device__ __forceinline__ T* global(From* pointer) {
   __builtin_assume(__isGlobal(pointer));
   return static_cast<T*>(pointer);
 }
 
-// The value of the lane whose number differs in the bits of `lanes`; all 32 take part.
+// Returns the value of the lane whose number differs in the bits of `lanes`. All 32 lanes take
+// part.
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
@@ -46,14 +47,14 @@ __device__ __forceinline__ T shuffle_xor(T value, int lanes) {
 
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-// As few accesses as the size of V takes; the address is a multiple of min(sizeof(V), 16).
+// Loads a V in as few accesses as its size allows. The address is a multiple of min(sizeof(V), 16).
 template <typename V>
 __device__ __forceinline__ V load_aligned(const void* from) {
   return *static_cast<const V*>(from);
 }
 
-// Stores to global memory. Those of several words are said in PTX: of an assignment, even of a
-// uint4, nvcc 13.0 makes stores of single words where it loses sight of the alignment.
+// Stores to global memory. Stores of several words are written in PTX: nvcc 13.0 splits an
+// assignment, even of a uint4, into single words if it loses track of the alignment.
 __device__ __forceinline__ void store_bits(void* to, uint4 bits) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
                "r"(bits.x), "r"(bits.y), "r"(bits.z), "r"(bits.w)
@@ -94,9 +95,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Four 8 x 8 matrices of 16-bit numbers, of which lane i names row i % 8 of matrix i / 8, at 16
-// bytes. Lane l gets of each matrix elements 2 * (l % 4) and the next of row l / 4; transposed, of
-// column l / 4.
+// Loads four 8 x 8 matrices of 16-bit numbers. Lane i passes the address of row i % 8 of matrix i /
+// 8, a multiple of 16 bytes. Lane l gets elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of
+// each matrix; with load_transposed, of column l / 4.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -108,9 +109,10 @@ __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* r
                : "r"(shared_address(row)));
 }
 
-// sum (16, 8) += A (16, 16) B (16, 8), with g = lane / 4 and t = lane % 4: sum has rows g and g + 8
-// at columns 2t and the next; `a` has A's rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8
-// and the next; b0 and b1 have B's column g at rows 2t, 2t + 8 and the next.
+// sum (16, 8) += A (16, 16) B (16, 8). With g = lane / 4 and t = lane % 4, sum has rows g and g + 8
+// at columns 2t and 2t + 1; `a` has A's rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8
+// and the columns after these; b0 and b1 have B's column g at rows 2t, 2t + 8 and the rows after
+// these.
 template <typename T>
 __device__ __forceinline__ void multiply_matrices(float (&sum)[4], const uint32_t (&a)[4],
                                                   uint32_t b0, uint32_t b1) {
@@ -127,8 +129,8 @@ __device__ __forceinline__ void multiply_matrices(float (&sum)[4], const uint32_
   }
 }
 
-// Copies 4 or 16 bytes of global to shared memory, or writes zeros where they are not wanted. They
-// are there once wait_copies has been called by this thread, and for others after a barrier.
+// Copies 4 or 16 bytes from global to shared memory, or writes zeros if the bytes are not wanted.
+// This thread may read them after wait_copies, other threads after a barrier as well.
 template <int bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool wanted) {
   static_assert(bytes == 4 || bytes == 16, "what cp.async has");
@@ -143,12 +145,12 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool want
   }
 }
 
-// Ends a group of copies.
+// Closes the current group of copies.
 __device__ __forceinline__ void commit_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
-// Waits until all groups but the last `groups` have landed.
+// Waits until all groups but the last `groups` are complete.
 template <int groups>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");

@@ -7,10 +7,10 @@
 namespace rasa_ext {
 namespace {
 
-// What sm_120 has for a block.
+// Bytes of shared memory that a block may have on sm_120.
 constexpr size_t kMostShared = 99 * 1024;
 
-// Whether rows that lie `stride` elements apart all begin at 16 bytes.
+// Whether rows of 16-bit elements, `stride` apart, all start at multiples of 16 bytes.
 bool whole_rows(const void* rows, int64_t stride) {
   return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride % 8 == 0;
 }
@@ -24,12 +24,13 @@ int group_of(const SkinnyCall& call) {
                        : grad_group(call.M, call.N, kGradTokens, kGradFeatures);
 }
 
-// How many sums `down` and `grad` leave.
+// Returns the number of partial sums that `down` writes.
 int down_count(const SkinnyCall& call) {
   if (call.P == nullptr) return 0;
   return ceil_div(call.N, is_both(call) ? kBothFeatures : down_part(call.M, call.N));
 }
-// None where there would be one, which is C itself.
+// Returns the number of partial sums that `grad` writes, or 0 if there is only one: that is C
+// itself.
 int grad_count(const SkinnyCall& call) {
   const int count = call.Q == nullptr ? 0 : ceil_div(call.M, group_of(call));
   return count > 1 ? count : 0;

@@ -1,14 +1,15 @@
-// The products with one narrow side, on tensor cores, from one read of the wide matrix S (M, N):
+// Products with one narrow side, on tensor cores, from one read of the wide matrix S (M, N):
 //
 //     down: D = scale * keep(S) P^T       grad: C = Q^T keep(S)
 //
-// S is x or a gradient, P is (Rp, N), Q is (M, Rp), and keep(S) is what a mask of dropout leaves of
-// S. Tiles of S come through a ring in shared memory; each block leaves float32 sums over its part
-// of the features (down) or of the tokens (grad) in a workspace, which sum_kernel adds up in order.
+// S is x or a gradient, P is (Rp, N), Q is (M, Rp), and keep(S) is S with the elements that
+// dropout's mask drops set to 0. Tiles of S pass through a ring in shared memory. Each block writes
+// float32 sums over its part of the features (down) or of the tokens (grad) to a workspace, and
+// sum_kernel adds them up in order.
 //
-// Ranks from Rp to R, features from N and tokens from M on are zero in shared memory, and what is
-// computed of them is not written. Rows there have 16 bytes more than they need: eight rows at one
-// column then lie in different banks.
+// Ranks from Rp to R, features from N on and tokens from M on are zero in shared memory, and their
+// results are not written. Rows in shared memory have 16 extra bytes, so that eight rows at one
+// column are in different banks.
 #pragma once
 
 #include "collective.cuh"
@@ -26,7 +27,8 @@ struct SkinnyParams {
   int part, group;    // features and tokens that a block takes
 };
 
-// Shared memory of one stage of the ring: a tile of S, one of P or Q, and S's mask.
+// Shared memory of one stage of the ring: a tile of S, a tile of P or Q, and the mask of the tile
+// of S.
 template <typename T, int tokens, int features, int narrow_rows, int narrow_cols>
 struct Stage {
   T S[tokens][features + kPad];
@@ -34,8 +36,9 @@ struct Stage {
   uint32_t mask[tokens][features / 32];
 };
 
-// to = from[row..., col...], of which rows from `rows_end` on and columns from `cols_end` on are
-// zero. `from` is at 16 bytes, as `stride` and `col` are, in elements of T.
+// Starts the copy to = from[row..., col...], with zeros in rows from `rows_end` on and columns from
+// `cols_end` on. `from` is at a multiple of 16 bytes, and so are `stride` and `col`, which count
+// elements of T.
 template <typename T, int rows, int cols>
 __device__ __forceinline__ void fetch(T (&to)[rows][cols], const void* from, int64_t stride,
                                       int row, int rows_end, int col, int cols_end) {
@@ -50,7 +53,8 @@ __device__ __forceinline__ void fetch(T (&to)[rows][cols], const void* from, int
   }
 }
 
-// The mask of a tile, a bit an element, a word a thread; `features` is a multiple of 32.
+// Starts the copy of a tile's mask: one bit per element, one word per thread. `features` is a
+// multiple of 32.
 template <int tokens, int words>
 __device__ __forceinline__ void fetch_mask(uint32_t (&to)[tokens][words], const uint8_t* mask,
                                            int features, int row, int rows_end, int col) {
@@ -61,12 +65,13 @@ __device__ __forceinline__ void fetch_mask(uint32_t (&to)[tokens][words], const 
   copy_async<4>(&to[r][c], mask + 4 * at, wanted);
 }
 
-// Two numbers of 16 bits where bits 0 and 1 of `low` and `high` are set, else zeros.
+// Keeps the low 16-bit number of `two` if bit 0 of `low` is set, and the high one if bit 0 of
+// `high` is set. Sets the others to 0.
 __device__ __forceinline__ uint32_t keep_two(uint32_t two, uint32_t low, uint32_t high) {
   return two & ((low & 1) | (high & 1) << 16) * 0xffff;
 }
 
-// A tile of 16 x 16 at `row`, `col` as A's, or as the transpose of B's two.
+// Loads the 16 x 16 tile at `row`, `col` as operand A of multiply_matrices.
 template <typename T, int rows, int cols>
 __device__ __forceinline__ void load_rows(uint32_t (&to)[4], const T (&from)[rows][cols], int row,
                                           int col) {
@@ -74,7 +79,8 @@ __device__ __forceinline__ void load_rows(uint32_t (&to)[4], const T (&from)[row
   load_matrices(to, &from[row + lane % 16][col + lane / 16 * 8]);
 }
 
-// One of which the columns are those of a product's B: matrices 0 and 1 are columns 0 to 8 of it.
+// Loads the 16 x 16 tile at `row`, `col` whose rows are columns of B: matrices 0 and 1 have columns
+// 0 to 7 of B, matrices 2 and 3 columns 8 to 15.
 template <typename T, int rows, int cols>
 __device__ __forceinline__ void load_columns(uint32_t (&to)[4], const T (&from)[rows][cols],
                                              int row, int col) {
@@ -82,7 +88,8 @@ __device__ __forceinline__ void load_columns(uint32_t (&to)[4], const T (&from)[
   load_matrices(to, &from[row + lane / 16 * 8 + lane % 8][col + lane / 8 % 2 * 8]);
 }
 
-// sum (16, 8) of a warp to rows `row` and columns `col` of (rows, cols).
+// Stores a warp's sum (16, 8) to row `row` and column `col` of `to` (rows, cols), except elements
+// outside of `to`.
 __device__ __forceinline__ void store_sum(float* to, const float (&sum)[4], int row, int rows,
                                           int col, int cols) {
   const int lane = threadIdx.x % kWarp;
@@ -129,7 +136,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, R > kBothRanks ? 1 : 2)
   for (int step = 0; step + 1 < kStages; ++step) ask(step);
   for (int step = 0; begin + step * kDownFeatures < end; ++step) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // this stage is there, and nobody reads the one before any more
+    __syncthreads();  // this stage is complete, and no thread reads the previous one any more
     ask(step + kStages - 1);
     const Tile& stage = ring[step % kStages];
 #pragma unroll
@@ -172,14 +179,15 @@ using GradStage = Stage<T, kTileTokens<both>, kTileFeatures<both>, kTileTokens<b
 template <int R, bool both>
 constexpr int kGradStages = R > (both ? 48 : kBothRanks) ? kRingOfManyRanks : kRing;
 
-// The ring, and where both are computed the slice of P.
+// The ring, and the slice of P if both products are computed.
 template <typename T, int R, bool both>
 struct GradShared {
   GradStage<T, R, both> ring[kGradStages<R, both>];
   T P[both ? R : 1][kTileFeatures<both> + kPad];
 };
 
-// down_parts[x] = S P^T of one tile, over this block's features: 16 tokens and 16 ranks a warp.
+// down_parts[x] = S P^T of one tile, over this block's features. A warp takes 16 tokens and 16
+// ranks at a time.
 template <int R, typename T, int tokens, int features>
 __device__ __forceinline__ void down_of_tile(const T (&S)[tokens][features],
                                              const T (&P)[R][features], const SkinnyParams& params,
@@ -203,8 +211,8 @@ __device__ __forceinline__ void down_of_tile(const T (&S)[tokens][features],
   }
 }
 
-// grad_parts[y] = Q^T keep(S) over group blockIdx.y of the tokens, for a tile's features; and with
-// `both`, of which there is no mask, down_parts[x] for these tokens.
+// grad_parts[y] = Q^T keep(S) over group blockIdx.y of the tokens, for the features of a tile. With
+// `both`, which excludes a mask, also down_parts[x] for these tokens.
 template <typename T, int R, bool both>
 __global__ void __launch_bounds__(kSkinnyThreads, R > kBothRanks || (both && R > 48) ? 1 : 2)
     grad_kernel(const __grid_constant__ SkinnyParams params) {
@@ -234,7 +242,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, R > kBothRanks || (both && R >
   for (int step = 0; step + 1 < kStages; ++step) ask(step);
   for (int step = 0; begin + step * kTokens < end; ++step) {
     wait_copies<kStages - 2>();
-    __syncthreads();  // this stage is there, and nobody reads the one before any more
+    __syncthreads();  // this stage is complete, and no thread reads the previous one any more
     ask(step + kStages - 1);
     const auto& stage = shared->ring[step % kStages];
 #pragma unroll
@@ -280,7 +288,8 @@ __global__ void __launch_bounds__(kSkinnyThreads, R > kBothRanks || (both && R >
   }
 }
 
-// to = scale * (parts[0] + parts[1] + ...), rows of `cols` that lie `stride` apart.
+// to = scale * (parts[0] + parts[1] + ...). Rows of `to` have `cols` elements and start `stride`
+// elements apart.
 struct Parts {
   const float* from;  // (count, rows, cols)
   void* to;
@@ -314,7 +323,8 @@ __device__ __forceinline__ void add_parts(const Parts& parts, int64_t thread) {
   store(static_cast<T*>(parts.to) + at / parts.cols * parts.stride + at % parts.cols, result);
 }
 
-// Both sums, whichever there are: the first blocks `down`'s, the rest `grad`'s.
+// Adds up the parts of `down` in the first blocks and the parts of `grad` in the others. Either may
+// have none.
 template <typename T>
 __global__ void __launch_bounds__(kSkinnyThreads)
     sum_kernel(const __grid_constant__ Parts down, const __grid_constant__ Parts grad,

@@ -1,4 +1,4 @@
-// From run-time values to template arguments.
+// Turns run-time values into template arguments.
 #pragma once
 
 #include <stdexcept>
@@ -31,7 +31,7 @@ void with_type(DType dtype, const Body& body) {
   }
 }
 
-// The same without float64.
+// Like with_type, without float64.
 template <typename Body>
 void with_single_or_half(DType dtype, const Body& body) {
   switch (dtype) {
@@ -46,7 +46,7 @@ void with_single_or_half(DType dtype, const Body& body) {
   }
 }
 
-// The same with the half types alone.
+// Like with_type, with only the half types.
 template <typename Body>
 void with_half(DType dtype, const Body& body) {
   switch (dtype) {
@@ -59,7 +59,7 @@ void with_half(DType dtype, const Body& body) {
   }
 }
 
-// Calls body(Type<P>{}, Type<T>{}): both float64, or neither.
+// Calls body(Type<P>{}, Type<T>{}). Both types are float64, or neither is.
 template <typename Body>
 void with_types(DType param, DType dtype, const Body& body) {
   if (param == DType::kFloat64 && dtype == DType::kFloat64) {
@@ -69,7 +69,7 @@ void with_types(DType param, DType dtype, const Body& body) {
                       [&](auto p) { with_single_or_half(dtype, [&](auto t) { body(p, t); }); });
 }
 
-// Calls body with a std::integral_constant: the tokens that a thread of decode sums.
+// Calls body with a std::integral_constant: the number of tokens that a thread of decode sums.
 template <typename Body>
 void with_token_tile(int tokens, const Body& body) {
   switch (tokens) {
@@ -85,8 +85,8 @@ void with_token_tile(int tokens, const Body& body) {
   }
 }
 
-// Calls body with a std::integral_constant: the least of the ranks that kernels are made for that
-// holds Rp, which is at most kSkinnyRanks.
+// Calls body with a std::integral_constant: the smallest number of ranks with a compiled kernel
+// that is at least Rp. Rp is at most kSkinnyRanks.
 template <typename Body>
 void with_ranks(int Rp, const Body& body) {
   if (Rp <= 48) return body(std::integral_constant<int, 48>{});
