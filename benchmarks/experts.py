@@ -1,22 +1,22 @@
-"""One layer of stacked experts: a training step, frozen, under PEFT's LoRA and under ours.
+"""One layer of stacked experts: a training step of the frozen layer, PEFT's LoRA and ours.
 
     python -m benchmarks.experts [--dtype float32 bfloat16] [--rounds 30] [--json FILE]
                                  [--experts 32 --hidden 256 --intermediate 512 --tokens 512
                                   --choices 4] [--seconds S] [--quick]
 
-All variants are over the same weights, those of transformers' ``Qwen3MoeExperts``, and take turns
-in a random order in one process; medians with quartiles. The effective rank R is the same in all
-but "PEFT, r", which has as many parameters as "slot" has:
+All variants use the same weights, from transformers' ``Qwen3MoeExperts``, and take turns in a
+random order in one process. Results are medians with quartiles. All variants have the same
+effective rank R, except "PEFT, r", which has as many parameters as "slot":
 
-- PEFT: ``target_parameters`` over both weights, its parameters in the weights' dtype;
-- slot, layer, shared: r = 4, k = 1, one layer of a group of as many as it has experts;
-- pool only: "shared" with k = r = 1, in a group of as many layers as make the same R.
+- PEFT: ``target_parameters`` over both weights, with parameters in the weights' dtype;
+- slot, layer, shared: r = 4, k = 1, one layer of a group with as many layers as experts;
+- pool only: "shared" with k = r = 1, in a group with enough layers for the same R.
 
 Frozen and PEFT run with both of transformers' implementations, "grouped_mm" and "eager"; ratios are
-to the faster of the two. ``saved`` is what a forward keeps for the backward beside the weights and
-the adapter, ``peak`` the most that a step allocates at a time, gradients included, those of a whole
-group's pool too; ``extra`` is a peak above the frozen layer's, both by "grouped_mm". Each of ours
-is checked, with its gradients, against the layer with W + dW before it is timed.
+to the faster one. ``saved`` is the bytes that a forward stores for the backward, without the
+weights and the adapter. ``peak`` is the most that a step allocates at a time, with gradients, also
+of a whole group's pool. ``extra`` is the peak above the peak of the frozen layer with "grouped_mm".
+Before timing, each of ours is checked, with gradients, against the layer with W + dW.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ QUICK = {"experts": 5, "hidden": 16, "intermediate": 24, "tokens": 12, "choices"
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One layer of experts, and what it is given."""
+    """The sizes of one layer of experts and of the input."""
 
     experts: int = 32
     hidden: int = 256
@@ -73,11 +73,11 @@ class Case:
 
     @property
     def R(self) -> int:
-        """The effective rank of every variant, since groups have a layer for each expert."""
+        """The effective rank of all variants but PEFT r = 4. A group has one layer per expert."""
         return RANK - K + self.shape.experts * K
 
     def variants(self) -> dict[str, nn.Module]:
-        """Frozen and PEFT by both implementations, and ours."""
+        """Build frozen and PEFT layers with both implementations, and ours."""
         made: dict[str, nn.Module] = {}
         for name in IMPLEMENTATIONS:
             made[f"frozen, {name}"] = self._by(name)
@@ -90,7 +90,10 @@ class Case:
         return made
 
     def step(self, module: nn.Module) -> Callable[[], None]:
-        """Forward and backward; gradients are dropped before, save a pool's, which add up."""
+        """Return a function that runs forward and backward.
+
+        Gradients are dropped first, except the gradients of a pool, which add up.
+        """
         pools = [stack.pool for stack in _stacks(module)]
         kept = {id(t) for pool in pools if pool is not None for t in pool.parameters()}
         trained = [p for p in module.parameters() if p.requires_grad and id(p) not in kept]
@@ -104,12 +107,12 @@ class Case:
         return run
 
     def drop_gradients(self, module: nn.Module) -> None:
-        """As before the first step."""
+        """Reset gradients to None, as before the first step."""
         for tensor in (self.x, self.weights, *module.parameters()):
             tensor.grad = None
 
     def saved_bytes(self, module: nn.Module) -> int:
-        """What a forward keeps for the backward: each storage once, no parameter."""
+        """Return the bytes that a forward stores for the backward, without parameters."""
         own = {p.untyped_storage().data_ptr() for p in module.parameters()}
         kept: dict[int, int] = {}
 
@@ -125,14 +128,14 @@ class Case:
         return sum(kept.values())
 
     def peak_bytes(self, module: nn.Module) -> int:
-        """The most that a first step allocates at a time."""
+        """Return the most bytes that a first step allocates at a time."""
         run = self.step(module)
         run()
         self.drop_gradients(module)
         return cpu_peak_bytes(run)
 
     def verify(self, name: str, module: nn.Module) -> None:
-        """RuntimeError where one of ours is not the layer with W + dW, in values or gradients."""
+        """Raise RuntimeError if one of ours differs from W + dW, in values or gradients."""
         dense = self._merged(module)
         limit = 2e-5 if self.dtype == torch.float32 else 3e-2
         for what, mine, theirs in zip(
@@ -177,7 +180,7 @@ class Case:
         return experts.to(self.dtype).requires_grad_(False)
 
     def _by(self, implementation: str) -> nn.Module:
-        """The same weights under one of transformers' implementations."""
+        """Return the base with one of transformers' implementations, over the same weights."""
         made = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
         made.config._experts_implementation = implementation
         return made
@@ -197,7 +200,7 @@ class Case:
         return _lively(made.experts)
 
     def _ours(self, grouping: str, rank: int, k: int, layers: int) -> nn.Module:
-        """One layer of a group of so many (with "layer", of a group of one)."""
+        """Build one layer of a group of ``layers`` layers (for "layer", of a group of one)."""
         config = rasa_ext.RasaConfig(rank=rank, k=k, experts=grouping)
         base, layers = self._by(IMPLEMENTATIONS[0]), 1 if grouping == "layer" else layers
         stacks = {}
@@ -214,7 +217,7 @@ def _stacks(module: nn.Module) -> list[RasaExpertWeight]:
 
 
 def _lively(module: nn.Module) -> nn.Module:
-    """Adapters as in training; zeros would be a special case."""
+    """Give adapters values as in training; zeros would be a special case."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:
@@ -223,7 +226,7 @@ def _lively(module: nn.Module) -> nn.Module:
 
 
 def measure(case: Case, rounds: int, at_most: float) -> list[dict]:
-    """A row a variant."""
+    """Measure all variants, and return a row for each."""
     variants = case.variants()
     for name, module in variants.items():
         if _stacks(module):
@@ -262,7 +265,7 @@ def _faster(took: dict[str, tuple[float, float, float]], names: list[str]) -> st
 
 
 def load() -> str:
-    """Whether something else keeps the machine busy: figures are worth little then."""
+    """Say whether other programs keep the machine busy, which makes figures unreliable."""
     others = os.getloadavg()[0]
     busy = "UNDER LOAD, not for the record" if others > 0.5 else "quiet"
     return f"load before the run {others:.1f} on {os.cpu_count()} cores: {busy}"

@@ -1,11 +1,12 @@
 """Timing for every benchmark: variants interleaved in one process, medians with quartiles.
 
-Ratios are taken between variants of the same run, since machines drift; nothing here judges.
+Ratios are taken between variants of the same run, since machines drift. Nothing here judges a
+result.
 
-On a CUDA device a call is timed by events on its stream. Before each one the L2 cache is
-overwritten, and written back by reading other memory, and the device is idle, so that launches
-which the host cannot make in time count, unless ``hide_launches`` has it wait for them. On a CPU
-the caches are overwritten where that is asked for (``cold``).
+On a CUDA device, events on the stream time a call. Before each call the L2 cache is overwritten,
+then written back by reading other memory, and the device is idle. Launches that the host makes too
+slowly therefore count, unless ``hide_launches`` makes the device wait for them. On a CPU, only
+``cold`` overwrites the caches.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from collections.abc import Callable, Mapping
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_CYCLES = 2e9  # a second of a device's clock; a slower one only waits longer
+_CYCLES = 2e9  # a second of a device's clock; a slower clock only waits longer
 
 
 def pin_allocator() -> None:
-    """Keep glibc from handing memory back between steps, so that heap history is not timed."""
+    """Keep glibc from returning memory between steps, as heap history would change times."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        # 32 MiB is the largest threshold that glibc takes.
+        # 32 MiB is the largest threshold that glibc accepts.
         if not (
             libc.mallopt(_M_MMAP_THRESHOLD, 1 << 25) and libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
         ):
@@ -48,12 +49,12 @@ def interleaved(
     hide_launches: bool = False,
     cold: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of each variant in each round; every round runs all of them in a random order.
+    """Return the seconds of each variant by round; a round runs all variants in random order.
 
-    After ``at_most`` seconds no further round begins, save one to warm up and ``at_least`` to time.
-    On a CUDA device ``hide_launches`` keeps the device waiting while the host launches, for the
-    time of the kernels alone: up to the thousand launches that a device queues. ``cold`` has every
-    call on a CPU find its caches overwritten.
+    After ``at_most`` seconds no further round starts, except one to warm up and ``at_least`` to
+    time. On a CUDA device, ``hide_launches`` makes the device wait while the host launches, so that
+    only the kernels are timed; this covers up to the thousand launches that a device queues. On a
+    CPU, ``cold`` overwrites the caches before every call.
     """
     order, generator = list(variants), random.Random(seed)
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -87,7 +88,7 @@ def _wall_timer(cold: bool) -> Callable[[Callable[[], object]], float]:
 
 
 def _last_cache_bytes() -> int:
-    """Of the CPU's last cache; 32 MiB where the system does not say."""
+    """Return the size of the CPU's last cache, or 32 MiB if the system does not say."""
     names = ("SC_LEVEL4_CACHE_SIZE", "SC_LEVEL3_CACHE_SIZE")
     known = [os.sysconf(name) for name in names if name in os.sysconf_names]
     return max((size for size in known if size > 0), default=32 << 20)
@@ -96,13 +97,13 @@ def _last_cache_bytes() -> int:
 def _cuda_timer(hide_launches: bool) -> Callable[[Callable[[], object]], float]:
     size = 2 * torch.cuda.get_device_properties(0).L2_cache_size
     cache, other = torch.zeros(2, max(size, 1 << 20) // 8, dtype=torch.int64, device="cuda")
-    launching: dict[Callable[[], object], float] = {}  # seconds of the host, last time
+    launching: dict[Callable[[], object], float] = {}  # the host's seconds in the last call
 
     def seconds(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         cache.zero_()
-        other.sum()  # the zeros would be written back while the call is timed
+        other.sum()  # or else the zeros are written back during the timed call
         if hide_launches:
             torch.cuda._sleep(int(1.5 * launching.get(call, 1e-3) * _CYCLES))
         start.record()
@@ -117,7 +118,7 @@ def _cuda_timer(hide_launches: bool) -> Callable[[Callable[[], object]], float]:
 
 
 def host_seconds(call: Callable[[], object], rounds: int = 5) -> float:
-    """Median seconds until a CUDA device has been given all of a call's work."""
+    """Return the median seconds that the host takes to launch all of a call's work on CUDA."""
     seconds = []
     for _ in range(rounds):
         torch.cuda.synchronize()
@@ -129,13 +130,13 @@ def host_seconds(call: Callable[[], object], rounds: int = 5) -> float:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """How far off, by norms; NaN where anything is."""
+    """Return the relative error of norms; NaN if any value is NaN."""
     found, expected = found.double(), expected.double()
     return ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """Lower quartile, median, upper quartile."""
+    """Return the lower quartile, the median and the upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
 
@@ -143,10 +144,10 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def overhead_ratio(
     seconds: Mapping[str, list[float]], ours: str, official: str, frozen: str
 ) -> float:
-    """What ours adds to frozen over what official adds: below 1 where ours costs less.
+    """Return the overhead of ours over the overhead of official: below 1 if ours costs less.
 
-    Of the medians of the rounds' differences, so that a machine that slows down for some rounds
-    does so for all three.
+    Each overhead is a median of differences to frozen by round, so that a slow phase of the machine
+    affects all three variants alike.
     """
     return _ratio(_differences(seconds, ours, official, frozen))
 
@@ -154,7 +155,7 @@ def overhead_ratio(
 def overhead_interval(
     seconds: Mapping[str, list[float]], ours: str, official: str, frozen: str, draws: int = 2000
 ) -> tuple[float, float]:
-    """The 90 % interval of ``overhead_ratio``: as if the rounds were drawn again (bootstrap)."""
+    """Return the 90 % interval of ``overhead_ratio``, from resampled rounds (bootstrap)."""
     rounds = _differences(seconds, ours, official, frozen)
     generator = random.Random(0)
     found = sorted(_ratio(generator.choices(rounds, k=len(rounds))) for _ in range(draws))
@@ -164,7 +165,7 @@ def overhead_interval(
 def _differences(
     seconds: Mapping[str, list[float]], ours: str, official: str, frozen: str
 ) -> list[tuple[float, float]]:
-    """What ours and official add to frozen, by round."""
+    """Return what ours and official add to frozen, by round."""
     columns = (seconds[name] for name in (ours, official, frozen))
     return [(mine - low, its - low) for mine, its, low in zip(*columns, strict=True)]
 
@@ -175,7 +176,7 @@ def _ratio(rounds: list[tuple[float, float]]) -> float:
 
 
 def machine() -> str:
-    """The device and versions, for the head of every report."""
+    """Describe the device and versions, for the head of every report."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -1,13 +1,13 @@
-"""One adapted linear: overhead over its frozen base, ours against the official formula.
+"""One adapted linear: overhead over the frozen base, ours against the official formula.
 
     python -m benchmarks.layer [--dtype float32 bfloat16] [--rounds 40] [--shapes 512,576,1536 ...]
                                [--device cpu] [--json FILE] [--seconds S]
 
-For each (M, in, out): a training step (forward, backward, gradients dropped) and a
-forward without grad (packs cached). ``ratio`` is (ours - frozen) / (official - frozen)
-of the medians of both differences; ``gemms`` is the same for the adapter's and base's GEMMs alone,
-a floor. Ours and official are checked to be the same function before they are timed. Caches are
-left as they are: the variants take turns in a random order.
+For each (M, in, out): a training step (forward, backward, gradients dropped) and a forward without
+grad (packs cached). ``ratio`` is (ours - frozen) / (official - frozen), from the medians of both
+differences. ``gemms`` is that ratio for only the GEMMs of adapter and base, a floor. Before timing,
+ours and official are checked to compute the same function. Caches are not flushed: the variants
+take turns in a random order.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAYERS, RANK, K = 32, 8, 1
 
 
 def layers(shape: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu"):
-    """Input, upstream gradient and the modules: frozen, official, ours; R = 39."""
+    """Return input, upstream gradient and the modules frozen, official and ours; R = 39."""
     torch.manual_seed(0)
     M, width, out = shape
     stack = nn.Sequential(nn.Linear(width, out, bias=False))
@@ -61,7 +61,7 @@ def verify(modules: dict, x: torch.Tensor) -> None:
 
 
 def gemms(x: torch.Tensor, grad: torch.Tensor, ours: rasa_ext.RasaLinear, training: bool):
-    """The GEMMs that no implementation can do without, and nothing else."""
+    """Return a function that runs only the GEMMs that every implementation needs."""
     x, weight = x.detach(), ours.base_layer.weight
     with torch.no_grad():
         pack = ours.adapter().pack(x.dtype)[:2]
@@ -132,7 +132,7 @@ def compare(
 
 
 def microseconds(seconds: dict[str, list[float]]) -> dict[str, tuple[float, ...]]:
-    """Quartiles of each variant."""
+    """Return the quartiles of each variant, in microseconds."""
     return {
         name: tuple(1e6 * value for value in harness.quartiles(values))
         for name, values in seconds.items()
@@ -175,7 +175,7 @@ def main() -> None:
 
 
 def write(arguments: argparse.Namespace, rows: list[dict]) -> None:
-    """All rows so far, so that a cut loses none."""
+    """Write all rows so far, so that an interruption loses none."""
     if arguments.json:
         head = records.environment(arguments.device)
         records.write_json(arguments.json, {"machine": head, "rows": rows})

@@ -4,12 +4,13 @@
                                [--beside "peft r=8" "ours alone" ...] [--layers 3]
 
 A step is forward and backward (no optimizer) of batch 2 x 160 tokens with all linear layers
-adapted. The weights are random, of SmolLM2-135M's shapes, which does not change the time. "ours
-alone" computes every layer on its own, also those that read the same input. Peak memory is that of
-a process of its own for each variant, above what it held before its first step.
+adapted. The weights are random, with SmolLM2-135M's shapes; this does not change the time. "ours
+alone" computes every layer separately, even layers that read the same input. Peak memory is
+measured in a separate process for each variant, above the memory before the first step.
 
-With ``--layers`` a step is of so many of the 30 decoder layers and of no head: more rounds fit into
-a minute, and less of a machine's drift into a round. The pools stay those of 30 layers.
+With ``--layers``, a step covers only that many of the 30 decoder layers, and no head. More rounds
+then fit into a minute, and the machine drifts less within a round. The pools keep the size for 30
+layers.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def base_model(dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def build(name: str, base: LlamaForCausalLM):
-    """One variant over the base's own parameters, in training mode."""
+    """Build one variant over the base's own parameters, in training mode."""
     torch.manual_seed(1)
     model = baselines.sharing_copy(base)
     if name.startswith("peft"):
@@ -72,7 +73,7 @@ def build(name: str, base: LlamaForCausalLM):
 
 
 def shortened(model, layers: int):
-    """Forward and backward of the first decoder layers alone; what lies behind them goes."""
+    """Cut the model to the first decoder layers, and return a function that runs a step of them."""
     body = model.get_decoder()
     body.layers, body.norm = body.layers[:layers], nn.Identity()
     x = torch.randn(*tokens().shape, body.config.hidden_size, dtype=model.dtype)
@@ -87,7 +88,7 @@ def shortened(model, layers: int):
 
 
 def stepper(model, ids: torch.Tensor):
-    """Forward and backward; the embeddings take part, so that every variant has the same floor."""
+    """Return a step function; embeddings require grad, so that all variants share one floor."""
     model.get_input_embeddings().register_forward_hook(lambda m, a, out: out.requires_grad_())
 
     def step() -> float:
@@ -100,7 +101,7 @@ def stepper(model, ids: torch.Tensor):
 
 
 def verify(models: dict) -> None:
-    """Ours and the official formula must be the same function before they are timed."""
+    """Exit with an error unless ours and the official formula compute the same logits."""
     ids = tokens()
     with torch.no_grad():
         mine, theirs = (models[n](input_ids=ids).logits for n in ("ours", "official"))
@@ -121,7 +122,7 @@ def peak_of(name: str, dtype: torch.dtype) -> None:
     step = stepper(model, tokens())
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    # Building the model peaked higher; "5" makes the kernel count its high-water mark anew.
+    # Building the model peaked higher; "5" resets the kernel's high-water mark.
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     for _ in range(3):
@@ -130,7 +131,7 @@ def peak_of(name: str, dtype: torch.dtype) -> None:
 
 
 def resident(field: str) -> float:
-    """MiB of this process: VmRSS at present, VmHWM at most (Linux)."""
+    """Return MiB of this process (Linux): VmRSS is the current value, VmHWM the maximum."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
@@ -143,7 +144,7 @@ def memory(name: str, dtype: str) -> float:
 def report(
     dtype: str, names: Sequence[str], layers: int | None, rounds: int, seconds_left: float
 ) -> list[dict]:
-    """Print a table and return its rows; ``seconds_left`` are those for the rounds."""
+    """Print a table and return the rows; the rounds take at most ``seconds_left``."""
     base = base_model(getattr(torch, dtype))
     models = {name: build(name, base) for name in names}
     print(f"\n{dtype}, {harness.machine()}")
@@ -197,7 +198,7 @@ def main() -> None:
     names = [name for name in VARIANTS if name in (*COMPARED, *arguments.beside)]
     budget, rows = records.Budget(arguments.seconds), []
     for index, dtype in enumerate(arguments.dtype):
-        # About half of the time is for the processes that measure memory, where it is measured.
+        # If memory is measured, the processes that measure it get about half of the time.
         share = budget.share(len(arguments.dtype) - index) / (1 if arguments.layers else 2)
         rows += report(dtype, names, arguments.layers, arguments.rounds, share)
         if arguments.json:

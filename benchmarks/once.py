@@ -2,9 +2,10 @@
 
     python -m benchmarks.once [--device cuda] [--few] [--weight-space]
 
-Short enough to run under compute-sanitizer, which ``benchmarks.gpu_report`` does. On a CUDA device
-the exit status is 1 if an operator has no kernel there: it would be PyTorch that is checked. Those
-made of torch's own kernels are held against themselves in float64, where they are plain products.
+Short enough to run under compute-sanitizer, as ``benchmarks.gpu_report`` does. On a CUDA device the
+exit status is 1 if an operator has no CUDA kernel, since PyTorch would be checked instead.
+Operators made of torch's own kernels are compared with themselves in float64, where they are plain
+products.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LAYERS = 3
 
 
 def adapter(shape: tuple[int, ...]) -> tuple:
-    """A, A_pool, B, B_pool, d of LAYERS layers, in float32 on the CPU."""
+    """Return A, A_pool, B, B_pool and d of LAYERS layers, in float32 on the CPU."""
     _, width, out, own, pooled = shape
     A, B = torch.randn(LAYERS, own, width), torch.randn(LAYERS, own, out).transpose(1, 2)
     d = torch.randn(LAYERS, own + pooled)
@@ -43,7 +44,7 @@ def adapter(shape: tuple[int, ...]) -> tuple:
 
 
 def weight_space(functions, dtype: torch.dtype, tensors: dict) -> dict[str, object]:
-    """The operators of ``functions`` that launch kernels of this package alone."""
+    """Run the operators of ``functions`` that launch only kernels of this package."""
     _, _, *rest = tensors["adapter"]
     grads = list(tensors["dAp"]), list(tensors["dBp"])
     return {
@@ -56,9 +57,9 @@ def weight_space(functions, dtype: torch.dtype, tensors: dict) -> dict[str, obje
 
 
 def products(functions, tensors: dict, packs) -> dict[str, object]:
-    """The operators of ``functions`` with matrix products in them."""
+    """Run the operators of ``functions`` that contain matrix products."""
     x, weight, grad = (tensors[name] for name in ("x", "weight", "grad"))
-    # All start from the same packs, so that only their own rounding is compared.
+    # All operators start from the same packs, so that only their own rounding is compared.
     Ap, Bp = packs
     y, U = functions.low_rank_linear(x, weight, None, Ap, Bp)
     dx, dAp, dBp = functions.low_rank_linear_backward(
@@ -96,7 +97,7 @@ def products(functions, tensors: dict, packs) -> dict[str, object]:
 
 
 def moved(value, device: str, dtype: torch.dtype | None = None):
-    """Tensors, alone or in lists and tuples, on a device; numbers, where given, in a dtype."""
+    """Move tensors, also in lists and tuples, to a device; cast floats to ``dtype`` if given."""
     if isinstance(value, Tensor):
         return value.to(device, dtype if dtype and value.is_floating_point() else value.dtype)
     return type(value)(moved(each, device, dtype) for each in value)
@@ -109,7 +110,7 @@ def flat(value) -> list[Tensor]:
 def check(
     shape: tuple[int, ...], dtype: torch.dtype, device: str, with_products: bool = True
 ) -> int:
-    """The number of results compared; raises where one is off."""
+    """Return the number of results compared; exit with an error if one is off."""
     tokens, width, out, own, pooled = shape
     made = adapter(shape)
     padded = -(-(own + pooled) // 16) * 16
@@ -151,7 +152,7 @@ def check(
 
 
 def draw_dropout(x: Tensor) -> None:
-    """Dropout's bits, which every device draws in its own way, are those of the noise alone."""
+    """Check that dropout's bits depend only on the noise; each device draws in a different way."""
     words = ops.noise_words(x.device.type, x.numel())
     noise = torch.randint(2**62, (words,)).to(x.device)
     mask, again = ops.dropout(noise, x, 0.5), ops.dropout(noise, torch.zeros_like(x), 0.5)

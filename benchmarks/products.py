@@ -1,9 +1,9 @@
-"""The products of one adapted linear's training step, each as alone as the operators run it.
+"""The products of one adapted linear's training step, each with as little other work as possible.
 
-Those with one narrow side are operators of the package with as little as possible to compute: with
-``need_B`` alone the backward is dBp, with ``need_A`` alone H and dAp. ``cublas`` beside a name is
-the same without the kernels of csrc/cuda/skinny.cuh. The base's products are torch's, with beta = 1
-as the operators have it, and with beta = 0 as a frozen linear has.
+Products with one narrow side run as operators of the package that compute little else: with only
+``need_B`` the backward is dBp, with only ``need_A`` it is H and dAp. ``cublas`` after a name means
+without the kernels of csrc/cuda/skinny.cuh. The base's products are torch's: with beta = 1, as in
+the operators, and with beta = 0, as in a frozen linear.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rasa_ext import ops
 
 @dataclass(frozen=True)
 class Product:
-    """A call, and what it reads, writes and computes."""
+    """A call, with the bytes that it reads and writes and the FLOPs that it computes."""
 
     run: Callable[[], object]
     work: Work
 
 
 def multiply(a: Tensor, b: Tensor, c: Tensor, beta: int = 0) -> Product:
-    """c (m, n) = a (m, k) b (k, n) + beta c."""
+    """Return the product c (m, n) = a (m, k) b (k, n) + beta c."""
 
     def run() -> None:
         if beta:
@@ -45,7 +45,7 @@ def multiply(a: Tensor, b: Tensor, c: Tensor, beta: int = 0) -> Product:
 def of_linear(
     linear: Linear, M: int, rank: int, dtype: torch.dtype, device: str
 ) -> dict[str, Product]:
-    """By name and formula; ``rank`` is padded as the operators pad it."""
+    """Return the products by name and formula; ``rank`` is padded as the operators pad it."""
     multiple = ops.rank_multiple(device)
     width, out, padded = linear.in_features, linear.out_features, -(-rank // multiple) * multiple
 

@@ -1,4 +1,4 @@
-"""Rows of figures as JSON, CSV and markdown, and what a report says about its machine."""
+"""Rows of figures as JSON, CSV and markdown, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -24,15 +24,16 @@ import rasa_ext
 from benchmarks import harness
 from rasa_ext import ops
 
-# Names the commit where .git is not.
+# Environment variable that names the commit if there is no .git.
 COMMIT = "RASA_EXT_COMMIT"
 PACKAGES = ("torch", "peft", "transformers", "triton", "nvidia-cublas")
 _KERNELS = ops.OPERATORS.keys() - ops.COMPOSED
-"""The operators of which there are compiled kernels."""
+"""The operators that have compiled kernels."""
 
 
 class Results:
-    """Rows that are in their file as soon as they are added, so that a cut loses none.
+    """Rows that are written to a file as soon as they are added, so that an interruption loses
+    none.
 
     ``path`` ends in .json (the machine and the rows) or .csv (the rows); None keeps them in memory.
     """
@@ -43,14 +44,14 @@ class Results:
         self.rows: list[dict[str, Any]] = []
 
     def add(self, **row: Any) -> dict[str, Any]:
-        """Keep a row, show it, write all of them; returns it for ``extend``."""
+        """Store a row, print it, write all rows, and return the row for ``extend``."""
         self.rows.append(row)
         print("  ".join(f"{key}={shown(value)}" for key, value in row.items()), flush=True)
         self._write()
         return row
 
     def extend(self, row: dict[str, Any], **more: Any) -> None:
-        """Add cells to a row that is kept, and write all of them."""
+        """Add cells to a stored row, and write all rows."""
         row.update(more)
         self._write()
 
@@ -64,7 +65,7 @@ class Results:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """All of it or nothing: a reader never sees half a file."""
+    """Write all of the value or nothing: a reader never sees half a file."""
     beside = path.with_name(path.name + ".part")
     beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(beside, path)
@@ -78,12 +79,12 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Every key of every row, in the order of first sight."""
+    """Return every key of every row, in order of first appearance."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 def tables(rows: list[dict[str, Any]]) -> str:
-    """A markdown table for each kind of rows, those with the same keys."""
+    """Format rows as markdown tables, one for each set of rows with the same keys."""
     kinds: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(tuple(row), []).append(row)
@@ -91,7 +92,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A markdown table; rows need not all have the same keys."""
+    """Format rows as a markdown table; rows may have different keys."""
     names = columns(rows)
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
     for row in rows:
@@ -101,7 +102,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A figure with four digits that matter, quartiles around it; a dash where there is none."""
+    """Format a figure with four significant digits, quartiles around a median, None as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -113,7 +114,7 @@ def shown(value: Any) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Card, driver and versions: what a figure is worth nothing without."""
+    """Return card, driver and versions, without which a figure means nothing."""
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
@@ -144,7 +145,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def kernels_missing(device: str) -> str | None:
-    """Why operators run as PyTorch operations on a CUDA device, or None."""
+    """Return why operators run as PyTorch operations on a CUDA device, or None if they do not."""
     if not device.startswith("cuda") or _attached() == len(_KERNELS):
         return None
     return f"{_attached()} of {len(_KERNELS)} operators have a CUDA kernel; {ops.cuda_status()}"
@@ -166,7 +167,7 @@ def _output(*command: str) -> str | None:
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    """The arguments that benchmarks have in common."""
+    """Return a parser with the arguments that benchmarks share."""
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -178,7 +179,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 class Budget:
-    """Seconds, shared evenly by what is still to come."""
+    """Seconds, shared evenly among the remaining parts."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds

@@ -4,10 +4,10 @@
 
 Runs itself under Nsight Compute, which reads ``dram__bytes_read.sum`` and ``dram__bytes_write.sum``
 of every kernel of a forward and backward at M x in x out = 8192 x 4096 x 4096 in bfloat16, with
-dropout 0.05 of the adapter's input and without. Caches are not emptied between kernels, as in
-training. For the same linear and r = 16 LoRAFusion (arXiv 2510.00206) publishes 2.008 GiB of plain
-LoRA and 1.258 GiB of its fused kernels, measured by its authors. ``least`` is what no step can do
-without (benchmarks.roofline).
+dropout 0.05 on the adapter's input and without dropout. Caches are not flushed between kernels, as
+in training. For the same linear and r = 16, LoRAFusion (arXiv 2510.00206) reports 2.008 GiB for
+plain LoRA and 1.258 GiB for its fused kernels, measured by its authors. ``least`` is the traffic
+that every step needs (benchmarks.roofline).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.records import Results
 from benchmarks.shapes import single
 
 M, WIDTH, LAYERS = 8192, 4096, 32
-# Variant, dropout, the rank that it computes with.
+# Variant, dropout, and the rank in the computation.
 STEPS = (
     ("frozen", 0.0, 0),
     ("peft r=16", 0.05, 16),
@@ -41,17 +41,17 @@ COUNTED = (
     *("ncu", "--csv", "--print-units", "base", "--metrics", ",".join(METRICS)),
     *("--profile-from-start", "off", "--cache-control", "none", "--clock-control", "none"),
 )
-# The kernel of torch.cuda._sleep, which nothing else launches: it stands before each step.
+# The kernel of torch.cuda._sleep marks the start of each step; nothing else launches it.
 MARK = "spin_kernel"
 
 
 def case_of(M: int, width: int, device: str, dropout: float) -> Case:
-    """One linear, R = 39."""
+    """Return a case of one linear with R = 39."""
     return Case(single(width, width, LAYERS), M, 8, 1, torch.bfloat16, device, dropout)
 
 
 def run_all(M: int, width: int, device: str) -> None:
-    """What Nsight Compute counts: a step of each variant, a mark before it."""
+    """Run a step of each variant, after a mark, for Nsight Compute to count."""
     runtime = torch.cuda.cudart()
     for name, dropout, rank in STEPS:
         case = case_of(M, width, device, dropout)
@@ -68,9 +68,10 @@ def run_all(M: int, width: int, device: str) -> None:
 
 
 def counted(text: str) -> list[dict[str, float]]:
-    """GiB read and written, and kernels, between the marks of Nsight Compute's CSV.
+    """Return GiB read and written, and the number of kernels, of each step in Nsight Compute's CSV.
 
-    It has a line for each kernel and metric, in the order of the launches, below lines of its own.
+    The marks separate the steps. The CSV begins after other lines, and has a line for each kernel
+    and metric, in launch order.
     """
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
