@@ -2,25 +2,28 @@
 
     python -m benchmarks.block [step] [decode] [growth] [compiled] [--device cuda] [--json FILE]
 
-Every variant runs over the same weights, checked to be one function where it should be. One that
-is not, or that raises, leaves a row that says why, and the others are measured. Columns:
+Every variant runs over the same weights, and variants that should be one function are checked to
+be. A variant that fails the check or raises gets a row with the reason, and the others are
+measured. Columns:
 
-- over_frozen: the variant's time over that of the frozen linears;
+- over_frozen: the variant's time over the time of the frozen linears;
 - removed: (official - variant) / (official - frozen), the share of the official overhead removed,
-  of the medians of the differences by round;
+  from the medians of the differences by round;
 - roofline: the variant's time over the bound of its bytes and FLOPs (benchmarks.roofline);
-- saved: bytes kept for the backward, parameters left out; peak: bytes above what was held before;
-- host_us: until the host has launched a step; graph_us: the step replayed as a CUDA graph, which
-  no host holds up. Both on a CUDA device alone.
+- saved: bytes stored for the backward, without parameters; peak: bytes above the memory in use
+  before;
+- host_us: time until the host has launched a step; graph_us: the step replayed as a CUDA graph,
+  which does not wait for the host. Both only on a CUDA device.
 
 ``ours, cublas`` is ours without the kernels of csrc/cuda/skinny.cuh (RASA_EXT_KERNELS=cublas).
-``step`` has its largest shapes with dropout 0.05 first, and then all without.
-``decode`` is a forward without grad of M = 1 and 16 tokens, as it is and replayed as a CUDA graph.
-Layers pack in every replay, since a replay sees the present parameters.
-``growth`` is the step of one linear while the model's layers, or k, become more.
-``compiled`` is the step of the largest M with torch.compile's version of the official formula.
-The most telling case comes first and gets all its rounds; the others share what is left of the
-time, and its end ends the list. The exit status is 1 if ours failed anywhere.
+``step`` has the largest shapes with dropout 0.05 first, and then all shapes without dropout.
+``decode`` is a forward without grad of M = 1 and 16 tokens, called, and replayed as a CUDA graph.
+Every replay packs again, since it must use the current parameters.
+``growth`` is the step of one linear as the number of layers, or k, grows.
+``compiled`` is the step of the largest M with the official formula under torch.compile.
+
+The most important case comes first and gets all its rounds. The others share the remaining time,
+and the list ends when the time does. The exit status is 1 if ours failed anywhere.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from benchmarks.shapes import BLOCKS, RANKS, TOKENS, Block, default_blocks, sing
 
 
 def saved_bytes(case: Case, module: nn.Module, run) -> int:
-    """Bytes that autograd keeps between forward and backward: each storage once, no parameters."""
+    """Return the bytes that autograd stores for the backward: no parameters, each storage once."""
     kept: dict[int, int] = {}
     parameters = {tensor.untyped_storage().data_ptr() for tensor in case.parameters(module)}
 
@@ -59,7 +62,7 @@ def saved_bytes(case: Case, module: nn.Module, run) -> int:
 
 
 def peak_bytes(case: Case, module: nn.Module, run) -> int:
-    """Memory that a step adds at its peak, gradients included."""
+    """Return the memory that a step adds at its peak, with gradients."""
     run()
     case.drop_gradients(module)
     if not case.device.startswith("cuda"):
@@ -73,18 +76,21 @@ def peak_bytes(case: Case, module: nn.Module, run) -> int:
 
 
 def cpu_peak_bytes(run) -> int:
-    """The most that one call has allocated at a time, from the profiler's list of allocations."""
+    """Return the most bytes that one call allocates at a time.
+
+    They come from the profiler's list of allocations.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
-    # profile.events() has lost those that happened within an operator.
+    # profile.events() lacks allocations within an operator.
     events = profile.profiler.kineto_results.events()
     changes = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return max(itertools.accumulate((e.nbytes() for e in changes), initial=0))
 
 
 def add_times(results: Results, seconds: dict, bounds: dict[str, float], **case) -> dict[str, dict]:
-    """A row a variant, by its name."""
+    """Add a row for each variant, and return the rows by name."""
     frozen = statistics.median(seconds["frozen"]) if "frozen" in seconds else None
     rows = {}
     for name, values in seconds.items():
@@ -104,7 +110,7 @@ def add_times(results: Results, seconds: dict, bounds: dict[str, float], **case)
 
 
 def removed(seconds: dict, name: str) -> float | None:
-    """The share of the official overhead; None where a baseline is missing or there is none."""
+    """Return the removed share of the official overhead; None without a baseline or overhead."""
     try:
         return 1 - harness.overhead_ratio(seconds, name, "official", "frozen")
     except (KeyError, ZeroDivisionError):
@@ -112,7 +118,7 @@ def removed(seconds: dict, name: str) -> float | None:
 
 
 def bound(case: Case, variant: str, peaks: roofline.Peaks, train: bool) -> float:
-    """Seconds that the linears need one after the other."""
+    """Return the least seconds that the linears need one after the other."""
     work = roofline.linear_step if train else roofline.linear_forward
     rank, size = case.adapter_rank(variant), case.dtype.itemsize
     return sum(
@@ -122,7 +128,10 @@ def bound(case: Case, variant: str, peaks: roofline.Peaks, train: bool) -> float
 
 
 def running(make, variants: dict[str, nn.Module], failed: dict[str, str], results: Results, **row):
-    """``make(module)`` of every variant that gets through it; why the others do not, as rows."""
+    """Return ``make(module)`` of every variant for which it can be made and called.
+
+    Add a row with the reason for every other variant.
+    """
     made, failed = {}, dict(failed)
     for name, module in variants.items():
         if name not in failed:
@@ -146,7 +155,7 @@ def step(
     what: str,
     at_least: int = 2,
 ) -> None:
-    """A training step in every variant; ``share()`` tells the seconds when all is set up."""
+    """Measure a training step in every variant; ``share()`` returns the seconds, after setup."""
     row = {"what": what, **describe(case)}
     cuda, compiled = case.device.startswith("cuda"), what == "compiled"
     torch._dynamo.reset()
@@ -179,7 +188,7 @@ def step(
 
 
 def decode(case: Case, results: Results, peaks, share: Callable[[], float], rounds: int) -> None:
-    """A forward without grad: called, and on a CUDA device replayed."""
+    """Measure a forward without grad: called, and on a CUDA device replayed."""
     variants = {name: module.eval() for name, module in case.variants().items()}
     failed = case.failures(variants)
     cuda = case.device.startswith("cuda")
@@ -198,9 +207,9 @@ def decode(case: Case, results: Results, peaks, share: Callable[[], float], roun
 
 
 def replay(run: Callable[[], list[torch.Tensor]], same: bool = True) -> Callable[[], None]:
-    """``run`` captured once; what is returned replays it.
+    """Capture ``run`` as a CUDA graph, and return a function that replays it.
 
-    Unless the step draws something, a replay must give the ``same`` results.
+    Unless the step draws random numbers, a replay must return the ``same`` results.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -229,9 +238,9 @@ def describe(case: Case) -> dict:
 
 
 def cases(what: list[str], device: str, quick: bool, blocks: list[str]) -> list[tuple]:
-    """(what, block, M, rank, k, dropout): the largest M and smallest rank of each block first."""
+    """Return (what, block, M, rank, k, dropout): small ranks first, then large M."""
     named = [BLOCKS[name] for name in blocks]
-    # A CPU takes seconds for a step of the largest M, and nearly one for the third.
+    # A step takes a CPU seconds at the largest M, and nearly one second at the third largest.
     cuda = device.startswith("cuda")
     tokens = (2, 5, 40) if quick else TOKENS if cuda else TOKENS[:-2]
     found: list[tuple[str, Block, int, int, int, float]] = []
@@ -279,7 +288,7 @@ def main() -> None:
         if index and budget.left() <= 0:
             results.add(what="not run: out of time", left=len(todo) - index)
             break
-        gc.collect()  # what the case before held on the device
+        gc.collect()  # frees what the previous case held on the device
         share = partial(budget.share, len(todo) - index)
         # On a CPU a round can take many seconds.
         least = 2 if given.device == "cpu" else rounds if index == 0 else min(rounds, 10)
@@ -294,7 +303,7 @@ def main() -> None:
             results.add(what=kind, block=block.name, M=M, r=rank, failed=said(error))
         finally:
             case = None
-    # Baselines may fail; a case, or ours in it, may not.
+    # Baselines may fail, but a whole case, or ours in it, may not.
     bad = [row for row in results.rows if "failed" in row]
     sys.exit(int(any(row.get("variant", "ours").startswith("ours") for row in bad)))
 

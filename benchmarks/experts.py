@@ -6,7 +6,7 @@
 
 All variants use the same weights, from transformers' ``Qwen3MoeExperts``, and take turns in a
 random order in one process. Results are medians with quartiles. All variants have the same
-effective rank R, except "PEFT, r", which has as many parameters as "slot":
+effective rank R, except PEFT r=4, which has as many parameters as "slot":
 
 - PEFT: ``target_parameters`` over both weights, with parameters in the weights' dtype;
 - slot, layer, shared: r = 4, k = 1, one layer of a group with as many layers as experts;

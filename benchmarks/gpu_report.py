@@ -1,19 +1,19 @@
-"""One command for a machine with a GPU: build, measure, test, sanitize, and write it all down.
+"""One command for a machine with a GPU: build, measure, test and sanitize, and write a report.
 
     python -m benchmarks.gpu_report --out DIR [--minutes 8.7] [--commit NAME]
 
-Under nine minutes on one GPU and no network. Stages, each a process of its own with a time budget
-to which it may add what earlier ones left over: build the kernels, run every operator once, and
-measure the training step that decides; then, at the same time, ``pytest -m gpu`` and
-compute-sanitizer's memcheck, racecheck and initcheck; then what explains the step. DIR/report.md
-and DIR/report.json are written anew after every stage, and benchmarks write their rows as they
-come, so that a cut costs only what was not measured yet. A stage that fails or runs out of time is
-recorded with the end of its output, and the next one goes on. DIR/step.json and DIR/tests.xml hold
-the two most asked for, DIR/rest.tar.gz all other files.
+Takes under nine minutes on one GPU and needs no network. Each stage is a separate process with a
+time budget, plus the time left over from earlier stages. The first stages build the kernels, run
+every operator once, and measure the training step that decides. Then ``pytest -m gpu`` and
+compute-sanitizer's memcheck, racecheck and initcheck run at the same time. The last stages measure
+what explains the step. DIR/report.md and DIR/report.json are rewritten after every stage, and
+benchmarks write rows as they come, so an interruption loses only what was not measured yet. If a
+stage fails or runs out of time, the report records the end of its output, and the next stage runs.
+DIR/step.json and DIR/tests.xml are the two most requested files; DIR/rest.tar.gz has all others.
 
-The exit status is 0 only if no stage failed. A benchmark that its budget ends keeps what it has
-measured and has not failed. ``--device cpu --quick`` is the same path with tiny shapes and without
-what only a GPU can do: a test of this report.
+The exit status is 0 only if no stage failed. A benchmark that reaches the end of its budget keeps
+its rows and has not failed. ``--device cpu --quick`` tests this report: it runs with tiny shapes
+and without the stages that need a GPU.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from benchmarks.staged import PYTHON, ROOT, Stage
 
 SANITIZER = "compute-sanitizer"
 APART = ("step.json", "tests.xml")
-CHECKS = "checks"  # nothing in them is timed: they run at the same time
+CHECKS = "checks"  # these stages time nothing, so they run at the same time
 
 
 def stages(device: str, quick: bool, work: Path) -> list[Stage]:
-    """What there is to do, in order; budgets are seconds out of a run of 520."""
+    """Return the stages in order; budgets are seconds of a run of 520."""
     cuda = device.startswith("cuda")
     bench = partial(staged.bench, work, device=device, quick=quick)
     once = (PYTHON, "-m", "benchmarks.once", "--device", device)
@@ -65,16 +65,16 @@ def stages(device: str, quick: bool, work: Path) -> list[Stage]:
         *sanitizers(once),
         *found[3:],
         Stage("traffic", traffic, 40, "traffic.json", "ncu"),
-        # Compiling takes long and is a baseline only, so that it comes last.
+        # Last, since compiling takes long and is only a baseline.
         bench("compiled", "block", 40, "compiled"),
     ]
 
 
 def tests(cuda: bool, quick: bool, work: Path) -> Stage:
-    """pytest over the files with tests for a GPU; others may need what is not installed."""
+    """Return the stage of all files with GPU tests; other files may need missing packages."""
     half = str(max(1, (os.cpu_count() or 1) // 2))
-    # By test, not by file as elsewhere: most are in a few files. What cannot be imported is an
-    # error, and keeps no other test from running.
+    # Distribute by test, not by file as elsewhere: a few files have most of the tests. A file that
+    # cannot be imported is an error, but the other tests still run.
     how = ("-q", "-n", half, "--dist", "worksteal", "--continue-on-collection-errors")
     how += ("-m", "gpu" if cuda else "not gpu", f"--junitxml={work / 'tests.xml'}")
     few = ("-k", "test_any_strides") if quick else ()
@@ -83,7 +83,7 @@ def tests(cuda: bool, quick: bool, work: Path) -> Stage:
 
 
 def gpu_test_files() -> list[str]:
-    """The test files of tests/gpu, and others with a ``gpu`` mark or the fixture ``device``."""
+    """Return the files of tests/gpu, and those with a ``gpu`` mark or the fixture ``device``."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         text = path.read_text(encoding="utf-8")
@@ -97,18 +97,18 @@ def gpu_test_files() -> list[str]:
 
 
 def is_test(function: ast.FunctionDef) -> bool:
-    """Whether pytest gives it its arguments."""
+    """Return whether pytest passes the function's arguments."""
     decorators = map(ast.unparse, function.decorator_list)
     return function.name.startswith("test") or any("fixture" in each for each in decorators)
 
 
 def sanitizers(once: tuple[str, ...]) -> list[Stage]:
-    """Every operator under compute-sanitizer, of which only kernels of this package are checked.
+    """Return stages that run every operator under compute-sanitizer.
 
-    initcheck may not know of what unchecked kernels, such as cuBLAS's, have written, and so runs
-    what no other kernel takes part in.
+    Only kernels of this package are checked. initcheck may not see what unchecked kernels, such as
+    cuBLAS's, have written, so it runs only operators that use no other kernels.
     """
-    # Every error of an allocation of its own, which torch's cache of memory would hide.
+    # Make every allocation separate: torch's cache of memory would hide errors.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
     def stage(tool: str, *options: str, only: tuple[str, ...] = (), variables=uncached) -> Stage:
@@ -117,7 +117,7 @@ def sanitizers(once: tuple[str, ...]) -> list[Stage]:
         return Stage(tool, command, 60, None, SANITIZER, variables, CHECKS)
 
     return [
-        # torch asks for what may fail and goes on where it does.
+        # torch makes API calls that may fail, and goes on if they do.
         stage("memcheck", "--report-api-errors", "no"),
         stage("racecheck", variables={}),
         stage("initcheck", only=("--weight-space",)),
@@ -125,7 +125,7 @@ def sanitizers(once: tuple[str, ...]) -> list[Stage]:
 
 
 def building() -> dict[str, str]:
-    """Kernels or a failure, for the card that is here unless told otherwise."""
+    """Return variables that make the build fail without kernels, and build for the present card."""
     found = {"RASA_EXT_CUDA": "1"}
     query = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and shutil.which(query[0]):

@@ -2,12 +2,12 @@
 
     python -m benchmarks.host [--rounds 300]
 
-The operators are replaced by stubs that return uninitialised results, and a chain of layers, which
-are one group, is measured at two lengths. The slope between them is a layer's own: its linear, its
-part in packing the group and in the packs' backward. What is left without layers is what a group
-does once in a step; a layer of 32 has a 32nd of it. ``fused`` is one more linear of those that read
-one input. What remains is what keeps a GPU waiting where it has little to do; the compiled
-operators' share and the launches are not in it.
+Stubs that return uninitialised results replace the operators. A chain of layers, which form one
+group, is measured at two lengths. The slope between them is the time of one layer: its linear, and
+its part in packing the group and in the packs' backward. The time without layers is what a group
+does once per step; each of 32 layers has a 32nd of it. ``fused`` is one more linear among those
+that read one input. A GPU with little to do waits for this host time. It does not include the time
+of the compiled operators and the launches.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def _pack(A: list[Tensor], *_: Any) -> tuple[Tensor, ...]:
 def _pack_backward(
     downs: Any, ups: Any, B: list[Tensor], B_pool: Tensor, d: list[Tensor]
 ) -> tuple[Tensor, ...]:
-    # In the parameters' layout, so that autograd takes them without a copy.
+    # In the parameters' layout, so that autograd uses them without a copy.
     dA, dB = (d[0].new_empty((len(B), *B[0].t().shape)) for _ in range(2))
     dA_pool, dB_pool = (torch.empty_like(B_pool.t()) for _ in range(2))
     return dA, dA_pool, dB.mT, dB_pool.t(), d[0].new_empty((len(d), *d[0].shape))
 
 
-# Operators that compute nothing, chosen as on a GPU.
+# Operators that compute nothing, and heuristics that choose as on a GPU.
 STUBS = {
     "low_rank_linear": _forward,
     "low_rank_linear_backward": _backward,
@@ -75,7 +75,7 @@ STUBS = {
 
 
 def chain(length: int, adapted: bool, names: tuple[str, ...] = NAMES[:1]) -> Callable[[], None]:
-    """A step through so many blocks of linears that read one input, on one token."""
+    """Return a step on one token through ``length`` blocks of linears that read one input."""
     blocks = nn.ModuleList(
         nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH, bias=False) for name in names})
         for _ in range(length)
@@ -102,7 +102,10 @@ def chain(length: int, adapted: bool, names: tuple[str, ...] = NAMES[:1]) -> Cal
 
 
 def measured(rounds: int, **chains: tuple) -> dict[str, tuple[float, float]]:
-    """Microseconds by chain, lower quartiles: of one more block, and of a step without blocks."""
+    """Return lower quartiles in microseconds, by chain.
+
+    They are of one more block, and of a step without blocks.
+    """
     run = {(name, n): chain(n, *how) for name, how in chains.items() for n in LENGTHS}
     seconds = harness.interleaved(run, rounds, warmup=20, device="cpu")
     found = {}

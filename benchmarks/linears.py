@@ -1,4 +1,4 @@
-"""The linears of one decoder layer in every variant that is compared, all over the same weights."""
+"""The linears of one decoder layer in every compared variant, all over the same weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rasa_ext.nn.fused_projections import FusedProjections
 
 
 class Linears(nn.Module):
-    """A block's linears side by side: those that read the same tensor get the same tensor."""
+    """A block's linears side by side; linears with the same ``reads`` get the same tensor."""
 
     def __init__(self, block: Block, modules: dict[str, nn.Module]) -> None:
         super().__init__()
@@ -23,12 +23,12 @@ class Linears(nn.Module):
         self.projections = nn.ModuleDict(modules)
 
     def forward(self, inputs: dict[str, Tensor]) -> list[Tensor]:
-        """Inputs (M, in) by what is read; outputs (M, out) in the block's order."""
+        """Map inputs (M, in), by what is read, to outputs (M, out) in the block's order."""
         return [module(inputs[self.reads[name]]) for name, module in self.projections.items()]
 
 
 class Absent(nn.Module):
-    """A variant that could not be made, and says why when it is called."""
+    """A variant that could not be built; a call raises the reason."""
 
     def __init__(self, why: Exception) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Case:
         self.block, self.M, self.rank, self.k = block, M, rank, k
         self.R = block.effective_rank(rank, k)
         self.dtype, self.device, self.dropout = dtype, device, dropout
-        # A name that cannot be taken for the kernels' where there are none.
+        # Without the kernels, the name must show that these are not their times.
         self.ours = "ours (PyTorch)" if records.kernels_missing(device) else "ours"
         self.weights = {
             each.name: self._random(each.out_features, each.in_features).div_(each.in_features**0.5)
@@ -68,9 +68,10 @@ class Case:
         self.compiled: nn.Module | None = None
 
     def variants(self, compiled: bool = False) -> dict[str, Linears | nn.Module]:
-        """Frozen, official, addmm, PEFT LoRA at r = 8 and r = R, ours; compiled where asked.
+        """Build frozen, official, addmm, PEFT LoRA at r = 8 and r = R, and ours; compiled if asked.
 
-        Ours comes twice, with projections of one input fused as by default and the other way.
+        Ours is built twice: projections of one input are fused or separate by default, and the
+        other way.
         """
         official = {name: baselines.OfficialLinear(m) for name, m in self.adapted.items()}
         made: dict[str, nn.Module] = {
@@ -99,17 +100,18 @@ class Case:
         return made
 
     def adapter_rank(self, variant: str) -> int:
-        """The rank that a variant computes with, for its roofline."""
+        """Return the rank in a variant's computation, for its roofline."""
         if variant == "frozen":
             return 0
         return int(variant.partition("=")[2]) if variant.startswith("peft") else self.R
 
     def step(self, module: nn.Module):
-        """Forward and backward; gradients are dropped before.
+        """Return a function that runs forward and backward after it drops gradients.
 
-        But for the official formula's pools: those of a model are sums over its layers, and adding
-        them up is a part of each layer's step. Ours are summed once for all layers; here each
-        linear is packed alone, so that ours has a whole launch for its share of a group's.
+        The official formula's pools keep their gradients: in a model these are sums over layers,
+        and adding them up is part of each layer's step. Ours are summed once for all layers. Here
+        each linear is packed separately, so ours has a whole launch for its share of a group's
+        launch.
         """
         official = (m for m in module.modules() if isinstance(m, baselines.OfficialLinear))
         pools = {id(pool) for each in official for pool in (each.A_pool, each.B_pool)}
@@ -125,12 +127,12 @@ class Case:
         return run
 
     def drop_gradients(self, module: nn.Module) -> None:
-        """As before the first step."""
+        """Reset gradients to None, as before the first step."""
         for tensor in self._trained(module):
             tensor.grad = None
 
     def forward(self, module: nn.Module):
-        """A forward without grad, as in decoding."""
+        """Return a function that runs a forward without grad, as in decoding."""
 
         def run() -> list[Tensor]:
             with torch.no_grad():
@@ -139,15 +141,15 @@ class Case:
         return run
 
     def verify(self, variants: dict[str, nn.Module]) -> None:
-        """RuntimeError where ``failures`` finds any."""
+        """Raise RuntimeError if ``failures`` returns any."""
         for name, why in self.failures(variants).items():
             raise RuntimeError(f"{name}: {why}")
 
     def failures(self, variants: dict[str, nn.Module]) -> dict[str, str]:
-        """Why, by name, of the variants that raise, or are not the function that they should be.
+        """Return, by name, why variants raise or do not compute the right function.
 
-        All but frozen, PEFT's and compiled ones are one function, the first of them for reference;
-        without dropout, of which each draws its own.
+        All variants except frozen, PEFT and compiled compute one function; the first of them is the
+        reference. They are compared without dropout, since each draws a mask of its own.
         """
         limit, found = 2e-5 if self.dtype == torch.float32 else 3e-2, {}
         reference, expected = "", {}
@@ -172,7 +174,7 @@ class Case:
         return found
 
     def _answers(self, module: nn.Module) -> dict[str, Tensor]:
-        """Outputs with and without grad, and gradients of all that they depend on."""
+        """Return outputs with and without grad, and the gradients of everything they depend on."""
         self.drop_gradients(module)
         alone = self.forward(module)()
         with _environment(module):
@@ -184,14 +186,15 @@ class Case:
         fields = ("A", "A_pool", "B", "B_pool", "d")
         for name, factors in self._factors(module).items():
             for field, parameter in zip(fields, factors, strict=True):
-                # None, of one that is not part of the computation, must not pass for agreement.
+                # A parameter outside the computation has no gradient, which must not count as
+                # agreement.
                 grad = parameter.grad
                 found[f"d{field} of {name}"] = torch.zeros_like(parameter) if grad is None else grad
         self.drop_gradients(module)
         return {name: tensor.detach() for name, tensor in found.items()}
 
     def _factors(self, module: nn.Module) -> dict[str, tuple]:
-        """A, A_pool, B, B_pool, d of every layer, the very parameters that a variant trains."""
+        """Return A, A_pool, B, B_pool, d of every layer, the parameters that a variant trains."""
         made = dict(getattr(module, "projections", nn.ModuleDict()).items())
         official = {n: m for n, m in made.items() if isinstance(m, baselines.OfficialLinear)}
         return {
@@ -200,7 +203,7 @@ class Case:
         }
 
     def parameters(self, module: nn.Module) -> list[Tensor]:
-        """The module's, and the adapters with their pools, which not every variant registers."""
+        """Return the module's, the adapters' and the pools' parameters; some are not registered."""
         return [*self._adapter(), *module.parameters()]
 
     def _adapter(self) -> list[Tensor]:
@@ -224,7 +227,7 @@ class Case:
         return _lively(baselines.one_of(base, config, self.block.layers))
 
     def peft(self, rank: int) -> nn.Module:
-        """The real PEFT, its adapters in the base's dtype, which is the faster of its ways."""
+        """Build PEFT's own LoRA with adapters in the base's dtype, the faster of PEFT's ways."""
         try:
             import peft
 
@@ -241,17 +244,17 @@ class Case:
 
 
 def _environment(module: nn.Module) -> contextlib.AbstractContextManager:
-    """Under which a module's backward runs as its forward does."""
+    """Return the context in which a module's backward runs like its forward."""
     return baselines.cublas() if isinstance(module, baselines.Cublas) else contextlib.nullcontext()
 
 
 def said(error: Exception) -> str:
-    """An error in a cell of a table."""
+    """Format an error for a table cell."""
     return f"{type(error).__name__}: {error}"[:300]
 
 
 def _lively(module: nn.Module) -> nn.Module:
-    """Adapters as in training; zeros would be a special case."""
+    """Give adapters values as in training; zeros would be a special case."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.requires_grad:

@@ -1,9 +1,9 @@
-"""What training takes of one GPU's memory, computed from shapes: nothing here is measured.
+"""The memory of one GPU that training takes, computed from shapes: nothing here is measured.
 
     python -m benchmarks.memory                     # the tables of docs/memory.md
     python -m benchmarks.memory --tokens 8192 --rank 32 --k 4
 
-The parts and their formulas are the functions of ``Model``; all are bytes.
+The methods of ``Model`` are the parts, with their formulas, in bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from benchmarks.shapes import Block, decoder
 BITS = {"16": 2.0, "8": 1.0, "4": 0.5 + 4 / 64}
 """Bytes per weight of a linear layer: bfloat16, bitsandbytes' int8, and its nf4 with a float32
 scale for every 64 weights."""
-GPU_PADDING = 16  # packs have a rank that is a multiple of this
+GPU_PADDING = 16  # a pack's rank is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -32,44 +32,44 @@ class Model:
         return self.block.linears[0].in_features
 
     def weights(self) -> tuple[int, int]:
-        """How many weights linear layers have, and how many the embedding, head and norms."""
+        """Return the number of weights in linear layers, and in embedding, head and norms."""
         linears = sum(each.in_features * each.out_features for each in self.block.linears)
         rest = (1 if self.tied else 2) * self.vocabulary * self.hidden
         norms = (2 * self.block.layers + 1) * self.hidden
         return self.block.layers * linears, rest + norms
 
     def base(self, bits: str) -> float:
-        """The frozen base; embedding, head and norms stay in bfloat16."""
+        """Return the bytes of the frozen base; embedding, head and norms stay in bfloat16."""
         linears, rest = self.weights()
         return BITS[bits] * linears + 2 * rest
 
     def _sides(self) -> int:
-        """in + out of a block's linear layers."""
+        """Return in + out, summed over a block's linear layers."""
         return sum(each.in_features + each.out_features for each in self.block.linears)
 
     def trained(self, rank: int, k: int) -> int:
-        """The adapter's parameters."""
+        """Return the number of the adapter's parameters."""
         own = rank * self._sides() + len(self.block.linears) * self.block.effective_rank(rank, k)
         return self.block.layers * own
 
     def adapter(self, rank: int, k: int) -> int:
-        """Parameters, gradients and two AdamW states in float32."""
+        """Return the bytes of parameters, gradients and two AdamW states, in float32."""
         return 16 * self.trained(rank, k)
 
     def packs(self, rank: int, k: int) -> int:
-        """The packs in bfloat16, and their gradients in float32."""
+        """Return the bytes of the packs in bfloat16, and of their gradients in float32."""
         return (2 + 4) * self.block.layers * self._padded(rank, k) * self._sides()
 
     def _padded(self, rank: int, k: int) -> int:
         return -(-self.block.effective_rank(rank, k) // GPU_PADDING) * GPU_PADDING
 
     def block_activations(self, rank: int, k: int) -> int:
-        """What one block saves of one token for its backward, in bfloat16.
+        """Return the bytes that one block saves of one token for the backward, in bfloat16.
 
-        Two norms save their input in float32; the linear layers share three inputs (2 for q, k and
-        v; 2 for gate and up; the product of the gated MLP) and each saves U of the rank; attention
-        saves q, k, v and its output, which is the input of o; the gated MLP saves gate, its SiLU
-        and up.
+        Two norms save their input in float32. The linear layers share three inputs: one for q, k
+        and v, one for gate and up, and the product of the gated MLP. Each linear layer saves U.
+        Attention saves q, k, v and its output, which is the input of o. The gated MLP saves gate,
+        its SiLU and up.
         """
         shapes = {each.name: each for each in self.block.linears}
         hidden, inner = self.hidden, shapes["gate_proj"].out_features
@@ -78,14 +78,20 @@ class Model:
         return norms + 2 * attention + 2 * 4 * inner + 2 * 7 * self._padded(rank, k)
 
     def activations(self, tokens: int, rank: int, k: int, checkpointing: bool) -> int:
-        """What all blocks save of the tokens; with checkpointing their inputs and one block."""
+        """Return the bytes that all blocks save of the tokens.
+
+        With checkpointing, these are the inputs of all blocks, and everything of one block.
+        """
         block = self.block_activations(rank, k)
         if checkpointing:
             return tokens * (2 * self.hidden * self.block.layers + block)
         return tokens * block * self.block.layers
 
     def logits(self, tokens: int) -> int:
-        """transformers' own loss: in float32 the log-softmax, its gradient and the logits'."""
+        """Return the bytes of transformers' own loss, in float32.
+
+        These are the log-softmax, its gradient and the gradient of the logits.
+        """
         return (4 + 4 + 4) * tokens * self.vocabulary
 
 
@@ -100,7 +106,7 @@ MODELS = {
 
 
 def parts(tokens: int, rank: int, k: int) -> str:
-    """A column a model: its parts in GB, as Markdown."""
+    """Format the parts in GB as a markdown table, with a column for each model."""
     models = MODELS.values()
     rows = {f"base, {bits} bits": [each.base(bits) for each in models] for bits in BITS}
     rows["adapter"] = [each.adapter(rank, k) for each in models]
@@ -115,7 +121,10 @@ def parts(tokens: int, rank: int, k: int) -> str:
 
 
 def sums(tokens: int, rank: int, k: int) -> str:
-    """A row a model: everything with and without checkpointing, at each width, as Markdown."""
+    """Format the sums in GB as a markdown table, with a row for each model.
+
+    Columns are the widths of the base, without and with checkpointing.
+    """
     head = "16 bits | 8 bits | 4 bits | 16, checkpointed | 8, checkpointed | 4, checkpointed"
     lines = [f"| | {head} |", "| --- " * 7 + "|"]
     for name, model in MODELS.items():

@@ -1,10 +1,10 @@
-"""Packed bases: a training step by tiles, beside dequantizing whole layers, and a dense base.
+"""Packed bases: a training step by tiles, against dequantizing whole layers and a dense base.
 
     python -m benchmarks.packed [--presets W4A16 FP8_DYNAMIC ...] [--layers 4] [--rounds 7]
 
 SmolLM2-135M's shapes with random weights in bfloat16, in schemes of compressed-tensors; batch 2 x
 160 tokens, forward and backward, r=8, k=1 over all linear layers. "whole" dequantizes each weight
-at once, in forward and backward; the memory of that is a layer, not a tile. Needs
+at once, in forward and backward; this takes the memory of a layer instead of a tile. Needs
 ``pip install compressed-tensors``.
 """
 
@@ -32,7 +32,7 @@ PRESETS = ("FP8_DYNAMIC", "FP8_BLOCK", "W8A16", "W4A16", "MXFP4A16", "NVFP4A16")
 
 
 def base_model(layers: int) -> nn.Module:
-    """A model of SmolLM2's shapes, with a small vocabulary."""
+    """Return a model with SmolLM2's shapes and a small vocabulary."""
     config = LlamaConfig(
         vocab_size=320,
         hidden_size=576,
@@ -45,9 +45,9 @@ def base_model(layers: int) -> nn.Module:
 
 
 def packed(model: nn.Module, preset: str) -> nn.Module:
-    """The model in a scheme, with equal scales: the numbers do not change the time."""
+    """Quantize the model by a preset, with equal scales: the values do not change the time."""
     scheme = preset_name_to_scheme(preset, ["Linear"])
-    if scheme.weights.group_size == 128:  # 576 is no multiple
+    if scheme.weights.group_size == 128:  # 576 is no multiple of 128
         scheme.weights.group_size = 64
     if scheme.weights.block_structure is not None:
         scheme.weights.block_structure = [64, 64]

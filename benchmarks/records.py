@@ -32,8 +32,7 @@ _KERNELS = ops.OPERATORS.keys() - ops.COMPOSED
 
 
 class Results:
-    """Rows that are written to a file as soon as they are added, so that an interruption loses
-    none.
+    """Rows that are written to a file as they are added, so that an interruption loses none.
 
     ``path`` ends in .json (the machine and the rows) or .csv (the rows); None keeps them in memory.
     """

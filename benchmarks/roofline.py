@@ -1,7 +1,7 @@
-"""The least time that work can take: its bytes at copy speed, or its FLOPs at a large GEMM's speed.
+"""The least time that work can take: bytes at copy speed, or FLOPs at the speed of a large GEMM.
 
-Both speeds are measured on the device at hand, so that the bound holds for the card, clocks and
-power limit of the run. ``time / bound`` is 1 for work that is as fast as the device allows.
+Both speeds are measured on the present device, so the bound is valid for the card, clocks and power
+limit of the run. ``time / bound`` is 1 for work that is as fast as the device allows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from benchmarks import harness
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes that have to cross the memory bus once, and floating-point operations."""
+    """Bytes that must cross the memory bus once, and floating-point operations."""
 
     bytes: float
     flops: float = 0.0
@@ -26,22 +26,22 @@ class Work:
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes and floating-point operations a second."""
+    """Bytes per second, and floating-point operations per second."""
 
     bandwidth: float
     flops: float
 
     def bound(self, work: Work) -> float:
-        """Seconds."""
+        """Return the least seconds that the work takes."""
         return max(work.bytes / self.bandwidth, work.flops / self.flops)
 
     def best(self, other: Peaks) -> Peaks:
-        """The higher of each."""
+        """Return the higher value of each."""
         return Peaks(max(self.bandwidth, other.bandwidth), max(self.flops, other.flops))
 
 
 def measure(device: str, dtype: torch.dtype, quick: bool = False) -> Peaks:
-    """Copy bandwidth (reads and writes counted) and GEMM rate in ``dtype``; upper quartiles."""
+    """Measure copy bandwidth (reads plus writes) and GEMM rate in ``dtype``; upper quartiles."""
     cuda = device.startswith("cuda")
     size = (1 << 20) if quick else (1 << 28) if cuda else (1 << 26)
     width = 256 if quick else 8192 if cuda and dtype.itemsize < 4 else 4096 if cuda else 1024
@@ -60,13 +60,19 @@ def measure(device: str, dtype: torch.dtype, quick: bool = False) -> Peaks:
 
 
 def linear_forward(M: int, width: int, out: int, rank: int, size: int) -> Work:
-    """y = x W^T + (x Ap^T) Bp^T; x, W and the factors are read, y is written; U stays on chip."""
+    """Return the work of y = x W^T + (x Ap^T) Bp^T.
+
+    x, W and the factors are read and y is written; U stays on chip.
+    """
     numbers = M * (width + out) + width * out + rank * (width + out)
     return Work(size * numbers, 2 * M * width * out + 2 * M * rank * (width + out))
 
 
 def linear_step(M: int, width: int, out: int, rank: int, size: int) -> Work:
-    """Forward, dx, and gradients of a rank-``rank`` adapter in float32 (rank 0: no adapter)."""
+    """Return the work of a forward, dx, and the gradients of an adapter, which are float32.
+
+    With ``rank`` 0 there is no adapter.
+    """
     numbers = M * (width + out) + width * out + (M * width if rank else 0)
     factors = rank * (width + out)
     backward = Work(

@@ -1,9 +1,9 @@
-"""A report made of stages, each a process of its own with a time budget, written as it goes.
+"""A report made of stages, each a separate process with a time budget, written after every stage.
 
-A stage may add to its budget what earlier ones left over. report.json and report.md are written
-anew after every stage, and benchmarks write their rows as they come, so that a cut costs only what
-was not measured yet. A stage that fails or runs out of time is recorded with the end of its
-output, and the next one goes on.
+A stage may also use the time left over from earlier stages. report.json and report.md are rewritten
+after every stage, and benchmarks write rows as they come, so an interruption loses only what was
+not measured yet. If a stage fails or runs out of time, the report records the end of its output,
+and the next stage runs.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from benchmarks import predict, records
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = sys.executable
 MEASURE = "{seconds}"
-GRACE = 5  # seconds from asking a process to end to killing it
+GRACE = 5  # seconds between asking a process to end and killing it
 BAD = ("failed", "out of time", "interrupted")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A process: what it runs, seconds that are its own, and the file that holds its rows.
+    """A process: the command, its budget in seconds, and the file with its rows.
 
-    MEASURE in the command stands for the seconds in which it may begin new measurements.
+    MEASURE in the command stands for the seconds in which the process may start new measurements.
     """
 
     name: str
     command: tuple[str, ...]
     budget: float
     rows: str | None = None
-    needs: str | None = None  # a program; the stage is skipped where there is none
+    needs: str | None = None  # a program; the stage is skipped if it is not on PATH
     variables: dict[str, str] = field(default_factory=dict)
-    at_once: str | None = None  # neighbours that name the same run at the same time
+    at_once: str | None = None  # neighbours with an equal value run at the same time
 
 
 def run(stages: Sequence[Stage], limit: float, work: Path) -> list[dict[str, Any]]:
-    """Runs them at the same time; for each its status, seconds, end of output, and rows."""
+    """Run stages at the same time; return status, seconds, end of output and rows of each."""
     found = [blank(stage, limit) for stage in stages]
     running: dict[int, subprocess.Popen[bytes]] = {}
     begin = time.monotonic()
@@ -85,7 +85,7 @@ def run(stages: Sequence[Stage], limit: float, work: Path) -> list[dict[str, Any
 
 
 def blank(stage: Stage, limit: float) -> dict[str, Any]:
-    """The record of a stage that has not ended."""
+    """Return the record of a stage that has not ended."""
     state = {"status": "interrupted", "seconds": 0.0, "tail": ""}
     command = " ".join(
         "python" if argument == PYTHON else argument for argument in command_of(stage, limit)
@@ -94,7 +94,7 @@ def blank(stage: Stage, limit: float) -> dict[str, Any]:
 
 
 def command_of(stage: Stage, limit: float) -> list[str]:
-    # Importing torch and finishing what is in hand take time of their own.
+    # Importing torch and finishing the current measurement take extra time.
     measure = f"{max(limit - 15, 0.3 * limit):.1f}"
     return [measure if argument == MEASURE else argument for argument in stage.command]
 
@@ -104,9 +104,8 @@ def log_of(stage: Stage, work: Path) -> Path:
 
 
 def start(stage: Stage, limit: float, work: Path) -> subprocess.Popen[bytes]:
-    # A shell has what it starts in the background ignore SIGINT, by which stages are ended, and
-    # what is ignored here a stage ignores too. (Not by preexec_fn: an interrupt that comes while
-    # Python forks for one is lost.)
+    # A shell makes background processes ignore SIGINT, and a stage would inherit that, but SIGINT
+    # is what ends stages. (Not by preexec_fn: an interrupt while Python forks for it is lost.)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     variables = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", **stage.variables}
@@ -122,11 +121,11 @@ def start(stage: Stage, limit: float, work: Path) -> subprocess.Popen[bytes]:
 
 
 def end(process: subprocess.Popen[bytes]) -> bool:
-    """Ends it with its children, such as a compiler's; whether it had to be told to."""
+    """End a process and its children, such as a compiler's; return whether it was still running."""
     late = process.poll() is None
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if late:
-            os.killpg(process.pid, signal.SIGINT)  # upon which pytest still writes what it found
+            os.killpg(process.pid, signal.SIGINT)  # on which pytest still writes its results
             process.wait(GRACE)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -135,14 +134,14 @@ def end(process: subprocess.Popen[bytes]) -> bool:
 
 
 def read(stage: Stage, record: dict[str, Any], work: Path) -> None:
-    """What a stage left: the end of its output, rows, counts of tests."""
+    """Add to a stage's record what the stage left: the end of its output, rows, counts of tests."""
     log = log_of(stage, work)
     if log.exists():
         record["tail"] = log.read_text(encoding="utf-8", errors="replace")[-3000:]
     if stage.rows:
         path = work / stage.rows
         record["rows"] = json.loads(path.read_text())["rows"] if path.exists() else []
-        # Benchmarks are cut where their budget ends; what they have measured stands.
+        # A benchmark is cut at the end of its budget, but its rows are valid.
         if record["status"] == "out of time" and record["rows"]:
             record["status"] = "cut"
         if record["status"] == "ok" and not record["rows"]:
@@ -152,7 +151,7 @@ def read(stage: Stage, record: dict[str, Any], work: Path) -> None:
 
 
 def counts(path: Path) -> dict[str, int] | None:
-    """How many tests ran, failed and were skipped; None where pytest did not come to its end."""
+    """Return how many tests ran, failed and were skipped; None if pytest did not finish."""
     if not path.exists():
         return None
     suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
@@ -161,7 +160,7 @@ def counts(path: Path) -> dict[str, int] | None:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Card, driver and versions, asked of a process that sees what the build has made."""
+    """Return card, driver and versions, from a new process that sees the finished build."""
     command = (PYTHON, "-m", "benchmarks.records", device)
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode == 0:
@@ -170,7 +169,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """Format the report as markdown."""
     head = report["machine"]
     lines = [f"# rasa_ext on {head.get('card') or head.get('host') or head['device']}", ""]
     if report["quick"]:
@@ -200,7 +199,7 @@ def markdown(report: dict[str, Any]) -> str:
 
 
 def with_prediction(row: dict[str, Any], card: str) -> dict[str, Any]:
-    """A step's row with what was predicted for it beside what was measured, where that can be."""
+    """Add predicted times to a step's row, if there is a prediction for it."""
     known = next((name for name in predict.CARDS if name in card.replace(" ", "-")), None)
     names = {name.format(R=row.get("R")): its for name, its in predict.CHECKED.items()}
     names["ours, cublas"] = "ours fused cublas"
@@ -216,7 +215,7 @@ def with_prediction(row: dict[str, Any], card: str) -> dict[str, Any]:
 
 
 def said(stage: dict[str, Any]) -> str:
-    """A stage's outcome in a few words."""
+    """Describe a stage's outcome in a few words."""
     lines = stage["tail"].strip().splitlines()
     last = lines[-1][:160] if lines else ""
     found = []
@@ -234,7 +233,7 @@ def said(stage: dict[str, Any]) -> str:
 def bench(
     work: Path, name: str, module: str, budget: float, *arguments: str, device: str, quick: bool
 ) -> Stage:
-    """The stage of a benchmark that takes the arguments of ``records.parser``."""
+    """Return the stage of a benchmark that takes the arguments of ``records.parser``."""
     rows = f"{name.replace(' ', '-')}.json"
     given = ("--device", device, "--json", str(work / rows), "--seconds", MEASURE)
     small = ("--quick",) if quick else ()
@@ -243,14 +242,14 @@ def bench(
 
 
 def profile(work: Path, budget: float, *arguments: str, device: str, quick: bool) -> Stage:
-    """The stage that shows where a step goes."""
+    """Return the stage that shows where the time of a step goes."""
     small = ("--block", "tiny", "--tokens", "64", "--steps", "2") if quick else ()
     command = (PYTHON, "-m", "benchmarks.profile", "--device", device, "--out", str(work))
     return Stage("profile", (*command, *arguments, *small), budget, "profile.json")
 
 
 def chosen(planned: list[Stage], only: list[str] | None) -> list[Stage]:
-    """The stages named in ``only``, or all; SystemExit where one is not known."""
+    """Return the stages named in ``only``, or all; raise SystemExit if a name is unknown."""
     names = [stage.name for stage in planned]
     unknown = set(only or ()) - set(names)
     if unknown:
@@ -259,7 +258,7 @@ def chosen(planned: list[Stage], only: list[str] | None) -> list[Stage]:
 
 
 def groups(planned: Sequence[Stage]) -> list[list[Stage]]:
-    """Stages that run at the same time."""
+    """Group neighbouring stages that run at the same time."""
     return [list(each) for _, each in itertools.groupby(planned, lambda s: s.at_once or id(s))]
 
 
@@ -274,11 +273,11 @@ def produce(
 ) -> int:
     """Run the stages within ``minutes``, write the report, return 0 only if no stage failed.
 
-    Stages leave their files in ``work``. Where ``out`` is another folder the report goes there,
-    with the files named in ``apart`` and all the others in one archive.
+    Stages write their files to ``work``. If ``out`` is given, the report goes there, with the files
+    named in ``apart`` and one archive of all others.
     """
     begin = time.monotonic()
-    for number in (signal.SIGTERM, signal.SIGINT):  # also then is the report written
+    for number in (signal.SIGTERM, signal.SIGINT):  # both still write the report
         signal.signal(number, signal.default_int_handler)
     report: dict[str, Any] = {
         "machine": machine(device),
@@ -292,7 +291,8 @@ def produce(
         budget = max(stage.budget for stage in group)
         later = sum(max(stage.budget for stage in each) for each in todo[index + 1 :])
         left = 60 * minutes - (time.monotonic() - begin)
-        # All that is left but what later stages need; with too little for all, a fair part of it.
+        # All remaining time except what later stages need, or a proportional part if that is too
+        # little.
         limit = max(left - later, left * budget / (budget + later), 0.1)
         found = run(group, limit, work)
         report["stages"] += found
@@ -308,7 +308,7 @@ def produce(
 
 
 def write(report: dict[str, Any], work: Path, out: Path | None, apart: Sequence[str]) -> None:
-    """The report as it stands, and what the stages have left."""
+    """Write the current report, and the files that the stages left."""
     where = out or work
     where.mkdir(parents=True, exist_ok=True)
     records.write_json(where / "report.json", report)
