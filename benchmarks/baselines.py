@@ -1,4 +1,4 @@
-"""What rasa_ext is measured against, written out so that it runs in the same process."""
+"""The baselines of rasa_ext, written so that they run in the same process."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from rasa_ext.nn.packs import PackSet
 
 
 class OfficialLinear(nn.Module):
-    """The formula of the official code: concatenate in every forward, leave the rest to autograd.
+    """The official code's formula: concatenate in every forward, and leave the rest to autograd.
 
-    Parameters are float32 and cast to the input's dtype, which is kinder to it than the official
-    code's own habit of computing the adapter in float32.
+    Parameters are float32 and cast to the input's dtype. This favours the baseline: the official
+    code computes the adapter in float32.
     """
 
     def __init__(self, layer: rasa_ext.RasaLinear) -> None:
         super().__init__()
         self.base_layer, self.A, self.d = layer.base_layer, layer.A, layer.d
         self.p = layer.config.dropout
-        # B is (out, r) as the official code stores it.
+        # B is (out, r), as the official code stores it.
         self.B = nn.Parameter(layer.B.detach().contiguous())
         shared = layer.pool.__dict__
-        if "official" not in shared:  # one for all layers of a pool, with gradients of its own
+        if "official" not in shared:  # one copy for all layers of a pool, with separate gradients
             copies = (layer.pool.A.detach().clone(), layer.pool.B.detach().contiguous())
             shared["official"] = tuple(map(nn.Parameter, copies))
         self.A_pool, self.B_pool = shared["official"]
@@ -61,19 +61,19 @@ def swap(model: nn.Module, make) -> nn.Module:
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules over the same parameters, so that five variants fit one base."""
+    """Copy the modules over the same parameters, so that five variants fit one base."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
 def one_of(base: nn.Module, config: rasa_ext.RasaConfig, layers: int) -> rasa_ext.RasaLinear:
-    """``base`` adapted as the first of a group of so many layers."""
+    """Adapt ``base`` as the first layer of a group of ``layers`` layers."""
     spec = LayerSpec(0, layers, base.out_features, base.in_features, base.weight.device)
     pool = config.group_tensors([dataclasses.replace(spec, index=index) for index in range(layers)])
     return rasa_ext.RasaLinear(base, config, spec, rasa_ext.nn.RasaPool(pool), PackSet())
 
 
 class Alone(nn.Module):
-    """A model whose projections of one input are computed each on its own, or together."""
+    """A model that computes projections of one input separately, or together if ``fused``."""
 
     def __init__(self, model: nn.Module, fused: bool) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Alone(nn.Module):
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give a patched model's B and d values as in training; zeros would be a special case."""
+    """Give a patched model's adapters values as in training; zeros would be a special case."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in rasa_ext.adapter_parameters(model):
@@ -99,7 +99,7 @@ def lively(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @contextlib.contextmanager
 def cublas() -> Iterator[None]:
-    """Products of the compiled library by cuBLAS alone, also where kernels of its own take them."""
+    """Compute products of the compiled library only with cuBLAS, not with its own kernels."""
     before = os.environ.get("RASA_EXT_KERNELS")
     os.environ["RASA_EXT_KERNELS"] = "cublas"
     try:
@@ -112,7 +112,7 @@ def cublas() -> Iterator[None]:
 
 
 class Cublas(nn.Module):
-    """A model whose training step is to run under ``cublas``."""
+    """A model with a training step that should run under ``cublas``."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class Cublas(nn.Module):
 
 
 class _LowRankAddmm(torch.autograd.Function):
-    """y = x W^T + (x Ap^T) Bt^T, the base first and every product accumulated in place."""
+    """y = x W^T + (x Ap^T) Bt^T, with the base first and every product accumulated in place."""
 
     @staticmethod
     def forward(ctx, x, seen, weight, Ap, Bt):
@@ -146,9 +146,9 @@ class _LowRankAddmm(torch.autograd.Function):
 
 
 class AddmmLinear(OfficialLinear):
-    """The same function with one autograd node and ``addmm_`` a linear, as fast LoRA code has it.
+    """The official formula with one autograd node and ``addmm_`` per linear, as in fast LoRA code.
 
-    Concatenation, casts and d are left to autograd, in weight space. x is (M, in); no bias.
+    Autograd does concatenation, casts and d, in weight space. x is (M, in); no bias.
     """
 
     def forward(self, x):

@@ -13,11 +13,11 @@ Row = dict[str, list[int]]
 """Token ids and labels of one text."""
 
 IGNORE = -100
-"""The label of a token that carries no loss."""
+"""The label of a token without loss."""
 
 
 def encoded(prompt: str, completion: str, tokenizer: Any, seq_len: int) -> Row:
-    """Both texts as they stand, each tokenized by itself; the completion's tokens carry a loss."""
+    """Tokenize both texts separately; only the completion's tokens have a loss."""
     before = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
     learnt = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     ids, labels = before + learnt, [IGNORE] * len(before) + learnt
@@ -25,7 +25,7 @@ def encoded(prompt: str, completion: str, tokenizer: Any, seq_len: int) -> Row:
 
 
 def collate(rows: Sequence[Row], pad_token_id: int) -> dict[str, Tensor]:
-    """Ids, mask and labels, all int64 (rows, longest), padded on the right."""
+    """Return ids, mask and labels, all int64 (rows, longest), padded on the right."""
     ids = [torch.tensor(row["input_ids"]) for row in rows]
     labels = [torch.tensor(row["labels"]) for row in rows]
     return {

@@ -1,4 +1,4 @@
-"""Calls of operators: their arguments, the work in them, checked and timed."""
+"""Calls of operators: arguments, work, checks and times."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rasa_ext import ops
 
 @dataclass
 class Call:
-    """An operator with its arguments; ``flops`` of all of it."""
+    """An operator with arguments; ``flops`` is for the whole call."""
 
     name: str
     args: tuple
     flops: float = 0.0
 
     def work(self, results) -> roofline.Work:
-        # What is changed in place is read and written.
+        # Weights that are changed in place are read and written.
         twice = self.args[0] if self.name == "merge_group" else []
         return roofline.Work(nbytes(self.args) + nbytes(results) + nbytes(twice), self.flops)
 
@@ -34,7 +34,7 @@ def nbytes(value) -> int:
 
 
 def adapters(linear: Linear, layers: int, rank: int, k: int, device: str):
-    """A, A_pool, B, B_pool, d of every layer of a group, in float32."""
+    """Return A, A_pool, B, B_pool and d of every layer of a group, in float32."""
     own, pooled = rank - k, layers * k
 
     def draw(*shape: int) -> Tensor:
@@ -47,7 +47,7 @@ def adapters(linear: Linear, layers: int, rank: int, k: int, device: str):
 
 
 def one_linear(linear: Linear, adapter, M: int, dtype: torch.dtype, device: str) -> list[Call]:
-    """The calls of a training step of one linear."""
+    """Return the calls of a training step of one linear."""
     width, out, rank = linear.in_features, linear.out_features, adapter[-1][0].numel()
     ((Ap, *_), (Bp, *_)) = ops.pack_group(*adapter, dtype, ops.rank_multiple(device))
 
@@ -69,7 +69,7 @@ def one_linear(linear: Linear, adapter, M: int, dtype: torch.dtype, device: str)
 
 
 def group(linear: Linear, adapter, dtype: torch.dtype, device: str) -> list[Call]:
-    """Packing a group, its backward, and merging the group into its weights."""
+    """Return calls that pack a group, run the backward, and merge the group into weights."""
     *_, B, B_pool, d = adapter
     layers, rank = len(B), d[0].numel()
     multiple = ops.rank_multiple(device)
@@ -80,13 +80,13 @@ def group(linear: Linear, adapter, dtype: torch.dtype, device: str) -> list[Call
     return [
         Call("pack_group", (*adapter, dtype, multiple)),
         Call("pack_group_backward", (dAp, dBp, B, B_pool, d)),
-        # Small changes, so that weights to which they are added again and again stay finite.
+        # Small changes, so that weights stay finite when they are added many times.
         Call("merge_group", (weights, Ap, Bp * 1e-3), 2 * layers * rank * width * out),
     ]
 
 
 def verify(call: Call, dtype: torch.dtype):
-    """The results, if they agree with the PyTorch kernel's."""
+    """Return the results; raise RuntimeError if they differ from the PyTorch kernel's."""
     function, plain = getattr(ops, call.name), ops.OPERATORS[call.name][1]
     if call.name == "merge_group":
         weights, *rest = call.args
@@ -109,7 +109,7 @@ def verify(call: Call, dtype: torch.dtype):
 def measure(
     call: Call, dtype: torch.dtype, device: str, rounds: int, seconds: float
 ) -> tuple[dict[str, list[float]], dict[str, float], roofline.Work]:
-    """Times of a call, ours and PyTorch's, and of a copy of its bytes; of the host; its work."""
+    """Time a call, ours and PyTorch's, and a copy of its bytes; also return host times and work."""
     work = call.work(verify(call, dtype))
     source = torch.ones(int(work.bytes // 2), dtype=torch.int8, device=device)
     target = torch.empty_like(source)

@@ -2,14 +2,13 @@
 
     python -m benchmarks.cpu_report --out benchmarks/results [--minutes 14]
 
-Writes DIR/cpu-NAME.json, .md and .png; NAME is the date unless --name gives another. The machine
-should have nothing else to do; with more minutes no benchmark is cut short of its rounds. Single
-linears and a whole model come first, as the README shows them; then the linears of a decoder layer:
-steps, growth with L and k, decoding, packing and merging of all layers, each operator, where a step
-goes, and the official formula under torch.compile.
-``benchmarks.staged`` says how stages share the time.
+Writes DIR/cpu-NAME.json, .md and .png; NAME is the date unless --name is given. Nothing else should
+run on the machine. With more minutes, every benchmark runs all its rounds. Single linears and a
+whole model come first, as in the README; then the linears of a decoder layer: steps, growth with L
+and k, decoding, packing and merging of all layers, each operator, where the time of a step goes,
+and the official formula under torch.compile. ``benchmarks.staged`` says how stages share the time.
 
-The exit status is 0 only if no stage failed. ``--quick`` is the same path with tiny shapes.
+The exit status is 0 only if no stage failed. ``--quick`` runs with tiny shapes.
 """
 
 from __future__ import annotations
@@ -29,18 +28,18 @@ BOTH = ("--dtype", "float32", "bfloat16")
 
 
 def stages(quick: bool, out: Path) -> list[Stage]:
-    """What there is to do, in order; budgets are seconds out of a run of 840."""
+    """Return the stages in order; budgets are seconds of a run of 840."""
     bench = partial(staged.bench, out, device="cpu", quick=quick)
 
     def whole(name: str, budget: float, *arguments: str) -> Stage:
-        """Of a module with its own arguments, of the same name as the stage."""
+        """Return the stage of a module with its own arguments; both have one name."""
         given = ("--json", str(out / f"{name}.json"), "--seconds", MEASURE)
         command = (PYTHON, "-m", f"benchmarks.{name}", *arguments, *given)
         return Stage(name, command, budget, f"{name}.json")
 
     few = ("--shapes", "24,32,48", "--rounds", "2") if quick else ("--rounds", "60")
     found = [whole("layer", 140, *few)]
-    if not quick:  # its model has one size
+    if not quick:  # its model has only one size
         found.append(whole("model", 300, "--rounds", "12"))
     return [
         *found,
@@ -55,7 +54,7 @@ def stages(quick: bool, out: Path) -> list[Stage]:
 
 
 def collect(work: Path, out: Path, name: str) -> None:
-    """The report's files under their names, the picture linked from the text."""
+    """Copy the report's files under their names, and link the picture from the text."""
     out.mkdir(parents=True, exist_ok=True)
     text = (work / "report.md").read_text(encoding="utf-8")
     if (work / "step.png").exists():

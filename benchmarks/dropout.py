@@ -4,8 +4,8 @@
                                  [--shapes 512,576,1536 ...] [--device cpu]
 
 For each (M, in, out), R = 39: a step with p = 0, with dropout inside the operators, and with
-``nn.functional.dropout`` in front of the same adapter (``naive``). ``added`` is what ours adds over
-what the naive one adds; ``kept`` is the bytes that each keeps for the backward beyond p = 0.
+``nn.functional.dropout`` before the same adapter (``naive``). ``added`` is the time that ours adds
+over the time that naive adds. ``kept`` is the bytes that each stores for the backward beyond p = 0.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from rasa_ext.nn import functional
 
 
 class Naive(nn.Module):
-    """The adapter over a dropped copy of x, and the base beside it."""
+    """The adapter over a copy of x with dropout, and the base beside it."""
 
     def __init__(self, ours: rasa_ext.RasaLinear, p: float) -> None:
         super().__init__()
         self.ours, self.p = ours, p
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (M, in) to (M, out)."""
+        """Map x (M, in) to (M, out)."""
         y, x = self.ours.base_layer(x), nn.functional.dropout(x, self.p)
         return functional.low_rank_linear(x, None, None, self.ours.adapter().pack(x.dtype), y=y)
 
 
 def kept(module: nn.Module, x: torch.Tensor) -> int:
-    """Bytes of the storages that autograd keeps, each once."""
+    """Return the bytes of the storages that autograd stores, each once."""
     storages = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

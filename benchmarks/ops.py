@@ -1,16 +1,16 @@
-"""Each operator against its PyTorch kernel on the same device, and against what the device can do.
+"""Each operator against its PyTorch kernel on the same device, and against the device's limits.
 
     python -m benchmarks.ops [products] [one] [model] [--device cuda] [--json FILE] [--seconds 60]
 
-- ``products``: the matrix products of one linear's step alone (benchmarks.products).
+- ``products``: only the matrix products of one linear's step (benchmarks.products).
 - ``one``: the operators of one linear, for every shape of a decoder layer.
-- ``model``: the operators over all layers, each group of equal layers at once: packing a model's
-  adapters, their gradients, and merging them into its weights; then their sums over the model.
+- ``model``: the operators over all layers, a group of equal layers at a time: packing a model's
+  adapters, their gradients, and merging them into the weights; then the sums over the model.
 
-``bound`` is the operator's time over the least that its bytes (every argument and result once) and
-FLOPs allow, at the copy bandwidth and GEMM rate of this device (benchmarks.roofline); ``of_copy``
-is its share of the copy bandwidth. On a CUDA device the times are the kernels' alone, ours and
-PyTorch's, and what the host needs to launch them stands beside them.
+``bound`` is the operator's time over the least time that its bytes (every argument and result once)
+and FLOPs allow, at this device's copy bandwidth and GEMM rate (benchmarks.roofline). ``of_copy`` is
+the share of the copy bandwidth. On a CUDA device the times are of the kernels only, ours and
+PyTorch's, and separate columns have the host's time to launch them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RANK, K = RANKS[0]
 
 
 class Bench:
-    """What all measurements of a run have in common."""
+    """What all measurements of a run share."""
 
     def __init__(self, given) -> None:
         self.device, self.quick = given.device, given.quick
@@ -51,14 +51,14 @@ class Bench:
         )
 
     def one_linear(self, block: Block, linear: Linear, seconds: float) -> None:
-        """Every operator of one linear."""
+        """Measure every operator of one linear."""
         adapter = calls.adapters(linear, block.layers, RANK, K, self.device)
         todo = calls.one_linear(linear, adapter, self.M, self.dtype, self.device)
         for call in todo:
             self._measure(call, block, linear, seconds / len(todo), M=self.M)
 
     def products(self, block: Block, linear: Linear, seconds: float) -> None:
-        """Every product of one linear's step, each with its caches cold."""
+        """Measure every product of one linear's step, each with cold caches."""
         rank = block.effective_rank(RANK, K)
         made = products.of_linear(linear, self.M, rank, self.dtype, self.device)
         runs = {name: product.run for name, product in made.items()}
@@ -82,7 +82,7 @@ class Bench:
             )
 
     def model(self, block: Block, seconds: float) -> None:
-        """Operators over groups, one call for each group; then their sums over a model."""
+        """Measure operators over groups, one call for each group, and their sums over a model."""
         shapes = Counter((each.in_features, each.out_features) for each in block.linears)
         took: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         whole = True
@@ -109,14 +109,15 @@ class Bench:
         if not self.device.startswith("cuda"):
             return layers
         torch.cuda.empty_cache()
-        # The weights, the copy's two buffers of half their bytes in and out, the check's float64.
+        # Three times the weights: the weights, and the copy's two buffers of half the bytes moved.
+        # The rest of the memory is for the check in float64.
         each = 3 * self.dtype.itemsize * linear.in_features * linear.out_features
         return max(1, min(layers, int(0.8 * torch.cuda.mem_get_info()[0]) // each))
 
     def _measure(
         self, call: calls.Call, block: Block, linear: Linear, seconds: float, **row
     ) -> dict[str, float]:
-        """Adds a row; the medians of ours and of PyTorch's."""
+        """Add a row; return the medians of ours, PyTorch's and the copy."""
         times, host, work = calls.measure(call, self.dtype, self.device, self.rounds, seconds)
         low, middle, high = harness.quartiles(times["ours"])
         median = {name: statistics.median(values) for name, values in times.items()}
@@ -140,12 +141,12 @@ class Bench:
 
 
 def different(block: Block) -> list[Linear]:
-    """One linear of each shape."""
+    """Return one linear of each shape."""
     return list({(each.in_features, each.out_features): each for each in block.linears}.values())
 
 
 def todo(bench: Bench, what: list[str], blocks: list[str]) -> Iterator[partial[None]]:
-    """Measurements, each a function of the seconds that it may take."""
+    """Yield measurements, each a function of the seconds that it may take."""
     for block in (BLOCKS[name] for name in blocks):
         if "products" in what:
             yield from (partial(bench.products, block, linear) for linear in different(block))

@@ -1,23 +1,23 @@
-"""What each variant of a training step does to memory: products and passes over named tensors.
+"""The memory traffic of each variant of a training step: products and passes over named tensors.
 
-A variant is lists of lines, forward and backward, for n linears that read one X:
+A variant has lists of lines, forward and backward, for n linears that read one X:
 
     Y# = X W#'                  a product; ' is transposition
-    Y# += X W#'                 one that reads what it adds to
-    Y# = U# Bp# + b#            one that adds a bias as it writes, where the linear has one
+    Y# += X W#'                 a product that reads Y# and adds to it
+    Y# = U# Bp# + b#            a product that adds a bias as it writes, if the linear has one
     pack: A* B* -> Ap Bp*       a pass: what it reads, and what it writes
 
-``#`` is a linear's number; the lines of an inner tuple are run for one linear after the other.
-``*`` stands for all numbers. Lines that begin with ``?`` are run with dropout only, with ``!``
-without it only, and with ``cast`` where activations are not float32. ``~`` and ``^`` before them
-mark what the kernels of csrc/cuda/skinny.cuh do with X and what cuBLAS does without them; with G,
-``2`` is one read for both products, ``1`` a read for each, ``0`` cuBLAS.
+``#`` is a linear's number; the lines of an inner tuple run for one linear after the other. ``*``
+stands for all numbers. Lines that begin with ``?`` run only with dropout, with ``!`` only without
+it, and with ``cast`` only if activations are not float32. For products with X, ``~`` marks what the
+kernels of csrc/cuda/skinny.cuh do, and ``^`` what cuBLAS does without them. For products with G,
+``2`` is one read for both products, ``1`` a read for each, and ``0`` cuBLAS.
 
-A third list holds what is launched once for all layers of a linear's group. A layer has its share
-of the launch, and of the group's pool.
+A third list has what is launched once for all layers of a linear's group. A layer has a share of
+the launch, and of the group's pool.
 
-M tokens, ``in`` and ``out`` features, R the rank (Rp as it is padded), of which ``own`` are a
-layer's own and ``pooled`` the pool's. Shapes and sizes stand in ``SHAPES``.
+M tokens, ``in`` and ``out`` features, R the rank (Rp when padded), of which ``own`` ranks are
+private to a layer and ``pooled`` belong to the pool. ``SHAPES`` has shapes and sizes.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ from benchmarks.shapes import Linear
 MARKS = "?!~^210"
 Lines = tuple  # of str, or of tuples of str: those are run for each linear
 
-# Rows, columns, and the kind of element: "x" of the activations' size, "p" a parameter or its
-# gradient, in float32, "bit" and "byte" of a mask. One name without its number a line.
+# Rows, columns, and the kind of element: "x" has the activations' size, "p" is a float32 parameter
+# or gradient, "bit" and "byte" are of a mask. Names have no number here.
 SHAPES: dict[str, tuple[str, str, str]] = {
     "X": ("M", "in", "x"),  # the input
-    "Xk": ("M", "in", "x"),  # what dropout leaves of it
+    "Xk": ("M", "in", "x"),  # the input after dropout
     "dX": ("M", "in", "x"),
-    "dXa": ("M", "in", "x"),  # the adapter's part of it
+    "dXa": ("M", "in", "x"),  # the adapter's part of dX
     "mask": ("M", "in", "bit"),
     "bytes": ("M", "in", "byte"),  # torch's mask
     "noise": ("1", "2", "p"),
     "zero": ("1", "1", "p"),
     "Y": ("M", "out", "x"),  # the output
-    "V": ("M", "out", "x"),  # the adapter's part of it
-    "Vs": ("M", "out", "x"),  # that, scaled
+    "V": ("M", "out", "x"),  # the adapter's part of Y
+    "Vs": ("M", "out", "x"),  # V, scaled
     "G": ("M", "out", "x"),  # the gradient of Y
     "Gs": ("M", "out", "x"),
     "W": ("out", "in", "x"),
@@ -54,7 +54,7 @@ SHAPES: dict[str, tuple[str, str, str]] = {
     "Ud": ("M", "R", "x"),
     "dU": ("M", "R", "x"),
     "H": ("M", "R", "x"),
-    # What csrc/cuda/skinny.cuh leaves to be added up.
+    # Partial sums of csrc/cuda/skinny.cuh.
     "Upart": ("M*u", "R", "p"),
     "Gpart": ("M*g", "R", "p"),
     "Hpart": ("M*h", "R", "p"),
@@ -62,7 +62,7 @@ SHAPES: dict[str, tuple[str, str, str]] = {
     "Bpart": ("R*b", "out", "p"),
     "Bbpart": ("R*bb", "out", "p"),
     "Hu": ("M", "R", "x"),
-    # Ours: the pack and its gradients, by ranks.
+    # Ours: the pack and its gradients, with ranks as rows.
     "Ap": ("R", "in", "x"),
     "Bp": ("R", "out", "x"),
     "dAp": ("R", "in", "p"),
@@ -77,7 +77,7 @@ SHAPES: dict[str, tuple[str, str, str]] = {
     "dB": ("own", "out", "p"),
     "dA_pool": ("pooled", "in", "p"),
     "dB_pool": ("pooled", "out", "p"),
-    "A_sum": ("pooled", "in", "p"),  # the pool's gradients of the layers so far
+    "A_sum": ("pooled", "in", "p"),  # the pool's gradients, summed over the layers so far
     "B_sum": ("pooled", "out", "p"),
     "dd": ("1", "rank", "p"),
     # Joined by torch.cat, as parameters (p) and cast (x); B as (out, R).
@@ -99,12 +99,12 @@ SHAPES: dict[str, tuple[str, str, str]] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """Forward and backward of n linears that read one X; what is run once for a group's layers."""
+    """Forward and backward of n linears that read one X, and what runs once for a group."""
 
     forward: Lines
     backward: Lines
     group: Lines = ()
-    compiled: bool = False  # the library's own kernels and cuBLAS calls, not PyTorch's operators
+    compiled: bool = False  # runs the library's kernels and cuBLAS calls, no PyTorch operators
     sums_dx: bool = True  # whether autograd adds the linears' dX up
 
 
@@ -180,7 +180,8 @@ PEFT = Variant(
     ),
 )
 
-# One autograd node and addmm_ a linear; concatenation, casts and d by autograd, in weight space.
+# One autograd node with addmm_ for each linear. Autograd does concatenation, casts and d, in weight
+# space.
 ADDMM = Variant(
     forward=(
         (
@@ -221,7 +222,7 @@ ADDMM = Variant(
 _PACKS = (
     (
         "pack: A# A_pool# B# B_pool# d# -> Ap# Bp#",
-        "fill: -> zero#",  # what the ports are expanded from
+        "fill: -> zero#",  # the ports are expanded from this
         "pack_backward: dAp# dBp# B# B_pool# d# -> dA# dA_pool# dB# dB_pool# dd#",
     ),
 )
@@ -310,7 +311,7 @@ BY_NAME: dict[str, Variant] = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a step, told from others by its name."""
+    """One tensor of a step, identified by name."""
 
     name: str
     rows: int
@@ -322,13 +323,13 @@ KERNELS = ("down", "grad", "both")  # of csrc/cuda/skinny.cuh
 
 
 def down_parts(tokens: int, features: int) -> int:
-    """Sums that ``down`` leaves: csrc/cuda/heuristics.cuh."""
+    """Return the number of partial sums of ``down``, as csrc/cuda/heuristics.cuh chooses it."""
     most = max(1, min(132 // math.ceil(tokens / 128), features // 256))
     return math.ceil(features / (64 * math.ceil(math.ceil(features / most) / 64)))
 
 
 def grad_groups(tokens: int, features: int, tile_tokens: int, tile_features: int) -> int:
-    """Sums that ``grad`` leaves: csrc/cuda/heuristics.cuh."""
+    """Return the number of partial sums of ``grad``, as csrc/cuda/heuristics.cuh chooses it."""
     slices = math.ceil(features / tile_features)
     most = max(1, min(132 // slices, 16, tokens // (4 * tile_tokens)))
     return math.ceil(tokens / (tile_tokens * math.ceil(math.ceil(tokens / most) / tile_tokens)))
@@ -341,7 +342,7 @@ class Op:
     kind: str  # "product", or the name of the pass
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
-    added_to: Tensor | None = None  # of the reads: what a product adds to
+    added_to: Tensor | None = None  # the one of the reads that a product adds to
     inner: int = 0  # of a product (rows, inner) x (inner, cols)
     base: bool = False  # a product with W
     launches: float = 1.0
@@ -362,17 +363,17 @@ class Op:
 
 @dataclass(frozen=True)
 class Setting:
-    """What decides the sizes: of one X and the linears that read it."""
+    """What decides the sizes, for one X and the linears that read it."""
 
     tokens: int
     rank: int
-    pooled: int  # of these ranks
+    pooled: int  # how many of these ranks
     itemsize: int  # of activations and weights
-    multiple: int = 1  # to which ours pads the rank
+    multiple: int = 1  # ours pads the rank to a multiple of this
     dropout: bool = False
     biased: bool = False
-    layers: int = 32  # that share a launch of a group, and its pool
-    kernels: bool = False  # whether csrc/cuda/skinny.cuh runs where it takes the shapes
+    layers: int = 32  # layers that share a group's launch and pool
+    kernels: bool = False  # whether csrc/cuda/skinny.cuh runs if it supports the shapes
 
     @property
     def padded(self) -> int:
@@ -380,7 +381,7 @@ class Setting:
         return self.rank + -self.rank % self.multiple
 
     def marks(self, wide: int) -> str:
-        """Those of the lines that are run, for ``wide`` times the ranks beside X."""
+        """Return the marks of the lines that run, with ``wide`` times the ranks beside X."""
         able = self.kernels and self.tokens >= 1024 and self.itemsize == 2
         of_X = "~" if able and self.padded * wide <= 160 else "^"
         of_G = "0" if not able or self.padded > 160 else "2" if self.padded <= 96 else "1"
@@ -388,7 +389,7 @@ class Setting:
 
 
 def ops(variant: Variant, linears: Sequence[Linear], setting: Setting) -> list[Op]:
-    """The step of the linears that read one X, in order."""
+    """Return the step of the linears that read one X, in order."""
     n = len(linears)
     lines = [*_expand(variant.forward, n), *_expand(variant.backward, n)]
     if variant.sums_dx:
@@ -397,7 +398,7 @@ def ops(variant: Variant, linears: Sequence[Linear], setting: Setting) -> list[O
     listed += [(line, setting) for line in _expand(variant.group, n)]
     marks = setting.marks(1 if variant.sums_dx else n)
     made = [_op(line, linears, its, variant) for line, its in listed if _runs(line, its, marks)]
-    # One sum is the result itself.
+    # A single sum is the result itself, so nothing adds parts up.
     return [op for op in made if not (op.kind == "add_parts" and op.reads == _alone(op))]
 
 
@@ -452,11 +453,11 @@ def _op(line: str, linears: Sequence[Linear], setting: Setting, variant: Variant
 
 def _tensor(name: str, linears: Sequence[Linear], setting: Setting, variant: Variant) -> Tensor:
     plain, number = re.fullmatch(r"(\D+)(\d*)", name).groups()
-    if plain == "Xs":  # what the adapter sees
+    if plain == "Xs":  # the adapter's input
         return _tensor(f"Xk{number}" if setting.dropout else "X", linears, setting, variant)
     linear = linears[int(number or 0)]
     padded = setting.padded if variant.compiled else setting.rank
-    # Without a number the ranks of all linears stand side by side.
+    # A tensor without a number has the ranks of all linears side by side.
     wide = 1 if number else len(linears)
     M, width, out = setting.tokens, linear.in_features, linear.out_features
     sizes: Mapping[str, int] = {

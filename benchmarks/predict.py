@@ -1,4 +1,4 @@
-"""Predicts a training step of a decoder layer's linears on a card that is not at hand.
+"""Predict a training step of a decoder layer's linears on a card that is not available.
 
     python -m benchmarks.predict [--card H100] [--model llama] [--dropout 0.05] [--markdown]
     python -m benchmarks.predict --cards 4096        # every card and model
@@ -6,15 +6,16 @@
     python -m benchmarks.predict --write             # renews benchmarks/results/predicted.md
     python -m benchmarks.predict --check-cpu [--seconds 90]
 
-Nothing here is measured: each variant is a list of products and passes (benchmarks/passes.py), and
-the time of each is that of its bytes or of its operations at a share of what the card's maker
-publishes, one after the other. The shares and the host's microseconds stand in ``Assumptions``. A
-cell is a variant's step over the frozen linears'; ``h`` marks one that the host holds up, since the
-device has less to do than Python. Attention, norms and the rest of a layer are left out.
+Nothing here is measured. Each variant is a list of products and passes (benchmarks/passes.py) that
+run one after the other. Each takes the time of its bytes or of its operations, at a share of the
+card's published figures. ``Assumptions`` has the shares and the host's microseconds. A cell is the
+time of a variant's step over the time of the frozen linears; ``h`` marks a step that the host holds
+up, since Python takes longer than the device. Attention, norms and the rest of a layer are left
+out.
 
-``--check-cpu`` holds the same lists against this machine: its bandwidth and rate are measured, one
-decoder layer's variants as well (as ``benchmarks.block step`` has it), and each row says by how
-much the prediction misses.
+``--check-cpu`` compares the lists with this machine: it measures the bandwidth and the rate, and
+one decoder layer's variants (like ``benchmarks.block step``). Each row has the error of the
+prediction.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from benchmarks.shapes import BLOCKS, Block, Linear, decoder
 
 PAGE = Path(__file__).resolve().parent / "results" / "predicted.md"
 TOKENS = (512, 1024, 2048, 4096, 8192, 16384)
-# Shapes by the models' config.json.
+# Shapes from the models' config.json.
 MODELS = {
     "llama-3.1-8b": BLOCKS["llama-3.1-8b"],
     "qwen2.5-7b": decoder("qwen2.5-7b", 28, 3584, 512, 18944),
@@ -47,7 +48,7 @@ BIASED = {"qwen2.5-7b": ("q_proj", "k_proj", "v_proj")}
 
 @dataclass(frozen=True)
 class Card(roofline.Peaks):
-    """Published figures: bytes a second, bfloat16 operations a second without sparsity, bytes."""
+    """Published figures: bytes and dense bfloat16 operations per second, bytes of L2 cache."""
 
     l2: float = 0.0
 
@@ -65,32 +66,32 @@ CARDS = {
 
 
 class Assumptions(NamedTuple):
-    """All that is neither counted nor published. None of it has been measured on a GPU."""
+    """Everything that is neither counted nor published. None of it has been measured on a GPU."""
 
     base_rate: float = 0.70  # share of the rate that products with W reach
-    skinny_rate: float = 0.70  # and products with one side of the rank's width
-    skinny_read: float = 0.65  # share of the bandwidth, where such a product reads the most
-    skinny_write: float = 0.85  # and where it writes the most
-    kernel: float = 0.85  # share of the bandwidth of the kernels for such products
-    kernel_rate: float = 0.45  # and of the rate, by mma.sync
+    skinny_rate: float = 0.70  # share of the rate of products with one side as wide as the rank
+    skinny_read: float = 0.65  # share of the bandwidth, if such a product mostly reads
+    skinny_write: float = 0.85  # share of the bandwidth, if it mostly writes
+    kernel: float = 0.85  # share of the bandwidth, in the kernels for such products
+    kernel_rate: float = 0.45  # share of the rate in these kernels, with mma.sync
     stream: float = 0.90  # share of the bandwidth of passes
-    hidden: float = 0.5  # share of reading Y and dX to add to them that hides in the base's product
-    l2: float = 0.5  # share of the L2 in which a tensor of the operation before is found again
-    launch_us: float = 1.5  # what a kernel takes beyond its work: its start, and its last blocks
-    graph_launch_us: float = 1.0  # the same within a CUDA graph
-    # Host time, microseconds. Those of Python are from benchmarks.host, the stubs' taken off.
+    hidden: float = 0.5  # share of the reads of Y and dX that the base's product hides
+    l2: float = 0.5  # share of the L2 that can hold a tensor of the previous operation
+    launch_us: float = 1.5  # a kernel's time beyond its work: start, and last blocks
+    graph_launch_us: float = 1.0  # launch_us within a CUDA graph
+    # Host time in microseconds. Python's is from benchmarks.host, without the stubs.
     torch_us: float = 8.0  # an operator of PyTorch with its share of autograd, and its launch
     cublas_us: float = 4.4  # a product of the compiled library
     kernel_us: float = 2.5  # a kernel of the compiled library
     python_us: float = 43.0  # an adapted linear, with its share of packing a group
     fused_us: float = 53.0  # one more linear among fused projections
     graph_us: float = 10.0  # a replay
-    graph_node_us: float = 0.1  # and each of its kernels
+    graph_node_us: float = 0.1  # each kernel of a replay
     in_line: bool = False  # whether the host does the work itself
 
 
 GPU = Assumptions()
-# Rates are measured as they are reached; there are no launches, and an operator costs its dispatch.
+# A measured rate is reached in full; there are no launches, and an operator costs its dispatch.
 CPU = Assumptions(
     base_rate=1.0,
     skinny_read=1.0,
@@ -127,7 +128,7 @@ class Prediction(NamedTuple):
 
     @property
     def ms(self) -> float:
-        """Whichever is longer: one of the two waits for the other."""
+        """The longer of both times: host or device waits for the other."""
         return max(self.device_ms, self.host_ms)
 
 
@@ -137,16 +138,16 @@ def step(
     """Predict a training step.
 
     Args:
-        model: of ``MODELS``, or how its name begins.
-        tokens: M, of one micro-batch.
-        rank: r of the adapter, with k = max(r // 8, 1); "peft r" has this rank, and all others but
-            the frozen layer R = r - k + L*k.
-        card: of ``CARDS``, or "cpu" for this machine, measured, in float32.
-        variant: of ``VARIANTS``.
-        dropout: on the adapter's input.
+        model: name in ``MODELS``, or its beginning.
+        tokens: M of one micro-batch.
+        rank: r of the adapter, with k = max(r // 8, 1). "peft r" has this rank; all others but
+            the frozen layer have R = r - k + L*k.
+        card: name in ``CARDS``, or "cpu" for this machine, measured, in float32.
+        variant: name in ``VARIANTS``.
+        dropout: probability on the adapter's input.
 
     Raises:
-        ValueError: a name is not known, or a number is out of its range.
+        ValueError: a name is unknown, or a number is out of range.
     """
     layer = find(model)
     if card not in (*CARDS, "cpu"):
@@ -180,9 +181,9 @@ def operations(
     itemsize: int = 2,
     layers: int | None = None,
 ) -> list[list[passes.Op]]:
-    """What a variant runs, for each X that is read by some linears of the layer.
+    """Return what a variant runs, for each X that some linears of the layer read.
 
-    ``layers`` are packed at once, by default all of the model.
+    ``layers`` layers are packed at once, by default all of the model.
     """
     name = variant.removesuffix(" graph").removesuffix(" cublas")
     of_rank, peft = name == "peft r", name.startswith("peft")
@@ -209,7 +210,7 @@ def operations(
 
 
 def groups(linears: Iterable[Linear]) -> list[list[Linear]]:
-    """Linears that read one tensor."""
+    """Group linears that read one tensor."""
     found: dict[str, list[Linear]] = {}
     for linear in linears:
         found.setdefault(linear.reads, []).append(linear)
@@ -219,7 +220,7 @@ def groups(linears: Iterable[Linear]) -> list[list[Linear]]:
 def timed(
     made: list[list[passes.Op]], variant: str, card: Card, assumed: Assumptions
 ) -> Prediction:
-    """One operation after the other."""
+    """Predict the time of operations that run one after the other."""
     graph = variant.endswith(" graph")
     flat = [op for group in made for op in group]
     launches = sum(op.launches for op in flat)
@@ -242,11 +243,11 @@ def timed(
 
 
 def seconds(op: passes.Op, before: passes.Op | None, card: Card, assumed: Assumptions) -> float:
-    """One operation's time on the device, beyond a launch."""
+    """Return one operation's time on the device, without the launch."""
     near = {t.name for t in (*before.reads, *before.writes)} if before else set()
 
     def far(tensors: Iterable[passes.Tensor]) -> float:
-        """Bytes that come from memory."""
+        """Return the bytes that come from memory and not from the L2."""
         return sum(t.bytes for t in tensors if t.name not in near or t.bytes > assumed.l2 * card.l2)
 
     written = sum(t.bytes for t in op.writes)
@@ -268,7 +269,7 @@ def seconds(op: passes.Op, before: passes.Op | None, card: Card, assumed: Assump
 
 
 def host_us(group: list[passes.Op], variant: str, assumed: Assumptions) -> float:
-    """Host time of the linears that read one X."""
+    """Return the host time of the linears that read one X."""
     if not variant.startswith("ours"):
         return assumed.torch_us * len(group)
     library = {"product": assumed.cublas_us}
@@ -282,18 +283,18 @@ def host_us(group: list[passes.Op], variant: str, assumed: Assumptions) -> float
 
 @functools.cache
 def this_cpu() -> Card:
-    """This machine, by a copy and a product in float32; nothing is taken to stay in its caches."""
+    """Measure this machine by a float32 copy and product; nothing is assumed to stay in cache."""
     peaks = roofline.measure("cpu", torch.float32)
     return Card(peaks.bandwidth, peaks.flops)
 
 
 def over_tokens(model: str, card: str, rank: int, dropout: float) -> list[dict[str, object]]:
-    """One row for each number of tokens."""
+    """Return one row for each number of tokens."""
     return [{"tokens": tokens, **ratios(model, tokens, rank, card, dropout)} for tokens in TOKENS]
 
 
 def over_cards(tokens: int, rank: int, dropout: float) -> list[dict[str, object]]:
-    """One row for each card and model."""
+    """Return one row for each card and model."""
     return [
         {"card": card, "model": model, **ratios(model, tokens, rank, card, dropout)}
         for card in CARDS
@@ -302,7 +303,7 @@ def over_cards(tokens: int, rank: int, dropout: float) -> list[dict[str, object]
 
 
 def ratios(model: str, tokens: int, rank: int, card: str, dropout: float) -> dict[str, object]:
-    """The frozen step, and the others over it."""
+    """Return the frozen step's time, and the ratios of the other steps to it."""
     frozen = step(model, tokens, rank, card, "frozen")
     row: dict[str, object] = {"frozen, ms": f"{frozen.ms:.2f}{held(frozen)}"}
     for variant in VARIANTS[1:]:
@@ -312,12 +313,12 @@ def ratios(model: str, tokens: int, rank: int, card: str, dropout: float) -> dic
 
 
 def held(prediction: Prediction) -> str:
-    """``h`` where the host takes longer."""
+    """Return ``h`` if the host takes longer than the device."""
     return " h" if prediction.host_ms > prediction.device_ms else ""
 
 
 def counts(model: str, card: str, rank: int, tokens: int) -> list[dict[str, object]]:
-    """One row for each variant, without dropout and with it."""
+    """Return one row for each variant, without and with dropout."""
     made = []
     for variant in VARIANTS:
         row: dict[str, object] = {"variant": variant}
@@ -333,7 +334,7 @@ def counts(model: str, card: str, rank: int, tokens: int) -> list[dict[str, obje
     return made
 
 
-# The benchmark's names, and this module's.
+# The benchmark's names of variants, and the names here.
 CHECKED = {
     "frozen": "frozen",
     "official": "official",
@@ -343,12 +344,12 @@ CHECKED = {
     "ours, each alone": "ours",
     "ours": "ours fused",
 }
-# Where each alone is the default: few tokens on a CPU.
+# The names if separate projections are the default: few tokens on a CPU.
 ALONE = {"ours": "ours", "ours, fused": "ours fused"}
 
 
 def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
-    """Measured and predicted steps of a decoder layer on this CPU, in float32."""
+    """Measure and predict steps of a decoder layer on this CPU, in float32."""
     layer = BLOCKS["tiny" if quick else "smollm2-135m"]
     cases = [(8, 1, 40)] if quick else [(8, 1, 512), (32, 4, 512), (8, 1, 2048)]
     print(harness.machine())
@@ -360,7 +361,7 @@ def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
         before = roofline.measure("cpu", torch.float32, quick)
         share = budget * tokens / sum(tokens for _, _, tokens in cases)
         block.step(case, results, before, lambda share=share: share, 2 if quick else 30, "step")
-        # The better of before and after: whatever else runs for a moment takes from a rate.
+        # The better of before and after, since other programs lower a rate for a moment.
         peaks = before.best(roofline.measure("cpu", torch.float32, quick))
         print(f"{peaks.bandwidth / 1e9:.1f} GB/s, {peaks.flops / 1e9:.0f} GFLOP/s")
         measured = {row["variant"]: row["us"] / 1e3 for row in results.rows if "us" in row}
@@ -369,7 +370,7 @@ def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
         if "ours, fused" in measured:
             named = {k: v for k, v in CHECKED.items() if "ours" not in k} | ALONE
         for theirs, variant in named.items():
-            of_rank = 8 if variant == "peft r" else rank  # it has a LoRA of r = 8 beside any R
+            of_rank = 8 if variant == "peft r" else rank  # r = 8 is measured beside any R
             ops = operations(layer, tokens, of_rank, variant, itemsize=4, layers=1)
             found = timed(ops, variant, Card(peaks.bandwidth, peaks.flops), CPU)
             predicted[theirs.format(R=case.R)] = found.ms
@@ -390,7 +391,7 @@ def check_cpu(budget: float, quick: bool = False) -> list[dict[str, object]]:
 
 
 def with_tables(page: str) -> str:
-    """The page, under each of this module's commands the table that it prints now."""
+    """Return the page with the current table under each command; measured tables stay."""
     pattern = r"(`python -m benchmarks\.predict([^`]*) --markdown`[^|`]*\n\n)((?:\|.*\n)+)"
 
     def replaced(match: re.Match[str]) -> str:
@@ -401,7 +402,7 @@ def with_tables(page: str) -> str:
 
 
 def rows(given: argparse.Namespace) -> list[dict[str, object]]:
-    """The table that was asked for."""
+    """Return the table that the arguments ask for."""
     if given.check_cpu:
         harness.pin_allocator()
         return check_cpu(given.seconds, given.quick)

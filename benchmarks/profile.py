@@ -1,15 +1,16 @@
-"""Where a training step of a decoder layer's linears goes: frozen, official formula, ours.
+"""Where the time of a training step goes in a layer's linears: frozen, official formula, ours.
 
     python -m benchmarks.profile [--device cuda] [--out DIR]     (or benchmarks/profile.sh)
 
-Writes for each variant torch.profiler's table (.txt) and chrome trace (.trace.json), and of all of
-them the parts of a step and its launches as .json, and the parts as stacked bars (.png). Operators
-of rasa_ext are ranges of their names, also for nsys, under which ``--nsys`` runs the steps with
-NVTX ranges and nothing else.
+For each variant, writes torch.profiler's table (.txt) and chrome trace (.trace.json). For all
+variants, writes the parts of a step and its launches as .json, and the parts as stacked bars
+(.png). Operators of rasa_ext are ranges with their names, also for nsys. Under nsys, ``--nsys``
+only runs the steps, with NVTX ranges.
 
-Parts are told apart by the shapes of an operation's arguments: a product one of whose sides is the
-rank is the adapter's; what else has a side of M passes over tokens; the rest is weight space.
-Compiled kernels do base and adapter in one operator, which is then a part of its own.
+The shapes of an operation's arguments decide its part. A product with the rank as one side is the
+adapter's, any other product the base's. Other operations with a side of M are passes over tokens;
+the rest is weight space. Compiled kernels compute base and adapter in one operator, which is a
+separate part.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::linea
 
 @contextlib.contextmanager
 def named_ranges() -> Iterator[None]:
-    """Each call of an operator of rasa_ext within the context is a range of its name."""
+    """Make each call of a rasa_ext operator within the context a range with its name."""
     before = {name: getattr(ops, name) for name in ops.OPERATORS}
 
     def ranged(name: str, function):
@@ -61,7 +62,7 @@ def named_ranges() -> Iterator[None]:
 
 
 def part(name: str, shapes: list, M: int, ranks: set[int]) -> str:
-    """Which of PARTS an operation belongs to."""
+    """Return the one of PARTS that an operation belongs to."""
     sides = {n for shape in shapes if isinstance(shape, list | tuple) for n in shape}
     ours = ("rasa_ext::low_rank", "rasa_ext::linear_projections", "rasa_ext::adapted_linear")
     if name.startswith(ours):
@@ -72,7 +73,7 @@ def part(name: str, shapes: list, M: int, ranks: set[int]) -> str:
 
 
 def profiled(run, device: str, steps: int):
-    """torch.profiler over ``steps`` steps, after two to warm up."""
+    """Run ``steps`` steps under torch.profiler, after two to warm up."""
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.startswith("cuda"):
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
@@ -91,14 +92,14 @@ def profiled(run, device: str, steps: int):
 
 
 def parts_of(profile, case: Case, steps: int) -> dict[str, float]:
-    """Microseconds a step by part: of kernels on a GPU, of operations' own time on a CPU."""
+    """Return microseconds per step by part: kernels on a GPU, operations' self time on a CPU."""
     cuda = case.device.startswith("cuda")
     padded = ops.rank_multiple(case.device)
     ranks = {case.R, -(-case.R // padded) * padded}
-    ranks |= {n * rank for rank in ranks for n in (2, 3)}  # of gate and up; of q, k and v
+    ranks |= {n * rank for rank in ranks for n in (2, 3)}  # gate and up; q, k and v
     found: dict[str, float] = defaultdict(float)
     for event in profile.events():
-        # Autograd's own events hold what Python does, which is no operation.
+        # Autograd's own events cover Python code, which is no operation.
         if not event.name.startswith(("aten::", "rasa_ext::")):
             continue
         took = event.self_device_time_total if cuda else event.self_cpu_time_total
@@ -108,9 +109,9 @@ def parts_of(profile, case: Case, steps: int) -> dict[str, float]:
 
 
 def launches(profile, steps: int) -> int:
-    """Kernels, copies and fills that a step starts on the device."""
+    """Return how many kernels, copies and fills a step starts on the device."""
     on_device = torch.autograd.DeviceType.CUDA
-    # Ranges of record_function are shown on the device as well, under their names.
+    # The profiler lists ranges of record_function on the device as well.
     own = [each for each in profile.events() if each.device_type == on_device]
     ranges = [each for each in own if each.name == "step" or each.name.startswith("rasa_ext.")]
     return (len(own) - len(ranges)) // steps
@@ -119,7 +120,7 @@ def launches(profile, steps: int) -> int:
 def draw(
     parts: dict[str, dict[str, float]], wall: dict[str, float], title: str, path: Path
 ) -> None:
-    """One bar a variant, its parts stacked; a dash where the step's measured time is."""
+    """Draw a bar of stacked parts for each variant; a dash marks the measured time of a step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -143,7 +144,7 @@ def draw(
 
 
 def nsys_steps(runs: dict, steps: int) -> None:
-    """Steps under NVTX ranges for an nsys around this process."""
+    """Run steps under NVTX ranges, for nsys around this process."""
     for run in runs.values():
         run()
     torch.cuda.synchronize()
@@ -156,7 +157,7 @@ def nsys_steps(runs: dict, steps: int) -> None:
 
 
 def profile_all(runs: dict, case: Case, steps: int, out: Path) -> None:
-    """Tables, traces, parts and picture of every variant."""
+    """Write tables, traces, parts and the picture of all variants."""
     cuda = case.device.startswith("cuda")
     times = harness.interleaved(runs, rounds=max(steps, 2), device=case.device)
     wall = {name: statistics.median(values) for name, values in times.items()}

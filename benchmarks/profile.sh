@@ -3,7 +3,8 @@
 #
 #     benchmarks/profile.sh [DIR] [arguments of benchmarks.profile ...]
 #
-# nsys (timeline, kernels by time, NVTX ranges) where it and a GPU are; torch.profiler everywhere.
+# Runs nsys (timeline, kernels by time, NVTX ranges) if there are nsys and a GPU, and always
+# torch.profiler.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-build/profile}

@@ -1,9 +1,9 @@
-"""QRaSA: SmolLM2-135M trained over a quantized base, beside the same over dense bases.
+"""QRaSA: SmolLM2-135M trained over a quantized base, against dense bases.
 
     python -m benchmarks.qrasa [--bases nf4 int8 bfloat16 float32] [--steps 8] [--batch 4]
 
-For each base, in a process of its own: bytes of the base and of the adapter (r=8, k=1, all
-linears), what one training step keeps for its backward, the process's peak in training, seconds a
+For each base, in a separate process: bytes of the base and of the adapter (r=8, k=1, all linears),
+bytes that one training step stores for the backward, the process's peak in training, seconds per
 step, and the loss on held-out word problems before and after. Needs ``pip install ".[train]"
 ".[quantized]"`` and SmolLM2 as ``rasa-ext demo`` finds it.
 """
@@ -38,7 +38,7 @@ MIB = 2**20
 
 
 def nf4(linear: nn.Linear) -> nn.Module:
-    """bitsandbytes' 4-bit layer in place of a linear one, computing in its dtype."""
+    """Return bitsandbytes' 4-bit layer for a linear one, computing in the linear's dtype."""
     import bitsandbytes
 
     size = linear.in_features, linear.out_features, linear.bias is not None
@@ -53,7 +53,7 @@ def nf4(linear: nn.Linear) -> nn.Module:
 
 
 def int8(linear: nn.Linear) -> nn.Module:
-    """bitsandbytes' 8-bit layer in place of a linear one."""
+    """Return bitsandbytes' 8-bit layer for a linear one."""
     import bitsandbytes
 
     size = linear.in_features, linear.out_features, linear.bias is not None
@@ -64,7 +64,7 @@ def int8(linear: nn.Linear) -> nn.Module:
 
 
 def quantized(model: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """``model`` with every linear layer but its head quantized, one after the other."""
+    """Quantize every linear layer of ``model`` but the head, one after the other."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if type(child) is nn.Linear and name != "lm_head":
@@ -73,14 +73,14 @@ def quantized(model: nn.Module, layer: Callable[[nn.Linear], nn.Module]) -> nn.M
 
 
 def load(base: str) -> nn.Module:
-    """SmolLM2 over one of ``BASES``; quantized ones compute in bfloat16."""
+    """Load SmolLM2 over one of ``BASES``; quantized ones compute in bfloat16."""
     if base in ("float32", "bfloat16"):
         return load_model(find_smollm2(), base)
     return quantized(load_model(find_smollm2(), "bfloat16"), {"nf4": nf4, "int8": int8}[base])
 
 
 def base_bytes(model: nn.Module) -> int:
-    """Bytes of all weights of an unpatched model, scales of quantized ones included."""
+    """Return the bytes of all weights of an unpatched model, with the scales of quantized ones."""
     layers = [module for module in model.modules() if format_of(module) is not None]
     parts = (each for layer in layers for each in layer.named_parameters(recurse=False))
     inside = {id(parameter) for name, parameter in parts if name != "bias"}
@@ -89,7 +89,7 @@ def base_bytes(model: nn.Module) -> int:
 
 
 def batches(tokenizer, count: int, size: int, split: str) -> list[dict[str, torch.Tensor]]:
-    """Word problems with their worked solutions."""
+    """Make batches of word problems with worked solutions."""
     end = tokenizer.eos_token
     rows = [
         encoded(f"{INSTRUCTION} {each.question}\n", each.working + end, tokenizer, 128)
@@ -100,7 +100,7 @@ def batches(tokenizer, count: int, size: int, split: str) -> list[dict[str, torc
 
 
 def kept(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
-    """Bytes that autograd keeps in one forward beside parameters, each storage once."""
+    """Return the bytes that autograd stores in one forward: no parameters, each storage once."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters() if p.is_floating_point()}
     weights |= {p.data.data_ptr() for p in model.parameters() if not p.is_floating_point()}
     storages, alive = {}, []
@@ -119,12 +119,15 @@ def kept(model: nn.Module, batch: dict[str, torch.Tensor]) -> int:
 
 @torch.no_grad()
 def loss_on(model: nn.Module, held_out: list[dict[str, torch.Tensor]]) -> float:
-    """Mean loss of held-out batches, in training mode: no dropout here, and no other kernels."""
+    """Return the mean loss on held-out batches, in training mode.
+
+    Training mode has no dropout here, and runs the kernels of training.
+    """
     return statistics.fmean(model(**batch).loss.item() for batch in held_out)
 
 
 def measure(base: str, steps: int, size: int) -> dict[str, float]:
-    """One base from loading to the last step."""
+    """Measure one base, from loading to the last step."""
     model, tokenizer = load(base), load_tokenizer(find_smollm2())
     found = {"base": base_bytes(model) / MIB}
     rasa_ext.patch_model(model, rank=8, k=1).train()
@@ -135,7 +138,7 @@ def measure(base: str, steps: int, size: int) -> dict[str, float]:
     found["kept"] = kept(model, training[0]) / MIB
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     optimizer, seconds = torch.optim.AdamW(parameters, lr=3e-3), []
     for batch in training:
         start = time.perf_counter()

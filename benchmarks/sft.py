@@ -1,17 +1,18 @@
-"""A step of TRL's SFTTrainer: RaSA through PEFT, RaSA by patch_model, PEFT's LoRA of r = 8.
+"""A step of TRL's SFTTrainer: RaSA through PEFT, RaSA by patch_model, and PEFT's LoRA with r = 8.
 
     python -m benchmarks.sft [--steps 6] [--rounds 6] [--dtype float32] [--json FILE] [--seconds S]
 
-A step is what lies between a callback's on_step_begin and on_step_end: forward, TRL's metrics,
-backward, clipping, the optimizer. Every variant has a trainer of its own over the same base weights
-and trains on the same batches of 2 x 160 tokens, all linear layers adapted, no dropout, no gradient
-checkpointing. Each round runs all variants in a random order, each for so many steps; a first round
-and the first step of every other one are not timed. The base is random, of SmolLM2-135M's shapes,
-which does not change the time. "official" is the official formula in a patched model.
+A step is the time between a callback's on_step_begin and on_step_end: forward, TRL's metrics,
+backward, clipping, the optimizer. Every variant has its own trainer over the same base weights and
+trains on the same batches of 2 x 160 tokens, with all linear layers adapted, no dropout and no
+gradient checkpointing. Each round runs ``--steps`` steps of all variants in a random order. A first
+round, and the first step of every other round, are not timed. The base is random, with
+SmolLM2-135M's shapes; this does not change the time. "official" is the official formula in a
+patched model.
 
 Before the first step the three forms of RaSA must compute the same logits, and in the first round
-have the same losses; how far rounding drives them apart until the end is printed. ``--quick`` is
-the same path with a tiny model.
+the same losses. The benchmark prints how far rounding drives the losses apart until the end.
+``--quick`` runs with a tiny model.
 """
 
 from __future__ import annotations
@@ -49,14 +50,16 @@ LORA, OURS, PATCHED, OFFICIAL = f"peft LoRA r={RANK}", "get_peft_model", "patch_
 VARIANTS = (LORA, OURS, PATCHED, OFFICIAL)
 BATCH, LENGTH = 2, 160
 WARM_UP = 3
-"""Steps of the first round: layers that read one input are computed together from the second on."""
+"""Steps of the first round: layers that read one input run together from the second step on."""
 LIMITS = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Largest relative difference of logits and of first losses between two forms of RaSA. Later losses
-are not held to it: Adam's steps are signs of gradients, which rounding flips next to zero."""
+"""Largest relative difference of logits and of first losses between two forms of RaSA.
+
+Later losses are not checked: Adam's steps are signs of gradients, which rounding flips near zero.
+"""
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of every step of one call of train()."""
+    """The seconds of every step in one call of train()."""
 
     def on_train_begin(self, *_, **__) -> None:
         self.seconds: list[float] = []
@@ -82,7 +85,7 @@ def tiny_model(dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def variants(base: LlamaForCausalLM) -> dict[str, nn.Module]:
-    """Models over the base's own parameters; those with RaSA begin with the same lively numbers."""
+    """Build models over the base's own parameters; all with RaSA get equal nonzero adapters."""
     torch.manual_seed(1)
     found: dict[str, nn.Module] = {name: baselines.sharing_copy(base) for name in VARIANTS}
     lora = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -100,14 +103,14 @@ def variants(base: LlamaForCausalLM) -> dict[str, nn.Module]:
 
 
 def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """TRL wants one, although the data are numbers already."""
+    """Return a tokenizer, which TRL requires although the data are token ids."""
     words = {f"<{number}>": number for number in range(vocabulary)}
     core = Tokenizer(models.WordLevel(words, unk_token="<0>"))
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<0>", eos_token="<1>")
 
 
 def rows(vocabulary: int, steps: int, length: int) -> Dataset:
-    """The numbered tokens of so many batches."""
+    """Return the token ids of ``steps`` batches."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(2, vocabulary, (steps * BATCH, length), generator=generator)
     return Dataset.from_dict({"input_ids": ids.tolist()})
@@ -140,15 +143,15 @@ def make_trainer(model: nn.Module, data: Dataset, steps: int, folder: str) -> SF
 
 
 def a_round(trainer: SFTTrainer, seed: int) -> tuple[list[float], list[float]]:
-    """Seconds and losses of the steps of one train()."""
-    torch.manual_seed(seed)  # the order of the batches
+    """Run one train(), and return the seconds and losses of the steps."""
+    torch.manual_seed(seed)  # for the order of the batches
     trainer.train()
     timer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, StepTimer))
     return timer.seconds, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def agree(values: dict[str, torch.Tensor], limit: float, what: str) -> None:
-    """All forms of RaSA must be the same function, or there is nothing to compare."""
+    """Exit with an error unless all forms of RaSA compute the same values."""
     for name in (OURS, OFFICIAL):
         error = ((values[name] - values[PATCHED]).norm() / values[PATCHED].norm()).item()
         if not error <= limit:
@@ -165,7 +168,7 @@ def logits(models: dict[str, nn.Module], length: int) -> dict[str, torch.Tensor]
 def measure(
     trainers: dict[str, SFTTrainer], steps: int, rounds: int, seconds: float
 ) -> tuple[dict[str, list[list[float]]], dict[str, torch.Tensor]]:
-    """Seconds of the timed steps by variant and round, and all losses by variant."""
+    """Return the seconds of the timed steps by variant and round, and all losses by variant."""
     took: dict[str, list[list[float]]] = {name: [] for name in trainers}
     losses: dict[str, list[float]] = {name: [] for name in trainers}
     order, generator = list(trainers), random.Random(0)
@@ -184,7 +187,7 @@ def measure(
 
 
 def summary(dtype: str, took: dict[str, list[list[float]]]) -> list[dict]:
-    """A row for each variant: quartiles over all steps, and ratios to LoRA of the same run."""
+    """Return a row for each variant: quartiles over all steps, and ratios to LoRA of the run."""
     steps = {
         name: [1e3 * second for part in parts for second in part] for name, parts in took.items()
     }
@@ -200,7 +203,7 @@ def summary(dtype: str, took: dict[str, list[list[float]]]) -> list[dict]:
 
 
 def report(dtype: str, steps: int, rounds: int, seconds: float, quick: bool) -> list[dict]:
-    """Print a table and return its rows; ``seconds`` are those for the rounds."""
+    """Print a table and return the rows; the rounds take at most ``seconds``."""
     length = 8 if quick else LENGTH
     base = (tiny_model if quick else base_model)(getattr(torch, dtype))
     found = variants(base)

@@ -1,4 +1,4 @@
-"""The shapes that are measured: a decoder layer's linears, numbers of tokens, ranks."""
+"""The measured shapes: a decoder layer's linears, numbers of tokens, ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RANKS = ((8, 1), (16, 2), (32, 4))
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer; those of a block with the same ``reads`` take the same tensor."""
+    """One linear layer; linears of a block with the same ``reads`` take the same tensor."""
 
     name: str
     in_features: int
@@ -21,19 +21,19 @@ class Linear:
 
 @dataclass(frozen=True)
 class Block:
-    """The linears of one decoder layer, of which the model has ``layers``."""
+    """The linears of one decoder layer, in a model with ``layers`` such layers."""
 
     name: str
     layers: int
     linears: tuple[Linear, ...]
 
     def effective_rank(self, rank: int, k: int) -> int:
-        """R = r - k + L*k."""
+        """Return R = r - k + L*k."""
         return rank - k + self.layers * k
 
 
 def decoder(name: str, layers: int, hidden: int, kv: int, inner: int) -> Block:
-    """Grouped-query attention with keys and values ``kv`` wide, and a gated MLP."""
+    """Return a block with grouped-query attention, keys and values ``kv`` wide, and a gated MLP."""
     return Block(
         name,
         layers,
@@ -50,7 +50,7 @@ def decoder(name: str, layers: int, hidden: int, kv: int, inner: int) -> Block:
 
 
 def single(in_features: int, out_features: int, layers: int) -> Block:
-    """One linear of a model with ``layers`` of them."""
+    """Return a block of one linear, in a model with ``layers`` such linears."""
     linear = Linear("proj", in_features, out_features, "x")
     return Block(f"{in_features}x{out_features}, L={layers}", layers, (linear,))
 
@@ -66,7 +66,7 @@ BLOCKS = {
 
 
 def default_blocks(device: str, quick: bool) -> list[str]:
-    """A CPU is not asked for layers that take it seconds a step."""
+    """Return the blocks to measure; a CPU skips layers that take seconds per step."""
     if quick:
         return ["tiny"]
     return ["llama-3.1-8b", "smollm2-135m"] if device.startswith("cuda") else ["smollm2-135m"]
