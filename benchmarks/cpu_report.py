@@ -71,9 +71,9 @@ def main() -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default=datetime.date.today().isoformat())
-    parser.add_argument("--minutes", type=float, default=14, help="for everything together")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: a test of the report")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="leave all others out")
+    parser.add_argument("--minutes", type=float, default=14, help="time limit for all stages")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test the report")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run only these stages")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

@@ -277,9 +277,9 @@ def main() -> None:
     )
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="for all rounds together")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit for all rounds")
     parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: a test of the benchmark")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test the benchmark")
     for field in dataclasses.fields(Shape):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     given = parser.parse_args()

@@ -141,10 +141,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--minutes", type=float, default=8.7, help="for everything together")
-    parser.add_argument("--commit", help="what is measured, where there is no .git to ask")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: a test of the report")
-    parser.add_argument("--only", nargs="+", metavar="STAGE", help="leave all others out")
+    parser.add_argument("--minutes", type=float, default=8.7, help="time limit for all stages")
+    parser.add_argument("--commit", help="name of the commit, if there is no .git")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, to test the report")
+    parser.add_argument("--only", nargs="+", metavar="STAGE", help="run only these stages")
     return parser.parse_args()
 
 

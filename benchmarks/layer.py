@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, s)) for s in SHAPES])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="for all rounds together")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit for all rounds")
     arguments = parser.parse_args()
     rows: list[dict] = []
     harness.pin_allocator()

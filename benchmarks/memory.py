@@ -140,7 +140,7 @@ def sums(tokens: int, rank: int, k: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=2048, help="of a forward: rows times length")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens: rows times length")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--k", type=int, default=1)
     given = parser.parse_args()

@@ -182,12 +182,12 @@ def main() -> None:
         nargs="*",
         choices=VARIANTS,
         default=VARIANTS,
-        help="what is timed beside frozen, official and ours; without it all is",
+        help="variants to time beside frozen, official and ours; default: all",
     )
-    parser.add_argument("--layers", type=int, help="only so many of them, and no head")
+    parser.add_argument("--layers", type=int, help="time only so many decoder layers, and no head")
     parser.add_argument("--peak", choices=VARIANTS, help=argparse.SUPPRESS)
     parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="for all together")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="time limit for all dtypes")
     arguments = parser.parse_args()
     harness.pin_allocator()
     if arguments.peak:

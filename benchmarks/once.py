@@ -163,7 +163,7 @@ def draw_dropout(x: Tensor) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments.add_argument("--few", action="store_true", help="two shapes, two dtypes")
+    arguments.add_argument("--few", action="store_true", help="only two shapes and two dtypes")
     arguments.add_argument("--weight-space", action="store_true", help="no matrix products")
     given = arguments.parse_args()
     torch.manual_seed(0)

@@ -418,16 +418,16 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--card", choices=[*CARDS], default="H100")
-    made.add_argument("--model", default="llama", help="how one of the names begins")
+    made.add_argument("--model", default="llama", help="beginning of a model's name")
     made.add_argument("--rank", type=int, default=8)
     made.add_argument("--dropout", type=float, default=0.0)
-    made.add_argument("--cards", type=int, metavar="TOKENS", help="every card and model")
-    made.add_argument("--counts", type=int, metavar="TOKENS", help="bytes and launches")
-    made.add_argument("--markdown", action="store_true", help="a table for a page")
-    made.add_argument("--write", action="store_true", help="renew its tables in benchmarks/results")
-    made.add_argument("--check-cpu", action="store_true", help="measure this machine beside it")
-    made.add_argument("--seconds", type=float, default=90, help="that --check-cpu measures")
-    made.add_argument("--quick", action="store_true", help="tiny shapes: a test of --check-cpu")
+    made.add_argument("--cards", type=int, metavar="TOKENS", help="compare every card and model")
+    made.add_argument("--counts", type=int, metavar="TOKENS", help="count bytes and launches")
+    made.add_argument("--markdown", action="store_true", help="print a markdown table")
+    made.add_argument("--write", action="store_true", help="renew tables in benchmarks/results")
+    made.add_argument("--check-cpu", action="store_true", help="compare with this machine")
+    made.add_argument("--seconds", type=float, default=90, help="time limit of --check-cpu")
+    made.add_argument("--quick", action="store_true", help="tiny shapes, to test --check-cpu")
     return made
 
 

@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--dtype")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("build/profile"))
-    parser.add_argument("--nsys", action="store_true", help="only run steps, for an nsys around it")
+    parser.add_argument("--nsys", action="store_true", help="only run steps, for use under nsys")
     given = parser.parse_args()
     on_gpu = given.device.startswith("cuda")
     block: str = given.block or default_blocks(given.device, quick=False)[0]

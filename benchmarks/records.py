@@ -171,9 +171,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    made.add_argument("--json", metavar="FILE", help="where rows go as they come; or a .csv")
-    made.add_argument("--seconds", type=float, default=120, help="begin nothing new after them")
-    made.add_argument("--quick", action="store_true", help="tiny shapes: a test of the benchmark")
+    made.add_argument("--json", metavar="FILE", help="write rows here as they come; or a .csv")
+    made.add_argument("--seconds", type=float, default=120, help="start nothing new after this")
+    made.add_argument("--quick", action="store_true", help="tiny shapes, to test the benchmark")
     return made
 
 

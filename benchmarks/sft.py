@@ -231,14 +231,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, help="of each variant in a round; 6")
-    parser.add_argument("--rounds", type=int, help="6")
+    parser.add_argument("--steps", type=int, help="steps of each variant per round; default: 6")
+    parser.add_argument("--rounds", type=int, help="default: 6")
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=list(LIMITS))
     parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no round after them")
-    parser.add_argument(
-        "--quick", action="store_true", help="a tiny model: a test of the benchmark"
-    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no round after this")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to test the benchmark")
     given = parser.parse_args()
     steps, rounds = (
         given.steps or (3 if given.quick else 6),

@@ -98,8 +98,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     arguments.add_argument("--device", default="cuda")
     arguments.add_argument("--json", metavar="FILE")
-    arguments.add_argument("--quick", action="store_true", help="tiny shapes: a test of it")
-    arguments.add_argument("--inside", action="store_true", help="run the steps, and no more")
+    arguments.add_argument("--quick", action="store_true", help="tiny shapes, to test this")
+    arguments.add_argument("--inside", action="store_true", help="only run the steps")
     given = arguments.parse_args()
     tokens, width = (40, 32) if given.quick else (M, WIDTH)
     if given.inside:
