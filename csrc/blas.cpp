@@ -18,8 +18,8 @@
 namespace rasa_ext {
 namespace {
 
-// Forbids partial sums in half precision in the handle's math mode, and TF32 if the call forbids
-// it, while the object lives.
+// While it lives, forbids partial sums in half precision in the handle's math mode, and TF32 if the
+// call does.
 class FullPrecisionSums {
  public:
   FullPrecisionSums(cublasHandle_t handle, const GemmCall& call) : handle_(handle) {

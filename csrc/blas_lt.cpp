@@ -61,8 +61,8 @@ cublasComputeType_t lt_compute_type(cublasHandle_t handle, const GemmCall& call)
   return flags == CUBLAS_TF32_TENSOR_OP_MATH ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F;
 }
 
-// Kernels may read a bias 16 bytes at a time, and the heuristic is not given the alignment of the
-// bias. A less aligned bias can fault and end the CUDA context.
+// Kernels may read a bias 16 bytes at a time, but the heuristic does not know its alignment. A less
+// aligned bias can fault and end the CUDA context.
 bool can_add_bias(const GemmCall& call) {
   return alignment_of(call.c) >= 16 && call.k <= kLongestWithBias;
 }
@@ -177,7 +177,7 @@ class Choices {
     return choice;
   }
 
-  // Refuses products of this kind from now on. Prints the first failure other than "not supported".
+  // Refuses this kind of product from now on. Prints the first failure other than "not supported".
   void refuse(const Kind& kind, cublasStatus_t status) {
     const std::lock_guard<std::mutex> lock(mutex_);
     choices_[kind] = Choice{};

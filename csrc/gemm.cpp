@@ -30,7 +30,7 @@ int to_int(const char* name, int64_t value) {
 }
 
 // Whether each column's elements are contiguous and columns do not overlap. A stride over fewer
-// than two elements does not matter.
+// than two elements has no effect.
 bool is_column_major(const Matrix& matrix) {
   const bool dense = matrix.row_stride == 1 || matrix.rows <= 1;
   const bool apart = matrix.col_stride >= std::max<int64_t>(matrix.rows, 1) || matrix.cols <= 1;

@@ -9,8 +9,8 @@
 // Pointers are device pointers unless stated otherwise. Launchers return at once, neither allocate
 // nor wait, and are safe under graph capture. They leave launch errors to cudaGetLastError. Empty
 // work (M = 0, no layers) launches nothing. Sums run in a fixed order: equal inputs with equal
-// alignment give equal bits. 16-byte accesses are used if all rows start at multiples of 16 bytes,
-// so alignment affects only speed and the order of a sum.
+// alignment give equal bits. 16-byte accesses are used if all rows are 16-byte aligned, so
+// alignment affects only speed and the order of a sum.
 //
 // Every rank is a row: users see the transposes of B (own, out) and B_pool (pooled, out).
 //
@@ -133,8 +133,7 @@ struct SkinnyCall {
 };
 
 // Whether the kernels support the call: float16 or bfloat16, Rp of 16, 32, ... 160, nonzero M and
-// N, rows that start at multiples of 16 bytes, and with a mask N a multiple of 32 and 4-byte
-// alignment of the mask.
+// N, 16-byte aligned rows, and with a mask (4-byte aligned) N a multiple of 32.
 bool skinny_fits(const SkinnyCall& call, DType dtype);
 
 size_t skinny_workspace(const SkinnyCall& call);

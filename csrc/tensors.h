@@ -18,7 +18,7 @@ using torch::stable::Tensor;
 // The checks of one operator. Messages read "rasa_ext::op: name: expected ..., got ...".
 class Checks {
  public:
-  // Sets the dtype and device of `first` as those that the other tensors must have.
+  // `first` sets the dtype and device that the other tensors must have.
   Checks(const char* op, const char* name, const Tensor& first);
 
   // In `sizes`, -1 stands for any size.

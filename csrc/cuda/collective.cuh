@@ -14,7 +14,7 @@ constexpr int kStep = kPer16Bytes<A> < kPer16Bytes<B> ? kPer16Bytes<A> : kPer16B
 
 // Loads one thread's share of row[0, n): vectors of N neighbouring elements, one every `threads`
 // vectors, and zeros from n on. All loads are issued before any value is used, since latency limits
-// these kernels. N divides n, and for N > 1 the row starts at a multiple of 16 bytes.
+// these kernels. N divides n, and for N > 1 the row is 16-byte aligned.
 template <int N, int count, typename T>
 __device__ __forceinline__ void load_share(const T* row, int n, int thread, int threads,
                                            Vector<T, N> (&share)[count]) {

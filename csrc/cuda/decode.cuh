@@ -16,8 +16,8 @@ namespace rasa_ext {
 struct DecodeParams {
   DecodeCall call;
   int splits, part;  // K is cut into `splits` parts of `part` elements, the last ones shorter
-  bool whole_in;     // rows of x and Ap start at multiples of 16 bytes
-  bool whole_out;    // rows of Bp and y start at multiples of 16 bytes
+  bool whole_in;     // rows of x and Ap are 16-byte aligned
+  bool whole_out;    // rows of Bp and y are 16-byte aligned
 };
 
 // sum[m][r] += x[m] . Ap[r] over this lane's share of [begin, end), `step` neighbouring elements at

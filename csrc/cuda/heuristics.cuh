@@ -47,9 +47,8 @@ constexpr int kDecodeThreads = 128;
 // this limit, ptxas aims at more blocks and spills.
 constexpr int kDecodeBlocks = 4;
 
-// Rows of Ap that a warp of the shrink kernel multiplies with each token that it reads. Two rows
-// halve the reads of x. More would leave too few warps: with two, Rp = 48 has 24 warps for each
-// part of K.
+// Rows of Ap that a warp of the shrink kernel multiplies with each token that it reads. Two halve
+// the reads of x. More would leave too few warps: two leave 24 for Rp = 48 and each part of K.
 constexpr int kShrinkRows = 2;
 
 // Neighbouring columns of y that a thread of the expand kernel computes. In half precision a warp
@@ -82,15 +81,14 @@ inline int decode_splits(int in) {
   return parts < 1 ? 1 : parts > 16 ? 16 : parts;
 }
 
-// Returns the elements of such a part: a multiple of 8, so that every part starts at a multiple of
-// 16 bytes if the first does.
+// Returns the elements of such a part: a multiple of 8, so that every part is 16-byte aligned if
+// the first is.
 inline int decode_part(int in) {
   const int splits = decode_splits(in), part = (in + splits - 1) / splits;
   return (part + 7) / 8 * 8;
 }
 
-// Elements of one byte of dropout's mask: one Philox block serves them, and they take 16 bytes in
-// half precision.
+// Elements of one byte of dropout's mask: one Philox block serves them; 16 bytes in half precision.
 constexpr int kDropoutElements = 8;
 
 // Mask bytes that a thread handles: four 16-byte loads in half precision, and one word of the mask.
@@ -123,9 +121,8 @@ constexpr int kBothTokens = 32, kBothFeatures = 256;
 // Stages of the ring: as many as fit in the 99 KB that a block may have on sm_120.
 constexpr int kRing = 3, kRingOfManyRanks = 2;
 
-// Returns the features that a block of `down` takes, few enough that the blocks fill a card. It is
-// a multiple of a tile, and at least four tiles if there are as many, since the ring takes a few to
-// fill.
+// Returns the features that a block of `down` takes, few enough that the blocks fill a card: a
+// multiple of a tile, and if possible at least four tiles, since the ring takes a few to fill.
 inline int down_part(int tokens, int features) {
   const int tiles = (tokens + kDownTokens - 1) / kDownTokens;
   const int parts = std::max(1, std::min(kSkinnyBlocks / tiles, features / (4 * kDownFeatures)));
@@ -134,7 +131,7 @@ inline int down_part(int tokens, int features) {
 }
 
 // Returns the tokens that a block of `grad` takes, by the same rule, but in at most 16 groups,
-// since the groups' sums are added up one after the other.
+// since their sums are added up one after the other.
 inline int grad_group(int tokens, int features, int tile_tokens, int tile_features) {
   const int slices = (features + tile_features - 1) / tile_features;
   const int most = std::min(16, tokens / (4 * tile_tokens));

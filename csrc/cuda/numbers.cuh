@@ -56,8 +56,7 @@ __device__ __forceinline__ bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
 }
 
-// Loads N neighbouring elements. The address is a multiple of 16 bytes, or of the elements' size
-// together if that is smaller.
+// Loads N neighbouring elements, aligned to 16 bytes or, if smaller, to their size together.
 template <int N, typename T>
 __device__ __forceinline__ Vector<T, N> load(const T* from) {
   return load_aligned<Vector<T, N>>(from);

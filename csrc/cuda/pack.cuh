@@ -1,5 +1,4 @@
-// pack: writes the adapter's parameters of every layer of a group as the two matrices that GEMMs
-// read.
+// pack: the adapter's parameters of every layer of a group, as the two matrices that GEMMs read.
 #pragma once
 
 #include "collective.cuh"
@@ -14,7 +13,7 @@ struct PackParams {
 };
 static_assert(sizeof(PackParams) <= 4096, "kernel parameters");
 
-// A warp computes to = from * scale for the n <= kPiece elements of a piece, or zeros if `from` is
+// A warp computes to = from * scale for the n <= kPiece elements of a piece; zeros if `from` is
 // null.
 template <int N, typename P, typename T>
 __device__ __forceinline__ void copy_piece(const P* from, T* to, int n, Wide<P> scale) {

@@ -16,7 +16,7 @@ namespace rasa_ext {
 struct PackBackwardParams {
   PackBackwardGroup group;
   int dots;                  // blocks that each take one row of one layer's dBp
-  bool whole_in, whole_out;  // rows of `in` and of `out` elements start at multiples of 16 bytes
+  bool whole_in, whole_out;  // rows of `in` and of `out` elements are 16-byte aligned
   Layers<PackBackwardLayer> layers;
 };
 static_assert(sizeof(PackBackwardParams) <= 4096, "kernel parameters");

@@ -95,9 +95,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* shared) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
-// Loads four 8 x 8 matrices of 16-bit numbers. Lane i passes the address of row i % 8 of matrix i /
-// 8, a multiple of 16 bytes. Lane l gets elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of
-// each matrix; with load_transposed, of column l / 4.
+// Loads four 8 x 8 matrices of 16-bit numbers. Lane i passes the 16-byte aligned address of row i %
+// 8 of matrix i / 8. Lane l gets elements 2 * (l % 4) and 2 * (l % 4) + 1 of row l / 4 of each
+// matrix; with load_transposed, of column l / 4.
 __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -111,8 +111,7 @@ __device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* r
 
 // sum (16, 8) += A (16, 16) B (16, 8). With g = lane / 4 and t = lane % 4, sum has rows g and g + 8
 // at columns 2t and 2t + 1; `a` has A's rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8
-// and the columns after these; b0 and b1 have B's column g at rows 2t, 2t + 8 and the rows after
-// these.
+// and each next column; b0 and b1 have B's column g at rows 2t, 2t + 8 and each next row.
 template <typename T>
 __device__ __forceinline__ void multiply_matrices(float (&sum)[4], const uint32_t (&a)[4],
                                                   uint32_t b0, uint32_t b1) {
@@ -129,8 +128,8 @@ __device__ __forceinline__ void multiply_matrices(float (&sum)[4], const uint32_
   }
 }
 
-// Copies 4 or 16 bytes from global to shared memory, or writes zeros if the bytes are not wanted.
-// This thread may read them after wait_copies, other threads after a barrier as well.
+// Copies 4 or 16 bytes from global to shared memory, or writes zeros if not `wanted`. This thread
+// may read them after wait_copies, other threads after a barrier as well.
 template <int bytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool wanted) {
   static_assert(bytes == 4 || bytes == 16, "what cp.async has");

@@ -10,7 +10,7 @@ namespace {
 // Bytes of shared memory that a block may have on sm_120.
 constexpr size_t kMostShared = 99 * 1024;
 
-// Whether rows of 16-bit elements, `stride` apart, all start at multiples of 16 bytes.
+// Whether rows of 16-bit elements, `stride` apart, are all 16-byte aligned.
 bool whole_rows(const void* rows, int64_t stride) {
   return reinterpret_cast<uintptr_t>(rows) % 16 == 0 && stride % 8 == 0;
 }
@@ -29,8 +29,7 @@ int down_count(const SkinnyCall& call) {
   if (call.P == nullptr) return 0;
   return ceil_div(call.N, is_both(call) ? kBothFeatures : down_part(call.M, call.N));
 }
-// Returns the number of partial sums that `grad` writes, or 0 if there is only one: that is C
-// itself.
+// Returns the number of partial sums that `grad` writes, or 0 if the only one is C itself.
 int grad_count(const SkinnyCall& call) {
   const int count = call.Q == nullptr ? 0 : ceil_div(call.M, group_of(call));
   return count > 1 ? count : 0;

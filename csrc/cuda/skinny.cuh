@@ -27,8 +27,7 @@ struct SkinnyParams {
   int part, group;    // features and tokens that a block takes
 };
 
-// Shared memory of one stage of the ring: a tile of S, a tile of P or Q, and the mask of the tile
-// of S.
+// Shared memory of one stage of the ring: a tile of S, a tile of P or Q, and the mask of S's tile.
 template <typename T, int tokens, int features, int narrow_rows, int narrow_cols>
 struct Stage {
   T S[tokens][features + kPad];
@@ -37,8 +36,7 @@ struct Stage {
 };
 
 // Starts the copy to = from[row..., col...], with zeros in rows from `rows_end` on and columns from
-// `cols_end` on. `from` is at a multiple of 16 bytes, and so are `stride` and `col`, which count
-// elements of T.
+// `cols_end` on. `from` is 16-byte aligned, and `stride` and `col`, in elements of T, keep that.
 template <typename T, int rows, int cols>
 __device__ __forceinline__ void fetch(T (&to)[rows][cols], const void* from, int64_t stride,
                                       int row, int rows_end, int col, int cols_end) {
@@ -65,8 +63,8 @@ __device__ __forceinline__ void fetch_mask(uint32_t (&to)[tokens][words], const 
   copy_async<4>(&to[r][c], mask + 4 * at, wanted);
 }
 
-// Keeps the low 16-bit number of `two` if bit 0 of `low` is set, and the high one if bit 0 of
-// `high` is set. Sets the others to 0.
+// Keeps the low 16-bit number if bit 0 of `low` is set, and the high one if bit 0 of `high` is set;
+// zeros the others.
 __device__ __forceinline__ uint32_t keep_two(uint32_t two, uint32_t low, uint32_t high) {
   return two & ((low & 1) | (high & 1) << 16) * 0xffff;
 }
@@ -88,8 +86,8 @@ __device__ __forceinline__ void load_columns(uint32_t (&to)[4], const T (&from)[
   load_matrices(to, &from[row + lane / 16 * 8 + lane % 8][col + lane / 8 % 2 * 8]);
 }
 
-// Stores a warp's sum (16, 8) to row `row` and column `col` of `to` (rows, cols), except elements
-// outside of `to`.
+// Stores a warp's sum (16, 8) at row `row` and column `col` of `to` (rows, cols), but nothing
+// outside.
 __device__ __forceinline__ void store_sum(float* to, const float (&sum)[4], int row, int rows,
                                           int col, int cols) {
   const int lane = threadIdx.x % kWarp;
@@ -323,8 +321,7 @@ __device__ __forceinline__ void add_parts(const Parts& parts, int64_t thread) {
   store(static_cast<T*>(parts.to) + at / parts.cols * parts.stride + at % parts.cols, result);
 }
 
-// Adds up the parts of `down` in the first blocks and the parts of `grad` in the others. Either may
-// have none.
+// Adds up `down`'s parts in the first blocks and `grad`'s in the others. Either may have none.
 template <typename T>
 __global__ void __launch_bounds__(kSkinnyThreads)
     sum_kernel(const __grid_constant__ Parts down, const __grid_constant__ Parts grad,

@@ -85,8 +85,8 @@ void with_token_tile(int tokens, const Body& body) {
   }
 }
 
-// Calls body with a std::integral_constant: the smallest number of ranks with a compiled kernel
-// that is at least Rp. Rp is at most kSkinnyRanks.
+// Calls body with a std::integral_constant: the smallest compiled number of ranks that is at least
+// Rp. Rp is at most kSkinnyRanks.
 template <typename Body>
 void with_ranks(int Rp, const Body& body) {
   if (Rp <= 48) return body(std::integral_constant<int, 48>{});
