@@ -1,4 +1,4 @@
-"""The command ``rasa-ext``. `main` is its entry point; the commands need the extra ``[train]``."""
+"""The command ``rasa-ext``, with the entry point `main`. It needs the extra ``[train]``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NEEDED = (
 
 
 def main() -> None:
-    """Run the command, or say in one line how to install what it needs (exit code 1)."""
+    """Run the command. If packages are missing, print how to install them and exit with code 1."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         print(

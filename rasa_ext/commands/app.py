@@ -1,4 +1,4 @@
-"""The commands, put together: a module a verb, and those of installed packages."""
+"""The application: one command per module, and the commands of installed packages."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ app = typer.Typer(
 
 
 class _Command(typer.core.TyperCommand):
-    """A command that knows what others call its options."""
+    """A command that suggests our name for an option of another program."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
-        """Parse the words of the command line; for a name of TRL's, raise with ours."""
+        """Parse the arguments; raise BadParameter with our name for an option of TRL or PEFT."""
         known = {each.name for each in self.params}
         for word in args:
             ours = OTHER_NAMES.get(word.partition("=")[0].removeprefix("--").replace("-", "_"))
@@ -62,7 +62,9 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_print_version, help="Print and exit."),
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass

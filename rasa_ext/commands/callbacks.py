@@ -1,4 +1,4 @@
-"""Trainer callbacks: metrics.jsonl and progress lines, and a stop that can be resumed."""
+"""Trainer callbacks: metrics.jsonl and progress lines, and an interrupt that can be resumed."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from typing import Any
 from rich.console import Console
 from transformers import TrainerCallback
 
-_SILENCE = 5.0  # seconds after which a line is due
+_SILENCE = 5.0  # least seconds between progress lines
 
 
 class TrainingDiverged(ValueError):
-    """The loss is no longer a number."""
+    """The loss became NaN or infinite."""
 
 
 class MetricsCallback(TrainerCallback):
-    """Appends a JSON object to metrics.jsonl for every step and every evaluation, and shows some.
+    """Append one JSON row per step and per evaluation to metrics.jsonl, and print some of them.
 
     A step has `step`, `epoch`, `loss`, `lr`, `grad_norm`, `tokens` (without padding), `seconds`
-    (of the step alone: neither evaluations nor saving) and `tokens_per_s`; an evaluation has
-    `step` and `eval_loss`. They take the place of Trainer's own rows in `state.log_history`, which
-    checkpoints hold, so that a resume goes on with the rows up to the checkpoint's step.
+    (without evaluations and saving) and `tokens_per_s`. An evaluation has `step`, `epoch` and
+    `eval_loss`. The rows replace Trainer's own in `state.log_history`. Checkpoints store that
+    history, so a resumed run starts with the rows up to its checkpoint.
     """
 
     def __init__(self, path: Path, console: Console) -> None:
@@ -38,7 +38,7 @@ class MetricsCallback(TrainerCallback):
         self._seen = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Write what an earlier part of this run had up to here."""
+        """Write the rows of the run's earlier part, if it is resumed."""
         text = "".join(json.dumps(row) + "\n" for row in state.log_history)
         self.path.write_text(text, encoding="utf-8")
         self._seen = state.num_input_tokens_seen
@@ -54,7 +54,7 @@ class MetricsCallback(TrainerCallback):
         self._seen = state.num_input_tokens_seen
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Write what Trainer logged under our names."""
+        """Write Trainer's log as a row with our names."""
         logs = logs or {}
         row: dict[str, Any] = {"step": state.global_step, "epoch": logs.get("epoch")}
         if "loss" in logs:
@@ -81,7 +81,7 @@ class MetricsCallback(TrainerCallback):
         self._show(row, state)
 
     def _show(self, row: dict[str, Any], state: Any) -> None:
-        """Print an evaluation, and a step if it is the first, the last, or a line is due."""
+        """Print an evaluation, the first and last step, and a step every few seconds."""
         step, steps = row["step"], state.max_steps
         if "eval_loss" in row:
             self.console.print(f"step {step}: held-out loss {row['eval_loss']:.4f}")
@@ -101,7 +101,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class InterruptCallback(TrainerCallback):
-    """Turns Ctrl-C into a checkpoint at the end of the step, and a second one into a plain stop.
+    """On Ctrl-C, save a checkpoint after the step and stop; on a second Ctrl-C, stop at once.
 
     Use it as a context manager around `Trainer.train`; it restores the previous handler.
     """
@@ -124,10 +124,12 @@ class InterruptCallback(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        self.console.print("Stopping after this step, with a checkpoint; Ctrl-C again to drop it.")
+        self.console.print(
+            "Stopping after this step, with a checkpoint; press Ctrl-C again to stop without one."
+        )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Save and stop at a step's end, or after the evaluation that follows it."""
+        """Save and stop, after a step or after the evaluation that follows it."""
         if self.requested:
             control.should_save = True
             control.should_training_stop = True
@@ -138,5 +140,5 @@ class InterruptCallback(TrainerCallback):
 
 
 def values(rows: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
-    """The values of one figure, in order."""
+    """Return the values of one metric in order, from the rows that have it."""
     return [row[name] for row in rows if name in row]

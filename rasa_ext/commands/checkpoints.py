@@ -1,4 +1,4 @@
-"""A run's training checkpoints, and the newest that is whole."""
+"""Training checkpoints of a run: find the newest undamaged one, and remove old ones."""
 
 from __future__ import annotations
 
@@ -12,46 +12,45 @@ from rich.console import Console
 from rasa_ext.checkpoint.files import CONFIG, PICKLE, WEIGHTS, read_config, read_tensors
 from rasa_ext.writing import STALE
 
-# What the steps up to a checkpoint were made with: options, processes and the data's digest.
+# File with the run's options, number of processes and digest of the data, to compare on resume.
 RUN = "run.json"
 _STATE = "trainer_state.json"
-# Files that torch.save writes: zip archives, with a checksum for every entry.
+# Files that torch.save writes are zip archives with a checksum for every entry.
 _ZIPS = ("optimizer.pt", "scheduler.pt")
 
 
 def newest_whole(folder: Path, console: Console) -> Path:
-    """Find the newest checkpoint in a run's output folder from which it can go on.
+    """Find the newest undamaged checkpoint in a run's output folder.
 
-    Nothing is unpickled. A folder without Trainer's own state, which is written last, is one whose
-    writing was cut off.
+    Nothing is unpickled. Trainer writes its state file last, so a folder without it is incomplete.
 
     Args:
-        folder: what Trainer was given as ``output_dir``.
-        console: where the choice is shown, and newer ones that are damaged.
+        folder: Trainer's ``output_dir``.
+        console: prints the chosen checkpoint, and newer ones that are damaged.
 
     Returns:
-        The checkpoint.
+        The checkpoint's folder.
 
     Raises:
-        FileNotFoundError: there is no checkpoint in it.
-        ValueError: there are some, and none is whole.
+        FileNotFoundError: the folder has no checkpoint.
+        ValueError: every checkpoint is damaged.
     """
     every = sorted(_numbered(folder), reverse=True)
     for _, path in every:
         if _is_whole(path):
-            console.print(f"Going on from {path}.", markup=False)
+            console.print(f"Resuming from {path}.", markup=False)
             return path
         console.print(f"{path} is damaged.", markup=False)
     if not every:
         raise FileNotFoundError(f"resume: expected a checkpoint in {folder}, found none.")
     raise ValueError(
-        f"resume: expected a whole checkpoint in {folder}, but all {len(every)} are damaged; start "
-        "without --resume in another folder."
+        f"resume: expected an undamaged checkpoint in {folder}, but all {len(every)} are damaged; "
+        "start without --resume in another folder."
     )
 
 
 def make_room(folder: Path) -> None:
-    """Remove what would pass for a new run's own: an earlier run's checkpoints, and weights."""
+    """Remove an earlier run's checkpoints and model files, which could pass for the new run's."""
     for _, path in _numbered(folder):
         shutil.rmtree(path, ignore_errors=True)
     for pattern in (*STALE, CONFIG, WEIGHTS, PICKLE):
@@ -65,7 +64,7 @@ def _numbered(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _is_whole(checkpoint: Path) -> bool:
-    """Read every file that a resume reads to its end: by digests, checksums and syntax."""
+    """Check the digest, checksums or syntax of every file that a resume reads."""
     try:
         read_config(checkpoint)
         read_tensors(checkpoint / WEIGHTS)

@@ -1,8 +1,8 @@
-"""Training data: rows of a file or of a hub data set, in the forms that TRL takes.
+"""Training data: rows of a file or of a hub data set, in the formats that TRL takes.
 
-A row is ``{"prompt": str, "completion": str}``, in the data under these or other names,
-``{"messages": [{"role": ..., "content": ...}, ...]}``, in the data also as ShareGPT has it, or
-``{"text": str}``.
+A row is ``{"prompt": str, "completion": str}``, ``{"messages": [{"role": ..., "content": ...},
+...]}`` or ``{"text": str}``. The data may have other names for prompt and completion, and may have
+conversations in ShareGPT's format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["questions", "read_examples"]
 Row = dict[str, Any]
 Turns = list[dict[str, Any]]
 
-# For conversations over a tokenizer without a chat template: "role: content", a line a turn.
+# For conversations if the tokenizer has no chat template: one line "role: content" per turn.
 PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ':' }}{% if message['role'] == 'assistant' "
     "%}{% generation %}{{ ' ' + message['content'] + eos_token }}{% endgeneration %}{% else %}"
@@ -30,11 +30,11 @@ _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
 
 
 class DataError(ValueError):
-    """Data that cannot be used; the message says where it is and what was expected."""
+    """Invalid data. The message names the place and the expected form."""
 
 
 def check_source(source: str, option: str) -> None:
-    """Raise DataError, naming the option, where a path of data holds no file."""
+    """Raise DataError, naming the option, if ``source`` is a path without a file."""
     path = Path(source)
     if path.is_file():
         return
@@ -55,19 +55,19 @@ def read_examples(
     """Read the rows of a file, or of a hub data set's split ``train``.
 
     Args:
-        source: a file of JSON Lines, a JSON array, CSV, Parquet, or text with an example a line; or
-            a data set's name.
-        prompt_field: the name of the prompt's field; several, with commas, are joined by an empty
-            line.
-        completion_field: the name of the completion's field.
-        option: what gave the source, for the error.
+        source: a file of JSON Lines, a JSON array, CSV, Parquet, or text with one example per line;
+            or a data set's name.
+        prompt_field: name of the prompt's field. With several names, separated by commas, the
+            fields are joined by an empty line.
+        completion_field: name of the completion's field.
+        option: the option that set ``source``, for errors.
 
     Returns:
-        A row for each example: a prompt and a completion under these names, messages, or a text.
+        One row per example, with the keys ``prompt`` and ``completion``, ``messages`` or ``text``.
 
     Raises:
-        ValueError: naming the line and what was expected there; for a name that is neither a file
-            nor loadable, naming the option.
+        ValueError: a line is invalid; the message names the line and the expected form. Or
+            ``source`` is neither a file nor a data set that loads; the message names the option.
 
     Example:
         >>> from rasa_ext.commands.data import read_examples
@@ -79,9 +79,9 @@ def read_examples(
     names = [name.strip() for name in prompt_field.split(",")]
     expected = (
         f"an object with the strings {', '.join(map(repr, names))} and {completion_field!r}, the "
-        "last not empty (--prompt-field and --completion-field give other names), with 'messages', "
-        "a list of {'role': ..., 'content': ...} in which the assistant answers, with such "
-        "'conversations' of {'from': ..., 'value': ...}, or with 'text' alone"
+        "last not empty (--prompt-field and --completion-field set other names), with 'messages', "
+        "a list of {'role': ..., 'content': ...} in which the assistant answers, with "
+        "'conversations', such a list of {'from': ..., 'value': ...}, or with only 'text'"
     )
     check_source(source, option)
     rows = []
@@ -103,7 +103,7 @@ def read_examples(
 
 
 def _values(source: str, option: str) -> Iterable[tuple[str, str, Any]]:
-    """Where each value is, its text, and the value; None where the text cannot be read."""
+    """Yield each value's place, text, and decoded value, or None if the text does not parse."""
     path = Path(source)
     if not path.is_file() or path.suffix == ".parquet":
         values = _loaded(source, option)
@@ -124,16 +124,16 @@ def _lines(path: Path) -> Iterable[tuple[str, str, Any]]:
         try:
             line = raw.decode("utf-8-sig")
             value = {"text": line} if path.suffix == ".txt" else json.loads(line)
-        except ValueError:  # not UTF-8, either
+        except ValueError:  # invalid JSON or UTF-8
             value = None
         yield f"{path}, line {number}", text, value
 
 
 def _table(path: Path) -> Iterable[tuple[str, str, Any]]:
-    """The rows of a CSV file, whose fields stay texts."""
+    """Yield the rows of a CSV file, with every field as text."""
     reader = csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline=""), strict=True)
     for row in reader:
-        fits = None not in row  # as where a comma in a text stands without quotes
+        fits = None not in row  # a key None has surplus fields, such as from an unquoted comma
         yield f"{path}, line {reader.line_num}", str(row), row if fits else None
 
 
@@ -143,10 +143,10 @@ def _loaded(source: str, option: str) -> Iterable[Any]:
     file = source.endswith(".parquet")
     if not file:
         go_offline_without_hub()
-    import datasets  # reads as it is imported whether it is offline
+    import datasets  # only now: importing it reads whether it is offline
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below says it
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error below has the message
     try:
         if file:
             return datasets.load_dataset("parquet", data_files=source, split="train")
@@ -157,7 +157,7 @@ def _loaded(source: str, option: str) -> Iterable[Any]:
 
 
 def _row(value: Any, prompts: Sequence[str], completion: str) -> Row | None:
-    """A decoded line as a row; None where it is none."""
+    """Return the row of a decoded line, or None if the line is not a valid row."""
     if not isinstance(value, dict):
         return None
     if "messages" in value or "conversations" in value:
@@ -177,7 +177,7 @@ def _row(value: Any, prompts: Sequence[str], completion: str) -> Row | None:
 
 
 def _turn(turn: Any) -> dict[str, Any]:
-    """A turn of a conversation, also of one that ShareGPT wrote."""
+    """Return a turn with role and content, converted if it is in ShareGPT's format."""
     if not isinstance(turn, dict) or "from" not in turn:
         return turn if isinstance(turn, dict) else {}
     role = {"human": "user", "gpt": "assistant"}.get(str(turn["from"]), turn["from"])
@@ -185,7 +185,7 @@ def _turn(turn: Any) -> dict[str, Any]:
 
 
 def conversation(row: Row) -> Turns:
-    """A row's messages; of a prompt and a completion, a turn of the user and the assistant's.
+    """Return a row's messages. A prompt and a completion become a user and an assistant turn.
 
     Raises DataError for a plain text.
     """
@@ -205,25 +205,27 @@ def conversation(row: Row) -> Turns:
 def rows_for_sft(
     sets: Sequence[Sequence[Row]], tokenizer: Any, template: bool
 ) -> tuple[list[list[Row]], bool]:
-    """The rows of data sets for TRL's SFTTrainer, and whether it must tell the turns apart.
+    """Convert the rows of data sets for TRL's SFTTrainer.
 
-    Plain texts stay as they are, for TRL to learn whole. Without ``template``, or over a tokenizer
-    without one, prompts and completions stay texts; TRL joins them as they stand and closes them
-    with the end-of-sequence token. Else conversations are made of them, whose last turn is the
-    completion. Where a conversation has several turns of the assistant, TRL learns them all at once
-    if it can mark them in the template, and otherwise each becomes a row with all that came before
-    it as the prompt.
+    Returns the rows, and whether to train with ``assistant_only_loss``.
 
-    A tokenizer without a template gets `PLAIN_TEMPLATE` where there are conversations.
+    Plain texts do not change; all their tokens carry a loss. Without ``template``, or if the
+    tokenizer has none, prompts and completions stay texts; TRL joins them without a separator and
+    appends the end-of-sequence token. Otherwise they become conversations whose last turn is the
+    completion. If some conversation has several assistant turns and TRL can mark them in the
+    template, every conversation stays one row. If TRL cannot, each assistant turn becomes a row,
+    with all turns before it as the prompt.
 
-    Raises DataError where the template refuses a conversation.
+    A tokenizer without a template gets `PLAIN_TEMPLATE` if there are conversations.
+
+    Raises DataError if the template refuses a conversation.
     """
     texts = ["text" in row for rows in sets for row in rows]
     if any(texts):
         if not all(texts):
             raise DataError(
-                "data: expected all rows, of --eval-data as well, to be plain texts or none, got "
-                f"{sum(texts)} texts among {len(texts)} rows."
+                "data: expected all rows, including those of --eval-data, to be plain texts, or "
+                f"none, got {sum(texts)} texts among {len(texts)} rows."
             )
         return [list(rows) for rows in sets], False
     if any("messages" in row for rows in sets for row in rows):
@@ -245,17 +247,18 @@ def rows_for_sft(
 
 
 def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple[str, str]]:
-    """Give what a model is asked, as text up to where its answer begins, and the right answer.
+    """Return for each row the text that the model must continue, and the right answer.
 
     The answer is the assistant's last turn, or the completion.
 
     Args:
-        rows: as ``read_examples`` gives them.
-        tokenizer: the model's.
-        template: whether to use its chat template, if it has one; else the texts stand alone.
+        rows: rows from ``read_examples``.
+        tokenizer: the model's tokenizer.
+        template: use the tokenizer's chat template, if it has one. Otherwise the turns are joined
+            by line breaks, without roles.
 
     Returns:
-        A pair for each row.
+        One pair (text, answer) per row.
 
     Example:
         >>> from rasa_ext.commands.data import questions
@@ -276,29 +279,29 @@ def questions(rows: Sequence[Row], tokenizer: Any, template: bool) -> list[tuple
 
 
 def write_examples(path: Path, rows: Iterable[Row]) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def _to_the_last_answer(row: Row, tokenizer: Any) -> Turns:
-    """The conversation up to the assistant's last turn: what follows it carries no loss."""
+    """Return the conversation up to the assistant's last turn; later turns carry no loss."""
     turns = conversation(row)
     turns = turns[: _answers(turns)[-1] + 1]
     if tokenizer.chat_template:
         try:
             tokenizer.apply_chat_template(turns, tokenize=False)
-        except Exception as error:  # templates raise whatever they like
+        except Exception as error:  # a template can raise any exception
             raise DataError(f"data: the chat template refuses {turns}: {error}") from error
     return turns
 
 
 def _answers(turns: Sequence[dict[str, str]]) -> list[int]:
-    """The places of the assistant's turns that answer something."""
+    """Return the indices of the assistant's turns that follow another turn."""
     return [i for i, turn in enumerate(turns) if i and turn["role"] == "assistant"]
 
 
 def _can_mark_turns(tokenizer: Any) -> bool:
-    """Whether TRL can tell which tokens of a templated conversation are the assistant's."""
+    """Check whether TRL can find the assistant's tokens in a templated conversation."""
     from trl import get_training_chat_template
 
     try:

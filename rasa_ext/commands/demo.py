@@ -1,4 +1,4 @@
-"""``rasa-ext demo``: the main job from end to end on a real, small model."""
+"""``rasa-ext demo``: train, merge and export an adapter of a small real model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 INSTRUCTION = "Solve the problem step by step."
 
-# Largest allowed difference of any logit between the adapter, the merged model and the LoRA: they
-# add the same products in another order, in float32; logits are of size 10.
+# Largest allowed difference of a logit between the adapter, the merged model and the LoRA. They sum
+# equal products in different orders, in float32. Logits are around 10.
 AGREEMENT = 1e-3
 
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much of everything the demo does."""
+    """Sizes of a demo run."""
 
     steps: int
     batch_size: int
@@ -46,17 +46,17 @@ def demo(
     seed: int = 0,
     overwrite: bool = False,
 ) -> None:
-    """Teach SmolLM2-135M-Instruct word problems: train, merge, export, reload, compare.
+    """Train SmolLM2-135M-Instruct on word problems; merge, export, reload and compare the result.
 
     Args:
-        output: Directory for everything.
-        short: A few steps: checks the path, not the gain.
-        seed: For problems, adapter and order.
+        output: Directory for all files of the demo.
+        short: Train a few steps only. This checks that everything works, but improves little.
+        seed: Seed of the problems, the adapter and the data order.
         overwrite: Delete an earlier demo in --output first.
     """
     check_seed(seed)
     if output.exists() and any(output.iterdir()):
-        # Only what looks like a demo's directory is ever deleted.
+        # Delete only a directory that looks like a demo's.
         if not (output / "test.jsonl").is_file() or not overwrite:
             raise ValueError(
                 f"output: {output} is not empty; pass --overwrite if it holds an earlier demo, or "
@@ -65,15 +65,17 @@ def demo(
         shutil.rmtree(output)
     largest = run_demo(output, SHORT if short else FULL, seed)
     if not largest <= AGREEMENT:
-        console.print(f"The three differ by more than {AGREEMENT:g}.", style="bold red")
+        console.print(
+            f"Adapter, merged model and LoRA differ by more than {AGREEMENT:g}.", style="bold red"
+        )
         raise typer.Exit(1)
 
 
 def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
-    """Run the demo, write everything into `output` and print what was measured.
+    """Run the demo, write its files into `output` and print the measurements.
 
-    Returns the largest difference of a logit between the adapter, the merged model and the LoRA.
-    Raises ModelError, which says what to install, where there is no model.
+    Returns the largest difference of a logit of the merged model or the LoRA from the adapter's.
+    Raises ModelError, with the command that installs the model, if the model is missing.
     """
     import torch
     from peft import PeftModel
@@ -158,7 +160,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
         for when, text in zip(("before:", "after: "), said, strict=True):
             console.print(f"  {when} {' '.join(text.split())}", markup=False)
     console.print(
-        "\nlargest difference of any logit to the adapter: "
+        "\nlargest difference of any logit from the adapter's: "
         f"merged model {by_merged:.1e}, LoRA of rank {rank} in PEFT {by_lora:.1e}"
     )
     for line in describe(result):
@@ -166,7 +168,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
     console.print(f"adapter/ with loss.png, lora/, merged/, train.jsonl, test.jsonl: {output}")
     ask = f"--system {shlex.quote(INSTRUCTION)} --prompt {shlex.quote(test[0].question)}"
     console.print(
-        "\nGo on with the model, or with your own data:\n"
+        "\nContinue with the model, or with your own data:\n"
         f"  rasa-ext generate {shlex.quote(str(adapter))} smollm2 {ask}\n"
         "  rasa-ext finetune --model smollm2 --data your.jsonl --output your-adapter",
         markup=False,
@@ -175,7 +177,7 @@ def run_demo(output: Path, size: DemoSize, seed: int = 0) -> float:
 
 
 def conversation(problem: Problem) -> list[dict[str, str]]:
-    """A problem and its worked solution as chat messages."""
+    """Return a problem and its worked solution as chat messages."""
     return [
         {"role": "system", "content": INSTRUCTION},
         {"role": "user", "content": problem.question},

@@ -16,7 +16,7 @@ _PACKAGES = (
 
 @command
 def env() -> None:
-    """Print versions, devices, and which kernels are in use and why."""
+    """Print versions, devices, and the kernels in use, with the reason."""
     import torch
 
     from rasa_ext import cuda_status

@@ -25,25 +25,26 @@ def evaluate(
     batch_size: int = 8,
     dtype: str = "auto",
 ) -> None:
-    """Measure adapters and models on held-out data, side by side: loss and exact match.
+    """Measure loss and exact match of adapters and models on held-out data, side by side.
 
     Args:
-        targets: Adapter directories, merged models, or models: hub id, directory, .gguf or smollm2.
+        targets: Adapters and models: directory (adapter, merged or other model), hub id, .gguf
+            file, or smollm2.
         data: Held-out data, in a form that finetune takes.
-        model: Base model of the adapters. [default: as each of them says]
+        model: Base model of the adapters. [default: the one that each adapter names]
         prompt_field: As in finetune.
         completion_field: As in finetune.
-        template: Use the chat template, where there is one. [default: as an adapter was trained]
-        answers: Let the models answer and count exact matches, where every completion has an
-            answer to match: by default its last number. Plain text has a loss alone.
+        template: Use the chat template, if there is one. [default: as the adapter was trained]
+        answers: Generate answers and count exact matches, if every completion has an answer to
+            match, by default its last number. For plain text only the loss is measured.
         answer_pattern: Regular expression whose last match in a text is the answer: its first
-            group, or all of it, such as '#### *(.+)'. [default: the last number]
+            group, or the whole match, such as '#### *(.+)'. [default: the last number]
         limit: Number of examples to use, from the top. [default: all]
-        show: Number of questions whose answers are printed.
-        max_new_tokens: Longest answer, in tokens.
-        seq_len: Tokens after which an example is cut.
+        show: Number of questions to print with the answers.
+        max_new_tokens: Maximum length of an answer in tokens.
+        seq_len: Maximum length of an example in tokens; the rest is cut off.
         batch_size: Examples per forward pass.
-        dtype: Dtype of the base: float32, bfloat16, float16, or auto, as it is stored.
+        dtype: Dtype of the base: float32, bfloat16, float16, or auto (the stored dtype).
     """
     check_least(limit=(limit, 1), batch_size=(batch_size, 1), seq_len=(seq_len, 1))
     check_least(show=(show, 0), max_new_tokens=(max_new_tokens, 1))
@@ -54,7 +55,7 @@ def evaluate(
     rule = measuring.by_pattern(answer_pattern) if answer_pattern else measuring.last_number
     examples = read_examples(data, prompt_field, completion_field)[:limit]
     if "text" in examples[0] and not (show or answer_pattern):
-        answers = False  # plain text has none
+        answers = False  # plain text has no answers to match
     expected = [rule(conversation(row)[-1]["content"]) for row in examples if answers or show]
     judged = answers and None not in expected
     table = table_of(f"{len(examples):,} examples of {data}", "loss", "exact match")
@@ -80,8 +81,8 @@ def evaluate(
     console.print(table)
     if answers and not judged:
         console.print(
-            "No exact match: not every completion has an answer by "
-            f"{answer_pattern or 'its last number'}; see --answer-pattern."
+            "No exact match: some completions have no answer to match, by the rule "
+            f"{answer_pattern or 'last number'}; see --answer-pattern."
         )
     for i, row in enumerate(examples[:show]):
         *turns, right = conversation(row)

@@ -1,4 +1,4 @@
-"""``rasa-ext export-lora``: an adapter as a plain LoRA."""
+"""``rasa-ext export-lora``: export an adapter as a plain LoRA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from rasa_ext.commands.output import command, console, table_of, working
 from rasa_ext.commands.parsing import Output, Overwrite, check_differs
 
-LARGE = 2**30  # bytes of a LoRA of experts above which it is written only with --yes
+LARGE = 2**30  # bytes; a larger LoRA of experts is written only with --yes
 
 
 @command
@@ -27,14 +27,14 @@ def export_lora(
 
     Args:
         adapter: Adapter directory.
-        model: Base model: hub id, directory or .gguf. [default: as the adapter says]
-        rank: Rank to write, which may be lower; the error of every layer is then printed.
-            [default: the largest effective rank]
-        format: peft (and vLLM, SGLang), gguf (llama.cpp), or mlx (mlx-lm).
-        allow_dropped: Write it even if llama.cpp or SGLang would leave a part out.
+        model: Base model: hub id, directory or .gguf. [default: the one that the adapter names]
+        rank: Rank of the LoRA. If set, the error of every layer is printed; a lower rank than the
+            default is an approximation. [default: the largest effective rank]
+        format: peft (also for vLLM and SGLang), gguf (llama.cpp), or mlx (mlx-lm).
+        allow_dropped: Write the LoRA even if llama.cpp or SGLang would ignore a part of it.
         expert_layout: Layout of adapted experts: peft (PEFT, and vLLM for gpt-oss), per-expert
             (vLLM, SGLang, llama.cpp), or shared-outer (SGLang, pool-only experts). [default: peft]
-        yes: Write experts even if they take more than 1 GiB.
+        yes: Write a LoRA of experts even if it takes more than 1 GiB.
     """
     import torch
 
@@ -51,10 +51,10 @@ def export_lora(
         adapted = bool(adapted_experts(base))
         if adapted and size > LARGE and not yes:
             raise ValueError(
-                f"yes: the LoRA would take {_bytes(size)}, since each expert has all ranks of its "
-                "pool written out, and nothing was written; pass --yes to write it, use `rasa-ext "
-                "merge` instead or, where the experts are pool-only (experts='shared' with k = "
-                "rank), --expert-layout shared-outer for SGLang."
+                f"yes: the LoRA would take {_bytes(size)}, because it repeats the pool's ranks for "
+                "each expert, so nothing was written; pass --yes to write it, use `rasa-ext merge` "
+                "instead or, if the experts are pool-only (experts='shared' with k = rank), pass "
+                "--expert-layout shared-outer for SGLang."
             )
         written = rasa_ext.export_lora(
             base,
@@ -72,7 +72,7 @@ def export_lora(
         for layer, error in {**truncation.layers, "all": truncation.error}.items():
             table.add_row(layer, f"{error:.3g}")
         console.print(table)
-        console.print("Errors are of the change of the weights, relative, in the Frobenius norm.")
+        console.print("Errors are relative to the weights' change, in the Frobenius norm.")
     text = serving_help(
         name,
         output.resolve(),

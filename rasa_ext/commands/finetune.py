@@ -17,7 +17,7 @@ from rasa_ext.commands.parsing import options_of
 @options_of(FinetuneOptions, OTHER_NAMES)
 def finetune(**values: Any) -> None:
     """Fine-tune a language model; only completions, or the assistant's turns, carry a loss."""
-    options = FinetuneOptions(**values)  # checked before the libraries are imported
+    options = FinetuneOptions(**values)  # checks before the slow imports
     with working("Loading PyTorch, transformers and TRL"):
         from rasa_ext.commands.results import describe
         from rasa_ext.commands.training import train
@@ -26,7 +26,7 @@ def finetune(**values: Any) -> None:
     if result["interrupted"]:
         record = shlex.quote(str(Path(result["output"]) / RECORD))
         console.print(
-            f"Stopped after step {result['step']} of {result['total_steps']}. Go on with:\n"
+            f"Stopped after step {result['step']} of {result['total_steps']}. Continue with:\n"
             f"  rasa-ext finetune --config {record} --resume"
         )
         raise typer.Exit(INTERRUPTED)

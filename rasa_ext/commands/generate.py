@@ -1,4 +1,4 @@
-"""``rasa-ext generate``: answers to prompts, side by side, or a chat."""
+"""``rasa-ext generate``: answer prompts with several models, or chat with one."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ def generate(
     seed: int = 0,
     dtype: str = "auto",
 ) -> None:
-    """Let adapters and models answer, side by side, or hold a conversation.
+    """Answer prompts with adapters and models, side by side, or chat with one of them.
 
     Args:
-        targets: Adapter directories, merged models, or models: hub id, directory, .gguf or smollm2.
-        prompt: What is asked; may be given several times. Without it a conversation is held, a
-            line a turn, with the one model that is given; /quit or Ctrl-D ends it.
-        system: The system's message, before the first prompt.
-        model: Base model of the adapters. [default: as each of them says]
-        template: Use the chat template, where there is one. [default: as an adapter was trained]
-        max_new_tokens: Longest answer, in tokens.
-        temperature: Temperature of the sampling; 0 always takes the most likely token.
+        targets: Adapters and models: directory (adapter, merged or other model), hub id, .gguf
+            file, or smollm2.
+        prompt: Prompt to answer; repeat the option for several. Without it, you chat with a single
+            target, one line per turn, until /quit or Ctrl-D.
+        system: System message before each prompt or chat.
+        model: Base model of the adapters. [default: the one that each adapter names]
+        template: Use the chat template, if there is one. [default: as the adapter was trained]
+        max_new_tokens: Maximum length of an answer in tokens.
+        temperature: Sampling temperature; 0 always takes the most likely token.
         seed: Seed of the sampling.
-        dtype: Dtype of the base: float32, bfloat16, float16, or auto, as it is stored.
+        dtype: Dtype of the base: float32, bfloat16, float16, or auto (the stored dtype).
     """
     check_least(temperature=(temperature, 0), max_new_tokens=(max_new_tokens, 1))
     check_dtype(dtype)
     check_seed(seed)
     if prompt is None and len(targets) > 1:
         raise ValueError(
-            "prompt: expected --prompt with several models, since a conversation is held with one, "
-            f"got the models {', '.join(targets)}."
+            "prompt: expected --prompt with several models, because a chat takes one, got the "
+            f"models {', '.join(targets)}."
         )
     from rasa_ext.commands.measuring import each_model, trained_with_template
 
@@ -72,7 +73,7 @@ def print_answer(
     options: dict[str, Any],
     turns: list[dict[str, str]],
 ) -> str:
-    """Print the answer to a conversation as it comes, and give it."""
+    """Print the answer to a conversation token by token, and return it."""
     from transformers import TextStreamer, pipeline, set_seed
 
     set_seed(seed)
@@ -88,10 +89,10 @@ def print_answer(
 
 
 def _talk(answer: Callable[[list[dict[str, str]]], str], turns: list[dict[str, str]]) -> None:
-    """Hold a conversation: every line is a turn, and the model hears all before it."""
+    """Chat: every input line is a turn, and the model reads all earlier turns."""
     prompt = "> " if sys.stdin.isatty() else ""
     if prompt:
-        console.print("A line is a turn; /quit or Ctrl-D ends the conversation.", style="dim")
+        console.print("Each line is a turn; /quit or Ctrl-D ends the chat.", style="dim")
     with contextlib.suppress(EOFError):
         while (line := input(prompt)).strip() != "/quit":
             if line.strip():

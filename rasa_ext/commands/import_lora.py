@@ -1,4 +1,4 @@
-"""``rasa-ext import-lora``: a LoRA as an adapter of this package."""
+"""``rasa-ext import-lora``: convert a LoRA to an adapter of this package."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rasa_ext.commands.parsing import Output, Overwrite, check_differs
 def import_lora(
     lora: Path, *, output: Output, model: str | None = None, overwrite: Overwrite = False
 ) -> None:
-    """Turn a LoRA into a RaSA adapter that computes the same function.
+    """Convert a LoRA to a RaSA adapter that computes the same function.
 
     Args:
-        lora: A LoRA in PEFT's format.
-        model: Base model: hub id, directory or .gguf. [default: as the adapter says]
+        lora: Directory of a LoRA in PEFT's format.
+        model: Base model: hub id, directory or .gguf. [default: the one that the LoRA names]
     """
     from rasa_ext import Card
     from rasa_ext.checkpoint import convert_lora, read_lora
@@ -30,7 +30,6 @@ def import_lora(
     card = Card(sections={"Source": f"Computes the same function as {name}."})
     convert_lora(base, read, str(lora)).save(base, output, card=card)
     console.print(
-        f"The same adapter, of k = 0 and rank {read.rank}, for {len(read.factors)} layers in "
-        f"{output}.",
+        f"Adapter of k = 0 and rank {read.rank}, for {len(read.factors)} layers in {output}.",
         markup=False,
     )

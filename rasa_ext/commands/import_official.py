@@ -1,4 +1,4 @@
-"""``rasa-ext import-official``: a checkpoint of the official RaSA code as an adapter."""
+"""``rasa-ext import-official``: convert a checkpoint of the official RaSA code."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rasa_ext.commands.parsing import Output, Overwrite, check_differs
 def import_official(
     checkpoint: Path, *, output: Output, model: str | None = None, overwrite: Overwrite = False
 ) -> None:
-    """Turn a checkpoint of the official RaSA code into an adapter of this package.
+    """Convert a checkpoint of the official RaSA code to an adapter of this package.
 
     Args:
-        checkpoint: Checkpoint of the official RaSA code.
-        model: Base model: hub id, directory or .gguf. [default: as the adapter says]
+        checkpoint: Directory of the checkpoint.
+        model: Base model: hub id, directory or .gguf. [default: the one that the checkpoint names]
     """
     import rasa_ext
     from rasa_ext.commands.models import base_of, load_model

@@ -1,4 +1,4 @@
-"""``rasa-ext inspect``: an adapter from its two files, or a model that may be adapted."""
+"""``rasa-ext inspect``: describe an adapter by its two files, or plan one for a model."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def inspect(
     experts: str | None = None,
     spectrum: bool = False,
 ) -> None:
-    """Show an adapter's config, groups and size; or what an adapter of a model would be.
+    """Show an adapter's config, groups and size, or those of a new adapter for a model.
 
     Args:
         target: Directory of an adapter or a LoRA, or a model's directory or .gguf.
-        model: A model to look at instead, which may be on the hub.
-        rank: For a model: the rank to plan with.
-        k: For a model: ranks to share. [default: rank // 8]
+        model: Model to plan an adapter for, in place of a target; it may be on the hub.
+        rank: For a model: the new adapter's rank.
+        k: For a model: ranks per layer that go to the shared pool. [default: rank // 8]
         target_modules: For a model: as in `rasa-ext finetune`.
-        experts: For a model: which experts share a pool: slot, layer or shared.
-        spectrum: For an adapter: its layers' effective ranks and use of the pool instead.
+        experts: For a model: adapt its experts too; slot, layer or shared, as in finetune.
+        spectrum: For an adapter: show the layers' effective ranks and use of the pool instead.
     """
     from rasa_ext.commands.models import is_model
     from rasa_ext.commands.paths import check_adapter
@@ -55,10 +55,10 @@ def inspect(
 
 
 class AdapterGroup(NamedTuple):
-    """Layers that share a pool, as an adapter's file has them: (out, in), ranks, and experts.
+    """A group of layers that share a pool, read from an adapter's file.
 
-    ``private`` are ranks of each layer's own. ``experts`` is the number in each stacked weight, 0
-    for linear layers.
+    ``shape`` is (out, in), and ``private`` and ``pooled`` are numbers of ranks, private per layer.
+    ``experts`` is the number of experts in each stacked weight, 0 for linear layers.
     """
 
     pattern: str
@@ -73,9 +73,9 @@ class AdapterGroup(NamedTuple):
 def read_groups(
     config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[list[AdapterGroup], list[str]]:
-    """The groups of an adapter's layers, and the names of the tensors that are no part of one.
+    """Return the groups of an adapter's layers, and the names of all other tensors.
 
-    Those are of modules that are trained in full, or of layers without an A and a B.
+    The others belong to modules trained in full, or to layers without an A and a B.
     """
     from rasa_ext.checkpoint.files import PREFIX
     from rasa_ext.methods.base import checked_groups
@@ -134,8 +134,8 @@ def _show_adapter(directory: Path) -> None:
         console.print(f"other tensors: {shown}{more}", markup=False)
     if wrong := list(not_finite(tensors)):
         console.print(
-            f"{len(wrong)} tensors hold NaN or infinity, such as {wrong[0]}: the training that "
-            "wrote them had diverged.",
+            f"{len(wrong)} tensors hold NaN or infinity, such as {wrong[0]}: the training run "
+            "diverged.",
             style="yellow",
             markup=False,
         )
@@ -145,7 +145,7 @@ def _show_adapter(directory: Path) -> None:
 
 
 def _numbers(tensors: Iterable[Tensor]) -> int:
-    """Count numbers, without the integers that choose ranks or features."""
+    """Count the elements, except integers, which only select ranks or features."""
     return sum(tensor.numel() for tensor in tensors if tensor.is_floating_point())
 
 
@@ -173,7 +173,7 @@ def _show_spectrum(directory: Path) -> None:
 
 
 def _analyzed(directory: Path) -> list[GroupAnalysis]:
-    """Analyze an adapter by its files, and its base's config where these do not tell all shapes."""
+    """Analyze an adapter by its files, and by the base's config if the files lack some shapes."""
     from rasa_ext.analysis import ShapesUnknown, analyze_adapter
 
     try:
@@ -193,13 +193,13 @@ def _show_plan(
     model, targets = load_skeleton(name), parse_targets(target_modules)
     patch_model(model, rank=rank, k=k, target_modules=targets, experts=experts)
     report = summary(model)
-    console.print(f"A model, {type(model).__name__}, and what an adapter of it would be:")
+    console.print(f"A new adapter for this {type(model).__name__}:")
     console.print(str(report), markup=False)
-    console.print(f"An adapter file would have {4 * report.adapter / 2**20:.1f} MiB.")
+    console.print(f"Its file would take {4 * report.adapter / 2**20:.1f} MiB.")
 
 
 def _shape(shape: tuple[int, int], experts: int) -> str:
-    """Write out x in, and before it how many experts are stacked."""
+    """Format (out, in), with the number of experts in front if there are any."""
     return " x ".join(map(str, (experts, *shape) if experts else shape))
 
 

@@ -1,4 +1,4 @@
-"""Measuring and asking models: held-out loss, greedy answers, exact match."""
+"""Measurements of models: held-out loss, greedy answers, exact match."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ from rasa_ext.commands.trainer import AdapterTrainer, dataset
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 
-# What counts of an answer, such as its last number; None where there is nothing of the kind.
+# A function that extracts the part of an answer to compare, such as its last number, or None.
 Rule = Callable[[str], object]
 
 
 def each_model(
     names: Sequence[str], base: str | None, dtype: str
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Every model by its name, with its tokenizer; a base of several adapters is loaded once.
+    """Yield the name, model and tokenizer of every target. A yielded model is valid until the next.
+
+    Successive adapters of one base share the loaded base.
 
     Args:
-        names: adapter directories, RaSA's or PEFT's, or models as `load_model` takes them. What
-            is yielded is good until the next.
-        base: the base of the adapters; where None, what their configs say.
-        dtype: of the base, as `load_model` has it.
+        names: adapter directories, of this package or PEFT, or models as `load_model` takes them.
+        base: the base of the adapters; None takes the one that each config names.
+        dtype: dtype of the base, as in `load_model`.
 
-    Raises ValueError or FileNotFoundError where one cannot be read, or does not fit its base.
+    Raises ValueError or FileNotFoundError if a target cannot be read, or does not fit the base.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded, model = "", torch.nn.Module()
@@ -68,7 +69,7 @@ def each_model(
 
 
 def trained_with_template(name: str) -> bool:
-    """Whether `finetune` used the chat template, where the name is of an adapter of it, or may."""
+    """Return whether `finetune` trained an adapter with the chat template; True for others."""
     record = Path(name) / RECORD
     return not record.is_file() or yaml.safe_load(record.read_text()).get("template", True)
 
@@ -81,7 +82,7 @@ def held_out_loss(
     seq_len: int,
     batch_size: int,
 ) -> float:
-    """The mean loss over all tokens that `finetune` would learn of the examples, in nats."""
+    """Return the mean loss in nats over the tokens on which `finetune` would train."""
     (rows,), marks = rows_for_sft([examples], tokenizer, template)
     with tempfile.TemporaryDirectory() as directory:
         arguments = SFTConfig(
@@ -112,13 +113,13 @@ def greedy_answers(
     batch_size: int = 32,
     special_tokens: bool = False,
 ) -> list[str]:
-    """The most likely continuation of each prompt, without special tokens, in the given order.
+    """Return the greedy continuation of each prompt, without special tokens.
 
-    Prompts are taken as they are; ``special_tokens`` adds the tokenizer's own, which a chat
-    template has already.
+    ``special_tokens`` adds the tokenizer's special tokens to the prompts. Prompts from a chat
+    template already contain them.
     """
     tokenizer = copy.copy(tokenizer)
-    tokenizer.padding_side = "left"  # so that an answer begins at the same place in every row
+    tokenizer.padding_side = "left"  # so that all answers of a batch start at one position
     ask = pipeline("text-generation", model=model, tokenizer=tokenizer)
     answers = ask(
         list(prompts),
@@ -132,15 +133,15 @@ def greedy_answers(
 
 
 def last_number(text: str) -> float | None:
-    """The last number in a text: where an answer stands, bare or explained; None if none."""
+    """Return the last number in a text, which is usually the answer, or None."""
     numbers = _NUMBER.findall(_THOUSANDS.sub("", text))
     return float(numbers[-1]) if numbers else None
 
 
 def by_pattern(pattern: str) -> Rule:
-    """The rule that takes a regular expression's last match: its first group, or all of it.
+    """Make a rule that returns the last match of a pattern: its first group, or the whole match.
 
-    Raises ValueError where it is no regular expression.
+    Raises ValueError if the pattern is no regular expression.
     """
     try:
         compiled = re.compile(pattern)
@@ -159,6 +160,6 @@ def by_pattern(pattern: str) -> Rule:
 def exact_match(
     answers: Sequence[str], expected: Sequence[object], rule: Rule = last_number
 ) -> float:
-    """The share of answers, in 0..1, of which the rule finds what is expected."""
+    """Return the share of answers, in 0..1, from which the rule extracts the expected value."""
     hits = sum(rule(answer) == right for answer, right in zip(answers, expected, strict=True))
     return hits / max(len(expected), 1)

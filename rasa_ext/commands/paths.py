@@ -1,4 +1,4 @@
-"""Models and adapters by path, checked before torch is imported."""
+"""Checks of models' and adapters' paths, which run before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from pathlib import Path
 
 from rasa_ext.writing import CONFIG
 
-SMOLLM2 = "smollm2"  # the name of the demo's model, wherever it is
+SMOLLM2 = "smollm2"  # the name of the demo's model, local or on the hub
 
 
 class ModelError(ValueError):
-    """A model that cannot be loaded; the message says which and what to do."""
+    """A model that cannot be loaded. The message names the model and says what to do."""
 
 
 def is_adapter(path: Path) -> bool:
-    """Tell whether a path is an adapter's directory, of any method."""
+    """Return whether a path is the directory of an adapter of any method."""
     return (path / CONFIG).is_file()
 
 
 def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") -> None:
-    """Raise FileNotFoundError where a path is no adapter's directory.
+    """Raise FileNotFoundError if a path is no adapter's directory.
 
-    The hub is not asked: what is on it has to be called a model. ``otherwise`` ends the message.
+    The hub is not searched; only options for models take hub ids. ``otherwise`` ends the message.
     """
     if is_adapter(path):
         return
@@ -33,11 +33,11 @@ def check_adapter(path: Path, argument: str = "adapter", otherwise: str = "") ->
 
 
 def check_model(name: str, *instead: str) -> Path | None:
-    """Return a model's directory or .gguf file; None where the name is no path, but a hub id.
+    """Return the path of a model's directory or .gguf file; None if the name is a hub id.
 
     ``instead`` names files that a directory may have in place of a model's config.json.
 
-    Raises ModelError where a path holds no model, but an adapter or something else.
+    Raises ModelError if a path does not exist, or has an adapter or other files but no model.
     """
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
@@ -62,8 +62,8 @@ def _check_directory(path: Path, instead: tuple[str, ...]) -> None:
 
         base = read_config(path).get("base_model_name_or_path")
         raise ModelError(
-            f"model: expected a base model, but {path} is an adapter's directory; give the "
-            f"adapter's base ({base}), or what `rasa-ext merge` writes of the two. To train the "
+            f"model: expected a base model, but {path} is an adapter's directory; pass the "
+            f"adapter's base ({base}), or a merged model from `rasa-ext merge`. To train the "
             f"adapter further, pass the base and `--init-adapter {path}` to `rasa-ext finetune`."
         )
     if not (path / "config.json").is_file():

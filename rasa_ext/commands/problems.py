@@ -1,11 +1,11 @@
-"""Arithmetic word problems, made from a seed: a small task that a small model can learn in minutes.
+"""Arithmetic word problems from a seed: a task that a small model can learn in minutes.
 
-A problem is a scene (fruit in a basket, riders on a bus, ...) in which a count starts at some
-number and changes two or three times. Training and held-out problems share neither a scene, so no
-sentence, nor the tuple (operations, numbers), so no calculation: a model that scores on the
-held-out ones has learnt to read and to count, not to recite.
+In a problem's scene (fruit in a basket, riders on a bus, ...) a count starts at some number and
+changes two or three times. Training and held-out problems share no scene, so no sentence, and no
+tuple (operations, numbers), so no calculation. A model can therefore not solve held-out problems
+from memory.
 
-The split of the calculations is `split_of`, a pure function, so both promises can be tested.
+`split_of` assigns the calculations to the splits. It is a pure function, so tests can check this.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import yaml
 Split = Literal["train", "test"]
 
 _APPLY = {"*": operator.mul, "+": operator.add, "-": operator.sub}
-LARGEST = 40  # no count in a problem, and so no answer, is above this or below zero
+LARGEST = 40  # counts in a problem, and so the answers, are in 0..LARGEST
 
 
-# Sentences about kinds of things; `{n}` is a number, `{g}` a number of groups.
+# Sentences by scene; `{n}` is a number, `{g}` a number of groups.
 _TEXTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 SCENES: list[dict[str, list[str]]] = [*_TEXTS["train"], *_TEXTS["test"]]
 
@@ -35,8 +35,9 @@ SCENES: list[dict[str, list[str]]] = [*_TEXTS["train"], *_TEXTS["test"]]
 class Problem:
     """One word problem.
 
-    `operations` is such as ("+", "-"); `numbers` is the first count and one number per operation;
-    for "*", always first, the two numbers are the group size and the number of groups.
+    `operations` are, for example, ("+", "-"). `numbers` are the first count and one number per
+    operation. "*" can only be the first operation; its numbers are the size of a group and the
+    number of groups.
     """
 
     question: str
@@ -47,14 +48,14 @@ class Problem:
 
     @property
     def working(self) -> str:
-        """Every step as an equation, such as `5+4=9, 9-2=7`."""
+        """The steps as equations, such as `5+4=9, 9-2=7`."""
         counts = _counts(self.operations, self.numbers)
         steps = zip(counts, self.operations, self.numbers[1:], counts[1:], strict=False)
         return ", ".join(f"{before}{sign}{n}={after}" for before, sign, n, after in steps)
 
 
 def make_problems(count: int, *, split: Split, seed: int = 0) -> list[Problem]:
-    """`count` different problems of one split, the same for the same arguments.
+    """Make `count` different problems of one split. The arguments determine the result.
 
     Half have two steps and half three. Raises ValueError for an unknown split or a negative count.
     """
@@ -75,13 +76,13 @@ def make_problems(count: int, *, split: Split, seed: int = 0) -> list[Problem]:
 
 
 def split_of(operations: tuple[str, ...], numbers: tuple[int, ...]) -> Split:
-    """The split that a calculation belongs to: one in five is held out."""
+    """Return the split of a calculation; one in five is held out."""
     key = " ".join([*operations, *map(str, numbers)])
     return "test" if zlib.crc32(key.encode()) % 5 == 0 else "train"
 
 
 def scenes_of(split: Split) -> range:
-    """Indices into `SCENES` of the scenes of one split."""
+    """Return the indices in `SCENES` of one split's scenes."""
     first = len(_TEXTS["train"])
     return range(first) if split == "train" else range(first, len(SCENES))
 
@@ -97,7 +98,7 @@ def _draw(rng: random.Random, split: Split, steps: int) -> Problem:
 
 
 def _draw_calculation(rng: random.Random, steps: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Operations and numbers whose every intermediate count lies in 0..LARGEST."""
+    """Draw operations and numbers with all counts in 0..LARGEST."""
     while True:
         first = rng.choice("*+-")
         operations = (first, *(rng.choice("+-") for _ in range(steps - 1)))
@@ -111,7 +112,7 @@ def _draw_calculation(rng: random.Random, steps: int) -> tuple[tuple[str, ...], 
 
 
 def _counts(operations: Sequence[str], numbers: Sequence[int]) -> list[int]:
-    """The count at first, and after each operation."""
+    """Return the count at the start and after each operation."""
     counts = [numbers[0]]
     for operation, number in zip(operations, numbers[1:], strict=True):
         counts.append(_APPLY[operation](counts[-1], number))

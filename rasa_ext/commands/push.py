@@ -1,4 +1,4 @@
-"""``rasa-ext push``: an adapter's directory to the Hub."""
+"""``rasa-ext push``: push an adapter's directory to the Hub."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ def push(
     """Push an adapter or an exported LoRA, with its card, to the Hugging Face Hub.
 
     Args:
-        directory: Directory of an adapter, or of a LoRA.
-        repository: Where to: owner/name; made if missing.
-        model: The base's id on the Hub, where the adapter names a local folder.
-        private: Make the repository private, where it is new.
+        directory: Directory of an adapter or a LoRA.
+        repository: Repository to push to, as owner/name; created if missing.
+        model: The base's id on the Hub, if the adapter names a local folder.
+        private: Make a new repository private.
         revision: Branch to push to. [default: main]
-        message: Message of the commit.
-        dry_run: Make every check that needs no Hub, list the files, and push nothing.
+        message: Commit message.
+        dry_run: Run every check that needs no Hub, list the files, and push nothing.
     """
     from huggingface_hub import utils
 
     if (directory / "config.json").is_file() and not is_adapter(directory):
         raise ValueError(
-            f"directory: expected an adapter's or a LoRA's, but {directory} is a model's, which "
-            f"`hf upload {repository} {directory}` pushes."
+            f"directory: expected an adapter's or a LoRA's, but {directory} is a model's; push it "
+            f"with `hf upload {repository} {directory}`."
         )
     try:
         utils.validate_repo_id(repository)  # type: ignore[attr-defined]  # not in its __all__
@@ -53,5 +53,5 @@ def push(
         dry_run=dry_run,
     )
     if dry_run:
-        console.print(f"{repository} would get these files, and nothing was pushed:")
+        console.print(f"Dry run: nothing was pushed. {repository} would get these files:")
     console.print(address, markup=False)

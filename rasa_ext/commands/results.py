@@ -1,4 +1,4 @@
-"""What a fine-tuning run leaves in its output directory: figures, card and picture."""
+"""The results of a fine-tuning run in its output directory: metrics, card and plot."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def write_results(
     interrupted: bool,
     trainable: int,
 ) -> dict[str, Any]:
-    """Write adapter, card, tokenizer, `loss.png` and `summary.json`, and give the latter's content.
+    """Write adapter, card, tokenizer, `loss.png` and `summary.json`; return the summary.
 
-    "seconds" are those in training steps, of all parts of a resumed run; "first_loss" and
-    "last_loss" are means over a tenth of the steps.
+    "seconds" is the time in training steps, over all parts of a resumed run. "first_loss" and
+    "last_loss" are means over the first and last tenth of the steps.
     """
     output = Path(options.output)
     rows = trainer.state.log_history
@@ -62,7 +62,7 @@ def write_results(
 
 
 def describe(result: Mapping[str, Any]) -> list[str]:
-    """The figures of a run, as the command prints them and the card has them."""
+    """Return a run's metrics as lines of text, for the command's output and the card."""
     lines = []
     if result["seconds"]:
         time = f"{result['seconds']:.0f} s in {result['step']} steps"
@@ -79,7 +79,7 @@ def describe(result: Mapping[str, Any]) -> list[str]:
 
 
 def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[str, Any]) -> Card:
-    """Describe a fine-tuning run: its data, what was chosen, and how it went."""
+    """Make a fine-tuning run's card, with its data, options and metrics."""
     rows = {"data": trainer.train_dataset, "eval_data": trainer.eval_dataset}
     chosen = {
         "steps": f"{result['step']:,} of {result['total_steps']:,}",
@@ -106,15 +106,15 @@ def run_card(trainer: AdapterTrainer, options: FinetuneOptions, result: Mapping[
 
 
 def _local(source: str) -> str:
-    """What a card may call a source: a path of this machine by its last part alone."""
+    """Return a source's name for the card: only the last part of a local path, or a hub id."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source
 
 
 def peak_memory() -> dict[str, int]:
-    """Peak bytes so far: `rss_bytes` of the process, and `cuda_bytes` where there is a GPU.
+    """Return the peak memory so far: `rss_bytes` of the process, and `cuda_bytes` on a GPU.
 
-    The resident set counts the libraries and everything the process ever held at once.
+    The resident set includes loaded libraries.
     """
     peak = {"rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if torch.cuda.is_available():
@@ -123,11 +123,12 @@ def peak_memory() -> dict[str, int]:
 
 
 def plot_loss(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Draw training and held-out loss of metrics.jsonl's rows into a PNG.
+    """Plot training and held-out loss of metrics.jsonl's rows into a PNG.
 
-    The strong line is a running mean over a twentieth of the steps, the faint one every step.
+    The faint line is the loss of each step, the strong line a running mean over a twentieth of the
+    steps.
     """
-    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")  # nothing global, as pyplot has
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")  # pyplot has global state
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     steps, losses = zip(*((row["step"], row["loss"]) for row in rows if "loss" in row), strict=True)

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with an adapter of this package: what it does otherwise, and its checkpoints."""
+"""A subclass of TRL's SFTTrainer that trains an adapter of this package and saves checkpoints."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from rasa_ext.methods import AdapterConfig
 from rasa_ext.patching.state import is_patched, patch_state
 from rasa_ext.training import parameter_groups
 
-IGNORE = -100  # the label of a token that carries no loss, as torch's cross entropy has it
+IGNORE = -100  # label of a token without loss; the default of torch's cross entropy
 
 
 class AdapterTrainer(SFTTrainer):
-    """An SFTTrainer over a base model that it patches with a new adapter, of any method.
+    """An SFTTrainer that patches the base model with a new adapter of any method.
 
-    - The method's own rates are the optimizer's, and checkpoints hold the adapter alone.
-    - The adapter keeps its float32 numbers over a quantized base, where TRL rounds to bfloat16.
-    - A linear schedule rises from the first step on, and reaches zero only after the last.
-    - On a CPU logits are made only at places where some row has a loss, where TRL makes all of them
-      and a few measures on top: forward and backward of SmolLM2-135M over four word problems, of
-      whose tokens a quarter carry a loss, take 3.2 s instead of 4.6 (one core of an EPYC, float32,
+    - The optimizer uses the method's own rates. Checkpoints contain only the adapter's weights.
+    - Over a quantized base the adapter stays in float32, which TRL would round to bfloat16.
+    - The linear schedule rises from the first step and reaches zero only after the last.
+    - On a CPU, logits are computed only at positions where some row has a loss. TRL computes all of
+      them, and some metrics. Forward and backward of SmolLM2-135M over four word problems, with a
+      loss on a quarter of the tokens, take 3.2 s instead of 4.6 (one core of an EPYC, float32,
       median of six, CPU time, 2026-11-26).
     - The held-out loss is a mean over tokens, so it does not depend on the batch size.
-    - An evaluation leaves the random numbers alone that dropout goes on with.
-    - Telemetry is not sent, saving asks the hub nothing, and the model card is this package's: in
-      the output directory, where `push_to_hub` finds it, and not in every checkpoint.
+    - An evaluation does not change the random numbers that dropout draws afterwards.
+    - No telemetry is sent, and saving makes no request to the hub. The model card is this
+      package's and is written only into the output directory, where `push_to_hub` finds it.
     """
 
     lr_scheduler: Any
@@ -75,7 +75,7 @@ class AdapterTrainer(SFTTrainer):
 
     @property
     def base_model(self) -> Any:
-        """The language model, its layers adapted in place."""
+        """The language model with adapted layers."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def compute_loss(
@@ -85,7 +85,10 @@ class AdapterTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The mean over the trained tokens of the batch, or the step where it is given."""
+        """Return the mean loss over the trained tokens of the batch, or of the whole step.
+
+        ``num_items_in_batch``, if it is set, is the number of trained tokens in the step.
+        """
         if not self._compacts or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False}
@@ -101,7 +104,7 @@ class AdapterTrainer(SFTTrainer):
         return loss * scale / num_items_in_batch
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer that the arguments name, with the rates that the adapter's method wants."""
+        """Create the optimizer that the arguments name, with the adapter method's rates."""
         if self.optimizer is None and is_patched(self.base_model):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
             groups = parameter_groups(
@@ -114,9 +117,9 @@ class AdapterTrainer(SFTTrainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """A linear rise over the warm-up's share of the steps, and a linear fall.
+        """Create a linear rise over the warm-up's share of the steps, and a linear fall.
 
-        Other schedules are Trainer's, with that warm-up.
+        Other schedules are Trainer's, with the warm-up of this trainer.
         """
         if self.args.lr_scheduler_type != "linear":
             self.args.warmup_steps = int(self.warmup * num_training_steps)
@@ -133,17 +136,16 @@ class AdapterTrainer(SFTTrainer):
         return self.lr_scheduler
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate without drawing from the random stream that dropout goes on with.
+        """Evaluate without changing the random state that dropout uses.
 
-        So the losses depend neither on when there was an evaluation, nor on one being left out at
-        an interrupt.
+        So training losses do not depend on the evaluations, nor on one skipped at an interrupt.
         """
-        rng = torch.random.fork_rng(devices=[])  # a data loader draws its seed on the CPU
+        rng = torch.random.fork_rng(devices=[])  # a data loader draws a seed on the CPU
         with rng, working("Measuring the held-out loss"):
             return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, with the mean over all trained tokens as the loss."""
+        """Evaluate like Trainer's method, but average the loss over all trained tokens."""
         self._held_out.zero_()
         output = super().evaluation_loop(*args, **kwargs)
         loss, tokens = self.accelerator.reduce(self._held_out.to(self.args.device))
@@ -152,14 +154,14 @@ class AdapterTrainer(SFTTrainer):
         return output
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's, adding up the losses."""
+        """Predict like Trainer's method, and add the batch's loss and tokens to the totals."""
         tokens = (inputs["labels"][:, 1:] != IGNORE).sum().item()
         loss, *others = super().prediction_step(model, inputs, *args, **kwargs)
         self._held_out += torch.tensor([loss.item() * tokens, tokens], dtype=torch.float64)
         return loss, *others
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none here: saving does."""
+        """Do nothing: saving writes the card."""
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -174,7 +176,7 @@ class AdapterTrainer(SFTTrainer):
         self.processing_class.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load an adapter, whose dropout and scale may be others now."""
+        """Load the adapter's tensors; dropout and scale are those of the present config."""
         tensors = read_tensors(Path(resume_from_checkpoint) / WEIGHTS)
         config = patch_state(self.base_model).config
         load_tensors_into(self.base_model, config, tensors, resume_from_checkpoint)
@@ -184,6 +186,6 @@ class AdapterTrainer(SFTTrainer):
 
 
 def dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
-    """Rows in memory, as TRL takes them; its bars for every pass over them are turned off."""
+    """Make a data set of rows in memory, and turn off the progress bars of passes over it."""
     datasets.disable_progress_bars()
     return datasets.Dataset.from_list(rows)

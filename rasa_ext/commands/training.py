@@ -1,4 +1,4 @@
-"""train(options): check, load, adapt, train with TRL's SFTTrainer, and write the results."""
+"""train(options): check, load and patch, train with TRL's SFTTrainer, and write the results."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from rasa_ext.commands.results import write_results
 from rasa_ext.commands.trainer import IGNORE, AdapterTrainer, dataset
 from rasa_ext.methods import AdapterConfig, checked_choice, read_method
 
-OPEN, CLOSE = ">>>", "<<<"  # around what is trained, in the example that is shown
-_SHOWN = 400  # characters of an untrained stretch, which is cut in its middle
-# What may be another on a resume: no step depends on it.
+OPEN, CLOSE = ">>>", "<<<"  # around trained text in the printed example
+_SHOWN = 400  # characters; longer text without loss is shortened in the middle
+# Options that may change on a resume, because no step depends on them.
 _HARMLESS = frozenset({"output", "gradient_checkpointing", "eval_steps", "save_steps"})
 
 
@@ -50,16 +50,17 @@ def train(
     """Fine-tune a causal language model and write the adapter into `options.output`.
 
     The directory gets the adapter (`adapter_config.json`, `adapter_model.safetensors`), its card
-    (`README.md`), the tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the run's own
-    `finetune.yaml`, and checkpoints. Ctrl-C ends the run after the present step with a checkpoint.
+    (`README.md`), the tokenizer, `metrics.jsonl`, `loss.png`, `summary.json`, the options in
+    `finetune.yaml`, and checkpoints. Ctrl-C stops the run after the current step, with a
+    checkpoint. Returns the content of `summary.json`.
 
     Args:
-        options: what to do.
-        console: where progress is shown.
-        model: a model already loaded, which is left as it was; loaded by name where None.
-        tokenizer: its tokenizer.
+        options: options of the run.
+        console: prints the progress.
+        model: a loaded model, which is unpatched afterwards; None loads it by name.
+        tokenizer: the model's tokenizer; None loads it by name.
 
-    Raises ValueError (its message names the option or the line of data) or FileNotFoundError.
+    Raises ValueError, whose message names the option or the line of data, or FileNotFoundError.
     """
     output = Path(options.output)
     resumed = newest_whole(output, console) if options.resume else None
@@ -70,7 +71,7 @@ def train(
     examples = [read_examples(source, *names, option) for option, source in sources.items()]
     rows, marks = rows_for_sft(examples, tokenizer, options.template)
     plain = "text" in rows[0][0]
-    if plain:  # what generate reads in the record
+    if plain:  # evaluate and generate read this in the record
         options = dataclasses.replace(options, template=False)
     record = {
         **options.to_dict(),
@@ -90,7 +91,7 @@ def train(
     if model.dtype == torch.float16:
         arguments = _arguments(options, marks, plain, fp16=True)
     with warnings.catch_warnings():
-        if loaded:  # the plan's check gave this advice
+        if loaded:  # _check_plan has printed these warnings
             warnings.filterwarnings("ignore", "(rank|groups): ")
         trainer = AdapterTrainer(
             model,
@@ -105,7 +106,7 @@ def train(
         load_tensors_into(trainer.base_model, config, start, str(options.init_adapter))
         sizes = {name: getattr(config, name) for name in ("rank", "k") if hasattr(config, name)}
         size = "".join(f", {name} {value}" for name, value in sizes.items())
-        console.print(f"Training on from {options.init_adapter}: {config.title}{size}.")
+        console.print(f"Starting from {options.init_adapter}: {config.title}{size}.")
     trainer.record = json.dumps(record)
     trainer.remove_callback(PrinterCallback)
     prepared = (trainer.train_dataset, trainer.eval_dataset)
@@ -137,15 +138,15 @@ def train(
     result = write_results(trainer, options, stopped, trained)
     if not loaded:
         unpatch(model)
-        vars(model).pop("forward", None)  # TRL's, which can leave logits out
+        vars(model).pop("forward", None)  # TRL's own forward, which can omit logits
     return result
 
 
 def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
-    """Raise ValueError, naming the options, where a checkpoint is of another run than is asked for.
+    """Raise ValueError, naming the options, if a checkpoint's run had other options or data.
 
-    The steps behind it were made with what it says, so no run that goes on otherwise is the one
-    that the options describe: the rate, for one, falls to zero over all steps.
+    The checkpoint's steps used its own options, so a run that continues with others would match
+    neither. For example, the learning rate falls to zero over the total number of steps.
     """
     before = json.loads((checkpoint / RUN).read_text(encoding="utf-8"))
     other = [
@@ -155,13 +156,13 @@ def _check_run(checkpoint: Path, record: Mapping[str, Any]) -> None:
     ]
     if other:
         raise ValueError(
-            f"resume: the run of {checkpoint} had other options: {'; '.join(other)}; give the "
-            "same, or another --output and no --resume."
+            f"resume: the run of {checkpoint} had other options: {'; '.join(other)}; pass the same "
+            "options, or another --output without --resume."
         )
 
 
 def _check_plan(options: FinetuneOptions) -> None:
-    """Raise ValueError where the adapter does not fit the model, whose weights are not read."""
+    """Raise ValueError if the adapter does not fit the model, before its weights are loaded."""
     model = load_skeleton(options.model)
     config, _ = _adapter(options, model)
     patch_model(model, config=config)
@@ -169,9 +170,9 @@ def _check_plan(options: FinetuneOptions) -> None:
 
 
 def _adapter(options: FinetuneOptions, model: Any) -> tuple[AdapterConfig, dict[str, Tensor]]:
-    """The adapter's config, and the tensors with which it starts; none where it is new.
+    """Return the adapter's config and initial tensors; a new adapter has no tensors here.
 
-    Of ``model``, which may be on the meta device, only names and shapes are read.
+    Only names and shapes of ``model`` are used, so it may be on the meta device.
     """
     if options.init_adapter is None:
         return options.adapter(), {}
@@ -203,7 +204,7 @@ def _load(options: FinetuneOptions) -> Any:
 
 
 def _describe_adapter(model: Any, console: Console) -> int:
-    """Say how much is trained; returns the number of trainable parameters."""
+    """Print and return the number of trainable parameters."""
     report = summary(model)
     console.print(
         f"{report.trainable:,} of {report.total:,} parameters are trained ({len(report)} groups, "
@@ -218,10 +219,10 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
     evaluate = options.eval_data is not None
     usual = {
         "optim": "adamw_torch",
-        "per_device_eval_batch_size": 2 * options.batch_size,  # nothing is kept for a backward
+        "per_device_eval_batch_size": 2 * options.batch_size,  # no activations are stored
         "save_total_limit": 2,
         "report_to": [],
-        "packing_strategy": "bfd_split" if plain else "bfd",  # which cuts longer examples
+        "packing_strategy": "bfd_split" if plain else "bfd",  # bfd cuts longer examples
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     given = parse_yaml("training_arguments", options.training_arguments)
@@ -238,7 +239,7 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         "packing": options.packing,
         "eval_packing": False,
         "assistant_only_loss": marks,
-        # The base's dtype decides; TRL would compute in bfloat16.
+        # Compute in the base's dtype; TRL's default is bfloat16.
         "bf16": False,
         "fp16": fp16,
         "gradient_checkpointing": options.gradient_checkpointing,
@@ -247,7 +248,7 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
         "logging_nan_inf_filter": False,
         "include_num_input_tokens_seen": "non_padding",
         "eval_strategy": "steps" if evaluate else "no",
-        # Below 1 it is a share of the steps: an evaluation after the last alone.
+        # Below 1 it is a share of the steps; 1 - 1e-9 evaluates only after the last step.
         "eval_steps": options.eval_steps or 1 - 1e-9,
         "eval_on_start": evaluate and not options.resume,
         "prediction_loss_only": True,
@@ -272,26 +273,26 @@ def _arguments(options: FinetuneOptions, marks: bool, plain: bool, fp16: bool = 
     available = get_available_reporting_integrations()
     if missing := set(arguments.report_to) - {*available}:
         raise ValueError(
-            "training_arguments: report_to: expected what is installed "
+            "training_arguments: report_to: expected installed integrations "
             f"({', '.join(available) or 'nothing'}), got {', '.join(missing)}."
         )
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process, one GPU: DataParallel would copy the model every step
+        arguments._n_gpu = 1  # with more, DataParallel would copy the model in every step
     return arguments
 
 
 def describe_rows(
     source: str, given: int, prepared: Any, options: FinetuneOptions, console: Console
 ) -> None:
-    """Count what a prepared data set has to learn, and what was left out or cut.
+    """Print the number of tokens with a loss, and of examples that were omitted or cut.
 
-    Raises DataError if nothing is left.
+    Raises DataError if no example is left.
     """
     length = options.seq_len
     if not len(prepared):
         raise DataError(
-            f"seq_len: within {length} tokens none of the {given} examples has a completion token "
-            "to train on; raise --seq-len or shorten the prompts."
+            f"seq_len: none of the {given} examples has a completion token within {length} tokens; "
+            "raise --seq-len or shorten the prompts."
         )
     labels = prepared["labels"]
     learnt = sum(label != IGNORE for row in labels for label in row)
@@ -301,8 +302,8 @@ def describe_rows(
     dropped, cut = given - len(prepared), sum(len(row) == length for row in labels)
     if not packed and (dropped or cut):
         console.print(
-            f"--seq-len {length}: {dropped:,} of them have no completion token within it and are "
-            f"left out; {cut:,} more reach it and may be cut there.",
+            f"--seq-len {length}: {dropped:,} examples have no completion token within this length "
+            f"and are left out; {cut:,} more reach it and may be cut.",
             style="yellow",
         )
 
@@ -310,7 +311,7 @@ def describe_rows(
 def show_example(
     row: Mapping[str, Any], tokenizer: Any, console: Console, *, plain: bool = False
 ) -> None:
-    """Print a row as the model sees it, what is trained within `OPEN` and `CLOSE`."""
+    """Print a row as the model sees it, with trained text inside `OPEN` and `CLOSE`."""
     text = Text()
     for trained, stretch in marked(row, tokenizer):
         if trained:
@@ -320,12 +321,12 @@ def show_example(
         else:
             text.append(f"{stretch[: _SHOWN // 2]} [...] {stretch[-_SHOWN // 2 :]}")
     kind = "The first example, plain text without a chat template" if plain else "The first example"
-    console.print(f"{kind}; what is trained stands in {OPEN} {CLOSE}:", style="dim")
+    console.print(f"{kind}; trained text is inside {OPEN} {CLOSE}:", style="dim")
     console.print(text)
 
 
 def marked(row: Mapping[str, Any], tokenizer: Any) -> list[tuple[bool, str]]:
-    """The stretches of a row's text, each with whether its tokens carry a loss."""
+    """Split a row's text into stretches with and without loss, as pairs (has loss, text)."""
     pairs = zip(row["input_ids"], row["labels"], strict=True)
     return [
         (trained, tokenizer.decode([token for token, _ in stretch]))

@@ -55,7 +55,7 @@ def found(run: Path) -> tuple[Path, str]:
 
 
 def test_the_newest_is_taken(run):
-    assert found(run) == (run / "checkpoint-10", f"Going on from {run / 'checkpoint-10'}.\n")
+    assert found(run) == (run / "checkpoint-10", f"Resuming from {run / 'checkpoint-10'}.\n")
 
 
 @pytest.mark.parametrize("damage", [cut, rot, Path.unlink])
@@ -69,7 +69,7 @@ def test_a_damaged_newest_is_named_and_the_one_before_taken(name, damage, run):
         assert chosen == run / "checkpoint-10"
         return
     assert chosen == run / "checkpoint-9"
-    assert text == (f"{run / 'checkpoint-10'} is damaged.\nGoing on from {run / 'checkpoint-9'}.\n")
+    assert text == (f"{run / 'checkpoint-10'} is damaged.\nResuming from {run / 'checkpoint-9'}.\n")
 
 
 @pytest.mark.parametrize("name", ["trainer_state.json", "adapter_config.json", "run.json"])

@@ -251,7 +251,7 @@ def test_a_missing_config_file(tmp_path):
     [
         ("merge nowhere -o o", "adapter: expected an adapter's directory, but nowhere does"),
         ("inspect data.jsonl", "expected an adapter's directory, but data.jsonl is a file. To"),
-        ("merge tuned -o o", "tuned/adapter_config.json names this base; --mode"),
+        ("merge tuned -o o", "tuned/adapter_config.json names this base; pass --mode"),
         ("import-lora data.jsonl -o o", "lora: expected an adapter's directory, but data"),
         ("generate tuned --temperature nan", "temperature: expected at least 0, got nan"),
         ("generate tuned --max-new-tokens 0", "max_new_tokens: expected at least 1, got 0"),

@@ -156,10 +156,10 @@ def test_seq_len_cuts_the_end_and_drops_what_has_nothing_left_to_learn(tmp_path)
     learnt = sum(label != IGNORE for label in whole["labels"][:cut])
     text = said(rows, 2, cut, tmp_path)
     assert f"2 examples, {learnt} tokens to learn" in text
-    assert f"--seq-len {cut}: 1 of them have no completion token within it" in text
-    assert "left out; 1 more reach it and may be cut there" in text
+    assert f"--seq-len {cut}: 1 examples have no completion token" in text
+    assert "left out; 1 more reach it and may be cut" in text
     rows = prepared(examples[1:], tokenizer, tmp_path, template=False, max_length=5)
-    with pytest.raises(DataError, match=r"seq_len: within 5 tokens none of the 1 examples"):
+    with pytest.raises(DataError, match=r"seq_len: none of the 1 examples .* within 5 tokens"):
         said(rows, 1, 5, tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_a_bad_line_names_file_line_and_what_was_expected(tmp_path, line):
     text = str(caught.value)
     assert text.startswith(
         f"{path}, line 3: expected an object with the strings 'prompt' and 'completion', the last "
-        "not empty (--prompt-field and --completion-field give other names), with 'messages'"
+        "not empty (--prompt-field and --completion-field set other names), with 'messages'"
     )
     assert text.endswith(f", got {line}." if len(line) <= 100 else "....")
 
@@ -340,7 +340,7 @@ def test_plain_text_is_learnt_whole_without_a_template(suffix, tmp_path):
         [(True, f"{row['text']}<|end|>")] for row in rows
     ]
     show_example(learnt[0], tokenizer, Console(file=text, width=200), plain=True)
-    assert "first example, plain text without a chat template; what is trained" in text.getvalue()
+    assert "first example, plain text without a chat template; trained text" in text.getvalue()
     assert f"{OPEN}  what is 2, 3?<|end|>{CLOSE}" in text.getvalue()
 
 

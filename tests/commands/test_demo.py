@@ -71,7 +71,7 @@ def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
     assert good.exit_code == 0, good.output
     for text in ("exact match", "loss per solution token", "before:", "after:", "loss.png"):
         assert text in good.output
-    next_steps = good.output.partition("Go on with the model")[2].splitlines()
+    next_steps = good.output.partition("Continue with the model")[2].splitlines()
     asked = next(line for line in next_steps if "rasa-ext generate" in line)
     again = CliRunner().invoke(app, shlex.split(asked)[1:])
     assert again.exit_code == 0, again.output
@@ -81,7 +81,7 @@ def test_a_disagreement_is_an_error(tiny_base, tmp_path, monkeypatch):
     monkeypatch.setattr(peft.PeftModel, "from_pretrained", lambda model, _: Unread(model))
     bad = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "bad")])
     assert bad.exit_code == 1
-    assert "The three differ" in bad.output
+    assert "Adapter, merged model and LoRA differ" in bad.output
 
 
 def test_an_earlier_demo_is_only_deleted_when_asked_and_nothing_else_ever(tmp_path, tiny_base):

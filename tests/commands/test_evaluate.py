@@ -74,7 +74,7 @@ def test_exact_match_counts_what_a_rule_finds(folder, monkeypatch):
     assert "50.0%" in invoke(*words, "--answer-pattern", r"(\d)(?=,| and)")
     assert "100.0%" in invoke(*words, "--limit", 2, "--answer-pattern", r"[01]$")
     text = invoke(*words, "--answer-pattern", "X=(.*)")
-    assert "No exact match: not every completion has an answer by X=(.*)" in text
+    assert "No exact match: some completions have no answer to match, by the rule X=(.*)" in text
 
 
 def test_a_rule_takes_the_last_match():

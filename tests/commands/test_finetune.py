@@ -243,7 +243,7 @@ def test_a_run_that_replaces_another_keeps_none_of_the_checkpoints(options):
 
 def test_the_base_is_not_replaced(options, base):
     before = content(base)
-    with pytest.raises(ValueError, match="output: expected another directory than that of what"):
+    with pytest.raises(ValueError, match="output: expected a directory other than those of the"):
         run(options, output=str(base), overwrite=True)
     assert content(base) == before
 
@@ -255,7 +255,7 @@ def test_a_checkpoint_cut_off_while_being_written_is_passed_over(options):
     (last / "trainer_state.json").unlink()
     result, text = run(options, max_steps=4, resume=True)
     assert f"{last} is damaged." in text
-    assert f"Going on from {last.parent / 'checkpoint-3'}" in " ".join(text.split())
+    assert f"Resuming from {last.parent / 'checkpoint-3'}" in " ".join(text.split())
     assert result["step"] == 4
 
 
@@ -419,7 +419,7 @@ def test_float16_without_a_gpu_is_refused(options):
         ({"target_modules": ","}, "target_modules: expected 'all-linear'"),
         ({"model": "nowhere.gguf"}, "model: the file nowhere.gguf does not exist"),
         ({"training_arguments": "pigeon"}, "training_arguments: expected YAML such as"),
-        ({"training_arguments": "report_to: pigeon"}, "report_to: expected what is installed ("),
+        ({"training_arguments": "report_to: pigeon"}, "report_to: expected installed integrations"),
         ({"training_arguments": "pigeon: 1"}, "training_arguments: SFTConfig has no pigeon."),
         ({"training_arguments": "max_grad_nrm: 1"}, "no max_grad_nrm; did you mean max_grad_norm?"),
         ({"training_arguments": "max_grad_norm: one"}, "norm: expected a number, got 'one'"),

@@ -61,7 +61,7 @@ def test_an_adapter_is_trained_on_from_what_it_computes(name, said, folder, opti
     read = PeftModel.from_pretrained if name == "peft" else rasa_ext.load_adapter
     expected = logits(read(before, start).eval())
     text = run(options, init_adapter=str(start), lr=STILL, max_steps=1)[1]
-    assert f"Training on from {start}: {said}." in text
+    assert f"Starting from {start}: {said}." in text
     model = rasa_ext.load_adapter(load(folder / "base"), options.output).eval()
     torch.testing.assert_close(logits(model), expected)
     _, again = run(options, init_adapter=str(start), overwrite=True)
@@ -115,7 +115,7 @@ def test_an_adapter_of_another_model_is_refused(folder, options, tmp_path):
 
 
 def test_an_adapter_in_place_of_a_model_names_the_option_for_it(folder):
-    message = f"give the adapter's base .* pass the base and `--init-adapter {folder / 'rasa'}` to"
+    message = f"pass the adapter's base .* pass the base and `--init-adapter {folder / 'rasa'}` to"
     with pytest.raises(ValueError, match=message):
         FinetuneOptions(str(folder / "rasa"), "d")
 
@@ -187,5 +187,5 @@ def test_a_gguf_is_not_quantized_again(tmp_path):
 
 
 def test_an_adapter_is_not_overwritten_by_the_run_that_begins_with_it(options, folder):
-    with pytest.raises(ValueError, match="output: expected another directory than that of what"):
+    with pytest.raises(ValueError, match="output: expected a directory other than those of the"):
         run(options, init_adapter=str(folder / "rasa"), output=str(folder / "rasa"), overwrite=True)
