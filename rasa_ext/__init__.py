@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is public as it is first used: the command's help and checks need no torch."""
+    """Import a public name on first use, because the command's help and checks need no torch."""
     if find_spec(f"rasa_ext.{name}") is not None:
         return import_module(f"rasa_ext.{name}")
     value = getattr(import_module("rasa_ext.api"), name)

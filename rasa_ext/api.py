@@ -1,4 +1,4 @@
-"""The public names, which ``rasa_ext`` gives as they are first used."""
+"""The public names, which ``rasa_ext`` imports on first use."""
 
 from rasa_ext import checkpoint, distributed, methods, patching, training
 from rasa_ext._version import __version__

@@ -1,4 +1,4 @@
-"""The configs, where users import them: see ``methods`` for what each means."""
+"""The configs under the name that users import; ``methods`` documents their fields."""
 
 from rasa_ext.methods.base import ALL_LINEAR, AdapterConfig
 from rasa_ext.methods.rasa import RasaConfig
