@@ -1,4 +1,7 @@
-"""Classify texts: an adapter, and a new head trained in full. python examples/classification.py"""
+"""Classify texts with an adapter and a new head trained in full.
+
+python examples/classification.py
+"""
 
 from transformers import (
     AutoModelForSequenceClassification,

@@ -1,4 +1,4 @@
-"""GRPO: a reward for completions, which the model writes itself. python examples/grpo.py"""
+"""GRPO: a reward for the model's own completions. python examples/grpo.py"""
 
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -11,7 +11,7 @@ ROWS = [{"prompt": f"What is {i} plus {i}?", "answer": str(i + i)} for i in rang
 
 
 def correct(completions, answer, **_):
-    """1 for a completion that has the answer in it, else 0."""
+    """Return 1 for a completion that contains the answer, else 0."""
     return [float(right in text) for text, right in zip(completions, answer, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""T5: encoder and decoder have pools of their own. python examples/seq2seq.py"""
+"""T5: encoder and decoder have separate pools. python examples/seq2seq.py"""
 
 from transformers import (
     AutoModelForSeq2SeqLM,

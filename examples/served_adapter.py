@@ -1,7 +1,7 @@
-"""ServedAdapter: a vLLM server that follows an adapter in training, for TRL's GRPOTrainer.
+"""ServedAdapter: keep the LoRA of a vLLM server up to date in training, for TRL's GRPOTrainer.
 
-Only the adapter travels, as an exact LoRA. The server keeps its base. Copy this file beside your
-script; docs/rl.md shows the use.
+Only the adapter is sent, as an exact LoRA; the server keeps its base model. Copy this file beside
+your script. docs/rl.md shows how to use it.
 """
 
 from __future__ import annotations
@@ -25,38 +25,39 @@ import rasa_ext
 import rasa_ext.peft
 
 _PASSING = (502, 503, 504)
-"""What a server answers while it starts, or a proxy before it."""
+"""HTTP codes of a server that is starting, or of a proxy in front of it."""
 
 
 class ServerError(RuntimeError):
-    """A server that refused a request, or gave no answer."""
+    """The server refused a request, or did not answer."""
 
 
 class ServedAdapter(TrainerCallback):
-    """Keep a server's LoRA that of the model in training, and let it complete prompts.
+    """Send a server the adapter of the model in training, and generate completions there.
 
-    As training begins, and after every step, the adapter is written as a LoRA into a new folder,
-    exactly, and the server is told to load it; then the one before is unloaded and removed. The
-    last one stays. Every LoRA has a name and a folder of its own: by these, and not by what is in
-    it, vLLM tells the cached keys and values of prompts apart; and one that was loaded in place of
-    another of its name it reads from the disk again at every step.
+    At the start of training, and every ``every`` steps, the adapter is exported exactly, as a LoRA
+    in a new folder. The server loads it, and the previous LoRA is unloaded and removed. The last
+    one stays. Every LoRA has a new name and folder, for two reasons. vLLM caches keys and values of
+    prompts by name and folder, not by content. And if a LoRA replaces another of equal name, vLLM
+    reads it from disk again at every step.
 
-    With TRL's GRPOTrainer, pass it in ``callbacks`` and its ``rollout`` as ``rollout_func``.
+    With TRL's GRPOTrainer, pass the object in ``callbacks`` and its ``rollout`` as
+    ``rollout_func``.
 
     Args:
-        server: the address of a vLLM server that was started with ``--enable-lora`` and
+        server: address of a vLLM server that was started with ``--enable-lora`` and
             ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``.
-        directory: where the LoRAs are written; the server must find it under the same path.
-        name: what their names begin with.
-        every: the number of optimizer steps from one LoRA to the next.
+        directory: folder for the LoRAs, which must have this path on the server too.
+        name: prefix of the LoRAs' names.
+        every: number of optimizer steps between two LoRAs.
         adapter_name: the adapter's name in a PEFT model.
         timeout: seconds to wait for an answer.
-        tries: how often to send a request that gets none.
+        tries: how often to send a request that gets no answer.
 
     Raises:
         ValueError: in the constructor, ``every`` or ``tries`` is below 1.
-        ServerError: while training, the server refuses, or does not answer.
-        OSError: while training, a LoRA cannot be written; the server then keeps the one before.
+        ServerError: in training, the server refuses a request or does not answer.
+        OSError: in training, a LoRA cannot be written; the server then keeps the previous one.
 
     Example:
         >>> from served_adapter import ServedAdapter
@@ -83,50 +84,52 @@ class ServedAdapter(TrainerCallback):
         self.every, self.adapter_name = every, adapter_name
         self.timeout, self.tries = timeout, tries
         self.served: str | None = None
-        """The name of the LoRA that the server has now."""
-        self._prefix = f"{name}-{uuid.uuid4().hex[:6]}"  # another run may have left its own
+        """Name of the LoRA on the server, or None before training."""
+        # Random, because LoRAs of another run may still be on the server or in the folder.
+        self._prefix = f"{name}-{uuid.uuid4().hex[:6]}"
         self._step = -1
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Send the adapter that training begins with."""
+        """Send the initial adapter."""
         self._send_from_first(state, model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        """Send the adapter as the step has left it."""
+        """Send the adapter after every ``every``-th step."""
         if state.global_step % self.every == 0:
             self._send_from_first(state, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        """Send what was trained, unless the last step did."""
+        """Send the trained adapter, unless the last step has sent it."""
         if state.global_step != self._step:
             self._send_from_first(state, model)
 
     def _send_from_first(self, state: Any, model: nn.Module) -> None:
-        """Let the first process send, and tell the others the name when the server has it."""
+        """Send from the first process, then broadcast the LoRA's name to the others."""
         if state.is_world_process_zero:
             self.send(model, state.global_step)
         names = [self.served]
-        broadcast_object_list(names)  # at once where there is one process
+        broadcast_object_list(names)  # does nothing with one process
         self.served, self._step = names[0], state.global_step
 
     def send(self, model: nn.Module, step: int) -> str:
-        """Write the adapter's LoRA, have it loaded, and unload the one before.
+        """Write the adapter as a LoRA, load it on the server, and unload the previous one.
 
         Args:
             model: a patched model, or a PEFT model with an adapter of this package.
-            step: which the name ends in; larger than the last one.
+            step: number at the end of the LoRA's name; larger than the previous one.
 
         Returns:
-            The name under which the server has it.
+            The LoRA's name on the server.
 
         Raises:
-            ServerError, OSError: as in training.
+            ServerError: the server refuses a request or does not answer.
+            OSError: the LoRA cannot be written; the server keeps the previous one.
         """
         name, before = f"{self._prefix}-{step}", self.served
         folder = self.directory.resolve() / name
         folder.mkdir(parents=True)
         try:
-            # The reader is known: what other readers leave out does not matter.
+            # Only vLLM reads this LoRA, so parts that other programs would drop are allowed.
             if isinstance(model, PeftModel):
                 rasa_ext.peft.export_lora(
                     model, folder, self.adapter_name, allow_dropped=True, card=None
@@ -144,19 +147,19 @@ class ServedAdapter(TrainerCallback):
         return name
 
     def rollout(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
-        """Let the server complete prompts, one completion each: a ``rollout_func`` of TRL's.
+        """Generate one completion per prompt on the server, as TRL's ``rollout_func``.
 
         Args:
             prompts: texts, or conversations.
-            trainer: the GRPOTrainer, whose arguments say how to draw.
+            trainer: the GRPOTrainer; its arguments set the sampling.
 
         Returns:
-            ``prompt_ids``, ``completion_ids`` and ``logprobs`` of the latter, each a list for
-            every prompt.
+            ``prompt_ids``, ``completion_ids`` and the completions' ``logprobs``, each with one list
+            per prompt.
 
         Raises:
-            RuntimeError: nothing was sent yet, as if the callback had been left out.
-            ServerError: the server refuses, or does not answer.
+            RuntimeError: no LoRA was sent yet, usually because the object is not in ``callbacks``.
+            ServerError: the server refuses a request or does not answer.
         """
         if self.served is None:
             raise RuntimeError("callbacks: expected this ServedAdapter there too; nothing is sent.")
@@ -189,7 +192,7 @@ class ServedAdapter(TrainerCallback):
         try:
             self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         except ServerError:
-            # It also refuses what it has already, if only its first answer was lost.
+            # The server also refuses a LoRA that it has: if its first answer was lost, for example.
             if not self._has(name):
                 raise
 
@@ -203,11 +206,11 @@ class ServedAdapter(TrainerCallback):
         try:
             self._ask("/v1/unload_lora_adapter", {"lora_name": name})
         except ServerError:
-            if self._has(name):  # and not a server that was started anew
+            if self._has(name):  # a restarted server no longer has the LoRA, which is no error
                 raise
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        """Give the answer, from JSON if it is that; a POST if there is a body."""
+        """Send a request (POST if there is a body) and return its answer, decoded if it is JSON."""
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(f"{self.server}{path}", data, headers)
@@ -233,7 +236,7 @@ class ServedAdapter(TrainerCallback):
 
 
 def _tokens(prompts: list[Any], trainer: Any) -> list[list[int]]:
-    """Tokenize as the trainer does where it generates itself."""
+    """Tokenize like the trainer's own generation."""
     tokenizer = trainer.processing_class
     if isinstance(prompts[0], str):
         found: list[list[int]] = tokenizer(text=prompts)["input_ids"]
