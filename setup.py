@@ -1,11 +1,11 @@
-"""Build script. The metadata lives in pyproject.toml; the compiled part is declared here.
+"""Build script for the compiled part. The metadata is in pyproject.toml.
 
-The CUDA kernels of csrc/ attach themselves to operator schemas that the Python package defines, so
-an install without them is complete: every operator has a PyTorch kernel. They are compiled when the
-environment has a CUDA build of torch and nvcc; no GPU need be there. Environment variables:
+The CUDA kernels of csrc/ are optional: every operator also has a PyTorch kernel, and the Python
+package defines the operators' schemas. The kernels are compiled if the environment has a CUDA build
+of torch, and nvcc; no GPU is needed. Environment variables:
 
-- RASA_EXT_CUDA: ``auto`` (the default), ``1`` to fail where they cannot be compiled, ``0`` to skip.
-- TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX: as torch.utils.cpp_extension reads them.
+- RASA_EXT_CUDA: ``auto`` (default), ``1`` to fail if they cannot be compiled, ``0`` to skip them.
+- TORCH_CUDA_ARCH_LIST, MAX_JOBS, CUDA_HOME, CXX: read by torch.utils.cpp_extension.
 """
 
 import os
@@ -23,24 +23,24 @@ sys.path.insert(0, str(ROOT))
 
 from build_support import extension, toolchain  # noqa: E402
 
-# setup.py also runs to answer questions about metadata, which need no look at any toolchain.
+# setup.py also runs to produce metadata, which needs no toolchain.
 BUILDING = {"build", "build_ext", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
 class BuildWithReason(build_py):
-    """Leaves the reason of an install without kernels where ``cuda_status`` reads it."""
+    """A build_py that stores why there are no kernels, for ``cuda_status``."""
 
     reason = ""
 
     def run(self) -> None:
-        """Copies the package, and writes the reason into the copy."""
+        """Copy the package, and write the reason into the copy."""
         super().run()
         if self.reason and not self.editable_mode:
             (Path(self.build_lib) / "rasa_ext" / "_no_kernels.txt").write_text(self.reason + "\n")
 
 
 def arguments() -> dict:
-    """What ``setup`` is told beyond pyproject.toml."""
+    """Return the arguments of ``setup`` that pyproject.toml does not have."""
     mode = os.environ.get("RASA_EXT_CUDA", "auto")
     if mode not in ("0", "1", "auto"):
         raise SystemExit(f"RASA_EXT_CUDA: expected 0, 1 or auto, got {mode!r}.")
@@ -62,7 +62,10 @@ def arguments() -> dict:
 
 
 def description() -> str:
-    """The README as a package page can show it: its links lead to the tag, or are left out."""
+    """Return the README for a package page, with links to the tag, or without its links.
+
+    Links need the repository's address in pyproject.toml.
+    """
     text = (ROOT / "README.md").read_text()
     urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"].get("urls", {})
     if "Repository" not in urls:

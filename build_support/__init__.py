@@ -1,1 +1,1 @@
-"""Build-time code: never installed, never imported by the package."""
+"""Build-time code, which is neither installed nor imported by the package."""

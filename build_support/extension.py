@@ -1,7 +1,7 @@
-"""Declares the compiled library: one file for every torch from 2.10 on and every Python from 3.10.
+"""Declare the compiled library.
 
-It uses nothing but torch's stable ABI and has no Python module in it, so neither version is part of
-its name or of its symbols; one build serves one CUDA major.
+It uses only torch's stable ABI and contains no Python module. So one build works with torch 2.10
+or newer and with any Python from 3.11, for one CUDA major version.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from build_support.toolchain import Toolchain, supported_archs
 
-# Hopper's and Blackwell's 100 and 120 share no binary with each other; the PTX serves what follows.
+# 9.0, 10.0 and 12.0 cannot run each other's binaries. PTX is added for newer GPUs.
 ARCHS = ("8.0", "9.0", "10.0", "12.0")
 TARGET = "0x020a000000000000"  # the oldest torch that the library runs under: 2.10
 DEFINES = [f"-DTORCH_TARGET_VERSION={TARGET}", "-DUSE_CUDA"]
@@ -20,14 +20,14 @@ PYTHON = "cp311"
 
 
 def sources(root: Path) -> list[str]:
-    """Every file that is compiled, relative to ``root``."""
-    # Paths must be relative to setup.py, or they end up in the build folder's layout.
+    """Return the paths of all source files to compile, relative to ``root``."""
+    # Relative to setup.py, because absolute paths would become part of the build folder's layout.
     found = [*root.glob("csrc/*.cpp"), *root.glob("csrc/*.cu"), *root.glob("csrc/cuda/*.cu")]
     return sorted(str(path.relative_to(root)) for path in found)
 
 
 def arguments(found: Toolchain, root: Path) -> dict:
-    """``ext_modules``, ``cmdclass`` and ``options`` for ``setup``, run from ``root``."""
+    """Return ``ext_modules``, ``cmdclass`` and ``options`` for ``setup``, run from ``root``."""
     _use(found)
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
 
@@ -38,7 +38,7 @@ def arguments(found: Toolchain, root: Path) -> dict:
         include_dirs=[str(root / "csrc")],
         depends=sorted(str(path) for path in root.glob("csrc/**/*.*h")),
         extra_compile_args={
-            # Last of all include folders, so that only cuBLAS comes from it.
+            # The last include folder, so that only cuBLAS headers are read from it.
             "cxx": ["-O2", *warnings, *DEFINES, "-idirafter", str(found.cublas_include)],
             "nvcc": ["-O3", "--ptxas-options=-v", *DEFINES],
         },
@@ -57,14 +57,14 @@ def arguments(found: Toolchain, root: Path) -> dict:
 
 
 def _use(found: Toolchain) -> None:
-    """Makes torch importable and sets what its build code reads, unless the user has set it."""
+    """Make torch importable, and set its build variables unless the user has set them."""
     if str(found.site_packages) not in sys.path:
         sys.path.append(str(found.site_packages))
     os.environ.setdefault("CUDA_HOME", str(found.cuda_home))
-    # Left to itself torch would look for visible GPUs.
+    # By default torch compiles for the visible GPUs.
     if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         archs = supported_archs(found.cuda_home, ARCHS)
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs) + "+PTX"
-    # A ninja of the environment built for is used even where the build's own environment has none.
+    # Find the target environment's ninja too, as an isolated build environment may have none.
     scripts = found.site_packages.parents[2] / "bin"
     os.environ["PATH"] = os.pathsep.join((os.environ.get("PATH", os.defpath), str(scripts)))

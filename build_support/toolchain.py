@@ -1,7 +1,7 @@
-"""Finds what the CUDA kernels are compiled with: the torch to build for, nvcc and cuBLAS.
+"""Find the torch, nvcc and cuBLAS with which to compile the CUDA kernels.
 
-Nothing here imports torch, needs a GPU or downloads anything; whatever is missing is said in a
-``Missing`` with one sentence.
+Nothing here imports torch, needs a GPU or downloads anything. ``Missing`` names a missing part in
+one sentence.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ MIN_TORCH = (2, 10)
 
 
 class Missing(Exception):
-    """Something the kernels need is not there; the message is one sentence without a full stop."""
+    """A part that the kernels need is missing. The message is one sentence without a full stop."""
 
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What a build uses."""
+    """The torch, CUDA toolkit and cuBLAS of a build."""
 
-    site_packages: Path  # where the torch to build for is installed
-    torch: str  # its version, such as 2.11.0+cu130
+    site_packages: Path  # has the torch to build for
+    torch: str  # torch's version, such as 2.11.0+cu130
     cuda_home: Path
     cublas_include: Path
     cublas_libraries: tuple[Path, Path]  # libcublas and libcublasLt
 
 
 def find() -> Toolchain:
-    """The toolchain for this environment, or ``Missing``."""
+    """Find the toolchain of this environment. Raises ``Missing``."""
     site_packages = _torch_site()
     version, cuda = _torch_version(site_packages)
     if cuda is None:
@@ -50,7 +50,7 @@ def find() -> Toolchain:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         raise Missing(f"there is no C++ compiler ({compiler})")
-    # Wheels of torch bring cuBLAS as a package of its own; toolkits often come without it.
+    # Toolkits often lack cuBLAS; torch's wheels install it as a separate package.
     packages = sorted(site_packages.glob("nvidia/*"))
     header = _first((home, *packages), ("include", "targets/*/include"), "cublas_v2.h")
     folders = ("lib64", "lib", "targets/*/lib")
@@ -60,17 +60,20 @@ def find() -> Toolchain:
 
 
 def supported_archs(home: Path, wanted: tuple[str, ...]) -> list[str]:
-    """Those of ``wanted`` (such as "9.0") that the nvcc of ``home`` can compile for."""
+    """Return the architectures in ``wanted`` (such as "9.0") that ``home``'s nvcc can compile for.
+
+    If there is none, return the first one.
+    """
     listed = _output([str(home / "bin" / "nvcc"), "--list-gpu-arch"])
     known = set(re.findall(r"compute_(\d+)", listed))
     return [arch for arch in wanted if arch.replace(".", "") in known] or list(wanted[:1])
 
 
 def _torch_site() -> Path:
-    """The site-packages directory of the torch to build for.
+    """Find the site-packages directory of the torch to build for.
 
-    A build front end hides the target environment's packages from an isolated build, but runs it
-    with that environment's interpreter (pip), or under its VIRTUAL_ENV or CONDA_PREFIX (others).
+    An isolated build does not see the target environment's packages. But it runs with that
+    environment's interpreter (pip), or with its VIRTUAL_ENV or CONDA_PREFIX (other front ends).
     """
     seen = list(dict.fromkeys(path for path in _candidates() if path.is_dir()))
     for path in seen:
@@ -95,7 +98,7 @@ def _candidates() -> Iterator[Path]:
 
 
 def _torch_version(site_packages: Path) -> tuple[str, str | None]:
-    """Version and CUDA version of a torch that is installed but need not be importable here."""
+    """Read the version and CUDA version of an installed torch, without importing it."""
     text = (site_packages / "torch" / "version.py").read_text()
 
     def value(name: str) -> str | None:
@@ -106,7 +109,10 @@ def _torch_version(site_packages: Path) -> tuple[str, str | None]:
 
 
 def cuda_home(site_packages: Path) -> Path:
-    """The toolkit's root. An nvcc on PATH may be a script elsewhere, so nvcc itself is asked."""
+    """Find the toolkit's root.
+
+    An nvcc on PATH may be a script outside the toolkit, so a dry run of nvcc shows the root.
+    """
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             home = Path(os.environ[variable])
