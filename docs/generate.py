@@ -1,9 +1,9 @@
-"""Write what the documentation has from the sources: ``python docs/generate.py``.
+"""Generate the parts of the documentation that come from the sources: ``python docs/generate.py``.
 
-A page says what belongs between a comment and ``<!-- end -->``: ``<!-- options PACKAGE -->`` of
-commands, ``<!-- fields CONFIG -->``, or ``<!-- reference NAME ... -->`` from docstrings. Pictures
-and the tutorial's notebook are written, too. ``--check`` writes nothing, and fails with the names
-of the files that are not current.
+A generated part is between a comment and ``<!-- end -->``. The comment names the content:
+``<!-- options PACKAGE -->`` for commands, ``<!-- fields CONFIG -->`` for a config, or
+``<!-- reference NAME ... -->`` for docstrings. Pictures and the tutorial's notebook are generated
+too. ``--check`` writes nothing, and fails with the names of outdated files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PART = re.compile(r"(<!-- (options|fields|reference)\b(.*?)\s-->\n).*?(?=<!-- en
 
 
 def options(package: str) -> str:
-    """Every command of a package: its help text, arguments and options."""
+    """List the commands of a package, with help text, arguments and options."""
     group = typer.main.get_command(app)
     index, parts = [], []
     for name, command in group.commands.items():
@@ -46,7 +46,10 @@ def options(package: str) -> str:
 
 
 def option(parameter: typer.core.TyperOption | typer.core.TyperArgument) -> str:
-    """One option or argument. What ``--help`` adds to it changes with typer's releases."""
+    """Write the entry of an option or argument.
+
+    The help of ``--help`` is not used, because typer's additions to it change with its releases.
+    """
     names, default = [*parameter.opts, *parameter.secondary_opts], parameter.default
     if default is False:
         names = parameter.opts
@@ -62,7 +65,7 @@ def option(parameter: typer.core.TyperOption | typer.core.TyperArgument) -> str:
 
 
 def fields(name: str) -> str:
-    """The fields of a config: its own, and under a ``RasaConfig`` those that all methods share."""
+    """List a config's own fields, and for a ``RasaConfig`` also the fields that methods share."""
     shared = {each.name for each in dataclasses.fields(AdapterConfig)}
     every = [each for each in dataclasses.fields(pydoc.locate(name)) if "help" in each.metadata]
     rows = [each for each in every if each.name not in shared]
@@ -75,7 +78,7 @@ def fields(name: str) -> str:
 
 
 def reference(names: str) -> str:
-    """An index of the names, and each with its signature and docstring."""
+    """Write an index of the names, then each name with its signature and docstring."""
     index, parts = [], []
     for name in names.split():
         thing, short = pydoc.locate(name), name.rpartition(".")[2]
@@ -91,7 +94,7 @@ def reference(names: str) -> str:
 
 
 def section(title: str, body: str) -> str:
-    """One section of a docstring."""
+    """Format one section of a docstring."""
     if title == "Example":
         text, _, code = body.partition(">>>")
         return f"{escape(text)}\n```pycon\n>>>{code}\n```".strip()
@@ -102,12 +105,12 @@ def section(title: str, body: str) -> str:
 
 
 def is_config(thing: Any) -> bool:
-    """Whether it is the config of a method."""
+    """Return whether ``thing`` is the config class of a method."""
     return inspect.isclass(thing) and issubclass(thing, AdapterConfig) and thing != AdapterConfig
 
 
 def signature(name: str, thing: Any) -> str:
-    """The signature as the sources have it, over several lines where it is long."""
+    """Return the signature from the source code, broken into lines if it is long."""
     own = "__init__" in vars(thing) and not dataclasses.is_dataclass(thing)
     if inspect.isclass(thing) and (not own or issubclass(thing, tuple)):
         return f"class {name}"
@@ -123,13 +126,16 @@ def signature(name: str, thing: Any) -> str:
 
 
 def attributes(cls: type, only_methods: bool) -> list[str]:
-    """A class's fields and methods, with their first lines; a config's are the base class's."""
+    """List a class's fields and methods with the first lines of their docstrings.
+
+    A config's methods are skipped, because the base class lists them.
+    """
     (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     found = []
     for line, after in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(line, ast.AnnAssign) and not only_methods:
             text = after.value.value if isinstance(after, ast.Expr) else ""
-            if not isinstance(line.value, ast.Call):  # that of a config's field
+            if not isinstance(line.value, ast.Call):  # a call declares a config's field
                 name, kind = ast.unparse(line.target), ast.unparse(line.annotation)
                 found.append(entry(f"`{name}: {kind}`", text))
         elif isinstance(line, ast.FunctionDef) and not is_config(cls):
@@ -144,7 +150,7 @@ def attributes(cls: type, only_methods: bool) -> list[str]:
 
 
 def entry(head: str, text: str) -> str:
-    """One line of a list."""
+    """Write one line of a list."""
     return f"- {head}: {escape(' '.join(text.split()))}" if text else f"- {head}"
 
 
@@ -156,7 +162,7 @@ def escape(text: str) -> str:
 
 
 def generated() -> dict[Path, str]:
-    """The text of every file with generated parts."""
+    """Return the new text of every file with generated parts."""
     files = {DOCS / "pictures" / f"{name}.svg": svg for name, svg in pictures.draw_all().items()}
     make = {"options": options, "fields": fields, "reference": reference}
     for page in sorted(DOCS.rglob("*.md")):
@@ -170,12 +176,15 @@ def generated() -> dict[Path, str]:
 
 
 def comparable(text: str) -> str | list[str]:
-    """Of a picture what is written in it: matplotlib's releases place a line differently."""
+    """Return a picture's texts only, because matplotlib's releases place lines differently.
+
+    Return any other file whole.
+    """
     return re.findall(r"<!--(.*?)-->", text, re.DOTALL) if "<svg" in text else text
 
 
 def main() -> None:
-    """Write the files, or check them."""
+    """Write the files, or check them with ``--check``."""
     files = generated()
     if "--check" not in sys.argv:
         for path, text in files.items():

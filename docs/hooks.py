@@ -1,4 +1,4 @@
-"""What mkdocs adds while it builds the site: links to the repository, pictures as a page is lit."""
+"""Hooks of mkdocs: links to the repository, and pictures for the light and dark scheme."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PICTURE = re.compile(r'<picture>.*srcset="(.+)">\n<img src="(.+?)".* alt="(.+)">
 
 
 def on_config(config):
-    """Link to the addresses that pyproject.toml has, if any: repository, sources of pages, site."""
+    """Set the addresses of repository, page sources and site from pyproject.toml, if it has any."""
     urls = tomllib.loads(PYPROJECT.read_text())["project"].get("urls", {})
     config.site_url = urls.get("Documentation")
     if "Repository" in urls:
@@ -21,5 +21,5 @@ def on_config(config):
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Choose a picture by the page's own light, which need not be the browser's."""
+    """Select pictures by the page's color scheme, which may differ from the browser's."""
     return PICTURE.sub(r"![\3](\2#only-light)![\3](\1#only-dark)", markdown)

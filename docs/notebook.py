@@ -1,4 +1,4 @@
-"""A page of the documentation as a Jupyter notebook: its text, code and output in cells."""
+"""Convert a page of the documentation to a Jupyter notebook."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import nbformat
 from nbformat import v4
 
 BASH = "%%bash -e"
-"""Not ``!``: that is a terminal, for which bars move, and it goes on after a command that fails."""
+"""Used instead of ``!``, which is a terminal (progress bars move) and ignores failed commands."""
 LINK = re.compile(r"\[([^]]*)\]\((?!\w+:)[^)]*\)")
 BLOCK = re.compile(r"^```(python|bash|text)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 
 
 def from_markdown(page: str) -> str:
-    """JSON of the notebook.
+    """Return the JSON of the notebook.
 
-    A Python block is a code cell and a shell block one of bash; a text block right after one is
-    what it printed. Links to other pages, which do not lie beside a notebook, become their text.
+    Python blocks become code cells, shell blocks bash cells, and a text block right after them
+    their output. Links to other pages become italic text, because a notebook is used without the
+    pages.
     """
     cells: list[nbformat.NotebookNode] = []
     end = 0

@@ -1,7 +1,7 @@
-"""The pictures of the documentation, each for a light and for a dark page.
+"""The pictures of the documentation, each for a light and a dark page.
 
-Numbers in them come from the formulas below, to which tests hold the package. A picture is about as
-wide as a phone's screen, so that its text can be read there.
+The numbers in them are from the formulas below, which tests compare with the package. A picture is
+about as wide as a phone's screen, so that its text is readable there.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ WIDTH = 5.2
 
 
 def effective_rank(layers: int, rank: int, k: int) -> int:
-    """R = r - k + L*k."""
+    """Compute R = r - k + L*k."""
     return rank - k + layers * k
 
 
 def trainable_parameters(layers: int, rank: int, k: int, out: int, width: int) -> int:
-    """Of one group: A, B and pool as many as LoRA's, and a diagonal a layer."""
+    """Count one group's parameters: LoRA's number for A, B and pool, and one diagonal per layer."""
     return layers * rank * (width + out) + layers * effective_rank(layers, rank, k)
 
 
 def pool() -> Figure:
-    """LoRA's ranks above RaSA's, four layers of rank 4."""
+    """Draw LoRA's ranks above RaSA's, for four layers of rank 4."""
     layers, rank, k = 4, 4, 1
     figure, (lora, rasa) = pyplot.subplots(2, 1, figsize=(WIDTH, 4.6), layout="constrained")
     for axes, own, title in (
@@ -64,7 +64,7 @@ def pool() -> Figure:
 
 
 def matrices() -> Figure:
-    """dW_i as a product of three matrices."""
+    """Draw dW_i as a product of three matrices."""
     figure, axes = pyplot.subplots(figsize=(WIDTH, 2.6), layout="constrained")
     out, width, own, pooled = 2.6, 2.6, 0.7, 1.5
     place = 0.0
@@ -98,7 +98,7 @@ def matrices() -> Figure:
 
 
 def ranks() -> Figure:
-    """What k costs and what it gives, by the number of layers."""
+    """Plot effective rank and extra parameters over the number of layers, for each k."""
     rank, side, counts = 8, 4096, list(range(1, 81))
     figure, (upper, lower) = pyplot.subplots(
         2, 1, figsize=(WIDTH, 5.2), sharex=True, layout="constrained"
@@ -121,7 +121,7 @@ def ranks() -> Figure:
 
 
 def flow() -> Figure:
-    """What is done in weight space and what with tokens."""
+    """Draw the steps in weight space and the steps for every token."""
     figure, axes = pyplot.subplots(figsize=(WIDTH, 3.7), layout="constrained")
     for y, left, right in (
         (4.0, ("$A_i, A_S, B_i, B_S, d_i$\nfloat32, trained", PRIVATE), ("x  (M, in)", FROZEN)),
@@ -159,7 +159,7 @@ PICTURES = {"pool": pool, "matrices": matrices, "ranks": ranks, "flow": flow}
 
 
 def draw_all() -> dict[str, str]:
-    """SVG text of every picture by file name, without its ending; the same text in every run."""
+    """Return the SVG text of every picture by file name without suffix. Runs are identical."""
     drawn = {}
     for suffix, colors in (("", LIGHT), ("-dark", DARK)):
         edges = {f"{axis}tick.color": colors["axes.edgecolor"] for axis in "xy"}
@@ -176,17 +176,17 @@ def draw_all() -> dict[str, str]:
 
 
 def square(axes: Axes, x: float, y: float, color: str) -> None:
-    """One rank."""
+    """Draw one rank."""
     axes.add_patch(Rectangle((x, y), 0.8, 0.8, facecolor=color))
 
 
 def block(axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str):
-    """One matrix."""
+    """Draw one matrix."""
     axes.add_patch(Rectangle((x, y), width, height, facecolor=color, alpha=0.75))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center")
 
 
 def box(axes: Axes, x: float, y: float, width: float, text: str, color: str) -> None:
-    """One step."""
+    """Draw one step."""
     axes.add_patch(Rectangle((x, y), width, 1.2, facecolor=color, alpha=0.4))
     axes.text(x + width / 2, y + 0.6, text, ha="center", va="center")

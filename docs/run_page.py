@@ -1,7 +1,7 @@
-"""Run the blocks of a page and put what they print under them: ``python docs/run_page.py PAGE``.
+"""Run the blocks of a page and insert their output: ``python docs/run_page.py PAGE``.
 
-Blocks run in order in an empty folder, those of Python in one process. A ``text`` block right after
-one is replaced by its output, of which the middle is left out if it is long. Installs are not run.
+Blocks run in order in an empty folder; all Python blocks share one process. The output replaces the
+``text`` block right after its block, without the middle if it is long. Installs are not run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SITE_PACKAGES = sysconfig.get_path("purelib")
 
 
 def run(page: str) -> str:
-    """The page with the output of this run."""
+    """Run the blocks of a page, and return the page with the new output."""
     namespace: dict[str, object] = {"__name__": "__main__"}
 
     def run_block(block: re.Match[str]) -> str:
@@ -52,8 +52,8 @@ def run(page: str) -> str:
 
 
 def shortened(lines: list[str]) -> str:
-    """At most ``LONGEST`` lines as a narrow terminal shows them, with dots for the middle ones."""
-    stripped = (line.rstrip() for line in lines)  # a table's rows end in spaces
+    """Wrap lines at ``WIDTH``, and replace the middle by dots if there are over ``LONGEST``."""
+    stripped = (line.rstrip() for line in lines)  # rows of a table end with spaces
     wrap = functools.partial(textwrap.wrap, width=WIDTH, **AS_IT_IS)
     lines = [part for line in stripped for part in wrap(line) or [""]]
     if len(lines) > LONGEST:
