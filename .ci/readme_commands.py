@@ -1,8 +1,8 @@
-"""Prints a command of the README's section "Two commands", as it stands there.
+"""Print a command of the README's section "Two commands".
 
     python .ci/readme_commands.py demo|tests [README]
 
-Needs nothing but Python, so that what runs the command can read it before anything is installed.
+Needs only Python, so it runs before anything is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROGRAMS = {"demo": "rasa-ext demo", "tests": "pytest"}
 
 
 def read(text: str) -> dict[str, str]:
-    """The two commands by name: the section's first two blocks, each of one line."""
+    """Return the two commands by name, from the section's first two blocks of one line each."""
     section = SECTION.search(text)
     if section is None:
         raise SystemExit('README: expected a section "## Two commands"; there is none.')
@@ -37,7 +37,7 @@ def read(text: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """What the command line asks for."""
+    """Print the command that the arguments name."""
     name, *path = sys.argv[1:]
     print(read(Path(*path or [README]).read_text())[name])
 

@@ -1,9 +1,9 @@
-"""Prints the changelog's section of a release, and fails where the tag is not to be released.
+"""Print the changelog's section of a release, or fail if the tag must not be released.
 
     python .ci/release_notes.py v0.1.0
 
-The tag must be the version of rasa_ext/_version.py and of CITATION.cff, and the changelog's newest
-section must be that version's, with a date. Needs nothing but Python.
+The tag must match the version in rasa_ext/_version.py and CITATION.cff, and the changelog's newest
+section must be of that version and have a date. Needs only Python.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HEADING = re.compile(r"^## (\S+) \((.*)\)$", re.MULTILINE)
 
 
 def notes(tag: str, root: Path = ROOT) -> str:
-    """The section's text. SystemExit, saying what to do, where something does not fit the tag."""
+    """Return the section's text. Raises SystemExit, with advice, if a file contradicts the tag."""
     for name, pattern in (
         ("rasa_ext/_version.py", r'^__version__ = "(.+)"$'),
         ("CITATION.cff", r"^version: (\S+)$"),
@@ -40,7 +40,7 @@ def notes(tag: str, root: Path = ROOT) -> str:
 
 
 def main() -> None:
-    """What the command line asks for."""
+    """Print the notes of the tag in the arguments."""
     (tag,) = sys.argv[1:]
     print(notes(tag))
 
