@@ -1,4 +1,4 @@
-"""The tree of the package is its architecture: imports point one way."""
+"""Imports between the package's folders go in one direction."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# From the bottom to the top. A line may import from lines below it and, within a folder, from the
-# folder itself; "" is the root, whose names users import.
+# From the lowest level to the highest. A folder may import from itself and from earlier lines, but
+# not from other folders in its line. "" is the package's root, from which users import.
 ORDER = [
     {"_version", "base_layers", "linalg", "ops", "writing"},
     {"nn"},
@@ -34,7 +34,7 @@ def folder(module: str) -> str:
 
 
 def imported(module: str) -> set[str]:
-    """The modules of the package that a module imports, inside functions and for types, too."""
+    """Return the package's modules that a module imports, also inside functions and for types."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ IMPORTS = {module: imported(module) for module in MODULES}
 
 
 def levels(graph: dict[str, set[str]]) -> dict[str, int]:
-    """How high each stands over what it imports; raises CycleError where that goes in circles."""
+    """Return the level of each node above its imports. Raises CycleError if there is a cycle."""
     found: dict[str, int] = {}
     for each in TopologicalSorter(graph).static_order():
         found[each] = 1 + max((found[below] for below in graph[each]), default=0)
@@ -96,5 +96,5 @@ def test_contributing_lists_every_part():
 
 
 def children(path: str) -> set[str]:
-    """The folders in one that hold Python."""
+    """Return the names of the subfolders that contain Python files."""
     return {file.parent.name for file in (ROOT / path).glob("*/*.py")}

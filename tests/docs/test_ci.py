@@ -1,4 +1,4 @@
-"""What .ci/run runs, what it reads from the README, and what the runs of the tests print."""
+"""The stages of .ci/run, the commands that it reads from the README, and pytest's output."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_script_is_one_that_bash_can_read():
 
 
 def test_what_a_plain_run_of_the_tests_leaves_out_has_a_stage():
-    """All but what needs a GPU."""
+    """Every marker except gpu needs a stage in .ci/run."""
     markers = re.findall(r'^    "(\w+): ', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     stages = re.findall(r"^stage .* marked (\w+) (tests/\w+) ", RUN.read_text(), re.MULTILINE)
     assert {name for name, _ in stages} == set(markers) - {"gpu"}
@@ -84,7 +84,8 @@ def test_the_oldest_versions_are_those_of_the_metadata():
     floors = dict(re.findall(r"^(\w+)>=([\d.]+)", "\n".join(asked), re.MULTILINE))
     pins = (ROOT / "tests" / "requirements" / "oldest.txt").read_text()
     pinned = dict(re.findall(r"^(\w+)==([\d.]+)", pins, re.MULTILINE))
-    del pinned["huggingface_hub"], floors["huggingface_hub"]  # transformers needs a newer one
+    # transformers needs a newer huggingface_hub than the metadata's floor.
+    del pinned["huggingface_hub"], floors["huggingface_hub"]
     assert pinned.keys() >= {"torch", "safetensors", "transformers", "peft", "trl", "typer"}
     for name, version in pinned.items():
         assert f"{version}.".startswith(f"{floors[name]}."), (name, version)

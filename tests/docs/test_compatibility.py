@@ -1,4 +1,4 @@
-"""The page of what was run where, and that its tests are for who asks for them."""
+"""The compatibility page matches its data, and its tests run only if they are selected."""
 
 from __future__ import annotations
 

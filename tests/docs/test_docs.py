@@ -1,4 +1,4 @@
-"""README and docs: pages run from top to bottom, commands and options exist, pictures."""
+"""README and docs: pages run from top to bottom, commands and options exist, pictures match."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ sys.path.insert(0, str(ROOT / "docs"))
 import pictures  # noqa: E402
 
 RESEARCH = sorted((ROOT / "docs" / "research").glob("*.md"))
-"""Pages of rasa-ext-research, whose tests run them."""
+"""Pages of rasa-ext-research, which research/tests run."""
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
     *sorted(set((ROOT / "docs").rglob("*.md")) - set(RESEARCH)),
 ]
 FENCE = re.compile(r"^ *```(\w+)", re.MULTILINE)
 GENERATED = re.compile(r"^<!-- .*?^<!-- end -->$", re.MULTILINE | re.DOTALL)
-"""From docstrings, whose examples have tests of their own."""
+"""Parts generated from docstrings; test_docstrings.py runs their examples."""
 NOT_RUN = {
     "benchmarks.md": 1,
     "compatibility.md": 2,
@@ -54,16 +54,16 @@ NOT_RUN = {
     "solver.md": 1,
     "sora.md": 1,
 }
-"""Blocks that need what is not here, such as a GPU; each says what."""
+"""Number of blocks per page that need something missing here, such as a GPU, and say so."""
 ANSWERS = {"README.md": 1, "tutorial.md": 2}
-"""Outputs with sentences that only the real model writes."""
+"""Number of outputs per page with sentences that only the real model writes."""
 COMMANDS = typer.main.get_command(app).commands
 SERVER = "http://localhost:8000"
-"""The address of a server that takes LoRAs, on pages that speak to one."""
+"""Address of the LoRA server on pages that send requests to one."""
 
 
 def blocks(page: Path, language: str | None = None) -> list[tuple[str, str]]:
-    """(language, text) of the Python and shell blocks of a page."""
+    """Return (language, text) of a page's blocks of ``language``, by default Python and shell."""
     return [
         (kind, code)
         for kind, code in map(pages.code_of, pages.BLOCK.finditer(page.read_text()))
@@ -72,7 +72,7 @@ def blocks(page: Path, language: str | None = None) -> list[tuple[str, str]]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each command of a shell block, environment variables before it left out."""
+    """Return the words of each command in a shell block, without leading variable settings."""
     lines = text.replace("\\\n", " ").replace("&&", "\n").splitlines()
     split = [shlex.split(line, comments=True) for line in lines]
     return [words for words in map(without_variables, split) if words]
@@ -85,7 +85,7 @@ def without_variables(words: list[str]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> Path:
-    """Where the hub's cache is that pages read, and ``smollm2``."""
+    """Return a folder with the hub cache that pages read, and ``smollm2``."""
     folder = tmp_path_factory.mktemp("models")
     pages.save_models(folder)
     return folder
@@ -93,7 +93,7 @@ def models(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_page(models, tmp_path, monkeypatch, forked_python):
-    """A function that runs a page in a fresh folder; gives the outputs that differ."""
+    """Return a function that runs a page in a fresh folder and returns the outputs that differ."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(models / "hub"))
     pages.write_programs(tmp_path / "bin", forked_python)
     folder = tmp_path / "page"
@@ -129,7 +129,7 @@ def test_a_page_that_cannot_be_followed_is_seen(run_page, tmp_path):
         with pytest.raises((AssertionError, NameError)):
             run_page(page)
     page.write_text("```bash\n# Not run by the tests:\nfalse\n```\n")
-    with pytest.raises(AssertionError):  # no reason is given
+    with pytest.raises(AssertionError):  # the comment gives no reason
         run_page(page)
 
 
@@ -152,7 +152,7 @@ def test_commands_exist(page):
 def check_commands(page: Path) -> None:
     for _, text in blocks(page, "bash"):
         if not (pages.NOT_RUN.match(text) or "pip" in text):
-            continue  # it is run
+            continue  # test_a_page_can_be_followed runs it
         done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         for words in commands(text):
@@ -160,7 +160,7 @@ def check_commands(page: Path) -> None:
 
 
 def test_modules_exist():
-    """Also those that are named in a sentence or a table."""
+    """Modules in code, sentences and tables must exist."""
     text = "".join(page.read_text() for page in PAGES + RESEARCH)
     modules = set(re.findall(r"python -m ([\w.]*\w)", text))
     assert len(modules) > 20
@@ -168,7 +168,10 @@ def test_modules_exist():
 
 
 def check(words: list[str]) -> None:
-    """A command's parts that this repository decides: subcommands, options, modules, extras."""
+    """Check the parts of a command that this repository defines.
+
+    These are subcommands, options, modules, scripts and extras.
+    """
     program, *rest = words
     if program == "rasa-ext":
         assert rest[0] in COMMANDS, words

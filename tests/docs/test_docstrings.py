@@ -1,4 +1,4 @@
-"""Docstrings of the public names: their sections, and their examples run."""
+"""Docstrings of public names have all sections, and their examples run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PUBLIC |= {
         "fresh_B",
         "option",
         "read_method",
-    )  # for those who add one
+    )  # only authors of methods use these
 }
 PUBLIC |= {
     f"analysis.{name}": each
@@ -49,7 +49,7 @@ PUBLIC |= {f"routed.{each.__name__}": each for each in (routed.experts_linear,)}
 for name in ("output", "data", "models", "parsing"):
     module = importlib.import_module(
         f"rasa_ext.commands.{name}"
-    )  # what other packages' commands use
+    )  # other packages' commands use these modules
     PUBLIC |= {f"commands.{name}.{each}": getattr(module, each) for each in module.__all__}
 DOCUMENTED, FUNCTIONS = docstrings.documented(PUBLIC), docstrings.functions(PUBLIC)
 

@@ -1,4 +1,4 @@
-"""The notebook of the demo, run as Jupyter runs it, on a tiny model."""
+"""The demo's notebook runs in a Jupyter kernel, on a tiny model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TINY = {"STEPS": 12, "BATCH_SIZE": 4, "LEARNING_RATE": 1e-2, "HELD_OUT": 8, "NEW
 
 
 def parameters(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """The cell whose values a caller may set, marked as papermill wants it."""
+    """Return the cell with papermill's tag for parameters."""
     (cell,) = [each for each in book.cells if "parameters" in each.metadata.get("tags", ())]
     return cell
 
 
 def execute(book: nbformat.NotebookNode, folder: Path) -> list[str]:
-    """Run every cell in ``folder``; what each prints, and errors of those that may have one."""
+    """Run every cell in ``folder``, and return what each prints, including expected errors."""
     NotebookClient(
         book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
     ).execute()
@@ -38,7 +38,7 @@ def execute(book: nbformat.NotebookNode, folder: Path) -> list[str]:
 
 @pytest.fixture
 def book(tmp_path, monkeypatch):
-    """The notebook over a tiny model, for a few steps."""
+    """Return the notebook with parameters for a tiny model and a few steps."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     base = save_base(tmp_path / "base")
@@ -49,7 +49,7 @@ def book(tmp_path, monkeypatch):
 
 
 def test_the_notebook_runs_and_learns(book, tmp_path):
-    """And with a LoRA that is not read, the last comparison would stop it."""
+    """The notebook must run, and its last comparison must fail if the LoRA is unloaded."""
     *_, last = [cell.source for cell in book.cells if cell.cell_type == "code"]
     wrong = "lora = lora.unload()\n" + last[last.index("for name, other in") :]
     fails = {"tags": ["raises-exception"]}
@@ -61,12 +61,12 @@ def test_the_notebook_runs_and_learns(book, tmp_path):
     assert re.search(rf"^step {TINY['STEPS']}/{TINY['STEPS']}  loss", printed, re.M)
     change = float(re.search(r"by training: (\S+)", printed)[1])
     differences = dict(re.findall(r"^(.+): logits differ by (\S+)$", printed, re.M))
-    rank = 8 - 1 + 2 * 1  # of two layers
+    rank = 8 - 1 + 2 * 1  # r - k + L*k with two layers
     assert set(differences) == {"merged model", f"LoRA of rank {rank}"}
     assert all(float(each) < 1e-3 * change for each in differences.values())
     assert f"the LoRA of rank {rank} is not what was trained" in error
 
-    # What it left behind: the adapter and the merged model are one function.
+    # The saved adapter and the merged model compute equal logits.
     adapted = rasa_ext.load_adapter(
         load_model(str(tmp_path / "base"), "float32"), tmp_path / "rasa-out" / "adapter"
     )

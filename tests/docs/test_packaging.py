@@ -1,4 +1,4 @@
-"""The package as such: what importing it brings in, and what its metadata say."""
+"""The package's imports and metadata."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONAL = (
 
 
 def test_the_library_imports_only_torch_safetensors_and_regex():
-    """Imported, and where it asks what a base layer is."""
+    """Neither importing nor patching and merging may import optional packages."""
     program = (
         "import sys, torch, rasa_ext, rasa_ext.nn.functional, rasa_ext.ops; from torch import nn\n"
         "rasa_ext.merge_and_unload(rasa_ext.patch_model(nn.Sequential(nn.Linear(4, 4)), 2, k=0))\n"
@@ -48,7 +48,10 @@ def test_help_and_checks_of_options_need_no_torch(module):
 
 @pytest.mark.parametrize("repository", [None, "https://host.invalid/someone/rasa_ext"])
 def test_a_package_page_has_no_dead_link(tmp_path, monkeypatch, repository):
-    """Whether or not pyproject.toml has the repository's address. The site has the same."""
+    """All links must be absolute, with and without the repository's address in pyproject.toml.
+
+    The site must use the address too.
+    """
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "rasa_ext/_version.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

@@ -1,4 +1,4 @@
-"""What a release is checked for before it is made."""
+"""The checks before a release."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHANGELOG = (
 
 @pytest.fixture
 def tree(tmp_path):
-    """What is read of a checkout, ready for v0.2.0."""
+    """Return a folder with the files that the check reads, ready for v0.2.0."""
     (tmp_path / "rasa_ext").mkdir()
     for name in ("rasa_ext/_version.py", "CITATION.cff"):
         text = (ROOT / name).read_text()

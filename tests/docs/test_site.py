@@ -1,4 +1,4 @@
-"""What is generated: options, fields, references, the notebook, pictures; and what is printed."""
+"""Generated parts of the site are current and complete, and printed outputs are true."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TUTORIAL = ROOT / "docs" / "tutorial.md"
 
 
 def test_what_is_generated_is_current():
-    """In a process of its own: it defines the methods of research."""
+    """The check runs in another process, because it registers the methods of research."""
     program = [sys.executable, str(ROOT / "docs" / "generate.py"), "--check"]
     done = subprocess.run(program, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -134,7 +134,7 @@ def test_the_site_shows_every_picture_as_it_is_lit():
 
 @pytest.mark.parametrize("page", PAGES + RESEARCH, ids=lambda page: page.name)
 def test_code_fits_its_column(page):
-    """A line of 100 characters is what the site's column holds on a wide screen."""
+    """Lines must have at most 100 characters, the width of the site's column on a wide screen."""
     for language, text in re.findall(r"^ *```(\w+)\n(.*?)^ *```$", page.read_text(), re.M | re.S):
         for line in text.splitlines():
             assert len(line) <= 100 or language == "math", line
@@ -142,7 +142,7 @@ def test_code_fits_its_column(page):
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "research/README.md"])
 def test_links_lead_somewhere(name):
-    """Those of the site's pages are checked as it is built."""
+    """Links outside the site must lead to files; mkdocs checks those of the site's pages."""
     page = ROOT / name
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())
     links += re.findall(r'(?:src|srcset)="([^":]+)"', page.read_text())
