@@ -72,7 +72,7 @@ def export_lora(
         for layer, error in {**truncation.layers, "all": truncation.error}.items():
             table.add_row(layer, f"{error:.3g}")
         console.print(table)
-        console.print("Errors are relative to the weights' change, in the Frobenius norm.")
+        console.print("Errors are relative to the weight change, in the Frobenius norm.")
     text = serving_help(
         name,
         output.resolve(),

@@ -45,8 +45,8 @@ def generate(
     check_seed(seed)
     if prompt is None and len(targets) > 1:
         raise ValueError(
-            "prompt: expected --prompt with several models, because a chat takes one, got the "
-            f"models {', '.join(targets)}."
+            "prompt: expected --prompt with several models, because a chat takes only one model, "
+            f"got {', '.join(targets)}."
         )
     from rasa_ext.commands.measuring import each_model, trained_with_template
 

@@ -119,7 +119,7 @@ def _show_adapter(directory: Path) -> None:
     found = every_method().get(kind.lower())
     title = kind if found is None else found.title
     base = config.get("base_model_name_or_path") or "a model without a name"
-    console.print(f"An adapter of the method {title}, over {base}.", markup=False)
+    console.print(f"An adapter of the method {title} for {base}.", markup=False)
     console.print(pairs_of(settings))
     if groups:
         table = table_of("group", "L", "out x in", "private", "pooled", "R", "parameters")

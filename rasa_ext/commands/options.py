@@ -191,7 +191,7 @@ class FinetuneOptions:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_8bit: expected it without load_in_4bit, got both.")
         if self.eval_steps is not None and self.eval_data is None:
-            raise ValueError("eval_steps: expected eval_data to evaluate on as well, got none.")
+            raise ValueError("eval_steps: expected eval_data with it, got none.")
         fields = {field.name: field.default for field in dataclasses.fields(self)}
         for name in parse_yaml("training_arguments", self.training_arguments):
             if (ours := OTHER_NAMES.get(name, name)) in fields:

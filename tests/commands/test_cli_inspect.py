@@ -60,8 +60,8 @@ def test_it_says_what_it_is(tmp_path):
     rasa_ext.save_adapter(model, tmp_path / "adapter")
     rasa_ext.export_lora(model, tmp_path / "lora")
     ours, lora = invoke("inspect", tmp_path / "adapter"), invoke("inspect", tmp_path / "lora")
-    assert ours.startswith(f"An adapter of the method RaSA, over {tmp_path / 'base'}.")
-    assert lora.startswith(f"An adapter of the method LoRA, over {tmp_path / 'base'}.")
+    assert ours.startswith(f"An adapter of the method RaSA for {tmp_path / 'base'}.")
+    assert lora.startswith(f"An adapter of the method LoRA for {tmp_path / 'base'}.")
     assert "model.layers.*.mlp.up_proj 2 48 x 32 3 2 5 " in " ".join(ours.split())
     assert "model.layers.*.mlp.up_proj 2 48 x 32 5 0 5 " in " ".join(lora.split())
     assert "other tensors" not in ours + lora
