@@ -183,7 +183,7 @@ def check_differs(sources: Iterable[str | Path], output: Path, *, overwrite: boo
     for source in sources:
         if Path(source).resolve() == output.resolve():
             raise ValueError(
-                f"output: expected a directory other than those of the inputs, got {output}."
+                f"output: expected another directory than those of the inputs, got {output}."
             )
     if output.is_file():
         raise ValueError(f"output: expected a folder, but {output} is a file.")

@@ -96,7 +96,7 @@ def test_what_is_read_is_never_overwritten(command, places):
     for read in (places["base"], places[COMMANDS[command][1]]):
         before = content(read)
         text = run(command, places, read, "--overwrite", code=1)
-        assert "output: expected a directory other than those of the inputs" in text
+        assert "output: expected another directory than those of the inputs" in text
         assert content(read) == before
 
 

@@ -69,7 +69,7 @@ def test_it_says_what_it_is(tmp_path):
 
 def test_a_model_by_its_folder_or_by_option(tmp_path):
     base = save_base(tmp_path / "base")
-    assert invoke("inspect", base).startswith("A model, LlamaForCausalLM, and")
+    assert invoke("inspect", base).startswith("A new adapter for this LlamaForCausalLM:")
     assert invoke("inspect", base) == invoke("inspect", "--model", base)
     text = invoke("inspect", code=1)
     assert text == invoke("inspect", base, "--model", base, code=1)

@@ -243,7 +243,7 @@ def test_a_run_that_replaces_another_keeps_none_of_the_checkpoints(options):
 
 def test_the_base_is_not_replaced(options, base):
     before = content(base)
-    with pytest.raises(ValueError, match="output: expected a directory other than those of the"):
+    with pytest.raises(ValueError, match="output: expected another directory than those of the"):
         run(options, output=str(base), overwrite=True)
     assert content(base) == before
 

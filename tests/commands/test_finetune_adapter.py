@@ -187,5 +187,5 @@ def test_a_gguf_is_not_quantized_again(tmp_path):
 
 
 def test_an_adapter_is_not_overwritten_by_the_run_that_begins_with_it(options, folder):
-    with pytest.raises(ValueError, match="output: expected a directory other than those of the"):
+    with pytest.raises(ValueError, match="output: expected another directory than those of the"):
         run(options, init_adapter=str(folder / "rasa"), output=str(folder / "rasa"), overwrite=True)

@@ -84,7 +84,7 @@ def test_directories_that_hold_no_model(load, tmp_path):
     (tmp_path / "base" / "adapter_config.json").write_text(  # as after a save into a base's folder
         '{"base_model_name_or_path": "owner/base"}'
     )
-    with pytest.raises(ModelError, match=r"adapter's directory; give .* base \(owner/base\)"):
+    with pytest.raises(ModelError, match=r"adapter's directory; pass .* base \(owner/base\)"):
         load(str(tmp_path / "base"))
 
 
