@@ -123,7 +123,7 @@ def trained_state(root: nn.Module) -> dict[str, Tensor]:
 
 
 def _nothing_missing(model: nn.Module, keys: Any) -> None:
-    """Hook: accept a state of exactly the trained tensors, which leaves the base unchanged."""
+    """Accept a state of exactly the trained tensors, which leaves the base unchanged: a hook."""
     missing = set(keys.missing_keys)
     if missing and missing == set(model.state_dict()) - set(trained_state(model)):
         keys.missing_keys.clear()
