@@ -1,1 +1,1 @@
-"""Methods and optimizers of papers about low-rank adaptation, on the public names of rasa_ext."""
+"""Methods and optimizers from papers on low-rank adaptation, built on rasa_ext's public API."""

@@ -1,4 +1,4 @@
-"""A callback of transformers' Trainer for steps between those of the optimizer."""
+"""A callback for transformers' Trainer that runs extra steps between optimizer steps."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def step_callback(
     before: Callable[[], object] = lambda: None,
     end: Callable[[], str] | None = None,
 ) -> TrainerCallback:
-    """Make a callback that does the steps, and keeps their state in Trainer's checkpoints.
+    """Make a callback that runs extra steps and stores their state in Trainer's checkpoints.
 
     Args:
-        steps: has ``step``, which follows each step of the optimizer, ``state_dict``, of numbers
-            and strings, and ``load_state_dict``.
-        before: called before each step of the optimizer, when gradients are there.
-        end: called at the end of a training that was not stopped before; its text is printed.
+        steps: an object with ``step``, called after each optimizer step, ``state_dict``, which
+            returns numbers and strings, and ``load_state_dict``.
+        before: called before each optimizer step, when gradients are available.
+        end: called at the end, if training was not stopped early; the returned text is printed.
     """
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
@@ -54,5 +54,5 @@ def step_callback(
                 if state.is_world_process_zero:
                     print(text)
 
-    StepCallback.__name__ = name  # under which Trainer stores the state
+    StepCallback.__name__ = name  # Trainer stores the state under this name
     return StepCallback()

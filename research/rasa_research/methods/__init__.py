@@ -1,4 +1,4 @@
-"""Methods of papers, one config each, which rasa_ext knows as its own once this is installed."""
+"""Methods from papers, one config each. rasa_ext finds them once this package is installed."""
 
 from rasa_research.methods.block_lora import BlockLoraConfig
 from rasa_research.methods.boosted_lora import BoostedLoraConfig

@@ -1,4 +1,4 @@
-"""Block-LoRA: blocks of ranks that share one A, which is a LoRA whose B moves faster."""
+"""Block-LoRA: blocks of ranks share one A. It equals a LoRA with a higher learning rate for B."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from rasa_ext.methods import (
 class BlockLoraConfig(AdapterConfig):
     """The config of a Block-LoRA (arXiv 2501.16720): n blocks B_i share one A of rank r / n.
 
-    dW = s (B_1 + ... + B_n) A with A (r/n, in) and B_i (out, r/n), s = alpha / r. From zeros and
-    under an optimizer that treats every number alike, the blocks get one gradient and stay equal,
-    so that this keeps their sum alone, as B, which then moves n times as fast:
-    ``rasa_ext.training.parameter_groups`` gives B that rate. The paper leaves its initialisation
-    and its scale open; they are this package's choice.
+    dW = s (B_1 + ... + B_n) A with A (r/n, in) and B_i (out, r/n), s = alpha / r. All blocks start
+    at zero. An optimizer that treats all parameters alike then gives them equal steps, so they stay
+    equal. This package stores only their sum, B, which needs n times the learning rate:
+    ``rasa_ext.training.parameter_groups`` sets it. The paper does not specify initialisation and
+    scale; this package chooses them.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -53,7 +53,7 @@ class BlockLoraConfig(AdapterConfig):
     blocks: int = option(2, "n, the blocks that share A; it divides the rank.")
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form."""
+        """Check every field and convert it to the canonical form."""
         super().__post_init__()
         if checked_integer("blocks", self.blocks) < 1 or self.rank % self.blocks:
             raise ValueError(
@@ -61,16 +61,19 @@ class BlockLoraConfig(AdapterConfig):
             )
 
     def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
-        """Let B, the sum of n blocks, move n times as fast; the rate multiplies its decay."""
+        """Return factors for B: n on the learning rate, 1 / n on weight decay.
+
+        AdamW multiplies the decay by the learning rate, so 1 / n leaves the product unchanged.
+        """
         return {"B": Rate(lr=self.blocks, weight_decay=1 / self.blocks)}
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
-        """Make A (r/n, in) and the blocks' sum B (out, r/n)."""
+        """Make A (r/n, in) and B (out, r/n), the sum of the blocks."""
         rank, dtype = self.rank // self.blocks, self.adapter_dtype
         return {"A": fresh_A(rank, spec, dtype), "B": fresh_B(rank, spec, dtype)}
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give A and B, and s for every rank."""
+        """Return A and B, with s for every rank."""
         A = own["A"]
         return Factors(A, None, own["B"], None, A.new_full((A.shape[0],), self.alpha / self.rank))
 

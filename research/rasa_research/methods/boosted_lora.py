@@ -1,4 +1,4 @@
-"""Boosters as pairs of a layer's own: the present one is trained, those before it stay."""
+"""XGBLoRA: each layer trains the pair of the current booster; former pairs are frozen."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rasa_research.methods.stack import empty_stack
 
 @dataclasses.dataclass(frozen=True)
 class Boosted(AdapterConfig):
-    """The part that both methods of boosting share: the rank of a booster, and the stack."""
+    """Fields of both boosting methods: the booster's rank and scale, and the stack."""
 
     paper: ClassVar[str] = "2410.19694"
     loop: ClassVar[str] = "rasa_research.training.Boosting, which begins new factors as it goes"
@@ -37,11 +37,11 @@ class Boosted(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """What the present booster's B A is multiplied with as it begins."""
+        """Initial factor on B A of the current booster."""
         return self.alpha / self.rank
 
     def stacked(self, spec: LayerSpec) -> int:
-        """Count the ranks of former boosters that a layer has."""
+        """Return how many ranks of former boosters a layer has."""
         return dict(self.stack).get(spec.name, 0)
 
 
@@ -49,9 +49,9 @@ class Boosted(AdapterConfig):
 class BoostedLoraConfig(Boosted):
     """The config of a boosted LoRA (XGBLoRA, arXiv 2410.19694): dW = s B A + sum_t s B_t A_t.
 
-    s = alpha / r. The pair A (r, in) and B (out, r) of the present booster is trained; the pairs
-    of the boosters before stay, in the buffers stack_A (n, in) and stack_B (out, n) of the layer.
-    ``rasa_research.training.Boosting`` begins one booster after the other.
+    s = alpha / r. Only A (r, in) and B (out, r) of the current booster are trained. The pairs of
+    former boosters are frozen in the layer's buffers stack_A (n, in) and stack_B (out, n).
+    ``rasa_research.training.Boosting`` starts one booster after another.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -67,7 +67,7 @@ class BoostedLoraConfig(Boosted):
     title: ClassVar[str] = "XGBLoRA"
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
-        """Make A (r, in) and B (out, r), and after the first booster buffers for the stack."""
+        """Make A (r, in), B (out, r) and, after the first booster, buffers for the stack."""
         dtype = self.adapter_dtype
         own: dict[str, Tensor] = {
             "A": fresh_A(self.rank, spec, dtype),
@@ -77,7 +77,7 @@ class BoostedLoraConfig(Boosted):
         return own | empty_stack(count, spec, dtype) if count else own
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give A and B, and the stack as their pool, with s for every rank."""
+        """Return A and B, the stack as their pool, and s for every rank."""
         A, stack = own["A"], own.get("stack_A")
         d = A.new_full((len(A) + (0 if stack is None else len(stack)),), self.scale)
         return Factors(A, stack, own["B"], own.get("stack_B"), d)

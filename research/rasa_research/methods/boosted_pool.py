@@ -1,4 +1,4 @@
-"""Boosters as slots of a pool: each is one pair for all layers of a group, and an entry of d."""
+"""Boosters in a pool: the layers of a group share each pair, and weight it by entries of d."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rasa_research.methods.stack import empty_stack
 
 @dataclasses.dataclass(frozen=True)
 class BoostedPoolConfig(Boosted):
-    """The config of boosters that a group's layers share: XGBLoRA's (arXiv 2410.19694) in a pool.
+    """The config of boosters shared by a group's layers: XGBLoRA (arXiv 2410.19694) in a pool.
 
-    dW_i = sum_t d_it b_t a_t. The pair of the present booster t is trained, and of every layer i
-    the entry d_it that weights it, which begins at alpha / r; the boosters before stay.
-    ``rasa_research.training.Boosting`` begins one after the other, each of in + out + L numbers for
-    L layers. A group owns A (r, in) and B (out, r) of the present booster, and the buffers stack_A
-    and stack_B with those before; a layer owns d (r,), and stack_d (n,) for the n slots of the
-    stack. In no paper.
+    dW_i = sum_t d_it b_t a_t. The current booster t trains its pair and, for every layer i, the
+    entry d_it that weights the pair and starts at alpha / r. Former pairs are frozen.
+    ``rasa_research.training.Boosting`` starts one booster after another. Each has r (in + out + L)
+    parameters for L layers. A group owns A (r, in) and B (out, r) of the current booster and the
+    buffers stack_A and stack_B of former ones. A layer owns d (r,) and stack_d (n,), one entry for
+    each of the stack's n slots. Not in any paper.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -63,7 +63,7 @@ class BoostedPoolConfig(Boosted):
         }
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give the present booster as the pool, and those before it, frozen, in front of it."""
+        """Return the stack as A and B, and the current booster as the pool."""
         d = torch.cat((own["stack_d"], own["d"]))
         A, A_now, B, B_now = (pool[name].to(d.device) for name in ("stack_A", "A", "stack_B", "B"))
         return Factors(A, A_now, B, B_now, d)

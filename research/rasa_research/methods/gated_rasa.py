@@ -1,6 +1,6 @@
-"""RaSA with gates on pooled ranks: a proximal step drives them to zero, and pruning takes them out.
+"""RaSA with gates on pooled ranks: a proximal step closes gates, and pruning removes their ranks.
 
-The steps are those of SoRA (arXiv 2311.11696), whose config derives from this one.
+The proximal step is from SoRA (arXiv 2311.11696). SoRA's config derives from this one.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from transformers import TrainerCallback
 
 Kept = tuple[tuple[str, tuple[int, int, int]], ...] | Mapping[str, Sequence[int]]
-"""The ranks of pruned layers, by name: private ranks, pooled ranks that the layer reads, and ranks
-of the pool. Pairs, once a config has checked it."""
+"""Three counts for each pruned layer, by name: private ranks, pooled ranks that the layer reads,
+and ranks of the pool. A config stores them as pairs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class GatedRasaConfig(RasaConfig):
-    """The config of a RaSA whose pooled ranks have gates: those entries of d, in no paper.
+    """The config of a RaSA with gates: the entries of d for pooled ranks. Not in any paper.
 
-    ``rasa_research.training.ProximalGates`` drives them to zero, as SoRA's (arXiv 2311.11696), and
-    ``prune`` takes closed ones out. A pruned layer has ``slots``, the ranks that it reads from what
-    is left of the pool. Experts that are adapted as well have no gates.
+    ``rasa_research.training.ProximalGates`` drives gates to zero like SoRA (arXiv 2311.11696), and
+    ``prune`` removes the ranks of closed gates. A pruned layer has ``slots``, the ranks that it
+    reads from the remaining pool. Adapted experts have no gates.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -84,7 +84,7 @@ class GatedRasaConfig(RasaConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form."""
+        """Check every field and convert it to the canonical form."""
         super().__post_init__()
         threshold = self.gate_threshold
         if threshold is not None:
@@ -103,18 +103,18 @@ class GatedRasaConfig(RasaConfig):
         self._set(kept=tuple((name, tuple(counts)) for name, counts in dict(self.kept).items()))
 
     def kept_at(self, name: str) -> tuple[int, int, int] | None:
-        """Give a pruned layer's ranks (private, pooled, of the pool), or None for another."""
+        """Return a pruned layer's counts of ranks (private, pooled, of the pool), or None."""
         return _by_name(self.kept).get(name)
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
-        """Make A (r-k, in), B (out, r-k) and d, all trained, and slots where ranks were pruned."""
+        """Make A (r-k, in), B (out, r-k) and d, all trained, and slots if the layer is pruned."""
         tensors = super().layer_tensors(spec)
         if kept := self.kept_at(spec.name):
             tensors["slots"] = torch.arange(kept[1], device=spec.device)
         return tensors
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give A, B, d and the ranks of the pool that the layer reads."""
+        """Return A, B, d and the ranks of the pool that the layer reads."""
         slots = own.get("slots")
         if slots is None or not pool:
             return super().factors(own, pool, spec)
@@ -123,23 +123,23 @@ class GatedRasaConfig(RasaConfig):
         return Factors(own["A"], A_pool, own["B"], B_pool.transpose(-1, -2), own["d"])
 
     def ranks_at(self, spec: LayerSpec) -> tuple[int, int]:
-        """Count a layer's private and pooled ranks, which pruning may have lowered."""
+        """Return a layer's numbers of private and pooled ranks, after any pruning."""
         kept = self.kept_at(spec.name)
         return super().ranks_at(spec) if kept is None else kept[:2]
 
     def pool_size(self, spec: LayerSpec) -> int:
-        """Count the ranks of the pool at a place, which pruning may have lowered."""
+        """Return the number of ranks in a layer's pool, after any pruning."""
         kept = self.kept_at(spec.name)
         return super().pool_size(spec) if kept is None else kept[2]
 
     def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
-        """Let gates follow a rate of their own, without decay."""
+        """Return ``gate_rate`` and no weight decay for d, if it has gates."""
         entries = self.gate_entries(*self.ranks_at(spec))
         gates = entries.stop > entries.start
         return {"d": Rate(lr=self.gate_rate, weight_decay=0.0)} if gates else {}
 
     def callbacks(self, model: nn.Module) -> Sequence[TrainerCallback]:
-        """Give what moves the gates after each step, and prunes at the end if asked."""
+        """Return the callback that moves gates after each step and, with ``prune``, prunes."""
         if self.gate_threshold is None:
             raise ValueError(
                 f"gate_threshold: expected a number with the method {self.method!r}, whose gates "
@@ -148,11 +148,11 @@ class GatedRasaConfig(RasaConfig):
         return [ProximalGates(model, self.gate_threshold).callback(prune=self.prune)]
 
     def gate_entries(self, own: int, pooled: int) -> slice:
-        """Tell which entries of d are gates: those of pooled ranks."""
+        """Return which entries of d are gates: the entries of pooled ranks."""
         return slice(own, own + pooled)
 
     def gate_scale(self, num_layers: int) -> float:
-        """Give what gates are divided by: the value that they begin with, so that it is one."""
+        """Return the initial entry of d for a pooled rank; a gate is an entry divided by it."""
         return self.alpha / 2 / max(self.ranks(num_layers)[1], 1)
 
 
@@ -167,26 +167,26 @@ document_fields(GatedRasaConfig)
 
 
 Threshold = float | Callable[[int], float]
-"""Of gates; or a callable from the number of steps so far to it."""
+"""A threshold for gates, or a callable from the number of steps so far to a threshold."""
 
 
 class ProximalGates:
-    """The proximal step of SoRA: after each of the optimizer's, gates move towards zero.
+    """The proximal step of SoRA: after each optimizer step, gates move towards zero.
 
-    With the rule "soft" a gate g becomes sign(g) max(|g| - threshold, 0), the proximal point of
-    threshold * |g|. "official" is what the official code does: gates first shrink by the threshold
-    where they are above it, and are then zero where they are below, so that all of |g| < 2
-    threshold vanish. A gate at zero keeps its gradient, and may come back.
+    With the rule "soft", a gate g becomes sign(g) max(|g| - threshold, 0), the proximal point of
+    threshold * |g|. The rule "official" follows the official code: gates with |g| > threshold
+    shrink by the threshold, then gates with |g| < threshold become zero. So every gate with
+    |g| < 2 threshold vanishes. A gate at zero still gets a gradient and may open again.
 
-    Gates are entries of d over what they begin with: all of a SoRA's, g = d / s, and those of
-    pooled ranks under ``GatedRasaConfig``, which begin at one.
+    A gate is an entry of d divided by a scale. Under ``SoraConfig`` every entry is a gate,
+    g = d / s. Under ``GatedRasaConfig`` only entries of pooled ranks are gates; they start at one.
 
     Args:
         model: patched with ``SoraConfig`` or ``GatedRasaConfig``.
-        threshold: what is taken from every gate a step; not multiplied with the learning rate. Or
-            a callable from the number of steps so far, such as ``threshold_schedule`` gives.
+        threshold: how far every gate moves in a step, not multiplied by the learning rate. Or a
+            callable from the number of steps so far, such as ``threshold_schedule`` returns.
         rule: "soft" or "official".
-        l1: the weight of ``penalty()``, which the official code adds to the loss as well.
+        l1: the weight of ``penalty()``, which the official code also adds to the loss.
 
     Raises:
         TypeError, ValueError: naming the argument; the model has no gates.
@@ -219,8 +219,8 @@ class ProximalGates:
         """Move every gate; call it after ``optimizer.step()``.
 
         Raises:
-            TypeError, ValueError: the threshold that a callable gave is no number >= 0, or the
-                model has no gates left.
+            TypeError, ValueError: a callable threshold returned no number >= 0, or the model has
+                no gates left.
         """
         threshold = self.threshold(self.steps) if callable(self.threshold) else self.threshold
         _checked_size("threshold", threshold)
@@ -235,13 +235,13 @@ class ProximalGates:
                     gates.copy_(torch.where(shrunk.abs() < by, 0.0, shrunk))
 
     def penalty(self) -> Tensor:
-        """Give l1 * the mean |g| over all gates, differentiable, to add to a loss."""
+        """Return l1 times the mean |g| over all gates, differentiable, to add to a loss."""
         sizes = [d[entries].abs() / scale for d, entries, scale in _gates(self._model)]
         device = sizes[0].device
         return self.l1 * torch.cat([size.to(device) for size in sizes]).mean()
 
     def add_penalty_gradient(self) -> None:
-        """Add the gradient of ``penalty()``, for loops whose loss is out of reach.
+        """Add the gradient of ``penalty()`` to d.grad, if you cannot change the loss itself.
 
         Call it between ``loss.backward()`` and ``optimizer.step()``.
         """
@@ -252,29 +252,29 @@ class ProximalGates:
                 d.grad[entries] += self.l1 / (scale * count) * d.detach()[entries].sign()
 
     def open_gates(self) -> tuple[int, int]:
-        """Count the gates that are not zero, and all."""
+        """Return the number of gates that are not zero, and the number of all gates."""
         flags = [d.detach()[entries] != 0 for d, entries, _ in _gates(self._model)]
         return sum(int(flag.sum()) for flag in flags), sum(map(len, flags))
 
     def state_dict(self) -> dict[str, int]:
-        """Give what a resumed training needs: the steps so far."""
+        """Return the state for resuming training: the number of steps so far."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up what ``state_dict`` gave."""
+        """Restore a state from ``state_dict``."""
         self.steps = state["steps"]
 
     def callback(self, *, prune: bool = False) -> TrainerCallback:
-        """Give a callback for transformers' Trainer that does the steps, and adds the penalty.
+        """Return a callback for transformers' Trainer that runs the steps and adds the penalty.
 
-        The state is in Trainer's checkpoints. At the end of a training that was not stopped before,
-        it prints how many gates are open; with ``prune`` it takes the others out.
+        Trainer's checkpoints contain the state. At the end, if training was not stopped early, the
+        callback prints how many gates are open; with ``prune`` it removes the others.
         """
         end = functools.partial(self._end, prune)
         return step_callback(self, before=self.add_penalty_gradient, end=end)
 
     def _end(self, pruned: bool) -> str:
-        """Prune if asked; say what is left."""
+        """Prune if ``pruned``; return a sentence on the gates and ranks that are left."""
         text = "{:,} of {:,} gates are open".format(*self.open_gates())
         if pruned:
             before, after = prune(self._model)
@@ -285,14 +285,15 @@ class ProximalGates:
 def threshold_schedule(
     first: float, last: float, stages: int, steps: int, kind: str = "linear"
 ) -> Callable[[int], float]:
-    """Make a threshold that rises in stages, as the official code's schedules of SoRA do.
+    """Make a threshold that rises in stages, like the schedules of SoRA's official code.
 
     Args:
         first, last: the thresholds of the first and of the last stage.
-        stages: how many there are.
-        steps: the optimizer's steps of a stage; the last stage lasts.
-        kind: what grows evenly from stage to stage: the threshold, "linear"; its exponential,
-            "log" ("log_linear" in the official code); or its logarithm, "exp" ("exp_linear").
+        stages: the number of stages.
+        steps: optimizer steps per stage; the last stage never ends.
+        kind: the quantity that grows evenly from stage to stage: the threshold ("linear"), its
+            exponential ("log"; the official code's "log_linear"), or its logarithm ("exp"; the
+            official code's "exp_linear").
 
     Returns:
         A callable from the number of steps so far to the threshold.
@@ -326,7 +327,7 @@ def threshold_schedule(
 
 
 def _checked_size(name: str, value: Any) -> float:
-    """Return ``value``; raise TypeError or ValueError where it is no number >= 0."""
+    """Return ``value``; raise TypeError or ValueError if it is not a number >= 0."""
     size = checked_number(name, value)
     if not size >= 0:
         raise ValueError(f"{name}: expected a number >= 0, got {size}.")
@@ -335,11 +336,12 @@ def _checked_size(name: str, value: Any) -> float:
 
 @torch.no_grad()
 def balance(model: nn.Module) -> None:
-    """Give the rows of A and the columns of B norm one, and their product to d; outputs stay.
+    """Normalize the rows of A and columns of B and multiply d by their norms; outputs stay equal.
 
-    A penalty on d alone is evaded by growing A and B; balanced, d says what a rank contributes.
-    For a pool one scale a slot goes to the d of all layers. Ranks of a zero row or column, as those
-    of a fresh B, stay as they are. An optimizer's moments still belong to the numbers before.
+    Training can evade a penalty on d by growing A and B. After balancing, d measures the
+    contribution of each rank. The norms of a pool's slot multiply the d of all layers. Ranks with a
+    zero row or column, such as those of a fresh B, do not change. The optimizer's moments are not
+    adjusted.
 
     Args:
         model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``.
@@ -366,7 +368,7 @@ def balance(model: nn.Module) -> None:
 
 
 def _normalize(A: Tensor, B: Tensor) -> Tensor:
-    """Divide rows of A (R, in) and columns of B (out, R) by their norms; give the products (R,)."""
+    """Normalize rows of A (R, in) and columns of B (out, R); return products of norms (R,)."""
     down, up = A.norm(dim=1), B.norm(dim=0)
     whole = (down > 0) & (up > 0)
     down, up = torch.where(whole, down, 1.0), torch.where(whole, up, 1.0)
@@ -377,12 +379,12 @@ def _normalize(A: Tensor, B: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prune(model: nn.Module) -> tuple[int, int]:
-    """Take ranks out whose gate is exactly zero; outputs stay, and layers get cheaper.
+    """Remove ranks with a gate of exactly zero; outputs stay equal, and layers get cheaper.
 
-    A layer loses the private ranks of zero gates and no longer reads pooled ones of zero gates; a
-    slot that no layer reads leaves the pool. Parameters are new ones: make a new optimizer, and
-    wrap the model in DistributedDataParallel anew. Saving, loading, merging and exporting go on as
-    before.
+    A layer loses private ranks with a zero gate, and no longer reads pooled ranks with a zero gate.
+    A slot that no layer reads leaves the pool. Pruning makes new parameters: make a new optimizer,
+    and wrap the model in DistributedDataParallel again. Saving, loading, merging and exporting work
+    as before.
 
     Args:
         model: patched with ``SoraConfig`` or ``GatedRasaConfig``.
@@ -424,7 +426,7 @@ def prune(model: nn.Module) -> tuple[int, int]:
 
 
 def _used_slots(layers: Iterable[RasaLinear], config: GatedRasaConfig) -> Tensor:
-    """Find the slots of a group's pool that a layer still reads (n,)."""
+    """Return the slots (n,) of a group's pool that at least one layer still reads."""
     used: set[int] = set()
     for layer in layers:
         own = config.ranks_at(layer.spec)[0]
@@ -433,9 +435,9 @@ def _used_slots(layers: Iterable[RasaLinear], config: GatedRasaConfig) -> Tensor
 
 
 def _pruned(layer: RasaLinear, config: GatedRasaConfig, slots: Tensor) -> dict[str, Tensor]:
-    """Give a layer's own tensors less its zero gates; its slots count in what is left of the pool.
+    """Return a layer's tensors without zero gates; ``slots`` are places in the remaining pool.
 
-    Private ranks whose d is zero but no gate stay.
+    A private rank without a gate stays, even if its entry of d is zero.
     """
     ranks = config.ranks_at(layer.spec)
     own, entries = ranks[0], config.gate_entries(*ranks)
@@ -452,7 +454,7 @@ def _pruned(layer: RasaLinear, config: GatedRasaConfig, slots: Tensor) -> dict[s
 
 
 def _slots(layer: RasaLinear) -> Tensor:
-    """Give the slots of the pool that a layer reads now."""
+    """Return the slots of the pool that a layer reads now."""
     slots = layer.own_tensors().get("slots")
     if slots is not None:
         return slots
@@ -460,9 +462,9 @@ def _slots(layer: RasaLinear) -> Tensor:
 
 
 def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
-    """List every layer's d, the entries that are gates, and what they are divided by to be them.
+    """Return every layer's d, the slice of gates in it, and the scale that divides them.
 
-    ValueError where there are none, or experts, whose pools cannot be pruned.
+    Raises ValueError if there are no gates, or adapted experts, whose pools cannot be pruned.
     """
     config, layers = adapter_of(model, GatedRasaConfig)
     _check_no_experts(model, "a step of gates")
@@ -480,7 +482,7 @@ def _gates(model: nn.Module) -> list[tuple[Tensor, slice, float]]:
 
 
 def _check_no_experts(model: nn.Module, what: str) -> None:
-    """Raise ValueError where the experts of a model are adapted, which ``what`` cannot do with."""
+    """Raise ValueError if a model has adapted experts, which the operation ``what`` rejects."""
     for name, owner in owners(model):
         if not isinstance(owner, RasaLinear):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""ResLoRA's block shortcut: every layer also computes the LoRAs of the layers before it."""
+"""ResLoRA's block shortcut: every layer also applies the LoRAs of layers before it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from rasa_ext.methods import (
 class ResLoraConfig(AdapterConfig):
     """The config of a ResLoRA with block shortcuts ("bs", arXiv 2402.18039).
 
-    Layer n of a group computes dW_n = s (B_n A_n + B_n-1 A_n-1 + ... + B_n-m A_n-m), with a LoRA
-    of rank r a layer and s = alpha / r. The group owns the LoRAs, as ``A0``, ``B0``, ``A1``, ...,
-    and a layer reads its own and those of up to m layers before it, so that merging is exact and
-    the effective rank r (m + 1). The shortcuts "is" and "ms" add the inputs of other layers, which
-    no change of weights can do; they are not offered. Dropout draws one mask a layer, where the
-    official code draws one a term.
+    Layer n of a group computes dW_n = s (B_n A_n + B_n-1 A_n-1 + ... + B_n-m A_n-m), with one LoRA
+    of rank r per layer and s = alpha / r. The group owns the LoRAs as ``A0``, ``B0``, ``A1``, ...
+    Layer n reads LoRA n and up to m LoRAs before it, so merging is exact and the effective rank is
+    r (m + 1). The shortcuts "is" and "ms" are not available: they add inputs of other layers, which
+    no weight change can express. Dropout draws one mask per layer; the official code draws one per
+    term.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -53,7 +53,7 @@ class ResLoraConfig(AdapterConfig):
     shortcut: str = option("bs", "The kind of shortcut; the paper's 'is' and 'ms' are refused.")
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form."""
+        """Check every field and convert it to the canonical form."""
         if self.shortcut in ("is", "ms"):
             raise ValueError(
                 f"shortcut: expected 'bs', got {self.shortcut!r}, which adds what another layer "
@@ -66,7 +66,7 @@ class ResLoraConfig(AdapterConfig):
         super().__post_init__()
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
-        """Make nothing: the group owns the LoRAs of all its layers."""
+        """Return no tensors: the group owns the LoRAs of all layers."""
         return {}
 
     def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
@@ -78,7 +78,7 @@ class ResLoraConfig(AdapterConfig):
         return tensors
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give the layer's LoRA, those before it as its pool, and s for every rank."""
+        """Return the layer's LoRA, the LoRAs before it as the pool, and s for every rank."""
         window = range(spec.index, max(spec.index - self.window, 0) - 1, -1)
         A, *before = (pool[f"A{i}"] for i in window)
         B, *up = (pool[f"B{i}"].t() for i in window)

@@ -1,4 +1,4 @@
-"""SBoRA: one factor is rows of the identity, so that the other reads or writes single features."""
+"""SBoRA: one factor is rows of the identity, so the other reads or writes single features."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from rasa_ext.methods import (
 class SboraConfig(AdapterConfig):
     """The config of an SBoRA (arXiv 2407.05413): y = W x + s B x[I], or y[J] += s A x.
 
-    With side "A" (SBoRA-FA) r features I of x are read through a trained B (out, r), and x itself
-    is not kept for the backward; with side "B" (FB) a trained A (r, in) writes r features J of y.
-    I or J is the buffer ``index``. s = alpha / r.
+    With side "A" (SBoRA-FA), a trained B (out, r) reads r features I of x, and the backward does
+    not need the rest of x. With side "B" (FB), a trained A (r, in) writes r features J of y. The
+    buffer ``index`` holds I or J. s = alpha / r.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -58,7 +58,7 @@ class SboraConfig(AdapterConfig):
     seed: int = option(0, "Seed of the random choice, which differs from layer to layer.")
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form."""
+        """Check every field and convert it to the canonical form."""
         checked_choice("side", self.side, ("A", "B"))
         checked_choice("indices", self.indices, ("random", "activation"))
         if self.indices == "activation" and self.side == "B":
@@ -69,7 +69,7 @@ class SboraConfig(AdapterConfig):
         super().__post_init__()
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
-        """Make index (r,), and B (out, r) or A (r, in), of zeros."""
+        """Make index (r,) and, filled with zeros, B (out, r) or A (r, in)."""
         reads = self.side == "A"
         features = spec.in_features if reads else spec.out_features
         if self.rank > features:
@@ -85,7 +85,7 @@ class SboraConfig(AdapterConfig):
         }
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give the trained factor, the other one as rows of the identity, and s for every rank."""
+        """Return the trained factor, the other as rows of the identity, and s for every rank."""
         trained, index = own.get("A", own.get("B")), own["index"]
         if trained is None:
             raise KeyError("A or B")
@@ -98,7 +98,7 @@ class SboraConfig(AdapterConfig):
         return Factors(trained, None, rows.t(), None, d)
 
     def _drawn(self, features: int, name: str) -> Tensor:
-        """Draw r of the features, the same for every process."""
+        """Draw r of the features, equal on every process."""
         generator = torch.Generator().manual_seed(self.seed + (zlib.crc32(name.encode()) << 16))
         return torch.randperm(features, generator=generator)[: self.rank].sort().values
 

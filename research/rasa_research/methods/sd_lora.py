@@ -1,4 +1,4 @@
-"""SD-LoRA: a LoRA a task, whose directions stay while their magnitudes are trained on."""
+"""SD-LoRA: one LoRA per task. Former directions are frozen; all magnitudes are trained."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from rasa_research.methods.stack import empty_stack
 
 @dataclasses.dataclass(frozen=True)
 class SdLoraConfig(AdapterConfig):
-    """The config of an SD-LoRA (arXiv 2501.13198), for tasks that come one after the other.
+    """The config of an SD-LoRA (arXiv 2501.13198), for a sequence of tasks.
 
-    dW = m_1 B_1 A_1 / n_1 + ... + m_t B A / n: the pairs of the tasks before, which stay as they
-    are, and that of the present task, which is trained, as are the magnitudes m of all.
-    ``rasa_research.training.next_task`` begins a task, and ``absorb`` takes one out again that the
-    others can express. A layer owns A (r, in), B (out, r), the buffers stack_A and stack_B with
-    all former ranks, and their norms; magnitudes m (tasks,), that of the present task last, are
-    the layer's own or the group's.
+    dW = m_1 B_1 A_1 / n_1 + ... + m_t B A / n. The pairs of former tasks are frozen. The pair of
+    the current task and all magnitudes m are trained. ``norm`` defines the divisors n.
+    ``rasa_research.training.next_task`` starts a task, and ``absorb`` removes a former direction
+    that the others can express. A layer owns A (r, in), B (out, r), the buffers stack_A and stack_B
+    with all former ranks, and ``norms`` (former tasks,). The layer or the group owns m (tasks,),
+    with the current task last.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -73,7 +73,7 @@ class SdLoraConfig(AdapterConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check every field and bring it into its canonical form."""
+        """Check every field and convert it to the canonical form."""
         checked_choice("norm", self.norm, ("none", "frobenius", "product"))
         super().__post_init__()
         schedule = []
@@ -89,7 +89,7 @@ class SdLoraConfig(AdapterConfig):
 
     @property
     def present_rank(self) -> int:
-        """The rank of the present task's pair."""
+        """Rank of the current task's pair."""
         rank = self.rank
         for task, later in dict(self.rank_schedule).items():
             rank = later if task <= len(self.past) + 1 else rank
@@ -97,11 +97,11 @@ class SdLoraConfig(AdapterConfig):
 
     @property
     def scale(self) -> float:
-        """The value that the present task's magnitude begins with."""
+        """Initial value of the current task's magnitude."""
         return self.alpha / self.present_rank
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:
-        """Make A (r, in), B (out, r), for former tasks the stack and norms, and m if not tied."""
+        """Make A (r, in) and B (out, r); for former tasks, the stack and norms; m if not tied."""
         dtype = self.adapter_dtype
         own: dict[str, Tensor] = {
             "A": fresh_A(self.present_rank, spec, dtype),
@@ -115,11 +115,11 @@ class SdLoraConfig(AdapterConfig):
         return own
 
     def group_tensors(self, specs: Sequence[LayerSpec]) -> dict[str, Tensor]:
-        """Make m (tasks,) where it is tied."""
+        """Make m (tasks,) if it is tied."""
         return {"m": self._magnitudes(specs[0])} if self.tied else {}
 
     def factors(self, own: Mapping[str, Tensor], pool: Mapping[str, Tensor], spec: Any) -> Factors:
-        """Give the present pair, and the former ones as its pool, with m over the norms as d."""
+        """Return the current pair, the former pairs as the pool, and m divided by norms as d."""
         A, B = own["A"], own["B"]
         m = (pool if self.tied else own)["m"].to(A.device)
         d = m[-1].repeat(len(A))
@@ -138,7 +138,7 @@ class SdLoraConfig(AdapterConfig):
 
 
 def direction_norm(A: Tensor, B: Tensor, norm: str) -> Tensor:
-    """Give what a direction B A is divided by, from r x r matrices; one for a direction of zero."""
+    """Return the divisor of a direction B A, computed from r x r matrices; 1 for a zero B A."""
     if norm == "none":
         return A.new_ones(())
     wide = torch.promote_types(A.dtype, torch.float32)

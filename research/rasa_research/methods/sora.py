@@ -1,4 +1,4 @@
-"""SoRA: a LoRA whose ranks have gates, which training may close."""
+"""SoRA: a LoRA with a gate for each rank, which training may close."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from rasa_research.methods.gated_rasa import GatedRasaConfig
 class SoraConfig(GatedRasaConfig):
     """The config of a SoRA (arXiv 2311.11696): dW = s B diag(g) A with trained gates g.
 
-    Stored is d = s g, s = alpha / r. Under Adam, without a clipped norm, d follows s g where rate
-    and epsilon follow s: ``rasa_ext.training.parameter_groups`` sees to that. Gates begin as
-    N(0, 1). ``rasa_research.training.ProximalGates`` drives them to zero and ``prune`` takes closed
-    ones out.
+    A layer stores d = s g, s = alpha / r. For d to move like s g under Adam, without gradient
+    clipping, it needs s times the learning rate and 1 / s times epsilon:
+    ``rasa_ext.training.parameter_groups`` sets both. Gates are initialized from N(0, 1).
+    ``rasa_research.training.ProximalGates`` drives them to zero, and ``prune`` removes the ranks of
+    closed gates.
 
     Raises:
         TypeError, ValueError: naming the field, what was expected and what came.
@@ -45,21 +46,21 @@ class SoraConfig(GatedRasaConfig):
     alpha: float = option(16.0, "The scale s is alpha / r.")
 
     def diagonal(self, own: int, pooled: int) -> Tensor:
-        """Draw s N(0, 1)."""
+        """Draw d = s g with g from N(0, 1)."""
         return torch.randn(own + pooled) * (self.alpha / self.rank)
 
     def learning_rates(self, spec: LayerSpec) -> dict[str, Rate]:
-        """Let d = s g move as s g does under Adam: s times the rate, and epsilon over s."""
+        """Return factors for d, so it moves like s g under Adam: s on the rate, 1/s on epsilon."""
         s = self.gate_scale(spec.num_layers)
         found = super().learning_rates(spec)
         return {n: r._replace(lr=s * r.lr, eps=1 / s) for n, r in found.items()}
 
     def gate_entries(self, own: int, pooled: int) -> slice:
-        """All of d are gates."""
+        """Return all entries of d, since each is a gate."""
         return slice(0, own + pooled)
 
     def gate_scale(self, num_layers: int) -> float:
-        """Give s."""
+        """Return s."""
         return self.alpha / self.rank
 
 

@@ -1,4 +1,4 @@
-"""Factors that stay as training left them, in buffers of a layer or of a pool."""
+"""Frozen factors of former tasks or boosters, in buffers of a layer or a pool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rasa_ext.methods import LayerSpec
 
 
 def empty_stack(rank: int, spec: LayerSpec, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Make buffers for factors that are not trained: stack_A (n, in), stack_B (out, n)."""
+    """Make zero buffers for frozen factors: stack_A (n, in), stack_B (out, n)."""
     down, up = (
         torch.zeros((rank, width), dtype=dtype, device=spec.device)
         for width in (spec.in_features, spec.out_features)
@@ -18,7 +18,7 @@ def empty_stack(rank: int, spec: LayerSpec, dtype: torch.dtype) -> dict[str, Ten
 
 
 def pushed(tensors: dict[str, Tensor], down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    """Give the stack among ``tensors``, if it is there, with A (r, in) and B (out, r) behind it."""
+    """Return the stack in ``tensors``, if there is one, with A (r, in) and B (out, r) appended."""
     rows = [down.detach().clone()], [up.detach().t().clone()]
     if "stack_A" in tensors:
         rows = [tensors["stack_A"], *rows[0]], [tensors["stack_B"].t(), *rows[1]]
