@@ -1,4 +1,4 @@
-"""What methods do between the steps of an optimizer."""
+"""Training procedures of methods, which run between optimizer steps or between tasks."""
 
 from rasa_research.methods.gated_rasa import ProximalGates, balance, prune, threshold_schedule
 from rasa_research.training.boosting import Boosting

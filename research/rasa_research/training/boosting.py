@@ -1,4 +1,4 @@
-"""Gradient boosting of rank-1 adapters over a stack that stays (XGBLoRA, arXiv 2410.19694)."""
+"""Gradient boosting of low-rank adapters over a frozen stack (XGBLoRA, arXiv 2410.19694)."""
 
 from __future__ import annotations
 
@@ -25,27 +25,26 @@ if TYPE_CHECKING:
 
 
 class Boosting:
-    """Train one booster after the other: W + s B_1 A_1 + s B_2 A_2 + ..., only the last of them.
+    """Gradient boosting: of W + s B_1 A_1 + s B_2 A_2 + ..., only the last pair is trained.
 
-    After so many steps the present pair of every drawn layer is pushed to the layer's stack and a
-    fresh one begins, B at zero and without the optimizer's state, its step count included; other
-    layers are drawn. The base is never written, so that it may be quantized, no rounding adds up
-    and the adapter stays one: ``merge_and_unload`` or ``export_lora`` at the end give what T
-    merges would have.
+    After ``steps`` optimizer steps, the current pair of every drawn layer is pushed to the layer's
+    stack. A fresh pair starts, with B at zero and without optimizer state or step count, and new
+    layers are drawn. The base weights never change, so the base may be quantized and no rounding
+    errors add up. There is still only one adapter: ``merge_and_unload`` or ``export_lora`` at the
+    end has the result of T separate merges.
 
-    With ``BoostedPoolConfig`` a booster is a slot of a pool: one pair for all layers of a group,
-    and of each drawn layer an entry of d that weights it. Layers that are not drawn have a zero
-    there; a group none of whose layers is drawn keeps its present pair for later.
+    With ``BoostedPoolConfig``, all layers of a group share a booster's pair, and each drawn layer
+    has an entry of d that weights it. Layers that are not drawn have a zero there. A group without
+    drawn layers keeps the current pair for a later booster.
 
     Args:
-        model: patched with ``BoostedLoraConfig``, whose scale s every booster has, or with
-            ``BoostedPoolConfig``.
-        optimizer: that of the adapter's parameters. One with state beside ``state``, as
-            ``rasa_research.optim.LoraPro`` has, is asked to ``forget`` parameters.
-        steps: the optimizer's steps of a booster.
-        layers: of how many layers, drawn at random, a booster consists; all unless given.
-        alpha: what a booster counts once it is pushed. Other than 1 the outputs jump then.
-        seed: of the draws of layers and of fresh factors; equal on every process.
+        model: patched with ``BoostedLoraConfig`` or ``BoostedPoolConfig``.
+        optimizer: an optimizer of the adapter's parameters. If it has a method ``forget``, like
+            ``rasa_research.optim.LoraPro``, that is called with the parameters that start again.
+        steps: optimizer steps per booster.
+        layers: number of layers in a booster, drawn at random; defaults to all.
+        alpha: factor on a booster when it is pushed. Unless it is 1, outputs jump then.
+        seed: seed for drawing layers and fresh factors; must be equal on every process.
 
     Raises:
         TypeError, ValueError: naming the argument; the model is patched with another method.
@@ -89,11 +88,11 @@ class Boosting:
         self._freeze()
 
     def step(self) -> bool:
-        """Count a step of the optimizer; tell whether it was a booster's last.
+        """Count an optimizer step; return whether it was the booster's last step.
 
         Raises:
-            RuntimeError: the adapter is merged; or layers are drawn, or entries trained on, in
-                several processes that DistributedDataParallel joins.
+            RuntimeError: the adapter is merged; or ``layers`` or ``train_past`` is used in several
+                processes without ``shard_model`` or ``replicate_adapter``.
         """
         if self._layers is not None:
             check_averaged(self._model, "layers")
@@ -110,27 +109,27 @@ class Boosting:
         return True
 
     def penalty(self) -> Tensor:
-        """Give the sum of ||A||^2 + ||B||^2 of the present booster, differentiable.
+        """Return the sum of ||A||^2 + ||B||^2 over the current booster's pairs, differentiable.
 
-        The paper's regularisation of a booster, whose weight it leaves to its user.
+        This is the paper's regularisation. The paper does not specify a weight for it.
         """
         parts = [part for pair in self._live() for part in (pair.owner.A, pair.owner.B)]
         return torch.stack([part.square().sum().to(parts[0].device) for part in parts]).sum()
 
     @property
     def drawn(self) -> tuple[str, ...]:
-        """The layers of the present booster."""
+        """Names of the current booster's layers."""
         return self._drawn
 
     def state_dict(self) -> dict[str, int]:
-        """Give what a resumed training needs beside the model and the optimizer."""
+        """Return the state for resuming training, besides the model and the optimizer."""
         return {"count": self._count, "seed": self._seed, "pushed": self._pushed()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up what ``state_dict`` gave, over a model with the adapter of that moment.
+        """Restore a state from ``state_dict``; the model needs the adapter saved at that step.
 
         Raises:
-            ValueError: the model has more, or fewer, pushed boosters.
+            ValueError: the model has more, or fewer, ranks of pushed boosters.
         """
         if state["pushed"] != (pushed := self._pushed()):
             raise ValueError(
@@ -143,10 +142,10 @@ class Boosting:
         self._freeze()
 
     def callback(self) -> TrainerCallback:
-        """Give a callback for transformers' Trainer that does the steps.
+        """Return a callback for transformers' Trainer that runs the steps.
 
-        The state is in Trainer's checkpoints. To resume, make the model by ``load_adapter`` of the
-        adapter that was saved at the checkpoint's step, so that it has the boosters.
+        Trainer's checkpoints contain the state. To resume, build the model with ``load_adapter``
+        from the adapter that was saved at the checkpoint's step, so that it has the boosters.
         """
         return step_callback(self)
 
@@ -154,12 +153,12 @@ class Boosting:
         return sum(dict(_adapter(self._model)[0].stack).values())
 
     def _generator(self) -> torch.Generator:
-        """Begin the random numbers of the present booster, alike on every process."""
+        """Return the current booster's random generator, equal on every process."""
         mixed = random.Random(f"{self._seed} {self._count // self._steps}")
         return torch.Generator().manual_seed(mixed.getrandbits(63))
 
     def _pairs(self) -> list[_Pair]:
-        """List the present pairs: a layer's own, or a pool's."""
+        """Return the current pair of every layer or pool."""
         found: dict[nn.Module, _Pair] = {}
         for name, layer in _adapter(self._model)[1].items():
             owner = layer if layer.pool is None else layer.pool
@@ -167,7 +166,7 @@ class Boosting:
         return list(found.values())
 
     def _live(self) -> list[_Pair]:
-        """List those of the present booster."""
+        """Return the pairs that the current booster trains."""
         return [pair for pair in self._pairs() if pair.layers.keys() & set(self._drawn)]
 
     def _draw(self, generator: torch.Generator) -> tuple[str, ...]:
@@ -179,7 +178,7 @@ class Boosting:
 
     @torch.no_grad()
     def _freeze(self) -> None:
-        """Train the drawn layers alone; where B is zero, also let no other one read a pool's."""
+        """Train only drawn layers. If a pool's B is zero, set d: the scale if drawn, otherwise 0."""
         for owner, layers in self._pairs():
             drawn = layers.keys() & set(self._drawn)
             for parameter in (owner.A, owner.B):
@@ -226,7 +225,7 @@ class Boosting:
             self._forget([owner.A, owner.B, *entries])
 
     def _forget(self, parameters: list[Tensor]) -> None:
-        """Drop what the optimizer knows of parameters that begin anew."""
+        """Drop the optimizer's state and the gradients of parameters that start again."""
         for parameter in parameters:
             parameter.grad = None
             self._optimizer.state.pop(parameter, None)
@@ -236,7 +235,7 @@ class Boosting:
 
 
 def _checked_optimizer(optimizer: Any, model: nn.Module) -> torch.optim.Optimizer:
-    """Return ``optimizer``; raise where it is none, or does not step every A and B of ``model``."""
+    """Return ``optimizer``; raise if it is not one, or misses an A or B of ``model``."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
             f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}."
@@ -257,7 +256,7 @@ def _adapter(model: nn.Module) -> tuple[Boosted, dict[str, RasaLinear]]:
 
 
 class _Pair(NamedTuple):
-    """A pair that a booster trains, and the layers that read it, by name."""
+    """The owner of a current pair, and the layers that read the pair, by name."""
 
     owner: RasaLinear | RasaPool
     layers: dict[str, RasaLinear]

@@ -1,4 +1,4 @@
-"""Choosing an SBoRA's features by what the model's activations are."""
+"""Selection of an SBoRA's features by the size of the model's activations."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from rasa_research.methods import SboraConfig
 
 @torch.no_grad()
 def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Let an SBoRA with ``indices="activation"`` read the features that are largest on average.
+    """Select the features that an SBoRA with ``indices="activation"`` reads, by mean size.
 
-    Every batch goes through the model once, without grad and in eval mode. Of each layer the r
-    features of the largest mean \\|x_j\\| are taken.
+    Every batch runs through the model once, without grad and in eval mode. Each layer then reads
+    the r features with the largest mean \\|x_j\\|.
 
     Args:
-        model: patched with ``SboraConfig(indices="activation")``, before it is trained.
-        batches: what the model is called with: mappings as keyword arguments, tuples as
-            positional ones, anything else as the only one.
+        model: patched with ``SboraConfig(indices="activation")``, before training.
+        batches: arguments for the model: a mapping holds keyword arguments, a tuple positional
+            arguments, and anything else is the only argument.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: the model has another config, is trained already, or there is no batch.
+        ValueError: the model has another config or is already trained, or there is no batch.
 
     Example:
         >>> from rasa_research import methods, training

@@ -1,4 +1,4 @@
-"""Tasks one after the other over an SD-LoRA (arXiv 2501.13198)."""
+"""Continual learning: a sequence of tasks with one SD-LoRA (arXiv 2501.13198)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from rasa_research.methods.sd_lora import direction_norm
 from rasa_research.methods.stack import pushed
 
 OFFICIAL_START = 0.8
-"""The magnitudes with which the official code begins every task."""
+"""Magnitudes at the start of every task in the official code."""
 
 
 @torch.no_grad()
 def next_task(model: nn.Module, start: str = "continuous") -> nn.Module:
-    """Begin a task: the present pair joins the former ones, and a fresh one is trained.
+    """Start a task: freeze the current pair with the former ones, and train a fresh pair.
 
-    The magnitude of the pair goes on, so that the outputs stay what they were; with
-    ``norm="product"``, by which the present pair is not divided, they jump.
+    With ``start="continuous"`` the pair keeps the learned magnitude, so outputs stay equal. With
+    ``norm="product"`` they jump, because that norm divides only former pairs.
 
     Args:
         model: patched with ``SdLoraConfig``.
-        start: "continuous" leaves the magnitudes of former tasks as they were learned, and begins
-            with alpha / r; "official" sets all to 0.8, as the official code does.
+        start: "continuous" keeps the learned magnitudes and starts the new one at alpha / r.
+            "official" sets all magnitudes to 0.8, like the official code.
 
     Returns:
-        The same object. Parameters are new ones: make a new optimizer, and wrap the model in
-        DistributedDataParallel anew.
+        The same object. The parameters are new: make a new optimizer, and wrap the model in
+        DistributedDataParallel again.
 
     Raises:
         TypeError, ValueError: the model is not patched with ``SdLoraConfig``, or is wrapped in
@@ -62,18 +62,19 @@ def next_task(model: nn.Module, start: str = "continuous") -> nn.Module:
 
 @torch.no_grad()
 def absorb(model: nn.Module, threshold: float = 9e-4) -> bool:
-    """Take the newest former direction out, if the others can express it.
+    """Remove the newest former direction if the other directions can express it.
 
-    Least squares over all layers that share magnitudes: D_t = sum_k c_k D_k, D_k = B_k A_k / n_k.
-    Where the square of what is left is at most ``threshold`` of D_t's everywhere, the direction
-    goes, and m_k grows by m_t c_k ("knowledge distillation" in the paper, whose threshold this is).
+    Least squares over all layers that share magnitudes fits D_t = sum_k c_k D_k with
+    D_k = B_k A_k / n_k. If the squared residual is at most ``threshold`` times ||D_t||^2
+    everywhere, the direction is removed and m_k grows by m_t c_k. The paper calls this "knowledge
+    distillation"; the default threshold is from the paper.
 
     Args:
         model: patched with ``SdLoraConfig``, with at least two former tasks.
-        threshold: the largest relative residual, squared, at which a direction goes.
+        threshold: the largest squared relative residual at which a direction is removed.
 
     Returns:
-        Whether it went. If so, make a new optimizer, and wrap the model anew.
+        Whether the direction was removed. If so, make a new optimizer, and wrap the model again.
 
     Raises:
         TypeError, ValueError: the model is not patched with ``SdLoraConfig``, is wrapped in
@@ -119,7 +120,7 @@ def absorb(model: nn.Module, threshold: float = 9e-4) -> bool:
 
 
 def _grown(layer: RasaLinear, later: SdLoraConfig) -> dict[str, Tensor]:
-    """Give a layer's own tensors for the next task, magnitudes left out; its pair is pushed."""
+    """Return a layer's tensors for the next task, without magnitudes; push the current pair."""
     own, spec, dtype = layer.own_tensors(), layer.spec, layer.A.dtype
     norm = direction_norm(layer.A, layer.B, later.norm).unsqueeze(0)
     return {
@@ -136,7 +137,7 @@ def _magnitudes(before: Tensor, later: SdLoraConfig, start: str) -> nn.Parameter
 
 
 def _gram(layer: RasaLinear, config: SdLoraConfig) -> Tensor:
-    """Give <D_k, D_l> for the former directions of a layer (tasks, tasks), in float64."""
+    """Return all <D_k, D_l> of a layer's former directions, (tasks, tasks) in float64."""
     own = layer.own_tensors()
     A, B, norms = (own[name].double() for name in ("stack_A", "stack_B", "norms"))
     entries = (B.t() @ B) * (A @ A.t())

@@ -1,4 +1,4 @@
-"""Tasks as diagonals: one trained A, B and pool, and a d a layer for each task."""
+"""Tasks as diagonals: all tasks share A, B and the pools, and each has its own d per layer."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from rasa_ext.training import adapter_of
 def train_diagonals(model: nn.Module) -> nn.Module:
     """Freeze A, B and the pools, so that only the layers' diagonals d are trained from now on.
 
-    A new task then costs R numbers a layer, which ``diagonals`` gives and ``load_diagonals`` takes;
-    the directions are those that earlier training has found. Not in any paper.
+    A new task then costs R parameters per layer: ``diagonals`` returns them, and ``load_diagonals``
+    loads them. The directions remain from earlier training. Not in any paper.
 
     Args:
         model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``, and trained.
@@ -47,13 +47,13 @@ def train_diagonals(model: nn.Module) -> nn.Module:
 
 
 def diagonals(model: nn.Module) -> dict[str, Tensor]:
-    """Give a copy of every layer's d (R,), by the layer's name: a task over trained directions.
+    """Return a copy of every layer's diagonal d (R,), by the layer's name.
 
     Args:
         model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``.
 
     Returns:
-        Tensors, as safetensors and ``torch.save`` take them.
+        Tensors by name, which safetensors and ``torch.save`` can store; (E, R) for stacked experts.
 
     Raises:
         TypeError, ValueError: the model is no module, not patched, or its method has no d.
@@ -71,18 +71,18 @@ def diagonals(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_diagonals(model: nn.Module, task: Mapping[str, Tensor]) -> nn.Module:
-    """Put a task's diagonals into a model with the directions that it was trained over.
+    """Load a task's diagonals into a model that has the directions the task was trained with.
 
     Args:
         model: patched with ``RasaConfig``, ``GatedRasaConfig`` or ``SoraConfig``.
-        task: what ``diagonals`` gave: a d (R,) for every adapted layer, (E, R) for stacked experts.
+        task: result of ``diagonals``: a d (R,) for every adapted layer, (E, R) for stacked experts.
 
     Returns:
         The same object.
 
     Raises:
-        TypeError, ValueError: the model is no module, not patched, or ``task`` does not fit it, and
-            the model is unchanged.
+        TypeError, ValueError: the model is no module, not patched, or ``task`` does not fit it; the
+            model is then unchanged.
         RuntimeError: the adapter is merged.
 
     Example:
