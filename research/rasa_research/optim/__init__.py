@@ -1,4 +1,4 @@
-"""Optimizers that know what an adapter is: LoRA-Pro."""
+"""Optimizers for adapters: LoRA-Pro."""
 
 from rasa_research.optim.lora_pro import LoraPro
 

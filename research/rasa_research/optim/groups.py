@@ -1,4 +1,4 @@
-"""The layers of a model whose steps are one problem: those that train a pool together, or pairs."""
+"""Groups of layers that LoRA-Pro solves together: layers with one pool, or pairs of one shape."""
 
 from __future__ import annotations
 
@@ -18,75 +18,75 @@ from rasa_research.optim.least_norm import Ranks
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """One adapted layer, and which of its adapters is trained."""
+    """One adapted layer, and the index of the trained adapter."""
 
     name: str
     layer: AdaptedModule
     index: int
 
     def factors(self) -> Factors:
-        """Give the factors as they stand, each on its own device."""
+        """Return the current factors, each on the device where it is stored."""
         adapter = next(islice(self.layer.adapters(), self.index, None))
         return adapter.config.factors(adapter.own, adapter.pool, adapter.spec)
 
 
 class Part(NamedTuple):
-    """One factor among the rows of a group's ``down`` or ``up``."""
+    """One factor, and the rows that it has in a group's ``down`` or ``up``."""
 
     tensor: Tensor
     start: int
-    """The row at which it begins."""
+    """The first row of the factor."""
     is_up: bool
-    """Whether its ranks are columns, as those of B."""
+    """Whether the ranks are columns, as in B."""
 
     @property
     def rows(self) -> slice:
-        """The rows that are its own."""
+        """The factor's rows."""
         return slice(self.start, self.start + self.tensor.shape[1 if self.is_up else 0])
 
     def of(self, rows: Tensor) -> Tensor:
-        """Give its own among the rows of a whole group, in its own orientation."""
+        """Return the factor's rows of a whole group's ``rows``, in the factor's orientation."""
         return rows[self.rows].t() if self.is_up else rows[self.rows]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One group at one step: its ranks, their gradients, and whose they are."""
+    """One group at one step: ranks, gradients, and the parameters that they belong to."""
 
     layers: list[TrainedLayer]
     parts: list[list[Part]]
-    """The trained parameters of each layer; those of the pool stand with the first."""
+    """The trained parameters of each layer; the first layer also has the pool's."""
     ranks: Ranks
     gradient: Tensor
-    """G, flat, 0 where nothing is trained."""
+    """G, flat; 0 for rows that are not trained."""
     trained: Tensor
-    """(2, ranks): for the rows of ``down`` and ``up``, 1 where they are trained, 0 where not."""
+    """(2, ranks), for the rows of ``down`` and ``up``: 1 if trained, otherwise 0."""
 
     def parameters(self) -> list[Tensor]:
-        """Give every trained parameter of the group."""
+        """Return every trained parameter of the group."""
         return [part.tensor for parts in self.parts for part in parts]
 
     def write(self, step: Tensor) -> None:
-        """Make a flat ``step`` the gradients of the parameters."""
+        """Write a flat ``step`` into the gradients of the parameters."""
         sides = self.ranks.split(step)
         for part in (part for parts in self.parts for part in parts):
-            assert part.tensor.grad is not None  # or it would not be among them
+            assert part.tensor.grad is not None  # ``parts`` only has parameters with a gradient
             part.tensor.grad.copy_(part.of(sides[part.is_up]))
 
 
 @dataclass(frozen=True)
 class Group:
-    """Layers that are solved together: all that train one pool, or pairs of one shape."""
+    """Layers that are solved together: all layers that train one pool, or pairs of one shape."""
 
     layers: tuple[TrainedLayer, ...]
     pooled: bool
 
     @torch.no_grad()
     def problem(self, optimized: Collection[int]) -> Problem | None:
-        """Gather the group's problem; None where no gradient has come.
+        """Return the group's problem, or None if no parameter has a gradient.
 
-        ``optimized`` has the ids of the optimizer's parameters. Those without a gradient are held
-        fixed, and a layer none of whose own has one is left out where there is no pool.
+        ``optimized`` has the ids of the optimizer's parameters. Parameters without a gradient are
+        fixed. Without a pool, layers without any gradient are left out.
         """
 
         def counts(part: Part) -> bool:
@@ -134,9 +134,9 @@ def _pool(factors: Factors, start: int) -> list[Part]:
 
 
 def _diagonals(factors: Sequence[Factors], rank: int, pooled: bool) -> tuple[Tensor, Tensor]:
-    """Give the diagonals of the own ranks (L, r) and of the pool (L, K); 0 fills up to r.
+    """Return the diagonals of private ranks (L, r), padded with 0 to r, and of the pool (L, K).
 
-    They are on the device on which the group is solved, and in its dtype: float32 at least.
+    They are on the device of the first layer's A, in A's dtype or float32, whichever is wider.
     """
     A, A_pool, *_ = factors[0]
     size = len(A_pool) if pooled and A_pool is not None else 0
@@ -155,8 +155,8 @@ def find_groups(model: nn.Module) -> list[Group]:
     """Sort the layers of a model that train an adapter into groups.
 
     Raises:
-        ValueError: there is none, a layer trains two at once, or an adapter trains something else
-            than its factors.
+        ValueError: no layer trains an adapter, a layer trains two at once, an adapter's factors are
+            computed from other trained tensors, or experts are adapted.
         RuntimeError: an adapter is sharded over processes.
     """
     found: dict[tuple[bool, object], list[TrainedLayer]] = {}
@@ -193,11 +193,11 @@ def find_groups(model: nn.Module) -> list[Group]:
 
 
 def _trains(layer: TrainedLayer) -> bool:
-    """Tell whether a factor of the adapter is trained."""
+    """Return whether a factor of the adapter is trained; raise if it is computed from others."""
     adapter = next(islice(layer.layer.adapters(), layer.index, None))
     if not any(source.requires_grad for source in adapter.sources()):
         return False
-    adapter.factors()  # raises where it is sharded
+    adapter.factors()  # raises if the adapter is sharded
     with torch.enable_grad():
         factors = layer.factors()[:4]
     trained = [each for each in factors if each is not None and each.requires_grad]

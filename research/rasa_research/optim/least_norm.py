@@ -1,20 +1,19 @@
-"""LoRA-Pro's least-squares problem, and its solution of least norm, for pairs and for pools.
+"""LoRA-Pro's least-squares problem and the least-norm solution, for pairs and for pools.
 
-The layers of a group have the ranks a, of which some are one layer's own and others the pool's:
-dW_i = sum_a C_ia up_a down_a^T, with the diagonals in C. To first order a step z of down and up
-changes the weights by J z,
+A rank a of a group belongs either to one layer or to the pool: dW_i = sum_a C_ia up_a down_a^T,
+with the diagonals in C. To first order, a step z of down and up changes the weights by J z,
 
     (J z)_i = sum_a C_ia (z_up_a down_a^T + up_a z_down_a^T).
 
-LoRA-Pro (arXiv 2407.18242) asks for the z that brings J z nearest to the gradient g of the weights,
-and takes of all these, by its matrix X, the one nearest to G = J^T g, which is what autograd gives.
-G lies in the range of J^T, which is orthogonal to the null space of J. So the nearest to G is the
-nearest to zero, z = J^+ g, and J^T J z = G says all: g itself is never needed. With P = C^T C
+LoRA-Pro (arXiv 2407.18242) minimizes the distance of J z to the gradient g of the weights. Among
+all minimizers, the paper's matrix X selects the z nearest to autograd's gradient, G = J^T g. G is
+in the range of J^T, which is orthogonal to the null space of J. So the z nearest to G is also the
+smallest one, z = J^+ g. It solves J^T J z = G, so g itself is never needed. With P = C^T C,
 
     (J^T J z)_down = (up up^T o P) z_down + (up z_up^T o P) down
 
-and the same with down and up exchanged. For one pair of factors this is solved in closed form, for
-layers that share a pool by conjugate gradients.
+and likewise with down and up exchanged. For pairs of factors there is a closed-form solution. For
+layers that share a pool, conjugate gradients solve the equation.
 """
 
 from __future__ import annotations
@@ -26,58 +25,58 @@ from torch import Tensor
 
 
 class _Blocks(NamedTuple):
-    """The elements of a matrix (ranks, ranks) where two ranks meet in some layer."""
+    """The entries of a matrix (ranks, ranks) for pairs of ranks that some layer uses together."""
 
     own: Tensor
-    """(L, r, r): a layer's own with each other."""
+    """(L, r, r): private ranks of one layer with each other."""
     right: Tensor
-    """(L*r + K, K): all with the pool."""
+    """(L*r + K, K): all ranks with the pool."""
     left: Tensor
-    """(K, L*r): the pool with the own."""
+    """(K, L*r): the pool with private ranks."""
 
 
 class Ranks:
-    """The ranks of a group of L layers below each other, first r of each layer, then K of the pool.
+    """All ranks of a group of L layers as rows: first r of each layer, then K of the pool.
 
-    A step or gradient of them is one flat tensor: what belongs to ``down``, then to ``up``.
+    A step or gradient is one flat tensor: first the part for ``down``, then the part for ``up``.
 
     Args:
         down: the rows of A and A_pool, (L*r + K, in).
         up: the columns of B and B_pool, as rows, (L*r + K, out).
-        own: the diagonals of the layers' own ranks, (L, r).
-        pool: those of the pool, (L, K); K = 0 where the layers are single pairs.
+        own: the diagonals of private ranks, (L, r).
+        pool: the diagonals of the pool, (L, K); K = 0 if the layers are single pairs.
     """
 
     def __init__(self, down: Tensor, up: Tensor, own: Tensor, pool: Tensor) -> None:
         self.down, self.up, self.own, self.pool = down, up, own, pool
         self.layers, self.rank = own.shape
         self.count = own.numel()
-        """L*r: where the pool begins."""
+        """L*r, the first row of the pool."""
         shared = (own.unsqueeze(2) * pool.unsqueeze(1)).flatten(0, 1)
         self._weights = _Blocks(
             own.unsqueeze(2) * own.unsqueeze(1), torch.cat((shared, pool.t() @ pool)), shared.t()
         )
 
     def split(self, flat: Tensor) -> tuple[Tensor, Tensor]:
-        """View a flat step or gradient as its parts, of the shapes of ``down`` and ``up``."""
+        """View a flat step or gradient as two tensors with the shapes of ``down`` and ``up``."""
         down, up = flat.split((self.down.numel(), self.up.numel()))
         return down.view_as(self.down), up.view_as(self.up)
 
     def by_layer(self, rows: Tensor) -> Tensor:
-        """View the layers' own of some rows as (L, r, width)."""
+        """View the private ranks' part of ``rows`` as (L, r, width)."""
         return rows[: self.count].view(self.layers, self.rank, rows.shape[1])
 
     def norms(self) -> tuple[Tensor, Tensor]:
-        """Give the diagonal of J^T J: of each rank's row of ``down``, then of ``up``; (ranks,)."""
+        """Return the diagonal of J^T J per rank, (ranks,), for rows of ``down`` and of ``up``."""
         weight = torch.cat((self.own.square().flatten(), self.pool.square().sum(0)))
         return weight * self.up.square().sum(1), weight * self.down.square().sum(1)
 
     def grams(self) -> tuple[_Blocks, _Blocks]:
-        """Give the parts of J^T J that no step changes: up up^T o P and down down^T o P."""
+        """Return the step-independent parts of J^T J: up up^T o P and down down^T o P."""
         return self._products(self.up, self.up), self._products(self.down, self.down)
 
     def normal(self, step: Tensor, grams: tuple[_Blocks, _Blocks]) -> Tensor:
-        """Compute J^T J z of a flat ``step`` z, with what ``grams`` gave."""
+        """Compute J^T J z of a flat ``step`` z, with the result of ``grams``."""
         result = torch.zeros_like(step)
         (down, up), (to_down, to_up) = self.split(step), self.split(result)
         self._add_product(to_down, grams[0], down)
@@ -87,14 +86,14 @@ class Ranks:
         return result
 
     def change(self, layer: int, step: Tensor) -> Tensor:
-        """Compute (J z)_i (out, in), by which a flat ``step`` z changes a layer's weight."""
+        """Compute (J z)_i (out, in), the change of a layer's weight by a flat ``step`` z."""
         down, up = self.split(step)
         weight = self._weight(layer)
         left = torch.cat((self._of(layer, up), self._of(layer, self.up))) * torch.cat((weight,) * 2)
         return left.t() @ torch.cat((self._of(layer, self.down), self._of(layer, down)))
 
     def add_gradient(self, layer: int, dense: Tensor, total: Tensor) -> None:
-        """Add to ``total``, flat, J^T of a change ``dense`` (out, in) of one layer's weight."""
+        """Add J^T of ``dense`` (out, in), a change of one layer's weight, to the flat ``total``."""
         weight, down, up = self._weight(layer), *self.split(total)
         for to, rows in (
             (down, (weight * self._of(layer, self.up)) @ dense),
@@ -129,27 +128,28 @@ class Ranks:
 def pair_steps(ranks: Ranks, gradient: Tensor, trained: Tensor, ridge: float) -> Tensor:
     """Solve (J^T J + rho) z = G for layers without a pool, in closed form.
 
-    The diagonals are folded in, and down and G_up turned into the eigenvectors of down down^T
-    (values mu), up and G_down into those of up up^T (values lambda). There the Sylvester equation
-    of the paper falls apart, C_ij = (G_down down^T)_ij / (lambda_i + mu_j + rho), and the rows of
-    z are z_down = (G_down - C down) / (lambda + rho) and z_up = (G_up - C^T up) / (mu + rho). Where
-    one of the factors is not trained, C is zero.
+    First multiply down and up by the diagonals. Rotate down and G_up into the eigenbasis of
+    down down^T (eigenvalues mu), up and G_down into the eigenbasis of up up^T (eigenvalues lambda).
+    There the paper's Sylvester equation is elementwise,
+    C_ij = (G_down down^T)_ij / (lambda_i + mu_j + rho), and the rows of z are
+    z_down = (G_down - C down) / (lambda + rho) and z_up = (G_up - C^T up) / (mu + rho). If one of
+    the factors is not trained, C is zero.
 
     Args:
-        ranks: of L pairs.
+        ranks: ranks of L pairs, without a pool.
         gradient: G, flat.
-        trained: of the rows of ``down`` and ``up``, (2, L*r): 1 where trained, 0 where not.
-        ridge: rho of a pair, over the mean of its diagonal of J^T J.
+        trained: (2, L*r), for the rows of ``down`` and ``up``: 1 if trained, otherwise 0.
+        ridge: rho of a pair, relative to the mean of the diagonal of J^T J over trained rows.
 
     Returns:
-        z, flat; 0 where G is.
+        z, flat; 0 for rows that are not trained.
     """
     weight = ranks.own.unsqueeze(2)
     down, up = (weight * ranks.by_layer(rows) for rows in (ranks.down, ranks.up))
     of_down, of_up = (ranks.by_layer(rows) for rows in ranks.split(gradient))
     in_down, in_up = trained.view(2, ranks.layers, ranks.rank, 1).to(torch.float64)
 
-    # Gram matrices square the conditioning; of r x r, float64 costs little.
+    # Gram matrices square the condition number. They are only r x r, so float64 costs little.
     (lambdas, u), (mus, v) = (_eigen(rows) for rows in (up, down))
     total = (in_down * lambdas.unsqueeze(2) + in_up * mus.unsqueeze(2)).sum((1, 2))
     rho = ridge * total / (in_down + in_up).sum((1, 2)).clamp(min=1)
@@ -167,9 +167,9 @@ def pair_steps(ranks: Ranks, gradient: Tensor, trained: Tensor, ridge: float) ->
 
 
 def _eigen(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Decompose rows rows^T (L, r, r) in float64; values that are but rounding errors are zero.
+    """Decompose rows rows^T (L, r, r) in float64; set values of rounding size to zero.
 
-    Such are those of ranks whose diagonal is zero, as a closed gate's.
+    Ranks with a zero diagonal have such values, for example ranks with a closed gate.
     """
     wide = rows.to(torch.float64)
     values, vectors = torch.linalg.eigh(wide @ wide.mT)
@@ -178,7 +178,7 @@ def _eigen(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inverse(values: Tensor) -> Tensor:
-    """Invert, elementwise, what is not zero."""
+    """Return 1 / value for positive values, otherwise 0."""
     return torch.where(values > 0, 1 / values, 0)
 
 
@@ -192,16 +192,17 @@ def pool_steps(
 ) -> Tensor:
     """Solve (J^T J + rho) z = G for any group by conjugate gradients from zero.
 
-    Wherever they are cut off, z minimises ||J z - g||^2 + rho ||z||^2 over the steps that they have
-    seen; so z^T G > 0, and -z is a descent direction. One iteration gives the raw gradient, scaled.
+    After any number of iterations, z minimises ||J z - g||^2 + rho ||z||^2 over the subspace
+    searched so far. So z^T G > 0, and -z is a descent direction. One iteration returns the raw
+    gradient, scaled.
 
     Args:
-        ranks: of the group.
-        gradient: G, flat, 0 where nothing is trained.
-        trained: of the rows of ``down`` and ``up``, (2, ranks): 1 where trained, 0 where not.
-        ridge: rho over the mean of the diagonal of J^T J.
-        iterations: at most so many.
-        tolerance: they end where the residual of the equation, over G, falls below this.
+        ranks: ranks of the group.
+        gradient: G, flat; 0 for rows that are not trained.
+        trained: (2, ranks), for the rows of ``down`` and ``up``: 1 if trained, otherwise 0.
+        ridge: rho, relative to the mean of the diagonal of J^T J over trained rows.
+        iterations: the largest number of iterations.
+        tolerance: stop when the residual's norm is at most this fraction of the norm of G.
 
     Returns:
         z, flat.
@@ -215,7 +216,7 @@ def pool_steps(
     square = residual.dot(residual)
     end = tolerance**2 * square
     for _ in range(iterations):
-        # On a GPU the host is not made to wait for the residual: iterations after the end add zero.
+        # On a GPU the host does not wait for the residual: iterations after the end add zero.
         if square.device.type == "cpu" and square <= end:
             break
         image = (ranks.normal(direction, grams) * kept).addcmul_(direction, rho)

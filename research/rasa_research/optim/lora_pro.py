@@ -1,4 +1,4 @@
-"""LoraPro: LoRA-Pro over any optimizer, for adapters with and without a pool."""
+"""LoraPro: LoRA-Pro around any optimizer, for adapters with and without a pool."""
 
 from __future__ import annotations
 
@@ -15,49 +15,49 @@ from rasa_research.optim.groups import Problem, find_groups
 from rasa_research.optim.least_norm import pair_steps, pool_steps
 
 _KEY = "lora_pro"
-"""Where the moments of full gradients stand in a state dict."""
+"""Key of the full gradients' moments in a state dict."""
 
 
 class LoraPro(torch.optim.Optimizer):
-    """An optimizer that first makes an adapter's gradients those of LoRA-Pro (arXiv 2407.18242).
+    """An optimizer that replaces an adapter's gradients by LoRA-Pro's (arXiv 2407.18242).
 
-    Autograd's gradients of A and B say how each of them lowers the loss alone. LoRA-Pro asks for
-    the step of both, and here of the pool as well, that changes the weights most nearly as a step
-    of full fine-tuning would: the least-squares solution of least norm, J^+ g. It is found from
-    autograd's gradients, written over them in ``.grad``, and ``inner`` does the rest. The diagonal
-    d, and whatever else is trained, keeps its gradient.
+    Autograd's gradients of A and B ignore that both change together. LoRA-Pro computes the joint
+    step of A and B, and here also of the pool, with a weight change nearest to a step of full
+    fine-tuning: the least-squares solution of least norm, J^+ g. It is computed from autograd's
+    gradients and replaces them in ``.grad``; then ``inner`` steps. The diagonal d, and any other
+    trained parameter, keeps autograd's gradient.
 
-    For LoRA, and wherever a layer trains a pair alone, the solution is exact, as published. For
-    layers that share a pool it is found by conjugate gradients, which ``iterations`` cut off; what
-    they have then is a descent direction, too.
+    For LoRA, and for any layers without a trained pool, the solution is exact, as published. For
+    layers that share a pool, conjugate gradients approximate it in at most ``iterations``
+    iterations; any such approximation is a descent direction.
 
-    With ``moments="full"`` the moments of Adam are of the full gradients, as in the paper's
-    results. It costs two float32 matrices of each adapted weight's shape (out, in), which is what
-    full fine-tuning keeps for them: 56 GB for the linear layers of Llama-3.1-8B. A and B are
-    stepped by the solution for Adam's direction, the rest by ``inner``. ``"factors"`` keeps nothing
-    beside the moments of ``inner``, whose division by each number's own size undoes a part of the
-    adjustment.
+    With ``moments="full"``, Adam's moments are moments of the full gradients, as in the paper's
+    results. This needs two float32 matrices of shape (out, in) for each adapted weight, as much as
+    full fine-tuning: 56 GB for the linear layers of Llama-3.1-8B. A and B take the solution for
+    Adam's direction as their step; ``inner`` steps other parameters. ``"factors"`` only needs the
+    moments of ``inner``, but an ``inner`` that rescales each entry, such as Adam, undoes part of
+    the adjustment.
 
-    Clip gradients before the step, as ever: what is clipped is autograd's gradient. Works with
+    Clip gradients before the step, as usual: this clips autograd's gradients. Works with
     GradScaler, learning-rate schedulers, DistributedDataParallel, and transformers' Trainer
-    (``optimizers=(optimizer, None)``). Make it after ``patch_model``.
+    (``optimizers=(optimizer, None)``). Make the optimizer after ``patch_model``.
 
     Args:
-        model: a model with adapters of this package: patched, loaded, or of ``rasa_ext.peft``.
+        model: a model with adapters of this package: patched, loaded, or from ``rasa_ext.peft``.
         inner: a class of ``torch.optim``.
-        params: what to optimize, in any form that ``inner`` takes, say groups with rates of their
-            own; by default every parameter of the model that requires a gradient.
-        ridge: what is added to J^T J, over the mean of its diagonal. It leaves out directions that
-            the factors hardly reach, where rounding errors of the gradients would be enlarged: take
-            1e-4 where those are computed in bfloat16.
-        iterations: of conjugate gradients, at most, for layers that share a pool.
-        tolerance: they end where the equation's residual, over the gradient, is below this.
+        params: parameters to optimize, in any form that ``inner`` accepts, such as groups with
+            separate learning rates; defaults to every parameter that requires a gradient.
+        ridge: added to J^T J, relative to the mean of the diagonal. It suppresses directions that
+            the factors hardly reach, in which rounding errors of gradients would grow: use 1e-4 for
+            gradients computed in bfloat16.
+        iterations: the largest number of conjugate-gradient iterations, for layers with a pool.
+        tolerance: stop them when the residual's norm is at most this fraction of the gradient's.
         moments: "factors" or "full".
-        inner_options: those of ``inner``: lr, betas, ...
+        inner_options: options of ``inner``: lr, betas, ...
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; with "full"
-            also where ``inner`` has no betas and eps or asks for weight decay.
+        TypeError, ValueError: naming the argument, what was expected and what was given; with
+            "full" also if ``inner`` has no betas and eps, or if it has weight decay.
 
     Example:
         >>> from rasa_research.optim import LoraPro
@@ -109,15 +109,15 @@ class LoraPro(torch.optim.Optimizer):
             self._check_full()
 
     def _share(self) -> None:
-        """Let what schedulers and scalers see be the inner optimizer's own."""
+        """Share the inner optimizer's groups and state, which schedulers and scalers change."""
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # no closure, no loss
-        """Rewrite the gradients of the adapter, and step.
+        """Replace the adapter's gradients, and step.
 
         Raises:
-            ValueError: a closure was given, or weight decay with moments="full".
+            ValueError: there is a closure, or weight decay with moments="full".
         """
         if closure is not None:
             raise ValueError(
@@ -140,23 +140,23 @@ class LoraPro(torch.optim.Optimizer):
             for parameter in problem.parameters():
                 grad = cast(Tensor, parameter.grad)
                 parameter.sub_(grad * options[id(parameter)]["lr"])
-                parameter.grad = None  # so that the inner optimizer leaves it alone
+                parameter.grad = None  # so that the inner optimizer skips this parameter
                 stepped.append((parameter, grad))
         self.inner.step()
         for parameter, grad in stepped:
             parameter.grad = grad
 
     def _solve(self, problem: Problem, gradient: Tensor) -> Tensor:
-        """Find z of the least norm with J^T J z = G, both flat."""
+        """Return the least-norm z with J^T J z = G, both flat."""
         ranks, trained = problem.ranks, problem.trained
         if ranks.pool.shape[1]:
             return pool_steps(ranks, gradient, trained, self.ridge, self.iterations, self.tolerance)
         return pair_steps(ranks, gradient, trained, self.ridge)
 
     def _full_step(self, problem: Problem, options: dict[int, dict[str, Any]]) -> Tensor:
-        """Solve for the direction that Adam takes on the full gradients, J z of the raw ones.
+        """Solve for the direction that Adam takes on the full gradients J z.
 
-        Of the full matrices but the moments, one at a time is in memory.
+        Besides the moments, only one full matrix is in memory at a time.
         """
         ranks, total = problem.ranks, torch.zeros_like(problem.gradient)
         step = self._solve(problem, problem.gradient)
@@ -170,7 +170,7 @@ class LoraPro(torch.optim.Optimizer):
         return self._solve(problem, total)
 
     def _adam(self, name: str, gradient: Tensor, options: dict[str, Any]) -> Tensor:
-        """Take a layer's full gradient (out, in) into its moments, and give Adam's direction."""
+        """Update a layer's moments with a full gradient (out, in); return Adam's direction."""
         state = self._full.get(name)
         if state is None:
             state = {"step": 0, "exp_avg": torch.zeros_like(gradient)}
@@ -185,10 +185,10 @@ class LoraPro(torch.optim.Optimizer):
         return direction
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
-        """Drop the moments of full gradients of the layers whose factors these are.
+        """Drop the full gradients' moments of layers that have one of ``parameters`` as a factor.
 
-        For those who let factors begin anew, as ``training.Boosting`` does; what ``inner``
-        knows of a parameter is in ``state``.
+        Call it after resetting factors, as ``training.Boosting`` does. It does not change
+        ``state``, which has the state of ``inner``.
         """
         anew = set(map(id, parameters))
         for layer in (layer for group in self._groups for layer in group.layers):
@@ -196,7 +196,7 @@ class LoraPro(torch.optim.Optimizer):
                 self._full.pop(layer.name, None)
 
     def _check_full(self) -> None:
-        """Raise ValueError where the inner optimizer is not Adam, or does more than Adam."""
+        """Raise ValueError if the inner optimizer is not Adam, or does more than plain Adam."""
         for group in self.param_groups:
             if not {"betas", "eps", "lr"} <= group.keys():
                 raise ValueError(
@@ -211,17 +211,17 @@ class LoraPro(torch.optim.Optimizer):
                     )
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the inner optimizer's state, with the full moments by the layers' names, if any."""
+        """Return the inner optimizer's state and, for "full", the moments by layer name."""
         state = super().state_dict()
         if self.moments == "full":
             state[_KEY] = {name: dict(layer) for name, layer in self._full.items()}
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` gave.
+        """Load a state from ``state_dict``.
 
         Raises:
-            ValueError: it is of other groups of parameters, or of the other kind of moments.
+            ValueError: the state is for other parameter groups, or the other kind of moments.
         """
         if (_KEY in state_dict) != (self.moments == "full"):
             other = "full" if _KEY in state_dict else "factors"
