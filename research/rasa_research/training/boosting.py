@@ -178,7 +178,7 @@ class Boosting:
 
     @torch.no_grad()
     def _freeze(self) -> None:
-        """Train only drawn layers. If a pool's B is zero, set d: the scale if drawn, otherwise 0."""
+        """Train only drawn layers; if a pool's B is zero, set d: scale if drawn, otherwise 0."""
         for owner, layers in self._pairs():
             drawn = layers.keys() & set(self._drawn)
             for parameter in (owner.A, owner.B):
