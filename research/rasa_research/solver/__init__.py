@@ -1,4 +1,4 @@
-"""Factors nearest to given weight changes: of a fine-tuning, of a LoRA, of several LoRAs."""
+"""Best approximations of weight changes by factors: of a fine-tuning, a LoRA, several LoRAs."""
 
 from rasa_research.solver.compress import CompressedAdapter, compress, compress_lora
 from rasa_research.solver.compress_many import CompressedLoras, Distances, compress_many

@@ -1,4 +1,4 @@
-"""compress: what a full fine-tuning changed, as the RaSA adapter that comes closest to it."""
+"""compress: the RaSA adapter closest to a full fine-tuning or a LoRA."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from rasa_research.solver.fit import Solver
 from rasa_research.solver.weights import Changes, ParameterWeights, pair, squared_change
 
 CHANGED = "changed"
-"""In place of names: whatever changed outside the adapted layers."""
+"""Value of ``modules_to_save`` for every module that changed and is not adapted."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """A parameter that changed, but which the adapter does not carry."""
+    """The change of a parameter that the adapter does not contain."""
 
     change: float
     """||finetuned - base||."""
@@ -40,9 +40,9 @@ class Residual:
 
 @dataclasses.dataclass(frozen=True)
 class CompressedAdapter(AdapterState):
-    """An adapter, not yet in a model or a file, and how close it comes to what it stands for.
+    """An adapter, not yet in a model or a file, and the errors of its approximation.
 
-    Errors are shares of squared Frobenius norms, without a unit; see ``Decomposition``.
+    Errors are relative, in squared Frobenius norms; see ``Decomposition``.
 
     Example:
         >>> from rasa_research import solver
@@ -67,27 +67,27 @@ class CompressedAdapter(AdapterState):
 
     @property
     def lora_error(self) -> float:
-        """``error`` of LoRA's best approximation of the same rank."""
+        """``error`` of the best LoRA of equal rank."""
         return self._total(lambda result: result.lora_error)
 
     @property
     def lora_error_equal(self) -> float:
-        """``error`` of LoRA with as many trainable parameters; see ``Decomposition``."""
+        """``error`` of the best LoRA with equally many parameters; see ``Decomposition``."""
         return self._total(lambda result: result.lora_error_equal)
 
     @property
     def num_parameters(self) -> int:
-        """Trainable parameters of the adapter, ``modules_to_save`` left out."""
+        """Number of trainable parameters of the adapter, without ``modules_to_save``."""
         return sum(t.numel() for key, t in self.tensors.items() if ".rasa_" in key)
 
     @property
     def lora_num_parameters(self) -> int:
-        """Trainable parameters of a LoRA of the same rank on the same layers."""
+        """Number of trainable parameters of a LoRA of equal rank on the adapted layers."""
         return sum(self.config.rank * len(g.names) * sum(g.shape) for g in self.plan.groups)
 
     @property
     def residual_share(self) -> float:
-        """The part of the squared change, over all parameters, that ``lost`` holds."""
+        """Share of ``lost`` in the squared change of ``lost`` and the adapted layers."""
         lost = sum(each.change**2 for each in self.lost.values())
         total = lost + sum(result.norm**2 for result in self.groups.values())
         return lost / total if total else 0.0
@@ -116,25 +116,25 @@ def compress(
     tol: float = 0.0,
     progress: Callable[[Group, int, int], None] | None = None,
 ) -> CompressedAdapter:
-    """Find the RaSA adapter that comes closest to a full fine-tuning, without loading either model.
+    """Find the RaSA adapter closest to a full fine-tuning, without loading either model.
 
-    Each group of layers is approximated by ``decompose`` (arXiv 2503.12576, section 3 and appendix
-    A). Weights are read when they are needed, and those of one group are held at a time.
+    ``decompose`` approximates each group of layers (arXiv 2503.12576, section 3 and appendix A).
+    Weights are read when needed, so only one group's weights are in memory at a time.
 
     Args:
-        model: an unpatched model of this kind, for names and shapes; it may lie on the meta device,
+        model: an unpatched model of this kind, for names and shapes; it may be on the meta device,
             and is not changed.
         base, finetuned: the weights before and after, under the names of ``model``'s parameters:
             a ``state_dict()``, or ``SafetensorsFolder(directory)``.
         rank, k, target_modules, exclude_modules, modules_to_save, groups: as in ``patch_model``.
-            What ``modules_to_save`` names is stored in full, as ``finetuned`` has it; "changed"
-            names every module that changed and is not adapted.
+            The adapter stores the modules in ``modules_to_save`` in full, with the values of
+            ``finetuned``; "changed" selects every module that changed and is not adapted.
         iterations, init, dtype, tol: as in ``decompose``.
-        progress: called with (group, iterations done, iterations) after each.
+        progress: called with (group, iterations done, iterations) after each iteration.
 
     Returns:
-        The adapter, its errors beside LoRA's, and the parameters that changed but are in neither
-        the adapted layers nor ``modules_to_save``.
+        The adapter, the errors of it and of LoRA, and the parameters that changed but are in
+        neither the adapted layers nor ``modules_to_save``.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -190,22 +190,22 @@ def compress_lora(
     tol: float = 0.0,
     progress: Callable[[Group, int, int], None] | None = None,
 ) -> CompressedAdapter:
-    """Find the RaSA adapter that comes closest to a LoRA, with fewer parameters.
+    """Find the RaSA adapter closest to a LoRA, with fewer parameters.
 
-    Each group of layers is approximated by ``decompose`` from the LoRA's factors; no (out, in)
-    matrix is formed. Modules trained in full, trained rows of embeddings and the dropout come
-    along, as with ``rasa_ext.import_lora``, which takes a LoRA exactly.
+    ``decompose`` approximates each group of layers from the LoRA's factors, without forming an
+    (out, in) matrix. The adapter also gets the LoRA's dropout, modules trained in full, and trained
+    rows of embeddings. ``rasa_ext.import_lora`` converts a LoRA exactly instead.
 
     Args:
-        model: an unpatched model of this kind, for names and shapes; it may lie on the meta device,
+        model: an unpatched model of this kind, for names and shapes; it may be on the meta device,
             and is not changed.
-        directory: what PEFT's ``save_pretrained`` wrote.
-        rank, k: of the adapter, 0 <= k <= rank.
+        directory: a directory that PEFT's ``save_pretrained`` wrote.
+        rank, k: rank and pooled ranks of the adapter, 0 <= k <= rank.
         iterations, init, dtype, tol: as in ``decompose``.
-        progress: called with (group, iterations done, iterations) after each.
+        progress: called with (group, iterations done, iterations) after each iteration.
 
     Returns:
-        The adapter, and its errors beside LoRA's.
+        The adapter, with the errors of it and of LoRA.
 
     Raises:
         FileNotFoundError, ValueError, TypeError: a file is missing or damaged, does not fit the
@@ -227,7 +227,7 @@ def compress_lora(
 def nearest_to(
     model: nn.Module, lora: Lora, where: str, rank: int, k: int, solver: Solver
 ) -> CompressedAdapter:
-    """``compress_lora`` of a LoRA that is read; errors begin with ``where``."""
+    """Do ``compress_lora`` for a LoRA in memory; error messages begin with ``where``."""
     exact = convert_lora(model, lora, where)
     config = dataclasses.replace(exact.config, rank=rank, k=k)
     scaled = {name: (lora.scales[name] * B, A) for name, (B, A) in lora.factors.items()}
@@ -237,13 +237,13 @@ def nearest_to(
 
 
 def _carried(model: nn.Module, plan: Plan, weights: ParameterWeights) -> set[str]:
-    """The parameters that an adapter of this plan changes or holds, each by its first name."""
+    """Return the parameters that an adapter of this plan changes or stores, by first name."""
     adapted = [f"{name}.weight" for group in plan.groups for name in group.names]
     return {weights.first(name) for name in (*adapted, *saved_tensors(model, plan))}
 
 
 def _owners(lost: Mapping[str, Residual], plan: Plan) -> tuple[str, ...]:
-    """The modules that hold these parameters, but for adapted layers: biases cannot be saved."""
+    """Return the modules with these parameters, except adapted layers, whose bias is not saved."""
     adapted = {name for group in plan.groups for name in group.names}
     owners = dict.fromkeys(name.rpartition(".")[0] for name in lost)
     return tuple(name for name in owners if name and name not in adapted)

@@ -1,4 +1,4 @@
-"""compress_many: several LoRAs of one base over one shared basis, with a diagonal each."""
+"""compress_many: several LoRAs of one base over one shared basis, each with a diagonal."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Directories = Sequence[str | os.PathLike[str]] | Mapping[str, str | os.PathLike[
 
 @dataclasses.dataclass(frozen=True)
 class Distances:
-    """How far approximations of several LoRAs are from these, in the Frobenius norm, relative.
+    """Relative errors of approximations of several LoRAs, in the Frobenius norm.
 
-    Every adapter weighs alike, however large its changes: an error over several adapters is the
-    root of the mean of their squares. 0 where nothing changes.
+    Squares are divided by the adapter's squared norm, so every adapter has equal weight: the total
+    is the root mean square of the adapters' errors. It is 0 if nothing changes.
 
     Example:
         >>> from rasa_research import solver
@@ -42,29 +42,29 @@ class Distances:
 
     names: tuple[str, ...]
     whole: dict[str, Tensor]
-    """||M||^2 by layer, one for each adapter, (n,) float64."""
+    """||M||^2 by layer, one entry per adapter, (n,) float64."""
     lost: dict[str, Tensor]
-    """||M - M^||^2 likewise."""
+    """||M - M^||^2 by layer, in the form of ``whole``."""
 
     @property
     def total(self) -> float:
-        """Over all layers and adapters."""
+        """Error over all layers and adapters."""
         return self.over(self.whole)
 
     @property
     def layers(self) -> dict[str, float]:
-        """By layer, over the adapters."""
+        """Error of each layer, over the adapters."""
         return {layer: self.over([layer]) for layer in self.whole}
 
     @property
     def adapters(self) -> dict[str, float]:
-        """By adapter, over its layers: ||M - M^|| / ||M||."""
+        """Error of each adapter, over all layers: ||M - M^|| / ||M||."""
         whole = torch.stack([*self.whole.values()]).sum(0).tolist()
         lost = torch.stack([*self.lost.values()]).sum(0).tolist()
         return dict(zip(self.names, map(_ratio, lost, whole), strict=True))
 
     def over(self, layers: Iterable[str]) -> float:
-        """Over some layers and all adapters."""
+        """Return the error over some layers and all adapters."""
         layers, weights = list(layers), _weights(self.whole)
         lost = sum((self.lost[layer] @ weights).item() for layer in layers)
         return _ratio(lost, sum((self.whole[layer] @ weights).item() for layer in layers))
@@ -72,7 +72,7 @@ class Distances:
 
 @dataclasses.dataclass(frozen=True)
 class CompressedLoras:
-    """Several LoRAs over one basis, and how near each is, beside LoRAs apart of the same size.
+    """Several LoRAs over one basis, with their errors and those of separate LoRAs of equal size.
 
     Example:
         >>> from rasa_research import solver
@@ -94,11 +94,11 @@ class CompressedLoras:
     loras: LoraSet
     errors: Distances
     separate: Distances
-    """The same of LoRAs apart with as many numbers in each layer: R + n R / (in + out) singular
-    components of the changes, which are the largest of all adapters' together; of what is over
-    from whole components, that share of the next one."""
+    """The errors of separate LoRAs with equally many parameters in each layer: the R + n R /
+    (in + out) largest singular components among all adapters' changes. A fraction of a component
+    counts as that share of the next one."""
     given: int
-    """Numbers in the LoRAs that were given."""
+    """Number of parameters in the original LoRAs."""
 
 
 @torch.no_grad()
@@ -110,37 +110,37 @@ def compress_many(
     tol: float = 1e-6,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> CompressedLoras:
-    """Put several LoRAs of one base over one shared basis, with a diagonal each.
+    """Compress several LoRAs of one base into one shared basis, with a diagonal for each.
 
-    In every layer, dW_i is approximated by B diag(d_i) A for all adapters i at once (JD-Diag of
-    "Compress then Serve", arXiv 2407.00066): the formula of RaSA's pool with adapters in the place
-    of layers, found by the same coordinate descent, in float64. Each adapter is weighed by its
-    norm, so that small changes count as large ones do. The file has R * (in + out + n) numbers a
-    layer.
+    In every layer, B diag(d_i) A approximates dW_i for all adapters i together (JD-Diag of
+    "Compress then Serve", arXiv 2407.00066). This is the formula of RaSA's pool with adapters in
+    place of layers, solved by RaSA's coordinate descent in float64. The squared error of each
+    adapter is divided by its squared norm, so small and large changes have equal weight. The file
+    has R * (in + out + n) parameters per layer.
 
-    One start of the descent is the best that LoRAs apart of R ranks together can do, so the result
-    is never farther from the adapters than R of their singular components are (but for rounding to
-    the files' dtype). A basis of rank R that all have in common is found. Adapters with nothing in
+    The descent also starts from the best separate LoRAs with R ranks in total. So the error is
+    never larger than that of the adapters' R largest singular components, except for rounding to
+    the files' dtype. If all adapters share a basis of rank R, it is found. Adapters with nothing in
     common gain nothing.
 
-    LoRAs may differ in rank, scale and adapted layers. A layer that only some of them have gets
-    zeros in the others' diagonals. The result has the widest dtype of their files.
+    LoRAs may differ in rank, scale and adapted layers. If an adapter lacks a layer, its diagonal
+    there is zero. The result has the widest dtype of the files.
 
     Args:
-        directories: two or more, each as PEFT's ``save_pretrained`` or ``export_lora`` wrote it.
-            Adapters are named as the mapping's keys are, or as the folders.
-        rank: R, of the basis of each layer, and of the LoRAs that the result expands to.
-        iterations: rounds of the solver, in each layer.
-        tol: end them once a round lowers the share of the squared norm that is missing by no more.
-        progress: called with (layer, layers done, layers) after each.
+        directories: two or more directories written by PEFT's ``save_pretrained`` or
+            ``export_lora``. Adapter names are the mapping's keys, or the names of the folders.
+        rank: R, the rank of each layer's basis and of the LoRAs that the result expands to.
+        iterations: largest number of solver rounds in each layer.
+        tol: stop when a round lowers the relative squared error by at most this.
+        progress: called with (layer, layers done, layers) after each layer.
 
     Returns:
-        The set, its errors by layer, by adapter and in all, and those of LoRAs apart.
+        The set, with errors by layer, by adapter and in total, and the errors of separate LoRAs.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: an argument is wrong, or a directory is no plain
-            LoRA, has modules that were trained in full, or layers of other shapes; the message
-            has its path and says what to do.
+        FileNotFoundError, TypeError, ValueError: an argument is wrong, or a directory has no plain
+            LoRA, has modules trained in full, or has layers of other shapes; the message has the
+            path and says what to do.
 
     Example:
         >>> from rasa_research import solver
@@ -204,14 +204,14 @@ def _named(directories: Directories) -> dict[str, Path]:
 
 
 def folder_name(directory: str | os.PathLike[str]) -> str:
-    """The name that an adapter has by its directory."""
+    """Return the adapter name for a directory: the name of the folder."""
     return Path(directory).resolve().name
 
 
 def check_names(pairs: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    """Directories by their adapters' names; ValueError unless there are two or more, all apart.
+    """Return directories by adapter name; raise ValueError for bad or equal names, or only one.
 
-    A name is one of a folder, since that is where `rasa-ext expand` writes the adapter.
+    A name must be a valid folder name, because `rasa-ext expand` writes to a folder of that name.
     """
     found: dict[str, Path] = {}
     for name, path in pairs:
@@ -269,7 +269,10 @@ def _settings(loras: Mapping[str, Lora]) -> dict[str, object]:
 
 
 def _changes(loras: Mapping[str, Lora]) -> dict[str, list[tuple[Tensor, Tensor]]]:
-    """(B, A) of every adapter by layer, float64, the scale in B; of no rank where it has none."""
+    """Return (B, A) of every adapter by layer, in float64 with the scale in B.
+
+    An adapter without the layer has factors of rank 0.
+    """
     shapes = {
         layer: (B.shape[0], A.shape[1])
         for lora in loras.values()
@@ -286,7 +289,7 @@ def _changes(loras: Mapping[str, Lora]) -> dict[str, list[tuple[Tensor, Tensor]]
 
 
 def _weights(whole: Mapping[str, Tensor]) -> Tensor:
-    """1 / ||M_i||^2 of each adapter over all its layers, (n,); 0 where it changes nothing."""
+    """Return 1 / ||M_i||^2 of each adapter over all layers, (n,), or 0 if it changes nothing."""
     totals = torch.stack([*whole.values()]).sum(0)
     return torch.where(totals > 0, totals.reciprocal(), 0.0)
 
@@ -298,7 +301,7 @@ def _basis(
     iterations: int,
     tol: float,
 ) -> SharedBasis:
-    """The basis for the changes, which count ``scales`` times in what is minimized."""
+    """Return the best basis for the changes, each multiplied by its entry of ``scales``."""
     pairs = zip(changes, scales, strict=True)
     scaled = [(scale * B, A) for (B, A), scale in pairs]
     B, A, d = find_shared_basis(scaled, rank, iterations=iterations, tol=tol)
@@ -307,7 +310,7 @@ def _basis(
 
 
 def _lost(changes: Sequence[tuple[Tensor, Tensor]], basis: SharedBasis) -> Tensor:
-    """||B_i A_i - B diag(d_i) A||^2 of each adapter, by the factors."""
+    """Return ||B_i A_i - B diag(d_i) A||^2 of each adapter, computed from the factors."""
     B, A, d = (tensor.double() for tensor in basis)
     lost = [
         Matrix(torch.cat([Bi, -B * d[i]], 1), torch.cat([Ai, A])).squared_norm()
@@ -317,7 +320,7 @@ def _lost(changes: Sequence[tuple[Tensor, Tensor]], basis: SharedBasis) -> Tenso
 
 
 def _lost_apart(changes: Sequence[tuple[Tensor, Tensor]], weights: Tensor, rank: int) -> Tensor:
-    """What LoRAs apart lose that have together as many numbers as a basis of rank R."""
+    """Return the squared errors of separate LoRAs with as many parameters as a rank-R basis."""
     out, width = changes[0][0].shape[0], changes[0][1].shape[1]
     components = rank * (1 + len(changes) / (out + width))
     squares = [svd_of_product(B, A).S.square() for B, A in changes]

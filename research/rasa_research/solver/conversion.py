@@ -1,4 +1,4 @@
-"""From models and LoRAs by name to RaSA adapters in a directory, without loading the models."""
+"""Compression of models and LoRAs, given by name, into RaSA adapters in a directory."""
 
 from __future__ import annotations
 
@@ -31,11 +31,10 @@ def compress_finetuned(
     solver: Solver,
     overwrite: bool = False,
 ) -> CompressedAdapter:
-    """Write the RaSA adapter that comes closest to a full fine-tuning of ``base``.
+    """Write the RaSA adapter closest to a full fine-tuning of ``base``.
 
-    Raises ValueError or FileNotFoundError where a model cannot be read or the two do not match, or
-    ``output`` holds files and ``overwrite`` was not asked for; `WriteError` where it cannot be
-    written.
+    Raises ValueError or FileNotFoundError if a model cannot be read, the two do not match, or
+    ``output`` has files and ``overwrite`` is False; `WriteError` if it cannot be written.
     """
     check_differs((base, finetuned), output, overwrite=overwrite)
     model = load_skeleton(base)
@@ -72,10 +71,10 @@ def compress_lora(
     solver: Solver,
     overwrite: bool = False,
 ) -> tuple[Lora, CompressedAdapter]:
-    """Write the RaSA adapter that comes closest to a LoRA.
+    """Write the RaSA adapter closest to a LoRA.
 
-    Raises ValueError or FileNotFoundError where the LoRA or its base's configuration cannot be
-    read, or do not fit each other; for ``output`` as `compress_finetuned`.
+    Raises ValueError or FileNotFoundError if the LoRA or the base's configuration cannot be read,
+    or if they do not fit each other; for ``output``, like `compress_finetuned`.
     """
     check_differs((lora,), output, overwrite=overwrite)
     read = read_lora(lora)
@@ -87,10 +86,7 @@ def compress_lora(
 
 
 def _card(found: CompressedAdapter, source: str) -> Card:
-    """Tell how near an adapter is to the fine-tuning or the LoRA that it stands for.
-
-    ``source`` says what that is, as a noun.
-    """
+    """Return a model card with the errors of an adapter; ``source`` is a noun for its origin."""
     rank = found.config.rank
     text = f"The nearest adapter of its size that the solver found to {source}.\n\n"
     figures = {
@@ -110,13 +106,13 @@ def _card(found: CompressedAdapter, source: str) -> Card:
 
 
 def _local_name(source: str) -> str:
-    """Give what a card may call a source: a path of this machine by its last part alone."""
+    """Return a public name for a source: of a local path, only the last part."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source
 
 
 def _weights(name: str, model: Any) -> Mapping[str, Tensor]:
-    """A model's weights, from its safetensors files one by one if they have the model's names."""
+    """Return a model's weights, one by one from safetensors files if the names match."""
     try:
         folder = Path(name).expanduser()
         if not folder.exists():

@@ -1,15 +1,15 @@
 """Coordinate descent on sum_i ||M_i - B_i A_i - B_S D_i A_S||^2 (arXiv 2503.12576, appendix A).
 
-Four half-steps, each the closed-form minimum over its block with the others held:
+Each of the four half-steps is the closed-form minimum over one block, with the others fixed:
 
     B_i A_i  best rank r-k of M_i - B_S D_i A_S
     B_S      [sum_i R_i A_S^T D_i] [sum_i D_i A_S A_S^T D_i]^-1           R_i = M_i - B_i A_i
     A_S      [sum_i D_i B_S^T B_S D_i]^-1 [sum_i D_i B_S^T R_i]
     d_i      (B_S^T B_S o A_S A_S^T)^-1 g,   g_j = b_j^T R_i a_j           o: elementwise
 
-The last three add to what is there the solution for what is left. Where the normal equations are
-singular, what they cannot see stays as it was: no half-step can then raise the error, and a slot
-that no layer uses at present remains for the diagonals to pick up.
+The last three add the solution for the residual to the current value. If the normal equations are
+singular, the part in the null space does not change. So no half-step can raise the error, and the
+diagonals can later use a slot that no layer uses now.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from rasa_research.solver.low_rank import Matrix, complete_basis, solve_normal, 
 
 
 class CoordinateDescent:
-    """The factors of L layers, (out, in) each, and the four half-steps over them.
+    """The factors of L layers of shape (out, in), and the four half-steps.
 
     A (p, in) and B (out, p) are lists with one entry per layer, p = r-k; d is (L, K), pool_A
     (K, in), pool_B (out, K) with K = L*k.
     """
 
     def __init__(self, targets: list[Matrix], own: int, pooled: int) -> None:
-        """Begin with zeros, for ``targets``; ``own`` is p, ``pooled`` is K."""
+        """Set all factors to zero; ``own`` is p, ``pooled`` is K."""
         out, width = targets[0].shape
         new = targets[0].left.new_zeros
         self.targets = targets
@@ -43,9 +43,9 @@ class CoordinateDescent:
         self.norms = [target.squared_norm() for target in targets]
 
     def start_from_theorem(self, found: list[Components], k: int) -> None:
-        """Components 1..r-k of every target are private, r-k+1..r in the layer's own slots.
+        """Make components 1..r-k of every target private; put r-k+1..r into the layer's slots.
 
-        ``found`` has the leading r components of each. The error is then LoRA's minimum.
+        ``found`` has the leading r components of each target. The error is then LoRA's minimum.
         """
         own = self.A[0].shape[0]
         for i, components in enumerate(found):
@@ -57,9 +57,9 @@ class CoordinateDescent:
             self.d[i, slots] = S[own : own + k]
 
     def start_at_random(self) -> None:
-        """A random pool with random weights, about as large as each target; nothing private.
+        """Draw a random pool and diagonals, scaled to each target's norm; private ranks stay zero.
 
-        Drawn from torch's global generator.
+        The values are drawn from torch's global generator.
         """
         (K, width), out = self.pool_A.shape, self.pool_B.shape[0]
         self.pool_A = torch.randn_like(self.pool_A) / width**0.5
@@ -68,7 +68,7 @@ class CoordinateDescent:
         self.d = torch.randn_like(self.d) * scales[:, None]
 
     def update_private(self) -> None:
-        """B_i A_i of every layer, its singular values split as square roots."""
+        """Update B_i A_i of every layer; each factor gets the square roots of singular values."""
         own = self.A[0].shape[0]
         if not own:
             return
@@ -78,13 +78,13 @@ class CoordinateDescent:
             self._split(i, complete_basis(found, own, self._generator))
 
     def update_pool_B(self) -> None:
-        """B_S, for all layers at once."""
+        """Update B_S, for all layers together."""
         N = (self.pool_A @ self.pool_A.t()) * (self.d.t() @ self.d)
         found = sum(self._residual_times_pool(i) * self.d[i] for i in range(len(self.targets)))
         self.pool_B = self.pool_B + solve_normal(N, (found - self.pool_B @ N).t()).t()
 
     def update_pool_A(self) -> None:
-        """A_S, for all layers at once."""
+        """Update A_S, for all layers together."""
         N = (self.pool_B.t() @ self.pool_B) * (self.d.t() @ self.d)
         found = torch.zeros_like(self.pool_A)
         for i, target in enumerate(self.targets):
@@ -93,14 +93,14 @@ class CoordinateDescent:
         self.pool_A = self.pool_A + solve_normal(N, found - N @ self.pool_A)
 
     def update_d(self) -> None:
-        """d_i of every layer, with one factorization for all."""
+        """Update d_i of every layer, with one factorization for all."""
         H = (self.pool_B.t() @ self.pool_B) * (self.pool_A @ self.pool_A.t())
         layers = range(len(self.targets))
         g = torch.stack([(self._residual_times_pool(i) * self.pool_B).sum(0) for i in layers])
         self.d = self.d + solve_normal(H, (g - self.d @ H).t()).t()
 
     def update(self) -> None:
-        """All four half-steps."""
+        """Run all four half-steps."""
         self.update_private()
         if self.d.numel():
             self.update_pool_B()
@@ -108,7 +108,7 @@ class CoordinateDescent:
             self.update_d()
 
     def error(self) -> float:
-        """sum_i ||M_i - B_i A_i - B_S D_i A_S||^2, by products of the factors only."""
+        """Return sum_i ||M_i - B_i A_i - B_S D_i A_S||^2, from products of factors."""
         total = 0.0
         for i, target in enumerate(self.targets):
             Bt = torch.cat([self.B[i], self.pool_B * self.d[i]], 1)
@@ -119,7 +119,7 @@ class CoordinateDescent:
         return total
 
     def normalize_pool(self) -> None:
-        """Rows of A_S and columns of B_S to length one, what they were into the diagonals."""
+        """Normalize rows of A_S and columns of B_S; multiply the diagonals by their lengths."""
         for lengths in (self.pool_A.norm(dim=1), self.pool_B.norm(dim=0)):
             self.d = self.d * lengths
         tiny = torch.finfo(self.d.dtype).tiny
@@ -127,7 +127,7 @@ class CoordinateDescent:
         self.pool_B = normalize(self.pool_B, dim=0, eps=tiny)
 
     def _residual_times_pool(self, i: int) -> Tensor:
-        """R_i A_S^T, (out, K)."""
+        """Return R_i A_S^T, (out, K)."""
         return self.targets[i].minus(self.B[i], self.A[i]).times(self.pool_A.t())
 
     def _split(self, i: int, components: Components) -> None:

@@ -1,4 +1,4 @@
-"""decompose: the RaSA factors that come closest to given weight changes."""
+"""decompose: the RaSA factors closest to given weight changes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from rasa_research.solver.coordinate_descent import CoordinateDescent
 from rasa_research.solver.low_rank import Matrix, truncated_svd
 
 Delta = Tensor | tuple[Tensor, Tensor]
-"""A weight change (out, in), or a pair (B, A) of (out, s) and (s, in) whose product it is."""
+"""A weight change (out, in), or factors (B, A) of it, (out, s) and (s, in)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
     """Factors of one group of L layers: dW_i = [B_i | pool_B] diag(d_i) [A_i ; pool_A].
 
-    A[i] is (r-k, in), B[i] (out, r-k), d[i] (r-k+L*k,), its first r-k entries one; pool_A is
-    (L*k, in) with rows, pool_B (out, L*k) with columns of length one (or zero). All are in the
-    dtype of the computation, on the device of the weight changes. See arXiv 2503.12576, section 3.
+    A[i] is (r-k, in), B[i] (out, r-k), and d[i] (r-k+L*k,), with r-k ones first. The rows of pool_A
+    (L*k, in) and the columns of pool_B (out, L*k) have length one, or zero. All are in the dtype of
+    the computation, on the device of the weight changes. See arXiv 2503.12576, section 3.
 
     Example:
         >>> from rasa_research import solver
@@ -45,18 +45,18 @@ class Decomposition:
     pool_A: Tensor
     pool_B: Tensor
     errors: list[float]
-    """sum ||M - M^||^2 / sum ||M||^2 of the start and after every iteration; 0 for zero targets."""
+    """sum ||M - M^||^2 / sum ||M||^2 at the start and after every iteration; 0 for zero targets."""
     lora_error: float
-    """The error of LoRA's best approximation, rank r for every layer, as ``errors`` has it."""
+    """The relative squared error of LoRA's best approximation with rank r in every layer."""
     lora_error_equal: float
-    """The error of LoRA with as many trainable parameters as this adapter: what the diagonals take,
-    r-k+L*k a layer, pays for one rank more in some layers, and the error falls linearly between
-    whole ranks. At k = 0, which is LoRA, the same as ``lora_error``."""
+    """The error of LoRA with as many trainable parameters as this adapter. The r-k+L*k entries of
+    each diagonal pay for one more rank in some layers; between whole ranks the error falls
+    linearly. At k = 0, which is LoRA, it equals ``lora_error``."""
     norm: float
     """(sum ||M||^2)^(1/2) of the targets."""
 
     def delta(self, i: int) -> Tensor:
-        """The approximation of layer i's weight change, (out, in)."""
+        """Return the approximation of layer i's weight change, (out, in)."""
         Bt = torch.cat([self.B[i], self.pool_B], 1) * self.d[i]
         return Bt @ torch.cat([self.A[i], self.pool_A])
 
@@ -75,26 +75,24 @@ def decompose(
 ) -> Decomposition:
     """Approximate the weight changes of one group of layers by RaSA factors, rank r with k shared.
 
-    It minimizes sum_i ||M_i - B_i A_i - B_S D_i A_S||^2 over the L layers by coordinate descent
-    (arXiv 2503.12576, section 3 and appendix A; the half-steps are in
-    ``rasa_research.solver.coordinate_descent``), none of whose steps raises the error. From
-    ``init="svd"`` it starts at LoRA's minimum (the theorem of section 3), so the result is never
-    worse than LoRA's at the same rank, for any k.
+    Coordinate descent minimizes sum_i ||M_i - B_i A_i - B_S D_i A_S||^2 over the L layers (arXiv
+    2503.12576, section 3 and appendix A; ``rasa_research.solver.coordinate_descent`` has the
+    half-steps). No step raises the error. ``init="svd"`` starts at LoRA's minimum (the theorem of
+    section 3), so for any k the result is never worse than LoRA of equal rank.
 
     Args:
-        deltas: for every layer its weight change (out, in), or factors (B, A) of it, (out, s) and
-            (s, in), whose product is then never formed. All of one shape and on one device.
+        deltas: one weight change per layer: a tensor (out, in), or factors (B, A) of (out, s) and
+            (s, in), whose product is never formed. All have one shape and one device.
         rank: LoRA rank r per layer.
-        k: how many of the r ranks go to the pool, 0 <= k <= rank; None stands for
-            max(rank // 8, 1).
+        k: how many of the r ranks go to the pool, 0 <= k <= rank; None means max(rank // 8, 1).
         iterations: rounds of the four half-steps.
-        init: "svd", the theorem's start, or "random", drawn from torch's global generator.
-        dtype: float64 or float32, of the computation and of the result.
-        tol: stop once an iteration lowers the error by no more than this; 0 runs all iterations.
-        progress: called with (iterations done, iterations) after each.
+        init: "svd", the start of the theorem, or "random", drawn from torch's global generator.
+        dtype: dtype of the computation and the result, float64 or float32.
+        tol: stop when an iteration lowers the error by at most this; 0 runs all iterations.
+        progress: called with (iterations done, iterations) after each iteration.
 
     Returns:
-        The factors, the errors of every iteration, and LoRA's beside them.
+        The factors, the error of every iteration, and LoRA's errors.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -112,7 +110,7 @@ def decompose(
     """
     config = RasaConfig(rank=rank, k=k)
     rank, k = config.rank, config.k
-    assert k is not None  # a config that is made has settled it
+    assert k is not None  # RasaConfig replaces None by the default
     _check_options(iterations, init, dtype, tol)
     targets, norm = _targets(deltas, dtype)
     layers = len(targets)
@@ -159,7 +157,7 @@ def _first(components: Components, rank: int) -> Components:
 
 
 def _lora_error(targets: list[Matrix], components: list[Components], rank: float) -> float:
-    """LoRA's minimum, linear between whole ranks."""
+    """Return LoRA's minimal error, interpolated linearly between whole ranks."""
     whole = int(rank)
     total = 0.0
     for target, (_, S, _) in zip(targets, components, strict=True):
@@ -170,7 +168,7 @@ def _lora_error(targets: list[Matrix], components: list[Components], rank: float
 
 
 def _targets(deltas: Sequence[Delta], dtype: torch.dtype) -> tuple[list[Matrix], float]:
-    """The targets over their common norm, and the norm (1 for zero targets)."""
+    """Return the targets divided by their common norm, and the norm (1 for zero targets)."""
     if isinstance(deltas, Tensor) or not isinstance(deltas, Sequence):
         raise TypeError(
             "deltas: expected a sequence of weight changes, one per layer, got "
@@ -189,7 +187,7 @@ def _targets(deltas: Sequence[Delta], dtype: torch.dtype) -> tuple[list[Matrix],
                 "by itself."
             )
     norm = sum(target.squared_norm() for target in targets) ** 0.5 or 1.0
-    for i, target in enumerate(targets):  # one by one, so that there are never two copies of all
+    for i, target in enumerate(targets):  # one by one, to avoid a second copy of all targets
         targets[i] = Matrix(target.left / norm, target.right)
     return targets, norm
 
@@ -200,7 +198,7 @@ def _target(name: str, delta: Any, dtype: torch.dtype) -> Matrix:
 
 
 def check_delta(name: str, delta: Any) -> tuple[Tensor, ...]:
-    """(dW,) or (B, A) of one weight change; TypeError or ValueError naming it."""
+    """Return (dW,) or (B, A) of one weight change; raise TypeError or ValueError if invalid."""
     factors = tuple(delta) if isinstance(delta, tuple | list) else (delta,)
     if len(factors) > 2 or not all(isinstance(t, Tensor) for t in factors):
         kinds = ", ".join(type(t).__name__ for t in factors)

@@ -1,4 +1,4 @@
-"""fit_adapter: a model patched with the adapter that comes closest to given weight changes."""
+"""fit_adapter: patch a model with the adapter closest to given weight changes."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ def fit_adapter(
 ) -> dict[Group, Decomposition]:
     """Patch a model, in place, with the decomposition of given weight changes.
 
-    The adapted layers are those that ``deltas`` names; each group of them is decomposed by itself,
-    by ``decompose`` (arXiv 2503.12576, section 3 and appendix A). The adapter can be trained
-    further, saved, merged and exported like any other.
+    Only the layers in ``deltas`` are adapted. ``decompose`` decomposes each group separately (arXiv
+    2503.12576, section 3 and appendix A). The adapter can be trained further, saved, merged and
+    exported like any other.
 
     Args:
         model: an unpatched model.
-        deltas: for every layer to adapt, by its name in ``model.named_modules()``, its weight
-            change: (out, in), for Conv1D too, or factors (B, A) of (out, s) and (s, in).
+        deltas: weight changes by layer name in ``model.named_modules()``: (out, in), for Conv1D
+            too, or factors (B, A) of (out, s) and (s, in).
         rank, k, iterations, init, dtype, tol: as in ``decompose``.
         groups: as in ``patch_model``.
-        progress: called with (group, iterations done, iterations) after each.
+        progress: called with (group, iterations done, iterations) after each iteration.
 
     Returns:
-        The decomposition of every group, with its errors beside LoRA's.
+        The decomposition of every group, with the errors of it and of LoRA.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came; the model is
@@ -71,7 +71,7 @@ def fit_adapter(
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """How ``decompose`` is to run, for each group of a plan."""
+    """Options of ``decompose`` for every group of a plan."""
 
     iterations: int = 50
     init: str = "svd"
@@ -82,9 +82,9 @@ class Solver:
     def approximate(
         self, config: RasaConfig, plan: Plan, deltas: Mapping[str, Delta]
     ) -> tuple[dict[Group, Decomposition], dict[str, Tensor]]:
-        """Every group's decomposition, and all factors under the names of an adapter's file.
+        """Return every group's decomposition, and all factors by key in an adapter file.
 
-        The weight changes of one group are held at a time, if ``deltas`` makes them when asked.
+        If ``deltas`` computes values on access, only one group's changes are in memory at a time.
         """
         found: dict[Group, Decomposition] = {}
         tensors: dict[str, Tensor] = {}
@@ -104,7 +104,7 @@ class Solver:
 
 
 class _InOrder(Sequence[Delta]):
-    """The values of some keys, none of them held here."""
+    """The values of some keys, read from a mapping on every access."""
 
     def __init__(self, values: Mapping[str, Delta], keys: Sequence[str]) -> None:
         self._values, self._keys = values, keys
@@ -125,10 +125,10 @@ class _InOrder(Sequence[Delta]):
 
 
 def group_tensors(group: Group, result: Decomposition, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One group's factors under the names of an adapter's file, in ``dtype``.
+    """Return one group's factors in ``dtype``, by key in an adapter file.
 
-    A rank that the target does not need has zeros for both factors; it gets a fresh A, as a new
-    adapter has, so that it can be trained.
+    If the target does not need a rank, both factors are zero. Such a rank gets a fresh A, like in a
+    new adapter, so that it can be trained.
     """
     tensors: dict[str, Tensor] = {}
     if result.pool_A.shape[0]:

@@ -1,4 +1,4 @@
-"""LoraSet: several LoRAs of one base over one shared basis, in one file, and each of them again."""
+"""LoraSet: several LoRAs of one base over one shared basis, stored in one file."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from rasa_ext.patching import plan_layers
 from rasa_research.solver.shared_basis import SharedBasis
 
 LORA_SET = "LORA_SET"
-"""A set's peft_type."""
+"""The peft_type of a set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraSet:
     """Several LoRAs of one base over one basis: adapter i changes a layer by B diag(d_i) A.
 
-    A layer has one B (out, R) and one A (R, in) for all adapters, and d (n, R) with a row for each;
-    a row of zeros stands for a layer that the adapter leaves alone. ``compress_many`` makes a set,
-    and ``save`` and ``load`` are its files'. Servers read what ``expand`` writes.
+    A layer has one B (out, R) and one A (R, in) for all adapters, and d (n, R) with one row per
+    adapter. A row of zeros means that the adapter does not change the layer. ``compress_many``
+    makes a set; ``save`` writes it and ``load`` reads it. ``expand`` writes LoRAs for servers.
 
     Example:
         >>> from rasa_research import solver, training
@@ -53,29 +53,29 @@ class LoraSet:
     """
 
     names: tuple[str, ...]
-    """The adapters."""
+    """The names of the adapters."""
     layers: dict[str, SharedBasis]
-    """B, A and d by the layer's name in the model, all of one dtype."""
+    """B, A and d by the layer's name in the model, in one dtype."""
     lora: dict[str, Any]
-    """What ``expand`` says of the base in PEFT's configuration."""
+    """Settings about the base model that ``expand`` writes into PEFT's configuration."""
 
     @property
     def rank(self) -> int:
-        """R, of every layer."""
+        """R, equal in every layer."""
         return next(iter(self.layers.values())).A.shape[0]
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the file: R * (in + out) + n * R of every layer."""
+        """Number of parameters in the file: R * (in + out) + n * R for every layer."""
         return sum(tensor.numel() for layer in self.layers.values() for tensor in layer)
 
     def diagonals(self, name: str) -> dict[str, Tensor]:
-        """One adapter's diagonal (R,) of every layer, as ``load_diagonals`` takes them."""
+        """Return one adapter's diagonal (R,) of every layer, for ``load_diagonals``."""
         i = self.index(name)
         return {layer: basis.d[i].clone() for layer, basis in self.layers.items()}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the set's directory, for ``load``; what was there is replaced, or left whole."""
+        """Write the set into a directory, for ``load``; an error leaves an old set unchanged."""
         tensors = {
             _key(name, field): tensor
             for name, basis in self.layers.items()
@@ -92,7 +92,7 @@ class LoraSet:
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> LoraSet:
-        """Read what ``save`` wrote; FileNotFoundError or ValueError, naming it, where it cannot."""
+        """Read what ``save`` wrote; raise FileNotFoundError or ValueError if it is damaged."""
         (config, tensors), where = read_adapter(directory), str(directory)
         if (kind := config.get("peft_type")) != LORA_SET:
             raise ValueError(
@@ -128,9 +128,9 @@ class LoraSet:
         return cls(tuple(names), found, {key: lora[key] for key in _TOLD if key in lora})
 
     def expand(self, name: str, directory: str | os.PathLike[str]) -> None:
-        """Write one adapter as a LoRA of rank R in PEFT's format, of every layer of the set.
+        """Write one adapter as a LoRA of rank R in PEFT's format, for every layer of the set.
 
-        lora_B = B diag(d_i), lora_A = A, and the scale is 1. ValueError for an unknown name.
+        lora_B = B diag(d_i), lora_A = A, and the scale is 1. Raises ValueError for an unknown name.
         """
         i = self.index(name)
         tensors = {}
@@ -141,10 +141,10 @@ class LoraSet:
 
     @torch.no_grad()
     def install(self, model: nn.Module, name: str) -> nn.Module:
-        """Patch a base model, in place, with one adapter: RaSA of k = 0 over the shared B and A.
+        """Patch a base model, in place, with one adapter: RaSA with k = 0 over shared B and A.
 
-        ``training.load_diagonals(model, loras.diagonals(other))`` then puts another in its place.
-        ValueError or TypeError where the set does not fit the model, which is then unchanged.
+        ``training.load_diagonals(model, loras.diagonals(other))`` then switches to another adapter.
+        Raises ValueError or TypeError if the set does not fit the model, which is then unchanged.
         """
         i = self.index(name)
         shapes = {key: (B.shape[0], A.shape[1]) for key, (B, A, _) in self.layers.items()}
@@ -156,17 +156,18 @@ class LoraSet:
         return AdapterState(config, plan, tensors).install(model)
 
     def index(self, name: str) -> int:
-        """Which of the adapters has this name; ValueError if none has."""
+        """Return the index of an adapter by name; raise ValueError if there is none."""
         if name not in self.names:
             raise ValueError(f"name: expected one of {', '.join(self.names)}, got {name!r}.")
         return self.names.index(name)
 
 
 def lora_settings(configs: Mapping[str, Mapping[str, Any]], layers: list[str]) -> dict[str, Any]:
-    """What PEFT is to be told of the base by every adapter that a set of these configs expands to.
+    """Return PEFT's settings about the base model for the LoRAs that a set expands to.
 
-    ``configs`` are by the adapter's name. Where all adapters chose their layers by the same
-    names, these are kept; otherwise each layer is named in full.
+    ``configs`` has the adapters' PEFT configs by name. If all of them have equal lists of
+    target_modules and no setting that excludes layers, the set uses that list; otherwise it lists
+    every layer by full name.
     """
     first = next(iter(configs.values()))
     chosen = [config.get("target_modules") for config in configs.values()]
@@ -183,9 +184,9 @@ def lora_settings(configs: Mapping[str, Mapping[str, Any]], layers: list[str]) -
 
 
 _TOLD = ("task_type", "base_model_name_or_path", "target_modules", "fan_in_fan_out")
-"""What a set's file tells of the base."""
+"""Settings about the base model in a set's file."""
 
-# Settings beside target_modules that leave layers out.
+# Settings besides target_modules that exclude layers.
 _NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
 
 

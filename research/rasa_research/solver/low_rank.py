@@ -1,4 +1,4 @@
-"""Leading singular components of matrices that are only multiplied with, never formed."""
+"""Leading singular components of matrices, computed from products without forming the matrix."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.nn.functional import normalize
 from rasa_ext.linalg import Components
 
 EXACT = 128
-"""Up to this smaller side a dense SVD is the fastest and is taken."""
+"""A matrix with a smaller side up to this gets a dense SVD, which is fastest there."""
 
 _OVERSAMPLING = 8
 _ROUNDS = 100
 _GAIN = 1e-12
-"""A subspace is final once another round adds no more than this share of what it holds."""
+"""Stop when a round adds at most this share of the subspace's squared norm."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """``left @ right``, (out, in), less the product of the pair ``subtracted``, if there is one.
+    """``left @ right``, (out, in), minus the product of the pair ``subtracted``, if there is one.
 
-    left (out, s) and right (s, in), or left (out, in) alone; subtracted (out, K) and (K, in).
+    left (out, s) and right (s, in), or only left (out, in); subtracted (out, K) and (K, in).
     """
 
     left: Tensor
@@ -36,11 +36,11 @@ class Matrix:
         return self.left.shape[0], (self.left if self.right is None else self.right).shape[1]
 
     def minus(self, left: Tensor, right: Tensor) -> Matrix:
-        """This matrix less ``left @ right``."""
+        """Return this matrix with ``left @ right`` as the product to subtract."""
         return dataclasses.replace(self, subtracted=(left, right))
 
     def times(self, x: Tensor) -> Tensor:
-        """Its product with x (in, n): (out, n)."""
+        """Return the product with x (in, n): (out, n)."""
         y = self.left @ (x if self.right is None else self.right @ x)
         if self.subtracted is None:
             return y
@@ -48,7 +48,7 @@ class Matrix:
         return y - left @ (right @ x)
 
     def transposed_times(self, x: Tensor) -> Tensor:
-        """The product of its transpose with x (out, n): (in, n)."""
+        """Return the product of the transpose with x (out, n): (in, n)."""
         y = self.left.t() @ x
         y = y if self.right is None else self.right.t() @ y
         if self.subtracted is None:
@@ -57,14 +57,14 @@ class Matrix:
         return y - right.t() @ (left.t() @ x)
 
     def squared_norm(self) -> float:
-        """||left right||^2; what is subtracted does not count."""
+        """Return ||left right||^2, without ``subtracted``."""
         if self.right is None:
             return self.left.double().square().sum().item()
         left, right = self.left.double(), self.right.double()
         return ((left.t() @ left) * (right @ right.t())).sum().item()
 
     def dense(self) -> Tensor:
-        """Itself, (out, in)."""
+        """Return the matrix as one tensor (out, in)."""
         y = self.left if self.right is None else self.left @ self.right
         if self.subtracted is None:
             return y
@@ -75,12 +75,12 @@ class Matrix:
 def truncated_svd(
     matrix: Matrix, rank: int, generator: torch.Generator, start: Tensor | None = None
 ) -> Components:
-    """The ``rank`` leading singular components; fewer where the smaller side is below ``rank``.
+    """Return the ``rank`` leading singular components, or fewer if the smaller side is below it.
 
-    Small matrices are decomposed densely. Others by a block Krylov iteration over the matrix and
-    its transpose (Musco and Musco, arXiv 1504.05477), until another round no longer helps. It
-    begins with the row space ``start`` (n, in), n <= rank, and never ends up holding less of the
-    matrix than that row space does; from nothing, it is a randomized SVD.
+    Small matrices get a dense SVD. For others, a block Krylov iteration over the matrix and the
+    transpose (Musco and Musco, arXiv 1504.05477) runs until another round no longer helps. It
+    starts from the row space ``start`` (n, in), n <= rank, and the result never captures less of
+    the matrix than ``start``. Without ``start``, it is a randomized SVD.
     """
     if min(matrix.shape) <= EXACT:
         U, S, V = torch.linalg.svd(matrix.dense(), full_matrices=False)
@@ -105,7 +105,7 @@ def truncated_svd(
 
 
 def complete_basis(found: Components, rank: int, generator: torch.Generator) -> Components:
-    """At least ``rank`` components: random unit vectors with singular value zero are added."""
+    """Add random unit vectors with singular value 0 until there are ``rank`` components."""
     U, S, V = found
     missing = rank - S.shape[0]
     if missing <= 0:
@@ -118,10 +118,10 @@ def complete_basis(found: Components, rank: int, generator: torch.Generator) -> 
 
 
 def solve_normal(N: Tensor, rhs: Tensor) -> Tensor:
-    """A least-squares solution X of N X = rhs for a symmetric, positive semi-definite N (n, n).
+    """Return a least-squares X of N X = rhs, with N (n, n) symmetric and positive semi-definite.
 
-    N is first scaled to a unit diagonal, so that unequal scales are no singularity; eigenvalues
-    up to n * eps of the largest then count as zero, and X has nothing in their directions.
+    N is first scaled to a unit diagonal, so unequal scales do not count as singular. Eigenvalues up
+    to n * eps of the largest then count as zero, and X has no part in their directions.
     """
     if not N.numel():
         return rhs.clone()
@@ -135,5 +135,5 @@ def solve_normal(N: Tensor, rhs: Tensor) -> Tensor:
 
 
 def _random(shape: tuple[int, int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Values from N(0, 1), drawn on the CPU, so that every device has the same."""
+    """Draw from N(0, 1) on the CPU, so that values are equal for every device."""
     return torch.randn(shape, generator=generator, dtype=like.dtype).to(like.device)

@@ -1,4 +1,4 @@
-"""Several LoRAs in, one directory with their shared basis out; and LoRAs out of it again."""
+"""Compression of several LoRAs into one directory with a shared basis, and expansion of it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ def compress_directories(
 ) -> CompressedLoras:
     """Write several LoRAs, each a directory or NAME=DIRECTORY, as one set.
 
-    Raises ValueError or FileNotFoundError where they cannot be read or do not go together, or
-    ``output`` holds files and ``overwrite`` was not asked for; `WriteError` where it cannot be
-    written.
+    Raises ValueError or FileNotFoundError if the LoRAs cannot be read or do not fit together, or if
+    ``output`` has files and ``overwrite`` is False; `WriteError` if it cannot be written.
     """
     directories = _directories(given)
     check_differs(directories.values(), output, overwrite=overwrite)
@@ -40,22 +39,22 @@ def compress_directories(
 def expand_set(
     directory: Path, names: Sequence[str], output: Path, *, overwrite: bool = False
 ) -> LoraSet:
-    """Write some LoRAs of a set, or without ``names`` all, each into ``output`` under its name.
+    """Write LoRAs of a set, by default all, each into a folder of its name in ``output``.
 
-    Raises as `compress_directories` does.
+    Raises like `compress_directories`.
     """
     check_differs((directory,), output, overwrite=overwrite)
     loras = LoraSet.load(directory)
-    check_names((name, directory) for name in loras.names)  # a file's own, which become paths
+    check_names((name, directory) for name in loras.names)  # names from a file become paths
     for name in names:
-        loras.index(name)  # before anything is written
+        loras.index(name)  # raise before anything is written
     for name in names or loras.names:
         loras.expand(name, output / name)
     return loras
 
 
 def _directories(given: Sequence[str]) -> dict[str, Path]:
-    """The directories by name; a path that exists may itself have an equals sign."""
+    """Return the directories by name. An existing path may contain an equals sign."""
     pairs = []
     for text in given:
         name, equals, path = text.partition("=")

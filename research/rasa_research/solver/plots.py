@@ -1,4 +1,4 @@
-"""The picture of the solver's errors."""
+"""Plot of the solver's errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from rasa_research.solver.decompose import Decomposition
 
 
 def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
-    """Draw error over LoRA's minimum against iteration into a PNG, a panel per group."""
+    """Plot error / LoRA's minimum by iteration, one panel per group, into a PNG."""
     figure, panels = panels_for(len(groups), "Error of the adapter, as a share of LoRA's least")
     for axes, (group, result) in zip(panels, groups.items(), strict=True):
         scale = result.lora_error or 1.0
         ratios = [error / scale for error in result.errors]
         axes.plot(ratios, color="tab:blue", label="RaSA")
         axes.axhline(1, color="tab:orange", linestyle="--", linewidth=1, label="LoRA, same rank")
-        # Never a closer look than a fiftieth, so that what is equal looks equal.
+        # The axis spans at least 0.025, so that equal errors look equal.
         axes.set_ylim(min(*ratios, 0.985) - 0.005, max(*ratios, 1.0) + 0.005)
         title = f"{result.errors[-1]:.4f} of ||dW||\u00b2, LoRA {result.lora_error:.4f}"
         axes.set_title(f"{group.pattern[-46:]}\n{title}", fontsize=8)
@@ -34,14 +34,14 @@ def plot_errors(groups: Mapping[Group, Decomposition], path: Path) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure without a display, and without anything global as pyplot would leave."""
+    """Make a figure without a display and without pyplot's global state."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def panels_for(count: int, title: str = "") -> tuple[Figure, list[Axes]]:
-    """A figure with ``count`` panels, up to four in a row."""
+    """Make a figure with ``count`` panels, up to four in a row."""
     columns = min(max(count, 1), 4)
     rows = max(-(-count // columns), 1)
     figure = new_figure(4.2 * columns, 3 * rows + 0.4)

@@ -1,7 +1,7 @@
-"""One basis for the changes of one layer that several adapters make: dW_i near B diag(d_i) A.
+"""A shared basis for several adapters' changes of one layer: B diag(d_i) A approximates dW_i.
 
-This is JD-Diag of "Compress then Serve" (arXiv 2407.00066), and the formula of RaSA with every rank
-in the pool (arXiv 2503.12576, section 3), its layers being the adapters here.
+This is JD-Diag of "Compress then Serve" (arXiv 2407.00066). It is also RaSA's formula with every
+rank in the pool (arXiv 2503.12576, section 3) and adapters in place of layers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from rasa_research.solver.coordinate_descent import CoordinateDescent
 from rasa_research.solver.low_rank import Matrix, complete_basis
 
 _TRIED = 20
-"""Rounds from each start before the nearest goes on alone."""
+"""Rounds from each start, before only the best start continues."""
 
 
 class SharedBasis(NamedTuple):
-    """One layer of n adapters: adapter i changes it by B diag(d[i]) A.
+    """One layer with n adapters: adapter i changes the weight by B diag(d[i]) A.
 
     Example:
         >>> from rasa_research import solver
@@ -32,14 +32,14 @@ class SharedBasis(NamedTuple):
     """
 
     B: Tensor
-    """(out, R), its columns of length one, or zero where R is more than is needed."""
+    """(out, R), with columns of length one, or zero if R is larger than needed."""
     A: Tensor
-    """(R, in), its rows likewise."""
+    """(R, in), with rows of length one, or zero."""
     d: Tensor
     """(n, R)."""
 
     def delta(self, i: int) -> Tensor:
-        """Adapter i's change, (out, in)."""
+        """Return adapter i's weight change, (out, in)."""
         return (self.B * self.d[i]) @ self.A
 
 
@@ -48,20 +48,20 @@ def find_shared_basis(
 ) -> SharedBasis:
     """Minimize sum_i ||B_i A_i - B diag(d_i) A||^2 by coordinate descent, from three starts.
 
-    apart     the ``rank`` largest singular components of all changes, each used by its own adapter
-              alone: the best that LoRAs apart can do. No step raises the error from there.
-    together  the leading components of the changes' sum, which all adapters may use.
-    solved    the basis itself, if the changes have one of that rank (the eigenvectors of one
-              mixture of them times the inverse of another: Jennrich's algorithm for tensors).
+    apart     the ``rank`` largest singular components among all changes, each used by only one
+              adapter: the best separate LoRAs. No step raises the error from there.
+    together  the leading components of the sum of changes, which all adapters may use.
+    solved    the exact basis, if the changes share one of that rank: eigenvectors of one mixture of
+              them times the inverse of another (Jennrich's algorithm for tensors).
 
-    The nearest after some rounds goes on alone. It is never farther than the first start is.
+    After some rounds, only the best start continues, so the error is never above that of "apart".
 
     ``changes`` are the factors (B_i, A_i), (out, r_i) and (r_i, in), of one dtype and device; no
-    (out, in) matrix is formed. ``tol`` ends a descent whose step lowers the share of the squared
-    norm that is missing by no more than that.
+    (out, in) matrix is formed. A descent ends when a round lowers the relative squared error by at
+    most ``tol``.
     """
     ranks = [A.shape[0] for _, A in changes]
-    # Both factors lie in the spans of the changes' own: there the problem is small, and the same.
+    # The best B and A are in the spans of all B_i and A_i. Projected there, the problem is small.
     to_out, left = torch.linalg.qr(torch.cat([B for B, _ in changes], 1))
     to_in, right = torch.linalg.qr(torch.cat([A for _, A in changes]).t())
     pieces = zip(left.split(ranks, 1), right.split(ranks, 1), strict=True)
@@ -91,7 +91,7 @@ def find_shared_basis(
 
 
 def largest(values: Sequence[Tensor], count: int) -> list[tuple[int, int]]:
-    """Where the ``count`` largest of some falling values are: (which tensor, which entry of it)."""
+    """Return places of the ``count`` largest entries: (index of the tensor, index in it)."""
     places = [(i, j) for i, each in enumerate(values) for j in range(each.numel())]
     order = torch.cat(list(values)).argsort(descending=True, stable=True)
     return [places[place] for place in order[:count].tolist()]
@@ -122,12 +122,13 @@ def _together(descent: CoordinateDescent) -> None:
 
 
 def _solved(descent: CoordinateDescent) -> None:
-    """From M_i = U D_i V, X = sum x_i M_i and Y likewise: X Y^-1 has U's columns as eigenvectors.
+    """Start from the eigenvectors of X Y^-1, with random mixtures X and Y of all M_i.
 
-    A complex pair of them, where there is no such basis, gives its real and its imaginary part.
+    If M_i = U D_i V for all i, they are the columns of U. Otherwise a complex pair may occur; its
+    real and imaginary parts are used.
     """
     pairs, slots = _pairs(descent), descent.d.shape[1]
-    # Whatever is orthonormal in the other factor changes nothing in the span of this one.
+    # Orthonormal parts of the other factor do not change the span, so only R factors are needed.
     outs = torch.cat([B @ torch.linalg.qr(A.t()).R.t() for B, A in pairs], 1)
     ins = torch.cat([torch.linalg.qr(B).R @ A for B, A in pairs])
     P = torch.linalg.svd(outs, full_matrices=False).U[:, :slots]
@@ -145,7 +146,7 @@ def _solved(descent: CoordinateDescent) -> None:
 
 
 def _begin(descent: CoordinateDescent, found: Components) -> None:
-    """Take the basis of some components, filled up at random, and the best diagonals for it."""
+    """Start from the basis of ``found``, completed at random, with the best diagonals."""
     slots = descent.d.shape[1]
     found = complete_basis(found, slots, torch.Generator().manual_seed(0))
     descent.pool_B, descent.pool_A = found.U[:, :slots], found.V[:slots]
@@ -153,5 +154,5 @@ def _begin(descent: CoordinateDescent, found: Components) -> None:
 
 
 def _pairs(descent: CoordinateDescent) -> list[tuple[Tensor, Tensor]]:
-    """The targets' factors: here all are products."""
+    """Return the targets' factors; here all targets are products."""
     return [(t.left, t.right) for t in descent.targets if t.right is not None]

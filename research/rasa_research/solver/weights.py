@@ -1,4 +1,4 @@
-"""Full checkpoints, read one tensor at a time, under the parameter names of a model."""
+"""Full checkpoints, read one tensor at a time, by a model's parameter names."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _CHUNK = 1 << 24
 
 
 class SafetensorsFolder(Mapping[str, Tensor]):
-    """The tensors of a model directory's safetensors files, each read when it is asked for.
+    """The tensors in a model directory's safetensors files, each read on access.
 
-    A read-only mapping of the names in the files to tensors on the CPU, in the files' dtypes.
+    A read-only mapping from the names in the files to tensors on the CPU, in the files' dtypes.
 
     Args:
-        directory: it holds ``model.safetensors``, or shards and their index.
+        directory: directory with ``model.safetensors``, or shards and an index.
 
     Raises:
-        FileNotFoundError, ValueError: a file is missing or damaged; the message has its path.
+        FileNotFoundError, ValueError: a file is missing or damaged; the message has the path.
 
     Example:
         >>> from rasa_research import solver
@@ -37,7 +37,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        """Read the names: of ``model.safetensors``, or of its shards by their index."""
+        """Read the tensors' names from the index of shards, or else ``model.safetensors``."""
         directory = Path(directory)
         if (directory / _INDEX).is_file():
             self._files = {key: directory / file for key, file in _shards(directory / _INDEX)}
@@ -50,7 +50,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, key: str) -> Tensor:
-        """The tensor, on the CPU."""
+        """Return the tensor, on the CPU."""
         path = self._files[key]
         with _opened(path) as file:
             try:
@@ -60,23 +60,26 @@ class SafetensorsFolder(Mapping[str, Tensor]):
             return tensor
 
     def __iter__(self) -> Iterator[str]:
-        """The names of the files' tensors."""
+        """Iterate over the names of the tensors."""
         return iter(self._files)
 
     def __len__(self) -> int:
-        """How many tensors there are."""
+        """Return the number of tensors."""
         return len(self._files)
 
 
 class ParameterWeights(Mapping[str, Tensor]):
-    """``stored`` under the names of a model's parameters, tied ones under their first.
+    """Tensors of ``stored`` by a model's parameter names; tied parameters by the first name.
 
-    A checkpoint may leave out the model's prefix (``transformer.``), or have it too much, and keep
-    tied parameters under either name. What belongs to no parameter is left out.
+    A checkpoint may lack the model's prefix (``transformer.``) or have it in excess, and may store
+    tied parameters under either name. Tensors without a parameter are left out.
     """
 
     def __init__(self, model: nn.Module, stored: Mapping[str, Tensor], where: str) -> None:
-        """Find every parameter's key; ValueError, beginning with ``where``, if one has none."""
+        """Find every parameter's key; raise ValueError, starting with ``where``, if one is missing.
+
+        Raises ValueError also if the stored weights of tied parameters differ.
+        """
         self._stored, self._where = stored, where
         self._prefix = getattr(model, "base_model_prefix", "")
         self._keys: dict[str, str] = {}
@@ -100,23 +103,23 @@ class ParameterWeights(Mapping[str, Tensor]):
             )
 
     def __getitem__(self, name: str) -> Tensor:
-        """The parameter's stored value."""
+        """Return the parameter's stored value."""
         return self._stored[self._keys[self.first(name)]]
 
     def __iter__(self) -> Iterator[str]:
-        """The parameters' names."""
+        """Iterate over the parameters' names."""
         return iter(self._keys)
 
     def __len__(self) -> int:
-        """How many parameters there are."""
+        """Return the number of parameters."""
         return len(self._keys)
 
     def first(self, name: str) -> str:
-        """The first of the names that a parameter has."""
+        """Return the first of a parameter's names."""
         return self._first.get(name, name)
 
     def value(self, name: str) -> Tensor:
-        """A parameter's, or a buffer's, stored value; ValueError where there is none."""
+        """Return the stored value of a parameter or buffer; raise ValueError if there is none."""
         if self.first(name) in self._keys:
             return self[name]
         key = self._find(name)
@@ -141,7 +144,7 @@ class ParameterWeights(Mapping[str, Tensor]):
 
 
 class Changes(Mapping[str, Tensor]):
-    """``finetuned - base`` of linear layers by name, (out, in), made when it is asked for."""
+    """``finetuned - base`` of linear layers by name, (out, in), computed on access."""
 
     def __init__(
         self,
@@ -150,29 +153,32 @@ class Changes(Mapping[str, Tensor]):
         finetuned: Mapping[str, Tensor],
         dtype: torch.dtype,
     ) -> None:
-        """Take the layers ``linears``, whose weights have their parameters' names; in ``dtype``."""
+        """Store the layers by name, both checkpoints by parameter name, and the result's dtype."""
         self._linears, self._base, self._finetuned, self._dtype = linears, base, finetuned, dtype
 
     def __getitem__(self, name: str) -> Tensor:
-        """The layer's weight change."""
+        """Return the layer's weight change."""
         before, after = pair(f"{name}.weight", self._base, self._finetuned)
         change = after.to(self._dtype) - before.to(self._dtype)
-        # Conv1D, the other kind of layer that is adapted, has its weight as (in, out).
+        # The only other adapted layer, Conv1D, stores its weight as (in, out).
         return change if isinstance(self._linears[name], nn.Linear) else change.t()
 
     def __iter__(self) -> Iterator[str]:
-        """The layers' names."""
+        """Iterate over the layers' names."""
         return iter(self._linears)
 
     def __len__(self) -> int:
-        """How many layers there are."""
+        """Return the number of layers."""
         return len(self._linears)
 
 
 def pair(
     name: str, base: Mapping[str, Tensor], finetuned: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """One parameter of both checkpoints; ValueError or TypeError where they cannot be compared."""
+    """Return one parameter of both checkpoints.
+
+    Raises ValueError if the shapes differ, and TypeError if a dtype is not floating-point.
+    """
     before, after = base[name], finetuned[name]
     if before.shape != after.shape:
         raise ValueError(
@@ -190,7 +196,7 @@ def pair(
 
 
 def squared_change(before: Tensor, after: Tensor) -> tuple[float, float]:
-    """||after - before||^2 and ||before||^2, in float64 by pieces."""
+    """Return ||after - before||^2 and ||before||^2, in float64 by chunks."""
     change = total = 0.0
     pieces = zip(before.flatten().split(_CHUNK), after.flatten().split(_CHUNK), strict=True)
     for old, new in pieces:
@@ -205,7 +211,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _shards(index: Path) -> Iterable[tuple[str, str]]:
-    """The names of tensors, each with that of the file beside ``index`` that holds it."""
+    """Return (tensor name, name of the file beside ``index``) for every tensor."""
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
         if all(_NAME.fullmatch(file) for _, file in shards):
