@@ -1,4 +1,4 @@
-"""Ranks planned before training, from the dimension of a model's hidden states (GeLoRA)."""
+"""Rank planning before training, from the dimension of a model's hidden states (GeLoRA)."""
 
 from rasa_research.ranks.hidden_states import POOLINGS, Pooling
 from rasa_research.ranks.intrinsic import (

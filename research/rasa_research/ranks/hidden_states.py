@@ -1,4 +1,4 @@
-"""The hidden states between a model's blocks, one point a sequence."""
+"""The hidden states between a model's blocks, one point per sequence."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def pooled_states(
     points: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Run a model up to its last block and pool what enters each block, and what leaves the last.
+    """Run a model up to the last block and pool each block's input and the last block's output.
 
-    The arguments and errors are those of ``rasa_research.ranks.hidden_dimensions``, the blocks by
-    their names. Returns (points, width) float32 of every place, by a name for it, in order.
+    Arguments and errors are as in ``rasa_research.ranks.hidden_dimensions``, with blocks by name.
+    Returns float32 points (points, width) by the name of the place, in order.
     """
     found = _States(blocks, pooling)
     given = [_checked_batch(batch) for batch in batches]
@@ -42,11 +42,11 @@ def pooled_states(
 
 
 class _Enough(Exception):
-    """The last block has run. A head's logits may be larger than all the states together."""
+    """Raised after the last block: the head's logits may need more memory than all states."""
 
 
 class _States:
-    """Pooled hidden states: before every block, and after the last one."""
+    """Collector of pooled hidden states: before every block, and after the last one."""
 
     def __init__(self, blocks: Mapping[str, nn.Module], pooling: Pooling) -> None:
         self._blocks, self._pooling = blocks, pooling
@@ -60,7 +60,7 @@ class _States:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Hold hooks on the blocks within the context."""
+        """Register hooks on the blocks within the context."""
         with contextlib.ExitStack() as stack:
             for name, block in self._blocks.items():
                 hook = block.register_forward_pre_hook(self._before(name), with_kwargs=True)
@@ -83,7 +83,7 @@ class _States:
             )
 
     def points(self) -> dict[str, Tensor]:
-        """(points, width) float32 of every place, by a name for it."""
+        """Return float32 points (points, width) by the name of the place."""
         return {place: torch.cat(states) for place, states in self._found.items()}
 
     def _before(self, name: str) -> Any:
@@ -106,7 +106,7 @@ class _States:
 
 
 def _pooled(states: Tensor, mask: Tensor | None, pooling: Pooling) -> Tensor:
-    """One state a sequence: states (n, tokens, width), mask (n, tokens) to (n, width) float32."""
+    """Pool states (n, tokens, width), with mask (n, tokens), to (n, width) float32."""
     if mask is None:
         mask = states.new_ones(states.shape[:2])
     if mask.shape != states.shape[:2]:
@@ -143,7 +143,7 @@ def _tensors(batch: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def _only(batch: Mapping[str, Any], size: int, rows: Tensor) -> dict[str, Any]:
-    """The chosen sequences of a batch of ``size``; rows (size,) bool."""
+    """Return the chosen sequences of a batch of ``size``; rows (size,) bool."""
     if rows.all():
         return dict(batch)
     return {
@@ -156,7 +156,7 @@ def _only(batch: Mapping[str, Any], size: int, rows: Tensor) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within the context; every module has its own mode back afterwards."""
+    """Set eval mode within the context; restore the mode of every module afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

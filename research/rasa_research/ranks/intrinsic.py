@@ -1,9 +1,9 @@
-"""Ranks planned before training, from the dimension of a model's hidden states (GeLoRA).
+"""Rank planning before training, from the dimension of a model's hidden states (GeLoRA).
 
-GeLoRA (arXiv 2412.09250) gives the layers of block i the rank r_i = max(d_{i+1} - d_i, 0) + 1,
-where d_i is the intrinsic dimension of the states that enter the block, by TwoNN. What it leaves
-open is a choice of this package: which tokens' states are taken (``pooling``), how a rank is
-rounded (to the nearest), and that every linear layer of a block gets the block's rank.
+In GeLoRA (arXiv 2412.09250), the layers of block i have rank r_i = max(d_{i+1} - d_i, 0) + 1. d_i
+is the intrinsic dimension of the block's input states by TwoNN. The paper leaves some choices open.
+This package chooses the pooling of tokens (``pooling``), rounding to the nearest rank, and the
+block's rank for every linear layer in the block.
 """
 
 from __future__ import annotations
@@ -23,30 +23,31 @@ from rasa_ext.patching import make_plan
 from rasa_research.ranks.hidden_states import POOLINGS, Pooling, pooled_states
 
 _KEPT = 0.9
-"""The share of the ratios that TwoNN fits; the largest are the ones that noise reaches first."""
+"""The share of ratios that TwoNN fits. The largest are left out, since they are the noisiest."""
 _AT_ONCE = 2**22
-"""How many distances are held at a time, 32 MiB of them."""
+"""Number of distances in memory at a time: 32 MiB."""
 
 
 @torch.no_grad()
 def twonn(x: Tensor) -> float:
-    """Estimate the intrinsic dimension of points by the distances to their two nearest neighbours.
+    """Estimate the intrinsic dimension of points from distances to the two nearest neighbours.
 
-    With mu = r2 / r1 of every point and F its empirical distribution, the dimension is the slope of
-    the line through 0 of -ln(1 - F(mu)) on ln mu, without the upper tenth (Facco et al., 2017,
-    doi 10.1038/s41598-017-11873-y). Of equal points one is kept. Computed in float64, in pieces.
+    With mu = r2 / r1 of every point and F the empirical distribution of mu, fit a line through 0 to
+    -ln(1 - F(mu)) over ln mu, without the upper tenth. The dimension is the slope (Facco et al.,
+    2017, doi 10.1038/s41598-017-11873-y). Duplicate points count once. The computation is in
+    float64, in chunks.
 
-    The estimate is low where points are few for their dimension: 2000 points uniform in a cube of
-    dimension 10 give about 8.6.
+    The estimate is too low if there are few points for the dimension: 2000 uniform points in a cube
+    of dimension 10 give about 8.6.
 
     Args:
-        x: points (N, width), of any floating-point dtype, at least 3 of them different.
+        x: points (N, width), of any floating-point dtype, with at least 3 different points.
 
     Returns:
-        The dimension.
+        The estimated dimension.
 
     Raises:
-        TypeError, ValueError: x is not of that kind, holds NaN or infinity, or no point has
+        TypeError, ValueError: x is not such a tensor, contains NaN or infinity, or no point has
             neighbours at two distances.
 
     Example:
@@ -75,7 +76,7 @@ def twonn(x: Tensor) -> float:
 
 
 def _neighbour_ratios(x: Tensor) -> Tensor:
-    """r2 / r1 of every point: x (N, width) float64, all different, to (N,)."""
+    """Return r2 / r1 of every point, (N,); x (N, width) is float64, with all points different."""
     x = x - x.mean(0)  # the closer to the origin, the less the products below cancel
     squares = x.square().sum(1)
     ratios = []
@@ -83,23 +84,23 @@ def _neighbour_ratios(x: Tensor) -> Tensor:
         near = torch.addmm(squares, x[rows], x.t(), alpha=-2)  # ||x_i - x_j||^2 - ||x_i||^2
         near[torch.arange(len(rows), device=x.device), rows] = math.inf
         nearest = near.topk(2, largest=False).indices
-        # The products only find the neighbours: a difference of points is exact where they cancel.
+        # Products only select the neighbours: differences of points stay exact under cancellation.
         r = (x[rows, None] - x[nearest]).norm(dim=2)
         ratios.append(r.amax(1) / r.amin(1))
     return torch.cat(ratios)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Find the blocks that a model repeats: its longest ModuleList of modules of one class.
+    """Find the repeated blocks of a model: the longest ModuleList with modules of one class.
 
-    Lists within the modules of such a list, as experts are, do not count. Of lists equally long the
-    first is taken: of an encoder and a decoder the encoder.
+    Lists inside such a list, for example experts, do not count. Among equally long lists the first
+    one is used: the encoder if there are an encoder and a decoder.
 
     Args:
         model: any model.
 
     Returns:
-        The blocks by their names, in their order.
+        The blocks by name, in order.
 
     Raises:
         ValueError: there is no such list.
@@ -133,29 +134,30 @@ def hidden_dimensions(
 ) -> list[float]:
     """Measure the intrinsic dimension of the hidden states between a model's blocks.
 
-    Every sequence is one point. Which of its states that is, the paper does not say. The mean over
-    its tokens depends on all of them at any depth. The last token's state does so after some
-    blocks of a causal model, but is a bare embedding before the first; the first token's is for
-    models that look both ways. Where most states are equal a warning says so.
+    Every sequence is one point. The paper does not say how to pool a sequence's states. The mean
+    over tokens depends on all tokens at any depth. In a causal model, the last token's state
+    depends on all tokens after some blocks, but is a bare embedding before the first block. The
+    first token's state is useful for bidirectional models. A warning says if most states are equal.
 
-    The model runs in eval mode, without gradients, up to its last block, and is left as it was. The
-    states are held in float32, (L+1, points, width) of them, on the devices where they arise.
+    The model runs in eval mode, without gradients, up to the last block; the modes are restored
+    afterwards. The states need memory for (L+1, points, width) float32 values on the devices of the
+    blocks.
 
     Args:
-        model: with L blocks that take and give hidden states (sequences, tokens, width), first or
-            as ``hidden_states``.
-        batches: keyword arguments of the model, on its device, such as a tokenizer gives; where
-            there is an ``attention_mask`` (sequences, tokens), only tokens with a one count.
-        blocks: the blocks in the order in which they run; by default what ``find_blocks`` finds.
-        pooling: ``"mean"``, ``"last"`` or ``"first"``, which of a sequence's states make its point.
-        points: how many sequences to take, at random where there are more.
-        seed: of that choice.
+        model: a model with L blocks that take hidden states (sequences, tokens, width) as first
+            argument or as ``hidden_states``, and return them.
+        batches: keyword arguments of the model, on the model's device, for example from a
+            tokenizer. With an ``attention_mask`` (sequences, tokens), only tokens with a one count.
+        blocks: the blocks in running order; defaults to the result of ``find_blocks``.
+        pooling: ``"mean"``, ``"last"`` or ``"first"``: which tokens' states make the point.
+        points: number of sequences to use, drawn at random if there are more.
+        seed: seed of that draw.
 
     Returns:
-        L + 1 dimensions: of the states that enter each block, and of those that leave the last.
+        L + 1 dimensions: of each block's input states, then of the last block's output states.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what was given.
 
     Example:
         >>> from rasa_research.ranks import hidden_dimensions
@@ -172,22 +174,23 @@ def hidden_dimensions(
 
 
 def block_ranks(dimensions: Sequence[float], k: int = 1) -> list[int]:
-    """Turn the dimensions between blocks into the blocks' ranks, max(d_{i+1} - d_i, 0) + k.
+    """Compute the blocks' ranks max(d_{i+1} - d_i, 0) + k from the dimensions between blocks.
 
-    That is GeLoRA's formula with its 1 as k. For RaSA let k be the config's: the shared ranks stand
-    for the paper's 1, and max(d_{i+1} - d_i, 0) are the private ranks r_i - k, so that a layer that
-    needs none reads the pool alone. Rounded to the nearest integer, a half up, a rank is never
-    below the dimensions gained, which the paper has for a lower bound, if k >= 1.
+    This is GeLoRA's formula with k in place of 1. For RaSA, use the config's k: the shared ranks
+    replace the paper's 1, and the private ranks are r_i - k = max(d_{i+1} - d_i, 0). A layer
+    without private ranks then only reads the pool. The difference is rounded to the nearest
+    integer, a half up. With k >= 1 a rank is never below the gain in dimension, the paper's lower
+    bound.
 
     Args:
-        dimensions: L + 1 of them, as ``hidden_dimensions`` gives them.
-        k: what every block has at least.
+        dimensions: L + 1 dimensions, for example from ``hidden_dimensions``.
+        k: the least rank of a block.
 
     Returns:
         L ranks.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what was given.
 
     Example:
         >>> from rasa_research.ranks import block_ranks
@@ -210,21 +213,22 @@ def rank_pattern(
     blocks: Iterable[nn.Module] | None = None,
     target_modules: str | Collection[str] = "all-linear",
 ) -> dict[str, int]:
-    """Give every adapted layer of a block the block's rank, in the form of PEFT's ``rank_pattern``.
+    """Return the block's rank for every adapted layer, in the form of PEFT's ``rank_pattern``.
 
-    The paper does not say how a block's rank is split over its matrices: here each gets all of it.
+    The paper does not say how to split a block's rank over matrices; here each matrix gets all of
+    it.
 
     Args:
-        model: a model that is not patched.
-        ranks: one for each block.
-        blocks: as ``hidden_dimensions`` has them.
-        target_modules: the layers that will be adapted, as ``patch_model`` has them.
+        model: an unpatched model.
+        ranks: one rank for each block.
+        blocks: as in ``hidden_dimensions``.
+        target_modules: the layers that will be adapted, as in ``patch_model``.
 
     Returns:
-        Ranks by the whole names of layers. Layers outside of the blocks are left to the config.
+        Ranks by full layer name. Layers outside the blocks are missing and get the config's rank.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what was given.
 
     Example:
         >>> from rasa_research.ranks import rank_pattern
@@ -256,8 +260,8 @@ def intrinsic_ranks(
 ) -> dict[str, int]:
     """Plan the rank of every layer from the dimension of the hidden states around its block.
 
-    ``hidden_dimensions``, ``block_ranks`` and ``rank_pattern``, one after the other. The paper is
-    GeLoRA, arXiv 2412.09250; what it leaves open is told there.
+    This runs ``hidden_dimensions``, ``block_ranks`` and ``rank_pattern``, which describe the
+    choices that the paper (GeLoRA, arXiv 2412.09250) leaves open.
 
     Args:
         model, batches, blocks, pooling, points, seed: as in ``hidden_dimensions``.
@@ -265,10 +269,10 @@ def intrinsic_ranks(
         target_modules: as in ``rank_pattern``.
 
     Returns:
-        A ``rank_pattern``: ranks by the names of layers.
+        A ``rank_pattern``: ranks by full layer name.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what was given.
 
     Example:
         >>> from rasa_research.ranks import intrinsic_ranks

@@ -1,4 +1,4 @@
-"""The ranks of a model's blocks, planned from a data set."""
+"""Rank planning for a model's blocks from a data set."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from rasa_research.ranks.intrinsic import (
 
 @dataclass(frozen=True)
 class RankOptions:
-    """What is measured, and how."""
+    """Options of rank planning: model, data, and settings of the measurement."""
 
     model: str
-    """As `load_model` takes it."""
+    """A name or path for `load_model`."""
     data: str
-    """As `read_examples` takes it."""
+    """A source for `read_examples`."""
     pooling: Pooling = "mean"
     points: int = 2000
-    """Examples to take, at random where there are more."""
+    """Number of examples to use, drawn at random if there are more."""
     seed: int = 0
-    """Of that choice."""
+    """Seed of that draw."""
     k: int = 1
     """The least rank; for RaSA the config's k."""
     blocks: str | None = None
-    """Name of the list of blocks; None finds it."""
+    """Name of the list of blocks; None uses `find_blocks`."""
     target_modules: str = "all-linear"
     template: bool = True
     prompt_field: str = "prompt"
@@ -49,7 +49,7 @@ class RankOptions:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
-        """Check what needs neither the model nor the data."""
+        """Check the options that need neither the model nor the data."""
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling: expected one of {POOLINGS}, got {self.pooling!r}.")
         for name, least in (("points", 3), ("k", 1), ("seq_len", 1), ("batch_size", 1)):
@@ -60,25 +60,24 @@ class RankOptions:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The dimensions that were measured, and the ranks that they give."""
+    """Measured dimensions, and the ranks computed from them."""
 
     blocks: list[str]
     dimensions: list[float]
-    """Of the states that enter each block, and of those that leave the last."""
+    """Dimensions of each block's input states, then of the last block's output states."""
     ranks: list[int]
     rank_pattern: dict[str, int]
-    """Ranks by the names of layers."""
+    """Ranks by full layer name."""
     points: int
-    """How many examples the dimensions are of."""
+    """Number of examples measured."""
 
 
 def plan_ranks(options: RankOptions) -> RankPlan:
-    """Run a model over some data and plan the ranks of its blocks, as `rasa_research.ranks` does.
+    """Run a model over some data and plan the blocks' ranks with `rasa_research.ranks`.
 
-    An example's text is its prompt and its completion, as `finetune` learns them, without the
-    token that ends it.
+    An example's text is the prompt and the completion, as in `finetune`, without the end token.
 
-    Raises ValueError, its message naming the option or the line of data.
+    Raises ValueError, naming the option or the line of data.
     """
     examples = read_examples(options.data, options.prompt_field, options.completion_field)
     if len(examples) > options.points:
@@ -114,7 +113,7 @@ def _blocks(model: nn.Module, name: str | None) -> dict[str, nn.Module]:
 def _batches(
     examples: Sequence[dict[str, Any]], tokenizer: Any, device: torch.device, options: RankOptions
 ) -> list[dict[str, torch.Tensor]]:
-    """Batches of texts of about one length, so that little is padded."""
+    """Return batches of texts sorted by length, so that there is little padding."""
     asked = questions(examples, tokenizer, options.template)
     texts = sorted((prompt + answer for prompt, answer in asked), key=len)
     templated = bool(options.template and tokenizer.chat_template)
