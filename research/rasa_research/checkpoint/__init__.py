@@ -1,4 +1,4 @@
-"""Checkpoints of other codes that the core does not read."""
+"""Readers for checkpoints of other codes that rasa_ext cannot read."""
 
 from rasa_research.checkpoint.official_experts import load_official_experts
 

@@ -1,11 +1,12 @@
-"""Experts in checkpoints of the official code: a layer for each matrix of each expert.
+"""Experts in checkpoints of the official code: one layer for each matrix of each expert.
 
-That is how transformers 4 has them, and the pool of ``experts.3.w1`` is that of expert 3's over the
-model's layers. Stacked, gate and up are one matrix of twice the rows, and so
+Transformers 4 stores experts this way. The layers of the model share one pool for each matrix of
+each expert, such as ``experts.3.w1``. A stacked weight joins gate and up into one matrix with twice
+the rows, so
 
     A = [A_gate ; A_up]    B = [B_gate  0 ; 0  B_up]    d = [private: gate, up | pooled: gate, up]
 
-for the private ranks and, likewise, for the pool: dW is the same, of twice the ranks.
+for private ranks and likewise for the pool. dW stays equal, with twice the ranks.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ _LAYER = re.compile(r"^base_model\.model\.(?P<name>.+)\.rasa_A\.weight$")
 
 
 def load_official_experts(model: nn.Module, directory: str | os.PathLike[str]) -> nn.Module:
-    """Load a checkpoint of the official code over experts, which the model stacks.
+    """Load a checkpoint of the official code with adapted experts into a model that stacks them.
 
-    To transformers 4 each matrix of each expert was a layer (``experts.3.w1``). The result is the
-    same function, with ``experts="slot"``: the ranks of gate and up stand beside each other, on
-    rows of their own, in one adapter of twice the ranks, which makes it a ``GatedRasaConfig``. A
-    checkpoint without experts is read as by ``rasa_ext.load_official``.
+    In transformers 4, each matrix of each expert was one layer (``experts.3.w1``). The result
+    computes equal outputs, with ``experts="slot"``. One adapter with twice the ranks holds the
+    ranks of gate and up, on separate rows; its config is a ``GatedRasaConfig``. A checkpoint
+    without experts is loaded like with ``rasa_ext.load_official``.
 
     Args:
-        model: the base that the adapter was trained on, or a model patched with the same config.
-        directory: ``adapter_config.json`` beside ``adapter_model.safetensors`` or
+        model: the base that the adapter was trained on, or a model patched with an equal config.
+        directory: a directory with ``adapter_config.json`` and ``adapter_model.safetensors`` or
             ``adapter_model.bin``.
 
     Returns:
@@ -70,10 +71,10 @@ def load_official_experts(model: nn.Module, directory: str | os.PathLike[str]) -
 def stack_experts(
     model: nn.Module, config: RasaConfig, tensors: Mapping[str, Tensor], where: str
 ) -> tuple[RasaConfig, dict[str, Tensor]]:
-    """Give config and tensors for stacked experts, those under the package's own names.
+    """Return config and tensors for stacked experts, with this package's tensor names.
 
-    Both are given back as they are where the model stacks no experts, or the file has none.
-    ValueError, beginning with ``where``, where experts of the file do not fit the model.
+    If the model stacks no experts, or the file has none, both are returned unchanged. Raises
+    ValueError, starting with ``where``, if experts of the file do not fit the model.
     """
     weights = _adapted(model, tensors)
     if not weights:
@@ -103,12 +104,12 @@ def stack_experts(
 
 
 def _layer(weight: StackedWeight, expert: int, part: str) -> str:
-    """Name one expert's matrix in the checkpoint."""
+    """Return the name of one expert's matrix in the checkpoint."""
     return f"{weight.path}.{expert}.{part}"
 
 
 def _adapted(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[StackedWeight]:
-    """List the stacked weights of which the checkpoint adapts matrices, with these alone."""
+    """Return the stacked weights that the checkpoint adapts, with only the adapted parts."""
     found = []
     for weight in stacked_weights(model):
         parts = {
@@ -125,7 +126,7 @@ def _adapted(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[StackedWei
 
 
 def _check_no_router(experts: set[str], tensors: Mapping[str, Tensor], where: str) -> None:
-    """ValueError where the file adapts what chooses the experts as well."""
+    """Raise ValueError if the file also adapts the router, which is no linear layer here."""
     for name in (match["name"] for match in map(_LAYER.match, tensors) if match):
         parent, _, last = name.rpartition(".")
         if last == "gate" and f"{parent}.experts" in experts:
@@ -142,7 +143,7 @@ def _check(
     tensors: Mapping[str, Tensor],
     where: str,
 ) -> None:
-    """ValueError, naming the file's own keys, where experts are not all there or misshapen."""
+    """Raise ValueError, with the file's keys, if experts are missing or have wrong shapes."""
     expected: dict[str, tuple[int, ...]] = {}
     for members in groups:
         own, pooled = config.ranks(len(members))
@@ -186,7 +187,7 @@ class _Source:
         }
 
     def group_tensors(self) -> dict[str, Tensor]:
-        """Stack the pools of all experts; nothing where k = 0."""
+        """Stack the pools of all experts; return nothing if k = 0."""
         if not self.pooled:
             return {}
         down, up = self._each(pool_key, "A"), self._each(pool_key, "B")
@@ -196,7 +197,7 @@ class _Source:
         }
 
     def _each(self, key_of: Callable[[str, str], str], field: str) -> list[list[Tensor]]:
-        """Read a factor for every expert and each of its matrices."""
+        """Read one factor for every matrix of every expert."""
         return [
             [
                 self._take(official_name(key_of(_layer(self.weight, expert, part), field)))
@@ -210,7 +211,7 @@ class _Source:
         return self.tensors[key]
 
     def _diagonal(self, factors: list[Tensor]) -> Tensor:
-        """Put B's of matrices on their rows and on columns of their own, with zeros elsewhere."""
+        """Place each matrix's B on the matrix's rows and on separate columns; zeros elsewhere."""
         out_features, columns = self.weight.shape[1], sum(each.shape[1] for each in factors)
         found = factors[0].new_zeros((out_features, columns))
         begin = 0
@@ -223,7 +224,7 @@ class _Source:
 def _targets(
     model: nn.Module, config: RasaConfig, weights: list[StackedWeight], rest: Mapping[str, Tensor]
 ) -> tuple[str, ...]:
-    """Name the layers that the file has: as its config does, and the stacked weights."""
+    """Return target_modules: the file's layers that still exist, and the stacked weights."""
     stacked = [weight.name for weight in weights]
     given = config.target_modules
     if isinstance(given, str):  # a regular expression for names of transformers 4
