@@ -1,4 +1,4 @@
-"""Commands of ``rasa-ext``, a module each; pyproject.toml announces them."""
+"""Commands of ``rasa-ext``, one per module; pyproject.toml lists them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rasa_ext.commands.output import console
 
 
 def progress_bar() -> Progress:
-    """A bar for work whose parts are counted; it shows nothing in a file or a pipe."""
+    """Make a progress bar with counts; it shows nothing if the output is a file or a pipe."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),

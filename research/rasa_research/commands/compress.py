@@ -1,4 +1,4 @@
-"""``rasa-ext compress``: a full fine-tuning or a LoRA in, a RaSA adapter out."""
+"""``rasa-ext compress``: compress a full fine-tuning or a LoRA into a RaSA adapter."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def compress(
     dtype: _Dtype = "float64",
     overwrite: Overwrite = False,
 ) -> None:
-    """Find the RaSA adapter that comes closest to a full fine-tuning, or to a larger LoRA."""
+    """Find the RaSA adapter closest to a full fine-tuning or a larger LoRA."""
     from rasa_ext.commands.parsing import parse_targets
     from rasa_research.solver.conversion import compress_finetuned, compress_lora
 
@@ -94,7 +94,7 @@ def compress(
 
 
 def _show(found: CompressedAdapter, output: Path) -> None:
-    """Errors beside LoRA's, as a table and a picture."""
+    """Show errors of RaSA and LoRA in a table and a plot."""
     from rasa_research.solver.plots import plot_errors
 
     rank, k = found.config.rank, found.config.k
@@ -132,7 +132,7 @@ def _show(found: CompressedAdapter, output: Path) -> None:
 
 
 def _errors(error: float, *loras: float) -> list[str]:
-    """An error and, for each of LoRA's, that one and the ratio to it."""
+    """Return table cells: the error, then each LoRA's error and the ratio to it."""
     cells = [f"{error:.4f}"]
     for lora in loras:
         cells += [f"{lora:.4f}", f"{error / lora:.4f}" if lora > 1e-12 else "-"]
@@ -160,7 +160,7 @@ def _show_lost(found: CompressedAdapter) -> None:
 
 
 def _solver(bar: Progress, iterations: int, dtype: str) -> Solver:
-    """A solver that shows each group's iterations in the bar; in a pipe, that it has begun one."""
+    """Make a solver that shows iterations in the bar, or in a pipe prints each group's start."""
     import torch
 
     from rasa_research.solver.fit import Solver

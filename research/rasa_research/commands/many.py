@@ -1,4 +1,4 @@
-"""``rasa-ext compress-many | expand``: several LoRAs in, one shared basis out, and back again."""
+"""``rasa-ext compress-many | expand``: compress several LoRAs into a shared basis, and expand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def compress_many(
     iterations: Annotated[int, typer.Option(help="Rounds of the solver, at most.")] = 100,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put several LoRAs of one base over one shared basis, with a diagonal each."""
+    """Compress several LoRAs of one base into one shared basis, with a diagonal for each."""
     from rasa_research.solver.many import compress_directories
 
     with progress_bar() as bar:
@@ -72,7 +72,7 @@ def expand(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write LoRAs that compress-many put together as plain LoRAs for PEFT and servers."""
+    """Write LoRAs from the result of compress-many as plain LoRAs for PEFT and servers."""
     from rasa_research.solver.many import expand_set
 
     found = expand_set(loras, names or [], output, overwrite=overwrite)
@@ -81,7 +81,7 @@ def expand(
 
 
 def _show(found: CompressedLoras) -> None:
-    """Errors by adapter, by kind of layer and in all, beside those of LoRAs apart."""
+    """Show errors by adapter, by kind of layer and in total, with those of separate LoRAs."""
     from rasa_ext.patching import pattern
 
     kinds: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""``rasa-ext ranks``."""
+"""``rasa-ext ranks``: plan the rank of every block."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def ranks(
         typer.Option(help="Of the model: float32, bfloat16, float16, or auto, as it is stored."),
     ] = "auto",
 ) -> None:
-    """Plan a rank for every block from the dimension of its hidden states, as GeLoRA does."""
+    """Plan a rank for every block from the dimension of hidden states, like GeLoRA."""
     from rasa_research.ranks import Pooling
     from rasa_research.ranks.planning import RankOptions, plan_ranks
 
