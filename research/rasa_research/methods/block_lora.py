@@ -32,7 +32,7 @@ class BlockLoraConfig(AdapterConfig):
     scale; this package chooses them.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what was given.
 
     Example:
         >>> from rasa_research.methods import BlockLoraConfig

@@ -54,7 +54,7 @@ class BoostedLoraConfig(Boosted):
     ``rasa_research.training.Boosting`` starts one booster after another.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what was given.
 
     Example:
         >>> from rasa_research.methods import BoostedLoraConfig

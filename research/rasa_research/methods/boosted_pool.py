@@ -26,7 +26,7 @@ class BoostedPoolConfig(Boosted):
     each of the stack's n slots. Not in any paper.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what was given.
 
     Example:
         >>> from rasa_research.methods import BoostedPoolConfig

@@ -47,7 +47,7 @@ class GatedRasaConfig(RasaConfig):
     reads from the remaining pool. Adapted experts have no gates.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what was given.
 
     Example:
         >>> from rasa_research.methods import GatedRasaConfig

@@ -34,7 +34,7 @@ class ResLoraConfig(AdapterConfig):
     term.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what was given.
 
     Example:
         >>> from rasa_research.methods import ResLoraConfig

@@ -31,7 +31,7 @@ class SboraConfig(AdapterConfig):
     buffer ``index`` holds I or J. s = alpha / r.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what was given.
 
     Example:
         >>> from rasa_research.methods import SboraConfig

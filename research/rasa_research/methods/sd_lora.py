@@ -34,7 +34,7 @@ class SdLoraConfig(AdapterConfig):
     with the current task last.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what was given.
 
     Example:
         >>> from rasa_research import methods, training

@@ -23,7 +23,7 @@ class SoraConfig(GatedRasaConfig):
     closed gates.
 
     Raises:
-        TypeError, ValueError: naming the field, what was expected and what came.
+        TypeError, ValueError: naming the field, what was expected and what was given.
 
     Example:
         >>> from rasa_research.methods import SoraConfig

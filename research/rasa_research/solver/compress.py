@@ -137,7 +137,7 @@ def compress(
         neither the adapted layers nor ``modules_to_save``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what was given.
 
     Example:
         >>> from rasa_research import solver

@@ -95,7 +95,7 @@ def decompose(
         The factors, the error of every iteration, and LoRA's errors.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what was given.
 
     Example:
         >>> from rasa_research import solver

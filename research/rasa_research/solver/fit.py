@@ -47,7 +47,7 @@ def fit_adapter(
         The decomposition of every group, with the errors of it and of LoRA.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came; the model is
+        TypeError, ValueError: naming the argument, what was expected and what was given; the model is
             then unchanged.
 
     Example:
