@@ -82,7 +82,7 @@ def stack_experts(
     _check_no_router({weight.path for weight in weights}, tensors, where)
     groups: dict[tuple[str, tuple[str, ...]], list[StackedWeight]] = {}
     for weight in weights:
-        kind = official_name(pool_key(weight.path, "A"))  # of a pool for all layers of a model
+        kind = official_name(pool_key(weight.path, "A"))  # layers of one kind share a pool
         groups.setdefault((kind, tuple(weight.parts)), []).append(weight)
     _check(config, groups.values(), tensors, where)
     kept, stacked, used = {}, {}, set[str]()
@@ -227,7 +227,7 @@ def _targets(
     """Return target_modules: the file's layers that still exist, and the stacked weights."""
     stacked = [weight.name for weight in weights]
     given = config.target_modules
-    if isinstance(given, str):  # a regular expression for names of transformers 4
+    if isinstance(given, str):  # a regular expression, which only matches names of transformers 4
         return (*(match["name"] for match in map(_LAYER.match, rest) if match), *stacked)
     parts = {part for weight in weights for part in weight.parts}
     layers = {name.rpartition(".")[2] for name, each in model.named_modules() if _is_layer(each)}

@@ -40,7 +40,7 @@ class Residual:
 
 @dataclasses.dataclass(frozen=True)
 class CompressedAdapter(AdapterState):
-    """An adapter, not yet in a model or a file, and the errors of its approximation.
+    """An adapter, not yet in a model or a file, and the errors of the approximation.
 
     Errors are relative, in squared Frobenius norms; see ``Decomposition``.
 

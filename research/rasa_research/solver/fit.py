@@ -47,8 +47,8 @@ def fit_adapter(
         The decomposition of every group, with the errors of it and of LoRA.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what was given; the model is
-            then unchanged.
+        TypeError, ValueError: naming the argument, what was expected and what was given; the model
+            is then unchanged.
 
     Example:
         >>> from rasa_research import solver

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # of a file in the same folder
+_NAME = re.compile(r"[\w.-]{1,200}", re.ASCII)  # a file name in the folder of the index
 _CHUNK = 1 << 24
 
 

@@ -1,4 +1,4 @@
-"""Tasks as diagonals: all tasks share A, B and the pools, and each has its own d per layer."""
+"""Tasks as diagonals: tasks share A, B and the pools, and each task has one d per layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train_diagonals(model: nn.Module) -> nn.Module:
         The same object. Make a new optimizer, of ``adapter_parameters`` that require a gradient.
 
     Raises:
-        TypeError, ValueError: the model is no module, not patched, or its method has no d.
+        TypeError, ValueError: the model is no module, not patched, or has a method without d.
 
     Example:
         >>> from rasa_research.training import train_diagonals
@@ -56,7 +56,7 @@ def diagonals(model: nn.Module) -> dict[str, Tensor]:
         Tensors by name, which safetensors and ``torch.save`` can store; (E, R) for stacked experts.
 
     Raises:
-        TypeError, ValueError: the model is no module, not patched, or its method has no d.
+        TypeError, ValueError: the model is no module, not patched, or has a method without d.
 
     Example:
         >>> from rasa_research.training import diagonals
