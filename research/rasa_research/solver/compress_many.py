@@ -44,7 +44,7 @@ class Distances:
     whole: dict[str, Tensor]
     """||M||^2 by layer, one entry per adapter, (n,) float64."""
     lost: dict[str, Tensor]
-    """||M - M^||^2 by layer, in the form of ``whole``."""
+    """||M - M^||^2 by layer, one entry per adapter, (n,) float64."""
 
     @property
     def total(self) -> float:

@@ -42,7 +42,7 @@ class Boosting:
         optimizer: an optimizer of the adapter's parameters. If it has a method ``forget``, like
             ``rasa_research.optim.LoraPro``, that is called with the parameters that start again.
         steps: optimizer steps per booster.
-        layers: number of layers in a booster, drawn at random; defaults to all.
+        layers: number of layers in a booster, drawn at random; defaults to all layers.
         alpha: factor on a booster when it is pushed. Unless it is 1, outputs jump then.
         seed: seed for drawing layers and fresh factors; must be equal on every process.
 
