@@ -33,10 +33,10 @@ class LoraPro(torch.optim.Optimizer):
 
     With ``moments="full"``, Adam's moments are moments of the full gradients, as in the paper's
     results. This needs two float32 matrices of shape (out, in) for each adapted weight, as much as
-    full fine-tuning: 56 GB for the linear layers of Llama-3.1-8B. A and B take the solution for
-    Adam's direction as their step; ``inner`` steps other parameters. ``"factors"`` only needs the
-    moments of ``inner``, but an ``inner`` that rescales each entry, such as Adam, undoes part of
-    the adjustment.
+    full fine-tuning: 56 GB for the linear layers of Llama-3.1-8B. The factors step by the solution
+    for Adam's direction; ``inner`` steps other parameters. ``"factors"`` only needs the moments of
+    ``inner``, but an ``inner`` that rescales each entry, such as Adam, undoes part of the
+    adjustment.
 
     Clip gradients before the step, as usual: this clips autograd's gradients. Works with
     GradScaler, learning-rate schedulers, DistributedDataParallel, and transformers' Trainer
