@@ -24,7 +24,7 @@ _Output = Annotated[
 ]
 _Iterations = Annotated[int, typer.Option(help="Rounds of the solver.")]
 _Dtype = Annotated[
-    str, typer.Option(help="Of the computation: float64, or float32 for half the memory.")
+    str, typer.Option(help="Dtype of the computation: float64, or float32 for half the memory.")
 ]
 
 
@@ -34,26 +34,27 @@ def compress(
     base: Annotated[
         str | None,
         typer.Option(
-            help="Model before fine-tuning: hub id, directory or .gguf. [default: for --lora, as "
-            "it says]"
+            help="Model before fine-tuning: hub id, directory or .gguf. [default: with --lora, the "
+            "one that it names]"
         ),
     ] = None,
     finetuned: Annotated[
-        str | None, typer.Option(help="The same model, fine-tuned in full.", show_default=False)
+        str | None, typer.Option(help="The model after full fine-tuning.", show_default=False)
     ] = None,
     lora: Annotated[
-        Path | None, typer.Option(help="Or a LoRA in PEFT's format.", show_default=False)
+        Path | None,
+        typer.Option(help="A LoRA in PEFT's format, in place of --finetuned.", show_default=False),
     ] = None,
     rank: Annotated[int, typer.Option(help="LoRA rank r per layer.")] = 8,
-    k: Annotated[int, typer.Option(help="How many of them go to the shared pool.")] = 1,
+    k: Annotated[int, typer.Option(help="Ranks per layer that go to the shared pool.")] = 1,
     target_modules: Annotated[
         str, typer.Option(help="With --finetuned: layers to adapt, as in `rasa-ext finetune`.")
     ] = "all-linear",
     modules_to_save: Annotated[
         str,
         typer.Option(
-            help="With --finetuned: name suffixes, with commas, of modules to keep in full; or "
-            "`changed`, all that changed and are not adapted."
+            help="With --finetuned: modules to save in full, as name suffixes with commas, or "
+            "`changed` for all modules that changed and are not adapted."
         ),
     ] = "",
     iterations: _Iterations = 50,

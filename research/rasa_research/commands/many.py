@@ -29,8 +29,8 @@ def compress_many(
         ),
     ],
     output: _Output,
-    rank: Annotated[int, typer.Option(help="Rank R of the basis that they share in each layer.")],
-    iterations: Annotated[int, typer.Option(help="Rounds of the solver, at most.")] = 100,
+    rank: Annotated[int, typer.Option(help="Rank R of the shared basis of each layer.")],
+    iterations: Annotated[int, typer.Option(help="Maximum number of solver rounds.")] = 100,
     overwrite: Overwrite = False,
 ) -> None:
     """Compress several LoRAs of one base into one shared basis, with a diagonal for each."""
@@ -57,18 +57,20 @@ def compress_many(
 
 @command
 def expand(
-    loras: Annotated[Path, typer.Argument(help="What compress-many wrote.", show_default=False)],
+    loras: Annotated[
+        Path, typer.Argument(help="Directory that compress-many wrote.", show_default=False)
+    ],
     output: Annotated[
         Path,
         typer.Option(
             "--output",
             "-o",
-            help="Directory to write, in which each LoRA has a folder of its name.",
+            help="Directory to write, with one folder per LoRA.",
             show_default=False,
         ),
     ],
     names: Annotated[
-        list[str] | None, typer.Argument(help="Which LoRAs. [default: all]", show_default=False)
+        list[str] | None, typer.Argument(help="Names of LoRAs. [default: all]", show_default=False)
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -29,16 +29,16 @@ def ranks(
         typer.Option(help="JSON file for the dimensions, the ranks and the rank_pattern."),
     ] = None,
     k: Annotated[
-        int, typer.Option(help="The least rank: 1 for a LoRA, for RaSA the k that is shared.")
+        int, typer.Option(help="Lowest rank of a block: 1 for LoRA, and RaSA's k for RaSA.")
     ] = 1,
     pooling: Annotated[
         str,
-        typer.Option(help="Which of an example's states makes its point: mean, last or first."),
+        typer.Option(help="Which state of an example is the point: mean, last or first."),
     ] = "mean",
     points: Annotated[
-        int, typer.Option(help="Examples to take, at random where there are more.")
+        int, typer.Option(help="Maximum number of examples, drawn at random.")
     ] = 2000,
-    seed: Annotated[int, typer.Option(help="Of that choice.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
     blocks: Annotated[
         str | None,
         typer.Option(
@@ -54,8 +54,8 @@ def ranks(
             "--template/--no-template", help="Use the model's chat template, if it has one."
         ),
     ] = True,
-    seq_len: Annotated[int, typer.Option(help="Tokens after which an example is cut.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Examples at a time.")] = 8,
+    seq_len: Annotated[int, typer.Option(help="Maximum length of an example in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Examples per forward pass.")] = 8,
     dtype: Annotated[
         str,
         typer.Option(help="Of the model: float32, bfloat16, float16, or auto, as it is stored."),

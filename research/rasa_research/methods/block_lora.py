@@ -48,9 +48,9 @@ class BlockLoraConfig(AdapterConfig):
     paper: ClassVar[str] = "2501.16720"
     peft: ClassVar[str] = "its B needs a learning rate of its own"
 
-    rank: int = option(8, "r: all blocks' ranks together. The rank of dW is r / n.")
+    rank: int = option(8, "r, the sum of the blocks' ranks. The rank of dW is r / n.")
     alpha: float = option(16.0, "The scale s is alpha / r.")
-    blocks: int = option(2, "n, the blocks that share A; it divides the rank.")
+    blocks: int = option(2, "n, the number of blocks that share A. It must divide the rank.")
 
     def __post_init__(self) -> None:
         """Check every field and convert it to the canonical form."""

@@ -27,11 +27,11 @@ class Boosted(AdapterConfig):
     paper: ClassVar[str] = "2410.19694"
     loop: ClassVar[str] = "rasa_research.training.Boosting, which begins new factors as it goes"
 
-    rank: int = option(1, "r: the rank of a booster.")
-    alpha: float = option(1.0, "A booster begins at the scale alpha / r.")
+    rank: int = option(1, "The rank r of a booster.")
+    alpha: float = option(1.0, "A booster starts at the scale alpha / r.")
     stack: Mapping[str, int] | tuple[tuple[str, int], ...] = option(
         (),
-        "How many ranks of former boosters each layer has. Boosting sets it.",
+        "Number of ranks of former boosters, by layer. Boosting sets it.",
         counts=1,
     )
 

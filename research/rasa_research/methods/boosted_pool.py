@@ -41,7 +41,7 @@ class BoostedPoolConfig(Boosted):
     peft: ClassVar[str] = f"it is trained by {Boosted.loop}"
 
     train_past: bool = option(
-        False, "Whether the entries of d that weight former boosters are trained on."
+        False, "Whether to continue training the entries of d that weight former boosters."
     )
 
     def layer_tensors(self, spec: LayerSpec) -> dict[str, Tensor]:

@@ -62,24 +62,26 @@ class GatedRasaConfig(RasaConfig):
 
     k: int | None = option(
         None,
-        "How many of the r ranks every layer gives to its group's shared pool, as in RaSA; None is "
-        "max(rank // 8, 1).",
+        "Number of the r ranks that every layer gives to the group's shared pool, as in RaSA. None "
+        "means max(rank // 8, 1).",
     )
     gate_threshold: float | None = option(
         None,
-        "By how much each gate moves towards zero in a step of `rasa-ext finetune`, which needs "
-        "it, such as 1e-3. A loop of yours gives it to ProximalGates.",
+        "Distance by which `rasa-ext finetune` moves each gate towards zero in a step, such as "
+        "1e-3; required there. In your own loop, pass it to ProximalGates.",
     )
-    prune: bool = option(False, "Whether `rasa-ext finetune` takes closed gates out at the end.")
+    prune: bool = option(
+        False, "Whether `rasa-ext finetune` removes the ranks of closed gates at the end."
+    )
     gate_rate: float = option(
         1.0,
-        "The learning rate of d, which has the gates, over that of all else, where "
-        "rasa_ext.training.parameter_groups makes the optimizer's groups.",
+        "Factor on the learning rate for d, which has the gates, in the optimizer's groups from "
+        "rasa_ext.training.parameter_groups.",
     )
     kept: Kept = option(
         (),
-        "The ranks of pruned layers: private, pooled, and of the pool. prune sets it, and "
-        "load_official_experts where it makes one adapter of an expert's gate and up.",
+        "Ranks of pruned layers: private, pooled, and of the pool. prune sets it, and so does "
+        "load_official_experts when it joins an expert's gate and up in one adapter.",
         counts=3,
     )
 

@@ -49,7 +49,7 @@ class ResLoraConfig(AdapterConfig):
 
     rank: int = option(8, "The rank r of every layer's own LoRA.")
     alpha: float = option(16.0, "The scale s is alpha / r.")
-    window: int = option(4, "m: of how many layers before it a layer computes the LoRAs too.")
+    window: int = option(4, "m, the number of preceding layers whose LoRAs a layer also computes.")
     shortcut: str = option("bs", "The kind of shortcut; the paper's 'is' and 'ms' are refused.")
 
     def __post_init__(self) -> None:

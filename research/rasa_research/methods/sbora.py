@@ -45,15 +45,17 @@ class SboraConfig(AdapterConfig):
     title: ClassVar[str] = "SBoRA"
     paper: ClassVar[str] = "2407.05413"
 
-    rank: int = option(8, "r, how many features are read or written, at most as many as there are.")
+    rank: int = option(
+        8, "r, the number of features that are read or written; at most the layer's width."
+    )
     alpha: float = option(16.0, "The scale s is alpha / r.")
     side: str = option(
         "A", "Which factor is rows of the identity: 'A' reads features, 'B' writes them."
     )
     indices: str = option(
         "random",
-        "How the features are chosen: 'random', or 'activation', the largest ones of those that "
-        "rasa_research.training.calibrate measures; until it is called they are random.",
+        "How to choose the features: 'random', or 'activation', the largest activations that "
+        "rasa_research.training.calibrate measures. Before that call they are random.",
     )
     seed: int = option(0, "Seed of the random choice, which differs from layer to layer.")
 

@@ -50,18 +50,17 @@ class SdLoraConfig(AdapterConfig):
 
     rank: int = option(10, "The rank r of the first task's pair.")
     alpha: float = option(
-        8.0, "A task's magnitude begins at alpha / r; at 0.8, the official code's, by default."
+        8.0, "A task's magnitude starts at alpha / r; the default is the official code's 0.8."
     )
     norm: str = option(
         "none",
-        "What a direction is divided by: 'none'; 'frobenius', the norm of B_k A_k, the present "
-        "task's included once B is not zero, as in the paper; 'product', for former tasks alone "
-        "the norm of B_k times that of A_k, as in the official code.",
+        "Divisor of a direction. 'none': 1. 'frobenius', as in the paper: the norm of B_k A_k, for "
+        "the current task too once B is not zero. 'product', as in the official code: the norm of "
+        "B_k times the norm of A_k, for former tasks only.",
     )
     tied: bool = option(
         True,
-        "Whether the layers of a group share their magnitudes, or each has its own. The paper ties "
-        "all layers of a model.",
+        "Whether the layers of a group share magnitudes. In the paper all layers of a model do.",
     )
     rank_schedule: Mapping[int, int] | tuple[tuple[int, int], ...] = option(
         (),

@@ -39,9 +39,9 @@ class SoraConfig(GatedRasaConfig):
         "rasa_research.training.ProximalGates drives the gates in steps of training"
     )
 
-    rank: int = option(8, "The rank r that every layer begins with.")
+    rank: int = option(8, "The initial rank r of every layer.")
     k: int | None = option(
-        0, "How many of the r ranks every layer gives to a pool, as in RaSA; 0 is the paper's."
+        0, "Number of the r ranks that every layer gives to a pool, as in RaSA. The paper has 0."
     )
     alpha: float = option(16.0, "The scale s is alpha / r.")
 
