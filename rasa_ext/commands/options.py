@@ -223,8 +223,8 @@ class FinetuneOptions:
         config = methods.method_named(self.method)
         if config.loop:
             raise ValueError(
-                f"method: expected one that an optimizer trains, got {self.method!r}: train it in "
-                f"a loop of yours, by {config.loop}."
+                f"method: {self.method!r} is not trained by an optimizer alone; use your own "
+                f"training loop with {config.loop}."
             )
         known = {field.name for field in dataclasses.fields(config)}
         given = parse_yaml("method_options", self.method_options)

@@ -183,8 +183,8 @@ def _adapter(options: FinetuneOptions, model: Any) -> tuple[AdapterConfig, dict[
     config = read_method(settings)
     if config.loop:
         raise ValueError(
-            f"init_adapter: expected an adapter of a method that an optimizer trains, got "
-            f"{config.method!r}: train it in a loop of yours, by {config.loop}."
+            f"init_adapter: its method {config.method!r} is not trained by an optimizer alone; use "
+            f"your own training loop with {config.loop}."
         )
     return config, tensors
 

@@ -25,7 +25,7 @@ class Boosted(AdapterConfig):
     """Fields of both boosting methods: the booster's rank and scale, and the stack."""
 
     paper: ClassVar[str] = "2410.19694"
-    loop: ClassVar[str] = "rasa_research.training.Boosting, which begins new factors as it goes"
+    loop: ClassVar[str] = "rasa_research.training.Boosting"
 
     rank: int = option(1, "The rank r of a booster.")
     alpha: float = option(1.0, "A booster starts at the scale alpha / r.")

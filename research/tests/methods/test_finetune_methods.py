@@ -81,7 +81,7 @@ def test_rates_are_the_method_s(common, tmp_path):  # noqa: F811
         (
             "reslora",
             {"method": "boosted-pool"},
-            "a loop of yours, by rasa_research.training.Boosting",
+            "your own training loop with rasa_research.training.Boosting",
         ),
         ("block-lora", more("blocks: 3"), "blocks: expected a divisor of the rank, which is 4"),
         ("reslora", more("side: A"), "side: expected none with the method 'reslora', got 'A'"),
