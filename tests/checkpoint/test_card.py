@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import rasa_ext
 from rasa_ext.checkpoint.card import BASE_FOLDER, hub_id
 from tests.helpers import experts, tiny_lm
+from tests.helpers.adapter_folders import FORMS, card, code, rows, write
 from tests.helpers.adapters import RANK, content, patched
 from tests.helpers.hub import refused
 from tests.helpers.methods import CASES, case, rasa_linears
@@ -31,30 +32,8 @@ def model(base: str | None = ID, **options):
     return patched(plain, RANK, 1, **options)
 
 
-FORMS = ["adapter", "peft", "mlx"]
-
-
-def write(form: str, adapted, directory: Path, **options) -> None:
-    if form == "adapter":
-        rasa_ext.save_adapter(adapted, directory, **options)
-    else:
-        rasa_ext.export_lora(adapted, directory, format=form, **options)
-
-
-def card(directory: Path) -> str:
-    return (directory / "README.md").read_text()
-
-
 def head(text: str) -> dict:
     return yaml.safe_load(HEAD.match(text)[1])
-
-
-def rows(text: str) -> dict[str, str]:
-    return dict(re.findall(r"^\| ([^|`]+) \| ([^|]+) \|$", text, re.MULTILINE))
-
-
-def code(text: str, language: str = "python") -> str:
-    return "\n".join(re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
 
 
 def test_cards_name_trained_rows(tmp_path):

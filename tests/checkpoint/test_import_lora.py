@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import rasa_ext
-from tests.checkpoint.test_ways_out import edit
 from tests.helpers import oracle
+from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import adapted_layers, adapters
 from tests.helpers.expert_files import RANK, adapted, build, stacks
 from tests.helpers.expert_files import logits as logits_of

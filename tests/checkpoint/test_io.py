@@ -15,7 +15,7 @@ from torch import nn
 import rasa_ext
 from rasa_ext.analysis import analyze_adapter
 from rasa_ext.checkpoint.files import digest, read_tensors
-from tests.checkpoint.test_ways_out import edit
+from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import (
     RANK,
     adapted_layers,

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import rasa_ext
-from tests.checkpoint.test_ways_out import edit
 from tests.helpers import experts, oracle
+from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import (
     RANK,
     adapted_layers,

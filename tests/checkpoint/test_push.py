@@ -11,8 +11,8 @@ import torch
 import yaml
 
 import rasa_ext
-from tests.checkpoint.test_card import FORMS, write
 from tests.helpers import tiny_lm
+from tests.helpers.adapter_folders import FORMS, write
 from tests.helpers.adapters import RANK, content, patched
 from tests.helpers.cli import TOKENS, invoke
 from tests.helpers.hub import TOKEN, local_hub

@@ -13,6 +13,7 @@ from torch import nn
 
 import rasa_ext
 from rasa_ext.methods import AdapterConfig, LoraConfig
+from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import LargestTensor, adapters, patched, same_adapters
 from tests.helpers.cli import save_official
 from tests.helpers.models import LLAMA
@@ -182,11 +183,6 @@ def test_a_block_that_was_copied_after_patching(place, tmp_path):
     rasa_ext.export_lora(model, tmp_path / "lora")
     written = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     assert sum(key.endswith("lora_A.weight") for key in written) == len(adapters(model))
-
-
-def edit(folder: Path, **fields) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 LARGE = {"r": 10**8, "rasa_k": 10**8, "rank_pattern": {"q_proj": 10**8}}

@@ -14,7 +14,7 @@ from trl import SFTConfig
 import rasa_ext
 from rasa_ext.commands.options import FinetuneOptions
 from rasa_ext.commands.trainer import AdapterTrainer, dataset
-from tests.checkpoint.test_card import card, code, rows
+from tests.helpers.adapter_folders import card, code, rows
 from tests.helpers.cli import invoke, load, logits
 from tests.helpers.finetuning import checkpoints_in
 from tests.helpers.finetuning import run as finetune

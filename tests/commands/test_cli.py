@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import rasa_ext
 from rasa_ext.commands import main, models
 from rasa_ext.commands.app import app
-from tests.checkpoint.test_ways_out import edit
+from tests.helpers.adapter_folders import edit
 from tests.helpers.adapters import patched
 from tests.helpers.cli import invoke, load, logits, save_lora, save_official
 from tests.helpers.tiny_lm import make_model, save_base, sums, write_jsonl
