@@ -1,9 +1,9 @@
-"""Damaged folders of every kind: each is refused in a sentence, or loads whole.
+"""Fuzz the loaders: a damaged folder must raise a clear error or load completely.
 
     python -m tests.checkpoint.fuzz --cases 10000 --seed 1
 
-Every case writes a folder, damages it, and loads it into a fresh base in a forked process with
-limits of time and memory. What came of the cases is counted by kind; --show prints them.
+Each case damages a written folder and loads it into a fresh base, in a forked process with
+limits on time and memory. The outcomes are counted by kind of folder; --show prints cases.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ NEVER = (RAW, HALF, CRASH, OUTSIDE, HANG, OUT_OF_MEMORY)
 
 @dataclass(frozen=True)
 class Kind:
-    """What writes a folder, what it is loaded into, how, and what shows the numbers."""
+    """How to write a folder, build a base, load the folder into it, and compute an output."""
 
     write: Callable[[Path], Any]
     base: Callable[[], nn.Module]
@@ -247,7 +247,7 @@ def _json(draw: random.Random, folder: Path) -> None:
 
 
 def _other(draw: random.Random, folder: Path, written: Path) -> None:
-    """A file of another kind."""
+    """Replace a file with a file from a folder of any kind."""
     other = draw.choice([path for path in sorted(written.iterdir()) if path.name[0] != "."])
     path = draw.choice(_files(folder))
     choices = [each for each in _files(other) if each.suffix == path.suffix]
@@ -276,7 +276,7 @@ def _link(draw: random.Random, folder: Path) -> None:
 
 
 def _plant(draw: random.Random, folder: Path) -> None:
-    """Names that a save uses, or used, as links to what must not be touched."""
+    """Create links to files outside the folder, under names that saving uses or once used."""
     outside = folder.parent / "outside"
     for name in (CONFIG, WEIGHTS, "README.md"):
         for kind in ("new", "old"):
@@ -296,7 +296,7 @@ def _plant(draw: random.Random, folder: Path) -> None:
 
 
 def _tensors(draw: random.Random, folder: Path) -> None:
-    """Names, shapes, dtypes and values, under a digest that fits, that does not, or without one."""
+    """Change names, shapes, dtypes or values; the digest then fits, does not fit, or is missing."""
     paths = [path for path in _files(folder) if path.suffix in (".safetensors", ".bin")]
     path = draw.choice(paths)
     binary = path.suffix == ".bin"
@@ -376,7 +376,7 @@ def _damage(draw: random.Random, folder: Path, written: Path) -> str:
         names.append(damage.__name__.strip("_"))
         try:
             damage(draw, folder, written) if damage is _other else damage(draw, folder)
-        except Exception:  # the second damage of a file that the first has made unreadable
+        except Exception:  # an earlier damage made the file unreadable
             names[-1] += "?"
     return "+".join(names)
 
@@ -387,7 +387,7 @@ def _tree(folder: Path) -> dict[str, bytes]:
 
 
 def _whose(error: BaseException, kind: str) -> str:
-    """Tell whether a sentence of the package was raised, or something went through it."""
+    """Tell whether the package raised the error itself, and if not, which kind it is."""
     frames = traceback.extract_tb(error.__traceback__)
     last = frames[-1]
     line = linecache.getline(last.filename, last.lineno or 0).strip()
@@ -398,7 +398,7 @@ def _whose(error: BaseException, kind: str) -> str:
 
 
 def _outcome(kind: str, folder: Path, base: nn.Module, expected: torch.Tensor) -> tuple[str, str]:
-    """Load a folder; tell what came of it."""
+    """Load a folder and return the outcome and the error text."""
     what, before = KINDS[kind], Snapshot(base)
     try:
         model = what.read(base, folder)
@@ -409,7 +409,7 @@ def _outcome(kind: str, folder: Path, base: nn.Module, expected: torch.Tensor) -
         if "can't allocate memory" in text:
             return OUT_OF_MEMORY, text
         whose = _whose(error, kind)
-        if kind != "PEFT":  # which leaves the base wrapped
+        if kind != "PEFT":  # PEFT leaves the base wrapped
             try:
                 before.assert_unchanged()
             except AssertionError:
@@ -426,7 +426,7 @@ def _outcome(kind: str, folder: Path, base: nn.Module, expected: torch.Tensor) -
 
 
 def _case(root: Path, seed: int, number: int, numbers: dict[str, Any]) -> tuple[str, ...]:
-    """Write, damage and load one folder below ``root``; give kind, damage, outcome and words."""
+    """Damage and load one folder below ``root``; return kind, damage, outcome and error text."""
     draw = random.Random(seed * 1_000_003 + number)
     kind = draw.choice(sorted(KINDS))
     folder, outside = root / "case" / "adapter", root / "case" / "outside"
@@ -448,18 +448,18 @@ def _case(root: Path, seed: int, number: int, numbers: dict[str, Any]) -> tuple[
 
 
 def _saves_over(folder: Path) -> bool:
-    """Tell whether an adapter that is saved into the folder is what loads then."""
+    """Check that an adapter saved into the folder loads again, or that the write is refused."""
     model = methods.case("rasa")
     try:
         rasa_ext.save_adapter(model, folder)
         found = rasa_ext.load_adapter(methods.base(), folder)(methods.inputs())
     except (OSError, ValueError) as error:
-        return isinstance(error, WriteError)  # a folder has the name of a file
+        return isinstance(error, WriteError)  # a folder may have a file's name
     return torch.equal(found, model(methods.inputs()))
 
 
 def _limits() -> None:
-    """End a case that takes too long or too much, whatever it is in."""
+    """Limit the memory of this process."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, resource.RLIM_INFINITY))
 
@@ -469,7 +469,7 @@ def _worker(root: Path, seed: int, numbers: range, write: int, made: dict[str, A
     with os.fdopen(write, "w") as out:
         for number in numbers:
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
-            signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)  # it may wait, or not be run
+            signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)  # waiting uses no CPU time
             result = _case(root, seed, number, made)
             signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -478,7 +478,7 @@ def _worker(root: Path, seed: int, numbers: range, write: int, made: dict[str, A
 
 
 def fuzz(cases: int, seed: int, root: Path, batch: int = 250) -> list[list[Any]]:
-    """Run the cases; give (number, kind, damage, outcome, words) of each."""
+    """Run the cases; return (number, kind, damage, outcome, error text) for each."""
     warnings.simplefilter("ignore")
     (root / "written").mkdir()
     made = {}

@@ -1,4 +1,4 @@
-"""The files of an adapter change together, whatever happens while they are written."""
+"""The files of an adapter change together, even if writing fails or is interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @pytest.fixture
 def saved(tmp_path):
-    """A directory with an old adapter, and a model with a larger new one."""
+    """A directory with an old adapter, and a model with a larger new adapter."""
     rasa_ext.save_adapter(patched(SEQUENTIAL.build(), 2, 1, seed=1), tmp_path)
     return tmp_path, patched(SEQUENTIAL.build(), RANK, 2, seed=2)
 
@@ -39,7 +39,7 @@ WRITERS = {"adapter": rasa_ext.save_adapter, "lora": rasa_ext.export_lora}
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.999])
 def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory):
-    """No file may grow beyond a share of the new weights', so that a write fails part way."""
+    """A limit on file size makes a write fail part way."""
     directory, model = saved
     before, elsewhere = content(directory), tmp_path_factory.mktemp("new")
     WRITERS[writer](model, elsewhere)
@@ -56,7 +56,7 @@ def test_a_full_disk_leaves_the_old_files(share, writer, saved, tmp_path_factory
 @pytest.mark.parametrize("call", range(1, 7))
 @pytest.mark.parametrize("writer", WRITERS)
 def test_a_failing_move_leaves_the_old_files(call, error, writer, saved, monkeypatch):
-    """Three files leave and three come."""
+    """Saving moves six files: three old ones out and three new ones in."""
     directory, model = saved
     before, replace, calls = content(directory), os.replace, []
 
@@ -75,7 +75,7 @@ def test_a_failing_move_leaves_the_old_files(call, error, writer, saved, monkeyp
 
 
 def forked(work: Callable[[], object]) -> int:
-    """A process that works and ends; its id."""
+    """Run ``work`` in a forked process and return the process id."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -88,7 +88,7 @@ def forked(work: Callable[[], object]) -> int:
 
 
 def killed_at(call: int, work: Callable[[], object]) -> bool:
-    """Whether a process was killed before it made this call of those that change a folder."""
+    """Kill a process at its ``call``-th change of a folder; return False if it ended earlier."""
 
     def patched_work():
         calls = []
@@ -109,7 +109,7 @@ def killed_at(call: int, work: Callable[[], object]) -> bool:
 
 
 def lora(alpha: float, seed: int):
-    """A LoRA whose scale is in its config alone."""
+    """Return a LoRA that stores its scale only in the config."""
     return patched(SEQUENTIAL.build(), config=LoraConfig(rank=2, alpha=alpha), seed=seed)
 
 
@@ -119,7 +119,7 @@ def outputs(model):
 
 
 def test_killed_at_any_moment_a_folder_loads_as_one_whole_version(tmp_path):
-    """Then a save succeeds, and clears what the killed one has left."""
+    """The next save succeeds and removes the leftovers of the killed save."""
     old, new = lora(8.0, seed=1), lora(32.0, seed=2)
     versions = {name: outputs(model) for name, model in (("old", old), ("new", new))}
     assert not torch.allclose(*versions.values())
@@ -138,7 +138,7 @@ def test_killed_at_any_moment_a_folder_loads_as_one_whole_version(tmp_path):
         assert sorted(content(folder)) == ["README.md", CONFIG, WEIGHTS]
         found = outputs(rasa_ext.load_adapter(SEQUENTIAL.build(), folder))
         assert torch.equal(found, versions["new"])
-    assert seen == sorted(seen, reverse=True)  # and none goes back
+    assert seen == sorted(seen, reverse=True)  # once new, always new
     assert set(seen) == {"old", "new"}
 
 
@@ -149,7 +149,7 @@ def test_two_processes_that_save_into_one_folder_leave_a_whole_adapter(tmp_path)
 
         def save(model, folder=folder, ready=ready, go=go):
             os.close(go)
-            os.read(ready, 1)  # until it is closed for both
+            os.read(ready, 1)  # returns in both processes once the parent closes the pipe
             rasa_ext.save_adapter(model, folder)
 
         children = [forked(lambda model=model: save(model)) for model in models]
@@ -162,7 +162,7 @@ def test_two_processes_that_save_into_one_folder_leave_a_whole_adapter(tmp_path)
 
 
 def test_a_save_while_an_adapter_is_read_gives_one_version(tmp_path, monkeypatch):
-    """The file of the tensors is read after that of the config."""
+    """Another save may come between reading the config and reading the tensors."""
     old, new = lora(8.0, seed=1), lora(32.0, seed=2)
     rasa_ext.save_adapter(old, tmp_path)
     read, saves = files.read_either, [new]
@@ -191,7 +191,7 @@ def test_a_file_system_may_lack_links_and_locks(missing, saved, monkeypatch):
 
 
 def test_a_save_does_not_wait_for_ever_for_who_holds_the_lock(saved, monkeypatch):
-    """As ``flock DIRECTORY rasa-ext ...`` would."""
+    """``flock DIRECTORY rasa-ext ...`` holds the lock for the whole command."""
     directory, model = saved
     monkeypatch.setattr(writing, "_PATIENCE", 0.05)
     descriptor = os.open(directory, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Model cards: what they say, that their code runs, and which README.md stays."""
+"""Model cards: their contents, running their code, and when README.md is overwritten."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_many_groups_are_cut_short(tmp_path):
 
 
 def loaded(text: str, folder: Path, monkeypatch, base: str):
-    """The model that a card's lines give, run in its folder with ``base`` under its name."""
+    """Run a card's code in ``folder``, loading from ``base``; return the model and names loaded."""
     real, names = AutoModelForCausalLM.from_pretrained, []
 
     def load(name, *args, **options):

@@ -1,4 +1,4 @@
-"""Adapters of stacked experts in the package's own files."""
+"""Adapters of stacked experts in the package's own file format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_round_trip(family, grouping, k, tmp_path):
     assert rasa_ext.load_adapter(fresh, tmp_path) is fresh
     assert same_adapters(model, fresh)
     again = experts.patched(entry.build(), grouping, 3, k, dropout=0.1, **options)
-    again = copy.deepcopy(again)  # which shares nothing with what it was copied from
+    again = copy.deepcopy(again)  # a copy shares no tensors with the original
     experts.randomize(again, 8)
     assert not same_adapters(model, again)
     rasa_ext.load_adapter(again, tmp_path)
@@ -45,7 +45,7 @@ def test_round_trip(family, grouping, k, tmp_path):
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_names_and_shapes(grouping, tmp_path):
-    """Every tensor once, contiguous, under the weight's own name; the pool with its first layer."""
+    """Each tensor is stored once, under its weight's name; a pool under its first layer."""
     rasa_ext.save_adapter(experts.patched(experts.model("gpt_oss"), grouping, 3, 1), tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
     pooled = EXPERTS if grouping == "layer" else 2

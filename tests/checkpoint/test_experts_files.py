@@ -1,4 +1,4 @@
-"""Exports of adapted experts: every layout against dense changes, and by readers' own rules."""
+"""Exports of adapted experts: each layout against dense weight changes and readers' rules."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def export(directory, model, **options):
 
 
 def single(family, model):
-    """dW of every expert's matrices, under their names in a checkpoint."""
+    """Return dW of each expert's matrices, by their names in a checkpoint."""
     folder, rows, down = MATRICES[family]
     found = {}
     for name, change in changes(model).items():
@@ -71,7 +71,7 @@ def assert_close(found, expected):
 
 
 def wrappers(loaded):
-    """The names of the parameters that PEFT adapts in stacks, in the plain model."""
+    """Return the plain-model names of the stacked parameters that PEFT adapts."""
     return {
         f"{name.replace('.base_layer', '')}.{module.parameter_name}"
         for name, module in loaded.base_model.model.named_modules()
@@ -84,7 +84,7 @@ def wrappers(loaded):
 def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
     plain = base(family)
     model = adapted(plain, grouping)
-    config, _ = export(tmp_path, model, expert_layout="peft", rank=8)  # filled up
+    config, _ = export(tmp_path, model, expert_layout="peft", rank=8)  # padded with zeros
     assert config["r"] == config["lora_alpha"] == 8
     up = "up_proj" if family == "nemotron_h" else "gate_up_proj"
     stacked = [n for n in config["target_parameters"] if not n.endswith(".weight")]
@@ -104,7 +104,7 @@ def test_peft_computes_the_adapter(family, grouping, tmp_path, figure):
     [*((family, None) for family in BESIDE), ("deepseek_v3", "shared"), ("qwen2_moe", "shared")],
 )
 def test_peft_computes_the_adapter_of_linear_mlps_beside_the_experts(family, grouping, tmp_path):
-    """In target_modules it takes their names for those that experts once had."""
+    """PEFT would mistake their names in target_modules for the former names of experts."""
     plain = build(family, beside=True)
     model = adapted(plain, grouping)
     _, tensors = export(tmp_path, model, expert_layout=grouping and "peft")
@@ -120,7 +120,7 @@ def test_peft_computes_the_adapter_of_linear_mlps_beside_the_experts(family, gro
 
 @pytest.mark.filterwarnings("ignore:.*stay untouched")
 def test_sglang_is_told_of_linear_mlps_that_stand_as_parameters(tmp_path):
-    """It has buffers for target_modules alone; the layouts for servers keep those names there."""
+    """SGLang allocates buffers only for target_modules, so layouts for servers use that field."""
     model = adapted(build("deepseek_v3", beside=True), None)
     with pytest.warns(UserWarning, match="in target_parameters.*--lora-target-modules all"):
         config, _ = export(tmp_path, model)
@@ -143,10 +143,10 @@ def test_sglang_is_told_of_linear_mlps_that_stand_as_parameters(tmp_path):
 )
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_peft_with_some_of_the_weights(family, targets, parameters, tmp_path):
-    """Where one of two is adapted its keys have no base_layer."""
+    """If only one of two weights is adapted, its keys contain no base_layer."""
     plain = base(family)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of weights that stay untouched, and of other readers
+        warnings.simplefilter("ignore")  # about untouched weights and other readers
         model = adapted(plain, target_modules=targets)
         config, tensors = export(tmp_path, model, expert_layout="peft")
     assert config["target_parameters"] == parameters
@@ -168,7 +168,7 @@ def test_servers_compute_single_experts(family, grouping, tmp_path):
 
 
 def test_single_experts_whose_gate_and_up_take_turns(tmp_path):
-    """gpt-oss: by name all is there; vLLM and llama.cpp want it otherwise, which is warned of."""
+    """SGLang reads gpt-oss' single experts; vLLM and llama.cpp do not, so a warning says so."""
     model = adapted(base("gpt_oss"))
     with pytest.warns(UserWarning, match="stack its experts.*layout='peft'.*llama.cpp no LoRA"):
         config, tensors = export(tmp_path, model, expert_layout="per-expert")
@@ -188,7 +188,7 @@ def test_gate_and_up_have_one_A(tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_single_experts_are_what_peft_converts(family, tmp_path):
-    """As LoRAs of transformers 4, of which it makes stacked ones of twice the rank."""
+    """PEFT converts them like LoRAs of transformers 4: stacked, with twice the rank."""
     from peft import PeftModel
 
     plain = base(family)
@@ -207,7 +207,7 @@ def test_sglang_computes_experts_that_share_their_outer_sides(family, tmp_path):
     folder, rows, _ = MATRICES[family]
     expected = linear_changes(model)
     for name, change in changes(model).items():
-        if family == "gpt_oss" and name.endswith("gate_up_proj"):  # by the names: gate, then up
+        if family == "gpt_oss" and name.endswith("gate_up_proj"):  # names order gate before up
             change = torch.cat([change[:, at] for at in rows.values()], 1)
         expected[name.replace(".mlp.", f".{folder}.")] = change
     assert_close(found, expected)
@@ -228,7 +228,7 @@ def test_vllm_reads_the_stacked_layout_where_it_stacks(tmp_path):
 
 
 def test_other_readers_of_the_stacked_layout(tmp_path):
-    """Why it is not written without a word: vLLM takes it for another model's, and is wrong."""
+    """Exporting it warns, because vLLM misreads it for other models."""
     model = adapted(base("qwen3_moe"))
     with pytest.warns(UserWarning, match="PEFT's layout.*vLLM.*misreads.*layout='per-expert'"):
         config, tensors = export(tmp_path, model)
@@ -252,7 +252,7 @@ def test_a_layout_that_is_asked_for_is_not_warned_of(layout, tmp_path, recwarn):
 
 @pytest.mark.parametrize("layout", ["peft", "per-expert"])
 def test_one_weight_without_the_other_is_warned_of(layout, tmp_path):
-    """vLLM asserts both, and llama.cpp is left with experts that it cannot stack."""
+    """vLLM asserts that both exist, and llama.cpp cannot stack the experts."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = adapted(base("mixtral"), target_modules=r".*\.experts\.down_proj")
@@ -264,7 +264,7 @@ def test_one_weight_without_the_other_is_warned_of(layout, tmp_path):
 
 
 class OnMeta(TorchDispatchMode):
-    """Fails where an operator makes a tensor that takes memory."""
+    """A mode that fails if an operator allocates memory for a tensor."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
@@ -288,7 +288,7 @@ def test_the_size_is_that_of_the_file(family, layout, rank, tmp_path):
 
 
 def test_a_lower_rank_is_refused(tmp_path):
-    """A higher one cuts nothing off."""
+    """A higher rank loses nothing and is accepted."""
     model = adapted(base("mixtral"), experts="layer")
     effective = export(tmp_path / "whole", model, expert_layout="peft")[0]["r"]
     assert rasa_ext.export_error(model, effective).error == 0
@@ -312,7 +312,7 @@ def test_half_precision_bases_export_in_float32(layout, tmp_path):
 
 
 def test_ranks_of_single_weights(tmp_path):
-    """One rank for all: a weight of fewer is filled up."""
+    """All weights are exported at one rank; lower ranks are padded with zeros."""
     config = rasa_ext.RasaConfig(
         rank=RANK, k=1, experts="slot", rank_pattern={r"layers\.1\.mlp\.experts\.down_proj": 5}
     )
@@ -404,7 +404,7 @@ def test_checkpoints_that_stack_experts_are_known(kind, tmp_path):
 
 
 def test_paths_of_checkpoints():
-    """deepseek_v4, kimi_linear and mistral_large4: block and matrices have other names."""
+    """Checkpoints of these models use other names for the block and its matrices."""
     experts = adapted(base("mixtral")).model.layers[0].mlp.experts.base_layer
     for kind, path in {
         "deepseek_v4": "model.layers.3.ffn.experts",

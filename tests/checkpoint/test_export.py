@@ -1,4 +1,4 @@
-"""An exported LoRA, loaded by PEFT onto the plain base, is the same model."""
+"""An exported LoRA that PEFT loads onto the plain base computes the same function."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 def load_in_peft(base, directory):
-    """PEFT's own loader on a copy of the plain model; every key must find its place."""
+    """Load with PEFT onto a copy of the plain model; any warning (unused keys, say) is an error."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
@@ -50,7 +50,7 @@ def assert_same_in_peft(entry, base, model, directory):
 @pytest.mark.parametrize("k", [0, 1, RANK // 2, RANK])
 @pytest.mark.parametrize("entry", FAMILIES, ids=ids)
 def test_families(entry, k, tmp_path, figure):
-    """With one rank and one scale for every module, and no patterns."""
+    """All modules use one rank and one scale, without rank_pattern or alpha_pattern."""
     base = entry.build()
     model = patched(base, RANK, k)
     rank = rasa_ext.export_lora(model, tmp_path)
@@ -140,7 +140,7 @@ def test_half_precision_base_exports_in_float32(dtype, tmp_path):
 
 @pytest.mark.parametrize("targets", ["all-linear", ["linear2"]], ids=str)
 def test_the_fast_path_of_torchs_encoder_in_peft_is_warned_of(targets, tmp_path):
-    """PEFT in eval mode computes the bare base there, until the fast path is off."""
+    """In eval mode the fast path skips PEFT's adapter, until the fast path is disabled."""
     base = ENCODER.build().eval()
     model = patched(base, target_modules=targets)
     with pytest.warns(UserWarning, match="passes them by.*set_fastpath_enabled.*merge_and_unload"):

@@ -1,4 +1,4 @@
-"""LoRAs as GGUF files and as mlx-lm reads them; at a chosen rank. The readers are run elsewhere."""
+"""LoRAs in GGUF and mlx-lm format, at a chosen rank. tests/readers runs the readers."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_gguf(directory):
 
 
 def as_halves(delta, heads):
-    """What transformers' own conversion of Meta's Llama weights does with the rows of q and k."""
+    """Permute rows of q and k from Meta's order to transformers', as its Llama conversion does."""
     out, width = delta.shape
     return delta.view(heads, out // heads // 2, 2, width).transpose(1, 2).reshape(out, width)
 
@@ -88,7 +88,7 @@ def test_mlx_holds_the_transposed_factors(tmp_path):
 
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
 def test_a_folder_that_is_there_keeps_its_files(form, tmp_path):
-    """A base model's weights, above all."""
+    """Above all, a base model's weights are not overwritten."""
     (tmp_path / "model.safetensors").write_text("weights")
     rasa_ext.export_lora(patched(BASE), tmp_path, format=form)
     first = content(tmp_path)
@@ -126,7 +126,7 @@ def test_what_a_format_cannot_hold(form, case, tmp_path):
 
 
 def test_a_layer_that_llama_cpp_has_no_name_for(tmp_path):
-    """Of a model that says that it is a Llama."""
+    """The config says Llama, but the model has a layer that no Llama has."""
     model = nn.ModuleDict({"extra": nn.Linear(8, 8)})
     model.config = BASE.config
     with pytest.raises(ValueError, match=r"format: expected layers .* but 'extra' is none"):
@@ -143,7 +143,7 @@ def test_unknown_formats(tmp_path):
 
 
 def test_what_sglang_would_drop_is_written_for_others(tmp_path):
-    """v without q is refused as PEFT's files, which SGLang reads."""
+    """v without q is refused only in PEFT's format, the one that SGLang reads."""
     model = patched(BASE, target_modules=["v_proj", "o_proj"])
     rasa_ext.export_lora(model, tmp_path, format="gguf")
     assert len(read_gguf(tmp_path)[1]) == 2 * len(adapters(model))
@@ -151,7 +151,7 @@ def test_what_sglang_would_drop_is_written_for_others(tmp_path):
 
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_a_lower_rank_is_each_layer_s_nearest(rank, tmp_path):
-    """As the dense SVD in float64 has it, its singular values split evenly."""
+    """It equals the truncated float64 SVD; A and B each take the root of a singular value."""
     model = patched(BASE, exclude_modules=["layers.1.mlp.down_proj"])
     assert rasa_ext.export_lora(model, tmp_path, rank=rank) == rank
     config, tensors = read(tmp_path)
@@ -166,7 +166,7 @@ def test_a_lower_rank_is_each_layer_s_nearest(rank, tmp_path):
         U, S, V = torch.linalg.svd(delta, full_matrices=False)
         nearest = U[:, :rank] * S[:rank] @ V[:rank]
         torch.testing.assert_close(B.double() @ A.double(), nearest, rtol=1e-4, atol=1e-5)
-        if adapter.d.numel() > rank:  # others are written as they are
+        if adapter.d.numel() > rank:  # smaller ranks are written unchanged
             torch.testing.assert_close(A.norm(dim=1), B.norm(dim=0))
         off = (nearest - delta).square().sum().item()
         assert told.layers[name] == pytest.approx((off / S.square().sum().item()) ** 0.5, abs=1e-6)

@@ -1,4 +1,4 @@
-"""Damaged folders of every kind: a few hundred cases of the fuzzer, and that it sees faults."""
+"""Run a few hundred fuzzer cases, and check that the fuzzer detects each kind of fault."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_fuzzer_sees_each_fault(fault, tmp_path, monkeypatch):
-    """A reader that does it, once it is given damaged folders."""
+    """Given a reader that fails this way on damaged folders, the fuzzer reports it."""
 
     def reader(base, folder):
         if folder.parent.name == "case":

@@ -1,4 +1,4 @@
-"""import_lora: what PEFT saved, as a RaSA adapter that computes the same."""
+"""import_lora: load a LoRA that PEFT saved as a RaSA adapter with the same outputs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def trained(entry, directory, **options):
-    """A LoRA that PEFT made, drew and saved; returns the base and PEFT's model."""
+    """Save a random LoRA with PEFT; return the base and PEFT's model."""
     base = entry.build()
     names = sorted({name.rpartition(".")[2] for name in entry.targets(base)})
     config = peft.LoraConfig(**{"r": 5, "target_modules": names, "lora_dropout": 0.0, **options})
@@ -53,7 +53,7 @@ def logits(entry, model):
 
 
 def changes(model):
-    """PEFT's own weight changes, (out, in)."""
+    """Return PEFT's weight changes by layer, each of shape (out, in)."""
     found = {}
     for name, module in model.base_model.model.named_modules():
         if hasattr(module, "get_delta_weight") and module.lora_A:
@@ -137,7 +137,7 @@ def test_ranks_that_fill_up_can_be_trained(tmp_path):
 
 @pytest.mark.parametrize("half", [False, True])
 def test_other_files(half, tmp_path):
-    """A .bin, names with the adapter's in them, and half precision."""
+    """A .bin file, keys that contain the adapter's name, and half precision load, too."""
     base, _ = trained(LLAMA, tmp_path)
     stored = load_file(tmp_path / WEIGHTS)
     if half:
@@ -227,7 +227,7 @@ stacked = functools.cache(build)
 
 @pytest.mark.parametrize("layout", ["peft", "per-expert", "shared-outer"])
 def test_import_lora_refuses_experts(layout, tmp_path):
-    """None of the layouts is taken for a LoRA of linear layers, not even in part."""
+    """No layout is mistaken for a LoRA of linear layers, not even partly."""
     rasa_ext.export_lora(
         adapted(stacked("mixtral"), "shared", RANK), tmp_path, expert_layout=layout
     )
@@ -241,7 +241,7 @@ def test_import_lora_refuses_experts(layout, tmp_path):
 
 @pytest.mark.parametrize(("family", "beside"), [("mixtral", False), ("deepseek_v3", True)])
 def test_import_lora_of_linear_layers(family, beside, tmp_path):
-    """Also where some stand in target_parameters."""
+    """Linear layers load, too, if the config lists them in target_parameters."""
     plain = stacked(family, beside=beside)
     model = adapted(plain, None)
     rasa_ext.export_lora(model, tmp_path)

@@ -1,4 +1,4 @@
-"""Saving and loading: round trips, sizes, strictness, and two files that change together."""
+"""Saving and loading: round trips, file sizes, strict checks, damaged files and digests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 @pytest.mark.parametrize("k", [0, 1, RANK])
 @pytest.mark.parametrize("entry", EVERY, ids=ids)
 def test_round_trip(entry, k, tmp_path):
-    """The file is its numbers, each once and 4 bytes, and a header; names are as documented."""
+    """The file holds a header and each number once, in 4 bytes, under the documented names."""
     base = entry.build()
     model = patched(base, RANK, k, dropout=0.1, alpha=3.0)
     assert rasa_ext.save_adapter(model, tmp_path) is None
@@ -84,14 +84,14 @@ def test_round_trip_of_options(options, tmp_path):
 
 
 def test_loading_into_a_patched_model(tmp_path):
-    """The same config overwrites; another config is refused, and says in what it differs."""
+    """An equal config is overwritten; for another config, the error names the differences."""
     base, inputs = LLAMA.build(), LLAMA.inputs(0)
     model = patched(base, seed=1).eval()
     rasa_ext.save_adapter(model, tmp_path)
     same = patched(base, seed=2).eval()
     identities = [id(p) for p in same.parameters()]
     with torch.no_grad():
-        LLAMA.loss(same, inputs)  # leaves packs of what it was
+        LLAMA.loss(same, inputs)  # caches packs of the old adapter
         rasa_ext.load_adapter(same, tmp_path)
         assert torch.equal(LLAMA.loss(same, inputs)[0], LLAMA.loss(model, inputs)[0])
     assert same_adapters(model, same)
@@ -204,7 +204,7 @@ FIRST = "base_model.model.model.layers.0.self_attn.k_proj.rasa_pool_"
     ],
 )
 def test_damaged_files_are_refused(damage, said, prepatched, tmp_path):
-    """The message names what is wrong, and the model is what it was."""
+    """The error names the problem, and the model stays unchanged."""
     options = {"target_modules": ["k_proj", "up_proj"], "modules_to_save": ["lm_head"]}
     rasa_ext.save_adapter(patched(LLAMA.build(), seed=1, **options), tmp_path)
     damage(tmp_path)
@@ -225,7 +225,7 @@ READERS = {
 
 @pytest.mark.parametrize("reader", READERS)
 def test_a_rotten_file_is_refused_by_name(reader, tmp_path):
-    """A bit of any one number: names, dtypes and shapes still fit."""
+    """One flipped bit in a number is detected, although names, dtypes and shapes fit."""
     write, read = READERS[reader]
     write(patched(SEQUENTIAL.build()), tmp_path)
     whole = (tmp_path / WEIGHTS).read_bytes()
@@ -269,7 +269,7 @@ def test_the_digest_is_of_names_dtypes_shapes_and_bytes(change):
 
 
 def test_the_same_adapter_is_the_same_bytes(tmp_path):
-    """A digest beside the format, whose order safetensors draws anew for every file."""
+    """Files are reproducible, although safetensors writes metadata in random order."""
     model, found = patched(SEQUENTIAL.build()), set()
     for _ in range(12):
         rasa_ext.save_adapter(model, tmp_path)

@@ -30,7 +30,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def write(directory, k=1, targets=ALL, change=lambda tensors: None, **options):
-    """A checkpoint with lively adapters, and those adapters by layer."""
+    """Write a checkpoint with nonzero adapters; return the adapters by layer."""
     found = trainable_copies(adapters(patched(LLAMA.build(), RANK, k, target_modules=targets)))
     tensors = oracle.official_tensors(found)
     change(tensors)
@@ -44,7 +44,7 @@ def write(directory, k=1, targets=ALL, change=lambda tensors: None, **options):
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "down_proj"]], ids=len)
 @pytest.mark.parametrize("k", [1, RANK // 2, RANK])
 def test_load(k, targets, pickled, tmp_path):
-    """Every tensor in its place, logits and gradients those of the official formula."""
+    """All tensors are loaded; logits and gradients match the official formula."""
     found = write(tmp_path, k, targets, pickled=pickled)
     base = LLAMA.build()
     model = copy.deepcopy(base)
@@ -53,7 +53,7 @@ def test_load(k, targets, pickled, tmp_path):
     for name, adapter in adapters(model).items():
         for field in ("A", "A_pool", "B", "B_pool", "d"):
             assert torch.equal(getattr(adapter, field), getattr(found[name], field))
-    model.eval()  # the checkpoint's dropout is for training
+    model.eval()  # turn off the checkpoint's dropout
     observed = observe(model, adapters(model), LLAMA, LLAMA.inputs(0))
     assert_matches_oracle(LLAMA, base, model, observed, LLAMA.inputs(0))
 
@@ -117,14 +117,14 @@ _POOL = "base_model.rasa_shared_A.mlp__up_proj.weight"
     ],
 )
 def test_strict(change, named, tmp_path):
-    """What is wrong is said under the names that the file has."""
+    """The error names tensors as the file does."""
     write(tmp_path, change=change)
     model = LLAMA.build()
     refused(lambda: rasa_ext.load_official(model, tmp_path), model, named)
 
 
 class Runs:
-    """Unpickles by running a function."""
+    """An object that runs a function when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -148,7 +148,7 @@ def test_a_pickle_that_runs_code_is_refused(inside, tmp_path):
     )
     assert not trap.exists()
     torch.load(file, weights_only=False)
-    assert trap.exists()  # so the trap works
+    assert trap.exists()  # the trap works without the refusal
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_into_a_patched_model(tmp_path):
 
 
 def test_single_experts_over_a_model_that_stacks_them(tmp_path):
-    """To transformers 4 each was a layer; another package reads such a checkpoint."""
+    """transformers 4 had a layer for each expert; the error names the package that reads those."""
     layer = "model.layers.0.block_sparse_moe.experts.0.w1"
     adapter = oracle.Adapter(*(torch.zeros(2, 2) for _ in range(4)), torch.zeros(4))
     tensors = oracle.official_tensors({layer: adapter})
@@ -212,7 +212,7 @@ def test_single_experts_over_a_model_that_stacks_them(tmp_path):
 
 
 def test_a_pool_that_two_groups_would_share(tmp_path):
-    """The official format has one for all layers of a name."""
+    """The official format has one pool for all layers with the same name."""
     blocks = [nn.ModuleDict({"proj": nn.Linear(8, out)}) for out in (8, 8, 6, 6)]
     model = nn.ModuleDict({"layers": nn.ModuleList(blocks)})
     found = {"layers.0.proj": adapters(patched(model, RANK, 1))["layers.0.proj"]}

@@ -1,4 +1,4 @@
-"""save_pretrained and Trainer's files of a patched model: nothing reads a random layer back."""
+"""save_pretrained and Trainer checkpoints of patched models: no weight is lost on loading."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_merged_experts(family, tmp_path):
     torch.testing.assert_close(logits(entry, again), logits(entry, model))
 
 
-@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)  # the second's head is tied
+@pytest.mark.parametrize("entry", [LLAMA, GPT2], ids=ids)  # GPT2's head is tied
 def test_merged_rows_of_tokens(entry, tmp_path):
     model = moved(entry)
     expected = logits(entry, model)
@@ -79,7 +79,7 @@ def test_what_cannot_be_written_is_refused_with_the_call_to_use(tmp_path):
     rasa_ext.merge(model)
     with torch.no_grad():
         quantized = model.model.layers[0].self_attn.q_proj
-        quantized.merged_base = nn.Linear(2, 2)  # as over a quantized layer
+        quantized.merged_base = nn.Linear(2, 2)  # like a merge into a quantized layer
     with pytest.raises(ValueError, match=r"model: .*\n?.* rasa_ext\.merge_and_unload\(model\)"):
         model.save_pretrained(tmp_path)
     assert not os.listdir(tmp_path)
@@ -114,7 +114,7 @@ def test_a_copy_writes_its_own_adapter_and_a_model_is_freed(tmp_path):
 
 
 def test_a_state_of_all_that_is_trained_is_whole():
-    """As Trainer loads it; what lacks a part of the adapter, or has a part of the base, is not."""
+    """Trainer may load all trained tensors alone; missing or additional tensors are refused."""
     base = LLAMA.build()
     model = patched(base, modules_to_save=["norm"])
     trained = {k: p.detach().clone() for k, p in model.named_parameters() if p.requires_grad}
@@ -130,7 +130,7 @@ def test_a_state_of_all_that_is_trained_is_whole():
 
 
 def trained(entry, folder, resume=None, **options):
-    """A patched model after six steps, resumed or not, and the losses of all of them."""
+    """Train a patched model for six steps, maybe resumed; return the trainer and all losses."""
     model = rasa_ext.patch_model(entry.build(), 4, 1, modules_to_save=options.pop("saved", ()))
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, 24, (8,), generator=generator) for _ in range(16)]
@@ -168,7 +168,7 @@ def test_trainer_saves_and_resumes(entry, tmp_path, caplog):
 
 
 def test_the_files_of_a_checkpoint_come_together(tmp_path, monkeypatch):
-    """A disk that is full after the adapter leaves none of them; what else is there stays."""
+    """If the disk is full after the adapter, no new file remains; other files stay."""
     model, folder = patched(LLAMA.build()), tmp_path / "checkpoint-3"
     folder.mkdir()
     (folder / "optimizer.pt").write_text("Trainer's")
@@ -190,7 +190,7 @@ def test_trainer_goes_back_to_the_best_checkpoint(tmp_path):
     trainer, _ = trained(
         LLAMA,
         tmp_path,
-        greater_is_better=True,  # of a loss that falls, so that the last one is the worst
+        greater_is_better=True,  # the loss falls, so the last checkpoint counts as the worst
         load_best_model_at_end=True,
         eval_strategy="steps",
         eval_steps=2,

@@ -1,4 +1,4 @@
-"""Pushing to a Hub of this machine, and loading from it by id."""
+"""Pushing to a local Hub, and loading from it by id."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_a_link_is_not_followed(target, hub, tmp_path):
     with pytest.raises(ValueError, match=rf"source: .*adapter/link is a link to .*{target}, and"):
         rasa_ext.push_to_hub(adapter, "me/sums")
     assert hub.created == []
-    (adapter / "link").rename(adapter / ".link")  # stays here, as all that is hidden
+    (adapter / "link").rename(adapter / ".link")  # hidden files are not pushed
     rasa_ext.push_to_hub(adapter, "me/sums")
     assert not [name for name, data in hub.files("me/sums").items() if data == b"a key"]
 

@@ -1,4 +1,4 @@
-"""Exported LoRAs under the rules of vLLM, SGLang and llama.cpp that serving_rules.py has."""
+"""Exported LoRAs, read by the rules of vLLM, SGLang and llama.cpp in serving_rules.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def export(directory, model=None, **options):
 
 
 def assert_read(reader, config, tensors, limit, model):
-    """A reader computes the model's changes, within the rank that its server was started with."""
+    """Check that a reader with this rank limit computes the model's weight changes."""
     found, expected = READERS[reader](config, tensors, BASE, limit), adapters(model)
     assert found.keys() == expected.keys()
     for name, delta in found.items():
@@ -35,7 +35,7 @@ def assert_read(reader, config, tensors, limit, model):
 
 OPTIONS = {
     **{f"k={k}": {"k": k} for k in (0, 1, RANK)},
-    # Layers that share with fewer others have a lower effective rank.
+    # Layers in smaller groups have a lower effective rank.
     "several ranks": {"k": 2, "exclude_modules": ["layers.1.mlp.down_proj"]},
 }
 
@@ -129,7 +129,7 @@ DROPPED = {
 
 @pytest.mark.parametrize("case", DROPPED)
 def test_what_a_reader_would_drop_is_not_written_unless_asked(case, tmp_path):
-    """The reader's rule takes such a directory and applies less than there is."""
+    """The reader would load the folder but silently apply only a part of the adapter."""
     reader, options, message = DROPPED[case]
     model = patched(BASE, **options)
     with pytest.raises(ValueError, match=f"{message}.*{NO_SERVER}.*allow_dropped=True"):
@@ -139,7 +139,7 @@ def test_what_a_reader_would_drop_is_not_written_unless_asked(case, tmp_path):
         config, tensors = export(tmp_path, model, allow_dropped=True)
     factors = sum(".lora_" in key for key in tensors)
     assert factors == 2 * len(adapters(model))
-    if "lm_head" not in options.get("modules_to_save", ()):  # which it refuses
+    if "lm_head" not in options.get("modules_to_save", ()):  # vLLM refuses those
         found = READERS[reader](config, tensors, BASE, 16)
         assert 2 * len(found) < len(tensors)
 

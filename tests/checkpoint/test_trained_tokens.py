@@ -1,4 +1,4 @@
-"""Trained rows in files: the package's own, and LoRAs that PEFT reads."""
+"""Trained token rows in the package's own files and in LoRAs for PEFT."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_save_and_load(entry, tmp_path):
     assert not [key for key in tensors if key.endswith("embed.weight")]
     loaded = rasa_ext.load_adapter(entry.build(), tmp_path)
     assert same_adapters(loaded, model)
-    again = rasa_ext.load_adapter(moved(entry, seed=9), tmp_path)  # into what is patched alike
+    again = rasa_ext.load_adapter(moved(entry, seed=9), tmp_path)  # into a patched model
     assert same_adapters(again, model)
     rasa_ext.save_adapter(loaded, tmp_path / "again")
     assert tensors.keys() == files(tmp_path / "again")[1].keys()
@@ -51,7 +51,7 @@ def test_a_merged_model_saves_the_same(tmp_path):
 
 
 def test_rows_over_another_table(tmp_path):
-    """Values, not changes: what a new token's own row was does not matter."""
+    """Files store the rows themselves, not changes, so the base's old rows do not matter."""
     model, base = moved(TIED), TIED.build()
     rasa_ext.save_adapter(model, tmp_path)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def test_peft_computes_the_same(entry, given, tmp_path):
 
 
 def test_an_export_is_refused_unless_asked_for(tmp_path):
-    """SGLang skips the rows without a word: not modelled by the readers' rules, from its source."""
+    """SGLang silently ignores the rows; this is from its source, not in the readers' rules."""
     model = moved(LLAMA)
     with pytest.raises(ValueError, match=r"rows of model\.embed_tokens out.*allow_dropped=True"):
         rasa_ext.export_lora(model, tmp_path)
@@ -129,7 +129,7 @@ def test_formats_of_pairs_alone(form, tmp_path):
 
 
 def test_what_peft_would_not_compute(tmp_path):
-    """It ties by the model's config alone, and its heads have no bias."""
+    """PEFT ties weights only by the model's config, and its token wrappers drop a head's bias."""
     with (
         pytest.warns(UserWarning, match="SGLang"),
         pytest.warns(UserWarning, match="PEFT does not give readout the trained rows of embed"),

@@ -1,4 +1,4 @@
-"""Files that are not what was expected: the message says what they are and what to do."""
+"""Unexpected files: the error says what the files are and what to do."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_numbers_that_are_not_finite(value, loader, tmp_path):
 
 
 class Masked(nn.Module):
-    """A module to save whose mask holds -inf, as those of attention do."""
+    """A module to save with a mask that holds -inf, like attention masks."""
 
     def __init__(self):
         super().__init__()
@@ -145,7 +145,7 @@ def test_a_config_of_nothing(tmp_path):
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("part", ["model.layers.1", ""], ids=["block", "model"])
 def test_weights_that_are_not_in_memory_take_no_adapter(part, loader, tmp_path):
-    """As those that accelerate has offloaded; copying into them would do nothing."""
+    """accelerate offloads weights to the meta device; copying into them would do nothing."""
     write, read = LOADERS[loader]
     write(patched(LLAMA.build()), tmp_path)
     model = LLAMA.build()
@@ -170,7 +170,7 @@ def test_an_adapter_that_is_not_in_memory_is_not_written(loader, tmp_path):
 
 @pytest.mark.parametrize("place", [1, 3])
 def test_a_block_that_was_copied_after_patching(place, tmp_path):
-    """It has a pool of its own, and one at the end a name that the plan does not have."""
+    """The copy has its own pool; an appended copy also has a name that was not planned."""
     model = patched(LLAMA.build())
     blocks, block = model.model.layers, copy.deepcopy(model.model.layers[1])
     if place < len(blocks):
@@ -190,7 +190,7 @@ LARGE = {"r": 10**8, "rasa_k": 10**8, "rank_pattern": {"q_proj": 10**8}}
 
 @pytest.mark.parametrize("field", LARGE)
 def test_a_config_of_ranks_that_the_file_has_not(field, tmp_path):
-    """It is refused before anything of that size is made."""
+    """The config is refused before a tensor of that size is allocated."""
     check_large(rasa_ext.RasaConfig(rank=4), field, LARGE[field], tmp_path)
 
 
@@ -234,13 +234,13 @@ def test_nested_json(tmp_path):
 
 @pytest.fixture
 def indexed() -> AdapterConfig:
-    """A config whose layers own indices."""
+    """A config with index tensors in its layers."""
     return PickedConfig(rank=4)
 
 
 @pytest.mark.parametrize("index", [-1, 10**6])
 def test_features_that_a_layer_has_not(index, indexed, tmp_path):
-    """They would load, and fail in the forward."""
+    """Such indices would load and fail only in the forward."""
     model = rasa_ext.patch_model(LLAMA.build(), config=indexed)
     rasa_ext.save_adapter(model, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
@@ -256,7 +256,7 @@ def test_features_that_a_layer_has_not(index, indexed, tmp_path):
 @pytest.mark.parametrize("k", [0, 1, 4])
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_whole_model_that_was_saved_after_patching(shards, k, options, tmp_path):
-    """Its files have the adapter, but not its config."""
+    """The files contain the adapter's tensors but not its config."""
     model = patched(LLAMA.build(), 4, k, seed=1, **options)
     tensors = [(key, tensor.contiguous()) for key, tensor in model.state_dict().items()]
     for i in range(shards):

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, and the sentence for what the system refuses."""
+"""Folders are written completely or not at all; file system errors get a clear message."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WRITERS = {
 
 @pytest.mark.parametrize("library", WRITERS)
 def test_each_library_s_own_error_is_understood(library, tmp_path):
-    """Real writes that the system cuts off, at 1000 bytes."""
+    """The system really fails the writes, at a limit of 1000 bytes."""
     with file_limit(1000), pytest.raises(WriteError) as caught, writing(tmp_path, "all is well"):
         WRITERS[library](tmp_path / "file")
     assert str(tmp_path) in str(caught.value)
@@ -94,7 +94,7 @@ def test_a_new_folder_appears_whole(tmp_path):
 
 
 def write(output: Path, files: dict[str, str], error: BaseException | None = None) -> None:
-    """Write the files through a new folder, and then fail."""
+    """Write the files through a new folder, then raise ``error`` if there is one."""
     before = tree(output) if output.exists() else {}
     with new_folder(output, "the base is whole") as folder:
         for name, text in files.items():
@@ -152,7 +152,7 @@ def test_a_failure_leaves_what_was_there(old):
 
 @pytest.mark.parametrize("there", [False, True])
 def test_a_folder_within_one_that_is_still_being_written(there, tmp_path):
-    """As where an export goes into a folder that holds more; no lock waits for another of ours."""
+    """For example, an export goes into a larger output; nested locks do not block each other."""
     output = tmp_path / "out"
     if there:
         output.mkdir()
@@ -165,7 +165,7 @@ def test_a_folder_within_one_that_is_still_being_written(there, tmp_path):
 
 
 def test_threads_that_save_into_one_folder(tmp_path):
-    """One after the other: none takes another's unfinished folder for that of a killed process."""
+    """Threads take turns; none removes another's unfinished folder as if its process had died."""
     (tmp_path / "out").mkdir()
     barrier, wrong = threading.Barrier(4), []
 
@@ -197,6 +197,6 @@ def test_an_output_is_looked_at_before_the_work(tmp_path, monkeypatch):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(WriteError, match=r"not a directory; .*move the file"):
             check_output(path, overwrite=True)
-    monkeypatch.setattr(module, "_may_write", lambda _: False)  # root may, everywhere
+    monkeypatch.setattr(module, "_may_write", lambda _: False)  # root may write anywhere
     with pytest.raises(WriteError, match="permission denied; nothing was written"):
         check_output(tmp_path / "new", overwrite=True)
