@@ -1,4 +1,4 @@
-"""Several adapters over one model: adding, switching, deleting, disabling, merging."""
+"""Several adapters on one model: adding, switching, deleting, disabling, merging."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_each_adapter_has_its_own_ranks_pool_and_layers():
 def test_switching(side):
     model = side.two()
     side.close(model(side.tokens).logits, side.dense(model, "default"))
-    for name in [*model.peft_config] * 2:  # the second time from the cached packs
+    for name in [*model.peft_config] * 2:  # the second time uses the cached packs
         model.set_adapter(name)
         for grad in (True, False):
             with torch.set_grad_enabled(grad):
@@ -93,7 +93,7 @@ def test_disabling(side):
 
 @sides("mixtral")
 def test_a_failed_addition_leaves_the_model(side):
-    """Experts that were let have adapters for it are plain again."""
+    """Experts that were wrapped for the new adapter are unwrapped again."""
     model = side.one(rasa_experts=None, target_modules=["q_proj"])
     before = Snapshot(model)
     experts = "rasa_experts" in side.options
@@ -109,7 +109,7 @@ def test_a_failed_addition_leaves_the_model(side):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("entry", EVERY, ids=models.ids)
 def test_a_merged_model_is_that_of_patch_model(entry, dtype):
-    """To the bit: there is one implementation under both."""
+    """Results are bit-identical: both front ends share one implementation."""
     base = entry.build().to(dtype)
     found, expected = adapted(base).merge_and_unload(), rasa_ext.merge_and_unload(patched(base))
     kinds = [[type(module) for module in each.modules()] for each in (found, expected)]
@@ -145,7 +145,7 @@ def test_unload_gives_the_base_back():
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
 @sides("mixtral")
 def test_safe_merge_looks_before_it_merges(side, call):
-    """Nothing is merged when one layer, here the last, cannot be."""
+    """If one layer cannot be merged, here the last, none is."""
     model = side.one().eval()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     owners = model.base_model.owners()
@@ -205,7 +205,7 @@ def test_a_second_merge_that_fails_leaves_the_first(side, safe, monkeypatch):
 
 @pytest.mark.parametrize("call", ["merge_adapter", "merge_and_unload"])
 def test_a_weight_that_is_made_of_others_takes_no_merge(call):
-    """Nor do the layers before it."""
+    """Layers before the failing one stay unchanged."""
     base = nn.Sequential(OrderedDict(up=nn.Linear(6, 6), down=nn.Linear(6, 6)))
     torch.nn.utils.parametrizations.weight_norm(base.down)
     config = RasaConfig(r=2, rasa_k=0, target_modules=["up", "down"], init_weights=False)
@@ -230,7 +230,7 @@ def test_delta_weight_is_the_oracles(side):
 
 
 def test_fused_projections_that_lose_their_adapter():
-    """q, k and v computed together, then an adapter of q alone, then none on k and v at all."""
+    """First q, k and v are fused, then the adapter has only q, then k and v have no adapter."""
     model = two().train()
     model.set_adapter("default")
     for _ in range(3):
@@ -238,7 +238,7 @@ def test_fused_projections_that_lose_their_adapter():
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.requires_grad:
-                    parameter.mul_(1)  # as a step of an optimizer
+                    parameter.mul_(1)  # change versions like an optimizer's step
     for names in (["second"], ["default"], ["second"]):
         model.set_adapter(names[0])
         for grad in (True, False, True):

@@ -1,4 +1,4 @@
-"""Any method under PEFT: one that is defined here, and those whose layers own other tensors."""
+"""Methods under PEFT other than RaSA: built-in ones, and one defined outside the package."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def case(request) -> str:
 
 
 def under_peft(case: str = "vera", seed: int = 1, **options) -> peft.PeftModel:
-    """A tiny Llama with lively adapters; what is frozen is as it was drawn, or drawn here."""
+    """Return a tiny Llama with random adapters; except for stacks, frozen tensors stay initial."""
     name, fields = KNOWN[case]
     torch.manual_seed(seed)
     named = {key if key == "rank_pattern" else f"rasa_{key}": fields[key] for key in fields}
@@ -80,7 +80,7 @@ def test_a_step_trains_what_the_method_trains(case):
 
 
 def test_what_is_frozen_stays_so(case):
-    """Whatever PEFT switches; integers could not even be switched."""
+    """PEFT's switches do not make frozen tensors trainable, among them integers."""
     model = under_peft(case)
     names = trained(model).keys()
     assert names

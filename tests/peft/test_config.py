@@ -1,4 +1,4 @@
-"""RasaConfig in PEFT's form."""
+"""RasaConfig as a PEFT config."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_bad_values_are_named(options, error, message):
 
 
 def test_a_published_config_parses(tmp_path, recwarn):
-    """Field by field what the official code writes."""
+    """The config has exactly the fields that the official code writes."""
     published = {
         "auto_mapping": None,
         "base_model_name_or_path": "some/model",
@@ -136,7 +136,7 @@ def config(request) -> AdapterConfig:
 
 
 def test_fields_that_one_method_has(config, tmp_path):
-    """A file names them alike on both sides, also beside fields of a newer version."""
+    """Both front ends use the same names in files, even with unknown fields of newer versions."""
     settings = json.loads(json.dumps(config.to_dict()))
     (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "rasa_new": 1}))
     with pytest.warns(UserWarning, match="rasa_new"):

@@ -1,4 +1,4 @@
-"""Mixtures of experts under PEFT: the same tensors, numbers and files as ``patch_model`` has."""
+"""Mixtures of experts under PEFT: tensors, outputs and files equal those of ``patch_model``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ pytestmark = peft_sides.needs_experts
 
 
 def same_in_the_core(model: PeftModel, family: str) -> nn.Module:
-    """``patch_model`` by the same config and with the same tensors, under the same names."""
+    """Return a model from ``patch_model`` with the config and tensors of a PEFT model."""
     patched = rasa_ext.patch_model(moe(family), config=model.peft_config["default"].core())
     tensors, state = adapter_tensors(patched), get_peft_model_state_dict(model)
     assert tensors.keys() == state.keys()
@@ -57,7 +57,7 @@ OPTIONS = [
     ids=str,
 )
 def test_a_step_and_a_merge_are_those_of_patch_model(family, grouping, options):
-    """To the bit: there is one implementation under both."""
+    """Results are bit-identical: both front ends share one implementation."""
     model = tuned(family, rasa_experts=grouping, **options)
     core = same_in_the_core(model, family)
     found, expected = (each.train()(TOKENS).logits for each in (model, core))
@@ -77,7 +77,7 @@ def test_a_step_and_a_merge_are_those_of_patch_model(family, grouping, options):
 
 
 def gradients_of(core: nn.Module) -> dict[str, Tensor]:
-    """The gradients of a patched model, by the keys that its tensors have in a file."""
+    """Return the gradients of a patched model by the tensors' keys in a file."""
     found = {}
     for name, owner in owners(core):
         pool = owner.pool_tensors() if owner.spec.index == 0 else {}
@@ -190,7 +190,7 @@ def test_experts_that_cannot_be_adapted(targets):
 
 
 def test_the_gradients_of_a_sum_are_those_of_its_parts():
-    """An adapter beside one that changes nothing has the gradients that it has alone."""
+    """A second active adapter that changes nothing does not affect the first one's gradients."""
     model = two()
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -268,7 +268,7 @@ def test_rows_of_adapters_of_linear_layers_see_the_bases_experts():
 
 
 def test_an_adapter_of_one_weight_merged_beside_an_active_one():
-    """As for linear layers: a merged weight has what was merged, the others what is active."""
+    """Merged weights use the merged adapter, other weights the active one, as in linear layers."""
     model = two()
     model.merge_adapter(["second"])
     merged = [name for name, stack in stacks(model).items() if stack.merged]
@@ -283,7 +283,7 @@ def test_an_adapter_of_one_weight_merged_beside_an_active_one():
 
 
 def test_merging_makes_no_tensor_of_a_whole_weight(monkeypatch):
-    """What is kept for unmerging is a copy by chunks; unloading keeps none."""
+    """Merging stores a chunked copy for unmerge; unloading stores none."""
     monkeypatch.setattr("rasa_ext.patching.parts.CHUNK_BYTES", 1)
     model = tuned(target_modules=["gate_up_proj", "down_proj"])
     one = max(stack.weight[0].numel() for stack in stacks(model).values())
@@ -316,7 +316,7 @@ def test_it_is_no_lora_of_peft():
 
 
 def test_casts_and_moves_are_seen():
-    """In half the adapter stays float32; what a cast replaces is not computed with."""
+    """After a cast the new tensors are used; over a half-precision base the adapter is float32."""
     model = tuned(dtype=torch.float32)
     with torch.no_grad():
         before = model(TOKENS).logits
@@ -335,6 +335,6 @@ def test_fresh_adapters_change_nothing_and_drawn_ones_do():
     drawn = get_peft_model(moe(), RasaConfig(r=2, rasa_experts="layer", init_weights=False))
     for stack in stacks(drawn).values():
         B = stack.rasa_B["default"]
-        assert 0.5 < B.abs().max() <= 1  # of rank one: uniform in +-1 for every expert
+        assert 0.5 < B.abs().max() <= 1  # rank one: uniform in +-1 for every expert
         assert all(each.any() for each in B)
     assert isinstance(drawn.get_base_model().model.layers[0].mlp.experts, RasaPeftExperts)

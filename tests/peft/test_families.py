@@ -1,7 +1,7 @@
-"""Models whose encoder and decoder, or two towers, have layers of one name: saved by PEFT, loaded.
+"""Save and load models in which two parts have layers of the same name.
 
-Layers of one name in two places have pools of their own, which the official format cannot tell
-apart; the files here are not of that format.
+The parts are an encoder and a decoder, or two towers. Each has its own pool, which the official
+format cannot express, so the files here use our format.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def llava() -> nn.Module:
 WITH_IMAGE = torch.cat([torch.full((2, 4), 39), TOKENS], 1)
 SPEECH = torch.linspace(-1, 1, 2 * 8 * 12).view(2, 8, 12)
 
-# Builder, inputs, task type, and PEFT's class that loads base and adapter at once.
+# Builder, inputs, task type, and the PEFT class that loads base and adapter together.
 FAMILIES = {
     "whisper": (
         whisper,
@@ -85,7 +85,7 @@ FAMILIES = {
 
 @torch.no_grad()
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Logits; CLIP's are those of an image for each text, so both towers are in them."""
+    """Return logits; for CLIP, image-text logits, which depend on both towers."""
     found = model.eval()(**inputs)
     return found.logits_per_image if "logits_per_image" in found else found.logits
 
@@ -119,7 +119,7 @@ def test_saved_loaded_and_trained_on(family, tmp_path):
         for parameter in trained(resumed).values():
             parameter.sub_(0.01)
     resumed.save_pretrained(tmp_path / "checkpoint")
-    model.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)  # as a Trainer does
+    model.load_adapter(tmp_path / "checkpoint", "default", is_trainable=True)  # like Trainer
     for name, parameter in trained(resumed).items():
         assert same_bits(parameter.detach(), trained(model)[name].detach()), name
     assert torch.equal(output(model, inputs), output(resumed, inputs))

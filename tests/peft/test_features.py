@@ -1,4 +1,4 @@
-"""What else people do with PEFT's adapters: it works with RaSA, or says why not."""
+"""Other PEFT features either work with RaSA or raise an error that says why not."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_configs_dtype_holds_whatever_peft_is_asked_for(autocast, tmp_path):
 
 
 def test_as_a_lora_of_its_effective_rank():
-    """PEFT's own conversion, by SVD; of rank R it is exact."""
+    """PEFT converts by SVD, which is exact at rank R."""
     model = tiny().eval()
     rank = next(iter(layers(model).values())).rasa_d["default"].shape[0]
     config, state = convert_to_lora(model, rank=rank)
@@ -86,13 +86,13 @@ def test_as_a_lora_of_its_effective_rank():
 
 @pytest.fixture
 def any_peft(monkeypatch):
-    """transformers 5.24 asks for a PEFT newer than 0.21, and does nothing with it that needs it."""
+    """Skip transformers' check: 5.24 asks for a PEFT newer than 0.21 without needing it."""
     monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda **_: None)
 
 
 @pytest.mark.usefixtures("any_peft")
 def test_transformers_own_adapters():
-    """A transformers model injects what it is given; nothing of PEFT surrounds it."""
+    """A transformers model injects the adapter itself, without a PeftModel around it."""
     source = tiny()
     model = make_model()
     model.add_adapter(RasaConfig(r=RANK, rasa_k=1))
@@ -133,7 +133,7 @@ def test_adapters_of_adapters_are_not_combined():
 
 
 def test_adapters_are_not_swapped_in_place(tmp_path):
-    """PEFT swaps LoRA only, and says so; nothing has changed by then."""
+    """PEFT swaps only LoRA; its error comes before any change."""
     tiny(seed=5).save_pretrained(tmp_path)
     model = tiny()
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -162,7 +162,7 @@ def test_freezing_one_of_two():
 
 
 def test_compile():
-    """One graph, also where PEFT wraps the forward; the numbers are read anew."""
+    """The model compiles to one graph, and changed parameters take effect."""
     torch._dynamo.reset()
     model = tiny().eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

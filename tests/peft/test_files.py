@@ -1,4 +1,4 @@
-"""Adapter directories: PEFT's own, those of rasa_ext and of the official code, in and out."""
+"""Adapter folders of PEFT, rasa_ext and the official code: reading and writing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @pytest.mark.parametrize(("k", "dtype"), [(0, "float32"), (1, "bfloat16"), (RANK, "float32")])
 def test_a_round_trip_keeps_every_bit(k, dtype, low_cpu_mem_usage, tmp_path):
-    """Where little memory is used, parameters are replaced; the pool's users must see it."""
+    """low_cpu_mem_usage replaces parameters; all users of the pool must see the new ones."""
     base, little = make_model().to(getattr(torch, dtype)), {"low_cpu_mem_usage": low_cpu_mem_usage}
     model = adapted(base, rasa_k=k, task_type="CAUSAL_LM")
     model.save_pretrained(tmp_path)
@@ -48,7 +48,7 @@ def test_a_round_trip_keeps_every_bit(k, dtype, low_cpu_mem_usage, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peft_writes_what_save_adapter_writes(dtype, tmp_path):
-    """The same names, shapes and numbers, so that either side reads the other's."""
+    """Names, shapes and numbers are equal, so each side reads the other's files."""
     rasa_ext.save_adapter(patched(make_model(), adapter_dtype=dtype), tmp_path / "ours")
     tiny(adapter_dtype=dtype).save_pretrained(tmp_path / "peft")
     ours, theirs = (load_file(tmp_path / side / WEIGHTS) for side in ("ours", "peft"))
@@ -58,7 +58,7 @@ def test_peft_writes_what_save_adapter_writes(dtype, tmp_path):
         json.loads((tmp_path / side / "adapter_config.json").read_text())
         for side in ("ours", "peft")
     ]
-    differing = {"target_modules", "base_model_name_or_path"}  # order; None or ""
+    differing = {"target_modules", "base_model_name_or_path"}  # in order; None or ""
     common = (configs[0].keys() & configs[1].keys()) - differing
     assert {key: configs[0][key] for key in common} == {key: configs[1][key] for key in common}
     assert configs[0].keys() <= configs[1].keys()
@@ -181,7 +181,7 @@ def test_auto_peft_model(side, tmp_path):
 
 
 def test_a_classifiers_head_is_trained_and_saved(tmp_path):
-    """PEFT lists every usual name of a head, of which a model has one; load_adapter copes."""
+    """load_adapter accepts PEFT's list of usual head names, of which a model has only one."""
     from transformers import LlamaForSequenceClassification
 
     def build():
@@ -209,7 +209,7 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
     [(1, ALL, False), (RANK // 2, ["q_proj", "down_proj"], True), (RANK, ALL, True)],
 )
 def test_a_published_checkpoint(k, targets, pickled, tmp_path, recwarn):
-    """Tensor by tensor, as an adapter of any name, and what PEFT then saves is in our format."""
+    """All tensors load, under any adapter name, and PEFT then saves our format."""
     source = adapted(LLAMA.build(), rasa_k=k, target_modules=targets)
     expected = named(source, "default")
     oracle.write_official(
@@ -244,7 +244,7 @@ def test_generate():
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     tokens = model.generate(input_ids=prompt, **options)
     assert tokens.shape == (2, 12)
-    greedy = model(tokens[:, :-1]).logits[:, 3:].argmax(-1)  # without the cache
+    greedy = model(tokens[:, :-1]).logits[:, 3:].argmax(-1)  # without the KV cache
     running = tokens[:, 4:] != 0
     assert (greedy == tokens[:, 4:])[running].all()
     with model.disable_adapter():

@@ -1,4 +1,4 @@
-"""rasa_groups: the layers that share a pool, chosen by the user, under PEFT."""
+"""rasa_groups under PEFT: the user chooses which layers share a pool."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pools(model: torch.nn.Module) -> set[frozenset[str]]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_files_go_both_ways(form, tmp_path):
-    # In float64, where one model's rounding is not another's.
+    # float64, because the models round differently.
     model, x = adapted(form).double(), torch.randn(2, 5, 8, dtype=torch.float64)
     assert pools(model) == pools(rasa_ext.patch_model(Unet(), 2, 1, groups=FORMS[form]))
     weights = {
@@ -52,7 +52,7 @@ def test_files_go_both_ways(form, tmp_path):
     saved = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["rasa_groups"]
     assert all(isinstance(names, list) for names in saved.values())
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # what was chosen is not warned of again
+        warnings.simplefilter("error")  # no warning about a choice made before
         again = PeftModel.from_pretrained(fresh(), tmp_path / "peft")
     assert pools(again) == pools(model)
     torch.testing.assert_close(again.double()(x), model(x))

@@ -1,4 +1,4 @@
-"""An adapter of a PEFT model as a LoRA: the file that the package writes of the same adapter."""
+"""export_lora of a PEFT model writes the same file as for a patched model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*modules_to_save", "ignore:.*SG
 
 
 def of_the_package(model, directory, base=None, **options):
-    """Through the adapter's own file."""
+    """Export through the package: save the PEFT adapter, load and export it."""
     model.save_pretrained(directory / "adapter")
     patched = rasa_ext.load_adapter(make_model() if base is None else base, directory / "adapter")
     return rasa_ext.export_lora(patched, directory / "expected", **options)

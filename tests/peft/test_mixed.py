@@ -1,4 +1,4 @@
-"""Batches whose rows go through adapters of their own: ``adapter_names`` in forward, generate."""
+"""``adapter_names`` in forward and generate: each row of a batch uses its own adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NAMES = ["second", "default", "__base__", "second"]
 
 
 def test_each_row_goes_through_its_own_adapter():
-    """Row by row the oracle's logits, for adapters of different ranks and layers, and for none."""
+    """Each row's logits match the oracle, for adapters of different ranks and layers and none."""
     model = two()
     expected = {"default": dense(model, "default"), "second": dense(model, "second")}
     expected["__base__"] = dense(model)
@@ -26,8 +26,8 @@ def test_each_row_goes_through_its_own_adapter():
         for row, (name, source) in enumerate(zip(NAMES, [0, 1, 1, 0], strict=True)):
             close(found[row], expected[name][source])
     assert (expected["default"] - expected["second"]).abs().max() > 1e-2
-    close(model(TOKENS).logits, expected["default"])  # and afterwards as before
-    model.set_adapter("second")  # does not matter
+    close(model(TOKENS).logits, expected["default"])  # the next plain forward is unaffected
+    model.set_adapter("second")  # the active adapter does not matter
     assert torch.equal(model(input_ids=ROWS, adapter_names=NAMES).logits, found)
     with model.disable_adapter():
         logits = model(input_ids=ROWS, adapter_names=NAMES).logits
@@ -35,7 +35,7 @@ def test_each_row_goes_through_its_own_adapter():
 
 
 def test_a_module_trained_in_full_goes_with_its_adapter():
-    """And where an adapter has none, rows see the base's."""
+    """Rows of an adapter without such a module use the base's module."""
     model = two(modules_to_save=["lm_head"])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -66,7 +66,7 @@ def test_generate(beams):
 
 
 def test_beams_of_an_encoder_and_decoder():
-    """The encoder sees each row once, the decoder once a beam."""
+    """The encoder sees each row once, the decoder once per beam."""
     model = adapted(T5.build()).eval()
     model.add_adapter("second", RasaConfig(r=2, target_modules=["q"], init_weights=False))
     ids = torch.arange(10).view(2, 5) + 1

@@ -1,4 +1,4 @@
-"""get_peft_model: which layers, whose pool, and the official formula's numbers."""
+"""get_peft_model: adapted layers, shared pools, and numbers of the official formula."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_what_cannot_be_adapted_is_named_and_nothing_changes(entry, options, mes
 
 
 def test_bfloat16_bases_keep_float32_numbers():
-    """Without a rounding on the way: bfloat16 could not hold the initial diagonal."""
+    """Nothing is rounded to bfloat16, which cannot represent the initial diagonal."""
     model = get_peft_model(make_model().bfloat16(), RasaConfig(r=RANK, rasa_alpha=3))
     for p in trained(model).values():
         assert p.dtype == torch.float32
@@ -153,7 +153,7 @@ def test_dropout_is_on_the_adapters_input_in_training_only():
 
 
 def test_torchs_fused_encoder_does_not_pass_the_adapter_by():
-    """In eval without grad it reads weights of layers without calling them."""
+    """In eval mode without grad, torch's encoder reads weights without calling the layers."""
     base = ENCODER.build().eval()
     x = ENCODER.inputs(0)["x"]
     model = adapted(base).eval()
@@ -184,7 +184,7 @@ def test_copies_and_pickles_hold_their_own_adapters(side):
 @pytest.mark.parametrize("by_names", [False, True])
 @sides("mixtral")
 def test_inject_adapter_in_model(side, by_names):
-    """No tuner survives the injection, so whatever an adapter needs must live in its layers."""
+    """Injection leaves no tuner behind, so the layers must hold everything an adapter needs."""
     options = {**side.options, "target_modules": ["q_proj", side.up]}
     source = side.one(**options)
     state = get_peft_model_state_dict(source)

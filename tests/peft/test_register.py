@@ -1,4 +1,4 @@
-"""Making RaSA known to PEFT, whose list of methods is closed."""
+"""Registering RaSA with PEFT, which has a fixed list of methods."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAPPINGS = (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_T
 
 
 class Kind(str, enum.Enum):  # noqa: UP042 - as PeftType is
-    """A closed list to extend."""
+    """An enum to extend."""
 
     FIRST = "FIRST"
 

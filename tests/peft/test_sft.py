@@ -39,7 +39,7 @@ def trainer(model, directory, peft_config=None, **options):
 
 
 def train(model, directory, peft_config=None, **options) -> nn.Module:
-    """The model after four steps, in which the loss falls and all that is trained moves."""
+    """Train four steps, check that the loss falls and all parameters move; return the model."""
     running = trainer(model, directory, peft_config, **options)
     before = {name: p.detach().clone() for name, p in trained(running.model).items()}
     running.train()

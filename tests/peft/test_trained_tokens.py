@@ -1,4 +1,4 @@
-"""trainable_token_indices of the PEFT plug-in: PEFT's wrappers, and this package's files."""
+"""trainable_token_indices under PEFT: PEFT's wrappers and this package's files."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_an_exported_lora_has_the_rows(entry, tmp_path):
 
 
 class Biased(nn.Module):
-    """An embedding and a head with a bias, under a name each."""
+    """A model with an embedding and a head with a bias."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A PEFT model in transformers' Trainer, over linear layers and over experts."""
+"""PEFT models in transformers' Trainer, with adapted linear layers or experts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.trainers import QUIET
 
 
 def wide(side: Side) -> dict:
-    """Options of models that take the rows, in a dtype that takes a step of Adam's."""
+    """Return options for a vocabulary that fits the rows and a dtype that Adam can train."""
     return {} if side is LINEAR else {"dtype": torch.float32, "vocab_size": 320}
 
 
@@ -28,12 +28,12 @@ def rows() -> list[dict]:
 
 
 def train(model, directory, reentrant=None, resume=None, **options):
-    """The losses of six steps; ``reentrant`` is the kind of checkpointing, None for none."""
+    """Train six steps and return the losses; ``reentrant`` None turns off checkpointing."""
     settings = {
         **QUIET,
         "max_steps": 6,
         "learning_rate": 1e-2,
-        "max_grad_norm": 0.0,  # a norm over all gradients depends on their order
+        "max_grad_norm": 0.0,  # a norm over all gradients depends on parameter order
         "gradient_checkpointing": reentrant is not None,
         "gradient_checkpointing_kwargs": {"use_reentrant": bool(reentrant)},
         **options,
@@ -46,7 +46,7 @@ def train(model, directory, reentrant=None, resume=None, **options):
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @sides("mixtral")
 def test_the_same_losses_and_adapters_as_patch_model(side, reentrant, tmp_path):
-    """Bit for bit: there is one implementation under both."""
+    """Results are bit-identical: both front ends share one implementation."""
     model = side.one(**wide(side))
     model.save_pretrained(tmp_path / "start")
     ours = rasa_ext.load_adapter(side.base(**wide(side)), tmp_path / "start")
@@ -65,7 +65,7 @@ def test_a_merged_adapter_is_not_trained(side):
     model.merge_adapter()
     for module in model.modules():
         if isinstance(module, RasaPeftLinear) and side is not LINEAR:
-            module.eval()  # raises before the experts
+            module.eval()  # so that the error comes from the experts
     with pytest.raises(RuntimeError, match=r"is merged .* unmerge_adapter\(\) of the PEFT model"):
         model(side.tokens)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_calls_for_patched_models_name_peft_s(call):
 @pytest.mark.parametrize(("reentrant", "dropout"), [(None, 0.0), (False, 0.2)])
 @sides("mixtral")
 def test_a_resumed_run_has_identical_losses(side, reentrant, dropout, tmp_path):
-    """Interrupted after three of six steps: losses and numbers as if it had not been."""
+    """A run resumed after three of six steps equals an uninterrupted one."""
     options = {"rasa_dropout": dropout, "modules_to_save": ["lm_head"], **wide(side)}
     whole, resumed = side.one(**options), side.one(**options)
     with torch.no_grad():

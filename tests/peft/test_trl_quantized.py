@@ -1,4 +1,4 @@
-"""SFTTrainer over quantized bases, where TRL casts all that is trained to bfloat16."""
+"""SFTTrainer over quantized bases: TRL casts all trainable parameters to bfloat16."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.peft.test_sft import trainer
 
 
 def base(form: str) -> torch.nn.Module:
-    """As transformers loads it: marked, and with a config that says so."""
+    """Return a quantized model with the flags that transformers sets when loading one."""
     model = quantized(quantizable(), form)
     model.is_loaded_in_8bit = form == "int8"
     model.is_loaded_in_4bit = not model.is_loaded_in_8bit
@@ -24,7 +24,7 @@ def base(form: str) -> torch.nn.Module:
 
 
 def diagonals(model) -> dict[str, torch.Tensor]:
-    """d of every layer, under PEFT or without it, as it is now."""
+    """Return a copy of each layer's d, with or without PEFT."""
     last = (".rasa_d.default", ".d")
     return {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith(last)}
 
@@ -52,7 +52,7 @@ def test_every_entry_of_the_diagonal_moves(adapt, form, reentrant, tmp_path):
     }
     training = trainer(adapt(base(form)), tmp_path, **options)
     before = diagonals(training.model)
-    assert {d.dtype for d in before.values()} == {torch.bfloat16}  # TRL's doing
+    assert {d.dtype for d in before.values()} == {torch.bfloat16}  # TRL's cast
     with pytest.warns(UserWarning, match="cast to torch.bfloat16.* is torch.float32 again"):
         training.train()
     after = diagonals(training.model)
@@ -73,7 +73,7 @@ def test_a_config_that_says_bfloat16_is_kept_to(tmp_path, recwarn):
 
 
 def test_a_resumed_run_goes_on_with_unrounded_numbers(tmp_path):
-    """The file's float32 goes into parameters that TRL has cast, before the first step."""
+    """Float32 values of the file reach the parameters that TRL cast, before the first step."""
     saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
     whole = trainer(tuned(base("nf4")), tmp_path, **saving)
     whole.train()

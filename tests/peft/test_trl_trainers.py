@@ -1,7 +1,7 @@
-"""TRL's trainers over both front ends, held against plain PyTorch's own RaSA in the same trainer.
+"""TRL's trainers with both front ends, compared to plain PyTorch RaSA in the same trainer.
 
-All begin with one lively adapter, so that whatever a trainer holds the policy against must be the
-base: with an adapter in it, or with none where it belongs, the logged numbers would be others.
+All start with the same nonzero adapter, so the logged numbers differ if a trainer's reference
+model wrongly contains the adapter, or if its policy lacks it.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the base is, from which trainers load the reference of models without PEFT."""
+    """Save the base; trainers load the reference of models without PEFT from it."""
     return save_base(tmp_path_factory.mktemp("base"))
 
 
 def load(kind: str, folder: Path, dtype=torch.float32) -> torch.nn.Module:
     if kind != "Reward":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    torch.manual_seed(1)  # the head is new
+    torch.manual_seed(1)  # for the new head
     make = AutoModelForSequenceClassification.from_pretrained
     model = make(folder, num_labels=1, dtype=dtype)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def trainer(kind: str, model, directory: Path, peft_config=None, optimizer=None,
         "max_steps": STEPS,
         "learning_rate": 0.05,
         "lr_scheduler_type": "constant",
-        "optim": "sgd",  # Adam makes a step of a rounding error
+        "optim": "sgd",  # Adam would turn a rounding error into a full step
         "max_grad_norm": 0.0,
         "bf16": False,
         "gradient_checkpointing": False,
@@ -93,7 +93,7 @@ def trainer(kind: str, model, directory: Path, peft_config=None, optimizer=None,
 
 
 def config(kind: str, **options) -> RasaConfig:
-    """PEFT trains and saves a new head by itself."""
+    """Return a config without modules_to_save: PEFT adds a new head itself."""
     task = "SEQ_CLS" if kind == "Reward" else "CAUSAL_LM"
     return RasaConfig(r=4, rasa_k=1, task_type=task, **options)
 
@@ -113,7 +113,7 @@ FRONT_ENDS = {"peft": over_peft, "patch": over_patch}
 
 
 def over_plain(kind: str, folder: Path, directory: Path):
-    """The official formula over the same base, from the same numbers."""
+    """Return a trainer of the official formula, with the same base and initial adapter."""
     base = load(kind, folder)
     copies = trainable_copies(adapters(patched(base, **(HEAD if kind == "Reward" else {}))))
     model = plain_model(base, copies)
@@ -124,7 +124,7 @@ def over_plain(kind: str, folder: Path, directory: Path):
 
 
 class Steps(torch.optim.SGD):
-    """Trainers clear the gradients of a model's parameters, which the copies are not."""
+    """SGD that clears gradients itself: trainers clear only the model's own parameters."""
 
     def step(self, closure=None):
         super().step(closure)
@@ -132,8 +132,8 @@ class Steps(torch.optim.SGD):
 
 
 def train(running) -> list[dict[str, float]]:
-    """What it logs at each step, all but times and the norm of its own parameters' gradients."""
-    torch.manual_seed(7)  # of what is drawn
+    """Train and return each step's log, without times and the gradient norm."""
+    torch.manual_seed(7)  # for sampled completions
     running.train()
     logged = running.state.log_history[:STEPS]
     assert len(logged) == STEPS
@@ -145,7 +145,7 @@ def train(running) -> list[dict[str, float]]:
 
 @pytest.fixture(scope="module")
 def expected(folder, tmp_path_factory):
-    """What plain PyTorch logs, and its outputs at the end; made once for each trainer."""
+    """Plain PyTorch's log and final logits, computed once for each trainer."""
 
     @functools.cache
     def of(kind: str):
@@ -161,7 +161,7 @@ DISTANCES = {
     "GRPO": ("kl",),
     "RLOO": ("kl",),
 }
-"""What is zero where the policy is its own reference."""
+"""Logged values that are zero if the policy equals its reference."""
 
 
 @pytest.mark.parametrize("front_end", FRONT_ENDS)
@@ -176,8 +176,8 @@ def test_what_plain_pytorch_logs(kind, front_end, folder, expected, tmp_path):
     for row, wanted in zip(logged, rows_, strict=True):
         assert row == pytest.approx(wanted, rel=1e-4, abs=1e-5)
     torch.testing.assert_close(logits(model), outputs, rtol=1e-4, atol=1e-4)
-    assert (outputs - start).abs().max() > 1e-2  # there was something to learn
-    for key in DISTANCES.get(kind, ())[-1:]:  # a wrong reference would be noticed
+    assert (outputs - start).abs().max() > 1e-2  # training changed the model
+    for key in DISTANCES.get(kind, ())[-1:]:  # so a wrong reference would be noticed
         assert abs(rows_[0][key]) > 1e-2
     learnt = trained(model)
     for name, parameter in model.named_parameters():
@@ -187,7 +187,7 @@ def test_what_plain_pytorch_logs(kind, front_end, folder, expected, tmp_path):
 
 @pytest.mark.parametrize("kind", DISTANCES)
 def test_the_reference_of_a_trained_adapter_is_that_adapter(kind, tmp_path):
-    """TRL adds an adapter "ref" for it, which must not be the bare base, and stays as it is."""
+    """TRL's adapter "ref" is a fixed copy of the adapter, not the bare base."""
     model = tiny()
     policy = logits(model)
     running = trainer(kind, model, tmp_path, max_steps=1)
@@ -235,7 +235,7 @@ def test_a_checkpoint_has_the_same_outputs(kind, folder, tmp_path):
 
 
 def test_a_reward_model_s_head_is_saved_with_the_adapter(folder, tmp_path):
-    """Trained from the numbers that it has, by both front ends, and read by each other."""
+    """Both front ends train the head from its initial values and read each other's files."""
     ours, theirs = (make("Reward", folder, tmp_path / n) for n, make in FRONT_ENDS.items())
     for running in (ours, theirs):
         running.train()

@@ -1,4 +1,4 @@
-"""TRL's own sync with a vLLM server: it merges, sends every weight, and unmerges, at every step."""
+"""TRL's own sync with a vLLM server: merge, send every weight, unmerge, at every step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 
 class Client:
-    """Where TRL sends weights to: it is told of all before the first comes."""
+    """A client that records weights and checks them against the metadata sent beforehand."""
 
     def __init__(self, model):
         self.model, self.syncs, self.kept = model, [], []
@@ -37,7 +37,7 @@ class Client:
 
 
 def generation(model) -> tuple[VLLMGeneration, Client]:
-    """TRL's object without vLLM, which it asks for as it is made."""
+    """Return TRL's VLLMGeneration with a recording client, skipping __init__, which needs vLLM."""
     made = VLLMGeneration.__new__(VLLMGeneration)
     made.model, made.mode, made.accelerator = model, "server", Accelerator(cpu=True)
     made._dist = DistributedBackend(made.accelerator)
@@ -46,7 +46,7 @@ def generation(model) -> tuple[VLLMGeneration, Client]:
 
 
 def plain_weights(model) -> dict[str, Tensor]:
-    """W + dW of each layer in float64, and all others as they are, under the base's own names."""
+    """Return W + dW of each layer in float64 and all other weights, under the base's names."""
     expected = {name: p.detach().clone() for name, p in make_model().named_parameters()}
     for name, adapter in named(model, "default").items():
         weight = expected[f"{name}.weight"].to(model.dtype)
@@ -73,14 +73,14 @@ def test_every_weight_is_sent_merged_and_comes_back(dtype, subtract):
         got, reset = client.syncs[-2:]
         assert reset == "reset"
         expected = plain_weights(model)
-        expected["lm_head.weight"] *= 2  # the trained copy, and not the original
+        expected["lm_head.weight"] *= 2  # the trained copy, not the original
         assert got.keys() == expected.keys()
         for name, weight in got.items():
             wanted = expected[name].to(weight.dtype)
             assert torch.equal(weight, wanted) or near(weight, wanted), name
         for name, parameter in model.named_parameters():
             assert same_bits(parameter.detach(), before[name]), name
-        if step == 0:  # a step of training between the syncs
+        if step == 0:  # stands for a training step between syncs
             randomize(model, 4)
             small(model)
             before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -90,12 +90,12 @@ def test_every_weight_is_sent_merged_and_comes_back(dtype, subtract):
 
 @torch.no_grad()
 def small(model) -> None:
-    """A change that is small beside the weights, as that of training is."""
+    """Make the weight changes small relative to the weights, as in training."""
     for adapter in named(model, "default").values():
         adapter.d.mul_(1e-3)
 
 
 def near(weight: Tensor, wanted: Tensor) -> bool:
-    """Apart by no more than the last place, where the float32 sum lies by a tie."""
+    """Check equality up to the last place, since float32 sums near a tie may round either way."""
     one = torch.finfo(weight.dtype).eps * wanted.abs().clamp(min=2**-20)
     return bool(((weight.double() - wanted.double()).abs() <= one.double()).all())
