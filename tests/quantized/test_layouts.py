@@ -1,4 +1,4 @@
-"""Packed layouts: numbers, gradients of every layer, memory, merge and files; and refusals."""
+"""Packed layouts: numbers, gradients of all layers, memory, merging, files and refusals."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ FOLDERS = [form for form in COMPRESSED if form != "packed int4 zero"]
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
-    """Tiles of 128 rows, so that layers of 160 take two."""
+    """Set tiles to 128 rows, so that layers with 160 rows need two."""
     monkeypatch.setattr(layouts, "_TILE", 1)
 
 
 def step(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Logits, and the gradients of the input and of every adapter, of one step in training."""
+    """Run a training step; return logits and the gradients of input and adapters."""
     inputs = model.get_input_embeddings()(TOKENS).detach().requires_grad_()
     result = model.train()(inputs_embeds=inputs, labels=TOKENS)
     found = adapters(plain(model) if hasattr(model, "peft_config") else model)
@@ -106,7 +106,7 @@ CASES += [(form, how) for form in ("packed int4", "FP8Linear") for how in ("chec
 
 @pytest.mark.parametrize(("form", "entrance"), CASES)
 def test_gradients_of_all_layers(form, entrance, figure):
-    """The input's and every adapter's, against the dequantized base in float64."""
+    """Gradients of input and adapters match those over the dequantized base in float64."""
     enter, dtype = ENTRANCES[entrance]
     base = packed_model(form, dtype)
     reference = {n: t.double() for n, t in step(patched(dense(base), seed=4)).items()}
@@ -121,7 +121,7 @@ def test_gradients_of_all_layers(form, entrance, figure):
 
 @pytest.mark.parametrize("form", FOLDERS)
 def test_folders_that_transformers_loads(form, tmp_path):
-    """Patched, the model stays packed over forwards; unpatched, it is as it was."""
+    """A patched model stays packed after forwards; unpatching restores the model."""
     model = from_folder(form, tmp_path, torch.bfloat16)
     before = {name: t.dtype for name, t in model.named_parameters()}
     expected = step(patched(dense(model), seed=4))["input"]
@@ -136,12 +136,12 @@ def test_folders_that_transformers_loads(form, tmp_path):
     assert f"quantized: 14 layers in {said[0]}" in str(rasa_ext.summary(model))
     rasa_ext.unpatch(model)
     assert {name: t.dtype for name, t in model.named_parameters()} == before
-    logits(model)  # the library makes it dense in its first forward
+    logits(model)  # the library dequantizes it in its first forward
     assert not any(t.dtype == torch.int32 for t in model.parameters())
 
 
 def test_what_a_step_holds(monkeypatch):
-    """No more than a tile of W at a time, and nothing of W for the backward."""
+    """A step holds at most one tile of W at a time and saves nothing of W for the backward."""
     shapes, kept = [], []
     read = layouts.Layout.dequantized
 
@@ -157,7 +157,7 @@ def test_what_a_step_holds(monkeypatch):
     with hooks:
         model(input_ids=TOKENS).logits.sum().backward()
     assert max(shapes) == 128
-    # 4 of the 14 layers take two tiles; the first three read tokens, which need no gradient.
+    # 4 of the 14 layers need two tiles; the first three have inputs without gradient.
     assert len(shapes) == (14 + 4) + (14 + 4 - 3)
     weights = {
         t.untyped_storage().data_ptr() for _, _, m in packed_layers(model) for t in m.parameters()
@@ -167,7 +167,7 @@ def test_what_a_step_holds(monkeypatch):
 
 @pytest.mark.parametrize("form", ["packed int4 zero", "gptq", "awq", "FP8Linear block"])
 def test_one_layer(form):
-    """Bias, no tokens, autocast, and float64 inputs."""
+    """One layer handles a bias, zero tokens, autocast and float64 inputs."""
     base = LAYOUTS[form](nn.Sequential(nn.Linear(64, 160).requires_grad_(False)))
     weight, bias = numbers(base[0]), base[0].bias.double()
     layer = patched(base)[0]
@@ -206,7 +206,7 @@ def test_merging(form):
 
 
 def test_trained_tokens():
-    """The embedding's rows are trained beside packed layers; rows of a packed one are refused."""
+    """An embedding's rows can be trained beside packed layers; a packed layer's rows cannot."""
     model = rasa_ext.patch_model(packed_model("packed int4"), RANK, 1, trainable_token_indices=[3])
     model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
     assert rasa_ext.summary(model).tokens == {"model.embed_tokens": (3,)}
@@ -216,7 +216,7 @@ def test_trained_tokens():
 
 
 def test_under_accelerate():
-    """A hook moves the inputs, and the tiles run inside; offloaded weights are refused."""
+    """Layers with a hook that moves inputs work; offloaded weights are refused."""
     model, x = packed_model("packed int4"), torch.randn(3, 64)
     layer = model.model.layers[0].self_attn.q_proj
     add_hook_to_module(layer, AlignDevicesHook(execution_device="cpu"))
@@ -249,7 +249,7 @@ def test_copies_and_files(form, tmp_path):
 
 @pytest.mark.parametrize("entrance", ["core", "peft"])
 def test_sft_trainer(entrance, tmp_path):
-    """TRL's, with checkpointing: every adapter learns, the first layer's too."""
+    """With TRL's SFTTrainer and checkpointing, all adapters learn, even the first layer's."""
     model, config = from_folder("packed int4", tmp_path / "base"), None
     if entrance == "core":
         rasa_ext.patch_model(model, RANK, 1)
@@ -261,7 +261,7 @@ def test_sft_trainer(entrance, tmp_path):
 
 
 def other_kernel() -> nn.Module:
-    """As gptqmodel's layers that rearrange the words in place."""
+    """Return a layer like those of gptqmodel that rearrange packed words in place."""
     layer = LAYOUTS["gptq"](nn.Sequential(nn.Linear(64, 160)))[0]
     layer.__class__ = type("ExllamaV2Linear", (type(layer),), {})
     return layer
@@ -272,7 +272,7 @@ def packed_embedding() -> nn.Module:
 
 
 def without_backward() -> nn.Module:
-    """A model of compressed-tensors that was evaluated: dense, and rounds inputs without grad."""
+    """Return a layer of compressed-tensors after a forward: dense, rounding inputs without grad."""
     layer = compressed("FP8_DYNAMIC")(nn.Sequential(nn.Linear(64, 160)))
     layer(torch.ones(1, 64))
     assert layer[0].quantization_status == QuantizationStatus.DECOMPRESSED
@@ -280,7 +280,7 @@ def without_backward() -> nn.Module:
 
 
 def rearranged() -> nn.Module:
-    """As bitsandbytes does on CPUs with AVX512-BF16; its way back changes the scales."""
+    """Rearrange a weight as bitsandbytes does with AVX512-BF16; undoing that changes the scales."""
     layer = bits4(nn.Linear(64, 160))
     weight, convert = layer.weight, bitsandbytes.functional._convert_weight_packed_for_cpu
     weight.data, weight.quant_state = convert(weight.data, weight.quant_state)
@@ -288,7 +288,7 @@ def rearranged() -> nn.Module:
 
 
 def opaque() -> nn.Module:
-    """torchao's packed int4 for CPUs."""
+    """Return a layer in torchao's packed int4 format for CPUs."""
     model = nn.Sequential(nn.Linear(64, 160))
     quantize_(model, PrototypeInt4WeightOnlyConfig(group_size=32))
     return model[0]
@@ -300,7 +300,7 @@ def mxfp4_experts() -> nn.Module:
 
 
 class Rounding(nn.Linear):
-    """A layer of no library whose output has no history."""
+    """A layer of no known library, with a detached output."""
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight, self.bias).detach()
@@ -323,7 +323,7 @@ REFUSED = {
 @pytest.mark.parametrize("target", ["0", "1"])
 @pytest.mark.parametrize("case", REFUSED)
 def test_refusals(case, target):
-    """By name, in both entrances, adapted or not; the model stays as it was."""
+    """Both front ends refuse these layers by name, adapted or not; the model is unchanged."""
     make, said = REFUSED[case]
     model = nn.Sequential(make(), nn.Linear(160, 64)).requires_grad_(False)
     modules = list(model.modules())
@@ -337,10 +337,10 @@ def test_refusals(case, target):
 @pytest.mark.parametrize("grouping", ["shared", "slot", None])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_fp8_experts(family, grouping, figure):
-    """Adapted or not, the gradients of all layers are those over the dequantized experts."""
+    """Gradients of all layers match those over dequantized experts, adapted or not."""
     packed = fp8_experts(experts.model(family), (8, 8)).requires_grad_(False)
     wide = experts.model(family).double().requires_grad_(False)
-    wide.set_experts_implementation("eager")  # the only one in float64
+    wide.set_experts_implementation("eager")  # the only implementation for float64
     for name, weight in wide.named_parameters():
         stored = packed.get_parameter(name)
         if stored.itemsize == 1:
@@ -360,7 +360,7 @@ def test_fp8_experts(family, grouping, figure):
 
 @pytest.mark.parametrize("form", LAYOUTS)
 def test_peak_memory_of_a_step(form, monkeypatch, figure):
-    """At SmolLM2's shapes: what a step needs beyond a dense base's, beside 30 packed layers."""
+    """At SmolLM2's shapes, a step's peak above a dense base's is small relative to 30 layers."""
     monkeypatch.setattr(layouts, "_TILE", 1 << 18)
     config = LlamaConfig(
         vocab_size=320,

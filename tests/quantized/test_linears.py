@@ -1,4 +1,4 @@
-"""patch_model over quantized bases: forward, backward, files. Merging has a file of its own."""
+"""patch_model over quantized bases: forward, backward, files. See test_merge.py for merging."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def observe(layer, x, adapter, grad) -> dict[str, torch.Tensor]:
-    """Output and gradients of one step of a layer over ``adapter``."""
+    """Run a step of a layer; return output and gradients of input and ``adapter``."""
     adapter.map(lambda t: setattr(t, "grad", None))
     x = x.clone().requires_grad_()
     y = layer(x)
@@ -57,7 +57,7 @@ def observe(layer, x, adapter, grad) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMATS)
 def test_numbers(form, dtype):
-    """What the package takes a weight for, against the format's formula over its stored parts."""
+    """The package dequantizes a weight by the format's formula, within rounding."""
     (base, *_) = quantized(linears(dtype=dtype), form)
     found = format_of(base).dequantize(base).double()
     expected = numbers(base)
@@ -70,7 +70,7 @@ def test_numbers(form, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMATS)
 def test_forward_and_backward(form, dtype):
-    """base(x) + x dW^T, and G W + H Ap for x, with the quantized weight as numbers."""
+    """Output is base(x) + x dW^T and x's gradient G W + H Ap, with W the dequantized weight."""
     model = quantized(linears(dtype=dtype), form)
     base, layer = model[2], patched(model)[2]
     adapter = oracle.Adapter(*layer.adapter().factors())
@@ -104,7 +104,7 @@ def test_groups_are_of_the_layers_shapes_not_of_the_packed_ones(form):
 
 
 def step(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The gradients of every adapter."""
+    """Run a training step and return the adapters' gradients."""
     found = adapters(model)
     clear_gradients(found)
     model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
@@ -113,10 +113,10 @@ def step(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_model_and_its_gradients(form):
-    """A whole model against the same model over dense weights, and checkpointed against itself."""
+    """A model matches one over dense weights, and itself with gradient checkpointing."""
     base = quantized(make_model(), form)
     model, reference = patched(base, seed=4), patched(dense(base).float(), seed=4)
-    limit = 0.05 if form == "int8" else 2e-4  # bitsandbytes' int8 rounds the activations, too
+    limit = 0.05 if form == "int8" else 2e-4  # bitsandbytes' int8 also rounds activations
     expected, errors = step(model), Errors(by_kind=True)
     errors.add(expected, step(reference))
     assert max(errors.relative().values()) < limit, errors.relative()
@@ -124,15 +124,15 @@ def test_a_model_and_its_gradients(form):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         found, errors = step(model), Errors()
         errors.add(found, expected)
-        # The re-entrant kind runs forward without grad first: another kernel, whose last bits
-        # differ (relative 3.8e-6 at most, over a dense float32 base; no more over these).
+        # Re-entrant checkpointing first runs a forward without grad, in another kernel with other
+        # last bits (relative difference at most 3.8e-6, as over a dense float32 base).
         assert max(errors.relative().values()) < 2e-5
         assert reentrant or all(torch.equal(found[key], expected[key]) for key in found)
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_an_evaluation_before_training_takes_no_gradient_away(form):
-    """Some layers rearrange their weight in a forward without grad, when in eval mode."""
+    """Some layers rearrange their weight in an eval forward without grad."""
     base = quantized(linears(), form)
     x = torch.randn(8, WIDTH)
     model = patched(base)
@@ -156,7 +156,7 @@ def test_an_evaluation_before_training_takes_no_gradient_away(form):
 
 @pytest.mark.parametrize("target", ["0", "1"])
 def test_no_4_bit_layer_rearranges_its_weight_while_patched(target):
-    """Those beside the adapted ones neither: gradients must come through them."""
+    """This includes layers without an adapter, since gradients pass through them."""
     base = quantized(linears(1), "nf4")
     layers, bits = list(base), [layer.weight.data.clone() for layer in base]
     for layer in base:
@@ -172,7 +172,7 @@ def test_no_4_bit_layer_rearranges_its_weight_while_patched(target):
 
 
 def test_rows_that_are_no_whole_blocks():
-    """bitsandbytes' AVX-512 kernels are wrong there, which is why it is refused."""
+    """Such rows are refused, because bitsandbytes' AVX-512 kernels compute them wrong."""
     layer = FORMATS["nf4"](nn.Linear(WIDTH // 2, OUT))
     found = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
@@ -214,7 +214,7 @@ def test_a_layer_that_is_not_quantized_yet(kind, entrance):
 
 
 def test_float_weights_under_int8_are_adapted_too():
-    """bitsandbytes' layer for training keeps float weights and quantizes them in every forward."""
+    """bitsandbytes' layer for int8 training stores float weights and quantizes per forward."""
     made = bitsandbytes.nn.Linear8bitLt(WIDTH, OUT)
     weight = made.weight.detach().clone()
     model = patched(nn.Sequential(made.to("cpu")))

