@@ -1,4 +1,4 @@
-"""Two processes on this machine against one process that sees the same global batches."""
+"""Two local processes train like one process with the same global batches."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PARITY = 1e-6
 
 
 def difference(one: Path, two: Path) -> float:
-    """Largest difference of any number of two adapters, whose files agree in all else."""
+    """Check that two adapters' files differ only in values; return the largest difference."""
     config = "adapter_config.json"
     assert (one / config).read_bytes() == (two / config).read_bytes()
     a, b = (load_file(directory / "adapter_model.safetensors") for directory in (one, two))
@@ -34,7 +34,7 @@ def difference(one: Path, two: Path) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, forked_python) -> Path:
-    """What torchrun left: one directory for each recipe and case."""
+    """torchrun's output: one directory for each recipe and case."""
     directory = tmp_path_factory.mktemp("trained")
     meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
     launch(forked_python, "torch.distributed.run", "training.py", directory, *meet)
@@ -73,7 +73,7 @@ def test_an_adapter_from_one_process_in_a_sharded_model(trained, figure):
 
 
 def test_layers_that_some_processes_do_not_use(trained):
-    """What a process does not use counts as zero in the mean; what nobody uses stays without."""
+    """Layers unused by one process count as zero in the mean; layers unused by all get no grad."""
     there = torch.load(trained / "unused1.pt")
     runs = [training.gradients(training.branches(), both) for both in (True, False)]
     assert any(grad is None for grad in there.values())
@@ -85,7 +85,7 @@ def test_layers_that_some_processes_do_not_use(trained):
 
 
 class Skipping(nn.Module):
-    """Three layers of one group, of which a forward leaves out the middle one."""
+    """Three layers of one group; the forward skips the middle one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Skipping(nn.Module):
 
 @pytest.mark.parametrize("find_unused", [True, False])
 def test_ddp_over_a_layer_that_takes_no_part(find_unused):
-    """The group's packs are one node of the graph, through which DDP finds the layer's tensors."""
+    """DDP finds the skipped layer's tensors, since the group's packs are one graph node."""
     model, x = patched(Skipping()), torch.randn(5, 6)
     alone = copy.deepcopy(model)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -125,7 +125,7 @@ FSDP2 = (
 
 @pytest.mark.parametrize("how", ["--multi_gpu", FSDP2], ids=["ddp", "fsdp2"])
 def test_accelerate_launch_with_trainer(how, tmp_path, figure, forked_python):
-    """--multi_gpu is how accelerate names several processes; the script asks for CPUs."""
+    """--multi_gpu only means several processes; the script selects CPUs."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = f"{how} --num_processes 2 --num_machines 1 --mixed_precision no"
     meet = ("--dynamo_backend", "no", "--main_process_ip", "127.0.0.1", "--main_process_port")

@@ -1,4 +1,4 @@
-"""Every method in two processes under DistributedDataParallel, against one process."""
+"""All methods train in two processes as in one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILY = family.FAMILY
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory, forked_python) -> Path:
-    """What two processes left."""
+    """The output folder of two processes."""
     return run("family.py", tmp_path_factory.mktemp("family"), forked_python)
 
 
@@ -47,7 +47,7 @@ def test_two_processes_train_as_one(name, outputs):
 
 
 def test_two_processes_change_an_adapter_as_one(changed, outputs):
-    """Whatever their own generators draw; ``change`` looks that their parameters are equal."""
+    """This holds for any random state of each process; ``change`` checks for equal parameters."""
     name, change = changed
     alone = family.change(change, "alone")
     for how in ("ddp", "shard") if change.ddp else ("shard",):

@@ -1,4 +1,4 @@
-"""shard_model in one process: what is sharded, what is refused. Two processes: test_ddp.py."""
+"""shard_model in one process: sharded parameters and reductions. Two processes: test_ddp.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def sharded(mesh) -> nn.Module:
 
 @pytest.fixture
 def reductions(monkeypatch) -> list[int]:
-    """The sizes of what has been all-reduced."""
+    """Sizes of the all-reduced tensors."""
     sizes, real = [], dist.all_reduce
 
     def spy(tensor, *args, **options):
@@ -85,7 +85,7 @@ def test_every_block_is_gathered_by_itself(entry, mesh):
 def test_blocks_of_one_s_own(mesh):
     model = patched(LLAMA.build())
     layers = model.model.layers
-    shard_model(model, mesh, blocks=[layers[0], layers[0].mlp])  # whichever order
+    shard_model(model, mesh, blocks=[layers[0], layers[0].mlp])  # in any order
     wrapped = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
     assert wrapped == {"", "model.layers.0", "model.layers.0.mlp"}
     step(model)
@@ -108,7 +108,7 @@ def test_one_all_reduce_a_backward(use_reentrant, sharded, reductions):
 
 
 def test_a_backward_that_was_broken_off(sharded, reductions):
-    """It says nothing about the next."""
+    """An interrupted backward does not affect the next one."""
 
     def stop(grad):
         raise KeyboardInterrupt
@@ -144,7 +144,7 @@ def test_taking_the_adapter_off(sharded, reductions):
     rasa_ext.unpatch(sharded)
     logits = LLAMA.call(sharded, **inputs)
     torch.testing.assert_close(logits, base)
-    logits.sum().backward()  # the base is trained, by FSDP2 alone
+    logits.sum().backward()  # FSDP2 reduces the base's gradients
     assert isinstance(sharded.lm_head.weight.grad, DTensor)
     assert reductions == []
 
@@ -172,7 +172,7 @@ def test_a_model_of_peft(mesh, tmp_path):
 @pytest.mark.parametrize("entry", [LLAMA, GPT2, TIED], ids=ids)
 @pytest.mark.parametrize("sharded", [True, False])
 def test_trained_rows(entry, sharded, mesh, tmp_path):
-    """Beside a sharded base, and under DistributedDataParallel."""
+    """Trained rows work with a sharded base and under DistributedDataParallel."""
     alone, model = moved(entry).train(), moved(entry).train()
     entry.loss(alone, entry.inputs(0))[1].backward()
     model = shard_model(model, mesh) if sharded else DistributedDataParallel(model)

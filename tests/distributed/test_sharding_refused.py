@@ -1,4 +1,4 @@
-"""What would break an adapter, or lose what a call did, is refused with a word on what to do."""
+"""Calls that would break an adapter or lose their effect are refused with advice."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_patching_a_sharded_base(mesh):
 @pytest.mark.parametrize("gathered", [False, True])
 @pytest.mark.parametrize("merge", [rasa_ext.merge, rasa_ext.merge_and_unload])
 def test_merging_into_a_sharded_base(merge, gathered, mesh):
-    """Also where its weights are gathered: what is written to those is lost."""
+    """Gathered weights are refused, too, since writes to them are lost."""
     model = shard_model(llama(), mesh, reshard_after_forward=False)
     with torch.no_grad():
         if gathered:
@@ -112,7 +112,7 @@ def by_block(model: nn.Module, wrap) -> nn.Module:
 
 
 def contiguous(model: nn.Module) -> nn.Module:
-    """With every B as torch's fully_shard takes it; stored by ranks it is refused there."""
+    """Make every B contiguous; torch's fully_shard refuses the usual storage of B by rank."""
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     return model
@@ -136,7 +136,7 @@ def test_fully_shard_over_the_adapter(mesh, tmp_path):
 
 @pytest.mark.parametrize("saved", [(), ("lm_head",)])
 def test_fully_shard_over_everything_at_once(saved, mesh, tmp_path):
-    """The forward works. What it leaves gathered is not what an optimizer's step changes."""
+    """The forward works, but saving is refused: an optimizer does not update gathered copies."""
     model = contiguous(patched(LLAMA.build(), modules_to_save=saved))
     mine = {p for p in model.parameters() if p.requires_grad}
     mine -= set(model.lm_head.parameters())
@@ -149,7 +149,7 @@ def test_fully_shard_over_everything_at_once(saved, mesh, tmp_path):
 
 
 def test_wrappers_around_parts(tmp_path):
-    """As FullyShardedDataParallel is by block, which needs an accelerator."""
+    """nn.Sequential stands for FullyShardedDataParallel by block, which needs an accelerator."""
     model = llama()
     model.model.layers[0] = nn.Sequential(model.model.layers[0])
     with pytest.raises(ValueError, match=r"model: expected the adapted layer.*shard_model"):
@@ -157,7 +157,7 @@ def test_wrappers_around_parts(tmp_path):
 
 
 def emptied(model: nn.Module, *names: str) -> nn.Module:
-    """Parameters as ZeRO-3 leaves them between uses."""
+    """Empty parameters as ZeRO-3 does between uses."""
     for number, name in enumerate(names):
         parameter = model.get_parameter(name)
         parameter.data, parameter.ds_id = torch.empty(0), number
@@ -190,14 +190,14 @@ def test_zero_3_in_a_forward_and_a_merge():
 
 
 def test_an_adapter_without_own_ranks_is_whole(tmp_path):
-    """Matrices without elements that are meant to have none."""
+    """Matrices that are empty by design are not mistaken for ZeRO-3's."""
     model = patched(LLAMA.build(), 2, 2)
     rasa_ext.save_adapter(model, tmp_path)
     assert rasa_ext.load_adapter(LLAMA.build(), tmp_path)
 
 
 def an_accelerator(version: int | None = 2, **changes) -> SimpleNamespace:
-    """What replicate_adapter reads of an Accelerator."""
+    """Return an object with the fields that replicate_adapter reads from an Accelerator."""
     plugin = SimpleNamespace(
         fsdp_version=version, ignored_modules=None, cpu_ram_efficient_loading=False
     )

@@ -1,4 +1,4 @@
-"""Two processes that share a base by transformers' tp_plan, against one that has all of it."""
+"""Two processes that split a base by transformers' tp_plan train like one process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARITY = {torch.float64: 1e-12, torch.float32: 1e-6}
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory, forked_python) -> Path:
-    """What torchrun left: one directory for each case."""
+    """torchrun's output: one directory for each case."""
     directory = tmp_path_factory.mktemp("halves")
     for case in split.CASES:
         split.whole(case).save_pretrained(directory / f"base-{case}")
@@ -47,7 +47,7 @@ def test_two_processes_train_as_one(case, halves, tmp_path, figure):
     assert here.keys() == there.keys()
 
     def apart(key: str) -> float:
-        """Relative to the largest."""
+        """Return the largest difference relative to the largest value."""
         return ((one[key] - two[key]).abs().max() / one[key].abs().max()).item()
 
     losses, norms = apart("losses"), apart("norms")
@@ -84,7 +84,7 @@ def test_a_model_of_peft(halves, figure):
     assert one.keys() == two.keys()
     apart = max(((one[k] - two[k]).abs().max() / one[k].abs().max()).item() for k in one)
     figure(f"tensor parallelism, PEFT: two processes differ by {apart:.1e} (logits, gradients)")
-    assert apart <= PARITY[torch.float32]  # of the adapter, over a base in float64
+    assert apart <= PARITY[torch.float32]  # float32, the adapter's dtype; the base is float64
 
 
 def test_what_is_refused(halves):

@@ -1,7 +1,7 @@
-"""DeepSpeed's ZeRO in two processes against one: `pytest -m engines tests/distributed`.
+"""DeepSpeed's ZeRO in two processes trains like one: `pytest -m engines tests/distributed`.
 
-DeepSpeed is installed beside the packages that the tests have, on first use, into a folder that is
-kept (tests/readers/environments.py). It compiles an operator for gloo on its first run.
+On first use, DeepSpeed is installed into a permanent folder beside the tests' packages
+(tests/readers/environments.py). Its first run compiles an operator for gloo.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.engines
 def trained(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("zero")
     meet = ("--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port")
-    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # ninja
+    programs = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # for ninja
     variables = {"PYTHONPATH": str(beside("deepspeed")), "PATH": programs}
     with mock.patch.dict(os.environ, variables, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
         launch(Path(sys.executable), "torch.distributed.run", "zero.py", directory, *meet)
