@@ -1,4 +1,4 @@
-"""What must hold for any method, against its own formula in float64."""
+"""Tests for every method, against its formula in float64."""
 
 from __future__ import annotations
 

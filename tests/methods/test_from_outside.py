@@ -1,4 +1,4 @@
-"""A method in a file of its own, outside of the package, which an installed package announces."""
+"""A method that another installed package defines and announces by an entry point."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ METADATA = "Metadata-Version: 2.1\nName: vera-method\nVersion: 1.0\n"
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder of packages, in which one announces VeRA."""
+    """A folder of packages; one of them announces VeRA."""
     folder = tmp_path_factory.mktemp("site")
     text = Path(outside.__file__).read_text().replace('"vera"', '"outside-vera"')
     (folder / "vera_method.py").write_text(text + COUNT)
@@ -45,7 +45,7 @@ def installed(tmp_path_factory) -> Path:
 
 
 def run(installed: Path, *arguments: str) -> str:
-    """What a new process prints, in which nothing has imported the method."""
+    """Run a new process that has not imported the method; return the printed text."""
     path = os.pathsep.join([str(installed), str(Path(rasa_ext.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(
@@ -111,7 +111,7 @@ def test_it_trains_and_another_process_reads_all_of_it(installed, tmp_path):
     assert "VeRA" in (tmp_path / "lora" / "README.md").read_text()
     run(installed, "-c", LOAD, base, str(tmp_path))
     said = r"adapter_config\.json: rasa_method: .* got 'outside-vera'"
-    with pytest.raises(ValueError, match=said):  # which is not installed here
+    with pytest.raises(ValueError, match=said):  # not installed in this process
         rasa_ext.load_adapter(make_model(), tmp_path / "adapter")
 
 

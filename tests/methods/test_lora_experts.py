@@ -1,4 +1,4 @@
-"""LoraConfig(experts="own"): a pair of factors for every expert, as PEFT's LoRA has them."""
+"""LoraConfig(experts="own"): each expert has its own pair of factors, like PEFT's LoRA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONLY = r".*\.experts\.\w+_proj"
 
 
 def adapted(family: str, targets: str = "all-linear", **options) -> tuple[nn.Module, nn.Module]:
-    """A plain model, and a copy whose adapters are far from their initial zeros."""
+    """Return a plain model, and a patched copy with random adapters."""
     base = experts.model(family).eval()
     config = LoraConfig(rank=3, alpha=6.0, experts="own", target_modules=targets, **options)
     model = rasa_ext.patch_model(copy.deepcopy(base), config=config)
@@ -35,7 +35,7 @@ def adapted(family: str, targets: str = "all-linear", **options) -> tuple[nn.Mod
 
 
 def dense(base: nn.Module, model: nn.Module, scale: float) -> dict[str, torch.Tensor]:
-    """W[e] + s B[e] A[e] of every stacked weight by its name, differentiable in A and B."""
+    """Return W[e] + s B[e] A[e] of each stacked weight by name, differentiable in A and B."""
     found = {}
     for path, module in model.named_modules():
         for name, stack in module.stacks().items() if hasattr(module, "stacks") else ():

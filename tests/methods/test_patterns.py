@@ -1,4 +1,4 @@
-"""Regular expressions over names: as Python's own, in bounded time."""
+"""Regular expressions over names match like Python's, in bounded time."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ NAME = "model.layers.0.self_attn.q_proj" + 40 * "a"
 def test_patterns_that_python_s_own_matcher_does_not_get_done_with(pattern):
     began = time.thread_time()
     assert not matches_whole(pattern, NAME)
-    with contextlib.suppress(ValueError):  # refused for its time
+    with contextlib.suppress(ValueError):  # may be refused as too slow
         assert not matches_end(f"q_proj({pattern})", NAME)
         assert matches_whole(f"({pattern})?.*", NAME)
     assert time.thread_time() - began < 3
@@ -87,7 +87,7 @@ def test_what_is_none_is_refused_by_the_name_of_the_field(pattern, said, field):
 
 
 def test_names_and_alternatives_may_be_long():
-    """As those that a list of all layers makes."""
+    """A list of all layers makes a long pattern."""
     names = [f"model.layers.{i}.mlp.down_proj" for i in range(1000)]
     pattern = "|".join(map(re.escape, names))
     check_pattern("target_modules", pattern)

@@ -1,4 +1,4 @@
-"""What one method alone promises."""
+"""Properties of single methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.methods import base, rasa_linears
 
 @pytest.fixture
 def frozen() -> methods.AdapterConfig:
-    """A config of rank 4 whose A is not trained."""
+    """A config of rank 4 with a frozen A."""
     return methods.LoraConfig(4, train_A=False)
 
 
@@ -28,9 +28,9 @@ def test_a_frozen_A_keeps_no_x(frozen):
         for parameter in model.parameters():
             kept.pop(parameter.untyped_storage().data_ptr(), None)
         sizes[name] = sum(kept.values())
-    A = 4 * 64 * 4  # a buffer, and counted; a Parameter is not
+    A = 4 * 64 * 4  # a frozen A is a buffer, which counts; Parameters do not
     assert sizes["lora"] - sizes["frozen"] >= x.nbytes - A
-    assert sizes["frozen"] < x.nbytes / 8  # U, and what is of the weights' size
+    assert sizes["frozen"] < x.nbytes / 8  # U, and tensors of the weights' size
 
 
 def test_a_rank_pattern_of_no_layer_is_refused():

@@ -1,4 +1,4 @@
-"""What a method of another package needs to change its adapter between steps."""
+"""The API with which a method of another package changes its adapter between steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers.refusals import refused
 
 
 def one_more(model: nn.Module):
-    """A config of one rank more, and tensors of that rank for every layer and pool."""
+    """Return a config with k and rank larger by one, and new tensors for all layers and pools."""
     config, layers = adapter_of(model, rasa_ext.RasaConfig)
     later = dataclasses.replace(config, k=config.k + 1, rank=config.rank + 1)
     changed = {layer: later.layer_tensors(layer.spec) for layer in layers.values()}
@@ -82,7 +82,7 @@ def test_what_is_refused():
 
 
 def test_fields_of_a_method_from_outside():
-    """Rank, alpha and mappings are checked for every method, and a mapping is one in files."""
+    """Rank, alpha and mappings are checked for any method; files store a mapping as an object."""
 
     @dataclasses.dataclass(frozen=True)
     class Mapped(rasa_ext.methods.AdapterConfig):
